@@ -1,0 +1,54 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+NOW := $(shell date +%Y%m%d-%H%M%S)
+RUN ?= runs/stdlib_gpt-$(NOW)
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test test-all check lint types imports format build clean
+
+help:  ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.installed  ## Create .venv with everything (PYTHON=python3.11 to choose the interpreter)
+
+$(VENV)/.installed: pyproject.toml
+	@echo "Installing into $(VENV): a minute or two"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install --quiet --editable '.[test,dev]'
+	@touch $@
+
+train: setup  ## Train the example model, then sample from it (RUN=runs/name to choose the directory)
+	$(BIN)/launcher experiment=stdlib_gpt run.dir=$(RUN)
+	$(BIN)/launcher generate run.dir=$(RUN) 'prompt="def "'
+
+test: setup  ## Run the quick tests
+	$(BIN)/pytest -q -m "not slow"
+
+test-all: setup  ## Run every test
+	$(BIN)/pytest -q
+
+check: lint types imports  ## Check style, types and import direction
+
+lint: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: setup
+	$(BIN)/mypy
+
+imports: setup
+	$(BIN)/lint-imports --no-logo
+
+format: setup  ## Fix what can be fixed, and format
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+build: setup  ## Build the source distribution and the wheel into dist/
+	$(BIN)/python -m build
+
+clean:  ## Remove builds and caches; .venv and runs/ stay
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -exec rm -rf {} +

@@ -1,0 +1,225 @@
+"""Every field of a run, typed. Hydra composes conf/ into these dataclasses.
+
+Imports neither torch nor deepspeed: composing, `--help` and refusing must be instant.
+Enum members are written in lower case because their names are what a user types.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Optional
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+# `Optional[...]` and not `... | None`: omegaconf 2.3 reads both, but reports the former legibly.
+# ruff: noqa: UP045
+
+
+class Family(Enum):
+    """`gpt`: learned positions, LayerNorm, GELU, biases. `llama`: RoPE, RMSNorm, SwiGLU, no biases."""
+
+    gpt = "gpt"
+    llama = "llama"
+
+
+class ActivationCheckpointing(Enum):
+    """What is recomputed in the backward pass: nothing, the attention core, or whole blocks.
+
+    `selective` is that of Korthikanti et al., arXiv 2205.05198, section 5.
+    """
+
+    none = "none"
+    selective = "selective"
+    full = "full"
+
+
+class Device(Enum):
+    """`auto` means CUDA where the machine has GPUs, else CPU."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class CorpusSource(Enum):
+    """`stdlib`: the Python standard library's own source text. `text`: the user's files."""
+
+    stdlib = "stdlib"
+    text = "text"
+
+
+class OptimizerName(Enum):
+    adamw = "adamw"
+    sgd = "sgd"
+
+
+class SchedulerName(Enum):
+    cosine = "cosine"
+    linear = "linear"
+    wsd = "wsd"
+    constant = "constant"
+
+
+class Dtype(Enum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+class WandbMode(Enum):
+    """`auto` means online where an API key is found, else offline."""
+
+    auto = "auto"
+    online = "online"
+    offline = "offline"
+    disabled = "disabled"
+
+
+@dataclass
+class ModelConfig:
+    family: Family = MISSING
+    hidden_size: int = MISSING
+    num_layers: int = MISSING
+    num_heads: int = MISSING
+    num_kv_heads: Optional[int] = None  # null: num_heads (no grouping)
+    ffn_hidden_size: int = MISSING
+    vocab_size: int = MISSING
+    max_sequence_length: int = MISSING
+    tie_embeddings: bool = MISSING
+    dropout: float = 0.0
+    norm_epsilon: float = 1e-5
+    rope_theta: float = 10000.0  # llama only
+    init_std: float = 0.02
+
+
+@dataclass
+class ParallelismConfig:
+    tensor: int = 1
+    pipeline: int = 1
+    data: Optional[int] = None  # null: what the world leaves over
+    zero_stage: int = 0
+    sequence_parallel: bool = False
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+    activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
+
+
+@dataclass
+class PeakFlops:
+    """Dense peak of one accelerator in FLOP/s by dtype; null where it is not known."""
+
+    fp32: Optional[float] = None
+    bf16: Optional[float] = None
+    fp16: Optional[float] = None
+
+
+@dataclass
+class HardwareConfig:
+    device: Device = Device.auto
+    nodes: int = 1
+    accelerators_per_node: Optional[int] = None  # null: what is found (GPUs, or CPU cores)
+    memory_gb: Optional[float] = None  # of one accelerator, in 1e9 bytes
+    peak_flops: PeakFlops = field(default_factory=PeakFlops)
+    bandwidth_intra_node_gb_s: Optional[float] = None  # of one accelerator, one direction
+    bandwidth_inter_node_gb_s: Optional[float] = None  # of one accelerator, one direction
+
+
+@dataclass
+class DataConfig:
+    source: CorpusSource = MISSING
+    train: Optional[str] = None  # a glob, for source=text
+    validation: Optional[str] = None  # a glob; null: a fraction of the training files
+    validation_fraction: float = 0.05
+    sequence_length: Optional[int] = None  # null: model.max_sequence_length
+
+
+@dataclass
+class OptimizerConfig:
+    name: OptimizerName = MISSING
+    lr: float = MISSING
+    weight_decay: float = 0.0
+    gradient_clipping: Optional[float] = 1.0  # of the global L2 norm; null: off
+    beta1: Optional[float] = None  # adamw
+    beta2: Optional[float] = None  # adamw
+    epsilon: Optional[float] = None  # adamw
+    momentum: Optional[float] = None  # sgd
+
+
+@dataclass
+class SchedulerConfig:
+    name: SchedulerName = MISSING
+    warmup_steps: int = 0
+    decay_steps: Optional[int] = None  # wsd: length of the final decay
+    min_lr_ratio: float = 0.0  # of optimizer.lr, where the decay ends
+
+
+@dataclass
+class PrecisionConfig:
+    dtype: Dtype = MISSING
+    initial_loss_scale_power: int = 16  # fp16: the first dynamic loss scale is 2 to this
+
+
+@dataclass
+class WandbConfig:
+    mode: WandbMode = WandbMode.auto
+    project: str = "launcher"
+    entity: Optional[str] = None
+    name: Optional[str] = None
+    group: Optional[str] = None
+    tags: list[str] = field(default_factory=list)
+
+
+@dataclass
+class LoggingConfig:
+    interval: int = 1  # steps between rows of metrics.jsonl and W&B
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+
+@dataclass
+class TrainingConfig:
+    steps: int = MISSING
+    stop_at: Optional[int] = None  # end after this step; the schedule still spans `steps`
+    global_batch_size: int = MISSING  # sequences per optimizer step, over all ranks
+    micro_batch_size: int = MISSING  # sequences per forward pass of one data-parallel rank
+    validation_interval: int = 50  # steps; 0: only at the end
+    validation_batches: int = 8  # global batches per validation
+    seed: int = 1234
+
+
+@dataclass
+class RunDirConfig:
+    dir: Optional[str] = None  # null: a fresh one under runs/
+
+
+@dataclass
+class RunConfig:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallelism: ParallelismConfig = field(default_factory=ParallelismConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    run: RunDirConfig = field(default_factory=RunDirConfig)
+    deepspeed: dict[str, Any] = field(default_factory=dict)  # passed through, over what we emit
+
+
+@dataclass
+class GenerateConfig:
+    """What `launcher generate` takes."""
+
+    run: RunDirConfig = field(default_factory=RunDirConfig)
+    prompt: str = "import "
+    max_new_tokens: int = 200
+    temperature: float = 0.8  # 0: always the likeliest token
+    top_k: int = 50  # 0: off
+    seed: int = 0
+
+
+def register_schema() -> None:
+    """Give Hydra the two typed roots that conf/config.yaml and conf/generate.yaml start from."""
+    store = ConfigStore.instance()
+    store.store(name="run_schema", node=RunConfig)
+    store.store(name="generate_schema", node=GenerateConfig)

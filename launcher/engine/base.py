@@ -1,0 +1,80 @@
+"""What the training loop sees of an engine, and what both kinds share."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_fp32_param
+from torch import Tensor, nn
+
+from launcher.parallel.mesh import Axis, ProcessMesh
+from launcher.parallel.sharding import LogicalTensor, logical_of, merge
+
+MicroBatches = Iterable[np.ndarray]  # each (micro-batch, T+1) token ids
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Of one optimizer step, the same on every rank: mean loss in nats, gradient norm before clipping."""
+
+    loss: float
+    grad_norm: float
+
+
+class Engine(ABC):
+    """One DeepSpeed engine in one layout. One per process: DeepSpeed leaks what it is asked to rebuild."""
+
+    def __init__(
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, mesh: ProcessMesh, zero_stage: int
+    ):
+        self.module, self.optimizer, self.mesh, self.zero_stage = module, optimizer, mesh, zero_stage
+
+    @abstractmethod
+    def train_batch(self, batches: MicroBatches) -> StepResult:
+        """One optimizer step over this data rank's micro-batches. Collective over the world."""
+
+    @abstractmethod
+    def eval_batch(self, batches: MicroBatches) -> float:
+        """The mean loss over all data ranks' micro-batches, without dropout. Collective over the world."""
+
+    def set_learning_rate(self, rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """This rank's parameters, those held for a tie with an earlier pipeline stage left out."""
+        return (p for p in self.module.parameters() if not getattr(p, "ds_pipe_replicated", False))
+
+    def full_weights(self) -> Iterator[tuple[LogicalTensor, Tensor]]:
+        """This stage's logical tensors in fp32 on the CPU, one at a time.
+
+        Collective over the stage: all its data and tensor ranks iterate to the end, and all get the tensors.
+        """
+        for parameter in self.parameters():
+            logical = logical_of(parameter)
+            yield logical, gather_logical(self._master(parameter), logical, self.mesh.tensor).cpu()
+
+    def _master(self, parameter: nn.Parameter) -> Tensor:
+        """This tensor rank's whole shard in fp32. Collective over the data group."""
+        # DeepSpeed answers None under ZeRO-0, where the parameter itself is the fp32 weight.
+        full = parameter.detach() if self.zero_stage == 0 else safe_get_full_fp32_param(parameter)
+        assert full is not None
+        return full.float()
+
+
+def gather_logical(shard: Tensor, logical: LogicalTensor, axis: Axis) -> Tensor:
+    """The logical tensor from every tensor rank's shard. Collective: all-gather over the axis, if split."""
+    if not logical.is_split or axis.size == 1:
+        return merge([shard], logical)
+    shards = [torch.empty_like(shard) for _ in range(axis.size)]
+    dist.all_gather(shards, shard.contiguous(), group=axis.group)
+    return merge(shards, logical)
+
+
+def to_inputs(batch: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(B, T+1) token ids -> tokens (B, T) and the labels they predict (B, T)."""
+    tokens = torch.from_numpy(batch).to(device, non_blocking=True)
+    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()

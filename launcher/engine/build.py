@@ -1,0 +1,26 @@
+"""The engine of a run: config and layout in, one of the two kinds out."""
+
+import io
+from contextlib import redirect_stdout
+
+import torch
+
+from launcher.config.layout import Layout
+from launcher.config.schema import RunConfig
+from launcher.engine.base import Engine
+from launcher.engine.flat import FlatEngine
+from launcher.engine.pipeline import PipelineEngine
+from launcher.models.blocks import BlockContext
+from launcher.models.language import language_layers, language_loss
+from launcher.parallel.mesh import MeshShape, ProcessMesh
+
+
+def build_engine(run: RunConfig, layout: Layout, device: torch.device) -> Engine:
+    """Collective over the world, after torch.distributed and DeepSpeed are initialised. Once per process."""
+    mesh = ProcessMesh.create(MeshShape(layout.pipeline, layout.data, layout.tensor))
+    context = BlockContext.create(run, mesh, device)
+    layers, loss = language_layers(run.model, context), language_loss(run.model, context.tp)
+    kind = PipelineEngine if layout.pipeline > 1 else FlatEngine
+    # DeepSpeed prints memory tables and settings that the launcher does not use.
+    with redirect_stdout(io.StringIO()):
+        return kind(run, layout, mesh, layers, loss, device)

@@ -1,0 +1,48 @@
+"""Joining the ranks: torch.distributed first, then DeepSpeed on top of it."""
+
+import logging
+import os
+import warnings
+
+import torch
+import torch.distributed as dist
+
+BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
+
+
+def prepare_deepspeed(device: str) -> None:
+    """Import deepspeed for "cpu" or "cuda", quietly, without its slow or leaking habits. Once per process."""
+    # Its own detection warns on every machine without a GPU, and takes one for a CPU run on a GPU machine.
+    os.environ["DS_ACCELERATOR"] = device
+    # With LOCAL_SIZE set DeepSpeed's shared-memory module takes 69 MB a rank in /dev/shm and keeps it.
+    os.environ.pop("LOCAL_SIZE", None)
+    import deepspeed.ops
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.ERROR)
+    # Said to be incompatible, it is not JIT-compiled at init_distributed: 20 s, for what gloo does too.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # torch 2.13 says it at every all_gather_into_tensor and reduce_scatter_tensor of DeepSpeed's.
+    warnings.filterwarnings("ignore", category=FutureWarning, message=r".*(all_gather|reduce_scatter).*")
+    # The pipeline sends activations by broadcast, and their gradients back itself.
+    warnings.filterwarnings("ignore", category=UserWarning, message=r"c10d::broadcast_: an autograd kernel")
+
+
+def join(*, rank: int, world_size: int, local_rank: int, device: str, init_method: str) -> torch.device:
+    """Collective over the world: initialise the process group and DeepSpeed; return this rank's device."""
+    import deepspeed
+
+    # DeepSpeed's pipeline and accelerator code read these and nothing else.
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(local_rank))
+    own = torch.device("cpu") if device == "cpu" else torch.device("cuda", local_rank)
+    if own.type == "cuda":
+        torch.cuda.set_device(own)
+    dist.init_process_group(BACKENDS[device], init_method=init_method, rank=rank, world_size=world_size)
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    return own
+
+
+def leave() -> None:
+    """Collective: end the process group, so that no rank is cut off by a peer that exits first."""
+    dist.barrier()
+    dist.destroy_process_group()

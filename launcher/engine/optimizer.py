@@ -1,0 +1,50 @@
+"""The optimizer and its learning-rate schedule."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from launcher.config.schema import OptimizerConfig, OptimizerName, SchedulerConfig, SchedulerName
+from launcher.parallel.sharding import logical_of
+
+
+def build_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """torch's AdamW or SGD; weight decay falls on matrices only, not on biases and norm weights."""
+    matrices: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
+    for parameter in parameters:
+        # The logical shape: under ZeRO-3 every parameter looks like a vector.
+        (matrices if len(logical_of(parameter).shape) > 1 else vectors).append(parameter)
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if config.name is OptimizerName.sgd:
+        assert config.momentum is not None
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=True)
+    beta1, beta2, epsilon = config.beta1, config.beta2, config.epsilon
+    assert None not in (beta1, beta2, epsilon)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(beta1, beta2), eps=epsilon, fused=True)  # type: ignore[arg-type]
+
+
+def learning_rate(optimizer: OptimizerConfig, scheduler: SchedulerConfig, *, step: int, steps: int) -> float:
+    """The rate of update number `step`, counted from 1, of `steps`. Pure: no state to save or restore."""
+    if step <= scheduler.warmup_steps:
+        return optimizer.lr * step / scheduler.warmup_steps
+    decay_steps = (
+        scheduler.decay_steps if scheduler.name is SchedulerName.wsd else steps - scheduler.warmup_steps
+    )
+    assert decay_steps is not None
+    # 0 at the last step before the decay, 1 at the last step of all.
+    progress = max(0.0, (step - (steps - decay_steps)) / max(decay_steps, 1))
+    return optimizer.lr * _decay(scheduler, min(progress, 1.0))
+
+
+def _decay(scheduler: SchedulerConfig, progress: float) -> float:
+    if scheduler.name is SchedulerName.constant:
+        return 1.0
+    shape = (1 + math.cos(math.pi * progress)) / 2 if scheduler.name is SchedulerName.cosine else 1 - progress
+    return scheduler.min_lr_ratio + (1 - scheduler.min_lr_ratio) * shape

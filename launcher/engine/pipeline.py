@@ -1,0 +1,73 @@
+"""The engine with a pipeline: DeepSpeed's 1F1B schedule over stages of the same layers."""
+
+from collections.abc import Iterator
+
+import deepspeed
+import torch
+from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from torch import Tensor, nn
+
+from launcher.config.layout import Layout
+from launcher.config.schema import RunConfig
+from launcher.engine.base import Engine, MicroBatches, StepResult, to_inputs
+from launcher.engine.ds_config import deepspeed_config
+from launcher.engine.optimizer import build_optimizer
+from launcher.models.blocks import TransformerBlock
+from launcher.models.language import Layer, Loss
+from launcher.parallel.mesh import ProcessMesh
+
+
+class PipelineEngine(Engine):
+    """A DeepSpeed pipeline engine; this rank holds one stage."""
+
+    def __init__(
+        self,
+        run: RunConfig,
+        layout: Layout,
+        mesh: ProcessMesh,
+        layers: list[Layer],
+        loss: Loss,
+        device: torch.device,
+    ) -> None:
+        topology = PipeModelDataParallelTopology(
+            num_pp=layout.pipeline, num_mp=layout.tensor, num_dp=layout.data
+        )
+        module = PipelineModule(
+            layers=[_spec(layer) for layer in layers],
+            topology=topology,
+            loss_fn=loss,
+            # Blocks are dealt out evenly, one more to some stages where they do not divide; the
+            # embedding stays with the first, the final norm and the head with the last.
+            partition_method=f"type:{TransformerBlock.__name__}",
+        )
+        optimizer = build_optimizer(run.optimizer, module.parameters())
+        self.deepspeed, *_ = deepspeed.initialize(
+            model=module, optimizer=optimizer, config=deepspeed_config(run, layout), dist_init_required=False
+        )
+        super().__init__(module, optimizer, mesh, layout.zero_stage)
+        self.device, self.micro_batches = device, layout.accumulation
+
+    def train_batch(self, batches: MicroBatches) -> StepResult:
+        loss = self.deepspeed.train_batch(self._inputs(batches))
+        return StepResult(float(loss), float(self.deepspeed.get_global_grad_norm()))
+
+    def eval_batch(self, batches: MicroBatches) -> float:
+        return float(self.deepspeed.eval_batch(self._inputs(batches), num_micro_batches=self.micro_batches))
+
+    def _inputs(self, batches: MicroBatches) -> Iterator[tuple[Tensor, Tensor]]:
+        # The first stage takes the tokens and the last the labels, each from its own iterator.
+        return (to_inputs(batch, self.device) for batch in batches)
+
+
+def _spec(layer: Layer) -> LayerSpec:
+    if layer.tied is None:
+        return LayerSpec(layer.module, *layer.arguments)
+    forward = _project if layer.project else None
+    return TiedLayerSpec(
+        layer.tied, layer.module, *layer.arguments, forward_fn=forward, tied_weight_attr="weight"
+    )
+
+
+def _project(module: nn.Module, x: Tensor) -> Tensor:
+    return module(x, project=True)  # type: ignore[no-any-return]

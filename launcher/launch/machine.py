@@ -1,0 +1,55 @@
+"""What this machine offers, told without importing torch."""
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Machine:
+    gpus: int
+    cores: int
+
+
+def this_machine() -> Machine:
+    """The GPUs and the CPU cores that this process may use. Under WSL 2, GPUs are not seen."""
+    return Machine(gpus=visible_gpus(os.environ, existing_gpus()), cores=_usable_cores())
+
+
+def existing_gpus(root: Path = Path("/")) -> int:
+    """How many NVIDIA GPUs the driver offers here, whatever CUDA_VISIBLE_DEVICES hides."""
+    nodes = [path for path in root.glob("dev/nvidia*") if re.fullmatch(r"nvidia\d+", path.name)]
+    # In a container /proc lists every GPU of the host, /dev only those that were handed in: ask /dev first.
+    return len(nodes) or len(list(root.glob("proc/driver/nvidia/gpus/*")))
+
+
+def visible_gpus(environ: Mapping[str, str], existing: int) -> int:
+    """How many of the existing GPUs CUDA_VISIBLE_DEVICES leaves, read as the CUDA runtime reads it."""
+    setting = environ.get("CUDA_VISIBLE_DEVICES")
+    if setting is None:
+        return existing
+    named: list[str] = []
+    for device in (part.strip() for part in setting.split(",")):
+        if device in named:
+            return 0
+        exists = int(device) < existing if device.isdecimal() else device.startswith(("GPU-", "MIG-"))
+        if not exists:
+            break  # CUDA ignores whatever follows the first name that it does not know
+        named.append(device)
+    return min(len(named), existing)
+
+
+def _usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def share_cores(processes: int, cores: int) -> None:
+    """Divide the CPU threads of this machine among `processes`. Before torch is imported; set values stay."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
+    # Threads that spin while they wait make a small model many times slower as soon as anybody else
+    # uses a core.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -1,0 +1,231 @@
+"""Tensor-parallel layers (Shoeybi et al., arXiv 1909.08053) with sequence parallelism (arXiv 2205.05198).
+
+Shapes: B batch, T sequence, H hidden, V vocabulary (padded to a multiple of tp), tp tensor-parallel size.
+Between blocks activations are (B, T, H) on every tensor rank, or (B, T/tp, H) under sequence parallelism.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from launcher.parallel.collectives import (
+    all_gather_start,
+    copy_region,
+    gather_pieces,
+    reduce_region,
+    reduce_scatter_sequence_region,
+    reduce_scatter_start,
+)
+from launcher.parallel.mesh import Axis
+from launcher.parallel.sharding import (
+    Draw,
+    Initializer,
+    LogicalTensor,
+    normal,
+    padded_length,
+    zeros,
+)
+
+IGNORED_LABEL = -100
+
+
+@dataclass(frozen=True)
+class TensorParallel:
+    """What every layer needs to know of tensor parallelism: its axis, the mode, how weights are drawn."""
+
+    axis: Axis
+    sequence_parallel: bool
+    initializer: Initializer
+
+    def leave(self, partial: Tensor) -> Tensor:
+        """Sum (B, T, H) over the tensor ranks: all-reduce, or reduce-scatter to (B, T/tp, H)."""
+        if self.sequence_parallel:
+            return reduce_scatter_sequence_region(partial, self.axis)
+        return reduce_region(partial, self.axis)
+
+    def replicated(self, weight: Tensor) -> Tensor:
+        """A weight equal on all tensor ranks, for use between the parallel regions.
+
+        Under sequence parallelism each rank sees its own stretch of the sequence, so the gradient is a
+        part of the whole: summed over the tensor ranks in the backward pass.
+        """
+        return copy_region(weight, self.axis) if self.sequence_parallel else weight
+
+
+class ColumnParallelLinear(nn.Module):
+    """Y = X A^T + b with the rows of A (the outputs) split over the tensor ranks.
+
+    Input (B, T, H), or (B, T/tp, H) under sequence parallelism; output (B, T, out/tp), not gathered.
+    `segments` are the lengths of the parts of a fused projection, each split evenly (their sum is `out`).
+    Forward: all-gather of the input under sequence parallelism, else nothing. Backward: all-reduce (or
+    reduce-scatter) of the input's gradient, overlapped with the weight's.
+    """
+
+    def __init__(
+        self, name: str, inputs: int, segments: tuple[int, ...], tp: TensorParallel, *, bias: bool, draw: Draw
+    ) -> None:
+        super().__init__()
+        self.tp = tp
+        outputs = sum(segments)
+        make = tp.initializer.parameter
+        self.weight = make(LogicalTensor(f"{name}.weight", (outputs, inputs), 0, segments), draw)
+        self.bias = make(LogicalTensor(f"{name}.bias", (outputs,), 0, segments), zeros) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return column_linear(x, self.weight, self.bias, self.tp)
+
+
+class RowParallelLinear(nn.Module):
+    """Y = X A^T + b with the columns of A (the inputs) split over the tensor ranks.
+
+    Input (B, T, in/tp); output (B, T, H), or (B, T/tp, H) under sequence parallelism. Forward: all-reduce
+    (or reduce-scatter) of the partial products; the bias, held by every rank, is added once, after it.
+    """
+
+    def __init__(
+        self, name: str, inputs: int, outputs: int, tp: TensorParallel, *, bias: bool, draw: Draw
+    ) -> None:
+        super().__init__()
+        self.tp = tp
+        make = tp.initializer.parameter
+        self.weight = make(LogicalTensor(f"{name}.weight", (outputs, inputs), 1, (inputs,)), draw)
+        self.bias = make(LogicalTensor(f"{name}.bias", (outputs,)), zeros) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.tp.leave(F.linear(x, self.weight))
+        return y if self.bias is None else y + self.tp.replicated(self.bias)
+
+
+class VocabParallelEmbedding(nn.Module):
+    """Token embedding with the vocabulary split over the tensor ranks; also the output head, where tied.
+
+    The vocabulary is padded to a multiple of tp; no token maps to padding and the loss never predicts it.
+    Forward: tokens (B, T) -> (B, T, H), or (B, T/tp, H) under sequence parallelism; all-reduce (or
+    reduce-scatter) of the masked look-ups. With `project`: hidden -> logits (B, T, V/tp), as a column layer.
+    """
+
+    def __init__(self, name: str, vocabulary: int, hidden: int, tp: TensorParallel, std: float) -> None:
+        super().__init__()
+        self.tp = tp
+        padded = padded_length(vocabulary, tp.axis.size)
+        self.first = tp.axis.rank * (padded // tp.axis.size)
+        logical = LogicalTensor(f"{name}.weight", (vocabulary, hidden), 0, (vocabulary,), padded)
+        self.weight = tp.initializer.parameter(logical, normal(std))
+
+    def forward(self, x: Tensor, project: bool = False) -> Tensor:
+        # One forward for both uses: ZeRO-3 gathers a module's weight around its forward only.
+        if project:
+            return column_linear(x, self.weight, None, self.tp)
+        if self.tp.axis.size == 1:
+            return F.embedding(x, self.weight)
+        local = x - self.first
+        elsewhere = (local < 0) | (local >= self.weight.shape[0])
+        rows = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
+        return self.tp.leave(rows.masked_fill(elsewhere.unsqueeze(-1), 0.0))
+
+
+class VocabParallelHead(VocabParallelEmbedding):
+    """Untied output head: hidden (B, T, H) or (B, T/tp, H) -> this rank's logits (B, T, V/tp)."""
+
+    def forward(self, x: Tensor, project: bool = True) -> Tensor:
+        return super().forward(x, project=project)
+
+
+def column_linear(x: Tensor, weight: Tensor, bias: Tensor | None, tp: TensorParallel) -> Tensor:
+    """X W^T + b for a weight split by rows; see ColumnParallelLinear for shapes and collectives."""
+    if tp.axis.size == 1:
+        return F.linear(x, weight, bias)
+    y = _ColumnLinear.apply(x, weight, tp.axis, tp.sequence_parallel)  # type: ignore[no-untyped-call]
+    return y if bias is None else y + bias  # type: ignore[no-any-return]
+
+
+class _ColumnLinear(torch.autograd.Function):
+    """The product, whose backward starts the input gradient's collective before the weight's product."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, axis: Axis, sequence_parallel: bool) -> Tensor:
+        # Only this rank's stretch of the sequence is kept for the backward pass, which gathers it again.
+        ctx.save_for_backward(x, weight)
+        ctx.axis, ctx.sequence_parallel = axis, sequence_parallel
+        whole = gather_pieces(all_gather_start(x, axis)[0], axis) if sequence_parallel else x
+        return F.linear(whole, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        x, weight = ctx.saved_tensors
+        axis = ctx.axis
+        if ctx.sequence_parallel:
+            pieces, gathering = all_gather_start(x, axis, asynchronous=True)
+            grad_whole = grad.matmul(weight)
+            assert gathering is not None
+            gathering.wait()
+            x = gather_pieces(pieces, axis)
+            grad_x, reducing = reduce_scatter_start(grad_whole, axis, asynchronous=True)
+        else:
+            grad_x = grad.matmul(weight)
+            reducing = dist.all_reduce(grad_x, group=axis.group, async_op=True)
+        grad_weight = grad.flatten(0, -2).t().matmul(x.flatten(0, -2))
+        assert reducing is not None
+        reducing.wait()
+        return grad_x, grad_weight, None, None
+
+
+def vocab_parallel_cross_entropy(logits: Tensor, labels: Tensor, vocabulary: int, axis: Axis) -> Tensor:
+    """Cross-entropy in nats per label, over logits split by vocabulary and never gathered.
+
+    logits (B, T, V/tp), labels (B, T) -> losses (B, T) in fp32; 0 where the label is IGNORED_LABEL.
+    `vocabulary` is the unpadded size: padding has probability zero. Forward: three all-reduces of (B, T)
+    values (max, sum of exponentials, the label's logit). Backward: none; softmax minus one-hot, locally.
+    """
+    losses: Tensor = _VocabParallelCrossEntropy.apply(logits, labels, vocabulary, axis)  # type: ignore[no-untyped-call]
+    return losses
+
+
+def mean_loss(losses: Tensor, labels: Tensor) -> Tensor:
+    """The mean over labels that are not IGNORED_LABEL; a scalar. 0 where all are."""
+    return losses.sum() / (labels != IGNORED_LABEL).sum().clamp(min=1)
+
+
+class _VocabParallelCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, vocabulary: int, axis: Axis) -> Tensor:
+        local = logits.shape[-1]
+        first = axis.rank * local
+        real = min(max(vocabulary - first, 0), local)
+        scores = logits.float()
+        if real < local:
+            scores = scores.clone()
+            scores[..., real:] = float("-inf")
+
+        highest = _reduced(scores.amax(dim=-1), dist.ReduceOp.MAX, axis)
+        exponentials = (scores - highest.unsqueeze(-1)).exp_()
+        total = _reduced(exponentials.sum(dim=-1), dist.ReduceOp.SUM, axis)
+
+        ignored = labels == IGNORED_LABEL
+        elsewhere = (labels < first) | (labels >= first + local)
+        index = (labels - first).masked_fill(elsewhere, 0)
+        own = scores.gather(-1, index.unsqueeze(-1)).squeeze(-1).masked_fill(elsewhere, 0.0)
+        label_score = _reduced(own, dist.ReduceOp.SUM, axis)
+
+        softmax = exponentials.div_(total.unsqueeze(-1))
+        ctx.save_for_backward(softmax, index, elsewhere, ignored)
+        ctx.dtype = logits.dtype
+        return (total.log() + highest - label_score).masked_fill(ignored, 0.0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        softmax, index, elsewhere, ignored = ctx.saved_tensors
+        grad = grad.masked_fill(ignored, 0.0).unsqueeze(-1)
+        one_hot = torch.where(elsewhere, 0.0, 1.0).unsqueeze(-1)
+        grad_logits = softmax.scatter_add(-1, index.unsqueeze(-1), -one_hot).mul_(grad)
+        return grad_logits.to(ctx.dtype), None, None, None
+
+
+def _reduced(x: Tensor, operation: Any, axis: Axis) -> Tensor:
+    if axis.size > 1:
+        dist.all_reduce(x, op=operation, group=axis.group)
+    return x

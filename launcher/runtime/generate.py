@@ -1,0 +1,52 @@
+"""Sample text from a run's final weights, in one process."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from launcher.checkpoint.weights import load_weights, weight_files
+from launcher.config.compose import load_typed
+from launcher.config.schema import GenerateConfig, ParallelismConfig, RunConfig
+from launcher.models.blocks import BlockContext
+from launcher.models.language import FlatModel, language_layers, language_loss
+from launcher.parallel.mesh import ProcessMesh
+from launcher.runtime.run_dir import CONFIG
+
+
+def generate(config: GenerateConfig, run_dir: Path) -> str:
+    """The prompt and `max_new_tokens` sampled bytes, as text. Raises ConfigError for an unusable run."""
+    run = load_typed(run_dir / CONFIG, RunConfig)
+    weight_files(run_dir)
+    model = load_model(run, run_dir)
+    tokens = torch.tensor([list(config.prompt.encode())])
+    generator = torch.Generator().manual_seed(config.seed)
+    with torch.no_grad():
+        for _ in range(config.max_new_tokens):
+            window = tokens[:, -run.model.max_sequence_length :]
+            scores = model.logits(window)[0, -1, : run.model.vocab_size]
+            tokens = torch.cat([tokens, sample(scores, config, generator).view(1, 1)], dim=1)
+    return bytes(tokens[0].clamp(max=255).tolist()).decode(errors="replace")
+
+
+def load_model(run: RunConfig, run_dir: Path) -> FlatModel:
+    """The whole model on this CPU, in evaluation mode."""
+    # Whatever layout trained it, one process holds it whole.
+    run = replace(run, parallelism=ParallelismConfig())
+    context = BlockContext.create(run, ProcessMesh.single(), torch.device("cpu"))
+    model = FlatModel(language_layers(run.model, context), language_loss(run.model, context.tp))
+    load_weights(model, run_dir)
+    return model.eval()
+
+
+def sample(scores: Tensor, config: GenerateConfig, generator: torch.Generator) -> Tensor:
+    """One token id from scores (V,): the likeliest at temperature 0, else drawn from the top_k likeliest."""
+    if config.temperature == 0:
+        return scores.argmax()
+    scores = scores.float() / config.temperature
+    if config.top_k:
+        threshold = scores.topk(min(config.top_k, scores.numel())).values[-1]
+        scores = scores.masked_fill(scores < threshold, float("-inf"))
+    return torch.multinomial(F.softmax(scores, dim=-1), 1, generator=generator)

@@ -1,0 +1,81 @@
+"""The run directory: one directory is one run, with one id for W&B and everything the run writes."""
+
+import dataclasses
+import json
+import secrets
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from launcher import __version__
+from launcher.config.errors import ConfigError
+from launcher.config.layout import Layout
+from launcher.config.schema import RunConfig
+
+CONFIG, IDENTITY, LOGS, METRICS = "config.yaml", "run.json", "logs", "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class RunDir:
+    path: Path
+    run_id: str
+
+    @property
+    def logs(self) -> Path:
+        return self.path / LOGS
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / METRICS
+
+
+def claim_run_dir(run: RunConfig, layout: Layout, *, multirun_index: int | None = None) -> RunDir:
+    """Make the run's directory and write its config and identity. One process per run calls this.
+
+    Raises ConfigError where it cannot be made, or already holds a run.
+    """
+    run_id = secrets.token_hex(4)
+    path = _path(run, run_id, multirun_index)
+    if (path / CONFIG).exists():
+        raise ConfigError(
+            "run.dir",
+            path,
+            "already holds a run",
+            f"run.dir={_unused(path)}, or leave run.dir out for a fresh one",
+        )
+    try:
+        (path / LOGS).mkdir(parents=True, exist_ok=True)
+        (path / CONFIG).write_text(OmegaConf.to_yaml(OmegaConf.structured(run)))
+        (path / IDENTITY).write_text(json.dumps(_identity(run_id, layout), indent=2) + "\n")
+    except OSError as error:
+        raise ConfigError(
+            "run.dir", path, f"cannot be written: {error.strerror}", "a directory you may write to"
+        ) from None
+    return RunDir(path.resolve(), run_id)
+
+
+def config_as_dict(run: RunConfig) -> dict[str, Any]:
+    """The composed config as plain values, enums by name."""
+    container = OmegaConf.to_container(OmegaConf.structured(run), enum_to_str=True)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+def _path(run: RunConfig, run_id: str, multirun_index: int | None) -> Path:
+    if run.run.dir is None:
+        return Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{run_id}"
+    path = Path(run.run.dir).expanduser()
+    return path if multirun_index is None else path / str(multirun_index)
+
+
+def _unused(path: Path) -> Path:
+    return next(
+        candidate for n in range(2, 10**6) if not (candidate := path.with_name(f"{path.name}-{n}")).exists()
+    )
+
+
+def _identity(run_id: str, layout: Layout) -> dict[str, Any]:
+    return {"id": run_id, "launcher": __version__, "layout": dataclasses.asdict(layout)}

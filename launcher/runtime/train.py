@@ -1,0 +1,156 @@
+"""One rank's training run: build the engine, loop, log, write the final weights."""
+
+import resource
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+
+from launcher.checkpoint.weights import save_weights
+from launcher.config.layout import Layout
+from launcher.config.schema import RunConfig
+from launcher.config.validate import sequence_length
+from launcher.data.corpus import load_corpus
+from launcher.data.sampler import TokenSamples, micro_batches
+from launcher.engine.base import Engine, MicroBatches
+from launcher.engine.build import build_engine
+from launcher.engine.optimizer import learning_rate
+from launcher.models.arithmetic import train_flops_per_token
+from launcher.runtime.metrics import MetricsLog
+from launcher.runtime.progress import ProgressDisplay
+from launcher.runtime.run_dir import RunDir
+
+Row = dict[str, float | int]
+_RANK_BITS = 24
+
+
+def train(run: RunConfig, layout: Layout, directory: RunDir, device: torch.device) -> None:
+    """Train to the last step. Collective over the world; rank 0 logs and shows progress."""
+    corpus = load_corpus(run.data)
+    length = sequence_length(run)
+    training = TokenSamples(corpus.train, length, shuffle_seed=run.training.seed)
+    validation = TokenSamples(corpus.validation, length, shuffle_seed=None)
+    engine = build_engine(run, layout, device)
+    last = run.training.stop_at or run.training.steps
+
+    log = MetricsLog(run, layout, directory) if engine.mesh.rank == 0 else None
+    failed = True
+    try:
+        _say(log, *(log.notes if log else []))
+        with ProgressDisplay(last) if log else _Silent() as display:
+            for step in range(1, last + 1):
+                row = train_step(run, layout, engine, training, step, device)
+                if is_validation_step(run, step, last):
+                    row["val/loss"] = validation_loss(run, engine, validation)
+                if step % run.logging.interval == 0 or "val/loss" in row:
+                    row |= peak_memory(device)
+                    if log:
+                        log.write(row)
+                display.step(row)
+        weights = save_weights(engine, directory.path)
+        dist.barrier()
+        failed = False
+        if log:
+            _say(log, f"weights  {weights}", f"metrics  {directory.metrics}")
+            _say(log, *[f"W&B      {where}" for where in [log.where()] if where])
+    finally:
+        if log:
+            log.close(failed=failed)
+
+
+def train_step(
+    run: RunConfig, layout: Layout, engine: Engine, samples: TokenSamples, step: int, device: torch.device
+) -> Row:
+    """One optimizer step, counted from 1, and its row of metrics. Collective over the world."""
+    rate = learning_rate(run.optimizer, run.scheduler, step=step, steps=run.training.steps)
+    engine.set_learning_rate(rate)
+    started = time.perf_counter()
+    result = engine.train_batch(global_batch(run, engine, samples, step - 1))
+    elapsed = time.perf_counter() - started
+    seen = step * run.training.global_batch_size
+    return {
+        "step": step,
+        "train/loss": result.loss,
+        "train/grad_norm": result.grad_norm,
+        "train/lr": rate,
+        "train/samples": seen,
+        "train/tokens": seen * samples.sequence_length,
+        **performance(run, layout, samples.sequence_length, elapsed),
+    }
+
+
+def performance(run: RunConfig, layout: Layout, length: int, elapsed: float) -> Row:
+    """Speed of a step of `elapsed` seconds over all ranks; MFU only where the hardware's peak is known."""
+    tokens_per_s = run.training.global_batch_size * length / elapsed
+    flops_per_s = tokens_per_s * train_flops_per_token(run.model, length)
+    row: Row = {
+        "perf/step_time_s": elapsed,
+        "perf/tokens_per_s": tokens_per_s,
+        "perf/flops_per_s": flops_per_s,
+    }
+    peak = getattr(run.hardware.peak_flops, run.precision.dtype.value)
+    if peak is not None:
+        row["perf/mfu"] = flops_per_s / (peak * layout.world_size)
+    return row
+
+
+def validation_loss(run: RunConfig, engine: Engine, samples: TokenSamples) -> float:
+    """The mean loss over the first validation batches: the same samples every time, in every layout."""
+    batches = max(1, min(run.training.validation_batches, len(samples) // run.training.global_batch_size))
+    return (
+        sum(engine.eval_batch(global_batch(run, engine, samples, index)) for index in range(batches))
+        / batches
+    )
+
+
+def is_validation_step(run: RunConfig, step: int, last: int) -> bool:
+    interval = run.training.validation_interval
+    return step == last or (interval > 0 and step % interval == 0)
+
+
+def global_batch(run: RunConfig, engine: Engine, samples: TokenSamples, index: int) -> MicroBatches:
+    """This data rank's micro-batches of global batch number `index`, counted from 0."""
+    return micro_batches(
+        samples,
+        samples_consumed=index * run.training.global_batch_size,
+        global_batch_size=run.training.global_batch_size,
+        micro_batch_size=run.training.micro_batch_size,
+        data_rank=engine.mesh.data.rank,
+        data_size=engine.mesh.data.size,
+    )
+
+
+def peak_memory(device: torch.device) -> Row:
+    """The largest peak over the ranks, and whose. Collective over the world: one all-reduce of a number.
+
+    On CUDA what torch allocated, on CPU the process's resident set; both in bytes, since its start.
+    """
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+    else:
+        # Linux counts in KiB, macOS in bytes.
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    packed = torch.tensor((peak << _RANK_BITS) + dist.get_rank(), dtype=torch.int64, device=device)
+    dist.all_reduce(packed, op=dist.ReduceOp.MAX)
+    highest = int(packed)
+    return {"memory/peak_bytes": highest >> _RANK_BITS, "memory/peak_rank": highest & ((1 << _RANK_BITS) - 1)}
+
+
+class _Silent:
+    """The display of the ranks that show nothing."""
+
+    def __enter__(self) -> "_Silent":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def step(self, row: Row) -> None:
+        pass
+
+
+def _say(log: MetricsLog | None, *lines: str) -> None:
+    if log:
+        for line in lines:
+            print(line, flush=True)

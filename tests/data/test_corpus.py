@@ -1,0 +1,340 @@
+"""Which files make the corpus, how they are split, and what is refused."""
+
+import hashlib
+import os
+import re
+import shlex
+import stat
+import sysconfig
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hypothesis import given
+from hypothesis import strategies as st
+
+from launcher.config.errors import ConfigError
+from launcher.config.schema import CorpusSource, DataConfig
+from launcher.data import corpus
+from launcher.data.corpus import corpus_files, load_corpus, token_counts
+
+STDLIB = DataConfig(source=CorpusSource.stdlib)
+
+
+def text(
+    train: str | Path | None, validation: str | Path | None = None, fraction: float = 0.05
+) -> DataConfig:
+    return DataConfig(
+        source=CorpusSource.text,
+        train=None if train is None else str(train),
+        validation=None if validation is None else str(validation),
+        validation_fraction=fraction,
+    )
+
+
+def write(root: Path, files: dict[str, bytes]) -> None:
+    for name, content in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+
+
+def numbered(count: int) -> dict[str, bytes]:
+    return {f"{i:03}.txt": f"text {i}".encode() for i in range(count)}
+
+
+def names(files: list[Path], root: Path) -> list[str]:
+    return [file.relative_to(root).as_posix() for file in files]
+
+
+def refused(data: DataConfig) -> ConfigError:
+    with pytest.raises(ConfigError) as raised:
+        corpus_files(data)
+    return raised.value
+
+
+def offered(error: ConfigError) -> str:
+    """The value that the remedy offers for the field, read as a shell and then Hydra would read it."""
+    override = next(word for word in shlex.split(error.remedy) if word.startswith(f"{error.field}="))
+    return str(OverridesParser.create().parse_override(override).value())
+
+
+class TestStdlib:
+    def test_has_enough_text_in_both_parts(self) -> None:
+        loaded = load_corpus(STDLIB)
+        assert loaded.train.size > 5_000_000
+        assert loaded.validation.size > 50_000
+
+    def test_leaves_out_what_differs_between_machines(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        kept = {"abc.py": b"a", "json/decoder.py": b"b", "unittest/mock.py": b"c", "testing.py": b"d"}
+        left_out = {
+            f"{directory}/module.py": b"x"
+            for directory in (
+                "site-packages",
+                "dist-packages",
+                "test",
+                "unittest/test",
+                "ctypes/tests",
+                "idlelib",
+                "lib2to3/pgen2",
+                "json/__pycache__",
+            )
+        }
+        write(tmp_path, kept | left_out | {"LICENSE.txt": b"x", "abc.pyc": b"x"})
+        monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+        train, validation = corpus_files(STDLIB)
+        assert sorted(names(train + validation, tmp_path)) == sorted(kept)
+
+    def test_order_does_not_depend_on_the_file_system(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        write(tmp_path, {f"{name}.py": b"x" for name in ("b", "a", "z/c", "z/a", "Z", "m/n/o", "m/n")})
+        monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+        expected = corpus_files(STDLIB)
+        walk = os.walk
+
+        def backwards(root: Path) -> list[tuple[str, list[str], list[str]]]:
+            return [(top, list(dirs), sorted(files, reverse=True)) for top, dirs, files in walk(root)][::-1]
+
+        monkeypatch.setattr(os, "walk", backwards)
+        assert corpus_files(STDLIB) == expected
+        for part in expected:
+            assert names(part, tmp_path) == sorted(names(part, tmp_path))
+
+    def test_without_source_text_is_refused(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+        error = refused(STDLIB)
+        assert (error.field, error.value) == ("data.source", "stdlib")
+        assert "data=text" in error.remedy
+
+    def test_refuses_files_of_the_users(self) -> None:
+        error = refused(DataConfig(source=CorpusSource.stdlib, train="corpus/*.txt"))
+        assert (error.field, error.value) == ("data.train", "corpus/*.txt")
+        assert "data=text" in error.remedy
+
+    def test_takes_a_validation_glob(self, tmp_path: Path) -> None:
+        write(tmp_path, {"held_out.txt": b"mine"})
+        data = DataConfig(source=CorpusSource.stdlib, validation=str(tmp_path / "*.txt"))
+        train, validation = corpus_files(data)
+        assert validation == [tmp_path / "held_out.txt"]
+        assert len(train) == sum(len(part) for part in corpus_files(STDLIB))
+
+
+class TestGlobs:
+    def test_recurses_and_sorts_by_relative_path(self, tmp_path: Path) -> None:
+        write(tmp_path, {"b.txt": b"1", "a/z.txt": b"2", "a/b/c.txt": b"3", "a.md": b"4", "a0.txt": b"5"})
+        train, validation = corpus_files(text(tmp_path / "**" / "*.txt"))
+        assert sorted(names(train + validation, tmp_path)) == ["a/b/c.txt", "a/z.txt", "a0.txt", "b.txt"]
+        assert train == sorted(train, key=lambda path: path.relative_to(tmp_path).as_posix())
+
+    def test_expands_home(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        write(tmp_path, {"corpus/a.txt": b"a", "corpus/b.txt": b"b"})
+        monkeypatch.setenv("HOME", str(tmp_path))
+        assert corpus_files(text("~/corpus/*.txt")) == corpus_files(text(tmp_path / "corpus/*.txt"))
+
+    def test_a_moved_corpus_is_the_same_corpus(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        for root in ("here", "elsewhere/deeper"):
+            write(tmp_path / root, numbered(40))
+        here = load_corpus(text(tmp_path / "here" / "*.txt"))
+        elsewhere = load_corpus(text(tmp_path / "elsewhere" / "deeper" / "*.txt"))
+        monkeypatch.chdir(tmp_path / "here")
+        relative = load_corpus(text("*.txt"))
+        assert here.validation.tobytes() == elsewhere.validation.tobytes() == relative.validation.tobytes()
+        assert here.train.tobytes() == elsewhere.train.tobytes() == relative.train.tobytes()
+
+    def test_a_file_matched_twice_counts_once(self, tmp_path: Path) -> None:
+        write(tmp_path, {"a/b/one.txt": b"1", "a/b/two.txt": b"2"})
+        train, validation = corpus_files(text(f"{tmp_path}/**/a/**/*.txt"))
+        assert sorted(names(train + validation, tmp_path)) == ["a/b/one.txt", "a/b/two.txt"]
+
+
+class TestSplit:
+    @given(count=st.integers(2, 60), fraction=st.floats(0.001, 0.999))
+    def test_is_by_file_and_leaves_no_part_empty(self, count: int, fraction: float) -> None:
+        files = [corpus._Named(f"{i}.txt", Path(f"{i}.txt")) for i in range(count)]
+        train, validation = corpus._split(files, fraction)
+        assert train
+        assert validation
+        assert sorted(train + validation) == sorted(files)
+        assert corpus._split(files[::-1], fraction) == (train, validation)
+
+    @pytest.mark.parametrize("fraction", [0.05, 0.3, 0.8])
+    def test_holds_out_about_the_fraction(self, fraction: float) -> None:
+        files = [corpus._Named(f"{i}.txt", Path(f"{i}.txt")) for i in range(4000)]
+        _, validation = corpus._split(files, fraction)
+        assert len(validation) / len(files) == pytest.approx(fraction, abs=0.03)
+
+    def test_a_file_added_later_moves_no_other(self, tmp_path: Path) -> None:
+        write(tmp_path, numbered(200))
+        before = corpus_files(text(tmp_path / "*.txt"))[1]
+        write(tmp_path, {"added.txt": b"x"})
+        after = corpus_files(text(tmp_path / "*.txt"))[1]
+        assert len(before) > 1
+        assert set(after) - {tmp_path / "added.txt"} == set(before)
+
+    def test_never_changes(self, tmp_path: Path) -> None:
+        write(tmp_path, numbered(40))
+        _, validation = corpus_files(text(tmp_path / "*.txt", fraction=0.15))
+        # Written down once. A change here is a change of the data of every run already made.
+        assert names(validation, tmp_path) == [f"{i:03}.txt" for i in (7, 14, 16, 17, 22, 23, 24, 28, 30, 37)]
+
+    @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, 5.0, float("nan")])
+    def test_refuses_a_fraction_that_empties_a_part(self, tmp_path: Path, fraction: float) -> None:
+        write(tmp_path, numbered(3))
+        error = refused(text(tmp_path / "*.txt", fraction=fraction))
+        assert error.field == "data.validation_fraction"
+        assert error.value is fraction
+        assert "data.validation_fraction=0.05" in error.remedy
+
+    def test_a_validation_glob_needs_no_fraction(self, tmp_path: Path) -> None:
+        write(tmp_path, {"train.txt": b"t", "held_out.txt": b"v"})
+        data = text(tmp_path / "train.txt", tmp_path / "held_out.txt", fraction=0.0)
+        assert corpus_files(data) == ([tmp_path / "train.txt"], [tmp_path / "held_out.txt"])
+
+    def test_what_the_validation_glob_names_is_not_trained_on(self, tmp_path: Path) -> None:
+        write(tmp_path, {"a.txt": b"a", "b.txt": b"b", "held_out/c.txt": b"c"})
+        (tmp_path / "alias.txt").symlink_to(tmp_path / "held_out" / "c.txt")
+        data = text(tmp_path / "**" / "*.txt", tmp_path / "held_out" / "*.txt")
+        train, validation = corpus_files(data)
+        assert names(train, tmp_path) == ["a.txt", "b.txt"]
+        assert names(validation, tmp_path) == ["held_out/c.txt"]
+
+    def test_a_validation_glob_that_leaves_nothing_is_refused(self, tmp_path: Path) -> None:
+        write(tmp_path, numbered(3))
+        error = refused(text(tmp_path / "*.txt", tmp_path / "*"))
+        assert (error.field, error.value) == ("data.validation", str(tmp_path / "*"))
+        assert "data.validation=null" in error.remedy
+
+
+class TestBytes:
+    def test_each_file_ends_with_a_zero_byte(self, tmp_path: Path) -> None:
+        write(tmp_path, {"train/b.txt": b"second", "train/a.txt": b"first", "held_out/c.txt": "ü".encode()})
+        loaded = load_corpus(text(tmp_path / "train" / "*", tmp_path / "held_out" / "*"))
+        assert loaded.train.tobytes() == b"first\0second\0"
+        assert loaded.validation.tobytes() == b"\xc3\xbc\0"
+        assert loaded.train.dtype == np.uint8
+        assert loaded.train.ndim == 1
+
+    def test_binary_files_are_taken_as_they_are(self, tmp_path: Path) -> None:
+        content = bytes(range(256)) + b"\r\n\xff\xfe\0"
+        write(tmp_path, {"a.bin": content, "held_out": content[::-1]})
+        loaded = load_corpus(text(tmp_path / "*.bin", tmp_path / "held_out"))
+        assert loaded.train.tobytes() == content + b"\0"
+        assert loaded.validation.tobytes() == content[::-1] + b"\0"
+
+    @pytest.mark.parametrize(
+        ("size", "fraction", "held_out"), [(99, 0.05, 5), (99, 0.999, 99), (9, 0.05, 1), (1, 0.05, 1)]
+    )
+    def test_the_tail_of_a_single_file_is_held_out(
+        self, tmp_path: Path, size: int, fraction: float, held_out: int
+    ) -> None:
+        content = bytes(1 + i % 255 for i in range(size))
+        write(tmp_path, {"only.txt": content, "empty.txt": b""})
+        data = text(tmp_path / "*.txt", fraction=fraction)
+        loaded = load_corpus(data)
+        assert corpus_files(data) == ([tmp_path / "only.txt"], [tmp_path / "only.txt"])
+        assert loaded.train.tobytes() + loaded.validation.tobytes() == content + b"\0"
+        assert loaded.validation.size == held_out
+
+    @pytest.mark.parametrize("count", [1, 2, 30])
+    def test_sizes_foretell_the_tokens(self, tmp_path: Path, count: int) -> None:
+        write(tmp_path, numbered(count))
+        data = text(tmp_path / "*.txt", fraction=0.3)
+        loaded = load_corpus(data)
+        assert token_counts(data) == (loaded.train.size, loaded.validation.size)
+
+
+class TestRefusals:
+    def test_no_glob(self) -> None:
+        error = refused(text(None))
+        assert (error.field, error.value) == ("data.train", None)
+        assert offered(error) == "corpus/**/*.txt"
+
+    @pytest.mark.parametrize("field", ["data.train", "data.validation"])
+    def test_a_glob_without_a_match_is_offered_one(self, tmp_path: Path, field: str) -> None:
+        write(tmp_path, {"my corpus/a.md": b"a", "my corpus/b.md": b"b", "train/t.txt": b"t"})
+        write(
+            tmp_path,
+            {"my corpus/c.rst": b"c", "my corpus/.hidden": b"h", "my corpus/0.empty": b""},
+        )
+        pattern = f"{tmp_path}/my corpus/missing.txt"
+        good = f"{tmp_path}/train/*.txt"
+        error = refused(text(pattern) if field == "data.train" else text(good, pattern))
+        assert (error.field, error.value) == (field, pattern)
+        assert "matches no file" in error.why
+        assert "(2 files)" in error.remedy
+        repaired = text(offered(error)) if field == "data.train" else text(good, offered(error))
+        train, validation = corpus_files(repaired)
+        assert {"a.md", "b.md"} <= {path.name for path in train + validation}
+
+    def test_a_directory_is_offered_its_files(self, tmp_path: Path) -> None:
+        write(tmp_path, {"corpus [1]/a.txt": b"a"})
+        error = refused(text(tmp_path / "corpus [1]"))
+        assert corpus_files(text(offered(error)))[0] == [tmp_path / "corpus [1]" / "a.txt"]
+
+    def test_a_missing_directory_is_offered_the_nearest_that_exists(self, tmp_path: Path) -> None:
+        write(tmp_path, {"corpus/a.txt": b"a"})
+        error = refused(text(tmp_path / "corpus" / "no" / "such" / "*.txt"))
+        assert offered(error) == f"{tmp_path}/corpus/*.txt"
+
+    def test_nowhere_to_look_is_still_a_refusal(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        for pattern in ("*.txt", ""):
+            error = refused(text(pattern))
+            assert (error.field, error.value) == ("data.train", pattern)
+            assert offered(error) == "**/*.txt"
+
+    def test_empty_files_are_left_out(self, tmp_path: Path) -> None:
+        write(tmp_path, numbered(3) | {"empty.txt": b""})
+        (tmp_path / "directory.txt").mkdir()
+        train, validation = corpus_files(text(tmp_path / "*.txt"))
+        assert sorted(names(train + validation, tmp_path)) == sorted(numbered(3))
+
+    def test_only_empty_files(self, tmp_path: Path) -> None:
+        write(tmp_path, {"a.txt": b"", "b.txt": b""})
+        error = refused(text(tmp_path / "*.txt"))
+        assert (error.field, error.value) == ("data.train", str(tmp_path / "*.txt"))
+        assert "empty" in error.why
+
+    def test_a_pipe_is_not_waited_for(self, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "pipe.txt")
+        write(tmp_path, numbered(2))
+        loaded = load_corpus(text(tmp_path / "*.txt"))
+        assert loaded.train.size + loaded.validation.size == 2 * len(b"text 0\0")
+
+    def test_a_dangling_link_is_refused(self, tmp_path: Path) -> None:
+        write(tmp_path, numbered(3))
+        (tmp_path / "large.txt").symlink_to(tmp_path / "not-fetched")
+        error = refused(text(tmp_path / "*.txt"))
+        assert (error.field, error.value) == ("data.train", str(tmp_path / "*.txt"))
+        assert "No such file" in error.why
+        assert str(tmp_path / "large.txt") in error.remedy
+
+    def test_a_forbidden_file_is_refused(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        write(tmp_path, numbered(3) | {"secret.txt": b"s"})
+        (tmp_path / "secret.txt").chmod(0)
+        if os.geteuid() == 0:
+            # Root may read everything: answer as for an ordinary owner.
+            monkeypatch.setattr(os, "access", lambda path, mode: bool(os.stat(path).st_mode & stat.S_IRUSR))
+        error = refused(text(tmp_path / "001.txt", tmp_path / "*.txt"))
+        assert (error.field, error.value) == ("data.validation", str(tmp_path / "*.txt"))
+        assert "permission denied" in error.why
+        assert str(tmp_path / "secret.txt") in error.remedy
+
+    def test_is_one_readable_message(self, tmp_path: Path) -> None:
+        message = str(refused(text(tmp_path / "*.txt")))
+        assert re.match(
+            rf"data\.train={re.escape(str(tmp_path))}/\*\.txt: .+\n  nearest that works: .+", message
+        )
+
+
+def test_names_that_are_not_utf8_are_split_too(tmp_path: Path) -> None:
+    for name in (b"a\xff.txt", b"b\xfe.txt"):
+        Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)).write_bytes(hashlib.sha256(name).digest())
+    train, validation = corpus_files(text(tmp_path / "*.txt"))
+    assert (len(train), len(validation)) == (1, 1)

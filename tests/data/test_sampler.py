@@ -1,0 +1,277 @@
+"""The order of samples: one order, whatever the layout and wherever a run stops and resumes."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from launcher.config.errors import ConfigError
+from launcher.config.schema import CorpusSource, DataConfig
+from launcher.data.corpus import load_corpus
+from launcher.data.sampler import TokenSamples, check_corpus, micro_batches, permute, sample_indices
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to cut a global batch up."""
+
+    data_size: int
+    micro_batch_size: int
+
+
+def layouts_of(global_batch_size: int) -> list[Layout]:
+    return [
+        Layout(data_size, micro)
+        for data_size in range(1, global_batch_size + 1)
+        for micro in range(1, global_batch_size // data_size + 1)
+        if global_batch_size % (data_size * micro) == 0
+    ]
+
+
+@st.composite
+def runs(draw: st.DrawFn) -> tuple[int, int, list[tuple[int, Layout]]]:
+    """(samples consumed before, global batch, segments): a segment is so many steps in one layout."""
+    global_batch_size = draw(st.integers(1, 24))
+    segment = st.tuples(st.integers(1, 3), st.sampled_from(layouts_of(global_batch_size)))
+    return draw(st.integers(0, 10_000)), global_batch_size, draw(st.lists(segment, min_size=1, max_size=4))
+
+
+def order(size: int, seed: int = 0, epoch: int = 0) -> list[int]:
+    return [int(window) for window in permute(np.arange(size), size, seed=seed, epoch=epoch)]
+
+
+def ramp(windows: int, sequence_length: int, shuffle_seed: int | None) -> TokenSamples:
+    """Samples over tokens 0, 1, 2, ...: a token's value is its position."""
+    return TokenSamples(np.arange(windows * sequence_length + 1), sequence_length, shuffle_seed)
+
+
+class TestPermutation:
+    @given(size=st.integers(1, 5000), seed=st.integers(), epoch=st.integers(0, 2**40))
+    def test_is_a_bijection(self, size: int, seed: int, epoch: int) -> None:
+        assert sorted(order(size, seed, epoch)) == list(range(size))
+
+    def test_is_a_bijection_of_every_small_size(self) -> None:
+        for size in range(1, 300):
+            assert sorted(order(size, seed=size)) == list(range(size)), size
+
+    @given(size=st.integers(1, 2**62), seed=st.integers(), data=st.data())
+    @settings(max_examples=50)
+    def test_needs_no_table(self, size: int, seed: int, data: st.DataObject) -> None:
+        positions = data.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=20, unique=True))
+        windows = permute(np.array(positions), size, seed=seed, epoch=0)
+        assert windows.min() >= 0
+        assert windows.max() < size
+        assert len(set(windows.tolist())) == len(positions)
+        alone = [permute(np.array([position]), size, seed=seed, epoch=0).item() for position in positions]
+        assert windows.tolist() == alone
+
+    @given(
+        size=st.integers(50, 2000),
+        one=st.tuples(st.integers(-5, 5), st.integers(0, 5)),
+        other=st.tuples(st.integers(-5, 5), st.integers(0, 5)),
+    )
+    def test_differs_between_seeds_and_epochs(
+        self, size: int, one: tuple[int, int], other: tuple[int, int]
+    ) -> None:
+        same_places = np.mean(np.array(order(size, *one)) == np.array(order(size, *other)))
+        assert (same_places == 1) if one == other else (same_places < 0.2)
+
+    def test_seed_and_epoch_do_not_run_together(self) -> None:
+        assert order(100, seed=1, epoch=11) != order(100, seed=11, epoch=1)
+        assert order(100, seed=1, epoch=11) != order(100, seed=111, epoch=1)
+
+    def test_every_order_of_a_few_is_as_likely(self) -> None:
+        draws, orders = 4800, 24
+        counts = Counter(tuple(order(4, seed=3, epoch=epoch)) for epoch in range(draws))
+        chi_squared = sum((count - draws / orders) ** 2 / (draws / orders) for count in counts.values())
+        assert len(counts) == orders
+        assert chi_squared < 50  # 23 degrees of freedom: exceeded once in a thousand seeds
+
+    def test_scatters_neighbours(self) -> None:
+        steps = np.diff(order(10_000, seed=1))
+        # The mean distance of two uniform draws is a third of the range.
+        assert np.abs(steps).mean() == pytest.approx(10_000 / 3, rel=0.05)
+        assert len(np.unique(steps)) > 5_000
+
+    def test_never_changes(self) -> None:
+        # Written down once. A change here is a change of the data of every run already made.
+        assert order(1) == [0]
+        assert order(10, seed=1234) == [2, 9, 3, 1, 5, 8, 0, 7, 4, 6]
+        assert order(10, seed=1234, epoch=1) == [8, 3, 0, 2, 4, 9, 7, 5, 6, 1]
+        assert order(1000, seed=-7, epoch=3)[:8] == [788, 409, 683, 316, 537, 184, 709, 230]
+        large = permute(np.array([0, 1, 10**12]), 10**15 + 37, seed=2**70, epoch=9)
+        assert large.tolist() == [134643035035938, 278898415346215, 397185342248937]
+
+
+class TestTokenSamples:
+    @given(tokens=st.integers(2, 400), sequence_length=st.integers(1, 50), seed=st.none() | st.integers())
+    def test_an_epoch_covers_every_window_once(
+        self, tokens: int, sequence_length: int, seed: int | None
+    ) -> None:
+        if tokens <= sequence_length:
+            return
+        samples = TokenSamples(np.arange(tokens), sequence_length, seed)
+        epoch = samples.take(np.arange(len(samples)))
+        assert epoch.shape == ((tokens - 1) // sequence_length, sequence_length + 1)
+        assert (np.diff(epoch, axis=1) == 1).all()
+        assert sorted(epoch[:, 0].tolist()) == list(range(0, tokens - sequence_length, sequence_length))
+
+    def test_in_order_repeats_the_corpus(self) -> None:
+        samples = ramp(windows=3, sequence_length=4, shuffle_seed=None)
+        assert samples.windows(np.arange(7)).tolist() == [0, 1, 2, 0, 1, 2, 0]
+        assert samples.take(np.array([4])).tolist() == [[4, 5, 6, 7, 8]]
+
+    def test_each_epoch_has_an_order_of_its_own(self) -> None:
+        samples = ramp(windows=50, sequence_length=2, shuffle_seed=5)
+        windows = samples.windows(np.arange(200)).reshape(4, 50)
+        assert windows.tolist() == [order(50, seed=5, epoch=epoch) for epoch in range(4)]
+
+    def test_indices_of_several_epochs_in_any_order(self) -> None:
+        samples = ramp(windows=7, sequence_length=2, shuffle_seed=5)
+        every = samples.windows(np.arange(70))
+        mixed = np.random.default_rng(0).permutation(70)
+        assert samples.windows(mixed).tolist() == every[mixed].tolist()
+
+    def test_bytes_become_int64(self) -> None:
+        taken = TokenSamples(np.array([250, 251, 252, 253, 254], np.uint8), 2, None).take(np.arange(2))
+        assert taken.dtype == np.int64
+        assert taken.tolist() == [[250, 251, 252], [252, 253, 254]]
+
+    @pytest.mark.parametrize(
+        ("tokens", "remedy"), [(8, "data.sequence_length=7"), (1, "more text"), (0, "more text")]
+    )
+    def test_too_short_a_corpus_is_refused(self, tokens: int, remedy: str) -> None:
+        with pytest.raises(ConfigError) as raised:
+            TokenSamples(np.zeros(tokens, np.uint8), 8, 0)
+        assert (raised.value.field, raised.value.value) == ("data.sequence_length", 8)
+        assert raised.value.remedy.startswith(remedy)
+
+    def test_one_window_exactly_is_enough(self) -> None:
+        assert len(TokenSamples(np.zeros(9, np.uint8), 8, 0)) == 1
+        assert len(TokenSamples(np.zeros(16, np.uint8), 8, 0)) == 1
+        assert len(TokenSamples(np.zeros(17, np.uint8), 8, 0)) == 2
+
+
+class TestLedger:
+    @given(runs())
+    def test_no_sample_is_skipped_or_repeated_across_layouts(
+        self, run: tuple[int, int, list[tuple[int, Layout]]]
+    ) -> None:
+        start, global_batch_size, segments = run
+        consumed = start
+        for steps, layout in segments:
+            for _ in range(steps):
+                batch = list(self.global_batch(consumed, global_batch_size, layout))
+                assert batch == list(range(consumed, consumed + global_batch_size))
+                consumed += global_batch_size
+
+    @staticmethod
+    def global_batch(consumed: int, global_batch_size: int, layout: Layout) -> Iterator[int]:
+        """Every rank's samples of one step: first pass of rank 0, first pass of rank 1, ..., second pass."""
+        ranks = [
+            sample_indices(
+                samples_consumed=consumed,
+                global_batch_size=global_batch_size,
+                micro_batch_size=layout.micro_batch_size,
+                data_rank=rank,
+                data_size=layout.data_size,
+            )
+            for rank in range(layout.data_size)
+        ]
+        accumulation = global_batch_size // (layout.micro_batch_size * layout.data_size)
+        for indices in ranks:
+            assert indices.shape == (accumulation, layout.micro_batch_size)
+            assert indices.dtype == np.int64
+        for one_pass in zip(*ranks, strict=True):
+            for micro_batch in one_pass:
+                yield from micro_batch.tolist()
+
+    def test_never_changes(self) -> None:
+        layout: dict[str, Any] = {"global_batch_size": 12, "micro_batch_size": 2, "data_size": 3}
+        indices = [
+            sample_indices(samples_consumed=100, data_rank=rank, **layout).tolist() for rank in range(3)
+        ]
+        assert indices == [
+            [[100, 101], [106, 107]],
+            [[102, 103], [108, 109]],
+            [[104, 105], [110, 111]],
+        ]
+
+    @pytest.mark.parametrize("shuffle_seed", [None, 1234])
+    @pytest.mark.parametrize("layout", layouts_of(12), ids=str)
+    def test_the_tokens_follow_the_ledger(self, layout: Layout, shuffle_seed: int | None) -> None:
+        # Ten windows and batches of twelve: every batch crosses an epoch.
+        samples = ramp(windows=10, sequence_length=3, shuffle_seed=shuffle_seed)
+        orders = [
+            list(range(10)) if shuffle_seed is None else order(10, shuffle_seed, epoch) for epoch in range(5)
+        ]
+        for step in range(3):
+            ranks = [
+                list(
+                    micro_batches(
+                        samples,
+                        samples_consumed=12 * step,
+                        global_batch_size=12,
+                        micro_batch_size=layout.micro_batch_size,
+                        data_rank=rank,
+                        data_size=layout.data_size,
+                    )
+                )
+                for rank in range(layout.data_size)
+            ]
+            assert all(batch.shape == (layout.micro_batch_size, 4) for rank in ranks for batch in rank)
+            read = np.concatenate([batch for one_pass in zip(*ranks, strict=True) for batch in one_pass])
+            windows = [orders[i // 10][i % 10] for i in range(12 * step, 12 * step + 12)]
+            assert read.tolist() == [list(range(3 * window, 3 * window + 4)) for window in windows]
+
+
+class TestCheckCorpus:
+    @staticmethod
+    def corpus(root: Path, train: int, validation: int) -> DataConfig:
+        """Two files of so many tokens, their zero bytes included."""
+        (root / "train.txt").write_bytes(b"t" * (train - 1))
+        (root / "validation.txt").write_bytes(b"v" * (validation - 1))
+        return DataConfig(CorpusSource.text, str(root / "train.txt"), str(root / "validation.txt"))
+
+    def refused(self, data: DataConfig, sequence_length: int) -> ConfigError:
+        with pytest.raises(ConfigError) as raised:
+            check_corpus(data, sequence_length)
+        assert (raised.value.field, raised.value.value) == ("data.sequence_length", sequence_length)
+        return raised.value
+
+    @pytest.mark.parametrize(("train", "validation", "part"), [(50, 9, "validation"), (9, 50, "training")])
+    def test_names_the_short_part_and_what_would_fit(
+        self, tmp_path: Path, train: int, validation: int, part: str
+    ) -> None:
+        error = self.refused(self.corpus(tmp_path, train, validation), sequence_length=9)
+        assert part in error.why
+        assert error.remedy.startswith("data.sequence_length=8,")
+
+    def test_one_remedy_serves_both_parts(self, tmp_path: Path) -> None:
+        data = self.corpus(tmp_path, train=30, validation=20)
+        error = self.refused(data, sequence_length=64)
+        assert error.remedy.startswith("data.sequence_length=19,")
+        check_corpus(data, 19)
+
+    @pytest.mark.parametrize("size", [1, 2, 19, 20, 21, 400])
+    def test_agrees_with_what_the_ranks_would_find(self, tmp_path: Path, size: int) -> None:
+        (tmp_path / "only.txt").write_bytes(b"x" * size)
+        data = DataConfig(CorpusSource.text, str(tmp_path / "only.txt"), validation_fraction=0.1)
+        loaded = load_corpus(data)
+        for sequence_length in (1, 2, 39, 40):
+            fits = min(loaded.train.size, loaded.validation.size) > sequence_length
+            if fits:
+                check_corpus(data, sequence_length)
+                TokenSamples(loaded.train, sequence_length, 0)
+                TokenSamples(loaded.validation, sequence_length, None)
+            else:
+                self.refused(data, sequence_length)
+
+    def test_the_shipped_corpus_is_long_enough(self) -> None:
+        check_corpus(DataConfig(source=CorpusSource.stdlib), 8192)

@@ -1,0 +1,61 @@
+"""GPUs as CUDA would count them, and cores."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launcher.launch.machine import Machine, existing_gpus, this_machine, visible_gpus
+
+
+@pytest.mark.parametrize(
+    ("setting", "existing", "visible"),
+    [
+        (None, 0, 0),
+        (None, 8, 8),
+        ("", 8, 0),
+        ("-1", 8, 0),
+        ("NoDevFiles", 8, 0),
+        ("0", 8, 1),
+        ("0,1,2,3", 8, 4),
+        (" 3, 1 ", 8, 2),
+        ("0,-1,1", 8, 1),  # what follows an invalid name is hidden
+        ("0,9,1", 8, 1),
+        ("0,0", 8, 0),  # CUDA rejects duplicates altogether
+        ("0,1", 0, 0),
+        ("GPU-8932f937-d72c,GPU-1f22a253", 8, 2),
+        ("MIG-a,MIG-b", 1, 1),
+    ],
+)
+def test_visible_gpus(setting: str | None, existing: int, visible: int) -> None:
+    environ = {} if setting is None else {"CUDA_VISIBLE_DEVICES": setting}
+    assert visible_gpus(environ, existing) == visible
+
+
+def test_existing_gpus_are_the_numbered_device_nodes(tmp_path: Path) -> None:
+    (tmp_path / "dev").mkdir()
+    for name in ("nvidia0", "nvidia1", "nvidia10", "nvidiactl", "nvidia-uvm", "null"):
+        (tmp_path / "dev" / name).touch()
+    assert existing_gpus(tmp_path) == 3
+
+
+def test_existing_gpus_are_else_those_of_the_driver(tmp_path: Path) -> None:
+    assert existing_gpus(tmp_path) == 0
+    for address in ("0000:17:00.0", "0000:65:00.0"):
+        (tmp_path / "proc/driver/nvidia/gpus" / address).mkdir(parents=True)
+    assert existing_gpus(tmp_path) == 2
+
+
+def test_this_machine_respects_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    machine = this_machine()
+    assert machine == Machine(gpus=0, cores=machine.cores)
+    assert machine.cores >= 1
+
+
+def test_the_package_imports_neither_torch_nor_deepspeed() -> None:
+    loaded = "[name for name in ('torch', 'deepspeed', 'hydra') if name in sys.modules]"
+    code = f"import sys; from launcher.launch import environment, local, machine; print({loaded})"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert ran.stdout.strip() == "[]"
