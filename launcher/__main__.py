@@ -3,32 +3,32 @@
 Nothing here imports torch before the config has been composed and checked.
 """
 
+import difflib
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from launcher.config.compose import multirun_index, run_hydra
+from launcher.config.compose import compose_jobs, load_typed
 from launcher.config.errors import ConfigError
+from launcher.config.layout import Layout
 from launcher.config.schema import GenerateConfig, RunConfig
-from launcher.config.validate import sequence_length, validate, validate_generate
+from launcher.config.shape import sequence_length
+from launcher.config.validate import validate, validate_generate
 from launcher.data.sampler import check_corpus
-from launcher.launch.environment import joined_ranks
+from launcher.launch.environment import RankEnvironment, joined_ranks
 from launcher.launch.local import RankFailure
-from launcher.launch.machine import share_cores, this_machine
+from launcher.launch.machine import Machine, share_cores, this_machine
+from launcher.runtime.run_dir import CONFIG
 
 REFUSED, FAILED, INTERRUPTED = 2, 1, 130
 
 
 def main() -> None:
     """The console script. Exit codes: 0 done, 1 a rank failed, 2 refused, 130 interrupted."""
-    arguments = sys.argv[1:]
-    command = COMMANDS.get(arguments[0]) if arguments else None
     try:
-        if command:
-            command(arguments[1:])
-        else:
-            train(arguments)
+        command, arguments = _command(sys.argv[1:])
+        command(arguments)
     except ConfigError as error:
         sys.exit(_report(f"launcher: {error}", REFUSED))
     except RankFailure as failure:
@@ -37,34 +37,50 @@ def main() -> None:
         sys.exit(_report("launcher: interrupted; all ranks have ended", INTERRUPTED))
 
 
+def _command(arguments: list[str]) -> tuple[Callable[[list[str]], None], list[str]]:
+    word = arguments[0] if arguments else ""
+    if word in COMMANDS:
+        return COMMANDS[word], arguments[1:]
+    if word.isalpha() and (meant := difflib.get_close_matches(word, COMMANDS, n=1, cutoff=0.8)):
+        raise ConfigError(word, None, "no such command", f"launcher {meant[0]}")
+    return train, arguments
+
+
 def train(arguments: list[str]) -> None:
-    run_hydra("config", RunConfig, arguments, _train)
-
-
-def _train(run: RunConfig) -> None:
+    jobs = compose_jobs("config", RunConfig, arguments)
+    if not jobs:
+        return
     ranks, machine = joined_ranks(os.environ), this_machine()
-    layout = validate(
-        run, gpus=machine.gpus, cores=machine.cores, joined_world=ranks.world_size if ranks else None
-    )
-    check_corpus(run.data, sequence_length(run))
+    if ranks and len(jobs) > 1:
+        why = "ranks that torchrun or srun started train one run"
+        raise ConfigError("--multirun", None, why, "one torchrun or srun per run, or a sweep without them")
+    # All jobs of a sweep are checked before the first is trained.
+    layouts = [_checked_layout(job.config, ranks, machine) for job in jobs]
     from launcher.runtime.start import train_as_joined_rank, train_on_this_machine
 
-    if ranks:
-        train_as_joined_rank(run, layout, ranks)
-    else:
-        train_on_this_machine(run, layout, cores=machine.cores, multirun_index=multirun_index())
+    for job, layout in zip(jobs, layouts, strict=True):
+        if ranks:
+            train_as_joined_rank(job.config, layout, ranks)
+        else:
+            train_on_this_machine(job.config, layout, cores=machine.cores, multirun_index=job.index)
+
+
+def _checked_layout(run: RunConfig, ranks: RankEnvironment | None, machine: Machine) -> Layout:
+    joined_world = ranks.world_size if ranks else None
+    layout = validate(run, gpus=machine.gpus, cores=machine.cores, joined_world=joined_world)
+    check_corpus(run.data, sequence_length(run))
+    return layout
 
 
 def generate(arguments: list[str]) -> None:
-    run_hydra("generate", GenerateConfig, arguments, _generate)
+    for job in compose_jobs("generate", GenerateConfig, arguments):
+        run_dir = Path(validate_generate(job.config)).expanduser()
+        # Read here only to refuse it: what comes next imports torch.
+        load_typed(run_dir / CONFIG, RunConfig)
+        share_cores(1, this_machine().cores)
+        from launcher.runtime.generate import generate as sample_text
 
-
-def _generate(config: GenerateConfig) -> None:
-    run_dir = Path(validate_generate(config)).expanduser()
-    share_cores(1, this_machine().cores)
-    from launcher.runtime.generate import generate as sample_text
-
-    print(sample_text(config, run_dir))
+        print(sample_text(job.config, run_dir))
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {"train": train, "generate": generate}
@@ -72,9 +88,17 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {"train": train, "generate": 
 
 def _report(message: str, code: int) -> int:
     # Under torchrun or srun every rank is refused alike: one of them says so.
-    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0" or code == FAILED:
+    if code == FAILED or _speaks_for_all():
         print(message, file=sys.stderr)
     return code
+
+
+def _speaks_for_all() -> bool:
+    try:
+        ranks = joined_ranks(os.environ)
+    except ConfigError:
+        return True  # a stray RANK or WORLD_SIZE is what is wrong, and nobody else may be there to say so
+    return ranks is None or ranks.rank == 0
 
 
 if __name__ == "__main__":

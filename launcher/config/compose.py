@@ -1,64 +1,63 @@
-"""Hydra's composition, with each of its errors turned into one ConfigError."""
+"""Hydra's composition, from a command line to dataclasses. Its errors become ConfigErrors in explain.py."""
 
-import difflib
+import contextlib
+import io
 import os
-import re
 import sys
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from launcher.config.errors import ConfigError
+from launcher.config.explain import COMPOSITION_ERRORS, explain, missing_value, no_such_field
+from launcher.config.fields import config_directory, is_section
 from launcher.config.schema import GenerateConfig, RunConfig, register_schema
 
 Config = TypeVar("Config", RunConfig, GenerateConfig)
 
 
-def config_directory() -> Path:
-    """conf/: inside the installed package, or beside it in a checkout."""
-    package = Path(__file__).resolve().parents[1]
-    installed = package / "conf"
-    return installed if installed.is_dir() else package.parent / "conf"
+@dataclass(frozen=True)
+class Job(Generic[Config]):
+    """One config to run; `index` counts the jobs of a --multirun and is None in a single run."""
+
+    config: Config
+    index: int | None
 
 
-def run_hydra(
-    config_name: str, root: type[Config], arguments: list[str], task: Callable[[Config], None]
-) -> None:
-    """Compose `config_name` from command-line `arguments` and hand the typed object to `task`.
+def compose_jobs(config_name: str, root: type[Config], arguments: list[str]) -> list[Job[Config]]:
+    """Compose `config_name` from command-line `arguments`: one job, or those of a sweep.
 
     Hydra's own flags (--help, --cfg job, --multirun, --config-dir ...) do what they do in any Hydra
-    application. Raises ConfigError for whatever cannot be composed; what `task` raises passes through.
+    application; those that only show something leave no job. Raises ConfigError for whatever cannot
+    be composed, in any job of a sweep, before a caller can start the first.
     """
     register_schema()
     # Hydra would otherwise print its errors itself and exit with 1; it offers no other switch.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    sys.argv = ["launcher", *(_addable(argument) for argument in arguments)]
-    failures: list[BaseException] = []
+    # argparse takes overrides in one stretch only; a flag may stand between them here.
+    flags_first: list[str] = [_addable(argument) for argument in sorted(arguments, key=_is_override)]
+    overrides = _overrides_among(flags_first)
+    sys.argv = ["launcher", *flags_first]
+    composed: list[tuple[DictConfig, int | None]] = []
 
-    def typed_task(composed: DictConfig) -> None:
-        # Kept, not raised: Hydra would print a line of its own about every exception of a task.
-        if failures:
-            return
-        try:
-            task(to_typed(composed, root))
-        except BaseException as failure:
-            failures.append(failure)
+    def keep(config: DictConfig) -> None:
+        composed.append((config, _multirun_index()))
 
-    main = hydra.main(version_base="1.3", config_path=str(config_directory()), config_name=config_name)(
-        typed_task
-    )
+    main = hydra.main(version_base="1.3", config_path=str(config_directory()), config_name=config_name)(keep)
     try:
         main()
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
-        raise explain(error, root) from None
-    if failures:
-        raise failures[0]
+    except COMPOSITION_ERRORS as error:
+        raise explain(error, root, overrides) from None
+    return [Job(to_typed(config, root, overrides), index) for config, index in composed]
+
+
+def _is_override(argument: str) -> bool:
+    return not argument.startswith("-") and ("=" in argument or argument.startswith("~"))
 
 
 def _addable(argument: str) -> str:
@@ -66,27 +65,41 @@ def _addable(argument: str) -> str:
     return f"++{argument}" if argument.startswith("deepspeed.") else argument
 
 
-def multirun_index() -> int | None:
-    """Which job of a --multirun this is, or None in a single run."""
-    if not HydraConfig.initialized():
-        return None
-    hydra_config = HydraConfig.get()
-    return (
-        int(hydra_config.job.num)
-        if hydra_config.mode is not None and hydra_config.mode.name == "MULTIRUN"
-        else None
-    )
+def _overrides_among(arguments: list[str]) -> list[str]:
+    """What is left of the arguments without Hydra's flags. Raises ConfigError for a flag it does not have."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            overrides: list[str] = get_args_parser().parse_args(arguments).overrides
+    except SystemExit as stop:
+        if not stop.code:
+            raise  # --version
+        why = said.getvalue().strip().splitlines()[-1].partition("error: ")[2]
+        raise ConfigError("command line", None, why, "a flag that `launcher --hydra-help` lists") from None
+    return overrides
 
 
-def to_typed(composed: DictConfig, root: type[Config]) -> Config:
-    """The dataclasses behind a composed config. Raises ConfigError for a value missing or a key unknown."""
-    missing = sorted(OmegaConf.missing_keys(composed))
-    if missing:
-        raise ConfigError(
-            missing[0], "???", "has no value", f"{missing[0]}=<{fields_of(root).get(missing[0], 'value')}>"
-        )
-    _refuse_unknown(composed, OmegaConf.structured(root), "", root)
-    typed = OmegaConf.to_object(composed)
+def _multirun_index() -> int | None:
+    config = HydraConfig.get()
+    swept = config.mode is not None and config.mode.name == "MULTIRUN"
+    return int(config.job.num) if swept else None
+
+
+def to_typed(composed: DictConfig, root: type[Config], overrides: list[str] | None = None) -> Config:
+    """The dataclasses behind a composed config.
+
+    Raises ConfigError for a missing value, an unknown key or a ${...} that leads nowhere; `overrides`
+    are those of the command line, for its message.
+    """
+    try:
+        if missing := sorted(OmegaConf.missing_keys(composed)):
+            raise missing_value(missing[0], root)
+        _refuse_unknown(composed, OmegaConf.structured(root), "", root)
+        typed = OmegaConf.to_object(composed)
+        # Composing does not look into lists: [a, {b: 1}] would pass for a list of text.
+        OmegaConf.structured(typed)
+    except COMPOSITION_ERRORS as error:
+        raise explain(error, root, overrides or []) from None
     assert isinstance(typed, root)
     return typed
 
@@ -96,108 +109,21 @@ def _refuse_unknown(config: DictConfig, schema: DictConfig, prefix: str, root: t
     for key in config:
         name = f"{prefix}{key!s}"
         if key not in schema.keys():  # noqa: SIM118  (`in schema` is false for a mandatory value)
-            raise _no_such_field(name, str(config[key]), root)
+            raise no_such_field(name, str(config[key]), root)
         node, inner = config._get_node(key), schema._get_node(key)
-        if isinstance(node, DictConfig) and isinstance(inner, DictConfig) and _is_dataclass_node(inner):
+        if isinstance(node, DictConfig) and isinstance(inner, DictConfig) and is_section(inner):
             _refuse_unknown(node, inner, f"{name}.", root)
-
-
-def _is_dataclass_node(node: DictConfig) -> bool:
-    return node._metadata.object_type not in (dict, None)
 
 
 def load_typed(path: Path, root: type[Config]) -> Config:
     """Read a composed config that a run wrote (run.dir/config.yaml). Raises ConfigError if it cannot be."""
+    if not path.is_file():
+        why = f"not a run's directory, it has no {path.name}"
+        raise ConfigError("run.dir", path.parent, why, "the directory that a run printed")
     try:
         merged = OmegaConf.merge(OmegaConf.structured(root), OmegaConf.load(path))
-    except (OSError, OmegaConfBaseException, ValueError) as error:
-        raise ConfigError(
-            "run.dir", path.parent, f"{path.name} is not a run's config: {error}", "a run's directory"
-        ) from None
-    assert isinstance(merged, DictConfig)
-    return to_typed(merged, root)
-
-
-def explain(error: Exception, root: type[Any]) -> ConfigError:
-    """Hydra's or omegaconf's exception as field, value, why and the nearest that works."""
-    text = f"{error}\n{error.__cause__ or ''}"
-    override = re.search(r"(?:Could not override|rror merging override) '([^'\n]+)'", text)
-    key = re.search(r"full_key: (\S+)", text)
-    if option := re.search(r"(?:Could not find|Could not load) '([^']+)'", text):
-        return _no_such_option(option[1], text)
-    if isinstance(error, OverrideParseException) or "No match in the defaults list" in text:
-        typed = override[1] if override else getattr(error, "override", "")
-        return _unreadable(typed, root)
-    if "is not in struct" in text or re.search(r"Key '[^']+' not in", text):
-        name, _, value = (override[1] if override else key[1] if key else "").partition("=")
-        return _no_such_field(name.lstrip("+~"), value or None, root)
-    if key and key[1] in fields_of(root):
-        value = re.search(r"[Vv]alue '(.*?)'", text)
-        kind = fields_of(root)[key[1]]
-        return ConfigError(
-            key[1], value[1] if value else "null", f"not of the type <{kind}>", f"{key[1]}=<{kind}>"
-        )
-    first = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
-    return ConfigError("command line", None, first, _QUOTING)
-
-
-_QUOTING = "GROUP=OPTION or a.b=VALUE, quoted where it has spaces or commas: 'a.b=\"x, y\"'"
-
-
-def _unreadable(typed: str, root: type[Any]) -> ConfigError:
-    name, equals, value = typed.partition("=")
-    if not equals or not name.strip("+~") or name.lstrip("+~") in fields_of(root):
-        return ConfigError(typed or "command line", None, "cannot be read as an override", _QUOTING)
-    return _no_such_field(name.lstrip("+~"), value, root)
-
-
-def _no_such_option(name: str, text: str) -> ConfigError:
-    group, _, option = name.rpartition("/")
-    options = sorted(set(re.findall(r"^\t(\S+)$", text, re.MULTILINE)))
-    close = difflib.get_close_matches(option, options, n=2) or options
-    return ConfigError(
-        group or "config",
-        option,
-        "no such option",
-        " or ".join(f"{group}={o}" for o in close) or "launcher --help",
-    )
-
-
-def _no_such_field(name: str, value: str | None, root: type[Any]) -> ConfigError:
-    fields = fields_of(root)
-    groups = sorted(
-        {field.split(".")[0] for field in fields} | ({"experiment"} if root is RunConfig else set())
-    )
-    same_leaf = [field for field in fields if field.split(".")[-1] == name.split(".")[-1]]
-    candidates = [*fields, *groups] if "." in name else [*groups, *(field.split(".")[-1] for field in fields)]
-    close = difflib.get_close_matches(name, candidates, n=2, cutoff=0.6)
-    full = [next((f for f in fields if f.split(".")[-1] == c and c not in groups), c) for c in close]
-    return ConfigError(
-        name, value, "no such field", " or ".join(same_leaf[:2] or full) or "one that `launcher --help` lists"
-    )
-
-
-def fields_of(root: type[Any]) -> dict[str, str]:
-    """Every field a user can set, as dotted name -> its legal values in words."""
-    found: dict[str, str] = {}
-
-    def walk(config: DictConfig, prefix: str) -> None:
-        for key in config:
-            name = f"{prefix}{key!s}"
-            node = config._get_node(key)
-            if isinstance(node, DictConfig) and _is_dataclass_node(node):
-                walk(node, f"{name}.")
-            else:
-                found[name] = _kind(node)
-
-    walk(OmegaConf.structured(root), "")
-    return found
-
-
-def _kind(node: Any) -> str:
-    reference = node._metadata.ref_type
-    members = getattr(reference, "__members__", None)
-    if members:
-        return " | ".join(members)
-    name = {int: "whole number", float: "number", bool: "true | false", str: "text"}.get(reference, "value")
-    return f"{name} | null" if node._metadata.optional else name
+        assert isinstance(merged, DictConfig)
+        return to_typed(merged, root)
+    except (*COMPOSITION_ERRORS, ConfigError) as error:
+        why = f"its {path.name} is not one that a run wrote: {str(error).splitlines()[0]}"
+        raise ConfigError("run.dir", path.parent, why, "the directory of an unchanged run") from None

@@ -8,7 +8,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from launcher.config.errors import ConfigError
+from launcher.config.errors import ConfigError, as_typed
 
 _SCALARS = """
 comms_logger communication_data_type data_types disable_allgather disable_python_gc dump_state log_level
@@ -42,22 +42,23 @@ SECTIONS: dict[str, list[str]] = {
 
 TOP_LEVEL: list[str] = sorted({*_SCALARS, *(name.split(".")[0] for name in SECTIONS)})
 
+# The field to set instead; {} is the value that was typed.
 OURS: dict[str, str] = {
-    "train_batch_size": "training.global_batch_size",
-    "train_micro_batch_size_per_gpu": "training.micro_batch_size",
-    "gradient_accumulation_steps": "training.global_batch_size and training.micro_batch_size",
-    "gradient_clipping": "optimizer.gradient_clipping",
-    "optimizer": "the optimizer group",
-    "scheduler": "the scheduler group",
+    "train_batch_size": "training.global_batch_size={}",
+    "train_micro_batch_size_per_gpu": "training.micro_batch_size={}",
+    "gradient_accumulation_steps": "derived from training.global_batch_size and training.micro_batch_size",
+    "gradient_clipping": "optimizer.gradient_clipping={}",
+    "optimizer": "optimizer=adamw or optimizer=sgd",
+    "scheduler": "scheduler=cosine or another of the group scheduler",
     "bf16.enabled": "precision=bf16",
     "fp16.enabled": "precision=fp16",
-    "fp16.initial_scale_power": "precision.initial_loss_scale_power",
-    "zero_optimization.stage": "parallelism.zero_stage",
-    "zero_optimization.offload_optimizer.device": "parallelism.offload_optimizer",
-    "zero_optimization.offload_param.device": "parallelism.offload_parameters",
-    "activation_checkpointing": "parallelism.activation_checkpointing",
-    "pipeline": "parallelism.pipeline",
-    "wandb": "logging.wandb",
+    "fp16.initial_scale_power": "precision.initial_loss_scale_power={}",
+    "zero_optimization.stage": "parallelism.zero_stage={}",
+    "zero_optimization.offload_optimizer.device": "parallelism.offload_optimizer=true",
+    "zero_optimization.offload_param.device": "parallelism=zero3_offload",
+    "activation_checkpointing": "parallelism.activation_checkpointing=full",
+    "pipeline": "parallelism.pipeline=2",
+    "wandb": "logging=wandb",
 }
 
 
@@ -67,23 +68,22 @@ def check_passthrough(extra: Mapping[str, Any]) -> None:
 
 
 def _check_section(section: str, keys: Mapping[str, Any]) -> None:
+    prefix = f"{section}." if section else ""
     allowed = SECTIONS[section] if section else TOP_LEVEL
     for key, value in keys.items():
-        path = f"{section}.{key}" if section else str(key)
+        path = f"{prefix}{key}"
+        shown = as_typed(value)
         if path in OURS:
-            raise ConfigError(f"deepspeed.{path}", value, "the launcher sets this one", OURS[path])
+            why = "the launcher sets this one"
+            raise ConfigError(f"deepspeed.{path}", shown, why, OURS[path].format(shown))
         if key not in allowed:
-            close = difflib.get_close_matches(str(key), allowed, n=2) or allowed[:3]
-            remedy = " or ".join(
-                f"deepspeed.{section}.{name}" if section else f"deepspeed.{name}" for name in close
-            )
-            raise ConfigError(f"deepspeed.{path}", value, "DeepSpeed has no such key", remedy)
+            close = difflib.get_close_matches(str(key), allowed, n=2)
+            remedies = [f"deepspeed.{prefix}{name}={shown}" for name in close]
+            names = f"deepspeed.{prefix}NAME, where NAME is one of {', '.join(allowed)}"
+            why = "no key of DeepSpeed's that a run may set"
+            raise ConfigError(f"deepspeed.{path}", shown, why, " or ".join(remedies) or names)
         if path in SECTIONS:
             if not isinstance(value, Mapping):
-                raise ConfigError(
-                    f"deepspeed.{path}",
-                    value,
-                    "a section, not a value",
-                    f"deepspeed.{path}.{SECTIONS[path][0]}=...",
-                )
+                remedy = f"deepspeed.{path}.{SECTIONS[path][0]}=VALUE"
+                raise ConfigError(f"deepspeed.{path}", shown, "a section, not a value", remedy)
             _check_section(path, value)

@@ -1,9 +1,17 @@
 """How many ranks there are and what each axis gets: pure arithmetic over a run and a machine."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from launcher.config.errors import ConfigError
+from launcher.config.errors import refusal, settings
 from launcher.config.schema import Device, Dtype, RunConfig
+from launcher.config.shape import (
+    divisors,
+    legal_pipeline_sizes,
+    legal_tensor_sizes,
+    multiples_around,
+    nearest,
+)
 
 
 @dataclass(frozen=True)
@@ -27,9 +35,8 @@ class Layout:
         return self.pipeline * self.data * self.tensor
 
     def describe(self) -> str:
-        ranks = "rank" if self.world_size == 1 else "ranks"
         axes = f"{self.pipeline} pipeline x {self.data} data x {self.tensor} tensor"
-        return f"{self.world_size} {self.device} {ranks} = {axes}, ZeRO-{self.zero_stage}"
+        return f"{_count(self.world_size, f'{self.device} rank')} = {axes}, ZeRO-{self.zero_stage}"
 
 
 def resolve_layout(run: RunConfig, *, gpus: int, cores: int, joined_world: int | None = None) -> Layout:
@@ -42,7 +49,7 @@ def resolve_layout(run: RunConfig, *, gpus: int, cores: int, joined_world: int |
     device = resolve_device(run, gpus=gpus)
     notes = []
     if joined_world is not None:
-        data = _data_in_world(run, joined_world, "the world size")
+        data = _data_in_world(run, joined_world)
     else:
         data, note = _data_on_this_machine(run, device, gpus=gpus, cores=cores)
         notes += [note] if note else []
@@ -53,7 +60,7 @@ def resolve_layout(run: RunConfig, *, gpus: int, cores: int, joined_world: int |
         data=data,
         tensor=run.parallelism.tensor,
         device=device,
-        accumulation=_accumulation(run, data),
+        accumulation=_accumulation(run, data, fewer_ranks_possible=joined_world is None),
         zero_stage=zero_stage,
         notes=tuple(notes),
     )
@@ -63,8 +70,8 @@ def resolve_device(run: RunConfig, *, gpus: int) -> str:
     """`auto` becomes "cuda" where there are GPUs, else "cpu". Raises ConfigError without a GPU for cuda."""
     wanted = run.hardware.device
     if wanted is Device.cuda and gpus == 0:
-        raise ConfigError(
-            "hardware.device", "cuda", "this machine has no GPU", "hardware=cpu or hardware=local"
+        raise refusal(
+            run, "hardware.device", "this machine has no GPU", "hardware=cpu", "hardware=local (what is here)"
         )
     if wanted is Device.auto:
         return "cuda" if gpus else "cpu"
@@ -86,114 +93,147 @@ def effective_zero_stage(run: RunConfig) -> tuple[int, str | None]:
     return stage, None
 
 
-def _data_in_world(run: RunConfig, world: int, world_name: str) -> int:
+def _data_in_world(run: RunConfig, world: int) -> int:
     p = run.parallelism
-    model_parallel = p.tensor * p.pipeline
-    if world % model_parallel:
-        raise ConfigError(
+    copy = p.tensor * p.pipeline
+    if world % copy:
+        raise refusal(
+            run,
             "parallelism.tensor" if p.tensor > 1 else "parallelism.pipeline",
-            p.tensor if p.tensor > 1 else p.pipeline,
-            f"{world_name} {world} does not factor into tensor {p.tensor} x pipeline {p.pipeline} "
-            f"= {model_parallel} ranks per copy of the model",
-            f"a tensor x pipeline product that divides {world}: {_either(divisors(world))}",
+            f"the world size {world} is not a multiple of tensor {p.tensor} x pipeline {p.pipeline} "
+            f"= {copy} ranks, one copy of the model",
+            *_other_splits(run, lambda size: world // size if world % size == 0 else None),
+            f"a world size of {' or '.join(map(str, multiples_around(world, copy)))}",
         )
-    data = world // model_parallel
-    if p.data is not None and p.data != data:
-        raise ConfigError(
+    data = world // copy
+    if p.data not in (None, data):
+        raise refusal(
+            run,
             "parallelism.data",
-            p.data,
-            f"pipeline {p.pipeline} x data {p.data} x tensor {p.tensor} = {model_parallel * p.data} ranks, "
-            f"but {world_name} is {world}",
-            f"parallelism.data={data} or parallelism.data=null",
+            f"{_product(run)}, but the world size is {world}",
+            f"parallelism.data={data}",
+            "parallelism.data=null (what is left over)",
         )
     return data
 
 
 def _data_on_this_machine(run: RunConfig, device: str, *, gpus: int, cores: int) -> tuple[int, str | None]:
+    _check_machine(run, device, gpus=gpus)
     h, p = run.hardware, run.parallelism
-    if h.nodes > 1:
-        raise ConfigError(
-            "hardware.nodes",
-            h.nodes,
-            "`launcher` starts ranks on this machine only",
-            "hardware.nodes=1, or start the same command on every node with torchrun or srun",
-        )
-    if device == "cuda" and (h.accelerators_per_node or 0) > gpus:
-        raise ConfigError(
-            "hardware.accelerators_per_node",
-            h.accelerators_per_node,
-            f"this machine has {gpus} GPUs",
-            f"hardware.accelerators_per_node={gpus} or hardware=local",
-        )
-    found = gpus if device == "cuda" else cores
-    available = h.accelerators_per_node or found
-    unit = "GPUs" if device == "cuda" else "CPU ranks"
-    bounded = device == "cuda" or h.accelerators_per_node is not None
-    model_parallel = p.tensor * p.pipeline
-    if bounded and model_parallel * (p.data or 1) > available:
-        axis, value = _largest_axis(run)
-        raise ConfigError(
-            axis,
-            value,
-            f"pipeline {p.pipeline} x data {p.data or 1} x tensor {p.tensor} = "
-            f"{model_parallel * (p.data or 1)} ranks, more than the {available} {unit} here",
-            f"a product of at most {available}",
-        )
-    if p.data is not None:
-        data = p.data
-    elif bounded:
-        data = _data_in_world(run, available, f"the number of {unit}")
+    copy = p.tensor * p.pipeline
+    if device == "cpu" and h.accelerators_per_node is None:
+        data = p.data or _largest_data_that_divides_the_batch(run, max(1, cores // copy))
     else:
-        data = _data_that_divides_the_batch(run, max(1, available // model_parallel))
-    ranks = data * model_parallel
+        data = _data_on_accelerators(run, h.accelerators_per_node or gpus, device)
+    ranks = data * copy
     if device == "cpu" and ranks > cores:
-        return data, f"{ranks} CPU ranks share {cores} cores: right, but slow"
+        return data, f"{ranks} CPU ranks share {_count(cores, 'core')}: right, but slow"
     return data, None
 
 
-def _data_that_divides_the_batch(run: RunConfig, most: int) -> int:
-    t = run.training
-    sequences = t.global_batch_size // t.micro_batch_size
-    return max((d for d in divisors(sequences) if d <= most), default=1) if sequences else 1
-
-
-def _accumulation(run: RunConfig, data: int) -> int:
-    t = run.training
-    per_pass = t.micro_batch_size * data
-    if t.global_batch_size % per_pass:
-        lower = t.global_batch_size // per_pass * per_pass
-        sizes = [n for n in (lower, lower + per_pass) if n]
-        micro = divisors(t.global_batch_size // data) if t.global_batch_size % data == 0 else []
-        remedy = _either([f"training.global_batch_size={n}" for n in sizes])
-        if micro:
-            remedy += f", or training.micro_batch_size={nearest(micro, t.micro_batch_size)[0]}"
-        raise ConfigError(
-            "training.global_batch_size",
-            t.global_batch_size,
-            f"does not divide into micro-batches of {t.micro_batch_size} on {data} data-parallel ranks "
-            f"({per_pass} sequences a pass)",
-            remedy,
+def _check_machine(run: RunConfig, device: str, *, gpus: int) -> None:
+    if run.hardware.nodes > 1:
+        raise refusal(
+            run,
+            "hardware.nodes",
+            "`launcher` starts ranks on this machine only",
+            "hardware.nodes=1",
+            "the same command started on every node by torchrun or srun",
         )
-    return t.global_batch_size // per_pass
+    if device == "cuda" and (run.hardware.accelerators_per_node or 0) > gpus:
+        raise refusal(
+            run,
+            "hardware.accelerators_per_node",
+            f"this machine has {_count(gpus, 'GPU')}",
+            f"hardware.accelerators_per_node={gpus}",
+            "hardware=local (what is here)",
+        )
 
 
-def _largest_axis(run: RunConfig) -> tuple[str, int]:
+def _data_on_accelerators(run: RunConfig, available: int, device: str) -> int:
+    p = run.parallelism
+    copy, here = p.tensor * p.pipeline, _count(available, "GPU" if device == "cuda" else "CPU rank")
+    wanted = copy * (p.data or 1)
+    if wanted <= available and (p.data is not None or available % copy == 0):
+        return p.data or available // copy
+
+    def data_beside(size: int) -> int | None:
+        data = p.data or available // size
+        return data if size * data <= available and (p.data or available % size == 0) else None
+
+    fewer = [size for size in range(1, available // copy + 1) if _divides_batch(run, size)]
+    remedies = [*settings("parallelism.data", fewer[-1:]), *_other_splits(run, data_beside)]
+    if wanted > available:
+        axis, why = _largest_axis(run), f"{_product(run)}, more than the {here} here"
+        remedies += [f"hardware.accelerators_per_node={wanted}"] if device == "cpu" else []
+    else:
+        axis = "parallelism.tensor" if p.tensor > 1 else "parallelism.pipeline"
+        why = (
+            f"the {here} here are not a multiple of tensor {p.tensor} x pipeline {p.pipeline} "
+            f"= {copy} ranks, one copy of the model"
+        )
+    one_rank = "parallelism.tensor=1 parallelism.pipeline=1 parallelism.data=1"
+    raise refusal(run, axis, why, *(remedies or [one_rank]))
+
+
+def _other_splits(run: RunConfig, data_beside: Callable[[int], int | None]) -> list[str]:
+    """Settings of one model-parallel axis that leave a number of data-parallel ranks which divides the batch.
+
+    `data_beside` tells that number from the ranks of one copy of the model; None where they do not fit.
+    """
+    p = run.parallelism
+
+    def works(size: int) -> bool:
+        data = data_beside(size)
+        return data is not None and _divides_batch(run, data)
+
+    tensor = [size for size in legal_tensor_sizes(run) if size != p.tensor and works(size * p.pipeline)]
+    pipeline = [size for size in legal_pipeline_sizes(run) if size != p.pipeline and works(p.tensor * size)]
+    return [
+        *settings("parallelism.tensor", nearest(tensor, p.tensor, 1)),
+        *settings("parallelism.pipeline", nearest(pipeline, p.pipeline, 1)),
+    ]
+
+
+def _divides_batch(run: RunConfig, data: int) -> bool:
+    return run.training.global_batch_size % (run.training.micro_batch_size * data) == 0
+
+
+def _product(run: RunConfig) -> str:
+    p = run.parallelism
+    ranks = _count(p.pipeline * (p.data or 1) * p.tensor, "rank")
+    return f"pipeline {p.pipeline} x data {p.data or 1} x tensor {p.tensor} = {ranks}"
+
+
+def _largest_axis(run: RunConfig) -> str:
     p = run.parallelism
     axes = {"tensor": p.tensor, "pipeline": p.pipeline, "data": p.data or 1}
-    name = max(axes, key=lambda axis: axes[axis])
-    return f"parallelism.{name}", axes[name]
+    return f"parallelism.{max(axes, key=lambda axis: axes[axis])}"
 
 
-def divisors(n: int) -> list[int]:
-    """The divisors of n > 0 in rising order."""
-    small = [d for d in range(1, int(n**0.5) + 1) if n % d == 0]
-    return small + [n // d for d in reversed(small) if d * d != n]
+def _largest_data_that_divides_the_batch(run: RunConfig, most: int) -> int:
+    passes = run.training.global_batch_size // run.training.micro_batch_size
+    return max((size for size in divisors(passes) if size <= most), default=1) if passes else 1
 
 
-def nearest(options: list[int], value: int, count: int = 2) -> list[int]:
-    """The `count` options closest to value, in rising order."""
-    return sorted(sorted(options, key=lambda option: (abs(option - value), option))[:count])
+def _accumulation(run: RunConfig, data: int, *, fewer_ranks_possible: bool) -> int:
+    t = run.training
+    sequences = t.micro_batch_size * data
+    if not _divides_batch(run, data):
+        micro = divisors(t.global_batch_size // data) if t.global_batch_size % data == 0 else []
+        smaller = range(1, data if fewer_ranks_possible else 1)
+        fewer = [size for size in smaller if _divides_batch(run, size)]
+        raise refusal(
+            run,
+            "training.global_batch_size",
+            f"not a multiple of {sequences}: micro-batches of {t.micro_batch_size} "
+            f"on {_count(data, 'data-parallel rank')}",
+            *settings("training.global_batch_size", multiples_around(t.global_batch_size, sequences)),
+            *settings("training.micro_batch_size", nearest(micro, t.micro_batch_size, 1)),
+            *settings("parallelism.data", nearest(fewer, data, 1)),
+        )
+    return t.global_batch_size // sequences
 
 
-def _either(options: list[int] | list[str]) -> str:
-    return " or ".join(str(option) for option in options)
+def _count(number: int, of_what: str) -> str:
+    return f"{number} {of_what}{'' if number == 1 else 's'}"

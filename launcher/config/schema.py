@@ -9,7 +9,7 @@ from enum import Enum
 from typing import Any, Optional
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING
+from omegaconf import MISSING, OmegaConf
 
 # `Optional[...]` and not `... | None`: omegaconf 2.3 reads both, but reports the former legibly.
 # ruff: noqa: UP045
@@ -219,7 +219,11 @@ class GenerateConfig:
 
 
 def register_schema() -> None:
-    """Give Hydra the two typed roots that conf/config.yaml and conf/generate.yaml start from."""
+    """Give Hydra the two typed roots that conf/config.yaml and conf/generate.yaml start from.
+
+    And the resolver `sweep_dir`: where a --multirun keeps its record, beside the directories of its runs.
+    """
+    OmegaConf.register_new_resolver("sweep_dir", lambda run_dir: run_dir or "runs", replace=True)
     store = ConfigStore.instance()
     store.store(name="run_schema", node=RunConfig)
     store.store(name="generate_schema", node=GenerateConfig)

@@ -3,12 +3,13 @@
 Each rule is a function of the run alone, listed in RULES; what depends on the world size is in layout.py.
 """
 
-from collections.abc import Callable, Iterator
-from typing import Any
+import shlex
+from collections.abc import Callable
 
 from launcher.config.deepspeed_keys import check_passthrough
-from launcher.config.errors import ConfigError
-from launcher.config.layout import Layout, divisors, nearest, resolve_layout
+from launcher.config.errors import ConfigError, refusal, settings, value_of
+from launcher.config.layout import Layout, resolve_layout
+from launcher.config.numbers import BYTE_VALUES, GENERATE_NUMBERS, NUMBERS, refuse_numbers_out_of_range
 from launcher.config.schema import (
     CorpusSource,
     Dtype,
@@ -18,8 +19,18 @@ from launcher.config.schema import (
     RunConfig,
     SchedulerName,
 )
+from launcher.config.shape import (
+    divisors,
+    head_size_multiple,
+    kv_heads,
+    legal_heads,
+    legal_tensor_sizes,
+    multiples_around,
+    nearest,
+    sequence_length,
+)
 
-BYTE_VALUES = 256
+EXAMPLE_GLOB = "corpus/**/*.txt"
 
 
 def validate(run: RunConfig, *, gpus: int, cores: int, joined_world: int | None = None) -> Layout:
@@ -31,292 +42,221 @@ def validate(run: RunConfig, *, gpus: int, cores: int, joined_world: int | None 
     return layout
 
 
-def kv_heads(run: RunConfig) -> int:
-    return run.model.num_kv_heads or run.model.num_heads
+def validate_generate(config: GenerateConfig) -> str:
+    """Check what `launcher generate` is given; return the run's directory. Raises ConfigError."""
+    if config.run.dir is None:
+        why = "sampling needs the directory of a finished run"
+        raise refusal(config, "run.dir", why, "run.dir=runs/NAME (as the run printed it)")
+    if not config.prompt:
+        why = "the model continues a text, and this one is empty"
+        raise refusal(config, "prompt", why, shlex.quote('prompt="import "'))
+    refuse_numbers_out_of_range(config, GENERATE_NUMBERS)
+    return config.run.dir
 
 
-def sequence_length(run: RunConfig) -> int:
-    """Tokens per sample, T."""
-    return run.data.sequence_length or run.model.max_sequence_length
-
-
-def check_positive(run: RunConfig) -> None:
-    for field, value in _positive_fields(run):
-        if value is not None and value < 1:
-            raise ConfigError(field, value, "must be at least 1", f"{field}=1 or more")
-
-
-def _positive_fields(run: RunConfig) -> Iterator[tuple[str, int | None]]:
-    names = {
-        "model": "hidden_size num_layers num_heads num_kv_heads ffn_hidden_size vocab_size "
-        "max_sequence_length",
-        "parallelism": "tensor pipeline data",
-        "hardware": "nodes accelerators_per_node",
-        "data": "sequence_length",
-        "training": "steps stop_at global_batch_size micro_batch_size validation_batches",
-        "logging": "interval",
-    }
-    for group, fields in names.items():
-        for name in fields.split():
-            yield f"{group}.{name}", getattr(getattr(run, group), name)
-
-
-def check_ranges(run: RunConfig) -> None:
-    o, s = run.optimizer, run.scheduler
-    _within("model.dropout", run.model.dropout, 0, 1, "0 <= p < 1", open_above=True)
-    _within("model.norm_epsilon", run.model.norm_epsilon, 0, 1, "a small positive number such as 1e-5")
-    _within("optimizer.weight_decay", o.weight_decay, 0, float("inf"), "0 or more")
-    for name, value in (("beta1", o.beta1), ("beta2", o.beta2), ("momentum", o.momentum)):
-        if value is not None:
-            _within(f"optimizer.{name}", value, 0, 1, "0 <= x < 1", open_above=True)
-    _within("scheduler.min_lr_ratio", s.min_lr_ratio, 0, 1, "0 to 1")
-    _within(
-        "scheduler.warmup_steps",
-        s.warmup_steps,
-        0,
-        run.training.steps,
-        f"0 to {run.training.steps}, training.steps",
-    )
-    _within(
-        "training.validation_interval",
-        run.training.validation_interval,
-        0,
-        float("inf"),
-        "0 (only at the end) or more",
-    )
-    if not o.lr > 0:
-        raise ConfigError("optimizer.lr", o.lr, "must be above 0", "optimizer.lr=1e-3")
-    if o.gradient_clipping is not None and not o.gradient_clipping > 0:
-        raise ConfigError(
-            "optimizer.gradient_clipping", o.gradient_clipping, "must be above 0", "null (off) or 1.0"
-        )
-
-
-def _within(
-    field: str, value: float, low: float, high: float, remedy: str, *, open_above: bool = False
-) -> None:
-    if not (low <= value < high if open_above else low <= value <= high):
-        raise ConfigError(field, value, "out of range", remedy)
+def check_numbers(run: RunConfig) -> None:
+    refuse_numbers_out_of_range(run, NUMBERS)
 
 
 def check_heads(run: RunConfig) -> None:
     m = run.model
-    if m.hidden_size % m.num_heads:
-        options = nearest(divisors(m.hidden_size), m.num_heads)
-        raise ConfigError(
-            "model.num_heads",
-            m.num_heads,
-            f"does not divide model.hidden_size={m.hidden_size}",
-            _either(options),
-        )
-    if m.num_heads % kv_heads(run):
-        options = nearest(divisors(m.num_heads), kv_heads(run))
-        raise ConfigError(
-            "model.num_kv_heads",
-            kv_heads(run),
-            f"does not divide model.num_heads={m.num_heads}",
-            _either(options),
-        )
     if m.family is Family.gpt and m.num_kv_heads not in (None, m.num_heads):
-        raise ConfigError(
+        why = "grouped-query attention is of family llama"
+        raise refusal(run, "model.num_kv_heads", why, "model.num_kv_heads=null", "model.family=llama")
+    remedies = [
+        *settings("model.num_heads", nearest(legal_heads(run), m.num_heads)),
+        *settings(
+            "model.hidden_size", multiples_around(m.hidden_size, m.num_heads * head_size_multiple(run))
+        ),
+    ]
+    if m.hidden_size % m.num_heads:
+        raise refusal(run, "model.num_heads", f"does not divide model.hidden_size={m.hidden_size}", *remedies)
+    if (m.hidden_size // m.num_heads) % head_size_multiple(run):
+        why = f"heads of {m.hidden_size // m.num_heads}, and rotary positions need an even head size"
+        raise refusal(run, "model.num_heads", why, *remedies)
+    if m.num_heads % kv_heads(run):
+        legal = [heads for heads in divisors(m.num_heads) if heads % run.parallelism.tensor == 0]
+        raise refusal(
+            run,
             "model.num_kv_heads",
-            m.num_kv_heads,
-            "grouped-query attention is of family llama",
-            "null, or model.family=llama",
-        )
-    head_size = m.hidden_size // m.num_heads
-    if m.family is Family.llama and head_size % 2:
-        raise ConfigError(
-            "model.num_heads",
-            m.num_heads,
-            f"rotary positions need an even head size, not {head_size}",
-            _either([h for h in divisors(m.hidden_size) if m.hidden_size // h % 2 == 0][-2:]),
+            f"does not divide model.num_heads={m.num_heads}",
+            *settings("model.num_kv_heads", nearest(legal, kv_heads(run)) or ["null"]),
         )
 
 
 def check_tensor_divides(run: RunConfig) -> None:
     m, tensor = run.model, run.parallelism.tensor
     counts = {"attention heads": m.num_heads, "KV heads": kv_heads(run), "FFN columns": m.ffn_hidden_size}
-    legal = [t for t in divisors(kv_heads(run)) if all(count % t == 0 for count in counts.values())]
     for what, count in counts.items():
         if count % tensor:
-            raise ConfigError(
+            raise refusal(
+                run,
                 "parallelism.tensor",
-                tensor,
                 f"{count} {what} cannot be split {tensor} ways",
-                _either(nearest(legal, tensor)),
+                *settings("parallelism.tensor", nearest(legal_tensor_sizes(run) or [1], tensor)),
             )
 
 
 def check_pipeline(run: RunConfig) -> None:
     p, layers = run.parallelism, run.model.num_layers
     if p.pipeline > layers:
-        raise ConfigError(
-            "parallelism.pipeline",
-            p.pipeline,
-            f"{layers} layers cannot fill {p.pipeline} stages",
-            f"{layers} or fewer",
-        )
+        why = f"{layers} {'layer' if layers == 1 else 'layers'} cannot fill {p.pipeline} stages"
+        raise refusal(run, "parallelism.pipeline", why, f"parallelism.pipeline={layers} (or fewer)")
     if p.pipeline > 1 and p.zero_stage > 1:
-        raise ConfigError(
-            "parallelism.zero_stage",
-            p.zero_stage,
-            f"DeepSpeed's pipeline of {p.pipeline} stages takes ZeRO-1 at most",
-            "parallelism.zero_stage=1, or parallelism.pipeline=1",
+        why = f"DeepSpeed's pipeline of {p.pipeline} stages takes ZeRO-1 at most"
+        stage_1 = "parallelism.zero_stage=1" + (
+            " parallelism.offload_parameters=false" if p.offload_parameters else ""
         )
+        raise refusal(run, "parallelism.zero_stage", why, stage_1, "parallelism.pipeline=1")
 
 
 def check_zero(run: RunConfig) -> None:
     p = run.parallelism
     if not 0 <= p.zero_stage <= 3:
-        raise ConfigError(
-            "parallelism.zero_stage", p.zero_stage, "the stages are 0 to 3", str(min(max(p.zero_stage, 0), 3))
-        )
-    if p.offload_optimizer and p.zero_stage == 0:
-        raise ConfigError(
-            "parallelism.offload_optimizer",
-            True,
-            "ZeRO-0 has no partitioned optimizer to offload",
-            "parallelism.zero_stage=1, 2 or 3",
-        )
+        nearest_stage = f"parallelism.zero_stage={min(max(p.zero_stage, 0), 3)}"
+        raise refusal(run, "parallelism.zero_stage", "the stages are 0 to 3", nearest_stage)
     if p.offload_parameters and p.zero_stage != 3:
-        raise ConfigError(
+        raise refusal(
+            run,
             "parallelism.offload_parameters",
-            True,
             f"only ZeRO-3 partitions the weights, not ZeRO-{p.zero_stage}",
-            "parallelism.zero_stage=3, or parallelism.offload_parameters=false",
+            *(["parallelism.zero_stage=3 parallelism.offload_optimizer=true"] if p.pipeline == 1 else []),
+            "parallelism.offload_parameters=false",
         )
     if p.offload_parameters and not p.offload_optimizer:
-        raise ConfigError(
-            "parallelism.offload_parameters",
-            True,
-            "the optimizer steps on the offloaded weights and must be with them",
-            "parallelism.offload_optimizer=true",
+        why = "the optimizer steps on the offloaded weights and must be with them"
+        raise refusal(run, "parallelism.offload_parameters", why, "parallelism.offload_optimizer=true")
+    if p.offload_optimizer and p.zero_stage == 0:
+        raise refusal(
+            run,
+            "parallelism.offload_optimizer",
+            "ZeRO-0 has no partitioned optimizer to offload",
+            "parallelism.zero_stage=1",
+            "parallelism.offload_optimizer=false",
         )
 
 
 def check_sequence(run: RunConfig) -> None:
-    p, length = run.parallelism, sequence_length(run)
-    if length > run.model.max_sequence_length:
-        raise ConfigError(
-            "data.sequence_length",
-            length,
-            f"longer than model.max_sequence_length={run.model.max_sequence_length}",
-            f"data.sequence_length={run.model.max_sequence_length}",
-        )
-    if p.sequence_parallel and p.tensor == 1:
-        raise ConfigError(
+    p, length, longest = run.parallelism, sequence_length(run), run.model.max_sequence_length
+    if length > longest:
+        why = f"longer than model.max_sequence_length={longest}"
+        remedies = f"data.sequence_length={longest}", f"model.max_sequence_length={length}"
+        raise refusal(run, "data.sequence_length", why, *remedies)
+    if not p.sequence_parallel:
+        return
+    off = "parallelism.sequence_parallel=false"
+    if p.tensor == 1:
+        why = "splits the sequence over tensor-parallel ranks, and there is one"
+        more = settings("parallelism.tensor", legal_tensor_sizes(run)[:1])
+        raise refusal(run, "parallelism.sequence_parallel", why, off, *more)
+    if length % p.tensor:
+        shorter = [n for n in multiples_around(length, p.tensor) if n <= longest]
+        raise refusal(
+            run,
             "parallelism.sequence_parallel",
-            True,
-            "splits the sequence over tensor-parallel ranks; there is one",
-            "parallelism.sequence_parallel=false, or parallelism.tensor=2",
-        )
-    if p.sequence_parallel and length % p.tensor:
-        down = length - length % p.tensor
-        raise ConfigError(
-            "data.sequence_length",
-            length,
-            f"sequence parallelism cannot split it {p.tensor} ways",
-            _either([n for n in (down, down + p.tensor) if 0 < n <= run.model.max_sequence_length]),
+            f"sequences of {length} tokens cannot be split {p.tensor} ways",
+            *settings("data.sequence_length", shorter),
+            off,
         )
 
 
 def check_vocabulary(run: RunConfig) -> None:
     if run.model.vocab_size < BYTE_VALUES:
-        raise ConfigError(
-            "model.vocab_size",
-            run.model.vocab_size,
-            f"the corpus is bytes: {BYTE_VALUES} values",
-            str(BYTE_VALUES),
-        )
+        why = f"the corpus is bytes, which have {BYTE_VALUES} values"
+        raise refusal(run, "model.vocab_size", why, f"model.vocab_size={BYTE_VALUES}")
 
 
 def check_data(run: RunConfig) -> None:
     d = run.data
-    _within("data.validation_fraction", d.validation_fraction, 0, 1, "above 0 and below 1, such as 0.05")
     if d.validation is None and d.validation_fraction in (0, 1):
-        raise ConfigError(
-            "data.validation_fraction", d.validation_fraction, "leaves one side without text", "0.05"
+        why = f"leaves no text to {'validate on' if d.validation_fraction == 0 else 'train on'}"
+        raise refusal(run, "data.validation_fraction", why, "data.validation_fraction=0.05")
+    if d.source is CorpusSource.text and d.train is None:
+        why = "data=text trains on your own files, and none are named"
+        raise refusal(run, "data.train", why, shlex.quote(f'data.train="{EXAMPLE_GLOB}"'))
+    globs = {"data.train": d.train, "data.validation": d.validation}
+    given = [field for field, glob in globs.items() if glob is not None]
+    if d.source is CorpusSource.stdlib and given:
+        own = [f'{field}="{globs[field] or EXAMPLE_GLOB}"' for field in {"data.train", *given}]
+        raise refusal(
+            run,
+            given[0],
+            "data=stdlib brings its own text",
+            " ".join(f"{field}=null" for field in given),
+            " ".join(["data=text", *map(shlex.quote, sorted(own))]),
         )
-    if d.source is CorpusSource.text and not d.train:
-        raise ConfigError(
-            "data.train", "null", "data=text needs your files", "a glob: 'data.train=\"corpus/**/*.txt\"'"
-        )
-    if d.source is CorpusSource.stdlib and (d.train or d.validation):
-        field = "data.train" if d.train else "data.validation"
-        raise ConfigError(field, d.train or d.validation, "data=stdlib brings its own text", "data=text")
 
 
 def check_optimizer(run: RunConfig) -> None:
-    o = run.optimizer
-    adamw = {"beta1": o.beta1, "beta2": o.beta2, "epsilon": o.epsilon}
-    sgd = {"momentum": o.momentum}
-    needed, foreign = (adamw, sgd) if o.name is OptimizerName.adamw else (sgd, adamw)
-    for name, value in needed.items():
-        if value is None:
-            raise ConfigError(
-                f"optimizer.{name}", "null", f"{o.name.value} needs it", f"optimizer={o.name.value} sets it"
-            )
-    for name, value in foreign.items():
-        if value is not None:
-            other = "sgd" if o.name is OptimizerName.adamw else "adamw"
-            raise ConfigError(
-                f"optimizer.{name}",
-                value,
-                f"not a setting of {o.name.value}",
-                f"optimizer={other}, or leave it out",
-            )
+    used_by = {
+        OptimizerName.adamw: ("optimizer.beta1", "optimizer.beta2", "optimizer.epsilon"),
+        OptimizerName.sgd: ("optimizer.momentum",),
+    }
+    chosen = run.optimizer.name
+    for optimizer, fields in used_by.items():
+        for field in fields:
+            is_set = value_of(run, field) is not None
+            if optimizer is chosen and not is_set:
+                raise refusal(run, field, f"{chosen.name} needs it", f"{field}={NUMBERS[field][1]}")
+            if optimizer is not chosen and is_set:
+                why = f"not a setting of {chosen.name}"
+                raise refusal(run, field, why, f"optimizer={optimizer.name}", f"{field}=null")
 
 
 def check_scheduler(run: RunConfig) -> None:
     s, steps = run.scheduler, run.training.steps
     if s.name is not SchedulerName.wsd:
         if s.decay_steps is not None:
-            raise ConfigError(
-                "scheduler.decay_steps",
-                s.decay_steps,
-                f"not a setting of {s.name.value}",
-                "scheduler=wsd, or leave it out",
-            )
+            why = f"only wsd has a decay of its own length, not {s.name.name}"
+            raise refusal(run, "scheduler.decay_steps", why, "scheduler=wsd", "scheduler.decay_steps=null")
         return
     room = steps - s.warmup_steps
-    if s.decay_steps is None or not 1 <= s.decay_steps <= room:
-        raise ConfigError(
+    if s.decay_steps is None or s.decay_steps > room:
+        decay = s.decay_steps or 1
+        longer = f"training.steps={s.warmup_steps + decay} (or more)"
+        raise refusal(
+            run,
             "scheduler.decay_steps",
-            "null" if s.decay_steps is None else s.decay_steps,
-            f"wsd decays within training.steps={steps} after {s.warmup_steps} warm-up steps",
-            f"1 to {room}",
+            f"wsd decays after {s.warmup_steps} steps of warm-up and within training.steps={steps}",
+            *([f"scheduler.decay_steps={room} (or fewer)"] if room >= 1 else []),
+            *(
+                [longer if s.decay_steps else f"{longer} scheduler.decay_steps={decay}"]
+                if decay > room
+                else []
+            ),
         )
 
 
 def check_stop(run: RunConfig) -> None:
     t = run.training
     if t.stop_at is not None and t.stop_at > t.steps:
-        raise ConfigError(
-            "training.stop_at",
-            t.stop_at,
-            f"after the last step, training.steps={t.steps}",
-            f"{t.steps} or less",
-        )
+        why = f"after the last step, training.steps={t.steps}"
+        raise refusal(run, "training.stop_at", why, f"training.stop_at={t.steps} (or fewer)")
 
 
 def check_deepspeed(run: RunConfig) -> None:
     check_passthrough(run.deepspeed)
+    p, dtype = run.parallelism, run.precision.dtype
+    switches = {
+        "bf16": (dtype is Dtype.bf16, "precision=bf16"),
+        "fp16": (dtype is Dtype.fp16, "precision=fp16"),
+        "zero_optimization.offload_param": (p.offload_parameters, "parallelism=zero3_offload"),
+        "zero_optimization.offload_optimizer": (p.offload_optimizer, "parallelism.offload_optimizer=true"),
+    }
+    for section, (is_on, remedy) in switches.items():
+        outer, _, inner = section.rpartition(".")
+        if inner in (run.deepspeed.get(outer, {}) if outer else run.deepspeed) and not is_on:
+            raise ConfigError(f"deepspeed.{section}", None, "tunes what this run does not use", remedy)
 
 
 def check_fp16_has_a_gpu(run: RunConfig, layout: Layout) -> None:
     if run.precision.dtype is Dtype.fp16 and layout.device == "cpu":
-        raise ConfigError(
-            "precision.dtype",
-            "fp16",
-            "DeepSpeed trains fp16 on GPUs only",
-            "precision=bf16 or precision=fp32",
-        )
+        why = "DeepSpeed trains fp16 on GPUs only, and this run is on CPU"
+        raise refusal(run, "precision.dtype", why, "precision=bf16", "precision=fp32")
 
 
 RULES: tuple[Callable[[RunConfig], None], ...] = (
-    check_positive,
-    check_ranges,
+    check_numbers,
     check_heads,
     check_tensor_divides,
     check_pipeline,
@@ -329,23 +269,3 @@ RULES: tuple[Callable[[RunConfig], None], ...] = (
     check_stop,
     check_deepspeed,
 )
-
-
-def _either(options: list[Any]) -> str:
-    return " or ".join(str(option) for option in options)
-
-
-def validate_generate(config: GenerateConfig) -> str:
-    """Check what `launcher generate` is given; return the run's directory. Raises ConfigError."""
-    if config.run.dir is None:
-        raise ConfigError(
-            "run.dir", "null", "which run to sample from?", "run.dir=runs/NAME, of a finished run"
-        )
-    if not config.prompt:
-        raise ConfigError(
-            "prompt", "''", "the model continues a text, and this one is empty", 'prompt="import "'
-        )
-    _within("max_new_tokens", config.max_new_tokens, 1, float("inf"), "1 or more")
-    _within("temperature", config.temperature, 0, float("inf"), "0 (always the likeliest) or more")
-    _within("top_k", config.top_k, 0, float("inf"), "0 (off) or more")
-    return config.run.dir

@@ -150,7 +150,7 @@ def _fixed_root(pattern: str) -> tuple[Path, str]:
 
 
 def _matches_files(root: Path, matches: Iterable[str]) -> bool:
-    return any((root / name).is_file() for name in matches)
+    return any(os.path.isfile(root / name) for name in matches)
 
 
 def _nearest(field: str, pattern: str, root: Path) -> str:
@@ -166,12 +166,13 @@ def _nearest(field: str, pattern: str, root: Path) -> str:
 
 
 def _is_listable(place: Path) -> bool:
-    return place.is_dir() and os.access(place, os.R_OK | os.X_OK)
+    # os.path and not Path.is_dir: the latter raises below a directory that may not be entered.
+    return os.path.isdir(place) and os.access(place, os.R_OK | os.X_OK)
 
 
 def _holds_text(entry: Path) -> bool:
     # A wildcard does not match a leading dot.
-    return not entry.name.startswith(".") and entry.is_file() and entry.stat().st_size > 0
+    return not entry.name.startswith(".") and os.path.isfile(entry) and os.path.getsize(entry) > 0
 
 
 def _usable(candidates: Iterable[_Named], field: str, value: str) -> list[_Named]:

@@ -53,7 +53,7 @@ def _from_torchrun(environ: Mapping[str, str]) -> RankEnvironment:
     )
     if found.master_port > 65535:
         raise ConfigError("MASTER_PORT", found.master_port, "ports end at 65535", "a free port below 65536")
-    _check_bounds(found, "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    _check_bounds(environ, found, "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     return found
 
 
@@ -69,22 +69,30 @@ def _from_srun(environ: Mapping[str, str]) -> RankEnvironment:
             _srun_integer(environ, "SLURM_JOB_ID"), _srun_integer(environ, "SLURM_STEP_ID")
         ),
     )
-    _check_bounds(found, "SLURM_PROCID", _step_tasks_variable(environ), "SLURM_LOCALID", "SLURM_GTIDS")
+    tasks = _step_tasks_variable(environ)
+    _check_bounds(environ, found, "SLURM_PROCID", tasks, "SLURM_LOCALID", "SLURM_GTIDS")
     return found
 
 
-def _check_bounds(found: RankEnvironment, rank: str, world: str, local_rank: str, local_size: str) -> None:
+def _check_bounds(
+    environ: Mapping[str, str],
+    found: RankEnvironment,
+    rank: str,
+    world: str,
+    local_rank: str,
+    local_size: str,
+) -> None:
+    """Refuse what does not fit together; the names are those of the variables to blame."""
     for name, value, size_name, size in (
         (rank, found.rank, world, found.world_size),
         (local_rank, found.local_rank, local_size, found.local_size),
     ):
         if value >= size:
-            raise ConfigError(
-                name, value, f"{size_name} says {size}, so ranks end at {size - 1}", f"{name}={size - 1}"
-            )
+            why = f"{size_name}={environ[size_name]} makes {size - 1} the last"
+            raise ConfigError(name, value, why, f"{name}={size - 1}")
     if found.local_size > found.world_size:
         why = f"more ranks on this node than {world}={found.world_size} allows"
-        raise ConfigError(local_size, found.local_size, why, f"{world} of at least {found.local_size}")
+        raise ConfigError(local_size, environ[local_size], why, f"{world} of at least {found.local_size}")
 
 
 def _step_tasks_variable(environ: Mapping[str, str]) -> str:

@@ -20,7 +20,7 @@ from launcher.launch.rank import COORDINATED, STOPPED, Failure, rank_main
 _POLL = 0.1
 _SETTLING = 0.3  # after a failure: another rank's may have come first
 _SETTLING_SECONDARY = 3.0  # after nothing but lost connections: the cause may still be in its clean-up
-_LOG_LINES = 20
+_LOG_LINES = 40  # faulthandler begins with where it crashed, which must not be cut off
 _LOG_TAIL = 16384  # bytes
 
 
@@ -111,7 +111,7 @@ def _start(
 
 
 def _watch(ranks: list[_Rank], stops: list[int]) -> Failure | None:
-    """Wait until all ranks have ended, or one has failed, or a stop is asked for; return the first failure."""
+    """Wait until all ranks have ended, one has failed or a stop is asked for; return the first failure."""
     noticed: float | None = None
     while True:
         ended = [rank for rank in ranks if rank.process.exitcode is not None]

@@ -27,8 +27,8 @@ def die_with(parent: int) -> None:
 def no_grandchildren_left(patience: float) -> Iterator[None]:
     """Once the children started inside have ended, whatever they started ends too.
 
-    Leftovers get `patience` seconds to notice by themselves that their parent is gone: meanwhile wandb-core
-    flushes its file and multiprocessing's resource tracker frees shared memory. Then SIGKILL ends them.
+    Leftovers get `patience` seconds to notice by themselves that their parent is gone, as multiprocessing's
+    resource tracker does, and frees shared memory. Then SIGKILL ends them: W&B's system monitor, for one.
     Other threads must start no process inside: it would be taken for a leftover.
     """
     if sys.platform != "linux":

@@ -75,6 +75,7 @@ class ProcessMesh:
     def create(cls, shape: MeshShape) -> "ProcessMesh":
         """Collective: every rank of the world calls it once, after torch.distributed is initialised."""
         rank = dist.get_rank()
+        assert shape.world_size == dist.get_world_size(), shape
         stage, data_rank, tensor_rank = shape.coordinates(rank)
         return cls(
             shape=shape,

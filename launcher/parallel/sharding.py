@@ -46,6 +46,8 @@ def split(full: Tensor, logical: LogicalTensor, axis: Axis) -> Tensor:
     if logical.split_dim is None or (axis.size == 1 and logical.padded is None):
         return full
     dim = logical.split_dim
+    lengths = logical.segments if logical.padded is None else (logical.padded,)
+    assert all(length % axis.size == 0 for length in lengths), (logical, axis.size)
     if logical.padded is not None:
         rows = list(full.shape)
         rows[dim] = logical.padded - full.shape[dim]

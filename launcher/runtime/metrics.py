@@ -56,6 +56,7 @@ def _start_wandb(run: RunConfig, layout: Layout, directory: RunDir) -> tuple[Any
         if mode == "offline":
             raise
         reason = str(error).splitlines()[0]
+        wandb.teardown()  # its service still holds the run's id
         return _init("offline", run, layout, directory), [f"W&B is not reachable, logging offline: {reason}"]
 
 

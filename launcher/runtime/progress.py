@@ -38,13 +38,14 @@ class ProgressDisplay:
 
     def step(self, row: dict[str, float | int]) -> None:
         """Show one step; validations always get a line of their own."""
-        step, text = int(row["step"]), describe(row)
+        step = int(row["step"])
+        line = f"step {step}/{self._steps}  {describe(row)}"
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, description=text)
+            self._bar.update(self._task, completed=step, description=f"loss {row['train/loss']:.4f}")
             if "val/loss" in row:
-                self._bar.console.print(f"step {step}  {text}", highlight=False)
+                self._bar.console.print(line, highlight=False)
         elif "val/loss" in row or step == 1 or step % max(1, self._steps // LINES_PER_RUN) == 0:
-            print(f"step {step}/{self._steps}  {text}", flush=True)
+            print(line, flush=True)
 
 
 def describe(row: dict[str, float | int]) -> str:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from launcher.checkpoint.weights import save_weights
 from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
-from launcher.config.validate import sequence_length
+from launcher.config.shape import sequence_length
 from launcher.data.corpus import load_corpus
 from launcher.data.sampler import TokenSamples, micro_batches
 from launcher.engine.base import Engine, MicroBatches
@@ -105,8 +105,9 @@ def validation_loss(run: RunConfig, engine: Engine, samples: TokenSamples) -> fl
 
 
 def is_validation_step(run: RunConfig, step: int, last: int) -> bool:
+    """At intervals and at the end; after the first step too, to see where it started, and that it works."""
     interval = run.training.validation_interval
-    return step == last or (interval > 0 and step % interval == 0)
+    return step == last or (interval > 0 and (step == 1 or step % interval == 0))
 
 
 def global_batch(run: RunConfig, engine: Engine, samples: TokenSamples, index: int) -> MicroBatches:

@@ -60,6 +60,13 @@ def offered(error: ConfigError) -> str:
     return str(OverridesParser.create().parse_override(override).value())
 
 
+@pytest.fixture
+def as_owner(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root may read everything: answer as for an ordinary owner."""
+    if os.geteuid() == 0:
+        monkeypatch.setattr(os, "access", lambda path, mode: bool(os.stat(path).st_mode & stat.S_IRUSR))
+
+
 class TestStdlib:
     def test_has_enough_text_in_both_parts(self) -> None:
         loaded = load_corpus(STDLIB)
@@ -146,9 +153,9 @@ class TestGlobs:
         assert here.train.tobytes() == elsewhere.train.tobytes() == relative.train.tobytes()
 
     def test_a_file_matched_twice_counts_once(self, tmp_path: Path) -> None:
-        write(tmp_path, {"a/b/one.txt": b"1", "a/b/two.txt": b"2"})
+        write(tmp_path, {"a/a/one.txt": b"1", "a/a/two.txt": b"2"})
         train, validation = corpus_files(text(f"{tmp_path}/**/a/**/*.txt"))
-        assert sorted(names(train + validation, tmp_path)) == ["a/b/one.txt", "a/b/two.txt"]
+        assert sorted(names(train + validation, tmp_path)) == ["a/a/one.txt", "a/a/two.txt"]
 
 
 class TestSplit:
@@ -256,10 +263,9 @@ class TestRefusals:
     @pytest.mark.parametrize("field", ["data.train", "data.validation"])
     def test_a_glob_without_a_match_is_offered_one(self, tmp_path: Path, field: str) -> None:
         write(tmp_path, {"my corpus/a.md": b"a", "my corpus/b.md": b"b", "train/t.txt": b"t"})
-        write(
-            tmp_path,
-            {"my corpus/c.rst": b"c", "my corpus/.hidden": b"h", "my corpus/0.empty": b""},
-        )
+        # What a glob of theirs would not find is no reason to offer the .rst files.
+        no_matches = {".hidden.rst": b"h", ".other.rst": b"h", "empty.rst": b"", "void.rst": b""}
+        write(tmp_path / "my corpus", {"c.rst": b"c"} | no_matches)
         pattern = f"{tmp_path}/my corpus/missing.txt"
         good = f"{tmp_path}/train/*.txt"
         error = refused(text(pattern) if field == "data.train" else text(good, pattern))
@@ -273,12 +279,23 @@ class TestRefusals:
     def test_a_directory_is_offered_its_files(self, tmp_path: Path) -> None:
         write(tmp_path, {"corpus [1]/a.txt": b"a"})
         error = refused(text(tmp_path / "corpus [1]"))
-        assert corpus_files(text(offered(error)))[0] == [tmp_path / "corpus [1]" / "a.txt"]
+        assert offered(error) == f"{tmp_path}/corpus [[]1]/*.txt"
 
     def test_a_missing_directory_is_offered_the_nearest_that_exists(self, tmp_path: Path) -> None:
         write(tmp_path, {"corpus/a.txt": b"a"})
         error = refused(text(tmp_path / "corpus" / "no" / "such" / "*.txt"))
         assert offered(error) == f"{tmp_path}/corpus/*.txt"
+
+    def test_a_file_taken_for_a_directory(self, tmp_path: Path) -> None:
+        write(tmp_path, {"a.txt": b"a"})
+        assert offered(refused(text(tmp_path / "a.txt" / "*.txt"))) == f"{tmp_path}/*.txt"
+
+    def test_a_closed_directory_is_not_looked_into(self, tmp_path: Path, as_owner: None) -> None:
+        write(tmp_path, {"closed/a.md": b"a", "open.txt": b"b"})
+        (tmp_path / "closed").chmod(0)
+        error = refused(text(tmp_path / "closed" / "*.txt"))
+        (tmp_path / "closed").chmod(0o700)
+        assert offered(error) == f"{tmp_path}/*.txt"
 
     def test_nowhere_to_look_is_still_a_refusal(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -299,7 +316,7 @@ class TestRefusals:
         write(tmp_path, {"a.txt": b"", "b.txt": b""})
         error = refused(text(tmp_path / "*.txt"))
         assert (error.field, error.value) == ("data.train", str(tmp_path / "*.txt"))
-        assert "empty" in error.why
+        assert "every file it matches is empty" in error.why
 
     def test_a_pipe_is_not_waited_for(self, tmp_path: Path) -> None:
         os.mkfifo(tmp_path / "pipe.txt")
@@ -315,12 +332,9 @@ class TestRefusals:
         assert "No such file" in error.why
         assert str(tmp_path / "large.txt") in error.remedy
 
-    def test_a_forbidden_file_is_refused(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_forbidden_file_is_refused(self, tmp_path: Path, as_owner: None) -> None:
         write(tmp_path, numbered(3) | {"secret.txt": b"s"})
         (tmp_path / "secret.txt").chmod(0)
-        if os.geteuid() == 0:
-            # Root may read everything: answer as for an ordinary owner.
-            monkeypatch.setattr(os, "access", lambda path, mode: bool(os.stat(path).st_mode & stat.S_IRUSR))
         error = refused(text(tmp_path / "001.txt", tmp_path / "*.txt"))
         assert (error.field, error.value) == ("data.validation", str(tmp_path / "*.txt"))
         assert "permission denied" in error.why

@@ -127,10 +127,11 @@ class TestTokenSamples:
         assert samples.windows(np.arange(7)).tolist() == [0, 1, 2, 0, 1, 2, 0]
         assert samples.take(np.array([4])).tolist() == [[4, 5, 6, 7, 8]]
 
-    def test_each_epoch_has_an_order_of_its_own(self) -> None:
-        samples = ramp(windows=50, sequence_length=2, shuffle_seed=5)
+    @pytest.mark.parametrize("seed", [0, 5])
+    def test_each_epoch_has_an_order_of_its_own(self, seed: int) -> None:
+        samples = ramp(windows=50, sequence_length=2, shuffle_seed=seed)
         windows = samples.windows(np.arange(200)).reshape(4, 50)
-        assert windows.tolist() == [order(50, seed=5, epoch=epoch) for epoch in range(4)]
+        assert windows.tolist() == [order(50, seed, epoch) for epoch in range(4)]
 
     def test_indices_of_several_epochs_in_any_order(self) -> None:
         samples = ramp(windows=7, sequence_length=2, shuffle_seed=5)

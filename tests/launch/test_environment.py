@@ -189,13 +189,21 @@ def test_expand_hosts(hosts: str, expanded: str) -> None:
     assert expand_hosts(hosts) == expanded.split()
 
 
+@pytest.mark.parametrize("hosts", ["", ",", "a,", ",a", "a,,b", "a b"])
+@pytest.mark.parametrize("beside", ["", "n[1-2],"])
+def test_empty_names_and_spaces_are_refused(hosts: str, beside: str) -> None:
+    with pytest.raises(ValueError, match="is not a host name"):
+        expand_hosts(beside + hosts)
+
+
+NO_NUMBERS = ["a", "1-", "-1", "1,", ",1", "1-2-3", "1 2", " ", "3-1", "0x1", "²"]
+
+
 @pytest.mark.parametrize(
-    "hosts",
-    ["", ",", "a,", ",a", "a,,b", "n[", "n]", "n[]", "n[1", "n1]", "n[a]", "n[1-]", "n[-1]", "n[3-1]", "n[1,]"]
-    + ["n[1-2-3]", "n[[1]]", "n[1 2]", "a b", "n[1],"],
+    "hosts", ["n[", "n]", "n[]", "n[1", "n1]", "n[[1]]", *(f"n[{x}]" for x in NO_NUMBERS)]
 )
-def test_what_is_no_host_list_is_refused(hosts: str) -> None:
-    with pytest.raises(ValueError):
+def test_odd_brackets_are_refused(hosts: str) -> None:
+    with pytest.raises(ValueError, match=r"is not a host name|neither a number nor a range|backwards"):
         expand_hosts(hosts)
 
 

@@ -1,0 +1,91 @@
+"""The fields and groups a user can set, what they take, and the ones closest to a misspelt name."""
+
+import re
+from difflib import get_close_matches
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from launcher.config.schema import RunConfig
+
+
+def config_directory() -> Path:
+    """conf/: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    installed = package / "conf"
+    return installed if installed.is_dir() else package.parent / "conf"
+
+
+def options_of(group: str) -> list[str]:
+    """The options that conf/ has for a group; none where there is no such group."""
+    if not re.fullmatch(r"\w+(/\w+)*", group):
+        return []
+    return sorted(path.stem for path in (config_directory() / group).glob("*.yaml"))
+
+
+def groups_of(root: type[Any]) -> list[str]:
+    """The groups of a root: only a training run has any."""
+    directories = config_directory().iterdir() if root is RunConfig else []
+    return sorted(path.name for path in directories if path.is_dir() and path.name != "hydra")
+
+
+def fields_of(root: type[Any]) -> dict[str, str]:
+    """Every field a user can set, as dotted name -> its legal values in words."""
+    found: dict[str, str] = {}
+
+    def walk(config: DictConfig, prefix: str) -> None:
+        for key in config:
+            name = f"{prefix}{key!s}"
+            node = config._get_node(key)
+            if isinstance(node, DictConfig) and is_section(node):
+                walk(node, f"{name}.")
+            else:
+                found[name] = _kind(node)
+
+    walk(OmegaConf.structured(root), "")
+    return found
+
+
+def is_section(node: DictConfig) -> bool:
+    """Whether it is a dataclass of fields, not an open dictionary."""
+    return node._metadata.object_type not in (dict, None)
+
+
+def closest_fields(name: str, root: type[Any]) -> list[str]:
+    """The groups and fields, one or two, that a misspelt name may have meant."""
+    name = re.sub("[:/]", ".", name.partition("@")[0])
+    section, _, leaf = name.rpartition(".")
+    fields = fields_of(root)
+    sections = {field.partition(".")[0] for field in fields}
+    same_leaf = [field for field in fields if field.rpartition(".")[2] == leaf]
+    if name in fields or same_leaf:
+        return [name] if name in fields else same_leaf[:2]
+    if section in sections:
+        inner = [field.removeprefix(f"{section}.") for field in fields_in(section, root)]
+        return [f"{section}.{close}" for close in get_close_matches(leaf, inner, n=2)]
+    leaves = {field.rpartition(".")[2]: field for field in fields}
+    return (
+        ([] if section else get_close_matches(name, [*groups_of(root), *sections], n=1))
+        or get_close_matches(name, fields, n=2, cutoff=0.75)
+        or [leaves[close] for close in get_close_matches(leaf, leaves, n=2)]
+    )
+
+
+def fields_in(section: str, root: type[Any]) -> list[str]:
+    """The fields of a section, such as `model`."""
+    return [field for field in fields_of(root) if field.startswith(f"{section}.")] if section else []
+
+
+def _kind(node: Any) -> str:
+    reference = node._metadata.ref_type
+    if isinstance(node, ListConfig):
+        name = "list"
+    elif isinstance(node, DictConfig):
+        name = "dictionary"
+    elif isinstance(reference, type) and issubclass(reference, Enum):
+        name = " | ".join(reference.__members__)
+    else:
+        name = {int: "whole number", float: "number", bool: "true | false"}.get(reference, "text")
+    return f"{name} | null" if node._metadata.optional else name

@@ -1,0 +1,88 @@
+"""The range of every number that a config holds."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import inf
+
+from launcher.config.errors import refusal, value_of
+
+BYTE_VALUES = 256
+
+
+@dataclass(frozen=True)
+class Range:
+    words: str
+    holds: Callable[[float], bool]  # false for nan, too
+
+
+COUNT = Range("must be at least 1", lambda value: value >= 1)
+NOT_NEGATIVE = Range("must be at least 0", lambda value: value >= 0)
+FROM_0 = Range("must be a finite number, 0 or more", lambda value: 0 <= value < inf)
+ABOVE_0 = Range("must be a finite number above 0", lambda value: 0 < value < inf)
+BELOW_1 = Range("must be 0 or more and below 1", lambda value: 0 <= value < 1)
+SHARE = Range("must be from 0 to 1", lambda value: 0 <= value <= 1)
+POWER = Range("must be from 0 to 127, float32's largest power of two", lambda value: 0 <= value <= 127)
+SEED = Range("must be 0 or more and below 2 to the 63", lambda value: 0 <= value < 2**63)
+
+# Each number of a run, with its range and a value within it. training.seed may be any.
+NUMBERS: dict[str, tuple[Range, str]] = {
+    "model.hidden_size": (COUNT, "128"),
+    "model.num_layers": (COUNT, "1"),
+    "model.num_heads": (COUNT, "1"),
+    "model.num_kv_heads": (COUNT, "null"),
+    "model.ffn_hidden_size": (COUNT, "512"),
+    "model.vocab_size": (COUNT, str(BYTE_VALUES)),
+    "model.max_sequence_length": (COUNT, "128"),
+    "model.dropout": (BELOW_1, "0.1"),
+    "model.norm_epsilon": (ABOVE_0, "1e-5"),
+    "model.rope_theta": (ABOVE_0, "10000"),
+    "model.init_std": (FROM_0, "0.02"),
+    "parallelism.tensor": (COUNT, "1"),
+    "parallelism.pipeline": (COUNT, "1"),
+    "parallelism.data": (COUNT, "null"),
+    "hardware.nodes": (COUNT, "1"),
+    "hardware.accelerators_per_node": (COUNT, "null"),
+    "hardware.memory_gb": (ABOVE_0, "null"),
+    "hardware.peak_flops.fp32": (ABOVE_0, "null"),
+    "hardware.peak_flops.bf16": (ABOVE_0, "null"),
+    "hardware.peak_flops.fp16": (ABOVE_0, "null"),
+    "hardware.bandwidth_intra_node_gb_s": (ABOVE_0, "null"),
+    "hardware.bandwidth_inter_node_gb_s": (ABOVE_0, "null"),
+    "data.validation_fraction": (SHARE, "0.05"),
+    "data.sequence_length": (COUNT, "null"),
+    "optimizer.lr": (ABOVE_0, "1e-3"),
+    "optimizer.weight_decay": (FROM_0, "0"),
+    "optimizer.gradient_clipping": (ABOVE_0, "null (off)"),
+    "optimizer.beta1": (BELOW_1, "0.9"),
+    "optimizer.beta2": (BELOW_1, "0.95"),
+    "optimizer.epsilon": (FROM_0, "1e-8"),
+    "optimizer.momentum": (BELOW_1, "0.9"),
+    # A warm-up longer than the run is a short try of a long schedule.
+    "scheduler.warmup_steps": (NOT_NEGATIVE, "0"),
+    "scheduler.decay_steps": (COUNT, "1"),
+    "scheduler.min_lr_ratio": (SHARE, "0"),
+    "precision.initial_loss_scale_power": (POWER, "16"),
+    "logging.interval": (COUNT, "1"),
+    "training.steps": (COUNT, "1"),
+    "training.stop_at": (COUNT, "null"),
+    "training.global_batch_size": (COUNT, "16"),
+    "training.micro_batch_size": (COUNT, "1"),
+    "training.validation_interval": (NOT_NEGATIVE, "0 (only at the end)"),
+    "training.validation_batches": (COUNT, "1"),
+}
+
+GENERATE_NUMBERS: dict[str, tuple[Range, str]] = {
+    "max_new_tokens": (COUNT, "1"),
+    "temperature": (FROM_0, "0 (always the likeliest)"),
+    "top_k": (NOT_NEGATIVE, "0 (off)"),
+    "seed": (SEED, "0"),
+}
+
+
+def refuse_numbers_out_of_range(config: object, numbers: Mapping[str, tuple[Range, str]]) -> None:
+    """Raise ConfigError at the first number of `config` outside its range. A null is in any range."""
+    for field, (legal, example) in numbers.items():
+        value = value_of(config, field)
+        assert value is None or isinstance(value, (int, float))
+        if value is not None and not legal.holds(value):
+            raise refusal(config, field, legal.words, f"{field}={example}")

@@ -1,0 +1,61 @@
+"""What follows from a run's model and data alone: arithmetic that the rules and the layout share."""
+
+import math
+
+from launcher.config.schema import Family, RunConfig
+
+
+def kv_heads(run: RunConfig) -> int:
+    return run.model.num_kv_heads or run.model.num_heads
+
+
+def sequence_length(run: RunConfig) -> int:
+    """Tokens per sample, T."""
+    return run.data.sequence_length or run.model.max_sequence_length
+
+
+def legal_tensor_sizes(run: RunConfig) -> list[int]:
+    """Every tensor-parallel size that divides what it splits, in rising order."""
+    m, length = run.model, sequence_length(run)
+    sizes = divisors(math.gcd(m.num_heads, kv_heads(run), m.ffn_hidden_size))
+    if not run.parallelism.sequence_parallel:
+        return sizes
+    return [size for size in sizes if size > 1 and length % size == 0]
+
+
+def legal_pipeline_sizes(run: RunConfig) -> list[int]:
+    """Every number of stages that the layers can fill and ZeRO allows."""
+    return list(range(1, run.model.num_layers + 1)) if run.parallelism.zero_stage <= 1 else [1]
+
+
+def legal_heads(run: RunConfig) -> list[int]:
+    """Every number of heads that fits the other sizes of the model and the tensor-parallel size."""
+    m = run.model
+    return [
+        heads
+        for heads in divisors(m.hidden_size)
+        if heads % math.lcm(m.num_kv_heads or 1, run.parallelism.tensor) == 0
+        and m.hidden_size // heads % head_size_multiple(run) == 0
+    ]
+
+
+def head_size_multiple(run: RunConfig) -> int:
+    """Rotary positions turn pairs of channels."""
+    return 2 if run.model.family is Family.llama else 1
+
+
+def divisors(n: int) -> list[int]:
+    """The divisors of n > 0 in rising order."""
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return small + [n // d for d in reversed(small) if d * d != n]
+
+
+def multiples_around(n: int, factor: int) -> list[int]:
+    """The positive multiples of `factor` on either side of n."""
+    below = n // factor * factor
+    return [multiple for multiple in (below, below + factor) if multiple]
+
+
+def nearest(options: list[int], value: int, count: int = 2) -> list[int]:
+    """The `count` options closest to value, in rising order."""
+    return sorted(sorted(options, key=lambda option: (abs(option - value), option))[:count])

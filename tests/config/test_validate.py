@@ -1,0 +1,337 @@
+"""Every rule refuses with a message that says what to type instead, and what it says to type works."""
+
+import ast
+import copy
+import functools
+import inspect
+import re
+import traceback
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from launcher.config import deepspeed_keys, layout, numbers, validate
+from launcher.config.errors import ConfigError
+from launcher.config.fields import fields_of
+from launcher.config.layout import Layout
+from launcher.config.schema import Device, Dtype, GenerateConfig, RunConfig
+from launcher.config.shape import legal_pipeline_sizes, legal_tensor_sizes, sequence_length
+from tests.config.composing import alternatives, composed_generate, run_of, section_of
+
+# Numbers with a rule of their own, or none: training.seed may be any.
+OUTSIDE_THE_TABLE = {"parallelism.zero_stage", "training.seed"}
+
+# What these remedies ask for cannot be typed.
+IN_WORDS_ONLY = {
+    "deepspeed.elasticity=true",
+    "deepspeed.zero_optimization=true",
+    "deepspeed.data_types.grad_accum_dtype=bf16 deepspeed.aio=3",
+    "[world=6] parallelism.tensor=4",
+}
+
+
+class Refusal(NamedTuple):
+    command: str
+    message: str
+    remedy: str
+
+    @property
+    def typed(self) -> list[str]:
+        return re.sub(r"\[.*?\] ?", "", self.command).split()
+
+    def check(self, typed: list[str]) -> Layout | str:
+        """What validating gives, on this machine. Raises ConfigError."""
+        if typed[:1] == ["generate"]:
+            return validate.validate_generate(composed_generate(*typed[1:]))
+        machine = {name: int(count) for name, count in re.findall(r"\[(\w+)=(\d+)\]", self.command)}
+        joined = machine.get("world")
+        return validate.validate(run_of(*typed), gpus=machine.get("gpus", 0), cores=2, joined_world=joined)
+
+    @functools.cache  # noqa: B019  (they live as long as the module)
+    def error(self) -> ConfigError:
+        with pytest.raises(ConfigError) as raised:
+            self.check(self.typed)
+        return raised.value
+
+
+def refusals() -> list[Refusal]:
+    """refusals.txt: what is typed, [on which machine], and below it, indented, the message -> the remedy."""
+    found = []
+    for block in Path(__file__).with_name("refusals.txt").read_text().strip().split("\n\n"):
+        command, *said = block.splitlines()
+        message, _, remedy = " ".join(line.strip() for line in said).partition(" -> ")
+        found.append(Refusal(command, message, remedy))
+    return found
+
+
+REFUSALS = refusals()
+each_refusal = pytest.mark.parametrize("refusal", REFUSALS, ids=lambda refusal: refusal.command)
+
+
+class TestMessages:
+    @each_refusal
+    def test_says_field_value_why_and_the_nearest_that_works(self, refusal: Refusal) -> None:
+        error = refusal.error()
+        assert str(error) == f"{refusal.message}\n  nearest that works: {refusal.remedy}"
+        assert refusal.message.startswith(error.field)
+        assert (
+            error.field in {*fields_of(RunConfig), *fields_of(GenerateConfig)} or "deepspeed" in error.field
+        )
+
+    @each_refusal
+    def test_what_it_says_to_type_is_accepted(self, refusal: Refusal) -> None:
+        error = refusal.error()
+        offers = alternatives(error)
+        assert bool(offers) != (refusal.command in IN_WORDS_ONLY)
+        typed = refusal.typed
+        if "the launcher sets" in error.why or "no key" in error.why:
+            typed = [word for word in typed if not word.startswith("deepspeed.")]
+        for offer in offers:
+            assert refusal.check([*typed, *offer])
+
+    @pytest.mark.parametrize("module", [validate, layout, numbers, deepspeed_keys])
+    def test_every_raise_has_a_case(self, module: ModuleType) -> None:
+        assert module.__file__
+        raises = [n for n in ast.walk(ast.parse(inspect.getsource(module))) if isinstance(n, ast.Raise)]
+        assert raises
+        reached = {
+            frame.lineno
+            for refusal in REFUSALS
+            for frame in traceback.extract_tb(refusal.error().__traceback__)
+            if frame.filename == module.__file__
+        }
+        unreached = [n.lineno for n in raises if not reached & set(range(n.lineno, (n.end_lineno or 0) + 1))]
+        assert unreached == []
+
+    def test_every_number_has_a_range_and_a_case(self) -> None:
+        of_run = {f for f, kind in fields_of(RunConfig).items() if "number" in kind} - OUTSIDE_THE_TABLE
+        of_generate = {f for f, kind in fields_of(GenerateConfig).items() if "number" in kind}
+        assert set(numbers.NUMBERS) == of_run
+        assert set(numbers.GENERATE_NUMBERS) == of_generate
+        with_a_case = {re.split("[=:]", refusal.message)[0] for refusal in REFUSALS}
+        assert of_run | of_generate <= with_a_case
+
+
+class TestLayout:
+    def resolve(self, *typed: str, gpus: int = 0, cores: int = 2, world: int | None = None) -> Layout:
+        return validate.validate(run_of(*typed), gpus=gpus, cores=cores, joined_world=world)
+
+    @pytest.mark.parametrize(
+        ("typed", "cores", "data"),
+        [
+            ([], 1, 1),
+            ([], 2, 2),
+            ([], 3, 2),  # 3 does not divide 16 / 4 passes
+            ([], 64, 4),
+            (["training.global_batch_size=24"], 5, 3),
+            (["training.global_batch_size=24"], 64, 6),
+            (["training.global_batch_size=4"], 64, 1),
+            (["parallelism.tensor=2"], 2, 1),
+            (["parallelism.tensor=2"], 4, 2),
+            (["parallelism.tensor=4", "parallelism.pipeline=2"], 2, 1),
+        ],
+    )
+    def test_cpu_ranks_are_the_most_that_divide_the_batch(
+        self, typed: list[str], cores: int, data: int
+    ) -> None:
+        assert self.resolve(*typed, cores=cores).data == data
+
+    def test_gpus_are_all_used(self) -> None:
+        assert self.resolve(gpus=4).data == 4
+        assert self.resolve("parallelism=tp2_pp2", gpus=8).data == 2
+        with pytest.raises(ConfigError, match="micro-batches of 4 on 3 data-parallel ranks"):
+            self.resolve(gpus=3)
+
+    def test_fewer_gpus_where_it_is_said(self) -> None:
+        assert self.resolve("parallelism.data=2", gpus=8).world_size == 2
+        assert self.resolve("hardware.accelerators_per_node=4", gpus=8).world_size == 4
+
+    def test_an_accelerator_node(self) -> None:
+        h100 = ["hardware=h100_80gb", "training.global_batch_size=64"]
+        assert self.resolve(*h100, gpus=8).describe() == (
+            "8 cuda ranks = 1 pipeline x 8 data x 1 tensor, ZeRO-0"
+        )
+        with pytest.raises(ConfigError, match="this machine has no GPU"):
+            self.resolve(*h100, gpus=0)
+
+    def test_device_is_what_is_found_or_asked_for(self) -> None:
+        assert self.resolve(gpus=2).device == "cuda"
+        assert self.resolve().device == "cpu"
+        assert self.resolve("hardware=cpu", gpus=2).device == "cpu"
+
+    def test_accumulation_is_what_the_ranks_leave(self) -> None:
+        assert self.resolve("parallelism.data=1").accumulation == 4
+        assert self.resolve("parallelism.data=2").accumulation == 2
+        assert self.resolve("parallelism.data=4").accumulation == 1
+
+    @pytest.mark.parametrize(
+        ("typed", "stage", "notes"),
+        [
+            (["parallelism.zero_stage=0"], 0, []),
+            (["precision=bf16", "parallelism.zero_stage=1"], 1, []),
+            (["precision=bf16", "parallelism.zero_stage=3"], 3, []),
+            (["parallelism=pp2", "parallelism.data=1"], 1, []),
+            (
+                ["parallelism.pipeline=2", "parallelism.data=1"],
+                1,
+                ["parallelism.zero_stage=0 runs as 1: DeepSpeed's ZeRO-0 clips wrongly under a pipeline"],
+            ),
+            (
+                ["precision=bf16"],
+                1,
+                ["parallelism.zero_stage=0 runs as 1: DeepSpeed's ZeRO-0 is wrong in low precision"],
+            ),
+        ],
+    )
+    def test_zero_0_runs_as_1_where_deepspeed_is_wrong_and_says_so(
+        self, typed: list[str], stage: int, notes: list[str]
+    ) -> None:
+        resolved = self.resolve(*typed)
+        assert (resolved.zero_stage, list(resolved.notes)) == (stage, notes)
+
+    def test_more_cpu_ranks_than_cores_are_a_note(self) -> None:
+        assert self.resolve("parallelism=hybrid_3d").notes == ("8 CPU ranks share 2 cores: right, but slow",)
+        assert self.resolve("parallelism.tensor=2", cores=1).notes == (
+            "2 CPU ranks share 1 core: right, but slow",
+        )
+        assert self.resolve("parallelism=hybrid_3d", cores=8).notes == ()
+
+    def test_a_joined_world_sets_the_data_parallel_size(self) -> None:
+        assert self.resolve(world=4).data == 4
+        assert self.resolve("parallelism=tp2_pp2", world=16).data == 4
+        assert self.resolve("parallelism.data=2", world=2).data == 2
+        # Other machines have the other ranks, so that neither nodes nor cores nor GPUs of this one bind.
+        assert self.resolve("hardware.nodes=2", world=4, cores=1).notes == ()
+        h100 = self.resolve("hardware=h100_80gb", "training.global_batch_size=64", world=16, gpus=8)
+        assert h100.world_size == 16
+
+    @pytest.mark.parametrize("ranks", [1, 8])
+    def test_describes_itself(self, ranks: int) -> None:
+        layout = self.resolve("training.global_batch_size=32", world=ranks)
+        unit = "rank" if ranks == 1 else "ranks"
+        assert layout.describe() == f"{ranks} cpu {unit} = 1 pipeline x {ranks} data x 1 tensor, ZeRO-0"
+
+
+small = st.integers(0, 9)
+SETTINGS = {
+    "model.hidden_size": st.integers(1, 64),
+    "model.num_layers": small,
+    "model.num_heads": small,
+    "model.num_kv_heads": st.none() | small,
+    "model.ffn_hidden_size": st.integers(1, 64),
+    "model.max_sequence_length": st.integers(1, 64),
+    "data.sequence_length": st.none() | st.integers(1, 64),
+    "parallelism.tensor": small,
+    "parallelism.pipeline": small,
+    "parallelism.data": st.none() | small,
+    "parallelism.zero_stage": st.integers(-1, 4),
+    "parallelism.sequence_parallel": st.booleans(),
+    "parallelism.offload_optimizer": st.booleans(),
+    "parallelism.offload_parameters": st.booleans(),
+    "precision.dtype": st.sampled_from(Dtype),
+    "hardware.device": st.sampled_from(Device),
+    "hardware.nodes": st.integers(1, 2),
+    "hardware.accelerators_per_node": st.none() | small,
+    "training.steps": st.integers(1, 100),
+    "training.stop_at": st.none() | st.integers(1, 100),
+    "training.global_batch_size": st.integers(1, 48),
+    "training.micro_batch_size": st.integers(1, 12),
+    "scheduler.decay_steps": st.none() | st.integers(1, 100),
+}
+SHAPES = ("model=gpt_tiny", "model=llama_tiny")
+SCHEDULES = ("scheduler=cosine", "scheduler=wsd")
+
+
+@st.composite
+def runs(draw: st.DrawFn) -> RunConfig:
+    """A run with some settings drawn at random, and the others as they are: many work, many do not."""
+    run = run_of(draw(st.sampled_from(SHAPES)), draw(st.sampled_from(SCHEDULES)))
+    for field in draw(st.sets(st.sampled_from(sorted(SETTINGS)), max_size=8)):
+        set_field(run, field, draw(SETTINGS[field]))
+    return run
+
+
+@st.composite
+def machines(draw: st.DrawFn) -> dict[str, int | None]:
+    world = draw(st.none() | st.integers(1, 16))
+    return {"gpus": draw(st.integers(0, 8)), "cores": draw(st.integers(1, 8)), "joined_world": world}
+
+
+def set_field(run: RunConfig, field: str, value: object) -> None:
+    section, name = field.rsplit(".", 1)
+    setattr(section_of(run, section), name, value)
+
+
+def outcome(run: RunConfig, machine: dict[str, int | None]) -> Layout | ConfigError:
+    try:
+        return validate.validate(run, **machine)  # type: ignore[arg-type]
+    except ConfigError as error:
+        return error
+
+
+class TestAnyRun:
+    @given(run=runs(), machine=machines())
+    @settings(max_examples=400, deadline=None)
+    def test_is_refused_or_resolved_and_never_changed(
+        self, run: RunConfig, machine: dict[str, int | None]
+    ) -> None:
+        before = copy.deepcopy(run)
+        found = outcome(run, machine)
+        assert run == before
+        if isinstance(found, ConfigError):
+            assert found.why
+            assert found.remedy
+        else:
+            check_invariants(run, machine, found)
+
+    @given(run=runs(), machine=machines(), choices=st.lists(st.integers(0, 4), min_size=12, max_size=12))
+    @settings(max_examples=200, deadline=None)
+    def test_following_any_advice_leads_to_a_run_that_works(
+        self, run: RunConfig, machine: dict[str, int | None], choices: list[int]
+    ) -> None:
+        said = []
+        while isinstance(error := outcome(run, machine), ConfigError):
+            said.append(str(error))
+            assert len(said) <= len(choices), said
+            offers = alternatives(error)
+            assume(offers)  # a world size cannot be typed
+            for setting in offers[choices[len(said) - 1] % len(offers)]:
+                follow(run, setting)
+
+
+def check_invariants(run: RunConfig, machine: dict[str, int | None], found: Layout) -> None:
+    p, t = run.parallelism, run.training
+    assert found.world_size == found.pipeline * found.data * found.tensor
+    assert (found.tensor, found.pipeline) == (p.tensor, p.pipeline)
+    assert p.data in (None, found.data)
+    assert found.accumulation >= 1
+    assert found.accumulation * found.data * t.micro_batch_size == t.global_batch_size
+    assert found.tensor in legal_tensor_sizes(run)
+    assert found.pipeline in legal_pipeline_sizes(run)
+    assert run.model.hidden_size % run.model.num_heads == 0
+    assert not p.sequence_parallel or (found.tensor > 1 and sequence_length(run) % found.tensor == 0)
+    assert found.zero_stage == p.zero_stage or ((p.zero_stage, found.zero_stage) == (0, 1) and found.notes)
+    assert not (found.zero_stage == 0 and (found.pipeline > 1 or run.precision.dtype is not Dtype.fp32))
+    assert not (found.device == "cpu" and run.precision.dtype is Dtype.fp16)
+    assert found.device == "cpu" or machine["gpus"]
+    if machine["joined_world"] is not None:
+        assert found.world_size == machine["joined_world"]
+    elif found.device == "cuda":
+        assert found.world_size <= (machine["gpus"] or 0)
+
+
+def follow(run: RunConfig, setting: str) -> None:
+    """Change a run as typing `setting` would."""
+    name = setting.partition("=")[0]
+    if "." in name:
+        merged = OmegaConf.merge(OmegaConf.structured(run), OmegaConf.from_dotlist([setting]))
+        source = OmegaConf.to_object(merged)
+    else:
+        source = run_of(setting)
+    part = name.partition(".")[0]
+    setattr(run, part, getattr(source, part))

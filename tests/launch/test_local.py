@@ -1,0 +1,701 @@
+"""Ranks as real processes: how they end, what is then told, and that none is left."""
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import pytest
+
+from launcher.config.errors import ConfigError
+from launcher.launch.local import RankFailure, run_local_ranks
+
+HANG = 60.0  # seconds: only ever reached where something hangs
+REPOSITORY = Path(__file__).parents[2]
+
+
+def run(target: Callable[[int], None], world_size: int, logs: Path, **options: Any) -> None:
+    run_local_ranks(target, world_size, log_dir=logs, **({"start_method": "fork"} | options))
+
+
+def failure_of(target: Callable[[int], None], world_size: int, logs: Path, **options: Any) -> RankFailure:
+    with pytest.raises(RankFailure) as failed:
+        run(target, world_size, logs, **options)
+    assert failed.value.world_size == world_size
+    return failed.value
+
+
+def wait_for(happened: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + HANG
+    while not happened():
+        assert time.monotonic() < deadline, f"still waiting: {what}"
+        time.sleep(0.01)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in "ZX"  # dead, if nobody has looked yet
+
+
+def write_pid(directory: Path, name: str, pid: int) -> None:
+    partial_file = directory / f".{name}"
+    partial_file.write_text(str(pid))
+    partial_file.rename(directory / f"{name}.pid")  # never seen half-written
+
+
+def read_pids(directory: Path) -> dict[str, int]:
+    return {path.stem: int(path.read_text()) for path in directory.glob("*.pid")}
+
+
+@pytest.fixture(autouse=True)
+def handlers_are_restored() -> Iterator[None]:
+    """No test may end with another disposition or signal mask than it began with."""
+
+    def state() -> tuple[object, ...]:
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        return *(signal.getsignal(number) for number in numbers), signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+    before = state()
+    yield
+    assert state() == before
+
+
+# --- success ---------------------------------------------------------------------------------------------
+
+
+def write_rank(directory: Path, rank: int) -> None:
+    (directory / str(rank)).write_text(str(os.getpid()))
+
+
+@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+def test_every_rank_runs_once_in_a_process_of_its_own(
+    tmp_path: Path, start_method: Literal["fork", "spawn"]
+) -> None:
+    run(partial(write_rank, tmp_path), 3, tmp_path / "new" / "logs", start_method=start_method)
+    pids = {int((tmp_path / str(rank)).read_text()) for rank in range(3)}
+    assert len(pids) == 3
+    assert os.getpid() not in pids
+    assert sorted(path.name for path in (tmp_path / "new/logs").iterdir()) == ["rank_1.log", "rank_2.log"]
+
+
+def test_exit_code_zero_is_success(tmp_path: Path) -> None:
+    run(lambda rank: sys.exit(0), 2, tmp_path)
+
+
+def test_ranks_may_have_children_of_their_own(tmp_path: Path) -> None:
+    def target(rank: int) -> None:
+        import multiprocessing
+
+        child = multiprocessing.get_context("fork").Process(target=write_rank, args=(tmp_path, rank))
+        child.start()
+        child.join()
+
+    run(target, 2, tmp_path / "logs")
+    assert (tmp_path / "1").exists()
+
+
+# --- failures --------------------------------------------------------------------------------------------
+
+
+def sleep_for_long() -> None:
+    time.sleep(10 * HANG)
+
+
+def wait_for_a_lock() -> None:
+    lock = threading.Lock()
+    lock.acquire()
+    lock.acquire()
+
+
+def wait_in_c() -> None:
+    # Never returns to the interpreter, which alone runs Python's handlers: deaf to SIGTERM, as is a
+    # collective that waits in C++.
+    mutex = ctypes.create_string_buffer(64)
+    libc = ctypes.CDLL(None)
+    libc.pthread_mutex_lock(mutex)
+    libc.pthread_mutex_lock(mutex)
+
+
+@pytest.mark.parametrize("wait", [sleep_for_long, wait_for_a_lock, wait_in_c])
+def test_a_failing_rank_ends_those_that_wait(tmp_path: Path, wait: Callable[[], None]) -> None:
+    def target(rank: int) -> None:
+        write_pid(tmp_path, f"rank_{rank}", os.getpid())
+        if rank != 1:
+            wait()
+        wait_for(lambda: len(read_pids(tmp_path)) == 3, "the other ranks")
+        raise ValueError("loss is nan")
+
+    failure = failure_of(target, 3, tmp_path, failure_grace=0.5)
+    assert failure.rank == 1
+    assert str(failure).startswith("rank 1 of 3 failed:\nTraceback (most recent call last):\n")
+    assert str(failure).endswith("\nValueError: loss is nan")
+    assert not [pid for pid in read_pids(tmp_path).values() if is_running(pid)]
+
+
+def fail_in_rank_1(rank: int) -> None:
+    if rank == 1:
+        raise KeyError("no such layer")
+    sleep_for_long()
+
+
+@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+def test_the_traceback_names_the_line_and_not_our_own(
+    tmp_path: Path, start_method: Literal["fork", "spawn"]
+) -> None:
+    detail = failure_of(fail_in_rank_1, 2, tmp_path, start_method=start_method).detail
+    assert 'raise KeyError("no such layer")' in detail
+    assert "rank_main" not in detail
+    assert "multiprocessing" not in detail
+
+
+def test_the_whole_traceback_arrives_however_long(tmp_path: Path) -> None:
+    def target(rank: int) -> None:
+        if rank == 1:
+            raise ValueError("begin " + "x" * 1_000_000 + " end")
+        sleep_for_long()
+
+    detail = failure_of(target, 2, tmp_path).detail
+    assert "begin x" in detail
+    assert detail.endswith("x end")
+
+
+def test_an_exception_that_cannot_be_pickled_is_told(tmp_path: Path) -> None:
+    class Unpicklable(Exception):
+        def __init__(self, lock: object) -> None:
+            super().__init__("holds a lock")
+            self.lock = lock
+
+    def target(rank: int) -> None:
+        raise Unpicklable(threading.Lock())
+
+    assert failure_of(target, 1, tmp_path).detail.endswith("Unpicklable: holds a lock")
+
+
+def test_the_traceback_is_also_in_the_log_of_the_rank(tmp_path: Path) -> None:
+    failure_of(fail_in_rank_1, 2, tmp_path)
+    assert "KeyError: 'no such layer'" in (tmp_path / "rank_1.log").read_text()
+
+
+def test_rank_0_leaves_its_traceback_to_the_parent(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    def target(rank: int) -> None:
+        raise ValueError("shown once")
+
+    assert "shown once" in str(failure_of(target, 1, tmp_path))
+    assert "shown once" not in "".join(capfd.readouterr())
+
+
+def test_a_config_error_passes_through(tmp_path: Path) -> None:
+    def target(rank: int) -> None:
+        if rank == 1:
+            raise ConfigError("run.dir", Path("/no/checkpoint"), "holds no checkpoint", "runs/1")
+        sleep_for_long()
+
+    with pytest.raises(ConfigError) as refused:
+        run(target, 2, tmp_path)
+    expected = ConfigError("run.dir", "/no/checkpoint", "holds no checkpoint", "runs/1")
+    assert str(refused.value) == str(expected)
+    assert vars(refused.value) == vars(expected)
+
+
+def test_a_config_error_without_a_value_keeps_none(tmp_path: Path) -> None:
+    def target(rank: int) -> None:
+        raise ConfigError("data.train", None, "is not set", "a glob")
+
+    with pytest.raises(ConfigError, match=r"^data\.train: is not set") as refused:
+        run(target, 1, tmp_path)
+    assert refused.value.value is None
+
+
+# --- which of several failures is told -------------------------------------------------------------------
+
+
+class DistBackendError(RuntimeError):
+    """Stands for torch's."""
+
+
+LOST_PEERS = [
+    RuntimeError(
+        "[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]"
+    ),
+    RuntimeError("Application timeout caused pair closure"),
+    ConnectionResetError(104, "Connection reset by peer"),
+    BrokenPipeError(32, "Broken pipe"),
+    DistBackendError("remote process exited or there was a network error"),
+]
+
+
+@pytest.mark.parametrize("lost", LOST_PEERS, ids=lambda error: type(error).__name__)
+def test_a_lost_connection_does_not_hide_its_cause(tmp_path: Path, lost: Exception) -> None:
+    """The cause reaches the top late: its rank cleans up after its peers have already noticed."""
+
+    def target(rank: int) -> None:
+        if rank == 2:
+            try:
+                raise ValueError("the cause")
+            finally:
+                (tmp_path / "disconnected").touch()
+                wait_for(lambda: (tmp_path / "rank_1.log").stat().st_size > 0, "rank 1 to fail")
+                time.sleep(0.5)
+        wait_for((tmp_path / "disconnected").exists, "rank 2 to fail")
+        raise lost
+
+    failure = failure_of(target, 3, tmp_path)
+    assert failure.rank == 2
+    assert "the cause" in failure.detail
+
+
+def test_a_lost_connection_in_the_cleanup_does_not_hide_its_own_cause(tmp_path: Path) -> None:
+    def target(rank: int) -> None:
+        if rank == 1:
+            try:
+                raise ValueError("the cause")
+            finally:
+                (tmp_path / "failed").touch()
+                raise LOST_PEERS[0]  # as of a barrier in the clean-up
+        wait_for((tmp_path / "failed").exists, "rank 1 to fail")
+        raise LOST_PEERS[2]
+
+    assert "the cause" in failure_of(target, 2, tmp_path).detail
+
+
+def test_a_lost_connection_alone_is_told(tmp_path: Path) -> None:
+    def target(rank: int) -> None:
+        if rank == 0:
+            sleep_for_long()
+        raise LOST_PEERS[0]
+
+    failure = failure_of(target, 2, tmp_path)
+    assert failure.rank == 1
+    assert "Connection closed by peer" in failure.detail
+
+
+def test_a_killed_rank_is_told_before_those_that_lost_it(tmp_path: Path) -> None:
+    def target(rank: int) -> None:
+        write_pid(tmp_path, f"rank_{rank}", os.getpid())
+        if rank == 2:
+            wait_for(lambda: len(read_pids(tmp_path)) == 3, "the other ranks")
+            os.kill(os.getpid(), signal.SIGKILL)
+        wait_for(lambda: not is_running(read_pids(tmp_path).get("rank_2", os.getpid())), "rank 2 to die")
+        raise LOST_PEERS[0]
+
+    failure = failure_of(target, 3, tmp_path)
+    assert failure.rank == 2
+
+
+def test_of_failures_of_a_kind_the_first_is_told(tmp_path: Path) -> None:
+    def target(rank: int) -> None:
+        if rank == 2:
+            raise ValueError("first")
+        wait_for(lambda: "first" in (tmp_path / "rank_2.log").read_text(), "rank 2 to fail")
+        raise ValueError("later")
+
+    (tmp_path / "rank_2.log").touch()
+    for _ in range(3):
+        (tmp_path / "rank_2.log").write_text("")
+        assert failure_of(target, 4, tmp_path).rank == 2
+
+
+def test_what_a_rank_raises_because_it_was_stopped_is_not_told(tmp_path: Path) -> None:
+    def target(rank: int) -> None:
+        if rank == 1:
+            wait_for((tmp_path / "waiting").exists, "rank 0")
+            raise LOST_PEERS[0]  # of the kind that any other failure precedes
+        try:
+            (tmp_path / "waiting").touch()
+            sleep_for_long()
+        except BaseException as error:
+            raise ValueError("aborted") from error
+
+    assert failure_of(target, 2, tmp_path).rank == 1
+
+
+# --- ends without an exception ---------------------------------------------------------------------------
+
+
+def test_a_rank_killed_by_sigkill(tmp_path: Path) -> None:
+    (tmp_path / "rank_1.log").write_text("of an earlier run\n")
+
+    def target(rank: int) -> None:
+        if rank == 1:
+            for step in range(100):
+                print("step", step)
+            os.kill(os.getpid(), signal.SIGKILL)
+        sleep_for_long()
+
+    text = str(failure_of(target, 2, tmp_path))
+    assert text.startswith("rank 1 of 2 was killed by SIGKILL (out of memory? see dmesg)\n")
+    assert str(tmp_path / "rank_1.log") in text
+    assert text.endswith("\nstep 98\nstep 99")
+    assert "step 50\n" not in text
+
+
+def test_the_log_of_an_earlier_run_is_kept_but_not_quoted(tmp_path: Path) -> None:
+    (tmp_path / "rank_1.log").write_text("of an earlier run\n")
+
+    def target(rank: int) -> None:
+        os.kill(os.getpid(), signal.SIGKILL) if rank == 1 else sleep_for_long()
+
+    assert str(failure_of(target, 2, tmp_path)) == (
+        "rank 1 of 2 was killed by SIGKILL (out of memory? see dmesg)"
+    )
+    assert (tmp_path / "rank_1.log").read_text() == "of an earlier run\n"
+
+
+def crash_in_rank_1(rank: int) -> None:
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    sleep_for_long()
+
+
+def test_a_crash_shows_where(tmp_path: Path) -> None:
+    text = str(failure_of(crash_in_rank_1, 2, tmp_path, start_method="spawn"))
+    assert text.startswith("rank 1 of 2 was killed by SIGSEGV\n")
+    assert "in crash_in_rank_1" in text
+
+
+def test_sys_exit_with_a_code(tmp_path: Path) -> None:
+    def target(rank: int) -> None:
+        sys.exit(3) if rank == 1 else sleep_for_long()
+
+    assert str(failure_of(target, 2, tmp_path)) == "rank 1 of 2 exited with code 3"
+
+
+def test_sys_exit_with_a_message(tmp_path: Path) -> None:
+    def target(rank: int) -> None:
+        sys.exit("no such corpus") if rank == 1 else sleep_for_long()
+
+    text = str(failure_of(target, 2, tmp_path))
+    assert text.startswith("rank 1 of 2 exited with code 1\n")
+    assert text.endswith("no such corpus")
+
+
+def test_a_rank_stopped_by_somebody_else(tmp_path: Path) -> None:
+    def target(rank: int) -> None:
+        os.kill(os.getpid(), signal.SIGTERM) if rank == 1 else sleep_for_long()
+
+    assert str(failure_of(target, 2, tmp_path)) == "rank 1 of 2 exited with code 143 (stopped by SIGTERM)"
+
+
+def test_a_rank_whose_forked_child_lives_on_is_still_seen_to_die(tmp_path: Path) -> None:
+    """Such a child holds the dead rank's pipes open, as a DataLoader's workers do."""
+
+    def target(rank: int) -> None:
+        if rank == 1:
+            child = os.fork()
+            if child == 0:
+                sleep_for_long()
+            write_pid(tmp_path, "grandchild", child)
+            os.kill(os.getpid(), signal.SIGKILL)
+        sleep_for_long()
+
+    assert failure_of(target, 2, tmp_path, failure_grace=0.5).rank == 1
+    assert not is_running(read_pids(tmp_path)["grandchild"])
+
+
+# --- how ranks are stopped -------------------------------------------------------------------------------
+
+
+def test_stopped_ranks_run_their_cleanup(tmp_path: Path) -> None:
+    def target(rank: int) -> None:
+        if rank == 1:
+            wait_for((tmp_path / "waiting").exists, "rank 0")
+            raise ValueError("stop")
+        try:
+            (tmp_path / "waiting").touch()
+            sleep_for_long()
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)  # a second one does not cut it short
+            time.sleep(0.1)
+            (tmp_path / "cleaned").touch()
+
+    failure_of(target, 2, tmp_path, failure_grace=HANG)
+    assert (tmp_path / "cleaned").exists()
+
+
+def test_ranks_that_ignore_sigterm_are_killed(tmp_path: Path) -> None:
+    def target(rank: int) -> None:
+        if rank == 0:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            write_pid(tmp_path, "deaf", os.getpid())
+            while True:
+                time.sleep(1)
+        wait_for(lambda: bool(read_pids(tmp_path)), "rank 0")
+        raise ValueError("stop")
+
+    assert failure_of(target, 2, tmp_path, failure_grace=0.3).rank == 1
+    assert not is_running(read_pids(tmp_path)["deaf"])
+
+
+def test_the_ranks_own_processes_end_too(tmp_path: Path) -> None:
+    def target(rank: int) -> None:
+        sleeper = [sys.executable, "-c", "import time; time.sleep(600)"]
+        write_pid(tmp_path, f"near_{rank}", subprocess.Popen(sleeper).pid)
+        write_pid(tmp_path, f"far_{rank}", subprocess.Popen(sleeper, start_new_session=True).pid)
+
+    run(target, 2, tmp_path, failure_grace=0.3)
+    assert len(read_pids(tmp_path)) == 4
+    assert not [pid for pid in read_pids(tmp_path).values() if is_running(pid)]
+
+
+def test_processes_of_the_caller_are_left_alone(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as bystander:
+        run(partial(write_rank, tmp_path), 2, tmp_path, failure_grace=0.1)
+        assert bystander.poll() is None
+        bystander.kill()
+
+
+# Fails to start once rank 0 already runs.
+class PicklesOnce:
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.pickled = 0
+
+    def __getstate__(self) -> dict[str, object]:
+        self.pickled += 1
+        if self.pickled > 1:
+            raise OSError("no more processes")
+        return self.__dict__
+
+    def __call__(self, rank: int) -> None:
+        write_pid(self.directory, f"rank_{rank}", os.getpid())
+        sleep_for_long()
+
+
+def test_a_rank_that_cannot_be_started_ends_those_before_it(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="no more processes"):
+        run(PicklesOnce(tmp_path), 2, tmp_path, start_method="spawn", failure_grace=1.0)
+    assert not [pid for pid in read_pids(tmp_path).values() if is_running(pid)]
+
+
+# --- where output goes -----------------------------------------------------------------------------------
+
+
+def talk(rank: int) -> None:
+    print(f"print of {rank}")
+    print(f"stderr of {rank} \u2713", file=sys.stderr)
+    os.write(1, f"descriptor of {rank}\n".encode())
+    subprocess.run(["sh", "-c", f"echo child of {rank}; echo complaint of {rank} >&2"], check=True)
+
+
+@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+def test_output_of_all_but_rank_0_goes_to_logs(
+    tmp_path: Path, start_method: Literal["fork", "spawn"], capfd: pytest.CaptureFixture[str]
+) -> None:
+    run(talk, 3, tmp_path, start_method=start_method)
+    shown = "".join(capfd.readouterr())
+    for rank, text in enumerate([shown, *((tmp_path / f"rank_{n}.log").read_text() for n in (1, 2))]):
+        for source in ("print", "stderr", "descriptor", "child", "complaint"):
+            assert [line for line in text.splitlines() if line.startswith(f"{source} of ")] == [
+                f"{source} of {rank}" + (" \u2713" if source == "stderr" else "")
+            ]
+
+
+def test_logs_are_appended_to(tmp_path: Path) -> None:
+    for _ in range(2):
+        run(talk, 2, tmp_path)
+    assert (tmp_path / "rank_1.log").read_text().count("print of 1\n") == 2
+
+
+def test_a_log_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    (tmp_path / "rank_1.log").mkdir()
+    assert "IsADirectoryError" in failure_of(lambda rank: None, 2, tmp_path).detail
+
+
+# --- signals to the parent -------------------------------------------------------------------------------
+
+SCRIPT = """
+import os, signal, subprocess, sys, time
+from pathlib import Path
+from launcher.launch.local import run_local_ranks
+
+directory, behaviour, start_method = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+
+def write_pid(name, pid):
+    (directory / f".{name}").write_text(str(pid))
+    (directory / f".{name}").rename(directory / f"{name}.pid")
+
+def target(rank):
+    if behaviour == "deaf":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if behaviour == "busy":
+        write_pid(f"child_{rank}", subprocess.Popen(["sleep", "600"], start_new_session=rank == 1).pid)
+    try:
+        write_pid(f"rank_{rank}", os.getpid())
+        while True:
+            time.sleep(1)
+    finally:
+        if behaviour == "slow":
+            time.sleep(1)
+        (directory / f"cleaned_{rank}").touch()
+        if behaviour == "clumsy":
+            raise ValueError("in the clean-up")
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever started the tests ignores
+    signal.signal(signal.SIGHUP, signal.SIG_IGN if behaviour == "nohup" else signal.SIG_DFL)
+    try:
+        run_local_ranks(target, 2, log_dir=directory, start_method=start_method,
+                        failure_grace=0.5, stop_grace=600 if behaviour in ("deaf", "slow") else 5)
+    except KeyboardInterrupt:
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        sys.exit(130)
+"""
+
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Start a launcher of two ranks, in a process group of its own, and wait until its ranks run."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(behaviour: str = "plain", start_method: str = "fork") -> "subprocess.Popen[str]":
+        script = tmp_path / "script.py"
+        script.write_text(textwrap.dedent(SCRIPT))
+        launcher = subprocess.Popen(
+            [sys.executable, str(script), str(tmp_path), behaviour, start_method],
+            env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        started.append(launcher)
+        wait_for(
+            lambda: launcher.poll() is not None or {"rank_0", "rank_1"} <= set(read_pids(tmp_path)), "ranks"
+        )
+        assert launcher.poll() is None, launcher.communicate()[0]
+        return launcher
+
+    yield start
+    for launcher in started:
+        launcher.kill()
+        launcher.communicate()
+    for pid in read_pids(tmp_path).values():
+        if is_running(pid):
+            os.kill(pid, signal.SIGKILL)
+
+
+def assert_nothing_left(directory: Path) -> None:
+    wait_for(lambda: not any(map(is_running, read_pids(directory).values())), "processes left behind")
+
+
+def press_ctrl_c(launcher: "subprocess.Popen[str]") -> None:
+    os.killpg(launcher.pid, signal.SIGINT)  # what a terminal does: the whole foreground group
+
+
+@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+@pytest.mark.parametrize(
+    ("send", "code"),
+    [
+        pytest.param(press_ctrl_c, 130, id="Ctrl-C"),
+        pytest.param(lambda launcher: launcher.send_signal(signal.SIGINT), 130, id="SIGINT"),
+        pytest.param(lambda launcher: launcher.send_signal(signal.SIGTERM), 143, id="SIGTERM"),
+        pytest.param(lambda launcher: launcher.send_signal(signal.SIGHUP), 129, id="SIGHUP"),
+        pytest.param(lambda launcher: os.killpg(launcher.pid, signal.SIGTERM), 143, id="SIGTERM to all"),
+        pytest.param(lambda launcher: os.killpg(launcher.pid, signal.SIGHUP), 129, id="SIGHUP to all"),
+    ],
+)
+def test_a_stop_cleans_up_and_leaves_nothing(
+    tmp_path: Path, start: Start, send: Callable[[Any], None], code: int, start_method: str
+) -> None:
+    launcher = start("plain", start_method)
+    send(launcher)
+    output, _ = launcher.communicate(timeout=HANG)
+    assert launcher.returncode == code
+    assert output == ""
+    assert not [pid for pid in read_pids(tmp_path).values() if is_running(pid)]
+    assert (tmp_path / "cleaned_0").exists()
+    assert (tmp_path / "cleaned_1").exists()
+
+
+@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+def test_a_killed_launcher_takes_its_ranks_along(tmp_path: Path, start: Start, start_method: str) -> None:
+    launcher = start("plain", start_method)
+    launcher.kill()
+    assert launcher.wait(timeout=HANG) == -signal.SIGKILL
+    assert_nothing_left(tmp_path)
+    assert not (tmp_path / "cleaned_0").exists()
+
+
+def test_a_second_ctrl_c_kills_at_once(tmp_path: Path, start: Start) -> None:
+    launcher = start("deaf")  # and patient: the grace is longer than any test
+    press_ctrl_c(launcher)
+    time.sleep(0.5)
+    assert launcher.poll() is None
+    press_ctrl_c(launcher)
+    launcher.communicate(timeout=HANG)
+    assert launcher.returncode == 130
+    assert not [pid for pid in read_pids(tmp_path).values() if is_running(pid)]
+
+
+def test_a_second_sigterm_lets_the_cleanup_finish(tmp_path: Path, start: Start) -> None:
+    launcher = start("slow")
+    for _ in range(3):
+        launcher.send_signal(signal.SIGTERM)
+        time.sleep(0.1)
+    launcher.communicate(timeout=HANG)
+    assert launcher.returncode == 143
+    assert (tmp_path / "cleaned_0").exists()
+
+
+def test_children_of_stopped_ranks_end_too(tmp_path: Path, start: Start) -> None:
+    launcher = start("busy")
+    launcher.send_signal(signal.SIGTERM)
+    launcher.communicate(timeout=HANG)
+    assert launcher.returncode == 143
+    assert len(read_pids(tmp_path)) == 4
+    assert not [pid for pid in read_pids(tmp_path).values() if is_running(pid)]
+
+
+def test_an_error_in_the_cleanup_does_not_hide_the_stop(start: Start) -> None:
+    launcher = start("clumsy")
+    press_ctrl_c(launcher)
+    output, _ = launcher.communicate(timeout=HANG)
+    assert launcher.returncode == 130
+    assert output == ""
+
+
+def test_nohup_is_honoured(tmp_path: Path, start: Start) -> None:
+    launcher = start("nohup")
+    os.killpg(launcher.pid, signal.SIGHUP)
+    time.sleep(0.5)
+    assert launcher.poll() is None
+    assert all(map(is_running, read_pids(tmp_path).values()))
+
+
+def interrupt_parent(rank: int) -> NoReturn:
+    os.kill(os.getppid(), signal.SIGINT)
+    while True:
+        time.sleep(1)
+
+
+def test_an_error_raised_before_the_stop_is_not_lost(tmp_path: Path) -> None:
+    """As of a rank that answers SIGTERM by saving a checkpoint, and fails at that."""
+
+    def target(rank: int) -> None:
+        def save(_number: int, _frame: object) -> NoReturn:
+            raise ValueError("disk full")
+
+        signal.signal(signal.SIGTERM, save)
+        interrupt_parent(rank)
+
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt) as stopped:
+            run(target, 1, tmp_path)
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    assert isinstance(stopped.value.__cause__, RankFailure)
+    assert "disk full" in str(stopped.value.__cause__)

@@ -1,0 +1,92 @@
+"""Small models for tests: every dimension another, a vocabulary that no tensor size divides."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from launcher.config.schema import (
+    ActivationCheckpointing,
+    Family,
+    ModelConfig,
+    ParallelismConfig,
+    RunConfig,
+    TrainingConfig,
+)
+from launcher.models.blocks import BlockContext
+from launcher.models.language import FlatModel, language_layers, language_loss
+from launcher.parallel.layers import IGNORED_LABEL
+from launcher.parallel.mesh import ProcessMesh
+from launcher.parallel.sharding import logical_of
+
+BATCH, LENGTH = 2, 16
+FAMILIES = list(Family)
+
+
+def small(family: Family, **changes: Any) -> ModelConfig:
+    """Weights are drawn wider than in training, so that every part of the model matters to the loss."""
+    fields: dict[str, Any] = {
+        "family": family,
+        "hidden_size": 32,
+        "num_layers": 2,
+        "num_heads": 8,
+        "num_kv_heads": 4 if family is Family.llama else None,
+        "ffn_hidden_size": 48,
+        "vocab_size": 61,
+        "max_sequence_length": 24,
+        "tie_embeddings": family is Family.gpt,
+        "norm_epsilon": 1e-3,
+        "rope_theta": 50.0,
+        "init_std": 0.3,
+    }
+    return ModelConfig(**(fields | changes))
+
+
+def build(
+    model: ModelConfig,
+    mesh: ProcessMesh | None = None,
+    *,
+    sequence_parallel: bool = False,
+    checkpointing: ActivationCheckpointing = ActivationCheckpointing.none,
+    seed: int = 3,
+) -> FlatModel:
+    """This rank's part of the model; the whole of it without a mesh. Seeds torch's default generator."""
+    run = RunConfig(
+        model=model,
+        parallelism=ParallelismConfig(
+            sequence_parallel=sequence_parallel, activation_checkpointing=checkpointing
+        ),
+        training=TrainingConfig(seed=seed),
+    )
+    context = BlockContext.create(run, mesh or ProcessMesh.single(), torch.device("cpu"))
+    return FlatModel(language_layers(model, context), language_loss(model, context.tp))
+
+
+def batch(vocabulary: int) -> tuple[Tensor, Tensor]:
+    """Tokens and labels, some of them ignored."""
+    generator = torch.Generator().manual_seed(11)
+    tokens = torch.randint(vocabulary, (BATCH, LENGTH + 1), generator=generator)
+    labels = tokens[:, 1:].clone()
+    labels[0, 3:6] = IGNORED_LABEL
+    return tokens[:, :-1], labels
+
+
+def by_name(module: nn.Module) -> dict[str, nn.Parameter]:
+    return {logical_of(parameter).name: parameter for parameter in module.parameters()}
+
+
+def gradients(model: FlatModel, tokens: Tensor, labels: Tensor) -> tuple[float, dict[str, Tensor]]:
+    """The loss, and this rank's gradients by logical name."""
+    loss = model(tokens, labels)
+    loss.backward()
+    found = {}
+    for name, parameter in by_name(model).items():
+        assert parameter.grad is not None, name
+        found[name] = parameter.grad
+    return loss.item(), found
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """The largest difference, in units of the largest expected value."""
+    assert actual.shape == expected.shape, (actual.shape, expected.shape)
+    return ((actual - expected).abs().max() / expected.abs().max()).item()

@@ -1,0 +1,106 @@
+"""Counts from the config against the real modules: parameters, and the FLOPs that torch counts."""
+
+from dataclasses import replace
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from launcher.config.fields import config_directory
+from launcher.config.schema import Family, ModelConfig
+from launcher.models.arithmetic import matrix_parameters, parameters, train_flops_per_token
+from launcher.models.language import FlatModel
+from launcher.parallel.sharding import Draw, Initializer, LogicalTensor, logical_of
+from tests.models.small import build, small
+
+SHIPPED = sorted(path.stem for path in (config_directory() / "model").glob("*.yaml"))
+LENGTH = 256
+
+
+def shipped(name: str) -> ModelConfig:
+    path: Path = config_directory() / "model" / f"{name}.yaml"
+    model = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), OmegaConf.load(path)))
+    assert isinstance(model, ModelConfig)
+    return model
+
+
+def without_values(model: ModelConfig) -> FlatModel:
+    """The real modules, on the meta device: shapes and no storage, be it of 70 billion parameters."""
+    make = Initializer.parameter
+
+    def parameter(self: Initializer, logical: LogicalTensor, draw: Draw) -> nn.Parameter:
+        return make(self, logical, lambda shape, generator: torch.empty(shape, device="meta"))
+
+    with patch.object(Initializer, "parameter", parameter):
+        return build(model)
+
+
+VARIANTS = {name: shipped(name) for name in SHIPPED} | {
+    "gpt, untied": small(Family.gpt, tie_embeddings=False),
+    "llama, tied": small(Family.llama, tie_embeddings=True),
+    "llama, no grouping": small(Family.llama, num_kv_heads=None),
+}
+variants = pytest.mark.parametrize("name", VARIANTS)
+
+
+@variants
+def test_parameters_are_those_of_the_modules(name: str) -> None:
+    model = VARIANTS[name]
+    assert parameters(model) == sum(p.numel() for p in without_values(model).parameters())
+
+
+@variants
+def test_matrix_parameters_are_the_weights_that_multiply_every_token(name: str) -> None:
+    """All matrices but the look-ups; an embedding that is the head too counts as the head."""
+    model = VARIANTS[name]
+    looked_up = {"positions.weight"} if model.tie_embeddings else {"positions.weight", "embedding.weight"}
+    matrices = [p for p in without_values(model).parameters() if p.dim() == 2]
+    counted = sum(p.numel() for p in matrices if logical_of(p).name not in looked_up)
+    assert matrix_parameters(model) == counted
+
+
+PUBLISHED = {
+    "gpt2_small": 124_439_808,  # transformers' GPT2LMHeadModel of "gpt2"
+    "gpt2_xl": 1_557_611_200,  # and of "gpt2-xl"
+    "llama3_8b": 8_030_261_248,  # meta-llama/Meta-Llama-3-8B's safetensors
+    "llama3_70b": 70_553_706_496,  # meta-llama/Meta-Llama-3-70B's
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameters_are_those_published(name: str) -> None:
+    assert parameters(shipped(name)) == PUBLISHED[name]
+
+
+def counted_flops(model: ModelConfig, tokens: Tensor) -> int:
+    """Of a forward and a backward pass, by torch."""
+    module = without_values(model) if tokens.is_meta else build(model)
+    # The math backend's products are counted as they are, the whole T x T matrix; a fused backward
+    # would count the scores that it recomputes.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        module(tokens, tokens).backward()
+    return int(counter.get_total_flops())
+
+
+@variants
+@pytest.mark.parametrize("length", [16, LENGTH])
+def test_flops_are_those_that_torch_counts(name: str, length: int) -> None:
+    # Blocks are alike: six of eighty tell as much.
+    model = replace(VARIANTS[name], num_layers=min(VARIANTS[name].num_layers, 6), dropout=0.0)
+    length = min(length, model.max_sequence_length)
+    tokens = torch.zeros(2, length, dtype=torch.long, device="meta")
+    counted = counted_flops(model, tokens) / tokens.numel()
+    assert train_flops_per_token(model, length) == pytest.approx(counted, rel=1e-3)
+
+
+@pytest.mark.parametrize("family", list(Family), ids=lambda family: family.name)
+def test_flops_of_a_pass_that_is_executed(family: Family) -> None:
+    model = small(family)
+    tokens = torch.zeros(2, 24, dtype=torch.long)
+    counted = counted_flops(model, tokens) / tokens.numel()
+    assert train_flops_per_token(model, 24) == pytest.approx(counted, rel=1e-3)

@@ -1,0 +1,300 @@
+"""The whole model in every tensor-parallel layout, recomputation, causality, rotary positions, dropout."""
+
+from collections import Counter
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from launcher.config.schema import ActivationCheckpointing, Family, ModelConfig
+from launcher.models.blocks import Attention, HiddenDropout, TransformerBlock, rotate
+from launcher.parallel.layers import TensorParallel
+from launcher.parallel.random import DropoutRandom
+from launcher.parallel.sharding import LogicalTensor, logical_of, merge
+from tests.distributed import mesh, pool
+from tests.models.small import FAMILIES, batch, build, by_name, gradients, relative_error, small
+
+TOLERANCE = 2e-5  # of a gradient's largest value, in fp32
+
+Gradients = tuple[float, dict[str, Tensor]]
+families = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+layouts = pytest.mark.parametrize(
+    ("world", "sequence_parallel"), [(2, False), (2, True), (4, False), (4, True)]
+)
+
+
+# Tensor-parallel layouts against one process.
+
+
+def of_rank(
+    rank: int, world: int, model: ModelConfig, sequence_parallel: bool, checkpointing: ActivationCheckpointing
+) -> tuple[Gradients, dict[str, LogicalTensor]]:
+    ours = build(model, mesh(tensor=world), sequence_parallel=sequence_parallel, checkpointing=checkpointing)
+    logicals = {name: logical_of(parameter) for name, parameter in by_name(ours).items()}
+    return gradients(ours, *batch(model.vocab_size)), logicals
+
+
+def differences(
+    model: ModelConfig, found: list[tuple[Gradients, dict[str, LogicalTensor]]]
+) -> dict[str, float]:
+    """Of the loss and of every logical gradient, from those of one process."""
+    loss, expected = gradients(build(model), *batch(model.vocab_size))
+    logicals = found[0][1]
+    shards = [rank[0][1] for rank in found]
+    assert all(shard.keys() == expected.keys() for shard in shards)
+    worst = {"loss": max(abs(rank[0][0] - loss) / loss for rank in found)}
+    for name, logical in logicals.items():
+        if logical.is_split:
+            worst[name] = relative_error(merge([shard[name] for shard in shards], logical), expected[name])
+        else:  # each rank's own copy has to have the whole gradient
+            worst[name] = max(relative_error(shard[name], expected[name]) for shard in shards)
+    return worst
+
+
+@families
+@layouts
+def test_loss_and_every_gradient_are_those_of_one_process(
+    world: int, sequence_parallel: bool, family: Family
+) -> None:
+    model = small(family)
+    found = pool(world).run(of_rank, model, sequence_parallel, ActivationCheckpointing.none)
+    worst = differences(model, found)
+    assert all(error <= TOLERANCE for error in worst.values()), worst
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_either_family_is_tied_or_untied(tied: bool) -> None:
+    for family in FAMILIES:
+        model = small(family, tie_embeddings=tied)
+        worst = differences(model, pool(2).run(of_rank, model, True, ActivationCheckpointing.none))
+        assert ("head.weight" in worst) == (not tied)
+        assert all(error <= TOLERANCE for error in worst.values()), worst
+
+
+def without_replicated(rank: int, world: int, model: ModelConfig) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TensorParallel, "replicated", lambda self, weight: weight)
+        return of_rank(rank, world, model, True, ActivationCheckpointing.none)
+
+
+@families
+def test_the_comparison_sees_gradients_of_one_stretch_only(family: Family) -> None:
+    """What lies between the parallel regions, and only that, is wrong without its all-reduce."""
+    model = small(family)
+    found = pool(2).run(without_replicated, model)
+    wrong = {name for name, error in differences(model, found).items() if not error <= 0.01}
+    assert wrong == {name for name, logical in found[0][1].items() if not logical.is_split}
+    assert wrong
+
+
+# Recomputation. Dropout is on: the same masks have to be drawn again.
+
+
+def with_dropout(
+    rank: int, world: int, model: ModelConfig, sequence_parallel: bool, checkpointing: ActivationCheckpointing
+) -> list[Gradients]:
+    """Two steps, whose masks differ."""
+    ours = build(model, mesh(tensor=world), sequence_parallel=sequence_parallel, checkpointing=checkpointing)
+    steps = []
+    for _ in range(2):
+        ours.zero_grad()
+        steps.append(gradients(ours, *batch(model.vocab_size)))
+    return steps
+
+
+def steps_differ(one: list[Gradients], other: list[Gradients]) -> bool:
+    return any(
+        a_loss != b_loss or any(not torch.equal(a[name], b[name]) for name in a)
+        for (a_loss, a), (b_loss, b) in zip(one, other, strict=True)
+    )
+
+
+RECOMPUTING = [ActivationCheckpointing.selective, ActivationCheckpointing.full]
+recomputing = pytest.mark.parametrize("checkpointing", RECOMPUTING, ids=lambda mode: mode.name)
+
+
+@families
+@recomputing
+@pytest.mark.parametrize(("world", "sequence_parallel"), [(1, False), (2, False), (2, True)])
+def test_recomputation_changes_nothing(
+    world: int, sequence_parallel: bool, checkpointing: ActivationCheckpointing, family: Family
+) -> None:
+    model = small(family, dropout=0.3)
+    kept = pool(world).run(with_dropout, model, sequence_parallel, ActivationCheckpointing.none)
+    again = pool(world).run(with_dropout, model, sequence_parallel, checkpointing)
+    assert not any(map(steps_differ, kept, again))
+    assert kept[0][0][0] != kept[0][1][0]  # two steps, two masks
+
+
+def with_other_masks(
+    rank: int, world: int, model: ModelConfig, checkpointing: ActivationCheckpointing
+) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DropoutRandom, "checkpoint_contexts", lambda self: (nullcontext(), nullcontext()))
+        return with_dropout(rank, world, model, False, checkpointing)
+
+
+@recomputing
+def test_the_comparison_sees_masks_drawn_anew(checkpointing: ActivationCheckpointing) -> None:
+    model = small(Family.gpt, dropout=0.3)
+    kept = pool(2).run(with_dropout, model, False, ActivationCheckpointing.none)
+    again = pool(2).run(with_other_masks, model, checkpointing)
+    assert all(map(steps_differ, kept, again))
+
+
+@pytest.mark.parametrize(
+    ("checkpointing", "runs"),
+    [
+        (ActivationCheckpointing.none, {"attention core": 1, "block": 1}),
+        (ActivationCheckpointing.selective, {"attention core": 2, "block": 1}),
+        (ActivationCheckpointing.full, {"attention core": 2, "block": 2}),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_what_is_recomputed(
+    monkeypatch: pytest.MonkeyPatch, checkpointing: ActivationCheckpointing, runs: dict[str, int]
+) -> None:
+    counts: Counter[str] = Counter()
+    for kind, name, what in ((Attention, "_core", "attention core"), (TransformerBlock, "_body", "block")):
+        original = getattr(kind, name)
+
+        def counted(self: Any, *x: Tensor, original: Any = original, what: str = what) -> Tensor:
+            counts[what] += 1
+            return original(self, *x)  # type: ignore[no-any-return]
+
+        monkeypatch.setattr(kind, name, counted)
+    model = small(Family.gpt)
+    gradients(build(model, checkpointing=checkpointing), *batch(model.vocab_size))
+    assert counts == {what: times * model.num_layers for what, times in runs.items()}
+
+
+# Dropout over tensor ranks.
+
+
+@families
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_dropout_keeps_replicated_weights_equal(sequence_parallel: bool, family: Family) -> None:
+    """All tensor ranks see one loss and one gradient of what they all hold, masks or not."""
+    model = small(family, dropout=0.3)
+    ranks = pool(4).run(with_dropout, model, sequence_parallel, ActivationCheckpointing.none)
+    replicated = [n for n, p in by_name(build(model)).items() if not logical_of(p).is_split]
+    for steps in ranks[1:]:
+        for (loss, own), (first_loss, first) in zip(steps, ranks[0], strict=True):
+            assert loss == pytest.approx(first_loss, rel=1e-6)
+            assert all(relative_error(own[name], first[name]) <= 1e-6 for name in replicated)
+
+
+def masks(rank: int, world: int, sequence_parallel: bool) -> tuple[list[float], list[float]]:
+    """What dropout makes of ones, between the regions and in the attention of equal heads."""
+    model = small(Family.llama, dropout=0.5)
+    ours = build(model, mesh(tensor=world), sequence_parallel=sequence_parallel)
+    block = next(m for m in ours.modules() if isinstance(m, TransformerBlock))
+    hidden = block.dropout(torch.ones(1, 4, 8))
+    equal = torch.ones(1, block.attention.heads, 4, 4)
+    keys = torch.ones(1, block.attention.kv_heads, 4, 4)
+    return hidden.flatten().tolist(), block.attention._core(equal, keys, keys).flatten().tolist()
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_masks_over_tensor_ranks(sequence_parallel: bool) -> None:
+    [(hidden_0, attention_0), (hidden_1, attention_1)] = pool(2).run(masks, sequence_parallel)
+    assert (hidden_0 == hidden_1) == (not sequence_parallel)
+    assert attention_0 != attention_1
+
+
+@families
+def test_evaluation_has_no_dropout(family: Family) -> None:
+    tokens, labels = batch(61)
+    dropping, plain = build(small(family, dropout=0.5)), build(small(family))
+    assert dropping(tokens, labels) != plain(tokens, labels)
+    assert dropping.eval()(tokens, labels) == plain(tokens, labels)
+
+
+def test_hidden_dropout_keeps_the_mean() -> None:
+    context = next(m for m in build(small(Family.gpt)).modules() if isinstance(m, HiddenDropout)).context
+    mean = float(HiddenDropout(0.25, context)(torch.ones(100_000)).mean())
+    assert mean == pytest.approx(1.0, abs=0.02)
+
+
+# Causality and positions.
+
+
+@families
+def test_later_tokens_do_not_change_earlier_logits(family: Family) -> None:
+    model, (tokens, _) = build(small(family)), batch(61)
+    before = model.logits(tokens)
+    for at in (1, 7, 15):
+        changed = tokens.clone()
+        changed[:, at] = (tokens[:, at] + 1) % 61
+        difference = (model.logits(changed) - before).detach().abs().amax(dim=(0, 2))
+        assert float(difference[:at].max()) <= 1e-5
+        assert float(difference[at:].min()) > 1e-3
+
+
+@families
+def test_a_shorter_sequence_has_the_same_logits(family: Family) -> None:
+    model, (tokens, _) = build(small(family)), batch(61)
+    torch.testing.assert_close(model.logits(tokens[:, :5]), model.logits(tokens)[:, :5], rtol=1e-5, atol=1e-5)
+
+
+@families
+def test_order_matters(family: Family) -> None:
+    """Without positions the last logits would be those of the tokens as a bag."""
+    model, (tokens, _) = build(small(family, num_layers=1)), batch(61)
+    swapped = tokens.clone()
+    swapped[:, [2, 9]] = tokens[:, [9, 2]]
+    assert (model.logits(swapped) - model.logits(tokens))[:, -1].abs().max() > 1e-3
+
+
+def rotated(vector: Tensor, positions: int = 12, theta: float = 100.0) -> Tensor:
+    """(D,) at each position: (T, D)."""
+    return rotate(vector.expand(1, 1, positions, -1), theta)[0, 0]
+
+
+def test_rotary_products_depend_on_distance_alone() -> None:
+    q, k = torch.randn(2, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    products = rotated(q) @ rotated(k).T
+    for distance in range(-11, 12):
+        same = products.diagonal(distance)
+        torch.testing.assert_close(same, same[:1].expand_as(same), rtol=1e-5, atol=1e-5)
+    assert products[:, 0].std() > 0.1
+
+
+def test_rotary_positions_turn_complex_numbers() -> None:
+    x = torch.randn(8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    numbers = torch.complex(x[:4], x[4:])
+    angles = torch.arange(12).double()[:, None] / 100.0 ** (torch.arange(4).double() / 4)
+    turned = numbers * torch.polar(torch.ones_like(angles), angles)
+    expected = torch.cat([turned.real, turned.imag], dim=-1)
+    torch.testing.assert_close(rotated(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_rotary_angles_are_of_fp32_in_bf16() -> None:
+    """Angles rounded to bf16 would be off by whole turns at later positions."""
+    x = torch.ones(1, 1, 2000, 8)
+    assert (rotate(x.bfloat16(), 1e4).float() - rotate(x, 1e4)).abs().max() < 0.02
+
+
+# Initial weights.
+
+
+@families
+def test_initial_weights(family: Family) -> None:
+    model = small(family, hidden_size=128, ffn_hidden_size=256, num_layers=8, init_std=0.02)
+    for name, weight in by_name(build(model)).items():
+        kind = name.rsplit(".", 2)[-2]
+        if name.endswith("bias"):
+            assert not weight.any(), name
+        elif "norm" in kind:
+            assert bool((weight == 1).all()), name
+        else:
+            expected = 0.02 / 4 if kind in ("output", "down") else 0.02  # sqrt(2 x 8 layers)
+            assert float(weight.detach().std()) == pytest.approx(expected, rel=0.05), name
+
+
+@families
+def test_every_parameter_has_a_name_of_its_own(family: Family) -> None:
+    model = build(small(family))
+    assert len(by_name(model)) == len(list(model.parameters()))

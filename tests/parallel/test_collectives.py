@@ -1,0 +1,215 @@
+"""Each region, forward and backward, against sums and slices written out in one process, in fp64.
+
+Every rank draws the inputs of all ranks from one seed, and so knows what it should get.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from launcher.parallel import collectives
+from launcher.parallel.collectives import (
+    all_gather_sequence,
+    all_reduce,
+    copy_region,
+    gather_sequence_region,
+    reduce_region,
+    reduce_scatter_sequence,
+    reduce_scatter_sequence_region,
+)
+from launcher.parallel.mesh import Axis
+from tests.distributed import mesh, pool
+
+BATCH, LENGTH, HIDDEN = 3, 8, 5
+WORLDS = [1, 2, 4]
+
+Region = Callable[[Tensor, Axis], Tensor]
+
+
+def stretch(x: Tensor, rank: int, world: int) -> Tensor:
+    """(B, T, H) -> the rank's (B, T/world, H)."""
+    own = LENGTH // world
+    return x[:, rank * own : (rank + 1) * own]
+
+
+def joined(stretches: Tensor) -> Tensor:
+    """(world, B, T/world, H) -> (B, T, H)."""
+    return torch.cat(list(stretches), dim=1)
+
+
+def random(world: int, length: int) -> Tensor:
+    """One (B, length, H) for each rank, the same draw on all ranks."""
+    return torch.randn(world, BATCH, length, HIDDEN, dtype=torch.float64)
+
+
+# Each case: the inputs' length, what rank r should get from all inputs x, and which gradient from all
+# outputs' gradients g.
+Expected = Callable[[Tensor, int, int], Tensor]
+CASES: dict[str, tuple[Region, bool, Expected, Expected]] = {
+    "copy": (copy_region, False, lambda x, r, w: x[r], lambda g, r, w: g.sum(0)),
+    "reduce": (reduce_region, False, lambda x, r, w: x.sum(0), lambda g, r, w: g[r]),
+    "gather": (
+        gather_sequence_region,
+        True,
+        lambda x, r, w: joined(x),
+        lambda g, r, w: stretch(g.sum(0), r, w),
+    ),
+    "reduce_scatter": (
+        reduce_scatter_sequence_region,
+        False,
+        lambda x, r, w: stretch(x.sum(0), r, w),
+        lambda g, r, w: joined(g),
+    ),
+}
+
+
+def region_errors(rank: int, world: int, case: str) -> dict[str, float]:
+    region, takes_stretches, output, gradient = CASES[case]
+    inputs = random(world, LENGTH // world if takes_stretches else LENGTH)
+    expected = output(inputs, rank, world)
+    gradients = random(world, expected.shape[1])
+
+    mine = inputs[rank].clone().requires_grad_()
+    result = region(mine, mesh(tensor=world).tensor)
+    result.backward(gradients[rank])
+    assert mine.grad is not None
+    return {
+        "forward": (result - expected).abs().max().item(),
+        "backward": float((mine.grad - gradient(gradients, rank, world)).abs().max()),
+        "input changed": (mine - inputs[rank]).abs().max().item(),
+    }
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("world", WORLDS)
+def test_region(world: int, case: str) -> None:
+    for errors in pool(world).run(region_errors, case):
+        assert all(error <= 1e-14 for error in errors.values()), errors
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_axis_of_one_rank_is_the_identity(case: str) -> None:
+    x = torch.ones(1, 2, 3)
+    assert CASES[case][0](x, Axis()) is x
+
+
+def plain(x: Tensor, axis: Axis) -> Tensor:
+    return x
+
+
+def errors_without_backward(rank: int, world: int) -> dict[str, float]:
+    """copy_region with its backward all-reduce left out."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(collectives, "all_reduce", plain)
+        return region_errors(rank, world, "copy")
+
+
+def test_the_comparison_sees_a_missing_backward() -> None:
+    for errors in pool(2).run(errors_without_backward):
+        assert errors["backward"] > 0.1
+
+
+def from_strided(rank: int, world: int, case: str) -> float:
+    """Inputs and gradients that are views: transposed, and expanded as the gradient of a sum is."""
+    region, takes_stretches, output, gradient = CASES[case]
+    length = LENGTH // world if takes_stretches else LENGTH
+    inputs = random(world, length)
+    mine = inputs[rank].transpose(0, 2).contiguous().transpose(0, 2).requires_grad_()
+    assert not mine.is_contiguous()
+    result = region(mine, mesh(tensor=world).tensor)
+    result.sum().backward()
+    ones = torch.ones(world, *result.shape, dtype=torch.float64)
+    assert mine.grad is not None
+    forward = (result - output(inputs, rank, world)).abs().max()
+    return (forward + (mine.grad - gradient(ones, rank, world)).abs().max()).item()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_views_are_taken_as_they_are(case: str) -> None:
+    assert max(pool(2).run(from_strided, case)) <= 1e-14
+
+
+def replicated_mlp(x: Tensor, w: dict[str, Tensor], axis: Axis) -> Tensor:
+    """x and the result equal on all ranks, weights of each rank's own."""
+    return reduce_region(torch.tanh(copy_region(x, axis) @ w["in"]) @ w["out"], axis)
+
+
+def sequence_mlp(x: Tensor, w: dict[str, Tensor], axis: Axis) -> Tensor:
+    """x and the result a stretch of the sequence each."""
+    y = torch.tanh(gather_sequence_region(x, axis) @ w["in"]) @ w["out"]
+    return reduce_scatter_sequence_region(y, axis)
+
+
+def slopes(rank: int, world: int, sequence_parallel: bool) -> tuple[float, float]:
+    """Along one direction in x: the slope of a scalar loss by autograd, and by a central difference."""
+    axis = mesh(tensor=world).tensor
+    x, direction, upstream = (random(1, LENGTH)[0] for _ in range(3))
+    torch.manual_seed(rank + 1)
+    w = {
+        "in": torch.randn(HIDDEN, 4, dtype=torch.float64),
+        "out": torch.randn(4, HIDDEN, dtype=torch.float64),
+    }
+    if sequence_parallel:
+        x, direction, upstream = (stretch(t, rank, world) for t in (x, direction, upstream))
+        function = partial(sequence_mlp, w=w, axis=axis)
+    else:
+        function = partial(replicated_mlp, w=w, axis=axis)
+
+    def over_stretches(value: Tensor) -> float:
+        return float(all_reduce(value, axis)) if sequence_parallel else float(value)
+
+    def loss(at: Tensor) -> Tensor:
+        return (function(at) * upstream).sum()
+
+    point = x.clone().requires_grad_()
+    [gradient] = torch.autograd.grad(loss(point), point)
+    step = 1e-5
+    difference = loss(x + step * direction) - loss(x - step * direction)
+    return over_stretches((gradient * direction).sum()), over_stretches(difference) / (2 * step)
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.parametrize("world", WORLDS)
+def test_gradients_are_slopes(world: int, sequence_parallel: bool) -> None:
+    for by_autograd, by_difference in pool(world).run(slopes, sequence_parallel):
+        assert by_autograd == pytest.approx(by_difference, rel=1e-8)
+
+
+def adjoint_products(rank: int, world: int) -> tuple[float, float]:
+    """<gather x, g> and <x, reduce_scatter g>, summed over the ranks."""
+    axis = mesh(tensor=world).tensor
+    torch.manual_seed(rank)
+    x, g = torch.randn(2, LENGTH // world, 3).double(), torch.randn(2, LENGTH, 3).double()
+    forward = (all_gather_sequence(x, axis) * g).sum()
+    backward = (x * reduce_scatter_sequence(g, axis)).sum()
+    return float(all_reduce(forward, axis)), float(all_reduce(backward, axis))
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_gather_and_reduce_scatter_are_adjoint(world: int) -> None:
+    for forward, backward in pool(world).run(adjoint_products):
+        assert forward == pytest.approx(backward, rel=1e-12)
+
+
+def in_their_groups(rank: int, world: int) -> tuple[Any, ...]:
+    """Each region with a 2 x 2 mesh: what it returns for this rank's number."""
+    axis = mesh(tensor=2, data=2).tensor
+    x = torch.full((1, 2, 1), float(rank))
+    half = x[:, :1]
+    results = (
+        reduce_region(x, axis),
+        gather_sequence_region(half, axis),
+        reduce_scatter_sequence_region(x, axis),
+    )
+    dist.barrier()
+    return tuple(result.flatten().tolist() for result in results)
+
+
+def test_regions_stay_in_their_group() -> None:
+    low, high = ([1.0, 1.0], [0.0, 1.0], [1.0]), ([5.0, 5.0], [2.0, 3.0], [5.0])
+    assert pool(4).run(in_their_groups) == [low, low, high, high]

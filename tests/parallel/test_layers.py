@@ -1,0 +1,429 @@
+"""Tensor-parallel layers against plain torch: nn.Linear and F.embedding on one process, in fp32.
+
+Each rank builds the same plain reference from one seed, cuts out what it should hold with slices written
+out here, and returns its worst error in each quantity.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from launcher.parallel import collectives, layers, sharding
+from launcher.parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    TensorParallel,
+    VocabParallelEmbedding,
+    VocabParallelHead,
+)
+from launcher.parallel.mesh import Axis
+from launcher.parallel.sharding import Draw, Initializer
+from tests.distributed import mesh, pool
+
+BATCH, LENGTH, HIDDEN = 2, 8, 12
+TOLERANCE = 2e-6  # of the largest value: sums of up to 64 products in fp32, in another order
+WORLDS = [1, 2, 4]
+
+Errors = dict[str, float]
+
+
+def tensor_parallel(world: int, sequence_parallel: bool) -> TensorParallel:
+    axis = mesh(tensor=world).tensor
+    return TensorParallel(axis, sequence_parallel, Initializer(0, axis))
+
+
+def drawn_as(full: Tensor) -> Draw:
+    return lambda shape, generator: full.detach()
+
+
+def part(x: Tensor, dim: int, rank: int, world: int, segments: tuple[int, ...] | None = None) -> Tensor:
+    """The rank's even part of each segment of x, one after the other."""
+    starts, parts = 0, []
+    for length in segments or (x.shape[dim],):
+        own = length // world
+        parts.append(x.narrow(dim, starts + rank * own, own))
+        starts += length
+    return torch.cat(parts, dim)
+
+
+def between(x: Tensor, tp: TensorParallel) -> Tensor:
+    """What a rank holds between the parallel regions: all of x, or its stretch of the sequence."""
+    return part(x, 1, tp.axis.rank, tp.axis.size) if tp.sequence_parallel else x
+
+
+def error(actual: Tensor, expected: Tensor) -> float:
+    assert actual.shape == expected.shape, (actual.shape, expected.shape)
+    worst = (actual - expected).abs().max() / expected.abs().max().clamp(min=1e-3)
+    return worst.item()
+
+
+def gradient(x: Tensor | None) -> Tensor:
+    assert x is not None
+    assert x.grad is not None
+    return x.grad
+
+
+def leaf(x: Tensor) -> Tensor:
+    return x.detach().clone().requires_grad_()
+
+
+def column_errors(
+    rank: int, world: int, segments: tuple[int, ...], bias: bool, sequence_parallel: bool
+) -> Errors:
+    plain = nn.Linear(HIDDEN, sum(segments), bias=bias)
+    x, upstream = torch.randn(BATCH, LENGTH, HIDDEN), torch.randn(BATCH, LENGTH, sum(segments))
+    tp = tensor_parallel(world, sequence_parallel)
+    ours = ColumnParallelLinear("up", HIDDEN, segments, tp, bias=bias, draw=drawn_as(plain.weight))
+    if ours.bias is not None:
+        nn.init.zeros_(plain.bias)  # as it is drawn; in the gradients a bias shows in any case
+
+    plain_x, our_x = leaf(x), leaf(between(x, tp))
+    y, our_y = plain(plain_x), ours(our_x)
+    y.backward(upstream)
+    our_y.backward(part(upstream, -1, rank, world, segments))
+
+    errors = {
+        "output": error(our_y, part(y, -1, rank, world, segments)),
+        "input gradient": error(gradient(our_x), between(gradient(plain_x), tp)),
+        "weight": error(ours.weight, part(plain.weight, 0, rank, world, segments)),
+        "weight gradient": error(
+            gradient(ours.weight), part(gradient(plain.weight), 0, rank, world, segments)
+        ),
+    }
+    if ours.bias is not None:
+        errors["bias gradient"] = error(
+            gradient(ours.bias), part(gradient(plain.bias), 0, rank, world, segments)
+        )
+    return errors
+
+
+def row_errors(rank: int, world: int, bias: bool, sequence_parallel: bool) -> Errors:
+    inputs = 16
+    plain = nn.Linear(inputs, HIDDEN, bias=bias)
+    x, upstream = torch.randn(BATCH, LENGTH, inputs), torch.randn(BATCH, LENGTH, HIDDEN)
+    tp = tensor_parallel(world, sequence_parallel)
+    ours = RowParallelLinear("down", inputs, HIDDEN, tp, bias=bias, draw=drawn_as(plain.weight))
+    if ours.bias is not None:
+        ours.bias.data.copy_(plain.bias.detach())
+
+    plain_x, our_x = leaf(x), leaf(part(x, -1, rank, world))
+    y, our_y = plain(plain_x), ours(our_x)
+    y.backward(upstream)
+    our_y.backward(between(upstream, tp))
+
+    errors = {
+        "output": error(our_y, between(y, tp)),
+        "input gradient": error(gradient(our_x), part(gradient(plain_x), -1, rank, world)),
+        "weight": error(ours.weight, part(plain.weight, 1, rank, world)),
+        "weight gradient": error(gradient(ours.weight), part(gradient(plain.weight), 1, rank, world)),
+    }
+    if ours.bias is not None:
+        errors["bias gradient"] = error(gradient(ours.bias), gradient(plain.bias))
+    return errors
+
+
+def padded(weight: Tensor, world: int) -> Tensor:
+    """(V, H) -> with zero rows up to a multiple of world."""
+    return F.pad(weight, (0, 0, 0, -len(weight) % world))
+
+
+def embedding_errors(rank: int, world: int, vocabulary: int, sequence_parallel: bool) -> Errors:
+    weight = torch.randn(vocabulary, HIDDEN, requires_grad=True)
+    tokens = torch.randint(vocabulary, (BATCH, LENGTH))
+    tokens.view(-1)[:vocabulary] = torch.arange(vocabulary)[: BATCH * LENGTH]  # first and last of each shard
+    upstream = torch.randn(BATCH, LENGTH, HIDDEN)
+    tp = tensor_parallel(world, sequence_parallel)
+    ours = VocabParallelEmbedding("embedding", vocabulary, HIDDEN, tp, std=1.0)
+    ours.weight.data.copy_(part(padded(weight, world), 0, rank, world))
+
+    y, our_y = F.embedding(tokens, weight), ours(tokens)
+    y.backward(upstream)
+    our_y.backward(between(upstream, tp))
+    return {
+        "output": error(our_y, between(y, tp)),
+        "weight gradient": error(
+            gradient(ours.weight), part(padded(gradient(weight), world), 0, rank, world)
+        ),
+    }
+
+
+def projection_errors(rank: int, world: int, vocabulary: int, sequence_parallel: bool, tied: bool) -> Errors:
+    weight = torch.randn(vocabulary, HIDDEN, requires_grad=True)
+    whole = padded(weight, world)
+    x, upstream = torch.randn(BATCH, LENGTH, HIDDEN), torch.randn(BATCH, LENGTH, len(whole))
+    tp = tensor_parallel(world, sequence_parallel)
+    module = VocabParallelEmbedding if tied else VocabParallelHead
+    ours = module("head", vocabulary, HIDDEN, tp, std=1.0)
+    ours.weight.data.copy_(part(whole, 0, rank, world))
+
+    plain_x, our_x = leaf(x), leaf(between(x, tp))
+    whole.retain_grad()
+    y, our_y = F.linear(plain_x, whole), ours(our_x, project=True) if tied else ours(our_x)
+    y.backward(upstream)
+    our_y.backward(part(upstream, -1, rank, world))
+    return {
+        "output": error(our_y, part(y, -1, rank, world)),
+        "input gradient": error(gradient(our_x), between(gradient(plain_x), tp)),
+        "weight gradient": error(gradient(ours.weight), part(gradient(whole), 0, rank, world)),
+    }
+
+
+def both_uses_errors(rank: int, world: int, sequence_parallel: bool) -> Errors:
+    """A tied embedding: looked up and projected with one weight, whose gradients add up."""
+    vocabulary = 10
+    weight = torch.randn(vocabulary, HIDDEN, requires_grad=True)
+    tokens = torch.randint(vocabulary, (BATCH, LENGTH))
+    upstream = F.pad(torch.randn(BATCH, LENGTH, vocabulary), (0, -vocabulary % world))
+    tp = tensor_parallel(world, sequence_parallel)
+    ours = VocabParallelEmbedding("embedding", vocabulary, HIDDEN, tp, std=1.0)
+    ours.weight.data.copy_(part(padded(weight, world), 0, rank, world))
+
+    y = F.linear(F.embedding(tokens, weight).tanh(), weight)
+    our_y = ours(ours(tokens).tanh(), project=True)
+    y.backward(upstream[..., :vocabulary])
+    our_y.backward(part(upstream, -1, rank, world))
+    return {
+        "output": error(our_y, part(F.pad(y, (0, -vocabulary % world)), -1, rank, world)),
+        "weight gradient": error(
+            gradient(ours.weight), part(padded(gradient(weight), world), 0, rank, world)
+        ),
+    }
+
+
+def assert_equal(found: list[Errors]) -> None:
+    for rank, errors in enumerate(found):
+        assert all(error <= TOLERANCE for error in errors.values()), (rank, errors)
+
+
+layouts = pytest.mark.parametrize(
+    ("world", "sequence_parallel"),
+    [(world, sequence_parallel) for world in WORLDS for sequence_parallel in (False, True)],
+)
+
+
+@layouts
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("segments", [(16,), (16, 8, 8)], ids=["one", "fused"])
+def test_column(world: int, sequence_parallel: bool, segments: tuple[int, ...], bias: bool) -> None:
+    assert_equal(pool(world).run(column_errors, segments, bias, sequence_parallel))
+
+
+@layouts
+@pytest.mark.parametrize("bias", [False, True])
+def test_row(world: int, sequence_parallel: bool, bias: bool) -> None:
+    assert_equal(pool(world).run(row_errors, bias, sequence_parallel))
+
+
+# 8 divides; 10 leaves padding; of 5 over 4 ranks the last shard is padding alone.
+vocabularies = pytest.mark.parametrize("vocabulary", [8, 10, 5])
+
+
+@layouts
+@vocabularies
+def test_embedding(world: int, sequence_parallel: bool, vocabulary: int) -> None:
+    assert_equal(pool(world).run(embedding_errors, vocabulary, sequence_parallel))
+
+
+@layouts
+@vocabularies
+@pytest.mark.parametrize("tied", [False, True])
+def test_projection(world: int, sequence_parallel: bool, vocabulary: int, tied: bool) -> None:
+    assert_equal(pool(world).run(projection_errors, vocabulary, sequence_parallel, tied))
+
+
+@layouts
+def test_a_tied_embedding_in_both_uses(world: int, sequence_parallel: bool) -> None:
+    assert_equal(pool(world).run(both_uses_errors, sequence_parallel))
+
+
+def drawn_biases(rank: int, world: int) -> list[list[float]]:
+    tp = tensor_parallel(world, False)
+    column = ColumnParallelLinear("up", HIDDEN, (16,), tp, bias=True, draw=sharding.normal(1.0))
+    row = RowParallelLinear("down", 16, HIDDEN, tp, bias=True, draw=sharding.normal(1.0))
+    return [bias.tolist() for bias in (column.bias, row.bias) if bias is not None]
+
+
+def test_biases_start_at_zero() -> None:
+    assert pool(2).run(drawn_biases) == [[[0.0] * 8, [0.0] * HIDDEN]] * 2
+
+
+def column_output_with_bias(rank: int, world: int) -> float:
+    tp = tensor_parallel(world, False)
+    plain = nn.Linear(HIDDEN, 16)
+    ours = ColumnParallelLinear("up", HIDDEN, (16,), tp, bias=True, draw=drawn_as(plain.weight))
+    assert ours.bias is not None
+    ours.bias.data.copy_(part(plain.bias, 0, rank, world))
+    x = torch.randn(BATCH, LENGTH, HIDDEN)
+    return error(ours(x), part(plain(x), -1, rank, world))
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_column_adds_its_bias(world: int) -> None:
+    assert max(pool(world).run(column_output_with_bias)) <= TOLERANCE
+
+
+def events_of_backward(rank: int, world: int, sequence_parallel: bool) -> list[str]:
+    """The collectives and the products of a column layer's backward pass, in the order they start."""
+    events: list[str] = []
+
+    def recorded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            events.append(f"{name}{' async' if kwargs.get('async_op') else ''}")
+            return function(*args, **kwargs)
+
+        return call
+
+    tp = tensor_parallel(world, sequence_parallel)
+    ours = ColumnParallelLinear("up", HIDDEN, (16,), tp, bias=False, draw=sharding.normal(1.0))
+    y = ours(leaf(between(torch.randn(BATCH, LENGTH, HIDDEN), tp)))
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor"):
+            patch.setattr(dist, name, recorded(name, getattr(dist, name)))
+        patch.setattr(Tensor, "matmul", recorded("product", Tensor.matmul))
+        y.backward(torch.ones_like(y))
+    return events
+
+
+@pytest.mark.parametrize(
+    ("sequence_parallel", "order"),
+    [
+        (False, ["product", "all_reduce async", "product"]),
+        (True, ["all_gather_into_tensor async", "product", "reduce_scatter_tensor async", "product"]),
+    ],
+)
+def test_the_weight_gradient_overlaps_the_input_gradients_collective(
+    sequence_parallel: bool, order: list[str]
+) -> None:
+    assert pool(2).run(events_of_backward, sequence_parallel) == [order] * 2
+
+
+# Mutations: each breaks one thing, and the comparison above has to see it, in what it breaks alone.
+
+
+def identity(x: Tensor, axis: Axis) -> Tensor:
+    return x
+
+
+def unfinished(x: Tensor, *, op: Any = None, group: Any = None, async_op: bool = False) -> Any:
+    """An all-reduce that adds nothing up."""
+
+    class Done:
+        def wait(self) -> None:
+            pass
+
+    return Done() if async_op else None
+
+
+def first_stretch(x: Tensor, axis: Axis, **_: Any) -> tuple[Tensor, Any]:
+    """A reduce-scatter that only scatters."""
+    return x.chunk(axis.size, dim=1)[axis.rank].contiguous(), None
+
+
+def unmasked(x: Tensor, mask: Tensor, value: float) -> Tensor:
+    """masked_fill that leaves rows as they are (but still gives a legal index)."""
+    return torch.where(mask, torch.zeros_like(x), x) if not x.is_floating_point() else x
+
+
+def swapped(full: Tensor, logical: Any, axis: Axis) -> Tensor:
+    return split(full, logical, Axis(axis.size - 1 - axis.rank, axis.size))
+
+
+def segments_ignored(full: Tensor, logical: Any, axis: Axis) -> Tensor:
+    return full.chunk(axis.size, dim=logical.split_dim)[axis.rank]
+
+
+split = sharding.split
+
+Mutation = tuple[Any, str, Any]
+MUTATIONS: dict[str, tuple[Mutation, Callable[..., Errors], tuple[Any, ...], set[str]]] = {
+    "row without all-reduce": (
+        (layers, "reduce_region", identity),
+        row_errors,
+        (False, False),
+        {"output"},
+    ),
+    "row without its sum, under sequence parallelism": (
+        (collectives, "reduce_scatter_start", first_stretch),
+        row_errors,
+        (False, True),
+        {"output"},
+    ),
+    "bias gradient of one stretch only": (
+        (layers, "copy_region", identity),
+        row_errors,
+        (True, True),
+        {"bias gradient"},
+    ),
+    "column without backward all-reduce": (
+        (dist, "all_reduce", unfinished),
+        column_errors,
+        ((16,), False, False),
+        {"input gradient"},
+    ),
+    "column without backward reduction, under sequence parallelism": (
+        (
+            layers,
+            "reduce_scatter_start",
+            lambda *a, **k: (first_stretch(*a)[0], unfinished(a[0], async_op=True)),
+        ),
+        column_errors,
+        ((16,), False, True),
+        {"input gradient"},
+    ),
+    "embedding without mask": (
+        (Tensor, "masked_fill", unmasked),
+        embedding_errors,
+        (8, False),
+        {"output", "weight gradient"},
+    ),
+    "embedding without all-reduce": (
+        (layers, "reduce_region", identity),
+        embedding_errors,
+        (8, False),
+        {"output"},
+    ),
+    "shards swapped, in a column layer": (
+        (sharding, "split", swapped),
+        column_errors,
+        ((16,), False, False),
+        {"output", "input gradient", "weight"},
+    ),
+    "shards swapped, in a row layer": (
+        (sharding, "split", swapped),
+        row_errors,
+        (False, False),
+        {"output", "input gradient", "weight"},
+    ),
+    "fused segments split as one": (
+        (sharding, "split", segments_ignored),
+        column_errors,
+        ((16, 8, 8), False, False),
+        {"output", "input gradient", "weight"},
+    ),
+}
+
+
+@contextmanager
+def mutated(mutation: Mutation) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(*mutation)
+        yield
+
+
+def mutant_errors(rank: int, world: int, name: str) -> Errors:
+    mutation, compare, arguments, _ = MUTATIONS[name]
+    mesh(tensor=world)
+    with mutated(mutation):
+        return compare(rank, world, *arguments)
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_the_comparison_sees(name: str) -> None:
+    for errors in pool(2).run(mutant_errors, name):
+        assert {what for what, error in errors.items() if not error <= 0.01} == MUTATIONS[name][3]

@@ -1,0 +1,107 @@
+"""Rank arithmetic against numpy and against DeepSpeed's topology; groups that are there even for one rank."""
+
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from launcher.parallel.mesh import Axis, MeshShape, ProcessMesh
+from tests.distributed import mesh, pool, run_fresh
+
+SHAPES = [
+    MeshShape(*sizes) for sizes in product(range(1, 17), repeat=3) if sizes[0] * sizes[1] * sizes[2] <= 16
+]
+
+
+def ranks_of(shape: MeshShape) -> np.ndarray:
+    return np.arange(shape.world_size).reshape(shape.pipeline, shape.data, shape.tensor)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_coordinates_are_those_of_an_array_of_ranks(shape: MeshShape) -> None:
+    ranks = ranks_of(shape)
+    for place, rank in np.ndenumerate(ranks):
+        assert shape.coordinates(int(rank)) == place
+        assert shape.rank(*place) == rank
+    assert shape.tensor_groups() == ranks.reshape(-1, shape.tensor).tolist()
+    assert shape.data_groups() == ranks.swapaxes(1, 2).reshape(-1, shape.data).tolist()
+
+
+def test_a_rank_outside_the_world_has_no_place() -> None:
+    with pytest.raises(AssertionError):
+        MeshShape(1, 2, 2).coordinates(4)
+
+
+def topology_coordinates(rank: int, world: int, init_method: str) -> list[list[tuple[int, int, int]]]:
+    from launcher.engine.distributed import prepare_deepspeed
+
+    prepare_deepspeed("cpu")
+    from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+
+    def coordinates(shape: MeshShape) -> list[tuple[int, int, int]]:
+        topology = PipeModelDataParallelTopology(shape.pipeline, shape.tensor, shape.data)
+        found = (topology.get_coord(rank) for rank in range(shape.world_size))
+        return [(c.pipe, c.data, c.model) for c in found]
+
+    return [coordinates(shape) for shape in SHAPES]
+
+
+def test_deepspeed_counts_ranks_alike() -> None:
+    [theirs] = run_fresh(topology_coordinates, 1)
+    for shape, coordinates in zip(SHAPES, theirs, strict=True):
+        assert [shape.coordinates(rank) for rank in range(shape.world_size)] == coordinates, shape
+
+
+Seen = dict[str, tuple[int, int, list[int], int]]
+
+
+def what_deepspeed_sees(rank: int, world: int, tensor: int, data: int, pipeline: int) -> Seen:
+    """For each of the mpu's axes: rank, size, its group's ranks, and a sum of ranks over the group."""
+    mpu = mesh(tensor=tensor, data=data, pipeline=pipeline)
+
+    def seen(name: str) -> tuple[int, int, list[int], int]:
+        place, size, group = (
+            getattr(mpu, f"get_{name}_parallel_{what}")() for what in ("rank", "world_size", "group")
+        )
+        assert isinstance(group, dist.ProcessGroup)  # None would be the whole world to DeepSpeed
+        total = torch.tensor(rank)
+        dist.all_reduce(total, group=group)
+        return place, size, dist.get_process_group_ranks(group), int(total)
+
+    assert mpu.get_data_parallel_group_ranks() == dist.get_process_group_ranks(mpu.get_data_parallel_group())
+    return {name: seen(name) for name in ("model", "tensor_model", "data")}
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [MeshShape(*sizes) for sizes in product((1, 2, 4), repeat=3) if np.prod(sizes) in (1, 2, 4)],
+    ids=str,
+)
+def test_the_mpu_has_real_groups_also_of_one_rank(shape: MeshShape) -> None:
+    found = pool(shape.world_size).run(what_deepspeed_sees, shape.tensor, shape.data, shape.pipeline)
+    ranks = ranks_of(shape)
+    for (stage, data, tensor), rank in np.ndenumerate(ranks):
+        in_tensor, in_data = ranks[stage, data].tolist(), ranks[stage, :, tensor].tolist()
+        of_tensor = (tensor, shape.tensor, in_tensor, sum(in_tensor))
+        assert found[rank] == {
+            "model": of_tensor,
+            "tensor_model": of_tensor,
+            "data": (data, shape.data, in_data, sum(in_data)),
+        }
+
+
+def mesh_of_another_size(rank: int, world: int) -> None:
+    ProcessMesh.create(MeshShape(pipeline=1, data=1, tensor=world * 2))
+
+
+def test_a_mesh_is_of_the_whole_world() -> None:
+    with pytest.raises(AssertionError):
+        pool(2).run(mesh_of_another_size)
+
+
+def test_one_process_needs_no_groups() -> None:
+    single = ProcessMesh.single()
+    assert (single.rank, single.stage, single.tensor, single.data) == (0, 0, Axis(), Axis())
+    assert not dist.is_initialized()

@@ -1,0 +1,62 @@
+"""`launcher generate`: text from a run's final weights, whatever layout wrote them."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.runtime.command import launcher, trained
+
+
+@pytest.fixture(scope="module")
+def staged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose weights two pipeline stages wrote."""
+    folder = tmp_path_factory.mktemp("staged")
+    trained("parallelism=pp2", "model=llama_tiny", "run.dir=r", "training.steps=2", cwd=folder)
+    return folder / "r"
+
+
+def sampled(run: Path, *arguments: str) -> str:
+    done = launcher("generate", f"run.dir={run}", *arguments, cwd=run.parent)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_it_continues_the_prompt_the_same_way_for_a_seed(staged: Path) -> None:
+    text = sampled(staged, "prompt=import", "max_new_tokens=40")
+    assert text.startswith("import")
+    assert text == sampled(staged, "prompt=import", "max_new_tokens=40")
+    assert text != sampled(staged, "prompt=import", "max_new_tokens=40", "seed=1")
+
+
+def test_temperature_zero_does_not_depend_on_the_seed(staged: Path) -> None:
+    greedy = [sampled(staged, "temperature=0", "max_new_tokens=20", f"seed={seed}") for seed in (0, 1)]
+    assert greedy[0] == greedy[1]
+
+
+def test_a_missing_stage_is_named(staged: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(staged, copy)
+    (copy / "weights" / "model-00002-of-00002.safetensors").unlink()
+    done = launcher("generate", f"run.dir={copy}", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "1 of 2 weight files are there" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "run.dir=null: "),
+        (["run.dir=nowhere"], "run.dir=nowhere: not a run's directory, it has no config.yaml"),
+        (["run.dir=.", "max_new_tokens=0"], "max_new_tokens=0: "),
+        (["run.dir=.", "temperature=-1"], "temperature=-1.0: "),
+        (["run.dir=.", "prompt="], "prompt="),
+        (["run.dir=.", "promt=x"], "promt"),
+    ],
+)
+def test_what_cannot_work_is_refused(arguments: list[str], said: str, tmp_path: Path) -> None:
+    done = launcher("generate", *arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
