@@ -1,4 +1,4 @@
-"""The command line: `launcher [train] OVERRIDES` and `launcher generate OVERRIDES`.
+"""The command line: `launcher [train] OVERRIDES`, `launcher verify OVERRIDES`, `launcher generate OVERRIDES`.
 
 Nothing here imports torch before the config has been composed and checked.
 """
@@ -12,20 +12,21 @@ from pathlib import Path
 from launcher.config.compose import compose_jobs, load_typed
 from launcher.config.errors import ConfigError
 from launcher.config.layout import Layout
-from launcher.config.schema import GenerateConfig, RunConfig
+from launcher.config.schema import Device, GenerateConfig, RunConfig
 from launcher.config.shape import sequence_length
 from launcher.config.validate import validate, validate_generate
 from launcher.data.sampler import check_corpus
 from launcher.launch.environment import RankEnvironment, joined_ranks
 from launcher.launch.local import RankFailure
 from launcher.launch.machine import Machine, share_cores, this_machine
+from launcher.parity.shrink import MOST_RANKS
 from launcher.runtime.run_dir import CONFIG
 
 REFUSED, FAILED, INTERRUPTED = 2, 1, 130
 
 
 def main() -> None:
-    """The console script. Exit codes: 0 done, 1 a rank failed, 2 refused, 130 interrupted."""
+    """The console script. Exit codes: 0 done, 1 a rank failed or a layout differs, 2 refused, 130 Ctrl-C."""
     try:
         command, arguments = _command(sys.argv[1:])
         command(arguments)
@@ -83,7 +84,27 @@ def generate(arguments: list[str]) -> None:
         print(sample_text(job.config, run_dir))
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {"train": train, "generate": generate}
+def verify(arguments: list[str]) -> None:
+    jobs, machine = compose_jobs("config", RunConfig, arguments), this_machine()
+    layouts = [_layout_to_verify(job.config, machine) for job in jobs]
+    for job, layout in zip(jobs, layouts, strict=True):
+        share_cores(MOST_RANKS, machine.cores)
+        from launcher.parity.command import verify_and_report
+
+        if not verify_and_report(job.config, layout, cores=machine.cores):
+            sys.exit(FAILED)
+
+
+def _layout_to_verify(run: RunConfig, machine: Machine) -> Layout:
+    """The layout on the run's own hardware, whatever this machine has."""
+    h, cores = run.hardware, max(2, machine.cores)
+    if h.device is not Device.cuda:
+        return validate(run, gpus=0, cores=cores)
+    per_node = h.accelerators_per_node or 1
+    return validate(run, gpus=per_node, cores=cores, joined_world=h.nodes * per_node)
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {"train": train, "verify": verify, "generate": generate}
 
 
 def _report(message: str, code: int) -> int:

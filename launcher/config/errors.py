@@ -16,6 +16,10 @@ class ConfigError(Exception):
         shown = field if value is None else f"{field}={as_typed(value)}"
         super().__init__(f"{shown}: {why}\n  nearest that works: {remedy}")
 
+    def __reduce__(self) -> tuple[type["ConfigError"], tuple[str, object, str, str]]:
+        # Exceptions pickle by their message alone; this one travels between ranks.
+        return type(self), (self.field, self.value, self.why, self.remedy)
+
 
 def refusal(config: object, field: str, why: str, *remedies: str) -> ConfigError:
     """The error about `field` of `config`, with the value it has there."""

@@ -64,6 +64,7 @@ NUMBERS: dict[str, tuple[Range, str]] = {
     "precision.initial_loss_scale_power": (POWER, "16"),
     "logging.interval": (COUNT, "1"),
     "training.steps": (COUNT, "1"),
+    "verify.steps": (COUNT, "3"),
     "training.stop_at": (COUNT, "null"),
     "training.global_batch_size": (COUNT, "16"),
     "training.micro_batch_size": (COUNT, "1"),

@@ -187,6 +187,14 @@ class TrainingConfig:
 
 
 @dataclass
+class VerifyConfig:
+    """What `launcher verify` does besides the run it is given."""
+
+    steps: int = 3
+    report: Optional[str] = None  # a JSON file for machines
+
+
+@dataclass
 class RunDirConfig:
     dir: Optional[str] = None  # null: a fresh one under runs/
 
@@ -202,6 +210,7 @@ class RunConfig:
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    verify: VerifyConfig = field(default_factory=VerifyConfig)
     run: RunDirConfig = field(default_factory=RunDirConfig)
     deepspeed: dict[str, Any] = field(default_factory=dict)  # passed through, over what we emit
 

@@ -1,13 +1,18 @@
 """What the training loop sees of an engine, and what both kinds share."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from deepspeed.utils import safe_get_full_fp32_param
+from deepspeed.utils import (
+    lazy_init_hp_params_optimizer_state,
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+)
 from torch import Tensor, nn
 
 from launcher.parallel.mesh import Axis, ProcessMesh
@@ -26,6 +31,8 @@ class StepResult:
 
 class Engine(ABC):
     """One DeepSpeed engine in one layout. One per process: DeepSpeed leaks what it is asked to rebuild."""
+
+    deepspeed: Any  # DeepSpeed's own engine, which ships no types
 
     def __init__(
         self, module: nn.Module, optimizer: torch.optim.Optimizer, mesh: ProcessMesh, zero_stage: int
@@ -53,15 +60,43 @@ class Engine(ABC):
 
         Collective over the stage: all its data and tensor ranks iterate to the end, and all get the tensors.
         """
+        return self._logical(self.master)
+
+    def full_states(self, key: str) -> Iterator[tuple[LogicalTensor, Tensor]]:
+        """The optimizer's state `key` (torch's name) of each of this stage's tensors; as full_weights."""
+        self._link_states()
+        return self._logical(lambda parameter: self._state(parameter, key))
+
+    def _logical(self, shard_of: Callable[[nn.Parameter], Tensor]) -> Iterator[tuple[LogicalTensor, Tensor]]:
         for parameter in self.parameters():
             logical = logical_of(parameter)
-            yield logical, gather_logical(self._master(parameter), logical, self.mesh.tensor).cpu()
+            yield logical, gather_logical(shard_of(parameter), logical, self.mesh.tensor).cpu()
 
-    def _master(self, parameter: nn.Parameter) -> Tensor:
+    # DeepSpeed's two answer None under ZeRO-0, where torch itself holds what is asked for.
+
+    def master(self, parameter: nn.Parameter) -> Tensor:
         """This tensor rank's whole shard in fp32. Collective over the data group."""
-        # DeepSpeed answers None under ZeRO-0, where the parameter itself is the fp32 weight.
         full = parameter.detach() if self.zero_stage == 0 else safe_get_full_fp32_param(parameter)
         assert full is not None
+        return full.float()
+
+    def _link_states(self) -> None:
+        """Let DeepSpeed find the states of every parameter group under ZeRO-1 and 2.
+
+        It links all of them after the first group has stepped, when the others have none yet, and never
+        again (DeepSpeed 0.19.8, stage_1_and_2.py, _optimizer_step).
+        """
+        zero = self.deepspeed.optimizer
+        for group, partition in enumerate(getattr(zero, "single_partition_of_fp32_groups", [])):
+            lazy_init_hp_params_optimizer_state(zero.bit16_groups[group], partition, zero.optimizer.state)
+
+    def _state(self, parameter: nn.Parameter, key: str) -> Tensor:
+        """The state of this tensor rank's whole shard. Collective over the data group."""
+        if self.zero_stage == 0:
+            full = self.optimizer.state[parameter][key]
+        else:
+            full = safe_get_full_optimizer_state(parameter, key)
+        assert isinstance(full, Tensor)
         return full.float()
 
 

@@ -52,7 +52,8 @@ def run_local_ranks(
         RankFailure: a rank raised, exited with a code other than 0, or was killed; of several, the first.
         ConfigError: that of the rank that failed first.
         KeyboardInterrupt: on Ctrl-C, once every rank has ended.
-        SystemExit: on SIGTERM (code 143) and SIGHUP (129), once every rank has ended.
+        SystemExit: on SIGTERM (code 143) and SIGHUP (129), once every rank has ended. What a rank raised
+            while it was being stopped is the `__cause__` of either.
         OSError: log_dir cannot be made, or a process cannot be started.
     """
     log_dir.mkdir(parents=True, exist_ok=True)
@@ -68,8 +69,8 @@ def run_local_ranks(
     if stops and (failure is None or failure.secondary):
         # What a rank raised on its way out does not hide the stop, nor is it lost.
         late = _first(ranks)
-        cause = _as_error(late, world_size) if late and not late.secondary else None
-        raise (KeyboardInterrupt() if stops[0] == signal.SIGINT else SystemExit(128 + stops[0])) from cause
+        stop = KeyboardInterrupt() if stops[0] == signal.SIGINT else SystemExit(128 + stops[0])
+        raise stop from (_as_error(late, world_size) if late else None)
     if failure is not None:
         raise _as_error(failure, world_size)
 

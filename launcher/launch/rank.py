@@ -27,7 +27,7 @@ class Failure:
 
     rank: int
     when: float  # time.monotonic(), one clock for all processes of a machine
-    secondary: bool  # a consequence of another rank's end or of a signal, as far as can be told
+    secondary: bool  # a consequence of another rank's end, or of a stop, as far as can be told
     detail: str
     refusal: tuple[str, str | None, str, str] | None = None  # the fields of a ConfigError
 
@@ -46,9 +46,6 @@ def rank_main(
     except SystemExit:
         raise  # its code says it all: multiprocessing exits with it
     except BaseException as error:
-        # What follows from having been told to stop is no failure of this rank's own.
-        if any(isinstance(link, _Stopped) for link in _chain(error)):
-            raise SystemExit(STOPPED) from None
         failures.send(_failure(rank, error, show=log is not None))
         raise SystemExit(1) from None
 
@@ -93,7 +90,7 @@ def _failure(rank: int, error: BaseException, *, show: bool) -> Failure:
     text = "".join(traceback.format_exception(type(error), error, frames)).rstrip()
     if show:
         print(text, file=sys.stderr, flush=True)
-    return Failure(rank, when, _lost_peers(error), f"failed:\n{text}")
+    return Failure(rank, when, _is_consequence(error), f"failed:\n{text}")
 
 
 # torch's own types, by name since torch is not imported here, and what gloo and NCCL say in RuntimeErrors.
@@ -105,13 +102,14 @@ _LOST_PEERS_TEXT = re.compile(
 )
 
 
-def _lost_peers(error: BaseException) -> bool:
-    """Whether it looks as if another rank went away first. Decides which failure is shown, nothing else."""
+def _is_consequence(error: BaseException) -> bool:
+    """Whether a stop, or the end of another rank, seems to have come first; decides what is shown only."""
     # The oldest link: an error whose clean-up then waits in vain for the others is still a cause of its own.
-    *_, origin = _chain(error)
+    *_, origin = chain = list(_chain(error))
     names = {base.__name__ for base in type(origin).__mro__}
     return (
-        isinstance(origin, ConnectionError)
+        any(isinstance(link, _Stopped) for link in chain)
+        or isinstance(origin, ConnectionError)
         or not names.isdisjoint(_LOST_PEERS_TYPES)
         or (isinstance(origin, RuntimeError) and _LOST_PEERS_TEXT.search(str(origin)) is not None)
     )

@@ -257,16 +257,18 @@ def test_a_lost_connection_does_not_hide_its_cause(tmp_path: Path, lost: Excepti
 
 def test_a_lost_connection_in_the_cleanup_does_not_hide_its_own_cause(tmp_path: Path) -> None:
     def target(rank: int) -> None:
+        wait_for(lambda: rank == 1 or "reset" in (tmp_path / "rank_1.log").read_text(), "rank 1 to fail")
         if rank == 1:
-            try:
-                raise ValueError("the cause")
-            finally:
-                (tmp_path / "failed").touch()
-                raise LOST_PEERS[0]  # as of a barrier in the clean-up
-        wait_for((tmp_path / "failed").exists, "rank 1 to fail")
-        raise LOST_PEERS[2]
+            raise LOST_PEERS[2]
+        try:
+            raise ValueError("the cause")
+        finally:
+            raise LOST_PEERS[0]  # as of a barrier in the clean-up
 
-    assert "the cause" in failure_of(target, 2, tmp_path).detail
+    (tmp_path / "rank_1.log").touch()
+    failure = failure_of(target, 2, tmp_path)
+    assert failure.rank == 0
+    assert "the cause" in failure.detail
 
 
 def test_a_lost_connection_alone_is_told(tmp_path: Path) -> None:
@@ -675,27 +677,51 @@ def test_nohup_is_honoured(tmp_path: Path, start: Start) -> None:
     assert all(map(is_running, read_pids(tmp_path).values()))
 
 
-def interrupt_parent(rank: int) -> NoReturn:
-    os.kill(os.getppid(), signal.SIGINT)
-    while True:
-        time.sleep(1)
+@pytest.fixture
+def ctrl_c_interrupts() -> Iterator[None]:
+    """Even where whatever started the tests ignores SIGINT."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
 
 
-def test_an_error_raised_before_the_stop_is_not_lost(tmp_path: Path) -> None:
-    """As of a rank that answers SIGTERM by saving a checkpoint, and fails at that."""
-
+@pytest.mark.usefixtures("ctrl_c_interrupts")
+@pytest.mark.parametrize("own_handler", [True, False])
+def test_what_a_rank_raises_while_it_is_stopped_is_the_cause(tmp_path: Path, own_handler: bool) -> None:
     def target(rank: int) -> None:
         def save(_number: int, _frame: object) -> NoReturn:
             raise ValueError("disk full")
 
-        signal.signal(signal.SIGTERM, save)
-        interrupt_parent(rank)
+        if own_handler:
+            signal.signal(signal.SIGTERM, save)
+        try:
+            os.kill(os.getppid(), signal.SIGINT)
+            sleep_for_long()
+        finally:
+            if not own_handler:
+                raise ValueError("disk full")
 
-    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with pytest.raises(KeyboardInterrupt) as stopped:
-            run(target, 1, tmp_path)
-    finally:
-        signal.signal(signal.SIGINT, previous)
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        run(target, 1, tmp_path)
     assert isinstance(stopped.value.__cause__, RankFailure)
-    assert "disk full" in str(stopped.value.__cause__)
+    assert "ValueError: disk full" in str(stopped.value.__cause__)
+
+
+def test_a_stop_that_reaches_the_ranks_first_is_still_a_stop(tmp_path: Path) -> None:
+    """As of scancel, which signals all processes of a job, in any order."""
+
+    def target(rank: int) -> None:
+        if rank == 0:
+            wait_for(lambda: "disk full" in (tmp_path / "rank_1.log").read_text(), "rank 1")
+            os.kill(os.getppid(), signal.SIGTERM)
+            sleep_for_long()
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            sleep_for_long()
+        finally:
+            raise ValueError("disk full")
+
+    (tmp_path / "rank_1.log").touch()
+    with pytest.raises(SystemExit) as stopped:
+        run(target, 2, tmp_path)
+    assert stopped.value.code == 143

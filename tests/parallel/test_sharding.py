@@ -241,7 +241,8 @@ def test_deepspeeds_mark_is_on_what_is_split(logical: LogicalTensor, ranks: int)
     assert parameter.dtype is torch.float32
 
 
-def test_a_shard_does_not_keep_the_full_tensor_alive() -> None:
-    logical = LogicalTensor("up", (8, 3), 0, (8,))
+@pytest.mark.parametrize("padded", [None, 8])
+def test_a_shard_does_not_keep_the_full_tensor_alive(padded: int | None) -> None:
+    logical = LogicalTensor("embedding", (8, 3), 0, (8,), padded)
     shard = Initializer(1, Axis(0, 4)).parameter(logical, ones)
     assert shard.untyped_storage().nbytes() == 2 * 3 * 4

@@ -1,0 +1,53 @@
+"""What `launcher verify` does once its config has been composed and checked."""
+
+import time
+from pathlib import Path
+
+from launcher.config.errors import ConfigError
+from launcher.config.layout import Layout
+from launcher.config.schema import Dtype, RunConfig
+from launcher.config.validate import validate
+from launcher.engine.distributed import prepare_deepspeed
+
+
+def verify_and_report(run: RunConfig, layout: Layout, *, cores: int) -> bool:
+    """Verify one run, print what is found as it is found, and say whether all of it is within bounds.
+
+    Raises ConfigError for a report that cannot be written, before anything runs.
+    """
+    report = _writable(run)
+    prepare_deepspeed("cpu")
+    from launcher.parity.report import print_pass, write_report
+    from launcher.parity.shrink import shrink
+    from launcher.parity.verify import verify
+
+    small, shrunk = shrink(run, layout)
+    small_layout = validate(small, gpus=0, cores=cores)
+    print(f"layout   {layout.describe()}")
+    print(f"verified {small_layout.describe()}, {small_layout.accumulation} micro-batches per step")
+    print("shrunk   " + "\n         ".join(shrunk) + "\n", flush=True)
+    if run.precision.dtype is Dtype.fp16:
+        print("note     fp16 trains on GPUs only: verified in fp32\n")
+    started, passes = time.monotonic(), []
+    for one in verify(small):
+        passes.append(one)
+        print_pass(one)
+    ok = all(one.ok for one in passes)
+    if report:
+        write_report(report, small_layout, shrunk, passes)
+    compared = sum(len(one.differences) for one in passes)
+    verdict = "is the same run as one process of plain torch" if ok else "is NOT the same run"
+    print(f"The layout {verdict}: {compared} comparisons, {time.monotonic() - started:.0f} s")
+    return ok
+
+
+def _writable(run: RunConfig) -> Path | None:
+    if run.verify.report is None:
+        return None
+    path = Path(run.verify.report).expanduser()
+    try:
+        path.touch()
+    except OSError as error:
+        why = f"cannot be written: {error.strerror}"
+        raise ConfigError("verify.report", path, why, "a file you may write to") from None
+    return path

@@ -1,0 +1,133 @@
+"""The independent reference: one process, plain torch functions and optimizers. No DeepSpeed, no mesh.
+
+Shares with the product only the initial weights and the names. The model is written out again here, from
+the papers, in the most obvious way, so that a mistake in the product's layers has nothing to hide behind.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from launcher.config.schema import Family, ModelConfig, OptimizerConfig, OptimizerName, RunConfig
+from launcher.parity.trace import StepTrace, Weights
+
+
+def reference_trace(run: RunConfig, weights: Weights, batches: list[Tensor]) -> list[StepTrace]:
+    """Train on each global batch (G, T+1) in one piece, from `weights`; fp32 throughout."""
+    parameters = {name: tensor.clone().requires_grad_() for name, tensor in weights.items()}
+    optimizer = _optimizer(run.optimizer, parameters)
+    return [_step(run, parameters, optimizer, batch) for batch in batches]
+
+
+def _step(run: RunConfig, parameters: Weights, optimizer: torch.optim.Optimizer, batch: Tensor) -> StepTrace:
+    logits = forward(parameters, run.model, batch[:, :-1])
+    loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+    optimizer.zero_grad()
+    loss.backward()
+    gradients = {name: _gradient(tensor).clone() for name, tensor in parameters.items()}
+    limit = run.optimizer.gradient_clipping or float("inf")
+    norm = torch.nn.utils.clip_grad_norm_(parameters.values(), limit)
+    optimizer.step()
+    return StepTrace(
+        loss=loss.item(),
+        grad_norm=norm.item(),
+        weights={name: tensor.detach().clone() for name, tensor in parameters.items()},
+        states={
+            f"{name}.{key}": state.clone()
+            for name, tensor in parameters.items()
+            for key, state in optimizer.state[tensor].items()
+            if isinstance(state, Tensor) and state.shape == tensor.shape
+        },
+        gradients=gradients,
+    )
+
+
+def _gradient(tensor: Tensor) -> Tensor:
+    assert tensor.grad is not None
+    return tensor.grad
+
+
+def _optimizer(config: OptimizerConfig, parameters: Weights) -> torch.optim.Optimizer:
+    groups = [
+        {"params": [p for p in parameters.values() if p.dim() > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters.values() if p.dim() == 1], "weight_decay": 0.0},
+    ]
+    if config.name is OptimizerName.sgd:
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum or 0.0)
+    betas = (config.beta1, config.beta2)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.epsilon)  # type: ignore[arg-type]
+
+
+def forward(w: Weights, model: ModelConfig, tokens: Tensor) -> Tensor:
+    """Tokens (B, T) -> logits (B, T, V)."""
+    length = tokens.shape[1]
+    x = w["embedding.weight"][tokens]
+    if model.family is Family.gpt:
+        x = x + w["positions.weight"][:length]
+    for index in range(model.num_layers):
+        name = f"blocks.{index}"
+        x = x + _attention(w, f"{name}.attention", model, _norm(w, f"{name}.attention_norm", model, x))
+        x = x + _mlp(w, f"{name}.mlp", model, _norm(w, f"{name}.mlp_norm", model, x))
+    x = _norm(w, "final_norm", model, x)
+    return x @ w["embedding.weight" if model.tie_embeddings else "head.weight"].T
+
+
+def _linear(w: Weights, name: str, x: Tensor) -> Tensor:
+    y = x @ w[f"{name}.weight"].T
+    return y + w[f"{name}.bias"] if f"{name}.bias" in w else y
+
+
+def _norm(w: Weights, name: str, model: ModelConfig, x: Tensor) -> Tensor:
+    if model.family is Family.llama:
+        return x / (x.square().mean(-1, keepdim=True) + model.norm_epsilon).sqrt() * w[f"{name}.weight"]
+    centred = x - x.mean(-1, keepdim=True)
+    scaled = centred / (centred.square().mean(-1, keepdim=True) + model.norm_epsilon).sqrt()
+    return scaled * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+
+def _attention(w: Weights, name: str, model: ModelConfig, x: Tensor) -> Tensor:
+    batch, length, hidden = x.shape
+    heads, kv_heads = model.num_heads, model.num_kv_heads or model.num_heads
+    size = hidden // heads
+    q, k, v = _linear(w, f"{name}.qkv", x).split([heads * size, kv_heads * size, kv_heads * size], dim=-1)
+    q = q.view(batch, length, heads, size).transpose(1, 2)
+    k = k.view(batch, length, kv_heads, size).transpose(1, 2)
+    v = v.view(batch, length, kv_heads, size).transpose(1, 2)
+    if model.family is Family.llama:
+        q, k = _rotated(q, model.rope_theta), _rotated(k, model.rope_theta)
+    k, v = (t.repeat_interleave(heads // kv_heads, dim=1) for t in (k, v))
+    scores = q @ k.transpose(2, 3) / size**0.5
+    future = torch.ones(length, length, dtype=torch.bool).triu(1)
+    mixed = scores.masked_fill(future, float("-inf")).softmax(-1) @ v
+    return _linear(w, f"{name}.output", mixed.transpose(1, 2).reshape(batch, length, hidden))
+
+
+def _rotated(x: Tensor, theta: float) -> Tensor:
+    """Each pair (x_i, x_{i + D/2}) at position t turned by the angle t theta^(-2i/D), as complex numbers."""
+    length, size = x.shape[-2:]
+    pairs = torch.complex(x[..., : size // 2], x[..., size // 2 :])
+    frequencies = theta ** (-torch.arange(0, size, 2, dtype=torch.float32) / size)
+    angles = torch.arange(length, dtype=torch.float32)[:, None] * frequencies
+    turned = pairs * torch.polar(torch.ones_like(angles), angles)
+    return torch.cat([turned.real, turned.imag], dim=-1)
+
+
+def _mlp(w: Weights, name: str, model: ModelConfig, x: Tensor) -> Tensor:
+    if model.family is Family.llama:
+        gate, up = _linear(w, f"{name}.gate_up", x).chunk(2, dim=-1)
+        return _linear(w, f"{name}.down", gate * torch.sigmoid(gate) * up)
+    y = _linear(w, f"{name}.up", x)
+    # Hendrycks & Gimpel, arXiv 1606.08415: the tanh form.
+    gelu = 0.5 * y * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (y + 0.044715 * y**3)))
+    return _linear(w, f"{name}.down", gelu)
+
+
+def probe_batches(run: RunConfig, length: int) -> Iterator[Tensor]:
+    """Random global batches (G, T+1), a function of the seed: one per step of verify."""
+    generator = torch.Generator().manual_seed(run.training.seed)
+    for _ in range(run.verify.steps):
+        yield torch.randint(
+            run.model.vocab_size, (run.training.global_batch_size, length + 1), generator=generator
+        )

@@ -1,0 +1,119 @@
+"""A run made small enough for a laptop, keeping in kind whatever can break. Pure."""
+
+import copy
+import math
+from dataclasses import fields
+
+from launcher.config.layout import Layout
+from launcher.config.schema import Device, Dtype, ModelConfig, ParallelismConfig, RunConfig
+from launcher.config.shape import kv_heads, sequence_length
+
+MOST_RANKS = 8
+HEAD_SIZE = 8
+SEQUENCE_PER_RANK = 8
+BLOCKS_PER_STAGE = 2
+VOCABULARY = 256
+
+
+def shrink(run: RunConfig, layout: Layout) -> tuple[RunConfig, list[str]]:
+    """The small run, and what was shrunk: one line per field, `old -> new`.
+
+    Kept in kind: every axis above 1 stays above 1 (8 ranks at most), ZeRO stage, sequence parallelism,
+    checkpointing, offload, tying, accumulation above 1, grouped KV heads, layers that do not divide over
+    the stages, vocabularies that do not divide over the tensor ranks, active gradient clipping.
+    """
+    small = copy.deepcopy(run)
+    _shrink_layout(small, layout)
+    _shrink_model(small, run, layout)
+    _shrink_training(small, layout)
+    small.hardware.device = Device.cpu
+    small.hardware.nodes, small.hardware.accelerators_per_node = 1, None
+    if small.parallelism.zero_stage == 3:
+        # Above its default every weight of a small model would stay whole on every rank.
+        small.deepspeed.setdefault("zero_optimization", {})["stage3_param_persistence_threshold"] = 0
+    return small, _changes(run, small)
+
+
+def shrunk_axes(pipeline: int, data: int, tensor: int) -> tuple[int, int, int]:
+    """The axes as they are where they fit in 8 ranks; else the largest is halved, to 2 at least, until so."""
+    axes = [pipeline, data, tensor]
+    while math.prod(axes) > MOST_RANKS:
+        largest = max(range(3), key=lambda axis: axes[axis])
+        axes[largest] = max(2, axes[largest] // 2)
+    return axes[0], axes[1], axes[2]
+
+
+def _shrink_layout(small: RunConfig, layout: Layout) -> None:
+    p = small.parallelism
+    p.pipeline, p.data, p.tensor = shrunk_axes(layout.pipeline, layout.data, layout.tensor)
+
+
+def _shrink_model(small: RunConfig, run: RunConfig, layout: Layout) -> None:
+    m, tensor, stages = small.model, small.parallelism.tensor, small.parallelism.pipeline
+    heads_per_kv_head = min(2, run.model.num_heads // kv_heads(run))
+    kv_heads_per_rank = min(2, kv_heads(run) // layout.tensor)
+    small_kv_heads = tensor * kv_heads_per_rank
+    m.num_heads = small_kv_heads * heads_per_kv_head
+    m.num_kv_heads = None if run.model.num_kv_heads is None else small_kv_heads
+    m.hidden_size = HEAD_SIZE * m.num_heads
+    m.ffn_hidden_size = tensor * (m.hidden_size // tensor + 3)
+    uneven = run.model.num_layers % layout.pipeline != 0
+    m.num_layers = stages * BLOCKS_PER_STAGE + (1 if uneven else 0)
+    divides = run.model.vocab_size % layout.tensor == 0
+    m.vocab_size = -(-VOCABULARY // tensor) * tensor + (0 if divides else 1)
+    m.max_sequence_length = tensor * max(SEQUENCE_PER_RANK, 16 // tensor)
+    small.data.sequence_length = None if sequence_length(run) == run.model.max_sequence_length else tensor * 4
+    # Dropout draws other masks in another layout, by design: it is checked by its statistics, apart.
+    m.dropout = 0.0
+    # At the usual 0.02 a small model's blocks add next to nothing to its residual stream.
+    m.init_std = 0.1
+
+
+def _shrink_training(small: RunConfig, layout: Layout) -> None:
+    t, p = small.training, small.parallelism
+    assert p.data is not None
+    accumulation = 1 if layout.accumulation == 1 else 2 * p.pipeline
+    t.micro_batch_size = min(2, t.micro_batch_size)
+    t.global_batch_size = t.micro_batch_size * p.data * accumulation
+    t.steps, t.stop_at = small.verify.steps, None
+    small.scheduler.warmup_steps, small.scheduler.decay_steps = 0, None
+    if small.optimizer.gradient_clipping is not None:
+        # A tiny model's norm may lie below the run's limit, and clipping would go untested.
+        small.optimizer.gradient_clipping = min(0.5, small.optimizer.gradient_clipping)
+
+
+def single(run: RunConfig) -> RunConfig:
+    """The same run in one process, in fp32, without any parallelism: what it is compared with."""
+    alone = copy.deepcopy(run)
+    alone.parallelism = ParallelismConfig(data=1)
+    alone.precision.dtype = Dtype.fp32
+    return alone
+
+
+def _changes(run: RunConfig, small: RunConfig) -> list[str]:
+    lines = []
+    for group in ("parallelism", "model", "training", "optimizer"):
+        old, new = getattr(run, group), getattr(small, group)
+        for name in (field.name for field in fields(old)):
+            before, after = getattr(old, name), getattr(new, name)
+            if before != after and before is not None:
+                lines.append(f"{group}.{name} {before} -> {after}")
+    return lines
+
+
+def parameter_order(model: ModelConfig) -> list[str]:
+    """Prefixes of the logical names in forward order."""
+    blocks = [
+        f"blocks.{index}.{part}"
+        for index in range(model.num_layers)
+        for part in (
+            "attention_norm",
+            "attention.qkv",
+            "attention.output",
+            "mlp_norm",
+            "mlp.up",
+            "mlp.gate_up",
+            "mlp.down",
+        )
+    ]
+    return ["embedding", "positions", *blocks, "final_norm", "head"]

@@ -1,0 +1,112 @@
+"""`launcher verify`: a layout, made small, against one process of plain torch."""
+
+import copy
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from launcher.config.layout import Layout, resolve_layout
+from launcher.config.schema import Dtype, OptimizerConfig, OptimizerName, RunConfig
+from launcher.config.shape import sequence_length
+from launcher.launch.local import run_local_ranks
+from launcher.models.blocks import BlockContext
+from launcher.models.language import FlatModel, language_layers, language_loss
+from launcher.parallel.mesh import ProcessMesh
+from launcher.parallel.sharding import logical_of
+from launcher.parity.compare import Difference, applied_gradients, compare
+from launcher.parity.diagnose import Diagnosis, diagnose
+from launcher.parity.record import record_rank
+from launcher.parity.reference import probe_batches, reference_trace
+from launcher.parity.shrink import single
+from launcher.parity.tolerance import tolerance
+from launcher.parity.trace import StepTrace, Weights, read_traces
+
+PROBE = OptimizerConfig(name=OptimizerName.sgd, lr=0.1, momentum=0.0)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One optimizer in one precision: what was compared, and what a failure looks like."""
+
+    title: str
+    differences: list[Difference]
+    diagnosis: Diagnosis | None
+
+    @property
+    def ok(self) -> bool:
+        return all(difference.ok for difference in self.differences)
+
+
+def verify(small: RunConfig, *, mutation: Callable[[], None] | None = None) -> Iterator[Pass]:
+    """Each pass of a shrunk run as it ends. `mutation` is called in each rank first: how tests inject faults.
+
+    The caller has imported DeepSpeed (prepare_deepspeed). Raises what run_local_ranks raises.
+    """
+    for title, run, plain_sgd in passes(small):
+        yield _run_pass(title, run, plain_sgd, mutation)
+
+
+def passes(small: RunConfig) -> list[tuple[str, RunConfig, bool]]:
+    """(title, run, whether it is the plain-SGD probe): fp32 first, then bf16 where that is the run's own.
+
+    Plain SGD shows every gradient and every error of scale, which Adam hides; the run's own optimizer
+    shows its states and updates. DeepSpeed trains fp16 on GPUs only, so fp16 is not tried.
+    """
+    found = []
+    for dtype in (Dtype.fp32, Dtype.bf16) if small.precision.dtype is Dtype.bf16 else (Dtype.fp32,):
+        for title, optimizer, plain in (
+            ("plain SGD", _probe(small), True),
+            (small.optimizer.name.name, small.optimizer, False),
+        ):
+            run = copy.deepcopy(small)
+            run.precision.dtype, run.optimizer = dtype, optimizer
+            found.append((f"{title}, {dtype.name}", run, plain))
+    return found
+
+
+def _probe(small: RunConfig) -> OptimizerConfig:
+    probe = copy.deepcopy(PROBE)
+    probe.gradient_clipping = small.optimizer.gradient_clipping
+    return probe
+
+
+def _run_pass(title: str, run: RunConfig, plain_sgd: bool, mutation: Callable[[], None] | None) -> Pass:
+    layout = resolve_layout(run, gpus=0, cores=1)
+    start = initial_weights(run)
+    expected = reference_trace(run, start, list(probe_batches(run, sequence_length(run))))
+    trace = layout_trace(run, layout, mutation)
+    allowed = tolerance(run)
+    if plain_sgd:
+        applied_gradients(run, trace, start)
+    differences = compare(run, trace, expected, allowed, plain_sgd=plain_sgd)
+    failed = [difference for difference in differences if not difference.ok]
+    return Pass(title, differences, diagnose(run, layout, failed, trace, expected) if failed else None)
+
+
+def initial_weights(run: RunConfig) -> Weights:
+    """What one process starts from, rounded to the run's dtype as DeepSpeed's master weights are."""
+    context = BlockContext.create(single(run), ProcessMesh.single(), torch.device("cpu"))
+    model = FlatModel(language_layers(run.model, context), language_loss(run.model, context.tp))
+    dtype = torch.bfloat16 if run.precision.dtype is Dtype.bf16 else torch.float32
+    return {logical_of(p).name: p.detach().to(dtype).float() for p in model.parameters()}
+
+
+def layout_trace(run: RunConfig, layout: Layout, mutation: Callable[[], None] | None) -> list[StepTrace]:
+    """The trace of real ranks over gloo."""
+    with tempfile.TemporaryDirectory(prefix="launcher-verify-") as name:
+        folder = Path(name)
+        target = partial(_rank, run=run, layout=layout, folder=folder, mutation=mutation)
+        run_local_ranks(target, layout.world_size, log_dir=folder / "logs", start_method="fork")
+        return read_traces([folder / f"stage-{stage}" for stage in range(layout.pipeline)])
+
+
+def _rank(
+    rank: int, *, run: RunConfig, layout: Layout, folder: Path, mutation: Callable[[], None] | None
+) -> None:
+    if mutation is not None:
+        mutation()
+    record_rank(rank, run=run, layout=layout, folder=folder)
