@@ -52,8 +52,9 @@ class LearnedPositions(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         length = x.shape[1]
-        first = self.tp.axis.rank * length if self.tp.sequence_parallel else 0
-        return self.dropout(x + self.tp.replicated(self.weight)[first : first + length])  # type: ignore[no-any-return]
+        stretches, own = (self.tp.axis.size, self.tp.axis.rank) if self.tp.sequence_parallel else (1, 0)
+        used = self.tp.replicated(self.weight[: stretches * length])
+        return self.dropout(x + used[own * length : (own + 1) * length])  # type: ignore[no-any-return]
 
 
 def language_layers(model: ModelConfig, context: BlockContext) -> list[Layer]:

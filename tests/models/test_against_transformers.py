@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from launcher.config.schema import Family, ModelConfig
@@ -101,6 +102,9 @@ def transformers_gpt2(model: ModelConfig) -> nn.Module:
             vocab_size=model.vocab_size,
             n_positions=model.max_sequence_length,
             layer_norm_epsilon=model.norm_epsilon,
+            embd_pdrop=model.dropout,
+            attn_pdrop=model.dropout,
+            resid_pdrop=model.dropout,
             bos_token_id=0,
             eos_token_id=0,
         )
@@ -123,15 +127,20 @@ MODELS = {
 models = pytest.mark.parametrize("name", MODELS)
 
 
+def with_all_weights_random(theirs: nn.Module) -> nn.Module:
+    """Norms and biases too, which start at ones and zeros."""
+    torch.manual_seed(7)
+    for parameter in theirs.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return theirs
+
+
 @cache
 def reference(name: str) -> tuple[Weights, Tensor, float, Weights]:
     """Weights by our names, and transformers' logits, loss and gradients with them."""
     model = MODELS[name]
     make, ours = THEIRS[model.family]
-    theirs = make(model).eval()
-    torch.manual_seed(7)
-    for parameter in theirs.parameters():  # norms and biases too, which start at ones and zeros
-        nn.init.normal_(parameter, std=0.3)
+    theirs = with_all_weights_random(make(model)).eval()
     tokens, labels = batch(model.vocab_size)
     result = theirs(tokens, labels=labels, shift_labels=labels)
     result.loss.backward()
@@ -204,6 +213,26 @@ def test_over_two_tensor_ranks(name: str, sequence_parallel: bool) -> None:
     logicals = {name: logical_of(p) for name, p in by_name(build(model)).items()}
     merged = {name: merge([own[name] for *_, own in found], logicals[name]) for name in gradients}
     assert_gradients(merged, gradients)
+
+
+def test_dropout_is_where_gpt2_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dropout replaced by a factor in both: what one drops out and the other does not then shows."""
+    attention = F.scaled_dot_product_attention
+
+    def attend(*inputs: Any, dropout_p: float = 0.0, **kwargs: Any) -> Tensor:
+        return attention(*inputs, **kwargs) * (1 + dropout_p)
+
+    def drop(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        return x * (1 + p) if training else x
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attend)
+    monkeypatch.setattr(F, "dropout", drop)
+    model = small(Family.gpt, dropout=0.3)
+    theirs = with_all_weights_random(transformers_gpt2(model)).train()
+    ours = with_weights(model, from_gpt2(dict(theirs.named_parameters()), model.num_layers))
+    tokens, _ = batch(model.vocab_size)
+    torch.testing.assert_close(ours.logits(tokens), theirs(tokens).logits, rtol=0, atol=LOGITS_TOLERANCE)
+    assert (ours.eval().logits(tokens) - theirs(tokens).logits).abs().max() > 100 * LOGITS_TOLERANCE
 
 
 # What the comparison is worth: each of these small misreadings of the other's format has to show.
