@@ -62,7 +62,7 @@ def _is_override(argument: str) -> bool:
 
 def _addable(argument: str) -> str:
     """`deepspeed` is the one open dictionary: its keys need no `+`."""
-    return f"++{argument}" if argument.startswith("deepspeed.") else argument
+    return f"++{argument}" if argument.startswith(("deepspeed.", "deepspeed=")) else argument
 
 
 def _overrides_among(arguments: list[str]) -> list[str]:

@@ -96,14 +96,19 @@ def effective_zero_stage(run: RunConfig) -> tuple[int, str | None]:
 def _data_in_world(run: RunConfig, world: int) -> int:
     p = run.parallelism
     copy = p.tensor * p.pipeline
+
+    def data_beside(size: int) -> int | None:
+        return world // size if world % size == 0 and p.data in (None, world // size) else None
+
     if world % copy:
+        worlds = multiples_around(world, copy) if p.data is None else [copy * p.data]
         raise refusal(
             run,
             "parallelism.tensor" if p.tensor > 1 else "parallelism.pipeline",
             f"the world size {world} is not a multiple of tensor {p.tensor} x pipeline {p.pipeline} "
             f"= {copy} ranks, one copy of the model",
-            *_other_splits(run, lambda size: world // size if world % size == 0 else None),
-            f"a world size of {' or '.join(map(str, multiples_around(world, copy)))}",
+            *_other_splits(run, data_beside),
+            f"a world size of {' or '.join(map(str, worlds))}",
         )
     data = world // copy
     if p.data not in (None, data):

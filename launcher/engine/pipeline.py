@@ -1,6 +1,8 @@
 """The engine with a pipeline: DeepSpeed's 1F1B schedule over stages of the same layers."""
 
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import deepspeed
 import torch
@@ -33,7 +35,7 @@ class PipelineEngine(Engine):
         topology = PipeModelDataParallelTopology(
             num_pp=layout.pipeline, num_mp=layout.tensor, num_dp=layout.data
         )
-        module = PipelineModule(
+        module = StagedModule(
             layers=[_spec(layer) for layer in layers],
             topology=topology,
             loss_fn=loss,
@@ -58,6 +60,24 @@ class PipelineEngine(Engine):
     def _inputs(self, batches: MicroBatches) -> Iterator[tuple[Tensor, Tensor]]:
         # The first stage takes the tokens and the last the labels, each from its own iterator.
         return (to_inputs(batch, self.device) for batch in batches)
+
+
+class StagedModule(PipelineModule):  # type: ignore[misc]  # DeepSpeed ships no types
+    """DeepSpeed's module of one stage."""
+
+    def get_tied_weights_and_groups(self) -> list[tuple[Any, Any]]:
+        """The tied weights whose gradients DeepSpeed sums over their stages.
+
+        It looks for them in `grad` and skips a weight that has none. ZeRO-1 in low precision, as CPU offload
+        runs it, accumulates in `grad_accum` instead, and every stage would update its own copy, without a
+        word (DeepSpeed 0.19.8, pipe/engine.py, _exec_reduce_tied_grads).
+        """
+        return [(_with_gradient(weight), group) for weight, group in super().get_tied_weights_and_groups()]
+
+
+def _with_gradient(weight: nn.Parameter) -> Any:
+    accumulated = getattr(weight, "grad_accum", None)
+    return weight if accumulated is None else SimpleNamespace(grad=accumulated)
 
 
 def _spec(layer: Layer) -> LayerSpec:

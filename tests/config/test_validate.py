@@ -6,22 +6,22 @@ import functools
 import inspect
 import re
 import traceback
-from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
 
 import pytest
+import yaml
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from omegaconf import OmegaConf
 
 from launcher.config import deepspeed_keys, layout, numbers, validate
 from launcher.config.errors import ConfigError
 from launcher.config.fields import fields_of
 from launcher.config.layout import Layout
-from launcher.config.schema import Device, Dtype, GenerateConfig, RunConfig
+from launcher.config.schema import Device, Dtype, Family, GenerateConfig, RunConfig
 from launcher.config.shape import legal_pipeline_sizes, legal_tensor_sizes, sequence_length
-from tests.config.composing import alternatives, composed_generate, run_of, section_of
+from tests.config.composing import FIELDS, Case, alternatives, cases, composed_generate, run_of, section_of
+
+GENERATE_FIELDS = fields_of(GenerateConfig)
 
 # Numbers with a rule of their own, or none: training.seed may be any.
 OUTSIDE_THE_TABLE = {"parallelism.zero_stage", "training.seed"}
@@ -32,67 +32,53 @@ IN_WORDS_ONLY = {
     "deepspeed.zero_optimization=true",
     "deepspeed.data_types.grad_accum_dtype=bf16 deepspeed.aio=3",
     "[world=6] parallelism.tensor=4",
+    "[world=2] parallelism=hybrid_3d",
 }
 
 
-class Refusal(NamedTuple):
-    command: str
-    message: str
-    remedy: str
-
-    @property
-    def typed(self) -> list[str]:
-        return re.sub(r"\[.*?\] ?", "", self.command).split()
-
-    def check(self, typed: list[str]) -> Layout | str:
-        """What validating gives, on this machine. Raises ConfigError."""
-        if typed[:1] == ["generate"]:
-            return validate.validate_generate(composed_generate(*typed[1:]))
-        machine = {name: int(count) for name, count in re.findall(r"\[(\w+)=(\d+)\]", self.command)}
-        joined = machine.get("world")
-        return validate.validate(run_of(*typed), gpus=machine.get("gpus", 0), cores=2, joined_world=joined)
-
-    @functools.cache  # noqa: B019  (they live as long as the module)
-    def error(self) -> ConfigError:
-        with pytest.raises(ConfigError) as raised:
-            self.check(self.typed)
-        return raised.value
-
-
-def refusals() -> list[Refusal]:
-    """refusals.txt: what is typed, [on which machine], and below it, indented, the message -> the remedy."""
-    found = []
-    for block in Path(__file__).with_name("refusals.txt").read_text().strip().split("\n\n"):
-        command, *said = block.splitlines()
-        message, _, remedy = " ".join(line.strip() for line in said).partition(" -> ")
-        found.append(Refusal(command, message, remedy))
-    return found
-
-
-REFUSALS = refusals()
+REFUSALS = cases("refusals.txt")
 each_refusal = pytest.mark.parametrize("refusal", REFUSALS, ids=lambda refusal: refusal.command)
+
+
+def typed(refusal: Case) -> list[str]:
+    return re.sub(r"\[.*?\] ?", "", refusal.command).split()
+
+
+def check(refusal: Case, overrides: list[str]) -> Layout | str:
+    """What validating gives, on the case's machine. Raises ConfigError."""
+    if overrides[:1] == ["generate"]:
+        return validate.validate_generate(composed_generate(*overrides[1:]))
+    machine = {name: int(count) for name, count in re.findall(r"\[(\w+)=(\d+)\]", refusal.command)}
+    run, world = run_of(*overrides), machine.get("world")
+    return validate.validate(run, gpus=machine.get("gpus", 0), cores=2, joined_world=world)
+
+
+@functools.cache
+def refused(refusal: Case) -> ConfigError:
+    with pytest.raises(ConfigError) as raised:
+        check(refusal, typed(refusal))
+    return raised.value
 
 
 class TestMessages:
     @each_refusal
-    def test_says_field_value_why_and_the_nearest_that_works(self, refusal: Refusal) -> None:
-        error = refusal.error()
-        assert str(error) == f"{refusal.message}\n  nearest that works: {refusal.remedy}"
-        assert refusal.message.startswith(error.field)
-        assert (
-            error.field in {*fields_of(RunConfig), *fields_of(GenerateConfig)} or "deepspeed" in error.field
-        )
+    def test_says_field_value_why_and_the_nearest_that_works(self, refusal: Case) -> None:
+        error = refused(refusal)
+        assert str(error) == refusal.text
+        assert refusal.text.startswith(error.field)
+        known = {*FIELDS, *GENERATE_FIELDS}
+        assert error.field in known or error.field.startswith("deepspeed.")
 
     @each_refusal
-    def test_what_it_says_to_type_is_accepted(self, refusal: Refusal) -> None:
-        error = refusal.error()
+    def test_what_it_says_to_type_is_accepted(self, refusal: Case) -> None:
+        error = refused(refusal)
         offers = alternatives(error)
         assert bool(offers) != (refusal.command in IN_WORDS_ONLY)
-        typed = refusal.typed
+        overrides = typed(refusal)
         if "the launcher sets" in error.why or "no key" in error.why:
-            typed = [word for word in typed if not word.startswith("deepspeed.")]
+            overrides = [word for word in overrides if not word.startswith("deepspeed.")]
         for offer in offers:
-            assert refusal.check([*typed, *offer])
+            assert check(refusal, [*overrides, *offer])
 
     @pytest.mark.parametrize("module", [validate, layout, numbers, deepspeed_keys])
     def test_every_raise_has_a_case(self, module: ModuleType) -> None:
@@ -102,18 +88,18 @@ class TestMessages:
         reached = {
             frame.lineno
             for refusal in REFUSALS
-            for frame in traceback.extract_tb(refusal.error().__traceback__)
+            for frame in traceback.extract_tb(refused(refusal).__traceback__)
             if frame.filename == module.__file__
         }
         unreached = [n.lineno for n in raises if not reached & set(range(n.lineno, (n.end_lineno or 0) + 1))]
         assert unreached == []
 
     def test_every_number_has_a_range_and_a_case(self) -> None:
-        of_run = {f for f, kind in fields_of(RunConfig).items() if "number" in kind} - OUTSIDE_THE_TABLE
-        of_generate = {f for f, kind in fields_of(GenerateConfig).items() if "number" in kind}
+        of_run = {f for f, kind in FIELDS.items() if "number" in kind} - OUTSIDE_THE_TABLE
+        of_generate = {f for f, kind in GENERATE_FIELDS.items() if "number" in kind}
         assert set(numbers.NUMBERS) == of_run
         assert set(numbers.GENERATE_NUMBERS) == of_generate
-        with_a_case = {re.split("[=:]", refusal.message)[0] for refusal in REFUSALS}
+        with_a_case = {re.split("[=:]", refusal.text)[0] for refusal in REFUSALS}
         assert of_run | of_generate <= with_a_case
 
 
@@ -276,7 +262,7 @@ def outcome(run: RunConfig, machine: dict[str, int | None]) -> Layout | ConfigEr
 
 class TestAnyRun:
     @given(run=runs(), machine=machines())
-    @settings(max_examples=400, deadline=None)
+    @settings(max_examples=400)
     def test_is_refused_or_resolved_and_never_changed(
         self, run: RunConfig, machine: dict[str, int | None]
     ) -> None:
@@ -290,7 +276,7 @@ class TestAnyRun:
             check_invariants(run, machine, found)
 
     @given(run=runs(), machine=machines(), choices=st.lists(st.integers(0, 4), min_size=12, max_size=12))
-    @settings(max_examples=200, deadline=None)
+    @settings(max_examples=200)
     def test_following_any_advice_leads_to_a_run_that_works(
         self, run: RunConfig, machine: dict[str, int | None], choices: list[int]
     ) -> None:
@@ -327,11 +313,9 @@ def check_invariants(run: RunConfig, machine: dict[str, int | None], found: Layo
 
 def follow(run: RunConfig, setting: str) -> None:
     """Change a run as typing `setting` would."""
-    name = setting.partition("=")[0]
-    if "." in name:
-        merged = OmegaConf.merge(OmegaConf.structured(run), OmegaConf.from_dotlist([setting]))
-        source = OmegaConf.to_object(merged)
-    else:
-        source = run_of(setting)
-    part = name.partition(".")[0]
-    setattr(run, part, getattr(source, part))
+    field, _, typed = setting.partition("=")
+    if "." not in field:
+        setattr(run, field, getattr(run_of(setting), field))
+        return
+    family = {member.name: member for member in Family}
+    set_field(run, field, family[typed] if field == "model.family" else yaml.safe_load(typed))

@@ -1,0 +1,301 @@
+"""The command line itself, in processes of its own: what a wrong one prints, and how little it imports."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import yaml
+
+from launcher.config.fields import config_directory, options_of
+
+# Imports the command line once and forks for every command: each is a fresh process, and quick to start.
+RUN_EACH = """
+import json, os, sys, tempfile, traceback
+from launcher.__main__ import main
+
+def run(arguments, environment):
+    os.environ.update(environment)
+    sys.argv = ["launcher", *arguments]
+    try:
+        main()
+    except SystemExit as stop:
+        return stop.code or 0
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+for arguments, environment in json.load(sys.stdin):
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, tempfile.TemporaryFile() as loaded:
+        if not os.fork():
+            os.dup2(out.fileno(), 1), os.dup2(err.fileno(), 2)
+            code = run(arguments, environment)
+            sys.stdout.flush(), sys.stderr.flush()
+            heavy = sorted({"torch", "deepspeed", "wandb"} & set(sys.modules))
+            os.write(loaded.fileno(), json.dumps(heavy).encode())
+            os._exit(code)
+        code = os.waitstatus_to_exitcode(os.wait()[1])
+        texts = [file.seek(0) or file.read().decode() for file in (out, err, loaded)]
+        print(json.dumps([code, *texts]), flush=True)
+"""
+
+HIDDEN = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "HYDRA_FULL_ERROR",
+)
+ENVIRONMENT = {
+    # No GPU is visible: what is refused must not depend on the machine.
+    **{name: value for name, value in os.environ.items() if name not in HIDDEN and "SLURM" not in name},
+    "CUDA_VISIBLE_DEVICES": "",
+    "PYTHONPATH": str(config_directory().parent),
+}
+
+
+class Ended(NamedTuple):
+    code: int
+    out: str
+    err: str
+    heavy: list[str]  # of torch, deepspeed and wandb, those that were imported
+
+
+def launcher(cwd: Path, *commands: list[str], **environment: str) -> list[Ended]:
+    done = subprocess.run(
+        [sys.executable, "-c", RUN_EACH],
+        input=json.dumps([(command, environment) for command in commands]),
+        cwd=cwd, env=ENVIRONMENT, text=True, capture_output=True, timeout=300, check=True,
+    )  # fmt: skip
+    assert done.stderr == ""
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(found) == len(commands)
+    return [Ended(code, out, err, json.loads(heavy)) for code, out, err, heavy in found]
+
+
+def torchrun(rank: int) -> dict[str, str]:
+    return {
+        "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "localhost", "MASTER_PORT": "29500",
+    }  # fmt: skip
+
+
+# What is typed -> how the message starts, after `launcher: `.
+WRONG = {
+    "parallelism.tensr=2": "parallelism.tensr=2: no such field",
+    "parallelism.tensor=3": "parallelism.tensor=3: 4 attention heads cannot be split 3 ways",
+    "parallelism.tensor=two": "parallelism.tensor=two: must be a whole number",
+    "parallelism.tensor=0": "parallelism.tensor=0: must be at least 1",
+    "parallelism.tensor": "parallelism.tensor: a setting needs a name, = and a value",
+    "parallelism.tensor=2,4": "parallelism.tensor=2,4: a comma makes several values",
+    "train parallelism.tensor=3": "parallelism.tensor=3: 4 attention heads cannot be split 3 ways",
+    "verify parallelism.tensor=3": "parallelism.tensor=3: 4 attention heads cannot be split 3 ways",
+    "model=llama_tiny parallelism.tensor=4": "parallelism.tensor=4: 2 KV heads cannot be split 4 ways",
+    "parallelism.pipeline=5": "parallelism.pipeline=5: 4 layers cannot fill 5 stages",
+    "parallelism=pp2 parallelism.zero_stage=2": "parallelism.zero_stage=2: DeepSpeed's pipeline of 2",
+    "parallelism.zero_stage=4": "parallelism.zero_stage=4: the stages are 0 to 3",
+    "parallelism.sequence_parallel=true": "parallelism.sequence_parallel=true: splits the sequence over",
+    "parallelism.offload_optimizer=true": "parallelism.offload_optimizer=true: ZeRO-0 has no partitioned",
+    "parallelism=zero2 parallelism.offload_parameters=true": "parallelism.offload_parameters=true: only",
+    "parallelism.data=3": "training.global_batch_size=16: not a multiple of 12",
+    "modle=gpt2_small": "modle=gpt2_small: no such field",
+    "model=gpt3": "model=gpt3: no such option",
+    "model.num_heads=5": "model.num_heads=5: does not divide model.hidden_size=128",
+    "model.foo=1": "model.foo=1: no such field",
+    "+model.foo=1": "model.foo=1: no such field",
+    "++foo=1": "foo=1: no such field",
+    "~model": "model.family=???: has no value",
+    "~training.seed": "~training.seed: a field can be set, not removed",
+    "experiment=none_such": "experiment=none_such: no such option",
+    "training.steps=1.5": "training.steps=1.5: must be a whole number",
+    "training.micro_batch_size=3": "training.global_batch_size=16: not a multiple of 3",
+    "training.stop_at=300": "training.stop_at=300: after the last step, training.steps=200",
+    "optimizer.lr=inf": "optimizer.lr=inf: must be a finite number above 0",
+    "optimizer.momentum=0.9": "optimizer.momentum=0.9: not a setting of adamw",
+    "scheduler=wsd training.steps=20": "scheduler.decay_steps=40: wsd decays after 20 steps",
+    "precision=fp16": "precision.dtype=fp16: DeepSpeed trains fp16 on GPUs only",
+    "precision.dtype=FP32": "precision.dtype=FP32: must be one of fp32 | bf16 | fp16",
+    "hardware=h100_80gb": "hardware.device=cuda: this machine has no GPU",
+    "hardware.nodes=2": "hardware.nodes=2: `launcher` starts ranks on this machine only",
+    "data=text": "data.train=null: data=text trains on your own files, and none are named",
+    "data=text data.train=none/*.txt": "data.train=none/*.txt: matches no file",
+    "data=text data.train=blank.txt": "data.train=blank.txt: every file it matches is empty",
+    "data=text data.train=short.txt": "data.sequence_length=128: the validation part of the corpus has",
+    "data.train=short.txt": "data.train=short.txt: data=stdlib brings its own text",
+    "deepspeed.zero_optimization.overlap_com=true": "deepspeed.zero_optimization.overlap_com=true: no key of",
+    "deepspeed.train_batch_size=8": "deepspeed.train_batch_size=8: the launcher sets this one",
+    "deepspeed.bf16=on": "deepspeed.bf16=on: a section, not a value",
+    "logging.wandb.mode=sometimes": "logging.wandb.mode=sometimes: must be one of auto | online | offline",
+    "run.dir=${oc.env:NONE_SUCH}": "run.dir=${oc.env:NONE_SUCH}: Environment variable 'NONE_SUCH' not found",
+    "run.dir=(a)": "run.dir=(a): cannot be read without quotes",
+    "--multirun optimizer.lr=1e-3,fast": "optimizer.lr=fast: must be a number",
+    "--multirun optimizer.lr=1e-3,-1": "optimizer.lr=-1.0: must be a finite number above 0",
+    "parallelism.tensor=1,3 -m": "parallelism.tensor=3: 4 attention heads cannot be split 3 ways",
+    "--config-dir none_such": "--config-dir=",
+    "--nonsense": "command line: unrecognized arguments: --nonsense",
+    "--cfg nonsense": "command line: argument --cfg/-c: invalid choice: 'nonsense'",
+    "--help model=gpt3": "model=gpt3: no such option",
+    "tarin": "tarin: no such command",
+    "verfiy parallelism=tp2": "verfiy: no such command",
+    "generate": "run.dir=null: sampling needs the directory of a finished run",
+    "generate run.dir=none_such": "run.dir=none_such: not a run's directory, it has no config.yaml",
+    "generate run.dir=broken": "run.dir=broken: its config.yaml is not one that a run wrote",
+    "generate run.dir=a prompt=": "prompt=: the model continues a text, and this one is empty",
+    "generate run.dir=a temperature=-1": "temperature=-1.0: must be a finite number, 0 or more",
+    "generate run.dir=a promt=x": "promt=x: no such field",
+    "generate run.dir=a model=gpt_tiny": "model=gpt_tiny: no such field",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("place")
+    (place / "blank.txt").touch()
+    (place / "short.txt").write_text("short")
+    (place / "broken").mkdir()
+    (place / "broken" / "config.yaml").write_text("model: {}")
+    return place
+
+
+@pytest.fixture(scope="module")
+def refusals(place: Path) -> dict[str, Ended]:
+    return dict(zip(WRONG, launcher(place, *map(str.split, WRONG)), strict=True))
+
+
+class TestWrongCommands:
+    def test_are_more_than_a_few(self) -> None:
+        assert len(WRONG) >= 25
+
+    @pytest.mark.parametrize("command", WRONG)
+    def test_get_one_message_and_exit_code_2(self, command: str, refusals: dict[str, Ended]) -> None:
+        ended = refusals[command]
+        assert ended.err.startswith(f"launcher: {WRONG[command]}")
+        message, nearest = ended.err.splitlines()
+        assert nearest.startswith("  nearest that works: ")
+        assert len(nearest) > len("  nearest that works: ")
+        assert "HYDRA_FULL_ERROR" not in ended.err
+        assert "Traceback" not in message
+        assert (ended.code, ended.out) == (2, "")
+
+    @pytest.mark.parametrize("command", WRONG)
+    def test_import_nothing_heavy(self, command: str, refusals: dict[str, Ended]) -> None:
+        assert refusals[command].heavy == []
+
+    def test_leave_no_run_behind(self, place: Path, refusals: dict[str, Ended]) -> None:
+        assert refusals
+        assert list(place.rglob("run.json")) == []
+        assert list(place.rglob("logs")) == []
+
+    @pytest.mark.parametrize("command", ["parallelism.tensor=3", "generate run.dir=none_such", "--nonsense"])
+    def test_do_so_as_a_module(self, command: str, place: Path) -> None:
+        python = [sys.executable, "-X", "importtime", "-m", "launcher", *command.split()]
+        done = subprocess.run(python, cwd=place, env=ENVIRONMENT, text=True, capture_output=True, timeout=60)
+        said = [line for line in done.stderr.splitlines(keepends=True) if not line.startswith("import time:")]
+        imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
+        assert "".join(said).startswith(f"launcher: {WRONG[command]}")
+        assert (done.returncode, done.stdout, len(said)) == (2, "", 2)
+        assert "hydra" in imported
+        assert not imported & {"torch", "deepspeed", "wandb"}
+
+
+class TestRanks:
+    """Under torchrun every rank meets the same refusal."""
+
+    def test_the_first_says_it_and_the_others_only_end(self, place: Path) -> None:
+        [first] = launcher(place, ["parallelism.tensor=3"], **torchrun(0))
+        [second] = launcher(place, ["parallelism.tensor=3"], **torchrun(1))
+        assert first.err.startswith("launcher: parallelism.tensor=3: 4 attention heads")
+        assert (second.out, second.err) == ("", "")
+        assert first.code == second.code == 2
+        assert first.heavy == second.heavy == []
+
+    def test_the_world_is_what_the_layout_must_fill(self, place: Path) -> None:
+        [ended] = launcher(place, ["parallelism=hybrid_3d"], **torchrun(0))
+        assert ended.err == (
+            "launcher: parallelism.tensor=2: the world size 2 is not a multiple of tensor 2 x pipeline 2 "
+            "= 4 ranks, one copy of the model\n"
+            "  nearest that works: a world size of 8\n"
+        )
+
+    @pytest.mark.parametrize(
+        "environment", [{"RANK": "1"}, {"RANK": "x"}, {**torchrun(1), "WORLD_SIZE": "1"}]
+    )
+    def test_a_stray_variable_is_always_said(self, environment: dict[str, str], place: Path) -> None:
+        [ended] = launcher(place, [], **environment)
+        assert ended.err.startswith(("launcher: WORLD_SIZE: RANK is set, but this is not", "launcher: RANK="))
+        assert ended.code == 2
+
+    def test_a_batch_script_is_no_rank(self, place: Path) -> None:
+        [ended] = launcher(place, ["parallelism.tensor=3"], SLURM_PROCID="1", SLURM_JOB_ID="7")
+        assert ended.err.startswith("launcher: parallelism.tensor=3")
+
+    def test_a_sweep_is_refused(self, place: Path) -> None:
+        [ended] = launcher(place, ["-m", "optimizer.lr=1e-3,2e-3"], **torchrun(0))
+        assert ended.err.startswith("launcher: --multirun: ranks that torchrun or srun started train one run")
+        assert (ended.code, ended.heavy) == (2, [])
+
+
+class TestLooking:
+    """Flags that show something and start nothing."""
+
+    def test_help(self, place: Path) -> None:
+        [root, train, generate, hydra] = launcher(
+            place, ["--help"], ["train", "--help"], ["generate", "--help"], ["--hydra-help"]
+        )
+        for ended in (root, train, generate, hydra):
+            assert (ended.code, ended.err, ended.heavy) == (0, "", [])
+        assert root.out == train.out
+        for words in (
+            "launcher generate run.dir=PATH",
+            "parallelism: dp, hybrid_3d",
+            "experiment=stdlib_gpt",
+        ):
+            assert words in root.out
+        assert "experiment: " in root.out
+        assert "prompt: 'import '" in generate.out
+        assert "parallelism" not in generate.out
+        assert "--multirun" in hydra.out
+
+    @pytest.mark.parametrize("experiment", options_of("experiment"))
+    def test_cfg_composes_every_experiment(self, experiment: str, place: Path) -> None:
+        [ended] = launcher(place, ["--cfg", "job", f"experiment={experiment}"])
+        assert (ended.code, ended.err, ended.heavy) == (0, "", [])
+        assert set(yaml.safe_load(ended.out)) >= {"model", "parallelism", "hardware", "training"}
+
+    def test_cfg_shows_what_is_typed(self, place: Path) -> None:
+        [one, other, generate] = launcher(
+            place,
+            ["--cfg", "job", "training.steps=7"],
+            ["training.steps=7", "--cfg", "job", "model.dropout=0.5"],
+            ["generate", "--cfg", "job", "prompt=x"],
+        )  # fmt: skip
+        assert yaml.safe_load(one.out)["training"]["steps"] == 7
+        # A flag may stand between overrides.
+        assert yaml.safe_load(other.out)["training"]["steps"] == 7
+        assert yaml.safe_load(other.out)["model"]["dropout"] == 0.5
+        assert yaml.safe_load(generate.out)["prompt"] == "x"
+
+    def test_a_config_dir_of_ones_own(self, tmp_path: Path) -> None:
+        own = tmp_path / "my files" / "experiment"
+        own.mkdir(parents=True)
+        (own / "mine.yaml").write_text(
+            "# @package _global_\ndefaults: [override /model: llama_tiny]\ntraining: {steps: 7}\n"
+        )
+        (own / "wrong.yaml").write_text("# @package _global_\ntraining: {step: 7}\n")
+        flag = f"--config-dir={own.parent}"
+        [shown, helped, wrong] = launcher(
+            tmp_path, ["--cfg", "job", flag, "experiment=mine"], [flag, "--help"], [flag, "experiment=wrong"]
+        )
+        composed = yaml.safe_load(shown.out)
+        assert (composed["training"]["steps"], composed["model"]["family"]) == (7, "llama")
+        assert "mine" in helped.out
+        assert wrong.err == (
+            "launcher: training.step: no such field (in experiment/wrong.yaml)\n"
+            "  nearest that works: training.steps\n"
+        )

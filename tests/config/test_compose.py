@@ -1,0 +1,393 @@
+"""All of conf/ composes into typed runs that validate; what does not compose is one ConfigError."""
+
+import dataclasses
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from launcher.config.compose import compose_jobs, load_typed, to_typed
+from launcher.config.errors import ConfigError
+from launcher.config.fields import (
+    closest_fields,
+    config_directory,
+    fields_in,
+    fields_of,
+    groups_of,
+    options_of,
+)
+from launcher.config.layout import Layout
+from launcher.config.schema import GenerateConfig, RunConfig
+from launcher.config.validate import validate
+from tests.config.composing import FIELDS, Case, alternatives, cases, composed, composed_generate, section_of
+
+CONF = config_directory()
+OPTIONS = sorted(
+    (path.parent.relative_to(CONF).as_posix(), path.stem)
+    for path in CONF.rglob("*.yaml")
+    if path.parent != CONF and "hydra" not in path.parts
+)
+EXPERIMENTS = [option for group, option in OPTIONS if group == "experiment"]
+MODELS = [option for group, option in OPTIONS if group == "model"]
+
+# What an option needs beside it to be a whole run.
+BESIDE = {
+    ("data", "text"): ["data.train=README.md"],
+    ("optimizer", "sgd"): [],
+}
+
+
+def refused(*arguments: str, root: str = "config") -> ConfigError:
+    with mock.patch.object(sys, "argv", ["launcher"]), pytest.raises(ConfigError) as raised:
+        compose_jobs(root, RunConfig if root == "config" else GenerateConfig, list(arguments))
+    return raised.value
+
+
+def gpus_of(run: RunConfig) -> int:
+    """As many as the run's hardware has on one node: a machine that suits it."""
+    return (run.hardware.accelerators_per_node or 0) if run.hardware.device.name == "cuda" else 0
+
+
+def validated(run: RunConfig) -> Layout:
+    return validate(run, gpus=gpus_of(run), cores=2)
+
+
+def leaves(config: Any) -> dict[str, type]:
+    """Every value of a dataclass by its dotted name, as its type."""
+    found: dict[str, type] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            found |= {f"{field.name}.{name}": kind for name, kind in leaves(value).items()}
+        else:
+            found[field.name] = type(value)
+    return found
+
+
+class TestConf:
+    def test_finds_the_options(self) -> None:
+        assert {group for group, _ in OPTIONS} == set(groups_of(RunConfig))
+        assert len(OPTIONS) > 30
+        assert len(MODELS) >= 6
+        assert EXPERIMENTS
+
+    @pytest.mark.parametrize(("group", "option"), OPTIONS)
+    def test_every_option_becomes_a_typed_run(self, group: str, option: str) -> None:
+        run = composed(f"{group}={option}", *BESIDE.get((group, option), []))
+        for name, kind in leaves(run).items():
+            legal = FIELDS[name]
+            typed = {"whole number": int, "number": float, "true | false": bool, "text": str}
+            expected = typed.get(legal.removesuffix(" | null"))
+            assert expected in (None, kind) or (kind is type(None) and legal.endswith("| null")), name
+            assert expected or issubclass(kind, (Enum, list, dict, type(None))), name
+
+    @pytest.mark.parametrize(("group", "option"), OPTIONS)
+    def test_every_option_has_its_effect(self, group: str, option: str) -> None:
+        """What a file says is what the run has: no later file of the defaults list undoes it."""
+        run = composed(f"{group}={option}", *BESIDE.get((group, option), []))
+        said = OmegaConf.to_container(OmegaConf.load(CONF / group / f"{option}.yaml"))
+        assert isinstance(said, dict)
+        said.pop("defaults", None)
+        part = run if group == "experiment" else section_of(run, group)
+        for name, value in flat(said).items():
+            has = section_of(part, name)  # type: ignore[arg-type]
+            assert value == "???" or (has.name if isinstance(has, Enum) else has) == value, name
+
+    @pytest.mark.parametrize(("group", "option"), OPTIONS)
+    def test_every_option_works_on_hardware_that_suits_it(self, group: str, option: str) -> None:
+        run = composed(f"{group}={option}", *SUITS.get((group, option), []), *BESIDE.get((group, option), []))
+        layout = validated(run)
+        assert layout.world_size >= 1
+
+    @pytest.mark.parametrize(
+        ("group", "field"), [("precision", "dtype"), ("optimizer", "name"), ("scheduler", "name")]
+    )
+    def test_an_option_is_what_it_is_called(self, group: str, field: str) -> None:
+        for option in options_of(group):
+            assert section_of(composed(f"{group}={option}"), f"{group}.{field}").name == option
+
+    @pytest.mark.parametrize(
+        ("option", "pipeline", "data", "tensor", "zero_stage"),
+        [
+            ("single", 1, 1, 1, 0),
+            ("dp", 1, 8, 1, 0),
+            ("tp2", 1, 4, 2, 0),
+            ("pp2", 2, 4, 1, 1),
+            ("tp2_pp2", 2, 2, 2, 1),
+            ("zero1", 1, 8, 1, 1),
+            ("zero2", 1, 8, 1, 2),
+            ("zero3", 1, 8, 1, 3),
+            ("zero3_offload", 1, 8, 1, 3),
+            ("hybrid_3d", 2, 2, 2, 1),
+        ],
+    )
+    def test_a_layout_is_what_it_is_called(
+        self, option: str, pipeline: int, data: int, tensor: int, zero_stage: int
+    ) -> None:
+        layout = validate(composed(f"parallelism={option}", "training.global_batch_size=32"), gpus=8, cores=2)
+        assert layout == Layout(pipeline, data, tensor, "cuda", 8 // data, zero_stage)
+
+    @pytest.mark.parametrize("experiment", EXPERIMENTS)
+    def test_every_experiment_validates(self, experiment: str) -> None:
+        layout = validated(composed(f"experiment={experiment}"))
+        assert layout.world_size >= 2
+
+    @pytest.mark.parametrize("model", MODELS)
+    @pytest.mark.parametrize("parallelism", ["zero3", "zero3_offload", "hybrid_3d", "single"])
+    def test_every_model_validates_on_an_accelerator_node(self, model: str, parallelism: str) -> None:
+        node = composed("hardware=h100_80gb", "precision=bf16", "training.global_batch_size=64")
+        run = dataclasses.replace(
+            node,
+            model=composed(f"model={model}").model,
+            parallelism=composed(f"parallelism={parallelism}").parallelism,
+        )
+        if model == "gpt2_xl" and parallelism == "hybrid_3d":
+            with pytest.raises(ConfigError, match="25 attention heads cannot be split 2 ways"):
+                validated(run)
+        else:
+            assert validated(run).device == "cuda"
+
+    @pytest.mark.parametrize(("group", "option"), OPTIONS)
+    def test_survives_being_written_and_read(self, group: str, option: str, tmp_path: Path) -> None:
+        run = composed(f"{group}={option}", *BESIDE.get((group, option), []))
+        path = tmp_path / "config.yaml"
+        path.write_text(OmegaConf.to_yaml(OmegaConf.structured(run)))
+        assert load_typed(path, RunConfig) == run
+
+    def test_survives_with_every_kind_of_value(self, tmp_path: Path) -> None:
+        run = composed(
+            "parallelism.activation_checkpointing=full", "logging.wandb.tags=[a, 'b, c']",
+            "training.stop_at=7", "optimizer.lr=1e-5", "run.dir='with space: and # colon'",
+            "deepspeed.aio.block_size=4096", "deepspeed.zero_optimization={overlap_comm: true}",
+            "hardware.peak_flops.bf16=989e12",
+        )  # fmt: skip
+        path = tmp_path / "config.yaml"
+        path.write_text(OmegaConf.to_yaml(OmegaConf.structured(run)))
+        assert load_typed(path, RunConfig) == run
+        assert run.deepspeed == {"aio": {"block_size": 4096}, "zero_optimization": {"overlap_comm": True}}
+        assert run.hardware.peak_flops.bf16 == 989e12
+
+    def test_the_defaults_are_a_run_that_works_anywhere(self) -> None:
+        for cores in (1, 2, 64):
+            assert validate(composed(), gpus=0, cores=cores).world_size <= cores
+
+    def test_generate_composes(self) -> None:
+        config = composed_generate("run.dir=runs/a", "prompt=x y", "temperature=0")
+        assert (config.run.dir, config.prompt, config.temperature) == ("runs/a", "x y", 0.0)
+
+
+# fp16 and accelerators need a machine that has them; presets of 8 accelerators a batch that they divide.
+SUITS = {
+    ("precision", "fp16"): ["hardware=h100_80gb", "training.global_batch_size=32"],
+    **{
+        ("hardware", name): ["training.global_batch_size=32"]
+        for name in ("a100_80gb", "h100_80gb", "h200_141gb")
+    },
+}
+
+
+def flat(said: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in said.items():
+        name = f"{prefix}{key}"
+        found |= flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return found
+
+
+NOT_COMPOSED = cases("not_composed.txt")
+each_case = pytest.mark.parametrize("case", NOT_COMPOSED, ids=lambda case: case.command)
+
+
+class TestNotComposed:
+    @each_case
+    def test_says_field_value_why_and_the_nearest_that_works(self, case: Case) -> None:
+        assert str(refused(case.command)) == case.text
+
+    @each_case
+    def test_what_it_says_to_type_composes(self, case: Case) -> None:
+        for offer in alternatives(refused(case.command)):
+            assert composed(*offer)
+
+    def test_nothing_typed_between_quotes(self) -> None:
+        assert str(refused("")).startswith("'': a setting needs a name, = and a value")
+
+    @pytest.mark.parametrize(
+        ("typed", "message"),
+        [
+            ("model=gpt_tiny", "model=gpt_tiny: no such field"),
+            ("promt=x", "promt=x: no such field\n  nearest that works: prompt=x"),
+            ("top_k=few", "top_k=few: must be a whole number"),
+            ("prompt.x=3", "prompt.x=3: prompt is a value without fields\n  nearest that works: prompt=3"),
+            ("run=3", "run=3: a section of fields, not a value\n  nearest that works: run.dir=<text | null>"),
+        ],
+    )
+    def test_generate_too(self, typed: str, message: str) -> None:
+        assert str(refused(typed, root="generate")).startswith(message)
+
+    def test_in_a_sweep_names_the_value_that_does_not_work(self) -> None:
+        assert str(refused("--multirun", "optimizer.lr=1e-3,abc")).startswith(
+            "optimizer.lr=abc: must be a number"
+        )
+        assert str(refused("-m", "model=gpt_tiny,gpt3")).startswith("model=gpt3: no such option")
+
+    def test_composes_the_last_of_two(self) -> None:
+        assert composed("training.steps=3", "training.steps=4").training.steps == 4
+
+    @given(st.text(alphabet="model.tensorparallelism=12,[]{}()$:'\"\\~+@ -|!#\n", min_size=0, max_size=30))
+    @settings(max_examples=100)
+    def test_anything_typed_composes_or_is_refused(self, typed: str) -> None:
+        if typed.lstrip().startswith("-"):
+            return
+        with mock.patch.object(sys, "argv", ["launcher"]):
+            try:
+                compose_jobs("config", RunConfig, [typed])
+            except ConfigError as error:
+                refusal = error
+            else:
+                return
+        assert refusal.why
+        assert refusal.remedy
+
+
+class TestSweep:
+    def test_gives_a_numbered_job_for_each(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["launcher"])
+        jobs = compose_jobs("config", RunConfig, ["--multirun", "optimizer.lr=1e-3,2e-3", "training.steps=5"])
+        assert [(job.index, job.config.optimizer.lr) for job in jobs] == [(0, 1e-3), (1, 2e-3)]
+        assert {job.config.training.steps for job in jobs} == {5}
+
+    def test_a_single_run_has_no_number(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(sys, "argv", ["launcher"])
+        assert [job.index for job in compose_jobs("config", RunConfig, [])] == [None]
+
+
+OWN_FILES = {
+    "experiment/works.yaml": "# @package _global_\ndefaults: [override /model: mine]\ntraining: {steps: 7}\n",
+    "model/mine.yaml": "defaults: [gpt_tiny]\nnum_layers: 2\n",
+    "experiment/misspelt.yaml": "# @package _global_\nmodel: {hidden_sise: 3}\n",
+    "experiment/of_another_type.yaml": "# @package _global_\nmodel: {hidden_size: wide}\n",
+    "experiment/no_group.yaml": "# @package _global_\ndefaults:\n  - override /modle: gpt_tiny\n",
+    "experiment/no_option.yaml": "# @package _global_\ndefaults:\n  - override /model: gpt_tny\n",
+    "experiment/no_package.yaml": "training: {steps: 7}\n",
+    "experiment/no_yaml.yaml": "# @package _global_\ntraining: {steps: [7\n",
+}
+
+
+class TestOwnFiles:
+    @pytest.fixture
+    def own(self, tmp_path: Path) -> str:
+        for name, text in OWN_FILES.items():
+            path = tmp_path / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text)
+        return f"--config-dir={tmp_path}"
+
+    def test_compose_beside_those_of_conf(self, own: str) -> None:
+        run = composed(own, "experiment=works")
+        assert (run.training.steps, run.model.num_layers, run.model.hidden_size) == (7, 2, 128)
+
+    @pytest.mark.parametrize(
+        ("experiment", "message"),
+        [
+            (
+                "misspelt",
+                "model.hidden_sise: no such field (in experiment/misspelt.yaml)\n"
+                "  nearest that works: model.hidden_size or model.ffn_hidden_size",
+            ),
+            (
+                "of_another_type",
+                "model.hidden_size=wide: must be a whole number (in experiment/of_another_type.yaml)\n"
+                "  nearest that works: model.hidden_size=<whole number>",
+            ),
+            (
+                "no_group",
+                "modle: no such field (in experiment/no_group.yaml)\n  nearest that works: model",
+            ),
+            ("no_option", "model=gpt_tny: no such option\n  nearest that works: model=gpt_tiny"),
+            (
+                "no_package",
+                "experiment=no_package: no such field: without its first line experiment/no_package.yaml is "
+                "read as part of 'experiment'\n"
+                "  nearest that works: # @package _global_ as the first line of experiment/no_package.yaml",
+            ),
+        ],
+    )
+    def test_a_mistake_in_one_names_the_file(self, own: str, experiment: str, message: str) -> None:
+        assert str(refused(own, f"experiment={experiment}")) == message
+
+    def test_what_is_not_yaml_names_the_line(self, own: str, tmp_path: Path) -> None:
+        error = refused(own, "experiment=no_yaml")
+        assert error.field == str(tmp_path / "experiment" / "no_yaml.yaml")
+        assert error.why.startswith("not YAML in line 3: expected ',' or ']'")
+
+
+class TestLoad:
+    @pytest.mark.parametrize(
+        ("text", "why"),
+        [
+            (None, "not a run's directory, it has no config.yaml"),
+            (
+                "model: {hidden_size: [",
+                "its config.yaml is not one that a run wrote: while parsing a flow node",
+            ),
+            ("model: {hidden_size: wide}", "its config.yaml is not one that a run wrote: Value 'wide'"),
+            ("modle: {}", "its config.yaml is not one that a run wrote: Key 'modle' not in 'RunConfig'"),
+            ("model: {}", "its config.yaml is not one that a run wrote: data.source=???: has no value"),
+            ("[]", "its config.yaml is not one that a run wrote: "),
+            ("text", "its config.yaml is not one that a run wrote: "),
+            ("\x00", "its config.yaml is not one that a run wrote: "),
+        ],
+    )
+    def test_refuses_what_no_run_wrote(self, text: str | None, why: str, tmp_path: Path) -> None:
+        path = tmp_path / "config.yaml"
+        if text is not None:
+            path.write_text(text)
+        with pytest.raises(ConfigError) as raised:
+            load_typed(path, RunConfig)
+        assert raised.value.field == "run.dir"
+        assert raised.value.value == tmp_path
+        assert raised.value.why.startswith(why)
+
+
+class TestFields:
+    def test_lists_every_field_with_what_it_takes(self) -> None:
+        fields = FIELDS
+        assert fields["model.family"] == "gpt | llama"
+        assert fields["parallelism.data"] == "whole number | null"
+        assert fields["hardware.peak_flops.bf16"] == "number | null"
+        assert fields["model.tie_embeddings"] == "true | false"
+        assert fields["logging.wandb.tags"] == "list"
+        assert fields["deepspeed"] == "dictionary"
+        assert set(fields) == set(fields_of(RunConfig)) == set(leaves(composed()))
+
+    def test_lists_a_section(self) -> None:
+        assert fields_in("hardware.peak_flops", RunConfig) == [
+            f"hardware.peak_flops.{dtype}" for dtype in ("fp32", "bf16", "fp16")
+        ]
+        assert fields_in("", RunConfig) == []
+
+    def test_lists_options(self) -> None:
+        assert options_of("precision") == ["bf16", "fp16", "fp32"]
+        assert options_of("hydra/help") == ["generate", "launcher"]
+        assert options_of("..") == options_of("") == options_of("xyzzy") == []
+
+    @pytest.mark.parametrize("field", sorted(FIELDS))
+    def test_a_field_with_two_letters_swapped_is_recognised(self, field: str) -> None:
+        section, _, leaf = field.rpartition(".")
+        for i in range(1, len(leaf) - 1):
+            swapped = leaf[:i] + leaf[i + 1] + leaf[i] + leaf[i + 2 :]
+            # Of three letters little is left.
+            if swapped != leaf and len(leaf) > 3:
+                assert field in closest_fields(f"{section}.{swapped}" if section else swapped, RunConfig)
+
+
+def test_a_value_missing_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match=r"data.source=\?\?\?: has no value"):
+        to_typed(OmegaConf.structured(RunConfig), RunConfig)

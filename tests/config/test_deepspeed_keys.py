@@ -1,0 +1,217 @@
+"""The table of deepspeed_keys.py, held against the DeepSpeed that is installed."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from deepspeed.comm.config import CommsLoggerConfig
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.runtime.zero.offload_config import (
+    DeepSpeedZeroOffloadOptimizerConfig,
+    DeepSpeedZeroOffloadParamConfig,
+)
+from pydantic import BaseModel
+
+from launcher.config.deepspeed_keys import OURS, SECTIONS, TOP_LEVEL, check_passthrough
+from launcher.config.errors import ConfigError
+from launcher.config.fields import fields_of, groups_of
+from launcher.config.schema import RunConfig
+
+MODELS: dict[str, type[BaseModel]] = {
+    "zero_optimization": DeepSpeedZeroConfig,
+    "zero_optimization.offload_param": DeepSpeedZeroOffloadParamConfig,
+    "zero_optimization.offload_optimizer": DeepSpeedZeroOffloadOptimizerConfig,
+    "bf16": DeepSpeedBF16Config,
+    "fp16": DeepSpeedFP16Config,
+    "comms_logger": CommsLoggerConfig,
+}
+
+# DeepSpeed takes these, a run of ours may not set them.
+LEFT_OUT = {
+    "zero_optimization": {
+        "deprecated": "cpu_offload cpu_offload_param cpu_offload_use_pin_memory legacy_stage1 "
+        "stage3_gather_fp16_weights_on_model_save",
+        "of DeepSpeed's own checkpoints, which we do not write": "elastic_checkpoint load_from_fp32_weights "
+        "stage3_gather_16bit_weights_on_model_save pipeline_loading_checkpoint",
+        "switches off the gradient norm that every step logs": "compute_grad_norm",
+        "another optimizer than ours": "zenflow save_muon_momentum_buffer_in_memory",
+        "other modules or arithmetic than ours": "zero_quantized_nontrainable_weights leaf_module "
+        "memory_efficient_linear override_module_apply",
+        "moves the fragments that we read gradients and states from": "parameter_alignment",
+    },
+    "zero_optimization.offload_optimizer": {"needs DeepSpeed's CPUAdam": "super_offload cpuadam_cores_perc"},
+    "bf16": {"no fp32 master weights": "bf16_master_weights_and_grads bf16_optimizer_states"},
+    "fp16": {
+        "casts what our engines feed by themselves": "auto_cast",
+        "no fp32 master weights": "fp16_master_weights_and_grads",
+    },
+}  # fmt: skip
+
+
+def left_out(section: str) -> set[str]:
+    return {key for keys in LEFT_OUT.get(section, {}).values() for key in keys.split()}
+
+
+def ours_in(section: str) -> set[str]:
+    return {path.removeprefix(f"{section}.") for path in OURS if path.startswith(f"{section}.")}
+
+
+def keys_of(model: type[BaseModel]) -> set[str]:
+    """The keys as they are written in DeepSpeed's JSON."""
+    return {field.alias or name for name, field in model.model_fields.items()}
+
+
+class Recorder(dict[str, Any]):
+    """A section of a DeepSpeed config that notes which of its keys are asked for."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.asked: set[str] = set()
+
+    def __contains__(self, key: object) -> bool:
+        self.asked.add(str(key))
+        return super().__contains__(key)
+
+    def __getitem__(self, key: str) -> Any:
+        self.asked.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.asked.add(key)
+        return super().get(key, default)
+
+    def keys(self) -> Any:
+        return Asked(self)
+
+
+class Asked:
+    """A view of the keys that notes which it is asked for, in `key in section.keys()`."""
+
+    def __init__(self, section: Recorder) -> None:
+        self.section = section
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.section
+
+    def __iter__(self) -> Iterator[str]:
+        return dict.__iter__(self.section)
+
+
+def read_by_deepspeed() -> tuple[set[str], dict[str, set[str]]]:
+    """What DeepSpeed asks for while it reads a config: at the top, and in each section without a model."""
+    sections = {name: Recorder() for name in SECTIONS if name not in MODELS}
+    top = Recorder({"train_micro_batch_size_per_gpu": 1, **sections})
+    DeepSpeedConfig(top)
+    return top.asked, {name: section.asked for name, section in sections.items()}
+
+
+class TestTable:
+    def test_every_key_at_the_top_is_read(self) -> None:
+        asked, _ = read_by_deepspeed()
+        assert set(TOP_LEVEL) - asked == set()
+        # Whether the recorder can tell.
+        assert not asked & {"overlap_comm", "steps_per_pint"}
+
+    @pytest.mark.parametrize("section", sorted(SECTIONS.keys() - MODELS))
+    def test_every_key_of_a_plain_section_is_read(self, section: str) -> None:
+        _, asked = read_by_deepspeed()
+        assert asked[section]
+        assert set(SECTIONS[section]) <= asked[section]
+
+    @pytest.mark.parametrize("section", sorted(MODELS))
+    def test_every_key_of_a_modelled_section_is_one_of_the_model(self, section: str) -> None:
+        assert set(SECTIONS[section]) - keys_of(MODELS[section]) == set()
+
+    @pytest.mark.parametrize("section", sorted(MODELS))
+    def test_nothing_of_a_modelled_section_is_forgotten(self, section: str) -> None:
+        listed = [*SECTIONS[section], *ours_in(section), *left_out(section)]
+        named_below = {key for key in listed if "." in key}
+        assert sorted(set(listed) - named_below) == sorted(keys_of(MODELS[section]))
+
+    @pytest.mark.parametrize("section", sorted(SECTIONS))
+    def test_a_key_is_allowed_or_ours_or_left_out(self, section: str) -> None:
+        allowed = SECTIONS[section]
+        assert len(set(allowed)) == len(allowed)
+        assert not set(allowed) & (ours_in(section) | left_out(section))
+
+    def test_what_is_deprecated_is_left_out(self) -> None:
+        for section, model in MODELS.items():
+            extras = {
+                field.alias or name: field.json_schema_extra for name, field in model.model_fields.items()
+            }
+            deprecated = {
+                key for key, extra in extras.items() if isinstance(extra, dict) and extra.get("deprecated")
+            }
+            assert deprecated <= left_out(section)
+
+    def test_every_section_can_be_reached(self) -> None:
+        for section in SECTIONS:
+            outer, _, inner = section.rpartition(".")
+            assert inner in (SECTIONS[outer] if outer else TOP_LEVEL)
+
+    def test_what_we_set_instead_exists(self) -> None:
+        known = {*fields_of(RunConfig), *groups_of(RunConfig)}
+        for remedy in OURS.values():
+            words = [word.partition("=")[0] for word in remedy.split() if "." in word or "=" in word]
+            assert words
+            assert set(words) <= known
+
+
+def refused(extra: dict[str, Any]) -> ConfigError:
+    with pytest.raises(ConfigError) as raised:
+        check_passthrough(extra)
+    return raised.value
+
+
+def nested(path: str, value: Any) -> dict[str, Any]:
+    for key in reversed(path.split(".")):
+        value = {key: value}
+    return dict(value)
+
+
+EVERY_KEY = [
+    *(key for key in TOP_LEVEL if key not in SECTIONS),
+    *(f"{section}.{key}" for section, keys in SECTIONS.items() for key in keys),
+]
+
+
+class TestCheck:
+    @pytest.mark.parametrize("path", [path for path in EVERY_KEY if path not in SECTIONS])
+    def test_accepts_every_key_and_refuses_it_misspelt(self, path: str) -> None:
+        check_passthrough(nested(path, 1))
+        section, _, key = path.rpartition(".")
+        misspelt = f"{section}.{key[:-1]}" if section else key[:-1]
+        error = refused(nested(misspelt, True))
+        assert (error.field, error.value) == (f"deepspeed.{misspelt}", "true")
+        assert error.why == "no key of DeepSpeed's that a run may set"
+        assert f"deepspeed.{path}=true" in error.remedy.split(" or ")
+
+    @pytest.mark.parametrize("path", sorted(OURS))
+    def test_refuses_what_a_field_of_ours_sets(self, path: str) -> None:
+        error = refused(nested(path, 5))
+        assert str(error) == (
+            f"deepspeed.{path}=5: the launcher sets this one\n  nearest that works: {OURS[path].format(5)}"
+        )
+
+    @pytest.mark.parametrize(
+        "path", [f"{section}.{key}" for section in LEFT_OUT for key in sorted(left_out(section))]
+    )
+    def test_refuses_what_is_left_out(self, path: str) -> None:
+        assert refused(nested(path, True)).field == f"deepspeed.{path}"
+
+    @pytest.mark.parametrize("section", sorted(SECTIONS))
+    @pytest.mark.parametrize("value", [True, 3, "on", None, [1]])
+    def test_refuses_a_value_for_a_section(self, section: str, value: object) -> None:
+        error = refused(nested(section, value))
+        assert (error.field, error.why) == (f"deepspeed.{section}", "a section, not a value")
+        assert error.remedy == f"deepspeed.{section}.{SECTIONS[section][0]}=VALUE"
+
+    def test_lists_the_keys_where_none_is_close(self) -> None:
+        error = refused({"data_types": {"xyzzy": 1}})
+        assert error.remedy == "deepspeed.data_types.NAME, where NAME is one of grad_accum_dtype"
+
+    def test_accepts_nothing(self) -> None:
+        check_passthrough({})
+        check_passthrough({"zero_optimization": {}})
