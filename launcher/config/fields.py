@@ -65,12 +65,10 @@ def closest_fields(name: str, root: type[Any]) -> list[str]:
     if section in sections:
         inner = [field.removeprefix(f"{section}.") for field in fields_in(section, root)]
         return [f"{section}.{close}" for close in get_close_matches(leaf, inner, n=2)]
+    if not section and (close := get_close_matches(name, [*groups_of(root), *sections], n=1)):
+        return close
     leaves = {field.rpartition(".")[2]: field for field in fields}
-    return (
-        ([] if section else get_close_matches(name, [*groups_of(root), *sections], n=1))
-        or get_close_matches(name, fields, n=2, cutoff=0.75)
-        or [leaves[close] for close in get_close_matches(leaf, leaves, n=2)]
-    )
+    return [leaves[close] for close in get_close_matches(leaf, leaves, n=2)]
 
 
 def fields_in(section: str, root: type[Any]) -> list[str]:

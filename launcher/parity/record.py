@@ -1,25 +1,52 @@
 """One rank's part of a verification: run the layout's engine and write down what it computed."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from launcher.config.layout import Layout
 from launcher.config.schema import OptimizerName, RunConfig
 from launcher.config.shape import sequence_length
-from launcher.data.sampler import sample_indices
-from launcher.engine.base import Engine, MicroBatches
+from launcher.data import sampler
+from launcher.engine.base import Engine, MicroBatches, gather_logical
 from launcher.engine.build import build_engine
 from launcher.engine.distributed import join, leave
+from launcher.parallel.mesh import Axis
 from launcher.parallel.sharding import logical_of
+from launcher.parity.dropout import recorded_draws, write_draws
+from launcher.parity.outputs import OutputRecorder
 from launcher.parity.reference import probe_batches
 from launcher.parity.trace import StepTrace, write_trace
 
 
 def record_rank(rank: int, *, run: RunConfig, layout: Layout, folder: Path) -> None:
     """Run verify.steps steps; each stage's first rank writes folder/stage-N. Collective over the world."""
+    engine = _engine(rank, run, layout, folder)
+    recorder = OutputRecorder(engine, run.parallelism.sequence_parallel)
+    steps = [record_weights(engine)]
+    for batch in probe_batches(run, sequence_length(run)):
+        steps.append(record_step(run, engine, recorder, batch.numpy()[_own_samples(run, engine)]))
+    if engine.mesh.data.rank == 0 and engine.mesh.tensor.rank == 0:
+        write_trace(steps, folder / f"stage-{engine.mesh.stage}")
+    leave()
+
+
+def record_dropout(rank: int, *, run: RunConfig, layout: Layout, folder: Path) -> None:
+    """Run one step; rank 0 writes all ranks' masks to folder/draws. Collective over the world."""
+    engine = _engine(rank, run, layout, folder)
+    batch = next(probe_batches(run, sequence_length(run))).numpy()
+    with recorded_draws() as draws:
+        engine.train_batch(iter(batch[_own_samples(run, engine)]))
+    write_draws(draws, folder / "draws")
+    leave()
+
+
+def _engine(rank: int, run: RunConfig, layout: Layout, folder: Path) -> Engine:
     device = join(
         rank=rank,
         world_size=layout.world_size,
@@ -27,30 +54,43 @@ def record_rank(rank: int, *, run: RunConfig, layout: Layout, folder: Path) -> N
         device=layout.device,
         init_method=f"file://{folder / 'store'}",
     )
-    engine = build_engine(run, layout, device)
-    steps = [
-        record_step(run, engine, batch.numpy()[_own_samples(run, engine)])
-        for batch in probe_batches(run, sequence_length(run))
-    ]
-    if engine.mesh.data.rank == 0 and engine.mesh.tensor.rank == 0:
-        write_trace(steps, folder / f"stage-{engine.mesh.stage}")
-    leave()
+    return build_engine(run, layout, device)
 
 
-def record_step(run: RunConfig, engine: Engine, batches: MicroBatches) -> StepTrace:
+def record_step(run: RunConfig, engine: Engine, recorder: OutputRecorder, batches: MicroBatches) -> StepTrace:
     """One optimizer step of this data rank's micro-batches (A, B, T+1). Collective over the world."""
     engine.set_learning_rate(run.optimizer.lr)
+    recorder.start()
     result = engine.train_batch(iter(batches))
+    step = record_weights(engine)
+    step.loss, step.grad_norm = result.loss, result.grad_norm
+    step.norm_spread = spread(torch.tensor(result.grad_norm), dist.group.WORLD)
+    step.outputs, step.output_spread = recorder.outputs()
+    step.batch_losses = recorder.losses()
+    step.states = {
+        f"{logical.name}.{key}": tensor.clone()
+        for key in state_keys(run)
+        for logical, tensor in engine.full_states(key)
+    }
+    return step
+
+
+def record_weights(engine: Engine) -> StepTrace:
+    """The weights as they are now, and how far ranks differ in them. Collective over the stage."""
     return StepTrace(
-        loss=result.loss,
-        grad_norm=result.grad_norm,
         weights={logical.name: tensor.clone() for logical, tensor in engine.full_weights()},
-        states={
-            f"{logical.name}.{key}": tensor.clone()
-            for key in state_keys(run)
-            for logical, tensor in engine.full_states(key)
+        tied={
+            logical_of(parameter).name: _whole(engine, parameter).clone()
+            for parameter in engine.module.parameters()
+            if getattr(parameter, "ds_pipe_replicated", False)
         },
-        replica_spread=replica_spread(engine),
+        replica_spread=_spreads(
+            engine,
+            engine.mesh.tensor,
+            (p for p in engine.parameters() if not logical_of(p).is_split),
+        ),
+        # ZeRO-3 keeps no replicas.
+        data_spread=_spreads(engine, engine.mesh.data, engine.parameters() if engine.zero_stage < 3 else []),
     )
 
 
@@ -61,24 +101,28 @@ def state_keys(run: RunConfig) -> list[str]:
     return ["momentum_buffer"] if run.optimizer.momentum else []
 
 
-def replica_spread(engine: Engine) -> dict[str, float]:
-    """The largest difference between tensor ranks of each tensor they all hold. Collective over the group."""
-    axis, spread = engine.mesh.tensor, {}
+def _whole(engine: Engine, parameter: torch.nn.Parameter) -> Tensor:
+    return gather_logical(engine.master(parameter), logical_of(parameter), engine.mesh.tensor).cpu()
+
+
+def _spreads(engine: Engine, axis: Axis, parameters: Iterable[torch.nn.Parameter]) -> dict[str, float]:
+    """The largest difference over the axis of each parameter that its ranks should hold alike."""
     if axis.size == 1:
         return {}
-    for parameter in engine.parameters():
-        logical = logical_of(parameter)
-        if not logical.is_split:
-            highest = engine.master(parameter).clone()
-            lowest = highest.clone()
-            dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=axis.group)
-            dist.all_reduce(lowest, op=dist.ReduceOp.MIN, group=axis.group)
-            spread[logical.name] = float((highest - lowest).max())
-    return spread
+    held = engine.master if axis is engine.mesh.tensor else (lambda p: p.detach())
+    return {logical_of(p).name: spread(held(p).float(), axis.group) for p in parameters}
+
+
+def spread(value: Tensor, group: dist.ProcessGroup | None) -> float:
+    """The largest difference of any element between two ranks; NaN differs from everything. Collective."""
+    highest, lowest = value.clone(), value.clone()
+    dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
+    dist.all_reduce(lowest, op=dist.ReduceOp.MIN, group=group)
+    return float((highest - lowest).max())
 
 
 def _own_samples(run: RunConfig, engine: Engine) -> npt.NDArray[np.int64]:
-    return sample_indices(
+    return sampler.sample_indices(
         samples_consumed=0,
         global_batch_size=run.training.global_batch_size,
         micro_batch_size=run.training.micro_batch_size,

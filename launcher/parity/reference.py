@@ -15,15 +15,21 @@ from launcher.parity.trace import StepTrace, Weights
 
 
 def reference_trace(run: RunConfig, weights: Weights, batches: list[Tensor]) -> list[StepTrace]:
-    """Train on each global batch (G, T+1) in one piece, from `weights`; fp32 throughout."""
+    """Train on each global batch (G, T+1) in one piece, from `weights`; fp32 throughout.
+
+    `batch_losses` are those of the single samples: [[loss of sample 0, ...]].
+    """
     parameters = {name: tensor.clone().requires_grad_() for name, tensor in weights.items()}
     optimizer = _optimizer(run.optimizer, parameters)
-    return [_step(run, parameters, optimizer, batch) for batch in batches]
+    start = StepTrace(weights={name: tensor.clone() for name, tensor in weights.items()})
+    return [start, *(_step(run, parameters, optimizer, batch) for batch in batches)]
 
 
 def _step(run: RunConfig, parameters: Weights, optimizer: torch.optim.Optimizer, batch: Tensor) -> StepTrace:
-    logits = forward(parameters, run.model, batch[:, :-1])
-    loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+    outputs: Weights = {}
+    logits = forward(parameters, run.model, batch[:, :-1], outputs)
+    losses = F.cross_entropy(logits.transpose(1, 2), batch[:, 1:], reduction="none").mean(dim=1)
+    loss = losses.mean()
     optimizer.zero_grad()
     loss.backward()
     gradients = {name: _gradient(tensor).clone() for name, tensor in parameters.items()}
@@ -41,6 +47,8 @@ def _step(run: RunConfig, parameters: Weights, optimizer: torch.optim.Optimizer,
             if isinstance(state, Tensor) and state.shape == tensor.shape
         },
         gradients=gradients,
+        outputs={name: x[: run.training.micro_batch_size].detach().clone() for name, x in outputs.items()},
+        batch_losses=[losses.tolist()],
     )
 
 
@@ -60,38 +68,46 @@ def _optimizer(config: OptimizerConfig, parameters: Weights) -> torch.optim.Opti
     return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.epsilon)  # type: ignore[arg-type]
 
 
-def forward(w: Weights, model: ModelConfig, tokens: Tensor) -> Tensor:
-    """Tokens (B, T) -> logits (B, T, V)."""
+def forward(w: Weights, model: ModelConfig, tokens: Tensor, outputs: Weights) -> Tensor:
+    """Tokens (B, T) -> logits (B, T, V); each layer's output is left in `outputs`."""
     length = tokens.shape[1]
-    x = w["embedding.weight"][tokens]
+    x = outputs["embedding"] = w["embedding.weight"][tokens]
     if model.family is Family.gpt:
-        x = x + w["positions.weight"][:length]
+        x = outputs["positions"] = x + w["positions.weight"][:length]
     for index in range(model.num_layers):
         name = f"blocks.{index}"
-        x = x + _attention(w, f"{name}.attention", model, _norm(w, f"{name}.attention_norm", model, x))
-        x = x + _mlp(w, f"{name}.mlp", model, _norm(w, f"{name}.mlp_norm", model, x))
-    x = _norm(w, "final_norm", model, x)
-    return x @ w["embedding.weight" if model.tie_embeddings else "head.weight"].T
+        y = _norm(w, f"{name}.attention_norm", model, x, outputs)
+        x = x + _attention(w, f"{name}.attention", model, y, outputs)
+        y = _norm(w, f"{name}.mlp_norm", model, x, outputs)
+        x = x + _mlp(w, f"{name}.mlp", model, y, outputs)
+    x = _norm(w, "final_norm", model, x, outputs)
+    outputs["head"] = x @ w["embedding.weight" if model.tie_embeddings else "head.weight"].T
+    return outputs["head"]
 
 
-def _linear(w: Weights, name: str, x: Tensor) -> Tensor:
+def _linear(w: Weights, name: str, x: Tensor, outputs: Weights) -> Tensor:
     y = x @ w[f"{name}.weight"].T
-    return y + w[f"{name}.bias"] if f"{name}.bias" in w else y
+    outputs[name] = y + w[f"{name}.bias"] if f"{name}.bias" in w else y
+    return outputs[name]
 
 
-def _norm(w: Weights, name: str, model: ModelConfig, x: Tensor) -> Tensor:
+def _norm(w: Weights, name: str, model: ModelConfig, x: Tensor, outputs: Weights) -> Tensor:
     if model.family is Family.llama:
-        return x / (x.square().mean(-1, keepdim=True) + model.norm_epsilon).sqrt() * w[f"{name}.weight"]
-    centred = x - x.mean(-1, keepdim=True)
-    scaled = centred / (centred.square().mean(-1, keepdim=True) + model.norm_epsilon).sqrt()
-    return scaled * w[f"{name}.weight"] + w[f"{name}.bias"]
+        y = x / (x.square().mean(-1, keepdim=True) + model.norm_epsilon).sqrt() * w[f"{name}.weight"]
+    else:
+        centred = x - x.mean(-1, keepdim=True)
+        scaled = centred / (centred.square().mean(-1, keepdim=True) + model.norm_epsilon).sqrt()
+        y = scaled * w[f"{name}.weight"] + w[f"{name}.bias"]
+    outputs[name] = y
+    return y
 
 
-def _attention(w: Weights, name: str, model: ModelConfig, x: Tensor) -> Tensor:
+def _attention(w: Weights, name: str, model: ModelConfig, x: Tensor, outputs: Weights) -> Tensor:
     batch, length, hidden = x.shape
     heads, kv_heads = model.num_heads, model.num_kv_heads or model.num_heads
     size = hidden // heads
-    q, k, v = _linear(w, f"{name}.qkv", x).split([heads * size, kv_heads * size, kv_heads * size], dim=-1)
+    fused = _linear(w, f"{name}.qkv", x, outputs)
+    q, k, v = fused.split([heads * size, kv_heads * size, kv_heads * size], dim=-1)
     q = q.view(batch, length, heads, size).transpose(1, 2)
     k = k.view(batch, length, kv_heads, size).transpose(1, 2)
     v = v.view(batch, length, kv_heads, size).transpose(1, 2)
@@ -101,7 +117,7 @@ def _attention(w: Weights, name: str, model: ModelConfig, x: Tensor) -> Tensor:
     scores = q @ k.transpose(2, 3) / size**0.5
     future = torch.ones(length, length, dtype=torch.bool).triu(1)
     mixed = scores.masked_fill(future, float("-inf")).softmax(-1) @ v
-    return _linear(w, f"{name}.output", mixed.transpose(1, 2).reshape(batch, length, hidden))
+    return _linear(w, f"{name}.output", mixed.transpose(1, 2).reshape(batch, length, hidden), outputs)
 
 
 def _rotated(x: Tensor, theta: float) -> Tensor:
@@ -114,14 +130,14 @@ def _rotated(x: Tensor, theta: float) -> Tensor:
     return torch.cat([turned.real, turned.imag], dim=-1)
 
 
-def _mlp(w: Weights, name: str, model: ModelConfig, x: Tensor) -> Tensor:
+def _mlp(w: Weights, name: str, model: ModelConfig, x: Tensor, outputs: Weights) -> Tensor:
     if model.family is Family.llama:
-        gate, up = _linear(w, f"{name}.gate_up", x).chunk(2, dim=-1)
-        return _linear(w, f"{name}.down", gate * torch.sigmoid(gate) * up)
-    y = _linear(w, f"{name}.up", x)
+        gate, up = _linear(w, f"{name}.gate_up", x, outputs).chunk(2, dim=-1)
+        return _linear(w, f"{name}.down", gate * torch.sigmoid(gate) * up, outputs)
+    y = _linear(w, f"{name}.up", x, outputs)
     # Hendrycks & Gimpel, arXiv 1606.08415: the tanh form.
     gelu = 0.5 * y * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (y + 0.044715 * y**3)))
-    return _linear(w, f"{name}.down", gelu)
+    return _linear(w, f"{name}.down", gelu, outputs)
 
 
 def probe_batches(run: RunConfig, length: int) -> Iterator[Tensor]:

@@ -2,16 +2,18 @@
 
 import json
 from dataclasses import asdict
+from math import isfinite
 from pathlib import Path
+from typing import get_args
 
 from rich.console import Console
 from rich.table import Table
 
 from launcher.config.layout import Layout
-from launcher.parity.compare import Difference
+from launcher.parity.compare import Difference, Kind
 from launcher.parity.verify import Pass
 
-KINDS = ("loss", "grad_norm", "gradient", "weight", "state", "replica")
+KINDS = get_args(Kind)
 
 
 def print_pass(one: Pass) -> None:
@@ -58,9 +60,16 @@ def write_report(path: Path, layout: Layout, shrunk: list[str], passes: list[Pas
                 "title": one.title,
                 "ok": one.ok,
                 "diagnosis": asdict(one.diagnosis) if one.diagnosis else None,
-                "differences": [{**asdict(d), "ok": d.ok} for d in one.differences],
+                "differences": [
+                    {**asdict(d), "measured": _finite(d.measured), "ok": d.ok} for d in one.differences
+                ],
             }
             for one in passes
         ],
     }
-    path.write_text(json.dumps(report, indent=2) + "\n")
+    path.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
+
+
+def _finite(measured: float) -> float | None:
+    """JSON has neither NaN nor infinity."""
+    return measured if isfinite(measured) else None

@@ -4,8 +4,17 @@ import copy
 import math
 from dataclasses import fields
 
+from launcher.config.errors import as_typed
 from launcher.config.layout import Layout
-from launcher.config.schema import Device, Dtype, ModelConfig, ParallelismConfig, RunConfig
+from launcher.config.schema import (
+    Device,
+    Dtype,
+    ModelConfig,
+    ParallelismConfig,
+    RunConfig,
+    SchedulerConfig,
+    SchedulerName,
+)
 from launcher.config.shape import kv_heads, sequence_length
 
 MOST_RANKS = 8
@@ -26,6 +35,8 @@ def shrink(run: RunConfig, layout: Layout) -> tuple[RunConfig, list[str]]:
     _shrink_layout(small, layout)
     _shrink_model(small, run, layout)
     _shrink_training(small, layout)
+    if run.precision.dtype is Dtype.fp16:
+        small.precision.dtype = Dtype.fp32  # DeepSpeed trains fp16 on GPUs only
     small.hardware.device = Device.cpu
     small.hardware.nodes, small.hardware.accelerators_per_node = 1, None
     if small.parallelism.zero_stage == 3:
@@ -63,8 +74,6 @@ def _shrink_model(small: RunConfig, run: RunConfig, layout: Layout) -> None:
     m.vocab_size = -(-VOCABULARY // tensor) * tensor + (0 if divides else 1)
     m.max_sequence_length = tensor * max(SEQUENCE_PER_RANK, 16 // tensor)
     small.data.sequence_length = None if sequence_length(run) == run.model.max_sequence_length else tensor * 4
-    # Dropout draws other masks in another layout, by design: it is checked by its statistics, apart.
-    m.dropout = 0.0
     # At the usual 0.02 a small model's blocks add next to nothing to its residual stream.
     m.init_std = 0.1
 
@@ -72,11 +81,13 @@ def _shrink_model(small: RunConfig, run: RunConfig, layout: Layout) -> None:
 def _shrink_training(small: RunConfig, layout: Layout) -> None:
     t, p = small.training, small.parallelism
     assert p.data is not None
-    accumulation = 1 if layout.accumulation == 1 else 2 * p.pipeline
+    # Odd, so that a factor of it is told from one of the axes, most of which are powers of two.
+    accumulation = 1 if layout.accumulation == 1 else 2 * p.pipeline + 1
     t.micro_batch_size = min(2, t.micro_batch_size)
     t.global_batch_size = t.micro_batch_size * p.data * accumulation
     t.steps, t.stop_at = small.verify.steps, None
-    small.scheduler.warmup_steps, small.scheduler.decay_steps = 0, None
+    # Every step is taken at optimizer.lr.
+    small.scheduler = SchedulerConfig(name=SchedulerName.constant)
     if small.optimizer.gradient_clipping is not None:
         # A tiny model's norm may lie below the run's limit, and clipping would go untested.
         small.optimizer.gradient_clipping = min(0.5, small.optimizer.gradient_clipping)
@@ -92,12 +103,12 @@ def single(run: RunConfig) -> RunConfig:
 
 def _changes(run: RunConfig, small: RunConfig) -> list[str]:
     lines = []
-    for group in ("parallelism", "model", "training", "optimizer"):
+    for group in ("parallelism", "model", "data", "training", "optimizer", "precision"):
         old, new = getattr(run, group), getattr(small, group)
         for name in (field.name for field in fields(old)):
             before, after = getattr(old, name), getattr(new, name)
             if before != after and before is not None:
-                lines.append(f"{group}.{name} {before} -> {after}")
+                lines.append(f"{group}.{name} {as_typed(before)} -> {as_typed(after)}")
     return lines
 
 

@@ -1,8 +1,8 @@
 """How far apart two right runs may be. Derived from the arithmetic, not chosen to pass.
 
 Two orders of adding n numbers differ by at most about lambda sqrt(n) u relative to their size, with u the
-unit roundoff and a probability that falls as exp(-lambda^2 / 2) (Higham and Mary, SIAM J. Sci. Comput. 41, 2019,
-theorem 3.1). A run and its reference each err by that much: twice the bound. Lengths of successive
+unit roundoff and a probability that falls as exp(-lambda^2 / 2) (Higham and Mary, SIAM J. Sci. Comput. 41,
+2019, theorem 3.1). A run and its reference each err by that much: twice the bound. Lengths of successive
 reductions add up. Layouts whose sums are added in the same order come out far below.
 """
 
@@ -22,6 +22,7 @@ class Tolerance:
     """Relative differences allowed after the first step; those after step k are k times as large."""
 
     loss: float
+    output: float  # of a layer, in the L2 norm; of a micro-batch's loss too
     gradient: float  # of a tensor, in the L2 norm; of the global norm too
 
 
@@ -31,11 +32,11 @@ def tolerance(run: RunConfig) -> Tolerance:
     if run.precision.dtype is Dtype.fp32:
         forward = forward_length(run)
         tokens = run.training.global_batch_size * sequence_length(run)
-        return Tolerance(_bound(u, forward), _bound(u, 3 * forward + tokens))
+        return Tolerance(_bound(u, forward), _bound(u, forward), _bound(u, 3 * forward + tokens))
     # Products accumulate in fp32; what is rounded to 8 or 11 bits is every tensor that is written. The loss
     # is a mean over all tokens of independently rounded values.
     roundings = ROUNDINGS_PER_BLOCK * run.model.num_layers + 4
-    return Tolerance(_bound(u, roundings) / 4, _bound(u, 3 * roundings))
+    return Tolerance(_bound(u, roundings) / 4, _bound(u, roundings), _bound(u, 3 * roundings))
 
 
 def forward_length(run: RunConfig) -> int:

@@ -4,7 +4,6 @@ import copy
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,7 +18,8 @@ from launcher.parallel.mesh import ProcessMesh
 from launcher.parallel.sharding import logical_of
 from launcher.parity.compare import Difference, applied_gradients, compare
 from launcher.parity.diagnose import Diagnosis, diagnose
-from launcher.parity.record import record_rank
+from launcher.parity.dropout import compare_draws, diagnose_draws, read_draws
+from launcher.parity.record import record_dropout, record_rank
 from launcher.parity.reference import probe_batches, reference_trace
 from launcher.parity.shrink import single
 from launcher.parity.tolerance import tolerance
@@ -47,14 +47,16 @@ def verify(small: RunConfig, *, mutation: Callable[[], None] | None = None) -> I
     The caller has imported DeepSpeed (prepare_deepspeed). Raises what run_local_ranks raises.
     """
     for title, run, plain_sgd in passes(small):
-        yield _run_pass(title, run, plain_sgd, mutation)
+        yield run_pass(title, run, plain_sgd, mutation)
+    if small.model.dropout > 0.0:
+        yield dropout_pass(small, mutation)
 
 
 def passes(small: RunConfig) -> list[tuple[str, RunConfig, bool]]:
     """(title, run, whether it is the plain-SGD probe): fp32 first, then bf16 where that is the run's own.
 
     Plain SGD shows every gradient and every error of scale, which Adam hides; the run's own optimizer
-    shows its states and updates. DeepSpeed trains fp16 on GPUs only, so fp16 is not tried.
+    shows its states and updates.
     """
     found = []
     for dtype in (Dtype.fp32, Dtype.bf16) if small.precision.dtype is Dtype.bf16 else (Dtype.fp32,):
@@ -64,6 +66,7 @@ def passes(small: RunConfig) -> list[tuple[str, RunConfig, bool]]:
         ):
             run = copy.deepcopy(small)
             run.precision.dtype, run.optimizer = dtype, optimizer
+            run.model.dropout = 0.0  # another layout draws other masks: see dropout_pass
             found.append((f"{title}, {dtype.name}", run, plain))
     return found
 
@@ -74,17 +77,32 @@ def _probe(small: RunConfig) -> OptimizerConfig:
     return probe
 
 
-def _run_pass(title: str, run: RunConfig, plain_sgd: bool, mutation: Callable[[], None] | None) -> Pass:
+def run_pass(title: str, run: RunConfig, plain_sgd: bool, mutation: Callable[[], None] | None = None) -> Pass:
+    """One of `passes`."""
     layout = resolve_layout(run, gpus=0, cores=1)
     start = initial_weights(run)
     expected = reference_trace(run, start, list(probe_batches(run, sequence_length(run))))
     trace = layout_trace(run, layout, mutation)
     allowed = tolerance(run)
     if plain_sgd:
-        applied_gradients(run, trace, start)
+        applied_gradients(run, trace)
     differences = compare(run, trace, expected, allowed, plain_sgd=plain_sgd)
     failed = [difference for difference in differences if not difference.ok]
     return Pass(title, differences, diagnose(run, layout, failed, trace, expected) if failed else None)
+
+
+def dropout_pass(small: RunConfig, mutation: Callable[[], None] | None = None) -> Pass:
+    """One step with the run's dropout: its masks, not its numbers."""
+    run = copy.deepcopy(small)
+    run.precision.dtype = Dtype.fp32
+    layout = resolve_layout(run, gpus=0, cores=1)
+    with tempfile.TemporaryDirectory(prefix="launcher-verify-") as name:
+        _run_ranks(record_dropout, run, layout, Path(name), mutation)
+        differences = compare_draws(run, layout, read_draws(Path(name) / "draws"))
+    failed = [difference for difference in differences if not difference.ok]
+    return Pass(
+        f"masks of dropout {run.model.dropout}", differences, diagnose_draws(failed) if failed else None
+    )
 
 
 def initial_weights(run: RunConfig) -> Weights:
@@ -99,14 +117,20 @@ def layout_trace(run: RunConfig, layout: Layout, mutation: Callable[[], None] | 
     """The trace of real ranks over gloo."""
     with tempfile.TemporaryDirectory(prefix="launcher-verify-") as name:
         folder = Path(name)
-        target = partial(_rank, run=run, layout=layout, folder=folder, mutation=mutation)
-        run_local_ranks(target, layout.world_size, log_dir=folder / "logs", start_method="fork")
+        _run_ranks(record_rank, run, layout, folder, mutation)
         return read_traces([folder / f"stage-{stage}" for stage in range(layout.pipeline)])
 
 
-def _rank(
-    rank: int, *, run: RunConfig, layout: Layout, folder: Path, mutation: Callable[[], None] | None
+def _run_ranks(
+    record: Callable[..., None],
+    run: RunConfig,
+    layout: Layout,
+    folder: Path,
+    mutation: Callable[[], None] | None,
 ) -> None:
-    if mutation is not None:
-        mutation()
-    record_rank(rank, run=run, layout=layout, folder=folder)
+    def target(rank: int) -> None:
+        if mutation is not None:
+            mutation()
+        record(rank, run=run, layout=layout, folder=folder)
+
+    run_local_ranks(target, layout.world_size, log_dir=folder / "logs", start_method="fork")

@@ -151,6 +151,12 @@ class TestTable:
             outer, _, inner = section.rpartition(".")
             assert inner in (SECTIONS[outer] if outer else TOP_LEVEL)
 
+    def test_what_we_set_ourselves_is_read(self) -> None:
+        asked, _ = read_by_deepspeed()
+        assert {path for path in OURS if "." not in path} <= asked
+        for section, model in MODELS.items():
+            assert {key for key in ours_in(section) if "." not in key} <= keys_of(model)
+
     def test_what_we_set_instead_exists(self) -> None:
         known = {*fields_of(RunConfig), *groups_of(RunConfig)}
         for remedy in OURS.values():

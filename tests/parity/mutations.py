@@ -1,0 +1,425 @@
+"""Deliberate faults. Each is called in every rank of a layout before its engine is built, and breaks a class
+or function of the product there, in that process only.
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from deepspeed.runtime.pipe.module import PipelineModule
+from torch import Tensor
+
+import launcher.data.sampler as sampler
+import launcher.engine.flat as flat
+import launcher.models.blocks as blocks
+import launcher.models.language as language
+import launcher.parallel.layers as layers
+import launcher.parallel.random as random
+import launcher.parallel.sharding as sharding
+from launcher.parallel.mesh import Axis
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """A fault, where it shows, and words that tell its diagnosis from any other."""
+
+    inject: Callable[[], None]
+    layout: str
+    words: tuple[str, ...]
+
+
+def row_layer_not_reduced() -> None:
+    def forward(self: layers.RowParallelLinear, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+    layers.RowParallelLinear.forward = forward  # type: ignore[method-assign]
+
+
+def row_layer_reduced_without_sum_over_sequence() -> None:
+    """Under sequence parallelism: each rank keeps its stretch of its own partial products."""
+
+    def own_stretch(partial: Tensor, axis: Axis) -> Tensor:
+        return partial.chunk(axis.size, dim=1)[axis.rank]
+
+    layers.reduce_scatter_sequence_region = own_stretch
+
+
+def embedding_not_masked() -> None:
+    def forward(self: layers.VocabParallelEmbedding, x: Tensor, project: bool = False) -> Tensor:
+        if project:
+            return layers.column_linear(x, self.weight, None, self.tp)
+        rows = F.embedding((x - self.first).clamp(0, len(self.weight) - 1), self.weight)
+        return self.tp.leave(rows)
+
+    layers.VocabParallelEmbedding.forward = forward  # type: ignore[method-assign]
+
+
+def norm_weights_not_reduced() -> None:
+    layers.TensorParallel.replicated = lambda self, weight: weight  # type: ignore[method-assign]
+
+
+def gradients_averaged_twice() -> None:
+    average = deepspeed.DeepSpeedEngine.backward
+
+    def backward(self: Any, loss: Tensor, **options: Any) -> Any:
+        return average(self, loss / self.dp_world_size, **options)
+
+    deepspeed.DeepSpeedEngine.backward = backward
+
+
+def gradients_not_averaged() -> None:
+    deepspeed.DeepSpeedEngine.buffered_allreduce_fallback = lambda self, *_, **__: None
+
+
+def gradients_scaled_by_accumulation() -> None:
+    average = deepspeed.DeepSpeedEngine.backward
+
+    def backward(self: Any, loss: Tensor, **options: Any) -> Any:
+        return average(self, loss / self.gradient_accumulation_steps(), **options)
+
+    deepspeed.DeepSpeedEngine.backward = backward
+
+
+def loss_scaled_by_accumulation() -> None:
+    mean = language.mean_loss
+    language.mean_loss = lambda losses, labels: mean(losses, labels) / 3
+
+
+def shards_unmarked() -> None:
+    """DeepSpeed's norm then counts the shards of tensor rank 0 only."""
+    make = sharding.Initializer.parameter
+
+    def unmarked(self: Any, *arguments: Any) -> Any:
+        parameter = make(self, *arguments)
+        parameter.tensor_model_parallel = False
+        return parameter
+
+    sharding.Initializer.parameter = unmarked  # type: ignore[method-assign]
+
+
+def norm_of_the_own_shard() -> None:
+    norm = flat.global_norm
+
+    def local(parameters: Any, mesh: Any) -> Tensor:
+        return norm(parameters, replace(mesh, tensor=replace(mesh.tensor, size=1)))
+
+    flat.global_norm = local
+
+
+def not_clipped() -> None:
+    clip = flat.FlatEngine._clip
+
+    def norm_only(self: flat.FlatEngine) -> Tensor:
+        self.clip_at = None
+        return clip(self)
+
+    flat.FlatEngine._clip = norm_only  # type: ignore[method-assign]
+
+
+def _neighbour(axis: Axis) -> Axis:
+    return replace(axis, rank=(axis.rank + 1) % axis.size)
+
+
+def kv_heads_on_the_wrong_rank() -> None:
+    right = sharding.split
+
+    def split(full: Tensor, logical: sharding.LogicalTensor, axis: Axis) -> Tensor:
+        own = right(full, logical, axis)
+        if "attention.qkv" not in logical.name:
+            return own
+        queries = logical.segments[0] // axis.size
+        return torch.cat([own[:queries], right(full, logical, _neighbour(axis))[queries:]])
+
+    sharding.split = split
+
+
+def value_heads_of_another_group() -> None:
+    """Each rank's KV heads in reverse: the weights are right, their use is not."""
+    right = blocks.Attention._split_heads
+
+    def split_heads(self: blocks.Attention, fused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = right(self, fused)
+        return q, k.flip(1), v.flip(1)
+
+    blocks.Attention._split_heads = split_heads  # type: ignore[method-assign]
+
+
+def positions_offset_by_stage() -> None:
+    """Of queries only: rotary positions are relative, an offset of queries and keys alike changes nothing."""
+    right = blocks.Attention._core
+
+    def core(self: blocks.Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        stage = dist.get_rank() // (dist.get_world_size() // 2)
+        for _ in range(2 * stage):  # turned by position twice more: attention of stage 1 is off
+            q = blocks.rotate(q, self.model.rope_theta)
+        return right(self, q, k, v)
+
+    blocks.Attention._core = core  # type: ignore[method-assign]
+
+
+def learned_positions_not_offset() -> None:
+    """Every rank takes its stretch of the sequence for the first one."""
+
+    def forward(self: language.LearnedPositions, x: Tensor) -> Tensor:
+        return self.dropout(x + self.tp.replicated(self.weight)[: x.shape[1]])  # type: ignore[no-any-return]
+
+    language.LearnedPositions.forward = forward  # type: ignore[method-assign]
+
+
+def shards_swapped() -> None:
+    right = sharding.split
+
+    def split(full: Tensor, logical: sharding.LogicalTensor, axis: Axis) -> Tensor:
+        return right(full, logical, _neighbour(axis) if "mlp" in logical.name else axis)
+
+    sharding.split = split
+
+
+def weights_of_each_data_rank() -> None:
+    """With DeepSpeed's broadcast at start left out too: with it, rank 0's weights become everybody's."""
+    right = sharding.seed_of
+    sharding.seed_of = lambda *parts: right(*parts, dist.get_rank())
+    deepspeed.DeepSpeedEngine._broadcast_model = lambda self: None
+
+
+def weights_of_another_seed() -> None:
+    right = sharding.seed_of
+    sharding.seed_of = lambda seed, *parts: right(seed + 1, *parts)
+
+
+def same_data_on_all_ranks() -> None:
+    right = sampler.sample_indices
+    sampler.sample_indices = lambda **where: right(**{**where, "data_rank": 0})
+
+
+def last_micro_batch_dropped() -> None:
+    right = flat.FlatEngine.train_batch
+
+    def train_batch(self: flat.FlatEngine, batches: Any) -> Any:
+        boundary = deepspeed.DeepSpeedEngine.is_gradient_accumulation_boundary
+        kept = list(batches)[:-1]
+        seen = len(kept)
+
+        def early(engine: Any) -> bool:
+            return bool(engine.micro_steps % seen == seen - 1)
+
+        deepspeed.DeepSpeedEngine.is_gradient_accumulation_boundary = early
+        try:
+            return right(self, kept)
+        finally:
+            deepspeed.DeepSpeedEngine.is_gradient_accumulation_boundary = boundary
+
+    flat.FlatEngine.train_batch = train_batch  # type: ignore[method-assign]
+
+
+def tied_weight_updated_on_one_stage() -> None:
+    PipelineModule.get_tied_weights_and_groups = lambda self: []
+
+
+def padding_predicted() -> None:
+    right = language.vocab_parallel_cross_entropy
+
+    def padded(logits: Tensor, labels: Tensor, vocabulary: int, axis: Axis) -> Tensor:
+        return right(logits, labels, sharding.padded_length(vocabulary, axis.size), axis)
+
+    language.vocab_parallel_cross_entropy = padded
+
+
+def loss_of_the_own_shard() -> None:
+    right = layers._reduced
+
+    def reduced(x: Tensor, operation: Any, axis: Axis) -> Tensor:
+        return x if operation == dist.ReduceOp.MAX else right(x, operation, axis)
+
+    layers._reduced = reduced
+
+
+class _NoWait:
+    def wait(self) -> None: ...
+
+
+def column_gradient_not_reduced() -> None:
+    class Local:
+        """torch.distributed as the backward pass of a column layer sees it."""
+
+        ReduceOp = dist.ReduceOp
+
+        @staticmethod
+        def all_reduce(tensor: Tensor, *arguments: Any, async_op: bool = False, **options: Any) -> Any:
+            return _NoWait() if async_op else dist.all_reduce(tensor, *arguments, **options)
+
+    layers.dist = Local  # type: ignore[assignment]
+
+
+def decay_on_norm_weights() -> None:
+    right = flat.build_optimizer
+
+    def build(config: Any, parameters: Any) -> Any:
+        optimizer = right(config, parameters)
+        for group in optimizer.param_groups:
+            if "betas" in group:
+                group["weight_decay"] = 0.1
+        return optimizer
+
+    flat.build_optimizer = build
+
+
+def masks_shared_by_tensor_ranks() -> None:
+    random.DropoutRandom.local = lambda self: nullcontext()  # type: ignore[assignment, method-assign]
+
+
+def masks_of_each_tensor_rank() -> None:
+    right = random.seed_of
+    random.seed_of = lambda *parts: right(*parts, dist.get_rank())
+
+
+def masks_shared_by_data_ranks() -> None:
+    right = random.seed_of
+    random.seed_of = lambda seed, name, stage, data_rank, *parts: right(seed, name, stage, 0, *parts)
+
+
+def masks_not_restored() -> None:
+    contexts = lambda self: (nullcontext(), nullcontext())  # noqa: E731
+    random.DropoutRandom.checkpoint_contexts = contexts  # type: ignore[method-assign]
+
+
+def masks_left_out() -> None:
+    blocks.HiddenDropout.forward = lambda self, x: x  # type: ignore[method-assign]
+
+
+LLAMA, GPT = "model=llama_tiny", "model=gpt_tiny"
+TP = "parallelism=tp2"
+SP = f"{TP} parallelism.sequence_parallel=true"
+DP = "parallelism=dp parallelism.data=2"
+PP = "parallelism=pp2"
+
+MUTATIONS = {
+    "no all-reduce after the row layer": Mutation(
+        row_layer_not_reduced,
+        f"{LLAMA} {TP}",
+        ("output of blocks.0.attention.output", "differs between tensor ranks", "not summed"),
+    ),
+    "no sum in the row layer's reduce-scatter": Mutation(
+        row_layer_reduced_without_sum_over_sequence,
+        f"{GPT} {SP}",
+        ("output of embedding", "come out as zero", "reduce-scatter"),
+    ),
+    "embedding mask left out": Mutation(
+        embedding_not_masked, f"{GPT} {TP}", ("output of embedding", "alike", "mask or the first row")
+    ),
+    "norm-weight gradients not reduced under sequence parallel": Mutation(
+        norm_weights_not_reduced,
+        f"{LLAMA} {SP}",
+        ("norm.weight", "every split weight is right", "norm weights"),
+    ),
+    "gradients averaged twice over data ranks": Mutation(
+        gradients_averaged_twice, f"{GPT} {DP}", ("every gradient", "1 / data size (1/2)", "scaled by data")
+    ),
+    "gradients not averaged over data ranks": Mutation(
+        gradients_not_averaged, f"{GPT} {DP}", ("differs between data ranks", "not averaged")
+    ),
+    "gradients scaled by accumulation": Mutation(
+        gradients_scaled_by_accumulation,
+        f"{GPT} {DP}",
+        ("every gradient", "1 / accumulation size (1/3)", "scaled by accumulation"),
+    ),
+    "loss scaled by accumulation": Mutation(
+        loss_scaled_by_accumulation,
+        f"{GPT} {DP}",
+        ("every micro-batch's loss", "1 / accumulation size (1/3)", "loss is scaled by accumulation"),
+    ),
+    "clip norm without the other shards (unmarked under ZeRO-1)": Mutation(
+        shards_unmarked,
+        f"{GPT} {TP} parallelism.zero_stage=1",
+        ("every gradient is right and the reported norm", "shards left out"),
+    ),
+    "clip norm of the local shard": Mutation(
+        norm_of_the_own_shard,
+        f"{GPT} {TP}",
+        ("different gradient norms", "norm is not summed over all shards"),
+    ),
+    "clipping left out": Mutation(not_clipped, f"{GPT} {TP}", ("norm is right", "clipping does not use")),
+    "KV heads on the wrong rank": Mutation(
+        kv_heads_on_the_wrong_rank, f"{LLAMA} {TP}", ("attention.qkv.weight", "KV heads", "wrong tensor rank")
+    ),
+    "value heads of another group": Mutation(
+        value_heads_of_another_group,
+        f"{LLAMA} {TP} model.num_heads=8 model.num_kv_heads=4",
+        ("attention.output", "wrong from the first token on", "KV heads of another rank or group"),
+    ),
+    "rotary positions offset by stage": Mutation(
+        positions_offset_by_stage,
+        f"{LLAMA} {PP}",
+        ("blocks.2.attention.output on stage 1", "all of stage 0 is right", "rotary positions offset"),
+    ),
+    "learned positions not offset by the sequence stretch": Mutation(
+        learned_positions_not_offset, f"{GPT} {SP}", ("output of positions", "positions offset")
+    ),
+    "shards swapped": Mutation(shards_swapped, f"{LLAMA} {TP}", ("mlp.gate_up.weight", "shards are swapped")),
+    "another weight seed per data rank": Mutation(
+        weights_of_each_data_rank, f"{GPT} {DP}", ("differs between data ranks before", "weights of its own")
+    ),
+    "another weight seed": Mutation(
+        weights_of_another_seed, f"{GPT} {TP}", ("before the first step", "another seed")
+    ),
+    "same data on both data ranks": Mutation(
+        same_data_on_all_ranks, f"{GPT} {DP}", ("data rank 1 has", "read the same samples")
+    ),
+    "same data on both data ranks, under a pipeline": Mutation(
+        same_data_on_all_ranks, f"{GPT} {PP} parallelism.data=2", ("data rank 1 has", "read the same samples")
+    ),
+    "last micro-batch dropped": Mutation(
+        last_micro_batch_dropped, f"{GPT} {DP}", ("2 of 3 micro-batches", "usually the last")
+    ),
+    "tied weight updated on one stage only": Mutation(
+        tied_weight_updated_on_one_stage,
+        f"{GPT} {PP}",
+        ("embedding.weight", "copies", "one stage's gradient only"),
+    ),
+    "vocabulary padding predicted": Mutation(
+        padding_predicted, f"{LLAMA} {TP} model.vocab_size=259", ("what 1 logits", "padding is predicted")
+    ),
+    "cross-entropy of the local shard": Mutation(
+        loss_of_the_own_shard, f"{LLAMA} {TP}", ("computed from the logits is not", "cross-entropy")
+    ),
+    "column layer's input gradient not reduced": Mutation(
+        column_gradient_not_reduced, f"{LLAMA} {TP}", ("are wrong too", "column layer's input gradient")
+    ),
+}
+
+# Those that only the run's own optimizer shows.
+OPTIMIZER_MUTATIONS = {
+    "weight decay on norm weights": Mutation(
+        decay_on_norm_weights, f"{GPT} {TP}", ("what the optimizer made of them", "weight decay")
+    ),
+}
+
+# Those of dropout, which its own pass shows.
+DROPOUT = f"{GPT} model.dropout=0.1"
+DROPOUT_MUTATIONS = {
+    "dropout mask shared across tensor ranks": Mutation(
+        masks_shared_by_tensor_ranks, f"{DROPOUT} {TP}", ("attention masks are shared by tensor ranks",)
+    ),
+    "dropout mask shared across sequence stretches": Mutation(
+        masks_shared_by_tensor_ranks, f"{DROPOUT} {SP}", ("masks are shared by tensor ranks",)
+    ),
+    "hidden dropout mask of each tensor rank": Mutation(
+        masks_of_each_tensor_rank, f"{DROPOUT} {TP}", ("hidden masks differ between tensor ranks",)
+    ),
+    "dropout mask shared across data ranks": Mutation(
+        masks_shared_by_data_ranks, f"{DROPOUT} {DP}", ("masks are shared by data ranks",)
+    ),
+    "dropout mask not restored in recomputation": Mutation(
+        masks_not_restored,
+        f"{DROPOUT} {TP} parallelism.activation_checkpointing=selective",
+        ("recomputed masks differ",),
+    ),
+    "hidden dropout left out": Mutation(
+        masks_left_out, f"{DROPOUT} {TP}", ("the share dropped is not model.dropout",)
+    ),
+}

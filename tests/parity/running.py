@@ -1,0 +1,49 @@
+"""Runs for the tests of verify, and its passes one at a time."""
+
+from collections.abc import Callable
+
+import torch
+
+from launcher.config.schema import RunConfig
+from launcher.config.validate import validate
+from launcher.engine.distributed import prepare_deepspeed
+from tests.config.composing import run_of
+
+prepare_deepspeed("cpu")
+torch.set_num_threads(1)  # a fork does not take OpenMP's threads along, and deadlocks in them
+
+from launcher.parity.compare import Difference  # noqa: E402  (after DeepSpeed is made quiet)
+from launcher.parity.report import write_report  # noqa: E402
+from launcher.parity.shrink import shrink  # noqa: E402
+from launcher.parity.verify import Pass, dropout_pass, passes, run_pass, verify  # noqa: E402
+
+CORES = 8
+
+__all__ = [
+    "Pass",
+    "dropout_pass",
+    "passes",
+    "plain_sgd_pass",
+    "run_pass",
+    "shrink",
+    "small_run",
+    "verify",
+    "worst",
+    "write_report",
+]
+
+
+def small_run(*overrides: str, steps: int = 2) -> RunConfig:
+    """A run of these overrides, shrunk as verify does."""
+    run = run_of("hardware=cpu", f"verify.steps={steps}", *overrides)
+    return shrink(run, validate(run, gpus=0, cores=CORES))[0]
+
+
+def plain_sgd_pass(small: RunConfig, mutation: Callable[[], None] | None = None) -> Pass:
+    """The first pass alone: it shows every gradient."""
+    return next(verify(small, mutation=mutation))
+
+
+def worst(one: Pass) -> list[Difference]:
+    """What failed, for an assertion's message."""
+    return [difference for difference in one.differences if not difference.ok][:10]

@@ -1,0 +1,27 @@
+"""docs/verify.md says what the rules and the code say."""
+
+import re
+from pathlib import Path
+
+from tests.parity.matrix import table
+from tests.parity.mutations import DROPOUT_MUTATIONS, MUTATIONS, OPTIMIZER_MUTATIONS
+
+ROOT = Path(__file__).parents[2]
+DOCS = (ROOT / "docs" / "verify.md").read_text()
+
+
+def test_the_table_of_combinations_is_generated_from_the_rules() -> None:
+    shown = re.search(r"<!-- matrix -->\n(.*?)\n<!-- /matrix -->", DOCS, re.DOTALL)
+    assert shown is not None
+    assert shown[1] == table(), "python -m tests.parity.matrix prints the new one"
+
+
+def test_faults_are_counted() -> None:
+    assert f"{len(MUTATIONS | OPTIMIZER_MUTATIONS | DROPOUT_MUTATIONS)} deliberate faults" in DOCS
+
+
+def test_every_workaround_is_where_it_is_said_to_be() -> None:
+    places = re.findall(r"`((?:config|engine|parallel)/\w+\.py)`(?:, `([\w.]+)`)?", DOCS)
+    assert len(places) > 8
+    for path, name in places:
+        assert name.rpartition(".")[2] in (ROOT / "launcher" / path).read_text(), (path, name)

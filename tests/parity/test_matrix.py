@@ -1,0 +1,110 @@
+"""Every legal combination is the same run; every other is refused, for a reason that holds."""
+
+import pytest
+
+from launcher.config.errors import ConfigError
+from launcher.config.layout import Layout
+from launcher.config.schema import Dtype
+from launcher.config.validate import validate
+from tests.parity.matrix import (
+    COMBINATIONS,
+    LEGAL,
+    RANKS,
+    Combination,
+    covering,
+    outcome,
+    run_of_combination,
+    variation,
+)
+from tests.parity.running import passes, run_pass, shrink, small_run, worst
+
+QUICK_RANKS = 4
+QUICK = covering([c for c in LEGAL if c.ranks <= QUICK_RANKS], 8)
+
+
+def verify_combination(combination: Combination, *, quick: bool, seed: int = 1234) -> None:
+    run = run_of_combination(combination, "verify.steps=2", f"training.seed={seed}")
+    small, _ = shrink(run, validate(run, gpus=0, cores=RANKS))
+    # The plain-SGD pass in the run's own precision alone: it compares every gradient.
+    wanted = [p for p in passes(small) if not quick or (p[2] and p[1].precision.dtype is run.precision.dtype)]
+    for title, own, plain_sgd in wanted:
+        found = run_pass(title, own, plain_sgd)
+        assert found.ok, (title, variation(combination), found.diagnosis, worst(found))
+
+
+@pytest.mark.parametrize("combination", QUICK, ids=str)
+def test_a_covering_selection_is_the_same_run(combination: Combination) -> None:
+    verify_combination(combination, quick=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("combination", LEGAL, ids=str)
+def test_every_legal_combination_is_the_same_run(combination: Combination) -> None:
+    verify_combination(combination, quick=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(20))
+def test_no_seed_raises_a_false_alarm(seed: int) -> None:
+    for combination in QUICK:
+        verify_combination(combination, quick=True, seed=seed)
+
+
+def test_the_selection_has_every_setting_that_four_ranks_can_have() -> None:
+    def settings(combinations: list[Combination]) -> set[str]:
+        return {setting for c in combinations for setting in [*c.overrides, *variation(c)]}
+
+    assert settings(QUICK) == settings([c for c in LEGAL if c.ranks <= QUICK_RANKS])
+
+
+def test_variations_do_not_depend_on_each_other() -> None:
+    runs = [run_of_combination(c) for c in LEGAL]
+    for bf16 in (False, True):
+        for sequence_parallel in (False, True):
+            for offload in (False, True):
+                assert any(
+                    (r.precision.dtype is Dtype.bf16) is bf16
+                    and r.parallelism.sequence_parallel is sequence_parallel
+                    and r.parallelism.offload_optimizer is offload
+                    for r in runs
+                )
+
+
+def test_variations_are_legal_where_the_combination_is() -> None:
+    for combination in LEGAL:
+        validate(run_of_combination(combination), gpus=0, cores=RANKS)
+
+
+def why_illegal(c: Combination) -> list[str]:
+    """Independently of the rules: what must stand in the refusal, one of these."""
+    return [
+        words
+        for holds, words in (
+            (c.pipeline > 1 and c.zero_stage > 1, "ZeRO-1 at most"),
+            (c.sequence_parallel and c.tensor == 1, "splits the sequence over tensor-parallel ranks"),
+            (c.ranks > RANKS, f"more than the {RANKS}"),
+        )
+        if holds
+    ]
+
+
+@pytest.mark.parametrize("combination", COMBINATIONS, ids=str)
+def test_legal_or_refused_with_its_reason(combination: Combination) -> None:
+    found, reasons = outcome(combination), why_illegal(combination)
+    if not reasons:
+        assert isinstance(found, Layout)
+        assert found.world_size == combination.ranks
+    else:
+        assert isinstance(found, ConfigError)
+        assert any(words in found.why for words in reasons)
+        assert found.remedy
+
+
+def test_tied_weights_under_a_pipeline_with_offload_in_bf16() -> None:
+    """DeepSpeed leaves their gradients unsummed (engine/pipeline.py, StagedModule)."""
+    small = small_run(
+        "model=gpt_tiny", "parallelism=pp2", "parallelism.offload_optimizer=true", "precision=bf16", steps=1
+    )
+    [bf16] = [p for p in passes(small) if p[2] and p[1].precision.dtype is Dtype.bf16]
+    found = run_pass(*bf16)
+    assert found.ok, (found.diagnosis, worst(found))

@@ -1,0 +1,144 @@
+"""A shrunk run is legal, small, and keeps in kind whatever can break."""
+
+import copy
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from launcher.config.errors import ConfigError
+from launcher.config.layout import Layout
+from launcher.config.schema import Dtype, RunConfig
+from launcher.config.shape import kv_heads, sequence_length
+from launcher.config.validate import validate
+from launcher.parity.shrink import MOST_RANKS, shrink, shrunk_axes, single
+from tests.config.composing import run_of
+
+BASES = [
+    ["model=gpt_tiny", "optimizer=adamw"],
+    ["model=gpt2_small", "optimizer=sgd", "scheduler=wsd", "scheduler.decay_steps=10"],
+    ["model=llama_tiny", "optimizer=adamw", "data.sequence_length=64"],
+    ["model=llama3_70b", "optimizer=adamw", "precision=bf16"],
+]
+SIZES = st.sampled_from([1, 2, 3, 4, 8, 16])
+
+
+@st.composite
+def legal_runs(draw: st.DrawFn) -> tuple[RunConfig, Layout]:
+    """A run as somebody could mean to train it, on a cluster of as many ranks as it takes."""
+    run = run_of(*draw(st.sampled_from(BASES)))
+    m, p, t = run.model, run.parallelism, run.training
+    p.tensor, p.pipeline = draw(SIZES), draw(SIZES)
+    data = draw(SIZES | st.just(1024))
+    p.zero_stage = draw(st.integers(0, 3))
+    p.sequence_parallel = draw(st.booleans())
+    p.offload_optimizer = draw(st.booleans())
+    m.tie_embeddings = draw(st.booleans())
+    m.vocab_size += draw(st.integers(0, 3))
+    m.num_layers = p.pipeline * draw(st.integers(1, 3)) + draw(st.integers(0, 2))
+    if m.num_kv_heads is not None:
+        m.num_kv_heads = p.tensor * draw(st.sampled_from([1, 2, 4]))
+        m.num_heads = m.num_kv_heads * draw(st.sampled_from([1, 2, 8]))
+    else:
+        m.num_heads = p.tensor * draw(st.integers(1, 4))
+    m.hidden_size = m.num_heads * draw(st.sampled_from([2, 64]))
+    m.ffn_hidden_size = p.tensor * draw(st.integers(1, 100))
+    t.micro_batch_size = draw(st.integers(1, 5))
+    t.global_batch_size = t.micro_batch_size * data * draw(st.integers(1, 9))
+    run.optimizer.gradient_clipping = draw(st.sampled_from([None, 0.1, 1.0]))
+    try:
+        return run, validate(run, gpus=0, cores=8, joined_world=p.tensor * p.pipeline * data)
+    except ConfigError:
+        assume(False)
+        raise
+
+
+@given(found=legal_runs())
+@settings(max_examples=100)
+def test_is_legal_small_and_of_the_same_kind(found: tuple[RunConfig, Layout]) -> None:
+    run, layout = found
+    before = copy.deepcopy(run)
+    small, _ = shrink(run, layout)
+    assert run == before
+
+    small_layout = validate(small, gpus=0, cores=2)
+    assert small_layout.world_size <= MOST_RANKS
+    assert small_layout.device == "cpu"
+    for axis in ("pipeline", "data", "tensor"):
+        assert (getattr(small_layout, axis) > 1) == (getattr(layout, axis) > 1)
+    assert (small_layout.accumulation > 1) == (layout.accumulation > 1)
+
+    kept = ("zero_stage", "sequence_parallel", "offload_optimizer", "offload_parameters")
+    for field in (*kept, "activation_checkpointing"):
+        assert getattr(small.parallelism, field) == getattr(run.parallelism, field)
+    assert small.model.family is run.model.family
+    assert small.model.tie_embeddings == run.model.tie_embeddings
+    assert kinds(small, small_layout) == kinds(run, layout)
+    assert parameters(small) < 1_000_000
+
+
+def kinds(run: RunConfig, layout: Layout) -> dict[str, bool]:
+    return {
+        "grouped KV heads": kv_heads(run) != run.model.num_heads,
+        "uneven layers": run.model.num_layers % layout.pipeline != 0,
+        "vocabulary that does not divide": run.model.vocab_size % layout.tensor != 0,
+        "shorter sequences than the model's": sequence_length(run) < run.model.max_sequence_length,
+        "clipping": run.optimizer.gradient_clipping is not None,
+    }
+
+
+def parameters(run: RunConfig) -> int:
+    m = run.model
+    return m.num_layers * (4 * m.hidden_size**2 + 3 * m.hidden_size * m.ffn_hidden_size) + 2 * (
+        m.vocab_size * m.hidden_size
+    )
+
+
+@given(found=legal_runs())
+def test_says_what_it_changed(found: tuple[RunConfig, Layout]) -> None:
+    run, layout = found
+    small, report = shrink(run, layout)
+    lines = {line.partition(" ")[0]: line for line in report}
+    for section in ("model", "parallelism", "training", "optimizer"):
+        for name, old in vars(getattr(run, section)).items():
+            new = getattr(getattr(small, section), name)
+            if old is not None:
+                assert (f"{section}.{name}" in lines) == (old != new)
+    if run.model.hidden_size != small.model.hidden_size:
+        assert lines["model.hidden_size"].endswith(f" {run.model.hidden_size} -> {small.model.hidden_size}")
+
+
+@given(pipeline=st.integers(1, 512), data=st.integers(1, 512), tensor=st.integers(1, 512))
+def test_axes(pipeline: int, data: int, tensor: int) -> None:
+    axes = shrunk_axes(pipeline, data, tensor)
+    assert axes[0] * axes[1] * axes[2] <= MOST_RANKS
+    for small, large in zip(axes, (pipeline, data, tensor), strict=True):
+        assert small <= large
+        assert (small > 1) == (large > 1)
+    if pipeline * data * tensor <= MOST_RANKS:
+        assert axes == (pipeline, data, tensor)
+
+
+def test_the_factor_of_an_axis_is_not_that_of_accumulation() -> None:
+    for layout in ("dp", "tp2", "pp2", "tp2_pp2", "hybrid_3d"):
+        run = run_of(f"parallelism={layout}", "training.micro_batch_size=1")
+        small, _ = shrink(run, validate(run, gpus=0, cores=2))
+        found = validate(small, gpus=0, cores=2)
+        assert found.accumulation > 1
+        assert found.accumulation not in (found.data, found.tensor, found.pipeline)
+
+
+@pytest.mark.parametrize("dtype", Dtype)
+def test_only_fp16_becomes_another_precision(dtype: Dtype) -> None:
+    run = run_of("hardware=a100_80gb", "training.micro_batch_size=1", f"precision={dtype.name}")
+    small, report = shrink(run, validate(run, gpus=1, cores=2, joined_world=8))
+    assert small.precision.dtype is (Dtype.fp32 if dtype is Dtype.fp16 else dtype)
+    assert ("precision.dtype fp16 -> fp32" in report) == (dtype is Dtype.fp16)
+    validate(small, gpus=0, cores=2)
+
+
+def test_the_reference_is_one_process_in_fp32() -> None:
+    run = run_of("parallelism=hybrid_3d", "precision=bf16")
+    alone = validate(single(run), gpus=0, cores=2)
+    assert (alone.world_size, alone.zero_stage) == (1, 0)
+    assert single(run).precision.dtype is Dtype.fp32
