@@ -59,7 +59,7 @@ def closest_fields(name: str, root: type[Any]) -> list[str]:
     section, _, leaf = name.rpartition(".")
     fields = fields_of(root)
     sections = {field.partition(".")[0] for field in fields}
-    same_leaf = [field for field in fields if field.rpartition(".")[2] == leaf]
+    same_leaf = [field for field in fields if _leaf(field) == leaf]
     if name in fields or same_leaf:
         return [name] if name in fields else same_leaf[:2]
     if section in sections:
@@ -67,8 +67,12 @@ def closest_fields(name: str, root: type[Any]) -> list[str]:
         return [f"{section}.{close}" for close in get_close_matches(leaf, inner, n=2)]
     if not section and (close := get_close_matches(name, [*groups_of(root), *sections], n=1)):
         return close
-    leaves = {field.rpartition(".")[2]: field for field in fields}
-    return [leaves[close] for close in get_close_matches(leaf, leaves, n=2)]
+    close = get_close_matches(leaf, {_leaf(field) for field in fields}, n=2)
+    return [field for best in close for field in fields if _leaf(field) == best][:2]
+
+
+def _leaf(field: str) -> str:
+    return field.rpartition(".")[2]
 
 
 def fields_in(section: str, root: type[Any]) -> list[str]:
