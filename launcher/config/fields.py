@@ -58,7 +58,7 @@ def closest_fields(name: str, root: type[Any]) -> list[str]:
     name = re.sub("[:/]", ".", name.partition("@")[0])
     section, _, leaf = name.rpartition(".")
     fields = fields_of(root)
-    sections = {field.partition(".")[0] for field in fields}
+    sections = {field.rpartition(".")[0] for field in fields} - {""}
     same_leaf = [field for field in fields if _leaf(field) == leaf]
     if name in fields or same_leaf:
         return [name] if name in fields else same_leaf[:2]

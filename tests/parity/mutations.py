@@ -293,10 +293,10 @@ def masks_left_out() -> None:
 
 
 LLAMA, GPT = "model=llama_tiny", "model=gpt_tiny"
-TP = "parallelism=tp2"
+TP = "parallelism=tp2 parallelism.data=1"
 SP = f"{TP} parallelism.sequence_parallel=true"
 DP = "parallelism=dp parallelism.data=2"
-PP = "parallelism=pp2"
+PP = "parallelism=pp2 parallelism.data=1"
 
 MUTATIONS = {
     "no all-reduce after the row layer": Mutation(
@@ -371,7 +371,9 @@ MUTATIONS = {
         same_data_on_all_ranks, f"{GPT} {DP}", ("data rank 1 has", "read the same samples")
     ),
     "same data on both data ranks, under a pipeline": Mutation(
-        same_data_on_all_ranks, f"{GPT} {PP} parallelism.data=2", ("data rank 1 has", "read the same samples")
+        same_data_on_all_ranks,
+        f"{GPT} parallelism=pp2 parallelism.data=2",
+        ("data rank 1 has", "read the same samples"),
     ),
     "last micro-batch dropped": Mutation(
         last_micro_batch_dropped, f"{GPT} {DP}", ("2 of 3 micro-batches", "usually the last")

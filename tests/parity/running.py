@@ -12,6 +12,9 @@ from tests.config.composing import run_of
 prepare_deepspeed("cpu")
 torch.set_num_threads(1)  # a fork does not take OpenMP's threads along, and deadlocks in them
 
+from deepspeed.runtime.pipe.module import PipelineModule  # noqa: E402
+
+from launcher.engine.pipeline import StagedModule  # noqa: E402
 from launcher.parity.compare import Difference  # noqa: E402  (after DeepSpeed is made quiet)
 from launcher.parity.report import write_report  # noqa: E402
 from launcher.parity.shrink import shrink  # noqa: E402
@@ -21,6 +24,8 @@ CORES = 8
 
 __all__ = [
     "Pass",
+    "PipelineModule",
+    "StagedModule",
     "dropout_pass",
     "passes",
     "plain_sgd_pass",

@@ -36,7 +36,7 @@ def test_only_the_own_optimizer_shows(name: str) -> None:
 
 
 def test_without_a_fault_nothing_is_found() -> None:
-    found = plain_sgd_pass(small_run("model=llama_tiny", "parallelism=tp2", steps=1))
+    found = plain_sgd_pass(small_run("model=llama_tiny", "parallelism=tp2", "parallelism.data=1", steps=1))
     assert found.ok
     assert found.diagnosis is None
 
