@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -63,18 +63,24 @@ def load_weights(module: nn.Module, run_dir: Path) -> None:
     """Fill an unsplit module from a run's final weights, one tensor at a time. Raises ConfigError."""
     parameters = {logical_of(parameter).name: parameter for parameter in module.parameters()}
     for path in weight_files(run_dir):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118  (not a dict)
-                if name not in parameters:
-                    raise ConfigError(
-                        "run.dir",
-                        run_dir,
-                        f"{path.name} has {name}, the model of config.yaml has not",
-                        "an unchanged run",
-                    )
-                with torch.no_grad():
-                    parameters.pop(name).copy_(file.get_tensor(name))
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118  (not a dict)
+                    _fill(parameters.pop(name, None), file.get_tensor(name), name, path)
+        except (SafetensorError, OSError) as error:
+            raise _unusable(run_dir, f"{path.name} cannot be read: {error}") from None
     if parameters:
-        raise ConfigError(
-            "run.dir", run_dir, f"the weights lack {', '.join(sorted(parameters))}", "an unchanged run"
-        )
+        raise _unusable(run_dir, f"the weights lack {', '.join(sorted(parameters))}")
+
+
+def _fill(parameter: nn.Parameter | None, tensor: torch.Tensor, name: str, path: Path) -> None:
+    if parameter is None or parameter.shape != tensor.shape:
+        expected = "has none" if parameter is None else f"has {tuple(parameter.shape)}"
+        why = f"{path.name} has {name} of {tuple(tensor.shape)}, the model of config.yaml {expected}"
+        raise _unusable(path.parents[1], why)
+    with torch.no_grad():
+        parameter.copy_(tensor)
+
+
+def _unusable(run_dir: Path, why: str) -> ConfigError:
+    return ConfigError("run.dir", run_dir, why, "the directory of an unchanged run")

@@ -21,7 +21,7 @@ def generate(config: GenerateConfig, run_dir: Path) -> str:
     run = load_typed(run_dir / CONFIG, RunConfig)
     weight_files(run_dir)
     model = load_model(run, run_dir)
-    tokens = torch.tensor([list(config.prompt.encode())])
+    tokens = torch.tensor([list(config.prompt.encode(errors="surrogateescape"))])
     generator = torch.Generator().manual_seed(config.seed)
     with torch.no_grad():
         for _ in range(config.max_new_tokens):

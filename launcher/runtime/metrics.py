@@ -41,7 +41,7 @@ class MetricsLog:
             return None
         if self._wandb.offline:
             files = Path(self._wandb.dir).parent
-            return f"{files} (offline; `wandb sync` uploads it, `wandb beta leet {files}` shows it here)"
+            return f"{files} (offline: `wandb leet PATH` shows it here, `wandb sync PATH` uploads it)"
         return str(self._wandb.url)
 
 

@@ -1,5 +1,7 @@
 """`launcher generate`: text from a run's final weights, whatever layout wrote them."""
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -34,14 +36,44 @@ def test_temperature_zero_does_not_depend_on_the_seed(staged: Path) -> None:
 
 
 def test_a_missing_stage_is_named(staged: Path, tmp_path: Path) -> None:
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(staged, copy)
     (copy / "weights" / "model-00002-of-00002.safetensors").unlink()
     done = launcher("generate", f"run.dir={copy}", cwd=tmp_path)
     assert done.returncode == 2
     assert "1 of 2 weight files are there" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda run: next((run / "weights").iterdir()).write_bytes(b"junk"), "cannot be read"),
+        (
+            lambda run: _edit(run / "config.yaml", "hidden_size: 32", "hidden_size: 64"),
+            "of config.yaml has (",
+        ),
+        (
+            lambda run: _edit(run / "config.yaml", "num_layers: 2", "num_layers: 3"),
+            "the weights lack blocks.2.",
+        ),
+    ],
+)
+def test_a_spoilt_run_is_refused(
+    spoil: Callable[[Path], None], said: str, staged: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(staged, copy)
+    spoil(copy)
+    done = launcher("generate", f"run.dir={copy}", cwd=tmp_path)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def _edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
 
 
 @pytest.mark.parametrize(
