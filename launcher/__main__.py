@@ -1,125 +1,22 @@
-"""The command line: `launcher [train] OVERRIDES`, `launcher verify OVERRIDES`, `launcher generate OVERRIDES`.
+"""The console script: what every way to end prints, and its exit code.
 
-Nothing here imports torch before the config has been composed and checked.
+Exit codes: 0 done, 1 a rank failed or a layout differs, 2 refused, 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP.
 """
 
-import difflib
-import os
+import signal
 import sys
-from collections.abc import Callable
-from pathlib import Path
-
-from launcher.config.compose import compose_jobs, load_typed
-from launcher.config.errors import ConfigError
-from launcher.config.layout import Layout
-from launcher.config.schema import Device, GenerateConfig, RunConfig
-from launcher.config.shape import sequence_length
-from launcher.config.validate import validate, validate_generate
-from launcher.data.sampler import check_corpus
-from launcher.launch.environment import RankEnvironment, joined_ranks
-from launcher.launch.local import RankFailure
-from launcher.launch.machine import Machine, share_cores, this_machine
-from launcher.parity.shrink import MOST_RANKS
-from launcher.runtime.run_dir import CONFIG
-
-REFUSED, FAILED, INTERRUPTED = 2, 1, 130
 
 
 def main() -> None:
-    """The console script. Exit codes: 0 done, 1 a rank failed or a layout differs, 2 refused, 130 Ctrl-C."""
+    """Run the command of sys.argv."""
     try:
-        command, arguments = _command(sys.argv[1:])
-        command(arguments)
-    except ConfigError as error:
-        sys.exit(_report(f"launcher: {error}", REFUSED))
-    except RankFailure as failure:
-        sys.exit(_report(f"launcher: {failure}", FAILED))
+        # Inside, so that a Ctrl-C during these imports ends like any other.
+        from launcher.command_line import run_command
+
+        sys.exit(run_command(sys.argv[1:]))
     except KeyboardInterrupt:
-        sys.exit(_report("launcher: interrupted; all ranks have ended", INTERRUPTED))
-
-
-def _command(arguments: list[str]) -> tuple[Callable[[list[str]], None], list[str]]:
-    word = arguments[0] if arguments else ""
-    if word in COMMANDS:
-        return COMMANDS[word], arguments[1:]
-    if word.isalpha() and (meant := difflib.get_close_matches(word, COMMANDS, n=1, cutoff=0.8)):
-        raise ConfigError(word, None, "no such command", f"launcher {meant[0]}")
-    return train, arguments
-
-
-def train(arguments: list[str]) -> None:
-    jobs = compose_jobs("config", RunConfig, arguments)
-    if not jobs:
-        return
-    ranks, machine = joined_ranks(os.environ), this_machine()
-    if ranks and len(jobs) > 1:
-        why = "ranks that torchrun or srun started train one run"
-        raise ConfigError("--multirun", None, why, "one torchrun or srun per run, or a sweep without them")
-    # All jobs of a sweep are checked before the first is trained.
-    layouts = [_checked_layout(job.config, ranks, machine) for job in jobs]
-    from launcher.runtime.start import train_as_joined_rank, train_on_this_machine
-
-    for job, layout in zip(jobs, layouts, strict=True):
-        if ranks:
-            train_as_joined_rank(job.config, layout, ranks)
-        else:
-            train_on_this_machine(job.config, layout, cores=machine.cores, multirun_index=job.index)
-
-
-def _checked_layout(run: RunConfig, ranks: RankEnvironment | None, machine: Machine) -> Layout:
-    joined_world = ranks.world_size if ranks else None
-    layout = validate(run, gpus=machine.gpus, cores=machine.cores, joined_world=joined_world)
-    check_corpus(run.data, sequence_length(run))
-    return layout
-
-
-def generate(arguments: list[str]) -> None:
-    for job in compose_jobs("generate", GenerateConfig, arguments):
-        run_dir = Path(validate_generate(job.config)).expanduser()
-        # Read here only to refuse it: what comes next imports torch.
-        load_typed(run_dir / CONFIG, RunConfig)
-        share_cores(1, this_machine().cores)
-        from launcher.runtime.generate import generate as sample_text
-
-        print(sample_text(job.config, run_dir))
-
-
-def verify(arguments: list[str]) -> None:
-    jobs, machine = compose_jobs("config", RunConfig, arguments), this_machine()
-    layouts = [_layout_to_verify(job.config, machine) for job in jobs]
-    for job, layout in zip(jobs, layouts, strict=True):
-        share_cores(MOST_RANKS, machine.cores)
-        from launcher.parity.command import verify_and_report
-
-        if not verify_and_report(job.config, layout, cores=machine.cores):
-            sys.exit(FAILED)
-
-
-def _layout_to_verify(run: RunConfig, machine: Machine) -> Layout:
-    """The layout on the run's own hardware, whatever this machine has."""
-    h, cores = run.hardware, max(2, machine.cores)
-    if h.device is not Device.cuda:
-        return validate(run, gpus=0, cores=cores)
-    per_node = h.accelerators_per_node or 1
-    return validate(run, gpus=per_node, cores=cores, joined_world=h.nodes * per_node)
-
-
-COMMANDS: dict[str, Callable[[list[str]], None]] = {"train": train, "verify": verify, "generate": generate}
-
-
-def _report(message: str, code: int) -> int:
-    # Under torchrun or srun every rank is refused alike: one of them says so.
-    if code == FAILED or _speaks_for_all():
-        print(message, file=sys.stderr)
-    return code
-
-
-def _speaks_for_all() -> bool:
-    try:
-        ranks = joined_ranks(os.environ)
-    except ConfigError:
-        return True  # a stray RANK or WORLD_SIZE is what is wrong, and nobody else may be there to say so
-    return ranks is None or ranks.rank == 0
+        print("launcher: interrupted; all ranks have ended", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":

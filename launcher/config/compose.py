@@ -27,6 +27,7 @@ class Job(Generic[Config]):
 
     config: Config
     index: int | None
+    overrides: list[str]  # that make it
 
 
 def compose_jobs(config_name: str, root: type[Config], arguments: list[str]) -> list[Job[Config]]:
@@ -43,17 +44,20 @@ def compose_jobs(config_name: str, root: type[Config], arguments: list[str]) -> 
     flags_first: list[str] = [_addable(argument) for argument in sorted(arguments, key=_is_override)]
     overrides = _overrides_among(flags_first)
     sys.argv = ["launcher", *flags_first]
-    composed: list[tuple[DictConfig, int | None]] = []
+    composed: list[tuple[DictConfig, int | None, list[str]]] = []
 
     def keep(config: DictConfig) -> None:
-        composed.append((config, _multirun_index()))
+        # Unresolved: a ${...} among them may lead nowhere, which is reported later.
+        task = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
+        assert isinstance(task, list)
+        composed.append((config, _multirun_index(), [str(override) for override in task]))
 
     main = hydra.main(version_base="1.3", config_path=str(config_directory()), config_name=config_name)(keep)
     try:
         main()
     except COMPOSITION_ERRORS as error:
         raise explain(error, root, overrides) from None
-    return [Job(to_typed(config, root, overrides), index) for config, index in composed]
+    return [Job(to_typed(config, root, overrides), index, own) for config, index, own in composed]
 
 
 def _is_override(argument: str) -> bool:

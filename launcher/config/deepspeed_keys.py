@@ -5,42 +5,107 @@ tests/config/test_deepspeed_keys.py holds the table against the installed DeepSp
 """
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from launcher.config.errors import ConfigError, as_typed
 
-_SCALARS = """
-comms_logger communication_data_type data_types disable_allgather disable_python_gc dump_state log_level
-gradient_allreduce_op gradient_predivide_factor memory_breakdown prescale_gradients steps_per_print
-wall_clock_breakdown
-""".split()
 
-SECTIONS: dict[str, list[str]] = {
-    "zero_optimization": """
-        contiguous_gradients reduce_scatter reduce_bucket_size use_multi_rank_bucket_allreduce
-        allgather_partitions allgather_bucket_size overlap_comm offload_param offload_optimizer sub_group_size
-        stage3_prefetch_bucket_size stage3_param_persistence_threshold stage3_model_persistence_threshold
-        stage3_max_live_parameters stage3_max_reuse_distance stage3_module_granularity_threshold
-        stage3_use_all_reduce_for_fetch_params stage3_allgather_sequential ignore_unused_parameters
-        round_robin_gradients zero_hpz_partition_size zero_quantized_weights zero_quantized_gradients
-        log_trace_cache_warnings enable_sanity_checks
-    """.split(),
-    "zero_optimization.offload_param": "nvme_path buffer_count buffer_size max_in_cpu pin_memory".split(),
-    "zero_optimization.offload_optimizer": (
-        "nvme_path buffer_count pin_memory pipeline_read pipeline_write fast_init ratio".split()
+@dataclass(frozen=True)
+class Kind:
+    """What DeepSpeed takes as the value of a key."""
+
+    words: str
+    holds: Callable[[Any], bool]
+    example: str  # a value that holds
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_whole(value: Any) -> bool:
+    return _is_number(value) and float(value).is_integer()
+
+
+FLAG = Kind("must be true or false", lambda value: isinstance(value, bool), "true")
+COUNT = Kind("must be a whole number, 0 or more", lambda value: _is_whole(value) and value >= 0, "1")
+SIZE = Kind("must be a whole number, 1 or more", lambda value: _is_whole(value) and value >= 1, "1")
+NUMBER = Kind("must be a number, 0 or more", lambda value: _is_number(value) and value >= 0, "1.0")
+SHARE = Kind("must be from 0 to 1", lambda value: _is_number(value) and 0 <= value <= 1, "1.0")
+TEXT = Kind("must be text", lambda value: isinstance(value, str), "info")
+NAMES = Kind("must be a list", lambda value: isinstance(value, list), "[all_reduce]")
+DTYPE = Kind("must be fp32, bf16 or fp16", lambda value: value in ("fp32", "bf16", "fp16"), "fp32")
+SECTION = Kind("a section, not a value", lambda value: isinstance(value, Mapping), "")
+
+
+def _keys(**names: str) -> dict[str, Kind]:
+    """The names of each kind, in alphabetical order."""
+    kinds = {
+        "flag": FLAG, "count": COUNT, "size": SIZE, "number": NUMBER, "share": SHARE,
+        "text": TEXT, "names": NAMES, "dtype": DTYPE, "section": SECTION,
+    }  # fmt: skip
+    return dict(sorted((name, kinds[kind]) for kind, listed in names.items() for name in listed.split()))
+
+
+SECTIONS: dict[str, dict[str, Kind]] = {
+    "zero_optimization": _keys(
+        flag="""
+            contiguous_gradients reduce_scatter use_multi_rank_bucket_allreduce allgather_partitions
+            overlap_comm stage3_use_all_reduce_for_fetch_params stage3_allgather_sequential
+            ignore_unused_parameters round_robin_gradients zero_quantized_weights
+            zero_quantized_gradients log_trace_cache_warnings enable_sanity_checks
+        """,
+        size="reduce_bucket_size",
+        count="""
+            allgather_bucket_size sub_group_size stage3_prefetch_bucket_size
+            stage3_param_persistence_threshold stage3_model_persistence_threshold
+            stage3_max_live_parameters stage3_max_reuse_distance stage3_module_granularity_threshold
+            zero_hpz_partition_size
+        """,
+        section="offload_param offload_optimizer",
     ),
-    "bf16": "immediate_grad_update check_grad_overflow".split(),
-    "fp16": "loss_scale loss_scale_window hysteresis consecutive_hysteresis min_loss_scale".split(),
-    "comms_logger": "enabled prof_all prof_ops verbose debug".split(),
-    "data_types": "grad_accum_dtype".split(),
-    "flops_profiler": """
-        enabled recompute_fwd_factor profile_step module_depth top_modules detailed output_file
-    """.split(),
-    "aio": "block_size queue_depth intra_op_parallelism single_submit overlap_events use_gds".split(),
+    "zero_optimization.offload_param": _keys(
+        text="nvme_path", count="buffer_count buffer_size max_in_cpu", flag="pin_memory"
+    ),
+    "zero_optimization.offload_optimizer": _keys(
+        text="nvme_path",
+        count="buffer_count",
+        flag="pin_memory pipeline_read pipeline_write fast_init",
+        share="ratio",
+    ),
+    "bf16": _keys(flag="immediate_grad_update check_grad_overflow"),
+    "fp16": _keys(
+        number="loss_scale",
+        count="loss_scale_window hysteresis min_loss_scale",
+        flag="consecutive_hysteresis",
+    ),
+    "comms_logger": _keys(flag="enabled prof_all verbose debug", names="prof_ops"),
+    "data_types": _keys(dtype="grad_accum_dtype"),
+    "flops_profiler": _keys(
+        flag="enabled detailed",
+        number="recompute_fwd_factor",
+        count="profile_step module_depth top_modules",
+        text="output_file",
+    ),
+    "aio": _keys(
+        size="block_size queue_depth intra_op_parallelism", flag="single_submit overlap_events use_gds"
+    ),
 }
 
-TOP_LEVEL: list[str] = sorted({*_SCALARS, *(name.split(".")[0] for name in SECTIONS)})
+# DeepSpeed takes gradient_allreduce_op too: a sum would make the update depend on the layout.
+TOP_LEVEL: dict[str, Kind] = _keys(
+    dtype="communication_data_type",
+    flag="""
+        disable_allgather disable_python_gc dump_state memory_breakdown prescale_gradients
+        wall_clock_breakdown
+    """,
+    number="gradient_predivide_factor",
+    size="steps_per_print",
+    text="log_level",
+    section=" ".join(sorted({name.split(".")[0] for name in SECTIONS})),
+)
 
 # The field to set instead; {} is the value that was typed.
 OURS: dict[str, str] = {
@@ -63,27 +128,27 @@ OURS: dict[str, str] = {
 
 
 def check_passthrough(extra: Mapping[str, Any]) -> None:
-    """Raise ConfigError for a key DeepSpeed does not read, or one that another field of the run sets."""
+    """Raise ConfigError for a key or a value DeepSpeed does not take, or a key that another field sets."""
     _check_section("", extra)
 
 
 def _check_section(section: str, keys: Mapping[str, Any]) -> None:
     prefix = f"{section}." if section else ""
-    allowed = SECTIONS[section] if section else TOP_LEVEL
+    kinds = SECTIONS[section] if section else TOP_LEVEL
     for key, value in keys.items():
         path = f"{prefix}{key}"
-        shown = as_typed(value)
+        field, shown = f"deepspeed.{path}", as_typed(value)
         if path in OURS:
             why = "the launcher sets this one"
-            raise ConfigError(f"deepspeed.{path}", shown, why, OURS[path].format(shown))
-        if key not in allowed:
-            close = difflib.get_close_matches(str(key), allowed, n=2)
+            raise ConfigError(field, shown, why, OURS[path].format(shown))
+        if key not in kinds:
+            close = difflib.get_close_matches(str(key), kinds, n=2)
             remedies = [f"deepspeed.{prefix}{name}={shown}" for name in close]
-            names = f"deepspeed.{prefix}NAME, where NAME is one of {', '.join(allowed)}"
+            names = f"deepspeed.{prefix}NAME, where NAME is one of {', '.join(kinds)}"
             why = "no key of DeepSpeed's that a run may set"
-            raise ConfigError(f"deepspeed.{path}", shown, why, " or ".join(remedies) or names)
+            raise ConfigError(field, shown, why, " or ".join(remedies) or names)
+        if not kinds[key].holds(value):
+            inner = f".{next(iter(SECTIONS[path]))}=VALUE" if path in SECTIONS else f"={kinds[key].example}"
+            raise ConfigError(field, shown, kinds[key].words, field + inner)
         if path in SECTIONS:
-            if not isinstance(value, Mapping):
-                remedy = f"deepspeed.{path}.{SECTIONS[path][0]}=VALUE"
-                raise ConfigError(f"deepspeed.{path}", shown, "a section, not a value", remedy)
             _check_section(path, value)

@@ -98,7 +98,8 @@ def _option_of_another_type(found: re.Match[str], failure: _Failure) -> ConfigEr
 
 
 def _not_an_option(group: str, option: str, options: list[str]) -> ConfigError:
-    close = difflib.get_close_matches(option, options, n=2) or sorted(options)
+    longer = [name for name in options if option and name.startswith(option)]
+    close = longer or difflib.get_close_matches(option, options, n=2) or sorted(options)
     remedy = " or ".join(settings(group, close)) or "one that `launcher --help` lists"
     return ConfigError(group, option, "no such option", remedy)
 

@@ -7,10 +7,12 @@ from launcher.config.errors import refusal, settings
 from launcher.config.schema import Device, Dtype, RunConfig
 from launcher.config.shape import (
     divisors,
+    least_micro_batches,
     legal_pipeline_sizes,
     legal_tensor_sizes,
     multiples_around,
     nearest,
+    stages_per_rank,
 )
 
 
@@ -28,6 +30,7 @@ class Layout:
     device: str  # "cpu" or "cuda"
     accumulation: int  # micro-batches per optimizer step and data-parallel rank
     zero_stage: int
+    stages_per_rank: int = 1  # pipeline stages; 2 under DualPipeV
     notes: tuple[str, ...] = ()
 
     @property
@@ -35,8 +38,11 @@ class Layout:
         return self.pipeline * self.data * self.tensor
 
     def describe(self) -> str:
-        axes = f"{self.pipeline} pipeline x {self.data} data x {self.tensor} tensor"
-        return f"{_count(self.world_size, f'{self.device} rank')} = {axes}, ZeRO-{self.zero_stage}"
+        schedule = " (DualPipeV)" if self.stages_per_rank == 2 else ""
+        axes = f"{self.pipeline} pipeline{schedule} x {self.data} data x {self.tensor} tensor"
+        ranks = _count(self.world_size, f"{self.device} rank")
+        batches = _count(self.accumulation, "micro-batch", "es")
+        return f"{ranks} = {axes}, ZeRO-{self.zero_stage}, {batches} per step and data rank"
 
 
 def resolve_layout(run: RunConfig, *, gpus: int, cores: int, joined_world: int | None = None) -> Layout:
@@ -62,6 +68,7 @@ def resolve_layout(run: RunConfig, *, gpus: int, cores: int, joined_world: int |
         device=device,
         accumulation=_accumulation(run, data, fewer_ranks_possible=joined_world is None),
         zero_stage=zero_stage,
+        stages_per_rank=stages_per_rank(run),
         notes=tuple(notes),
     )
 
@@ -201,7 +208,13 @@ def _other_splits(run: RunConfig, data_beside: Callable[[int], int | None]) -> l
 
 
 def _divides_batch(run: RunConfig, data: int) -> bool:
-    return run.training.global_batch_size % (run.training.micro_batch_size * data) == 0
+    """Into whole micro-batches, and as many as the pipeline's schedule needs."""
+    t = run.training
+    return _is_enough(run, t.global_batch_size, t.micro_batch_size * data)
+
+
+def _is_enough(run: RunConfig, sequences: int, at_once: int) -> bool:
+    return sequences % at_once == 0 and sequences // at_once >= least_micro_batches(run)
 
 
 def _product(run: RunConfig) -> str:
@@ -217,28 +230,44 @@ def _largest_axis(run: RunConfig) -> str:
 
 
 def _largest_data_that_divides_the_batch(run: RunConfig, most: int) -> int:
-    passes = run.training.global_batch_size // run.training.micro_batch_size
-    return max((size for size in divisors(passes) if size <= most), default=1) if passes else 1
+    return max((size for size in range(1, most + 1) if _divides_batch(run, size)), default=1)
 
 
 def _accumulation(run: RunConfig, data: int, *, fewer_ranks_possible: bool) -> int:
     t = run.training
     sequences = t.micro_batch_size * data
-    if not _divides_batch(run, data):
-        micro = divisors(t.global_batch_size // data) if t.global_batch_size % data == 0 else []
-        smaller = range(1, data if fewer_ranks_possible else 1)
-        fewer = [size for size in smaller if _divides_batch(run, size)]
-        raise refusal(
-            run,
-            "training.global_batch_size",
+    if t.global_batch_size % sequences:
+        field = "training.global_batch_size"
+        why = (
             f"not a multiple of {sequences}: micro-batches of {t.micro_batch_size} "
-            f"on {_count(data, 'data-parallel rank')}",
-            *settings("training.global_batch_size", multiples_around(t.global_batch_size, sequences)),
-            *settings("training.micro_batch_size", nearest(micro, t.micro_batch_size, 1)),
-            *settings("parallelism.data", nearest(fewer, data, 1)),
+            f"on {_count(data, 'data-parallel rank')}"
         )
-    return t.global_batch_size // sequences
+        last = []
+    elif not _divides_batch(run, data):
+        field = "parallelism.pipeline_schedule"
+        why = (
+            f"{_count(t.global_batch_size // sequences, 'micro-batch', 'es')} per step and data rank, "
+            f"and {least_micro_batches(run)} are needed: "
+            f"two for each of {run.parallelism.pipeline} pipeline ranks"
+        )
+        last = ["parallelism.pipeline_schedule=1f1b"]
+    else:
+        return t.global_batch_size // sequences
+    enough = least_micro_batches(run) * sequences
+    batches = [n for n in multiples_around(t.global_batch_size, sequences) if n >= enough]
+    micro = [n for n in divisors(t.global_batch_size) if _is_enough(run, t.global_batch_size, n * data)]
+    smaller = range(1, data if fewer_ranks_possible else 1)
+    fewer = [size for size in smaller if _divides_batch(run, size)]
+    raise refusal(
+        run,
+        field,
+        why,
+        *settings("training.global_batch_size", batches or [enough]),
+        *settings("training.micro_batch_size", nearest(micro, t.micro_batch_size, 1)),
+        *settings("parallelism.data", nearest(fewer, data, 1)),
+        *last,
+    )
 
 
-def _count(number: int, of_what: str) -> str:
-    return f"{number} {of_what}{'' if number == 1 else 's'}"
+def _count(number: int, of_what: str, plural: str = "s") -> str:
+    return f"{number} {of_what}{'' if number == 1 else plural}"

@@ -33,6 +33,12 @@ class ActivationCheckpointing(Enum):
     full = "full"
 
 
+# 1f1b: one forward, one backward (Narayanan et al., arXiv 2104.04473). dualpipev: every rank holds two
+# stages, and micro-batches travel out through the first and back through the second (DeepSeek-V3).
+# The functional form, since the field's name for the first is no Python identifier.
+PipelineSchedule = Enum("PipelineSchedule", {"1f1b": "1f1b", "dualpipev": "dualpipev"})
+
+
 class Device(Enum):
     """`auto` means CUDA where the machine has GPUs, else CPU."""
 
@@ -102,6 +108,7 @@ class ParallelismConfig:
     offload_optimizer: bool = False
     offload_parameters: bool = False
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
+    pipeline_schedule: PipelineSchedule = PipelineSchedule["1f1b"]
 
 
 @dataclass
@@ -191,6 +198,7 @@ class VerifyConfig:
     """What `launcher verify` does besides the run it is given."""
 
     steps: int = 3
+    device: Device = Device.cpu  # cuda: the layout's ranks on this machine's GPUs, the reference on CPU
     report: Optional[str] = None  # a JSON file for machines
 
 

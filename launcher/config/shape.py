@@ -2,7 +2,7 @@
 
 import math
 
-from launcher.config.schema import Family, RunConfig
+from launcher.config.schema import Family, PipelineSchedule, RunConfig
 
 
 def kv_heads(run: RunConfig) -> int:
@@ -12,6 +12,16 @@ def kv_heads(run: RunConfig) -> int:
 def sequence_length(run: RunConfig) -> int:
     """Tokens per sample, T."""
     return run.data.sequence_length or run.model.max_sequence_length
+
+
+def stages_per_rank(run: RunConfig) -> int:
+    """Pipeline stages that one rank holds."""
+    return 2 if run.parallelism.pipeline_schedule is PipelineSchedule.dualpipev else 1
+
+
+def least_micro_batches(run: RunConfig) -> int:
+    """The micro-batches per step that the pipeline's schedule needs at least."""
+    return 1 if stages_per_rank(run) == 1 else 2 * run.parallelism.pipeline
 
 
 def legal_tensor_sizes(run: RunConfig) -> list[int]:
@@ -25,7 +35,10 @@ def legal_tensor_sizes(run: RunConfig) -> list[int]:
 
 def legal_pipeline_sizes(run: RunConfig) -> list[int]:
     """Every number of stages that the layers can fill and ZeRO allows."""
-    return list(range(1, run.model.num_layers + 1)) if run.parallelism.zero_stage <= 1 else [1]
+    if run.parallelism.zero_stage > 1:
+        return [1]
+    of_each = stages_per_rank(run)
+    return list(range(of_each, run.model.num_layers // of_each + 1))
 
 
 def legal_heads(run: RunConfig) -> list[int]:

@@ -24,10 +24,12 @@ from launcher.config.shape import (
     head_size_multiple,
     kv_heads,
     legal_heads,
+    legal_pipeline_sizes,
     legal_tensor_sizes,
     multiples_around,
     nearest,
     sequence_length,
+    stages_per_rank,
 )
 
 EXAMPLE_GLOB = "corpus/**/*.txt"
@@ -97,17 +99,30 @@ def check_tensor_divides(run: RunConfig) -> None:
             )
 
 
+def check_schedule(run: RunConfig) -> None:
+    if stages_per_rank(run) > 1 and run.parallelism.pipeline == 1:
+        why = "a schedule of several pipeline ranks, and there is one"
+        more = settings("parallelism.pipeline", legal_pipeline_sizes(run)[:1])
+        raise refusal(run, "parallelism.pipeline_schedule", why, "parallelism.pipeline_schedule=1f1b", *more)
+
+
 def check_pipeline(run: RunConfig) -> None:
-    p, layers = run.parallelism, run.model.num_layers
-    if p.pipeline > layers:
-        why = f"{layers} {'layer' if layers == 1 else 'layers'} cannot fill {p.pipeline} stages"
-        raise refusal(run, "parallelism.pipeline", why, f"parallelism.pipeline={layers} (or fewer)")
+    p, layers, of_each = run.parallelism, run.model.num_layers, stages_per_rank(run)
     if p.pipeline > 1 and p.zero_stage > 1:
-        why = f"DeepSpeed's pipeline of {p.pipeline} stages takes ZeRO-1 at most"
+        why = f"DeepSpeed's pipeline of {p.pipeline} ranks takes ZeRO-1 at most"
         stage_1 = "parallelism.zero_stage=1" + (
             " parallelism.offload_parameters=false" if p.offload_parameters else ""
         )
-        raise refusal(run, "parallelism.zero_stage", why, stage_1, "parallelism.pipeline=1")
+        no_pipeline = "parallelism.pipeline=1" + (
+            " parallelism.pipeline_schedule=1f1b" if of_each > 1 else ""
+        )
+        raise refusal(run, "parallelism.zero_stage", why, stage_1, no_pipeline)
+    if p.pipeline * of_each > layers:
+        why = f"{layers} {'layer' if layers == 1 else 'layers'} cannot fill {p.pipeline * of_each} stages"
+        legal = legal_pipeline_sizes(run)
+        one_by_one = f"parallelism.pipeline_schedule=1f1b parallelism.pipeline={min(layers, p.pipeline)}"
+        fewest = f"parallelism.pipeline={legal[-1]}" + (" (or fewer)" if legal[1:] else "") if legal else None
+        raise refusal(run, "parallelism.pipeline", why, fewest or one_by_one)
 
 
 def check_zero(run: RunConfig) -> None:
@@ -259,6 +274,7 @@ RULES: tuple[Callable[[RunConfig], None], ...] = (
     check_numbers,
     check_heads,
     check_tensor_divides,
+    check_schedule,
     check_pipeline,
     check_zero,
     check_sequence,

@@ -1,4 +1,4 @@
-"""The engine with a pipeline: DeepSpeed's 1F1B schedule over stages of the same layers."""
+"""The engine with a pipeline: DeepSpeed's 1F1B or DualPipeV schedule over stages of the same layers."""
 
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -6,7 +6,7 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.pipe import DualPipeVModule, LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
@@ -21,7 +21,7 @@ from launcher.parallel.mesh import ProcessMesh
 
 
 class PipelineEngine(Engine):
-    """A DeepSpeed pipeline engine; this rank holds one stage."""
+    """A DeepSpeed pipeline engine; this rank holds one stage, or two under DualPipeV."""
 
     def __init__(
         self,
@@ -35,7 +35,7 @@ class PipelineEngine(Engine):
         topology = PipeModelDataParallelTopology(
             num_pp=layout.pipeline, num_mp=layout.tensor, num_dp=layout.data
         )
-        module = StagedModule(
+        module = (StagedModule if layout.stages_per_rank == 1 else DualPipeVModule)(
             layers=[_spec(layer) for layer in layers],
             topology=topology,
             loss_fn=loss,

@@ -32,6 +32,15 @@ class RankFailure(Exception):
         super().__init__(f"rank {rank} of {world_size} {detail}")
 
 
+class Stopped(SystemExit):
+    """This process was told to stop by SIGTERM or SIGHUP, and all ranks have ended."""
+
+    def __init__(self, number: int) -> None:
+        self.signal = signal.Signals(number)
+        self.exit_code = 128 + number
+        super().__init__(self.exit_code)
+
+
 def run_local_ranks(
     target: Callable[[int], None],
     world_size: int,
@@ -52,7 +61,7 @@ def run_local_ranks(
         RankFailure: a rank raised, exited with a code other than 0, or was killed; of several, the first.
         ConfigError: that of the rank that failed first.
         KeyboardInterrupt: on Ctrl-C, once every rank has ended.
-        SystemExit: on SIGTERM (code 143) and SIGHUP (129), once every rank has ended. What a rank raised
+        Stopped: on SIGTERM (code 143) and SIGHUP (129), once every rank has ended. What a rank raised
             while it was being stopped is the `__cause__` of either.
         OSError: log_dir cannot be made, or a process cannot be started.
     """
@@ -69,7 +78,7 @@ def run_local_ranks(
     if stops and (failure is None or failure.secondary):
         # What a rank raised on its way out does not hide the stop, nor is it lost.
         late = _first(ranks)
-        stop = KeyboardInterrupt() if stops[0] == signal.SIGINT else SystemExit(128 + stops[0])
+        stop = KeyboardInterrupt() if stops[0] == signal.SIGINT else Stopped(stops[0])
         raise stop from (_as_error(late, world_size) if late else None)
     if failure is not None:
         raise _as_error(failure, world_size)

@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict
 from math import isfinite
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
 
 from rich.console import Console
 from rich.table import Table
@@ -14,13 +14,16 @@ from launcher.parity.compare import Difference, Kind
 from launcher.parity.verify import Pass
 
 KINDS = get_args(Kind)
+FILE_WIDTH = 120  # columns of a table that is not written to a terminal
 
 
 def print_pass(one: Pass) -> None:
     """A row per step and kind of quantity: the worst of it, as measured / allowed."""
     table = Table(title=one.title, title_justify="left", box=None, pad_edge=False)
     for column in ("step", "quantity", "compared", "worst", "measured / allowed", ""):
-        table.add_column(column, justify="right" if column in ("step", "compared") else "left")
+        justify: Literal["right", "left"] = "right" if column in ("step", "compared") else "left"
+        # Names are broken where they must be, numbers never.
+        table.add_column(column, justify=justify, overflow="fold", no_wrap=column != "worst")
     for worst, count in worst_of_each(one.differences):
         table.add_row(
             str(worst.step),
@@ -30,7 +33,10 @@ def print_pass(one: Pass) -> None:
             f"{worst.measured:.1e} / {worst.allowed:.1e}",
             "ok" if worst.ok else "[bold red]differs[/]",
         )
-    Console(highlight=False).print(table)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = FILE_WIDTH
+    console.print(table)
     if one.diagnosis:
         failed = [difference for difference in one.differences if not difference.ok]
         step = failed[0].step

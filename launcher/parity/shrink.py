@@ -15,29 +15,30 @@ from launcher.config.schema import (
     SchedulerConfig,
     SchedulerName,
 )
-from launcher.config.shape import kv_heads, sequence_length
+from launcher.config.shape import kv_heads, sequence_length, stages_per_rank
 
-MOST_RANKS = 8
+MOST_RANKS = 8  # on CPU; on GPUs one for each
 HEAD_SIZE = 8
 SEQUENCE_PER_RANK = 8
 BLOCKS_PER_STAGE = 2
 VOCABULARY = 256
 
 
-def shrink(run: RunConfig, layout: Layout) -> tuple[RunConfig, list[str]]:
+def shrink(run: RunConfig, layout: Layout, *, gpus: int = 0) -> tuple[RunConfig, list[str]]:
     """The small run, and what was shrunk: one line per field, `old -> new`.
 
     Kept in kind: every axis above 1 stays above 1 (8 ranks at most), ZeRO stage, sequence parallelism,
     checkpointing, offload, tying, accumulation above 1, grouped KV heads, layers that do not divide over
     the stages, vocabularies that do not divide over the tensor ranks, active gradient clipping.
+    With `gpus` it is to run on that many of this machine's GPUs, else on its CPU.
     """
     small = copy.deepcopy(run)
-    _shrink_layout(small, layout)
+    _shrink_layout(small, layout, min(gpus, MOST_RANKS) if gpus else MOST_RANKS)
     _shrink_model(small, run, layout)
     _shrink_training(small, layout)
     if run.precision.dtype is Dtype.fp16:
         small.precision.dtype = Dtype.fp32  # DeepSpeed trains fp16 on GPUs only
-    small.hardware.device = Device.cpu
+    small.hardware.device = Device.cuda if gpus else Device.cpu
     small.hardware.nodes, small.hardware.accelerators_per_node = 1, None
     if small.parallelism.zero_stage == 3:
         # Above its default every weight of a small model would stay whole on every rank.
@@ -45,18 +46,18 @@ def shrink(run: RunConfig, layout: Layout) -> tuple[RunConfig, list[str]]:
     return small, _changes(run, small)
 
 
-def shrunk_axes(pipeline: int, data: int, tensor: int) -> tuple[int, int, int]:
-    """The axes as they are where they fit in 8 ranks; else the largest is halved, to 2 at least, until so."""
+def shrunk_axes(pipeline: int, data: int, tensor: int, most: int = MOST_RANKS) -> tuple[int, int, int]:
+    """The axes as they are where they fit in `most` ranks; else the largest is halved until they do."""
     axes = [pipeline, data, tensor]
-    while math.prod(axes) > MOST_RANKS:
+    while math.prod(axes) > most and max(axes) > 2:
         largest = max(range(3), key=lambda axis: axes[axis])
         axes[largest] = max(2, axes[largest] // 2)
     return axes[0], axes[1], axes[2]
 
 
-def _shrink_layout(small: RunConfig, layout: Layout) -> None:
+def _shrink_layout(small: RunConfig, layout: Layout, most: int) -> None:
     p = small.parallelism
-    p.pipeline, p.data, p.tensor = shrunk_axes(layout.pipeline, layout.data, layout.tensor)
+    p.pipeline, p.data, p.tensor = shrunk_axes(layout.pipeline, layout.data, layout.tensor, most)
 
 
 def _shrink_model(small: RunConfig, run: RunConfig, layout: Layout) -> None:
@@ -68,7 +69,7 @@ def _shrink_model(small: RunConfig, run: RunConfig, layout: Layout) -> None:
     m.num_kv_heads = None if run.model.num_kv_heads is None else small_kv_heads
     m.hidden_size = HEAD_SIZE * m.num_heads
     m.ffn_hidden_size = tensor * (m.hidden_size // tensor + 3)
-    uneven = run.model.num_layers % layout.pipeline != 0
+    uneven = run.model.num_layers % (layout.pipeline * stages_per_rank(run)) != 0
     m.num_layers = stages * BLOCKS_PER_STAGE + (1 if uneven else 0)
     divides = run.model.vocab_size % layout.tensor == 0
     m.vocab_size = -(-VOCABULARY // tensor) * tensor + (0 if divides else 1)

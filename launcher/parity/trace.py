@@ -57,9 +57,13 @@ def write_trace(steps: list[StepTrace], path: Path) -> None:
 
 
 def read_traces(paths: list[Path]) -> list[StepTrace]:
-    """The traces of a run's stages put together. The last stage's numbers are everybody's."""
+    """The traces of a run's pipeline ranks put together, with the numbers of the one that has the loss."""
     numbers = [json.loads(path.with_suffix(".json").read_text()) for path in paths]
-    steps = [StepTrace(**own) for own in numbers[-1]]
+    # Under DualPipeV the first rank of the pipeline has the loss.
+    of_the_loss = next(
+        (own for own in numbers if any(any(step["batch_losses"]) for step in own)), numbers[-1]
+    )
+    steps = [StepTrace(**own) for own in of_the_loss]
     for stage, (path, of_stage) in enumerate(zip(paths, numbers, strict=True)):
         for step, own in zip(steps, of_stage, strict=True):
             for name in ("replica_spread", "data_spread", "output_spread"):

@@ -4,13 +4,16 @@ import copy
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
 from launcher.config.layout import Layout, resolve_layout
 from launcher.config.schema import Dtype, OptimizerConfig, OptimizerName, RunConfig
 from launcher.config.shape import sequence_length
+from launcher.engine.distributed import prepare_deepspeed
 from launcher.launch.local import run_local_ranks
 from launcher.models.blocks import BlockContext
 from launcher.models.language import FlatModel, language_layers, language_loss
@@ -79,7 +82,7 @@ def _probe(small: RunConfig) -> OptimizerConfig:
 
 def run_pass(title: str, run: RunConfig, plain_sgd: bool, mutation: Callable[[], None] | None = None) -> Pass:
     """One of `passes`."""
-    layout = resolve_layout(run, gpus=0, cores=1)
+    layout = _layout(run)
     start = initial_weights(run)
     expected = reference_trace(run, start, list(probe_batches(run, sequence_length(run))))
     trace = layout_trace(run, layout, mutation)
@@ -95,7 +98,7 @@ def dropout_pass(small: RunConfig, mutation: Callable[[], None] | None = None) -
     """One step with the run's dropout: its masks, not its numbers."""
     run = copy.deepcopy(small)
     run.precision.dtype = Dtype.fp32
-    layout = resolve_layout(run, gpus=0, cores=1)
+    layout = _layout(run)
     with tempfile.TemporaryDirectory(prefix="launcher-verify-") as name:
         _run_ranks(record_dropout, run, layout, Path(name), mutation)
         differences = compare_draws(run, layout, read_draws(Path(name) / "draws"))
@@ -103,6 +106,13 @@ def dropout_pass(small: RunConfig, mutation: Callable[[], None] | None = None) -
     return Pass(
         f"masks of dropout {run.model.dropout}", differences, diagnose_draws(failed) if failed else None
     )
+
+
+def _layout(run: RunConfig) -> Layout:
+    p = run.parallelism
+    assert p.data is not None
+    # As many as it takes: that the machine has them was checked at the start.
+    return resolve_layout(run, gpus=p.pipeline * p.data * p.tensor, cores=1)
 
 
 def initial_weights(run: RunConfig) -> Weights:
@@ -128,9 +138,21 @@ def _run_ranks(
     folder: Path,
     mutation: Callable[[], None] | None,
 ) -> None:
-    def target(rank: int) -> None:
-        if mutation is not None:
-            mutation()
-        record(rank, run=run, layout=layout, folder=folder)
+    target = partial(_rank, record=record, run=run, layout=layout, folder=folder, mutation=mutation)
+    # CUDA cannot be forked safely; on CPU a fork shares what is imported.
+    start_method: Literal["fork", "spawn"] = "fork" if layout.device == "cpu" else "spawn"
+    run_local_ranks(target, layout.world_size, log_dir=folder / "logs", start_method=start_method)
 
-    run_local_ranks(target, layout.world_size, log_dir=folder / "logs", start_method="fork")
+
+def _rank(
+    rank: int,
+    *,
+    record: Callable[..., None],
+    mutation: Callable[[], None] | None,
+    layout: Layout,
+    **arguments: Any,
+) -> None:
+    prepare_deepspeed(layout.device)  # again, where this process was spawned
+    if mutation is not None:
+        mutation()
+    record(rank, layout=layout, **arguments)

@@ -96,5 +96,5 @@ def _agreed_run_dir(run: RunConfig, layout: Layout, rank: int) -> RunDir:
 def announce(layout: Layout, directory: RunDir) -> None:
     for note in layout.notes:
         print(f"note     {note}")
-    print(f"layout   {layout.describe()}, {layout.accumulation} micro-batches per step")
+    print(f"layout   {layout.describe()}")
     print(f"run      {directory.path}", flush=True)

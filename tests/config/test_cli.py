@@ -15,6 +15,7 @@ from launcher.config.fields import config_directory, options_of
 # Imports the command line once and forks for every command: each is a fresh process, and quick to start.
 RUN_EACH = """
 import json, os, sys, tempfile, traceback
+import launcher.command_line
 from launcher.__main__ import main
 
 def run(arguments, environment):

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import yaml
 from deepspeed.comm.config import CommsLoggerConfig
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
@@ -14,7 +15,7 @@ from deepspeed.runtime.zero.offload_config import (
 )
 from pydantic import BaseModel
 
-from launcher.config.deepspeed_keys import OURS, SECTIONS, TOP_LEVEL, check_passthrough
+from launcher.config.deepspeed_keys import OURS, SECTIONS, TOP_LEVEL, Kind, check_passthrough
 from launcher.config.errors import ConfigError
 from launcher.config.fields import fields_of, groups_of
 from launcher.config.schema import RunConfig
@@ -132,9 +133,7 @@ class TestTable:
 
     @pytest.mark.parametrize("section", sorted(SECTIONS))
     def test_a_key_is_allowed_or_ours_or_left_out(self, section: str) -> None:
-        allowed = SECTIONS[section]
-        assert len(set(allowed)) == len(allowed)
-        assert not set(allowed) & (ours_in(section) | left_out(section))
+        assert not set(SECTIONS[section]) & (ours_in(section) | left_out(section))
 
     def test_what_is_deprecated_is_left_out(self) -> None:
         for section, model in MODELS.items():
@@ -183,10 +182,51 @@ EVERY_KEY = [
 ]
 
 
+def kind_of(path: str) -> Kind:
+    section, _, key = path.rpartition(".")
+    return (SECTIONS[section] if section else TOP_LEVEL)[key]
+
+
+def example(path: str) -> Any:
+    return yaml.safe_load(kind_of(path).example)
+
+
+VALUES: list[Any] = [True, 0, 1, 7, -1, 0.5, 1.5, 5e8, "banana", "fp32", ["all_reduce"], None]
+
+
+@pytest.mark.parametrize(
+    "path", [f"{s}.{key}" for s in MODELS for key in SECTIONS[s] if f"{s}.{key}" not in SECTIONS]
+)
+def test_deepspeed_takes_the_values_that_pass_and_none_that_it_refuses_passes(path: str) -> None:
+    section, _, key = path.rpartition(".")
+    passed = [value for value in VALUES if kind_of(path).holds(value)]
+    assert kind_of(path).holds(example(path))
+    assert len(passed) < len(VALUES)
+    for value in [*passed, example(path)]:
+        MODELS[section](**{key: value})
+
+
 class TestCheck:
+    @pytest.mark.parametrize(
+        ("path", "value", "why"),
+        [
+            ("zero_optimization.overlap_comm", "banana", "must be true or false"),
+            ("zero_optimization.reduce_bucket_size", -5, "must be a whole number, 1 or more"),
+            ("zero_optimization.reduce_bucket_size", "5e8x", "must be a whole number, 1 or more"),
+            ("zero_optimization.offload_optimizer.ratio", 1.5, "must be from 0 to 1"),
+            ("communication_data_type", "fp8", "must be fp32, bf16 or fp16"),
+            ("data_types.grad_accum_dtype", None, "must be fp32, bf16 or fp16"),
+            ("gradient_predivide_factor", float("nan"), "must be a number, 0 or more"),
+        ],
+    )
+    def test_refuses_a_value_that_deepspeed_would(self, path: str, value: Any, why: str) -> None:
+        error = refused(nested(path, value))
+        assert (error.field, error.why) == (f"deepspeed.{path}", why)
+        assert error.remedy == f"deepspeed.{path}={kind_of(path).example}"
+
     @pytest.mark.parametrize("path", [path for path in EVERY_KEY if path not in SECTIONS])
     def test_accepts_every_key_and_refuses_it_misspelt(self, path: str) -> None:
-        check_passthrough(nested(path, 1))
+        check_passthrough(nested(path, example(path)))
         section, _, key = path.rpartition(".")
         misspelt = f"{section}.{key[:-1]}" if section else key[:-1]
         error = refused(nested(misspelt, True))
@@ -212,7 +252,7 @@ class TestCheck:
     def test_refuses_a_value_for_a_section(self, section: str, value: object) -> None:
         error = refused(nested(section, value))
         assert (error.field, error.why) == (f"deepspeed.{section}", "a section, not a value")
-        assert error.remedy == f"deepspeed.{section}.{SECTIONS[section][0]}=VALUE"
+        assert error.remedy == f"deepspeed.{section}.{next(iter(SECTIONS[section]))}=VALUE"
 
     def test_lists_the_keys_where_none_is_close(self) -> None:
         error = refused({"data_types": {"xyzzy": 1}})

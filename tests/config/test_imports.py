@@ -18,6 +18,7 @@ HEAVY = {"torch", "deepspeed", "wandb", "transformers"}
     "module",
     [
         "launcher.__main__",
+        "launcher.command_line",
         "launcher.launch.local",
         "launcher.data.sampler",
         *(f"launcher.config.{module.name}" for module in pkgutil.iter_modules(launcher.config.__path__)),

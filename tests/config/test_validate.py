@@ -140,7 +140,7 @@ class TestLayout:
     def test_an_accelerator_node(self) -> None:
         h100 = ["hardware=h100_80gb", "training.global_batch_size=64"]
         assert self.resolve(*h100, gpus=8).describe() == (
-            "8 cuda ranks = 1 pipeline x 8 data x 1 tensor, ZeRO-0"
+            "8 cuda ranks = 1 pipeline x 8 data x 1 tensor, ZeRO-0, 2 micro-batches per step and data rank"
         )
         with pytest.raises(ConfigError, match="this machine has no GPU"):
             self.resolve(*h100, gpus=0)
@@ -196,11 +196,23 @@ class TestLayout:
         h100 = self.resolve("hardware=h100_80gb", "training.global_batch_size=64", world=16, gpus=8)
         assert h100.world_size == 16
 
-    @pytest.mark.parametrize("ranks", [1, 8])
-    def test_describes_itself(self, ranks: int) -> None:
+    @pytest.mark.parametrize(("ranks", "batches"), [(1, "8 micro-batches"), (8, "1 micro-batch")])
+    def test_describes_itself(self, ranks: int, batches: str) -> None:
         layout = self.resolve("training.global_batch_size=32", world=ranks)
         unit = "rank" if ranks == 1 else "ranks"
-        assert layout.describe() == f"{ranks} cpu {unit} = 1 pipeline x {ranks} data x 1 tensor, ZeRO-0"
+        assert layout.describe() == (
+            f"{ranks} cpu {unit} = 1 pipeline x {ranks} data x 1 tensor, ZeRO-0, "
+            f"{batches} per step and data rank"
+        )
+
+    def test_describes_dualpipev(self) -> None:
+        layout = Layout(
+            pipeline=2, data=1, tensor=1, device="cpu", accumulation=4, zero_stage=1, stages_per_rank=2
+        )
+        assert layout.describe() == (
+            "2 cpu ranks = 2 pipeline (DualPipeV) x 1 data x 1 tensor, ZeRO-1, "
+            "4 micro-batches per step and data rank"
+        )
 
 
 small = st.integers(0, 9)

@@ -26,6 +26,7 @@ class Combination:
     pipeline: int
     zero_stage: int
     sequence_parallel: bool
+    schedule: str = "1f1b"
 
     @property
     def ranks(self) -> int:
@@ -41,15 +42,20 @@ class Combination:
             f"parallelism.pipeline={self.pipeline}",
             f"parallelism.zero_stage={self.zero_stage}",
             f"parallelism.sequence_parallel={str(self.sequence_parallel).lower()}",
+            f"parallelism.pipeline_schedule={self.schedule}",
+            # DualPipeV needs two stages per rank filled, and two micro-batches for each.
+            *(["training.micro_batch_size=1", "model.num_layers=8"] if self.schedule == "dualpipev" else []),
         ]
 
     def __str__(self) -> str:
         axes = f"dp{self.data}-tp{self.tensor}-pp{self.pipeline}-zero{self.zero_stage}"
-        return axes + ("-sp" if self.sequence_parallel else "")
+        return axes + ("-sp" if self.sequence_parallel else "") + self.schedule.removeprefix("1f1b")
 
 
 COMBINATIONS = [
-    Combination(*values) for values in product((1, 2), (1, 2, 4), (1, 2, 4), range(4), (False, True))
+    Combination(*values, schedule)
+    for schedule in ("1f1b", "dualpipev")
+    for values in product((1, 2), (1, 2, 4), (1, 2, 4), range(4), (False, True))
 ]
 
 
@@ -85,6 +91,8 @@ def variation(combination: Combination) -> list[str]:
     """A function of the combination's place among the legal ones."""
     place = LEGAL.index(combination)
     model = list(MODELS.values())[place % len(MODELS)]
+    if combination.schedule == "dualpipev":
+        model = ["model.num_layers=9" if setting == UNEVEN else setting for setting in model]
     found = [*model, f"parallelism.activation_checkpointing={CHECKPOINTING[place % len(CHECKPOINTING)]}"]
     if combination.zero_stage and place // 3 % 2:
         found.append("parallelism.offload_optimizer=true")
@@ -96,7 +104,7 @@ def variation(combination: Combination) -> list[str]:
 
 
 def run_of_combination(combination: Combination, *more: str) -> RunConfig:
-    return run_of(*variation(combination), *combination.overrides, *more)
+    return run_of(*combination.overrides, *variation(combination), *more)
 
 
 def covering(combinations: list[Combination], count: int) -> list[Combination]:
@@ -120,7 +128,10 @@ def reason(error: ConfigError) -> str:
 
 
 def table() -> str:
-    """A row per number of ranks on each axis, a column per ZeRO stage: without / with sequence parallel."""
+    """A table per schedule, a row per number of ranks on each axis, a column per ZeRO stage.
+
+    In a cell: without / with sequence parallelism.
+    """
     letters: dict[str, str] = {}
     examples: dict[str, str] = {}
 
@@ -133,14 +144,19 @@ def table() -> str:
         examples.setdefault(letter, f"`{found.field}={found.value}`: {found.why}")
         return letter
 
-    lines = ["| data x tensor x pipeline | ZeRO-0 | ZeRO-1 | ZeRO-2 | ZeRO-3 |", "|---|---|---|---|---|"]
-    for axes in dict.fromkeys((c.data, c.tensor, c.pipeline) for c in COMBINATIONS):
-        cells = [
-            " / ".join(cell(Combination(*axes, stage, sequence)) for sequence in (False, True))
-            for stage in range(4)
+    lines: list[str] = []
+    for schedule in dict.fromkeys(c.schedule for c in COMBINATIONS):
+        lines += [
+            f"| {schedule}: data x tensor x pipeline | ZeRO-0 | ZeRO-1 | ZeRO-2 | ZeRO-3 |",
+            "|---|---|---|---|---|",
         ]
-        lines.append(f"| {' x '.join(map(str, axes))} | {' | '.join(cells)} |")
-    lines.append("")
+        for axes in dict.fromkeys((c.data, c.tensor, c.pipeline) for c in COMBINATIONS):
+            cells = [
+                " / ".join(cell(Combination(*axes, stage, sequence, schedule)) for sequence in (False, True))
+                for stage in range(4)
+            ]
+            lines.append(f"| {' x '.join(map(str, axes))} | {' | '.join(cells)} |")
+        lines.append("")
     lines += [f"- {letter}: {example}" for letter, example in examples.items()]
     return "\n".join(lines)
 

@@ -1,18 +1,27 @@
 """`launcher verify` as a user meets it: what it prints and writes, and how it exits."""
 
 import json
+import pickle
 from functools import partial
 from math import inf, nan
 from pathlib import Path
 
 import pytest
+import torch
 
 from launcher import __main__ as command_line
+from launcher.config.errors import ConfigError
 from launcher.config.fields import config_directory
-from launcher.config.layout import Layout
+from launcher.config.layout import Layout, resolve_layout
+from launcher.config.validate import validate
+from launcher.parity.command import gpus_to_use
 from launcher.parity.compare import Difference
+from launcher.parity.record import record_rank
+from launcher.parity.shrink import shrink
+from launcher.parity.verify import _rank
+from tests.config.composing import run_of
 from tests.parity.mutations import MUTATIONS
-from tests.parity.running import Pass, verify, write_report
+from tests.parity.running import Pass, small_run, verify, write_report
 from tests.runtime.command import launcher
 
 EXPERIMENTS = sorted(path.stem for path in (config_directory() / "experiment").glob("*.yaml"))
@@ -121,3 +130,34 @@ def test_a_run_of_many_nodes_is_verified_here(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "512 cuda ranks = 4 pipeline x 16 data x 8 tensor" in done.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpus_that_are_not_there_are_refused(tmp_path: Path) -> None:
+    done = launcher(*SMALL, "verify.device=cuda", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "verify.device=cuda: this machine has no GPU" in done.stderr
+    assert "nearest that works: verify.device=cpu" in done.stderr
+
+
+def test_on_gpus_there_are_no_more_ranks_than_gpus() -> None:
+    run = run_of("model=gpt_tiny", "parallelism=hybrid_3d", "hardware=h100_80gb", "verify.device=cuda")
+    layout = validate(run, gpus=8, cores=2, joined_world=8)
+    small, _ = shrink(run, layout, gpus=8)
+    assert validate(small, gpus=8, cores=2).world_size == 8
+    assert validate(small, gpus=8, cores=2).device == "cuda"
+    with pytest.raises(ConfigError, match="8 ranks, more than the 4 GPUs here"):
+        validate(shrink(run, layout, gpus=4)[0], gpus=4, cores=2)
+    wide = run_of("model=gpt_tiny", "parallelism.data=4", "parallelism.tensor=2", "hardware=h100_80gb")
+    small, _ = shrink(wide, validate(wide, gpus=8, cores=2), gpus=4)
+    assert (small.parallelism.data, small.parallelism.tensor) == (2, 2)
+    assert gpus_to_use(run, 4) == 4
+    assert gpus_to_use(wide, 4) == 0
+
+
+def test_ranks_can_be_spawned_too() -> None:
+    """As they must be on GPUs: what a rank is given survives pickling."""
+    run = small_run("model=gpt_tiny", "parallelism=tp2")
+    layout = resolve_layout(run, gpus=0, cores=2)
+    target = partial(_rank, record=record_rank, run=run, layout=layout, folder=Path("."), mutation=None)
+    assert pickle.loads(pickle.dumps(target)).keywords["run"] == run

@@ -81,6 +81,7 @@ def why_illegal(c: Combination) -> list[str]:
         words
         for holds, words in (
             (c.pipeline > 1 and c.zero_stage > 1, "ZeRO-1 at most"),
+            (c.schedule == "dualpipev" and c.pipeline == 1, "several pipeline ranks, and there is one"),
             (c.sequence_parallel and c.tensor == 1, "splits the sequence over tensor-parallel ranks"),
             (c.ranks > RANKS, f"more than the {RANKS}"),
         )

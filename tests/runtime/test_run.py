@@ -95,12 +95,16 @@ def test_a_directory_that_holds_a_run_is_refused(finished: Path) -> None:
 
 
 def test_a_sweep_gives_each_job_a_directory(tmp_path: Path) -> None:
-    trained(
+    out = trained(
         "--multirun", "run.dir=sweep", "parallelism.data=1", "training.steps=1", "optimizer.lr=1e-3,1e-4",
         "scheduler=constant", "scheduler.warmup_steps=0", cwd=tmp_path,
     )  # fmt: skip
     rates = [metrics(tmp_path / "sweep" / index)[0]["train/lr"] for index in ("0", "1")]
     assert rates == [1e-3, 1e-4]
+    jobs = [line for line in out.splitlines() if line.startswith("job ")]
+    assert [job.split()[1] for job in jobs] == ["0:", "1:"]
+    assert "optimizer.lr=0.001" in jobs[0]
+    assert "optimizer.lr=0.0001" in jobs[1]
     assert [path.name for path in tmp_path.iterdir()] == ["sweep"]
 
 
@@ -128,6 +132,18 @@ def test_twenty_steps_in_metrics_jsonl_agree_with_single(layout: str, single: Pa
         assert row["train/grad_norm"] == pytest.approx(other["train/grad_norm"], rel=1e-5)
     assert rows[-1]["val/loss"] == pytest.approx(expected[-1]["val/loss"], abs=1e-5)
     assert_same_weights(tmp_path / "r", single)
+
+
+def test_dualpipev_agrees_with_single(tmp_path: Path) -> None:
+    # Four layers, two on each of two ranks; four micro-batches.
+    dualpipev = ["parallelism=pp2", "parallelism.data=1", "parallelism.pipeline_schedule=dualpipev"]
+    deeper = trained(*dualpipev, "run.dir=deep", "model.num_layers=4", "training.steps=2", cwd=tmp_path)
+    assert "2 pipeline (DualPipeV) x 1 data x 1 tensor" in deeper
+    trained("parallelism=single", "run.dir=one", "model.num_layers=4", "training.steps=2", cwd=tmp_path)
+    for row, other in zip(metrics(tmp_path / "deep"), metrics(tmp_path / "one"), strict=True):
+        for name in ("train/loss", "train/grad_norm", "val/loss"):
+            assert row[name] == pytest.approx(other[name], rel=1e-5)
+    assert_same_weights(tmp_path / "deep", tmp_path / "one")
 
 
 def assert_same_weights(run: Path, other: Path) -> None:

@@ -1,0 +1,140 @@
+"""The command line: `launcher [train] OVERRIDES`, `launcher verify OVERRIDES`, `launcher generate OVERRIDES`.
+
+Nothing here imports torch before the config has been composed and checked.
+"""
+
+import difflib
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from launcher import __version__
+from launcher.config.compose import Job, compose_jobs, load_typed
+from launcher.config.errors import ConfigError
+from launcher.config.layout import Layout
+from launcher.config.schema import Device, GenerateConfig, RunConfig
+from launcher.config.shape import sequence_length
+from launcher.config.validate import validate, validate_generate
+from launcher.data.sampler import check_corpus
+from launcher.launch.environment import RankEnvironment, joined_ranks
+from launcher.launch.local import RankFailure, Stopped
+from launcher.launch.machine import Machine, share_cores, this_machine
+from launcher.parity.shrink import MOST_RANKS
+from launcher.runtime.run_dir import CONFIG
+
+REFUSED, FAILED = 2, 1
+
+
+def run_command(arguments: list[str]) -> int:
+    """The exit code. Prints what a user can mend as one message without a traceback."""
+    if arguments == ["--version"]:
+        print(f"launcher {__version__}")
+        return 0
+    try:
+        command, overrides = _command(arguments)
+        return command(overrides)
+    except ConfigError as error:
+        return _report(f"launcher: {error}", REFUSED)
+    except RankFailure as failure:
+        return _report(f"launcher: {failure}", FAILED)
+    except Stopped as stop:
+        return _report(f"launcher: stopped by {stop.signal.name}; all ranks have ended", stop.exit_code)
+
+
+def _command(arguments: list[str]) -> tuple[Callable[[list[str]], int], list[str]]:
+    word = arguments[0] if arguments else ""
+    if word in COMMANDS:
+        return COMMANDS[word], arguments[1:]
+    if word.isalpha() and (meant := difflib.get_close_matches(word, COMMANDS, n=1, cutoff=0.8)):
+        raise ConfigError(word, None, "no such command", f"launcher {meant[0]}")
+    return train, arguments
+
+
+def train(arguments: list[str]) -> int:
+    jobs = compose_jobs("config", RunConfig, arguments)
+    if not jobs:
+        return 0
+    ranks, machine = joined_ranks(os.environ), this_machine()
+    if ranks and len(jobs) > 1:
+        why = "ranks that torchrun or srun started train one run"
+        raise ConfigError("--multirun", None, why, "one torchrun or srun per run, or a sweep without them")
+    # All jobs of a sweep are checked before the first is trained.
+    layouts = [_checked_layout(job.config, ranks, machine) for job in jobs]
+    from launcher.runtime.start import train_as_joined_rank, train_on_this_machine
+
+    for job, layout in zip(jobs, layouts, strict=True):
+        _say_which(job)
+        if ranks:
+            train_as_joined_rank(job.config, layout, ranks)
+        else:
+            train_on_this_machine(job.config, layout, cores=machine.cores, multirun_index=job.index)
+    return 0
+
+
+def _checked_layout(run: RunConfig, ranks: RankEnvironment | None, machine: Machine) -> Layout:
+    joined_world = ranks.world_size if ranks else None
+    layout = validate(run, gpus=machine.gpus, cores=machine.cores, joined_world=joined_world)
+    check_corpus(run.data, sequence_length(run))
+    return layout
+
+
+def _say_which(job: Job[RunConfig]) -> None:
+    if job.index is not None:
+        print(f"job      {job.index}: {' '.join(job.overrides)}", flush=True)
+
+
+def generate(arguments: list[str]) -> int:
+    for argument in arguments:
+        if "=" not in argument and Path(argument).is_dir():
+            why = "a setting needs a name, = and a value"
+            raise ConfigError(argument, None, why, f"run.dir={argument}")
+    for job in compose_jobs("generate", GenerateConfig, arguments):
+        run_dir = Path(validate_generate(job.config)).expanduser()
+        # Read here only to refuse it: what comes next imports torch.
+        load_typed(run_dir / CONFIG, RunConfig)
+        share_cores(1, this_machine().cores)
+        from launcher.runtime.generate import generate as sample_text
+
+        print(sample_text(job.config, run_dir))
+    return 0
+
+
+def verify(arguments: list[str]) -> int:
+    jobs, machine = compose_jobs("config", RunConfig, arguments), this_machine()
+    layouts = [_layout_to_verify(job.config, machine) for job in jobs]
+    for job, layout in zip(jobs, layouts, strict=True):
+        _say_which(job)
+        share_cores(MOST_RANKS, machine.cores)
+        from launcher.parity.command import verify_and_report
+
+        if not verify_and_report(job.config, layout, cores=machine.cores, gpus=machine.gpus):
+            return FAILED
+    return 0
+
+
+def _layout_to_verify(run: RunConfig, machine: Machine) -> Layout:
+    """The layout on the run's own hardware, whatever this machine has."""
+    h, cores = run.hardware, max(2, machine.cores)
+    if h.device is not Device.cuda:
+        return validate(run, gpus=0, cores=cores)
+    per_node = h.accelerators_per_node or 1
+    return validate(run, gpus=per_node, cores=cores, joined_world=h.nodes * per_node)
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": train, "verify": verify, "generate": generate}
+
+
+def _report(message: str, code: int) -> int:
+    # Under torchrun or srun every rank is refused alike: one of them says so.
+    if code == FAILED or _speaks_for_all():
+        print(message, file=sys.stderr)
+    return code
+
+
+def _speaks_for_all() -> bool:
+    try:
+        ranks = joined_ranks(os.environ)
+    except ConfigError:
+        return True  # a stray RANK or WORLD_SIZE is what is wrong, and nobody else may be there to say so
+    return ranks is None or ranks.rank == 0
