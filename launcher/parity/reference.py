@@ -14,15 +14,29 @@ from launcher.config.schema import Family, ModelConfig, OptimizerConfig, Optimiz
 from launcher.parity.trace import StepTrace, Weights
 
 
-def reference_trace(run: RunConfig, weights: Weights, batches: list[Tensor]) -> list[StepTrace]:
+def reference_trace(
+    run: RunConfig, weights: Weights, batches: list[Tensor], follow: list[StepTrace] | None = None
+) -> list[StepTrace]:
     """Train on each global batch (G, T+1) in one piece, from `weights`; fp32 throughout.
 
+    With `follow` each step starts from the weights that this other run had by then.
     `batch_losses` are those of the single samples: [[loss of sample 0, ...]].
     """
     parameters = {name: tensor.clone().requires_grad_() for name, tensor in weights.items()}
     optimizer = _optimizer(run.optimizer, parameters)
     start = StepTrace(weights={name: tensor.clone() for name, tensor in weights.items()})
-    return [start, *(_step(run, parameters, optimizer, batch) for batch in batches)]
+    steps = [start]
+    for number, batch in enumerate(batches):
+        if follow is not None:
+            _take(parameters, follow[number].weights)
+        steps.append(_step(run, parameters, optimizer, batch))
+    return steps
+
+
+@torch.no_grad()
+def _take(parameters: Weights, weights: Weights) -> None:
+    for name in parameters.keys() & weights.keys():
+        parameters[name].copy_(weights[name])
 
 
 def _step(run: RunConfig, parameters: Weights, optimizer: torch.optim.Optimizer, batch: Tensor) -> StepTrace:

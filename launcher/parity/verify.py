@@ -83,9 +83,9 @@ def _probe(small: RunConfig) -> OptimizerConfig:
 def run_pass(title: str, run: RunConfig, plain_sgd: bool, mutation: Callable[[], None] | None = None) -> Pass:
     """One of `passes`."""
     layout = _layout(run)
-    start = initial_weights(run)
-    expected = reference_trace(run, start, list(probe_batches(run, sequence_length(run))))
     trace = layout_trace(run, layout, mutation)
+    batches = list(probe_batches(run, sequence_length(run)))
+    expected = reference_trace(run, initial_weights(run), batches, follow=None if plain_sgd else trace)
     allowed = tolerance(run)
     if plain_sgd:
         applied_gradients(run, trace)
