@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
+from launcher.checkpoint.files import save_tensors
 from launcher.config.errors import ConfigError
 from launcher.parallel.sharding import logical_of
 
@@ -33,7 +33,7 @@ def save_weights(engine: "Engine", run_dir: Path) -> Path:
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / f"model-{mesh.stage + 1:05d}-of-{mesh.shape.pipeline:05d}.safetensors"
         aside = path.with_suffix(".partial")
-        save_file(tensors, aside)
+        save_tensors(tensors, aside)
         aside.rename(path)
     return directory
 

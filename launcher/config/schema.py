@@ -194,6 +194,27 @@ class TrainingConfig:
 
 
 @dataclass
+class CheckpointConfig:
+    """When a run's state is saved, what is kept, and what a run starts from.
+
+    Saved at the end too, whatever the interval. `resume`: `auto` goes on from the newest checkpoint in
+    run.dir, if there is one; `none` never does; a path names a checkpoint, or a run's directory (its newest).
+    """
+
+    enabled: bool = True
+    interval_steps: Optional[int] = None
+    interval_minutes: Optional[float] = 15.0
+    keep_last: int = 2
+    keep_every_steps: Optional[int] = None  # those of a multiple of this step are never deleted
+    keep_best: bool = True  # of those saved right after a validation, the one with the lowest loss
+    asynchronous: bool = True  # written behind training; false: the step waits
+    stop_on_error: bool = False  # when one cannot be written, as on a full disk; else the run goes on
+    max_file_gb: float = 2.0  # in 1e9 bytes
+    resume: str = "auto"
+    fallback: bool = False  # an unusable checkpoint: take the newest intact one before it
+
+
+@dataclass
 class VerifyConfig:
     """What `launcher verify` does besides the run it is given."""
 
@@ -218,6 +239,7 @@ class RunConfig:
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     verify: VerifyConfig = field(default_factory=VerifyConfig)
     run: RunDirConfig = field(default_factory=RunDirConfig)
     deepspeed: dict[str, Any] = field(default_factory=dict)  # passed through, over what we emit

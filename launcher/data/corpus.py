@@ -9,6 +9,7 @@ import hashlib
 import os
 import stat
 import sysconfig
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -38,6 +39,10 @@ class Corpus:
 
     train: npt.NDArray[np.uint8]
     validation: npt.NDArray[np.uint8]
+
+    def digest(self) -> str:
+        """Of the training tokens: the same for the same text, wherever it lies."""
+        return f"{len(self.train)}-{zlib.crc32(self.train.data):08x}"
 
 
 @dataclass(frozen=True, order=True)

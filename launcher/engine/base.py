@@ -9,13 +9,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from deepspeed.utils import (
-    lazy_init_hp_params_optimizer_state,
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
 )
 from torch import Tensor, nn
 
+from launcher.engine.state import link_states
 from launcher.parallel.mesh import Axis, ProcessMesh
+from launcher.parallel.random import DropoutRandom
 from launcher.parallel.sharding import LogicalTensor, logical_of, merge
 
 MicroBatches = Iterable[np.ndarray]  # each (micro-batch, T+1) token ids
@@ -33,6 +34,7 @@ class Engine(ABC):
     """One DeepSpeed engine in one layout. One per process: DeepSpeed leaks what it is asked to rebuild."""
 
     deepspeed: Any  # DeepSpeed's own engine, which ships no types
+    random: DropoutRandom
 
     def __init__(
         self, module: nn.Module, optimizer: torch.optim.Optimizer, mesh: ProcessMesh, zero_stage: int
@@ -64,7 +66,7 @@ class Engine(ABC):
 
     def full_states(self, key: str) -> Iterator[tuple[LogicalTensor, Tensor]]:
         """The optimizer's state `key` (torch's name) of each of this stage's tensors; as full_weights."""
-        self._link_states()
+        link_states(self)
         return self._logical(lambda parameter: self._state(parameter, key))
 
     def _logical(self, shard_of: Callable[[nn.Parameter], Tensor]) -> Iterator[tuple[LogicalTensor, Tensor]]:
@@ -79,16 +81,6 @@ class Engine(ABC):
         full = parameter.detach() if self.zero_stage == 0 else safe_get_full_fp32_param(parameter)
         assert full is not None
         return full.float()
-
-    def _link_states(self) -> None:
-        """Let DeepSpeed find the states of every parameter group under ZeRO-1 and 2.
-
-        It links all of them after the first group has stepped, when the others have none yet, and never
-        again (DeepSpeed 0.19.8, stage_1_and_2.py, _optimizer_step).
-        """
-        zero = self.deepspeed.optimizer
-        for group, partition in enumerate(getattr(zero, "single_partition_of_fp32_groups", [])):
-            lazy_init_hp_params_optimizer_state(zero.bit16_groups[group], partition, zero.optimizer.state)
 
     def _state(self, parameter: nn.Parameter, key: str) -> Tensor:
         """The state of this tensor rank's whole shard. Collective over the data group."""

@@ -30,6 +30,13 @@ def build_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter])
     return torch.optim.AdamW(groups, lr=config.lr, betas=(beta1, beta2), eps=epsilon, fused=True)  # type: ignore[arg-type]
 
 
+def state_keys(config: OptimizerConfig) -> list[str]:
+    """The tensors that the configured optimizer keeps per parameter."""
+    if config.name is OptimizerName.adamw:
+        return ["exp_avg", "exp_avg_sq"]
+    return ["momentum_buffer"] if config.momentum else []
+
+
 def learning_rate(optimizer: OptimizerConfig, scheduler: SchedulerConfig, *, step: int, steps: int) -> float:
     """The rate of update number `step`, counted from 1, of `steps`. Pure: no state to save or restore."""
     if step <= scheduler.warmup_steps:

@@ -13,16 +13,23 @@ class DropoutRandom:
 
     Activations between the parallel regions are equal on all tensor ranks, so their masks must be too;
     inside a region (attention heads) and on a sequence-parallel stretch each rank needs a mask of its own.
-    Both states differ between data-parallel ranks and pipeline stages.
+    Both states differ between data-parallel ranks and pipeline stages, and begin anew with every step: a run
+    that is resumed has no random state to restore.
     """
 
     def __init__(
         self, seed: int, *, stage: int, data_rank: int, tensor_rank: int, device: torch.device
     ) -> None:
-        torch.manual_seed(seed_of(seed, "dropout", stage, data_rank))
-        local = torch.Generator(device)
-        local.manual_seed(seed_of(seed, "dropout", stage, data_rank, "tensor", tensor_rank))
+        self._seed, self._shared_by, self._tensor_rank = seed, (stage, data_rank), tensor_rank
         self._device = device
+        self.begin_step(0)
+
+    def begin_step(self, step: int) -> None:
+        """Seed both states for optimizer step `step`."""
+        parts = (self._seed, "dropout", *self._shared_by, step)
+        torch.manual_seed(seed_of(*parts))
+        local = torch.Generator(self._device)
+        local.manual_seed(seed_of(*parts, "tensor", self._tensor_rank))
         self._local = local.get_state()
 
     @contextmanager

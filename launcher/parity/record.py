@@ -10,12 +10,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from launcher.config.layout import Layout
-from launcher.config.schema import OptimizerName, RunConfig
+from launcher.config.schema import RunConfig
 from launcher.config.shape import sequence_length
 from launcher.data import sampler
 from launcher.engine.base import Engine, MicroBatches, gather_logical
 from launcher.engine.build import build_engine
 from launcher.engine.distributed import join, leave
+from launcher.engine.optimizer import state_keys
 from launcher.parallel.mesh import Axis
 from launcher.parallel.sharding import logical_of
 from launcher.parity.dropout import recorded_draws, write_draws
@@ -69,7 +70,7 @@ def record_step(run: RunConfig, engine: Engine, recorder: OutputRecorder, batche
     step.batch_losses = recorder.losses()
     step.states = {
         f"{logical.name}.{key}": tensor.clone()
-        for key in state_keys(run)
+        for key in state_keys(run.optimizer)
         for logical, tensor in engine.full_states(key)
     }
     return step
@@ -92,13 +93,6 @@ def record_weights(engine: Engine) -> StepTrace:
         # ZeRO-3 keeps no replicas.
         data_spread=_spreads(engine, engine.mesh.data, engine.parameters() if engine.zero_stage < 3 else []),
     )
-
-
-def state_keys(run: RunConfig) -> list[str]:
-    """The tensors that the configured optimizer keeps per parameter."""
-    if run.optimizer.name is OptimizerName.adamw:
-        return ["exp_avg", "exp_avg_sq"]
-    return ["momentum_buffer"] if run.optimizer.momentum else []
 
 
 def _whole(engine: Engine, parameter: torch.nn.Parameter) -> Tensor:

@@ -19,7 +19,9 @@ INIT_TIMEOUT = 20.0  # seconds until a W&B server that does not answer is given 
 class MetricsLog:
     """Appends rows to metrics.jsonl, each flushed, and to the W&B run."""
 
-    def __init__(self, run: RunConfig, layout: Layout, directory: RunDir) -> None:
+    def __init__(self, run: RunConfig, layout: Layout, directory: RunDir, first_step: int) -> None:
+        """Rows from `first_step` on, of an earlier start, are dropped: those steps are run again."""
+        _keep_rows_before(first_step, directory.metrics)
         self._file = directory.metrics.open("a")
         self._wandb, self.notes = _start_wandb(run, layout, directory)
 
@@ -45,6 +47,22 @@ class MetricsLog:
         return str(self._wandb.url)
 
 
+def _keep_rows_before(step: int, path: Path) -> None:
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue  # cut short in the middle of a line
+        if row["step"] < step:
+            kept.append(line + "\n")
+    aside = path.with_suffix(".tmp")
+    aside.write_text("".join(kept))
+    aside.replace(path)
+
+
 def _start_wandb(run: RunConfig, layout: Layout, directory: RunDir) -> tuple[Any | None, list[str]]:
     """The W&B run, or None where it is disabled, and what to tell the user."""
     mode = resolved_mode(run.logging.wandb.mode)
@@ -67,6 +85,7 @@ def _init(mode: str, run: RunConfig, layout: Layout, directory: RunDir) -> Any:
     return wandb.init(
         dir=str(directory.path),
         id=directory.run_id,
+        resume="allow",
         mode=mode,  # type: ignore[arg-type]
         project=w.project,
         entity=w.entity,

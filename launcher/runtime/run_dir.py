@@ -11,17 +11,20 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from launcher import __version__
+from launcher.checkpoint.choose import checkpoint_of
 from launcher.config.errors import ConfigError
 from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
 
 CONFIG, IDENTITY, LOGS, METRICS = "config.yaml", "run.json", "logs", "metrics.jsonl"
+WEIGHTS = "weights"
 
 
 @dataclass(frozen=True)
 class RunDir:
     path: Path
     run_id: str
+    checkpoint: Path | None = None  # to go on from
 
     @property
     def logs(self) -> Path:
@@ -35,17 +38,21 @@ class RunDir:
 def claim_run_dir(run: RunConfig, layout: Layout, *, multirun_index: int | None = None) -> RunDir:
     """Make the run's directory and write its config and identity. One process per run calls this.
 
-    Raises ConfigError where it cannot be made, or already holds a run.
+    A directory that holds a run which has not finished is taken up again, under the same id.
+    Raises ConfigError where it cannot be made, holds a run that cannot go on, or for checkpoint.resume.
     """
     run_id = secrets.token_hex(4)
     path = _path(run, run_id, multirun_index)
+    checkpoint = checkpoint_of(run, path)
     if (path / CONFIG).exists():
-        raise ConfigError(
-            "run.dir",
-            path,
-            "already holds a run",
-            f"run.dir={_unused(path)}, or leave run.dir out for a fresh one",
-        )
+        if run.checkpoint.resume != "auto" or (checkpoint is None and (path / WEIGHTS).exists()):
+            raise ConfigError(
+                "run.dir",
+                path,
+                "already holds a run",
+                f"run.dir={_unused(path)}, or leave run.dir out for a fresh one",
+            )
+        run_id = _id_of(path) or run_id
     try:
         (path / LOGS).mkdir(parents=True, exist_ok=True)
         (path / CONFIG).write_text(OmegaConf.to_yaml(OmegaConf.structured(run)))
@@ -54,7 +61,7 @@ def claim_run_dir(run: RunConfig, layout: Layout, *, multirun_index: int | None 
         raise ConfigError(
             "run.dir", path, f"cannot be written: {error.strerror}", "a directory you may write to"
         ) from None
-    return RunDir(path.resolve(), run_id)
+    return RunDir(path.resolve(), run_id, checkpoint)
 
 
 def config_as_dict(run: RunConfig) -> dict[str, Any]:
@@ -75,6 +82,13 @@ def _unused(path: Path) -> Path:
     return next(
         candidate for n in range(2, 10**6) if not (candidate := path.with_name(f"{path.name}-{n}")).exists()
     )
+
+
+def _id_of(path: Path) -> str | None:
+    try:
+        return str(json.loads((path / IDENTITY).read_text())["id"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _identity(run_id: str, layout: Layout) -> dict[str, Any]:

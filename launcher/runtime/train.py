@@ -20,6 +20,7 @@ from launcher.models.arithmetic import train_flops_per_token
 from launcher.runtime.metrics import MetricsLog
 from launcher.runtime.progress import ProgressDisplay
 from launcher.runtime.run_dir import RunDir
+from launcher.runtime.saving import Checkpoints, Progress, start_from
 
 Row = dict[str, float | int]
 _RANK_BITS = 24
@@ -32,22 +33,30 @@ def train(run: RunConfig, layout: Layout, directory: RunDir, device: torch.devic
     training = TokenSamples(corpus.train, length, shuffle_seed=run.training.seed)
     validation = TokenSamples(corpus.validation, length, shuffle_seed=None)
     engine = build_engine(run, layout, device)
+    digest = corpus.digest()
+    progress, taken = start_from(run, engine, directory.checkpoint, digest)
+    checkpoints = Checkpoints(run, engine, directory, digest)
     last = run.training.stop_at or run.training.steps
 
-    log = MetricsLog(run, layout, directory) if engine.mesh.rank == 0 else None
+    log = MetricsLog(run, layout, directory, progress.step + 1) if engine.mesh.rank == 0 else None
     failed = True
     try:
         _say(log, *(log.notes if log else []))
+        _say(log, *[f"resumed  {taken}, at step {progress.step}" for _ in [taken] if taken])
         with ProgressDisplay(last) if log else _Silent() as display:
-            for step in range(1, last + 1):
-                row = train_step(run, layout, engine, training, step, device)
-                if is_validation_step(run, step, last):
+            while progress.step < last:
+                row = train_step(run, layout, engine, training, progress, device)
+                progress = progress.after(run.training.global_batch_size)
+                if is_validation_step(run, progress.step, last):
                     row["val/loss"] = validation_loss(run, engine, validation)
-                if step % run.logging.interval == 0 or "val/loss" in row:
+                if progress.step % run.logging.interval == 0 or "val/loss" in row:
                     row |= peak_memory(device)
                     if log:
                         log.write(row)
                 display.step(row)
+                is_last = progress.step == last
+                _note(log, checkpoints.after_step(progress, row.get("val/loss"), last=is_last))
+        _note(log, checkpoints.close())
         weights = save_weights(engine, directory.path)
         dist.barrier()
         failed = False
@@ -60,15 +69,22 @@ def train(run: RunConfig, layout: Layout, directory: RunDir, device: torch.devic
 
 
 def train_step(
-    run: RunConfig, layout: Layout, engine: Engine, samples: TokenSamples, step: int, device: torch.device
+    run: RunConfig,
+    layout: Layout,
+    engine: Engine,
+    samples: TokenSamples,
+    progress: Progress,
+    device: torch.device,
 ) -> Row:
-    """One optimizer step, counted from 1, and its row of metrics. Collective over the world."""
+    """The optimizer step after `progress`, and its row of metrics. Collective over the world."""
+    step = progress.step + 1
     rate = learning_rate(run.optimizer, run.scheduler, step=step, steps=run.training.steps)
     engine.set_learning_rate(rate)
+    engine.random.begin_step(step)
     started = time.perf_counter()
-    result = engine.train_batch(global_batch(run, engine, samples, step - 1))
+    result = engine.train_batch(global_batch(run, engine, samples, progress.samples))
     elapsed = time.perf_counter() - started
-    seen = step * run.training.global_batch_size
+    seen = progress.samples + run.training.global_batch_size
     return {
         "step": step,
         "train/loss": result.loss,
@@ -98,10 +114,9 @@ def performance(run: RunConfig, layout: Layout, length: int, elapsed: float) -> 
 def validation_loss(run: RunConfig, engine: Engine, samples: TokenSamples) -> float:
     """The mean loss over the first validation batches: the same samples every time, in every layout."""
     batches = max(1, min(run.training.validation_batches, len(samples) // run.training.global_batch_size))
-    return (
-        sum(engine.eval_batch(global_batch(run, engine, samples, index)) for index in range(batches))
-        / batches
-    )
+    size = run.training.global_batch_size
+    losses = [engine.eval_batch(global_batch(run, engine, samples, n * size)) for n in range(batches)]
+    return sum(losses) / batches
 
 
 def is_validation_step(run: RunConfig, step: int, last: int) -> bool:
@@ -110,11 +125,11 @@ def is_validation_step(run: RunConfig, step: int, last: int) -> bool:
     return step == last or (interval > 0 and (step == 1 or step % interval == 0))
 
 
-def global_batch(run: RunConfig, engine: Engine, samples: TokenSamples, index: int) -> MicroBatches:
-    """This data rank's micro-batches of global batch number `index`, counted from 0."""
+def global_batch(run: RunConfig, engine: Engine, samples: TokenSamples, consumed: int) -> MicroBatches:
+    """This data rank's micro-batches of the global batch after `consumed` samples."""
     return micro_batches(
         samples,
-        samples_consumed=index * run.training.global_batch_size,
+        samples_consumed=consumed,
         global_batch_size=run.training.global_batch_size,
         micro_batch_size=run.training.micro_batch_size,
         data_rank=engine.mesh.data.rank,
@@ -149,6 +164,10 @@ class _Silent:
 
     def step(self, row: Row) -> None:
         pass
+
+
+def _note(log: MetricsLog | None, notes: list[str]) -> None:
+    _say(log, *[f"note     {note}" for note in notes])
 
 
 def _say(log: MetricsLog | None, *lines: str) -> None:

@@ -15,10 +15,10 @@ FAULTY = """
 import os, sys
 import launcher.runtime.train as train
 step = train.train_step
-def faulty(run, layout, engine, samples, number, device):
-    if number == 3 and engine.mesh.rank == 1:
+def faulty(run, layout, engine, samples, progress, device):
+    if progress.step == 2 and engine.mesh.rank == 1:
         {fault}
-    return step(run, layout, engine, samples, number, device)
+    return step(run, layout, engine, samples, progress, device)
 train.train_step = faulty
 from launcher.__main__ import main
 main()

@@ -1,0 +1,104 @@
+"""Which checkpoint a run goes on from, and whether it can. Runs before any rank does, without torch."""
+
+from pathlib import Path
+
+from launcher.checkpoint.manifest import (
+    MANIFEST,
+    BrokenCheckpoint,
+    Manifest,
+    checkpoints_in,
+    read_manifest,
+    readable_older,
+    refusal_of,
+)
+from launcher.config.errors import ConfigError, as_typed, refusal, value_of
+from launcher.config.fields import fields_of
+from launcher.config.schema import RunConfig
+
+# Another value would make it another model, or other samples. All else may change from one start to the next.
+_FREE_OF_MODEL = ("model.dropout",)
+_DATA = (
+    "data.source",
+    "data.train",
+    "data.validation",
+    "data.validation_fraction",
+    "data.sequence_length",
+    "training.seed",
+    "optimizer.name",
+)
+
+
+def checkpoint_of(run: RunConfig, run_dir: Path) -> Path | None:
+    """The checkpoint that `checkpoint.resume` means for a run in `run_dir`; None: from the first step.
+
+    Raises ConfigError where it is not there or cannot be used, or is of another model or other data.
+    """
+    path = _meant(run, run_dir)
+    while path is not None:
+        try:
+            check_goes_on(run, path, read_manifest(path))
+            return path
+        except BrokenCheckpoint as broken:
+            path = older_or_refused(run, broken)
+    return None
+
+
+def older_or_refused(run: RunConfig, broken: BrokenCheckpoint) -> Path:
+    """The next one back, where `checkpoint.fallback` allows it. Raises ConfigError where not."""
+    older = readable_older(broken.path) if run.checkpoint.fallback else None
+    if older is None:
+        raise refusal_of(broken)
+    return older
+
+
+def _meant(run: RunConfig, run_dir: Path) -> Path | None:
+    resume = run.checkpoint.resume
+    if resume == "none":
+        return None
+    if resume == "auto":
+        return next(iter(checkpoints_in(run_dir)), None)
+    path = Path(resume).expanduser()
+    if (path / MANIFEST).exists():
+        return path.resolve()
+    found = checkpoints_in(path)
+    if not found:
+        options = "checkpoint.resume=auto (what run.dir holds)", "checkpoint.resume=none"
+        why = "neither a checkpoint nor a run's directory with one"
+        raise refusal(run, "checkpoint.resume", why, *options)
+    return found[0].resolve()
+
+
+def check_goes_on(run: RunConfig, path: Path, manifest: Manifest) -> None:
+    """Raises ConfigError where the run cannot go on from there: the field, its value, and what it was."""
+    last = run.training.stop_at or run.training.steps
+    if manifest.step >= last:
+        field = "training.steps" if run.training.stop_at is None else "training.stop_at"
+        why = f"{path} is of step {manifest.step}: nothing is left to train"
+        raise refusal(run, field, why, f"{field}={manifest.step + 1} (or more)", "another run.dir")
+    model = [name for name in fields_of(RunConfig) if name.startswith("model.")]
+    for name in (*(name for name in model if name not in _FREE_OF_MODEL), *_DATA):
+        was, now = _stored(manifest, name), as_typed(value_of(run, name))
+        if was != now:
+            why = f"{path} is of a run with {name}={was}"
+            raise refusal(run, name, why, f"{name}={was}", "checkpoint.resume=none in a fresh run.dir")
+    if (run.optimizer.momentum or 0) and "momentum_buffer" not in manifest.tensors:
+        why = f"{path} has no momentum to go on with"
+        raise refusal(run, "optimizer.momentum", why, "optimizer.momentum=0")
+
+
+def _stored(manifest: Manifest, name: str) -> str:
+    value: object = manifest.config
+    for part in name.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return as_typed(value)
+
+
+def check_corpus_is(corpus: str, path: Path, manifest: Manifest) -> None:
+    """Raises ConfigError where the text is not the one that the checkpoint was trained on."""
+    if manifest.corpus != corpus:
+        raise ConfigError(
+            "checkpoint.resume",
+            path,
+            f"trained on other text: its digest is {manifest.corpus}, here it is {corpus}",
+            "the same files and, with data=stdlib, the same Python; or checkpoint.resume=none",
+        )

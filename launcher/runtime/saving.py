@@ -1,0 +1,112 @@
+"""When a run is saved, and where it starts."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from launcher import __version__
+from launcher.checkpoint.choose import check_corpus_is, check_goes_on, older_or_refused
+from launcher.checkpoint.load import first_damaged, restore
+from launcher.checkpoint.manifest import BrokenCheckpoint, Manifest, read_manifest
+from launcher.checkpoint.save import CheckpointError, CheckpointWriter
+from launcher.config.schema import RunConfig
+from launcher.engine.base import Engine
+from launcher.engine.optimizer import state_keys
+from launcher.engine.state import loss_scaler, set_loss_scaler, updates_made
+from launcher.runtime.run_dir import RunDir, config_as_dict
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come."""
+
+    step: int = 0  # optimizer steps
+    samples: int = 0  # consumed
+
+    def after(self, global_batch_size: int) -> "Progress":
+        """One step later."""
+        return Progress(self.step + 1, self.samples + global_batch_size)
+
+
+def start_from(
+    run: RunConfig, engine: Engine, path: Path | None, corpus: str
+) -> tuple[Progress, Path | None]:
+    """Take up the checkpoint `path`, or one before it; where the run then is, and what was taken.
+
+    Collective over the world. Raises ConfigError for one that cannot be used.
+    """
+    while path is not None:
+        try:
+            manifest = read_manifest(path)
+            check_goes_on(run, path, manifest)
+            check_corpus_is(corpus, path, manifest)
+            if name := first_damaged(path, manifest):
+                raise BrokenCheckpoint(path, name, "is damaged: its checksum is another")
+            restore(engine, path, manifest, state_keys(run.optimizer))
+            set_loss_scaler(engine, manifest.scaler)
+            return Progress(manifest.step, manifest.samples), path
+        except BrokenCheckpoint as broken:
+            path = older_or_refused(run, broken)
+    return Progress(), None
+
+
+class Checkpoints:
+    """Saves a run as its config says. Every method is collective over the world."""
+
+    def __init__(self, run: RunConfig, engine: Engine, directory: RunDir, corpus: str) -> None:
+        self.run, self.engine, self.corpus = run, engine, corpus
+        self._writer = CheckpointWriter(engine, run.checkpoint, directory.path, state_keys(run.optimizer))
+        self._saved_at = time.monotonic()
+
+    def after_step(self, progress: Progress, validation_loss: float | None, *, last: bool) -> list[str]:
+        """Save where it is due; what to tell the user."""
+        if not self.run.checkpoint.enabled or not (self._is_due(progress.step) or last):
+            return []
+        self._saved_at = time.monotonic()
+        notes = []
+        try:
+            self._writer.save(self._manifest(progress, validation_loss))
+        except CheckpointError as error:
+            notes.append(self._failed(error))
+        return notes
+
+    def close(self) -> list[str]:
+        """Wait for the last one; what to tell the user."""
+        try:
+            self._writer.wait()
+        except CheckpointError as error:
+            return [self._failed(error)]
+        return []
+
+    def _failed(self, error: CheckpointError) -> str:
+        if self.run.checkpoint.stop_on_error:
+            raise error
+        return f"a checkpoint could not be written, those before it are intact: {error}"
+
+    def _is_due(self, step: int) -> bool:
+        config = self.run.checkpoint
+        if config.interval_steps and step % config.interval_steps == 0:
+            return True
+        if config.interval_minutes is None:
+            return False
+        # The first rank's clock decides for all.
+        due = torch.tensor(time.monotonic() - self._saved_at >= 60 * config.interval_minutes)
+        dist.broadcast(due, src=0)
+        return bool(due)
+
+    def _manifest(self, progress: Progress, validation_loss: float | None) -> Manifest:
+        return Manifest(
+            step=progress.step,
+            samples=progress.samples,
+            updates=updates_made(self.engine),
+            scaler=loss_scaler(self.engine),
+            corpus=self.corpus,
+            launcher=__version__,
+            config=config_as_dict(self.run),
+            validation_loss=validation_loss,
+            tensors={},
+            files={},
+        )

@@ -1,0 +1,148 @@
+"""Small runs whose engines are saved, restored in other layouts, and looked at."""
+
+import json
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from launcher.checkpoint.manifest import DIRECTORY, Manifest, read_manifest, step_name
+from launcher.config.layout import Layout, resolve_layout
+from launcher.config.schema import CheckpointConfig, RunConfig
+from launcher.config.shape import sequence_length
+from launcher.data.sampler import sample_indices
+from launcher.engine.optimizer import state_keys
+from launcher.launch.local import run_local_ranks
+from launcher.parity.reference import probe_batches
+from tests.parity.running import PipelineModule, small_run  # makes DeepSpeed quiet first
+
+assert PipelineModule
+
+EMPTY = Manifest(
+    step=0, samples=0, updates=0, scaler={}, corpus="", launcher="0", config={}, validation_loss=None,
+    tensors={}, files={},
+)  # fmt: skip
+
+LAYOUTS = {
+    "single": ["parallelism=single"],
+    "dp": ["parallelism=dp", "parallelism.data=2"],
+    "tp2": ["parallelism=tp2", "parallelism.data=1", "parallelism.sequence_parallel=true"],
+    "pp2": ["parallelism=pp2", "parallelism.data=1"],
+    "dualpipev": ["parallelism=pp2", "parallelism.data=1", "parallelism.pipeline_schedule=dualpipev"],
+    "zero1": ["parallelism=zero1", "parallelism.data=2"],
+    "zero1_offload": ["parallelism=zero1", "parallelism.data=2", "parallelism.offload_optimizer=true"],
+    "zero2": ["parallelism=zero2", "parallelism.data=2"],
+    "zero3": ["parallelism=zero3", "parallelism.data=2"],
+    "zero3_offload": ["parallelism=zero3_offload", "parallelism.data=2"],
+    "zero3_tp2": ["parallelism=zero3", "parallelism.data=2", "parallelism.tensor=2"],
+    "zero1_tp2": ["parallelism=zero1", "parallelism.data=2", "parallelism.tensor=2"],
+    "tp2_pp2": ["parallelism=tp2_pp2", "parallelism.data=1"],
+}
+GPT = ["model=gpt_tiny", "model.vocab_size=257"]  # tied, and padded where it is split
+LLAMA = ["model=llama_tiny", "model.vocab_size=257", "model.num_kv_heads=4"]
+MOMENTUM = ["optimizer=sgd", "optimizer.momentum=0.9", "optimizer.lr=0.1"]
+STEPS = 8
+
+
+@dataclass(frozen=True)
+class Outcome:
+    losses: list[float]  # of each step
+    norms: list[float]
+    tensors: dict[str, Tensor]  # logical weights and states at the end
+    bytes_read: list[int]  # by rank
+
+
+def run_in(layout: str, *overrides: str) -> tuple[RunConfig, Layout]:
+    """The same small model and batch in any of LAYOUTS."""
+    run = small_run(*overrides, *LAYOUTS[layout], steps=STEPS)
+    m = run.model
+    m.num_layers, m.num_heads, m.hidden_size, m.ffn_hidden_size = 4, 4, 32, 44
+    m.num_kv_heads = None if m.num_kv_heads is None else 2
+    m.vocab_size, m.max_sequence_length, run.data.sequence_length = 257, 16, None
+    run.training.global_batch_size, run.training.micro_batch_size = 16, 2
+    return run, resolve_layout(run, gpus=0, cores=8)
+
+
+def train(
+    run: RunConfig,
+    layout: Layout,
+    folder: Path,
+    *,
+    first: int = 1,
+    last: int = STEPS,
+    restore: Path | None = None,
+    save: CheckpointConfig | None = None,
+) -> Outcome:
+    """Steps first .. last on real ranks; saves folder/checkpoints at the end of the last, if asked to."""
+    folder.mkdir(parents=True, exist_ok=True)
+    target = partial(
+        _rank, run=run, layout=layout, folder=folder, first=first, last=last, restore=restore, save=save
+    )
+    run_local_ranks(target, layout.world_size, log_dir=folder / "logs", start_method="fork")
+    found = json.loads((folder / "found.json").read_text())
+    tensors = {}
+    for stage in range(layout.pipeline):
+        tensors |= load_file(folder / f"stage-{stage}.safetensors")
+    return Outcome(found["losses"], found["norms"], tensors, found["bytes"])
+
+
+def saved(folder: Path, step: int) -> Path:
+    return folder / DIRECTORY / step_name(step)
+
+
+def _rank(
+    rank: int,
+    *,
+    run: RunConfig,
+    layout: Layout,
+    folder: Path,
+    first: int,
+    last: int,
+    restore: Path | None,
+    save: CheckpointConfig | None,
+) -> None:
+    from launcher.checkpoint.load import restore as restore_engine
+    from launcher.checkpoint.save import CheckpointWriter
+    from launcher.engine.build import build_engine
+    from launcher.engine.distributed import join, leave
+    from launcher.engine.state import updates_made
+
+    store = folder / "store"
+    device = join(
+        rank=rank, world_size=layout.world_size, local_rank=rank, device="cpu", init_method=f"file://{store}"
+    )
+    engine, keys = build_engine(run, layout, device), state_keys(run.optimizer)
+    read = restore_engine(engine, restore, read_manifest(restore), keys) if restore else 0
+    batches = list(probe_batches(run, sequence_length(run)))
+    own = sample_indices(
+        samples_consumed=0,
+        global_batch_size=run.training.global_batch_size,
+        micro_batch_size=run.training.micro_batch_size,
+        data_rank=engine.mesh.data.rank,
+        data_size=engine.mesh.data.size,
+    )
+    losses, norms = [], []
+    for number in range(first, last + 1):
+        engine.set_learning_rate(run.optimizer.lr)
+        engine.random.begin_step(number)
+        result = engine.train_batch(iter(batches[number - 1].numpy()[own]))
+        losses.append(result.loss)
+        norms.append(result.grad_norm)
+    if save is not None:
+        writer = CheckpointWriter(engine, save, folder, keys)
+        writer.save(replace(EMPTY, step=last, updates=updates_made(engine)))
+        writer.wait()
+    reads: list[int] = [0] * layout.world_size
+    dist.all_gather_object(reads, read)
+    tensors = {f"weight/{logical.name}": tensor.clone() for logical, tensor in engine.full_weights()}
+    for key in keys:
+        tensors |= {f"{key}/{logical.name}": tensor.clone() for logical, tensor in engine.full_states(key)}
+    if engine.mesh.data.rank == 0 and engine.mesh.tensor.rank == 0:
+        save_file(tensors, folder / f"stage-{engine.mesh.stage}.safetensors")
+    if rank == 0:
+        (folder / "found.json").write_text(json.dumps({"losses": losses, "norms": norms, "bytes": reads}))
+        store.unlink(missing_ok=True)
+    leave()

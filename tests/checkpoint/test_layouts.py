@@ -1,0 +1,105 @@
+"""A run that changes its layout on the way is the run that did not."""
+
+from itertools import permutations, product
+from pathlib import Path
+
+import pytest
+import torch
+
+from launcher.config.schema import CheckpointConfig
+from tests.checkpoint.saving import GPT, LAYOUTS, LLAMA, MOMENTUM, STEPS, Outcome, run_in, saved, train
+
+# Every kind of partition is both left and entered, and the pipeline cut, padded and tied vocabulary with it.
+CHAIN = ["single", "zero3", "tp2_pp2", "zero2", "dualpipev", "zero1_tp2", "dp", "tp2"]
+RUNS = {
+    "momentum": [*GPT, *MOMENTUM],
+    "adamw, bf16": [*LLAMA, "precision=bf16"],
+}
+LOSS = {"momentum": 2e-6, "adamw, bf16": 2e-2}  # relative
+SAVE = CheckpointConfig()
+
+
+def test_a_layout_per_step(tmp_path: Path) -> None:
+    """Plain SGD with momentum in fp32: what comes of each step is compared with a run in one process."""
+    run, layout = run_in("single", *RUNS["momentum"])
+    whole = train(run, layout, tmp_path / "whole")
+    before: Path | None = None
+    for number, name in enumerate(CHAIN, 1):
+        run, layout = run_in(name, *RUNS["momentum"])
+        folder = tmp_path / str(number)
+        found = train(run, layout, folder, first=number, last=number, restore=before, save=SAVE)
+        before = saved(folder, number)
+        assert found.losses[0] == pytest.approx(whole.losses[number - 1], rel=2e-6), name
+        assert found.norms[0] == pytest.approx(whole.norms[number - 1], rel=2e-5), name
+    assert number == STEPS
+    assert_close(found, whole, 1e-5)
+
+
+@pytest.mark.parametrize("layout", ["zero1_tp2", "zero3"])
+@pytest.mark.parametrize("overrides", [[*GPT, "model.dropout=0.1"], [*LLAMA, "precision=bf16"]])
+def test_the_same_layout_goes_on_bit_by_bit(layout: str, overrides: list[str], tmp_path: Path) -> None:
+    goes_on_bit_by_bit(layout, overrides, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("overrides", [[*GPT, "model.dropout=0.1"], [*LLAMA, "precision=bf16"], MOMENTUM])
+def test_every_layout_goes_on_bit_by_bit(layout: str, overrides: list[str], tmp_path: Path) -> None:
+    model = [] if "model" in overrides[0] else GPT
+    goes_on_bit_by_bit(layout, [*model, *overrides], tmp_path)
+
+
+def goes_on_bit_by_bit(layout: str, overrides: list[str], tmp_path: Path) -> None:
+    run, resolved = run_in(layout, *overrides)
+    whole = train(run, resolved, tmp_path / "whole", last=4)
+    train(run, resolved, tmp_path / "half", last=2, save=SAVE)
+    again = train(run, resolved, tmp_path / "again", first=3, last=4, restore=saved(tmp_path / "half", 2))
+    assert again.losses == whole.losses[2:]
+    assert again.norms == whole.norms[2:]
+    assert again.tensors.keys() == whole.tensors.keys()
+    for name, tensor in again.tensors.items():
+        assert torch.equal(tensor, whole.tensors[name]), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", RUNS)
+@pytest.mark.parametrize("source", LAYOUTS)
+def test_from_any_layout_to_any_other(source: str, kind: str, tmp_path: Path) -> None:
+    run, layout = run_in(source, *RUNS[kind])
+    whole = train(run, layout, tmp_path / "whole", last=4)
+    train(run, layout, tmp_path / "half", last=2, save=SAVE)
+    targets = [target for one, target in permutations(LAYOUTS, 2) if one == source]
+    assert len(targets) == len(LAYOUTS) - 1
+    for target in targets:
+        run, layout = run_in(target, *RUNS[kind])
+        half = saved(tmp_path / "half", 2)
+        found = train(run, layout, tmp_path / target, first=3, last=4, restore=half)
+        assert found.losses == pytest.approx(whole.losses[2:], rel=LOSS[kind]), target
+        if kind == "momentum":
+            assert_close(found, whole, 1e-5)
+
+
+def test_each_rank_reads_what_it_holds_and_no_more(tmp_path: Path) -> None:
+    run, layout = run_in("single", *GPT)
+    train(run, layout, tmp_path / "from", last=1, save=SAVE)
+    whole = train(run, layout, tmp_path / "one", first=2, last=2, restore=saved(tmp_path / "from", 1))
+    run, layout = run_in("zero3_tp2", *GPT)
+    parts = train(run, layout, tmp_path / "four", first=2, last=2, restore=saved(tmp_path / "from", 1))
+    [all_of_it] = whole.bytes_read
+    assert all_of_it == sum(tensor.nbytes for tensor in whole.tensors.values())
+    # Data ranks share every weight; tensor ranks share all but the norms and the like.
+    assert sum(parts.bytes_read) == pytest.approx(all_of_it, rel=0.05)
+    assert max(parts.bytes_read) < 0.3 * all_of_it
+
+
+def assert_close(found: Outcome, whole: Outcome, relative: float) -> None:
+    assert found.tensors.keys() == whole.tensors.keys()
+    for name, tensor in found.tensors.items():
+        distance = float((tensor - whole.tensors[name]).norm())
+        # A key's bias has a gradient of rounding alone, and so has its momentum.
+        assert distance <= relative * float(whole.tensors[name].norm()) + 1e-6, name
+
+
+def test_the_chain_covers_every_kind_of_partition() -> None:
+    kinds = {"single", "dp", "zero1", "zero2", "zero3", "tp2", "pp2", "dualpipev"}
+    assert {part for name, part in product(CHAIN, kinds) if part in name} == kinds

@@ -1,0 +1,132 @@
+"""The same command again, as a user or a scheduler types it: the run goes on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.runtime.command import SMALL, environment, launcher, metrics, trained
+
+RUN = ["run.dir=r", "training.steps=6"]
+COMPARED = ("train/loss", "train/grad_norm", "val/loss", "train/samples", "train/lr")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """The metrics of six steps without a stop, on two ranks."""
+    folder = tmp_path_factory.mktemp("whole")
+    trained(*RUN, "parallelism.data=2", cwd=folder)
+    return metrics(folder / "r")
+
+
+def agree(rows: list[dict[str, Any]], expected: list[dict[str, Any]], relative: float) -> None:
+    assert [row["step"] for row in rows] == [row["step"] for row in expected]
+    for row, other in zip(rows, expected, strict=True):
+        # Where an earlier start ended, there is a validation more.
+        for name in [name for name in COMPARED if name in other]:
+            assert row[name] == pytest.approx(other[name], rel=relative, abs=0), (row["step"], name)
+
+
+def test_in_another_layout(whole: list[dict[str, Any]], tmp_path: Path) -> None:
+    trained(*RUN, "parallelism.data=2", "training.stop_at=2", cwd=tmp_path)
+    identity = json.loads((tmp_path / "r" / "run.json").read_text())["id"]
+    out = trained(*RUN, "parallelism=tp2", "parallelism.data=1", "training.stop_at=4", cwd=tmp_path)
+    assert "resumed  " in out
+    assert "step-00000002, at step 2" in out
+    trained(*RUN, "parallelism=zero3", "parallelism.data=2", cwd=tmp_path)
+    agree(metrics(tmp_path / "r"), whole, 1e-5)
+    found = json.loads((tmp_path / "r" / "run.json").read_text())
+    assert (found["id"], found["layout"]["zero_stage"]) == (identity, 3)
+    kept = sorted(path.name for path in (tmp_path / "r" / "checkpoints").iterdir())
+    assert kept == ["latest", "step-00000004", "step-00000006"]
+
+
+def test_killed_in_the_middle(whole: list[dict[str, Any]], tmp_path: Path) -> None:
+    """SIGKILL to every process at once, as a lost node does: what was saved goes on bit by bit."""
+    command = [sys.executable, "-m", "launcher", *SMALL, *RUN, "parallelism.data=2"]
+    every_step = ["checkpoint.interval_steps=1"]
+    process = subprocess.Popen(
+        [*command, *every_step], cwd=tmp_path, env=environment(), process_group=0, stdout=subprocess.DEVNULL
+    )
+    latest = tmp_path / "r" / "checkpoints" / "latest"
+    deadline = time.monotonic() + 90
+    while not latest.exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    trained(*RUN, "parallelism.data=2", *every_step, cwd=tmp_path)
+    agree(metrics(tmp_path / "r"), whole, 0.0)
+    assert not list((tmp_path / "r" / "checkpoints").glob("*.partial"))
+
+
+def test_before_the_first_checkpoint_it_begins_again(whole: list[dict[str, Any]], tmp_path: Path) -> None:
+    trained(*RUN, "parallelism.data=2", "training.stop_at=2", "checkpoint.enabled=false", cwd=tmp_path)
+    done = launcher(*SMALL, *RUN, "parallelism.data=2", cwd=tmp_path)
+    assert done.returncode == 2, "it holds a run that ended as it was told to"
+    for weights in (tmp_path / "r" / "weights").iterdir():
+        weights.unlink()
+    (tmp_path / "r" / "weights").rmdir()
+    trained(*RUN, "parallelism.data=2", cwd=tmp_path)
+    agree(metrics(tmp_path / "r"), whole, 0.0)
+
+
+def test_with_another_batch_no_sample_is_skipped_or_repeated(tmp_path: Path) -> None:
+    trained(*RUN, "parallelism.data=1", "training.stop_at=2", cwd=tmp_path)
+    trained(*RUN, "parallelism.data=1", "training.global_batch_size=12", cwd=tmp_path)
+    assert [row["train/samples"] for row in metrics(tmp_path / "r")] == [8, 16, 28, 40, 52, 64]
+
+
+def test_a_run_that_has_ended_is_refused(tmp_path: Path) -> None:
+    trained("run.dir=r", "training.steps=1", "parallelism.data=1", cwd=tmp_path)
+    done = launcher(*SMALL, "run.dir=r", "training.steps=1", "parallelism.data=1", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "training.steps=1: " in done.stderr
+    assert "nothing is left to train" in done.stderr
+    assert "training.steps=2 (or more)" in done.stderr
+
+
+def test_a_damaged_checkpoint_is_named_and_gone_past_if_asked(
+    whole: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    run = [*RUN, "parallelism.data=2"]
+    trained(*run, "training.stop_at=4", "checkpoint.interval_steps=2", cwd=tmp_path)
+    file = tmp_path / "r" / "checkpoints" / "step-00000004" / "00001-000.safetensors"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    done = launcher(*SMALL, *run, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "step-00000004: 00001-000.safetensors is damaged" in done.stderr
+    assert "checkpoint.fallback=true" in done.stderr
+    assert "Traceback" not in done.stderr
+    out = trained(*run, "checkpoint.fallback=true", cwd=tmp_path)
+    assert "at step 2" in out
+    agree(metrics(tmp_path / "r"), whole, 0.0)
+
+
+def test_on_a_full_disk_the_run_goes_on_or_ends(tmp_path: Path) -> None:
+    """No file may grow beyond 150 KiB, as on a disk that is full: a rank's checkpoint would have to."""
+    command = [sys.executable, "-m", "launcher", *SMALL, "training.steps=3", "parallelism.data=2"]
+    limited = ["bash", "-c", 'ulimit -f 150; exec "$@"', "bash", *command]
+
+    def run(*more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*limited, *more], cwd=tmp_path, env=environment(), text=True, capture_output=True, timeout=120
+        )
+
+    goes_on = run("run.dir=on", "checkpoint.interval_steps=1")
+    assert goes_on.returncode == 0, goes_on.stdout + goes_on.stderr
+    assert "a checkpoint could not be written, those before it are intact" in goes_on.stdout
+    assert "File too large" in goes_on.stdout
+    assert len(metrics(tmp_path / "on")) == 3
+    ends = run("run.dir=off", "checkpoint.interval_steps=1", "checkpoint.stop_on_error=true")
+    assert ends.returncode == 1
+    assert "File too large" in ends.stderr
