@@ -100,7 +100,24 @@ def generate(arguments: list[str]) -> int:
     return 0
 
 
+VERIFY_HELP = """\
+launcher verify [OVERRIDES]: prove on this machine that a run's layout computes what one process does.
+
+Takes the overrides of the run you mean to train, makes it small, trains it here in its layout and in one
+process of plain torch, and compares. Exit code 0: the same run; 1: not, with a diagnosis; 2: refused.
+
+  verify.steps=3           optimizer steps to compare
+  verify.device=cpu        or cuda: the layout's ranks on this machine's GPUs
+  verify.report=PATH       everything measured, as JSON
+
+Example: launcher verify model=llama_tiny parallelism=tp2_pp2 precision=bf16
+All groups and fields of a run: launcher --help"""
+
+
 def verify(arguments: list[str]) -> int:
+    if {"-h", "--help"} & set(arguments):
+        print(VERIFY_HELP)
+        return 0
     jobs, machine = compose_jobs("config", RunConfig, arguments), this_machine()
     layouts = [_layout_to_verify(job.config, machine) for job in jobs]
     for job, layout in zip(jobs, layouts, strict=True):

@@ -16,7 +16,6 @@ from launcher.config.errors import ConfigError, settings
 
 DIRECTORY, MANIFEST, LATEST = "checkpoints", "manifest.json", "latest"
 FORMAT = 1
-_CHUNK = 1 << 20
 
 
 class BrokenCheckpoint(Exception):
@@ -70,7 +69,9 @@ class Manifest:
     files: dict[str, File]
 
     def to_json(self) -> str:
-        return json.dumps({"format": FORMAT, **asdict(self)})
+        """With the SHA-256 of the rest, so that a change of any figure is seen."""
+        content = json.dumps(asdict(self), sort_keys=True)
+        return f'{{"format": {FORMAT}, "sha256": "{_digest(content)}", "checkpoint": {content}}}\n'
 
 
 def entry_name(kind: str, name: str, offsets: tuple[int, ...]) -> str:
@@ -88,9 +89,12 @@ def read_manifest(path: Path) -> Manifest:
     Raises BrokenCheckpoint. Their checksums are not computed: see damaged.
     """
     try:
-        found = json.loads((path / MANIFEST).read_text())
-        if found.pop("format") != FORMAT:
+        outer = json.loads((path / MANIFEST).read_text())
+        if outer["format"] != FORMAT:
             raise BrokenCheckpoint(path, MANIFEST, f"is of a format other than {FORMAT}")
+        found = outer["checkpoint"]
+        if outer["sha256"] != _digest(json.dumps(found, sort_keys=True)):
+            raise BrokenCheckpoint(path, MANIFEST, "was altered: its checksum is another")
         tensors = {
             kind: {
                 name: Stored(tuple(one["shape"]), tuple(_piece(piece) for piece in one["pieces"]))
@@ -112,6 +116,10 @@ def read_manifest(path: Path) -> Manifest:
         if size != file.bytes:
             raise BrokenCheckpoint(path, name, f"is {size} bytes long and should be {file.bytes}")
     return manifest
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _piece(piece: dict[str, Any]) -> Piece:

@@ -4,7 +4,9 @@ import errno
 import json
 import os
 import pickle
+import random
 import shutil
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,6 +64,12 @@ def content(path: Path) -> torch.Tensor:
     reader = Reader(path, read_manifest(path))
     reader.fill("weight", "w", Box((0, 0), SHAPE), found)
     return found
+
+
+def refuse_unless_intact(path: Path) -> None:
+    manifest = read_manifest(path)
+    if bad := damaged(path, manifest, sorted(manifest.files)):
+        raise BrokenCheckpoint(path, bad, "is damaged")
 
 
 @pytest.fixture
@@ -193,6 +201,42 @@ class TestUnusable:
         (newest / MANIFEST).write_text(text)
         with pytest.raises(BrokenCheckpoint, match=said):
             read_manifest(newest)
+
+    def test_two_hundred_random_corruptions_are_all_found(self, tmp_path: Path) -> None:
+        chance = random.Random(0)
+        found: Counter[str] = Counter()
+        path = write(tmp_path, 10)
+        whole = {file.name: file.read_bytes() for file in path.iterdir()}
+        names = sorted(whole)
+        for _ in range(200):
+            kind = chance.choice(["bit flip", "truncation", "deletion", "swapped files", "altered manifest"])
+            name = chance.choice(names)
+            if kind == "altered manifest":
+                text = whole[MANIFEST].decode()
+                digits = [place for place, letter in enumerate(text) if letter.isdigit()]
+                place = chance.choice(digits)
+                other = chance.choice([d for d in "0123456789" if d != text[place]])
+                (path / MANIFEST).write_text(text[:place] + other + text[place + 1 :])
+            elif kind == "swapped files":
+                one, two = chance.sample(names, 2)
+                (path / one).write_bytes(whole[two])
+                (path / two).write_bytes(whole[one])
+            elif kind == "deletion":
+                (path / name).unlink()
+            elif kind == "truncation":
+                (path / name).write_bytes(whole[name][: chance.randrange(len(whole[name]) - 1)])
+            else:
+                data = bytearray(whole[name])
+                data[chance.randrange(len(data) - 1)] ^= 1 << chance.randrange(8)
+                (path / name).write_bytes(data)
+            with pytest.raises(BrokenCheckpoint):
+                refuse_unless_intact(path)
+            found[kind] += 1
+            for file, data in whole.items():
+                (path / file).write_bytes(data)
+        assert len(found) == 5
+        assert min(found.values()) > 20
+        assert torch.equal(content(path), FULL + 10)
 
     def test_pickles_are_not_read(self, three: Path) -> None:
         class Bomb:

@@ -2,11 +2,15 @@
 
 from itertools import permutations, product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from launcher.checkpoint import geometry, load
 from launcher.config.schema import CheckpointConfig
+from launcher.parallel.mesh import Axis
+from launcher.parallel.sharding import LogicalTensor
 from tests.checkpoint.saving import GPT, LAYOUTS, LLAMA, MOMENTUM, STEPS, Outcome, run_in, saved, train
 
 # Every kind of partition is both left and entered, and the pipeline cut, padded and tied vocabulary with it.
@@ -90,6 +94,66 @@ def test_each_rank_reads_what_it_holds_and_no_more(tmp_path: Path) -> None:
     # Data ranks share every weight; tensor ranks share all but the norms and the like.
     assert sum(parts.bytes_read) == pytest.approx(all_of_it, rel=0.05)
     assert max(parts.bytes_read) < 0.3 * all_of_it
+
+
+def forget_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
+    fill = load.Reader.fill
+
+    def weights_only(self: load.Reader, kind: str, *where: Any) -> None:
+        if kind == "weight":
+            fill(self, kind, *where)
+
+    monkeypatch.setattr(load.Reader, "fill", weights_only)
+
+
+def forget_updates(monkeypatch: pytest.MonkeyPatch) -> None:
+    make = load.make_states
+    monkeypatch.setattr(load, "make_states", lambda engine, keys, updates: make(engine, keys, 0))
+
+
+def swap_stretches(monkeypatch: pytest.MonkeyPatch) -> None:
+    stretches = geometry._stretches
+
+    def swapped(logical: LogicalTensor, axis: Axis) -> list[tuple[int, int, int]]:
+        return stretches(logical, Axis(axis.size - 1 - axis.rank, axis.size, axis.group))
+
+    monkeypatch.setattr(geometry, "_stretches", swapped)
+
+
+def take_up_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load, "take_up", lambda engine: None)
+
+
+FAULTS = {
+    "none": lambda monkeypatch: None,
+    "working weights are not those that were read": take_up_nothing,
+    "optimizer states are left out": forget_kinds,
+    "Adam's count of steps is left out": forget_updates,
+    "shards are swapped": swap_stretches,
+}
+
+
+@pytest.fixture(scope="module")
+def adam(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome]:
+    """A checkpoint of step 2, written by one process, and what it does in the two steps after."""
+    folder = tmp_path_factory.mktemp("adam")
+    run, layout = run_in("single", *GPT, "optimizer.lr=1e-2")
+    train(run, layout, folder / "half", last=2, save=SAVE)
+    whole = train(run, layout, folder / "whole", last=4)
+    return saved(folder / "half", 2), whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_in_restoring_shows(
+    fault: str, adam: tuple[Path, Outcome], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    half, whole = adam
+    FAULTS[fault](monkeypatch)
+    run, layout = run_in("zero1_tp2", *GPT, "optimizer.lr=1e-2")
+    found = train(run, layout, tmp_path, first=3, last=4, restore=half)
+    same = found.losses == pytest.approx(whole.losses[2:], rel=1e-5)
+    assert same is (fault == "none"), (found.losses, whole.losses)
 
 
 def assert_close(found: Outcome, whole: Outcome, relative: float) -> None:
