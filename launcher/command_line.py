@@ -1,4 +1,4 @@
-"""The command line: `launcher [train] OVERRIDES`, `launcher verify OVERRIDES`, `launcher generate OVERRIDES`.
+"""The command line: `launcher [train | verify | generate] OVERRIDES` and `launcher checkpoint VERB PATH`.
 
 Nothing here imports torch before the config has been composed and checked.
 """
@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from launcher import __version__
+from launcher.checkpoint.inspect import inspect
 from launcher.config.compose import Job, compose_jobs, load_typed
 from launcher.config.errors import ConfigError
 from launcher.config.layout import Layout
@@ -139,7 +140,12 @@ def _layout_to_verify(run: RunConfig, machine: Machine) -> Layout:
     return validate(run, gpus=per_node, cores=cores, joined_world=h.nodes * per_node)
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": train, "verify": verify, "generate": generate}
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "train": train,
+    "verify": verify,
+    "generate": generate,
+    "checkpoint": inspect,
+}
 
 
 def _report(message: str, code: int) -> int:

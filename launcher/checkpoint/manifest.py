@@ -54,7 +54,7 @@ class Manifest:
     """`tensors` is by kind (weight, or torch's name of an optimizer state) and logical name.
 
     `samples` are those consumed; `updates` the optimizer steps made; `scaler` the numbers of a dynamic loss
-    scale. Nothing in it depends on the layout that wrote it.
+    scale. What is read back depends on nothing of the layout that wrote it.
     """
 
     step: int
@@ -63,6 +63,7 @@ class Manifest:
     scaler: dict[str, float]
     corpus: str  # digest of the training tokens
     launcher: str  # version
+    layout: str  # that wrote it, in words, for people
     config: dict[str, Any]  # as composed
     validation_loss: float | None
     tensors: dict[str, dict[str, Stored]]

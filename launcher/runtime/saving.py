@@ -12,6 +12,7 @@ from launcher.checkpoint.choose import check_corpus_is, check_goes_on, older_or_
 from launcher.checkpoint.load import first_damaged, restore
 from launcher.checkpoint.manifest import BrokenCheckpoint, Manifest, read_manifest
 from launcher.checkpoint.save import CheckpointError, CheckpointWriter
+from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
 from launcher.engine.base import Engine
 from launcher.engine.optimizer import state_keys
@@ -56,8 +57,10 @@ def start_from(
 class Checkpoints:
     """Saves a run as its config says. Every method is collective over the world."""
 
-    def __init__(self, run: RunConfig, engine: Engine, directory: RunDir, corpus: str) -> None:
-        self.run, self.engine, self.corpus = run, engine, corpus
+    def __init__(
+        self, run: RunConfig, layout: Layout, engine: Engine, directory: RunDir, corpus: str
+    ) -> None:
+        self.run, self.layout, self.engine, self.corpus = run, layout, engine, corpus
         self._writer = CheckpointWriter(engine, run.checkpoint, directory.path, state_keys(run.optimizer))
         self._saved_at = time.monotonic()
 
@@ -105,6 +108,7 @@ class Checkpoints:
             scaler=loss_scaler(self.engine),
             corpus=self.corpus,
             launcher=__version__,
+            layout=self.layout.describe(),
             config=config_as_dict(self.run),
             validation_loss=validation_loss,
             tensors={},

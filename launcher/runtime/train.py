@@ -35,7 +35,7 @@ def train(run: RunConfig, layout: Layout, directory: RunDir, device: torch.devic
     engine = build_engine(run, layout, device)
     digest = corpus.digest()
     progress, taken = start_from(run, engine, directory.checkpoint, digest)
-    checkpoints = Checkpoints(run, engine, directory, digest)
+    checkpoints = Checkpoints(run, layout, engine, directory, digest)
     last = run.training.stop_at or run.training.steps
 
     log = MetricsLog(run, layout, directory, progress.step + 1) if engine.mesh.rank == 0 else None

@@ -16,6 +16,7 @@ import torch
 from launcher.checkpoint import choose, files, save
 from launcher.checkpoint.choose import check_corpus_is, checkpoint_of
 from launcher.checkpoint.geometry import Box
+from launcher.checkpoint.inspect import inspect
 from launcher.checkpoint.load import Reader
 from launcher.checkpoint.manifest import (
     DIRECTORY,
@@ -386,3 +387,43 @@ def test_a_full_disk_is_an_error_of_the_write(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(OSError, match="No space left"):
         save.write_parts(partial, 0, [save._Part("weight", "w", (1,), Box((0,), (1,)), torch.zeros(1))], 100)
     assert checkpoints_in(tmp_path) == []
+
+
+class TestInspect:
+    def test_lists_shows_and_checks(self, three: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert inspect(["ls", str(three)]) == 0
+        listed = capsys.readouterr().out.splitlines()
+        assert [line.split()[0][-8:] for line in listed] == ["00000010", "00000020", "00000030"]
+        assert "240 samples" in listed[-1]
+        assert inspect(["show", str(three)]) == 0
+        shown = capsys.readouterr().out
+        assert "step        30, 240 samples consumed" in shown
+        assert "weight      1 tensors, 24 elements, fp32" in shown
+        assert "on 1 rank" in shown
+        assert inspect(["check", str(three)]) == 0
+        assert capsys.readouterr().out.count("  intact, ") == 3
+
+    def test_says_what_is_damaged(self, three: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        newest, older, _ = checkpoints_in(three)
+        (newest / "00001-000.safetensors").unlink()
+        file = older / "00000-000.safetensors"
+        file.write_bytes(file.read_bytes()[::-1])
+        assert inspect(["ls", str(three)]) == 1
+        assert "00001-000.safetensors is missing" in capsys.readouterr().out
+        assert inspect(["check", str(three)]) == 1
+        assert "00000-000.safetensors is damaged" in capsys.readouterr().out
+        assert inspect(["show", str(newest)]) == 1
+        assert inspect(["check", str(older)]) == 1
+
+    @pytest.mark.parametrize("arguments", [["sl", "x"], ["ls"], ["ls", "a", "b"]])
+    def test_refuses_what_it_does_not_understand(self, arguments: list[str]) -> None:
+        with pytest.raises(ConfigError, match=r"launcher checkpoint ls \| show \| check PATH"):
+            inspect(arguments)
+
+    def test_refuses_a_directory_without_any(self, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match="holds no checkpoint"):
+            inspect(["ls", str(tmp_path)])
+
+    def test_help(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert inspect(["--help"]) == 0
+        assert "launcher checkpoint check PATH" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from launcher.checkpoint.manifest import checkpoints_in, damaged, read_manifest
 from tests.runtime.command import SMALL, environment, launcher, metrics, trained
 
 RUN = ["run.dir=r", "training.steps=6"]
@@ -130,3 +132,56 @@ def test_on_a_full_disk_the_run_goes_on_or_ends(tmp_path: Path) -> None:
     ends = run("run.dir=off", "checkpoint.interval_steps=1", "checkpoint.stop_on_error=true")
     assert ends.returncode == 1
     assert "File too large" in ends.stderr
+
+
+@pytest.mark.slow
+def test_a_hundred_kills_lose_at_most_one_interval_each(tmp_path: Path) -> None:
+    """SIGKILL, of all ranks or of one, at a random moment of a run that saves at every step."""
+    chance = random.Random(0)
+    run = ["run.dir=r", "training.steps=100000", "parallelism.data=2", "checkpoint.interval_steps=1"]
+    folder, kills = tmp_path / "r" / "checkpoints", {"all": 0, "one": 0}
+    before = 0
+    for _ in range(100):
+        command = [sys.executable, "-m", "launcher", *SMALL, *run]
+        silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        process = subprocess.Popen(command, cwd=tmp_path, env=environment(), process_group=0, **silent)
+        wait_until_beyond(before + 1, folder, process)
+        time.sleep(chance.uniform(0, 0.2))
+        kind = chance.choice(list(kills))
+        kills[kind] += 1
+        if kind == "all":
+            os.killpg(process.pid, signal.SIGKILL)
+        else:
+            os.kill(chance.choice(children_of(process.pid)), signal.SIGKILL)
+        process.wait(timeout=60)
+        newest = checkpoints_in(tmp_path / "r")[0]
+        manifest = read_manifest(newest)
+        assert damaged(newest, manifest, sorted(manifest.files)) is None
+        assert manifest.step > before
+        # The step that was being saved, and the one behind which it was.
+        assert metrics_of_a_killed_run(tmp_path / "r") - manifest.step <= 2
+        before = manifest.step
+    assert min(kills.values()) > 30
+    trained(*run, f"training.stop_at={before + 2}", cwd=tmp_path)
+    assert sorted(path.suffix for path in folder.iterdir()) == ["", "", ""]
+    assert [row["step"] for row in metrics(tmp_path / "r")] == list(range(1, before + 3))
+
+
+def wait_until_beyond(step: int, folder: Path, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 120
+    while not (found := list(folder.glob("step-*"))) or max(int(p.name[5:13]) for p in found) < step:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def children_of(parent: int) -> list[int]:
+    listed = subprocess.run(["ps", "-eo", "pid,ppid"], text=True, capture_output=True, check=True).stdout
+    pairs = [tuple(map(int, line.split())) for line in listed.splitlines()[1:]]
+    return [pid for pid, its_parent in pairs if its_parent == parent]
+
+
+def metrics_of_a_killed_run(run_dir: Path) -> int:
+    """The last step that has a row."""
+    text = (run_dir / "metrics.jsonl").read_text()
+    return int(json.loads(text[: text.rindex("\n")].splitlines()[-1])["step"])
