@@ -169,7 +169,7 @@ def test_a_hundred_kills_lose_at_most_one_interval_each(tmp_path: Path) -> None:
 
 def wait_until_beyond(step: int, folder: Path, process: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + 120
-    while not (found := list(folder.glob("step-*"))) or max(int(p.name[5:13]) for p in found) < step:
+    while not (found := checkpoints_in(folder.parent)) or int(found[0].name.removeprefix("step-")) < step:
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.01)
