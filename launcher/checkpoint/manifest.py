@@ -147,16 +147,20 @@ def checkpoints_in(run_dir: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
 
 
+def is_readable(path: Path) -> bool:
+    """Whether all files of a checkpoint are there in full length; their checksums are not computed."""
+    try:
+        read_manifest(path)
+    except BrokenCheckpoint:
+        return False
+    return True
+
+
 def readable_older(path: Path) -> Path | None:
     """The newest checkpoint beside and before `path` whose files are all there in full length."""
     siblings = checkpoints_in(path.parent.parent)
-    for older in siblings[siblings.index(path) + 1 :] if path in siblings else []:
-        try:
-            read_manifest(older)
-        except BrokenCheckpoint:
-            continue
-        return older
-    return None
+    before = siblings[siblings.index(path) + 1 :] if path in siblings else []
+    return next(filter(is_readable, before), None)
 
 
 def refusal_of(broken: BrokenCheckpoint) -> ConfigError:

@@ -18,13 +18,13 @@ from launcher.checkpoint.manifest import (
     DIRECTORY,
     LATEST,
     MANIFEST,
-    BrokenCheckpoint,
     File,
     Manifest,
     Piece,
     Stored,
     checkpoints_in,
     entry_name,
+    is_readable,
     read_manifest,
     sha256_of,
     step_name,
@@ -216,8 +216,8 @@ def commit(partial: Path, manifest: Manifest, world: int) -> Path:
 
 
 def prune(run_dir: Path, config: CheckpointConfig) -> None:
-    """Delete what `config` does not keep."""
-    complete = checkpoints_in(run_dir)
+    """Delete what `config` does not keep. What cannot be used is not counted, and stays to be looked at."""
+    complete = [path for path in checkpoints_in(run_dir) if is_readable(path)]
     kept = set(complete[: config.keep_last])
     if config.keep_every_steps:
         kept |= {path for path in complete if _step(path) % config.keep_every_steps == 0}
@@ -236,8 +236,5 @@ def _step(path: Path) -> int:
 
 
 def _validation_loss(path: Path) -> float:
-    try:
-        loss = read_manifest(path).validation_loss
-    except BrokenCheckpoint:
-        return inf
+    loss = read_manifest(path).validation_loss
     return inf if loss is None else loss

@@ -352,6 +352,12 @@ class TestPrune:
         save.prune(tmp_path, config)
         assert self.kept(tmp_path) == kept
 
+    def test_what_cannot_be_used_does_not_count(self, tmp_path: Path) -> None:
+        self.write_six(tmp_path)
+        (checkpoints_in(tmp_path)[0] / MANIFEST).unlink()
+        save.prune(tmp_path, CheckpointConfig(keep_last=2, keep_best=False))
+        assert [int(path.name[5:]) for path in checkpoints_in(tmp_path)] == [60, 50, 40]
+
     def test_cut_short_it_leaves_no_half_checkpoint(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
