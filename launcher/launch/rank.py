@@ -1,6 +1,7 @@
 """What a rank's process does around its work: signals, its log, and handing its failure to the parent."""
 
 import faulthandler
+import gc
 import os
 import re
 import signal
@@ -41,6 +42,9 @@ def rank_main(
         if log is not None:
             _redirect_output(log)
         faulthandler.enable(file=2)
+        # What a fork brought stays shared with the parent, and none of its finalizers runs here, where it
+        # would swallow the exception of a signal that comes just then.
+        gc.freeze()
         _handle_signals()
         target(rank)
     except SystemExit:

@@ -90,13 +90,14 @@ def _rank(
     device = join(rank=rank, world_size=world, local_rank=rank, device="cpu", init_method=init_method)
     engine = build_engine(run, layout, device)
     samples = samples_for(run.model, run.model.max_sequence_length, 1)
+    size = run.training.global_batch_size
     trace = Trace([], [], 0.0, {})
     for step in range(STEPS):
         engine.set_learning_rate(run.optimizer.lr)
-        result = engine.train_batch(global_batch(run, engine, samples, step))
+        result = engine.train_batch(global_batch(run, engine, samples, step * size))
         trace.losses.append(result.loss)
         trace.norms.append(result.grad_norm)
-    trace.validation = engine.eval_batch(global_batch(run, engine, samples, STEPS))
+    trace.validation = engine.eval_batch(global_batch(run, engine, samples, STEPS * size))
     trace.weights = {logical.name: tensor.clone() for logical, tensor in engine.full_weights()}
     leave()
     return trace

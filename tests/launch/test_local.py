@@ -702,7 +702,7 @@ def test_what_a_rank_raises_while_it_is_stopped_is_the_cause(tmp_path: Path, own
                 raise ValueError("disk full")
 
     with pytest.raises(KeyboardInterrupt) as stopped:
-        run(target, 1, tmp_path)
+        run(target, 1, tmp_path, stop_grace=HANG)
     assert isinstance(stopped.value.__cause__, RankFailure)
     assert "ValueError: disk full" in str(stopped.value.__cause__)
 

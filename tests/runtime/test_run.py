@@ -88,7 +88,7 @@ def test_the_default_run_directory_is_fresh_and_printed(tmp_path: Path) -> None:
 
 
 def test_a_directory_that_holds_a_run_is_refused(finished: Path) -> None:
-    done = launcher("run.dir=one", cwd=finished.parent)
+    done = launcher("run.dir=one", "checkpoint.resume=none", cwd=finished.parent)
     assert done.returncode == 2
     assert "run.dir=one: already holds a run" in done.stderr
     assert "run.dir=one-2" in done.stderr
