@@ -1,4 +1,4 @@
-"""The command line: `launcher [train | verify | generate] OVERRIDES` and `launcher checkpoint VERB PATH`.
+"""The command line: `launcher [train | verify | generate] OVERRIDES`, checkpoint, export and import.
 
 Nothing here imports torch before the config has been composed and checked.
 """
@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from launcher import __version__
+from launcher.checkpoint.exchange_command import export, import_
 from launcher.checkpoint.inspect import inspect
 from launcher.config.compose import Job, compose_jobs, load_typed
 from launcher.config.errors import ConfigError
@@ -145,6 +146,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "verify": verify,
     "generate": generate,
     "checkpoint": inspect,
+    "export": export,
+    "import": import_,
 }
 
 

@@ -7,11 +7,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 
-def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """A safetensors file, on the disk when this returns. It may be seen half written: rename it after."""
     path.touch()
     mode = path.stat().st_mode
-    save_file(tensors, path)
+    save_file(tensors, path, metadata)
     path.chmod(mode)  # safetensors makes its files readable by their owner alone
     sync(path)
 

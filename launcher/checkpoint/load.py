@@ -1,52 +1,15 @@
-"""Reading checkpoints into any layout: each rank the boxes that it holds, and no more."""
+"""Taking a checkpoint up in any layout: each rank the boxes that it holds, and no more."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
-from launcher.checkpoint.geometry import Box, logical_views
-from launcher.checkpoint.manifest import BrokenCheckpoint, Manifest, damaged, entry_name
+from launcher.checkpoint.geometry import logical_views
+from launcher.checkpoint.manifest import Manifest, damaged
+from launcher.checkpoint.read import Reader, WeightReader
 from launcher.engine.base import Engine
 from launcher.engine.state import fragments, make_states, take_up
-
-
-class Reader:
-    """Copies boxes of logical tensors out of a checkpoint's files. `bytes_read` counts their bytes."""
-
-    def __init__(self, path: Path, manifest: Manifest) -> None:
-        self.path, self.manifest = path, manifest
-        self.bytes_read = 0
-        self._open: dict[str, Any] = {}
-
-    def fill(self, kind: str, name: str, box: Box, view: Tensor) -> None:
-        """Copy `box` of a logical tensor into `view`. Raises BrokenCheckpoint where it is not all there."""
-        stored = self.manifest.tensors.get(kind, {}).get(name)
-        found = 0
-        for piece in stored.pieces if stored else ():
-            source = Box(piece.offsets, piece.sizes)
-            common = box.overlap(source)
-            if common is None:
-                continue
-            try:
-                entry = self._file(piece.file).get_slice(entry_name(kind, name, piece.offsets))
-                data = entry[common.within(source)]
-            except (SafetensorError, OSError) as error:
-                raise BrokenCheckpoint(self.path, piece.file, f"cannot be read: {error}") from None
-            view[common.within(box)].copy_(data)
-            self.bytes_read += data.nbytes
-            found += common.numel
-        if found != box.numel:
-            why = f"has {found} of the {box.numel} elements of {kind} {name} at {box.offsets}"
-            raise BrokenCheckpoint(self.path, "manifest.json", why)
-
-    def _file(self, name: str) -> Any:
-        if name not in self._open:
-            self._open[name] = safe_open(self.path / name, framework="pt")
-        return self._open[name]
 
 
 @torch.no_grad()
@@ -57,6 +20,20 @@ def restore(engine: Engine, path: Path, manifest: Manifest, keys: list[str]) -> 
     """
     make_states(engine, keys, manifest.updates)
     reader = Reader(path, manifest)
+    _fill(engine, reader, keys)
+    return reader.bytes_read
+
+
+@torch.no_grad()
+def begin_with(engine: Engine, reader: WeightReader) -> None:
+    """Take weights alone, as a run's first. Collective over the data groups.
+
+    Raises BrokenCheckpoint, ConfigError.
+    """
+    _fill(engine, reader, [])
+
+
+def _fill(engine: Engine, reader: WeightReader, keys: list[str]) -> None:
     for fragment in fragments(engine, keys):
         for kind, tensor in fragment.tensors.items():
             views = logical_views(
@@ -65,7 +42,6 @@ def restore(engine: Engine, path: Path, manifest: Manifest, keys: list[str]) -> 
             for box, view in views:
                 reader.fill(kind, fragment.logical.name, box, view)
     take_up(engine)
-    return reader.bytes_read
 
 
 def first_damaged(path: Path, manifest: Manifest) -> str | None:

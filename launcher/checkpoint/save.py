@@ -1,55 +1,25 @@
 """Writing checkpoints: every rank its own part, behind training; the first rank makes them complete."""
 
-import json
 import shutil
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
-from math import inf
 from pathlib import Path
 
 import torch.distributed as dist
-from torch import Tensor
 
-from launcher.checkpoint.files import replace_file, save_tensors, sync
-from launcher.checkpoint.geometry import Box, logical_views
-from launcher.checkpoint.manifest import (
-    DIRECTORY,
-    LATEST,
-    MANIFEST,
-    File,
-    Manifest,
-    Piece,
-    Stored,
-    checkpoints_in,
-    entry_name,
-    is_readable,
-    read_manifest,
-    sha256_of,
-    step_name,
-)
+from launcher.checkpoint.geometry import logical_views
+from launcher.checkpoint.manifest import DIRECTORY, Manifest, step_name
+from launcher.checkpoint.write import PARTIAL, Part, commit, index_of, prune, write_parts
 from launcher.config.schema import CheckpointConfig
 from launcher.engine.base import Engine
 from launcher.engine.state import Fragment, fragments
 
-_PARTIAL, _INDEX = ".partial", ".json"
 _POLL = 0.02
 
 
 class CheckpointError(Exception):
     """A checkpoint could not be written; those before it are intact."""
-
-
-@dataclass(frozen=True)
-class _Part:
-    """One box of this rank's, copied to host memory."""
-
-    kind: str
-    name: str
-    shape: tuple[int, ...]
-    box: Box
-    tensor: Tensor
 
 
 class CheckpointWriter:
@@ -101,12 +71,12 @@ class CheckpointWriter:
             raise CheckpointError(found)
 
     def _make_directory(self, step: int) -> Path:
-        partial = self.folder / f"{step_name(step)}{_PARTIAL}"
+        partial = self.folder / f"{step_name(step)}{PARTIAL}"
         error: list[str | None] = [None]
         if self._first:
             try:
                 self.folder.mkdir(exist_ok=True)
-                for leftover in self.folder.glob(f"*{_PARTIAL}"):
+                for leftover in self.folder.glob(f"*{PARTIAL}"):
                     shutil.rmtree(leftover)
                 partial.mkdir()
             except OSError as reason:
@@ -116,7 +86,7 @@ class CheckpointWriter:
             raise CheckpointError(error[0])
         return partial
 
-    def _snapshot(self) -> Iterator[_Part]:
+    def _snapshot(self) -> Iterator[Part]:
         for fragment in fragments(self.engine, self.keys):
             own = own_part(fragment, self.engine)
             if own is None:
@@ -127,9 +97,9 @@ class CheckpointWriter:
                 )
                 for box, view in views:
                     copied = view.to("cpu", copy=True).contiguous()
-                    yield _Part(kind, own.logical.name, own.logical.shape, box, copied)
+                    yield Part(kind, own.logical.name, own.logical.shape, box, copied)
 
-    def _write(self, partial: Path, parts: list[_Part], manifest: Manifest) -> None:
+    def _write(self, partial: Path, parts: list[Part], manifest: Manifest) -> None:
         try:
             write_parts(partial, self.engine.mesh.rank, parts, int(self.config.max_file_gb * 1e9))
             if self._first:
@@ -155,86 +125,11 @@ def own_part(fragment: Fragment, engine: Engine) -> Fragment | None:
     return fragment.narrowed(start, stop - start) if stop > start else None
 
 
-def write_parts(partial: Path, rank: int, parts: list[_Part], max_bytes: int) -> None:
-    """This rank's files, synced, and last of all their index."""
-    files: dict[str, File] = {}
-    listed = []
-    for number, group in enumerate(_in_files(parts, max_bytes)):
-        name = f"{rank:05d}-{number:03d}.safetensors"
-        save_tensors({entry_name(p.kind, p.name, p.box.offsets): p.tensor for p in group}, partial / name)
-        files[name] = File((partial / name).stat().st_size, sha256_of(partial / name))
-        listed += [(p.kind, p.name, p.shape, asdict(Piece(name, p.box.offsets, p.box.sizes))) for p in group]
-    index = {"files": {name: asdict(file) for name, file in files.items()}, "pieces": listed}
-    replace_file(partial / f"{rank:05d}{_INDEX}", json.dumps(index))
-
-
-def _in_files(parts: list[_Part], max_bytes: int) -> Iterator[list[_Part]]:
-    group: list[_Part] = []
-    size = 0
-    for part in parts:
-        if group and size + part.tensor.nbytes > max_bytes:
-            yield group
-            group, size = [], 0
-        group.append(part)
-        size += part.tensor.nbytes
-    if group:
-        yield group
-
-
 def _all_indexed(partial: Path, world: int, all_ended: threading.Event) -> bool:
-    indices = [partial / f"{rank:05d}{_INDEX}" for rank in range(world)]
+    indices = [index_of(partial, rank) for rank in range(world)]
     while True:
         ended = all_ended.wait(_POLL)
         if all(index.exists() for index in indices):
             return True
         if ended:
             return False
-
-
-def commit(partial: Path, manifest: Manifest, world: int) -> Path:
-    """Make the checkpoint complete: its manifest, then its name, then `latest`. Returns its directory."""
-    tensors: dict[str, dict[str, Stored]] = {}
-    files: dict[str, File] = {}
-    for rank in range(world):
-        path = partial / f"{rank:05d}{_INDEX}"
-        index = json.loads(path.read_text())
-        files |= {name: File(**file) for name, file in index["files"].items()}
-        for kind, name, shape, piece in index["pieces"]:
-            stored = tensors.setdefault(kind, {}).get(name, Stored(tuple(shape), ()))
-            own = Piece(piece["file"], tuple(piece["offsets"]), tuple(piece["sizes"]))
-            tensors[kind][name] = replace(stored, pieces=(*stored.pieces, own))
-        path.unlink()
-    replace_file(partial / MANIFEST, replace(manifest, tensors=tensors, files=files).to_json())
-    final = partial.with_name(partial.name.removesuffix(_PARTIAL))
-    if final.exists():
-        # An unusable one that a fallback went past: it makes room.
-        shutil.rmtree(final)
-    partial.rename(final)
-    sync(final.parent)
-    replace_file(final.parent / LATEST, final.name + "\n")
-    return final
-
-
-def prune(run_dir: Path, config: CheckpointConfig) -> None:
-    """Delete what `config` does not keep. What cannot be used is not counted, and stays to be looked at."""
-    complete = [path for path in checkpoints_in(run_dir) if is_readable(path)]
-    kept = set(complete[: config.keep_last])
-    if config.keep_every_steps:
-        kept |= {path for path in complete if _step(path) % config.keep_every_steps == 0}
-    if config.keep_best and (best := min(complete, key=_validation_loss, default=None)):
-        kept.add(best)
-    for path in complete:
-        if path not in kept:
-            # Renamed first: a half deleted one is not a checkpoint.
-            doomed = path.with_name(f"{path.name}{_PARTIAL}")
-            path.rename(doomed)
-            shutil.rmtree(doomed)
-
-
-def _step(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
-
-
-def _validation_loss(path: Path) -> float:
-    loss = read_manifest(path).validation_loss
-    return inf if loss is None else loss

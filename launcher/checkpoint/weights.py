@@ -68,19 +68,20 @@ def load_weights(module: nn.Module, run_dir: Path) -> None:
                 for name in file.keys():  # noqa: SIM118  (not a dict)
                     _fill(parameters.pop(name, None), file.get_tensor(name), name, path)
         except (SafetensorError, OSError) as error:
-            raise _unusable(run_dir, f"{path.name} cannot be read: {error}") from None
+            raise unusable(run_dir, f"{path.name} cannot be read: {error}") from None
     if parameters:
-        raise _unusable(run_dir, f"the weights lack {', '.join(sorted(parameters))}")
+        raise unusable(run_dir, f"the weights lack {', '.join(sorted(parameters))}")
 
 
 def _fill(parameter: nn.Parameter | None, tensor: torch.Tensor, name: str, path: Path) -> None:
     if parameter is None or parameter.shape != tensor.shape:
         expected = "has none" if parameter is None else f"has {tuple(parameter.shape)}"
         why = f"{path.name} has {name} of {tuple(tensor.shape)}, the model of config.yaml {expected}"
-        raise _unusable(path.parents[1], why)
+        raise unusable(path.parents[1], why)
     with torch.no_grad():
         parameter.copy_(tensor)
 
 
-def _unusable(run_dir: Path, why: str) -> ConfigError:
+def unusable(run_dir: Path, why: str) -> ConfigError:
+    """What the user is told about final weights that do not fit."""
     return ConfigError("run.dir", run_dir, why, "the directory of an unchanged run")

@@ -83,6 +83,7 @@ GENERATE_NUMBERS: dict[str, tuple[Range, str]] = {
     "top_k": (NOT_NEGATIVE, "0 (off)"),
     "seed": (SEED, "0"),
 }
+EXCHANGE_NUMBERS: dict[str, tuple[Range, str]] = {"max_file_gb": (ABOVE_0, "2")}
 
 
 def refuse_numbers_out_of_range(config: object, numbers: Mapping[str, tuple[Range, str]]) -> None:

@@ -199,6 +199,7 @@ class CheckpointConfig:
 
     Saved at the end too, whatever the interval. `resume`: `auto` goes on from the newest checkpoint in
     run.dir, if there is one; `none` never does; a path names a checkpoint, or a run's directory (its newest).
+    `init_from` is either of these, what `launcher import` made, or a Hugging Face directory.
     """
 
     enabled: bool = True
@@ -211,6 +212,7 @@ class CheckpointConfig:
     stop_on_error: bool = False  # when one cannot be written, as on a full disk; else the run goes on
     max_file_gb: float = 2.0  # in 1e9 bytes
     resume: str = "auto"
+    init_from: Optional[str] = None  # weights that a fresh run begins with
     fallback: bool = False  # an unusable checkpoint: take the newest intact one before it
 
 
@@ -257,8 +259,16 @@ class GenerateConfig:
     seed: int = 0
 
 
+@dataclass
+class ExchangeConfig:
+    """What `launcher export` and `launcher import` take besides the two directories."""
+
+    dtype: Dtype = Dtype.fp32  # that export writes
+    max_file_gb: float = 2.0  # in 1e9 bytes
+
+
 def register_schema() -> None:
-    """Give Hydra the two typed roots that conf/config.yaml and conf/generate.yaml start from.
+    """Give Hydra the typed roots that conf/config.yaml, generate.yaml and exchange.yaml start from.
 
     And the resolver `sweep_dir`: where a --multirun keeps its record, beside the directories of its runs.
     """
@@ -266,3 +276,4 @@ def register_schema() -> None:
     store = ConfigStore.instance()
     store.store(name="run_schema", node=RunConfig)
     store.store(name="generate_schema", node=GenerateConfig)
+    store.store(name="exchange_schema", node=ExchangeConfig)

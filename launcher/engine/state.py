@@ -12,12 +12,10 @@ import torch
 from deepspeed.utils import lazy_init_hp_params_optimizer_state
 from torch import Tensor, nn
 
-from launcher.parallel.sharding import LogicalTensor, logical_of
+from launcher.parallel.sharding import WEIGHT, LogicalTensor, logical_of
 
 if TYPE_CHECKING:
     from launcher.engine.base import Engine
-
-WEIGHT = "weight"
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,8 @@ class Fragment:
 
 def fragments(engine: "Engine", keys: list[str]) -> Iterator[Fragment]:
     """All that this rank holds, with the optimizer states `keys`; no collective."""
-    link_states(engine)
+    if keys:
+        link_states(engine)
     for parameter in engine.module.parameters():
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
         held = _held(engine, parameter, keys)

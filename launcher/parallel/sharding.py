@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from launcher.parallel.mesh import Axis
 
+WEIGHT = "weight"  # the kind of a parameter itself, beside torch's names of its optimizer states
+
 
 @dataclass(frozen=True)
 class LogicalTensor:

@@ -12,6 +12,8 @@ from omegaconf import OmegaConf
 
 from launcher import __version__
 from launcher.checkpoint.choose import checkpoint_of
+from launcher.checkpoint.companions import carry_companions
+from launcher.checkpoint.sources import Weights, check_model_is, weights_at
 from launcher.config.errors import ConfigError
 from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
@@ -25,6 +27,7 @@ class RunDir:
     path: Path
     run_id: str
     checkpoint: Path | None = None  # to go on from
+    initial: Weights | None = None  # to begin with, where there is none
 
     @property
     def logs(self) -> Path:
@@ -44,6 +47,7 @@ def claim_run_dir(run: RunConfig, layout: Layout, *, multirun_index: int | None 
     run_id = secrets.token_hex(4)
     path = _path(run, run_id, multirun_index)
     checkpoint = checkpoint_of(run, path)
+    initial = _initial(run) if checkpoint is None else None
     if (path / CONFIG).exists():
         if run.checkpoint.resume != "auto" or (checkpoint is None and (path / WEIGHTS).exists()):
             raise ConfigError(
@@ -55,13 +59,23 @@ def claim_run_dir(run: RunConfig, layout: Layout, *, multirun_index: int | None 
         run_id = _id_of(path) or run_id
     try:
         (path / LOGS).mkdir(parents=True, exist_ok=True)
+        if source := checkpoint or (initial and initial.path):
+            carry_companions(source, path)
         (path / CONFIG).write_text(OmegaConf.to_yaml(OmegaConf.structured(run)))
         (path / IDENTITY).write_text(json.dumps(_identity(run_id, layout), indent=2) + "\n")
     except OSError as error:
         raise ConfigError(
             "run.dir", path, f"cannot be written: {error.strerror}", "a directory you may write to"
         ) from None
-    return RunDir(path.resolve(), run_id, checkpoint)
+    return RunDir(path.resolve(), run_id, checkpoint, initial)
+
+
+def _initial(run: RunConfig) -> Weights | None:
+    if run.checkpoint.init_from is None:
+        return None
+    weights = weights_at(Path(run.checkpoint.init_from), "checkpoint.init_from")
+    check_model_is(run.model, weights, "checkpoint.init_from")
+    return weights
 
 
 def config_as_dict(run: RunConfig) -> dict[str, Any]:

@@ -9,9 +9,12 @@ import torch.distributed as dist
 
 from launcher import __version__
 from launcher.checkpoint.choose import check_corpus_is, check_goes_on, older_or_refused
-from launcher.checkpoint.load import first_damaged, restore
+from launcher.checkpoint.load import begin_with, first_damaged, restore
 from launcher.checkpoint.manifest import BrokenCheckpoint, Manifest, read_manifest
+from launcher.checkpoint.read import open_weights
 from launcher.checkpoint.save import CheckpointError, CheckpointWriter
+from launcher.checkpoint.sources import Kind, Weights
+from launcher.config.errors import ConfigError
 from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
 from launcher.engine.base import Engine
@@ -33,9 +36,11 @@ class Progress:
 
 
 def start_from(
-    run: RunConfig, engine: Engine, path: Path | None, corpus: str
+    run: RunConfig, engine: Engine, path: Path | None, initial: Weights | None, corpus: str
 ) -> tuple[Progress, Path | None]:
     """Take up the checkpoint `path`, or one before it; where the run then is, and what was taken.
+
+    Without one, at the first step, with the weights `initial` if there are any.
 
     Collective over the world. Raises ConfigError for one that cannot be used.
     """
@@ -51,7 +56,20 @@ def start_from(
             return Progress(manifest.step, manifest.samples), path
         except BrokenCheckpoint as broken:
             path = older_or_refused(run, broken)
-    return Progress(), None
+    if initial is not None:
+        try:
+            check_intact(initial)
+            begin_with(engine, open_weights(initial))
+        except BrokenCheckpoint as broken:
+            remedy = "weights that are intact: see `launcher checkpoint check`"
+            raise ConfigError("checkpoint.init_from", initial.path, str(broken), remedy) from None
+    return Progress(), initial.path if initial else None
+
+
+def check_intact(weights: Weights) -> None:
+    """Raises BrokenCheckpoint for a wrong checksum, where there are checksums. Collective over the world."""
+    if weights.kind is Kind.checkpoint and (name := first_damaged(weights.path, read_manifest(weights.path))):
+        raise BrokenCheckpoint(weights.path, name, "is damaged: its checksum is another")
 
 
 class Checkpoints:

@@ -34,7 +34,7 @@ def train(run: RunConfig, layout: Layout, directory: RunDir, device: torch.devic
     validation = TokenSamples(corpus.validation, length, shuffle_seed=None)
     engine = build_engine(run, layout, device)
     digest = corpus.digest()
-    progress, taken = start_from(run, engine, directory.checkpoint, digest)
+    progress, taken = start_from(run, engine, directory.checkpoint, directory.initial, digest)
     checkpoints = Checkpoints(run, layout, engine, directory, digest)
     last = run.training.stop_at or run.training.steps
 
@@ -42,7 +42,8 @@ def train(run: RunConfig, layout: Layout, directory: RunDir, device: torch.devic
     failed = True
     try:
         _say(log, *(log.notes if log else []))
-        _say(log, *[f"resumed  {taken}, at step {progress.step}" for _ in [taken] if taken])
+        if taken:
+            _say(log, f"resumed  {taken}, at step {progress.step}" if progress.step else f"begun    {taken}")
         with ProgressDisplay(last) if log else _Silent() as display:
             while progress.step < last:
                 row = train_step(run, layout, engine, training, progress, device)

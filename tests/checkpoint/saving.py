@@ -55,9 +55,9 @@ class Outcome:
     bytes_read: list[int]  # by rank
 
 
-def run_in(layout: str, *overrides: str) -> tuple[RunConfig, Layout]:
+def run_in(layout: str, *overrides: str, steps: int = STEPS) -> tuple[RunConfig, Layout]:
     """The same small model and batch in any of LAYOUTS."""
-    run = small_run(*overrides, *LAYOUTS[layout], steps=STEPS)
+    run = small_run(*overrides, *LAYOUTS[layout], steps=steps)
     m = run.model
     m.num_layers, m.num_heads, m.hidden_size, m.ffn_hidden_size = 4, 4, 32, 44
     m.num_kv_heads = None if m.num_kv_heads is None else 2

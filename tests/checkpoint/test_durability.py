@@ -14,10 +14,9 @@ import pytest
 import torch
 
 from launcher.checkpoint import choose, files, save
+from launcher.checkpoint.boxes import Box
 from launcher.checkpoint.choose import check_corpus_is, checkpoint_of
-from launcher.checkpoint.geometry import Box
 from launcher.checkpoint.inspect import inspect
-from launcher.checkpoint.load import Reader
 from launcher.checkpoint.manifest import (
     DIRECTORY,
     LATEST,
@@ -28,6 +27,7 @@ from launcher.checkpoint.manifest import (
     read_manifest,
     step_name,
 )
+from launcher.checkpoint.read import Reader
 from launcher.config.errors import ConfigError
 from launcher.config.schema import CheckpointConfig, RunConfig
 from launcher.runtime.run_dir import config_as_dict

@@ -69,16 +69,18 @@ def goes_on_bit_by_bit(layout: str, overrides: list[str], tmp_path: Path) -> Non
 @pytest.mark.parametrize("kind", RUNS)
 @pytest.mark.parametrize("source", LAYOUTS)
 def test_from_any_layout_to_any_other(source: str, kind: str, tmp_path: Path) -> None:
-    run, layout = run_in(source, *RUNS[kind])
-    whole = train(run, layout, tmp_path / "whole", last=4)
-    train(run, layout, tmp_path / "half", last=2, save=SAVE)
+    """Ten steps in one layout, ten more in each other one: what one process does in twenty."""
+    run, layout = run_in("single", *RUNS[kind], steps=20)
+    whole = train(run, layout, tmp_path / "whole", last=20)
+    run, layout = run_in(source, *RUNS[kind], steps=20)
+    train(run, layout, tmp_path / "half", last=10, save=SAVE)
     targets = [target for one, target in permutations(LAYOUTS, 2) if one == source]
     assert len(targets) == len(LAYOUTS) - 1
     for target in targets:
-        run, layout = run_in(target, *RUNS[kind])
-        half = saved(tmp_path / "half", 2)
-        found = train(run, layout, tmp_path / target, first=3, last=4, restore=half)
-        assert found.losses == pytest.approx(whole.losses[2:], rel=LOSS[kind]), target
+        run, layout = run_in(target, *RUNS[kind], steps=20)
+        half = saved(tmp_path / "half", 10)
+        found = train(run, layout, tmp_path / target, first=11, last=20, restore=half)
+        assert found.losses == pytest.approx(whole.losses[10:], rel=LOSS[kind]), target
         if kind == "momentum":
             assert_close(found, whole, 1e-5)
 

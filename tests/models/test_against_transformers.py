@@ -85,7 +85,7 @@ def transformers_llama(model: ModelConfig) -> nn.Module:
             max_position_embeddings=model.max_sequence_length,
             rms_norm_eps=model.norm_epsilon,
             rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
-            tie_word_embeddings=False,
+            tie_word_embeddings=model.tie_embeddings,
         )
     )
 
@@ -102,6 +102,7 @@ def transformers_gpt2(model: ModelConfig) -> nn.Module:
             vocab_size=model.vocab_size,
             n_positions=model.max_sequence_length,
             layer_norm_epsilon=model.norm_epsilon,
+            tie_word_embeddings=model.tie_embeddings,
             embd_pdrop=model.dropout,
             attn_pdrop=model.dropout,
             resid_pdrop=model.dropout,

@@ -26,9 +26,12 @@ main()
 
 
 def start(command: list[str], cwd: Path) -> subprocess.Popen[str]:
-    """In a process group of its own, as a terminal does."""
+    """In a process group of its own, as a terminal does; under nohup, too, with SIGHUP not ignored."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, cwd=cwd, env=environment(), text=True, process_group=0, **pipes)
+    as_usual = ["env", "--default-signal=HUP,INT"]
+    return subprocess.Popen(
+        [*as_usual, *command], cwd=cwd, env=environment(), text=True, process_group=0, **pipes
+    )
 
 
 def survivors(folder: Path) -> list[str]:

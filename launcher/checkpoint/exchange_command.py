@@ -1,0 +1,72 @@
+"""The commands `launcher export` and `launcher import`. Imports torch only once both are sure to go on."""
+
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+from launcher.checkpoint.manifest import BrokenCheckpoint
+from launcher.checkpoint.sources import Kind, Weights, weights_at
+from launcher.config.compose import compose_jobs
+from launcher.config.errors import ConfigError
+from launcher.config.numbers import EXCHANGE_NUMBERS, refuse_numbers_out_of_range
+from launcher.config.schema import ExchangeConfig
+
+
+def export(arguments: list[str]) -> int:
+    """Run `launcher export`; the exit code. Raises ConfigError."""
+    found = _exchanged("export", arguments)
+    if found is None:
+        return 0
+    weights, target, options = found
+    from launcher.checkpoint.exchange import export as write_theirs
+
+    _written(lambda: write_theirs(weights, target, options), weights, target)
+    print(f"exported {weights.path}\n      to {target}, which transformers' from_pretrained loads")
+    return 0
+
+
+def import_(arguments: list[str]) -> int:
+    """Run `launcher import`; the exit code. Raises ConfigError."""
+    found = _exchanged("import", arguments)
+    if found is None:
+        return 0
+    weights, target, options = found
+    if weights.kind is not Kind.huggingface:
+        remedy = f"launcher checkpoint.init_from={shlex.quote(str(weights.path))} MODEL, without an import"
+        raise ConfigError("import", weights.path, "is the launcher's own", remedy)
+    from launcher.checkpoint.exchange import import_ as write_ours
+
+    _written(lambda: write_ours(weights, target, options), weights, target)
+    print(f"imported {weights.path}\n      to {target}. Train from it:")
+    quoted = shlex.quote(str(target))
+    print(f"launcher --config-dir {quoted}/conf model=imported checkpoint.init_from={quoted}")
+    return 0
+
+
+def _exchanged(verb: str, arguments: list[str]) -> tuple[Weights, Path, ExchangeConfig] | None:
+    """What to read, the directory to write and how. Raises ConfigError."""
+    paths = [argument for argument in arguments if not argument.startswith("-") and "=" not in argument]
+    jobs = compose_jobs("exchange", ExchangeConfig, [one for one in arguments if one not in paths])
+    if not jobs:
+        return None  # --help
+    if len(paths) != 2 or len(jobs) > 1:
+        why = "takes what to read, and a directory to write"
+        raise ConfigError(" ".join([verb, *arguments]), None, why, f"launcher {verb} SOURCE TARGET")
+    source, target = (Path(path).expanduser() for path in paths)
+    if target.exists():
+        why = "is there already, and nothing is overwritten"
+        raise ConfigError(verb, target, why, f"launcher {verb} {source} {target}-2")
+    refuse_numbers_out_of_range(jobs[0].config, EXCHANGE_NUMBERS)
+    return weights_at(source, verb), target, jobs[0].config
+
+
+def _written(write: Callable[[], None], weights: Weights, target: Path) -> None:
+    try:
+        write()
+    except BrokenCheckpoint as broken:
+        remedy = "another checkpoint: see `launcher checkpoint check`"
+        raise ConfigError("SOURCE", weights.path, str(broken), remedy) from None
+    except OSError as error:
+        raise ConfigError(
+            "TARGET", target, f"cannot be written: {error}", "a disk with room for it"
+        ) from None

@@ -1,0 +1,147 @@
+"""Where weights may come from: a checkpoint, a run's final weights, a Hugging Face directory. No torch."""
+
+import json
+from dataclasses import dataclass, fields
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from safetensors import SafetensorError, safe_open
+
+from launcher.checkpoint.huggingface import Entry, NotOurs, entries, model_of, plain_name
+from launcher.checkpoint.manifest import MANIFEST, BrokenCheckpoint, checkpoints_in, read_manifest
+from launcher.config.compose import load_typed
+from launcher.config.errors import ConfigError, as_typed, settings
+from launcher.config.schema import Family, ModelConfig, RunConfig
+
+SAFETENSORS, INDEX = "model.safetensors", "model.safetensors.index.json"
+_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+_RUN_CONFIG, _RUN_WEIGHTS = "config.yaml", "weights"
+_WHAT = "a run's directory, a checkpoint, or a Hugging Face directory with config.json and safetensors"
+
+
+class Kind(Enum):
+    checkpoint = "checkpoint"
+    run = "run"  # final weights, by logical name
+    huggingface = "huggingface"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A whole model's weights on disk: where, in which form, and of which model."""
+
+    path: Path
+    kind: Kind
+    model: ModelConfig
+
+
+def weights_at(path: Path, field: str) -> Weights:
+    """What lies at `path`, found whole by its names and lengths. Raises ConfigError about `field` if not."""
+    path = path.expanduser()
+    if (path / MANIFEST).exists() or checkpoints_in(path):
+        checkpoint = path if (path / MANIFEST).exists() else checkpoints_in(path)[0]
+        try:
+            model = _model_in(read_manifest(checkpoint).config)
+        except BrokenCheckpoint as broken:
+            raise ConfigError(field, checkpoint, str(broken), _WHAT) from None
+        return Weights(checkpoint.resolve(), Kind.checkpoint, model)
+    if (path / _RUN_CONFIG).exists() and (path / _RUN_WEIGHTS).is_dir():
+        model = load_typed(path / _RUN_CONFIG, RunConfig).model
+        return Weights(path.resolve(), Kind.run, model)
+    if (path / "config.json").exists():
+        model = _their_model(path, field)
+        found_tensors(path, model, field)
+        return Weights(path.resolve(), Kind.huggingface, model)
+    raise ConfigError(field, path, "holds no weights" if path.is_dir() else "is not a directory", _WHAT)
+
+
+def check_model_is(model: ModelConfig, found: Weights, field: str) -> None:
+    """Raises ConfigError where a run's model is not that of the weights it is to begin from."""
+    free = {"dropout", "init_std"} | ({"max_sequence_length"} if model.family is Family.llama else set())
+    free |= {"rope_theta"} if model.family is Family.gpt else set()
+    others = [one.name for one in fields(ModelConfig) if one.name not in free]
+    wrong = [name for name in others if _value(model, name) != _value(found.model, name)]
+    if wrong:
+        name = f"model.{wrong[0]}"
+        why = f"{field}={found.path} is of a model with {name}={as_typed(_value(found.model, wrong[0]))}"
+        remedy = " ".join(
+            setting for one in wrong for setting in settings(f"model.{one}", [_value(found.model, one)])
+        )
+        raise ConfigError(name, as_typed(_value(model, wrong[0])), why, remedy)
+
+
+def _value(model: ModelConfig, name: str) -> object:
+    if name == "num_kv_heads":
+        return model.num_kv_heads or model.num_heads
+    return getattr(model, name)
+
+
+def _model_in(config: dict[str, Any]) -> ModelConfig:
+    try:
+        model = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), config["model"]))
+    except (OmegaConfBaseException, KeyError, ValueError, TypeError) as error:
+        raise BrokenCheckpoint(Path(), MANIFEST, f"has no model that this launcher knows: {error}") from None
+    assert isinstance(model, ModelConfig)
+    return model
+
+
+def _their_model(path: Path, field: str) -> ModelConfig:
+    try:
+        return model_of(json.loads((path / "config.json").read_text()))
+    except NotOurs as error:
+        raise ConfigError(field, path, f"config.json: {error}", "a GPT-2 or Llama as published") from None
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise ConfigError(field, path, f"config.json cannot be read: {error}", _WHAT) from None
+
+
+def found_tensors(path: Path, model: ModelConfig, field: str) -> dict[str, tuple[Path, str]]:
+    """Each of their tensors: its file, and its name in there. Reads headers only.
+
+    Raises ConfigError where one is missing, has another shape, or is not of the model.
+    """
+    expected = {entry.theirs: entry for entry in entries(model)}
+    found: dict[str, tuple[Path, str]] = {}
+    for file in _files(path, field):
+        try:
+            with safe_open(file, framework="np") as opened:
+                for name in opened.keys():  # noqa: SIM118  (not a dict)
+                    plain = plain_name(name, model)
+                    if plain is not None:
+                        shape = tuple(opened.get_slice(name).get_shape())
+                        _check_shape(expected.get(plain), name, shape, path, field)
+                        found[plain] = file, name
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(field, path, f"{file.name} cannot be read: {error}", _WHAT) from None
+    if missing := [name for name in expected if name not in found]:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ConfigError(field, path, f"has no {missing[0]}{more}", "a whole copy of the model")
+    return found
+
+
+def _check_shape(entry: Entry | None, name: str, shape: tuple[int, ...], path: Path, field: str) -> None:
+    if entry is None:
+        why = f"has {name}, which its config.json has no place for"
+    elif entry.shape != shape:
+        why = f"has {name} of {shape}, and its config.json makes it {entry.shape}"
+    else:
+        return
+    raise ConfigError(field, path, why, "a GPT-2 or Llama as published")
+
+
+def _files(path: Path, field: str) -> list[Path]:
+    if (path / INDEX).exists():
+        try:
+            names = set(json.loads((path / INDEX).read_text())["weight_map"].values())
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ConfigError(field, path, f"{INDEX} cannot be read: {error}", _WHAT) from None
+        if any(Path(name).name != name for name in names):
+            raise ConfigError(field, path, f"{INDEX} names files outside the directory", _WHAT)
+        return sorted(path / name for name in names)
+    if (path / SAFETENSORS).exists():
+        return [path / SAFETENSORS]
+    if any((path / name).exists() for name in _PICKLES):
+        why = "holds its weights as a pickle, which can run any code and is never loaded"
+        raise ConfigError(field, path, why, "the same model as safetensors (save_pretrained writes them)")
+    raise ConfigError(field, path, "has a config.json and no safetensors", _WHAT)

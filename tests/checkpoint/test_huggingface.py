@@ -1,0 +1,371 @@
+"""Weights from transformers' own files into any layout and back: the same bits, the same logits."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from launcher.checkpoint.exchange import export, import_
+from launcher.checkpoint.manifest import checkpoints_in
+from launcher.checkpoint.sources import Kind, weights_at
+from launcher.config.errors import ConfigError
+from launcher.config.layout import resolve_layout
+from launcher.config.schema import CheckpointConfig, Dtype, ExchangeConfig, Family, ModelConfig, RunConfig
+from launcher.launch.local import run_local_ranks
+from tests.checkpoint.saving import EMPTY
+from tests.models.small import batch, small
+from tests.models.test_against_transformers import THEIRS, with_all_weights_random, with_weights
+from tests.parity.running import small_run
+from tests.runtime.command import environment, launcher, metrics, trained
+
+MODELS = {
+    "llama": small(Family.llama),
+    "llama tied": small(Family.llama, tie_embeddings=True),
+    "gpt": small(Family.gpt, tie_embeddings=False),
+    "gpt tied": small(Family.gpt),
+}
+LAYOUTS = {
+    "tp1": ["parallelism=single"],
+    "tp2": ["parallelism=tp2", "parallelism.data=1"],
+    "tp4": ["parallelism=tp2", "parallelism.data=1", "parallelism.tensor=4"],
+    "zero3_tp2": ["parallelism=zero3", "parallelism.data=2", "parallelism.tensor=2"],
+    "zero1_bf16": ["parallelism=zero1", "parallelism.data=2", "precision=bf16"],
+    "dualpipev": ["parallelism=pp2", "parallelism.data=1", "parallelism.pipeline_schedule=dualpipev"],
+}
+QUICK = [("llama", "tp2"), ("gpt tied", "tp4"), ("gpt", "zero3_tp2"), ("llama tied", "dualpipev")]
+OPTIONS = ExchangeConfig()
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The directory of one of MODELS, as save_pretrained writes it."""
+    folder = tmp_path_factory.mktemp("theirs")
+
+    def written(name: str) -> Path:
+        path = folder / name.replace(" ", "-")
+        if not path.exists():
+            make, _ = THEIRS[MODELS[name].family]
+            with_all_weights_random(make(MODELS[name])).save_pretrained(path)
+            (path / "tokenizer.json").write_text('{"a": 1}')
+        return path
+
+    return written
+
+
+def tensors_in(directory: Path) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for path in directory.glob("*.safetensors"):
+        found |= load_file(path)
+    return found
+
+
+def assert_same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
+
+
+def run_of(model: ModelConfig, layout: str) -> RunConfig:
+    named = ["model=gpt_tiny"] if model.family is Family.gpt else ["model=llama_tiny", "model.num_kv_heads=4"]
+    run = small_run(*named, *LAYOUTS[layout])
+    return replace(run, model=replace(model, num_layers=4) if layout == "dualpipev" else model)
+
+
+def begin_and_save(run: RunConfig, source: Path, folder: Path) -> Path:
+    """Ranks that begin with these weights, train no step, and save."""
+    folder.mkdir(parents=True)
+    target = partial(_rank, run=run, source=source, folder=folder)
+    layout = resolve_layout(run, gpus=0, cores=8)
+    run_local_ranks(target, layout.world_size, log_dir=folder / "logs", start_method="fork")
+    return checkpoints_in(folder)[0]
+
+
+def _rank(rank: int, *, run: RunConfig, source: Path, folder: Path) -> None:
+    from launcher.checkpoint.load import begin_with
+    from launcher.checkpoint.read import open_weights
+    from launcher.checkpoint.save import CheckpointWriter
+    from launcher.engine.build import build_engine
+    from launcher.engine.distributed import join, leave
+    from launcher.runtime.run_dir import config_as_dict
+
+    layout = resolve_layout(run, gpus=0, cores=8)
+    meeting = f"file://{folder / 'store'}"
+    device = join(rank=rank, world_size=layout.world_size, local_rank=rank, device="cpu", init_method=meeting)
+    engine = build_engine(run, layout, device)
+    begin_with(engine, open_weights(weights_at(source, "x")))
+    writer = CheckpointWriter(engine, CheckpointConfig(), folder, [])
+    writer.save(replace(EMPTY, config=config_as_dict(run)))
+    writer.wait()
+    leave()
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        pytest.param(name, layout, marks=[] if (name, layout) in QUICK else pytest.mark.slow)
+        for name in MODELS
+        for layout in LAYOUTS
+    ],
+)
+def test_a_round_trip_changes_no_bit(
+    name: str, layout: str, theirs: Callable[[str], Path], tmp_path: Path
+) -> None:
+    run, source = run_of(MODELS[name], layout), theirs(name)
+    if layout == "dualpipev":  # it needs more layers
+        make, _ = THEIRS[run.model.family]
+        with_all_weights_random(make(run.model)).save_pretrained(source := tmp_path / "theirs")
+    saved = begin_and_save(run, source, tmp_path / "run")
+    export(weights_at(saved, "x"), tmp_path / "back", OPTIONS)
+    assert_same_bits(tensors_in(tmp_path / "back"), tensors_in(source))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_agree_on_both_ways(name: str, theirs: Callable[[str], Path], tmp_path: Path) -> None:
+    """The names mapped here by hand, apart from the product's table; logits by transformers."""
+    model = MODELS[name]
+    import_(weights_at(theirs(name), "x"), tmp_path / "ours", OPTIONS)
+    ours = weights_at(tmp_path / "ours", "x")
+    assert (ours.kind, replace(ours.model, init_std=0.3, rope_theta=0)) == (
+        Kind.checkpoint,
+        replace(model, num_kv_heads=ours.model.num_kv_heads, rope_theta=0),
+    )
+    stored = {key.split("/")[1]: tensor for key, tensor in tensors_in(ours.path).items()}
+    _, mapped = THEIRS[model.family]
+    hand = tensors_in(theirs(name))
+    head = {} if "lm_head.weight" in hand else {"lm_head.weight": torch.empty(0)}
+    expected = {n: t for n, t in mapped(hand | head, model.num_layers).items() if t.numel()}
+    if model.family is Family.gpt and not model.tie_embeddings:
+        expected["head.weight"] = hand["lm_head.weight"]
+    assert stored.keys() == expected.keys()
+    assert all(torch.equal(stored[n], tensor) for n, tensor in expected.items())
+
+    export(ours, tmp_path / "back", OPTIONS)
+    tokens, _ = batch(model.vocab_size)
+    with torch.no_grad():
+        right = AutoModelForCausalLM.from_pretrained(theirs(name)).eval()(tokens).logits
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "back").eval()(tokens).logits
+        own = with_weights(model, stored).eval().logits(tokens)
+    assert torch.equal(again, right)
+    scale = float(right.abs().max())
+    torch.testing.assert_close(own, right, rtol=0, atol=1e-5 * max(scale, 1.0))
+
+
+def test_element_types(theirs: Callable[[str], Path], tmp_path: Path) -> None:
+    """Their bf16 is exact in our fp32, and comes back as it was; fp32 in bf16 is what torch rounds it to."""
+    bf16 = {name: tensor.bfloat16() for name, tensor in tensors_in(theirs("llama")).items()}
+    source = shutil.copytree(theirs("llama"), tmp_path / "bf16")
+    save_file(bf16, source / "model.safetensors")
+    import_(weights_at(source, "x"), tmp_path / "ours", OPTIONS)
+    export(weights_at(tmp_path / "ours", "x"), tmp_path / "back", ExchangeConfig(dtype=Dtype.bf16))
+    assert_same_bits(tensors_in(tmp_path / "back"), bf16)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "back", dtype="auto").dtype == torch.bfloat16
+
+
+def test_files_are_bounded_on_both_sides(theirs: Callable[[str], Path], tmp_path: Path) -> None:
+    limit = ExchangeConfig(max_file_gb=2e-5)
+    import_(weights_at(theirs("gpt"), "x"), tmp_path / "ours", limit)
+    export(weights_at(tmp_path / "ours", "x"), tmp_path / "split", limit)
+    import_(weights_at(tmp_path / "split", "x"), tmp_path / "again", OPTIONS)
+    export(weights_at(tmp_path / "again", "x"), tmp_path / "one", OPTIONS)
+    assert_same_bits(tensors_in(tmp_path / "one"), tensors_in(theirs("gpt")))
+    parts = sorted((tmp_path / "split").glob("*.safetensors"))
+    assert len(parts) > 3
+    for path in parts:
+        held = load_file(path)
+        assert sum(tensor.nbytes for tensor in held.values()) <= 2e4 or len(held) == 1
+    index = json.loads((tmp_path / "split" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors_in(theirs("gpt")).values())
+    assert (tmp_path / "split" / "tokenizer.json").read_text() == '{"a": 1}'
+
+
+def test_names_as_openai_published_them(theirs: Callable[[str], Path], tmp_path: Path) -> None:
+    """Without the prefix, and with the causal mask as a tensor."""
+    published = {
+        name.removeprefix("transformer."): tensor for name, tensor in tensors_in(theirs("gpt tied")).items()
+    }
+    source = shutil.copytree(theirs("gpt tied"), tmp_path / "published")
+    save_file(published | {"h.0.attn.bias": torch.ones(1, 1, 24, 24)}, source / "model.safetensors")
+    import_(weights_at(source, "x"), tmp_path / "ours", OPTIONS)
+    export(weights_at(tmp_path / "ours", "x"), tmp_path / "back", OPTIONS)
+    assert_same_bits(tensors_in(tmp_path / "back"), tensors_in(theirs("gpt tied")))
+
+
+def config_with(**changes: Any) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        config = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps(config | changes))
+
+    return change
+
+
+def config_of(text: str) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        (path / "config.json").write_text(text)
+
+    return change
+
+
+def tensors_with(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], None]:
+    def changed(path: Path) -> None:
+        tensors = load_file(path / "model.safetensors")
+        change(tensors)
+        save_file(tensors, path / "model.safetensors")
+
+    return changed
+
+
+def pickled(path: Path) -> None:
+    (path / "model.safetensors").rename(path / "pytorch_model.bin")
+
+
+def elsewhere(path: Path) -> None:
+    (path / "model.safetensors").rename(path.parent / "stray.safetensors")
+    (path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../stray.safetensors"}}')
+
+
+def truncated(path: Path) -> None:
+    file = path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+NORM = "model.norm.weight"
+REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
+    "another family": (config_with(model_type="mistral"), "model_type is 'mistral'"),
+    "scaled positions": (
+        config_with(rope_parameters={"rope_type": "llama3", "rope_theta": 5e5}),
+        r"rotary positions are scaled \(llama3\)",
+    ),
+    "an activation": (config_with(hidden_act="gelu"), "hidden_act is 'gelu'"),
+    "biases": (config_with(attention_bias=True), "attention_bias is True"),
+    "a head size": (config_with(head_dim=16), "head_dim is 16"),
+    "no size": (config_of('{"model_type": "llama"}'), "hidden_size is missing"),
+    "no JSON": (config_of("["), "config.json cannot be read"),
+    "another shape": (config_with(intermediate_size=64), r"mlp.down_proj.weight of \(32, 48\)"),
+    "a missing tensor": (tensors_with(lambda t: t.pop(NORM)), f"has no {NORM}"),
+    "a tensor too many": (
+        tensors_with(lambda t: t.update({"model.x": t[NORM].clone()})),
+        "has model.x, which",
+    ),
+    "a pickle": (pickled, "a pickle, which can run any code"),
+    "a file elsewhere": (elsewhere, "names files outside the directory"),
+    "half a file": (truncated, "model.safetensors cannot be read"),
+    "a missing file": (lambda path: (path / "model.safetensors").unlink(), "no safetensors"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_not_ours_is_refused(case: str, theirs: Callable[[str], Path], tmp_path: Path) -> None:
+    spoil, said = REFUSED[case]
+    source = shutil.copytree(theirs("llama"), tmp_path / "theirs")
+    spoil(source)
+    with pytest.raises(ConfigError, match=said):
+        weights_at(source, "checkpoint.init_from")
+
+
+def test_a_run_begins_with_their_weights_and_goes_back(tmp_path: Path) -> None:
+    """Through the command line, in two layouts; the first loss is transformers' own with these weights."""
+    model = small(
+        Family.llama, hidden_size=64, vocab_size=256, max_sequence_length=32, init_std=0.02, rope_theta=1e4
+    )
+    make, _ = THEIRS[Family.llama]
+    torch.manual_seed(1)
+    make(model).save_pretrained(tmp_path / "theirs")
+    (tmp_path / "theirs" / "tokenizer.json").write_text("{}")
+    done = launcher("import", "theirs", "ours", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    command = done.stdout.splitlines()[-1].split()[1:]
+    rest = ["training.steps=2", "training.global_batch_size=8", "training.micro_batch_size=2", "hardware=cpu"]
+    for name, layout in {"a": ["parallelism=tp2", "parallelism.data=1"], "b": ["parallelism=single"]}.items():
+        done = launcher(*command, *rest, *layout, "logging=local", f"run.dir={name}", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert f"begun    {tmp_path / 'ours' / 'checkpoints' / 'step-00000000'}" in done.stdout
+    one, other = metrics(tmp_path / "a"), metrics(tmp_path / "b")
+    assert one[0]["train/loss"] == pytest.approx(other[0]["train/loss"], rel=1e-5)
+    direct = ["model=llama_tiny", *settings_of(model), "checkpoint.init_from=theirs", *rest]
+    done = launcher(
+        *direct, "parallelism=zero2", "parallelism.data=2", "logging=local", "run.dir=c", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert metrics(tmp_path / "c")[0]["train/loss"] == pytest.approx(other[0]["train/loss"], rel=1e-5)
+    done = launcher("export", "c", "back", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "back" / "tokenizer.json").exists()
+    AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+    again = launcher("export", "c", "back", cwd=tmp_path)
+    assert again.returncode == 2
+    assert "is there already" in again.stderr
+    wrong = launcher(*direct, "model.num_layers=3", "model.vocab_size=300", cwd=tmp_path)
+    assert wrong.returncode == 2
+    assert "nearest that works: model.num_layers=2 model.vocab_size=256" in wrong.stderr
+
+
+def settings_of(model: ModelConfig) -> list[str]:
+    sizes = "hidden_size num_layers num_heads num_kv_heads ffn_hidden_size vocab_size max_sequence_length"
+    return [f"model.{name}={getattr(model, name)}" for name in [*sizes.split(), "norm_epsilon"]]
+
+
+def test_weights_without_a_checkpoint(tmp_path: Path) -> None:
+    """A run that kept no checkpoints has its final weights: they begin another, and can be exported."""
+    trained("run.dir=a", "training.steps=1", "checkpoint.enabled=false", cwd=tmp_path)
+    out = trained("run.dir=b", "training.steps=1", "checkpoint.init_from=a", cwd=tmp_path)
+    assert f"begun    {tmp_path / 'a'}" in out
+    assert metrics(tmp_path / "b")[0]["train/loss"] < metrics(tmp_path / "a")[0]["train/loss"]
+    assert launcher("export", "a", "back", cwd=tmp_path).returncode == 0
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "back").config.model_type == "gpt2"
+
+
+def test_export_needs_neither_deepspeed_nor_a_process_group(
+    theirs: Callable[[str], Path], tmp_path: Path
+) -> None:
+    script = (
+        "import sys; from launcher.command_line import run_command as run\n"
+        f"assert run(['import', {str(theirs('gpt'))!r}, 'ours']) == 0\n"
+        "assert run(['export', 'ours', 'back']) == 0\n"
+        "import torch\n"
+        "assert 'deepspeed' not in sys.modules and not torch.distributed.is_initialized()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["export", "run"], "export run: takes what to read, and a directory to write"),
+        (["export", "nowhere", "to"], "export=nowhere: is not a directory"),
+        (["export", ".", "to"], "export=.: holds no weights"),
+        (["import", "theirs", "theirs"], "import=theirs: is there already, and nothing is overwritten"),
+        (["export", "theirs", "to", "dtype=int8"], "dtype=int8: "),
+        (["export", "theirs", "to", "max_file_gb=0"], "max_file_gb=0.0: must be a finite number above 0"),
+        (["export", "theirs", "to", "max_flie_gb=1"], "nearest that works: max_file_gb"),
+        (["exprot", "theirs", "to"], "nearest that works: launcher export"),
+    ],
+)
+def test_a_wrong_command_is_refused_without_torch(
+    arguments: list[str], said: str, theirs: Callable[[str], Path], tmp_path: Path
+) -> None:
+    shutil.copytree(theirs("gpt"), tmp_path / "theirs")
+    script = (
+        "import sys; from launcher.command_line import run_command\n"
+        f"assert run_command({arguments!r}) == 2\nassert 'torch' not in sys.modules\n"
+    )
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "to").exists()
