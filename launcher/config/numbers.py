@@ -52,6 +52,7 @@ NUMBERS: dict[str, tuple[Range, str]] = {
     "checkpoint.interval_minutes": (ABOVE_0, "null"),
     "checkpoint.keep_last": (COUNT, "1"),
     "checkpoint.keep_every_steps": (COUNT, "null"),
+    "checkpoint.stop_grace_seconds": (ABOVE_0, "null"),
     "checkpoint.max_file_gb": (ABOVE_0, "2"),
     "data.validation_fraction": (SHARE, "0.05"),
     "data.sequence_length": (COUNT, "null"),

@@ -208,6 +208,7 @@ class CheckpointConfig:
     keep_last: int = 2
     keep_every_steps: Optional[int] = None  # those of a multiple of this step are never deleted
     keep_best: bool = True  # of those saved right after a validation, the one with the lowest loss
+    stop_grace_seconds: Optional[float] = 60.0  # told to stop: to save in before the end; null: no save
     asynchronous: bool = True  # written behind training; false: the step waits
     stop_on_error: bool = False  # when one cannot be written, as on a full disk; else the run goes on
     max_file_gb: float = 2.0  # in 1e9 bytes

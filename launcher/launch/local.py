@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -15,7 +16,7 @@ from typing import Literal
 
 from launcher.config.errors import ConfigError
 from launcher.launch.orphans import no_grandchildren_left
-from launcher.launch.rank import COORDINATED, STOPPED, Failure, rank_main
+from launcher.launch.rank import COORDINATED, END, STOP, STOPPED, Failure, rank_main
 
 _POLL = 0.1
 _SETTLING = 0.3  # after a failure: another rank's may have come first
@@ -33,7 +34,7 @@ class RankFailure(Exception):
 
 
 class Stopped(SystemExit):
-    """This process was told to stop by SIGTERM or SIGHUP, and all ranks have ended."""
+    """This process was told to stop by SIGTERM, SIGHUP or SIGUSR1, and all ranks have ended."""
 
     def __init__(self, number: int) -> None:
         self.signal = signal.Signals(number)
@@ -49,20 +50,22 @@ def run_local_ranks(
     start_method: Literal["fork", "spawn"],
     failure_grace: float = 3.0,
     stop_grace: float = 5.0,
+    save_grace: float = 0.0,
 ) -> None:
     """Run `target(rank)` in `world_size` processes; return once all have succeeded. Main thread only.
 
-    Rank 0 keeps the terminal, rank N writes to `log_dir/rank_N.log`. When a rank fails, and when this process
-    is told to stop, the others get SIGTERM, which raises SystemExit in them, and SIGKILL after the grace; a
-    Ctrl-C meanwhile kills at once. On Linux the ranks' own children end as well, and the ranks end even if
+    Rank 0 keeps the terminal, rank N writes to `log_dir/rank_N.log`. When a rank fails, the others get
+    END, which raises SystemExit in them, and SIGKILL after the grace. When this process is told to stop,
+    all get STOP first, and `save_grace` seconds to end by themselves (see StopRequest); a Ctrl-C meanwhile
+    kills at once. On Linux the ranks' own children end as well, and the ranks end even if
     this process is killed. Ranks share its process group, so that Ctrl-Z suspends them all.
 
     Raises:
         RankFailure: a rank raised, exited with a code other than 0, or was killed; of several, the first.
         ConfigError: that of the rank that failed first.
         KeyboardInterrupt: on Ctrl-C, once every rank has ended.
-        Stopped: on SIGTERM (code 143) and SIGHUP (129), once every rank has ended. What a rank raised
-            while it was being stopped is the `__cause__` of either.
+        Stopped: on SIGTERM (code 143), SIGHUP (129) and SIGUSR1 (138), once every rank has ended. What a
+            rank raised while it was being stopped is the `__cause__` of either.
         OSError: log_dir cannot be made, or a process cannot be started.
     """
     log_dir.mkdir(parents=True, exist_ok=True)
@@ -74,6 +77,8 @@ def run_local_ranks(
             _start(ranks, target, world_size, log_dir, start_method)
             failure = _watch(ranks, stops)
         finally:
+            if stops and save_grace:
+                _let_save(ranks, save_grace, stops)
             _end(ranks, stop_grace if stops else failure_grace, stops)
     if stops and (failure is None or failure.secondary):
         # What a rank raised on its way out does not hide the stop, nor is it lost.
@@ -104,7 +109,7 @@ def _start(
     """Append each rank as it starts: if a later one cannot, the caller still ends those before it."""
     context: ForkContext | SpawnContext = ForkContext() if start_method == "fork" else SpawnContext()
     # A rank must not see a signal before it has its own handlers: until then it has this process's.
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, COORDINATED)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, COORDINATED | {END})
     try:
         for number in range(world_size):
             log = log_dir / f"rank_{number}.log" if number else None
@@ -138,11 +143,20 @@ def _watch(ranks: list[_Rank], stops: list[int]) -> Failure | None:
         _pause(ranks)
 
 
+def _let_save(ranks: list[_Rank], grace: float, stops: list[int]) -> None:
+    """Ask all to stop, and wait for it until the grace is over or somebody asks again."""
+    print("launcher: stopping once the step in hand is saved (Ctrl-C: at once)", file=sys.stderr, flush=True)
+    _signal(ranks, STOP)
+    deadline = time.monotonic() + grace
+    while _running(ranks) and time.monotonic() < deadline and signal.SIGINT not in stops[1:]:
+        _pause(ranks)
+        _listen(ranks)
+
+
 def _end(ranks: list[_Rank], grace: float, stops: list[int]) -> None:
-    """Leave no rank: SIGTERM, `grace` seconds, SIGKILL; a Ctrl-C after what led here kills at once."""
+    """Leave no rank: END, `grace` seconds, SIGKILL; a Ctrl-C after what led here kills at once."""
     answered = min(len(stops), 1)
-    for rank in ranks:
-        rank.process.terminate()
+    _signal(ranks, END)
     deadline = time.monotonic() + grace
     while _running(ranks) and time.monotonic() < deadline and signal.SIGINT not in stops[answered:]:
         _pause(ranks)
@@ -151,6 +165,12 @@ def _end(ranks: list[_Rank], grace: float, stops: list[int]) -> None:
         rank.process.kill()
         rank.process.join()
     _listen(ranks)
+
+
+def _signal(ranks: list[_Rank], number: int) -> None:
+    for rank in _running(ranks):
+        assert rank.process.pid is not None
+        os.kill(rank.process.pid, number)  # a zombie at worst: whoever has ended is not yet waited for
 
 
 def _running(ranks: list[_Rank]) -> list[_Rank]:

@@ -13,13 +13,16 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
 from launcher.config.errors import ConfigError
 from launcher.launch.orphans import die_with
 
 STOPPED = 128 + signal.SIGTERM
-COORDINATED = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}  # the parent decides what these do to the ranks
+# From the parent: end once what would be lost is saved, as SIGTERM asks, too; and end now.
+STOP, END = signal.SIGUSR1, signal.SIGUSR2
+# What these do to the ranks the parent decides.
+COORDINATED = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, STOP}
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,29 @@ def rank_main(
 
 
 class _Stopped(SystemExit):
-    """Raised in the main thread by SIGTERM, so that `finally` blocks run."""
+    """Raised in the main thread by SIGTERM, STOP and END, so that `finally` blocks run."""
+
+
+class StopRequest:
+    """Whether this process was asked to stop. Entered, it takes note of STOP and SIGTERM, and goes on.
+
+    SIGTERM reaches a rank that torchrun or srun started, and any rank where it is sent to a process group.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        self._previous = {number: signal.signal(number, self._note) for number in (STOP, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, _number: int, _frame: FrameType | None) -> None:
+        self.asked = True
 
 
 def _redirect_output(log: Path) -> None:
@@ -75,12 +100,16 @@ def _handle_signals() -> None:
     # Ctrl-C and a closing terminal reach the whole process group; only the parent is to act on them.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _stop)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, COORDINATED)  # the parent blocked them before it forked
+    for number in (signal.SIGTERM, STOP, END):
+        signal.signal(number, _stop)
+    signal.pthread_sigmask(
+        signal.SIG_UNBLOCK, COORDINATED | {END}
+    )  # the parent blocked them before it forked
 
 
 def _stop(_number: int, _frame: FrameType | None) -> NoReturn:
-    signal.signal(signal.SIGTERM, lambda *_: None)  # a second one must not cut the clean-up short
+    for number in (signal.SIGTERM, STOP, END):
+        signal.signal(number, lambda *_: None)  # a second one must not cut the clean-up short
     raise _Stopped(STOPPED)
 
 

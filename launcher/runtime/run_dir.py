@@ -78,6 +78,11 @@ def _initial(run: RunConfig) -> Weights | None:
     return weights
 
 
+def stop_grace(run: RunConfig) -> float:
+    """The seconds that a run which is told to stop may take to save itself; 0: it does not."""
+    return (run.checkpoint.stop_grace_seconds or 0.0) if run.checkpoint.enabled else 0.0
+
+
 def config_as_dict(run: RunConfig) -> dict[str, Any]:
     """The composed config as plain values, enums by name."""
     container = OmegaConf.to_container(OmegaConf.structured(run), enum_to_str=True)

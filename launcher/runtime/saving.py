@@ -20,6 +20,7 @@ from launcher.config.schema import RunConfig
 from launcher.engine.base import Engine
 from launcher.engine.optimizer import state_keys
 from launcher.engine.state import loss_scaler, set_loss_scaler, updates_made
+from launcher.launch.rank import StopRequest
 from launcher.runtime.run_dir import RunDir, config_as_dict
 
 
@@ -76,15 +77,26 @@ class Checkpoints:
     """Saves a run as its config says. Every method is collective over the world."""
 
     def __init__(
-        self, run: RunConfig, layout: Layout, engine: Engine, directory: RunDir, corpus: str
+        self,
+        run: RunConfig,
+        layout: Layout,
+        engine: Engine,
+        directory: RunDir,
+        corpus: str,
+        stop: StopRequest,
     ) -> None:
+        self.stopping = False  # as all ranks agreed after the last step: it is saved, train no further
+        self._stop = stop
         self.run, self.layout, self.engine, self.corpus = run, layout, engine, corpus
         self._writer = CheckpointWriter(engine, run.checkpoint, directory.path, state_keys(run.optimizer))
         self._saved_at = time.monotonic()
 
     def after_step(self, progress: Progress, validation_loss: float | None, *, last: bool) -> list[str]:
         """Save where it is due; what to tell the user."""
-        if not self.run.checkpoint.enabled or not (self._is_due(progress.step) or last):
+        if not self.run.checkpoint.enabled:
+            return []
+        due, self.stopping = self._agree(progress.step)
+        if not (due or self.stopping or last):
             return []
         self._saved_at = time.monotonic()
         notes = []
@@ -107,16 +119,17 @@ class Checkpoints:
             raise error
         return f"a checkpoint could not be written, those before it are intact: {error}"
 
-    def _is_due(self, step: int) -> bool:
+    def _agree(self, step: int) -> tuple[bool, bool]:
+        """Whether this step is to be saved, and whether the run was asked to stop, on any rank."""
         config = self.run.checkpoint
-        if config.interval_steps and step % config.interval_steps == 0:
-            return True
-        if config.interval_minutes is None:
-            return False
-        # The first rank's clock decides for all.
-        due = torch.tensor(time.monotonic() - self._saved_at >= 60 * config.interval_minutes)
-        dist.broadcast(due, src=0)
-        return bool(due)
+        overdue = False
+        if config.interval_minutes is not None and self.engine.mesh.rank == 0:
+            # The first rank's clock decides for all.
+            overdue = time.monotonic() - self._saved_at >= 60 * config.interval_minutes
+        agreed = torch.tensor([overdue, self._stop.asked], dtype=torch.int32)
+        dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
+        overdue, stopping = (bool(one) for one in agreed.tolist())
+        return overdue or bool(config.interval_steps and step % config.interval_steps == 0), stopping
 
     def _manifest(self, progress: Progress, validation_loss: float | None) -> Manifest:
         return Manifest(

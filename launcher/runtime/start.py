@@ -15,7 +15,7 @@ from launcher.config.schema import RunConfig
 from launcher.launch.environment import RankEnvironment
 from launcher.launch.local import run_local_ranks
 from launcher.launch.machine import share_cores
-from launcher.runtime.run_dir import RunDir, claim_run_dir
+from launcher.runtime.run_dir import RunDir, claim_run_dir, stop_grace
 
 
 def train_on_this_machine(run: RunConfig, layout: Layout, *, cores: int, multirun_index: int | None) -> None:
@@ -33,7 +33,13 @@ def train_on_this_machine(run: RunConfig, layout: Layout, *, cores: int, multiru
         )
         # Forked ranks share the imports above: eight start as fast as one. CUDA cannot be forked safely.
         start_method: Literal["fork", "spawn"] = "fork" if layout.device == "cpu" else "spawn"
-        run_local_ranks(target, layout.world_size, log_dir=directory.logs, start_method=start_method)
+        run_local_ranks(
+            target,
+            layout.world_size,
+            log_dir=directory.logs,
+            start_method=start_method,
+            save_grace=stop_grace(run),
+        )
 
 
 def preload(device: str) -> None:

@@ -3,6 +3,7 @@
 import resource
 import sys
 import time
+from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
@@ -16,10 +17,11 @@ from launcher.data.sampler import TokenSamples, micro_batches
 from launcher.engine.base import Engine, MicroBatches
 from launcher.engine.build import build_engine
 from launcher.engine.optimizer import learning_rate
+from launcher.launch.rank import STOPPED, StopRequest
 from launcher.models.arithmetic import train_flops_per_token
 from launcher.runtime.metrics import MetricsLog
 from launcher.runtime.progress import ProgressDisplay
-from launcher.runtime.run_dir import RunDir
+from launcher.runtime.run_dir import RunDir, stop_grace
 from launcher.runtime.saving import Checkpoints, Progress, start_from
 
 Row = dict[str, float | int]
@@ -35,8 +37,9 @@ def train(run: RunConfig, layout: Layout, directory: RunDir, device: torch.devic
     engine = build_engine(run, layout, device)
     digest = corpus.digest()
     progress, taken = start_from(run, engine, directory.checkpoint, directory.initial, digest)
-    checkpoints = Checkpoints(run, layout, engine, directory, digest)
     last = run.training.stop_at or run.training.steps
+    stop = StopRequest()
+    checkpoints = Checkpoints(run, layout, engine, directory, digest, stop)
 
     log = MetricsLog(run, layout, directory, progress.step + 1) if engine.mesh.rank == 0 else None
     failed = True
@@ -44,8 +47,9 @@ def train(run: RunConfig, layout: Layout, directory: RunDir, device: torch.devic
         _say(log, *(log.notes if log else []))
         if taken:
             _say(log, f"resumed  {taken}, at step {progress.step}" if progress.step else f"begun    {taken}")
-        with ProgressDisplay(last) if log else _Silent() as display:
-            while progress.step < last:
+        listening = stop if stop_grace(run) else nullcontext()
+        with listening, ProgressDisplay(last) if log else _Silent() as display:
+            while progress.step < last and not checkpoints.stopping:
                 row = train_step(run, layout, engine, training, progress, device)
                 progress = progress.after(run.training.global_batch_size)
                 if is_validation_step(run, progress.step, last):
@@ -57,7 +61,10 @@ def train(run: RunConfig, layout: Layout, directory: RunDir, device: torch.devic
                 display.step(row)
                 is_last = progress.step == last
                 _note(log, checkpoints.after_step(progress, row.get("val/loss"), last=is_last))
-        _note(log, checkpoints.close())
+            _note(log, checkpoints.close())
+        if progress.step < last:
+            _say(log, f"stopped  at step {progress.step}: the same command goes on")
+            raise SystemExit(STOPPED)
         weights = save_weights(engine, directory.path)
         dist.barrier()
         failed = False

@@ -17,6 +17,7 @@ import pytest
 
 from launcher.config.errors import ConfigError
 from launcher.launch.local import RankFailure, run_local_ranks
+from launcher.launch.rank import END, STOP
 
 HANG = 60.0  # seconds: only ever reached where something hangs
 REPOSITORY = Path(__file__).parents[2]
@@ -63,7 +64,7 @@ def handlers_are_restored() -> Iterator[None]:
     """No test may end with another disposition or signal mask than it began with."""
 
     def state() -> tuple[object, ...]:
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, STOP, END)
         return *(signal.getsignal(number) for number in numbers), signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
     before = state()
@@ -425,10 +426,10 @@ def test_stopped_ranks_run_their_cleanup(tmp_path: Path) -> None:
     assert (tmp_path / "cleaned").exists()
 
 
-def test_ranks_that_ignore_sigterm_are_killed(tmp_path: Path) -> None:
+def test_ranks_that_ignore_their_end_are_killed(tmp_path: Path) -> None:
     def target(rank: int) -> None:
         if rank == 0:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            signal.signal(END, signal.SIG_IGN)
             write_pid(tmp_path, "deaf", os.getpid())
             while True:
                 time.sleep(1)
@@ -530,6 +531,7 @@ def write_pid(name, pid):
 def target(rank):
     if behaviour == "deaf":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # END
     if behaviour == "busy":
         write_pid(f"child_{rank}", subprocess.Popen(["sleep", "600"], start_new_session=rank == 1).pid)
     try:
@@ -693,7 +695,7 @@ def test_what_a_rank_raises_while_it_is_stopped_is_the_cause(tmp_path: Path, own
             raise ValueError("disk full")
 
         if own_handler:
-            signal.signal(signal.SIGTERM, save)
+            signal.signal(END, save)
         try:
             os.kill(os.getppid(), signal.SIGINT)
             sleep_for_long()

@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.runtime.command import SMALL, environment, metrics
+from launcher.checkpoint.manifest import checkpoints_in, read_manifest
+from tests.runtime.command import SMALL, environment, metrics, trained
 
+STOPPING = "launcher: stopping once the step in hand is saved (Ctrl-C: at once)\n"
+AS_USUAL = ["env", "--default-signal=HUP,INT"]  # which nohup and background jobs of a script ignore
 FAULTY = """
 import os, sys
 import launcher.runtime.train as train
@@ -28,9 +31,8 @@ main()
 def start(command: list[str], cwd: Path) -> subprocess.Popen[str]:
     """In a process group of its own, as a terminal does; under nohup, too, with SIGHUP not ignored."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    as_usual = ["env", "--default-signal=HUP,INT"]
     return subprocess.Popen(
-        [*as_usual, *command], cwd=cwd, env=environment(), text=True, process_group=0, **pipes
+        [*AS_USUAL, *command], cwd=cwd, env=environment(), text=True, process_group=0, **pipes
     )
 
 
@@ -73,9 +75,13 @@ def test_a_rank_that_fails_ends_the_job_with_its_own_story(fault: str, said: str
         (signal.SIGINT, 130, "launcher: interrupted; all ranks have ended\n"),
         (signal.SIGTERM, 143, "launcher: stopped by SIGTERM; all ranks have ended\n"),
         (signal.SIGHUP, 129, "launcher: stopped by SIGHUP; all ranks have ended\n"),
+        (signal.SIGUSR1, 138, "launcher: stopped by SIGUSR1; all ranks have ended\n"),
     ],
 )
-def test_an_interrupted_run_ends_cleanly(number: int, code: int, said: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("saving", [True, False])
+def test_an_interrupted_run_ends_cleanly(
+    number: int, code: int, said: str, saving: bool, tmp_path: Path
+) -> None:
     command = [
         sys.executable,
         "-m",
@@ -85,7 +91,8 @@ def test_an_interrupted_run_ends_cleanly(number: int, code: int, said: str, tmp_
         "parallelism.data=2",
         "training.steps=100000",
     ]
-    process = start([*command, "logging=wandb"], tmp_path)
+    grace = [] if saving else ["checkpoint.stop_grace_seconds=null"]
+    process = start([*command, *grace, "logging=wandb"], tmp_path)
     file = tmp_path / "r" / "metrics.jsonl"
     deadline = time.monotonic() + 60
     while not (file.exists() and len(file.read_text().splitlines()) > 3):
@@ -93,33 +100,105 @@ def test_an_interrupted_run_ends_cleanly(number: int, code: int, said: str, tmp_
         time.sleep(0.1)
     os.killpg(process.pid, number)
     _, error = process.communicate(timeout=60)
-    assert (process.returncode, error) == (code, said)
+    assert (process.returncode, error) == (code, STOPPING + said if saving else said)
     assert survivors(tmp_path) == []
+    saved = checkpoints_in(tmp_path / "r")
+    last = metrics(tmp_path / "r")[-1]["step"]
+    assert [read_manifest(path).step for path in saved] == ([last] if saving else [])
+
+
+def test_a_run_that_was_stopped_goes_on_from_there(tmp_path: Path) -> None:
+    """Bit by bit, and with every sample once, as the rows of all its steps show."""
+    run = ["parallelism.data=2", "training.steps=40", "training.validation_interval=0"]
+    trained(*run, "run.dir=whole", cwd=tmp_path)
+    process = start([sys.executable, "-m", "launcher", *SMALL, *run, "run.dir=r"], tmp_path)
+    file = tmp_path / "r" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (file.exists() and len(file.read_text().splitlines()) > 3):
+        assert time.monotonic() < deadline, process.communicate()
+        time.sleep(0.01)
+    process.terminate()
+    out, _ = process.communicate(timeout=60)
+    stopped_at = len(metrics(tmp_path / "r"))
+    assert 3 < stopped_at < 40
+    assert f"stopped  at step {stopped_at}: the same command goes on" in out
+    assert f"at step {stopped_at}\n" in trained(*run, "run.dir=r", cwd=tmp_path)
+    names = ("step", "train/samples", "train/loss", "train/grad_norm", "val/loss")
+    one, other = (
+        [[row.get(name) for name in names] for row in metrics(tmp_path / folder)] for folder in ("r", "whole")
+    )
+    assert one == other
+
+
+SLOW_SAVE = """
+import time
+import launcher.checkpoint.save as save
+write = save.write_parts
+save.write_parts = lambda *arguments: (print("saving", flush=True), time.sleep(100), write(*arguments))
+from launcher.__main__ import main
+main()
+"""
+
+
+@pytest.mark.parametrize("impatient", ["Ctrl-C", "grace"])
+def test_a_save_that_takes_too_long_is_cut_off(impatient: str, tmp_path: Path) -> None:
+    script = tmp_path / "slow.py"
+    script.write_text(SLOW_SAVE)
+    grace = ["checkpoint.stop_grace_seconds=1"] if impatient == "grace" else []
+    long_run = ["run.dir=r", "training.steps=100000", *grace]
+    process = start([sys.executable, str(script), *SMALL, *long_run], tmp_path)
+    file = tmp_path / "r" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not file.exists():
+        assert time.monotonic() < deadline, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    assert process.stdout is not None
+    assert any(line == "saving\n" for line in process.stdout)
+    if impatient == "Ctrl-C":
+        process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=30)
+    assert error == f"{STOPPING}launcher: interrupted; all ranks have ended\n"
+    assert process.returncode == 130
+    assert survivors(tmp_path) == []
+    assert checkpoints_in(tmp_path / "r") == []
 
 
 def test_ctrl_c_during_the_first_imports_ends_like_any_other(tmp_path: Path) -> None:
     (tmp_path / "hydra.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
     surroundings = environment()
     surroundings["PYTHONPATH"] = f"{tmp_path}{os.pathsep}{surroundings.get('PYTHONPATH', '')}"
-    command = [sys.executable, "-m", "launcher", *SMALL]
+    command = [*AS_USUAL, sys.executable, "-m", "launcher", *SMALL]
     done = subprocess.run(
         command, cwd=tmp_path, env=surroundings, text=True, capture_output=True, check=False
     )
     assert (done.returncode, done.stderr) == (130, "launcher: interrupted; all ranks have ended\n")
 
 
+TORCHRUN = [
+    *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
+    *("-m", "launcher"),
+]
+
+
 def test_under_torchrun_it_joins_the_ranks_that_are_there(tmp_path: Path) -> None:
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        "-m",
-        "launcher",
-    ]
-    process = start([*torchrun, *SMALL, "run.dir=r", "parallelism=tp2", "training.steps=2"], tmp_path)
+    process = start([*TORCHRUN, *SMALL, "run.dir=r", "parallelism=tp2", "training.steps=2"], tmp_path)
     out, error = process.communicate(timeout=120)
     assert process.returncode == 0, out + error
     assert out.count("layout   2 cpu ranks = 1 pipeline x 1 data x 2 tensor") == 1
     assert len(metrics(tmp_path / "r")) == 2
+
+
+def test_under_torchrun_it_is_saved_on_sigterm(tmp_path: Path) -> None:
+    long_run = ["run.dir=r", "parallelism=tp2", "training.steps=100000"]
+    process = start([*TORCHRUN, *SMALL, *long_run], tmp_path)
+    file = tmp_path / "r" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not file.exists():
+        assert time.monotonic() < deadline, process.communicate()
+        time.sleep(0.01)
+    process.terminate()
+    process.communicate(timeout=60)
+    [saved] = checkpoints_in(tmp_path / "r")
+    assert read_manifest(saved).step == metrics(tmp_path / "r")[-1]["step"]
+    assert survivors(tmp_path) == []
