@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from launcher.checkpoint import choose, files, save
+from launcher.checkpoint import write as write_files
 from launcher.checkpoint.boxes import Box
 from launcher.checkpoint.choose import check_corpus_is, checkpoint_of
 from launcher.checkpoint.inspect import inspect
@@ -49,11 +50,11 @@ def write(run_dir: Path, step: int, run: RunConfig | None = None, loss: float | 
     partial = begin(run_dir, step)
     for rank in range(2):
         box = Box((3 * rank, 0), (3, 4))
-        part = save._Part("weight", "w", SHAPE, box, FULL[3 * rank : 3 * rank + 3].clone() + step)
-        save.write_parts(partial, rank, [part], 10**9)
+        part = write_files.Part("weight", "w", SHAPE, box, FULL[3 * rank : 3 * rank + 3].clone() + step)
+        write_files.write_parts(partial, rank, [part], 10**9)
     config = config_as_dict(run or a_run())
     manifest = replace(EMPTY, step=step, samples=8 * step, config=config, validation_loss=loss, corpus="c")
-    return save.commit(partial, manifest, 2)
+    return write_files.commit(partial, manifest, 2)
 
 
 def a_run(*overrides: str) -> RunConfig:
@@ -349,13 +350,13 @@ class TestPrune:
         self, config: CheckpointConfig, kept: list[int], tmp_path: Path
     ) -> None:
         self.write_six(tmp_path)
-        save.prune(tmp_path, config)
+        write_files.prune(tmp_path, config)
         assert self.kept(tmp_path) == kept
 
     def test_what_cannot_be_used_does_not_count(self, tmp_path: Path) -> None:
         self.write_six(tmp_path)
         (checkpoints_in(tmp_path)[0] / MANIFEST).unlink()
-        save.prune(tmp_path, CheckpointConfig(keep_last=2, keep_best=False))
+        write_files.prune(tmp_path, CheckpointConfig(keep_last=2, keep_best=False))
         assert [int(path.name[5:]) for path in checkpoints_in(tmp_path)] == [60, 50, 40]
 
     def test_cut_short_it_leaves_no_half_checkpoint(
@@ -369,15 +370,15 @@ class TestPrune:
 
         monkeypatch.setattr(shutil, "rmtree", half)
         with pytest.raises(KeyboardInterrupt):
-            save.prune(tmp_path, CheckpointConfig(keep_last=1, keep_best=False))
+            write_files.prune(tmp_path, CheckpointConfig(keep_last=1, keep_best=False))
         for path in checkpoints_in(tmp_path):
             assert content(path).numel() == 24
 
 
 def test_files_are_of_a_bounded_size(tmp_path: Path) -> None:
     partial = begin(tmp_path, 1)
-    parts = [save._Part("weight", f"w{n}", (10,), Box((0,), (10,)), torch.zeros(10)) for n in range(7)]
-    save.write_parts(partial, 0, parts, max_bytes=100)
+    parts = [write_files.Part("weight", f"w{n}", (10,), Box((0,), (10,)), torch.zeros(10)) for n in range(7)]
+    write_files.write_parts(partial, 0, parts, max_bytes=100)
     names = sorted(path.name for path in partial.glob("*.safetensors"))
     assert names == [f"00000-00{n}.safetensors" for n in range(4)]
     index = json.loads((partial / "00000.json").read_text())
@@ -391,7 +392,9 @@ def test_a_full_disk_is_an_error_of_the_write(tmp_path: Path, monkeypatch: pytes
     partial = begin(tmp_path, 20)
     monkeypatch.setattr(files, "save_file", fails)
     with pytest.raises(OSError, match="No space left"):
-        save.write_parts(partial, 0, [save._Part("weight", "w", (1,), Box((0,), (1,)), torch.zeros(1))], 100)
+        write_files.write_parts(
+            partial, 0, [write_files.Part("weight", "w", (1,), Box((0,), (1,)), torch.zeros(1))], 100
+        )
     assert checkpoints_in(tmp_path) == []
 
 
