@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 a rank failed or a layout differs, 2 refused, 130 Ctrl-C, 
 138 SIGUSR1.
 """
 
+import os
 import signal
 import sys
 
@@ -15,6 +16,10 @@ def main() -> None:
         from launcher.command_line import run_command
 
         sys.exit(run_command(sys.argv[1:]))
+    except BrokenPipeError:
+        # Whoever reads our output, as `head` does, has seen enough. Python would still flush, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except KeyboardInterrupt:
         print("launcher: interrupted; all ranks have ended", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)

@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Callable
 from pathlib import Path
 
-from launcher.checkpoint.manifest import BrokenCheckpoint
+from launcher.checkpoint.manifest import BrokenCheckpoint, readable_older
 from launcher.checkpoint.sources import Kind, Weights, weights_at
 from launcher.config.compose import compose_jobs
 from launcher.config.errors import ConfigError
@@ -64,7 +64,8 @@ def _written(write: Callable[[], None], weights: Weights, target: Path) -> None:
     try:
         write()
     except BrokenCheckpoint as broken:
-        remedy = "another checkpoint: see `launcher checkpoint check`"
+        older = readable_older(broken.path)
+        remedy = f"{older} instead" if older else "an intact one: see `launcher checkpoint check`"
         raise ConfigError("SOURCE", weights.path, str(broken), remedy) from None
     except OSError as error:
         raise ConfigError(

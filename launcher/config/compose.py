@@ -55,6 +55,8 @@ def compose_jobs(config_name: str, root: type[Config], arguments: list[str]) -> 
     main = hydra.main(version_base="1.3", config_path=str(config_directory()), config_name=config_name)(keep)
     try:
         main()
+    except BrokenPipeError:
+        raise  # whoever read the --help has seen enough
     except COMPOSITION_ERRORS as error:
         raise explain(error, root, overrides) from None
     return [Job(to_typed(config, root, overrides), index, own) for config, index, own in composed]

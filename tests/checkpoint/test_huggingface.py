@@ -326,6 +326,21 @@ def test_weights_without_a_checkpoint(tmp_path: Path) -> None:
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "back").config.model_type == "gpt2"
 
 
+def test_a_damaged_checkpoint_is_not_exported(tmp_path: Path) -> None:
+    trained("run.dir=a", "training.steps=2", "checkpoint.interval_steps=1", cwd=tmp_path)
+    newest, older = checkpoints_in(tmp_path / "a")
+    file = next(newest.glob("*.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    done = launcher("export", "a", "back", cwd=tmp_path)
+    assert done.returncode == 2
+    assert f"{file.name} is damaged" in done.stderr
+    assert f"nearest that works: {older} instead" in done.stderr
+    assert not (tmp_path / "back").exists()
+    assert launcher("export", str(older), "back", cwd=tmp_path).returncode == 0
+
+
 def test_export_needs_neither_deepspeed_nor_a_process_group(
     theirs: Callable[[str], Path], tmp_path: Path
 ) -> None:

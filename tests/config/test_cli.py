@@ -300,3 +300,9 @@ class TestLooking:
             "launcher: training.step: no such field (in experiment/wrong.yaml)\n"
             "  nearest that works: training.steps\n"
         )
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path) -> None:
+    command = f"{sys.executable} -m launcher --help | head -1"
+    done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.stdout.count("\n"), done.stderr) == (1, "")
