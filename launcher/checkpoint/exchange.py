@@ -49,6 +49,7 @@ def export(weights: Weights, target: Path, options: ExchangeConfig) -> None:
     for name, group in zip(names if len(files) > 1 else [SAFETENSORS], files, strict=True):
         tensors = {entry.theirs: _read(reader, entry).to(dtype).contiguous() for entry in group}
         save_tensors(tensors, aside / name, {"format": "pt"})
+        del tensors  # before the next file's are made
     if len(files) > 1:
         index = {
             "metadata": {

@@ -50,6 +50,7 @@ def write_parts(partial: Path, rank: int, parts: Iterable[Part], max_bytes: int)
         save_tensors({entry_name(p.kind, p.name, p.box.offsets): p.tensor for p in group}, partial / name)
         files[name] = File((partial / name).stat().st_size, sha256_of(partial / name))
         listed += [(p.kind, p.name, p.shape, asdict(Piece(name, p.box.offsets, p.box.sizes))) for p in group]
+        group.clear()  # before the next file's are made
     index = {"files": {name: asdict(file) for name, file in files.items()}, "pieces": listed}
     replace_file(index_of(partial, rank), json.dumps(index))
 

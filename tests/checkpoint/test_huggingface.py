@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -16,8 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from launcher.checkpoint.boxes import Box
 from launcher.checkpoint.exchange import export, import_
 from launcher.checkpoint.manifest import checkpoints_in
+from launcher.checkpoint.read import HuggingFaceReader, Reader
 from launcher.checkpoint.sources import Kind, weights_at
 from launcher.config.errors import ConfigError
 from launcher.config.layout import resolve_layout
@@ -188,6 +191,35 @@ def test_files_are_bounded_on_both_sides(theirs: Callable[[str], Path], tmp_path
     index = json.loads((tmp_path / "split" / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors_in(theirs("gpt")).values())
     assert (tmp_path / "split" / "tokenizer.json").read_text() == '{"a": 1}'
+
+
+def test_no_more_than_a_file_is_held_at_once(
+    theirs: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit, largest = 20_000, 2 * 48 * 32 * 4  # gate and up in one
+    made: list[weakref.ref[Tensor]] = []
+    held: list[int] = []
+
+    def watch(reader: type[Any]) -> None:
+        fill = reader.fill
+
+        def watched(self: Any, kind: str, name: str, box: Box, view: Tensor) -> None:
+            fill(self, kind, name, box, view)
+            made.append(weakref.ref(view))
+            held.append(sum(tensor.nbytes for one in made if (tensor := one()) is not None))
+
+        monkeypatch.setattr(reader, "fill", watched)
+
+    for reader in (HuggingFaceReader, Reader):
+        watch(reader)
+    options = ExchangeConfig(max_file_gb=limit / 1e9)
+    import_(weights_at(theirs("llama"), "x"), tmp_path / "ours", options)
+    of_import = len(held)
+    export(weights_at(tmp_path / "ours", "x"), tmp_path / "back", options)
+    total = sum(tensor.nbytes for tensor in tensors_in(theirs("llama")).values())
+    assert limit + largest < total / 2
+    for part in (held[:of_import], held[of_import:]):
+        assert limit / 2 < max(part) <= limit + largest
 
 
 def test_names_as_openai_published_them(theirs: Callable[[str], Path], tmp_path: Path) -> None:
