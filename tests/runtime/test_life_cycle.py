@@ -36,6 +36,16 @@ def start(command: list[str], cwd: Path) -> subprocess.Popen[str]:
     )
 
 
+def wait_for_rows(run_dir: Path, count: int, process: subprocess.Popen[str]) -> None:
+    """Until the run has logged `count` steps. The file alone is there before stops are listened for."""
+    file = run_dir / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (file.exists() and len(file.read_text().splitlines()) >= count):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, f"{count} steps in {run_dir} take too long"
+        time.sleep(0.01)
+
+
 def survivors(folder: Path) -> list[str]:
     """Processes that work in `folder`."""
     found = []
@@ -93,11 +103,7 @@ def test_an_interrupted_run_ends_cleanly(
     ]
     grace = [] if saving else ["checkpoint.stop_grace_seconds=null"]
     process = start([*command, *grace, "logging=wandb"], tmp_path)
-    file = tmp_path / "r" / "metrics.jsonl"
-    deadline = time.monotonic() + 60
-    while not (file.exists() and len(file.read_text().splitlines()) > 3):
-        assert time.monotonic() < deadline, process.communicate()
-        time.sleep(0.1)
+    wait_for_rows(tmp_path / "r", 4, process)
     os.killpg(process.pid, number)
     _, error = process.communicate(timeout=60)
     assert (process.returncode, error) == (code, STOPPING + said if saving else said)
@@ -112,11 +118,7 @@ def test_a_run_that_was_stopped_goes_on_from_there(tmp_path: Path) -> None:
     run = ["parallelism.data=2", "training.steps=40", "training.validation_interval=0"]
     trained(*run, "run.dir=whole", cwd=tmp_path)
     process = start([sys.executable, "-m", "launcher", *SMALL, *run, "run.dir=r"], tmp_path)
-    file = tmp_path / "r" / "metrics.jsonl"
-    deadline = time.monotonic() + 60
-    while not (file.exists() and len(file.read_text().splitlines()) > 3):
-        assert time.monotonic() < deadline, process.communicate()
-        time.sleep(0.01)
+    wait_for_rows(tmp_path / "r", 4, process)
     process.terminate()
     out, _ = process.communicate(timeout=60)
     stopped_at = len(metrics(tmp_path / "r"))
@@ -147,11 +149,7 @@ def test_a_save_that_takes_too_long_is_cut_off(impatient: str, tmp_path: Path) -
     grace = ["checkpoint.stop_grace_seconds=1"] if impatient == "grace" else []
     long_run = ["run.dir=r", "training.steps=100000", *grace]
     process = start([sys.executable, str(script), *SMALL, *long_run], tmp_path)
-    file = tmp_path / "r" / "metrics.jsonl"
-    deadline = time.monotonic() + 60
-    while not file.exists():
-        assert time.monotonic() < deadline, process.communicate()
-        time.sleep(0.01)
+    wait_for_rows(tmp_path / "r", 1, process)
     process.send_signal(signal.SIGINT)
     assert process.stdout is not None
     assert any(line == "saving\n" for line in process.stdout)
@@ -192,11 +190,7 @@ def test_under_torchrun_it_joins_the_ranks_that_are_there(tmp_path: Path) -> Non
 def test_under_torchrun_it_is_saved_on_sigterm(tmp_path: Path) -> None:
     long_run = ["run.dir=r", "parallelism=tp2", "training.steps=100000"]
     process = start([*TORCHRUN, *SMALL, *long_run], tmp_path)
-    file = tmp_path / "r" / "metrics.jsonl"
-    deadline = time.monotonic() + 60
-    while not file.exists():
-        assert time.monotonic() < deadline, process.communicate()
-        time.sleep(0.01)
+    wait_for_rows(tmp_path / "r", 1, process)
     process.terminate()
     process.communicate(timeout=60)
     [saved] = checkpoints_in(tmp_path / "r")
