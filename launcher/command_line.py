@@ -1,4 +1,4 @@
-"""The command line: `launcher [train | verify | generate] OVERRIDES`, checkpoint, export and import.
+"""The command line: `launcher [train | plan | verify | generate] OVERRIDES`, checkpoint, export and import.
 
 Nothing here imports torch before the config has been composed and checked.
 """
@@ -15,14 +15,16 @@ from launcher.checkpoint.inspect import inspect
 from launcher.config.compose import Job, compose_jobs, load_typed
 from launcher.config.errors import ConfigError
 from launcher.config.layout import Layout
-from launcher.config.schema import Device, GenerateConfig, RunConfig
+from launcher.config.schema import Device, GenerateConfig, OutputFormat, PlannedRunConfig, RunConfig
 from launcher.config.shape import sequence_length
 from launcher.config.validate import validate, validate_generate
 from launcher.data.sampler import check_corpus
 from launcher.launch.environment import RankEnvironment, joined_ranks
 from launcher.launch.local import RankFailure, Stopped
-from launcher.launch.machine import Machine, share_cores, this_machine
+from launcher.launch.machine import Machine, memory_here, share_cores, this_machine
 from launcher.parity.shrink import MOST_RANKS
+from launcher.planning.command import dump, plan_and_print
+from launcher.planning.figure import check_figure
 from launcher.runtime.run_dir import CONFIG
 
 REFUSED, FAILED = 2, 1
@@ -48,7 +50,7 @@ def _command(arguments: list[str]) -> tuple[Callable[[list[str]], int], list[str
     word = arguments[0] if arguments else ""
     if word in COMMANDS:
         return COMMANDS[word], arguments[1:]
-    if word.isalpha() and (meant := difflib.get_close_matches(word, COMMANDS, n=1, cutoff=0.8)):
+    if word.isalpha() and (meant := difflib.get_close_matches(word, COMMANDS, n=1, cutoff=0.7)):
         raise ConfigError(word, None, "no such command", f"launcher {meant[0]}")
     return train, arguments
 
@@ -81,7 +83,7 @@ def _checked_layout(run: RunConfig, ranks: RankEnvironment | None, machine: Mach
     return layout
 
 
-def _say_which(job: Job[RunConfig]) -> None:
+def _say_which(job: Job[RunConfig] | Job[PlannedRunConfig]) -> None:
     if job.index is not None:
         print(f"job      {job.index}: {' '.join(job.overrides)}", flush=True)
 
@@ -99,6 +101,23 @@ def generate(arguments: list[str]) -> int:
         from launcher.runtime.generate import generate as sample_text
 
         print(sample_text(job.config, run_dir))
+    return 0
+
+
+def plan(arguments: list[str]) -> int:
+    jobs, machine = compose_jobs("plan", PlannedRunConfig, arguments), this_machine()
+    if not jobs:
+        return 0
+    layouts = [_layout_elsewhere(job.config, machine) for job in jobs]
+    for job in jobs:
+        check_figure(job.config.plan.figure)
+    found, for_people = [], jobs[0].config.format is OutputFormat.table
+    for job, layout in zip(jobs, layouts, strict=True):
+        if for_people:
+            _say_which(job)
+        found.append(plan_and_print(job.config, layout, memory_here()))
+    if not for_people:
+        print(dump(found, is_sweep=jobs[0].index is not None))
     return 0
 
 
@@ -121,7 +140,7 @@ def verify(arguments: list[str]) -> int:
         print(VERIFY_HELP)
         return 0
     jobs, machine = compose_jobs("config", RunConfig, arguments), this_machine()
-    layouts = [_layout_to_verify(job.config, machine) for job in jobs]
+    layouts = [_layout_elsewhere(job.config, machine) for job in jobs]
     for job, layout in zip(jobs, layouts, strict=True):
         _say_which(job)
         share_cores(MOST_RANKS, machine.cores)
@@ -132,17 +151,20 @@ def verify(arguments: list[str]) -> int:
     return 0
 
 
-def _layout_to_verify(run: RunConfig, machine: Machine) -> Layout:
+def _layout_elsewhere(run: RunConfig, machine: Machine) -> Layout:
     """The layout on the run's own hardware, whatever this machine has."""
-    h, cores = run.hardware, max(2, machine.cores)
+    h = run.hardware
     if h.device is not Device.cuda:
-        return validate(run, gpus=0, cores=cores)
+        world = h.nodes * (h.accelerators_per_node or machine.cores) if h.nodes > 1 else None
+        gpus = machine.gpus if h.device is Device.auto else 0
+        return validate(run, gpus=gpus, cores=max(2, machine.cores), joined_world=world)
     per_node = h.accelerators_per_node or 1
-    return validate(run, gpus=per_node, cores=cores, joined_world=h.nodes * per_node)
+    return validate(run, gpus=per_node, cores=1, joined_world=h.nodes * per_node if h.nodes > 1 else None)
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
+    "plan": plan,
     "verify": verify,
     "generate": generate,
     "checkpoint": inspect,

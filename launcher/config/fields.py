@@ -26,8 +26,8 @@ def options_of(group: str) -> list[str]:
 
 
 def groups_of(root: type[Any]) -> list[str]:
-    """The groups of a root: only a training run has any."""
-    directories = config_directory().iterdir() if root is RunConfig else []
+    """The groups of a root: only a training run has any, planned or not."""
+    directories = config_directory().iterdir() if issubclass(root, RunConfig) else []
     return sorted(path.name for path in directories if path.is_dir() and path.name != "hydra")
 
 

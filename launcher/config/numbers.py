@@ -21,6 +21,7 @@ FROM_0 = Range("must be a finite number, 0 or more", lambda value: 0 <= value < 
 ABOVE_0 = Range("must be a finite number above 0", lambda value: 0 < value < inf)
 BELOW_1 = Range("must be 0 or more and below 1", lambda value: 0 <= value < 1)
 SHARE = Range("must be from 0 to 1", lambda value: 0 <= value <= 1)
+SHARE_ABOVE_0 = Range("must be above 0 and at most 1", lambda value: 0 < value <= 1)
 POWER = Range("must be from 0 to 127, float32's largest power of two", lambda value: 0 <= value <= 127)
 SEED = Range("must be 0 or more and below 2 to the 63", lambda value: 0 <= value < 2**63)
 
@@ -42,12 +43,15 @@ NUMBERS: dict[str, tuple[Range, str]] = {
     "parallelism.data": (COUNT, "null"),
     "hardware.nodes": (COUNT, "1"),
     "hardware.accelerators_per_node": (COUNT, "null"),
-    "hardware.memory_gb": (ABOVE_0, "null"),
+    "hardware.memory_bytes": (ABOVE_0, "null"),
     "hardware.peak_flops.fp32": (ABOVE_0, "null"),
     "hardware.peak_flops.bf16": (ABOVE_0, "null"),
     "hardware.peak_flops.fp16": (ABOVE_0, "null"),
+    "hardware.gemm_efficiency": (SHARE_ABOVE_0, "null"),
+    "hardware.memory_bandwidth_gb_s": (ABOVE_0, "null"),
     "hardware.bandwidth_intra_node_gb_s": (ABOVE_0, "null"),
     "hardware.bandwidth_inter_node_gb_s": (ABOVE_0, "null"),
+    "hardware.host_bandwidth_gb_s": (ABOVE_0, "null"),
     "checkpoint.interval_steps": (COUNT, "null"),
     "checkpoint.interval_minutes": (ABOVE_0, "null"),
     "checkpoint.keep_last": (COUNT, "1"),
@@ -71,6 +75,7 @@ NUMBERS: dict[str, tuple[Range, str]] = {
     "logging.interval": (COUNT, "1"),
     "training.steps": (COUNT, "1"),
     "verify.steps": (COUNT, "3"),
+    "plan.tokens": (ABOVE_0, "null"),
     "training.stop_at": (COUNT, "null"),
     "training.global_batch_size": (COUNT, "16"),
     "training.micro_batch_size": (COUNT, "1"),

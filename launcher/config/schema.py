@@ -72,6 +72,13 @@ class Dtype(Enum):
     fp16 = "fp16"
 
 
+class OutputFormat(Enum):
+    """`table` for people, `json` for machines."""
+
+    table = "table"
+    json = "json"
+
+
 class WandbMode(Enum):
     """`auto` means online where an API key is found, else offline."""
 
@@ -125,10 +132,13 @@ class HardwareConfig:
     device: Device = Device.auto
     nodes: int = 1
     accelerators_per_node: Optional[int] = None  # null: what is found (GPUs, or CPU cores)
-    memory_gb: Optional[float] = None  # of one accelerator, in 1e9 bytes
+    memory_bytes: Optional[float] = None  # of one accelerator
     peak_flops: PeakFlops = field(default_factory=PeakFlops)
+    gemm_efficiency: Optional[float] = None  # share of the peak that large matrix products reach
+    memory_bandwidth_gb_s: Optional[float] = None  # of one accelerator's own memory
     bandwidth_intra_node_gb_s: Optional[float] = None  # of one accelerator, one direction
     bandwidth_inter_node_gb_s: Optional[float] = None  # of one accelerator, one direction
+    host_bandwidth_gb_s: Optional[float] = None  # between one accelerator and the host's memory
 
 
 @dataclass
@@ -227,6 +237,16 @@ class VerifyConfig:
 
 
 @dataclass
+class PlanConfig:
+    """What `launcher plan` shows, and what training does with it."""
+
+    enforce: bool = True  # training refuses a run that cannot fit
+    tokens: Optional[float] = None  # that the days are told for; null: those of training.steps
+    trace: bool = False  # hold the formulas against the real modules
+    figure: Optional[str] = None  # a picture: a .png, .svg or .pdf file
+
+
+@dataclass
 class RunDirConfig:
     dir: Optional[str] = None  # null: a fresh one under runs/
 
@@ -244,8 +264,16 @@ class RunConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     verify: VerifyConfig = field(default_factory=VerifyConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
     run: RunDirConfig = field(default_factory=RunDirConfig)
     deepspeed: dict[str, Any] = field(default_factory=dict)  # passed through, over what we emit
+
+
+@dataclass
+class PlannedRunConfig(RunConfig):
+    """What `launcher plan` takes: a run, and how to print its plan."""
+
+    format: OutputFormat = OutputFormat.table
 
 
 @dataclass
@@ -269,12 +297,13 @@ class ExchangeConfig:
 
 
 def register_schema() -> None:
-    """Give Hydra the typed roots that conf/config.yaml, generate.yaml and exchange.yaml start from.
+    """Give Hydra the typed roots that the files of conf/ itself start from.
 
     And the resolver `sweep_dir`: where a --multirun keeps its record, beside the directories of its runs.
     """
     OmegaConf.register_new_resolver("sweep_dir", lambda run_dir: run_dir or "runs", replace=True)
     store = ConfigStore.instance()
     store.store(name="run_schema", node=RunConfig)
+    store.store(name="plan_schema", node=PlannedRunConfig)
     store.store(name="generate_schema", node=GenerateConfig)
     store.store(name="exchange_schema", node=ExchangeConfig)

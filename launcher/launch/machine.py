@@ -47,6 +47,18 @@ def _usable_cores() -> int:
     return os.cpu_count() or 1
 
 
+def memory_here(root: Path = Path("/")) -> int | None:
+    """Bytes of memory that this process may use: the machine's, or its container's limit. None: not known."""
+    try:
+        sizes = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    except (ValueError, OSError):
+        return None
+    for limit in ("sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        text = (root / limit).read_text().strip() if (root / limit).is_file() else ""
+        sizes += [int(text)] if text.isdecimal() else []
+    return min(sizes) if min(sizes) > 0 else None
+
+
 def share_cores(processes: int, cores: int) -> None:
     """Divide the CPU threads of this machine among `processes`. Before torch is imported; set values stay."""
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))

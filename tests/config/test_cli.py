@@ -144,6 +144,7 @@ WRONG = {
     "--help model=gpt3": "model=gpt3: no such option",
     "tarin": "tarin: no such command",
     "verfiy parallelism=tp2": "verfiy: no such command",
+    "plna parallelism=tp2": "plna: no such command",
     "generate": "run.dir=null: sampling needs the directory of a finished run",
     "generate run.dir=none_such": "run.dir=none_such: not a run's directory, it has no config.yaml",
     "generate run.dir=broken": "run.dir=broken: its config.yaml is not one that a run wrote",

@@ -189,7 +189,8 @@ SUITS = {
     ("precision", "fp16"): ["hardware=h100_80gb", "training.global_batch_size=32"],
     **{
         ("hardware", name): ["training.global_batch_size=32"]
-        for name in ("a100_80gb", "h100_80gb", "h200_141gb")
+        for name in options_of("hardware")
+        if name not in ("cpu", "local")
     },
 }
 
@@ -377,7 +378,7 @@ class TestFields:
 
     def test_lists_options(self) -> None:
         assert options_of("precision") == ["bf16", "fp16", "fp32"]
-        assert options_of("hydra/help") == ["exchange", "generate", "launcher"]
+        assert options_of("hydra/help") == ["exchange", "generate", "launcher", "plan"]
         assert options_of("..") == options_of("") == options_of("xyzzy") == []
 
     @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.launch.machine import Machine, existing_gpus, this_machine, visible_gpus
+from launcher.launch.machine import Machine, existing_gpus, memory_here, this_machine, visible_gpus
 
 
 @pytest.mark.parametrize(
@@ -59,3 +59,16 @@ def test_the_package_imports_neither_torch_nor_deepspeed() -> None:
     code = f"import sys; from launcher.launch import environment, local, machine; print({loaded})"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert ran.stdout.strip() == "[]"
+
+
+class TestMemory:
+    def test_is_what_the_machine_or_the_container_allows(self, tmp_path: Path) -> None:
+        here = memory_here(tmp_path)
+        assert here is not None
+        assert here > 10**8
+        limits = tmp_path / "sys" / "fs" / "cgroup"
+        limits.mkdir(parents=True)
+        (limits / "memory.max").write_text("max\n")
+        assert memory_here(tmp_path) == here
+        (limits / "memory.max").write_text("123456789\n")
+        assert memory_here(tmp_path) == 123456789

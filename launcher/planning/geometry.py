@@ -1,0 +1,170 @@
+"""What each pipeline rank holds: blocks, embedding, head, and every weight's size. Pure arithmetic."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+from launcher.config.layout import Layout
+from launcher.config.schema import Family, ModelConfig, RunConfig
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One parameter as this tensor rank holds it."""
+
+    numel: int
+    is_matrix: bool  # the optimizer's two groups: matrices decay, vectors do not
+    module: int  # parameters of one module are gathered together under ZeRO-3
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Consecutive layers that one pipeline rank runs as one stage."""
+
+    first_block: int
+    blocks: int
+    has_embedding: bool
+    has_head: bool
+
+
+@dataclass(frozen=True)
+class Rank:
+    """One pipeline rank: its stages (two under DualPipeV) and its weights."""
+
+    stage: int
+    chunks: tuple[Chunk, ...]
+    model: ModelConfig
+    tensor: int
+    is_flat: bool  # no pipeline: one module holds everything
+
+    @property
+    def blocks(self) -> int:
+        return sum(chunk.blocks for chunk in self.chunks)
+
+    @property
+    def has_embedding(self) -> bool:
+        return any(chunk.has_embedding for chunk in self.chunks)
+
+    @property
+    def has_head(self) -> bool:
+        return any(chunk.has_head for chunk in self.chunks)
+
+    @property
+    def shares_tied_weight(self) -> bool:
+        """Whether embedding and head are one weight on this rank."""
+        return self.model.tie_embeddings and self.has_embedding and self.has_head
+
+    @property
+    def copies_tied_weight(self) -> bool:
+        """Whether another pipeline rank holds the same weight."""
+        return self.model.tie_embeddings and self.has_embedding != self.has_head
+
+    @cached_property
+    def weights(self) -> tuple[Weight, ...]:
+        """In the order of the modules."""
+        return tuple(_weights(self))
+
+    @cached_property
+    def parameters(self) -> int:
+        return sum(weight.numel for weight in self.weights)
+
+    @property
+    def parameters_of_embedding(self) -> int:
+        """Look-ups and positions, with a head that is the same weight."""
+        h, positions = self.model.hidden_size, self.model.max_sequence_length
+        rows = padded_length(self.model.vocab_size, self.tensor) // self.tensor
+        return h * (rows + (positions if self.model.family is Family.gpt else 0)) * self.has_embedding
+
+    @cached_property
+    def largest_weight(self) -> int:
+        return max(weight.numel for weight in self.weights)
+
+    @cached_property
+    def groups(self) -> tuple[tuple[int, ...], ...]:
+        """The sizes of the optimizer's parameter groups: matrices, then vectors; an empty one left out."""
+        groups = (
+            tuple(weight.numel for weight in self.weights if weight.is_matrix is matrices)
+            for matrices in (True, False)
+        )
+        return tuple(group for group in groups if group)
+
+
+def pipeline_ranks(run: RunConfig, layout: Layout) -> list[Rank]:
+    """One for each pipeline rank, of tensor rank 0."""
+    model, stages = run.model, layout.pipeline * layout.stages_per_rank
+    dealt = blocks_of_stages(model.num_layers, stages)
+    chunks = [
+        Chunk(sum(dealt[:index]), blocks, has_embedding=index == 0, has_head=index == stages - 1)
+        for index, blocks in enumerate(dealt)
+    ]
+    return [
+        Rank(rank, _chunks_of(rank, chunks, layout), model, layout.tensor, is_flat=layout.pipeline == 1)
+        for rank in range(layout.pipeline)
+    ]
+
+
+def _chunks_of(rank: int, chunks: list[Chunk], layout: Layout) -> tuple[Chunk, ...]:
+    if layout.stages_per_rank == 1:
+        return (chunks[rank],)
+    # DualPipeV's V: out through the first half of the stages, back through the second.
+    return chunks[rank], chunks[len(chunks) - 1 - rank]
+
+
+def blocks_of_stages(num_layers: int, stages: int) -> list[int]:
+    """As DeepSpeed's partition_balanced deals them out: one more to the first ones if they do not divide."""
+    each, more = divmod(num_layers, stages)
+    return [each + 1] * more + [each] * (stages - more)
+
+
+def padded_length(length: int, ranks: int) -> int:
+    """As launcher.parallel.sharding pads a vocabulary; here without torch."""
+    return -(-length // ranks) * ranks
+
+
+def block_weights(model: ModelConfig, tensor: int) -> list[list[tuple[int, bool]]]:
+    """By module (numel, is a matrix), of one tensor rank: norm, qkv, output, norm, up, down."""
+    h, f, heads = model.hidden_size, model.ffn_hidden_size, model.num_heads
+    qkv = (h + 2 * (model.num_kv_heads or heads) * (h // heads)) // tensor
+    up = (2 if model.family is Family.llama else 1) * f // tensor
+    if model.family is Family.llama:
+        norm = [(h, False)]
+        return [
+            norm,
+            [(qkv * h, True)],
+            [(h * h // tensor, True)],
+            norm,
+            [(up * h, True)],
+            [(h * f // tensor, True)],
+        ]
+    norm = [(h, False), (h, False)]
+    return [
+        norm,
+        [(qkv * h, True), (qkv, False)],
+        [(h * h // tensor, True), (h, False)],
+        norm,
+        [(up * h, True), (up, False)],
+        [(h * f // tensor, True), (h, False)],
+    ]
+
+
+def block_parameters(model: ModelConfig, tensor: int) -> int:
+    return sum(numel for module in block_weights(model, tensor) for numel, _ in module)
+
+
+def _weights(rank: Rank) -> Iterator[Weight]:
+    model, h = rank.model, rank.model.hidden_size
+    vocabulary = [(padded_length(model.vocab_size, rank.tensor) // rank.tensor * h, True)]
+    modules: list[list[tuple[int, bool]]] = []
+    for chunk in rank.chunks:
+        if chunk.has_embedding:
+            modules.append(vocabulary)
+            if model.family is Family.gpt:
+                modules.append([(model.max_sequence_length * h, True)])
+        modules += block_weights(model, rank.tensor) * chunk.blocks
+        if chunk.has_head:
+            modules.append(block_weights(model, rank.tensor)[0])
+            if not rank.shares_tied_weight:
+                modules.append(vocabulary)
+    for index, module in enumerate(modules):
+        for numel, is_matrix in module:
+            yield Weight(numel, is_matrix, index)

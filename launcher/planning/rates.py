@@ -1,0 +1,81 @@
+"""How fast one accelerator and its links are: seconds for a product, for bytes moved, for a collective. Pure.
+
+From the specifications in conf/hardware, times the shares of them that training reaches. Those shares are
+fitted on one published table, by benchmarks/narayanan.py, and nothing else.
+"""
+
+from dataclasses import dataclass
+
+from launcher.config.schema import Dtype, HardwareConfig
+from launcher.planning.program import BYTES, Collective, Matmul
+from launcher.planning.traffic import GroupShape
+
+GIGA = 1e9
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Of what the data sheets say, what training reaches. Fitted: see the module."""
+
+    product: float = 0.98  # of the rate that large matrix products reach
+    memory: float = 0.90  # of the memory's bandwidth
+    link: float = 0.80  # of a link's bandwidth
+    kernel_s: float = 4e-6  # to launch an operation
+    message_s: float = 8e-6  # for each step of a collective
+    overlap: float = 1.0  # of what may run behind computation, what does
+
+
+@dataclass(frozen=True)
+class Rates:
+    flops: float  # per second, in large products
+    memory: float  # bytes per second
+    element: int  # bytes
+    intra: float  # bytes per second that a rank sends within a node
+    inter: float  # ... and to other nodes
+    host: float  # ... and to the host's memory
+    shares: Shares
+
+    def product(self, matmul: Matmul) -> float:
+        """Seconds: the arithmetic, and the operands' way in and out (Williams et al., CACM 52, 2009)."""
+        m, n, k = matmul.m, matmul.n, matmul.k
+        moved = matmul.count * (m * k + k * n + m * n) * self.element
+        return matmul.flops / self.flops + moved / self.memory
+
+    def moving(self, size: float, kernels: int = 1) -> float:
+        """Seconds to read and write `size` bytes of memory in some operations."""
+        return size / self.memory + kernels * self.shares.kernel_s
+
+    def collective(self, one: Collective, group: GroupShape) -> float:
+        """Seconds. Across nodes: reduced or spread within each first, then each rank over its own link."""
+        if group.ranks == 1:
+            return 0.0
+        if one.kind == "send":
+            return one.size / (self.intra if group.is_within_node else self.inter) + self.shares.message_s
+        inside, nodes = group.per_node, -(-group.ranks // group.per_node)
+        seconds = one.sent(inside) / self.intra
+        if nodes > 1:
+            seconds += Collective(one.kind, one.size // inside).sent(nodes) / self.inter
+        rounds = 2 if one.kind == "all_reduce" else 1
+        return seconds + rounds * (inside - 1 + nodes - 1) * self.shares.message_s
+
+
+def rates_of(hardware: HardwareConfig, dtype: Dtype, shares: Shares | None = None) -> Rates | None:
+    """None where the hardware's config does not say how fast it is."""
+    shares = shares or Shares()
+    peak: float | None = getattr(hardware.peak_flops, dtype.name)
+    memory, intra = hardware.memory_bandwidth_gb_s, hardware.bandwidth_intra_node_gb_s
+    if peak is None or memory is None or intra is None:
+        return None
+    inter = hardware.bandwidth_inter_node_gb_s or intra
+    return Rates(
+        flops=peak * (hardware.gemm_efficiency or DEFAULT_EFFICIENCY) * shares.product,
+        memory=memory * GIGA * shares.memory,
+        element=BYTES[dtype],
+        intra=intra * GIGA * shares.link,
+        inter=inter * GIGA * shares.link,
+        host=(hardware.host_bandwidth_gb_s or intra) * GIGA * shares.link,
+        shares=shares,
+    )
+
+
+DEFAULT_EFFICIENCY = 0.8  # of the peak that large products reach, where nobody has measured it

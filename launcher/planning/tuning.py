@@ -1,0 +1,40 @@
+"""What `deepspeed.*` of a run says about the sizes of DeepSpeed's buffers; its own defaults elsewhere."""
+
+import sys
+from dataclasses import dataclass
+
+from launcher.config.schema import RunConfig
+
+ALL_REDUCE_BUCKET = 500_000_000  # elements that the engine reduces at once outside ZeRO (runtime/engine.py)
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """In elements (DeepSpeed 0.19.8, runtime/zero/config.py)."""
+
+    reduce_bucket: int = 500_000_000
+    reduce_buffers: int = 1
+    sub_group: int = 1_000_000_000
+    prefetch_bucket: int = 50_000_000
+    persistence_threshold: int = 100_000
+    model_persistence: int = sys.maxsize
+    max_live: int = 1_000_000_000
+    max_reuse: int = 1_000_000_000
+
+    @classmethod
+    def of(cls, run: RunConfig) -> "Tuning":
+        zero = run.deepspeed.get("zero_optimization", {})
+        default = cls()
+        return cls(
+            reduce_bucket=int(zero.get("reduce_bucket_size", default.reduce_bucket)),
+            # With overlap_comm one bucket fills while the other is reduced; under a pipeline it is off.
+            reduce_buffers=2 if zero.get("overlap_comm") and run.parallelism.pipeline == 1 else 1,
+            sub_group=int(zero.get("sub_group_size", default.sub_group)) or default.sub_group,
+            prefetch_bucket=int(zero.get("stage3_prefetch_bucket_size", default.prefetch_bucket)),
+            persistence_threshold=int(
+                zero.get("stage3_param_persistence_threshold", default.persistence_threshold)
+            ),
+            model_persistence=int(zero.get("stage3_model_persistence_threshold", default.model_persistence)),
+            max_live=int(zero.get("stage3_max_live_parameters", default.max_live)),
+            max_reuse=int(zero.get("stage3_max_reuse_distance", default.max_reuse)),
+        )

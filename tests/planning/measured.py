@@ -1,0 +1,231 @@
+"""Predicted memory against real runs on this machine: every tensor's storage counted inside the ranks.
+
+`python -m tests.planning.measured` prints the table of docs/planning.md; it takes some minutes.
+"""
+
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+# Some of torch is imported at the first operation under a dispatch mode, and ZeRO-3 wraps what it would find.
+import torch._dynamo
+
+from launcher.config.layout import Layout
+from launcher.config.schema import RunConfig
+from launcher.config.shape import sequence_length
+from launcher.config.validate import validate
+from launcher.engine.base import Engine
+from launcher.engine.distributed import join, leave, prepare_deepspeed
+from launcher.launch.local import run_local_ranks
+from launcher.planning.allocations import Allocations
+from launcher.planning.geometry import pipeline_ranks
+from launcher.planning.memory import rank_memory
+from launcher.planning.plan import Plan, make_plan
+from launcher.planning.program import Collective
+from launcher.planning.traffic import GroupName
+from tests.config.composing import run_of
+
+prepare_deepspeed("cpu")
+torch.set_num_threads(1)  # a fork does not take OpenMP's threads along, and deadlocks in them
+
+STEPS = 3
+NOISE = 64  # bytes: norms, flags and losses are reduced too, and are not planned
+
+# Large enough that what is not a tensor of the model's size does not count, small enough for a laptop.
+BASE = [
+    "hardware=cpu", "model.hidden_size=256", "model.ffn_hidden_size=1024", "training.global_batch_size=16",
+    "training.micro_batch_size=2",
+]  # fmt: skip
+# DeepSpeed's bucket of 5e8 elements would be most of all that these models take.
+BUCKET = "deepspeed.zero_optimization.reduce_bucket_size=1000000"
+FULL, SELECTIVE = (f"parallelism.activation_checkpointing={kind}" for kind in ("full", "selective"))
+LLAMA, BF16, SEQUENCE = "model=llama_tiny", "precision=bf16", "parallelism.sequence_parallel=true"
+OFFLOAD = "parallelism.offload_optimizer=true"
+DUALPIPEV = "parallelism.pipeline_schedule=dualpipev"
+
+
+def axes(data: int = 1, tensor: int = 1, pipeline: int = 1, zero: int = 0) -> list[str]:
+    sizes = {"data": data, "tensor": tensor, "pipeline": pipeline, "zero_stage": zero}
+    return [f"parallelism.{name}={size}" for name, size in sizes.items()]
+
+
+CASES: dict[str, list[str]] = {
+    "single": axes(),
+    "single, SGD": [*axes(), "optimizer=sgd"],
+    "single, one micro-batch": [*axes(), "training.micro_batch_size=16"],
+    "single, full recomputation": [*axes(), FULL, "training.micro_batch_size=4"],
+    "single, Llama, selective recomputation": [*axes(), LLAMA, SELECTIVE, "training.micro_batch_size=4"],
+    "data 2": axes(data=2),
+    "data 4": axes(data=4),
+    "tensor 2": axes(tensor=2),
+    "tensor 2, Llama": [*axes(tensor=2), LLAMA],
+    "tensor 2, sequence parallel": [*axes(tensor=2), SEQUENCE],
+    "tensor 4, sequence parallel, full recomputation": [*axes(tensor=4), SEQUENCE, FULL],
+    "pipeline 2": [*axes(pipeline=2, zero=1), BUCKET],
+    "pipeline 4, Llama": [*axes(pipeline=4, zero=1), LLAMA, BUCKET],
+    "pipeline 2, full recomputation": [*axes(pipeline=2, zero=1), FULL, BUCKET],
+    "pipeline 2, DualPipeV": [*axes(pipeline=2, zero=1), DUALPIPEV, BUCKET],
+    "pipeline 2, bf16": [*axes(pipeline=2, zero=1), BF16],
+    "pipeline 3, 5 layers": [*axes(pipeline=3, zero=1), "model.num_layers=5", BUCKET],
+    "ZeRO-1, data 2": [*axes(data=2, zero=1), BUCKET],
+    "ZeRO-1, data 4": [*axes(data=4, zero=1), BUCKET],
+    "ZeRO-1, data 2, bf16": [*axes(data=2, zero=1), BF16],
+    "ZeRO-1, data 2, offload": [*axes(data=2, zero=1), OFFLOAD, BUCKET],
+    "ZeRO-2, data 2": [*axes(data=2, zero=2), BUCKET],
+    "ZeRO-2, data 4": [*axes(data=4, zero=2), BUCKET],
+    "ZeRO-2, data 2, bf16": [*axes(data=2, zero=2), BF16, BUCKET],
+    "ZeRO-2, data 2, bf16, offload": [*axes(data=2, zero=2), BF16, OFFLOAD, BUCKET],
+    "ZeRO-3, data 2": [*axes(data=2, zero=3), BUCKET],
+    "ZeRO-3, data 4, Llama": [*axes(data=4, zero=3), LLAMA, BUCKET],
+    "ZeRO-3, data 2, bf16": [*axes(data=2, zero=3), BF16, BUCKET],
+    "ZeRO-3, data 2, full recomputation": [*axes(data=2, zero=3), FULL, BUCKET],
+    "ZeRO-3, data 2, offload": ["parallelism=zero3_offload", "parallelism.data=2", BUCKET],
+    "data 2 x tensor 2, ZeRO-1, sequence parallel": [*axes(data=2, tensor=2, zero=1), SEQUENCE, BUCKET],
+    "data 2 x tensor 2, ZeRO-3": [*axes(data=2, tensor=2, zero=3), BUCKET],
+    "data 2 x pipeline 2": [*axes(data=2, pipeline=2, zero=1), BUCKET],
+    "tensor 2 x pipeline 2, sequence parallel": [*axes(tensor=2, pipeline=2, zero=1), SEQUENCE, BUCKET],
+}  # fmt: skip
+# One of each kind, for the quick tests.
+SOME = [
+    "single", "tensor 2, sequence parallel", "pipeline 2", "ZeRO-1, data 2, bf16", "ZeRO-2, data 2",
+    "ZeRO-3, data 2",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One pipeline rank: the fullest of its tensor and data ranks. Bytes."""
+
+    case: str
+    stage: int
+    predicted: int
+    measured: int
+
+    @property
+    def error(self) -> float:
+        return self.predicted / self.measured - 1
+
+
+def planned(*overrides: str) -> tuple[RunConfig, Layout]:
+    run = run_of(*BASE, *overrides)
+    return run, validate(run, gpus=0, cores=4)
+
+
+def measure(case: str) -> tuple[list[Measured], dict[tuple[GroupName, Collective], tuple[int, int]]]:
+    """The memory of each stage, and every collective of rank 0's step: (planned, seen)."""
+    run, layout = planned(*CASES[case])
+    with tempfile.TemporaryDirectory(prefix="launcher-measured-") as name:
+        folder = Path(name)
+        target = partial(_measure_rank, run=run, layout=layout, folder=folder)
+        run_local_ranks(target, layout.world_size, log_dir=folder / "logs", start_method="fork")
+        found = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(layout.world_size)]
+    per_stage = layout.data * layout.tensor
+    memory = [
+        Measured(
+            case,
+            rank.stage,
+            rank_memory(run, layout, rank).allocated,
+            max(one["peak"] for one in found[rank.stage * per_stage : (rank.stage + 1) * per_stage]),
+        )
+        for rank in pipeline_ranks(run, layout)
+    ]
+    return memory, _collectives(make_plan(run, layout), found)
+
+
+def _collectives(plan: Plan, found: list[dict]) -> dict[tuple[GroupName, Collective], tuple[int, int]]:
+    """Of the ranks that the plan tells of: those which send most."""
+    compared = {}
+    for name, traffic in plan.traffic.items():
+        if traffic.shape.ranks == 1:
+            continue  # DeepSpeed calls its collectives all the same, and nothing is sent
+        seen = [_of_group(name, one["collectives"]) for one in found]
+        ranks = traffic.shape.ranks
+        most = max(seen, key=lambda one: sum(each.sent(ranks) * count for each, count in one.items()))
+        for kind in {one.kind for one in (*traffic.collectives, *most)}:
+            totals = [
+                sum(one.size * count for one, count in side.items() if one.kind == kind)
+                for side in (traffic.collectives, most)
+            ]
+            compared[name, Collective(kind, 0)] = (totals[0], totals[1])
+    return compared
+
+
+def _of_group(name: str, collectives: list[list]) -> Counter[Collective]:
+    found: Counter[Collective] = Counter()
+    for group, kind, size, count in collectives:
+        if group == name:
+            found[Collective(kind, size)] += count
+    return found
+
+
+def _measure_rank(rank: int, *, run: RunConfig, layout: Layout, folder: Path) -> None:
+    meeting = f"file://{folder / 'store'}"
+    device = join(rank=rank, world_size=layout.world_size, local_rank=rank, device="cpu", init_method=meeting)
+    groups: dict[str, GroupName] = {}
+    with Allocations(lambda group: groups.get(group.group_name)) as allocations:
+        from launcher.engine.build import build_engine
+
+        engine = build_engine(run, layout, device)
+        groups |= _group_names(engine)
+        random = np.random.default_rng(rank)
+        peak = 0
+        for step in range(STEPS):
+            allocations.restart()
+            engine.train_batch(_batches(run, layout, random))
+            # The first step makes the optimizer's states.
+            peak = max(peak, allocations.peak) if step else 0
+    collectives = [
+        # A tied weight's gradient is reduced between two ranks, which is planned as what each sends.
+        (group, "send" if group == "pipeline" else one.kind, one.size, count)
+        for (group, one), count in allocations.collectives.items()
+        if one.size > NOISE
+    ]
+    (folder / f"{rank}.json").write_text(json.dumps({"peak": peak, "collectives": collectives}))
+    leave()
+
+
+def _group_names(engine: Engine) -> dict[str, GroupName]:
+    """Of torch's names: our groups', and those that DeepSpeed's pipeline made for itself."""
+    mesh, found = engine.mesh, {}
+    assert mesh.tensor.group is not None
+    assert mesh.data.group is not None
+    grid = getattr(engine.deepspeed, "grid", None)
+    if grid is not None:
+        from torch import distributed as dist
+
+        assert dist.group.WORLD is not None
+        found[dist.group.WORLD.group_name] = "pipeline"  # over which stages send to each other
+        found[grid.get_data_parallel_group().group_name] = "data"
+        for tied in engine.module.tied_comms.values():
+            if len(tied["ranks"]) > 1:  # under DualPipeV both ends are on one
+                found[tied["group"].group_name] = "pipeline"
+    found[mesh.tensor.group.group_name] = "tensor"
+    found[mesh.data.group.group_name] = "data"
+    return found  # type: ignore[return-value]
+
+
+def _batches(run: RunConfig, layout: Layout, random: np.random.Generator) -> Iterator[np.ndarray]:
+    shape = (run.training.micro_batch_size, sequence_length(run) + 1)
+    return (random.integers(0, run.model.vocab_size, shape) for _ in range(layout.accumulation))
+
+
+def table(found: list[Measured]) -> str:
+    lines = ["| run | stage | measured, MB | predicted, MB | error |", "|---|---|---|---|---|"]
+    for one in found:
+        lines.append(
+            f"| {one.case} | {one.stage} | {one.measured / 1e6:.2f} | {one.predicted / 1e6:.2f} "
+            f"| {one.error:+.1%} |"
+        )
+    worst = max(abs(one.error) for one in found)
+    return "\n".join([*lines, "", f"{len(CASES)} runs; the largest error is {worst:.1%}."])
+
+
+if __name__ == "__main__":
+    print(table([one for case in CASES for one in measure(case)[0]]))

@@ -1,0 +1,318 @@
+"""What a plan says: that its parts add up, that they move the right way, and the facts it starts from."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from launcher.config.fields import config_directory, options_of
+from launcher.planning.changes import helpful, single_changes
+from launcher.planning.figure import draw_plan
+from launcher.planning.limits import CLASSES, limit
+from launcher.planning.plan import PROCESS_BYTES, Plan
+from launcher.planning.program import Collective
+from launcher.planning.rates import rates_of
+from launcher.planning.report import as_json, size
+from launcher.planning.traffic import GroupShape, group_shapes
+from tests.planning.planned import LLAMA, plan_of
+
+H100 = ["hardware=h100_80gb"]
+CLUSTER = [*H100, "hardware.nodes=4", "parallelism.tensor=4", "parallelism.pipeline=4"]
+
+
+class TestMemory:
+    def test_classes_add_up(self) -> None:
+        plan = plan_of(*LLAMA, *CLUSTER)
+        assert len(plan.stages) == 4
+        for stage in plan.stages:
+            assert stage.memory.total == sum(getattr(stage.memory, name) for name in CLASSES)
+            assert stage.memory.margin > 0
+        # Earlier stages hold more micro-batches; the last has the logits.
+        in_flight = [stage.memory.activations for stage in plan.stages[:3]]
+        assert in_flight == sorted(in_flight, reverse=True)
+
+    @pytest.mark.parametrize(
+        ("dtype", "stage", "per_parameter"),
+        [
+            # Weights, gradients, and fp32 weights with AdamW's two states where there are copies.
+            ("fp32", 0, 4 + 4 + 8),
+            ("bf16", 1, 2 + (4 + 2) + 12),
+            ("bf16", 2, 2 + 4 + 12),
+            ("bf16", 3, 2 + 4 + 12),
+        ],
+    )
+    def test_bytes_of_a_parameter_on_one_rank(self, dtype: str, stage: int, per_parameter: int) -> None:
+        plan = plan_of(
+            "model=gpt2_xl", "model.dropout=0", f"precision={dtype}", "hardware=h100_80gb",
+            "parallelism.data=1", f"parallelism.zero_stage={stage}", "training.micro_batch_size=1",
+        )  # fmt: skip
+        memory = plan.stages[0].memory
+        held = memory.weights + memory.gradients + memory.optimizer
+        # ZeRO-2 keeps gradients flat in fp32 and ZeRO-3 small weights whole besides: a few thousandths.
+        assert held / plan.parameters == pytest.approx(per_parameter, rel=0.01)
+
+    @pytest.mark.parametrize("stage", [1, 2, 3])
+    def test_zero_divides_by_the_data_ranks(self, stage: int) -> None:
+        plans = [
+            plan_of(*LLAMA, *H100, f"parallelism.data={data}", f"parallelism.zero_stage={stage}")
+            for data in (1, 8)
+        ]
+        whole, eighth = (plan.stages[0].memory for plan in plans)
+        assert eighth.optimizer == pytest.approx(whole.optimizer / 8, rel=1e-3)
+        assert (eighth.weights < whole.weights / 2) == (stage == 3)
+        assert (eighth.gradients < whole.gradients / 2) == (stage >= 2)
+
+    def test_what_splits_a_model_splits_its_memory(self) -> None:
+        alone, tensor, pipeline = (
+            plan_of(*LLAMA, *H100, "parallelism.data=1", "parallelism.zero_stage=1", *more)
+            for more in ([], ["parallelism.tensor=4"], ["parallelism.pipeline=4"])
+        )
+        for split in (tensor, pipeline):
+            assert split.stages[0].memory.weights < alone.stages[0].memory.weights / 2
+            assert max(stage.memory.total for stage in split.stages) < alone.stages[0].memory.total
+
+    @pytest.mark.parametrize(
+        "less",
+        [
+            ["parallelism.activation_checkpointing=full"],
+            ["parallelism.activation_checkpointing=selective"],
+            ["parallelism.sequence_parallel=true"],
+            ["training.micro_batch_size=1"],
+        ],
+    )
+    def test_what_saves_activations(self, less: list[str]) -> None:
+        more = [
+            *LLAMA,
+            *H100,
+            "parallelism.tensor=2",
+            "parallelism.zero_stage=1",
+            "training.micro_batch_size=2",
+        ]
+        assert (
+            plan_of(*more, *less).stages[0].memory.activations < plan_of(*more).stages[0].memory.activations
+        )
+
+    def test_offload_goes_to_the_host(self) -> None:
+        on, off = (
+            plan_of(*LLAMA, *H100, "parallelism.zero_stage=2", f"parallelism.offload_optimizer={flag}")
+            for flag in ("true", "false")
+        )
+        assert on.stages[0].memory.optimizer < off.stages[0].memory.optimizer / 2
+        assert on.stages[0].memory.host > off.stages[0].memory.optimizer
+        assert off.stages[0].memory.host == 0
+        on_cpu = plan_of("parallelism=zero2", "parallelism.offload_optimizer=true")
+        assert on_cpu.stages[0].memory.host == 0
+
+    def test_a_bucket_that_is_never_filled_takes_no_memory_of_a_cpu(self) -> None:
+        memory = plan_of("parallelism=zero1").stages[0].memory
+        assert memory.total < 100e6
+        assert memory.allocated > 2e9
+        assert (
+            plan_of("parallelism=zero1", *H100, "training.global_batch_size=64").stages[0].memory.total > 2e9
+        )
+
+
+class TestBudget:
+    def test_is_what_the_config_says(self) -> None:
+        plan = plan_of("parallelism.data=2", "hardware=cpu", "hardware.memory_bytes=31e6", memory_here=10**12)
+        assert plan.budget == 31e6
+        assert not plan.fits
+        assert plan.shortages == {0: plan.stages[0].memory.total - 31e6}
+        assert limit(plan).startswith("memory: activations take most of it, in stage 0")
+
+    def test_is_this_machines_memory_on_cpu_and_else_unknown(self) -> None:
+        plan = plan_of("hardware=cpu", "parallelism.data=2", memory_here=10**10)
+        assert plan.budget == 10**10 / 2 - PROCESS_BYTES
+        assert plan.fits
+        unknown = plan_of("hardware=cpu")
+        assert unknown.budget is None
+        assert unknown.fits
+
+    def test_a_change_that_fits_is_offered(self) -> None:
+        plan = plan_of(*LLAMA, *H100, "parallelism.zero_stage=1")
+        assert not plan.fits
+        offered = helpful(plan)
+        assert 1 <= len(offered) <= 3
+        assert all(change.plan.fits for change in offered)
+        times = [change.plan.time.total for change in offered if change.plan.time]
+        assert times == sorted(times)
+
+    def test_a_faster_change_is_offered_where_it_fits(self) -> None:
+        plan = plan_of(*LLAMA, *H100, "parallelism.tensor=8", "parallelism.activation_checkpointing=full")
+        assert plan.fits
+        assert plan.time is not None
+        for change in helpful(plan):
+            assert change.plan.fits
+            assert change.plan.time is not None
+            assert change.plan.time.total < plan.time.total
+        assert helpful(plan)
+
+    def test_changes_keep_the_ranks_and_the_batch(self) -> None:
+        plan = plan_of(*LLAMA, *CLUSTER, "parallelism.data=2")
+        changes = list(single_changes(plan))
+        assert len(changes) > 8
+        for change in changes:
+            assert change.plan.layout.world_size == 32
+            assert change.plan.tokens == plan.tokens
+
+
+class TestTime:
+    def test_parts_add_up(self) -> None:
+        found = as_json(plan := plan_of(*LLAMA, *CLUSTER), [])
+        assert sum(found["step"]["parts_s"].values()) == pytest.approx(found["step"]["time_s"])
+        assert found["step"]["tokens_per_s"] == pytest.approx(plan.tokens / found["step"]["time_s"])
+        assert 0.1 < found["step"]["mfu"] < 0.8
+
+    def test_twice_the_accelerators_are_not_twice_as_fast(self) -> None:
+        one, two = (
+            plan_of(*LLAMA, *H100, f"hardware.nodes={nodes}", "parallelism=zero1").tokens_per_s or 0
+            for nodes in (1, 2)
+        )
+        assert one < two < 2 * one
+
+    def test_slower_links_and_memory_cost(self) -> None:
+        def seconds(*more: str) -> float:
+            time = plan_of(*LLAMA, *CLUSTER, *more).time
+            assert time is not None
+            return time.total
+
+        base = seconds()
+        for field in ("bandwidth_intra_node_gb_s", "bandwidth_inter_node_gb_s", "memory_bandwidth_gb_s"):
+            assert seconds(f"hardware.{field}=10") > base
+        assert seconds("hardware.peak_flops.bf16=1e14") > 2 * base
+
+    def test_recomputation_costs_a_third_at_most(self) -> None:
+        none, selective, full = (
+            plan_of(
+                *LLAMA, *H100, "parallelism.tensor=8", f"parallelism.activation_checkpointing={kind}"
+            ).time
+            for kind in ("none", "selective", "full")
+        )
+        assert none is not None
+        assert selective is not None
+        assert full is not None
+        assert none.compute < selective.compute < full.compute < 1.34 * none.compute
+
+    @pytest.mark.parametrize(
+        "missing", ["peak_flops.bf16", "memory_bandwidth_gb_s", "bandwidth_intra_node_gb_s"]
+    )
+    def test_no_time_is_told_of_hardware_that_does_not_say_how_fast_it_is(self, missing: str) -> None:
+        plan = plan_of(*LLAMA, *H100, f"hardware.{missing}=null")
+        assert plan.time is None
+        found = as_json(plan, [])
+        assert (found["step"]["time_s"], found["step"]["mfu"], found["step"]["tokens_per_s"]) == (None,) * 3
+        assert json.loads(json.dumps(found)) == found
+
+
+class TestTraffic:
+    @pytest.mark.parametrize(
+        ("kind", "ranks", "sent"),
+        [("all_reduce", 4, 150), ("all_gather", 4, 75), ("reduce_scatter", 4, 75), ("send", 4, 100)],
+    )
+    def test_what_a_ring_sends(self, kind: Any, ranks: int, sent: float) -> None:
+        assert Collective(kind, 100).sent(ranks) == sent
+
+    def test_tensor_parallelism_is_four_all_reduces_of_activations_per_layer(self) -> None:
+        """8 b s h (t-1)/t elements a layer and micro-batch: arXiv 2104.04473, section 3.2."""
+        layers, more = 4, ["parallelism.tensor=2", "parallelism.data=1", "training.micro_batch_size=4"]
+        one, two = (
+            plan_of("model=gpt_tiny", f"model.num_layers={count}", *more, "hardware=cpu")
+            for count in (layers, layers + 1)
+        )
+        b_s_h = 4 * 128 * 128 * 4  # bytes
+        of_a_layer = two.traffic["tensor"].sent - one.traffic["tensor"].sent
+        assert of_a_layer == one.layout.accumulation * 4 * 2 * b_s_h * 1 / 2
+
+    def test_gradients_are_reduced_once_a_step_and_under_zero_2_in_every_micro_batch(self) -> None:
+        sent = {}
+        for stage in (0, 1, 2):
+            plan = plan_of("parallelism.data=2", f"parallelism.zero_stage={stage}", "hardware=cpu")
+            assert plan.layout.accumulation == 2
+            sent[stage] = plan.traffic["data"].sent
+        ring = 4 * plan.parameters  # 2 (n-1)/n of fp32, for two ranks
+        assert sent[0] == ring
+        assert sent[1] == pytest.approx(1.5 * ring, rel=1e-4)
+        assert sent[2] == pytest.approx(2.5 * ring, rel=1e-4)
+
+    def test_links(self) -> None:
+        shapes = group_shapes(plan_of(*LLAMA, *CLUSTER).layout, 8)
+        assert shapes == {"tensor": GroupShape(4, 4), "data": GroupShape(2, 2), "pipeline": GroupShape(4, 1)}
+        found = as_json(plan_of(*LLAMA, *CLUSTER), [])["traffic"]
+        links = {name: of["link"] for name, of in found.items()}
+        assert links == {"tensor": "within a node", "data": "within a node", "pipeline": "between nodes"}
+
+
+CATALOGUE = sorted(set(options_of("hardware")) - {"cpu", "local"})
+
+
+class TestCatalogue:
+    def test_has_what_the_issue_asked_for(self) -> None:
+        assert CATALOGUE == [
+            "a100_40gb", "a100_80gb", "b200_180gb", "h100_80gb", "h100_pcie_80gb", "h200_141gb",
+            "l40s_48gb", "mi300x_192gb", "v100_32gb",
+        ]  # fmt: skip
+
+    @pytest.mark.parametrize("name", CATALOGUE)
+    def test_says_all_that_a_plan_needs_and_where_from(self, name: str) -> None:
+        text = (config_directory() / "hardware" / f"{name}.yaml").read_text()
+        assert "data sheet" in text
+        hardware = plan_of(f"hardware={name}", "training.global_batch_size=64", "precision=fp16").run.hardware
+        said = OmegaConf.to_container(OmegaConf.structured(hardware))
+        assert isinstance(said, dict)
+        unknown = {key for key, value in said.items() if value is None}
+        assert unknown <= {"gemm_efficiency"}
+        assert rates_of(
+            hardware,
+            plan_of(
+                "precision=fp16", f"hardware={name}", "training.global_batch_size=64"
+            ).run.precision.dtype,
+        )
+        digits = re.search(r"(\d+)gb", name)
+        assert digits
+        assert hardware.memory_bytes == float(digits[1]) * 1e9
+
+
+CONTRACT = {
+    "model": {"parameters"},
+    "step": {"time_s", "tokens_per_s", "mfu", "bubble"},
+    "traffic": {"tensor", "data", "pipeline"},
+}
+
+
+class TestJson:
+    def test_has_the_keys_that_others_rely_on(self) -> None:
+        found = as_json(plan_of(*LLAMA, *CLUSTER), [])
+        assert found.keys() >= {"model", "layout", "stages", "step", "traffic", "fits"}
+        for section, keys in CONTRACT.items():
+            assert found[section].keys() >= keys
+        assert [stage["memory"].keys() >= {*CLASSES, "total"} for stage in found["stages"]] == [True] * 4
+        assert found["model"]["parameters"] == 8_030_261_248
+        assert found["fits"] is True
+        assert found["layout"]["world_size"] == 32
+
+    def test_without_a_pipeline_there_is_no_bubble(self) -> None:
+        assert as_json(plan_of(), [])["step"]["bubble"] == 0.0
+        bubble = as_json(plan_of(*LLAMA, *CLUSTER), [])["step"]["bubble"]
+        assert 2 / 64 < bubble < 3 / 60
+
+
+@pytest.mark.parametrize("more", [CLUSTER, [*H100, "parallelism=zero3"], ["hardware=cpu"]])
+def test_a_picture_is_drawn(more: list[str], tmp_path: Path) -> None:
+    pytest.importorskip(
+        "matplotlib", reason="drawn with the optional dependency: pip install launcher[figures]"
+    )
+    plan: Plan = plan_of(*LLAMA, *more)
+    draw_plan(plan, tmp_path / "plan.png")
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "plan.png").stat().st_size > 20_000
+
+
+@pytest.mark.parametrize(
+    ("of", "text"),
+    [(0, "0.00 B"), (999, "999 B"), (22.6e9, "22.60 GB"), (1.5e6, "1.50 MB"), (2e12, "2,000 GB")],
+)
+def test_sizes_are_read(of: float, text: str) -> None:
+    assert size(of) == text

@@ -1,0 +1,175 @@
+"""The formulas against the real modules, traced; and that a wrong formula is found."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch.distributed as dist
+
+from launcher.config.layout import Layout
+from launcher.config.schema import RunConfig
+from launcher.config.validate import validate
+from launcher.planning import parts as parts_module
+from launcher.planning import program
+from launcher.planning.comparison import Compared, compare_stage
+from launcher.planning.geometry import pipeline_ranks
+from launcher.planning.parts import parts
+from launcher.planning.program import Operation, Sizes
+from tests.config.composing import run_of
+
+# Every dimension another; sequences and widths that are large beside what a tensor's bookkeeping takes.
+SMALL = [
+    "model.hidden_size=64", "model.num_heads=4", "model.num_layers=5", "model.ffn_hidden_size=192",
+    "model.max_sequence_length=64", "training.micro_batch_size=2", "parallelism.data=1",
+]  # fmt: skip
+
+AXES = {
+    "model": ["gpt_tiny", "llama_tiny"],
+    "tensor": [(1, False), (2, False), (2, True)],
+    "precision": ["fp32", "bf16"],
+    "checkpointing": ["none", "selective", "full"],
+    "vocabulary": [256, 1025],
+    "tie": ["true", "false"],
+    "pipeline": [1, 2],
+    "device": ["cpu", "cuda"],
+}
+
+
+def can_be_traced(case: tuple[Any, ...]) -> bool:
+    """All but what runs CUDA's math attention, which takes CUDA."""
+    return not (case[0] == "llama_tiny" and case[2] == "fp32" and case[-1] == "cuda")
+
+
+# A few for the quick test, every value among them; all of them for the slow one.
+EVERY = [case for case in product(*AXES.values()) if can_be_traced(case)]
+SOME = EVERY[::13]  # a stride that no axis' length divides
+
+
+def overrides(case: tuple[Any, ...]) -> list[str]:
+    model, (tensor, sequence), precision, checkpointing, vocabulary, tie, pipeline, device = case
+    heads = ["model.num_kv_heads=2"] if model == "llama_tiny" else []
+    return [
+        f"model={model}", f"precision={precision}", *SMALL, *heads, f"model.vocab_size={vocabulary}",
+        f"model.tie_embeddings={tie}", f"parallelism.tensor={tensor}", f"parallelism.pipeline={pipeline}",
+        f"parallelism.sequence_parallel={str(sequence).lower()}", f"hardware.device={device}",
+        f"parallelism.activation_checkpointing={checkpointing}",
+    ]  # fmt: skip
+
+
+def planned(*overrides: str) -> tuple[RunConfig, Layout]:
+    run = run_of(*overrides)
+    return run, validate(run, gpus=8, cores=64)
+
+
+def compared(*overrides: str) -> list[Compared]:
+    run, layout = planned(*overrides)
+    return [
+        one
+        for rank in pipeline_ranks(run, layout)
+        for chunk in range(len(rank.chunks))
+        for one in compare_stage(run, layout, rank, chunk)
+    ]
+
+
+def wrong(found: list[Compared]) -> list[Compared]:
+    """Parameters and traffic exactly, FLOPs within 0.1%, activations within 3%."""
+    allowed = Counter({"saved": 0.03, "peak": 0.03, "flops": 1e-3})
+    return [one for one in found if abs(one.error) > allowed[one.quantity]]
+
+
+def test_the_cases_are_many_and_cover_every_value() -> None:
+    assert len(EVERY) == 2 * 3 * 2 * 3 * 2 * 2 * 2 * 2 * 7 // 8
+    assert len(SOME) >= 36
+    for position, values in enumerate(AXES.values()):
+        assert {str(case[position]) for case in SOME} == {str(value) for value in values}
+
+
+@pytest.mark.parametrize("case", SOME, ids=lambda case: "-".join(map(str, case)))
+def test_formulas_are_what_the_modules_do(case: tuple[Any, ...]) -> None:
+    found = compared(*overrides(case))
+    assert {one.quantity for one in found} >= {"parameters", "flops", "saved", "peak"}
+    assert wrong(found) == []
+
+
+@pytest.mark.slow
+def test_formulas_are_what_the_modules_do_in_every_combination() -> None:
+    assert {case: bad for case in EVERY if (bad := wrong(compared(*overrides(case))))} == {}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["parallelism.pipeline=2", "parallelism.pipeline_schedule=dualpipev"],
+        ["parallelism.tensor=4", "parallelism.pipeline=2"],
+        ["data.sequence_length=48"],
+        ["training.micro_batch_size=4", "training.global_batch_size=16"],
+        ["training.micro_batch_size=1", "parallelism.tensor=2", "parallelism.sequence_parallel=true"],
+    ],
+)
+def test_other_layouts_and_shapes(more: list[str]) -> None:
+    assert wrong(compared("model=gpt_tiny", *SMALL, *more)) == []
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_dropout(checkpointing: str, tensor: int) -> None:
+    dropout = ["model.dropout=0.1", f"parallelism.tensor={tensor}", "hardware.device=cuda"]
+    found = compared(
+        "model=gpt_tiny", *SMALL, *dropout, f"parallelism.activation_checkpointing={checkpointing}"
+    )
+    assert wrong(found) == []
+
+
+def test_dropout_on_cpu_keeps_the_scores() -> None:
+    # torch's math kernel there makes more copies than are counted: to 5%, which docs/planning.md says.
+    found = compared("model=gpt_tiny", *SMALL, "model.dropout=0.1")
+    assert [one for one in found if abs(one.error) > 0.05] == []
+    run, _ = planned("model=gpt_tiny", *SMALL, "model.dropout=0.1")
+    assert Sizes.of(run, "cpu").stores_scores
+
+
+def test_any_rank_of_a_large_world() -> None:
+    """Rank 4607 of 8192, in seconds and without its weights."""
+    large = [
+        "model=llama3_70b", "precision=bf16", "hardware=h100_80gb", "hardware.nodes=1024",
+        "parallelism.tensor=8", "parallelism.pipeline=16", "parallelism.sequence_parallel=true",
+        "training.global_batch_size=1024", "training.micro_batch_size=1",
+    ]  # fmt: skip
+    run = run_of(*large)
+    layout = validate(run, gpus=8, cores=1, joined_world=8192)
+    found = compare_stage(run, layout, pipeline_ranks(run, layout)[9], 0)
+    assert wrong(found) == []
+    assert not dist.is_initialized()
+
+
+def without_saved(name: str) -> Callable[[list[Operation]], list[Operation]]:
+    return lambda block: [replace(one, saves=()) if one.name == name else one for one in block]
+
+
+def changed(**changes: Any) -> Callable[[list[Operation]], list[Operation]]:
+    """The second projection of a block, differently."""
+    return lambda block: [replace(one, **changes) if one.name == "up" else one for one in block]
+
+
+WRONG = {
+    "a tensor is not kept": (without_saved("activated"), {"saved", "peak"}),
+    "a product is left out": (changed(forward_matmuls=()), {"flops"}),
+    "a backward product is left out": (changed(backward_matmuls=()), {"flops"}),
+    "a collective is left out": (changed(overlapped_traffic=()), {"all_reduce over the tensor group"}),
+    "a larger output": (changed(size=5 * 2 * 64 * 96 * 4), {"saved", "peak"}),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_formula_is_found(name: str) -> None:
+    mutate, seen = WRONG[name]
+    block = program.block
+    parts.cache_clear()
+    with patch.object(parts_module, "block", lambda sizes: mutate(block(sizes))):
+        found = compared("model=gpt_tiny", *SMALL, "parallelism.tensor=2")
+    parts.cache_clear()
+    assert {one.quantity for one in wrong(found)} == seen
