@@ -14,7 +14,7 @@ from launcher.checkpoint.exchange_command import export, import_
 from launcher.checkpoint.inspect import inspect
 from launcher.config.compose import Job, compose_jobs, load_typed
 from launcher.config.errors import ConfigError
-from launcher.config.layout import Layout
+from launcher.config.layout import Layout, resolve_device
 from launcher.config.schema import Device, GenerateConfig, OutputFormat, PlannedRunConfig, RunConfig
 from launcher.config.shape import sequence_length
 from launcher.config.validate import validate, validate_generate
@@ -24,7 +24,10 @@ from launcher.launch.local import RankFailure, Stopped
 from launcher.launch.machine import Machine, memory_here, share_cores, this_machine
 from launcher.parity.shrink import MOST_RANKS
 from launcher.planning.command import dump, plan_and_print
+from launcher.planning.enforce import chosen, refuse_too_large
 from launcher.planning.figure import check_figure
+from launcher.planning.plan import memory_budget
+from launcher.planning.search import Search, Space
 from launcher.runtime.run_dir import CONFIG
 
 REFUSED, FAILED = 2, 1
@@ -64,23 +67,46 @@ def train(arguments: list[str]) -> int:
         why = "ranks that torchrun or srun started train one run"
         raise ConfigError("--multirun", None, why, "one torchrun or srun per run, or a sweep without them")
     # All jobs of a sweep are checked before the first is trained.
-    layouts = [_checked_layout(job.config, ranks, machine) for job in jobs]
+    ready = [_ready(job.config, ranks, machine) for job in jobs]
     from launcher.runtime.start import train_as_joined_rank, train_on_this_machine
 
-    for job, layout in zip(jobs, layouts, strict=True):
+    for job, (run, layout) in zip(jobs, ready, strict=True):
         _say_which(job)
         if ranks:
-            train_as_joined_rank(job.config, layout, ranks)
+            train_as_joined_rank(run, layout, ranks)
         else:
-            train_on_this_machine(job.config, layout, cores=machine.cores, multirun_index=job.index)
+            train_on_this_machine(run, layout, cores=machine.cores, multirun_index=job.index)
     return 0
 
 
-def _checked_layout(run: RunConfig, ranks: RankEnvironment | None, machine: Machine) -> Layout:
+def _ready(run: RunConfig, ranks: RankEnvironment | None, machine: Machine) -> tuple[RunConfig, Layout]:
+    """The run as it is to be trained, checked, in the layout that it says or that auto chooses."""
     joined_world = ranks.world_size if ranks else None
+    if run.parallelism.auto:
+        run, found = chosen(run, _space(run, machine, ranks))
+        if _speaks_for_all():
+            print(
+                f"auto     the fastest of {len(found.candidates)} legal layouts; `launcher plan` shows them"
+            )
     layout = validate(run, gpus=machine.gpus, cores=machine.cores, joined_world=joined_world)
     check_corpus(run.data, sequence_length(run))
-    return layout
+    ranks_here = ranks.local_size if ranks else layout.world_size
+    refuse_too_large(run, layout, memory_budget(run, ranks_here, _memory_of(layout.device)))
+    return run, layout
+
+
+def _space(run: RunConfig, machine: Machine, ranks: RankEnvironment | None) -> Space:
+    """The ranks that there are to lay the model out over."""
+    device = resolve_device(run, gpus=machine.gpus)
+    if ranks:
+        return Space(device, ranks.world_size, ranks.local_size, exact=True)
+    here = run.hardware.accelerators_per_node or (machine.gpus if device == "cuda" else machine.cores)
+    return Space(device, here, here, exact=False, memory_here=_memory_of(device))
+
+
+def _memory_of(device: str) -> int | None:
+    """This machine's, which CPU ranks share."""
+    return memory_here() if device == "cpu" else None
 
 
 def _say_which(job: Job[RunConfig] | Job[PlannedRunConfig]) -> None:
@@ -108,16 +134,17 @@ def plan(arguments: list[str]) -> int:
     jobs, machine = compose_jobs("plan", PlannedRunConfig, arguments), this_machine()
     if not jobs:
         return 0
-    layouts = [_layout_elsewhere(job.config, machine) for job in jobs]
     for job in jobs:
         check_figure(job.config.plan.figure)
-    found, for_people = [], jobs[0].config.format is OutputFormat.table
-    for job, layout in zip(jobs, layouts, strict=True):
+    ready = [_ready_elsewhere(job.config, machine) for job in jobs]
+    printed, for_people = [], jobs[0].config.format is OutputFormat.table
+    for job, (run, layout, found) in zip(jobs, ready, strict=True):
         if for_people:
             _say_which(job)
-        found.append(plan_and_print(job.config, layout, memory_here()))
+        assert isinstance(run, PlannedRunConfig)
+        printed.append(plan_and_print(run, layout, _memory_of(layout.device), found))
     if not for_people:
-        print(dump(found, is_sweep=jobs[0].index is not None))
+        print(dump(printed, is_sweep=jobs[0].index is not None))
     return 0
 
 
@@ -140,26 +167,32 @@ def verify(arguments: list[str]) -> int:
         print(VERIFY_HELP)
         return 0
     jobs, machine = compose_jobs("config", RunConfig, arguments), this_machine()
-    layouts = [_layout_elsewhere(job.config, machine) for job in jobs]
-    for job, layout in zip(jobs, layouts, strict=True):
+    ready = [_ready_elsewhere(job.config, machine) for job in jobs]
+    for job, (run, layout, _) in zip(jobs, ready, strict=True):
         _say_which(job)
         share_cores(MOST_RANKS, machine.cores)
         from launcher.parity.command import verify_and_report
 
-        if not verify_and_report(job.config, layout, cores=machine.cores, gpus=machine.gpus):
+        if not verify_and_report(run, layout, cores=machine.cores, gpus=machine.gpus):
             return FAILED
     return 0
 
 
-def _layout_elsewhere(run: RunConfig, machine: Machine) -> Layout:
-    """The layout on the run's own hardware, whatever this machine has."""
-    h = run.hardware
-    if h.device is not Device.cuda:
-        world = h.nodes * (h.accelerators_per_node or machine.cores) if h.nodes > 1 else None
-        gpus = machine.gpus if h.device is Device.auto else 0
-        return validate(run, gpus=gpus, cores=max(2, machine.cores), joined_world=world)
-    per_node = h.accelerators_per_node or 1
-    return validate(run, gpus=per_node, cores=1, joined_world=h.nodes * per_node if h.nodes > 1 else None)
+def _ready_elsewhere(run: RunConfig, machine: Machine) -> tuple[RunConfig, Layout, Search | None]:
+    """The run and its layout on the run's own hardware, whatever this machine has."""
+    h, found = run.hardware, None
+    is_cuda = h.device is Device.cuda or (h.device is Device.auto and machine.gpus > 0)
+    here = machine.gpus if h.device is Device.auto else 1
+    gpus = (h.accelerators_per_node or here) if is_cuda else 0
+    cores = max(2, machine.cores)
+    per_node = gpus or h.accelerators_per_node or cores
+    if run.parallelism.auto:
+        device = "cuda" if is_cuda else "cpu"
+        space = Space(device, h.nodes * per_node, per_node, exact=False, memory_here=_memory_of(device))
+        run, found = chosen(run, space)
+    nodes = run.hardware.nodes
+    joined_world = nodes * per_node if nodes > 1 else None
+    return run, validate(run, gpus=gpus, cores=cores, joined_world=joined_world), found
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {

@@ -116,6 +116,7 @@ class ParallelismConfig:
     offload_parameters: bool = False
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
     pipeline_schedule: PipelineSchedule = PipelineSchedule["1f1b"]
+    auto: bool = False  # choose all of these but the schedule, and the micro-batch
 
 
 @dataclass

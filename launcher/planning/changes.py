@@ -60,10 +60,13 @@ def validate_elsewhere(run: RunConfig, layout: Layout) -> Layout:
 
 def changed(run: RunConfig, settings: dict[str, Any]) -> RunConfig:
     """A copy of `run` with some fields of its sections replaced."""
+    by_section: dict[str, dict[str, Any]] = {}
     for name, value in settings.items():
         section, field = name.split(".")
-        run = replace(run, **{section: replace(getattr(run, section), **{field: value})})
-    return run
+        by_section.setdefault(section, {})[field] = value
+    return replace(
+        run, **{section: replace(getattr(run, section), **own) for section, own in by_section.items()}
+    )
 
 
 def _settings(run: RunConfig, layout: Layout) -> Iterator[dict[str, Any]]:

@@ -10,13 +10,21 @@ from launcher.planning.changes import helpful
 from launcher.planning.figure import draw_plan
 from launcher.planning.plan import make_plan, memory_budget
 from launcher.planning.report import as_json, print_plan
+from launcher.planning.search import Search
+from launcher.planning.search_report import print_search, search_as_json
 
 
-def plan_and_print(run: PlannedRunConfig, layout: Layout, memory_here: int | None) -> dict[str, Any]:
-    """Plan one run, draw and print it as it says. The plan as plain values."""
-    plan = make_plan(run, layout, budget=memory_budget(run, layout, memory_here))
+def plan_and_print(
+    run: PlannedRunConfig, layout: Layout, memory_here: int | None, found_by: Search | None
+) -> dict[str, Any]:
+    """Plan one run, draw and print it as it says; first, what `parallelism=auto` found. As plain values."""
+    plan = make_plan(run, layout, budget=memory_budget(run, layout.world_size, memory_here))
     changes = helpful(plan)
     found = as_json(plan, changes)
+    if found_by is not None:
+        found["auto"] = search_as_json(found_by)
+        if run.format is OutputFormat.table:
+            print_search(found_by)
     if run.plan.trace:
         from launcher.planning.comparison import compare_with_trace
 

@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from launcher.config.layout import Layout
 from launcher.config.schema import Dtype, OptimizerName, RunConfig
-from launcher.planning.geometry import Chunk, Rank
-from launcher.planning.parts import Part, Parts, parts
+from launcher.planning.geometry import Chunk, Rank, kind_of
+from launcher.planning.parts import Part, parts
 from launcher.planning.program import BYTES, FP32, Collective, Operation, Sizes
 from launcher.planning.rates import Rates
 from launcher.planning.traffic import (
@@ -75,17 +76,24 @@ def step_time(
     run: RunConfig, layout: Layout, ranks: Sequence[Rank], rates: Rates, groups: dict[GroupName, GroupShape]
 ) -> StepTime:
     """That of the slowest pipeline rank, with what it waits for the others."""
-    model = parts(Sizes.of(run, layout.device))
-    by_rank = [
-        [stage_time(run, layout, model, chunk, rates, groups) for chunk in rank.chunks] for rank in ranks
-    ]
+    kinds = {kind_of(rank): rank for rank in reversed(ranks)}
+    sizes = Sizes.of(run, layout.device)
+    times = _part_times(sizes, rates, groups["tensor"])
+    send = 0.0
+    if layout.pipeline > 1:
+        send = rates.collective(Collective("send", sizes.stretch), groups["pipeline"])
+    by_kind = {
+        kind: [stage_time(times, chunk, send) for chunk in rank.chunks] for kind, rank in kinds.items()
+    }
+    by_rank = [by_kind[kind] for kind in map(kind_of, ranks)]
     own = [sum(stage.total for stage in stages) for stages in by_rank]
     slowest = max(range(len(ranks)), key=lambda index: own[index])
     stages, rank, batches = by_rank[slowest], ranks[slowest], layout.accumulation
     compute = sum(stage.forward.compute + stage.backward.compute for stage in stages) * batches
     waiting = sum(stage.forward.waiting + stage.backward.waiting for stage in stages) * batches
     data = max(
-        _data_waiting(run, layout, one, rates, groups, compute if one is rank else 0.0) for one in ranks
+        _data_waiting(run, layout, one, rates, groups, compute if kind == kind_of(rank) else 0.0)
+        for kind, one in kinds.items()
     )
     return StepTime(
         compute=compute,
@@ -93,7 +101,7 @@ def step_time(
         data=data,
         pipeline=sum(stage.sending for stage in stages) * batches,
         bubble=_bubble(layout, own, by_rank),
-        optimizer=max(_optimizer(run, layout, one, rates) for one in ranks),
+        optimizer=max(_optimizer(run, layout, one, rates) for one in kinds.values()),
         stages=_in_order(layout, by_rank),
     )
 
@@ -119,25 +127,32 @@ def _bubble(layout: Layout, own: Sequence[float], by_rank: Sequence[Sequence[Sta
     return 2 * (layout.pipeline - 1) * max(forward, backward) - min(forward, max(0.0, backward - forward))
 
 
-def stage_time(
-    run: RunConfig,
-    layout: Layout,
-    model: Parts,
-    chunk: Chunk,
-    rates: Rates,
-    groups: dict[GroupName, GroupShape],
-) -> StageTime:
-    tensor = groups["tensor"]
-    forward = backward = Pass()
-    for part, count in model.of(chunk):
-        forward += forward_pass(part.program, rates, tensor).times(count)
-        backward += backward_pass(part, rates, tensor).times(count)
-    sent = 0.0
-    if layout.pipeline > 1:
-        sizes = Sizes.of(run, layout.device)
-        one = rates.collective(Collective("send", sizes.stretch), groups["pipeline"])
-        sent = one * ((not chunk.has_head) + (not chunk.has_embedding))
-    return StageTime(forward, backward, sent)
+@dataclass(frozen=True)
+class _PartTimes:
+    """Forward and backward pass of a micro-batch in each part of a model."""
+
+    embedding: tuple[Pass, Pass]
+    block: tuple[Pass, Pass]
+    head: tuple[Pass, Pass]
+
+
+@cache
+def _part_times(sizes: Sizes, rates: Rates, tensor: GroupShape) -> _PartTimes:
+    def both(part: Part) -> tuple[Pass, Pass]:
+        return forward_pass(part.program, rates, tensor), backward_pass(part, rates, tensor)
+
+    model = parts(sizes)
+    return _PartTimes(both(model.embedding), both(model.block), both(model.head))
+
+
+def stage_time(times: _PartTimes, chunk: Chunk, send: float) -> StageTime:
+    """`send` is the seconds to hand an activation to the next stage."""
+    forward = times.block[0].times(chunk.blocks)
+    backward = times.block[1].times(chunk.blocks)
+    for (ahead, back), there in ((times.embedding, chunk.has_embedding), (times.head, chunk.has_head)):
+        if there:
+            forward, backward = forward + ahead, backward + back
+    return StageTime(forward, backward, send * ((not chunk.has_head) + (not chunk.has_embedding)))
 
 
 def forward_pass(operations: Sequence[Operation], rates: Rates, tensor: GroupShape) -> Pass:

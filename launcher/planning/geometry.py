@@ -1,8 +1,9 @@
 """What each pipeline rank holds: blocks, embedding, head, and every weight's size. Pure arithmetic."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import astuple, dataclass
+from functools import cache, cached_property
+from typing import Any
 
 from launcher.config.layout import Layout
 from launcher.config.schema import Family, ModelConfig, RunConfig
@@ -25,6 +26,9 @@ class Chunk:
     blocks: int
     has_embedding: bool
     has_head: bool
+
+
+Kind = tuple[tuple[int, bool, bool], ...]  # of each stage: blocks, embedding, head
 
 
 @dataclass(frozen=True)
@@ -89,22 +93,35 @@ class Rank:
         return tuple(group for group in groups if group)
 
 
-def pipeline_ranks(run: RunConfig, layout: Layout) -> list[Rank]:
+def kind_of(rank: Rank) -> Kind:
+    """Alike for ranks that hold and compute alike."""
+    return tuple((chunk.blocks, chunk.has_embedding, chunk.has_head) for chunk in rank.chunks)
+
+
+def pipeline_ranks(run: RunConfig, layout: Layout) -> tuple[Rank, ...]:
     """One for each pipeline rank, of tensor rank 0."""
-    model, stages = run.model, layout.pipeline * layout.stages_per_rank
+    return _ranks(astuple(run.model), layout.pipeline, layout.stages_per_rank, layout.tensor)
+
+
+@cache
+def _ranks(
+    model_fields: tuple[Any, ...], pipeline: int, stages_per_rank: int, tensor: int
+) -> tuple[Rank, ...]:
+    """Of a model by its fields, which can be a key."""
+    model, stages = ModelConfig(*model_fields), pipeline * stages_per_rank
     dealt = blocks_of_stages(model.num_layers, stages)
     chunks = [
         Chunk(sum(dealt[:index]), blocks, has_embedding=index == 0, has_head=index == stages - 1)
         for index, blocks in enumerate(dealt)
     ]
-    return [
-        Rank(rank, _chunks_of(rank, chunks, layout), model, layout.tensor, is_flat=layout.pipeline == 1)
-        for rank in range(layout.pipeline)
-    ]
+    return tuple(
+        Rank(rank, _chunks_of(rank, chunks, stages_per_rank), model, tensor, is_flat=pipeline == 1)
+        for rank in range(pipeline)
+    )
 
 
-def _chunks_of(rank: int, chunks: list[Chunk], layout: Layout) -> tuple[Chunk, ...]:
-    if layout.stages_per_rank == 1:
+def _chunks_of(rank: int, chunks: list[Chunk], stages_per_rank: int) -> tuple[Chunk, ...]:
+    if stages_per_rank == 1:
         return (chunks[rank],)
     # DualPipeV's V: out through the first half of the stages, back through the second.
     return chunks[rank], chunks[len(chunks) - 1 - rank]

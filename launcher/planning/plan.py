@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from launcher.config.layout import Layout
-from launcher.config.schema import Device, RunConfig
+from launcher.config.schema import RunConfig
 from launcher.config.shape import sequence_length
 from launcher.models.arithmetic import parameters, train_flops_per_token
 from launcher.planning.duration import StepTime, step_time
@@ -149,13 +149,11 @@ def ranks_per_node(run: RunConfig, layout: Layout) -> int:
     return run.hardware.accelerators_per_node or layout.world_size
 
 
-def memory_budget(run: RunConfig, layout: Layout, memory_here: int | None) -> float | None:
-    """Bytes for one rank: what the config says, else on CPU a rank's part of this machine's memory.
+def memory_budget(run: RunConfig, ranks_here: int, memory_here: int | None) -> float | None:
+    """Bytes for one rank: what the config says, else of the memory of a machine that `ranks_here` share.
 
-    None where neither is known.
+    None where neither is known. `memory_here` is that of CPU ranks only: a GPU has its own.
     """
     if run.hardware.memory_bytes is not None:
         return run.hardware.memory_bytes
-    if layout.device == Device.cpu.name and memory_here is not None:
-        return memory_here / layout.world_size - PROCESS_BYTES
-    return None
+    return None if memory_here is None else memory_here / ranks_here - PROCESS_BYTES

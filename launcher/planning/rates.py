@@ -5,6 +5,7 @@ fitted on one published table, by benchmarks/narayanan.py, and nothing else.
 """
 
 from dataclasses import dataclass
+from math import ceil, log2
 
 from launcher.config.schema import Dtype, HardwareConfig
 from launcher.planning.program import BYTES, Collective, Matmul
@@ -17,11 +18,12 @@ GIGA = 1e9
 class Shares:
     """Of what the data sheets say, what training reaches. Fitted: see the module."""
 
-    product: float = 0.98  # of the rate that large matrix products reach
+    product: float = 0.96  # of the rate that large matrix products reach
     memory: float = 0.90  # of the memory's bandwidth
     link: float = 0.80  # of a link's bandwidth
     kernel_s: float = 4e-6  # to launch an operation
-    message_s: float = 8e-6  # for each step of a collective
+    hop_intra_s: float = 2e-6  # for each step of a collective within a node
+    hop_inter_s: float = 8e-6  # and between nodes
     overlap: float = 1.0  # of what may run behind computation, what does
 
 
@@ -50,13 +52,17 @@ class Rates:
         if group.ranks == 1:
             return 0.0
         if one.kind == "send":
-            return one.size / (self.intra if group.is_within_node else self.inter) + self.shares.message_s
+            if group.is_within_node:
+                return one.size / self.intra + self.shares.hop_intra_s
+            return one.size / self.inter + self.shares.hop_inter_s
         inside, nodes = group.per_node, -(-group.ranks // group.per_node)
         seconds = one.sent(inside) / self.intra
         if nodes > 1:
             seconds += Collective(one.kind, one.size // inside).sent(nodes) / self.inter
         rounds = 2 if one.kind == "all_reduce" else 1
-        return seconds + rounds * (inside - 1 + nodes - 1) * self.shares.message_s
+        # Between many nodes all-reduces go over a tree (NCCL), gathers and scatters round a ring.
+        hops = ceil(log2(nodes)) if one.kind == "all_reduce" else nodes - 1
+        return seconds + rounds * ((inside - 1) * self.shares.hop_intra_s + hops * self.shares.hop_inter_s)
 
 
 def rates_of(hardware: HardwareConfig, dtype: Dtype, shares: Shares | None = None) -> Rates | None:
@@ -77,5 +83,11 @@ def rates_of(hardware: HardwareConfig, dtype: Dtype, shares: Shares | None = Non
         shares=shares,
     )
 
+
+# Nobody's: they put layouts in order where the hardware does not say how fast it is.
+NOMINAL = {
+    "cpu": Rates(5e10, 1e10, 4, 1e9, 1e8, 1e10, Shares(kernel_s=1e-5, hop_intra_s=5e-5, overlap=0.0)),
+    "cuda": Rates(2e14, 1.5e12, 2, 2e11, 2e10, 3e10, Shares()),
+}
 
 DEFAULT_EFFICIENCY = 0.8  # of the peak that large products reach, where nobody has measured it

@@ -17,9 +17,6 @@ DAY = 86400
 
 
 def print_plan(plan: Plan, changes: list[Change], traced: list[dict[str, Any]] | None = None) -> None:
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = FILE_WIDTH
     print(f"model    {count(plan.parameters)} parameters, {count(plan.model_flops)} FLOPs a step")
     for note in plan.layout.notes:
         print(f"note     {note}")
@@ -30,8 +27,7 @@ def print_plan(plan: Plan, changes: list[Change], traced: list[dict[str, Any]] |
     tables += [_time_table(plan)] if plan.time else []
     tables += [_trace_table(traced)] if traced else []
     for table in tables:
-        console.print(table)
-        print()
+        print_table(table)
     for line in [*_host(plan), *_speed(plan)]:
         print(line)
     print(f"limit    {limit(plan)}")
@@ -39,9 +35,18 @@ def print_plan(plan: Plan, changes: list[Change], traced: list[dict[str, Any]] |
         print(line)
 
 
+def print_table(table: Table) -> None:
+    """And an empty line."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = FILE_WIDTH
+    console.print(table)
+    print()
+
+
 def _memory_table(plan: Plan) -> Table:
     unit = _unit(max(stage.memory.total for stage in plan.stages))
-    table = _table(f"Memory of one rank, {unit[1]}")
+    table = plain_table(f"Memory of one rank, {unit[1]}")
     for name in ("stage", "blocks", "parameters", *CLASSES, "total", "of", ""):
         table.add_column(name, justify="left" if name in ("stage", "") else "right", no_wrap=True)
     for first, last, stage in _alike(plan.stages):
@@ -79,7 +84,7 @@ def _alike(stages: tuple[StagePlan, ...]) -> list[tuple[int, int, StagePlan]]:
 
 
 def _traffic_table(plan: Plan) -> Table:
-    table = _table("Sent by one rank in a step")
+    table = plain_table("Sent by one rank in a step")
     for name in ("group", "ranks", "link", "sent", "collectives"):
         table.add_column(name, justify="right" if name in ("ranks", "sent") else "left")
     for name, traffic in plan.traffic.items():
@@ -92,7 +97,7 @@ def _traffic_table(plan: Plan) -> Table:
 
 
 def _time_table(plan: Plan) -> Table:
-    table = _table("Time of a step")
+    table = plain_table("Time of a step")
     for name in ("part", "seconds", "share"):
         table.add_column(name, justify="left" if name == "part" else "right")
     parts = parts_of(plan)
@@ -121,7 +126,7 @@ def _speed(plan: Plan) -> list[str]:
 
 
 def _trace_table(traced: list[dict[str, Any]]) -> Table:
-    table = _table("One micro-batch of a rank: the formulas, and the real modules traced")
+    table = plain_table("One micro-batch of a rank: the formulas, and the real modules traced")
     for name in ("stage", "quantity", "formula", "traced", "error"):
         table.add_column(name, justify="left" if name == "quantity" else "right")
     for one in traced:
@@ -270,5 +275,5 @@ def duration(seconds: float) -> str:
     return f"{seconds:.3g} seconds"
 
 
-def _table(title: str) -> Table:
+def plain_table(title: str) -> Table:
     return Table(title=title, title_justify="left", box=None, pad_edge=False)

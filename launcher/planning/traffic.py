@@ -110,8 +110,17 @@ def _zero_3(run: RunConfig, layout: Layout, rank: Rank) -> Counter[Collective]:
     kept = min(sum(free), tuning.max_live)
     every = sum(padded(weight.numel, data) for weight in rank.weights)
     sent: Counter[Collective] = Counter()
-    sent[Collective("all_gather", element * (2 * sum(free) - kept))] += layout.accumulation
-    sent[Collective("reduce_scatter", element * every)] += layout.accumulation
+    # A prefetch takes whole weights until they fill its bucket.
+    at_once = max(tuning.prefetch_bucket, sum(free) // max(1, len(free)))
+    for size in _pieces(2 * sum(free) - kept, at_once):
+        sent[Collective("all_gather", element * size)] += layout.accumulation
+    for size in _pieces(every, tuning.reduce_bucket):
+        sent[Collective("reduce_scatter", element * size)] += layout.accumulation
     if every > sum(free):
         sent[Collective("all_gather", element * (every - sum(free)))] += 1
     return +sent
+
+
+def _pieces(total: int, at_once: int) -> list[int]:
+    whole, rest = divmod(total, at_once)
+    return [at_once] * whole + ([rest] if rest else [])

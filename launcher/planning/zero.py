@@ -7,6 +7,7 @@ another number in every row here. Bytes of one data rank, the one that holds mos
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 
 from launcher.config.layout import Layout
 from launcher.config.schema import ActivationCheckpointing, Dtype, OptimizerName, RunConfig
@@ -231,13 +232,7 @@ class _Ledger:
 
     def _whole_in_partition(self) -> int:
         """Elements of all weights that a rank's partition touches, at the most: gradients are kept whole."""
-        data = self.layout.data
-        found = [0] * min(data, 64)
-        for group in self.rank.groups:
-            share = padded(sum(group), 2 * data) // data
-            for rank in range(len(found)):
-                found[rank] += _touched(group, rank * share, (rank + 1) * share)
-        return max(found)
+        return _most_touched(self.rank.groups, self.layout.data)
 
 
 def reduced_at_first(rank: Rank, bucket: int) -> int:
@@ -252,6 +247,17 @@ def reduced_at_first(rank: Rank, bucket: int) -> int:
 
 def padded(length: int, multiple: int) -> int:
     return -(-length // multiple) * multiple
+
+
+@cache
+def _most_touched(groups: tuple[tuple[int, ...], ...], data: int) -> int:
+    # The first ranks stand for all: among theirs is the embedding, the largest weight.
+    found = [0] * min(data, 16)
+    for group in groups:
+        share = padded(sum(group), 2 * data) // data
+        for rank in range(len(found)):
+            found[rank] += _touched(group, rank * share, (rank + 1) * share)
+    return max(found)
 
 
 def _touched(sizes: Iterable[int], start: int, stop: int) -> int:

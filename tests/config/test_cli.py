@@ -255,7 +255,7 @@ class TestLooking:
         assert root.out == train.out
         for words in (
             "launcher generate run.dir=PATH",
-            "parallelism: dp, hybrid_3d",
+            "parallelism: auto, dp, hybrid_3d",
             "experiment=stdlib_gpt",
         ):
             assert words in root.out

@@ -18,4 +18,4 @@ def plan_of(*overrides: str, memory_here: int | None = None) -> Plan:
         layout = validate(run, gpus=per_node, cores=1, joined_world=joined)
     else:
         layout = validate(run, gpus=0, cores=64)
-    return make_plan(run, layout, budget=memory_budget(run, layout, memory_here))
+    return make_plan(run, layout, budget=memory_budget(run, layout.world_size, memory_here))

@@ -1,0 +1,325 @@
+"""`parallelism=auto`: never illegal, never beaten by its own model, the same every time; and refusals."""
+
+import copy
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from launcher.config.errors import ConfigError
+from launcher.config.layout import effective_zero_stage
+from launcher.config.schema import (
+    ActivationCheckpointing,
+    Device,
+    Dtype,
+    Family,
+    HardwareConfig,
+    ModelConfig,
+    ParallelismConfig,
+    PeakFlops,
+    RunConfig,
+)
+from launcher.config.validate import validate
+from launcher.planning.changes import changed
+from launcher.planning.enforce import chosen, refuse_too_large
+from launcher.planning.plan import make_plan, memory_budget
+from launcher.planning.search import Search, Space, search
+from launcher.planning.search_report import search_as_json
+from tests.config.composing import alternatives, run_of
+from tests.config.test_cli import Ended, launcher
+from tests.planning.planned import LLAMA
+from tests.runtime.command import trained
+
+CLUSTER = ["hardware=h100_80gb", "parallelism=auto", "precision=bf16", "training.global_batch_size=256"]
+
+
+def space_of(run: RunConfig, **more: object) -> Space:
+    h = run.hardware
+    per_node = h.accelerators_per_node or 1
+    device = "cuda" if h.device is Device.cuda else "cpu"
+    return Space(device, h.nodes * per_node, per_node, exact=False, **more)  # type: ignore[arg-type]
+
+
+def searched(*overrides: str) -> Search:
+    run = run_of(*overrides)
+    return search(run, space_of(run))
+
+
+@st.composite
+def small_models(draw: st.DrawFn) -> ModelConfig:
+    heads = draw(st.sampled_from([1, 2, 3, 4, 6, 8]))
+    family = draw(st.sampled_from(Family))
+    kv_heads = draw(st.sampled_from([n for n in range(1, heads + 1) if heads % n == 0]))
+    return ModelConfig(
+        family=family,
+        hidden_size=heads * draw(st.sampled_from([2, 8, 64])),
+        num_layers=draw(st.integers(1, 7)),
+        num_heads=heads,
+        num_kv_heads=kv_heads if family is Family.llama else None,
+        ffn_hidden_size=draw(st.sampled_from([16, 24, 256, 1000])),
+        vocab_size=draw(st.sampled_from([256, 257, 50257])),
+        max_sequence_length=draw(st.sampled_from([8, 30, 64, 1024])),
+        tie_embeddings=draw(st.booleans()),
+        dropout=draw(st.sampled_from([0.0, 0.1])),
+    )
+
+
+@st.composite
+def hardware(draw: st.DrawFn, most_nodes: int = 4) -> HardwareConfig:
+    known = draw(st.booleans())
+    return HardwareConfig(
+        device=draw(st.sampled_from([Device.cpu, Device.cuda])),
+        nodes=draw(st.integers(1, most_nodes)),
+        accelerators_per_node=draw(st.sampled_from([1, 2, 4, 6, 8])),
+        memory_bytes=draw(st.none() | st.sampled_from([1e6, 1e8, 5e9, 80e9])),
+        peak_flops=PeakFlops(fp32=2e13, bf16=3e14, fp16=3e14) if known else PeakFlops(),
+        memory_bandwidth_gb_s=2000.0 if known else None,
+        bandwidth_intra_node_gb_s=draw(st.sampled_from([10.0, 300.0])) if known else None,
+        bandwidth_inter_node_gb_s=draw(st.sampled_from([1.0, 25.0])) if known else None,
+    )
+
+
+@st.composite
+def runs(draw: st.DrawFn, most_nodes: int = 4) -> RunConfig:
+    run = copy.deepcopy(run_of())
+    run.model, run.hardware = draw(small_models()), draw(hardware(most_nodes))
+    run.parallelism = ParallelismConfig(auto=True)
+    run.precision.dtype = draw(st.sampled_from(Dtype))
+    run.training.global_batch_size = draw(st.sampled_from([1, 2, 6, 8, 12, 16, 30, 64]))
+    return run
+
+
+class TestAnyRun:
+    @given(run=runs())
+    @settings(max_examples=60, deadline=None)
+    def test_what_is_proposed_is_what_validation_takes(self, run: RunConfig) -> None:
+        before = copy.deepcopy(run)
+        try:
+            found = search(run, space_of(run))
+        except ConfigError:
+            return
+        assert run == before
+        assert found.candidates
+        for one in found.candidates:
+            world = one.layout.world_size
+            gpus = run.hardware.accelerators_per_node or 0 if one.layout.device == "cuda" else 0
+            assert validate(one.run, gpus=gpus, cores=1, joined_world=world) == one.layout
+            assert not one.run.parallelism.auto
+            assert one.run.training.global_batch_size == run.training.global_batch_size
+
+    @given(run=runs(most_nodes=1))
+    @settings(max_examples=25, deadline=None)
+    def test_no_layout_of_an_exhaustive_search_is_better(self, run: RunConfig) -> None:
+        space = replace(space_of(run), exact=True)
+        everything = list(exhaustive(run, space))
+        if not everything:
+            with pytest.raises(ConfigError):
+                search(run, space)
+            return
+        found = search(run, space)
+        assert len(found.candidates) == len(everything)
+        plans = [make_plan(one, layout, budget=memory_budget(one, 1, None)) for one, layout in everything]
+        fitting = [plan for plan in plans if plan.fits]
+        assert len(found.fitting) == len(fitting)
+        inside = [plan for plan in fitting if space.per_node % plan.layout.tensor == 0] or fitting
+        times = [plan.time.total for plan in inside if plan.time]
+        if times:
+            assert found.fitting[0].seconds == pytest.approx(min(times), rel=1e-12)
+
+
+def exhaustive(run: RunConfig, space: Space):  # type: ignore[no-untyped-def]
+    """Every value of every setting, with nothing but validation to tell which are legal."""
+    numbers = range(1, space.world + 1)
+    batch = range(1, run.training.global_batch_size + 1)
+    flags = (False, True)
+    for tensor, pipeline, stage, micro, sequence, kind, optimizer, parameters in product(
+        numbers, numbers, range(4), batch, flags, ActivationCheckpointing, flags, flags
+    ):
+        if space.world % (tensor * pipeline) or run.training.global_batch_size % micro:
+            continue
+        own = {
+            "parallelism.tensor": tensor, "parallelism.pipeline": pipeline, "parallelism.zero_stage": stage,
+            "parallelism.sequence_parallel": sequence, "parallelism.activation_checkpointing": kind,
+            "parallelism.offload_optimizer": optimizer, "parallelism.offload_parameters": parameters,
+            "parallelism.auto": False, "training.micro_batch_size": micro,
+        }  # fmt: skip
+        one = changed(run, own)
+        try:
+            gpus = space.per_node if space.device == "cuda" else 0
+            layout = validate(one, gpus=gpus, cores=1, joined_world=space.world)
+        except ConfigError:
+            continue
+        # ZeRO-0 that runs as ZeRO-1 is the same layout.
+        if stage or effective_zero_stage(one)[0] == 0:
+            yield one, layout
+
+
+class TestChoice:
+    def test_is_the_fastest_that_fits_and_the_same_every_time(self) -> None:
+        found, again = (
+            searched(*LLAMA, *CLUSTER, "hardware.nodes=2"),
+            searched(*LLAMA, *CLUSTER, "hardware.nodes=2"),
+        )
+        assert found.fitting[0].settings == again.fitting[0].settings
+        assert [one.settings for one in found.fitting] == [one.settings for one in again.fitting]
+        assert found.fitting[0].seconds == min(one.seconds for one in found.fitting if not one.crosses_nodes)
+        assert all(one.peak <= 80e9 for one in found.fitting)
+
+    def test_tensor_groups_stay_in_a_node_unless_nothing_else_fits(self) -> None:
+        two = ["hardware.nodes=4", "hardware.accelerators_per_node=2"]
+        wide = searched(*LLAMA, *CLUSTER, *two)
+        assert any(one.crosses_nodes for one in wide.candidates)
+        assert wide.fitting[0].layout.tensor <= 2
+        # So little memory that the weights must be split eight ways, and ZeRO may not.
+        tight = searched(*LLAMA, *CLUSTER, *two, "hardware.memory_bytes=12e9", "parallelism.zero_stage=1")
+        assert not any(one.fits for one in tight.candidates if not one.crosses_nodes)
+
+    def test_what_is_typed_stays(self) -> None:
+        fixed = ["parallelism.tensor=4", "parallelism.activation_checkpointing=full"]
+        for one in searched(*LLAMA, *CLUSTER, *fixed).candidates:
+            assert one.layout.tensor == 4
+            assert one.run.parallelism.activation_checkpointing is ActivationCheckpointing.full
+
+    def test_says_why_each_other_class_lost(self) -> None:
+        told = search_as_json(searched(*LLAMA, *CLUSTER, "hardware.nodes=2"))
+        assert 1 <= len(told["best"]) <= 5
+        assert told["legal"] > told["fitting"] > 0
+        assert len(told["lost"]) > 8
+        reasons = {
+            one["why"].split(" ")[-1] if "slower" in one["why"] else one["why"] for one in told["lost"]
+        }
+        assert reasons >= {"slower", "does not fit in 80.00 GB"}
+
+    def test_fewer_ranks_where_all_cannot_share_the_batch(self) -> None:
+        seven = ["hardware=h100_80gb", "hardware.accelerators_per_node=7", "training.global_batch_size=3"]
+        run = run_of("model=gpt_tiny", *seven, "parallelism=auto")
+        assert 1 <= search(run, space_of(run)).fitting[0].layout.world_size < 7
+        with pytest.raises(ConfigError, match=r"parallelism.auto=true: no layout of 7 ranks is legal"):
+            search(run, replace(space_of(run), exact=True))
+
+    def test_an_illegal_run_is_refused_in_validations_words(self) -> None:
+        run = run_of("model.num_heads=5", "parallelism=auto")
+        with pytest.raises(ConfigError, match=r"model.num_heads=5: does not divide model.hidden_size=128"):
+            chosen(run, Space("cpu", 2, 2, exact=False))
+
+    def test_nothing_fits(self) -> None:
+        run = run_of(*LLAMA, *CLUSTER, "hardware.memory_bytes=1e9")
+        with pytest.raises(ConfigError) as raised:
+            chosen(run, space_of(run))
+        assert "none of" in raised.value.why
+        assert "of 1.00 GB a rank" in raised.value.why
+        unchecked, _ = chosen(changed(run, {"plan.enforce": False}), space_of(run))
+        assert unchecked.parallelism.zero_stage == 3
+
+    def test_twenty_thousand_gpus(self) -> None:
+        """How long it takes is in docs/planning.md; here, that there are thousands and one is chosen."""
+        found = searched(
+            "model=llama3_70b", *CLUSTER, "hardware.nodes=2500", "training.global_batch_size=20000"
+        )
+        assert len(found.candidates) > 2000
+        best = found.fitting[0].layout
+        assert best.world_size == 20_000
+        assert best.tensor in (2, 4, 8)
+
+
+REFUSED = {
+    "one change": [*LLAMA, "hardware=h100_80gb", "parallelism.zero_stage=1"],
+    "micro-batch": [*LLAMA, "hardware=h100_80gb", "parallelism.tensor=4", "training.micro_batch_size=8"],
+    "stages": [
+        *LLAMA, "hardware=a100_40gb", "parallelism.pipeline=4", "parallelism.zero_stage=1",
+        "training.micro_batch_size=2",
+    ],
+    "several changes": ["model=llama3_70b", *LLAMA[1:], "hardware=h200_141gb", "hardware.nodes=2"],
+    "CPU": ["hardware=cpu", "hardware.memory_bytes=25e6", "parallelism.data=2"],
+}  # fmt: skip
+
+
+def layout_of(run: RunConfig):  # type: ignore[no-untyped-def]
+    h = run.hardware
+    gpus = (h.accelerators_per_node or 0) if h.device is Device.cuda else 0
+    return validate(run, gpus=gpus, cores=8, joined_world=h.nodes * gpus if h.nodes > 1 else None)
+
+
+class TestRefusal:
+    @pytest.mark.parametrize("name", REFUSED)
+    def test_tells_the_shortage_and_what_fits(self, name: str) -> None:
+        run = run_of(*REFUSED[name])
+        with pytest.raises(ConfigError) as raised:
+            refuse_too_large(run, layout_of(run), run.hardware.memory_bytes)
+        error = raised.value
+        assert error.field == "hardware.memory_bytes"
+        assert "stage 0 needs" in error.why
+        assert "too much" in error.why
+        offers = alternatives(error)
+        assert len(offers) >= 2
+        for offer in offers:
+            mended = run_of(*REFUSED[name], *offer)
+            refuse_too_large(mended, layout_of(mended), mended.hardware.memory_bytes)
+
+    def test_names_every_stage_that_is_short(self) -> None:
+        run = run_of(*REFUSED["stages"])
+        with pytest.raises(ConfigError) as raised:
+            refuse_too_large(run, layout_of(run), 40e9)
+        plan = make_plan(run, layout_of(run), budget=40e9)
+        assert plan.shortages
+        for stage in list(plan.shortages)[:3]:
+            assert f"stage {stage} needs " in raised.value.why
+
+    def test_can_be_overridden_and_is_none_where_nothing_is_known(self) -> None:
+        run = run_of(*REFUSED["CPU"])
+        refuse_too_large(changed(run, {"plan.enforce": False}), layout_of(run), 25e6)
+        refuse_too_large(run, layout_of(run), None)
+
+
+COMMANDS = {
+    "too large": "hardware=cpu hardware.memory_bytes=20e6 parallelism.data=1",
+    "for this machine": "model=llama3_70b hardware=cpu training.micro_batch_size=1 parallelism.data=1",
+    "auto": "parallelism=auto hardware=cpu hardware.memory_bytes=1e6",
+    "auto and illegal": "parallelism=auto model.num_heads=5",
+    "plan tells it": "plan hardware=cpu hardware.memory_bytes=20e6 parallelism.data=1",
+}
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
+    folder = tmp_path_factory.mktemp("refused")
+    return dict(zip(COMMANDS, launcher(folder, *map(str.split, COMMANDS.values())), strict=True))
+
+
+class TestCommand:
+    def test_training_refuses_before_torch_is_loaded(self, ended: dict[str, Ended]) -> None:
+        starts = {
+            "too large": "hardware.memory_bytes=2e+07: a rank has 20.00 MB, and stage 0 needs 3",
+            "for this machine": "hardware.memory_bytes=null: this machine has for each rank ",
+            "auto": "parallelism.auto=true: none of ",
+            "auto and illegal": "model.num_heads=5: does not divide",
+        }
+        for name, start in starts.items():
+            assert ended[name].err.startswith(f"launcher: {start}"), ended[name].err
+            assert (ended[name].code, ended[name].out, ended[name].heavy) == (2, "", [])
+        assert "plan.enforce=false" in ended["too large"].err
+
+    def test_planning_tells_it_and_does_not_refuse(self, ended: dict[str, Ended]) -> None:
+        told = ended["plan tells it"]
+        assert (told.code, told.heavy) == (0, [])
+        assert "too much" in told.out
+
+
+def test_a_run_records_what_auto_chose(tmp_path: Path) -> None:
+    out = trained(
+        "parallelism=auto", "hardware.accelerators_per_node=2", "training.steps=2", "run.dir=r", cwd=tmp_path
+    )
+    assert "auto     the fastest of " in out
+    recorded = yaml.safe_load((tmp_path / "r" / "config.yaml").read_text())
+    assert recorded["parallelism"]["auto"] is False
+    p = recorded["parallelism"]
+    assert p["data"] * p["tensor"] * p["pipeline"] == 2
+    # The same command, in whatever layout it then chooses, goes on from there.
+    again = trained(
+        "parallelism=auto", "hardware.accelerators_per_node=1", "training.steps=3", "run.dir=r", cwd=tmp_path
+    )
+    assert "resumed " in again
