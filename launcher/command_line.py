@@ -17,13 +17,17 @@ from launcher.config.errors import ConfigError
 from launcher.config.layout import Layout
 from launcher.config.schema import Device, GenerateConfig, RunConfig
 from launcher.config.shape import sequence_length
+from launcher.config.slurm import check_submission, nodes_of
 from launcher.config.validate import validate, validate_generate
 from launcher.data.sampler import check_corpus
-from launcher.launch.environment import RankEnvironment, joined_ranks
+from launcher.launch.environment import Place, RankEnvironment, joined_ranks, place_of
 from launcher.launch.local import RankFailure, Stopped
 from launcher.launch.machine import Machine, share_cores, this_machine
+from launcher.launch.records import Kind, record_end
+from launcher.launch.submit import submit as submit_jobs
 from launcher.parity.shrink import MOST_RANKS
-from launcher.runtime.run_dir import CONFIG
+from launcher.runtime.job import layout_on_nodes, run_job
+from launcher.runtime.run_dir import CONFIG, IDENTITY
 
 REFUSED, FAILED = 2, 1
 
@@ -37,6 +41,7 @@ def run_command(arguments: list[str]) -> int:
         command, overrides = _command(arguments)
         return command(overrides)
     except ConfigError as error:
+        record_end(int(os.environ.get("SLURM_PROCID", "0")), Kind.refused, error)
         return _report(f"launcher: {error}", REFUSED)
     except RankFailure as failure:
         return _report(f"launcher: {failure}", FAILED)
@@ -57,33 +62,50 @@ def train(arguments: list[str]) -> int:
     jobs = compose_jobs("config", RunConfig, arguments)
     if not jobs:
         return 0
-    ranks, machine = joined_ranks(os.environ), this_machine()
-    if ranks and len(jobs) > 1:
+    machine = this_machine()
+    if joined_ranks(os.environ) and len(jobs) > 1:
         why = "ranks that torchrun or srun started train one run"
         raise ConfigError("--multirun", None, why, "one torchrun or srun per run, or a sweep without them")
     # All jobs of a sweep are checked before the first is trained.
-    layouts = [_checked_layout(job.config, ranks, machine) for job in jobs]
-    from launcher.runtime.start import train_as_joined_rank, train_on_this_machine
+    checked = [_checked(job.config, machine) for job in jobs]
+    from launcher.runtime.start import train_as_joined_rank, train_on_this_machine, train_on_this_node
 
-    for job, layout in zip(jobs, layouts, strict=True):
+    for job, (layout, place) in zip(jobs, checked, strict=True):
         _say_which(job)
-        if ranks:
-            train_as_joined_rank(job.config, layout, ranks)
+        if isinstance(place, RankEnvironment):
+            train_as_joined_rank(job.config, layout, place)
+        elif place:
+            train_on_this_node(job.config, layout, place, cores=machine.cores)
         else:
             train_on_this_machine(job.config, layout, cores=machine.cores, multirun_index=job.index)
     return 0
 
 
-def _checked_layout(run: RunConfig, ranks: RankEnvironment | None, machine: Machine) -> Layout:
-    joined_world = ranks.world_size if ranks else None
+def _checked(run: RunConfig, machine: Machine) -> tuple[Layout, Place]:
+    gpus = 0 if run.hardware.device is Device.cpu else machine.gpus
+    place = place_of(os.environ, configured=run.hardware.accelerators_per_node, gpus=gpus)
+    joined_world = place.world_size if place else None
     layout = validate(run, gpus=machine.gpus, cores=machine.cores, joined_world=joined_world)
     check_corpus(run.data, sequence_length(run))
-    return layout
+    return layout, place
 
 
 def _say_which(job: Job[RunConfig]) -> None:
     if job.index is not None:
         print(f"job      {job.index}: {' '.join(job.overrides)}", flush=True)
+
+
+def submit(arguments: list[str]) -> int:
+    jobs = compose_jobs("config", RunConfig, arguments)
+    if not jobs:
+        return 0
+    for one in jobs:
+        check_submission(one.config)
+        for nodes in nodes_of(one.config):
+            layout_on_nodes(one.config, nodes)
+        check_corpus(one.config.data, sequence_length(one.config))
+    submit_jobs(jobs, arguments)
+    return 0
 
 
 def generate(arguments: list[str]) -> int:
@@ -121,7 +143,7 @@ def verify(arguments: list[str]) -> int:
         print(VERIFY_HELP)
         return 0
     jobs, machine = compose_jobs("config", RunConfig, arguments), this_machine()
-    layouts = [_layout_to_verify(job.config, machine) for job in jobs]
+    layouts = [_layout_on_its_hardware(job.config, machine) for job in jobs]
     for job, layout in zip(jobs, layouts, strict=True):
         _say_which(job)
         share_cores(MOST_RANKS, machine.cores)
@@ -132,18 +154,36 @@ def verify(arguments: list[str]) -> int:
     return 0
 
 
-def _layout_to_verify(run: RunConfig, machine: Machine) -> Layout:
+def _layout_on_its_hardware(run: RunConfig, machine: Machine) -> Layout:
     """The layout on the run's own hardware, whatever this machine has."""
     h, cores = run.hardware, max(2, machine.cores)
-    if h.device is not Device.cuda:
+    if h.device is not Device.cuda and (h.nodes == 1 or h.accelerators_per_node is None):
         return validate(run, gpus=0, cores=cores)
     per_node = h.accelerators_per_node or 1
     return validate(run, gpus=per_node, cores=cores, joined_world=h.nodes * per_node)
 
 
+def sync(arguments: list[str]) -> int:
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print("launcher sync RUN.DIR ...: upload what is new of a run's offline W&B files, in order")
+        return 0
+    runs = [Path(argument).expanduser() for argument in arguments]
+    for run in runs:
+        if not (run / IDENTITY).is_file():
+            raise ConfigError(
+                "sync", run, f"not a run's directory, it has no {IDENTITY}", "as a run printed it"
+            )
+    from launcher.runtime.metrics.sync import upload
+
+    return max(upload(run) for run in runs)
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "verify": verify,
+    "submit": submit,
+    "job": run_job,
+    "sync": sync,
     "generate": generate,
     "checkpoint": inspect,
     "export": export,

@@ -221,6 +221,10 @@ def _unreadable(override: str, root: type[Any]) -> ConfigError:
         return no_such_field(name, value, root)
     if re.search(r"\s=", override):
         return ConfigError(override, None, "no space may stand before =", f"{name}={value.strip()}")
+    if kind == "list":
+        items = ", ".join(f'"{item.strip()}"' for item in value.strip("[]").split(","))
+        why = "an item of a list cannot be read without quotes"
+        return ConfigError(name, value, why, shlex.quote(f"{name}=[{items}]"))
     if kind and not kind.startswith("text"):
         return ConfigError(name, value, "cannot be read", f"{name}=<{kind}>")
     text = value.strip("\"' ").replace("\\", "\\\\").replace('"', '\\"')

@@ -22,6 +22,7 @@ ABOVE_0 = Range("must be a finite number above 0", lambda value: 0 < value < inf
 BELOW_1 = Range("must be 0 or more and below 1", lambda value: 0 <= value < 1)
 SHARE = Range("must be from 0 to 1", lambda value: 0 <= value <= 1)
 POWER = Range("must be from 0 to 127, float32's largest power of two", lambda value: 0 <= value <= 127)
+LEAD = Range("must be from 0 to 65535, the seconds that Slurm takes", lambda value: 0 <= value <= 65535)
 SEED = Range("must be 0 or more and below 2 to the 63", lambda value: 0 <= value < 2**63)
 
 # Each number of a run, with its range and a value within it. training.seed may be any.
@@ -69,8 +70,12 @@ NUMBERS: dict[str, tuple[Range, str]] = {
     "scheduler.min_lr_ratio": (SHARE, "0"),
     "precision.initial_loss_scale_power": (POWER, "16"),
     "logging.interval": (COUNT, "1"),
-    "training.steps": (COUNT, "1"),
+    "training.steps": (NOT_NEGATIVE, "0 (only validates)"),
     "verify.steps": (COUNT, "3"),
+    "launch.timeout_minutes": (ABOVE_0, "30"),
+    "slurm.cpus_per_task": (COUNT, "null"),
+    "slurm.max_parallel": (COUNT, "null"),
+    "slurm.signal_seconds": (LEAD, "120"),
     "training.stop_at": (COUNT, "null"),
     "training.global_batch_size": (COUNT, "16"),
     "training.micro_batch_size": (COUNT, "1"),

@@ -81,6 +81,24 @@ class WandbMode(Enum):
     disabled = "disabled"
 
 
+class Tasks(Enum):
+    """What srun starts: every rank (`per_rank`), or on each node one launcher that starts its ranks."""
+
+    per_rank = "per_rank"
+    per_node = "per_node"
+
+
+class OnStop(Enum):
+    """What follows a job that is stopped before its run is done.
+
+    `requeue` the same job, `chain` a new job of the same script, or nothing (`end`).
+    """
+
+    requeue = "requeue"
+    chain = "chain"
+    end = "end"
+
+
 @dataclass
 class ModelConfig:
     family: Family = MISSING
@@ -184,7 +202,7 @@ class LoggingConfig:
 
 @dataclass
 class TrainingConfig:
-    steps: int = MISSING
+    steps: int = MISSING  # 0: only validate, such as the weights of checkpoint.init_from
     stop_at: Optional[int] = None  # end after this step; the schedule still spans `steps`
     global_batch_size: int = MISSING  # sequences per optimizer step, over all ranks
     micro_batch_size: int = MISSING  # sequences per forward pass of one data-parallel rank
@@ -227,6 +245,47 @@ class VerifyConfig:
 
 
 @dataclass
+class LaunchConfig:
+    """How ranks are watched."""
+
+    timeout_minutes: float = 30.0  # no step, validation or collective takes longer: the run is hung, and ends
+
+
+@dataclass
+class SlurmConfig:
+    """What `launcher submit` asks of Slurm; null leaves it to the cluster. A shell runs none of it."""
+
+    job_name: str = "launcher"
+    partition: Optional[str] = None
+    account: Optional[str] = None
+    qos: Optional[str] = None
+    time: Optional[str] = None  # minutes, [HOURS:]MINUTES:SECONDS or DAYS-HOURS[:MINUTES[:SECONDS]]
+    nodes: Optional[str] = None  # null: hardware.nodes; MIN-MAX: also on fewer than those
+    gpus_per_node: Optional[str] = None  # null: hardware.accelerators_per_node; or TYPE:NUMBER
+    cpus_per_task: Optional[int] = None
+    mem: Optional[str] = None  # of a node
+    constraint: Optional[str] = None
+    exclude: Optional[str] = None
+    reservation: Optional[str] = None
+    output: str = "slurm-%j.out"
+    tasks: Tasks = Tasks.per_rank
+    on_stop: OnStop = OnStop.requeue
+    signal_seconds: int = 120  # before the time limit the run is told to stop, and saved
+    max_parallel: Optional[int] = None  # jobs of a --multirun at a time
+    modules: list[str] = field(default_factory=list)  # to `module load`
+    environment: dict[str, str] = field(default_factory=dict)  # variables to set
+    container: list[str] = field(default_factory=list)  # the words of a command that runs `launcher` inside
+    python: Optional[str] = None  # that runs the job, null: the one that submits it
+    sbatch: list[str] = field(default_factory=list)  # further options, such as --mail-type=END
+    srun: list[str] = field(default_factory=list)  # further options, such as --cpu-bind=none
+
+
+@dataclass
+class SubmitConfig:
+    dry_run: bool = False  # print the script, submit nothing
+
+
+@dataclass
 class RunDirConfig:
     dir: Optional[str] = None  # null: a fresh one under runs/
 
@@ -244,6 +303,9 @@ class RunConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     verify: VerifyConfig = field(default_factory=VerifyConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
+    submit: SubmitConfig = field(default_factory=SubmitConfig)
     run: RunDirConfig = field(default_factory=RunDirConfig)
     deepspeed: dict[str, Any] = field(default_factory=dict)  # passed through, over what we emit
 

@@ -31,6 +31,7 @@ from launcher.config.shape import (
     sequence_length,
     stages_per_rank,
 )
+from launcher.config.slurm import check_slurm
 
 EXAMPLE_GLOB = "corpus/**/*.txt"
 
@@ -284,4 +285,5 @@ RULES: tuple[Callable[[RunConfig], None], ...] = (
     check_scheduler,
     check_stop,
     check_deepspeed,
+    check_slurm,
 )

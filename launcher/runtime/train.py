@@ -17,19 +17,38 @@ from launcher.data.sampler import TokenSamples, micro_batches
 from launcher.engine.base import Engine, MicroBatches
 from launcher.engine.build import build_engine
 from launcher.engine.optimizer import learning_rate
-from launcher.launch.rank import STOPPED, StopRequest
+from launcher.launch.rank import StopRequest
 from launcher.models.arithmetic import train_flops_per_token
-from launcher.runtime.metrics import MetricsLog
+from launcher.runtime.metrics.log import MetricsLog
 from launcher.runtime.progress import ProgressDisplay
 from launcher.runtime.run_dir import RunDir, stop_grace
 from launcher.runtime.saving import Checkpoints, Progress, start_from
+from launcher.runtime.watchdog import Watchdog
 
 Row = dict[str, float | int]
 _RANK_BITS = 24
 
 
-def train(run: RunConfig, layout: Layout, directory: RunDir, device: torch.device) -> None:
-    """Train to the last step. Collective over the world; rank 0 logs and shows progress."""
+def train(
+    run: RunConfig, layout: Layout, directory: RunDir, device: torch.device, stop: StopRequest | None
+) -> bool:
+    """Train to the last step, or until told to stop: whether it is finished. Collective over the world.
+
+    Rank 0 logs and shows progress. `stop` is one that the caller listens with already; without one, stops are
+    listened for between the first step and the last.
+    """
+    with Watchdog(directory.path, run.launch.timeout_minutes) as watchdog:
+        return _train(run, layout, directory, device, stop, watchdog)
+
+
+def _train(
+    run: RunConfig,
+    layout: Layout,
+    directory: RunDir,
+    device: torch.device,
+    stop: StopRequest | None,
+    watchdog: Watchdog,
+) -> bool:
     corpus = load_corpus(run.data)
     length = sequence_length(run)
     training = TokenSamples(corpus.train, length, shuffle_seed=run.training.seed)
@@ -38,8 +57,9 @@ def train(run: RunConfig, layout: Layout, directory: RunDir, device: torch.devic
     digest = corpus.digest()
     progress, taken = start_from(run, engine, directory.checkpoint, directory.initial, digest)
     last = run.training.stop_at or run.training.steps
-    stop = StopRequest()
-    checkpoints = Checkpoints(run, layout, engine, directory, digest, stop)
+    own_stop = StopRequest()
+    listening = own_stop if stop is None and stop_grace(run) else nullcontext()
+    checkpoints = Checkpoints(run, layout, engine, directory, digest, stop or own_stop)
 
     log = MetricsLog(run, layout, directory, progress.step + 1) if engine.mesh.rank == 0 else None
     failed = True
@@ -47,33 +67,49 @@ def train(run: RunConfig, layout: Layout, directory: RunDir, device: torch.devic
         _say(log, *(log.notes if log else []))
         if taken:
             _say(log, f"resumed  {taken}, at step {progress.step}" if progress.step else f"begun    {taken}")
-        listening = stop if stop_grace(run) else nullcontext()
         with listening, ProgressDisplay(last) if log else _Silent() as display:
+            if last == 0:
+                watchdog.at("the validation")
+                loss = validation_loss(run, engine, validation)
+                row = {"step": 0, "val/loss": loss, **peak_memory(device)}
+                if log:
+                    log.write(row)
+                _say(log, f"validation loss {loss:.4f}")
             while progress.step < last and not checkpoints.stopping:
+                watchdog.at(f"step {progress.step + 1}")
                 row = train_step(run, layout, engine, training, progress, device)
                 progress = progress.after(run.training.global_batch_size)
                 if is_validation_step(run, progress.step, last):
+                    watchdog.at(f"the validation after step {progress.step}")
                     row["val/loss"] = validation_loss(run, engine, validation)
                 if progress.step % run.logging.interval == 0 or "val/loss" in row:
                     row |= peak_memory(device)
                     if log:
                         log.write(row)
                 display.step(row)
+                watchdog.at(f"the end of step {progress.step}")
                 is_last = progress.step == last
                 _note(log, checkpoints.after_step(progress, row.get("val/loss"), last=is_last))
             _note(log, checkpoints.close())
-        if progress.step < last:
+        finished = progress.step == last
+        if not finished:
             _say(log, f"stopped  at step {progress.step}: the same command goes on")
-            raise SystemExit(STOPPED)
-        weights = save_weights(engine, directory.path)
-        dist.barrier()
-        failed = False
-        if log:
-            _say(log, f"weights  {weights}", f"metrics  {directory.metrics}")
-            _say(log, *[f"W&B      {where}" for where in [log.where()] if where])
+        elif last > 0:
+            watchdog.at("the final weights")
+            weights = save_weights(engine, directory.path)
+            dist.barrier()
+            _say(log, f"weights  {weights}")
+        if finished and log:
+            _say(
+                log,
+                f"metrics  {directory.metrics}",
+                *[f"W&B      {where}" for where in [log.where()] if where],
+            )
+        failed = not finished
     finally:
         if log:
             log.close(failed=failed)
+    return finished
 
 
 def train_step(

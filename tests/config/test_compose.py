@@ -57,7 +57,10 @@ def gpus_of(run: RunConfig) -> int:
 
 
 def validated(run: RunConfig) -> Layout:
-    return validate(run, gpus=gpus_of(run), cores=2)
+    """On as many nodes as the run's hardware has."""
+    nodes, per_node = run.hardware.nodes, run.hardware.accelerators_per_node or 1
+    world = nodes * per_node if nodes > 1 else None
+    return validate(run, gpus=gpus_of(run), cores=2, joined_world=world)
 
 
 def leaves(config: Any) -> dict[str, type]:
@@ -137,8 +140,10 @@ class TestConf:
 
     @pytest.mark.parametrize("experiment", EXPERIMENTS)
     def test_every_experiment_validates(self, experiment: str) -> None:
-        layout = validated(composed(f"experiment={experiment}"))
-        assert layout.world_size >= 2
+        run = composed(f"experiment={experiment}")
+        layout, p, per_node = validated(run), run.parallelism, run.hardware.accelerators_per_node
+        said = p.tensor * p.pipeline * (p.data or 1)
+        assert layout.world_size == (run.hardware.nodes * per_node if per_node else said)
 
     @pytest.mark.parametrize("model", MODELS)
     @pytest.mark.parametrize("parallelism", ["zero3", "zero3_offload", "hybrid_3d", "single"])

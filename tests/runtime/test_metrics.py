@@ -1,38 +1,49 @@
 """W&B: one rank, one run, the composed config; offline files read back, and a server that does not answer."""
 
 import json
-import struct
-from collections.abc import Iterator
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from launcher.config.schema import WandbMode
-from launcher.runtime.metrics import resolved_mode
-from tests.runtime.command import metrics, trained
+from launcher.runtime.metrics.wandb_files import fragments, records, steps_in
+from launcher.runtime.metrics.wandb_run import resolved_mode
+from tests.runtime.command import SMALL, environment, metrics, trained
 
-BLOCK, HEADER = 32768, 7
+# Ends in the middle of step 4, once W&B has step 3.
+KILLED = """
+import os, signal, time
+import launcher.runtime.train as train
+from pathlib import Path
+step = train.train_step
+def killed(run, layout, engine, samples, progress, device):
+    if progress.step == 3:
+        from launcher.runtime.metrics.wandb_files import fragments, steps_in
+        while steps_in(fragments(Path("r"))[0]) != [1, 2, 3]:
+            time.sleep(0.05)
+        os.killpg(0, signal.SIGKILL)
+    return step(run, layout, engine, samples, progress, device)
+train.train_step = killed
+from launcher.__main__ import main
+os.setpgid(0, 0)
+main()
+"""
 
 
-def records(run: Path) -> Iterator[Any]:
-    """The protobuf records of the one offline run in a run directory: a LevelDB log after a 7-byte header."""
-    from wandb.proto import wandb_internal_pb2
-
-    (path,) = (run / "wandb").glob("offline-run-*/*.wandb")
-    data, position, partial = path.read_bytes(), HEADER, b""
-    while position + HEADER <= len(data):
-        if BLOCK - position % BLOCK < HEADER:
-            position += BLOCK - position % BLOCK
-            continue
-        _, length, kind = struct.unpack("<IHB", data[position : position + HEADER])
-        partial += data[position + HEADER : position + HEADER + length]
-        position += HEADER + length
-        if kind in (1, 4):  # a whole record, or the last part of one
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(partial)
-            partial = b""
-            yield record
+def wandb_rows(run_dir: Path) -> list[dict[str, Any]]:
+    """The history of all starts, as W&B has it."""
+    rows = []
+    for fragment in fragments(run_dir):
+        for record in records(fragment):
+            if record.HasField("history"):
+                items = {
+                    i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in record.history.item
+                }
+                rows.append({k: v for k, v in items.items() if not k.startswith("_")})
+    return rows
 
 
 @pytest.fixture(scope="module")
@@ -48,16 +59,12 @@ def logged(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_history_is_that_of_metrics_jsonl(logged: Path) -> None:
-    history = []
-    for record in records(logged):
-        if record.HasField("history"):
-            items = {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in record.history.item}
-            history.append({k: v for k, v in items.items() if not k.startswith("_")})
-    assert history == metrics(logged)
+    assert wandb_rows(logged) == metrics(logged)
 
 
 def test_the_run_has_the_composed_config_and_the_directorys_identity(logged: Path) -> None:
-    run = next(record.run for record in records(logged) if record.HasField("run"))
+    [fragment] = fragments(logged)
+    run = next(record.run for record in records(fragment) if record.HasField("run"))
     assert run.run_id == json.loads((logged / "run.json").read_text())["id"]
     assert run.project == "tests"
     config = {update.key: json.loads(update.value_json) for update in run.config.update}
@@ -109,3 +116,34 @@ def test_a_netrc_entry_is_a_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     netrc.write_text("machine api.wandb.ai login user password key\n")
     netrc.chmod(0o600)
     assert resolved_mode(WandbMode.auto) == "online"
+
+
+def test_what_a_killed_start_had_logged_is_not_logged_again(tmp_path: Path) -> None:
+    """It went on after the checkpoint that the next start goes on from: those steps are taken twice."""
+    run = ["logging=wandb", "run.dir=r", "parallelism.data=1", "checkpoint.interval_steps=2"]
+    run.append("checkpoint.asynchronous=false")
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    python = [sys.executable, str(script), *SMALL, *run, "training.steps=6"]
+    subprocess.run(python, cwd=tmp_path, env=environment(), capture_output=True, timeout=120, check=False)
+    before = [row["step"] for row in wandb_rows(tmp_path / "r")]
+    assert before == [1, 2, 3]
+    trained(*run, "training.steps=6", cwd=tmp_path)
+    assert [row["step"] for row in wandb_rows(tmp_path / "r")] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in metrics(tmp_path / "r")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_what_a_killed_start_had_not_logged_yet_is_logged_by_the_next(tmp_path: Path) -> None:
+    """As when its node dies: the end of W&B's file never reaches the disk."""
+    run = ["logging=wandb", "run.dir=r", "parallelism.data=1"]
+    trained(*run, "training.steps=9", "training.stop_at=6", cwd=tmp_path)
+    [fragment] = fragments(tmp_path / "r")
+    whole = fragment.read_bytes()
+    for cut in range(len(whole), 0, -7):
+        fragment.write_bytes(whole[:cut])
+        if len(steps_in(fragment)) == 3:
+            break
+    assert steps_in(fragment) == [1, 2, 3]
+    trained(*run, "training.steps=9", cwd=tmp_path)
+    assert wandb_rows(tmp_path / "r") == metrics(tmp_path / "r")
+    assert [row["step"] for row in metrics(tmp_path / "r")] == list(range(1, 10))
