@@ -39,6 +39,7 @@ def check_slurm(run: RunConfig) -> None:
 
 def check_submission(run: RunConfig) -> int:
     """What a job of several nodes needs besides; returns its ranks per node. Raises ConfigError."""
+    check_slurm(run)
     h, s = run.hardware, run.slurm
     if h.device is Device.auto:
         why = "what the cluster's nodes have cannot be found from here"

@@ -1,6 +1,7 @@
 """W&B: one rank, one run, the composed config; offline files read back, and a server that does not answer."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,28 +10,32 @@ from typing import Any
 import pytest
 
 from launcher.config.schema import WandbMode
+from launcher.runtime.metrics.sync import complete, is_complete, is_synced
 from launcher.runtime.metrics.wandb_files import fragments, records, steps_in
 from launcher.runtime.metrics.wandb_run import resolved_mode
 from tests.runtime.command import SMALL, environment, metrics, trained
 
-# Ends in the middle of step 4, once W&B has step 3.
-KILLED = """
+# What happens once W&B has step 3.
+AFTER_STEP_3 = """
 import os, signal, time
 import launcher.runtime.train as train
 from pathlib import Path
 step = train.train_step
-def killed(run, layout, engine, samples, progress, device):
+def faulty(run, layout, engine, samples, progress, device):
     if progress.step == 3:
-        from launcher.runtime.metrics.wandb_files import fragments, steps_in
+        from launcher.runtime.metrics.sync import complete, is_complete, is_synced
+from launcher.runtime.metrics.wandb_files import fragments, steps_in
         while steps_in(fragments(Path("r"))[0]) != [1, 2, 3]:
             time.sleep(0.05)
-        os.killpg(0, signal.SIGKILL)
+        {fault}
     return step(run, layout, engine, samples, progress, device)
-train.train_step = killed
+train.train_step = faulty
 from launcher.__main__ import main
 os.setpgid(0, 0)
 main()
 """
+KILLED = AFTER_STEP_3.format(fault="os.killpg(0, signal.SIGKILL)")
+WITHOUT_SERVICE = AFTER_STEP_3.format(fault="os.system('pkill -TERM -P %d' % os.getpid()); time.sleep(1)")
 
 
 def wandb_rows(run_dir: Path) -> list[dict[str, Any]]:
@@ -118,6 +123,7 @@ def test_a_netrc_entry_is_a_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert resolved_mode(WandbMode.auto) == "online"
 
 
+@pytest.mark.slow
 def test_what_a_killed_start_had_logged_is_not_logged_again(tmp_path: Path) -> None:
     """It went on after the checkpoint that the next start goes on from: those steps are taken twice."""
     run = ["logging=wandb", "run.dir=r", "parallelism.data=1", "checkpoint.interval_steps=2"]
@@ -133,17 +139,57 @@ def test_what_a_killed_start_had_logged_is_not_logged_again(tmp_path: Path) -> N
     assert [row["step"] for row in metrics(tmp_path / "r")] == [1, 2, 3, 4, 5, 6]
 
 
-def test_what_a_killed_start_had_not_logged_yet_is_logged_by_the_next(tmp_path: Path) -> None:
-    """As when its node dies: the end of W&B's file never reaches the disk."""
-    run = ["logging=wandb", "run.dir=r", "parallelism.data=1"]
-    trained(*run, "training.steps=9", "training.stop_at=6", cwd=tmp_path)
-    [fragment] = fragments(tmp_path / "r")
+def cut_after_step_3(fragment: Path) -> None:
     whole = fragment.read_bytes()
     for cut in range(len(whole), 0, -7):
         fragment.write_bytes(whole[:cut])
         if len(steps_in(fragment)) == 3:
             break
     assert steps_in(fragment) == [1, 2, 3]
+
+
+def test_what_a_killed_start_had_not_logged_yet_is_logged_by_the_next(tmp_path: Path) -> None:
+    """As when its node dies: the end of W&B's file never reaches the disk. `launcher sync` does the same."""
+    run = ["logging=wandb", "run.dir=r", "parallelism.data=1"]
+    trained(*run, "training.steps=9", "training.stop_at=6", cwd=tmp_path)
+    [fragment] = fragments(tmp_path / "r")
+    cut_after_step_3(fragment)
+    shutil.copytree(tmp_path / "r", tmp_path / "ended")
     trained(*run, "training.steps=9", cwd=tmp_path)
     assert wandb_rows(tmp_path / "r") == metrics(tmp_path / "r")
     assert [row["step"] for row in metrics(tmp_path / "r")] == list(range(1, 10))
+
+    complete(tmp_path / "ended")
+    complete(tmp_path / "ended")
+    assert wandb_rows(tmp_path / "ended") == metrics(tmp_path / "ended")
+    assert len(metrics(tmp_path / "ended")) == 6
+
+
+def test_only_what_will_not_be_written_any_more_is_uploaded(tmp_path: Path) -> None:
+    fragment = tmp_path / "run-x.wandb"
+    fragment.write_bytes(b":W&B\xe1\xbe\x00")
+    now = fragment.stat().st_mtime
+    assert not is_complete(fragment, now + 60)
+    assert is_complete(fragment, now + 600)
+    assert not is_synced(fragment)
+    fragment.with_name("run-x.wandb.synced").touch()
+    assert is_synced(fragment)
+
+
+@pytest.mark.slow
+def test_training_goes_on_where_wandbs_own_process_is_killed(tmp_path: Path) -> None:
+    """As by the SIGTERM that Slurm sends to all processes of a job; the next start logs what is missing."""
+    run = ["logging=wandb", "run.dir=r", "parallelism.data=1"]
+    script = tmp_path / "alone.py"
+    script.write_text(WITHOUT_SERVICE)
+    python = [sys.executable, str(script), *SMALL, *run, "training.steps=8", "training.stop_at=5"]
+    done = subprocess.run(
+        python, cwd=tmp_path, env=environment(), text=True, capture_output=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("note     W&B has ended, and metrics.jsonl goes on alone") == 1
+    assert done.stderr == ""
+    assert len(metrics(tmp_path / "r")) == 5
+    assert [row["step"] for row in wandb_rows(tmp_path / "r")] == [1, 2, 3]
+    trained(*run, "training.steps=8", cwd=tmp_path)
+    assert wandb_rows(tmp_path / "r") == metrics(tmp_path / "r")

@@ -20,7 +20,7 @@ from launcher.launch.orphans import die_with
 PACKAGES = ["slurmctld", "slurmd", "slurm-client", "munge"]
 PROGRAMS = ["slurmctld", "slurmd", "sbatch", "srun", "munged", "unshare"]
 MARK = "# launcher-tests"
-KILL_WAIT = 5  # seconds from SIGTERM to SIGKILL
+KILL_WAIT = 20  # seconds from SIGTERM to SIGKILL; 30 is usual
 _HOSTS = Path("/etc/hosts")
 
 
@@ -116,6 +116,11 @@ class Cluster:
         self._start_node(node)
         self.run("scontrol", "update", f"NodeName={node}", "State=RESUME", check=False)
         wait_for(lambda: "down" not in "".join(self.states()), f"{node} is back", 30)
+
+    def restore_all(self) -> None:
+        for node in self.names:
+            if node not in self._nodes:
+                self.restore(node)
 
     def restart_controller(self) -> None:
         """It dies and comes back; jobs go on."""

@@ -42,7 +42,7 @@ class Job:
 
         wait_for(reached, f"step {step} of job {self.number}\n{self.log}")
 
-    def end(self, state: str) -> str:
+    def end(self, state: str, seconds: float = 240) -> str:
         """Wait for its end, which is to be `state`; its log. A requeued job is not made to wait."""
 
         def ended() -> bool:
@@ -50,7 +50,7 @@ class Job:
                 self.cluster.start_now(self.number)
             return self.state in ENDED
 
-        wait_for(ended, f"the end of job {self.number}", 240)
+        wait_for(ended, f"the end of job {self.number}", seconds)
         assert self.state == state, self.log
         return self.log
 
@@ -87,6 +87,20 @@ def submit(cluster: Cluster, cwd: Path, *overrides: str, **extra: str) -> Job:
     found = re.search(r"^job +(\d+)", done.stdout, re.MULTILINE)
     assert found is not None
     return Job(cluster, found[1], cwd)
+
+
+def processes_of(job: Job) -> list[int]:
+    """What trains in a job: its ranks, and the launchers that forked them, in order of their start."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (process / "cmdline").read_bytes().split(b"\0")
+            surroundings = (process / "environ").read_bytes()
+        except OSError:
+            continue
+        if b"train" in words and f"SLURM_JOB_ID={job.number}".encode() in surroundings:
+            found.append(int(process.name))
+    return sorted(found)
 
 
 COMPARED = ("step", "train/samples", "train/loss", "train/grad_norm", "val/loss")

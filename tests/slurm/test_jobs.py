@@ -12,7 +12,7 @@ from launcher.checkpoint.manifest import checkpoints_in
 from launcher.runtime.metrics.wandb_files import fragments
 from tests.runtime.command import launcher, metrics, trained
 from tests.slurm.cluster import Cluster, wait_for
-from tests.slurm.jobs import Job, command, logged_steps, rows, submit
+from tests.slurm.jobs import Job, command, logged_steps, processes_of, rows, submit
 
 STEPS = ["training.steps=12", "training.validation_interval=6"]
 PER_NODE = ["slurm.tasks=per_node"]
@@ -97,9 +97,7 @@ def test_a_lost_node_is_done_without(cluster: Cluster, tmp_path: Path) -> None:
         cluster.fail(last)
         log = job.end("COMPLETED")
     finally:
-        for name in cluster.names:
-            if name not in cluster.alive():
-                cluster.restore(name)
+        cluster.restore_all()
     assert "2 of 3 nodes: 4 cpu ranks" in log
     expected, found = rows(tmp_path / "whole"), rows(job.run_dir)
     assert len(found) == 80
@@ -109,25 +107,11 @@ def test_a_lost_node_is_done_without(cluster: Cluster, tmp_path: Path) -> None:
     assert logged_steps(job.run_dir) == list(range(1, 81))
 
 
-def ranks_of(job: Job) -> list[int]:
-    """The processes that train in a job: its ranks, and the launchers that forked them."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (process / "cmdline").read_bytes().split(b"\0")
-            surroundings = (process / "environ").read_bytes()
-        except OSError:
-            continue
-        if b"train" in words and f"SLURM_JOB_ID={job.number}".encode() in surroundings:
-            found.append(int(process.name))
-    return found
-
-
 def test_a_killed_rank_is_started_again_in_the_same_allocation(cluster: Cluster, tmp_path: Path) -> None:
     trained(*LONG, "training.stop_at=60", "run.dir=whole", "parallelism.data=4", cwd=tmp_path)
     job = submit(cluster, tmp_path, *LONG, "training.stop_at=60", *PER_NODE, "checkpoint.interval_steps=5")
     job.wait_for_step(12)
-    os.kill(ranks_of(job)[-1], signal.SIGKILL)
+    os.kill(processes_of(job)[-1], signal.SIGKILL)
     log = job.end("COMPLETED")
     assert "starts again, from its last checkpoint" in log
     assert job.starts() == 1

@@ -6,7 +6,7 @@ already. So what W&B has is asked for at each start, missing steps are logged ag
 
 import netrc
 import os
-from collections.abc import Container
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -23,19 +23,33 @@ INIT_TIMEOUT = 20.0  # seconds until a W&B server that does not answer is given 
 
 
 class WandbRun:
-    """The W&B run of this start. Rows are logged in the order of their steps."""
+    """The W&B run of this start. Rows are logged in the order of their steps.
+
+    W&B's own process may end before the run does: Slurm sends SIGTERM to all processes of a job. Training
+    goes on without it then, and the next start logs what is missing.
+    """
 
     def __init__(self, started: Any, known: Container[int]) -> None:
         self._run, self._known = started, known
+        self._lost = False
 
     def log(self, row: Row) -> None:
         """One row, unless W&B has its step already."""
         step = int(row["step"])
         if step not in self._known:
-            self._run.log(row, step=step, commit=True)
+            self._unless_lost(lambda: self._run.log(row, step=step, commit=True))
 
     def finish(self, *, failed: bool) -> None:
-        self._run.finish(exit_code=1 if failed else 0)
+        self._unless_lost(lambda: self._run.finish(exit_code=1 if failed else 0))
+
+    def _unless_lost(self, call: Callable[[], object]) -> None:
+        if self._lost:
+            return
+        try:
+            call()
+        except Exception as error:  # of its own, of the socket, of the queue to it
+            self._lost = True
+            print(f"note     W&B has ended, and metrics.jsonl goes on alone: {error!r}", flush=True)
 
     def where(self) -> str:
         """How to see it, in one line."""
@@ -43,6 +57,17 @@ class WandbRun:
             files = Path(self._run.dir).parent
             return f"{files} (offline: `wandb leet PATH` shows it here, `launcher sync RUN.DIR` uploads it)"
         return str(self._run.url)
+
+
+def log_missing(rows: list[Row], run: RunConfig, layout: Layout, directory: RunDir) -> None:
+    """Into an offline start of its own, what no start so far has of these rows."""
+    known = {step for fragment in fragments(directory.path) for step in steps_in(fragment)}
+    missing = [row for row in rows if int(row["step"]) not in known]
+    if missing:
+        started = WandbRun(_init("offline", run, layout, directory), known)
+        for row in missing:
+            started.log(row)
+        started.finish(failed=False)
 
 
 def start_wandb(run: RunConfig, layout: Layout, directory: RunDir) -> tuple[WandbRun | None, list[str]]:
