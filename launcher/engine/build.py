@@ -8,6 +8,7 @@ import torch
 from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
 from launcher.engine.base import Engine
+from launcher.engine.distributed import set_timeouts
 from launcher.engine.flat import FlatEngine
 from launcher.engine.pipeline import PipelineEngine
 from launcher.models.blocks import BlockContext
@@ -25,4 +26,5 @@ def build_engine(run: RunConfig, layout: Layout, device: torch.device) -> Engine
     with redirect_stdout(io.StringIO()):
         engine = kind(run, layout, mesh, layers, loss, device)
     engine.random = context.random
+    set_timeouts(run.launch.timeout_minutes)
     return engine

@@ -7,6 +7,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
 
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 
@@ -40,7 +41,7 @@ def join(
 ) -> torch.device:
     """Collective over the world: initialise the process group and DeepSpeed; return this rank's device.
 
-    A collective that takes longer than `timeout_minutes` fails.
+    A collective that takes longer than twice `timeout_minutes` fails: by then the watchdog has told more.
     """
     import deepspeed
 
@@ -57,10 +58,16 @@ def join(
         init_method=init_method,
         rank=rank,
         world_size=world_size,
-        timeout=timedelta(minutes=timeout_minutes),
+        timeout=timedelta(minutes=2 * timeout_minutes),
     )
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     return own
+
+
+def set_timeouts(timeout_minutes: float) -> None:
+    """As join, of every group made since: DeepSpeed makes its own with torch's defaults."""
+    for group in list(c10d._world.pg_map):
+        c10d._set_pg_timeout(timedelta(minutes=2 * timeout_minutes), group)
 
 
 def leave() -> None:
