@@ -13,7 +13,8 @@ from launcher.config.schema import WandbMode
 from launcher.runtime.metrics.sync import complete, is_complete, is_synced
 from launcher.runtime.metrics.wandb_files import fragments, records, steps_in
 from launcher.runtime.metrics.wandb_run import resolved_mode
-from tests.runtime.command import SMALL, environment, metrics, trained
+from tests.runtime.command import SMALL, environment, launcher, metrics, trained
+from tests.runtime.wandb_server import wandb_server
 
 # What happens once W&B has step 3.
 AFTER_STEP_3 = """
@@ -193,3 +194,38 @@ def test_training_goes_on_where_wandbs_own_process_is_killed(tmp_path: Path) -> 
     assert [row["step"] for row in wandb_rows(tmp_path / "r")] == [1, 2, 3]
     trained(*run, "training.steps=8", cwd=tmp_path)
     assert wandb_rows(tmp_path / "r") == metrics(tmp_path / "r")
+
+
+def identity_of(run_dir: Path) -> str:
+    return str(json.loads((run_dir / "run.json").read_text())["id"])
+
+
+def test_starts_offline_and_online_are_one_run_on_the_server(tmp_path: Path) -> None:
+    """Two starts offline, uploaded together; then one online, which takes two of their steps again."""
+    run = ["logging=wandb", "run.dir=r", "parallelism.data=1", "training.steps=9"]
+    trained(*run, "training.stop_at=3", cwd=tmp_path)
+    trained(*run, "training.stop_at=6", "checkpoint.keep_last=9", cwd=tmp_path)
+    with wandb_server() as server:
+        done = launcher("sync", "r", cwd=tmp_path, **server.environment)
+        assert done.returncode == 0, done.stdout + done.stderr
+        name = identity_of(tmp_path / "r")
+        assert server.steps(name) == [1, 2, 3, 4, 5, 6]
+        again = launcher("sync", "r", cwd=tmp_path, **server.environment)
+        assert again.stdout == "nothing new in r\n"
+
+        shutil.rmtree(tmp_path / "r" / "checkpoints" / "step-00000006")
+        done = launcher(*SMALL, *run, cwd=tmp_path, **server.environment)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert f"W&B      {server.url}/me/launcher/runs/{name}" in done.stdout
+        assert "WARNING" not in done.stderr
+        assert [row["step"] for row in metrics(tmp_path / "r")] == list(range(1, 10))
+        assert server.steps(name) == list(range(1, 10))
+
+
+def test_a_server_gets_what_it_has_missed(tmp_path: Path) -> None:
+    """The run began offline, and nothing of that was uploaded."""
+    run = ["logging=wandb", "run.dir=r", "parallelism.data=1", "training.steps=6"]
+    trained(*run, "training.stop_at=3", cwd=tmp_path)
+    with wandb_server() as server:
+        trained(*run, cwd=tmp_path, **server.environment)
+        assert server.steps(identity_of(tmp_path / "r")) == [1, 2, 3, 4, 5, 6]

@@ -87,7 +87,7 @@ def start_wandb(run: RunConfig, layout: Layout, directory: RunDir) -> tuple[Wand
         note = f"W&B is not reachable, logging offline: {reason}"
         return WandbRun(_init("offline", run, layout, directory), known), [note]
     # A server knows best what has reached it.
-    return WandbRun(started, known if started.offline else range(started.step)), []
+    return WandbRun(started, known if started.offline else range(started.starting_step)), []
 
 
 def _init(mode: str, run: RunConfig, layout: Layout, directory: RunDir) -> Any:
