@@ -16,9 +16,8 @@ from launcher.config.compose import Job, compose_jobs, load_typed
 from launcher.config.errors import ConfigError
 from launcher.config.layout import Layout
 from launcher.config.schema import Device, GenerateConfig, RunConfig
-from launcher.config.shape import sequence_length
 from launcher.config.validate import validate, validate_generate
-from launcher.data.sampler import check_corpus
+from launcher.data.open import check_data
 from launcher.launch.environment import RankEnvironment, joined_ranks
 from launcher.launch.local import RankFailure, Stopped
 from launcher.launch.machine import Machine, share_cores, this_machine
@@ -77,7 +76,7 @@ def train(arguments: list[str]) -> int:
 def _checked_layout(run: RunConfig, ranks: RankEnvironment | None, machine: Machine) -> Layout:
     joined_world = ranks.world_size if ranks else None
     layout = validate(run, gpus=machine.gpus, cores=machine.cores, joined_world=joined_world)
-    check_corpus(run.data, sequence_length(run))
+    check_data(run)
     return layout
 
 

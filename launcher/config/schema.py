@@ -48,10 +48,14 @@ class Device(Enum):
 
 
 class CorpusSource(Enum):
-    """`stdlib`: the Python standard library's own source text. `text`: the user's files."""
+    """`stdlib`: the Python standard library's own source text. `text`: the user's files, as bytes.
+
+    `tokens`: Megatron-LM's indexed datasets, as its preprocess_data.py or `launcher prepare` write them.
+    """
 
     stdlib = "stdlib"
     text = "text"
+    tokens = "tokens"
 
 
 class OptimizerName(Enum):
@@ -134,8 +138,8 @@ class HardwareConfig:
 @dataclass
 class DataConfig:
     source: CorpusSource = MISSING
-    train: Optional[str] = None  # a glob, for source=text
-    validation: Optional[str] = None  # a glob; null: a fraction of the training files
+    train: Optional[str] = None  # text: a glob of files; tokens: NAME of NAME.bin and NAME.idx, or a glob
+    validation: Optional[str] = None  # as `train`; null: a fraction of what `train` names
     validation_fraction: float = 0.05
     sequence_length: Optional[int] = None  # null: model.max_sequence_length
 

@@ -33,6 +33,7 @@ from launcher.config.shape import (
 )
 
 EXAMPLE_GLOB = "corpus/**/*.txt"
+EXAMPLE_PREFIX = "corpora/web"
 
 
 def validate(run: RunConfig, *, gpus: int, cores: int, joined_world: int | None = None) -> Layout:
@@ -176,7 +177,7 @@ def check_sequence(run: RunConfig) -> None:
 
 
 def check_vocabulary(run: RunConfig) -> None:
-    if run.model.vocab_size < BYTE_VALUES:
+    if run.data.source is not CorpusSource.tokens and run.model.vocab_size < BYTE_VALUES:
         why = f"the corpus is bytes, which have {BYTE_VALUES} values"
         raise refusal(run, "model.vocab_size", why, f"model.vocab_size={BYTE_VALUES}")
 
@@ -189,6 +190,9 @@ def check_data(run: RunConfig) -> None:
     if d.source is CorpusSource.text and d.train is None:
         why = "data=text trains on your own files, and none are named"
         raise refusal(run, "data.train", why, shlex.quote(f'data.train="{EXAMPLE_GLOB}"'))
+    if d.source is CorpusSource.tokens and d.train is None:
+        why = "data=tokens trains on token files, and none are named"
+        raise refusal(run, "data.train", why, f"data.train={EXAMPLE_PREFIX}")
     globs = {"data.train": d.train, "data.validation": d.validation}
     given = [field for field, glob in globs.items() if glob is not None]
     if d.source is CorpusSource.stdlib and given:

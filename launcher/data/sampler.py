@@ -10,55 +10,52 @@ import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
-
-from launcher.config.errors import ConfigError
-from launcher.config.schema import DataConfig
-from launcher.data.corpus import token_counts
 
 # Four suffice for a large corpus; with 16 even all orders of five windows are equally likely.
 _ROUNDS = 16
 
 
-@dataclass(frozen=True, eq=False)  # eq: arrays have no single truth value
-class TokenSamples:
-    """An endless sequence of samples over `tokens`, epoch after epoch.
+MicroBatch = npt.NDArray[np.int64]  # tokens (B, T+1): inputs are [:, :-1], labels [:, 1:]
 
-    `tokens` has shape (tokens,), any integer type. Neighbouring windows share one token:
-    the last target of one is the first input of the next.
-    """
 
-    tokens: npt.NDArray[np.integer[Any]]
-    sequence_length: int  # T, in tokens
-    shuffle_seed: int | None  # each epoch in an order of its own; None: every epoch in corpus order
+class Items(Protocol):
+    """What one epoch consists of, each once."""
 
-    def __post_init__(self) -> None:
-        count_windows(len(self.tokens), self.sequence_length)
+    def __len__(self) -> int: ...
+
+    def read(self, places: npt.NDArray[np.int64]) -> MicroBatch:
+        """Those at `places` (B,), each in [0, len)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """An endless sequence of samples over `items`, epoch after epoch."""
+
+    items: Items
+    shuffle_seed: int | None  # each epoch in an order of its own; None: every epoch in the items' order
 
     def __len__(self) -> int:
-        """Windows, that is samples per epoch."""
-        return count_windows(len(self.tokens), self.sequence_length)
+        """Samples per epoch."""
+        return len(self.items)
 
-    def windows(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Sample indices (B,) to the windows they cover (B,), each in [0, len(self))."""
+    def places(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Sample indices (B,) to the items they are (B,), each in [0, len(self))."""
         epochs, positions = np.divmod(indices, len(self))
         if self.shuffle_seed is None:
             return positions
-        windows = np.empty_like(positions)
+        places = np.empty_like(positions)
         for epoch in np.unique(epochs).tolist():
             here = epochs == epoch
-            windows[here] = permute(positions[here], len(self), seed=self.shuffle_seed, epoch=epoch)
-        return windows
+            places[here] = permute(positions[here], len(self), seed=self.shuffle_seed, epoch=epoch)
+        return places
 
-    def take(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Sample indices (B,) to their tokens (B, T+1): inputs are [:, :-1], targets [:, 1:]."""
-        starts = self.windows(indices) * self.sequence_length
-        tokens: npt.NDArray[np.integer[Any]]
-        tokens = self.tokens[starts[:, None] + np.arange(self.sequence_length + 1)]
-        return tokens.astype(np.int64)
+    def take(self, indices: npt.NDArray[np.int64]) -> MicroBatch:
+        """Samples `indices` (B,)."""
+        return self.items.read(self.places(indices))
 
 
 def sample_indices(
@@ -78,15 +75,15 @@ def sample_indices(
 
 
 def micro_batches(
-    samples: TokenSamples,
+    samples: Samples,
     *,
     samples_consumed: int,
     global_batch_size: int,
     micro_batch_size: int,
     data_rank: int,
     data_size: int,
-) -> Iterator[npt.NDArray[np.int64]]:
-    """The micro-batches of one data rank for one step: A arrays of tokens (B, T+1)."""
+) -> Iterator[MicroBatch]:
+    """The A micro-batches of one data rank for one step."""
     indices = sample_indices(
         samples_consumed=samples_consumed,
         global_batch_size=global_batch_size,
@@ -95,31 +92,6 @@ def micro_batches(
         data_size=data_size,
     )
     return map(samples.take, indices)
-
-
-def check_corpus(data: DataConfig, sequence_length: int) -> None:
-    """Refuse, from file sizes alone, a corpus that cannot fill one sample in either part."""
-    train, validation = token_counts(data)
-    # The shorter part first: what it is offered as a remedy then holds for both.
-    parts = sorted(
-        [(train, "the training part of the corpus"), (validation, "the validation part of the corpus")]
-    )
-    for tokens, part in parts:
-        count_windows(tokens, sequence_length, part)
-
-
-def count_windows(tokens: int, sequence_length: int, part: str = "the corpus") -> int:
-    """Windows of `sequence_length` inputs, plus one last target, that fit in `tokens`: at least one."""
-    assert sequence_length >= 1, "validated with the config"
-    if tokens <= sequence_length:
-        shorter = f"data.sequence_length={tokens - 1}, or more text" if tokens > 1 else "more text"
-        raise ConfigError(
-            "data.sequence_length",
-            sequence_length,
-            f"{part} has {tokens} tokens, and one sample takes {sequence_length + 1} (the last is a target)",
-            shorter,
-        )
-    return (tokens - 1) // sequence_length
 
 
 def permute(positions: npt.NDArray[np.int64], size: int, *, seed: int, epoch: int) -> npt.NDArray[np.int64]:

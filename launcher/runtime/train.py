@@ -12,8 +12,8 @@ from launcher.checkpoint.weights import save_weights
 from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
 from launcher.config.shape import sequence_length
-from launcher.data.corpus import load_corpus
-from launcher.data.sampler import TokenSamples, micro_batches
+from launcher.data.open import open_data
+from launcher.data.sampler import Samples, micro_batches
 from launcher.engine.base import Engine, MicroBatches
 from launcher.engine.build import build_engine
 from launcher.engine.optimizer import learning_rate
@@ -30,16 +30,12 @@ _RANK_BITS = 24
 
 def train(run: RunConfig, layout: Layout, directory: RunDir, device: torch.device) -> None:
     """Train to the last step. Collective over the world; rank 0 logs and shows progress."""
-    corpus = load_corpus(run.data)
-    length = sequence_length(run)
-    training = TokenSamples(corpus.train, length, shuffle_seed=run.training.seed)
-    validation = TokenSamples(corpus.validation, length, shuffle_seed=None)
+    data = open_data(run)
     engine = build_engine(run, layout, device)
-    digest = corpus.digest()
-    progress, taken = start_from(run, engine, directory.checkpoint, directory.initial, digest)
+    progress, taken = start_from(run, engine, directory.checkpoint, directory.initial, data.digest)
     last = run.training.stop_at or run.training.steps
     stop = StopRequest()
-    checkpoints = Checkpoints(run, layout, engine, directory, digest, stop)
+    checkpoints = Checkpoints(run, layout, engine, directory, data.digest, stop)
 
     log = MetricsLog(run, layout, directory, progress.step + 1) if engine.mesh.rank == 0 else None
     failed = True
@@ -50,10 +46,10 @@ def train(run: RunConfig, layout: Layout, directory: RunDir, device: torch.devic
         listening = stop if stop_grace(run) else nullcontext()
         with listening, ProgressDisplay(last) if log else _Silent() as display:
             while progress.step < last and not checkpoints.stopping:
-                row = train_step(run, layout, engine, training, progress, device)
+                row = train_step(run, layout, engine, data.train, progress, device)
                 progress = progress.after(run.training.global_batch_size)
                 if is_validation_step(run, progress.step, last):
-                    row["val/loss"] = validation_loss(run, engine, validation)
+                    row["val/loss"] = validation_loss(run, engine, data.validation)
                 if progress.step % run.logging.interval == 0 or "val/loss" in row:
                     row |= peak_memory(device)
                     if log:
@@ -80,12 +76,12 @@ def train_step(
     run: RunConfig,
     layout: Layout,
     engine: Engine,
-    samples: TokenSamples,
+    samples: Samples,
     progress: Progress,
     device: torch.device,
 ) -> Row:
     """The optimizer step after `progress`, and its row of metrics. Collective over the world."""
-    step = progress.step + 1
+    step, length = progress.step + 1, sequence_length(run)
     rate = learning_rate(run.optimizer, run.scheduler, step=step, steps=run.training.steps)
     engine.set_learning_rate(rate)
     engine.random.begin_step(step)
@@ -99,8 +95,8 @@ def train_step(
         "train/grad_norm": result.grad_norm,
         "train/lr": rate,
         "train/samples": seen,
-        "train/tokens": seen * samples.sequence_length,
-        **performance(run, layout, samples.sequence_length, elapsed),
+        "train/tokens": seen * length,
+        **performance(run, layout, length, elapsed),
     }
 
 
@@ -119,7 +115,7 @@ def performance(run: RunConfig, layout: Layout, length: int, elapsed: float) -> 
     return row
 
 
-def validation_loss(run: RunConfig, engine: Engine, samples: TokenSamples) -> float:
+def validation_loss(run: RunConfig, engine: Engine, samples: Samples) -> float:
     """The mean loss over the first validation batches: the same samples every time, in every layout."""
     batches = max(1, min(run.training.validation_batches, len(samples) // run.training.global_batch_size))
     size = run.training.global_batch_size
@@ -133,7 +129,7 @@ def is_validation_step(run: RunConfig, step: int, last: int) -> bool:
     return step == last or (interval > 0 and (step == 1 or step % interval == 0))
 
 
-def global_batch(run: RunConfig, engine: Engine, samples: TokenSamples, consumed: int) -> MicroBatches:
+def global_batch(run: RunConfig, engine: Engine, samples: Samples, consumed: int) -> MicroBatches:
     """This data rank's micro-batches of the global batch after `consumed` samples."""
     return micro_batches(
         samples,

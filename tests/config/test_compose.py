@@ -40,6 +40,7 @@ MODELS = [option for group, option in OPTIONS if group == "model"]
 # What an option needs beside it to be a whole run.
 BESIDE = {
     ("data", "text"): ["data.train=README.md"],
+    ("data", "tokens"): ["data.train=corpora/web"],
     ("optimizer", "sgd"): [],
 }
 

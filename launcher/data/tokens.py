@@ -1,0 +1,115 @@
+"""Token files as a run's data: which files are meant, how they are split, and what is wrong with them."""
+
+import glob
+import os
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from launcher.config.errors import ConfigError
+from launcher.data.token_file import TokenFile, TokenFileError, bin_path, index_path, open_token_file
+from launcher.data.windows import Stretch, check_ids
+
+_PROBES, _PROBE = 256, 4096  # stretches of each file, and tokens of each, whose ids are checked at the start
+
+
+@dataclass(frozen=True)
+class TokenSplit:
+    """The stretches of each part, one or none per file."""
+
+    train: list[Stretch]
+    validation: list[Stretch]
+    digest: str  # of the files that are trained on
+
+
+def open_tokens(train: str, validation: str | None, fraction: float, *, field: str) -> TokenSplit:
+    """Map the files that `train` names and hold out those that `validation` names.
+
+    Without the latter, the last `fraction` of each file's tokens, from the closest beginning of a document
+    on. Raises ConfigError about `field` (of `train`) for files that are not there or not whole.
+    """
+    files = _opened(train, field)
+    digest = "-".join(file.digest() for file in files)
+    if validation is not None:
+        held_out = [_whole(file) for file in _opened(validation, _beside(field, "validation"))]
+        return TokenSplit([_whole(file) for file in files], held_out, digest)
+    cuts = [_cut(file, 1 - fraction) for file in files]
+    return TokenSplit(
+        [_stretch(file, 0, cut) for file, cut in zip(files, cuts, strict=True)],
+        [_stretch(file, cut, len(file.tokens)) for file, cut in zip(files, cuts, strict=True)],
+        digest,
+    )
+
+
+def probe_ids(stretches: Sequence[Stretch], vocab_size: int) -> None:
+    """Raise ConfigError for a token id outside the vocabulary in a million tokens, evenly spread."""
+    for stretch in stretches:
+        tokens, most = stretch.tokens, max(1, _PROBES // len(stretches))
+        for start in np.linspace(0, max(0, len(tokens) - _PROBE), most).astype(np.int64).tolist():
+            if len(tokens):
+                check_ids(tokens[start : start + _PROBE], vocab_size, stretch, start)
+
+
+def _opened(pattern: str, field: str) -> list[TokenFile]:
+    try:
+        files = [open_token_file(prefix) for prefix in _prefixes(pattern, field)]
+    except TokenFileError as error:
+        raise ConfigError(field, pattern, str(error), _REMEDY) from None
+    for file in files:
+        if file.tokens.dtype.kind == "f":
+            why = f"{bin_path(file.prefix)} holds {file.tokens.dtype.name}, and token ids are whole numbers"
+            raise ConfigError(field, pattern, why, _REMEDY)
+    return files
+
+
+_REMEDY = "whole .bin and .idx files as Megatron-LM's preprocess_data.py or `launcher prepare` write them"
+
+
+def _prefixes(pattern: str, field: str) -> list[Path]:
+    """NAME of each NAME.bin and NAME.idx, in order; `pattern` is NAME, either file, or a glob of them."""
+    plain = os.path.expanduser(pattern.removesuffix(".bin").removesuffix(".idx"))
+    if glob.has_magic(plain):
+        found = {Path(name).with_suffix("") for name in glob.glob(f"{plain}.idx", recursive=True)}
+        if found:
+            return sorted(found)
+        raise ConfigError(field, pattern, "matches no .idx file", _nearest(field, Path(plain)))
+    prefix = Path(plain)
+    for path in (index_path(prefix), bin_path(prefix)):
+        if not path.is_file():
+            raise ConfigError(field, pattern, f"there is no {path}", _nearest(field, prefix))
+    return [prefix]
+
+
+def _nearest(field: str, prefix: Path) -> str:
+    """Token files that are there, in the directory meant or the closest one above it that exists."""
+    place = next((place for place in (prefix, *prefix.parents) if os.path.isdir(place)), Path())
+    whole = sorted(path.with_suffix("") for path in place.glob("*.idx") if path.with_suffix(".bin").is_file())
+    if not whole:
+        return f"{_REMEDY}: {field}=PATH, without the ending"
+    return shlex.quote(f'{field}="{whole[0]}"') + (f" (or one of {len(whole) - 1} more)" if whole[1:] else "")
+
+
+def _beside(field: str, name: str) -> str:
+    return f"{field.rpartition('.')[0]}.{name}"
+
+
+def _whole(file: TokenFile) -> Stretch:
+    return _stretch(file, 0, len(file.tokens))
+
+
+def _stretch(file: TokenFile, start: int, end: int) -> Stretch:
+    return Stretch(file.tokens[start:end], str(bin_path(file.prefix)), start)
+
+
+def _cut(file: TokenFile, share: float) -> int:
+    """That share of the tokens, moved to the nearest beginning of a document.
+
+    Not where documents are so long that the smaller part would gain or lose more than half.
+    """
+    total = len(file.tokens)
+    wanted = min(max(round(total * share), 1), total - 1)
+    cut = file.boundary_near(wanted)
+    return cut if abs(cut - wanted) <= min(wanted, total - wanted) / 2 else wanted
