@@ -23,6 +23,8 @@ _DATA = (
     "data.validation",
     "data.validation_fraction",
     "data.sequence_length",
+    "data.document_attention",
+    "data.end_of_document",
     "training.seed",
     "optimizer.name",
 )

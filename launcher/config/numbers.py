@@ -56,6 +56,7 @@ NUMBERS: dict[str, tuple[Range, str]] = {
     "checkpoint.max_file_gb": (ABOVE_0, "2"),
     "data.validation_fraction": (SHARE, "0.05"),
     "data.sequence_length": (COUNT, "null"),
+    "data.end_of_document": (NOT_NEGATIVE, "null"),
     "optimizer.lr": (ABOVE_0, "1e-3"),
     "optimizer.weight_decay": (FROM_0, "0"),
     "optimizer.gradient_clipping": (ABOVE_0, "null (off)"),

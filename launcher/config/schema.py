@@ -142,6 +142,8 @@ class DataConfig:
     validation: Optional[str] = None  # as `train`; null: a fraction of what `train` names
     validation_fraction: float = 0.05
     sequence_length: Optional[int] = None  # null: model.max_sequence_length
+    document_attention: bool = False  # attention and positions stop where a document ends
+    end_of_document: Optional[int] = None  # tokens: the id that ends each document; bytes end with 0
 
 
 @dataclass

@@ -2,7 +2,9 @@
 
 import math
 
-from launcher.config.schema import Family, PipelineSchedule, RunConfig
+from launcher.config.schema import CorpusSource, Family, PipelineSchedule, RunConfig
+
+END_OF_TEXT = 0  # the byte that ends each file of text
 
 
 def kv_heads(run: RunConfig) -> int:
@@ -12,6 +14,11 @@ def kv_heads(run: RunConfig) -> int:
 def sequence_length(run: RunConfig) -> int:
     """Tokens per sample, T."""
     return run.data.sequence_length or run.model.max_sequence_length
+
+
+def end_of_document(run: RunConfig) -> int | None:
+    """The token that ends each document, where that is known."""
+    return run.data.end_of_document if run.data.source is CorpusSource.tokens else END_OF_TEXT
 
 
 def stages_per_rank(run: RunConfig) -> int:

@@ -20,6 +20,7 @@ from launcher.config.schema import (
     SchedulerName,
 )
 from launcher.config.shape import (
+    END_OF_TEXT,
     divisors,
     head_size_multiple,
     kv_heads,
@@ -182,6 +183,16 @@ def check_vocabulary(run: RunConfig) -> None:
         raise refusal(run, "model.vocab_size", why, f"model.vocab_size={BYTE_VALUES}")
 
 
+def check_documents(run: RunConfig) -> None:
+    end, size = run.data.end_of_document, run.model.vocab_size
+    if end is not None and run.data.source is not CorpusSource.tokens:
+        why = f"data={run.data.source.name} is bytes, and ends each file with {END_OF_TEXT}"
+        raise refusal(run, "data.end_of_document", why, "data.end_of_document=null")
+    if end is not None and end >= size:
+        why = f"not a token of model.vocab_size={size}"
+        raise refusal(run, "data.end_of_document", why, f"model.vocab_size={end + 1} (or more)")
+
+
 def check_data(run: RunConfig) -> None:
     d = run.data
     if d.validation is None and d.validation_fraction in (0, 1):
@@ -283,6 +294,7 @@ RULES: tuple[Callable[[RunConfig], None], ...] = (
     check_zero,
     check_sequence,
     check_vocabulary,
+    check_documents,
     check_data,
     check_optimizer,
     check_scheduler,

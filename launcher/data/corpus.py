@@ -20,8 +20,9 @@ import numpy.typing as npt
 
 from launcher.config.errors import ConfigError
 from launcher.config.schema import CorpusSource, DataConfig
+from launcher.config.shape import END_OF_TEXT
 
-END_OF_TEXT = b"\0"
+_END = bytes([END_OF_TEXT])
 
 # Quoted for a shell and for Hydra's grammar both, as every glob shown to the user is.
 _EXAMPLE_GLOB = "'data.train=\"corpus/**/*.txt\"'"
@@ -252,7 +253,7 @@ def _without(files: list[_Named], held_out: list[_Named], pattern: str) -> list[
 
 
 def _token_count(files: list[Path]) -> int:
-    return sum(path.stat().st_size + len(END_OF_TEXT) for path in files)
+    return sum(path.stat().st_size + len(_END) for path in files)
 
 
 def _tail_start(tokens: int, fraction: float) -> int:
@@ -260,4 +261,4 @@ def _tail_start(tokens: int, fraction: float) -> int:
 
 
 def _read(files: list[Path]) -> npt.NDArray[np.uint8]:
-    return np.frombuffer(b"".join(path.read_bytes() + END_OF_TEXT for path in files), dtype=np.uint8)
+    return np.frombuffer(b"".join(path.read_bytes() + _END for path in files), dtype=np.uint8)

@@ -6,7 +6,7 @@ from launcher.config.schema import CorpusSource, RunConfig
 from launcher.config.shape import sequence_length
 from launcher.data.corpus import load_corpus, token_counts
 from launcher.data.sampler import Samples
-from launcher.data.tokens import TokenSplit, open_tokens, probe_ids
+from launcher.data.tokens import TokenSplit, check_documents_end, open_tokens, probe_ids
 from launcher.data.windows import Stretch, Windows, check_long_enough
 
 
@@ -23,7 +23,7 @@ def open_data(run: RunConfig) -> Data:
     """What one rank reads from. Raises ConfigError, as check_data does before there are ranks."""
     if run.data.source is CorpusSource.tokens:
         split = _token_split(run)
-        train, validation, digest = split.train, split.validation, split.digest
+        train, validation, digest = split.train, split.validation, split.digest()
     else:
         corpus = load_corpus(run.data)
         train, validation = [Stretch(corpus.train)], [Stretch(corpus.validation)]
@@ -45,6 +45,8 @@ def check_data(run: RunConfig) -> None:
         parts = [[len(stretch.tokens) for stretch in part] for part in (split.train, split.validation)]
         probe_ids(split.train, run.model.vocab_size)
         probe_ids(split.validation, run.model.vocab_size)
+        if run.data.document_attention:
+            check_documents_end(split.files, run.data.end_of_document)
     else:
         parts = [[tokens] for tokens in token_counts(run.data)]
     names = "the training part of the corpus", "the validation part of the corpus"

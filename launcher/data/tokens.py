@@ -3,26 +3,31 @@
 import glob
 import os
 import shlex
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from launcher.config.errors import ConfigError
+from launcher.config.errors import ConfigError, as_typed
 from launcher.data.token_file import TokenFile, TokenFileError, bin_path, index_path, open_token_file
 from launcher.data.windows import Stretch, check_ids
 
-_PROBES, _PROBE = 256, 4096  # stretches of each file, and tokens of each, whose ids are checked at the start
+_PROBES, _PROBE = 256, 4096  # stretches, and tokens of each, whose ids are checked at the start
+_DOCUMENTS = 64  # of each file whose last token is looked at
 
 
 @dataclass(frozen=True)
 class TokenSplit:
     """The stretches of each part, one or none per file."""
 
+    files: list[TokenFile]  # that are trained on
     train: list[Stretch]
     validation: list[Stretch]
-    digest: str  # of the files that are trained on
+
+    def digest(self) -> str:
+        return "-".join(file.digest() for file in self.files)
 
 
 def open_tokens(train: str, validation: str | None, fraction: float, *, field: str) -> TokenSplit:
@@ -32,15 +37,14 @@ def open_tokens(train: str, validation: str | None, fraction: float, *, field: s
     on. Raises ConfigError about `field` (of `train`) for files that are not there or not whole.
     """
     files = _opened(train, field)
-    digest = "-".join(file.digest() for file in files)
     if validation is not None:
         held_out = [_whole(file) for file in _opened(validation, _beside(field, "validation"))]
-        return TokenSplit([_whole(file) for file in files], held_out, digest)
+        return TokenSplit(files, [_whole(file) for file in files], held_out)
     cuts = [_cut(file, 1 - fraction) for file in files]
     return TokenSplit(
+        files,
         [_stretch(file, 0, cut) for file, cut in zip(files, cuts, strict=True)],
         [_stretch(file, cut, len(file.tokens)) for file, cut in zip(files, cuts, strict=True)],
-        digest,
     )
 
 
@@ -51,6 +55,26 @@ def probe_ids(stretches: Sequence[Stretch], vocab_size: int) -> None:
         for start in np.linspace(0, max(0, len(tokens) - _PROBE), most).astype(np.int64).tolist():
             if len(tokens):
                 check_ids(tokens[start : start + _PROBE], vocab_size, stretch, start)
+
+
+def check_documents_end(files: Sequence[TokenFile], end_of_document: int | None) -> None:
+    """Raise ConfigError where documents do not end with that token; of each file some are looked at."""
+    last = Counter(
+        int(tokens[-1])
+        for file in files
+        for number in np.linspace(0, file.num_documents - 1, _DOCUMENTS).astype(np.int64).tolist()
+        if len(tokens := file.document(number))
+    )
+    if last.keys() == {end_of_document}:
+        return
+    off, names = "data.document_attention=false", ", ".join(str(bin_path(file.prefix)) for file in files[:2])
+    if len(last) == 1:
+        remedy = f"data.end_of_document={next(iter(last))} (what each ends with) or {off}"
+        why = f"the documents of {names} do not end with it"
+    else:
+        remedy = f"{off} or documents that end with a token of their own, as --append-eod makes them"
+        why = f"documents of {names} end with many tokens, {', '.join(map(str, sorted(last)[:3]))} and others"
+    raise ConfigError("data.end_of_document", as_typed(end_of_document), why, remedy)
 
 
 def _opened(pattern: str, field: str) -> list[TokenFile]:

@@ -23,6 +23,6 @@ def build_engine(run: RunConfig, layout: Layout, device: torch.device) -> Engine
     kind = PipelineEngine if layout.pipeline > 1 else FlatEngine
     # DeepSpeed prints memory tables and settings that the launcher does not use.
     with redirect_stdout(io.StringIO()):
-        engine = kind(run, layout, mesh, layers, loss, device)
+        engine = kind(run, layout, mesh, layers, loss, context, device)
     engine.random = context.random
     return engine

@@ -5,12 +5,14 @@ the papers, in the most obvious way, so that a mistake in the product's layers h
 """
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from launcher.config.schema import Family, ModelConfig, OptimizerConfig, OptimizerName, RunConfig
+from launcher.config.shape import end_of_document
 from launcher.parity.trace import StepTrace, Weights
 
 
@@ -41,7 +43,8 @@ def _take(parameters: Weights, weights: Weights) -> None:
 
 def _step(run: RunConfig, parameters: Weights, optimizer: torch.optim.Optimizer, batch: Tensor) -> StepTrace:
     outputs: Weights = {}
-    logits = forward(parameters, run.model, batch[:, :-1], outputs)
+    inputs = batch[:, :-1]
+    logits = forward(parameters, run.model, inputs, outputs, documents(run, inputs))
     losses = F.cross_entropy(logits.transpose(1, 2), batch[:, 1:], reduction="none").mean(dim=1)
     loss = losses.mean()
     optimizer.zero_grad()
@@ -82,16 +85,34 @@ def _optimizer(config: OptimizerConfig, parameters: Weights) -> torch.optim.Opti
     return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.epsilon)  # type: ignore[arg-type]
 
 
-def forward(w: Weights, model: ModelConfig, tokens: Tensor, outputs: Weights) -> Tensor:
-    """Tokens (B, T) -> logits (B, T, V); each layer's output is left in `outputs`."""
-    length = tokens.shape[1]
+Spans = list[list[tuple[int, int]]]  # of each sample, the (first, one past the last) place of each document
+
+
+def documents(run: RunConfig, tokens: Tensor) -> Spans:
+    """What is attended to as one: each document of each sample (B, T), or the whole sample."""
+    spans: Spans = []
+    for sample in tokens.tolist():
+        ends = [i + 1 for i, token in enumerate(sample) if token == end_of_document(run)]
+        if not run.data.document_attention:
+            ends = []
+        bounds = sorted({0, *ends, len(sample)})
+        spans.append(list(pairwise(bounds)))
+    return spans
+
+
+def forward(w: Weights, model: ModelConfig, tokens: Tensor, outputs: Weights, spans: Spans) -> Tensor:
+    """Tokens (B, T) -> logits (B, T, V); each layer's output is left in `outputs`.
+
+    Documents are run one by one wherever a position could look at another.
+    """
     x = outputs["embedding"] = w["embedding.weight"][tokens]
     if model.family is Family.gpt:
-        x = outputs["positions"] = x + w["positions.weight"][:length]
+        places = [torch.cat([torch.arange(end - start) for start, end in sample]) for sample in spans]
+        x = outputs["positions"] = x + w["positions.weight"][torch.stack(places)]
     for index in range(model.num_layers):
         name = f"blocks.{index}"
         y = _norm(w, f"{name}.attention_norm", model, x, outputs)
-        x = x + _attention(w, f"{name}.attention", model, y, outputs)
+        x = x + _attention(w, f"{name}.attention", model, y, outputs, spans)
         y = _norm(w, f"{name}.mlp_norm", model, x, outputs)
         x = x + _mlp(w, f"{name}.mlp", model, y, outputs)
     x = _norm(w, "final_norm", model, x, outputs)
@@ -116,11 +137,22 @@ def _norm(w: Weights, name: str, model: ModelConfig, x: Tensor, outputs: Weights
     return y
 
 
-def _attention(w: Weights, name: str, model: ModelConfig, x: Tensor, outputs: Weights) -> Tensor:
-    batch, length, hidden = x.shape
-    heads, kv_heads = model.num_heads, model.num_kv_heads or model.num_heads
-    size = hidden // heads
+def _attention(
+    w: Weights, name: str, model: ModelConfig, x: Tensor, outputs: Weights, spans: Spans
+) -> Tensor:
     fused = _linear(w, f"{name}.qkv", x, outputs)
+    mixed = [
+        torch.cat([_mixed(model, one[None, start:end]) for start, end in sample], dim=1)
+        for one, sample in zip(fused, spans, strict=True)
+    ]
+    return _linear(w, f"{name}.output", torch.cat(mixed), outputs)
+
+
+def _mixed(model: ModelConfig, fused: Tensor) -> Tensor:
+    """Queries, keys and values (B, T, (N + 2K) D) of whole documents -> (B, T, N D)."""
+    batch, length, _ = fused.shape
+    heads, kv_heads = model.num_heads, model.num_kv_heads or model.num_heads
+    size = model.hidden_size // heads
     q, k, v = fused.split([heads * size, kv_heads * size, kv_heads * size], dim=-1)
     q = q.view(batch, length, heads, size).transpose(1, 2)
     k = k.view(batch, length, kv_heads, size).transpose(1, 2)
@@ -131,7 +163,8 @@ def _attention(w: Weights, name: str, model: ModelConfig, x: Tensor, outputs: We
     scores = q @ k.transpose(2, 3) / size**0.5
     future = torch.ones(length, length, dtype=torch.bool).triu(1)
     mixed = scores.masked_fill(future, float("-inf")).softmax(-1) @ v
-    return _linear(w, f"{name}.output", mixed.transpose(1, 2).reshape(batch, length, hidden), outputs)
+    flat: Tensor = mixed.transpose(1, 2).reshape(batch, length, heads * size)
+    return flat
 
 
 def _rotated(x: Tensor, theta: float) -> Tensor:
@@ -155,9 +188,16 @@ def _mlp(w: Weights, name: str, model: ModelConfig, x: Tensor, outputs: Weights)
 
 
 def probe_batches(run: RunConfig, length: int) -> Iterator[Tensor]:
-    """Random global batches (G, T+1), a function of the seed: one per step of verify."""
+    """Random global batches (G, T+1), a function of the seed: one per step of verify.
+
+    Where attention stops at documents, every fourth token or so ends one.
+    """
     generator = torch.Generator().manual_seed(run.training.seed)
+    shape = run.training.global_batch_size, length + 1
     for _ in range(run.verify.steps):
-        yield torch.randint(
-            run.model.vocab_size, (run.training.global_batch_size, length + 1), generator=generator
-        )
+        tokens = torch.randint(run.model.vocab_size, shape, generator=generator)
+        if run.data.document_attention:
+            end = end_of_document(run)
+            assert end is not None
+            tokens[torch.rand(shape, generator=generator) < 0.25] = end
+        yield tokens

@@ -7,6 +7,7 @@ from dataclasses import fields
 from launcher.config.errors import as_typed
 from launcher.config.layout import Layout
 from launcher.config.schema import (
+    CorpusSource,
     Device,
     Dtype,
     ModelConfig,
@@ -75,6 +76,8 @@ def _shrink_model(small: RunConfig, run: RunConfig, layout: Layout) -> None:
     m.vocab_size = -(-VOCABULARY // tensor) * tensor + (0 if divides else 1)
     m.max_sequence_length = tensor * max(SEQUENCE_PER_RANK, 16 // tensor)
     small.data.sequence_length = None if sequence_length(run) == run.model.max_sequence_length else tensor * 4
+    if small.data.end_of_document is not None or small.data.source is CorpusSource.tokens:
+        small.data.end_of_document = 0
     # At the usual 0.02 a small model's blocks add next to nothing to its residual stream.
     m.init_std = 0.1
 

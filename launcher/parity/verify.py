@@ -118,7 +118,9 @@ def _layout(run: RunConfig) -> Layout:
 def initial_weights(run: RunConfig) -> Weights:
     """What one process starts from, rounded to the run's dtype as DeepSpeed's master weights are."""
     context = BlockContext.create(single(run), ProcessMesh.single(), torch.device("cpu"))
-    model = FlatModel(language_layers(run.model, context), language_loss(run.model, context.tp))
+    model = FlatModel(
+        language_layers(run.model, context), language_loss(run.model, context.tp), context.documents
+    )
     dtype = torch.bfloat16 if run.precision.dtype is Dtype.bf16 else torch.float32
     return {logical_of(p).name: p.detach().to(dtype).float() for p in model.parameters()}
 

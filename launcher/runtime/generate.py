@@ -36,7 +36,9 @@ def load_model(run: RunConfig, run_dir: Path) -> FlatModel:
     # Whatever layout trained it, one process holds it whole.
     run = replace(run, parallelism=ParallelismConfig())
     context = BlockContext.create(run, ProcessMesh.single(), torch.device("cpu"))
-    model = FlatModel(language_layers(run.model, context), language_loss(run.model, context.tp))
+    model = FlatModel(
+        language_layers(run.model, context), language_loss(run.model, context.tp), context.documents
+    )
     load_weights(model, run_dir)
     return model.eval()
 

@@ -218,6 +218,33 @@ class TestRefusedBeforeRanksStart:
         assert f"web.bin has token id {wrong} at token 77" in error.why
         assert error.remedy.startswith(remedy)
 
+    @pytest.mark.parametrize(
+        ("lasts", "end", "why", "remedy"),
+        [
+            ([5, 5, 5], None, "do not end with it", "data.end_of_document=5 (what each ends with)"),
+            ([5, 5, 5], 0, "do not end with it", "data.end_of_document=5 (what each ends with)"),
+            ([5, 6, 9], 5, "end with many tokens, 5, 6, 9", "data.document_attention=false"),
+        ],
+    )
+    def test_documents_that_do_not_end_with_the_token(
+        self, lasts: list[int], end: int | None, why: str, remedy: str, tmp_path: Path
+    ) -> None:
+        write_documents(tmp_path / "web", [np.array([1, 2, 3, 4, 1, 2, last]) for last in lasts])
+        data = tokens(tmp_path / "web", fraction=0.3)
+        data.document_attention, data.end_of_document = True, end
+        error = self.refused(data)
+        assert (error.field, error.value) == ("data.end_of_document", "null" if end is None else str(end))
+        assert why in error.why
+        assert remedy in error.remedy
+        data.document_attention = False
+        check_data(run_with(data, 4))
+
+    def test_documents_that_end_with_the_token(self, tmp_path: Path) -> None:
+        write_documents(tmp_path / "web", [np.array([1, 2, 3, 4, 1, 2, 5])] * 3)
+        data = tokens(tmp_path / "web", fraction=0.3)
+        data.document_attention, data.end_of_document = True, 5
+        check_data(run_with(data, 4))
+
     def test_too_short_for_one_sample(self, web: Path) -> None:
         error = self.refused(tokens(web, fraction=0.4), sequence_length=40)
         assert error.why.startswith(

@@ -34,7 +34,9 @@ def reference_trace(run: RunConfig, steps: int) -> Trace:
     """Each global batch as one batch: no micro-batches, so accumulation is checked too."""
     single = RunConfig(model=run.model, parallelism=ParallelismConfig(), training=run.training)
     context = BlockContext.create(single, ProcessMesh.single(), torch.device("cpu"))
-    model = FlatModel(language_layers(run.model, context), language_loss(run.model, context.tp))
+    model = FlatModel(
+        language_layers(run.model, context), language_loss(run.model, context.tp), context.documents
+    )
     parameters = {logical_of(p).name: p for p in model.parameters()}
     optimizer = _optimizer(run, list(parameters.values()))
     samples = samples_for(run.model, run.model.max_sequence_length, 1)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from launcher.config.schema import (
     ActivationCheckpointing,
+    DataConfig,
     Family,
     ModelConfig,
     ParallelismConfig,
@@ -49,6 +50,7 @@ def build(
     sequence_parallel: bool = False,
     checkpointing: ActivationCheckpointing = ActivationCheckpointing.none,
     seed: int = 3,
+    data: DataConfig | None = None,
 ) -> FlatModel:
     """This rank's part of the model; the whole of it without a mesh. Seeds torch's default generator."""
     run = RunConfig(
@@ -57,9 +59,10 @@ def build(
             sequence_parallel=sequence_parallel, activation_checkpointing=checkpointing
         ),
         training=TrainingConfig(seed=seed),
+        data=data or DataConfig(),
     )
     context = BlockContext.create(run, mesh or ProcessMesh.single(), torch.device("cpu"))
-    return FlatModel(language_layers(model, context), language_loss(model, context.tp))
+    return FlatModel(language_layers(model, context), language_loss(model, context.tp), context.documents)
 
 
 def batch(vocabulary: int) -> tuple[Tensor, Tensor]:

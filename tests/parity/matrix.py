@@ -100,6 +100,8 @@ def variation(combination: Combination) -> list[str]:
             found.append("parallelism.offload_parameters=true")
     if place % 7 in (2, 5):
         found.append("precision=bf16")
+    if place % 4 == 1:
+        found.append("data.document_attention=true")
     return found
 
 
