@@ -1,4 +1,4 @@
-"""The command line: `launcher [train | verify | generate] OVERRIDES`, checkpoint, export and import.
+"""The command line: `launcher [train | verify | generate] OVERRIDES`, checkpoint, prepare, export and import.
 
 Nothing here imports torch before the config has been composed and checked.
 """
@@ -18,6 +18,7 @@ from launcher.config.layout import Layout
 from launcher.config.schema import Device, GenerateConfig, RunConfig
 from launcher.config.validate import validate, validate_generate
 from launcher.data.open import check_data
+from launcher.data.prepare_command import prepare
 from launcher.launch.environment import RankEnvironment, joined_ranks
 from launcher.launch.local import RankFailure, Stopped
 from launcher.launch.machine import Machine, share_cores, this_machine
@@ -145,6 +146,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "verify": verify,
     "generate": generate,
     "checkpoint": inspect,
+    "prepare": prepare,
     "export": export,
     "import": import_,
 }

@@ -16,9 +16,15 @@ from omegaconf import DictConfig, OmegaConf
 from launcher.config.errors import ConfigError
 from launcher.config.explain import COMPOSITION_ERRORS, explain, missing_value, no_such_field
 from launcher.config.fields import config_directory, is_section
-from launcher.config.schema import ExchangeConfig, GenerateConfig, RunConfig, register_schema
+from launcher.config.schema import (
+    ExchangeConfig,
+    GenerateConfig,
+    PrepareConfig,
+    RunConfig,
+    register_schema,
+)
 
-Config = TypeVar("Config", RunConfig, GenerateConfig, ExchangeConfig)
+Config = TypeVar("Config", RunConfig, GenerateConfig, ExchangeConfig, PrepareConfig)
 
 
 @dataclass(frozen=True)

@@ -85,6 +85,12 @@ GENERATE_NUMBERS: dict[str, tuple[Range, str]] = {
     "top_k": (NOT_NEGATIVE, "0 (off)"),
     "seed": (SEED, "0"),
 }
+PREPARE_NUMBERS: dict[str, tuple[Range, str]] = {
+    "tokenizer.train_mb": (ABOVE_0, "512"),
+    "vocab": (COUNT, "32000"),
+    "max_line_mb": (ABOVE_0, "256"),
+    "workers": (COUNT, "1"),
+}
 EXCHANGE_NUMBERS: dict[str, tuple[Range, str]] = {"max_file_gb": (ABOVE_0, "2")}
 
 

@@ -266,6 +266,43 @@ class GenerateConfig:
     seed: int = 0
 
 
+class TokenizerTraining(Enum):
+    """`bpe`: byte-level byte-pair encoding, as GPT-2's."""
+
+    bpe = "bpe"
+
+
+class BadLines(Enum):
+    """What `launcher prepare` does about a line that holds no text: end there, or leave it out."""
+
+    fail = "fail"
+    skip = "skip"
+
+
+@dataclass
+class TokenizerConfig:
+    """What turns text into tokens: a tokenizer.json, one made of the text itself, or neither: bytes."""
+
+    path: Optional[str] = None  # of a tokenizer.json of Hugging Face's tokenizers
+    train: Optional[TokenizerTraining] = None
+    train_mb: float = 512.0  # of text that it is made of, from the beginning of every file alike; 1e6 bytes
+    end_of_document: Optional[str] = (
+        None  # the token that ends each; null: <|endoftext|> or another usual one
+    )
+
+
+@dataclass
+class PrepareConfig:
+    """What `launcher prepare` takes besides what to read and what to write."""
+
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    vocab: int = 32000  # tokens, for tokenizer.train
+    text_field: str = "text"  # of a line of JSON; a Parquet file's column
+    bad_lines: BadLines = BadLines.fail
+    max_line_mb: float = 256.0  # a longer line is a bad one; 1e6 bytes
+    workers: Optional[int] = None  # processes; null: one per core
+
+
 @dataclass
 class ExchangeConfig:
     """What `launcher export` and `launcher import` take besides the two directories."""
@@ -275,7 +312,7 @@ class ExchangeConfig:
 
 
 def register_schema() -> None:
-    """Give Hydra the typed roots that conf/config.yaml, generate.yaml and exchange.yaml start from.
+    """Give Hydra the typed roots that conf/config.yaml and the other commands' files start from.
 
     And the resolver `sweep_dir`: where a --multirun keeps its record, beside the directories of its runs.
     """
@@ -284,3 +321,4 @@ def register_schema() -> None:
     store.store(name="run_schema", node=RunConfig)
     store.store(name="generate_schema", node=GenerateConfig)
     store.store(name="exchange_schema", node=ExchangeConfig)
+    store.store(name="prepare_schema", node=PrepareConfig)

@@ -9,13 +9,20 @@ from collections.abc import Callable
 from launcher.config.deepspeed_keys import check_passthrough
 from launcher.config.errors import ConfigError, refusal, settings, value_of
 from launcher.config.layout import Layout, resolve_layout
-from launcher.config.numbers import BYTE_VALUES, GENERATE_NUMBERS, NUMBERS, refuse_numbers_out_of_range
+from launcher.config.numbers import (
+    BYTE_VALUES,
+    GENERATE_NUMBERS,
+    NUMBERS,
+    PREPARE_NUMBERS,
+    refuse_numbers_out_of_range,
+)
 from launcher.config.schema import (
     CorpusSource,
     Dtype,
     Family,
     GenerateConfig,
     OptimizerName,
+    PrepareConfig,
     RunConfig,
     SchedulerName,
 )
@@ -56,6 +63,21 @@ def validate_generate(config: GenerateConfig) -> str:
         raise refusal(config, "prompt", why, shlex.quote('prompt="import "'))
     refuse_numbers_out_of_range(config, GENERATE_NUMBERS)
     return config.run.dir
+
+
+def validate_prepare(config: PrepareConfig) -> None:
+    """Check what `launcher prepare` is given. Raises ConfigError."""
+    refuse_numbers_out_of_range(config, PREPARE_NUMBERS)
+    t = config.tokenizer
+    if t.train is not None and t.path is not None:
+        why = "there is nothing to train: tokenizer.path names one that is made"
+        raise refusal(config, "tokenizer.train", why, "tokenizer.train=null", "tokenizer.path=null")
+    if t.train is not None and config.vocab <= BYTE_VALUES:
+        why = f"every byte is a token, and so is what ends a document: {BYTE_VALUES + 1} at least"
+        raise refusal(config, "vocab", why, f"vocab={BYTE_VALUES + 1} (or more)")
+    if t.end_of_document is not None and t.path is None:
+        why = "only another's tokenizer has ends to choose from"
+        raise refusal(config, "tokenizer.end_of_document", why, "tokenizer.end_of_document=null")
 
 
 def check_numbers(run: RunConfig) -> None:

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from launcher.config.compose import compose_jobs
 from launcher.config.errors import ConfigError
 from launcher.config.fields import fields_of
-from launcher.config.schema import GenerateConfig, RunConfig
+from launcher.config.schema import GenerateConfig, PrepareConfig, RunConfig
 
 FIELDS = fields_of(RunConfig)
 
@@ -46,6 +46,12 @@ def composed(*arguments: str) -> RunConfig:
 def composed_generate(*arguments: str) -> GenerateConfig:
     with mock.patch.object(sys, "argv", ["launcher"]):
         [job] = compose_jobs("generate", GenerateConfig, list(arguments))
+    return job.config
+
+
+def composed_prepare(*arguments: str) -> PrepareConfig:
+    with mock.patch.object(sys, "argv", ["launcher"]):
+        [job] = compose_jobs("prepare", PrepareConfig, list(arguments))
     return job.config
 
 

@@ -378,7 +378,7 @@ class TestFields:
 
     def test_lists_options(self) -> None:
         assert options_of("precision") == ["bf16", "fp16", "fp32"]
-        assert options_of("hydra/help") == ["exchange", "generate", "launcher"]
+        assert options_of("hydra/help") == ["exchange", "generate", "launcher", "prepare"]
         assert options_of("..") == options_of("") == options_of("xyzzy") == []
 
     @pytest.mark.parametrize(

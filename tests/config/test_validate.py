@@ -17,11 +17,21 @@ from launcher.config import deepspeed_keys, layout, numbers, validate
 from launcher.config.errors import ConfigError
 from launcher.config.fields import fields_of
 from launcher.config.layout import Layout
-from launcher.config.schema import Device, Dtype, Family, GenerateConfig, RunConfig
+from launcher.config.schema import Device, Dtype, Family, GenerateConfig, PrepareConfig, RunConfig
 from launcher.config.shape import legal_pipeline_sizes, legal_tensor_sizes, sequence_length
-from tests.config.composing import FIELDS, Case, alternatives, cases, composed_generate, run_of, section_of
+from tests.config.composing import (
+    FIELDS,
+    Case,
+    alternatives,
+    cases,
+    composed_generate,
+    composed_prepare,
+    run_of,
+    section_of,
+)
 
 GENERATE_FIELDS = fields_of(GenerateConfig)
+PREPARE_FIELDS = fields_of(PrepareConfig)
 
 # Numbers with a rule of their own, or none: training.seed may be any.
 OUTSIDE_THE_TABLE = {"parallelism.zero_stage", "training.seed"}
@@ -48,6 +58,9 @@ def check(refusal: Case, overrides: list[str]) -> Layout | str:
     """What validating gives, on the case's machine. Raises ConfigError."""
     if overrides[:1] == ["generate"]:
         return validate.validate_generate(composed_generate(*overrides[1:]))
+    if overrides[:1] == ["prepare"]:
+        validate.validate_prepare(composed_prepare(*overrides[1:]))
+        return "accepted"
     machine = {name: int(count) for name, count in re.findall(r"\[(\w+)=(\d+)\]", refusal.command)}
     run, world = run_of(*overrides), machine.get("world")
     return validate.validate(run, gpus=machine.get("gpus", 0), cores=2, joined_world=world)
@@ -66,7 +79,7 @@ class TestMessages:
         error = refused(refusal)
         assert str(error) == refusal.text
         assert refusal.text.startswith(error.field)
-        known = {*FIELDS, *GENERATE_FIELDS}
+        known = {*FIELDS, *GENERATE_FIELDS, *PREPARE_FIELDS}
         assert error.field in known or error.field.startswith("deepspeed.")
 
     @each_refusal
@@ -99,8 +112,10 @@ class TestMessages:
         of_generate = {f for f, kind in GENERATE_FIELDS.items() if "number" in kind}
         assert set(numbers.NUMBERS) == of_run
         assert set(numbers.GENERATE_NUMBERS) == of_generate
+        of_prepare = {f for f, kind in PREPARE_FIELDS.items() if "number" in kind}
+        assert set(numbers.PREPARE_NUMBERS) == of_prepare
         with_a_case = {re.split("[=:]", refusal.text)[0] for refusal in REFUSALS}
-        assert of_run | of_generate <= with_a_case
+        assert of_run | of_generate | of_prepare <= with_a_case
 
 
 class TestLayout:
