@@ -27,6 +27,9 @@ from launcher.config.schema import (
 Config = TypeVar("Config", RunConfig, GenerateConfig, ExchangeConfig, PrepareConfig)
 
 
+OPEN = ("deepspeed.", "deepspeed=", "data.sources.", "data.weights.", "data.validation_sources.")
+
+
 @dataclass(frozen=True)
 class Job(Generic[Config]):
     """One config to run; `index` counts the jobs of a --multirun and is None in a single run."""
@@ -73,8 +76,8 @@ def _is_override(argument: str) -> bool:
 
 
 def _addable(argument: str) -> str:
-    """`deepspeed` is the one open dictionary: its keys need no `+`."""
-    return f"++{argument}" if argument.startswith(("deepspeed.", "deepspeed=")) else argument
+    """Keys of an open dictionary need no `+`."""
+    return f"++{argument}" if argument.startswith(OPEN) else argument
 
 
 def _overrides_among(arguments: list[str]) -> list[str]:

@@ -55,6 +55,7 @@ NUMBERS: dict[str, tuple[Range, str]] = {
     "checkpoint.stop_grace_seconds": (ABOVE_0, "null"),
     "checkpoint.max_file_gb": (ABOVE_0, "2"),
     "data.validation_fraction": (SHARE, "0.05"),
+    "data.test_fraction": (BELOW_1, "0"),
     "data.sequence_length": (COUNT, "null"),
     "data.end_of_document": (NOT_NEGATIVE, "null"),
     "optimizer.lr": (ABOVE_0, "1e-3"),

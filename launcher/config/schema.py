@@ -141,6 +141,12 @@ class DataConfig:
     train: Optional[str] = None  # text: a glob of files; tokens: NAME of NAME.bin and NAME.idx, or a glob
     validation: Optional[str] = None  # as `train`; null: a fraction of what `train` names
     validation_fraction: float = 0.05
+    test: Optional[str] = None  # tokens: as `train`; null: a fraction of it, if that is above 0
+    test_fraction: float = 0.0
+    # A blend of token files, by names of your own, instead of `train`.
+    sources: dict[str, str] = field(default_factory=dict)  # each as `train`
+    weights: dict[str, float] = field(default_factory=dict)  # of samples, relative to each other
+    validation_sources: dict[str, str] = field(default_factory=dict)  # each as `validation`
     sequence_length: Optional[int] = None  # null: model.max_sequence_length
     document_attention: bool = False  # attention and positions stop where a document ends
     end_of_document: Optional[int] = None  # tokens: the id that ends each document; bytes end with 0
@@ -221,6 +227,7 @@ class CheckpointConfig:
     resume: str = "auto"
     init_from: Optional[str] = None  # weights that a fresh run begins with
     fallback: bool = False  # an unusable checkpoint: take the newest intact one before it
+    new_blend: bool = False  # of data.sources: may differ from the checkpoint's, and counts from there on
 
 
 @dataclass

@@ -1,6 +1,8 @@
 """What follows from a run's model and data alone: arithmetic that the rules and the layout share."""
 
 import math
+from collections.abc import Sequence
+from fractions import Fraction
 
 from launcher.config.schema import CorpusSource, Family, PipelineSchedule, RunConfig
 
@@ -62,6 +64,14 @@ def legal_heads(run: RunConfig) -> list[int]:
 def head_size_multiple(run: RunConfig) -> int:
     """Rotary positions turn pairs of channels."""
     return 2 if run.model.family is Family.llama else 1
+
+
+def whole_weights(weights: Sequence[float]) -> list[int]:
+    """The least whole numbers in the same proportion. 0.1 is a tenth, not the closest binary number."""
+    typed = [Fraction(str(weight)) for weight in weights]
+    scale = math.lcm(*(weight.denominator for weight in typed))
+    whole = [int(weight * scale) for weight in typed]
+    return [one // math.gcd(*whole) for one in whole]
 
 
 def divisors(n: int) -> list[int]:

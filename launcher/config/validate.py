@@ -3,11 +3,13 @@
 Each rule is a function of the run alone, listed in RULES; what depends on the world size is in layout.py.
 """
 
+import math
+import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from launcher.config.deepspeed_keys import check_passthrough
-from launcher.config.errors import ConfigError, refusal, settings, value_of
+from launcher.config.errors import ConfigError, as_typed, refusal, settings, value_of
 from launcher.config.layout import Layout, resolve_layout
 from launcher.config.numbers import (
     BYTE_VALUES,
@@ -38,10 +40,14 @@ from launcher.config.shape import (
     nearest,
     sequence_length,
     stages_per_rank,
+    whole_weights,
 )
 
 EXAMPLE_GLOB = "corpus/**/*.txt"
 EXAMPLE_PREFIX = "corpora/web"
+LONGEST_PERIOD = (
+    100_000  # samples until a blend repeats: made at the start of a run, in a quarter of a second
+)
 
 
 def validate(run: RunConfig, *, gpus: int, cores: int, joined_world: int | None = None) -> Layout:
@@ -223,9 +229,17 @@ def check_data(run: RunConfig) -> None:
     if d.source is CorpusSource.text and d.train is None:
         why = "data=text trains on your own files, and none are named"
         raise refusal(run, "data.train", why, shlex.quote(f'data.train="{EXAMPLE_GLOB}"'))
-    if d.source is CorpusSource.tokens and d.train is None:
+    if d.source is CorpusSource.tokens and d.train is None and not d.sources:
         why = "data=tokens trains on token files, and none are named"
         raise refusal(run, "data.train", why, f"data.train={EXAMPLE_PREFIX}")
+    if d.validation is None and d.validation_fraction + d.test_fraction >= 1:
+        why = f"with data.validation_fraction={d.validation_fraction} it leaves nothing to train on"
+        raise refusal(run, "data.test_fraction", why, "data.test_fraction=0")
+    if d.source is not CorpusSource.tokens and (d.test is not None or d.test_fraction > 0):
+        field = "data.test_fraction" if d.test is None else "data.test"
+        none = {"data.test_fraction": 0, "data.test": "null"}
+        why = f"data={d.source.name} has no test part; token files have"
+        raise refusal(run, field, why, f"{field}={none[field]}")
     globs = {"data.train": d.train, "data.validation": d.validation}
     given = [field for field, glob in globs.items() if glob is not None]
     if d.source is CorpusSource.stdlib and given:
@@ -237,6 +251,45 @@ def check_data(run: RunConfig) -> None:
             " ".join(f"{field}=null" for field in given),
             " ".join(["data=text", *map(shlex.quote, sorted(own))]),
         )
+
+
+def check_blend(run: RunConfig) -> None:
+    d = run.data
+    named: dict[str, Mapping[str, object]] = {
+        "data.sources": d.sources,
+        "data.weights": d.weights,
+        "data.validation_sources": d.validation_sources,
+    }
+    given = [field for field, by_name in named.items() if by_name]
+    if not given:
+        return
+    if d.source is not CorpusSource.tokens:
+        why = f"data={d.source.name} is one source; a blend is of token files"
+        names = sorted({*d.sources, *d.weights, *d.validation_sources})
+        sources = [f"data.sources.{name}={EXAMPLE_PREFIX}" for name in names if name not in d.sources]
+        weights = [f"data.weights.{name}=1" for name in names if name not in d.weights]
+        raise refusal(run, given[0], why, " ".join(["data=tokens", *sources, *weights]))
+    beside = {"data.train": d.train, "data.validation": d.validation, "data.test": d.test}
+    for field, value in beside.items():
+        if value is not None:
+            why = "of one source, and data.sources names several"
+            raise refusal(run, field, why, f"{field}=null")
+    for field, by_name in named.items():
+        if strange := [name for name in by_name if not re.fullmatch(r"[A-Za-z0-9_-]+", name)]:
+            why = f"{strange[0]!r} is to name metrics too: letters, digits, _ and -"
+            raise refusal(run, field, why, "another name")
+        if missing := [name for name in by_name if name not in d.sources]:
+            why = f"{missing[0]} is not among data.sources"
+            raise refusal(run, field, why, f"data.sources.{missing[0]}={EXAMPLE_PREFIX}")
+    for name in d.sources:
+        if not 0 < d.weights.get(name, 0) < math.inf:
+            why = f"a weight above 0 is needed for each of data.sources, and {name} has none"
+            raise refusal(run, "data.weights", why, f"data.weights.{name}=1")
+    if (period := sum(whole_weights(list(d.weights.values())))) > LONGEST_PERIOD:
+        why = f"as whole numbers they add up to {period:,}, and {LONGEST_PERIOD:,} is the most"
+        total = sum(d.weights.values())
+        rounded = {name: max(1, round(weight / total * 10_000)) for name, weight in d.weights.items()}
+        raise refusal(run, "data.weights", why, shlex.quote(f"data.weights={as_typed(rounded)}"))
 
 
 def check_optimizer(run: RunConfig) -> None:
@@ -318,6 +371,7 @@ RULES: tuple[Callable[[RunConfig], None], ...] = (
     check_vocabulary,
     check_documents,
     check_data,
+    check_blend,
     check_optimizer,
     check_scheduler,
     check_stop,

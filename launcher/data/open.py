@@ -1,37 +1,57 @@
-"""A run's data, opened: what it trains and validates on, checked as far as a second allows."""
+"""A run's data, opened: what it trains on, validates and tests on, checked as far as a second allows."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from launcher.config.schema import CorpusSource, RunConfig
 from launcher.config.shape import sequence_length
+from launcher.data.blend import Blend, Segment
 from launcher.data.corpus import load_corpus, token_counts
 from launcher.data.sampler import Samples
-from launcher.data.tokens import TokenSplit, check_documents_end, open_tokens, probe_ids
+from launcher.data.tokens import Part, TokenSplit, check_documents_end, open_tokens, probe_ids
 from launcher.data.windows import Stretch, Windows, check_long_enough
 
+ONLY = ""  # the name of the source where there is one
 
-@dataclass(frozen=True, eq=False)  # eq: arrays have no single truth value
+
+@dataclass(frozen=True, eq=False)  # eq: samples have no single truth value
 class Data:
-    """`digest` is the same for the same training data, wherever it lies."""
+    """By source: its samples of each part, and a digest of what is trained on."""
 
-    train: Samples
-    validation: Samples
-    digest: str
+    train: dict[str, Samples]
+    validation: dict[str, Samples]
+    test: dict[str, Samples]
+    digests: dict[str, str]
+
+    def blend(self, segments: Sequence[Segment]) -> Blend:
+        """The run's order of samples, after the blends it has had."""
+        return Blend(self.train, segments)
+
+
+def blend_of(run: RunConfig, start: int = 0) -> Segment:
+    """The blend that a run's config names, from sample `start` on."""
+    return Segment(start, run.data.weights or {ONLY: 1.0})
 
 
 def open_data(run: RunConfig) -> Data:
     """What one rank reads from. Raises ConfigError, as check_data does before there are ranks."""
     if run.data.source is CorpusSource.tokens:
-        split = _token_split(run)
-        train, validation, digest = split.train, split.validation, split.digest()
+        splits = _token_splits(run)
+        parts = {name: (one.train, one.validation, one.test) for name, one in splits.items()}
+        digests = {name: one.digest() for name, one in splits.items()}
     else:
         corpus = load_corpus(run.data)
-        train, validation = [Stretch(corpus.train)], [Stretch(corpus.validation)]
-        digest = corpus.digest()
+        parts = {ONLY: ([Stretch(corpus.train)], [Stretch(corpus.validation)], [])}
+        digests = {ONLY: corpus.digest()}
     return Data(
-        Samples(_windows(run, train), shuffle_seed=run.training.seed),
-        Samples(_windows(run, validation), shuffle_seed=None),
-        digest,
+        # A seed for each source, or two of one length would be read in one order.
+        {
+            name: _samples(run, part[0], f"{run.training.seed}{name and '/'}{name}")
+            for name, part in parts.items()
+        },
+        {name: _samples(run, part[1], None) for name, part in parts.items()},
+        {name: _samples(run, part[2], None) for name, part in parts.items() if _tokens(part[2])},
+        digests,
     )
 
 
@@ -40,27 +60,59 @@ def check_data(run: RunConfig) -> None:
 
     Reads no text, and of token files a few pages. Raises ConfigError.
     """
-    if run.data.source is CorpusSource.tokens:
-        split = _token_split(run)
-        parts = [[len(stretch.tokens) for stretch in part] for part in (split.train, split.validation)]
-        probe_ids(split.train, run.model.vocab_size)
-        probe_ids(split.validation, run.model.vocab_size)
+    if run.data.source is not CorpusSource.tokens:
+        train, validation = token_counts(run.data)
+        _check_lengths(run, ONLY, {"training": [train], "validation": [validation]})
+        return
+    for name, split in _token_splits(run).items():
+        parts = {"training": split.train, "validation": split.validation, "test": split.test}
+        for stretches in parts.values():
+            probe_ids(stretches, run.model.vocab_size)
         if run.data.document_attention:
             check_documents_end(split.files, run.data.end_of_document)
-    else:
-        parts = [[tokens] for tokens in token_counts(run.data)]
-    names = "the training part of the corpus", "the validation part of the corpus"
-    # The shorter part first: what it is offered as a remedy then holds for both.
-    for tokens, name in sorted(zip(parts, names, strict=True), key=lambda part: max(part[0])):
-        check_long_enough(tokens, sequence_length(run), name)
+        lengths = {part: [len(one.tokens) for one in stretches] for part, stretches in parts.items()}
+        if not sum(lengths["test"]):
+            del lengths["test"]
+        _check_lengths(run, name, lengths)
 
 
-def _token_split(run: RunConfig) -> TokenSplit:
-    assert run.data.train is not None, "validated with the config"
-    return open_tokens(run.data.train, run.data.validation, run.data.validation_fraction, field="data.train")
+def _check_lengths(run: RunConfig, name: str, parts: dict[str, list[int]]) -> None:
+    # The shortest part first: what it is offered as a remedy then holds for all.
+    for part, tokens in sorted(parts.items(), key=lambda one: max(one[1])):
+        what = f"the {part} part of {name or 'the corpus'}"
+        check_long_enough(tokens, sequence_length(run), what)
 
 
-def _windows(run: RunConfig, stretches: list[Stretch]) -> Windows:
+def _token_splits(run: RunConfig) -> dict[str, TokenSplit]:
+    d = run.data
+
+    def split(field: str, train: str, validation_field: str, validation: str | None) -> TokenSplit:
+        return open_tokens(
+            field,
+            train,
+            Part(validation_field, validation, d.validation_fraction),
+            Part("data.test", d.test, d.test_fraction),
+        )
+
+    if not d.sources:
+        assert d.train is not None, "validated with the config"
+        return {ONLY: split("data.train", d.train, "data.validation", d.validation)}
+    return {
+        name: split(
+            f"data.sources.{name}",
+            train,
+            f"data.validation_sources.{name}",
+            d.validation_sources.get(name),
+        )
+        for name, train in d.sources.items()
+    }
+
+
+def _samples(run: RunConfig, stretches: list[Stretch], shuffle_seed: str | None) -> Samples:
     # Bytes need no check: every vocabulary has them all.
     checked = run.model.vocab_size if run.data.source is CorpusSource.tokens else None
-    return Windows(stretches, sequence_length(run), checked)
+    return Samples(Windows(stretches, sequence_length(run), checked), shuffle_seed)
+
+
+def _tokens(stretches: list[Stretch]) -> int:
+    return sum(len(stretch.tokens) for stretch in stretches)

@@ -36,7 +36,7 @@ class Samples:
     """An endless sequence of samples over `items`, epoch after epoch."""
 
     items: Items
-    shuffle_seed: int | None  # each epoch in an order of its own; None: every epoch in the items' order
+    shuffle_seed: int | str | None  # each epoch in an order of its own; None: every epoch in the items' order
 
     def __len__(self) -> int:
         """Samples per epoch."""
@@ -74,8 +74,14 @@ def sample_indices(
     return first[:, None] + np.arange(micro_batch_size, dtype=np.int64)
 
 
+class Source(Protocol):
+    """Samples by their number from the beginning of the run."""
+
+    def take(self, indices: npt.NDArray[np.int64]) -> MicroBatch: ...
+
+
 def micro_batches(
-    samples: Samples,
+    samples: Source,
     *,
     samples_consumed: int,
     global_batch_size: int,
@@ -94,7 +100,9 @@ def micro_batches(
     return map(samples.take, indices)
 
 
-def permute(positions: npt.NDArray[np.int64], size: int, *, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+def permute(
+    positions: npt.NDArray[np.int64], size: int, *, seed: int | str, epoch: int
+) -> npt.NDArray[np.int64]:
     """A pseudo-random permutation of range(size), keyed by (seed, epoch), at `positions` (any,) only.
 
     The generalised Feistel cipher with cycle walking of Black & Rogaway, "Ciphers with Arbitrary
@@ -113,7 +121,7 @@ def permute(positions: npt.NDArray[np.int64], size: int, *, seed: int, epoch: in
     return values.astype(np.int64)
 
 
-def _round_keys(seed: int, epoch: int) -> npt.NDArray[np.uint64]:
+def _round_keys(seed: int | str, epoch: int) -> npt.NDArray[np.uint64]:
     # A hash and not numpy's generators, whose streams may change between numpy versions.
     digest = hashlib.shake_128(f"sample order/{seed}/{epoch}".encode()).digest(8 * _ROUNDS)
     return np.frombuffer(digest, dtype="<u8").astype(np.uint64)

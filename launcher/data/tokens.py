@@ -25,27 +25,40 @@ class TokenSplit:
     files: list[TokenFile]  # that are trained on
     train: list[Stretch]
     validation: list[Stretch]
+    test: list[Stretch]
 
     def digest(self) -> str:
         return "-".join(file.digest() for file in self.files)
 
 
-def open_tokens(train: str, validation: str | None, fraction: float, *, field: str) -> TokenSplit:
-    """Map the files that `train` names and hold out those that `validation` names.
+@dataclass(frozen=True)
+class Part:
+    """What is held out: the files that `pattern` of `field` names, or a fraction of those trained on."""
 
-    Without the latter, the last `fraction` of each file's tokens, from the closest beginning of a document
-    on. Raises ConfigError about `field` (of `train`) for files that are not there or not whole.
+    field: str
+    pattern: str | None
+    fraction: float
+
+    @property
+    def share(self) -> float:
+        return self.fraction if self.pattern is None else 0.0
+
+
+def open_tokens(field: str, train: str, validation: Part, test: Part) -> TokenSplit:
+    """Map the files that `train` of `field` names, and hold out the other parts.
+
+    A fraction is of each file's tokens: its end for the test, and what is before that for validation, from
+    the closest beginning of a document on. Raises ConfigError for files that are not there or not whole.
     """
     files = _opened(train, field)
-    if validation is not None:
-        held_out = [_whole(file) for file in _opened(validation, _beside(field, "validation"))]
-        return TokenSplit(files, [_whole(file) for file in files], held_out)
-    cuts = [_cut(file, 1 - fraction) for file in files]
-    return TokenSplit(
-        files,
-        [_stretch(file, 0, cut) for file, cut in zip(files, cuts, strict=True)],
-        [_stretch(file, cut, len(file.tokens)) for file, cut in zip(files, cuts, strict=True)],
-    )
+    cuts = [_cuts(file, validation.share, test.share) for file in files]
+
+    def part(number: int, named: Part | None = None) -> list[Stretch]:
+        if named and named.pattern is not None:
+            return [_stretch(file, 0, len(file.tokens)) for file in _opened(named.pattern, named.field)]
+        return [_stretch(file, *cut[number : number + 2]) for file, cut in zip(files, cuts, strict=True)]
+
+    return TokenSplit(files, part(0), part(1, validation), part(2, test))
 
 
 def probe_ids(stretches: Sequence[Stretch], vocab_size: int) -> None:
@@ -116,24 +129,26 @@ def _nearest(field: str, prefix: Path) -> str:
     return shlex.quote(f'{field}="{whole[0]}"') + (f" (or one of {len(whole) - 1} more)" if whole[1:] else "")
 
 
-def _beside(field: str, name: str) -> str:
-    return f"{field.rpartition('.')[0]}.{name}"
-
-
-def _whole(file: TokenFile) -> Stretch:
-    return _stretch(file, 0, len(file.tokens))
-
-
 def _stretch(file: TokenFile, start: int, end: int) -> Stretch:
     return Stretch(file.tokens[start:end], str(bin_path(file.prefix)), start)
 
 
-def _cut(file: TokenFile, share: float) -> int:
-    """That share of the tokens, moved to the nearest beginning of a document.
+def _cuts(file: TokenFile, validation: float, test: float) -> tuple[int, int, int, int]:
+    """Where each part begins and the last ends, moved to the nearest beginnings of documents.
 
-    Not where documents are so long that the smaller part would gain or lose more than half.
+    Not where documents are so long that the smallest part would gain or lose more than a third.
     """
     total = len(file.tokens)
-    wanted = min(max(round(total * share), 1), total - 1)
-    cut = file.boundary_near(wanted)
-    return cut if abs(cut - wanted) <= min(wanted, total - wanted) / 2 else wanted
+    slack = total * min(share for share in (1 - validation - test, validation, test) if share > 0) / 3
+
+    def moved(place: int) -> int:
+        near = file.boundary_near(place)
+        return near if abs(near - place) <= slack else place
+
+    # A part that is asked for gets a token, however small the file.
+    end_of_training = total - max(round(total * (validation + test)), (validation > 0) + (test > 0))
+    end_of_validation = total - max(round(total * test), int(test > 0))
+    first, second = max(end_of_training, 0), max(end_of_validation, 0)
+    if validation + test > 0:
+        first = moved(first)
+    return 0, first, moved(second) if test > 0 else total, total

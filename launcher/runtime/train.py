@@ -9,11 +9,13 @@ import torch
 import torch.distributed as dist
 
 from launcher.checkpoint.weights import save_weights
+from launcher.config.errors import as_typed
 from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
 from launcher.config.shape import sequence_length
-from launcher.data.open import open_data
-from launcher.data.sampler import Samples, micro_batches
+from launcher.data.blend import Blend
+from launcher.data.open import ONLY, open_data
+from launcher.data.sampler import Samples, Source, micro_batches
 from launcher.engine.base import Engine, MicroBatches
 from launcher.engine.build import build_engine
 from launcher.engine.optimizer import learning_rate
@@ -32,26 +34,30 @@ def train(run: RunConfig, layout: Layout, directory: RunDir, device: torch.devic
     """Train to the last step. Collective over the world; rank 0 logs and shows progress."""
     data = open_data(run)
     engine = build_engine(run, layout, device)
-    progress, taken = start_from(run, engine, directory.checkpoint, directory.initial, data.digest)
+    progress, taken = start_from(run, engine, directory.checkpoint, directory.initial, data.digests)
+    training = data.blend(progress.blends)
     last = run.training.stop_at or run.training.steps
     stop = StopRequest()
-    checkpoints = Checkpoints(run, layout, engine, directory, data.digest, stop)
+    checkpoints = Checkpoints(run, layout, engine, directory, data.digests, stop)
 
     log = MetricsLog(run, layout, directory, progress.step + 1) if engine.mesh.rank == 0 else None
     failed = True
     try:
         _say(log, *(log.notes if log else []))
+        _say(log, *new_blend(progress))
         if taken:
             _say(log, f"resumed  {taken}, at step {progress.step}" if progress.step else f"begun    {taken}")
         listening = stop if stop_grace(run) else nullcontext()
         with listening, ProgressDisplay(last) if log else _Silent() as display:
             while progress.step < last and not checkpoints.stopping:
-                row = train_step(run, layout, engine, data.train, progress, device)
+                row = train_step(run, layout, engine, training, progress, device)
                 progress = progress.after(run.training.global_batch_size)
                 if is_validation_step(run, progress.step, last):
-                    row["val/loss"] = validation_loss(run, engine, data.validation)
+                    row |= validated(run, engine, data.validation, "val/loss")
+                    if progress.step == run.training.steps and data.test:
+                        row |= validated(run, engine, data.test, "test/loss")
                 if progress.step % run.logging.interval == 0 or "val/loss" in row:
-                    row |= peak_memory(device)
+                    row |= peak_memory(device) | epochs(training, progress)
                     if log:
                         log.write(row)
                 display.step(row)
@@ -76,7 +82,7 @@ def train_step(
     run: RunConfig,
     layout: Layout,
     engine: Engine,
-    samples: Samples,
+    samples: Blend,
     progress: Progress,
     device: torch.device,
 ) -> Row:
@@ -115,6 +121,28 @@ def performance(run: RunConfig, layout: Layout, length: int, elapsed: float) -> 
     return row
 
 
+def validated(run: RunConfig, engine: Engine, parts: dict[str, Samples], name: str) -> Row:
+    """Each source's loss and, of a blend, their mean by its weights. Collective over the world."""
+    losses = {source: validation_loss(run, engine, samples) for source, samples in parts.items()}
+    weights = {source: run.data.weights.get(source, 1.0) for source in losses}
+    mean = sum(weights[source] * losses[source] for source in losses) / sum(weights.values())
+    return {name: mean, **{f"{name}/{source}": loss for source, loss in losses.items() if source != ONLY}}
+
+
+def epochs(training: Blend, progress: Progress) -> Row:
+    """How often the run has gone through its data, or each source of a blend."""
+    counts = training.epochs(progress.samples)
+    return {f"data/epochs/{source}" if source else "data/epochs": count for source, count in counts.items()}
+
+
+def new_blend(progress: Progress) -> list[str]:
+    """What to tell of a blend that counts from here on."""
+    if len(progress.blends) < 2 or progress.blends[-1].start != progress.samples:
+        return []
+    before, now = (as_typed(blend.weights) for blend in progress.blends[-2:])
+    return [f"note     a new blend from sample {progress.samples} on: {now} (until then {before})"]
+
+
 def validation_loss(run: RunConfig, engine: Engine, samples: Samples) -> float:
     """The mean loss over the first validation batches: the same samples every time, in every layout."""
     batches = max(1, min(run.training.validation_batches, len(samples) // run.training.global_batch_size))
@@ -129,7 +157,7 @@ def is_validation_step(run: RunConfig, step: int, last: int) -> bool:
     return step == last or (interval > 0 and (step == 1 or step % interval == 0))
 
 
-def global_batch(run: RunConfig, engine: Engine, samples: Samples, consumed: int) -> MicroBatches:
+def global_batch(run: RunConfig, engine: Engine, samples: Source, consumed: int) -> MicroBatches:
     """This data rank's micro-batches of the global batch after `consumed` samples."""
     return micro_batches(
         samples,

@@ -22,7 +22,7 @@ from tests.parity.running import PipelineModule, small_run  # makes DeepSpeed qu
 assert PipelineModule
 
 EMPTY = Manifest(
-    step=0, samples=0, updates=0, scaler={}, corpus="", launcher="0", layout="1 rank", config={},
+    step=0, samples=0, updates=0, scaler={}, corpus={}, launcher="0", layout="1 rank", config={},
     validation_loss=None, tensors={}, files={},
 )  # fmt: skip
 

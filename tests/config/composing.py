@@ -12,7 +12,7 @@ from unittest import mock
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from launcher.config.compose import compose_jobs
+from launcher.config.compose import OPEN, compose_jobs
 from launcher.config.errors import ConfigError
 from launcher.config.fields import fields_of
 from launcher.config.schema import GenerateConfig, PrepareConfig, RunConfig
@@ -70,7 +70,7 @@ def run_of(*overrides: str) -> RunConfig:
 
 
 def _is_field(override: str) -> bool:
-    return override.startswith("deepspeed.") or override.partition("=")[0] in FIELDS
+    return override.startswith(OPEN) or override.partition("=")[0] in FIELDS
 
 
 def alternatives(error: ConfigError) -> list[list[str]]:

@@ -43,6 +43,7 @@ IN_WORDS_ONLY = {
     "deepspeed.data_types.grad_accum_dtype=bf16 deepspeed.aio=3",
     "[world=6] parallelism.tensor=4",
     "[world=2] parallelism=hybrid_3d",
+    "data.source=tokens data.sources={a.b:corpora/web} data.weights={a.b:1}",
 }
 
 

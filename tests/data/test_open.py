@@ -12,7 +12,7 @@ import pytest
 from launcher.config.errors import ConfigError
 from launcher.config.schema import CorpusSource, DataConfig, RunConfig
 from launcher.data.corpus import load_corpus
-from launcher.data.open import check_data, open_data
+from launcher.data.open import ONLY, check_data, open_data
 from launcher.data.token_file import bin_path, index_path
 from launcher.data.windows import Stretch, Windows, check_ids, windows_in
 from tests.config.composing import run_of
@@ -84,7 +84,7 @@ def tokens(train: Path | str, validation: Path | None = None, fraction: float = 
 def lengths_of(data: DataConfig, sequence_length: int = 2) -> tuple[list[int], list[int]]:
     opened = open_data(run_with(data, sequence_length, 2**31 - 1))
     parts = []
-    for samples in (opened.train, opened.validation):
+    for samples in (opened.train[ONLY], opened.validation[ONLY]):
         assert isinstance(samples.items, Windows)
         parts.append([len(stretch.tokens) for stretch in samples.items.stretches])
     return parts[0], parts[1]
@@ -98,7 +98,7 @@ class TestTokens:
 
     def test_is_held_out_at_the_nearest_document(self, tmp_path: Path) -> None:
         write_documents(tmp_path / "web", [np.arange(n) for n in (50, 20, 17, 13)])
-        for fraction, held_out in ((0.1, 13), (0.2, 13), (0.25, 30), (0.4, 50), (0.9, 90), (0.01, 1)):
+        for fraction, held_out in ((0.1, 13), (0.2, 20), (0.25, 30), (0.4, 50), (0.9, 90), (0.01, 1)):
             assert lengths_of(tokens(tmp_path / "web", fraction=fraction))[1] == [held_out], fraction
 
     def test_a_single_document_is_held_out_by_its_tail(self, tmp_path: Path) -> None:
@@ -114,17 +114,76 @@ class TestTokens:
         for name, first in (("web_0", 0), ("web_1", 1000), ("web_2", 2000)):
             write_documents(tmp_path / name, [np.arange(first, first + 21), np.arange(7)])
         data = open_data(run_with(tokens(tmp_path / "web_*"), 4, 5000))
-        assert len(data.train) == 3 * 5
-        taken = data.train.take(np.arange(15))
+        assert len(data.train[ONLY]) == 3 * 5
+        taken = data.train[ONLY].take(np.arange(15))
         assert (np.diff(taken, axis=1) == 1).all()
         assert sorted(taken[:, 0].tolist()) == [f + s for f in (0, 1000, 2000) for s in range(0, 20, 4)]
 
-    def test_the_digest_is_of_the_training_files_wherever_they_lie(self, tmp_path: Path) -> None:
+    def test_the_digest_is_of_the_training_files_alone(self, tmp_path: Path) -> None:
         for folder, last in (("a", 9), ("b", 9), ("c", 8)):
             (tmp_path / folder).mkdir()
             write_documents(tmp_path / folder / "web", [np.arange(30), np.array([1, 2, last])])
-        a, b, c = (open_data(run_with(tokens(tmp_path / x / "web"), 2)).digest for x in "abc")
+        a, b, c = (open_data(run_with(tokens(tmp_path / x / "web"), 2)).digests for x in "abc")
         assert a == b != c
+
+
+class TestParts:
+    def parts(self, data: DataConfig, name: str = ONLY) -> list[list[int]]:
+        """The tokens of training, validation and test."""
+        opened = open_data(run_with(data, 2, 2**31 - 1))
+        found = []
+        for part in (opened.train, opened.validation, opened.test):
+            items = part[name].items if name in part else Windows([], 2)
+            assert isinstance(items, Windows)
+            found.append([int(token) for stretch in items.stretches for token in stretch.tokens])
+        return found
+
+    @pytest.mark.parametrize("lengths", [[1000], [7] * 143, [100, 300, 200, 400], [990, 5, 5]])
+    @pytest.mark.parametrize(("validation", "test"), [(0.1, 0.1), (0.02, 0.3), (0.3, 0.02), (0.05, 0.0)])
+    def test_lie_side_by_side_and_cover_all(
+        self, lengths: list[int], validation: float, test: float, tmp_path: Path
+    ) -> None:
+        ends = np.cumsum(lengths)
+        write_documents(tmp_path / "web", [np.arange(e - n, e) for n, e in zip(lengths, ends, strict=True)])
+        data = tokens(tmp_path / "web", fraction=validation)
+        data.test_fraction = test
+        parts, total = self.parts(data), int(ends[-1])
+        assert [token for part in parts for token in part] == list(range(total))
+        shares = [1 - validation - test, validation, test]
+        slack = min(share for share in shares if share) / 3 * 2 + 1 / total
+        assert all(abs(len(p) / total - share) <= slack for p, share in zip(parts, shares, strict=True))
+
+    def test_a_test_of_its_own_files(self, tmp_path: Path) -> None:
+        write_documents(tmp_path / "web", [np.arange(100)])
+        write_documents(tmp_path / "test", [np.arange(200, 230)])
+        data = tokens(tmp_path / "web")
+        data.test = str(tmp_path / "test")
+        assert self.parts(data)[2] == list(range(200, 230))
+        assert len(self.parts(data)[1]) == 25
+
+    def test_of_each_source_of_a_blend(self, tmp_path: Path) -> None:
+        for name, first in (("web", 0), ("code", 1000), ("held", 2000)):
+            write_documents(tmp_path / name, [np.arange(first, first + 100)])
+        data = DataConfig(
+            CorpusSource.tokens,
+            validation_fraction=0.2,
+            test_fraction=0.1,
+            sources={"web": str(tmp_path / "web"), "code": str(tmp_path / "code")},
+            weights={"web": 1, "code": 1},
+            validation_sources={"code": str(tmp_path / "held")},
+        )
+        assert [len(part) for part in self.parts(data, "web")] == [70, 20, 10]
+        assert [len(part) for part in self.parts(data, "code")] == [90, 100, 10]
+        assert self.parts(data, "code")[1] == list(range(2000, 2100))
+
+    def test_sources_of_one_length_have_orders_of_their_own(self, tmp_path: Path) -> None:
+        for name in ("web", "code"):
+            write_documents(tmp_path / name, [np.arange(1000)])
+        sources = {name: str(tmp_path / name) for name in ("web", "code")}
+        data = DataConfig(CorpusSource.tokens, sources=sources, weights={"web": 1, "code": 1})
+        opened = open_data(run_with(data, 2, 5000)).train
+        web, code = (opened[name].take(np.arange(50)) for name in ("web", "code"))
+        assert (web != code).any()
 
 
 class TestRefusedBeforeRanksStart:
@@ -255,6 +314,15 @@ class TestRefusedBeforeRanksStart:
     def test_the_validation_file_is_refused_by_its_own_name(self, web: Path) -> None:
         assert self.refused(tokens(web, web.parent / "held")).field == "data.validation"
 
+    def test_a_source_is_refused_by_its_name(self, web: Path) -> None:
+        sources = {"web": str(web), "code": str(web.parent / "code")}
+        data = DataConfig(CorpusSource.tokens, sources=sources, weights={"web": 1, "code": 1})
+        assert self.refused(data).field == "data.sources.code"
+        data.sources["code"], data.validation_sources = str(web), {"web": str(web.parent / "held")}
+        assert self.refused(data).field == "data.validation_sources.web"
+        data.validation_sources, data.validation_fraction = {}, 0.1
+        assert self.refused(data, 20).why.startswith("the validation part of web has 10 tokens")
+
 
 def test_an_id_without_an_embedding_is_found_where_it_is_read(tmp_path: Path) -> None:
     ids = np.zeros(3_000_000, np.uint16)
@@ -262,7 +330,7 @@ def test_an_id_without_an_embedding_is_found_where_it_is_read(tmp_path: Path) ->
     write_documents(tmp_path / "web", [ids])
     run = run_with(tokens(tmp_path / "web", fraction=0.1), 8)
     check_data(run)
-    samples = open_data(run).train
+    samples = open_data(run).train[ONLY]
     with pytest.raises(ConfigError, match="token id 60000 at token 1000003"):
         samples.take(np.arange(len(samples)))
 
@@ -278,6 +346,6 @@ def test_check_ids_counts_from_the_file_s_beginning() -> None:
 def test_every_kind_of_whole_number_is_read_as_int64(dtype: str, tmp_path: Path) -> None:
     ids: npt.NDArray[Any] = np.arange(100).astype(dtype)
     write_documents(tmp_path / "web", [ids])
-    taken = open_data(run_with(tokens(tmp_path / "web"), 3)).validation.take(np.arange(2))
+    taken = open_data(run_with(tokens(tmp_path / "web"), 3)).validation[ONLY].take(np.arange(2))
     assert taken.dtype == np.int64
     assert taken.tolist() == [[75, 76, 77, 78], [78, 79, 80, 81]]

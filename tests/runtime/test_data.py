@@ -1,0 +1,83 @@
+"""Token files, blends and tokenizers in runs as a user starts them."""
+
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.data.token_files import write_documents
+from tests.runtime.command import SMALL, launcher, metrics, trained
+
+BLEND = [
+    "data=tokens", "data.sources.web=web", "data.sources.code=code",
+    "data.weights.web=3", "data.validation_fraction=0.2", "data.test_fraction=0.1",
+    "run.dir=r", "parallelism.data=2",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def blended(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 4 steps of 8 samples on two sources, stopped at 2."""
+    folder = tmp_path_factory.mktemp("blend")
+    generator = np.random.default_rng(0)
+    for name, low, high in (("web", 0, 64), ("code", 128, 200)):
+        write_documents(folder / name, [generator.integers(low, high, 4000)])
+    trained(*BLEND, "data.weights.code=1", "training.steps=4", "training.stop_at=2", cwd=folder)
+    return folder
+
+
+def test_a_blend_counts_epochs_and_validates_each_source(blended: Path) -> None:
+    rows = metrics(blended / "r")
+    windows = (2800 - 1) // 32
+    assert rows[-1]["data/epochs/web"] == pytest.approx(12 / windows)
+    assert rows[-1]["data/epochs/code"] == pytest.approx(4 / windows)
+    web, code = rows[-1]["val/loss/web"], rows[-1]["val/loss/code"]
+    assert web != code
+    assert rows[-1]["val/loss"] == pytest.approx((3 * web + code) / 4)
+    assert not any(name.startswith("test/") for name in rows[-1])
+
+
+def test_a_changed_blend_is_refused_and_on_request_counts_from_a_stated_sample(blended: Path) -> None:
+    changed = [*BLEND, "data.weights.code=3", "training.steps=4"]
+    refused = launcher(*SMALL, *changed, cwd=blended)
+    assert refused.returncode == 2
+    assert "data.weights={code: 3.0, web: 3.0}" in refused.stderr
+    assert "'data.weights={code: 1.0, web: 3.0}'" in refused.stderr
+    assert "checkpoint.new_blend=true (the new one counts from sample 16 on)" in refused.stderr
+    said = trained(*changed, "checkpoint.new_blend=true", "training.stop_at=3", cwd=blended)
+    assert "a new blend from sample 16 on: {code: 3.0, web: 3.0} (until then {code: 1.0, web: 3.0})" in said
+    windows = (2800 - 1) // 32
+    assert metrics(blended / "r")[-1]["data/epochs/web"] == pytest.approx((12 + 4) / windows)
+    # It goes on with it by itself, and the test part is read once, at the end.
+    said = trained(*changed, cwd=blended)
+    assert "a new blend" not in said
+    rows = metrics(blended / "r")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert rows[-1]["data/epochs/web"] == pytest.approx((12 + 8) / windows)
+    assert rows[-1]["data/epochs/code"] == pytest.approx((4 + 8) / windows)
+    assert {name for name in rows[-1] if name.startswith("test/")} == {
+        "test/loss", "test/loss/web", "test/loss/code",
+    }  # fmt: skip
+
+
+def test_a_source_that_keeps_its_name_keeps_its_tokens(blended: Path) -> None:
+    write_documents(blended / "other", [np.zeros(4000, np.uint8)])
+    changed = [*BLEND, "data.sources.code=other", "data.weights.code=1", "checkpoint.new_blend=true"]
+    refused = launcher(*SMALL, *changed, "training.steps=9", cwd=blended)
+    assert refused.returncode == 2
+    assert "trained on another code: its digest is" in refused.stderr
+
+
+def test_an_id_without_an_embedding_ends_the_run_where_it_is_read(tmp_path: Path) -> None:
+    ids = np.zeros(3_000_000, np.uint16)
+    looked_at = np.linspace(0, 2_850_000 - 4096, 256).astype(int)  # by the check before ranks start
+    for start, after in pairwise(looked_at):
+        ids[start + 4096 : after] = 300
+    write_documents(tmp_path / "web", [ids])
+    done = launcher(
+        *SMALL, "data=tokens", "data.train=web", "parallelism.data=2", "training.steps=4", cwd=tmp_path
+    )
+    assert done.returncode == 2, done.stdout
+    assert "model.vocab_size=256: web.bin has token id 300 at token" in done.stderr
+    assert "Traceback" not in done.stderr
