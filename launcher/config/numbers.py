@@ -58,6 +58,8 @@ NUMBERS: dict[str, tuple[Range, str]] = {
     "data.test_fraction": (BELOW_1, "0"),
     "data.sequence_length": (COUNT, "null"),
     "data.end_of_document": (NOT_NEGATIVE, "null"),
+    "data.num_workers": (NOT_NEGATIVE, "1"),
+    "data.prefetch": (COUNT, "2"),
     "optimizer.lr": (ABOVE_0, "1e-3"),
     "optimizer.weight_decay": (FROM_0, "0"),
     "optimizer.gradient_clipping": (ABOVE_0, "null (off)"),

@@ -150,6 +150,8 @@ class DataConfig:
     sequence_length: Optional[int] = None  # null: model.max_sequence_length
     document_attention: bool = False  # attention and positions stop where a document ends
     end_of_document: Optional[int] = None  # tokens: the id that ends each document; bytes end with 0
+    num_workers: int = 1  # threads of each rank that read ahead; 0: the step reads
+    prefetch: int = 2  # global batches that they are ahead
 
 
 @dataclass

@@ -8,7 +8,6 @@ Shapes: B micro-batch, T sequence length, A accumulation (micro-batches per step
 
 import hashlib
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -78,26 +77,6 @@ class Source(Protocol):
     """Samples by their number from the beginning of the run."""
 
     def take(self, indices: npt.NDArray[np.int64]) -> MicroBatch: ...
-
-
-def micro_batches(
-    samples: Source,
-    *,
-    samples_consumed: int,
-    global_batch_size: int,
-    micro_batch_size: int,
-    data_rank: int,
-    data_size: int,
-) -> Iterator[MicroBatch]:
-    """The A micro-batches of one data rank for one step."""
-    indices = sample_indices(
-        samples_consumed=samples_consumed,
-        global_batch_size=global_batch_size,
-        micro_batch_size=micro_batch_size,
-        data_rank=data_rank,
-        data_size=data_size,
-    )
-    return map(samples.take, indices)
 
 
 def permute(

@@ -41,6 +41,11 @@ class Engine(ABC):
     ):
         self.module, self.optimizer, self.mesh, self.zero_stage = module, optimizer, mesh, zero_stage
 
+    @property
+    def reads_data(self) -> bool:
+        """Whether this rank takes anything of the batches it is given: not on an inner pipeline stage."""
+        return True
+
     @abstractmethod
     def train_batch(self, batches: MicroBatches) -> StepResult:
         """One optimizer step over this data rank's micro-batches. Collective over the world."""

@@ -56,6 +56,11 @@ class PipelineEngine(Engine):
         if self.documents.end_of_document is not None:
             module.register_forward_pre_hook(self._begin)
 
+    @property
+    def reads_data(self) -> bool:
+        ends = self.mesh.stage in (0, self.mesh.shape.pipeline - 1)
+        return ends or self.documents.end_of_document is not None
+
     def train_batch(self, batches: MicroBatches) -> StepResult:
         loss = self.deepspeed.train_batch(self._inputs(batches))
         return StepResult(float(loss), float(self.deepspeed.get_global_grad_norm()))

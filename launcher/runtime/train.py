@@ -5,6 +5,8 @@ import sys
 import time
 from contextlib import nullcontext
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
@@ -14,8 +16,9 @@ from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
 from launcher.config.shape import sequence_length
 from launcher.data.blend import Blend
+from launcher.data.loader import Loader
 from launcher.data.open import ONLY, open_data
-from launcher.data.sampler import Samples, Source, micro_batches
+from launcher.data.sampler import Samples, Source, sample_indices
 from launcher.engine.base import Engine, MicroBatches
 from launcher.engine.build import build_engine
 from launcher.engine.optimizer import learning_rate
@@ -48,9 +51,10 @@ def train(run: RunConfig, layout: Layout, directory: RunDir, device: torch.devic
         if taken:
             _say(log, f"resumed  {taken}, at step {progress.step}" if progress.step else f"begun    {taken}")
         listening = stop if stop_grace(run) else nullcontext()
-        with listening, ProgressDisplay(last) if log else _Silent() as display:
+        display = ProgressDisplay(last) if log else _Silent()
+        with listening, display, loader_of(run, engine, training) as loader:
             while progress.step < last and not checkpoints.stopping:
-                row = train_step(run, layout, engine, training, progress, device)
+                row = train_step(run, layout, engine, loader, progress)
                 progress = progress.after(run.training.global_batch_size)
                 if is_validation_step(run, progress.step, last):
                     row |= validated(run, engine, data.validation, "val/loss")
@@ -82,9 +86,8 @@ def train_step(
     run: RunConfig,
     layout: Layout,
     engine: Engine,
-    samples: Blend,
+    loader: Loader,
     progress: Progress,
-    device: torch.device,
 ) -> Row:
     """The optimizer step after `progress`, and its row of metrics. Collective over the world."""
     step, length = progress.step + 1, sequence_length(run)
@@ -92,7 +95,7 @@ def train_step(
     engine.set_learning_rate(rate)
     engine.random.begin_step(step)
     started = time.perf_counter()
-    result = engine.train_batch(global_batch(run, engine, samples, progress.samples))
+    result = engine.train_batch(loader.step(progress.samples) if engine.reads_data else [])
     elapsed = time.perf_counter() - started
     seen = progress.samples + run.training.global_batch_size
     return {
@@ -103,6 +106,7 @@ def train_step(
         "train/samples": seen,
         "train/tokens": seen * length,
         **performance(run, layout, length, elapsed),
+        "perf/data_wait": loader.waited / elapsed,
     }
 
 
@@ -157,10 +161,25 @@ def is_validation_step(run: RunConfig, step: int, last: int) -> bool:
     return step == last or (interval > 0 and (step == 1 or step % interval == 0))
 
 
+def loader_of(run: RunConfig, engine: Engine, training: Source) -> Loader:
+    """What reads this data rank's batches, ahead of the steps."""
+    return Loader(
+        training,
+        lambda consumed: own_samples(run, engine, consumed),
+        global_batch_size=run.training.global_batch_size,
+        threads=run.data.num_workers,
+        ahead=run.data.prefetch,
+    )
+
+
 def global_batch(run: RunConfig, engine: Engine, samples: Source, consumed: int) -> MicroBatches:
     """This data rank's micro-batches of the global batch after `consumed` samples."""
-    return micro_batches(
-        samples,
+    return map(samples.take, own_samples(run, engine, consumed))
+
+
+def own_samples(run: RunConfig, engine: Engine, consumed: int) -> npt.NDArray[np.int64]:
+    """Which samples (A, B) of the global batch after `consumed` are this data rank's."""
+    return sample_indices(
         samples_consumed=consumed,
         global_batch_size=run.training.global_batch_size,
         micro_batch_size=run.training.micro_batch_size,

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launcher.data.sampler import Samples, micro_batches, permute, sample_indices
+from launcher.data.sampler import Samples, permute, sample_indices
 from launcher.data.windows import Stretch, Windows
 
 
@@ -209,16 +209,16 @@ class TestLedger:
         ]
         for step in range(3):
             ranks = [
-                list(
-                    micro_batches(
-                        samples,
+                [
+                    samples.take(indices)
+                    for indices in sample_indices(
                         samples_consumed=12 * step,
                         global_batch_size=12,
                         micro_batch_size=layout.micro_batch_size,
                         data_rank=rank,
                         data_size=layout.data_size,
                     )
-                )
+                ]
                 for rank in range(layout.data_size)
             ]
             assert all(batch.shape == (layout.micro_batch_size, 4) for rank in ranks for batch in rank)
