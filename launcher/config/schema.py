@@ -150,6 +150,7 @@ class DataConfig:
     sequence_length: Optional[int] = None  # null: model.max_sequence_length
     document_attention: bool = False  # attention and positions stop where a document ends
     end_of_document: Optional[int] = None  # tokens: the id that ends each document; bytes end with 0
+    tokenizer: Optional[str] = None  # tokens: a tokenizer.json; null: NAME.tokenizer.json beside the files
     num_workers: int = 1  # threads of each rank that read ahead; 0: the step reads
     prefetch: int = 2  # global batches that they are ahead
 
@@ -269,6 +270,7 @@ class GenerateConfig:
 
     run: RunDirConfig = field(default_factory=RunDirConfig)
     prompt: str = "import "
+    tokenizer: Optional[str] = None  # a tokenizer.json; null: what the run recorded
     max_new_tokens: int = 200
     temperature: float = 0.8  # 0: always the likeliest token
     top_k: int = 50  # 0: off

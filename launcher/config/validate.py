@@ -213,6 +213,9 @@ def check_vocabulary(run: RunConfig) -> None:
 
 def check_documents(run: RunConfig) -> None:
     end, size = run.data.end_of_document, run.model.vocab_size
+    if run.data.tokenizer is not None and run.data.source is not CorpusSource.tokens:
+        why = f"data={run.data.source.name} is bytes"
+        raise refusal(run, "data.tokenizer", why, "data.tokenizer=null")
     if end is not None and run.data.source is not CorpusSource.tokens:
         why = f"data={run.data.source.name} is bytes, and ends each file with {END_OF_TEXT}"
         raise refusal(run, "data.end_of_document", why, "data.end_of_document=null")

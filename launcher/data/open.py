@@ -1,16 +1,29 @@
 """A run's data, opened: what it trains on, validates and tests on, checked as far as a second allows."""
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from launcher.config.errors import ConfigError
 from launcher.config.schema import CorpusSource, RunConfig
 from launcher.config.shape import sequence_length
 from launcher.data.blend import Blend, Segment
+from launcher.data.card import tokenizer_path
 from launcher.data.corpus import load_corpus, token_counts
 from launcher.data.sampler import Samples
-from launcher.data.tokens import Part, TokenSplit, check_documents_end, open_tokens, probe_ids
+from launcher.data.tokenizer import HuggingFace
+from launcher.data.tokens import (
+    Part,
+    TokenSplit,
+    check_documents_end,
+    check_vocabulary,
+    open_tokens,
+    probe_ids,
+)
 from launcher.data.windows import Stretch, Windows, check_long_enough
 
+TOKENIZER = "tokenizer.json"
 ONLY = ""  # the name of the source where there is one
 
 
@@ -64,7 +77,11 @@ def check_data(run: RunConfig) -> None:
         train, validation = token_counts(run.data)
         _check_lengths(run, ONLY, {"training": [train], "validation": [validation]})
         return
-    for name, split in _token_splits(run).items():
+    splits = _token_splits(run)
+    for prefix in _prefixes(splits):
+        check_vocabulary(run.model.vocab_size, prefix)
+    tokenizer_of(run, splits)
+    for name, split in splits.items():
         parts = {"training": split.train, "validation": split.validation, "test": split.test}
         for stretches in parts.values():
             probe_ids(stretches, run.model.vocab_size)
@@ -106,6 +123,40 @@ def _token_splits(run: RunConfig) -> dict[str, TokenSplit]:
         )
         for name, train in d.sources.items()
     }
+
+
+def _prefixes(splits: dict[str, TokenSplit]) -> list[Path]:
+    return [file.prefix for split in splits.values() for file in split.files]
+
+
+def tokenizer_of(run: RunConfig, splits: dict[str, TokenSplit]) -> Path | None:
+    """The tokenizer.json that token files were made with; None where none is beside them.
+
+    Raises ConfigError for one that cannot be read, and for files that were made with several.
+    """
+    if run.data.tokenizer is not None:
+        path = Path(run.data.tokenizer).expanduser()
+        HuggingFace(path, field="data.tokenizer")
+        return path
+    found = [path for prefix in _prefixes(splits) if (path := tokenizer_path(prefix)).exists()]
+    for other in found[1:]:
+        if other.read_bytes() != found[0].read_bytes():
+            why = f"{found[0]} and {other} are two tokenizers, and one model has one"
+            raise ConfigError("data.tokenizer", None, why, "token files made with one of them")
+    return found[0] if found else None
+
+
+def record_tokenizer(run: RunConfig, folder: Path) -> None:
+    """Copy the tokenizer of the run's token files, if there is one, to folder/tokenizer.json."""
+    if run.data.source is not CorpusSource.tokens:
+        return
+    found, own = tokenizer_of(run, _token_splits(run)), folder / TOKENIZER
+    if found is None or (own.exists() and own.read_bytes() == found.read_bytes()):
+        return
+    folder.mkdir(exist_ok=True)
+    for path in (*folder.glob("tokenizer*"), *folder.glob("special_tokens_map.json")):
+        path.unlink()  # of the model that the run began with, which had another
+    shutil.copyfile(found, own)
 
 
 def _samples(run: RunConfig, stretches: list[Stretch], shuffle_seed: str | None) -> Samples:

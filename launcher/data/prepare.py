@@ -23,6 +23,7 @@ import numpy as np
 from launcher import __version__
 from launcher.config.errors import ConfigError, settings
 from launcher.config.schema import BadLines, PrepareConfig
+from launcher.data.card import card_path, tokenizer_path
 from launcher.data.reading import Batch, Kind, Place, batches, kind_of
 from launcher.data.token_file import bin_path, index_path, write_index
 from launcher.data.tokenise import (
@@ -33,7 +34,7 @@ from launcher.data.tokenise import (
     text_of,
     tokenise_here,
 )
-from launcher.data.tokenizer import Tokenizer, train_bpe
+from launcher.data.tokenizer import Tokenizer, train_bpe, write_byte_tokenizer
 
 JOURNAL, TOKENS, LENGTHS, INDEX, BAD = (
     "journal.json",
@@ -73,14 +74,6 @@ class Input:
 
 
 Show = Callable[[Progress, int], None]  # (progress, bytes read of all files)
-
-
-def card_path(prefix: Path) -> Path:
-    return prefix.with_name(f"{prefix.name}.json")
-
-
-def tokenizer_path(prefix: Path) -> Path:
-    return prefix.with_name(f"{prefix.name}.tokenizer.json")
 
 
 def bad_lines_path(prefix: Path) -> Path:
@@ -171,7 +164,12 @@ class Preparation:
                 Path(t.path).expanduser(), t.end_of_document
             ).load()  # refuses it under its own name
             shutil.copyfile(Path(t.path).expanduser(), own)
-        return TokenizerSpec(own if own.exists() else None, t.end_of_document)
+        elif self._is_bytes():
+            write_byte_tokenizer(own)
+        return TokenizerSpec(None if self._is_bytes() else own, t.end_of_document)
+
+    def _is_bytes(self) -> bool:
+        return self.config.tokenizer.path is None and self.config.tokenizer.train is None
 
     def _texts(self, most: int) -> Iterator[str]:
         """The beginning of every file, an equal share of `most` bytes each; bad lines are told of later."""
@@ -283,7 +281,7 @@ class Preparation:
 
     def _card(self, tokenizer: Tokenizer, progress: Progress) -> dict[str, Any]:
         return {
-            "tokenizer": tokenizer_path(self.target).name if (self.folder / TOKENIZER).exists() else "bytes",
+            "tokenizer": "bytes" if self._is_bytes() else "Hugging Face's tokenizers",
             "vocab_size": tokenizer.vocab_size,
             "end_of_document": tokenizer.end_of_document,
             "tokens": progress.tokens,

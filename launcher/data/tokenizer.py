@@ -21,7 +21,10 @@ USUAL_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>",
 class Tokenizer(Protocol):
     vocab_size: int
     dtype: np.dtype[Any]  # of ids
-    end_of_document: int  # the id that `launcher prepare` ends each document with
+
+    @property
+    def end_of_document(self) -> int:
+        """The id that `launcher prepare` ends each document with."""
 
     def encode(self, texts: Sequence[str]) -> list[npt.NDArray[Any]]:
         """The ids of each, without any that stand for no text. Raises UnicodeError for half a character."""
@@ -35,7 +38,8 @@ class Bytes:
     vocab_size, end_of_document, dtype = BYTE_VALUES, END_OF_TEXT, smallest_dtype(BYTE_VALUES)
 
     def encode(self, texts: Sequence[str]) -> list[npt.NDArray[Any]]:
-        return [np.frombuffer(text.encode(), self.dtype) for text in texts]
+        # A prompt from a command line may hold bytes that are no UTF-8; prepare refuses text that does.
+        return [np.frombuffer(text.encode(errors="surrogateescape"), self.dtype) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(min(token, BYTE_VALUES - 1) for token in ids).decode(errors="replace")
@@ -45,6 +49,7 @@ class HuggingFace:
     """A tokenizer.json. Raises ConfigError about `field` where it cannot be used."""
 
     def __init__(self, path: Path, end: str | None = None, *, field: str) -> None:
+        """`end` is the token that ends a document; None: one of the usual."""
         # Many at once in processes of our own; its threads would only stand in each other's way.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         from tokenizers import Tokenizer as Theirs
@@ -58,16 +63,21 @@ class HuggingFace:
         self._theirs.encode_special_tokens = True
         self._theirs.no_padding()
         self._theirs.no_truncation()
-        vocabulary = self._theirs.get_vocab()
-        self.vocab_size = max(vocabulary.values()) + 1  # ids may have gaps
+        self._path, self._field, self._end = path, field, end
+        self._vocabulary = self._theirs.get_vocab()
+        self.vocab_size = max(self._vocabulary.values()) + 1  # ids may have gaps
         self.dtype = smallest_dtype(self.vocab_size)
-        known = [token for token in ((end,) if end else USUAL_ENDS) if token in vocabulary]
+
+    @property
+    def end_of_document(self) -> int:
+        end = self._end
+        known = [token for token in ((end,) if end else USUAL_ENDS) if token in self._vocabulary]
         if not known:
             why = f"has no token {end!r}" if end else f"has none of {', '.join(USUAL_ENDS)}"
-            other = next(iter(vocabulary), "TOKEN")
+            other = next(iter(self._vocabulary), "TOKEN")
             remedy = shlex.quote(f'tokenizer.end_of_document="{other}"') + ", or another that it has"
-            raise ConfigError(field, path, why, remedy)
-        self.end_of_document = vocabulary[known[0]]
+            raise ConfigError(self._field, self._path, why, remedy)
+        return int(self._vocabulary[known[0]])
 
     def encode(self, texts: Sequence[str]) -> list[npt.NDArray[Any]]:
         found = self._theirs.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -76,6 +86,28 @@ class HuggingFace:
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self._theirs.decode(list(ids), skip_special_tokens=False)
         return text
+
+
+def write_byte_tokenizer(path: Path) -> None:
+    """Bytes as a tokenizer.json: each byte of UTF-8 is a token, and its value the id."""
+    from tokenizers import Tokenizer as Theirs
+    from tokenizers import decoders, models, pre_tokenizers
+
+    # The library writes a byte as a character: itself where that can be seen, else the next from 256 on.
+    seen = [*range(ord("!"), ord("~") + 1), *range(ord("\u00a1"), ord("\u00ac") + 1)]
+    seen += range(ord("\u00ae"), ord("\u00ff") + 1)
+    unseen = (byte for byte in range(BYTE_VALUES) if byte not in seen)
+    characters = {byte: chr(byte) for byte in seen} | {byte: chr(256 + n) for n, byte in enumerate(unseen)}
+    made = Theirs(models.BPE({character: byte for byte, character in characters.items()}, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.decoder = decoders.ByteLevel()
+    _save(made, path)
+
+
+def _save(made: Any, path: Path) -> None:
+    aside = path.with_name(f"{path.name}.tmp")
+    made.save(str(aside))
+    aside.rename(path)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, path: Path) -> None:
@@ -97,9 +129,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, path: Path) -> None:
         show_progress=False,
     )
     made.train_from_iterator(texts, trainer)
-    aside = path.with_name(f"{path.name}.tmp")
-    made.save(str(aside))
-    aside.rename(path)
+    _save(made, path)
     if made.get_vocab_size() < vocab_size:
         why = f"the text has no more than {made.get_vocab_size()} tokens to make"
         raise ConfigError("vocab", vocab_size, why, f"vocab={made.get_vocab_size()}, or more text")

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from launcher.config.errors import ConfigError, as_typed
+from launcher.data.card import card_path, vocab_size_of
 from launcher.data.token_file import TokenFile, TokenFileError, bin_path, index_path, open_token_file
 from launcher.data.windows import Stretch, check_ids
 
@@ -59,6 +60,14 @@ def open_tokens(field: str, train: str, validation: Part, test: Part) -> TokenSp
         return [_stretch(file, *cut[number : number + 2]) for file, cut in zip(files, cuts, strict=True)]
 
     return TokenSplit(files, part(0), part(1, validation), part(2, test))
+
+
+def check_vocabulary(vocab_size: int, prefix: Path) -> None:
+    """Raise ConfigError where the card beside a prepared file tells of more tokens than the model has."""
+    tokens = vocab_size_of(prefix)
+    if tokens is not None and tokens > vocab_size:
+        why = f"{card_path(prefix)} says that its tokenizer has {tokens} tokens"
+        raise ConfigError("model.vocab_size", vocab_size, why, f"model.vocab_size={tokens} (or more)")
 
 
 def probe_ids(stretches: Sequence[Stretch], vocab_size: int) -> None:

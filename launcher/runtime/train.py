@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
+from launcher.checkpoint.companions import DIRECTORY as COMPANIONS
 from launcher.checkpoint.weights import save_weights
 from launcher.config.errors import as_typed
 from launcher.config.layout import Layout
@@ -17,7 +18,7 @@ from launcher.config.schema import RunConfig
 from launcher.config.shape import sequence_length
 from launcher.data.blend import Blend
 from launcher.data.loader import Loader
-from launcher.data.open import ONLY, open_data
+from launcher.data.open import ONLY, open_data, record_tokenizer
 from launcher.data.sampler import Samples, Source, sample_indices
 from launcher.engine.base import Engine, MicroBatches
 from launcher.engine.build import build_engine
@@ -43,6 +44,8 @@ def train(run: RunConfig, layout: Layout, directory: RunDir, device: torch.devic
     stop = StopRequest()
     checkpoints = Checkpoints(run, layout, engine, directory, data.digests, stop)
 
+    if engine.mesh.rank == 0:
+        record_tokenizer(run, directory.path / COMPANIONS)
     log = MetricsLog(run, layout, directory, progress.step + 1) if engine.mesh.rank == 0 else None
     failed = True
     try:

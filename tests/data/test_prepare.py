@@ -23,17 +23,11 @@ import launcher.data.prepare
 from launcher.config.errors import ConfigError
 from launcher.config.schema import BadLines, PrepareConfig, TokenizerTraining
 from launcher.data import reading
-from launcher.data.prepare import (
-    Preparation,
-    Progress,
-    bad_lines_path,
-    card_path,
-    find_inputs,
-    tokenizer_path,
-)
+from launcher.data.card import card_path, tokenizer_path
+from launcher.data.prepare import Preparation, Progress, bad_lines_path, find_inputs
 from launcher.data.reading import kind_of
 from launcher.data.token_file import bin_path, index_path, open_token_file
-from launcher.data.tokenizer import Bytes, HuggingFace, pieces
+from launcher.data.tokenizer import Bytes, HuggingFace, pieces, write_byte_tokenizer
 from tests.config.test_cli import ENVIRONMENT
 
 TEXTS = ["Ein Satz.\n", "naïve café — 漢字 🙂", "x", 'quotes " and \\ and \ttabs\n\n', "zwei\nZeilen"]
@@ -263,6 +257,15 @@ class TestTokenizers:
         [ids] = Bytes().encode([TEXTS[1]])
         assert Bytes().decode(ids.tolist()) == TEXTS[1]
 
+    def test_bytes_as_a_tokenizer_json_are_the_same_tokens(self, tmp_path: Path) -> None:
+        write_byte_tokenizer(tmp_path / "t.json")
+        own = HuggingFace(tmp_path / "t.json", field="x")
+        assert own.vocab_size == 256
+        every = ["".join(map(chr, range(0x300))), *TEXTS]
+        for ours, theirs in zip(Bytes().encode(every), own.encode(every), strict=True):
+            assert theirs.tolist() == ours.tolist()
+            assert own.decode(ours.tolist()) == Bytes().decode(ours.tolist())
+
 
 class TestBadLines:
     """Each is told of by file and line, ends the preparation or is left out, and nothing looks whole."""
@@ -449,7 +452,7 @@ class TestSameResult:
     ) -> None:
         prepared(corpus, tmp_path / "whole", **SKIP)
         rename, renamed = Path.rename, 0
-        for stop_at in range(1, 5):  # the list of bad lines, the card, .bin and .idx
+        for stop_at in range(1, 6):  # the list of bad lines, the tokenizer, the card, .bin and .idx
             target = tmp_path / f"cut{stop_at}"
 
             def stop(path: Path, to: Path, target: Path = target, stop_at: int = stop_at) -> Path:

@@ -1,11 +1,18 @@
 """Token files, blends and tokenizers in runs as a user starts them."""
 
+import json
+import shutil
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from launcher.config.compose import load_typed
+from launcher.config.schema import RunConfig
+from launcher.data.tokenizer import HuggingFace
+from launcher.runtime.generate import load_model
 from tests.data.token_files import write_documents
 from tests.runtime.command import SMALL, launcher, metrics, trained
 
@@ -81,3 +88,70 @@ def test_an_id_without_an_embedding_ends_the_run_where_it_is_read(tmp_path: Path
     assert done.returncode == 2, done.stdout
     assert "model.vocab_size=256: web.bin has token id 300 at token" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Text, token files made of it in two ways, and a run on the second."""
+    folder = tmp_path_factory.mktemp("prepared")
+    lines = [json.dumps({"text": f"the cat {n} sat on the mat {n * n} times"}) + "\n" for n in range(400)]
+    (folder / "text.jsonl").write_text("".join(lines))
+    for arguments in (["bytes"], ["bpe", "tokenizer.train=bpe", "vocab=300"]):
+        done = launcher("prepare", "text.jsonl", *arguments, cwd=folder)
+        assert done.returncode == 0, done.stderr
+    trained(
+        "data=tokens", "data.train=bpe", "model.vocab_size=300", "data.document_attention=true",
+        "data.end_of_document=0", "run.dir=r", "parallelism=pp2", "parallelism.data=1", "training.steps=2",
+        cwd=folder,
+    )  # fmt: skip
+    return folder
+
+
+def test_generate_uses_the_tokenizer_that_the_run_recorded(prepared: Path) -> None:
+    (prepared / "bpe.tokenizer.json").rename(prepared / "elsewhere.json")
+    try:
+        done = launcher(
+            "generate", "run.dir=r", "prompt=the cat", "max_new_tokens=5", "temperature=0", cwd=prepared
+        )
+    finally:
+        (prepared / "elsewhere.json").rename(prepared / "bpe.tokenizer.json")
+    assert done.returncode == 0, done.stderr
+    recorded = HuggingFace(prepared / "r" / "huggingface" / "tokenizer.json", field="x")
+    model = load_model(load_typed(prepared / "r" / "config.yaml", RunConfig), prepared / "r")
+    tokens = recorded.encode(["the cat"])[0].tolist()
+    assert tokens[0] > 255
+    for _ in range(5):
+        tokens.append(int(model.logits(torch.tensor([tokens]))[0, -1, :300].argmax()))
+    assert done.stdout == recorded.decode(tokens) + "\n"
+    exported = launcher("export", "r", "hf", cwd=prepared)
+    assert exported.returncode == 0, exported.stderr
+    assert (prepared / "hf" / "tokenizer.json").read_bytes() == (prepared / "bpe.tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["data.train=bpe"], "model.vocab_size=256: bpe.json says that its tokenizer has 300 tokens"),
+        (
+            ["data.sources.a=bpe", "data.sources.b=bytes", "data.weights.a=1", "data.weights.b=1",
+             "model.vocab_size=300"],
+            "data.tokenizer: bpe.tokenizer.json and bytes.tokenizer.json are two tokenizers",
+        ),
+        (["data.train=bytes", "data.tokenizer=text.jsonl"], "data.tokenizer=text.jsonl: cannot be read"),
+    ],
+)  # fmt: skip
+def test_tokenizers_that_do_not_fit_are_refused(arguments: list[str], said: str, prepared: Path) -> None:
+    done = launcher(*SMALL, "data=tokens", *arguments, cwd=prepared)
+    assert done.returncode == 2
+    assert said in done.stderr
+
+
+def test_generate_without_a_tokenizer_asks_for_one(prepared: Path, tmp_path: Path) -> None:
+    shutil.copytree(prepared / "r", tmp_path / "r")
+    shutil.rmtree(tmp_path / "r" / "huggingface")
+    done = launcher("generate", "run.dir=r", "prompt=the", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "the run recorded none" in done.stderr
+    path = prepared / "bpe.tokenizer.json"
+    done = launcher("generate", "run.dir=r", "prompt=the", f"tokenizer={path}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
