@@ -15,7 +15,7 @@ from launcher.checkpoint.inspect import inspect
 from launcher.config.compose import Job, compose_jobs, load_typed
 from launcher.config.errors import ConfigError
 from launcher.config.layout import Layout
-from launcher.config.schema import Device, GenerateConfig, RunConfig
+from launcher.config.schema import Device, Family, GenerateConfig, RunConfig
 from launcher.config.validate import validate, validate_generate
 from launcher.data.open import check_data
 from launcher.data.prepare_command import prepare
@@ -94,7 +94,9 @@ def generate(arguments: list[str]) -> int:
     for job in compose_jobs("generate", GenerateConfig, arguments):
         run_dir = Path(validate_generate(job.config)).expanduser()
         # Read here only to refuse it: what comes next imports torch.
-        load_typed(run_dir / CONFIG, RunConfig)
+        if load_typed(run_dir / CONFIG, RunConfig).model.family is Family.vit:
+            why = "is of a classifier of images, which writes no text"
+            raise ConfigError("run.dir", run_dir, why, "the directory of a language model's run")
         share_cores(1, this_machine().cores)
         from launcher.runtime.generate import generate as sample_text
 

@@ -67,7 +67,10 @@ def closest_fields(name: str, root: type[Any]) -> list[str]:
         return [f"{section}.{close}" for close in get_close_matches(leaf, inner, n=2)]
     if not section and (close := get_close_matches(name, [*groups_of(root), *sections], n=1)):
         return close
-    close = get_close_matches(leaf, {_leaf(field) for field in fields}, n=2)
+    leaves = {_leaf(field) for field in fields}
+    # batch_size is short for micro_batch_size, and not patch_size misspelt.
+    longer = {one for one in leaves if one.endswith(f"_{leaf}")}
+    close = get_close_matches(leaf, longer or leaves, n=2)
     return [field for best in close for field in fields if _leaf(field) == best][:2]
 
 

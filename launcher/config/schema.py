@@ -16,10 +16,21 @@ from omegaconf import MISSING, OmegaConf
 
 
 class Family(Enum):
-    """`gpt`: learned positions, LayerNorm, GELU, biases. `llama`: RoPE, RMSNorm, SwiGLU, no biases."""
+    """`gpt`: learned positions, LayerNorm, GELU, biases. `llama`: RoPE, RMSNorm, SwiGLU, no biases.
+
+    `vit`: a classifier of images from gpt's blocks, attending to all patches (arXiv 2010.11929).
+    """
 
     gpt = "gpt"
     llama = "llama"
+    vit = "vit"
+
+
+class Pooling(Enum):
+    """What a vit's head sees: the class token that it has beside the patches, or the mean of the patches."""
+
+    class_token = "class_token"
+    mean = "mean"
 
 
 class ActivationCheckpointing(Enum):
@@ -51,11 +62,14 @@ class CorpusSource(Enum):
     """`stdlib`: the Python standard library's own source text. `text`: the user's files, as bytes.
 
     `tokens`: Megatron-LM's indexed datasets, as its preprocess_data.py or `launcher prepare` write them.
+    `digits`: scikit-learn's 1797 scans of handwritten digits. `image_folder`: a directory per class.
     """
 
     stdlib = "stdlib"
     text = "text"
     tokens = "tokens"
+    digits = "digits"
+    image_folder = "image_folder"
 
 
 class OptimizerName(Enum):
@@ -93,13 +107,19 @@ class ModelConfig:
     num_heads: int = MISSING
     num_kv_heads: Optional[int] = None  # null: num_heads (no grouping)
     ffn_hidden_size: int = MISSING
-    vocab_size: int = MISSING
-    max_sequence_length: int = MISSING
+    vocab_size: int = MISSING  # 0 for vit, which has classes
+    max_sequence_length: int = MISSING  # 0 for vit, whose patches are counted
     tie_embeddings: bool = MISSING
     dropout: float = 0.0
     norm_epsilon: float = 1e-5
     rope_theta: float = 10000.0  # llama only
     init_std: float = 0.02
+    # vit only, else 0
+    num_classes: int = 0
+    image_size: int = 0  # pixels of a side
+    image_channels: int = 0  # 1: grey, 3: red, green, blue
+    patch_size: int = 0  # pixels of a side
+    pooling: Optional[Pooling] = None
 
 
 @dataclass
@@ -138,10 +158,11 @@ class HardwareConfig:
 @dataclass
 class DataConfig:
     source: CorpusSource = MISSING
-    train: Optional[str] = None  # text: a glob of files; tokens: NAME of NAME.bin and NAME.idx, or a glob
+    # text: a glob of files; tokens: NAME of NAME.bin and NAME.idx, or a glob; image_folder: a directory
+    train: Optional[str] = None
     validation: Optional[str] = None  # as `train`; null: a fraction of what `train` names
     validation_fraction: float = 0.05
-    test: Optional[str] = None  # tokens: as `train`; null: a fraction of it, if that is above 0
+    test: Optional[str] = None  # tokens, images: as `train`; null: a fraction of it, if that is above 0
     test_fraction: float = 0.0
     # A blend of token files, by names of your own, instead of `train`.
     sources: dict[str, str] = field(default_factory=dict)  # each as `train`

@@ -101,9 +101,15 @@ class Blend:
 
     def take(self, indices: Indices) -> MicroBatch:
         """Samples `indices` (B,)."""
-        rows: dict[int, MicroBatch] = {}
-        for name, (here, places) in self.locate(indices).items():
-            rows |= zip(here.tolist(), self.sources[name].take(places), strict=True)
+        found = self.locate(indices)
+        if len(found) == 1:
+            [(name, (_, places))] = found.items()
+            return self.sources[name].take(places)
+        rows: dict[int, Indices] = {}
+        for name, (here, places) in found.items():
+            taken = self.sources[name].take(places)
+            assert not isinstance(taken, tuple), "blends are of token files"
+            rows |= zip(here.tolist(), taken, strict=True)
         return np.stack([rows[row] for row in range(len(indices))])
 
     def locate(self, indices: Indices) -> dict[str, tuple[Indices, Indices]]:

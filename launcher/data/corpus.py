@@ -224,16 +224,16 @@ def _split(files: list[_Named], fraction: float) -> tuple[list[_Named], list[_Na
     """
     if len(files) == 1:
         return files, files
-    ranked = sorted(files, key=_split_key)
-    held_out = sum(_split_key(file) < fraction for file in ranked)
+    ranked = sorted(files, key=lambda file: split_key(file.name))
+    held_out = sum(split_key(file.name) < fraction for file in ranked)
     held_out = min(max(held_out, 1), len(files) - 1)
     return sorted(ranked[held_out:]), sorted(ranked[:held_out])
 
 
-def _split_key(file: _Named) -> float:
+def split_key(name: str) -> float:
     """In [0, 1), uniform over names."""
     # surrogateescape: on Linux a file name is any bytes, and those that are not UTF-8 still have to hash.
-    digest = hashlib.sha256(file.name.encode("utf-8", "surrogateescape")).digest()
+    digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
     # 53 bits: exactly a double's mantissa, so the quotient is exact and below 1.
     return (int.from_bytes(digest[:8], "big") >> 11) / 2**53
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from launcher.config.errors import ConfigError
 from launcher.config.schema import CorpusSource, RunConfig
-from launcher.config.shape import sequence_length
+from launcher.config.shape import is_of_images, sequence_length
 from launcher.data.blend import Blend, Segment
 from launcher.data.card import tokenizer_path
 from launcher.data.corpus import load_corpus, token_counts
+from launcher.data.images import ImageArray, ImageFiles, check_images, digit_counts, digits, image_folder
 from launcher.data.sampler import Samples
 from launcher.data.tokenizer import HuggingFace
 from launcher.data.tokens import (
@@ -52,6 +53,12 @@ def open_data(run: RunConfig) -> Data:
         splits = _token_splits(run)
         parts = {name: (one.train, one.validation, one.test) for name, one in splits.items()}
         digests = {name: one.digest() for name, one in splits.items()}
+    elif is_of_images(run):
+        images, digest = image_parts(run)
+        train, validation, test = (
+            Samples(part, seed) for part, seed in zip(images, (run.training.seed, None, None), strict=True)
+        )
+        return Data({ONLY: train}, {ONLY: validation}, {ONLY: test} if len(test) else {}, {ONLY: digest})
     else:
         corpus = load_corpus(run.data)
         parts = {ONLY: ([Stretch(corpus.train)], [Stretch(corpus.validation)], [])}
@@ -73,6 +80,9 @@ def check_data(run: RunConfig) -> None:
 
     Reads no text, and of token files a few pages. Raises ConfigError.
     """
+    if is_of_images(run):
+        _check_images(run)
+        return
     if run.data.source is not CorpusSource.tokens:
         train, validation = token_counts(run.data)
         _check_lengths(run, ONLY, {"training": [train], "validation": [validation]})
@@ -91,6 +101,28 @@ def check_data(run: RunConfig) -> None:
         if not sum(lengths["test"]):
             del lengths["test"]
         _check_lengths(run, name, lengths)
+
+
+def image_parts(run: RunConfig) -> tuple[Sequence[ImageArray | ImageFiles], str]:
+    """Training, validation and test part, and a digest of the first."""
+    if run.data.source is CorpusSource.digits:
+        return digits(run.data)
+    return image_folder(run.data, run.model)
+
+
+def _check_images(run: RunConfig) -> None:
+    if run.data.source is CorpusSource.digits:
+        counts = digit_counts(run.data)
+    else:
+        folders, _ = image_folder(run.data, run.model)
+        counts = [len(folder) for folder in folders]
+        for folder in folders:
+            check_images(folder)
+    for count, name in zip(counts[:2], ("train on", "validate on"), strict=True):
+        if count == 0:
+            why = f"of {sum(counts)} images it leaves none to {name}"
+            remedy = "data.validation_fraction=0.2, or more images"
+            raise ConfigError("data.validation_fraction", run.data.validation_fraction, why, remedy)
 
 
 def _check_lengths(run: RunConfig, name: str, parts: dict[str, list[int]]) -> None:

@@ -18,7 +18,8 @@ import numpy.typing as npt
 _ROUNDS = 16
 
 
-MicroBatch = npt.NDArray[np.int64]  # tokens (B, T+1): inputs are [:, :-1], labels [:, 1:]
+# Tokens (B, T+1), of which inputs are [:, :-1] and labels [:, 1:]; or images (B, C, S, S) and classes (B, 1).
+MicroBatch = npt.NDArray[np.int64] | tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]
 
 
 class Items(Protocol):

@@ -45,14 +45,14 @@ class BlockContext:
 
 
 class Norm(nn.Module):
-    """LayerNorm with weight and bias (gpt), or RMSNorm with weight (llama), over H."""
+    """LayerNorm with weight and bias (gpt, vit), or RMSNorm with weight (llama), over H."""
 
     def __init__(self, name: str, model: ModelConfig, tp: TensorParallel) -> None:
         super().__init__()
         self.tp, self.epsilon = tp, model.norm_epsilon
         make = tp.initializer.parameter
         self.weight = make(LogicalTensor(f"{name}.weight", (model.hidden_size,)), ones)
-        has_bias = model.family is Family.gpt
+        has_bias = model.family is not Family.llama
         self.bias = make(LogicalTensor(f"{name}.bias", (model.hidden_size,)), zeros) if has_bias else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ class HiddenDropout(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal self-attention over this rank's N/tp query and K/tp key/value heads.
+    """Self-attention, causal but in a vit, over this rank's N/tp query and K/tp key/value heads.
 
     `mask` (B, 1, T, T) narrows it further: see models/documents.py.
     """
@@ -91,7 +91,7 @@ class Attention(nn.Module):
         self.head_size = model.hidden_size // model.num_heads
         kv_heads = model.num_kv_heads or model.num_heads
         self.heads, self.kv_heads = model.num_heads // tp.axis.size, kv_heads // tp.axis.size
-        has_bias = model.family is Family.gpt
+        has_bias = model.family is not Family.llama
         segments = (model.hidden_size, kv_heads * self.head_size, kv_heads * self.head_size)
         self.qkv = ColumnParallelLinear(
             f"{name}.qkv", model.hidden_size, segments, tp, bias=has_bias, draw=normal(model.init_std)
@@ -128,7 +128,8 @@ class Attention(nn.Module):
                 k,
                 v,
                 attn_mask=mask,
-                is_causal=mask is None,  # a mask hides the future too
+                # A mask hides the future too, and patches of an image have none.
+                is_causal=mask is None and self.model.family is not Family.vit,
                 dropout_p=dropout,
                 enable_gqa=self.kv_heads != self.heads,
             )
@@ -136,12 +137,12 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """H -> F -> H: GELU (gpt, tanh form as GPT-2's) or SwiGLU (llama, gate and up fused)."""
+    """H -> F -> H: GELU (gpt, vit; the tanh form of both's own code) or SwiGLU (llama, gate and up fused)."""
 
     def __init__(self, name: str, model: ModelConfig, context: BlockContext) -> None:
         super().__init__()
         self.gated = model.family is Family.llama
-        ffn, has_bias = model.ffn_hidden_size, model.family is Family.gpt
+        ffn, has_bias = model.ffn_hidden_size, model.family is not Family.llama
         segments = (ffn, ffn) if self.gated else (ffn,)
         self.up = ColumnParallelLinear(
             f"{name}.{'gate_up' if self.gated else 'up'}",

@@ -46,10 +46,10 @@ class LearnedPositions(nn.Module):
     A position is counted from the sample's beginning, or from the document's (models/documents.py).
     """
 
-    def __init__(self, name: str, model: ModelConfig, context: BlockContext) -> None:
+    def __init__(self, name: str, positions: int, model: ModelConfig, context: BlockContext) -> None:
         super().__init__()
         self.tp, self.documents = context.tp, context.documents
-        shape = (model.max_sequence_length, model.hidden_size)
+        shape = (positions, model.hidden_size)
         self.weight = self.tp.initializer.parameter(
             LogicalTensor(f"{name}.weight", shape), normal(model.init_std)
         )
@@ -69,7 +69,7 @@ def language_layers(model: ModelConfig, context: BlockContext) -> list[Layer]:
     tp = context.tp
     tied = TIED_EMBEDDING if model.tie_embeddings else None
     vocabulary = (model.vocab_size, model.hidden_size, tp, model.init_std)
-    positions = [Layer(LearnedPositions, ("positions", model, context))]
+    positions = [Layer(LearnedPositions, ("positions", model.max_sequence_length, model, context))]
     return [
         Layer(VocabParallelEmbedding, ("embedding", *vocabulary), tied),
         *(positions if model.family is Family.gpt else []),
@@ -109,14 +109,14 @@ class FlatModel(nn.Module):
                 index = tied[layer.tied]
             self._calls.append((index, layer.project))
 
-    def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        """Tokens and labels (B, T) -> the loss."""
-        return self.loss(self.logits(tokens), labels)
+    def forward(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        """Inputs and their labels, as the layers and the loss take them -> the loss."""
+        return self.loss(self.logits(inputs), labels)
 
-    def logits(self, tokens: Tensor) -> Tensor:
-        """Tokens (B, T) -> this tensor rank's logits (B, T, V/tp)."""
-        self.documents.begin(tokens)
-        x = tokens
+    def logits(self, inputs: Tensor) -> Tensor:
+        """Tokens (B, T) -> this tensor rank's logits (B, T, V/tp); of images, see models/vision.py."""
+        self.documents.begin(inputs)
+        x = inputs
         for index, project in self._calls:
             x = self.layers[index](x, project=True) if project else self.layers[index](x)
         return x

@@ -16,7 +16,8 @@ from launcher.config.schema import CorpusSource, GenerateConfig, ParallelismConf
 from launcher.data.open import TOKENIZER
 from launcher.data.tokenizer import Bytes, HuggingFace, Tokenizer
 from launcher.models.blocks import BlockContext
-from launcher.models.language import FlatModel, language_layers, language_loss
+from launcher.models.language import FlatModel
+from launcher.models.model import flat_model
 from launcher.parallel.mesh import ProcessMesh
 from launcher.runtime.run_dir import CONFIG
 
@@ -59,9 +60,7 @@ def load_model(run: RunConfig, run_dir: Path) -> FlatModel:
     # Whatever layout trained it, one process holds it whole.
     run = replace(run, parallelism=ParallelismConfig())
     context = BlockContext.create(run, ProcessMesh.single(), torch.device("cpu"))
-    model = FlatModel(
-        language_layers(run.model, context), language_loss(run.model, context.tp), context.documents
-    )
+    model = flat_model(run.model, context)
     load_weights(model, run_dir)
     return model.eval()
 

@@ -131,9 +131,11 @@ def performance(run: RunConfig, layout: Layout, length: int, elapsed: float) -> 
 def validated(run: RunConfig, engine: Engine, parts: dict[str, Samples], name: str) -> Row:
     """Each source's loss and, of a blend, their mean by its weights. Collective over the world."""
     losses = {source: validation_loss(run, engine, samples) for source, samples in parts.items()}
+    accuracy = engine.accuracy()
     weights = {source: run.data.weights.get(source, 1.0) for source in losses}
     mean = sum(weights[source] * losses[source] for source in losses) / sum(weights.values())
-    return {name: mean, **{f"{name}/{source}": loss for source, loss in losses.items() if source != ONLY}}
+    row: Row = {name: mean, **{f"{name}/{source}": loss for source, loss in losses.items() if source != ONLY}}
+    return row if accuracy is None else row | {name.replace("loss", "accuracy"): accuracy}
 
 
 def epochs(training: Blend, progress: Progress) -> Row:

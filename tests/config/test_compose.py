@@ -41,6 +41,10 @@ MODELS = [option for group, option in OPTIONS if group == "model"]
 BESIDE = {
     ("data", "text"): ["data.train=README.md"],
     ("data", "tokens"): ["data.train=corpora/web"],
+    ("data", "digits"): ["model=vit_tiny"],
+    ("data", "image_folder"): ["model=vit_b16", "data.train=images"],
+    ("model", "vit_tiny"): ["data=digits"],
+    ("model", "vit_b16"): ["data=image_folder", "data.train=images"],
     ("optimizer", "sgd"): [],
 }
 
@@ -148,6 +152,7 @@ class TestConf:
         run = dataclasses.replace(
             node,
             model=composed(f"model={model}").model,
+            data=composed(*BESIDE.get(("model", model), [])).data,
             parallelism=composed(f"parallelism={parallelism}").parallelism,
         )
         if model == "gpt2_xl" and parallelism == "hybrid_3d":
@@ -313,7 +318,10 @@ class TestOwnFiles:
                 "no_group",
                 "modle: no such field (in experiment/no_group.yaml)\n  nearest that works: model",
             ),
-            ("no_option", "model=gpt_tny: no such option\n  nearest that works: model=gpt_tiny"),
+            (
+                "no_option",
+                "model=gpt_tny: no such option\n  nearest that works: model=gpt_tiny or model=vit_tiny",
+            ),
             (
                 "no_package",
                 "experiment=no_package: no such field: without its first line experiment/no_package.yaml is "
@@ -362,7 +370,7 @@ class TestLoad:
 class TestFields:
     def test_lists_every_field_with_what_it_takes(self) -> None:
         fields = FIELDS
-        assert fields["model.family"] == "gpt | llama"
+        assert fields["model.family"] == "gpt | llama | vit"
         assert fields["parallelism.data"] == "whole number | null"
         assert fields["hardware.peak_flops.bf16"] == "number | null"
         assert fields["model.tie_embeddings"] == "true | false"

@@ -10,7 +10,7 @@ from launcher.config.schema import ModelConfig, OptimizerName, ParallelismConfig
 from launcher.data.sampler import Samples, sample_indices
 from launcher.data.windows import Stretch, Windows
 from launcher.models.blocks import BlockContext
-from launcher.models.language import FlatModel, language_layers, language_loss
+from launcher.models.model import flat_model
 from launcher.parallel.mesh import ProcessMesh
 from launcher.parallel.sharding import logical_of
 
@@ -34,9 +34,7 @@ def reference_trace(run: RunConfig, steps: int) -> Trace:
     """Each global batch as one batch: no micro-batches, so accumulation is checked too."""
     single = RunConfig(model=run.model, parallelism=ParallelismConfig(), training=run.training)
     context = BlockContext.create(single, ProcessMesh.single(), torch.device("cpu"))
-    model = FlatModel(
-        language_layers(run.model, context), language_loss(run.model, context.tp), context.documents
-    )
+    model = flat_model(run.model, context)
     parameters = {logical_of(p).name: p for p in model.parameters()}
     optimizer = _optimizer(run, list(parameters.values()))
     samples = samples_for(run.model, run.model.max_sequence_length, 1)
