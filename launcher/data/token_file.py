@@ -31,7 +31,7 @@ DTYPES: dict[int, str] = {
     1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float64", 7: "float32", 8: "uint16",
 }  # fmt: skip
 _HEADER = struct.Struct("<9sQBQQ")
-_PROBES = 2**22  # neighbouring sequences that are compared: all of a set of up to 4 million
+_STRETCHES, _STRETCH = 64, 2**12  # of neighbours in the index that are compared: all of up to 262,144
 _CHUNK = 2**20  # sequences of which the index is written at a time
 
 Array = npt.NDArray[Any]
@@ -112,7 +112,7 @@ def index_path(prefix: Path) -> Path:
 def open_token_file(prefix: Path) -> TokenFile:
     """Map NAME.bin and NAME.idx. Raises TokenFileError where one is missing, cut short, or of the other's.
 
-    That sequences follow each other is checked for up to 4 million of them, evenly spread, all else wholly.
+    That sequences follow each other is checked for 262,144 of them, in stretches evenly spread; all else wholly.
     """
     index, tokens = index_path(prefix), bin_path(prefix)
     try:
@@ -161,22 +161,29 @@ def open_token_file(prefix: Path) -> TokenFile:
 
 
 def _check_order(found: TokenFile) -> None:
-    index = index_path(found.prefix)
-    sequences = len(found.lengths)
-    here = np.unique(np.linspace(0, sequences - 2, min(sequences - 1, _PROBES)).astype(np.int64))
-    ends = found.pointers[here] + found.lengths[here] * np.int64(found.tokens.itemsize)
-    wrong = here[(ends != found.pointers[here + 1]) | (found.lengths[here] < 0)]
-    if int(found.pointers[0]) != 0 or wrong.size:
-        where = int(wrong[0]) if wrong.size else 0
-        raise TokenFileError(
-            index, f"disagrees with itself: sequence {where} does not end where the next begins"
-        )
-    documents = np.unique(
-        np.linspace(0, len(found.documents) - 2, min(len(found.documents) - 1, _PROBES)).astype(np.int64)
-    )
-    first, after = found.documents[documents], found.documents[documents + 1]
-    if int(found.documents[0]) != 0 or int(found.documents[-1]) != sequences or bool((first > after).any()):
+    index, itemsize = index_path(found.prefix), np.int64(found.tokens.itemsize)
+    for here in _some_of(len(found.lengths) - 1):
+        ends = found.pointers[here] + found.lengths[here] * itemsize
+        after = found.pointers[here.start + 1 : here.stop + 1]
+        wrong = ((ends != after) | (found.lengths[here] < 0)).nonzero()[0]
+        if wrong.size:
+            why = f"disagrees with itself: sequence {here.start + int(wrong[0])} does not end where the next begins"
+            raise TokenFileError(index, why)
+    sequences, rising = len(found.lengths), True
+    for here in _some_of(len(found.documents) - 1):
+        rising &= bool((found.documents[here] <= found.documents[here.start + 1 : here.stop + 1]).all())
+    if int(found.pointers[0]) != 0 or found.lengths[-1] < 0:
+        raise TokenFileError(index, "disagrees with itself: its first sequence does not begin at 0")
+    if int(found.documents[0]) != 0 or int(found.documents[-1]) != sequences or not rising:
         raise TokenFileError(index, f"has document indices that are not 0 to {sequences} in rising order")
+
+
+def _some_of(count: int) -> list[slice]:
+    """All places below `count`, or stretches of them, evenly spread, the first and the last among them."""
+    if count <= _STRETCHES * _STRETCH:
+        return [slice(0, count)]
+    starts = np.linspace(0, count - _STRETCH, _STRETCHES).astype(np.int64).tolist()
+    return [slice(start, start + _STRETCH) for start in starts]
 
 
 def smallest_dtype(vocab_size: int) -> np.dtype[Any]:

@@ -15,7 +15,7 @@ from launcher.data.card import card_path, vocab_size_of
 from launcher.data.token_file import TokenFile, TokenFileError, bin_path, index_path, open_token_file
 from launcher.data.windows import Stretch, check_ids
 
-_PROBES, _PROBE = 256, 4096  # stretches, and tokens of each, whose ids are checked at the start
+_PROBES, _PROBE = 64, 4096  # stretches, and tokens of each, whose ids are checked at the start
 _DOCUMENTS = 64  # of each file whose last token is looked at
 
 
@@ -71,7 +71,7 @@ def check_vocabulary(vocab_size: int, prefix: Path) -> None:
 
 
 def probe_ids(stretches: Sequence[Stretch], vocab_size: int) -> None:
-    """Raise ConfigError for a token id outside the vocabulary in a million tokens, evenly spread."""
+    """Raise ConfigError for a token id outside the vocabulary in 262,144 tokens, in stretches evenly spread."""
     for stretch in stretches:
         tokens, most = stretch.tokens, max(1, _PROBES // len(stretches))
         for start in np.linspace(0, max(0, len(tokens) - _PROBE), most).astype(np.int64).tolist():

@@ -53,7 +53,8 @@ def test_a_few_steps_are_the_same(layout: str, alone: list[dict[str, Any]], tmp_
 def test_digits_are_read_in_every_layout(tmp_path: Path) -> None:
     """The experiment as it is shipped: above 95%, and the same but for what 600 steps make of rounding."""
     found = {}
-    for name, layout in LAYOUTS.items():
+    for name in ("dp", "tp2", "pp2", "zero3"):
+        layout = LAYOUTS[name]
         (tmp_path / name).mkdir()
         rows = trained(tmp_path / name, layout)
         found[name] = rows[-1]["val/accuracy"]
