@@ -3,8 +3,8 @@
 `python -m benchmarks.data [FOLDER]`: everything goes to FOLDER (default: a temporary one), some 300 MB.
 
 - `launcher prepare` with BPE of 8,000 tokens, against a plain loop over Hugging Face's `tokenizers` in one
-  process and against `datasets.map` on the same text and cores (`pip install datasets`; without it, it is said
-  to be left out). Interleaved rounds; each from the JSON lines on disk to token ids on disk.
+  process and against `datasets.map` on the same text and cores (`pip install datasets`; said to be left out
+  without it). Interleaved rounds; each from the JSON lines on disk to token ids on disk.
 - Opening token files of 1e3, 1e6 and 1e9 tokens (a sparse file), checked as before a run, to the first batch;
   at the first sample and after a billion; and samples per second from there.
 """

@@ -112,7 +112,7 @@ def index_path(prefix: Path) -> Path:
 def open_token_file(prefix: Path) -> TokenFile:
     """Map NAME.bin and NAME.idx. Raises TokenFileError where one is missing, cut short, or of the other's.
 
-    That sequences follow each other is checked for 262,144 of them, in stretches evenly spread; all else wholly.
+    That sequences follow each other is checked for 262,144, in stretches evenly spread; all else wholly.
     """
     index, tokens = index_path(prefix), bin_path(prefix)
     try:
@@ -167,7 +167,8 @@ def _check_order(found: TokenFile) -> None:
         after = found.pointers[here.start + 1 : here.stop + 1]
         wrong = ((ends != after) | (found.lengths[here] < 0)).nonzero()[0]
         if wrong.size:
-            why = f"disagrees with itself: sequence {here.start + int(wrong[0])} does not end where the next begins"
+            sequence = here.start + int(wrong[0])
+            why = f"disagrees with itself: sequence {sequence} does not end where the next begins"
             raise TokenFileError(index, why)
     sequences, rising = len(found.lengths), True
     for here in _some_of(len(found.documents) - 1):

@@ -71,7 +71,7 @@ def check_vocabulary(vocab_size: int, prefix: Path) -> None:
 
 
 def probe_ids(stretches: Sequence[Stretch], vocab_size: int) -> None:
-    """Raise ConfigError for a token id outside the vocabulary in 262,144 tokens, in stretches evenly spread."""
+    """Raise ConfigError for an id outside the vocabulary among 262,144, in stretches evenly spread."""
     for stretch in stretches:
         tokens, most = stretch.tokens, max(1, _PROBES // len(stretches))
         for start in np.linspace(0, max(0, len(tokens) - _PROBE), most).astype(np.int64).tolist():
