@@ -17,6 +17,7 @@ import sysconfig
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 
@@ -28,7 +29,7 @@ from launcher.data.prepare import Preparation, find_inputs
 from launcher.data.token_file import bin_path, index_path, open_token_file, write_index
 
 CORES = len(os.sched_getaffinity(0))
-ROUNDS, COPIES, VOCABULARY = 2, 12, 8000
+ROUNDS, COPIES, VOCABULARY = 3, 6, 8000
 LENGTH, BATCH = 1024, 8  # tokens of a sample, samples of a batch
 
 
@@ -43,13 +44,14 @@ def main(folder: Path) -> None:
         f"launcher prepare, {CORES} processes": lambda folder: prepare(folder, "all", CORES),
         f"datasets.map, {CORES} processes": datasets_map,
     }
-    for number in range(ROUNDS):
+    rates: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(ROUNDS):
         for name, way in ways.items():
-            seconds = way(folder)
-            print(
-                f"round {number + 1}  {name:32} "
-                + (f"{tokens / seconds:12,.0f} tokens/s" if seconds else "not installed")
-            )
+            if seconds := way(folder):
+                rates[name].append(tokens / seconds)
+    for name, found in rates.items():
+        shown = f"{median(found):9,.0f} tokens/s (of {ROUNDS} rounds)" if found else "not installed"
+        print(f"{name:30} {shown}", flush=True)
     for size in (10**3, 10**6, 10**9):
         for consumed in (0, 10**9):
             start, rate = start_up(folder, size, consumed)
@@ -127,7 +129,7 @@ def datasets_map(folder: Path) -> float | None:
 
 
 def start_up(folder: Path, size: int, consumed: int) -> tuple[float, float]:
-    """Seconds from the config to the first batch, and samples per second from there."""
+    """Seconds from the config to the first batch, the median of five; and samples per second from there."""
     prefix, document = folder / f"tokens{size}", 1000
     if not index_path(prefix).exists():
         with bin_path(prefix).open("wb") as file:
@@ -138,17 +140,19 @@ def start_up(folder: Path, size: int, consumed: int) -> tuple[float, float]:
         "data=tokens", f"data.train={prefix}", f"data.sequence_length={length}", "model=llama3_8b",
         "data.validation_fraction=0.1",
     ])  # fmt: skip
-    started = time.perf_counter()
-    check_data(job.config)
-    source = open_data(job.config).blend([blend_of(job.config)])
-    source.take(np.arange(consumed, consumed + BATCH))
-    start = time.perf_counter() - started
+    starts = []
+    for _ in range(5):
+        started = time.perf_counter()
+        check_data(job.config)
+        source = open_data(job.config).blend([blend_of(job.config)])
+        source.take(np.arange(consumed, consumed + BATCH))
+        starts.append(time.perf_counter() - started)
     started, read = time.perf_counter(), 0
     while time.perf_counter() - started < 1.0:
         first = consumed + BATCH + read
         source.take(np.arange(first, first + BATCH))
         read += BATCH
-    return start, read / (time.perf_counter() - started)
+    return median(starts), read / (time.perf_counter() - started)
 
 
 if __name__ == "__main__":

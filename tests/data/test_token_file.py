@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from launcher.data.token_file import (
     DTYPES,
+    TokenFileError,
     bin_path,
     index_path,
     open_token_file,
@@ -119,12 +120,8 @@ def test_documents_of_several_sequences(tmp_path: Path, megatron: Any) -> None:
 
 def _written_by(megatron: Any, prefix: Path, documents: Documents) -> None:
     builder = megatron.IndexedDatasetBuilder(str(bin_path(prefix)), dtype=documents[0].dtype.type)
-    import torch
-
     for document in documents:
-        # torch has no uint16 arithmetic, and the builder takes a list as well.
-        tensor = document.tolist() if document.dtype == np.uint16 else torch.from_numpy(document)
-        builder.add_document(tensor, [len(document)])
+        builder.add_document(document.tolist(), [len(document)])
     builder.finalize(str(index_path(prefix)))
 
 
@@ -148,6 +145,21 @@ def test_an_index_longer_than_a_chunk(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr("launcher.data.token_file._CHUNK", 7)
     write_index(tmp_path / "pieces.idx", lengths, np.dtype("<u2"))
     assert (tmp_path / "whole.idx").read_bytes() == (tmp_path / "pieces.idx").read_bytes()
+
+
+@pytest.mark.parametrize("place", [0, 1, 500, 998])
+def test_an_index_of_many_sequences_is_checked_in_stretches(
+    place: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first and the last among them; of those between only what a stretch covers."""
+    write_documents(tmp_path / "x", [np.zeros(3, np.uint8)] * 1000)
+    content = bytearray(index_path(tmp_path / "x").read_bytes())
+    struct.pack_into("<i", content, 34 + 4 * place, 2)
+    index_path(tmp_path / "x").write_bytes(content)
+    monkeypatch.setattr("launcher.data.token_file._STRETCHES", 3)
+    monkeypatch.setattr("launcher.data.token_file._STRETCH", 9)
+    with pytest.raises(TokenFileError, match=f"sequence {place} does not end where the next begins"):
+        open_token_file(tmp_path / "x")
 
 
 def test_the_smallest_dtype_is_megatron_s_and_one_byte_for_bytes(megatron: Any) -> None:
