@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from launcher.config.errors import ConfigError
 from launcher.config.explain import COMPOSITION_ERRORS, explain, missing_value, no_such_field
-from launcher.config.fields import config_directory, is_section
+from launcher.config.fields import ENTRIES, config_directory, is_section
 from launcher.config.schema import (
     ExchangeConfig,
     GenerateConfig,
@@ -27,7 +27,7 @@ from launcher.config.schema import (
 Config = TypeVar("Config", RunConfig, GenerateConfig, ExchangeConfig, PrepareConfig)
 
 
-OPEN = ("deepspeed.", "deepspeed=", "data.sources.", "data.weights.", "data.validation_sources.")
+OPEN = ("deepspeed.", "deepspeed=", *(f"{name}." for name in ENTRIES))
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,15 @@ def fields_of(root: type[Any]) -> dict[str, str]:
     return found
 
 
+# What the open dictionaries take, whose keys are the user's.
+ENTRIES = {"data.sources": "text", "data.weights": "number", "data.validation_sources": "text"}
+
+
+def kind_of_entry(name: str) -> str | None:
+    """What the value of a key of an open dictionary must be; None for any other name."""
+    return ENTRIES.get(name.rpartition(".")[0])
+
+
 def is_section(node: DictConfig) -> bool:
     """Whether it is a dataclass of fields, not an open dictionary."""
     return node._metadata.object_type not in (dict, None)

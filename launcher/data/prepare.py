@@ -112,6 +112,7 @@ class Preparation:
 
     def run(self, show: Show) -> Progress:
         """From where an earlier start stopped, to the end. Raises ConfigError, OSError."""
+        self._check_tokenizer()
         self.resumed = self._begin()
         spec = self._tokenizer()
         tokenizer = spec.load()
@@ -160,13 +161,17 @@ class Preparation:
         if t.train is not None and not own.exists():
             train_bpe(self._texts(int(t.train_mb * 1e6)), self.config.vocab, own)
         elif t.path is not None and not own.exists():
-            TokenizerSpec(
-                Path(t.path).expanduser(), t.end_of_document
-            ).load()  # refuses it under its own name
             shutil.copyfile(Path(t.path).expanduser(), own)
         elif self._is_bytes():
             write_byte_tokenizer(own)
         return TokenizerSpec(None if self._is_bytes() else own, t.end_of_document)
+
+    def _check_tokenizer(self) -> None:
+        """Refuse one that cannot be used under its own name, before anything is written."""
+        t = self.config.tokenizer
+        if t.path is not None:
+            end = TokenizerSpec(Path(t.path).expanduser(), t.end_of_document).load().end_of_document
+            assert end >= 0
 
     def _is_bytes(self) -> bool:
         return self.config.tokenizer.path is None and self.config.tokenizer.train is None

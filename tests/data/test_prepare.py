@@ -238,6 +238,7 @@ class TestTokenizers:
         with pytest.raises(ConfigError, match="cannot be read") as raised:
             prepared(tmp_path / "a.jsonl", tmp_path / "out", tokenizer__path=str(tmp_path / "t.json"))
         assert (raised.value.field, raised.value.value) == ("tokenizer.path", tmp_path / "t.json")
+        assert not (tmp_path / "out.partial").exists()
 
     @pytest.mark.parametrize("end", [None, "</s>"])
     def test_one_without_an_end(self, end: str | None, bpe: Path, tmp_path: Path) -> None:
@@ -245,7 +246,7 @@ class TestTokenizers:
         (tmp_path / "t.json").write_text(other)
         (tmp_path / "a.jsonl").write_bytes(jsonl(["a"]))
         path = str(tmp_path / "t.json")
-        with pytest.raises(ConfigError, match="has no"):
+        with pytest.raises(ConfigError, match=r"t\.json: has no"):
             prepared(
                 tmp_path / "a.jsonl", tmp_path / "out", tokenizer__path=path, tokenizer__end_of_document=end
             )
