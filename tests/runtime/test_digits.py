@@ -7,7 +7,6 @@ import pytest
 
 from tests.runtime.command import launcher, metrics
 
-# Accuracy is counted on 320 scans: one that is judged otherwise is 0.3%.
 LAYOUTS = {
     "dp": ["parallelism=dp", "parallelism.data=2"],
     "tp2": ["parallelism=tp2", "parallelism.data=1"],
@@ -51,16 +50,16 @@ def test_a_few_steps_are_the_same(layout: str, alone: list[dict[str, Any]], tmp_
 
 @pytest.mark.slow
 def test_digits_are_read_in_every_layout(tmp_path: Path) -> None:
-    """The experiment as it is shipped: above 95%, and the same but for what 600 steps make of rounding."""
+    """The experiment as it is shipped: above 95%, and after 300 steps the same accuracy and loss."""
     found = {}
     for name in ("dp", "tp2", "pp2", "zero3"):
-        layout = LAYOUTS[name]
         (tmp_path / name).mkdir()
-        rows = trained(tmp_path / name, layout)
-        found[name] = rows[-1]["val/accuracy"]
-        assert rows[0]["train/loss"] == pytest.approx(2.3, abs=0.1)
-    assert min(found.values()) > 0.95, found
-    assert max(found.values()) - min(found.values()) < 0.02, found
+        last = trained(tmp_path / name, LAYOUTS[name])[-1]
+        found[name] = last["val/accuracy"], last["val/loss"]
+    accuracies, losses = zip(*found.values(), strict=True)
+    assert min(accuracies) > 0.95, found
+    assert len(set(accuracies)) == 1, found
+    assert max(losses) == pytest.approx(min(losses), rel=1e-3), found
 
 
 def test_a_classifier_writes_no_text_and_is_not_exported(tmp_path: Path) -> None:
