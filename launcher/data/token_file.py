@@ -85,7 +85,7 @@ class TokenFile:
     def digest(self) -> str:
         """Of the sizes, the index's first and last 64 KiB, and 64 stretches of 4 KiB of the tokens.
 
-        A corpus of terabytes is told from another in milliseconds; a change of a few tokens may pass.
+        384 KiB are read, whatever the size: a change of a few tokens may pass.
         """
         found = hashlib.sha256()
         for path, stretches, length in (

@@ -484,10 +484,20 @@ class TestSameResult:
         assert texts_in(tmp_path / "out") == ["other"]
 
 
-def launched(*arguments: str, cwd: Path) -> "subprocess.Popen[str]":
+def launched(*arguments: str, cwd: Path, largest_file: int | None = None) -> "subprocess.Popen[str]":
+    def limit() -> None:
+        if largest_file is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+
     command = [sys.executable, "-m", "launcher", "prepare", *arguments]
     return subprocess.Popen(
-        command, cwd=cwd, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        command,
+        cwd=cwd,
+        env=ENVIRONMENT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=limit,
     )
 
 
@@ -551,6 +561,18 @@ class TestCommand:
             again = launched("a.jsonl", "web", cwd=tmp_path)
             assert again.wait(timeout=120) == 0
             assert open_token_file(tmp_path / "web").num_documents == 1500
+
+    def test_a_full_disk_is_told_of_and_with_room_it_goes_on(self, tmp_path: Path) -> None:
+        """Here the largest file that the process may write."""
+        (tmp_path / "a.jsonl").write_bytes(jsonl(["some words that go on and on " * 2000]) * 200)
+        process = launched("a.jsonl", "web", "workers=2", cwd=tmp_path, largest_file=3_000_000)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 2
+        assert err.startswith("launcher: TARGET=web: ")
+        assert "cannot be written: File too large" in err
+        assert not list(tmp_path.glob("web.[bi]*"))
+        assert launched("a.jsonl", "web", cwd=tmp_path).wait(timeout=60) == 0
+        assert open_token_file(tmp_path / "web").num_documents == 200
 
     def test_a_worker_that_is_killed_is_told_of(self, tmp_path: Path) -> None:
         (tmp_path / "a.jsonl").write_bytes(jsonl(["some words that go on and on " * 2000]) * 1500)
