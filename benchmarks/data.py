@@ -11,6 +11,7 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import sysconfig
@@ -29,7 +30,7 @@ from launcher.data.prepare import Preparation, find_inputs
 from launcher.data.token_file import bin_path, index_path, open_token_file, write_index
 
 CORES = len(os.sched_getaffinity(0))
-ROUNDS, COPIES, VOCABULARY = 3, 6, 8000
+ROUNDS, COPIES, VOCABULARY = 3, 4, 8000
 LENGTH, BATCH = 1024, 8  # tokens of a sample, samples of a batch
 
 
@@ -44,13 +45,14 @@ def main(folder: Path) -> None:
         f"launcher prepare, {CORES} processes": lambda folder: prepare(folder, "all", CORES),
         f"datasets.map, {CORES} processes": datasets_map,
     }
-    rates: dict[str, list[float]] = {name: [] for name in ways}
+    rates: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     for _ in range(ROUNDS):
         for name, way in ways.items():
-            if seconds := way(folder):
-                rates[name].append(tokens / seconds)
+            if cost := way(folder):
+                rates[name].append((tokens / cost[0], tokens / cost[1]))
     for name, found in rates.items():
-        shown = f"{median(found):9,.0f} tokens/s (of {ROUNDS} rounds)" if found else "not installed"
+        wall, processor = (median(one) for one in zip(*found, strict=True)) if found else (0.0, 0.0)
+        shown = f"{wall:9,.0f} tokens/s, {processor:9,.0f} per CPU second" if found else "not installed"
         print(f"{name:30} {shown}", flush=True)
     for size in (10**3, 10**6, 10**9):
         for consumed in (0, 10**9):
@@ -69,7 +71,20 @@ def write_text(path: Path) -> int:
     return path.stat().st_size
 
 
-def prepare(folder: Path, name: str, workers: int, *, train: bool = False) -> float:
+Cost = tuple[float, float]  # seconds by the clock, and of processors, of this process and of those it started
+
+
+def clocks() -> Cost:
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return time.perf_counter(), sum(one.ru_utime + one.ru_stime for one in used)
+
+
+def since(started: Cost) -> Cost:
+    now = clocks()
+    return now[0] - started[0], now[1] - started[1]
+
+
+def prepare(folder: Path, name: str, workers: int, *, train: bool = False) -> Cost:
     config = PrepareConfig(workers=workers, vocab=VOCABULARY)
     if train:
         config.tokenizer.train = TokenizerTraining.bpe
@@ -78,39 +93,40 @@ def prepare(folder: Path, name: str, workers: int, *, train: bool = False) -> fl
     for path in folder.glob(f"{name}.*"):
         path.unlink()
     inputs, _ = find_inputs([folder / "text.jsonl"])
-    started = time.perf_counter()
+    started = clocks()
     Preparation(inputs, folder / name, config, workers).run(lambda progress, done: None)
-    return time.perf_counter() - started
+    return since(started)
 
 
-def plain_loop(folder: Path) -> float:
+def plain_loop(folder: Path) -> Cost:
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(tokenizer_path(folder / "bpe")))
-    started = time.perf_counter()
+    started = clocks()
     with (folder / "text.jsonl").open() as lines, (folder / "plain.bin").open("wb") as file:
         for line in lines:
             file.write(np.array(tokenizer.encode(json.loads(line)["text"]).ids, np.uint16).tobytes())
-    return time.perf_counter() - started
+    return since(started)
 
 
 MAP = """
-import sys, time
+import sys
+from benchmarks.data import clocks, since
 from datasets import load_dataset
 from tokenizers import Tokenizer
 text, path, cores, cache = sys.argv[1:]
 tokenizer = Tokenizer.from_file(path)
-started = time.perf_counter()
+started = clocks()
 found = load_dataset("json", data_files=text, split="train", cache_dir=cache)
 found.map(
     lambda batch: {"ids": [one.ids for one in tokenizer.encode_batch(batch["text"])]},
     batched=True, batch_size=64, num_proc=int(cores), remove_columns=["text"],
 )
-print(time.perf_counter() - started)
+print(*since(started))
 """
 
 
-def datasets_map(folder: Path) -> float | None:
+def datasets_map(folder: Path) -> Cost | None:
     """In a process of its own, with a cache of its own: what it has done before does not count."""
     with tempfile.TemporaryDirectory(dir=folder) as cache:
         command = [sys.executable, "-c", MAP, str(folder / "text.jsonl")]
@@ -125,7 +141,8 @@ def datasets_map(folder: Path) -> float | None:
     if "No module named 'datasets'" in done.stderr:
         return None
     assert done.returncode == 0, done.stderr
-    return float(done.stdout.splitlines()[-1])
+    wall, processor = done.stdout.splitlines()[-1].split()
+    return float(wall), float(processor)
 
 
 def start_up(folder: Path, size: int, consumed: int) -> tuple[float, float]:
