@@ -1,4 +1,4 @@
-"""The command line: `launcher [train | verify | generate] OVERRIDES`, checkpoint, export and import.
+"""The command line: `launcher [train | verify | generate] OVERRIDES`, checkpoint, prepare, export and import.
 
 Nothing here imports torch before the config has been composed and checked.
 """
@@ -15,11 +15,11 @@ from launcher.checkpoint.inspect import inspect
 from launcher.config.compose import Job, compose_jobs, load_typed
 from launcher.config.errors import ConfigError
 from launcher.config.layout import Layout
-from launcher.config.schema import Device, GenerateConfig, RunConfig
-from launcher.config.shape import sequence_length
+from launcher.config.schema import Device, Family, GenerateConfig, RunConfig
 from launcher.config.slurm import check_submission, nodes_of
 from launcher.config.validate import validate, validate_generate
-from launcher.data.sampler import check_corpus
+from launcher.data.open import check_data
+from launcher.data.prepare_command import prepare
 from launcher.launch.environment import Place, RankEnvironment, joined_ranks, place_of
 from launcher.launch.local import RankFailure, Stopped
 from launcher.launch.machine import Machine, share_cores, this_machine
@@ -86,7 +86,7 @@ def _checked(run: RunConfig, machine: Machine) -> tuple[Layout, Place]:
     place = place_of(os.environ, configured=run.hardware.accelerators_per_node, gpus=gpus)
     joined_world = place.world_size if place else None
     layout = validate(run, gpus=machine.gpus, cores=machine.cores, joined_world=joined_world)
-    check_corpus(run.data, sequence_length(run))
+    check_data(run)
     return layout, place
 
 
@@ -103,7 +103,7 @@ def submit(arguments: list[str]) -> int:
         check_submission(one.config)
         for nodes in nodes_of(one.config):
             layout_on_nodes(one.config, nodes)
-        check_corpus(one.config.data, sequence_length(one.config))
+        check_data(one.config)
     submit_jobs(jobs, arguments)
     return 0
 
@@ -116,7 +116,9 @@ def generate(arguments: list[str]) -> int:
     for job in compose_jobs("generate", GenerateConfig, arguments):
         run_dir = Path(validate_generate(job.config)).expanduser()
         # Read here only to refuse it: what comes next imports torch.
-        load_typed(run_dir / CONFIG, RunConfig)
+        if load_typed(run_dir / CONFIG, RunConfig).model.family is Family.vit:
+            why = "is of a classifier of images, which writes no text"
+            raise ConfigError("run.dir", run_dir, why, "the directory of a language model's run")
         share_cores(1, this_machine().cores)
         from launcher.runtime.generate import generate as sample_text
 
@@ -186,6 +188,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "sync": sync,
     "generate": generate,
     "checkpoint": inspect,
+    "prepare": prepare,
     "export": export,
     "import": import_,
 }

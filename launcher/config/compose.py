@@ -16,10 +16,20 @@ from omegaconf import DictConfig, OmegaConf
 
 from launcher.config.errors import ConfigError
 from launcher.config.explain import COMPOSITION_ERRORS, explain, missing_value, no_such_field
-from launcher.config.fields import config_directory, is_section
-from launcher.config.schema import ExchangeConfig, GenerateConfig, RunConfig, register_schema
+from launcher.config.fields import ENTRIES, config_directory, is_section
+from launcher.config.schema import (
+    ExchangeConfig,
+    GenerateConfig,
+    PrepareConfig,
+    RunConfig,
+    register_schema,
+)
 
-Config = TypeVar("Config", RunConfig, GenerateConfig, ExchangeConfig)
+Config = TypeVar("Config", RunConfig, GenerateConfig, ExchangeConfig, PrepareConfig)
+
+
+# Dictionaries whose keys are the user's.
+OPEN = tuple(f"{name}{end}" for name in ("deepspeed", *ENTRIES) for end in (".", "="))
 
 
 @dataclass(frozen=True)
@@ -72,12 +82,9 @@ def _is_override(argument: str) -> bool:
     return not argument.startswith("-") and ("=" in argument or argument.startswith("~"))
 
 
-# Dictionaries that take any key, and whose keys need no `+`.
-_OPEN = tuple(f"{name}{end}" for name in ("deepspeed", "slurm.environment") for end in (".", "="))
-
-
 def _addable(argument: str) -> str:
-    return f"++{argument}" if argument.startswith(_OPEN) else argument
+    """Keys of an open dictionary need no `+`."""
+    return f"++{argument}" if argument.startswith(OPEN) else argument
 
 
 def _parsed(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:

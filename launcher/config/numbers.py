@@ -32,8 +32,13 @@ NUMBERS: dict[str, tuple[Range, str]] = {
     "model.num_heads": (COUNT, "1"),
     "model.num_kv_heads": (COUNT, "null"),
     "model.ffn_hidden_size": (COUNT, "512"),
-    "model.vocab_size": (COUNT, str(BYTE_VALUES)),
-    "model.max_sequence_length": (COUNT, "128"),
+    # Whether these may be 0 depends on the family.
+    "model.vocab_size": (NOT_NEGATIVE, str(BYTE_VALUES)),
+    "model.max_sequence_length": (NOT_NEGATIVE, "128"),
+    "model.num_classes": (NOT_NEGATIVE, "0"),
+    "model.image_size": (NOT_NEGATIVE, "0"),
+    "model.image_channels": (NOT_NEGATIVE, "0"),
+    "model.patch_size": (NOT_NEGATIVE, "0"),
     "model.dropout": (BELOW_1, "0.1"),
     "model.norm_epsilon": (ABOVE_0, "1e-5"),
     "model.rope_theta": (ABOVE_0, "10000"),
@@ -56,7 +61,11 @@ NUMBERS: dict[str, tuple[Range, str]] = {
     "checkpoint.stop_grace_seconds": (ABOVE_0, "null"),
     "checkpoint.max_file_gb": (ABOVE_0, "2"),
     "data.validation_fraction": (SHARE, "0.05"),
+    "data.test_fraction": (BELOW_1, "0"),
     "data.sequence_length": (COUNT, "null"),
+    "data.end_of_document": (NOT_NEGATIVE, "null"),
+    "data.num_workers": (NOT_NEGATIVE, "1"),
+    "data.prefetch": (COUNT, "2"),
     "optimizer.lr": (ABOVE_0, "1e-3"),
     "optimizer.weight_decay": (FROM_0, "0"),
     "optimizer.gradient_clipping": (ABOVE_0, "null (off)"),
@@ -88,6 +97,12 @@ GENERATE_NUMBERS: dict[str, tuple[Range, str]] = {
     "temperature": (FROM_0, "0 (always the likeliest)"),
     "top_k": (NOT_NEGATIVE, "0 (off)"),
     "seed": (SEED, "0"),
+}
+PREPARE_NUMBERS: dict[str, tuple[Range, str]] = {
+    "tokenizer.train_mb": (ABOVE_0, "512"),
+    "vocab": (COUNT, "32000"),
+    "max_line_mb": (ABOVE_0, "256"),
+    "workers": (COUNT, "1"),
 }
 EXCHANGE_NUMBERS: dict[str, tuple[Range, str]] = {"max_file_gb": (ABOVE_0, "2")}
 

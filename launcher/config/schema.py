@@ -16,10 +16,21 @@ from omegaconf import MISSING, OmegaConf
 
 
 class Family(Enum):
-    """`gpt`: learned positions, LayerNorm, GELU, biases. `llama`: RoPE, RMSNorm, SwiGLU, no biases."""
+    """`gpt`: learned positions, LayerNorm, GELU, biases. `llama`: RoPE, RMSNorm, SwiGLU, no biases.
+
+    `vit`: a classifier of images from gpt's blocks, attending to all patches (arXiv 2010.11929).
+    """
 
     gpt = "gpt"
     llama = "llama"
+    vit = "vit"
+
+
+class Pooling(Enum):
+    """What a vit's head sees: the class token that it has beside the patches, or the mean of the patches."""
+
+    class_token = "class_token"
+    mean = "mean"
 
 
 class ActivationCheckpointing(Enum):
@@ -48,10 +59,17 @@ class Device(Enum):
 
 
 class CorpusSource(Enum):
-    """`stdlib`: the Python standard library's own source text. `text`: the user's files."""
+    """`stdlib`: the Python standard library's own source text. `text`: the user's files, as bytes.
+
+    `tokens`: Megatron-LM's indexed datasets, as its preprocess_data.py or `launcher prepare` write them.
+    `digits`: scikit-learn's 1797 scans of handwritten digits. `image_folder`: a directory per class.
+    """
 
     stdlib = "stdlib"
     text = "text"
+    tokens = "tokens"
+    digits = "digits"
+    image_folder = "image_folder"
 
 
 class OptimizerName(Enum):
@@ -107,13 +125,19 @@ class ModelConfig:
     num_heads: int = MISSING
     num_kv_heads: Optional[int] = None  # null: num_heads (no grouping)
     ffn_hidden_size: int = MISSING
-    vocab_size: int = MISSING
-    max_sequence_length: int = MISSING
+    vocab_size: int = MISSING  # 0 for vit, which has classes
+    max_sequence_length: int = MISSING  # 0 for vit, whose patches are counted
     tie_embeddings: bool = MISSING
     dropout: float = 0.0
     norm_epsilon: float = 1e-5
     rope_theta: float = 10000.0  # llama only
     init_std: float = 0.02
+    # vit only, else 0
+    num_classes: int = 0
+    image_size: int = 0  # pixels of a side
+    image_channels: int = 0  # 1: grey, 3: red, green, blue
+    patch_size: int = 0  # pixels of a side
+    pooling: Optional[Pooling] = None
 
 
 @dataclass
@@ -152,10 +176,22 @@ class HardwareConfig:
 @dataclass
 class DataConfig:
     source: CorpusSource = MISSING
-    train: Optional[str] = None  # a glob, for source=text
-    validation: Optional[str] = None  # a glob; null: a fraction of the training files
+    # text: a glob of files; tokens: NAME of NAME.bin and NAME.idx, or a glob; image_folder: a directory
+    train: Optional[str] = None
+    validation: Optional[str] = None  # as `train`; null: a fraction of what `train` names
     validation_fraction: float = 0.05
+    test: Optional[str] = None  # tokens, images: as `train`; null: a fraction of it, if that is above 0
+    test_fraction: float = 0.0
+    # A blend of token files, by names of your own, instead of `train`.
+    sources: dict[str, str] = field(default_factory=dict)  # each as `train`
+    weights: dict[str, float] = field(default_factory=dict)  # of samples, relative to each other
+    validation_sources: dict[str, str] = field(default_factory=dict)  # each as `validation`
     sequence_length: Optional[int] = None  # null: model.max_sequence_length
+    document_attention: bool = False  # attention and positions stop where a document ends
+    end_of_document: Optional[int] = None  # tokens: the id that ends each document; bytes end with 0
+    tokenizer: Optional[str] = None  # tokens: a tokenizer.json; null: NAME.tokenizer.json beside the files
+    num_workers: int = 1  # threads of each rank that read ahead; 0: the step reads
+    prefetch: int = 2  # global batches that they are ahead
 
 
 @dataclass
@@ -233,6 +269,7 @@ class CheckpointConfig:
     resume: str = "auto"
     init_from: Optional[str] = None  # weights that a fresh run begins with
     fallback: bool = False  # an unusable checkpoint: take the newest intact one before it
+    new_blend: bool = False  # of data.sources: may differ from the checkpoint's, and counts from there on
 
 
 @dataclass
@@ -316,10 +353,48 @@ class GenerateConfig:
 
     run: RunDirConfig = field(default_factory=RunDirConfig)
     prompt: str = "import "
+    tokenizer: Optional[str] = None  # a tokenizer.json; null: what the run recorded
     max_new_tokens: int = 200
     temperature: float = 0.8  # 0: always the likeliest token
     top_k: int = 50  # 0: off
     seed: int = 0
+
+
+class TokenizerTraining(Enum):
+    """`bpe`: byte-level byte-pair encoding, as GPT-2's."""
+
+    bpe = "bpe"
+
+
+class BadLines(Enum):
+    """What `launcher prepare` does about a line that holds no text: end there, or leave it out."""
+
+    fail = "fail"
+    skip = "skip"
+
+
+@dataclass
+class TokenizerConfig:
+    """What turns text into tokens: a tokenizer.json, one made of the text itself, or neither: bytes."""
+
+    path: Optional[str] = None  # of a tokenizer.json of Hugging Face's tokenizers
+    train: Optional[TokenizerTraining] = None
+    train_mb: float = 512.0  # of text that it is made of, from the beginning of every file alike; 1e6 bytes
+    end_of_document: Optional[str] = (
+        None  # the token that ends each; null: <|endoftext|> or another usual one
+    )
+
+
+@dataclass
+class PrepareConfig:
+    """What `launcher prepare` takes besides what to read and what to write."""
+
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    vocab: int = 32000  # tokens, for tokenizer.train
+    text_field: str = "text"  # of a line of JSON; a Parquet file's column
+    bad_lines: BadLines = BadLines.fail
+    max_line_mb: float = 256.0  # a longer line is a bad one; 1e6 bytes
+    workers: Optional[int] = None  # processes; null: one per core
 
 
 @dataclass
@@ -331,7 +406,7 @@ class ExchangeConfig:
 
 
 def register_schema() -> None:
-    """Give Hydra the typed roots that conf/config.yaml, generate.yaml and exchange.yaml start from.
+    """Give Hydra the typed roots that conf/config.yaml and the other commands' files start from.
 
     And the resolver `sweep_dir`: where a --multirun keeps its record, beside the directories of its runs.
     """
@@ -340,3 +415,4 @@ def register_schema() -> None:
     store.store(name="run_schema", node=RunConfig)
     store.store(name="generate_schema", node=GenerateConfig)
     store.store(name="exchange_schema", node=ExchangeConfig)
+    store.store(name="prepare_schema", node=PrepareConfig)

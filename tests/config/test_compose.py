@@ -40,6 +40,11 @@ MODELS = [option for group, option in OPTIONS if group == "model"]
 # What an option needs beside it to be a whole run.
 BESIDE = {
     ("data", "text"): ["data.train=README.md"],
+    ("data", "tokens"): ["data.train=corpora/web"],
+    ("data", "digits"): ["model=vit_tiny"],
+    ("data", "image_folder"): ["model=vit_b16", "data.train=images"],
+    ("model", "vit_tiny"): ["data=digits"],
+    ("model", "vit_b16"): ["data=image_folder", "data.train=images"],
     ("optimizer", "sgd"): [],
 }
 
@@ -152,6 +157,7 @@ class TestConf:
         run = dataclasses.replace(
             node,
             model=composed(f"model={model}").model,
+            data=composed(*BESIDE.get(("model", model), [])).data,
             parallelism=composed(f"parallelism={parallelism}").parallelism,
         )
         if model == "gpt2_xl" and parallelism == "hybrid_3d":
@@ -317,7 +323,10 @@ class TestOwnFiles:
                 "no_group",
                 "modle: no such field (in experiment/no_group.yaml)\n  nearest that works: model",
             ),
-            ("no_option", "model=gpt_tny: no such option\n  nearest that works: model=gpt_tiny"),
+            (
+                "no_option",
+                "model=gpt_tny: no such option\n  nearest that works: model=gpt_tiny or model=vit_tiny",
+            ),
             (
                 "no_package",
                 "experiment=no_package: no such field: without its first line experiment/no_package.yaml is "
@@ -366,7 +375,7 @@ class TestLoad:
 class TestFields:
     def test_lists_every_field_with_what_it_takes(self) -> None:
         fields = FIELDS
-        assert fields["model.family"] == "gpt | llama"
+        assert fields["model.family"] == "gpt | llama | vit"
         assert fields["parallelism.data"] == "whole number | null"
         assert fields["hardware.peak_flops.bf16"] == "number | null"
         assert fields["model.tie_embeddings"] == "true | false"
@@ -382,7 +391,7 @@ class TestFields:
 
     def test_lists_options(self) -> None:
         assert options_of("precision") == ["bf16", "fp16", "fp32"]
-        assert options_of("hydra/help") == ["exchange", "generate", "launcher"]
+        assert options_of("hydra/help") == ["exchange", "generate", "launcher", "prepare"]
         assert options_of("..") == options_of("") == options_of("xyzzy") == []
 
     @pytest.mark.parametrize(

@@ -17,12 +17,22 @@ from launcher.config import deepspeed_keys, layout, numbers, slurm, validate
 from launcher.config.errors import ConfigError
 from launcher.config.fields import fields_of
 from launcher.config.layout import Layout
-from launcher.config.schema import Device, Dtype, Family, GenerateConfig, RunConfig
+from launcher.config.schema import Device, Dtype, Family, GenerateConfig, PrepareConfig, RunConfig
 from launcher.config.shape import legal_pipeline_sizes, legal_tensor_sizes, sequence_length
 from launcher.runtime.job import layout_on_nodes
-from tests.config.composing import FIELDS, Case, alternatives, cases, composed_generate, run_of, section_of
+from tests.config.composing import (
+    FIELDS,
+    Case,
+    alternatives,
+    cases,
+    composed_generate,
+    composed_prepare,
+    run_of,
+    section_of,
+)
 
 GENERATE_FIELDS = fields_of(GenerateConfig)
+PREPARE_FIELDS = fields_of(PrepareConfig)
 
 # Numbers with a rule of their own, or none: training.seed may be any.
 OUTSIDE_THE_TABLE = {"parallelism.zero_stage", "training.seed"}
@@ -40,6 +50,7 @@ IN_WORDS_ONLY = {
     'slurm.job_name="a\x07b"',
     'slurm.sbatch=["--array=1-3"]',
     'slurm.srun=["--ntasks=4"]',
+    "data.source=tokens data.sources={a.b:corpora/web} data.weights={a.b:1}",
 }
 
 
@@ -57,6 +68,9 @@ def check(refusal: Case, overrides: list[str]) -> Layout | str:
         return validate.validate_generate(composed_generate(*overrides[1:]))
     if overrides[:1] == ["submit"]:
         return layout_on_nodes(run_of(*overrides[1:]), 1)
+    if overrides[:1] == ["prepare"]:
+        validate.validate_prepare(composed_prepare(*overrides[1:]))
+        return "accepted"
     machine = {name: int(count) for name, count in re.findall(r"\[(\w+)=(\d+)\]", refusal.command)}
     run, world = run_of(*overrides), machine.get("world")
     return validate.validate(run, gpus=machine.get("gpus", 0), cores=2, joined_world=world)
@@ -75,7 +89,7 @@ class TestMessages:
         error = refused(refusal)
         assert str(error) == refusal.text
         assert refusal.text.startswith(error.field)
-        known = {*FIELDS, *GENERATE_FIELDS}
+        known = {*FIELDS, *GENERATE_FIELDS, *PREPARE_FIELDS}
         assert error.field in known or error.field.startswith(("deepspeed.", "slurm.environment."))
 
     @each_refusal
@@ -109,8 +123,10 @@ class TestMessages:
         of_generate = {f for f, kind in GENERATE_FIELDS.items() if "number" in kind}
         assert set(numbers.NUMBERS) == of_run
         assert set(numbers.GENERATE_NUMBERS) == of_generate
+        of_prepare = {f for f, kind in PREPARE_FIELDS.items() if "number" in kind}
+        assert set(numbers.PREPARE_NUMBERS) == of_prepare
         with_a_case = {re.split("[=:]", refusal.text)[0] for refusal in REFUSALS}
-        assert of_run | of_generate <= with_a_case
+        assert of_run | of_generate | of_prepare <= with_a_case
 
 
 class TestLayout:

@@ -18,10 +18,10 @@ FAULTY = """
 import os, sys
 import launcher.runtime.train as train
 step = train.train_step
-def faulty(run, layout, engine, samples, progress, device):
+def faulty(run, layout, engine, loader, progress):
     if progress.step == 2 and engine.mesh.rank == 1:
         {fault}
-    return step(run, layout, engine, samples, progress, device)
+    return step(run, layout, engine, loader, progress)
 train.train_step = faulty
 from launcher.__main__ import main
 main()
