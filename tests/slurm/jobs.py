@@ -116,3 +116,33 @@ def logged_steps(run_dir: Path) -> list[int]:
     from launcher.runtime.metrics.wandb_files import fragments, steps_in
 
     return [step for fragment in fragments(run_dir) for step in steps_in(fragment)]
+
+
+def before_each_step(statement: str) -> str:
+    """A sitecustomize.py that has every rank run `statement` before each step."""
+    return f"""
+import importlib.util, sys
+
+class Patch:
+    def find_spec(self, name, path, target=None):
+        if name != "launcher.runtime.train":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        run = spec.loader.exec_module
+
+        def exec_module(module):
+            run(module)
+            step = module.train_step
+
+            def patched(run, layout, engine, loader, progress):
+                {statement}
+                return step(run, layout, engine, loader, progress)
+
+            module.train_step = patched
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+sys.meta_path.insert(0, Patch())
+"""

@@ -12,7 +12,7 @@ from launcher.checkpoint.manifest import checkpoints_in
 from launcher.runtime.metrics.sync import complete
 from tests.runtime.command import metrics, trained
 from tests.slurm.cluster import Cluster, wait_for
-from tests.slurm.jobs import Job, logged_steps, processes_of, rows, submit
+from tests.slurm.jobs import Job, before_each_step, logged_steps, processes_of, rows, submit
 
 RUN = [
     "training.steps=400", "training.validation_interval=0", "training.micro_batch_size=1",
@@ -94,7 +94,7 @@ def test_a_time_limit_of_a_minute(cluster: Cluster, tmp_path: Path) -> None:
     steps = 240
     run = ["training.steps=240", "training.validation_interval=0", "logging=wandb"]
     trained(*run, "logging=local", "run.dir=whole", "parallelism.data=4", cwd=tmp_path)
-    (tmp_path / "sitecustomize.py").write_text(SLOW)
+    (tmp_path / "sitecustomize.py").write_text(before_each_step("import time; time.sleep(1)"))
     job = submit(
         cluster, tmp_path, *run, "slurm.time=1", "slurm.signal_seconds=20", "slurm.tasks=per_node",
         f"slurm.environment.PYTHONPATH={tmp_path}",
@@ -105,28 +105,3 @@ def test_a_time_limit_of_a_minute(cluster: Cluster, tmp_path: Path) -> None:
     assert rows(job.run_dir) == rows(tmp_path / "whole")
     assert logged_steps(job.run_dir) == list(range(1, steps + 1))
     assert [row["train/samples"] for row in metrics(job.run_dir)] == [8 * n for n in range(1, steps + 1)]
-
-
-SLOW = """
-import importlib.util, sys, time
-
-class Slow:
-    '''A second for each step.'''
-
-    def find_spec(self, name, path, target=None):
-        if name != "launcher.runtime.train":
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        run = spec.loader.exec_module
-
-        def exec_module(module):
-            run(module)
-            step = module.train_step
-            module.train_step = lambda *arguments: (time.sleep(1), step(*arguments))[1]
-
-        spec.loader.exec_module = exec_module
-        return spec
-
-sys.meta_path.insert(0, Slow())
-"""

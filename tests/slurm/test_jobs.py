@@ -12,7 +12,7 @@ from launcher.checkpoint.manifest import checkpoints_in
 from launcher.runtime.metrics.wandb_files import fragments
 from tests.runtime.command import launcher, metrics, trained
 from tests.slurm.cluster import Cluster, wait_for
-from tests.slurm.jobs import Job, command, logged_steps, processes_of, rows, submit
+from tests.slurm.jobs import Job, before_each_step, command, logged_steps, processes_of, rows, submit
 
 STEPS = ["training.steps=12", "training.validation_interval=6"]
 PER_NODE = ["slurm.tasks=per_node"]
@@ -118,40 +118,12 @@ def test_a_killed_rank_is_started_again_in_the_same_allocation(cluster: Cluster,
     assert rows(job.run_dir) == rows(tmp_path / "whole")
 
 
-FAULT = '''
-import importlib.util, sys
-
-class Faulty:
-    """Makes step 3 of rank 1 fail."""
-
-    def find_spec(self, name, path, target=None):
-        if name != "launcher.runtime.train":
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        run = spec.loader.exec_module
-
-        def exec_module(module):
-            run(module)
-            step = module.train_step
-
-            def faulty(run, layout, engine, samples, progress, device):
-                if progress.step == 3 and engine.mesh.rank == 1:
-                    raise RuntimeError("disk on fire")
-                return step(run, layout, engine, samples, progress, device)
-
-            module.train_step = faulty
-
-        spec.loader.exec_module = exec_module
-        return spec
-
-sys.meta_path.insert(0, Faulty())
-'''
+FAULT = "if progress.step == 3 and engine.mesh.rank == 1: raise RuntimeError('disk on fire')"
 
 
 @pytest.mark.parametrize("tasks", ["per_node", pytest.param("per_rank", marks=pytest.mark.slow)])
 def test_what_fails_alike_three_times_is_given_up(tasks: str, cluster: Cluster, tmp_path: Path) -> None:
-    (tmp_path / "sitecustomize.py").write_text(FAULT)
+    (tmp_path / "sitecustomize.py").write_text(before_each_step(FAULT))
     job = submit(
         cluster, tmp_path, *LONG, f"slurm.tasks={tasks}", f"slurm.environment.PYTHONPATH={tmp_path}",
         "checkpoint.interval_steps=2",
