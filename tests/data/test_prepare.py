@@ -29,6 +29,7 @@ from launcher.data.reading import kind_of
 from launcher.data.token_file import bin_path, index_path, open_token_file
 from launcher.data.tokenizer import Bytes, HuggingFace, pieces, write_byte_tokenizer
 from tests.config.test_cli import ENVIRONMENT
+from tests.runtime.command import AS_USUAL
 
 TEXTS = ["Ein Satz.\n", "naïve café — 漢字 🙂", "x", 'quotes " and \\ and \ttabs\n\n', "zwei\nZeilen"]
 
@@ -489,7 +490,7 @@ def launched(*arguments: str, cwd: Path, largest_file: int | None = None) -> "su
         if largest_file is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
 
-    command = [sys.executable, "-m", "launcher", "prepare", *arguments]
+    command = [*AS_USUAL, sys.executable, "-m", "launcher", "prepare", *arguments]
     return subprocess.Popen(
         command,
         cwd=cwd,

@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 
 from launcher.checkpoint.manifest import checkpoints_in, read_manifest
-from tests.runtime.command import SMALL, environment, metrics, trained
+from tests.runtime.command import AS_USUAL, SMALL, environment, metrics, trained
 
 STOPPING = "launcher: stopping once the step in hand is saved (Ctrl-C: at once)\n"
-AS_USUAL = ["env", "--default-signal=HUP,INT"]  # which nohup and background jobs of a script ignore
 FAULTY = """
 import os, sys
 import launcher.runtime.train as train
