@@ -7,7 +7,7 @@ RUN ?= runs/stdlib_gpt-$(NOW)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-all check lint types imports format build clean
+.PHONY: help setup train test test-all check lint types imports format recipes build clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +45,12 @@ imports: setup
 format: setup  ## Fix what can be fixed, and format
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+recipes: setup  ## Write recipes/ anew: each again by the command that its second line names
+	@for recipe in recipes/*.sbatch; do \
+	  eval "$(BIN)/launcher $$(sed -n '2s/^# launcher //p' $$recipe) submit.dry_run=true" > $$recipe.new && \
+	  mv $$recipe.new $$recipe || exit 1; \
+	done
 
 build: setup  ## Build the source distribution and the wheel into dist/
 	$(BIN)/python -m build

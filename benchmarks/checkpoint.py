@@ -49,7 +49,7 @@ def main(folder: Path) -> None:
         started = time.perf_counter()
         engine.train_batch(iter([batch]))
         steps.append(time.perf_counter() - started)
-        manifest = Manifest(number, number, updates_made(engine), {}, "", "", "", {}, None, {}, {})
+        manifest = Manifest(number, number, updates_made(engine), {}, {}, "", "", {}, None, {}, {})
         started = time.perf_counter()
         stalls.append(writer.save(manifest))
         writer.wait()

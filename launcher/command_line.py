@@ -1,4 +1,4 @@
-"""The command line: `launcher [train | plan | verify | generate] OVERRIDES`, checkpoint, export and import.
+"""The command line: `launcher [train | plan | verify | submit | generate | ...] OVERRIDES`.
 
 Nothing here imports torch before the config has been composed and checked.
 """
@@ -15,20 +15,24 @@ from launcher.checkpoint.inspect import inspect
 from launcher.config.compose import Job, compose_jobs, load_typed
 from launcher.config.errors import ConfigError
 from launcher.config.layout import Layout, resolve_device
-from launcher.config.schema import Device, GenerateConfig, OutputFormat, PlannedRunConfig, RunConfig
-from launcher.config.shape import sequence_length
+from launcher.config.schema import Device, Family, GenerateConfig, OutputFormat, PlannedRunConfig, RunConfig
+from launcher.config.slurm import check_submission, nodes_of
 from launcher.config.validate import validate, validate_generate
-from launcher.data.sampler import check_corpus
-from launcher.launch.environment import RankEnvironment, joined_ranks
+from launcher.data.open import check_data
+from launcher.data.prepare_command import prepare
+from launcher.launch.environment import Place, RankEnvironment, joined_ranks, place_of
 from launcher.launch.local import RankFailure, Stopped
 from launcher.launch.machine import Machine, memory_here, share_cores, this_machine
+from launcher.launch.records import Kind, record_end
+from launcher.launch.submit import submit as submit_jobs
 from launcher.parity.shrink import MOST_RANKS
 from launcher.planning.command import dump, plan_and_print
 from launcher.planning.enforce import chosen, refuse_too_large
 from launcher.planning.figure import check_figure
 from launcher.planning.plan import memory_budget
 from launcher.planning.search import Search, Space
-from launcher.runtime.run_dir import CONFIG
+from launcher.runtime.job import ready_on_nodes, run_job
+from launcher.runtime.run_dir import CONFIG, IDENTITY
 
 REFUSED, FAILED = 2, 1
 
@@ -42,6 +46,7 @@ def run_command(arguments: list[str]) -> int:
         command, overrides = _command(arguments)
         return command(overrides)
     except ConfigError as error:
+        record_end(int(os.environ.get("SLURM_PROCID", "0")), Kind.refused, error)
         return _report(f"launcher: {error}", REFUSED)
     except RankFailure as failure:
         return _report(f"launcher: {failure}", FAILED)
@@ -62,44 +67,48 @@ def train(arguments: list[str]) -> int:
     jobs = compose_jobs("config", RunConfig, arguments)
     if not jobs:
         return 0
-    ranks, machine = joined_ranks(os.environ), this_machine()
-    if ranks and len(jobs) > 1:
+    machine = this_machine()
+    if joined_ranks(os.environ) and len(jobs) > 1:
         why = "ranks that torchrun or srun started train one run"
         raise ConfigError("--multirun", None, why, "one torchrun or srun per run, or a sweep without them")
     # All jobs of a sweep are checked before the first is trained.
-    ready = [_ready(job.config, ranks, machine) for job in jobs]
-    from launcher.runtime.start import train_as_joined_rank, train_on_this_machine
+    ready = [_ready(job.config, machine) for job in jobs]
+    from launcher.runtime.start import train_as_joined_rank, train_on_this_machine, train_on_this_node
 
-    for job, (run, layout) in zip(jobs, ready, strict=True):
+    for job, (run, layout, place) in zip(jobs, ready, strict=True):
         _say_which(job)
-        if ranks:
-            train_as_joined_rank(run, layout, ranks)
+        if isinstance(place, RankEnvironment):
+            train_as_joined_rank(run, layout, place)
+        elif place:
+            train_on_this_node(run, layout, place, cores=machine.cores)
         else:
             train_on_this_machine(run, layout, cores=machine.cores, multirun_index=job.index)
     return 0
 
 
-def _ready(run: RunConfig, ranks: RankEnvironment | None, machine: Machine) -> tuple[RunConfig, Layout]:
+def _ready(run: RunConfig, machine: Machine) -> tuple[RunConfig, Layout, Place]:
     """The run as it is to be trained, checked, in the layout that it says or that auto chooses."""
-    joined_world = ranks.world_size if ranks else None
+    gpus = 0 if run.hardware.device is Device.cpu else machine.gpus
+    place = place_of(os.environ, configured=run.hardware.accelerators_per_node, gpus=gpus)
     if run.parallelism.auto:
-        run, found = chosen(run, _space(run, machine, ranks))
+        run, found = chosen(run, _space(run, machine, place))
         if _speaks_for_all():
             print(
                 f"auto     the fastest of {len(found.candidates)} legal layouts; `launcher plan` shows them"
             )
+    joined_world = place.world_size if place else None
     layout = validate(run, gpus=machine.gpus, cores=machine.cores, joined_world=joined_world)
-    check_corpus(run.data, sequence_length(run))
-    ranks_here = ranks.local_size if ranks else layout.world_size
+    check_data(run)
+    ranks_here = place.local_size if place else layout.world_size
     refuse_too_large(run, layout, memory_budget(run, ranks_here, _memory_of(layout.device)))
-    return run, layout
+    return run, layout, place
 
 
-def _space(run: RunConfig, machine: Machine, ranks: RankEnvironment | None) -> Space:
+def _space(run: RunConfig, machine: Machine, place: Place) -> Space:
     """The ranks that there are to lay the model out over."""
     device = resolve_device(run, gpus=machine.gpus)
-    if ranks:
-        return Space(device, ranks.world_size, ranks.local_size, exact=True)
+    if place:
+        return Space(device, place.world_size, place.local_size, exact=True)
     here = run.hardware.accelerators_per_node or (machine.gpus if device == "cuda" else machine.cores)
     return Space(device, here, here, exact=False, memory_here=_memory_of(device))
 
@@ -114,6 +123,19 @@ def _say_which(job: Job[RunConfig] | Job[PlannedRunConfig]) -> None:
         print(f"job      {job.index}: {' '.join(job.overrides)}", flush=True)
 
 
+def submit(arguments: list[str]) -> int:
+    jobs = compose_jobs("config", RunConfig, arguments)
+    if not jobs:
+        return 0
+    for one in jobs:
+        check_submission(one.config)
+        for nodes in nodes_of(one.config):
+            ready_on_nodes(one.config, nodes)
+        check_data(one.config)
+    submit_jobs(jobs, arguments)
+    return 0
+
+
 def generate(arguments: list[str]) -> int:
     for argument in arguments:
         if "=" not in argument and Path(argument).is_dir():
@@ -122,7 +144,9 @@ def generate(arguments: list[str]) -> int:
     for job in compose_jobs("generate", GenerateConfig, arguments):
         run_dir = Path(validate_generate(job.config)).expanduser()
         # Read here only to refuse it: what comes next imports torch.
-        load_typed(run_dir / CONFIG, RunConfig)
+        if load_typed(run_dir / CONFIG, RunConfig).model.family is Family.vit:
+            why = "is of a classifier of images, which writes no text"
+            raise ConfigError("run.dir", run_dir, why, "the directory of a language model's run")
         share_cores(1, this_machine().cores)
         from launcher.runtime.generate import generate as sample_text
 
@@ -180,27 +204,44 @@ def verify(arguments: list[str]) -> int:
 
 def _ready_elsewhere(run: RunConfig, machine: Machine) -> tuple[RunConfig, Layout, Search | None]:
     """The run and its layout on the run's own hardware, whatever this machine has."""
-    h, found = run.hardware, None
+    h, found, cores = run.hardware, None, max(2, machine.cores)
     is_cuda = h.device is Device.cuda or (h.device is Device.auto and machine.gpus > 0)
-    here = machine.gpus if h.device is Device.auto else 1
-    gpus = (h.accelerators_per_node or here) if is_cuda else 0
-    cores = max(2, machine.cores)
-    per_node = gpus or h.accelerators_per_node or cores
+    gpus = (h.accelerators_per_node or machine.gpus or 1) if is_cuda else 0
+    per_node = gpus or h.accelerators_per_node
     if run.parallelism.auto:
-        device = "cuda" if is_cuda else "cpu"
-        space = Space(device, h.nodes * per_node, per_node, exact=False, memory_here=_memory_of(device))
+        device, here = ("cuda" if is_cuda else "cpu"), per_node or cores
+        space = Space(device, h.nodes * here, here, exact=False, memory_here=_memory_of(device))
         run, found = chosen(run, space)
     nodes = run.hardware.nodes
-    joined_world = nodes * per_node if nodes > 1 else None
+    joined_world = nodes * per_node if nodes > 1 and per_node else None
     return run, validate(run, gpus=gpus, cores=cores, joined_world=joined_world), found
+
+
+def sync(arguments: list[str]) -> int:
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print("launcher sync RUN.DIR ...: upload what is new of a run's offline W&B files, in order")
+        return 0
+    runs = [Path(argument).expanduser() for argument in arguments]
+    for run in runs:
+        if not (run / IDENTITY).is_file():
+            raise ConfigError(
+                "sync", run, f"not a run's directory, it has no {IDENTITY}", "as a run printed it"
+            )
+    from launcher.runtime.metrics.sync import upload
+
+    return max(upload(run) for run in runs)
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "plan": plan,
     "verify": verify,
+    "submit": submit,
+    "job": run_job,
+    "sync": sync,
     "generate": generate,
     "checkpoint": inspect,
+    "prepare": prepare,
     "export": export,
     "import": import_,
 }

@@ -1,5 +1,6 @@
 """Which checkpoint a run goes on from, and whether it can. Runs before any rank does, without torch."""
 
+import shlex
 from pathlib import Path
 
 from launcher.checkpoint.manifest import (
@@ -21,11 +22,16 @@ _DATA = (
     "data.source",
     "data.train",
     "data.validation",
+    "data.test",
     "data.validation_fraction",
+    "data.test_fraction",
     "data.sequence_length",
+    "data.document_attention",
+    "data.end_of_document",
     "training.seed",
     "optimizer.name",
 )
+_BLEND = ("data.sources", "data.weights", "data.validation_sources")  # what checkpoint.new_blend lets change
 
 
 def checkpoint_of(run: RunConfig, run_dir: Path) -> Path | None:
@@ -81,6 +87,12 @@ def check_goes_on(run: RunConfig, path: Path, manifest: Manifest) -> None:
         if was != now:
             why = f"{path} is of a run with {name}={was}"
             raise refusal(run, name, why, f"{name}={was}", "checkpoint.resume=none in a fresh run.dir")
+    for name in () if run.checkpoint.new_blend else _BLEND:
+        was, now = _stored(manifest, name), as_typed(value_of(run, name))
+        if was != now:
+            why = f"{path} is of a run with {name}={was}"
+            new = f"checkpoint.new_blend=true (the new one counts from sample {manifest.samples} on)"
+            raise refusal(run, name, why, shlex.quote(f"{name}={was}"), new)
     if (run.optimizer.momentum or 0) and "momentum_buffer" not in manifest.tensors:
         why = f"{path} has no momentum to go on with"
         raise refusal(run, "optimizer.momentum", why, "optimizer.momentum=0")
@@ -93,12 +105,15 @@ def _stored(manifest: Manifest, name: str) -> str:
     return as_typed(value)
 
 
-def check_corpus_is(corpus: str, path: Path, manifest: Manifest) -> None:
-    """Raises ConfigError where the text is not the one that the checkpoint was trained on."""
-    if manifest.corpus != corpus:
-        raise ConfigError(
-            "checkpoint.resume",
-            path,
-            f"trained on other text: its digest is {manifest.corpus}, here it is {corpus}",
-            "the same files and, with data=stdlib, the same Python; or checkpoint.resume=none",
-        )
+def check_corpus_is(corpus: dict[str, str], path: Path, manifest: Manifest) -> None:
+    """Raises ConfigError where a source's data, by their digest, are not what the checkpoint trained on."""
+    for source in manifest.corpus.keys() & corpus.keys():
+        was, now = manifest.corpus[source], corpus[source]
+        if was != now:
+            what = f"trained on another {source}" if source else "trained on other data"
+            raise ConfigError(
+                "checkpoint.resume",
+                path,
+                f"{what}: its digest is {was}, here it is {now}",
+                "the same files and, with data=stdlib, the same Python; or checkpoint.resume=none",
+            )

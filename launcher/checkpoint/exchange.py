@@ -78,7 +78,7 @@ def import_(weights: Weights, target: Path, options: ExchangeConfig) -> None:
     write_parts(partial, 0, _parts(weights, reader), int(options.max_file_gb * 1e9))
     model = OmegaConf.to_container(OmegaConf.structured(weights.model), enum_to_str=True)
     manifest = Manifest(
-        step=0, samples=0, updates=0, scaler={}, corpus="", launcher=__version__, layout="import",
+        step=0, samples=0, updates=0, scaler={}, corpus={}, launcher=__version__, layout="import",
         config={"model": model}, validation_loss=None, tensors={}, files={},
     )  # fmt: skip
     commit(partial, manifest, world=1)

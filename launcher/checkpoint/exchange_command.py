@@ -9,7 +9,7 @@ from launcher.checkpoint.sources import Kind, Weights, weights_at
 from launcher.config.compose import compose_jobs
 from launcher.config.errors import ConfigError
 from launcher.config.numbers import EXCHANGE_NUMBERS, refuse_numbers_out_of_range
-from launcher.config.schema import ExchangeConfig
+from launcher.config.schema import ExchangeConfig, Family
 
 
 def export(arguments: list[str]) -> int:
@@ -18,6 +18,9 @@ def export(arguments: list[str]) -> int:
     if found is None:
         return 0
     weights, target, options = found
+    if weights.model.family is Family.vit:
+        why = "is of a vit, and GPT-2 and Llama are what is exported"
+        raise ConfigError("export", weights.path, why, "its weights/*.safetensors, by logical name")
     from launcher.checkpoint.exchange import export as write_theirs
 
     _written(lambda: write_theirs(weights, target, options), weights, target)

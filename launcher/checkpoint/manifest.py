@@ -8,7 +8,7 @@ checkpoints/latest                         the newest one's name, for people and
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +61,16 @@ class Manifest:
     samples: int
     updates: int
     scaler: dict[str, float]
-    corpus: str  # digest of the training tokens
+    corpus: dict[str, str]  # by source, the digest of what is trained on
     launcher: str  # version
     layout: str  # that wrote it, in words, for people
     config: dict[str, Any]  # as composed
     validation_loss: float | None
     tensors: dict[str, dict[str, Stored]]
     files: dict[str, File]
+    blends: list[dict[str, Any]] = field(
+        default_factory=list
+    )  # each from sample `start` on, with its `weights`
 
     def to_json(self) -> str:
         """With the SHA-256 of the rest, so that a change of any figure is seen."""

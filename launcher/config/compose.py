@@ -1,5 +1,6 @@
 """Hydra's composition, from a command line to dataclasses. Its errors become ConfigErrors in explain.py."""
 
+import argparse
 import contextlib
 import io
 import os
@@ -15,16 +16,21 @@ from omegaconf import DictConfig, OmegaConf
 
 from launcher.config.errors import ConfigError
 from launcher.config.explain import COMPOSITION_ERRORS, explain, missing_value, no_such_field
-from launcher.config.fields import config_directory, is_section
+from launcher.config.fields import ENTRIES, config_directory, is_section
 from launcher.config.schema import (
     ExchangeConfig,
     GenerateConfig,
     PlannedRunConfig,
+    PrepareConfig,
     RunConfig,
     register_schema,
 )
 
-Config = TypeVar("Config", RunConfig, PlannedRunConfig, GenerateConfig, ExchangeConfig)
+Config = TypeVar("Config", RunConfig, PlannedRunConfig, GenerateConfig, ExchangeConfig, PrepareConfig)
+
+
+# Dictionaries whose keys are the user's.
+OPEN = tuple(f"{name}{end}" for name in ("deepspeed", *ENTRIES) for end in (".", "="))
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,7 @@ class Job(Generic[Config]):
 
     config: Config
     index: int | None
-    overrides: list[str]  # that make it
+    overrides: list[str]  # that make it, from any directory: --config-dir is among them
 
 
 def compose_jobs(config_name: str, root: type[Config], arguments: list[str]) -> list[Job[Config]]:
@@ -48,7 +54,10 @@ def compose_jobs(config_name: str, root: type[Config], arguments: list[str]) -> 
     os.environ["HYDRA_FULL_ERROR"] = "1"
     # argparse takes overrides in one stretch only; a flag may stand between them here.
     flags_first: list[str] = [_addable(argument) for argument in sorted(arguments, key=_is_override)]
-    overrides = _overrides_among(flags_first)
+    flags, overrides = _parsed(flags_first)
+    directories: list[str] = []
+    if flags.config_dir:
+        directories = [f"--config-dir={Path(flags.config_dir).absolute()}"]
     sys.argv = ["launcher", *flags_first]
     composed: list[tuple[DictConfig, int | None, list[str]]] = []
 
@@ -65,7 +74,9 @@ def compose_jobs(config_name: str, root: type[Config], arguments: list[str]) -> 
         raise  # whoever read the --help has seen enough
     except COMPOSITION_ERRORS as error:
         raise explain(error, root, overrides) from None
-    return [Job(to_typed(config, root, overrides), index, own) for config, index, own in composed]
+    return [
+        Job(to_typed(config, root, overrides), index, directories + task) for config, index, task in composed
+    ]
 
 
 def _is_override(argument: str) -> bool:
@@ -73,22 +84,22 @@ def _is_override(argument: str) -> bool:
 
 
 def _addable(argument: str) -> str:
-    """`deepspeed` is the one open dictionary: its keys need no `+`."""
-    return f"++{argument}" if argument.startswith(("deepspeed.", "deepspeed=")) else argument
+    """Keys of an open dictionary need no `+`."""
+    return f"++{argument}" if argument.startswith(OPEN) else argument
 
 
-def _overrides_among(arguments: list[str]) -> list[str]:
-    """What is left of the arguments without Hydra's flags. Raises ConfigError for a flag it does not have."""
+def _parsed(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Hydra's flags, and what is left without them. Raises ConfigError for a flag it does not have."""
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            overrides: list[str] = get_args_parser().parse_args(arguments).overrides
+            flags: argparse.Namespace = get_args_parser().parse_args(arguments)
     except SystemExit as stop:
         if not stop.code:
             raise  # --version
         why = said.getvalue().strip().splitlines()[-1].partition("error: ")[2]
         raise ConfigError("command line", None, why, "a flag that `launcher --hydra-help` lists") from None
-    return overrides
+    return flags, list(flags.overrides)
 
 
 def _multirun_index() -> int | None:

@@ -40,4 +40,6 @@ def as_typed(value: object) -> str:
     """A value as it is typed on the command line: true and null, not True and None."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {as_typed(value[key])}" for key in sorted(value)) + "}"
     return value.name if isinstance(value, Enum) else str(value)

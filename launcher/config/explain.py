@@ -13,7 +13,14 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from launcher.config.errors import ConfigError, settings
-from launcher.config.fields import closest_fields, fields_in, fields_of, groups_of, options_of
+from launcher.config.fields import (
+    closest_fields,
+    fields_in,
+    fields_of,
+    groups_of,
+    kind_of_entry,
+    options_of,
+)
 
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, OSError)
 
@@ -161,10 +168,10 @@ def _wrong_field(found: re.Match[str], failure: _Failure) -> ConfigError:
     )
     unset = "null" if "is not Optional" in failure.text else ""
     value = given[1] if given else failure.value_of(field) or unset
-    if field not in fields:
+    if field not in fields and not kind_of_entry(field):
         inner = [f"{name}=<{fields[name]}>" for name in fields_in(field, failure.root)[:2]]
         return ConfigError(field, value or None, "a section of fields, not a value", " or ".join(inner))
-    kind = fields[field]
+    kind = fields.get(field) or kind_of_entry(field) or ""
     why = f"must be {_IN_WORDS.get(kind.removesuffix(' | null'), f'one of {kind}')}{_in(failure.file)}"
     return ConfigError(field, value, why, _nearest_value(field, value, kind))
 
@@ -209,7 +216,7 @@ def _nearest_value(field: str, value: str, kind: str) -> str:
 
 def _unreadable(override: str, root: type[Any]) -> ConfigError:
     name, value = _split(override)
-    kind, options = fields_of(root).get(name), options_of(name)
+    kind, options = fields_of(root).get(name) or kind_of_entry(name), options_of(name)
     if "=" not in override:
         values = [f"<{kind}>"] if kind else ["VALUE"] if name.startswith("deepspeed.") else options
         close = settings(name, values) or [f"{field}=VALUE" for field in closest_fields(name, root)]
@@ -221,6 +228,10 @@ def _unreadable(override: str, root: type[Any]) -> ConfigError:
         return no_such_field(name, value, root)
     if re.search(r"\s=", override):
         return ConfigError(override, None, "no space may stand before =", f"{name}={value.strip()}")
+    if kind == "list":
+        items = ", ".join(f'"{item.strip()}"' for item in value.strip("[]").split(","))
+        why = "an item of a list cannot be read without quotes"
+        return ConfigError(name, value, why, shlex.quote(f"{name}=[{items}]"))
     if kind and not kind.startswith("text"):
         return ConfigError(name, value, "cannot be read", f"{name}=<{kind}>")
     text = value.strip("\"' ").replace("\\", "\\\\").replace('"', '\\"')

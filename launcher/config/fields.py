@@ -48,6 +48,20 @@ def fields_of(root: type[Any]) -> dict[str, str]:
     return found
 
 
+# What the open dictionaries take, whose keys are the user's.
+ENTRIES = {
+    "data.sources": "text",
+    "data.weights": "number",
+    "data.validation_sources": "text",
+    "slurm.environment": "text",
+}
+
+
+def kind_of_entry(name: str) -> str | None:
+    """What the value of a key of an open dictionary must be; None for any other name."""
+    return ENTRIES.get(name.rpartition(".")[0])
+
+
 def is_section(node: DictConfig) -> bool:
     """Whether it is a dataclass of fields, not an open dictionary."""
     return node._metadata.object_type not in (dict, None)
@@ -67,7 +81,10 @@ def closest_fields(name: str, root: type[Any]) -> list[str]:
         return [f"{section}.{close}" for close in get_close_matches(leaf, inner, n=2)]
     if not section and (close := get_close_matches(name, [*groups_of(root), *sections], n=1)):
         return close
-    close = get_close_matches(leaf, {_leaf(field) for field in fields}, n=2)
+    leaves = {_leaf(field) for field in fields}
+    # batch_size is short for micro_batch_size, and not patch_size misspelt.
+    longer = {one for one in leaves if one.endswith(f"_{leaf}")}
+    close = get_close_matches(leaf, longer or leaves, n=2)
     return [field for best in close for field in fields if _leaf(field) == best][:2]
 
 

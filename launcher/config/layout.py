@@ -150,6 +150,7 @@ def _check_machine(run: RunConfig, device: str, *, gpus: int) -> None:
             "hardware.nodes",
             "`launcher` starts ranks on this machine only",
             "hardware.nodes=1",
+            "`launcher submit` instead",
             "the same command started on every node by torchrun or srun",
         )
     if device == "cuda" and (run.hardware.accelerators_per_node or 0) > gpus:

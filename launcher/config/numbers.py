@@ -23,6 +23,7 @@ BELOW_1 = Range("must be 0 or more and below 1", lambda value: 0 <= value < 1)
 SHARE = Range("must be from 0 to 1", lambda value: 0 <= value <= 1)
 SHARE_ABOVE_0 = Range("must be above 0 and at most 1", lambda value: 0 < value <= 1)
 POWER = Range("must be from 0 to 127, float32's largest power of two", lambda value: 0 <= value <= 127)
+LEAD = Range("must be from 0 to 65535, the seconds that Slurm takes", lambda value: 0 <= value <= 65535)
 SEED = Range("must be 0 or more and below 2 to the 63", lambda value: 0 <= value < 2**63)
 
 # Each number of a run, with its range and a value within it. training.seed may be any.
@@ -32,8 +33,13 @@ NUMBERS: dict[str, tuple[Range, str]] = {
     "model.num_heads": (COUNT, "1"),
     "model.num_kv_heads": (COUNT, "null"),
     "model.ffn_hidden_size": (COUNT, "512"),
-    "model.vocab_size": (COUNT, str(BYTE_VALUES)),
-    "model.max_sequence_length": (COUNT, "128"),
+    # Whether these may be 0 depends on the family.
+    "model.vocab_size": (NOT_NEGATIVE, str(BYTE_VALUES)),
+    "model.max_sequence_length": (NOT_NEGATIVE, "128"),
+    "model.num_classes": (NOT_NEGATIVE, "0"),
+    "model.image_size": (NOT_NEGATIVE, "0"),
+    "model.image_channels": (NOT_NEGATIVE, "0"),
+    "model.patch_size": (NOT_NEGATIVE, "0"),
     "model.dropout": (BELOW_1, "0.1"),
     "model.norm_epsilon": (ABOVE_0, "1e-5"),
     "model.rope_theta": (ABOVE_0, "10000"),
@@ -59,7 +65,11 @@ NUMBERS: dict[str, tuple[Range, str]] = {
     "checkpoint.stop_grace_seconds": (ABOVE_0, "null"),
     "checkpoint.max_file_gb": (ABOVE_0, "2"),
     "data.validation_fraction": (SHARE, "0.05"),
+    "data.test_fraction": (BELOW_1, "0"),
     "data.sequence_length": (COUNT, "null"),
+    "data.end_of_document": (NOT_NEGATIVE, "null"),
+    "data.num_workers": (NOT_NEGATIVE, "1"),
+    "data.prefetch": (COUNT, "2"),
     "optimizer.lr": (ABOVE_0, "1e-3"),
     "optimizer.weight_decay": (FROM_0, "0"),
     "optimizer.gradient_clipping": (ABOVE_0, "null (off)"),
@@ -73,9 +83,13 @@ NUMBERS: dict[str, tuple[Range, str]] = {
     "scheduler.min_lr_ratio": (SHARE, "0"),
     "precision.initial_loss_scale_power": (POWER, "16"),
     "logging.interval": (COUNT, "1"),
-    "training.steps": (COUNT, "1"),
+    "training.steps": (NOT_NEGATIVE, "0 (only validates)"),
     "verify.steps": (COUNT, "3"),
     "plan.tokens": (ABOVE_0, "null"),
+    "launch.timeout_minutes": (ABOVE_0, "30"),
+    "slurm.cpus_per_task": (COUNT, "null"),
+    "slurm.max_parallel": (COUNT, "null"),
+    "slurm.signal_seconds": (LEAD, "120"),
     "training.stop_at": (COUNT, "null"),
     "training.global_batch_size": (COUNT, "16"),
     "training.micro_batch_size": (COUNT, "1"),
@@ -88,6 +102,12 @@ GENERATE_NUMBERS: dict[str, tuple[Range, str]] = {
     "temperature": (FROM_0, "0 (always the likeliest)"),
     "top_k": (NOT_NEGATIVE, "0 (off)"),
     "seed": (SEED, "0"),
+}
+PREPARE_NUMBERS: dict[str, tuple[Range, str]] = {
+    "tokenizer.train_mb": (ABOVE_0, "512"),
+    "vocab": (COUNT, "32000"),
+    "max_line_mb": (ABOVE_0, "256"),
+    "workers": (COUNT, "1"),
 }
 EXCHANGE_NUMBERS: dict[str, tuple[Range, str]] = {"max_file_gb": (ABOVE_0, "2")}
 

@@ -16,10 +16,21 @@ from omegaconf import MISSING, OmegaConf
 
 
 class Family(Enum):
-    """`gpt`: learned positions, LayerNorm, GELU, biases. `llama`: RoPE, RMSNorm, SwiGLU, no biases."""
+    """`gpt`: learned positions, LayerNorm, GELU, biases. `llama`: RoPE, RMSNorm, SwiGLU, no biases.
+
+    `vit`: a classifier of images from gpt's blocks, attending to all patches (arXiv 2010.11929).
+    """
 
     gpt = "gpt"
     llama = "llama"
+    vit = "vit"
+
+
+class Pooling(Enum):
+    """What a vit's head sees: the class token that it has beside the patches, or the mean of the patches."""
+
+    class_token = "class_token"
+    mean = "mean"
 
 
 class ActivationCheckpointing(Enum):
@@ -48,10 +59,17 @@ class Device(Enum):
 
 
 class CorpusSource(Enum):
-    """`stdlib`: the Python standard library's own source text. `text`: the user's files."""
+    """`stdlib`: the Python standard library's own source text. `text`: the user's files, as bytes.
+
+    `tokens`: Megatron-LM's indexed datasets, as its preprocess_data.py or `launcher prepare` write them.
+    `digits`: scikit-learn's 1797 scans of handwritten digits. `image_folder`: a directory per class.
+    """
 
     stdlib = "stdlib"
     text = "text"
+    tokens = "tokens"
+    digits = "digits"
+    image_folder = "image_folder"
 
 
 class OptimizerName(Enum):
@@ -88,6 +106,24 @@ class WandbMode(Enum):
     disabled = "disabled"
 
 
+class Tasks(Enum):
+    """What srun starts: every rank (`per_rank`), or on each node one launcher that starts its ranks."""
+
+    per_rank = "per_rank"
+    per_node = "per_node"
+
+
+class OnStop(Enum):
+    """What follows a job that is stopped before its run is done.
+
+    `requeue` the same job, `chain` a new job of the same script, or nothing (`end`).
+    """
+
+    requeue = "requeue"
+    chain = "chain"
+    end = "end"
+
+
 @dataclass
 class ModelConfig:
     family: Family = MISSING
@@ -96,13 +132,19 @@ class ModelConfig:
     num_heads: int = MISSING
     num_kv_heads: Optional[int] = None  # null: num_heads (no grouping)
     ffn_hidden_size: int = MISSING
-    vocab_size: int = MISSING
-    max_sequence_length: int = MISSING
+    vocab_size: int = MISSING  # 0 for vit, which has classes
+    max_sequence_length: int = MISSING  # 0 for vit, whose patches are counted
     tie_embeddings: bool = MISSING
     dropout: float = 0.0
     norm_epsilon: float = 1e-5
     rope_theta: float = 10000.0  # llama only
     init_std: float = 0.02
+    # vit only, else 0
+    num_classes: int = 0
+    image_size: int = 0  # pixels of a side
+    image_channels: int = 0  # 1: grey, 3: red, green, blue
+    patch_size: int = 0  # pixels of a side
+    pooling: Optional[Pooling] = None
 
 
 @dataclass
@@ -145,10 +187,22 @@ class HardwareConfig:
 @dataclass
 class DataConfig:
     source: CorpusSource = MISSING
-    train: Optional[str] = None  # a glob, for source=text
-    validation: Optional[str] = None  # a glob; null: a fraction of the training files
+    # text: a glob of files; tokens: NAME of NAME.bin and NAME.idx, or a glob; image_folder: a directory
+    train: Optional[str] = None
+    validation: Optional[str] = None  # as `train`; null: a fraction of what `train` names
     validation_fraction: float = 0.05
+    test: Optional[str] = None  # tokens, images: as `train`; null: a fraction of it, if that is above 0
+    test_fraction: float = 0.0
+    # A blend of token files, by names of your own, instead of `train`.
+    sources: dict[str, str] = field(default_factory=dict)  # each as `train`
+    weights: dict[str, float] = field(default_factory=dict)  # of samples, relative to each other
+    validation_sources: dict[str, str] = field(default_factory=dict)  # each as `validation`
     sequence_length: Optional[int] = None  # null: model.max_sequence_length
+    document_attention: bool = False  # attention and positions stop where a document ends
+    end_of_document: Optional[int] = None  # tokens: the id that ends each document; bytes end with 0
+    tokenizer: Optional[str] = None  # tokens: a tokenizer.json; null: NAME.tokenizer.json beside the files
+    num_workers: int = 1  # threads of each rank that read ahead; 0: the step reads
+    prefetch: int = 2  # global batches that they are ahead
 
 
 @dataclass
@@ -195,7 +249,7 @@ class LoggingConfig:
 
 @dataclass
 class TrainingConfig:
-    steps: int = MISSING
+    steps: int = MISSING  # 0: only validate, such as the weights of checkpoint.init_from
     stop_at: Optional[int] = None  # end after this step; the schedule still spans `steps`
     global_batch_size: int = MISSING  # sequences per optimizer step, over all ranks
     micro_batch_size: int = MISSING  # sequences per forward pass of one data-parallel rank
@@ -226,6 +280,7 @@ class CheckpointConfig:
     resume: str = "auto"
     init_from: Optional[str] = None  # weights that a fresh run begins with
     fallback: bool = False  # an unusable checkpoint: take the newest intact one before it
+    new_blend: bool = False  # of data.sources: may differ from the checkpoint's, and counts from there on
 
 
 @dataclass
@@ -248,6 +303,47 @@ class PlanConfig:
 
 
 @dataclass
+class LaunchConfig:
+    """How ranks are watched."""
+
+    timeout_minutes: float = 30.0  # no step, validation or collective takes longer: the run is hung, and ends
+
+
+@dataclass
+class SlurmConfig:
+    """What `launcher submit` asks of Slurm; null leaves it to the cluster. A shell runs none of it."""
+
+    job_name: str = "launcher"
+    partition: Optional[str] = None
+    account: Optional[str] = None
+    qos: Optional[str] = None
+    time: Optional[str] = None  # minutes, [HOURS:]MINUTES:SECONDS or DAYS-HOURS[:MINUTES[:SECONDS]]
+    nodes: Optional[str] = None  # null: hardware.nodes; MIN-MAX: also on fewer than those
+    gpus_per_node: Optional[str] = None  # null: hardware.accelerators_per_node; or TYPE:NUMBER
+    cpus_per_task: Optional[int] = None
+    mem: Optional[str] = None  # of a node
+    constraint: Optional[str] = None
+    exclude: Optional[str] = None
+    reservation: Optional[str] = None
+    output: str = "slurm-%j.out"
+    tasks: Tasks = Tasks.per_rank
+    on_stop: OnStop = OnStop.requeue
+    signal_seconds: int = 120  # before the time limit the run is told to stop, and saved
+    max_parallel: Optional[int] = None  # jobs of a --multirun at a time
+    modules: list[str] = field(default_factory=list)  # to `module load`
+    environment: dict[str, str] = field(default_factory=dict)  # variables to set
+    container: list[str] = field(default_factory=list)  # the words of a command that runs `launcher` inside
+    python: Optional[str] = None  # that runs the job, null: the one that submits it
+    sbatch: list[str] = field(default_factory=list)  # further options, such as --mail-type=END
+    srun: list[str] = field(default_factory=list)  # further options, such as --cpu-bind=none
+
+
+@dataclass
+class SubmitConfig:
+    dry_run: bool = False  # print the script, submit nothing
+
+
+@dataclass
 class RunDirConfig:
     dir: Optional[str] = None  # null: a fresh one under runs/
 
@@ -266,6 +362,9 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     verify: VerifyConfig = field(default_factory=VerifyConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
+    submit: SubmitConfig = field(default_factory=SubmitConfig)
     run: RunDirConfig = field(default_factory=RunDirConfig)
     deepspeed: dict[str, Any] = field(default_factory=dict)  # passed through, over what we emit
 
@@ -283,10 +382,48 @@ class GenerateConfig:
 
     run: RunDirConfig = field(default_factory=RunDirConfig)
     prompt: str = "import "
+    tokenizer: Optional[str] = None  # a tokenizer.json; null: what the run recorded
     max_new_tokens: int = 200
     temperature: float = 0.8  # 0: always the likeliest token
     top_k: int = 50  # 0: off
     seed: int = 0
+
+
+class TokenizerTraining(Enum):
+    """`bpe`: byte-level byte-pair encoding, as GPT-2's."""
+
+    bpe = "bpe"
+
+
+class BadLines(Enum):
+    """What `launcher prepare` does about a line that holds no text: end there, or leave it out."""
+
+    fail = "fail"
+    skip = "skip"
+
+
+@dataclass
+class TokenizerConfig:
+    """What turns text into tokens: a tokenizer.json, one made of the text itself, or neither: bytes."""
+
+    path: Optional[str] = None  # of a tokenizer.json of Hugging Face's tokenizers
+    train: Optional[TokenizerTraining] = None
+    train_mb: float = 512.0  # of text that it is made of, from the beginning of every file alike; 1e6 bytes
+    end_of_document: Optional[str] = (
+        None  # the token that ends each; null: <|endoftext|> or another usual one
+    )
+
+
+@dataclass
+class PrepareConfig:
+    """What `launcher prepare` takes besides what to read and what to write."""
+
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    vocab: int = 32000  # tokens, for tokenizer.train
+    text_field: str = "text"  # of a line of JSON; a Parquet file's column
+    bad_lines: BadLines = BadLines.fail
+    max_line_mb: float = 256.0  # a longer line is a bad one; 1e6 bytes
+    workers: Optional[int] = None  # processes; null: one per core
 
 
 @dataclass
@@ -308,3 +445,4 @@ def register_schema() -> None:
     store.store(name="plan_schema", node=PlannedRunConfig)
     store.store(name="generate_schema", node=GenerateConfig)
     store.store(name="exchange_schema", node=ExchangeConfig)
+    store.store(name="prepare_schema", node=PrepareConfig)

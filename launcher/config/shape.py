@@ -1,8 +1,12 @@
 """What follows from a run's model and data alone: arithmetic that the rules and the layout share."""
 
 import math
+from collections.abc import Sequence
+from fractions import Fraction
 
-from launcher.config.schema import Family, PipelineSchedule, RunConfig
+from launcher.config.schema import CorpusSource, Family, ModelConfig, PipelineSchedule, Pooling, RunConfig
+
+END_OF_TEXT = 0  # the byte that ends each file of text
 
 
 def kv_heads(run: RunConfig) -> int:
@@ -11,7 +15,29 @@ def kv_heads(run: RunConfig) -> int:
 
 def sequence_length(run: RunConfig) -> int:
     """Tokens per sample, T."""
+    if run.model.family is Family.vit:
+        return vision_tokens(run.model)
     return run.data.sequence_length or run.model.max_sequence_length
+
+
+def vision_tokens(model: ModelConfig) -> int:
+    """The patches of an image, and the class token if there is one."""
+    patches: int = (model.image_size // model.patch_size) ** 2
+    return patches + (model.pooling is Pooling.class_token)
+
+
+def output_size(model: ModelConfig) -> int:
+    """What the head tells apart: tokens, or classes."""
+    return model.num_classes if model.family is Family.vit else model.vocab_size
+
+
+def end_of_document(run: RunConfig) -> int | None:
+    """The token that ends each document, where that is known."""
+    return run.data.end_of_document if run.data.source is CorpusSource.tokens else END_OF_TEXT
+
+
+def is_of_images(run: RunConfig) -> bool:
+    return run.data.source in (CorpusSource.digits, CorpusSource.image_folder)
 
 
 def stages_per_rank(run: RunConfig) -> int:
@@ -55,6 +81,14 @@ def legal_heads(run: RunConfig) -> list[int]:
 def head_size_multiple(run: RunConfig) -> int:
     """Rotary positions turn pairs of channels."""
     return 2 if run.model.family is Family.llama else 1
+
+
+def whole_weights(weights: Sequence[float]) -> list[int]:
+    """The least whole numbers in the same proportion. 0.1 is a tenth, not the closest binary number."""
+    typed = [Fraction(str(weight)) for weight in weights]
+    scale = math.lcm(*(weight.denominator for weight in typed))
+    whole = [int(weight * scale) for weight in typed]
+    return [one // math.gcd(*whole) for one in whole]
 
 
 def divisors(n: int) -> list[int]:

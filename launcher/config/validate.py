@@ -3,25 +3,37 @@
 Each rule is a function of the run alone, listed in RULES; what depends on the world size is in layout.py.
 """
 
+import math
+import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from launcher.config.deepspeed_keys import check_passthrough
-from launcher.config.errors import ConfigError, refusal, settings, value_of
+from launcher.config.errors import ConfigError, as_typed, refusal, settings, value_of
 from launcher.config.layout import Layout, resolve_layout
-from launcher.config.numbers import BYTE_VALUES, GENERATE_NUMBERS, NUMBERS, refuse_numbers_out_of_range
+from launcher.config.numbers import (
+    BYTE_VALUES,
+    COUNT,
+    GENERATE_NUMBERS,
+    NUMBERS,
+    PREPARE_NUMBERS,
+    refuse_numbers_out_of_range,
+)
 from launcher.config.schema import (
     CorpusSource,
     Dtype,
     Family,
     GenerateConfig,
     OptimizerName,
+    Pooling,
+    PrepareConfig,
     RunConfig,
     SchedulerName,
 )
 from launcher.config.shape import (
     divisors,
     head_size_multiple,
+    is_of_images,
     kv_heads,
     legal_heads,
     legal_pipeline_sizes,
@@ -30,9 +42,15 @@ from launcher.config.shape import (
     nearest,
     sequence_length,
     stages_per_rank,
+    whole_weights,
 )
+from launcher.config.slurm import check_slurm
 
 EXAMPLE_GLOB = "corpus/**/*.txt"
+EXAMPLE_PREFIX = "corpora/web"
+LONGEST_PERIOD = (
+    100_000  # samples until a blend repeats: made at the start of a run, in a quarter of a second
+)
 
 
 def validate(run: RunConfig, *, gpus: int, cores: int, joined_world: int | None = None) -> Layout:
@@ -56,15 +74,100 @@ def validate_generate(config: GenerateConfig) -> str:
     return config.run.dir
 
 
+def validate_prepare(config: PrepareConfig) -> None:
+    """Check what `launcher prepare` is given. Raises ConfigError."""
+    refuse_numbers_out_of_range(config, PREPARE_NUMBERS)
+    t = config.tokenizer
+    if t.train is not None and t.path is not None:
+        why = "there is nothing to train: tokenizer.path names one that is made"
+        raise refusal(config, "tokenizer.train", why, "tokenizer.train=null", "tokenizer.path=null")
+    if t.train is not None and config.vocab <= BYTE_VALUES:
+        why = f"every byte is a token, and so is what ends a document: {BYTE_VALUES + 1} at least"
+        raise refusal(config, "vocab", why, f"vocab={BYTE_VALUES + 1} (or more)")
+    if t.end_of_document is not None and t.path is None:
+        why = "only another's tokenizer has ends to choose from"
+        raise refusal(config, "tokenizer.end_of_document", why, "tokenizer.end_of_document=null")
+
+
 def check_numbers(run: RunConfig) -> None:
     refuse_numbers_out_of_range(run, NUMBERS)
 
 
+def check_family(run: RunConfig) -> None:
+    """Each family has the sizes it needs, and none of another's."""
+    m = run.model
+    language = {"model.vocab_size": BYTE_VALUES, "model.max_sequence_length": 128}
+    vision = {
+        "model.num_classes": 10,
+        "model.image_size": 8,
+        "model.image_channels": 1,
+        "model.patch_size": 2,
+    }
+    is_vision = m.family is Family.vit
+    for field, example in (vision if is_vision else language).items():
+        if value_of(run, field) == 0:
+            raise refusal(run, field, COUNT.words, f"{field}={example}")
+    for field in language if is_vision else vision:
+        if value_of(run, field) != 0:
+            raise refusal(run, field, f"not a setting of family {m.family.name}", f"{field}=0")
+    if is_vision != (m.pooling is not None):
+        why = "a vit's head needs it" if is_vision else f"not a setting of family {m.family.name}"
+        values = ["class_token", "mean"] if is_vision else ["null"]
+        raise refusal(run, "model.pooling", why, *settings("model.pooling", values))
+    if is_vision and m.tie_embeddings:
+        why = "a vit has no token embedding to tie to its head"
+        raise refusal(run, "model.tie_embeddings", why, "model.tie_embeddings=false")
+    if is_vision and m.image_channels not in (1, 3):
+        why = "images are grey (1) or red, green, blue (3)"
+        raise refusal(run, "model.image_channels", why, "model.image_channels=1", "model.image_channels=3")
+    if is_vision and m.image_size % m.patch_size:
+        why = f"does not divide model.image_size={m.image_size}"
+        close = nearest(divisors(m.image_size), m.patch_size)
+        raise refusal(run, "model.patch_size", why, *settings("model.patch_size", close))
+
+
+def check_images(run: RunConfig) -> None:
+    """A vit sees images, and nothing else does."""
+    m, d = run.model, run.data
+    if (m.family is Family.vit) != is_of_images(run):
+        if m.family is Family.vit:
+            is_for_digits = (m.image_size, m.image_channels) == (8, 1) and m.num_classes >= 10
+            sees, remedy = (
+                "images",
+                "data=digits" if is_for_digits else "data=image_folder data.train=images/train",
+            )
+        else:
+            sees, remedy = "text", f"model={'vit_tiny' if d.source is CorpusSource.digits else 'vit_b16'}"
+        raise refusal(run, "data.source", f"model.family={m.family.name} sees {sees}", remedy)
+    if not is_of_images(run):
+        return
+    if d.sequence_length is not None:
+        why = "an image has as many tokens as patches"
+        raise refusal(run, "data.sequence_length", why, "data.sequence_length=null")
+    if d.document_attention:
+        why = "images are no documents"
+        raise refusal(run, "data.document_attention", why, "data.document_attention=false")
+    if d.source is CorpusSource.image_folder:
+        if d.train is None:
+            why = "data=image_folder trains on your own images, and no directory is named"
+            raise refusal(run, "data.train", why, "data.train=images/train")
+        return
+    if m.image_size != 8:
+        whole = "" if 8 % m.patch_size == 0 else " model.patch_size=2"
+        why = "data=digits are scans of 8 x 8 pixels"
+        raise refusal(run, "model.image_size", why, f"model.image_size=8{whole}")
+    if m.image_channels != 1:
+        raise refusal(run, "model.image_channels", "data=digits are grey", "model.image_channels=1")
+    if m.num_classes < 10:
+        raise refusal(run, "model.num_classes", "data=digits has 10 classes", "model.num_classes=10")
+
+
 def check_heads(run: RunConfig) -> None:
     m = run.model
-    if m.family is Family.gpt and m.num_kv_heads not in (None, m.num_heads):
+    if m.family is not Family.llama and m.num_kv_heads not in (None, m.num_heads):
         why = "grouped-query attention is of family llama"
-        raise refusal(run, "model.num_kv_heads", why, "model.num_kv_heads=null", "model.family=llama")
+        llama = ["model.family=llama"] if m.family is Family.gpt else []
+        raise refusal(run, "model.num_kv_heads", why, "model.num_kv_heads=null", *llama)
     remedies = [
         *settings("model.num_heads", nearest(legal_heads(run), m.num_heads)),
         *settings(
@@ -153,7 +256,8 @@ def check_zero(run: RunConfig) -> None:
 
 def check_sequence(run: RunConfig) -> None:
     p, length, longest = run.parallelism, sequence_length(run), run.model.max_sequence_length
-    if length > longest:
+    is_vision = run.model.family is Family.vit
+    if not is_vision and length > longest:
         why = f"longer than model.max_sequence_length={longest}"
         remedies = f"data.sequence_length={longest}", f"model.max_sequence_length={length}"
         raise refusal(run, "data.sequence_length", why, *remedies)
@@ -166,19 +270,35 @@ def check_sequence(run: RunConfig) -> None:
         raise refusal(run, "parallelism.sequence_parallel", why, off, *more)
     if length % p.tensor:
         shorter = [n for n in multiples_around(length, p.tensor) if n <= longest]
+        pooled = is_vision and run.model.pooling is Pooling.class_token and (length - 1) % p.tensor == 0
         raise refusal(
             run,
             "parallelism.sequence_parallel",
             f"sequences of {length} tokens cannot be split {p.tensor} ways",
             *settings("data.sequence_length", shorter),
+            *(["model.pooling=mean"] if pooled else []),
             off,
         )
 
 
 def check_vocabulary(run: RunConfig) -> None:
-    if run.model.vocab_size < BYTE_VALUES:
+    is_bytes = run.data.source in (CorpusSource.stdlib, CorpusSource.text)
+    if is_bytes and run.model.vocab_size < BYTE_VALUES:
         why = f"the corpus is bytes, which have {BYTE_VALUES} values"
         raise refusal(run, "model.vocab_size", why, f"model.vocab_size={BYTE_VALUES}")
+
+
+def check_documents(run: RunConfig) -> None:
+    end, size = run.data.end_of_document, run.model.vocab_size
+    if run.data.tokenizer is not None and run.data.source is not CorpusSource.tokens:
+        why = f"data={run.data.source.name} has no token files"
+        raise refusal(run, "data.tokenizer", why, "data.tokenizer=null")
+    if end is not None and run.data.source is not CorpusSource.tokens:
+        why = f"data={run.data.source.name} has no token files"
+        raise refusal(run, "data.end_of_document", why, "data.end_of_document=null")
+    if end is not None and end >= size:
+        why = f"not a token of model.vocab_size={size}"
+        raise refusal(run, "data.end_of_document", why, f"model.vocab_size={end + 1} (or more)")
 
 
 def check_data(run: RunConfig) -> None:
@@ -189,8 +309,22 @@ def check_data(run: RunConfig) -> None:
     if d.source is CorpusSource.text and d.train is None:
         why = "data=text trains on your own files, and none are named"
         raise refusal(run, "data.train", why, shlex.quote(f'data.train="{EXAMPLE_GLOB}"'))
+    if d.source is CorpusSource.tokens and d.train is None and not d.sources:
+        why = "data=tokens trains on token files, and none are named"
+        raise refusal(run, "data.train", why, f"data.train={EXAMPLE_PREFIX}")
+    if d.validation is None and d.validation_fraction + d.test_fraction >= 1:
+        why = f"with data.validation_fraction={d.validation_fraction} it leaves nothing to train on"
+        raise refusal(run, "data.test_fraction", why, "data.test_fraction=0")
+    if d.source in (CorpusSource.stdlib, CorpusSource.text) and (d.test is not None or d.test_fraction > 0):
+        field = "data.test_fraction" if d.test is None else "data.test"
+        none = {"data.test_fraction": 0, "data.test": "null"}
+        why = f"data={d.source.name} has no test part; token files have"
+        raise refusal(run, field, why, f"{field}={none[field]}")
     globs = {"data.train": d.train, "data.validation": d.validation}
     given = [field for field, glob in globs.items() if glob is not None]
+    if d.source is CorpusSource.digits and given + (["data.test"] if d.test is not None else []):
+        field = (given or ["data.test"])[0]
+        raise refusal(run, field, "data=digits brings its own images", f"{field}=null")
     if d.source is CorpusSource.stdlib and given:
         own = [f'{field}="{globs[field] or EXAMPLE_GLOB}"' for field in {"data.train", *given}]
         raise refusal(
@@ -200,6 +334,45 @@ def check_data(run: RunConfig) -> None:
             " ".join(f"{field}=null" for field in given),
             " ".join(["data=text", *map(shlex.quote, sorted(own))]),
         )
+
+
+def check_blend(run: RunConfig) -> None:
+    d = run.data
+    named: dict[str, Mapping[str, object]] = {
+        "data.sources": d.sources,
+        "data.weights": d.weights,
+        "data.validation_sources": d.validation_sources,
+    }
+    given = [field for field, by_name in named.items() if by_name]
+    if not given:
+        return
+    if d.source is not CorpusSource.tokens:
+        why = f"data={d.source.name} is one source; a blend is of token files"
+        names = sorted({*d.sources, *d.weights, *d.validation_sources})
+        sources = [f"data.sources.{name}={EXAMPLE_PREFIX}" for name in names if name not in d.sources]
+        weights = [f"data.weights.{name}=1" for name in names if name not in d.weights]
+        raise refusal(run, given[0], why, " ".join(["data=tokens", *sources, *weights]))
+    beside = {"data.train": d.train, "data.validation": d.validation, "data.test": d.test}
+    for field, value in beside.items():
+        if value is not None:
+            why = "of one source, and data.sources names several"
+            raise refusal(run, field, why, f"{field}=null")
+    for field, by_name in named.items():
+        if strange := [name for name in by_name if not re.fullmatch(r"[A-Za-z0-9_-]+", name)]:
+            why = f"{strange[0]!r} is to name metrics too: letters, digits, _ and -"
+            raise refusal(run, field, why, "another name")
+        if missing := [name for name in by_name if name not in d.sources]:
+            why = f"{missing[0]} is not among data.sources"
+            raise refusal(run, field, why, f"data.sources.{missing[0]}={EXAMPLE_PREFIX}")
+    for name in d.sources:
+        if not 0 < d.weights.get(name, 0) < math.inf:
+            why = f"a weight above 0 is needed for each of data.sources, and {name} has none"
+            raise refusal(run, "data.weights", why, f"data.weights.{name}=1")
+    if (period := sum(whole_weights(list(d.weights.values())))) > LONGEST_PERIOD:
+        why = f"as whole numbers they add up to {period:,}, and {LONGEST_PERIOD:,} is the most"
+        total = sum(d.weights.values())
+        rounded = {name: max(1, round(weight / total * 10_000)) for name, weight in d.weights.items()}
+        raise refusal(run, "data.weights", why, shlex.quote(f"data.weights={as_typed(rounded)}"))
 
 
 def check_optimizer(run: RunConfig) -> None:
@@ -272,6 +445,8 @@ def check_fp16_has_a_gpu(run: RunConfig, layout: Layout) -> None:
 
 RULES: tuple[Callable[[RunConfig], None], ...] = (
     check_numbers,
+    check_family,
+    check_images,
     check_heads,
     check_tensor_divides,
     check_schedule,
@@ -279,9 +454,12 @@ RULES: tuple[Callable[[RunConfig], None], ...] = (
     check_zero,
     check_sequence,
     check_vocabulary,
+    check_documents,
+    check_blend,
     check_data,
     check_optimizer,
     check_scheduler,
     check_stop,
     check_deepspeed,
+    check_slurm,
 )

@@ -20,8 +20,9 @@ import numpy.typing as npt
 
 from launcher.config.errors import ConfigError
 from launcher.config.schema import CorpusSource, DataConfig
+from launcher.config.shape import END_OF_TEXT
 
-END_OF_TEXT = b"\0"
+_END = bytes([END_OF_TEXT])
 
 # Quoted for a shell and for Hydra's grammar both, as every glob shown to the user is.
 _EXAMPLE_GLOB = "'data.train=\"corpus/**/*.txt\"'"
@@ -223,16 +224,16 @@ def _split(files: list[_Named], fraction: float) -> tuple[list[_Named], list[_Na
     """
     if len(files) == 1:
         return files, files
-    ranked = sorted(files, key=_split_key)
-    held_out = sum(_split_key(file) < fraction for file in ranked)
+    ranked = sorted(files, key=lambda file: split_key(file.name))
+    held_out = sum(split_key(file.name) < fraction for file in ranked)
     held_out = min(max(held_out, 1), len(files) - 1)
     return sorted(ranked[held_out:]), sorted(ranked[:held_out])
 
 
-def _split_key(file: _Named) -> float:
+def split_key(name: str) -> float:
     """In [0, 1), uniform over names."""
     # surrogateescape: on Linux a file name is any bytes, and those that are not UTF-8 still have to hash.
-    digest = hashlib.sha256(file.name.encode("utf-8", "surrogateescape")).digest()
+    digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
     # 53 bits: exactly a double's mantissa, so the quotient is exact and below 1.
     return (int.from_bytes(digest[:8], "big") >> 11) / 2**53
 
@@ -252,7 +253,7 @@ def _without(files: list[_Named], held_out: list[_Named], pattern: str) -> list[
 
 
 def _token_count(files: list[Path]) -> int:
-    return sum(path.stat().st_size + len(END_OF_TEXT) for path in files)
+    return sum(path.stat().st_size + len(_END) for path in files)
 
 
 def _tail_start(tokens: int, fraction: float) -> int:
@@ -260,4 +261,4 @@ def _tail_start(tokens: int, fraction: float) -> int:
 
 
 def _read(files: list[Path]) -> npt.NDArray[np.uint8]:
-    return np.frombuffer(b"".join(path.read_bytes() + END_OF_TEXT for path in files), dtype=np.uint8)
+    return np.frombuffer(b"".join(path.read_bytes() + _END for path in files), dtype=np.uint8)

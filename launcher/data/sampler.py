@@ -8,57 +8,54 @@ Shapes: B micro-batch, T sequence length, A accumulation (micro-batches per step
 
 import hashlib
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
-
-from launcher.config.errors import ConfigError
-from launcher.config.schema import DataConfig
-from launcher.data.corpus import token_counts
 
 # Four suffice for a large corpus; with 16 even all orders of five windows are equally likely.
 _ROUNDS = 16
 
 
-@dataclass(frozen=True, eq=False)  # eq: arrays have no single truth value
-class TokenSamples:
-    """An endless sequence of samples over `tokens`, epoch after epoch.
+# Tokens (B, T+1), of which inputs are [:, :-1] and labels [:, 1:]; or images (B, C, S, S) and classes (B, 1).
+MicroBatch = npt.NDArray[np.int64] | tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]
 
-    `tokens` has shape (tokens,), any integer type. Neighbouring windows share one token:
-    the last target of one is the first input of the next.
-    """
 
-    tokens: npt.NDArray[np.integer[Any]]
-    sequence_length: int  # T, in tokens
-    shuffle_seed: int | None  # each epoch in an order of its own; None: every epoch in corpus order
+class Items(Protocol):
+    """What one epoch consists of, each once."""
 
-    def __post_init__(self) -> None:
-        count_windows(len(self.tokens), self.sequence_length)
+    def __len__(self) -> int: ...
+
+    def read(self, places: npt.NDArray[np.int64]) -> MicroBatch:
+        """Those at `places` (B,), each in [0, len)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """An endless sequence of samples over `items`, epoch after epoch."""
+
+    items: Items
+    shuffle_seed: int | str | None  # each epoch in an order of its own; None: every epoch in the items' order
 
     def __len__(self) -> int:
-        """Windows, that is samples per epoch."""
-        return count_windows(len(self.tokens), self.sequence_length)
+        """Samples per epoch."""
+        return len(self.items)
 
-    def windows(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Sample indices (B,) to the windows they cover (B,), each in [0, len(self))."""
+    def places(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Sample indices (B,) to the items they are (B,), each in [0, len(self))."""
         epochs, positions = np.divmod(indices, len(self))
         if self.shuffle_seed is None:
             return positions
-        windows = np.empty_like(positions)
+        places = np.empty_like(positions)
         for epoch in np.unique(epochs).tolist():
             here = epochs == epoch
-            windows[here] = permute(positions[here], len(self), seed=self.shuffle_seed, epoch=epoch)
-        return windows
+            places[here] = permute(positions[here], len(self), seed=self.shuffle_seed, epoch=epoch)
+        return places
 
-    def take(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Sample indices (B,) to their tokens (B, T+1): inputs are [:, :-1], targets [:, 1:]."""
-        starts = self.windows(indices) * self.sequence_length
-        tokens: npt.NDArray[np.integer[Any]]
-        tokens = self.tokens[starts[:, None] + np.arange(self.sequence_length + 1)]
-        return tokens.astype(np.int64)
+    def take(self, indices: npt.NDArray[np.int64]) -> MicroBatch:
+        """Samples `indices` (B,)."""
+        return self.items.read(self.places(indices))
 
 
 def sample_indices(
@@ -77,52 +74,15 @@ def sample_indices(
     return first[:, None] + np.arange(micro_batch_size, dtype=np.int64)
 
 
-def micro_batches(
-    samples: TokenSamples,
-    *,
-    samples_consumed: int,
-    global_batch_size: int,
-    micro_batch_size: int,
-    data_rank: int,
-    data_size: int,
-) -> Iterator[npt.NDArray[np.int64]]:
-    """The micro-batches of one data rank for one step: A arrays of tokens (B, T+1)."""
-    indices = sample_indices(
-        samples_consumed=samples_consumed,
-        global_batch_size=global_batch_size,
-        micro_batch_size=micro_batch_size,
-        data_rank=data_rank,
-        data_size=data_size,
-    )
-    return map(samples.take, indices)
+class Source(Protocol):
+    """Samples by their number from the beginning of the run."""
+
+    def take(self, indices: npt.NDArray[np.int64]) -> MicroBatch: ...
 
 
-def check_corpus(data: DataConfig, sequence_length: int) -> None:
-    """Refuse, from file sizes alone, a corpus that cannot fill one sample in either part."""
-    train, validation = token_counts(data)
-    # The shorter part first: what it is offered as a remedy then holds for both.
-    parts = sorted(
-        [(train, "the training part of the corpus"), (validation, "the validation part of the corpus")]
-    )
-    for tokens, part in parts:
-        count_windows(tokens, sequence_length, part)
-
-
-def count_windows(tokens: int, sequence_length: int, part: str = "the corpus") -> int:
-    """Windows of `sequence_length` inputs, plus one last target, that fit in `tokens`: at least one."""
-    assert sequence_length >= 1, "validated with the config"
-    if tokens <= sequence_length:
-        shorter = f"data.sequence_length={tokens - 1}, or more text" if tokens > 1 else "more text"
-        raise ConfigError(
-            "data.sequence_length",
-            sequence_length,
-            f"{part} has {tokens} tokens, and one sample takes {sequence_length + 1} (the last is a target)",
-            shorter,
-        )
-    return (tokens - 1) // sequence_length
-
-
-def permute(positions: npt.NDArray[np.int64], size: int, *, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+def permute(
+    positions: npt.NDArray[np.int64], size: int, *, seed: int | str, epoch: int
+) -> npt.NDArray[np.int64]:
     """A pseudo-random permutation of range(size), keyed by (seed, epoch), at `positions` (any,) only.
 
     The generalised Feistel cipher with cycle walking of Black & Rogaway, "Ciphers with Arbitrary
@@ -141,7 +101,7 @@ def permute(positions: npt.NDArray[np.int64], size: int, *, seed: int, epoch: in
     return values.astype(np.int64)
 
 
-def _round_keys(seed: int, epoch: int) -> npt.NDArray[np.uint64]:
+def _round_keys(seed: int | str, epoch: int) -> npt.NDArray[np.uint64]:
     # A hash and not numpy's generators, whose streams may change between numpy versions.
     digest = hashlib.shake_128(f"sample order/{seed}/{epoch}".encode()).digest(8 * _ROUNDS)
     return np.frombuffer(digest, dtype="<u8").astype(np.uint64)

@@ -15,11 +15,13 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 
 from launcher.engine.state import link_states
+from launcher.models.language import Loss
+from launcher.models.vision import ClassificationLoss
 from launcher.parallel.mesh import Axis, ProcessMesh
 from launcher.parallel.random import DropoutRandom
 from launcher.parallel.sharding import LogicalTensor, logical_of, merge
 
-MicroBatches = Iterable[np.ndarray]  # each (micro-batch, T+1) token ids
+MicroBatches = Iterable[Any]  # each token ids (B, T+1), or inputs and labels
 
 
 @dataclass(frozen=True)
@@ -35,11 +37,17 @@ class Engine(ABC):
 
     deepspeed: Any  # DeepSpeed's own engine, which ships no types
     random: DropoutRandom
+    loss: Loss
 
     def __init__(
         self, module: nn.Module, optimizer: torch.optim.Optimizer, mesh: ProcessMesh, zero_stage: int
     ):
         self.module, self.optimizer, self.mesh, self.zero_stage = module, optimizer, mesh, zero_stage
+
+    @property
+    def reads_data(self) -> bool:
+        """Whether this rank takes anything of the batches it is given: not on an inner pipeline stage."""
+        return True
 
     @abstractmethod
     def train_batch(self, batches: MicroBatches) -> StepResult:
@@ -48,6 +56,19 @@ class Engine(ABC):
     @abstractmethod
     def eval_batch(self, batches: MicroBatches) -> float:
         """The mean loss over all data ranks' micro-batches, without dropout. Collective over the world."""
+
+    def accuracy(self) -> float | None:
+        """The share of right answers in eval_batch since the last call; None for a model that has none.
+
+        Collective over the world: one all-reduce of two numbers.
+        """
+        if not isinstance(self.loss, ClassificationLoss):
+            return None
+        # On the stage that has the loss, and alike on all its tensor ranks.
+        own = [self.loss.right, self.loss.seen] if self.mesh.tensor.rank == 0 else [0, 0]
+        self.loss.right = self.loss.seen = 0
+        right, seen = counted(own)
+        return right / seen
 
     def set_learning_rate(self, rate: float) -> None:
         for group in self.optimizer.param_groups:
@@ -92,6 +113,13 @@ class Engine(ABC):
         return full.float()
 
 
+def counted(own: list[int]) -> list[int]:
+    """Each number summed over the world. Collective."""
+    total = torch.tensor(own, dtype=torch.int64)
+    dist.all_reduce(total)
+    return [int(number) for number in total]
+
+
 def gather_logical(shard: Tensor, logical: LogicalTensor, axis: Axis) -> Tensor:
     """The logical tensor from every tensor rank's shard. Collective: all-gather over the axis, if split."""
     if not logical.is_split or axis.size == 1:
@@ -101,7 +129,8 @@ def gather_logical(shard: Tensor, logical: LogicalTensor, axis: Axis) -> Tensor:
     return merge(shards, logical)
 
 
-def to_inputs(batch: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(B, T+1) token ids -> tokens (B, T) and the labels they predict (B, T)."""
-    tokens = torch.from_numpy(batch).to(device, non_blocking=True)
-    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+def to_inputs(batch: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(B, T+1) token ids -> tokens (B, T) and the labels they predict (B, T); a pair of arrays as it is."""
+    inputs, labels = batch if isinstance(batch, tuple) else (batch[:, :-1], batch[:, 1:])
+    on_device = [torch.from_numpy(np.ascontiguousarray(one)) for one in (inputs, labels)]
+    return on_device[0].to(device, non_blocking=True), on_device[1].to(device, non_blocking=True)

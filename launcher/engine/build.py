@@ -8,10 +8,11 @@ import torch
 from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
 from launcher.engine.base import Engine
+from launcher.engine.distributed import set_timeouts
 from launcher.engine.flat import FlatEngine
 from launcher.engine.pipeline import PipelineEngine
 from launcher.models.blocks import BlockContext
-from launcher.models.language import language_layers, language_loss
+from launcher.models.model import model_layers, model_loss
 from launcher.parallel.mesh import MeshShape, ProcessMesh
 
 
@@ -19,10 +20,11 @@ def build_engine(run: RunConfig, layout: Layout, device: torch.device) -> Engine
     """Collective over the world, after torch.distributed and DeepSpeed are initialised. Once per process."""
     mesh = ProcessMesh.create(MeshShape(layout.pipeline, layout.data, layout.tensor))
     context = BlockContext.create(run, mesh, device)
-    layers, loss = language_layers(run.model, context), language_loss(run.model, context.tp)
+    layers, loss = model_layers(run.model, context), model_loss(run.model, context)
     kind = PipelineEngine if layout.pipeline > 1 else FlatEngine
     # DeepSpeed prints memory tables and settings that the launcher does not use.
     with redirect_stdout(io.StringIO()):
-        engine = kind(run, layout, mesh, layers, loss, device)
-    engine.random = context.random
+        engine = kind(run, layout, mesh, layers, loss, context, device)
+    engine.random, engine.loss = context.random, loss
+    set_timeouts(run.launch.timeout_minutes)
     return engine

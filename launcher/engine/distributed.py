@@ -3,9 +3,11 @@
 import logging
 import os
 import warnings
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
 
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 
@@ -28,18 +30,44 @@ def prepare_deepspeed(device: str) -> None:
     warnings.filterwarnings("ignore", category=UserWarning, message=r"c10d::broadcast_: an autograd kernel")
 
 
-def join(*, rank: int, world_size: int, local_rank: int, device: str, init_method: str) -> torch.device:
-    """Collective over the world: initialise the process group and DeepSpeed; return this rank's device."""
+def join(
+    *,
+    rank: int,
+    world_size: int,
+    local_rank: int,
+    device: str,
+    init_method: str,
+    timeout_minutes: float = 30.0,
+) -> torch.device:
+    """Collective over the world: initialise the process group and DeepSpeed; return this rank's device.
+
+    A collective that takes longer than twice `timeout_minutes` fails: by then the watchdog has told more.
+    """
     import deepspeed
 
     # DeepSpeed's pipeline and accelerator code read these and nothing else.
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(local_rank))
-    own = torch.device("cpu") if device == "cpu" else torch.device("cuda", local_rank)
-    if own.type == "cuda":
+    if device == "cpu":
+        own = torch.device("cpu")
+    else:
+        # Where each task is given a GPU of its own, that is its number 0.
+        own = torch.device("cuda", local_rank if torch.cuda.device_count() > 1 else 0)
         torch.cuda.set_device(own)
-    dist.init_process_group(BACKENDS[device], init_method=init_method, rank=rank, world_size=world_size)
+    dist.init_process_group(
+        BACKENDS[device],
+        init_method=init_method,
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(minutes=2 * timeout_minutes),
+    )
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     return own
+
+
+def set_timeouts(timeout_minutes: float) -> None:
+    """As join, of every group made since: DeepSpeed makes its own with torch's defaults."""
+    for group in list(c10d._world.pg_map):
+        c10d._set_pg_timeout(timedelta(minutes=2 * timeout_minutes), group)
 
 
 def leave() -> None:

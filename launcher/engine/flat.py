@@ -12,6 +12,7 @@ from launcher.config.schema import RunConfig
 from launcher.engine.base import Engine, MicroBatches, StepResult, to_inputs
 from launcher.engine.ds_config import deepspeed_config
 from launcher.engine.optimizer import build_optimizer
+from launcher.models.blocks import BlockContext
 from launcher.models.language import FlatModel, Layer, Loss
 from launcher.parallel.mesh import ProcessMesh
 from launcher.parallel.sharding import logical_of
@@ -29,11 +30,12 @@ class FlatEngine(Engine):
         mesh: ProcessMesh,
         layers: list[Layer],
         loss: Loss,
+        context: BlockContext,
         device: torch.device,
     ) -> None:
         config = deepspeed_config(run, layout)
         with zero_init(config, mesh, enabled=layout.zero_stage == 3):
-            model = FlatModel(layers, loss)
+            model = FlatModel(layers, loss, context.documents)
         optimizer = build_optimizer(run.optimizer, model.parameters())
         self.deepspeed, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=config, mpu=mesh, dist_init_required=False

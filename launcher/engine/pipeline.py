@@ -15,7 +15,7 @@ from launcher.config.schema import RunConfig
 from launcher.engine.base import Engine, MicroBatches, StepResult, to_inputs
 from launcher.engine.ds_config import deepspeed_config
 from launcher.engine.optimizer import build_optimizer
-from launcher.models.blocks import TransformerBlock
+from launcher.models.blocks import BlockContext, TransformerBlock
 from launcher.models.language import Layer, Loss
 from launcher.parallel.mesh import ProcessMesh
 
@@ -30,6 +30,7 @@ class PipelineEngine(Engine):
         mesh: ProcessMesh,
         layers: list[Layer],
         loss: Loss,
+        context: BlockContext,
         device: torch.device,
     ) -> None:
         topology = PipeModelDataParallelTopology(
@@ -49,6 +50,16 @@ class PipelineEngine(Engine):
         )
         super().__init__(module, optimizer, mesh, layout.zero_stage)
         self.device, self.micro_batches = device, layout.accumulation
+        self.documents = context.documents
+        # By phase: of the one stage a rank holds, or of the two under DualPipeV.
+        self._tokens: list[Iterator[Tensor]] = []
+        if self.documents.end_of_document is not None:
+            module.register_forward_pre_hook(self._begin)
+
+    @property
+    def reads_data(self) -> bool:
+        ends = self.mesh.stage in (0, self.mesh.shape.pipeline - 1)
+        return ends or self.documents.end_of_document is not None
 
     def train_batch(self, batches: MicroBatches) -> StepResult:
         loss = self.deepspeed.train_batch(self._inputs(batches))
@@ -59,7 +70,15 @@ class PipelineEngine(Engine):
 
     def _inputs(self, batches: MicroBatches) -> Iterator[tuple[Tensor, Tensor]]:
         # The first stage takes the tokens and the last the labels, each from its own iterator.
-        return (to_inputs(batch, self.device) for batch in batches)
+        if self.documents.end_of_document is None:
+            return (to_inputs(batch, self.device) for batch in batches)
+        inputs = [to_inputs(batch, self.device) for batch in batches]
+        self._tokens = [iter([tokens for tokens, _ in inputs]) for _ in range(2)]
+        return iter(inputs)
+
+    def _begin(self, module: nn.Module, _inputs: Any) -> None:
+        # Each stage passes micro-batches forward in their order, whatever the schedule does in between.
+        self.documents.begin(next(self._tokens[getattr(module, "active_phase", 0)]))
 
 
 class StagedModule(PipelineModule):  # type: ignore[misc]  # DeepSpeed ships no types

@@ -1,4 +1,7 @@
-"""The world that torchrun or srun put this process in, read from environment variables alone."""
+"""The world that torchrun or srun put this process in, read from environment variables alone.
+
+srun may start every rank, or one launcher per node, which starts the ranks of its node.
+"""
 
 import itertools
 import re
@@ -18,6 +21,57 @@ class RankEnvironment:
     master_port: int
 
 
+@dataclass(frozen=True)
+class NodeEnvironment:
+    """The ranks that one launcher per node starts on its own."""
+
+    node: int
+    nodes: int
+    ranks_per_node: int
+    master_addr: str
+    master_port: int
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.ranks_per_node
+
+    @property
+    def local_size(self) -> int:
+        return self.ranks_per_node
+
+    @property
+    def ranks(self) -> range:
+        return range(self.node * self.ranks_per_node, (self.node + 1) * self.ranks_per_node)
+
+
+Place = RankEnvironment | NodeEnvironment | None  # None: alone on this machine
+
+
+def place_of(environ: Mapping[str, str], *, configured: int | None, gpus: int) -> Place:
+    """Where this process stands; `configured` ranks per node are what the config says, if it does.
+
+    A step of as many tasks per node starts every rank. One of a single task per node starts a launcher on
+    each, which starts the ranks of its node: as many as configured, or as GPUs are seen there. Raises
+    ConfigError for a step of another number of tasks than the configured.
+    """
+    joined = joined_ranks(environ)
+    if joined is None or "RANK" in environ:
+        return joined
+    per_node = configured or max(1, gpus)
+    nodes = len(expand_hosts(_srun_text(environ, _nodes_variable(environ))))
+    if joined.world_size == nodes and per_node > 1:
+        return NodeEnvironment(joined.rank, nodes, per_node, joined.master_addr, joined.master_port)
+    if configured is not None and joined.local_size != configured:
+        raise ConfigError(
+            "hardware.accelerators_per_node",
+            configured,
+            f"srun started {joined.local_size} tasks on this node",
+            f"hardware.accelerators_per_node={joined.local_size} or srun --ntasks-per-node={configured} "
+            "(one task per rank) or --ntasks-per-node=1 (a launcher that starts the ranks of its node)",
+        )
+    return joined
+
+
 def joined_ranks(environ: Mapping[str, str]) -> RankEnvironment | None:
     """The rank that torchrun or srun made of this process; None where neither did.
 
@@ -30,6 +84,13 @@ def joined_ranks(environ: Mapping[str, str]) -> RankEnvironment | None:
     if "SLURM_STEP_ID" in environ and _step_tasks(environ) > 1:
         return _from_srun(environ)
     return None
+
+
+def step_name(environ: Mapping[str, str]) -> str | None:
+    """What to call a run whose ranks srun starts: the same on every node and after a requeue; else None."""
+    if "RANK" in environ or joined_ranks(environ) is None:
+        return None
+    return f"slurm-{environ['SLURM_JOB_ID']}.{environ['SLURM_STEP_ID']}"
 
 
 def expand_hosts(hosts: str) -> list[str]:
@@ -58,13 +119,12 @@ def _from_torchrun(environ: Mapping[str, str]) -> RankEnvironment:
 
 
 def _from_srun(environ: Mapping[str, str]) -> RankEnvironment:
-    nodes = "SLURM_STEP_NODELIST" if "SLURM_STEP_NODELIST" in environ else "SLURM_JOB_NODELIST"
     found = RankEnvironment(
         rank=_srun_integer(environ, "SLURM_PROCID"),
         world_size=_step_tasks(environ),
         local_rank=_srun_integer(environ, "SLURM_LOCALID"),
         local_size=_tasks_of_this_node(environ),
-        master_addr=_first_host(environ, nodes),
+        master_addr=_first_host(environ, _nodes_variable(environ)),
         master_port=_step_port(
             _srun_integer(environ, "SLURM_JOB_ID"), _srun_integer(environ, "SLURM_STEP_ID")
         ),
@@ -98,6 +158,10 @@ def _check_bounds(
 def _step_tasks_variable(environ: Mapping[str, str]) -> str:
     # SLURM_NTASKS is the job's: a step of fewer tasks inherits it unchanged.
     return "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environ else "SLURM_NTASKS"
+
+
+def _nodes_variable(environ: Mapping[str, str]) -> str:
+    return "SLURM_STEP_NODELIST" if "SLURM_STEP_NODELIST" in environ else "SLURM_JOB_NODELIST"
 
 
 def _step_tasks(environ: Mapping[str, str]) -> int:

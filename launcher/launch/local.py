@@ -26,10 +26,10 @@ _LOG_TAIL = 16384  # bytes
 
 
 class RankFailure(Exception):
-    """The rank that failed first, and what it had to say."""
+    """The rank that failed first, and what it had to say; `secondary` where another's failure came before."""
 
-    def __init__(self, rank: int, world_size: int, detail: str) -> None:
-        self.rank, self.world_size, self.detail = rank, world_size, detail
+    def __init__(self, rank: int, world_size: int, detail: str, *, secondary: bool = False) -> None:
+        self.rank, self.world_size, self.detail, self.secondary = rank, world_size, detail, secondary
         super().__init__(f"rank {rank} of {world_size} {detail}")
 
 
@@ -48,13 +48,15 @@ def run_local_ranks(
     *,
     log_dir: Path,
     start_method: Literal["fork", "spawn"],
+    here: range | None = None,
     failure_grace: float = 3.0,
     stop_grace: float = 5.0,
     save_grace: float = 0.0,
 ) -> None:
-    """Run `target(rank)` in `world_size` processes; return once all have succeeded. Main thread only.
+    """Run `target(rank)` in a process per rank; return once all have succeeded. Main thread only.
 
-    Rank 0 keeps the terminal, rank N writes to `log_dir/rank_N.log`. When a rank fails, the others get
+    `here` are the ranks of this machine; None: all `world_size`. Rank 0 keeps the terminal, rank N writes
+    to `log_dir/rank_N.log`. When a rank fails, the others get
     END, which raises SystemExit in them, and SIGKILL after the grace. When this process is told to stop,
     all get STOP first, and `save_grace` seconds to end by themselves (see StopRequest); a Ctrl-C meanwhile
     kills at once. On Linux the ranks' own children end as well, and the ranks end even if
@@ -64,8 +66,9 @@ def run_local_ranks(
         RankFailure: a rank raised, exited with a code other than 0, or was killed; of several, the first.
         ConfigError: that of the rank that failed first.
         KeyboardInterrupt: on Ctrl-C, once every rank has ended.
-        Stopped: on SIGTERM (code 143), SIGHUP (129) and SIGUSR1 (138), once every rank has ended. What a
-            rank raised while it was being stopped is the `__cause__` of either.
+        Stopped: on SIGTERM (code 143), SIGHUP (129) and SIGUSR1 (138), once every rank has ended; also where
+            every rank stopped by itself, told by another machine's. What a rank raised while it was being
+            stopped is the `__cause__` of either.
         OSError: log_dir cannot be made, or a process cannot be started.
     """
     log_dir.mkdir(parents=True, exist_ok=True)
@@ -74,8 +77,9 @@ def run_local_ranks(
     ranks: list[_Rank] = []
     with _recorded_stops() as stops, no_grandchildren_left(patience=failure_grace):
         try:
-            _start(ranks, target, world_size, log_dir, start_method)
+            _start(ranks, target, here or range(world_size), log_dir, start_method)
             failure = _watch(ranks, stops)
+            by_themselves = all(rank.process.exitcode == STOPPED for rank in ranks)
         finally:
             if stops and save_grace:
                 _let_save(ranks, save_grace, stops)
@@ -85,6 +89,8 @@ def run_local_ranks(
         late = _first(ranks)
         stop = KeyboardInterrupt() if stops[0] == signal.SIGINT else Stopped(stops[0])
         raise stop from (_as_error(late, world_size) if late else None)
+    if by_themselves:
+        raise Stopped(signal.SIGTERM)
     if failure is not None:
         raise _as_error(failure, world_size)
 
@@ -102,7 +108,7 @@ class _Rank:
 def _start(
     ranks: list[_Rank],
     target: Callable[[int], None],
-    world_size: int,
+    here: range,
     log_dir: Path,
     start_method: Literal["fork", "spawn"],
 ) -> None:
@@ -111,7 +117,7 @@ def _start(
     # A rank must not see a signal before it has its own handlers: until then it has this process's.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, COORDINATED | {END})
     try:
-        for number in range(world_size):
+        for number in here:
             log = log_dir / f"rank_{number}.log" if number else None
             log_start = log.stat().st_size if log and log.exists() else 0
             failures, sender = context.Pipe(duplex=False)
@@ -224,7 +230,7 @@ def _end_of_log(rank: _Rank) -> str:
 def _as_error(failure: Failure, world_size: int) -> RankFailure | ConfigError:
     if failure.refusal is not None:
         return ConfigError(*failure.refusal)
-    return RankFailure(failure.rank, world_size, failure.detail)
+    return RankFailure(failure.rank, world_size, failure.detail, secondary=failure.secondary)
 
 
 @contextmanager

@@ -59,6 +59,15 @@ def memory_here(root: Path = Path("/")) -> int | None:
     return min(sizes) if min(sizes) > 0 else None
 
 
+def share_cores_with_tasks(tasks: int) -> None:
+    """As share_cores, for one of srun's or torchrun's `tasks` on a node.
+
+    One that may not use all of the machine's cores was given its share already.
+    """
+    usable = _usable_cores()
+    share_cores(tasks if usable == os.cpu_count() else 1, usable)
+
+
 def share_cores(processes: int, cores: int) -> None:
     """Divide the CPU threads of this machine among `processes`. Before torch is imported; set values stay."""
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))

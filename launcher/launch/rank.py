@@ -53,7 +53,10 @@ def rank_main(
     except SystemExit:
         raise  # its code says it all: multiprocessing exits with it
     except BaseException as error:
-        failures.send(_failure(rank, error, show=log is not None))
+        failure = failure_of(rank, error)
+        if log is not None and failure.refusal is None:
+            print(failure.detail.partition("\n")[2], file=sys.stderr, flush=True)
+        failures.send(failure)
         raise SystemExit(1) from None
 
 
@@ -113,16 +116,15 @@ def _stop(_number: int, _frame: FrameType | None) -> NoReturn:
     raise _Stopped(STOPPED)
 
 
-def _failure(rank: int, error: BaseException, *, show: bool) -> Failure:
+def failure_of(rank: int, error: BaseException) -> Failure:
+    """What became of `rank`, from the exception that ended its work."""
     when = time.monotonic()
     if isinstance(error, ConfigError):
         refusal = (error.field, None if error.value is None else str(error.value), error.why, error.remedy)
         return Failure(rank, when, False, str(error), refusal)
-    # From the second frame on: the first is rank_main's.
+    # From the second frame on: the first is our caller's.
     frames = error.__traceback__.tb_next if error.__traceback__ else None
     text = "".join(traceback.format_exception(type(error), error, frames)).rstrip()
-    if show:
-        print(text, file=sys.stderr, flush=True)
     return Failure(rank, when, _is_consequence(error), f"failed:\n{text}")
 
 

@@ -5,6 +5,7 @@ Between modules activations are (B, T, H), or (B, T/tp, H) under sequence parall
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from launcher.config.schema import ActivationCheckpointing, Family, ModelConfig, RunConfig
+from launcher.config.shape import end_of_document
+from launcher.models.documents import Documents
 from launcher.parallel.layers import ColumnParallelLinear, RowParallelLinear, TensorParallel
 from launcher.parallel.mesh import ProcessMesh
 from launcher.parallel.random import DropoutRandom
@@ -26,6 +29,7 @@ class BlockContext:
     tp: TensorParallel
     random: DropoutRandom
     checkpointing: ActivationCheckpointing
+    documents: Documents
 
     @classmethod
     def create(cls, run: RunConfig, mesh: ProcessMesh, device: torch.device) -> "BlockContext":
@@ -36,18 +40,19 @@ class BlockContext:
             seed, stage=mesh.stage, data_rank=mesh.data.rank, tensor_rank=mesh.tensor.rank, device=device
         )
         tp = TensorParallel(mesh.tensor, run.parallelism.sequence_parallel, initializer)
-        return cls(tp, random, run.parallelism.activation_checkpointing)
+        documents = Documents(end_of_document(run) if run.data.document_attention else None)
+        return cls(tp, random, run.parallelism.activation_checkpointing, documents)
 
 
 class Norm(nn.Module):
-    """LayerNorm with weight and bias (gpt), or RMSNorm with weight (llama), over H."""
+    """LayerNorm with weight and bias (gpt, vit), or RMSNorm with weight (llama), over H."""
 
     def __init__(self, name: str, model: ModelConfig, tp: TensorParallel) -> None:
         super().__init__()
         self.tp, self.epsilon = tp, model.norm_epsilon
         make = tp.initializer.parameter
         self.weight = make(LogicalTensor(f"{name}.weight", (model.hidden_size,)), ones)
-        has_bias = model.family is Family.gpt
+        has_bias = model.family is not Family.llama
         self.bias = make(LogicalTensor(f"{name}.bias", (model.hidden_size,)), zeros) if has_bias else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -74,7 +79,10 @@ class HiddenDropout(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal self-attention over this rank's N/tp query and K/tp key/value heads."""
+    """Self-attention, causal but in a vit, over this rank's N/tp query and K/tp key/value heads.
+
+    `mask` (B, 1, T, T) narrows it further: see models/documents.py.
+    """
 
     def __init__(self, name: str, model: ModelConfig, context: BlockContext) -> None:
         super().__init__()
@@ -83,7 +91,7 @@ class Attention(nn.Module):
         self.head_size = model.hidden_size // model.num_heads
         kv_heads = model.num_kv_heads or model.num_heads
         self.heads, self.kv_heads = model.num_heads // tp.axis.size, kv_heads // tp.axis.size
-        has_bias = model.family is Family.gpt
+        has_bias = model.family is not Family.llama
         segments = (model.hidden_size, kv_heads * self.head_size, kv_heads * self.head_size)
         self.qkv = ColumnParallelLinear(
             f"{name}.qkv", model.hidden_size, segments, tp, bias=has_bias, draw=normal(model.init_std)
@@ -97,11 +105,11 @@ class Attention(nn.Module):
             draw=residual_draw(model),
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         q, k, v = self._split_heads(self.qkv(x))
         if self.context.checkpointing is ActivationCheckpointing.selective:
-            return self.output(recompute(self._core, self.context, q, k, v))  # type: ignore[no-any-return]
-        return self.output(self._core(q, k, v))  # type: ignore[no-any-return]
+            return self.output(recompute(self._core, self.context, q, k, v, mask))  # type: ignore[no-any-return]
+        return self.output(self._core(q, k, v, mask))  # type: ignore[no-any-return]
 
     def _split_heads(self, fused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, T, (N + 2K) D / tp) -> q (B, N/tp, T, D), k and v (B, K/tp, T, D)."""
@@ -109,28 +117,32 @@ class Attention(nn.Module):
         q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
         return q, k, v
 
-    def _core(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _core(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """-> (B, T, N D / tp)."""
         if self.model.family is Family.llama:
             q, k = rotate(q, self.model.rope_theta), rotate(k, self.model.rope_theta)
-        grouped = self.kv_heads != self.heads
-        if self.training and self.model.dropout > 0.0:
-            with self.context.random.local():
-                mixed = F.scaled_dot_product_attention(
-                    q, k, v, is_causal=True, dropout_p=self.model.dropout, enable_gqa=grouped
-                )
-        else:
-            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+        dropout = self.model.dropout if self.training else 0.0
+        with self.context.random.local() if dropout else nullcontext():
+            mixed = F.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=mask,
+                # A mask hides the future too, and patches of an image have none.
+                is_causal=mask is None and self.model.family is not Family.vit,
+                dropout_p=dropout,
+                enable_gqa=self.kv_heads != self.heads,
+            )
         return mixed.transpose(1, 2).flatten(2)
 
 
 class MLP(nn.Module):
-    """H -> F -> H: GELU (gpt, tanh form as GPT-2's) or SwiGLU (llama, gate and up fused)."""
+    """H -> F -> H: GELU (gpt, vit; the tanh form of both's own code) or SwiGLU (llama, gate and up fused)."""
 
     def __init__(self, name: str, model: ModelConfig, context: BlockContext) -> None:
         super().__init__()
         self.gated = model.family is Family.llama
-        ffn, has_bias = model.ffn_hidden_size, model.family is Family.gpt
+        ffn, has_bias = model.ffn_hidden_size, model.family is not Family.llama
         segments = (ffn, ffn) if self.gated else (ffn,)
         self.up = ColumnParallelLinear(
             f"{name}.{'gate_up' if self.gated else 'up'}",
@@ -165,16 +177,18 @@ class TransformerBlock(nn.Module):
         self.dropout = HiddenDropout(model.dropout, context)
 
     def forward(self, x: Tensor) -> Tensor:
+        # Handed on, not asked for again: by the time of a recomputation another micro-batch is in hand.
+        mask = self.context.documents.mask
         if self.context.checkpointing is ActivationCheckpointing.full:
-            return recompute(self._body, self.context, x)
-        return self._body(x)
+            return recompute(self._body, self.context, x, mask)
+        return self._body(x, mask)
 
-    def _body(self, x: Tensor) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x)))
+    def _body(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), mask))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))  # type: ignore[no-any-return]
 
 
-def recompute(function: Callable[..., Tensor], context: BlockContext, *inputs: Tensor) -> Tensor:
+def recompute(function: Callable[..., Tensor], context: BlockContext, *inputs: Tensor | None) -> Tensor:
     """Run `function(*inputs)` keeping only its inputs for the backward pass, which runs it again."""
     if not torch.is_grad_enabled():
         return function(*inputs)

@@ -4,10 +4,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from launcher.config.schema import Family, ModelConfig
 from launcher.models.blocks import BlockContext, HiddenDropout, Norm, TransformerBlock
+from launcher.models.documents import Documents
 from launcher.parallel.layers import (
     TensorParallel,
     VocabParallelEmbedding,
@@ -39,12 +41,15 @@ class Layer:
 
 
 class LearnedPositions(nn.Module):
-    """Adds a learned vector per position, then drops out: (B, T, H) or (B, T/tp, H) -> the same."""
+    """Adds a learned vector per position, then drops out: (B, T, H) or (B, T/tp, H) -> the same.
 
-    def __init__(self, name: str, model: ModelConfig, context: BlockContext) -> None:
+    A position is counted from the sample's beginning, or from the document's (models/documents.py).
+    """
+
+    def __init__(self, name: str, positions: int, model: ModelConfig, context: BlockContext) -> None:
         super().__init__()
-        self.tp = context.tp
-        shape = (model.max_sequence_length, model.hidden_size)
+        self.tp, self.documents = context.tp, context.documents
+        shape = (positions, model.hidden_size)
         self.weight = self.tp.initializer.parameter(
             LogicalTensor(f"{name}.weight", shape), normal(model.init_std)
         )
@@ -54,7 +59,9 @@ class LearnedPositions(nn.Module):
         length = x.shape[1]
         stretches, own = (self.tp.axis.size, self.tp.axis.rank) if self.tp.sequence_parallel else (1, 0)
         used = self.tp.replicated(self.weight[: stretches * length])
-        return self.dropout(x + used[own * length : (own + 1) * length])  # type: ignore[no-any-return]
+        if self.documents.positions is not None:
+            used = F.embedding(self.documents.positions, used)
+        return self.dropout(x + used[..., own * length : (own + 1) * length, :])  # type: ignore[no-any-return]
 
 
 def language_layers(model: ModelConfig, context: BlockContext) -> list[Layer]:
@@ -62,7 +69,7 @@ def language_layers(model: ModelConfig, context: BlockContext) -> list[Layer]:
     tp = context.tp
     tied = TIED_EMBEDDING if model.tie_embeddings else None
     vocabulary = (model.vocab_size, model.hidden_size, tp, model.init_std)
-    positions = [Layer(LearnedPositions, ("positions", model, context))]
+    positions = [Layer(LearnedPositions, ("positions", model.max_sequence_length, model, context))]
     return [
         Layer(VocabParallelEmbedding, ("embedding", *vocabulary), tied),
         *(positions if model.family is Family.gpt else []),
@@ -86,9 +93,9 @@ def language_loss(model: ModelConfig, tp: TensorParallel) -> Loss:
 class FlatModel(nn.Module):
     """The layers one after the other in one module, with the loss at the end."""
 
-    def __init__(self, layers: Sequence[Layer], loss: Loss) -> None:
+    def __init__(self, layers: Sequence[Layer], loss: Loss, documents: Documents) -> None:
         super().__init__()
-        self.loss = loss
+        self.loss, self.documents = loss, documents
         self.layers = nn.ModuleList()
         self._calls: list[tuple[int, bool]] = []
         tied: dict[str, int] = {}
@@ -102,13 +109,14 @@ class FlatModel(nn.Module):
                 index = tied[layer.tied]
             self._calls.append((index, layer.project))
 
-    def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        """Tokens and labels (B, T) -> the loss."""
-        return self.loss(self.logits(tokens), labels)
+    def forward(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        """Inputs and their labels, as the layers and the loss take them -> the loss."""
+        return self.loss(self.logits(inputs), labels)
 
-    def logits(self, tokens: Tensor) -> Tensor:
-        """Tokens (B, T) -> this tensor rank's logits (B, T, V/tp)."""
-        x = tokens
+    def logits(self, inputs: Tensor) -> Tensor:
+        """Tokens (B, T) -> this tensor rank's logits (B, T, V/tp); of images, see models/vision.py."""
+        self.documents.begin(inputs)
+        x = inputs
         for index, project in self._calls:
             x = self.layers[index](x, project=True) if project else self.layers[index](x)
         return x

@@ -131,8 +131,16 @@ class VocabParallelEmbedding(nn.Module):
 class VocabParallelHead(VocabParallelEmbedding):
     """Untied output head: hidden (B, T, H) or (B, T/tp, H) -> this rank's logits (B, T, V/tp)."""
 
+    def __init__(
+        self, name: str, vocabulary: int, hidden: int, tp: TensorParallel, std: float, bias: bool = False
+    ) -> None:
+        super().__init__(name, vocabulary, hidden, tp, std)
+        padded = padded_length(vocabulary, tp.axis.size)
+        logical = LogicalTensor(f"{name}.bias", (vocabulary,), 0, (vocabulary,), padded)
+        self.bias = tp.initializer.parameter(logical, zeros) if bias else None
+
     def forward(self, x: Tensor, project: bool = True) -> Tensor:
-        return super().forward(x, project=project)
+        return column_linear(x, self.weight, self.bias, self.tp)
 
 
 def column_linear(x: Tensor, weight: Tensor, bias: Tensor | None, tp: TensorParallel) -> Tensor:
@@ -185,6 +193,37 @@ def vocab_parallel_cross_entropy(logits: Tensor, labels: Tensor, vocabulary: int
     return losses
 
 
+def vocab_parallel_hits(logits: Tensor, labels: Tensor, vocabulary: int, axis: Axis) -> Tensor:
+    """Whether no score is above the label's: logits (B, T, V/tp), labels (B, T) -> (B, T) booleans.
+
+    Two all-reduces of (B, T) values (the highest score, the label's).
+    """
+    scores = _real_scores(logits, vocabulary, axis)
+    highest = _reduced(scores.amax(dim=-1), dist.ReduceOp.MAX, axis)
+    elsewhere, index = _place_here(logits, labels, axis)
+    own = scores.gather(-1, index.unsqueeze(-1)).squeeze(-1).masked_fill(elsewhere, 0.0)
+    return _reduced(own, dist.ReduceOp.SUM, axis) >= highest
+
+
+def _real_scores(logits: Tensor, vocabulary: int, axis: Axis) -> Tensor:
+    """In fp32, with -inf for padding."""
+    local = logits.shape[-1]
+    real = min(max(vocabulary - axis.rank * local, 0), local)
+    scores = logits.float()
+    if real < local:
+        scores = scores.clone()
+        scores[..., real:] = float("-inf")
+    return scores
+
+
+def _place_here(logits: Tensor, labels: Tensor, axis: Axis) -> tuple[Tensor, Tensor]:
+    """Where another rank has the label, and its index on this one (0 there)."""
+    local = logits.shape[-1]
+    first = axis.rank * local
+    elsewhere = (labels < first) | (labels >= first + local)
+    return elsewhere, (labels - first).masked_fill(elsewhere, 0)
+
+
 def mean_loss(losses: Tensor, labels: Tensor) -> Tensor:
     """The mean over labels that are not IGNORED_LABEL; a scalar. 0 where all are."""
     return losses.sum() / (labels != IGNORED_LABEL).sum().clamp(min=1)
@@ -193,21 +232,13 @@ def mean_loss(losses: Tensor, labels: Tensor) -> Tensor:
 class _VocabParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, vocabulary: int, axis: Axis) -> Tensor:
-        local = logits.shape[-1]
-        first = axis.rank * local
-        real = min(max(vocabulary - first, 0), local)
-        scores = logits.float()
-        if real < local:
-            scores = scores.clone()
-            scores[..., real:] = float("-inf")
-
+        scores = _real_scores(logits, vocabulary, axis)
         highest = _reduced(scores.amax(dim=-1), dist.ReduceOp.MAX, axis)
         exponentials = (scores - highest.unsqueeze(-1)).exp_()
         total = _reduced(exponentials.sum(dim=-1), dist.ReduceOp.SUM, axis)
 
         ignored = labels == IGNORED_LABEL
-        elsewhere = (labels < first) | (labels >= first + local)
-        index = (labels - first).masked_fill(elsewhere, 0)
+        elsewhere, index = _place_here(logits, labels, axis)
         own = scores.gather(-1, index.unsqueeze(-1)).squeeze(-1).masked_fill(elsewhere, 0.0)
         label_score = _reduced(own, dist.ReduceOp.SUM, axis)
 

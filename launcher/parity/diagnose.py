@@ -12,6 +12,7 @@ import torch
 
 from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
+from launcher.config.shape import output_size
 from launcher.parallel.sharding import padded_length
 from launcher.parity.compare import Difference, Kind, expected_batch_losses, in_forward_order
 from launcher.parity.patterns import (
@@ -196,7 +197,7 @@ def _loss(e: Evidence) -> Diagnosis | None:
         return Diagnosis(
             "the right losses, of other ranks or micro-batches", "samples are dealt out in another order"
         )
-    padding = padded_length(e.run.model.vocab_size, e.layout.tensor) - e.run.model.vocab_size
+    padding = padded_length(output_size(e.run.model), e.layout.tensor) - output_size(e.run.model)
     if padding and "head" in e.right.outputs:
         excess = excess_of_padding(e.right.outputs["head"], padding)
         if abs((got[0][0] - right[0][0]) / excess - 1) < CLOSE:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from launcher.engine.base import Engine
 from launcher.models.blocks import Norm
 from launcher.models.language import LearnedPositions
+from launcher.models.vision import PatchEmbedding
 from launcher.parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -19,7 +20,14 @@ from launcher.parallel.layers import (
 from launcher.parallel.sharding import LogicalTensor, logical_of, merge
 from launcher.parity.trace import Weights
 
-RECORDED = (VocabParallelEmbedding, LearnedPositions, Norm, ColumnParallelLinear, RowParallelLinear)
+RECORDED = (
+    VocabParallelEmbedding,
+    PatchEmbedding,
+    LearnedPositions,
+    Norm,
+    ColumnParallelLinear,
+    RowParallelLinear,
+)
 
 
 class OutputRecorder:

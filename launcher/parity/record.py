@@ -11,7 +11,6 @@ from torch import Tensor
 
 from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
-from launcher.config.shape import sequence_length
 from launcher.data import sampler
 from launcher.engine.base import Engine, MicroBatches, gather_logical
 from launcher.engine.build import build_engine
@@ -21,7 +20,7 @@ from launcher.parallel.mesh import Axis
 from launcher.parallel.sharding import logical_of
 from launcher.parity.dropout import recorded_draws, write_draws
 from launcher.parity.outputs import OutputRecorder
-from launcher.parity.reference import probe_batches
+from launcher.parity.reference import Batch, probe_batches
 from launcher.parity.trace import StepTrace, write_trace
 
 
@@ -30,8 +29,8 @@ def record_rank(rank: int, *, run: RunConfig, layout: Layout, folder: Path) -> N
     engine = _engine(rank, run, layout, folder)
     recorder = OutputRecorder(engine, run.parallelism.sequence_parallel)
     steps = [record_weights(engine)]
-    for batch in probe_batches(run, sequence_length(run)):
-        steps.append(record_step(run, engine, recorder, batch.numpy()[_own_samples(run, engine)]))
+    for batch in probe_batches(run):
+        steps.append(record_step(run, engine, recorder, own_batches(run, engine, batch)))
     if engine.mesh.data.rank == 0 and engine.mesh.tensor.rank == 0:
         write_trace(steps, folder / f"stage-{engine.mesh.stage}")
     leave()
@@ -40,9 +39,9 @@ def record_rank(rank: int, *, run: RunConfig, layout: Layout, folder: Path) -> N
 def record_dropout(rank: int, *, run: RunConfig, layout: Layout, folder: Path) -> None:
     """Run one step; rank 0 writes all ranks' masks to folder/draws. Collective over the world."""
     engine = _engine(rank, run, layout, folder)
-    batch = next(probe_batches(run, sequence_length(run))).numpy()
+    batch = next(probe_batches(run))
     with recorded_draws() as draws:
-        engine.train_batch(iter(batch[_own_samples(run, engine)]))
+        engine.train_batch(own_batches(run, engine, batch))
     write_draws(draws, folder / "draws")
     leave()
 
@@ -59,10 +58,10 @@ def _engine(rank: int, run: RunConfig, layout: Layout, folder: Path) -> Engine:
 
 
 def record_step(run: RunConfig, engine: Engine, recorder: OutputRecorder, batches: MicroBatches) -> StepTrace:
-    """One optimizer step of this data rank's micro-batches (A, B, T+1). Collective over the world."""
+    """One optimizer step of this data rank's micro-batches. Collective over the world."""
     engine.set_learning_rate(run.optimizer.lr)
     recorder.start()
-    result = engine.train_batch(iter(batches))
+    result = engine.train_batch(batches)
     step = record_weights(engine)
     step.loss, step.grad_norm = result.loss, result.grad_norm
     step.norm_spread = spread(torch.tensor(result.grad_norm), dist.group.WORLD)
@@ -113,6 +112,12 @@ def spread(value: Tensor, group: dist.ProcessGroup | None) -> float:
     dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
     dist.all_reduce(lowest, op=dist.ReduceOp.MIN, group=group)
     return float((highest - lowest).max())
+
+
+def own_batches(run: RunConfig, engine: Engine, batch: Batch) -> MicroBatches:
+    """This data rank's micro-batches of a global batch."""
+    inputs, labels = (whole.numpy() for whole in batch)
+    return [(inputs[rows], labels[rows]) for rows in _own_samples(run, engine)]
 
 
 def _own_samples(run: RunConfig, engine: Engine) -> npt.NDArray[np.int64]:

@@ -5,19 +5,30 @@ the papers, in the most obvious way, so that a mistake in the product's layers h
 """
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from launcher.config.schema import Family, ModelConfig, OptimizerConfig, OptimizerName, RunConfig
+from launcher.config.schema import (
+    Family,
+    ModelConfig,
+    OptimizerConfig,
+    OptimizerName,
+    Pooling,
+    RunConfig,
+)
+from launcher.config.shape import end_of_document, sequence_length, vision_tokens
 from launcher.parity.trace import StepTrace, Weights
+
+Batch = tuple[Tensor, Tensor]  # inputs and labels of a whole step: tokens (G, T) twice, or images and classes
 
 
 def reference_trace(
-    run: RunConfig, weights: Weights, batches: list[Tensor], follow: list[StepTrace] | None = None
+    run: RunConfig, weights: Weights, batches: list[Batch], follow: list[StepTrace] | None = None
 ) -> list[StepTrace]:
-    """Train on each global batch (G, T+1) in one piece, from `weights`; fp32 throughout.
+    """Train on each global batch in one piece, from `weights`; fp32 throughout.
 
     With `follow` each step starts from the weights that this other run had by then.
     `batch_losses` are those of the single samples: [[loss of sample 0, ...]].
@@ -39,10 +50,11 @@ def _take(parameters: Weights, weights: Weights) -> None:
         parameters[name].copy_(weights[name])
 
 
-def _step(run: RunConfig, parameters: Weights, optimizer: torch.optim.Optimizer, batch: Tensor) -> StepTrace:
+def _step(run: RunConfig, parameters: Weights, optimizer: torch.optim.Optimizer, batch: Batch) -> StepTrace:
     outputs: Weights = {}
-    logits = forward(parameters, run.model, batch[:, :-1], outputs)
-    losses = F.cross_entropy(logits.transpose(1, 2), batch[:, 1:], reduction="none").mean(dim=1)
+    inputs, labels = batch
+    logits = forward(parameters, run.model, inputs, outputs, documents(run, inputs))
+    losses = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none").mean(dim=1)
     loss = losses.mean()
     optimizer.zero_grad()
     loss.backward()
@@ -82,21 +94,58 @@ def _optimizer(config: OptimizerConfig, parameters: Weights) -> torch.optim.Opti
     return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.epsilon)  # type: ignore[arg-type]
 
 
-def forward(w: Weights, model: ModelConfig, tokens: Tensor, outputs: Weights) -> Tensor:
-    """Tokens (B, T) -> logits (B, T, V); each layer's output is left in `outputs`."""
-    length = tokens.shape[1]
-    x = outputs["embedding"] = w["embedding.weight"][tokens]
-    if model.family is Family.gpt:
-        x = outputs["positions"] = x + w["positions.weight"][:length]
+Spans = list[list[tuple[int, int]]]  # of each sample, the (first, one past the last) place of each document
+
+
+def documents(run: RunConfig, tokens: Tensor) -> Spans:
+    """What is attended to as one: each document of each sample (B, T), or the whole sample."""
+    if run.model.family is Family.vit:
+        return [[(0, vision_tokens(run.model))]] * len(tokens)
+    spans: Spans = []
+    for sample in tokens.tolist():
+        ends = [i + 1 for i, token in enumerate(sample) if token == end_of_document(run)]
+        if not run.data.document_attention:
+            ends = []
+        bounds = sorted({0, *ends, len(sample)})
+        spans.append(list(pairwise(bounds)))
+    return spans
+
+
+def forward(w: Weights, model: ModelConfig, tokens: Tensor, outputs: Weights, spans: Spans) -> Tensor:
+    """Tokens (B, T) -> logits (B, T, V); each layer's output is left in `outputs`.
+
+    Documents are run one by one wherever a position could look at another.
+    """
+    if model.family is Family.vit:
+        x = outputs["patches"] = _patches(w, model, tokens)
+    else:
+        x = outputs["embedding"] = w["embedding.weight"][tokens]
+    if model.family is not Family.llama:
+        places = [torch.cat([torch.arange(end - start) for start, end in sample]) for sample in spans]
+        x = outputs["positions"] = x + w["positions.weight"][torch.stack(places)]
     for index in range(model.num_layers):
         name = f"blocks.{index}"
         y = _norm(w, f"{name}.attention_norm", model, x, outputs)
-        x = x + _attention(w, f"{name}.attention", model, y, outputs)
+        x = x + _attention(w, f"{name}.attention", model, y, outputs, spans)
         y = _norm(w, f"{name}.mlp_norm", model, x, outputs)
         x = x + _mlp(w, f"{name}.mlp", model, y, outputs)
     x = _norm(w, "final_norm", model, x, outputs)
+    if model.family is Family.vit:
+        x = x[:, 0] if model.pooling is Pooling.class_token else x.mean(1)
+        return _linear(w, "head", x[:, None], outputs)
     outputs["head"] = x @ w["embedding.weight" if model.tie_embeddings else "head.weight"].T
     return outputs["head"]
+
+
+def _patches(w: Weights, model: ModelConfig, images: Tensor) -> Tensor:
+    """As a convolution whose stride is the patch."""
+    size = model.patch_size
+    kernel = w["patches.weight"].view(-1, model.image_channels, size, size)
+    x = F.conv2d(images.float() * (2 / 255) - 1, kernel, w["patches.bias"], stride=size)
+    x = x.flatten(2).transpose(1, 2)
+    if model.pooling is Pooling.mean:
+        return x
+    return torch.cat([w["patches.class_token"].expand(len(x), 1, -1), x], dim=1)
 
 
 def _linear(w: Weights, name: str, x: Tensor, outputs: Weights) -> Tensor:
@@ -116,11 +165,22 @@ def _norm(w: Weights, name: str, model: ModelConfig, x: Tensor, outputs: Weights
     return y
 
 
-def _attention(w: Weights, name: str, model: ModelConfig, x: Tensor, outputs: Weights) -> Tensor:
-    batch, length, hidden = x.shape
-    heads, kv_heads = model.num_heads, model.num_kv_heads or model.num_heads
-    size = hidden // heads
+def _attention(
+    w: Weights, name: str, model: ModelConfig, x: Tensor, outputs: Weights, spans: Spans
+) -> Tensor:
     fused = _linear(w, f"{name}.qkv", x, outputs)
+    mixed = [
+        torch.cat([_mixed(model, one[None, start:end]) for start, end in sample], dim=1)
+        for one, sample in zip(fused, spans, strict=True)
+    ]
+    return _linear(w, f"{name}.output", torch.cat(mixed), outputs)
+
+
+def _mixed(model: ModelConfig, fused: Tensor) -> Tensor:
+    """Queries, keys and values (B, T, (N + 2K) D) of whole documents -> (B, T, N D)."""
+    batch, length, _ = fused.shape
+    heads, kv_heads = model.num_heads, model.num_kv_heads or model.num_heads
+    size = model.hidden_size // heads
     q, k, v = fused.split([heads * size, kv_heads * size, kv_heads * size], dim=-1)
     q = q.view(batch, length, heads, size).transpose(1, 2)
     k = k.view(batch, length, kv_heads, size).transpose(1, 2)
@@ -129,9 +189,12 @@ def _attention(w: Weights, name: str, model: ModelConfig, x: Tensor, outputs: We
         q, k = _rotated(q, model.rope_theta), _rotated(k, model.rope_theta)
     k, v = (t.repeat_interleave(heads // kv_heads, dim=1) for t in (k, v))
     scores = q @ k.transpose(2, 3) / size**0.5
-    future = torch.ones(length, length, dtype=torch.bool).triu(1)
-    mixed = scores.masked_fill(future, float("-inf")).softmax(-1) @ v
-    return _linear(w, f"{name}.output", mixed.transpose(1, 2).reshape(batch, length, hidden), outputs)
+    if model.family is not Family.vit:
+        future = torch.ones(length, length, dtype=torch.bool).triu(1)
+        scores = scores.masked_fill(future, float("-inf"))
+    mixed = scores.softmax(-1) @ v
+    flat: Tensor = mixed.transpose(1, 2).reshape(batch, length, heads * size)
+    return flat
 
 
 def _rotated(x: Tensor, theta: float) -> Tensor:
@@ -154,10 +217,23 @@ def _mlp(w: Weights, name: str, model: ModelConfig, x: Tensor, outputs: Weights)
     return _linear(w, f"{name}.down", gelu, outputs)
 
 
-def probe_batches(run: RunConfig, length: int) -> Iterator[Tensor]:
-    """Random global batches (G, T+1), a function of the seed: one per step of verify."""
+def probe_batches(run: RunConfig) -> Iterator[Batch]:
+    """Random global batches, a function of the seed: one per step of verify.
+
+    Where attention stops at documents, every fourth token or so ends one.
+    """
     generator = torch.Generator().manual_seed(run.training.seed)
+    size, m = run.training.global_batch_size, run.model
+    shape = size, sequence_length(run) + 1
     for _ in range(run.verify.steps):
-        yield torch.randint(
-            run.model.vocab_size, (run.training.global_batch_size, length + 1), generator=generator
-        )
+        if m.family is Family.vit:
+            pixels = size, m.image_channels, m.image_size, m.image_size
+            images = torch.randint(256, pixels, generator=generator, dtype=torch.uint8)
+            yield images, torch.randint(m.num_classes, (size, 1), generator=generator)
+            continue
+        tokens = torch.randint(run.model.vocab_size, shape, generator=generator)
+        if run.data.document_attention:
+            end = end_of_document(run)
+            assert end is not None
+            tokens[torch.rand(shape, generator=generator) < 0.25] = end
+        yield tokens[:, :-1], tokens[:, 1:]

@@ -7,21 +7,25 @@ from dataclasses import fields
 from launcher.config.errors import as_typed
 from launcher.config.layout import Layout
 from launcher.config.schema import (
+    CorpusSource,
     Device,
     Dtype,
+    Family,
     ModelConfig,
     ParallelismConfig,
+    Pooling,
     RunConfig,
     SchedulerConfig,
     SchedulerName,
 )
-from launcher.config.shape import kv_heads, sequence_length, stages_per_rank
+from launcher.config.shape import kv_heads, output_size, sequence_length, stages_per_rank
 
 MOST_RANKS = 8  # on CPU; on GPUs one for each
 HEAD_SIZE = 8
 SEQUENCE_PER_RANK = 8
 BLOCKS_PER_STAGE = 2
 VOCABULARY = 256
+CLASSES = 10
 
 
 def shrink(run: RunConfig, layout: Layout, *, gpus: int = 0) -> tuple[RunConfig, list[str]]:
@@ -71,10 +75,20 @@ def _shrink_model(small: RunConfig, run: RunConfig, layout: Layout) -> None:
     m.ffn_hidden_size = tensor * (m.hidden_size // tensor + 3)
     uneven = run.model.num_layers % (layout.pipeline * stages_per_rank(run)) != 0
     m.num_layers = stages * BLOCKS_PER_STAGE + (1 if uneven else 0)
-    divides = run.model.vocab_size % layout.tensor == 0
-    m.vocab_size = -(-VOCABULARY // tensor) * tensor + (0 if divides else 1)
-    m.max_sequence_length = tensor * max(SEQUENCE_PER_RANK, 16 // tensor)
-    small.data.sequence_length = None if sequence_length(run) == run.model.max_sequence_length else tensor * 4
+    divides = output_size(run.model) % layout.tensor == 0
+    if m.family is Family.vit:
+        m.num_classes = -(-CLASSES // tensor) * tensor + (0 if divides else 1)
+        # With a class token a square of patches divides by the tensor ranks where its side is odd, if ever.
+        odd = m.pooling is Pooling.class_token and small.parallelism.sequence_parallel
+        m.patch_size = min(2, m.patch_size)
+        m.image_size = m.patch_size * (3 if odd else 4)
+    else:
+        m.vocab_size = -(-VOCABULARY // tensor) * tensor + (0 if divides else 1)
+        m.max_sequence_length = tensor * max(SEQUENCE_PER_RANK, 16 // tensor)
+        whole = sequence_length(run) == run.model.max_sequence_length
+        small.data.sequence_length = None if whole else tensor * 4
+    if small.data.end_of_document is not None or small.data.source is CorpusSource.tokens:
+        small.data.end_of_document = 0
     # At the usual 0.02 a small model's blocks add next to nothing to its residual stream.
     m.init_std = 0.1
 
@@ -128,4 +142,4 @@ def parameter_order(model: ModelConfig) -> list[str]:
             "mlp.down",
         )
     ]
-    return ["embedding", "positions", *blocks, "final_norm", "head"]
+    return ["embedding", "patches", "positions", *blocks, "final_norm", "head"]

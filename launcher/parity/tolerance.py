@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from math import sqrt
 
 from launcher.config.schema import Dtype, RunConfig
-from launcher.config.shape import sequence_length
+from launcher.config.shape import output_size, sequence_length
 
 LAMBDA = 3.0
 UNIT_ROUNDOFF = {Dtype.fp32: 2.0**-24, Dtype.bf16: 2.0**-8, Dtype.fp16: 2.0**-11}
@@ -44,7 +44,8 @@ def forward_length(run: RunConfig) -> int:
     m = run.model
     h, head = m.hidden_size, m.hidden_size // m.num_heads
     block = 2 * h + h + head + sequence_length(run) + h + h + m.ffn_hidden_size
-    return m.num_layers * block + h + h + m.vocab_size
+    patches = m.image_channels * m.patch_size**2  # of a vit
+    return m.num_layers * block + h + h + output_size(m) + patches
 
 
 def _bound(u: float, length: int) -> float:

@@ -12,11 +12,10 @@ import torch
 
 from launcher.config.layout import Layout, resolve_layout
 from launcher.config.schema import Dtype, OptimizerConfig, OptimizerName, RunConfig
-from launcher.config.shape import sequence_length
 from launcher.engine.distributed import prepare_deepspeed
 from launcher.launch.local import run_local_ranks
 from launcher.models.blocks import BlockContext
-from launcher.models.language import FlatModel, language_layers, language_loss
+from launcher.models.model import flat_model
 from launcher.parallel.mesh import ProcessMesh
 from launcher.parallel.sharding import logical_of
 from launcher.parity.compare import Difference, applied_gradients, compare
@@ -84,7 +83,7 @@ def run_pass(title: str, run: RunConfig, plain_sgd: bool, mutation: Callable[[],
     """One of `passes`."""
     layout = _layout(run)
     trace = layout_trace(run, layout, mutation)
-    batches = list(probe_batches(run, sequence_length(run)))
+    batches = list(probe_batches(run))
     expected = reference_trace(run, initial_weights(run), batches, follow=None if plain_sgd else trace)
     allowed = tolerance(run)
     if plain_sgd:
@@ -118,7 +117,7 @@ def _layout(run: RunConfig) -> Layout:
 def initial_weights(run: RunConfig) -> Weights:
     """What one process starts from, rounded to the run's dtype as DeepSpeed's master weights are."""
     context = BlockContext.create(single(run), ProcessMesh.single(), torch.device("cpu"))
-    model = FlatModel(language_layers(run.model, context), language_loss(run.model, context.tp))
+    model = flat_model(run.model, context)
     dtype = torch.bfloat16 if run.precision.dtype is Dtype.bf16 else torch.float32
     return {logical_of(p).name: p.detach().to(dtype).float() for p in model.parameters()}
 

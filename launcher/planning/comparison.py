@@ -65,7 +65,7 @@ def expect(run: RunConfig, layout: Layout, rank: Rank, chunk: int) -> Traced:
     output = 0 if stage.has_head else sizes.stretch
     is_tied = stage.has_embedding and stage.has_head and run.model.tie_embeddings
     tied = sizes.vocabulary * sizes.hidden_size * sizes.element if is_tied else 0
-    saved, peaks = 0, []
+    saved, peaks = sizes.boundaries, []
     for part, count in of:
         footprint = part.footprint
         peaks.append(saved + (count - 1) * footprint.saved + footprint.forward)
@@ -74,6 +74,6 @@ def expect(run: RunConfig, layout: Layout, rank: Rank, chunk: int) -> Traced:
         peaks.append(saved + footprint.backward + output + waiting)
     if is_tied:
         embedding = of[0][0].footprint
-        peaks.append(embedding.saved + embedding.backward + 2 * tied)
+        peaks.append(sizes.boundaries + embedding.saved + embedding.backward + 2 * tied)
     one_stage = Rank(rank.stage, (stage,), rank.model, rank.tensor, rank.is_flat)
     return Traced(one_stage.parameters, flops(of), saved, max(peaks), traffic(of))

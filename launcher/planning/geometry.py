@@ -6,7 +6,8 @@ from functools import cache, cached_property
 from typing import Any
 
 from launcher.config.layout import Layout
-from launcher.config.schema import Family, ModelConfig, RunConfig
+from launcher.config.schema import Family, ModelConfig, Pooling, RunConfig
+from launcher.config.shape import output_size, vision_tokens
 
 
 @dataclass(frozen=True)
@@ -74,10 +75,9 @@ class Rank:
 
     @property
     def parameters_of_embedding(self) -> int:
-        """Look-ups and positions, with a head that is the same weight."""
-        h, positions = self.model.hidden_size, self.model.max_sequence_length
-        rows = padded_length(self.model.vocab_size, self.tensor) // self.tensor
-        return h * (rows + (positions if self.model.family is Family.gpt else 0)) * self.has_embedding
+        """Look-ups or patches, and positions, with a head that is the same weight."""
+        modules = embedding_weights(self.model, self.tensor) if self.has_embedding else []
+        return sum(numel for module in modules for numel, _ in module)
 
     @cached_property
     def largest_weight(self) -> int:
@@ -168,20 +168,39 @@ def block_parameters(model: ModelConfig, tensor: int) -> int:
     return sum(numel for module in block_weights(model, tensor) for numel, _ in module)
 
 
+def embedding_weights(model: ModelConfig, tensor: int) -> list[list[tuple[int, bool]]]:
+    """As block_weights: of look-ups or patches, and positions if they are learned."""
+    h = model.hidden_size
+    if model.family is Family.vit:
+        patches = [(model.image_channels * model.patch_size**2 * h, True), (h, False)]
+        if model.pooling is Pooling.class_token:
+            patches.append((h, False))
+        return [patches, [(vision_tokens(model) * h, True)]]
+    lookup = [_vocabulary(model, tensor)]
+    return [lookup, [(model.max_sequence_length * h, True)]] if model.family is Family.gpt else [lookup]
+
+
+def _vocabulary(model: ModelConfig, tensor: int) -> tuple[int, bool]:
+    return outputs(model, tensor) * model.hidden_size, True
+
+
+def outputs(model: ModelConfig, tensor: int) -> int:
+    """Logits of a tensor rank, padding included."""
+    return padded_length(output_size(model), tensor) // tensor
+
+
 def _weights(rank: Rank) -> Iterator[Weight]:
-    model, h = rank.model, rank.model.hidden_size
-    vocabulary = [(padded_length(model.vocab_size, rank.tensor) // rank.tensor * h, True)]
+    model = rank.model
     modules: list[list[tuple[int, bool]]] = []
     for chunk in rank.chunks:
         if chunk.has_embedding:
-            modules.append(vocabulary)
-            if model.family is Family.gpt:
-                modules.append([(model.max_sequence_length * h, True)])
+            modules += embedding_weights(model, rank.tensor)
         modules += block_weights(model, rank.tensor) * chunk.blocks
         if chunk.has_head:
             modules.append(block_weights(model, rank.tensor)[0])
             if not rank.shares_tied_weight:
-                modules.append(vocabulary)
+                bias = [(outputs(model, rank.tensor), False)] if model.family is Family.vit else []
+                modules.append([_vocabulary(model, rank.tensor), *bias])
     for index, module in enumerate(modules):
         for numel, is_matrix in module:
             yield Weight(numel, is_matrix, index)

@@ -7,7 +7,7 @@ from launcher.config.layout import Layout
 from launcher.config.schema import ActivationCheckpointing, RunConfig
 from launcher.planning.geometry import Rank, block_parameters
 from launcher.planning.parts import Parts, parts
-from launcher.planning.program import INT64, Sizes
+from launcher.planning.program import Sizes
 from launcher.planning.zero import Holdings, States, reduced_at_first, states_of
 
 # CUDA's context and libraries, and what torch's caching allocator cannot hand out again.
@@ -121,7 +121,8 @@ class _Flat(_Flow):
         vocabulary = size.vocabulary * size.hidden_size
         # A weight used twice is accumulated once: the head's gradient waits for the embedding's.
         tied = vocabulary * size.element if self.rank.shares_tied_weight else 0
-        body = embedding.footprint.saved + blocks * block.footprint.saved
+        first = size.boundaries + embedding.footprint.saved
+        body = first + blocks * block.footprint.saved
         saved = body + head.footprint.saved
         of_block = block_parameters(self.rank.model, self.rank.tensor)
         of_head = total - self.rank.parameters_of_embedding - blocks * of_block
@@ -135,13 +136,13 @@ class _Flat(_Flow):
             yield self._reduction(of_head, of_block, tied)
         yield self.backward(
             "backward pass, first block",
-            embedding.footprint.saved + block.footprint.saved + block.footprint.backward + tied,
+            first + block.footprint.saved + block.footprint.backward + tied,
             of_head + of_block * (blocks - 1),
             soon=of_block,
         )
         yield self.backward(
             "backward pass, embedding",
-            embedding.footprint.saved + embedding.footprint.backward + 2 * tied,
+            first + embedding.footprint.backward + 2 * tied,
             of_head + of_block * blocks,
         )
         yield from self.after()
@@ -152,6 +153,7 @@ class _Flat(_Flow):
         filled = reduced_at_first(self.rank, self.states.bucket or 0)
         ahead = self.rank.blocks - min(self.rank.blocks, max(0, filled - of_head) // of_block)
         left = self.parts.embedding.footprint.saved + ahead * block.saved + size.stretch + tied
+        left += size.boundaries
         if ahead and size.checkpointing is ActivationCheckpointing.full:
             left += block.backward
         elif ahead:
@@ -193,14 +195,15 @@ class _Pipelined(_Flow):
         stage, size = self.rank.chunks[chunk], self.sizes
         saved = sum(part.footprint.saved * count for part, count in self.parts.of(stage))
         # The input twice, to run on and for its gradient to be sent; the output until its gradient is there.
-        saved += size.tokens * INT64 if stage.has_embedding else size.stretch
+        saved += size.inputs if stage.has_embedding else size.stretch
+        if size.checkpointing is not ActivationCheckpointing.none:
+            saved += size.boundaries  # of which a recomputation makes the mask again
         return saved + (0 if stage.has_head else size.stretch)
 
     def _buffers(self) -> int:
         """What is received into, and the logits that a last stage keeps from one micro-batch to the next."""
         size = self.sizes
-        logits = size.tokens * size.vocabulary * size.element if self.rank.has_head else 0
-        return size.stretch + 2 * logits
+        return size.stretch + size.boundaries + (2 * size.logits if self.rank.has_head else 0)
 
 
 def in_flight(layout: Layout, stage: int) -> tuple[int, ...]:

@@ -79,7 +79,7 @@ class Parts:
 def parts(s: Sizes) -> Parts:
     blocks = block(s)
     return Parts(
-        _part(embedding(s), [], s.tokens * 8),
+        _part(embedding(s), [], s.inputs),
         _part(blocks, recomputed(s, blocks), s.stretch),
         _part([*head(s), loss(s)], [], s.stretch),
     )

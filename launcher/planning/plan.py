@@ -85,7 +85,7 @@ class Plan:
     @property
     def model_flops(self) -> int:
         """Of a step over all ranks, without recomputation."""
-        return train_flops_per_token(self.run.model, sequence_length(self.run)) * self.tokens
+        return round(train_flops_per_token(self.run.model, sequence_length(self.run)) * self.tokens)
 
     @property
     def tokens_per_s(self) -> float | None:

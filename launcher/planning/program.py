@@ -8,12 +8,12 @@ regions a rank holds (b, H), or (b / tp, H) under sequence parallelism (Korthika
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
-from launcher.config.schema import ActivationCheckpointing, Dtype, Family, RunConfig
-from launcher.config.shape import kv_heads, sequence_length
+from launcher.config.schema import ActivationCheckpointing, Dtype, Family, Pooling, RunConfig
+from launcher.config.shape import kv_heads, output_size, sequence_length
 from launcher.planning.geometry import padded_length
 
 BYTES = {Dtype.fp32: 4, Dtype.bf16: 2, Dtype.fp16: 2}
@@ -86,7 +86,7 @@ class Sizes:
     ffn_hidden_size: int
     num_heads: int
     num_kv_heads: int
-    vocab_size: int
+    output_size: int  # of the vocabulary, or classes
     dropout: float
     tensor: int
     micro_batch: int
@@ -95,6 +95,10 @@ class Sizes:
     sequence_parallel: bool
     checkpointing: ActivationCheckpointing
     device: str  # "cpu" or "cuda"
+    patch_pixels: int  # of a vit's patch, channels counted
+    image_pixels: int  # and of an image
+    has_class_token: bool
+    masks_documents: bool
 
     @classmethod
     def of(cls, run: RunConfig, device: str) -> "Sizes":
@@ -105,7 +109,7 @@ class Sizes:
             ffn_hidden_size=m.ffn_hidden_size,
             num_heads=m.num_heads,
             num_kv_heads=kv_heads(run),
-            vocab_size=m.vocab_size,
+            output_size=output_size(m),
             dropout=m.dropout,
             tensor=p.tensor,
             micro_batch=run.training.micro_batch_size,
@@ -114,6 +118,10 @@ class Sizes:
             sequence_parallel=p.sequence_parallel,
             checkpointing=p.activation_checkpointing,
             device=device,
+            patch_pixels=m.image_channels * m.patch_size**2,
+            image_pixels=m.image_channels * m.image_size**2,
+            has_class_token=m.family is Family.vit and m.pooling is Pooling.class_token,
+            masks_documents=run.data.document_attention,
         )
 
     @property
@@ -128,6 +136,21 @@ class Sizes:
     def own_tokens(self) -> int:
         """Between the parallel regions."""
         return self.tokens // self.tensor if self.sequence_parallel else self.tokens
+
+    @property
+    def inputs(self) -> int:
+        """Token ids (B, T), or images (B, C, S, S) of bytes."""
+        return self.micro_batch * self.image_pixels if self.is_vit else self.tokens * INT64
+
+    @property
+    def boundaries(self) -> int:
+        """Of documents: which positions attend to which (B, 1, T, T), and the positions (B, T)."""
+        return (self.tokens * self.length * BOOL + self.tokens * INT64) if self.masks_documents else 0
+
+    @property
+    def mask(self) -> int:
+        """What attention adds to the scores, made of the boundaries anew in every block."""
+        return self.tokens * self.length * self.element if self.masks_documents else 0
 
     @property
     def whole(self) -> int:
@@ -181,15 +204,29 @@ class Sizes:
     @property
     def vocabulary(self) -> int:
         """Columns of this tensor rank, padding included."""
-        return padded_length(self.vocab_size, self.tensor) // self.tensor
+        return padded_length(self.output_size, self.tensor) // self.tensor
 
     @property
     def is_padded(self) -> bool:
-        return self.vocab_size % self.tensor != 0
+        return self.output_size % self.tensor != 0
 
     @property
     def is_llama(self) -> bool:
         return self.family is Family.llama
+
+    @property
+    def is_vit(self) -> bool:
+        return self.family is Family.vit
+
+    @cached_property
+    def scored(self) -> "Sizes":
+        """Where there are logits: at every token, or once for an image, which no sequence is then."""
+        return replace(self, length=1, sequence_parallel=False) if self.is_vit else self
+
+    @property
+    def logits(self) -> int:
+        """In the run's precision."""
+        return self.scored.tokens * self.vocabulary * self.element
 
     @cached_property
     def stores_scores(self) -> bool:
@@ -240,15 +277,17 @@ def run_again(stretch: Sequence[Operation]) -> list[Operation]:
 
 
 def embedding(s: Sizes) -> list[Operation]:
-    """From token ids to `embedded`; in GPT also the positions, which are added."""
-    lookup = _lookup(s)
+    """From token ids or images to `embedded`; but in Llama also the positions, which are added."""
+    lookup = _patches(s) if s.is_vit else _lookup(s)
     if s.is_llama:
         return lookup
     positions = s.length * s.hidden_size * s.element
     added = Operation(
         "positions",
-        ("embedded",),
+        (lookup[-1].name,),
         s.stretch,
+        # With documents, each token has a position of its own.
+        scratch=s.whole if s.masks_documents else 0,
         weight=2 * positions,
         adds=True,
         backward_traffic=(Collective("all_reduce", positions),) if s.sequence_parallel else (),
@@ -259,16 +298,20 @@ def embedding(s: Sizes) -> list[Operation]:
 
 
 def head(s: Sizes) -> list[Operation]:
-    """The final norm and the projection to this rank's logits."""
-    return [_norm(s, "final_norm", "input"), _column(s, "logits", "final_norm", s.vocabulary, bias=False)]
+    """The final norm and the projection to this rank's logits; in a vit of one vector for each image."""
+    norm = _norm(s, "final_norm", "input")
+    if not s.is_vit:
+        return [norm, _column(s, "logits", "final_norm", s.vocabulary, bias=False)]
+    return [norm, _pool(s), _column(s.scored, "logits", "pooled", s.vocabulary, bias=True)]
 
 
 def loss(s: Sizes) -> Operation:
     """vocab_parallel_cross_entropy: keeps the softmax in fp32."""
+    s = s.scored
     per_token = FP32 * s.tokens
     softmax = per_token * s.vocabulary
     low, cut = s.dtype is not Dtype.fp32, s.is_padded
-    logits = s.tokens * s.vocabulary * s.element
+    logits = s.logits
     kept = s.tokens * (2 * INT64 + 2 * BOOL)  # the labels too, which the caller holds
     return Operation(
         "loss",
@@ -416,7 +459,7 @@ def _fused_attention(s: Sizes, inputs: tuple[str, ...]) -> Operation:
         inputs,
         s.query,
         saves=(*inputs, "core"),
-        extra=FP32 * s.tokens * s.heads,
+        extra=FP32 * s.tokens * s.heads + s.mask,
         # The gradients of queries, keys and values are joined, then laid out as the projection's.
         backward_scratch=s.fused,
         gradients=(s.query + s.key, s.key) if s.is_llama else (s.fused,),
@@ -524,6 +567,59 @@ def _dropped(s: Sizes, x: str) -> str:
 def _residual(s: Sizes, name: str, x: str, branch: str) -> Operation:
     return Operation(
         name, (x, branch), s.stretch, adds=True, forward_bytes=3 * s.stretch, backward_bytes=3 * s.stretch
+    )
+
+
+def _patches(s: Sizes) -> list[Operation]:
+    """Bytes become numbers, and a patch one product, whose input wants no gradient."""
+    h, pixels = s.hidden_size, s.own_tokens * s.patch_pixels * s.element
+    weights = tuple(Collective("all_reduce", h * s.element * rows) for rows in (s.patch_pixels, 1))
+    operations = [
+        Operation(
+            "embedded",
+            (),
+            s.stretch,
+            extra=pixels,
+            scratch=s.tokens * s.patch_pixels * s.element,
+            weight=h * s.patch_pixels * s.element,
+            forward_matmuls=(Matmul(s.own_tokens, h, s.patch_pixels),),
+            backward_matmuls=(Matmul(h, s.patch_pixels, s.own_tokens),),
+            backward_traffic=weights if s.sequence_parallel else (),
+            forward_bytes=6 * pixels,
+            backward_bytes=s.stretch,
+            kernels=6,
+        )
+    ]
+    if s.has_class_token:
+        operations.append(
+            Operation(
+                "with_token",
+                ("embedded",),
+                s.stretch,
+                extra=s.own_tokens // s.micro_batch * BOOL,
+                backward_scratch=s.stretch,
+                backward_traffic=weights[1:] if s.sequence_parallel else (),
+                forward_bytes=2 * s.stretch,
+                backward_bytes=4 * s.stretch,
+                kernels=3,
+            )
+        )
+    return operations
+
+
+def _pool(s: Sizes) -> Operation:
+    pooled = s.scored.stretch
+    # The class token is a view of the whole, which is kept for it.
+    is_view = s.has_class_token and not s.sequence_parallel
+    return Operation(
+        "pooled",
+        ("final_norm",),
+        0 if is_view else pooled,
+        saves=("final_norm",) if is_view else (),
+        forward_traffic=(Collective("all_reduce", pooled),) if s.sequence_parallel else (),
+        forward_bytes=s.stretch,
+        backward_bytes=2 * s.stretch,
+        kernels=2,
     )
 
 

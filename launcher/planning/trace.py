@@ -19,10 +19,12 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
 from launcher.config.layout import Layout
-from launcher.config.schema import Dtype, RunConfig
-from launcher.config.shape import sequence_length
-from launcher.models.blocks import BlockContext
-from launcher.models.language import FlatModel, language_layers, language_loss
+from launcher.config.schema import Dtype, Family, RunConfig
+from launcher.config.shape import end_of_document, sequence_length
+from launcher.models.blocks import BlockContext, TransformerBlock
+from launcher.models.documents import Documents
+from launcher.models.language import FlatModel
+from launcher.models.model import model_layers, model_loss
 from launcher.parallel.layers import TensorParallel
 from launcher.parallel.mesh import Axis, MeshShape
 from launcher.parallel.random import DropoutRandom
@@ -85,13 +87,14 @@ def _one_micro_batch(
     stage, p = rank.chunks[chunk], run.parallelism
     batch, length = run.training.micro_batch_size, sequence_length(run)
     if stage.has_embedding:
-        inputs = torch.empty(batch, length, dtype=torch.long)
+        inputs = _inputs(run)
     else:
         own = length // p.tensor if p.sequence_parallel else length
         shape = batch, own, run.model.hidden_size
         inputs = torch.empty(shape, dtype=DTYPES[run.precision.dtype], requires_grad=True)
     if stage.has_head:
-        output = module(inputs, torch.empty(batch, length, dtype=torch.long))
+        labels = torch.empty(batch, 1 if run.model.family is Family.vit else length, dtype=torch.long)
+        output = module(inputs, labels)
         saved = allocations.live
         output.backward()
     else:
@@ -101,22 +104,43 @@ def _one_micro_batch(
     return saved
 
 
+def _inputs(run: RunConfig) -> Tensor:
+    """Of the first stage: token ids or images."""
+    batch, m = run.training.micro_batch_size, run.model
+    if m.family is Family.vit:
+        return torch.empty(batch, m.image_channels, m.image_size, m.image_size, dtype=torch.uint8)
+    return torch.empty(batch, sequence_length(run), dtype=torch.long)
+
+
 def _stage(run: RunConfig, rank: Rank, chunk: int, axis: Axis) -> FlatModel:
     """The layers of one stage, in the run's precision."""
     device, p = torch.device("cpu"), run.parallelism
     tp = TensorParallel(axis, p.sequence_parallel, _Undrawn(0, axis))
     random = DropoutRandom(0, stage=0, data_rank=0, tensor_rank=axis.rank, device=device)
-    context = BlockContext(tp, random, p.activation_checkpointing)
-    layers = language_layers(run.model, context)
-    stage, front = rank.chunks[chunk], len(layers) - run.model.num_layers - 2
+    documents = _Documents(run)
+    context = BlockContext(tp, random, p.activation_checkpointing, documents)
+    layers = model_layers(run.model, context)
+    stage = rank.chunks[chunk]
+    front = next(index for index, layer in enumerate(layers) if layer.module is TransformerBlock)
     start = 0 if stage.has_embedding else front + stage.first_block
     stop = len(layers) if stage.has_head else front + stage.first_block + stage.blocks
     # Not `.to()`, which fake parameters refuse.
     torch.set_default_dtype(DTYPES[run.precision.dtype])
     try:
-        return FlatModel(layers[start:stop], language_loss(run.model, tp))
+        return FlatModel(layers[start:stop], model_loss(run.model, context), documents)
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+class _Documents(Documents):
+    """Of tokens of its own: later stages are given them beside their input."""
+
+    def __init__(self, run: RunConfig) -> None:
+        super().__init__(end_of_document(run) if run.data.document_attention else None)
+        self.tokens = torch.empty(run.training.micro_batch_size, sequence_length(run), dtype=torch.long)
+
+    def begin(self, tokens: Tensor) -> None:
+        super().begin(self.tokens)
 
 
 class _Undrawn(Initializer):

@@ -3,32 +3,56 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from launcher.checkpoint.companions import DIRECTORY as COMPANIONS
 from launcher.checkpoint.weights import load_weights, weight_files
 from launcher.config.compose import load_typed
-from launcher.config.schema import GenerateConfig, ParallelismConfig, RunConfig
+from launcher.config.errors import ConfigError
+from launcher.config.schema import CorpusSource, GenerateConfig, ParallelismConfig, RunConfig
+from launcher.data.open import TOKENIZER
+from launcher.data.tokenizer import Bytes, HuggingFace, Tokenizer
 from launcher.models.blocks import BlockContext
-from launcher.models.language import FlatModel, language_layers, language_loss
+from launcher.models.language import FlatModel
+from launcher.models.model import flat_model
 from launcher.parallel.mesh import ProcessMesh
 from launcher.runtime.run_dir import CONFIG
 
 
 def generate(config: GenerateConfig, run_dir: Path) -> str:
-    """The prompt and `max_new_tokens` sampled bytes, as text. Raises ConfigError for an unusable run."""
+    """The prompt and `max_new_tokens` sampled tokens, as text. Raises ConfigError for an unusable run."""
     run = load_typed(run_dir / CONFIG, RunConfig)
     weight_files(run_dir)
+    tokenizer = tokenizer_of(run, config, run_dir)
     model = load_model(run, run_dir)
-    tokens = torch.tensor([list(config.prompt.encode(errors="surrogateescape"))])
+    [prompt] = tokenizer.encode([config.prompt])
+    tokens = torch.from_numpy(prompt.astype(np.int64))[None]
     generator = torch.Generator().manual_seed(config.seed)
     with torch.no_grad():
         for _ in range(config.max_new_tokens):
             window = tokens[:, -run.model.max_sequence_length :]
             scores = model.logits(window)[0, -1, : run.model.vocab_size]
             tokens = torch.cat([tokens, sample(scores, config, generator).view(1, 1)], dim=1)
-    return bytes(tokens[0].clamp(max=255).tolist()).decode(errors="replace")
+    return tokenizer.decode(tokens[0].tolist())
+
+
+def tokenizer_of(run: RunConfig, config: GenerateConfig, run_dir: Path) -> Tokenizer:
+    """The one that the run recorded, or that is asked for; bytes where the run's text is bytes.
+
+    Raises ConfigError where there is none.
+    """
+    recorded = run_dir / COMPANIONS / TOKENIZER
+    if config.tokenizer is not None:
+        return HuggingFace(Path(config.tokenizer).expanduser(), field="tokenizer")
+    if run.data.source is not CorpusSource.tokens:
+        return Bytes()
+    if not recorded.exists():
+        why = "its token files had no tokenizer beside them, and the run recorded none"
+        raise ConfigError("run.dir", run_dir, why, "tokenizer=PATH of the tokenizer.json they were made with")
+    return HuggingFace(recorded, field="run.dir")
 
 
 def load_model(run: RunConfig, run_dir: Path) -> FlatModel:
@@ -36,7 +60,7 @@ def load_model(run: RunConfig, run_dir: Path) -> FlatModel:
     # Whatever layout trained it, one process holds it whole.
     run = replace(run, parallelism=ParallelismConfig())
     context = BlockContext.create(run, ProcessMesh.single(), torch.device("cpu"))
-    model = FlatModel(language_layers(run.model, context), language_loss(run.model, context.tp))
+    model = flat_model(run.model, context)
     load_weights(model, run_dir)
     return model.eval()
 

@@ -52,6 +52,8 @@ def describe(row: dict[str, float | int]) -> str:
     parts = [f"loss {row['train/loss']:.4f}", f"grad norm {row['train/grad_norm']:.3f}"]
     if "val/loss" in row:
         parts.append(f"validation loss {row['val/loss']:.4f}")
+    if "val/accuracy" in row:
+        parts.append(f"accuracy {row['val/accuracy']:.1%}")
     parts.append(f"{row['perf/tokens_per_s']:,.0f} tokens/s")
     if "perf/mfu" in row:
         parts.append(f"MFU {row['perf/mfu']:.1%}")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import secrets
 import time
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from launcher.checkpoint.sources import Weights, check_model_is, weights_at
 from launcher.config.errors import ConfigError
 from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
+from launcher.launch.environment import step_name
 
 CONFIG, IDENTITY, LOGS, METRICS = "config.yaml", "run.json", "logs", "metrics.jsonl"
 WEIGHTS = "weights"
@@ -45,7 +47,7 @@ def claim_run_dir(run: RunConfig, layout: Layout, *, multirun_index: int | None 
     Raises ConfigError where it cannot be made, holds a run that cannot go on, or for checkpoint.resume.
     """
     run_id = secrets.token_hex(4)
-    path = _path(run, run_id, multirun_index)
+    path = run_path(run, run_id, multirun_index)
     checkpoint = checkpoint_of(run, path)
     initial = _initial(run) if checkpoint is None else None
     if (path / CONFIG).exists():
@@ -90,9 +92,11 @@ def config_as_dict(run: RunConfig) -> dict[str, Any]:
     return {str(key): value for key, value in container.items()}
 
 
-def _path(run: RunConfig, run_id: str, multirun_index: int | None) -> Path:
+def run_path(run: RunConfig, run_id: str = "", multirun_index: int | None = None) -> Path:
+    """`run.dir`; where it is null, one named after the step that srun started, else a fresh one."""
     if run.run.dir is None:
-        return Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{run_id}"
+        name = step_name(os.environ) or f"{time.strftime('%Y%m%d-%H%M%S')}-{run_id}"
+        return Path("runs") / name
     path = Path(run.run.dir).expanduser()
     return path if multirun_index is None else path / str(multirun_index)
 

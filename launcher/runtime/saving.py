@@ -1,7 +1,7 @@
 """When a run is saved, and where it starts."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -17,6 +17,8 @@ from launcher.checkpoint.sources import Kind, Weights
 from launcher.config.errors import ConfigError
 from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
+from launcher.data.blend import Segment
+from launcher.data.open import blend_of
 from launcher.engine.base import Engine
 from launcher.engine.optimizer import state_keys
 from launcher.engine.state import loss_scaler, set_loss_scaler, updates_made
@@ -30,14 +32,15 @@ class Progress:
 
     step: int = 0  # optimizer steps
     samples: int = 0  # consumed
+    blends: tuple[Segment, ...] = ()  # of the run so far, the one in force last
 
     def after(self, global_batch_size: int) -> "Progress":
         """One step later."""
-        return Progress(self.step + 1, self.samples + global_batch_size)
+        return Progress(self.step + 1, self.samples + global_batch_size, self.blends)
 
 
 def start_from(
-    run: RunConfig, engine: Engine, path: Path | None, initial: Weights | None, corpus: str
+    run: RunConfig, engine: Engine, path: Path | None, initial: Weights | None, corpus: dict[str, str]
 ) -> tuple[Progress, Path | None]:
     """Take up the checkpoint `path`, or one before it; where the run then is, and what was taken.
 
@@ -54,7 +57,7 @@ def start_from(
                 raise BrokenCheckpoint(path, name, "is damaged: its checksum is another")
             restore(engine, path, manifest, state_keys(run.optimizer))
             set_loss_scaler(engine, manifest.scaler)
-            return Progress(manifest.step, manifest.samples), path
+            return Progress(manifest.step, manifest.samples, blends_after(run, manifest)), path
         except BrokenCheckpoint as broken:
             path = older_or_refused(run, broken)
     if initial is not None:
@@ -64,7 +67,16 @@ def start_from(
         except BrokenCheckpoint as broken:
             remedy = "weights that are intact: see `launcher checkpoint check`"
             raise ConfigError("checkpoint.init_from", initial.path, str(broken), remedy) from None
-    return Progress(), initial.path if initial else None
+    return Progress(blends=(blend_of(run),)), initial.path if initial else None
+
+
+def blends_after(run: RunConfig, manifest: Manifest) -> tuple[Segment, ...]:
+    """Those of the checkpoint, and the run's own from there on where it is another."""
+    earlier = tuple(Segment(**blend) for blend in manifest.blends)
+    own = blend_of(run, manifest.samples)
+    if earlier and earlier[-1].weights == own.weights:
+        return earlier
+    return *(blend for blend in earlier if blend.start < own.start), own
 
 
 def check_intact(weights: Weights) -> None:
@@ -82,7 +94,7 @@ class Checkpoints:
         layout: Layout,
         engine: Engine,
         directory: RunDir,
-        corpus: str,
+        corpus: dict[str, str],
         stop: StopRequest,
     ) -> None:
         self.stopping = False  # as all ranks agreed after the last step: it is saved, train no further
@@ -144,4 +156,5 @@ class Checkpoints:
             validation_loss=validation_loss,
             tensors={},
             files={},
+            blends=[asdict(blend) for blend in progress.blends],
         )

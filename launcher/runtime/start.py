@@ -1,4 +1,4 @@
-"""From a validated run to its ranks: our own on this machine, or those torchrun or srun started.
+"""From a validated run to its ranks: our own on this machine or node, or those torchrun or srun started.
 
 Imports torch and deepspeed inside functions only: the parent of spawned ranks has no use for them.
 """
@@ -6,16 +6,34 @@ Imports torch and deepspeed inside functions only: the parent of spawned ranks h
 import os
 import sys
 import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
-from launcher.launch.environment import RankEnvironment
-from launcher.launch.local import run_local_ranks
-from launcher.launch.machine import share_cores
-from launcher.runtime.run_dir import RunDir, claim_run_dir, stop_grace
+from launcher.launch.environment import NodeEnvironment, RankEnvironment
+from launcher.launch.local import RankFailure, run_local_ranks
+from launcher.launch.machine import share_cores, share_cores_with_tasks
+from launcher.launch.rank import STOPPED, StopRequest, failure_of
+from launcher.launch.records import Kind, record_end
+from launcher.runtime.run_dir import LOGS, RunDir, claim_run_dir, run_path, stop_grace
+
+# Until what only lost another rank says so: by then that one has, and srun or torchrun has ended all.
+_CONSEQUENCE_WAITS = 15.0  # seconds
+
+
+@dataclass(frozen=True)
+class _Own:
+    """A rank's place."""
+
+    rank: int
+    local_rank: int
+    init_method: str
 
 
 def train_on_this_machine(run: RunConfig, layout: Layout, *, cores: int, multirun_index: int | None) -> None:
@@ -31,15 +49,39 @@ def train_on_this_machine(run: RunConfig, layout: Layout, *, cores: int, multiru
         target = partial(
             local_rank, run=run, layout=layout, directory=directory, meeting=Path(meeting) / "store"
         )
-        # Forked ranks share the imports above: eight start as fast as one. CUDA cannot be forked safely.
-        start_method: Literal["fork", "spawn"] = "fork" if layout.device == "cpu" else "spawn"
         run_local_ranks(
             target,
             layout.world_size,
             log_dir=directory.logs,
-            start_method=start_method,
+            start_method=_start_method(layout),
             save_grace=stop_grace(run),
         )
+
+
+def train_on_this_node(run: RunConfig, layout: Layout, node: NodeEnvironment, *, cores: int) -> None:
+    """Start the ranks of this node, one of several; wait for them, raise what they raise."""
+    share_cores(node.ranks_per_node, cores)
+    if layout.device == "cpu":
+        preload(layout.device)
+    os.environ.update(MASTER_ADDR=node.master_addr, MASTER_PORT=str(node.master_port))
+    try:
+        run_local_ranks(
+            partial(node_rank, run=run, layout=layout, first=node.ranks.start),
+            layout.world_size,
+            here=node.ranks,
+            log_dir=run_path(run) / LOGS,
+            start_method=_start_method(layout),
+            save_grace=stop_grace(run),
+        )
+    except RankFailure as failure:
+        if failure.secondary:
+            time.sleep(_CONSEQUENCE_WAITS)
+        raise
+
+
+def _start_method(layout: Layout) -> Literal["fork", "spawn"]:
+    # Forked ranks share the imports: eight start as fast as one. CUDA cannot be forked safely.
+    return "fork" if layout.device == "cpu" else "spawn"
 
 
 def preload(device: str) -> None:
@@ -51,33 +93,84 @@ def preload(device: str) -> None:
 
 
 def local_rank(rank: int, *, run: RunConfig, layout: Layout, directory: RunDir, meeting: Path) -> None:
-    """What one rank started by us does."""
-    _train(run, layout, directory, rank=rank, local_rank=rank, init_method=f"file://{meeting}")
+    """What one rank started by us does, where all are on this machine."""
+    own = _Own(rank, local_rank=rank, init_method=f"file://{meeting}")
+    with _recorded_end(rank):
+        _train(run, layout, own, lambda: directory, stop=None)
+
+
+def node_rank(rank: int, *, run: RunConfig, layout: Layout, first: int) -> None:
+    """What one rank started by the launcher of its node does."""
+    own = _Own(rank, local_rank=rank - first, init_method="env://")
+    with _recorded_end(rank):
+        _train(run, layout, own, lambda: _agreed_run_dir(run, layout, rank), stop=None)
 
 
 def train_as_joined_rank(run: RunConfig, layout: Layout, ranks: RankEnvironment) -> None:
-    """What one rank started by torchrun or srun does. The first rank claims the run directory for all."""
+    """What one rank started by torchrun or srun does. The first rank claims the run directory for all.
+
+    Raises RankFailure, ConfigError; SystemExit, where it was told to stop and is saved.
+    """
+    share_cores_with_tasks(ranks.local_size)
     os.environ.update(MASTER_ADDR=ranks.master_addr, MASTER_PORT=str(ranks.master_port))
-    _train(run, layout, None, rank=ranks.rank, local_rank=ranks.local_rank, init_method="env://")
+    own = _Own(ranks.rank, local_rank=ranks.local_rank, init_method="env://")
+    stop = StopRequest()
+    try:
+        # To the very end: a second signal while it is saved, or one before it has begun, does no harm.
+        with _recorded_end(own.rank), stop if stop_grace(run) else nullcontext():
+            _train(run, layout, own, lambda: _agreed_run_dir(run, layout, own.rank), stop)
+    except Exception as error:
+        raise _told(ranks, error) from None
+
+
+def _told(ranks: RankEnvironment, error: Exception) -> Exception:
+    """What a rank without a parent of ours has to say: the first to end is the one that is heard."""
+    failure = failure_of(ranks.rank, error)
+    if failure.secondary or (failure.refusal and ranks.rank > 0):
+        time.sleep(_CONSEQUENCE_WAITS)
+    return error if failure.refusal else RankFailure(ranks.rank, ranks.world_size, failure.detail)
 
 
 def _train(
-    run: RunConfig, layout: Layout, directory: RunDir | None, *, rank: int, local_rank: int, init_method: str
+    run: RunConfig,
+    layout: Layout,
+    own: _Own,
+    directory_of: Callable[[], RunDir],
+    stop: StopRequest | None,
 ) -> None:
+    """`stop` is one that the caller listens with already. Raises SystemExit after a stop."""
     from launcher.engine.distributed import join, leave, prepare_deepspeed
 
     prepare_deepspeed(layout.device)
     from launcher.runtime.train import train
 
     device = join(
-        rank=rank,
+        rank=own.rank,
         world_size=layout.world_size,
-        local_rank=local_rank,
+        local_rank=own.local_rank,
         device=layout.device,
-        init_method=init_method,
+        init_method=own.init_method,
+        timeout_minutes=run.launch.timeout_minutes,
     )
-    train(run, layout, directory or _agreed_run_dir(run, layout, rank), device)
+    finished = train(run, layout, directory_of(), device, stop)
     leave()
+    if not finished:
+        raise SystemExit(STOPPED)
+
+
+@contextmanager
+def _recorded_end(rank: int) -> Iterator[None]:
+    try:
+        yield
+    except SystemExit as end:
+        if end.code == STOPPED:
+            record_end(rank, Kind.stopped)
+        raise
+    except Exception as error:
+        failure = failure_of(rank, error)
+        kind = Kind.refused if failure.refusal else Kind.lost if failure.secondary else Kind.failed
+        record_end(rank, kind, error)
+        raise
 
 
 def _agreed_run_dir(run: RunConfig, layout: Layout, rank: int) -> RunDir:

@@ -12,8 +12,6 @@ from torch import Tensor
 from launcher.checkpoint.manifest import DIRECTORY, Manifest, read_manifest, step_name
 from launcher.config.layout import Layout, resolve_layout
 from launcher.config.schema import CheckpointConfig, RunConfig
-from launcher.config.shape import sequence_length
-from launcher.data.sampler import sample_indices
 from launcher.engine.optimizer import state_keys
 from launcher.launch.local import run_local_ranks
 from launcher.parity.reference import probe_batches
@@ -22,7 +20,7 @@ from tests.parity.running import PipelineModule, small_run  # makes DeepSpeed qu
 assert PipelineModule
 
 EMPTY = Manifest(
-    step=0, samples=0, updates=0, scaler={}, corpus="", launcher="0", layout="1 rank", config={},
+    step=0, samples=0, updates=0, scaler={}, corpus={}, launcher="0", layout="1 rank", config={},
     validation_loss=None, tensors={}, files={},
 )  # fmt: skip
 
@@ -109,6 +107,7 @@ def _rank(
     from launcher.engine.build import build_engine
     from launcher.engine.distributed import join, leave
     from launcher.engine.state import updates_made
+    from launcher.parity.record import own_batches
 
     store = folder / "store"
     device = join(
@@ -116,19 +115,12 @@ def _rank(
     )
     engine, keys = build_engine(run, layout, device), state_keys(run.optimizer)
     read = restore_engine(engine, restore, read_manifest(restore), keys) if restore else 0
-    batches = list(probe_batches(run, sequence_length(run)))
-    own = sample_indices(
-        samples_consumed=0,
-        global_batch_size=run.training.global_batch_size,
-        micro_batch_size=run.training.micro_batch_size,
-        data_rank=engine.mesh.data.rank,
-        data_size=engine.mesh.data.size,
-    )
+    batches = list(probe_batches(run))
     losses, norms = [], []
     for number in range(first, last + 1):
         engine.set_learning_rate(run.optimizer.lr)
         engine.random.begin_step(number)
-        result = engine.train_batch(iter(batches[number - 1].numpy()[own]))
+        result = engine.train_batch(own_batches(run, engine, batches[number - 1]))
         losses.append(result.loss)
         norms.append(result.grad_norm)
     if save is not None:

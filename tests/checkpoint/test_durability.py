@@ -53,7 +53,9 @@ def write(run_dir: Path, step: int, run: RunConfig | None = None, loss: float | 
         part = write_files.Part("weight", "w", SHAPE, box, FULL[3 * rank : 3 * rank + 3].clone() + step)
         write_files.write_parts(partial, rank, [part], 10**9)
     config = config_as_dict(run or a_run())
-    manifest = replace(EMPTY, step=step, samples=8 * step, config=config, validation_loss=loss, corpus="c")
+    manifest = replace(
+        EMPTY, step=step, samples=8 * step, config=config, validation_loss=loss, corpus={"": "c"}
+    )
     return write_files.commit(partial, manifest, 2)
 
 
@@ -320,9 +322,9 @@ class TestChoice:
 
     def test_other_text_is_refused(self, three: Path) -> None:
         newest = checkpoints_in(three)[0]
-        check_corpus_is("c", newest, read_manifest(newest))
+        check_corpus_is({"": "c"}, newest, read_manifest(newest))
         with pytest.raises(ConfigError, match="its digest is c, here it is d"):
-            check_corpus_is("d", newest, read_manifest(newest))
+            check_corpus_is({"": "d"}, newest, read_manifest(newest))
 
     def test_every_field_of_the_model_is_compared(self) -> None:
         assert "model.dropout" in choose._FREE_OF_MODEL

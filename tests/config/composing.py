@@ -12,10 +12,10 @@ from unittest import mock
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from launcher.config.compose import compose_jobs
+from launcher.config.compose import OPEN, compose_jobs
 from launcher.config.errors import ConfigError
 from launcher.config.fields import fields_of
-from launcher.config.schema import GenerateConfig, RunConfig
+from launcher.config.schema import GenerateConfig, PrepareConfig, RunConfig
 
 FIELDS = fields_of(RunConfig)
 
@@ -49,6 +49,12 @@ def composed_generate(*arguments: str) -> GenerateConfig:
     return job.config
 
 
+def composed_prepare(*arguments: str) -> PrepareConfig:
+    with mock.patch.object(sys, "argv", ["launcher"]):
+        [job] = compose_jobs("prepare", PrepareConfig, list(arguments))
+    return job.config
+
+
 def run_of(*overrides: str) -> RunConfig:
     """One run: groups by Hydra, kept between calls; fields laid over them, the last of each name counts."""
     fields = [override for override in overrides if _is_field(override)]
@@ -64,7 +70,7 @@ def run_of(*overrides: str) -> RunConfig:
 
 
 def _is_field(override: str) -> bool:
-    return override.startswith("deepspeed.") or override.partition("=")[0] in FIELDS
+    return override.startswith(OPEN) or override.partition("=")[0] in FIELDS
 
 
 def alternatives(error: ConfigError) -> list[list[str]]:

@@ -40,6 +40,11 @@ MODELS = [option for group, option in OPTIONS if group == "model"]
 # What an option needs beside it to be a whole run.
 BESIDE = {
     ("data", "text"): ["data.train=README.md"],
+    ("data", "tokens"): ["data.train=corpora/web"],
+    ("data", "digits"): ["model=vit_tiny"],
+    ("data", "image_folder"): ["model=vit_b16", "data.train=images"],
+    ("model", "vit_tiny"): ["data=digits"],
+    ("model", "vit_b16"): ["data=image_folder", "data.train=images"],
     ("optimizer", "sgd"): [],
 }
 
@@ -57,7 +62,10 @@ def gpus_of(run: RunConfig) -> int:
 
 
 def validated(run: RunConfig) -> Layout:
-    return validate(run, gpus=gpus_of(run), cores=2)
+    """On as many nodes as the run's hardware has."""
+    nodes, per_node = run.hardware.nodes, run.hardware.accelerators_per_node or 1
+    world = nodes * per_node if nodes > 1 else None
+    return validate(run, gpus=gpus_of(run), cores=2, joined_world=world)
 
 
 def leaves(config: Any) -> dict[str, type]:
@@ -137,8 +145,10 @@ class TestConf:
 
     @pytest.mark.parametrize("experiment", EXPERIMENTS)
     def test_every_experiment_validates(self, experiment: str) -> None:
-        layout = validated(composed(f"experiment={experiment}"))
-        assert layout.world_size >= 2
+        run = composed(f"experiment={experiment}")
+        layout, p, per_node = validated(run), run.parallelism, run.hardware.accelerators_per_node
+        said = p.tensor * p.pipeline * (p.data or 1)
+        assert layout.world_size == (run.hardware.nodes * per_node if per_node else said)
 
     @pytest.mark.parametrize("model", MODELS)
     @pytest.mark.parametrize("parallelism", ["zero3", "zero3_offload", "hybrid_3d", "single"])
@@ -147,6 +157,7 @@ class TestConf:
         run = dataclasses.replace(
             node,
             model=composed(f"model={model}").model,
+            data=composed(*BESIDE.get(("model", model), [])).data,
             parallelism=composed(f"parallelism={parallelism}").parallelism,
         )
         if model == "gpt2_xl" and parallelism == "hybrid_3d":
@@ -313,7 +324,10 @@ class TestOwnFiles:
                 "no_group",
                 "modle: no such field (in experiment/no_group.yaml)\n  nearest that works: model",
             ),
-            ("no_option", "model=gpt_tny: no such option\n  nearest that works: model=gpt_tiny"),
+            (
+                "no_option",
+                "model=gpt_tny: no such option\n  nearest that works: model=gpt_tiny or model=vit_tiny",
+            ),
             (
                 "no_package",
                 "experiment=no_package: no such field: without its first line experiment/no_package.yaml is "
@@ -362,7 +376,7 @@ class TestLoad:
 class TestFields:
     def test_lists_every_field_with_what_it_takes(self) -> None:
         fields = FIELDS
-        assert fields["model.family"] == "gpt | llama"
+        assert fields["model.family"] == "gpt | llama | vit"
         assert fields["parallelism.data"] == "whole number | null"
         assert fields["hardware.peak_flops.bf16"] == "number | null"
         assert fields["model.tie_embeddings"] == "true | false"
@@ -378,7 +392,7 @@ class TestFields:
 
     def test_lists_options(self) -> None:
         assert options_of("precision") == ["bf16", "fp16", "fp32"]
-        assert options_of("hydra/help") == ["exchange", "generate", "launcher", "plan"]
+        assert options_of("hydra/help") == ["exchange", "generate", "launcher", "plan", "prepare"]
         assert options_of("..") == options_of("") == options_of("xyzzy") == []
 
     @pytest.mark.parametrize(

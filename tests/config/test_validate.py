@@ -13,15 +13,26 @@ import yaml
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from launcher.config import deepspeed_keys, layout, numbers, validate
+from launcher.config import deepspeed_keys, layout, numbers, slurm, validate
 from launcher.config.errors import ConfigError
 from launcher.config.fields import fields_of
 from launcher.config.layout import Layout
-from launcher.config.schema import Device, Dtype, Family, GenerateConfig, RunConfig
+from launcher.config.schema import Device, Dtype, Family, GenerateConfig, PrepareConfig, RunConfig
 from launcher.config.shape import legal_pipeline_sizes, legal_tensor_sizes, sequence_length
-from tests.config.composing import FIELDS, Case, alternatives, cases, composed_generate, run_of, section_of
+from launcher.runtime.job import ready_on_nodes
+from tests.config.composing import (
+    FIELDS,
+    Case,
+    alternatives,
+    cases,
+    composed_generate,
+    composed_prepare,
+    run_of,
+    section_of,
+)
 
 GENERATE_FIELDS = fields_of(GenerateConfig)
+PREPARE_FIELDS = fields_of(PrepareConfig)
 
 # Numbers with a rule of their own, or none: training.seed may be any.
 OUTSIDE_THE_TABLE = {"parallelism.zero_stage", "training.seed"}
@@ -33,6 +44,13 @@ IN_WORDS_ONLY = {
     "deepspeed.data_types.grad_accum_dtype=bf16 deepspeed.aio=3",
     "[world=6] parallelism.tensor=4",
     "[world=2] parallelism=hybrid_3d",
+    "slurm.environment={A-B:x}",
+    "slurm.environment.WANDB_API_KEY=x",
+    "slurm.environment.HF_TOKEN=x",
+    'slurm.job_name="a\x07b"',
+    'slurm.sbatch=["--array=1-3"]',
+    'slurm.srun=["--ntasks=4"]',
+    "data.source=tokens data.sources={a.b:corpora/web} data.weights={a.b:1}",
 }
 
 
@@ -41,13 +59,18 @@ each_refusal = pytest.mark.parametrize("refusal", REFUSALS, ids=lambda refusal: 
 
 
 def typed(refusal: Case) -> list[str]:
-    return re.sub(r"\[.*?\] ?", "", refusal.command).split()
+    return re.sub(r"\[\w+=\d+\] ?", "", refusal.command).split()
 
 
 def check(refusal: Case, overrides: list[str]) -> Layout | str:
     """What validating gives, on the case's machine. Raises ConfigError."""
     if overrides[:1] == ["generate"]:
         return validate.validate_generate(composed_generate(*overrides[1:]))
+    if overrides[:1] == ["submit"]:
+        return ready_on_nodes(run_of(*overrides[1:]), 1)[1]
+    if overrides[:1] == ["prepare"]:
+        validate.validate_prepare(composed_prepare(*overrides[1:]))
+        return "accepted"
     machine = {name: int(count) for name, count in re.findall(r"\[(\w+)=(\d+)\]", refusal.command)}
     run, world = run_of(*overrides), machine.get("world")
     return validate.validate(run, gpus=machine.get("gpus", 0), cores=2, joined_world=world)
@@ -66,8 +89,8 @@ class TestMessages:
         error = refused(refusal)
         assert str(error) == refusal.text
         assert refusal.text.startswith(error.field)
-        known = {*FIELDS, *GENERATE_FIELDS}
-        assert error.field in known or error.field.startswith("deepspeed.")
+        known = {*FIELDS, *GENERATE_FIELDS, *PREPARE_FIELDS}
+        assert error.field in known or error.field.startswith(("deepspeed.", "slurm.environment."))
 
     @each_refusal
     def test_what_it_says_to_type_is_accepted(self, refusal: Case) -> None:
@@ -76,11 +99,12 @@ class TestMessages:
         assert bool(offers) != (refusal.command in IN_WORDS_ONLY)
         overrides = typed(refusal)
         if "the launcher sets" in error.why or "no key" in error.why:
-            overrides = [word for word in overrides if not word.startswith("deepspeed.")]
+            replaced = ("deepspeed.", "slurm.sbatch=", "slurm.srun=")
+            overrides = [word for word in overrides if not word.startswith(replaced)]
         for offer in offers:
             assert check(refusal, [*overrides, *offer])
 
-    @pytest.mark.parametrize("module", [validate, layout, numbers, deepspeed_keys])
+    @pytest.mark.parametrize("module", [validate, layout, numbers, deepspeed_keys, slurm])
     def test_every_raise_has_a_case(self, module: ModuleType) -> None:
         assert module.__file__
         raises = [n for n in ast.walk(ast.parse(inspect.getsource(module))) if isinstance(n, ast.Raise)]
@@ -99,8 +123,10 @@ class TestMessages:
         of_generate = {f for f, kind in GENERATE_FIELDS.items() if "number" in kind}
         assert set(numbers.NUMBERS) == of_run
         assert set(numbers.GENERATE_NUMBERS) == of_generate
+        of_prepare = {f for f, kind in PREPARE_FIELDS.items() if "number" in kind}
+        assert set(numbers.PREPARE_NUMBERS) == of_prepare
         with_a_case = {re.split("[=:]", refusal.text)[0] for refusal in REFUSALS}
-        assert of_run | of_generate <= with_a_case
+        assert of_run | of_generate | of_prepare <= with_a_case
 
 
 class TestLayout:

@@ -3,18 +3,16 @@
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launcher.config.errors import ConfigError
-from launcher.config.schema import CorpusSource, DataConfig
-from launcher.data.corpus import load_corpus
-from launcher.data.sampler import TokenSamples, check_corpus, micro_batches, permute, sample_indices
+from launcher.data.sampler import Samples, permute, sample_indices
+from launcher.data.windows import Stretch, Windows
 
 
 @dataclass(frozen=True)
@@ -46,9 +44,15 @@ def order(size: int, seed: int = 0, epoch: int = 0) -> list[int]:
     return [int(window) for window in permute(np.arange(size), size, seed=seed, epoch=epoch)]
 
 
-def ramp(windows: int, sequence_length: int, shuffle_seed: int | None) -> TokenSamples:
+def ramp(windows: int, sequence_length: int, shuffle_seed: int | None) -> Samples:
     """Samples over tokens 0, 1, 2, ...: a token's value is its position."""
-    return TokenSamples(np.arange(windows * sequence_length + 1), sequence_length, shuffle_seed)
+    return token_samples(np.arange(windows * sequence_length + 1), sequence_length, shuffle_seed)
+
+
+def token_samples(
+    tokens: npt.NDArray[np.integer[Any]], sequence_length: int, shuffle_seed: int | None
+) -> Samples:
+    return Samples(Windows([Stretch(tokens)], sequence_length), shuffle_seed)
 
 
 class TestPermutation:
@@ -109,14 +113,14 @@ class TestPermutation:
         assert large.tolist() == [134643035035938, 278898415346215, 397185342248937]
 
 
-class TestTokenSamples:
+class TestSamples:
     @given(tokens=st.integers(2, 400), sequence_length=st.integers(1, 50), seed=st.none() | st.integers())
     def test_an_epoch_covers_every_window_once(
         self, tokens: int, sequence_length: int, seed: int | None
     ) -> None:
         if tokens <= sequence_length:
             return
-        samples = TokenSamples(np.arange(tokens), sequence_length, seed)
+        samples = token_samples(np.arange(tokens), sequence_length, seed)
         epoch = samples.take(np.arange(len(samples)))
         assert epoch.shape == ((tokens - 1) // sequence_length, sequence_length + 1)
         assert (np.diff(epoch, axis=1) == 1).all()
@@ -124,39 +128,30 @@ class TestTokenSamples:
 
     def test_in_order_repeats_the_corpus(self) -> None:
         samples = ramp(windows=3, sequence_length=4, shuffle_seed=None)
-        assert samples.windows(np.arange(7)).tolist() == [0, 1, 2, 0, 1, 2, 0]
+        assert samples.places(np.arange(7)).tolist() == [0, 1, 2, 0, 1, 2, 0]
         assert samples.take(np.array([4])).tolist() == [[4, 5, 6, 7, 8]]
 
     @pytest.mark.parametrize("seed", [0, 5])
     def test_each_epoch_has_an_order_of_its_own(self, seed: int) -> None:
         samples = ramp(windows=50, sequence_length=2, shuffle_seed=seed)
-        windows = samples.windows(np.arange(200)).reshape(4, 50)
+        windows = samples.places(np.arange(200)).reshape(4, 50)
         assert windows.tolist() == [order(50, seed, epoch) for epoch in range(4)]
 
     def test_indices_of_several_epochs_in_any_order(self) -> None:
         samples = ramp(windows=7, sequence_length=2, shuffle_seed=5)
-        every = samples.windows(np.arange(70))
+        every = samples.places(np.arange(70))
         mixed = np.random.default_rng(0).permutation(70)
-        assert samples.windows(mixed).tolist() == every[mixed].tolist()
+        assert samples.places(mixed).tolist() == every[mixed].tolist()
 
     def test_bytes_become_int64(self) -> None:
-        taken = TokenSamples(np.array([250, 251, 252, 253, 254], np.uint8), 2, None).take(np.arange(2))
+        taken = token_samples(np.array([250, 251, 252, 253, 254], np.uint8), 2, None).take(np.arange(2))
         assert taken.dtype == np.int64
         assert taken.tolist() == [[250, 251, 252], [252, 253, 254]]
 
-    @pytest.mark.parametrize(
-        ("tokens", "remedy"), [(8, "data.sequence_length=7"), (1, "more text"), (0, "more text")]
-    )
-    def test_too_short_a_corpus_is_refused(self, tokens: int, remedy: str) -> None:
-        with pytest.raises(ConfigError) as raised:
-            TokenSamples(np.zeros(tokens, np.uint8), 8, 0)
-        assert (raised.value.field, raised.value.value) == ("data.sequence_length", 8)
-        assert raised.value.remedy.startswith(remedy)
-
     def test_one_window_exactly_is_enough(self) -> None:
-        assert len(TokenSamples(np.zeros(9, np.uint8), 8, 0)) == 1
-        assert len(TokenSamples(np.zeros(16, np.uint8), 8, 0)) == 1
-        assert len(TokenSamples(np.zeros(17, np.uint8), 8, 0)) == 2
+        assert len(token_samples(np.zeros(9, np.uint8), 8, 0)) == 1
+        assert len(token_samples(np.zeros(16, np.uint8), 8, 0)) == 1
+        assert len(token_samples(np.zeros(17, np.uint8), 8, 0)) == 2
 
 
 class TestLedger:
@@ -214,65 +209,19 @@ class TestLedger:
         ]
         for step in range(3):
             ranks = [
-                list(
-                    micro_batches(
-                        samples,
+                [
+                    samples.take(indices)
+                    for indices in sample_indices(
                         samples_consumed=12 * step,
                         global_batch_size=12,
                         micro_batch_size=layout.micro_batch_size,
                         data_rank=rank,
                         data_size=layout.data_size,
                     )
-                )
+                ]
                 for rank in range(layout.data_size)
             ]
             assert all(batch.shape == (layout.micro_batch_size, 4) for rank in ranks for batch in rank)
             read = np.concatenate([batch for one_pass in zip(*ranks, strict=True) for batch in one_pass])
             windows = [orders[i // 10][i % 10] for i in range(12 * step, 12 * step + 12)]
             assert read.tolist() == [list(range(3 * window, 3 * window + 4)) for window in windows]
-
-
-class TestCheckCorpus:
-    @staticmethod
-    def corpus(root: Path, train: int, validation: int) -> DataConfig:
-        """Two files of so many tokens, their zero bytes included."""
-        (root / "train.txt").write_bytes(b"t" * (train - 1))
-        (root / "validation.txt").write_bytes(b"v" * (validation - 1))
-        return DataConfig(CorpusSource.text, str(root / "train.txt"), str(root / "validation.txt"))
-
-    def refused(self, data: DataConfig, sequence_length: int) -> ConfigError:
-        with pytest.raises(ConfigError) as raised:
-            check_corpus(data, sequence_length)
-        assert (raised.value.field, raised.value.value) == ("data.sequence_length", sequence_length)
-        return raised.value
-
-    @pytest.mark.parametrize(("train", "validation", "part"), [(50, 9, "validation"), (9, 50, "training")])
-    def test_names_the_short_part_and_what_would_fit(
-        self, tmp_path: Path, train: int, validation: int, part: str
-    ) -> None:
-        error = self.refused(self.corpus(tmp_path, train, validation), sequence_length=9)
-        assert part in error.why
-        assert error.remedy.startswith("data.sequence_length=8,")
-
-    def test_one_remedy_serves_both_parts(self, tmp_path: Path) -> None:
-        data = self.corpus(tmp_path, train=30, validation=20)
-        error = self.refused(data, sequence_length=64)
-        assert error.remedy.startswith("data.sequence_length=19,")
-        check_corpus(data, 19)
-
-    @pytest.mark.parametrize("size", [1, 2, 19, 20, 21, 400])
-    def test_agrees_with_what_the_ranks_would_find(self, tmp_path: Path, size: int) -> None:
-        (tmp_path / "only.txt").write_bytes(b"x" * size)
-        data = DataConfig(CorpusSource.text, str(tmp_path / "only.txt"), validation_fraction=0.1)
-        loaded = load_corpus(data)
-        for sequence_length in (1, 2, 39, 40):
-            fits = min(loaded.train.size, loaded.validation.size) > sequence_length
-            if fits:
-                check_corpus(data, sequence_length)
-                TokenSamples(loaded.train, sequence_length, 0)
-                TokenSamples(loaded.validation, sequence_length, None)
-            else:
-                self.refused(data, sequence_length)
-
-    def test_the_shipped_corpus_is_long_enough(self) -> None:
-        check_corpus(DataConfig(source=CorpusSource.stdlib), 8192)

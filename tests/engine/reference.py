@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from launcher.config.schema import ModelConfig, OptimizerName, ParallelismConfig, RunConfig
-from launcher.data.sampler import TokenSamples, sample_indices
+from launcher.data.sampler import Samples, sample_indices
+from launcher.data.windows import Stretch, Windows
 from launcher.models.blocks import BlockContext
-from launcher.models.language import FlatModel, language_layers, language_loss
+from launcher.models.model import flat_model
 from launcher.parallel.mesh import ProcessMesh
 from launcher.parallel.sharding import logical_of
 
@@ -24,16 +25,16 @@ class Trace:
     weights: dict[str, Tensor]
 
 
-def samples_for(model: ModelConfig, length: int, seed: int) -> TokenSamples:
+def samples_for(model: ModelConfig, length: int, seed: int) -> Samples:
     tokens = np.random.default_rng(seed).integers(0, model.vocab_size, 4000)
-    return TokenSamples(tokens, length, shuffle_seed=seed)
+    return Samples(Windows([Stretch(tokens)], length), shuffle_seed=seed)
 
 
 def reference_trace(run: RunConfig, steps: int) -> Trace:
     """Each global batch as one batch: no micro-batches, so accumulation is checked too."""
     single = RunConfig(model=run.model, parallelism=ParallelismConfig(), training=run.training)
     context = BlockContext.create(single, ProcessMesh.single(), torch.device("cpu"))
-    model = FlatModel(language_layers(run.model, context), language_loss(run.model, context.tp))
+    model = flat_model(run.model, context)
     parameters = {logical_of(p).name: p for p in model.parameters()}
     optimizer = _optimizer(run, list(parameters.values()))
     samples = samples_for(run.model, run.model.max_sequence_length, 1)
@@ -65,7 +66,7 @@ def _optimizer(run: RunConfig, parameters: list[Tensor]) -> torch.optim.Optimize
     return torch.optim.AdamW(groups, lr=o.lr, betas=(o.beta1, o.beta2), eps=o.epsilon)
 
 
-def _batch(run: RunConfig, samples: TokenSamples, step: int) -> tuple[Tensor, Tensor]:
+def _batch(run: RunConfig, samples: Samples, step: int) -> tuple[Tensor, Tensor]:
     size = run.training.global_batch_size
     indices = sample_indices(
         samples_consumed=step * size, global_batch_size=size, micro_batch_size=size, data_rank=0, data_size=1

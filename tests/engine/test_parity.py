@@ -171,10 +171,10 @@ def _unreduced_norm_weights() -> None:
 
 
 def _same_data_on_all_ranks() -> None:
-    import launcher.data.sampler as sampler
+    import launcher.runtime.train as train
 
-    indices = sampler.sample_indices
-    sampler.sample_indices = lambda **where: indices(**{**where, "data_rank": 0})
+    indices = train.sample_indices
+    train.sample_indices = lambda **where: indices(**{**where, "data_rank": 0})
 
 
 def _unclipped() -> None:

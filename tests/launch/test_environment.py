@@ -5,7 +5,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launcher.config.errors import ConfigError
-from launcher.launch.environment import RankEnvironment, expand_hosts, joined_ranks
+from launcher.launch.environment import (
+    NodeEnvironment,
+    Place,
+    RankEnvironment,
+    expand_hosts,
+    joined_ranks,
+    place_of,
+    step_name,
+)
 
 TORCHRUN = {
     "RANK": "5",
@@ -238,3 +246,63 @@ def test_expand_hosts_returns_names_or_refuses(text: str) -> None:
         return
     assert hosts
     assert all(host and not set(host) & set("[], ") for host in hosts)
+
+
+ONE_PER_NODE = SRUN | {
+    "SLURM_STEP_NUM_TASKS": "2",
+    "SLURM_PROCID": "1",
+    "SLURM_LOCALID": "0",
+    "SLURM_GTIDS": "1",
+}
+
+
+def ranks_there(place: Place) -> list[int]:
+    assert isinstance(place, NodeEnvironment)
+    return list(place.ranks)
+
+
+@pytest.mark.parametrize(
+    ("configured", "gpus", "ranks"),
+    [
+        (4, 0, [4, 5, 6, 7]),
+        (None, 8, list(range(8, 16))),
+        (2, 8, [2, 3]),
+    ],
+)
+def test_one_task_per_node_starts_the_ranks_of_its_node(
+    configured: int | None, gpus: int, ranks: list[int]
+) -> None:
+    place = place_of(ONE_PER_NODE, configured=configured, gpus=gpus)
+    assert ranks_there(place) == ranks
+    assert place is not None
+    assert place.world_size == 2 * len(ranks)
+    assert place.master_addr == "node03"
+
+
+@pytest.mark.parametrize(("configured", "gpus"), [(4, 0), (None, 0), (None, 8), (4, 8)])
+def test_a_task_per_rank_is_a_rank(configured: int | None, gpus: int) -> None:
+    assert place_of(SRUN, configured=configured, gpus=gpus) == joined_ranks(SRUN)
+
+
+def test_one_rank_per_node_is_a_rank() -> None:
+    assert place_of(ONE_PER_NODE, configured=1, gpus=8) == joined_ranks(ONE_PER_NODE)
+    assert place_of(ONE_PER_NODE, configured=None, gpus=1) == joined_ranks(ONE_PER_NODE)
+
+
+@pytest.mark.parametrize("configured", [2, 8])
+def test_another_number_of_tasks_than_configured_is_refused(configured: int) -> None:
+    with pytest.raises(ConfigError, match="srun started 4 tasks on this node") as raised:
+        place_of(SRUN, configured=configured, gpus=8)
+    assert str(raised.value).startswith(f"hardware.accelerators_per_node={configured}: ")
+    assert "hardware.accelerators_per_node=4" in raised.value.remedy
+
+
+def test_torchrun_has_counted_itself() -> None:
+    assert place_of(SRUN | TORCHRUN, configured=8, gpus=0) == joined_ranks(TORCHRUN)
+
+
+def test_a_run_is_called_after_the_step_of_its_ranks() -> None:
+    assert step_name(SRUN) == step_name(ONE_PER_NODE) == "slurm-4711.1"
+    assert step_name(SRUN | TORCHRUN) is None
+    assert step_name(JOB) is None
+    assert step_name(SRUN | {"SLURM_STEP_NUM_TASKS": "1"}) is None

@@ -16,8 +16,8 @@ from typing import Any, Literal, NoReturn
 import pytest
 
 from launcher.config.errors import ConfigError
-from launcher.launch.local import RankFailure, run_local_ranks
-from launcher.launch.rank import END, STOP
+from launcher.launch.local import RankFailure, Stopped, run_local_ranks
+from launcher.launch.rank import END, STOP, STOPPED
 
 HANG = 60.0  # seconds: only ever reached where something hangs
 REPOSITORY = Path(__file__).parents[2]
@@ -727,3 +727,29 @@ def test_a_stop_that_reaches_the_ranks_first_is_still_a_stop(tmp_path: Path) -> 
     with pytest.raises(SystemExit) as stopped:
         run(target, 2, tmp_path)
     assert stopped.value.code == 143
+
+
+# --- some of many ranks ----------------------------------------------------------------------------------
+
+
+def test_the_ranks_of_one_node_of_several(tmp_path: Path) -> None:
+    run(partial(write_rank, tmp_path), 8, tmp_path / "logs", here=range(4, 6))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["4", "5", "logs"]
+    assert sorted(path.name for path in (tmp_path / "logs").iterdir()) == ["rank_4.log", "rank_5.log"]
+    assert "rank 5 of 8 exited with code 3" in str(
+        failure_of(lambda rank: sys.exit(3 * (rank == 5)), 8, tmp_path / "logs", here=range(4, 6))
+    )
+
+
+def test_ranks_that_all_stop_by_themselves_were_told_to(tmp_path: Path) -> None:
+    """By those of another node, which somebody asked."""
+    with pytest.raises(Stopped) as stopped:
+        run(lambda rank: sys.exit(STOPPED), 4, tmp_path, here=range(2, 4))
+    assert stopped.value.exit_code == STOPPED
+
+
+def test_one_that_stops_alone_has_failed(tmp_path: Path) -> None:
+    def target(rank: int) -> None:
+        sys.exit(STOPPED) if rank == 1 else sleep_for_long()
+
+    assert failure_of(target, 2, tmp_path).secondary

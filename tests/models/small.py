@@ -7,20 +7,23 @@ from torch import Tensor, nn
 
 from launcher.config.schema import (
     ActivationCheckpointing,
+    DataConfig,
     Family,
     ModelConfig,
     ParallelismConfig,
+    Pooling,
     RunConfig,
     TrainingConfig,
 )
 from launcher.models.blocks import BlockContext
-from launcher.models.language import FlatModel, language_layers, language_loss
+from launcher.models.language import FlatModel
+from launcher.models.model import flat_model
 from launcher.parallel.layers import IGNORED_LABEL
 from launcher.parallel.mesh import ProcessMesh
 from launcher.parallel.sharding import logical_of
 
 BATCH, LENGTH = 2, 16
-FAMILIES = list(Family)
+FAMILIES = [Family.gpt, Family.llama]
 
 
 def small(family: Family, **changes: Any) -> ModelConfig:
@@ -42,6 +45,36 @@ def small(family: Family, **changes: Any) -> ModelConfig:
     return ModelConfig(**(fields | changes))
 
 
+def small_vit(**changes: Any) -> ModelConfig:
+    """16 patches and a class token; classes that no tensor size divides."""
+    fields: dict[str, Any] = {
+        "family": Family.vit,
+        "hidden_size": 32,
+        "num_layers": 2,
+        "num_heads": 8,
+        "ffn_hidden_size": 48,
+        "vocab_size": 0,
+        "max_sequence_length": 0,
+        "tie_embeddings": False,
+        "norm_epsilon": 1e-3,
+        "init_std": 0.3,
+        "num_classes": 7,
+        "image_size": 12,
+        "image_channels": 3,
+        "patch_size": 3,
+        "pooling": Pooling.class_token,
+    }
+    return ModelConfig(**(fields | changes))
+
+
+def images_of(model: ModelConfig, count: int = 5) -> tuple[Tensor, Tensor]:
+    """Random images and classes."""
+    generator = torch.Generator().manual_seed(11)
+    shape = count, model.image_channels, model.image_size, model.image_size
+    images = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
+    return images, torch.randint(model.num_classes, (count, 1), generator=generator)
+
+
 def build(
     model: ModelConfig,
     mesh: ProcessMesh | None = None,
@@ -49,6 +82,7 @@ def build(
     sequence_parallel: bool = False,
     checkpointing: ActivationCheckpointing = ActivationCheckpointing.none,
     seed: int = 3,
+    data: DataConfig | None = None,
 ) -> FlatModel:
     """This rank's part of the model; the whole of it without a mesh. Seeds torch's default generator."""
     run = RunConfig(
@@ -57,9 +91,10 @@ def build(
             sequence_parallel=sequence_parallel, activation_checkpointing=checkpointing
         ),
         training=TrainingConfig(seed=seed),
+        data=data or DataConfig(),
     )
     context = BlockContext.create(run, mesh or ProcessMesh.single(), torch.device("cpu"))
-    return FlatModel(language_layers(model, context), language_loss(model, context.tp))
+    return flat_model(model, context)
 
 
 def batch(vocabulary: int) -> tuple[Tensor, Tensor]:

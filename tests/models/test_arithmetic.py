@@ -12,11 +12,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from launcher.config.fields import config_directory
-from launcher.config.schema import Family, ModelConfig
+from launcher.config.schema import Family, ModelConfig, Pooling
+from launcher.config.shape import vision_tokens
 from launcher.models.arithmetic import matrix_parameters, parameters, train_flops_per_token
 from launcher.models.language import FlatModel
 from launcher.parallel.sharding import Draw, Initializer, LogicalTensor, logical_of
-from tests.models.small import build, small
+from tests.models.small import build, small, small_vit
 
 SHIPPED = sorted(path.stem for path in (config_directory() / "model").glob("*.yaml"))
 LENGTH = 256
@@ -44,6 +45,8 @@ VARIANTS = {name: shipped(name) for name in SHIPPED} | {
     "gpt, untied": small(Family.gpt, tie_embeddings=False),
     "llama, tied": small(Family.llama, tie_embeddings=True),
     "llama, no grouping": small(Family.llama, num_kv_heads=None),
+    "vit, mean": small_vit(pooling=Pooling.mean),
+    "vit, class token": small_vit(),
 }
 variants = pytest.mark.parametrize("name", VARIANTS)
 
@@ -59,6 +62,7 @@ def test_matrix_parameters_are_the_weights_that_multiply_every_token(name: str) 
     """All matrices but the look-ups; an embedding that is the head too counts as the head."""
     model = VARIANTS[name]
     looked_up = {"positions.weight"} if model.tie_embeddings else {"positions.weight", "embedding.weight"}
+    # A vit's patches and head are matrices, too, though not of every token.
     matrices = [p for p in without_values(model).parameters() if p.dim() == 2]
     counted = sum(p.numel() for p in matrices if logical_of(p).name not in looked_up)
     assert matrix_parameters(model) == counted
@@ -69,6 +73,7 @@ PUBLISHED = {
     "gpt2_xl": 1_557_611_200,  # and of "gpt2-xl"
     "llama3_8b": 8_030_261_248,  # meta-llama/Meta-Llama-3-8B's safetensors
     "llama3_70b": 70_553_706_496,  # meta-llama/Meta-Llama-3-70B's
+    "vit_b16": 86_567_656,  # transformers' ViTForImageClassification of "google/vit-base-patch16-224"
 }
 
 
@@ -77,14 +82,23 @@ def test_parameters_are_those_published(name: str) -> None:
     assert parameters(shipped(name)) == PUBLISHED[name]
 
 
-def counted_flops(model: ModelConfig, tokens: Tensor) -> int:
-    """Of a forward and a backward pass, by torch."""
-    module = without_values(model) if tokens.is_meta else build(model)
+def inputs_of(model: ModelConfig, length: int, device: str) -> tuple[Tensor, Tensor]:
+    """Two samples and their labels."""
+    if model.family is Family.vit:
+        images = torch.zeros(2, model.image_channels, model.image_size, model.image_size, dtype=torch.uint8)
+        return images.to(device), torch.zeros(2, 1, dtype=torch.long, device=device)
+    tokens = torch.zeros(2, length, dtype=torch.long, device=device)
+    return tokens, tokens
+
+
+def counted_flops(model: ModelConfig, length: int, device: str) -> float:
+    """Of a forward and a backward pass over one token, by torch."""
+    module = without_values(model) if device == "meta" else build(model)
     # The math backend's products are counted as they are, the whole T x T matrix; a fused backward
     # would count the scores that it recomputes.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        module(tokens, tokens).backward()
-    return int(counter.get_total_flops())
+        module(*inputs_of(model, length, device)).backward()
+    return float(counter.get_total_flops()) / (2 * length)
 
 
 @variants
@@ -92,15 +106,16 @@ def counted_flops(model: ModelConfig, tokens: Tensor) -> int:
 def test_flops_are_those_that_torch_counts(name: str, length: int) -> None:
     # Blocks are alike: six of eighty tell as much.
     model = replace(VARIANTS[name], num_layers=min(VARIANTS[name].num_layers, 6), dropout=0.0)
-    length = min(length, model.max_sequence_length)
-    tokens = torch.zeros(2, length, dtype=torch.long, device="meta")
-    counted = counted_flops(model, tokens) / tokens.numel()
+    is_vision = model.family is Family.vit
+    length = vision_tokens(model) if is_vision else min(length, model.max_sequence_length)
+    counted = counted_flops(model, length, "meta")
     assert train_flops_per_token(model, length) == pytest.approx(counted, rel=1e-3)
 
 
 @pytest.mark.parametrize("family", list(Family), ids=lambda family: family.name)
 def test_flops_of_a_pass_that_is_executed(family: Family) -> None:
-    model = small(family)
-    tokens = torch.zeros(2, 24, dtype=torch.long)
-    counted = counted_flops(model, tokens) / tokens.numel()
-    assert train_flops_per_token(model, 24) == pytest.approx(counted, rel=1e-3)
+    model = small_vit() if family is Family.vit else small(family)
+    length = vision_tokens(model) if family is Family.vit else 24
+    assert train_flops_per_token(model, length) == pytest.approx(
+        counted_flops(model, length, "cpu"), rel=1e-3
+    )

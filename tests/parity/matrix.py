@@ -83,6 +83,7 @@ MODELS = {
         "model.num_kv_heads=4",
     ],
     "gpt, tied, uneven layers, odd vocabulary": ["model=gpt_tiny", UNEVEN, "model.vocab_size=257"],
+    "vit, odd classes": ["model=vit_tiny", "data=digits", "model.num_classes=11"],
 }
 CHECKPOINTING = ["none", "selective", "full"]
 
@@ -100,6 +101,8 @@ def variation(combination: Combination) -> list[str]:
             found.append("parallelism.offload_parameters=true")
     if place % 7 in (2, 5):
         found.append("precision=bf16")
+    if place % 4 == 1 and "data=digits" not in found:
+        found.append("data.document_attention=true")
     return found
 
 

@@ -153,11 +153,11 @@ def positions_offset_by_stage() -> None:
     """Of queries only: rotary positions are relative, an offset of queries and keys alike changes nothing."""
     right = blocks.Attention._core
 
-    def core(self: blocks.Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def core(self: blocks.Attention, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         stage = dist.get_rank() // (dist.get_world_size() // 2)
         for _ in range(2 * stage):  # turned by position twice more: attention of stage 1 is off
             q = blocks.rotate(q, self.model.rope_theta)
-        return right(self, q, k, v)
+        return right(self, q, k, v, mask)
 
     blocks.Attention._core = core  # type: ignore[method-assign]
 

@@ -54,7 +54,7 @@ def expected(run: RunConfig) -> list[StepTrace]:
         else torch.randn(shape, generator=generator) / 10
         for name, shape in shapes.items()
     }
-    return reference_trace(run, weights, list(probe_batches(run, m.max_sequence_length)))
+    return reference_trace(run, weights, list(probe_batches(run)))
 
 
 @pytest.fixture

@@ -114,6 +114,46 @@ def test_other_layouts_and_shapes(more: list[str]) -> None:
     assert wrong(compared("model=gpt_tiny", *SMALL, *more)) == []
 
 
+IMAGES = [
+    "model=vit_tiny", "data=image_folder", "data.train=images", "model.num_classes=11", "model.image_size=16",
+    "model.image_channels=3", *(one for one in SMALL if "max_sequence" not in one),
+]  # fmt: skip
+OTHERS = {
+    "images": [*IMAGES, "parallelism.tensor=2"],
+    "images, pipeline": [*IMAGES, "parallelism.pipeline=2", "precision=bf16", "hardware.device=cuda"],
+    "images, sequence": [*IMAGES, "parallelism.tensor=2", "parallelism.sequence_parallel=true"],
+    "class token": [*IMAGES, "model.pooling=class_token", "parallelism.activation_checkpointing=full"],
+    "documents": ["model=gpt_tiny", *SMALL, "data.document_attention=true", "parallelism.pipeline=2"],
+    "documents, recomputed": [
+        "model=llama_tiny", *SMALL, "data.document_attention=true", "precision=bf16", "parallelism.tensor=2",
+        "parallelism.activation_checkpointing=selective",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_images_and_documents(name: str) -> None:
+    assert wrong(compared(*OTHERS[name])) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHERS)
+def test_images_and_documents_in_every_combination(name: str) -> None:
+    axes = [("fp32", "bf16"), ("none", "selective", "full"), (1, 2), ("cpu", "cuda")]
+    cases = [
+        [
+            *OTHERS[name],
+            f"precision={precision}",
+            f"parallelism.activation_checkpointing={checkpointing}",
+            f"parallelism.pipeline={pipeline}",
+            f"hardware.device={device}",
+        ]
+        for precision, checkpointing, pipeline, device in product(*axes)
+        if not ("model=llama_tiny" in OTHERS[name] and (precision, device) == ("fp32", "cuda"))
+    ]
+    assert {tuple(case): bad for case in cases if (bad := wrong(compared(*case)))} == {}
+
+
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 @pytest.mark.parametrize("tensor", [1, 2])
 def test_dropout(checkpointing: str, tensor: int) -> None:

@@ -13,6 +13,8 @@ SMALL = [
     "hardware=cpu", "logging=local",
 ]  # fmt: skip
 
+AS_USUAL = ["env", "--default-signal=HUP,INT"]  # which nohup and background jobs of a script ignore
+
 
 def environment(**extra: str) -> dict[str, str]:
     """This process's, without what would change where W&B or the ranks look."""

@@ -10,18 +10,17 @@ from pathlib import Path
 import pytest
 
 from launcher.checkpoint.manifest import checkpoints_in, read_manifest
-from tests.runtime.command import SMALL, environment, metrics, trained
+from tests.runtime.command import AS_USUAL, SMALL, environment, metrics, trained
 
 STOPPING = "launcher: stopping once the step in hand is saved (Ctrl-C: at once)\n"
-AS_USUAL = ["env", "--default-signal=HUP,INT"]  # which nohup and background jobs of a script ignore
 FAULTY = """
 import os, sys
 import launcher.runtime.train as train
 step = train.train_step
-def faulty(run, layout, engine, samples, progress, device):
+def faulty(run, layout, engine, loader, progress):
     if progress.step == 2 and engine.mesh.rank == 1:
         {fault}
-    return step(run, layout, engine, samples, progress, device)
+    return step(run, layout, engine, loader, progress)
 train.train_step = faulty
 from launcher.__main__ import main
 main()

@@ -1,38 +1,55 @@
 """W&B: one rank, one run, the composed config; offline files read back, and a server that does not answer."""
 
 import json
-import struct
-from collections.abc import Iterator
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from launcher.config.schema import WandbMode
-from launcher.runtime.metrics import resolved_mode
-from tests.runtime.command import metrics, trained
+from launcher.runtime.metrics.sync import complete, is_complete, is_synced
+from launcher.runtime.metrics.wandb_files import fragments, records, steps_in
+from launcher.runtime.metrics.wandb_run import resolved_mode
+from tests.runtime.command import SMALL, environment, launcher, metrics, trained
+from tests.runtime.wandb_server import wandb_server
 
-BLOCK, HEADER = 32768, 7
+# What happens once W&B has step 3.
+AFTER_STEP_3 = """
+import os, signal, time
+import launcher.runtime.train as train
+from pathlib import Path
+step = train.train_step
+def faulty(run, layout, engine, loader, progress):
+    if progress.step == 3:
+        from launcher.runtime.metrics.sync import complete, is_complete, is_synced
+from launcher.runtime.metrics.wandb_files import fragments, steps_in
+        while steps_in(fragments(Path("r"))[0]) != [1, 2, 3]:
+            time.sleep(0.05)
+        {fault}
+    return step(run, layout, engine, loader, progress)
+train.train_step = faulty
+from launcher.__main__ import main
+os.setpgid(0, 0)
+main()
+"""
+KILLED = AFTER_STEP_3.format(fault="os.killpg(0, signal.SIGKILL)")
+WITHOUT_SERVICE = AFTER_STEP_3.format(fault="os.system('pkill -TERM -P %d' % os.getpid()); time.sleep(1)")
 
 
-def records(run: Path) -> Iterator[Any]:
-    """The protobuf records of the one offline run in a run directory: a LevelDB log after a 7-byte header."""
-    from wandb.proto import wandb_internal_pb2
-
-    (path,) = (run / "wandb").glob("offline-run-*/*.wandb")
-    data, position, partial = path.read_bytes(), HEADER, b""
-    while position + HEADER <= len(data):
-        if BLOCK - position % BLOCK < HEADER:
-            position += BLOCK - position % BLOCK
-            continue
-        _, length, kind = struct.unpack("<IHB", data[position : position + HEADER])
-        partial += data[position + HEADER : position + HEADER + length]
-        position += HEADER + length
-        if kind in (1, 4):  # a whole record, or the last part of one
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(partial)
-            partial = b""
-            yield record
+def wandb_rows(run_dir: Path) -> list[dict[str, Any]]:
+    """The history of all starts, as W&B has it."""
+    rows = []
+    for fragment in fragments(run_dir):
+        for record in records(fragment):
+            if record.HasField("history"):
+                items = {
+                    i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in record.history.item
+                }
+                rows.append({k: v for k, v in items.items() if not k.startswith("_")})
+    return rows
 
 
 @pytest.fixture(scope="module")
@@ -48,16 +65,12 @@ def logged(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_history_is_that_of_metrics_jsonl(logged: Path) -> None:
-    history = []
-    for record in records(logged):
-        if record.HasField("history"):
-            items = {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in record.history.item}
-            history.append({k: v for k, v in items.items() if not k.startswith("_")})
-    assert history == metrics(logged)
+    assert wandb_rows(logged) == metrics(logged)
 
 
 def test_the_run_has_the_composed_config_and_the_directorys_identity(logged: Path) -> None:
-    run = next(record.run for record in records(logged) if record.HasField("run"))
+    [fragment] = fragments(logged)
+    run = next(record.run for record in records(fragment) if record.HasField("run"))
     assert run.run_id == json.loads((logged / "run.json").read_text())["id"]
     assert run.project == "tests"
     config = {update.key: json.loads(update.value_json) for update in run.config.update}
@@ -109,3 +122,110 @@ def test_a_netrc_entry_is_a_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     netrc.write_text("machine api.wandb.ai login user password key\n")
     netrc.chmod(0o600)
     assert resolved_mode(WandbMode.auto) == "online"
+
+
+@pytest.mark.slow
+def test_what_a_killed_start_had_logged_is_not_logged_again(tmp_path: Path) -> None:
+    """It went on after the checkpoint that the next start goes on from: those steps are taken twice."""
+    run = ["logging=wandb", "run.dir=r", "parallelism.data=1", "checkpoint.interval_steps=2"]
+    run.append("checkpoint.asynchronous=false")
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    python = [sys.executable, str(script), *SMALL, *run, "training.steps=6"]
+    subprocess.run(python, cwd=tmp_path, env=environment(), capture_output=True, timeout=120, check=False)
+    before = [row["step"] for row in wandb_rows(tmp_path / "r")]
+    assert before == [1, 2, 3]
+    trained(*run, "training.steps=6", cwd=tmp_path)
+    assert [row["step"] for row in wandb_rows(tmp_path / "r")] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in metrics(tmp_path / "r")] == [1, 2, 3, 4, 5, 6]
+
+
+def cut_after_step_3(fragment: Path) -> None:
+    whole = fragment.read_bytes()
+    for cut in range(len(whole), 0, -7):
+        fragment.write_bytes(whole[:cut])
+        if len(steps_in(fragment)) == 3:
+            break
+    assert steps_in(fragment) == [1, 2, 3]
+
+
+def test_what_a_killed_start_had_not_logged_yet_is_logged_by_the_next(tmp_path: Path) -> None:
+    """As when its node dies: the end of W&B's file never reaches the disk. `launcher sync` does the same."""
+    run = ["logging=wandb", "run.dir=r", "parallelism.data=1"]
+    trained(*run, "training.steps=9", "training.stop_at=6", cwd=tmp_path)
+    [fragment] = fragments(tmp_path / "r")
+    cut_after_step_3(fragment)
+    shutil.copytree(tmp_path / "r", tmp_path / "ended")
+    trained(*run, "training.steps=9", cwd=tmp_path)
+    assert wandb_rows(tmp_path / "r") == metrics(tmp_path / "r")
+    assert [row["step"] for row in metrics(tmp_path / "r")] == list(range(1, 10))
+
+    complete(tmp_path / "ended")
+    complete(tmp_path / "ended")
+    assert wandb_rows(tmp_path / "ended") == metrics(tmp_path / "ended")
+    assert len(metrics(tmp_path / "ended")) == 6
+
+
+def test_only_what_will_not_be_written_any_more_is_uploaded(tmp_path: Path) -> None:
+    fragment = tmp_path / "run-x.wandb"
+    fragment.write_bytes(b":W&B\xe1\xbe\x00")
+    now = fragment.stat().st_mtime
+    assert not is_complete(fragment, now + 60)
+    assert is_complete(fragment, now + 600)
+    assert not is_synced(fragment)
+    fragment.with_name("run-x.wandb.synced").touch()
+    assert is_synced(fragment)
+
+
+@pytest.mark.slow
+def test_training_goes_on_where_wandbs_own_process_is_killed(tmp_path: Path) -> None:
+    """As by the SIGTERM that Slurm sends to all processes of a job; the next start logs what is missing."""
+    run = ["logging=wandb", "run.dir=r", "parallelism.data=1"]
+    script = tmp_path / "alone.py"
+    script.write_text(WITHOUT_SERVICE)
+    python = [sys.executable, str(script), *SMALL, *run, "training.steps=8", "training.stop_at=5"]
+    done = subprocess.run(
+        python, cwd=tmp_path, env=environment(), text=True, capture_output=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("note     W&B has ended, and metrics.jsonl goes on alone") == 1
+    assert done.stderr == ""
+    assert len(metrics(tmp_path / "r")) == 5
+    assert [row["step"] for row in wandb_rows(tmp_path / "r")] == [1, 2, 3]
+    trained(*run, "training.steps=8", cwd=tmp_path)
+    assert wandb_rows(tmp_path / "r") == metrics(tmp_path / "r")
+
+
+def identity_of(run_dir: Path) -> str:
+    return str(json.loads((run_dir / "run.json").read_text())["id"])
+
+
+def test_starts_offline_and_online_are_one_run_on_the_server(tmp_path: Path) -> None:
+    """Two starts offline, uploaded together; then one online, which takes two of their steps again."""
+    run = ["logging=wandb", "run.dir=r", "parallelism.data=1", "training.steps=9"]
+    trained(*run, "training.stop_at=3", cwd=tmp_path)
+    trained(*run, "training.stop_at=6", "checkpoint.keep_last=9", cwd=tmp_path)
+    with wandb_server() as server:
+        done = launcher("sync", "r", cwd=tmp_path, **server.environment)
+        assert done.returncode == 0, done.stdout + done.stderr
+        name = identity_of(tmp_path / "r")
+        assert server.steps(name) == [1, 2, 3, 4, 5, 6]
+        again = launcher("sync", "r", cwd=tmp_path, **server.environment)
+        assert again.stdout == "nothing new in r\n"
+
+        shutil.rmtree(tmp_path / "r" / "checkpoints" / "step-00000006")
+        done = launcher(*SMALL, *run, cwd=tmp_path, **server.environment)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert f"W&B      {server.url}/me/launcher/runs/{name}" in done.stdout
+        assert "WARNING" not in done.stderr
+        assert [row["step"] for row in metrics(tmp_path / "r")] == list(range(1, 10))
+        assert server.steps(name) == list(range(1, 10))
+
+
+def test_a_server_gets_what_it_has_missed(tmp_path: Path) -> None:
+    """The run began offline, and nothing of that was uploaded."""
+    run = ["logging=wandb", "run.dir=r", "parallelism.data=1", "training.steps=6"]
+    trained(*run, "training.stop_at=3", cwd=tmp_path)
+    with wandb_server() as server:
+        trained(*run, cwd=tmp_path, **server.environment)
+        assert server.steps(identity_of(tmp_path / "r")) == [1, 2, 3, 4, 5, 6]

@@ -1,0 +1,160 @@
+"""Rules of the `slurm` group. Pure. What passes can be written into a script, and stays data there."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import fields
+
+from launcher.config.errors import ConfigError, as_typed, refusal
+from launcher.config.schema import Device, RunConfig, SlurmConfig
+
+# Any of them, once written into a script or a run's config, is no secret any more.
+_SECRET = re.compile(r"(^|_)(API_?KEY|KEY|TOKEN|SECRET|PASSWORD|PASSWD)(_|$)", re.IGNORECASE)
+
+# Options that fields stand for, and what to set instead; {} is the option's value.
+_RANKS = "hardware.nodes and hardware.accelerators_per_node"
+_SBATCH = {
+    "job-name": "slurm.job_name={}", "partition": "slurm.partition={}", "account": "slurm.account={}",
+    "qos": "slurm.qos={}", "time": "slurm.time={}", "nodes": "slurm.nodes={}", "mem": "slurm.mem={}",
+    "gpus-per-node": "slurm.gpus_per_node={}", "gres": "slurm.gpus_per_node=NUMBER",
+    "cpus-per-task": "slurm.cpus_per_task={}", "constraint": "slurm.constraint={}",
+    "exclude": "slurm.exclude={}", "reservation": "slurm.reservation={}", "output": "slurm.output={}",
+    "signal": "slurm.signal_seconds=SECONDS", "requeue": "slurm.on_stop=requeue",
+    "no-requeue": "slurm.on_stop=end", "array": "--multirun", "ntasks": _RANKS, "ntasks-per-node": _RANKS,
+    "open-mode": "slurm.sbatch=[]",
+}  # fmt: skip
+_SRUN = {
+    "nodes": _RANKS, "ntasks": _RANKS, "ntasks-per-node": _RANKS, "cpus-per-task": "slurm.cpus_per_task={}",
+    "export": "slurm.environment.NAME=VALUE", "label": "slurm.srun=[]", "kill-on-bad-exit": "slurm.srun=[]",
+}  # fmt: skip
+
+
+def check_slurm(run: RunConfig) -> None:
+    """Raise ConfigError for a value that is not what Slurm takes, or that a script cannot hold."""
+    _check_text(run.slurm)
+    _check_forms(run)
+    _check_environment(run)
+    _check_options("slurm.sbatch", run.slurm.sbatch, _SBATCH, "--mail-type=END")
+    _check_options("slurm.srun", run.slurm.srun, _SRUN, "--cpu-bind=none")
+
+
+def check_submission(run: RunConfig) -> int:
+    """What a job of several nodes needs besides; returns its ranks per node. Raises ConfigError."""
+    check_slurm(run)
+    h, s = run.hardware, run.slurm
+    if h.device is Device.auto:
+        why = "what the cluster's nodes have cannot be found from here"
+        on_cpu = "hardware=cpu hardware.accelerators_per_node=2"
+        raise refusal(run, "hardware.device", why, "hardware=h100_80gb", on_cpu)
+    if h.accelerators_per_node is None:
+        why = "what the cluster's nodes have cannot be found from here"
+        raise refusal(run, "hardware.accelerators_per_node", why, "hardware.accelerators_per_node=2")
+    most = nodes_of(run)[1]
+    if most != h.nodes:
+        why = f"the layout is made for hardware.nodes={h.nodes}"
+        raise refusal(run, "slurm.nodes", why, f"hardware.nodes={most}", "slurm.nodes=null")
+    if nodes_of(run)[0] < most and run.parallelism.data is not None:
+        why = f"slurm.nodes={s.nodes} leaves the number of data-parallel ranks open"
+        raise refusal(run, "parallelism.data", why, "parallelism.data=null", "slurm.nodes=null")
+    _check_gpus(run)
+    return h.accelerators_per_node
+
+
+def nodes_of(run: RunConfig) -> tuple[int, int]:
+    """The fewest and the most nodes that the job takes."""
+    least, _, most = (run.slurm.nodes or str(run.hardware.nodes)).partition("-")
+    return int(least), int(most or least)
+
+
+def gpus_of_a_node(run: RunConfig) -> str | None:
+    """As --gpus-per-node takes them; None on CPU."""
+    if run.hardware.device is not Device.cuda:
+        return None
+    return run.slurm.gpus_per_node or str(run.hardware.accelerators_per_node)
+
+
+def _check_gpus(run: RunConfig) -> None:
+    gpus = run.slurm.gpus_per_node
+    if gpus is None:
+        return
+    if run.hardware.device is not Device.cuda:
+        why = "hardware.device=cpu uses no GPU"
+        raise refusal(run, "slurm.gpus_per_node", why, "slurm.gpus_per_node=null", "hardware=h100_80gb")
+    *kind, number = gpus.split(":")
+    if int(number) != run.hardware.accelerators_per_node:
+        wanted = ":".join([*kind, str(run.hardware.accelerators_per_node)])
+        why = f"hardware.accelerators_per_node={run.hardware.accelerators_per_node} ranks, one for each GPU"
+        remedies = f"slurm.gpus_per_node={wanted}", f"hardware.accelerators_per_node={number}"
+        raise refusal(run, "slurm.gpus_per_node", why, *remedies)
+
+
+def _check_text(slurm: SlurmConfig) -> None:
+    for field, text in _texts(slurm):
+        # A line break would end the line of the script that the value stands in.
+        if found := re.search(r"[\x00-\x1f\x7f]", text):
+            why = f"holds the control character {found[0]!r}"
+            raise ConfigError(field, repr(text), why, "text of one line")
+        if not text:
+            default = getattr(SlurmConfig(), field.removeprefix("slurm."))
+            raise ConfigError(field, "''", "is empty", f"{field}={as_typed(default)}")
+
+
+def _texts(slurm: SlurmConfig) -> Iterator[tuple[str, str]]:
+    for one in fields(slurm):
+        value, name = getattr(slurm, one.name), f"slurm.{one.name}"
+        if isinstance(value, str):
+            yield name, value
+        elif isinstance(value, list):
+            yield from ((name, item) for item in value)
+        elif isinstance(value, dict):
+            # An empty value is a value.
+            yield from ((f"{name}.{key}", item) for key, item in value.items() if item)
+
+
+_FORMS: dict[str, tuple[str, str, str]] = {
+    "time": (
+        r"\d+|(\d+:)?\d+:\d+|\d+-\d+(:\d+){0,2}",
+        "a time limit is minutes, [HOURS:]MINUTES:SECONDS or DAYS-HOURS[:MINUTES[:SECONDS]]",
+        "24:00:00",
+    ),
+    "nodes": (r"[1-9]\d*(-[1-9]\d*)?", "a number of nodes, or MIN-MAX", "2"),
+    "gpus_per_node": (r"([A-Za-z0-9_.-]+:)?[1-9]\d*", "a number of GPUs, or TYPE:NUMBER", "8"),
+    "mem": (r"\d+[KMGTkmgt]?", "memory is a number of megabytes, or with one of K, M, G, T", "64G"),
+}
+
+
+def _check_forms(run: RunConfig) -> None:
+    for name, (pattern, words, example) in _FORMS.items():
+        value = getattr(run.slurm, name)
+        if value is not None and not re.fullmatch(pattern, value):
+            raise refusal(run, f"slurm.{name}", words, f"slurm.{name}={example}", f"slurm.{name}=null")
+    least, most = nodes_of(run)
+    if least > most:
+        why = "the least is above the most"
+        raise refusal(run, "slurm.nodes", why, f"slurm.nodes={most}-{least}")
+    for module in run.slurm.modules:
+        if module.startswith("-"):
+            raise ConfigError("slurm.modules", module, "is an option, not a module", "slurm.modules=[NAME]")
+
+
+def _check_environment(run: RunConfig) -> None:
+    for name, value in run.slurm.environment.items():
+        field = f"slurm.environment.{name}"
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            why = "no name of an environment variable"
+            raise ConfigError(field, value, why, "letters, digits and _, not beginning with a digit")
+        if _SECRET.search(name):
+            # The value itself is not repeated: it may be one.
+            why = "would be written into the script and the run's config, for others to read"
+            where = f"export {name} where `launcher submit` or sbatch runs, which passes it on"
+            raise ConfigError(field, None, why, f"{where} (or `wandb login`)")
+
+
+def _check_options(field: str, options: list[str], ours: dict[str, str], example: str) -> None:
+    for option in options:
+        name = re.fullmatch(r"--([a-z][a-z0-9-]*)(?:=(.*))?", option)
+        if name is None:
+            why = "not a long option, --NAME or --NAME=VALUE"
+            raise ConfigError(field, option, why, f"'{field}=[\"{example}\"]'")
+        if name[1] in ours:
+            why = f"the launcher sets --{name[1]} itself"
+            raise ConfigError(field, option, why, ours[name[1]].format(name[2] or "VALUE"))

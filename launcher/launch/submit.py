@@ -1,0 +1,70 @@
+"""`launcher submit`: a run, or the runs of a sweep, as one batch script, shown and handed to sbatch."""
+
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+
+from launcher.config.compose import Job
+from launcher.config.errors import ConfigError
+from launcher.config.schema import RunConfig
+from launcher.config.slurm import check_submission
+from launcher.launch.sbatch import Batch, render
+from launcher.launch.slurm import SlurmError, sbatch
+
+
+def batch_of(jobs: Sequence[Job[RunConfig]], typed: list[str]) -> Batch:
+    """What one script runs. Raises ConfigError, also where jobs of a sweep ask Slurm for different things."""
+    first = jobs[0].config
+    for argument in typed:
+        # The script repeats them in a comment, which a line break would end.
+        if not argument.isprintable():
+            raise ConfigError("submit", repr(argument), "holds a control character", "text of one line")
+    for job in jobs:
+        check_submission(job.config)
+        if (job.config.slurm, job.config.hardware) != (first.slurm, first.hardware):
+            why = "the jobs of a --multirun are one array, and ask for the same nodes"
+            raise ConfigError("--multirun", " ".join(job.overrides), why, "one `launcher submit` for each")
+    return Batch(
+        first,
+        typed,
+        [[one for one in job.overrides if not one.startswith("submit.")] for job in jobs],
+        check_submission(first),
+        first.slurm.python or sys.executable,
+    )
+
+
+def submit(jobs: Sequence[Job[RunConfig]], typed: list[str]) -> None:
+    """Show the script and submit it, or only print it; `typed` is the command line. Raises ConfigError."""
+    run = jobs[0].config
+    script = render(batch_of(jobs, [word for word in typed if not word.startswith("submit.")]))
+    if run.submit.dry_run:
+        print(script, end="")
+        return
+    if shutil.which("sbatch") is None:
+        why = "there is no sbatch here: not a node from which jobs are submitted"
+        remedy = "submit.dry_run=true > job.sbatch, and there `sbatch job.sbatch`"
+        raise ConfigError("submit", None, why, remedy)
+    print(script)
+    try:
+        number = sbatch(script)
+    except SlurmError as error:
+        remedy = "the same with what Slurm names changed"
+        raise ConfigError("submit", None, f"Slurm refuses: {error}", remedy) from None
+    for line in told(run, number, len(jobs)):
+        print(line)
+
+
+def told(run: RunConfig, number: str, jobs: int) -> list[str]:
+    """What to do with job `number`. Pure."""
+    many = jobs > 1
+    each = "/0" if many else ""
+    log = run.slurm.output.replace("%j", f"{number}_0" if many else number)
+    directory = f"{run.run.dir or f'runs/slurm-{number}'}{each}"
+    return [
+        f"job      {number}{f', an array of {jobs}' if many else ''}",
+        f"run      {directory}{f' to /{jobs - 1}' if many else ''}",
+        f"log      {log}{' and so on' if many else ''}: tail -F {shlex.quote(log)}",
+        f"state    squeue -j {number}",
+        f"cancel   scancel {number}, which saves the run first",
+    ]

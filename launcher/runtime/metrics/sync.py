@@ -1,0 +1,65 @@
+"""`launcher sync`: a run's offline W&B files to the server, each once and in order."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from launcher.config.compose import load_typed
+from launcher.config.errors import ConfigError
+from launcher.config.layout import Layout
+from launcher.config.schema import RunConfig
+from launcher.runtime.metrics.rows import rows_in
+from launcher.runtime.metrics.wandb_files import fragments, has_ended
+from launcher.runtime.metrics.wandb_run import has_api_key, log_missing
+from launcher.runtime.run_dir import CONFIG, IDENTITY, RunDir
+
+_QUIET = 120.0  # seconds without a byte written, after which a start that did not end was killed
+_FOLDER = "offline-run-"
+
+
+def upload(run_dir: Path) -> int:
+    """Upload what is new; the exit code of `wandb sync`. Raises ConfigError without an API key.
+
+    What W&B lost when a start was killed comes from metrics.jsonl.
+    """
+    if all(is_complete(path, time.time()) for path in offline_fragments(run_dir)):
+        complete(run_dir)
+    new = [path for path in offline_fragments(run_dir) if not is_synced(path)]
+    waiting = [path for path in new if not is_complete(path, time.time())]
+    for path in waiting:
+        print(f"later    {path.parent}: the run is still writing it")
+    # What comes after one that is still written would arrive before it.
+    ready = new[: new.index(waiting[0])] if waiting else new
+    if not ready:
+        print(f"nothing new in {run_dir}")
+        return 0
+    if not has_api_key():
+        remedy = "`wandb login`, or WANDB_API_KEY in the environment"
+        raise ConfigError("sync", run_dir, "no W&B API key is found here", remedy)
+    folders = [str(path.parent) for path in ready]
+    return subprocess.run([sys.executable, "-m", "wandb", "sync", "--yes", *folders], check=False).returncode
+
+
+def offline_fragments(run_dir: Path) -> list[Path]:
+    return [path for path in fragments(run_dir) if path.parent.name.startswith(_FOLDER)]
+
+
+def complete(run_dir: Path) -> None:
+    """Give an offline run whose starts have all ended the steps that they lost. Raises ConfigError."""
+    if not offline_fragments(run_dir):
+        return
+    run, identity = load_typed(run_dir / CONFIG, RunConfig), json.loads((run_dir / IDENTITY).read_text())
+    directory = RunDir(run_dir.resolve(), identity["id"])
+    log_missing(rows_in(directory.metrics), run, Layout(**identity["layout"]), directory)
+
+
+def is_synced(fragment: Path) -> bool:
+    """Whether `wandb sync` has left its mark."""
+    return fragment.with_name(f"{fragment.name}.synced").exists()
+
+
+def is_complete(fragment: Path, now: float) -> bool:
+    """Whether nothing more will be written: the start ended, or is long silent."""
+    return has_ended(fragment) or now - fragment.stat().st_mtime > _QUIET

@@ -1,0 +1,611 @@
+"""`launcher prepare`: what it makes of every kind of file, of bad ones, and of being interrupted."""
+
+import gzip
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import launcher.data.prepare
+from launcher.config.errors import ConfigError
+from launcher.config.schema import BadLines, PrepareConfig, TokenizerTraining
+from launcher.data import reading
+from launcher.data.card import card_path, tokenizer_path
+from launcher.data.prepare import Preparation, Progress, bad_lines_path, find_inputs
+from launcher.data.reading import kind_of
+from launcher.data.token_file import bin_path, index_path, open_token_file
+from launcher.data.tokenizer import Bytes, HuggingFace, pieces, write_byte_tokenizer
+from tests.config.test_cli import ENVIRONMENT
+from tests.runtime.command import AS_USUAL
+
+TEXTS = ["Ein Satz.\n", "naïve café — 漢字 🙂", "x", 'quotes " and \\ and \ttabs\n\n', "zwei\nZeilen"]
+
+
+def jsonl(texts: list[str]) -> bytes:
+    return "".join(json.dumps({"id": n, "text": text}) + "\n" for n, text in enumerate(texts)).encode()
+
+
+def prepared(sources: Path | list[Path], target: Path, workers: int = 1, **changes: Any) -> Progress:
+    """Changes are of PrepareConfig; `tokenizer__path` of its tokenizer."""
+    config = PrepareConfig(workers=workers)
+    for name, value in changes.items():
+        section, _, inner = name.rpartition("__")
+        setattr(config.tokenizer if section else config, inner, value)
+    inputs, _ = find_inputs([sources] if isinstance(sources, Path) else sources)
+    return Preparation(inputs, target, config, workers).run(lambda progress, done: None)
+
+
+def texts_in(target: Path) -> list[str]:
+    """Of byte tokens, without the ends."""
+    found = open_token_file(target)
+    documents = [bytes(found.document(n).tolist()) for n in range(found.num_documents)]
+    assert all(document.endswith(b"\0") for document in documents)
+    return [document[:-1].decode() for document in documents]
+
+
+def files_of(target: Path) -> dict[str, bytes]:
+    return {
+        path.name.removeprefix(target.name): path.read_bytes()
+        for path in target.parent.glob(f"{target.name}.*")
+    }
+
+
+@pytest.fixture
+def bpe(tmp_path: Path) -> Path:
+    (tmp_path / "for_bpe.jsonl").write_bytes(jsonl(["the cat sat on the mat, the rat ate the cat " * 40]))
+    prepared(tmp_path / "for_bpe.jsonl", tmp_path / "bpe", tokenizer__train=TokenizerTraining.bpe, vocab=270)
+    return tokenizer_path(tmp_path / "bpe")
+
+
+class TestKinds:
+    @pytest.mark.parametrize(
+        ("name", "content", "expected"),
+        [
+            ("a.jsonl", jsonl(TEXTS), TEXTS),
+            ("a.ndjson", jsonl(TEXTS), TEXTS),
+            ("a.json", jsonl(TEXTS), TEXTS),
+            ("a.jsonl", jsonl(TEXTS).rstrip(b"\n"), TEXTS),  # no newline at the end
+            ("a.jsonl", jsonl(TEXTS).replace(b"\n", b"\r\n"), TEXTS),
+            ("a.jsonl", jsonl(["a"]) + b"\n  \n" + jsonl(["", "b"]), ["a", "b"]),  # nothing is no document
+            ("a.jsonl.gz", gzip.compress(jsonl(TEXTS)), TEXTS),
+            ("a.jsonl.gz", gzip.compress(jsonl(TEXTS)) + gzip.compress(jsonl(TEXTS)), TEXTS * 2),
+            ("a.jsonl.zst", zstandard.compress(jsonl(TEXTS)), TEXTS),
+            ("a.JSONL.ZST", zstandard.compress(jsonl(TEXTS)) + zstandard.compress(jsonl(TEXTS)), TEXTS * 2),
+            ("a.txt", "".join(TEXTS).encode(), ["".join(TEXTS)]),
+            ("a.txt.gz", gzip.compress(TEXTS[1].encode()), [TEXTS[1]]),
+            ("a.txt.zst", zstandard.compress(TEXTS[1].encode()), [TEXTS[1]]),
+        ],
+    )
+    def test_is_read(self, name: str, content: bytes, expected: list[str], tmp_path: Path) -> None:
+        (tmp_path / name).write_bytes(content)
+        prepared(tmp_path / name, tmp_path / "out")
+        assert texts_in(tmp_path / "out") == expected
+
+    def test_parquet_over_many_row_groups(self, tmp_path: Path) -> None:
+        texts = [f"row {n}" for n in range(500)]
+        table = pyarrow.table({"id": range(500), "text": texts})
+        pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=77)
+        prepared(tmp_path / "a.parquet", tmp_path / "out")
+        assert texts_in(tmp_path / "out") == texts
+
+    def test_another_field(self, tmp_path: Path) -> None:
+        (tmp_path / "a.jsonl").write_text('{"content": "x", "text": "y"}\n')
+        prepared(tmp_path / "a.jsonl", tmp_path / "out", text_field="content")
+        assert texts_in(tmp_path / "out") == ["x"]
+
+    def test_a_directory_in_the_order_of_its_names(self, tmp_path: Path) -> None:
+        for name in ("c/z.jsonl", "b.jsonl", "c/a/x.jsonl"):
+            (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "in" / name).write_bytes(jsonl([name]))
+        (tmp_path / "in" / "README.md").write_text("not me")
+        assert find_inputs([tmp_path / "in"])[1] == 1
+        prepared(tmp_path / "in", tmp_path / "out")
+        assert texts_in(tmp_path / "out") == ["b.jsonl", "c/a/x.jsonl", "c/z.jsonl"]
+
+    def test_several_sources_in_the_order_given(self, tmp_path: Path) -> None:
+        for name in "ab":
+            (tmp_path / f"{name}.jsonl").write_bytes(jsonl([name]))
+        prepared([tmp_path / "b.jsonl", tmp_path / "a.jsonl"], tmp_path / "out")
+        assert texts_in(tmp_path / "out") == ["b", "a"]
+
+    @pytest.mark.parametrize("name", ["a", "a.md", "a.gz", "a.parquet.gz", ".txt.md", "a.tar.zst"])
+    def test_other_kinds(self, name: str) -> None:
+        assert kind_of(Path(name)) is None
+
+    @given(text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r"), max_size=300))
+    @settings(max_examples=60)
+    def test_a_text_of_many_pieces_is_one_document(
+        self, text: str, tmp_path_factory: pytest.TempPathFactory
+    ) -> None:
+        """However lines and characters fall on the ends of batches and pieces."""
+        folder = tmp_path_factory.mktemp("x")
+        (folder / "a.txt").write_text(text, newline="")
+        if not text:
+            return
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(reading, "BATCH_BYTES", 7)
+            patched.setattr("launcher.data.tokenise._PIECE", 3)
+            prepared(folder / "a.txt", folder / "out")
+        assert texts_in(folder / "out") == [text]
+
+    def test_a_text_too_long_for_the_index_becomes_several(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(launcher.data.prepare, "_LONGEST", 20)
+        monkeypatch.setattr(reading, "BATCH_BYTES", 8)
+        (tmp_path / "a.txt").write_text("0123456\n" * 7)
+        prepared(tmp_path / "a.txt", tmp_path / "out")
+        assert [len(text) for text in texts_in(tmp_path / "out")] == [24, 24, 8]
+
+    @given(text=st.text(max_size=60), most=st.integers(2, 20))
+    def test_pieces_lose_nothing(self, text: str, most: int) -> None:
+        found = list(pieces(text, most))
+        assert "".join(found) == text
+        assert all(len(piece) <= most for piece in found)
+
+
+class TestTokenizers:
+    def test_bpe_made_of_the_text_tokenises_it_and_gives_it_back(self, tmp_path: Path) -> None:
+        (tmp_path / "a.jsonl").write_bytes(jsonl(TEXTS * 30))
+        prepared(tmp_path / "a.jsonl", tmp_path / "out", tokenizer__train=TokenizerTraining.bpe, vocab=300)
+        found = open_token_file(tmp_path / "out")
+        own = HuggingFace(tokenizer_path(tmp_path / "out"), field="x")
+        card = json.loads(card_path(tmp_path / "out").read_text())
+        assert (card["vocab_size"], card["end_of_document"]) == (300, own.end_of_document) == (300, 0)
+        assert found.tokens.dtype == "uint16"
+        documents = [found.document(n).tolist() for n in range(found.num_documents)]
+        assert [own.decode(document[:-1]) for document in documents] == TEXTS * 30
+        assert all(document[-1] == own.end_of_document for document in documents)
+        assert len(found.tokens) < len("".join(TEXTS * 30).encode()) / 1.3
+
+    def test_bpe_is_the_same_each_time(self, tmp_path: Path) -> None:
+        (tmp_path / "a.jsonl").write_bytes(
+            jsonl([f"{n} {n * n} words and words {n % 7}" for n in range(400)])
+        )
+        for name in ("one", "other"):
+            prepared(tmp_path / "a.jsonl", tmp_path / name, tokenizer__train=TokenizerTraining.bpe, vocab=400)
+        assert files_of(tmp_path / "one") == {
+            name: content.replace(b"other.tokenizer", b"one.tokenizer")
+            for name, content in files_of(tmp_path / "other").items()
+        }
+
+    def test_bpe_of_an_equal_share_of_every_file(self, tmp_path: Path) -> None:
+        (tmp_path / "in").mkdir()
+        (tmp_path / "in" / "a.jsonl").write_bytes(jsonl(["aaaa bbbb " * 10] * 2000))
+        (tmp_path / "in" / "z.jsonl").write_bytes(jsonl(["zebra zebra " * 10] * 2000))
+        prepared(
+            tmp_path / "in", tmp_path / "out", tokenizer__train=TokenizerTraining.bpe, vocab=265,
+            tokenizer__train_mb=0.01,
+        )  # fmt: skip
+        merged = json.loads(tokenizer_path(tmp_path / "out").read_text())["model"]["merges"]
+        assert ["zebr", "a"] in merged
+
+    def test_too_large_a_vocabulary_for_the_text(self, tmp_path: Path) -> None:
+        (tmp_path / "a.jsonl").write_bytes(jsonl(["abab"]))
+        with pytest.raises(ConfigError) as raised:
+            prepared(
+                tmp_path / "a.jsonl", tmp_path / "out", tokenizer__train=TokenizerTraining.bpe, vocab=999
+            )
+        assert raised.value.field == "vocab"
+        fits = int(raised.value.remedy.partition("=")[2].partition(",")[0])
+        prepared(tmp_path / "a.jsonl", tmp_path / "out", tokenizer__train=TokenizerTraining.bpe, vocab=fits)
+
+    def test_text_that_spells_a_special_token_is_text(self, bpe: Path, tmp_path: Path) -> None:
+        (tmp_path / "a.jsonl").write_bytes(jsonl(["the <|endoftext|> cat", "rat"]))
+        prepared(tmp_path / "a.jsonl", tmp_path / "out", tokenizer__path=str(bpe))
+        found = open_token_file(tmp_path / "out")
+        assert found.num_documents == 2
+        assert (found.tokens == 0).sum() == 2
+        own = HuggingFace(bpe, field="x")
+        assert own.decode(found.document(0).tolist()[:-1]) == "the <|endoftext|> cat"
+
+    def test_one_that_adds_tokens_of_its_own_and_cuts_short(self, bpe: Path, tmp_path: Path) -> None:
+        """As Llama's begins each text and BERT's cuts at 512: neither belongs in a corpus."""
+        changed = json.loads(bpe.read_text())
+        changed["truncation"] = {
+            "direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0,
+        }  # fmt: skip
+        end, text = "<|endoftext|>", {"Sequence": {"id": "A", "type_id": 0}}
+        changed["post_processor"] = {
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": end, "type_id": 0}}, text],
+            "pair": [text, {"Sequence": {"id": "B", "type_id": 0}}],
+            "special_tokens": {end: {"id": end, "ids": [0], "tokens": [end]}},
+        }
+        (tmp_path / "changed.json").write_text(json.dumps(changed))
+        (tmp_path / "a.jsonl").write_bytes(jsonl(["the cat sat on the mat"]))
+        for name, path in (("plain", bpe), ("changed", tmp_path / "changed.json")):
+            prepared(tmp_path / "a.jsonl", tmp_path / name, tokenizer__path=str(path))
+        assert bin_path(tmp_path / "plain").read_bytes() == bin_path(tmp_path / "changed").read_bytes()
+
+    @pytest.mark.parametrize("content", ["", "{", "{}", "[1]", None])
+    def test_one_that_is_none(self, content: str | None, tmp_path: Path) -> None:
+        (tmp_path / "a.jsonl").write_bytes(jsonl(["a"]))
+        if content is not None:
+            (tmp_path / "t.json").write_text(content)
+        with pytest.raises(ConfigError, match="cannot be read") as raised:
+            prepared(tmp_path / "a.jsonl", tmp_path / "out", tokenizer__path=str(tmp_path / "t.json"))
+        assert (raised.value.field, raised.value.value) == ("tokenizer.path", tmp_path / "t.json")
+        assert not (tmp_path / "out.partial").exists()
+
+    @pytest.mark.parametrize("end", [None, "</s>"])
+    def test_one_without_an_end(self, end: str | None, bpe: Path, tmp_path: Path) -> None:
+        other = bpe.read_text().replace("<|endoftext|>", "THE-END")
+        (tmp_path / "t.json").write_text(other)
+        (tmp_path / "a.jsonl").write_bytes(jsonl(["a"]))
+        path = str(tmp_path / "t.json")
+        with pytest.raises(ConfigError, match=r"t\.json: has no"):
+            prepared(
+                tmp_path / "a.jsonl", tmp_path / "out", tokenizer__path=path, tokenizer__end_of_document=end
+            )
+        prepared(
+            tmp_path / "a.jsonl", tmp_path / "out", tokenizer__path=path, tokenizer__end_of_document="THE-END"
+        )
+
+    def test_bytes_give_back_what_they_took(self) -> None:
+        [ids] = Bytes().encode([TEXTS[1]])
+        assert Bytes().decode(ids.tolist()) == TEXTS[1]
+
+    def test_bytes_as_a_tokenizer_json_are_the_same_tokens(self, tmp_path: Path) -> None:
+        write_byte_tokenizer(tmp_path / "t.json")
+        own = HuggingFace(tmp_path / "t.json", field="x")
+        assert own.vocab_size == 256
+        every = ["".join(map(chr, range(0x300))), *TEXTS]
+        for ours, theirs in zip(Bytes().encode(every), own.encode(every), strict=True):
+            assert theirs.tolist() == ours.tolist()
+            assert own.decode(ours.tolist()) == Bytes().decode(ours.tolist())
+
+
+class TestBadLines:
+    """Each is told of by file and line, ends the preparation or is left out, and nothing looks whole."""
+
+    GOOD = jsonl(["before"])
+
+    @pytest.mark.parametrize(
+        ("name", "content", "line", "why"),
+        [
+            ("a.jsonl", GOOD + b"{oops\n" + GOOD, 2, "is not JSON"),
+            ("a.jsonl", GOOD + b'"text"\n', 2, "is JSON, but no object"),
+            ("a.jsonl", GOOD + b'{"content": "x", "id": 1}\n', 2, "has no 'text', but content, id"),
+            ("a.jsonl", GOOD + b'{"text": 3}\n', 2, "has a 'text' that is no text"),
+            ("a.jsonl", GOOD * 2 + b'{"text": "\xff"}\n', 3, "is not UTF-8: byte 10 is 0xff"),
+            ("a.jsonl", GOOD + b'{"text": "\\ud83d"}\n', 2, "holds half a character"),
+            ("a.jsonl", GOOD + b'{"text": "cut sho', 2, "is not JSON"),
+            ("a.jsonl", GOOD + b"[" * 1900 + b"\n", 2, "is not JSON"),
+            ("a.jsonl", GOOD + jsonl(["y" * 3000]) + GOOD, 2, "is longer than max_line_mb=0.002"),
+            ("a.jsonl.gz", gzip.compress(GOOD * 999)[:-12], None, "is damaged: Compressed file"),
+            ("a.jsonl.gz", b"no gzip", 1, "is damaged: Not a gzipped file"),
+            ("a.jsonl.gz", b"", None, ""),
+            ("a.jsonl.zst", zstandard.compress(GOOD * 999)[:-5], None, "is damaged: it ends in"),
+            ("a.jsonl.zst", b"no zstd at all", 1, "is damaged: zstd"),
+            ("a.txt", b"fine\nb\xc3\n\xffd\n", 2, "is not UTF-8: byte 1 is 0xc3"),
+            ("a.txt.gz", gzip.compress(b"fine\n" * 99)[:-9], None, "is damaged"),
+            ("a.parquet", b"PAR1 it is not", 1, "is damaged"),
+            ("a.parquet", b"", 1, "is damaged"),
+        ],
+    )  # fmt: skip
+    def test_are_told_of(self, name: str, content: bytes, line: int | None, why: str, tmp_path: Path) -> None:
+        (tmp_path / "in").mkdir()
+        (tmp_path / "in" / name).write_bytes(content)
+        (tmp_path / "in" / "z.jsonl").write_bytes(jsonl(["after"]))
+        options = {"max_line_mb": 0.002}
+        if why:
+            with pytest.raises(ConfigError) as raised:
+                prepared(tmp_path / "in", tmp_path / "out", **options)
+            assert raised.value.field == "bad_lines"
+            where, _, said = raised.value.why.partition(" ")
+            assert where.startswith(f"{tmp_path / 'in' / name}:{'' if line is None else line}")
+            assert said.startswith(why)
+            assert "bad_lines=skip" in raised.value.remedy
+        assert not index_path(tmp_path / "out").exists()
+        assert not bin_path(tmp_path / "out").exists()
+        progress = prepared(tmp_path / "in", tmp_path / "out", bad_lines=BadLines.skip, **options)
+        assert texts_in(tmp_path / "out")[-1] == "after"
+        assert (progress.bad > 0) == bool(why) == bad_lines_path(tmp_path / "out").exists()
+        if why:
+            listed = bad_lines_path(tmp_path / "out").read_text().splitlines()
+            assert len(listed) == progress.bad
+            assert listed[0].startswith(f"{tmp_path / 'in' / name}:")
+            assert why in listed[0]
+
+    def test_of_a_text_the_other_lines_are_kept(self, tmp_path: Path) -> None:
+        (tmp_path / "a.txt").write_bytes(b"one\ntw\xff\nthree\n")
+        prepared(tmp_path / "a.txt", tmp_path / "out", bad_lines=BadLines.skip)
+        assert texts_in(tmp_path / "out") == ["one\nthree\n"]
+
+    def test_a_parquet_file_without_the_column_or_with_holes(self, tmp_path: Path) -> None:
+        pyarrow.parquet.write_table(pyarrow.table({"body": ["a"]}), tmp_path / "a.parquet")
+        with pytest.raises(ConfigError, match=r"a.parquet:1 has no column 'text', but body"):
+            prepared(tmp_path / "a.parquet", tmp_path / "out")
+        pyarrow.parquet.write_table(pyarrow.table({"text": ["a", None, "c"]}), tmp_path / "b.parquet")
+        with pytest.raises(ConfigError, match=r"b.parquet:2 has no 'text'"):
+            prepared(tmp_path / "b.parquet", tmp_path / "out")
+        prepared(tmp_path / "b.parquet", tmp_path / "out", bad_lines=BadLines.skip)
+        assert texts_in(tmp_path / "out") == ["a", "c"]
+
+    def test_a_file_that_may_not_be_read(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "a.jsonl").write_bytes(jsonl(["a"]))
+        opened = Path.open
+
+        def refuse(path: Path, *arguments: Any, **options: Any) -> Any:
+            if path.name == "a.jsonl":
+                raise PermissionError(13, "Permission denied", str(path))
+            return opened(path, *arguments, **options)
+
+        monkeypatch.setattr(Path, "open", refuse)  # root may read whatever the mode says
+        with pytest.raises(ConfigError, match=r"a.jsonl:1 cannot be read: Permission denied"):
+            prepared(tmp_path / "a.jsonl", tmp_path / "out")
+
+    def test_goes_on_after_the_line_is_skipped(self, tmp_path: Path) -> None:
+        (tmp_path / "in").mkdir()
+        (tmp_path / "in" / "a.jsonl").write_bytes(jsonl(["a"]))
+        (tmp_path / "in" / "b.jsonl").write_bytes(b"{\n" + jsonl(["b"]))
+        with pytest.raises(ConfigError):
+            prepared(tmp_path / "in", tmp_path / "out")
+        journal = json.loads((tmp_path / "out.partial" / "journal.json").read_text())
+        assert (journal["documents"], journal["place"]["file"]) == (1, 1)
+        prepared(tmp_path / "in", tmp_path / "out", bad_lines=BadLines.skip)
+        assert texts_in(tmp_path / "out") == ["a", "b"]
+
+    @pytest.mark.parametrize("content", [b"", b"\n\n", b'{"text": ""}\n'])
+    def test_no_text_at_all_is_refused_and_leaves_nothing(self, content: bytes, tmp_path: Path) -> None:
+        (tmp_path / "a.jsonl").write_bytes(content)
+        with pytest.raises(ConfigError, match="no file holds any text"):
+            prepared(tmp_path / "a.jsonl", tmp_path / "out")
+        assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+    def test_nothing_to_read(self, tmp_path: Path) -> None:
+        for source in (tmp_path / "none", tmp_path):
+            with pytest.raises(ConfigError) as raised:
+                find_inputs([source])
+            assert (raised.value.field, raised.value.value) == ("SOURCE", source)
+
+    @pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+    def test_a_line_of_100_megabytes(self, name: str, tmp_path: Path) -> None:
+        long = "ab cd " * 17_000_000
+        (tmp_path / name).write_bytes(jsonl([long]) if name == "a.jsonl" else long.encode())
+        prepared(tmp_path / name, tmp_path / "out")
+        assert open_token_file(tmp_path / "out").lengths.tolist() == [len(long) + 1]
+        if name == "a.jsonl":
+            with pytest.raises(ConfigError, match=r"a.jsonl:1 is longer than max_line_mb=50"):
+                prepared(tmp_path / name, tmp_path / "other", max_line_mb=50)
+
+
+@pytest.fixture
+def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Files of every kind, in batches of a few records; the bad ones are left out."""
+    monkeypatch.setattr(reading, "BATCH_BYTES", 300)
+    monkeypatch.setattr(reading, "PARQUET_ROWS", 3)
+    folder = tmp_path / "in"
+    folder.mkdir()
+    texts = [f"{n}: {text}" * (n % 5 + 1) for n in range(60) for text in TEXTS[:3]]
+    (folder / "a.jsonl").write_bytes(jsonl(texts[:60]) + b"{bad\n" + jsonl(texts[60:80]))
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress(jsonl(texts[80:110])))
+    (folder / "c.txt").write_text("\n".join(texts[:70]))
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": texts[100:140]}), folder / "d.parquet", row_group_size=7
+    )
+    (folder / "e.jsonl.zst").write_bytes(zstandard.compress(jsonl(texts[140:170])))
+    (folder / "f.txt.gz").write_bytes(gzip.compress("\n".join(texts[:50]).encode() + b"\n\xff\n"))
+    return folder
+
+
+SKIP = {"bad_lines": BadLines.skip}
+
+
+class TestSameResult:
+    def test_whatever_the_number_of_workers(self, corpus: Path, tmp_path: Path, bpe: Path) -> None:
+        (tmp_path / "w").mkdir()
+        for workers in (1, 2, 5):
+            prepared(corpus, tmp_path / "w" / f"{workers}", workers, tokenizer__path=str(bpe), **SKIP)
+        one, two, five = (files_of(tmp_path / "w" / name) for name in "125")
+        assert one.keys() == {".bin", ".idx", ".json", ".tokenizer.json", ".bad_lines.txt"}
+        assert all(one[name] == two[name] == five[name] for name in one if name != ".json")
+
+    @pytest.mark.parametrize("workers", [1, 3])
+    def test_wherever_it_is_interrupted(
+        self, workers: int, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(launcher.data.prepare, "_SAVED_EVERY", 0.0)
+        prepared(corpus, tmp_path / "whole", **SKIP)
+        whole = files_of(tmp_path / "whole")
+        inputs, _ = find_inputs([corpus])
+        starts = 0
+        progress = None
+        while progress is None:
+            starts += 1
+            left = 7
+
+            def stop(progress: Progress, done: int) -> None:
+                nonlocal left
+                left -= 1
+                if left == 0:
+                    raise KeyboardInterrupt
+
+            job = Preparation(inputs, tmp_path / "cut", PrepareConfig(bad_lines=BadLines.skip), workers)
+            try:
+                progress = job.run(stop)
+            except KeyboardInterrupt:
+                assert not index_path(tmp_path / "cut").exists()
+                # What was written after the journal was: cut off at the restart.
+                for name in ("tokens.bin", "lengths.bin", "bad_lines.txt"):
+                    with (tmp_path / "cut.partial" / name).open("ab") as file:
+                        file.write(b"half a record")
+            assert job.resumed == (starts > 1)
+        assert starts > 5
+        assert files_of(tmp_path / "cut") == whole
+        assert not (tmp_path / "cut.partial").exists()
+
+    def test_where_it_is_interrupted_between_the_last_renames(
+        self, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        prepared(corpus, tmp_path / "whole", **SKIP)
+        rename, renamed = Path.rename, 0
+        for stop_at in range(1, 6):  # the list of bad lines, the tokenizer, the card, .bin and .idx
+            target = tmp_path / f"cut{stop_at}"
+
+            def stop(path: Path, to: Path, target: Path = target, stop_at: int = stop_at) -> Path:
+                nonlocal renamed
+                if to.parent == target.parent:
+                    renamed += 1
+                    if renamed == stop_at:
+                        raise KeyboardInterrupt
+                return rename(path, to)
+
+            renamed = 0
+            with monkeypatch.context() as patched:
+                patched.setattr(Path, "rename", stop)
+                with pytest.raises(KeyboardInterrupt):
+                    prepared(corpus, target, **SKIP)
+            assert not index_path(target).exists()
+            prepared(corpus, target, **SKIP)
+            assert files_of(target) == files_of(tmp_path / "whole")
+
+    def test_other_input_or_settings_start_clean(self, tmp_path: Path) -> None:
+        (tmp_path / "in").mkdir()
+        (tmp_path / "in" / "a.jsonl").write_bytes(jsonl(["a"]))
+        (tmp_path / "in" / "b.jsonl").write_bytes(b"{\n")
+        with pytest.raises(ConfigError):
+            prepared(tmp_path / "in", tmp_path / "out")
+        (tmp_path / "in" / "a.jsonl").write_bytes(jsonl(["other"]))
+        prepared(tmp_path / "in", tmp_path / "out", **SKIP)
+        assert texts_in(tmp_path / "out") == ["other"]
+
+
+def launched(*arguments: str, cwd: Path, largest_file: int | None = None) -> "subprocess.Popen[str]":
+    def limit() -> None:
+        if largest_file is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+
+    command = [*AS_USUAL, sys.executable, "-m", "launcher", "prepare", *arguments]
+    return subprocess.Popen(
+        command,
+        cwd=cwd,
+        env=ENVIRONMENT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=limit,
+    )
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+class TestCommand:
+    def test_prints_what_it_did_and_how_to_train_on_it(self, tmp_path: Path) -> None:
+        (tmp_path / "a.jsonl").write_bytes(jsonl(TEXTS))
+        process = launched("a.jsonl", "web", cwd=tmp_path)
+        out, err = process.communicate(timeout=60)
+        assert (process.returncode, err) == (0, "")
+        assert out.splitlines() == [
+            "prepared 5 documents, 81 tokens: web.bin", "train    launcher data=tokens data.train=web MODEL",
+        ]  # fmt: skip
+
+    @pytest.mark.parametrize(
+        ("arguments", "said"),
+        [
+            (["a.jsonl"], "prepare a.jsonl: takes what to read, and the name of what to write"),
+            (["none", "web"], "SOURCE=none: there is no such file or directory"),
+            (["a.jsonl", "web", "workrs=2"], "workrs=2: no such field\n  nearest that works: workers=2"),
+            (["a.jsonl", "web", "workers=0"], "workers=0: must be at least 1"),
+            (["a.jsonl", "there"], "TARGET=there: there.idx is there already, and nothing is overwritten"),
+            (["a.jsonl", "no/such/web"], None),
+        ],
+    )
+    def test_what_cannot_be_is_refused(self, arguments: list[str], said: str | None, tmp_path: Path) -> None:
+        (tmp_path / "a.jsonl").write_bytes(jsonl(TEXTS))
+        (tmp_path / "there.idx").touch()
+        process = launched(*arguments, cwd=tmp_path)
+        out, err = process.communicate(timeout=60)
+        if said is None:
+            assert process.returncode == 0, err  # the folders are made
+            return
+        assert (process.returncode, out) == (2, "")
+        assert err.startswith(f"launcher: {said}")
+        assert "Traceback" not in err
+
+    @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+    def test_a_stop_leaves_nothing_that_looks_whole_and_no_process(
+        self, sent: signal.Signals, tmp_path: Path
+    ) -> None:
+        text = jsonl(["some words that go on and on " * 2000])
+        (tmp_path / "a.jsonl").write_bytes(text * 1500)  # 90 MB
+        process = launched("a.jsonl", "web", "workers=2", cwd=tmp_path)
+        partial = tmp_path / "web.partial" / "tokens.bin"
+        wait_until(lambda: partial.exists() and partial.stat().st_size > 0)
+        workers = [int(pid) for pid in _children(process.pid)]
+        assert len(workers) == 2
+        process.send_signal(sent)
+        process.communicate(timeout=60)
+        assert process.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[sent]
+        assert not list(tmp_path.glob("web.[bi]*"))
+        wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
+        if sent is signal.SIGKILL:
+            again = launched("a.jsonl", "web", cwd=tmp_path)
+            assert again.wait(timeout=120) == 0
+            assert open_token_file(tmp_path / "web").num_documents == 1500
+
+    def test_a_full_disk_is_told_of_and_with_room_it_goes_on(self, tmp_path: Path) -> None:
+        """Here the largest file that the process may write."""
+        (tmp_path / "a.jsonl").write_bytes(jsonl(["some words that go on and on " * 2000]) * 200)
+        process = launched("a.jsonl", "web", "workers=2", cwd=tmp_path, largest_file=3_000_000)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 2
+        assert err.startswith("launcher: TARGET=web: ")
+        assert "cannot be written: File too large" in err
+        assert not list(tmp_path.glob("web.[bi]*"))
+        assert launched("a.jsonl", "web", cwd=tmp_path).wait(timeout=60) == 0
+        assert open_token_file(tmp_path / "web").num_documents == 200
+
+    def test_a_worker_that_is_killed_is_told_of(self, tmp_path: Path) -> None:
+        (tmp_path / "a.jsonl").write_bytes(jsonl(["some words that go on and on " * 2000]) * 1500)
+        process = launched("a.jsonl", "web", "workers=2", cwd=tmp_path)
+        wait_until(lambda: len(_children(process.pid)) == 2)
+        os.kill(int(_children(process.pid)[0]), signal.SIGKILL)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 2
+        assert "workers=2: a process was killed" in err
+
+
+def _children(pid: int) -> list[str]:
+    try:
+        return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except FileNotFoundError:
+        return []
+
+
+def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
+    """The peak of a process that prepares ten times as much is less than 16 MB higher."""
+
+    def peak(megabytes: int) -> int:
+        source = tmp_path / f"{megabytes}.jsonl"
+        source.write_bytes(jsonl(["words " * 1000]) * (megabytes * 166))
+        pid = os.fork()
+        if not pid:
+            prepared(source, tmp_path / f"out{megabytes}", tokenizer__path=None)
+            os._exit(0)
+        _, status, usage = os.wait4(pid, 0)
+        assert status == 0
+        return usage.ru_maxrss // 1024
+
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > 0
+    small, large = peak(8), peak(80)
+    assert large - small < 16, (small, large)

@@ -1,0 +1,63 @@
+"""verify of a Vision Transformer: right layouts pass, and what can go wrong in its own layers shows.
+
+More layouts: tests/parity/matrix.py has it among its models.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch.nn.functional as F
+from torch import Tensor
+
+import launcher.models.vision as vision
+from tests.parity.running import plain_sgd_pass, small_run, worst
+
+VIT = "model=vit_b16 data=image_folder data.train=images parallelism.data=1"
+LAYOUTS = {
+    # Three patches a side and a token: ten are split two ways.
+    "tp sp class token": f"{VIT} parallelism=tp2 parallelism.sequence_parallel=true model.image_size=48",
+    "tp sp mean": f"{VIT} parallelism=tp2 parallelism.sequence_parallel=true model.pooling=mean",
+    "pp class token": f"{VIT} parallelism=pp2 parallelism.activation_checkpointing=full",
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_is_the_same_run(layout: str) -> None:
+    found = plain_sgd_pass(small_run(*LAYOUTS[layout].split(), steps=1))
+    assert found.ok, (found.diagnosis, worst(found))
+
+
+def pooled_on_the_own_stretch() -> None:
+    vision.reduce_region = lambda x, axis: x
+
+
+def a_class_token_on_every_rank() -> None:
+    arange = vision.torch.arange
+
+    def from_zero(first: int, last: int, **options: Any) -> Tensor:
+        return arange(0, last - first, **options)
+
+    vision.torch.arange = from_zero
+
+
+def attention_looks_back_only() -> None:
+    attention = F.scaled_dot_product_attention
+
+    def causal(*arguments: Tensor, **options: Any) -> Tensor:
+        return attention(*arguments, **(options | {"is_causal": True}))
+
+    F.scaled_dot_product_attention = causal
+
+
+@pytest.mark.parametrize(
+    ("fault", "layout"),
+    [
+        (pooled_on_the_own_stretch, "tp sp mean"),
+        (pooled_on_the_own_stretch, "tp sp class token"),
+        (a_class_token_on_every_rank, "tp sp class token"),
+        (attention_looks_back_only, "pp class token"),
+    ],
+)
+def test_a_fault_shows(fault: Callable[[], None], layout: str) -> None:
+    assert not plain_sgd_pass(small_run(*LAYOUTS[layout].split(), steps=1), fault).ok

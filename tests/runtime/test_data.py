@@ -1,0 +1,157 @@
+"""Token files, blends and tokenizers in runs as a user starts them."""
+
+import json
+import shutil
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from launcher.config.compose import load_typed
+from launcher.config.schema import RunConfig
+from launcher.data.tokenizer import HuggingFace
+from launcher.runtime.generate import load_model
+from tests.data.token_files import write_documents
+from tests.runtime.command import SMALL, launcher, metrics, trained
+
+BLEND = [
+    "data=tokens", "data.sources.web=web", "data.sources.code=code",
+    "data.weights.web=3", "data.validation_fraction=0.2", "data.test_fraction=0.1",
+    "run.dir=r", "parallelism.data=2",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def blended(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 4 steps of 8 samples on two sources, stopped at 2."""
+    folder = tmp_path_factory.mktemp("blend")
+    generator = np.random.default_rng(0)
+    for name, low, high in (("web", 0, 64), ("code", 128, 200)):
+        write_documents(folder / name, [generator.integers(low, high, 4000)])
+    trained(*BLEND, "data.weights.code=1", "training.steps=4", "training.stop_at=2", cwd=folder)
+    return folder
+
+
+def test_a_blend_counts_epochs_and_validates_each_source(blended: Path) -> None:
+    rows = metrics(blended / "r")
+    windows = (2800 - 1) // 32
+    assert rows[-1]["data/epochs/web"] == pytest.approx(12 / windows)
+    assert rows[-1]["data/epochs/code"] == pytest.approx(4 / windows)
+    web, code = rows[-1]["val/loss/web"], rows[-1]["val/loss/code"]
+    assert web != code
+    assert rows[-1]["val/loss"] == pytest.approx((3 * web + code) / 4)
+    assert not any(name.startswith("test/") for name in rows[-1])
+
+
+def test_a_changed_blend_is_refused_and_on_request_counts_from_a_stated_sample(blended: Path) -> None:
+    changed = [*BLEND, "data.weights.code=3", "training.steps=4"]
+    refused = launcher(*SMALL, *changed, cwd=blended)
+    assert refused.returncode == 2
+    assert "data.weights={code: 3.0, web: 3.0}" in refused.stderr
+    assert "'data.weights={code: 1.0, web: 3.0}'" in refused.stderr
+    assert "checkpoint.new_blend=true (the new one counts from sample 16 on)" in refused.stderr
+    said = trained(*changed, "checkpoint.new_blend=true", "training.stop_at=3", cwd=blended)
+    assert "a new blend from sample 16 on: {code: 3.0, web: 3.0} (until then {code: 1.0, web: 3.0})" in said
+    windows = (2800 - 1) // 32
+    assert metrics(blended / "r")[-1]["data/epochs/web"] == pytest.approx((12 + 4) / windows)
+    # It goes on with it by itself, and the test part is read once, at the end.
+    said = trained(*changed, cwd=blended)
+    assert "a new blend" not in said
+    rows = metrics(blended / "r")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert rows[-1]["data/epochs/web"] == pytest.approx((12 + 8) / windows)
+    assert rows[-1]["data/epochs/code"] == pytest.approx((4 + 8) / windows)
+    assert {name for name in rows[-1] if name.startswith("test/")} == {
+        "test/loss", "test/loss/web", "test/loss/code",
+    }  # fmt: skip
+
+
+def test_a_source_that_keeps_its_name_keeps_its_tokens(blended: Path) -> None:
+    write_documents(blended / "other", [np.zeros(4000, np.uint8)])
+    changed = [*BLEND, "data.sources.code=other", "data.weights.code=1", "checkpoint.new_blend=true"]
+    refused = launcher(*SMALL, *changed, "training.steps=9", cwd=blended)
+    assert refused.returncode == 2
+    assert "trained on another code: its digest is" in refused.stderr
+
+
+def test_an_id_without_an_embedding_ends_the_run_where_it_is_read(tmp_path: Path) -> None:
+    ids = np.zeros(3_000_000, np.uint16)
+    looked_at = np.linspace(0, 2_850_000 - 4096, 64).astype(int)  # by the check before ranks start
+    for start, after in pairwise(looked_at):
+        ids[start + 4096 : after] = 300
+    write_documents(tmp_path / "web", [ids])
+    done = launcher(
+        *SMALL, "data=tokens", "data.train=web", "parallelism.data=2", "training.steps=4", cwd=tmp_path
+    )
+    assert done.returncode == 2, done.stdout
+    assert "model.vocab_size=256: web.bin has token id 300 at token" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Text, token files made of it in two ways, and a run on the second."""
+    folder = tmp_path_factory.mktemp("prepared")
+    lines = [json.dumps({"text": f"the cat {n} sat on the mat {n * n} times"}) + "\n" for n in range(400)]
+    (folder / "text.jsonl").write_text("".join(lines))
+    for arguments in (["bytes"], ["bpe", "tokenizer.train=bpe", "vocab=300"]):
+        done = launcher("prepare", "text.jsonl", *arguments, cwd=folder)
+        assert done.returncode == 0, done.stderr
+    trained(
+        "data=tokens", "data.train=bpe", "model.vocab_size=300", "data.document_attention=true",
+        "data.end_of_document=0", "run.dir=r", "parallelism=pp2", "parallelism.data=1", "training.steps=2",
+        cwd=folder,
+    )  # fmt: skip
+    return folder
+
+
+def test_generate_uses_the_tokenizer_that_the_run_recorded(prepared: Path) -> None:
+    (prepared / "bpe.tokenizer.json").rename(prepared / "elsewhere.json")
+    try:
+        done = launcher(
+            "generate", "run.dir=r", "prompt=the cat", "max_new_tokens=5", "temperature=0", cwd=prepared
+        )
+    finally:
+        (prepared / "elsewhere.json").rename(prepared / "bpe.tokenizer.json")
+    assert done.returncode == 0, done.stderr
+    recorded = HuggingFace(prepared / "r" / "huggingface" / "tokenizer.json", field="x")
+    model = load_model(load_typed(prepared / "r" / "config.yaml", RunConfig), prepared / "r")
+    tokens = recorded.encode(["the cat"])[0].tolist()
+    assert tokens[0] > 255
+    for _ in range(5):
+        tokens.append(int(model.logits(torch.tensor([tokens]))[0, -1, :300].argmax()))
+    assert done.stdout == recorded.decode(tokens) + "\n"
+    exported = launcher("export", "r", "hf", cwd=prepared)
+    assert exported.returncode == 0, exported.stderr
+    assert (prepared / "hf" / "tokenizer.json").read_bytes() == (prepared / "bpe.tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["data.train=bpe"], "model.vocab_size=256: bpe.json says that its tokenizer has 300 tokens"),
+        (
+            ["data.sources.a=bpe", "data.sources.b=bytes", "data.weights.a=1", "data.weights.b=1",
+             "model.vocab_size=300"],
+            "data.tokenizer: bpe.tokenizer.json and bytes.tokenizer.json are two tokenizers",
+        ),
+        (["data.train=bytes", "data.tokenizer=text.jsonl"], "data.tokenizer=text.jsonl: cannot be read"),
+    ],
+)  # fmt: skip
+def test_tokenizers_that_do_not_fit_are_refused(arguments: list[str], said: str, prepared: Path) -> None:
+    done = launcher(*SMALL, "data=tokens", *arguments, cwd=prepared)
+    assert done.returncode == 2
+    assert said in done.stderr
+
+
+def test_generate_without_a_tokenizer_asks_for_one(prepared: Path, tmp_path: Path) -> None:
+    shutil.copytree(prepared / "r", tmp_path / "r")
+    shutil.rmtree(tmp_path / "r" / "huggingface")
+    done = launcher("generate", "run.dir=r", "prompt=the", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "the run recorded none" in done.stderr
+    path = prepared / "bpe.tokenizer.json"
+    done = launcher("generate", "run.dir=r", "prompt=the", f"tokenizer={path}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr

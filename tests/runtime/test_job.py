@@ -1,0 +1,115 @@
+"""What `launcher job` decides: pure, without Slurm. tests/slurm has it all on a real one."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from launcher.config.compose import compose_jobs
+from launcher.config.errors import ConfigError
+from launcher.config.schema import RunConfig
+from launcher.launch.records import Kind, RankEnd
+from launcher.launch.slurm import Allocation, allocation_of
+from launcher.runtime.job import End, Outcome, fit, hydra_text, outcome, run_dir_of, step_command
+from tests.config.composing import run_of
+
+NODES = ["hardware=cpu", "hardware.accelerators_per_node=2", "training.global_batch_size=16"]
+
+
+@pytest.mark.parametrize(
+    ("code", "told", "ends", "expected"),
+    [
+        (0, False, [], Outcome(End.finished)),
+        (0, True, [], Outcome(End.finished)),  # told to stop after the last step
+        (143, True, [RankEnd(0, Kind.stopped), RankEnd(1, Kind.stopped)], Outcome(End.stopped)),
+        (143, False, [RankEnd(0, Kind.stopped)], Outcome(End.stopped)),  # told by Slurm, not through us
+        (137, True, [], Outcome(End.stopped)),  # killed while it was saved
+        (2, False, [RankEnd(0, Kind.refused, "x")], Outcome(End.refused, "x")),
+        # srun ends the others, and reports the highest of all codes.
+        (143, False, [RankEnd(0, Kind.refused, "x"), RankEnd(1, Kind.lost, "y")], Outcome(End.refused, "x")),
+        (143, False, [RankEnd(1, Kind.failed, "x"), RankEnd(0, Kind.stopped)], Outcome(End.failed, "x")),
+        (1, False, [RankEnd(1, Kind.lost, "closed")], Outcome(End.failed, "closed")),
+        (137, False, [], Outcome(End.failed, "srun ended with code 137, SIGKILL")),
+        (143, False, [], Outcome(End.failed, "srun ended with code 143, SIGTERM")),
+        (1, False, [], Outcome(End.failed, "srun ended with code 1")),
+    ],
+)
+def test_outcome(code: int, told: bool, ends: list[RankEnd], expected: Outcome) -> None:
+    assert outcome(code, told, ends) == expected
+
+
+@pytest.mark.parametrize(
+    ("typed", "nodes", "used", "data"),
+    [
+        ([], 4, 4, 8),
+        ([], 3, 2, 4),  # 6 data ranks do not divide 16
+        (["training.global_batch_size=48"], 3, 3, 6),
+        (["parallelism.tensor=2"], 3, 2, 2),
+        (["parallelism.tensor=4"], 3, 2, 1),
+        (["parallelism.data=2"], 4, 1, 2),
+    ],
+)
+def test_it_takes_the_most_nodes_that_make_a_legal_layout(
+    typed: list[str], nodes: int, used: int, data: int
+) -> None:
+    _, layout, taken = fit(run_of(*NODES, "training.micro_batch_size=1", *typed), nodes)
+    assert (taken, layout.data) == (used, data)
+
+
+def test_where_none_is_legal_the_refusal_is_that_of_all_nodes() -> None:
+    with pytest.raises(ConfigError, match="the world size 2 is not a multiple of tensor 4"):
+        fit(run_of(*NODES, "parallelism.tensor=4"), 1)
+
+
+def test_the_step() -> None:
+    run = run_of(*NODES, "training.micro_batch_size=1", 'slurm.srun=["--cpu-bind=none"]')
+    _, layout, nodes = fit(run, 2)
+    command = step_command(run, ["training.steps=5"], nodes, layout, Path("runs/a b"))
+    assert command == [
+        "srun", "--nodes=2", "--ntasks=4", "--ntasks-per-node=2", "--kill-on-bad-exit=1", "--export=ALL",
+        "--label", "--cpu-bind=none", sys.executable, "-m", "launcher", "train", "training.steps=5",
+        "hardware.nodes=2", 'run.dir="runs/a b"',
+    ]  # fmt: skip
+
+
+def test_the_step_of_launchers_that_start_the_ranks_of_their_node() -> None:
+    run = run_of(*NODES, "training.micro_batch_size=1", "slurm.tasks=per_node")
+    command = step_command(run, [], 2, fit(run, 2)[1], Path("r"))
+    assert command[1:5] == ["--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--cpus-per-task=2"]
+
+
+def test_in_a_container_it_is_the_one_inside() -> None:
+    run = run_of(*NODES, "slurm.container=[apptainer,exec,--nv,image.sif]")
+    command = step_command(run, [], 1, fit(run, 1)[1], Path("r"))
+    assert command[-8:-2] == ["apptainer", "exec", "--nv", "image.sif", "launcher", "train"]
+
+
+@given(
+    st.text(
+        st.characters(codec="utf-8", exclude_categories=("Cc", "Cs"), exclude_characters="$"),
+        min_size=1,
+        max_size=30,
+    )
+)
+@settings(max_examples=30)
+def test_a_directory_of_any_name_is_read_back(name: str) -> None:
+    sys.argv = ["launcher"]
+    [job] = compose_jobs("config", RunConfig, [f"run.dir={hydra_text(name)}"])
+    assert job.config.run.dir == name
+
+
+def test_where_the_run_lies() -> None:
+    run = run_of(*NODES)
+    assert run_dir_of(run, Allocation("7", 2)) == Path("runs/slurm-7")
+    assert run_dir_of(run, Allocation("9", 2, "7", "3")) == Path("runs/slurm-7/3")
+    run.run.dir = "mine"
+    assert run_dir_of(run, Allocation("7", 2)) == Path("mine")
+    assert run_dir_of(run, Allocation("9", 2, "7", "3")) == Path("mine/3")
+
+
+def test_outside_a_job_it_is_refused() -> None:
+    with pytest.raises(ConfigError, match="is what a Slurm batch script runs, and this is none"):
+        allocation_of({"SLURM_JOB_ID": "7"})
+    assert allocation_of({"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2"}) == Allocation("7", 2)

@@ -1,0 +1,148 @@
+"""Jobs for the tests: small runs, submitted by the real command line."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.runtime.command import SMALL, environment, metrics
+from tests.slurm.cluster import Cluster, wait_for
+
+ON_TWO_NODES = ["hardware.nodes=2", "hardware.accelerators_per_node=2"]
+ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"}
+
+
+@dataclass(frozen=True)
+class Job:
+    cluster: Cluster
+    number: str
+    folder: Path  # that it was submitted from
+
+    @property
+    def run_dir(self) -> Path:
+        return self.folder / "runs" / f"slurm-{self.number}"
+
+    @property
+    def log(self) -> str:
+        path = self.folder / f"slurm-{self.number}.out"
+        return path.read_text() if path.exists() else ""
+
+    @property
+    def state(self) -> str:
+        return self.cluster.state(self.number)
+
+    def wait_for_step(self, step: int) -> None:
+        def reached() -> bool:
+            assert self.state not in ENDED, self.log
+            return (self.run_dir / "metrics.jsonl").exists() and last_step(self.run_dir) >= step
+
+        wait_for(reached, f"step {step} of job {self.number}\n{self.log}")
+
+    def end(self, state: str, seconds: float = 240) -> str:
+        """Wait for its end, which is to be `state`; its log. A requeued job is not made to wait."""
+
+        def ended() -> bool:
+            if self.state == "PENDING":
+                self.cluster.start_now(self.number)
+            return self.state in ENDED
+
+        wait_for(ended, f"the end of job {self.number}", seconds)
+        assert self.state == state, self.log
+        return self.log
+
+    def tell(self, *options: str) -> None:
+        self.cluster.run("scancel", *options, self.number)
+
+    def starts(self) -> int:
+        return (
+            int(
+                re.search(r"Restarts=(\d+)", self.cluster.run("scontrol", "show", "job", "-o", self.number))[
+                    1
+                ]
+            )
+            + 1
+        )  # type: ignore[index]
+
+
+def last_step(run_dir: Path) -> int:
+    text = (run_dir / "metrics.jsonl").read_text()
+    lines = text[: text.rfind("\n") + 1].splitlines()
+    return int(json.loads(lines[-1])["step"]) if lines else 0
+
+
+def command(cluster: Cluster, *arguments: str, cwd: Path, **extra: str) -> subprocess.CompletedProcess[str]:
+    """The launcher on the login node."""
+    surroundings = {**environment(**extra), **cluster.environment, "PATH": os.environ["PATH"]}
+    python = [sys.executable, "-m", "launcher", *arguments]
+    return subprocess.run(python, cwd=cwd, env=surroundings, text=True, capture_output=True, timeout=120)
+
+
+def submit(cluster: Cluster, cwd: Path, *overrides: str, **extra: str) -> Job:
+    done = command(cluster, "submit", *SMALL, *ON_TWO_NODES, *overrides, cwd=cwd, **extra)
+    assert done.returncode == 0, done.stderr
+    found = re.search(r"^job +(\d+)", done.stdout, re.MULTILINE)
+    assert found is not None
+    return Job(cluster, found[1], cwd)
+
+
+def processes_of(job: Job) -> list[int]:
+    """What trains in a job: its ranks, and the launchers that forked them, in order of their start."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (process / "cmdline").read_bytes().split(b"\0")
+            surroundings = (process / "environ").read_bytes()
+        except OSError:
+            continue
+        if b"train" in words and f"SLURM_JOB_ID={job.number}".encode() in surroundings:
+            found.append(int(process.name))
+    return sorted(found)
+
+
+COMPARED = ("step", "train/samples", "train/loss", "train/grad_norm", "val/loss")
+
+
+def rows(run_dir: Path) -> list[list[Any]]:
+    """What must not depend on how often a run was started."""
+    return [[row.get(name) for name in COMPARED] for row in metrics(run_dir)]
+
+
+def logged_steps(run_dir: Path) -> list[int]:
+    """The steps in all of a run's offline W&B files, in order."""
+    from launcher.runtime.metrics.wandb_files import fragments, steps_in
+
+    return [step for fragment in fragments(run_dir) for step in steps_in(fragment)]
+
+
+def before_each_step(statement: str) -> str:
+    """A sitecustomize.py that has every rank run `statement` before each step."""
+    return f"""
+import importlib.util, sys
+
+class Patch:
+    def find_spec(self, name, path, target=None):
+        if name != "launcher.runtime.train":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        run = spec.loader.exec_module
+
+        def exec_module(module):
+            run(module)
+            step = module.train_step
+
+            def patched(run, layout, engine, loader, progress):
+                {statement}
+                return step(run, layout, engine, loader, progress)
+
+            module.train_step = patched
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+sys.meta_path.insert(0, Patch())
+"""

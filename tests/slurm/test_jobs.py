@@ -1,0 +1,198 @@
+"""Runs through sbatch on a real Slurm: the local run, through requeues, chains, faults and lost nodes."""
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.checkpoint.manifest import checkpoints_in
+from launcher.runtime.metrics.wandb_files import fragments
+from tests.runtime.command import launcher, metrics, trained
+from tests.slurm.cluster import Cluster, wait_for
+from tests.slurm.jobs import Job, before_each_step, command, logged_steps, processes_of, rows, submit
+
+STEPS = ["training.steps=12", "training.validation_interval=6"]
+PER_NODE = ["slurm.tasks=per_node"]
+# Long enough to be stopped in, and without what takes time besides.
+LONG = ["training.steps=400", "training.validation_interval=0"]
+
+
+@pytest.fixture(scope="session")
+def local(tmp_path_factory: pytest.TempPathFactory) -> list[list[Any]]:
+    """The same layout without Slurm."""
+    folder = tmp_path_factory.mktemp("local")
+    trained(*STEPS, "run.dir=r", "parallelism.data=4", cwd=folder)
+    return rows(folder / "r")
+
+
+@pytest.mark.parametrize("tasks", ["per_rank", "per_node"])
+def test_on_two_nodes_it_is_the_local_run(
+    tasks: str, local: list[list[Any]], cluster: Cluster, tmp_path: Path
+) -> None:
+    job = submit(cluster, tmp_path, *STEPS, f"slurm.tasks={tasks}")
+    log = job.end("COMPLETED")
+    assert "4 cpu ranks = 1 pipeline x 4 data x 1 tensor" in log
+    assert log.count("layout ") == 1
+    assert rows(job.run_dir) == local
+    assert job.starts() == 1
+
+
+def test_through_requeues_it_is_one_run(local: list[list[Any]], cluster: Cluster, tmp_path: Path) -> None:
+    """Told to stop three times, as before a time limit: the steps of the run that nobody stopped."""
+    trained(*LONG, "training.stop_at=90", "run.dir=whole", "parallelism.data=4", cwd=tmp_path)
+    job = submit(cluster, tmp_path, *LONG, "training.stop_at=90", *PER_NODE, "logging=wandb")
+    for step in (10, 30, 50):
+        job.wait_for_step(step)
+        starts = job.starts()
+        job.tell("--signal=USR1", "--batch")
+        wait_for(lambda starts=starts: job.starts() > starts, "a requeue")  # type: ignore[misc]
+        cluster.start_now(job.number)
+    log = job.end("COMPLETED")
+    assert job.starts() == 4
+    assert log.count("stopped and requeued") == 3
+    assert rows(job.run_dir) == rows(tmp_path / "whole")
+    assert logged_steps(job.run_dir) == list(range(1, 91))
+    identity = json.loads((job.run_dir / "run.json").read_text())["id"]
+    folders = [path.parent.name for path in fragments(job.run_dir)]
+    assert len(folders) == 4
+    assert all(name.endswith(f"-{identity}") for name in folders)
+
+
+def test_a_chain_goes_on_in_a_job_of_its_own(cluster: Cluster, tmp_path: Path) -> None:
+    job = submit(cluster, tmp_path, *LONG, "training.stop_at=60", *PER_NODE, "slurm.on_stop=chain")
+    job.wait_for_step(5)
+    job.tell("--signal=USR1", "--batch")
+    log = job.end("COMPLETED")
+    number = log.partition("stopped: job ")[2].partition(" ")[0]
+    following = Job(cluster, number, tmp_path)
+    said = following.end("COMPLETED")
+    assert "resumed  " in said
+    assert [row["step"] for row in metrics(job.run_dir)] == list(range(1, 61))
+    assert not following.run_dir.exists()
+
+
+def test_cancelled_it_is_saved_and_not_requeued(cluster: Cluster, tmp_path: Path) -> None:
+    job = submit(cluster, tmp_path, *LONG, *PER_NODE)
+    job.wait_for_step(5)
+    job.tell()
+    log = job.end("CANCELLED")
+    assert "left to it" in log or "decides whether it starts again" in log
+    [saved] = checkpoints_in(job.run_dir)
+    assert int(saved.name.removeprefix("step-")) == len(metrics(job.run_dir))
+
+
+def test_a_lost_node_is_done_without(cluster: Cluster, tmp_path: Path) -> None:
+    """For good, of a run that takes 2 to 4 nodes: three are left, of which two fit the batch."""
+    run = [*LONG, "training.stop_at=80", "training.micro_batch_size=1"]
+    trained(*run, "run.dir=whole", "parallelism.data=8", cwd=tmp_path)
+    elastic = ["hardware.nodes=4", "slurm.nodes=2-4", "checkpoint.interval_steps=5"]
+    job = submit(cluster, tmp_path, *run, *PER_NODE, *elastic, "logging=wandb")
+    try:
+        job.wait_for_step(12)
+        node = cluster.run("squeue", "-h", "-j", job.number, "-o", "%N")
+        last = cluster.run("scontrol", "show", "hostnames", node).split()[-1]
+        cluster.fail(last)
+        log = job.end("COMPLETED")
+    finally:
+        cluster.restore_all()
+    assert "2 of 3 nodes: 4 cpu ranks" in log
+    expected, found = rows(tmp_path / "whole"), rows(job.run_dir)
+    assert len(found) == 80
+    for one, other in zip(found, expected, strict=True):
+        assert one[:2] == other[:2]
+        assert one[2:4] == pytest.approx(other[2:4], rel=1e-4)
+    assert logged_steps(job.run_dir) == list(range(1, 81))
+
+
+def test_a_killed_rank_is_started_again_in_the_same_allocation(cluster: Cluster, tmp_path: Path) -> None:
+    trained(*LONG, "training.stop_at=60", "run.dir=whole", "parallelism.data=4", cwd=tmp_path)
+    job = submit(cluster, tmp_path, *LONG, "training.stop_at=60", *PER_NODE, "checkpoint.interval_steps=5")
+    job.wait_for_step(12)
+    os.kill(processes_of(job)[-1], signal.SIGKILL)
+    log = job.end("COMPLETED")
+    assert "starts again, from its last checkpoint" in log
+    assert job.starts() == 1
+    assert rows(job.run_dir) == rows(tmp_path / "whole")
+
+
+FAULT = "if progress.step == 3 and engine.mesh.rank == 1: raise RuntimeError('disk on fire')"
+
+
+@pytest.mark.parametrize("tasks", ["per_node", pytest.param("per_rank", marks=pytest.mark.slow)])
+def test_what_fails_alike_three_times_is_given_up(tasks: str, cluster: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(before_each_step(FAULT))
+    job = submit(
+        cluster, tmp_path, *LONG, f"slurm.tasks={tasks}", f"slurm.environment.PYTHONPATH={tmp_path}",
+        "checkpoint.interval_steps=2",
+    )  # fmt: skip
+    log = job.end("FAILED")
+    assert log.count("RuntimeError: disk on fire) and starts again") == 2
+    assert "failed 3 times alike after step 3 and is given up: RuntimeError: disk on fire" in log
+    assert log.count("Traceback") == 3
+    assert "Connection closed" not in log
+    assert job.starts() == 1
+
+
+def test_a_refusal_ends_the_job_at_once(cluster: Cluster, tmp_path: Path) -> None:
+    job = submit(cluster, tmp_path, *STEPS, 'run.dir="held"')
+    (tmp_path / "held").mkdir()
+    (tmp_path / "held" / "config.yaml").touch()
+    (tmp_path / "held" / "weights").mkdir()
+    log = job.end("FAILED")
+    assert "already holds a run" in log
+    assert "starts again" not in log
+
+
+def test_a_sweep_is_an_array(cluster: Cluster, tmp_path: Path) -> None:
+    job = submit(cluster, tmp_path, *STEPS, *PER_NODE, "--multirun", "optimizer.lr=1e-3,2e-3")
+    wait_for(lambda: not cluster.run("squeue", "-h", "-j", job.number, check=False), "the array's end", 240)
+    rates = [metrics(job.run_dir / task)[-1]["train/lr"] for task in ("0", "1")]
+    assert rates[1] == pytest.approx(2 * rates[0])
+    assert (tmp_path / f"slurm-{job.number}_1.out").exists()
+
+
+def test_it_needs_nothing_of_the_environment(cluster: Cluster, tmp_path: Path) -> None:
+    script = command(
+        cluster, "submit", "experiment=stdlib_gpt", "training.steps=2", "hardware.accelerators_per_node=2",
+        "logging=local", "submit.dry_run=true", cwd=tmp_path,
+    )  # fmt: skip
+    (tmp_path / "job.sbatch").write_text(script.stdout)
+    number = cluster.run("sbatch", "--parsable", "--export=NONE", "job.sbatch", cwd=tmp_path)
+    job = Job(cluster, number, tmp_path)
+    job.end("COMPLETED")
+    assert len(metrics(job.run_dir)) == 2
+
+
+KEY = "0123456789abcdef0123456789abcdef01234567"
+
+
+def test_the_api_key_is_nowhere(cluster: Cluster, tmp_path: Path) -> None:
+    """It travels in the environment alone. (Nothing answers at this address.)"""
+    job = submit(
+        cluster, tmp_path, *STEPS, *PER_NODE, "logging=wandb", "logging.wandb.mode=offline",
+        WANDB_API_KEY=KEY, WANDB_BASE_URL="http://127.0.0.1:9",
+    )  # fmt: skip
+    seen = set()
+
+    def watched() -> bool:
+        for process in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                line = process.read_bytes()
+            except OSError:
+                continue
+            assert KEY.encode() not in line
+            seen.add(b"launcher" in line)
+        return job.state == "COMPLETED"
+
+    wait_for(watched, "the job's end", 240)
+    assert True in seen
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) > 10
+    assert [path for path in files if KEY.encode() in path.read_bytes()] == []
+    assert KEY not in cluster.run("scontrol", "write", "batch_script", job.number, "-")
+    done = launcher("sync", str(job.run_dir), cwd=tmp_path)
+    assert done.returncode == 2
+    assert "no W&B API key is found here" in done.stderr

@@ -1,0 +1,110 @@
+"""What is submitted: hostile values stay data on a real Slurm, and every recipe is what conf/ says."""
+
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from launcher.config.fields import fields_of
+from launcher.config.schema import RunConfig
+from tests.runtime.command import environment
+from tests.slurm.cluster import Cluster, wait_for
+from tests.slurm.jobs import ON_TWO_NODES, command, submit
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "recipes").glob("*.sbatch"))
+# Each would make a file named pwned, were it run by a shell.
+HOSTILE = ["$(touch pwned) `touch pwned` ; touch pwned ' ; touch pwned ; '", 'a" ; touch pwned ; "']
+TEXTS = {name: kind for name, kind in fields_of(RunConfig).items() if name.startswith("slurm.")}
+
+
+def hostile(name: str, kind: str, value: str) -> str:
+    escaped = value.replace('"', '\\"')
+    if kind == "list":
+        option = f"--comment={escaped}" if name in ("slurm.sbatch", "slurm.srun") else escaped
+        return f'{name}=["{option}"]'
+    return f'{name}.CHOSEN="{escaped}"' if kind == "dictionary" else f'{name}="{escaped}"'
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, kind in TEXTS.items() if kind.startswith(("text", "list", "dict"))]
+)
+def test_a_hostile_value_is_never_run(name: str, cluster: Cluster, tmp_path: Path) -> None:
+    """Refused here, refused by Slurm, or taken as it is: nothing else."""
+    for value in HOSTILE:
+        done = command(
+            cluster, "submit", *ON_TWO_NODES, "hardware=cpu", "training.global_batch_size=16",
+            hostile(name, TEXTS[name], value), cwd=tmp_path,
+        )  # fmt: skip
+        assert done.returncode in (0, 2), done.stderr
+        if done.returncode == 0:
+            job = done.stdout.rpartition("\njob ")[2].split()[0]
+            wait_for(lambda job=job: cluster.state(job) != "PENDING", f"{value} runs")  # type: ignore[misc]
+            cluster.run("scancel", "--full", "--signal=KILL", job, check=False)
+            wait_for(lambda job=job: cluster.state(job) in ("CANCELLED", "FAILED"), f"{value} ends")  # type: ignore[misc]
+    assert not list(tmp_path.rglob("pwned*"))
+    assert not list(Path.home().glob("pwned*"))
+
+
+def test_a_name_arrives_as_it_was_typed(cluster: Cluster, tmp_path: Path) -> None:
+    job = submit(cluster, tmp_path, 'slurm.job_name="a b\'c $(x) # d"', "slurm.environment.X=1")
+    shown = cluster.run("scontrol", "show", "job", job.number)
+    job.tell()
+    assert "JobName=a b'c $(x) # d\n" in shown
+
+
+def test_what_slurm_refuses_is_told(cluster: Cluster, tmp_path: Path) -> None:
+    done = command(
+        cluster, "submit", *ON_TWO_NODES, "hardware=cpu", "slurm.partition=none_such", cwd=tmp_path
+    )
+    assert done.returncode == 2
+    assert "Slurm refuses: " in done.stderr
+    assert "invalid partition specified: none_such" in done.stderr
+
+
+def test_there_are_recipes_for_all_that_is_promised() -> None:
+    assert {path.stem for path in RECIPES} == {
+        "gpt2_small", "gpt2_small_dp", "gpt2_small_evaluate", "gpt2_small_sweep", "gpt2_xl_chain",
+        "llama3_70b_3d", "llama3_8b_3d", "llama3_8b_tp8", "llama3_8b_zero3_offload", "stdlib_gpt",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_is_what_its_command_renders(recipe: Path) -> None:
+    text = recipe.read_text()
+    typed = shlex.split(text.splitlines()[1].removeprefix("# launcher "))
+    python = [sys.executable, "-m", "launcher", *typed, "submit.dry_run=true"]
+    done = subprocess.run(python, cwd=ROOT, env=environment(), text=True, capture_output=True, timeout=60)
+    assert done.stdout == text, f"`make recipes` writes it anew\n{done.stderr}"
+
+
+@pytest.fixture(scope="module")
+def gpus() -> Iterator[Cluster]:
+    """As large as the largest recipe asks for; nothing runs on it."""
+    found = Cluster(nodes=32, cpus=128, gpus=8, memory_mb=1000000)
+    try:
+        found.up()
+        yield found
+    finally:
+        found.down()
+
+
+def test_slurm_takes_every_recipe(cluster: Cluster, gpus: Cluster) -> None:
+    assert cluster.alive(), "so that Slurm is there"
+    for recipe in RECIPES:
+        gpus.run("sbatch", "--test-only", str(recipe))
+
+
+def test_the_recipe_of_a_cpu_runs_as_it_is(cluster: Cluster, tmp_path: Path) -> None:
+    """As a user would from a checkout: only the interpreter's path is another here."""
+    (tmp_path / ".venv").symlink_to(Path(sys.prefix))
+    recipe = ROOT / "recipes" / "stdlib_gpt.sbatch"
+    overrides = ["training.stop_at=3", "training.validation_batches=1", "logging=local"]
+    job = cluster.run("sbatch", "--parsable", str(recipe), *overrides, cwd=tmp_path)
+    wait_for(lambda: cluster.state(job) in ("COMPLETED", "FAILED"), "its end", 120)
+    log = (tmp_path / f"slurm-{job}.out").read_text()
+    assert cluster.state(job) == "COMPLETED", log
+    assert (tmp_path / "runs" / f"slurm-{job}" / "weights").is_dir()
