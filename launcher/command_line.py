@@ -127,12 +127,13 @@ def submit(arguments: list[str]) -> int:
     jobs = compose_jobs("config", RunConfig, arguments)
     if not jobs:
         return 0
+    layouts = []
     for one in jobs:
         check_submission(one.config)
-        for nodes in nodes_of(one.config):
-            ready_on_nodes(one.config, nodes)
+        on_nodes = [ready_on_nodes(one.config, nodes)[1] for nodes in nodes_of(one.config)]
+        layouts.append(on_nodes[-1])
         check_data(one.config)
-    submit_jobs(jobs, arguments)
+    submit_jobs(jobs, arguments, layouts)
     return 0
 
 

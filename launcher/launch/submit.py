@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from launcher.config.compose import Job
 from launcher.config.errors import ConfigError
+from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
 from launcher.config.slurm import check_submission
 from launcher.launch.sbatch import Batch, render
@@ -34,8 +35,11 @@ def batch_of(jobs: Sequence[Job[RunConfig]], typed: list[str]) -> Batch:
     )
 
 
-def submit(jobs: Sequence[Job[RunConfig]], typed: list[str]) -> None:
-    """Show the script and submit it, or only print it; `typed` is the command line. Raises ConfigError."""
+def submit(jobs: Sequence[Job[RunConfig]], typed: list[str], layouts: Sequence[Layout]) -> None:
+    """Show the script and submit it, or only print it; `typed` is the command line. Raises ConfigError.
+
+    `layouts` are those of the jobs on as many nodes as they may take.
+    """
     run = jobs[0].config
     script = render(batch_of(jobs, [word for word in typed if not word.startswith("submit.")]))
     if run.submit.dry_run:
@@ -51,18 +55,20 @@ def submit(jobs: Sequence[Job[RunConfig]], typed: list[str]) -> None:
     except SlurmError as error:
         remedy = "the same with what Slurm names changed"
         raise ConfigError("submit", None, f"Slurm refuses: {error}", remedy) from None
-    for line in told(run, number, len(jobs)):
+    for line in told(run, number, layouts):
         print(line)
 
 
-def told(run: RunConfig, number: str, jobs: int) -> list[str]:
-    """What to do with job `number`. Pure."""
+def told(run: RunConfig, number: str, layouts: Sequence[Layout]) -> list[str]:
+    """What job `number` is and what to do with it. Pure."""
+    jobs = len(layouts)
     many = jobs > 1
     each = "/0" if many else ""
     log = run.slurm.output.replace("%j", f"{number}_0" if many else number)
     directory = f"{run.run.dir or f'runs/slurm-{number}'}{each}"
     return [
         f"job      {number}{f', an array of {jobs}' if many else ''}",
+        *[f"layout   {layout.describe()}" for layout in dict.fromkeys(layouts)],
         f"run      {directory}{f' to /{jobs - 1}' if many else ''}",
         f"log      {log}{' and so on' if many else ''}: tail -F {shlex.quote(log)}",
         f"state    squeue -j {number}",

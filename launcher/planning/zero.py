@@ -125,6 +125,9 @@ class _Ledger:
         untouched = FP32 * self.never_filled
         own = FP32 * self._whole_in_partition()
         reduced = FP32 * max(min(self.total, self.bucket), self.rank.largest_weight)
+        copied = reduced if self.layout.data > 1 or low else 0
+        # Under a pipeline, DeepSpeed makes another bucket to reduce through, and goes on with the first.
+        spare = 0 if self.rank.is_flat else self.element * self.bucket
         optimizer, host = self._optimizer()
         return States(
             weights=self.element * self.flat,
@@ -133,7 +136,7 @@ class _Ledger:
             forward=Holdings(gradients if self.accumulates else 0),
             backward=Holdings(gradients if self.accumulates else 0, bucket, untouched),
             per_element=0 if self.accumulates else FP32,
-            reduce=Holdings(max(gradients - reduced, 0) + own, bucket + reduced, untouched),
+            reduce=Holdings(max(gradients - reduced, 0) + own, bucket + copied + spare, untouched + spare),
             step=Holdings(own + FP32 * self.largest_share),
         )
 

@@ -25,13 +25,14 @@ from launcher.engine.build import build_engine
 from launcher.engine.optimizer import learning_rate
 from launcher.launch.rank import StopRequest
 from launcher.models.arithmetic import train_flops_per_token
+from launcher.runtime.expectation import Expectation
 from launcher.runtime.metrics.log import MetricsLog
+from launcher.runtime.metrics.rows import Row
 from launcher.runtime.progress import ProgressDisplay
 from launcher.runtime.run_dir import RunDir, stop_grace
 from launcher.runtime.saving import Checkpoints, Progress, start_from
 from launcher.runtime.watchdog import Watchdog
 
-Row = dict[str, float | int]
 _RANK_BITS = 24
 
 
@@ -66,6 +67,7 @@ def _train(
 
     if engine.mesh.rank == 0:
         record_tokenizer(run, directory.path / COMPANIONS)
+    expectation = Expectation(run, layout, device)
     log = MetricsLog(run, layout, directory, progress.step + 1) if engine.mesh.rank == 0 else None
     failed = True
     try:
@@ -87,7 +89,11 @@ def _train(
                 _say(log, f"validation loss {row['val/loss']:.4f}")
             while progress.step < last and not checkpoints.stopping:
                 watchdog.at(f"step {progress.step + 1}")
-                row = train_step(run, layout, engine, loader, progress)
+                with expectation.watching():
+                    row = train_step(run, layout, engine, loader, progress)
+                beside, told = expectation.after(row["perf/step_time_s"])
+                row |= beside
+                _say(log, *told)
                 progress = progress.after(run.training.global_batch_size)
                 if is_validation_step(run, progress.step, last):
                     watchdog.at(f"the validation after step {progress.step}")

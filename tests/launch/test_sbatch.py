@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from launcher.config.compose import Job, compose_jobs
 from launcher.config.errors import ConfigError
+from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
 from launcher.launch.sbatch import Batch, render, slurm_word
 from launcher.launch.submit import batch_of, told
@@ -170,16 +171,20 @@ def test_a_config_directory_goes_along(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_what_a_user_is_told() -> None:
     run = run_of(*CPU)
-    assert told(run, "7", 1) == [
+    one, other = (Layout(1, data, 1, "cpu", 1, 0) for data in (1, 2))
+    assert told(run, "7", [one]) == [
         "job      7",
+        f"layout   {one.describe()}",
         "run      runs/slurm-7",
         "log      slurm-7.out: tail -F slurm-7.out",
         "state    squeue -j 7",
         "cancel   scancel 7, which saves the run first",
     ]
     run.run.dir = "mine"
-    assert told(run, "7", 2)[:3] == [
+    assert told(run, "7", [one, other])[:5] == [
         "job      7, an array of 2",
+        f"layout   {one.describe()}",
+        f"layout   {other.describe()}",
         "run      mine/0 to /1",
         "log      slurm-7_0.out and so on: tail -F slurm-7_0.out",
     ]

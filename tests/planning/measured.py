@@ -69,6 +69,10 @@ CASES: dict[str, list[str]] = {
     "tensor 2, sequence parallel": [*axes(tensor=2), SEQUENCE],
     "tensor 4, sequence parallel, full recomputation": [*axes(tensor=4), SEQUENCE, FULL],
     "pipeline 2": [*axes(pipeline=2, zero=1), BUCKET],
+    "pipeline 2, large bucket": [*axes(pipeline=2, zero=1), BUCKET.replace("1000000", "20000000")],
+    "pipeline 2, bf16, offload, large bucket": [
+        *axes(pipeline=2, zero=1), BF16, OFFLOAD, BUCKET.replace("1000000", "20000000"),
+    ],
     "pipeline 4, Llama": [*axes(pipeline=4, zero=1), LLAMA, BUCKET],
     "pipeline 2, full recomputation": [*axes(pipeline=2, zero=1), FULL, BUCKET],
     "pipeline 2, DualPipeV": [*axes(pipeline=2, zero=1), DUALPIPEV, BUCKET],

@@ -12,7 +12,16 @@ from launcher.config.errors import ConfigError
 from launcher.config.schema import RunConfig
 from launcher.launch.records import Kind, RankEnd
 from launcher.launch.slurm import Allocation, allocation_of
-from launcher.runtime.job import End, Outcome, fit, hydra_text, outcome, run_dir_of, step_command
+from launcher.runtime.job import (
+    End,
+    Outcome,
+    fit,
+    hydra_text,
+    outcome,
+    ready_on_nodes,
+    run_dir_of,
+    step_command,
+)
 from tests.config.composing import run_of
 
 NODES = ["hardware=cpu", "hardware.accelerators_per_node=2", "training.global_batch_size=16"]
@@ -61,6 +70,28 @@ def test_it_takes_the_most_nodes_that_make_a_legal_layout(
 def test_where_none_is_legal_the_refusal_is_that_of_all_nodes() -> None:
     with pytest.raises(ConfigError, match="the world size 2 is not a multiple of tensor 4"):
         fit(run_of(*NODES, "parallelism.tensor=4"), 1)
+
+
+AUTO = ["hardware=h100_80gb", "model=llama3_8b", "precision=bf16", "training.global_batch_size=64"]
+
+
+def test_auto_chooses_for_the_nodes_there_are() -> None:
+    run = run_of(*AUTO, "parallelism=auto", "hardware.nodes=4", "slurm.nodes=2-4")
+    for nodes in (4, 3, 2):
+        ready, layout, used = fit(run, nodes)
+        assert (layout.world_size, layout.device) == (8 * used, "cuda")
+        assert not ready.parallelism.auto
+        assert ready.parallelism.data == layout.data
+    assert fit(run, 4) == fit(run, 4)
+
+
+def test_what_cannot_fit_its_nodes_is_refused_before_it_is_queued() -> None:
+    doomed = run_of(*AUTO, "model=llama3_70b", "parallelism.tensor=2")
+    with pytest.raises(ConfigError, match=r"hardware.memory_bytes=8e\+10: a rank has 80.00 GB, and stage 0"):
+        ready_on_nodes(doomed, 1)
+    with pytest.raises(ConfigError, match=r"parallelism.auto=true: none of \d+ layouts of 8 ranks fits"):
+        ready_on_nodes(run_of(*AUTO, "parallelism=auto", "hardware.memory_bytes=1e9"), 1)
+    ready_on_nodes(run_of(*AUTO, "model=llama3_70b", "parallelism.tensor=2", "plan.enforce=false"), 1)
 
 
 def test_the_step() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from launcher.checkpoint.manifest import checkpoints_in
 from launcher.runtime.metrics.wandb_files import fragments
@@ -38,6 +39,20 @@ def test_on_two_nodes_it_is_the_local_run(
     assert log.count("layout ") == 1
     assert rows(job.run_dir) == local
     assert job.starts() == 1
+
+
+def test_auto_lays_it_out_over_the_job_and_the_run_records_it(
+    local: list[list[Any]], cluster: Cluster, tmp_path: Path
+) -> None:
+    job = submit(cluster, tmp_path, *STEPS, "parallelism=auto")
+    log = job.end("COMPLETED")
+    recorded = yaml.safe_load((job.run_dir / "config.yaml").read_text())["parallelism"]
+    assert not recorded["auto"]
+    assert recorded["data"] * recorded["tensor"] * recorded["pipeline"] == 4
+    assert f"{recorded['pipeline']} pipeline x {recorded['data']} data x {recorded['tensor']} tensor" in log
+    assert [row[0] for row in rows(job.run_dir)] == [row[0] for row in local]
+    losses = [[row[2] for row in run] for run in (rows(job.run_dir), local)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
 def test_through_requeues_it_is_one_run(local: list[list[Any]], cluster: Cluster, tmp_path: Path) -> None:

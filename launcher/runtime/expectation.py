@@ -1,0 +1,97 @@
+"""The plan beside the run: its memory and time in every row, and once in a start what came of them."""
+
+import gc
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from statistics import median
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from launcher.config.layout import Layout
+from launcher.config.schema import RunConfig
+from launcher.planning.allocations import Allocations
+from launcher.planning.plan import make_plan
+from launcher.planning.report import size
+from launcher.runtime.metrics.rows import Row
+
+JUDGED_AT = 10  # steps after a start: the first ones make states, and ZeRO-3 learns the order of its weights
+MEMORY_ERROR, TIME_ERROR = 0.05, 0.2  # as docs/planning.md states them
+
+
+class Expectation:
+    """That of one rank; all of them take every step with it."""
+
+    def __init__(self, run: RunConfig, layout: Layout, device: torch.device) -> None:
+        plan = make_plan(run, layout)
+        self.memory = max(stage.memory.allocated for stage in plan.stages)
+        self.seconds = plan.time.total if plan.time else None
+        self._device = device
+        self._taken: list[float] = []  # seconds of the steps so far, until they are judged
+        self._allocations: Allocations | None = None
+        self._row: Row = {"memory/predicted_bytes": self.memory}
+        if self.seconds is not None:
+            self._row["perf/predicted_step_time_s"] = self.seconds
+
+    def watching(self) -> AbstractContextManager[object]:
+        """To be entered around a step. On CPU one of them has its tensors counted, which takes time."""
+        if len(self._taken) != JUDGED_AT - 1 or self._device.type != "cpu":
+            return nullcontext()
+        self._allocations = Allocations()
+        for tensor in _alive():
+            self._allocations.count(tensor)
+        return self._allocations
+
+    def after(self, elapsed: float) -> tuple[Row, list[str]]:
+        """What belongs into the row of a step, and what to say. Collective once: a number is all-reduced."""
+        if len(self._taken) == JUDGED_AT:
+            return self._row, []
+        self._taken.append(elapsed)
+        if len(self._taken) < JUDGED_AT:
+            return self._row, []
+        allocated = self._most_allocated()
+        self._row["memory/allocated_bytes"] = allocated
+        # Neither the first, which begins cold, nor the one whose tensors were counted.
+        return self._row, judged(self.memory, allocated, self.seconds, median(self._taken[1:-1]))
+
+    def _most_allocated(self) -> int:
+        """Bytes of tensors at the most, on the rank that has most. Collective over the world."""
+        own = self._allocations.peak if self._allocations else torch.cuda.max_memory_allocated(self._device)
+        self._allocations = None  # lets go of what it counted
+        most = torch.tensor(own, dtype=torch.int64, device=self._device)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        return int(most)
+
+
+def judged(memory: int, allocated: int, seconds: float | None, taken: float) -> list[str]:
+    """What to tell of bytes and seconds as predicted and as measured. Pure."""
+    lines = [
+        _told(
+            f"tensors took {size(allocated)} of a rank, {size(memory)} planned",
+            memory / allocated - 1,
+            MEMORY_ERROR,
+        )
+    ]
+    if seconds is not None:
+        words = f"a step takes {taken:.3g} s, {seconds:.3g} s planned"
+        lines.append(_told(words, seconds / taken - 1, TIME_ERROR))
+    return lines
+
+
+def _told(words: str, error: float, stated: float) -> str:
+    if abs(error) <= stated:
+        return f"planned  {words} ({error:+.1%})"
+    return f"warning  {words} ({error:+.1%}): more than the {stated:.0%} that docs/planning.md states"
+
+
+def _alive() -> Iterator[Tensor]:
+    """Every tensor of this process that Python knows of, and gradients, of which it may not."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of attributes that asking for makes deprecated objects warn
+        for one in gc.get_objects():
+            if issubclass(type(one), Tensor):
+                yield one
+                if one.is_leaf and one.grad is not None:
+                    yield one.grad
