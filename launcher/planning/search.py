@@ -4,13 +4,13 @@ Searched: data, tensor and pipeline sizes, ZeRO stage, micro-batch, sequence par
 offload. What is typed at another value than its default stays as typed; the micro-batch is always chosen.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 from typing import Any
 
-from launcher.config.errors import ConfigError, settings
+from launcher.config.errors import ConfigError, as_typed, settings
 from launcher.config.layout import Layout, effective_zero_stage
 from launcher.config.schema import ActivationCheckpointing, ParallelismConfig, RunConfig
 from launcher.config.shape import divisors
@@ -24,6 +24,14 @@ from launcher.planning.rates import NOMINAL, Rates, rates_of
 from launcher.planning.traffic import group_shapes
 
 Settings = dict[str, Any]
+
+CHOICES: dict[str, Sequence[Any]] = {
+    "zero_stage": range(4),
+    "sequence_parallel": (False, True),
+    "activation_checkpointing": tuple(ActivationCheckpointing),
+    "offload_optimizer": (False, True),
+    "offload_parameters": (False, True),
+}
 
 
 @dataclass(frozen=True)
@@ -139,17 +147,10 @@ def _candidates(run: RunConfig, space: Space) -> Iterator[Candidate]:
 
 def _settings(run: RunConfig, space: Space) -> Iterator[Settings]:
     """All there are, legal or not, in an order of their own."""
-    choices = {
-        "zero_stage": range(4),
-        "sequence_parallel": (False, True),
-        "activation_checkpointing": tuple(ActivationCheckpointing),
-        "offload_optimizer": (False, True),
-        "offload_parameters": (False, True),
-    }
     default, p = ParallelismConfig(), run.parallelism
     options = {
         name: (getattr(p, name),) if getattr(p, name) != getattr(default, name) else values
-        for name, values in choices.items()
+        for name, values in CHOICES.items()
     }
     whole = run.hardware.nodes * space.per_node
     nodes = {} if space.world == whole else {"hardware.nodes": -(-space.world // space.per_node)}
@@ -252,11 +253,18 @@ def _fullest(ranks: tuple[Rank, ...]) -> Iterable[Rank]:
 
 
 def _why_none(run: RunConfig, space: Space) -> ConfigError:
-    """Validation's own words about the run on one rank; where that is legal, it is the batch."""
+    """Validation's own words about the run on one rank; else a setting that was typed, else the batch."""
     try:
         validate_in(replace(space, world=1), changed(freed(run), {"training.micro_batch_size": 1}))
     except ConfigError as error:
         return error
+    default = ParallelismConfig()
+    for name in ("data", "tensor", "pipeline", *CHOICES):
+        value, free = getattr(run.parallelism, name), getattr(default, name)
+        field = f"parallelism.{name}"
+        if value != free and (found := next(_candidates(changed(run, {field: free}), space), None)):
+            why = f"no layout of {space.world} ranks is legal with it"
+            return ConfigError(field, value, why, f"{field}={as_typed(found.settings[field])}")
     batch = run.training.global_batch_size
     larger = sorted({data * -(-batch // data) for data in divisors(space.world) if batch % data})
     return ConfigError(

@@ -206,6 +206,24 @@ class TestChoice:
         with pytest.raises(ConfigError, match=r"model.num_heads=5: does not divide model.hidden_size=128"):
             chosen(run, Space("cpu", 2, 2, exact=False))
 
+    @pytest.mark.parametrize(
+        ("typed", "blamed"),
+        [
+            (["parallelism.tensor=3"], "tensor"),
+            (["parallelism.data=5"], "data"),
+            (["parallelism.data=4", "parallelism.tensor=4"], "data"),
+            (["parallelism.offload_parameters=true", "parallelism.zero_stage=1"], "zero_stage"),
+        ],
+    )
+    def test_what_leaves_no_layout_is_named_and_its_remedy_works(self, typed: list[str], blamed: str) -> None:
+        run = run_of(*LLAMA, *CLUSTER, *typed)
+        with pytest.raises(ConfigError, match="no layout of 8 ranks is legal with it") as raised:
+            chosen(run, space_of(run))
+        assert raised.value.field == f"parallelism.{blamed}"
+        others = [one for one in typed if not one.startswith(f"parallelism.{blamed}=")]
+        mended = run_of(*LLAMA, *CLUSTER, *others, raised.value.remedy)
+        assert chosen(mended, space_of(mended))[1].candidates
+
     def test_nothing_fits(self) -> None:
         run = run_of(*LLAMA, *CLUSTER, "hardware.memory_bytes=1e9")
         with pytest.raises(ConfigError) as raised:
