@@ -15,6 +15,7 @@ NAME.bin is the token ids, sequence after sequence. NAME.idx, little-endian, say
 """
 
 import hashlib
+import mmap
 import os
 import struct
 from bisect import bisect_left
@@ -144,7 +145,7 @@ def open_token_file(prefix: Path) -> TokenFile:
 
     found = TokenFile(
         prefix,
-        np.memmap(tokens, dtype, mode="r")
+        _map_for_single_reads(tokens, dtype)
         if bin_size and bin_size % dtype.itemsize == 0
         else np.empty(0, dtype),
         lengths=part(_HEADER.size, sequences, "<i4"),
@@ -158,6 +159,25 @@ def open_token_file(prefix: Path) -> TokenFile:
         raise TokenFileError(tokens, "holds no tokens")
     _check_order(found)
     return found
+
+
+def _map_for_single_reads(path: Path, dtype: np.dtype[Any]) -> Array:
+    """Mapped so that a page brings no neighbours along: windows are read here and there (`fetch`)."""
+    tokens = np.memmap(path, dtype, mode="r")
+    tokens._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]
+    return tokens
+
+
+def fetch(tokens: Array, first: int, count: int) -> None:
+    """Begin to read `count` tokens from place `first` of the file that `tokens` are mapped from.
+
+    Without it each page is waited for by itself. Tokens that are not mapped are in memory already.
+    """
+    mapping = getattr(tokens, "_mmap", None)
+    if mapping is not None:
+        start, end = first * tokens.itemsize, (first + count) * tokens.itemsize
+        aligned = start // mmap.PAGESIZE * mmap.PAGESIZE
+        mapping.madvise(mmap.MADV_WILLNEED, aligned, end - aligned)
 
 
 def _check_order(found: TokenFile) -> None:

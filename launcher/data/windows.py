@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from launcher.config.errors import ConfigError
+from launcher.data.token_file import fetch
 
 
 @dataclass(frozen=True, eq=False)  # eq: arrays have no single truth value
@@ -44,13 +45,19 @@ class Windows:
 
         Raises ConfigError for a token id that the model's vocabulary does not have.
         """
-        rows = np.empty((len(places), self.sequence_length + 1), np.int64)
-        for row, (stretch, place) in enumerate(zip(*self._locate(places), strict=True)):
-            start = place * self.sequence_length
-            tokens = self.stretches[stretch].tokens[start : start + self.sequence_length + 1]
+        length = self.sequence_length + 1
+        rows = np.empty((len(places), length), np.int64)
+        found = [
+            (self.stretches[stretch], place * self.sequence_length)
+            for stretch, place in zip(*self._locate(places), strict=True)
+        ]
+        for stretch, start in found:
+            fetch(stretch.tokens, stretch.first + start, length)
+        for row, (stretch, start) in enumerate(found):
+            tokens = stretch.tokens[start : start + length]
             rows[row] = tokens
             if self.vocab_size is not None:
-                check_ids(tokens, self.vocab_size, self.stretches[stretch], start)
+                check_ids(tokens, self.vocab_size, stretch, start)
         return rows
 
     def _locate(self, places: npt.NDArray[np.int64]) -> tuple[list[int], list[int]]:
