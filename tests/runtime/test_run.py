@@ -11,8 +11,8 @@ from tests.runtime.command import launcher, metrics, trained
 
 NAMES = {
     "step", "train/loss", "train/grad_norm", "train/lr", "train/tokens", "train/samples", "perf/step_time_s",
-    "perf/tokens_per_s", "perf/flops_per_s", "perf/data_wait", "data/epochs", "memory/peak_bytes", "memory/predicted_bytes",
-    "memory/peak_rank",
+    "perf/tokens_per_s", "perf/flops_per_s", "perf/data_wait", "data/epochs", "memory/peak_bytes",
+    "memory/peak_rank", "memory/predicted_bytes",
 }  # fmt: skip
 
 
