@@ -10,8 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from launcher import __version__
+from launcher.calibrate.command import calibrate
 from launcher.checkpoint.exchange_command import export, import_
 from launcher.checkpoint.inspect import inspect
+from launcher.compare.command import compare
 from launcher.config.compose import Job, compose_jobs, load_typed
 from launcher.config.errors import ConfigError
 from launcher.config.layout import Layout, resolve_device
@@ -236,6 +238,8 @@ def sync(arguments: list[str]) -> int:
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "plan": plan,
+    "compare": compare,
+    "calibrate": calibrate,
     "verify": verify,
     "submit": submit,
     "job": run_job,

@@ -18,6 +18,8 @@ from launcher.config.errors import ConfigError
 from launcher.config.explain import COMPOSITION_ERRORS, explain, missing_value, no_such_field
 from launcher.config.fields import ENTRIES, config_directory, is_section
 from launcher.config.schema import (
+    CalibrateConfig,
+    ComparedRunConfig,
     ExchangeConfig,
     GenerateConfig,
     PlannedRunConfig,
@@ -26,7 +28,16 @@ from launcher.config.schema import (
     register_schema,
 )
 
-Config = TypeVar("Config", RunConfig, PlannedRunConfig, GenerateConfig, ExchangeConfig, PrepareConfig)
+Config = TypeVar(
+    "Config",
+    RunConfig,
+    PlannedRunConfig,
+    ComparedRunConfig,
+    GenerateConfig,
+    ExchangeConfig,
+    PrepareConfig,
+    CalibrateConfig,
+)
 
 
 # Dictionaries whose keys are the user's.

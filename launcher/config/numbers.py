@@ -58,6 +58,7 @@ NUMBERS: dict[str, tuple[Range, str]] = {
     "hardware.bandwidth_intra_node_gb_s": (ABOVE_0, "null"),
     "hardware.bandwidth_inter_node_gb_s": (ABOVE_0, "null"),
     "hardware.host_bandwidth_gb_s": (ABOVE_0, "null"),
+    "hardware.cores": (COUNT, "null"),
     "checkpoint.interval_steps": (COUNT, "null"),
     "checkpoint.interval_minutes": (ABOVE_0, "null"),
     "checkpoint.keep_last": (COUNT, "1"),
@@ -108,6 +109,14 @@ PREPARE_NUMBERS: dict[str, tuple[Range, str]] = {
     "vocab": (COUNT, "32000"),
     "max_line_mb": (ABOVE_0, "256"),
     "workers": (COUNT, "1"),
+}
+COMPARE_NUMBERS: dict[str, tuple[Range, str]] = {
+    "compare.ranks": (COUNT, "4"),
+    "compare.steps": (COUNT, "8"),
+}
+CALIBRATE_NUMBERS: dict[str, tuple[Range, str]] = {
+    "rounds": (COUNT, "5"),
+    "most_ranks": (COUNT, "null"),
 }
 EXCHANGE_NUMBERS: dict[str, tuple[Range, str]] = {"max_file_gb": (ABOVE_0, "2")}
 

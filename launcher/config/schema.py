@@ -171,6 +171,56 @@ class PeakFlops:
 
 
 @dataclass
+class Point:
+    """Something per second, at some size."""
+
+    size: float
+    per_s: float
+
+
+@dataclass
+class MeasuredProducts:
+    """FLOP/s of matrix products, by the FLOPs of one."""
+
+    fp32: list[Point] = field(default_factory=list)
+    bf16: list[Point] = field(default_factory=list)
+    fp16: list[Point] = field(default_factory=list)
+
+
+@dataclass
+class MeasuredCollective:
+    """Bytes per second, by bytes: of the tensor reduced or sent, of the whole gathered or scattered."""
+
+    kind: str = MISSING  # all_reduce, all_gather, reduce_scatter or send
+    ranks: int = MISSING
+    points: list[Point] = field(default_factory=list)
+
+
+@dataclass
+class Scale:
+    """What the operations of a model took, over what they take one by one."""
+
+    flops: float  # of a block and a micro-batch, forward and backward
+    factor: float
+
+
+@dataclass
+class MeasuredRates:
+    """What `launcher calibrate` measured on each of `ranks` ranks that share a machine, all at once."""
+
+    ranks: int = MISSING
+    products: MeasuredProducts = field(default_factory=MeasuredProducts)
+    elementwise: list[Point] = field(default_factory=list)  # bytes/s read and written, by bytes of a tensor
+    stream: float = MISSING  # bytes/s of an optimizer's update of much more than caches hold
+    operation_s: float = MISSING  # seconds that an operation takes whatever its size
+    step_s: float = 0.0  # seconds that a step takes whatever its model
+    micro_batch_s: float = 0.0  # and each of its micro-batches
+    zero_3_block_s: float = 0.0  # and each block, in each of them, under ZeRO-3
+    scales: list[Scale] = field(default_factory=list)  # by size of a model; none: 1
+    collectives: list[MeasuredCollective] = field(default_factory=list)
+
+
+@dataclass
 class HardwareConfig:
     device: Device = Device.auto
     nodes: int = 1
@@ -182,6 +232,8 @@ class HardwareConfig:
     bandwidth_intra_node_gb_s: Optional[float] = None  # of one accelerator, one direction
     bandwidth_inter_node_gb_s: Optional[float] = None  # of one accelerator, one direction
     host_bandwidth_gb_s: Optional[float] = None  # between one accelerator and the host's memory
+    cores: Optional[int] = None  # that CPU ranks share; null: one for each
+    measured: list[MeasuredRates] = field(default_factory=list)  # by number of ranks; in place of the above
 
 
 @dataclass
@@ -377,6 +429,24 @@ class PlannedRunConfig(RunConfig):
 
 
 @dataclass
+class CompareConfig:
+    """What `launcher compare` does besides the run it is given."""
+
+    layouts: list[str] = field(default_factory=list)  # by name; none: all that there are
+    ranks: int = 4
+    steps: int = 8  # that are timed, after two whose memory and traffic are counted
+    figure: Optional[str] = "compare.png"
+    report: Optional[str] = None  # everything measured and planned, as JSON
+
+
+@dataclass
+class ComparedRunConfig(RunConfig):
+    """What `launcher compare` takes: a run, and how to compare its layouts."""
+
+    compare: CompareConfig = field(default_factory=CompareConfig)
+
+
+@dataclass
 class GenerateConfig:
     """What `launcher generate` takes."""
 
@@ -427,6 +497,16 @@ class PrepareConfig:
 
 
 @dataclass
+class CalibrateConfig:
+    """What `launcher calibrate` takes."""
+
+    name: str = "this_machine"  # of the hardware config
+    dir: str = "my_conf"  # for --config-dir; the config goes to DIR/hardware/NAME.yaml
+    rounds: int = 5  # of everything, one after the other; their medians count
+    most_ranks: Optional[int] = None  # null: twice the cores, or all GPUs
+
+
+@dataclass
 class ExchangeConfig:
     """What `launcher export` and `launcher import` take besides the two directories."""
 
@@ -443,6 +523,8 @@ def register_schema() -> None:
     store = ConfigStore.instance()
     store.store(name="run_schema", node=RunConfig)
     store.store(name="plan_schema", node=PlannedRunConfig)
+    store.store(name="compare_schema", node=ComparedRunConfig)
     store.store(name="generate_schema", node=GenerateConfig)
+    store.store(name="calibrate_schema", node=CalibrateConfig)
     store.store(name="exchange_schema", node=ExchangeConfig)
     store.store(name="prepare_schema", node=PrepareConfig)

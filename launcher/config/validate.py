@@ -13,6 +13,8 @@ from launcher.config.errors import ConfigError, as_typed, refusal, settings, val
 from launcher.config.layout import Layout, resolve_layout
 from launcher.config.numbers import (
     BYTE_VALUES,
+    CALIBRATE_NUMBERS,
+    COMPARE_NUMBERS,
     COUNT,
     GENERATE_NUMBERS,
     NUMBERS,
@@ -20,11 +22,14 @@ from launcher.config.numbers import (
     refuse_numbers_out_of_range,
 )
 from launcher.config.schema import (
+    CalibrateConfig,
+    ComparedRunConfig,
     CorpusSource,
     Dtype,
     Family,
     GenerateConfig,
     OptimizerName,
+    ParallelismConfig,
     Pooling,
     PrepareConfig,
     RunConfig,
@@ -87,6 +92,26 @@ def validate_prepare(config: PrepareConfig) -> None:
     if t.end_of_document is not None and t.path is None:
         why = "only another's tokenizer has ends to choose from"
         raise refusal(config, "tokenizer.end_of_document", why, "tokenizer.end_of_document=null")
+
+
+def validate_compare(config: ComparedRunConfig) -> None:
+    """Check what `launcher compare` is given besides a run. Raises ConfigError."""
+    refuse_numbers_out_of_range(config, COMPARE_NUMBERS)
+    if config.compare.ranks == 1:
+        raise refusal(config, "compare.ranks", "one rank is one layout", "compare.ranks=2", "compare.ranks=4")
+    for name in ("data", "tensor", "pipeline", "zero_stage", "auto"):
+        default = 1 if name == "data" else getattr(ParallelismConfig(), name)
+        if getattr(config.parallelism, name) != default:
+            why = "the layouts that are compared set it (compare.layouts)"
+            raise refusal(config, f"parallelism.{name}", why, *settings(f"parallelism.{name}", [default]))
+
+
+def validate_calibrate(config: CalibrateConfig) -> None:
+    """Check what `launcher calibrate` is given. Raises ConfigError."""
+    refuse_numbers_out_of_range(config, CALIBRATE_NUMBERS)
+    if not re.fullmatch(r"\w[\w.-]*", config.name):
+        why = "is to be typed as hardware=NAME, and the name of a file"
+        raise refusal(config, "name", why, "name=this_machine")
 
 
 def check_numbers(run: RunConfig) -> None:

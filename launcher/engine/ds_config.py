@@ -4,6 +4,7 @@ from typing import Any
 
 from launcher.config.layout import Layout
 from launcher.config.schema import Dtype, RunConfig
+from launcher.models.arithmetic import reduce_bucket
 
 
 def deepspeed_config(run: RunConfig, layout: Layout) -> dict[str, Any]:
@@ -33,7 +34,7 @@ def clipping(run: RunConfig, layout: Layout) -> float:
 
 
 def _zero(run: RunConfig, layout: Layout) -> dict[str, Any]:
-    zero: dict[str, Any] = {"stage": layout.zero_stage}
+    zero: dict[str, Any] = {"stage": layout.zero_stage, "reduce_bucket_size": reduce_bucket(run.model)}
     # Pinning host memory needs a GPU to copy to.
     pinned = layout.device == "cuda"
     if run.parallelism.offload_optimizer:

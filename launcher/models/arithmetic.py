@@ -38,6 +38,14 @@ def parameters(model: ModelConfig) -> int:
     return total + vision_tokens(model) * h + patch_bias_and_class_token + model.num_classes
 
 
+def reduce_bucket(model: ModelConfig) -> int:
+    """Elements of the bucket that gradients are reduced through: DeepSpeed's own number, or all there are.
+
+    DeepSpeed allocates it whole, 2 GB in fp32, however small the model.
+    """
+    return min(500_000_000, parameters(model))
+
+
 def train_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
     """Model FLOPs of forward and backward per token: 6 per matrix weight, 12 L H T for attention.
 

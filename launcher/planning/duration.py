@@ -7,9 +7,9 @@ from functools import cache
 from launcher.config.layout import Layout
 from launcher.config.schema import Dtype, OptimizerName, RunConfig
 from launcher.planning.geometry import Chunk, Rank, kind_of
+from launcher.planning.measured_rates import AnyRates
 from launcher.planning.parts import Part, parts
 from launcher.planning.program import BYTES, FP32, Collective, Operation, Sizes
-from launcher.planning.rates import Rates
 from launcher.planning.traffic import (
     TIED_RANKS,
     GroupName,
@@ -36,6 +36,11 @@ class Pass:
 
     def times(self, count: int) -> "Pass":
         return Pass(self.compute * count, self.waiting * count)
+
+
+def scaled(one: Pass, scale: float) -> Pass:
+    """Its computation takes longer; what it waits for does not."""
+    return Pass(one.compute * scale, one.waiting)
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,11 @@ class StepTime:
 
 
 def step_time(
-    run: RunConfig, layout: Layout, ranks: Sequence[Rank], rates: Rates, groups: dict[GroupName, GroupShape]
+    run: RunConfig,
+    layout: Layout,
+    ranks: Sequence[Rank],
+    rates: AnyRates,
+    groups: dict[GroupName, GroupShape],
 ) -> StepTime:
     """That of the slowest pipeline rank, with what it waits for the others."""
     kinds = {kind_of(rank): rank for rank in reversed(ranks)}
@@ -90,18 +99,23 @@ def step_time(
     slowest = max(range(len(ranks)), key=lambda index: own[index])
     stages, rank, batches = by_rank[slowest], ranks[slowest], layout.accumulation
     compute = sum(stage.forward.compute + stage.backward.compute for stage in stages) * batches
+    if layout.zero_stage == 3:
+        compute += rank.blocks * batches * rates.zero_3_block_s
     waiting = sum(stage.forward.waiting + stage.backward.waiting for stage in stages) * batches
     data = max(
         _data_waiting(run, layout, one, rates, groups, compute if kind == kind_of(rank) else 0.0)
         for kind, one in kinds.items()
     )
+    # Ranks that share a processor take turns, and some of that while others would idle.
+    taking_turns = compute * (rates.crowding - 1)
     return StepTime(
-        compute=compute,
+        compute=compute + taking_turns,
         tensor=waiting,
         data=data,
         pipeline=sum(stage.sending for stage in stages) * batches,
-        bubble=_bubble(layout, own, by_rank),
-        optimizer=max(_optimizer(run, layout, one, rates) for one in kinds.values()),
+        bubble=max(0.0, _bubble(layout, own, by_rank) - taking_turns),
+        optimizer=rates.step_s
+        + rates.crowding * max(_optimizer(run, layout, one, rates) for one in kinds.values()),
         stages=_in_order(layout, by_rank),
     )
 
@@ -134,28 +148,33 @@ class _PartTimes:
     embedding: tuple[Pass, Pass]
     block: tuple[Pass, Pass]
     head: tuple[Pass, Pass]
+    each: float  # seconds that any stage takes besides
 
 
 @cache
-def _part_times(sizes: Sizes, rates: Rates, tensor: GroupShape) -> _PartTimes:
-    def both(part: Part) -> tuple[Pass, Pass]:
-        return forward_pass(part.program, rates, tensor), backward_pass(part, rates, tensor)
-
+def _part_times(sizes: Sizes, rates: AnyRates, tensor: GroupShape) -> _PartTimes:
     model = parts(sizes)
-    return _PartTimes(both(model.embedding), both(model.block), both(model.head))
+    scale = rates.scale(model.block.flops)
+
+    def both(part: Part) -> tuple[Pass, Pass]:
+        forward, backward = forward_pass(part.program, rates, tensor), backward_pass(part, rates, tensor)
+        return scaled(forward, scale), scaled(backward, scale)
+
+    return _PartTimes(both(model.embedding), both(model.block), both(model.head), rates.micro_batch_s)
 
 
 def stage_time(times: _PartTimes, chunk: Chunk, send: float) -> StageTime:
     """`send` is the seconds to hand an activation to the next stage."""
+    # Most of what it takes besides is DeepSpeed's work around the backward pass.
     forward = times.block[0].times(chunk.blocks)
-    backward = times.block[1].times(chunk.blocks)
+    backward = times.block[1].times(chunk.blocks) + Pass(times.each)
     for (ahead, back), there in ((times.embedding, chunk.has_embedding), (times.head, chunk.has_head)):
         if there:
             forward, backward = forward + ahead, backward + back
     return StageTime(forward, backward, send * ((not chunk.has_head) + (not chunk.has_embedding)))
 
 
-def forward_pass(operations: Sequence[Operation], rates: Rates, tensor: GroupShape) -> Pass:
+def forward_pass(operations: Sequence[Operation], rates: AnyRates, tensor: GroupShape) -> Pass:
     compute = waiting = 0.0
     for one in operations:
         compute += sum(rates.product(matmul) for matmul in one.forward_matmuls)
@@ -164,7 +183,7 @@ def forward_pass(operations: Sequence[Operation], rates: Rates, tensor: GroupSha
     return Pass(compute, waiting)
 
 
-def backward_pass(part: Part, rates: Rates, tensor: GroupShape) -> Pass:
+def backward_pass(part: Part, rates: AnyRates, tensor: GroupShape) -> Pass:
     """With what is run again. A column layer's collective hides behind its weight's product."""
     again = forward_pass(part.again, rates, tensor)
     compute, waiting = again.compute, again.waiting
@@ -182,7 +201,7 @@ def _data_waiting(
     run: RunConfig,
     layout: Layout,
     rank: Rank,
-    rates: Rates,
+    rates: AnyRates,
     groups: dict[GroupName, GroupShape],
     compute: float,
 ) -> float:
@@ -200,7 +219,7 @@ def _data_waiting(
     return seconds
 
 
-def _optimizer(run: RunConfig, layout: Layout, rank: Rank, rates: Rates) -> float:
+def _optimizer(run: RunConfig, layout: Layout, rank: Rank, rates: AnyRates) -> float:
     """Seconds that memory's bandwidth takes for the gradients' norm, clipping, and the update."""
     element, data = BYTES[run.precision.dtype], layout.data
     whole = rank.parameters

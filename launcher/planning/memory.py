@@ -1,13 +1,14 @@
 """The most memory a rank needs, by class: every moment of a step is added up, the fullest taken. Pure."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from launcher.config.layout import Layout
 from launcher.config.schema import ActivationCheckpointing, RunConfig
 from launcher.planning.geometry import Rank, block_parameters
 from launcher.planning.parts import Parts, parts
 from launcher.planning.program import Sizes
+from launcher.planning.tape import Footprint
 from launcher.planning.zero import Holdings, States, reduced_at_first, states_of
 
 # CUDA's context and libraries, and what torch's caching allocator cannot hand out again.
@@ -105,6 +106,11 @@ class _Flow:
         holdings = Holdings(gradients, held.communication, held.untouched)
         return _Moment(name, activations, holdings, states.gathered)
 
+    def first_backward(self, name: str, activations: int) -> _Moment:
+        """Before any weight has a gradient, and DeepSpeed a bucket for it."""
+        states, held = self.states, self.states.forward
+        return _Moment(name, activations, replace(held, gradients=states.backward.gradients), states.gathered)
+
     def forward(self, name: str, activations: int) -> _Moment:
         """Within the forward pass."""
         states = self.states
@@ -128,7 +134,8 @@ class _Flat(_Flow):
         of_head = total - self.rank.parameters_of_embedding - blocks * of_block
         yield self.forward("forward pass", body - block.footprint.saved + block.footprint.forward)
         yield self.forward("loss", body + head.footprint.forward)
-        yield self.backward("backward pass, head", saved + head.footprint.backward)
+        yield self.first_backward("backward pass, head", saved + head.footprint.backward)
+        yield self.backward("backward pass, head", saved + head.footprint.later)
         yield self.backward(
             "backward pass, last block", body + block.footprint.backward + tied, of_head, soon=of_block
         )
@@ -178,17 +185,32 @@ class _Pipelined(_Flow):
             inputs = own - sum(part.footprint.saved * count for part, count in self.parts.of(stage))
             body = own - (self.parts.head.footprint.saved if stage.has_head else 0)
             yield self.forward("forward pass", others + body - block.saved + block.forward)
+            ends = [("last block", others + body, block)]
             if stage.has_head:
                 head = self.parts.head.footprint
                 yield self.forward("loss", others + body + head.forward)
-                yield self.backward("backward pass, head", others + own + head.backward)
-            yield self.backward("backward pass, last block", others + body + block.backward)
+                ends.insert(0, ("head", others + own, head))
+            for place, kept, end in ends:
+                yield from self._backward(f"backward pass, {place}", kept, end, one_less=kept - own)
             if stage.has_embedding:
                 embedding = self.parts.embedding.footprint
                 yield self.backward(
                     "backward pass, embedding", others + inputs + embedding.saved + embedding.backward
                 )
         yield from self.after()
+
+    def _backward(self, name: str, kept: int, end: Footprint, *, one_less: int) -> Iterator[_Moment]:
+        """At the end of a stage, with what all micro-batches in flight keep, or one less."""
+        if self.layout.accumulation > sum(in_flight(self.layout, self.rank.stage)):
+            # As many are in flight again and again, with the gradients and the bucket of the first.
+            yield self.backward(name, kept + end.backward)
+            return
+        states = self.states
+        before = replace(states.forward, gradients=states.fresh)
+        yield _Moment(name, kept + end.backward, before, states.gathered)
+        begun = replace(states.backward, gradients=states.fresh)
+        yield _Moment(name, kept + end.later, begun, states.gathered)
+        yield self.backward(name, one_less + end.backward)
 
     def _saved(self, chunk: int) -> int:
         """Of one micro-batch: what autograd keeps, and DeepSpeed's own copies of input and output."""

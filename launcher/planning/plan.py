@@ -10,10 +10,11 @@ from launcher.config.shape import sequence_length
 from launcher.models.arithmetic import parameters, train_flops_per_token
 from launcher.planning.duration import StepTime, step_time
 from launcher.planning.geometry import pipeline_ranks
+from launcher.planning.measured_rates import rates_of
 from launcher.planning.memory import Memory, rank_memory
 from launcher.planning.parts import flops, parts
 from launcher.planning.program import Collective, Sizes
-from launcher.planning.rates import Shares, rates_of
+from launcher.planning.rates import Shares
 from launcher.planning.traffic import (
     GROUPS,
     GroupName,
@@ -133,7 +134,7 @@ def make_plan(
         )
         for name in GROUPS
     }
-    rates = rates_of(run.hardware, run.precision.dtype, shares)
+    rates = rates_of(run.hardware, run.precision.dtype, layout.world_size, shares)
     return Plan(
         run=run,
         layout=layout,

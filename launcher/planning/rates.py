@@ -36,6 +36,10 @@ class Rates:
     inter: float  # ... and to other nodes
     host: float  # ... and to the host's memory
     shares: Shares
+    step_s: float = 0.0  # that a step takes whatever its model
+    micro_batch_s: float = 0.0  # and each of its micro-batches
+    zero_3_block_s: float = 0.0  # and each block, in each of them, under ZeRO-3
+    crowding: float = 1.0  # ranks to a processor
 
     def product(self, matmul: Matmul) -> float:
         """Seconds: the arithmetic, and the operands' way in and out (Williams et al., CACM 52, 2009)."""
@@ -46,6 +50,10 @@ class Rates:
     def moving(self, size: float, kernels: int = 1) -> float:
         """Seconds to read and write `size` bytes of memory in some operations."""
         return size / self.memory + kernels * self.shares.kernel_s
+
+    def scale(self, flops: float) -> float:
+        """Data sheets know of none."""
+        return 1.0
 
     def collective(self, one: Collective, group: GroupShape) -> float:
         """Seconds. Across nodes: reduced or spread within each first, then each rank over its own link."""
@@ -65,7 +73,7 @@ class Rates:
         return seconds + rounds * ((inside - 1) * self.shares.hop_intra_s + hops * self.shares.hop_inter_s)
 
 
-def rates_of(hardware: HardwareConfig, dtype: Dtype, shares: Shares | None = None) -> Rates | None:
+def specified(hardware: HardwareConfig, dtype: Dtype, shares: Shares | None = None) -> Rates | None:
     """None where the hardware's config does not say how fast it is."""
     shares = shares or Shares()
     peak: float | None = getattr(hardware.peak_flops, dtype.name)

@@ -18,9 +18,10 @@ from launcher.config.validate import validate
 from launcher.planning.changes import changed
 from launcher.planning.duration import step_time
 from launcher.planning.geometry import Rank, kind_of, pipeline_ranks
+from launcher.planning.measured_rates import AnyRates, rates_of
 from launcher.planning.memory import rank_memory
 from launcher.planning.plan import memory_budget
-from launcher.planning.rates import NOMINAL, Rates, rates_of
+from launcher.planning.rates import NOMINAL
 from launcher.planning.traffic import group_shapes
 
 Settings = dict[str, Any]
@@ -205,8 +206,8 @@ class _Judge:
 
     def __init__(self, run: RunConfig, space: Space) -> None:
         self.run, self.space = changed(run, {"parallelism.auto": False}), space
-        rates = rates_of(run.hardware, run.precision.dtype)
-        self.rates: Rates = rates or NOMINAL[space.device]
+        rates = rates_of(run.hardware, run.precision.dtype, space.world)
+        self.rates: AnyRates = rates or NOMINAL[space.device]
 
     def candidate(self, chosen: Settings) -> Candidate | None:
         run = changed(self.run, chosen)
@@ -234,7 +235,7 @@ def validate_in(space: Space, run: RunConfig) -> Layout:
     return validate(run, gpus=gpus, cores=space.world, joined_world=space.world)
 
 
-def seconds(run: RunConfig, layout: Layout, rates: Rates, per_node: int) -> float:
+def seconds(run: RunConfig, layout: Layout, rates: AnyRates, per_node: int) -> float:
     groups = group_shapes(layout, per_node)
     return step_time(run, layout, pipeline_ranks(run, layout), rates, groups).total
 

@@ -12,12 +12,13 @@ class Footprint:
 
     What a part is given belongs to it if it keeps it; what it hands on does not. `forward` is the most alive
     at once during the forward pass, beside what parts before it saved, `backward` during the backward pass,
-    beside what they and it saved.
+    beside what they and it saved, and `later` in that from where the first weight has its gradient.
     """
 
     saved: int
     forward: int
     backward: int
+    later: int
 
 
 def footprint(program: Sequence[Operation], recomputed: Sequence[Operation], input_size: int) -> Footprint:
@@ -30,13 +31,17 @@ def footprint(program: Sequence[Operation], recomputed: Sequence[Operation], inp
     tape.drop(output)
     saved = tape.peak = tape.live
     tape.hold(f"d_{output}", tape.sizes[output])
+    before = saved
     for operation in reversed(program):
         if recomputed and operation is recomputed[-1]:
             tape.run(run_again(recomputed), keeps=recomputed)
         tape.backward(operation)
+        if operation.weight and before == saved:
+            # From here on the peak is taken anew.
+            before, tape.peak = tape.peak, tape.live
         if recomputed and operation is recomputed[0]:
             tape.leave(recomputed)
-    return Footprint(saved, forward, tape.peak - saved)
+    return Footprint(saved, forward, max(before, tape.peak) - saved, tape.peak - saved)
 
 
 class _Tape:

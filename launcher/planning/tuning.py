@@ -1,9 +1,10 @@
-"""What `deepspeed.*` of a run says about the sizes of DeepSpeed's buffers; its own defaults elsewhere."""
+"""The sizes of DeepSpeed's buffers: ours, what `deepspeed.*` of a run says, else its own defaults."""
 
 import sys
 from dataclasses import dataclass
 
 from launcher.config.schema import RunConfig
+from launcher.models.arithmetic import reduce_bucket
 
 ALL_REDUCE_BUCKET = 500_000_000  # elements that the engine reduces at once outside ZeRO (runtime/engine.py)
 
@@ -12,7 +13,7 @@ ALL_REDUCE_BUCKET = 500_000_000  # elements that the engine reduces at once outs
 class Tuning:
     """In elements (DeepSpeed 0.19.8, runtime/zero/config.py)."""
 
-    reduce_bucket: int = 500_000_000
+    reduce_bucket: int
     reduce_buffers: int = 1
     sub_group: int = 1_000_000_000
     prefetch_bucket: int = 50_000_000
@@ -24,9 +25,9 @@ class Tuning:
     @classmethod
     def of(cls, run: RunConfig) -> "Tuning":
         zero = run.deepspeed.get("zero_optimization", {})
-        default = cls()
+        default = cls(reduce_bucket(run.model))
         return cls(
-            reduce_bucket=int(zero.get("reduce_bucket_size", default.reduce_bucket)),
+            reduce_bucket=int(zero.get("reduce_bucket_size", reduce_bucket(run.model))),
             # With overlap_comm one bucket fills while the other is reduced; under a pipeline it is off.
             reduce_buffers=2 if zero.get("overlap_comm") and run.parallelism.pipeline == 1 else 1,
             sub_group=int(zero.get("sub_group_size", default.sub_group)) or default.sub_group,

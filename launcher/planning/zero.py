@@ -38,6 +38,7 @@ class States:
     backward: Holdings  # while its backward pass begins
     reduce: Holdings  # at the most, when the last one has ended
     step: Holdings  # at the most, in the optimizer's step
+    fresh: int = 0  # bytes of gradients that are there when a step begins, with its first micro-batch
     per_element: int = 0  # bytes of gradient for each element that the backward pass has come past
     bucket: int | None = None  # elements after which gradients are reduced within the backward pass
     reduced: Holdings = Holdings()  # while they are, and from then on
@@ -111,6 +112,7 @@ class _Ledger:
             host=0,
             forward=Holdings(kept),
             backward=Holdings(kept),
+            fresh=summed,
             per_element=0 if self.accumulates else self.element,
             reduce=Holdings(summed + own, copies),
             step=Holdings(summed + own),
@@ -159,15 +161,19 @@ class _Ledger:
         else:
             kept, arriving = own, own * (2 if self.accumulates else 1)
         before = kept if self.accumulates else 0
+        reduced = Holdings(arriving, bucket + copied, untouched)
+        at_once = self.bucket >= self.total
+        if at_once:  # when the backward pass has ended: first the copy, then what arrives from it
+            reduced = Holdings(max(before, arriving - copied), bucket + copied, untouched)
         return States(
             weights=self.element * self.flat,
             optimizer=optimizer,
             host=host,
             forward=Holdings(before),
             backward=Holdings(before, bucket, untouched),
-            bucket=self.bucket,
-            reduced=Holdings(arriving, bucket + copied, untouched),
-            reduce=Holdings(arriving, bucket + copied, untouched),
+            bucket=None if at_once else self.bucket,
+            reduced=reduced,
+            reduce=reduced,
             step=Holdings(kept + (0 if low or offloads else FP32 * self.largest_share)),
         )
 
@@ -197,6 +203,8 @@ class _Ledger:
         bucket, untouched = self.element * self.bucket, self.element * self.never_filled
         reduced = self.element * reduced_at_first(self.rank, self.bucket)
         stepped = 0 if offloads else FP32 * min(share, tuning.sub_group)
+        # Weights that stay whole are gathered when it ends, at once: pieces, and what they make.
+        regathered = self.element * (persistent + persistent // data)
         return States(
             weights=weights,
             optimizer=optimizer,
@@ -206,7 +214,7 @@ class _Ledger:
             bucket=self.bucket,
             reduced=Holdings(gradients, bucket + reduced, untouched),
             reduce=Holdings(gradients, bucket + reduced, untouched),
-            step=Holdings(gradients + stepped, bucket, untouched),
+            step=Holdings(gradients + stepped, bucket + regathered, untouched),
             gathered=self.element * gathered,
             prefetched=self.element * fetched if tuning.prefetch_bucket else 0,
         )

@@ -15,7 +15,13 @@ from omegaconf import OmegaConf
 from launcher.config.compose import OPEN, compose_jobs
 from launcher.config.errors import ConfigError
 from launcher.config.fields import fields_of
-from launcher.config.schema import GenerateConfig, PrepareConfig, RunConfig
+from launcher.config.schema import (
+    CalibrateConfig,
+    ComparedRunConfig,
+    GenerateConfig,
+    PrepareConfig,
+    RunConfig,
+)
 
 FIELDS = fields_of(RunConfig)
 
@@ -43,16 +49,27 @@ def composed(*arguments: str) -> RunConfig:
     return job.config
 
 
-def composed_generate(*arguments: str) -> GenerateConfig:
+def composed_as(name: str, root: Any, *arguments: str) -> Any:
+    """What another command than training composes."""
     with mock.patch.object(sys, "argv", ["launcher"]):
-        [job] = compose_jobs("generate", GenerateConfig, list(arguments))
+        [job] = compose_jobs(name, root, list(arguments))
     return job.config
+
+
+def composed_generate(*arguments: str) -> GenerateConfig:
+    return composed_as("generate", GenerateConfig, *arguments)  # type: ignore[no-any-return]
 
 
 def composed_prepare(*arguments: str) -> PrepareConfig:
-    with mock.patch.object(sys, "argv", ["launcher"]):
-        [job] = compose_jobs("prepare", PrepareConfig, list(arguments))
-    return job.config
+    return composed_as("prepare", PrepareConfig, *arguments)  # type: ignore[no-any-return]
+
+
+def composed_compare(*arguments: str) -> ComparedRunConfig:
+    return composed_as("compare", ComparedRunConfig, *arguments)  # type: ignore[no-any-return]
+
+
+def composed_calibrate(*arguments: str) -> CalibrateConfig:
+    return composed_as("calibrate", CalibrateConfig, *arguments)  # type: ignore[no-any-return]
 
 
 def run_of(*overrides: str) -> RunConfig:

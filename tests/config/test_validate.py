@@ -17,7 +17,16 @@ from launcher.config import deepspeed_keys, layout, numbers, slurm, validate
 from launcher.config.errors import ConfigError
 from launcher.config.fields import fields_of
 from launcher.config.layout import Layout
-from launcher.config.schema import Device, Dtype, Family, GenerateConfig, PrepareConfig, RunConfig
+from launcher.config.schema import (
+    CalibrateConfig,
+    ComparedRunConfig,
+    Device,
+    Dtype,
+    Family,
+    GenerateConfig,
+    PrepareConfig,
+    RunConfig,
+)
 from launcher.config.shape import legal_pipeline_sizes, legal_tensor_sizes, sequence_length
 from launcher.runtime.job import ready_on_nodes
 from tests.config.composing import (
@@ -25,6 +34,8 @@ from tests.config.composing import (
     Case,
     alternatives,
     cases,
+    composed_calibrate,
+    composed_compare,
     composed_generate,
     composed_prepare,
     run_of,
@@ -32,7 +43,8 @@ from tests.config.composing import (
 )
 
 GENERATE_FIELDS = fields_of(GenerateConfig)
-PREPARE_FIELDS = fields_of(PrepareConfig)
+PREPARE_FIELDS, CALIBRATE_FIELDS = fields_of(PrepareConfig), fields_of(CalibrateConfig)
+COMPARE_FIELDS = {f: k for f, k in fields_of(ComparedRunConfig).items() if f.startswith("compare.")}
 
 # Numbers with a rule of their own, or none: training.seed may be any.
 OUTSIDE_THE_TABLE = {"parallelism.zero_stage", "training.seed"}
@@ -68,6 +80,12 @@ def check(refusal: Case, overrides: list[str]) -> Layout | str:
         return validate.validate_generate(composed_generate(*overrides[1:]))
     if overrides[:1] == ["submit"]:
         return ready_on_nodes(run_of(*overrides[1:]), 1)[1]
+    if overrides[:1] == ["compare"]:
+        validate.validate_compare(composed_compare(*overrides[1:]))
+        return "accepted"
+    if overrides[:1] == ["calibrate"]:
+        validate.validate_calibrate(composed_calibrate(*overrides[1:]))
+        return "accepted"
     if overrides[:1] == ["prepare"]:
         validate.validate_prepare(composed_prepare(*overrides[1:]))
         return "accepted"
@@ -89,7 +107,7 @@ class TestMessages:
         error = refused(refusal)
         assert str(error) == refusal.text
         assert refusal.text.startswith(error.field)
-        known = {*FIELDS, *GENERATE_FIELDS, *PREPARE_FIELDS}
+        known = {*FIELDS, *GENERATE_FIELDS, *PREPARE_FIELDS, *CALIBRATE_FIELDS, *COMPARE_FIELDS}
         assert error.field in known or error.field.startswith(("deepspeed.", "slurm.environment."))
 
     @each_refusal
@@ -125,8 +143,12 @@ class TestMessages:
         assert set(numbers.GENERATE_NUMBERS) == of_generate
         of_prepare = {f for f, kind in PREPARE_FIELDS.items() if "number" in kind}
         assert set(numbers.PREPARE_NUMBERS) == of_prepare
+        of_calibrate = {f for f, kind in CALIBRATE_FIELDS.items() if "number" in kind}
+        assert set(numbers.CALIBRATE_NUMBERS) == of_calibrate
+        of_compare = {f for f, kind in COMPARE_FIELDS.items() if "number" in kind}
+        assert set(numbers.COMPARE_NUMBERS) == of_compare
         with_a_case = {re.split("[=:]", refusal.text)[0] for refusal in REFUSALS}
-        assert of_run | of_generate | of_prepare <= with_a_case
+        assert of_run | of_generate | of_prepare | of_calibrate | of_compare <= with_a_case
 
 
 class TestLayout:

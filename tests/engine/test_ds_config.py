@@ -65,7 +65,7 @@ def test_offload_pins_memory_only_where_there_is_a_gpu() -> None:
 
 def test_passthrough_lies_over_what_is_emitted() -> None:
     zero = emitted("parallelism=zero2", "+deepspeed.zero_optimization.overlap_comm=true")["zero_optimization"]
-    assert zero == {"stage": 2, "overlap_comm": True}
+    assert zero == {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 842_496}
 
 
 def test_merging_changes_neither_side() -> None:

@@ -9,6 +9,7 @@ from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
 from launcher.config.validate import validate
 from launcher.engine.distributed import prepare_deepspeed
+from launcher.models.arithmetic import parameters
 from launcher.planning.geometry import blocks_of_stages, pipeline_ranks
 from launcher.planning.memory import in_flight
 from launcher.planning.plan import make_plan
@@ -119,8 +120,9 @@ def test_the_plans_bubble_is_the_simulations(overrides: list[str], within: float
 
 
 def test_defaults_are_deepspeeds() -> None:
-    theirs, ours = DeepSpeedZeroConfig(), Tuning()
+    theirs, ours = DeepSpeedZeroConfig(), Tuning.of(run_of("model=llama3_8b"))
     assert ours.reduce_bucket == theirs.reduce_bucket_size
+    assert Tuning.of(run_of("model=gpt_tiny")).reduce_bucket == parameters(run_of("model=gpt_tiny").model)
     assert ours.sub_group == theirs.sub_group_size
     assert ours.prefetch_bucket == theirs.prefetch_bucket_size
     assert ours.persistence_threshold == theirs.param_persistence_threshold

@@ -1,0 +1,110 @@
+"""How long a step takes, planned from `launcher calibrate` and as it ran, in twelve layouts of 1 to 4 ranks.
+
+`python -m benchmarks.calibration [FOLDER]`: measures this machine, then trains in interleaved rounds, some
+ten minutes. Nothing is fitted to those runs. FOLDER keeps the hardware config (default: a temporary one).
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+
+from launcher.config.compose import compose_jobs
+from launcher.config.schema import PlannedRunConfig
+from launcher.config.validate import validate
+from launcher.launch.machine import this_machine
+from launcher.planning.plan import Plan, make_plan
+
+ROUNDS, STEPS = 3, 9
+MODEL = [
+    "model=gpt_mini", "training.global_batch_size=16", "training.micro_batch_size=2",
+    "training.validation_interval=0", f"training.steps={STEPS}", "logging=local",
+    "checkpoint.interval_minutes=null",
+]  # fmt: skip
+LAYOUTS: dict[str, dict[str, int | str]] = {
+    "single": {},
+    "data 2": {"data": 2},
+    "tensor 2": {"tensor": 2},
+    "tensor 2, sequence parallel": {"tensor": 2, "sequence_parallel": "true"},
+    "pipeline 2": {"pipeline": 2},
+    "ZeRO-1, data 2": {"data": 2, "zero_stage": 1},
+    "ZeRO-2, data 2": {"data": 2, "zero_stage": 2},
+    "ZeRO-3, data 2": {"data": 2, "zero_stage": 3},
+    "data 4": {"data": 4},
+    "tensor 4": {"tensor": 4},
+    "pipeline 4": {"pipeline": 4},
+    "data 2 x tensor 2": {"data": 2, "tensor": 2},
+}
+
+
+def main(folder: Path) -> None:
+    launcher("calibrate", f"dir={folder}")
+    hardware = [f"--config-dir={folder}", "hardware=this_machine"]
+    runs = {name: [*hardware, *MODEL, *typed(sizes)] for name, sizes in LAYOUTS.items()}
+    taken: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(ROUNDS):
+        for name, overrides in runs.items():
+            directory = folder / "runs" / f"{name}-{number}"
+            launcher("train", *overrides, f'run.dir="{directory}"')
+            taken[name] += step_times(directory)
+    found = {name: (planned(runs[name]), median(seconds)) for name, seconds in taken.items()}
+    print(table(found))
+
+
+def typed(sizes: dict[str, int | str]) -> list[str]:
+    return [f"parallelism.{name}={size}" for name, size in {"data": 1, "zero_stage": 0, **sizes}.items()]
+
+
+def launcher(*arguments: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "launcher", *arguments], text=True, capture_output=True, check=False
+    )
+    if done.returncode:
+        sys.exit(done.stdout + done.stderr)
+
+
+def step_times(directory: Path) -> list[float]:
+    """Without the first two: the first begins cold, and ZeRO-3 learns in it for the second."""
+    rows = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
+    return [row["perf/step_time_s"] for row in rows][2:]
+
+
+def planned(overrides: list[str]) -> float:
+    time = plan_of(overrides).time
+    assert time is not None
+    return time.total
+
+
+def plan_of(overrides: list[str]) -> Plan:
+    [job] = compose_jobs("plan", PlannedRunConfig, overrides)
+    return make_plan(job.config, validate(job.config, gpus=0, cores=this_machine().cores))
+
+
+def table(found: dict[str, tuple[float, float]]) -> str:
+    lines = ["| layout | measured, ms | planned, ms | error |", "|---|---|---|---|"]
+    lines += [
+        f"| {name} | {taken * 1e3:.0f} | {plan * 1e3:.0f} | {plan / taken - 1:+.1%} |"
+        for name, (plan, taken) in found.items()
+    ]
+    worst = max(abs(plan / taken - 1) for plan, taken in found.values())
+    order = spearman(*zip(*found.values(), strict=True))
+    return "\n".join(
+        [*lines, "", f"Spearman's rank correlation {order:.2f}; the largest error is {worst:.1%}."]
+    )
+
+
+def spearman(*columns: tuple[float, ...]) -> float:
+    """Of two columns without ties."""
+    ranks = [[sorted(column).index(one) for one in column] for column in columns]
+    n = len(ranks[0])
+    return 1 - 6 * sum((a - b) ** 2 for a, b in zip(*ranks, strict=True)) / (n * (n**2 - 1))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:]:
+        main(Path(sys.argv[1]))
+    else:
+        with tempfile.TemporaryDirectory() as name:
+            main(Path(name))

@@ -1,0 +1,173 @@
+"""What one rank measures of its machine, while the other ranks of its group do the same.
+
+As training finds it: on operands that are not in a cache from the call before, and collectives after a
+stretch of computation, when no rank is ready at once.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from itertools import cycle
+from statistics import mean, median
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+LEAST_S = 0.01  # that a probe takes, so that a clock's resolution does not count
+# (m, n, k) as a transformer's products are: tokens by widths; square ones for attention's scores.
+PRODUCTS = [
+    (32, 32, 32), (64, 64, 64), (128, 128, 64), (256, 128, 128), (512, 256, 128), (512, 512, 384),
+    (512, 1536, 512), (1024, 1024, 1024),
+]  # fmt: skip
+ELEMENTS = [2**12, 2**15, 2**18, 2**20, 2**22]  # of a tensor of activations
+PARAMETERS = 2**22  # of an optimizer's update
+MESSAGES = [2**10, 2**14, 2**17, 2**20, 2**22, 2**24]  # bytes
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+OPERATIONS = 200
+POOL, MOST_COPIES = 2**26, 256  # bytes of operands that are gone through in turn
+MODEL_WIDTH = 512
+BEFORE = 256  # rows and columns of the product before a collective
+
+
+def seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Of one call: the median of three stretches, each long enough for the clock."""
+    work()
+    calls = 1
+    while True:
+        taken = _stretch(work, calls, device)
+        if taken >= LEAST_S:
+            break
+        calls = max(calls + 1, int(calls * 1.2 * LEAST_S / max(taken, 1e-6)))
+    return median(_stretch(work, calls, device) for _ in range(3)) / calls
+
+
+def _stretch(work: Callable[[], object], calls: int, device: torch.device) -> float:
+    _finish(device)
+    started = time.perf_counter()
+    for _ in range(calls):
+        work()
+    _finish(device)
+    return time.perf_counter() - started
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def products(dtype: str, device: torch.device) -> Iterator[tuple[float, float]]:
+    """(FLOPs of one, FLOP/s): a linear layer's three products, forward and backward."""
+    for m, n, k in PRODUCTS:
+        copies = _copies(4 * (m * k + n * k + m * n))
+        pool = cycle(
+            [
+                [torch.randn(shape, device=device).to(DTYPES[dtype]) for shape in ((m, k), (n, k), (m, n))]
+                for _ in range(copies)
+            ]
+        )
+
+        def three(pool: Iterator[list[Tensor]] = pool) -> None:
+            x, weight, gradient = next(pool)
+            F.linear(x, weight)
+            gradient.matmul(weight)
+            gradient.t().matmul(x)
+
+        flops = 2.0 * m * n * k
+        yield flops, 3 * flops / seconds(three, device)
+
+
+def elementwise(device: torch.device) -> Iterator[tuple[float, float]]:
+    """(bytes of a tensor, bytes/s): a norm, a GELU and a residual, forward and backward.
+
+    Bytes are those that a plan counts: 7 tensors read and written forward, 9 backward.
+    """
+    for elements in ELEMENTS:
+        shape = elements // MODEL_WIDTH, MODEL_WIDTH
+        weight = torch.ones(MODEL_WIDTH, device=device, requires_grad=True)
+        pool = cycle(
+            [
+                (torch.randn(shape, device=device, requires_grad=True), torch.randn(shape, device=device))
+                for _ in range(_copies(8 * elements))
+            ]
+        )
+
+        def block(pool: Iterator[tuple[Tensor, Tensor]] = pool, weight: Tensor = weight) -> None:
+            x, gradient = next(pool)
+            normed = F.layer_norm(x, (MODEL_WIDTH,), weight, weight)
+            (x + F.gelu(normed, approximate="tanh")).backward(gradient)
+            x.grad = weight.grad = None
+
+        size = 4.0 * elements
+        yield size, 16 * size / seconds(block, device)
+
+
+def _copies(size: int) -> int:
+    return max(1, min(MOST_COPIES, POOL // size))
+
+
+def stream(device: torch.device) -> float:
+    """Bytes/s of AdamW on more than caches hold: 4 tensors read, 3 written."""
+    weight = torch.zeros(PARAMETERS, device=device, requires_grad=True)
+    weight.grad = torch.ones_like(weight)
+    optimizer = torch.optim.AdamW([weight], fused=True)
+    return 28.0 * PARAMETERS / seconds(lambda: optimizer.step(), device)
+
+
+def operation(device: torch.device) -> float:
+    """Seconds of an operation on next to nothing: half of a forward and a backward one."""
+    x = torch.ones(8, device=device, requires_grad=True)
+
+    def many() -> None:
+        y = x
+        for _ in range(OPERATIONS):
+            y = y * 1.0
+        y.sum().backward()
+        x.grad = None
+
+    return seconds(many, device) / OPERATIONS / 2
+
+
+def collectives(
+    group: dist.ProcessGroup, ranks: int, device: torch.device
+) -> dict[str, list[tuple[float, float]]]:
+    """(bytes, bytes/s) by kind. Collective over the group, whose members do as much of each."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for size in MESSAGES:
+        whole = torch.ones(size // 4, device=device)
+        piece = torch.ones(size // 4 // ranks, device=device)
+        gathered = torch.empty(piece.numel() * ranks, device=device)
+        work: dict[str, Callable[[], object]] = {
+            "all_reduce": lambda: dist.all_reduce(whole, group=group),  # noqa: B023
+            "all_gather": lambda: dist.all_gather_into_tensor(gathered, piece, group=group),  # noqa: B023
+            "reduce_scatter": lambda: dist.reduce_scatter_tensor(piece, gathered, group=group),  # noqa: B023
+            "send": lambda: _hand_on(whole, group, ranks),  # noqa: B023
+        }
+        for kind, one in work.items():
+            found.setdefault(kind, []).append((float(size), size / _agreed_seconds(one, size, device)))
+    return found
+
+
+def _hand_on(message: Tensor, group: dist.ProcessGroup, ranks: int) -> None:
+    """To the next rank, from the even ones first: each sends once and receives once."""
+    own = dist.get_rank(group)
+    ahead, behind = (dist.get_global_rank(group, (own + step) % ranks) for step in (1, -1))
+    if own % 2 == 0:
+        dist.send(message, ahead, group=group)
+        dist.recv(message, behind, group=group)
+    else:
+        dist.recv(message, behind, group=group)
+        dist.send(message, ahead, group=group)
+
+
+def _agreed_seconds(work: Callable[[], object], size: int, device: torch.device) -> float:
+    """Of one call on the average: the few that wait for a rank that was not running make up much of it.
+
+    All ranks make the same number of calls, and compute before each.
+    """
+    operand = torch.randn(BEFORE, BEFORE, device=device)
+    taken = []
+    for _ in range(max(8, min(80, 2**24 // size))):
+        operand = torch.tanh(operand @ operand)
+        taken.append(_stretch(work, 1, device))
+    return mean(taken[1:])

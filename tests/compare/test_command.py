@@ -1,0 +1,139 @@
+"""`launcher compare` on real ranks: what is measured is what was planned, and a wrong layout is told of."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.runtime.command import SMALL, environment, launcher, metrics
+
+FEW = [
+    "model.hidden_size=128", "model.ffn_hidden_size=512", "compare.ranks=2", "compare.steps=2", "run.dir=r",
+]  # fmt: skip
+ALL = "single,dp,tp,pp,zero1,zero2,zero3"
+
+# One of the ranks' functions replaced, in every rank of the layout named.
+BROKEN = """
+import sys
+import launcher.compare.record as record
+from launcher.command_line import run_command
+step = record.train_step
+def broken(run, layout, engine, loader, progress):
+    if layout.tensor == 2:
+        {fault}
+    return step(run, layout, engine, loader, progress)
+record.train_step = broken
+sys.exit(run_command(sys.argv[1:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """The output, and the folder it ran in."""
+    folder = tmp_path_factory.mktemp("compare")
+    done = launcher(
+        "compare", *SMALL, *FEW, f"compare.layouts=[{ALL}]", "compare.report=report.json", "logging=wandb",
+        "logging.wandb.mode=offline", cwd=folder,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout, folder
+
+
+def found_in(folder: Path) -> dict[str, Any]:
+    return {one["layout"]: one for one in json.loads((folder / "report.json").read_text())}
+
+
+def test_memory_and_traffic_are_as_planned(compared: tuple[str, Path]) -> None:
+    found = found_in(compared[1])
+    assert list(found) == ALL.split(",")
+    for one in found.values():
+        measured, planned = one["measured"], one["planned"]
+        assert measured["memory"] == pytest.approx(planned["memory"], rel=0.05)
+        assert measured["sent"] == pytest.approx(planned["sent"])
+        assert sum(measured["parts"].values()) == pytest.approx(measured["seconds"], rel=0.5)
+        assert measured["parts"]["compute"] > 0
+    assert found["tp"]["measured"]["parts"]["tensor"] > 0
+    assert found["dp"]["measured"]["parts"]["data"] > 0
+    assert found["pp"]["measured"]["parts"]["pipeline"] > 0
+    assert found["tp"]["measured"]["memory"] < found["dp"]["measured"]["memory"]
+
+
+def test_the_losses_are_the_same(compared: tuple[str, Path]) -> None:
+    out, folder = compared
+    assert "losses   the same in every layout, within 0.1%" in out
+    losses = [one["measured"]["losses"] for one in found_in(folder).values()]
+    assert all(one == pytest.approx(losses[0], rel=1e-4) for one in losses)
+    assert len(losses[0]) == 4
+
+
+def test_table_picture_and_metrics(compared: tuple[str, Path]) -> None:
+    out, folder = compared
+    for name in ALL.split(","):
+        assert f"\n{name}" in out
+    assert (folder / "compare.png").read_bytes().startswith(b"\x89PNG")
+    rows = metrics(folder / "r")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert rows[0].keys() == {"step", *(f"loss/{name}" for name in ALL.split(","))}
+    assert rows[-1]["memory_bytes/tp"] == found_in(folder)["tp"]["measured"]["memory"]
+    assert list((folder / "r").glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_what_one_rank_cannot_hold_trains_split(tmp_path: Path) -> None:
+    budget, layouts = "hardware.memory_bytes=8.5e6", "compare.layouts=[single,dp,tp,pp]"
+    done = launcher("compare", *SMALL, *FEW, budget, layouts, "compare.report=report.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = found_in(tmp_path)
+    for name in ("single", "dp"):
+        assert found[name]["measured"] is None
+        assert "too much" in found[name]["refused"]
+        assert f"left out {name}: " in done.stdout
+    for name in ("tp", "pp"):
+        assert found[name]["measured"]["memory"] <= 8.5e6
+
+
+def broken(fault: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    layouts = "compare.layouts=[single,tp,dp]"
+    arguments = ["compare", *SMALL, *FEW, layouts, "compare.figure=null"]
+    command = [sys.executable, "-c", BROKEN.format(fault=fault), *arguments]
+    return subprocess.run(
+        command, cwd=cwd, env=environment(), text=True, capture_output=True, timeout=120, check=False
+    )
+
+
+def test_a_layout_that_computes_something_else_is_told_of(tmp_path: Path) -> None:
+    done = broken("next(iter(engine.module.parameters())).data.mul_(1.5)", tmp_path)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "DIFFERS  tp: losses up to " in done.stdout
+    assert "DIFFERS  dp" not in done.stdout
+
+
+def test_a_layout_that_fails_is_told_of_and_the_others_are_compared(tmp_path: Path) -> None:
+    done = broken("raise RuntimeError('as the test wants it')", tmp_path)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "failed   tp: " in done.stdout
+    assert "as the test wants it" in done.stdout
+    assert "left out tp: " in done.stdout
+    assert "losses   the same in every layout" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("compare.layouts=[tpp]", "compare.layouts=tpp: with compare.ranks=4 there are single, dp, tp, pp"),
+        ("compare.ranks=1", "compare.ranks=1: one rank is one layout"),
+        (
+            "parallelism.tensor=2",
+            "parallelism.tensor=2: the layouts that are compared set it",
+        ),
+        ("compare.figure=x.gif", "compare.figure=x.gif: a picture is .png, .svg or .pdf"),
+        ("hardware.memory_bytes=1e3", "compare.layouts="),
+    ],
+)
+def test_mistakes_are_refused_before_anything_starts(typed: str, said: str, tmp_path: Path) -> None:
+    done = launcher("compare", typed, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"launcher: {said}")
+    assert not (tmp_path / "runs").exists()

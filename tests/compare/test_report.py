@@ -1,0 +1,96 @@
+"""What is compared, and what is told of it. Pure."""
+
+from dataclasses import replace
+
+import pytest
+
+from launcher.compare.layouts import Compared, chosen_layouts, in_layout, named_layouts
+from launcher.compare.measure import Measured, together
+from launcher.compare.record import Recorded
+from launcher.compare.report import Row, as_json, bubble, differing, metric_rows
+from launcher.config.errors import ConfigError
+from launcher.config.schema import MeasuredRates
+from tests.config.composing import run_of
+
+PARTS = {"compute": 1.0, "tensor": 0.0, "data": 0.0, "pipeline": 0.5, "optimizer": 0.0}
+
+
+def compared(name: str, ranks: int = 4, *overrides: str) -> Compared:
+    run = run_of("hardware=cpu", "parallelism=single", *overrides)
+    return in_layout(run, name, named_layouts(ranks)[name], gpus=0, cores=2, memory=None)
+
+
+def row(name: str, *losses: float) -> Row:
+    sent = dict.fromkeys(("tensor", "data", "pipeline"), 0.0)
+    return Row(compared(name), Measured(list(losses), 1.5, PARTS, 7, sent))
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 6, 8])
+def test_every_layout_is_of_all_ranks(ranks: int) -> None:
+    for name, sizes in named_layouts(ranks).items():
+        world = sizes.get("data", 1) * sizes.get("tensor", 1) * sizes.get("pipeline", 1)
+        assert world == (1 if name == "single" else ranks)
+    assert list(chosen_layouts([], ranks)) == list(named_layouts(ranks))
+    assert list(chosen_layouts(["tp", "dp"], ranks)) == ["tp", "dp"]
+
+
+def test_a_layout_that_there_is_not_is_refused_with_the_nearest() -> None:
+    with pytest.raises(
+        ConfigError, match=r"compare.layouts=dp_pt: with compare.ranks=4 there are single, dp,"
+    ):
+        chosen_layouts(["dp_pt"], 4)
+    with pytest.raises(ConfigError, match=r"nearest that works: compare.layouts=\[dp_tp\]"):
+        chosen_layouts(["dp_tpp"], 4)
+
+
+def test_what_is_illegal_or_too_large_is_told_and_not_trained() -> None:
+    illegal = compared("tp", 3)
+    assert illegal.layout is None
+    assert illegal.refused.startswith("parallelism.tensor=3: ")
+    doomed = compared("dp", 4, "hardware.memory_bytes=20e6")
+    assert doomed.plan is not None
+    assert "too much" in doomed.refused
+    assert not compared("tp", 4, "hardware.memory_bytes=20e6").refused
+
+
+def test_one_rank_has_a_core_as_each_of_many_has() -> None:
+    run = run_of("hardware=cpu", "parallelism=single")
+    measured = [MeasuredRates(ranks, stream=1.0, operation_s=1.0) for ranks in (1, 2, 4)]
+    run.hardware = replace(run.hardware, measured=measured)
+    one = in_layout(run, "single", {}, gpus=0, cores=2, memory=None)
+    assert [rates.ranks for rates in one.run.hardware.measured] == [2, 4]
+
+
+def test_losses_that_differ_are_found() -> None:
+    first = row("single", 5.0, 4.0)
+    assert differing([first, row("dp", 5.0001, 4.0)]) == {}
+    assert differing([first, row("dp", 5.0, 4.01)]) == {"dp": pytest.approx(0.0025)}
+    assert list(differing([first, row("tp", float("nan"), 4.0)])) == ["tp"]
+
+
+def test_rows_for_metrics_and_machines() -> None:
+    rows = [row("single", 5.0, 4.0), row("dp", 5.0, 4.0), Row(compared("tp"), failed="rank 1 failed")]
+    first, last = metric_rows(rows)
+    assert first == {"step": 1, "loss/single": 5.0, "loss/dp": 5.0}
+    assert last["step_time_s/dp"] == 1.5
+    assert last["tokens_per_s/dp"] == pytest.approx(16 * 128 / 1.5)
+    assert last["planned_memory_bytes/tp"] < last["planned_memory_bytes/single"]
+    told = as_json(rows)
+    assert [one["failed"] for one in told] == [None, None, "rank 1 failed"]
+    assert told[2]["measured"] is None
+    assert told[1]["planned"]["sent"]["data"] > 0
+    assert metric_rows([rows[2]]) == []
+
+
+def test_bubble_is_over_what_a_step_takes_without() -> None:
+    assert bubble(PARTS) == 0.5
+
+
+def test_ranks_are_put_together() -> None:
+    layout = compared("tp").layout
+    assert layout is not None
+    slow = Recorded([5.0], [2.0, 4.0, 3.0], [PARTS, PARTS], 10, {"tensor": [("all_reduce", 100, 2)]})
+    quick = Recorded([5.0], [1.0], [{**PARTS, "compute": 0.5}], 20, {"tensor": [("all_reduce", 100, 4)]})
+    found = together(layout, [slow, quick])
+    assert (found.seconds, found.memory, found.parts["compute"]) == (3.0, 20, 1.0)
+    assert found.sent == {"tensor": 4 * 2 * 100 * 3 / 4, "data": 0.0, "pipeline": 0.0}

@@ -1,0 +1,71 @@
+"""Where time is put down to."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from launcher.compare.stopwatch import TIMED, Stopwatch
+
+
+@pytest.fixture
+def group(tmp_path: Path) -> Iterator[dist.ProcessGroup]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    assert dist.group.WORLD is not None
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def slow(*_: Any, **__: Any) -> None:
+    time.sleep(0.02)
+
+
+@pytest.mark.parametrize("positional", [True, False])
+def test_a_collective_is_put_down_to_its_group(positional: bool, group: dist.ProcessGroup) -> None:
+    watch = Stopwatch(lambda one: "here" if one is group else "elsewhere")
+    timed = watch._timed(slow)
+    if positional:
+        timed(torch.ones(1), dist.ReduceOp.SUM, group)
+    else:
+        timed(torch.ones(1), group=group)
+    assert list(watch.seconds) == ["here"]
+    assert 0.02 <= watch.seconds["here"] < 0.2
+    timed(torch.ones(1))
+    assert watch.seconds["elsewhere"] >= 0.02
+    watch.restart()
+    assert watch.seconds == {}
+
+
+def test_collectives_that_call_one_another_count_once() -> None:
+    watch = Stopwatch(lambda one: "all")
+    inner = watch._timed(slow)
+    watch._timed(lambda: inner())()
+    assert 0.02 <= watch.seconds["all"] < 0.04
+
+
+def test_what_runs_within_is_less_its_collectives() -> None:
+    watch = Stopwatch(lambda one: "data")
+
+    def step() -> None:
+        time.sleep(0.02)
+        watch._timed(slow)()
+
+    watch.within("optimizer", step)()
+    assert 0.02 <= watch.seconds["optimizer"] < 0.04
+    assert 0.02 <= watch.seconds["data"] < 0.04
+
+
+def test_waiting_for_a_handle_counts_and_all_is_as_before(group: dist.ProcessGroup) -> None:
+    before = {name: getattr(dist, name) for name in TIMED}
+    watch = Stopwatch(lambda one: "data")
+    with watch.timing_collectives():
+        work = dist.all_reduce(torch.ones(4), group=group, async_op=True)
+        begun = watch.seconds["data"]
+        assert work.wait()
+        assert work.is_completed()
+        assert watch.seconds["data"] > begun
+    assert {name: getattr(dist, name) for name in TIMED} == before
