@@ -74,7 +74,9 @@ def _log(run: ComparedRunConfig, layout: Layout, directory: RunDir, rows: Sequen
     for row in metric_rows(rows):
         log.write(row)
     log.close(failed=any(row.failed for row in rows))
-    print(f"metrics  {directory.metrics}", *([f"\nW&B      {where}"] if (where := log.where()) else []))
+    print(f"metrics  {directory.metrics}")
+    if where := log.where():
+        print(f"W&B      {where}")
 
 
 def _report(run: ComparedRunConfig, rows: Sequence[Row]) -> int:

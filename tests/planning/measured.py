@@ -17,11 +17,11 @@ import torch
 # Some of torch is imported at the first operation under a dispatch mode, and ZeRO-3 wraps what it would find.
 import torch._dynamo
 
+from launcher.compare.record import group_names
 from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
 from launcher.config.shape import sequence_length
 from launcher.config.validate import validate
-from launcher.engine.base import Engine
 from launcher.engine.distributed import join, leave, prepare_deepspeed
 from launcher.launch.local import run_local_ranks
 from launcher.planning.allocations import Allocations
@@ -177,7 +177,7 @@ def _measure_rank(rank: int, *, run: RunConfig, layout: Layout, folder: Path) ->
         from launcher.engine.build import build_engine
 
         engine = build_engine(run, layout, device)
-        groups |= _group_names(engine)
+        groups |= group_names(engine)
         random = np.random.default_rng(rank)
         peak = 0
         for step in range(STEPS):
@@ -193,26 +193,6 @@ def _measure_rank(rank: int, *, run: RunConfig, layout: Layout, folder: Path) ->
     ]
     (folder / f"{rank}.json").write_text(json.dumps({"peak": peak, "collectives": collectives}))
     leave()
-
-
-def _group_names(engine: Engine) -> dict[str, GroupName]:
-    """Of torch's names: our groups', and those that DeepSpeed's pipeline made for itself."""
-    mesh, found = engine.mesh, {}
-    assert mesh.tensor.group is not None
-    assert mesh.data.group is not None
-    grid = getattr(engine.deepspeed, "grid", None)
-    if grid is not None:
-        from torch import distributed as dist
-
-        assert dist.group.WORLD is not None
-        found[dist.group.WORLD.group_name] = "pipeline"  # over which stages send to each other
-        found[grid.get_data_parallel_group().group_name] = "data"
-        for tied in engine.module.tied_comms.values():
-            if len(tied["ranks"]) > 1:  # under DualPipeV both ends are on one
-                found[tied["group"].group_name] = "pipeline"
-    found[mesh.tensor.group.group_name] = "tensor"
-    found[mesh.data.group.group_name] = "data"
-    return found  # type: ignore[return-value]
 
 
 def _batches(run: RunConfig, layout: Layout, random: np.random.Generator) -> Iterator[np.ndarray]:
