@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,9 +36,16 @@ class Job:
     def state(self) -> str:
         return self.cluster.state(self.number)
 
+    def has_ended(self) -> bool:
+        """For good: while Slurm requeues a job, it may be told of as cancelled for a moment."""
+        if self.state not in ENDED:
+            return False
+        time.sleep(2)
+        return self.state in ENDED
+
     def wait_for_step(self, step: int) -> None:
         def reached() -> bool:
-            assert self.state not in ENDED, self.log
+            assert not self.has_ended(), self.log
             return (self.run_dir / "metrics.jsonl").exists() and last_step(self.run_dir) >= step
 
         wait_for(reached, f"step {step} of job {self.number}\n{self.log}")
@@ -48,7 +56,7 @@ class Job:
         def ended() -> bool:
             if self.state == "PENDING":
                 self.cluster.start_now(self.number)
-            return self.state in ENDED
+            return self.has_ended()
 
         wait_for(ended, f"the end of job {self.number}", seconds)
         assert self.state == state, self.log
