@@ -85,7 +85,10 @@ def test_a_fault_at_any_moment(seed: int, whole: list[list[Any]], cluster: Clust
         assert one[:2] == other[:2]
         assert one[2:4] == pytest.approx(other[2:4], rel=1e-4)
     complete(job.run_dir)  # as `launcher sync` does
-    assert logged_steps(job.run_dir) == list(range(1, len(found) + 1))
+    # W&B's process may still be writing when it has answered.
+    wait_for(
+        lambda: logged_steps(job.run_dir) == list(range(1, len(found) + 1)), "every step in W&B's files", 30
+    )
 
 
 @pytest.mark.slow
