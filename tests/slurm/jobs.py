@@ -37,11 +37,13 @@ class Job:
         return self.cluster.state(self.number)
 
     def has_ended(self) -> bool:
-        """For good: while Slurm requeues a job, it may be told of as cancelled for a moment."""
-        if self.state not in ENDED:
-            return False
-        time.sleep(2)
-        return self.state in ENDED
+        """For good: while Slurm requeues a job, it is told of as cancelled for some seconds."""
+        deadline = time.monotonic() + 15
+        while (state := self.state) in ENDED:
+            if state == "COMPLETED" or time.monotonic() > deadline:
+                return True
+            time.sleep(0.5)
+        return False
 
     def wait_for_step(self, step: int) -> None:
         def reached() -> bool:
