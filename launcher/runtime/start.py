@@ -109,7 +109,7 @@ def node_rank(rank: int, *, run: RunConfig, layout: Layout, first: int) -> None:
 def train_as_joined_rank(run: RunConfig, layout: Layout, ranks: RankEnvironment) -> None:
     """What one rank started by torchrun or srun does. The first rank claims the run directory for all.
 
-    Raises RankFailure, ConfigError; SystemExit, where it was told to stop and is saved.
+    Raises RankFailure, ConfigError; SystemExit, where it was told to stop and is saved or lost the others.
     """
     share_cores_with_tasks(ranks.local_size)
     os.environ.update(MASTER_ADDR=ranks.master_addr, MASTER_PORT=str(ranks.master_port))
@@ -120,13 +120,15 @@ def train_as_joined_rank(run: RunConfig, layout: Layout, ranks: RankEnvironment)
         with _recorded_end(own.rank), stop if stop_grace(run) else nullcontext():
             _train(run, layout, own, lambda: _agreed_run_dir(run, layout, own.rank), stop)
     except Exception as error:
-        raise _told(ranks, error) from None
+        raise _told(ranks, error, told_to_stop=stop.asked) from None
 
 
-def _told(ranks: RankEnvironment, error: Exception) -> Exception:
+def _told(ranks: RankEnvironment, error: Exception, *, told_to_stop: bool) -> BaseException:
     """What a rank without a parent of ours has to say: the first to end is the one that is heard."""
     failure = failure_of(ranks.rank, error)
     if failure.secondary or (failure.refusal and ranks.rank > 0):
+        if told_to_stop:  # by srun or torchrun, which saw the first one end
+            return SystemExit(STOPPED)
         time.sleep(_CONSEQUENCE_WAITS)
     return error if failure.refusal else RankFailure(ranks.rank, ranks.world_size, failure.detail)
 

@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 
 from launcher.checkpoint.manifest import checkpoints_in, read_manifest
+from launcher.launch.environment import RankEnvironment
+from launcher.launch.local import RankFailure
+from launcher.runtime.start import _told
 from tests.runtime.command import AS_USUAL, SMALL, environment, metrics, trained
 
 STOPPING = "launcher: stopping once the step in hand is saved (Ctrl-C: at once)\n"
@@ -195,3 +198,11 @@ def test_under_torchrun_it_is_saved_on_sigterm(tmp_path: Path) -> None:
     [saved] = checkpoints_in(tmp_path / "r")
     assert read_manifest(saved).step == metrics(tmp_path / "r")[-1]["step"]
     assert survivors(tmp_path) == []
+
+
+def test_who_lost_the_others_and_was_told_to_stop_has_nothing_to_add() -> None:
+    """As when srun ends the ranks of one that failed, and they are in a collective at that time."""
+    ranks = RankEnvironment(3, 4, local_rank=1, local_size=2, master_addr="node1", master_port=1)
+    lost = RuntimeError("Connection closed by peer")
+    assert isinstance(_told(ranks, lost, told_to_stop=True), SystemExit)
+    assert isinstance(_told(ranks, OSError("disk on fire"), told_to_stop=True), RankFailure)
