@@ -11,11 +11,18 @@ from launcher.config.errors import ConfigError
 
 _CLIENT_TIMEOUT = 60.0  # seconds: clients hang where the controller is gone
 _PATIENCE, _PAUSE = 600.0, 5.0
-_AWAY = re.compile(r"unable to contact|connection refused|socket timed out|communication", re.IGNORECASE)
+_AWAY = re.compile(
+    r"unable to contact|connection refused|socket timed out|communication|configuration (source|file)",
+    re.IGNORECASE,
+)
 
 
 class SlurmError(Exception):
     """A command of Slurm's failed; says what it said."""
+
+
+class SlurmAway(SlurmError):
+    """No controller answers."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +92,7 @@ def _run(command: list[str], text: str | None = None, *, patience: float = _PATI
             error = re.sub(rf"^{command[0]}: (error: )?", "", done.stderr.strip(), flags=re.MULTILINE)
             is_away = _AWAY.search(error) is not None
         if not is_away or time.monotonic() >= deadline:
-            raise SlurmError(error.replace("\n", "; ") or f"{command[0]} failed")
+            kind = SlurmAway if is_away else SlurmError
+            raise kind(error.replace("\n", "; ") or f"{command[0]} failed")
         print(f"launcher: waiting for Slurm's controller: {error}", file=sys.stderr, flush=True)
         time.sleep(_PAUSE)

@@ -11,7 +11,7 @@ from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
 from launcher.config.slurm import check_submission
 from launcher.launch.sbatch import Batch, render
-from launcher.launch.slurm import SlurmError, sbatch
+from launcher.launch.slurm import SlurmAway, SlurmError, sbatch
 
 
 def batch_of(jobs: Sequence[Job[RunConfig]], typed: list[str]) -> Batch:
@@ -52,6 +52,9 @@ def submit(jobs: Sequence[Job[RunConfig]], typed: list[str], layouts: Sequence[L
     print(script)
     try:
         number = sbatch(script)
+    except SlurmAway as error:
+        remedy = "submit again once `scontrol ping` says that the controller is up"
+        raise ConfigError("submit", None, f"Slurm does not answer: {error}", remedy) from None
     except SlurmError as error:
         remedy = "the same with what Slurm names changed"
         raise ConfigError("submit", None, f"Slurm refuses: {error}", remedy) from None

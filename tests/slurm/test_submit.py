@@ -1,5 +1,6 @@
 """What is submitted: hostile values stay data on a real Slurm, and every recipe is what conf/ says."""
 
+import os
 import shlex
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 
 from launcher.config.fields import fields_of
 from launcher.config.schema import RunConfig
-from tests.runtime.command import environment
+from tests.runtime.command import environment, launcher
 from tests.slurm.cluster import Cluster, wait_for
 from tests.slurm.jobs import ON_TWO_NODES, command, submit
 
@@ -63,6 +64,17 @@ def test_what_slurm_refuses_is_told(cluster: Cluster, tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "Slurm refuses: " in done.stderr
     assert "invalid partition specified: none_such" in done.stderr
+
+
+def test_a_controller_that_does_not_answer_is_told_from_a_refusal(cluster: Cluster, tmp_path: Path) -> None:
+    assert cluster.alive(), "so that Slurm is there"
+    away = tmp_path / "slurm.conf"
+    away.write_text("ClusterName=away\nSlurmctldHost=localhost\nSlurmctldPort=1\nMessageTimeout=1\n")
+    surroundings = {"SLURM_CONF": str(away), "PATH": os.environ["PATH"]}
+    done = launcher("submit", *ON_TWO_NODES, "hardware=cpu", cwd=tmp_path, **surroundings)
+    assert done.returncode == 2
+    assert "submit: Slurm does not answer: " in done.stderr
+    assert "scontrol ping" in done.stderr
 
 
 def test_there_are_recipes_for_all_that_is_promised() -> None:
