@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -20,9 +19,8 @@ from tests.engine.reference import Trace, reference_trace, samples_for
 prepare_deepspeed("cpu")
 
 from launcher.engine.build import build_engine  # noqa: E402  (after DeepSpeed is made quiet)
-from launcher.engine.flat import FlatEngine  # noqa: E402
-from launcher.parallel.layers import TensorParallel  # noqa: E402
 from launcher.runtime.train import global_batch  # noqa: E402
+from tests.parity import mutations  # noqa: E402
 
 STEPS = 4
 SMALL = [
@@ -152,24 +150,6 @@ def test_bf16_is_the_same_run_to_its_own_precision(name: str) -> None:
     assert trace.validation == pytest.approx(expected.validation, rel=2**-9)
 
 
-def _unmarked_shards() -> None:
-    """The mark DeepSpeed's norm reads is left off every shard."""
-    import launcher.parallel.sharding as sharding
-
-    make = sharding.Initializer.parameter
-
-    def unmarked(self: Any, *arguments: Any) -> Any:
-        parameter = make(self, *arguments)
-        parameter.tensor_model_parallel = False
-        return parameter
-
-    sharding.Initializer.parameter = unmarked  # type: ignore[method-assign]
-
-
-def _unreduced_norm_weights() -> None:
-    TensorParallel.replicated = lambda self, weight: weight  # type: ignore[method-assign]
-
-
 def _same_data_on_all_ranks() -> None:
     import launcher.runtime.train as train
 
@@ -177,21 +157,11 @@ def _same_data_on_all_ranks() -> None:
     train.sample_indices = lambda **where: indices(**{**where, "data_rank": 0})
 
 
-def _unclipped() -> None:
-    clip = FlatEngine._clip
-
-    def norm_only(self: FlatEngine) -> torch.Tensor:
-        self.clip_at = None
-        return clip(self)
-
-    FlatEngine._clip = norm_only  # type: ignore[method-assign]
-
-
 MUTATIONS = {
-    "unmarked shards": (_unmarked_shards, ["parallelism=tp2", "parallelism.zero_stage=1"]),
-    "norm weights unreduced under sequence parallel": (_unreduced_norm_weights, ["parallelism=tp2", SP]),
+    "unmarked shards": (mutations.shards_unmarked, ["parallelism=tp2", "parallelism.zero_stage=1"]),
+    "norm weights unreduced": (mutations.norm_weights_not_reduced, ["parallelism=tp2", SP]),
     "same data on both data ranks": (_same_data_on_all_ranks, ["parallelism=dp", "parallelism.data=2"]),
-    "unclipped": (_unclipped, ["parallelism=tp2"]),
+    "unclipped": (mutations.not_clipped, ["parallelism=tp2"]),
 }
 
 
