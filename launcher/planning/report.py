@@ -5,6 +5,7 @@ from itertools import groupby
 from typing import Any
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from launcher.config.schema import RunConfig
@@ -38,8 +39,9 @@ def print_plan(plan: Plan, changes: list[Change], traced: list[dict[str, Any]] |
 def print_table(table: Table) -> None:
     """And an empty line."""
     console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = FILE_WIDTH
+    # What is wider than a narrow terminal runs over its edge; nothing of it is cut.
+    least = Measurement.get(console, console.options.update(width=10**4), table).minimum
+    console.width = max(console.width if console.is_terminal else FILE_WIDTH, least)
     console.print(table)
     print()
 
