@@ -1,7 +1,7 @@
 """What a save costs: how long the step waits, and how fast the bytes reach the disk beside a plain write.
 
 `python -m benchmarks.checkpoint [FOLDER]`: one rank, GPT-2 small's shape with 4 layers, AdamW, fp32; it all
-goes to FOLDER (default: a temporary one). Medians of five saves.
+goes to FOLDER (default: a temporary one). Medians of five saves waited for; behind five more goes a step.
 """
 
 import os
@@ -14,7 +14,7 @@ from statistics import median
 
 import numpy as np
 
-from launcher.checkpoint.manifest import DIRECTORY, Manifest, read_manifest, step_name
+from launcher.checkpoint.manifest import DIRECTORY, Manifest, read_manifest, sha256_of, step_name
 from launcher.config.compose import compose_jobs
 from launcher.config.schema import RunConfig
 from launcher.config.validate import validate
@@ -44,28 +44,43 @@ def main(folder: Path) -> None:
     engine, keys = build_engine(run, layout, device), state_keys(run.optimizer)
     writer = CheckpointWriter(engine, run.checkpoint, folder, keys)
     batch = np.arange(129, dtype=np.int64).reshape(1, 129)
-    steps, stalls, writes, plain = [], [], [], []
-    for number in range(1, SAVES + 1):
+    steps, stalls, beside, writes, hashes, plain = [], [], [], [], [], []
+
+    def step() -> float:
         started = time.perf_counter()
         engine.train_batch(iter([batch]))
-        steps.append(time.perf_counter() - started)
+        return time.perf_counter() - started
+
+    for number in range(1, 2 * SAVES + 1):
+        steps.append(step())
         manifest = Manifest(number, number, updates_made(engine), {}, {}, "", "", {}, None, {}, {})
         started = time.perf_counter()
         stalls.append(writer.save(manifest))
+        if number > SAVES:
+            beside.append(step())
+            writer.wait()
+            continue
         writer.wait()
         writes.append(time.perf_counter() - started - stalls[-1])
-        saved = folder / DIRECTORY / step_name(number)
-        size = sum(file.bytes for file in read_manifest(saved).files.values())
+        files = read_manifest(folder / DIRECTORY / step_name(number)).files
+        size = sum(file.bytes for file in files.values())
+        started = time.perf_counter()
+        for name in files:
+            sha256_of(folder / DIRECTORY / step_name(number) / name)
+        hashes.append(time.perf_counter() - started)
         plain.append(plain_write(folder / "plain", size))
+    saved = folder / DIRECTORY / step_name(number)
     started = time.perf_counter()
-    read = restore(engine, saved, replace(read_manifest(saved), updates=SAVES), keys)
+    read = restore(engine, saved, replace(read_manifest(saved), updates=updates_made(engine)), keys)
     restored = time.perf_counter() - started
     print(f"bytes          {size / 1e6:,.0f} MB, {os.cpu_count()} cores")
     print(f"step           {median(steps):.3f} s")
     print(f"stall          {median(stalls):.3f} s, {median(stalls) / median(steps):.0%} of a step")
+    print(f"beside it      {median(beside):.3f} s for a step while it is written")
     print(f"written        {median(writes):.2f} s behind it, {size / 1e6 / median(writes):,.0f} MB/s")
     print(f"plain write    {median(plain):.2f} s, {size / 1e6 / median(plain):,.0f} MB/s, synced")
     print(f"throughput     {median(plain) / median(writes):.0%} of a plain write (SHA-256 included)")
+    print(f"SHA-256 alone  {size / 1e6 / median(hashes):,.0f} MB/s")
     print(f"restored       {restored:.2f} s, {read / 1e6:,.0f} MB read")
     leave()
 

@@ -3,7 +3,7 @@
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch.distributed as dist
@@ -36,13 +36,16 @@ class CheckpointWriter:
     def save(self, manifest: Manifest) -> float:
         """Begin to write `manifest`, whose tensors and files are still empty.
 
-        Waits for the one before, and for a copy to host memory; returns the seconds this took.
+        Waits for the one before, and for a copy to host memory (not asynchronous: of a file's worth at a
+        time, and until it is complete); returns the seconds this took.
         Raises CheckpointError for the one before (see wait), and for a directory that cannot be made.
         """
         started = time.perf_counter()
         self.wait()
         partial = self._make_directory(manifest.step)
-        parts = list(self._snapshot())
+        parts: Iterable[Part] = self._snapshot()
+        if self.config.asynchronous:
+            parts = list(parts)  # of this step, before the next one changes it
         self._error = None
         self._all_ended.clear()
         self._thread = threading.Thread(target=self._write, args=(partial, parts, manifest), daemon=True)
@@ -99,7 +102,7 @@ class CheckpointWriter:
                     copied = view.to("cpu", copy=True).contiguous()
                     yield Part(kind, own.logical.name, own.logical.shape, box, copied)
 
-    def _write(self, partial: Path, parts: list[Part], manifest: Manifest) -> None:
+    def _write(self, partial: Path, parts: Iterable[Part], manifest: Manifest) -> None:
         try:
             write_parts(partial, self.engine.mesh.rank, parts, int(self.config.max_file_gb * 1e9))
             if self._first:

@@ -69,7 +69,8 @@ def in_layout(
         sequence_parallel=kept.sequence_parallel and sizes.get("tensor", 1) > 1,
         activation_checkpointing=kept.activation_checkpointing,
     )
-    one = replace(run, parallelism=parallelism, hardware=_with_a_core_each(run, cores))
+    unsaved = replace(run.checkpoint, enabled=False)
+    one = replace(run, parallelism=parallelism, hardware=_with_a_core_each(run, cores), checkpoint=unsaved)
     try:
         layout = validate(one, gpus=gpus, cores=cores)
     except ConfigError as error:

@@ -72,6 +72,7 @@ def changed(run: RunConfig, settings: dict[str, Any]) -> RunConfig:
 def _settings(run: RunConfig, layout: Layout) -> Iterator[dict[str, Any]]:
     """Roughly in the order of what they cost."""
     p, micro = run.parallelism, run.training.micro_batch_size
+    yield {"checkpoint.asynchronous": False}
     yield {"parallelism.zero_stage": 1}
     yield {"training.micro_batch_size": 2 * micro}
     yield {"training.micro_batch_size": micro // 2}

@@ -10,7 +10,8 @@ from launcher.planning.report import count, settings_in_words
 from launcher.planning.schedule import simulate
 
 FORMATS = (".png", ".svg", ".pdf")
-COLOURS = dict(zip(CLASSES, ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#bbbbbb"), strict=True))
+_IN_ORDER = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#bbbbbb")
+COLOURS = dict(zip(CLASSES, _IN_ORDER, strict=True))
 FORWARD, BACKWARD = "#4c72b0", "#dd8452"
 MOST_BATCHES, MOST_LABELS = 24, 400  # drawn
 

@@ -74,6 +74,12 @@ class Rank:
         return sum(weight.numel for weight in self.weights)
 
     @property
+    def parameters_of_its_own(self) -> int:
+        """Without the head's copy of a tied weight, which the embedding's rank answers for."""
+        is_copy = self.copies_tied_weight and self.has_head
+        return self.parameters - (_vocabulary(self.model, self.tensor)[0] if is_copy else 0)
+
+    @property
     def parameters_of_embedding(self) -> int:
         """Look-ups or patches, and positions, with a head that is the same weight."""
         modules = embedding_weights(self.model, self.tensor) if self.has_embedding else []

@@ -43,4 +43,4 @@ def limit(plan: Plan) -> str:
     return f"{largest}{where}, {share:.0%} of the step"
 
 
-CLASSES = ("weights", "gradients", "optimizer", "activations", "communication", "margin")
+CLASSES = ("weights", "gradients", "optimizer", "activations", "communication", "checkpoint", "margin")

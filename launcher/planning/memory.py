@@ -9,7 +9,7 @@ from launcher.planning.geometry import Rank, block_parameters
 from launcher.planning.parts import Parts, parts
 from launcher.planning.program import Sizes
 from launcher.planning.tape import Footprint
-from launcher.planning.zero import Holdings, States, reduced_at_first, states_of
+from launcher.planning.zero import Holdings, States, checkpoint_bytes, reduced_at_first, states_of
 
 # CUDA's context and libraries, and what torch's caching allocator cannot hand out again.
 CONTEXT_BYTES, FRAGMENTATION = 1_000_000_000, 0.05
@@ -24,10 +24,11 @@ class Memory:
     optimizer: int
     activations: int
     communication: int
+    checkpoint: int  # the copy of the state that is being written, on a CPU
     margin: int
     moment: str
-    host: int  # CPU memory under a GPU; not in the total
-    allocated: int  # what tensors take at the most, buffers included that nothing is ever written to
+    host: int  # CPU memory under a GPU, the copy for a checkpoint included; not in the total
+    allocated: int  # what the tensors of a step take at the most, buffers included that are never written to
 
     @property
     def total(self) -> int:
@@ -37,6 +38,7 @@ class Memory:
             + self.optimizer
             + self.activations
             + self.communication
+            + self.checkpoint
             + self.margin
         )
 
@@ -68,6 +70,7 @@ def rank_memory(run: RunConfig, layout: Layout, rank: Rank) -> Memory:
     moments, on_cpu = list(flow.moments()), layout.device == "cpu"
     fullest = max(moments, key=lambda one: one.touched if on_cpu else one.allocated)
     held = states.weights + states.optimizer
+    copied = checkpoint_bytes(run, layout, rank)
     margin = 0 if on_cpu else CONTEXT_BYTES + int(FRAGMENTATION * (held + fullest.allocated))
     communication = fullest.holdings.communication + fullest.gathered
     return Memory(
@@ -76,9 +79,10 @@ def rank_memory(run: RunConfig, layout: Layout, rank: Rank) -> Memory:
         optimizer=states.optimizer,
         activations=fullest.activations,
         communication=communication - (fullest.holdings.untouched if on_cpu else 0),
+        checkpoint=copied if on_cpu else 0,
         margin=margin,
         moment=fullest.name,
-        host=states.host,
+        host=states.host + (0 if on_cpu else copied),
         allocated=held + max(one.allocated for one in moments),
     )
 

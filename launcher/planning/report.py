@@ -49,7 +49,8 @@ def print_table(table: Table) -> None:
 def _memory_table(plan: Plan) -> Table:
     unit = _unit(max(stage.memory.total for stage in plan.stages))
     table = plain_table(f"Memory of one rank, {unit[1]}")
-    for name in ("stage", "blocks", "parameters", *CLASSES, "total", "of", ""):
+    classes = [name for name in CLASSES if any(getattr(stage.memory, name) for stage in plan.stages)]
+    for name in ("stage", "blocks", "parameters", *classes, "total", "of", ""):
         table.add_column(name, justify="left" if name in ("stage", "") else "right", no_wrap=True)
     for first, last, stage in _alike(plan.stages):
         memory = stage.memory
@@ -57,7 +58,7 @@ def _memory_table(plan: Plan) -> Table:
             str(first) if first == last else f"{first} to {last}",
             str(stage.blocks),
             count(stage.parameters),
-            *(_in(unit, getattr(memory, name)) for name in (*CLASSES, "total")),
+            *(_in(unit, getattr(memory, name)) for name in (*classes, "total")),
             "?" if plan.budget is None else _in(unit, plan.budget),
             _verdict(plan, memory.total),
         )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from launcher.config.layout import Layout
-from launcher.config.schema import ActivationCheckpointing, Dtype, OptimizerName, RunConfig
+from launcher.config.schema import ActivationCheckpointing, Dtype, OptimizerConfig, OptimizerName, RunConfig
 from launcher.planning.geometry import Rank, block_parameters
 from launcher.planning.program import BYTES, FP32
 from launcher.planning.tuning import ALL_REDUCE_BUCKET, Tuning
@@ -59,6 +59,22 @@ def states_of(run: RunConfig, layout: Layout, rank: Rank) -> States:
     return ledger.zero_1(low) if layout.zero_stage == 1 else ledger.zero_2(low)
 
 
+def state_bytes(optimizer: OptimizerConfig) -> int:
+    """Per element that it steps on, beside the fp32 weight."""
+    if optimizer.name is OptimizerName.adamw:
+        return 2 * FP32
+    return FP32 if optimizer.momentum else 0
+
+
+def checkpoint_bytes(run: RunConfig, layout: Layout, rank: Rank) -> int:
+    """Copied to host memory at a save, and there until it is on the disk: this rank's part, in fp32."""
+    if not run.checkpoint.enabled:
+        return 0
+    written = -(-rank.parameters_of_its_own // layout.data)
+    copied = written * (FP32 + state_bytes(run.optimizer))
+    return copied if run.checkpoint.asynchronous else min(copied, int(run.checkpoint.max_file_gb * 1e9))
+
+
 class _Ledger:
     def __init__(self, run: RunConfig, layout: Layout, rank: Rank) -> None:
         self.run, self.layout, self.rank = run, layout, rank
@@ -76,11 +92,7 @@ class _Ledger:
 
     @property
     def state_bytes(self) -> int:
-        """Of the optimizer, per element it steps on, beside the fp32 weight."""
-        optimizer = self.run.optimizer
-        if optimizer.name is OptimizerName.adamw:
-            return 2 * FP32
-        return FP32 if optimizer.momentum else 0
+        return state_bytes(self.run.optimizer)
 
     def zero_0(self) -> States:
         """torch's optimizer on the weights themselves; gradients all-reduced in copies."""

@@ -35,9 +35,14 @@ class Expectation:
         if self.seconds is not None:
             self._row["perf/predicted_step_time_s"] = self.seconds
 
+    @property
+    def counts_next(self) -> bool:
+        """Whether the next step has its tensors counted, which is on CPU and takes time."""
+        return len(self._taken) == JUDGED_AT - 1 and self._device.type == "cpu"
+
     def watching(self) -> AbstractContextManager[object]:
-        """To be entered around a step. On CPU one of them has its tensors counted, which takes time."""
-        if len(self._taken) != JUDGED_AT - 1 or self._device.type != "cpu":
+        """To be entered around a step."""
+        if not self.counts_next:
             return nullcontext()
         self._allocations = Allocations()
         for tensor in _alive():

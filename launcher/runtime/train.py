@@ -89,6 +89,8 @@ def _train(
                 _say(log, f"validation loss {row['val/loss']:.4f}")
             while progress.step < last and not checkpoints.stopping:
                 watchdog.at(f"step {progress.step + 1}")
+                if expectation.counts_next:
+                    _note(log, checkpoints.close())  # whose copy is not the step's
                 with expectation.watching():
                     row = train_step(run, layout, engine, loader, progress)
                 beside, told = expectation.after(row["perf/step_time_s"])

@@ -1,6 +1,8 @@
 """A run that changes its layout on the way is the run that did not."""
 
-from itertools import permutations, product
+from collections import Counter
+from itertools import chain, permutations, product
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +10,12 @@ import pytest
 import torch
 
 from launcher.checkpoint import geometry, load
+from launcher.checkpoint.manifest import read_manifest
 from launcher.config.schema import CheckpointConfig
 from launcher.parallel.mesh import Axis
 from launcher.parallel.sharding import LogicalTensor
+from launcher.planning.geometry import pipeline_ranks
+from launcher.planning.zero import checkpoint_bytes
 from tests.checkpoint.saving import GPT, LAYOUTS, LLAMA, MOMENTUM, STEPS, Outcome, run_in, saved, train
 
 # Every kind of partition is both left and entered, and the pipeline cut, padded and tied vocabulary with it.
@@ -96,6 +101,20 @@ def test_each_rank_reads_what_it_holds_and_no_more(tmp_path: Path) -> None:
     # Data ranks share every weight; tensor ranks share all but the norms and the like.
     assert sum(parts.bytes_read) == pytest.approx(all_of_it, rel=0.05)
     assert max(parts.bytes_read) < 0.3 * all_of_it
+
+
+@pytest.mark.parametrize("layout", ["dp", "zero3_tp2", "tp2_pp2", "zero1_tp2"])
+def test_each_rank_writes_what_the_plan_says_it_copies(layout: str, tmp_path: Path) -> None:
+    run, resolved = run_in(layout, *GPT)
+    train(run, resolved, tmp_path, last=1, save=SAVE)
+    written: Counter[int] = Counter()
+    for by_name in read_manifest(saved(tmp_path, 1)).tensors.values():
+        for piece in chain.from_iterable(stored.pieces for stored in by_name.values()):
+            written[int(piece.file[:5])] += 4 * prod(piece.sizes)
+    assert len(written) == resolved.world_size
+    most_of_all = max(checkpoint_bytes(run, resolved, rank) for rank in pipeline_ranks(run, resolved))
+    # Partitions end within weights.
+    assert max(written.values()) == pytest.approx(most_of_all, rel=0.02)
 
 
 def forget_kinds(monkeypatch: pytest.MonkeyPatch) -> None:

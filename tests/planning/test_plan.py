@@ -100,8 +100,11 @@ class TestMemory:
         )
 
     def test_offload_goes_to_the_host(self) -> None:
+        unsaved = "checkpoint.enabled=false"
         on, off = (
-            plan_of(*LLAMA, *H100, "parallelism.zero_stage=2", f"parallelism.offload_optimizer={flag}")
+            plan_of(
+                *LLAMA, *H100, unsaved, "parallelism.zero_stage=2", f"parallelism.offload_optimizer={flag}"
+            )
             for flag in ("true", "false")
         )
         assert on.stages[0].memory.optimizer < off.stages[0].memory.optimizer / 2
@@ -109,6 +112,25 @@ class TestMemory:
         assert off.stages[0].memory.host == 0
         on_cpu = plan_of("parallelism=zero2", "parallelism.offload_optimizer=true")
         assert on_cpu.stages[0].memory.host == 0
+
+    def test_a_checkpoint_is_copied_to_the_host(self) -> None:
+        asynchronous, waited_for, never = (
+            plan_of("parallelism=single", f"checkpoint.{setting}").stages[0]
+            for setting in ("enabled=true", "asynchronous=false", "enabled=false")
+        )
+        weights_and_two_states = 12 * asynchronous.parameters
+        assert asynchronous.memory.checkpoint == weights_and_two_states
+        assert asynchronous.memory.total - never.memory.total == weights_and_two_states
+        assert asynchronous.memory.allocated == never.memory.allocated
+        assert waited_for.memory.total == asynchronous.memory.total, "it is less than a file"
+        a_file = ("checkpoint.asynchronous=false", "checkpoint.max_file_gb=0.001")
+        assert plan_of("parallelism=single", *a_file).stages[0].memory.checkpoint == 1e6
+        gpu = plan_of(*LLAMA, *H100, "parallelism.zero_stage=1")
+        without = plan_of(*LLAMA, *H100, "parallelism.zero_stage=1", "checkpoint.enabled=false")
+        assert gpu.stages[0].memory.total == without.stages[0].memory.total
+        data = gpu.layout.data
+        copied = 12 * gpu.stages[0].parameters / data
+        assert gpu.stages[0].memory.host == pytest.approx(copied, rel=1e-6)
 
     def test_a_bucket_that_is_never_filled_takes_no_memory_of_a_cpu(self) -> None:
         memory = plan_of("parallelism=zero1", BUCKET).stages[0].memory

@@ -311,7 +311,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
 class TestCommand:
     def test_training_refuses_before_torch_is_loaded(self, ended: dict[str, Ended]) -> None:
         starts = {
-            "too large": "hardware.memory_bytes=2e+07: a rank has 20.00 MB, and stage 0 needs 3",
+            "too large": "hardware.memory_bytes=2e+07: a rank has 20.00 MB, and stage 0 needs 42.1",
             "for this machine": "hardware.memory_bytes=null: this machine has for each rank ",
             "auto": "parallelism.auto=true: none of ",
             "auto and illegal": "model.num_heads=5: does not divide",
