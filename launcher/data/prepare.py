@@ -10,11 +10,9 @@ import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate
-from multiprocessing import get_context
 from pathlib import Path
 from typing import IO, Any
 
@@ -30,9 +28,9 @@ from launcher.data.tokenise import (
     Tokenised,
     TokenizerSpec,
     Worker,
-    start_worker,
+    WorkerKilled,
+    Workers,
     text_of,
-    tokenise_here,
 )
 from launcher.data.tokenizer import Tokenizer, train_bpe, write_byte_tokenizer
 
@@ -247,22 +245,21 @@ class Preparation:
             worker = Worker(spec, self.config.text_field, self.max_line)
             yield from ((batch, worker.tokenise(batch)) for batch in found)
             return
-        started = (spec, self.config.text_field, self.max_line, os.getpid())
-        pool = ProcessPoolExecutor(self.workers, get_context("fork"), start_worker, started)
+        pool = Workers(self.workers, spec, self.config.text_field, self.max_line)
         waiting: deque[tuple[Batch, Future[Tokenised]]] = deque()
         try:
             for batch in found:
-                waiting.append((batch, pool.submit(tokenise_here, batch)))
+                waiting.append((batch, pool.submit(batch)))
                 if len(waiting) >= _AHEAD * self.workers:
                     yield _answer(waiting)
             while waiting:
                 yield _answer(waiting)
-        except BrokenProcessPool:
+        except WorkerKilled:
             why = "a process was killed, as it is where memory runs out"
             remedies = *settings("workers", [max(1, self.workers // 2)]), "the same command goes on"
             raise ConfigError("workers", self.workers, why, ": ".join(remedies)) from None
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+            pool.close()
 
     def places(self) -> dict[Path, str]:
         """Where each file goes at the end, in the order in which it goes there."""

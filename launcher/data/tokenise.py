@@ -5,8 +5,13 @@ import os
 import signal
 import threading
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -115,20 +120,73 @@ def _json_text(line: str, field: str) -> str:
     return text
 
 
-_worker: Worker
+class WorkerKilled(Exception):
+    """A worker process is gone."""
 
 
-def start_worker(spec: TokenizerSpec, text_field: str, max_line: int, parent: int) -> None:
-    """Make this process one that tokenise_here works in. It ends with its parent, and only with it."""
+class Workers:
+    """Processes that tokenise, one batch each at a time; they end with this process, and only with it.
+
+    ProcessPoolExecutor would wait forever for the rest of an answer whose sender was killed: it holds every
+    pipe's writing end itself. Here only the worker does.
+    """
+
+    def __init__(self, count: int, spec: TokenizerSpec, text_field: str, max_line: int) -> None:
+        context = get_context("fork")
+        self._processes = []
+        self._idle: SimpleQueue[Connection] = SimpleQueue()
+        for _ in range(count):
+            ours, theirs = context.Pipe()
+            process = context.Process(
+                target=_work, args=(theirs, spec, text_field, max_line, os.getpid()), daemon=True
+            )
+            process.start()
+            theirs.close()
+            self._processes.append(process)
+            self._idle.put(ours)
+        self._threads = ThreadPoolExecutor(count, "workers")
+
+    def submit(self, batch: Batch) -> "Future[Tokenised]":
+        """Raises, from the future's result(), WorkerKilled and what the worker raised."""
+        return self._threads.submit(self._tokenise, batch)
+
+    def _tokenise(self, batch: Batch) -> Tokenised:
+        pipe = self._idle.get()
+        try:
+            pipe.send(batch)
+            answer: Tokenised | Exception = pipe.recv()
+        except (EOFError, OSError):
+            raise WorkerKilled from None
+        finally:
+            self._idle.put(pipe)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def close(self) -> None:
+        """End them, whatever they are at."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        for process in self._processes:
+            process.kill()
+            process.join()
+        self._threads.shutdown()
+
+
+def _work(pipe: Connection, spec: TokenizerSpec, text_field: str, max_line: int, parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    global _worker
-    _worker = Worker(spec, text_field, max_line)
+    worker = Worker(spec, text_field, max_line)
+    with suppress(EOFError, OSError):  # the parent is gone
+        while True:
+            pipe.send(_answer(worker, pipe.recv()))
 
 
-def tokenise_here(batch: Batch) -> Tokenised:
-    return _worker.tokenise(batch)
+def _answer(worker: Worker, batch: Batch) -> Tokenised | Exception:
+    try:
+        return worker.tokenise(batch)
+    except Exception as error:
+        return error
 
 
 def _end_with(parent: int) -> None:

@@ -575,14 +575,30 @@ class TestCommand:
         assert launched("a.jsonl", "web", cwd=tmp_path).wait(timeout=60) == 0
         assert open_token_file(tmp_path / "web").num_documents == 200
 
-    def test_a_worker_that_is_killed_is_told_of(self, tmp_path: Path) -> None:
+    def test_a_worker_that_is_killed_in_the_middle_of_an_answer_is_told_of(self, tmp_path: Path) -> None:
         (tmp_path / "a.jsonl").write_bytes(jsonl(["some words that go on and on " * 2000]) * 1500)
         process = launched("a.jsonl", "web", "workers=2", cwd=tmp_path)
-        wait_until(lambda: len(_children(process.pid)) == 2)
-        os.kill(int(_children(process.pid)[0]), signal.SIGKILL)
+        partial = tmp_path / "web.partial" / "tokens.bin"
+        wait_until(lambda: partial.exists() and partial.stat().st_size > 0)
+        process.send_signal(signal.SIGSTOP)  # so that no answer is taken, and workers wait with theirs
+        victim = int(_children(process.pid)[0])
+        wait_until(lambda: _is_idle(victim))
+        os.kill(victim, signal.SIGKILL)
+        process.send_signal(signal.SIGCONT)
         _, err = process.communicate(timeout=60)
         assert process.returncode == 2
         assert "workers=2: a process was killed" in err
+
+
+def _is_idle(pid: int) -> bool:
+    """It uses no processor time for a while."""
+    before = _processor_time(pid)
+    time.sleep(0.3)
+    return before == _processor_time(pid)
+
+
+def _processor_time(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/stat").read_text().split()[13:15]
 
 
 def _children(pid: int) -> list[str]:
