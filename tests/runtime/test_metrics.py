@@ -20,12 +20,11 @@ from tests.runtime.wandb_server import wandb_server
 AFTER_STEP_3 = """
 import os, signal, time
 import launcher.runtime.train as train
+from launcher.runtime.metrics.wandb_files import fragments, steps_in
 from pathlib import Path
 step = train.train_step
 def faulty(run, layout, engine, loader, progress):
     if progress.step == 3:
-        from launcher.runtime.metrics.sync import complete, is_complete, is_synced
-from launcher.runtime.metrics.wandb_files import fragments, steps_in
         while steps_in(fragments(Path("r"))[0]) != [1, 2, 3]:
             time.sleep(0.05)
         {fault}
@@ -198,6 +197,16 @@ def test_training_goes_on_where_wandbs_own_process_is_killed(tmp_path: Path) -> 
 
 def identity_of(run_dir: Path) -> str:
     return str(json.loads((run_dir / "run.json").read_text())["id"])
+
+
+def test_a_server_that_does_not_answer_is_named(tmp_path: Path) -> None:
+    trained("logging=wandb", "run.dir=r", "parallelism.data=1", "training.steps=1", cwd=tmp_path)
+    nowhere = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40}
+    done = launcher("sync", "r", cwd=tmp_path, **nowhere)
+    assert done.returncode == 2
+    assert "the W&B server http://127.0.0.1:9 does not answer: " in done.stderr
+    assert "refused" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_starts_offline_and_online_are_one_run_on_the_server(tmp_path: Path) -> None:

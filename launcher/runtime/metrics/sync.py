@@ -12,7 +12,7 @@ from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
 from launcher.runtime.metrics.rows import rows_in
 from launcher.runtime.metrics.wandb_files import fragments, has_ended
-from launcher.runtime.metrics.wandb_run import has_api_key, log_missing
+from launcher.runtime.metrics.wandb_run import has_api_key, log_missing, server_url, why_unreachable
 from launcher.runtime.run_dir import CONFIG, IDENTITY, RunDir
 
 _QUIET = 120.0  # seconds without a byte written, after which a start that did not end was killed
@@ -20,7 +20,7 @@ _FOLDER = "offline-run-"
 
 
 def upload(run_dir: Path) -> int:
-    """Upload what is new; the exit code of `wandb sync`. Raises ConfigError without an API key.
+    """Upload what is new; the exit code of `wandb sync`. Raises ConfigError without a key or a way there.
 
     What W&B lost when a start was killed comes from metrics.jsonl.
     """
@@ -38,6 +38,9 @@ def upload(run_dir: Path) -> int:
     if not has_api_key():
         remedy = "`wandb login`, or WANDB_API_KEY in the environment"
         raise ConfigError("sync", run_dir, "no W&B API key is found here", remedy)
+    if why := why_unreachable(server_url()):
+        remedy = "a node with a way to it, WANDB_BASE_URL=URL for another server, or HTTPS_PROXY"
+        raise ConfigError("sync", run_dir, f"the W&B server {server_url()} does not answer: {why}", remedy)
     folders = [str(path.parent) for path in ready]
     return subprocess.run([sys.executable, "-m", "wandb", "sync", "--yes", *folders], check=False).returncode
 

@@ -4,12 +4,12 @@ Killed, W&B may have lost the last steps that metrics.jsonl has; resumed, a run 
 already. So what W&B has is asked for at each start, missing steps are logged again and known ones are not.
 """
 
-import netrc
 import os
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 import wandb
 
@@ -117,11 +117,24 @@ def resolved_mode(mode: WandbMode) -> str:
 
 
 def has_api_key() -> bool:
-    """In WANDB_API_KEY, or where `wandb login` leaves it."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    """In WANDB_API_KEY, or where `wandb login` leaves it; the server is not asked."""
     try:
-        return netrc.netrc().authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
+        return wandb.login(prompt=False, verify=False)
+    except wandb.errors.Error:
+        return True  # a malformed one, as W&B says again where it is used
+
+
+def server_url() -> str:
+    """As WANDB_BASE_URL says, or what `wandb login --host` wrote, or W&B's own."""
+    return os.environ.get("WANDB_BASE_URL") or str(wandb.setup().settings.base_url)
+
+
+def why_unreachable(url: str) -> str | None:
+    """What keeps this machine from the server; None where it answers, be it with an error."""
+    try:
+        urllib.request.urlopen(url, timeout=INIT_TIMEOUT).close()
+    except urllib.error.HTTPError:
+        return None
+    except OSError as error:
+        return str(getattr(error, "reason", error))
+    return None
