@@ -3,7 +3,7 @@
 import difflib
 import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseExceptio
 
 from launcher.config.errors import ConfigError, settings
 from launcher.config.fields import (
+    ENTRIES,
     closest_fields,
     fields_in,
     fields_of,
@@ -155,11 +156,17 @@ def _dead_interpolation(field: str, failure: _Failure) -> ConfigError:
     return ConfigError(field, failure.value_of(field), (why[2] or why[0]).strip('"'), f"{field}=<{kind}>")
 
 
+def _whole_name(end: str, fields: Iterable[str]) -> str | None:
+    """The field, or the entry of an open dictionary, whose name ends like that."""
+    section, _, key = end.rpartition(".")
+    entries = [f"{name}.{key}" for name in ENTRIES if section and f".{name}".endswith(f".{section}")]
+    return next((name for name in (*fields, *entries) if f".{name}".endswith(f".{end}")), None)
+
+
 def _wrong_field(found: re.Match[str], failure: _Failure) -> ConfigError:
     """A field that exists, with a value of another type."""
     fields = fields_of(failure.root)
-    # Inside a list omegaconf says `tags[1]`.
-    field = next((name for name in fields if f".{name}".endswith(f".{found[1].partition('[')[0]}")), found[1])
+    field = _whole_name(found[1].partition("[")[0], fields) or found[1]  # in a list, omegaconf says `tags[1]`
     for name, value in map(_split, failure.overrides):
         if name.startswith(f"{field}.") and field in fields:
             return ConfigError(name, value, f"{field} is a value without fields", f"{field}={value}")

@@ -20,7 +20,8 @@ _SBATCH = {
     "exclude": "slurm.exclude={}", "reservation": "slurm.reservation={}", "output": "slurm.output={}",
     "signal": "slurm.signal_seconds=SECONDS", "requeue": "slurm.on_stop=requeue",
     "no-requeue": "slurm.on_stop=end", "array": "--multirun", "ntasks": _RANKS, "ntasks-per-node": _RANKS,
-    "open-mode": "slurm.sbatch=[]",
+    "open-mode": "slurm.sbatch=[]", "wrap": "an override, or a script of your own that calls srun",
+    "test-only": "submit.dry_run=true",
 }  # fmt: skip
 _SRUN = {
     "nodes": _RANKS, "ntasks": _RANKS, "ntasks-per-node": _RANKS, "cpus-per-task": "slurm.cpus_per_task={}",
@@ -127,13 +128,39 @@ def _check_forms(run: RunConfig) -> None:
         value = getattr(run.slurm, name)
         if value is not None and not re.fullmatch(pattern, value):
             raise refusal(run, f"slurm.{name}", words, f"slurm.{name}={example}", f"slurm.{name}=null")
+    _check_time(run)
     least, most = nodes_of(run)
     if least > most:
         why = "the least is above the most"
         raise refusal(run, "slurm.nodes", why, f"slurm.nodes={most}-{least}")
+    if run.slurm.output.startswith("~"):
+        why = "Slurm knows no ~"
+        raise refusal(run, "slurm.output", why, "a path from / on, or from where the job is submitted")
+    if "%" in run.slurm.output.rpartition("/")[0]:
+        why = "Slurm makes no directories, and what % stands for is not known before"
+        name = run.slurm.output.replace("/", "-")
+        raise refusal(run, "slurm.output", why, f"slurm.output={name}")
     for module in run.slurm.modules:
         if module.startswith("-"):
             raise ConfigError("slurm.modules", module, "is an option, not a module", "slurm.modules=[NAME]")
+
+
+def _check_time(run: RunConfig) -> None:
+    limit, signal = seconds_of(run.slurm.time or "0"), run.slurm.signal_seconds
+    if 0 < limit <= signal:
+        why = f"the run is told to stop slurm.signal_seconds={signal} before the end: as soon as it begins"
+        remedy = "slurm.time=HOURS:MINUTES:SECONDS, of more"
+        raise refusal(run, "slurm.time", why, remedy, f"slurm.signal_seconds={limit // 2}")
+
+
+def seconds_of(time: str) -> int:
+    """Of a time limit in any form that Slurm takes; 0 is none."""
+    days, dash, clock = time.rpartition("-")
+    numbers = [int(number) for number in clock.split(":")]
+    if not dash and len(numbers) < 3:
+        numbers = [0, *numbers]  # without days and hours the first is minutes
+    hours, minutes, seconds = (*numbers, 0, 0)[:3]
+    return int(days or 0) * 86400 + hours * 3600 + minutes * 60 + seconds
 
 
 def _check_environment(run: RunConfig) -> None:
@@ -146,7 +173,7 @@ def _check_environment(run: RunConfig) -> None:
             # The value itself is not repeated: it may be one.
             why = "would be written into the script and the run's config, for others to read"
             where = f"export {name} where `launcher submit` or sbatch runs, which passes it on"
-            raise ConfigError(field, None, why, f"{where} (or `wandb login`)")
+            raise ConfigError(field, None, why, where + (" (or `wandb login`)" if "WANDB" in name else ""))
 
 
 def _check_options(field: str, options: list[str], ours: dict[str, str], example: str) -> None:

@@ -447,6 +447,14 @@ def check_stop(run: RunConfig) -> None:
         raise refusal(run, "training.stop_at", why, f"training.stop_at={t.steps} (or fewer)")
 
 
+def check_wandb(run: RunConfig) -> None:
+    project = run.logging.wandb.project
+    if found := re.search(r"[/\\#?%:]", project):
+        fitting = re.sub(r"[/\\#?%:]", "-", project)
+        why = f"W&B takes no {found[0]} in a project's name"
+        raise refusal(run, "logging.wandb.project", why, f"logging.wandb.project={fitting}")
+
+
 def check_deepspeed(run: RunConfig) -> None:
     check_passthrough(run.deepspeed)
     p, dtype = run.parallelism, run.precision.dtype
@@ -486,5 +494,6 @@ RULES: tuple[Callable[[RunConfig], None], ...] = (
     check_scheduler,
     check_stop,
     check_deepspeed,
+    check_wandb,
     check_slurm,
 )

@@ -7,6 +7,7 @@ import re
 import shlex
 from dataclasses import dataclass
 
+from launcher.config.errors import ConfigError
 from launcher.config.schema import OnStop, RunConfig, SlurmConfig, Tasks
 from launcher.config.slurm import gpus_of_a_node, nodes_of
 
@@ -24,17 +25,29 @@ class Batch:
 
 def render(batch: Batch) -> str:
     """The script. Its own arguments are further overrides."""
+    on_stop = batch.run.slurm.on_stop
     lines = [
         "#!/usr/bin/env bash",
         f"# launcher submit {shlex.join(batch.typed)}",
         *(f"#SBATCH {option}" for option in options(batch)),
+        "# sbatch's own options come before this script's name, overrides of a run's settings after it.",
+        f"# Told to stop, before its time is up or by a preemption, the run is saved and {_THEN[on_stop]}"
+        f" (slurm.on_stop={on_stop.name}).",
         "set -euo pipefail",
         "# Told to stop before the launcher listens: go on, it is told again when time is up.",
         "trap '' USR1",
         *_surroundings(batch.run.slurm),
+        *_check_of(batch.python),
         *_start(batch),
     ]
     return "\n".join(lines) + "\n"
+
+
+_THEN = {
+    OnStop.requeue: "the job requeued",
+    OnStop.chain: "a next job submitted",
+    OnStop.end: "the job ends",
+}
 
 
 def options(batch: Batch) -> list[str]:
@@ -114,6 +127,16 @@ def _surroundings(slurm: SlurmConfig) -> list[str]:
     return modules + [f"export {name}={shlex.quote(value)}" for name, value in slurm.environment.items()]
 
 
+def _check_of(python: str) -> list[str]:
+    """Of an interpreter that is looked for from the directory of the submission."""
+    if "/" not in python or python.startswith("/"):
+        return []
+    word = shlex.quote(python)
+    return [
+        f'[ -x {word} ] || {{ echo "launcher: no" {word} "in $PWD: submit from where it is" >&2; exit 2; }}'
+    ]
+
+
 def _start(batch: Batch) -> list[str]:
     command = f"{shlex.quote(batch.python)} -m launcher job"
     if len(batch.jobs) == 1:
@@ -125,3 +148,32 @@ def _start(batch: Batch) -> list[str]:
         "esac",
         f'exec {command} "${{job[@]}}" -- "$@"',
     ]
+
+
+# What comes before a script's name in place of a field; the others are in the script, for good.
+_BEFORE_A_SCRIPT = {
+    "job_name": "--job-name={}", "partition": "--partition={}", "account": "--account={}",
+    "qos": "--qos={}", "time": "--time={}", "nodes": "--nodes={}", "mem": "--mem={}",
+    "gpus_per_node": "--gpus-per-node={}", "constraint": "--constraint={}", "exclude": "--exclude={}",
+    "reservation": "--reservation={}", "output": "--output={}", "signal_seconds": "--signal=B:USR1@{}",
+}  # fmt: skip
+_READ_WHEN_IT_RUNS = {"on_stop", "srun", "container"}
+
+
+def check_after_a_script(overrides: list[str]) -> None:
+    """Raise ConfigError for what comes after a batch script's name and would change nothing there."""
+    for override in overrides:
+        name, _, value = override.lstrip("+~").partition("=")
+        field = name.removeprefix("slurm.").partition(".")[0]
+        if name == "hardware.nodes":
+            field = "nodes"
+        elif name.startswith("submit."):
+            field = "submit"
+        elif name.partition("@")[0] != "slurm" and not name.startswith("slurm."):
+            continue
+        if field in _READ_WHEN_IT_RUNS:
+            continue
+        remedy = "`launcher submit`, with the command in the script's second line"
+        if field in _BEFORE_A_SCRIPT:
+            remedy = f"before the script's name: sbatch {_BEFORE_A_SCRIPT[field].format(value)} SCRIPT"
+        raise ConfigError(name, value, "comes after the script's name, where sbatch does not read it", remedy)

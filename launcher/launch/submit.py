@@ -1,9 +1,11 @@
 """`launcher submit`: a run, or the runs of a sweep, as one batch script, shown and handed to sbatch."""
 
+import os
 import shlex
 import shutil
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from launcher.config.compose import Job
 from launcher.config.errors import ConfigError
@@ -21,6 +23,9 @@ def batch_of(jobs: Sequence[Job[RunConfig]], typed: list[str]) -> Batch:
         # The script repeats them in a comment, which a line break would end.
         if not argument.isprintable():
             raise ConfigError("submit", repr(argument), "holds a control character", "text of one line")
+    if first.slurm.max_parallel is not None and len(jobs) == 1:
+        why = "is of a --multirun's jobs, and this is one job"
+        raise ConfigError("slurm.max_parallel", first.slurm.max_parallel, why, "slurm.max_parallel=null")
     for job in jobs:
         check_submission(job.config)
         if (job.config.slurm, job.config.hardware) != (first.slurm, first.hardware):
@@ -49,6 +54,7 @@ def submit(jobs: Sequence[Job[RunConfig]], typed: list[str], layouts: Sequence[L
         why = "there is no sbatch here: not a node from which jobs are submitted"
         remedy = "submit.dry_run=true > job.sbatch, and there `sbatch job.sbatch`"
         raise ConfigError("submit", None, why, remedy)
+    _make_room_for(run.slurm.output)
     print(script)
     try:
         number = sbatch(script)
@@ -60,6 +66,20 @@ def submit(jobs: Sequence[Job[RunConfig]], typed: list[str], layouts: Sequence[L
         raise ConfigError("submit", None, f"Slurm refuses: {error}", remedy) from None
     for line in told(run, number, layouts):
         print(line)
+
+
+def _make_room_for(output: str) -> None:
+    """Slurm makes no directories: a job whose log it cannot open ends without a word."""
+    folder = Path(output).parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        why = None if os.access(folder, os.W_OK | os.X_OK) else "not a directory that you may write to"
+    except OSError as error:
+        why = error.strerror
+    if why:
+        raise ConfigError(
+            "slurm.output", output, f"{folder.absolute()}: {why}", "a shared directory of yours"
+        )
 
 
 def told(run: RunConfig, number: str, layouts: Sequence[Layout]) -> list[str]:

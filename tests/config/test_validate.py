@@ -61,7 +61,9 @@ IN_WORDS_ONLY = {
     "slurm.environment.HF_TOKEN=x",
     'slurm.job_name="a\x07b"',
     'slurm.sbatch=["--array=1-3"]',
+    'slurm.sbatch=["--wrap=true"]',
     'slurm.srun=["--ntasks=4"]',
+    'slurm.output="~/logs/%j.out"',
     "data.source=tokens data.sources={a.b:corpora/web} data.weights={a.b:1}",
 }
 

@@ -14,8 +14,9 @@ from launcher.config.compose import Job, compose_jobs
 from launcher.config.errors import ConfigError
 from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
-from launcher.launch.sbatch import Batch, render, slurm_word
-from launcher.launch.submit import batch_of, told
+from launcher.config.slurm import seconds_of
+from launcher.launch.sbatch import Batch, check_after_a_script, render, slurm_word
+from launcher.launch.submit import _make_room_for, batch_of, told
 from tests.config.composing import run_of
 
 CPU = ["hardware=cpu", "hardware.accelerators_per_node=2", "hardware.nodes=2"]
@@ -149,9 +150,11 @@ def test_gpus_are_those_of_the_hardware() -> None:
 
 
 def test_jobs_of_one_array_ask_for_the_same() -> None:
-    jobs = [Job(run_of(*CPU, f"slurm.time={time}"), index, []) for index, time in enumerate((1, 2))]
+    jobs = [Job(run_of(*CPU, f"slurm.time={time}"), index, []) for index, time in enumerate((10, 20))]
     with pytest.raises(ConfigError, match="are one array"):
         batch_of(jobs, [])
+    with pytest.raises(ConfigError, match="is of a --multirun's jobs, and this is one job"):
+        batch_of([Job(run_of(*CPU, "slurm.max_parallel=2"), None, [])], [])
 
 
 def test_what_is_only_for_submitting_does_not_reach_the_job() -> None:
@@ -188,3 +191,56 @@ def test_what_a_user_is_told() -> None:
         "run      mine/0 to /1",
         "log      slurm-7_0.out and so on: tail -F slurm-7_0.out",
     ]
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [
+        ("0", 0), ("5", 300), ("1:30", 90), ("2:00:01", 7201), ("1-2", 93600), ("1-2:03", 93780),
+        ("1-0:0:9", 86409),
+    ],
+)  # fmt: skip
+def test_a_time_limit_in_seconds(time: str, seconds: int) -> None:
+    assert seconds_of(time) == seconds
+
+
+@pytest.mark.parametrize(
+    ("typed", "remedy"),
+    [
+        ("slurm.time=12:00:00", "before the script's name: sbatch --time=12:00:00 SCRIPT"),
+        ("+slurm.job_name=x", "before the script's name: sbatch --job-name=x SCRIPT"),
+        ("hardware.nodes=4", "before the script's name: sbatch --nodes=4 SCRIPT"),
+        (
+            "slurm.environment.NCCL_DEBUG=INFO",
+            "`launcher submit`, with the command in",
+        ),
+        ("slurm=lab", "`launcher submit`"),
+        ("submit.dry_run=true", "`launcher submit`"),
+    ],
+)
+def test_what_sbatch_has_read_already_is_refused_after_the_script(typed: str, remedy: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        check_after_a_script(["training.steps=5", typed])
+    assert refused.value.field == typed.strip("+").partition("=")[0]
+    assert refused.value.remedy.startswith(remedy)
+
+
+def test_what_is_read_when_the_job_runs_may_come_after_the_script() -> None:
+    check_after_a_script(["slurm.on_stop=end", "slurm.srun=[]", "run.dir=x", "slurmy=1", "hardware=cpu"])
+
+
+def test_a_missing_interpreter_is_named(tmp_path: Path) -> None:
+    script = render(batch(python=".venv/bin/python"))
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, text=True, capture_output=True, check=False)
+    assert done.returncode == 2
+    expected = f"launcher: no .venv/bin/python in {tmp_path}: submit from where it is\n"
+    assert done.stderr == expected
+
+
+def test_the_directory_of_the_log_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    _make_room_for("logs/of/slurm-%j.out")
+    assert (tmp_path / "logs" / "of").is_dir()
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"slurm.output=file/%j: .*/file: (File exists|Not a directory)"):
+        _make_room_for("file/%j")
