@@ -34,7 +34,7 @@ from launcher.planning.figure import check_figure
 from launcher.planning.plan import memory_budget
 from launcher.planning.search import Search, Space
 from launcher.runtime.job import ready_on_nodes, run_job
-from launcher.runtime.run_dir import CONFIG, IDENTITY
+from launcher.runtime.run_dir import CONFIG, IDENTITY, run_path, start_of
 
 REFUSED, FAILED = 2, 1
 
@@ -135,6 +135,8 @@ def submit(arguments: list[str]) -> int:
         on_nodes = [ready_on_nodes(one.config, nodes)[1] for nodes in nodes_of(one.config)]
         layouts.append(on_nodes[-1])
         check_data(one.config)
+        if one.config.run.dir is not None:
+            start_of(one.config, run_path(one.config, multirun_index=one.index))
     submit_jobs(jobs, arguments, layouts)
     return 0
 

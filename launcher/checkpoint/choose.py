@@ -3,6 +3,7 @@
 import shlex
 from pathlib import Path
 
+from launcher.checkpoint.final import final_step
 from launcher.checkpoint.manifest import (
     MANIFEST,
     BrokenCheckpoint,
@@ -42,7 +43,9 @@ def checkpoint_of(run: RunConfig, run_dir: Path) -> Path | None:
     path = _meant(run, run_dir)
     while path is not None:
         try:
-            check_goes_on(run, path, read_manifest(path))
+            manifest = read_manifest(path)
+            check_goes_on(run, path, manifest)
+            check_is_unfinished(run, path, manifest, run_dir)
             return path
         except BrokenCheckpoint as broken:
             path = older_or_refused(run, broken)
@@ -68,7 +71,12 @@ def _meant(run: RunConfig, run_dir: Path) -> Path | None:
         return path.resolve()
     found = checkpoints_in(path)
     if not found:
-        options = "checkpoint.resume=auto (what run.dir holds)", "checkpoint.resume=none"
+        options = ["checkpoint.resume=auto (what run.dir holds)", "checkpoint.resume=none"]
+        if (path / "config.json").exists():
+            options = [
+                f"checkpoint.init_from={resume} checkpoint.resume=auto (its weights)",
+                options[1],
+            ]
         why = "neither a checkpoint nor a run's directory with one"
         raise refusal(run, "checkpoint.resume", why, *options)
     return found[0].resolve()
@@ -76,11 +84,6 @@ def _meant(run: RunConfig, run_dir: Path) -> Path | None:
 
 def check_goes_on(run: RunConfig, path: Path, manifest: Manifest) -> None:
     """Raises ConfigError where the run cannot go on from there: the field, its value, and what it was."""
-    last = run.training.stop_at or run.training.steps
-    if manifest.step >= last:
-        field = "training.steps" if run.training.stop_at is None else "training.stop_at"
-        why = f"{path} is of step {manifest.step}: nothing is left to train"
-        raise refusal(run, field, why, f"{field}={manifest.step + 1} (or more)", "another run.dir")
     model = [name for name in fields_of(RunConfig) if name.startswith("model.")]
     for name in (*(name for name in model if name not in _FREE_OF_MODEL), *_DATA):
         was, now = _stored(manifest, name), as_typed(value_of(run, name))
@@ -96,6 +99,17 @@ def check_goes_on(run: RunConfig, path: Path, manifest: Manifest) -> None:
     if (run.optimizer.momentum or 0) and "momentum_buffer" not in manifest.tensors:
         why = f"{path} has no momentum to go on with"
         raise refusal(run, "optimizer.momentum", why, "optimizer.momentum=0")
+
+
+def check_is_unfinished(run: RunConfig, path: Path, manifest: Manifest, run_dir: Path) -> None:
+    """Raises ConfigError where no step is left, unless this run was killed before its final weights."""
+    last = run.training.stop_at or run.training.steps
+    own = path.resolve().parent.parent == run_dir.resolve()
+    if manifest.step < last or (own and manifest.step == last and final_step(run_dir) != last):
+        return
+    field = "training.steps" if run.training.stop_at is None else "training.stop_at"
+    why = f"{path} is of step {manifest.step}: nothing is left to train"
+    raise refusal(run, field, why, f"{field}={manifest.step + 1} (or more)", "another run.dir")
 
 
 def _stored(manifest: Manifest, name: str) -> str:

@@ -7,10 +7,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from launcher.checkpoint.boxes import Box
+from launcher.checkpoint.final import weight_files
 from launcher.checkpoint.huggingface import Entry, entries
 from launcher.checkpoint.manifest import BrokenCheckpoint, Manifest, entry_name, read_manifest
 from launcher.checkpoint.sources import Kind, Weights, found_tensors
-from launcher.checkpoint.weights import unusable, weight_files
+from launcher.checkpoint.weights import unusable
 from launcher.parallel.sharding import WEIGHT
 
 

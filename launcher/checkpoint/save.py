@@ -28,6 +28,7 @@ class CheckpointWriter:
     def __init__(self, engine: Engine, config: CheckpointConfig, run_dir: Path, keys: list[str]) -> None:
         self.engine, self.config, self.keys = engine, config, keys
         self.folder = run_dir / DIRECTORY
+        self._partial = self.folder  # that of the checkpoint in hand
         self._first = engine.mesh.rank == 0
         self._thread: threading.Thread | None = None
         self._error: str | None = None
@@ -42,13 +43,13 @@ class CheckpointWriter:
         """
         started = time.perf_counter()
         self.wait()
-        partial = self._make_directory(manifest.step)
+        self._partial = self._make_directory(manifest.step)
         parts: Iterable[Part] = self._snapshot()
         if self.config.asynchronous:
             parts = list(parts)  # of this step, before the next one changes it
         self._error = None
         self._all_ended.clear()
-        self._thread = threading.Thread(target=self._write, args=(partial, parts, manifest), daemon=True)
+        self._thread = threading.Thread(target=self._write, args=(parts, manifest), daemon=True)
         self._thread.start()
         if not self.config.asynchronous:
             self.wait()
@@ -71,6 +72,8 @@ class CheckpointWriter:
         self._thread = None
         found = next((error for error in (*errors, *own) if error), None)
         if found:
+            if self._first:  # what there is of it would fill a full disk
+                shutil.rmtree(self._partial, ignore_errors=True)
             raise CheckpointError(found)
 
     def _make_directory(self, step: int) -> Path:
@@ -102,7 +105,8 @@ class CheckpointWriter:
                     copied = view.to("cpu", copy=True).contiguous()
                     yield Part(kind, own.logical.name, own.logical.shape, box, copied)
 
-    def _write(self, partial: Path, parts: Iterable[Part], manifest: Manifest) -> None:
+    def _write(self, parts: Iterable[Part], manifest: Manifest) -> None:
+        partial = self._partial
         try:
             write_parts(partial, self.engine.mesh.rank, parts, int(self.config.max_file_gb * 1e9))
             if self._first:

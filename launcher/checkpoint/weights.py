@@ -4,23 +4,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from launcher.checkpoint.files import save_tensors
+from launcher.checkpoint.final import clear, metadata_of, stage_file, weight_files
 from launcher.config.errors import ConfigError
 from launcher.parallel.sharding import logical_of
 
 if TYPE_CHECKING:  # reading weights needs no deepspeed
     from launcher.engine.base import Engine
 
-DIRECTORY = "weights"
 
-
-def save_weights(engine: "Engine", run_dir: Path) -> Path:
+def save_weights(engine: "Engine", run_dir: Path, step: int) -> Path:
     """Write run_dir/weights/model-STAGE-of-STAGES.safetensors, one file per pipeline stage, in fp32.
 
-    Collective over each stage; its first rank writes, aside and then renamed. Returns the directory.
+    Collective over the world; the first rank of each stage writes, aside and then renamed. Once it returns
+    on every rank, the weights of `step` are whole. Returns the directory. Raises ConfigError on a full disk.
     """
     mesh = engine.mesh
     writes = mesh.data.rank == 0 and mesh.tensor.rank == 0
@@ -28,35 +29,21 @@ def save_weights(engine: "Engine", run_dir: Path) -> Path:
     for logical, tensor in engine.full_weights():
         if writes:
             tensors[logical.name] = tensor.contiguous()
-    directory = run_dir / DIRECTORY
-    if writes:
-        directory.mkdir(parents=True, exist_ok=True)
-        path = directory / f"model-{mesh.stage + 1:05d}-of-{mesh.shape.pipeline:05d}.safetensors"
-        aside = path.with_suffix(".partial")
-        save_tensors(tensors, aside)
-        aside.rename(path)
-    return directory
-
-
-def weight_files(run_dir: Path) -> list[Path]:
-    """The files of a run's final weights. Raises ConfigError where there are none, or not all."""
-    files = sorted((run_dir / DIRECTORY).glob("model-*-of-*.safetensors"))
-    if not files:
-        raise ConfigError(
-            "run.dir",
-            run_dir,
-            f"no {DIRECTORY}/*.safetensors in it: the run has not finished",
-            "the directory of a run that trained to its last step",
-        )
-    expected = int(files[0].stem.rsplit("-", 1)[1])
-    if len(files) != expected:
-        raise ConfigError(
-            "run.dir",
-            run_dir,
-            f"{len(files)} of {expected} weight files are there",
-            "a complete copy of the run's directory",
-        )
-    return files
+    path = stage_file(run_dir, mesh.stage, mesh.shape.pipeline)
+    try:
+        if mesh.rank == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            clear(run_dir)  # another layout names its files otherwise
+        dist.barrier()
+        if writes:
+            aside = path.with_suffix(".partial")
+            save_tensors(tensors, aside, metadata_of(step))
+            aside.rename(path)
+    except (OSError, SafetensorError) as error:
+        why = f"the final weights cannot be written: {error}"
+        raise ConfigError("run.dir", run_dir, why, "the same command, once there is room for them") from None
+    dist.barrier()
+    return path.parent
 
 
 def load_weights(module: nn.Module, run_dir: Path) -> None:

@@ -16,7 +16,7 @@ from launcher.data.open import check_data
 from launcher.launch.local import RankFailure
 from launcher.launch.machine import memory_here, share_cores, this_machine
 from launcher.planning.figure import check_figure
-from launcher.runtime.run_dir import RunDir, claim_run_dir
+from launcher.runtime.run_dir import RunDir, claimed_run_dir
 
 FAILED = 1
 
@@ -42,10 +42,10 @@ def compare(arguments: list[str]) -> int:
             "compare.layouts", list(layouts), compared[0].refused, "more compare.ranks or memory"
         )
     layout = next(one.layout for one in compared if one.layout and not one.refused)
-    directory = claim_run_dir(run, layout)
-    share_cores(machine.cores, machine.cores)  # one each
-    rows = [_row(one, run.compare.steps) for one in compared]
-    _log(run, layout, directory, rows)
+    with claimed_run_dir(run, layout) as (directory, _):
+        share_cores(machine.cores, machine.cores)  # one each
+        rows = [_row(one, run.compare.steps) for one in compared]
+        _log(run, layout, directory, rows)
     return _report(run, rows)
 
 

@@ -151,7 +151,8 @@ def _watch(ranks: list[_Rank], stops: list[int]) -> Failure | None:
 
 def _let_save(ranks: list[_Rank], grace: float, stops: list[int]) -> None:
     """Ask all to stop, and wait for it until the grace is over or somebody asks again."""
-    print("launcher: stopping once the step in hand is saved (Ctrl-C: at once)", file=sys.stderr, flush=True)
+    at_once = " (Ctrl-C: at once)" if sys.stdin is not None and sys.stdin.isatty() else ""
+    print(f"launcher: stopping once the step in hand is saved{at_once}", file=sys.stderr, flush=True)
     _signal(ranks, STOP)
     deadline = time.monotonic() + grace
     while _running(ranks) and time.monotonic() < deadline and signal.SIGINT not in stops[1:]:

@@ -6,11 +6,14 @@ Where one task ends badly srun ends the others, and reports the highest of all t
 import json
 import os
 import re
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
 
+# In memory, and of IPv4 and IPv6 with their ports.
+_ADDRESS = re.compile(r"0x[0-9a-f]+|\[?\b\d{1,3}(\.\d{1,3}){3}\b\]?(:\d+)?|\[[\w.%]*:[\w.%:]*\](:\d+)?")
 ENDS = "LAUNCHER_ENDS"  # the environment variable that names the directory; without it nothing is recorded
 
 
@@ -31,19 +34,30 @@ class RankEnd:
 
 
 def record_end(rank: int, kind: Kind, error: BaseException | str = "") -> None:
-    """Leave word, in a file of this rank's own. Silent where it cannot: a full disk may be the reason."""
+    """Leave word, in a file of this rank's own, unless it has. Silent where it cannot: a full disk, say."""
     if ENDS not in os.environ:
         return
     end = RankEnd(rank, kind, one_line(error))
-    with suppress(OSError):
-        path = Path(os.environ[ENDS]) / f"rank_{rank}.json"
-        path.write_text(json.dumps({**asdict(end), "kind": kind.name}) + "\n")
+    with suppress(OSError), _file_of(rank).open("x") as file:
+        file.write(json.dumps({**asdict(end), "kind": kind.name}) + "\n")
+
+
+def has_recorded(ranks: Iterable[int]) -> bool:
+    """Whether all of these have left word: an exit code then has nothing to add."""
+    try:
+        return ENDS in os.environ and all(_file_of(rank).stat().st_size > 0 for rank in ranks)
+    except OSError:
+        return False
+
+
+def _file_of(rank: int) -> Path:
+    return Path(os.environ[ENDS]) / f"rank_{rank}.json"
 
 
 def one_line(error: BaseException | str) -> str:
     """The same for the same failure: addresses, which differ each time, are left out."""
     text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
-    return re.sub(r"0x[0-9a-f]+", "0x...", next(iter(text.strip().splitlines()), ""))
+    return _ADDRESS.sub("...", next(iter(text.strip().splitlines()), ""))
 
 
 def ends_in(folder: Path) -> list[RankEnd]:

@@ -33,6 +33,12 @@ class Allocation:
     nodes: int
     array_job: str | None = None
     array_task: str | None = None
+    restarts: int = 0
+
+    @property
+    def id(self) -> str:
+        """What Slurm's commands take for this job alone: the last of an array has the number of them all."""
+        return self.job if self.array_task is None else f"{self.array_job}_{self.array_task}"
 
     @property
     def name(self) -> str:
@@ -47,7 +53,13 @@ def allocation_of(environ: Mapping[str, str]) -> Allocation:
     except (KeyError, ValueError):
         why = "is what a Slurm batch script runs, and this is none"
         raise ConfigError("job", None, why, "launcher submit, or sbatch and a recipe") from None
-    return Allocation(job, nodes, environ.get("SLURM_ARRAY_JOB_ID"), environ.get("SLURM_ARRAY_TASK_ID"))
+    return Allocation(
+        job,
+        nodes,
+        environ.get("SLURM_ARRAY_JOB_ID"),
+        environ.get("SLURM_ARRAY_TASK_ID"),
+        int(environ.get("SLURM_RESTART_COUNT", "0")),
+    )
 
 
 def sbatch(script: str, arguments: Sequence[str] = (), *, options: Sequence[str] = ()) -> str:

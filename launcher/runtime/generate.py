@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from launcher.checkpoint.companions import DIRECTORY as COMPANIONS
-from launcher.checkpoint.weights import load_weights, weight_files
+from launcher.checkpoint.final import weight_files
+from launcher.checkpoint.weights import load_weights
 from launcher.config.compose import load_typed
 from launcher.config.errors import ConfigError
 from launcher.config.schema import CorpusSource, GenerateConfig, ParallelismConfig, RunConfig

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
+from launcher.checkpoint.final import final_step
+from launcher.checkpoint.manifest import checkpoints_in
 from launcher.config.compose import compose_jobs
 from launcher.config.errors import ConfigError
 from launcher.config.layout import Layout
@@ -23,7 +25,7 @@ from launcher.config.slurm import check_submission, nodes_of
 from launcher.config.validate import validate
 from launcher.launch.attempts import MOST_ALIKE, Attempt, note_attempt
 from launcher.launch.records import ENDS, Kind, RankEnd, ends_in
-from launcher.launch.sbatch import cpus_per_task, tasks_per_node
+from launcher.launch.sbatch import check_after_a_script, cpus_per_task, tasks_per_node
 from launcher.launch.slurm import (
     Allocation,
     SlurmError,
@@ -37,7 +39,7 @@ from launcher.planning.enforce import chosen, refuse_too_large
 from launcher.planning.plan import memory_budget
 from launcher.planning.search import Space
 from launcher.runtime.metrics.rows import rows_in
-from launcher.runtime.run_dir import LOGS, METRICS
+from launcher.runtime.run_dir import LOGS, METRICS, stop_grace
 
 REFUSED, FAILED, STOPPED = 2, 1, 128 + signal.SIGTERM
 _POLL = 0.2
@@ -66,16 +68,20 @@ def run_job(arguments: list[str]) -> int:
         signal.signal(number, lambda received, _: stops.append(received))
     allocation = allocation_of(os.environ)
     typed, script_arguments = _split(arguments)
+    check_after_a_script(script_arguments)
     composed = compose_jobs("config", RunConfig, typed)
     if len(composed) != 1:
         raise ConfigError("job", None, "runs one config", "launcher submit --multirun, for a job array")
     run, layout, nodes = fit(composed[0].config, allocation.nodes)
     run_dir = run_dir_of(run, allocation)
+    if allocation.restarts and is_finished(run, run_dir):
+        _print(f"requeued, and {run_dir} has all its steps: nothing is left to do")
+        return 0
     _say(layout, nodes, allocation, run_dir)
-    command, ends = step_command(run, typed, nodes, layout, run_dir), run_dir / LOGS / "ends"
+    command, ends = step_command(run, typed, nodes, layout, run_dir), run_dir / LOGS / "ends" / allocation.job
     while True:
-        code = _run_step(command, stops, _emptied(ends))
-        found = outcome(code, bool(stops), ends_in(ends))
+        code = _run_step(command, stops, _emptied(ends), saves=stop_grace(run) > 0)
+        found = outcome(code, bool(stops), ends_in(ends), layout.world_size)
         if found.end is End.finished:
             return 0
         if found.end is End.refused:
@@ -84,7 +90,8 @@ def run_job(arguments: list[str]) -> int:
             return FAILED
         if found.end is End.stopped or stops or not _is_running(allocation):
             return _go_on(run, allocation, run_dir, script_arguments, stops)
-        _print(f"the run failed ({found.error}) and starts again, from its last checkpoint")
+        where = "its last checkpoint" if checkpoints_in(run_dir) else "the first step: it has no checkpoint"
+        _print(f"the run failed ({found.error}) and starts again, from {where}")
 
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -167,16 +174,27 @@ def hydra_text(text: str) -> str:
     return '"' + re.sub(r"(\\+)$", r"\1\1", escaped) + '"'
 
 
-def outcome(code: int, told_to_stop: bool, ends: list[RankEnd]) -> Outcome:
+def outcome(code: int, told_to_stop: bool, ends: list[RankEnd], ranks: int) -> Outcome:
     """How it ended, from srun's exit code and, which count more, the words that ranks left. Pure."""
+    if ends and ends[0].kind is Kind.refused:
+        return Outcome(End.refused, ends[0].error)
+    if ends and ends[0].kind is Kind.lost and len(ends) < ranks:
+        # What the others then say, and which of them does, is another each time.
+        return Outcome(End.failed, "a rank ended without a word; srun says above which, and how")
+    if ends and ends[0].kind is not Kind.stopped:
+        return Outcome(End.failed, ends[0].error)
+    if ends or (code and told_to_stop):
+        return Outcome(End.stopped)
     if code == 0:
         return Outcome(End.finished)
-    if ends and ends[0].kind is not Kind.stopped:
-        return Outcome(End.refused if ends[0].kind is Kind.refused else End.failed, ends[0].error)
-    if told_to_stop or ends:
-        return Outcome(End.stopped)
     name = next((one.name for one in signal.Signals if one == code - 128), "")
-    return Outcome(End.failed, f"srun ended with code {code}" + (f", {name}" if name else ""))
+    with_name = f"srun ended with code {code}" + (f", {name}" if name else "")
+    return Outcome(End.failed, f"{with_name}; what it says stands above")
+
+
+def is_finished(run: RunConfig, run_dir: Path) -> bool:
+    """Whether the run has trained to its last step, and left its final weights."""
+    return final_step(run_dir) == (run.training.stop_at or run.training.steps)
 
 
 def _emptied(folder: Path) -> Path:
@@ -186,13 +204,14 @@ def _emptied(folder: Path) -> Path:
     return folder
 
 
-def _run_step(command: list[str], stops: list[int], ends: Path) -> int:
+def _run_step(command: list[str], stops: list[int], ends: Path, *, saves: bool) -> int:
     environment = {**os.environ, ENDS: str(ends.absolute())}
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, env=environment)
     told = False
     while (code := process.poll()) is None:
         if stops and not told:
-            _print("told to stop: the step in hand is saved")
+            what = "the step in hand is saved" if saves else "at once, as checkpoint.stop_grace_seconds says"
+            _print(f"told to stop: {what}")
             process.send_signal(signal.SIGUSR1)  # which srun passes on to every rank
             told = True
         time.sleep(_POLL)
@@ -206,13 +225,13 @@ def _is_hopeless(run_dir: Path, found: Outcome) -> bool:
     if note_attempt(run_dir, Attempt(step, found.error)) < MOST_ALIKE:
         return False
     _print(f"the run failed {MOST_ALIKE} times alike after step {step} and is given up: {found.error}")
-    _print(f"mended, the same command with run.dir={run_dir} goes on from its last checkpoint")
+    _print(f"once it is mended, the same command with run.dir={run_dir} goes on from its last checkpoint")
     return True
 
 
 def _is_running(allocation: Allocation) -> bool:
     try:
-        return job_state(allocation.job) == "RUNNING"
+        return job_state(allocation.id) == "RUNNING"
     except SlurmError as error:
         _print(f"{error}: taken for running")
         return True
@@ -227,8 +246,8 @@ def _go_on(
         return STOPPED
     try:
         if run.slurm.on_stop is OnStop.requeue:
-            requeue(allocation.job)
-            _print(f"stopped and requeued: job {allocation.job} goes on in {run_dir}")
+            requeue(allocation.id)
+            _print(f"stopped and requeued: job {allocation.id} goes on in {run_dir}")
             _wait_for_the_end(stops)
             return STOPPED
         if run.slurm.on_stop is OnStop.chain:
@@ -249,19 +268,19 @@ def _wait_for_the_end(stops: list[int]) -> None:
 
 def _next_link(run: RunConfig, allocation: Allocation, script_arguments: list[str]) -> str:
     """Submit the same script once more, to begin when this job has ended."""
-    options = [f"--dependency=afterany:{allocation.job}"]
+    options = [f"--dependency=afterany:{allocation.id}"]
     if allocation.array_task is not None:
         options.append(f"--array={allocation.array_task}")
     least, most = nodes_of(run)
     if not least <= allocation.nodes <= most:
         options.append(f"--nodes={allocation.nodes}")  # asked for on sbatch's command line
     own = f"run.dir={hydra_text(str(base_dir(run, allocation)))}"
-    return sbatch(batch_script(allocation.job), [*script_arguments, own], options=options)
+    return sbatch(batch_script(allocation.id), [*script_arguments, own], options=options)
 
 
 def _say(layout: Layout, nodes: int, allocation: Allocation, run_dir: Path) -> None:
     used = f"{nodes} of {allocation.nodes} nodes" if nodes < allocation.nodes else f"{nodes} nodes"
-    _print(f"job {allocation.job} on {used}: {layout.describe()}; run {run_dir}")
+    _print(f"job {allocation.id} on {used}: {layout.describe()}; run {run_dir}")
 
 
 def _print(text: str) -> None:

@@ -5,6 +5,8 @@ import json
 import os
 import secrets
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,14 +16,15 @@ from omegaconf import OmegaConf
 from launcher import __version__
 from launcher.checkpoint.choose import checkpoint_of
 from launcher.checkpoint.companions import carry_companions
+from launcher.checkpoint.final import final_step
 from launcher.checkpoint.sources import Weights, check_model_is, weights_at
 from launcher.config.errors import ConfigError
 from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
 from launcher.launch.environment import step_name
+from launcher.runtime.hold import held
 
 CONFIG, IDENTITY, LOGS, METRICS = "config.yaml", "run.json", "logs", "metrics.jsonl"
-WEIGHTS = "weights"
 
 
 @dataclass(frozen=True)
@@ -40,44 +43,64 @@ class RunDir:
         return self.path / METRICS
 
 
-def claim_run_dir(run: RunConfig, layout: Layout, *, multirun_index: int | None = None) -> RunDir:
-    """Make the run's directory and write its config and identity. One process per run calls this.
+@contextmanager
+def claimed_run_dir(
+    run: RunConfig, layout: Layout, *, multirun_index: int | None = None
+) -> Iterator[tuple[RunDir, list[str]]]:
+    """Make the run's directory, hold it for the block, and write the run's config and identity there.
 
-    A directory that holds a run which has not finished is taken up again, under the same id.
-    Raises ConfigError where it cannot be made, holds a run that cannot go on, or for checkpoint.resume.
+    Yields it, and what to tell the user. One process per run calls this. A directory that holds a run which
+    has not finished is taken up again, under the same id. Raises ConfigError where it cannot be made, is
+    held by another process, holds a run that cannot go on, or for checkpoint.resume.
     """
     run_id = secrets.token_hex(4)
     path = run_path(run, run_id, multirun_index)
-    checkpoint = checkpoint_of(run, path)
-    initial = _initial(run) if checkpoint is None else None
-    if (path / CONFIG).exists():
-        if run.checkpoint.resume != "auto" or (checkpoint is None and (path / WEIGHTS).exists()):
+    if not path.exists():
+        _beginning(run, path)  # refused here, it leaves nothing behind
+    with ExitStack() as stack:
+        try:
+            notes = stack.enter_context(held(path))
+            directory = _claim(run, layout, path, run_id)
+        except OSError as error:
             raise ConfigError(
-                "run.dir",
-                path,
-                "already holds a run",
-                f"run.dir={_unused(path)}, or leave run.dir out for a fresh one",
-            )
-        run_id = _id_of(path) or run_id
-    try:
-        (path / LOGS).mkdir(parents=True, exist_ok=True)
-        if source := checkpoint or (initial and initial.path):
-            carry_companions(source, path)
-        (path / CONFIG).write_text(OmegaConf.to_yaml(OmegaConf.structured(run)))
-        (path / IDENTITY).write_text(json.dumps(_identity(run_id, layout), indent=2) + "\n")
-    except OSError as error:
+                "run.dir", path, f"cannot be written: {error.strerror}", "a directory you may write to"
+            ) from None
+        yield directory, notes
+
+
+def start_of(run: RunConfig, path: Path) -> Path | None:
+    """The checkpoint that a run in `path` goes on from, if there is one. Raises ConfigError."""
+    checkpoint = checkpoint_of(run, path)
+    is_over = checkpoint is None and final_step(path) is not None
+    if (path / CONFIG).exists() and (run.checkpoint.resume != "auto" or is_over):
         raise ConfigError(
-            "run.dir", path, f"cannot be written: {error.strerror}", "a directory you may write to"
-        ) from None
+            "run.dir",
+            path,
+            "already holds a run",
+            f"run.dir={_unused(path)}, or leave run.dir out for a fresh one",
+        )
+    return checkpoint
+
+
+def _claim(run: RunConfig, layout: Layout, path: Path, run_id: str) -> RunDir:
+    checkpoint, initial = _beginning(run, path)
+    run_id = _id_of(path) or run_id
+    (path / LOGS).mkdir(exist_ok=True)
+    if source := checkpoint or (initial and initial.path):
+        carry_companions(source, path)
+    (path / CONFIG).write_text(OmegaConf.to_yaml(OmegaConf.structured(run)))
+    (path / IDENTITY).write_text(json.dumps(_identity(run_id, layout), indent=2) + "\n")
     return RunDir(path.resolve(), run_id, checkpoint, initial)
 
 
-def _initial(run: RunConfig) -> Weights | None:
-    if run.checkpoint.init_from is None:
-        return None
+def _beginning(run: RunConfig, path: Path) -> tuple[Path | None, Weights | None]:
+    """The checkpoint to go on from or, without one, the weights to begin with, if any. Raises ConfigError."""
+    checkpoint = start_of(run, path)
+    if checkpoint or run.checkpoint.init_from is None:
+        return checkpoint, None
     weights = weights_at(Path(run.checkpoint.init_from), "checkpoint.init_from")
     check_model_is(run.model, weights, "checkpoint.init_from")
-    return weights
+    return None, weights
 
 
 def stop_grace(run: RunConfig) -> float:

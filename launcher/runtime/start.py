@@ -7,8 +7,8 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,11 +17,11 @@ from typing import Literal
 from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
 from launcher.launch.environment import NodeEnvironment, RankEnvironment
-from launcher.launch.local import RankFailure, run_local_ranks
+from launcher.launch.local import RankFailure, Stopped, run_local_ranks
 from launcher.launch.machine import share_cores, share_cores_with_tasks
 from launcher.launch.rank import STOPPED, StopRequest, failure_of
-from launcher.launch.records import Kind, record_end
-from launcher.runtime.run_dir import LOGS, RunDir, claim_run_dir, run_path, stop_grace
+from launcher.launch.records import Kind, has_recorded, record_end
+from launcher.runtime.run_dir import LOGS, RunDir, claimed_run_dir, run_path, stop_grace
 
 # Until what only lost another rank says so: by then that one has, and srun or torchrun has ended all.
 _CONSEQUENCE_WAITS = 15.0  # seconds
@@ -38,24 +38,22 @@ class _Own:
 
 def train_on_this_machine(run: RunConfig, layout: Layout, *, cores: int, multirun_index: int | None) -> None:
     """Start the ranks, wait for them, raise what they raise (see run_local_ranks)."""
-    directory = claim_run_dir(run, layout, multirun_index=multirun_index)
-    announce(layout, directory)
-    share_cores(layout.world_size, cores)
-    if layout.device == "cpu":
-        # Ranks of one machine meet on the loopback interface, whatever its host name resolves to.
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
-        preload(layout.device)
-    with tempfile.TemporaryDirectory(prefix="launcher-") as meeting:
-        target = partial(
-            local_rank, run=run, layout=layout, directory=directory, meeting=Path(meeting) / "store"
-        )
-        run_local_ranks(
-            target,
-            layout.world_size,
-            log_dir=directory.logs,
-            start_method=_start_method(layout),
-            save_grace=stop_grace(run),
-        )
+    with claimed_run_dir(run, layout, multirun_index=multirun_index) as (directory, notes):
+        announce(layout, directory, notes)
+        share_cores(layout.world_size, cores)
+        if layout.device == "cpu":
+            # Ranks of one machine meet on the loopback interface, whatever its host name resolves to.
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+            preload(layout.device)
+        with tempfile.TemporaryDirectory(prefix="launcher-") as meeting:
+            store = Path(meeting) / "store"
+            run_local_ranks(
+                partial(local_rank, run=run, layout=layout, directory=directory, meeting=store),
+                layout.world_size,
+                log_dir=directory.logs,
+                start_method=_start_method(layout),
+                save_grace=stop_grace(run),
+            )
 
 
 def train_on_this_node(run: RunConfig, layout: Layout, node: NodeEnvironment, *, cores: int) -> None:
@@ -76,7 +74,13 @@ def train_on_this_node(run: RunConfig, layout: Layout, node: NodeEnvironment, *,
     except RankFailure as failure:
         if failure.secondary:
             time.sleep(_CONSEQUENCE_WAITS)
+        else:
+            record_end(failure.rank, Kind.failed, str(failure))  # a killed one has left no word
         raise
+    except Stopped:
+        if not has_recorded(node.ranks):
+            raise
+        # To srun any code but 0 is a crash, for which it ends the tasks that are still at it.
 
 
 def _start_method(layout: Layout) -> Literal["fork", "spawn"]:
@@ -96,14 +100,14 @@ def local_rank(rank: int, *, run: RunConfig, layout: Layout, directory: RunDir, 
     """What one rank started by us does, where all are on this machine."""
     own = _Own(rank, local_rank=rank, init_method=f"file://{meeting}")
     with _recorded_end(rank):
-        _train(run, layout, own, lambda: directory, stop=None)
+        _train(run, layout, own, nullcontext(directory), stop=None)
 
 
 def node_rank(rank: int, *, run: RunConfig, layout: Layout, first: int) -> None:
     """What one rank started by the launcher of its node does."""
     own = _Own(rank, local_rank=rank - first, init_method="env://")
     with _recorded_end(rank):
-        _train(run, layout, own, lambda: _agreed_run_dir(run, layout, rank), stop=None)
+        _train(run, layout, own, _agreed_run_dir(run, layout, rank), stop=None)
 
 
 def train_as_joined_rank(run: RunConfig, layout: Layout, ranks: RankEnvironment) -> None:
@@ -118,7 +122,11 @@ def train_as_joined_rank(run: RunConfig, layout: Layout, ranks: RankEnvironment)
     try:
         # To the very end: a second signal while it is saved, or one before it has begun, does no harm.
         with _recorded_end(own.rank), stop if stop_grace(run) else nullcontext():
-            _train(run, layout, own, lambda: _agreed_run_dir(run, layout, own.rank), stop)
+            _train(run, layout, own, _agreed_run_dir(run, layout, own.rank), stop)
+    except SystemExit:
+        if not has_recorded([own.rank]):
+            raise
+        # To srun any code but 0 is a crash, for which it ends the tasks that are still at it.
     except Exception as error:
         raise _told(ranks, error, told_to_stop=stop.asked) from None
 
@@ -137,7 +145,7 @@ def _train(
     run: RunConfig,
     layout: Layout,
     own: _Own,
-    directory_of: Callable[[], RunDir],
+    claimed: AbstractContextManager[RunDir],
     stop: StopRequest | None,
 ) -> None:
     """`stop` is one that the caller listens with already. Raises SystemExit after a stop."""
@@ -154,7 +162,8 @@ def _train(
         init_method=own.init_method,
         timeout_minutes=run.launch.timeout_minutes,
     )
-    finished = train(run, layout, directory_of(), device, stop)
+    with claimed as directory:
+        finished = train(run, layout, directory, device, stop)
     leave()
     if not finished:
         raise SystemExit(STOPPED)
@@ -175,27 +184,29 @@ def _recorded_end(rank: int) -> Iterator[None]:
         raise
 
 
-def _agreed_run_dir(run: RunConfig, layout: Layout, rank: int) -> RunDir:
-    """Collective over the world: rank 0 makes the directory and tells the others."""
+@contextmanager
+def _agreed_run_dir(run: RunConfig, layout: Layout, rank: int) -> Iterator[RunDir]:
+    """Rank 0 makes and holds the directory, and tells the others. Entering is collective over the world."""
     from torch.distributed import broadcast_object_list
 
     agreed: list[RunDir | Exception | None] = [None]
-    if rank == 0:
-        try:
-            directory = claim_run_dir(run, layout)
-            announce(layout, directory)
-            agreed[0] = directory
-        except Exception as error:  # told to the others too, or they would wait for it
-            agreed[0] = error
-    broadcast_object_list(agreed)
-    if isinstance(agreed[0], Exception):
-        raise agreed[0]
-    assert agreed[0] is not None
-    return agreed[0]
+    with ExitStack() as stack:
+        if rank == 0:
+            try:
+                directory, notes = stack.enter_context(claimed_run_dir(run, layout))
+                announce(layout, directory, notes)
+                agreed[0] = directory
+            except Exception as error:  # told to the others too, or they would wait for it
+                agreed[0] = error
+        broadcast_object_list(agreed)
+        if isinstance(agreed[0], Exception):
+            raise agreed[0]
+        assert agreed[0] is not None
+        yield agreed[0]
 
 
-def announce(layout: Layout, directory: RunDir) -> None:
-    for note in layout.notes:
+def announce(layout: Layout, directory: RunDir, notes: Sequence[str] = ()) -> None:
+    for note in (*layout.notes, *notes):
         print(f"note     {note}")
     print(f"layout   {layout.describe()}")
     print(f"run      {directory.path}", flush=True)

@@ -113,11 +113,10 @@ def _train(
             _note(log, checkpoints.close())
         finished = progress.step == last
         if not finished:
-            _say(log, f"stopped  at step {progress.step}: the same command goes on")
+            _say(log, f"stopped  at step {progress.step}: the same with run.dir={directory.path} goes on")
         elif last > 0:
             watchdog.at("the final weights")
-            weights = save_weights(engine, directory.path)
-            dist.barrier()
+            weights = save_weights(engine, directory.path, progress.step)
             _say(log, f"weights  {weights}")
         if finished and log:
             _say(

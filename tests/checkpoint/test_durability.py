@@ -281,6 +281,12 @@ class TestChoice:
     def test_none_is_none(self, three: Path) -> None:
         assert checkpoint_of(a_run("checkpoint.resume=none"), three) is None
 
+    def test_of_weights_without_a_run_it_says_how_to_begin_with_them(self, tmp_path: Path) -> None:
+        (tmp_path / "config.json").touch()
+        with pytest.raises(ConfigError) as refused:
+            checkpoint_of(a_run(f"checkpoint.resume={tmp_path}"), tmp_path)
+        assert refused.value.remedy.startswith(f"checkpoint.init_from={tmp_path} checkpoint.resume=auto")
+
     def test_a_run_or_a_checkpoint_of_another_run(self, three: Path, tmp_path: Path) -> None:
         elsewhere = tmp_path / "elsewhere"
         newest, older, _ = checkpoints_in(three)
@@ -296,7 +302,7 @@ class TestChoice:
             ("training.seed=7", "is of a run with training.seed=1234"),
             ("optimizer=sgd", "is of a run with optimizer.name=adamw"),
             ("data.sequence_length=64", "is of a run with data.sequence_length=null"),
-            ("training.steps=30", "is of step 30: nothing is left to train"),
+            ("training.steps=29", "is of step 30: nothing is left to train"),
         ],
     )
     def test_another_model_or_other_data_is_refused(self, override: str, said: str, three: Path) -> None:

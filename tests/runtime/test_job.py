@@ -27,6 +27,9 @@ from tests.config.composing import run_of
 NODES = ["hardware=cpu", "hardware.accelerators_per_node=2", "training.global_batch_size=16"]
 
 
+SILENT = "a rank ended without a word; srun says above which, and how"
+
+
 @pytest.mark.parametrize(
     ("code", "told", "ends", "expected"),
     [
@@ -39,14 +42,18 @@ NODES = ["hardware=cpu", "hardware.accelerators_per_node=2", "training.global_ba
         # srun ends the others, and reports the highest of all codes.
         (143, False, [RankEnd(0, Kind.refused, "x"), RankEnd(1, Kind.lost, "y")], Outcome(End.refused, "x")),
         (143, False, [RankEnd(1, Kind.failed, "x"), RankEnd(0, Kind.stopped)], Outcome(End.failed, "x")),
-        (1, False, [RankEnd(1, Kind.lost, "closed")], Outcome(End.failed, "closed")),
-        (137, False, [], Outcome(End.failed, "srun ended with code 137, SIGKILL")),
-        (143, False, [], Outcome(End.failed, "srun ended with code 143, SIGTERM")),
-        (1, False, [], Outcome(End.failed, "srun ended with code 1")),
+        (1, False, [RankEnd(1, Kind.lost, "a"), RankEnd(0, Kind.lost, "b")], Outcome(End.failed, "a")),
+        (1, False, [RankEnd(1, Kind.lost, "closed")], Outcome(End.failed, SILENT)),
+        (1, False, [RankEnd(1, Kind.lost, "reset"), RankEnd(0, Kind.stopped)], Outcome(End.failed, "reset")),
+        # To srun a stop is no crash.
+        (0, True, [RankEnd(0, Kind.stopped), RankEnd(1, Kind.stopped)], Outcome(End.stopped)),
+        (0, False, [RankEnd(0, Kind.stopped), RankEnd(1, Kind.stopped)], Outcome(End.stopped)),
+        (137, False, [], Outcome(End.failed, "srun ended with code 137, SIGKILL; what it says stands above")),
+        (1, False, [], Outcome(End.failed, "srun ended with code 1; what it says stands above")),
     ],
 )
 def test_outcome(code: int, told: bool, ends: list[RankEnd], expected: Outcome) -> None:
-    assert outcome(code, told, ends) == expected
+    assert outcome(code, told, ends, 2) == expected
 
 
 @pytest.mark.parametrize(
@@ -144,3 +151,11 @@ def test_outside_a_job_it_is_refused() -> None:
     with pytest.raises(ConfigError, match="is what a Slurm batch script runs, and this is none"):
         allocation_of({"SLURM_JOB_ID": "7"})
     assert allocation_of({"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2"}) == Allocation("7", 2)
+
+
+def test_of_an_array_only_the_one_task_is_requeued() -> None:
+    """The number of its last task is that of the whole array."""
+    of_array = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1", "SLURM_RESTART_COUNT": "2"}
+    found = allocation_of({"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", **of_array})
+    assert (found.id, found.name, found.restarts) == ("7_1", "slurm-7", 2)
+    assert Allocation("7", 2).id == "7"

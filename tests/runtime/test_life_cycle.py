@@ -15,7 +15,7 @@ from launcher.launch.local import RankFailure
 from launcher.runtime.start import _told
 from tests.runtime.command import AS_USUAL, SMALL, environment, metrics, trained
 
-STOPPING = "launcher: stopping once the step in hand is saved (Ctrl-C: at once)\n"
+STOPPING = "launcher: stopping once the step in hand is saved\n"
 FAULTY = """
 import os, sys
 import launcher.runtime.train as train
@@ -125,7 +125,7 @@ def test_a_run_that_was_stopped_goes_on_from_there(tmp_path: Path) -> None:
     out, _ = process.communicate(timeout=60)
     stopped_at = len(metrics(tmp_path / "r"))
     assert 3 < stopped_at < 40
-    assert f"stopped  at step {stopped_at}: the same command goes on" in out
+    assert f"stopped  at step {stopped_at}: the same with run.dir={tmp_path / 'r'} goes on" in out
     assert f"at step {stopped_at}\n" in trained(*run, "run.dir=r", cwd=tmp_path)
     names = ("step", "train/samples", "train/loss", "train/grad_norm", "val/loss")
     one, other = (

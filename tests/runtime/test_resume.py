@@ -117,11 +117,11 @@ def test_a_damaged_checkpoint_is_named_and_gone_past_if_asked(
 def test_on_a_full_disk_the_run_goes_on_or_ends(tmp_path: Path) -> None:
     """No file may grow beyond 150 KiB, as on a disk that is full: a rank's checkpoint would have to."""
     command = [sys.executable, "-m", "launcher", *SMALL, "training.steps=3", "parallelism.data=2"]
-    limited = ["bash", "-c", 'ulimit -f 150; exec "$@"', "bash", *command]
 
-    def run(*more: str) -> subprocess.CompletedProcess[str]:
+    def run(*more: str, kib: int = 150) -> subprocess.CompletedProcess[str]:
+        limited = ["bash", "-c", f'ulimit -f {kib}; exec "$@"', "bash", *command, *more]
         return subprocess.run(
-            [*limited, *more], cwd=tmp_path, env=environment(), text=True, capture_output=True, timeout=120
+            limited, cwd=tmp_path, env=environment(), text=True, capture_output=True, timeout=120
         )
 
     goes_on = run("run.dir=on", "checkpoint.interval_steps=1")
@@ -129,9 +129,15 @@ def test_on_a_full_disk_the_run_goes_on_or_ends(tmp_path: Path) -> None:
     assert "a checkpoint could not be written, those before it are intact" in goes_on.stdout
     assert "File too large" in goes_on.stdout
     assert len(metrics(tmp_path / "on")) == 3
+    assert list((tmp_path / "on" / "checkpoints").iterdir()) == [], "it would fill the disk"
     ends = run("run.dir=off", "checkpoint.interval_steps=1", "checkpoint.stop_on_error=true")
     assert ends.returncode == 1
     assert "File too large" in ends.stderr
+    no_weights = run("run.dir=last", kib=50)
+    assert no_weights.returncode == 2
+    assert "the final weights cannot be written: " in no_weights.stderr
+    assert "Traceback" not in no_weights.stderr
+    trained("training.steps=3", "parallelism.data=2", "run.dir=last", cwd=tmp_path)
 
 
 @pytest.mark.slow
@@ -139,6 +145,7 @@ def test_a_hundred_kills_lose_at_most_one_interval_each(tmp_path: Path) -> None:
     """SIGKILL, of all ranks or of one, at a random moment of a run that saves at every step."""
     chance = random.Random(0)
     run = ["run.dir=r", "training.steps=100000", "parallelism.data=2", "checkpoint.interval_steps=1"]
+    run.append("training.validation_interval=0")  # or the best is kept as well
     folder, kills = tmp_path / "r" / "checkpoints", {"all": 0, "one": 0}
     before = 0
     for _ in range(100):

@@ -22,10 +22,11 @@ class Job:
     cluster: Cluster
     number: str
     folder: Path  # that it was submitted from
+    directory: Path | None = None  # of its run, where it is another than usual
 
     @property
     def run_dir(self) -> Path:
-        return self.folder / "runs" / f"slurm-{self.number}"
+        return self.directory or self.folder / "runs" / f"slurm-{self.number}"
 
     @property
     def log(self) -> str:

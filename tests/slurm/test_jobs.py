@@ -133,6 +133,25 @@ def test_a_killed_rank_is_started_again_in_the_same_allocation(cluster: Cluster,
     assert rows(job.run_dir) == rows(tmp_path / "whole")
 
 
+KILL = "if progress.step == 3 and engine.mesh.rank == 1: import os; os.kill(os.getpid(), 9)"
+
+
+@pytest.mark.parametrize("tasks", ["per_node", pytest.param("per_rank", marks=pytest.mark.slow)])
+def test_killed_three_times_after_the_same_step_it_is_given_up(
+    tasks: str, cluster: Cluster, tmp_path: Path
+) -> None:
+    """As where memory runs out: the killed rank leaves no word, and what the others say differs each time."""
+    (tmp_path / "sitecustomize.py").write_text(before_each_step(KILL))
+    job = submit(
+        cluster, tmp_path, *LONG, f"slurm.tasks={tasks}", f"slurm.environment.PYTHONPATH={tmp_path}",
+        "checkpoint.interval_steps=2",
+    )  # fmt: skip
+    log = job.end("FAILED")
+    assert "failed 3 times alike after step 3 and is given up" in log
+    assert ("rank 1 of 4 was killed by SIGKILL" if tasks == "per_node" else "Killed") in log
+    assert job.starts() == 1
+
+
 FAULT = "if progress.step == 3 and engine.mesh.rank == 1: raise RuntimeError('disk on fire')"
 
 
@@ -167,6 +186,37 @@ def test_a_sweep_is_an_array(cluster: Cluster, tmp_path: Path) -> None:
     rates = [metrics(job.run_dir / task)[-1]["train/lr"] for task in ("0", "1")]
     assert rates[1] == pytest.approx(2 * rates[0])
     assert (tmp_path / f"slurm-{job.number}_1.out").exists()
+
+
+def test_of_an_array_only_the_task_that_is_told_is_requeued(cluster: Cluster, tmp_path: Path) -> None:
+    """The last one, whose number is that of the array; of a chain, too, only it goes on."""
+    job = submit(
+        cluster, tmp_path, *LONG, "training.stop_at=60", *PER_NODE, "--multirun", "optimizer.lr=1e-3,2e-3",
+        "hardware.nodes=1", "parallelism.data=2",
+    )  # fmt: skip
+    first, last = (Job(cluster, f"{job.number}_{task}", tmp_path, job.run_dir / str(task)) for task in (0, 1))
+    last.wait_for_step(10)
+    last.tell("--signal=USR1", "--batch")
+    wait_for(lambda: last.starts() > 1, "a requeue")
+    cluster.start_now(last.number)
+    log = last.end("COMPLETED")
+    first.end("COMPLETED")
+    assert f"stopped and requeued: job {last.number} goes on" in log
+    assert "exited with code" not in log.lower(), "to srun a stop is no crash"
+    assert (first.starts(), last.starts()) == (1, 2)
+    for one in (first, last):
+        assert [row["step"] for row in metrics(one.run_dir)] == list(range(1, 61))
+
+
+def test_a_finished_run_that_is_requeued_has_nothing_left(cluster: Cluster, tmp_path: Path) -> None:
+    job = submit(cluster, tmp_path, *STEPS, *PER_NODE)
+    job.end("COMPLETED")
+    before = rows(job.run_dir)
+    cluster.run("scontrol", "requeue", job.number)
+    cluster.start_now(job.number)
+    wait_for(lambda: "nothing is left to do" in job.log, "the second start")
+    job.end("COMPLETED")
+    assert rows(job.run_dir) == before
 
 
 def test_it_needs_nothing_of_the_environment(cluster: Cluster, tmp_path: Path) -> None:
