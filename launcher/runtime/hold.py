@@ -9,6 +9,7 @@ import fcntl
 import json
 import os
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -61,7 +62,7 @@ def held(run_dir: Path) -> Iterator[list[str]]:
 
 
 def _lock(file: IO[str], run_dir: Path, me: Holder) -> list[str]:
-    started = time.monotonic()
+    deadline = None
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -72,10 +73,18 @@ def _lock(file: IO[str], run_dir: Path, me: Holder) -> list[str]:
             if error.errno not in _NO_LOCKS:
                 raise
             return [f"the file system of {run_dir} has no locks: train this run in one place at a time"]
-        same_job = me.job is not None and other is not None and other.job == me.job
-        if time.monotonic() - started > (_PATIENCE_SAME_JOB if same_job else _PATIENCE):
+        deadline = deadline or time.monotonic() + _patience(run_dir, me, other)
+        if time.monotonic() > deadline:
             raise _refusal(run_dir, other)
         time.sleep(_POLL)
+
+
+def _patience(run_dir: Path, me: Holder, other: Holder | None) -> float:
+    if me.job is None or other is None or me.job != other.job:
+        return _PATIENCE
+    said = f"{run_dir} is still held by {other.describe()}; waiting for that, {_PATIENCE_SAME_JOB:.0f} s"
+    print(f"launcher: {said}", file=sys.stderr, flush=True)
+    return _PATIENCE_SAME_JOB
 
 
 def _holder_in(file: IO[str]) -> Holder | None:

@@ -64,6 +64,18 @@ def test_a_job_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     process.communicate()
 
 
+def test_what_the_same_job_held_on_a_lost_node_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(hold, "_PATIENCE", 0.0)
+    monkeypatch.setenv("SLURM_JOB_ID", "42")
+    process = holding(tmp_path, 1.0, SLURM_JOB_ID="42")
+    with held(tmp_path) as notes:
+        assert notes == []
+    process.communicate()
+    assert capsys.readouterr().err.count("is still held by job 42, process ") == 1
+
+
 def test_where_there_are_no_locks_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_locks(*_: object) -> None:
         raise OSError(38, "Function not implemented")
