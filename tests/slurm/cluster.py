@@ -133,6 +133,8 @@ class Cluster:
         """A requeued job waits two minutes by default."""
         wait_for(lambda: self.state(job) != "COMPLETING", f"job {job} is in the queue", 60)
         if self.state(job) == "PENDING":
+            # Started within the second in which it was requeued, slurmd takes it for the revoked one.
+            time.sleep(1.5)
             self.run("scontrol", "update", f"jobid={job}", "StartTime=now", check=False)
 
     def _start_controller(self) -> None:

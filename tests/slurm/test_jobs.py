@@ -171,10 +171,9 @@ def test_what_fails_alike_three_times_is_given_up(tasks: str, cluster: Cluster, 
 
 
 def test_a_refusal_ends_the_job_at_once(cluster: Cluster, tmp_path: Path) -> None:
-    job = submit(cluster, tmp_path, *STEPS, 'run.dir="held"')
+    job = submit(cluster, tmp_path, *STEPS, 'run.dir="held"', "checkpoint.resume=none")
     (tmp_path / "held").mkdir()
     (tmp_path / "held" / "config.yaml").touch()
-    (tmp_path / "held" / "weights").mkdir()
     log = job.end("FAILED")
     assert "already holds a run" in log
     assert "starts again" not in log
@@ -208,11 +207,13 @@ def test_of_an_array_only_the_task_that_is_told_is_requeued(cluster: Cluster, tm
         assert [row["step"] for row in metrics(one.run_dir)] == list(range(1, 61))
 
 
+@pytest.mark.slow
 def test_a_finished_run_that_is_requeued_has_nothing_left(cluster: Cluster, tmp_path: Path) -> None:
     job = submit(cluster, tmp_path, *STEPS, *PER_NODE)
     job.end("COMPLETED")
     before = rows(job.run_dir)
     cluster.run("scontrol", "requeue", job.number)
+    wait_for(lambda: job.state == "PENDING", "it is in the queue")
     cluster.start_now(job.number)
     wait_for(lambda: "nothing is left to do" in job.log, "the second start")
     job.end("COMPLETED")
