@@ -24,7 +24,7 @@ from launcher.planning.allocations import Allocations
 from launcher.runtime.saving import start_from
 from launcher.runtime.train import loader_of, train_step
 
-ACCOUNTED = 2  # steps whose memory and traffic are counted; the first makes the optimizer's states
+ACCOUNTED = 4  # steps whose memory and traffic are counted; the first makes the optimizer's states
 NOISE = 64  # bytes: norms, flags and losses are reduced too
 WAITS = ("tensor", "data", "pipeline")
 
@@ -59,11 +59,14 @@ def record_rank(rank: int, *, run: RunConfig, layout: Layout, steps: int, folder
             data = open_data(run)
             progress, _ = start_from(run, engine, None, None, data.digests)
             loader = loader_of(run, engine, data.blend(progress.blends))
+            peaks = []
             for _ in range(ACCOUNTED):
                 allocations.restart()
                 found.losses.append(train_step(run, layout, engine, loader, progress)["train/loss"])
                 progress = progress.after(run.training.global_batch_size)
-        found.memory, found.sent = allocations.peak, _sent(allocations)
+                peaks.append(allocations.peak)
+        # Now and then gloo's threads let go of a gradient only after the next one is made.
+        found.memory, found.sent = min(peaks[1:]), _sent(allocations)
         with loader, timed_optimizer(engine, watch):
             for _ in range(steps):
                 dist.barrier()

@@ -66,7 +66,7 @@ def test_the_losses_are_the_same(compared: tuple[str, Path]) -> None:
     assert "losses   the same in every layout, within 0.1%" in out
     losses = [one["measured"]["losses"] for one in found_in(folder).values()]
     assert all(one == pytest.approx(losses[0], rel=1e-4) for one in losses)
-    assert len(losses[0]) == 4
+    assert len(losses[0]) == 6
 
 
 def test_table_picture_and_metrics(compared: tuple[str, Path]) -> None:
@@ -75,7 +75,7 @@ def test_table_picture_and_metrics(compared: tuple[str, Path]) -> None:
         assert f"\n{name}" in out
     assert (folder / "compare.png").read_bytes().startswith(b"\x89PNG")
     rows = metrics(folder / "r")
-    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert rows[0].keys() == {"step", *(f"loss/{name}" for name in ALL.split(","))}
     assert rows[-1]["memory_bytes/tp"] == found_in(folder)["tp"]["measured"]["memory"]
     assert list((folder / "r").glob("wandb/offline-run-*/*.wandb"))

@@ -131,7 +131,7 @@ def test_in_a_container_it_is_the_one_inside() -> None:
         max_size=30,
     )
 )
-@settings(max_examples=30)
+@settings(max_examples=10)
 def test_a_directory_of_any_name_is_read_back(name: str) -> None:
     sys.argv = ["launcher"]
     [job] = compose_jobs("config", RunConfig, [f"run.dir={hydra_text(name)}"])

@@ -130,16 +130,21 @@ def test_half_written_final_weights_are_no_end_of_a_run(tmp_path: Path) -> None:
     assert "already holds a run" in launcher(*run, cwd=tmp_path).stderr
 
 
-def test_of_another_model_that_is_said_first(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    trained(*RUN, "training.steps=2", cwd=folder)
+    return folder
+
+
+def test_of_another_model_that_is_said_first(finished: Path) -> None:
     """Not that nothing is left to train, whose remedy would then be refused."""
-    trained(*RUN, "training.steps=2", cwd=tmp_path)
-    done = launcher(*RUN, "training.steps=2", "model.num_layers=3", cwd=tmp_path)
+    done = launcher(*RUN, "training.steps=2", "model.num_layers=3", cwd=finished)
     assert "model.num_layers=3: " in done.stderr
 
 
-def test_a_run_that_is_over_is_not_submitted(tmp_path: Path) -> None:
-    trained(*RUN, "training.steps=2", cwd=tmp_path)
+def test_a_run_that_is_over_is_not_submitted(finished: Path) -> None:
     on_nodes = ["hardware.accelerators_per_node=2", "training.steps=2", "submit.dry_run=true"]
-    done = launcher("submit", *RUN, *on_nodes, cwd=tmp_path)
+    done = launcher("submit", *RUN, *on_nodes, cwd=finished)
     assert done.returncode == 2
     assert "nothing is left to train" in done.stderr

@@ -41,7 +41,7 @@ class Job:
         """For good: while Slurm requeues a job, it is told of as cancelled for some seconds."""
         deadline = time.monotonic() + 15
         while (state := self.state) in ENDED:
-            if state == "COMPLETED" or time.monotonic() > deadline:
+            if state in ("COMPLETED", "FAILED") or time.monotonic() > deadline:
                 return True
             time.sleep(0.5)
         return False
