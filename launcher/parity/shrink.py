@@ -21,7 +21,7 @@ from launcher.config.schema import (
 from launcher.config.shape import kv_heads, output_size, sequence_length, stages_per_rank
 
 MOST_RANKS = 8  # on CPU; on GPUs one for each
-HEAD_SIZE = 8
+HEAD_SIZE, MANY_HEADS = 8, 16  # above so many, heads are half the size
 SEQUENCE_PER_RANK = 8
 BLOCKS_PER_STAGE = 2
 VOCABULARY = 256
@@ -71,7 +71,7 @@ def _shrink_model(small: RunConfig, run: RunConfig, layout: Layout) -> None:
     small_kv_heads = tensor * kv_heads_per_rank
     m.num_heads = small_kv_heads * heads_per_kv_head
     m.num_kv_heads = None if run.model.num_kv_heads is None else small_kv_heads
-    m.hidden_size = HEAD_SIZE * m.num_heads
+    m.hidden_size = (HEAD_SIZE if m.num_heads <= MANY_HEADS else HEAD_SIZE // 2) * m.num_heads
     m.ffn_hidden_size = tensor * (m.hidden_size // tensor + 3)
     uneven = run.model.num_layers % (layout.pipeline * stages_per_rank(run)) != 0
     m.num_layers = stages * BLOCKS_PER_STAGE + (1 if uneven else 0)

@@ -77,6 +77,14 @@ def test_is_legal_small_and_of_the_same_kind(found: tuple[RunConfig, Layout]) ->
     assert parameters(small) < 1_000_000
 
 
+def test_with_heads_for_eight_tensor_ranks_it_is_small_too() -> None:
+    heads = ["model.num_heads=64", "model.num_kv_heads=16", "model.hidden_size=4096", "parallelism.tensor=8"]
+    run = run_of("model=llama_tiny", *heads)
+    small, _ = shrink(run, validate(run, gpus=0, cores=8, joined_world=8))
+    assert (small.model.num_heads, small.model.num_kv_heads, small.model.hidden_size) == (32, 16, 128)
+    assert parameters(small) < 1_000_000
+
+
 def kinds(run: RunConfig, layout: Layout) -> dict[str, bool]:
     return {
         "grouped KV heads": kv_heads(run) != run.model.num_heads,

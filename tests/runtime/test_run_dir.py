@@ -118,6 +118,7 @@ def test_killed_before_its_final_weights_it_goes_on_to_write_them(tmp_path: Path
     assert "nothing is left to train" in done.stderr
 
 
+@pytest.mark.slow
 def test_half_written_final_weights_are_no_end_of_a_run(tmp_path: Path) -> None:
     run = [*RUN, "training.steps=3", "checkpoint.enabled=false"]
     trained(*run, cwd=tmp_path)

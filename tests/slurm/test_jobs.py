@@ -41,6 +41,7 @@ def test_on_two_nodes_it_is_the_local_run(
     assert job.starts() == 1
 
 
+@pytest.mark.slow
 def test_auto_lays_it_out_over_the_job_and_the_run_records_it(
     local: list[list[Any]], cluster: Cluster, tmp_path: Path
 ) -> None:
