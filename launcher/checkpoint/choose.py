@@ -71,14 +71,11 @@ def _meant(run: RunConfig, run_dir: Path) -> Path | None:
         return path.resolve()
     found = checkpoints_in(path)
     if not found:
-        options = ["checkpoint.resume=auto (what run.dir holds)", "checkpoint.resume=none"]
+        instead = "checkpoint.resume=auto (what run.dir holds)"
         if (path / "config.json").exists():
-            options = [
-                f"checkpoint.init_from={resume} checkpoint.resume=auto (its weights)",
-                options[1],
-            ]
+            instead = f"checkpoint.init_from={resume} checkpoint.resume=auto (its weights)"
         why = "neither a checkpoint nor a run's directory with one"
-        raise refusal(run, "checkpoint.resume", why, *options)
+        raise refusal(run, "checkpoint.resume", why, instead, "checkpoint.resume=none")
     return found[0].resolve()
 
 

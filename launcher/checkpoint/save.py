@@ -4,6 +4,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import torch.distributed as dist
@@ -28,7 +29,6 @@ class CheckpointWriter:
     def __init__(self, engine: Engine, config: CheckpointConfig, run_dir: Path, keys: list[str]) -> None:
         self.engine, self.config, self.keys = engine, config, keys
         self.folder = run_dir / DIRECTORY
-        self._partial = self.folder  # that of the checkpoint in hand
         self._first = engine.mesh.rank == 0
         self._thread: threading.Thread | None = None
         self._error: str | None = None
@@ -43,13 +43,13 @@ class CheckpointWriter:
         """
         started = time.perf_counter()
         self.wait()
-        self._partial = self._make_directory(manifest.step)
+        partial = self._make_directory(manifest.step)
         parts: Iterable[Part] = self._snapshot()
         if self.config.asynchronous:
             parts = list(parts)  # of this step, before the next one changes it
         self._error = None
         self._all_ended.clear()
-        self._thread = threading.Thread(target=self._write, args=(parts, manifest), daemon=True)
+        self._thread = threading.Thread(target=self._write, args=(partial, parts, manifest), daemon=True)
         self._thread.start()
         if not self.config.asynchronous:
             self.wait()
@@ -73,7 +73,8 @@ class CheckpointWriter:
         found = next((error for error in (*errors, *own) if error), None)
         if found:
             if self._first:  # what there is of it would fill a full disk
-                shutil.rmtree(self._partial, ignore_errors=True)
+                with suppress(OSError):
+                    self._remove_leftovers()
             raise CheckpointError(found)
 
     def _make_directory(self, step: int) -> Path:
@@ -82,8 +83,7 @@ class CheckpointWriter:
         if self._first:
             try:
                 self.folder.mkdir(exist_ok=True)
-                for leftover in self.folder.glob(f"*{PARTIAL}"):
-                    shutil.rmtree(leftover)
+                self._remove_leftovers()
                 partial.mkdir()
             except OSError as reason:
                 error = [str(reason)]
@@ -91,6 +91,10 @@ class CheckpointWriter:
         if error[0]:
             raise CheckpointError(error[0])
         return partial
+
+    def _remove_leftovers(self) -> None:
+        for leftover in self.folder.glob(f"*{PARTIAL}"):
+            shutil.rmtree(leftover)
 
     def _snapshot(self) -> Iterator[Part]:
         for fragment in fragments(self.engine, self.keys):
@@ -105,8 +109,7 @@ class CheckpointWriter:
                     copied = view.to("cpu", copy=True).contiguous()
                     yield Part(kind, own.logical.name, own.logical.shape, box, copied)
 
-    def _write(self, parts: Iterable[Part], manifest: Manifest) -> None:
-        partial = self._partial
+    def _write(self, partial: Path, parts: Iterable[Part], manifest: Manifest) -> None:
         try:
             write_parts(partial, self.engine.mesh.rank, parts, int(self.config.max_file_gb * 1e9))
             if self._first:

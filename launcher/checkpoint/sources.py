@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError, safe_open
 
+from launcher.checkpoint.final import DIRECTORY as FINAL_WEIGHTS
 from launcher.checkpoint.huggingface import Entry, NotOurs, entries, model_of, plain_name
 from launcher.checkpoint.manifest import MANIFEST, BrokenCheckpoint, checkpoints_in, read_manifest
 from launcher.config.compose import load_typed
@@ -18,7 +19,7 @@ from launcher.config.schema import Family, ModelConfig, RunConfig
 
 SAFETENSORS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-_RUN_CONFIG, _RUN_WEIGHTS = "config.yaml", "weights"
+_RUN_CONFIG = "config.yaml"
 _WHAT = "a run's directory, a checkpoint, or a Hugging Face directory with config.json and safetensors"
 
 
@@ -47,7 +48,7 @@ def weights_at(path: Path, field: str) -> Weights:
         except BrokenCheckpoint as broken:
             raise ConfigError(field, checkpoint, str(broken), _WHAT) from None
         return Weights(checkpoint.resolve(), Kind.checkpoint, model)
-    if (path / _RUN_CONFIG).exists() and (path / _RUN_WEIGHTS).is_dir():
+    if (path / _RUN_CONFIG).exists() and (path / FINAL_WEIGHTS).is_dir():
         model = load_typed(path / _RUN_CONFIG, RunConfig).model
         return Weights(path.resolve(), Kind.run, model)
     if (path / "config.json").exists():

@@ -45,7 +45,8 @@ def train_on_this_machine(run: RunConfig, layout: Layout, *, cores: int, multiru
             # Ranks of one machine meet on the loopback interface, whatever its host name resolves to.
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
             preload(layout.device)
-        with tempfile.TemporaryDirectory(prefix="launcher-") as meeting:
+        own = range(layout.world_size)
+        with _answered_for(own), tempfile.TemporaryDirectory(prefix="launcher-") as meeting:
             store = Path(meeting) / "store"
             run_local_ranks(
                 partial(local_rank, run=run, layout=layout, directory=directory, meeting=store),
@@ -62,23 +63,33 @@ def train_on_this_node(run: RunConfig, layout: Layout, node: NodeEnvironment, *,
     if layout.device == "cpu":
         preload(layout.device)
     os.environ.update(MASTER_ADDR=node.master_addr, MASTER_PORT=str(node.master_port))
+    with _answered_for(node.ranks):
+        try:
+            run_local_ranks(
+                partial(node_rank, run=run, layout=layout, first=node.ranks.start),
+                layout.world_size,
+                here=node.ranks,
+                log_dir=run_path(run) / LOGS,
+                start_method=_start_method(layout),
+                save_grace=stop_grace(run),
+            )
+        except RankFailure as failure:
+            if failure.secondary:
+                time.sleep(_CONSEQUENCE_WAITS)
+            raise
+
+
+@contextmanager
+def _answered_for(ranks: range) -> Iterator[None]:
+    """Around the ranks that this process starts, perhaps for a job that asks how they ended."""
     try:
-        run_local_ranks(
-            partial(node_rank, run=run, layout=layout, first=node.ranks.start),
-            layout.world_size,
-            here=node.ranks,
-            log_dir=run_path(run) / LOGS,
-            start_method=_start_method(layout),
-            save_grace=stop_grace(run),
-        )
+        yield
     except RankFailure as failure:
-        if failure.secondary:
-            time.sleep(_CONSEQUENCE_WAITS)
-        else:
+        if not failure.secondary:
             record_end(failure.rank, Kind.failed, str(failure))  # a killed one has left no word
         raise
     except Stopped:
-        if not has_recorded(node.ranks):
+        if not has_recorded(ranks):
             raise
         # To srun any code but 0 is a crash, for which it ends the tasks that are still at it.
 

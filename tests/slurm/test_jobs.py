@@ -135,6 +135,20 @@ def test_a_killed_rank_is_started_again_in_the_same_allocation(cluster: Cluster,
 
 
 KILL = "if progress.step == 3 and engine.mesh.rank == 1: import os; os.kill(os.getpid(), 9)"
+FAULT = "if progress.step == 3 and engine.mesh.rank == 1: raise RuntimeError('disk on fire')"
+
+
+def given_up(fault: str, tasks: str, cluster: Cluster, folder: Path) -> str:
+    """The log of a job whose run fails after step 3 at every start, in one allocation."""
+    (folder / "sitecustomize.py").write_text(before_each_step(fault))
+    job = submit(
+        cluster, folder, *LONG, f"slurm.tasks={tasks}", f"slurm.environment.PYTHONPATH={folder}",
+        "checkpoint.interval_steps=2",
+    )  # fmt: skip
+    log = job.end("FAILED")
+    assert "failed 3 times alike after step 3 and is given up" in log
+    assert job.starts() == 1
+    return log
 
 
 @pytest.mark.parametrize("tasks", ["per_node", pytest.param("per_rank", marks=pytest.mark.slow)])
@@ -142,34 +156,18 @@ def test_killed_three_times_after_the_same_step_it_is_given_up(
     tasks: str, cluster: Cluster, tmp_path: Path
 ) -> None:
     """As where memory runs out: the killed rank leaves no word, and what the others say differs each time."""
-    (tmp_path / "sitecustomize.py").write_text(before_each_step(KILL))
-    job = submit(
-        cluster, tmp_path, *LONG, f"slurm.tasks={tasks}", f"slurm.environment.PYTHONPATH={tmp_path}",
-        "checkpoint.interval_steps=2",
-    )  # fmt: skip
-    log = job.end("FAILED")
-    assert "failed 3 times alike after step 3 and is given up" in log
+    log = given_up(KILL, tasks, cluster, tmp_path)
     assert ("rank 1 of 4 was killed by SIGKILL" if tasks == "per_node" else "Killed") in log
-    assert job.starts() == 1
-
-
-FAULT = "if progress.step == 3 and engine.mesh.rank == 1: raise RuntimeError('disk on fire')"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tasks", ["per_node", "per_rank"])
 def test_what_fails_alike_three_times_is_given_up(tasks: str, cluster: Cluster, tmp_path: Path) -> None:
-    (tmp_path / "sitecustomize.py").write_text(before_each_step(FAULT))
-    job = submit(
-        cluster, tmp_path, *LONG, f"slurm.tasks={tasks}", f"slurm.environment.PYTHONPATH={tmp_path}",
-        "checkpoint.interval_steps=2",
-    )  # fmt: skip
-    log = job.end("FAILED")
+    log = given_up(FAULT, tasks, cluster, tmp_path)
     assert log.count("RuntimeError: disk on fire) and starts again") == 2
     assert "failed 3 times alike after step 3 and is given up: RuntimeError: disk on fire" in log
     assert log.count("Traceback") == 3
     assert "Connection closed" not in log
-    assert job.starts() == 1
 
 
 def test_a_refusal_ends_the_job_at_once(cluster: Cluster, tmp_path: Path) -> None:
@@ -204,7 +202,7 @@ def test_of_an_array_only_the_task_that_is_told_is_requeued(cluster: Cluster, tm
     log = last.end("COMPLETED")
     first.end("COMPLETED")
     assert f"stopped and requeued: job {last.number} goes on" in log
-    assert "exited with code" not in log.lower(), "to srun a stop is no crash"
+    assert "exited with exit code" not in log.lower(), "to srun a stop is no crash"
     assert (first.starts(), last.starts()) == (1, 2)
     for one in (first, last):
         assert [row["step"] for row in metrics(one.run_dir)] == list(range(1, 61))

@@ -38,9 +38,10 @@ def upload(run_dir: Path) -> int:
     if not has_api_key():
         remedy = "`wandb login`, or WANDB_API_KEY in the environment"
         raise ConfigError("sync", run_dir, "no W&B API key is found here", remedy)
-    if why := why_unreachable(server_url()):
+    server = server_url()
+    if why := why_unreachable(server):
         remedy = "a node with a way to it, WANDB_BASE_URL=URL for another server, or HTTPS_PROXY"
-        raise ConfigError("sync", run_dir, f"the W&B server {server_url()} does not answer: {why}", remedy)
+        raise ConfigError("sync", run_dir, f"the W&B server {server} does not answer: {why}", remedy)
     folders = [str(path.parent) for path in ready]
     return subprocess.run([sys.executable, "-m", "wandb", "sync", "--yes", *folders], check=False).returncode
 

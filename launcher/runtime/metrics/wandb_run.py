@@ -118,6 +118,8 @@ def resolved_mode(mode: WandbMode) -> str:
 
 def has_api_key() -> bool:
     """In WANDB_API_KEY, or where `wandb login` leaves it; the server is not asked."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True  # at once: W&B takes seconds to say so where it has no way to its server
     try:
         return wandb.login(prompt=False, verify=False)
     except wandb.errors.Error:
