@@ -15,7 +15,7 @@ from launcher.config.compose import compose_jobs
 from launcher.config.schema import PlannedRunConfig
 from launcher.config.validate import validate
 from launcher.launch.machine import this_machine
-from launcher.planning.plan import Plan, make_plan
+from launcher.planning.cost.plan import Plan, make_plan
 
 ROUNDS, STEPS = 3, 9
 MODEL = [

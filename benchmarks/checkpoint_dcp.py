@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from launcher.checkpoint.boxes import Box
-from launcher.checkpoint.geometry import logical_views
+from launcher.checkpoint.flat_ranges import logical_views
 from launcher.checkpoint.manifest import Manifest, damaged, read_manifest
 from launcher.checkpoint.read import Reader
 from launcher.checkpoint.write import Part, commit, write_parts

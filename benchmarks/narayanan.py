@@ -1,7 +1,7 @@
 """The time model fitted on table 1 of Narayanan et al. (SC 2021, arXiv 2104.04473), and on it alone.
 
     python -m benchmarks.narayanan          predicted beside published, for docs/planning.md
-    python -m benchmarks.narayanan fit      what the shares in launcher/planning/rates.py were set from
+    python -m benchmarks.narayanan fit      what the shares in launcher/planning/cost/rates.py were set from
 
 The table's runs are Megatron-LM's of 2021 on A100s of 80 GB, and are planned as such: full recomputation,
 fp16, attention scores kept in memory by unfused kernels, nothing overlapped, an interleaved pipeline, whose
@@ -31,11 +31,11 @@ from launcher.config.schema import (
     RunConfig,
     TrainingConfig,
 )
-from launcher.planning import program
-from launcher.planning.parts import parts
-from launcher.planning.plan import Plan, make_plan
-from launcher.planning.program import Matmul, Operation, Sizes
-from launcher.planning.rates import Shares
+from launcher.planning.cost import operations as program
+from launcher.planning.cost.operations import Matmul, Operation, Sizes
+from launcher.planning.cost.parts import parts
+from launcher.planning.cost.plan import Plan, make_plan
+from launcher.planning.cost.rates import Shares
 
 SEQUENCE, VOCABULARY = 2048, 51200
 
@@ -165,7 +165,7 @@ def as_megatron_2021() -> Iterator[None]:
     parts.cache_clear()
     with (
         patch.object(program, "_fused_attention", unfused_attention),
-        patch("launcher.planning.parts.block", fused_block),
+        patch("launcher.planning.cost.parts.block", fused_block),
     ):
         yield
     parts.cache_clear()

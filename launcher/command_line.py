@@ -10,30 +10,30 @@ from collections.abc import Callable
 from pathlib import Path
 
 from launcher import __version__
-from launcher.calibrate.command import calibrate
-from launcher.checkpoint.exchange_command import export, import_
-from launcher.checkpoint.inspect import inspect
-from launcher.compare.command import compare
+from launcher.commands.calibrate import calibrate
+from launcher.commands.checkpoint import inspect
+from launcher.commands.compare import compare
+from launcher.commands.exchange import export, import_
+from launcher.commands.job import ready_on_nodes, run_job
+from launcher.commands.plan import dump, plan_and_print
+from launcher.commands.prepare import prepare
 from launcher.config.compose import Job, compose_jobs, load_typed
 from launcher.config.errors import ConfigError
 from launcher.config.layout import Layout, resolve_device
 from launcher.config.schema import Device, Family, GenerateConfig, OutputFormat, PlannedRunConfig, RunConfig
-from launcher.config.slurm import check_submission, nodes_of
+from launcher.config.slurm_rules import check_submission, nodes_of
 from launcher.config.validate import validate, validate_generate
 from launcher.data.open import check_data
-from launcher.data.prepare_command import prepare
 from launcher.launch.environment import Place, RankEnvironment, joined_ranks, place_of
 from launcher.launch.local import RankFailure, Stopped
 from launcher.launch.machine import Machine, memory_here, share_cores, this_machine
 from launcher.launch.records import Kind, record_end
 from launcher.launch.submit import submit as submit_jobs
 from launcher.parity.shrink import MOST_RANKS
-from launcher.planning.command import dump, plan_and_print
-from launcher.planning.enforce import chosen, refuse_too_large
-from launcher.planning.figure import check_figure
-from launcher.planning.plan import memory_budget
-from launcher.planning.search import Search, Space
-from launcher.runtime.job import ready_on_nodes, run_job
+from launcher.planning.choose.enforce import chosen, refuse_too_large
+from launcher.planning.choose.search import Search, Space
+from launcher.planning.cost.plan import memory_budget
+from launcher.planning.show.plan_figure import check_figure
 from launcher.runtime.run_dir import CONFIG, IDENTITY, run_path, start_of
 
 REFUSED, FAILED = 2, 1
@@ -153,7 +153,7 @@ def generate(arguments: list[str]) -> int:
             why = "is of a classifier of images, which writes no text"
             raise ConfigError("run.dir", run_dir, why, "the directory of a language model's run")
         share_cores(1, this_machine().cores)
-        from launcher.runtime.generate import generate as sample_text
+        from launcher.runtime.sampling import generate as sample_text
 
         print(sample_text(job.config, run_dir))
     return 0
@@ -200,7 +200,7 @@ def verify(arguments: list[str]) -> int:
     for job, (run, layout, _) in zip(jobs, ready, strict=True):
         _say_which(job)
         share_cores(MOST_RANKS, machine.cores)
-        from launcher.parity.command import verify_and_report
+        from launcher.commands.verify import verify_and_report
 
         if not verify_and_report(run, layout, cores=machine.cores, gpus=machine.gpus):
             return FAILED

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from launcher.checkpoint.geometry import logical_views
+from launcher.checkpoint.flat_ranges import logical_views
 from launcher.checkpoint.manifest import Manifest, damaged
 from launcher.checkpoint.read import Reader, WeightReader
 from launcher.engine.base import Engine

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from launcher.checkpoint.geometry import logical_views
+from launcher.checkpoint.flat_ranges import logical_views
 from launcher.checkpoint.manifest import DIRECTORY, Manifest, step_name
 from launcher.checkpoint.write import PARTIAL, Part, commit, index_of, prune, write_parts
 from launcher.config.schema import CheckpointConfig

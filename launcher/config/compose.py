@@ -15,7 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from launcher.config.errors import ConfigError
-from launcher.config.explain import COMPOSITION_ERRORS, explain, missing_value, no_such_field
+from launcher.config.explanations import COMPOSITION_ERRORS, explain, missing_value, no_such_field
 from launcher.config.fields import ENTRIES, config_directory, is_section
 from launcher.config.schema import (
     CalibrateConfig,

@@ -1,4 +1,4 @@
-"""The one exception a user's mistake becomes."""
+"""Raised for every user error."""
 
 from collections.abc import Iterable
 from enum import Enum
@@ -6,7 +6,7 @@ from functools import reduce
 
 
 class ConfigError(Exception):
-    """A setting that cannot work: the field, its value, why, and the nearest that works.
+    """A setting that cannot work: the field, its value, why, and what to try instead.
 
     Printed as one message without a traceback; the process exits with code 2.
     """
@@ -14,7 +14,7 @@ class ConfigError(Exception):
     def __init__(self, field: str, value: object, why: str, remedy: str) -> None:
         self.field, self.value, self.why, self.remedy = field, value, why, remedy
         shown = field if value is None else f"{field}={as_typed(value)}"
-        super().__init__(f"{shown}: {why}\n  nearest that works: {remedy}")
+        super().__init__(f"{shown}: {why}\n  try: {remedy}")
 
     def __reduce__(self) -> tuple[type["ConfigError"], tuple[str, object, str, str]]:
         # Exceptions pickle by their message alone; this one travels between ranks.

@@ -49,7 +49,7 @@ from launcher.config.shape import (
     stages_per_rank,
     whole_weights,
 )
-from launcher.config.slurm import check_slurm
+from launcher.config.slurm_rules import check_slurm
 
 EXAMPLE_GLOB = "corpus/**/*.txt"
 EXAMPLE_PREFIX = "corpora/web"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from launcher.config.errors import ConfigError
 from launcher.config.schema import OnStop, RunConfig, SlurmConfig, Tasks
-from launcher.config.slurm import gpus_of_a_node, nodes_of
+from launcher.config.slurm_rules import gpus_of_a_node, nodes_of
 
 
 @dataclass(frozen=True)

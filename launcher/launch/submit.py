@@ -11,7 +11,7 @@ from launcher.config.compose import Job
 from launcher.config.errors import ConfigError
 from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
-from launcher.config.slurm import check_submission
+from launcher.config.slurm_rules import check_submission
 from launcher.launch.sbatch import Batch, render
 from launcher.launch.slurm import SlurmAway, SlurmError, sbatch
 

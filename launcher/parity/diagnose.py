@@ -14,7 +14,7 @@ from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
 from launcher.config.shape import output_size
 from launcher.parallel.sharding import padded_length
-from launcher.parity.compare import Difference, Kind, expected_batch_losses, in_forward_order
+from launcher.parity.differences import Difference, Kind, expected_batch_losses, in_forward_order
 from launcher.parity.patterns import (
     CLOSE,
     common_ratio,
@@ -24,7 +24,7 @@ from launcher.parity.patterns import (
     same_losses,
     wrong_shards,
 )
-from launcher.parity.trace import StepTrace
+from launcher.parity.step_trace import StepTrace
 
 
 @dataclass(frozen=True)

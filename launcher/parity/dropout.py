@@ -21,8 +21,8 @@ from torch import Tensor
 from launcher.config.layout import Layout
 from launcher.config.schema import ActivationCheckpointing, RunConfig
 from launcher.parallel.mesh import MeshShape
-from launcher.parity.compare import Difference
 from launcher.parity.diagnose import Diagnosis
+from launcher.parity.differences import Difference
 
 DEVIATIONS = 5.0  # of a binomial: false once in a few million runs
 

@@ -18,7 +18,7 @@ from launcher.parallel.layers import (
     VocabParallelHead,
 )
 from launcher.parallel.sharding import LogicalTensor, logical_of, merge
-from launcher.parity.trace import Weights
+from launcher.parity.step_trace import Weights
 
 RECORDED = (
     VocabParallelEmbedding,

@@ -20,7 +20,7 @@ from launcher.config.schema import (
     RunConfig,
 )
 from launcher.config.shape import end_of_document, sequence_length, vision_tokens
-from launcher.parity.trace import StepTrace, Weights
+from launcher.parity.step_trace import StepTrace, Weights
 
 Batch = tuple[Tensor, Tensor]  # inputs and labels of a whole step: tokens (G, T) twice, or images and classes
 

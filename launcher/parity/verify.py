@@ -18,14 +18,14 @@ from launcher.models.blocks import BlockContext
 from launcher.models.model import flat_model
 from launcher.parallel.mesh import ProcessMesh
 from launcher.parallel.sharding import logical_of
-from launcher.parity.compare import Difference, applied_gradients, compare
 from launcher.parity.diagnose import Diagnosis, diagnose
+from launcher.parity.differences import Difference, applied_gradients, compare
 from launcher.parity.dropout import compare_draws, diagnose_draws, read_draws
-from launcher.parity.record import record_dropout, record_rank
+from launcher.parity.recording import record_dropout, record_rank
 from launcher.parity.reference import probe_batches, reference_trace
 from launcher.parity.shrink import single
+from launcher.parity.step_trace import StepTrace, Weights, read_traces
 from launcher.parity.tolerance import tolerance
-from launcher.parity.trace import StepTrace, Weights, read_traces
 
 PROBE = OptimizerConfig(name=OptimizerName.sgd, lr=0.1, momentum=0.0)
 

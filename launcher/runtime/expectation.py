@@ -12,10 +12,10 @@ from torch import Tensor
 
 from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
-from launcher.planning.allocations import Allocations
-from launcher.planning.plan import make_plan
-from launcher.planning.report import size
+from launcher.planning.cost.plan import make_plan
 from launcher.runtime.metrics.rows import Row
+from launcher.text import size
+from launcher.tracing.allocations import Allocations
 
 JUDGED_AT = 10  # steps after a start: the first ones make states, and ZeRO-3 learns the order of its weights
 MEMORY_ERROR, TIME_ERROR = 0.05, 0.2  # as docs/planning.md states them

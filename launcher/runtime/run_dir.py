@@ -14,9 +14,9 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from launcher import __version__
-from launcher.checkpoint.choose import checkpoint_of
 from launcher.checkpoint.companions import carry_companions
 from launcher.checkpoint.final import final_step
+from launcher.checkpoint.resume_choice import checkpoint_of
 from launcher.checkpoint.sources import Weights, check_model_is, weights_at
 from launcher.config.errors import ConfigError
 from launcher.config.layout import Layout

@@ -8,10 +8,10 @@ import torch
 import torch.distributed as dist
 
 from launcher import __version__
-from launcher.checkpoint.choose import check_corpus_is, check_goes_on, older_or_refused
 from launcher.checkpoint.load import begin_with, first_damaged, restore
 from launcher.checkpoint.manifest import BrokenCheckpoint, Manifest, read_manifest
 from launcher.checkpoint.read import open_weights
+from launcher.checkpoint.resume_choice import check_corpus_is, check_goes_on, older_or_refused
 from launcher.checkpoint.save import CheckpointError, CheckpointWriter
 from launcher.checkpoint.sources import Kind, Weights
 from launcher.config.errors import ConfigError

@@ -10,13 +10,13 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher.calibrate.command import rank_counts
-from launcher.calibrate.measure import combined
+from launcher.calibrate.rounds import combined
+from launcher.commands.calibrate import rank_counts
 from launcher.config.compose import compose_jobs
 from launcher.config.schema import MeasuredRates, PlannedRunConfig, Point
 from launcher.config.validate import validate
-from launcher.planning.measured_rates import calibrated, interpolated
-from launcher.planning.plan import Plan, make_plan
+from launcher.planning.cost.measured_rates import calibrated, interpolated
+from launcher.planning.cost.plan import Plan, make_plan
 from tests.runtime.command import launcher
 
 

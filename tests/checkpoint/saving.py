@@ -107,7 +107,7 @@ def _rank(
     from launcher.engine.build import build_engine
     from launcher.engine.distributed import join, leave
     from launcher.engine.state import updates_made
-    from launcher.parity.record import own_batches
+    from launcher.parity.recording import own_batches
 
     store = folder / "store"
     device = join(

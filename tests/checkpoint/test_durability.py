@@ -13,11 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from launcher.checkpoint import choose, files, save
+from launcher.checkpoint import files, resume_choice, save
 from launcher.checkpoint import write as write_files
 from launcher.checkpoint.boxes import Box
-from launcher.checkpoint.choose import check_corpus_is, checkpoint_of
-from launcher.checkpoint.inspect import inspect
 from launcher.checkpoint.manifest import (
     DIRECTORY,
     LATEST,
@@ -29,6 +27,8 @@ from launcher.checkpoint.manifest import (
     step_name,
 )
 from launcher.checkpoint.read import Reader
+from launcher.checkpoint.resume_choice import check_corpus_is, checkpoint_of
+from launcher.commands.checkpoint import inspect
 from launcher.config.errors import ConfigError
 from launcher.config.schema import CheckpointConfig, RunConfig
 from launcher.runtime.run_dir import config_as_dict
@@ -333,7 +333,7 @@ class TestChoice:
             check_corpus_is({"": "d"}, newest, read_manifest(newest))
 
     def test_every_field_of_the_model_is_compared(self) -> None:
-        assert "model.dropout" in choose._FREE_OF_MODEL
+        assert "model.dropout" in resume_choice._FREE_OF_MODEL
 
 
 class TestPrune:

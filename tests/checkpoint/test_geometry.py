@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launcher.checkpoint.boxes import Box, flat_blocks
-from launcher.checkpoint.geometry import logical_views
+from launcher.checkpoint.flat_ranges import logical_views
 from launcher.parallel.mesh import Axis
 from launcher.parallel.sharding import LogicalTensor, padded_length, split
 

@@ -340,7 +340,7 @@ def test_a_run_begins_with_their_weights_and_goes_back(tmp_path: Path) -> None:
     assert "is there already" in again.stderr
     wrong = launcher(*direct, "model.num_layers=3", "model.vocab_size=300", cwd=tmp_path)
     assert wrong.returncode == 2
-    assert "nearest that works: model.num_layers=2 model.vocab_size=256" in wrong.stderr
+    assert "try: model.num_layers=2 model.vocab_size=256" in wrong.stderr
 
 
 def settings_of(model: ModelConfig) -> list[str]:
@@ -368,7 +368,7 @@ def test_a_damaged_checkpoint_is_not_exported(tmp_path: Path) -> None:
     done = launcher("export", "a", "back", cwd=tmp_path)
     assert done.returncode == 2
     assert f"{file.name} is damaged" in done.stderr
-    assert f"nearest that works: {older} instead" in done.stderr
+    assert f"try: {older} instead" in done.stderr
     assert not (tmp_path / "back").exists()
     assert launcher("export", str(older), "back", cwd=tmp_path).returncode == 0
 
@@ -398,8 +398,8 @@ def test_export_needs_neither_deepspeed_nor_a_process_group(
         (["import", "theirs", "theirs"], "import=theirs: is there already, and nothing is overwritten"),
         (["export", "theirs", "to", "dtype=int8"], "dtype=int8: "),
         (["export", "theirs", "to", "max_file_gb=0"], "max_file_gb=0.0: must be a finite number above 0"),
-        (["export", "theirs", "to", "max_flie_gb=1"], "nearest that works: max_file_gb"),
-        (["exprot", "theirs", "to"], "nearest that works: launcher export"),
+        (["export", "theirs", "to", "max_flie_gb=1"], "try: max_file_gb"),
+        (["exprot", "theirs", "to"], "try: launcher export"),
     ],
 )
 def test_a_wrong_command_is_refused_without_torch(

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from launcher.checkpoint import geometry, load
+from launcher.checkpoint import flat_ranges, load
 from launcher.checkpoint.manifest import read_manifest
 from launcher.config.schema import CheckpointConfig
 from launcher.parallel.mesh import Axis
 from launcher.parallel.sharding import LogicalTensor
-from launcher.planning.geometry import pipeline_ranks
-from launcher.planning.zero import checkpoint_bytes
+from launcher.planning.cost.geometry import pipeline_ranks
+from launcher.planning.cost.zero_states import checkpoint_bytes
 from tests.checkpoint.saving import GPT, LAYOUTS, LLAMA, MOMENTUM, STEPS, Outcome, run_in, saved, train
 
 # Every kind of partition is both left and entered, and the pipeline cut, padded and tied vocabulary with it.
@@ -133,12 +133,12 @@ def forget_updates(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def swap_stretches(monkeypatch: pytest.MonkeyPatch) -> None:
-    stretches = geometry._stretches
+    stretches = flat_ranges._stretches
 
     def swapped(logical: LogicalTensor, axis: Axis) -> list[tuple[int, int, int]]:
         return stretches(logical, Axis(axis.size - 1 - axis.rank, axis.size, axis.group))
 
-    monkeypatch.setattr(geometry, "_stretches", swapped)
+    monkeypatch.setattr(flat_ranges, "_stretches", swapped)
 
 
 def take_up_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

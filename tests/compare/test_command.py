@@ -18,7 +18,7 @@ ALL = "single,dp,tp,pp,zero1,zero2,zero3"
 # One of the ranks' functions replaced, in every rank of the layout named.
 BROKEN = """
 import sys
-import launcher.compare.record as record
+import launcher.compare.rank_record as record
 from launcher.command_line import run_command
 step = record.train_step
 def broken(run, layout, engine, loader, progress):

@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from launcher.compare.layouts import Compared, chosen_layouts, in_layout, named_layouts
-from launcher.compare.measure import Measured, together
-from launcher.compare.record import Recorded
-from launcher.compare.report import Row, as_json, bubble, differing, metric_rows
+from launcher.compare.compared_layouts import Compared, chosen_layouts, in_layout, named_layouts
+from launcher.compare.comparison_report import Row, as_json, bubble, differing, metric_rows
+from launcher.compare.measured_layout import Measured, together
+from launcher.compare.rank_record import Recorded
 from launcher.config.errors import ConfigError
 from launcher.config.schema import MeasuredRates
 from tests.config.composing import run_of
@@ -39,7 +39,7 @@ def test_a_layout_that_there_is_not_is_refused_with_the_nearest() -> None:
         ConfigError, match=r"compare.layouts=dp_pt: with compare.ranks=4 there are single, dp,"
     ):
         chosen_layouts(["dp_pt"], 4)
-    with pytest.raises(ConfigError, match=r"nearest that works: compare.layouts=\[dp_tp\]"):
+    with pytest.raises(ConfigError, match=r"try: compare.layouts=\[dp_tp\]"):
         chosen_layouts(["dp_tpp"], 4)
 
 

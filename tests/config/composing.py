@@ -32,12 +32,12 @@ class Case(NamedTuple):
 
 
 def cases(file: str) -> list[Case]:
-    """What is typed and, indented below it, `field=value: why -> the nearest that works`."""
+    """What is typed and, indented below it, `field=value: why -> what to try`."""
     found = []
     for block in Path(__file__).with_name(file).read_text().strip().split("\n\n"):
         command, *said = block.splitlines()
         message, _, remedy = " ".join(line.strip() for line in said).partition(" -> ")
-        found.append(Case(command, f"{message}\n  nearest that works: {remedy}"))
+        found.append(Case(command, f"{message}\n  try: {remedy}"))
     return found
 
 

@@ -179,8 +179,8 @@ class TestWrongCommands:
         ended = refusals[command]
         assert ended.err.startswith(f"launcher: {WRONG[command]}")
         message, nearest = ended.err.splitlines()
-        assert nearest.startswith("  nearest that works: ")
-        assert len(nearest) > len("  nearest that works: ")
+        assert nearest.startswith("  try: ")
+        assert len(nearest) > len("  try: ")
         assert "HYDRA_FULL_ERROR" not in ended.err
         assert "Traceback" not in message
         assert (ended.code, ended.out) == (2, "")
@@ -222,7 +222,7 @@ class TestRanks:
         assert ended.err == (
             "launcher: parallelism.tensor=2: the world size 2 is not a multiple of tensor 2 x pipeline 2 "
             "= 4 ranks, one copy of the model\n"
-            "  nearest that works: a world size of 8\n"
+            "  try: a world size of 8\n"
         )
 
     @pytest.mark.parametrize(
@@ -298,8 +298,7 @@ class TestLooking:
         assert (composed["training"]["steps"], composed["model"]["family"]) == (7, "llama")
         assert "mine" in helped.out
         assert wrong.err == (
-            "launcher: training.step: no such field (in experiment/wrong.yaml)\n"
-            "  nearest that works: training.steps\n"
+            "launcher: training.step: no such field (in experiment/wrong.yaml)\n  try: training.steps\n"
         )
 
 

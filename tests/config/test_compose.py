@@ -235,10 +235,10 @@ class TestNotComposed:
         ("typed", "message"),
         [
             ("model=gpt_tiny", "model=gpt_tiny: no such field"),
-            ("promt=x", "promt=x: no such field\n  nearest that works: prompt=x"),
+            ("promt=x", "promt=x: no such field\n  try: prompt=x"),
             ("top_k=few", "top_k=few: must be a whole number"),
-            ("prompt.x=3", "prompt.x=3: prompt is a value without fields\n  nearest that works: prompt=3"),
-            ("run=3", "run=3: a section of fields, not a value\n  nearest that works: run.dir=<text | null>"),
+            ("prompt.x=3", "prompt.x=3: prompt is a value without fields\n  try: prompt=3"),
+            ("run=3", "run=3: a section of fields, not a value\n  try: run.dir=<text | null>"),
         ],
     )
     def test_generate_too(self, typed: str, message: str) -> None:
@@ -313,26 +313,26 @@ class TestOwnFiles:
             (
                 "misspelt",
                 "model.hidden_sise: no such field (in experiment/misspelt.yaml)\n"
-                "  nearest that works: model.hidden_size or model.ffn_hidden_size",
+                "  try: model.hidden_size or model.ffn_hidden_size",
             ),
             (
                 "of_another_type",
                 "model.hidden_size=wide: must be a whole number (in experiment/of_another_type.yaml)\n"
-                "  nearest that works: model.hidden_size=<whole number>",
+                "  try: model.hidden_size=<whole number>",
             ),
             (
                 "no_group",
-                "modle: no such field (in experiment/no_group.yaml)\n  nearest that works: model",
+                "modle: no such field (in experiment/no_group.yaml)\n  try: model",
             ),
             (
                 "no_option",
-                "model=gpt_tny: no such option\n  nearest that works: model=gpt_tiny or model=vit_tiny",
+                "model=gpt_tny: no such option\n  try: model=gpt_tiny or model=vit_tiny",
             ),
             (
                 "no_package",
                 "experiment=no_package: no such field: without its first line experiment/no_package.yaml is "
                 "read as part of 'experiment'\n"
-                "  nearest that works: # @package _global_ as the first line of experiment/no_package.yaml",
+                "  try: # @package _global_ as the first line of experiment/no_package.yaml",
             ),
         ],
     )

@@ -238,7 +238,7 @@ class TestCheck:
     def test_refuses_what_a_field_of_ours_sets(self, path: str) -> None:
         error = refused(nested(path, 5))
         assert str(error) == (
-            f"deepspeed.{path}=5: the launcher sets this one\n  nearest that works: {OURS[path].format(5)}"
+            f"deepspeed.{path}=5: the launcher sets this one\n  try: {OURS[path].format(5)}"
         )
 
     @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ HEAVY = {"torch", "deepspeed", "wandb", "transformers"}
         "launcher.command_line",
         "launcher.launch.local",
         "launcher.data.sampler",
-        "launcher.planning.command",
+        "launcher.commands.plan",
         *(f"launcher.config.{module.name}" for module in pkgutil.iter_modules(launcher.config.__path__)),
     ],
 )

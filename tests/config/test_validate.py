@@ -13,7 +13,8 @@ import yaml
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from launcher.config import deepspeed_keys, layout, numbers, slurm, validate
+from launcher.commands.job import ready_on_nodes
+from launcher.config import deepspeed_keys, layout, numbers, slurm_rules, validate
 from launcher.config.errors import ConfigError
 from launcher.config.fields import fields_of
 from launcher.config.layout import Layout
@@ -28,7 +29,6 @@ from launcher.config.schema import (
     RunConfig,
 )
 from launcher.config.shape import legal_pipeline_sizes, legal_tensor_sizes, sequence_length
-from launcher.runtime.job import ready_on_nodes
 from tests.config.composing import (
     FIELDS,
     Case,
@@ -124,7 +124,7 @@ class TestMessages:
         for offer in offers:
             assert check(refusal, [*overrides, *offer])
 
-    @pytest.mark.parametrize("module", [validate, layout, numbers, deepspeed_keys, slurm])
+    @pytest.mark.parametrize("module", [validate, layout, numbers, deepspeed_keys, slurm_rules])
     def test_every_raise_has_a_case(self, module: ModuleType) -> None:
         assert module.__file__
         raises = [n for n in ast.walk(ast.parse(inspect.getsource(module))) if isinstance(n, ast.Raise)]

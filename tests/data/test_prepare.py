@@ -524,7 +524,7 @@ class TestCommand:
         [
             (["a.jsonl"], "prepare a.jsonl: takes what to read, and the name of what to write"),
             (["none", "web"], "SOURCE=none: there is no such file or directory"),
-            (["a.jsonl", "web", "workrs=2"], "workrs=2: no such field\n  nearest that works: workers=2"),
+            (["a.jsonl", "web", "workrs=2"], "workrs=2: no such field\n  try: workers=2"),
             (["a.jsonl", "web", "workers=0"], "workers=0: must be at least 1"),
             (["a.jsonl", "there"], "TARGET=there: there.idx is there already, and nothing is overwritten"),
             (["a.jsonl", "no/such/web"], None),

@@ -14,7 +14,7 @@ from launcher.config.compose import Job, compose_jobs
 from launcher.config.errors import ConfigError
 from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
-from launcher.config.slurm import seconds_of
+from launcher.config.slurm_rules import seconds_of
 from launcher.launch.sbatch import Batch, check_after_a_script, render, slurm_word
 from launcher.launch.submit import _make_room_for, batch_of, told
 from tests.config.composing import run_of

@@ -15,9 +15,9 @@ torch.set_num_threads(1)  # a fork does not take OpenMP's threads along, and dea
 from deepspeed.runtime.pipe.module import PipelineModule  # noqa: E402
 
 from launcher.engine.pipeline import StagedModule  # noqa: E402
-from launcher.parity.compare import Difference  # noqa: E402  (after DeepSpeed is made quiet)
-from launcher.parity.report import write_report  # noqa: E402
+from launcher.parity.differences import Difference  # noqa: E402  (after DeepSpeed is made quiet)
 from launcher.parity.shrink import shrink  # noqa: E402
+from launcher.parity.verdict import write_report  # noqa: E402
 from launcher.parity.verify import Pass, dropout_pass, passes, run_pass, verify  # noqa: E402
 
 CORES = 8

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from launcher import __main__ as command_line
+from launcher.commands.verify import gpus_to_use
 from launcher.config.errors import ConfigError
 from launcher.config.fields import config_directory
 from launcher.config.layout import Layout, resolve_layout
 from launcher.config.validate import validate
-from launcher.parity.command import gpus_to_use
-from launcher.parity.compare import Difference
-from launcher.parity.record import record_rank
+from launcher.parity.differences import Difference
+from launcher.parity.recording import record_rank
 from launcher.parity.shrink import shrink
 from launcher.parity.verify import _rank
 from tests.config.composing import run_of
@@ -109,7 +109,7 @@ def test_a_report_is_json_whatever_was_measured(tmp_path: Path) -> None:
 def test_a_layout_that_cannot_be_is_refused(arguments: list[str], tmp_path: Path) -> None:
     done = launcher("verify", *arguments, cwd=tmp_path)
     assert done.returncode == 2
-    assert "nearest that works" in done.stderr
+    assert "try: " in done.stderr
 
 
 @pytest.mark.slow
@@ -137,7 +137,7 @@ def test_gpus_that_are_not_there_are_refused(tmp_path: Path) -> None:
     done = launcher(*SMALL, "verify.device=cuda", cwd=tmp_path)
     assert done.returncode == 2
     assert "verify.device=cuda: this machine has no GPU" in done.stderr
-    assert "nearest that works: verify.device=cpu" in done.stderr
+    assert "try: verify.device=cpu" in done.stderr
 
 
 def test_on_gpus_there_are_no_more_ranks_than_gpus() -> None:

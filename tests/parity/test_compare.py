@@ -9,7 +9,7 @@ import torch
 
 from launcher.config.schema import OptimizerName, RunConfig
 from launcher.config.validate import validate
-from launcher.parity.compare import (
+from launcher.parity.differences import (
     Difference,
     applied_gradients,
     compare,
@@ -18,8 +18,8 @@ from launcher.parity.compare import (
 )
 from launcher.parity.reference import probe_batches, reference_trace
 from launcher.parity.shrink import shrink
+from launcher.parity.step_trace import StepTrace, Weights, read_traces, write_trace
 from launcher.parity.tolerance import tolerance
-from launcher.parity.trace import StepTrace, Weights, read_traces, write_trace
 from tests.config.composing import run_of
 
 STEPS = 2

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from launcher.config.layout import Layout
-from launcher.parity.compare import Difference, Kind
 from launcher.parity.diagnose import Diagnosis, diagnose
+from launcher.parity.differences import Difference, Kind
 from launcher.parity.patterns import (
     best_ratio,
     common_ratio,
@@ -16,7 +16,7 @@ from launcher.parity.patterns import (
     named_ratio,
     wrong_shards,
 )
-from launcher.parity.trace import StepTrace
+from launcher.parity.step_trace import StepTrace
 from tests.config.composing import run_of
 
 LAYOUT = Layout(pipeline=1, data=2, tensor=4, device="cpu", accumulation=3, zero_stage=0)

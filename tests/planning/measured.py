@@ -17,19 +17,19 @@ import torch
 # Some of torch is imported at the first operation under a dispatch mode, and ZeRO-3 wraps what it would find.
 import torch._dynamo
 
-from launcher.compare.record import group_names
+from launcher.compare.rank_record import group_names
 from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
 from launcher.config.shape import sequence_length
 from launcher.config.validate import validate
 from launcher.engine.distributed import join, leave, prepare_deepspeed
 from launcher.launch.local import run_local_ranks
-from launcher.planning.allocations import Allocations
-from launcher.planning.geometry import pipeline_ranks
-from launcher.planning.memory import rank_memory
-from launcher.planning.plan import Plan, make_plan
-from launcher.planning.program import Collective
-from launcher.planning.traffic import GroupName
+from launcher.planning.cost.geometry import pipeline_ranks
+from launcher.planning.cost.memory import rank_memory
+from launcher.planning.cost.operations import Collective
+from launcher.planning.cost.plan import Plan, make_plan
+from launcher.planning.cost.traffic import GroupName
+from launcher.tracing.allocations import Allocations
 from tests.config.composing import run_of
 
 prepare_deepspeed("cpu")

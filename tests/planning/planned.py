@@ -2,7 +2,7 @@
 
 from launcher.config.schema import Device
 from launcher.config.validate import validate
-from launcher.planning.plan import Plan, make_plan, memory_budget
+from launcher.planning.cost.plan import Plan, make_plan, memory_budget
 from tests.config.composing import run_of
 
 LLAMA = ["model=llama3_8b", "precision=bf16", "training.micro_batch_size=1", "training.global_batch_size=128"]

@@ -84,7 +84,7 @@ WRONG = {
 def test_what_is_refused(tmp_path: Path) -> None:
     for command, ended in zip(WRONG, launcher(tmp_path, *map(str.split, WRONG)), strict=True):
         assert ended.err.startswith(f"launcher: {WRONG[command]}"), ended.err
-        assert "nearest that works: " in ended.err
+        assert "try: " in ended.err
         assert (ended.code, ended.out, ended.heavy) == (2, "", [])
 
 

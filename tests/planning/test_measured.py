@@ -6,10 +6,10 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from launcher.planning import zero
-from launcher.planning.allocations import Allocations
-from launcher.planning.geometry import pipeline_ranks
-from launcher.planning.memory import rank_memory
+from launcher.planning.cost import zero_states as zero
+from launcher.planning.cost.geometry import pipeline_ranks
+from launcher.planning.cost.memory import rank_memory
+from launcher.tracing.allocations import Allocations
 from tests.planning.measured import CASES, SOME, Measured, measure, planned, table
 
 DOCS = Path(__file__).parents[2] / "docs" / "planning.md"

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.narayanan import TABLE_1, as_megatron_2021, errors, mean_error, plan_of, table
-from launcher.planning.rates import Shares
+from launcher.planning.cost.rates import Shares
 
 DOCS = Path(__file__).parents[2] / "docs" / "planning.md"
 

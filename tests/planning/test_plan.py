@@ -10,14 +10,15 @@ from omegaconf import OmegaConf
 
 from launcher.config.fields import config_directory, options_of
 from launcher.config.schema import Dtype
-from launcher.planning.changes import helpful, single_changes
-from launcher.planning.figure import draw_plan
-from launcher.planning.limits import CLASSES, limit
-from launcher.planning.plan import PROCESS_BYTES, Plan
-from launcher.planning.program import Collective
-from launcher.planning.rates import specified
-from launcher.planning.report import as_json, size
-from launcher.planning.traffic import GroupShape, group_shapes
+from launcher.planning.choose.changes import helpful, single_changes
+from launcher.planning.choose.limits import CLASSES, limit
+from launcher.planning.cost.operations import Collective
+from launcher.planning.cost.plan import PROCESS_BYTES, Plan
+from launcher.planning.cost.rates import specified
+from launcher.planning.cost.traffic import GroupShape, group_shapes
+from launcher.planning.show.plan_figure import draw_plan
+from launcher.planning.show.plan_report import as_json
+from launcher.text import size
 from tests.planning.planned import LLAMA, plan_of
 
 H100 = ["hardware=h100_80gb"]

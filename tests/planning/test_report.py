@@ -2,7 +2,7 @@
 
 import pytest
 
-from launcher.planning.report import plain_table, print_table
+from launcher.text import plain_table, print_table
 
 
 def test_a_narrow_terminal_cuts_nothing(

@@ -10,11 +10,11 @@ from launcher.config.schema import RunConfig
 from launcher.config.validate import validate
 from launcher.engine.distributed import prepare_deepspeed
 from launcher.models.arithmetic import parameters
-from launcher.planning.geometry import blocks_of_stages, pipeline_ranks
-from launcher.planning.memory import in_flight
-from launcher.planning.plan import make_plan
-from launcher.planning.schedule import Event, order, simulate
-from launcher.planning.tuning import ALL_REDUCE_BUCKET, Tuning
+from launcher.planning.cost.buffers import ALL_REDUCE_BUCKET, Tuning
+from launcher.planning.cost.geometry import blocks_of_stages, pipeline_ranks
+from launcher.planning.cost.memory import in_flight
+from launcher.planning.cost.pipeline_schedule import Event, order, simulate
+from launcher.planning.cost.plan import make_plan
 from tests.config.composing import run_of
 
 prepare_deepspeed("cpu")

@@ -24,11 +24,11 @@ from launcher.config.schema import (
     RunConfig,
 )
 from launcher.config.validate import validate
-from launcher.planning.changes import changed
-from launcher.planning.enforce import chosen, refuse_too_large
-from launcher.planning.plan import make_plan, memory_budget
-from launcher.planning.search import Search, Space, search
-from launcher.planning.search_report import search_as_json
+from launcher.planning.choose.changes import changed
+from launcher.planning.choose.enforce import chosen, refuse_too_large
+from launcher.planning.choose.search import Search, Space, search
+from launcher.planning.cost.plan import make_plan, memory_budget
+from launcher.planning.show.search_report import search_as_json
 from tests.config.composing import alternatives, run_of
 from tests.config.test_cli import Ended, launcher
 from tests.planning.planned import LLAMA

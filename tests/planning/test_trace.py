@@ -13,12 +13,12 @@ import torch.distributed as dist
 from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
 from launcher.config.validate import validate
-from launcher.planning import parts as parts_module
-from launcher.planning import program
-from launcher.planning.comparison import Compared, compare_stage
-from launcher.planning.geometry import pipeline_ranks
-from launcher.planning.parts import parts
-from launcher.planning.program import Operation, Sizes
+from launcher.planning.cost import parts as parts_module
+from launcher.planning.cost import operations as program
+from launcher.planning.cost.geometry import pipeline_ranks
+from launcher.planning.cost.operations import Operation, Sizes
+from launcher.planning.cost.parts import parts
+from launcher.tracing.formula_check import Compared, compare_stage
 from tests.config.composing import run_of
 
 # Every dimension another; sequences and widths that are large beside what a tensor's bookkeeping takes.

@@ -12,7 +12,7 @@ import torch
 from launcher.config.compose import load_typed
 from launcher.config.schema import RunConfig
 from launcher.data.tokenizer import HuggingFace
-from launcher.runtime.generate import load_model
+from launcher.runtime.sampling import load_model
 from tests.data.token_files import write_documents
 from tests.runtime.command import SMALL, launcher, metrics, trained
 

@@ -7,12 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launcher.config.compose import compose_jobs
-from launcher.config.errors import ConfigError
-from launcher.config.schema import RunConfig
-from launcher.launch.records import Kind, RankEnd
-from launcher.launch.slurm import Allocation, allocation_of
-from launcher.runtime.job import (
+from launcher.commands.job import (
     End,
     Outcome,
     fit,
@@ -22,6 +17,11 @@ from launcher.runtime.job import (
     run_dir_of,
     step_command,
 )
+from launcher.config.compose import compose_jobs
+from launcher.config.errors import ConfigError
+from launcher.config.schema import RunConfig
+from launcher.launch.records import Kind, RankEnd
+from launcher.launch.slurm import Allocation, allocation_of
 from tests.config.composing import run_of
 
 NODES = ["hardware=cpu", "hardware.accelerators_per_node=2", "training.global_batch_size=16"]

@@ -1,0 +1,108 @@
+"""`launcher compare`: the same run in several layouts on this machine, side by side."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from launcher.compare.compared_layouts import Compared, chosen_layouts, in_layout
+from launcher.compare.comparison_figure import draw_comparison
+from launcher.compare.comparison_report import (
+    TOLERANCE,
+    Row,
+    as_json,
+    differing,
+    metric_rows,
+    print_comparison,
+)
+from launcher.config.compose import compose_jobs
+from launcher.config.errors import ConfigError
+from launcher.config.layout import Layout
+from launcher.config.schema import ComparedRunConfig
+from launcher.config.validate import validate_compare
+from launcher.data.open import check_data
+from launcher.launch.local import RankFailure
+from launcher.launch.machine import memory_here, share_cores, this_machine
+from launcher.planning.show.plan_figure import check_figure
+from launcher.runtime.run_dir import RunDir, claimed_run_dir
+
+FAILED = 1
+
+
+def compare(arguments: list[str]) -> int:
+    """Run `launcher compare`; the exit code. Raises ConfigError."""
+    jobs = compose_jobs("compare", ComparedRunConfig, arguments)
+    if not jobs:
+        return 0  # --help
+    if len(jobs) > 1:
+        raise ConfigError("--multirun", None, "compares one run's layouts", "one `launcher compare` for each")
+    run, machine = jobs[0].config, this_machine()
+    validate_compare(run)
+    check_figure(run.compare.figure, "compare.figure")
+    layouts = chosen_layouts(run.compare.layouts, run.compare.ranks)
+    compared = [
+        in_layout(run, name, sizes, gpus=machine.gpus, cores=machine.cores, memory=memory_here())
+        for name, sizes in layouts.items()
+    ]
+    check_data(run)
+    if all(one.refused for one in compared):
+        raise ConfigError(
+            "compare.layouts", list(layouts), compared[0].refused, "more compare.ranks or memory"
+        )
+    layout = next(one.layout for one in compared if one.layout and not one.refused)
+    with claimed_run_dir(run, layout) as (directory, _):
+        share_cores(machine.cores, machine.cores)  # one each
+        rows = [_row(one, run.compare.steps) for one in compared]
+        _log(run, layout, directory, rows)
+    return _report(run, rows)
+
+
+def _row(one: Compared, steps: int) -> Row:
+    if one.layout is None or one.refused:
+        return Row(one)
+    print(f"train    {one.name}: {one.layout.describe()}", flush=True)
+    from launcher.engine.distributed import prepare_deepspeed
+
+    prepare_deepspeed(one.layout.device)
+    import launcher.compare.rank_record  # noqa: F401  # before ranks are forked
+    from launcher.compare.measured_layout import measure_layout
+
+    try:
+        return Row(one, measure_layout(one.run, one.layout, steps=steps))
+    except RankFailure as failure:
+        print(f"failed   {one.name}: {failure}", flush=True)
+        return Row(one, failed=str(failure).splitlines()[0])
+
+
+def _log(run: ComparedRunConfig, layout: Layout, directory: RunDir, rows: Sequence[Row]) -> None:
+    """To the run's metrics.jsonl and to W&B, as a run of its own."""
+    from launcher.runtime.metrics.log import MetricsLog
+
+    log = MetricsLog(run, layout, directory, first_step=1)
+    for row in metric_rows(rows):
+        log.write(row)
+    log.close(failed=any(row.failed for row in rows))
+    print(f"metrics  {directory.metrics}")
+    if where := log.where():
+        print(f"W&B      {where}")
+
+
+def _report(run: ComparedRunConfig, rows: Sequence[Row]) -> int:
+    print()
+    print_comparison(rows)
+    if run.compare.figure:
+        draw_comparison(rows, Path(run.compare.figure))
+        print(f"figure   {run.compare.figure}")
+    if run.compare.report:
+        Path(run.compare.report).expanduser().write_text(json.dumps(as_json(rows), indent=2) + "\n")
+        print(f"report   {run.compare.report}")
+    bound = TOLERANCE[run.precision.dtype.name]
+    if run.model.dropout:
+        print("losses   not compared: with dropout, other ranks drop out other values")
+        differ = {}
+    else:
+        differ = differing(rows)
+        for name, worst in differ.items():
+            print(f"DIFFERS  {name}: losses up to {worst:.1%} off the first layout's, {bound:.1%} allowed")
+        if not differ:
+            print(f"losses   the same in every layout, within {bound:.1%}")
+    return FAILED if differ or any(row.failed for row in rows) else 0

@@ -1,0 +1,67 @@
+"""Runs a layout on this machine, and puts together what its ranks recorded."""
+
+import json
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Literal
+
+from launcher.config.layout import Layout
+from launcher.config.schema import RunConfig
+from launcher.launch.local import run_local_ranks
+from launcher.planning.cost.operations import Collective
+
+if TYPE_CHECKING:
+    from launcher.compare.rank_record import Recorded
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One layout as it ran. Seconds are medians; parts are those of the rank that computes longest."""
+
+    losses: list[float]
+    seconds: float
+    parts: dict[str, float]
+    memory: int  # bytes of tensors at the most, of the rank that has most
+    sent: dict[str, float]  # bytes by group, of the rank that sends most there
+
+
+def measure_layout(run: RunConfig, layout: Layout, *, steps: int) -> Measured:
+    """Raises what run_local_ranks raises. The caller has imported DeepSpeed (prepare_deepspeed)."""
+    from launcher.compare.rank_record import Recorded, record_rank
+
+    with tempfile.TemporaryDirectory(prefix="launcher-compare-") as name:
+        folder = Path(name)
+        target = partial(record_rank, run=run, layout=layout, steps=steps, folder=folder)
+        start_method: Literal["fork", "spawn"] = "fork" if layout.device == "cpu" else "spawn"
+        run_local_ranks(target, layout.world_size, log_dir=folder / "logs", start_method=start_method)
+        ranks = [
+            Recorded(**json.loads((folder / f"rank-{rank}.json").read_text()))
+            for rank in range(layout.world_size)
+        ]
+    return together(layout, ranks)
+
+
+def together(layout: Layout, ranks: list["Recorded"]) -> Measured:
+    """What the ranks recorded, as one. Pure."""
+    busiest = max(ranks, key=lambda rank: median(parts["compute"] for parts in rank.parts))
+    sizes = {"tensor": layout.tensor, "data": layout.data, "pipeline": layout.pipeline}
+    return Measured(
+        losses=ranks[0].losses,
+        seconds=median(ranks[0].seconds),
+        parts={name: median(parts[name] for parts in busiest.parts) for name in busiest.parts[0]},
+        memory=max(rank.memory for rank in ranks),
+        sent={
+            name: max(_bytes(rank.sent.get(name, []), size) for rank in ranks) for name, size in sizes.items()
+        },
+    )
+
+
+def _bytes(collectives: list[tuple[str, int, int]], ranks: int) -> float:
+    counted: Counter[Collective] = Counter()
+    for kind, size, times in collectives:
+        counted[Collective(kind, size)] += times  # type: ignore[arg-type]
+    return sum(one.sent(ranks) * times for one, times in counted.items())

@@ -1,0 +1,272 @@
+"""Hydra's and omegaconf's exceptions as field, value, why and what to try."""
+
+import difflib
+import re
+import shlex
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, OverrideParseException
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
+
+from launcher.config.errors import ConfigError, settings
+from launcher.config.fields import (
+    ENTRIES,
+    closest_fields,
+    fields_in,
+    fields_of,
+    groups_of,
+    kind_of_entry,
+    options_of,
+)
+
+COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, OSError)
+
+_SHAPE = "GROUP=OPTION or a.b=VALUE"
+
+
+@dataclass(frozen=True)
+class _Failure:
+    text: str  # of the exception and its cause
+    root: type[Any]
+    overrides: list[str]  # of the command line
+
+    @property
+    def file(self) -> str | None:
+        """The file of conf/ or --config-dir that is to blame, without .yaml; None for the command line."""
+        found = re.search(r"^In '([^']+)':", self.text)
+        return found[1] if found else None
+
+    def value_of(self, name: str) -> str | None:
+        """What the command line gives `name`, the last time it does."""
+        given = [_split(override)[1] for override in self.overrides if _split(override)[0] == name]
+        return given[-1] if given else None
+
+
+def explain(error: Exception, root: type[Any], overrides: list[str]) -> ConfigError:
+    """The ConfigError that says what `error` means; `overrides` are those of the command line."""
+    failure = _Failure(f"{error}\n{error.__cause__ or ''}", root, overrides)
+    if isinstance(error, OverrideParseException):
+        return _unreadable(_first_unreadable(overrides), root)
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+        why = f"not YAML in line {error.problem_mark.line + 1}: {error.problem}"
+        return ConfigError(error.problem_mark.name, None, why, "valid YAML there")
+    for pattern, explanation in _EXPLANATIONS:
+        if found := re.search(pattern, failure.text):
+            # An interpolation's error names its field as others do, but the field is not to blame.
+            if explanation is _wrong_field and isinstance(error, InterpolationResolutionError):
+                return _dead_interpolation(found[1], failure)
+            return explanation(found, failure)
+    return ConfigError("command line", None, _first_line(failure), _SHAPE)
+
+
+def missing_value(name: str, root: type[Any]) -> ConfigError:
+    """The error about a field that nothing gives a value."""
+    group = name.partition(".")[0]
+    whole = f" or {group}=OPTION, of {', '.join(options_of(group))}" if options_of(group) else ""
+    return ConfigError(name, "???", "has no value", f"{name}=<{fields_of(root)[name]}>{whole}")
+
+
+def no_such_field(name: str, value: str | None, root: type[Any], file: str | None = None) -> ConfigError:
+    """The error about a name, on the command line or in `file`.yaml, that is no field."""
+    if file and name == file.partition("/")[0]:
+        why = f"no such field: without its first line {file}.yaml is read as part of {name!r}"
+        return ConfigError(name, value, why, f"# @package _global_ as the first line of {file}.yaml")
+    remedies = [_with_value(field, value) for field in closest_fields(name, root)]
+    if not remedies and (known := fields_in(name.rpartition(".")[0], root)):
+        names = ", ".join(field.rpartition(".")[2] for field in known)
+        remedies = [f"{known[0].rpartition('.')[0]}.NAME, where NAME is one of {names}"]
+    hydra = "hydra-" if name.partition(".")[0] == "hydra" else ""
+    remedy = " or ".join(remedies) or f"one that `launcher --{hydra}help` lists"
+    return ConfigError(name, value, f"no such field{_in(file)}", remedy)
+
+
+def _ambiguous(found: re.Match[str], failure: _Failure) -> ConfigError:
+    name, value = _split(found[1])
+    is_text = fields_of(failure.root).get(name, "").startswith("text")
+    one = shlex.quote(f'{name}="{value}"') if is_text else f"{name}={value.partition(',')[0]}"
+    why = "a comma makes several values, and only --multirun takes them"
+    return ConfigError(name, value, why, f"{one} or --multirun {name}={value}")
+
+
+def _no_such_option(found: re.Match[str], failure: _Failure) -> ConfigError:
+    group, _, option = found[1].rpartition("/")
+    listed = re.findall(r"^\t(\w\S*)$", failure.text, re.MULTILINE)
+    return _not_an_option(group or "config", option, listed)
+
+
+def _option_of_another_type(found: re.Match[str], failure: _Failure) -> ConfigError:
+    for name in groups_of(failure.root):
+        if (value := failure.value_of(name)) is not None:
+            return _not_an_option(name, value, options_of(name))
+    return ConfigError("command line", None, "a setting needs a name, = and a value", _SHAPE)
+
+
+def _not_an_option(group: str, option: str, options: list[str]) -> ConfigError:
+    longer = [name for name in options if option and name.startswith(option)]
+    close = longer or difflib.get_close_matches(option, options, n=2) or sorted(options)
+    remedy = " or ".join(settings(group, close)) or "one that `launcher --help` lists"
+    return ConfigError(group, option, "no such option", remedy)
+
+
+def _no_directory(found: re.Match[str], failure: _Failure) -> ConfigError:
+    return ConfigError("--config-dir", found[1], "no such directory", "--config-dir=DIRECTORY of your files")
+
+
+def _no_config(found: re.Match[str], failure: _Failure) -> ConfigError:
+    return ConfigError("--config-name", found[1], "no such config", "leave --config-name out")
+
+
+def _chosen_twice(found: re.Match[str], failure: _Failure) -> ConfigError:
+    name = found[1] or found[2]
+    value = failure.value_of(name)
+    return ConfigError(
+        f"+{name}", value, "one is chosen already, and + adds another", _with_value(name, value)
+    )
+
+
+def _cannot_remove(found: re.Match[str], failure: _Failure) -> ConfigError:
+    name = next((_split(override)[0] for override in failure.overrides if override.startswith("~")), "")
+    kind = fields_of(failure.root).get(name)
+    if kind is None:
+        remedy = " or ".join(closest_fields(name, failure.root)) or "leave it out"
+        return ConfigError(f"~{name}", None, "no such field", remedy)
+    remedy = f"{name}=null" if kind.endswith("null") else f"{name}=<{kind}>"
+    return ConfigError(f"~{name}", None, "a field can be set, not removed", remedy)
+
+
+def _no_such_group(found: re.Match[str], failure: _Failure) -> ConfigError:
+    return no_such_field(found[1], failure.value_of(found[1]), failure.root, failure.file)
+
+
+def _no_such_key(found: re.Match[str], failure: _Failure) -> ConfigError:
+    # omegaconf names the part of a name that it did not find, the command line has all of it.
+    name = next(
+        (n for n, _ in map(_split, failure.overrides) if f"{n}.".startswith(f"{found[1]}.")), found[1]
+    )
+    return no_such_field(name, failure.value_of(name), failure.root, failure.file)
+
+
+def _dead_interpolation(field: str, failure: _Failure) -> ConfigError:
+    why = _first_line(failure).partition("raised while resolving interpolation: ")
+    kind = fields_of(failure.root).get(field, "value")
+    return ConfigError(field, failure.value_of(field), (why[2] or why[0]).strip('"'), f"{field}=<{kind}>")
+
+
+def _whole_name(end: str, fields: Iterable[str]) -> str | None:
+    """The field, or the entry of an open dictionary, whose name ends like that."""
+    section, _, key = end.rpartition(".")
+    entries = [f"{name}.{key}" for name in ENTRIES if section and f".{name}".endswith(f".{section}")]
+    return next((name for name in (*fields, *entries) if f".{name}".endswith(f".{end}")), None)
+
+
+def _wrong_field(found: re.Match[str], failure: _Failure) -> ConfigError:
+    """A field that exists, with a value of another type."""
+    fields = fields_of(failure.root)
+    field = _whole_name(found[1].partition("[")[0], fields) or found[1]  # in a list, omegaconf says `tags[1]`
+    for name, value in map(_split, failure.overrides):
+        if name.startswith(f"{field}.") and field in fields:
+            return ConfigError(name, value, f"{field} is a value without fields", f"{field}={value}")
+    given = re.search(r"merging override [^=]+=([^\n]*)", failure.text) or re.search(
+        r"[Vv]alue '(.*?)'", failure.text
+    )
+    unset = "null" if "is not Optional" in failure.text else ""
+    value = given[1] if given else failure.value_of(field) or unset
+    if field not in fields and not kind_of_entry(field):
+        inner = [f"{name}=<{fields[name]}>" for name in fields_in(field, failure.root)[:2]]
+        return ConfigError(field, value or None, "a section of fields, not a value", " or ".join(inner))
+    kind = fields.get(field) or kind_of_entry(field) or ""
+    why = f"must be {_IN_WORDS.get(kind.removesuffix(' | null'), f'one of {kind}')}{_in(failure.file)}"
+    return ConfigError(field, value, why, _nearest_value(field, value, kind))
+
+
+_KEY = r"\n +full_key: (\S+)"
+
+# What Hydra and omegaconf say, and what it means; the first that is found counts.
+_EXPLANATIONS: tuple[tuple[str, Callable[[re.Match[str], _Failure], ConfigError]], ...] = (
+    (r"Ambiguous value for argument '(.+)'", _ambiguous),
+    (r"(?:Could not find|Could not load) '([^']+)'", _no_such_option),
+    (r"Config group override must be", _option_of_another_type),
+    (r"config directory '(.+)' not found", _no_directory),
+    (r"primary config '([^']*)'", _no_config),
+    (r"(\S+) appears more than once|Multiple values for ([^ .]+)", _chosen_twice),
+    (r"Could not delete|does not support deletion", _cannot_remove),
+    (rf"(?:is not in struct|Key '[^']+' not in [^\n]+){_KEY}", _no_such_key),
+    (r"Could not override '([^']+)'", _no_such_group),
+    (_KEY, _wrong_field),
+)
+
+_IN_WORDS = {
+    "whole number": "a whole number",
+    "number": "a number",
+    "true | false": "true or false",
+    "text": "text",
+    "list": "a list of text",
+    "dictionary": "a dictionary",
+}
+
+
+def _nearest_value(field: str, value: str, kind: str) -> str:
+    taken = kind.removesuffix(" | null")
+    if taken == "whole number" and re.fullmatch(r"[-+]?\d+\.?\d*(?:[eE][-+]?\d{1,2})?", value):
+        number = float(value)
+        return " or ".join(settings(field, dict.fromkeys([int(number // 1), int(-(-number // 1))])))
+    if taken not in _IN_WORDS or taken == "true | false":
+        options = kind.split(" | ")
+        return " or ".join(settings(field, difflib.get_close_matches(value.lower(), options, n=1) or options))
+    example = {"list": "[a, b]", "dictionary": "{KEY: VALUE}"}.get(taken)
+    return shlex.quote(f"{field}={example}") if example else f"{field}=<{kind}>"
+
+
+def _unreadable(override: str, root: type[Any]) -> ConfigError:
+    name, value = _split(override)
+    kind, options = fields_of(root).get(name) or kind_of_entry(name), options_of(name)
+    if "=" not in override:
+        values = [f"<{kind}>"] if kind else ["VALUE"] if name.startswith("deepspeed.") else options
+        close = settings(name, values) or [f"{field}=VALUE" for field in closest_fields(name, root)]
+        why = "a setting needs a name, = and a value"
+        return ConfigError(name or "''", None, why, " or ".join(close) or _SHAPE)
+    if not name:
+        return ConfigError(override, None, "a setting needs a name, = and a value", _SHAPE)
+    if not kind and not options and not name.startswith("deepspeed."):
+        return no_such_field(name, value, root)
+    if re.search(r"\s=", override):
+        return ConfigError(override, None, "no space may stand before =", f"{name}={value.strip()}")
+    if kind == "list":
+        items = ", ".join(f'"{item.strip()}"' for item in value.strip("[]").split(","))
+        why = "an item of a list cannot be read without quotes"
+        return ConfigError(name, value, why, shlex.quote(f"{name}=[{items}]"))
+    if kind and not kind.startswith("text"):
+        return ConfigError(name, value, "cannot be read", f"{name}=<{kind}>")
+    text = value.strip("\"' ").replace("\\", "\\\\").replace('"', '\\"')
+    return ConfigError(name, value, "cannot be read without quotes", shlex.quote(f'{name}="{text}"'))
+
+
+def _first_unreadable(overrides: list[str]) -> str:
+    parser = OverridesParser.create()
+    for override in overrides:
+        try:
+            parser.parse_override(override)
+        except HydraException:
+            return override
+    return ""
+
+
+def _split(override: str) -> tuple[str, str]:
+    name, _, value = override.lstrip("+~").partition("=")
+    return name.strip(), value
+
+
+def _with_value(field: str, value: str | None) -> str:
+    return field if value is None else f"{field}={value}"
+
+
+def _in(file: str | None) -> str:
+    return f" (in {file}.yaml)" if file else ""
+
+
+def _first_line(failure: _Failure) -> str:
+    return next((line.strip() for line in failure.text.splitlines() if line.strip()), "cannot be composed")

@@ -1,0 +1,130 @@
+"""One rank's part of a verification: run the layout's engine and write down what it computed."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from launcher.config.layout import Layout
+from launcher.config.schema import RunConfig
+from launcher.data import sampler
+from launcher.engine.base import Engine, MicroBatches, gather_logical
+from launcher.engine.build import build_engine
+from launcher.engine.distributed import join, leave
+from launcher.engine.optimizer import state_keys
+from launcher.parallel.mesh import Axis
+from launcher.parallel.sharding import logical_of
+from launcher.parity.dropout import recorded_draws, write_draws
+from launcher.parity.outputs import OutputRecorder
+from launcher.parity.reference import Batch, probe_batches
+from launcher.parity.step_trace import StepTrace, write_trace
+
+
+def record_rank(rank: int, *, run: RunConfig, layout: Layout, folder: Path) -> None:
+    """Run verify.steps steps; each stage's first rank writes folder/stage-N. Collective over the world."""
+    engine = _engine(rank, run, layout, folder)
+    recorder = OutputRecorder(engine, run.parallelism.sequence_parallel)
+    steps = [record_weights(engine)]
+    for batch in probe_batches(run):
+        steps.append(record_step(run, engine, recorder, own_batches(run, engine, batch)))
+    if engine.mesh.data.rank == 0 and engine.mesh.tensor.rank == 0:
+        write_trace(steps, folder / f"stage-{engine.mesh.stage}")
+    leave()
+
+
+def record_dropout(rank: int, *, run: RunConfig, layout: Layout, folder: Path) -> None:
+    """Run one step; rank 0 writes all ranks' masks to folder/draws. Collective over the world."""
+    engine = _engine(rank, run, layout, folder)
+    batch = next(probe_batches(run))
+    with recorded_draws() as draws:
+        engine.train_batch(own_batches(run, engine, batch))
+    write_draws(draws, folder / "draws")
+    leave()
+
+
+def _engine(rank: int, run: RunConfig, layout: Layout, folder: Path) -> Engine:
+    device = join(
+        rank=rank,
+        world_size=layout.world_size,
+        local_rank=rank,
+        device=layout.device,
+        init_method=f"file://{folder / 'store'}",
+    )
+    return build_engine(run, layout, device)
+
+
+def record_step(run: RunConfig, engine: Engine, recorder: OutputRecorder, batches: MicroBatches) -> StepTrace:
+    """One optimizer step of this data rank's micro-batches. Collective over the world."""
+    engine.set_learning_rate(run.optimizer.lr)
+    recorder.start()
+    result = engine.train_batch(batches)
+    step = record_weights(engine)
+    step.loss, step.grad_norm = result.loss, result.grad_norm
+    step.norm_spread = spread(torch.tensor(result.grad_norm), dist.group.WORLD)
+    step.outputs, step.output_spread = recorder.outputs()
+    step.batch_losses = recorder.losses()
+    step.states = {
+        f"{logical.name}.{key}": tensor.clone()
+        for key in state_keys(run.optimizer)
+        for logical, tensor in engine.full_states(key)
+    }
+    return step
+
+
+def record_weights(engine: Engine) -> StepTrace:
+    """The weights as they are now, and how far ranks differ in them. Collective over the stage."""
+    return StepTrace(
+        weights={logical.name: tensor.clone() for logical, tensor in engine.full_weights()},
+        tied={
+            logical_of(parameter).name: _whole(engine, parameter).clone()
+            for parameter in engine.module.parameters()
+            if getattr(parameter, "ds_pipe_replicated", False)
+        },
+        replica_spread=_spreads(
+            engine,
+            engine.mesh.tensor,
+            (p for p in engine.parameters() if not logical_of(p).is_split),
+        ),
+        # ZeRO-3 keeps no replicas.
+        data_spread=_spreads(engine, engine.mesh.data, engine.parameters() if engine.zero_stage < 3 else []),
+    )
+
+
+def _whole(engine: Engine, parameter: torch.nn.Parameter) -> Tensor:
+    return gather_logical(engine.master(parameter), logical_of(parameter), engine.mesh.tensor).cpu()
+
+
+def _spreads(engine: Engine, axis: Axis, parameters: Iterable[torch.nn.Parameter]) -> dict[str, float]:
+    """The largest difference over the axis of each parameter that its ranks should hold alike."""
+    if axis.size == 1:
+        return {}
+    held = engine.master if axis is engine.mesh.tensor else (lambda p: p.detach())
+    return {logical_of(p).name: spread(held(p).float(), axis.group) for p in parameters}
+
+
+def spread(value: Tensor, group: dist.ProcessGroup | None) -> float:
+    """The largest difference of any element between two ranks; NaN differs from everything. Collective."""
+    highest, lowest = value.clone(), value.clone()
+    dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
+    dist.all_reduce(lowest, op=dist.ReduceOp.MIN, group=group)
+    return float((highest - lowest).max())
+
+
+def own_batches(run: RunConfig, engine: Engine, batch: Batch) -> MicroBatches:
+    """This data rank's micro-batches of a global batch."""
+    inputs, labels = (whole.numpy() for whole in batch)
+    return [(inputs[rows], labels[rows]) for rows in _own_samples(run, engine)]
+
+
+def _own_samples(run: RunConfig, engine: Engine) -> npt.NDArray[np.int64]:
+    return sampler.sample_indices(
+        samples_consumed=0,
+        global_batch_size=run.training.global_batch_size,
+        micro_batch_size=run.training.micro_batch_size,
+        data_rank=engine.mesh.data.rank,
+        data_size=engine.mesh.data.size,
+    )

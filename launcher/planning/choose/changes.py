@@ -1,0 +1,133 @@
+"""One setting changed at a time: which changes make a run fit, or faster. Pure."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from launcher.config.errors import ConfigError, as_typed
+from launcher.config.layout import Layout
+from launcher.config.schema import ActivationCheckpointing, PipelineSchedule, RunConfig
+from launcher.config.validate import validate
+from launcher.planning.cost.plan import Plan, make_plan
+
+WORTH_SAYING = 0.02  # of the step's time
+
+
+@dataclass(frozen=True)
+class Change:
+    settings: str  # as they are typed
+    plan: Plan
+
+
+def helpful(plan: Plan, most: int = 3) -> list[Change]:
+    """The changes that make the run fit; or, where it does, those that make it faster. The best first.
+
+    Where no speed is known: in the order of `_settings`, cheapest first.
+    """
+    fitting = [change for change in single_changes(plan) if change.plan.fits]
+    if plan.time is None:
+        return [] if plan.fits else fitting[:most]
+    by_time = sorted(fitting, key=lambda change: _seconds(change.plan))
+    limit = _seconds(plan) * (1 - WORTH_SAYING) if plan.fits else float("inf")
+    return [change for change in by_time if _seconds(change.plan) < limit][:most]
+
+
+def _seconds(plan: Plan) -> float:
+    assert plan.time is not None
+    return plan.time.total
+
+
+def single_changes(plan: Plan) -> Iterator[Change]:
+    """Every legal run that differs in one respect, with the same ranks and batch."""
+    seen = set()
+    for settings in _settings(plan.run, plan.layout):
+        typed = " ".join(f"{name}={as_typed(value)}" for name, value in settings.items())
+        if typed in seen:
+            continue
+        seen.add(typed)
+        run = changed(plan.run, settings)
+        try:
+            layout = validate_elsewhere(run, plan.layout)
+        except ConfigError:
+            continue
+        yield Change(typed, make_plan(run, layout, budget=plan.budget))
+
+
+def validate_elsewhere(run: RunConfig, layout: Layout) -> Layout:
+    """The layout of `run` on the ranks and the device of `layout`. Raises ConfigError."""
+    return validate(run, gpus=1 if layout.device == "cuda" else 0, cores=1, joined_world=layout.world_size)
+
+
+def changed(run: RunConfig, settings: dict[str, Any]) -> RunConfig:
+    """A copy of `run` with some fields of its sections replaced."""
+    by_section: dict[str, dict[str, Any]] = {}
+    for name, value in settings.items():
+        section, field = name.split(".")
+        by_section.setdefault(section, {})[field] = value
+    return replace(
+        run, **{section: replace(getattr(run, section), **own) for section, own in by_section.items()}
+    )
+
+
+def _settings(run: RunConfig, layout: Layout) -> Iterator[dict[str, Any]]:
+    """Roughly in the order of what they cost."""
+    p, micro = run.parallelism, run.training.micro_batch_size
+    yield {"checkpoint.asynchronous": False}
+    yield {"parallelism.zero_stage": 1}
+    yield {"training.micro_batch_size": 2 * micro}
+    yield {"training.micro_batch_size": micro // 2}
+    yield {"training.micro_batch_size": 1}
+    if not p.sequence_parallel:
+        yield {"parallelism.sequence_parallel": True}
+    for kind in ActivationCheckpointing:
+        yield {"parallelism.activation_checkpointing": kind}
+    yield {"parallelism.zero_stage": 2}
+    for tensor, pipeline in (
+        (2, 1),
+        (1, 2),
+        (4, 1),
+        (1, 4),
+        (8, 1),
+        (2, 2),
+        (2, 4),
+        (4, 2),
+        (4, 4),
+        (8, 8),
+        (0.5, 1),
+        (1, 0.5),
+        (0.25, 1),
+        (1, 0.25),
+        (2, 0.5),
+        (0.5, 2),
+    ):
+        yield from _axes(run, layout, p.tensor * tensor, p.pipeline * pipeline)
+    if p.pipeline_schedule is not PipelineSchedule.dualpipev:
+        yield {"parallelism.pipeline_schedule": PipelineSchedule.dualpipev}
+    yield {"parallelism.zero_stage": 3}
+    yield {"parallelism.offload_optimizer": True}
+    yield {
+        "parallelism.zero_stage": 3,
+        "parallelism.offload_optimizer": True,
+        "parallelism.offload_parameters": True,
+    }
+
+
+def _axes(run: RunConfig, layout: Layout, tensor: float, pipeline: float) -> Iterator[dict[str, Any]]:
+    p = run.parallelism
+    if tensor < 1 or pipeline < 1 or tensor % 1 or pipeline % 1:
+        return
+    if layout.world_size % int(tensor * pipeline):
+        return
+    axes: dict[str, Any] = {}
+    if int(tensor) != p.tensor:
+        axes["parallelism.tensor"] = int(tensor)
+        if tensor == 1 and p.sequence_parallel:
+            axes["parallelism.sequence_parallel"] = False
+    if int(pipeline) != p.pipeline:
+        axes["parallelism.pipeline"] = int(pipeline)
+        if p.zero_stage > 1 and pipeline > 1:
+            axes["parallelism.zero_stage"] = 1
+    if p.data is not None:
+        axes["parallelism.data"] = layout.world_size // int(tensor * pipeline)
+    if axes:
+        yield axes

@@ -1,0 +1,83 @@
+"""Before anything is started: `parallelism=auto` becomes a layout, and what cannot fit is refused. Pure."""
+
+from launcher.config.errors import ConfigError, as_typed
+from launcher.config.layout import Layout
+from launcher.config.schema import RunConfig
+from launcher.planning.choose.changes import helpful
+from launcher.planning.choose.limits import settings_in_words
+from launcher.planning.choose.search import Candidate, Search, Settings, Space, freed, search
+from launcher.planning.cost.plan import Plan, make_plan
+from launcher.text import size
+
+NO_CHECK = "plan.enforce=false (no check)"
+
+
+def chosen(run: RunConfig, space: Space) -> tuple[RunConfig, Search]:
+    """The run in the layout that `parallelism=auto` chooses.
+
+    Raises ConfigError where nothing fits; with plan.enforce=false it is what comes closest then.
+    """
+    found = search(run, space)
+    if found.fitting:
+        return found.fitting[0].run, found
+    closest = min(found.candidates, key=lambda one: (one.peak, *one.order))
+    if not run.plan.enforce:
+        return closest.run, found
+    raise _too_large(run, found, closest)
+
+
+def _too_large(run: RunConfig, found: Search, closest: Candidate) -> ConfigError:
+    assert closest.budget is not None
+    why = (
+        f"none of {len(found.candidates)} layouts of {found.space.world} ranks fits; what comes closest, "
+        f"{closest.layout.describe()}, {settings_in_words(closest.run)}, takes {size(closest.peak)} of "
+        f"{size(closest.budget)} a rank"
+    )
+    more = "more ranks, a smaller model or a shorter data.sequence_length"
+    return ConfigError("parallelism.auto", True, why, f"{NO_CHECK} or {more}")
+
+
+def refuse_too_large(run: RunConfig, layout: Layout, budget: float | None) -> None:
+    """Raise ConfigError where a rank's memory cannot hold what the plan says, unless plan.enforce=false."""
+    if not run.plan.enforce:
+        return
+    plan = make_plan(run, layout, budget=budget)
+    if plan.fits:
+        return
+    remedies = [change.settings for change in helpful(plan, most=2)] or _elsewhere(plan)
+    value = run.hardware.memory_bytes
+    raise ConfigError(
+        "hardware.memory_bytes",
+        "null" if value is None else f"{value:g}",
+        _shortage(plan),
+        " or ".join([*remedies, NO_CHECK]),
+    )
+
+
+def _shortage(plan: Plan) -> str:
+    assert plan.budget is not None
+    of = "a rank has" if plan.run.hardware.memory_bytes is not None else "this machine has for each rank"
+    missing = [
+        f"stage {stage} needs {size(plan.stages[stage].memory.total)} ({size(short)} too much)"
+        for stage, short in plan.shortages.items()
+    ]
+    shown = missing if len(missing) <= 4 else [*missing[:3], f"and {len(missing) - 3} more stages"]
+    fullest = plan.stages[max(plan.shortages, key=lambda stage: plan.shortages[stage])].memory
+    return f"{of} {size(plan.budget)}, and {', '.join(shown)}, most of it during the {fullest.moment}"
+
+
+def _elsewhere(plan: Plan) -> list[str]:
+    """No single change makes it fit: the settings of the fastest layout of the same ranks that does."""
+    per_node = plan.run.hardware.accelerators_per_node or plan.layout.world_size
+    space = Space(plan.layout.device, plan.layout.world_size, per_node, exact=True, budget=plan.budget)
+    try:
+        fitting = search(freed(plan.run), space).fitting
+    except ConfigError:
+        return []
+    return [_typed(plan.run, fitting[0].settings)] if fitting else []
+
+
+def _typed(run: RunConfig, settings: Settings) -> str:
+    """Those that differ from the run's own, in the order in which they are typed."""
+    own = {name: getattr(getattr(run, name.split(".")[0]), name.split(".")[1]) for name in settings}
+    return " ".join(f"{name}={as_typed(value)}" for name, value in settings.items() if own[name] != value)

@@ -1,0 +1,239 @@
+"""The most memory a rank needs, by class: every moment of a step is added up, the fullest taken. Pure."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from launcher.config.layout import Layout
+from launcher.config.schema import ActivationCheckpointing, RunConfig
+from launcher.planning.cost.geometry import Rank, block_parameters
+from launcher.planning.cost.operations import Sizes
+from launcher.planning.cost.parts import Parts, parts
+from launcher.planning.cost.tape import Footprint
+from launcher.planning.cost.zero_states import Holdings, States, checkpoint_bytes, reduced_at_first, states_of
+
+# CUDA's context and libraries, and what torch's caching allocator cannot hand out again.
+CONTEXT_BYTES, FRAGMENTATION = 1_000_000_000, 0.05
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank at its fullest moment."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    communication: int
+    checkpoint: int  # the copy of the state that is being written, on a CPU
+    margin: int
+    moment: str
+    host: int  # CPU memory under a GPU, the copy for a checkpoint included; not in the total
+    allocated: int  # what the tensors of a step take at the most, buffers included that are never written to
+
+    @property
+    def total(self) -> int:
+        return (
+            self.weights
+            + self.gradients
+            + self.optimizer
+            + self.activations
+            + self.communication
+            + self.checkpoint
+            + self.margin
+        )
+
+
+@dataclass(frozen=True)
+class _Moment:
+    name: str
+    activations: int
+    holdings: Holdings
+    gathered: int = 0
+
+    @property
+    def allocated(self) -> int:
+        return self.activations + self.gathered + self.holdings.gradients + self.holdings.communication
+
+    @property
+    def touched(self) -> int:
+        return self.allocated - self.holdings.untouched
+
+
+def rank_memory(run: RunConfig, layout: Layout, rank: Rank) -> Memory:
+    """Of the tensor and data rank that need most.
+
+    A CPU's memory is taken up by what is written, a GPU's by what is allocated.
+    """
+    sizes = Sizes.of(run, layout.device)
+    states = states_of(run, layout, rank)
+    flow = _Flat(sizes, rank, states) if rank.is_flat else _Pipelined(sizes, rank, states, layout)
+    moments, on_cpu = list(flow.moments()), layout.device == "cpu"
+    fullest = max(moments, key=lambda one: one.touched if on_cpu else one.allocated)
+    held = states.weights + states.optimizer
+    copied = checkpoint_bytes(run, layout, rank)
+    margin = 0 if on_cpu else CONTEXT_BYTES + int(FRAGMENTATION * (held + fullest.allocated))
+    communication = fullest.holdings.communication + fullest.gathered
+    return Memory(
+        weights=states.weights,
+        gradients=fullest.holdings.gradients,
+        optimizer=states.optimizer,
+        activations=fullest.activations,
+        communication=communication - (fullest.holdings.untouched if on_cpu else 0),
+        checkpoint=copied if on_cpu else 0,
+        margin=margin,
+        moment=fullest.name,
+        host=states.host + (0 if on_cpu else copied),
+        allocated=held + max(one.allocated for one in moments),
+    )
+
+
+class _Flow:
+    """How a step goes in time."""
+
+    def __init__(self, sizes: Sizes, rank: Rank, states: States) -> None:
+        self.sizes, self.rank, self.states = sizes, rank, states
+        self.parts: Parts = parts(sizes)
+
+    def after(self) -> Iterator[_Moment]:
+        """When the last backward pass has ended."""
+        yield _Moment("reduction of gradients", 0, self.states.reduce)
+        yield _Moment("optimizer step", 0, self.states.step)
+
+    def backward(self, name: str, activations: int, done: int = 0, soon: int = 0) -> _Moment:
+        """Within an operation, when the backward pass has come past `done` elements of the weights.
+
+        Gradients that are reduced on the way may have arrived if `soon` more are a bucketful.
+        """
+        states, held = self.states, self.states.backward
+        arrived = states.bucket is not None and done + soon >= states.bucket
+        gradients = states.reduced.gradients if arrived else held.gradients + states.per_element * done
+        holdings = Holdings(gradients, held.communication, held.untouched)
+        return _Moment(name, activations, holdings, states.gathered)
+
+    def first_backward(self, name: str, activations: int) -> _Moment:
+        """Before any weight has a gradient, and DeepSpeed a bucket for it."""
+        states, held = self.states, self.states.forward
+        return _Moment(name, activations, replace(held, gradients=states.backward.gradients), states.gathered)
+
+    def forward(self, name: str, activations: int) -> _Moment:
+        """Within the forward pass."""
+        states = self.states
+        return _Moment(name, activations, states.forward, states.gathered + states.prefetched)
+
+
+class _Flat(_Flow):
+    """One micro-batch at a time."""
+
+    def moments(self) -> Iterator[_Moment]:
+        embedding, block, head = self.parts.embedding, self.parts.block, self.parts.head
+        blocks, size = self.rank.blocks, self.sizes
+        total = self.rank.parameters
+        vocabulary = size.vocabulary * size.hidden_size
+        # A weight used twice is accumulated once: the head's gradient waits for the embedding's.
+        tied = vocabulary * size.element if self.rank.shares_tied_weight else 0
+        first = size.boundaries + embedding.footprint.saved
+        body = first + blocks * block.footprint.saved
+        saved = body + head.footprint.saved
+        of_block = block_parameters(self.rank.model, self.rank.tensor)
+        of_head = total - self.rank.parameters_of_embedding - blocks * of_block
+        yield self.forward("forward pass", body - block.footprint.saved + block.footprint.forward)
+        yield self.forward("loss", body + head.footprint.forward)
+        yield self.first_backward("backward pass, head", saved + head.footprint.backward)
+        yield self.backward("backward pass, head", saved + head.footprint.later)
+        yield self.backward(
+            "backward pass, last block", body + block.footprint.backward + tied, of_head, soon=of_block
+        )
+        if self.states.bucket is not None:
+            yield self._reduction(of_head, of_block, tied)
+        yield self.backward(
+            "backward pass, first block",
+            first + block.footprint.saved + block.footprint.backward + tied,
+            of_head + of_block * (blocks - 1),
+            soon=of_block,
+        )
+        yield self.backward(
+            "backward pass, embedding",
+            first + embedding.footprint.backward + 2 * tied,
+            of_head + of_block * blocks,
+        )
+        yield from self.after()
+
+    def _reduction(self, of_head: int, of_block: int, tied: int) -> _Moment:
+        """The first bucket of gradients is full: the blocks that filled it are done with."""
+        block, size = self.parts.block.footprint, self.sizes
+        filled = reduced_at_first(self.rank, self.states.bucket or 0)
+        ahead = self.rank.blocks - min(self.rank.blocks, max(0, filled - of_head) // of_block)
+        left = self.parts.embedding.footprint.saved + ahead * block.saved + size.stretch + tied
+        left += size.boundaries
+        if ahead and size.checkpointing is ActivationCheckpointing.full:
+            left += block.backward
+        elif ahead:
+            left -= size.ffn  # of the block whose last weight did not fit any more
+        return _Moment("reduction within the backward pass", left, self.states.reduced, self.states.gathered)
+
+
+class _Pipelined(_Flow):
+    """Several micro-batches at once: 1F1B (arXiv 2104.04473), or DualPipeV's two directions."""
+
+    def __init__(self, sizes: Sizes, rank: Rank, states: States, layout: Layout) -> None:
+        super().__init__(sizes, rank, states)
+        self.layout = layout
+
+    def moments(self) -> Iterator[_Moment]:
+        flight = in_flight(self.layout, self.rank.stage)
+        held = sum(self._saved(chunk) * count for chunk, count in enumerate(flight)) + self._buffers()
+        for chunk, stage in enumerate(self.rank.chunks):
+            own = self._saved(chunk)
+            block = self.parts.block.footprint
+            others = held - own
+            inputs = own - sum(part.footprint.saved * count for part, count in self.parts.of(stage))
+            body = own - (self.parts.head.footprint.saved if stage.has_head else 0)
+            yield self.forward("forward pass", others + body - block.saved + block.forward)
+            ends = [("last block", others + body, block)]
+            if stage.has_head:
+                head = self.parts.head.footprint
+                yield self.forward("loss", others + body + head.forward)
+                ends.insert(0, ("head", others + own, head))
+            for place, kept, end in ends:
+                yield from self._backward(f"backward pass, {place}", kept, end, one_less=kept - own)
+            if stage.has_embedding:
+                embedding = self.parts.embedding.footprint
+                yield self.backward(
+                    "backward pass, embedding", others + inputs + embedding.saved + embedding.backward
+                )
+        yield from self.after()
+
+    def _backward(self, name: str, kept: int, end: Footprint, *, one_less: int) -> Iterator[_Moment]:
+        """At the end of a stage, with what all micro-batches in flight keep, or one less."""
+        if self.layout.accumulation > sum(in_flight(self.layout, self.rank.stage)):
+            # As many are in flight again and again, with the gradients and the bucket of the first.
+            yield self.backward(name, kept + end.backward)
+            return
+        states = self.states
+        before = replace(states.forward, gradients=states.fresh)
+        yield _Moment(name, kept + end.backward, before, states.gathered)
+        begun = replace(states.backward, gradients=states.fresh)
+        yield _Moment(name, kept + end.later, begun, states.gathered)
+        yield self.backward(name, one_less + end.backward)
+
+    def _saved(self, chunk: int) -> int:
+        """Of one micro-batch: what autograd keeps, and DeepSpeed's own copies of input and output."""
+        stage, size = self.rank.chunks[chunk], self.sizes
+        saved = sum(part.footprint.saved * count for part, count in self.parts.of(stage))
+        # The input twice, to run on and for its gradient to be sent; the output until its gradient is there.
+        saved += size.inputs if stage.has_embedding else size.stretch
+        if size.checkpointing is not ActivationCheckpointing.none:
+            saved += size.boundaries  # of which a recomputation makes the mask again
+        return saved + (0 if stage.has_head else size.stretch)
+
+    def _buffers(self) -> int:
+        """What is received into, and the logits that a last stage keeps from one micro-batch to the next."""
+        size = self.sizes
+        return size.stretch + size.boundaries + (2 * size.logits if self.rank.has_head else 0)
+
+
+def in_flight(layout: Layout, stage: int) -> tuple[int, ...]:
+    """Micro-batches between their forward and backward pass, at the most, in each stage of a rank."""
+    if layout.stages_per_rank == 2:
+        return 2 * layout.pipeline - stage, stage + 1
+    return (min(layout.pipeline - stage, layout.accumulation),)

@@ -1,0 +1,126 @@
+"""What one rank sends in an optimizer step, over each group of ranks, and which link carries it. Pure."""
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Literal
+
+from launcher.config.layout import Layout
+from launcher.config.schema import Dtype, RunConfig
+from launcher.planning.cost.buffers import Tuning
+from launcher.planning.cost.geometry import Rank
+from launcher.planning.cost.operations import BYTES, FP32, Collective, Sizes
+from launcher.planning.cost.parts import parts, traffic
+from launcher.planning.cost.zero_states import padded
+
+GroupName = Literal["tensor", "data", "pipeline"]
+GROUPS: tuple[GroupName, ...] = ("tensor", "data", "pipeline")
+TIED_RANKS = 2  # that hold a copy of a tied weight under a pipeline
+
+
+@dataclass(frozen=True)
+class GroupShape:
+    """A group of ranks as it lies over the nodes."""
+
+    ranks: int
+    per_node: int  # of its ranks, on one node
+
+    @property
+    def is_within_node(self) -> bool:
+        return self.per_node >= self.ranks
+
+
+def group_shapes(layout: Layout, ranks_per_node: int) -> dict[GroupName, GroupShape]:
+    """Ranks count tensor fastest, then data, then pipeline (launcher/parallel/mesh.py)."""
+    tensor = _shape(layout.tensor, 1, ranks_per_node)
+    data = _shape(layout.data, layout.tensor, ranks_per_node)
+    neighbours = _shape(layout.pipeline, layout.tensor * layout.data, ranks_per_node)
+    return {"tensor": tensor, "data": data, "pipeline": neighbours}
+
+
+def _shape(ranks: int, stride: int, ranks_per_node: int) -> GroupShape:
+    return GroupShape(ranks, min(ranks, max(1, ranks_per_node // stride)))
+
+
+def tensor_traffic(run: RunConfig, layout: Layout, rank: Rank) -> Counter[Collective]:
+    """Over the tensor group, in a step."""
+    if layout.tensor == 1:
+        return Counter()
+    model = parts(Sizes.of(run, layout.device))
+    of_micro_batch = sum((traffic(model.of(chunk)) for chunk in rank.chunks), Counter[Collective]())
+    return Counter({one: count * layout.accumulation for one, count in of_micro_batch.items()})
+
+
+def pipeline_traffic(run: RunConfig, layout: Layout, rank: Rank) -> Counter[Collective]:
+    """To other stages, in a step: activations on, their gradients back, a tied weight's gradient."""
+    sent: Counter[Collective] = Counter()
+    if layout.pipeline == 1:
+        return sent
+    sizes = Sizes.of(run, layout.device)
+    activation = Collective("send", sizes.stretch)
+    for index, chunk in enumerate(rank.chunks):
+        # DualPipeV turns around on the last rank: between its own two stages nothing is sent.
+        turns = layout.stages_per_rank == 2 and rank.stage == layout.pipeline - 1
+        on, back = not chunk.has_head, not chunk.has_embedding
+        if turns:
+            on, back = on and index == 1, back and index == 0
+        sent[activation] += layout.accumulation * (on + back)
+    if tied := tied_traffic(run, layout, rank):
+        # Between two ranks an all-reduce sends as much as it works on.
+        sent[Collective("send", tied.size)] += 1
+    return +sent
+
+
+def tied_traffic(run: RunConfig, layout: Layout, rank: Rank) -> Collective | None:
+    """The gradient of a weight that the first and the last stage share, all-reduced between the two."""
+    if not rank.copies_tied_weight:
+        return None
+    sizes = Sizes.of(run, layout.device)
+    return Collective("all_reduce", FP32 * sizes.vocabulary * sizes.hidden_size)
+
+
+def data_traffic(run: RunConfig, layout: Layout, rank: Rank) -> Counter[Collective]:
+    """Over the data group, in a step: gradients, and weights where they are partitioned."""
+    sent: Counter[Collective] = Counter()
+    if layout.data == 1:
+        return sent
+    element, total = BYTES[run.precision.dtype], rank.parameters
+    groups = [padded(sum(group), 2 * layout.data) for group in rank.groups]
+    if layout.zero_stage == 0:
+        sent[Collective("all_reduce", FP32 * total)] += 1
+        return sent
+    if layout.zero_stage == 3:
+        return _zero_3(run, layout, rank)
+    if layout.zero_stage == 2:
+        # Reduced in every micro-batch, since no rank has room for what is not its own.
+        sent[Collective("all_reduce", element * total)] += layout.accumulation
+    else:
+        is_bf16_optimizer = run.precision.dtype is Dtype.bf16 and not run.parallelism.offload_optimizer
+        sent[Collective("all_reduce", element * (sum(groups) if is_bf16_optimizer else total))] += 1
+    for group in groups:
+        sent[Collective("all_gather", element * group)] += 1
+    return sent
+
+
+def _zero_3(run: RunConfig, layout: Layout, rank: Rank) -> Counter[Collective]:
+    """Each weight is gathered in the forward pass, and again in the backward pass if it was let go of."""
+    element, data, tuning = BYTES[run.precision.dtype], layout.data, Tuning.of(run)
+    free = [
+        padded(weight.numel, data) for weight in rank.weights if weight.numel >= tuning.persistence_threshold
+    ]
+    kept = min(sum(free), tuning.max_live)
+    every = sum(padded(weight.numel, data) for weight in rank.weights)
+    sent: Counter[Collective] = Counter()
+    # A prefetch takes whole weights until they fill its bucket.
+    at_once = max(tuning.prefetch_bucket, sum(free) // max(1, len(free)))
+    for size in _pieces(2 * sum(free) - kept, at_once):
+        sent[Collective("all_gather", element * size)] += layout.accumulation
+    for size in _pieces(every, tuning.reduce_bucket):
+        sent[Collective("reduce_scatter", element * size)] += layout.accumulation
+    if every > sum(free):
+        sent[Collective("all_gather", element * (every - sum(free)))] += 1
+    return +sent
+
+
+def _pieces(total: int, at_once: int) -> list[int]:
+    whole, rest = divmod(total, at_once)
+    return [at_once] * whole + ([rest] if rest else [])

@@ -1,0 +1,129 @@
+"""A plan as a picture: memory bars by stage, and the pipeline's timeline or the parts of a step."""
+
+from pathlib import Path
+from typing import Any
+
+from launcher.config.errors import ConfigError
+from launcher.planning.choose.limits import CLASSES, parts_of, settings_in_words
+from launcher.planning.cost.pipeline_schedule import simulate
+from launcher.planning.cost.plan import Plan
+from launcher.text import count
+
+FORMATS = (".png", ".svg", ".pdf")
+_IN_ORDER = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#bbbbbb")
+COLOURS = dict(zip(CLASSES, _IN_ORDER, strict=True))
+FORWARD, BACKWARD = "#4c72b0", "#dd8452"
+MOST_BATCHES, MOST_LABELS = 24, 400  # drawn
+
+
+def check_figure(path: str | None, field: str = "plan.figure") -> None:
+    """Raise ConfigError where no picture could be written to `path`."""
+    if path is None:
+        return
+    target = Path(path).expanduser()
+    if target.suffix not in FORMATS:
+        named = " or ".join(f"{field}={target.with_suffix(suffix)}" for suffix in FORMATS[:2])
+        raise ConfigError(field, path, f"a picture is {', '.join(FORMATS[:-1])} or {FORMATS[-1]}", named)
+    if not target.parent.is_dir():
+        why = f"there is no directory {target.parent}"
+        raise ConfigError(field, path, why, f"{field}={target.name}")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        why = "needs matplotlib, which is not installed"
+        remedy = f"pip install 'launcher[figures]', or {field}=null"
+        raise ConfigError(field, path, why, remedy) from None
+
+
+def draw_plan(plan: Plan, path: Path) -> None:
+    """Write the picture. matplotlib is an optional dependency: see check_figure."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 7.5), layout="constrained")
+    memory, time = figure.subplots(2, 1, height_ratios=(1.1, 1))
+    _draw_memory(plan, memory)
+    if plan.time is None:
+        time.axis("off")
+        time.text(0.5, 0.5, "no timeline: the hardware's config does not say how fast it is", ha="center")
+    elif plan.layout.pipeline > 1:
+        _draw_timeline(plan, time)
+    else:
+        _draw_parts(plan, time)
+    title = f"{count(plan.parameters)} parameters on {plan.layout.describe()}"
+    figure.suptitle(f"{title}\n{settings_in_words(plan.run)}", fontsize=10)
+    figure.savefig(path.expanduser(), dpi=130)
+
+
+def _draw_memory(plan: Plan, axes: Any) -> None:
+    stages = range(len(plan.stages))
+    bottom = [0.0] * len(plan.stages)
+    for name in CLASSES:
+        sizes = [getattr(stage.memory, name) / 1e9 for stage in plan.stages]
+        if any(sizes):
+            axes.bar(stages, sizes, bottom=bottom, color=COLOURS[name], label=name, width=0.75)
+        bottom = [low + size for low, size in zip(bottom, sizes, strict=True)]
+    if len(plan.stages) <= 32:
+        for stage, top in zip(stages, bottom, strict=True):
+            axes.text(stage, top, f"{top:.3g}", ha="center", va="bottom", fontsize=8)
+    axes.set_ylim(0, max(bottom) * 1.15)
+    if plan.budget is not None and plan.budget < 4 * max(bottom):
+        axes.axhline(plan.budget / 1e9 if plan.budget > 1 else 0, color="black", linestyle="--", linewidth=1)
+        axes.set_ylim(0, max(*bottom, plan.budget / 1e9) * 1.15)
+        axes.text(-0.45, plan.budget / 1e9, " budget", va="bottom", fontsize=8)
+    axes.set_ylabel("GB of one rank")
+    axes.set_xlabel("pipeline rank" if len(plan.stages) > 1 else "every rank")
+    axes.set_xticks([stage for stage in stages if len(plan.stages) <= 32 or stage % 4 == 0])
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_timeline(plan: Plan, axes: Any) -> None:
+    from matplotlib.patches import Patch
+
+    assert plan.time is not None
+    layout, stages = plan.layout, plan.time.stages
+    least = 2 * layout.pipeline
+    batches = min(layout.accumulation, max(least, MOST_BATCHES - layout.pipeline))
+    forward = [stage.forward.total + stage.sending / 2 for stage in stages]
+    backward = [stage.backward.total + stage.sending / 2 for stage in stages]
+    events = simulate(layout, forward, backward, batches)
+    labelled = len(events) <= MOST_LABELS
+    for event in events:
+        colour = FORWARD if event.forward else BACKWARD
+        # On the way back DualPipeV's stages are drawn paler, to be told from those on the way out.
+        alpha = 0.6 if event.stage >= layout.pipeline else 1.0
+        length = event.end - event.start
+        axes.barh(
+            event.rank, length, left=event.start, color=colour, alpha=alpha, edgecolor="white", linewidth=0.4
+        )
+        if labelled:
+            middle = event.start + length / 2
+            number = str(event.micro_batch + 1)
+            axes.text(middle, event.rank, number, ha="center", va="center", fontsize=6, color="white")
+    axes.set_ylabel("pipeline rank")
+    axes.set_yticks([rank for rank in range(layout.pipeline) if layout.pipeline <= 32 or rank % 4 == 0])
+    axes.invert_yaxis()
+    axes.set_xlim(0, max(event.end for event in events))
+    whole = batches == layout.accumulation
+    shown = f"all {batches}" if whole else f"a step of {batches} instead of {layout.accumulation}"
+    axes.set_xlabel(
+        f"seconds, {shown} micro-batches; white is the bubble: {plan.bubble:.1%} of the real step"
+    )
+    patches = [Patch(color=FORWARD, label="forward"), Patch(color=BACKWARD, label="backward")]
+    axes.legend(handles=patches, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_parts(plan: Plan, axes: Any) -> None:
+    assert plan.time is not None
+    start = 0.0
+    palette = ("#4c72b0", "#c44e52", "#dd8452", "#8172b3", "#bbbbbb", "#55a868")
+    for (name, seconds), colour in zip(parts_of(plan).items(), palette, strict=True):
+        if seconds > 0:
+            axes.barh(0, seconds, left=start, color=colour, label=f"{name}, {seconds:.3g} s", height=0.5)
+        start += seconds
+    axes.set_yticks([])
+    axes.set_ylim(-0.6, 0.6)
+    axes.set_xlabel(f"seconds of a step, {start:.3g} in all")
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9)
+    axes.spines[["top", "right", "left"]].set_visible(False)

@@ -1,0 +1,216 @@
+"""A plan for people, as tables, and for machines, as JSON."""
+
+from dataclasses import asdict
+from itertools import groupby
+from typing import Any
+
+from rich.table import Table
+
+from launcher.planning.choose.changes import Change
+from launcher.planning.choose.limits import CLASSES, limit, link_of, parts_of, settings_in_words
+from launcher.planning.cost.plan import Plan, StagePlan
+from launcher.text import DAY, count, duration, in_unit, plain_table, print_table, size, unit_of
+
+
+def print_plan(plan: Plan, changes: list[Change], traced: list[dict[str, Any]] | None = None) -> None:
+    print(f"model    {count(plan.parameters)} parameters, {count(plan.model_flops)} FLOPs a step")
+    for note in plan.layout.notes:
+        print(f"note     {note}")
+    print(f"layout   {plan.layout.describe()}")
+    print(f"         {settings_in_words(plan.run)}")
+    print()
+    tables = [_memory_table(plan), _traffic_table(plan)]
+    tables += [_time_table(plan)] if plan.time else []
+    tables += [_trace_table(traced)] if traced else []
+    for table in tables:
+        print_table(table)
+    for line in [*_host(plan), *_speed(plan)]:
+        print(line)
+    print(f"limit    {limit(plan)}")
+    for line in advice(plan, changes):
+        print(line)
+
+
+def _memory_table(plan: Plan) -> Table:
+    unit = unit_of(max(stage.memory.total for stage in plan.stages))
+    table = plain_table(f"Memory of one rank, {unit[1]}")
+    classes = [name for name in CLASSES if any(getattr(stage.memory, name) for stage in plan.stages)]
+    for name in ("stage", "blocks", "parameters", *classes, "total", "of", ""):
+        table.add_column(name, justify="left" if name in ("stage", "") else "right", no_wrap=True)
+    for first, last, stage in _alike(plan.stages):
+        memory = stage.memory
+        table.add_row(
+            str(first) if first == last else f"{first} to {last}",
+            str(stage.blocks),
+            count(stage.parameters),
+            *(in_unit(unit, getattr(memory, name)) for name in (*classes, "total")),
+            "?" if plan.budget is None else in_unit(unit, plan.budget),
+            _verdict(plan, memory.total),
+        )
+    return table
+
+
+def _verdict(plan: Plan, total: int) -> str:
+    if plan.budget is None:
+        return "no budget known"
+    short = total - plan.budget
+    return f"[bold red]{size(short)} too much[/]" if short > 0 else "fits"
+
+
+def _alike(stages: tuple[StagePlan, ...]) -> list[tuple[int, int, StagePlan]]:
+    """Runs of stages that print alike, as (first, last, one of them)."""
+
+    def key(numbered: tuple[int, StagePlan]) -> tuple[object, ...]:
+        stage = numbered[1]
+        return stage.blocks, stage.parameters, *(size(getattr(stage.memory, one)) for one in CLASSES)
+
+    found = []
+    for _, group in groupby(enumerate(stages), key):
+        members = list(group)
+        found.append((members[0][0], members[-1][0], members[0][1]))
+    return found
+
+
+def _traffic_table(plan: Plan) -> Table:
+    table = plain_table("Sent by one rank in a step")
+    for name in ("group", "ranks", "link", "sent", "collectives"):
+        table.add_column(name, justify="right" if name in ("ranks", "sent") else "left")
+    for name, traffic in plan.traffic.items():
+        kinds: dict[str, int] = {}
+        for one, times in traffic.collectives.items():
+            kinds[one.kind] = kinds.get(one.kind, 0) + times
+        listed = ", ".join(f"{times} {kind}" for kind, times in sorted(kinds.items()))
+        table.add_row(name, str(traffic.shape.ranks), link_of(plan, name), size(traffic.sent), listed)
+    return table
+
+
+def _time_table(plan: Plan) -> Table:
+    table = plain_table("Time of a step")
+    for name in ("part", "seconds", "share"):
+        table.add_column(name, justify="left" if name == "part" else "right")
+    parts = parts_of(plan)
+    total = sum(parts.values())
+    for name, seconds in [*parts.items(), ("step", total)]:
+        table.add_row(name, f"{seconds:.4g}", f"{seconds / total:.1%}")
+    return table
+
+
+def _host(plan: Plan) -> list[str]:
+    host = max(stage.memory.host for stage in plan.stages)
+    return [f"host     {size(host)} of the host's memory for each rank"] if host else []
+
+
+def _speed(plan: Plan) -> list[str]:
+    if plan.tokens_per_s is None:
+        return []
+    words = [f"{count(plan.tokens_per_s)} tokens/s"]
+    if plan.mfu is not None:
+        words.append(f"MFU {plan.mfu:.1%}")
+    if plan.bubble:
+        words.append(f"bubble {plan.bubble:.1%} of the time without it")
+    tokens = plan.run.plan.tokens or plan.tokens * plan.run.training.steps
+    words.append(f"{duration(tokens / plan.tokens_per_s)} for {count(tokens)} tokens")
+    return [f"speed    {', '.join(words)}"]
+
+
+def _trace_table(traced: list[dict[str, Any]]) -> Table:
+    table = plain_table("One micro-batch of a rank: the formulas, and the real modules traced")
+    for name in ("stage", "quantity", "formula", "traced", "error"):
+        table.add_column(name, justify="left" if name == "quantity" else "right")
+    for one in traced:
+        row = str(one["stage"]), one["quantity"], f"{one['formula']:,}", f"{one['traced']:,}"
+        table.add_row(*row, f"{one['error']:+.2%}")
+    return table
+
+
+def advice(plan: Plan, changes: list[Change]) -> list[str]:
+    if not changes:
+        nothing = "no single change makes it fit" if not plan.fits else None
+        return [f"advice   {nothing}"] if nothing else []
+    lines = []
+    for change in changes:
+        gain = ""
+        if plan.time and change.plan.time:
+            seconds, faster = change.plan.time.total, plan.time.total / change.plan.time.total - 1
+            gain = f"{seconds:.4g} s a step" + (f", {faster:+.0%} tokens/s" if plan.fits else "")
+        peak = max(stage.memory.total for stage in change.plan.stages)
+        lines.append(f"{change.settings}: {gain}{', ' if gain else ''}{size(peak)}")
+    return [f"{'advice' if index == 0 else '':8} {line}" for index, line in enumerate(lines)]
+
+
+def as_json(plan: Plan, changes: list[Change]) -> dict[str, Any]:
+    """The plan as plain values. Bytes, seconds and FLOPs; null where the hardware does not say enough."""
+    time, p = plan.time, plan.run.parallelism
+    seconds = time.total if time else None
+    return {
+        "model": {"parameters": plan.parameters, "flops_per_step": plan.model_flops},
+        "layout": {
+            **{name: value for name, value in asdict(plan.layout).items() if name != "notes"},
+            "world_size": plan.layout.world_size,
+            "micro_batch_size": plan.run.training.micro_batch_size,
+            "global_batch_size": plan.run.training.global_batch_size,
+            "pipeline_schedule": p.pipeline_schedule.name,
+            "sequence_parallel": p.sequence_parallel,
+            "activation_checkpointing": p.activation_checkpointing.name,
+            "offload_optimizer": p.offload_optimizer,
+            "offload_parameters": p.offload_parameters,
+            "dtype": plan.run.precision.dtype.name,
+            "notes": list(plan.layout.notes),
+        },
+        "stages": [_stage_json(plan, index, stage) for index, stage in enumerate(plan.stages)],
+        "step": {
+            "time_s": seconds,
+            "tokens": plan.tokens,
+            "tokens_per_s": plan.tokens_per_s,
+            "mfu": plan.mfu,
+            "bubble": plan.bubble,
+            "parts_s": {name.replace(" ", "_"): value for name, value in parts_of(plan).items()},
+            "flops_per_rank": max(stage.flops for stage in plan.stages),
+            "days": _days(plan),
+        },
+        "traffic": {
+            name: {
+                "bytes": traffic.sent,
+                "ranks": traffic.shape.ranks,
+                "link": link_of(plan, name),
+                "collectives": [
+                    {"kind": one.kind, "size": one.size, "count": times}
+                    for one, times in traffic.collectives.items()
+                ],
+            }
+            for name, traffic in plan.traffic.items()
+        },
+        "fits": plan.fits,
+        "limit": limit(plan),
+        "advice": [
+            {
+                "settings": change.settings,
+                "time_s": change.plan.time.total if change.plan.time else None,
+                "memory": max(stage.memory.total for stage in change.plan.stages),
+            }
+            for change in changes
+        ],
+    }
+
+
+def _stage_json(plan: Plan, index: int, stage: StagePlan) -> dict[str, Any]:
+    memory = stage.memory
+    return {
+        "stage": index,
+        "blocks": stage.blocks,
+        "parameters": stage.parameters,
+        "flops": stage.flops,
+        "memory": {
+            **{name: getattr(memory, name) for name in CLASSES},
+            "total": memory.total,
+            "budget": plan.budget,
+            "host": memory.host,
+            "moment": memory.moment,
+        },
+    }
+
+
+def _days(plan: Plan) -> float | None:
+    if plan.tokens_per_s is None:
+        return None
+    return (plan.run.plan.tokens or plan.tokens * plan.run.training.steps) / plan.tokens_per_s / DAY
