@@ -13,8 +13,8 @@ import torch.distributed as dist
 from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
 from launcher.config.validate import validate
-from launcher.planning.cost import parts as parts_module
 from launcher.planning.cost import operations as program
+from launcher.planning.cost import parts as parts_module
 from launcher.planning.cost.geometry import pipeline_ranks
 from launcher.planning.cost.operations import Operation, Sizes
 from launcher.planning.cost.parts import parts
