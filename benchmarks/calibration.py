@@ -14,6 +14,7 @@ from statistics import median
 from launcher.config.compose import compose_jobs
 from launcher.config.schema import PlannedRunConfig
 from launcher.config.validate import validate
+from launcher.config.world import world_of_machine
 from launcher.launch.machine import this_machine
 from launcher.planning.cost.plan import Plan, make_plan
 
@@ -79,7 +80,7 @@ def planned(overrides: list[str]) -> float:
 
 def plan_of(overrides: list[str]) -> Plan:
     [job] = compose_jobs("plan", PlannedRunConfig, overrides)
-    return make_plan(job.config, validate(job.config, gpus=0, cores=this_machine().cores))
+    return make_plan(job.config, validate(job.config, world_of_machine(job.config, this_machine())))
 
 
 def table(found: dict[str, tuple[float, float]]) -> str:

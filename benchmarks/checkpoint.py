@@ -18,6 +18,7 @@ from launcher.checkpoint.manifest import DIRECTORY, Manifest, read_manifest, sha
 from launcher.config.compose import compose_jobs
 from launcher.config.schema import RunConfig
 from launcher.config.validate import validate
+from launcher.config.world import World
 from launcher.engine.distributed import join, leave, prepare_deepspeed
 
 SAVES = 5
@@ -32,7 +33,7 @@ def main(folder: Path) -> None:
     sys.argv = ["launcher"]
     [job] = compose_jobs("config", RunConfig, OVERRIDES)
     run = job.config
-    layout = validate(run, gpus=0, cores=1)
+    layout = validate(run, World("cpu", 1, 1))
     prepare_deepspeed("cpu")
     from launcher.checkpoint.load import restore
     from launcher.checkpoint.save import CheckpointWriter

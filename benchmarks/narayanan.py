@@ -31,6 +31,7 @@ from launcher.config.schema import (
     RunConfig,
     TrainingConfig,
 )
+from launcher.config.world import World
 from launcher.planning.cost import operations as program
 from launcher.planning.cost.operations import Matmul, Operation, Sizes
 from launcher.planning.cost.parts import parts
@@ -107,7 +108,7 @@ def run_of(row: Row) -> RunConfig:
 
 def plan_of(row: Row, shares: Shares) -> Plan:
     run = run_of(row)
-    layout = resolve_layout(run, gpus=8, cores=1, joined_world=row.gpus)
+    layout = resolve_layout(run, World("cuda", row.gpus, 8, fixed=True))
     return make_plan(run, layout, shares=replace(shares, overlap=0.0))
 
 

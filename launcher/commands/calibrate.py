@@ -1,19 +1,14 @@
 """`launcher calibrate`: this machine measured, as a hardware config that `launcher plan` can use."""
 
-import os
-import platform
-from pathlib import Path
-
-from omegaconf import OmegaConf
-
+from launcher.calibrate.hardware_file import rank_counts, target, write
 from launcher.config.compose import compose_jobs
 from launcher.config.errors import ConfigError
 from launcher.config.schema import CalibrateConfig, Device, HardwareConfig
 from launcher.config.validate import validate_calibrate
-from launcher.launch.machine import Machine, this_machine
+from launcher.launch.machine import this_machine
 
 
-def calibrate(arguments: list[str]) -> int:
+def main(arguments: list[str]) -> int:
     """Run `launcher calibrate`; the exit code. Raises ConfigError."""
     jobs = compose_jobs("calibrate", CalibrateConfig, arguments)
     if not jobs:
@@ -38,30 +33,3 @@ def calibrate(arguments: list[str]) -> int:
     print(f"hardware {path}")
     print(f"use it   launcher plan --config-dir {config.dir} hardware={config.name}")
     return 0
-
-
-def rank_counts(most: int) -> list[int]:
-    """1, 2, 4 and so on."""
-    return [2**power for power in range(most.bit_length())]
-
-
-def target(config: CalibrateConfig) -> Path:
-    """DIR/hardware/NAME.yaml, in a directory that can be written to. Raises ConfigError."""
-    path = Path(config.dir).expanduser() / "hardware" / f"{config.name}.yaml"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        why = None if os.access(path.parent, os.W_OK) else "permission denied"
-    except OSError as error:
-        why = error.strerror
-    if why:
-        raise ConfigError("dir", config.dir, f"cannot be written to: {why}", "dir=DIRECTORY of your own")
-    return path
-
-
-def write(hardware: HardwareConfig, path: Path, machine: Machine) -> None:
-    """Whole or not at all."""
-    what = f"{machine.gpus} GPUs" if machine.gpus else f"{machine.cores} cores"
-    said = f"# {platform.node()}, {platform.machine()}, {what}: measured by `launcher calibrate`.\n"
-    aside = path.with_suffix(".tmp")
-    aside.write_text(said + OmegaConf.to_yaml(OmegaConf.structured(hardware)))
-    aside.replace(path)

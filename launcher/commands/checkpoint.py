@@ -21,7 +21,7 @@ launcher checkpoint check PATH   read every file and compare its checksum; of a 
 PATH is a run's directory, or one checkpoint. Exit code 1 if one cannot be used."""
 
 
-def inspect(arguments: list[str]) -> int:
+def main(arguments: list[str]) -> int:
     """Run one of the three; returns the exit code. Raises ConfigError for arguments that make no sense."""
     if not arguments or {"-h", "--help"} & set(arguments):
         print(USAGE)

@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from launcher.commands.ready import ready
 from launcher.compare.compared_layouts import Compared, chosen_layouts, in_layout
 from launcher.compare.comparison_figure import draw_comparison
 from launcher.compare.comparison_report import (
@@ -17,18 +18,19 @@ from launcher.compare.comparison_report import (
 from launcher.config.compose import compose_jobs
 from launcher.config.errors import ConfigError
 from launcher.config.layout import Layout
-from launcher.config.schema import ComparedRunConfig
+from launcher.config.schema import ComparedRunConfig, RunConfig
 from launcher.config.validate import validate_compare
+from launcher.config.world import World, world_of_machine
 from launcher.data.open import check_data
+from launcher.launch.exit_codes import FAILED
 from launcher.launch.local import RankFailure
-from launcher.launch.machine import memory_here, share_cores, this_machine
+from launcher.launch.machine import share_cores, this_machine
+from launcher.planning.choose.enforce import refuse_too_large
 from launcher.planning.show.plan_figure import check_figure
 from launcher.runtime.run_dir import RunDir, claimed_run_dir
 
-FAILED = 1
 
-
-def compare(arguments: list[str]) -> int:
+def main(arguments: list[str]) -> int:
     """Run `launcher compare`; the exit code. Raises ConfigError."""
     jobs = compose_jobs("compare", ComparedRunConfig, arguments)
     if not jobs:
@@ -39,10 +41,8 @@ def compare(arguments: list[str]) -> int:
     validate_compare(run)
     check_figure(run.compare.figure, "compare.figure")
     layouts = chosen_layouts(run.compare.layouts, run.compare.ranks)
-    compared = [
-        in_layout(run, name, sizes, gpus=machine.gpus, cores=machine.cores, memory=memory_here())
-        for name, sizes in layouts.items()
-    ]
+    world = world_of_machine(run, machine)
+    compared = [planned(name, in_layout(run, sizes, world), world) for name, sizes in layouts.items()]
     check_data(run)
     if all(one.refused for one in compared):
         raise ConfigError(
@@ -54,6 +54,19 @@ def compare(arguments: list[str]) -> int:
         rows = [_row(one, run.compare.steps) for one in compared]
         _log(run, layout, directory, rows)
     return _report(run, rows)
+
+
+def planned(name: str, run: RunConfig, world: World) -> Compared:
+    """Return the run in one layout with its plan; a layout that is refused keeps the reason."""
+    try:
+        it = ready(run, world, needs_data=False, must_fit=False)
+    except ConfigError as error:
+        return Compared(name, run, None, None, f"{error.field}={error.value}: {error.why}")
+    try:
+        refuse_too_large(it.plan)
+    except ConfigError as error:
+        return Compared(name, run, it.layout, it.plan, error.why)
+    return Compared(name, run, it.layout, it.plan)
 
 
 def _row(one: Compared, steps: int) -> Row:

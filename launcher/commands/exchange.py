@@ -12,7 +12,7 @@ from launcher.config.numbers import EXCHANGE_NUMBERS, refuse_numbers_out_of_rang
 from launcher.config.schema import ExchangeConfig, Family
 
 
-def export(arguments: list[str]) -> int:
+def export_main(arguments: list[str]) -> int:
     """Run `launcher export`; the exit code. Raises ConfigError."""
     found = _exchanged("export", arguments)
     if found is None:
@@ -21,14 +21,14 @@ def export(arguments: list[str]) -> int:
     if weights.model.family is Family.vit:
         why = "is of a vit, and GPT-2 and Llama are what is exported"
         raise ConfigError("export", weights.path, why, "its weights/*.safetensors, by logical name")
-    from launcher.checkpoint.exchange import export as write_theirs
+    from launcher.checkpoint.exchange import export
 
-    _written(lambda: write_theirs(weights, target, options), weights, target)
+    _written(lambda: export(weights, target, options), weights, target)
     print(f"exported {weights.path}\n      to {target}, which transformers' from_pretrained loads")
     return 0
 
 
-def import_(arguments: list[str]) -> int:
+def import_main(arguments: list[str]) -> int:
     """Run `launcher import`; the exit code. Raises ConfigError."""
     found = _exchanged("import", arguments)
     if found is None:
@@ -37,9 +37,9 @@ def import_(arguments: list[str]) -> int:
     if weights.kind is not Kind.huggingface:
         remedy = f"launcher checkpoint.init_from={shlex.quote(str(weights.path))} MODEL, without an import"
         raise ConfigError("import", weights.path, "is the launcher's own", remedy)
-    from launcher.checkpoint.exchange import import_ as write_ours
+    from launcher.checkpoint.exchange import import_
 
-    _written(lambda: write_ours(weights, target, options), weights, target)
+    _written(lambda: import_(weights, target, options), weights, target)
     print(f"imported {weights.path}\n      to {target}. Train from it:")
     quoted = shlex.quote(str(target))
     print(f"launcher --config-dir {quoted}/conf model=imported checkpoint.init_from={quoted}")

@@ -1,287 +1,32 @@
-"""`launcher job`: what a batch script runs. It starts the ranks with srun, and answers for how they end.
-
-Told to stop (SIGUSR1 ahead of the time limit, or a preemption), the ranks save, and the job is requeued or a
-next one submitted. Where a rank fails, the run starts again in the same allocation from its last checkpoint,
-unless it failed alike three times in a row. What Slurm itself ends or requeues is left to Slurm.
-"""
+"""`launcher job`: the command of a batch script. Starts the run's ranks on the nodes of this Slurm job."""
 
 import os
-import re
-import signal
-import subprocess
-import sys
-import time
-from dataclasses import dataclass
-from enum import Enum
-from pathlib import Path
 
-from launcher.checkpoint.final import final_step
-from launcher.checkpoint.manifest import checkpoints_in
+from launcher.commands.ready import ready_on_most_nodes
 from launcher.config.compose import compose_jobs
 from launcher.config.errors import ConfigError
-from launcher.config.layout import Layout
-from launcher.config.schema import Device, OnStop, RunConfig
-from launcher.config.slurm_rules import check_submission, nodes_of
-from launcher.config.validate import validate
-from launcher.launch.attempts import MOST_ALIKE, Attempt, note_attempt
-from launcher.launch.records import ENDS, Kind, RankEnd, ends_in
-from launcher.launch.sbatch import check_after_a_script, cpus_per_task, tasks_per_node
-from launcher.launch.slurm import (
-    Allocation,
-    SlurmError,
-    allocation_of,
-    batch_script,
-    job_state,
-    requeue,
-    sbatch,
-)
-from launcher.planning.choose.enforce import chosen, refuse_too_large
-from launcher.planning.choose.search import Space
-from launcher.planning.cost.plan import memory_budget
-from launcher.runtime.metrics.rows import rows_in
-from launcher.runtime.run_dir import LOGS, METRICS, stop_grace
-
-REFUSED, FAILED, STOPPED = 2, 1, 128 + signal.SIGTERM
-_POLL = 0.2
-_REQUEUE_TAKES = 60.0  # until Slurm ends a job that is requeued
+from launcher.config.schema import RunConfig
+from launcher.launch.sbatch import check_after_a_script
+from launcher.launch.slurm import allocation_of
+from launcher.runtime.slurm_job import SlurmJob, listen_for_stops, run_to_the_end
 
 
-class End(Enum):
-    finished = "finished"
-    refused = "refused"
-    stopped = "stopped"
-    failed = "failed"
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How one start of the ranks ended; `error` in one line, where they failed."""
-
-    end: End
-    error: str = ""
-
-
-def run_job(arguments: list[str]) -> int:
-    """Run the job of this allocation; the exit code. Raises ConfigError."""
-    stops: list[int] = []
-    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda received, _: stops.append(received))
+def main(arguments: list[str]) -> int:
+    stops = listen_for_stops()
     allocation = allocation_of(os.environ)
     typed, script_arguments = _split(arguments)
     check_after_a_script(script_arguments)
-    composed = compose_jobs("config", RunConfig, typed)
-    if len(composed) != 1:
+    jobs = compose_jobs("config", RunConfig, typed)
+    if len(jobs) != 1:
         raise ConfigError("job", None, "runs one config", "launcher submit --multirun, for a job array")
-    run, layout, nodes = fit(composed[0].config, allocation.nodes)
-    run_dir = run_dir_of(run, allocation)
-    if allocation.restarts and is_finished(run, run_dir):
-        _print(f"requeued, and {run_dir} has all its steps: nothing is left to do")
-        return 0
-    _say(layout, nodes, allocation, run_dir)
-    command, ends = step_command(run, typed, nodes, layout, run_dir), run_dir / LOGS / "ends" / allocation.job
-    while True:
-        code = _run_step(command, stops, _emptied(ends), saves=stop_grace(run) > 0)
-        found = outcome(code, bool(stops), ends_in(ends), layout.world_size)
-        if found.end is End.finished:
-            return 0
-        if found.end is End.refused:
-            return REFUSED
-        if found.end is End.failed and _is_hopeless(run_dir, found):
-            return FAILED
-        if found.end is End.stopped or stops or not _is_running(allocation):
-            return _go_on(run, allocation, run_dir, script_arguments, stops)
-        where = "its last checkpoint" if checkpoints_in(run_dir) else "the first step: it has no checkpoint"
-        _print(f"the run failed ({found.error}) and starts again, from {where}")
+    it, nodes = ready_on_most_nodes(jobs[0].config, allocation.nodes)
+    return run_to_the_end(SlurmJob(it.run, it.layout, nodes, allocation, typed, script_arguments), stops)
 
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """(all overrides, those behind `--`: the script's own arguments)."""
+    """Return all overrides, and those after `--`, which are the script's own arguments."""
     if "--" not in arguments:
         return arguments, []
     place = arguments.index("--")
-    own = arguments[place + 1 :]
-    return [*arguments[:place], *own], own
-
-
-def fit(run: RunConfig, nodes: int) -> tuple[RunConfig, Layout, int]:
-    """As ready_on_nodes, on as many of `nodes` as it can use, and how many those are. Raises ConfigError."""
-    refused: ConfigError | None = None
-    for used in range(nodes, 0, -1):
-        try:
-            return *ready_on_nodes(run, used), used
-        except ConfigError as error:
-            refused = refused or error
-    assert refused is not None
-    raise refused
-
-
-def ready_on_nodes(run: RunConfig, nodes: int) -> tuple[RunConfig, Layout]:
-    """The run in its layout, or in that which auto chooses, on all ranks of `nodes`. Pure.
-
-    Raises ConfigError, also where the hardware says how much memory a rank has, and it does not suffice.
-    """
-    per_node = check_submission(run)
-    world = nodes * per_node
-    if run.parallelism.auto:
-        device = "cuda" if run.hardware.device is Device.cuda else "cpu"
-        run, _ = chosen(run, Space(device, world, per_node, exact=True))
-    layout = validate(run, gpus=per_node, cores=1, joined_world=world)
-    refuse_too_large(run, layout, memory_budget(run, per_node, None))
-    return run, layout
-
-
-def run_dir_of(run: RunConfig, allocation: Allocation) -> Path:
-    """The same through requeues; each task of an array in a directory of its own."""
-    path = base_dir(run, allocation)
-    return path if allocation.array_task is None else path / allocation.array_task
-
-
-def base_dir(run: RunConfig, allocation: Allocation) -> Path:
-    return Path(run.run.dir or f"runs/{allocation.name}").expanduser()
-
-
-def step_command(
-    run: RunConfig, overrides: list[str], nodes: int, layout: Layout, run_dir: Path
-) -> list[str]:
-    """The srun that starts the ranks, or a launcher on each node. Pure but for the interpreter's path."""
-    ranks = layout.world_size // nodes
-    per_node, cpus = tasks_per_node(run, ranks), cpus_per_task(run, ranks)
-    launcher = ["launcher"] if run.slurm.container else [sys.executable, "-m", "launcher"]
-    return [
-        "srun",
-        f"--nodes={nodes}",
-        f"--ntasks={nodes * per_node}",
-        f"--ntasks-per-node={per_node}",
-        # Not inherited from the job (Slurm 22.05 and later).
-        *([f"--cpus-per-task={cpus}"] if cpus else []),
-        # A rank that fails ends the others: without it they wait for their timeout.
-        "--kill-on-bad-exit=1",
-        "--export=ALL",
-        *(["--label"] if nodes * per_node > 1 else []),
-        *run.slurm.srun,
-        *run.slurm.container,
-        *launcher,
-        "train",
-        *overrides,
-        f"hardware.nodes={nodes}",
-        f"run.dir={hydra_text(str(run_dir))}",
-    ]
-
-
-def hydra_text(text: str) -> str:
-    """As Hydra's grammar reads it back: backslashes escape only where a quote follows. Not for `${`."""
-    escaped = re.sub(r'(\\*)"', r'\1\1\\"', text)
-    return '"' + re.sub(r"(\\+)$", r"\1\1", escaped) + '"'
-
-
-def outcome(code: int, told_to_stop: bool, ends: list[RankEnd], ranks: int) -> Outcome:
-    """How it ended, from srun's exit code and, which count more, the words that ranks left. Pure."""
-    if ends and ends[0].kind is Kind.refused:
-        return Outcome(End.refused, ends[0].error)
-    if ends and ends[0].kind is Kind.lost and len(ends) < ranks:
-        # What the others then say, and which of them does, is another each time.
-        return Outcome(End.failed, "a rank ended without a word; srun says above which, and how")
-    if ends and ends[0].kind is not Kind.stopped:
-        return Outcome(End.failed, ends[0].error)
-    if ends or (code and told_to_stop):
-        return Outcome(End.stopped)
-    if code == 0:
-        return Outcome(End.finished)
-    name = next((one.name for one in signal.Signals if one == code - 128), "")
-    with_name = f"srun ended with code {code}" + (f", {name}" if name else "")
-    return Outcome(End.failed, f"{with_name}; what it says stands above")
-
-
-def is_finished(run: RunConfig, run_dir: Path) -> bool:
-    """Whether the run has trained to its last step, and left its final weights."""
-    return final_step(run_dir) == (run.training.stop_at or run.training.steps)
-
-
-def _emptied(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in folder.iterdir():
-        path.unlink()
-    return folder
-
-
-def _run_step(command: list[str], stops: list[int], ends: Path, *, saves: bool) -> int:
-    environment = {**os.environ, ENDS: str(ends.absolute())}
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, env=environment)
-    told = False
-    while (code := process.poll()) is None:
-        if stops and not told:
-            what = "the step in hand is saved" if saves else "at once, as checkpoint.stop_grace_seconds says"
-            _print(f"told to stop: {what}")
-            process.send_signal(signal.SIGUSR1)  # which srun passes on to every rank
-            told = True
-        time.sleep(_POLL)
-    return code if code >= 0 else 128 - code
-
-
-def _is_hopeless(run_dir: Path, found: Outcome) -> bool:
-    """Note a failure; whether it was the last of three alike."""
-    rows = rows_in(run_dir / METRICS)
-    step = int(rows[-1]["step"]) if rows else 0
-    if note_attempt(run_dir, Attempt(step, found.error)) < MOST_ALIKE:
-        return False
-    _print(f"the run failed {MOST_ALIKE} times alike after step {step} and is given up: {found.error}")
-    _print(f"once it is mended, the same command with run.dir={run_dir} goes on from its last checkpoint")
-    return True
-
-
-def _is_running(allocation: Allocation) -> bool:
-    try:
-        return job_state(allocation.id) == "RUNNING"
-    except SlurmError as error:
-        _print(f"{error}: taken for running")
-        return True
-
-
-def _go_on(
-    run: RunConfig, allocation: Allocation, run_dir: Path, script_arguments: list[str], stops: list[int]
-) -> int:
-    """See to it that the run goes on later; the exit code."""
-    if not _is_running(allocation):
-        _print("stopped, and this job is ended by Slurm, which also decides whether it starts again")
-        return STOPPED
-    try:
-        if run.slurm.on_stop is OnStop.requeue:
-            requeue(allocation.id)
-            _print(f"stopped and requeued: job {allocation.id} goes on in {run_dir}")
-            _wait_for_the_end(stops)
-            return STOPPED
-        if run.slurm.on_stop is OnStop.chain:
-            _print(f"stopped: job {_next_link(run, allocation, script_arguments)} goes on in {run_dir}")
-            return 0
-    except SlurmError as error:
-        _print(f"stopped, and cannot be started again by itself: {error}")
-    _print(f"stopped: the same command with run.dir={run_dir} goes on")
-    return STOPPED
-
-
-def _wait_for_the_end(stops: list[int]) -> None:
-    """Of this job, whom Slurm ends once it is requeued: an end of its own would complete it."""
-    before, deadline = len(stops), time.monotonic() + _REQUEUE_TAKES
-    while len(stops) == before and time.monotonic() < deadline:
-        time.sleep(_POLL)
-
-
-def _next_link(run: RunConfig, allocation: Allocation, script_arguments: list[str]) -> str:
-    """Submit the same script once more, to begin when this job has ended."""
-    options = [f"--dependency=afterany:{allocation.id}"]
-    if allocation.array_task is not None:
-        options.append(f"--array={allocation.array_task}")
-    least, most = nodes_of(run)
-    if not least <= allocation.nodes <= most:
-        options.append(f"--nodes={allocation.nodes}")  # asked for on sbatch's command line
-    own = f"run.dir={hydra_text(str(base_dir(run, allocation)))}"
-    return sbatch(batch_script(allocation.id), [*script_arguments, own], options=options)
-
-
-def _say(layout: Layout, nodes: int, allocation: Allocation, run_dir: Path) -> None:
-    used = f"{nodes} of {allocation.nodes} nodes" if nodes < allocation.nodes else f"{nodes} nodes"
-    _print(f"job {allocation.id} on {used}: {layout.describe()}; run {run_dir}")
-
-
-def _print(text: str) -> None:
-    print(f"launcher: {text}", file=sys.stderr, flush=True)
+    script_arguments = arguments[place + 1 :]
+    return [*arguments[:place], *script_arguments], script_arguments

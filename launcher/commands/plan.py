@@ -1,43 +1,58 @@
-"""What `launcher plan` does once its config has been composed and checked."""
+"""`launcher plan`: memory, time and traffic of a run on the hardware that it names, without starting it."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-from launcher.config.layout import Layout
+from launcher.commands.ready import ReadyRun, ready
+from launcher.config.compose import compose_jobs
 from launcher.config.schema import OutputFormat, PlannedRunConfig
+from launcher.config.world import world_of_hardware
+from launcher.launch.machine import this_machine
 from launcher.planning.choose.changes import helpful
-from launcher.planning.choose.search import Search
-from launcher.planning.cost.plan import make_plan, memory_budget
-from launcher.planning.show.plan_figure import draw_plan
+from launcher.planning.show.plan_figure import check_figure, draw_plan
 from launcher.planning.show.plan_report import as_json, print_plan
 from launcher.planning.show.search_report import print_search, search_as_json
 
 
-def plan_and_print(
-    run: PlannedRunConfig, layout: Layout, memory_here: int | None, found_by: Search | None
-) -> dict[str, Any]:
-    """Plan one run, draw and print it as it says; first, what `parallelism=auto` found. As plain values."""
-    plan = make_plan(run, layout, budget=memory_budget(run, layout.world_size, memory_here))
-    changes = helpful(plan)
-    found = as_json(plan, changes)
-    if found_by is not None:
-        found["auto"] = search_as_json(found_by)
-        if run.format is OutputFormat.table:
-            print_search(found_by)
+def main(arguments: list[str]) -> int:
+    jobs = compose_jobs("plan", PlannedRunConfig, arguments)
+    if not jobs:
+        return 0
+    machine = this_machine()
+    for job in jobs:
+        check_figure(job.config.plan.figure)
+    checked = [
+        ready(job.config, world_of_hardware(job.config, machine), needs_data=False, must_fit=False)
+        for job in jobs
+    ]
+    reports, for_people = [], jobs[0].config.format is OutputFormat.table
+    for job, it in zip(jobs, checked, strict=True):
+        if for_people:
+            job.announce()
+        reports.append(_report(it))
+    if not for_people:
+        is_sweep = jobs[0].index is not None
+        print(json.dumps(reports if is_sweep else reports[0], indent=2, allow_nan=False))
+    return 0
+
+
+def _report(it: ReadyRun[PlannedRunConfig]) -> dict[str, Any]:
+    """Return the plan as plain values, after printing and drawing it as the run asks."""
+    run, plan, changes = it.run, it.plan, helpful(it.plan)
+    report, for_people = as_json(plan, changes), run.format is OutputFormat.table
+    if it.search is not None:
+        report["auto"] = search_as_json(it.search)
+        if for_people:
+            print_search(it.search)
     if run.plan.trace:
         from launcher.tracing.formula_check import compare_with_trace
 
-        found["trace"] = compare_with_trace(plan)
-    if run.format is OutputFormat.table:
-        print_plan(plan, changes, found.get("trace"))
+        report["trace"] = compare_with_trace(plan)
+    if for_people:
+        print_plan(plan, changes, report.get("trace"))
     if run.plan.figure:
         draw_plan(plan, Path(run.plan.figure))
-        if run.format is OutputFormat.table:
+        if for_people:
             print(f"figure   {run.plan.figure}")
-    return found
-
-
-def dump(found: list[dict[str, Any]], *, is_sweep: bool) -> str:
-    """One plan as an object, those of a sweep as a list."""
-    return json.dumps(found if is_sweep else found[0], indent=2, allow_nan=False)
+    return report

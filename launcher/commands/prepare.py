@@ -1,6 +1,5 @@
 """The command `launcher prepare`."""
 
-import os
 import shlex
 import signal
 import sys
@@ -16,11 +15,12 @@ from launcher.config.validate import validate_prepare
 from launcher.data.prepare import Input, Preparation, bad_lines_path, find_inputs
 from launcher.data.prepare import Progress as Prepared
 from launcher.data.token_file import bin_path, index_path
+from launcher.launch.machine import this_machine
 
 _LINE_EVERY = 30.0  # seconds between lines where there is no terminal
 
 
-def prepare(arguments: list[str]) -> int:
+def main(arguments: list[str]) -> int:
     """Run `launcher prepare`; the exit code. Raises ConfigError."""
     paths = [argument for argument in arguments if not argument.startswith("-") and "=" not in argument]
     jobs = compose_jobs("prepare", PrepareConfig, [one for one in arguments if one not in paths])
@@ -32,8 +32,8 @@ def prepare(arguments: list[str]) -> int:
     *sources, target = (Path(path).expanduser() for path in paths)
     validate_prepare(jobs[0].config)
     inputs, others = find_inputs(sources)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    job = Preparation(inputs, target, jobs[0].config, jobs[0].config.workers or cores)
+    workers = jobs[0].config.workers or this_machine().cores
+    job = Preparation(inputs, target, jobs[0].config, workers)
     taken = [path for path in job.places() if path.exists()]
     # A stop in the last moment leaves some, with the folder to go on from; with the .idx all is there.
     if taken and (index_path(target) in taken or not job.folder.exists()):

@@ -1,42 +1,77 @@
-"""What `launcher verify` does once its config has been composed and checked."""
+"""`launcher verify`: a run's layout, made small, held against one process of plain torch."""
 
 import time
 from pathlib import Path
 
+from launcher.commands.ready import ReadyRun, ready
+from launcher.config.compose import compose_jobs
 from launcher.config.errors import ConfigError, refusal
-from launcher.config.layout import Layout
 from launcher.config.schema import Device, Dtype, RunConfig
 from launcher.config.validate import validate
-from launcher.engine.distributed import prepare_deepspeed
+from launcher.config.world import Machine, world_of_hardware, world_of_machine
+from launcher.launch.exit_codes import FAILED
+from launcher.launch.machine import share_cores, this_machine
+from launcher.parity.shrink import MOST_RANKS, shrink
+
+HELP = """\
+launcher verify [OVERRIDES]: prove on this machine that a run's layout computes what one process does.
+
+Takes the overrides of the run you mean to train, makes it small, trains it here in its layout and in one
+process of plain torch, and compares. Exit code 0: the same run; 1: not, with a diagnosis; 2: refused.
+
+  verify.steps=3           optimizer steps to compare
+  verify.device=cpu        or cuda: the layout's ranks on this machine's GPUs
+  verify.report=PATH       everything measured, as JSON
+
+Example: launcher verify model=llama_tiny parallelism=tp2_pp2 precision=bf16
+All groups and fields of a run: launcher --help"""
 
 
-def verify_and_report(run: RunConfig, layout: Layout, *, cores: int, gpus: int) -> bool:
-    """Verify one run, print what is found as it is found, and say whether all of it is within bounds.
+def main(arguments: list[str]) -> int:
+    if {"-h", "--help"} & set(arguments):
+        print(HELP)
+        return 0
+    jobs, machine = compose_jobs("config", RunConfig, arguments), this_machine()
+    checked = [
+        ready(job.config, world_of_hardware(job.config, machine), needs_data=False, must_fit=False)
+        for job in jobs
+    ]
+    for job, it in zip(jobs, checked, strict=True):
+        job.announce()
+        if not _verify(it, machine):
+            return FAILED
+    return 0
+
+
+def _verify(it: ReadyRun[RunConfig], machine: Machine) -> bool:
+    """Verify one run and print each result as it comes; return whether all are within bounds.
 
     Raises ConfigError for a report that cannot be written and for GPUs that are not there, before anything
     runs.
     """
-    report, gpus = _writable(run), gpus_to_use(run, gpus)
+    report, gpus = _writable(it.run), gpus_to_use(it.run, machine.gpus)
+    share_cores(MOST_RANKS, machine.cores)
+    from launcher.engine.distributed import prepare_deepspeed
+
     prepare_deepspeed("cuda" if gpus else "cpu")
-    from launcher.parity.shrink import shrink
     from launcher.parity.verdict import print_pass, write_report
     from launcher.parity.verify import verify
 
-    small, shrunk = shrink(run, layout, gpus=gpus)
-    small_layout = validate(small, gpus=gpus, cores=cores)
-    print(f"layout   {layout.describe()}")
+    small, shrunk = shrink(it.run, it.layout, gpus=gpus)
+    small_layout = validate(small, world_of_machine(small, machine))
+    print(f"layout   {it.layout.describe()}")
     print(f"verified {small_layout.describe()}")
     print("shrunk   " + "\n         ".join(shrunk) + "\n", flush=True)
-    if run.precision.dtype is Dtype.fp16:
+    if it.run.precision.dtype is Dtype.fp16:
         print("note     fp16 trains on GPUs only: verified in fp32\n")
     started, passes = time.monotonic(), []
-    for one in verify(small):
-        passes.append(one)
-        print_pass(one)
-    ok = all(one.ok for one in passes)
+    for result in verify(small):
+        passes.append(result)
+        print_pass(result)
+    ok = all(result.ok for result in passes)
     if report:
         write_report(report, small_layout, shrunk, passes)
-    compared = sum(len(one.differences) for one in passes)
+    compared = sum(len(result.differences) for result in passes)
     verdict = "is the same run as one process of plain torch" if ok else "is NOT the same run"
     took = f"{time.monotonic() - started:.0f} s"
     print(f"The layout, made small as above, {verdict}: {compared} comparisons, {took}")
@@ -44,7 +79,7 @@ def verify_and_report(run: RunConfig, layout: Layout, *, cores: int, gpus: int) 
 
 
 def gpus_to_use(run: RunConfig, gpus: int) -> int:
-    """Of this machine's, those that `verify.device` says; 0 is the CPU. Raises ConfigError without any."""
+    """Return how many of this machine's GPUs `verify.device` takes; 0 is the CPU. Raises ConfigError."""
     if run.verify.device is Device.cuda and gpus == 0:
         raise refusal(run, "verify.device", "this machine has no GPU", "verify.device=cpu")
     return 0 if run.verify.device is Device.cpu else gpus

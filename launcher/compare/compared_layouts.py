@@ -6,9 +6,8 @@ from dataclasses import dataclass, replace
 from launcher.config.errors import ConfigError
 from launcher.config.layout import Layout
 from launcher.config.schema import HardwareConfig, ParallelismConfig, RunConfig
-from launcher.config.validate import validate
-from launcher.planning.choose.enforce import refuse_too_large
-from launcher.planning.cost.plan import Plan, make_plan, memory_budget
+from launcher.config.world import World
+from launcher.planning.cost.plan import Plan
 
 Sizes = dict[str, int]
 
@@ -56,10 +55,8 @@ def chosen_layouts(names: list[str], ranks: int) -> dict[str, Sizes]:
     return {name: known[name] for name in names or known}
 
 
-def in_layout(
-    run: RunConfig, name: str, sizes: Sizes, *, gpus: int, cores: int, memory: int | None
-) -> Compared:
-    """The run in that layout, planned: on ranks that each compute on one core. Raises nothing."""
+def in_layout(run: RunConfig, sizes: Sizes, world: World) -> RunConfig:
+    """Return the run in that layout, on ranks that each compute on one core and save nothing."""
     kept = run.parallelism
     parallelism = ParallelismConfig(
         data=sizes.get("data", 1),
@@ -70,21 +67,11 @@ def in_layout(
         activation_checkpointing=kept.activation_checkpointing,
     )
     unsaved = replace(run.checkpoint, enabled=False)
-    one = replace(run, parallelism=parallelism, hardware=_with_a_core_each(run, cores), checkpoint=unsaved)
-    try:
-        layout = validate(one, gpus=gpus, cores=cores)
-    except ConfigError as error:
-        return Compared(name, one, None, None, f"{error.field}={error.value}: {error.why}")
-    budget = memory_budget(one, max(sizes.values(), default=1), memory)
-    plan = make_plan(one, layout, budget=budget)
-    try:
-        refuse_too_large(one, layout, budget)
-    except ConfigError as error:
-        return Compared(name, one, layout, plan, error.why)
-    return Compared(name, one, layout, plan)
+    hardware = _with_a_core_each(run.hardware, world) if world.device == "cpu" else run.hardware
+    return replace(run, parallelism=parallelism, hardware=hardware, checkpoint=unsaved)
 
 
-def _with_a_core_each(run: RunConfig, cores: int) -> HardwareConfig:
+def _with_a_core_each(hardware: HardwareConfig, world: World) -> HardwareConfig:
     """Rates as they were measured of ranks with one core each, for one rank too."""
-    measured = [one for one in run.hardware.measured if one.ranks >= cores]
-    return replace(run.hardware, measured=measured or run.hardware.measured)
+    measured = [rates for rates in hardware.measured if rates.ranks >= world.ranks]
+    return replace(hardware, measured=measured or hardware.measured)

@@ -52,6 +52,11 @@ class Job(Generic[Config]):
     index: int | None
     overrides: list[str]  # that make it, from any directory: --config-dir is among them
 
+    def announce(self) -> None:
+        """Print which job of a sweep comes next; nothing for a single run."""
+        if self.index is not None:
+            print(f"job      {self.index}: {' '.join(self.overrides)}", flush=True)
+
 
 def compose_jobs(config_name: str, root: type[Config], arguments: list[str]) -> list[Job[Config]]:
     """Compose `config_name` from command-line `arguments`: one job, or those of a sweep.

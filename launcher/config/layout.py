@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from launcher.config.errors import refusal, settings
-from launcher.config.schema import Device, Dtype, RunConfig
+from launcher.config.schema import Dtype, RunConfig
 from launcher.config.shape import (
     divisors,
     least_micro_batches,
@@ -14,6 +14,7 @@ from launcher.config.shape import (
     nearest,
     stages_per_rank,
 )
+from launcher.config.world import World
 
 
 @dataclass(frozen=True)
@@ -45,19 +46,21 @@ class Layout:
         return f"{ranks} = {axes}, ZeRO-{self.zero_stage}, {batches} per step and data rank"
 
 
-def resolve_layout(run: RunConfig, *, gpus: int, cores: int, joined_world: int | None = None) -> Layout:
-    """The layout of `run` on a machine with `gpus` and `cores`, or in a world somebody else started.
+def resolve_layout(run: RunConfig, world: World) -> Layout:
+    """Return the layout of `run` on the ranks of `world`.
 
-    `joined_world` is the world size under torchrun or srun, else None: the launcher starts the ranks.
-    Raises ConfigError where the world does not factor, the machine lacks accelerators, or the batch
-    does not divide.
+    Raises ConfigError where the ranks do not factor, the machine lacks accelerators, or the batch does not
+    divide.
     """
-    device = resolve_device(run, gpus=gpus)
+    assert run.hardware.device.name in ("auto", world.device)
+    all_ranks_take_part = world.fixed or run.hardware.nodes > 1
     notes = []
-    if joined_world is not None:
-        data = _data_in_world(run, joined_world)
+    if not world.fixed:
+        check_machine(run, world)
+    if all_ranks_take_part:
+        data = _data_in_world(run, world.ranks if world.fixed else run.hardware.nodes * world.ranks_per_node)
     else:
-        data, note = _data_on_this_machine(run, device, gpus=gpus, cores=cores)
+        data, note = _data_on_this_machine(run, world)
         notes += [note] if note else []
     zero_stage, note = effective_zero_stage(run)
     notes += [note] if note else []
@@ -65,24 +68,12 @@ def resolve_layout(run: RunConfig, *, gpus: int, cores: int, joined_world: int |
         pipeline=run.parallelism.pipeline,
         data=data,
         tensor=run.parallelism.tensor,
-        device=device,
-        accumulation=_accumulation(run, data, fewer_ranks_possible=joined_world is None),
+        device=world.device,
+        accumulation=_accumulation(run, data, fewer_ranks_possible=not all_ranks_take_part),
         zero_stage=zero_stage,
         stages_per_rank=stages_per_rank(run),
         notes=tuple(notes),
     )
-
-
-def resolve_device(run: RunConfig, *, gpus: int) -> str:
-    """`auto` becomes "cuda" where there are GPUs, else "cpu". Raises ConfigError without a GPU for cuda."""
-    wanted = run.hardware.device
-    if wanted is Device.cuda and gpus == 0:
-        raise refusal(
-            run, "hardware.device", "this machine has no GPU", "hardware=cpu", "hardware=local (what is here)"
-        )
-    if wanted is Device.auto:
-        return "cuda" if gpus else "cpu"
-    return wanted.name
 
 
 def effective_zero_stage(run: RunConfig) -> tuple[int, str | None]:
@@ -129,22 +120,9 @@ def _data_in_world(run: RunConfig, world: int) -> int:
     return data
 
 
-def _data_on_this_machine(run: RunConfig, device: str, *, gpus: int, cores: int) -> tuple[int, str | None]:
-    _check_machine(run, device, gpus=gpus)
-    h, p = run.hardware, run.parallelism
-    copy = p.tensor * p.pipeline
-    if device == "cpu" and h.accelerators_per_node is None:
-        data = p.data or _largest_data_that_divides_the_batch(run, max(1, cores // copy))
-    else:
-        data = _data_on_accelerators(run, h.accelerators_per_node or gpus, device)
-    ranks = data * copy
-    if device == "cpu" and ranks > cores:
-        return data, f"{ranks} CPU ranks share {_count(cores, 'core')}: right, but slow"
-    return data, None
-
-
-def _check_machine(run: RunConfig, device: str, *, gpus: int) -> None:
-    if run.hardware.nodes > 1:
+def check_machine(run: RunConfig, world: World) -> None:
+    """Raise ConfigError where the run asks for more nodes or GPUs than the launcher can start ranks on."""
+    if run.hardware.nodes > world.nodes:
         raise refusal(
             run,
             "hardware.nodes",
@@ -153,14 +131,27 @@ def _check_machine(run: RunConfig, device: str, *, gpus: int) -> None:
             "`launcher submit` instead",
             "the same command started on every node by torchrun or srun",
         )
-    if device == "cuda" and (run.hardware.accelerators_per_node or 0) > gpus:
+    if world.device == "cuda" and (run.hardware.accelerators_per_node or 0) > world.ranks_per_node:
         raise refusal(
             run,
             "hardware.accelerators_per_node",
-            f"this machine has {_count(gpus, 'GPU')}",
-            f"hardware.accelerators_per_node={gpus}",
+            f"this machine has {_count(world.ranks_per_node, 'GPU')}",
+            f"hardware.accelerators_per_node={world.ranks_per_node}",
             "hardware=local (what is here)",
         )
+
+
+def _data_on_this_machine(run: RunConfig, world: World) -> tuple[int, str | None]:
+    h, p = run.hardware, run.parallelism
+    copy, here = p.tensor * p.pipeline, world.ranks_per_node
+    if world.device == "cpu" and h.accelerators_per_node is None:
+        data = p.data or _largest_data_that_divides_the_batch(run, max(1, here // copy))
+    else:
+        data = _data_on_accelerators(run, h.accelerators_per_node or here, world.device)
+    ranks = data * copy
+    if world.device == "cpu" and ranks > here:
+        return data, f"{ranks} CPU ranks share {_count(here, 'core')}: right, but slow"
+    return data, None
 
 
 def _data_on_accelerators(run: RunConfig, available: int, device: str) -> int:

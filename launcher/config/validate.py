@@ -1,4 +1,4 @@
-"""Rules across fields. Pure: reads the config and the machine's size, raises ConfigError, changes nothing.
+"""Rules across fields. Pure: reads the config and the world, raises ConfigError, changes nothing.
 
 Each rule is a function of the run alone, listed in RULES; what depends on the world size is in layout.py.
 """
@@ -50,6 +50,7 @@ from launcher.config.shape import (
     whole_weights,
 )
 from launcher.config.slurm_rules import check_slurm
+from launcher.config.world import World
 
 EXAMPLE_GLOB = "corpus/**/*.txt"
 EXAMPLE_PREFIX = "corpora/web"
@@ -58,11 +59,11 @@ LONGEST_PERIOD = (
 )
 
 
-def validate(run: RunConfig, *, gpus: int, cores: int, joined_world: int | None = None) -> Layout:
-    """Check every rule and return the resolved layout. Raises ConfigError at the first that fails."""
+def validate(run: RunConfig, world: World) -> Layout:
+    """Check every rule and return the layout of the run. Raises ConfigError at the first rule that fails."""
     for rule in RULES:
         rule(run)
-    layout = resolve_layout(run, gpus=gpus, cores=cores, joined_world=joined_world)
+    layout = resolve_layout(run, world)
     check_fp16_has_a_gpu(run, layout)
     return layout
 

@@ -86,6 +86,15 @@ def joined_ranks(environ: Mapping[str, str]) -> RankEnvironment | None:
     return None
 
 
+def speaks_for_all(environ: Mapping[str, str]) -> bool:
+    """Return whether this process reports what all ranks of torchrun or srun have to report alike."""
+    try:
+        ranks = joined_ranks(environ)
+    except ConfigError:
+        return True  # a stray RANK or WORLD_SIZE: there may be no first rank
+    return ranks is None or ranks.rank == 0
+
+
 def step_name(environ: Mapping[str, str]) -> str | None:
     """What to call a run whose ranks srun starts: the same on every node and after a requeue; else None."""
     if "RANK" in environ or joined_ranks(environ) is None:

@@ -3,19 +3,15 @@
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
-
-@dataclass(frozen=True)
-class Machine:
-    gpus: int
-    cores: int
+from launcher.config.world import Machine
 
 
 def this_machine() -> Machine:
-    """The GPUs and the CPU cores that this process may use. Under WSL 2, GPUs are not seen."""
-    return Machine(gpus=visible_gpus(os.environ, existing_gpus()), cores=_usable_cores())
+    """Return the GPUs, CPU cores and memory that this process may use. Under WSL 2, GPUs are not seen."""
+    gpus = visible_gpus(os.environ, existing_gpus())
+    return Machine(gpus=gpus, cores=_usable_cores(), memory_bytes=memory_here())
 
 
 def existing_gpus(root: Path = Path("/")) -> int:

@@ -12,6 +12,7 @@ import torch
 
 from launcher.config.layout import Layout, resolve_layout
 from launcher.config.schema import Dtype, OptimizerConfig, OptimizerName, RunConfig
+from launcher.config.world import World
 from launcher.engine.distributed import prepare_deepspeed
 from launcher.launch.local import run_local_ranks
 from launcher.models.blocks import BlockContext
@@ -110,8 +111,9 @@ def dropout_pass(small: RunConfig, mutation: Callable[[], None] | None = None) -
 def _layout(run: RunConfig) -> Layout:
     p = run.parallelism
     assert p.data is not None
-    # As many as it takes: that the machine has them was checked at the start.
-    return resolve_layout(run, gpus=p.pipeline * p.data * p.tensor, cores=1)
+    # As many ranks as the layout takes: that the machine has them was checked at the start.
+    ranks = p.pipeline * p.data * p.tensor
+    return resolve_layout(run, World(run.hardware.device.name, ranks, ranks, fixed=True))
 
 
 def initial_weights(run: RunConfig) -> Weights:

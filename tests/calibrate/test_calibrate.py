@@ -10,11 +10,12 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from launcher.calibrate.hardware_file import rank_counts
 from launcher.calibrate.rounds import combined
-from launcher.commands.calibrate import rank_counts
 from launcher.config.compose import compose_jobs
 from launcher.config.schema import MeasuredRates, PlannedRunConfig, Point
 from launcher.config.validate import validate
+from launcher.config.world import World
 from launcher.planning.cost.measured_rates import calibrated, interpolated
 from launcher.planning.cost.plan import Plan, make_plan
 from tests.runtime.command import launcher
@@ -33,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def planned(folder: Path, *overrides: str) -> Plan:
     [job] = compose_jobs("plan", PlannedRunConfig, [f"--config-dir={folder}", "hardware=here", *overrides])
-    return make_plan(job.config, validate(job.config, gpus=0, cores=2))
+    return make_plan(job.config, validate(job.config, World("cpu", 2, 2)))
 
 
 def test_a_plan_knows_how_long_a_step_takes(folder: Path) -> None:

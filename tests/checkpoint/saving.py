@@ -12,6 +12,7 @@ from torch import Tensor
 from launcher.checkpoint.manifest import DIRECTORY, Manifest, read_manifest, step_name
 from launcher.config.layout import Layout, resolve_layout
 from launcher.config.schema import CheckpointConfig, RunConfig
+from launcher.config.world import World
 from launcher.engine.optimizer import state_keys
 from launcher.launch.local import run_local_ranks
 from launcher.parity.reference import probe_batches
@@ -61,7 +62,7 @@ def run_in(layout: str, *overrides: str, steps: int = STEPS) -> tuple[RunConfig,
     m.num_kv_heads = None if m.num_kv_heads is None else 2
     m.vocab_size, m.max_sequence_length, run.data.sequence_length = 257, 16, None
     run.training.global_batch_size, run.training.micro_batch_size = 16, 2
-    return run, resolve_layout(run, gpus=0, cores=8)
+    return run, resolve_layout(run, World("cpu", 8, 8))
 
 
 def train(

@@ -28,7 +28,7 @@ from launcher.checkpoint.manifest import (
 )
 from launcher.checkpoint.read import Reader
 from launcher.checkpoint.resume_choice import check_corpus_is, checkpoint_of
-from launcher.commands.checkpoint import inspect
+from launcher.commands.checkpoint import main as inspect
 from launcher.config.errors import ConfigError
 from launcher.config.schema import CheckpointConfig, RunConfig
 from launcher.runtime.run_dir import config_as_dict

@@ -25,6 +25,7 @@ from launcher.checkpoint.sources import Kind, weights_at
 from launcher.config.errors import ConfigError
 from launcher.config.layout import resolve_layout
 from launcher.config.schema import CheckpointConfig, Dtype, ExchangeConfig, Family, ModelConfig, RunConfig
+from launcher.config.world import World
 from launcher.launch.local import run_local_ranks
 from tests.checkpoint.saving import EMPTY
 from tests.models.small import batch, small
@@ -90,7 +91,7 @@ def begin_and_save(run: RunConfig, source: Path, folder: Path) -> Path:
     """Ranks that begin with these weights, train no step, and save."""
     folder.mkdir(parents=True)
     target = partial(_rank, run=run, source=source, folder=folder)
-    layout = resolve_layout(run, gpus=0, cores=8)
+    layout = resolve_layout(run, World("cpu", 8, 8))
     run_local_ranks(target, layout.world_size, log_dir=folder / "logs", start_method="fork")
     return checkpoints_in(folder)[0]
 
@@ -103,7 +104,7 @@ def _rank(rank: int, *, run: RunConfig, source: Path, folder: Path) -> None:
     from launcher.engine.distributed import join, leave
     from launcher.runtime.run_dir import config_as_dict
 
-    layout = resolve_layout(run, gpus=0, cores=8)
+    layout = resolve_layout(run, World("cpu", 8, 8))
     meeting = f"file://{folder / 'store'}"
     device = join(rank=rank, world_size=layout.world_size, local_rank=rank, device="cpu", init_method=meeting)
     engine = build_engine(run, layout, device)

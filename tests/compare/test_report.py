@@ -4,20 +4,24 @@ from dataclasses import replace
 
 import pytest
 
+from launcher.commands.compare import planned
 from launcher.compare.compared_layouts import Compared, chosen_layouts, in_layout, named_layouts
 from launcher.compare.comparison_report import Row, as_json, bubble, differing, metric_rows
 from launcher.compare.measured_layout import Measured, together
 from launcher.compare.rank_record import Recorded
 from launcher.config.errors import ConfigError
 from launcher.config.schema import MeasuredRates
+from launcher.config.world import World
 from tests.config.composing import run_of
 
 PARTS = {"compute": 1.0, "tensor": 0.0, "data": 0.0, "pipeline": 0.5, "optimizer": 0.0}
 
+CORES = World("cpu", 2, 2)
+
 
 def compared(name: str, ranks: int = 4, *overrides: str) -> Compared:
     run = run_of("hardware=cpu", "parallelism=single", *overrides)
-    return in_layout(run, name, named_layouts(ranks)[name], gpus=0, cores=2, memory=None)
+    return planned(name, in_layout(run, named_layouts(ranks)[name], CORES), CORES)
 
 
 def row(name: str, *losses: float) -> Row:
@@ -57,8 +61,8 @@ def test_one_rank_has_a_core_as_each_of_many_has() -> None:
     run = run_of("hardware=cpu", "parallelism=single")
     measured = [MeasuredRates(ranks, stream=1.0, operation_s=1.0) for ranks in (1, 2, 4)]
     run.hardware = replace(run.hardware, measured=measured)
-    one = in_layout(run, "single", {}, gpus=0, cores=2, memory=None)
-    assert [rates.ranks for rates in one.run.hardware.measured] == [2, 4]
+    alone = in_layout(run, {}, CORES)
+    assert [rates.ranks for rates in alone.hardware.measured] == [2, 4]
 
 
 def test_losses_that_differ_are_found() -> None:

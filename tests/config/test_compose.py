@@ -26,6 +26,7 @@ from launcher.config.fields import (
 from launcher.config.layout import Layout
 from launcher.config.schema import GenerateConfig, RunConfig
 from launcher.config.validate import validate
+from launcher.config.world import Machine, World, world_of_hardware
 from tests.config.composing import FIELDS, Case, alternatives, cases, composed, composed_generate, section_of
 
 CONF = config_directory()
@@ -63,9 +64,7 @@ def gpus_of(run: RunConfig) -> int:
 
 def validated(run: RunConfig) -> Layout:
     """On as many nodes as the run's hardware has."""
-    nodes, per_node = run.hardware.nodes, run.hardware.accelerators_per_node or 1
-    world = nodes * per_node if nodes > 1 else None
-    return validate(run, gpus=gpus_of(run), cores=2, joined_world=world)
+    return validate(run, world_of_hardware(run, Machine(gpus=0, cores=2)))
 
 
 def leaves(config: Any) -> dict[str, type]:
@@ -140,7 +139,9 @@ class TestConf:
     def test_a_layout_is_what_it_is_called(
         self, option: str, pipeline: int, data: int, tensor: int, zero_stage: int
     ) -> None:
-        layout = validate(composed(f"parallelism={option}", "training.global_batch_size=32"), gpus=8, cores=2)
+        layout = validate(
+            composed(f"parallelism={option}", "training.global_batch_size=32"), World("cuda", 8, 8)
+        )
         assert layout == Layout(pipeline, data, tensor, "cuda", 8 // data, zero_stage)
 
     @pytest.mark.parametrize("experiment", EXPERIMENTS)
@@ -188,7 +189,7 @@ class TestConf:
 
     def test_the_defaults_are_a_run_that_works_anywhere(self) -> None:
         for cores in (1, 2, 64):
-            assert validate(composed(), gpus=0, cores=cores).world_size <= cores
+            assert validate(composed(), World("cpu", cores, cores)).world_size <= cores
 
     def test_generate_composes(self) -> None:
         config = composed_generate("run.dir=runs/a", "prompt=x y", "temperature=0")

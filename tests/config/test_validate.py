@@ -13,8 +13,8 @@ import yaml
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from launcher.commands.job import ready_on_nodes
-from launcher.config import deepspeed_keys, layout, numbers, slurm_rules, validate
+from launcher.commands.ready import ready
+from launcher.config import deepspeed_keys, layout, numbers, slurm_rules, validate, world
 from launcher.config.errors import ConfigError
 from launcher.config.fields import fields_of
 from launcher.config.layout import Layout
@@ -29,6 +29,7 @@ from launcher.config.schema import (
     RunConfig,
 )
 from launcher.config.shape import legal_pipeline_sizes, legal_tensor_sizes, sequence_length
+from launcher.config.world import Machine, world_of_joined_ranks, world_of_machine, world_of_nodes
 from tests.config.composing import (
     FIELDS,
     Case,
@@ -81,7 +82,8 @@ def check(refusal: Case, overrides: list[str]) -> Layout | str:
     if overrides[:1] == ["generate"]:
         return validate.validate_generate(composed_generate(*overrides[1:]))
     if overrides[:1] == ["submit"]:
-        return ready_on_nodes(run_of(*overrides[1:]), 1)[1]
+        run = run_of(*overrides[1:])
+        return ready(run, world_of_nodes(run, 1), needs_data=False, must_fit=True).layout
     if overrides[:1] == ["compare"]:
         validate.validate_compare(composed_compare(*overrides[1:]))
         return "accepted"
@@ -91,9 +93,16 @@ def check(refusal: Case, overrides: list[str]) -> Layout | str:
     if overrides[:1] == ["prepare"]:
         validate.validate_prepare(composed_prepare(*overrides[1:]))
         return "accepted"
-    machine = {name: int(count) for name, count in re.findall(r"\[(\w+)=(\d+)\]", refusal.command)}
-    run, world = run_of(*overrides), machine.get("world")
-    return validate.validate(run, gpus=machine.get("gpus", 0), cores=2, joined_world=world)
+    counts = {name: int(count) for name, count in re.findall(r"\[(\w+)=(\d+)\]", refusal.command)}
+    return layout_of(run_of(*overrides), Machine(counts.get("gpus", 0), cores=2), counts.get("world"))
+
+
+def layout_of(run: RunConfig, machine: Machine, joined_ranks: int | None) -> Layout:
+    """The layout on this machine, or in a world that torchrun started. Raises ConfigError."""
+    if joined_ranks is None:
+        return validate.validate(run, world_of_machine(run, machine))
+    joined = world_of_joined_ranks(run, machine, ranks=joined_ranks, ranks_per_node=joined_ranks)
+    return validate.validate(run, joined)
 
 
 @functools.cache
@@ -124,7 +133,7 @@ class TestMessages:
         for offer in offers:
             assert check(refusal, [*overrides, *offer])
 
-    @pytest.mark.parametrize("module", [validate, layout, numbers, deepspeed_keys, slurm_rules])
+    @pytest.mark.parametrize("module", [validate, layout, world, numbers, deepspeed_keys, slurm_rules])
     def test_every_raise_has_a_case(self, module: ModuleType) -> None:
         assert module.__file__
         raises = [n for n in ast.walk(ast.parse(inspect.getsource(module))) if isinstance(n, ast.Raise)]
@@ -155,7 +164,7 @@ class TestMessages:
 
 class TestLayout:
     def resolve(self, *typed: str, gpus: int = 0, cores: int = 2, world: int | None = None) -> Layout:
-        return validate.validate(run_of(*typed), gpus=gpus, cores=cores, joined_world=world)
+        return layout_of(run_of(*typed), Machine(gpus, cores), world)
 
     @pytest.mark.parametrize(
         ("typed", "cores", "data"),
@@ -295,6 +304,9 @@ SHAPES = ("model=gpt_tiny", "model=llama_tiny")
 SCHEDULES = ("scheduler=cosine", "scheduler=wsd")
 
 
+Place = tuple[Machine, int | None]
+
+
 @st.composite
 def runs(draw: st.DrawFn) -> RunConfig:
     """A run with some settings drawn at random, and the others as they are: many work, many do not."""
@@ -305,9 +317,10 @@ def runs(draw: st.DrawFn) -> RunConfig:
 
 
 @st.composite
-def machines(draw: st.DrawFn) -> dict[str, int | None]:
-    world = draw(st.none() | st.integers(1, 16))
-    return {"gpus": draw(st.integers(0, 8)), "cores": draw(st.integers(1, 8)), "joined_world": world}
+def places(draw: st.DrawFn) -> Place:
+    """A machine and, if torchrun started them, the number of ranks."""
+    machine = Machine(gpus=draw(st.integers(0, 8)), cores=draw(st.integers(1, 8)))
+    return machine, draw(st.none() | st.integers(1, 16))
 
 
 def set_field(run: RunConfig, field: str, value: object) -> None:
@@ -315,35 +328,33 @@ def set_field(run: RunConfig, field: str, value: object) -> None:
     setattr(section_of(run, section), name, value)
 
 
-def outcome(run: RunConfig, machine: dict[str, int | None]) -> Layout | ConfigError:
+def outcome(run: RunConfig, place: Place) -> Layout | ConfigError:
     try:
-        return validate.validate(run, **machine)  # type: ignore[arg-type]
+        return layout_of(run, *place)
     except ConfigError as error:
         return error
 
 
 class TestAnyRun:
-    @given(run=runs(), machine=machines())
+    @given(run=runs(), place=places())
     @settings(max_examples=400)
-    def test_is_refused_or_resolved_and_never_changed(
-        self, run: RunConfig, machine: dict[str, int | None]
-    ) -> None:
+    def test_is_refused_or_resolved_and_never_changed(self, run: RunConfig, place: Place) -> None:
         before = copy.deepcopy(run)
-        found = outcome(run, machine)
+        found = outcome(run, place)
         assert run == before
         if isinstance(found, ConfigError):
             assert found.why
             assert found.remedy
         else:
-            check_invariants(run, machine, found)
+            check_invariants(run, place, found)
 
-    @given(run=runs(), machine=machines(), choices=st.lists(st.integers(0, 4), min_size=12, max_size=12))
+    @given(run=runs(), place=places(), choices=st.lists(st.integers(0, 4), min_size=12, max_size=12))
     @settings(max_examples=200)
     def test_following_any_advice_leads_to_a_run_that_works(
-        self, run: RunConfig, machine: dict[str, int | None], choices: list[int]
+        self, run: RunConfig, place: Place, choices: list[int]
     ) -> None:
         said = []
-        while isinstance(error := outcome(run, machine), ConfigError):
+        while isinstance(error := outcome(run, place), ConfigError):
             said.append(str(error))
             assert len(said) <= len(choices), said
             offers = alternatives(error)
@@ -352,7 +363,7 @@ class TestAnyRun:
                 follow(run, setting)
 
 
-def check_invariants(run: RunConfig, machine: dict[str, int | None], found: Layout) -> None:
+def check_invariants(run: RunConfig, place: Place, found: Layout) -> None:
     p, t = run.parallelism, run.training
     assert found.world_size == found.pipeline * found.data * found.tensor
     assert (found.tensor, found.pipeline) == (p.tensor, p.pipeline)
@@ -366,11 +377,12 @@ def check_invariants(run: RunConfig, machine: dict[str, int | None], found: Layo
     assert found.zero_stage == p.zero_stage or ((p.zero_stage, found.zero_stage) == (0, 1) and found.notes)
     assert not (found.zero_stage == 0 and (found.pipeline > 1 or run.precision.dtype is not Dtype.fp32))
     assert not (found.device == "cpu" and run.precision.dtype is Dtype.fp16)
-    assert found.device == "cpu" or machine["gpus"]
-    if machine["joined_world"] is not None:
-        assert found.world_size == machine["joined_world"]
+    machine, joined_ranks = place
+    assert found.device == "cpu" or machine.gpus
+    if joined_ranks is not None:
+        assert found.world_size == joined_ranks
     elif found.device == "cuda":
-        assert found.world_size <= (machine["gpus"] or 0)
+        assert found.world_size <= machine.gpus
 
 
 def follow(run: RunConfig, setting: str) -> None:

@@ -5,13 +5,14 @@ from typing import Any
 import pytest
 
 from launcher.config.layout import resolve_layout
+from launcher.config.world import Machine, world_of_machine
 from launcher.engine.ds_config import deepspeed_config, merged
 from tests.config.composing import composed
 
 
 def emitted(*overrides: str, gpus: int = 0) -> dict[str, Any]:
     run = composed(*overrides)
-    return deepspeed_config(run, resolve_layout(run, gpus=gpus, cores=2))
+    return deepspeed_config(run, resolve_layout(run, world_of_machine(run, Machine(gpus=gpus, cores=2))))
 
 
 def test_micro_batch_and_accumulation_and_never_the_third_side_of_the_triangle() -> None:

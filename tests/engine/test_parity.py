@@ -12,6 +12,7 @@ from launcher.config.compose import config_directory, to_typed
 from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig, register_schema
 from launcher.config.validate import validate
+from launcher.config.world import World
 from launcher.engine.distributed import join, leave, prepare_deepspeed
 from tests.distributed import run_fresh
 from tests.engine.reference import Trace, reference_trace, samples_for
@@ -68,7 +69,7 @@ def reference(overrides: tuple[str, ...]) -> Trace:
 def trace_of(overrides: list[str], mutation: Callable[[], None] | None = None) -> Trace:
     """Run the layout on real ranks; the loss and norm must be the same on all of them."""
     run = run_of(overrides)
-    layout = validate(run, gpus=0, cores=2)
+    layout = validate(run, World("cpu", 2, 2))
     # As text: the ranks rebuild it, as a user's would.
     traces = run_fresh(
         _rank, layout.world_size, OmegaConf.to_yaml(OmegaConf.structured(run)), layout, mutation

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.launch.machine import Machine, existing_gpus, memory_here, this_machine, visible_gpus
+from launcher.config.world import Machine
+from launcher.launch.machine import existing_gpus, memory_here, this_machine, visible_gpus
 
 
 @pytest.mark.parametrize(
@@ -50,7 +51,7 @@ def test_existing_gpus_are_else_those_of_the_driver(tmp_path: Path) -> None:
 def test_this_machine_respects_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
     machine = this_machine()
-    assert machine == Machine(gpus=0, cores=machine.cores)
+    assert machine == Machine(0, machine.cores, memory_here())
     assert machine.cores >= 1
 
 

@@ -14,6 +14,7 @@ from launcher.config.errors import ConfigError
 from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
 from launcher.config.validate import validate
+from launcher.config.world import World
 from tests.config.composing import run_of
 
 RANKS = 8
@@ -63,7 +64,7 @@ COMBINATIONS = [
 def outcome(combination: Combination) -> Layout | ConfigError:
     """What the product's own rules say."""
     try:
-        return validate(run_of("model=gpt_tiny", *combination.overrides), gpus=0, cores=RANKS)
+        return validate(run_of("model=gpt_tiny", *combination.overrides), World("cpu", RANKS, RANKS))
     except ConfigError as error:
         return error
 

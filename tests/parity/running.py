@@ -6,6 +6,7 @@ import torch
 
 from launcher.config.schema import RunConfig
 from launcher.config.validate import validate
+from launcher.config.world import World
 from launcher.engine.distributed import prepare_deepspeed
 from tests.config.composing import run_of
 
@@ -41,7 +42,7 @@ __all__ = [
 def small_run(*overrides: str, steps: int = 2) -> RunConfig:
     """A run of these overrides, shrunk as verify does."""
     run = run_of("hardware=cpu", f"verify.steps={steps}", *overrides)
-    return shrink(run, validate(run, gpus=0, cores=CORES))[0]
+    return shrink(run, validate(run, World("cpu", CORES, CORES)))[0]
 
 
 def plain_sgd_pass(small: RunConfig, mutation: Callable[[], None] | None = None) -> Pass:

@@ -15,6 +15,7 @@ from launcher.config.errors import ConfigError
 from launcher.config.fields import config_directory
 from launcher.config.layout import Layout, resolve_layout
 from launcher.config.validate import validate
+from launcher.config.world import World
 from launcher.parity.differences import Difference
 from launcher.parity.recording import record_rank
 from launcher.parity.shrink import shrink
@@ -142,14 +143,14 @@ def test_gpus_that_are_not_there_are_refused(tmp_path: Path) -> None:
 
 def test_on_gpus_there_are_no_more_ranks_than_gpus() -> None:
     run = run_of("model=gpt_tiny", "parallelism=hybrid_3d", "hardware=h100_80gb", "verify.device=cuda")
-    layout = validate(run, gpus=8, cores=2, joined_world=8)
+    layout = validate(run, World("cuda", 8, 8))
     small, _ = shrink(run, layout, gpus=8)
-    assert validate(small, gpus=8, cores=2).world_size == 8
-    assert validate(small, gpus=8, cores=2).device == "cuda"
+    assert validate(small, World("cuda", 8, 8)).world_size == 8
+    assert validate(small, World("cuda", 8, 8)).device == "cuda"
     with pytest.raises(ConfigError, match="8 ranks, more than the 4 GPUs here"):
-        validate(shrink(run, layout, gpus=4)[0], gpus=4, cores=2)
+        validate(shrink(run, layout, gpus=4)[0], World("cuda", 4, 4))
     wide = run_of("model=gpt_tiny", "parallelism.data=4", "parallelism.tensor=2", "hardware=h100_80gb")
-    small, _ = shrink(wide, validate(wide, gpus=8, cores=2), gpus=4)
+    small, _ = shrink(wide, validate(wide, World("cuda", 8, 8)), gpus=4)
     assert (small.parallelism.data, small.parallelism.tensor) == (2, 2)
     assert gpus_to_use(run, 4) == 4
     assert gpus_to_use(wide, 4) == 0
@@ -158,6 +159,6 @@ def test_on_gpus_there_are_no_more_ranks_than_gpus() -> None:
 def test_ranks_can_be_spawned_too() -> None:
     """As they must be on GPUs: what a rank is given survives pickling."""
     run = small_run("model=gpt_tiny", "parallelism=tp2")
-    layout = resolve_layout(run, gpus=0, cores=2)
+    layout = resolve_layout(run, World("cpu", 2, 2))
     target = partial(_rank, record=record_rank, run=run, layout=layout, folder=Path("."), mutation=None)
     assert pickle.loads(pickle.dumps(target)).keywords["run"] == run

@@ -9,6 +9,7 @@ import torch
 
 from launcher.config.schema import OptimizerName, RunConfig
 from launcher.config.validate import validate
+from launcher.config.world import World
 from launcher.parity.differences import (
     Difference,
     applied_gradients,
@@ -29,7 +30,7 @@ STEPS = 2
 def run() -> RunConfig:
     run = run_of("model=llama_tiny", f"verify.steps={STEPS}", "parallelism.data=1", "optimizer=sgd")
     run.optimizer.lr = 0.1
-    small, _ = shrink(run, validate(run, gpus=0, cores=1))
+    small, _ = shrink(run, validate(run, World("cpu", 1, 1)))
     return small
 
 

@@ -6,6 +6,7 @@ from launcher.config.errors import ConfigError
 from launcher.config.layout import Layout
 from launcher.config.schema import Dtype
 from launcher.config.validate import validate
+from launcher.config.world import World
 from tests.parity.matrix import (
     COMBINATIONS,
     LEGAL,
@@ -24,7 +25,7 @@ QUICK = covering([c for c in LEGAL if c.ranks <= QUICK_RANKS], 8)
 
 def verify_combination(combination: Combination, *, quick: bool, seed: int = 1234) -> None:
     run = run_of_combination(combination, "verify.steps=2", f"training.seed={seed}")
-    small, _ = shrink(run, validate(run, gpus=0, cores=RANKS))
+    small, _ = shrink(run, validate(run, World("cpu", RANKS, RANKS)))
     # The plain-SGD pass in the run's own precision alone: it compares every gradient.
     wanted = [p for p in passes(small) if not quick or (p[2] and p[1].precision.dtype is run.precision.dtype)]
     for title, own, plain_sgd in wanted:
@@ -72,7 +73,7 @@ def test_variations_do_not_depend_on_each_other() -> None:
 
 def test_variations_are_legal_where_the_combination_is() -> None:
     for combination in LEGAL:
-        validate(run_of_combination(combination), gpus=0, cores=RANKS)
+        validate(run_of_combination(combination), World("cpu", RANKS, RANKS))
 
 
 def why_illegal(c: Combination) -> list[str]:

@@ -11,6 +11,7 @@ from launcher.config.layout import Layout
 from launcher.config.schema import Dtype, RunConfig
 from launcher.config.shape import kv_heads, sequence_length
 from launcher.config.validate import validate
+from launcher.config.world import World
 from launcher.parity.shrink import MOST_RANKS, shrink, shrunk_axes, single
 from tests.config.composing import run_of
 
@@ -47,7 +48,9 @@ def legal_runs(draw: st.DrawFn) -> tuple[RunConfig, Layout]:
     t.global_batch_size = t.micro_batch_size * data * draw(st.integers(1, 9))
     run.optimizer.gradient_clipping = draw(st.sampled_from([None, 0.1, 1.0]))
     try:
-        return run, validate(run, gpus=0, cores=8, joined_world=p.tensor * p.pipeline * data)
+        return run, validate(
+            run, World("cpu", p.tensor * p.pipeline * data, p.tensor * p.pipeline * data, fixed=True)
+        )
     except ConfigError:
         assume(False)
         raise
@@ -61,7 +64,7 @@ def test_is_legal_small_and_of_the_same_kind(found: tuple[RunConfig, Layout]) ->
     small, _ = shrink(run, layout)
     assert run == before
 
-    small_layout = validate(small, gpus=0, cores=2)
+    small_layout = validate(small, World("cpu", 2, 2))
     assert small_layout.world_size <= MOST_RANKS
     assert small_layout.device == "cpu"
     for axis in ("pipeline", "data", "tensor"):
@@ -80,7 +83,7 @@ def test_is_legal_small_and_of_the_same_kind(found: tuple[RunConfig, Layout]) ->
 def test_with_heads_for_eight_tensor_ranks_it_is_small_too() -> None:
     heads = ["model.num_heads=64", "model.num_kv_heads=16", "model.hidden_size=4096", "parallelism.tensor=8"]
     run = run_of("model=llama_tiny", *heads)
-    small, _ = shrink(run, validate(run, gpus=0, cores=8, joined_world=8))
+    small, _ = shrink(run, validate(run, World("cpu", 8, 8, fixed=True)))
     assert (small.model.num_heads, small.model.num_kv_heads, small.model.hidden_size) == (32, 16, 128)
     assert parameters(small) < 1_000_000
 
@@ -130,8 +133,8 @@ def test_axes(pipeline: int, data: int, tensor: int) -> None:
 def test_the_factor_of_an_axis_is_not_that_of_accumulation() -> None:
     for layout in ("dp", "tp2", "pp2", "tp2_pp2", "hybrid_3d"):
         run = run_of(f"parallelism={layout}", "training.micro_batch_size=1")
-        small, _ = shrink(run, validate(run, gpus=0, cores=2))
-        found = validate(small, gpus=0, cores=2)
+        small, _ = shrink(run, validate(run, World("cpu", 2, 2)))
+        found = validate(small, World("cpu", 2, 2))
         assert found.accumulation > 1
         assert found.accumulation not in (found.data, found.tensor, found.pipeline)
 
@@ -139,14 +142,14 @@ def test_the_factor_of_an_axis_is_not_that_of_accumulation() -> None:
 @pytest.mark.parametrize("dtype", Dtype)
 def test_only_fp16_becomes_another_precision(dtype: Dtype) -> None:
     run = run_of("hardware=a100_80gb", "training.micro_batch_size=1", f"precision={dtype.name}")
-    small, report = shrink(run, validate(run, gpus=1, cores=2, joined_world=8))
+    small, report = shrink(run, validate(run, World("cuda", 8, 8, fixed=True)))
     assert small.precision.dtype is (Dtype.fp32 if dtype is Dtype.fp16 else dtype)
     assert ("precision.dtype fp16 -> fp32" in report) == (dtype is Dtype.fp16)
-    validate(small, gpus=0, cores=2)
+    validate(small, World("cpu", 2, 2))
 
 
 def test_the_reference_is_one_process_in_fp32() -> None:
     run = run_of("parallelism=hybrid_3d", "precision=bf16")
-    alone = validate(single(run), gpus=0, cores=2)
+    alone = validate(single(run), World("cpu", 2, 2))
     assert (alone.world_size, alone.zero_stage) == (1, 0)
     assert single(run).precision.dtype is Dtype.fp32

@@ -22,6 +22,7 @@ from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
 from launcher.config.shape import sequence_length
 from launcher.config.validate import validate
+from launcher.config.world import World
 from launcher.engine.distributed import join, leave, prepare_deepspeed
 from launcher.launch.local import run_local_ranks
 from launcher.planning.cost.geometry import pipeline_ranks
@@ -119,7 +120,7 @@ class Measured:
 
 def planned(*overrides: str) -> tuple[RunConfig, Layout]:
     run = run_of(*BASE, *overrides)
-    return run, validate(run, gpus=0, cores=4)
+    return run, validate(run, World("cpu", 4, 4))
 
 
 def measure(case: str) -> tuple[list[Measured], dict[tuple[GroupName, Collective], tuple[int, int]]]:

@@ -8,6 +8,7 @@ import pytest
 from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
 from launcher.config.validate import validate
+from launcher.config.world import World
 from launcher.engine.distributed import prepare_deepspeed
 from launcher.models.arithmetic import parameters
 from launcher.planning.cost.buffers import ALL_REDUCE_BUCKET, Tuning
@@ -108,7 +109,7 @@ def test_the_plans_bubble_is_the_simulations(overrides: list[str], within: float
         "parallelism.pipeline=4", "parallelism.data=1", "training.global_batch_size=64",
         "training.micro_batch_size=4", *overrides,
     )  # fmt: skip
-    layout = validate(run, gpus=8, cores=1)
+    layout = validate(run, World("cuda", 8, 8))
     plan = make_plan(run, layout)
     assert plan.time is not None
     forward = [stage.forward.total + stage.sending / 2 for stage in plan.time.stages]
@@ -145,7 +146,7 @@ def test_tuning_is_read_off_the_runs_own_keys() -> None:
 
 def test_a_rank_of_dualpipev_holds_both_ends() -> None:
     run = run_of("parallelism.pipeline=2", "parallelism.pipeline_schedule=dualpipev", "parallelism.data=1")
-    first, second = pipeline_ranks(run, validate(run, gpus=0, cores=2))
+    first, second = pipeline_ranks(run, validate(run, World("cpu", 2, 2)))
     assert [(chunk.first_block, chunk.blocks) for chunk in first.chunks] == [(0, 1), (3, 1)]
     assert [(chunk.first_block, chunk.blocks) for chunk in second.chunks] == [(1, 1), (2, 1)]
     assert first.shares_tied_weight

@@ -24,10 +24,11 @@ from launcher.config.schema import (
     RunConfig,
 )
 from launcher.config.validate import validate
+from launcher.config.world import Machine, World, world_of_hardware
 from launcher.planning.choose.changes import changed
 from launcher.planning.choose.enforce import chosen, refuse_too_large
-from launcher.planning.choose.search import Search, Space, search
-from launcher.planning.cost.plan import make_plan, memory_budget
+from launcher.planning.choose.search import Search, search
+from launcher.planning.cost.plan import Plan, make_plan, memory_budget
 from launcher.planning.show.search_report import search_as_json
 from tests.config.composing import alternatives, run_of
 from tests.config.test_cli import Ended, launcher
@@ -37,16 +38,13 @@ from tests.runtime.command import trained
 CLUSTER = ["hardware=h100_80gb", "parallelism=auto", "precision=bf16", "training.global_batch_size=256"]
 
 
-def space_of(run: RunConfig, **more: object) -> Space:
-    h = run.hardware
-    per_node = h.accelerators_per_node or 1
-    device = "cuda" if h.device is Device.cuda else "cpu"
-    return Space(device, h.nodes * per_node, per_node, exact=False, **more)  # type: ignore[arg-type]
+def world_of(run: RunConfig) -> World:
+    return world_of_hardware(run, Machine(gpus=0, cores=1))
 
 
 def searched(*overrides: str) -> Search:
     run = run_of(*overrides)
-    return search(run, space_of(run))
+    return search(run, world_of(run))
 
 
 @st.composite
@@ -99,47 +97,46 @@ class TestAnyRun:
     def test_what_is_proposed_is_what_validation_takes(self, run: RunConfig) -> None:
         before = copy.deepcopy(run)
         try:
-            found = search(run, space_of(run))
+            found = search(run, world_of(run))
         except ConfigError:
             return
         assert run == before
         assert found.candidates
         for one in found.candidates:
-            world = one.layout.world_size
-            gpus = run.hardware.accelerators_per_node or 0 if one.layout.device == "cuda" else 0
-            assert validate(one.run, gpus=gpus, cores=1, joined_world=world) == one.layout
+            ranks = replace(found.world, ranks=one.layout.world_size, fixed=True)
+            assert validate(one.run, ranks) == one.layout
             assert not one.run.parallelism.auto
             assert one.run.training.global_batch_size == run.training.global_batch_size
 
     @given(run=runs(most_nodes=1))
     @settings(max_examples=25, deadline=None)
     def test_no_layout_of_an_exhaustive_search_is_better(self, run: RunConfig) -> None:
-        space = replace(space_of(run), exact=True)
-        everything = list(exhaustive(run, space))
+        world = replace(world_of(run).of_hardware(run.hardware), fixed=True)
+        everything = list(exhaustive(run, world))
         if not everything:
             with pytest.raises(ConfigError):
-                search(run, space)
+                search(run, world)
             return
-        found = search(run, space)
+        found = search(run, world)
         assert len(found.candidates) == len(everything)
-        plans = [make_plan(one, layout, budget=memory_budget(one, 1, None)) for one, layout in everything]
+        plans = [make_plan(one, layout, budget=memory_budget(one, world, 1)) for one, layout in everything]
         fitting = [plan for plan in plans if plan.fits]
         assert len(found.fitting) == len(fitting)
-        inside = [plan for plan in fitting if space.per_node % plan.layout.tensor == 0] or fitting
+        inside = [plan for plan in fitting if world.ranks_per_node % plan.layout.tensor == 0] or fitting
         times = [plan.time.total for plan in inside if plan.time]
         if times:
             assert found.fitting[0].seconds == pytest.approx(min(times), rel=1e-12)
 
 
-def exhaustive(run: RunConfig, space: Space):  # type: ignore[no-untyped-def]
+def exhaustive(run: RunConfig, world: World):  # type: ignore[no-untyped-def]
     """Every value of every setting, with nothing but validation to tell which are legal."""
-    numbers = range(1, space.world + 1)
+    numbers = range(1, world.ranks + 1)
     batch = range(1, run.training.global_batch_size + 1)
     flags = (False, True)
     for tensor, pipeline, stage, micro, sequence, kind, optimizer, parameters in product(
         numbers, numbers, range(4), batch, flags, ActivationCheckpointing, flags, flags
     ):
-        if space.world % (tensor * pipeline) or run.training.global_batch_size % micro:
+        if world.ranks % (tensor * pipeline) or run.training.global_batch_size % micro:
             continue
         own = {
             "parallelism.tensor": tensor, "parallelism.pipeline": pipeline, "parallelism.zero_stage": stage,
@@ -149,8 +146,7 @@ def exhaustive(run: RunConfig, space: Space):  # type: ignore[no-untyped-def]
         }  # fmt: skip
         one = changed(run, own)
         try:
-            gpus = space.per_node if space.device == "cuda" else 0
-            layout = validate(one, gpus=gpus, cores=1, joined_world=space.world)
+            layout = validate(one, world)
         except ConfigError:
             continue
         # ZeRO-0 that runs as ZeRO-1 is the same layout.
@@ -197,14 +193,14 @@ class TestChoice:
     def test_fewer_ranks_where_all_cannot_share_the_batch(self) -> None:
         seven = ["hardware=h100_80gb", "hardware.accelerators_per_node=7", "training.global_batch_size=3"]
         run = run_of("model=gpt_tiny", *seven, "parallelism=auto")
-        assert 1 <= search(run, space_of(run)).fitting[0].layout.world_size < 7
+        assert 1 <= search(run, world_of(run)).fitting[0].layout.world_size < 7
         with pytest.raises(ConfigError, match=r"parallelism.auto=true: no layout of 7 ranks is legal"):
-            search(run, replace(space_of(run), exact=True))
+            search(run, replace(world_of(run), fixed=True))
 
     def test_an_illegal_run_is_refused_in_validations_words(self) -> None:
         run = run_of("model.num_heads=5", "parallelism=auto")
         with pytest.raises(ConfigError, match=r"model.num_heads=5: does not divide model.hidden_size=128"):
-            chosen(run, Space("cpu", 2, 2, exact=False))
+            chosen(run, World("cpu", 2, 2))
 
     @pytest.mark.parametrize(
         ("typed", "blamed"),
@@ -218,19 +214,19 @@ class TestChoice:
     def test_what_leaves_no_layout_is_named_and_its_remedy_works(self, typed: list[str], blamed: str) -> None:
         run = run_of(*LLAMA, *CLUSTER, *typed)
         with pytest.raises(ConfigError, match="no layout of 8 ranks is legal with it") as raised:
-            chosen(run, space_of(run))
+            chosen(run, world_of(run))
         assert raised.value.field == f"parallelism.{blamed}"
         others = [one for one in typed if not one.startswith(f"parallelism.{blamed}=")]
         mended = run_of(*LLAMA, *CLUSTER, *others, raised.value.remedy)
-        assert chosen(mended, space_of(mended))[1].candidates
+        assert chosen(mended, world_of(mended))[1].candidates
 
     def test_nothing_fits(self) -> None:
         run = run_of(*LLAMA, *CLUSTER, "hardware.memory_bytes=1e9")
         with pytest.raises(ConfigError) as raised:
-            chosen(run, space_of(run))
+            chosen(run, world_of(run))
         assert "none of" in raised.value.why
         assert "of 1.00 GB a rank" in raised.value.why
-        unchecked, _ = chosen(changed(run, {"plan.enforce": False}), space_of(run))
+        unchecked, _ = chosen(changed(run, {"plan.enforce": False}), world_of(run))
         assert unchecked.parallelism.zero_stage == 3
 
     def test_twenty_thousand_gpus(self) -> None:
@@ -256,10 +252,9 @@ REFUSED = {
 }  # fmt: skip
 
 
-def layout_of(run: RunConfig):  # type: ignore[no-untyped-def]
-    h = run.hardware
-    gpus = (h.accelerators_per_node or 0) if h.device is Device.cuda else 0
-    return validate(run, gpus=gpus, cores=8, joined_world=h.nodes * gpus if h.nodes > 1 else None)
+def planned(run: RunConfig, budget: float | None) -> Plan:
+    world = world_of_hardware(run, Machine(gpus=0, cores=8))
+    return make_plan(run, validate(run, world), budget=budget)
 
 
 class TestRefusal:
@@ -267,7 +262,7 @@ class TestRefusal:
     def test_tells_the_shortage_and_what_fits(self, name: str) -> None:
         run = run_of(*REFUSED[name])
         with pytest.raises(ConfigError) as raised:
-            refuse_too_large(run, layout_of(run), run.hardware.memory_bytes)
+            refuse_too_large(planned(run, run.hardware.memory_bytes))
         error = raised.value
         assert error.field == "hardware.memory_bytes"
         assert "stage 0 needs" in error.why
@@ -276,21 +271,20 @@ class TestRefusal:
         assert len(offers) >= 2
         for offer in offers:
             mended = run_of(*REFUSED[name], *offer)
-            refuse_too_large(mended, layout_of(mended), mended.hardware.memory_bytes)
+            refuse_too_large(planned(mended, mended.hardware.memory_bytes))
 
     def test_names_every_stage_that_is_short(self) -> None:
-        run = run_of(*REFUSED["stages"])
+        plan = planned(run_of(*REFUSED["stages"]), 40e9)
         with pytest.raises(ConfigError) as raised:
-            refuse_too_large(run, layout_of(run), 40e9)
-        plan = make_plan(run, layout_of(run), budget=40e9)
+            refuse_too_large(plan)
         assert plan.shortages
         for stage in list(plan.shortages)[:3]:
             assert f"stage {stage} needs " in raised.value.why
 
     def test_can_be_overridden_and_is_none_where_nothing_is_known(self) -> None:
         run = run_of(*REFUSED["CPU"])
-        refuse_too_large(changed(run, {"plan.enforce": False}), layout_of(run), 25e6)
-        refuse_too_large(run, layout_of(run), None)
+        refuse_too_large(planned(changed(run, {"plan.enforce": False}), 25e6))
+        refuse_too_large(planned(run, None))
 
 
 COMMANDS = {

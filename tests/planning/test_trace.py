@@ -13,6 +13,7 @@ import torch.distributed as dist
 from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
 from launcher.config.validate import validate
+from launcher.config.world import Machine, World, world_of_machine
 from launcher.planning.cost import operations as program
 from launcher.planning.cost import parts as parts_module
 from launcher.planning.cost.geometry import pipeline_ranks
@@ -62,7 +63,7 @@ def overrides(case: tuple[Any, ...]) -> list[str]:
 
 def planned(*overrides: str) -> tuple[RunConfig, Layout]:
     run = run_of(*overrides)
-    return run, validate(run, gpus=8, cores=64)
+    return run, validate(run, world_of_machine(run, Machine(gpus=8, cores=64)))
 
 
 def compared(*overrides: str) -> list[Compared]:
@@ -180,7 +181,7 @@ def test_any_rank_of_a_large_world() -> None:
         "training.global_batch_size=1024", "training.micro_batch_size=1",
     ]  # fmt: skip
     run = run_of(*large)
-    layout = validate(run, gpus=8, cores=1, joined_world=8192)
+    layout = validate(run, World("cuda", 8192, 8, fixed=True))
     found = compare_stage(run, layout, pipeline_ranks(run, layout)[9], 0)
     assert wrong(found) == []
     assert not dist.is_initialized()

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from launcher.config.validate import validate
+from launcher.config.world import World
 from launcher.runtime.expectation import JUDGED_AT, Expectation, judged
 from tests.config.composing import run_of
 from tests.runtime.command import metrics, trained
@@ -49,7 +50,7 @@ def test_what_is_alive_already_is_counted_and_what_goes_meanwhile_is_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run = run_of("hardware=cpu", "parallelism=single")
-    expectation = Expectation(run, validate(run, gpus=0, cores=1), torch.device("cpu"))
+    expectation = Expectation(run, validate(run, World("cpu", 1, 1)), torch.device("cpu"))
     expectation._taken = [1.0] * (JUDGED_AT - 1)
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_, **__: None)
     with expectation.watching():

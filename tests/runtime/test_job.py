@@ -7,21 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launcher.commands.job import (
-    End,
-    Outcome,
-    fit,
-    hydra_text,
-    outcome,
-    ready_on_nodes,
-    run_dir_of,
-    step_command,
-)
+from launcher.commands.ready import ready, ready_on_most_nodes
 from launcher.config.compose import compose_jobs
 from launcher.config.errors import ConfigError
 from launcher.config.schema import RunConfig
+from launcher.config.world import world_of_nodes
 from launcher.launch.records import Kind, RankEnd
 from launcher.launch.slurm import Allocation, allocation_of
+from launcher.runtime.slurm_job import End, Outcome, hydra_text, outcome, run_dir_of, step_command
 from tests.config.composing import run_of
 
 NODES = ["hardware=cpu", "hardware.accelerators_per_node=2", "training.global_batch_size=16"]
@@ -70,13 +63,13 @@ def test_outcome(code: int, told: bool, ends: list[RankEnd], expected: Outcome) 
 def test_it_takes_the_most_nodes_that_make_a_legal_layout(
     typed: list[str], nodes: int, used: int, data: int
 ) -> None:
-    _, layout, taken = fit(run_of(*NODES, "training.micro_batch_size=1", *typed), nodes)
-    assert (taken, layout.data) == (used, data)
+    it, taken = ready_on_most_nodes(run_of(*NODES, "training.micro_batch_size=1", *typed), nodes)
+    assert (taken, it.layout.data) == (used, data)
 
 
 def test_where_none_is_legal_the_refusal_is_that_of_all_nodes() -> None:
     with pytest.raises(ConfigError, match="the world size 2 is not a multiple of tensor 4"):
-        fit(run_of(*NODES, "parallelism.tensor=4"), 1)
+        ready_on_most_nodes(run_of(*NODES, "parallelism.tensor=4"), 1)
 
 
 AUTO = ["hardware=h100_80gb", "model=llama3_8b", "precision=bf16", "training.global_batch_size=64"]
@@ -85,26 +78,30 @@ AUTO = ["hardware=h100_80gb", "model=llama3_8b", "precision=bf16", "training.glo
 def test_auto_chooses_for_the_nodes_there_are() -> None:
     run = run_of(*AUTO, "parallelism=auto", "hardware.nodes=4", "slurm.nodes=2-4")
     for nodes in (4, 3, 2):
-        ready, layout, used = fit(run, nodes)
-        assert (layout.world_size, layout.device) == (8 * used, "cuda")
-        assert not ready.parallelism.auto
-        assert ready.parallelism.data == layout.data
-    assert fit(run, 4) == fit(run, 4)
+        it, used = ready_on_most_nodes(run, nodes)
+        assert (it.layout.world_size, it.layout.device) == (8 * used, "cuda")
+        assert not it.run.parallelism.auto
+        assert it.run.parallelism.data == it.layout.data
+    assert ready_on_most_nodes(run, 4) == ready_on_most_nodes(run, 4)
+
+
+def ready_on_a_node(run: RunConfig) -> None:
+    ready(run, world_of_nodes(run, 1), needs_data=False, must_fit=True)
 
 
 def test_what_cannot_fit_its_nodes_is_refused_before_it_is_queued() -> None:
     doomed = run_of(*AUTO, "model=llama3_70b", "parallelism.tensor=2")
     with pytest.raises(ConfigError, match=r"hardware.memory_bytes=8e\+10: a rank has 80.00 GB, and stage 0"):
-        ready_on_nodes(doomed, 1)
+        ready_on_a_node(doomed)
     with pytest.raises(ConfigError, match=r"parallelism.auto=true: none of \d+ layouts of 8 ranks fits"):
-        ready_on_nodes(run_of(*AUTO, "parallelism=auto", "hardware.memory_bytes=1e9"), 1)
-    ready_on_nodes(run_of(*AUTO, "model=llama3_70b", "parallelism.tensor=2", "plan.enforce=false"), 1)
+        ready_on_a_node(run_of(*AUTO, "parallelism=auto", "hardware.memory_bytes=1e9"))
+    ready_on_a_node(run_of(*AUTO, "model=llama3_70b", "parallelism.tensor=2", "plan.enforce=false"))
 
 
 def test_the_step() -> None:
     run = run_of(*NODES, "training.micro_batch_size=1", 'slurm.srun=["--cpu-bind=none"]')
-    _, layout, nodes = fit(run, 2)
-    command = step_command(run, ["training.steps=5"], nodes, layout, Path("runs/a b"))
+    it, nodes = ready_on_most_nodes(run, 2)
+    command = step_command(run, ["training.steps=5"], nodes, it.layout, Path("runs/a b"))
     assert command == [
         "srun", "--nodes=2", "--ntasks=4", "--ntasks-per-node=2", "--kill-on-bad-exit=1", "--export=ALL",
         "--label", "--cpu-bind=none", sys.executable, "-m", "launcher", "train", "training.steps=5",
@@ -114,13 +111,13 @@ def test_the_step() -> None:
 
 def test_the_step_of_launchers_that_start_the_ranks_of_their_node() -> None:
     run = run_of(*NODES, "training.micro_batch_size=1", "slurm.tasks=per_node")
-    command = step_command(run, [], 2, fit(run, 2)[1], Path("r"))
+    command = step_command(run, [], 2, ready_on_most_nodes(run, 2)[0].layout, Path("r"))
     assert command[1:5] == ["--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--cpus-per-task=2"]
 
 
 def test_in_a_container_it_is_the_one_inside() -> None:
     run = run_of(*NODES, "slurm.container=[apptainer,exec,--nv,image.sif]")
-    command = step_command(run, [], 1, fit(run, 1)[1], Path("r"))
+    command = step_command(run, [], 1, ready_on_most_nodes(run, 1)[0].layout, Path("r"))
     assert command[-8:-2] == ["apptainer", "exec", "--nv", "image.sif", "launcher", "train"]
 
 

@@ -47,15 +47,10 @@ def single_changes(plan: Plan) -> Iterator[Change]:
         seen.add(typed)
         run = changed(plan.run, settings)
         try:
-            layout = validate_elsewhere(run, plan.layout)
+            layout = validate(run, plan.world)
         except ConfigError:
             continue
         yield Change(typed, make_plan(run, layout, budget=plan.budget))
-
-
-def validate_elsewhere(run: RunConfig, layout: Layout) -> Layout:
-    """The layout of `run` on the ranks and the device of `layout`. Raises ConfigError."""
-    return validate(run, gpus=1 if layout.device == "cuda" else 0, cores=1, joined_world=layout.world_size)
 
 
 def changed(run: RunConfig, settings: dict[str, Any]) -> RunConfig:

@@ -1,23 +1,23 @@
 """Before anything is started: `parallelism=auto` becomes a layout, and what cannot fit is refused. Pure."""
 
 from launcher.config.errors import ConfigError, as_typed
-from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
+from launcher.config.world import World
 from launcher.planning.choose.changes import helpful
 from launcher.planning.choose.limits import settings_in_words
-from launcher.planning.choose.search import Candidate, Search, Settings, Space, freed, search
-from launcher.planning.cost.plan import Plan, make_plan
+from launcher.planning.choose.search import Candidate, Search, Settings, freed, search
+from launcher.planning.cost.plan import Plan
 from launcher.text import size
 
 NO_CHECK = "plan.enforce=false (no check)"
 
 
-def chosen(run: RunConfig, space: Space) -> tuple[RunConfig, Search]:
+def chosen(run: RunConfig, world: World) -> tuple[RunConfig, Search]:
     """The run in the layout that `parallelism=auto` chooses.
 
     Raises ConfigError where nothing fits; with plan.enforce=false it is what comes closest then.
     """
-    found = search(run, space)
+    found = search(run, world)
     if found.fitting:
         return found.fitting[0].run, found
     closest = min(found.candidates, key=lambda one: (one.peak, *one.order))
@@ -29,7 +29,7 @@ def chosen(run: RunConfig, space: Space) -> tuple[RunConfig, Search]:
 def _too_large(run: RunConfig, found: Search, closest: Candidate) -> ConfigError:
     assert closest.budget is not None
     why = (
-        f"none of {len(found.candidates)} layouts of {found.space.world} ranks fits; what comes closest, "
+        f"none of {len(found.candidates)} layouts of {found.world.ranks} ranks fits; what comes closest, "
         f"{closest.layout.describe()}, {settings_in_words(closest.run)}, takes {size(closest.peak)} of "
         f"{size(closest.budget)} a rank"
     )
@@ -37,15 +37,12 @@ def _too_large(run: RunConfig, found: Search, closest: Candidate) -> ConfigError
     return ConfigError("parallelism.auto", True, why, f"{NO_CHECK} or {more}")
 
 
-def refuse_too_large(run: RunConfig, layout: Layout, budget: float | None) -> None:
+def refuse_too_large(plan: Plan) -> None:
     """Raise ConfigError where a rank's memory cannot hold what the plan says, unless plan.enforce=false."""
-    if not run.plan.enforce:
-        return
-    plan = make_plan(run, layout, budget=budget)
-    if plan.fits:
+    if plan.fits or not plan.run.plan.enforce:
         return
     remedies = [change.settings for change in helpful(plan, most=2)] or _elsewhere(plan)
-    value = run.hardware.memory_bytes
+    value = plan.run.hardware.memory_bytes
     raise ConfigError(
         "hardware.memory_bytes",
         "null" if value is None else f"{value:g}",
@@ -68,10 +65,8 @@ def _shortage(plan: Plan) -> str:
 
 def _elsewhere(plan: Plan) -> list[str]:
     """No single change makes it fit: the settings of the fastest layout of the same ranks that does."""
-    per_node = plan.run.hardware.accelerators_per_node or plan.layout.world_size
-    space = Space(plan.layout.device, plan.layout.world_size, per_node, exact=True, budget=plan.budget)
     try:
-        fitting = search(freed(plan.run), space).fitting
+        fitting = search(freed(plan.run), plan.world, budget=plan.budget).fitting
     except ConfigError:
         return []
     return [_typed(plan.run, fitting[0].settings)] if fitting else []

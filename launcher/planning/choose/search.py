@@ -11,10 +11,11 @@ from itertools import product
 from typing import Any
 
 from launcher.config.errors import ConfigError, as_typed, settings
-from launcher.config.layout import Layout, effective_zero_stage
+from launcher.config.layout import Layout, check_machine, effective_zero_stage
 from launcher.config.schema import ActivationCheckpointing, ParallelismConfig, RunConfig
 from launcher.config.shape import divisors
 from launcher.config.validate import validate
+from launcher.config.world import World
 from launcher.planning.choose.changes import changed
 from launcher.planning.cost.geometry import Rank, kind_of, pipeline_ranks
 from launcher.planning.cost.measured_rates import AnyRates, rates_of
@@ -33,18 +34,6 @@ CHOICES: dict[str, Sequence[Any]] = {
     "offload_optimizer": (False, True),
     "offload_parameters": (False, True),
 }
-
-
-@dataclass(frozen=True)
-class Space:
-    """Where a layout may be: how many ranks there are, and of what kind."""
-
-    device: str  # "cpu" or "cuda"
-    world: int
-    per_node: int
-    exact: bool  # all of them take part, because somebody else starts or counts them
-    memory_here: int | None = None  # of this machine, which CPU ranks share
-    budget: float | None = None  # bytes of one rank, where it is known already
 
 
 @dataclass(frozen=True)
@@ -84,10 +73,10 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Search:
-    """What was found. Where no layout could use all of the space's ranks, layouts of fewer."""
+    """The legal layouts of a run. Where no layout could use all ranks of the world, layouts of fewer."""
 
     candidates: tuple[Candidate, ...]
-    space: Space
+    world: World
 
     @cached_property
     def fitting(self) -> list[Candidate]:
@@ -109,53 +98,57 @@ def _rank_in_kind(one: Candidate) -> tuple[Any, ...]:
     return (0, *one.order) if one.fits else (1, one.peak, *one.order)
 
 
-def search(run: RunConfig, space: Space) -> Search:
-    """Every legal layout of `run` over all ranks; where there is none, over fewer, if those may be.
+def search(run: RunConfig, world: World, *, budget: float | None = None) -> Search:
+    """Return every legal layout of `run` over all ranks; where there is none, over fewer, if those may be.
 
-    Raises ConfigError, validation's own, where there is none at all.
+    `budget` is the memory of one rank in bytes, where the caller knows it. Raises ConfigError, validation's
+    own, where there is no legal layout at all.
     """
-    found = tuple(_candidates(run, space))
-    if not found and not space.exact:
+    if not world.fixed:
+        check_machine(run, world)
+    world = world.of_hardware(run.hardware)
+    found = tuple(_candidates(run, world, budget))
+    if not found and not world.fixed:
         found = tuple(
             candidate
-            for world in _smaller_worlds(run, space)
-            for candidate in _candidates(run, replace(space, world=world))
+            for ranks in _smaller_worlds(run, world)
+            for candidate in _candidates(run, replace(world, ranks=ranks), budget)
         )
     if not found:
-        raise _why_none(run, space)
-    return Search(found, space)
+        raise _why_none(run, world)
+    return Search(found, world)
 
 
-def _smaller_worlds(run: RunConfig, space: Space) -> list[int]:
-    """As splits of the heads, the layers and the batch make them: whole nodes, or any part of one."""
-    step = space.per_node if space.world > space.per_node else 1
+def _smaller_worlds(run: RunConfig, world: World) -> list[int]:
+    """Return numbers of ranks that split the heads, the layers and the batch: whole nodes, or part of one."""
+    step = world.ranks_per_node if world.ranks > world.ranks_per_node else 1
     sizes = product(
         divisors(run.model.num_heads),
         divisors(run.model.num_layers),
         divisors(run.training.global_batch_size),
     )
-    worlds = {tensor * pipeline * data for tensor, pipeline, data in sizes}
-    return sorted(world for world in worlds if world < space.world and (world < step or world % step == 0))
+    products = {tensor * pipeline * data for tensor, pipeline, data in sizes}
+    return sorted(ranks for ranks in products if ranks < world.ranks and (ranks < step or ranks % step == 0))
 
 
-def _candidates(run: RunConfig, space: Space) -> Iterator[Candidate]:
-    judged = _Judge(run, space)
-    for chosen in _settings(run, space):
+def _candidates(run: RunConfig, world: World, budget: float | None = None) -> Iterator[Candidate]:
+    judged = _Judge(run, world, budget)
+    for chosen in _settings(run, world):
         candidate = judged.candidate(chosen)
         if candidate is not None:
             yield candidate
 
 
-def _settings(run: RunConfig, space: Space) -> Iterator[Settings]:
+def _settings(run: RunConfig, world: World) -> Iterator[Settings]:
     """All there are, legal or not, in an order of their own."""
     default, p = ParallelismConfig(), run.parallelism
     options = {
         name: (getattr(p, name),) if getattr(p, name) != getattr(default, name) else values
         for name, values in CHOICES.items()
     }
-    whole = run.hardware.nodes * space.per_node
-    nodes = {} if space.world == whole else {"hardware.nodes": -(-space.world // space.per_node)}
-    for axes in _axes(run, space):
+    is_whole = world.ranks == run.hardware.nodes * world.ranks_per_node
+    nodes = {} if is_whole else {"hardware.nodes": world.nodes}
+    for axes in _axes(run, world.ranks):
         # Micro-batches that divide what one data rank has of the batch.
         micro_batches = divisors(run.training.global_batch_size // axes["data"])
         for values in product(*options.values()):
@@ -180,17 +173,17 @@ def _is_hopeless(own: dict[str, Any]) -> bool:
     )
 
 
-def _axes(run: RunConfig, space: Space) -> Iterator[dict[str, int]]:
+def _axes(run: RunConfig, ranks: int) -> Iterator[dict[str, int]]:
     p, batch = run.parallelism, run.training.global_batch_size
-    tensors = [p.tensor] if p.tensor > 1 else divisors(space.world)
+    tensors = [p.tensor] if p.tensor > 1 else divisors(ranks)
     for tensor in tensors:
-        if tensor > run.model.num_heads or space.world % tensor:
+        if tensor > run.model.num_heads or ranks % tensor:
             continue
-        pipelines = [p.pipeline] if p.pipeline > 1 else divisors(space.world // tensor)
+        pipelines = [p.pipeline] if p.pipeline > 1 else divisors(ranks // tensor)
         for pipeline in pipelines:
-            if pipeline > run.model.num_layers or space.world % (tensor * pipeline):
+            if pipeline > run.model.num_layers or ranks % (tensor * pipeline):
                 continue
-            data = space.world // (tensor * pipeline)
+            data = ranks // (tensor * pipeline)
             if p.data in (None, data) and batch % data == 0:
                 yield {"tensor": tensor, "pipeline": pipeline, "data": data}
 
@@ -204,10 +197,13 @@ def freed(run: RunConfig) -> RunConfig:
 class _Judge:
     """Validation, and what a layout costs."""
 
-    def __init__(self, run: RunConfig, space: Space) -> None:
-        self.run, self.space = changed(run, {"parallelism.auto": False}), space
-        rates = rates_of(run.hardware, run.precision.dtype, space.world)
-        self.rates: AnyRates = rates or NOMINAL[space.device]
+    def __init__(self, run: RunConfig, world: World, budget: float | None) -> None:
+        self.run, self.world = changed(run, {"parallelism.auto": False}), replace(world, fixed=True)
+        # Ranks that others started each make this choice: it must not depend on the memory of their machines.
+        shared = replace(world, memory_bytes=None) if world.fixed else world
+        self.budget = budget or memory_budget(run, shared, world.ranks)
+        rates = rates_of(run.hardware, run.precision.dtype, world.ranks)
+        self.rates: AnyRates = rates or NOMINAL[world.device]
 
     def candidate(self, chosen: Settings) -> Candidate | None:
         run = changed(self.run, chosen)
@@ -215,24 +211,19 @@ class _Judge:
         if run.parallelism.zero_stage == 0 and effective_zero_stage(run)[0] == 1:
             return None
         try:
-            layout = validate_in(self.space, run)
+            layout = validate(run, self.world)
         except ConfigError:
             return None
+        per_node = self.world.ranks_per_node
         return Candidate(
             chosen,
             run,
             layout,
-            seconds(run, layout, self.rates, self.space.per_node),
+            seconds(run, layout, self.rates, per_node),
             peak(run, layout),
-            self.space.budget or memory_budget(run, layout.world_size, self.space.memory_here),
-            self.space.per_node,
+            self.budget,
+            per_node,
         )
-
-
-def validate_in(space: Space, run: RunConfig) -> Layout:
-    """Validation, as the judge of what is legal. Raises ConfigError."""
-    gpus = space.per_node if space.device == "cuda" else 0
-    return validate(run, gpus=gpus, cores=space.world, joined_world=space.world)
 
 
 def seconds(run: RunConfig, layout: Layout, rates: AnyRates, per_node: int) -> float:
@@ -253,24 +244,24 @@ def _fullest(ranks: tuple[Rank, ...]) -> Iterable[Rank]:
     return {kind_of(rank): rank for rank in reversed(ranks)}.values()
 
 
-def _why_none(run: RunConfig, space: Space) -> ConfigError:
+def _why_none(run: RunConfig, world: World) -> ConfigError:
     """Validation's own words about the run on one rank; else a setting that was typed, else the batch."""
     try:
-        validate_in(replace(space, world=1), changed(freed(run), {"training.micro_batch_size": 1}))
+        validate(changed(freed(run), {"training.micro_batch_size": 1}), replace(world, ranks=1, fixed=True))
     except ConfigError as error:
         return error
     default = ParallelismConfig()
     for name in ("data", "tensor", "pipeline", *CHOICES):
         value, free = getattr(run.parallelism, name), getattr(default, name)
         field = f"parallelism.{name}"
-        if value != free and (found := next(_candidates(changed(run, {field: free}), space), None)):
-            why = f"no layout of {space.world} ranks is legal with it"
+        if value != free and (found := next(_candidates(changed(run, {field: free}), world), None)):
+            why = f"no layout of {world.ranks} ranks is legal with it"
             return ConfigError(field, value, why, f"{field}={as_typed(found.settings[field])}")
     batch = run.training.global_batch_size
-    larger = sorted({data * -(-batch // data) for data in divisors(space.world) if batch % data})
+    larger = sorted({data * -(-batch // data) for data in divisors(world.ranks) if batch % data})
     return ConfigError(
         "parallelism.auto",
         True,
-        f"no layout of {space.world} ranks is legal with a batch of {batch} and what is set beside it",
+        f"no layout of {world.ranks} ranks is legal with a batch of {batch} and what is set beside it",
         " or ".join([*settings("training.global_batch_size", larger[:2]), "fewer ranks"]),
     )

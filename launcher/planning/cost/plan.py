@@ -7,6 +7,7 @@ from functools import cached_property
 from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
 from launcher.config.shape import sequence_length
+from launcher.config.world import World
 from launcher.models.arithmetic import parameters, train_flops_per_token
 from launcher.planning.cost.geometry import pipeline_ranks
 from launcher.planning.cost.measured_rates import rates_of
@@ -59,6 +60,12 @@ class Plan:
     stages: tuple[StagePlan, ...]
     traffic: dict[GroupName, GroupTraffic]
     time: StepTime | None  # None where the hardware's speed is not known
+
+    @property
+    def world(self) -> World:
+        """The ranks of the layout: what else could run on them."""
+        per_node = ranks_per_node(self.run, self.layout)
+        return World(self.layout.device, self.layout.world_size, per_node, fixed=True)
 
     @property
     def fits(self) -> bool:
@@ -150,11 +157,13 @@ def ranks_per_node(run: RunConfig, layout: Layout) -> int:
     return run.hardware.accelerators_per_node or layout.world_size
 
 
-def memory_budget(run: RunConfig, ranks_here: int, memory_here: int | None) -> float | None:
-    """Bytes for one rank: what the config says, else of the memory of a machine that `ranks_here` share.
+def memory_budget(run: RunConfig, world: World, ranks: int) -> float | None:
+    """Return the bytes of memory for one of `ranks`: of the config, else of what the ranks of a node share.
 
-    None where neither is known. `memory_here` is that of CPU ranks only: a GPU has its own.
+    None where neither is known.
     """
     if run.hardware.memory_bytes is not None:
         return run.hardware.memory_bytes
-    return None if memory_here is None else memory_here / ranks_here - PROCESS_BYTES
+    if world.memory_bytes is None:
+        return None
+    return world.memory_bytes / (world.ranks_per_node if world.fixed else ranks) - PROCESS_BYTES

@@ -13,7 +13,7 @@ BEST = 5
 
 def print_search(found: Search) -> None:
     print(f"auto     {len(found.candidates)} legal layouts, {len(found.fitting)} fit")
-    ranks, asked = found.fitting[0].layout.world_size if found.fitting else 0, found.space.world
+    ranks, asked = found.fitting[0].layout.world_size if found.fitting else 0, found.world.ranks
     if 0 < ranks < asked:
         print(f"note     no layout of all {asked} ranks divides the batch: planned on {ranks}")
         print("         a larger training.global_batch_size keeps more of them busy")
@@ -80,7 +80,7 @@ def search_as_json(found: Search) -> dict[str, Any]:
     return {
         "legal": len(found.candidates),
         "fitting": len(found.fitting),
-        "ranks": found.space.world,
+        "ranks": found.world.ranks,
         "best": [_candidate_json(one) for one in found.fitting[:BEST]],
         "lost": [{"class": one.kind, **_candidate_json(one), "why": why_lost(one, best)} for one in others],
     }

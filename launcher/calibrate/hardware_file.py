@@ -1,0 +1,38 @@
+"""The hardware config that `launcher calibrate` writes."""
+
+import os
+import platform
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from launcher.config.errors import ConfigError
+from launcher.config.schema import CalibrateConfig, HardwareConfig
+from launcher.config.world import Machine
+
+
+def rank_counts(most: int) -> list[int]:
+    """1, 2, 4 and so on."""
+    return [2**power for power in range(most.bit_length())]
+
+
+def target(config: CalibrateConfig) -> Path:
+    """DIR/hardware/NAME.yaml, in a directory that can be written to. Raises ConfigError."""
+    path = Path(config.dir).expanduser() / "hardware" / f"{config.name}.yaml"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        why = None if os.access(path.parent, os.W_OK) else "permission denied"
+    except OSError as error:
+        why = error.strerror
+    if why:
+        raise ConfigError("dir", config.dir, f"cannot be written to: {why}", "dir=DIRECTORY of your own")
+    return path
+
+
+def write(hardware: HardwareConfig, path: Path, machine: Machine) -> None:
+    """Whole or not at all."""
+    what = f"{machine.gpus} GPUs" if machine.gpus else f"{machine.cores} cores"
+    said = f"# {platform.node()}, {platform.machine()}, {what}: measured by `launcher calibrate`.\n"
+    aside = path.with_suffix(".tmp")
+    aside.write_text(said + OmegaConf.to_yaml(OmegaConf.structured(hardware)))
+    aside.replace(path)

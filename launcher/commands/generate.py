@@ -1,0 +1,28 @@
+"""`launcher generate`: sample text from a finished run."""
+
+from pathlib import Path
+
+from launcher.config.compose import compose_jobs, load_typed
+from launcher.config.errors import ConfigError
+from launcher.config.schema import Family, GenerateConfig, RunConfig
+from launcher.config.validate import validate_generate
+from launcher.launch.machine import share_cores, this_machine
+from launcher.runtime.run_dir import CONFIG
+
+
+def main(arguments: list[str]) -> int:
+    for argument in arguments:
+        if "=" not in argument and Path(argument).is_dir():
+            why = "a setting needs a name, = and a value"
+            raise ConfigError(argument, None, why, f"run.dir={argument}")
+    for job in compose_jobs("generate", GenerateConfig, arguments):
+        run_dir = Path(validate_generate(job.config)).expanduser()
+        # Read here only to refuse it: what comes next imports torch.
+        if load_typed(run_dir / CONFIG, RunConfig).model.family is Family.vit:
+            why = "is of a classifier of images, which writes no text"
+            raise ConfigError("run.dir", run_dir, why, "the directory of a language model's run")
+        share_cores(1, this_machine().cores)
+        from launcher.runtime.sampling import generate
+
+        print(generate(job.config, run_dir))
+    return 0

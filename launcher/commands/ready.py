@@ -1,0 +1,59 @@
+"""Make a run ready: choose its layout, check the run and its data, plan it, refuse what cannot fit."""
+
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from launcher.config.errors import ConfigError
+from launcher.config.layout import Layout
+from launcher.config.schema import PlannedRunConfig, RunConfig
+from launcher.config.validate import validate
+from launcher.config.world import World, world_of_nodes
+from launcher.data.open import check_data
+from launcher.planning.choose.enforce import chosen, refuse_too_large
+from launcher.planning.choose.search import Search
+from launcher.planning.cost.plan import Plan, make_plan, memory_budget
+
+AnyRun = TypeVar("AnyRun", RunConfig, PlannedRunConfig)
+
+
+@dataclass(frozen=True)
+class ReadyRun(Generic[AnyRun]):
+    """A checked run with its layout and plan; `search` is what `parallelism=auto` chose the layout from."""
+
+    run: AnyRun
+    layout: Layout
+    plan: Plan
+    search: Search | None = None
+
+
+def ready(run: AnyRun, world: World, *, needs_data: bool, must_fit: bool) -> ReadyRun[AnyRun]:
+    """Return the run as it can be trained on the ranks of `world`.
+
+    With `needs_data` its data is read and checked here. With `must_fit` a run that needs more memory than a
+    rank has is refused, unless plan.enforce=false. Raises ConfigError.
+    """
+    search = None
+    if run.parallelism.auto:
+        run, search = chosen(run, world)
+    layout = validate(run, world)
+    if needs_data:
+        check_data(run)
+    plan = make_plan(run, layout, budget=memory_budget(run, world, layout.world_size))
+    if must_fit:
+        refuse_too_large(plan)
+    return ReadyRun(run, layout, plan, search)
+
+
+def ready_on_most_nodes(run: RunConfig, nodes: int) -> tuple[ReadyRun[RunConfig], int]:
+    """Return the run on as many of `nodes` as it can use, and their number.
+
+    The ranks check their data. Raises ConfigError, that of all nodes, where the run can use none.
+    """
+    refused: ConfigError | None = None
+    for used in range(nodes, 0, -1):
+        try:
+            return ready(run, world_of_nodes(run, used), needs_data=False, must_fit=True), used
+        except ConfigError as error:
+            refused = refused or error
+    assert refused is not None
+    raise refused

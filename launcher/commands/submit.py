@@ -1,0 +1,29 @@
+"""`launcher submit`: a run, or the runs of a sweep, as one Slurm job."""
+
+from launcher.commands.ready import ready
+from launcher.config.compose import Job, compose_jobs
+from launcher.config.layout import Layout
+from launcher.config.schema import RunConfig
+from launcher.config.slurm_rules import nodes_of
+from launcher.config.world import world_of_nodes
+from launcher.launch.submit import submit
+from launcher.runtime.run_dir import run_path, start_of
+
+
+def main(arguments: list[str]) -> int:
+    jobs = compose_jobs("config", RunConfig, arguments)
+    if jobs:
+        submit(jobs, arguments, [_layout_on_most_nodes(job) for job in jobs])
+    return 0
+
+
+def _layout_on_most_nodes(job: Job[RunConfig]) -> Layout:
+    """Return the layout on as many nodes as the job may take. Raises ConfigError, also for the fewest."""
+    run, (least, most) = job.config, nodes_of(job.config)
+    checked = [
+        ready(run, world_of_nodes(run, nodes), needs_data=nodes == most, must_fit=True)
+        for nodes in sorted({least, most})
+    ]
+    if run.run.dir is not None:
+        start_of(run, run_path(run, multirun_index=job.index))
+    return checked[-1].layout

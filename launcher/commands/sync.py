@@ -1,0 +1,20 @@
+"""`launcher sync`: upload a run's offline W&B files."""
+
+from pathlib import Path
+
+from launcher.config.errors import ConfigError
+from launcher.runtime.run_dir import IDENTITY
+
+
+def main(arguments: list[str]) -> int:
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print("launcher sync RUN.DIR ...: upload what is new of a run's offline W&B files, in order")
+        return 0
+    runs = [Path(argument).expanduser() for argument in arguments]
+    for run in runs:
+        if not (run / IDENTITY).is_file():
+            why = f"not a run's directory, it has no {IDENTITY}"
+            raise ConfigError("sync", run, why, "as a run printed it")
+    from launcher.runtime.metrics.sync import upload
+
+    return max(upload(run) for run in runs)
