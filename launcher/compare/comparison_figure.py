@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from launcher.compare.comparison_report import GROUPS, PARTS, Row
+from launcher.compare.comparison_report import PARTS, Row
+from launcher.config.layout import GROUPS
 
 COLOURS = {
     "compute": "#4c72b0", "tensor": "#c44e52", "data": "#dd8452", "pipeline": "#8172b3",

@@ -6,10 +6,10 @@ from typing import Any
 
 from launcher.compare.compared_layouts import Compared
 from launcher.compare.measured_layout import Measured
+from launcher.config.layout import GROUPS
 from launcher.text import plain_table, print_table
 
-PARTS = ("compute", "tensor", "data", "pipeline", "optimizer")
-GROUPS = ("tensor", "data", "pipeline")
+PARTS = ("compute", *GROUPS, "optimizer")
 TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2, "fp16": 2e-2}  # of a loss, relative
 
 

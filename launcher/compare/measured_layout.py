@@ -2,7 +2,6 @@
 
 import json
 import tempfile
-from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,7 @@ from launcher.launch.local import run_local_ranks
 from launcher.planning.cost.operations import Collective
 
 if TYPE_CHECKING:
-    from launcher.compare.rank_record import Recorded
+    from launcher.compare.rank_record import RankRecord
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Measured:
 
 def measure_layout(run: RunConfig, layout: Layout, *, steps: int) -> Measured:
     """Raises what run_local_ranks raises. The caller has imported DeepSpeed (prepare_deepspeed)."""
-    from launcher.compare.rank_record import Recorded, record_rank
+    from launcher.compare.rank_record import RankRecord, record_rank
 
     with tempfile.TemporaryDirectory(prefix="launcher-compare-") as name:
         folder = Path(name)
@@ -39,13 +38,13 @@ def measure_layout(run: RunConfig, layout: Layout, *, steps: int) -> Measured:
         start_method: Literal["fork", "spawn"] = "fork" if layout.device == "cpu" else "spawn"
         run_local_ranks(target, layout.world_size, log_dir=folder / "logs", start_method=start_method)
         ranks = [
-            Recorded(**json.loads((folder / f"rank-{rank}.json").read_text()))
+            RankRecord(**json.loads((folder / f"rank-{rank}.json").read_text()))
             for rank in range(layout.world_size)
         ]
     return together(layout, ranks)
 
 
-def together(layout: Layout, ranks: list["Recorded"]) -> Measured:
+def together(layout: Layout, ranks: list["RankRecord"]) -> Measured:
     """What the ranks recorded, as one. Pure."""
     busiest = max(ranks, key=lambda rank: median(parts["compute"] for parts in rank.parts))
     sizes = {"tensor": layout.tensor, "data": layout.data, "pipeline": layout.pipeline}
@@ -54,14 +53,13 @@ def together(layout: Layout, ranks: list["Recorded"]) -> Measured:
         seconds=median(ranks[0].seconds),
         parts={name: median(parts[name] for parts in busiest.parts) for name in busiest.parts[0]},
         memory=max(rank.memory for rank in ranks),
-        sent={
-            name: max(_bytes(rank.sent.get(name, []), size) for rank in ranks) for name, size in sizes.items()
-        },
+        sent={group: max(_sent(rank, group, size) for rank in ranks) for group, size in sizes.items()},
     )
 
 
-def _bytes(collectives: list[tuple[str, int, int]], ranks: int) -> float:
-    counted: Counter[Collective] = Counter()
-    for kind, size, times in collectives:
-        counted[Collective(kind, size)] += times  # type: ignore[arg-type]
-    return sum(one.sent(ranks) * times for one, times in counted.items())
+def _sent(rank: "RankRecord", group: str, ranks: int) -> float:
+    return sum(
+        Collective(kind, size).sent(ranks) * times
+        for name, kind, size, times in rank.collectives
+        if name == group
+    )

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from launcher.config.errors import refusal, settings
 from launcher.config.schema import Dtype, RunConfig
@@ -15,6 +16,9 @@ from launcher.config.shape import (
     stages_per_rank,
 )
 from launcher.config.world import World
+
+GroupName = Literal["tensor", "data", "pipeline"]  # groups of ranks that communicate with each other
+GROUPS: tuple[GroupName, ...] = ("tensor", "data", "pipeline")
 
 
 @dataclass(frozen=True)

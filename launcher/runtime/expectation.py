@@ -1,21 +1,17 @@
 """The plan beside the run: its memory and time in every row, and once in a start what came of them."""
 
-import gc
-import warnings
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from statistics import median
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
+from launcher.engine.measuring import PeakMemory
 from launcher.planning.cost.plan import make_plan
 from launcher.runtime.metrics.rows import Row
 from launcher.text import size
-from launcher.tracing.allocations import Allocations
 
 JUDGED_AT = 10  # steps after a start: the first ones make states, and ZeRO-3 learns the order of its weights
 MEMORY_ERROR, TIME_ERROR = 0.05, 0.2  # as docs/planning.md states them
@@ -30,7 +26,7 @@ class Expectation:
         self.seconds = plan.time.total if plan.time else None
         self._device = device
         self._taken: list[float] = []  # seconds of the steps so far, until they are judged
-        self._allocations: Allocations | None = None
+        self._peak = PeakMemory(device)
         self._row: Row = {"memory/predicted_bytes": self.memory}
         if self.seconds is not None:
             self._row["perf/predicted_step_time_s"] = self.seconds
@@ -42,12 +38,7 @@ class Expectation:
 
     def watching(self) -> AbstractContextManager[object]:
         """To be entered around a step."""
-        if not self.counts_next:
-            return nullcontext()
-        self._allocations = Allocations()
-        for tensor in _alive():
-            self._allocations.count(tensor)
-        return self._allocations
+        return self._peak if len(self._taken) == JUDGED_AT - 1 else nullcontext()
 
     def after(self, elapsed: float) -> tuple[Row, list[str]]:
         """What belongs into the row of a step, and what to say. Collective once: a number is all-reduced."""
@@ -63,9 +54,7 @@ class Expectation:
 
     def _most_allocated(self) -> int:
         """Bytes of tensors at the most, on the rank that has most. Collective over the world."""
-        own = self._allocations.peak if self._allocations else torch.cuda.max_memory_allocated(self._device)
-        self._allocations = None  # lets go of what it counted
-        most = torch.tensor(own, dtype=torch.int64, device=self._device)
+        most = torch.tensor(self._peak.size, dtype=torch.int64, device=self._device)
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
         return int(most)
 
@@ -89,14 +78,3 @@ def _told(words: str, error: float, stated: float) -> str:
     if abs(error) <= stated:
         return f"planned  {words} ({error:+.1%})"
     return f"warning  {words} ({error:+.1%}): more than the {stated:.0%} that docs/planning.md states"
-
-
-def _alive() -> Iterator[Tensor]:
-    """Every tensor of this process that Python knows of, and gradients, of which it may not."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of attributes that asking for makes deprecated objects warn
-        for one in gc.get_objects():
-            if issubclass(type(one), Tensor):
-                yield one
-                if one.is_leaf and one.grad is not None:
-                    yield one.grad

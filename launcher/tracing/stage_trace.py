@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from launcher.config.layout import Layout
 from launcher.config.schema import Dtype, Family, RunConfig
 from launcher.config.shape import end_of_document, sequence_length
+from launcher.engine.allocations import Allocations
 from launcher.models.blocks import BlockContext, TransformerBlock
 from launcher.models.documents import Documents
 from launcher.models.language import FlatModel
@@ -31,7 +32,6 @@ from launcher.parallel.random import DropoutRandom
 from launcher.parallel.sharding import Draw, Initializer, LogicalTensor
 from launcher.planning.cost.geometry import Rank
 from launcher.planning.cost.operations import Collective
-from launcher.tracing.allocations import Allocations
 
 DTYPES = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16, Dtype.fp16: torch.float16}
 
@@ -76,7 +76,9 @@ def trace_stage(run: RunConfig, layout: Layout, rank: Rank, chunk: int = 0) -> T
             flops=int(counter.get_total_flops()),
             saved=saved - weights_and_gradients,
             peak=allocations.peak - weights_and_gradients,
-            traffic=Counter({one: count for (_, one), count in allocations.collectives.items()}),
+            traffic=Counter(
+                {Collective(call.kind, call.size): n for call, n in allocations.collectives.items()}
+            ),
         )
 
 

@@ -8,7 +8,7 @@ from launcher.commands.compare import planned
 from launcher.compare.compared_layouts import Compared, chosen_layouts, in_layout, named_layouts
 from launcher.compare.comparison_report import Row, as_json, bubble, differing, metric_rows
 from launcher.compare.measured_layout import Measured, together
-from launcher.compare.rank_record import Recorded
+from launcher.compare.rank_record import RankRecord
 from launcher.config.errors import ConfigError
 from launcher.config.schema import MeasuredRates
 from launcher.config.world import World
@@ -93,8 +93,8 @@ def test_bubble_is_over_what_a_step_takes_without() -> None:
 def test_ranks_are_put_together() -> None:
     layout = compared("tp").layout
     assert layout is not None
-    slow = Recorded([5.0], [2.0, 4.0, 3.0], [PARTS, PARTS], 10, {"tensor": [("all_reduce", 100, 2)]})
-    quick = Recorded([5.0], [1.0], [{**PARTS, "compute": 0.5}], 20, {"tensor": [("all_reduce", 100, 4)]})
+    slow = RankRecord([5.0], [2.0, 4.0, 3.0], [PARTS, PARTS], 10, [("tensor", "all_reduce", 100, 2)])
+    quick = RankRecord([5.0], [1.0], [{**PARTS, "compute": 0.5}], 20, [("tensor", "all_reduce", 100, 4)])
     found = together(layout, [slow, quick])
     assert (found.seconds, found.memory, found.parts["compute"]) == (3.0, 20, 1.0)
     assert found.sent == {"tensor": 4 * 2 * 100 * 3 / 4, "data": 0.0, "pipeline": 0.0}

@@ -4,7 +4,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 
-from launcher.config.layout import Layout
+from launcher.config.layout import GROUPS, GroupName, Layout
 from launcher.config.schema import RunConfig
 from launcher.config.shape import sequence_length
 from launcher.config.world import World
@@ -17,8 +17,6 @@ from launcher.planning.cost.parts import flops, parts
 from launcher.planning.cost.rates import Shares
 from launcher.planning.cost.step_time import StepTime, step_time
 from launcher.planning.cost.traffic import (
-    GROUPS,
-    GroupName,
     GroupShape,
     data_traffic,
     group_shapes,

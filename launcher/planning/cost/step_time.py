@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from launcher.config.layout import Layout
+from launcher.config.layout import GroupName, Layout
 from launcher.config.schema import Dtype, OptimizerName, RunConfig
 from launcher.planning.cost.geometry import Chunk, Rank, kind_of
 from launcher.planning.cost.measured_rates import AnyRates
@@ -12,7 +12,6 @@ from launcher.planning.cost.operations import BYTES, FP32, Collective, Operation
 from launcher.planning.cost.parts import Part, parts
 from launcher.planning.cost.traffic import (
     TIED_RANKS,
-    GroupName,
     GroupShape,
     data_traffic,
     tied_traffic,

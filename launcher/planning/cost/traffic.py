@@ -2,9 +2,8 @@
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Literal
 
-from launcher.config.layout import Layout
+from launcher.config.layout import GroupName, Layout
 from launcher.config.schema import Dtype, RunConfig
 from launcher.planning.cost.buffers import Tuning
 from launcher.planning.cost.geometry import Rank
@@ -12,8 +11,6 @@ from launcher.planning.cost.operations import BYTES, FP32, Collective, Sizes
 from launcher.planning.cost.parts import parts, traffic
 from launcher.planning.cost.zero_states import padded
 
-GroupName = Literal["tensor", "data", "pipeline"]
-GROUPS: tuple[GroupName, ...] = ("tensor", "data", "pipeline")
 TIED_RANKS = 2  # that hold a copy of a tied weight under a pipeline
 
 
