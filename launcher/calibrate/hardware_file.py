@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 from launcher.config.errors import ConfigError
 from launcher.config.schema import CalibrateConfig, HardwareConfig
 from launcher.config.world import Machine
+from launcher.files import write_text
 
 
 def rank_counts(most: int) -> list[int]:
@@ -33,6 +34,4 @@ def write(hardware: HardwareConfig, path: Path, machine: Machine) -> None:
     """Whole or not at all."""
     what = f"{machine.gpus} GPUs" if machine.gpus else f"{machine.cores} cores"
     said = f"# {platform.node()}, {platform.machine()}, {what}: measured by `launcher calibrate`.\n"
-    aside = path.with_suffix(".tmp")
-    aside.write_text(said + OmegaConf.to_yaml(OmegaConf.structured(hardware)))
-    aside.replace(path)
+    write_text(path, said + OmegaConf.to_yaml(OmegaConf.structured(hardware)))

@@ -11,10 +11,11 @@ import torch.distributed as dist
 
 from launcher.checkpoint.flat_ranges import logical_views
 from launcher.checkpoint.manifest import DIRECTORY, Manifest, step_name
-from launcher.checkpoint.write import PARTIAL, Part, commit, index_of, prune, write_parts
+from launcher.checkpoint.write import Part, commit, index_of, prune, write_parts
 from launcher.config.schema import CheckpointConfig
 from launcher.engine.base import Engine
 from launcher.engine.state import Fragment, fragments
+from launcher.files import PARTIAL
 
 _POLL = 0.02
 

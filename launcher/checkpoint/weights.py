@@ -8,9 +8,10 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from launcher.checkpoint.files import save_tensors
 from launcher.checkpoint.final import clear, metadata_of, stage_file, weight_files
+from launcher.checkpoint.tensor_file import save_tensors
 from launcher.config.errors import ConfigError
+from launcher.files import replacing
 from launcher.parallel.sharding import logical_of
 
 if TYPE_CHECKING:  # reading weights needs no deepspeed
@@ -36,9 +37,8 @@ def save_weights(engine: "Engine", run_dir: Path, step: int) -> Path:
             clear(run_dir)  # another layout names its files otherwise
         dist.barrier()
         if writes:
-            aside = path.with_suffix(".partial")
-            save_tensors(tensors, aside, metadata_of(step))
-            aside.rename(path)
+            with replacing(path) as aside:
+                save_tensors(tensors, aside, metadata_of(step))
     except (OSError, SafetensorError) as error:
         why = f"the final weights cannot be written: {error}"
         raise ConfigError("run.dir", run_dir, why, "the same command, once there is room for them") from None

@@ -10,7 +10,6 @@ from pathlib import Path
 from torch import Tensor
 
 from launcher.checkpoint.boxes import Box
-from launcher.checkpoint.files import replace_file, save_tensors, sync
 from launcher.checkpoint.manifest import (
     LATEST,
     MANIFEST,
@@ -24,9 +23,10 @@ from launcher.checkpoint.manifest import (
     read_manifest,
     sha256_of,
 )
+from launcher.checkpoint.tensor_file import save_tensors
 from launcher.config.schema import CheckpointConfig
+from launcher.files import PARTIAL, delete_directory, rename, write_text
 
-PARTIAL = ".partial"
 _INDEX = ".json"
 
 
@@ -52,7 +52,7 @@ def write_parts(partial: Path, rank: int, parts: Iterable[Part], max_bytes: int)
         listed += [(p.kind, p.name, p.shape, asdict(Piece(name, p.box.offsets, p.box.sizes))) for p in group]
         group.clear()  # before the next file's are made
     index = {"files": {name: asdict(file) for name, file in files.items()}, "pieces": listed}
-    replace_file(index_of(partial, rank), json.dumps(index))
+    write_text(index_of(partial, rank), json.dumps(index))
 
 
 def _in_files(parts: Iterable[Part], max_bytes: int) -> Iterator[list[Part]]:
@@ -86,14 +86,13 @@ def commit(partial: Path, manifest: Manifest, world: int) -> Path:
             own = Piece(piece["file"], tuple(piece["offsets"]), tuple(piece["sizes"]))
             tensors[kind][name] = replace(stored, pieces=(*stored.pieces, own))
         path.unlink()
-    replace_file(partial / MANIFEST, replace(manifest, tensors=tensors, files=files).to_json())
+    write_text(partial / MANIFEST, replace(manifest, tensors=tensors, files=files).to_json())
     final = partial.with_name(partial.name.removesuffix(PARTIAL))
     if final.exists():
         # An unusable one that a fallback went past: it makes room.
         shutil.rmtree(final)
-    partial.rename(final)
-    sync(final.parent)
-    replace_file(final.parent / LATEST, final.name + "\n")
+    rename(partial, final)
+    write_text(final.parent / LATEST, final.name + "\n")
     return final
 
 
@@ -107,10 +106,7 @@ def prune(run_dir: Path, config: CheckpointConfig) -> None:
         kept.add(best)
     for path in complete:
         if path not in kept:
-            # Renamed first: a half deleted one is not a checkpoint.
-            doomed = path.with_name(f"{path.name}{PARTIAL}")
-            path.rename(doomed)
-            shutil.rmtree(doomed)
+            delete_directory(path)
 
 
 def _step(path: Path) -> int:

@@ -5,7 +5,6 @@ the .idx last: a TARGET.idx that is there is whole.
 """
 
 import json
-import os
 import shutil
 import time
 from collections import deque
@@ -33,6 +32,7 @@ from launcher.data.tokenise import (
     text_of,
 )
 from launcher.data.tokenizer import Tokenizer, train_bpe, write_byte_tokenizer
+from launcher.files import partial_path, rename, sync, write_text
 
 JOURNAL, TOKENS, LENGTHS, INDEX, BAD = (
     "journal.json",
@@ -105,7 +105,7 @@ class Preparation:
 
     def __init__(self, inputs: list[Input], target: Path, config: PrepareConfig, workers: int) -> None:
         self.inputs, self.target, self.config, self.workers = inputs, target, config, workers
-        self.folder = target.with_name(f"{target.name}.partial")
+        self.folder = partial_path(target)
         self.max_line = int(config.max_line_mb * 1e6)
 
     def run(self, show: Show) -> Progress:
@@ -131,13 +131,13 @@ class Preparation:
             # A stop between the renames of the end left some files in their places.
             for path, name in self.places().items():
                 if path.exists() and not (self.folder / name).exists():
-                    path.rename(self.folder / name)
+                    rename(path, self.folder / name)
         if same.exists() and json.loads(same.read_text()) == self._fingerprint():
             return (self.folder / JOURNAL).exists()
         if self.folder.exists():
             shutil.rmtree(self.folder)
         self.folder.mkdir(parents=True)
-        _write_aside(same, self._fingerprint())
+        write_text(same, json.dumps(self._fingerprint(), indent=2))
         return False
 
     def _fingerprint(self) -> dict[str, Any]:
@@ -214,8 +214,8 @@ class Preparation:
             def save() -> None:
                 for file in (tokens, lengths, bad):
                     file.flush()
-                    os.fsync(file.fileno())
-                _write_aside(self.folder / JOURNAL, asdict(progress))
+                    sync(Path(file.name))
+                write_text(self.folder / JOURNAL, json.dumps(asdict(progress), indent=2))
 
             for batch, found in self._tokenised(spec, progress.place):
                 if found.bad and self.config.bad_lines is BadLines.fail:
@@ -274,11 +274,10 @@ class Preparation:
     def _finish(self, tokenizer: Tokenizer, progress: Progress) -> None:
         lengths = np.memmap(self.folder / LENGTHS, "<i4", mode="r")
         write_index(self.folder / INDEX, lengths, tokenizer.dtype)
-        _write_aside(self.folder / CARD, self._card(tokenizer, progress))
+        write_text(self.folder / CARD, json.dumps(self._card(tokenizer, progress), indent=2))
         for path, name in self.places().items():
             if (self.folder / name).exists() and not (name == BAD and progress.bad == 0):
-                (self.folder / name).rename(path)
-        _sync_folder(self.target.parent)
+                rename(self.folder / name, path)
         shutil.rmtree(self.folder)
 
     def _card(self, tokenizer: Tokenizer, progress: Progress) -> dict[str, Any]:
@@ -327,20 +326,3 @@ def _at(path: Path, size: int) -> IO[bytes]:
     file.truncate(size)
     file.seek(size)
     return file
-
-
-def _write_aside(path: Path, content: dict[str, Any]) -> None:
-    aside = path.with_suffix(".tmp")
-    with aside.open("w") as file:
-        json.dump(content, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.rename(path)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -27,6 +27,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from launcher.files import sync
+
 MAGIC, VERSION = b"MMIDIDX\x00\x00", 1
 DTYPES: dict[int, str] = {
     1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float64", 7: "float32", 8: "uint16",
@@ -229,8 +231,7 @@ def write_index(path: Path, lengths: Array, dtype: np.dtype[Any]) -> None:
             start = int(ends[-1])
         for first in range(0, len(lengths) + 1, _CHUNK):
             file.write(np.arange(first, min(first + _CHUNK, len(lengths) + 1), dtype="<i8").tobytes())
-        file.flush()
-        os.fsync(file.fileno())
+    sync(path)
 
 
 def _chunks(lengths: Array) -> Iterator[Array]:

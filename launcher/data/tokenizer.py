@@ -13,6 +13,7 @@ from launcher.config.errors import ConfigError
 from launcher.config.numbers import BYTE_VALUES
 from launcher.config.shape import END_OF_TEXT
 from launcher.data.token_file import smallest_dtype
+from launcher.files import replacing
 
 # What ends a document in GPT-2, Llama 3, Llama 2, and others.
 USUAL_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
@@ -101,13 +102,8 @@ def write_byte_tokenizer(path: Path) -> None:
     made = Theirs(models.BPE({character: byte for byte, character in characters.items()}, []))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     made.decoder = decoders.ByteLevel()
-    _save(made, path)
-
-
-def _save(made: Any, path: Path) -> None:
-    aside = path.with_name(f"{path.name}.tmp")
-    made.save(str(aside))
-    aside.rename(path)
+    with replacing(path) as aside:
+        made.save(str(aside))
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, path: Path) -> None:
@@ -129,7 +125,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int, path: Path) -> None:
         show_progress=False,
     )
     made.train_from_iterator(texts, trainer)
-    _save(made, path)
+    with replacing(path) as aside:
+        made.save(str(aside))
     if made.get_vocab_size() < vocab_size:
         why = f"the text has no more than {made.get_vocab_size()} tokens to make"
         raise ConfigError("vocab", vocab_size, why, f"vocab={made.get_vocab_size()}, or more text")

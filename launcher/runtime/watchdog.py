@@ -79,6 +79,7 @@ class Watchdog:
     def _end(self) -> None:
         own = self._standing()
         path = self._run_dir / LOGS / _PART.replace("*", str(self._rank))
+        # Not files.write_text, whose fsync would wait for a disk that is dead.
         aside = path.with_suffix(".tmp")
         aside.write_text(json.dumps(asdict(own)))
         aside.rename(path)

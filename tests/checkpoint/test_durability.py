@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from launcher.checkpoint import files, resume_choice, save
+from launcher.checkpoint import resume_choice, save, tensor_file
 from launcher.checkpoint import write as write_files
 from launcher.checkpoint.boxes import Box
 from launcher.checkpoint.manifest import (
@@ -123,7 +123,7 @@ class TestCompleteOrAbsent:
 
         for module, name in (
             (Path, "mkdir"), (Path, "rename"), (Path, "replace"), (Path, "unlink"), (Path, "touch"),
-            (Path, "chmod"), (os, "fsync"), (files, "save_file"),
+            (Path, "chmod"), (os, "fsync"), (tensor_file, "save_file"),
         ):  # fmt: skip
             counted(module, name)
         write(tmp_path / "try", 10)
@@ -398,7 +398,7 @@ def test_a_full_disk_is_an_error_of_the_write(tmp_path: Path, monkeypatch: pytes
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     partial = begin(tmp_path, 20)
-    monkeypatch.setattr(files, "save_file", fails)
+    monkeypatch.setattr(tensor_file, "save_file", fails)
     with pytest.raises(OSError, match="No space left"):
         write_files.write_parts(
             partial, 0, [write_files.Part("weight", "w", (1,), Box((0,), (1,)), torch.zeros(1))], 100

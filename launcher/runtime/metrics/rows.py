@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from launcher.files import write_text
+
 Row = dict[str, float | int]
 
 
@@ -21,7 +23,5 @@ def keep_rows_before(step: int, path: Path) -> list[Row]:
     """Drop the rows from `step` on; those that are left."""
     kept = [row for row in rows_in(path) if row["step"] < step]
     if path.exists():
-        aside = path.with_suffix(".tmp")
-        aside.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        aside.replace(path)
+        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
     return kept
