@@ -12,6 +12,7 @@ from launcher.calibrate.engine_overhead import rounded, with_engine
 from launcher.config.schema import MeasuredCollective, MeasuredProducts, MeasuredRates, Point
 from launcher.engine.distributed import join, leave, prepare_deepspeed
 from launcher.launch.local import run_local_ranks
+from launcher.text import plural
 
 Sample = dict[str, Any]  # one round of one number of ranks: what probes.py found, by name
 
@@ -21,7 +22,7 @@ def measure(rank_counts: Iterable[int], *, rounds: int, cores: int, device: str)
     samples: dict[int, list[Sample]] = {count: [] for count in rank_counts}
     for number in range(rounds):
         for count, rounds_of in samples.items():
-            print(f"round {number + 1} of {rounds}: {count} {'rank' if count == 1 else 'ranks'}", flush=True)
+            print(f"round {number + 1} of {rounds}: {plural(count, 'rank')}", flush=True)
             rounds_of.append(sample(count, cores=cores, device=device))
     found = [combined(count, rounds_of) for count, rounds_of in samples.items()]
     print("training small models, for what a step takes besides", flush=True)

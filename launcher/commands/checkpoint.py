@@ -12,6 +12,7 @@ from launcher.checkpoint.manifest import (
     read_manifest,
 )
 from launcher.config.errors import ConfigError
+from launcher.text import size, whole
 
 USAGE = """\
 launcher checkpoint ls PATH      the checkpoints of a run
@@ -49,7 +50,7 @@ def ls(paths: list[Path]) -> int:
     for path in reversed(paths):
         try:
             manifest = read_manifest(path)
-            print(f"{path}  {_size(manifest)}  {manifest.samples:,} samples{_loss(manifest)}")
+            print(f"{path}  {_size(manifest)}  {whole(manifest.samples)} samples{_loss(manifest)}")
         except BrokenCheckpoint as broken:
             problems += 1
             print(f"{path}  cannot be used: {broken}")
@@ -63,11 +64,11 @@ def show(paths: list[Path]) -> int:
         print(f"{paths[0]}  cannot be used: {broken}")
         return 1
     print(f"checkpoint  {paths[0]}")
-    print(f"step        {manifest.step}, {manifest.samples:,} samples consumed{_loss(manifest)}")
+    print(f"step        {manifest.step}, {whole(manifest.samples)} samples consumed{_loss(manifest)}")
     print(f"written     by launcher {manifest.launcher} on {manifest.layout}")
     for kind, tensors in manifest.tensors.items():
         numel = sum(prod(stored.shape) for stored in tensors.values())
-        print(f"{kind:<11} {len(tensors)} tensors, {numel:,} elements, fp32")
+        print(f"{kind:<11} {len(tensors)} tensors, {whole(numel)} elements, fp32")
     print(f"files       {len(manifest.files)}, {_size(manifest)}")
     return 0
 
@@ -90,7 +91,7 @@ VERBS = {"ls": ls, "show": show, "check": check}
 
 
 def _size(manifest: Manifest) -> str:
-    return f"{sum(file.bytes for file in manifest.files.values()) / 1e6:,.1f} MB"
+    return size(sum(file.bytes for file in manifest.files.values()))
 
 
 def _loss(manifest: Manifest) -> str:

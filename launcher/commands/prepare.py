@@ -16,6 +16,7 @@ from launcher.data.prepare import Input, Preparation, bad_lines_path, find_input
 from launcher.data.prepare import Progress as Prepared
 from launcher.data.token_file import bin_path, index_path
 from launcher.launch.machine import this_machine
+from launcher.text import whole
 
 _LINE_EVERY = 30.0  # seconds between lines where there is no terminal
 
@@ -94,14 +95,17 @@ def _shown(job: Preparation, inputs: list[Input]) -> Prepared:
 
 def _speed(progress: Prepared, started: float) -> str:
     rate = progress.tokens / max(time.monotonic() - started, 1e-9)
-    bad = f"  {progress.bad:,} bad lines" if progress.bad else ""
-    return f"{progress.documents:,} documents  {progress.tokens:,} tokens  {rate:,.0f} tokens/s{bad}"
+    bad = f"  {whole(progress.bad)} bad lines" if progress.bad else ""
+    documents, tokens = whole(progress.documents), whole(progress.tokens)
+    return f"{documents} documents  {tokens} tokens  {whole(rate)} tokens/s{bad}"
 
 
 def _report(progress: Prepared, job: Preparation) -> None:
     if progress.bad:
-        print(f"note     {progress.bad:,} bad lines are left out: {bad_lines_path(job.target)} lists them")
+        listed = bad_lines_path(job.target)
+        print(f"note     {whole(progress.bad)} bad lines are left out: {listed} lists them")
     if job.resumed:
         print("note     went on from where an earlier start stopped")
-    print(f"prepared {progress.documents:,} documents, {progress.tokens:,} tokens: {bin_path(job.target)}")
+    documents, tokens = whole(progress.documents), whole(progress.tokens)
+    print(f"prepared {documents} documents, {tokens} tokens: {bin_path(job.target)}")
     print(f"train    launcher data=tokens {shlex.quote(f'data.train={job.target}')} MODEL")

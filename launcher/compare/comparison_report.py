@@ -7,7 +7,7 @@ from typing import Any
 from launcher.compare.compared_layouts import Compared
 from launcher.compare.measured_layout import Measured
 from launcher.config.layout import GROUPS
-from launcher.text import plain_table, print_table
+from launcher.text import megabytes, milliseconds, plain_table, print_table, whole
 
 PARTS = ("compute", *GROUPS, "optimizer")
 TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2, "fp16": 2e-2}  # of a loss, relative
@@ -124,12 +124,12 @@ def _measured(row: Row, found: Measured) -> list[str]:
     return [
         row.name,
         str(layout.world_size),
-        _ms(found.seconds),
-        f"{row.tokens_per_s(found.seconds):,.0f}",
-        *(_ms(found.parts[part]) for part in PARTS),
+        milliseconds(found.seconds),
+        whole(row.tokens_per_s(found.seconds)),
+        *(milliseconds(found.parts[part]) for part in PARTS),
         f"{bubble(found.parts):.0%}",
-        _mb(found.memory),
-        *(_mb(found.sent[group]) for group in GROUPS),
+        megabytes(found.memory),
+        *(megabytes(found.sent[group]) for group in GROUPS),
         f"{found.losses[-1]:.4f}",
     ]
 
@@ -141,26 +141,18 @@ def _planned(row: Row) -> list[str]:
     return [
         "" if row.measured else row.name,
         "" if row.measured or not row.compared.layout else str(row.compared.layout.world_size),
-        _bracketed(_ms(seconds) if parts else ""),
-        _bracketed(f"{row.tokens_per_s(seconds):,.0f}" if parts else ""),
-        *(_bracketed(_ms(parts[part]) if parts else "") for part in PARTS),
+        _bracketed(milliseconds(seconds) if parts else ""),
+        _bracketed(whole(row.tokens_per_s(seconds)) if parts else ""),
+        *(_bracketed(milliseconds(parts[part]) if parts else "") for part in PARTS),
         _bracketed(f"{bubble(parts):.0%}" if parts else ""),
-        _bracketed(_mb(row.planned_memory)),
-        *(_bracketed(_mb(row.planned_sent[group])) for group in GROUPS),
+        _bracketed(megabytes(row.planned_memory)),
+        *(_bracketed(megabytes(row.planned_sent[group])) for group in GROUPS),
         "",
     ]
 
 
 def _bracketed(text: str) -> str:
     return f"({text})" if text else ""
-
-
-def _ms(seconds: float) -> str:
-    return f"{seconds * 1e3:,.0f}"
-
-
-def _mb(size: float) -> str:
-    return f"{size / 1e6:,.{1 if size >= 1e8 else 2}f}" if size else "0"
 
 
 def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ import numpy.typing as npt
 from launcher.config.errors import ConfigError
 from launcher.config.schema import CorpusSource, DataConfig
 from launcher.config.shape import END_OF_TEXT
+from launcher.text import plural
 
 _END = bytes([END_OF_TEXT])
 
@@ -168,7 +169,7 @@ def _nearest(field: str, pattern: str, root: Path) -> str:
         return f"a glob that matches a file with text in it, such as '{field}=\"{place / '**' / '*.txt'}\"'"
     suffix, count = min(kinds.items(), key=lambda kind: (-kind[1], kind[0]))
     nearest = Path(glob.escape(str(place)), f"*{suffix}")
-    return f"'{field}=\"{nearest}\"' ({count} {'file' if count == 1 else 'files'})"
+    return f"'{field}=\"{nearest}\"' ({plural(count, 'file')})"
 
 
 def _is_listable(place: Path) -> bool:

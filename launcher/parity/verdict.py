@@ -6,20 +6,17 @@ from math import isfinite
 from pathlib import Path
 from typing import Literal, get_args
 
-from rich.console import Console
-from rich.table import Table
-
 from launcher.config.layout import Layout
 from launcher.parity.differences import Difference, Kind
 from launcher.parity.verify import Pass
+from launcher.text import plain_table, print_table
 
 KINDS = get_args(Kind)
-FILE_WIDTH = 120  # columns of a table that is not written to a terminal
 
 
 def print_pass(one: Pass) -> None:
     """A row per step and kind of quantity: the worst of it, as measured / allowed."""
-    table = Table(title=one.title, title_justify="left", box=None, pad_edge=False)
+    table = plain_table(one.title)
     for column in ("step", "quantity", "compared", "worst", "measured / allowed", ""):
         justify: Literal["right", "left"] = "right" if column in ("step", "compared") else "left"
         # Names are broken where they must be, numbers never.
@@ -33,15 +30,11 @@ def print_pass(one: Pass) -> None:
             f"{worst.measured:.1e} / {worst.allowed:.1e}",
             "ok" if worst.ok else "[bold red]differs[/]",
         )
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = FILE_WIDTH
-    console.print(table)
+    print_table(table)
     if one.diagnosis:
         failed = [difference for difference in one.differences if not difference.ok]
         step = failed[0].step
-        print(f"\nFirst at step {step}: {one.diagnosis.shape}\n  usually: {one.diagnosis.meaning}")
-    print()
+        print(f"First at step {step}: {one.diagnosis.shape}\n  usually: {one.diagnosis.meaning}\n")
 
 
 def worst_of_each(differences: list[Difference]) -> list[tuple[Difference, int]]:

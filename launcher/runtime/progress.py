@@ -6,6 +6,8 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from launcher.text import whole
+
 LINES_PER_RUN = 20
 
 
@@ -54,7 +56,7 @@ def describe(row: dict[str, float | int]) -> str:
         parts.append(f"validation loss {row['val/loss']:.4f}")
     if "val/accuracy" in row:
         parts.append(f"accuracy {row['val/accuracy']:.1%}")
-    parts.append(f"{row['perf/tokens_per_s']:,.0f} tokens/s")
+    parts.append(f"{whole(row['perf/tokens_per_s'])} tokens/s")
     if "perf/mfu" in row:
         parts.append(f"MFU {row['perf/mfu']:.1%}")
     return "  ".join(parts)

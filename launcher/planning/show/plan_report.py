@@ -2,14 +2,26 @@
 
 from dataclasses import asdict
 from itertools import groupby
-from typing import Any
-
-from rich.table import Table
+from typing import TYPE_CHECKING, Any
 
 from launcher.planning.choose.changes import Change
 from launcher.planning.choose.limits import CLASSES, limit, link_of, parts_of, settings_in_words
 from launcher.planning.cost.plan import Plan, StagePlan
-from launcher.text import DAY, count, duration, in_unit, plain_table, print_table, size, unit_of
+from launcher.text import (
+    DAY,
+    count,
+    duration,
+    four_digits,
+    in_unit,
+    plain_table,
+    print_table,
+    size,
+    unit_of,
+    whole,
+)
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 def print_plan(plan: Plan, changes: list[Change], traced: list[dict[str, Any]] | None = None) -> None:
@@ -31,7 +43,7 @@ def print_plan(plan: Plan, changes: list[Change], traced: list[dict[str, Any]] |
         print(line)
 
 
-def _memory_table(plan: Plan) -> Table:
+def _memory_table(plan: Plan) -> "Table":
     unit = unit_of(max(stage.memory.total for stage in plan.stages))
     table = plain_table(f"Memory of one rank, {unit[1]}")
     classes = [name for name in CLASSES if any(getattr(stage.memory, name) for stage in plan.stages)]
@@ -71,7 +83,7 @@ def _alike(stages: tuple[StagePlan, ...]) -> list[tuple[int, int, StagePlan]]:
     return found
 
 
-def _traffic_table(plan: Plan) -> Table:
+def _traffic_table(plan: Plan) -> "Table":
     table = plain_table("Sent by one rank in a step")
     for name in ("group", "ranks", "link", "sent", "collectives"):
         table.add_column(name, justify="right" if name in ("ranks", "sent") else "left")
@@ -84,14 +96,14 @@ def _traffic_table(plan: Plan) -> Table:
     return table
 
 
-def _time_table(plan: Plan) -> Table:
+def _time_table(plan: Plan) -> "Table":
     table = plain_table("Time of a step")
     for name in ("part", "seconds", "share"):
         table.add_column(name, justify="left" if name == "part" else "right")
     parts = parts_of(plan)
     total = sum(parts.values())
     for name, seconds in [*parts.items(), ("step", total)]:
-        table.add_row(name, f"{seconds:.4g}", f"{seconds / total:.1%}")
+        table.add_row(name, four_digits(seconds), f"{seconds / total:.1%}")
     return table
 
 
@@ -113,12 +125,12 @@ def _speed(plan: Plan) -> list[str]:
     return [f"speed    {', '.join(words)}"]
 
 
-def _trace_table(traced: list[dict[str, Any]]) -> Table:
+def _trace_table(traced: list[dict[str, Any]]) -> "Table":
     table = plain_table("One micro-batch of a rank: the formulas, and the real modules traced")
     for name in ("stage", "quantity", "formula", "traced", "error"):
         table.add_column(name, justify="left" if name == "quantity" else "right")
     for one in traced:
-        row = str(one["stage"]), one["quantity"], f"{one['formula']:,}", f"{one['traced']:,}"
+        row = str(one["stage"]), one["quantity"], whole(one["formula"]), whole(one["traced"])
         table.add_row(*row, f"{one['error']:+.2%}")
     return table
 
@@ -132,7 +144,7 @@ def advice(plan: Plan, changes: list[Change]) -> list[str]:
         gain = ""
         if plan.time and change.plan.time:
             seconds, faster = change.plan.time.total, plan.time.total / change.plan.time.total - 1
-            gain = f"{seconds:.4g} s a step" + (f", {faster:+.0%} tokens/s" if plan.fits else "")
+            gain = f"{four_digits(seconds)} s a step" + (f", {faster:+.0%} tokens/s" if plan.fits else "")
         peak = max(stage.memory.total for stage in change.plan.stages)
         lines.append(f"{change.settings}: {gain}{', ' if gain else ''}{size(peak)}")
     return [f"{'advice' if index == 0 else '':8} {line}" for index, line in enumerate(lines)]

@@ -1,12 +1,13 @@
 """What `parallelism=auto` found, for people and for machines."""
 
-from typing import Any
-
-from rich.table import Table
+from typing import TYPE_CHECKING, Any
 
 from launcher.config.errors import as_typed
 from launcher.planning.choose.search import Candidate, Search
-from launcher.text import plain_table, print_table, size
+from launcher.text import four_digits, plain_table, print_table, size
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 BEST = 5
 
@@ -22,14 +23,14 @@ def print_search(found: Search) -> None:
     print_table(_kinds(found))
 
 
-def _best(found: Search) -> Table:
+def _best(found: Search) -> "Table":
     table = _columns("The best few")
     for one in found.fitting[:BEST]:
         table.add_row(*_row(one))
     return table
 
 
-def _kinds(found: Search) -> Table:
+def _kinds(found: Search) -> "Table":
     table = _columns("The best of every other class, by axes, ZeRO stage and offload", "why it lost")
     best = found.fitting[0] if found.fitting else None
     for kind, one in found.best_of_kinds.items():
@@ -38,7 +39,7 @@ def _kinds(found: Search) -> Table:
     return table
 
 
-def _columns(title: str, *more: str) -> Table:
+def _columns(title: str, *more: str) -> "Table":
     table = plain_table(title)
     words = ("recompute", "sequence", "on host", *more)
     for name in ("pipeline x data x tensor", "ZeRO", "micro-batch", *words[:3], "step, s", "memory", *more):
@@ -55,7 +56,7 @@ def _row(one: Candidate) -> list[str]:
         p.activation_checkpointing.name,
         "split" if p.sequence_parallel else "",
         "all" if p.offload_parameters else "optimizer" if p.offload_optimizer else "",
-        f"{one.seconds:.4g}",
+        four_digits(one.seconds),
         size(one.peak),
     ]
 
