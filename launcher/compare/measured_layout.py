@@ -1,4 +1,4 @@
-"""Runs a layout on this machine, and puts together what its ranks recorded."""
+"""Train a layout on this machine and combine the records of its ranks."""
 
 import json
 import tempfile
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One layout as it ran. Seconds are medians; parts are those of the rank that computes longest."""
+class MeasuredLayout:
+    """Measurement of a layout. Seconds are medians; `parts` is of the rank that computes longest."""
 
     losses: list[float]
     seconds: float
     parts: dict[str, float]
-    memory: int  # bytes of tensors at the most, of the rank that has most
-    sent: dict[str, float]  # bytes by group, of the rank that sends most there
+    memory: int  # peak bytes of tensors on the rank with the highest peak
+    sent: dict[str, float]  # bytes per step by group, of the rank that sends most in that group
 
 
-def measure_layout(run: RunConfig, layout: Layout, *, steps: int) -> Measured:
-    """Raises what run_local_ranks raises. The caller has imported DeepSpeed (prepare_deepspeed)."""
+def measure_layout(run: RunConfig, layout: Layout, *, steps: int) -> MeasuredLayout:
+    """Train and measure; raises what run_local_ranks raises. The caller has called prepare_deepspeed."""
     from launcher.compare.rank_record import RankRecord, record_rank
 
     with tempfile.TemporaryDirectory(prefix="launcher-compare-") as name:
@@ -41,14 +41,14 @@ def measure_layout(run: RunConfig, layout: Layout, *, steps: int) -> Measured:
             RankRecord(**json.loads((folder / f"rank-{rank}.json").read_text()))
             for rank in range(layout.world_size)
         ]
-    return together(layout, ranks)
+    return combined(layout, ranks)
 
 
-def together(layout: Layout, ranks: list["RankRecord"]) -> Measured:
-    """What the ranks recorded, as one. Pure."""
+def combined(layout: Layout, ranks: list["RankRecord"]) -> MeasuredLayout:
+    """Combine the records of all ranks. Pure."""
     busiest = max(ranks, key=lambda rank: median(parts["compute"] for parts in rank.parts))
     sizes = {"tensor": layout.tensor, "data": layout.data, "pipeline": layout.pipeline}
-    return Measured(
+    return MeasuredLayout(
         losses=ranks[0].losses,
         seconds=median(ranks[0].seconds),
         parts={name: median(parts[name] for parts in busiest.parts) for name in busiest.parts[0]},

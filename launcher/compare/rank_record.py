@@ -1,4 +1,4 @@
-"""One rank of a compared layout: trains some steps, and writes down losses, times, memory and traffic."""
+"""Train a compared layout on one rank and record losses, seconds, peak memory and collectives."""
 
 import json
 import time
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-# Some of it is imported at the first operation under a dispatch mode, and ZeRO-3 wraps what it would find.
+# A part of torch is imported at the first operation under a dispatch mode, and ZeRO-3 would wrap that part.
 import torch._dynamo
 import torch.distributed as dist
 
@@ -21,7 +21,7 @@ from launcher.engine.measuring import RankMeasurement
 from launcher.runtime.saving import start_from
 from launcher.runtime.train import loader_of, train_step
 
-ACCOUNTED = 4  # steps whose memory and traffic are counted; the first makes the optimizer's states
+COUNTED = 4  # steps whose memory and collectives are counted; the first makes the optimizer's states
 
 
 @dataclass
@@ -29,15 +29,15 @@ class RankRecord:
     """Losses, seconds, peak memory in bytes and collectives of one rank."""
 
     losses: list[float] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)  # of the steps after the accounted ones
+    seconds: list[float] = field(default_factory=list)  # of the steps after the counted steps
     parts: list[dict[str, float]] = field(default_factory=list)  # of the same steps
     memory: int = 0
     collectives: list[tuple[str, CollectiveName, int, int]] = field(default_factory=list)  # and times called
 
 
 def record_rank(rank: int, *, run: RunConfig, layout: Layout, steps: int, folder: Path) -> None:
-    """Train ACCOUNTED and then `steps` more; write folder/rank-N.json. Collective over the world."""
-    torch.set_num_threads(1)  # in every layout
+    """Train COUNTED steps, time `steps` more, write folder/rank-N.json. Collective over the world."""
+    torch.set_num_threads(1)  # the same in every layout
     measurement, record = RankMeasurement(), RankRecord()
     with measurement.timing_collectives():
         device = join(
@@ -54,12 +54,12 @@ def record_rank(rank: int, *, run: RunConfig, layout: Layout, steps: int, folder
             progress, _ = start_from(run, engine, None, None, data.digests)
             loader = loader_of(run, engine, data.blend(progress.blends))
             peaks = []
-            for _ in range(ACCOUNTED):
+            for _ in range(COUNTED):
                 measurement.tensors.restart()
                 record.losses.append(train_step(run, layout, engine, loader, progress)["train/loss"])
                 progress = progress.after(run.training.global_batch_size)
                 peaks.append(measurement.tensors.peak)
-        # Now and then gloo's threads let go of a gradient only after the next one is made.
+        # Sometimes a thread of gloo frees a gradient only after the next gradient is made.
         record.memory = min(peaks[1:])
         record.collectives = [(*call, times) for call, times in measurement.collectives().items()]
         with loader, measurement.timing_optimizer(engine):

@@ -20,6 +20,7 @@ from launcher.text import plural
 
 GroupName = Literal["tensor", "data", "pipeline"]  # groups of ranks that communicate with each other
 GROUPS: tuple[GroupName, ...] = ("tensor", "data", "pipeline")
+STEP_PARTS = ("compute", *GROUPS, "optimizer")  # of the seconds of a step: the groups are waited for
 
 
 @dataclass(frozen=True)

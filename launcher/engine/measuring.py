@@ -10,12 +10,11 @@ from types import TracebackType
 import torch
 import torch.distributed as dist
 
-from launcher.config.layout import GROUPS, GroupName
+from launcher.config.layout import STEP_PARTS, GroupName
 from launcher.engine.allocations import Allocations, CollectiveCall
 from launcher.engine.base import Engine
 from launcher.engine.stopwatch import Stopwatch
 
-PARTS = ("compute", *GROUPS, "optimizer")
 NOISE = 64  # bytes: norms, flags and losses are reduced too
 
 
@@ -54,7 +53,7 @@ class RankMeasurement:
 
     def seconds(self, elapsed: float) -> dict[str, float]:
         """Return `elapsed` seconds since restart_clock by part; computation is the time not waited."""
-        waits = {part: self._stopwatch.seconds.get(part, 0.0) for part in PARTS if part != "compute"}
+        waits = {part: self._stopwatch.seconds.get(part, 0.0) for part in STEP_PARTS if part != "compute"}
         return {"compute": elapsed - sum(waits.values()), **waits}
 
     def collectives(self) -> dict[CollectiveCall, int]:

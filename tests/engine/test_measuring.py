@@ -10,9 +10,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from launcher.config.layout import STEP_PARTS
 from launcher.engine.allocations import Allocations, CollectiveCall
 from launcher.engine.base import Engine
-from launcher.engine.measuring import PARTS, PeakMemory, RankMeasurement, group_names
+from launcher.engine.measuring import PeakMemory, RankMeasurement, group_names
 
 
 class TestAllocations:
@@ -124,7 +125,7 @@ def test_seconds_of_a_step_are_split_into_parts(groups: dict[str, dist.ProcessGr
             dist.all_reduce(torch.ones(1), group=groups["tensor"])
     assert engine.deepspeed._take_model_step is original
     seconds = measurement.seconds(1.0)
-    assert tuple(seconds) == PARTS
+    assert tuple(seconds) == STEP_PARTS
     assert 0.02 <= seconds["optimizer"] < 0.2
     assert all(0 < seconds[group] < 0.2 for group in ("tensor", "data"))
     assert seconds["pipeline"] == 0
@@ -139,4 +140,4 @@ def test_waiting_for_the_whole_world_counts_for_the_outermost_group(
     with measurement.timing_collectives():
         measurement.name_groups(engine_of(groups, pipeline=pipeline))
         dist.all_reduce(torch.ones(1))
-    assert [part for part in PARTS[1:] if measurement.seconds(1.0)[part]] == [group]
+    assert [part for part in STEP_PARTS[1:] if measurement.seconds(1.0)[part]] == [group]
