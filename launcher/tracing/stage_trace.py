@@ -153,7 +153,7 @@ class _Undrawn(Initializer):
 
 
 def _attention_flops() -> dict[Any, Callable[..., int]]:
-    """Return FLOPs of the CPU's fused attention, which torch does not count: two products forward, five back."""
+    """Count FLOPs of the CPU's fused attention, as torch does not: two products forward, five backward."""
 
     def forward(query: Any, key: Any, *_: Any, **__: Any) -> int:
         batch, heads, length, size = query
