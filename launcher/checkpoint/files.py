@@ -8,11 +8,14 @@ from torch import Tensor
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """A safetensors file, on the disk when this returns. It may be seen half written: rename it after."""
+    """Write a safetensors file and sync it to disk.
+
+    Other processes can see it half written: write to a temporary name, then rename.
+    """
     path.touch()
     mode = path.stat().st_mode
     save_file(tensors, path, metadata)
-    path.chmod(mode)  # safetensors makes its files readable by their owner alone
+    path.chmod(mode)  # safetensors creates files that only their owner can read
     sync(path)
 
 

@@ -30,7 +30,7 @@ def record_rank(rank: int, *, run: RunConfig, layout: Layout, folder: Path) -> N
     recorder = OutputRecorder(engine, run.parallelism.sequence_parallel)
     steps = [record_weights(engine)]
     for batch in probe_batches(run):
-        steps.append(record_step(run, engine, recorder, own_batches(run, engine, batch)))
+        steps.append(record_step(run, engine, recorder, rank_batches(run, engine, batch)))
     if engine.mesh.data.rank == 0 and engine.mesh.tensor.rank == 0:
         write_trace(steps, folder / f"stage-{engine.mesh.stage}")
     leave()
@@ -41,7 +41,7 @@ def record_dropout(rank: int, *, run: RunConfig, layout: Layout, folder: Path) -
     engine = _engine(rank, run, layout, folder)
     batch = next(probe_batches(run))
     with recorded_draws() as draws:
-        engine.train_batch(own_batches(run, engine, batch))
+        engine.train_batch(rank_batches(run, engine, batch))
     write_draws(draws, folder / "draws")
     leave()
 
@@ -114,7 +114,7 @@ def spread(value: Tensor, group: dist.ProcessGroup | None) -> float:
     return float((highest - lowest).max())
 
 
-def own_batches(run: RunConfig, engine: Engine, batch: Batch) -> MicroBatches:
+def rank_batches(run: RunConfig, engine: Engine, batch: Batch) -> MicroBatches:
     """This data rank's micro-batches of a global batch."""
     inputs, labels = (whole.numpy() for whole in batch)
     return [(inputs[rows], labels[rows]) for rows in _own_samples(run, engine)]

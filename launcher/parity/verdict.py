@@ -24,7 +24,7 @@ def print_pass(one: Pass) -> None:
         justify: Literal["right", "left"] = "right" if column in ("step", "compared") else "left"
         # Names are broken where they must be, numbers never.
         table.add_column(column, justify=justify, overflow="fold", no_wrap=column != "worst")
-    for worst, count in worst_of_each(one.differences):
+    for worst, count in worst_differences(one.differences):
         table.add_row(
             str(worst.step),
             worst.kind,
@@ -44,7 +44,7 @@ def print_pass(one: Pass) -> None:
     print()
 
 
-def worst_of_each(differences: list[Difference]) -> list[tuple[Difference, int]]:
+def worst_differences(differences: list[Difference]) -> list[tuple[Difference, int]]:
     """Of each step and kind: the difference furthest beyond its bound, and how many were compared."""
     found = []
     for step in sorted({difference.step for difference in differences}):

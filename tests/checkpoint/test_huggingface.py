@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from launcher.checkpoint.boxes import Box
 from launcher.checkpoint.exchange import export, import_
 from launcher.checkpoint.manifest import checkpoints_in
-from launcher.checkpoint.read import HuggingFaceReader, Reader
+from launcher.checkpoint.read import CheckpointReader, HuggingFaceReader
 from launcher.checkpoint.sources import Kind, weights_at
 from launcher.config.errors import ConfigError
 from launcher.config.layout import resolve_layout
@@ -97,7 +97,7 @@ def begin_and_save(run: RunConfig, source: Path, folder: Path) -> Path:
 
 
 def _rank(rank: int, *, run: RunConfig, source: Path, folder: Path) -> None:
-    from launcher.checkpoint.load import begin_with
+    from launcher.checkpoint.load import load_initial_weights
     from launcher.checkpoint.read import open_weights
     from launcher.checkpoint.save import CheckpointWriter
     from launcher.engine.build import build_engine
@@ -108,7 +108,7 @@ def _rank(rank: int, *, run: RunConfig, source: Path, folder: Path) -> None:
     meeting = f"file://{folder / 'store'}"
     device = join(rank=rank, world_size=layout.world_size, local_rank=rank, device="cpu", init_method=meeting)
     engine = build_engine(run, layout, device)
-    begin_with(engine, open_weights(weights_at(source, "x")))
+    load_initial_weights(engine, open_weights(weights_at(source, "x")))
     writer = CheckpointWriter(engine, CheckpointConfig(), folder, [])
     writer.save(replace(EMPTY, config=config_as_dict(run)))
     writer.wait()
@@ -211,7 +211,7 @@ def test_no_more_than_a_file_is_held_at_once(
 
         monkeypatch.setattr(reader, "fill", watched)
 
-    for reader in (HuggingFaceReader, Reader):
+    for reader in (HuggingFaceReader, CheckpointReader):
         watch(reader)
     options = ExchangeConfig(max_file_gb=limit / 1e9)
     import_(weights_at(theirs("llama"), "x"), tmp_path / "ours", options)

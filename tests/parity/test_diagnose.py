@@ -7,7 +7,7 @@ import torch
 
 from launcher.config.layout import Layout
 from launcher.parity.diagnose import Diagnosis, diagnose
-from launcher.parity.differences import Difference, Kind
+from launcher.parity.differences import Difference, DifferenceKind
 from launcher.parity.patterns import (
     best_ratio,
     common_ratio,
@@ -82,7 +82,7 @@ def step_with(**changed: object) -> StepTrace:
     return step
 
 
-def diagnosed(step: StepTrace, *failed: tuple[Kind, str], number: int = 1) -> Diagnosis:
+def diagnosed(step: StepTrace, *failed: tuple[DifferenceKind, str], number: int = 1) -> Diagnosis:
     right = step_with(batch_losses=[[5.0, 4.9, 5.1, 4.8, 5.2, 4.7]])
     run = run_of("training.micro_batch_size=1", "training.global_batch_size=6")
     differences = [Difference(number, kind, name, 1.0, 0.1) for kind, name in failed]
@@ -90,7 +90,7 @@ def diagnosed(step: StepTrace, *failed: tuple[Kind, str], number: int = 1) -> Di
     return diagnose(run, LAYOUT, differences, [*start, step], [*start, right])
 
 
-IN_CAUSAL_ORDER: list[tuple[Kind, str, str]] = [
+IN_CAUSAL_ORDER: list[tuple[DifferenceKind, str, str]] = [
     ("output", "embedding", "output of embedding"),
     ("batch_loss", "data rank 1, micro-batch 0", "of other ranks or micro-batches"),
     ("loss", "loss", "reported loss"),

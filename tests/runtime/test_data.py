@@ -73,7 +73,7 @@ def test_a_source_that_keeps_its_name_keeps_its_tokens(blended: Path) -> None:
     changed = [*BLEND, "data.sources.code=other", "data.weights.code=1", "checkpoint.new_blend=true"]
     refused = launcher(*SMALL, *changed, "training.steps=9", cwd=blended)
     assert refused.returncode == 2
-    assert "trained on another code: its digest is" in refused.stderr
+    assert "the data source code has changed since the checkpoint: its digest was" in refused.stderr
 
 
 def test_an_id_without_an_embedding_ends_the_run_where_it_is_read(tmp_path: Path) -> None:

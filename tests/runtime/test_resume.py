@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from launcher.checkpoint.manifest import checkpoints_in, damaged, read_manifest
+from launcher.checkpoint.manifest import checkpoints_in, first_damaged_file, read_manifest
 from tests.runtime.command import SMALL, environment, launcher, metrics, trained
 
 RUN = ["run.dir=r", "training.steps=6"]
@@ -163,7 +163,7 @@ def test_a_hundred_kills_lose_at_most_one_interval_each(tmp_path: Path) -> None:
         process.wait(timeout=60)
         newest = checkpoints_in(tmp_path / "r")[0]
         manifest = read_manifest(newest)
-        assert damaged(newest, manifest, sorted(manifest.files)) is None
+        assert first_damaged_file(newest, manifest, sorted(manifest.files)) is None
         assert manifest.step > before
         # The step that was being saved, and the one behind which it was.
         assert metrics_of_a_killed_run(tmp_path / "r") - manifest.step <= 2
