@@ -119,9 +119,8 @@ def read_manifest(path: Path) -> Manifest:
 
 def _parse(path: Path, outer: dict[str, Any]) -> Manifest:
     if outer["format"] != FORMAT:
-        raise UnusableCheckpoint(
-            path, MANIFEST, f"has format {outer['format']}; this launcher reads {FORMAT}"
-        )
+        why = f"has format {outer['format']}; this launcher reads format {FORMAT}"
+        raise UnusableCheckpoint(path, MANIFEST, why)
     content = outer["checkpoint"]
     if outer["sha256"] != _sha256_of_text(json.dumps(content, sort_keys=True)):
         raise UnusableCheckpoint(path, MANIFEST, "was altered: it does not match its own SHA-256")

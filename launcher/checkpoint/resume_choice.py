@@ -33,11 +33,8 @@ _DATA = (
     "training.seed",
     "optimizer.name",
 )
-_BLEND = (
-    "data.sources",
-    "data.weights",
-    "data.validation_sources",
-)  # may change if checkpoint.new_blend is set
+# These may change if checkpoint.new_blend is set.
+_BLEND = ("data.sources", "data.weights", "data.validation_sources")
 
 
 def checkpoint_to_resume(run: RunConfig, run_dir: Path) -> Path | None:
