@@ -138,11 +138,11 @@ def _batch_losses(
 ) -> list[Difference]:
     differences = []
     expected = expected_batch_losses(run, len(step.batch_losses), right)
-    for rank, (got, wanted) in enumerate(zip(step.batch_losses, expected, strict=True)):
-        if len(got) != len(wanted):
+    for rank, (losses, expected_losses) in enumerate(zip(step.batch_losses, expected, strict=True)):
+        if len(losses) != len(expected_losses):
             differences.append(Difference(number, "batch_loss", f"data rank {rank}", inf, 1.0))
             continue
-        for index, (loss, correct) in enumerate(zip(got, wanted, strict=True)):
+        for index, (loss, correct) in enumerate(zip(losses, expected_losses, strict=True)):
             name = f"data rank {rank}, micro-batch {index}"
             measured = abs(loss - correct) / abs(correct)
             differences.append(Difference(number, "batch_loss", name, measured, apart * allowed.output))
@@ -154,8 +154,8 @@ def _outputs(
 ) -> list[Difference]:
     differences = _missing(number, "output", step.outputs, right.outputs)
     for name in in_forward_order(run, [name for name in right.outputs if name in step.outputs]):
-        wanted = right.outputs[name]
-        measured = float((step.outputs[name] - wanted).norm() / wanted.norm().clamp(min=TINY))
+        expected = right.outputs[name]
+        measured = float((step.outputs[name] - expected).norm() / expected.norm().clamp(min=TINY))
         differences.append(Difference(number, "output", name, measured, number * allowed.output))
     return differences
 
@@ -210,7 +210,7 @@ def _tied_copy(
     expected: list[StepTrace],
     allowed: Tolerance,
 ) -> Difference:
-    """Compare the copy of a tied weight with the weight; the bound is that of two independent runs.
+    """Compare the copy of a tied weight with the weight; the bound is as for two independent runs.
 
     Bitwise equality is not required: stages lay out gradients differently, so that more than two data ranks
     add them in another order.
