@@ -184,7 +184,7 @@ def newest_complete_before(path: Path) -> Path | None:
 
 
 def unusable_checkpoint_error(unusable: UnusableCheckpoint) -> ConfigError:
-    """Return the user error about a checkpoint that cannot be restored, with an older checkpoint as the remedy."""
+    """Return the user error about a checkpoint that cannot be restored; suggests an older checkpoint."""
     older = newest_complete_before(unusable.path)
     remedies = ["checkpoint.fallback=true", *settings("checkpoint.resume", [older])] if older else []
     remedies.append("checkpoint.resume=none (from the first step, in a fresh run.dir)")
