@@ -38,7 +38,7 @@ class Job:
         return self.cluster.state(self.number)
 
     def has_ended(self) -> bool:
-        """Return whether the job has ended for good: during a requeue it shows as cancelled for some seconds."""
+        """Return whether the job has ended for good: during a requeue it looks cancelled for some seconds."""
         deadline = time.monotonic() + 15
         while (state := self.state) in ENDED:
             if state in ("COMPLETED", "FAILED") or time.monotonic() > deadline:
