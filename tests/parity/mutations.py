@@ -339,7 +339,7 @@ MUTATIONS = {
     "clip norm without the other shards (unmarked under ZeRO-1)": Mutation(
         shards_unmarked,
         f"{GPT} {TP} parallelism.zero_stage=1",
-        ("every gradient is right and the reported norm", "shards left out"),
+        ("every gradient is right and the reported norm", "shards are left out"),
     ),
     "clip norm of the local shard": Mutation(
         norm_of_the_local_shard,
