@@ -15,17 +15,18 @@ from launcher.checkpoint.boxes import whole
 from launcher.checkpoint.companions import carry_companions, companions_of
 from launcher.checkpoint.huggingface import Entry, config_json, entries
 from launcher.checkpoint.manifest import (
-    DIRECTORY,
-    BrokenCheckpoint,
+    CHECKPOINTS,
+    DAMAGED,
     Manifest,
-    damaged,
+    UnusableCheckpoint,
+    first_damaged_file,
     read_manifest,
     step_name,
 )
 from launcher.checkpoint.read import HuggingFaceReader, WeightReader, open_weights
 from launcher.checkpoint.sources import INDEX, SAFETENSORS, Kind, Weights
 from launcher.checkpoint.tensor_file import save_tensors
-from launcher.checkpoint.write import Part, commit, write_parts
+from launcher.checkpoint.write import HostPiece, commit, write_pieces
 from launcher.config.schema import Dtype, ExchangeConfig
 from launcher.files import PARTIAL, new_directory
 from launcher.parallel.sharding import WEIGHT
@@ -37,12 +38,12 @@ MODEL = "imported"  # conf/model/imported.yaml
 def export(weights: Weights, target: Path, options: ExchangeConfig) -> None:
     """Write a directory that transformers' from_pretrained loads; whole once its name is there.
 
-    Holds one file's tensors at a time. Raises BrokenCheckpoint, ConfigError, OSError.
+    Holds one file's tensors at a time. Raises UnusableCheckpoint, ConfigError, OSError.
     """
     if weights.kind is Kind.checkpoint:
         manifest = read_manifest(weights.path)
-        if name := damaged(weights.path, manifest, _weight_files(manifest)):
-            raise BrokenCheckpoint(weights.path, name, "is damaged: its checksum is another")
+        if name := first_damaged_file(weights.path, manifest, _weight_files(manifest)):
+            raise UnusableCheckpoint(weights.path, name, DAMAGED)
     dtype, reader = DTYPES[options.dtype], open_weights(weights)
     with new_directory(target) as aside:
         files = list(_in_files(weights, dtype.itemsize, int(options.max_file_gb * 1e9)))
@@ -73,9 +74,9 @@ def import_(weights: Weights, target: Path, options: ExchangeConfig) -> None:
     """
     with new_directory(target) as aside:
         reader = HuggingFaceReader(weights)
-        partial = aside / DIRECTORY / f"{step_name(0)}{PARTIAL}"
+        partial = aside / CHECKPOINTS / f"{step_name(0)}{PARTIAL}"
         partial.mkdir(parents=True)
-        write_parts(partial, 0, _parts(weights, reader), int(options.max_file_gb * 1e9))
+        write_pieces(partial, 0, _parts(weights, reader), int(options.max_file_gb * 1e9))
         model = OmegaConf.to_container(OmegaConf.structured(weights.model), enum_to_str=True)
         manifest = Manifest(
             step=0, samples=0, updates=0, scaler={}, corpus={}, launcher=__version__, layout="import",
@@ -107,7 +108,7 @@ def _in_files(weights: Weights, itemsize: int, max_bytes: int) -> Iterator[list[
     yield group
 
 
-def _parts(weights: Weights, reader: HuggingFaceReader) -> Iterator[Part]:
+def _parts(weights: Weights, reader: HuggingFaceReader) -> Iterator[HostPiece]:
     shapes: dict[str, tuple[int, ...]] = {}
     for entry in entries(weights.model):
         last = [offset + size for offset, size in zip(entry.box.offsets, entry.box.sizes, strict=True)]
@@ -115,7 +116,7 @@ def _parts(weights: Weights, reader: HuggingFaceReader) -> Iterator[Part]:
     for name, shape in shapes.items():
         tensor = torch.empty(shape)
         reader.fill(WEIGHT, name, whole(shape), tensor)
-        yield Part(WEIGHT, name, shape, whole(shape), tensor)
+        yield HostPiece(WEIGHT, name, shape, whole(shape), tensor)
 
 
 def _weight_files(manifest: Manifest) -> list[str]:

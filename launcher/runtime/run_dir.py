@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from launcher import __version__
 from launcher.checkpoint.companions import carry_companions
 from launcher.checkpoint.final import final_step
-from launcher.checkpoint.resume_choice import checkpoint_of
+from launcher.checkpoint.resume_choice import checkpoint_to_resume
 from launcher.checkpoint.sources import Weights, check_model_is, weights_at
 from launcher.config.errors import ConfigError
 from launcher.config.layout import Layout
@@ -70,7 +70,7 @@ def claimed_run_dir(
 
 def start_of(run: RunConfig, path: Path) -> Path | None:
     """The checkpoint that a run in `path` goes on from, if there is one. Raises ConfigError."""
-    checkpoint = checkpoint_of(run, path)
+    checkpoint = checkpoint_to_resume(run, path)
     is_over = checkpoint is None and final_step(path) is not None
     if (path / CONFIG).exists() and (run.checkpoint.resume != "auto" or is_over):
         raise ConfigError(

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from launcher.checkpoint.companions import DIRECTORY as COMPANIONS
+from launcher.checkpoint.companions import COMPANIONS
 from launcher.checkpoint.final import weight_files
 from launcher.checkpoint.weights import load_weights
 from launcher.config.compose import load_typed

@@ -8,10 +8,10 @@ import torch
 import torch.distributed as dist
 
 from launcher import __version__
-from launcher.checkpoint.load import begin_with, first_damaged, restore
-from launcher.checkpoint.manifest import BrokenCheckpoint, Manifest, read_manifest
+from launcher.checkpoint.load import damaged_file_on_any_rank, load_initial_weights, restore
+from launcher.checkpoint.manifest import DAMAGED, Manifest, UnusableCheckpoint, read_manifest
 from launcher.checkpoint.read import open_weights
-from launcher.checkpoint.resume_choice import check_corpus_is, check_goes_on, older_or_refused
+from launcher.checkpoint.resume_choice import check_can_resume, check_same_corpus, fallback_checkpoint
 from launcher.checkpoint.save import CheckpointError, CheckpointWriter
 from launcher.checkpoint.sources import Kind, Weights
 from launcher.config.errors import ConfigError
@@ -51,22 +51,22 @@ def start_from(
     while path is not None:
         try:
             manifest = read_manifest(path)
-            check_goes_on(run, path, manifest)
-            check_corpus_is(corpus, path, manifest)
-            if name := first_damaged(path, manifest):
-                raise BrokenCheckpoint(path, name, "is damaged: its checksum is another")
+            check_can_resume(run, path, manifest)
+            check_same_corpus(corpus, path, manifest)
+            if name := damaged_file_on_any_rank(path, manifest):
+                raise UnusableCheckpoint(path, name, DAMAGED)
             restore(engine, path, manifest, state_keys(run.optimizer))
             set_loss_scaler(engine, manifest.scaler)
             return Progress(manifest.step, manifest.samples, blends_after(run, manifest)), path
-        except BrokenCheckpoint as broken:
-            path = older_or_refused(run, broken)
+        except UnusableCheckpoint as unusable:
+            path = fallback_checkpoint(run, unusable)
     if initial is not None:
         try:
             check_intact(initial)
-            begin_with(engine, open_weights(initial))
-        except BrokenCheckpoint as broken:
+            load_initial_weights(engine, open_weights(initial))
+        except UnusableCheckpoint as unusable:
             remedy = "weights that are intact: see `launcher checkpoint check`"
-            raise ConfigError("checkpoint.init_from", initial.path, str(broken), remedy) from None
+            raise ConfigError("checkpoint.init_from", initial.path, str(unusable), remedy) from None
     return Progress(blends=(blend_of(run),)), initial.path if initial else None
 
 
@@ -80,9 +80,11 @@ def blends_after(run: RunConfig, manifest: Manifest) -> tuple[Segment, ...]:
 
 
 def check_intact(weights: Weights) -> None:
-    """Raises BrokenCheckpoint for a wrong checksum, where there are checksums. Collective over the world."""
-    if weights.kind is Kind.checkpoint and (name := first_damaged(weights.path, read_manifest(weights.path))):
-        raise BrokenCheckpoint(weights.path, name, "is damaged: its checksum is another")
+    """Raise UnusableCheckpoint if a file of a checkpoint is damaged. Collective over the world."""
+    if weights.kind is Kind.checkpoint and (
+        name := damaged_file_on_any_rank(weights.path, read_manifest(weights.path))
+    ):
+        raise UnusableCheckpoint(weights.path, name, DAMAGED)
 
 
 class Checkpoints:

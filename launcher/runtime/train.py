@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
-from launcher.checkpoint.companions import DIRECTORY as COMPANIONS
+from launcher.checkpoint.companions import COMPANIONS
 from launcher.checkpoint.weights import save_weights
 from launcher.config.errors import as_typed
 from launcher.config.layout import Layout

@@ -1,4 +1,4 @@
-"""Every recipe's run is planned, and its layout proven, by the same overrides."""
+"""`plan` and `verify` accept the overrides of every recipe."""
 
 import shlex
 from pathlib import Path
@@ -14,11 +14,11 @@ RECIPES = sorted((ROOT / "recipes").glob("*.sbatch"))
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["plan", "verify"])
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_passes(recipe: Path, command: str, tmp_path: Path) -> None:
-    typed = shlex.split(recipe.read_text().splitlines()[1].removeprefix("# launcher submit "))
-    done = launcher(command, *typed, cwd=tmp_path, timeout=600)
+def test_plan_and_verify_accept_the_recipe(recipe: Path, command: str, tmp_path: Path) -> None:
+    overrides = shlex.split(recipe.read_text().splitlines()[1].removeprefix("# launcher submit "))
+    done = launcher(command, *overrides, cwd=tmp_path, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_there_are_recipes() -> None:
+def test_there_are_ten_recipes() -> None:
     assert len(RECIPES) == 10

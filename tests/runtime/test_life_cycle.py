@@ -137,8 +137,8 @@ def test_a_run_that_was_stopped_goes_on_from_there(tmp_path: Path) -> None:
 SLOW_SAVE = """
 import time
 import launcher.checkpoint.save as save
-write = save.write_parts
-save.write_parts = lambda *arguments: (print("saving", flush=True), time.sleep(100), write(*arguments))
+write = save.write_pieces
+save.write_pieces = lambda *arguments: (print("saving", flush=True), time.sleep(100), write(*arguments))
 from launcher.__main__ import main
 main()
 """
