@@ -17,7 +17,7 @@ import pytest
 
 from launcher.config.errors import ConfigError
 from launcher.launch.local import RankFailure, Stopped, run_local_ranks
-from launcher.launch.rank import END, STOP, STOPPED
+from launcher.launch.rank import END_SIGNAL, STOP_SIGNAL, STOPPED_EXIT_CODE
 
 HANG = 60.0  # seconds: only ever reached where something hangs
 REPOSITORY = Path(__file__).parents[2]
@@ -64,7 +64,7 @@ def handlers_are_restored() -> Iterator[None]:
     """No test may end with another disposition or signal mask than it began with."""
 
     def state() -> tuple[object, ...]:
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, STOP, END)
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, STOP_SIGNAL, END_SIGNAL)
         return *(signal.getsignal(number) for number in numbers), signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
     before = state()
@@ -429,7 +429,7 @@ def test_stopped_ranks_run_their_cleanup(tmp_path: Path) -> None:
 def test_ranks_that_ignore_their_end_are_killed(tmp_path: Path) -> None:
     def target(rank: int) -> None:
         if rank == 0:
-            signal.signal(END, signal.SIG_IGN)
+            signal.signal(END_SIGNAL, signal.SIG_IGN)
             write_pid(tmp_path, "deaf", os.getpid())
             while True:
                 time.sleep(1)
@@ -531,7 +531,7 @@ def write_pid(name, pid):
 def target(rank):
     if behaviour == "deaf":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # END
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # END_SIGNAL
     if behaviour == "busy":
         write_pid(f"child_{rank}", subprocess.Popen(["sleep", "600"], start_new_session=rank == 1).pid)
     try:
@@ -695,7 +695,7 @@ def test_what_a_rank_raises_while_it_is_stopped_is_the_cause(tmp_path: Path, own
             raise ValueError("disk full")
 
         if own_handler:
-            signal.signal(END, save)
+            signal.signal(END_SIGNAL, save)
         try:
             os.kill(os.getppid(), signal.SIGINT)
             sleep_for_long()
@@ -733,23 +733,23 @@ def test_a_stop_that_reaches_the_ranks_first_is_still_a_stop(tmp_path: Path) -> 
 
 
 def test_the_ranks_of_one_node_of_several(tmp_path: Path) -> None:
-    run(partial(write_rank, tmp_path), 8, tmp_path / "logs", here=range(4, 6))
+    run(partial(write_rank, tmp_path), 8, tmp_path / "logs", local_ranks=range(4, 6))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["4", "5", "logs"]
     assert sorted(path.name for path in (tmp_path / "logs").iterdir()) == ["rank_4.log", "rank_5.log"]
     assert "rank 5 of 8 exited with code 3" in str(
-        failure_of(lambda rank: sys.exit(3 * (rank == 5)), 8, tmp_path / "logs", here=range(4, 6))
+        failure_of(lambda rank: sys.exit(3 * (rank == 5)), 8, tmp_path / "logs", local_ranks=range(4, 6))
     )
 
 
 def test_ranks_that_all_stop_by_themselves_were_told_to(tmp_path: Path) -> None:
     """By those of another node, which somebody asked."""
     with pytest.raises(Stopped) as stopped:
-        run(lambda rank: sys.exit(STOPPED), 4, tmp_path, here=range(2, 4))
-    assert stopped.value.exit_code == STOPPED
+        run(lambda rank: sys.exit(STOPPED_EXIT_CODE), 4, tmp_path, local_ranks=range(2, 4))
+    assert stopped.value.exit_code == STOPPED_EXIT_CODE
 
 
 def test_one_that_stops_alone_has_failed(tmp_path: Path) -> None:
     def target(rank: int) -> None:
-        sys.exit(STOPPED) if rank == 1 else sleep_for_long()
+        sys.exit(STOPPED_EXIT_CODE) if rank == 1 else sleep_for_long()
 
     assert failure_of(target, 2, tmp_path).secondary

@@ -147,13 +147,13 @@ def test_logits_are_never_gathered() -> None:
 
 
 def with_reductions(rank: int, world: int, kind: str) -> Found:
-    reduced = layers._reduced
+    reduced = layers._all_reduce_
     mutants = {
         "none": lambda x, operation, axis: x,
         "bf16": lambda x, operation, axis: reduced(x.bfloat16(), operation, axis).float(),
     }
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layers, "_reduced", mutants[kind])
+        patch.setattr(layers, "_all_reduce_", mutants[kind])
         return compared(rank, world, CASES["bf16"])
 
 

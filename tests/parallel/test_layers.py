@@ -23,7 +23,7 @@ from launcher.parallel.layers import (
     VocabParallelHead,
 )
 from launcher.parallel.mesh import Axis
-from launcher.parallel.sharding import Draw, Initializer
+from launcher.parallel.sharding import DrawFunction, Initializer
 from tests.distributed import mesh, pool
 
 BATCH, LENGTH, HIDDEN = 2, 8, 12
@@ -38,7 +38,7 @@ def tensor_parallel(world: int, sequence_parallel: bool) -> TensorParallel:
     return TensorParallel(axis, sequence_parallel, Initializer(0, axis))
 
 
-def drawn_as(full: Tensor) -> Draw:
+def drawn_as(full: Tensor) -> DrawFunction:
     return lambda shape, generator: full.detach()
 
 

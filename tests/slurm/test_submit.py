@@ -62,7 +62,7 @@ def test_what_slurm_refuses_is_told(cluster: Cluster, tmp_path: Path) -> None:
         cluster, "submit", *ON_TWO_NODES, "hardware=cpu", "slurm.partition=none_such", cwd=tmp_path
     )
     assert done.returncode == 2
-    assert "Slurm refuses: " in done.stderr
+    assert "Slurm rejected the job: " in done.stderr
     assert "invalid partition specified: none_such" in done.stderr
 
 
