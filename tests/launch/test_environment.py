@@ -51,10 +51,10 @@ def test_reads_torchrun_variables() -> None:
 
 
 def test_reads_srun_variables() -> None:
-    found = joined_ranks(SRUN)
-    assert found is not None
-    assert found == RankEnvironment(5, 8, 1, 4, "node03", found.master_port)
-    assert 20000 <= found.master_port < 40000
+    joined = joined_ranks(SRUN)
+    assert joined is not None
+    assert joined == RankEnvironment(5, 8, 1, 4, "node03", joined.master_port)
+    assert 20000 <= joined.master_port < 40000
 
 
 def test_torchrun_variables_take_precedence_over_srun() -> None:
@@ -85,9 +85,9 @@ def test_ignores_world_size_exported_by_a_batch_script() -> None:
 
 
 def test_falls_back_to_job_variables_without_step_variables() -> None:
-    found = joined_ranks(without(SRUN, "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NODELIST"))
-    assert found is not None
-    assert (found.world_size, found.master_addr) == (12, "node02")
+    joined = joined_ranks(without(SRUN, "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NODELIST"))
+    assert joined is not None
+    assert (joined.world_size, joined.master_addr) == (12, "node02")
 
 
 @pytest.mark.parametrize("base", [TORCHRUN, SRUN], ids=["torchrun", "srun"])
@@ -152,25 +152,25 @@ def test_all_ranks_of_a_step_get_the_same_address() -> None:
         )
         for rank in range(8)
     ]
-    assert len({(found.master_addr, found.master_port) for found in ranks if found}) == 1
-    assert [found.rank for found in ranks if found] == list(range(8))
+    assert len({(joined.master_addr, joined.master_port) for joined in ranks if joined}) == 1
+    assert [joined.rank for joined in ranks if joined] == list(range(8))
 
 
 def test_neighbouring_jobs_and_steps_get_different_ports() -> None:
     ports = set()
     for job in range(4700, 4720):
         for step in range(20):
-            found = joined_ranks(SRUN | {"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)})
-            assert found is not None
-            ports.add(found.master_port)
+            joined = joined_ranks(SRUN | {"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)})
+            assert joined is not None
+            ports.add(joined.master_port)
     assert len(ports) == 400
 
 
 @given(job=st.integers(0, 2**32 - 1), step=st.integers(0, 2**32 - 1))
 def test_ports_are_between_20000_and_39999(job: int, step: int) -> None:
-    found = joined_ranks(SRUN | {"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)})
-    assert found is not None
-    assert 20000 <= found.master_port <= 39999
+    joined = joined_ranks(SRUN | {"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)})
+    assert joined is not None
+    assert 20000 <= joined.master_port <= 39999
 
 
 @pytest.mark.parametrize(
