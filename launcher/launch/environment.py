@@ -13,7 +13,7 @@ from launcher.config.errors import ConfigError
 
 @dataclass(frozen=True)
 class RankEnvironment:
-    """LaunchEnvironment of one rank in the world. All ranks meet at `master_addr`:`master_port`."""
+    """Numbers of one rank in the world. All ranks meet at `master_addr`:`master_port`."""
 
     rank: int
     world_size: int
@@ -25,7 +25,7 @@ class RankEnvironment:
 
 @dataclass(frozen=True)
 class NodeEnvironment:
-    """LaunchEnvironment of one node in the world, where srun starts one launcher per node.
+    """Numbers of one node in the world, where srun starts one launcher per node.
 
     The launcher of node `node` of `nodes` starts `ranks_per_node` ranks.
     """

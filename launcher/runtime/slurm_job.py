@@ -22,7 +22,7 @@ from launcher.config.schema import OnStop, RunConfig
 from launcher.config.slurm_rules import nodes_of
 from launcher.launch.attempts import MAX_IDENTICAL_FAILURES, FailedStart, record_failed_start
 from launcher.launch.exit_codes import FAILED, REFUSED
-from launcher.launch.rank import STOPPED
+from launcher.launch.rank import STOPPED_EXIT_CODE
 from launcher.launch.records import ENDS_VARIABLE, RankEnd, RankEndKind, read_rank_ends
 from launcher.launch.sbatch import cpus_per_task, tasks_per_node
 from launcher.launch.slurm import (
@@ -216,20 +216,20 @@ def _go_on(job: SlurmJob, stops: list[int]) -> int:
     id, run_dir = job.allocation.id, job.run_dir
     if not _is_running(job.allocation):
         _print("stopped, and this job is ended by Slurm, which also decides whether it starts again")
-        return STOPPED
+        return STOPPED_EXIT_CODE
     try:
         if job.run.slurm.on_stop is OnStop.requeue:
             requeue(id)
             _print(f"stopped and requeued: job {id} goes on in {run_dir}")
             _wait_for_the_end(stops)
-            return STOPPED
+            return STOPPED_EXIT_CODE
         if job.run.slurm.on_stop is OnStop.chain:
             _print(f"stopped: job {_next_link(job)} goes on in {run_dir}")
             return 0
     except SlurmError as error:
         _print(f"stopped, and cannot be started again by itself: {error}")
     _print(f"stopped: the same command with run.dir={run_dir} goes on")
-    return STOPPED
+    return STOPPED_EXIT_CODE
 
 
 def _wait_for_the_end(stops: list[int]) -> None:
