@@ -85,7 +85,8 @@ def run_local_ranks(
     """
     log_dir.mkdir(parents=True, exist_ok=True)
     if start_method == "spawn":
-        # Otherwise starting rank 0 starts the tracker, which unblocks the signals that _start has blocked.
+        # Start the tracker here. Otherwise the start of rank 0 does, and unblocks the signals that _start
+        # blocks.
         resource_tracker.ensure_running()
     ranks: list[_Rank] = []
     with _recorded_stops() as stops, no_grandchildren_left(patience=failure_grace):
@@ -113,6 +114,8 @@ def _raise_stop(number: int, failure: FailureReport | None, world_size: int) -> 
 
 @dataclass
 class _Rank:
+    """A rank's process, the pipe for its failure, and its log."""
+
     number: int
     process: BaseProcess
     failures: Connection
@@ -152,7 +155,8 @@ def _watch(ranks: list[_Rank], stops: list[int]) -> FailureReport | None:
     first_noticed: float | None = None
     while True:
         ended = [rank for rank in ranks if rank.process.exitcode is not None]
-        _receive_failures(ranks)  # after `ended` is known: the reports of these ranks have then arrived
+        # Receive only now: all reports of the ranks in `ended` have arrived.
+        _receive_failures(ranks)
         for rank in ended:
             rank.failure = rank.failure or _failure_from_exit_code(rank)
         first = _first_failure(ranks)
@@ -193,9 +197,8 @@ def _end(ranks: list[_Rank], grace: float, stops: list[int]) -> None:
 def _signal(ranks: list[_Rank], number: int) -> None:
     for rank in _running(ranks):
         assert rank.process.pid is not None
-        os.kill(
-            rank.process.pid, number
-        )  # safe: a rank that has just ended is still a zombie, its pid unused
+        # Safe: a rank that has just ended is still a zombie, so no other process has its pid.
+        os.kill(rank.process.pid, number)
 
 
 def _running(ranks: list[_Rank]) -> list[_Rank]:

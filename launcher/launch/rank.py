@@ -30,7 +30,7 @@ class FailureReport:
     """Reason why a rank ended, in plain text: not every exception can be pickled."""
 
     rank: int
-    when: float  # time.monotonic(), one clock for all processes of a machine
+    when: float  # time.monotonic(), which all processes of a machine share
     secondary: bool  # probably a consequence of another rank's end, or of a stop
     detail: str
     refusal: tuple[str, str | None, str, str] | None = None  # the fields of a ConfigError
@@ -39,17 +39,17 @@ class FailureReport:
 def rank_main(
     target: Callable[[int], None], rank: int, log: Path | None, parent: int, failures: Connection
 ) -> None:
-    """Run `target(rank)` in this process, started for it by process `parent`; send a failure to `failures`.
+    """Run `target(rank)` in this process; send a failure to `failures`, then raise SystemExit with code 1.
 
-    Output goes to the file `log`; None: to the terminal. Raises SystemExit with code 1 after a failure.
+    `parent` is the pid of the launcher. Output goes to the file `log`; None: to the terminal.
     """
     try:
         die_with(parent)
         if log is not None:
             _redirect_output(log)
         faulthandler.enable(file=2)
-        # Objects inherited by fork stay shared with the parent, and none of their finalizers runs here: a
-        # finalizer would swallow the exception that a signal raises while it runs.
+        # Keep objects inherited by fork shared with the parent, and never run their finalizers here. A
+        # finalizer would discard the exception of a signal that arrives while it runs.
         gc.freeze()
         _handle_signals()
         target(rank)

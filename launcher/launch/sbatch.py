@@ -186,6 +186,5 @@ def check_script_arguments(overrides: list[str]) -> None:
         remedy = "`launcher submit` with this setting (the script's second line holds the full command)"
         if field in _SBATCH_OPTIONS:
             remedy = f"sbatch {_SBATCH_OPTIONS[field].format(value)} SCRIPT"
-        raise ConfigError(
-            name, value, "has no effect after the script's name: sbatch has already run", remedy
-        )
+        why = "has no effect after the script's name: sbatch has already run"
+        raise ConfigError(name, value, why, remedy)

@@ -37,9 +37,9 @@ class Allocation:
 
     @property
     def id(self) -> str:
-        """Return the id that Slurm commands take for this job alone.
+        """Return the id that Slurm commands take for this job alone: JOB, or ARRAYJOB_TASK in an array.
 
-        A task of an array is ARRAY_TASK: the job number of the last task is also that of the whole array.
+        In an array JOB alone is ambiguous: the last task and the whole array have the same number.
         """
         return self.job if self.array_task is None else f"{self.array_job}_{self.array_task}"
 
