@@ -214,10 +214,10 @@ def vocab_parallel_hits(logits: Tensor, labels: Tensor, vocabulary: int, axis: A
     Two all-reduces of (B, T) values over `axis` (highest logit, logit of the label). A tie counts as a hit.
     """
     scores = _mask_padding(logits, vocabulary, axis)
-    highest = _all_reduce_(scores.amax(dim=-1), dist.ReduceOp.MAX, axis)
+    highest = _reduced(scores.amax(dim=-1), dist.ReduceOp.MAX, axis)
     elsewhere, index = _local_labels(logits, labels, axis)
     label_logits = scores.gather(-1, index.unsqueeze(-1)).squeeze(-1).masked_fill(elsewhere, 0.0)
-    return _all_reduce_(label_logits, dist.ReduceOp.SUM, axis) >= highest
+    return _reduced(label_logits, dist.ReduceOp.SUM, axis) >= highest
 
 
 def _mask_padding(logits: Tensor, vocabulary: int, axis: Axis) -> Tensor:
@@ -251,14 +251,14 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, vocabulary: int, axis: Axis) -> Tensor:
         scores = _mask_padding(logits, vocabulary, axis)
-        highest = _all_reduce_(scores.amax(dim=-1), dist.ReduceOp.MAX, axis)
+        highest = _reduced(scores.amax(dim=-1), dist.ReduceOp.MAX, axis)
         exponentials = (scores - highest.unsqueeze(-1)).exp_()
-        total = _all_reduce_(exponentials.sum(dim=-1), dist.ReduceOp.SUM, axis)
+        total = _reduced(exponentials.sum(dim=-1), dist.ReduceOp.SUM, axis)
 
         ignored = labels == IGNORED_LABEL
         elsewhere, index = _local_labels(logits, labels, axis)
         label_logits = scores.gather(-1, index.unsqueeze(-1)).squeeze(-1).masked_fill(elsewhere, 0.0)
-        label_logits = _all_reduce_(label_logits, dist.ReduceOp.SUM, axis)
+        label_logits = _reduced(label_logits, dist.ReduceOp.SUM, axis)
 
         softmax = exponentials.div_(total.unsqueeze(-1))
         ctx.save_for_backward(softmax, index, elsewhere, ignored)
@@ -274,7 +274,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         return grad_logits.to(ctx.dtype), None, None, None
 
 
-def _all_reduce_(x: Tensor, operation: Any, axis: Axis) -> Tensor:
+def _reduced(x: Tensor, operation: Any, axis: Axis) -> Tensor:
     """Reduce x in place over `axis`; return x."""
     if axis.size > 1:
         dist.all_reduce(x, op=operation, group=axis.group)

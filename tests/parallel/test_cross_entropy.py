@@ -149,13 +149,13 @@ def test_three_all_reduces_and_no_gather() -> None:
 
 
 def compare_with_mutant(rank: int, world: int, kind: str) -> Comparison:
-    reduced = layers._all_reduce_
+    reduced = layers._reduced
     mutants = {
         "none": lambda x, operation, axis: x,
         "bf16": lambda x, operation, axis: reduced(x.bfloat16(), operation, axis).float(),
     }
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layers, "_all_reduce_", mutants[kind])
+        patch.setattr(layers, "_reduced", mutants[kind])
         return compare(rank, world, CASES["bf16"])
 
 

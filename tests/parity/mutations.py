@@ -231,12 +231,12 @@ def padding_predicted() -> None:
 
 
 def loss_of_the_own_shard() -> None:
-    right = layers._all_reduce_
+    right = layers._reduced
 
     def reduced(x: Tensor, operation: Any, axis: Axis) -> Tensor:
         return x if operation == dist.ReduceOp.MAX else right(x, operation, axis)
 
-    layers._all_reduce_ = reduced
+    layers._reduced = reduced
 
 
 class _NoWait:
