@@ -225,7 +225,7 @@ def _step_port(job: int, step: int) -> int:
 
 def _expand_pattern(pattern: str) -> list[str]:
     if not re.fullmatch(r"(?:[^\[\],\s]|\[[^\[\]]+\])+", pattern):
-        raise ValueError(f"{pattern!r} is neither a host name nor a Slurm host range such as node[1-4]")
+        raise ValueError(f"{pattern!r} is not a host name or a Slurm host range such as node[1-4]")
     # re.split with a capturing group returns text, brackets, text, brackets, ..., text.
     pieces = re.split(r"\[([^\]]+)\]", pattern)
     choices = [[piece] if index % 2 == 0 else _expand_numbers(piece) for index, piece in enumerate(pieces)]
@@ -240,7 +240,7 @@ def _expand_numbers(ranges: str) -> list[str]:
             raise ValueError(f"{part!r} in brackets is neither a number nor a range of numbers")
         first, last = matched[1], matched[2] or matched[1]
         if int(last) < int(first):
-            raise ValueError(f"the range {part!r} ends below its start")
+            raise ValueError(f"the range {part!r} runs backwards")
         numbers += [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
     return numbers
 

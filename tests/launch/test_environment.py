@@ -200,7 +200,7 @@ def test_expand_hosts(hosts: str, expanded: str) -> None:
 @pytest.mark.parametrize("hosts", ["", ",", "a,", ",a", "a,,b", "a b"])
 @pytest.mark.parametrize("beside", ["", "n[1-2],"])
 def test_refuses_empty_host_names_and_spaces(hosts: str, beside: str) -> None:
-    with pytest.raises(ValueError, match="is neither a host name"):
+    with pytest.raises(ValueError, match="is not a host name"):
         expand_hosts(beside + hosts)
 
 
@@ -211,9 +211,7 @@ INVALID_RANGES = ["a", "1-", "-1", "1,", ",1", "1-2-3", "1 2", " ", "3-1", "0x1"
     "hosts", ["n[", "n]", "n[]", "n[1", "n1]", "n[[1]]", *(f"n[{x}]" for x in INVALID_RANGES)]
 )
 def test_refuses_malformed_brackets(hosts: str) -> None:
-    with pytest.raises(
-        ValueError, match=r"is neither a host name|neither a number nor a range|ends below its start"
-    ):
+    with pytest.raises(ValueError, match=r"is not a host name|neither a number nor a range|backwards"):
         expand_hosts(hosts)
 
 
