@@ -7,7 +7,13 @@ from launcher.config.compose import compose_jobs
 from launcher.config.errors import ConfigError
 from launcher.config.schema import Device, RunConfig
 from launcher.config.world import Machine, world_of_joined_ranks, world_of_machine
-from launcher.launch.environment import Place, RankEnvironment, joined_ranks, place_of, speaks_for_all
+from launcher.launch.environment import (
+    LaunchEnvironment,
+    RankEnvironment,
+    joined_ranks,
+    launch_environment,
+    speaks_for_all,
+)
 from launcher.launch.machine import this_machine
 
 
@@ -34,9 +40,9 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _ready(run: RunConfig, machine: Machine) -> tuple[ReadyRun[RunConfig], Place]:
+def _ready(run: RunConfig, machine: Machine) -> tuple[ReadyRun[RunConfig], LaunchEnvironment]:
     gpus = 0 if run.hardware.device is Device.cpu else machine.gpus
-    place = place_of(os.environ, configured=run.hardware.accelerators_per_node, gpus=gpus)
+    place = launch_environment(os.environ, configured=run.hardware.accelerators_per_node, gpus=gpus)
     world = (
         world_of_joined_ranks(run, machine, ranks=place.world_size, ranks_per_node=place.local_size)
         if place

@@ -21,7 +21,7 @@ from launcher.checkpoint.sources import Weights, check_model_is, weights_at
 from launcher.config.errors import ConfigError
 from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
-from launcher.launch.environment import step_name
+from launcher.launch.environment import slurm_step_name
 from launcher.runtime.hold import held
 
 CONFIG, IDENTITY, LOGS, METRICS = "config.yaml", "run.json", "logs", "metrics.jsonl"
@@ -118,7 +118,7 @@ def config_as_dict(run: RunConfig) -> dict[str, Any]:
 def run_path(run: RunConfig, run_id: str = "", multirun_index: int | None = None) -> Path:
     """`run.dir`; where it is null, one named after the step that srun started, else a fresh one."""
     if run.run.dir is None:
-        name = step_name(os.environ) or f"{time.strftime('%Y%m%d-%H%M%S')}-{run_id}"
+        name = slurm_step_name(os.environ) or f"{time.strftime('%Y%m%d-%H%M%S')}-{run_id}"
         return Path("runs") / name
     path = Path(run.run.dir).expanduser()
     return path if multirun_index is None else path / str(multirun_index)

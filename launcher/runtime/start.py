@@ -19,8 +19,8 @@ from launcher.config.schema import RunConfig
 from launcher.launch.environment import NodeEnvironment, RankEnvironment
 from launcher.launch.local import RankFailure, Stopped, run_local_ranks
 from launcher.launch.machine import share_cores, share_cores_with_tasks
-from launcher.launch.rank import STOPPED, StopRequest, failure_of
-from launcher.launch.records import Kind, has_recorded, record_end
+from launcher.launch.rank import STOPPED_EXIT_CODE, StopRequest, failure_of
+from launcher.launch.records import RankEndKind, all_recorded, record_end
 from launcher.runtime.run_dir import LOGS, RunDir, claimed_run_dir, run_path, stop_grace
 
 # Until what only lost another rank says so: by then that one has, and srun or torchrun has ended all.
@@ -68,7 +68,7 @@ def train_on_this_node(run: RunConfig, layout: Layout, node: NodeEnvironment, *,
             run_local_ranks(
                 partial(node_rank, run=run, layout=layout, first=node.ranks.start),
                 layout.world_size,
-                here=node.ranks,
+                local_ranks=node.ranks,
                 log_dir=run_path(run) / LOGS,
                 start_method=_start_method(layout),
                 save_grace=stop_grace(run),
@@ -86,10 +86,10 @@ def _answered_for(ranks: range) -> Iterator[None]:
         yield
     except RankFailure as failure:
         if not failure.secondary:
-            record_end(failure.rank, Kind.failed, str(failure))  # a killed one has left no word
+            record_end(failure.rank, RankEndKind.failed, str(failure))  # a killed one has left no word
         raise
     except Stopped:
-        if not has_recorded(ranks):
+        if not all_recorded(ranks):
             raise
         # To srun any code but 0 is a crash, for which it ends the tasks that are still at it.
 
@@ -135,7 +135,7 @@ def train_as_joined_rank(run: RunConfig, layout: Layout, ranks: RankEnvironment)
         with _recorded_end(own.rank), stop if stop_grace(run) else nullcontext():
             _train(run, layout, own, _agreed_run_dir(run, layout, own.rank), stop)
     except SystemExit:
-        if not has_recorded([own.rank]):
+        if not all_recorded([own.rank]):
             raise
         # To srun any code but 0 is a crash, for which it ends the tasks that are still at it.
     except Exception as error:
@@ -147,7 +147,7 @@ def _told(ranks: RankEnvironment, error: Exception, *, told_to_stop: bool) -> Ba
     failure = failure_of(ranks.rank, error)
     if failure.secondary or (failure.refusal and ranks.rank > 0):
         if told_to_stop:  # by srun or torchrun, which saw the first one end
-            return SystemExit(STOPPED)
+            return SystemExit(STOPPED_EXIT_CODE)
         time.sleep(_CONSEQUENCE_WAITS)
     return error if failure.refusal else RankFailure(ranks.rank, ranks.world_size, failure.detail)
 
@@ -177,7 +177,7 @@ def _train(
         finished = train(run, layout, directory, device, stop)
     leave()
     if not finished:
-        raise SystemExit(STOPPED)
+        raise SystemExit(STOPPED_EXIT_CODE)
 
 
 @contextmanager
@@ -185,12 +185,18 @@ def _recorded_end(rank: int) -> Iterator[None]:
     try:
         yield
     except SystemExit as end:
-        if end.code == STOPPED:
-            record_end(rank, Kind.stopped)
+        if end.code == STOPPED_EXIT_CODE:
+            record_end(rank, RankEndKind.stopped)
         raise
     except Exception as error:
         failure = failure_of(rank, error)
-        kind = Kind.refused if failure.refusal else Kind.lost if failure.secondary else Kind.failed
+        kind = (
+            RankEndKind.refused
+            if failure.refusal
+            else RankEndKind.lost
+            if failure.secondary
+            else RankEndKind.failed
+        )
         record_end(rank, kind, error)
         raise
 

@@ -18,7 +18,7 @@ from types import TracebackType
 
 import torch.distributed as dist
 
-from launcher.launch.records import Kind, record_end
+from launcher.launch.records import RankEndKind, record_end
 from launcher.runtime.run_dir import LOGS
 
 HUNG = 124  # the exit code of timeout(1)
@@ -90,7 +90,7 @@ class Watchdog:
             told = report(standing, self._hosts, self._minutes)
             print(f"launcher: {told}", file=sys.stderr, flush=True)
             (self._run_dir / _REPORT).write_text(told + "\n")
-            record_end(self._rank, Kind.failed, told)
+            record_end(self._rank, RankEndKind.failed, told)
         else:
             time.sleep(2.0)  # who ends first ends all under srun and torchrun: let it be the one that tells
         os._exit(HUNG)

@@ -29,7 +29,7 @@ from launcher.models.model import model_layers, model_loss
 from launcher.parallel.layers import TensorParallel
 from launcher.parallel.mesh import Axis, MeshShape
 from launcher.parallel.random import DropoutRandom
-from launcher.parallel.sharding import Draw, Initializer, LogicalTensor
+from launcher.parallel.sharding import DrawFunction, Initializer, LogicalTensor
 from launcher.planning.cost.geometry import Rank
 from launcher.planning.cost.operations import Collective
 
@@ -148,7 +148,7 @@ class _Documents(Documents):
 class _Undrawn(Initializer):
     """Makes parameters of the right shape in the default dtype, without values."""
 
-    def parameter(self, logical: LogicalTensor, draw: Draw) -> Any:
+    def parameter(self, logical: LogicalTensor, draw: DrawFunction) -> Any:
         return super().parameter(logical, lambda shape, generator: torch.empty(shape))
 
 

@@ -230,7 +230,9 @@ class TestRanks:
     )
     def test_a_stray_variable_is_always_said(self, environment: dict[str, str], place: Path) -> None:
         [ended] = launcher(place, [], **environment)
-        assert ended.err.startswith(("launcher: WORLD_SIZE: RANK is set, but this is not", "launcher: RANK="))
+        assert ended.err.startswith(
+            ("launcher: WORLD_SIZE: is missing or empty, although RANK is set", "launcher: RANK=")
+        )
         assert ended.code == 2
 
     def test_a_batch_script_is_no_rank(self, place: Path) -> None:

@@ -15,7 +15,7 @@ from launcher.launch.local import RankFailure
 from launcher.runtime.start import _told
 from tests.runtime.command import AS_USUAL, SMALL, environment, metrics, trained
 
-STOPPING = "launcher: stopping once the step in hand is saved\n"
+STOPPING = "launcher: saving the current step, then stopping\n"
 FAULTY = """
 import os, sys
 import launcher.runtime.train as train

@@ -62,7 +62,7 @@ def test_a_refusal_by_slurm_is_reported(cluster: Cluster, tmp_path: Path) -> Non
         cluster, "submit", *ON_TWO_NODES, "hardware=cpu", "slurm.partition=none_such", cwd=tmp_path
     )
     assert done.returncode == 2
-    assert "Slurm refuses: " in done.stderr
+    assert "Slurm rejected the job: " in done.stderr
     assert "invalid partition specified: none_such" in done.stderr
 
 
