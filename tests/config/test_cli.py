@@ -125,7 +125,7 @@ WRONG = {
     "hardware=h100_80gb": "hardware.device=cuda: this machine has no GPU",
     "hardware.nodes=2": "hardware.nodes=2: `launcher` starts ranks on this machine only",
     "data=text": "data.train=null: data=text trains on your own files, and none are named",
-    "data=text data.train=none/*.txt": "data.train=none/*.txt: matches no file",
+    "data=text data.train=none/*.txt": "data.train=none/*.txt: the glob matches no file",
     "data=text data.train=blank.txt": "data.train=blank.txt: every file it matches is empty",
     "data=text data.train=short.txt": "data.sequence_length=128: the validation part of the corpus has",
     "data.train=short.txt": "data.train=short.txt: data=stdlib brings its own text",
