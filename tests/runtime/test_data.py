@@ -137,7 +137,10 @@ def test_generate_uses_the_tokenizer_that_the_run_recorded(prepared: Path) -> No
              "model.vocab_size=300"],
             "data.tokenizer: bpe.tokenizer.json and bytes.tokenizer.json are different tokenizers",
         ),
-        (["data.train=bytes", "data.tokenizer=text.jsonl"], "data.tokenizer=text.jsonl: this file cannot be read as a tokenizer"),
+        (
+            ["data.train=bytes", "data.tokenizer=text.jsonl"],
+            "data.tokenizer=text.jsonl: this file cannot be read as a tokenizer",
+        ),
     ],
 )  # fmt: skip
 def test_tokenizers_that_do_not_fit_are_refused(arguments: list[str], said: str, prepared: Path) -> None:
