@@ -61,9 +61,9 @@ class Job(Generic[Config]):
 def compose_jobs(config_name: str, root: type[Config], arguments: list[str]) -> list[Job[Config]]:
     """Return the jobs that the command-line `arguments` compose from `config_name`; a sweep has several.
 
-    Hydra's flags (--help, --cfg job, --multirun, --config-dir ...) work as in any Hydra application. For flags
-    that only print, such as --help, the list is empty. Raises ConfigError if any job cannot be composed, so
-    that no job of a sweep starts before all of them are valid.
+    Hydra's flags (--help, --cfg job, --multirun, --config-dir ...) work as in any Hydra application. A flag
+    that only prints, such as --help, gives no job. Raises ConfigError if any job cannot be composed, so that
+    no job of a sweep starts before all of them are valid.
     """
     register_schema()
     # Without this variable, Hydra prints its errors itself and exits with code 1. It has no other switch.
@@ -100,7 +100,7 @@ def _is_override(argument: str) -> bool:
 
 
 def _addable(argument: str) -> str:
-    """Return the argument with `++` if it sets a key of an open dictionary, which the user may leave out."""
+    """Return the argument, with `++` in front if it sets a key of an open dictionary."""
     return f"++{argument}" if argument.startswith(OPEN) else argument
 
 

@@ -174,9 +174,9 @@ def tokenizer_of(run: RunConfig, splits: dict[str, TokenSplit]) -> Path | None:
         HuggingFace(path, field="data.tokenizer")
         return path
     paths = [path for prefix in _prefixes(splits) if (path := tokenizer_path(prefix)).exists()]
-    for other in paths[1:]:
-        if other.read_bytes() != paths[0].read_bytes():
-            why = f"{paths[0]} and {other} are different tokenizers, and a model has only one"
+    for path in paths[1:]:
+        if path.read_bytes() != paths[0].read_bytes():
+            why = f"{paths[0]} and {path} are different tokenizers, and a model has only one"
             raise ConfigError(
                 "data.tokenizer", None, why, "use only token files made with the same tokenizer"
             )

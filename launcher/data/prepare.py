@@ -104,7 +104,7 @@ _SOURCES = "a .jsonl, .ndjson, .json or .txt file (also .gz or .zst), a .parquet
 
 
 class Preparation:
-    """The making of the token files of one target, from a start or restart to the end."""
+    """Writes the token files of a target, or continues an interrupted preparation of the target."""
 
     def __init__(self, inputs: list[InputFile], target: Path, config: PrepareConfig, workers: int) -> None:
         self.inputs, self.target, self.config, self.workers = inputs, target, config, workers

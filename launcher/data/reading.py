@@ -1,6 +1,6 @@
 """Read text files for `launcher prepare` as batches of records of about 1 MiB.
 
-A position in a file counts the decompressed bytes before it; in a Parquet file it counts the rows.
+A position in a file is a number of decompressed bytes, or a number of rows in a Parquet file.
 """
 
 import gzip

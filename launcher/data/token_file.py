@@ -1,7 +1,7 @@
 """Read and write token files: Megatron-LM's indexed dataset, which GPT-NeoX and NeMo read as well.
 
-NAME.bin contains the token ids, sequence after sequence; it is memory-mapped. NAME.idx, little-endian, states
-where the sequences and documents begin (megatron/core/datasets/indexed_dataset.py):
+NAME.bin, which is memory-mapped, contains the token ids, sequence after sequence. NAME.idx, little-endian,
+states where the sequences and documents begin (megatron/core/datasets/indexed_dataset.py):
 
     MMIDIDX\\0\\0       9 bytes
     version           uint64: 1
@@ -106,10 +106,12 @@ class TokenFile:
 
 
 def bin_path(prefix: Path) -> Path:
+    """Return the path of the tokens, NAME.bin."""
     return prefix.with_name(f"{prefix.name}.bin")
 
 
 def index_path(prefix: Path) -> Path:
+    """Return the path of the index, NAME.idx."""
     return prefix.with_name(f"{prefix.name}.idx")
 
 
@@ -215,7 +217,10 @@ def _check_order(file: TokenFile) -> None:
 
 
 def _checked_slices(count: int) -> list[slice]:
-    """Return slices of range(count): all of it, or evenly spaced stretches with the first and last entry."""
+    """Return slices that cover range(count), or evenly spaced stretches with the first and last entry.
+
+    Stretches are returned for a `count` above 262,144; they have that many entries in total.
+    """
     if count <= _STRETCHES * _STRETCH:
         return [slice(0, count)]
     starts = np.linspace(0, count - _STRETCH, _STRETCHES).astype(np.int64).tolist()

@@ -131,8 +131,9 @@ class WorkerKilled(Exception):
 class WorkerPool:
     """Worker processes that tokenise one batch each at a time, until this process closes the pool or ends.
 
-    ProcessPoolExecutor is not used: if a worker is killed while it sends an answer, it waits forever for the
-    rest, because it keeps the writing end of every pipe open itself. Here only the worker keeps it open.
+    ProcessPoolExecutor is not used, because the executor keeps the writing end of every pipe open. If a
+    worker is killed while sending an answer, the executor waits forever for the rest. Here only the worker
+    keeps the writing end open.
     """
 
     def __init__(self, count: int, spec: TokenizerSpec, text_field: str, max_line: int) -> None:
@@ -140,14 +141,14 @@ class WorkerPool:
         self._processes = []
         self._idle: SimpleQueue[Connection] = SimpleQueue()
         for _ in range(count):
-            ours, theirs = context.Pipe()
+            pipe, worker_pipe = context.Pipe()
             process = context.Process(
-                target=_work, args=(theirs, spec, text_field, max_line, os.getpid()), daemon=True
+                target=_work, args=(worker_pipe, spec, text_field, max_line, os.getpid()), daemon=True
             )
             process.start()
-            theirs.close()
+            worker_pipe.close()
             self._processes.append(process)
-            self._idle.put(ours)
+            self._idle.put(pipe)
         self._threads = ThreadPoolExecutor(count, "workers")
 
     def submit(self, batch: RecordBatch) -> "Future[TokenisedBatch]":

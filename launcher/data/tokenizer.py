@@ -86,9 +86,9 @@ class HuggingFace:
         if not known:
             missing = f"no token {end!r}" if end else f"none of {', '.join(USUAL_ENDS)}"
             why = f"this tokenizer has {missing} to end documents with"
-            other = next(iter(self._vocabulary), "TOKEN")
+            example = next(iter(self._vocabulary), "TOKEN")
             remedy = (
-                shlex.quote(f'tokenizer.end_of_document="{other}"') + " or another token of the tokenizer"
+                shlex.quote(f'tokenizer.end_of_document="{example}"') + " or another token of the tokenizer"
             )
             raise ConfigError(self._field, self._path, why, remedy)
         return int(self._vocabulary[known[0]])

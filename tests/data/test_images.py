@@ -36,11 +36,11 @@ class TestDigits:
         assert images.shape == (DIGITS, 1, 8, 8)
         dataset: Any = load_digits()
         # The values 0 to 16 stay distinct when they are scaled to 0 to 255.
-        ours = Counter(
+        counts = Counter(
             (np.rint(i * (16 / 255)).astype(int).tobytes(), int(n))
             for i, n in zip(images, labels[:, 0], strict=True)
         )
-        assert ours == Counter(
+        assert counts == Counter(
             (i.astype(int).tobytes(), int(n))
             for i, n in zip(dataset.images[:, None], dataset.target, strict=True)
         )

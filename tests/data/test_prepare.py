@@ -249,8 +249,7 @@ class TestTokenizers:
     def test_a_tokenizer_without_an_end_token_is_refused(
         self, end: str | None, bpe: Path, tmp_path: Path
     ) -> None:
-        other = bpe.read_text().replace("<|endoftext|>", "THE-END")
-        (tmp_path / "t.json").write_text(other)
+        (tmp_path / "t.json").write_text(bpe.read_text().replace("<|endoftext|>", "THE-END"))
         (tmp_path / "a.jsonl").write_bytes(jsonl(["a"]))
         path = str(tmp_path / "t.json")
         with pytest.raises(ConfigError, match=r"t\.json: this tokenizer has no"):
