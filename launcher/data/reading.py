@@ -63,9 +63,7 @@ class RecordBatch:
     file: Path
     format: FileFormat
     first_line: int
-    records: list[
-        bytes | str | None
-    ]  # None: a line that is longer than max_line, or a null in a Parquet column
+    records: list[bytes | str | None]  # None: a line longer than max_line, or a null in a Parquet column
     line_counts: list[int]  # lines of each record
     ends_document: bool  # whether a document ends with the last record
     next_place: Place  # where the next batch begins
@@ -83,7 +81,7 @@ def format_of(path: Path) -> FileFormat | None:
 
 
 def batches(files: list[Path], start: Place, text_field: str, max_line: int) -> Iterator[RecordBatch]:
-    """Yield the batches of the files in order, from `start` on. A record above `max_line` bytes is None."""
+    """Yield the batches of the files in order, from `start` on. A line above `max_line` bytes gives None."""
     for number in range(start.file, len(files)):
         place = start if number == start.file else Place(number)
         file_format = format_of(files[number])

@@ -137,7 +137,7 @@ def open_token_file(prefix: Path) -> TokenFile:
     def section(start: int, count: int, code: str) -> Array:
         return mapped[start : start + count * np.dtype(code).itemsize].view(code)
 
-    file = TokenFile(
+    token_file = TokenFile(
         prefix,
         _map_for_random_access(tokens, dtype)
         if bin_size and bin_size % dtype.itemsize == 0
@@ -146,13 +146,13 @@ def open_token_file(prefix: Path) -> TokenFile:
         pointers=section(_HEADER.size + 4 * sequences, sequences, "<i8"),
         documents=section(_HEADER.size + 12 * sequences, documents, "<i8"),
     )
-    end = int(file.pointers[-1]) + int(file.lengths[-1]) * dtype.itemsize
+    end = int(token_file.pointers[-1]) + int(token_file.lengths[-1]) * dtype.itemsize
     if end != bin_size:
         raise TokenFileError(tokens, f"has {bin_size} bytes, but {index.name} describes {end} bytes")
     if bin_size == 0:
         raise TokenFileError(tokens, "contains no tokens")
-    _check_order(file)
-    return file
+    _check_order(token_file)
+    return token_file
 
 
 def _parse_header(index: Path, header: bytes, index_size: int) -> tuple[np.dtype[Any], int, int]:

@@ -15,7 +15,7 @@ from launcher.data.card import card_path, vocab_size_of
 from launcher.data.token_file import TokenFile, TokenFileError, bin_path, index_path, open_token_file
 from launcher.data.windows import Stretch, check_ids
 
-_PROBES, _PROBE = 64, 4096  # stretches per part, and tokens per stretch, whose ids are checked at the start
+_PROBES, _PROBE = 64, 4096  # stretches per part, and tokens per stretch, that are checked before ranks start
 _DOCUMENTS = 64  # documents per file whose last token is checked
 
 
@@ -75,7 +75,7 @@ def check_vocabulary(vocab_size: int, prefix: Path) -> None:
 def probe_ids(stretches: Sequence[Stretch], vocab_size: int) -> None:
     """Raise ConfigError for a token id outside the vocabulary.
 
-    At most 262,144 tokens are checked, in stretches that are evenly spaced over the part.
+    Only 64 evenly spaced stretches of 4,096 tokens are checked, and at least one stretch per file.
     """
     for stretch in stretches:
         tokens, most = stretch.tokens, max(1, _PROBES // len(stretches))
