@@ -34,7 +34,9 @@ def ready(run: AnyRun, world: World, *, needs_data: bool, must_fit: bool) -> Rea
     """
     search = None
     if run.parallelism.auto:
-        run, search = chosen(run, world)
+        layout_run, search = chosen(run, world)
+        assert isinstance(layout_run, type(run))
+        run = layout_run
     layout = validate(run, world)
     if needs_data:
         check_data(run)

@@ -131,13 +131,16 @@ def test_generate_uses_the_tokenizer_that_the_run_recorded(prepared: Path) -> No
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["data.train=bpe"], "model.vocab_size=256: bpe.json says that its tokenizer has 300 tokens"),
+        (["data.train=bpe"], "model.vocab_size=256: the tokenizer of these data has 300 tokens (bpe.json)"),
         (
             ["data.sources.a=bpe", "data.sources.b=bytes", "data.weights.a=1", "data.weights.b=1",
              "model.vocab_size=300"],
-            "data.tokenizer: bpe.tokenizer.json and bytes.tokenizer.json are two tokenizers",
+            "data.tokenizer: bpe.tokenizer.json and bytes.tokenizer.json are different tokenizers",
         ),
-        (["data.train=bytes", "data.tokenizer=text.jsonl"], "data.tokenizer=text.jsonl: cannot be read"),
+        (
+            ["data.train=bytes", "data.tokenizer=text.jsonl"],
+            "data.tokenizer=text.jsonl: this file cannot be read as a tokenizer",
+        ),
     ],
 )  # fmt: skip
 def test_wrong_tokenizers_are_refused(arguments: list[str], said: str, prepared: Path) -> None:

@@ -80,7 +80,7 @@ def _edit(path: Path, old: str, new: str) -> None:
     ("arguments", "said"),
     [
         ([], "run.dir=null: "),
-        (["run.dir=nowhere"], "run.dir=nowhere: not a run's directory, it has no config.yaml"),
+        (["run.dir=nowhere"], "run.dir=nowhere: this is not a run directory, because it has no config.yaml"),
         (["run.dir=.", "max_new_tokens=0"], "max_new_tokens=0: "),
         (["run.dir=.", "temperature=-1"], "temperature=-1.0: "),
         (["run.dir=.", "prompt="], "prompt="),
