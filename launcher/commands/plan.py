@@ -30,29 +30,29 @@ def main(arguments: list[str]) -> int:
     for job, it in zip(jobs, checked, strict=True):
         if for_people:
             job.announce()
-        reports.append(_report(it))
+        reports.append(_report(job.config, it))
     if not for_people:
         is_sweep = jobs[0].index is not None
         print(json.dumps(reports if is_sweep else reports[0], indent=2, allow_nan=False))
     return 0
 
 
-def _report(it: ReadyRun[PlannedRunConfig]) -> dict[str, Any]:
-    """Return the plan as plain values, after printing and drawing it as the run asks."""
-    run, plan, changes = it.run, it.plan, helpful(it.plan)
-    report, for_people = as_json(plan, changes), run.format is OutputFormat.table
+def _report(config: PlannedRunConfig, it: ReadyRun) -> dict[str, Any]:
+    """Return the plan as plain values, after printing and drawing it as the config asks."""
+    plan, changes = it.plan, helpful(it.plan)
+    report, for_people = as_json(plan, changes), config.format is OutputFormat.table
     if it.search is not None:
         report["auto"] = search_as_json(it.search)
         if for_people:
             print_search(it.search)
-    if run.plan.trace:
+    if config.plan.trace:
         from launcher.tracing.formula_check import compare_with_trace
 
         report["trace"] = compare_with_trace(plan)
     if for_people:
         print_plan(plan, changes, report.get("trace"))
-    if run.plan.figure:
-        draw_plan(plan, Path(run.plan.figure))
+    if config.plan.figure:
+        draw_plan(plan, Path(config.plan.figure))
         if for_people:
-            print(f"figure   {run.plan.figure}")
+            print(f"figure   {config.plan.figure}")
     return report

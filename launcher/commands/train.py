@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _ready(run: RunConfig, machine: Machine) -> tuple[ReadyRun[RunConfig], LaunchEnvironment]:
+def _ready(run: RunConfig, machine: Machine) -> tuple[ReadyRun, LaunchEnvironment]:
     gpus = 0 if run.hardware.device is Device.cpu else machine.gpus
     place = launch_environment(os.environ, configured=run.hardware.accelerators_per_node, gpus=gpus)
     world = (

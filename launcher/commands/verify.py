@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _verify(it: ReadyRun[RunConfig], machine: Machine) -> bool:
+def _verify(it: ReadyRun, machine: Machine) -> bool:
     """Verify one run and print each result as it comes; return whether all are within bounds.
 
     Raises ConfigError for a report that cannot be written and for GPUs that are not there, before anything
