@@ -22,29 +22,29 @@ def main(arguments: list[str]) -> int:
     machine = this_machine()
     for job in jobs:
         check_figure(job.config.plan.figure)
-    checked = [
+    ready_runs = [
         ready(job.config, world_of_hardware(job.config, machine), needs_data=False, must_fit=False)
         for job in jobs
     ]
     reports, for_people = [], jobs[0].config.format is OutputFormat.table
-    for job, it in zip(jobs, checked, strict=True):
+    for job, ready_run in zip(jobs, ready_runs, strict=True):
         if for_people:
             job.announce()
-        reports.append(_report(job.config, it))
+        reports.append(_report(job.config, ready_run))
     if not for_people:
         is_sweep = jobs[0].index is not None
         print(json.dumps(reports if is_sweep else reports[0], indent=2, allow_nan=False))
     return 0
 
 
-def _report(config: PlannedRunConfig, it: ReadyRun) -> dict[str, Any]:
+def _report(config: PlannedRunConfig, ready_run: ReadyRun) -> dict[str, Any]:
     """Return the plan as plain values, after printing and drawing it as the config asks."""
-    plan, changes = it.plan, helpful(it.plan)
+    plan, changes = ready_run.plan, helpful(ready_run.plan)
     report, for_people = as_json(plan, changes), config.format is OutputFormat.table
-    if it.search is not None:
-        report["auto"] = search_as_json(it.search)
+    if ready_run.search is not None:
+        report["auto"] = search_as_json(ready_run.search)
         if for_people:
-            print_search(it.search)
+            print_search(ready_run.search)
     if config.plan.trace:
         from launcher.tracing.formula_check import compare_with_trace
 
