@@ -148,6 +148,14 @@ def first_damaged_file(path: Path, manifest: Manifest, names: list[str]) -> str 
     return next((name for name in names if sha256_of(path / name) != manifest.files[name].sha256), None)
 
 
+def read_intact_manifest(path: Path) -> Manifest:
+    """Return the manifest after comparing the SHA-256 of every file. Raises UnusableCheckpoint."""
+    manifest = read_manifest(path)
+    if name := first_damaged_file(path, manifest, sorted(manifest.files)):
+        raise UnusableCheckpoint(path, name, DAMAGED)
+    return manifest
+
+
 def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
@@ -165,6 +173,19 @@ def checkpoints_in(run_dir: Path) -> list[Path]:
         if re.fullmatch(r"step-\d{8,}", path.name) and path.is_dir()
     ]
     return sorted(directories, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+
+
+def checkpoints_at(path: Path) -> list[Path]:
+    """Return the checkpoint `path`, or the checkpoints of the run `path`, newest first.
+
+    Raises ConfigError if there is none.
+    """
+    checkpoints = [path] if (path / MANIFEST).exists() else checkpoints_in(path)
+    if not checkpoints:
+        raise ConfigError(
+            str(path), None, "contains no checkpoint", "the directory of a run, or of one of its checkpoints"
+        )
+    return checkpoints
 
 
 def is_complete(path: Path) -> bool:

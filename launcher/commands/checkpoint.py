@@ -4,12 +4,10 @@ from math import prod
 from pathlib import Path
 
 from launcher.checkpoint.manifest import (
-    DAMAGED,
-    MANIFEST,
     Manifest,
     UnusableCheckpoint,
-    checkpoints_in,
-    first_damaged_file,
+    checkpoints_at,
+    read_intact_manifest,
     read_manifest,
 )
 from launcher.config.errors import ConfigError
@@ -34,19 +32,6 @@ def main(arguments: list[str]) -> int:
         why = "expected one of the three subcommands and one path"
         raise ConfigError(given, None, why, f"launcher checkpoint {' | '.join(VERBS)} PATH")
     return VERBS[verb](checkpoints_at(Path(rest[0]).expanduser()))
-
-
-def checkpoints_at(path: Path) -> list[Path]:
-    """Return the checkpoint `path`, or the checkpoints of the run `path`, newest first.
-
-    Raises ConfigError if there is none.
-    """
-    checkpoints = [path] if (path / MANIFEST).exists() else checkpoints_in(path)
-    if not checkpoints:
-        raise ConfigError(
-            str(path), None, "contains no checkpoint", "the directory of a run, or of one of its checkpoints"
-        )
-    return checkpoints
 
 
 def ls(paths: list[Path]) -> int:
@@ -84,10 +69,7 @@ def check(paths: list[Path]) -> int:
     exit_code = 0
     for path in reversed(paths):
         try:
-            manifest = read_manifest(path)
-            if name := first_damaged_file(path, manifest, sorted(manifest.files)):
-                raise UnusableCheckpoint(path, name, DAMAGED)
-            print(f"{path}  intact, {_size(manifest)}")
+            print(f"{path}  intact, {_size(read_intact_manifest(path))}")
         except UnusableCheckpoint as unusable:
             exit_code = 1
             print(f"{path}  cannot be used: {unusable}")

@@ -59,14 +59,14 @@ def main(arguments: list[str]) -> int:
 def planned(name: str, run: RunConfig, world: World) -> ComparedLayout:
     """Return the run in one layout with its plan; a layout that is refused keeps the reason."""
     try:
-        prepared = ready(run, world, needs_data=False, must_fit=False)
+        ready_run = ready(run, world, needs_data=False, must_fit=False)
     except ConfigError as error:
         return ComparedLayout(name, run, None, None, f"{error.field}={error.value}: {error.why}")
     try:
-        refuse_too_large(prepared.plan)
+        refuse_too_large(ready_run.plan)
     except ConfigError as error:
-        return ComparedLayout(name, run, prepared.layout, prepared.plan, error.why)
-    return ComparedLayout(name, run, prepared.layout, prepared.plan)
+        return ComparedLayout(name, run, ready_run.layout, ready_run.plan, error.why)
+    return ComparedLayout(name, run, ready_run.layout, ready_run.plan)
 
 
 def _row(compared: ComparedLayout, steps: int) -> ComparisonRow:

@@ -19,8 +19,10 @@ def main(arguments: list[str]) -> int:
     jobs = compose_jobs("config", RunConfig, typed)
     if len(jobs) != 1:
         raise ConfigError("job", None, "runs one config", "launcher submit --multirun, for a job array")
-    it, nodes = ready_on_most_nodes(jobs[0].config, allocation.nodes)
-    return run_to_the_end(SlurmJob(it.run, it.layout, nodes, allocation, typed, script_arguments), stops)
+    ready_run, nodes = ready_on_most_nodes(jobs[0].config, allocation.nodes)
+    return run_to_the_end(
+        SlurmJob(ready_run.run, ready_run.layout, nodes, allocation, typed, script_arguments), stops
+    )
 
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:

@@ -213,14 +213,14 @@ def _is_running(allocation: Allocation) -> bool:
 
 def _go_on(job: SlurmJob, stops: list[int]) -> int:
     """See to it that the run goes on later; the exit code."""
-    id, run_dir = job.allocation.id, job.run_dir
+    job_id, run_dir = job.allocation.id, job.run_dir
     if not _is_running(job.allocation):
         _print("stopped, and this job is ended by Slurm, which also decides whether it starts again")
         return STOPPED_EXIT_CODE
     try:
         if job.run.slurm.on_stop is OnStop.requeue:
-            requeue(id)
-            _print(f"stopped and requeued: job {id} goes on in {run_dir}")
+            requeue(job_id)
+            _print(f"stopped and requeued: job {job_id} goes on in {run_dir}")
             _wait_for_the_end(stops)
             return STOPPED_EXIT_CODE
         if job.run.slurm.on_stop is OnStop.chain:

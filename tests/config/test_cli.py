@@ -12,11 +12,14 @@ import yaml
 
 from launcher.config.fields import config_directory, options_of
 
-# Imports the command line once and forks for every command: each is a fresh process, and quick to start.
+# Imports every command once and forks for each: every one is a fresh process, and quick to start.
 RUN_EACH = """
 import json, os, sys, tempfile, traceback
-import launcher.command_line
 from launcher.__main__ import main
+from launcher.command_line import VERBS, entry_point
+
+for verb in VERBS:
+    entry_point(verb)
 
 def run(arguments, environment):
     os.environ.update(environment)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import launcher.commands
 import launcher.config
 
 ROOT = Path(__file__).parents[2]
@@ -21,7 +22,7 @@ HEAVY = {"torch", "deepspeed", "wandb", "transformers"}
         "launcher.command_line",
         "launcher.launch.local",
         "launcher.data.sampler",
-        "launcher.commands.plan",
+        *(f"launcher.commands.{module.name}" for module in pkgutil.iter_modules(launcher.commands.__path__)),
         *(f"launcher.config.{module.name}" for module in pkgutil.iter_modules(launcher.config.__path__)),
     ],
 )

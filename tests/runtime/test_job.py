@@ -88,8 +88,8 @@ def test_outcome(code: int, told: bool, ends: list[RankEnd], expected: Outcome) 
 def test_it_takes_the_most_nodes_that_make_a_legal_layout(
     typed: list[str], nodes: int, used: int, data: int
 ) -> None:
-    it, taken = ready_on_most_nodes(run_of(*NODES, "training.micro_batch_size=1", *typed), nodes)
-    assert (taken, it.layout.data) == (used, data)
+    ready_run, taken = ready_on_most_nodes(run_of(*NODES, "training.micro_batch_size=1", *typed), nodes)
+    assert (taken, ready_run.layout.data) == (used, data)
 
 
 def test_where_none_is_legal_the_refusal_is_that_of_all_nodes() -> None:
@@ -103,10 +103,10 @@ AUTO = ["hardware=h100_80gb", "model=llama3_8b", "precision=bf16", "training.glo
 def test_auto_chooses_for_the_nodes_there_are() -> None:
     run = run_of(*AUTO, "parallelism=auto", "hardware.nodes=4", "slurm.nodes=2-4")
     for nodes in (4, 3, 2):
-        it, used = ready_on_most_nodes(run, nodes)
-        assert (it.layout.world_size, it.layout.device) == (8 * used, "cuda")
-        assert not it.run.parallelism.auto
-        assert it.run.parallelism.data == it.layout.data
+        ready_run, used = ready_on_most_nodes(run, nodes)
+        assert (ready_run.layout.world_size, ready_run.layout.device) == (8 * used, "cuda")
+        assert not ready_run.run.parallelism.auto
+        assert ready_run.run.parallelism.data == ready_run.layout.data
     assert ready_on_most_nodes(run, 4) == ready_on_most_nodes(run, 4)
 
 
@@ -125,8 +125,8 @@ def test_what_cannot_fit_its_nodes_is_refused_before_it_is_queued() -> None:
 
 def test_the_step() -> None:
     run = run_of(*NODES, "training.micro_batch_size=1", 'slurm.srun=["--cpu-bind=none"]')
-    it, nodes = ready_on_most_nodes(run, 2)
-    command = step_command(run, ["training.steps=5"], nodes, it.layout, Path("runs/a b"))
+    ready_run, nodes = ready_on_most_nodes(run, 2)
+    command = step_command(run, ["training.steps=5"], nodes, ready_run.layout, Path("runs/a b"))
     assert command == [
         "srun", "--nodes=2", "--ntasks=4", "--ntasks-per-node=2", "--kill-on-bad-exit=1", "--export=ALL",
         "--label", "--cpu-bind=none", sys.executable, "-m", "launcher", "train", "training.steps=5",
