@@ -31,9 +31,7 @@ def ready(run: RunConfig, world: World, *, needs_data: bool, must_fit: bool) -> 
     """
     search = None
     if run.parallelism.auto:
-        layout_run, search = chosen(run, world)
-        assert isinstance(layout_run, type(run))
-        run = layout_run
+        run, search = chosen(run, world)
     layout = validate(run, world)
     if needs_data:
         check_data(run)
