@@ -1,80 +1,82 @@
-"""The plan beside the run: its memory and time in every row, and once in a start what came of them."""
+"""Compares the plan with the run: in every row, and once per start in a line for the user."""
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from statistics import median
 
 import torch
-import torch.distributed as dist
+from torch import Tensor
 
 from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
 from launcher.engine.measuring import PeakMemory
 from launcher.planning.cost.plan import make_plan
 from launcher.runtime.metrics.rows import Row
+from launcher.runtime.step_clock import StepTimes
 from launcher.text import size
 
-JUDGED_AT = 10  # steps after a start: the first ones make states, and ZeRO-3 learns the order of its weights
+# The step whose memory is measured: the first steps make states, and ZeRO-3 learns the order of its weights.
+MEASURED_STEP = 10
 MEMORY_ERROR, TIME_ERROR = 0.05, 0.2  # as docs/planning.md states them
 
 
-class Expectation:
-    """That of one rank; all of them take every step with it."""
+class PlanCheck:
+    """Measures one rank beside its plan. Every rank measures the same step of its start."""
 
     def __init__(self, run: RunConfig, layout: Layout, device: torch.device) -> None:
         plan = make_plan(run, layout)
         self.memory = max(stage.memory.allocated for stage in plan.stages)
         self.seconds = plan.time.total if plan.time else None
-        self._device = device
-        self._taken: list[float] = []  # seconds of the steps so far, until they are judged
+        self._steps = 0
         self._peak = PeakMemory(device)
+        self._laps: list[float] = []
         self._row: Row = {"memory/predicted_bytes": self.memory}
         if self.seconds is not None:
             self._row["perf/predicted_step_time_s"] = self.seconds
 
+    def measuring(self, pending_copy: Iterable[Tensor]) -> AbstractContextManager[object]:
+        """Return the context of the next step, which measures its peak memory if it is the measured step.
+
+        `pending_copy` holds the tensors of a checkpoint that is being written: they are not the step's.
+        """
+        self._steps += 1
+        if self._steps != MEASURED_STEP:
+            return nullcontext()
+        self._peak.excluded = list(pending_copy)
+        return self._peak
+
     @property
-    def counts_next(self) -> bool:
-        """Whether the next step has its tensors counted, which is on CPU and takes time."""
-        return len(self._taken) == JUDGED_AT - 1 and self._device.type == "cpu"
+    def allocated_bytes(self) -> int:
+        """This rank's peak of the measured step; 0 before that step."""
+        return self._peak.size
 
-    def watching(self) -> AbstractContextManager[object]:
-        """To be entered around a step."""
-        return self._peak if len(self._taken) == JUDGED_AT - 1 else nullcontext()
+    def after(self, times: StepTimes, allocated: int) -> tuple[Row, list[str]]:
+        """Return the plan's columns of a logged row, and lines for the user once memory is measured.
 
-    def after(self, elapsed: float) -> tuple[Row, list[str]]:
-        """What belongs into the row of a step, and what to say. Collective once: a number is all-reduced."""
-        if len(self._taken) == JUDGED_AT:
+        `allocated` is the maximum of allocated_bytes over the ranks.
+        """
+        if "memory/allocated_bytes" in self._row:
             return self._row, []
-        self._taken.append(elapsed)
-        if len(self._taken) < JUDGED_AT:
+        self._laps += times.laps
+        if not allocated:
             return self._row, []
-        allocated = self._most_allocated()
         self._row["memory/allocated_bytes"] = allocated
-        # Neither the first, which begins cold, nor the one whose tensors were counted.
-        return self._row, judged(self.memory, allocated, self.seconds, median(self._taken[1:-1]))
-
-    def _most_allocated(self) -> int:
-        """Bytes of tensors at the most, on the rank that has most. Collective over the world."""
-        most = torch.tensor(self._peak.size, dtype=torch.int64, device=self._device)
-        dist.all_reduce(most, op=dist.ReduceOp.MAX)
-        return int(most)
+        # Without the first step, which also warms up, and the step that counting tensors slowed down.
+        timed = [lap for step, lap in enumerate(self._laps, 1) if step not in (1, MEASURED_STEP)]
+        return self._row, verdict(self.memory, allocated, self.seconds, median(timed or self._laps))
 
 
-def judged(memory: int, allocated: int, seconds: float | None, taken: float) -> list[str]:
-    """What to tell of bytes and seconds as predicted and as measured. Pure."""
-    lines = [
-        _told(
-            f"tensors took {size(allocated)} of a rank, {size(memory)} planned",
-            memory / allocated - 1,
-            MEMORY_ERROR,
-        )
-    ]
+def verdict(memory: int, allocated: int, seconds: float | None, measured: float) -> list[str]:
+    """Return a line for memory and, if a time is predicted, a line for the step time. Pure."""
+    words = f"tensors took {size(allocated)} of a rank, {size(memory)} planned"
+    lines = [_line(words, memory / allocated - 1, MEMORY_ERROR)]
     if seconds is not None:
-        words = f"a step takes {taken:.3g} s, {seconds:.3g} s planned"
-        lines.append(_told(words, seconds / taken - 1, TIME_ERROR))
+        words = f"a step takes {measured:.3g} s, {seconds:.3g} s planned"
+        lines.append(_line(words, seconds / measured - 1, TIME_ERROR))
     return lines
 
 
-def _told(words: str, error: float, stated: float) -> str:
+def _line(words: str, error: float, stated: float) -> str:
     if abs(error) <= stated:
         return f"planned  {words} ({error:+.1%})"
     return f"warning  {words} ({error:+.1%}): more than the {stated:.0%} that docs/planning.md states"

@@ -36,7 +36,7 @@ class _Own:
     init_method: str
 
 
-def train_on_this_machine(run: RunConfig, layout: Layout, *, cores: int, multirun_index: int | None) -> None:
+def launch_on_this_machine(run: RunConfig, layout: Layout, *, cores: int, multirun_index: int | None) -> None:
     """Start the ranks, wait for them, raise what they raise (see run_local_ranks)."""
     with claimed_run_dir(run, layout, multirun_index=multirun_index) as (directory, notes):
         announce(layout, directory, notes)
@@ -57,7 +57,7 @@ def train_on_this_machine(run: RunConfig, layout: Layout, *, cores: int, multiru
             )
 
 
-def train_on_this_node(run: RunConfig, layout: Layout, node: NodeEnvironment, *, cores: int) -> None:
+def launch_on_this_node(run: RunConfig, layout: Layout, node: NodeEnvironment, *, cores: int) -> None:
     """Start the ranks of this node, one of several; wait for them, raise what they raise."""
     share_cores(node.ranks_per_node, cores)
     if layout.device == "cpu":
@@ -111,17 +111,17 @@ def local_rank(rank: int, *, run: RunConfig, layout: Layout, directory: RunDir, 
     """What one rank started by us does, where all are on this machine."""
     own = _Own(rank, local_rank=rank, init_method=f"file://{meeting}")
     with _recorded_end(rank):
-        _train(run, layout, own, nullcontext(directory), stop=None)
+        _run_rank(run, layout, own, nullcontext(directory), stop=None)
 
 
 def node_rank(rank: int, *, run: RunConfig, layout: Layout, first: int) -> None:
     """What one rank started by the launcher of its node does."""
     own = _Own(rank, local_rank=rank - first, init_method="env://")
     with _recorded_end(rank):
-        _train(run, layout, own, _agreed_run_dir(run, layout, rank), stop=None)
+        _run_rank(run, layout, own, _agreed_run_dir(run, layout, rank), stop=None)
 
 
-def train_as_joined_rank(run: RunConfig, layout: Layout, ranks: RankEnvironment) -> None:
+def join_ranks(run: RunConfig, layout: Layout, ranks: RankEnvironment) -> None:
     """What one rank started by torchrun or srun does. The first rank claims the run directory for all.
 
     Raises RankFailure, ConfigError; SystemExit, where it was told to stop and is saved or lost the others.
@@ -133,7 +133,7 @@ def train_as_joined_rank(run: RunConfig, layout: Layout, ranks: RankEnvironment)
     try:
         # To the very end: a second signal while it is saved, or one before it has begun, does no harm.
         with _recorded_end(own.rank), stop if stop_grace(run) else nullcontext():
-            _train(run, layout, own, _agreed_run_dir(run, layout, own.rank), stop)
+            _run_rank(run, layout, own, _agreed_run_dir(run, layout, own.rank), stop)
     except SystemExit:
         if not all_recorded([own.rank]):
             raise
@@ -152,7 +152,7 @@ def _told(ranks: RankEnvironment, error: Exception, *, told_to_stop: bool) -> Ba
     return error if failure.refusal else RankFailure(ranks.rank, ranks.world_size, failure.detail)
 
 
-def _train(
+def _run_rank(
     run: RunConfig,
     layout: Layout,
     own: _Own,
@@ -163,7 +163,7 @@ def _train(
     from launcher.engine.distributed import join, leave, prepare_deepspeed
 
     prepare_deepspeed(layout.device)
-    from launcher.runtime.train import train
+    from launcher.runtime.train import training_run
 
     device = join(
         rank=own.rank,
@@ -174,7 +174,7 @@ def _train(
         timeout_minutes=run.launch.timeout_minutes,
     )
     with claimed as directory:
-        finished = train(run, layout, directory, device, stop)
+        finished = training_run(run, layout, directory, device, stop)
     leave()
     if not finished:
         raise SystemExit(STOPPED_EXIT_CODE)

@@ -19,12 +19,12 @@ STOPPING = "launcher: saving the current step, then stopping\n"
 FAULTY = """
 import os, sys
 import launcher.runtime.train as train
-step = train.train_step
-def faulty(run, layout, engine, loader, progress):
+step = train.optimizer_step
+def faulty(run, engine, loader, progress):
     if progress.step == 2 and engine.mesh.rank == 1:
         {fault}
-    return step(run, layout, engine, loader, progress)
-train.train_step = faulty
+    return step(run, engine, loader, progress)
+train.optimizer_step = faulty
 from launcher.__main__ import main
 main()
 """

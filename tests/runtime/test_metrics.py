@@ -22,14 +22,14 @@ import os, signal, time
 import launcher.runtime.train as train
 from launcher.runtime.metrics.wandb_files import fragments, steps_in
 from pathlib import Path
-step = train.train_step
-def faulty(run, layout, engine, loader, progress):
+step = train.optimizer_step
+def faulty(run, engine, loader, progress):
     if progress.step == 3:
         while steps_in(fragments(Path("r"))[0]) != [1, 2, 3]:
             time.sleep(0.05)
         {fault}
-    return step(run, layout, engine, loader, progress)
-train.train_step = faulty
+    return step(run, engine, loader, progress)
+train.optimizer_step = faulty
 from launcher.__main__ import main
 os.setpgid(0, 0)
 main()
