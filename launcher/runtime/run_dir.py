@@ -105,11 +105,6 @@ def _beginning(run: RunConfig, path: Path) -> tuple[Path | None, Weights | None]
     return None, weights
 
 
-def stop_grace(run: RunConfig) -> float:
-    """Return the seconds that a run may take to save itself when it is stopped; 0 if it is not saved."""
-    return (run.checkpoint.stop_grace_seconds or 0.0) if run.checkpoint.enabled else 0.0
-
-
 def config_as_dict(run: RunConfig) -> dict[str, Any]:
     """Return the composed config as plain values, enums by name."""
     container = OmegaConf.to_container(OmegaConf.structured(run), enum_to_str=True)

@@ -13,9 +13,10 @@ from launcher.config.schema import RunConfig
 from launcher.engine.base import Engine
 from launcher.engine.optimizer import state_keys
 from launcher.engine.state import loss_scaler, updates_made
+from launcher.launch.stopping import stop_grace
 from launcher.runtime.agreement import WorldValues
 from launcher.runtime.resume import Progress
-from launcher.runtime.run_dir import RunDir, config_as_dict, stop_grace
+from launcher.runtime.run_dir import RunDir, config_as_dict
 
 _NOTICED_WITHIN = 0.25  # of the time that a stop or a save has; the rest is left for the save itself
 

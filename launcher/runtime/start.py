@@ -25,7 +25,8 @@ from launcher.launch.local import RankFailure, Stopped, run_local_ranks
 from launcher.launch.machine import share_cores, share_cores_with_tasks
 from launcher.launch.rank import STOPPED_EXIT_CODE, StopRequest, failure_of
 from launcher.launch.records import RankEndKind, all_recorded, record_end
-from launcher.runtime.run_dir import LOGS, RunDir, claimed_run_dir, run_path, stop_grace
+from launcher.launch.stopping import stop_grace
+from launcher.runtime.run_dir import LOGS, RunDir, claimed_run_dir, run_path
 
 # Delay in seconds before a rank that only lost a peer reports: the root cause is printed first, and srun or
 # torchrun has ended all ranks by then.

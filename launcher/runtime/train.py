@@ -22,6 +22,7 @@ from launcher.engine.base import Engine, StepResult
 from launcher.engine.build import build_engine
 from launcher.engine.optimizer import learning_rate
 from launcher.launch.rank import StopRequest
+from launcher.launch.stopping import stop_grace
 from launcher.models.arithmetic import train_flops_per_token
 from launcher.runtime.agreement import RankValues, WorldValues, exchange
 from launcher.runtime.batches import rank_loader
@@ -29,7 +30,7 @@ from launcher.runtime.expectation import PlanCheck
 from launcher.runtime.metrics.rows import Row
 from launcher.runtime.output import RunOutput
 from launcher.runtime.resume import Progress, start_from
-from launcher.runtime.run_dir import RunDir, stop_grace
+from launcher.runtime.run_dir import RunDir
 from launcher.runtime.saving import Checkpoints
 from launcher.runtime.step_clock import StepClock, StepTimes
 from launcher.runtime.validation import is_validation_step, validation_row
@@ -64,11 +65,8 @@ def training_run(
         data = open_data(run)
         engine = build_engine(run, layout, device)
         start = start_from(run, engine, directory.checkpoint, directory.initial, data.digests)
-        rank, first, last = (
-            engine.mesh.rank,
-            start.progress.step + 1,
-            run.training.stop_at or run.training.steps,
-        )
+        rank, first = engine.mesh.rank, start.progress.step + 1
+        last = run.training.stop_at or run.training.steps
         if rank == 0:
             record_tokenizer(run, directory.path / COMPANIONS)
         checkpoints = Checkpoints(run, layout, engine, directory, data.digests)
@@ -81,12 +79,12 @@ def training_run(
             )
             output.say(*start.notes())
             with listening:
-                step = train(session, start.progress)
+                step = training_loop(session, start.progress)
             output.finished = finish(session, directory, step)
     return output.finished
 
 
-def train(session: Session, progress: Progress) -> int:
+def training_loop(session: Session, progress: Progress) -> int:
     """Take the steps after `progress`; return the step at which training ended. Collective over the world."""
     run, engine, last = session.run, session.engine, session.last
     blend = session.data.blend(progress.blends)

@@ -38,7 +38,7 @@ class Counting(TorchDispatchMode):
             note(OPERATIONS[str(function)])
         return function(*args, **(kwargs or {}))
 
-right_list, right_step, right_train = torch.Tensor.tolist, train.optimizer_step, train.train
+right_list, right_step, right_loop = torch.Tensor.tolist, train.optimizer_step, train.training_loop
 
 def tolist(self):
     note("read")
@@ -50,12 +50,12 @@ def optimizer_step(run, engine, loader, progress):
 
 def counted(session, progress):
     with Counting():
-        step = right_train(session, progress)
+        step = right_loop(session, progress)
     with open(f"rank-{session.engine.mesh.rank}.json", "w") as file:
         json.dump(events, file)
     return step
 
-torch.Tensor.tolist, train.optimizer_step, train.train = tolist, optimizer_step, counted
+torch.Tensor.tolist, train.optimizer_step, train.training_loop = tolist, optimizer_step, counted
 from launcher.__main__ import main
 main()
 """
