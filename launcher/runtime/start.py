@@ -94,7 +94,9 @@ def _recorded_ends(ranks: range) -> Iterator[None]:
         yield
     except RankFailure as failure:
         if not failure.secondary:
-            record_end(failure.rank, RankEndKind.failed, str(failure))  # a killed rank has not recorded its end
+            record_end(
+                failure.rank, RankEndKind.failed, str(failure)
+            )  # a killed rank has not recorded its end
         raise
     except Stopped:
         if not all_recorded(ranks):
