@@ -91,7 +91,7 @@ def make_states(engine: "Engine", keys: list[str], updates: int) -> None:
 
 
 @torch.no_grad()
-def take_up(engine: "Engine") -> None:
+def update_model_weights(engine: "Engine") -> None:
     """Copy the fp32 master weights into the model weights. Collective over the data group."""
     zero: Any = engine.deepspeed.optimizer
     if engine.zero_stage == 0:

@@ -41,8 +41,8 @@ class WorldValues:
 def exchange(values: RankValues) -> WorldValues:
     """Reduce every rank's values. Collective over the world: one all-reduce, one read of its result.
 
-    The loss travels as the bits of its shares, side by side: a maximum would lose a NaN, and this sum is the
-    same on all ranks.
+    Each share of the loss has a place in the reduced tensor and is sent as its bits: the maximum of floats
+    could drop a NaN. Every rank then adds the shares in the same order.
     """
     device, (index, count) = values.loss.device, values.loss_share
     numbers = [

@@ -18,15 +18,18 @@ from launcher.runtime.agreement import WorldValues
 from launcher.runtime.resume import Progress
 from launcher.runtime.run_dir import RunDir, config_as_dict
 
-_NOTICED_WITHIN = 0.25  # of the time that a stop or a save has; the rest is left for the save itself
+# The part of the time for a stop or a save after which it is noticed at the latest. The rest is left for the
+# save, and for steps that become slower than at the last agreement.
+_NOTICED_WITHIN = 0.25
 
 
 class Checkpoints:
-    """Saves a run as its config says. Methods with a collective say so.
+    """Saves a run at the steps that its config asks for, and after a rank was asked to stop.
 
-    Ranks learn from each other whether to stop or to save in the all-reduce of a logged step. Where logged
-    steps are too far apart for that, they agree in between: after the last agreement all ranks know the time
-    that a step takes on the slowest rank, and compute from it the same step for the next one.
+    The all-reduce of a logged step tells all ranks whether to stop and whether a save is due. But logged steps
+    may be far apart, and a stop must be saved within checkpoint.stop_grace_seconds. So ranks also agree in
+    between: each agreement tells all ranks the step time of the slowest rank, and from that every rank computes
+    the same step for the next agreement, without communication.
     """
 
     def __init__(
@@ -36,7 +39,7 @@ class Checkpoints:
         self.run, self.layout, self.engine, self.corpus = run, layout, engine, corpus
         self._writer = CheckpointWriter(engine, run.checkpoint, directory.path, state_keys(run.optimizer))
         self._saved_at = time.monotonic()
-        self._next_agreement = 0.0  # the first step of this start, since nothing is known about its time
+        self._next_agreement = 0.0  # at the first step of this start: its time is not known
 
     @property
     def is_overdue(self) -> bool:

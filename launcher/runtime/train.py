@@ -26,9 +26,9 @@ from launcher.launch.stopping import stop_grace
 from launcher.models.arithmetic import train_flops_per_token
 from launcher.runtime.agreement import RankValues, WorldValues, exchange
 from launcher.runtime.batches import rank_loader
-from launcher.runtime.expectation import PlanCheck
 from launcher.runtime.metrics.rows import Row
 from launcher.runtime.output import RunOutput
+from launcher.runtime.plan_check import PlanCheck
 from launcher.runtime.resume import Progress, start_from
 from launcher.runtime.run_dir import RunDir
 from launcher.runtime.saving import Checkpoints

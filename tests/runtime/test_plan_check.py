@@ -8,7 +8,7 @@ import torch
 
 from launcher.config.validate import validate
 from launcher.config.world import World
-from launcher.runtime.expectation import MEASURED_STEP, PlanCheck, verdict
+from launcher.runtime.plan_check import MEASURED_STEP, PlanCheck, verdict
 from launcher.runtime.step_clock import StepTimes
 from tests.config.composing import run_of
 from tests.runtime.command import metrics, trained
