@@ -26,10 +26,10 @@ _NOTICED_WITHIN = 0.25
 class Checkpoints:
     """Saves a run at the steps that its config asks for, and after a rank was asked to stop.
 
-    The all-reduce of a logged step tells all ranks whether to stop and whether a save is due. But logged steps
-    may be far apart, and a stop must be saved within checkpoint.stop_grace_seconds. So ranks also agree in
-    between: each agreement tells all ranks the step time of the slowest rank, and from that every rank computes
-    the same step for the next agreement, without communication.
+    The all-reduce of a logged step tells all ranks whether to stop and whether a save is due. But logged
+    steps may be far apart, and a stop must be saved within checkpoint.stop_grace_seconds. So ranks also agree
+    in between: each agreement tells all ranks the step time of the slowest rank, and from that every rank
+    computes the same step for the next agreement, without communication.
     """
 
     def __init__(
