@@ -135,7 +135,8 @@ def _rank(rank: int, *, trial: Trial, threads: int, folder: Path) -> None:
     for step in range(WARM_UP + STEPS):
         engine.random.begin_step(step + 1)
         started = time.perf_counter()
-        engine.train_batch([tokens] * layout.accumulation)
+        result = engine.train_batch([tokens] * layout.accumulation)
+        float(result.loss)  # waits for the device
         times.append(time.perf_counter() - started)
     (folder / f"{rank}.json").write_text(json.dumps(median(times[WARM_UP:])))
     leave()

@@ -9,7 +9,7 @@ from launcher.checkpoint.flat_ranges import logical_views
 from launcher.checkpoint.manifest import Manifest, first_damaged_file
 from launcher.checkpoint.read import CheckpointReader, WeightReader
 from launcher.engine.base import Engine
-from launcher.engine.state import fragments, make_states, take_up
+from launcher.engine.state import fragments, make_states, update_model_weights
 
 
 @torch.no_grad()
@@ -42,7 +42,7 @@ def _fill(engine: Engine, reader: WeightReader, keys: list[str]) -> None:
             )
             for box, view in views:
                 reader.fill(kind, fragment.logical.name, box, view)
-    take_up(engine)
+    update_model_weights(engine)
 
 
 def damaged_file_on_any_rank(path: Path, manifest: Manifest) -> str | None:

@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch.distributed as dist
+from torch import Tensor
 
 from launcher.checkpoint.flat_ranges import logical_views
 from launcher.checkpoint.manifest import CHECKPOINTS, Manifest, step_name
@@ -34,6 +35,7 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._error: str | None = None
         self._all_ended = threading.Event()
+        self.pending_copy: list[Tensor] = []  # the tensors in host memory that are still to be written
 
     def save(self, manifest: Manifest) -> float:
         """Start to save the state of this step; return the seconds for which training was blocked.
@@ -49,6 +51,7 @@ class CheckpointWriter:
         pieces: Iterable[HostPiece] = self._snapshot()
         if self.config.asynchronous:
             pieces = list(pieces)  # copied now, before the next step changes the tensors
+            self.pending_copy = [piece.tensor for piece in pieces]
         self._error = None
         self._all_ended.clear()
         self._thread = threading.Thread(target=self._write, args=(partial, pieces, manifest), daemon=True)
@@ -124,6 +127,8 @@ class CheckpointWriter:
                 prune(self.folder.parent, self.config)
         except Exception as error:
             self._error = f"{type(error).__name__}: {error}"
+        finally:
+            self.pending_copy = []
 
 
 def fragment_to_write(fragment: Fragment, engine: Engine) -> Fragment | None:

@@ -27,16 +27,16 @@ def main(arguments: list[str]) -> int:
         raise ConfigError("--multirun", None, why, "one torchrun or srun per run, or a sweep without them")
     # All jobs of a sweep are checked before the first is trained.
     ready_runs = [_ready(job.config, machine) for job in jobs]
-    from launcher.runtime.start import train_as_joined_rank, train_on_this_machine, train_on_this_node
+    from launcher.runtime.start import join_ranks, launch_on_this_machine, launch_on_this_node
 
     for job, (ready_run, place) in zip(jobs, ready_runs, strict=True):
         job.announce()
         if isinstance(place, RankEnvironment):
-            train_as_joined_rank(ready_run.run, ready_run.layout, place)
+            join_ranks(ready_run.run, ready_run.layout, place)
         elif place:
-            train_on_this_node(ready_run.run, ready_run.layout, place, cores=machine.cores)
+            launch_on_this_node(ready_run.run, ready_run.layout, place, cores=machine.cores)
         else:
-            train_on_this_machine(
+            launch_on_this_machine(
                 ready_run.run, ready_run.layout, cores=machine.cores, multirun_index=job.index
             )
     return 0

@@ -18,8 +18,9 @@ from launcher.engine.allocations import CollectiveName
 from launcher.engine.build import build_engine
 from launcher.engine.distributed import join, leave
 from launcher.engine.measuring import RankMeasurement
-from launcher.runtime.saving import start_from
-from launcher.runtime.train import loader_of, train_step
+from launcher.runtime.batches import rank_loader
+from launcher.runtime.resume import start_from
+from launcher.runtime.train import optimizer_step
 
 COUNTED = 4  # steps whose memory and collectives are counted; the first makes the optimizer's states
 
@@ -51,12 +52,12 @@ def record_rank(rank: int, *, run: RunConfig, layout: Layout, steps: int, folder
             engine = build_engine(run, layout, device)
             measurement.name_groups(engine)
             data = open_data(run)
-            progress, _ = start_from(run, engine, None, None, data.digests)
-            loader = loader_of(run, engine, data.blend(progress.blends))
+            progress = start_from(run, engine, None, None, data.digests).progress
+            loader = rank_loader(run, engine, data.blend(progress.blends))
             peaks = []
             for _ in range(COUNTED):
                 measurement.tensors.restart()
-                record.losses.append(train_step(run, layout, engine, loader, progress)["train/loss"])
+                record.losses.append(engine.mean_loss(optimizer_step(run, engine, loader, progress).loss))
                 progress = progress.after(run.training.global_batch_size)
                 peaks.append(measurement.tensors.peak)
         # Sometimes a thread of gloo frees a gradient only after the next gradient is made.
@@ -67,7 +68,7 @@ def record_rank(rank: int, *, run: RunConfig, layout: Layout, steps: int, folder
                 dist.barrier()
                 measurement.restart_clock()
                 started = time.perf_counter()
-                record.losses.append(train_step(run, layout, engine, loader, progress)["train/loss"])
+                record.losses.append(engine.mean_loss(optimizer_step(run, engine, loader, progress).loss))
                 record.seconds.append(time.perf_counter() - started)
                 record.parts.append(measurement.seconds(record.seconds[-1]))
                 progress = progress.after(run.training.global_batch_size)

@@ -8,7 +8,7 @@ import gc
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -76,10 +76,12 @@ class Allocations(TorchDispatchMode):
         self.live += size
         self.peak = max(self.peak, self.live)
 
-    def count_existing(self) -> None:
-        """Count every tensor that this process holds now."""
+    def count_existing(self, excluded: Iterable[Tensor] = ()) -> None:
+        """Count every tensor that this process holds now, without the storages of `excluded`."""
+        left_out = {tensor.untyped_storage()._cdata for tensor in excluded}
         for tensor in _existing_tensors():
-            self.count(tensor)
+            if tensor.untyped_storage()._cdata not in left_out:
+                self.count(tensor)
 
     def restart(self) -> None:
         """Set the peak to the bytes that are live now, and forget the collectives so far."""

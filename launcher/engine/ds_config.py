@@ -18,6 +18,8 @@ def deepspeed_config(run: RunConfig, layout: Layout) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         # torch's fused AdamW also updates offloaded states, without DeepSpeed's half-minute compilation.
         "zero_force_ds_cpu_optimizer": False,
+        # By default DeepSpeed synchronises the GPU in every micro-batch to measure a throughput.
+        "timers": {"throughput": {"enabled": False}},
         # By default the pipeline engine partitions activations over the tensor ranks.
         "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
         **_precision(run),

@@ -9,6 +9,7 @@ from types import TracebackType
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from launcher.config.layout import STEP_PARTS, GroupName
 from launcher.engine.allocations import Allocations, CollectiveCall
@@ -81,13 +82,15 @@ class PeakMemory:
 
     def __init__(self, device: torch.device) -> None:
         self.size = 0
+        self.excluded: list[Tensor] = []  # tensors that do not count, set before the context is entered
         self._device = device
         self._allocations: Allocations | None = None
 
     def __enter__(self) -> "PeakMemory":
         if self._device.type == "cpu":
             self._allocations = Allocations()
-            self._allocations.count_existing()
+            self._allocations.count_existing(self.excluded)
+            self.excluded = []
             self._allocations.__enter__()  # type: ignore[no-untyped-call]
         return self
 

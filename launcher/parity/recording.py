@@ -66,8 +66,8 @@ def record_step(run: RunConfig, engine: Engine, recorder: OutputRecorder, batche
     recorder.start()
     result = engine.train_batch(batches)
     step = record_weights(engine)
-    step.loss, step.grad_norm = result.loss, result.grad_norm
-    step.norm_spread = spread(torch.tensor(result.grad_norm), dist.group.WORLD)
+    step.loss, step.grad_norm = engine.mean_loss(result.loss), float(result.grad_norm)
+    step.norm_spread = spread(torch.tensor(step.grad_norm), dist.group.WORLD)
     step.outputs, step.output_spread = recorder.outputs()
     step.batch_losses = recorder.losses()
     step.states = {

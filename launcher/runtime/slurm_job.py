@@ -33,8 +33,9 @@ from launcher.launch.slurm import (
     requeue,
     sbatch,
 )
+from launcher.launch.stopping import stop_grace
 from launcher.runtime.metrics.rows import rows_in
-from launcher.runtime.run_dir import LOGS, METRICS, stop_grace
+from launcher.runtime.run_dir import LOGS, METRICS
 
 _POLL = 0.2
 _REQUEUE_TAKES = 60.0  # until Slurm ends a job that is requeued

@@ -125,8 +125,8 @@ def _rank(
         engine.set_learning_rate(run.optimizer.lr)
         engine.random.begin_step(number)
         result = engine.train_batch(rank_batches(run, engine, batches[number - 1]))
-        losses.append(result.loss)
-        norms.append(result.grad_norm)
+        losses.append(engine.mean_loss(result.loss))
+        norms.append(float(result.grad_norm))
     if save is not None:
         writer = CheckpointWriter(engine, save, folder, keys)
         writer.save(replace(EMPTY, step=last, updates=updates_made(engine)))

@@ -145,7 +145,7 @@ def swap_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def keep_old_model_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(load, "take_up", lambda engine: None)
+    monkeypatch.setattr(load, "update_model_weights", lambda engine: None)
 
 
 FAULTS = {

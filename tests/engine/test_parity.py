@@ -20,7 +20,7 @@ from tests.engine.reference import Trace, reference_trace, samples_for
 prepare_deepspeed("cpu")
 
 from launcher.engine.build import build_engine  # noqa: E402  (after DeepSpeed is made quiet)
-from launcher.runtime.train import global_batch  # noqa: E402
+from launcher.runtime.batches import rank_batches  # noqa: E402
 from tests.parity import mutations  # noqa: E402
 
 STEPS = 4
@@ -93,10 +93,10 @@ def _rank(
     trace = Trace([], [], 0.0, {})
     for step in range(STEPS):
         engine.set_learning_rate(run.optimizer.lr)
-        result = engine.train_batch(global_batch(run, engine, samples, step * size))
-        trace.losses.append(result.loss)
-        trace.norms.append(result.grad_norm)
-    trace.validation = engine.eval_batch(global_batch(run, engine, samples, STEPS * size))
+        result = engine.train_batch(rank_batches(run, engine, samples, step * size))
+        trace.losses.append(engine.mean_loss(result.loss))
+        trace.norms.append(float(result.grad_norm))
+    trace.validation = float(engine.eval_batch(rank_batches(run, engine, samples, STEPS * size)))
     trace.weights = {logical.name: tensor.clone() for logical, tensor in engine.full_weights()}
     leave()
     return trace
@@ -152,10 +152,10 @@ def test_bf16_is_the_same_run_to_its_own_precision(name: str) -> None:
 
 
 def _same_data_on_all_ranks() -> None:
-    import launcher.runtime.train as train
+    import launcher.runtime.batches as batches
 
-    indices = train.sample_indices
-    train.sample_indices = lambda **where: indices(**{**where, "data_rank": 0})
+    indices = batches.sample_indices
+    batches.sample_indices = lambda **where: indices(**{**where, "data_rank": 0})
 
 
 MUTATIONS = {

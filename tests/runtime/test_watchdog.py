@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.runtime.watchdog import Standing, report
+from launcher.runtime.watchdog import RankPosition, report
 from tests.runtime.command import SMALL, metrics
 from tests.runtime.test_life_cycle import FAULTY, start, survivors, wait_for_rows
 
@@ -17,12 +17,12 @@ HOSTS = ["node1", "node1", "node2", "node2"]
 HANGS = "import time; time.sleep(1000) if engine.mesh.rank == 1 else os.kill(os.getpid(), 19)"
 
 
-def waiting(rank: int, at: str = "step 7") -> Standing:
-    return Standing(rank, at, True, f"stack of {rank}\n")
+def waiting(rank: int, at: str = "step 7") -> RankPosition:
+    return RankPosition(rank, at, True, f"stack of {rank}\n")
 
 
 def test_ranks_in_another_call_are_reported_as_missing() -> None:
-    standing = [waiting(0), waiting(1), waiting(3), Standing(2, "step 7", False, "  File sampler.py\n")]
+    standing = [waiting(0), waiting(1), waiting(3), RankPosition(2, "step 7", False, "  File sampler.py\n")]
     assert report(standing, HOSTS, 30).splitlines() == [
         "the run hangs: rank 2 on node2 did not arrive (nothing has ended for launch.timeout_minutes=30)",
         "at step 7, waiting for others: ranks 0 on node1, 1 on node1, 3 on node2",

@@ -144,13 +144,13 @@ class Patch:
 
         def exec_module(module):
             run(module)
-            step = module.train_step
+            step = module.optimizer_step
 
-            def patched(run, layout, engine, loader, progress):
+            def patched(run, engine, loader, progress):
                 {statement}
-                return step(run, layout, engine, loader, progress)
+                return step(run, engine, loader, progress)
 
-            module.train_step = patched
+            module.optimizer_step = patched
 
         spec.loader.exec_module = exec_module
         return spec

@@ -264,4 +264,4 @@ def test_the_api_key_is_written_nowhere(cluster: Cluster, tmp_path: Path) -> Non
     assert KEY not in cluster.run("scontrol", "write", "batch_script", job.number, "-")
     done = launcher("sync", str(job.run_dir), cwd=tmp_path)
     assert done.returncode == 2
-    assert "no W&B API key is found here" in done.stderr
+    assert "there is no W&B API key on this machine" in done.stderr
