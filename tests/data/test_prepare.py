@@ -462,7 +462,7 @@ class TestSameResult:
         self, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         prepared(corpus, tmp_path / "whole", **SKIP)
-        rename, renamed = Path.rename, 0
+        replace_path, renamed = Path.replace, 0
         for stop_at in range(1, 6):  # the list of bad lines, the tokenizer, the card, .bin and .idx
             target = tmp_path / f"cut{stop_at}"
 
@@ -472,11 +472,11 @@ class TestSameResult:
                     renamed += 1
                     if renamed == stop_at:
                         raise KeyboardInterrupt
-                return rename(path, to)
+                return replace_path(path, to)
 
             renamed = 0
             with monkeypatch.context() as patched:
-                patched.setattr(Path, "rename", stop)
+                patched.setattr(Path, "replace", stop)
                 with pytest.raises(KeyboardInterrupt):
                     prepared(corpus, target, **SKIP)
             assert not index_path(target).exists()
