@@ -9,8 +9,8 @@ from torch import Tensor
 from launcher.config.schema import ModelConfig, OptimizerName, ParallelismConfig, RunConfig
 from launcher.data.sampler import Samples, sample_indices
 from launcher.data.windows import Stretch, Windows
-from launcher.models.blocks import BlockContext
-from launcher.models.model import flat_model
+from launcher.models.architecture import flat_model
+from launcher.models.context import BlockContext
 from launcher.parallel.mesh import ProcessMesh
 from launcher.parallel.sharding import logical_of
 
