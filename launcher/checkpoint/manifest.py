@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.config.errors import ConfigError, settings
-from launcher.config.run_format import FORMAT
+from launcher.config.run_format import FORMAT, wrong_format
 
 CHECKPOINTS, MANIFEST, LATEST = "checkpoints", "manifest.json", "latest"
 DAMAGED = "is damaged: its SHA-256 differs from the one in the manifest"
