@@ -90,16 +90,17 @@ def why_illegal(c: Combination) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("combination", COMBINATIONS, ids=str)
-def test_legal_or_refused_with_its_reason(combination: Combination) -> None:
-    found, reasons = outcome(combination), why_illegal(combination)
-    if not reasons:
-        assert isinstance(found, Layout)
-        assert found.world_size == combination.ranks
-    else:
-        assert isinstance(found, ConfigError)
-        assert any(words in found.why for words in reasons)
-        assert found.remedy
+def test_legal_or_refused_with_its_reason(subtests: pytest.Subtests) -> None:
+    for combination in COMBINATIONS:
+        with subtests.test(str(combination)):
+            found, reasons = outcome(combination), why_illegal(combination)
+            if not reasons:
+                assert isinstance(found, Layout)
+                assert found.world_size == combination.ranks
+            else:
+                assert isinstance(found, ConfigError)
+                assert any(words in found.why for words in reasons)
+                assert found.remedy
 
 
 @pytest.mark.parametrize("fault", [False, True])
