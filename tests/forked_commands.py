@@ -25,7 +25,7 @@ from typing import IO, Any
 
 ROOT = Path(__file__).parents[1]
 LAUNCHER = "from launcher.__main__ import main\nmain()\n"
-HEAVY_MODULES = {"torch", "deepspeed", "wandb"}
+HEAVY_MODULES = {"torch", "deepspeed", "wandb", "transformers"}
 COMMAND_LINE = ("launcher.command_line",)
 TRAINING = (
     *COMMAND_LINE, "launcher.engine.build", "launcher.runtime.train", "launcher.runtime.sampling",

@@ -223,11 +223,13 @@ class TestLooking:
         assert "parallelism" not in generate.out
         assert "--multirun" in hydra.out
 
-    @pytest.mark.parametrize("experiment", options_of("experiment"))
-    def test_cfg_composes_every_experiment(self, experiment: str, place: Path) -> None:
-        [ended] = launcher(place, ["--cfg", "job", f"experiment={experiment}"])
-        assert (ended.code, ended.err, ended.heavy) == (0, "", [])
-        assert set(yaml.safe_load(ended.out)) >= {"model", "parallelism", "hardware", "training"}
+    def test_cfg_composes_every_experiment(self, subtests: pytest.Subtests, place: Path) -> None:
+        experiments = options_of("experiment")
+        shown = launcher(place, *(["--cfg", "job", f"experiment={name}"] for name in experiments))
+        for experiment, ended in zip(experiments, shown, strict=True):
+            with subtests.test(experiment):
+                assert (ended.code, ended.err, ended.heavy) == (0, "", [])
+                assert set(yaml.safe_load(ended.out)) >= {"model", "parallelism", "hardware", "training"}
 
     def test_cfg_shows_what_is_typed(self, place: Path) -> None:
         [one, other, generate] = launcher(

@@ -19,14 +19,15 @@ def ranks_of(shape: MeshShape) -> np.ndarray:
     return np.arange(shape.world_size).reshape(shape.pipeline, shape.data, shape.tensor)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_coordinates_are_those_of_an_array_of_ranks(shape: MeshShape) -> None:
-    ranks = ranks_of(shape)
-    for place, rank in np.ndenumerate(ranks):
-        assert shape.coordinates(int(rank)) == place
-        assert shape.rank(*place) == rank
-    assert shape.tensor_groups() == ranks.reshape(-1, shape.tensor).tolist()
-    assert shape.data_groups() == ranks.swapaxes(1, 2).reshape(-1, shape.data).tolist()
+def test_coordinates_are_those_of_an_array_of_ranks(subtests: pytest.Subtests) -> None:
+    for shape in SHAPES:
+        with subtests.test(str(shape)):
+            ranks = ranks_of(shape)
+            for place, rank in np.ndenumerate(ranks):
+                assert shape.coordinates(int(rank)) == place
+                assert shape.rank(*place) == rank
+            assert shape.tensor_groups() == ranks.reshape(-1, shape.tensor).tolist()
+            assert shape.data_groups() == ranks.swapaxes(1, 2).reshape(-1, shape.data).tolist()
 
 
 def test_a_rank_outside_the_world_has_no_place() -> None:

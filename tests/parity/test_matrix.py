@@ -17,7 +17,16 @@ from tests.parity.matrix import (
     run_of_combination,
     variation,
 )
-from tests.parity.running import PipelineModule, StagedModule, passes, run_pass, shrink, small_run, worst
+from tests.parity.running import (
+    PipelineModule,
+    StagedModule,
+    passes,
+    plain_sgd_pass,
+    run_pass,
+    shrink,
+    small_run,
+    worst,
+)
 
 QUICK_RANKS = 4
 QUICK = covering([c for c in LEGAL if c.ranks <= QUICK_RANKS], 8)
@@ -36,6 +45,12 @@ def verify_combination(combination: Combination, *, quick: bool, seed: int = 123
 @pytest.mark.parametrize("combination", QUICK, ids=str)
 def test_a_covering_selection_is_the_same_run(combination: Combination) -> None:
     verify_combination(combination, quick=True)
+
+
+def test_without_clipping_it_is_the_same_run() -> None:
+    small = small_run("model=gpt_tiny", "parallelism.data=2", "optimizer.gradient_clipping=null")
+    found = plain_sgd_pass(small)
+    assert found.ok, (found.diagnosis, worst(found))
 
 
 @pytest.mark.slow

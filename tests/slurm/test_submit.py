@@ -2,7 +2,6 @@
 
 import os
 import shlex
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +10,8 @@ import pytest
 
 from launcher.config.fields import fields_of
 from launcher.config.schema import RunConfig
-from tests.runtime.command import environment, launcher
+from tests.forked_commands import environment, light
+from tests.runtime.command import launcher
 from tests.slurm.cluster import Cluster, wait_for
 from tests.slurm.jobs import ON_TWO_NODES, command, submit
 
@@ -84,13 +84,13 @@ def test_there_are_recipes_for_all_that_is_promised() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_is_what_its_command_renders(recipe: Path) -> None:
-    text = recipe.read_text()
-    typed = shlex.split(text.splitlines()[1].removeprefix("# launcher "))
-    python = [sys.executable, "-m", "launcher", *typed, "submit.dry_run=true"]
-    done = subprocess.run(python, cwd=ROOT, env=environment(), text=True, capture_output=True, timeout=60)
-    assert done.stdout == text, f"`make recipes` writes it anew\n{done.stderr}"
+def test_a_recipe_is_what_its_command_renders(subtests: pytest.Subtests) -> None:
+    for recipe in RECIPES:
+        with subtests.test(recipe.stem):
+            text = recipe.read_text()
+            typed = shlex.split(text.splitlines()[1].removeprefix("# launcher "))
+            done = light().run([*typed, "submit.dry_run=true"], cwd=ROOT, environment=environment())
+            assert done.stdout == text, f"`make recipes` writes it anew\n{done.stderr}"
 
 
 @pytest.fixture(scope="module")
