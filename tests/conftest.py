@@ -1,6 +1,11 @@
-"""Common to all tests."""
+"""Settings of all tests."""
 
-from hypothesis import settings
+import os
+
+# Ranks share the machine's cores, and a fork deadlocks in OpenMP's threads. Set before torch is imported.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+from hypothesis import settings  # noqa: E402
 
 # By default an example of more than 0.2 s is a failure: on a busy machine, at random.
 settings.register_profile("launcher", deadline=None)
