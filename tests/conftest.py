@@ -5,7 +5,7 @@ import os
 # Ranks share the machine's cores, and a fork deadlocks in OpenMP's threads. Set before torch is imported.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-from hypothesis import settings  # noqa: E402
+from hypothesis import settings
 
 # By default an example of more than 0.2 s is a failure: on a busy machine, at random.
 settings.register_profile("launcher", deadline=None)
