@@ -19,6 +19,9 @@ def prepare_deepspeed(device: str) -> None:
     # With LOCAL_SIZE set DeepSpeed's shared-memory module takes 69 MB a rank in /dev/shm and keeps it.
     os.environ.pop("LOCAL_SIZE", None)
     import deepspeed.ops
+
+    # The first engine would import this, and with it torch._inductor: 2 s in every forked rank.
+    import deepspeed.runtime.zero.muon.muon_optimizer
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)
