@@ -3,6 +3,7 @@
 import re
 from difflib import get_close_matches
 from enum import Enum
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ def groups_of(root: type[Any]) -> list[str]:
     return sorted(path.name for path in directories if path.is_dir() and path.name != "hydra")
 
 
+@cache
 def fields_of(root: type[Any]) -> dict[str, str]:
     """Every field a user can set, as dotted name -> its legal values in words."""
     found: dict[str, str] = {}
