@@ -26,10 +26,12 @@ from typing import IO, Any
 ROOT = Path(__file__).parents[1]
 LAUNCHER = "from launcher.__main__ import main\nmain()\n"
 HEAVY_MODULES = {"torch", "deepspeed", "wandb", "transformers"}
-COMMAND_LINE = ("launcher.command_line",)
+COMMAND_LINE = tuple(
+    f"launcher.commands.{path.stem}" for path in (ROOT / "launcher" / "commands").glob("[a-z]*.py")
+)
 TRAINING = (
     *COMMAND_LINE, "launcher.engine.build", "launcher.runtime.train", "launcher.runtime.sampling",
-    "launcher.commands.verify", "launcher.compare.measured_layout", "launcher.calibrate.rounds",
+    "launcher.parity.verify", "launcher.compare.measured_layout", "launcher.calibrate.rounds",
 )  # fmt: skip
 
 _RANK_VARIABLES = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -82,19 +83,24 @@ def test_a_rank_that_fails_ends_the_job_with_its_own_story(fault: str, said: str
     assert survivors(tmp_path) == []
 
 
+ENDS = {
+    signal.SIGINT: (130, "launcher: interrupted; all ranks have ended\n"),
+    signal.SIGTERM: (143, "launcher: stopped by SIGTERM; all ranks have ended\n"),
+    signal.SIGHUP: (129, "launcher: stopped by SIGHUP; all ranks have ended\n"),
+    signal.SIGUSR1: (138, "launcher: stopped by SIGUSR1; all ranks have ended\n"),
+}
+QUICK = {(signal.SIGINT, True), (signal.SIGUSR1, True), (signal.SIGTERM, False)}
+
+
 @pytest.mark.parametrize(
-    ("number", "code", "said"),
+    ("number", "saving"),
     [
-        (signal.SIGINT, 130, "launcher: interrupted; all ranks have ended\n"),
-        (signal.SIGTERM, 143, "launcher: stopped by SIGTERM; all ranks have ended\n"),
-        (signal.SIGHUP, 129, "launcher: stopped by SIGHUP; all ranks have ended\n"),
-        (signal.SIGUSR1, 138, "launcher: stopped by SIGUSR1; all ranks have ended\n"),
+        case if case in QUICK else pytest.param(*case, marks=pytest.mark.slow)
+        for case in product(ENDS, (True, False))
     ],
 )
-@pytest.mark.parametrize("saving", [True, False])
-def test_an_interrupted_run_ends_cleanly(
-    number: int, code: int, said: str, saving: bool, tmp_path: Path
-) -> None:
+def test_an_interrupted_run_ends_cleanly(number: signal.Signals, saving: bool, tmp_path: Path) -> None:
+    code, said = ENDS[number]
     long_run = [*SMALL, "run.dir=r", "parallelism.data=2", "training.steps=100000"]
     grace = [] if saving else ["checkpoint.stop_grace_seconds=null"]
     process = started(*long_run, *grace, "logging=wandb", cwd=tmp_path)
@@ -186,6 +192,7 @@ def test_under_torchrun_it_joins_the_ranks_that_are_there(tmp_path: Path) -> Non
     assert len(metrics(tmp_path / "r")) == 2
 
 
+@pytest.mark.slow
 def test_under_torchrun_it_is_saved_on_sigterm(tmp_path: Path) -> None:
     process = torchrun("run.dir=r", "parallelism=tp2", "training.steps=100000", cwd=tmp_path)
     wait_for_rows(tmp_path / "r", 1, process)

@@ -29,7 +29,7 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> list[list[Any]]:
     return rows(folder / "r")
 
 
-@pytest.mark.parametrize("tasks", ["per_rank", "per_node"])
+@pytest.mark.parametrize("tasks", ["per_rank", pytest.param("per_node", marks=pytest.mark.slow)])
 def test_on_two_nodes_it_is_the_local_run(
     tasks: str, local: list[list[Any]], cluster: Cluster, tmp_path: Path
 ) -> None:
@@ -77,6 +77,7 @@ def test_through_requeues_it_is_one_run(local: list[list[Any]], cluster: Cluster
     assert all(name.endswith(f"-{identity}") for name in folders)
 
 
+@pytest.mark.slow
 def test_a_chain_goes_on_in_a_job_of_its_own(cluster: Cluster, tmp_path: Path) -> None:
     job = submit(cluster, tmp_path, *LONG, "training.stop_at=60", *PER_NODE, "slurm.on_stop=chain")
     job.wait_for_step(5)
@@ -90,6 +91,7 @@ def test_a_chain_goes_on_in_a_job_of_its_own(cluster: Cluster, tmp_path: Path) -
     assert not following.run_dir.exists()
 
 
+@pytest.mark.slow
 def test_cancelled_it_is_saved_and_not_requeued(cluster: Cluster, tmp_path: Path) -> None:
     job = submit(cluster, tmp_path, *LONG, *PER_NODE)
     job.wait_for_step(5)
@@ -100,6 +102,7 @@ def test_cancelled_it_is_saved_and_not_requeued(cluster: Cluster, tmp_path: Path
     assert int(saved.name.removeprefix("step-")) == len(metrics(job.run_dir))
 
 
+@pytest.mark.slow
 def test_a_lost_node_is_done_without(cluster: Cluster, tmp_path: Path) -> None:
     """For good, of a run that takes 2 to 4 nodes: three are left, of which two fit the batch."""
     run = [*LONG, "training.stop_at=80", "training.micro_batch_size=1"]
@@ -123,6 +126,7 @@ def test_a_lost_node_is_done_without(cluster: Cluster, tmp_path: Path) -> None:
     assert logged_steps(job.run_dir) == list(range(1, 81))
 
 
+@pytest.mark.slow
 def test_a_killed_rank_is_started_again_in_the_same_allocation(cluster: Cluster, tmp_path: Path) -> None:
     trained(*LONG, "training.stop_at=60", "run.dir=whole", "parallelism.data=4", cwd=tmp_path)
     job = submit(cluster, tmp_path, *LONG, "training.stop_at=60", *PER_NODE, "checkpoint.interval_steps=5")
@@ -151,7 +155,8 @@ def given_up(fault: str, tasks: str, cluster: Cluster, folder: Path) -> str:
     return log
 
 
-@pytest.mark.parametrize("tasks", ["per_node", pytest.param("per_rank", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("tasks", ["per_node", "per_rank"])
 def test_killed_three_times_after_the_same_step_it_is_given_up(
     tasks: str, cluster: Cluster, tmp_path: Path
 ) -> None:
@@ -188,6 +193,7 @@ def test_a_sweep_is_an_array(cluster: Cluster, tmp_path: Path) -> None:
     assert (tmp_path / f"slurm-{job.number}_1.out").exists()
 
 
+@pytest.mark.slow
 def test_of_an_array_only_the_task_that_is_told_is_requeued(cluster: Cluster, tmp_path: Path) -> None:
     """The last one, whose number is that of the array; of a chain, too, only it goes on."""
     job = submit(
@@ -221,6 +227,7 @@ def test_a_finished_run_that_is_requeued_has_nothing_left(cluster: Cluster, tmp_
     assert rows(job.run_dir) == before
 
 
+@pytest.mark.slow
 def test_it_needs_nothing_of_the_environment(cluster: Cluster, tmp_path: Path) -> None:
     script = command(
         cluster, "submit", "experiment=stdlib_gpt", "training.steps=2", "hardware.accelerators_per_node=2",
@@ -236,6 +243,7 @@ def test_it_needs_nothing_of_the_environment(cluster: Cluster, tmp_path: Path) -
 KEY = "0123456789abcdef0123456789abcdef01234567"
 
 
+@pytest.mark.slow
 def test_the_api_key_is_nowhere(cluster: Cluster, tmp_path: Path) -> None:
     """It travels in the environment alone. (Nothing answers at this address.)"""
     job = submit(

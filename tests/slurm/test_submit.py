@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.sbatch"))
 # Each would make a file named pwned, were it run by a shell.
 HOSTILE = ["$(touch pwned) `touch pwned` ; touch pwned ' ; touch pwned ; '", 'a" ; touch pwned ; "']
+ONE_OF_EACH_KIND = ("slurm.job_name", "slurm.sbatch", "slurm.environment")
 TEXTS = {name: kind for name, kind in fields_of(RunConfig).items() if name.startswith("slurm.")}
 
 
@@ -31,7 +32,12 @@ def hostile(name: str, kind: str, value: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "name", [name for name, kind in TEXTS.items() if kind.startswith(("text", "list", "dict"))]
+    "name",
+    [
+        name if name in ONE_OF_EACH_KIND else pytest.param(name, marks=pytest.mark.slow)
+        for name, kind in TEXTS.items()
+        if kind.startswith(("text", "list", "dict"))
+    ],
 )
 def test_a_hostile_value_is_never_run(name: str, cluster: Cluster, tmp_path: Path) -> None:
     """Refused here, refused by Slurm, or taken as it is: nothing else."""
@@ -110,6 +116,7 @@ def test_slurm_takes_every_recipe(cluster: Cluster, gpus: Cluster) -> None:
         gpus.run("sbatch", "--test-only", str(recipe))
 
 
+@pytest.mark.slow
 def test_the_recipe_of_a_cpu_runs_as_it_is(cluster: Cluster, tmp_path: Path) -> None:
     """As a user would from a checkout: only the interpreter's path is another here."""
     (tmp_path / ".venv").symlink_to(Path(sys.prefix))
