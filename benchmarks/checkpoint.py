@@ -14,7 +14,7 @@ from statistics import median
 
 import numpy as np
 
-from launcher.checkpoint.manifest import DIRECTORY, Manifest, read_manifest, sha256_of, step_name
+from launcher.checkpoint.manifest import CHECKPOINTS, Manifest, read_manifest, sha256_of, step_name
 from launcher.config.compose import compose_jobs
 from launcher.config.schema import RunConfig
 from launcher.config.validate import validate
@@ -63,14 +63,14 @@ def main(folder: Path) -> None:
             continue
         writer.wait()
         writes.append(time.perf_counter() - started - stalls[-1])
-        files = read_manifest(folder / DIRECTORY / step_name(number)).files
+        files = read_manifest(folder / CHECKPOINTS / step_name(number)).files
         size = sum(file.bytes for file in files.values())
         started = time.perf_counter()
         for name in files:
-            sha256_of(folder / DIRECTORY / step_name(number) / name)
+            sha256_of(folder / CHECKPOINTS / step_name(number) / name)
         hashes.append(time.perf_counter() - started)
         plain.append(plain_write(folder / "plain", size))
-    saved = folder / DIRECTORY / step_name(number)
+    saved = folder / CHECKPOINTS / step_name(number)
     started = time.perf_counter()
     read = restore(engine, saved, replace(read_manifest(saved), updates=updates_made(engine)), keys)
     restored = time.perf_counter() - started

@@ -32,9 +32,9 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from launcher.checkpoint.boxes import Box
 from launcher.checkpoint.flat_ranges import logical_views
-from launcher.checkpoint.manifest import Manifest, damaged, read_manifest
-from launcher.checkpoint.read import Reader
-from launcher.checkpoint.write import Part, commit, write_parts
+from launcher.checkpoint.manifest import Manifest, first_damaged_file, read_manifest
+from launcher.checkpoint.read import CheckpointReader
+from launcher.checkpoint.write import HostPiece, commit, write_pieces
 from launcher.launch.local import run_local_ranks
 from launcher.parallel.mesh import Axis
 from launcher.parallel.sharding import LogicalTensor, split
@@ -141,10 +141,11 @@ class BoxLoadPlanner(dcp.DefaultLoadPlanner):  # type: ignore[misc]
 
 
 def save_ours(folder: Path, boxes: Boxes, rank: int) -> None:
-    parts = [
-        Part("weight", name, SHAPES[name], box, view.contiguous()) for (name, _), (box, view) in boxes.items()
+    pieces = [
+        HostPiece("weight", name, SHAPES[name], box, view.contiguous())
+        for (name, _), (box, view) in boxes.items()
     ]
-    write_parts(folder, rank, parts, 2 * 10**9)
+    write_pieces(folder, rank, pieces, 2 * 10**9)
     dist.barrier()
     if rank == 0:
         empty = Manifest(1, 0, 0, {}, "", "", "", {}, None, {}, {})
@@ -154,8 +155,8 @@ def save_ours(folder: Path, boxes: Boxes, rank: int) -> None:
 def load_ours(folder: Path, boxes: Boxes, rank: int) -> None:
     path = folder.with_name(folder.name.removesuffix(".partial"))
     manifest = read_manifest(path)
-    assert damaged(path, manifest, sorted(manifest.files)[rank::WORLD]) is None
-    reader = Reader(path, manifest)
+    assert first_damaged_file(path, manifest, sorted(manifest.files)[rank::WORLD]) is None
+    reader = CheckpointReader(path, manifest)
     for (name, _), (box, view) in boxes.items():
         reader.fill("weight", name, box, view)
 

@@ -15,7 +15,7 @@ from launcher.config.errors import ConfigError
 from launcher.launch.environment import speaks_for_all
 from launcher.launch.exit_codes import FAILED, REFUSED
 from launcher.launch.local import RankFailure, Stopped
-from launcher.launch.records import Kind, record_end
+from launcher.launch.records import RankEndKind, record_end
 
 # Each verb's entry point in launcher.commands: a function that takes the arguments and returns the exit code.
 VERBS = {
@@ -44,7 +44,7 @@ def run_command(arguments: list[str]) -> int:
         verb, rest = _split(arguments)
         return entry_point(verb)(rest)
     except ConfigError as error:
-        record_end(int(os.environ.get("SLURM_PROCID", "0")), Kind.refused, error)
+        record_end(int(os.environ.get("SLURM_PROCID", "0")), RankEndKind.refused, error)
         # Under torchrun or srun every rank is refused alike, and the first rank reports it.
         return _report(error, REFUSED) if speaks_for_all(os.environ) else REFUSED
     except RankFailure as failure:

@@ -1,8 +1,9 @@
-"""Sizes, numbers and tables as people read them."""
+"""Format sizes, counts, times and tables for people. Importing this loads nothing heavy."""
 
-from rich.console import Console
-from rich.measure import Measurement
-from rich.table import Table
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # rich takes a while to load, and a refusal needs no table
+    from rich.table import Table
 
 FILE_WIDTH = 130  # columns of a table that is not written to a terminal
 DAY = 86400
@@ -10,44 +11,77 @@ DAY = 86400
 UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B"))
 
 
-def size(of: float) -> str:
-    """Bytes, in the unit that suits them: `22.6 GB`."""
-    unit = unit_of(of)
-    return f"{in_unit(unit, of)} {unit[1]}"
+def size(number: float) -> str:
+    """Return bytes in a suitable unit: `22.6 GB`."""
+    unit = unit_of(number)
+    return f"{in_unit(unit, number)} {unit[1]}"
 
 
-def unit_of(of: float) -> tuple[float, str]:
-    return next((unit for unit in UNITS if of >= unit[0]), UNITS[-1])
+def unit_of(number: float) -> tuple[float, str]:
+    """Return the largest unit that gives `number` bytes a value of at least 1."""
+    return next((unit for unit in UNITS if number >= unit[0]), UNITS[-1])
 
 
-def in_unit(unit: tuple[float, str], of: float) -> str:
-    number = of / unit[0]
-    return f"{number:.2f}" if number < 99.995 else f"{number:,.0f}"
+def in_unit(unit: tuple[float, str], number: float) -> str:
+    """Return bytes as a number of the given unit, for a table whose heading names the unit."""
+    value = number / unit[0]
+    return f"{value:.2f}" if value < 99.995 else f"{value:,.0f}"
+
+
+def megabytes(number: float) -> str:
+    """Return bytes as a number of MB, for a table whose heading names the unit."""
+    return f"{number / 1e6:,.{1 if number >= 1e8 else 2}f}" if number else "0"
 
 
 def count(number: float) -> str:
-    """Three digits and a prefix: `1.24 B`."""
+    """Return three digits and a prefix: `1.24 B`."""
     for factor, letter in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if number >= factor:
             return f"{number / factor:.3g} {letter}"
     return f"{number:.3g}"
 
 
+def whole(number: float) -> str:
+    """Return all digits of the nearest whole number: `1,234,567`."""
+    return f"{number:,.0f}"
+
+
+def plural(number: int, noun: str, ending: str = "s") -> str:
+    """Return the number and its noun: `1 rank`, `2 ranks`."""
+    return f"{number} {noun}{'' if number == 1 else ending}"
+
+
 def duration(seconds: float) -> str:
-    for unit, size in (("days", DAY), ("hours", 3600), ("minutes", 60)):
-        if seconds >= size:
-            return f"{seconds / size:.3g} {unit}"
+    """Return a time in a suitable unit: `3.5 hours`."""
+    for unit, length in (("days", DAY), ("hours", 3600), ("minutes", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.3g} {unit}"
     return f"{seconds:.3g} seconds"
 
 
-def plain_table(title: str) -> Table:
+def four_digits(seconds: float) -> str:
+    """Return a number of seconds, for a table whose heading names the unit."""
+    return f"{seconds:.4g}"
+
+
+def milliseconds(seconds: float) -> str:
+    """Return seconds as a number of ms, for a table whose heading names the unit."""
+    return whole(seconds * 1e3)
+
+
+def plain_table(title: str) -> "Table":
+    from rich.table import Table
+
     return Table(title=title, title_justify="left", box=None, pad_edge=False)
 
 
-def print_table(table: Table) -> None:
-    """And an empty line."""
+def print_table(table: "Table") -> None:
+    """Print the table and an empty line."""
+    from rich.console import Console
+    from rich.measure import Measurement
+
     console = Console(highlight=False)
-    # What is wider than a narrow terminal runs over its edge; nothing of it is cut.
+    # A table that is wider than a narrow terminal runs over the edge instead of being cut.
     least = Measurement.get(console, console.options.update(width=10**4), table).minimum
     console.width = max(console.width if console.is_terminal else FILE_WIDTH, least)
     console.print(table)

@@ -1,4 +1,4 @@
-"""What a step of the engine takes beside a model's operations: small models are trained on every rank."""
+"""Measure the time of a step beside the model's operations, by training small models on every rank."""
 
 import json
 import tempfile
@@ -20,13 +20,14 @@ from launcher.planning.cost.operations import Sizes
 from launcher.planning.cost.parts import parts
 from launcher.planning.cost.plan import Plan, make_plan
 
-STEPS = 6  # after two that begin cold
-MICRO_BATCH, MANY = 2, 8
+WARM_UP, STEPS = 2, 6
+MICRO_BATCH = 2
+MANY = 8  # micro-batches of a step
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A run of the engine: each of `ranks` alone, or all of them in one data-parallel world."""
+    """A short run: each of `ranks` processes alone, or all of them in one data-parallel world."""
 
     run: RunConfig
     layout: Layout
@@ -42,7 +43,7 @@ class Trial:
             f"model.ffn_hidden_size={4 * hidden}", f"model.max_sequence_length={length}",
             f"training.micro_batch_size={MICRO_BATCH}", f"hardware.device={device}",
             f"training.global_batch_size={MICRO_BATCH * batches * data}",
-            # Or its weights were too small to be partitioned.
+            # At the default threshold such small weights would not be partitioned.
             *(["deepspeed.zero_optimization.stage3_param_persistence_threshold=0"] if zero_3 else []),
         ])  # fmt: skip
         return cls(job.config, Layout(1, data, 1, device, batches, 3 if zero_3 else 0), ranks)
@@ -58,7 +59,7 @@ class Trial:
 
 
 def with_engine(measured: MeasuredRates, *, threads: int, device: str) -> MeasuredRates:
-    """`measured`, with what steps, micro-batches, and models of some sizes take besides."""
+    """Return `measured` with the overhead of steps and micro-batches, and time factors by model size."""
 
     def trial(hidden: int, length: int, batches: int, zero_3: bool = False) -> Trial:
         return Trial.of(
@@ -66,42 +67,42 @@ def with_engine(measured: MeasuredRates, *, threads: int, device: str) -> Measur
         )
 
     small = trial(32, 16, MANY)
-    one, many = (seconds(run, threads) for run in (trial(32, 16, 1), small))
-    each = (many - one) / (MANY - 1)
-    found = replace(
+    single, many = (step_seconds(run, threads) for run in (trial(32, 16, 1), small))
+    each = (many - single) / (MANY - 1)
+    rates = replace(
         measured,
-        step_s=rounded(max(0.0, one - each)),
-        micro_batch_s=rounded(max(0.0, each - compute(small, measured) / MANY)),
+        step_s=rounded(max(0.0, single - each)),
+        micro_batch_s=rounded(max(0.0, each - planned_compute(small, measured) / MANY)),
     )
     scales = []
     for hidden, length in ((128, 96), (320, 160), (512, 256)):
         sized = trial(hidden, length, MANY // 4)
-        time = sized.planned(found).time
+        time = sized.planned(rates).time
         assert time is not None
-        beside = time.total - time.compute + MANY // 4 * found.micro_batch_s
-        factor = (seconds(sized, threads) - beside) / (time.compute - MANY // 4 * found.micro_batch_s)
+        beside = time.total - time.compute + MANY // 4 * rates.micro_batch_s
+        factor = (step_seconds(sized, threads) - beside) / (time.compute - MANY // 4 * rates.micro_batch_s)
         scales.append(Scale(sized.block_flops, rounded(factor)))
     partitioned = trial(32, 16, MANY, zero_3=True)
-    time = partitioned.planned(found).time
+    time = partitioned.planned(rates).time
     assert time is not None
-    more = seconds(partitioned, threads) - many - time.data
+    extra = step_seconds(partitioned, threads) - many - time.data
     blocks = MANY * small.run.model.num_layers
-    return replace(found, scales=scales, zero_3_block_s=rounded(max(0.0, more) / blocks))
+    return replace(rates, scales=scales, zero_3_block_s=rounded(max(0.0, extra) / blocks))
 
 
-def compute(trial: Trial, measured: MeasuredRates) -> float:
+def planned_compute(trial: Trial, measured: MeasuredRates) -> float:
     time = trial.planned(measured).time
     assert time is not None
     return time.compute
 
 
 def rounded(number: float) -> float:
-    """To four digits: no more than that can be measured."""
+    """Round to four digits, which is as exact as a measurement gets."""
     return float(f"{number:.4g}")
 
 
-def seconds(trial: Trial, threads: int) -> float:
-    """Of a step, on all ranks at once; what the first of them saw."""
+def step_seconds(trial: Trial, threads: int) -> float:
+    """Train on all ranks at once and return the median time of a step on rank 0."""
     with tempfile.TemporaryDirectory(prefix="launcher-calibrate-") as name:
         folder = Path(name)
         target = partial(_rank, trial=trial, threads=threads, folder=folder)
@@ -120,21 +121,22 @@ def _rank(rank: int, *, trial: Trial, threads: int, folder: Path) -> None:
     from launcher.engine.build import build_engine
 
     torch.set_num_threads(threads)
-    together = layout.world_size > 1
-    own = join(
-        rank=rank if together else 0,
+    is_shared = layout.world_size > 1
+    device = join(
+        rank=rank if is_shared else 0,
         world_size=layout.world_size,
         local_rank=rank,
         device=layout.device,
-        init_method=f"file://{folder / ('store' if together else f'store-{rank}')}",
+        init_method=f"file://{folder / ('store' if is_shared else f'store-{rank}')}",
     )
-    engine = build_engine(run, layout, own)
+    engine = build_engine(run, layout, device)
     tokens = np.zeros((run.training.micro_batch_size, sequence_length(run) + 1), np.int64)
-    taken = []
-    for step in range(STEPS + 2):
+    times = []
+    for step in range(WARM_UP + STEPS):
         engine.random.begin_step(step + 1)
         started = time.perf_counter()
-        engine.train_batch([tokens] * layout.accumulation)
-        taken.append(time.perf_counter() - started)
-    (folder / f"{rank}.json").write_text(json.dumps(median(taken[2:])))
+        result = engine.train_batch([tokens] * layout.accumulation)
+        float(result.loss)  # waits for the device
+        times.append(time.perf_counter() - started)
+    (folder / f"{rank}.json").write_text(json.dumps(median(times[WARM_UP:])))
     leave()

@@ -9,15 +9,16 @@ from omegaconf import OmegaConf
 from launcher.config.errors import ConfigError
 from launcher.config.schema import CalibrateConfig, HardwareConfig
 from launcher.config.world import Machine
+from launcher.files import write_text
 
 
 def rank_counts(most: int) -> list[int]:
-    """1, 2, 4 and so on."""
+    """Return the powers of two up to `most`."""
     return [2**power for power in range(most.bit_length())]
 
 
 def target(config: CalibrateConfig) -> Path:
-    """DIR/hardware/NAME.yaml, in a directory that can be written to. Raises ConfigError."""
+    """Return DIR/hardware/NAME.yaml and make its directory. Raises ConfigError if that is not writable."""
     path = Path(config.dir).expanduser() / "hardware" / f"{config.name}.yaml"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -30,9 +31,7 @@ def target(config: CalibrateConfig) -> Path:
 
 
 def write(hardware: HardwareConfig, path: Path, machine: Machine) -> None:
-    """Whole or not at all."""
-    what = f"{machine.gpus} GPUs" if machine.gpus else f"{machine.cores} cores"
-    said = f"# {platform.node()}, {platform.machine()}, {what}: measured by `launcher calibrate`.\n"
-    aside = path.with_suffix(".tmp")
-    aside.write_text(said + OmegaConf.to_yaml(OmegaConf.structured(hardware)))
-    aside.replace(path)
+    """Write the config with a comment that names the machine."""
+    processors = f"{machine.gpus} GPUs" if machine.gpus else f"{machine.cores} cores"
+    header = f"# {platform.node()}, {platform.machine()}, {processors}: measured by `launcher calibrate`.\n"
+    write_text(path, header + OmegaConf.to_yaml(OmegaConf.structured(hardware)))

@@ -1,7 +1,7 @@
-"""What one rank measures of its machine, while the other ranks of its group do the same.
+"""Measure the machine on one rank while the other ranks measure too.
 
-As training finds it: on operands that are not in a cache from the call before, and collectives after a
-stretch of computation, when no rank is ready at once.
+The conditions are those of training: operands are not in a cache from the previous call, and collectives
+follow a computation, so that ranks do not arrive at the same moment.
 """
 
 import time
@@ -14,8 +14,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-LEAST_S = 0.01  # that a probe takes, so that a clock's resolution does not count
-# (m, n, k) as a transformer's products are: tokens by widths; square ones for attention's scores.
+LEAST_S = 0.01  # of a probe, so that the resolution of the clock does not matter
+# (m, n, k) as in a transformer: tokens by widths; square products as in attention scores.
 PRODUCTS = [
     (32, 32, 32), (64, 64, 64), (128, 128, 64), (256, 128, 128), (512, 256, 128), (512, 512, 384),
     (512, 1536, 512), (1024, 1024, 1024),
@@ -25,24 +25,24 @@ PARAMETERS = 2**22  # of an optimizer's update
 MESSAGES = [2**10, 2**14, 2**17, 2**20, 2**22, 2**24]  # bytes
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 OPERATIONS = 200
-POOL, MOST_COPIES = 2**26, 256  # bytes of operands that are gone through in turn
+POOL, MOST_COPIES = 2**26, 256  # bytes and copies of operands that are used in turn
 MODEL_WIDTH = 512
-BEFORE = 256  # rows and columns of the product before a collective
+OPERAND_WIDTH = 256  # rows and columns of the product before a collective
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Of one call: the median of three stretches, each long enough for the clock."""
+    """Return the seconds of a call: the median of three runs of calls, each long enough for the clock."""
     work()
     calls = 1
     while True:
-        taken = _stretch(work, calls, device)
-        if taken >= LEAST_S:
+        elapsed = _run(work, calls, device)
+        if elapsed >= LEAST_S:
             break
-        calls = max(calls + 1, int(calls * 1.2 * LEAST_S / max(taken, 1e-6)))
-    return median(_stretch(work, calls, device) for _ in range(3)) / calls
+        calls = max(calls + 1, int(calls * 1.2 * LEAST_S / max(elapsed, 1e-6)))
+    return median(_run(work, calls, device) for _ in range(3)) / calls
 
 
-def _stretch(work: Callable[[], object], calls: int, device: torch.device) -> float:
+def _run(work: Callable[[], object], calls: int, device: torch.device) -> float:
     _finish(device)
     started = time.perf_counter()
     for _ in range(calls):
@@ -57,7 +57,7 @@ def _finish(device: torch.device) -> None:
 
 
 def products(dtype: str, device: torch.device) -> Iterator[tuple[float, float]]:
-    """(FLOPs of one, FLOP/s): a linear layer's three products, forward and backward."""
+    """Yield (FLOPs of a product, FLOP/s) of the three products of a linear layer, forward and backward."""
     for m, n, k in PRODUCTS:
         copies = _copies(4 * (m * k + n * k + m * n))
         pool = cycle(
@@ -78,9 +78,9 @@ def products(dtype: str, device: torch.device) -> Iterator[tuple[float, float]]:
 
 
 def elementwise(device: torch.device) -> Iterator[tuple[float, float]]:
-    """(bytes of a tensor, bytes/s): a norm, a GELU and a residual, forward and backward.
+    """Yield (bytes of a tensor, bytes/s) of a norm, a GELU and a residual, forward and backward.
 
-    Bytes are those that a plan counts: 7 tensors read and written forward, 9 backward.
+    Bytes are counted as a plan counts them: 7 tensors read and written forward, 9 backward.
     """
     for elements in ELEMENTS:
         shape = elements // MODEL_WIDTH, MODEL_WIDTH
@@ -107,7 +107,7 @@ def _copies(size: int) -> int:
 
 
 def stream(device: torch.device) -> float:
-    """Bytes/s of AdamW on more than caches hold: 4 tensors read, 3 written."""
+    """Return bytes/s of AdamW on more than caches can hold: 4 tensors read, 3 written."""
     weight = torch.zeros(PARAMETERS, device=device, requires_grad=True)
     weight.grad = torch.ones_like(weight)
     optimizer = torch.optim.AdamW([weight], fused=True)
@@ -115,7 +115,7 @@ def stream(device: torch.device) -> float:
 
 
 def operation(device: torch.device) -> float:
-    """Seconds of an operation on next to nothing: half of a forward and a backward one."""
+    """Return seconds of an operation on a tiny tensor: half of a forward and a backward operation."""
     x = torch.ones(8, device=device, requires_grad=True)
 
     def many() -> None:
@@ -131,8 +131,8 @@ def operation(device: torch.device) -> float:
 def collectives(
     group: dist.ProcessGroup, ranks: int, device: torch.device
 ) -> dict[str, list[tuple[float, float]]]:
-    """(bytes, bytes/s) by kind. Collective over the group, whose members do as much of each."""
-    found: dict[str, list[tuple[float, float]]] = {}
+    """Return (bytes, bytes/s) by kind of collective. Collective over the group."""
+    rates: dict[str, list[tuple[float, float]]] = {}
     for size in MESSAGES:
         whole = torch.ones(size // 4, device=device)
         piece = torch.ones(size // 4 // ranks, device=device)
@@ -141,18 +141,18 @@ def collectives(
             "all_reduce": lambda: dist.all_reduce(whole, group=group),  # noqa: B023
             "all_gather": lambda: dist.all_gather_into_tensor(gathered, piece, group=group),  # noqa: B023
             "reduce_scatter": lambda: dist.reduce_scatter_tensor(piece, gathered, group=group),  # noqa: B023
-            "send": lambda: _hand_on(whole, group, ranks),  # noqa: B023
+            "send": lambda: _send_around(whole, group, ranks),  # noqa: B023
         }
-        for kind, one in work.items():
-            found.setdefault(kind, []).append((float(size), size / _agreed_seconds(one, size, device)))
-    return found
+        for kind, call in work.items():
+            rates.setdefault(kind, []).append((float(size), size / _mean_seconds(call, size, device)))
+    return rates
 
 
-def _hand_on(message: Tensor, group: dist.ProcessGroup, ranks: int) -> None:
-    """To the next rank, from the even ones first: each sends once and receives once."""
-    own = dist.get_rank(group)
-    ahead, behind = (dist.get_global_rank(group, (own + step) % ranks) for step in (1, -1))
-    if own % 2 == 0:
+def _send_around(message: Tensor, group: dist.ProcessGroup, ranks: int) -> None:
+    """Send to the next rank, even ranks first; each rank sends once and receives once."""
+    rank = dist.get_rank(group)
+    ahead, behind = (dist.get_global_rank(group, (rank + step) % ranks) for step in (1, -1))
+    if rank % 2 == 0:
         dist.send(message, ahead, group=group)
         dist.recv(message, behind, group=group)
     else:
@@ -160,14 +160,15 @@ def _hand_on(message: Tensor, group: dist.ProcessGroup, ranks: int) -> None:
         dist.send(message, ahead, group=group)
 
 
-def _agreed_seconds(work: Callable[[], object], size: int, device: torch.device) -> float:
-    """Of one call on the average: the few that wait for a rank that was not running make up much of it.
+def _mean_seconds(work: Callable[[], object], size: int, device: torch.device) -> float:
+    """Return the mean seconds of a call, not the median: the few slow calls take much of the time.
 
-    All ranks make the same number of calls, and compute before each.
+    A slow call waits for a rank that the operating system had paused. All ranks make the same number of
+    calls and compute before each.
     """
-    operand = torch.randn(BEFORE, BEFORE, device=device)
-    taken = []
+    operand = torch.randn(OPERAND_WIDTH, OPERAND_WIDTH, device=device)
+    times = []
     for _ in range(max(8, min(80, 2**24 // size))):
         operand = torch.tanh(operand @ operand)
-        taken.append(_stretch(work, 1, device))
-    return mean(taken[1:])
+        times.append(_run(work, 1, device))
+    return mean(times[1:])

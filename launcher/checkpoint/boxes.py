@@ -1,4 +1,4 @@
-"""Boxes of tensors, and a stretch of a flattened one as boxes. Pure, imports no torch."""
+"""Boxes: contiguous n-dimensional slices of a tensor. Pure, imports no torch."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from math import prod
 
 @dataclass(frozen=True)
 class Box:
-    """A block of a tensor: its first element, and how far it extends in each dimension."""
+    """A rectangular slice of a tensor: the index of its first element, and its size in each dimension."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -18,11 +18,11 @@ class Box:
 
     @property
     def slices(self) -> tuple[slice, ...]:
-        """Those that cut it out of the tensor."""
+        """The Python slices that select this box from the whole tensor."""
         return tuple(slice(start, start + n) for start, n in zip(self.offsets, self.sizes, strict=True))
 
     def overlap(self, other: "Box") -> "Box | None":
-        """What both cover."""
+        """Return the intersection with `other`, or None if it is empty."""
         first = tuple(map(max, self.offsets, other.offsets))
         ends = [
             min(a + n, b + m)
@@ -32,13 +32,16 @@ class Box:
         return Box(first, sizes) if all(size > 0 for size in sizes) else None
 
     def within(self, outer: "Box") -> tuple[slice, ...]:
-        """The slices that cut it out of `outer`."""
+        """Return the Python slices that select this box from a tensor that holds only the box `outer`."""
         starts = [a - b for a, b in zip(self.offsets, outer.offsets, strict=True)]
         return tuple(slice(start, start + size) for start, size in zip(starts, self.sizes, strict=True))
 
 
 def flat_blocks(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:
-    """Elements start .. stop of a row-major tensor of `shape`, cut into boxes, in order of memory."""
+    """Yield boxes that cover the flat range start .. stop of a row-major tensor, in memory order.
+
+    A flat range of a `shape` with n dimensions is cut into at most 2n - 1 boxes.
+    """
     if start >= stop:
         return
     if len(shape) == 1:
@@ -59,5 +62,5 @@ def flat_blocks(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:
 
 
 def whole(shape: tuple[int, ...]) -> Box:
-    """All of a tensor."""
+    """Return the box that covers a whole tensor of `shape`."""
     return Box((0,) * len(shape), shape)

@@ -1,6 +1,7 @@
-"""What a Hugging Face model has beside its weights: its config.json, its tokenizer. Carried along, unread.
+"""Companion files of a Hugging Face model: its config.json and its tokenizer files.
 
-A run keeps them in run.dir/huggingface, so that an export of it has them again.
+The launcher copies them without parsing them. A run keeps them in run.dir/huggingface, so that an export of
+the run contains them again.
 """
 
 import shutil
@@ -8,7 +9,7 @@ from pathlib import Path
 
 from launcher.checkpoint.manifest import MANIFEST
 
-DIRECTORY = "huggingface"
+COMPANIONS = "huggingface"
 _PATTERNS = (
     "config.json",
     "generation_config.json",
@@ -22,19 +23,19 @@ _PATTERNS = (
 
 
 def companions_of(source: Path) -> list[Path]:
-    """Those of a Hugging Face directory, a run, or one of a run's checkpoints."""
+    """Return the companion files of `source`: a Hugging Face directory, a run, or a checkpoint of a run."""
     run = source.parent.parent if (source / MANIFEST).exists() else source
-    for folder in (run / DIRECTORY, source):
-        found = sorted(path for pattern in _PATTERNS for path in folder.glob(pattern) if path.is_file())
-        if found:
-            return found
+    for folder in (run / COMPANIONS, source):
+        files = sorted(path for pattern in _PATTERNS for path in folder.glob(pattern) if path.is_file())
+        if files:
+            return files
     return []
 
 
 def carry_companions(source: Path, target: Path) -> None:
-    """Copy them to target/huggingface. Raises OSError."""
+    """Copy the companion files of `source` to target/huggingface; keep files that exist. Raises OSError."""
     for path in companions_of(source):
-        (target / DIRECTORY).mkdir(parents=True, exist_ok=True)
-        destination = target / DIRECTORY / path.name
+        (target / COMPANIONS).mkdir(parents=True, exist_ok=True)
+        destination = target / COMPANIONS / path.name
         if not destination.exists():
             shutil.copyfile(path, destination)

@@ -13,20 +13,22 @@ from torch import Tensor
 from launcher import __version__
 from launcher.checkpoint.boxes import whole
 from launcher.checkpoint.companions import carry_companions, companions_of
-from launcher.checkpoint.files import save_tensors
 from launcher.checkpoint.huggingface import Entry, config_json, entries
 from launcher.checkpoint.manifest import (
-    DIRECTORY,
-    BrokenCheckpoint,
+    CHECKPOINTS,
+    DAMAGED,
     Manifest,
-    damaged,
+    UnusableCheckpoint,
+    first_damaged_file,
     read_manifest,
     step_name,
 )
 from launcher.checkpoint.read import HuggingFaceReader, WeightReader, open_weights
 from launcher.checkpoint.sources import INDEX, SAFETENSORS, Kind, Weights
-from launcher.checkpoint.write import PARTIAL, Part, commit, write_parts
+from launcher.checkpoint.tensor_file import save_tensors
+from launcher.checkpoint.write import HostPiece, commit, write_pieces
 from launcher.config.schema import Dtype, ExchangeConfig
+from launcher.files import PARTIAL, new_directory
 from launcher.parallel.sharding import WEIGHT
 
 DTYPES = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16, Dtype.fp16: torch.float16}
@@ -36,34 +38,33 @@ MODEL = "imported"  # conf/model/imported.yaml
 def export(weights: Weights, target: Path, options: ExchangeConfig) -> None:
     """Write a directory that transformers' from_pretrained loads; whole once its name is there.
 
-    Holds one file's tensors at a time. Raises BrokenCheckpoint, ConfigError, OSError.
+    Holds one file's tensors at a time. Raises UnusableCheckpoint, ConfigError, OSError.
     """
     if weights.kind is Kind.checkpoint:
         manifest = read_manifest(weights.path)
-        if name := damaged(weights.path, manifest, _weight_files(manifest)):
-            raise BrokenCheckpoint(weights.path, name, "is damaged: its checksum is another")
+        if name := first_damaged_file(weights.path, manifest, _weight_files(manifest)):
+            raise UnusableCheckpoint(weights.path, name, DAMAGED)
     dtype, reader = DTYPES[options.dtype], open_weights(weights)
-    aside = _fresh(target)
-    files = list(_in_files(weights, dtype.itemsize, int(options.max_file_gb * 1e9)))
-    names = [f"model-{n + 1:05d}-of-{len(files):05d}.safetensors" for n in range(len(files))]
-    for name, group in zip(names if len(files) > 1 else [SAFETENSORS], files, strict=True):
-        tensors = {entry.theirs: _read(reader, entry).to(dtype).contiguous() for entry in group}
-        save_tensors(tensors, aside / name, {"format": "pt"})
-        del tensors  # before the next file's are made
-    if len(files) > 1:
-        index = {
-            "metadata": {
-                "total_size": sum(_bytes(entry, dtype.itemsize) for group in files for entry in group)
-            },
-            "weight_map": {
-                entry.theirs: name for name, group in zip(names, files, strict=True) for entry in group
-            },
-        }
-        (aside / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    base = _copy_companions(weights.path, aside)
-    described = config_json(weights.model, str(dtype).removeprefix("torch."), base)
-    (aside / "config.json").write_text(json.dumps(described, indent=2) + "\n")
-    aside.rename(target)
+    with new_directory(target) as aside:
+        files = list(_in_files(weights, dtype.itemsize, int(options.max_file_gb * 1e9)))
+        names = [f"model-{n + 1:05d}-of-{len(files):05d}.safetensors" for n in range(len(files))]
+        for name, group in zip(names if len(files) > 1 else [SAFETENSORS], files, strict=True):
+            tensors = {entry.theirs: _read(reader, entry).to(dtype).contiguous() for entry in group}
+            save_tensors(tensors, aside / name, {"format": "pt"})
+            del tensors  # before the next file's are made
+        if len(files) > 1:
+            index = {
+                "metadata": {
+                    "total_size": sum(_bytes(entry, dtype.itemsize) for group in files for entry in group)
+                },
+                "weight_map": {
+                    entry.theirs: name for name, group in zip(names, files, strict=True) for entry in group
+                },
+            }
+            (aside / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        base = _copy_companions(weights.path, aside)
+        described = config_json(weights.model, str(dtype).removeprefix("torch."), base)
+        (aside / "config.json").write_text(json.dumps(described, indent=2) + "\n")
 
 
 def import_(weights: Weights, target: Path, options: ExchangeConfig) -> None:
@@ -71,30 +72,20 @@ def import_(weights: Weights, target: Path, options: ExchangeConfig) -> None:
 
     Holds one file's tensors at a time. Raises ConfigError, OSError.
     """
-    aside = _fresh(target)
-    reader = HuggingFaceReader(weights)
-    partial = aside / DIRECTORY / f"{step_name(0)}{PARTIAL}"
-    partial.mkdir(parents=True)
-    write_parts(partial, 0, _parts(weights, reader), int(options.max_file_gb * 1e9))
-    model = OmegaConf.to_container(OmegaConf.structured(weights.model), enum_to_str=True)
-    manifest = Manifest(
-        step=0, samples=0, updates=0, scaler={}, corpus={}, launcher=__version__, layout="import",
-        config={"model": model}, validation_loss=None, tensors={}, files={},
-    )  # fmt: skip
-    commit(partial, manifest, world=1)
-    carry_companions(weights.path, aside)
-    (aside / "conf" / "model").mkdir(parents=True)
-    (aside / "conf" / "model" / f"{MODEL}.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(model)))
-    aside.rename(target)
-
-
-def _fresh(target: Path) -> Path:
-    """An empty directory beside the target, to be renamed to it."""
-    aside = target.with_name(f"{target.name}{PARTIAL}")
-    if aside.exists():
-        shutil.rmtree(aside)
-    aside.mkdir(parents=True)
-    return aside
+    with new_directory(target) as aside:
+        reader = HuggingFaceReader(weights)
+        partial = aside / CHECKPOINTS / f"{step_name(0)}{PARTIAL}"
+        partial.mkdir(parents=True)
+        write_pieces(partial, 0, _parts(weights, reader), int(options.max_file_gb * 1e9))
+        model = OmegaConf.to_container(OmegaConf.structured(weights.model), enum_to_str=True)
+        manifest = Manifest(
+            step=0, samples=0, updates=0, scaler={}, corpus={}, launcher=__version__, layout="import",
+            config={"model": model}, validation_loss=None, tensors={}, files={},
+        )  # fmt: skip
+        commit(partial, manifest, world=1)
+        carry_companions(weights.path, aside)
+        (aside / "conf" / "model").mkdir(parents=True)
+        (aside / "conf" / "model" / f"{MODEL}.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(model)))
 
 
 def _read(reader: WeightReader, entry: Entry) -> Tensor:
@@ -117,7 +108,7 @@ def _in_files(weights: Weights, itemsize: int, max_bytes: int) -> Iterator[list[
     yield group
 
 
-def _parts(weights: Weights, reader: HuggingFaceReader) -> Iterator[Part]:
+def _parts(weights: Weights, reader: HuggingFaceReader) -> Iterator[HostPiece]:
     shapes: dict[str, tuple[int, ...]] = {}
     for entry in entries(weights.model):
         last = [offset + size for offset, size in zip(entry.box.offsets, entry.box.sizes, strict=True)]
@@ -125,7 +116,7 @@ def _parts(weights: Weights, reader: HuggingFaceReader) -> Iterator[Part]:
     for name, shape in shapes.items():
         tensor = torch.empty(shape)
         reader.fill(WEIGHT, name, whole(shape), tensor)
-        yield Part(WEIGHT, name, shape, whole(shape), tensor)
+        yield HostPiece(WEIGHT, name, shape, whole(shape), tensor)
 
 
 def _weight_files(manifest: Manifest) -> list[str]:

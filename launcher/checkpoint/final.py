@@ -1,4 +1,4 @@
-"""Where a run's final weights lie, and whether they are whole. No torch."""
+"""Paths of a run's final weights, and the check that all of them are there. Imports no torch."""
 
 from pathlib import Path
 
@@ -6,55 +6,55 @@ from safetensors import SafetensorError, safe_open
 
 from launcher.config.errors import ConfigError
 
-DIRECTORY = "weights"
+FINAL_WEIGHTS = "weights"
 _STEP = "step"
 
 
 def stage_file(run_dir: Path, stage: int, stages: int) -> Path:
-    """That of a pipeline stage, counted from 0."""
-    return run_dir / DIRECTORY / f"model-{stage + 1:05d}-of-{stages:05d}.safetensors"
+    """Return the path of the weights file of one pipeline stage, counted from 0."""
+    return run_dir / FINAL_WEIGHTS / f"model-{stage + 1:05d}-of-{stages:05d}.safetensors"
 
 
-def metadata_of(step: int) -> dict[str, str]:
-    """What each file says of itself."""
+def step_metadata(step: int) -> dict[str, str]:
+    """Return the safetensors metadata of a weights file: the step of its weights."""
     return {_STEP: str(step)}
 
 
 def weight_files(run_dir: Path) -> list[Path]:
-    """The files of a run's final weights. Raises ConfigError where there are none, or not all."""
+    """Return the files of a run's final weights. Raise ConfigError if any of them is missing."""
     files = _files(run_dir)
     if not files:
         raise ConfigError(
             "run.dir",
             run_dir,
-            f"no {DIRECTORY}/*.safetensors in it: the run has not finished",
-            "the directory of a run that trained to its last step",
+            f"contains no {FINAL_WEIGHTS}/*.safetensors: the run has not finished",
+            "the directory of a run that has trained to its last step",
         )
     if len(files) != _stages_of(files[0]):
         raise ConfigError(
             "run.dir",
             run_dir,
-            f"{len(files)} of {_stages_of(files[0])} weight files are there",
+            f"only {len(files)} of {_stages_of(files[0])} weight files exist",
             "a complete copy of the run's directory",
         )
     return files
 
 
 def final_step(run_dir: Path) -> int | None:
-    """The step that the final weights are of; None where they are not there, or not all of one step."""
+    """Return the step of the final weights; None if a file is missing or the files are of several steps."""
     files = _files(run_dir)
     steps = {_step_of(path) for path in files}
     return steps.pop() if files and len(files) == _stages_of(files[0]) and len(steps) == 1 else None
 
 
-def clear(run_dir: Path) -> None:
-    """Remove those of an earlier end of the run, and what a killed one left half written."""
-    for path in (run_dir / DIRECTORY).glob("model-*-of-*"):
+def remove_final_weights(run_dir: Path) -> None:
+    """Delete the final weights of an earlier end of the run, and partial files that a kill left behind."""
+    for path in (run_dir / FINAL_WEIGHTS).glob("model-*-of-*"):
         path.unlink()
 
 
 def _files(run_dir: Path) -> list[Path]:
-    return sorted((run_dir / DIRECTORY).glob("model-*-of-*.safetensors"))
+    return sorted((run_dir / FINAL_WEIGHTS).glob("model-*-of-*.safetensors"))
 
 
 def _stages_of(path: Path) -> int:

@@ -1,4 +1,4 @@
-"""Where a stretch of a flattened shard lies in the logical tensor. Pure."""
+"""Map a flat range of a shard to boxes of the logical tensor. Pure."""
 
 from collections.abc import Iterator
 from itertools import accumulate
@@ -13,12 +13,12 @@ from launcher.parallel.sharding import LogicalTensor
 def logical_views(
     tensor: Tensor, start: int, shard_shape: tuple[int, ...], logical: LogicalTensor, axis: Axis
 ) -> Iterator[tuple[Box, Tensor]]:
-    """Each box of the logical tensor that `tensor` covers, with the view of `tensor` that holds it.
+    """Yield each box of the logical tensor that `tensor` covers, with the view of `tensor` that holds it.
 
-    `tensor` (numel,) is elements start .. start + numel of tensor rank `axis.rank`'s flattened shard.
-    Padding is in no box.
+    `tensor` (numel,) holds elements start .. start + numel of the flattened shard of tensor rank
+    `axis.rank`; the shard has shape `shard_shape`. Padding of the vocabulary belongs to no box.
     """
-    stretches = _stretches(logical, axis)
+    segments = _split_segments(logical, axis)
     position = 0
     for box in flat_blocks(shard_shape, start, start + tensor.numel()):
         view = tensor.narrow(0, position, box.numel).view(box.sizes)
@@ -27,7 +27,7 @@ def logical_views(
             yield box, view
             continue
         dim = logical.split_dim
-        for local, target, length in stretches:
+        for local, target, length in segments:
             first = max(local, box.offsets[dim])
             size = min(local + length, box.offsets[dim] + box.sizes[dim]) - first
             if size > 0:
@@ -36,8 +36,12 @@ def logical_views(
                 yield Box(tuple(offsets), tuple(sizes)), view.narrow(dim, first - box.offsets[dim], size)
 
 
-def _stretches(logical: LogicalTensor, axis: Axis) -> list[tuple[int, int, int]]:
-    """(first index in the shard, first index in the logical tensor, length) along the split dimension."""
+def _split_segments(logical: LogicalTensor, axis: Axis) -> list[tuple[int, int, int]]:
+    """Return the shard's segments along the split dimension.
+
+    A segment is (first index in the shard, first index in the logical tensor, length). A fused weight has one
+    segment for each of its parts: queries, keys and values.
+    """
     if logical.split_dim is None:
         return []
     if logical.padded is not None:

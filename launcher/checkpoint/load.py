@@ -1,4 +1,4 @@
-"""Taking a checkpoint up in any layout: each rank the boxes that it holds, and no more."""
+"""Restore a checkpoint into any layout; each rank reads only the slices it holds."""
 
 from pathlib import Path
 
@@ -6,34 +6,35 @@ import torch
 import torch.distributed as dist
 
 from launcher.checkpoint.flat_ranges import logical_views
-from launcher.checkpoint.manifest import Manifest, damaged
-from launcher.checkpoint.read import Reader, WeightReader
+from launcher.checkpoint.manifest import Manifest, first_damaged_file
+from launcher.checkpoint.read import CheckpointReader, WeightReader
 from launcher.engine.base import Engine
-from launcher.engine.state import fragments, make_states, take_up
+from launcher.engine.state import fragments, make_states, update_model_weights
 
 
 @torch.no_grad()
 def restore(engine: Engine, path: Path, manifest: Manifest, keys: list[str]) -> int:
-    """Take weights and the optimizer states `keys` from a checkpoint; returns the bytes this rank read.
+    """Restore the weights and the optimizer states `keys`; return the number of bytes this rank read.
 
-    Collective over the data groups. Raises BrokenCheckpoint.
+    Collective over the data-parallel group. Raises UnusableCheckpoint.
     """
     make_states(engine, keys, manifest.updates)
-    reader = Reader(path, manifest)
+    reader = CheckpointReader(path, manifest)
     _fill(engine, reader, keys)
     return reader.bytes_read
 
 
 @torch.no_grad()
-def begin_with(engine: Engine, reader: WeightReader) -> None:
-    """Take weights alone, as a run's first. Collective over the data groups.
+def load_initial_weights(engine: Engine, reader: WeightReader) -> None:
+    """Load the weights that a new run starts from, without optimizer states.
 
-    Raises BrokenCheckpoint, ConfigError.
+    Collective over the data-parallel group. Raises UnusableCheckpoint, ConfigError.
     """
     _fill(engine, reader, [])
 
 
 def _fill(engine: Engine, reader: WeightReader, keys: list[str]) -> None:
+    """Read the slices of this rank's fragments, then refresh the model weights from the fp32 weights."""
     for fragment in fragments(engine, keys):
         for kind, tensor in fragment.tensors.items():
             views = logical_views(
@@ -41,19 +42,19 @@ def _fill(engine: Engine, reader: WeightReader, keys: list[str]) -> None:
             )
             for box, view in views:
                 reader.fill(kind, fragment.logical.name, box, view)
-    take_up(engine)
+    update_model_weights(engine)
 
 
-def first_damaged(path: Path, manifest: Manifest) -> str | None:
-    """The first file whose checksum is wrong, the same on all ranks; each rank reads an even share.
+def damaged_file_on_any_rank(path: Path, manifest: Manifest) -> str | None:
+    """Return the first damaged file, the same on all ranks; each rank hashes an equal share of the files.
 
     Collective over the world.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
-    found: list[str | None] = [None] * world
+    damaged: list[str | None] = [None] * world
     try:
-        own = damaged(path, manifest, sorted(manifest.files)[rank::world])
+        damaged_here = first_damaged_file(path, manifest, sorted(manifest.files)[rank::world])
     except OSError as error:
-        own = f"{error.filename}: {error.strerror}"
-    dist.all_gather_object(found, own)
-    return next((name for name in found if name is not None), None)
+        damaged_here = f"{error.filename}: {error.strerror}"
+    dist.all_gather_object(damaged, damaged_here)
+    return next((name for name in damaged if name is not None), None)

@@ -1,8 +1,15 @@
-"""A checkpoint on disk: one directory per step, complete or absent. Reads JSON only, imports no torch.
+"""The manifest of a checkpoint, and its verification. Reads JSON only, imports no torch.
 
-checkpoints/step-00000100/manifest.json    what is in it: see Manifest
-                         /RANK-PART.safetensors
-checkpoints/latest                         the newest one's name, for people and scripts
+checkpoints/step-00000100/manifest.json    contents of the checkpoint: see Manifest
+                         /RANK-NUMBER.safetensors
+checkpoints/latest                         name of the newest checkpoint, for people and scripts
+
+A checkpoint is verified in two stages:
+- complete: the manifest is valid, and every file exists with its recorded length (read_manifest,
+  is_complete). This check is cheap and runs before any rank is launched.
+- intact: every file also has its recorded SHA-256 (first_damaged_file); a file that has not is damaged. This
+  check reads every byte and runs before training resumes.
+A checkpoint that fails either stage raises UnusableCheckpoint.
 """
 
 import hashlib
@@ -14,12 +21,13 @@ from typing import Any
 
 from launcher.config.errors import ConfigError, settings
 
-DIRECTORY, MANIFEST, LATEST = "checkpoints", "manifest.json", "latest"
+CHECKPOINTS, MANIFEST, LATEST = "checkpoints", "manifest.json", "latest"
 FORMAT = 1
+DAMAGED = "is damaged: its SHA-256 differs from the one in the manifest"
 
 
-class BrokenCheckpoint(Exception):
-    """A checkpoint that cannot be used: its directory, the file to blame, and what is wrong with it."""
+class UnusableCheckpoint(Exception):
+    """Raised for a checkpoint that cannot be restored; names the file at fault and what is wrong with it."""
 
     def __init__(self, path: Path, file: str, why: str) -> None:
         self.path, self.file, self.why = path, file, why
@@ -27,14 +35,16 @@ class BrokenCheckpoint(Exception):
 
 
 @dataclass(frozen=True)
-class File:
+class StoredFile:
+    """Length and checksum of one safetensors file."""
+
     bytes: int
     sha256: str
 
 
 @dataclass(frozen=True)
 class Piece:
-    """One box of a logical tensor, whole under its own name in one file."""
+    """One box of a logical tensor, stored in one file under its own name."""
 
     file: str
     offsets: tuple[int, ...]
@@ -42,8 +52,8 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Stored:
-    """One logical tensor: fp32, its global shape, and the pieces that cover it."""
+class StoredTensor:
+    """One logical tensor in fp32: its global shape, and the pieces that cover it."""
 
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
@@ -51,78 +61,81 @@ class Stored:
 
 @dataclass(frozen=True)
 class Manifest:
-    """`tensors` is by kind (weight, or torch's name of an optimizer state) and logical name.
+    """The contents of one checkpoint. Nothing that is restored depends on the layout that wrote it.
 
-    `samples` are those consumed; `updates` the optimizer steps made; `scaler` the numbers of a dynamic loss
-    scale. What is read back depends on nothing of the layout that wrote it.
+    `tensors` maps a kind ("weight", or torch's name of an optimizer state) and a logical name to a tensor.
     """
 
     step: int
-    samples: int
-    updates: int
-    scaler: dict[str, float]
-    corpus: dict[str, str]  # by source, the digest of what is trained on
+    samples: int  # consumed so far
+    updates: int  # optimizer updates made; fewer than `step` where fp16 skipped a step
+    scaler: dict[str, float]  # state of the dynamic loss scale; empty outside fp16
+    corpus: dict[str, str]  # digest of the training data, by source
     launcher: str  # version
-    layout: str  # that wrote it, in words, for people
+    layout: str  # description of the layout that wrote the checkpoint, for people
     config: dict[str, Any]  # as composed
     validation_loss: float | None
-    tensors: dict[str, dict[str, Stored]]
-    files: dict[str, File]
-    blends: list[dict[str, Any]] = field(
-        default_factory=list
-    )  # each from sample `start` on, with its `weights`
+    tensors: dict[str, dict[str, StoredTensor]]
+    files: dict[str, StoredFile]
+    # Each blend applies from its sample `start` on, and has its sampling `weights`.
+    blends: list[dict[str, Any]] = field(default_factory=list)
 
     def to_json(self) -> str:
-        """With the SHA-256 of the rest, so that a change of any figure is seen."""
+        """Return the manifest with its own SHA-256, so that any changed digit is detected."""
         content = json.dumps(asdict(self), sort_keys=True)
-        return f'{{"format": {FORMAT}, "sha256": "{_digest(content)}", "checkpoint": {content}}}\n'
+        return f'{{"format": {FORMAT}, "sha256": "{_sha256_of_text(content)}", "checkpoint": {content}}}\n'
 
 
 def entry_name(kind: str, name: str, offsets: tuple[int, ...]) -> str:
-    """The name of a piece in its safetensors file."""
+    """Return the name of a piece within its safetensors file."""
     return f"{kind}/{name}/{'_'.join(map(str, offsets))}"
 
 
 def step_name(step: int) -> str:
+    """Return the directory name of the checkpoint of `step`."""
     return f"step-{step:08d}"
 
 
 def read_manifest(path: Path) -> Manifest:
-    """That of the checkpoint directory `path`, all of whose files are there in full length.
+    """Return the manifest of the checkpoint directory `path` after checking that the checkpoint is complete.
 
-    Raises BrokenCheckpoint. Their checksums are not computed: see damaged.
+    Computes no checksum of a tensor file: see first_damaged_file. Raises UnusableCheckpoint.
     """
     try:
-        outer = json.loads((path / MANIFEST).read_text())
-        if outer["format"] != FORMAT:
-            raise BrokenCheckpoint(path, MANIFEST, f"is of a format other than {FORMAT}")
-        found = outer["checkpoint"]
-        if outer["sha256"] != _digest(json.dumps(found, sort_keys=True)):
-            raise BrokenCheckpoint(path, MANIFEST, "was altered: its checksum is another")
-        tensors = {
-            kind: {
-                name: Stored(tuple(one["shape"]), tuple(_piece(piece) for piece in one["pieces"]))
-                for name, one in by_name.items()
-            }
-            for kind, by_name in found.pop("tensors").items()
-        }
-        files = {name: File(**file) for name, file in found.pop("files").items()}
-        manifest = Manifest(**found, tensors=tensors, files=files)
+        manifest = _parse(path, json.loads((path / MANIFEST).read_text()))
     except OSError as error:
-        raise BrokenCheckpoint(path, MANIFEST, f"cannot be read: {error.strerror}") from None
+        raise UnusableCheckpoint(path, MANIFEST, f"cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise BrokenCheckpoint(path, MANIFEST, "is not one that the launcher wrote") from None
+        raise UnusableCheckpoint(path, MANIFEST, "is not a manifest that the launcher wrote") from None
     for name, file in manifest.files.items():
         try:
             size = (path / name).stat().st_size
         except OSError:
-            raise BrokenCheckpoint(path, name, "is missing") from None
+            raise UnusableCheckpoint(path, name, "is missing") from None
         if size != file.bytes:
-            raise BrokenCheckpoint(path, name, f"is {size} bytes long and should be {file.bytes}")
+            raise UnusableCheckpoint(path, name, f"is {size} bytes long instead of {file.bytes}")
     return manifest
 
 
-def _digest(text: str) -> str:
+def _parse(path: Path, outer: dict[str, Any]) -> Manifest:
+    if outer["format"] != FORMAT:
+        why = f"has format {outer['format']}; this launcher reads format {FORMAT}"
+        raise UnusableCheckpoint(path, MANIFEST, why)
+    content = outer["checkpoint"]
+    if outer["sha256"] != _sha256_of_text(json.dumps(content, sort_keys=True)):
+        raise UnusableCheckpoint(path, MANIFEST, "was altered: it does not match its own SHA-256")
+    tensors = {
+        kind: {
+            name: StoredTensor(tuple(tensor["shape"]), tuple(_piece(piece) for piece in tensor["pieces"]))
+            for name, tensor in by_name.items()
+        }
+        for kind, by_name in content.pop("tensors").items()
+    }
+    files = {name: StoredFile(**file) for name, file in content.pop("files").items()}
+    return Manifest(**content, tensors=tensors, files=files)
+
+
+def _sha256_of_text(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -130,45 +143,70 @@ def _piece(piece: dict[str, Any]) -> Piece:
     return Piece(piece["file"], tuple(piece["offsets"]), tuple(piece["sizes"]))
 
 
-def damaged(path: Path, manifest: Manifest, names: list[str]) -> str | None:
-    """The first of these files whose checksum is not the manifest's; reads them whole."""
+def first_damaged_file(path: Path, manifest: Manifest, names: list[str]) -> str | None:
+    """Return the first file of `names` whose SHA-256 differs from the manifest's; reads the files whole."""
     return next((name for name in names if sha256_of(path / name) != manifest.files[name].sha256), None)
 
 
+def read_intact_manifest(path: Path) -> Manifest:
+    """Return the manifest after comparing the SHA-256 of every file. Raises UnusableCheckpoint."""
+    manifest = read_manifest(path)
+    if name := first_damaged_file(path, manifest, sorted(manifest.files)):
+        raise UnusableCheckpoint(path, name, DAMAGED)
+    return manifest
+
+
 def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def checkpoints_in(run_dir: Path) -> list[Path]:
-    """The complete checkpoints of a run, newest first, intact or not."""
-    found = [
+    """Return the checkpoint directories of a run, newest first, without verifying them.
+
+    A save that was cut short has no such directory: see checkpoint/write.py, commit.
+    """
+    directories = [
         path
-        for path in (run_dir / DIRECTORY).glob("step-*")
+        for path in (run_dir / CHECKPOINTS).glob("step-*")
         if re.fullmatch(r"step-\d{8,}", path.name) and path.is_dir()
     ]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+    return sorted(directories, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
 
 
-def is_readable(path: Path) -> bool:
-    """Whether all files of a checkpoint are there in full length; their checksums are not computed."""
+def checkpoints_at(path: Path) -> list[Path]:
+    """Return the checkpoint `path`, or the checkpoints of the run `path`, newest first.
+
+    Raises ConfigError if there is none.
+    """
+    checkpoints = [path] if (path / MANIFEST).exists() else checkpoints_in(path)
+    if not checkpoints:
+        raise ConfigError(
+            str(path), None, "contains no checkpoint", "the directory of a run, or of one of its checkpoints"
+        )
+    return checkpoints
+
+
+def is_complete(path: Path) -> bool:
+    """Return whether the manifest is valid and all files have full length; computes no checksum of a file."""
     try:
         read_manifest(path)
-    except BrokenCheckpoint:
+    except UnusableCheckpoint:
         return False
     return True
 
 
-def readable_older(path: Path) -> Path | None:
-    """The newest checkpoint beside and before `path` whose files are all there in full length."""
+def newest_complete_before(path: Path) -> Path | None:
+    """Return the newest complete checkpoint of the same run that is older than `path`."""
     siblings = checkpoints_in(path.parent.parent)
-    before = siblings[siblings.index(path) + 1 :] if path in siblings else []
-    return next(filter(is_readable, before), None)
+    older = siblings[siblings.index(path) + 1 :] if path in siblings else []
+    return next(filter(is_complete, older), None)
 
 
-def refusal_of(broken: BrokenCheckpoint) -> ConfigError:
-    """What the user is told about a checkpoint that cannot be used."""
-    older = readable_older(broken.path)
+def unusable_checkpoint_error(unusable: UnusableCheckpoint) -> ConfigError:
+    """Return the user error about a checkpoint that cannot be restored; suggests an older checkpoint."""
+    older = newest_complete_before(unusable.path)
     remedies = ["checkpoint.fallback=true", *settings("checkpoint.resume", [older])] if older else []
     remedies.append("checkpoint.resume=none (from the first step, in a fresh run.dir)")
-    return ConfigError("checkpoint.resume", broken.path, str(broken), " or ".join(remedies))
+    return ConfigError("checkpoint.resume", unusable.path, str(unusable), " or ".join(remedies))

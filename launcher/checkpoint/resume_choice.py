@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and whether it can. Runs before any rank does, without torch."""
+"""Choose the checkpoint to resume from and check that the run can resume. Needs no torch and no ranks."""
 
 import shlex
 from pathlib import Path
@@ -6,19 +6,20 @@ from pathlib import Path
 from launcher.checkpoint.final import final_step
 from launcher.checkpoint.manifest import (
     MANIFEST,
-    BrokenCheckpoint,
     Manifest,
+    UnusableCheckpoint,
     checkpoints_in,
+    newest_complete_before,
     read_manifest,
-    readable_older,
-    refusal_of,
+    unusable_checkpoint_error,
 )
 from launcher.config.errors import ConfigError, as_typed, refusal, value_of
 from launcher.config.fields import fields_of
 from launcher.config.schema import RunConfig
 
-# Another value would make it another model, or other samples. All else may change from one start to the next.
-_FREE_OF_MODEL = ("model.dropout",)
+# All model fields but these, and all of _DATA, define the model and the sample order: they must not change on
+# resume. Every other field may change.
+_MAY_CHANGE_IN_MODEL = ("model.dropout",)
 _DATA = (
     "data.source",
     "data.train",
@@ -32,35 +33,36 @@ _DATA = (
     "training.seed",
     "optimizer.name",
 )
-_BLEND = ("data.sources", "data.weights", "data.validation_sources")  # what checkpoint.new_blend lets change
+# These may change if checkpoint.new_blend is set.
+_BLEND = ("data.sources", "data.weights", "data.validation_sources")
 
 
-def checkpoint_of(run: RunConfig, run_dir: Path) -> Path | None:
-    """The checkpoint that `checkpoint.resume` means for a run in `run_dir`; None: from the first step.
+def checkpoint_to_resume(run: RunConfig, run_dir: Path) -> Path | None:
+    """Return the checkpoint that `checkpoint.resume` selects for a run in `run_dir`; None to start at step 0.
 
-    Raises ConfigError where it is not there or cannot be used, or is of another model or other data.
+    Raises ConfigError if the checkpoint does not exist, is unusable, or is of another model or other data.
     """
-    path = _meant(run, run_dir)
+    path = _requested_checkpoint(run, run_dir)
     while path is not None:
         try:
             manifest = read_manifest(path)
-            check_goes_on(run, path, manifest)
-            check_is_unfinished(run, path, manifest, run_dir)
+            check_can_resume(run, path, manifest)
+            check_steps_remain(run, path, manifest, run_dir)
             return path
-        except BrokenCheckpoint as broken:
-            path = older_or_refused(run, broken)
+        except UnusableCheckpoint as unusable:
+            path = fallback_checkpoint(run, unusable)
     return None
 
 
-def older_or_refused(run: RunConfig, broken: BrokenCheckpoint) -> Path:
-    """The next one back, where `checkpoint.fallback` allows it. Raises ConfigError where not."""
-    older = readable_older(broken.path) if run.checkpoint.fallback else None
+def fallback_checkpoint(run: RunConfig, unusable: UnusableCheckpoint) -> Path:
+    """Return the next older complete checkpoint. Raise ConfigError if none exists or fallback is off."""
+    older = newest_complete_before(unusable.path) if run.checkpoint.fallback else None
     if older is None:
-        raise refusal_of(broken)
+        raise unusable_checkpoint_error(unusable)
     return older
 
 
-def _meant(run: RunConfig, run_dir: Path) -> Path | None:
+def _requested_checkpoint(run: RunConfig, run_dir: Path) -> Path | None:
     resume = run.checkpoint.resume
     if resume == "none":
         return None
@@ -69,62 +71,68 @@ def _meant(run: RunConfig, run_dir: Path) -> Path | None:
     path = Path(resume).expanduser()
     if (path / MANIFEST).exists():
         return path.resolve()
-    found = checkpoints_in(path)
-    if not found:
-        instead = "checkpoint.resume=auto (what run.dir holds)"
+    checkpoints = checkpoints_in(path)
+    if not checkpoints:
+        instead = "checkpoint.resume=auto (the newest checkpoint of run.dir)"
         if (path / "config.json").exists():
-            instead = f"checkpoint.init_from={resume} checkpoint.resume=auto (its weights)"
-        why = "neither a checkpoint nor a run's directory with one"
+            instead = f"checkpoint.init_from={resume} checkpoint.resume=auto (to start from its weights)"
+        why = "is neither a checkpoint nor a run's directory that contains a checkpoint"
         raise refusal(run, "checkpoint.resume", why, instead, "checkpoint.resume=none")
-    return found[0].resolve()
+    return checkpoints[0].resolve()
 
 
-def check_goes_on(run: RunConfig, path: Path, manifest: Manifest) -> None:
-    """Raises ConfigError where the run cannot go on from there: the field, its value, and what it was."""
+def check_can_resume(run: RunConfig, path: Path, manifest: Manifest) -> None:
+    """Raise ConfigError for the first field whose value in the checkpoint must not change but does."""
     model = [name for name in fields_of(RunConfig) if name.startswith("model.")]
-    for name in (*(name for name in model if name not in _FREE_OF_MODEL), *_DATA):
-        was, now = _stored(manifest, name), as_typed(value_of(run, name))
-        if was != now:
-            why = f"{path} is of a run with {name}={was}"
-            raise refusal(run, name, why, f"{name}={was}", "checkpoint.resume=none in a fresh run.dir")
+    for name in (*(name for name in model if name not in _MAY_CHANGE_IN_MODEL), *_DATA):
+        stored, requested = _stored_value(manifest, name), as_typed(value_of(run, name))
+        if stored != requested:
+            why = f"the run that wrote {path} has {name}={stored}, which cannot change on resume"
+            raise refusal(run, name, why, f"{name}={stored}", "checkpoint.resume=none in a fresh run.dir")
     for name in () if run.checkpoint.new_blend else _BLEND:
-        was, now = _stored(manifest, name), as_typed(value_of(run, name))
-        if was != now:
-            why = f"{path} is of a run with {name}={was}"
-            new = f"checkpoint.new_blend=true (the new one counts from sample {manifest.samples} on)"
-            raise refusal(run, name, why, shlex.quote(f"{name}={was}"), new)
+        stored, requested = _stored_value(manifest, name), as_typed(value_of(run, name))
+        if stored != requested:
+            why = f"the run that wrote {path} has {name}={stored}, and checkpoint.new_blend is not set"
+            new = f"checkpoint.new_blend=true (to use the new blend from sample {manifest.samples} on)"
+            raise refusal(run, name, why, shlex.quote(f"{name}={stored}"), new)
     if (run.optimizer.momentum or 0) and "momentum_buffer" not in manifest.tensors:
-        why = f"{path} has no momentum to go on with"
+        why = f"{path} contains no momentum to restore: its run had optimizer.momentum=0"
         raise refusal(run, "optimizer.momentum", why, "optimizer.momentum=0")
 
 
-def check_is_unfinished(run: RunConfig, path: Path, manifest: Manifest, run_dir: Path) -> None:
-    """Raises ConfigError where no step is left, unless this run was killed before its final weights."""
+def check_steps_remain(run: RunConfig, path: Path, manifest: Manifest, run_dir: Path) -> None:
+    """Raise ConfigError if the checkpoint is at or beyond the last step.
+
+    A run that was killed between its last checkpoint and its final weights may resume: it writes the weights.
+    """
     last = run.training.stop_at or run.training.steps
-    own = path.resolve().parent.parent == run_dir.resolve()
-    if manifest.step < last or (own and manifest.step == last and final_step(run_dir) != last):
+    same_run = path.resolve().parent.parent == run_dir.resolve()
+    if manifest.step < last or (same_run and manifest.step == last and final_step(run_dir) != last):
         return
     field = "training.steps" if run.training.stop_at is None else "training.stop_at"
-    why = f"{path} is of step {manifest.step}: nothing is left to train"
+    why = f"{path} is already at step {manifest.step}: no step is left to train"
     raise refusal(run, field, why, f"{field}={manifest.step + 1} (or more)", "another run.dir")
 
 
-def _stored(manifest: Manifest, name: str) -> str:
+def _stored_value(manifest: Manifest, name: str) -> str:
     value: object = manifest.config
     for part in name.split("."):
         value = value.get(part) if isinstance(value, dict) else None
     return as_typed(value)
 
 
-def check_corpus_is(corpus: dict[str, str], path: Path, manifest: Manifest) -> None:
-    """Raises ConfigError where a source's data, by their digest, are not what the checkpoint trained on."""
+def check_same_corpus(corpus: dict[str, str], path: Path, manifest: Manifest) -> None:
+    """Raise ConfigError if the digest of a data source differs from the digest in the checkpoint.
+
+    `corpus` maps the name of a source to the digest of its data; a run with one source uses the name "".
+    """
     for source in manifest.corpus.keys() & corpus.keys():
-        was, now = manifest.corpus[source], corpus[source]
-        if was != now:
-            what = f"trained on another {source}" if source else "trained on other data"
+        stored, present = manifest.corpus[source], corpus[source]
+        if stored != present:
+            name = f"data source {source}" if source else "training data"
             raise ConfigError(
                 "checkpoint.resume",
                 path,
-                f"{what}: its digest is {was}, here it is {now}",
+                f"the {name} has changed since the checkpoint: its digest was {stored} and is now {present}",
                 "the same files and, with data=stdlib, the same Python; or checkpoint.resume=none",
             )

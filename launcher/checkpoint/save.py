@@ -1,4 +1,4 @@
-"""Writing checkpoints: every rank its own part, behind training; the first rank makes them complete."""
+"""Write checkpoints in a background thread: each rank writes its own slices, then rank 0 commits them."""
 
 import shutil
 import threading
@@ -8,79 +8,85 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch.distributed as dist
+from torch import Tensor
 
 from launcher.checkpoint.flat_ranges import logical_views
-from launcher.checkpoint.manifest import DIRECTORY, Manifest, step_name
-from launcher.checkpoint.write import PARTIAL, Part, commit, index_of, prune, write_parts
+from launcher.checkpoint.manifest import CHECKPOINTS, Manifest, step_name
+from launcher.checkpoint.write import HostPiece, commit, index_path, prune, write_pieces
 from launcher.config.schema import CheckpointConfig
 from launcher.engine.base import Engine
 from launcher.engine.state import Fragment, fragments
+from launcher.files import PARTIAL
 
-_POLL = 0.02
+_POLL = 0.02  # seconds
 
 
 class CheckpointError(Exception):
-    """A checkpoint could not be written; those before it are intact."""
+    """A checkpoint could not be written; earlier checkpoints are unaffected."""
 
 
 class CheckpointWriter:
-    """Saves one at a time. Every method is collective over the world."""
+    """Saves one checkpoint at a time. Every public method is collective over the world."""
 
     def __init__(self, engine: Engine, config: CheckpointConfig, run_dir: Path, keys: list[str]) -> None:
         self.engine, self.config, self.keys = engine, config, keys
-        self.folder = run_dir / DIRECTORY
-        self._first = engine.mesh.rank == 0
+        self.folder = run_dir / CHECKPOINTS
+        self._is_rank_0 = engine.mesh.rank == 0
         self._thread: threading.Thread | None = None
         self._error: str | None = None
         self._all_ended = threading.Event()
+        self.pending_copy: list[Tensor] = []  # the tensors in host memory that are still to be written
 
     def save(self, manifest: Manifest) -> float:
-        """Begin to write `manifest`, whose tensors and files are still empty.
+        """Start to save the state of this step; return the seconds for which training was blocked.
 
-        Waits for the one before, and for a copy to host memory (not asynchronous: of a file's worth at a
-        time, and until it is complete); returns the seconds this took.
-        Raises CheckpointError for the one before (see wait), and for a directory that cannot be made.
+        `manifest` has empty `tensors` and `files`. Blocks until the previous save has ended and this rank's
+        state is copied to host memory. With checkpoint.asynchronous=false it blocks until the checkpoint is
+        complete, and copies one file's worth of tensors at a time.
+        Raises CheckpointError if the previous save failed (see wait) or the directory cannot be created.
         """
         started = time.perf_counter()
         self.wait()
         partial = self._make_directory(manifest.step)
-        parts: Iterable[Part] = self._snapshot()
+        pieces: Iterable[HostPiece] = self._snapshot()
         if self.config.asynchronous:
-            parts = list(parts)  # of this step, before the next one changes it
+            pieces = list(pieces)  # copied now, before the next step changes the tensors
+            self.pending_copy = [piece.tensor for piece in pieces]
         self._error = None
         self._all_ended.clear()
-        self._thread = threading.Thread(target=self._write, args=(partial, parts, manifest), daemon=True)
+        self._thread = threading.Thread(target=self._write, args=(partial, pieces, manifest), daemon=True)
         self._thread.start()
         if not self.config.asynchronous:
             self.wait()
         return time.perf_counter() - started
 
     def wait(self) -> None:
-        """Until the last one is complete. Raises CheckpointError on every rank if one could not write."""
+        """Wait until the last save has ended. Raises CheckpointError on every rank if any rank failed."""
         if self._thread is None:
             return
-        if not self._first:
+        if not self._is_rank_0:
             self._thread.join()
-        # Whoever cannot write cannot leave a word on the disk either: the first rank must not wait for it.
+        # A rank that cannot write cannot write its index file either, for which rank 0 polls. Its error
+        # therefore travels in a collective, and rank 0 stops polling.
         errors: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(errors, None if self._first else self._error)
-        if self._first:
+        dist.all_gather_object(errors, None if self._is_rank_0 else self._error)
+        if self._is_rank_0:
             self._all_ended.set()
             self._thread.join()
-        own = [self._error]
-        dist.broadcast_object_list(own)
+        commit_error = [self._error]
+        dist.broadcast_object_list(commit_error)
         self._thread = None
-        found = next((error for error in (*errors, *own) if error), None)
-        if found:
-            if self._first:  # what there is of it would fill a full disk
+        message = next((error for error in (*errors, *commit_error) if error), None)
+        if message:
+            if self._is_rank_0:  # partial files would keep a full disk full
                 with suppress(OSError):
                     self._remove_leftovers()
-            raise CheckpointError(found)
+            raise CheckpointError(message)
 
     def _make_directory(self, step: int) -> Path:
         partial = self.folder / f"{step_name(step)}{PARTIAL}"
         error: list[str | None] = [None]
-        if self._first:
+        if self._is_rank_0:
             try:
                 self.folder.mkdir(exist_ok=True)
                 self._remove_leftovers()
@@ -96,47 +102,54 @@ class CheckpointWriter:
         for leftover in self.folder.glob(f"*{PARTIAL}"):
             shutil.rmtree(leftover)
 
-    def _snapshot(self) -> Iterator[Part]:
+    def _snapshot(self) -> Iterator[HostPiece]:
+        """Yield a host copy of each box that this rank writes."""
         for fragment in fragments(self.engine, self.keys):
-            own = own_part(fragment, self.engine)
-            if own is None:
+            share = fragment_to_write(fragment, self.engine)
+            if share is None:
                 continue
-            for kind, tensor in own.tensors.items():
+            for kind, tensor in share.tensors.items():
                 views = logical_views(
-                    tensor, own.start, own.shard_shape, own.logical, self.engine.mesh.tensor
+                    tensor, share.start, share.shard_shape, share.logical, self.engine.mesh.tensor
                 )
                 for box, view in views:
                     copied = view.to("cpu", copy=True).contiguous()
-                    yield Part(kind, own.logical.name, own.logical.shape, box, copied)
+                    yield HostPiece(kind, share.logical.name, share.logical.shape, box, copied)
 
-    def _write(self, partial: Path, parts: Iterable[Part], manifest: Manifest) -> None:
+    def _write(self, partial: Path, pieces: Iterable[HostPiece], manifest: Manifest) -> None:
         try:
-            write_parts(partial, self.engine.mesh.rank, parts, int(self.config.max_file_gb * 1e9))
-            if self._first:
+            write_pieces(partial, self.engine.mesh.rank, pieces, int(self.config.max_file_gb * 1e9))
+            if self._is_rank_0:
                 world = dist.get_world_size()
-                if not _all_indexed(partial, world, self._all_ended):
-                    return  # another rank says why
+                if not _all_indices_written(partial, world, self._all_ended):
+                    return  # another rank reports why
                 commit(partial, manifest, world)
                 prune(self.folder.parent, self.config)
         except Exception as error:
             self._error = f"{type(error).__name__}: {error}"
+        finally:
+            self.pending_copy = []
 
 
-def own_part(fragment: Fragment, engine: Engine) -> Fragment | None:
-    """What of a fragment this rank writes, so that all ranks together write each element once."""
+def fragment_to_write(fragment: Fragment, engine: Engine) -> Fragment | None:
+    """Return the share of a fragment that this rank writes; None for no share.
+
+    All ranks together write each element of each logical tensor exactly once.
+    """
     mesh = engine.mesh
     if fragment.is_tied_copy or (not fragment.logical.is_split and mesh.tensor.rank > 0):
         return None
     if engine.zero_stage > 0:
         return fragment
-    # Every data rank has all of it: each writes an even share.
+    # Under ZeRO-0 every data-parallel rank holds the whole fragment: each writes an equal share.
     total = next(iter(fragment.tensors.values())).numel()
     start, stop = (total * rank // mesh.data.size for rank in (mesh.data.rank, mesh.data.rank + 1))
     return fragment.narrowed(start, stop - start) if stop > start else None
 
 
-def _all_indexed(partial: Path, world: int, all_ended: threading.Event) -> bool:
-    indices = [index_of(partial, rank) for rank in range(world)]
+def _all_indices_written(partial: Path, world: int, all_ended: threading.Event) -> bool:
+    """Wait for the index files of all ranks; return False if a rank ended without writing its index."""
+    indices = [index_path(partial, rank) for rank in range(world)]
     while True:
         ended = all_ended.wait(_POLL)
         if all(index.exists() for index in indices):

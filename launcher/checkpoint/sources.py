@@ -10,9 +10,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError, safe_open
 
-from launcher.checkpoint.final import DIRECTORY as FINAL_WEIGHTS
+from launcher.checkpoint.final import FINAL_WEIGHTS
 from launcher.checkpoint.huggingface import Entry, NotOurs, entries, model_of, plain_name
-from launcher.checkpoint.manifest import MANIFEST, BrokenCheckpoint, checkpoints_in, read_manifest
+from launcher.checkpoint.manifest import MANIFEST, UnusableCheckpoint, checkpoints_in, read_manifest
 from launcher.config.compose import load_typed
 from launcher.config.errors import ConfigError, as_typed, settings
 from launcher.config.schema import Family, ModelConfig, RunConfig
@@ -45,8 +45,8 @@ def weights_at(path: Path, field: str) -> Weights:
         checkpoint = path if (path / MANIFEST).exists() else checkpoints_in(path)[0]
         try:
             model = _model_in(read_manifest(checkpoint).config)
-        except BrokenCheckpoint as broken:
-            raise ConfigError(field, checkpoint, str(broken), _WHAT) from None
+        except UnusableCheckpoint as unusable:
+            raise ConfigError(field, checkpoint, str(unusable), _WHAT) from None
         return Weights(checkpoint.resolve(), Kind.checkpoint, model)
     if (path / _RUN_CONFIG).exists() and (path / FINAL_WEIGHTS).is_dir():
         model = load_typed(path / _RUN_CONFIG, RunConfig).model
@@ -83,7 +83,9 @@ def _model_in(config: dict[str, Any]) -> ModelConfig:
     try:
         model = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), config["model"]))
     except (OmegaConfBaseException, KeyError, ValueError, TypeError) as error:
-        raise BrokenCheckpoint(Path(), MANIFEST, f"has no model that this launcher knows: {error}") from None
+        raise UnusableCheckpoint(
+            Path(), MANIFEST, f"has no model that this launcher knows: {error}"
+        ) from None
     assert isinstance(model, ModelConfig)
     return model
 

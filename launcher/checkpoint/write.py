@@ -1,4 +1,4 @@
-"""A checkpoint's files: each rank's parts, then the manifest and the name that make it complete."""
+"""Write a checkpoint's files: the pieces of each rank, then the manifest, then the final directory name."""
 
 import json
 import shutil
@@ -10,96 +10,105 @@ from pathlib import Path
 from torch import Tensor
 
 from launcher.checkpoint.boxes import Box
-from launcher.checkpoint.files import replace_file, save_tensors, sync
 from launcher.checkpoint.manifest import (
     LATEST,
     MANIFEST,
-    File,
     Manifest,
     Piece,
-    Stored,
+    StoredFile,
+    StoredTensor,
     checkpoints_in,
     entry_name,
-    is_readable,
+    is_complete,
     read_manifest,
     sha256_of,
 )
+from launcher.checkpoint.tensor_file import save_tensors
 from launcher.config.schema import CheckpointConfig
+from launcher.files import PARTIAL, delete_directory, rename, write_text
 
-PARTIAL = ".partial"
 _INDEX = ".json"
 
 
 @dataclass(frozen=True)
-class Part:
-    """One box of a logical tensor, in host memory."""
+class HostPiece:
+    """One box of a logical tensor, copied to host memory and not yet written."""
 
     kind: str
     name: str
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # of the whole logical tensor
     box: Box
     tensor: Tensor
 
 
-def write_parts(partial: Path, rank: int, parts: Iterable[Part], max_bytes: int) -> None:
-    """This rank's files, synced, and last of all their index. Takes a file's worth of parts at a time."""
-    files: dict[str, File] = {}
+def write_pieces(partial: Path, rank: int, pieces: Iterable[HostPiece], max_bytes: int) -> None:
+    """Write this rank's files, sync them, and then write their index.
+
+    Takes pieces for one file of at most `max_bytes` at a time; a larger piece gets a file of its own.
+    """
+    files: dict[str, StoredFile] = {}
     listed = []
-    for number, group in enumerate(_in_files(parts, max_bytes)):
+    for number, group in enumerate(_in_files(pieces, max_bytes)):
         name = f"{rank:05d}-{number:03d}.safetensors"
         save_tensors({entry_name(p.kind, p.name, p.box.offsets): p.tensor for p in group}, partial / name)
-        files[name] = File((partial / name).stat().st_size, sha256_of(partial / name))
+        files[name] = StoredFile((partial / name).stat().st_size, sha256_of(partial / name))
         listed += [(p.kind, p.name, p.shape, asdict(Piece(name, p.box.offsets, p.box.sizes))) for p in group]
-        group.clear()  # before the next file's are made
+        group.clear()  # free these tensors before the next file's tensors are copied
     index = {"files": {name: asdict(file) for name, file in files.items()}, "pieces": listed}
-    replace_file(index_of(partial, rank), json.dumps(index))
+    write_text(index_path(partial, rank), json.dumps(index))
 
 
-def _in_files(parts: Iterable[Part], max_bytes: int) -> Iterator[list[Part]]:
-    group: list[Part] = []
+def _in_files(pieces: Iterable[HostPiece], max_bytes: int) -> Iterator[list[HostPiece]]:
+    """Yield the pieces grouped by file."""
+    group: list[HostPiece] = []
     size = 0
-    for part in parts:
-        if group and size + part.tensor.nbytes > max_bytes:
+    for piece in pieces:
+        if group and size + piece.tensor.nbytes > max_bytes:
             yield group
             group, size = [], 0
-        group.append(part)
-        size += part.tensor.nbytes
+        group.append(piece)
+        size += piece.tensor.nbytes
     if group:
         yield group
 
 
-def index_of(partial: Path, rank: int) -> Path:
-    """Where a rank leaves word that its files are written."""
+def index_path(partial: Path, rank: int) -> Path:
+    """Return the path of a rank's index; the file exists once all other files of the rank are written."""
     return partial / f"{rank:05d}{_INDEX}"
 
 
 def commit(partial: Path, manifest: Manifest, world: int) -> Path:
-    """Make the checkpoint complete: its manifest, then its name, then `latest`. Returns its directory."""
-    tensors: dict[str, dict[str, Stored]] = {}
-    files: dict[str, File] = {}
+    """Commit a checkpoint: write its manifest, rename its directory, update `latest`; return the directory.
+
+    A kill at any moment leaves either no checkpoint of this step or a complete checkpoint.
+    """
+    tensors: dict[str, dict[str, StoredTensor]] = {}
+    files: dict[str, StoredFile] = {}
     for rank in range(world):
-        path = index_of(partial, rank)
+        path = index_path(partial, rank)
         index = json.loads(path.read_text())
-        files |= {name: File(**file) for name, file in index["files"].items()}
-        for kind, name, shape, piece in index["pieces"]:
-            stored = tensors.setdefault(kind, {}).get(name, Stored(tuple(shape), ()))
-            own = Piece(piece["file"], tuple(piece["offsets"]), tuple(piece["sizes"]))
-            tensors[kind][name] = replace(stored, pieces=(*stored.pieces, own))
+        files |= {name: StoredFile(**file) for name, file in index["files"].items()}
+        for kind, name, shape, entry in index["pieces"]:
+            stored = tensors.setdefault(kind, {}).get(name, StoredTensor(tuple(shape), ()))
+            piece = Piece(entry["file"], tuple(entry["offsets"]), tuple(entry["sizes"]))
+            tensors[kind][name] = replace(stored, pieces=(*stored.pieces, piece))
         path.unlink()
-    replace_file(partial / MANIFEST, replace(manifest, tensors=tensors, files=files).to_json())
+    write_text(partial / MANIFEST, replace(manifest, tensors=tensors, files=files).to_json())
     final = partial.with_name(partial.name.removesuffix(PARTIAL))
     if final.exists():
-        # An unusable one that a fallback went past: it makes room.
+        # An unusable checkpoint of the same step, which checkpoint.fallback skipped: replace it.
         shutil.rmtree(final)
-    partial.rename(final)
-    sync(final.parent)
-    replace_file(final.parent / LATEST, final.name + "\n")
+    rename(partial, final)
+    write_text(final.parent / LATEST, final.name + "\n")
     return final
 
 
 def prune(run_dir: Path, config: CheckpointConfig) -> None:
-    """Delete what `config` does not keep. What cannot be used is not counted, and stays to be looked at."""
-    complete = [path for path in checkpoints_in(run_dir) if is_readable(path)]
+    """Delete the complete checkpoints that `config` does not keep.
+
+    Incomplete checkpoints are neither counted nor deleted, so that a user can inspect them.
+    """
+    complete = [path for path in checkpoints_in(run_dir) if is_complete(path)]
     kept = set(complete[: config.keep_last])
     if config.keep_every_steps:
         kept |= {path for path in complete if _step(path) % config.keep_every_steps == 0}
@@ -107,10 +116,7 @@ def prune(run_dir: Path, config: CheckpointConfig) -> None:
         kept.add(best)
     for path in complete:
         if path not in kept:
-            # Renamed first: a half deleted one is not a checkpoint.
-            doomed = path.with_name(f"{path.name}{PARTIAL}")
-            path.rename(doomed)
-            shutil.rmtree(doomed)
+            delete_directory(path)
 
 
 def _step(path: Path) -> int:

@@ -1,4 +1,4 @@
-"""`launcher calibrate`: this machine measured, as a hardware config that `launcher plan` can use."""
+"""`launcher calibrate`: measure this machine and write a hardware config that `launcher plan` can use."""
 
 from launcher.calibrate.hardware_file import rank_counts, target, write
 from launcher.config.compose import compose_jobs

@@ -1,96 +1,86 @@
-"""`launcher checkpoint ls | show | check PATH`: what is there, and whether it is intact. Imports no torch."""
+"""`launcher checkpoint ls | show | check PATH`: list, describe and verify checkpoints. Imports no torch."""
 
 from math import prod
 from pathlib import Path
 
 from launcher.checkpoint.manifest import (
-    MANIFEST,
-    BrokenCheckpoint,
     Manifest,
-    checkpoints_in,
-    damaged,
+    UnusableCheckpoint,
+    checkpoints_at,
+    read_intact_manifest,
     read_manifest,
 )
 from launcher.config.errors import ConfigError
+from launcher.text import size, whole
 
 USAGE = """\
-launcher checkpoint ls PATH      the checkpoints of a run
-launcher checkpoint show PATH    what is in one; of a run, in its newest
-launcher checkpoint check PATH   read every file and compare its checksum; of a run, of all its checkpoints
+launcher checkpoint ls PATH      list the checkpoints of a run
+launcher checkpoint show PATH    describe one checkpoint; for a run, its newest
+launcher checkpoint check PATH   read every file and compare its SHA-256; for a run, of all its checkpoints
 
-PATH is a run's directory, or one checkpoint. Exit code 1 if one cannot be used."""
+PATH is a run's directory or a checkpoint's directory. The exit code is 1 if a checkpoint cannot be used."""
 
 
 def main(arguments: list[str]) -> int:
-    """Run one of the three; returns the exit code. Raises ConfigError for arguments that make no sense."""
+    """Run `ls`, `show` or `check`; return the exit code. Raises ConfigError for wrong arguments."""
     if not arguments or {"-h", "--help"} & set(arguments):
         print(USAGE)
         return 0
     verb, *rest = arguments
     if verb not in VERBS or len(rest) != 1:
         given = " ".join(["checkpoint", *arguments])
-        raise ConfigError(given, None, "not understood", f"launcher checkpoint {' | '.join(VERBS)} PATH")
-    paths = found_at(Path(rest[0]).expanduser())
-    return VERBS[verb](paths)
-
-
-def found_at(path: Path) -> list[Path]:
-    """The checkpoint `path`, or those of the run `path`, newest first. Raises ConfigError without any."""
-    found = [path] if (path / MANIFEST).exists() else checkpoints_in(path)
-    if not found:
-        raise ConfigError(
-            str(path), None, "holds no checkpoint", "a run's directory, or one of its checkpoints"
-        )
-    return found
+        why = "expected one of the three subcommands and one path"
+        raise ConfigError(given, None, why, f"launcher checkpoint {' | '.join(VERBS)} PATH")
+    return VERBS[verb](checkpoints_at(Path(rest[0]).expanduser()))
 
 
 def ls(paths: list[Path]) -> int:
-    problems = 0
+    """Print one line per checkpoint, oldest first; return 1 if a checkpoint is not complete."""
+    exit_code = 0
     for path in reversed(paths):
         try:
             manifest = read_manifest(path)
-            print(f"{path}  {_size(manifest)}  {manifest.samples:,} samples{_loss(manifest)}")
-        except BrokenCheckpoint as broken:
-            problems += 1
-            print(f"{path}  cannot be used: {broken}")
-    return 1 if problems else 0
+            print(f"{path}  {_size(manifest)}  {whole(manifest.samples)} samples{_loss(manifest)}")
+        except UnusableCheckpoint as unusable:
+            exit_code = 1
+            print(f"{path}  cannot be used: {unusable}")
+    return exit_code
 
 
 def show(paths: list[Path]) -> int:
+    """Print the contents of the first checkpoint; return 1 if it is not complete."""
     try:
         manifest = read_manifest(paths[0])
-    except BrokenCheckpoint as broken:
-        print(f"{paths[0]}  cannot be used: {broken}")
+    except UnusableCheckpoint as unusable:
+        print(f"{paths[0]}  cannot be used: {unusable}")
         return 1
     print(f"checkpoint  {paths[0]}")
-    print(f"step        {manifest.step}, {manifest.samples:,} samples consumed{_loss(manifest)}")
+    print(f"step        {manifest.step}, {whole(manifest.samples)} samples consumed{_loss(manifest)}")
     print(f"written     by launcher {manifest.launcher} on {manifest.layout}")
     for kind, tensors in manifest.tensors.items():
         numel = sum(prod(stored.shape) for stored in tensors.values())
-        print(f"{kind:<11} {len(tensors)} tensors, {numel:,} elements, fp32")
+        print(f"{kind:<11} {len(tensors)} tensors, {whole(numel)} elements, fp32")
     print(f"files       {len(manifest.files)}, {_size(manifest)}")
     return 0
 
 
 def check(paths: list[Path]) -> int:
-    problems = 0
+    """Print for each checkpoint, oldest first, whether it is intact; return 1 if a checkpoint is not."""
+    exit_code = 0
     for path in reversed(paths):
         try:
-            manifest = read_manifest(path)
-            if name := damaged(path, manifest, sorted(manifest.files)):
-                raise BrokenCheckpoint(path, name, "is damaged: its checksum is another")
-            print(f"{path}  intact, {_size(manifest)}")
-        except BrokenCheckpoint as broken:
-            problems += 1
-            print(f"{path}  cannot be used: {broken}")
-    return 1 if problems else 0
+            print(f"{path}  intact, {_size(read_intact_manifest(path))}")
+        except UnusableCheckpoint as unusable:
+            exit_code = 1
+            print(f"{path}  cannot be used: {unusable}")
+    return exit_code
 
 
 VERBS = {"ls": ls, "show": show, "check": check}
 
 
 def _size(manifest: Manifest) -> str:
-    return f"{sum(file.bytes for file in manifest.files.values()) / 1e6:,.1f} MB"
+    return size(sum(file.bytes for file in manifest.files.values()))
 
 
 def _loss(manifest: Manifest) -> str:

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launcher.commands.ready import ready
-from launcher.compare.compared_layouts import Compared, chosen_layouts, in_layout
+from launcher.compare.compared_layouts import ComparedLayout, chosen_layouts, in_layout
 from launcher.compare.comparison_figure import draw_comparison
 from launcher.compare.comparison_report import (
     TOLERANCE,
-    Row,
+    ComparisonRow,
     as_json,
     differing,
     metric_rows,
@@ -44,49 +44,49 @@ def main(arguments: list[str]) -> int:
     world = world_of_machine(run, machine)
     compared = [planned(name, in_layout(run, sizes, world), world) for name, sizes in layouts.items()]
     check_data(run)
-    if all(one.refused for one in compared):
+    if all(candidate.refused for candidate in compared):
         raise ConfigError(
             "compare.layouts", list(layouts), compared[0].refused, "more compare.ranks or memory"
         )
-    layout = next(one.layout for one in compared if one.layout and not one.refused)
+    layout = next(candidate.layout for candidate in compared if candidate.layout and not candidate.refused)
     with claimed_run_dir(run, layout) as (directory, _):
         share_cores(machine.cores, machine.cores)  # one each
-        rows = [_row(one, run.compare.steps) for one in compared]
+        rows = [_row(candidate, run.compare.steps) for candidate in compared]
         _log(run, layout, directory, rows)
     return _report(run, rows)
 
 
-def planned(name: str, run: RunConfig, world: World) -> Compared:
+def planned(name: str, run: RunConfig, world: World) -> ComparedLayout:
     """Return the run in one layout with its plan; a layout that is refused keeps the reason."""
     try:
-        it = ready(run, world, needs_data=False, must_fit=False)
+        ready_run = ready(run, world, needs_data=False, must_fit=False)
     except ConfigError as error:
-        return Compared(name, run, None, None, f"{error.field}={error.value}: {error.why}")
+        return ComparedLayout(name, run, None, None, f"{error.field}={error.value}: {error.why}")
     try:
-        refuse_too_large(it.plan)
+        refuse_too_large(ready_run.plan)
     except ConfigError as error:
-        return Compared(name, run, it.layout, it.plan, error.why)
-    return Compared(name, run, it.layout, it.plan)
+        return ComparedLayout(name, run, ready_run.layout, ready_run.plan, error.why)
+    return ComparedLayout(name, run, ready_run.layout, ready_run.plan)
 
 
-def _row(one: Compared, steps: int) -> Row:
-    if one.layout is None or one.refused:
-        return Row(one)
-    print(f"train    {one.name}: {one.layout.describe()}", flush=True)
+def _row(compared: ComparedLayout, steps: int) -> ComparisonRow:
+    if compared.layout is None or compared.refused:
+        return ComparisonRow(compared)
+    print(f"train    {compared.name}: {compared.layout.describe()}", flush=True)
     from launcher.engine.distributed import prepare_deepspeed
 
-    prepare_deepspeed(one.layout.device)
+    prepare_deepspeed(compared.layout.device)
     import launcher.compare.rank_record  # noqa: F401  # before ranks are forked
     from launcher.compare.measured_layout import measure_layout
 
     try:
-        return Row(one, measure_layout(one.run, one.layout, steps=steps))
+        return ComparisonRow(compared, measure_layout(compared.run, compared.layout, steps=steps))
     except RankFailure as failure:
-        print(f"failed   {one.name}: {failure}", flush=True)
-        return Row(one, failed=str(failure).splitlines()[0])
+        print(f"failed   {compared.name}: {failure}", flush=True)
+        return ComparisonRow(compared, failed=str(failure).splitlines()[0])
 
 
-def _log(run: ComparedRunConfig, layout: Layout, directory: RunDir, rows: Sequence[Row]) -> None:
+def _log(run: ComparedRunConfig, layout: Layout, directory: RunDir, rows: Sequence[ComparisonRow]) -> None:
     """To the run's metrics.jsonl and to W&B, as a run of its own."""
     from launcher.runtime.metrics.log import MetricsLog
 
@@ -99,7 +99,7 @@ def _log(run: ComparedRunConfig, layout: Layout, directory: RunDir, rows: Sequen
         print(f"W&B      {where}")
 
 
-def _report(run: ComparedRunConfig, rows: Sequence[Row]) -> int:
+def _report(run: ComparedRunConfig, rows: Sequence[ComparisonRow]) -> int:
     print()
     print_comparison(rows)
     if run.compare.figure:

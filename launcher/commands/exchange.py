@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Callable
 from pathlib import Path
 
-from launcher.checkpoint.manifest import BrokenCheckpoint, readable_older
+from launcher.checkpoint.manifest import UnusableCheckpoint, newest_complete_before
 from launcher.checkpoint.sources import Kind, Weights, weights_at
 from launcher.config.compose import compose_jobs
 from launcher.config.errors import ConfigError
@@ -66,10 +66,10 @@ def _exchanged(verb: str, arguments: list[str]) -> tuple[Weights, Path, Exchange
 def _written(write: Callable[[], None], weights: Weights, target: Path) -> None:
     try:
         write()
-    except BrokenCheckpoint as broken:
-        older = readable_older(broken.path)
+    except UnusableCheckpoint as unusable:
+        older = newest_complete_before(unusable.path)
         remedy = f"{older} instead" if older else "an intact one: see `launcher checkpoint check`"
-        raise ConfigError("SOURCE", weights.path, str(broken), remedy) from None
+        raise ConfigError("SOURCE", weights.path, str(unusable), remedy) from None
     except OSError as error:
         raise ConfigError(
             "TARGET", target, f"cannot be written: {error}", "a disk with room for it"

@@ -6,21 +6,23 @@ from launcher.commands.ready import ready_on_most_nodes
 from launcher.config.compose import compose_jobs
 from launcher.config.errors import ConfigError
 from launcher.config.schema import RunConfig
-from launcher.launch.sbatch import check_after_a_script
-from launcher.launch.slurm import allocation_of
+from launcher.launch.sbatch import check_script_arguments
+from launcher.launch.slurm import read_allocation
 from launcher.runtime.slurm_job import SlurmJob, listen_for_stops, run_to_the_end
 
 
 def main(arguments: list[str]) -> int:
     stops = listen_for_stops()
-    allocation = allocation_of(os.environ)
+    allocation = read_allocation(os.environ)
     typed, script_arguments = _split(arguments)
-    check_after_a_script(script_arguments)
+    check_script_arguments(script_arguments)
     jobs = compose_jobs("config", RunConfig, typed)
     if len(jobs) != 1:
         raise ConfigError("job", None, "runs one config", "launcher submit --multirun, for a job array")
-    it, nodes = ready_on_most_nodes(jobs[0].config, allocation.nodes)
-    return run_to_the_end(SlurmJob(it.run, it.layout, nodes, allocation, typed, script_arguments), stops)
+    ready_run, nodes = ready_on_most_nodes(jobs[0].config, allocation.nodes)
+    return run_to_the_end(
+        SlurmJob(ready_run.run, ready_run.layout, nodes, allocation, typed, script_arguments), stops
+    )
 
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:

@@ -22,37 +22,37 @@ def main(arguments: list[str]) -> int:
     machine = this_machine()
     for job in jobs:
         check_figure(job.config.plan.figure)
-    checked = [
+    ready_runs = [
         ready(job.config, world_of_hardware(job.config, machine), needs_data=False, must_fit=False)
         for job in jobs
     ]
     reports, for_people = [], jobs[0].config.format is OutputFormat.table
-    for job, it in zip(jobs, checked, strict=True):
+    for job, ready_run in zip(jobs, ready_runs, strict=True):
         if for_people:
             job.announce()
-        reports.append(_report(it))
+        reports.append(_report(job.config, ready_run))
     if not for_people:
         is_sweep = jobs[0].index is not None
         print(json.dumps(reports if is_sweep else reports[0], indent=2, allow_nan=False))
     return 0
 
 
-def _report(it: ReadyRun[PlannedRunConfig]) -> dict[str, Any]:
-    """Return the plan as plain values, after printing and drawing it as the run asks."""
-    run, plan, changes = it.run, it.plan, helpful(it.plan)
-    report, for_people = as_json(plan, changes), run.format is OutputFormat.table
-    if it.search is not None:
-        report["auto"] = search_as_json(it.search)
+def _report(config: PlannedRunConfig, ready_run: ReadyRun) -> dict[str, Any]:
+    """Return the plan as plain values, after printing and drawing it as the config asks."""
+    plan, changes = ready_run.plan, helpful(ready_run.plan)
+    report, for_people = as_json(plan, changes), config.format is OutputFormat.table
+    if ready_run.search is not None:
+        report["auto"] = search_as_json(ready_run.search)
         if for_people:
-            print_search(it.search)
-    if run.plan.trace:
+            print_search(ready_run.search)
+    if config.plan.trace:
         from launcher.tracing.formula_check import compare_with_trace
 
         report["trace"] = compare_with_trace(plan)
     if for_people:
         print_plan(plan, changes, report.get("trace"))
-    if run.plan.figure:
-        draw_plan(plan, Path(run.plan.figure))
+    if config.plan.figure:
+        draw_plan(plan, Path(config.plan.figure))
         if for_people:
-            print(f"figure   {run.plan.figure}")
+            print(f"figure   {config.plan.figure}")
     return report

@@ -1,11 +1,10 @@
 """Make a run ready: choose its layout, check the run and its data, plan it, refuse what cannot fit."""
 
 from dataclasses import dataclass
-from typing import Generic, TypeVar
 
 from launcher.config.errors import ConfigError
 from launcher.config.layout import Layout
-from launcher.config.schema import PlannedRunConfig, RunConfig
+from launcher.config.schema import RunConfig
 from launcher.config.validate import validate
 from launcher.config.world import World, world_of_nodes
 from launcher.data.open import check_data
@@ -13,20 +12,18 @@ from launcher.planning.choose.enforce import chosen, refuse_too_large
 from launcher.planning.choose.search import Search
 from launcher.planning.cost.plan import Plan, make_plan, memory_budget
 
-AnyRun = TypeVar("AnyRun", RunConfig, PlannedRunConfig)
-
 
 @dataclass(frozen=True)
-class ReadyRun(Generic[AnyRun]):
+class ReadyRun:
     """A checked run with its layout and plan; `search` is what `parallelism=auto` chose the layout from."""
 
-    run: AnyRun
+    run: RunConfig
     layout: Layout
     plan: Plan
     search: Search | None = None
 
 
-def ready(run: AnyRun, world: World, *, needs_data: bool, must_fit: bool) -> ReadyRun[AnyRun]:
+def ready(run: RunConfig, world: World, *, needs_data: bool, must_fit: bool) -> ReadyRun:
     """Return the run as it can be trained on the ranks of `world`.
 
     With `needs_data` its data is read and checked here. With `must_fit` a run that needs more memory than a
@@ -44,7 +41,7 @@ def ready(run: AnyRun, world: World, *, needs_data: bool, must_fit: bool) -> Rea
     return ReadyRun(run, layout, plan, search)
 
 
-def ready_on_most_nodes(run: RunConfig, nodes: int) -> tuple[ReadyRun[RunConfig], int]:
+def ready_on_most_nodes(run: RunConfig, nodes: int) -> tuple[ReadyRun, int]:
     """Return the run on as many of `nodes` as it can use, and their number.
 
     The ranks check their data. Raises ConfigError, that of all nodes, where the run can use none.

@@ -4,7 +4,7 @@ from launcher.commands.ready import ready
 from launcher.config.compose import Job, compose_jobs
 from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
-from launcher.config.slurm_rules import nodes_of
+from launcher.config.slurm_rules import check_submission, nodes_of
 from launcher.config.world import world_of_nodes
 from launcher.launch.submit import submit
 from launcher.runtime.run_dir import run_path, start_of
@@ -19,11 +19,13 @@ def main(arguments: list[str]) -> int:
 
 def _layout_on_most_nodes(job: Job[RunConfig]) -> Layout:
     """Return the layout on as many nodes as the job may take. Raises ConfigError, also for the fewest."""
-    run, (least, most) = job.config, nodes_of(job.config)
-    checked = [
+    run = job.config
+    check_submission(run)
+    least, most = nodes_of(run)
+    ready_runs = [
         ready(run, world_of_nodes(run, nodes), needs_data=nodes == most, must_fit=True)
         for nodes in sorted({least, most})
     ]
     if run.run.dir is not None:
         start_of(run, run_path(run, multirun_index=job.index))
-    return checked[-1].layout
+    return ready_runs[-1].layout

@@ -13,7 +13,7 @@ def main(arguments: list[str]) -> int:
     runs = [Path(argument).expanduser() for argument in arguments]
     for run in runs:
         if not (run / IDENTITY).is_file():
-            why = f"not a run's directory, it has no {IDENTITY}"
+            why = f"this is not a run directory, because it has no {IDENTITY}"
             raise ConfigError("sync", run, why, "as a run printed it")
     from launcher.runtime.metrics.sync import upload
 

@@ -7,7 +7,13 @@ from launcher.config.compose import compose_jobs
 from launcher.config.errors import ConfigError
 from launcher.config.schema import Device, RunConfig
 from launcher.config.world import Machine, world_of_joined_ranks, world_of_machine
-from launcher.launch.environment import Place, RankEnvironment, joined_ranks, place_of, speaks_for_all
+from launcher.launch.environment import (
+    LaunchEnvironment,
+    RankEnvironment,
+    joined_ranks,
+    launch_environment,
+    speaks_for_all,
+)
 from launcher.launch.machine import this_machine
 
 
@@ -20,30 +26,32 @@ def main(arguments: list[str]) -> int:
         why = "ranks that torchrun or srun started train one run"
         raise ConfigError("--multirun", None, why, "one torchrun or srun per run, or a sweep without them")
     # All jobs of a sweep are checked before the first is trained.
-    checked = [_ready(job.config, machine) for job in jobs]
-    from launcher.runtime.start import train_as_joined_rank, train_on_this_machine, train_on_this_node
+    ready_runs = [_ready(job.config, machine) for job in jobs]
+    from launcher.runtime.start import join_ranks, launch_on_this_machine, launch_on_this_node
 
-    for job, (it, place) in zip(jobs, checked, strict=True):
+    for job, (ready_run, place) in zip(jobs, ready_runs, strict=True):
         job.announce()
         if isinstance(place, RankEnvironment):
-            train_as_joined_rank(it.run, it.layout, place)
+            join_ranks(ready_run.run, ready_run.layout, place)
         elif place:
-            train_on_this_node(it.run, it.layout, place, cores=machine.cores)
+            launch_on_this_node(ready_run.run, ready_run.layout, place, cores=machine.cores)
         else:
-            train_on_this_machine(it.run, it.layout, cores=machine.cores, multirun_index=job.index)
+            launch_on_this_machine(
+                ready_run.run, ready_run.layout, cores=machine.cores, multirun_index=job.index
+            )
     return 0
 
 
-def _ready(run: RunConfig, machine: Machine) -> tuple[ReadyRun[RunConfig], Place]:
+def _ready(run: RunConfig, machine: Machine) -> tuple[ReadyRun, LaunchEnvironment]:
     gpus = 0 if run.hardware.device is Device.cpu else machine.gpus
-    place = place_of(os.environ, configured=run.hardware.accelerators_per_node, gpus=gpus)
+    place = launch_environment(os.environ, configured=run.hardware.accelerators_per_node, gpus=gpus)
     world = (
         world_of_joined_ranks(run, machine, ranks=place.world_size, ranks_per_node=place.local_size)
         if place
         else world_of_machine(run, machine)
     )
-    checked = ready(run, world, needs_data=True, must_fit=True)
-    if checked.search and speaks_for_all(os.environ):
-        count = len(checked.search.candidates)
+    ready_run = ready(run, world, needs_data=True, must_fit=True)
+    if ready_run.search and speaks_for_all(os.environ):
+        count = len(ready_run.search.candidates)
         print(f"auto     the fastest of {count} legal layouts; `launcher plan` shows them")
-    return checked, place
+    return ready_run, place

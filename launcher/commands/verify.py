@@ -32,24 +32,24 @@ def main(arguments: list[str]) -> int:
         print(HELP)
         return 0
     jobs, machine = compose_jobs("config", RunConfig, arguments), this_machine()
-    checked = [
+    ready_runs = [
         ready(job.config, world_of_hardware(job.config, machine), needs_data=False, must_fit=False)
         for job in jobs
     ]
-    for job, it in zip(jobs, checked, strict=True):
+    for job, ready_run in zip(jobs, ready_runs, strict=True):
         job.announce()
-        if not _verify(it, machine):
+        if not _verify(ready_run, machine):
             return FAILED
     return 0
 
 
-def _verify(it: ReadyRun[RunConfig], machine: Machine) -> bool:
+def _verify(ready_run: ReadyRun, machine: Machine) -> bool:
     """Verify one run and print each result as it comes; return whether all are within bounds.
 
     Raises ConfigError for a report that cannot be written and for GPUs that are not there, before anything
     runs.
     """
-    report, gpus = _writable(it.run), gpus_to_use(it.run, machine.gpus)
+    report, gpus = _writable(ready_run.run), gpus_to_use(ready_run.run, machine.gpus)
     share_cores(MOST_RANKS, machine.cores)
     from launcher.engine.distributed import prepare_deepspeed
 
@@ -57,12 +57,12 @@ def _verify(it: ReadyRun[RunConfig], machine: Machine) -> bool:
     from launcher.parity.verdict import print_pass, write_report
     from launcher.parity.verify import verify
 
-    small, shrunk = shrink(it.run, it.layout, gpus=gpus)
+    small, shrunk = shrink(ready_run.run, ready_run.layout, gpus=gpus)
     small_layout = validate(small, world_of_machine(small, machine))
-    print(f"layout   {it.layout.describe()}")
+    print(f"layout   {ready_run.layout.describe()}")
     print(f"verified {small_layout.describe()}")
     print("shrunk   " + "\n         ".join(shrunk) + "\n", flush=True)
-    if it.run.precision.dtype is Dtype.fp16:
+    if ready_run.run.precision.dtype is Dtype.fp16:
         print("note     fp16 trains on GPUs only: verified in fp32\n")
     started, passes = time.monotonic(), []
     for result in verify(small):

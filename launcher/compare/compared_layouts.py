@@ -1,4 +1,4 @@
-"""The layouts that are compared: by name, for any number of ranks. Pure."""
+"""Named layouts for any number of ranks, and the run planned in each of them. Pure."""
 
 import difflib
 from dataclasses import dataclass, replace
@@ -9,13 +9,13 @@ from launcher.config.schema import HardwareConfig, ParallelismConfig, RunConfig
 from launcher.config.world import World
 from launcher.planning.cost.plan import Plan
 
-Sizes = dict[str, int]
+AxisSizes = dict[str, int]  # fields of the parallelism group; a missing one keeps its default
 
 
-def named_layouts(ranks: int) -> dict[str, Sizes]:
-    """Each by its name: what of the parallelism group it sets."""
+def named_layouts(ranks: int) -> dict[str, AxisSizes]:
+    """Return the fields that each named layout sets, for this number of ranks."""
     half = ranks // 2
-    found: dict[str, Sizes] = {
+    layouts: dict[str, AxisSizes] = {
         "single": {},
         "dp": {"data": ranks},
         "tp": {"tensor": ranks},
@@ -23,19 +23,19 @@ def named_layouts(ranks: int) -> dict[str, Sizes]:
         **{f"zero{stage}": {"data": ranks, "zero_stage": stage} for stage in (1, 2, 3)},
     }
     if ranks % 2 == 0 and half > 1:
-        found |= {
+        layouts |= {
             "dp_tp": {"data": half, "tensor": 2},
             "dp_pp": {"data": half, "pipeline": 2},
             "tp_pp": {"tensor": 2, "pipeline": half},
         }
     if ranks % 4 == 0 and ranks > 4:
-        found["dp_tp_pp"] = {"data": ranks // 4, "tensor": 2, "pipeline": 2}
-    return found
+        layouts["dp_tp_pp"] = {"data": ranks // 4, "tensor": 2, "pipeline": 2}
+    return layouts
 
 
 @dataclass(frozen=True)
-class Compared:
-    """One layout to compare; `refused` says why it is not trained."""
+class ComparedLayout:
+    """A layout to compare and its plan; `refused` is the reason why it is not trained."""
 
     name: str
     run: RunConfig
@@ -44,8 +44,8 @@ class Compared:
     refused: str = ""
 
 
-def chosen_layouts(names: list[str], ranks: int) -> dict[str, Sizes]:
-    """Those that were asked for; without any, all. Raises ConfigError for a name that there is not."""
+def chosen_layouts(names: list[str], ranks: int) -> dict[str, AxisSizes]:
+    """Return the layouts with these names, or all without names. Raises ConfigError for an unknown name."""
     known = named_layouts(ranks)
     for name in names:
         if name not in known:
@@ -55,7 +55,7 @@ def chosen_layouts(names: list[str], ranks: int) -> dict[str, Sizes]:
     return {name: known[name] for name in names or known}
 
 
-def in_layout(run: RunConfig, sizes: Sizes, world: World) -> RunConfig:
+def in_layout(run: RunConfig, sizes: AxisSizes, world: World) -> RunConfig:
     """Return the run in that layout, on ranks that each compute on one core and save nothing."""
     kept = run.parallelism
     parallelism = ParallelismConfig(
@@ -72,6 +72,6 @@ def in_layout(run: RunConfig, sizes: Sizes, world: World) -> RunConfig:
 
 
 def _with_a_core_each(hardware: HardwareConfig, world: World) -> HardwareConfig:
-    """Rates as they were measured of ranks with one core each, for one rank too."""
+    """Return the hardware with only the rates of ranks that had one core each, also for a single rank."""
     measured = [rates for rates in hardware.measured if rates.ranks >= world.ranks]
     return replace(hardware, measured=measured or hardware.measured)

@@ -1,19 +1,20 @@
-"""The comparison as a picture: time, memory, traffic, and the losses on top of each other."""
+"""Draw a comparison: time, memory, bytes sent, and the losses over each other."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from launcher.compare.comparison_report import GROUPS, PARTS, Row
+from launcher.compare.comparison_report import ComparisonRow
+from launcher.config.layout import GROUPS, STEP_PARTS
 
-COLOURS = {
+PART_COLOURS = {
     "compute": "#4c72b0", "tensor": "#c44e52", "data": "#dd8452", "pipeline": "#8172b3",
     "optimizer": "#55a868",
 }  # fmt: skip
 
 
-def draw_comparison(rows: Sequence[Row], path: Path) -> None:
-    """Write it. matplotlib is an optional dependency: see planning.figure.check_figure."""
+def draw_comparison(rows: Sequence[ComparisonRow], path: Path) -> None:
+    """Write the picture. matplotlib is an optional dependency: see plan_figure.check_figure."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(14, 8.5), layout="constrained")
@@ -26,12 +27,12 @@ def draw_comparison(rows: Sequence[Row], path: Path) -> None:
     figure.savefig(path.expanduser(), dpi=110)
 
 
-def _draw_time(rows: Sequence[Row], axes: Any) -> None:
+def _draw_time(rows: Sequence[ComparisonRow], axes: Any) -> None:
     bottom = [0.0] * len(rows)
-    for part in PARTS:
+    for part in STEP_PARTS:
         heights = [row.measured.parts[part] * 1e3 if row.measured else 0.0 for row in rows]
         label = "other stages, idle time too" if part == "pipeline" else part
-        axes.bar(range(len(rows)), heights, bottom=bottom, color=COLOURS[part], label=label, width=0.7)
+        axes.bar(range(len(rows)), heights, bottom=bottom, color=PART_COLOURS[part], label=label, width=0.7)
         bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
     for place, (row, top) in enumerate(zip(rows, bottom, strict=True)):
         if row.measured:
@@ -40,7 +41,7 @@ def _draw_time(rows: Sequence[Row], axes: Any) -> None:
     _finish(axes, rows, "a step, ms")
 
 
-def _draw_memory(rows: Sequence[Row], axes: Any) -> None:
+def _draw_memory(rows: Sequence[ComparisonRow], axes: Any) -> None:
     heights = [row.measured.memory / 1e6 if row.measured else 0.0 for row in rows]
     axes.bar(range(len(rows)), heights, color="#4c72b0", width=0.7, label="measured")
     for place, (row, height) in enumerate(zip(rows, heights, strict=True)):
@@ -57,12 +58,12 @@ def _draw_memory(rows: Sequence[Row], axes: Any) -> None:
     _finish(axes, rows, "tensors of the fullest rank, MB")
 
 
-def _draw_sent(rows: Sequence[Row], axes: Any) -> None:
+def _draw_sent(rows: Sequence[ComparisonRow], axes: Any) -> None:
     bottom = [0.0] * len(rows)
     for group in GROUPS:
         heights = [row.measured.sent[group] / 1e6 if row.measured else 0.0 for row in rows]
         label = f"over the {group} group"
-        axes.bar(range(len(rows)), heights, bottom=bottom, color=COLOURS[group], label=label, width=0.7)
+        axes.bar(range(len(rows)), heights, bottom=bottom, color=PART_COLOURS[group], label=label, width=0.7)
         bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
     for place, top in enumerate(bottom):
         axes.text(place, top, f"{top:.3g}", ha="center", va="bottom", fontsize=8)
@@ -70,8 +71,8 @@ def _draw_sent(rows: Sequence[Row], axes: Any) -> None:
     _finish(axes, rows, "sent by a rank in a step, MB")
 
 
-def _draw_losses(rows: Sequence[Row], axes: Any) -> None:
-    # Each thinner than the one before, or the last would hide them all.
+def _draw_losses(rows: Sequence[ComparisonRow], axes: Any) -> None:
+    # Each line is thinner than the one below it, which would be hidden otherwise.
     for number, row in enumerate(rows):
         assert row.measured
         steps = range(1, len(row.measured.losses) + 1)
@@ -92,7 +93,7 @@ def _mark_planned(axes: Any, heights: Sequence[float | None]) -> None:
         )
 
 
-def _finish(axes: Any, rows: Sequence[Row], label: str) -> None:
+def _finish(axes: Any, rows: Sequence[ComparisonRow], label: str) -> None:
     axes.set_xticks(range(len(rows)), [row.name for row in rows], rotation=30, ha="right")
     axes.set_ylabel(label)
     axes.margins(y=0.1)

@@ -1,24 +1,23 @@
-"""The comparison for people, as a table, and for machines. Pure but for printing."""
+"""Report a comparison as a table, as JSON and as rows of metrics. Pure except for printing."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from launcher.compare.compared_layouts import Compared
-from launcher.compare.measured_layout import Measured
-from launcher.text import plain_table, print_table
+from launcher.compare.compared_layouts import ComparedLayout
+from launcher.compare.measured_layout import MeasuredLayout
+from launcher.config.layout import GROUPS, STEP_PARTS
+from launcher.text import megabytes, milliseconds, plain_table, print_table, whole
 
-PARTS = ("compute", "tensor", "data", "pipeline", "optimizer")
-GROUPS = ("tensor", "data", "pipeline")
-TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2, "fp16": 2e-2}  # of a loss, relative
+TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2, "fp16": 2e-2}  # relative difference of two losses
 
 
 @dataclass(frozen=True)
-class Row:
-    """One layout: what was planned and, if it was trained, what was measured; `failed` says why not."""
+class ComparisonRow:
+    """Plan and measurement of a layout; without a measurement, `failed` is the reason."""
 
-    compared: Compared
-    measured: Measured | None = None
+    compared: ComparedLayout
+    measured: MeasuredLayout | None = None
     failed: str = ""
 
     @property
@@ -37,11 +36,11 @@ class Row:
     @property
     def planned_sent(self) -> dict[str, float]:
         plan = self.compared.plan
-        return {name: one.sent for name, one in plan.traffic.items()} if plan else {}
+        return {group: traffic.sent for group, traffic in plan.traffic.items()} if plan else {}
 
     @property
     def planned_parts(self) -> dict[str, float]:
-        """Seconds, as they are measured: what waits for other stages, transfers and bubble, is one."""
+        """Return seconds by part as they are measured: transfers and bubble are one wait for other stages."""
         plan = self.compared.plan
         if plan is None or plan.time is None:
             return {}
@@ -60,52 +59,52 @@ class Row:
 
 
 def bubble(parts: dict[str, float]) -> float:
-    """Waiting for other stages, over what the step would take without."""
+    """Return the wait for other stages over the rest of the step."""
     return parts["pipeline"] / (sum(parts.values()) - parts["pipeline"])
 
 
-def metric_rows(rows: Sequence[Row]) -> list[dict[str, float | int]]:
-    """For W&B: the losses step by step, and with the last of them what each layout took."""
+def metric_rows(rows: Sequence[ComparisonRow]) -> list[dict[str, float | int]]:
+    """Return the losses of each step for W&B; the last row also has time, memory and bytes of each layout."""
     trained = {row.name: row.measured for row in rows if row.measured}
     steps = range(len(next(iter(trained.values())).losses)) if trained else range(0)
-    found: list[dict[str, float | int]] = [
-        {"step": step + 1, **{f"loss/{name}": one.losses[step] for name, one in trained.items()}}
+    metrics: list[dict[str, float | int]] = [
+        {"step": step + 1, **{f"loss/{name}": layout.losses[step] for name, layout in trained.items()}}
         for step in steps
     ]
-    for row in rows if found else ():
-        if one := row.measured:
-            found[-1] |= {
-                f"step_time_s/{row.name}": one.seconds,
-                f"tokens_per_s/{row.name}": row.tokens_per_s(one.seconds),
-                f"memory_bytes/{row.name}": one.memory,
-                **{f"{part}_s/{row.name}": seconds for part, seconds in one.parts.items()},
-                **{f"sent_{group}_bytes/{row.name}": size for group, size in one.sent.items()},
+    for row in rows if metrics else ():
+        if measured := row.measured:
+            metrics[-1] |= {
+                f"step_time_s/{row.name}": measured.seconds,
+                f"tokens_per_s/{row.name}": row.tokens_per_s(measured.seconds),
+                f"memory_bytes/{row.name}": measured.memory,
+                **{f"{part}_s/{row.name}": seconds for part, seconds in measured.parts.items()},
+                **{f"sent_{group}_bytes/{row.name}": size for group, size in measured.sent.items()},
             }
         if row.planned_memory is not None:
-            found[-1][f"planned_memory_bytes/{row.name}"] = row.planned_memory
+            metrics[-1][f"planned_memory_bytes/{row.name}"] = row.planned_memory
         if row.planned_parts:
-            found[-1][f"planned_step_time_s/{row.name}"] = sum(row.planned_parts.values())
-    return found
+            metrics[-1][f"planned_step_time_s/{row.name}"] = sum(row.planned_parts.values())
+    return metrics
 
 
-def differing(rows: Sequence[Row]) -> dict[str, float]:
-    """Layouts whose losses differ from the first's by more than the tolerance, and by how much of it."""
+def differing(rows: Sequence[ComparisonRow]) -> dict[str, float]:
+    """Return the largest relative difference of losses from the first layout, where it is not tolerated."""
     trained = [row for row in rows if row.measured]
-    found = {}
+    differences = {}
     for row in trained[1:]:
         assert row.measured
         assert trained[0].measured
         pairs = zip(row.measured.losses, trained[0].measured.losses, strict=True)
-        worst = max(abs(one / other - 1) for one, other in pairs)
+        worst = max(abs(loss / first - 1) for loss, first in pairs)
         if not worst <= TOLERANCE[row.compared.run.precision.dtype.name]:  # a NaN is above it too
-            found[row.name] = worst
-    return found
+            differences[row.name] = worst
+    return differences
 
 
-def print_comparison(rows: Sequence[Row]) -> None:
+def print_comparison(rows: Sequence[ComparisonRow]) -> None:
     table = plain_table("One step of each layout, measured and (planned); times in ms, sizes in MB")
     sent = (f"sent,\n{group}" for group in GROUPS)
-    for name in ("layout", "ranks", "step", "tokens/s", *PARTS, "bubble", "memory", *sent, "last\nloss"):
+    for name in ("layout", "ranks", "step", "tokens/s", *STEP_PARTS, "bubble", "memory", *sent, "last\nloss"):
         table.add_column(name, justify="left" if name == "layout" else "right", no_wrap=True)
     for row in rows:
         if row.measured:
@@ -118,35 +117,35 @@ def print_comparison(rows: Sequence[Row]) -> None:
             print(f"left out {row.name}: {row.not_trained}")
 
 
-def _measured(row: Row, found: Measured) -> list[str]:
+def _measured(row: ComparisonRow, measured: MeasuredLayout) -> list[str]:
     layout = row.compared.layout
     assert layout is not None
     return [
         row.name,
         str(layout.world_size),
-        _ms(found.seconds),
-        f"{row.tokens_per_s(found.seconds):,.0f}",
-        *(_ms(found.parts[part]) for part in PARTS),
-        f"{bubble(found.parts):.0%}",
-        _mb(found.memory),
-        *(_mb(found.sent[group]) for group in GROUPS),
-        f"{found.losses[-1]:.4f}",
+        milliseconds(measured.seconds),
+        whole(row.tokens_per_s(measured.seconds)),
+        *(milliseconds(measured.parts[part]) for part in STEP_PARTS),
+        f"{bubble(measured.parts):.0%}",
+        megabytes(measured.memory),
+        *(megabytes(measured.sent[group]) for group in GROUPS),
+        f"{measured.losses[-1]:.4f}",
     ]
 
 
-def _planned(row: Row) -> list[str]:
+def _planned(row: ComparisonRow) -> list[str]:
     parts = row.planned_parts
     seconds = sum(parts.values())
     assert row.planned_memory is not None
     return [
         "" if row.measured else row.name,
         "" if row.measured or not row.compared.layout else str(row.compared.layout.world_size),
-        _bracketed(_ms(seconds) if parts else ""),
-        _bracketed(f"{row.tokens_per_s(seconds):,.0f}" if parts else ""),
-        *(_bracketed(_ms(parts[part]) if parts else "") for part in PARTS),
+        _bracketed(milliseconds(seconds) if parts else ""),
+        _bracketed(whole(row.tokens_per_s(seconds)) if parts else ""),
+        *(_bracketed(milliseconds(parts[part]) if parts else "") for part in STEP_PARTS),
         _bracketed(f"{bubble(parts):.0%}" if parts else ""),
-        _bracketed(_mb(row.planned_memory)),
-        *(_bracketed(_mb(row.planned_sent[group])) for group in GROUPS),
+        _bracketed(megabytes(row.planned_memory)),
+        *(_bracketed(megabytes(row.planned_sent[group])) for group in GROUPS),
         "",
     ]
 
@@ -155,16 +154,8 @@ def _bracketed(text: str) -> str:
     return f"({text})" if text else ""
 
 
-def _ms(seconds: float) -> str:
-    return f"{seconds * 1e3:,.0f}"
-
-
-def _mb(size: float) -> str:
-    return f"{size / 1e6:,.{1 if size >= 1e8 else 2}f}" if size else "0"
-
-
-def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Seconds and bytes."""
+def as_json(rows: Sequence[ComparisonRow]) -> list[dict[str, Any]]:
+    """Return each layout as plain values; times are in seconds, sizes in bytes."""
     return [
         {
             "layout": row.name,

@@ -1,8 +1,7 @@
-"""Runs a layout on this machine, and puts together what its ranks recorded."""
+"""Train a layout on this machine and combine the records of its ranks."""
 
 import json
 import tempfile
-from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,23 +14,23 @@ from launcher.launch.local import run_local_ranks
 from launcher.planning.cost.operations import Collective
 
 if TYPE_CHECKING:
-    from launcher.compare.rank_record import Recorded
+    from launcher.compare.rank_record import RankRecord
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One layout as it ran. Seconds are medians; parts are those of the rank that computes longest."""
+class MeasuredLayout:
+    """Measurement of a layout. Seconds are medians; `parts` is of the rank that computes longest."""
 
     losses: list[float]
     seconds: float
     parts: dict[str, float]
-    memory: int  # bytes of tensors at the most, of the rank that has most
-    sent: dict[str, float]  # bytes by group, of the rank that sends most there
+    memory: int  # peak bytes of tensors on the rank with the highest peak
+    sent: dict[str, float]  # bytes per step by group, of the rank that sends most in that group
 
 
-def measure_layout(run: RunConfig, layout: Layout, *, steps: int) -> Measured:
-    """Raises what run_local_ranks raises. The caller has imported DeepSpeed (prepare_deepspeed)."""
-    from launcher.compare.rank_record import Recorded, record_rank
+def measure_layout(run: RunConfig, layout: Layout, *, steps: int) -> MeasuredLayout:
+    """Train and measure; raises what run_local_ranks raises. The caller has called prepare_deepspeed."""
+    from launcher.compare.rank_record import RankRecord, record_rank
 
     with tempfile.TemporaryDirectory(prefix="launcher-compare-") as name:
         folder = Path(name)
@@ -39,29 +38,28 @@ def measure_layout(run: RunConfig, layout: Layout, *, steps: int) -> Measured:
         start_method: Literal["fork", "spawn"] = "fork" if layout.device == "cpu" else "spawn"
         run_local_ranks(target, layout.world_size, log_dir=folder / "logs", start_method=start_method)
         ranks = [
-            Recorded(**json.loads((folder / f"rank-{rank}.json").read_text()))
+            RankRecord(**json.loads((folder / f"rank-{rank}.json").read_text()))
             for rank in range(layout.world_size)
         ]
-    return together(layout, ranks)
+    return combined(layout, ranks)
 
 
-def together(layout: Layout, ranks: list["Recorded"]) -> Measured:
-    """What the ranks recorded, as one. Pure."""
+def combined(layout: Layout, ranks: list["RankRecord"]) -> MeasuredLayout:
+    """Combine the records of all ranks. Pure."""
     busiest = max(ranks, key=lambda rank: median(parts["compute"] for parts in rank.parts))
     sizes = {"tensor": layout.tensor, "data": layout.data, "pipeline": layout.pipeline}
-    return Measured(
+    return MeasuredLayout(
         losses=ranks[0].losses,
         seconds=median(ranks[0].seconds),
         parts={name: median(parts[name] for parts in busiest.parts) for name in busiest.parts[0]},
         memory=max(rank.memory for rank in ranks),
-        sent={
-            name: max(_bytes(rank.sent.get(name, []), size) for rank in ranks) for name, size in sizes.items()
-        },
+        sent={group: max(_sent(rank, group, size) for rank in ranks) for group, size in sizes.items()},
     )
 
 
-def _bytes(collectives: list[tuple[str, int, int]], ranks: int) -> float:
-    counted: Counter[Collective] = Counter()
-    for kind, size, times in collectives:
-        counted[Collective(kind, size)] += times  # type: ignore[arg-type]
-    return sum(one.sent(ranks) * times for one, times in counted.items())
+def _sent(rank: "RankRecord", group: str, ranks: int) -> float:
+    return sum(
+        Collective(kind, size).sent(ranks) * times
+        for name, kind, size, times in rank.collectives
+        if name == group
+    )

@@ -1,51 +1,46 @@
-"""One rank of a compared layout: trains some steps, and writes down losses, times, memory and traffic."""
+"""Train a compared layout on one rank and record losses, seconds, peak memory and collectives."""
 
 import json
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 
-# Some of it is imported at the first operation under a dispatch mode, and ZeRO-3 wraps what it would find.
+# A part of torch is imported at the first operation under a dispatch mode, and ZeRO-3 would wrap that part.
 import torch._dynamo
 import torch.distributed as dist
 
-from launcher.compare.stopwatch import Stopwatch
 from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
 from launcher.data.open import open_data
-from launcher.engine.base import Engine
+from launcher.engine.allocations import CollectiveName
 from launcher.engine.build import build_engine
 from launcher.engine.distributed import join, leave
-from launcher.runtime.saving import start_from
-from launcher.runtime.train import loader_of, train_step
-from launcher.tracing.allocations import Allocations
+from launcher.engine.measuring import RankMeasurement
+from launcher.runtime.batches import rank_loader
+from launcher.runtime.resume import start_from
+from launcher.runtime.train import optimizer_step
 
-ACCOUNTED = 4  # steps whose memory and traffic are counted; the first makes the optimizer's states
-NOISE = 64  # bytes: norms, flags and losses are reduced too
-WAITS = ("tensor", "data", "pipeline")
+COUNTED = 4  # steps whose memory and collectives are counted; the first makes the optimizer's states
 
 
 @dataclass
-class Recorded:
-    """Of one rank: per step, and at the most. Seconds and bytes."""
+class RankRecord:
+    """Losses, seconds, peak memory in bytes and collectives of one rank."""
 
     losses: list[float] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)  # of the steps after the accounted ones
+    seconds: list[float] = field(default_factory=list)  # of the steps after the counted steps
     parts: list[dict[str, float]] = field(default_factory=list)  # of the same steps
     memory: int = 0
-    sent: dict[str, list[tuple[str, int, int]]] = field(default_factory=dict)  # by group: kind, size, times
+    collectives: list[tuple[str, CollectiveName, int, int]] = field(default_factory=list)  # and times called
 
 
 def record_rank(rank: int, *, run: RunConfig, layout: Layout, steps: int, folder: Path) -> None:
-    """Train ACCOUNTED and then `steps` more; write folder/rank-N.json. Collective over the world."""
-    torch.set_num_threads(1)  # in every layout
-    groups: dict[str, str] = {}
-    watch, found = Stopwatch(lambda group: _name_of(group, groups)), Recorded()
-    with watch.timing_collectives():
+    """Train COUNTED steps, time `steps` more, write folder/rank-N.json. Collective over the world."""
+    torch.set_num_threads(1)  # the same in every layout
+    measurement, record = RankMeasurement(), RankRecord()
+    with measurement.timing_collectives():
         device = join(
             rank=rank,
             world_size=layout.world_size,
@@ -53,80 +48,29 @@ def record_rank(rank: int, *, run: RunConfig, layout: Layout, steps: int, folder
             device=layout.device,
             init_method=f"file://{folder / 'store'}",
         )
-        with Allocations(lambda group: groups.get(group.group_name)) as allocations:
+        with measurement.tensors:
             engine = build_engine(run, layout, device)
-            groups |= group_names(engine)
+            measurement.name_groups(engine)
             data = open_data(run)
-            progress, _ = start_from(run, engine, None, None, data.digests)
-            loader = loader_of(run, engine, data.blend(progress.blends))
+            progress = start_from(run, engine, None, None, data.digests).progress
+            loader = rank_loader(run, engine, data.blend(progress.blends))
             peaks = []
-            for _ in range(ACCOUNTED):
-                allocations.restart()
-                found.losses.append(train_step(run, layout, engine, loader, progress)["train/loss"])
+            for _ in range(COUNTED):
+                measurement.tensors.restart()
+                record.losses.append(engine.mean_loss(optimizer_step(run, engine, loader, progress).loss))
                 progress = progress.after(run.training.global_batch_size)
-                peaks.append(allocations.peak)
-        # Now and then gloo's threads let go of a gradient only after the next one is made.
-        found.memory, found.sent = min(peaks[1:]), _sent(allocations)
-        with loader, timed_optimizer(engine, watch):
+                peaks.append(measurement.tensors.peak)
+        # Sometimes a thread of gloo frees a gradient only after the next gradient is made.
+        record.memory = min(peaks[1:])
+        record.collectives = [(*call, times) for call, times in measurement.collectives().items()]
+        with loader, measurement.timing_optimizer(engine):
             for _ in range(steps):
                 dist.barrier()
-                watch.restart()
+                measurement.restart_clock()
                 started = time.perf_counter()
-                found.losses.append(train_step(run, layout, engine, loader, progress)["train/loss"])
-                found.seconds.append(time.perf_counter() - started)
-                found.parts.append(_parts(found.seconds[-1], watch.seconds))
+                record.losses.append(engine.mean_loss(optimizer_step(run, engine, loader, progress).loss))
+                record.seconds.append(time.perf_counter() - started)
+                record.parts.append(measurement.seconds(record.seconds[-1]))
                 progress = progress.after(run.training.global_batch_size)
-    (folder / f"rank-{rank}.json").write_text(json.dumps(asdict(found)))
+    (folder / f"rank-{rank}.json").write_text(json.dumps(asdict(record)))
     leave()
-
-
-def group_names(engine: Engine) -> dict[str, str]:
-    """Tensor, data or pipeline, by torch's name of a group: of ours, and those DeepSpeed's pipeline makes."""
-    mesh = engine.mesh
-    found: dict[str, str] = {}
-    grid = getattr(engine.deepspeed, "grid", None)
-    if grid is not None:
-        assert dist.group.WORLD is not None
-        found[dist.group.WORLD.group_name] = "pipeline"  # over which stages send to each other
-        found[grid.get_data_parallel_group().group_name] = "data"
-        for tied in engine.module.tied_comms.values():  # type: ignore[operator]
-            if len(tied["ranks"]) > 1:  # under DualPipeV both ends are on one
-                found[tied["group"].group_name] = "pipeline"
-    for name, axis in (("tensor", mesh.tensor), ("data", mesh.data)):
-        assert axis.group is not None
-        found[axis.group.group_name] = name
-    return found
-
-
-def _name_of(group: dist.ProcessGroup | None, names: dict[str, str]) -> str:
-    known = names.get(group.group_name, "") if group is not None else ""
-    # Without a group it is the whole world: a pipeline's sends, or a number that all ranks agree on.
-    return known or ("pipeline" if "pipeline" in names.values() else "data")
-
-
-@contextmanager
-def timed_optimizer(engine: Engine, watch: Stopwatch) -> Iterator[None]:
-    """DeepSpeed's step put down to the optimizer, but for what it waits for others."""
-    own = engine.deepspeed
-    step = own._take_model_step
-    own._take_model_step = watch.within("optimizer", step)
-    try:
-        yield
-    finally:
-        own._take_model_step = step
-
-
-def _parts(elapsed: float, seconds: dict[str, float]) -> dict[str, float]:
-    """Those of `seconds`, and computation: what is left."""
-    parts = {name: seconds.get(name, 0.0) for name in (*WAITS, "optimizer")}
-    return {"compute": elapsed - sum(parts.values()), **parts}
-
-
-def _sent(allocations: Allocations) -> dict[str, list[tuple[str, int, int]]]:
-    found: dict[str, list[tuple[str, int, int]]] = {}
-    for (group, one), count in allocations.collectives.items():
-        if one.size > NOISE:
-            # A tied weight's gradient is reduced between two ranks: each sends as much as that is.
-            kind = "send" if group == "pipeline" else one.kind
-            found.setdefault(group, []).append((kind, one.size, count))
-    return found

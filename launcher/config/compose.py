@@ -1,4 +1,4 @@
-"""Hydra's composition, from a command line to dataclasses. Its errors become ConfigErrors in explain.py."""
+"""Compose dataclasses from a command line with Hydra. explanations.py translates Hydra's errors."""
 
 import argparse
 import contextlib
@@ -40,35 +40,35 @@ Config = TypeVar(
 )
 
 
-# Dictionaries whose keys are the user's.
+# The beginnings of overrides of open dictionaries, whose keys the user chooses.
 OPEN = tuple(f"{name}{end}" for name in ("deepspeed", *ENTRIES) for end in (".", "="))
 
 
 @dataclass(frozen=True)
 class Job(Generic[Config]):
-    """One config to run; `index` counts the jobs of a --multirun and is None in a single run."""
+    """A composed config to run."""
 
     config: Config
-    index: int | None
-    overrides: list[str]  # that make it, from any directory: --config-dir is among them
+    index: int | None  # number of the job in a --multirun; None for a single run
+    overrides: list[str]  # arguments that compose the same config from any directory, including --config-dir
 
     def announce(self) -> None:
-        """Print which job of a sweep comes next; nothing for a single run."""
+        """Print the number and overrides of a job of a sweep; print nothing for a single run."""
         if self.index is not None:
             print(f"job      {self.index}: {' '.join(self.overrides)}", flush=True)
 
 
 def compose_jobs(config_name: str, root: type[Config], arguments: list[str]) -> list[Job[Config]]:
-    """Compose `config_name` from command-line `arguments`: one job, or those of a sweep.
+    """Return the jobs that the command-line `arguments` compose from `config_name`; a sweep has several.
 
-    Hydra's own flags (--help, --cfg job, --multirun, --config-dir ...) do what they do in any Hydra
-    application; those that only show something leave no job. Raises ConfigError for whatever cannot
-    be composed, in any job of a sweep, before a caller can start the first.
+    Hydra's flags (--help, --cfg job, --multirun, --config-dir ...) work as in any Hydra application. A flag
+    that only prints, such as --help, gives no job. Raises ConfigError if any job cannot be composed, so that
+    no job of a sweep starts before all of them are valid.
     """
     register_schema()
-    # Hydra would otherwise print its errors itself and exit with 1; it offers no other switch.
+    # Without this variable, Hydra prints its errors itself and exits with code 1. It has no other switch.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    # argparse takes overrides in one stretch only; a flag may stand between them here.
+    # argparse accepts overrides only without flags between them, so the flags are sorted first.
     flags_first: list[str] = [_addable(argument) for argument in sorted(arguments, key=_is_override)]
     flags, overrides = _parsed(flags_first)
     directories: list[str] = []
@@ -78,7 +78,7 @@ def compose_jobs(config_name: str, root: type[Config], arguments: list[str]) -> 
     composed: list[tuple[DictConfig, int | None, list[str]]] = []
 
     def keep(config: DictConfig) -> None:
-        # Unresolved: a ${...} among them may lead nowhere, which is reported later.
+        # Not resolved here: a ${...} that refers to nothing is reported later.
         task = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
         assert isinstance(task, list)
         composed.append((config, _multirun_index(), [str(override) for override in task]))
@@ -87,7 +87,7 @@ def compose_jobs(config_name: str, root: type[Config], arguments: list[str]) -> 
     try:
         main()
     except BrokenPipeError:
-        raise  # whoever read the --help has seen enough
+        raise  # the reader of --help, such as `head`, closed the pipe
     except COMPOSITION_ERRORS as error:
         raise explain(error, root, overrides) from None
     return [
@@ -100,20 +100,20 @@ def _is_override(argument: str) -> bool:
 
 
 def _addable(argument: str) -> str:
-    """Keys of an open dictionary need no `+`."""
+    """Return the argument, with `++` in front if it sets a key of an open dictionary."""
     return f"++{argument}" if argument.startswith(OPEN) else argument
 
 
 def _parsed(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Hydra's flags, and what is left without them. Raises ConfigError for a flag it does not have."""
-    said = io.StringIO()
+    """Return Hydra's flags and the overrides. Raises ConfigError for an unknown flag."""
+    stderr = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(stderr):
             flags: argparse.Namespace = get_args_parser().parse_args(arguments)
     except SystemExit as stop:
         if not stop.code:
             raise  # --version
-        why = said.getvalue().strip().splitlines()[-1].partition("error: ")[2]
+        why = stderr.getvalue().strip().splitlines()[-1].partition("error: ")[2]
         raise ConfigError("command line", None, why, "a flag that `launcher --hydra-help` lists") from None
     return flags, list(flags.overrides)
 
@@ -125,17 +125,17 @@ def _multirun_index() -> int | None:
 
 
 def to_typed(composed: DictConfig, root: type[Config], overrides: list[str] | None = None) -> Config:
-    """The dataclasses behind a composed config.
+    """Return a composed config as dataclasses of type `root`.
 
-    Raises ConfigError for a missing value, an unknown key or a ${...} that leads nowhere; `overrides`
-    are those of the command line, for its message.
+    Raises ConfigError for a missing value, an unknown key, or a ${...} that refers to nothing. Its message
+    uses `overrides`, the overrides of the command line.
     """
     try:
         if missing := sorted(OmegaConf.missing_keys(composed)):
             raise missing_value(missing[0], root)
         _refuse_unknown(composed, OmegaConf.structured(root), "", root)
         typed = OmegaConf.to_object(composed)
-        # Composing does not look into lists: [a, {b: 1}] would pass for a list of text.
+        # Composition does not check the items of lists: it accepts [a, {b: 1}] as a list of text.
         OmegaConf.structured(typed)
     except COMPOSITION_ERRORS as error:
         raise explain(error, root, overrides or []) from None
@@ -144,7 +144,7 @@ def to_typed(composed: DictConfig, root: type[Config], overrides: list[str] | No
 
 
 def _refuse_unknown(config: DictConfig, schema: DictConfig, prefix: str, root: type[Any]) -> None:
-    # Hydra's `+key=value` adds keys that the schema does not have.
+    # Hydra's `+key=value` can add keys that are not in the schema.
     for key in config:
         name = f"{prefix}{key!s}"
         if key not in schema.keys():  # noqa: SIM118  (`in schema` is false for a mandatory value)
@@ -155,14 +155,19 @@ def _refuse_unknown(config: DictConfig, schema: DictConfig, prefix: str, root: t
 
 
 def load_typed(path: Path, root: type[Config]) -> Config:
-    """Read a composed config that a run wrote (run.dir/config.yaml). Raises ConfigError if it cannot be."""
+    """Return the config that a run wrote to `path`, run.dir/config.yaml.
+
+    Raises ConfigError if the file is missing or was not written by a run.
+    """
     if not path.is_file():
-        why = f"not a run's directory, it has no {path.name}"
-        raise ConfigError("run.dir", path.parent, why, "the directory that a run printed")
+        why = f"this is not a run directory, because it has no {path.name}"
+        raise ConfigError("run.dir", path.parent, why, "run.dir=DIRECTORY of a run")
     try:
         merged = OmegaConf.merge(OmegaConf.structured(root), OmegaConf.load(path))
         assert isinstance(merged, DictConfig)
         return to_typed(merged, root)
     except (*COMPOSITION_ERRORS, ConfigError) as error:
-        why = f"its {path.name} is not one that a run wrote: {str(error).splitlines()[0]}"
-        raise ConfigError("run.dir", path.parent, why, "the directory of an unchanged run") from None
+        why = f"its {path.name} was not written by a run: {str(error).splitlines()[0]}"
+        raise ConfigError(
+            "run.dir", path.parent, why, "run.dir=DIRECTORY of a run whose files are unchanged"
+        ) from None

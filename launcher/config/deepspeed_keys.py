@@ -1,7 +1,7 @@
-"""The keys of DeepSpeed's own config that `deepspeed.*` may carry, and those the launcher sets itself.
+"""The keys of DeepSpeed's config that `deepspeed.*` may set, and the keys that the launcher sets itself.
 
-A table and not an import: importing deepspeed takes seconds, and a typo must be refused at once.
-tests/config/test_deepspeed_keys.py holds the table against the installed DeepSpeed's config models.
+The keys are a table because importing deepspeed takes seconds, and a typo must be refused at once.
+tests/config/test_deepspeed_keys.py compares the table with the config models of the installed DeepSpeed.
 """
 
 import difflib
@@ -13,12 +13,12 @@ from launcher.config.errors import ConfigError, as_typed
 
 
 @dataclass(frozen=True)
-class Kind:
-    """What DeepSpeed takes as the value of a key."""
+class KeyType:
+    """The values that DeepSpeed accepts for a key."""
 
-    words: str
-    holds: Callable[[Any], bool]
-    example: str  # a value that holds
+    words: str  # the error message for other values
+    holds: Callable[[Any], bool]  # whether a value is accepted
+    example: str  # an accepted value
 
 
 def _is_number(value: Any) -> bool:
@@ -29,27 +29,29 @@ def _is_whole(value: Any) -> bool:
     return _is_number(value) and float(value).is_integer()
 
 
-FLAG = Kind("must be true or false", lambda value: isinstance(value, bool), "true")
-COUNT = Kind("must be a whole number, 0 or more", lambda value: _is_whole(value) and value >= 0, "1")
-SIZE = Kind("must be a whole number, 1 or more", lambda value: _is_whole(value) and value >= 1, "1")
-NUMBER = Kind("must be a number, 0 or more", lambda value: _is_number(value) and value >= 0, "1.0")
-SHARE = Kind("must be from 0 to 1", lambda value: _is_number(value) and 0 <= value <= 1, "1.0")
-TEXT = Kind("must be text", lambda value: isinstance(value, str), "info")
-NAMES = Kind("must be a list", lambda value: isinstance(value, list), "[all_reduce]")
-DTYPE = Kind("must be fp32, bf16 or fp16", lambda value: value in ("fp32", "bf16", "fp16"), "fp32")
-SECTION = Kind("a section, not a value", lambda value: isinstance(value, Mapping), "")
+FLAG = KeyType("must be true or false", lambda value: isinstance(value, bool), "true")
+COUNT = KeyType("must be a whole number, 0 or more", lambda value: _is_whole(value) and value >= 0, "1")
+SIZE = KeyType("must be a whole number, 1 or more", lambda value: _is_whole(value) and value >= 1, "1")
+NUMBER = KeyType("must be a number, 0 or more", lambda value: _is_number(value) and value >= 0, "1.0")
+SHARE = KeyType("must be from 0 to 1", lambda value: _is_number(value) and 0 <= value <= 1, "1.0")
+TEXT = KeyType("must be text", lambda value: isinstance(value, str), "info")
+NAMES = KeyType("must be a list", lambda value: isinstance(value, list), "[all_reduce]")
+DTYPE = KeyType("must be fp32, bf16 or fp16", lambda value: value in ("fp32", "bf16", "fp16"), "fp32")
+SECTION = KeyType(
+    "this key is a section, which has no value itself", lambda value: isinstance(value, Mapping), ""
+)
 
 
-def _keys(**names: str) -> dict[str, Kind]:
-    """The names of each kind, in alphabetical order."""
-    kinds = {
+def _keys(**names: str) -> dict[str, KeyType]:
+    """Return the type of each key, in alphabetical order, from space-separated key names per type."""
+    types = {
         "flag": FLAG, "count": COUNT, "size": SIZE, "number": NUMBER, "share": SHARE,
         "text": TEXT, "names": NAMES, "dtype": DTYPE, "section": SECTION,
     }  # fmt: skip
-    return dict(sorted((name, kinds[kind]) for kind, listed in names.items() for name in listed.split()))
+    return dict(sorted((key, types[name]) for name, keys in names.items() for key in keys.split()))
 
 
-SECTIONS: dict[str, dict[str, Kind]] = {
+SECTIONS: dict[str, dict[str, KeyType]] = {
     "zero_optimization": _keys(
         flag="""
             contiguous_gradients reduce_scatter use_multi_rank_bucket_allreduce allgather_partitions
@@ -94,8 +96,8 @@ SECTIONS: dict[str, dict[str, Kind]] = {
     ),
 }
 
-# DeepSpeed takes gradient_allreduce_op too: a sum would make the update depend on the layout.
-TOP_LEVEL: dict[str, Kind] = _keys(
+# DeepSpeed also accepts gradient_allreduce_op, but a sum would make the update depend on the layout.
+TOP_LEVEL: dict[str, KeyType] = _keys(
     dtype="communication_data_type",
     flag="""
         disable_allgather disable_python_gc dump_state memory_breakdown prescale_gradients
@@ -107,14 +109,14 @@ TOP_LEVEL: dict[str, Kind] = _keys(
     section=" ".join(sorted({name.split(".")[0] for name in SECTIONS})),
 )
 
-# The field to set instead; {} is the value that was typed.
+# The keys that the launcher sets itself, with the field to set instead; {} is the user's value.
 OURS: dict[str, str] = {
     "train_batch_size": "training.global_batch_size={}",
     "train_micro_batch_size_per_gpu": "training.micro_batch_size={}",
     "gradient_accumulation_steps": "derived from training.global_batch_size and training.micro_batch_size",
     "gradient_clipping": "optimizer.gradient_clipping={}",
     "optimizer": "optimizer=adamw or optimizer=sgd",
-    "scheduler": "scheduler=cosine or another of the group scheduler",
+    "scheduler": "scheduler=cosine or another option of the group scheduler",
     "bf16.enabled": "precision=bf16",
     "fp16.enabled": "precision=fp16",
     "fp16.initial_scale_power": "precision.initial_loss_scale_power={}",
@@ -128,27 +130,27 @@ OURS: dict[str, str] = {
 
 
 def check_passthrough(extra: Mapping[str, Any]) -> None:
-    """Raise ConfigError for a key or a value DeepSpeed does not take, or a key that another field sets."""
+    """Raise ConfigError for a key or value that DeepSpeed does not accept, or for a key in OURS."""
     _check_section("", extra)
 
 
 def _check_section(section: str, keys: Mapping[str, Any]) -> None:
     prefix = f"{section}." if section else ""
-    kinds = SECTIONS[section] if section else TOP_LEVEL
+    types = SECTIONS[section] if section else TOP_LEVEL
     for key, value in keys.items():
         path = f"{prefix}{key}"
         field, shown = f"deepspeed.{path}", as_typed(value)
         if path in OURS:
-            why = "the launcher sets this one"
+            why = "the launcher sets this key itself"
             raise ConfigError(field, shown, why, OURS[path].format(shown))
-        if key not in kinds:
-            close = difflib.get_close_matches(str(key), kinds, n=2)
+        if key not in types:
+            close = difflib.get_close_matches(str(key), types, n=2)
             remedies = [f"deepspeed.{prefix}{name}={shown}" for name in close]
-            names = f"deepspeed.{prefix}NAME, where NAME is one of {', '.join(kinds)}"
-            why = "no key of DeepSpeed's that a run may set"
+            names = f"deepspeed.{prefix}NAME, where NAME is one of {', '.join(types)}"
+            why = "this is no key of DeepSpeed that a run may set"
             raise ConfigError(field, shown, why, " or ".join(remedies) or names)
-        if not kinds[key].holds(value):
-            inner = f".{next(iter(SECTIONS[path]))}=VALUE" if path in SECTIONS else f"={kinds[key].example}"
-            raise ConfigError(field, shown, kinds[key].words, field + inner)
+        if not types[key].holds(value):
+            inner = f".{next(iter(SECTIONS[path]))}=VALUE" if path in SECTIONS else f"={types[key].example}"
+            raise ConfigError(field, shown, types[key].words, field + inner)
         if path in SECTIONS:
             _check_section(path, value)

@@ -6,9 +6,9 @@ from functools import reduce
 
 
 class ConfigError(Exception):
-    """A setting that cannot work: the field, its value, why, and what to try instead.
+    """Raised for a setting that cannot work; states the field, its value, why, and what to try instead.
 
-    Printed as one message without a traceback; the process exits with code 2.
+    The command prints the message without a traceback and exits with code 2.
     """
 
     def __init__(self, field: str, value: object, why: str, remedy: str) -> None:
@@ -17,27 +17,27 @@ class ConfigError(Exception):
         super().__init__(f"{shown}: {why}\n  try: {remedy}")
 
     def __reduce__(self) -> tuple[type["ConfigError"], tuple[str, object, str, str]]:
-        # Exceptions pickle by their message alone; this one travels between ranks.
+        # By default, only an exception's message is pickled; this exception is sent between ranks.
         return type(self), (self.field, self.value, self.why, self.remedy)
 
 
 def refusal(config: object, field: str, why: str, *remedies: str) -> ConfigError:
-    """The error about `field` of `config`, with the value it has there."""
+    """Return the error about `field` of `config`, with the field's value in `config`."""
     return ConfigError(field, as_typed(value_of(config, field)), why, " or ".join(remedies))
 
 
 def value_of(config: object, field: str) -> object:
-    """The value of a dotted field."""
+    """Return the value of a dotted field."""
     return reduce(getattr, field.split("."), config)
 
 
 def settings(field: str, values: Iterable[object]) -> list[str]:
-    """Each value as the setting that a user would type."""
+    """Return the setting FIELD=VALUE for each value, as the user would type it."""
     return [f"{field}={as_typed(value)}" for value in values]
 
 
 def as_typed(value: object) -> str:
-    """A value as it is typed on the command line: true and null, not True and None."""
+    """Return a value as it is typed on the command line, such as true and null for True and None."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, dict):

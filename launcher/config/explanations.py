@@ -1,4 +1,4 @@
-"""Hydra's and omegaconf's exceptions as field, value, why and what to try."""
+"""Translate Hydra's and omegaconf's exceptions into ConfigErrors."""
 
 import difflib
 import re
@@ -30,50 +30,56 @@ _SHAPE = "GROUP=OPTION or a.b=VALUE"
 
 @dataclass(frozen=True)
 class _Failure:
-    text: str  # of the exception and its cause
-    root: type[Any]
+    """A composition that failed."""
+
+    text: str  # message of the exception and of its cause
+    root: type[Any]  # the schema
     overrides: list[str]  # of the command line
 
     @property
     def file(self) -> str | None:
-        """The file of conf/ or --config-dir that is to blame, without .yaml; None for the command line."""
-        found = re.search(r"^In '([^']+)':", self.text)
-        return found[1] if found else None
+        """Return the file with the error, without .yaml, or None if the error is on the command line."""
+        match = re.search(r"^In '([^']+)':", self.text)
+        return match[1] if match else None
 
     def value_of(self, name: str) -> str | None:
-        """What the command line gives `name`, the last time it does."""
-        given = [_split(override)[1] for override in self.overrides if _split(override)[0] == name]
-        return given[-1] if given else None
+        """Return the last value of `name` on the command line, or None."""
+        values = [_split(override)[1] for override in self.overrides if _split(override)[0] == name]
+        return values[-1] if values else None
 
 
 def explain(error: Exception, root: type[Any], overrides: list[str]) -> ConfigError:
-    """The ConfigError that says what `error` means; `overrides` are those of the command line."""
+    """Return the ConfigError that explains `error`; `overrides` are the overrides of the command line."""
     failure = _Failure(f"{error}\n{error.__cause__ or ''}", root, overrides)
     if isinstance(error, OverrideParseException):
         return _unreadable(_first_unreadable(overrides), root)
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
-        why = f"not YAML in line {error.problem_mark.line + 1}: {error.problem}"
-        return ConfigError(error.problem_mark.name, None, why, "valid YAML there")
+        line = error.problem_mark.line + 1
+        why = f"line {line} is not valid YAML: {error.problem}"
+        return ConfigError(error.problem_mark.name, None, why, f"correct line {line}")
     for pattern, explanation in _EXPLANATIONS:
-        if found := re.search(pattern, failure.text):
-            # An interpolation's error names its field as others do, but the field is not to blame.
+        if match := re.search(pattern, failure.text):
+            # The message of an interpolation error names the field, but the field's type is not the problem.
             if explanation is _wrong_field and isinstance(error, InterpolationResolutionError):
-                return _dead_interpolation(found[1], failure)
-            return explanation(found, failure)
+                return _dead_interpolation(match[1], failure)
+            return explanation(match, failure)
     return ConfigError("command line", None, _first_line(failure), _SHAPE)
 
 
 def missing_value(name: str, root: type[Any]) -> ConfigError:
-    """The error about a field that nothing gives a value."""
+    """Return the error about a field without a value."""
     group = name.partition(".")[0]
-    whole = f" or {group}=OPTION, of {', '.join(options_of(group))}" if options_of(group) else ""
-    return ConfigError(name, "???", "has no value", f"{name}=<{fields_of(root)[name]}>{whole}")
+    options = ", ".join(options_of(group))
+    group_remedy = f" or {group}=OPTION, where OPTION is one of {options}" if options else ""
+    return ConfigError(
+        name, "???", "this field must be set", f"{name}=<{fields_of(root)[name]}>{group_remedy}"
+    )
 
 
 def no_such_field(name: str, value: str | None, root: type[Any], file: str | None = None) -> ConfigError:
-    """The error about a name, on the command line or in `file`.yaml, that is no field."""
+    """Return the error about a name, on the command line or in `file`.yaml, that is not a field."""
     if file and name == file.partition("/")[0]:
-        why = f"no such field: without its first line {file}.yaml is read as part of {name!r}"
+        why = f"no such field: {file}.yaml is read as part of {name!r}, because its first line is missing"
         return ConfigError(name, value, why, f"# @package _global_ as the first line of {file}.yaml")
     remedies = [_with_value(field, value) for field in closest_fields(name, root)]
     if not remedies and (known := fields_in(name.rpartition(".")[0], root)):
@@ -84,21 +90,21 @@ def no_such_field(name: str, value: str | None, root: type[Any], file: str | Non
     return ConfigError(name, value, f"no such field{_in(file)}", remedy)
 
 
-def _ambiguous(found: re.Match[str], failure: _Failure) -> ConfigError:
-    name, value = _split(found[1])
+def _ambiguous(match: re.Match[str], failure: _Failure) -> ConfigError:
+    name, value = _split(match[1])
     is_text = fields_of(failure.root).get(name, "").startswith("text")
-    one = shlex.quote(f'{name}="{value}"') if is_text else f"{name}={value.partition(',')[0]}"
-    why = "a comma makes several values, and only --multirun takes them"
-    return ConfigError(name, value, why, f"{one} or --multirun {name}={value}")
+    single = shlex.quote(f'{name}="{value}"') if is_text else f"{name}={value.partition(',')[0]}"
+    why = "a comma separates several values, which only --multirun accepts"
+    return ConfigError(name, value, why, f"{single} or --multirun {name}={value}")
 
 
-def _no_such_option(found: re.Match[str], failure: _Failure) -> ConfigError:
-    group, _, option = found[1].rpartition("/")
+def _no_such_option(match: re.Match[str], failure: _Failure) -> ConfigError:
+    group, _, option = match[1].rpartition("/")
     listed = re.findall(r"^\t(\w\S*)$", failure.text, re.MULTILINE)
     return _not_an_option(group or "config", option, listed)
 
 
-def _option_of_another_type(found: re.Match[str], failure: _Failure) -> ConfigError:
+def _option_of_another_type(match: re.Match[str], failure: _Failure) -> ConfigError:
     for name in groups_of(failure.root):
         if (value := failure.value_of(name)) is not None:
             return _not_an_option(name, value, options_of(name))
@@ -108,27 +114,30 @@ def _option_of_another_type(found: re.Match[str], failure: _Failure) -> ConfigEr
 def _not_an_option(group: str, option: str, options: list[str]) -> ConfigError:
     longer = [name for name in options if option and name.startswith(option)]
     close = longer or difflib.get_close_matches(option, options, n=2) or sorted(options)
-    remedy = " or ".join(settings(group, close)) or "one that `launcher --help` lists"
+    remedy = " or ".join(settings(group, close)) or "a name that `launcher --help` lists"
     return ConfigError(group, option, "no such option", remedy)
 
 
-def _no_directory(found: re.Match[str], failure: _Failure) -> ConfigError:
-    return ConfigError("--config-dir", found[1], "no such directory", "--config-dir=DIRECTORY of your files")
+def _no_directory(match: re.Match[str], failure: _Failure) -> ConfigError:
+    return ConfigError("--config-dir", match[1], "no such directory", "--config-dir=DIRECTORY of your files")
 
 
-def _no_config(found: re.Match[str], failure: _Failure) -> ConfigError:
-    return ConfigError("--config-name", found[1], "no such config", "leave --config-name out")
+def _no_config(match: re.Match[str], failure: _Failure) -> ConfigError:
+    return ConfigError("--config-name", match[1], "no such config", "leave --config-name out")
 
 
-def _chosen_twice(found: re.Match[str], failure: _Failure) -> ConfigError:
-    name = found[1] or found[2]
+def _chosen_twice(match: re.Match[str], failure: _Failure) -> ConfigError:
+    name = match[1] or match[2]
     value = failure.value_of(name)
     return ConfigError(
-        f"+{name}", value, "one is chosen already, and + adds another", _with_value(name, value)
+        f"+{name}",
+        value,
+        "an option of this group is already selected, and + would add a second one",
+        _with_value(name, value),
     )
 
 
-def _cannot_remove(found: re.Match[str], failure: _Failure) -> ConfigError:
+def _cannot_remove(match: re.Match[str], failure: _Failure) -> ConfigError:
     name = next((_split(override)[0] for override in failure.overrides if override.startswith("~")), "")
     kind = fields_of(failure.root).get(name)
     if kind is None:
@@ -138,14 +147,14 @@ def _cannot_remove(found: re.Match[str], failure: _Failure) -> ConfigError:
     return ConfigError(f"~{name}", None, "a field can be set, not removed", remedy)
 
 
-def _no_such_group(found: re.Match[str], failure: _Failure) -> ConfigError:
-    return no_such_field(found[1], failure.value_of(found[1]), failure.root, failure.file)
+def _no_such_group(match: re.Match[str], failure: _Failure) -> ConfigError:
+    return no_such_field(match[1], failure.value_of(match[1]), failure.root, failure.file)
 
 
-def _no_such_key(found: re.Match[str], failure: _Failure) -> ConfigError:
-    # omegaconf names the part of a name that it did not find, the command line has all of it.
+def _no_such_key(match: re.Match[str], failure: _Failure) -> ConfigError:
+    # omegaconf's message has only the part of the name up to the unknown key; the command line has all of it.
     name = next(
-        (n for n, _ in map(_split, failure.overrides) if f"{n}.".startswith(f"{found[1]}.")), found[1]
+        (n for n, _ in map(_split, failure.overrides) if f"{n}.".startswith(f"{match[1]}.")), match[1]
     )
     return no_such_field(name, failure.value_of(name), failure.root, failure.file)
 
@@ -157,27 +166,29 @@ def _dead_interpolation(field: str, failure: _Failure) -> ConfigError:
 
 
 def _whole_name(end: str, fields: Iterable[str]) -> str | None:
-    """The field, or the entry of an open dictionary, whose name ends like that."""
+    """Return the field or entry of an open dictionary whose full name ends with `end`, or None."""
     section, _, key = end.rpartition(".")
     entries = [f"{name}.{key}" for name in ENTRIES if section and f".{name}".endswith(f".{section}")]
     return next((name for name in (*fields, *entries) if f".{name}".endswith(f".{end}")), None)
 
 
-def _wrong_field(found: re.Match[str], failure: _Failure) -> ConfigError:
-    """A field that exists, with a value of another type."""
+def _wrong_field(match: re.Match[str], failure: _Failure) -> ConfigError:
+    """Return the error about an existing field with a value of the wrong type."""
     fields = fields_of(failure.root)
-    field = _whole_name(found[1].partition("[")[0], fields) or found[1]  # in a list, omegaconf says `tags[1]`
+    field = _whole_name(match[1].partition("[")[0], fields) or match[1]  # a list's item is named `tags[1]`
     for name, value in map(_split, failure.overrides):
         if name.startswith(f"{field}.") and field in fields:
-            return ConfigError(name, value, f"{field} is a value without fields", f"{field}={value}")
-    given = re.search(r"merging override [^=]+=([^\n]*)", failure.text) or re.search(
+            return ConfigError(name, value, f"{field} is a field, not a section", f"{field}={value}")
+    quoted = re.search(r"merging override [^=]+=([^\n]*)", failure.text) or re.search(
         r"[Vv]alue '(.*?)'", failure.text
     )
     unset = "null" if "is not Optional" in failure.text else ""
-    value = given[1] if given else failure.value_of(field) or unset
+    value = quoted[1] if quoted else failure.value_of(field) or unset
     if field not in fields and not kind_of_entry(field):
         inner = [f"{name}=<{fields[name]}>" for name in fields_in(field, failure.root)[:2]]
-        return ConfigError(field, value or None, "a section of fields, not a value", " or ".join(inner))
+        return ConfigError(
+            field, value or None, "this is a section of fields, which has no value itself", " or ".join(inner)
+        )
     kind = fields.get(field) or kind_of_entry(field) or ""
     why = f"must be {_IN_WORDS.get(kind.removesuffix(' | null'), f'one of {kind}')}{_in(failure.file)}"
     return ConfigError(field, value, why, _nearest_value(field, value, kind))
@@ -185,7 +196,7 @@ def _wrong_field(found: re.Match[str], failure: _Failure) -> ConfigError:
 
 _KEY = r"\n +full_key: (\S+)"
 
-# What Hydra and omegaconf say, and what it means; the first that is found counts.
+# Patterns in the messages of Hydra and omegaconf, with their explanations. The first match is used.
 _EXPLANATIONS: tuple[tuple[str, Callable[[re.Match[str], _Failure], ConfigError]], ...] = (
     (r"Ambiguous value for argument '(.+)'", _ambiguous),
     (r"(?:Could not find|Could not load) '([^']+)'", _no_such_option),
@@ -210,14 +221,14 @@ _IN_WORDS = {
 
 
 def _nearest_value(field: str, value: str, kind: str) -> str:
-    taken = kind.removesuffix(" | null")
-    if taken == "whole number" and re.fullmatch(r"[-+]?\d+\.?\d*(?:[eE][-+]?\d{1,2})?", value):
+    accepted = kind.removesuffix(" | null")
+    if accepted == "whole number" and re.fullmatch(r"[-+]?\d+\.?\d*(?:[eE][-+]?\d{1,2})?", value):
         number = float(value)
         return " or ".join(settings(field, dict.fromkeys([int(number // 1), int(-(-number // 1))])))
-    if taken not in _IN_WORDS or taken == "true | false":
+    if accepted not in _IN_WORDS or accepted == "true | false":
         options = kind.split(" | ")
         return " or ".join(settings(field, difflib.get_close_matches(value.lower(), options, n=1) or options))
-    example = {"list": "[a, b]", "dictionary": "{KEY: VALUE}"}.get(taken)
+    example = {"list": "[a, b]", "dictionary": "{KEY: VALUE}"}.get(accepted)
     return shlex.quote(f"{field}={example}") if example else f"{field}=<{kind}>"
 
 
@@ -234,15 +245,15 @@ def _unreadable(override: str, root: type[Any]) -> ConfigError:
     if not kind and not options and not name.startswith("deepspeed."):
         return no_such_field(name, value, root)
     if re.search(r"\s=", override):
-        return ConfigError(override, None, "no space may stand before =", f"{name}={value.strip()}")
+        return ConfigError(override, None, "there must be no space before =", f"{name}={value.strip()}")
     if kind == "list":
         items = ", ".join(f'"{item.strip()}"' for item in value.strip("[]").split(","))
-        why = "an item of a list cannot be read without quotes"
+        why = "an item of this list must be quoted"
         return ConfigError(name, value, why, shlex.quote(f"{name}=[{items}]"))
     if kind and not kind.startswith("text"):
-        return ConfigError(name, value, "cannot be read", f"{name}=<{kind}>")
+        return ConfigError(name, value, "this value cannot be parsed", f"{name}=<{kind}>")
     text = value.strip("\"' ").replace("\\", "\\\\").replace('"', '\\"')
-    return ConfigError(name, value, "cannot be read without quotes", shlex.quote(f'{name}="{text}"'))
+    return ConfigError(name, value, "this text must be quoted", shlex.quote(f'{name}="{text}"'))
 
 
 def _first_unreadable(overrides: list[str]) -> str:

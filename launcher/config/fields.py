@@ -1,4 +1,4 @@
-"""The fields and groups a user can set, what they take, and the ones closest to a misspelt name."""
+"""List the fields and groups that a user can set, their valid values, and close matches of misspelt names."""
 
 import re
 from difflib import get_close_matches
@@ -13,29 +13,29 @@ from launcher.config.schema import RunConfig
 
 
 def config_directory() -> Path:
-    """conf/: inside the installed package, or beside it in a checkout."""
+    """Return the path of conf/, which is inside the installed package or beside it in a checkout."""
     package = Path(__file__).resolve().parents[1]
     installed = package / "conf"
     return installed if installed.is_dir() else package.parent / "conf"
 
 
 def options_of(group: str) -> list[str]:
-    """The options that conf/ has for a group; none where there is no such group."""
+    """Return the options of a group in conf/, or an empty list for an unknown group."""
     if not re.fullmatch(r"\w+(/\w+)*", group):
         return []
     return sorted(path.stem for path in (config_directory() / group).glob("*.yaml"))
 
 
 def groups_of(root: type[Any]) -> list[str]:
-    """The groups of a root: only a training run has any, planned or not."""
+    """Return the config groups of `root`; only training runs and subclasses of RunConfig have groups."""
     directories = config_directory().iterdir() if issubclass(root, RunConfig) else []
     return sorted(path.name for path in directories if path.is_dir() and path.name != "hydra")
 
 
 @cache
 def fields_of(root: type[Any]) -> dict[str, str]:
-    """Every field a user can set, as dotted name -> its legal values in words."""
-    found: dict[str, str] = {}
+    """Return the valid values, in words, of every field that a user can set, by dotted name."""
+    values: dict[str, str] = {}
 
     def walk(config: DictConfig, prefix: str) -> None:
         for key in config:
@@ -44,13 +44,13 @@ def fields_of(root: type[Any]) -> dict[str, str]:
             if isinstance(node, DictConfig) and is_section(node):
                 walk(node, f"{name}.")
             else:
-                found[name] = _kind(node)
+                values[name] = _values_in_words(node)
 
     walk(OmegaConf.structured(root), "")
-    return found
+    return values
 
 
-# What the open dictionaries take, whose keys are the user's.
+# The valid values of the open dictionaries. The user chooses their keys.
 ENTRIES = {
     "data.sources": "text",
     "data.weights": "number",
@@ -60,17 +60,17 @@ ENTRIES = {
 
 
 def kind_of_entry(name: str) -> str | None:
-    """What the value of a key of an open dictionary must be; None for any other name."""
+    """Return the valid values of an entry of an open dictionary, or None if `name` is not such an entry."""
     return ENTRIES.get(name.rpartition(".")[0])
 
 
 def is_section(node: DictConfig) -> bool:
-    """Whether it is a dataclass of fields, not an open dictionary."""
+    """Return whether `node` is a dataclass with fields, not an open dictionary."""
     return node._metadata.object_type not in (dict, None)
 
 
 def closest_fields(name: str, root: type[Any]) -> list[str]:
-    """The groups and fields, one or two, that a misspelt name may have meant."""
+    """Return up to two groups or fields whose names are close to a misspelt name."""
     name = re.sub("[:/]", ".", name.partition("@")[0])
     section, _, leaf = name.rpartition(".")
     fields = fields_of(root)
@@ -84,10 +84,10 @@ def closest_fields(name: str, root: type[Any]) -> list[str]:
     if not section and (close := get_close_matches(name, [*groups_of(root), *sections], n=1)):
         return close
     leaves = {_leaf(field) for field in fields}
-    # batch_size is short for micro_batch_size, and not patch_size misspelt.
-    longer = {one for one in leaves if one.endswith(f"_{leaf}")}
+    # batch_size is a short form of micro_batch_size, although it is closer to patch_size.
+    longer = {known for known in leaves if known.endswith(f"_{leaf}")}
     close = get_close_matches(leaf, longer or leaves, n=2)
-    return [field for best in close for field in fields if _leaf(field) == best][:2]
+    return [field for match in close for field in fields if _leaf(field) == match][:2]
 
 
 def _leaf(field: str) -> str:
@@ -95,11 +95,11 @@ def _leaf(field: str) -> str:
 
 
 def fields_in(section: str, root: type[Any]) -> list[str]:
-    """The fields of a section, such as `model`."""
+    """Return the fields of a section such as `model`, or an empty list for an empty section name."""
     return [field for field in fields_of(root) if field.startswith(f"{section}.")] if section else []
 
 
-def _kind(node: Any) -> str:
+def _values_in_words(node: Any) -> str:
     reference = node._metadata.ref_type
     if isinstance(node, ListConfig):
         name = "list"

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from launcher.config.errors import refusal, settings
 from launcher.config.schema import Dtype, RunConfig
@@ -15,6 +16,11 @@ from launcher.config.shape import (
     stages_per_rank,
 )
 from launcher.config.world import World
+from launcher.text import plural
+
+GroupName = Literal["tensor", "data", "pipeline"]  # groups of ranks that communicate with each other
+GROUPS: tuple[GroupName, ...] = ("tensor", "data", "pipeline")
+STEP_PARTS = ("compute", *GROUPS, "optimizer")  # of the seconds of a step: the groups are waited for
 
 
 @dataclass(frozen=True)
@@ -41,8 +47,8 @@ class Layout:
     def describe(self) -> str:
         schedule = " (DualPipeV)" if self.stages_per_rank == 2 else ""
         axes = f"{self.pipeline} pipeline{schedule} x {self.data} data x {self.tensor} tensor"
-        ranks = _count(self.world_size, f"{self.device} rank")
-        batches = _count(self.accumulation, "micro-batch", "es")
+        ranks = plural(self.world_size, f"{self.device} rank")
+        batches = plural(self.accumulation, "micro-batch", "es")
         return f"{ranks} = {axes}, ZeRO-{self.zero_stage}, {batches} per step and data rank"
 
 
@@ -135,7 +141,7 @@ def check_machine(run: RunConfig, world: World) -> None:
         raise refusal(
             run,
             "hardware.accelerators_per_node",
-            f"this machine has {_count(world.ranks_per_node, 'GPU')}",
+            f"this machine has {plural(world.ranks_per_node, 'GPU')}",
             f"hardware.accelerators_per_node={world.ranks_per_node}",
             "hardware=local (what is here)",
         )
@@ -150,13 +156,13 @@ def _data_on_this_machine(run: RunConfig, world: World) -> tuple[int, str | None
         data = _data_on_accelerators(run, h.accelerators_per_node or here, world.device)
     ranks = data * copy
     if world.device == "cpu" and ranks > here:
-        return data, f"{ranks} CPU ranks share {_count(here, 'core')}: right, but slow"
+        return data, f"{ranks} CPU ranks share {plural(here, 'core')}: right, but slow"
     return data, None
 
 
 def _data_on_accelerators(run: RunConfig, available: int, device: str) -> int:
     p = run.parallelism
-    copy, here = p.tensor * p.pipeline, _count(available, "GPU" if device == "cuda" else "CPU rank")
+    copy, here = p.tensor * p.pipeline, plural(available, "GPU" if device == "cuda" else "CPU rank")
     wanted = copy * (p.data or 1)
     if wanted <= available and (p.data is not None or available % copy == 0):
         return p.data or available // copy
@@ -211,7 +217,7 @@ def _is_enough(run: RunConfig, sequences: int, at_once: int) -> bool:
 
 def _product(run: RunConfig) -> str:
     p = run.parallelism
-    ranks = _count(p.pipeline * (p.data or 1) * p.tensor, "rank")
+    ranks = plural(p.pipeline * (p.data or 1) * p.tensor, "rank")
     return f"pipeline {p.pipeline} x data {p.data or 1} x tensor {p.tensor} = {ranks}"
 
 
@@ -232,13 +238,13 @@ def _accumulation(run: RunConfig, data: int, *, fewer_ranks_possible: bool) -> i
         field = "training.global_batch_size"
         why = (
             f"not a multiple of {sequences}: micro-batches of {t.micro_batch_size} "
-            f"on {_count(data, 'data-parallel rank')}"
+            f"on {plural(data, 'data-parallel rank')}"
         )
         last = []
     elif not _divides_batch(run, data):
         field = "parallelism.pipeline_schedule"
         why = (
-            f"{_count(t.global_batch_size // sequences, 'micro-batch', 'es')} per step and data rank, "
+            f"{plural(t.global_batch_size // sequences, 'micro-batch', 'es')} per step and data rank, "
             f"and {least_micro_batches(run)} are needed: "
             f"two for each of {run.parallelism.pipeline} pipeline ranks"
         )
@@ -259,7 +265,3 @@ def _accumulation(run: RunConfig, data: int, *, fewer_ranks_possible: bool) -> i
         *settings("parallelism.data", nearest(fewer, data, 1)),
         *last,
     )
-
-
-def _count(number: int, of_what: str, plural: str = "s") -> str:
-    return f"{number} {of_what}{'' if number == 1 else plural}"

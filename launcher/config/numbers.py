@@ -1,4 +1,4 @@
-"""The range of every number that a config holds."""
+"""The valid range of every number in a config."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,8 +11,10 @@ BYTE_VALUES = 256
 
 @dataclass(frozen=True)
 class Range:
-    words: str
-    holds: Callable[[float], bool]  # false for nan, too
+    """A range of valid numbers."""
+
+    words: str  # the error message for other numbers
+    holds: Callable[[float], bool]  # whether a number is valid; false for nan
 
 
 COUNT = Range("must be at least 1", lambda value: value >= 1)
@@ -22,11 +24,13 @@ ABOVE_0 = Range("must be a finite number above 0", lambda value: 0 < value < inf
 BELOW_1 = Range("must be 0 or more and below 1", lambda value: 0 <= value < 1)
 SHARE = Range("must be from 0 to 1", lambda value: 0 <= value <= 1)
 SHARE_ABOVE_0 = Range("must be above 0 and at most 1", lambda value: 0 < value <= 1)
-POWER = Range("must be from 0 to 127, float32's largest power of two", lambda value: 0 <= value <= 127)
-LEAD = Range("must be from 0 to 65535, the seconds that Slurm takes", lambda value: 0 <= value <= 65535)
+POWER = Range(
+    "must be from 0 to 127, because 2**127 is float32's largest power of two", lambda value: 0 <= value <= 127
+)
+LEAD = Range("must be from 0 to 65535, the seconds that Slurm accepts", lambda value: 0 <= value <= 65535)
 SEED = Range("must be 0 or more and below 2 to the 63", lambda value: 0 <= value < 2**63)
 
-# Each number of a run, with its range and a value within it. training.seed may be any.
+# Each number field of a run, with its range and a valid value. training.seed may be any integer.
 NUMBERS: dict[str, tuple[Range, str]] = {
     "model.hidden_size": (COUNT, "128"),
     "model.num_layers": (COUNT, "1"),
@@ -78,13 +82,13 @@ NUMBERS: dict[str, tuple[Range, str]] = {
     "optimizer.beta2": (BELOW_1, "0.95"),
     "optimizer.epsilon": (FROM_0, "1e-8"),
     "optimizer.momentum": (BELOW_1, "0.9"),
-    # A warm-up longer than the run is a short try of a long schedule.
+    # No upper limit: a short trial of a long schedule may have more warm-up steps than the run has steps.
     "scheduler.warmup_steps": (NOT_NEGATIVE, "0"),
     "scheduler.decay_steps": (COUNT, "1"),
     "scheduler.min_lr_ratio": (SHARE, "0"),
     "precision.initial_loss_scale_power": (POWER, "16"),
     "logging.interval": (COUNT, "1"),
-    "training.steps": (NOT_NEGATIVE, "0 (only validates)"),
+    "training.steps": (NOT_NEGATIVE, "0 (validates only)"),
     "verify.steps": (COUNT, "3"),
     "plan.tokens": (ABOVE_0, "null"),
     "launch.timeout_minutes": (ABOVE_0, "30"),
@@ -100,7 +104,7 @@ NUMBERS: dict[str, tuple[Range, str]] = {
 
 GENERATE_NUMBERS: dict[str, tuple[Range, str]] = {
     "max_new_tokens": (COUNT, "1"),
-    "temperature": (FROM_0, "0 (always the likeliest)"),
+    "temperature": (FROM_0, "0 (always the most likely token)"),
     "top_k": (NOT_NEGATIVE, "0 (off)"),
     "seed": (SEED, "0"),
 }
@@ -122,9 +126,9 @@ EXCHANGE_NUMBERS: dict[str, tuple[Range, str]] = {"max_file_gb": (ABOVE_0, "2")}
 
 
 def refuse_numbers_out_of_range(config: object, numbers: Mapping[str, tuple[Range, str]]) -> None:
-    """Raise ConfigError at the first number of `config` outside its range. A null is in any range."""
-    for field, (legal, example) in numbers.items():
+    """Raise ConfigError for the first number in `config` outside its range; null is always valid."""
+    for field, (valid, example) in numbers.items():
         value = value_of(config, field)
         assert value is None or isinstance(value, (int, float))
-        if value is not None and not legal.holds(value):
-            raise refusal(config, field, legal.words, f"{field}={example}")
+        if value is not None and not valid.holds(value):
+            raise refusal(config, field, valid.words, f"{field}={example}")

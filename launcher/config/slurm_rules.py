@@ -1,4 +1,7 @@
-"""Rules of the `slurm` group. Pure. What passes can be written into a script, and stays data there."""
+"""Check the `slurm` fields. Checked values can be written into a batch script, where they stay plain data.
+
+All functions are pure.
+"""
 
 import re
 from collections.abc import Iterator
@@ -7,10 +10,10 @@ from dataclasses import fields
 from launcher.config.errors import ConfigError, as_typed, refusal
 from launcher.config.schema import Device, RunConfig, SlurmConfig
 
-# Any of them, once written into a script or a run's config, is no secret any more.
+# Names of environment variables that hold secrets, which must not be written into a script or config.
 _SECRET = re.compile(r"(^|_)(API_?KEY|KEY|TOKEN|SECRET|PASSWORD|PASSWD)(_|$)", re.IGNORECASE)
 
-# Options that fields stand for, and what to set instead; {} is the option's value.
+# Options that the launcher sets itself, with the field to set instead; {} is the option's value.
 _RANKS = "hardware.nodes and hardware.accelerators_per_node"
 _SBATCH = {
     "job-name": "slurm.job_name={}", "partition": "slurm.partition={}", "account": "slurm.account={}",
@@ -20,7 +23,7 @@ _SBATCH = {
     "exclude": "slurm.exclude={}", "reservation": "slurm.reservation={}", "output": "slurm.output={}",
     "signal": "slurm.signal_seconds=SECONDS", "requeue": "slurm.on_stop=requeue",
     "no-requeue": "slurm.on_stop=end", "array": "--multirun", "ntasks": _RANKS, "ntasks-per-node": _RANKS,
-    "open-mode": "slurm.sbatch=[]", "wrap": "an override, or a script of your own that calls srun",
+    "open-mode": "slurm.sbatch=[]", "wrap": "the launcher's overrides, or your own script that calls srun",
     "test-only": "submit.dry_run=true",
 }  # fmt: skip
 _SRUN = {
@@ -30,7 +33,7 @@ _SRUN = {
 
 
 def check_slurm(run: RunConfig) -> None:
-    """Raise ConfigError for a value that is not what Slurm takes, or that a script cannot hold."""
+    """Raise ConfigError for a value that Slurm does not accept or that cannot be written into a script."""
     _check_text(run.slurm)
     _check_forms(run)
     _check_environment(run)
@@ -39,19 +42,22 @@ def check_slurm(run: RunConfig) -> None:
 
 
 def check_submission(run: RunConfig) -> int:
-    """What a job of several nodes needs besides; returns its ranks per node. Raises ConfigError."""
+    """Check the settings for a submitted job and return its ranks per node.
+
+    Raises ConfigError if they do not state the hardware, or if nodes, GPUs and layout do not match.
+    """
     check_slurm(run)
     h, s = run.hardware, run.slurm
     if h.device is Device.auto:
-        why = "what the cluster's nodes have cannot be found from here"
+        why = "the hardware of the cluster's nodes is unknown on this machine"
         on_cpu = "hardware=cpu hardware.accelerators_per_node=2"
         raise refusal(run, "hardware.device", why, "hardware=h100_80gb", on_cpu)
     if h.accelerators_per_node is None:
-        why = "what the cluster's nodes have cannot be found from here"
+        why = "the hardware of the cluster's nodes is unknown on this machine"
         raise refusal(run, "hardware.accelerators_per_node", why, "hardware.accelerators_per_node=2")
     most = nodes_of(run)[1]
     if most != h.nodes:
-        why = f"the layout is made for hardware.nodes={h.nodes}"
+        why = f"the layout uses hardware.nodes={h.nodes}"
         raise refusal(run, "slurm.nodes", why, f"hardware.nodes={most}", "slurm.nodes=null")
     if nodes_of(run)[0] < most and run.parallelism.data is not None:
         why = f"slurm.nodes={s.nodes} leaves the number of data-parallel ranks open"
@@ -61,13 +67,13 @@ def check_submission(run: RunConfig) -> int:
 
 
 def nodes_of(run: RunConfig) -> tuple[int, int]:
-    """The fewest and the most nodes that the job takes."""
+    """Return the minimum and maximum number of nodes of the job."""
     least, _, most = (run.slurm.nodes or str(run.hardware.nodes)).partition("-")
     return int(least), int(most or least)
 
 
 def gpus_of_a_node(run: RunConfig) -> str | None:
-    """As --gpus-per-node takes them; None on CPU."""
+    """Return the value for sbatch's --gpus-per-node, or None for a run on CPU."""
     if run.hardware.device is not Device.cuda:
         return None
     return run.slurm.gpus_per_node or str(run.hardware.accelerators_per_node)
@@ -78,48 +84,53 @@ def _check_gpus(run: RunConfig) -> None:
     if gpus is None:
         return
     if run.hardware.device is not Device.cuda:
-        why = "hardware.device=cpu uses no GPU"
+        why = "a run with hardware.device=cpu uses no GPU"
         raise refusal(run, "slurm.gpus_per_node", why, "slurm.gpus_per_node=null", "hardware=h100_80gb")
     *kind, number = gpus.split(":")
-    if int(number) != run.hardware.accelerators_per_node:
-        wanted = ":".join([*kind, str(run.hardware.accelerators_per_node)])
-        why = f"hardware.accelerators_per_node={run.hardware.accelerators_per_node} ranks, one for each GPU"
+    per_node = run.hardware.accelerators_per_node
+    if int(number) != per_node:
+        wanted = ":".join([*kind, str(per_node)])
+        why = f"hardware.accelerators_per_node={per_node} needs one GPU for each rank of a node"
         remedies = f"slurm.gpus_per_node={wanted}", f"hardware.accelerators_per_node={number}"
         raise refusal(run, "slurm.gpus_per_node", why, *remedies)
 
 
 def _check_text(slurm: SlurmConfig) -> None:
     for field, text in _texts(slurm):
-        # A line break would end the line of the script that the value stands in.
-        if found := re.search(r"[\x00-\x1f\x7f]", text):
-            why = f"holds the control character {found[0]!r}"
+        # A line break would end the line of the script that contains the value.
+        if control := re.search(r"[\x00-\x1f\x7f]", text):
+            why = f"the text contains the control character {control[0]!r}"
             raise ConfigError(field, repr(text), why, "text of one line")
         if not text:
             default = getattr(SlurmConfig(), field.removeprefix("slurm."))
-            raise ConfigError(field, "''", "is empty", f"{field}={as_typed(default)}")
+            raise ConfigError(field, "''", "the text is empty", f"{field}={as_typed(default)}")
 
 
 def _texts(slurm: SlurmConfig) -> Iterator[tuple[str, str]]:
-    for one in fields(slurm):
-        value, name = getattr(slurm, one.name), f"slurm.{one.name}"
+    for field in fields(slurm):
+        value, name = getattr(slurm, field.name), f"slurm.{field.name}"
         if isinstance(value, str):
             yield name, value
         elif isinstance(value, list):
             yield from ((name, item) for item in value)
         elif isinstance(value, dict):
-            # An empty value is a value.
+            # An environment variable may be set to the empty text.
             yield from ((f"{name}.{key}", item) for key, item in value.items() if item)
 
 
 _FORMS: dict[str, tuple[str, str, str]] = {
     "time": (
         r"\d+|(\d+:)?\d+:\d+|\d+-\d+(:\d+){0,2}",
-        "a time limit is minutes, [HOURS:]MINUTES:SECONDS or DAYS-HOURS[:MINUTES[:SECONDS]]",
+        "a time limit must be MINUTES, [HOURS:]MINUTES:SECONDS or DAYS-HOURS[:MINUTES[:SECONDS]]",
         "24:00:00",
     ),
-    "nodes": (r"[1-9]\d*(-[1-9]\d*)?", "a number of nodes, or MIN-MAX", "2"),
-    "gpus_per_node": (r"([A-Za-z0-9_.-]+:)?[1-9]\d*", "a number of GPUs, or TYPE:NUMBER", "8"),
-    "mem": (r"\d+[KMGTkmgt]?", "memory is a number of megabytes, or with one of K, M, G, T", "64G"),
+    "nodes": (r"[1-9]\d*(-[1-9]\d*)?", "must be a number of nodes, or MIN-MAX", "2"),
+    "gpus_per_node": (r"([A-Za-z0-9_.-]+:)?[1-9]\d*", "must be a number of GPUs, or TYPE:NUMBER", "8"),
+    "mem": (
+        r"\d+[KMGTkmgt]?",
+        "must be a number of megabytes, or a number with the unit K, M, G or T",
+        "64G",
+    ),
 }
 
 
@@ -131,34 +142,41 @@ def _check_forms(run: RunConfig) -> None:
     _check_time(run)
     least, most = nodes_of(run)
     if least > most:
-        why = "the least is above the most"
+        why = "the minimum is above the maximum"
         raise refusal(run, "slurm.nodes", why, f"slurm.nodes={most}-{least}")
     if run.slurm.output.startswith("~"):
-        why = "Slurm knows no ~"
-        raise refusal(run, "slurm.output", why, "a path from / on, or from where the job is submitted")
+        why = "Slurm does not replace ~ by the home directory"
+        raise refusal(
+            run,
+            "slurm.output",
+            why,
+            "an absolute path, or a path relative to the directory where the job is submitted",
+        )
     if "%" in run.slurm.output.rpartition("/")[0]:
-        why = "Slurm makes no directories, and what % stands for is not known before"
+        why = "Slurm does not create directories, and the value of % is unknown before the job starts"
         name = run.slurm.output.replace("/", "-")
         raise refusal(run, "slurm.output", why, f"slurm.output={name}")
     for module in run.slurm.modules:
         if module.startswith("-"):
-            raise ConfigError("slurm.modules", module, "is an option, not a module", "slurm.modules=[NAME]")
+            raise ConfigError(
+                "slurm.modules", module, "this is an option, not a module", "slurm.modules=[NAME]"
+            )
 
 
 def _check_time(run: RunConfig) -> None:
     limit, signal = seconds_of(run.slurm.time or "0"), run.slurm.signal_seconds
     if 0 < limit <= signal:
-        why = f"the run is told to stop slurm.signal_seconds={signal} before the end: as soon as it begins"
-        remedy = "slurm.time=HOURS:MINUTES:SECONDS, of more"
+        why = f"the job would be stopped at its start, slurm.signal_seconds={signal} before its end"
+        remedy = "a longer slurm.time=HOURS:MINUTES:SECONDS"
         raise refusal(run, "slurm.time", why, remedy, f"slurm.signal_seconds={limit // 2}")
 
 
 def seconds_of(time: str) -> int:
-    """Of a time limit in any form that Slurm takes; 0 is none."""
+    """Return the seconds of a time limit in any form that Slurm accepts; 0 means no limit."""
     days, dash, clock = time.rpartition("-")
     numbers = [int(number) for number in clock.split(":")]
     if not dash and len(numbers) < 3:
-        numbers = [0, *numbers]  # without days and hours the first is minutes
+        numbers = [0, *numbers]  # without days and hours, the first number is minutes
     hours, minutes, seconds = (*numbers, 0, 0)[:3]
     return int(days or 0) * 86400 + hours * 3600 + minutes * 60 + seconds
 
@@ -167,20 +185,20 @@ def _check_environment(run: RunConfig) -> None:
     for name, value in run.slurm.environment.items():
         field = f"slurm.environment.{name}"
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-            why = "no name of an environment variable"
+            why = "this is not a valid name of an environment variable"
             raise ConfigError(field, value, why, "letters, digits and _, not beginning with a digit")
         if _SECRET.search(name):
-            # The value itself is not repeated: it may be one.
-            why = "would be written into the script and the run's config, for others to read"
-            where = f"export {name} where `launcher submit` or sbatch runs, which passes it on"
-            raise ConfigError(field, None, why, where + (" (or `wandb login`)" if "WANDB" in name else ""))
+            # The value is not part of the message, because it may be a secret.
+            why = "this secret would be written into the script and the run's config, which others may read"
+            remedy = f"export {name} in the shell that runs `launcher submit` or sbatch, which pass it on"
+            raise ConfigError(field, None, why, remedy + (" (or `wandb login`)" if "WANDB" in name else ""))
 
 
 def _check_options(field: str, options: list[str], ours: dict[str, str], example: str) -> None:
     for option in options:
         name = re.fullmatch(r"--([a-z][a-z0-9-]*)(?:=(.*))?", option)
         if name is None:
-            why = "not a long option, --NAME or --NAME=VALUE"
+            why = "an option must have the form --NAME or --NAME=VALUE"
             raise ConfigError(field, option, why, f"'{field}=[\"{example}\"]'")
         if name[1] in ours:
             why = f"the launcher sets --{name[1]} itself"

@@ -51,6 +51,7 @@ from launcher.config.shape import (
 )
 from launcher.config.slurm_rules import check_slurm
 from launcher.config.world import World
+from launcher.text import plural, whole
 
 EXAMPLE_GLOB = "corpus/**/*.txt"
 EXAMPLE_PREFIX = "corpora/web"
@@ -247,7 +248,7 @@ def check_pipeline(run: RunConfig) -> None:
         )
         raise refusal(run, "parallelism.zero_stage", why, stage_1, no_pipeline)
     if p.pipeline * of_each > layers:
-        why = f"{layers} {'layer' if layers == 1 else 'layers'} cannot fill {p.pipeline * of_each} stages"
+        why = f"{plural(layers, 'layer')} cannot fill {p.pipeline * of_each} stages"
         legal = legal_pipeline_sizes(run)
         one_by_one = f"parallelism.pipeline_schedule=1f1b parallelism.pipeline={min(layers, p.pipeline)}"
         fewest = f"parallelism.pipeline={legal[-1]}" + (" (or fewer)" if legal[1:] else "") if legal else None
@@ -395,7 +396,7 @@ def check_blend(run: RunConfig) -> None:
             why = f"a weight above 0 is needed for each of data.sources, and {name} has none"
             raise refusal(run, "data.weights", why, f"data.weights.{name}=1")
     if (period := sum(whole_weights(list(d.weights.values())))) > LONGEST_PERIOD:
-        why = f"as whole numbers they add up to {period:,}, and {LONGEST_PERIOD:,} is the most"
+        why = f"as whole numbers they add up to {whole(period)}, and {whole(LONGEST_PERIOD)} is the most"
         total = sum(d.weights.values())
         rounded = {name: max(1, round(weight / total * 10_000)) for name, weight in d.weights.items()}
         raise refusal(run, "data.weights", why, shlex.quote(f"data.weights={as_typed(rounded)}"))

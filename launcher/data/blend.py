@@ -1,9 +1,10 @@
-"""Which source each sample of a blend comes from: exact to one sample at any prefix.
+"""Blends: decide which source each sample comes from, exact to one sample at any prefix.
 
-After n samples a source of share w has given w n of them, rounded down or up. Such a schedule exists for any
-shares: "proportionate progress" (Baruah, Cohen, Plaxton & Varvel, Algorithmica 15, 1996). Item j of a source
-has to come in a window, from j / w to (j + 1) / w, and the earliest deadline first meets all of them. With
-weights in whole numbers it repeats itself after their sum: one period tells of any sample.
+Let w be the share of a source. Of the first n samples, the source gives w * n, rounded down or up. Such a
+schedule exists for any shares: "proportionate progress" (Baruah, Cohen, Plaxton & Varvel, Algorithmica 15,
+1996). Sample j of the source must be placed between position j / w and position (j + 1) / w; scheduling the
+earliest deadline first meets all these deadlines. With integer weights, the schedule repeats after a period
+equal to the sum of the weights, so one period determines the source of any sample.
 """
 
 import heapq
@@ -22,52 +23,58 @@ Indices = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Schedule:
-    """Of sources of these weights, relative to each other: whole numbers without a common divisor."""
+    """The periodic order in which several sources give samples."""
 
-    weights: tuple[int, ...]
+    weights: tuple[int, ...]  # one integer per source, without a common divisor
 
     @property
     def period(self) -> int:
         return sum(self.weights)
 
     def counts(self, samples: int) -> list[int]:
-        """How many of the first `samples` come from each source."""
+        """Return how many of the first `samples` samples come from each source."""
         periods, rest = divmod(samples, self.period)
-        within = np.bincount(one_period(self.weights)[0][:rest], minlength=len(self.weights)).tolist()
-        return [periods * weight + more for weight, more in zip(self.weights, within, strict=True)]
+        rest_counts = np.bincount(period_order(self.weights)[0][:rest], minlength=len(self.weights)).tolist()
+        return [periods * weight + count for weight, count in zip(self.weights, rest_counts, strict=True)]
 
     def locate(self, indices: Indices) -> tuple[Indices, Indices]:
-        """Samples (B,) to their source (B,), and their place among that source's samples (B,)."""
+        """Return for samples `indices` (B,) the source number (B,) and the index within the source (B,)."""
         periods, rest = np.divmod(indices, self.period)
-        sources, places = (of_period[rest] for of_period in one_period(self.weights))
+        sources, places = (column[rest] for column in period_order(self.weights))
         return sources, places + periods * np.array(self.weights)[sources]
 
 
 @lru_cache(maxsize=4)
-def one_period(weights: tuple[int, ...]) -> tuple[Indices, Indices]:
-    """The source of each sample of a period, and its place among that source's: earliest deadline first."""
+def period_order(weights: tuple[int, ...]) -> tuple[Indices, Indices]:
+    """Return for each sample of one period the source number and the index within the source.
+
+    Both arrays have shape (period,). Of all sources that may give the next sample, the source with the
+    earliest deadline gives it.
+    """
     period = sum(weights)
     sources, places = np.empty(period, np.int64), np.empty(period, np.int64)
-    done = [0] * len(weights)
-    coming = [(0, source) for source in range(len(weights))]  # (the sample from which on it may come, source)
-    ready: list[tuple[int, int]] = []  # (the sample before which it must have come, source)
+    counts = [0] * len(weights)  # samples that each source has given so far
+    # Both heaps hold (sample, source). `waiting`: the first sample that the source may give next.
+    # `ready`: the deadline, the sample before which the source must have given its next one.
+    waiting = [(0, source) for source in range(len(weights))]
+    ready: list[tuple[int, int]] = []
     for sample in range(period):
-        while coming and coming[0][0] <= sample:
-            _, source = heapq.heappop(coming)
-            heapq.heappush(ready, (-(-(done[source] + 1) * period // weights[source]), source))
+        while waiting and waiting[0][0] <= sample:
+            _, source = heapq.heappop(waiting)
+            heapq.heappush(ready, (-(-(counts[source] + 1) * period // weights[source]), source))
         _, source = heapq.heappop(ready)
-        sources[sample], places[sample] = source, done[source]
-        done[source] += 1
-        heapq.heappush(coming, (done[source] * period // weights[source], source))
+        sources[sample], places[sample] = source, counts[source]
+        counts[source] += 1
+        heapq.heappush(waiting, (counts[source] * period // weights[source], source))
     return sources, places
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A blend and the sample from which on it counts."""
+    """The part of a run that uses one blend, from sample `start` until the next segment starts."""
 
     start: int
-    weights: dict[str, float]
+    weights: dict[str, float]  # by source name
 
     @property
     def names(self) -> list[str]:
@@ -80,10 +87,10 @@ class Segment:
 
 @dataclass(frozen=True, eq=False)  # eq: samples have no single truth value
 class Blend:
-    """An endless sequence of samples from several sources, each going through epochs of its own.
+    """An endless sequence of samples from several sources; each source counts its own epochs.
 
-    `segments` are the blends of the run so far, in order; samples are taken from the last. A source goes on
-    from where an earlier blend left it.
+    `segments` are the blends of the run so far, in order. Samples are taken from the last segment only. A
+    source continues after the last sample that it gave in the earlier segments.
     """
 
     sources: Mapping[str, Samples]
@@ -91,31 +98,31 @@ class Blend:
 
     @cached_property
     def _before(self) -> dict[str, int]:
-        """The samples that each source gave before the last segment."""
+        """Return how many samples each source gave before the last segment."""
         given: dict[str, int] = {}
-        for segment, after in zip(self.segments, self.segments[1:], strict=False):
-            counts = segment.schedule.counts(after.start - segment.start)
+        for segment, next_segment in zip(self.segments, self.segments[1:], strict=False):
+            counts = segment.schedule.counts(next_segment.start - segment.start)
             for name, count in zip(segment.names, counts, strict=True):
                 given[name] = given.get(name, 0) + count
         return given
 
     def take(self, indices: Indices) -> MicroBatch:
-        """Samples `indices` (B,)."""
-        found = self.locate(indices)
-        if len(found) == 1:
-            [(name, (_, places))] = found.items()
+        """Return the micro-batch of samples `indices` (B,). Raises ConfigError for unusable data."""
+        located = self.locate(indices)
+        if len(located) == 1:
+            [(name, (_, places))] = located.items()
             return self.sources[name].take(places)
-        rows: dict[int, Indices] = {}
-        for name, (here, places) in found.items():
-            taken = self.sources[name].take(places)
-            assert not isinstance(taken, tuple), "blends are of token files"
-            rows |= zip(here.tolist(), taken, strict=True)
-        return np.stack([rows[row] for row in range(len(indices))])
+        samples: dict[int, Indices] = {}
+        for name, (rows, places) in located.items():
+            batch = self.sources[name].take(places)
+            assert not isinstance(batch, tuple), "only token files can be blended"
+            samples |= zip(rows.tolist(), batch, strict=True)
+        return np.stack([samples[row] for row in range(len(indices))])
 
     def locate(self, indices: Indices) -> dict[str, tuple[Indices, Indices]]:
-        """By source: which of the samples (B,) come from it, and their places in its own sequence."""
+        """Return for each source its rows in `indices` (B,) and the index of each sample in the source."""
         segment = self.segments[-1]
-        assert int(indices.min()) >= segment.start, "earlier blends are only counted"
+        assert int(indices.min()) >= segment.start, "samples of earlier segments are never read again"
         sources, places = segment.schedule.locate(indices - segment.start)
         return {
             name: ((sources == number).nonzero()[0], places[sources == number] + self._before.get(name, 0))
@@ -124,7 +131,7 @@ class Blend:
         }
 
     def epochs(self, samples: int) -> dict[str, float]:
-        """How often the run has gone through each source, `samples` into it."""
+        """Return for each source the epochs that the run has read after its first `samples` samples."""
         segment = self.segments[-1]
         counts = segment.schedule.counts(samples - segment.start)
         return {

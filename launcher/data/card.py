@@ -1,6 +1,7 @@
-"""What `launcher prepare` leaves beside NAME.bin and NAME.idx: a card, NAME.json, and NAME.tokenizer.json.
+"""Paths and contents of the two files that `launcher prepare` writes beside NAME.bin and NAME.idx.
 
-Megatron-LM's own files have neither.
+NAME.json, the card, records how the token files were made. NAME.tokenizer.json is the tokenizer. Token files
+written by Megatron-LM have neither.
 """
 
 import json
@@ -9,15 +10,17 @@ from typing import Any
 
 
 def card_path(prefix: Path) -> Path:
+    """Return the path NAME.json for the token files NAME.bin and NAME.idx at `prefix`, NAME."""
     return prefix.with_name(f"{prefix.name}.json")
 
 
 def tokenizer_path(prefix: Path) -> Path:
+    """Return the path NAME.tokenizer.json for the token files at `prefix`, NAME."""
     return prefix.with_name(f"{prefix.name}.tokenizer.json")
 
 
 def vocab_size_of(prefix: Path) -> int | None:
-    """The tokens that the tokenizer of a prepared file has; None where nothing tells."""
+    """Return the tokenizer's vocabulary size from the card, or None if no readable card states the size."""
     try:
         card: Any = json.loads(card_path(prefix).read_text())
         return int(card["vocab_size"])

@@ -1,7 +1,7 @@
-"""Which files are the corpus, how they are split, and their bytes.
+"""Find the files of a text corpus, split them into training and validation, and read their bytes.
 
 Tokens are bytes. A zero byte, which text does not contain, ends each file.
-Nothing here depends on the order in which a file system lists its entries.
+The result does not depend on the order in which a file system lists its entries.
 """
 
 import glob
@@ -21,36 +21,38 @@ import numpy.typing as npt
 from launcher.config.errors import ConfigError
 from launcher.config.schema import CorpusSource, DataConfig
 from launcher.config.shape import END_OF_TEXT
+from launcher.text import plural
 
 _END = bytes([END_OF_TEXT])
 
-# Quoted for a shell and for Hydra's grammar both, as every glob shown to the user is.
+# Quoted for both the shell and Hydra's grammar, like every glob in a message.
 _EXAMPLE_GLOB = "'data.train=\"corpus/**/*.txt\"'"
 
-# What differs between machines: installed packages, and the parts that distributions package
-# apart or leave out. lib2to3 is gone from Python 3.13.
-_NOT_STDLIB = frozenset(
+# Directories that differ between machines: installed packages, and parts of the standard library that
+# Linux distributions package separately or leave out. Python 3.13 removed lib2to3.
+_EXCLUDED_DIRECTORIES = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
 )
 
 
 @dataclass(frozen=True, eq=False)  # eq: arrays have no single truth value
 class Corpus:
-    """Both parts as byte tokens: uint8, shapes (train tokens,) and (validation tokens,); read-only."""
+    """The training and validation text as byte tokens: read-only uint8 arrays of shape (tokens,)."""
 
     train: npt.NDArray[np.uint8]
     validation: npt.NDArray[np.uint8]
 
     def digest(self) -> str:
-        """Of the training tokens: the same for the same text, wherever it lies."""
+        """Return a digest of the training tokens, which does not depend on the path of the files."""
         return f"{len(self.train)}-{zlib.crc32(self.train.data):08x}"
 
 
 @dataclass(frozen=True, order=True)
-class _Named:
-    """A file and its posix path relative to where the search began, which orders and splits the corpus.
+class _TextFile:
+    """A file of the corpus; its `name` decides its order and its part (training or validation).
 
-    The relative path, so that a corpus moved to another directory is still the same corpus.
+    `name` is the POSIX path relative to the root of the search. Because it is relative, a corpus that is
+    moved to another directory keeps its order and its split.
     """
 
     name: str
@@ -58,22 +60,26 @@ class _Named:
 
 
 def corpus_files(data: DataConfig) -> tuple[list[Path], list[Path]]:
-    """The files of (train, validation), each in corpus order; no file's content is read.
+    """Return the files of (train, validation), each in corpus order, without reading their content.
 
-    Disjoint, except that a single file without a validation glob is in both lists:
+    The lists are disjoint, with one exception: a single file without a validation glob is in both lists, and
     `load_corpus` then splits its bytes. Files that `data.validation` matches are never trained on.
+    Raises ConfigError if a field matches no usable file or a file cannot be read.
     """
-    found = _training_candidates(data)
+    candidates = _training_candidates(data)
     if data.validation is None:
-        train, validation = _split(found, _checked_fraction(data))
+        train, validation = _split(candidates, _checked_fraction(data))
     else:
         validation = _text_files("data.validation", data.validation)
-        train = _without(found, validation, data.validation)
+        train = _without(candidates, validation, data.validation)
     return [file.path for file in train], [file.path for file in validation]
 
 
 def token_counts(data: DataConfig) -> tuple[int, int]:
-    """The tokens `load_corpus` would give (train, validation), from file sizes alone."""
+    """Return the number of tokens that `load_corpus` would read for (train, validation).
+
+    Only file sizes are read. Raises ConfigError as `corpus_files` does.
+    """
     train, validation = corpus_files(data)
     if train == validation:
         total = _token_count(train)
@@ -83,9 +89,10 @@ def token_counts(data: DataConfig) -> tuple[int, int]:
 
 
 def load_corpus(data: DataConfig) -> Corpus:
-    """Read every file, ending each with a zero byte.
+    """Return the tokens of all files; a zero byte follows the text of each file.
 
-    A single file without a validation glob gives its last `validation_fraction` to validation.
+    If the corpus is a single file without a validation glob, the last `data.validation_fraction` of its
+    tokens is the validation part. Raises ConfigError as `corpus_files` does.
     """
     train, validation = corpus_files(data)
     if train == validation:
@@ -95,60 +102,63 @@ def load_corpus(data: DataConfig) -> Corpus:
     return Corpus(train=_read(train), validation=_read(validation))
 
 
-def _training_candidates(data: DataConfig) -> list[_Named]:
+def _training_candidates(data: DataConfig) -> list[_TextFile]:
     if data.source is CorpusSource.stdlib:
         if data.train is not None:
             raise ConfigError(
                 "data.train",
                 data.train,
-                "data.source=stdlib has its files already",
-                "data=text, or data.train=null",
+                "data.source=stdlib reads the Python standard library and accepts no other files",
+                "data=text to train on these files, or data.train=null",
             )
         return _stdlib_files()
     if data.train is None:
         raise ConfigError(
-            "data.train", None, "data.source=text reads your own files; none are named", _EXAMPLE_GLOB
+            "data.train",
+            None,
+            "data.source=text needs the files to train on, and none are set",
+            _EXAMPLE_GLOB,
         )
     return _text_files("data.train", data.train)
 
 
-def _stdlib_files() -> list[_Named]:
+def _stdlib_files() -> list[_TextFile]:
     root = Path(sysconfig.get_paths()["stdlib"])
     files = _usable(_walk_python(root), "data.source", CorpusSource.stdlib.value)
     if not files:
         raise ConfigError(
             "data.source",
             CorpusSource.stdlib.value,
-            f"this Python keeps no source text in {root}",
+            f"this Python installation has no source files in {root}",
             f"data=text {_EXAMPLE_GLOB}",
         )
     return files
 
 
-def _walk_python(root: Path) -> Iterator[_Named]:
+def _walk_python(root: Path) -> Iterator[_TextFile]:
     for directory, subdirectories, names in os.walk(root):
-        # In place: this is how os.walk is told not to descend.
-        subdirectories[:] = [name for name in subdirectories if name not in _NOT_STDLIB]
+        # Changed in place: os.walk descends only into the directories that stay in this list.
+        subdirectories[:] = [name for name in subdirectories if name not in _EXCLUDED_DIRECTORIES]
         for name in names:
             if name.endswith(".py"):
                 path = Path(directory, name)
-                yield _Named(path.relative_to(root).as_posix(), path)
+                yield _TextFile(path.relative_to(root).as_posix(), path)
 
 
-def _text_files(field: str, pattern: str) -> list[_Named]:
+def _text_files(field: str, pattern: str) -> list[_TextFile]:
     root, relative = _fixed_root(pattern)
     matches = glob.glob(relative, root_dir=root, recursive=True)
-    files = _usable((_Named(Path(name).as_posix(), root / name) for name in matches), field, pattern)
+    files = _usable((_TextFile(Path(name).as_posix(), root / name) for name in matches), field, pattern)
     if not files:
-        why = "every file it matches is empty" if _matches_files(root, matches) else "matches no file"
+        why = "every matched file is empty" if _matches_files(root, matches) else "the glob matches no file"
         raise ConfigError(
-            field, pattern, f"{why} (looked in {Path.cwd() / root})", _nearest(field, pattern, root)
+            field, pattern, f"{why} (searched in {Path.cwd() / root})", _glob_remedy(field, pattern, root)
         )
     return files
 
 
 def _fixed_root(pattern: str) -> tuple[Path, str]:
-    """The leading directories of a glob that hold no wildcard, and the rest of it."""
+    """Return the leading directories of a glob without wildcards, and the rest of the glob."""
     parts = Path(os.path.expanduser(pattern)).parts
     directories = parts[:-1]
     fixed = next((i for i, part in enumerate(directories) if glob.has_magic(part)), len(directories))
@@ -159,21 +169,24 @@ def _matches_files(root: Path, matches: Iterable[str]) -> bool:
     return any(os.path.isfile(root / name) for name in matches)
 
 
-def _nearest(field: str, pattern: str, root: Path) -> str:
-    """A glob that does match, looking no deeper than one directory: the tree may be a whole disk."""
+def _glob_remedy(field: str, pattern: str, root: Path) -> str:
+    """Return a setting with a glob that matches files in the closest existing directory.
+
+    Only that directory is listed, not its subdirectories: the tree may be a whole disk.
+    """
     candidates = (Path(os.path.expanduser(pattern)), root, *root.parents)
-    place = next((place for place in candidates if _is_listable(place)), Path())
-    kinds = Counter(entry.suffix for entry in place.iterdir() if _holds_text(entry))
-    if not kinds:
-        return f"a glob that matches a file with text in it, such as '{field}=\"{place / '**' / '*.txt'}\"'"
-    suffix, count = min(kinds.items(), key=lambda kind: (-kind[1], kind[0]))
-    nearest = Path(glob.escape(str(place)), f"*{suffix}")
-    return f"'{field}=\"{nearest}\"' ({count} {'file' if count == 1 else 'files'})"
+    directory = next((candidate for candidate in candidates if _is_listable(candidate)), Path())
+    suffixes = Counter(entry.suffix for entry in directory.iterdir() if _holds_text(entry))
+    if not suffixes:
+        return f"'{field}=\"{directory / '**' / '*.txt'}\"' or another glob that matches files with text"
+    suffix, count = min(suffixes.items(), key=lambda item: (-item[1], item[0]))
+    matching = Path(glob.escape(str(directory)), f"*{suffix}")
+    return f"'{field}=\"{matching}\"' ({plural(count, 'file')})"
 
 
-def _is_listable(place: Path) -> bool:
-    # os.path and not Path.is_dir: the latter raises below a directory that may not be entered.
-    return os.path.isdir(place) and os.access(place, os.R_OK | os.X_OK)
+def _is_listable(directory: Path) -> bool:
+    # os.path.isdir, because Path.is_dir raises inside a directory without permission to enter.
+    return os.path.isdir(directory) and os.access(directory, os.R_OK | os.X_OK)
 
 
 def _holds_text(entry: Path) -> bool:
@@ -181,11 +194,11 @@ def _holds_text(entry: Path) -> bool:
     return not entry.name.startswith(".") and os.path.isfile(entry) and os.path.getsize(entry) > 0
 
 
-def _usable(candidates: Iterable[_Named], field: str, value: str) -> list[_Named]:
-    """The non-empty regular files, in corpus order, each once.
+def _usable(candidates: Iterable[_TextFile], field: str, value: str) -> list[_TextFile]:
+    """Return the non-empty regular files, without duplicates, in corpus order.
 
-    A file that cannot be read refuses the run: leaving it out would train on another corpus
-    than the one named, and not on the same one on every node.
+    Raises ConfigError for a file that cannot be read. If such a file were left out, the run would train on
+    another corpus than `field` names, and nodes with different permissions would train on different corpora.
     """
     usable = []
     for file in sorted(set(candidates)):
@@ -202,7 +215,7 @@ def _usable(candidates: Iterable[_Named], field: str, value: str) -> list[_Named
 
 
 def _unreadable(field: str, value: str, path: Path, reason: str) -> ConfigError:
-    remedy = f"make {path} readable, or choose files that leave it out"
+    remedy = f"make {path} readable, or set {field} to files without it"
     return ConfigError(field, value, f"{path} cannot be read: {reason}", remedy)
 
 
@@ -211,16 +224,17 @@ def _checked_fraction(data: DataConfig) -> float:
         raise ConfigError(
             "data.validation_fraction",
             data.validation_fraction,
-            "the share of the training files to hold out lies between 0 and 1, neither included",
+            "the fraction of the training files to hold out must be above 0 and below 1",
             "data.validation_fraction=0.05",
         )
     return data.validation_fraction
 
 
-def _split(files: list[_Named], fraction: float) -> tuple[list[_Named], list[_Named]]:
-    """Split by file, each by its name alone: a file added later moves none of the others.
+def _split(files: list[_TextFile], fraction: float) -> tuple[list[_TextFile], list[_TextFile]]:
+    """Return the files as (train, validation), split by a hash of each file's name.
 
-    The exception is a part that would be empty, which takes the file nearest to its side.
+    A file that is added later does not move other files. Exception: if a part would be empty, the file whose
+    hash is closest to that part moves into it.
     """
     if len(files) == 1:
         return files, files
@@ -231,25 +245,28 @@ def _split(files: list[_Named], fraction: float) -> tuple[list[_Named], list[_Na
 
 
 def split_key(name: str) -> float:
-    """In [0, 1), uniform over names."""
-    # surrogateescape: on Linux a file name is any bytes, and those that are not UTF-8 still have to hash.
+    """Return a hash of `name` in [0, 1), uniformly distributed over names."""
+    # surrogateescape: a Linux file name may be bytes that are not UTF-8, and it must be hashed as well.
     digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
     # 53 bits: exactly a double's mantissa, so the quotient is exact and below 1.
     return (int.from_bytes(digest[:8], "big") >> 11) / 2**53
 
 
-def _without(files: list[_Named], held_out: list[_Named], pattern: str) -> list[_Named]:
-    """The files not held out, compared by real path: globs may reach one file by two names."""
+def _without(files: list[_TextFile], held_out: list[_TextFile], pattern: str) -> list[_TextFile]:
+    """Return the files that are not held out. Raises ConfigError if none is left.
+
+    Files are compared by real path, because two globs may reach a file by two names.
+    """
     held_out_paths = {os.path.realpath(file.path) for file in held_out}
-    left = [file for file in files if os.path.realpath(file.path) not in held_out_paths]
-    if not left:
+    remaining = [file for file in files if os.path.realpath(file.path) not in held_out_paths]
+    if not remaining:
         raise ConfigError(
             "data.validation",
             pattern,
-            "holds every training file, and what is validated on is never trained on",
-            "data.validation=null, which holds out data.validation_fraction of the training files",
+            "it matches every training file, and validation files are never trained on",
+            "data.validation=null (holds out data.validation_fraction of the training files)",
         )
-    return left
+    return remaining
 
 
 def _token_count(files: list[Path]) -> int:

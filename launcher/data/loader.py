@@ -1,4 +1,4 @@
-"""Reading ahead: the batches of the next steps are prepared by threads while this one computes."""
+"""Prefetching: threads read the batches of the next steps while the current step computes."""
 
 import time
 from collections import deque
@@ -13,29 +13,32 @@ import numpy.typing as npt
 
 from launcher.data.sampler import MicroBatch, Source
 
-Indices = Callable[[int], npt.NDArray[np.int64]]  # samples consumed -> those of the next step (A, B)
+# Maps the samples consumed to the sample indices (A, B) of the next step: A accumulation, B micro-batch.
+StepIndices = Callable[[int], npt.NDArray[np.int64]]
 
 
 @dataclass
-class _Step:
+class _PendingStep:
+    """The micro-batches of a step; calling an element of `batches` reads it or waits for the thread."""
+
     consumed: int
-    batches: Sequence[Callable[[], MicroBatch]]  # in order, to wait for or to read
+    batches: Sequence[Callable[[], MicroBatch]]
 
 
 class Loader:
-    """The micro-batches of one data rank, step by step. A context: its threads end with it.
+    """Reads the micro-batches of one data rank, step by step. The threads end when the context exits.
 
-    What a step reads depends on `consumed` alone, not on threads or on how far ahead they are.
+    The samples of a step depend on `consumed` alone, not on the number of threads or of prefetched steps.
     """
 
     def __init__(
-        self, source: Source, indices: Indices, *, global_batch_size: int, threads: int, ahead: int
+        self, source: Source, indices: StepIndices, *, global_batch_size: int, threads: int, ahead: int
     ) -> None:
-        """With no threads a step's batches are read when it asks for them."""
+        """Prefetch `ahead` steps with `threads` threads; with 0 threads, read in step() itself."""
         self._source, self._indices, self._size, self._ahead = source, indices, global_batch_size, ahead
         self._pool = ThreadPoolExecutor(threads, "data") if threads else None
-        self._steps: deque[_Step] = deque()
-        self.waited = 0.0  # seconds, for the last step's batches
+        self._steps: deque[_PendingStep] = deque()
+        self.waited = 0.0  # seconds that the last step() waited for its batches
 
     def __enter__(self) -> "Loader":
         return self
@@ -47,7 +50,10 @@ class Loader:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
     def step(self, consumed: int) -> list[MicroBatch]:
-        """The A micro-batches of the step after `consumed` samples. Raises what reading them raises."""
+        """Return the A micro-batches of the step after `consumed` samples.
+
+        Raises the exception that reading one of them raised, such as ConfigError for a damaged file.
+        """
         if not self._steps or self._steps[0].consumed != consumed:
             self._steps = deque([self._begin(consumed)])
         current = self._steps.popleft()
@@ -58,9 +64,10 @@ class Loader:
         self.waited = time.perf_counter() - started
         return batches
 
-    def _begin(self, consumed: int) -> _Step:
-        wanted = self._indices(consumed)
+    def _begin(self, consumed: int) -> _PendingStep:
+        micro_batches = self._indices(consumed)
+        take = self._source.take
         if self._pool is None:
-            return _Step(consumed, [partial(self._source.take, one) for one in wanted])
-        futures: list[Future[MicroBatch]] = [self._pool.submit(self._source.take, one) for one in wanted]
-        return _Step(consumed, [future.result for future in futures])
+            return _PendingStep(consumed, [partial(take, indices) for indices in micro_batches])
+        futures: list[Future[MicroBatch]] = [self._pool.submit(take, indices) for indices in micro_batches]
+        return _PendingStep(consumed, [future.result for future in futures])

@@ -1,4 +1,7 @@
-"""A run's data, opened: what it trains on, validates and tests on, checked as far as a second allows."""
+"""Open the training, validation and test data of a run, and check the data before ranks start.
+
+The check takes about a second: it reads the sizes of text files and a few pages of each token file.
+"""
 
 import shutil
 from collections.abc import Sequence
@@ -15,7 +18,7 @@ from launcher.data.images import ImageArray, ImageFiles, check_images, digit_cou
 from launcher.data.sampler import Samples
 from launcher.data.tokenizer import HuggingFace
 from launcher.data.tokens import (
-    Part,
+    HeldOutPart,
     TokenSplit,
     check_documents_end,
     check_vocabulary,
@@ -25,12 +28,12 @@ from launcher.data.tokens import (
 from launcher.data.windows import Stretch, Windows, check_long_enough
 
 TOKENIZER = "tokenizer.json"
-ONLY = ""  # the name of the source where there is one
+ONLY = ""  # the source name in a run that has a single source, not a blend
 
 
 @dataclass(frozen=True, eq=False)  # eq: samples have no single truth value
 class Data:
-    """By source: its samples of each part, and a digest of what is trained on."""
+    """The samples of each part, and a digest of the training data, by source name."""
 
     train: dict[str, Samples]
     validation: dict[str, Samples]
@@ -38,21 +41,21 @@ class Data:
     digests: dict[str, str]
 
     def blend(self, segments: Sequence[Segment]) -> Blend:
-        """The run's order of samples, after the blends it has had."""
+        """Return the training samples in the order that the blends of the run give."""
         return Blend(self.train, segments)
 
 
 def blend_of(run: RunConfig, start: int = 0) -> Segment:
-    """The blend that a run's config names, from sample `start` on."""
+    """Return the segment that uses the blend of the run's config from sample `start` on."""
     return Segment(start, run.data.weights or {ONLY: 1.0})
 
 
 def open_data(run: RunConfig) -> Data:
-    """What one rank reads from. Raises ConfigError, as check_data does before there are ranks."""
+    """Return the data of a run, opened for one rank. Raises ConfigError for missing or damaged data."""
     if run.data.source is CorpusSource.tokens:
         splits = _token_splits(run)
-        parts = {name: (one.train, one.validation, one.test) for name, one in splits.items()}
-        digests = {name: one.digest() for name, one in splits.items()}
+        parts = {name: (split.train, split.validation, split.test) for name, split in splits.items()}
+        digests = {name: split.digest() for name, split in splits.items()}
     elif is_of_images(run):
         images, digest = image_parts(run)
         train, validation, test = (
@@ -64,7 +67,7 @@ def open_data(run: RunConfig) -> Data:
         parts = {ONLY: ([Stretch(corpus.train)], [Stretch(corpus.validation)], [])}
         digests = {ONLY: corpus.digest()}
     return Data(
-        # A seed for each source, or two of one length would be read in one order.
+        # Each source has its own seed: with one seed, two sources of equal length would have the same order.
         {
             name: _samples(run, part[0], f"{run.training.seed}{name and '/'}{name}")
             for name, part in parts.items()
@@ -76,9 +79,10 @@ def open_data(run: RunConfig) -> Data:
 
 
 def check_data(run: RunConfig) -> None:
-    """Refuse data that is not there, not whole, of other ids than the model's, or too short for one sample.
+    """Check that a run can train on its data.
 
-    Reads no text, and of token files a few pages. Raises ConfigError.
+    Raises ConfigError for data that is missing, damaged, or shorter than one sample, and for token ids that
+    the model's vocabulary does not have. Reads no text, and only a few pages of each token file.
     """
     if is_of_images(run):
         _check_images(run)
@@ -97,14 +101,14 @@ def check_data(run: RunConfig) -> None:
             probe_ids(stretches, run.model.vocab_size)
         if run.data.document_attention:
             check_documents_end(split.files, run.data.end_of_document)
-        lengths = {part: [len(one.tokens) for one in stretches] for part, stretches in parts.items()}
+        lengths = {part: [len(stretch.tokens) for stretch in stretches] for part, stretches in parts.items()}
         if not sum(lengths["test"]):
             del lengths["test"]
         _check_lengths(run, name, lengths)
 
 
 def image_parts(run: RunConfig) -> tuple[Sequence[ImageArray | ImageFiles], str]:
-    """Training, validation and test part, and a digest of the first."""
+    """Return the training, validation and test images of a run, and a digest of the training images."""
     if run.data.source is CorpusSource.digits:
         return digits(run.data)
     return image_folder(run.data, run.model)
@@ -118,18 +122,17 @@ def _check_images(run: RunConfig) -> None:
         counts = [len(folder) for folder in folders]
         for folder in folders:
             check_images(folder)
-    for count, name in zip(counts[:2], ("train on", "validate on"), strict=True):
+    for count, part in zip(counts[:2], ("training", "validation"), strict=True):
         if count == 0:
-            why = f"of {sum(counts)} images it leaves none to {name}"
+            why = f"the {part} part has none of the {sum(counts)} images"
             remedy = "data.validation_fraction=0.2, or more images"
             raise ConfigError("data.validation_fraction", run.data.validation_fraction, why, remedy)
 
 
 def _check_lengths(run: RunConfig, name: str, parts: dict[str, list[int]]) -> None:
-    # The shortest part first: what it is offered as a remedy then holds for all.
-    for part, tokens in sorted(parts.items(), key=lambda one: max(one[1])):
-        what = f"the {part} part of {name or 'the corpus'}"
-        check_long_enough(tokens, sequence_length(run), what)
+    # The shortest part is checked first, so that the suggested sequence length fits every part.
+    for part, tokens in sorted(parts.items(), key=lambda item: max(item[1])):
+        check_long_enough(tokens, sequence_length(run), f"the {part} part of {name or 'the corpus'}")
 
 
 def _token_splits(run: RunConfig) -> dict[str, TokenSplit]:
@@ -139,8 +142,8 @@ def _token_splits(run: RunConfig) -> dict[str, TokenSplit]:
         return open_tokens(
             field,
             train,
-            Part(validation_field, validation, d.validation_fraction),
-            Part("data.test", d.test, d.test_fraction),
+            HeldOutPart(validation_field, validation, d.validation_fraction),
+            HeldOutPart("data.test", d.test, d.test_fraction),
         )
 
     if not d.sources:
@@ -162,39 +165,42 @@ def _prefixes(splits: dict[str, TokenSplit]) -> list[Path]:
 
 
 def tokenizer_of(run: RunConfig, splits: dict[str, TokenSplit]) -> Path | None:
-    """The tokenizer.json that token files were made with; None where none is beside them.
+    """Return the path of the tokenizer.json that the token files were made with, or None if it is unknown.
 
-    Raises ConfigError for one that cannot be read, and for files that were made with several.
+    Raises ConfigError if data.tokenizer cannot be read, or if the files were made with different tokenizers.
     """
     if run.data.tokenizer is not None:
         path = Path(run.data.tokenizer).expanduser()
         HuggingFace(path, field="data.tokenizer")
         return path
-    found = [path for prefix in _prefixes(splits) if (path := tokenizer_path(prefix)).exists()]
-    for other in found[1:]:
-        if other.read_bytes() != found[0].read_bytes():
-            why = f"{found[0]} and {other} are two tokenizers, and one model has one"
-            raise ConfigError("data.tokenizer", None, why, "token files made with one of them")
-    return found[0] if found else None
+    paths = [path for prefix in _prefixes(splits) if (path := tokenizer_path(prefix)).exists()]
+    for path in paths[1:]:
+        if path.read_bytes() != paths[0].read_bytes():
+            why = f"{paths[0]} and {path} are different tokenizers, and a model has only one"
+            raise ConfigError(
+                "data.tokenizer", None, why, "use only token files made with the same tokenizer"
+            )
+    return paths[0] if paths else None
 
 
 def record_tokenizer(run: RunConfig, folder: Path) -> None:
-    """Copy the tokenizer of the run's token files, if there is one, to folder/tokenizer.json."""
+    """Copy the tokenizer of the run's token files, if it is known, to folder/tokenizer.json."""
     if run.data.source is not CorpusSource.tokens:
         return
-    found, own = tokenizer_of(run, _token_splits(run)), folder / TOKENIZER
-    if found is None or (own.exists() and own.read_bytes() == found.read_bytes()):
+    source, copy = tokenizer_of(run, _token_splits(run)), folder / TOKENIZER
+    if source is None or (copy.exists() and copy.read_bytes() == source.read_bytes()):
         return
     folder.mkdir(exist_ok=True)
+    # Files of another tokenizer: they came with the model that the run started from.
     for path in (*folder.glob("tokenizer*"), *folder.glob("special_tokens_map.json")):
-        path.unlink()  # of the model that the run began with, which had another
-    shutil.copyfile(found, own)
+        path.unlink()
+    shutil.copyfile(source, copy)
 
 
 def _samples(run: RunConfig, stretches: list[Stretch], shuffle_seed: str | None) -> Samples:
-    # Bytes need no check: every vocabulary has them all.
-    checked = run.model.vocab_size if run.data.source is CorpusSource.tokens else None
-    return Samples(Windows(stretches, sequence_length(run), checked), shuffle_seed)
+    # Text needs no check: every vocabulary has all 256 byte values.
+    vocab_size = run.model.vocab_size if run.data.source is CorpusSource.tokens else None
+    return Samples(Windows(stretches, sequence_length(run), vocab_size), shuffle_seed)
 
 
 def _tokens(stretches: list[Stretch]) -> int:

@@ -1,11 +1,10 @@
-"""`launcher prepare`: text to token files, in parallel, in one order whatever the number of processes.
+"""Turn text into token files with parallel processes, for `launcher prepare`.
 
-Everything is written into TARGET.partial/, with a journal of how far it came, and renamed at the end,
-the .idx last: a TARGET.idx that is there is whole.
+The number of processes does not change the result. All output is written into TARGET.partial/, with a journal
+of the progress, and renamed at the end. The .idx is renamed last, so a TARGET.idx that exists is complete.
 """
 
 import json
-import os
 import shutil
 import time
 from collections import deque
@@ -22,17 +21,18 @@ from launcher import __version__
 from launcher.config.errors import ConfigError, settings
 from launcher.config.schema import BadLines, PrepareConfig
 from launcher.data.card import card_path, tokenizer_path
-from launcher.data.reading import Batch, Kind, Place, batches, kind_of
+from launcher.data.reading import FileFormat, Place, RecordBatch, batches, format_of
 from launcher.data.token_file import bin_path, index_path, write_index
 from launcher.data.tokenise import (
-    Tokenised,
+    TokenisedBatch,
     TokenizerSpec,
     Worker,
     WorkerKilled,
-    Workers,
+    WorkerPool,
     text_of,
 )
 from launcher.data.tokenizer import Tokenizer, train_bpe, write_byte_tokenizer
+from launcher.files import partial_path, rename, sync, write_text
 
 JOURNAL, TOKENS, LENGTHS, INDEX, BAD = (
     "journal.json",
@@ -42,74 +42,80 @@ JOURNAL, TOKENS, LENGTHS, INDEX, BAD = (
     "bad_lines.txt",
 )
 TOKENIZER, CARD = "tokenizer.json", "card.json"
-_SAVED_EVERY = 5.0  # seconds
-_LONGEST = 2**30  # tokens of a document: a longer text becomes several, as the index counts in 31 bits
-_AHEAD = 4  # batches in work per process
-_FORMAT = 1  # of the journal, and of what the same input becomes
+_SAVE_INTERVAL = 5.0  # seconds between two writes of the journal
+_LONGEST = 2**30  # tokens per document: a longer text is split, because the index stores lengths in 31 bits
+_AHEAD = 4  # batches per process that are read before their results are written
+_FORMAT = 1  # version of the journal and of the output; a change makes an interrupted preparation start again
 
 
 @dataclass
-class Progress:
-    """How far a preparation has come: the journal of a restart, and what is shown."""
+class PrepareProgress:
+    """The progress of a preparation, which the journal stores and the progress bar shows."""
 
     place: Place = field(default_factory=Place)
     tokens: int = 0
     documents: int = 0
-    open_length: int = 0  # tokens so far of a text that goes on in the next batch
+    open_length: int = 0  # tokens so far of a plain text that continues in the next batch
     characters: int = 0
-    bad: int = 0
-    bad_bytes: int = 0  # of their list
+    bad: int = 0  # bad lines
+    bad_bytes: int = 0  # size of the list of bad lines
     done: bool = False
 
 
 @dataclass(frozen=True)
-class Input:
-    """A file to read, by its name below the source that was named."""
+class InputFile:
+    """A file to read."""
 
-    name: str
+    name: str  # POSIX path relative to the SOURCE directory
     path: Path
     bytes: int
 
 
-Show = Callable[[Progress, int], None]  # (progress, bytes read of all files)
+ShowProgress = Callable[[PrepareProgress, int], None]  # (progress, bytes read of all files)
 
 
 def bad_lines_path(prefix: Path) -> Path:
     return prefix.with_name(f"{prefix.name}.bad_lines.txt")
 
 
-def find_inputs(sources: list[Path]) -> tuple[list[Input], int]:
-    """The files of text in order, and how many others there are. Raises ConfigError where there is none."""
-    found: list[Input] = []
-    others = 0
+def find_inputs(sources: list[Path]) -> tuple[list[InputFile], int]:
+    """Return the text files in reading order, and the number of files that are skipped.
+
+    Raises ConfigError if a source does not exist, or if no file has a known ending.
+    """
+    inputs: list[InputFile] = []
+    skipped = 0
     for source in sources:
         if not source.exists():
-            raise ConfigError("SOURCE", source, "there is no such file or directory", _SOURCES)
+            raise ConfigError("SOURCE", source, "this file or directory does not exist", _SOURCES)
         paths = sorted(path for path in source.rglob("*") if path.is_file()) if source.is_dir() else [source]
         for path in paths:
-            if kind_of(path) is None:
-                others += 1
+            if format_of(path) is None:
+                skipped += 1
                 continue
             name = path.relative_to(source).as_posix() if source.is_dir() else path.name
-            found.append(Input(name, path, path.stat().st_size))
-    if not found:
-        raise ConfigError("SOURCE", sources[0], "holds no file of text that is known by its ending", _SOURCES)
-    return found, others
+            inputs.append(InputFile(name, path, path.stat().st_size))
+    if not inputs:
+        raise ConfigError("SOURCE", sources[0], "no file has the ending of a known text format", _SOURCES)
+    return inputs, skipped
 
 
-_SOURCES = "files of .jsonl, .json or .txt, plain, .gz or .zst, and .parquet; or a directory of them"
+_SOURCES = "a .jsonl, .ndjson, .json or .txt file (also .gz or .zst), a .parquet file, or a directory of them"
 
 
 class Preparation:
-    """One target in the making."""
+    """Writes the token files of a target, or continues an interrupted preparation of the target."""
 
-    def __init__(self, inputs: list[Input], target: Path, config: PrepareConfig, workers: int) -> None:
+    def __init__(self, inputs: list[InputFile], target: Path, config: PrepareConfig, workers: int) -> None:
         self.inputs, self.target, self.config, self.workers = inputs, target, config, workers
-        self.folder = target.with_name(f"{target.name}.partial")
+        self.folder = partial_path(target)
         self.max_line = int(config.max_line_mb * 1e6)
 
-    def run(self, show: Show) -> Progress:
-        """From where an earlier start stopped, to the end. Raises ConfigError, OSError."""
+    def run(self, show: ShowProgress) -> PrepareProgress:
+        """Write the token files, continuing an interrupted preparation, and return the final progress.
+
+        Raises ConfigError for unusable input or settings, and OSError if a file cannot be written.
+        """
         self._check_tokenizer()
         self.resumed = self._begin()
         spec = self._tokenizer()
@@ -119,34 +125,34 @@ class Preparation:
             self._write(spec, tokenizer, progress, show)
         if progress.documents == 0:
             shutil.rmtree(self.folder)
-            why = "no file holds any text" + (f" ({progress.bad} bad lines)" if progress.bad else "")
+            why = "no file contains any text" + (f" ({progress.bad} bad lines)" if progress.bad else "")
             raise ConfigError("SOURCE", self.inputs[0].path, why, _SOURCES)
         self._finish(tokenizer, progress)
         return progress
 
     def _begin(self) -> bool:
-        """Make the folder, unless it is of the same input and settings; whether it was."""
-        same = self.folder / "made_of.json"
+        """Create the folder, or keep it if input and settings are the same. Return whether work resumes."""
+        fingerprint = self.folder / "made_of.json"
         if self._journal().done:
-            # A stop between the renames of the end left some files in their places.
-            for path, name in self.places().items():
+            # The last start stopped between the final renames: move the renamed files back.
+            for path, name in self.outputs().items():
                 if path.exists() and not (self.folder / name).exists():
-                    path.rename(self.folder / name)
-        if same.exists() and json.loads(same.read_text()) == self._fingerprint():
+                    rename(path, self.folder / name)
+        if fingerprint.exists() and json.loads(fingerprint.read_text()) == self._fingerprint():
             return (self.folder / JOURNAL).exists()
         if self.folder.exists():
             shutil.rmtree(self.folder)
         self.folder.mkdir(parents=True)
-        _write_aside(same, self._fingerprint())
+        write_text(fingerprint, json.dumps(self._fingerprint(), indent=2))
         return False
 
     def _fingerprint(self) -> dict[str, Any]:
-        """What the result depends on."""
+        """Return everything that the token files depend on."""
         c = self.config
         tokenizer = Path(c.tokenizer.path).expanduser() if c.tokenizer.path else None
         return {
             "format": _FORMAT,
-            "inputs": [[one.name, one.bytes, one.path.stat().st_mtime_ns] for one in self.inputs],
+            "inputs": [[file.name, file.bytes, file.path.stat().st_mtime_ns] for file in self.inputs],
             "text_field": c.text_field,
             "max_line": self.max_line,
             "tokenizer": tokenizer.read_text() if tokenizer and tokenizer.is_file() else None,
@@ -155,17 +161,21 @@ class Preparation:
         }
 
     def _tokenizer(self) -> TokenizerSpec:
-        own, t = self.folder / TOKENIZER, self.config.tokenizer
-        if t.train is not None and not own.exists():
-            train_bpe(self._texts(int(t.train_mb * 1e6)), self.config.vocab, own)
-        elif t.path is not None and not own.exists():
-            shutil.copyfile(Path(t.path).expanduser(), own)
+        """Write the tokenizer into the folder if it is missing there, and return its settings."""
+        path, t = self.folder / TOKENIZER, self.config.tokenizer
+        if t.train is not None and not path.exists():
+            train_bpe(self._training_texts(int(t.train_mb * 1e6)), self.config.vocab, path)
+        elif t.path is not None and not path.exists():
+            shutil.copyfile(Path(t.path).expanduser(), path)
         elif self._is_bytes():
-            write_byte_tokenizer(own)
-        return TokenizerSpec(None if self._is_bytes() else own, t.end_of_document)
+            write_byte_tokenizer(path)
+        return TokenizerSpec(None if self._is_bytes() else path, t.end_of_document)
 
     def _check_tokenizer(self) -> None:
-        """Refuse one that cannot be used under its own name, before anything is written."""
+        """Raise ConfigError for an unusable tokenizer.path, before any file is written.
+
+        The later error would name the copy in TARGET.partial/ instead of the user's file.
+        """
         t = self.config.tokenizer
         if t.path is not None:
             end = TokenizerSpec(Path(t.path).expanduser(), t.end_of_document).load().end_of_document
@@ -174,95 +184,105 @@ class Preparation:
     def _is_bytes(self) -> bool:
         return self.config.tokenizer.path is None and self.config.tokenizer.train is None
 
-    def _texts(self, most: int) -> Iterator[str]:
-        """The beginning of every file, an equal share of `most` bytes each; bad lines are told of later."""
-        for one in self.inputs:
-            left = most // len(self.inputs)
-            for batch in self._batches([one.path], Place()):
+    def _training_texts(self, total_bytes: int) -> Iterator[str]:
+        """Yield the beginning of every file, an equal share of `total_bytes` each, without bad lines.
+
+        Bad lines are reported later, when the files are tokenised.
+        """
+        for file in self.inputs:
+            remaining = total_bytes // len(self.inputs)
+            for batch in self._batches([file.path], Place()):
                 for record in batch.records:
                     try:
-                        text = text_of(record, batch.kind, self.config.text_field, self.max_line)
+                        text = text_of(record, batch.format, self.config.text_field, self.max_line)
                     except ValueError:
                         continue
                     yield text
-                    left -= len(text.encode())
-                if left <= 0:
+                    remaining -= len(text.encode())
+                if remaining <= 0:
                     break
 
-    def _batches(self, files: list[Path], place: Place) -> Iterator[Batch]:
+    def _batches(self, files: list[Path], place: Place) -> Iterator[RecordBatch]:
         return batches(files, place, self.config.text_field, self.max_line)
 
-    def _journal(self) -> Progress:
+    def _journal(self) -> PrepareProgress:
         path = self.folder / JOURNAL
         if not path.exists():
-            return Progress()
-        found = json.loads(path.read_text())
-        return Progress(place=Place(**found.pop("place")), **found)
+            return PrepareProgress()
+        journal = json.loads(path.read_text())
+        return PrepareProgress(place=Place(**journal.pop("place")), **journal)
 
-    def _write(self, spec: TokenizerSpec, tokenizer: Tokenizer, progress: Progress, show: Show) -> None:
+    def _write(
+        self, spec: TokenizerSpec, tokenizer: Tokenizer, progress: PrepareProgress, show: ShowProgress
+    ) -> None:
+        """Tokenise the files from `progress.place` on and append the tokens, lengths and bad lines."""
         size = tokenizer.dtype.itemsize
         end = np.array([tokenizer.end_of_document], tokenizer.dtype).tobytes()
-        ends = accumulate((one.bytes for one in self.inputs), initial=0)
-        before = {one.path: end for one, end in zip(self.inputs, ends, strict=False)}
+        starts = accumulate((file.bytes for file in self.inputs), initial=0)
+        bytes_before = {file.path: start for file, start in zip(self.inputs, starts, strict=False)}
         with (
-            _at(self.folder / TOKENS, progress.tokens * size) as tokens,
-            _at(self.folder / LENGTHS, progress.documents * 4) as lengths,
-            _at(self.folder / BAD, progress.bad_bytes) as bad,
+            _open_truncated(self.folder / TOKENS, progress.tokens * size) as tokens,
+            _open_truncated(self.folder / LENGTHS, progress.documents * 4) as lengths,
+            _open_truncated(self.folder / BAD, progress.bad_bytes) as bad,
         ):
             saved = time.monotonic()
 
             def save() -> None:
                 for file in (tokens, lengths, bad):
                     file.flush()
-                    os.fsync(file.fileno())
-                _write_aside(self.folder / JOURNAL, asdict(progress))
+                    sync(Path(file.name))
+                write_text(self.folder / JOURNAL, json.dumps(asdict(progress), indent=2))
 
-            for batch, found in self._tokenised(spec, progress.place):
-                if found.bad and self.config.bad_lines is BadLines.fail:
+            for batch, tokenised in self._tokenised(spec, progress.place):
+                if tokenised.bad_lines and self.config.bad_lines is BadLines.fail:
                     save()
-                    raise self._bad_line(batch, *found.bad[0])
-                for line, why in found.bad:
+                    raise self._bad_line(batch, *tokenised.bad_lines[0])
+                for line, why in tokenised.bad_lines:
                     progress.bad_bytes += bad.write(f"{batch.file}:{line}: {why}\n".encode())
-                progress.bad += len(found.bad)
-                _take(batch, found, end, progress, tokens, lengths)
-                progress.place = batch.after
-                show(progress, before[batch.file] + batch.bytes_read)
-                if time.monotonic() - saved > _SAVED_EVERY:
+                progress.bad += len(tokenised.bad_lines)
+                _append(batch, tokenised, end, progress, tokens, lengths)
+                progress.place = batch.next_place
+                show(progress, bytes_before[batch.file] + batch.bytes_read)
+                if time.monotonic() - saved > _SAVE_INTERVAL:
                     save()
                     saved = time.monotonic()
             progress.done = True
             save()
 
-    def _bad_line(self, batch: Batch, line: int, why: str) -> ConfigError:
-        where = f"{batch.file}:{line} {why}"
-        remedy = "bad_lines=skip (leaves such lines out and lists them), or the line mended"
-        return ConfigError("bad_lines", "fail", where, remedy)
+    def _bad_line(self, batch: RecordBatch, line: int, reason: str) -> ConfigError:
+        why = f"{batch.file}:{line} {reason}"
+        remedy = "bad_lines=skip (leaves bad lines out and lists them), or correct the line"
+        return ConfigError("bad_lines", "fail", why, remedy)
 
-    def _tokenised(self, spec: TokenizerSpec, place: Place) -> Iterator[tuple[Batch, Tokenised]]:
-        """Batches and their tokens, in the order of the files."""
-        found = self._batches([one.path for one in self.inputs], place)
+    def _tokenised(self, spec: TokenizerSpec, place: Place) -> Iterator[tuple[RecordBatch, TokenisedBatch]]:
+        """Yield the batches from `place` on with their tokens, in the order of the files.
+
+        Raises ConfigError if a worker process was killed.
+        """
+        record_batches = self._batches([file.path for file in self.inputs], place)
         if self.workers == 1:
             worker = Worker(spec, self.config.text_field, self.max_line)
-            yield from ((batch, worker.tokenise(batch)) for batch in found)
+            yield from ((batch, worker.tokenise(batch)) for batch in record_batches)
             return
-        pool = Workers(self.workers, spec, self.config.text_field, self.max_line)
-        waiting: deque[tuple[Batch, Future[Tokenised]]] = deque()
+        pool = WorkerPool(self.workers, spec, self.config.text_field, self.max_line)
+        pending: deque[tuple[RecordBatch, Future[TokenisedBatch]]] = deque()
         try:
-            for batch in found:
-                waiting.append((batch, pool.submit(batch)))
-                if len(waiting) >= _AHEAD * self.workers:
-                    yield _answer(waiting)
-            while waiting:
-                yield _answer(waiting)
+            for batch in record_batches:
+                pending.append((batch, pool.submit(batch)))
+                if len(pending) >= _AHEAD * self.workers:
+                    yield _first_result(pending)
+            while pending:
+                yield _first_result(pending)
         except WorkerKilled:
-            why = "a process was killed, as it is where memory runs out"
-            remedies = *settings("workers", [max(1, self.workers // 2)]), "the same command goes on"
-            raise ConfigError("workers", self.workers, why, ": ".join(remedies)) from None
+            why = "a worker process was killed, probably because the machine ran out of memory"
+            fewer = settings("workers", [max(1, self.workers // 2)])[0]
+            remedy = f"{fewer} with the same command, which continues where this one stopped"
+            raise ConfigError("workers", self.workers, why, remedy) from None
         finally:
             pool.close()
 
-    def places(self) -> dict[Path, str]:
-        """Where each file goes at the end, in the order in which it goes there."""
+    def outputs(self) -> dict[Path, str]:
+        """Return the final path of each file in the folder, in the order of the final renames."""
         return {
             bad_lines_path(self.target): BAD,
             tokenizer_path(self.target): TOKENIZER,
@@ -271,17 +291,17 @@ class Preparation:
             index_path(self.target): INDEX,
         }
 
-    def _finish(self, tokenizer: Tokenizer, progress: Progress) -> None:
+    def _finish(self, tokenizer: Tokenizer, progress: PrepareProgress) -> None:
+        """Write the index and the card, rename all files to their final paths, and delete the folder."""
         lengths = np.memmap(self.folder / LENGTHS, "<i4", mode="r")
         write_index(self.folder / INDEX, lengths, tokenizer.dtype)
-        _write_aside(self.folder / CARD, self._card(tokenizer, progress))
-        for path, name in self.places().items():
+        write_text(self.folder / CARD, json.dumps(self._card(tokenizer, progress), indent=2))
+        for path, name in self.outputs().items():
             if (self.folder / name).exists() and not (name == BAD and progress.bad == 0):
-                (self.folder / name).rename(path)
-        _sync_folder(self.target.parent)
+                rename(self.folder / name, path)
         shutil.rmtree(self.folder)
 
-    def _card(self, tokenizer: Tokenizer, progress: Progress) -> dict[str, Any]:
+    def _card(self, tokenizer: Tokenizer, progress: PrepareProgress) -> dict[str, Any]:
         return {
             "tokenizer": "bytes" if self._is_bytes() else "Hugging Face's tokenizers",
             "vocab_size": tokenizer.vocab_size,
@@ -291,25 +311,32 @@ class Preparation:
             "characters": progress.characters,
             "bad_lines": progress.bad,
             "launcher": __version__,
-            "inputs": [{"name": one.name, "bytes": one.bytes} for one in self.inputs],
+            "inputs": [{"name": file.name, "bytes": file.bytes} for file in self.inputs],
         }
 
 
-def _answer(waiting: deque[tuple[Batch, Future[Tokenised]]]) -> tuple[Batch, Tokenised]:
-    batch, future = waiting.popleft()
+def _first_result(
+    pending: deque[tuple[RecordBatch, Future[TokenisedBatch]]],
+) -> tuple[RecordBatch, TokenisedBatch]:
+    batch, future = pending.popleft()
     return batch, future.result()
 
 
-def _take(
-    batch: Batch, found: Tokenised, end: bytes, progress: Progress, tokens: IO[bytes], lengths: IO[bytes]
+def _append(
+    batch: RecordBatch,
+    tokenised: TokenisedBatch,
+    end: bytes,
+    progress: PrepareProgress,
+    tokens: IO[bytes],
+    lengths: IO[bytes],
 ) -> None:
-    """Write a batch's tokens, and the lengths of the documents that end with it."""
-    tokens.write(found.tokens)
-    progress.tokens += sum(found.lengths)
-    progress.characters += found.characters
-    ended = found.lengths
-    if batch.kind is Kind.text:
-        progress.open_length += sum(found.lengths)
+    """Write the tokens of a batch and the lengths of the documents that end in it; update `progress`."""
+    tokens.write(tokenised.tokens)
+    progress.tokens += sum(tokenised.lengths)
+    progress.characters += tokenised.characters
+    ended = tokenised.lengths
+    if batch.format is FileFormat.plain_text:
+        progress.open_length += sum(tokenised.lengths)
         ended = []
         if progress.open_length and (batch.ends_document or progress.open_length >= _LONGEST):
             tokens.write(end)
@@ -320,27 +347,10 @@ def _take(
     progress.documents += len(ended)
 
 
-def _at(path: Path, size: int) -> IO[bytes]:
-    """The file, cut to `size`, to write on from there."""
+def _open_truncated(path: Path, size: int) -> IO[bytes]:
+    """Open a file for writing, truncated to `size` bytes, with the position at its end."""
     path.touch()
     file = path.open("r+b")
     file.truncate(size)
     file.seek(size)
     return file
-
-
-def _write_aside(path: Path, content: dict[str, Any]) -> None:
-    aside = path.with_suffix(".tmp")
-    with aside.open("w") as file:
-        json.dump(content, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.rename(path)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

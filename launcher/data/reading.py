@@ -1,6 +1,6 @@
-"""Files of text as batches of records: what `launcher prepare` reads, a little at a time.
+"""Read text files for `launcher prepare` as batches of records of about 1 MiB.
 
-A position in a file is the number of bytes before it (decompressed), or of rows in a Parquet file.
+A position in a file is a number of decompressed bytes, or a number of rows in a Parquet file.
 """
 
 import gzip
@@ -16,119 +16,134 @@ BATCH_BYTES = 2**20
 PARQUET_ROWS = 64
 
 
-class Kind(Enum):
-    """A record of `lines` is a JSON object, one of `rows` a text; those of `text` are pieces of one text."""
+class FileFormat(Enum):
+    """The format of an input file, which decides what a record is.
 
-    lines = "lines"
-    text = "text"
-    rows = "rows"
+    `json_lines`: a record is a line with a JSON object, whose text is a document.
+    `plain_text`: the file is one document, and a record is a line or a piece of a long line.
+    `parquet`: a record is the text of a row, which is a document.
+    """
+
+    json_lines = "json_lines"
+    plain_text = "plain_text"
+    parquet = "parquet"
 
 
-KINDS = {
-    **dict.fromkeys((".jsonl", ".ndjson", ".json"), Kind.lines),
-    ".txt": Kind.text,
-    ".parquet": Kind.rows,
+FORMATS = {
+    **dict.fromkeys((".jsonl", ".ndjson", ".json"), FileFormat.json_lines),
+    ".txt": FileFormat.plain_text,
+    ".parquet": FileFormat.parquet,
 }
 COMPRESSED = (".gz", ".zst")
 
 
-class Damaged(Exception):
-    """A file that cannot be read on; says why."""
+class DamagedFile(Exception):
+    """Raised when the rest of a file cannot be read; the message says why."""
 
 
-_DAMAGE = (EOFError, OSError, zlib.error, Damaged)  # what reading one raises
+_READ_ERRORS = (EOFError, OSError, zlib.error, DamagedFile)  # raised by reading a damaged file
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where reading goes on: a file by its number, the position in it, and that line's number from 1."""
+    """The position in the input files where reading continues."""
 
-    file: int = 0
-    position: int = 0
-    line: int = 1
+    file: int = 0  # index of the file
+    position: int = 0  # in the file: decompressed bytes, or rows
+    line: int = 1  # line number at the position, counted from 1
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Records that are tokenised together. The same batches come of the same files, whoever tokenises them.
+class RecordBatch:
+    """Records of one file that are tokenised together.
 
-    A record of None is a line that is too long. `damage` says why the file ends with this batch.
+    The split of a file into batches does not depend on the number of workers.
     """
 
     file: Path
-    kind: Kind
+    format: FileFormat
     first_line: int
-    records: list[bytes | str | None]
-    lines: list[int]  # that each record takes
-    ends_document: bool  # with its last record: not within a text
-    after: Place
-    bytes_read: int  # of the file as it lies on disk, so far
-    damage: str | None = None
+    records: list[bytes | str | None]  # None: a line longer than max_line, or a null in a Parquet column
+    line_counts: list[int]  # lines of each record
+    ends_document: bool  # whether a document ends with the last record
+    next_place: Place  # where the next batch begins
+    bytes_read: int  # bytes of the file on disk that have been read so far
+    damage: str | None = None  # why the rest of the file cannot be read
 
 
-def kind_of(path: Path) -> Kind | None:
+def format_of(path: Path) -> FileFormat | None:
+    """Return the format that the file name's ending states, or None for an unknown ending."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in COMPRESSED:
-        kind = KINDS.get(suffixes[-2]) if len(suffixes) > 1 else None
-        return None if kind is Kind.rows else kind
-    return KINDS.get(suffixes[-1]) if suffixes else None
+        file_format = FORMATS.get(suffixes[-2]) if len(suffixes) > 1 else None
+        return None if file_format is FileFormat.parquet else file_format
+    return FORMATS.get(suffixes[-1]) if suffixes else None
 
 
-def batches(files: list[Path], start: Place, text_field: str, max_line: int) -> Iterator[Batch]:
-    """All batches of the files in order, from `start` on."""
+def batches(files: list[Path], start: Place, text_field: str, max_line: int) -> Iterator[RecordBatch]:
+    """Yield the batches of the files in order, from `start` on. A line above `max_line` bytes gives None."""
     for number in range(start.file, len(files)):
         place = start if number == start.file else Place(number)
-        kind = kind_of(files[number])
-        assert kind is not None
-        if kind is Kind.rows:
-            yield from _rows(files[number], place, text_field)
+        file_format = format_of(files[number])
+        assert file_format is not None
+        if file_format is FileFormat.parquet:
+            yield from _parquet_batches(files[number], place, text_field)
         else:
-            yield from _lines(files[number], place, kind, max_line)
+            yield from _line_batches(files[number], place, file_format, max_line)
 
 
-def _lines(path: Path, place: Place, kind: Kind, max_line: int) -> Iterator[Batch]:
+def _line_batches(path: Path, place: Place, file_format: FileFormat, max_line: int) -> Iterator[RecordBatch]:
     line, position = place.line, place.position
     try:
         raw = path.open("rb")
     except OSError as error:
         why = f"cannot be read: {error.strerror}"
-        yield Batch(path, kind, line, [], [], True, Place(place.file + 1), 0, why)
+        yield RecordBatch(path, file_format, line, [], [], True, Place(place.file + 1), 0, why)
         return
-    with raw, _opened(path, raw) as file:
-        damage = _skip(file, raw, path, position)
+    with raw, _decompressed(path, raw) as file:
+        damage = _seek(file, raw, path, position)
         while True:
             records: list[bytes | str | None] = []
-            lines: list[int] = []
+            line_counts: list[int] = []
             size = 0
             while size < BATCH_BYTES and damage is None:
                 try:
-                    record, length, newlines = _next(file, kind, max_line)
-                except _DAMAGE as error:
+                    record, length, lines = _next_record(file, file_format, max_line)
+                except _READ_ERRORS as error:
                     damage = f"is damaged: {error}"
                     break
                 if not length:
                     break
                 records.append(record)
-                lines.append(newlines)
+                line_counts.append(lines)
                 size += length
             at_end = size < BATCH_BYTES
             position += size
-            after = Place(place.file + 1) if at_end else Place(place.file, position, line + sum(lines))
-            yield Batch(path, kind, line, records, lines, _ends(kind, at_end), after, raw.tell(), damage)
-            line += sum(lines)
+            next_line = line + sum(line_counts)
+            yield RecordBatch(
+                path,
+                file_format,
+                line,
+                records,
+                line_counts,
+                ends_document=at_end or file_format is not FileFormat.plain_text,
+                next_place=Place(place.file + 1) if at_end else Place(place.file, position, next_line),
+                bytes_read=raw.tell(),
+                damage=damage,
+            )
+            line = next_line
             if at_end:
                 return
 
 
-def _ends(kind: Kind, at_end: bool) -> bool:
-    return at_end or kind is not Kind.text
+def _next_record(file: IO[bytes], file_format: FileFormat, max_line: int) -> tuple[bytes | None, int, int]:
+    """Return the next record, its length in bytes (0 at the end of the file) and its number of lines.
 
-
-def _next(file: IO[bytes], kind: Kind, max_line: int) -> tuple[bytes | None, int, int]:
-    """The next record, its bytes (0 at the end) and its lines. Of text, a line or a part of one."""
-    if kind is Kind.text:
+    The record is None for a line of JSON longer than `max_line` bytes.
+    """
+    if file_format is FileFormat.plain_text:
         record = file.readline(BATCH_BYTES)
-        record += file.read(_missing(record))
+        record += file.read(_missing_bytes(record))
         return record, len(record), int(record.endswith(b"\n"))
     record = file.readline(max_line + 1)
     length = len(record)
@@ -140,27 +155,28 @@ def _next(file: IO[bytes], kind: Kind, max_line: int) -> tuple[bytes | None, int
     return None, length, 1
 
 
-def _missing(record: bytes) -> int:
-    """The bytes of UTF-8 that its last character lacks."""
+def _missing_bytes(record: bytes) -> int:
+    """Return how many bytes are missing from the last UTF-8 character of `record`."""
     for back, byte in enumerate(reversed(record[-4:])):
         if byte & 0xC0 != 0x80:
             return max(0, (byte >= 0xC0) + (byte >= 0xE0) + (byte >= 0xF0) - back)
     return 0
 
 
-def _skip(file: IO[bytes], raw: IO[bytes], path: Path, position: int) -> str | None:
+def _seek(file: IO[bytes], raw: IO[bytes], path: Path, position: int) -> str | None:
+    """Move to `position`; a compressed file is read up to there. Return why that failed, or None."""
     if path.suffix.lower() not in COMPRESSED:
         raw.seek(position)
         return None
     try:
         while position > 0:
             position -= len(file.read(min(position, BATCH_BYTES))) or position
-    except _DAMAGE as error:
+    except _READ_ERRORS as error:
         return f"is damaged: {error}"
     return None
 
 
-def _opened(path: Path, raw: IO[bytes]) -> Any:
+def _decompressed(path: Path, raw: IO[bytes]) -> Any:
     if path.suffix.lower() == ".gz":
         return io.BufferedReader(gzip.GzipFile(fileobj=raw), BATCH_BYTES)
     if path.suffix.lower() == ".zst":
@@ -169,7 +185,10 @@ def _opened(path: Path, raw: IO[bytes]) -> Any:
 
 
 class _Zstandard(io.RawIOBase):
-    """Frames decompressed one after the other. The library's own reader takes any end for the right one."""
+    """Decompresses all zstd frames of a file, one after the other.
+
+    The zstandard library's reader accepts a file that ends inside a frame. This reader raises DamagedFile.
+    """
 
     def __init__(self, raw: IO[bytes]) -> None:
         import zstandard
@@ -189,49 +208,58 @@ class _Zstandard(io.RawIOBase):
             chunk = pending or self._raw.read(2**17)
             if not chunk:
                 if self._inside:
-                    raise Damaged("it ends in the middle of a zstd frame")
+                    raise DamagedFile("the file ends in the middle of a zstd frame")
                 return 0
             self._inside = True
             try:
                 self._ready = self._frame.decompress(chunk)
             except self._library.ZstdError as error:
-                raise Damaged(str(error)) from None
+                raise DamagedFile(str(error)) from None
         count = min(len(buffer), len(self._ready))
         buffer[:count] = self._ready[:count]
         self._ready = self._ready[count:]
         return count
 
 
-def _rows(path: Path, place: Place, text_field: str) -> Iterator[Batch]:
+def _parquet_batches(path: Path, place: Place, text_field: str) -> Iterator[RecordBatch]:
     import pyarrow
     import pyarrow.parquet as parquet
 
     row, size = place.position, path.stat().st_size
 
-    def batch(records: list[bytes | str | None], damage: str | None, last: bool) -> Batch:
-        after = (
-            Place(place.file + 1) if last else Place(place.file, row + len(records), row + len(records) + 1)
+    def batch(records: list[bytes | str | None], damage: str | None, last: bool) -> RecordBatch:
+        next_row = row + len(records)
+        return RecordBatch(
+            path,
+            FileFormat.parquet,
+            row + 1,
+            records,
+            [1] * len(records),
+            ends_document=True,
+            next_place=Place(place.file + 1) if last else Place(place.file, next_row, next_row + 1),
+            bytes_read=size if last else size * next_row // max(1, total),  # estimated
+            damage=damage,
         )
-        share = size if last else size * (row + len(records)) // max(1, total)
-        return Batch(path, Kind.rows, row + 1, records, [1] * len(records), True, after, share, damage)
 
     total = 0
     try:
         with parquet.ParquetFile(path) as file:
             total = file.metadata.num_rows
             if text_field not in file.schema_arrow.names:
-                raise Damaged(f"has no column {text_field!r}, but {', '.join(file.schema_arrow.names)}")
+                raise DamagedFile(
+                    f"has no column {text_field!r}; its columns are {', '.join(file.schema_arrow.names)}"
+                )
             skip, groups = row, list(range(file.metadata.num_row_groups))
             while groups and skip >= file.metadata.row_group(groups[0]).num_rows:
                 skip -= file.metadata.row_group(groups.pop(0)).num_rows
-            found = file.iter_batches(PARQUET_ROWS, row_groups=groups, columns=[text_field])
-            for rows in found if groups else ():
+            row_batches = file.iter_batches(PARQUET_ROWS, row_groups=groups, columns=[text_field])
+            for rows in row_batches if groups else ():
                 texts = rows.column(0).to_pylist()[skip:]
                 skip = max(0, skip - len(rows))
                 if texts:
                     yield batch(texts, None, last=False)
                     row += len(texts)
-    except Damaged as error:
+    except DamagedFile as error:
         yield batch([], str(error), last=True)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         yield batch([], f"is damaged: {str(error).splitlines()[0]}", last=True)

@@ -1,9 +1,10 @@
-"""Which sample each rank reads: a pure function of (seed, samples consumed).
+"""Decide which samples each rank reads: a pure function of (seed, samples consumed).
 
-Data-parallel size, accumulation and pipeline depth only cut a global batch up; they never choose it.
-There is no sampler state: a run resumes in any layout from the one number `samples_consumed`.
+The data-parallel size, accumulation and pipeline depth divide a global batch among ranks. They do not change
+which samples it consists of. The sampler has no state: a run resumes in any layout from `samples_consumed`.
 
-Shapes: B micro-batch, T sequence length, A accumulation (micro-batches per step and data rank).
+Shapes: B micro-batch, T sequence length, A accumulation (micro-batches per step and data rank), C image
+channels, S image height and width in pixels.
 """
 
 import hashlib
@@ -14,7 +15,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-# Four suffice for a large corpus; with 16 even all orders of five windows are equally likely.
+# Rounds of the cipher. Four are enough for a large corpus; with 16, even all orders of five windows are
+# equally likely.
 _ROUNDS = 16
 
 
@@ -23,12 +25,12 @@ MicroBatch = npt.NDArray[np.int64] | tuple[npt.NDArray[np.uint8], npt.NDArray[np
 
 
 class Items(Protocol):
-    """What one epoch consists of, each once."""
+    """The windows or images that one epoch reads, each exactly once."""
 
     def __len__(self) -> int: ...
 
     def read(self, places: npt.NDArray[np.int64]) -> MicroBatch:
-        """Those at `places` (B,), each in [0, len)."""
+        """Return the items at indices `places` (B,), each in [0, len(self))."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,34 +38,36 @@ class Samples:
     """An endless sequence of samples over `items`, epoch after epoch."""
 
     items: Items
-    shuffle_seed: int | str | None  # each epoch in an order of its own; None: every epoch in the items' order
+    shuffle_seed: (
+        int | str | None
+    )  # gives each epoch a different order; None: every epoch in the items' order
 
     def __len__(self) -> int:
-        """Samples per epoch."""
+        """Return the number of samples per epoch."""
         return len(self.items)
 
     def places(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Sample indices (B,) to the items they are (B,), each in [0, len(self))."""
+        """Return the item index (B,), in [0, len(self)), of each sample `indices` (B,)."""
         epochs, positions = np.divmod(indices, len(self))
         if self.shuffle_seed is None:
             return positions
         places = np.empty_like(positions)
         for epoch in np.unique(epochs).tolist():
-            here = epochs == epoch
-            places[here] = permute(positions[here], len(self), seed=self.shuffle_seed, epoch=epoch)
+            rows = epochs == epoch
+            places[rows] = permute(positions[rows], len(self), seed=self.shuffle_seed, epoch=epoch)
         return places
 
     def take(self, indices: npt.NDArray[np.int64]) -> MicroBatch:
-        """Samples `indices` (B,)."""
+        """Return the micro-batch of samples `indices` (B,). Raises ConfigError for unusable data."""
         return self.items.read(self.places(indices))
 
 
 def sample_indices(
     *, samples_consumed: int, global_batch_size: int, micro_batch_size: int, data_rank: int, data_size: int
 ) -> npt.NDArray[np.int64]:
-    """The samples that one data rank reads in the step after `samples_consumed`: shape (A, B).
+    """Return the samples (A, B) that a data rank reads in the step after `samples_consumed` samples.
 
-    Over all data ranks these are samples_consumed .. samples_consumed + global_batch_size - 1, each once.
+    All data ranks together read samples_consumed .. samples_consumed + global_batch_size - 1, each once.
     """
     samples_per_pass = micro_batch_size * data_size
     assert global_batch_size % samples_per_pass == 0, "validated with the config"
@@ -75,21 +79,22 @@ def sample_indices(
 
 
 class Source(Protocol):
-    """Samples by their number from the beginning of the run."""
+    """Gives samples by their index, counted from the beginning of the run."""
 
-    def take(self, indices: npt.NDArray[np.int64]) -> MicroBatch: ...
+    def take(self, indices: npt.NDArray[np.int64]) -> MicroBatch:
+        """Return the micro-batch of samples `indices` (B,)."""
 
 
 def permute(
     positions: npt.NDArray[np.int64], size: int, *, seed: int | str, epoch: int
 ) -> npt.NDArray[np.int64]:
-    """A pseudo-random permutation of range(size), keyed by (seed, epoch), at `positions` (any,) only.
+    """Return the values at `positions` (n,) of a pseudo-random permutation of range(size).
 
-    The generalised Feistel cipher with cycle walking of Black & Rogaway, "Ciphers with Arbitrary
-    Finite Domains", CT-RSA 2002 (eprint.iacr.org/2001/012): no table, so neither memory nor a
-    restart's start-up grows with the corpus.
+    `seed` and `epoch` are the key of the permutation. It is the generalised Feistel cipher with cycle walking
+    of Black & Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002 (eprint.iacr.org/2001/012). The
+    cipher needs no table, so neither memory nor the time to resume grows with the corpus.
     """
-    # The factors' product exceeds size by less than left_size, so that walks are rare and short.
+    # left_size * right_size exceeds size by less than left_size, so cycle walks are rare and short.
     left_size = math.isqrt(size - 1) + 1
     right_size = -(-size // left_size)
     keys = _round_keys(seed, epoch)
@@ -102,7 +107,7 @@ def permute(
 
 
 def _round_keys(seed: int | str, epoch: int) -> npt.NDArray[np.uint64]:
-    # A hash and not numpy's generators, whose streams may change between numpy versions.
+    # A hash, because the streams of numpy's generators may change between numpy versions.
     digest = hashlib.shake_128(f"sample order/{seed}/{epoch}".encode()).digest(8 * _ROUNDS)
     return np.frombuffer(digest, dtype="<u8").astype(np.uint64)
 
@@ -110,11 +115,11 @@ def _round_keys(seed: int | str, epoch: int) -> npt.NDArray[np.uint64]:
 def _encipher(
     values: npt.NDArray[np.uint64], left_size: int, right_size: int, keys: npt.NDArray[np.uint64]
 ) -> npt.NDArray[np.uint64]:
-    """A bijection of range(left_size * right_size)."""
+    """Return the cipher of `values` (n,), a bijection of range(left_size * right_size)."""
     a, b = np.uint64(left_size), np.uint64(right_size)
     left, right = values // b, values % b
     for i, key in enumerate(keys):
-        # Reduced before it is added: a sum that wrapped at 2**64 would make two values collide.
+        # Reduce the mixed value before the addition: a sum that wraps at 2**64 would map two values to one.
         if i % 2 == 0:
             left = (left + _mix(right, key) % a) % a
         else:
@@ -123,7 +128,7 @@ def _encipher(
 
 
 def _mix(values: npt.NDArray[np.uint64], key: np.uint64) -> npt.NDArray[np.uint64]:
-    """SplitMix64's output function (Steele, Lea & Flood, OOPSLA 2014), wrapping at 2**64 as meant."""
+    """Return SplitMix64's output function (Steele, Lea & Flood, OOPSLA 2014); it wraps at 2**64 by design."""
     mixed = values + key
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

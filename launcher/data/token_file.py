@@ -1,17 +1,17 @@
-"""Megatron-LM's indexed dataset, as GPT-NeoX and NeMo read it too: token ids on disk, memory-mapped.
+"""Read and write token files: Megatron-LM's indexed dataset, which GPT-NeoX and NeMo read as well.
 
-NAME.bin is the token ids, sequence after sequence. NAME.idx, little-endian, says where they begin
-(megatron/core/datasets/indexed_dataset.py):
+NAME.bin, which is memory-mapped, contains the token ids, sequence after sequence. NAME.idx, little-endian,
+states where the sequences and documents begin (megatron/core/datasets/indexed_dataset.py):
 
     MMIDIDX\\0\\0       9 bytes
     version           uint64: 1
     dtype             uint8: a key of DTYPES
-    sequences         uint64: n
-    documents         uint64: m, one more than there are
+    sequences         uint64: n, the number of sequences
+    documents         uint64: m, the number of documents plus 1
     lengths           int32 (n,): tokens of each sequence
-    pointers          int64 (n,): the byte of NAME.bin where each begins
+    pointers          int64 (n,): the byte of NAME.bin where each sequence begins
     document indices  int64 (m,): the first sequence of each document, and n at the end
-    modes             int8 (n,): of multimodal sets only, not read
+    modes             int8 (n,): only in multimodal datasets; not read
 """
 
 import hashlib
@@ -27,19 +27,22 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from launcher.files import sync
+
 MAGIC, VERSION = b"MMIDIDX\x00\x00", 1
 DTYPES: dict[int, str] = {
     1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float64", 7: "float32", 8: "uint16",
 }  # fmt: skip
 _HEADER = struct.Struct("<9sQBQQ")
-_STRETCHES, _STRETCH = 64, 2**12  # of neighbours in the index that are compared: all of up to 262,144
-_CHUNK = 2**20  # sequences of which the index is written at a time
+# The check of the order of sequences reads 64 stretches of 4,096 index entries; up to 262,144 entries, all.
+_STRETCHES, _STRETCH = 64, 2**12
+_CHUNK = 2**20  # sequences per write of the index
 
 Array = npt.NDArray[Any]
 
 
 class TokenFileError(Exception):
-    """A token file that cannot be used: the file to blame, and what is wrong with it."""
+    """Raised for a token file that cannot be used; names the file and says what is wrong with it."""
 
     def __init__(self, path: Path, why: str) -> None:
         self.path, self.why = path, why
@@ -48,72 +51,78 @@ class TokenFileError(Exception):
 
 @dataclass(frozen=True, eq=False)  # eq: arrays have no single truth value
 class TokenFile:
-    """Both files, mapped: opening reads a few pages whatever their size, and nothing is copied.
+    """NAME.bin and NAME.idx, memory-mapped. Opening them reads a few pages, whatever their size."""
 
-    Shapes: tokens (total,), lengths and pointers (sequences,), documents (documents + 1,).
-    """
-
-    prefix: Path  # of both names
-    tokens: Array
-    lengths: Array
-    pointers: Array
-    documents: Array
+    prefix: Path  # the path without .bin or .idx
+    tokens: Array  # (tokens,) token ids
+    lengths: Array  # (sequences,) tokens of each sequence
+    pointers: Array  # (sequences,) byte of NAME.bin where each sequence begins
+    documents: Array  # (documents + 1,) first sequence of each document, and the number of sequences
 
     @property
     def num_documents(self) -> int:
         return len(self.documents) - 1
 
     def document_start(self, document: int) -> int:
-        """Its first token; the number of all tokens for the document after the last."""
+        """Return the index of the document's first token.
+
+        `document` may be the number of documents; the result is then the number of tokens in the file.
+        """
         sequence = int(self.documents[document])
         if sequence == len(self.pointers):
             return len(self.tokens)
         return int(self.pointers[sequence]) // self.tokens.itemsize
 
     def document(self, document: int) -> Array:
-        """Its tokens (length,)."""
+        """Return the tokens (length,) of a document."""
         return self.tokens[self.document_start(document) : self.document_start(document + 1)]
 
     def boundary_near(self, token: int) -> int:
-        """The document's beginning that is closest to `token`; the number of all tokens is one too.
+        """Return the document boundary that is closest to token index `token`.
 
-        Twenty look-ups or so, however many documents there are.
+        The boundaries are the beginnings of documents and the end of the file. The search is binary: about
+        twenty look-ups for a million documents.
         """
         after = bisect_left(range(self.num_documents), token, key=self.document_start)
         candidates = [self.document_start(document) for document in (max(after - 1, 0), after)]
         return min(candidates, key=lambda start: abs(start - token))
 
     def digest(self) -> str:
-        """Of the sizes, the index's first and last 64 KiB, and 64 stretches of 4 KiB of the tokens.
+        """Return a digest that identifies the content of the two files.
 
-        384 KiB are read, whatever the size: a change of a few tokens may pass.
+        It covers both file sizes, the first and last 64 KiB of the index, and 64 stretches of 4 KiB of the
+        tokens. Only these 384 KiB are read, so a change of a few tokens may go unnoticed.
         """
-        found = hashlib.sha256()
+        digest = hashlib.sha256()
         for path, stretches, length in (
             (index_path(self.prefix), 2, 2**16),
             (bin_path(self.prefix), 64, 2**12),
         ):
             size = path.stat().st_size
-            found.update(f"{size}/".encode())
+            digest.update(f"{size}/".encode())
             with path.open("rb") as file:
                 for number in range(stretches):
                     file.seek(max(0, size - length) * number // (stretches - 1))
-                    found.update(file.read(length))
-        return found.hexdigest()[:16]
+                    digest.update(file.read(length))
+        return digest.hexdigest()[:16]
 
 
 def bin_path(prefix: Path) -> Path:
+    """Return the path of the tokens, NAME.bin."""
     return prefix.with_name(f"{prefix.name}.bin")
 
 
 def index_path(prefix: Path) -> Path:
+    """Return the path of the index, NAME.idx."""
     return prefix.with_name(f"{prefix.name}.idx")
 
 
 def open_token_file(prefix: Path) -> TokenFile:
-    """Map NAME.bin and NAME.idx. Raises TokenFileError where one is missing, cut short, or of the other's.
+    """Map NAME.bin and NAME.idx.
 
-    That sequences follow each other is checked for 262,144, in stretches evenly spread; all else wholly.
+    Raises TokenFileError if a file is missing, unreadable or cut short, or if the two do not belong together.
+    The order of sequences and documents is checked for at most 262,144 entries of the index, in stretches
+    that are evenly spaced. Everything else is checked completely.
     """
     index, tokens = index_path(prefix), bin_path(prefix)
     try:
@@ -124,54 +133,63 @@ def open_token_file(prefix: Path) -> TokenFile:
             raise TokenFileError(tokens, "cannot be read: permission denied")
     except OSError as error:
         raise TokenFileError(Path(error.filename), f"cannot be read: {error.strerror}") from None
+    dtype, sequences, documents = _parse_header(index, header, index_size)
+    mapped = np.memmap(index, np.uint8, mode="r")
+
+    def section(start: int, count: int, code: str) -> Array:
+        return mapped[start : start + count * np.dtype(code).itemsize].view(code)
+
+    token_file = TokenFile(
+        prefix,
+        _map_for_random_access(tokens, dtype)
+        if bin_size and bin_size % dtype.itemsize == 0
+        else np.empty(0, dtype),
+        lengths=section(_HEADER.size, sequences, "<i4"),
+        pointers=section(_HEADER.size + 4 * sequences, sequences, "<i8"),
+        documents=section(_HEADER.size + 12 * sequences, documents, "<i8"),
+    )
+    end = int(token_file.pointers[-1]) + int(token_file.lengths[-1]) * dtype.itemsize
+    if end != bin_size:
+        raise TokenFileError(tokens, f"has {bin_size} bytes, but {index.name} describes {end} bytes")
+    if bin_size == 0:
+        raise TokenFileError(tokens, "contains no tokens")
+    _check_order(token_file)
+    return token_file
+
+
+def _parse_header(index: Path, header: bytes, index_size: int) -> tuple[np.dtype[Any], int, int]:
+    """Return the dtype of the tokens, the number of sequences and the number of document indices.
+
+    Raises TokenFileError for an unknown format, or if `index_size`, in bytes, does not match the header.
+    """
     if len(header) < _HEADER.size or not header.startswith(MAGIC):
         raise TokenFileError(index, "is not the index of a Megatron indexed dataset")
     _, version, code, sequences, documents = _HEADER.unpack(header)
     if version != VERSION:
-        raise TokenFileError(index, f"is of version {version}, and {VERSION} is the one known")
+        raise TokenFileError(index, f"has format version {version}, but only version {VERSION} is supported")
     if code not in DTYPES:
-        raise TokenFileError(index, f"names dtype {code}, and those known are 1 to {max(DTYPES)}")
-    plain = _HEADER.size + 12 * sequences + 8 * documents
-    if index_size not in (plain, plain + sequences):
-        why = f"has {index_size} bytes; {sequences} sequences and {documents} document indices take {plain}"
-        raise TokenFileError(index, why)
+        raise TokenFileError(index, f"has dtype code {code}, but only 1 to {max(DTYPES)} are defined")
+    expected_size = _HEADER.size + 12 * sequences + 8 * documents
+    if index_size not in (expected_size, expected_size + sequences):
+        entries = f"{sequences} sequences and {documents} document indices"
+        raise TokenFileError(index, f"has {index_size} bytes, but {entries} need {expected_size} bytes")
     if sequences == 0 or documents < 2:
-        raise TokenFileError(index, "holds no sequence")
-    dtype = np.dtype(DTYPES[code]).newbyteorder("<")
-    mapped = np.memmap(index, np.uint8, mode="r")
-
-    def part(start: int, count: int, kind: str) -> Array:
-        return mapped[start : start + count * np.dtype(kind).itemsize].view(kind)
-
-    found = TokenFile(
-        prefix,
-        _map_for_single_reads(tokens, dtype)
-        if bin_size and bin_size % dtype.itemsize == 0
-        else np.empty(0, dtype),
-        lengths=part(_HEADER.size, sequences, "<i4"),
-        pointers=part(_HEADER.size + 4 * sequences, sequences, "<i8"),
-        documents=part(_HEADER.size + 12 * sequences, documents, "<i8"),
-    )
-    end = int(found.pointers[-1]) + int(found.lengths[-1]) * dtype.itemsize
-    if end != bin_size:
-        raise TokenFileError(tokens, f"has {bin_size} bytes, and {index.name} describes {end}")
-    if bin_size == 0:
-        raise TokenFileError(tokens, "holds no tokens")
-    _check_order(found)
-    return found
+        raise TokenFileError(index, "contains no sequence")
+    return np.dtype(DTYPES[code]).newbyteorder("<"), sequences, documents
 
 
-def _map_for_single_reads(path: Path, dtype: np.dtype[Any]) -> Array:
-    """Mapped so that a page brings no neighbours along: windows are read here and there (`fetch`)."""
+def _map_for_random_access(path: Path, dtype: np.dtype[Any]) -> Array:
+    """Map the tokens without the kernel's read-ahead, as windows are read in random order (see `fetch`)."""
     tokens = np.memmap(path, dtype, mode="r")
     tokens._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]
     return tokens
 
 
 def fetch(tokens: Array, first: int, count: int) -> None:
-    """Begin to read `count` tokens from place `first` of the file that `tokens` are mapped from.
+    """Ask the kernel to start reading `count` tokens from index `first` of the file behind `tokens`.
 
-    Without it each page is waited for by itself. Tokens that are not mapped are in memory already.
+    `tokens` may be a slice of the mapped file. Without this call, the reads of the pages would wait for each
+    other. Tokens that are not memory-mapped are in memory already and need no fetch.
     """
     mapping = getattr(tokens, "_mmap", None)
     if mapping is not None:
@@ -180,27 +198,31 @@ def fetch(tokens: Array, first: int, count: int) -> None:
         mapping.madvise(mmap.MADV_WILLNEED, aligned, end - aligned)
 
 
-def _check_order(found: TokenFile) -> None:
-    index, itemsize = index_path(found.prefix), np.int64(found.tokens.itemsize)
-    for here in _some_of(len(found.lengths) - 1):
-        ends = found.pointers[here] + found.lengths[here] * itemsize
-        after = found.pointers[here.start + 1 : here.stop + 1]
-        wrong = ((ends != after) | (found.lengths[here] < 0)).nonzero()[0]
+def _check_order(file: TokenFile) -> None:
+    """Raise TokenFileError if sequences or documents of the index do not follow each other without a gap."""
+    index, itemsize = index_path(file.prefix), np.int64(file.tokens.itemsize)
+    for part in _checked_slices(len(file.lengths) - 1):
+        ends = file.pointers[part] + file.lengths[part] * itemsize
+        next_starts = file.pointers[part.start + 1 : part.stop + 1]
+        wrong = ((ends != next_starts) | (file.lengths[part] < 0)).nonzero()[0]
         if wrong.size:
-            sequence = here.start + int(wrong[0])
-            why = f"disagrees with itself: sequence {sequence} does not end where the next begins"
+            sequence = part.start + int(wrong[0])
+            why = f"is inconsistent: sequence {sequence} does not end where the next sequence begins"
             raise TokenFileError(index, why)
-    sequences, rising = len(found.lengths), True
-    for here in _some_of(len(found.documents) - 1):
-        rising &= bool((found.documents[here] <= found.documents[here.start + 1 : here.stop + 1]).all())
-    if int(found.pointers[0]) != 0 or found.lengths[-1] < 0:
-        raise TokenFileError(index, "disagrees with itself: its first sequence does not begin at 0")
-    if int(found.documents[0]) != 0 or int(found.documents[-1]) != sequences or not rising:
-        raise TokenFileError(index, f"has document indices that are not 0 to {sequences} in rising order")
+    sequences, rising = len(file.lengths), True
+    for part in _checked_slices(len(file.documents) - 1):
+        rising &= bool((file.documents[part] <= file.documents[part.start + 1 : part.stop + 1]).all())
+    if int(file.pointers[0]) != 0 or file.lengths[-1] < 0:
+        raise TokenFileError(index, "is inconsistent: the first sequence does not begin at byte 0")
+    if int(file.documents[0]) != 0 or int(file.documents[-1]) != sequences or not rising:
+        raise TokenFileError(index, f"has document indices that do not rise from 0 to {sequences}")
 
 
-def _some_of(count: int) -> list[slice]:
-    """All places below `count`, or stretches of them, evenly spread, the first and the last among them."""
+def _checked_slices(count: int) -> list[slice]:
+    """Return slices that cover range(count), or evenly spaced stretches with the first and last entry.
+
+    Stretches are returned for a `count` above 262,144; they have that many entries in total.
+    """
     if count <= _STRETCHES * _STRETCH:
         return [slice(0, count)]
     starts = np.linspace(0, count - _STRETCH, _STRETCHES).astype(np.int64).tolist()
@@ -208,14 +230,15 @@ def _some_of(count: int) -> list[slice]:
 
 
 def smallest_dtype(vocab_size: int) -> np.dtype[Any]:
-    """Megatron's choice, and one byte for bytes."""
+    """Return the smallest dtype for token ids: uint8 for 256 ids, otherwise the dtype Megatron-LM chooses."""
     return np.dtype("<u1" if vocab_size <= 2**8 else "<u2" if vocab_size < 65500 else "<i4")
 
 
 def write_index(path: Path, lengths: Array, dtype: np.dtype[Any]) -> None:
-    """Write an .idx of documents of one sequence each, from their lengths (documents,) int32.
+    """Write an .idx for documents of one sequence each, and sync it to disk.
 
-    A stretch of them at a time, so that `lengths` may be a mapped file of any size. Synced to disk.
+    `lengths` (documents,) int32 are the tokens of each document. The index is written in chunks, so `lengths`
+    may be a memory-mapped file of any size.
     """
     code = next(code for code, name in DTYPES.items() if np.dtype(name) == dtype)
     with path.open("wb") as file:
@@ -229,8 +252,7 @@ def write_index(path: Path, lengths: Array, dtype: np.dtype[Any]) -> None:
             start = int(ends[-1])
         for first in range(0, len(lengths) + 1, _CHUNK):
             file.write(np.arange(first, min(first + _CHUNK, len(lengths) + 1), dtype="<i8").tobytes())
-        file.flush()
-        os.fsync(file.fileno())
+    sync(path)
 
 
 def _chunks(lengths: Array) -> Iterator[Array]:

@@ -1,4 +1,4 @@
-"""Batches of records to token ids: what the worker processes of `launcher prepare` do."""
+"""Tokenise batches of records in the worker processes of `launcher prepare`."""
 
 import json
 import os
@@ -17,88 +17,93 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from launcher.data.reading import Batch, Kind
+from launcher.data.reading import FileFormat, RecordBatch
 from launcher.data.tokenizer import Bytes, HuggingFace, Tokenizer, pieces
 
-_PIECE = 2**20  # characters that a tokenizer is given at once
+_PIECE = 2**20  # the most characters that a tokenizer encodes in one call
 
 
 @dataclass(frozen=True)
-class Tokenised:
-    """A batch's tokens, and the `lengths` of its documents, each with the token that ends it.
+class TokenisedBatch:
+    """The tokens of a batch.
 
-    Of a text, which may go on in the next batch, there is no such token yet. `bad` is (line, what is wrong).
+    A document of JSON lines or Parquet includes the token that ends it. A plain text may continue in the next
+    batch, so its tokens do not include the end yet.
     """
 
     tokens: bytes
-    lengths: list[int]
+    lengths: list[int]  # tokens of each document, or of this batch's piece of a plain text
     characters: int
-    bad: list[tuple[int, str]]
+    bad_lines: list[tuple[int, str]]  # line number, and what is wrong with the line
 
 
 @dataclass(frozen=True)
 class TokenizerSpec:
-    """Which tokenizer; what a process needs to make it."""
+    """The settings from which each process loads the tokenizer."""
 
-    path: Path | None  # None: bytes
-    end_of_document: str | None
+    path: Path | None  # of a tokenizer.json; None: tokens are bytes
+    end_of_document: str | None  # the token that ends a document; None: a usual one
 
     def load(self) -> Tokenizer:
+        """Return the tokenizer. Raises ConfigError if the file cannot be used."""
         if self.path is None:
             return Bytes()
         return HuggingFace(self.path, self.end_of_document, field="tokenizer.path")
 
 
 class Worker:
-    """Tokenises batches, each by itself."""
+    """Tokenises batches, each independently of the others."""
 
     def __init__(self, spec: TokenizerSpec, text_field: str, max_line: int) -> None:
         self._tokenizer, self._field, self._max_line = spec.load(), text_field, max_line
 
-    def tokenise(self, batch: Batch) -> Tokenised:
+    def tokenise(self, batch: RecordBatch) -> TokenisedBatch:
+        """Return the tokens of a batch, and its bad lines."""
         texts: list[str] = []
-        bad: list[tuple[int, str]] = []
+        bad_lines: list[tuple[int, str]] = []
         line = batch.first_line
-        for record, lines in zip(batch.records, batch.lines, strict=True):
+        for record, line_count in zip(batch.records, batch.line_counts, strict=True):
             try:
-                texts.append(text_of(record, batch.kind, self._field, self._max_line))
+                texts.append(text_of(record, batch.format, self._field, self._max_line))
             except ValueError as error:
-                bad.append((line, str(error)))
-            line += lines
+                bad_lines.append((line, str(error)))
+            line += line_count
         if batch.damage:
-            bad.append((line, batch.damage))
-        if batch.kind is Kind.text:
+            bad_lines.append((line, batch.damage))
+        if batch.format is FileFormat.plain_text:
             texts = ["".join(texts)]
         encoded = self._encode(texts)
         end = np.array([self._tokenizer.end_of_document], self._tokenizer.dtype)
-        # A text that goes on has no end yet; other records are whole. An empty one is no document.
-        if batch.kind is not Kind.text:
+        # A plain text may continue in the next batch, so its end token is written later. Records of the other
+        # formats are whole documents; an empty record is not a document.
+        if batch.format is not FileFormat.plain_text:
             encoded = [np.concatenate([ids, end]) for ids in encoded if len(ids)]
         tokens = np.concatenate(encoded) if encoded else end[:0]
-        return Tokenised(tokens.tobytes(), [len(ids) for ids in encoded], sum(map(len, texts)), bad)
+        lengths = [len(ids) for ids in encoded]
+        return TokenisedBatch(tokens.tobytes(), lengths, sum(map(len, texts)), bad_lines)
 
     def _encode(self, texts: list[str]) -> list[npt.NDArray[Any]]:
-        cut = [list(pieces(text, _PIECE)) for text in texts]
-        ids = iter(self._tokenizer.encode([piece for one in cut for piece in one]))
-        return [np.concatenate([next(ids) for _ in one]) for one in cut]
+        texts_in_pieces = [list(pieces(text, _PIECE)) for text in texts]
+        ids = iter(self._tokenizer.encode([piece for text in texts_in_pieces for piece in text]))
+        return [np.concatenate([next(ids) for _ in text]) for text in texts_in_pieces]
 
 
-def text_of(record: bytes | str | None, kind: Kind, field: str, max_line: int) -> str:
-    """The text of a record. Raises ValueError with what is wrong with it."""
+def text_of(record: bytes | str | None, file_format: FileFormat, field: str, max_line: int) -> str:
+    """Return the text of a record. Raises ValueError with the reason if the record is a bad line."""
     if record is None:
-        if kind is Kind.rows:
+        if file_format is FileFormat.parquet:
             raise ValueError(f"has no {field!r}")
         raise ValueError(f"is longer than max_line_mb={max_line / 1e6:g}")
     try:
         text = record if isinstance(record, str) else record.decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}") from None
-    if kind is Kind.lines:
+    if file_format is FileFormat.json_lines:
         text = _json_text(text, field)
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ValueError("holds half a character (a lone surrogate)") from None
+        raise ValueError("contains half a character (a lone surrogate)") from None
     return text
 
 
@@ -106,29 +111,29 @@ def _json_text(line: str, field: str) -> str:
     if not line.strip():
         return ""
     try:
-        found = json.loads(line)
+        document = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"is not JSON: {str(error).partition(':')[0]}") from None
-    if not isinstance(found, dict):
-        raise ValueError("is JSON, but no object")
-    text = found.get(field)
+    if not isinstance(document, dict):
+        raise ValueError("is JSON but not an object")
+    text = document.get(field)
+    if text is None:
+        raise ValueError(f"has no {field!r}; its fields are: {', '.join(list(document)[:5]) or 'none'}")
     if not isinstance(text, str):
-        others = ", ".join(list(found)[:5]) or "nothing"
-        raise ValueError(
-            f"has no {field!r}, but {others}" if text is None else f"has a {field!r} that is no text"
-        )
+        raise ValueError(f"has a {field!r} that is not text")
     return text
 
 
 class WorkerKilled(Exception):
-    """A worker process is gone."""
+    """Raised when a worker process ended before it answered."""
 
 
-class Workers:
-    """Processes that tokenise, one batch each at a time; they end with this process, and only with it.
+class WorkerPool:
+    """Worker processes that tokenise one batch each at a time, until this process closes the pool or ends.
 
-    ProcessPoolExecutor would wait forever for the rest of an answer whose sender was killed: it holds every
-    pipe's writing end itself. Here only the worker does.
+    ProcessPoolExecutor is not used, because the executor keeps the writing end of every pipe open. If a
+    worker is killed while sending an answer, the executor waits forever for the rest. Here only the worker
+    keeps the writing end open.
     """
 
     def __init__(self, count: int, spec: TokenizerSpec, text_field: str, max_line: int) -> None:
@@ -136,25 +141,28 @@ class Workers:
         self._processes = []
         self._idle: SimpleQueue[Connection] = SimpleQueue()
         for _ in range(count):
-            ours, theirs = context.Pipe()
+            pipe, worker_pipe = context.Pipe()
             process = context.Process(
-                target=_work, args=(theirs, spec, text_field, max_line, os.getpid()), daemon=True
+                target=_work, args=(worker_pipe, spec, text_field, max_line, os.getpid()), daemon=True
             )
             process.start()
-            theirs.close()
+            worker_pipe.close()
             self._processes.append(process)
-            self._idle.put(ours)
+            self._idle.put(pipe)
         self._threads = ThreadPoolExecutor(count, "workers")
 
-    def submit(self, batch: Batch) -> "Future[Tokenised]":
-        """Raises, from the future's result(), WorkerKilled and what the worker raised."""
+    def submit(self, batch: RecordBatch) -> "Future[TokenisedBatch]":
+        """Return the future tokens of `batch`.
+
+        Its result() raises WorkerKilled if the worker process died, and any exception that the worker raised.
+        """
         return self._threads.submit(self._tokenise, batch)
 
-    def _tokenise(self, batch: Batch) -> Tokenised:
+    def _tokenise(self, batch: RecordBatch) -> TokenisedBatch:
         pipe = self._idle.get()
         try:
             pipe.send(batch)
-            answer: Tokenised | Exception = pipe.recv()
+            answer: TokenisedBatch | Exception = pipe.recv()
         except (EOFError, OSError):
             raise WorkerKilled from None
         finally:
@@ -164,7 +172,7 @@ class Workers:
         return answer
 
     def close(self) -> None:
-        """End them, whatever they are at."""
+        """Kill the worker processes, even if they are working."""
         self._threads.shutdown(wait=False, cancel_futures=True)
         for process in self._processes:
             process.kill()
@@ -175,21 +183,21 @@ class Workers:
 def _work(pipe: Connection, spec: TokenizerSpec, text_field: str, max_line: int, parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
     worker = Worker(spec, text_field, max_line)
-    with suppress(EOFError, OSError):  # the parent is gone
+    with suppress(EOFError, OSError):  # raised when the parent process has ended
         while True:
             pipe.send(_answer(worker, pipe.recv()))
 
 
-def _answer(worker: Worker, batch: Batch) -> Tokenised | Exception:
+def _answer(worker: Worker, batch: RecordBatch) -> TokenisedBatch | Exception:
     try:
         return worker.tokenise(batch)
     except Exception as error:
         return error
 
 
-def _end_with(parent: int) -> None:
+def _exit_with_parent(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)

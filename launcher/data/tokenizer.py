@@ -1,4 +1,4 @@
-"""Text to token ids and back: bytes, or any tokenizer.json of Hugging Face's `tokenizers`."""
+"""Encode and decode text: as bytes, or with a tokenizer.json of Hugging Face's `tokenizers`."""
 
 import os
 import shlex
@@ -13,23 +13,30 @@ from launcher.config.errors import ConfigError
 from launcher.config.numbers import BYTE_VALUES
 from launcher.config.shape import END_OF_TEXT
 from launcher.data.token_file import smallest_dtype
+from launcher.files import replacing
 
-# What ends a document in GPT-2, Llama 3, Llama 2, and others.
+# The tokens that end a document in GPT-2, Llama 3, Llama 2 and others, in order of preference.
 USUAL_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
 
 
 class Tokenizer(Protocol):
+    """Encodes text as token ids and decodes token ids as text."""
+
     vocab_size: int
-    dtype: np.dtype[Any]  # of ids
+    dtype: np.dtype[Any]  # of the token ids
 
     @property
     def end_of_document(self) -> int:
-        """The id that `launcher prepare` ends each document with."""
+        """Return the token id that `launcher prepare` appends to each document."""
 
     def encode(self, texts: Sequence[str]) -> list[npt.NDArray[Any]]:
-        """The ids of each, without any that stand for no text. Raises UnicodeError for half a character."""
+        """Return the token ids (tokens,) of each text, without added special tokens.
 
-    def decode(self, ids: Sequence[int]) -> str: ...
+        Raises UnicodeError for half a character (a lone surrogate).
+        """
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of the token ids."""
 
 
 class Bytes:
@@ -38,7 +45,7 @@ class Bytes:
     vocab_size, end_of_document, dtype = BYTE_VALUES, END_OF_TEXT, smallest_dtype(BYTE_VALUES)
 
     def encode(self, texts: Sequence[str]) -> list[npt.NDArray[Any]]:
-        # A prompt from a command line may hold bytes that are no UTF-8; prepare refuses text that does.
+        # A prompt from the command line may contain bytes that are not UTF-8; prepare refuses such text.
         return [np.frombuffer(text.encode(errors="surrogateescape"), self.dtype) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -46,99 +53,105 @@ class Bytes:
 
 
 class HuggingFace:
-    """A tokenizer.json. Raises ConfigError about `field` where it cannot be used."""
+    """A tokenizer that is loaded from a tokenizer.json."""
 
     def __init__(self, path: Path, end: str | None = None, *, field: str) -> None:
-        """`end` is the token that ends a document; None: one of the usual."""
-        # Many at once in processes of our own; its threads would only stand in each other's way.
+        """Load `path`; `end` is the token that ends a document, or None for one of USUAL_ENDS.
+
+        Raises ConfigError about `field` if the file cannot be read.
+        """
+        # Several processes tokenise at once, so threads inside the library would only slow each other down.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        from tokenizers import Tokenizer as Theirs
+        from tokenizers import Tokenizer as LibraryTokenizer
 
         try:
-            self._theirs = Theirs.from_file(str(path))
-        except Exception as error:  # it raises nothing narrower
-            why = f"cannot be read: {error}"
-            raise ConfigError(field, path, why, "a tokenizer.json of Hugging Face's tokenizers") from None
-        # Text that spells a special token is text: no document may pretend to end.
-        self._theirs.encode_special_tokens = True
-        self._theirs.no_padding()
-        self._theirs.no_truncation()
+            self._tokenizer = LibraryTokenizer.from_file(str(path))
+        except Exception as error:  # the library raises nothing narrower
+            why = f"this file cannot be read as a tokenizer: {error}"
+            remedy = f"{field}=PATH of a tokenizer.json of Hugging Face's tokenizers"
+            raise ConfigError(field, path, why, remedy) from None
+        # Text that spells a special token stays text; otherwise a document could contain its own end token.
+        self._tokenizer.encode_special_tokens = True
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
         self._path, self._field, self._end = path, field, end
-        self._vocabulary = self._theirs.get_vocab()
-        self.vocab_size = max(self._vocabulary.values()) + 1  # ids may have gaps
+        self._vocabulary = self._tokenizer.get_vocab()
+        self.vocab_size = max(self._vocabulary.values()) + 1  # the ids may have gaps
         self.dtype = smallest_dtype(self.vocab_size)
 
     @property
     def end_of_document(self) -> int:
+        """Return the id of the token that ends a document. Raises ConfigError if the tokenizer has none."""
         end = self._end
         known = [token for token in ((end,) if end else USUAL_ENDS) if token in self._vocabulary]
         if not known:
-            why = f"has no token {end!r}" if end else f"has none of {', '.join(USUAL_ENDS)}"
-            other = next(iter(self._vocabulary), "TOKEN")
-            remedy = shlex.quote(f'tokenizer.end_of_document="{other}"') + ", or another that it has"
+            missing = f"no token {end!r}" if end else f"none of {', '.join(USUAL_ENDS)}"
+            why = f"this tokenizer has {missing} to end documents with"
+            example = next(iter(self._vocabulary), "TOKEN")
+            remedy = (
+                shlex.quote(f'tokenizer.end_of_document="{example}"') + " or another token of the tokenizer"
+            )
             raise ConfigError(self._field, self._path, why, remedy)
         return int(self._vocabulary[known[0]])
 
     def encode(self, texts: Sequence[str]) -> list[npt.NDArray[Any]]:
-        found = self._theirs.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(one.ids, self.dtype) for one in found]
+        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, self.dtype) for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:
-        text: str = self._theirs.decode(list(ids), skip_special_tokens=False)
+        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=False)
         return text
 
 
 def write_byte_tokenizer(path: Path) -> None:
-    """Bytes as a tokenizer.json: each byte of UTF-8 is a token, and its value the id."""
-    from tokenizers import Tokenizer as Theirs
+    """Write a tokenizer.json in which each byte of UTF-8 is a token, and the byte's value is its id."""
+    from tokenizers import Tokenizer as LibraryTokenizer
     from tokenizers import decoders, models, pre_tokenizers
 
-    # The library writes a byte as a character: itself where that can be seen, else the next from 256 on.
-    seen = [*range(ord("!"), ord("~") + 1), *range(ord("\u00a1"), ord("\u00ac") + 1)]
-    seen += range(ord("\u00ae"), ord("\u00ff") + 1)
-    unseen = (byte for byte in range(BYTE_VALUES) if byte not in seen)
-    characters = {byte: chr(byte) for byte in seen} | {byte: chr(256 + n) for n, byte in enumerate(unseen)}
-    made = Theirs(models.BPE({character: byte for byte, character in characters.items()}, []))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    made.decoder = decoders.ByteLevel()
-    _save(made, path)
-
-
-def _save(made: Any, path: Path) -> None:
-    aside = path.with_name(f"{path.name}.tmp")
-    made.save(str(aside))
-    aside.rename(path)
+    # The library represents each byte by a character: the same code if it is printable, else from 256 on.
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("\u00a1"), ord("\u00ac") + 1)]
+    printable += range(ord("\u00ae"), ord("\u00ff") + 1)
+    others = [byte for byte in range(BYTE_VALUES) if byte not in printable]
+    vocabulary = {chr(byte): byte for byte in printable} | {
+        chr(256 + n): byte for n, byte in enumerate(others)
+    }
+    tokenizer = LibraryTokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    with replacing(path) as temporary:
+        tokenizer.save(str(temporary))
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, path: Path) -> None:
-    """Write a tokenizer.json of byte-level BPE made of `texts`, the same for the same texts.
+    """Train a byte-level BPE tokenizer on `texts` and write it as a tokenizer.json.
 
-    Sennrich et al., arXiv 1508.07909, over bytes as GPT-2's (Radford et al., 2019). Raises ConfigError
-    where the texts are too few for so large a vocabulary.
+    The algorithm is Sennrich et al., arXiv 1508.07909, over bytes as in GPT-2 (Radford et al., 2019). It is
+    deterministic. Raises ConfigError if the texts give fewer than `vocab_size` tokens.
     """
-    from tokenizers import Tokenizer as Theirs
+    from tokenizers import Tokenizer as LibraryTokenizer
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
-    made = Theirs(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
+    tokenizer = LibraryTokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[USUAL_ENDS[0]],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    made.train_from_iterator(texts, trainer)
-    _save(made, path)
-    if made.get_vocab_size() < vocab_size:
-        why = f"the text has no more than {made.get_vocab_size()} tokens to make"
-        raise ConfigError("vocab", vocab_size, why, f"vocab={made.get_vocab_size()}, or more text")
+    tokenizer.train_from_iterator(texts, trainer)
+    with replacing(path) as temporary:
+        tokenizer.save(str(temporary))
+    if (size := tokenizer.get_vocab_size()) < vocab_size:
+        why = f"the text is too short: BPE finds only {size} tokens in it"
+        raise ConfigError("vocab", vocab_size, why, f"vocab={size}, or more text")
 
 
 def pieces(text: str, most: int) -> Iterator[str]:
-    """The text cut into stretches of at most `most` characters, after a newline where there is one.
+    """Yield the text in pieces of at most `most` characters, cut after a newline if possible.
 
-    A tokenizer's memory grows with what it is given at once.
+    Long texts are cut because a tokenizer's memory grows with the length of the text that it encodes.
     """
     start = 0
     while len(text) - start > most:

@@ -1,4 +1,4 @@
-"""Token files as a run's data: which files are meant, how they are split, and what is wrong with them."""
+"""Find the token files that a config names, split them into parts, and check them."""
 
 import glob
 import os
@@ -15,63 +15,68 @@ from launcher.data.card import card_path, vocab_size_of
 from launcher.data.token_file import TokenFile, TokenFileError, bin_path, index_path, open_token_file
 from launcher.data.windows import Stretch, check_ids
 
-_PROBES, _PROBE = 64, 4096  # stretches, and tokens of each, whose ids are checked at the start
-_DOCUMENTS = 64  # of each file whose last token is looked at
+_PROBES, _PROBE = 64, 4096  # stretches per part, and tokens per stretch, that are checked before ranks start
+_DOCUMENTS = 64  # documents per file whose last token is checked
 
 
 @dataclass(frozen=True)
 class TokenSplit:
-    """The stretches of each part, one or none per file."""
+    """The stretches of tokens of each part, one per file."""
 
-    files: list[TokenFile]  # that are trained on
+    files: list[TokenFile]  # the training files
     train: list[Stretch]
     validation: list[Stretch]
     test: list[Stretch]
 
     def digest(self) -> str:
+        """Return a digest of the training files."""
         return "-".join(file.digest() for file in self.files)
 
 
 @dataclass(frozen=True)
-class Part:
-    """What is held out: the files that `pattern` of `field` names, or a fraction of those trained on."""
+class HeldOutPart:
+    """The setting of a part that is not trained on: its own files, or a fraction of the training files."""
 
-    field: str
-    pattern: str | None
-    fraction: float
+    field: str  # the field that `pattern` was set in
+    pattern: str | None  # the part's own files, or None
+    fraction: float  # of the training files' tokens; unused if there is a pattern
 
     @property
-    def share(self) -> float:
+    def training_share(self) -> float:
+        """Return the fraction of the training files that this part takes."""
         return self.fraction if self.pattern is None else 0.0
 
 
-def open_tokens(field: str, train: str, validation: Part, test: Part) -> TokenSplit:
-    """Map the files that `train` of `field` names, and hold out the other parts.
+def open_tokens(field: str, train: str, validation: HeldOutPart, test: HeldOutPart) -> TokenSplit:
+    """Map the training files that `train`, the value of `field`, names, and hold out the other parts.
 
-    A fraction is of each file's tokens: its end for the test, and what is before that for validation, from
-    the closest beginning of a document on. Raises ConfigError for files that are not there or not whole.
+    Each file is cut into training, validation and test tokens, in this order, at the beginnings of documents
+    closest to the fractions. Raises ConfigError for files that are missing or damaged.
     """
     files = _opened(train, field)
-    cuts = [_cuts(file, validation.share, test.share) for file in files]
+    cuts = [_cuts(file, validation.training_share, test.training_share) for file in files]
 
-    def part(number: int, named: Part | None = None) -> list[Stretch]:
-        if named and named.pattern is not None:
-            return [_stretch(file, 0, len(file.tokens)) for file in _opened(named.pattern, named.field)]
+    def stretches(number: int, part: HeldOutPart | None = None) -> list[Stretch]:
+        if part and part.pattern is not None:
+            return [_stretch(file, 0, len(file.tokens)) for file in _opened(part.pattern, part.field)]
         return [_stretch(file, *cut[number : number + 2]) for file, cut in zip(files, cuts, strict=True)]
 
-    return TokenSplit(files, part(0), part(1, validation), part(2, test))
+    return TokenSplit(files, stretches(0), stretches(1, validation), stretches(2, test))
 
 
 def check_vocabulary(vocab_size: int, prefix: Path) -> None:
-    """Raise ConfigError where the card beside a prepared file tells of more tokens than the model has."""
+    """Raise ConfigError if the token file's tokenizer has more tokens than the model's vocabulary."""
     tokens = vocab_size_of(prefix)
     if tokens is not None and tokens > vocab_size:
-        why = f"{card_path(prefix)} says that its tokenizer has {tokens} tokens"
+        why = f"the tokenizer of these data has {tokens} tokens ({card_path(prefix)})"
         raise ConfigError("model.vocab_size", vocab_size, why, f"model.vocab_size={tokens} (or more)")
 
 
 def probe_ids(stretches: Sequence[Stretch], vocab_size: int) -> None:
-    """Raise ConfigError for an id outside the vocabulary among 262,144, in stretches evenly spread."""
+    """Raise ConfigError for a token id outside the vocabulary.
+
+    Only 64 evenly spaced stretches of 4,096 tokens are checked, and at least one stretch per file.
+    """
     for stretch in stretches:
         tokens, most = stretch.tokens, max(1, _PROBES // len(stretches))
         for start in np.linspace(0, max(0, len(tokens) - _PROBE), most).astype(np.int64).tolist():
@@ -80,22 +85,26 @@ def probe_ids(stretches: Sequence[Stretch], vocab_size: int) -> None:
 
 
 def check_documents_end(files: Sequence[TokenFile], end_of_document: int | None) -> None:
-    """Raise ConfigError where documents do not end with that token; of each file some are looked at."""
-    last = Counter(
+    """Raise ConfigError if a document does not end with token id `end_of_document`.
+
+    Only 64 documents of each file are checked, evenly spaced.
+    """
+    last_tokens = Counter(
         int(tokens[-1])
         for file in files
         for number in np.linspace(0, file.num_documents - 1, _DOCUMENTS).astype(np.int64).tolist()
         if len(tokens := file.document(number))
     )
-    if last.keys() == {end_of_document}:
+    if last_tokens.keys() == {end_of_document}:
         return
     off, names = "data.document_attention=false", ", ".join(str(bin_path(file.prefix)) for file in files[:2])
-    if len(last) == 1:
-        remedy = f"data.end_of_document={next(iter(last))} (what each ends with) or {off}"
-        why = f"the documents of {names} do not end with it"
+    if len(last_tokens) == 1:
+        why = f"the documents of {names} do not end with this token"
+        remedy = f"data.end_of_document={next(iter(last_tokens))} (the token they end with) or {off}"
     else:
-        remedy = f"{off} or documents that end with a token of their own, as --append-eod makes them"
-        why = f"documents of {names} end with many tokens, {', '.join(map(str, sorted(last)[:3]))} and others"
+        examples = ", ".join(map(str, sorted(last_tokens)[:3]))
+        why = f"the documents of {names} end with different tokens, such as {examples}"
+        remedy = f"{off} or data made with an end token (preprocess_data.py --append-eod)"
     raise ConfigError("data.end_of_document", as_typed(end_of_document), why, remedy)
 
 
@@ -106,36 +115,41 @@ def _opened(pattern: str, field: str) -> list[TokenFile]:
         raise ConfigError(field, pattern, str(error), _REMEDY) from None
     for file in files:
         if file.tokens.dtype.kind == "f":
-            why = f"{bin_path(file.prefix)} holds {file.tokens.dtype.name}, and token ids are whole numbers"
+            why = f"{bin_path(file.prefix)} contains {file.tokens.dtype.name}, but token ids are integers"
             raise ConfigError(field, pattern, why, _REMEDY)
     return files
 
 
-_REMEDY = "whole .bin and .idx files as Megatron-LM's preprocess_data.py or `launcher prepare` write them"
+_REMEDY = "a pair of .bin and .idx files made by Megatron-LM's preprocess_data.py or `launcher prepare`"
 
 
 def _prefixes(pattern: str, field: str) -> list[Path]:
-    """NAME of each NAME.bin and NAME.idx, in order; `pattern` is NAME, either file, or a glob of them."""
+    """Return the paths without .bin or .idx of the token files that `pattern` names, in order.
+
+    `pattern` is a path with or without its ending, or a glob. Raises ConfigError for missing files.
+    """
     plain = os.path.expanduser(pattern.removesuffix(".bin").removesuffix(".idx"))
     if glob.has_magic(plain):
-        found = {Path(name).with_suffix("") for name in glob.glob(f"{plain}.idx", recursive=True)}
-        if found:
-            return sorted(found)
-        raise ConfigError(field, pattern, "matches no .idx file", _nearest(field, Path(plain)))
+        prefixes = {Path(name).with_suffix("") for name in glob.glob(f"{plain}.idx", recursive=True)}
+        if prefixes:
+            return sorted(prefixes)
+        raise ConfigError(field, pattern, "the glob matches no .idx file", _path_remedy(field, Path(plain)))
     prefix = Path(plain)
     for path in (index_path(prefix), bin_path(prefix)):
         if not path.is_file():
-            raise ConfigError(field, pattern, f"there is no {path}", _nearest(field, prefix))
+            raise ConfigError(field, pattern, f"{path} does not exist", _path_remedy(field, prefix))
     return [prefix]
 
 
-def _nearest(field: str, prefix: Path) -> str:
-    """Token files that are there, in the directory meant or the closest one above it that exists."""
-    place = next((place for place in (prefix, *prefix.parents) if os.path.isdir(place)), Path())
-    whole = sorted(path.with_suffix("") for path in place.glob("*.idx") if path.with_suffix(".bin").is_file())
-    if not whole:
-        return f"{_REMEDY}: {field}=PATH, without the ending"
-    return shlex.quote(f'{field}="{whole[0]}"') + (f" (or one of {len(whole) - 1} more)" if whole[1:] else "")
+def _path_remedy(field: str, prefix: Path) -> str:
+    """Return a setting with token files from the closest existing directory above `prefix`."""
+    directory = next((path for path in (prefix, *prefix.parents) if os.path.isdir(path)), Path())
+    indices = directory.glob("*.idx")
+    pairs = sorted(path.with_suffix("") for path in indices if path.with_suffix(".bin").is_file())
+    if not pairs:
+        return f"{field}=PATH (without the ending) of {_REMEDY}"
+    others = f" (this directory has {len(pairs) - 1} more)" if pairs[1:] else ""
+    return shlex.quote(f'{field}="{pairs[0]}"') + others
 
 
 def _stretch(file: TokenFile, start: int, end: int) -> Stretch:
@@ -143,18 +157,19 @@ def _stretch(file: TokenFile, start: int, end: int) -> Stretch:
 
 
 def _cuts(file: TokenFile, validation: float, test: float) -> tuple[int, int, int, int]:
-    """Where each part begins and the last ends, moved to the nearest beginnings of documents.
+    """Return the token indices where training, validation and test begin, and where test ends.
 
-    Not where documents are so long that the smallest part would gain or lose more than a third.
+    `validation` and `test` are fractions of the file. Each cut is moved to the closest document boundary,
+    unless documents are so long that the move would change the smallest part by more than a third.
     """
     total = len(file.tokens)
     slack = total * min(share for share in (1 - validation - test, validation, test) if share > 0) / 3
 
-    def moved(place: int) -> int:
-        near = file.boundary_near(place)
-        return near if abs(near - place) <= slack else place
+    def moved(cut: int) -> int:
+        boundary = file.boundary_near(cut)
+        return boundary if abs(boundary - cut) <= slack else cut
 
-    # A part that is asked for gets a token, however small the file.
+    # A part with a fraction above 0 gets at least one token, even from a tiny file.
     end_of_training = total - max(round(total * (validation + test)), (validation > 0) + (test > 0))
     end_of_validation = total - max(round(total * test), int(test > 0))
     first, second = max(end_of_training, 0), max(end_of_validation, 0)

@@ -1,4 +1,4 @@
-"""Samples of tokens: windows of the sequence length, packed across documents."""
+"""Cut tokens into samples: windows of the sequence length, packed across documents."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,23 +14,23 @@ from launcher.data.token_file import fetch
 
 @dataclass(frozen=True, eq=False)  # eq: arrays have no single truth value
 class Stretch:
-    """Tokens (tokens,) in order, of any integer type, that windows are cut from, and where they lie."""
+    """Consecutive tokens of one file, from which windows are cut."""
 
-    tokens: npt.NDArray[np.integer[Any]]
-    file: str = "the corpus"
-    first: int = 0  # the place of its first token in the file
+    tokens: npt.NDArray[np.integer[Any]]  # (tokens,)
+    file: str = "the corpus"  # named in error messages
+    first: int = 0  # index in the file of the stretch's first token
 
 
 @dataclass(frozen=True, eq=False)
 class Windows:
-    """Every window of T inputs and one last target that fits into a stretch, stretch after stretch.
+    """All windows of T + 1 tokens in the stretches, in order: T inputs and the last target.
 
-    Neighbouring windows share one token: the last target of one is the first input of the next.
+    The last target of a window is also the first input of the next window. No window spans two stretches.
     """
 
     stretches: Sequence[Stretch]
     sequence_length: int  # T, in tokens
-    vocab_size: int | None = None  # ids are checked against it as they are read; None: they need not be
+    vocab_size: int | None = None  # ids are checked against this size when read; None: no check
 
     @cached_property
     def _ends(self) -> npt.NDArray[np.int64]:
@@ -41,19 +41,19 @@ class Windows:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def read(self, places: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Windows (B,) to their tokens (B, T+1): inputs are [:, :-1], labels [:, 1:].
+        """Return the tokens (B, T+1) of windows `places` (B,): inputs are [:, :-1], labels [:, 1:].
 
         Raises ConfigError for a token id that the model's vocabulary does not have.
         """
         length = self.sequence_length + 1
         rows = np.empty((len(places), length), np.int64)
-        found = [
-            (self.stretches[stretch], place * self.sequence_length)
-            for stretch, place in zip(*self._locate(places), strict=True)
+        starts = [
+            (self.stretches[stretch], window * self.sequence_length)
+            for stretch, window in zip(*self._locate(places), strict=True)
         ]
-        for stretch, start in found:
+        for stretch, start in starts:
             fetch(stretch.tokens, stretch.first + start, length)
-        for row, (stretch, start) in enumerate(found):
+        for row, (stretch, start) in enumerate(starts):
             tokens = stretch.tokens[start : start + length]
             rows[row] = tokens
             if self.vocab_size is not None:
@@ -61,7 +61,7 @@ class Windows:
         return rows
 
     def _locate(self, places: npt.NDArray[np.int64]) -> tuple[list[int], list[int]]:
-        """The stretch of each window, and its place within it."""
+        """Return for windows `places` (B,) the index of the stretch and the window's index within it."""
         stretches = np.searchsorted(self._ends, places, side="right")
         before = np.concatenate([[0], self._ends])[stretches]
         return stretches.tolist(), (places - before).tolist()
@@ -70,31 +70,36 @@ class Windows:
 def check_ids(
     tokens: npt.NDArray[np.integer[Any]], vocab_size: int, stretch: Stretch, start: int = 0
 ) -> None:
-    """Raises ConfigError for an id that would index past the embedding."""
+    """Raise ConfigError if a token id is negative or not below `vocab_size`.
+
+    `tokens` begin at index `start` of the stretch, which gives the token's place in the message.
+    """
     lowest, highest = int(tokens.min()), int(tokens.max())
     if lowest >= 0 and highest < vocab_size:
         return
     wrong = lowest if lowest < 0 else highest
     place = stretch.first + start + int((tokens == wrong).argmax())
-    why = f"{stretch.file} has token id {wrong} at token {place}, which the model has no embedding for"
-    other = "the token files that this vocabulary belongs to"
-    remedy = other if wrong < 0 else f"model.vocab_size={wrong + 1} (or more), or {other}"
+    why = f"{stretch.file} has token id {wrong} at token {place}, and the model has no embedding for this id"
+    other_files = "token files made with a tokenizer of this vocabulary size"
+    remedy = other_files if wrong < 0 else f"model.vocab_size={wrong + 1} (or more), or {other_files}"
     raise ConfigError("model.vocab_size", vocab_size, why, remedy)
 
 
 def windows_in(tokens: int, sequence_length: int) -> int:
-    """Windows of `sequence_length` inputs, plus one last target, that fit in `tokens`."""
+    """Return how many windows of `sequence_length` inputs, plus the last target, fit into `tokens` tokens."""
     return max(0, tokens - 1) // sequence_length
 
 
 def check_long_enough(tokens: Sequence[int], sequence_length: int, part: str = "the corpus") -> None:
-    """Refuse stretches of so many tokens where not one window fits in any."""
+    """Raise ConfigError if no stretch is long enough for one window.
+
+    `tokens` are the lengths of the stretches, in tokens; the message names them `part`.
+    """
     longest = max(tokens, default=0)
     if windows_in(longest, sequence_length) == 0:
-        shorter = f"data.sequence_length={longest - 1}, or more text" if longest > 1 else "more text"
         raise ConfigError(
             "data.sequence_length",
             sequence_length,
-            f"{part} has {longest} tokens, and one sample takes {sequence_length + 1} (the last is a target)",
-            shorter,
+            f"{part} has {longest} tokens, but one sample needs {sequence_length + 1} (the last is a target)",
+            f"data.sequence_length={longest - 1}, or more text" if longest > 1 else "more text",
         )

@@ -1,4 +1,4 @@
-"""What the training loop sees of an engine, and what both kinds share."""
+"""The interface of an engine to the training loop, and the code that both engines share."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from deepspeed.utils import (
@@ -21,53 +22,80 @@ from launcher.parallel.mesh import Axis, ProcessMesh
 from launcher.parallel.random import DropoutRandom
 from launcher.parallel.sharding import LogicalTensor, logical_of, merge
 
-MicroBatches = Iterable[Any]  # each token ids (B, T+1), or inputs and labels
+MicroBatches = Iterable[Any]  # each is token ids (B, T+1), or inputs and labels
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Of one optimizer step, the same on every rank: mean loss in nats, gradient norm before clipping."""
+    """Loss and gradient norm of one optimizer step. Both stay on the device: reading them waits for the step.
 
-    loss: float
-    grad_norm: float
+    Under ZeRO DeepSpeed reads the norm itself in every step, to reject a norm that is not finite.
+    """
+
+    loss: Tensor  # mean in nats over this rank's share of the global batch, see Engine.loss_share
+    grad_norm: Tensor | float  # before clipping, the same on every rank
 
 
 class Engine(ABC):
-    """One DeepSpeed engine in one layout. One per process: DeepSpeed leaks what it is asked to rebuild."""
-
-    deepspeed: Any  # DeepSpeed's own engine, which ships no types
-    random: DropoutRandom
-    loss: Loss
+    """A DeepSpeed engine in one layout. Build one per process: DeepSpeed leaks engines that are rebuilt."""
 
     def __init__(
-        self, module: nn.Module, optimizer: torch.optim.Optimizer, mesh: ProcessMesh, zero_stage: int
+        self,
+        deepspeed_engine: Any,  # DeepSpeed ships no types
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        mesh: ProcessMesh,
+        zero_stage: int,
+        loss: Loss,
+        random: DropoutRandom,
+        device: torch.device,
     ):
-        self.module, self.optimizer, self.mesh, self.zero_stage = module, optimizer, mesh, zero_stage
+        self.deepspeed, self.module, self.optimizer = deepspeed_engine, module, optimizer
+        self.mesh, self.zero_stage, self.device = mesh, zero_stage, device
+        self.loss, self.random = loss, random
 
     @property
     def reads_data(self) -> bool:
-        """Whether this rank takes anything of the batches it is given: not on an inner pipeline stage."""
+        """Whether this rank uses the batches that it is given: an inner pipeline stage does not."""
         return True
+
+    @property
+    @abstractmethod
+    def loss_share(self) -> tuple[int, int]:
+        """(index, count) of this rank's share of the loss: the global loss is the mean of `count` shares."""
 
     @abstractmethod
     def train_batch(self, batches: MicroBatches) -> StepResult:
-        """One optimizer step over this data rank's micro-batches. Collective over the world."""
+        """Take one optimizer step over this data rank's micro-batches. Collective over the world."""
 
     @abstractmethod
-    def eval_batch(self, batches: MicroBatches) -> float:
-        """The mean loss over all data ranks' micro-batches, without dropout. Collective over the world."""
+    def eval_batch(self, batches: MicroBatches) -> Tensor:
+        """Return the mean loss over all data ranks' micro-batches, without dropout, on the device.
+
+        Collective over the world.
+        """
+
+    def mean_loss(self, loss: Tensor) -> float:
+        """Read the global loss of a StepResult. Collective over the data group.
+
+        The training loop packs the loss into its all-reduce of a logged step instead.
+        """
+        if self.loss_share[1] == 1:
+            return float(loss)
+        return float(mean_over(loss, self.mesh.data))
 
     def accuracy(self) -> float | None:
-        """The share of right answers in eval_batch since the last call; None for a model that has none.
+        """Return the share of right answers in eval_batch since the last call; None for a language model.
 
         Collective over the world: one all-reduce of two numbers.
         """
         if not isinstance(self.loss, ClassificationLoss):
             return None
-        # On the stage that has the loss, and alike on all its tensor ranks.
-        own = [self.loss.right, self.loss.seen] if self.mesh.tensor.rank == 0 else [0, 0]
+        # Only the stage that computes the loss counts, and all its tensor ranks count the same.
+        counts = [self.loss.right, self.loss.seen] if self.mesh.tensor.rank == 0 else [0, 0]
         self.loss.right = self.loss.seen = 0
-        right, seen = counted(own)
+        right, seen = world_sums(counts)
         return right / seen
 
     def set_learning_rate(self, rate: float) -> None:
@@ -75,18 +103,18 @@ class Engine(ABC):
             group["lr"] = rate
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """This rank's parameters, those held for a tie with an earlier pipeline stage left out."""
+        """Yield this rank's parameters, without copies of weights tied to an earlier pipeline stage."""
         return (p for p in self.module.parameters() if not getattr(p, "ds_pipe_replicated", False))
 
     def full_weights(self) -> Iterator[tuple[LogicalTensor, Tensor]]:
-        """This stage's logical tensors in fp32 on the CPU, one at a time.
+        """Yield this stage's logical tensors in fp32 on the CPU, one at a time.
 
-        Collective over the stage: all its data and tensor ranks iterate to the end, and all get the tensors.
+        Collective over the stage: all its data and tensor ranks must iterate to the end; all get the tensors.
         """
         return self._logical(self.master)
 
     def full_states(self, key: str) -> Iterator[tuple[LogicalTensor, Tensor]]:
-        """The optimizer's state `key` (torch's name) of each of this stage's tensors; as full_weights."""
+        """Yield the optimizer state `key` (torch's name) of each of this stage's tensors, as full_weights."""
         link_states(self)
         return self._logical(lambda parameter: self._state(parameter, key))
 
@@ -95,16 +123,16 @@ class Engine(ABC):
             logical = logical_of(parameter)
             yield logical, gather_logical(shard_of(parameter), logical, self.mesh.tensor).cpu()
 
-    # DeepSpeed's two answer None under ZeRO-0, where torch itself holds what is asked for.
+    # Under ZeRO-0 DeepSpeed's safe_get functions return None: torch's optimizer holds the states itself.
 
     def master(self, parameter: nn.Parameter) -> Tensor:
-        """This tensor rank's whole shard in fp32. Collective over the data group."""
+        """Return this tensor rank's whole shard in fp32. Collective over the data group."""
         full = parameter.detach() if self.zero_stage == 0 else safe_get_full_fp32_param(parameter)
         assert full is not None
         return full.float()
 
     def _state(self, parameter: nn.Parameter, key: str) -> Tensor:
-        """The state of this tensor rank's whole shard. Collective over the data group."""
+        """Return the state of this tensor rank's whole shard. Collective over the data group."""
         if self.zero_stage == 0:
             full = self.optimizer.state[parameter][key]
         else:
@@ -113,15 +141,24 @@ class Engine(ABC):
         return full.float()
 
 
-def counted(own: list[int]) -> list[int]:
-    """Each number summed over the world. Collective."""
-    total = torch.tensor(own, dtype=torch.int64)
+def mean_over(value: Tensor, axis: Axis) -> Tensor:
+    """Return the mean of `value` over the axis, on the device. Collective over the axis."""
+    if axis.size == 1:
+        return value
+    mean = value.clone()
+    dist.all_reduce(mean, group=axis.group)
+    return mean / axis.size
+
+
+def world_sums(counts: list[int]) -> list[int]:
+    """Return each number summed over all ranks. Collective over the world."""
+    total = torch.tensor(counts, dtype=torch.int64)
     dist.all_reduce(total)
     return [int(number) for number in total]
 
 
 def gather_logical(shard: Tensor, logical: LogicalTensor, axis: Axis) -> Tensor:
-    """The logical tensor from every tensor rank's shard. Collective: all-gather over the axis, if split."""
+    """Return the logical tensor of all tensor ranks' shards. Collective: an all-gather, if it is split."""
     if not logical.is_split or axis.size == 1:
         return merge([shard], logical)
     shards = [torch.empty_like(shard) for _ in range(axis.size)]
@@ -130,7 +167,10 @@ def gather_logical(shard: Tensor, logical: LogicalTensor, axis: Axis) -> Tensor:
 
 
 def to_inputs(batch: Any, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(B, T+1) token ids -> tokens (B, T) and the labels they predict (B, T); a pair of arrays as it is."""
+    """Return inputs and labels on the device: of token ids (B, T+1) two (B, T), of a pair its two arrays."""
     inputs, labels = batch if isinstance(batch, tuple) else (batch[:, :-1], batch[:, 1:])
-    on_device = [torch.from_numpy(np.ascontiguousarray(one)) for one in (inputs, labels)]
-    return on_device[0].to(device, non_blocking=True), on_device[1].to(device, non_blocking=True)
+    return _to_device(inputs, device), _to_device(labels, device)
+
+
+def _to_device(array: npt.NDArray[Any], device: torch.device) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""The engine of a run: config and layout in, one of the two kinds out."""
+"""Builds the engine of a run: with a pipeline, or flat."""
 
 import io
 from contextlib import redirect_stdout
@@ -17,14 +17,16 @@ from launcher.parallel.mesh import MeshShape, ProcessMesh
 
 
 def build_engine(run: RunConfig, layout: Layout, device: torch.device) -> Engine:
-    """Collective over the world, after torch.distributed and DeepSpeed are initialised. Once per process."""
+    """Return the engine of a run. Collective over the world; call it once per process.
+
+    torch.distributed and DeepSpeed must be initialised.
+    """
     mesh = ProcessMesh.create(MeshShape(layout.pipeline, layout.data, layout.tensor))
     context = BlockContext.create(run, mesh, device)
     layers, loss = model_layers(run.model, context), model_loss(run.model, context)
-    kind = PipelineEngine if layout.pipeline > 1 else FlatEngine
+    engine_type = PipelineEngine if layout.pipeline > 1 else FlatEngine
     # DeepSpeed prints memory tables and settings that the launcher does not use.
     with redirect_stdout(io.StringIO()):
-        engine = kind(run, layout, mesh, layers, loss, context, device)
-    engine.random, engine.loss = context.random, loss
+        engine = engine_type(run, layout, mesh, layers, loss, context, device)
     set_timeouts(run.launch.timeout_minutes)
     return engine

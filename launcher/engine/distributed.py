@@ -1,4 +1,4 @@
-"""Joining the ranks: torch.distributed first, then DeepSpeed on top of it."""
+"""Join a rank to the others: initialise torch.distributed, then DeepSpeed on top of it."""
 
 import logging
 import os
@@ -13,10 +13,14 @@ BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 
 
 def prepare_deepspeed(device: str) -> None:
-    """Import deepspeed for "cpu" or "cuda", quietly, without its slow or leaking habits. Once per process."""
-    # Its own detection warns on every machine without a GPU, and takes one for a CPU run on a GPU machine.
+    """Import deepspeed for `device` ("cpu" or "cuda") and set it up; call once per process.
+
+    The settings silence its log and warnings, and avoid a slow compilation and a leak of shared memory.
+    """
+    # DeepSpeed's own detection warns on every machine without a GPU, and selects the GPU for a CPU run.
     os.environ["DS_ACCELERATOR"] = device
-    # With LOCAL_SIZE set DeepSpeed's shared-memory module takes 69 MB a rank in /dev/shm and keeps it.
+    # If LOCAL_SIZE is set, DeepSpeed's shared-memory module takes 69 MB per rank in /dev/shm and never frees
+    # them.
     os.environ.pop("LOCAL_SIZE", None)
     import deepspeed.ops
 
@@ -25,11 +29,13 @@ def prepare_deepspeed(device: str) -> None:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)
-    # Said to be incompatible, it is not JIT-compiled at init_distributed: 20 s, for what gloo does too.
+    # Marked incompatible, this operation is not JIT-compiled by init_distributed: that takes 20 s, and gloo
+    # does the same work.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # torch 2.13 says it at every all_gather_into_tensor and reduce_scatter_tensor of DeepSpeed's.
+    # torch 2.13 warns at every all_gather_into_tensor and reduce_scatter_tensor that DeepSpeed calls.
     warnings.filterwarnings("ignore", category=FutureWarning, message=r".*(all_gather|reduce_scatter).*")
-    # The pipeline sends activations by broadcast, and their gradients back itself.
+    # The pipeline sends activations by broadcast and returns their gradients itself, so that autograd's
+    # warning about broadcast does not apply.
     warnings.filterwarnings("ignore", category=UserWarning, message=r"c10d::broadcast_: an autograd kernel")
 
 
@@ -42,20 +48,21 @@ def join(
     init_method: str,
     timeout_minutes: float = 30.0,
 ) -> torch.device:
-    """Collective over the world: initialise the process group and DeepSpeed; return this rank's device.
+    """Initialise the process group and DeepSpeed; return this rank's device. Collective over the world.
 
-    A collective that takes longer than twice `timeout_minutes` fails: by then the watchdog has told more.
+    A collective that takes longer than twice `timeout_minutes` fails. The watchdog reports a hang earlier,
+    after `timeout_minutes`, with more detail.
     """
     import deepspeed
 
-    # DeepSpeed's pipeline and accelerator code read these and nothing else.
+    # The pipeline and accelerator code of DeepSpeed read these variables.
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(local_rank))
     if device == "cpu":
-        own = torch.device("cpu")
+        rank_device = torch.device("cpu")
     else:
-        # Where each task is given a GPU of its own, that is its number 0.
-        own = torch.device("cuda", local_rank if torch.cuda.device_count() > 1 else 0)
-        torch.cuda.set_device(own)
+        # If each Slurm task sees only its own GPU, that GPU has the index 0.
+        rank_device = torch.device("cuda", local_rank if torch.cuda.device_count() > 1 else 0)
+        torch.cuda.set_device(rank_device)
     dist.init_process_group(
         BACKENDS[device],
         init_method=init_method,
@@ -64,16 +71,19 @@ def join(
         timeout=timedelta(minutes=2 * timeout_minutes),
     )
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
-    return own
+    return rank_device
 
 
 def set_timeouts(timeout_minutes: float) -> None:
-    """As join, of every group made since: DeepSpeed makes its own with torch's defaults."""
+    """Set the timeout of `join` on all process groups: groups that DeepSpeed creates have torch's default."""
     for group in list(c10d._world.pg_map):
         c10d._set_pg_timeout(timedelta(minutes=2 * timeout_minutes), group)
 
 
 def leave() -> None:
-    """Collective: end the process group, so that no rank is cut off by a peer that exits first."""
+    """Wait for all ranks, then destroy the process group. Collective over the world.
+
+    Without the barrier, a rank that exits first would break the connections of its peers.
+    """
     dist.barrier()
     dist.destroy_process_group()

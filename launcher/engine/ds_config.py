@@ -1,4 +1,4 @@
-"""RunConfig and Layout -> the dict DeepSpeed is given. Pure."""
+"""Build DeepSpeed's config from RunConfig and Layout. Pure."""
 
 from typing import Any
 
@@ -8,34 +8,37 @@ from launcher.models.arithmetic import reduce_bucket
 
 
 def deepspeed_config(run: RunConfig, layout: Layout) -> dict[str, Any]:
-    """The DeepSpeed config of a run, with `deepspeed.*` of the run laid over it."""
-    emitted: dict[str, Any] = {
-        # Micro-batch and accumulation only: DeepSpeed derives the third side of the triangle.
+    """Return the DeepSpeed config of a run; the run's `deepspeed.*` settings override the derived values."""
+    derived: dict[str, Any] = {
+        # Only micro-batch and accumulation: DeepSpeed computes the global batch size from them.
         "train_micro_batch_size_per_gpu": run.training.micro_batch_size,
         "gradient_accumulation_steps": layout.accumulation,
         "gradient_clipping": clipping(run, layout),
         "zero_optimization": _zero(run, layout),
         "zero_allow_untested_optimizer": True,
-        # torch's fused AdamW serves offloaded states too, without DeepSpeed's half-minute build.
+        # torch's fused AdamW also updates offloaded states, without DeepSpeed's half-minute compilation.
         "zero_force_ds_cpu_optimizer": False,
-        # Otherwise the pipeline engine splits activations over the tensor ranks by itself.
+        # By default DeepSpeed synchronises the GPU in every micro-batch to measure a throughput.
+        "timers": {"throughput": {"enabled": False}},
+        # By default the pipeline engine partitions activations over the tensor ranks.
         "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
         **_precision(run),
     }
-    return merged(emitted, run.deepspeed)
+    return merged(derived, run.deepspeed)
 
 
 def clipping(run: RunConfig, layout: Layout) -> float:
-    """The norm DeepSpeed clips at; 0 is off. DeepSpeed's default is 1.0, so it is always said.
+    """Return the gradient norm at which DeepSpeed clips; 0 disables clipping.
 
-    Under ZeRO-0 the engine clips itself (engine/flat.py): DeepSpeed would not report the norm.
+    Always set, because DeepSpeed's default is 1.0. Under ZeRO-0 our engine clips instead (engine/flat.py),
+    because DeepSpeed would not report the norm.
     """
     return 0.0 if layout.zero_stage == 0 else run.optimizer.gradient_clipping or 0.0
 
 
 def _zero(run: RunConfig, layout: Layout) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": layout.zero_stage, "reduce_bucket_size": reduce_bucket(run.model)}
-    # Pinning host memory needs a GPU to copy to.
+    # Host memory can be pinned only on a machine with a GPU.
     pinned = layout.device == "cuda"
     if run.parallelism.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": pinned}
@@ -55,7 +58,7 @@ def _precision(run: RunConfig) -> dict[str, Any]:
 
 
 def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`over` laid on `base`, section by section; neither is changed."""
+    """Return `base` overridden by the values of `over`, section by section. Neither argument is changed."""
     result = dict(base)
     for key, value in over.items():
         inner = result.get(key)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
-from launcher.engine.base import Engine, MicroBatches, StepResult, to_inputs
+from launcher.engine.base import Engine, MicroBatches, StepResult, mean_over, to_inputs
 from launcher.engine.ds_config import deepspeed_config
 from launcher.engine.optimizer import build_optimizer
 from launcher.models.blocks import BlockContext
@@ -17,7 +17,7 @@ from launcher.models.language import FlatModel, Layer, Loss
 from launcher.parallel.mesh import ProcessMesh
 from launcher.parallel.sharding import logical_of
 
-CLIP_EPSILON = 1e-6  # DeepSpeed's and torch's own
+CLIP_EPSILON = 1e-6  # the same as in DeepSpeed and torch
 
 
 class FlatEngine(Engine):
@@ -37,12 +37,24 @@ class FlatEngine(Engine):
         with zero_init(config, mesh, enabled=layout.zero_stage == 3):
             model = FlatModel(layers, loss, context.documents)
         optimizer = build_optimizer(run.optimizer, model.parameters())
-        self.deepspeed, *_ = deepspeed.initialize(
+        deepspeed_engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=config, mpu=mesh, dist_init_required=False
         )
-        super().__init__(model, optimizer, mesh, layout.zero_stage)
-        self.device = device
+        super().__init__(
+            deepspeed_engine,
+            model,
+            optimizer,
+            mesh=mesh,
+            zero_stage=layout.zero_stage,
+            loss=loss,
+            random=context.random,
+            device=device,
+        )
         self.clip_at = run.optimizer.gradient_clipping
+
+    @property
+    def loss_share(self) -> tuple[int, int]:
+        return self.mesh.data.rank, self.mesh.data.size
 
     def train_batch(self, batches: MicroBatches) -> StepResult:
         self.deepspeed.train()
@@ -50,29 +62,23 @@ class FlatEngine(Engine):
         for batch in batches:
             loss = self.deepspeed(*to_inputs(batch, self.device))
             self.deepspeed.backward(loss)
-            own_norm = self._clip() if self.zero_stage == 0 and self._at_boundary() else None
+            clipped_norm = self._clip() if self.zero_stage == 0 and self._at_boundary() else None
             self.deepspeed.step()
             losses.append(loss.detach())
-        norm = self.deepspeed.get_global_grad_norm() if own_norm is None else own_norm
-        return StepResult(self._mean_over_data(losses), float(norm))
+        norm = self.deepspeed.get_global_grad_norm() if clipped_norm is None else clipped_norm
+        return StepResult(_mean(losses), norm)
 
-    def eval_batch(self, batches: MicroBatches) -> float:
+    def eval_batch(self, batches: MicroBatches) -> Tensor:
         self.deepspeed.eval()
         with torch.no_grad():
-            return self._mean_over_data([self.deepspeed(*to_inputs(batch, self.device)) for batch in batches])
+            losses = [self.deepspeed(*to_inputs(batch, self.device)) for batch in batches]
+            return mean_over(_mean(losses), self.mesh.data)
 
     def _at_boundary(self) -> bool:
         return bool(self.deepspeed.is_gradient_accumulation_boundary())
 
-    def _mean_over_data(self, losses: list[Tensor]) -> float:
-        mean = torch.stack(losses).float().mean()
-        if self.mesh.data.size > 1:
-            dist.all_reduce(mean, group=self.mesh.data.group)
-            mean /= self.mesh.data.size
-        return float(mean)
-
     def _clip(self) -> Tensor:
-        """The global gradient norm under ZeRO-0, whose gradients are by now averaged over the data ranks."""
+        """Clip the gradients under ZeRO-0, already averaged over the data ranks; return their global norm."""
         parameters = [p for p in self.module.parameters() if p.grad is not None]
         norm = global_norm(parameters, self.mesh)
         if self.clip_at is not None:
@@ -83,8 +89,12 @@ class FlatEngine(Engine):
         return norm
 
 
+def _mean(losses: list[Tensor]) -> Tensor:
+    return torch.stack(losses).float().mean()
+
+
 def global_norm(parameters: list[nn.Parameter], mesh: ProcessMesh) -> Tensor:
-    """The L2 norm of the logical gradients; those held by all tensor ranks count once. A scalar tensor.
+    """Return the L2 norm of the logical gradients, a scalar; gradients that all tensor ranks hold count once.
 
     Collective over the tensor group: one all-reduce of a scalar.
     """
@@ -93,16 +103,16 @@ def global_norm(parameters: list[nn.Parameter], mesh: ProcessMesh) -> Tensor:
     for parameter in parameters:
         assert parameter.grad is not None
         (split if logical_of(parameter).is_split else whole).append(parameter.grad)
-    mine = split if mesh.tensor.rank else list(chain(split, whole))
+    counted = split if mesh.tensor.rank else list(chain(split, whole))
     # fp64: a norm over a whole model adds up more terms than fp32 can keep apart.
-    squares = torch.stack([torch.linalg.vector_norm(grad).double() ** 2 for grad in mine]).sum()
+    squares = torch.stack([torch.linalg.vector_norm(grad).double() ** 2 for grad in counted]).sum()
     if mesh.tensor.size > 1:
         dist.all_reduce(squares, group=mesh.tensor.group)
     return squares.sqrt().float()
 
 
 def zero_init(config: dict, mesh: ProcessMesh, *, enabled: bool):  # type: ignore[no-untyped-def, type-arg]
-    """ZeRO-3's context: each module's weights are partitioned as soon as it is built."""
+    """Return the context in which ZeRO-3 partitions each module's weights as soon as it is built."""
     # Not `mpu=`: with it zero.Init partitions over the wrong ranks under tensor parallelism, silently.
     return deepspeed.zero.Init(
         data_parallel_group=mesh.data.group, config_dict_or_path=config, enabled=enabled

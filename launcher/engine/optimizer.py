@@ -1,4 +1,4 @@
-"""The optimizer and its learning-rate schedule."""
+"""Build the optimizer and compute its learning-rate schedule."""
 
 import math
 from collections.abc import Iterable
@@ -11,11 +11,11 @@ from launcher.parallel.sharding import logical_of
 
 
 def build_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """torch's AdamW or SGD; weight decay falls on matrices only, not on biases and norm weights."""
+    """Return torch's AdamW or SGD. Weight decay applies to matrices only, not to biases and norm weights."""
     matrices: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []
     for parameter in parameters:
-        # The logical shape: under ZeRO-3 every parameter looks like a vector.
+        # Use the logical shape: under ZeRO-3 every parameter is flattened to a vector.
         (matrices if len(logical_of(parameter).shape) > 1 else vectors).append(parameter)
     groups = [
         {"params": matrices, "weight_decay": config.weight_decay},
@@ -31,21 +31,24 @@ def build_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter])
 
 
 def state_keys(config: OptimizerConfig) -> list[str]:
-    """The tensors that the configured optimizer keeps per parameter."""
+    """Return the names of the state tensors that the configured optimizer keeps per parameter."""
     if config.name is OptimizerName.adamw:
         return ["exp_avg", "exp_avg_sq"]
     return ["momentum_buffer"] if config.momentum else []
 
 
 def learning_rate(optimizer: OptimizerConfig, scheduler: SchedulerConfig, *, step: int, steps: int) -> float:
-    """The rate of update number `step`, counted from 1, of `steps`. Pure: no state to save or restore."""
+    """Return the learning rate of update `step` of `steps`, counted from 1.
+
+    A pure function: the schedule has no state to save or restore.
+    """
     if step <= scheduler.warmup_steps:
         return optimizer.lr * step / scheduler.warmup_steps
     decay_steps = (
         scheduler.decay_steps if scheduler.name is SchedulerName.wsd else steps - scheduler.warmup_steps
     )
     assert decay_steps is not None
-    # 0 at the last step before the decay, 1 at the last step of all.
+    # 0 at the last step before the decay, 1 at the last step of the run.
     progress = max(0.0, (step - (steps - decay_steps)) / max(decay_steps, 1))
     return optimizer.lr * _decay(scheduler, min(progress, 1.0))
 

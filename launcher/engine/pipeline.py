@@ -40,18 +40,26 @@ class PipelineEngine(Engine):
             layers=[_spec(layer) for layer in layers],
             topology=topology,
             loss_fn=loss,
-            # Blocks are dealt out evenly, one more to some stages where they do not divide; the
-            # embedding stays with the first, the final norm and the head with the last.
+            # Every stage gets the same number of blocks, or some stages one more; the first also gets the
+            # embedding, the last the final norm and the head.
             partition_method=f"type:{TransformerBlock.__name__}",
         )
         optimizer = build_optimizer(run.optimizer, module.parameters())
-        self.deepspeed, *_ = deepspeed.initialize(
+        deepspeed_engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=deepspeed_config(run, layout), dist_init_required=False
         )
-        super().__init__(module, optimizer, mesh, layout.zero_stage)
-        self.device, self.micro_batches = device, layout.accumulation
-        self.documents = context.documents
-        # By phase: of the one stage a rank holds, or of the two under DualPipeV.
+        super().__init__(
+            deepspeed_engine,
+            module,
+            optimizer,
+            mesh=mesh,
+            zero_stage=layout.zero_stage,
+            loss=loss,
+            random=context.random,
+            device=device,
+        )
+        self.micro_batches, self.documents = layout.accumulation, context.documents
+        # The tokens of the micro-batches by phase: a rank runs one phase, or two under DualPipeV.
         self._tokens: list[Iterator[Tensor]] = []
         if self.documents.end_of_document is not None:
             module.register_forward_pre_hook(self._begin)
@@ -61,15 +69,20 @@ class PipelineEngine(Engine):
         ends = self.mesh.stage in (0, self.mesh.shape.pipeline - 1)
         return ends or self.documents.end_of_document is not None
 
+    @property
+    def loss_share(self) -> tuple[int, int]:
+        return 0, 1  # DeepSpeed averages the loss over the data ranks and sends it to every stage
+
     def train_batch(self, batches: MicroBatches) -> StepResult:
         loss = self.deepspeed.train_batch(self._inputs(batches))
-        return StepResult(float(loss), float(self.deepspeed.get_global_grad_norm()))
+        return StepResult(loss, self.deepspeed.get_global_grad_norm())
 
-    def eval_batch(self, batches: MicroBatches) -> float:
-        return float(self.deepspeed.eval_batch(self._inputs(batches), num_micro_batches=self.micro_batches))
+    def eval_batch(self, batches: MicroBatches) -> Tensor:
+        loss: Tensor = self.deepspeed.eval_batch(self._inputs(batches), num_micro_batches=self.micro_batches)
+        return loss
 
     def _inputs(self, batches: MicroBatches) -> Iterator[tuple[Tensor, Tensor]]:
-        # The first stage takes the tokens and the last the labels, each from its own iterator.
+        # The first stage reads the tokens and the last stage the labels, each from an iterator of its rank.
         if self.documents.end_of_document is None:
             return (to_inputs(batch, self.device) for batch in batches)
         inputs = [to_inputs(batch, self.device) for batch in batches]
@@ -77,19 +90,19 @@ class PipelineEngine(Engine):
         return iter(inputs)
 
     def _begin(self, module: nn.Module, _inputs: Any) -> None:
-        # Each stage passes micro-batches forward in their order, whatever the schedule does in between.
+        # Each stage runs its forward passes in the order of the micro-batches, in every schedule.
         self.documents.begin(next(self._tokens[getattr(module, "active_phase", 0)]))
 
 
 class StagedModule(PipelineModule):  # type: ignore[misc]  # DeepSpeed ships no types
-    """DeepSpeed's module of one stage."""
+    """DeepSpeed's module of one pipeline stage."""
 
     def get_tied_weights_and_groups(self) -> list[tuple[Any, Any]]:
-        """The tied weights whose gradients DeepSpeed sums over their stages.
+        """Return the tied weights whose gradients DeepSpeed sums over their stages.
 
-        It looks for them in `grad` and skips a weight that has none. ZeRO-1 in low precision, as CPU offload
-        runs it, accumulates in `grad_accum` instead, and every stage would update its own copy, without a
-        word (DeepSpeed 0.19.8, pipe/engine.py, _exec_reduce_tied_grads).
+        DeepSpeed reads `grad` and skips a weight without one. ZeRO-1 in low precision, as CPU offload runs
+        it, accumulates in `grad_accum` instead: every stage would silently update a different copy
+        (DeepSpeed 0.19.8, pipe/engine.py, _exec_reduce_tied_grads).
         """
         return [(_with_gradient(weight), group) for weight, group in super().get_tied_weights_and_groups()]
 

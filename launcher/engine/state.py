@@ -1,7 +1,7 @@
-"""The stretch of every weight and optimizer state that this rank holds, as views to read and to write.
+"""Access to the fragment of every weight and optimizer state that this rank holds, as views.
 
-The one place that knows how DeepSpeed partitions them: not at all under ZeRO-0, flat over the data ranks
-under ZeRO-1 and 2 (and its BF16_Optimizer), parameter by parameter under ZeRO-3.
+Only this module knows how DeepSpeed partitions them: not at all under ZeRO-0, flat over the data ranks under
+ZeRO-1 and 2 (and in BF16_Optimizer), parameter by parameter under ZeRO-3.
 """
 
 from collections.abc import Iterator
@@ -20,45 +20,47 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Fragment:
-    """Elements `start` and on of one parameter's shard on this tensor rank, flattened, in fp32."""
+    """Elements from `start` on of one parameter's flattened shard on this tensor rank, in fp32."""
 
     logical: LogicalTensor
     shard_shape: tuple[int, ...]
     start: int
-    tensors: dict[str, Tensor]  # WEIGHT and torch's names of the optimizer's states, each (numel,)
-    is_tied_copy: bool  # of a weight that an earlier pipeline stage holds
+    tensors: dict[str, Tensor]  # by WEIGHT or torch's name of the optimizer state, each (numel,)
+    is_tied_copy: bool  # a copy of a weight that an earlier pipeline stage holds
 
     def narrowed(self, start: int, numel: int) -> "Fragment":
-        """Its elements start .. start + numel, counted within this fragment."""
+        """Return elements start .. start + numel, counted within this fragment."""
         tensors = {key: tensor.narrow(0, start, numel) for key, tensor in self.tensors.items()}
         return Fragment(self.logical, self.shard_shape, self.start + start, tensors, self.is_tied_copy)
 
 
 def fragments(engine: "Engine", keys: list[str]) -> Iterator[Fragment]:
-    """All that this rank holds, with the optimizer states `keys`; no collective."""
+    """Yield every fragment that this rank holds, with the optimizer states `keys`. No collective."""
     if keys:
         link_states(engine)
     for parameter in engine.module.parameters():
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-        held = _held(engine, parameter, keys)
-        if held is not None:
-            start, tensors = held
+        stretch = _stretch(engine, parameter, keys)
+        if stretch is not None:
+            start, tensors = stretch
             tied = bool(getattr(parameter, "ds_pipe_replicated", False))
             yield Fragment(logical_of(parameter), shape, start, tensors, tied)
 
 
-def _held(engine: "Engine", parameter: nn.Parameter, keys: list[str]) -> tuple[int, dict[str, Tensor]] | None:
+def _stretch(
+    engine: "Engine", parameter: nn.Parameter, keys: list[str]
+) -> tuple[int, dict[str, Tensor]] | None:
     zero: Any = engine.deepspeed.optimizer
     if engine.zero_stage == 0:
         state = engine.optimizer.state[parameter]
         return 0, {WEIGHT: parameter.detach().view(-1), **{key: state[key].view(-1) for key in keys}}
     if engine.zero_stage == 3:
-        held: Any = parameter
-        size = held.ds_tensor.ds_numel
+        partitioned: Any = parameter
+        size = partitioned.ds_tensor.ds_numel
         start = zero._get_param_partition_rank(parameter) * size
-        numel = min(size, held.ds_numel - start)
+        numel = min(size, partitioned.ds_numel - start)
         if numel <= 0:
-            return None  # the last ranks' partitions of a small weight are padding
+            return None  # a small weight's partitions on the last ranks hold only padding
         tensors = {
             key: zero._get_fp32_opt_state_partition(parameter, False, None if key == WEIGHT else key)[0]
             for key in (WEIGHT, *keys)
@@ -72,14 +74,14 @@ def _held(engine: "Engine", parameter: nn.Parameter, keys: list[str]) -> tuple[i
 
 
 def updates_made(engine: "Engine") -> int:
-    """Optimizer steps so far, which a loss scale may have kept below the run's; 0 where none is counted."""
+    """Return the optimizer steps taken: fewer than the run's steps if fp16 skipped some; 0 for SGD."""
     counts = [int(state["step"]) for state in engine.optimizer.state.values() if "step" in state]
     return max(counts, default=0)
 
 
 @torch.no_grad()
 def make_states(engine: "Engine", keys: list[str], updates: int) -> None:
-    """Give every partition the (zero) optimizer states of a run that has made `updates`, to be filled in."""
+    """Give every partition zero optimizer states after `updates` steps; restoring fills them in."""
     for partition in _partitions(engine):
         state: dict[str, Tensor] = {key: torch.zeros_like(partition) for key in keys}
         if isinstance(engine.optimizer, torch.optim.AdamW):
@@ -89,11 +91,11 @@ def make_states(engine: "Engine", keys: list[str], updates: int) -> None:
 
 
 @torch.no_grad()
-def take_up(engine: "Engine") -> None:
-    """Make the working weights those of the fp32 fragments. Collective over the data group."""
+def update_model_weights(engine: "Engine") -> None:
+    """Copy the fp32 master weights into the model weights. Collective over the data group."""
     zero: Any = engine.deepspeed.optimizer
     if engine.zero_stage == 0:
-        return  # they are the same
+        return  # the model weights are the master weights
     if engine.zero_stage < 3:
         zero.update_lp_params()
         return
@@ -106,8 +108,8 @@ def take_up(engine: "Engine") -> None:
 def link_states(engine: "Engine") -> None:
     """Let DeepSpeed find the states of every parameter group under ZeRO-1 and 2.
 
-    It links all of them after the first group has stepped, when the others have none yet, and never
-    again (DeepSpeed 0.19.8, stage_1_and_2.py, _optimizer_step).
+    DeepSpeed links all groups after the first group has stepped, when the other groups have no states yet,
+    and never again (DeepSpeed 0.19.8, stage_1_and_2.py, _optimizer_step).
     """
     zero: Any = engine.deepspeed.optimizer
     if engine.zero_stage in (1, 2):
@@ -117,16 +119,16 @@ def link_states(engine: "Engine") -> None:
 
 
 def _partitions(engine: "Engine") -> list[nn.Parameter]:
-    """What torch's optimizer steps on: the parameters, or this data rank's flat fp32 partitions."""
+    """Return the tensors that torch's optimizer updates: parameters, or this rank's flat fp32 partitions."""
     zero: Any = engine.deepspeed.optimizer
     if engine.zero_stage == 0:
         return list(engine.module.parameters())
     names = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
-    return next(list(found) for name in names if (found := getattr(zero, name, None)))
+    return next(list(partitions) for name in names if (partitions := getattr(zero, name, None)))
 
 
 def loss_scaler(engine: "Engine") -> dict[str, float]:
-    """The numbers of fp16's dynamic loss scale; empty in other precisions."""
+    """Return the numbers of fp16's dynamic loss scaler; empty in other precisions."""
     scaler = getattr(engine.deepspeed.optimizer, "loss_scaler", None)
     if not engine.deepspeed.fp16_enabled():
         return {}
@@ -134,6 +136,6 @@ def loss_scaler(engine: "Engine") -> dict[str, float]:
 
 
 def set_loss_scaler(engine: "Engine", numbers: dict[str, float]) -> None:
-    """Take up what loss_scaler told."""
+    """Restore the numbers that loss_scaler returned."""
     if engine.deepspeed.fp16_enabled():
         vars(engine.deepspeed.optimizer.loss_scaler).update(numbers)

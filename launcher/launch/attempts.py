@@ -1,41 +1,41 @@
-"""The failed starts of a run, and whether another one makes sense."""
+"""Failed starts of a run, and the limit on identical failures."""
 
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-ATTEMPTS = "attempts.jsonl"
-MOST_ALIKE = 3
+ATTEMPTS_FILE = "attempts.jsonl"
+MAX_IDENTICAL_FAILURES = 3
 
 
 @dataclass(frozen=True)
-class Attempt:
-    """A start that failed: the last step that it logged, and how it ended."""
+class FailedStart:
+    """Last step that a failed start logged, and the error that ended the start."""
 
     step: int
     error: str
 
 
-def note_attempt(run_dir: Path, attempt: Attempt) -> int:
-    """Write it down; how many in a row, this one included, failed alike."""
-    path = run_dir / ATTEMPTS
+def record_failed_start(run_dir: Path, failed: FailedStart) -> int:
+    """Append `failed` to the run's file; return how many identical failures in a row now end that file."""
+    path = run_dir / ATTEMPTS_FILE
     run_dir.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
-        file.write(json.dumps(asdict(attempt)) + "\n")
-    return alike(_attempts(path))
+        file.write(json.dumps(asdict(failed)) + "\n")
+    return count_identical_at_end(_read_failed_starts(path))
 
 
-def alike(attempts: list[Attempt]) -> int:
-    """How many at the end of the list are equal."""
-    different = (n for n, one in enumerate(reversed(attempts)) if one != attempts[-1])
-    return next(different, len(attempts))
+def count_identical_at_end(failures: list[FailedStart]) -> int:
+    """Return how many equal failures in a row end the list."""
+    different = (count for count, failed in enumerate(reversed(failures)) if failed != failures[-1])
+    return next(different, len(failures))
 
 
-def _attempts(path: Path) -> list[Attempt]:
-    found = []
+def _read_failed_starts(path: Path) -> list[FailedStart]:
+    failures = []
     for line in path.read_text().splitlines():
         try:
-            found.append(Attempt(**json.loads(line)))
+            failures.append(FailedStart(**json.loads(line)))
         except (ValueError, TypeError):
-            continue  # cut short when its node died
-    return found
+            continue  # the node died while it wrote this line
+    return failures

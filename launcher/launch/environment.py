@@ -1,6 +1,6 @@
-"""The world that torchrun or srun put this process in, read from environment variables alone.
+"""Rank and world size of a process that torchrun or srun started, read from environment variables alone.
 
-srun may start every rank, or one launcher per node, which starts the ranks of its node.
+srun starts either every rank, or one launcher per node, which then starts the ranks of its node.
 """
 
 import itertools
@@ -13,6 +13,8 @@ from launcher.config.errors import ConfigError
 
 @dataclass(frozen=True)
 class RankEnvironment:
+    """Numbers of one rank in the world. All ranks meet at `master_addr`:`master_port`."""
+
     rank: int
     world_size: int
     local_rank: int
@@ -23,7 +25,10 @@ class RankEnvironment:
 
 @dataclass(frozen=True)
 class NodeEnvironment:
-    """The ranks that one launcher per node starts on its own."""
+    """Numbers of one node in the world, where srun starts one launcher per node.
+
+    The launcher of node `node` of `nodes` starts `ranks_per_node` ranks.
+    """
 
     node: int
     nodes: int
@@ -33,26 +38,35 @@ class NodeEnvironment:
 
     @property
     def world_size(self) -> int:
+        """Return the number of ranks on all nodes."""
         return self.nodes * self.ranks_per_node
 
     @property
     def local_size(self) -> int:
+        """Return the number of ranks on this node."""
         return self.ranks_per_node
 
     @property
     def ranks(self) -> range:
+        """Return the global ranks of this node."""
         return range(self.node * self.ranks_per_node, (self.node + 1) * self.ranks_per_node)
 
 
-Place = RankEnvironment | NodeEnvironment | None  # None: alone on this machine
+# None: neither torchrun nor srun started this process, and all ranks run on this machine.
+LaunchEnvironment = RankEnvironment | NodeEnvironment | None
 
 
-def place_of(environ: Mapping[str, str], *, configured: int | None, gpus: int) -> Place:
-    """Where this process stands; `configured` ranks per node are what the config says, if it does.
+def launch_environment(environ: Mapping[str, str], *, configured: int | None, gpus: int) -> LaunchEnvironment:
+    """Return the rank or the node that torchrun or srun started this process as; None if neither did.
 
-    A step of as many tasks per node starts every rank. One of a single task per node starts a launcher on
-    each, which starts the ranks of its node: as many as configured, or as GPUs are seen there. Raises
-    ConfigError for a step of another number of tasks than the configured.
+    `configured` is hardware.accelerators_per_node; None if the config leaves it open. `gpus` is the number of
+    GPUs on this node. A Slurm step with one task per node starts one launcher on each node, and that launcher
+    starts `configured` ranks or, with None, one rank per GPU. A step with more tasks per node starts every
+    rank.
+
+    Raises:
+        ConfigError: the number of tasks per node is neither 1 nor `configured`, or variables are missing or
+            contradict each other.
     """
     joined = joined_ranks(environ)
     if joined is None or "RANK" in environ:
@@ -65,20 +79,20 @@ def place_of(environ: Mapping[str, str], *, configured: int | None, gpus: int) -
         raise ConfigError(
             "hardware.accelerators_per_node",
             configured,
-            f"srun started {joined.local_size} tasks on this node",
-            f"hardware.accelerators_per_node={joined.local_size} or srun --ntasks-per-node={configured} "
-            "(one task per rank) or --ntasks-per-node=1 (a launcher that starts the ranks of its node)",
+            f"differs from the number of tasks: srun started {joined.local_size} tasks on this node",
+            f"hardware.accelerators_per_node={joined.local_size}, or `srun --ntasks-per-node={configured}` "
+            "(one task per rank), or `srun --ntasks-per-node=1` (one launcher that starts the node's ranks)",
         )
     return joined
 
 
 def joined_ranks(environ: Mapping[str, str]) -> RankEnvironment | None:
-    """The rank that torchrun or srun made of this process; None where neither did.
+    """Return the rank that torchrun or srun started this process as; None if neither did.
 
-    None also in the batch script's own shell and in a step of one task: there ranks are still to be started.
-    Raises ConfigError, named after the variable, where the variables contradict each other or are incomplete.
+    Also None in the shell of a batch script and in a step with one task: there the ranks are not started yet.
+    Raises ConfigError, with the variable as its field, if variables are missing or contradict each other.
     """
-    # Batch scripts often export WORLD_SIZE alone, for what they start; RANK alone is a mistake.
+    # Batch scripts often export WORLD_SIZE alone, for the processes that they start. RANK alone is a mistake.
     if "RANK" in environ:
         return _from_torchrun(environ)
     if "SLURM_STEP_ID" in environ and _step_tasks(environ) > 1:
@@ -87,33 +101,36 @@ def joined_ranks(environ: Mapping[str, str]) -> RankEnvironment | None:
 
 
 def speaks_for_all(environ: Mapping[str, str]) -> bool:
-    """Return whether this process reports what all ranks of torchrun or srun have to report alike."""
+    """Return whether this process prints the messages that are equal on all ranks of torchrun or srun."""
     try:
         ranks = joined_ranks(environ)
     except ConfigError:
-        return True  # a stray RANK or WORLD_SIZE: there may be no first rank
+        return True  # invalid variables: possibly no process has rank 0
     return ranks is None or ranks.rank == 0
 
 
-def step_name(environ: Mapping[str, str]) -> str | None:
-    """What to call a run whose ranks srun starts: the same on every node and after a requeue; else None."""
+def slurm_step_name(environ: Mapping[str, str]) -> str | None:
+    """Return a run name made of job and step, equal on every node and after a requeue.
+
+    None if srun did not start the ranks.
+    """
     if "RANK" in environ or joined_ranks(environ) is None:
         return None
     return f"slurm-{environ['SLURM_JOB_ID']}.{environ['SLURM_STEP_ID']}"
 
 
 def expand_hosts(hosts: str) -> list[str]:
-    """The host names that a Slurm list such as `node[03-05,9],rack[1-2]n[1-4]` stands for, in its order.
+    """Return the host names in a Slurm host list such as `node[03-05,9],rack[1-2]n[1-4]`, in the same order.
 
-    Raises ValueError where the text is not such a list.
+    Raises ValueError if the text is not a Slurm host list.
     """
-    # A comma inside brackets separates numbers, one outside separates hosts.
+    # A comma inside brackets separates numbers; a comma outside brackets separates hosts.
     patterns = re.split(r",(?![^\[]*\])", hosts)
     return [host for pattern in patterns for host in _expand_pattern(pattern)]
 
 
 def _from_torchrun(environ: Mapping[str, str]) -> RankEnvironment:
-    found = RankEnvironment(
+    rank_environment = RankEnvironment(
         rank=_torchrun_integer(environ, "RANK"),
         world_size=_torchrun_integer(environ, "WORLD_SIZE", at_least=1),
         local_rank=_torchrun_integer(environ, "LOCAL_RANK"),
@@ -121,14 +138,15 @@ def _from_torchrun(environ: Mapping[str, str]) -> RankEnvironment:
         master_addr=_torchrun_text(environ, "MASTER_ADDR"),
         master_port=_torchrun_integer(environ, "MASTER_PORT", at_least=1),
     )
-    if found.master_port > 65535:
-        raise ConfigError("MASTER_PORT", found.master_port, "ports end at 65535", "a free port below 65536")
-    _check_bounds(environ, found, "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    return found
+    if rank_environment.master_port > 65535:
+        why = "is above 65535, the highest port"
+        raise ConfigError("MASTER_PORT", rank_environment.master_port, why, "MASTER_PORT=29500")
+    _check_bounds(environ, rank_environment, "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    return rank_environment
 
 
 def _from_srun(environ: Mapping[str, str]) -> RankEnvironment:
-    found = RankEnvironment(
+    rank_environment = RankEnvironment(
         rank=_srun_integer(environ, "SLURM_PROCID"),
         world_size=_step_tasks(environ),
         local_rank=_srun_integer(environ, "SLURM_LOCALID"),
@@ -139,33 +157,37 @@ def _from_srun(environ: Mapping[str, str]) -> RankEnvironment:
         ),
     )
     tasks = _step_tasks_variable(environ)
-    _check_bounds(environ, found, "SLURM_PROCID", tasks, "SLURM_LOCALID", "SLURM_GTIDS")
-    return found
+    _check_bounds(environ, rank_environment, "SLURM_PROCID", tasks, "SLURM_LOCALID", "SLURM_GTIDS")
+    return rank_environment
 
 
 def _check_bounds(
     environ: Mapping[str, str],
-    found: RankEnvironment,
+    rank_environment: RankEnvironment,
     rank: str,
     world: str,
     local_rank: str,
     local_size: str,
 ) -> None:
-    """Refuse what does not fit together; the names are those of the variables to blame."""
+    """Raise ConfigError if a rank is not below its world size, or the node has more ranks than the world.
+
+    `rank`, `world`, `local_rank` and `local_size` are the names of the variables, for the message.
+    """
     for name, value, size_name, size in (
-        (rank, found.rank, world, found.world_size),
-        (local_rank, found.local_rank, local_size, found.local_size),
+        (rank, rank_environment.rank, world, rank_environment.world_size),
+        (local_rank, rank_environment.local_rank, local_size, rank_environment.local_size),
     ):
         if value >= size:
-            why = f"{size_name}={environ[size_name]} makes {size - 1} the last"
+            why = f"must be at most {size - 1}, because of {size_name}={environ[size_name]}"
             raise ConfigError(name, value, why, f"{name}={size - 1}")
-    if found.local_size > found.world_size:
-        why = f"more ranks on this node than {world}={found.world_size} allows"
-        raise ConfigError(local_size, environ[local_size], why, f"{world} of at least {found.local_size}")
+    if rank_environment.local_size > rank_environment.world_size:
+        why = f"gives this node more ranks than the whole world has ({world}={rank_environment.world_size})"
+        remedy = f"{world}={rank_environment.local_size} or larger"
+        raise ConfigError(local_size, environ[local_size], why, remedy)
 
 
 def _step_tasks_variable(environ: Mapping[str, str]) -> str:
-    # SLURM_NTASKS is the job's: a step of fewer tasks inherits it unchanged.
+    # SLURM_NTASKS counts the tasks of the job: a step with fewer tasks inherits it unchanged.
     return "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environ else "SLURM_NTASKS"
 
 
@@ -178,10 +200,10 @@ def _step_tasks(environ: Mapping[str, str]) -> int:
 
 
 def _tasks_of_this_node(environ: Mapping[str, str]) -> int:
-    """SLURM_GTIDS lists the ranks of this node, such as `4,5,6,7`."""
+    """Return the number of tasks on this node: SLURM_GTIDS lists their ranks, such as `4,5,6,7`."""
     ranks = _srun_text(environ, "SLURM_GTIDS")
     if not re.fullmatch(r"\d+(,\d+)*", ranks):
-        raise ConfigError("SLURM_GTIDS", ranks, "is not a list of ranks", _SRUN_REMEDY)
+        raise ConfigError("SLURM_GTIDS", ranks, "is not a comma-separated list of ranks", _SRUN_REMEDY)
     return ranks.count(",") + 1
 
 
@@ -194,14 +216,17 @@ def _first_host(environ: Mapping[str, str], name: str) -> str:
 
 
 def _step_port(job: int, step: int) -> int:
-    """One port for all ranks of a step; jobs and steps of near numbers, which may share a node, differ."""
+    """Return the port on which all ranks of a step meet, from 20000 to 39999.
+
+    Jobs and steps with neighbouring numbers may share a node, so their ports differ.
+    """
     return 20000 + (job * 7919 + step) % 20000
 
 
 def _expand_pattern(pattern: str) -> list[str]:
     if not re.fullmatch(r"(?:[^\[\],\s]|\[[^\[\]]+\])+", pattern):
-        raise ValueError(f"{pattern!r} is not a host name or a Slurm range of them")
-    # Splitting at a capturing group alternates: text, brackets, text, brackets, ..., text.
+        raise ValueError(f"{pattern!r} is not a host name or a Slurm host range such as node[1-4]")
+    # re.split with a capturing group returns text, brackets, text, brackets, ..., text.
     pieces = re.split(r"\[([^\]]+)\]", pattern)
     choices = [[piece] if index % 2 == 0 else _expand_numbers(piece) for index, piece in enumerate(pieces)]
     return ["".join(parts) for parts in itertools.product(*choices)]
@@ -212,7 +237,7 @@ def _expand_numbers(ranges: str) -> list[str]:
     for part in ranges.split(","):
         matched = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", part)
         if matched is None:
-            raise ValueError(f"{part!r} in brackets is neither a number nor a range")
+            raise ValueError(f"{part!r} in brackets is neither a number nor a range of numbers")
         first, last = matched[1], matched[2] or matched[1]
         if int(last) < int(first):
             raise ValueError(f"the range {part!r} runs backwards")
@@ -220,12 +245,12 @@ def _expand_numbers(ranges: str) -> list[str]:
     return numbers
 
 
-_TORCHRUN_REMEDY = "start with torchrun, which sets all six variables, or unset RANK"
-_SRUN_REMEDY = "start with srun, which sets it, or unset SLURM_STEP_ID"
+_TORCHRUN_REMEDY = "start the command with torchrun, which sets all six variables, or unset RANK"
+_SRUN_REMEDY = "start the command with srun, which sets this variable, or unset SLURM_STEP_ID"
 
 
 def _torchrun_text(environ: Mapping[str, str], name: str) -> str:
-    return _text(environ, name, "RANK is set, but this is not", _TORCHRUN_REMEDY)
+    return _text(environ, name, "is missing or empty, although RANK is set", _TORCHRUN_REMEDY)
 
 
 def _torchrun_integer(environ: Mapping[str, str], name: str, at_least: int = 0) -> int:
@@ -233,7 +258,7 @@ def _torchrun_integer(environ: Mapping[str, str], name: str, at_least: int = 0) 
 
 
 def _srun_text(environ: Mapping[str, str], name: str) -> str:
-    return _text(environ, name, "SLURM_STEP_ID is set, but this is not", _SRUN_REMEDY)
+    return _text(environ, name, "is missing or empty, although SLURM_STEP_ID is set", _SRUN_REMEDY)
 
 
 def _srun_integer(environ: Mapping[str, str], name: str, at_least: int = 0) -> int:
@@ -248,5 +273,5 @@ def _text(environ: Mapping[str, str], name: str, missing: str, remedy: str) -> s
 
 def _integer(text: str, name: str, at_least: int, remedy: str) -> int:
     if not re.fullmatch(r"[0-9]+", text) or int(text) < at_least:
-        raise ConfigError(name, text, f"is not an integer of at least {at_least}", remedy)
+        raise ConfigError(name, text, f"must be an integer of at least {at_least}", remedy)
     return int(text)

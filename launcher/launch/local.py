@@ -1,4 +1,4 @@
-"""Starts the ranks of this machine and outlives them all."""
+"""Start the ranks of this machine, watch them, and end them all before returning."""
 
 import os
 import signal
@@ -12,21 +12,32 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkContext, SpawnContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn
 
 from launcher.config.errors import ConfigError
 from launcher.launch.orphans import no_grandchildren_left
-from launcher.launch.rank import COORDINATED, END, STOP, STOPPED, Failure, rank_main
+from launcher.launch.rank import (
+    COORDINATED,
+    END_SIGNAL,
+    STOP_SIGNAL,
+    STOPPED_EXIT_CODE,
+    FailureReport,
+    rank_main,
+)
 
 _POLL = 0.1
-_SETTLING = 0.3  # after a failure: another rank's may have come first
-_SETTLING_SECONDARY = 3.0  # after nothing but lost connections: the cause may still be in its clean-up
-_LOG_LINES = 40  # faulthandler begins with where it crashed, which must not be cut off
+_SETTLING = 0.3  # seconds to wait after a failure: another rank may have failed before
+# Seconds to wait while all failures are lost connections: the rank that caused them may still be cleaning up.
+_SETTLING_SECONDARY = 3.0
+_LOG_LINES = 40  # enough for faulthandler's output, whose first lines say where the rank crashed
 _LOG_TAIL = 16384  # bytes
 
 
 class RankFailure(Exception):
-    """The rank that failed first, and what it had to say; `secondary` where another's failure came before."""
+    """Raised for the rank that failed first, with the text of its failure.
+
+    `secondary`: the rank probably failed only because another rank, here or on another node, ended before.
+    """
 
     def __init__(self, rank: int, world_size: int, detail: str, *, secondary: bool = False) -> None:
         self.rank, self.world_size, self.detail, self.secondary = rank, world_size, detail, secondary
@@ -34,7 +45,7 @@ class RankFailure(Exception):
 
 
 class Stopped(SystemExit):
-    """This process was told to stop by SIGTERM, SIGHUP or SIGUSR1, and all ranks have ended."""
+    """Raised once all ranks have ended after SIGTERM, SIGHUP or SIGUSR1; `number` is the signal's number."""
 
     def __init__(self, number: int) -> None:
         self.signal = signal.Signals(number)
@@ -48,76 +59,84 @@ def run_local_ranks(
     *,
     log_dir: Path,
     start_method: Literal["fork", "spawn"],
-    here: range | None = None,
+    local_ranks: range | None = None,
     failure_grace: float = 3.0,
     stop_grace: float = 5.0,
     save_grace: float = 0.0,
 ) -> None:
-    """Run `target(rank)` in a process per rank; return once all have succeeded. Main thread only.
+    """Run `target(rank)` in one process per rank; return once all have succeeded. Main thread only.
 
-    `here` are the ranks of this machine; None: all `world_size`. Rank 0 keeps the terminal, rank N writes
-    to `log_dir/rank_N.log`. When a rank fails, the others get
-    END, which raises SystemExit in them, and SIGKILL after the grace. When this process is told to stop,
-    all get STOP first, and `save_grace` seconds to end by themselves (see StopRequest); a Ctrl-C meanwhile
-    kills at once. On Linux the ranks' own children end as well, and the ranks end even if
-    this process is killed. Ranks share its process group, so that Ctrl-Z suspends them all.
+    `local_ranks` are the ranks to start here; None: all `world_size`. Rank 0 keeps the terminal, rank N
+    writes to `log_dir/rank_N.log`. If a rank fails, the others get END_SIGNAL, which raises SystemExit in
+    them, and SIGKILL after `failure_grace` seconds. If this process gets a stop signal, the ranks first get
+    STOP_SIGNAL and `save_grace` seconds to end by themselves (see StopRequest), then END_SIGNAL and
+    `stop_grace` seconds; a further Ctrl-C kills them at once. On Linux the children of ranks end as well, and
+    all ranks end even if this process is killed. Ranks stay in this process group, so that Ctrl-Z suspends
+    them all.
 
     Raises:
-        RankFailure: a rank raised, exited with a code other than 0, or was killed; of several, the first.
-        ConfigError: that of the rank that failed first.
-        KeyboardInterrupt: on Ctrl-C, once every rank has ended.
-        Stopped: on SIGTERM (code 143), SIGHUP (129) and SIGUSR1 (138), once every rank has ended; also where
-            every rank stopped by itself, told by another machine's. What a rank raised while it was being
-            stopped is the `__cause__` of either.
-        OSError: log_dir cannot be made, or a process cannot be started.
+        RankFailure: a rank raised, exited with a non-zero code or was killed; the first, if several did.
+        ConfigError: raised by the rank that failed first.
+        KeyboardInterrupt: after Ctrl-C, once every rank has ended.
+        Stopped: after SIGTERM (code 143), SIGHUP (129) or SIGUSR1 (138), once every rank has ended. Also if
+            every rank stopped by itself, because a rank of another node was asked to. The exception of a rank
+            that failed during the stop becomes the `__cause__` of Stopped and KeyboardInterrupt.
+        OSError: log_dir cannot be created, or a process cannot be started.
     """
     log_dir.mkdir(parents=True, exist_ok=True)
     if start_method == "spawn":
-        resource_tracker.ensure_running()  # or starting rank 0 does, and unblocks signals (see _start)
+        # Start the tracker here. Otherwise the start of rank 0 does, and unblocks the signals that _start
+        # blocks.
+        resource_tracker.ensure_running()
     ranks: list[_Rank] = []
     with _recorded_stops() as stops, no_grandchildren_left(patience=failure_grace):
         try:
-            _start(ranks, target, here or range(world_size), log_dir, start_method)
+            _start(ranks, target, local_ranks or range(world_size), log_dir, start_method)
             failure = _watch(ranks, stops)
-            by_themselves = all(rank.process.exitcode == STOPPED for rank in ranks)
+            all_stopped_themselves = all(rank.process.exitcode == STOPPED_EXIT_CODE for rank in ranks)
         finally:
             if stops and save_grace:
-                _let_save(ranks, save_grace, stops)
+                _save_and_stop(ranks, save_grace, stops)
             _end(ranks, stop_grace if stops else failure_grace, stops)
     if stops and (failure is None or failure.secondary):
-        # What a rank raised on its way out does not hide the stop, nor is it lost.
-        late = _first(ranks)
-        stop = KeyboardInterrupt() if stops[0] == signal.SIGINT else Stopped(stops[0])
-        raise stop from (_as_error(late, world_size) if late else None)
-    if by_themselves:
+        _raise_stop(stops[0], _first_failure(ranks), world_size)
+    if all_stopped_themselves:
         raise Stopped(signal.SIGTERM)
     if failure is not None:
         raise _as_error(failure, world_size)
 
 
+def _raise_stop(number: int, failure: FailureReport | None, world_size: int) -> NoReturn:
+    """Raise KeyboardInterrupt for SIGINT, else Stopped; a failure during the stop becomes its cause."""
+    stop = KeyboardInterrupt() if number == signal.SIGINT else Stopped(number)
+    raise stop from (_as_error(failure, world_size) if failure else None)
+
+
 @dataclass
 class _Rank:
+    """A rank's process, the pipe for its failure, and its log."""
+
     number: int
     process: BaseProcess
     failures: Connection
     log: Path | None
-    log_start: int  # earlier runs may have written to the same log
-    failure: Failure | None = None
+    log_start: int  # bytes; earlier runs may have written to the same log
+    failure: FailureReport | None = None
 
 
 def _start(
     ranks: list[_Rank],
     target: Callable[[int], None],
-    here: range,
+    local_ranks: range,
     log_dir: Path,
     start_method: Literal["fork", "spawn"],
 ) -> None:
-    """Append each rank as it starts: if a later one cannot, the caller still ends those before it."""
+    """Start the ranks. Append each to `ranks` at once: if a later start fails, the caller ends the others."""
     context: ForkContext | SpawnContext = ForkContext() if start_method == "fork" else SpawnContext()
-    # A rank must not see a signal before it has its own handlers: until then it has this process's.
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, COORDINATED | {END})
+    # A rank inherits this process's handlers. It must not receive a signal before it has set its own.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, COORDINATED | {END_SIGNAL})
     try:
-        for number in here:
+        for number in local_ranks:
             log = log_dir / f"rank_{number}.log" if number else None
             log_start = log.stat().st_size if log and log.exists() else 0
             failures, sender = context.Pipe(duplex=False)
@@ -131,95 +150,98 @@ def _start(
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def _watch(ranks: list[_Rank], stops: list[int]) -> Failure | None:
-    """Wait until all ranks have ended, one has failed or a stop is asked for; return the first failure."""
-    noticed: float | None = None
+def _watch(ranks: list[_Rank], stops: list[int]) -> FailureReport | None:
+    """Wait until all ranks have ended, a rank fails or a stop signal arrives; return the first failure."""
+    first_noticed: float | None = None
     while True:
         ended = [rank for rank in ranks if rank.process.exitcode is not None]
-        _listen(ranks)  # after looking who has ended: what they sent before they did is then here
+        # Receive only now: all reports of the ranks in `ended` have arrived.
+        _receive_failures(ranks)
         for rank in ended:
-            rank.failure = rank.failure or _failure_of_exit(rank)
-        first = _first(ranks)
+            rank.failure = rank.failure or _failure_from_exit_code(rank)
+        first = _first_failure(ranks)
         if first is not None:
-            noticed = noticed or time.monotonic()
-            if time.monotonic() - noticed >= (_SETTLING_SECONDARY if first.secondary else _SETTLING):
+            first_noticed = first_noticed or time.monotonic()
+            if time.monotonic() - first_noticed >= (_SETTLING_SECONDARY if first.secondary else _SETTLING):
                 return first
         if stops or len(ended) == len(ranks):
             return first
-        _pause(ranks)
+        _wait_briefly(ranks)
 
 
-def _let_save(ranks: list[_Rank], grace: float, stops: list[int]) -> None:
-    """Ask all to stop, and wait for it until the grace is over or somebody asks again."""
-    at_once = " (Ctrl-C: at once)" if sys.stdin is not None and sys.stdin.isatty() else ""
-    print(f"launcher: stopping once the step in hand is saved{at_once}", file=sys.stderr, flush=True)
-    _signal(ranks, STOP)
+def _save_and_stop(ranks: list[_Rank], grace: float, stops: list[int]) -> None:
+    """Ask all ranks to save and stop; wait for their end, for at most `grace` seconds or until Ctrl-C."""
+    hint = " (press Ctrl-C to stop at once)" if sys.stdin is not None and sys.stdin.isatty() else ""
+    print(f"launcher: saving the current step, then stopping{hint}", file=sys.stderr, flush=True)
+    _signal(ranks, STOP_SIGNAL)
     deadline = time.monotonic() + grace
     while _running(ranks) and time.monotonic() < deadline and signal.SIGINT not in stops[1:]:
-        _pause(ranks)
-        _listen(ranks)
+        _wait_briefly(ranks)
+        _receive_failures(ranks)
 
 
 def _end(ranks: list[_Rank], grace: float, stops: list[int]) -> None:
-    """Leave no rank: END, `grace` seconds, SIGKILL; a Ctrl-C after what led here kills at once."""
-    answered = min(len(stops), 1)
-    _signal(ranks, END)
+    """End all ranks: send END_SIGNAL, wait `grace` seconds, send SIGKILL. A further Ctrl-C kills at once."""
+    handled = min(len(stops), 1)
+    _signal(ranks, END_SIGNAL)
     deadline = time.monotonic() + grace
-    while _running(ranks) and time.monotonic() < deadline and signal.SIGINT not in stops[answered:]:
-        _pause(ranks)
-        _listen(ranks)
+    while _running(ranks) and time.monotonic() < deadline and signal.SIGINT not in stops[handled:]:
+        _wait_briefly(ranks)
+        _receive_failures(ranks)
     for rank in ranks:
         rank.process.kill()
         rank.process.join()
-    _listen(ranks)
+    _receive_failures(ranks)
 
 
 def _signal(ranks: list[_Rank], number: int) -> None:
     for rank in _running(ranks):
         assert rank.process.pid is not None
-        os.kill(rank.process.pid, number)  # a zombie at worst: whoever has ended is not yet waited for
+        # Safe: a rank that has just ended is still a zombie, so no other process has its pid.
+        os.kill(rank.process.pid, number)
 
 
 def _running(ranks: list[_Rank]) -> list[_Rank]:
     return [rank for rank in ranks if rank.process.exitcode is None]
 
 
-def _pause(ranks: list[_Rank]) -> None:
-    """Wait for news from the ranks, but only a moment.
+def _wait_briefly(ranks: list[_Rank]) -> None:
+    """Wait until a rank ends or reports a failure, for at most _POLL seconds.
 
-    A sentinel stays silent while a forked child of a dead rank holds it open, and signals end no wait.
+    The time limit is needed: a forked child of a dead rank keeps the rank's sentinel open, and a signal does
+    not interrupt the wait.
     """
-    news: list[Connection | int] = [rank.process.sentinel for rank in _running(ranks)]
-    wait(news + [rank.failures for rank in ranks if not rank.failures.closed], timeout=_POLL)
+    sentinels: list[Connection | int] = [rank.process.sentinel for rank in _running(ranks)]
+    wait(sentinels + [rank.failures for rank in ranks if not rank.failures.closed], timeout=_POLL)
 
 
-def _listen(ranks: list[_Rank]) -> None:
+def _receive_failures(ranks: list[_Rank]) -> None:
     for rank in ranks:
         if not rank.failures.closed and rank.failures.poll():
-            with suppress(EOFError, OSError):  # it ended without a word, or was killed in the middle of one
+            with suppress(EOFError, OSError):  # the rank sent no report, or was killed while it sent one
                 rank.failure = rank.failures.recv()
             rank.failures.close()
 
 
-def _first(ranks: list[_Rank]) -> Failure | None:
+def _first_failure(ranks: list[_Rank]) -> FailureReport | None:
     failures = [rank.failure for rank in ranks if rank.failure is not None]
     return min(failures, key=lambda failure: (failure.secondary, failure.when), default=None)
 
 
-def _failure_of_exit(rank: _Rank) -> Failure | None:
-    """Of a rank that has ended and reported nothing; None where it succeeded."""
+def _failure_from_exit_code(rank: _Rank) -> FailureReport | None:
+    """Return the failure of a rank that ended without a report; None if its exit code is 0."""
     code = rank.process.exitcode
     if not code:
         return None
     if code < 0:
-        name = next((known.name for known in signal.Signals if known == -code), f"signal {-code}")
+        name = next((candidate.name for candidate in signal.Signals if candidate == -code), f"signal {-code}")
         detail = f"was killed by {name}" + (" (out of memory? see dmesg)" if name == "SIGKILL" else "")
     else:
-        detail = f"exited with code {code}" + (" (stopped by SIGTERM)" if code == STOPPED else "")
-    return Failure(rank.number, time.monotonic(), code == STOPPED, detail + _end_of_log(rank))
+        detail = f"exited with code {code}" + (" (stopped by SIGTERM)" if code == STOPPED_EXIT_CODE else "")
+    return FailureReport(rank.number, time.monotonic(), code == STOPPED_EXIT_CODE, detail + _log_tail(rank))
 
 
-def _end_of_log(rank: _Rank) -> str:
+def _log_tail(rank: _Rank) -> str:
     if rank.log is None or not rank.log.exists():
         return ""
     with rank.log.open("rb") as log:
@@ -228,7 +250,7 @@ def _end_of_log(rank: _Rank) -> str:
     return "\n".join(["", f"the end of {rank.log}:", *lines]) if lines else ""
 
 
-def _as_error(failure: Failure, world_size: int) -> RankFailure | ConfigError:
+def _as_error(failure: FailureReport, world_size: int) -> RankFailure | ConfigError:
     if failure.refusal is not None:
         return ConfigError(*failure.refusal)
     return RankFailure(failure.rank, world_size, failure.detail, secondary=failure.secondary)
@@ -236,15 +258,16 @@ def _as_error(failure: Failure, world_size: int) -> RankFailure | ConfigError:
 
 @contextmanager
 def _recorded_stops() -> Iterator[list[int]]:
-    """Collect the signals that ask for a stop, in order, instead of being interrupted by them."""
+    """Record stop signals in the yielded list, in order of arrival, instead of being interrupted by them."""
     stops: list[int] = []
     previous = {number: signal.getsignal(number) for number in COORDINATED}
-    # nohup and scripts that start jobs in the background have some ignored on purpose; None is not Python's.
-    ours = [number for number, handler in previous.items() if handler not in (signal.SIG_IGN, None)]
-    for number in ours:
+    # nohup and background jobs of scripts ignore some of these signals on purpose: leave them ignored. None
+    # means that the handler was not installed from Python.
+    handled = [number for number, handler in previous.items() if handler not in (signal.SIG_IGN, None)]
+    for number in handled:
         signal.signal(number, lambda received, _: stops.append(received))
     try:
         yield stops
     finally:
-        for number in ours:
+        for number in handled:
             signal.signal(number, previous[number])

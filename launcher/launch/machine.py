@@ -1,4 +1,4 @@
-"""What this machine offers, told without importing torch."""
+"""Count the GPUs, CPU cores and memory of this machine, without importing torch."""
 
 import os
 import re
@@ -9,20 +9,20 @@ from launcher.config.world import Machine
 
 
 def this_machine() -> Machine:
-    """Return the GPUs, CPU cores and memory that this process may use. Under WSL 2, GPUs are not seen."""
+    """Return the GPUs, CPU cores and memory that this process may use. GPUs are not detected under WSL 2."""
     gpus = visible_gpus(os.environ, existing_gpus())
     return Machine(gpus=gpus, cores=_usable_cores(), memory_bytes=memory_here())
 
 
 def existing_gpus(root: Path = Path("/")) -> int:
-    """How many NVIDIA GPUs the driver offers here, whatever CUDA_VISIBLE_DEVICES hides."""
+    """Return the number of NVIDIA GPUs that the driver offers, including those CUDA_VISIBLE_DEVICES hides."""
     nodes = [path for path in root.glob("dev/nvidia*") if re.fullmatch(r"nvidia\d+", path.name)]
-    # In a container /proc lists every GPU of the host, /dev only those that were handed in: ask /dev first.
+    # In a container, /proc lists every GPU of the host, but /dev lists only the container's: try /dev first.
     return len(nodes) or len(list(root.glob("proc/driver/nvidia/gpus/*")))
 
 
 def visible_gpus(environ: Mapping[str, str], existing: int) -> int:
-    """How many of the existing GPUs CUDA_VISIBLE_DEVICES leaves, read as the CUDA runtime reads it."""
+    """Return how many existing GPUs CUDA_VISIBLE_DEVICES leaves visible, by the rules of the CUDA runtime."""
     setting = environ.get("CUDA_VISIBLE_DEVICES")
     if setting is None:
         return existing
@@ -32,7 +32,7 @@ def visible_gpus(environ: Mapping[str, str], existing: int) -> int:
             return 0
         exists = int(device) < existing if device.isdecimal() else device.startswith(("GPU-", "MIG-"))
         if not exists:
-            break  # CUDA ignores whatever follows the first name that it does not know
+            break  # CUDA ignores everything after the first unknown name
         named.append(device)
     return min(len(named), existing)
 
@@ -44,7 +44,10 @@ def _usable_cores() -> int:
 
 
 def memory_here(root: Path = Path("/")) -> int | None:
-    """Bytes of memory that this process may use: the machine's, or its container's limit. None: not known."""
+    """Return the bytes of memory that this process may use; None if unknown.
+
+    The smaller of the machine's memory and the container's limit.
+    """
     try:
         sizes = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     except (ValueError, OSError):
@@ -56,17 +59,20 @@ def memory_here(root: Path = Path("/")) -> int | None:
 
 
 def share_cores_with_tasks(tasks: int) -> None:
-    """As share_cores, for one of srun's or torchrun's `tasks` on a node.
+    """Divide the CPU threads among the `tasks` that srun or torchrun started on this node (see share_cores).
 
-    One that may not use all of the machine's cores was given its share already.
+    A task that may use only some of the machine's cores has its share already, and uses all of these.
     """
     usable = _usable_cores()
     share_cores(tasks if usable == os.cpu_count() else 1, usable)
 
 
 def share_cores(processes: int, cores: int) -> None:
-    """Divide the CPU threads of this machine among `processes`. Before torch is imported; set values stay."""
+    """Set OMP_NUM_THREADS to this process's share of `cores`. Values that the user has set are kept.
+
+    Must be called before torch is imported.
+    """
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
-    # Threads that spin while they wait make a small model many times slower as soon as anybody else
-    # uses a core.
+    # Threads that spin while they wait make a small model many times slower as soon as another process uses a
+    # core.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -1,4 +1,4 @@
-"""What Linux offers so that no process outlives the one that answers for it. Elsewhere these do nothing."""
+"""End child processes when their parent ends, with prctl on Linux. Elsewhere these functions do nothing."""
 
 import ctypes
 import os
@@ -11,43 +11,43 @@ from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
-_KERNEL_PATIENCE = 5.0  # a process in uninterruptible sleep (a dead NFS mount) does not even die of SIGKILL
+_KERNEL_PATIENCE = 5.0  # seconds; in uninterruptible sleep (a dead NFS mount) a process survives SIGKILL
 
 
 def die_with(parent: int) -> None:
-    """Have the kernel kill this process as soon as its parent is gone, be it by SIGKILL."""
+    """Make the kernel kill this process as soon as its parent ends, even by SIGKILL."""
     if sys.platform != "linux":
         return
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it was gone before the kernel was asked to watch it
+    if os.getppid() != parent:  # the parent ended before the prctl call
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 @contextmanager
 def no_grandchildren_left(patience: float) -> Iterator[None]:
-    """Once the children started inside have ended, whatever they started ends too.
+    """On exit, end all processes that the children started inside this block have left behind.
 
-    Leftovers get `patience` seconds to notice by themselves that their parent is gone, as multiprocessing's
-    resource tracker does, and frees shared memory. Then SIGKILL ends them: W&B's system monitor, for one.
-    Other threads must start no process inside: it would be taken for a leftover.
+    Leftover processes get `patience` seconds to end by themselves: multiprocessing's resource tracker does,
+    and frees shared memory. Then they get SIGKILL, which W&B's system monitor needs. Other threads must not
+    start processes while the block runs: they would be ended as leftovers.
     """
     if sys.platform != "linux":
         yield
         return
-    mine = _children()
-    # A subreaper inherits the orphans below it, whatever session or process group they moved to.
+    existing = _children()
+    # A subreaper inherits all orphaned descendants, whatever session or process group they moved to.
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
     try:
         yield
     finally:
-        _end_leftovers(mine, patience)
+        _end_leftovers(existing, patience)
         _prctl(_PR_SET_CHILD_SUBREAPER, 0)
 
 
-def _end_leftovers(mine: set[int], patience: float) -> None:
+def _end_leftovers(existing: set[int], patience: float) -> None:
     deadline = time.monotonic() + patience
-    while (left := _children() - mine) and time.monotonic() < deadline + _KERNEL_PATIENCE:
-        for pid in left:
+    while (leftovers := _children() - existing) and time.monotonic() < deadline + _KERNEL_PATIENCE:
+        for pid in leftovers:
             if time.monotonic() >= deadline:
                 os.kill(pid, signal.SIGKILL)
             with suppress(ChildProcessError):
@@ -58,8 +58,9 @@ def _end_leftovers(mine: set[int], patience: float) -> None:
 def _children() -> set[int]:
     children = set()
     for stat in Path("/proc").glob("[0-9]*/stat"):
-        # The name in parentheses may hold spaces and parentheses; after it come state and parent.
-        with suppress(OSError):  # it ended while we looked
+        # The process name stands in parentheses and may itself contain spaces and parentheses. The fields
+        # after it are the state and the parent's pid.
+        with suppress(OSError):  # the process ended in the meantime
             if int(stat.read_text(errors="replace").rpartition(")")[2].split()[1]) == os.getpid():
                 children.add(int(stat.parent.name))
     return children

@@ -1,4 +1,4 @@
-"""What a rank's process does around its work: signals, its log, and handing its failure to the parent."""
+"""Run one rank in its process: handle signals, write its log, and send its failure to the parent."""
 
 import faulthandler
 import gc
@@ -18,20 +18,20 @@ from typing import Any, NoReturn, TextIO
 from launcher.config.errors import ConfigError
 from launcher.launch.orphans import die_with
 
-STOPPED = 128 + signal.SIGTERM
-# From the parent: end once what would be lost is saved, as SIGTERM asks, too; and end now.
-STOP, END = signal.SIGUSR1, signal.SIGUSR2
-# What these do to the ranks the parent decides.
-COORDINATED = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, STOP}
+STOPPED_EXIT_CODE = 128 + signal.SIGTERM
+# The parent sends STOP_SIGNAL to ask a rank to save and end, as SIGTERM does, and END_SIGNAL to end it now.
+STOP_SIGNAL, END_SIGNAL = signal.SIGUSR1, signal.SIGUSR2
+# The parent handles these signals and decides what its ranks do.
+COORDINATED = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, STOP_SIGNAL}
 
 
 @dataclass(frozen=True)
-class Failure:
-    """Why a rank ended. Built of plain text, since an exception need not survive pickling."""
+class FailureReport:
+    """Reason why a rank ended, in plain text: not every exception can be pickled."""
 
     rank: int
-    when: float  # time.monotonic(), one clock for all processes of a machine
-    secondary: bool  # a consequence of another rank's end, or of a stop, as far as can be told
+    when: float  # time.monotonic(), which all processes of a machine share
+    secondary: bool  # probably a consequence of another rank's end, or of a stop
     detail: str
     refusal: tuple[str, str | None, str, str] | None = None  # the fields of a ConfigError
 
@@ -39,19 +39,22 @@ class Failure:
 def rank_main(
     target: Callable[[int], None], rank: int, log: Path | None, parent: int, failures: Connection
 ) -> None:
-    """Run `target(rank)` as a process of its own; its failure, if any, is sent to `failures`."""
+    """Run `target(rank)` in this process; send a failure to `failures`, then raise SystemExit with code 1.
+
+    `parent` is the pid of the launcher. Output goes to the file `log`; None: to the terminal.
+    """
     try:
         die_with(parent)
         if log is not None:
             _redirect_output(log)
         faulthandler.enable(file=2)
-        # What a fork brought stays shared with the parent, and none of its finalizers runs here, where it
-        # would swallow the exception of a signal that comes just then.
+        # Keep objects inherited by fork shared with the parent, and never run their finalizers here. A
+        # finalizer would discard the exception of a signal that arrives while it runs.
         gc.freeze()
         _handle_signals()
         target(rank)
     except SystemExit:
-        raise  # its code says it all: multiprocessing exits with it
+        raise  # multiprocessing exits with its code
     except BaseException as error:
         failure = failure_of(rank, error)
         if log is not None and failure.refusal is None:
@@ -60,14 +63,14 @@ def rank_main(
         raise SystemExit(1) from None
 
 
-class _Stopped(SystemExit):
-    """Raised in the main thread by SIGTERM, STOP and END, so that `finally` blocks run."""
+class _StopSignalReceived(SystemExit):
+    """Raised in the main thread on SIGTERM, STOP_SIGNAL and END_SIGNAL, so that `finally` blocks run."""
 
 
 class StopRequest:
-    """Whether this process was asked to stop. Entered, it takes note of STOP and SIGTERM, and goes on.
+    """Context manager in which STOP_SIGNAL and SIGTERM only set `asked`; the process continues.
 
-    SIGTERM reaches a rank that torchrun or srun started, and any rank where it is sent to a process group.
+    SIGTERM reaches ranks that torchrun or srun started, and any rank if it is sent to a process group.
     """
 
     def __init__(self) -> None:
@@ -75,7 +78,9 @@ class StopRequest:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
-        self._previous = {number: signal.signal(number, self._note) for number in (STOP, signal.SIGTERM)}
+        self._previous = {
+            number: signal.signal(number, self._note) for number in (STOP_SIGNAL, signal.SIGTERM)
+        }
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -91,44 +96,45 @@ def _redirect_output(log: Path) -> None:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.close(descriptor)
-    # What sys holds so far may not write to 1 and 2 (under pytest), and buffers what SIGKILL would then lose.
-    sys.stdout, sys.stderr = _lines_to(1), _lines_to(2)
+    # sys.stdout and sys.stderr may not write to descriptors 1 and 2 (under pytest), and they buffer lines
+    # that SIGKILL would lose.
+    sys.stdout, sys.stderr = _open_line_buffered(1), _open_line_buffered(2)
 
 
-def _lines_to(descriptor: int) -> TextIO:
+def _open_line_buffered(descriptor: int) -> TextIO:
     return open(descriptor, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
 
 
 def _handle_signals() -> None:
-    # Ctrl-C and a closing terminal reach the whole process group; only the parent is to act on them.
+    # Ctrl-C and a closing terminal signal the whole process group; only the parent may act on them.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    for number in (signal.SIGTERM, STOP, END):
+    for number in (signal.SIGTERM, STOP_SIGNAL, END_SIGNAL):
         signal.signal(number, _stop)
-    signal.pthread_sigmask(
-        signal.SIG_UNBLOCK, COORDINATED | {END}
-    )  # the parent blocked them before it forked
+    # The parent blocked these signals before it started this process.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, COORDINATED | {END_SIGNAL})
 
 
 def _stop(_number: int, _frame: FrameType | None) -> NoReturn:
-    for number in (signal.SIGTERM, STOP, END):
-        signal.signal(number, lambda *_: None)  # a second one must not cut the clean-up short
-    raise _Stopped(STOPPED)
+    for number in (signal.SIGTERM, STOP_SIGNAL, END_SIGNAL):
+        signal.signal(number, lambda *_: None)  # a second signal must not interrupt the clean-up
+    raise _StopSignalReceived(STOPPED_EXIT_CODE)
 
 
-def failure_of(rank: int, error: BaseException) -> Failure:
-    """What became of `rank`, from the exception that ended its work."""
+def failure_of(rank: int, error: BaseException) -> FailureReport:
+    """Return the report of the exception that ended the work of `rank`."""
     when = time.monotonic()
     if isinstance(error, ConfigError):
         refusal = (error.field, None if error.value is None else str(error.value), error.why, error.remedy)
-        return Failure(rank, when, False, str(error), refusal)
-    # From the second frame on: the first is our caller's.
+        return FailureReport(rank, when, False, str(error), refusal)
+    # Leave out the first frame, which is the caller's.
     frames = error.__traceback__.tb_next if error.__traceback__ else None
     text = "".join(traceback.format_exception(type(error), error, frames)).rstrip()
-    return Failure(rank, when, _is_consequence(error), f"failed:\n{text}")
+    return FailureReport(rank, when, _is_consequence(error), f"failed:\n{text}")
 
 
-# torch's own types, by name since torch is not imported here, and what gloo and NCCL say in RuntimeErrors.
+# A rank that lost its peers raises one of these torch types (by name, because torch is not imported here) or
+# a RuntimeError with a text of gloo or NCCL.
 _LOST_PEERS_TYPES = {"DistError", "DistBackendError", "DistNetworkError", "DistStoreError"}
 _LOST_PEERS_TEXT = re.compile(
     r"connection (was )?(closed|reset|refused|aborted)|broken pipe|socket (is )?closed|pair closure"
@@ -138,12 +144,16 @@ _LOST_PEERS_TEXT = re.compile(
 
 
 def _is_consequence(error: BaseException) -> bool:
-    """Whether a stop, or the end of another rank, seems to have come first; decides what is shown only."""
-    # The oldest link: an error whose clean-up then waits in vain for the others is still a cause of its own.
+    """Return whether the error probably follows from a stop or from the end of another rank.
+
+    Decides only which failure is reported.
+    """
+    # Look at the oldest exception of the chain: if the clean-up after an error then loses its peers, the
+    # error is still a cause.
     *_, origin = chain = list(_chain(error))
     names = {base.__name__ for base in type(origin).__mro__}
     return (
-        any(isinstance(link, _Stopped) for link in chain)
+        any(isinstance(link, _StopSignalReceived) for link in chain)
         or isinstance(origin, ConnectionError)
         or not names.isdisjoint(_LOST_PEERS_TYPES)
         or (isinstance(origin, RuntimeError) and _LOST_PEERS_TEXT.search(str(origin)) is not None)
@@ -151,6 +161,7 @@ def _is_consequence(error: BaseException) -> bool:
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
+    """Yield the error, its cause or context, and so on, as a traceback shows them."""
     link: BaseException | None = error
     while link is not None:
         yield link

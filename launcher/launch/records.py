@@ -1,6 +1,7 @@
-"""How ranks ended, left in a directory for the job that started them: srun's exit code does not tell.
+"""Record how each rank ended, in a directory that the job which started the ranks reads.
 
-Where one task ends badly srun ends the others, and reports the highest of all their codes.
+The exit code of srun does not say which rank failed first: if a task fails, srun ends the others and returns
+the highest exit code of all tasks.
 """
 
 import json
@@ -12,62 +13,68 @@ from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
 
-# In memory, and of IPv4 and IPv6 with their ports.
+# Memory addresses, and IPv4 and IPv6 addresses with or without a port.
 _ADDRESS = re.compile(r"0x[0-9a-f]+|\[?\b\d{1,3}(\.\d{1,3}){3}\b\]?(:\d+)?|\[[\w.%]*:[\w.%:]*\](:\d+)?")
-ENDS = "LAUNCHER_ENDS"  # the environment variable that names the directory; without it nothing is recorded
+# The environment variable that holds the path of the directory. Without it no rank records its end.
+ENDS_VARIABLE = "LAUNCHER_ENDS"
 
 
-class Kind(Enum):
-    """In the order in which they explain a job's end."""
+class RankEndKind(Enum):
+    """Ways in which a rank ends. The first in this list explains the end of a job best."""
 
     refused = "refused"
     failed = "failed"
-    lost = "lost"  # a peer, whose end came first
+    lost = "lost"  # lost the connection to a rank that ended before
     stopped = "stopped"
 
 
 @dataclass(frozen=True)
 class RankEnd:
+    """How one rank ended."""
+
     rank: int
-    kind: Kind
-    error: str = ""  # in one line
+    kind: RankEndKind
+    error: str = ""  # one line
 
 
-def record_end(rank: int, kind: Kind, error: BaseException | str = "") -> None:
-    """Leave word, in a file of this rank's own, unless it has. Silent where it cannot: a full disk, say."""
-    if ENDS not in os.environ:
+def record_end(rank: int, kind: RankEndKind, error: BaseException | str = "") -> None:
+    """Write the end of `rank` to its file; do nothing if the file exists or cannot be written (full disk)."""
+    if ENDS_VARIABLE not in os.environ:
         return
-    end = RankEnd(rank, kind, one_line(error))
+    end = RankEnd(rank, kind, error_summary(error))
     with suppress(OSError), _file_of(rank).open("x") as file:
         file.write(json.dumps({**asdict(end), "kind": kind.name}) + "\n")
 
 
-def has_recorded(ranks: Iterable[int]) -> bool:
-    """Whether all of these have left word: an exit code then has nothing to add."""
+def all_recorded(ranks: Iterable[int]) -> bool:
+    """Return whether all of `ranks` have recorded their ends; their exit codes are not needed then."""
     try:
-        return ENDS in os.environ and all(_file_of(rank).stat().st_size > 0 for rank in ranks)
+        return ENDS_VARIABLE in os.environ and all(_file_of(rank).stat().st_size > 0 for rank in ranks)
     except OSError:
         return False
 
 
 def _file_of(rank: int) -> Path:
-    return Path(os.environ[ENDS]) / f"rank_{rank}.json"
+    return Path(os.environ[ENDS_VARIABLE]) / f"rank_{rank}.json"
 
 
-def one_line(error: BaseException | str) -> str:
-    """The same for the same failure: addresses, which differ each time, are left out."""
+def error_summary(error: BaseException | str) -> str:
+    """Return the first line of the error, with memory and network addresses replaced by `...`.
+
+    Addresses differ between two occurrences of the same failure.
+    """
     text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
     return _ADDRESS.sub("...", next(iter(text.strip().splitlines()), ""))
 
 
-def ends_in(folder: Path) -> list[RankEnd]:
-    """Those left there, what explains the end first."""
-    order = list(Kind)
-    found = []
+def read_rank_ends(folder: Path) -> list[RankEnd]:
+    """Return the ends recorded in `folder`, sorted by kind (see RankEndKind) and rank."""
+    order = list(RankEndKind)
+    ends = []
     for path in folder.glob("rank_*.json"):
         try:
-            left = json.loads(path.read_text())
-            found.append(RankEnd(left["rank"], Kind[left["kind"]], left["error"]))
+            record = json.loads(path.read_text())
+            ends.append(RankEnd(record["rank"], RankEndKind[record["kind"]], record["error"]))
         except (OSError, ValueError, KeyError, TypeError):
-            continue  # its node died while it was written
-    return sorted(found, key=lambda end: (order.index(end.kind), end.rank))
+            continue  # the node died while it wrote the file
+    return sorted(ends, key=lambda end: (order.index(end.kind), end.rank))

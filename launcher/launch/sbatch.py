@@ -1,6 +1,6 @@
-"""The text of a Slurm batch script. Pure.
+"""Render the text of a Slurm batch script. Pure.
 
-What a user typed stands in it as a quoted word: in `#SBATCH` lines by Slurm's rules, below by the shell's.
+Text that a user typed is always quoted: by Slurm's rules in `#SBATCH` lines, by the shell's rules below them.
 """
 
 import re
@@ -13,131 +13,141 @@ from launcher.config.slurm_rules import gpus_of_a_node, nodes_of
 
 
 @dataclass(frozen=True)
-class Batch:
-    """What one script runs: a job, or several as an array."""
+class BatchScript:
+    """Contents of one batch script, which runs one job or a job array."""
 
-    run: RunConfig  # of the first: all ask Slurm for the same
-    typed: list[str]  # on the command line
-    jobs: list[list[str]]  # overrides of each
+    run: RunConfig  # of the first job; all jobs of an array request the same resources
+    typed: list[str]  # arguments of `launcher submit`
+    jobs: list[list[str]]  # overrides of each job
     ranks_per_node: int
     python: str
 
 
-def render(batch: Batch) -> str:
-    """The script. Its own arguments are further overrides."""
+def render(batch: BatchScript) -> str:
+    """Return the text of the script. The arguments of the script are further overrides."""
     on_stop = batch.run.slurm.on_stop
     lines = [
         "#!/usr/bin/env bash",
         f"# launcher submit {shlex.join(batch.typed)}",
-        *(f"#SBATCH {option}" for option in options(batch)),
-        "# sbatch's own options come before this script's name, overrides of a run's settings after it.",
-        f"# Told to stop, before its time is up or by a preemption, the run is saved and {_THEN[on_stop]}"
-        f" (slurm.on_stop={on_stop.name}).",
+        *(f"#SBATCH {option}" for option in sbatch_options(batch)),
+        "# Options of sbatch go before the name of this script, overrides of the run after it.",
+        "# Before the time limit and on preemption the run saves a checkpoint; "
+        f"then {_ACTION_ON_STOP[on_stop]} (slurm.on_stop={on_stop.name}).",
         "set -euo pipefail",
-        "# Told to stop before the launcher listens: go on, it is told again when time is up.",
+        "# Ignore SIGUSR1 until the launcher handles it. At the time limit Slurm signals again.",
         "trap '' USR1",
-        *_surroundings(batch.run.slurm),
-        *_check_of(batch.python),
-        *_start(batch),
+        *_environment_lines(batch.run.slurm),
+        *_interpreter_check(batch.python),
+        *_start_lines(batch),
     ]
     return "\n".join(lines) + "\n"
 
 
-_THEN = {
-    OnStop.requeue: "the job requeued",
-    OnStop.chain: "a next job submitted",
+_ACTION_ON_STOP = {
+    OnStop.requeue: "the job is requeued",
+    OnStop.chain: "a follow-up job is submitted",
     OnStop.end: "the job ends",
 }
 
 
-def options(batch: Batch) -> list[str]:
-    """What stands behind each #SBATCH."""
+def sbatch_options(batch: BatchScript) -> list[str]:
+    """Return the option of each `#SBATCH` line."""
     s = batch.run.slurm
-    least, most = nodes_of(batch.run)
-    named: dict[str, str | int | None] = {
+    min_nodes, max_nodes = nodes_of(batch.run)
+    options: dict[str, str | int | None] = {
         "job-name": s.job_name,
         "partition": s.partition,
         "account": s.account,
         "qos": s.qos,
         "time": s.time,
-        "nodes": f"{least}-{most}" if least < most else most,
-        **_tasks(batch, a_range=least < most),
+        "nodes": f"{min_nodes}-{max_nodes}" if min_nodes < max_nodes else max_nodes,
+        **_task_options(batch, is_node_range=min_nodes < max_nodes),
         "gpus-per-node": gpus_of_a_node(batch.run),
         "mem": s.mem,
         "constraint": s.constraint,
         "exclude": s.exclude,
         "reservation": s.reservation,
-        "array": _array(batch),
-        "output": _output(batch),
+        "array": _array_range(batch),
+        "output": _output_path(batch),
         "signal": f"B:USR1@{s.signal_seconds}",
     }
-    given = [f"--{name}={slurm_word(str(value))}" for name, value in named.items() if value is not None]
-    # Slurm itself requeues only what a node's failure or a preemption ended, and what asks to be.
+    set_options = [
+        f"--{name}={slurm_word(str(value))}" for name, value in options.items() if value is not None
+    ]
+    # With --requeue Slurm requeues a job only after a node failure, a preemption or `scontrol requeue`.
     requeue = "--no-requeue" if s.on_stop is OnStop.end else "--requeue"
-    return [*given, requeue, "--open-mode=append", *map(_extra, s.sbatch)]
+    return [*set_options, requeue, "--open-mode=append", *map(_quote_option, s.sbatch)]
 
 
 def tasks_per_node(run: RunConfig, ranks_per_node: int) -> int:
+    """Return the number of Slurm tasks per node: one per rank, or one that starts all ranks of its node."""
     return ranks_per_node if run.slurm.tasks is Tasks.per_rank else 1
 
 
 def cpus_per_task(run: RunConfig, ranks_per_node: int) -> int | None:
-    """As configured; else, for a task that stands for all ranks of its node, one for each of them."""
-    alone = ranks_per_node if run.slurm.tasks is Tasks.per_node else None
-    return run.slurm.cpus_per_task or alone
+    """Return slurm.cpus_per_task or, if null, one CPU per rank of a task that starts all ranks of its node.
+
+    None if slurm.cpus_per_task is null and each rank is a task: the cluster decides.
+    """
+    default = ranks_per_node if run.slurm.tasks is Tasks.per_node else None
+    return run.slurm.cpus_per_task or default
 
 
-def _tasks(batch: Batch, *, a_range: bool) -> dict[str, int | None]:
+def _task_options(batch: BatchScript, *, is_node_range: bool) -> dict[str, int | None]:
     tasks, cpus = (count(batch.run, batch.ranks_per_node) for count in (tasks_per_node, cpus_per_task))
-    if a_range:
-        # Told of one task per node, Slurm gives no more than the least of the nodes.
+    if is_node_range:
+        # With --ntasks-per-node=1 and a range of nodes, Slurm never gives more than the minimum of the range.
         return {"mincpus": (tasks or 1) * (cpus or 1)}
     return {"ntasks-per-node": tasks, "cpus-per-task": cpus}
 
 
 def slurm_word(text: str) -> str:
-    """One word as sbatch reads it: a backslash escapes inside double quotes, and nothing is expanded."""
+    """Return `text` quoted for a `#SBATCH` line.
+
+    sbatch takes a backslash inside double quotes as an escape and expands nothing.
+    """
     if re.fullmatch(r"[\w.,:/@%+=-]+", text, re.ASCII):
         return text
     escaped = text.replace("\\", "\\\\").replace('"', '\\"')
     return f'"{escaped}"'
 
 
-def _extra(option: str) -> str:
+def _quote_option(option: str) -> str:
     name, equals, value = option.partition("=")
     return f"{name}={slurm_word(value)}" if equals else name
 
 
-def _array(batch: Batch) -> str | None:
+def _array_range(batch: BatchScript) -> str | None:
     if len(batch.jobs) == 1:
         return None
     limit = batch.run.slurm.max_parallel
     return f"0-{len(batch.jobs) - 1}" + (f"%{limit}" if limit else "")
 
 
-def _output(batch: Batch) -> str:
-    # %j differs between the tasks of an array, but says nothing of which is which.
+def _output_path(batch: BatchScript) -> str:
+    # In an array, %j differs between the tasks but does not say which task it is: use %A_%a.
     output = batch.run.slurm.output
     return output.replace("%j", "%A_%a") if len(batch.jobs) > 1 else output
 
 
-def _surroundings(slurm: SlurmConfig) -> list[str]:
-    # Module files are not written for `set -eu`.
+def _environment_lines(slurm: SlurmConfig) -> list[str]:
+    # Module files may fail under `set -eu`.
     modules = [f"set +eu; module load {shlex.join(slurm.modules)}; set -eu"] if slurm.modules else []
     return modules + [f"export {name}={shlex.quote(value)}" for name, value in slurm.environment.items()]
 
 
-def _check_of(python: str) -> list[str]:
-    """Of an interpreter that is looked for from the directory of the submission."""
+def _interpreter_check(python: str) -> list[str]:
+    """Return the line that checks a Python interpreter whose path is relative to the submission directory."""
     if "/" not in python or python.startswith("/"):
         return []
     word = shlex.quote(python)
     return [
-        f'[ -x {word} ] || {{ echo "launcher: no" {word} "in $PWD: submit from where it is" >&2; exit 2; }}'
+        f'[ -x {word} ] || {{ echo "launcher:" {word} "is not an executable file in $PWD: '
+        'submit from the directory that contains it" >&2; exit 2; }'
     ]
 
 
-def _start(batch: Batch) -> list[str]:
+def _start_lines(batch: BatchScript) -> list[str]:
     command = f"{shlex.quote(batch.python)} -m launcher job"
     if len(batch.jobs) == 1:
         return [f'exec {" ".join([command, *map(shlex.quote, batch.jobs[0])])} -- "$@"']
@@ -150,18 +160,18 @@ def _start(batch: Batch) -> list[str]:
     ]
 
 
-# What comes before a script's name in place of a field; the others are in the script, for good.
-_BEFORE_A_SCRIPT = {
+# The sbatch option that replaces a field, before the script's name. Other fields are fixed in the script.
+_SBATCH_OPTIONS = {
     "job_name": "--job-name={}", "partition": "--partition={}", "account": "--account={}",
     "qos": "--qos={}", "time": "--time={}", "nodes": "--nodes={}", "mem": "--mem={}",
     "gpus_per_node": "--gpus-per-node={}", "constraint": "--constraint={}", "exclude": "--exclude={}",
     "reservation": "--reservation={}", "output": "--output={}", "signal_seconds": "--signal=B:USR1@{}",
 }  # fmt: skip
-_READ_WHEN_IT_RUNS = {"on_stop", "srun", "container"}
+_READ_WHILE_RUNNING = {"on_stop", "srun", "container"}
 
 
-def check_after_a_script(overrides: list[str]) -> None:
-    """Raise ConfigError for what comes after a batch script's name and would change nothing there."""
+def check_script_arguments(overrides: list[str]) -> None:
+    """Raise ConfigError if an override after a batch script's name would have no effect there."""
     for override in overrides:
         name, _, value = override.lstrip("+~").partition("=")
         field = name.removeprefix("slurm.").partition(".")[0]
@@ -171,9 +181,10 @@ def check_after_a_script(overrides: list[str]) -> None:
             field = "submit"
         elif name.partition("@")[0] != "slurm" and not name.startswith("slurm."):
             continue
-        if field in _READ_WHEN_IT_RUNS:
+        if field in _READ_WHILE_RUNNING:
             continue
-        remedy = "`launcher submit`, with the command in the script's second line"
-        if field in _BEFORE_A_SCRIPT:
-            remedy = f"before the script's name: sbatch {_BEFORE_A_SCRIPT[field].format(value)} SCRIPT"
-        raise ConfigError(name, value, "comes after the script's name, where sbatch does not read it", remedy)
+        remedy = "`launcher submit` with this setting (the script's second line holds the full command)"
+        if field in _SBATCH_OPTIONS:
+            remedy = f"sbatch {_SBATCH_OPTIONS[field].format(value)} SCRIPT"
+        why = "has no effect after the script's name: sbatch has already run"
+        raise ConfigError(name, value, why, remedy)

@@ -1,4 +1,4 @@
-"""Slurm's commands, as this project uses them. A controller that is away for a while is waited for."""
+"""Run the commands of Slurm. While the Slurm controller is unreachable, repeat a command for ten minutes."""
 
 import re
 import subprocess
@@ -9,25 +9,25 @@ from dataclasses import dataclass
 
 from launcher.config.errors import ConfigError
 
-_CLIENT_TIMEOUT = 60.0  # seconds: clients hang where the controller is gone
-_PATIENCE, _PAUSE = 600.0, 5.0
-_AWAY = re.compile(
+_CLIENT_TIMEOUT = 60.0  # seconds; a command can hang while the controller is unreachable
+_PATIENCE, _PAUSE = 600.0, 5.0  # seconds
+_UNREACHABLE = re.compile(
     r"unable to contact|connection refused|socket timed out|communication|configuration (source|file)",
     re.IGNORECASE,
 )
 
 
 class SlurmError(Exception):
-    """A command of Slurm's failed; says what it said."""
+    """Raised if a Slurm command fails, with the text that the command printed."""
 
 
-class SlurmAway(SlurmError):
-    """No controller answers."""
+class SlurmUnreachable(SlurmError):
+    """Raised if the Slurm controller does not answer."""
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """The job that a batch script runs in."""
+    """The Slurm job that runs this batch script."""
 
     job: str
     nodes: int
@@ -37,22 +37,25 @@ class Allocation:
 
     @property
     def id(self) -> str:
-        """What Slurm's commands take for this job alone: the last of an array has the number of them all."""
+        """Return the id that Slurm commands take for this job alone: JOB, or ARRAYJOB_TASK in an array.
+
+        In an array JOB alone is ambiguous: the last task and the whole array have the same number.
+        """
         return self.job if self.array_task is None else f"{self.array_job}_{self.array_task}"
 
     @property
     def name(self) -> str:
-        """What its runs are called: an array's tasks under one name."""
+        """Return the name of the run directory; all tasks of an array share it."""
         return f"slurm-{self.array_job or self.job}"
 
 
-def allocation_of(environ: Mapping[str, str]) -> Allocation:
-    """Raises ConfigError outside a job."""
+def read_allocation(environ: Mapping[str, str]) -> Allocation:
+    """Return the job of this process from its environment. Raises ConfigError outside a Slurm job."""
     try:
         job, nodes = environ["SLURM_JOB_ID"], int(environ["SLURM_JOB_NUM_NODES"])
     except (KeyError, ValueError):
-        why = "is what a Slurm batch script runs, and this is none"
-        raise ConfigError("job", None, why, "launcher submit, or sbatch and a recipe") from None
+        why = "must run inside a Slurm job"
+        raise ConfigError("job", None, why, "`launcher submit`, or sbatch with a recipe") from None
     return Allocation(
         job,
         nodes,
@@ -63,48 +66,48 @@ def allocation_of(environ: Mapping[str, str]) -> Allocation:
 
 
 def sbatch(script: str, arguments: Sequence[str] = (), *, options: Sequence[str] = ()) -> str:
-    """Submit a script with arguments of its own; the job's id. Raises SlurmError."""
-    # As /dev/stdin it takes arguments, which it does not from standard input without a name.
-    said = _run(["sbatch", "--parsable", *options, "/dev/stdin", *arguments], script, patience=0.0)
-    return said.strip().partition(";")[0]
+    """Submit a script with arguments; return the id of the job. Raises SlurmError."""
+    # sbatch passes arguments to a script named /dev/stdin, but not to a script on standard input.
+    output = _run(["sbatch", "--parsable", *options, "/dev/stdin", *arguments], script, patience=0.0)
+    return output.strip().partition(";")[0]
 
 
 def job_state(job: str) -> str:
-    """Such as RUNNING or COMPLETING. Raises SlurmError."""
-    found = re.search(r"\bJobState=(\w+)", _run(["scontrol", "show", "job", "-o", job]))
-    if found is None:
+    """Return the state of a job, such as RUNNING or COMPLETING. Raises SlurmError."""
+    state = re.search(r"\bJobState=(\w+)", _run(["scontrol", "show", "job", "-o", job]))
+    if state is None:
         raise SlurmError(f"scontrol does not know job {job}")
-    return found[1]
+    return state[1]
 
 
 def requeue(job: str) -> None:
-    """Put a job back into the queue; Slurm then ends what it runs. Raises SlurmError."""
+    """Put a job back into the queue; Slurm then ends its processes. Raises SlurmError."""
     _run(["scontrol", "requeue", job])
 
 
-def batch_script(job: str) -> str:
-    """The text that a job runs, whatever became of its file. Raises SlurmError."""
-    return _run(["scontrol", "write", "batch_script", job, "-"])
+def read_batch_script(job: str) -> str:
+    """Return the text of a job's script as submitted, even if the file has changed. Raises SlurmError."""
+    return _run(["scontrol", "write", "read_batch_script", job, "-"])
 
 
 def _run(command: list[str], text: str | None = None, *, patience: float = _PATIENCE) -> str:
     deadline = time.monotonic() + patience
     while True:
         try:
-            done = subprocess.run(
+            process = subprocess.run(
                 command, input=text, text=True, capture_output=True, timeout=_CLIENT_TIMEOUT, check=False
             )
         except FileNotFoundError:
-            raise SlurmError(f"there is no {command[0]} here") from None
+            raise SlurmError(f"the command {command[0]} is not installed on this machine") from None
         except subprocess.TimeoutExpired:
-            error, is_away = f"{command[0]} did not answer for {_CLIENT_TIMEOUT:.0f} s", True
+            error, is_unreachable = f"{command[0]} did not answer within {_CLIENT_TIMEOUT:.0f} s", True
         else:
-            if done.returncode == 0:
-                return done.stdout
-            error = re.sub(rf"^{command[0]}: (error: )?", "", done.stderr.strip(), flags=re.MULTILINE)
-            is_away = _AWAY.search(error) is not None
-        if not is_away or time.monotonic() >= deadline:
-            kind = SlurmAway if is_away else SlurmError
-            raise kind(error.replace("\n", "; ") or f"{command[0]} failed")
-        print(f"launcher: waiting for Slurm's controller: {error}", file=sys.stderr, flush=True)
+            if process.returncode == 0:
+                return process.stdout
+            error = re.sub(rf"^{command[0]}: (error: )?", "", process.stderr.strip(), flags=re.MULTILINE)
+            is_unreachable = _UNREACHABLE.search(error) is not None
+        if not is_unreachable or time.monotonic() >= deadline:
+            error_class = SlurmUnreachable if is_unreachable else SlurmError
+            raise error_class(error.replace("\n", "; ") or f"{command[0]} failed")
+        print(f"launcher: waiting for the Slurm controller: {error}", file=sys.stderr, flush=True)
         time.sleep(_PAUSE)

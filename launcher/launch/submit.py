@@ -1,4 +1,4 @@
-"""`launcher submit`: a run, or the runs of a sweep, as one batch script, shown and handed to sbatch."""
+"""`launcher submit`: render one batch script for a run or a sweep, print it, and submit it with sbatch."""
 
 import os
 import shlex
@@ -12,88 +12,103 @@ from launcher.config.errors import ConfigError
 from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
 from launcher.config.slurm_rules import check_submission
-from launcher.launch.sbatch import Batch, render
-from launcher.launch.slurm import SlurmAway, SlurmError, sbatch
+from launcher.launch.sbatch import BatchScript, render
+from launcher.launch.slurm import SlurmError, SlurmUnreachable, sbatch
 
 
-def batch_of(jobs: Sequence[Job[RunConfig]], typed: list[str]) -> Batch:
-    """What one script runs. Raises ConfigError, also where jobs of a sweep ask Slurm for different things."""
+def batch_script_of(jobs: Sequence[Job[RunConfig]], typed: list[str]) -> BatchScript:
+    """Return the contents of the script for `jobs`; `typed` are the arguments of `launcher submit`.
+
+    Raises ConfigError for an invalid submission, and if the jobs of a sweep request different resources.
+    """
     first = jobs[0].config
     for argument in typed:
-        # The script repeats them in a comment, which a line break would end.
+        # The script repeats the arguments in a comment, which a line break would end.
         if not argument.isprintable():
-            raise ConfigError("submit", repr(argument), "holds a control character", "text of one line")
+            why = "contains a control character"
+            raise ConfigError("submit", repr(argument), why, "the argument without line breaks and tabs")
     if first.slurm.max_parallel is not None and len(jobs) == 1:
-        why = "is of a --multirun's jobs, and this is one job"
+        why = "limits the parallel jobs of a --multirun, but this is a single job"
         raise ConfigError("slurm.max_parallel", first.slurm.max_parallel, why, "slurm.max_parallel=null")
     for job in jobs:
         check_submission(job.config)
         if (job.config.slurm, job.config.hardware) != (first.slurm, first.hardware):
-            why = "the jobs of a --multirun are one array, and ask for the same nodes"
-            raise ConfigError("--multirun", " ".join(job.overrides), why, "one `launcher submit` for each")
-    return Batch(
+            why = "the jobs of a --multirun are one Slurm array: slurm.* and hardware.* must be equal"
+            raise ConfigError("--multirun", " ".join(job.overrides), why, "one `launcher submit` per job")
+    return BatchScript(
         first,
         typed,
-        [[one for one in job.overrides if not one.startswith("submit.")] for job in jobs],
+        [_without_submit_fields(job.overrides) for job in jobs],
         check_submission(first),
         first.slurm.python or sys.executable,
     )
 
 
-def submit(jobs: Sequence[Job[RunConfig]], typed: list[str], layouts: Sequence[Layout]) -> None:
-    """Show the script and submit it, or only print it; `typed` is the command line. Raises ConfigError.
+def _without_submit_fields(overrides: list[str]) -> list[str]:
+    return [override for override in overrides if not override.startswith("submit.")]
 
-    `layouts` are those of the jobs on as many nodes as they may take.
+
+def submit(jobs: Sequence[Job[RunConfig]], typed: list[str], layouts: Sequence[Layout]) -> None:
+    """Print the script and submit it; with submit.dry_run=true only print it.
+
+    `typed` are the arguments of `launcher submit`. `layouts` has the layout of each job on its maximum number
+    of nodes. Raises ConfigError, also if sbatch is missing or rejects the job.
     """
     run = jobs[0].config
-    script = render(batch_of(jobs, [word for word in typed if not word.startswith("submit.")]))
+    script = render(batch_script_of(jobs, _without_submit_fields(typed)))
     if run.submit.dry_run:
         print(script, end="")
         return
     if shutil.which("sbatch") is None:
-        why = "there is no sbatch here: not a node from which jobs are submitted"
-        remedy = "submit.dry_run=true > job.sbatch, and there `sbatch job.sbatch`"
+        why = "sbatch is not installed on this machine"
+        remedy = "submit.dry_run=true > job.sbatch, then `sbatch job.sbatch` on the cluster's login node"
         raise ConfigError("submit", None, why, remedy)
-    _make_room_for(run.slurm.output)
+    _make_log_directory(run.slurm.output)
     print(script)
     try:
-        number = sbatch(script)
-    except SlurmAway as error:
-        remedy = "submit again once `scontrol ping` says that the controller is up"
+        job_id = sbatch(script)
+    except SlurmUnreachable as error:
+        remedy = "the same command again, once `scontrol ping` reports that the controller is UP"
         raise ConfigError("submit", None, f"Slurm does not answer: {error}", remedy) from None
     except SlurmError as error:
-        remedy = "the same with what Slurm names changed"
-        raise ConfigError("submit", None, f"Slurm refuses: {error}", remedy) from None
-    for line in told(run, number, layouts):
+        remedy = "the same command, with the setting changed that Slurm names"
+        raise ConfigError("submit", None, f"Slurm rejected the job: {error}", remedy) from None
+    for line in submission_summary(run, job_id, layouts):
         print(line)
 
 
-def _make_room_for(output: str) -> None:
-    """Slurm makes no directories: a job whose log it cannot open ends without a word."""
+def _make_log_directory(output: str) -> None:
+    """Create the directory of the log. Slurm does not: a job that cannot open its log ends without a message.
+
+    Raises ConfigError if the directory cannot be created or written to.
+    """
     folder = Path(output).parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        why = None if os.access(folder, os.W_OK | os.X_OK) else "not a directory that you may write to"
+        why = None if os.access(folder, os.W_OK | os.X_OK) else "you may not write to this directory"
     except OSError as error:
         why = error.strerror
     if why:
         raise ConfigError(
-            "slurm.output", output, f"{folder.absolute()}: {why}", "a shared directory of yours"
+            "slurm.output",
+            output,
+            f"{folder.absolute()}: {why}",
+            "slurm.output=DIR/slurm-%j.out, in a shared directory that you may write to",
         )
 
 
-def told(run: RunConfig, number: str, layouts: Sequence[Layout]) -> list[str]:
-    """What job `number` is and what to do with it. Pure."""
+def submission_summary(run: RunConfig, job_id: str, layouts: Sequence[Layout]) -> list[str]:
+    """Return the lines printed after a submission: job, layouts, run directory, log and commands. Pure."""
     jobs = len(layouts)
-    many = jobs > 1
-    each = "/0" if many else ""
-    log = run.slurm.output.replace("%j", f"{number}_0" if many else number)
-    directory = f"{run.run.dir or f'runs/slurm-{number}'}{each}"
+    is_array = jobs > 1
+    task = "/0" if is_array else ""
+    log = run.slurm.output.replace("%j", f"{job_id}_0" if is_array else job_id)
+    directory = f"{run.run.dir or f'runs/slurm-{job_id}'}{task}"
     return [
-        f"job      {number}{f', an array of {jobs}' if many else ''}",
+        f"job      {job_id}{f', an array of {jobs} tasks' if is_array else ''}",
         *[f"layout   {layout.describe()}" for layout in dict.fromkeys(layouts)],
-        f"run      {directory}{f' to /{jobs - 1}' if many else ''}",
-        f"log      {log}{' and so on' if many else ''}: tail -F {shlex.quote(log)}",
-        f"state    squeue -j {number}",
-        f"cancel   scancel {number}, which saves the run first",
+        f"run      {directory}{f' to /{jobs - 1}' if is_array else ''}",
+        f"log      {log}{' (one per task)' if is_array else ''}: tail -F {shlex.quote(log)}",
+        f"state    squeue -j {job_id}",
+        f"cancel   scancel {job_id} (saves a checkpoint first)",
     ]

@@ -19,7 +19,7 @@ from launcher.models.documents import Documents
 from launcher.parallel.layers import ColumnParallelLinear, RowParallelLinear, TensorParallel
 from launcher.parallel.mesh import ProcessMesh
 from launcher.parallel.random import DropoutRandom
-from launcher.parallel.sharding import Draw, Initializer, LogicalTensor, normal, ones, zeros
+from launcher.parallel.sharding import DrawFunction, Initializer, LogicalTensor, normal, ones, zeros
 
 
 @dataclass(frozen=True)
@@ -212,6 +212,6 @@ def rotate(x: Tensor, theta: float) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
-def residual_draw(model: ModelConfig) -> Draw:
+def residual_draw(model: ModelConfig) -> DrawFunction:
     """Normal, with the deviation of a residual branch: std / sqrt(2 layers) (GPT-2, Radford et al., 2019)."""
     return normal(model.init_std / (2 * model.num_layers) ** 0.5)

@@ -1,8 +1,9 @@
-"""Regions of tensor parallelism: collectives with the right backward.
+"""Collectives that enter and leave tensor-parallel regions, with their backward passes.
 
-Each function takes its axis and is the identity on an axis of one rank. f and g are those of Megatron-LM
-(Shoeybi et al., arXiv 1909.08053, figure 3); the sequence-parallel pair is that of Korthikanti et al.,
-arXiv 2205.05198, figure 5. Activations are (B, T, H): batch, sequence, hidden.
+The regions take a mesh axis and are the identity on an axis of one rank. copy_region and reduce_region are f
+and g of Megatron-LM (Shoeybi et al., arXiv 1909.08053, figure 3). The two sequence regions are g and g-bar of
+sequence parallelism (Korthikanti et al., arXiv 2205.05198, figure 5). Activations are (B, T, H): batch,
+sequence, hidden. tp is the size of the axis.
 """
 
 from typing import Any
@@ -17,69 +18,80 @@ SEQUENCE_DIM = 1
 
 
 def copy_region(x: Tensor, axis: Axis) -> Tensor:
-    """f: identity forward, all-reduce backward. Enters a tensor-parallel region.
+    """Enter a tensor-parallel region (f): identity forward, all-reduce of the gradient over `axis` backward.
 
-    Also what a weight held equal on all tensor ranks, but used on each rank's own piece of the sequence,
-    passes through: its gradient is then the sum over the ranks.
+    x and the result have the same shape. Also used for a replicated weight that each rank applies to its own
+    shard of the sequence: the all-reduce then sums the weight's gradient over the ranks.
     """
     return x if axis.size == 1 else _Copy.apply(x, axis)  # type: ignore[no-untyped-call]
 
 
 def reduce_region(x: Tensor, axis: Axis) -> Tensor:
-    """g: all-reduce forward, identity backward. Leaves a tensor-parallel region."""
+    """Leave a tensor-parallel region (g): all-reduce (sum) over `axis` forward, identity backward."""
     return x if axis.size == 1 else _Reduce.apply(x, axis)  # type: ignore[no-untyped-call]
 
 
 def gather_sequence_region(x: Tensor, axis: Axis) -> Tensor:
-    """(B, T/tp, H) -> (B, T, H): all-gather forward, reduce-scatter backward."""
+    """Gather the sequence, (B, T/tp, H) -> (B, T, H): all-gather forward, reduce-scatter backward."""
     return x if axis.size == 1 else _GatherSequence.apply(x, axis)  # type: ignore[no-untyped-call]
 
 
 def reduce_scatter_sequence_region(x: Tensor, axis: Axis) -> Tensor:
-    """(B, T, H) -> (B, T/tp, H): reduce-scatter forward, all-gather backward."""
+    """Sum over `axis` and keep this rank's shard of the sequence, (B, T, H) -> (B, T/tp, H).
+
+    Reduce-scatter forward, all-gather backward.
+    """
     return x if axis.size == 1 else _ReduceScatterSequence.apply(x, axis)  # type: ignore[no-untyped-call]
 
 
 def all_reduce(x: Tensor, axis: Axis) -> Tensor:
-    """The sum over the axis, as a new tensor."""
+    """Return the sum of x over `axis` as a new tensor of the same shape (all-reduce)."""
     total = x.clone()
     dist.all_reduce(total, group=axis.group)
     return total
 
 
 def all_gather_sequence(x: Tensor, axis: Axis) -> Tensor:
-    """(B, T/tp, ...) on each rank -> (B, T, ...) on all."""
-    return gather_pieces(all_gather_start(x, axis)[0], axis)
+    """Return the full sequence (B, T, ...) from each rank's (B, T/tp, ...) (all-gather over `axis`)."""
+    return join_sequence_shards(all_gather_start(x, axis)[0], axis)
 
 
 def all_gather_start(x: Tensor, axis: Axis, *, asynchronous: bool = False) -> tuple[Tensor, dist.Work | None]:
-    """Start gathering (B, T/tp, ...) into (tp B, T/tp, ...); wait on the handle before reading it."""
-    pieces = x.new_empty(axis.size * x.shape[0], *x.shape[1:])
-    work = dist.all_gather_into_tensor(pieces, x.contiguous(), group=axis.group, async_op=asynchronous)
-    return pieces, work
+    """Start the all-gather of (B, T/tp, ...) over `axis` into (tp B, T/tp, ...); return result and handle.
+
+    With `asynchronous` the caller must wait on the handle before it reads the result; otherwise the handle is
+    None.
+    """
+    shards = x.new_empty(axis.size * x.shape[0], *x.shape[1:])
+    work = dist.all_gather_into_tensor(shards, x.contiguous(), group=axis.group, async_op=asynchronous)
+    return shards, work
 
 
-def gather_pieces(pieces: Tensor, axis: Axis) -> Tensor:
-    """(tp B, T/tp, ...) -> (B, T, ...): rank r's piece is the r-th stretch of the sequence."""
-    by_rank = pieces.unflatten(0, (axis.size, -1))
+def join_sequence_shards(shards: Tensor, axis: Axis) -> Tensor:
+    """Reorder gathered shards, (tp B, T/tp, ...) -> (B, T, ...); rank r has shard r of the sequence."""
+    by_rank = shards.unflatten(0, (axis.size, -1))
     whole: Tensor = by_rank.movedim(0, SEQUENCE_DIM).flatten(SEQUENCE_DIM, SEQUENCE_DIM + 1)
     return whole
 
 
 def reduce_scatter_sequence(x: Tensor, axis: Axis) -> Tensor:
-    """(B, T, ...) summed over the axis -> this rank's (B, T/tp, ...)."""
-    piece, _ = reduce_scatter_start(x, axis)
-    return piece
+    """Return this rank's shard (B, T/tp, ...) of x (B, T, ...) summed over `axis` (reduce-scatter)."""
+    shard, _ = reduce_scatter_start(x, axis)
+    return shard
 
 
 def reduce_scatter_start(
     x: Tensor, axis: Axis, *, asynchronous: bool = False
 ) -> tuple[Tensor, dist.Work | None]:
-    """Start the reduce-scatter of (B, T, ...) into this rank's (B, T/tp, ...); wait on the handle first."""
+    """Start the reduce-scatter of (B, T, ...) over `axis` into (B, T/tp, ...); return result and handle.
+
+    With `asynchronous` the caller must wait on the handle before it reads the result; otherwise the handle is
+    None.
+    """
     by_rank = x.unflatten(SEQUENCE_DIM, (axis.size, -1)).movedim(SEQUENCE_DIM, 0).contiguous()
-    piece = torch.empty_like(by_rank[0])
-    work = dist.reduce_scatter_tensor(piece, by_rank.flatten(0, 1), group=axis.group, async_op=asynchronous)
-    return piece, work
+    shard = torch.empty_like(by_rank[0])
+    work = dist.reduce_scatter_tensor(shard, by_rank.flatten(0, 1), group=axis.group, async_op=asynchronous)
+    return shard, work
 
 
 class _Copy(torch.autograd.Function):

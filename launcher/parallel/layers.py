@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from launcher.parallel.collectives import (
     all_gather_start,
     copy_region,
-    gather_pieces,
+    join_sequence_shards,
     reduce_region,
     reduce_scatter_sequence_region,
     reduce_scatter_start,
 )
 from launcher.parallel.mesh import Axis
 from launcher.parallel.sharding import (
-    Draw,
+    DrawFunction,
     Initializer,
     LogicalTensor,
     normal,
@@ -35,38 +35,49 @@ IGNORED_LABEL = -100
 
 @dataclass(frozen=True)
 class TensorParallel:
-    """What every layer needs to know of tensor parallelism: its axis, the mode, how weights are drawn."""
+    """Settings shared by all tensor-parallel layers: axis, sequence parallelism, weight initializer."""
 
     axis: Axis
     sequence_parallel: bool
     initializer: Initializer
 
     def leave(self, partial: Tensor) -> Tensor:
-        """Sum (B, T, H) over the tensor ranks: all-reduce, or reduce-scatter to (B, T/tp, H)."""
+        """Return the sum of (B, T, H) over the tensor ranks, by all-reduce.
+
+        Under sequence parallelism: this rank's (B, T/tp, H) of the sum, by reduce-scatter.
+        """
         if self.sequence_parallel:
             return reduce_scatter_sequence_region(partial, self.axis)
         return reduce_region(partial, self.axis)
 
     def replicated(self, weight: Tensor) -> Tensor:
-        """A weight equal on all tensor ranks, for use between the parallel regions.
+        """Return a weight that is equal on all tensor ranks, for use between tensor-parallel regions.
 
-        Under sequence parallelism each rank sees its own stretch of the sequence, so the gradient is a
-        part of the whole: summed over the tensor ranks in the backward pass.
+        Under sequence parallelism each rank applies the weight to its own shard of the sequence and computes
+        a partial gradient; the backward pass all-reduces this gradient over the tensor ranks.
         """
         return copy_region(weight, self.axis) if self.sequence_parallel else weight
 
 
 class ColumnParallelLinear(nn.Module):
-    """Y = X A^T + b with the rows of A (the outputs) split over the tensor ranks.
+    """Linear layer Y = X A^T + b with the rows of A (the outputs) sharded over the tensor ranks.
 
     Input (B, T, H), or (B, T/tp, H) under sequence parallelism; output (B, T, out/tp), not gathered.
-    `segments` are the lengths of the parts of a fused projection, each split evenly (their sum is `out`).
-    Forward: all-gather of the input under sequence parallelism, else nothing. Backward: all-reduce (or
-    reduce-scatter) of the input's gradient, overlapped with the weight's.
+    `segments` are the output sizes of the fused projections (query, key, value); each is sharded evenly, and
+    their sum is `out`. Forward: all-gather of the input under sequence parallelism, else no collective.
+    Backward: all-reduce (or reduce-scatter) of the input's gradient, overlapped with the computation of the
+    weight's gradient.
     """
 
     def __init__(
-        self, name: str, inputs: int, segments: tuple[int, ...], tp: TensorParallel, *, bias: bool, draw: Draw
+        self,
+        name: str,
+        inputs: int,
+        segments: tuple[int, ...],
+        tp: TensorParallel,
+        *,
+        bias: bool,
+        draw: DrawFunction,
     ) -> None:
         super().__init__()
         self.tp = tp
@@ -80,14 +91,16 @@ class ColumnParallelLinear(nn.Module):
 
 
 class RowParallelLinear(nn.Module):
-    """Y = X A^T + b with the columns of A (the inputs) split over the tensor ranks.
+    """Linear layer Y = X A^T + b with the columns of A (the inputs) sharded over the tensor ranks.
 
-    Input (B, T, in/tp); output (B, T, H), or (B, T/tp, H) under sequence parallelism. Forward: all-reduce
-    (or reduce-scatter) of the partial products; the bias, held by every rank, is added once, after it.
+    Input (B, T, in/tp); output (B, T, H), or (B, T/tp, H) under sequence parallelism. Forward: all-reduce (or
+    reduce-scatter) of the partial products; the bias, replicated on every rank, is added after the
+    collective. Backward: none; under sequence parallelism the all-gather of the output's gradient and the
+    all-reduce of the bias's gradient.
     """
 
     def __init__(
-        self, name: str, inputs: int, outputs: int, tp: TensorParallel, *, bias: bool, draw: Draw
+        self, name: str, inputs: int, outputs: int, tp: TensorParallel, *, bias: bool, draw: DrawFunction
     ) -> None:
         super().__init__()
         self.tp = tp
@@ -101,11 +114,12 @@ class RowParallelLinear(nn.Module):
 
 
 class VocabParallelEmbedding(nn.Module):
-    """Token embedding with the vocabulary split over the tensor ranks; also the output head, where tied.
+    """Token embedding with the vocabulary sharded over the tensor ranks; also the output head if tied.
 
-    The vocabulary is padded to a multiple of tp; no token maps to padding and the loss never predicts it.
-    Forward: tokens (B, T) -> (B, T, H), or (B, T/tp, H) under sequence parallelism; all-reduce (or
-    reduce-scatter) of the masked look-ups. With `project`: hidden -> logits (B, T, V/tp), as a column layer.
+    The vocabulary is padded to a multiple of tp. No token maps to a padding row, and the loss gives padding
+    the probability zero. Forward: tokens (B, T) -> (B, T, H), or (B, T/tp, H) under sequence parallelism, by
+    all-reduce (or reduce-scatter) of the masked look-ups. With `project`: hidden (B, T, H) -> logits (B, T,
+    V/tp), like ColumnParallelLinear.
     """
 
     def __init__(self, name: str, vocabulary: int, hidden: int, tp: TensorParallel, std: float) -> None:
@@ -117,7 +131,7 @@ class VocabParallelEmbedding(nn.Module):
         self.weight = tp.initializer.parameter(logical, normal(std))
 
     def forward(self, x: Tensor, project: bool = False) -> Tensor:
-        # One forward for both uses: ZeRO-3 gathers a module's weight around its forward only.
+        # Both uses go through forward: ZeRO-3 gathers the weight of a module only around its forward.
         if project:
             return column_linear(x, self.weight, None, self.tp)
         if self.tp.axis.size == 1:
@@ -129,7 +143,7 @@ class VocabParallelEmbedding(nn.Module):
 
 
 class VocabParallelHead(VocabParallelEmbedding):
-    """Untied output head: hidden (B, T, H) or (B, T/tp, H) -> this rank's logits (B, T, V/tp)."""
+    """Untied output head: hidden (B, T, H) or (B, T/tp, H) -> logits (B, T, V/tp) of this rank."""
 
     def __init__(
         self, name: str, vocabulary: int, hidden: int, tp: TensorParallel, std: float, bias: bool = False
@@ -144,7 +158,7 @@ class VocabParallelHead(VocabParallelEmbedding):
 
 
 def column_linear(x: Tensor, weight: Tensor, bias: Tensor | None, tp: TensorParallel) -> Tensor:
-    """X W^T + b for a weight split by rows; see ColumnParallelLinear for shapes and collectives."""
+    """Return X W^T + b for a weight sharded by rows; see ColumnParallelLinear for shapes and collectives."""
     if tp.axis.size == 1:
         return F.linear(x, weight, bias)
     y = _ColumnLinear.apply(x, weight, tp.axis, tp.sequence_parallel)  # type: ignore[no-untyped-call]
@@ -152,14 +166,14 @@ def column_linear(x: Tensor, weight: Tensor, bias: Tensor | None, tp: TensorPara
 
 
 class _ColumnLinear(torch.autograd.Function):
-    """The product, whose backward starts the input gradient's collective before the weight's product."""
+    """Product X W^T. Backward starts the collective on X's gradient before it computes W's gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, axis: Axis, sequence_parallel: bool) -> Tensor:
-        # Only this rank's stretch of the sequence is kept for the backward pass, which gathers it again.
+        # Keep only this rank's shard of the sequence for the backward pass, which gathers the sequence again.
         ctx.save_for_backward(x, weight)
         ctx.axis, ctx.sequence_parallel = axis, sequence_parallel
-        whole = gather_pieces(all_gather_start(x, axis)[0], axis) if sequence_parallel else x
+        whole = join_sequence_shards(all_gather_start(x, axis)[0], axis) if sequence_parallel else x
         return F.linear(whole, weight)
 
     @staticmethod
@@ -167,11 +181,11 @@ class _ColumnLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         axis = ctx.axis
         if ctx.sequence_parallel:
-            pieces, gathering = all_gather_start(x, axis, asynchronous=True)
+            shards, gathering = all_gather_start(x, axis, asynchronous=True)
             grad_whole = grad.matmul(weight)
             assert gathering is not None
             gathering.wait()
-            x = gather_pieces(pieces, axis)
+            x = join_sequence_shards(shards, axis)
             grad_x, reducing = reduce_scatter_start(grad_whole, axis, asynchronous=True)
         else:
             grad_x = grad.matmul(weight)
@@ -183,41 +197,42 @@ class _ColumnLinear(torch.autograd.Function):
 
 
 def vocab_parallel_cross_entropy(logits: Tensor, labels: Tensor, vocabulary: int, axis: Axis) -> Tensor:
-    """Cross-entropy in nats per label, over logits split by vocabulary and never gathered.
+    """Return the cross-entropy in nats per label; the logits are sharded by vocabulary and never gathered.
 
-    logits (B, T, V/tp), labels (B, T) -> losses (B, T) in fp32; 0 where the label is IGNORED_LABEL.
-    `vocabulary` is the unpadded size: padding has probability zero. Forward: three all-reduces of (B, T)
-    values (max, sum of exponentials, the label's logit). Backward: none; softmax minus one-hot, locally.
+    logits (B, T, V/tp), labels (B, T) -> losses (B, T) in fp32; 0 for a label that is IGNORED_LABEL.
+    `vocabulary` is the unpadded size; padding gets probability zero. Forward: three all-reduces of (B, T)
+    values over `axis` (maximum, sum of exponentials, logit of the label). Backward: no collective; each rank
+    computes its shard of softmax minus one-hot.
     """
     losses: Tensor = _VocabParallelCrossEntropy.apply(logits, labels, vocabulary, axis)  # type: ignore[no-untyped-call]
     return losses
 
 
 def vocab_parallel_hits(logits: Tensor, labels: Tensor, vocabulary: int, axis: Axis) -> Tensor:
-    """Whether no score is above the label's: logits (B, T, V/tp), labels (B, T) -> (B, T) booleans.
+    """Return whether the label has the highest logit: logits (B, T, V/tp), labels (B, T) -> booleans (B, T).
 
-    Two all-reduces of (B, T) values (the highest score, the label's).
+    Two all-reduces of (B, T) values over `axis` (highest logit, logit of the label). A tie counts as a hit.
     """
-    scores = _real_scores(logits, vocabulary, axis)
+    scores = _mask_padding(logits, vocabulary, axis)
     highest = _reduced(scores.amax(dim=-1), dist.ReduceOp.MAX, axis)
-    elsewhere, index = _place_here(logits, labels, axis)
-    own = scores.gather(-1, index.unsqueeze(-1)).squeeze(-1).masked_fill(elsewhere, 0.0)
-    return _reduced(own, dist.ReduceOp.SUM, axis) >= highest
+    elsewhere, index = _local_labels(logits, labels, axis)
+    label_logits = scores.gather(-1, index.unsqueeze(-1)).squeeze(-1).masked_fill(elsewhere, 0.0)
+    return _reduced(label_logits, dist.ReduceOp.SUM, axis) >= highest
 
 
-def _real_scores(logits: Tensor, vocabulary: int, axis: Axis) -> Tensor:
-    """In fp32, with -inf for padding."""
-    local = logits.shape[-1]
-    real = min(max(vocabulary - axis.rank * local, 0), local)
+def _mask_padding(logits: Tensor, vocabulary: int, axis: Axis) -> Tensor:
+    """Return the logits in fp32, with -inf for padding."""
+    columns = logits.shape[-1]
+    unpadded = min(max(vocabulary - axis.rank * columns, 0), columns)
     scores = logits.float()
-    if real < local:
+    if unpadded < columns:
         scores = scores.clone()
-        scores[..., real:] = float("-inf")
+        scores[..., unpadded:] = float("-inf")
     return scores
 
 
-def _place_here(logits: Tensor, labels: Tensor, axis: Axis) -> tuple[Tensor, Tensor]:
-    """Where another rank has the label, and its index on this one (0 there)."""
+def _local_labels(logits: Tensor, labels: Tensor, axis: Axis) -> tuple[Tensor, Tensor]:
+    """Return a mask of labels on other ranks, and each label's index in this rank's logits (0 if masked)."""
     local = logits.shape[-1]
     first = axis.rank * local
     elsewhere = (labels < first) | (labels >= first + local)
@@ -225,27 +240,30 @@ def _place_here(logits: Tensor, labels: Tensor, axis: Axis) -> tuple[Tensor, Ten
 
 
 def mean_loss(losses: Tensor, labels: Tensor) -> Tensor:
-    """The mean over labels that are not IGNORED_LABEL; a scalar. 0 where all are."""
+    """Return the mean loss over labels that are not IGNORED_LABEL, a scalar; 0 if all labels are ignored.
+
+    losses and labels (B, T).
+    """
     return losses.sum() / (labels != IGNORED_LABEL).sum().clamp(min=1)
 
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, vocabulary: int, axis: Axis) -> Tensor:
-        scores = _real_scores(logits, vocabulary, axis)
+        scores = _mask_padding(logits, vocabulary, axis)
         highest = _reduced(scores.amax(dim=-1), dist.ReduceOp.MAX, axis)
         exponentials = (scores - highest.unsqueeze(-1)).exp_()
         total = _reduced(exponentials.sum(dim=-1), dist.ReduceOp.SUM, axis)
 
         ignored = labels == IGNORED_LABEL
-        elsewhere, index = _place_here(logits, labels, axis)
-        own = scores.gather(-1, index.unsqueeze(-1)).squeeze(-1).masked_fill(elsewhere, 0.0)
-        label_score = _reduced(own, dist.ReduceOp.SUM, axis)
+        elsewhere, index = _local_labels(logits, labels, axis)
+        label_logits = scores.gather(-1, index.unsqueeze(-1)).squeeze(-1).masked_fill(elsewhere, 0.0)
+        label_logits = _reduced(label_logits, dist.ReduceOp.SUM, axis)
 
         softmax = exponentials.div_(total.unsqueeze(-1))
         ctx.save_for_backward(softmax, index, elsewhere, ignored)
         ctx.dtype = logits.dtype
-        return (total.log() + highest - label_score).masked_fill(ignored, 0.0)
+        return (total.log() + highest - label_logits).masked_fill(ignored, 0.0)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
@@ -257,6 +275,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
 
 
 def _reduced(x: Tensor, operation: Any, axis: Axis) -> Tensor:
+    """Reduce x in place over `axis`; return x."""
     if axis.size > 1:
         dist.all_reduce(x, op=operation, group=axis.group)
     return x

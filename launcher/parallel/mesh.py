@@ -1,6 +1,6 @@
-"""Where each rank stands: pipeline x data x tensor, its groups, and what DeepSpeed asks of an mpu.
+"""Process mesh: pipeline x data x tensor coordinates of each rank, process groups, and DeepSpeed's mpu.
 
-The rank arithmetic is pure; `ProcessMesh.create` is the only place that makes process groups.
+The rank arithmetic is pure. Only `ProcessMesh.create` creates process groups.
 """
 
 from dataclasses import dataclass
@@ -12,10 +12,10 @@ Group = dist.ProcessGroup
 
 @dataclass(frozen=True)
 class MeshShape:
-    """The sizes of the three axes. Ranks count tensor fastest, then data, then pipeline.
+    """Sizes of the three axes. Consecutive ranks differ first in tensor, then in data, then in pipeline.
 
-    That is `arange(world).view(pipeline, data, tensor)`, DeepSpeed's own order (pipe, data, model), and
-    keeps a tensor group on neighbouring ranks, inside one node.
+    The ranks are `arange(world).view(pipeline, data, tensor)`, as in DeepSpeed (pipe, data, model). A tensor
+    group has neighbouring ranks, which lie on one node.
     """
 
     pipeline: int = 1
@@ -24,19 +24,21 @@ class MeshShape:
 
     @property
     def world_size(self) -> int:
+        """Return the number of ranks."""
         return self.pipeline * self.data * self.tensor
 
     def coordinates(self, rank: int) -> tuple[int, int, int]:
-        """(pipeline stage, data-parallel rank, tensor-parallel rank) of a global rank."""
+        """Return (pipeline stage, data-parallel rank, tensor-parallel rank) of a global rank."""
         assert 0 <= rank < self.world_size
         stage, within = divmod(rank, self.data * self.tensor)
         return (stage, *divmod(within, self.tensor))
 
     def rank(self, pipeline: int, data: int, tensor: int) -> int:
+        """Return the global rank at these coordinates."""
         return (pipeline * self.data + data) * self.tensor + tensor
 
     def tensor_groups(self) -> list[list[int]]:
-        """Global ranks of each tensor-parallel group, in tensor-rank order."""
+        """Return the global ranks of each tensor-parallel group, ordered by tensor-parallel rank."""
         return [
             [self.rank(p, d, t) for t in range(self.tensor)]
             for p in range(self.pipeline)
@@ -44,7 +46,7 @@ class MeshShape:
         ]
 
     def data_groups(self) -> list[list[int]]:
-        """Global ranks of each data-parallel group, in data-rank order."""
+        """Return the global ranks of each data-parallel group, ordered by data-parallel rank."""
         return [
             [self.rank(p, d, t) for d in range(self.data)]
             for p in range(self.pipeline)
@@ -54,7 +56,10 @@ class MeshShape:
 
 @dataclass(frozen=True)
 class Axis:
-    """This rank's place on one axis of the mesh; `group` is None outside torch.distributed only."""
+    """This rank's index on one axis of the mesh, the axis size and its process group.
+
+    `group` is None only if torch.distributed is not initialised.
+    """
 
     rank: int = 0
     size: int = 1
@@ -63,7 +68,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class ProcessMesh:
-    """The mesh seen from one rank. Has the methods DeepSpeed calls on an `mpu`."""
+    """The mesh as seen by one rank. Has the methods that DeepSpeed calls on an `mpu`."""
 
     shape: MeshShape
     rank: int
@@ -73,25 +78,28 @@ class ProcessMesh:
 
     @classmethod
     def create(cls, shape: MeshShape) -> "ProcessMesh":
-        """Collective: every rank of the world calls it once, after torch.distributed is initialised."""
+        """Create all process groups and return this rank's mesh. Collective over the world.
+
+        Every rank calls this method once, after torch.distributed is initialised.
+        """
         rank = dist.get_rank()
         assert shape.world_size == dist.get_world_size(), shape
         stage, data_rank, tensor_rank = shape.coordinates(rank)
         return cls(
             shape=shape,
             rank=rank,
-            tensor=Axis(tensor_rank, shape.tensor, _own_group(shape.tensor_groups(), rank)),
-            data=Axis(data_rank, shape.data, _own_group(shape.data_groups(), rank)),
+            tensor=Axis(tensor_rank, shape.tensor, _create_groups(shape.tensor_groups(), rank)),
+            data=Axis(data_rank, shape.data, _create_groups(shape.data_groups(), rank)),
             stage=stage,
         )
 
     @classmethod
     def single(cls) -> "ProcessMesh":
-        """One process, without torch.distributed."""
+        """Return the mesh of a single process, without torch.distributed."""
         return cls(MeshShape(), rank=0, tensor=Axis(), data=Axis())
 
-    # The mpu that DeepSpeed's flat engine is given. "Model parallel" is tensor parallel there; its
-    # pipeline engine is given a topology instead and builds a grid of its own.
+    # Methods of the mpu that DeepSpeed's flat engine gets. DeepSpeed calls tensor parallelism "model
+    # parallel". The pipeline engine of DeepSpeed gets a topology instead and builds its own process groups.
     def get_model_parallel_rank(self) -> int:
         return self.tensor.rank
 
@@ -124,16 +132,16 @@ class ProcessMesh:
         return [shape.rank(self.stage, data, self.tensor.rank) for data in range(shape.data)]
 
 
-def _own_group(groups: list[list[int]], rank: int) -> Group:
-    """Make the groups, all of them on every rank in one order, and return the one `rank` is in.
+def _create_groups(groups: list[list[int]], rank: int) -> Group:
+    """Create all groups, in the same order on every rank; return the group that contains `rank`.
 
-    Groups of one rank are made too: DeepSpeed reads None as the whole world, and its bf16 gradient norm
-    would then be sqrt(data-parallel size) too large.
+    Groups of a single rank are created too: DeepSpeed takes None for the whole world, and its bf16 gradient
+    norm would then be too large by sqrt(data-parallel size).
     """
-    own: Group | None = None
+    group_of_rank: Group | None = None
     for ranks in groups:
         group: Group = dist.new_group(ranks)
         if rank in ranks:
-            own = group
-    assert own is not None
-    return own
+            group_of_rank = group
+    assert group_of_rank is not None
+    return group_of_rank

@@ -1,4 +1,4 @@
-"""Random state for dropout: equal where tensor ranks hold the same activations, independent where not."""
+"""Random state for dropout: equal on tensor ranks that hold the same activations, else independent."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -9,24 +9,24 @@ from launcher.parallel.sharding import seed_of
 
 
 class DropoutRandom:
-    """Two random states per rank: `shared` over the tensor ranks (the default generator) and `local`.
+    """Two random states per rank: `shared` by the tensor ranks (torch's default generator) and `local`.
 
-    Activations between the parallel regions are equal on all tensor ranks, so their masks must be too;
-    inside a region (attention heads) and on a sequence-parallel stretch each rank needs a mask of its own.
-    Both states differ between data-parallel ranks and pipeline stages, and begin anew with every step: a run
-    that is resumed has no random state to restore.
+    Activations between tensor-parallel regions are equal on all tensor ranks, so their dropout masks must be
+    equal too. Inside a region (attention heads), and on a shard of the sequence, each tensor rank needs a
+    different mask. Both states differ between data-parallel ranks and between pipeline stages. Both are
+    seeded again for every step, so a resumed run has no random state to restore.
     """
 
     def __init__(
         self, seed: int, *, stage: int, data_rank: int, tensor_rank: int, device: torch.device
     ) -> None:
-        self._seed, self._shared_by, self._tensor_rank = seed, (stage, data_rank), tensor_rank
+        self._seed, self._replica, self._tensor_rank = seed, (stage, data_rank), tensor_rank
         self._device = device
         self.begin_step(0)
 
     def begin_step(self, step: int) -> None:
-        """Seed both states for optimizer step `step`."""
-        parts = (self._seed, "dropout", *self._shared_by, step)
+        """Seed both states for the optimizer step `step`."""
+        parts = (self._seed, "dropout", *self._replica, step)
         torch.manual_seed(seed_of(*parts))
         local = torch.Generator(self._device)
         local.manual_seed(seed_of(*parts, "tensor", self._tensor_rank))
@@ -34,7 +34,7 @@ class DropoutRandom:
 
     @contextmanager
     def local(self) -> Iterator[None]:
-        """Dropout inside draws from this tensor rank's own state."""
+        """Context manager in which dropout draws from this tensor rank's local state."""
         shared = self._get()
         self._set(self._local)
         try:
@@ -44,20 +44,21 @@ class DropoutRandom:
             self._set(shared)
 
     def checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """(forward, recompute) for torch.utils.checkpoint: the recomputation draws the same local masks.
+        """Return the (forward, recomputation) contexts for torch.utils.checkpoint.
 
-        torch restores the default generator by itself.
+        The recomputation draws the same local masks as the forward. torch restores the shared state by
+        itself.
         """
         return nullcontext(), self._rewound(self._local)
 
     @contextmanager
     def _rewound(self, state: torch.Tensor) -> Iterator[None]:
-        ahead = self._local
+        current = self._local
         self._local = state
         try:
             yield
         finally:
-            self._local = ahead
+            self._local = current
 
     def _get(self) -> torch.Tensor:
         if self._device.type == "cuda":

@@ -1,7 +1,7 @@
-"""How a logical (unsharded) tensor maps to one tensor rank's shard, and back. The one place that says.
+"""Map a logical (unsharded) tensor to the shards of the tensor ranks, and back.
 
-Every parameter of a model carries a LogicalTensor: its name, its global shape and its split. Weights are
-drawn, written, compared and counted in those terms, whatever the layout.
+Every parameter of a model carries a LogicalTensor: name, global shape and split. Weights are initialized,
+saved, compared and counted by their LogicalTensor, in any layout. Only this module computes the mapping.
 """
 
 import hashlib
@@ -13,17 +13,18 @@ from torch import Tensor, nn
 
 from launcher.parallel.mesh import Axis
 
-WEIGHT = "weight"  # the kind of a parameter itself, beside torch's names of its optimizer states
+WEIGHT = "weight"  # names a parameter itself, as "exp_avg" and so on name its optimizer states
 
 
 @dataclass(frozen=True)
 class LogicalTensor:
-    """What a parameter is a shard of.
+    """Name, global shape and split of the unsharded tensor behind a parameter.
 
-    `split_dim` None: every tensor rank holds all of it. Otherwise each of `segments` (lengths along
-    split_dim, adding up to its global size; e.g. query, key and value of a fused projection) is split
-    evenly over the tensor ranks, and a rank's shard is its pieces side by side. `padded` is the split
-    dimension's length including padding that belongs to no logical row: only of a single segment.
+    With `split_dim` None every tensor rank holds the whole tensor. Otherwise `segments` are lengths along
+    split_dim whose sum is shape[split_dim], for example query, key and value of a fused projection. Each
+    segment is split evenly over the tensor ranks, and a shard is the concatenation of a rank's parts of all
+    segments. `padded` is the length of split_dim with padding rows, which belong to no logical row; it needs
+    a single segment.
     """
 
     name: str
@@ -39,11 +40,12 @@ class LogicalTensor:
 
     @property
     def is_split(self) -> bool:
+        """Return whether the tensor is sharded over the tensor ranks."""
         return self.split_dim is not None
 
 
 def split(full: Tensor, logical: LogicalTensor, axis: Axis) -> Tensor:
-    """The shard of `full` (logical.shape) that this tensor rank holds; padding is zero."""
+    """Return this tensor rank's shard of `full`, which has logical.shape. Padding rows are zero."""
     assert tuple(full.shape) == logical.shape, (logical, full.shape)
     if logical.split_dim is None or (axis.size == 1 and logical.padded is None):
         return full
@@ -62,7 +64,7 @@ def split(full: Tensor, logical: LogicalTensor, axis: Axis) -> Tensor:
 
 
 def merge(shards: Sequence[Tensor], logical: LogicalTensor) -> Tensor:
-    """The logical tensor that `shards`, one per tensor rank in order, are the pieces of."""
+    """Return the logical tensor (logical.shape) from all shards, in the order of the tensor ranks."""
     if logical.split_dim is None:
         return shards[0]
     dim, ranks = logical.split_dim, len(shards)
@@ -72,60 +74,65 @@ def merge(shards: Sequence[Tensor], logical: LogicalTensor) -> Tensor:
     return torch.cat([torch.cat(pieces, dim=dim) for pieces in zip(*by_rank, strict=True)], dim=dim)
 
 
-Draw = Callable[[tuple[int, ...], torch.Generator], Tensor]
+# draw(shape, generator) returns a full logical tensor in fp32 on the CPU.
+DrawFunction = Callable[[tuple[int, ...], torch.Generator], Tensor]
 
 
 @dataclass(frozen=True)
 class Initializer:
-    """Draws every parameter from (run seed, logical name) alone, so that no layout changes a weight."""
+    """Draws each parameter from the run seed and its logical name alone: weights are equal in all layouts."""
 
     seed: int
     axis: Axis
 
-    def parameter(self, logical: LogicalTensor, draw: Draw) -> nn.Parameter:
-        """This rank's shard, in fp32 on the CPU. Holds one full parameter while doing so, never more.
+    def parameter(self, logical: LogicalTensor, draw: DrawFunction) -> nn.Parameter:
+        """Return this rank's shard of a parameter, in fp32 on the CPU.
 
-        `draw(shape, generator)` makes the full logical tensor.
+        `draw` makes the full logical tensor; peak memory is this one full parameter.
         """
         generator = torch.Generator().manual_seed(seed_of(self.seed, logical.name))
         parameter = nn.Parameter(split(draw(logical.shape, generator), logical, self.axis).clone())
         parameter.logical = logical  # type: ignore[attr-defined]
-        # DeepSpeed's mark: count every rank's shard in the gradient norm. Left off, the norm is
-        # silently too small.
+        # DeepSpeed adds the shards of all tensor ranks to the gradient norm only if this attribute is set.
+        # Without it the norm is too small, without a warning.
         parameter.tensor_model_parallel = logical.is_split and self.axis.size > 1  # type: ignore[attr-defined]
         return parameter
 
 
 def logical_of(parameter: Tensor) -> LogicalTensor:
-    """The LogicalTensor that Initializer attached."""
+    """Return the LogicalTensor that Initializer attached to a parameter."""
     logical = parameter.logical  # type: ignore[attr-defined]
     assert isinstance(logical, LogicalTensor)
     return logical
 
 
 def seed_of(*parts: object) -> int:
-    """A 63-bit seed from any values, the same on every machine."""
+    """Return a 63-bit seed computed from the values, equal on every machine."""
     digest = hashlib.sha256("/".join(str(part) for part in parts).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def normal(std: float) -> Draw:
+def normal(std: float) -> DrawFunction:
+    """Return a function that draws from a normal distribution with mean 0 and standard deviation `std`."""
+
     def draw(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        # torch.normal, as DeepSpeed's zero.Init replaces torch.empty and torch.randn by versions in the
-        # training dtype, and would draw other numbers in bf16 than in fp32.
+        # Use torch.normal: DeepSpeed's zero.Init replaces torch.empty and torch.randn by versions in the
+        # training dtype, which would draw other numbers in bf16 than in fp32.
         return torch.normal(0.0, std, shape, generator=generator, dtype=torch.float32, device="cpu")
 
     return draw
 
 
 def zeros(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Return zeros. A DrawFunction."""
     return torch.zeros(shape, device="cpu")
 
 
 def ones(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Return ones. A DrawFunction."""
     return torch.ones(shape, device="cpu")
 
 
 def padded_length(length: int, ranks: int) -> int:
-    """The least multiple of `ranks` that is at least `length`."""
+    """Return the smallest multiple of `ranks` that is at least `length`."""
     return -(-length // ranks) * ranks

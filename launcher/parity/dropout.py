@@ -1,5 +1,8 @@
-"""Dropout's masks. Another layout draws others by design, so no tensor can be compared: what is checked is
-which ranks draw alike, whether a recomputed mask is the one of the forward pass, and how much is dropped.
+"""Check the dropout masks of a layout.
+
+Masks depend on the layout by design, so no tensor can be compared with the reference. Three properties are
+checked instead: which ranks draw the same masks, whether recomputation repeats the mask of the forward pass,
+and which share of the elements is dropped.
 """
 
 import hashlib
@@ -24,36 +27,39 @@ from launcher.parallel.mesh import MeshShape
 from launcher.parity.diagnose import Diagnosis
 from launcher.parity.differences import Difference
 
-DEVIATIONS = 5.0  # of a binomial: false once in a few million runs
+DEVIATIONS = 5.0  # standard deviations of a binomial: a false alarm once in a few million runs
 
 MEANINGS = {
-    "attention masks are shared by tensor ranks": "every tensor rank drops the same weights of its heads: it "
-    "needs a random state of its own there",
-    "hidden masks differ between tensor ranks": "what all tensor ranks hold alike is dropped differently on "
-    "each: it needs a state that they share",
-    "hidden masks are shared by tensor ranks": "under sequence parallelism every stretch of the sequence is "
-    "dropped alike: it needs a state of its own",
-    "masks are shared by data ranks": "data ranks drop the same places of their different samples",
+    "attention masks are shared by tensor ranks": "every tensor rank drops the same attention weights in "
+    "its heads: each rank needs its own random state there",
+    "hidden masks differ between tensor ranks": "activations that all tensor ranks hold are dropped "
+    "differently on each rank: the ranks must share a random state there",
+    "hidden masks are shared by tensor ranks": "under sequence parallelism every sequence shard is dropped "
+    "at the same places: each rank needs its own random state there",
+    "masks are shared by data ranks": "data ranks drop the same places in different samples: their random "
+    "states are equal",
     "masks are shared by stages": "pipeline stages draw from the same random state",
-    "masks are drawn twice": "layers or micro-batches of one rank drop the same places",
-    "recomputed masks differ": "activation checkpointing recomputes with other masks than the forward pass's",
-    "the share dropped is not model.dropout": "another probability, or dropout left out of training",
+    "masks are drawn twice": "two layers or micro-batches of one rank drop the same places: a random state "
+    "is used twice",
+    "recomputed masks differ": "activation checkpointing recomputes with other masks than the forward pass "
+    "used",
+    "the share dropped is not model.dropout": "dropout uses another probability, or is missing from a layer",
 }
 
 
 @dataclass(frozen=True)
 class Draw:
-    """One mask: two draws of one state and size are the same mask."""
+    """One drawn mask. Two draws with the same random state and size are the same mask."""
 
     kind: str  # hidden or attention
-    state: str
+    state: str  # hash of the random state before the draw
     dropped: int
     size: int
 
 
 @contextmanager
 def recorded_draws() -> Iterator[list[Draw]]:
-    """Every dropout of this process, as it happens."""
+    """Record every dropout mask that this process draws while the context is open."""
     draws: list[Draw] = []
     functional: Any = F
     dropout, attention = functional.dropout, functional.scaled_dot_product_attention
@@ -82,53 +88,74 @@ def _state() -> str:
 
 
 def write_draws(draws: list[Draw], path: Path) -> None:
-    """Those of all ranks, by rank 0. Collective over the world."""
-    every: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(every, [asdict(draw) for draw in draws])
+    """Gather the draws of all ranks; rank 0 writes them to `path`. Collective over the world."""
+    by_rank: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(by_rank, [asdict(draw) for draw in draws])
     if dist.get_rank() == 0:
-        path.write_text(json.dumps(every))
+        path.write_text(json.dumps(by_rank))
 
 
 def read_draws(path: Path) -> list[list[Draw]]:
-    """By rank."""
+    """Return the draws of each rank."""
     return [[Draw(**draw) for draw in draws] for draws in json.loads(path.read_text())]
 
 
 def compare_draws(run: RunConfig, layout: Layout, draws: list[list[Draw]]) -> list[Difference]:
-    """What is wrong is infinitely far beyond its bound; the share that is dropped is measured."""
-    shape = MeshShape(layout.pipeline, layout.data, layout.tensor)
-    checkpointing = run.parallelism.activation_checkpointing
-    found: Counter[str] = Counter(dict.fromkeys(_expected(run, layout), 0))
+    """Return one difference per property of the masks, given the draws of each rank.
+
+    A violated property has an infinite difference; the dropped share has a measured one.
+    """
     states = [
-        {kind: [d.state for d in own if d.kind == kind] for kind in ("hidden", "attention")} for own in draws
+        {kind: [draw.state for draw in rank_draws if draw.kind == kind] for kind in ("hidden", "attention")}
+        for rank_draws in draws
     ]
-    for one, other in combinations(range(shape.world_size), 2):
-        (stage, data, _), (other_stage, other_data, _) = shape.coordinates(one), shape.coordinates(other)
-        shared = {kind: not set(states[one][kind]).isdisjoint(states[other][kind]) for kind in states[one]}
-        if stage != other_stage:
-            found["masks are shared by stages"] += any(shared.values())
-        elif data != other_data:
-            found["masks are shared by data ranks"] += any(shared.values())
-        else:
-            found["attention masks are shared by tensor ranks"] += shared["attention"]
-            if run.parallelism.sequence_parallel:
-                found["hidden masks are shared by tensor ranks"] += shared["hidden"]
-            else:
-                found["hidden masks differ between tensor ranks"] += (
-                    states[one]["hidden"] != states[other]["hidden"]
-                )
-    recomputed = 1 if checkpointing is ActivationCheckpointing.none else 2
-    for own in states:
-        times = Counter(own["attention"]).values()
-        found["masks are drawn twice"] += any(count > recomputed for count in times)
-        found["recomputed masks differ"] += any(count < recomputed for count in times)
+    violations: Counter[str] = Counter(dict.fromkeys(_always_checked(layout), 0))
+    _count_shared_masks(run, layout, states, violations)
+    _count_repeated_masks(run, states, violations)
     share = Difference(1, "dropout", "the share dropped is not model.dropout", *_share(run, draws))
-    return [Difference(1, "dropout", name, inf if wrong else 0.0, 1.0) for name, wrong in found.items()] + [
-        share
-    ]
+    return [
+        Difference(1, "dropout", name, inf if count else 0.0, 1.0) for name, count in violations.items()
+    ] + [share]
 
 
-def _expected(run: RunConfig, layout: Layout) -> list[str]:
+def _count_shared_masks(
+    run: RunConfig, layout: Layout, states: list[dict[str, list[str]]], violations: Counter[str]
+) -> None:
+    """Count the pairs of ranks that share masks but should not, and the reverse."""
+    shape = MeshShape(layout.pipeline, layout.data, layout.tensor)
+    for first, second in combinations(range(shape.world_size), 2):
+        (stage, data, _), (other_stage, other_data, _) = shape.coordinates(first), shape.coordinates(second)
+        shared = {
+            kind: not set(states[first][kind]).isdisjoint(states[second][kind]) for kind in states[first]
+        }
+        if stage != other_stage:
+            violations["masks are shared by stages"] += any(shared.values())
+        elif data != other_data:
+            violations["masks are shared by data ranks"] += any(shared.values())
+        else:
+            violations["attention masks are shared by tensor ranks"] += shared["attention"]
+            if run.parallelism.sequence_parallel:
+                violations["hidden masks are shared by tensor ranks"] += shared["hidden"]
+            else:
+                violations["hidden masks differ between tensor ranks"] += (
+                    states[first]["hidden"] != states[second]["hidden"]
+                )
+
+
+def _count_repeated_masks(
+    run: RunConfig, states: list[dict[str, list[str]]], violations: Counter[str]
+) -> None:
+    """Count ranks that draw an attention mask too often or, under recomputation, not often enough."""
+    recomputed = run.parallelism.activation_checkpointing is not ActivationCheckpointing.none
+    draws_per_mask = 2 if recomputed else 1
+    for rank_states in states:
+        times = Counter(rank_states["attention"]).values()
+        violations["masks are drawn twice"] += any(count > draws_per_mask for count in times)
+        violations["recomputed masks differ"] += any(count < draws_per_mask for count in times)
+
+
+def _always_checked(layout: Layout) -> list[str]:
+    """Return the properties that are reported even if no pair of ranks is compared for them."""
     names = ["masks are drawn twice", "recomputed masks differ"]
     names += ["masks are shared by data ranks"] if layout.data > 1 else []
     names += ["masks are shared by stages"] if layout.pipeline > 1 else []
@@ -136,8 +163,8 @@ def _expected(run: RunConfig, layout: Layout) -> list[str]:
 
 
 def _share(run: RunConfig, draws: list[list[Draw]]) -> tuple[float, float]:
-    """(how far the dropped share is from the probability, how far it may be). Each mask counts once."""
-    unique = {d.state: d for own in draws for d in own if d.kind == "hidden"}.values()
+    """Return the distance of the dropped share from model.dropout, and its bound. Each mask counts once."""
+    unique = {d.state: d for rank_draws in draws for d in rank_draws if d.kind == "hidden"}.values()
     size, p = sum(d.size for d in unique), run.model.dropout
     if size == 0:
         return inf, 1.0
@@ -145,4 +172,5 @@ def _share(run: RunConfig, draws: list[list[Draw]]) -> tuple[float, float]:
 
 
 def diagnose_draws(failed: list[Difference]) -> Diagnosis:
+    """Return the diagnosis of the first failed property."""
     return Diagnosis(failed[0].name, MEANINGS[failed[0].name])

@@ -1,4 +1,4 @@
-"""What each layer of an engine's model gave out, and each micro-batch's loss, caught by forward hooks."""
+"""Record the output of each layer and the loss of each micro-batch with forward hooks."""
 
 from dataclasses import replace
 from typing import Any
@@ -31,53 +31,57 @@ RECORDED = (
 
 
 class OutputRecorder:
-    """Keeps each layer's output in the first micro-batch of a step, by its weight's name without `.weight`.
+    """Records each layer's output for the first micro-batch of a step.
 
-    The projection to the vocabulary is `head`, tied or not.
+    A layer is named after its weight, without `.weight`. The projection to the vocabulary is named `head`,
+    whether or not the embeddings are tied.
     """
 
     def __init__(self, engine: Engine, sequence_parallel: bool) -> None:
         self.mesh, self.sequence_parallel = engine.mesh, sequence_parallel
         self._outputs: Weights = {}
-        self._splits: dict[str, LogicalTensor] = {}  # of outputs split by columns
+        self._splits: dict[str, LogicalTensor] = {}  # of outputs that are sharded by columns
         self._losses: list[float] = []
         for module in engine.module.modules():
             if isinstance(module, RECORDED):
                 module.register_forward_hook(self._keep, with_kwargs=True)
-        # The flat model's name for it, and that of DeepSpeed's pipeline.
+        # The flat model calls its loss function `loss`, DeepSpeed's PipelineModule calls it `loss_fn`.
         name = "loss" if hasattr(engine.module, "loss") else "loss_fn"
         self._loss = getattr(engine.module, name)
         setattr(engine.module, name, self._keep_loss)
 
     def start(self) -> None:
-        """Of a step."""
+        """Discard the records of the previous step."""
         self._outputs, self._losses = {}, []
 
     def outputs(self) -> tuple[Weights, dict[str, float]]:
-        """The logical outputs, and of those that all tensor ranks hold how far they differ.
+        """Return the full output of each layer, and the spread of each output that tensor ranks replicate.
 
-        Collective over the tensor group.
+        All-gathers over the tensor group.
         """
-        whole, spreads = {}, {}
+        full, spreads = {}, {}
         axis = self.mesh.tensor
-        for name, own in self._outputs.items():
-            pieces = [torch.empty_like(own) for _ in range(axis.size)]
+        for name, local in self._outputs.items():
+            pieces = [torch.empty_like(local) for _ in range(axis.size)]
             if axis.size > 1:
-                dist.all_gather(pieces, own.contiguous(), group=axis.group)
+                dist.all_gather(pieces, local.contiguous(), group=axis.group)
             else:
-                pieces = [own]
+                pieces = [local]
             if name in self._splits:
-                whole[name] = merge(pieces, self._splits[name])
+                full[name] = merge(pieces, self._splits[name])
             elif self.sequence_parallel:
-                whole[name] = torch.cat(pieces, dim=1)
+                full[name] = torch.cat(pieces, dim=1)
             else:
-                whole[name] = pieces[0]
+                full[name] = pieces[0]
                 if axis.size > 1:
-                    spreads[name] = max(float((piece - own).abs().max()) for piece in pieces)
-        return whole, spreads
+                    spreads[name] = max(float((piece - local).abs().max()) for piece in pieces)
+        return full, spreads
 
     def losses(self) -> list[list[float]]:
-        """[data rank][micro-batch] of the last stage; empty on others. Collective over the data group."""
+        """Return losses[data rank][micro-batch]; empty lists on stages that do not compute the loss.
+
+        All-gathers over the data group.
+        """
         gathered: list[list[float]] = [[] for _ in range(self.mesh.data.size)]
         dist.all_gather_object(gathered, self._losses, group=self.mesh.data.group)
         return gathered
@@ -88,7 +92,7 @@ class OutputRecorder:
         name = logical.name.removesuffix(".weight")
         if isinstance(module, VocabParallelHead) or options.get("project"):
             name = "head"
-        # Recomputed under activation checkpointing, layers are called again; validation does not count.
+        # Activation checkpointing calls a layer again to recompute it. Validation is not recorded.
         if name in self._outputs or not module.training:
             return
         self._outputs[name] = output.detach().float().cpu()

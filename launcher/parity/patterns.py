@@ -1,4 +1,4 @@
-"""Shapes that a wrong tensor or number can have, relative to the right one. Pure."""
+"""Recognise how a result differs from the reference: by a ratio, moved rows or a wrong shard. Pure."""
 
 from math import sqrt
 
@@ -7,34 +7,34 @@ from torch import Tensor
 
 from launcher.config.layout import Layout
 
-CLOSE = 0.02  # a ratio this near to sqrt(2) is not 1 or 2
-SAME = 1e-4  # two losses of different samples are further apart
+CLOSE = 0.02  # relative; small enough to tell a ratio of sqrt(2) from 1 and 2
+SAME = 1e-4  # relative; losses of different samples differ by more
 
 
 def best_ratio(got: Tensor, right: Tensor) -> tuple[float, float]:
-    """The r that makes r * right closest to got, and what is left over relative to got."""
+    """Return the least-squares r of got = r * right, and the norm of the residual relative to `got`."""
     ratio = float((got * right).sum() / right.square().sum().clamp(min=1e-30))
     return ratio, float((got - ratio * right).norm() / got.norm().clamp(min=1e-30))
 
 
 def common_ratio(pairs: list[tuple[Tensor, Tensor]]) -> float | None:
-    """The one ratio of all (got, right), if there is one."""
+    """Return the ratio that all pairs (got, right) have in common; None if they have none."""
     ratios = [best_ratio(got, right) for got, right in pairs]
     values = [ratio for ratio, _ in ratios]
-    if max(rest for _, rest in ratios) > CLOSE or max(values) - min(values) > CLOSE * abs(values[0]):
+    if max(residual for _, residual in ratios) > CLOSE or max(values) - min(values) > CLOSE * abs(values[0]):
         return None
     return values[0]
 
 
 def named_ratio(ratio: float, layout: Layout) -> tuple[str, list[str]]:
-    """The ratio in words, and the axes of the layout that it is a power of."""
+    """Return a ratio to the reference in words, and the layout axes whose sizes explain the ratio."""
     sizes = {
         "tensor": layout.tensor,
         "data": layout.data,
         "pipeline": layout.pipeline,
         "accumulation": layout.accumulation,
     }
-    found: dict[str, str] = {}
+    explanations: dict[str, str] = {}
     for name, size in sizes.items():
         for text, value in (
             (f"{name} size ({size})", size),
@@ -43,12 +43,12 @@ def named_ratio(ratio: float, layout: Layout) -> tuple[str, list[str]]:
             (f"1 / sqrt({name} size) ({1 / sqrt(size):.3f})", 1 / sqrt(size)),
         ):
             if size > 1 and abs(ratio / value - 1) < CLOSE:
-                found.setdefault(name, text)
-    return f"the right one times {' or '.join(found.values()) or f'{ratio:.4f}'}", list(found)
+                explanations.setdefault(name, text)
+    return f"the reference times {' or '.join(explanations.values()) or f'{ratio:.4f}'}", list(explanations)
 
 
 def moved_rows(got: Tensor, right: Tensor) -> list[int] | None:
-    """The rows of `got` that stand elsewhere in `right`; None if it is not a permutation of its rows."""
+    """Return the rows of `got` that are at another index in `right`; None if the rows are no permutation."""
     same = (got.flatten(1)[:, None] == right.flatten(1)[None]).all(-1)
     if not bool((same.any(0) & same.any(1)).all()):
         return None
@@ -56,19 +56,20 @@ def moved_rows(got: Tensor, right: Tensor) -> list[int] | None:
 
 
 def wrong_shards(got: Tensor, right: Tensor, ranks: int) -> list[int]:
-    """Which of the even pieces along the first dimension differ noticeably."""
+    """Return the ranks whose shard differs, if both tensors are split evenly along their first dimension."""
     pieces = zip(got.tensor_split(ranks), right.tensor_split(ranks), strict=True)
     size = right.norm()
     return [rank for rank, (a, b) in enumerate(pieces) if torch.linalg.vector_norm(a - b) > CLOSE * size]
 
 
 def same_losses(some: list[float], others: list[float]) -> bool:
+    """Return whether two lists of losses agree element by element; empty lists do not."""
     pairs = zip(some, others, strict=True)
     return len(some) > 0 and all(abs(a / b - 1) < SAME for a, b in pairs)
 
 
 def excess_of_padding(logits: Tensor, padding: int) -> float:
-    """By how much the mean loss rises if `padding` columns of logit 0 are predicted too."""
+    """Return the increase of the mean loss if `padding` more logits of 0 enter the softmax."""
     total = logits.double().logsumexp(-1)
     padded = torch.cat([total[..., None], total.new_zeros(*total.shape, padding)], -1).logsumexp(-1)
     return float((padded - total).mean())

@@ -1,4 +1,4 @@
-"""One rank's part of a verification: run the layout's engine and write down what it computed."""
+"""Run one rank of the verified layout, and record what its engine computes."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,23 +25,26 @@ from launcher.parity.step_trace import StepTrace, write_trace
 
 
 def record_rank(rank: int, *, run: RunConfig, layout: Layout, folder: Path) -> None:
-    """Run verify.steps steps; each stage's first rank writes folder/stage-N. Collective over the world."""
+    """Train verify.steps steps; the first rank of each pipeline stage writes folder/stage-N.
+
+    Collective over the world.
+    """
     engine = _engine(rank, run, layout, folder)
     recorder = OutputRecorder(engine, run.parallelism.sequence_parallel)
     steps = [record_weights(engine)]
     for batch in probe_batches(run):
-        steps.append(record_step(run, engine, recorder, own_batches(run, engine, batch)))
+        steps.append(record_step(run, engine, recorder, rank_batches(run, engine, batch)))
     if engine.mesh.data.rank == 0 and engine.mesh.tensor.rank == 0:
         write_trace(steps, folder / f"stage-{engine.mesh.stage}")
     leave()
 
 
 def record_dropout(rank: int, *, run: RunConfig, layout: Layout, folder: Path) -> None:
-    """Run one step; rank 0 writes all ranks' masks to folder/draws. Collective over the world."""
+    """Train one step; rank 0 writes all ranks' dropout masks to folder/draws. Collective over the world."""
     engine = _engine(rank, run, layout, folder)
     batch = next(probe_batches(run))
     with recorded_draws() as draws:
-        engine.train_batch(own_batches(run, engine, batch))
+        engine.train_batch(rank_batches(run, engine, batch))
     write_draws(draws, folder / "draws")
     leave()
 
@@ -58,13 +61,13 @@ def _engine(rank: int, run: RunConfig, layout: Layout, folder: Path) -> Engine:
 
 
 def record_step(run: RunConfig, engine: Engine, recorder: OutputRecorder, batches: MicroBatches) -> StepTrace:
-    """One optimizer step of this data rank's micro-batches. Collective over the world."""
+    """Train one step on this data rank's micro-batches and return its trace. Collective over the world."""
     engine.set_learning_rate(run.optimizer.lr)
     recorder.start()
     result = engine.train_batch(batches)
     step = record_weights(engine)
-    step.loss, step.grad_norm = result.loss, result.grad_norm
-    step.norm_spread = spread(torch.tensor(result.grad_norm), dist.group.WORLD)
+    step.loss, step.grad_norm = engine.mean_loss(result.loss), float(result.grad_norm)
+    step.norm_spread = spread(torch.tensor(step.grad_norm), dist.group.WORLD)
     step.outputs, step.output_spread = recorder.outputs()
     step.batch_losses = recorder.losses()
     step.states = {
@@ -76,11 +79,14 @@ def record_step(run: RunConfig, engine: Engine, recorder: OutputRecorder, batche
 
 
 def record_weights(engine: Engine) -> StepTrace:
-    """The weights as they are now, and how far ranks differ in them. Collective over the stage."""
+    """Return the current weights and their spreads between ranks.
+
+    Collective over the data and tensor groups of this pipeline stage.
+    """
     return StepTrace(
         weights={logical.name: tensor.clone() for logical, tensor in engine.full_weights()},
         tied={
-            logical_of(parameter).name: _whole(engine, parameter).clone()
+            logical_of(parameter).name: _full_master(engine, parameter).clone()
             for parameter in engine.module.parameters()
             if getattr(parameter, "ds_pipe_replicated", False)
         },
@@ -89,38 +95,45 @@ def record_weights(engine: Engine) -> StepTrace:
             engine.mesh.tensor,
             (p for p in engine.parameters() if not logical_of(p).is_split),
         ),
-        # ZeRO-3 keeps no replicas.
+        # Under ZeRO-3 data ranks hold no replicas.
         data_spread=_spreads(engine, engine.mesh.data, engine.parameters() if engine.zero_stage < 3 else []),
     )
 
 
-def _whole(engine: Engine, parameter: torch.nn.Parameter) -> Tensor:
+def _full_master(engine: Engine, parameter: torch.nn.Parameter) -> Tensor:
+    """Return the fp32 master weight gathered over the tensor ranks. Collective over the tensor group."""
     return gather_logical(engine.master(parameter), logical_of(parameter), engine.mesh.tensor).cpu()
 
 
 def _spreads(engine: Engine, axis: Axis, parameters: Iterable[torch.nn.Parameter]) -> dict[str, float]:
-    """The largest difference over the axis of each parameter that its ranks should hold alike."""
+    """Return the spread of each parameter over the ranks of the axis, which should hold equal values.
+
+    Collective over the group of the axis.
+    """
     if axis.size == 1:
         return {}
-    held = engine.master if axis is engine.mesh.tensor else (lambda p: p.detach())
-    return {logical_of(p).name: spread(held(p).float(), axis.group) for p in parameters}
+    values = engine.master if axis is engine.mesh.tensor else (lambda p: p.detach())
+    return {logical_of(p).name: spread(values(p).float(), axis.group) for p in parameters}
 
 
 def spread(value: Tensor, group: dist.ProcessGroup | None) -> float:
-    """The largest difference of any element between two ranks; NaN differs from everything. Collective."""
+    """Return the largest difference of an element between two ranks; NaN if any rank has NaN.
+
+    All-reduces (maximum and minimum) over `group`.
+    """
     highest, lowest = value.clone(), value.clone()
     dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
     dist.all_reduce(lowest, op=dist.ReduceOp.MIN, group=group)
     return float((highest - lowest).max())
 
 
-def own_batches(run: RunConfig, engine: Engine, batch: Batch) -> MicroBatches:
-    """This data rank's micro-batches of a global batch."""
-    inputs, labels = (whole.numpy() for whole in batch)
-    return [(inputs[rows], labels[rows]) for rows in _own_samples(run, engine)]
+def rank_batches(run: RunConfig, engine: Engine, batch: Batch) -> MicroBatches:
+    """Return this data rank's micro-batches of a global batch."""
+    inputs, labels = (tensor.numpy() for tensor in batch)
+    return [(inputs[rows], labels[rows]) for rows in _sample_indices(run, engine)]
 
 
-def _own_samples(run: RunConfig, engine: Engine) -> npt.NDArray[np.int64]:
+def _sample_indices(run: RunConfig, engine: Engine) -> npt.NDArray[np.int64]:
     return sampler.sample_indices(
         samples_consumed=0,
         global_batch_size=run.training.global_batch_size,

@@ -1,4 +1,4 @@
-"""What a run computed, step by step, in logical full tensors; and how ranks hand it over."""
+"""Traces: what a run computed in each step, as full logical tensors; written by ranks, read by verify."""
 
 import json
 from dataclasses import dataclass, field
@@ -22,10 +22,10 @@ NUMBERS = (
 
 @dataclass
 class StepTrace:
-    """One optimizer step. `weights` and `states` are those after it, `gradients` those before clipping.
+    """One optimizer step: weights and optimizer states after the step, gradients before clipping.
 
-    A trace is a list of these by step number: at 0 stands what the run starts from, weights and spreads only.
-    A spread is the largest difference between two ranks of what they should hold alike.
+    A trace is a list of StepTrace by step number; number 0 holds the initial weights and their spreads only.
+    A spread is the largest difference between two ranks in a tensor that both should hold with equal values.
     """
 
     loss: float = 0.0
@@ -33,18 +33,18 @@ class StepTrace:
     weights: Weights = field(default_factory=dict)
     states: Weights = field(default_factory=dict)
     gradients: Weights = field(default_factory=dict)
-    outputs: Weights = field(default_factory=dict)  # of each layer, in data rank 0's first micro-batch
-    tied: Weights = field(default_factory=dict)  # copies of a weight that later pipeline stages hold
+    outputs: Weights = field(default_factory=dict)  # of each layer, for the first micro-batch of data rank 0
+    tied: Weights = field(default_factory=dict)  # copies of tied weights on later pipeline stages
     batch_losses: list[list[float]] = field(default_factory=list)  # [data rank][micro-batch]
-    replica_spread: dict[str, float] = field(default_factory=dict)  # weights, between tensor ranks
-    data_spread: dict[str, float] = field(default_factory=dict)  # weights, between data ranks
-    output_spread: dict[str, float] = field(default_factory=dict)  # outputs, between tensor ranks
-    norm_spread: float = 0.0  # the gradient norm, between all ranks
+    replica_spread: dict[str, float] = field(default_factory=dict)  # of weights, between tensor ranks
+    data_spread: dict[str, float] = field(default_factory=dict)  # of weights, between data ranks
+    output_spread: dict[str, float] = field(default_factory=dict)  # of outputs, between tensor ranks
+    norm_spread: float = 0.0  # of the gradient norm, between all ranks
     stage_of: dict[str, int] = field(default_factory=dict)  # the pipeline stage of each output
 
 
 def write_trace(steps: list[StepTrace], path: Path) -> None:
-    """`path`.json and `path`.safetensors: no pickle between processes."""
+    """Write `path`.json and `path`.safetensors; no pickle travels between processes."""
     numbers = [{name: getattr(step, name) for name in NUMBERS} for step in steps]
     path.with_suffix(".json").write_text(json.dumps(numbers))
     tensors = {
@@ -57,17 +57,17 @@ def write_trace(steps: list[StepTrace], path: Path) -> None:
 
 
 def read_traces(paths: list[Path]) -> list[StepTrace]:
-    """The traces of a run's pipeline ranks put together, with the numbers of the one that has the loss."""
+    """Merge the traces of all pipeline stages; scalars come from the stage that computes the loss."""
     numbers = [json.loads(path.with_suffix(".json").read_text()) for path in paths]
-    # Under DualPipeV the first rank of the pipeline has the loss.
-    of_the_loss = next(
-        (own for own in numbers if any(any(step["batch_losses"]) for step in own)), numbers[-1]
+    # Under DualPipeV the first pipeline rank computes the loss, under 1F1B the last.
+    with_loss = next(
+        (stage for stage in numbers if any(any(step["batch_losses"]) for step in stage)), numbers[-1]
     )
-    steps = [StepTrace(**own) for own in of_the_loss]
-    for stage, (path, of_stage) in enumerate(zip(paths, numbers, strict=True)):
-        for step, own in zip(steps, of_stage, strict=True):
+    steps = [StepTrace(**scalars) for scalars in with_loss]
+    for stage, (path, stage_numbers) in enumerate(zip(paths, numbers, strict=True)):
+        for step, scalars in zip(steps, stage_numbers, strict=True):
             for name in ("replica_spread", "data_spread", "output_spread"):
-                getattr(step, name).update(own[name])
+                getattr(step, name).update(scalars[name])
         for key, tensor in load_file(path.with_suffix(".safetensors")).items():
             index, kind, name = key.split("/", 2)
             getattr(steps[int(index)], kind)[name] = tensor

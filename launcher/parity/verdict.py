@@ -1,4 +1,4 @@
-"""What a verification found, for people and for machines."""
+"""Print the result of each pass as a table, and write all results as JSON."""
 
 import json
 from dataclasses import asdict
@@ -6,25 +6,22 @@ from math import isfinite
 from pathlib import Path
 from typing import Literal, get_args
 
-from rich.console import Console
-from rich.table import Table
-
 from launcher.config.layout import Layout
-from launcher.parity.differences import Difference, Kind
+from launcher.parity.differences import Difference, DifferenceKind
 from launcher.parity.verify import Pass
+from launcher.text import plain_table, print_table
 
-KINDS = get_args(Kind)
-FILE_WIDTH = 120  # columns of a table that is not written to a terminal
+DIFFERENCE_KINDS = get_args(DifferenceKind)
 
 
-def print_pass(one: Pass) -> None:
-    """A row per step and kind of quantity: the worst of it, as measured / allowed."""
-    table = Table(title=one.title, title_justify="left", box=None, pad_edge=False)
+def print_pass(result: Pass) -> None:
+    """Print a row per step and kind of quantity with its worst difference, then the diagnosis if any."""
+    table = plain_table(result.title)
     for column in ("step", "quantity", "compared", "worst", "measured / allowed", ""):
         justify: Literal["right", "left"] = "right" if column in ("step", "compared") else "left"
-        # Names are broken where they must be, numbers never.
+        # Names may wrap, numbers may not.
         table.add_column(column, justify=justify, overflow="fold", no_wrap=column != "worst")
-    for worst, count in worst_of_each(one.differences):
+    for worst, count in worst_differences(result.differences):
         table.add_row(
             str(worst.step),
             worst.kind,
@@ -33,49 +30,44 @@ def print_pass(one: Pass) -> None:
             f"{worst.measured:.1e} / {worst.allowed:.1e}",
             "ok" if worst.ok else "[bold red]differs[/]",
         )
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = FILE_WIDTH
-    console.print(table)
-    if one.diagnosis:
-        failed = [difference for difference in one.differences if not difference.ok]
-        step = failed[0].step
-        print(f"\nFirst at step {step}: {one.diagnosis.shape}\n  usually: {one.diagnosis.meaning}")
-    print()
+    print_table(table)
+    if diagnosis := result.diagnosis:
+        step = next(difference.step for difference in result.differences if not difference.ok)
+        print(f"First at step {step}: {diagnosis.shape}\n  usual cause: {diagnosis.meaning}\n")
 
 
-def worst_of_each(differences: list[Difference]) -> list[tuple[Difference, int]]:
-    """Of each step and kind: the difference furthest beyond its bound, and how many were compared."""
-    found = []
+def worst_differences(differences: list[Difference]) -> list[tuple[Difference, int]]:
+    """Return the largest difference relative to its bound, and the number compared, per step and kind."""
+    worst = []
     for step in sorted({difference.step for difference in differences}):
-        for kind in KINDS:
+        for kind in DIFFERENCE_KINDS:
             group = [d for d in differences if d.step == step and d.kind == kind]
             if group:
-                found.append((max(group, key=lambda d: d.excess), len(group)))
-    return found
+                worst.append((max(group, key=lambda d: d.excess), len(group)))
+    return worst
 
 
 def write_report(path: Path, layout: Layout, shrunk: list[str], passes: list[Pass]) -> None:
-    """The verdict and every measured difference, as JSON."""
+    """Write the verdict and every difference of all passes as JSON."""
     report = {
-        "ok": all(one.ok for one in passes),
+        "ok": all(result.ok for result in passes),
         "layout": asdict(layout),
         "shrunk": shrunk,
         "passes": [
             {
-                "title": one.title,
-                "ok": one.ok,
-                "diagnosis": asdict(one.diagnosis) if one.diagnosis else None,
+                "title": result.title,
+                "ok": result.ok,
+                "diagnosis": asdict(result.diagnosis) if result.diagnosis else None,
                 "differences": [
-                    {**asdict(d), "measured": _finite(d.measured), "ok": d.ok} for d in one.differences
+                    {**asdict(d), "measured": _finite(d.measured), "ok": d.ok} for d in result.differences
                 ],
             }
-            for one in passes
+            for result in passes
         ],
     }
     path.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
 
 
 def _finite(measured: float) -> float | None:
-    """JSON has neither NaN nor infinity."""
+    """Return None for NaN and infinity, which JSON cannot express."""
     return measured if isfinite(measured) else None

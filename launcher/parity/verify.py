@@ -1,4 +1,4 @@
-"""`launcher verify`: a layout, made small, against one process of plain torch."""
+"""Compare a small run in its layout with one process of plain torch: the passes of `launcher verify`."""
 
 import copy
 import tempfile
@@ -33,7 +33,7 @@ PROBE = OptimizerConfig(name=OptimizerName.sgd, lr=0.1, momentum=0.0)
 
 @dataclass(frozen=True)
 class Pass:
-    """One optimizer in one precision: what was compared, and what a failure looks like."""
+    """The result of training with one optimizer in one precision: all differences, and why it failed."""
 
     title: str
     differences: list[Difference]
@@ -45,9 +45,10 @@ class Pass:
 
 
 def verify(small: RunConfig, *, mutation: Callable[[], None] | None = None) -> Iterator[Pass]:
-    """Each pass of a shrunk run as it ends. `mutation` is called in each rank first: how tests inject faults.
+    """Yield the result of each pass of a shrunk run as soon as the pass ends.
 
-    The caller has imported DeepSpeed (prepare_deepspeed). Raises what run_local_ranks raises.
+    Each rank calls `mutation` before it builds its engine: tests inject faults through it. The caller must
+    have called prepare_deepspeed. Raises the errors of run_local_ranks.
     """
     for title, run, plain_sgd in passes(small):
         yield run_pass(title, run, plain_sgd, mutation)
@@ -56,12 +57,12 @@ def verify(small: RunConfig, *, mutation: Callable[[], None] | None = None) -> I
 
 
 def passes(small: RunConfig) -> list[tuple[str, RunConfig, bool]]:
-    """(title, run, whether it is the plain-SGD probe): fp32 first, then bf16 where that is the run's own.
+    """Return (title, run, whether it uses plain SGD) of each pass: first fp32, then bf16 if the run uses it.
 
-    Plain SGD shows every gradient and every error of scale, which Adam hides; the run's own optimizer
-    shows its states and updates.
+    Plain SGD exposes every gradient and every error of scale, which Adam hides. The run's own optimizer
+    exposes errors in optimizer states and updates.
     """
-    found = []
+    variants = []
     for dtype in (Dtype.fp32, Dtype.bf16) if small.precision.dtype is Dtype.bf16 else (Dtype.fp32,):
         for title, optimizer, plain in (
             ("plain SGD", _probe(small), True),
@@ -69,9 +70,9 @@ def passes(small: RunConfig) -> list[tuple[str, RunConfig, bool]]:
         ):
             run = copy.deepcopy(small)
             run.precision.dtype, run.optimizer = dtype, optimizer
-            run.model.dropout = 0.0  # another layout draws other masks: see dropout_pass
-            found.append((f"{title}, {dtype.name}", run, plain))
-    return found
+            run.model.dropout = 0.0  # masks depend on the layout: see dropout_pass
+            variants.append((f"{title}, {dtype.name}", run, plain))
+    return variants
 
 
 def _probe(small: RunConfig) -> OptimizerConfig:
@@ -81,7 +82,7 @@ def _probe(small: RunConfig) -> OptimizerConfig:
 
 
 def run_pass(title: str, run: RunConfig, plain_sgd: bool, mutation: Callable[[], None] | None = None) -> Pass:
-    """One of `passes`."""
+    """Run one of `passes` in its layout and in the reference, and return all differences."""
     layout = _layout(run)
     trace = layout_trace(run, layout, mutation)
     batches = list(probe_batches(run))
@@ -95,7 +96,7 @@ def run_pass(title: str, run: RunConfig, plain_sgd: bool, mutation: Callable[[],
 
 
 def dropout_pass(small: RunConfig, mutation: Callable[[], None] | None = None) -> Pass:
-    """One step with the run's dropout: its masks, not its numbers."""
+    """Train one step with the run's dropout, and check the masks only."""
     run = copy.deepcopy(small)
     run.precision.dtype = Dtype.fp32
     layout = _layout(run)
@@ -111,13 +112,13 @@ def dropout_pass(small: RunConfig, mutation: Callable[[], None] | None = None) -
 def _layout(run: RunConfig) -> Layout:
     p = run.parallelism
     assert p.data is not None
-    # As many ranks as the layout takes: that the machine has them was checked at the start.
+    # The number of ranks was checked against this machine when verify started.
     ranks = p.pipeline * p.data * p.tensor
     return resolve_layout(run, World(run.hardware.device.name, ranks, ranks, fixed=True))
 
 
 def initial_weights(run: RunConfig) -> Weights:
-    """What one process starts from, rounded to the run's dtype as DeepSpeed's master weights are."""
+    """Return the initial weights of one process, rounded to the run's dtype like DeepSpeed's masters."""
     context = BlockContext.create(single(run), ProcessMesh.single(), torch.device("cpu"))
     model = flat_model(run.model, context)
     dtype = torch.bfloat16 if run.precision.dtype is Dtype.bf16 else torch.float32
@@ -125,7 +126,7 @@ def initial_weights(run: RunConfig) -> Weights:
 
 
 def layout_trace(run: RunConfig, layout: Layout, mutation: Callable[[], None] | None) -> list[StepTrace]:
-    """The trace of real ranks over gloo."""
+    """Train on real ranks of this machine and return their merged trace."""
     with tempfile.TemporaryDirectory(prefix="launcher-verify-") as name:
         folder = Path(name)
         _run_ranks(record_rank, run, layout, folder, mutation)
@@ -140,7 +141,7 @@ def _run_ranks(
     mutation: Callable[[], None] | None,
 ) -> None:
     target = partial(_rank, record=record, run=run, layout=layout, folder=folder, mutation=mutation)
-    # CUDA cannot be forked safely; on CPU a fork shares what is imported.
+    # CUDA does not survive a fork; on CPU a forked rank starts with all modules already imported.
     start_method: Literal["fork", "spawn"] = "fork" if layout.device == "cpu" else "spawn"
     run_local_ranks(target, layout.world_size, log_dir=folder / "logs", start_method=start_method)
 
@@ -153,7 +154,7 @@ def _rank(
     layout: Layout,
     **arguments: Any,
 ) -> None:
-    prepare_deepspeed(layout.device)  # again, where this process was spawned
+    prepare_deepspeed(layout.device)  # needed again in a spawned process
     if mutation is not None:
         mutation()
     record(rank, layout=layout, **arguments)

@@ -1,7 +1,7 @@
-"""One run is trained in one place at a time: its directory is held by a lock that ends with its holder.
+"""A lock on the run directory, so that only one process trains a run. It ends with its process.
 
-The lock is flock(2) on a file that also says who holds it. Network file systems pass it on to other nodes;
-one that has no locks is told of.
+The lock is flock(2) on a file that names its holder. Network file systems share it between nodes; a file
+system without locks is reported.
 """
 
 import errno
@@ -20,19 +20,19 @@ from typing import IO
 from launcher.config.errors import ConfigError
 
 HOLDER = "holder.json"
-_PATIENCE = 5.0  # seconds, for one that is about to end
-_PATIENCE_SAME_JOB = 150.0  # a server frees what a lost node held once its lease is over
+_PATIENCE = 5.0  # seconds to wait for a holder that is about to end
+_PATIENCE_SAME_JOB = 150.0  # a file server frees the lock of a lost node when its lease ends
 _POLL = 0.2
 _NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
 
 
 @dataclass(frozen=True)
 class Holder:
-    """Who trains a run, for people."""
+    """The process that trains a run."""
 
     host: str
     process: int
-    job: str | None  # Slurm's
+    job: str | None  # Slurm's job id
     since: str
 
     def describe(self) -> str:
@@ -42,9 +42,9 @@ class Holder:
 
 @contextmanager
 def held(run_dir: Path) -> Iterator[list[str]]:
-    """Hold the directory, which is made, until the end of the block; yields what to tell the user.
+    """Make the directory and hold it until the end of the block; yield notes to the user.
 
-    Raises ConfigError where another process holds it, OSError where it cannot be made or written.
+    Raises ConfigError if another process holds it, OSError if it cannot be made or written.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     me = Holder(
@@ -72,7 +72,7 @@ def _lock(file: IO[str], run_dir: Path, me: Holder) -> list[str]:
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
-            return [f"the file system of {run_dir} has no locks: train this run in one place at a time"]
+            return [f"the file system of {run_dir} does not support locks: start this run only once"]
         deadline = deadline or time.monotonic() + _patience(run_dir, me, other)
         if time.monotonic() > deadline:
             raise _refusal(run_dir, other)
@@ -82,8 +82,8 @@ def _lock(file: IO[str], run_dir: Path, me: Holder) -> list[str]:
 def _patience(run_dir: Path, me: Holder, other: Holder | None) -> float:
     if me.job is None or other is None or me.job != other.job:
         return _PATIENCE
-    said = f"{run_dir} is still held by {other.describe()}; waiting for that, {_PATIENCE_SAME_JOB:.0f} s"
-    print(f"launcher: {said}", file=sys.stderr, flush=True)
+    message = f"{run_dir} is still held by {other.describe()}; waiting up to {_PATIENCE_SAME_JOB:.0f} s"
+    print(f"launcher: {message}", file=sys.stderr, flush=True)
     return _PATIENCE_SAME_JOB
 
 
@@ -92,7 +92,7 @@ def _holder_in(file: IO[str]) -> Holder | None:
     try:
         return Holder(**json.loads(file.read()))
     except (ValueError, TypeError):
-        return None  # it has this moment begun
+        return None  # the holder has not written its name yet
 
 
 def _refusal(run_dir: Path, other: Holder | None) -> ConfigError:

@@ -1,4 +1,4 @@
-"""What a person sees of a run: a bar on a terminal, plain lines in a log file."""
+"""The progress display of a run: a bar on a terminal, plain lines in a log file."""
 
 import sys
 from types import TracebackType
@@ -6,16 +6,21 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from launcher.runtime.metrics.rows import Row
+from launcher.text import whole
+
 LINES_PER_RUN = 20
 
 
 class ProgressDisplay:
-    """A context that is told of every step."""
+    """Shows the steps of a run, with the values of its logged steps. A context: the bar ends with it."""
 
-    def __init__(self, steps: int) -> None:
-        self._steps = steps
+    def __init__(self, first_step: int, steps: int, *, visible: bool) -> None:
+        self._steps, self._visible = steps, visible
+        self._every = max(1, steps // LINES_PER_RUN)
+        self._last_logged = first_step - 1
         self._bar: Progress | None = None
-        if sys.stdout.isatty():
+        if visible and sys.stdout.isatty():
             columns = (
                 BarColumn(),
                 MofNCompleteColumn(),
@@ -36,25 +41,31 @@ class ProgressDisplay:
         if self._bar is not None:
             self._bar.stop()
 
-    def step(self, row: dict[str, float | int]) -> None:
-        """Show one step; validations always get a line of their own."""
-        step = int(row["step"])
-        line = f"step {step}/{self._steps}  {describe(row)}"
+    def step(self, step: int, row: Row | None) -> None:
+        """Show a step. `row` is None unless the step is logged: the bar then keeps the last logged loss."""
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, description=f"loss {row['train/loss']:.4f}")
+            self._bar.update(self._task, completed=step)
+        if row is None or not self._visible:
+            return
+        line = f"step {step}/{self._steps}  {describe(row)}"
+        is_due = step // self._every > self._last_logged // self._every
+        self._last_logged = step
+        if self._bar is not None:
+            self._bar.update(self._task, description=f"loss {row['train/loss']:.4f}")
             if "val/loss" in row:
                 self._bar.console.print(line, highlight=False)
-        elif "val/loss" in row or step == 1 or step % max(1, self._steps // LINES_PER_RUN) == 0:
+        elif "val/loss" in row or step == 1 or is_due:
             print(line, flush=True)
 
 
-def describe(row: dict[str, float | int]) -> str:
+def describe(row: Row) -> str:
+    """Return the values of a row that a person follows."""
     parts = [f"loss {row['train/loss']:.4f}", f"grad norm {row['train/grad_norm']:.3f}"]
     if "val/loss" in row:
         parts.append(f"validation loss {row['val/loss']:.4f}")
     if "val/accuracy" in row:
         parts.append(f"accuracy {row['val/accuracy']:.1%}")
-    parts.append(f"{row['perf/tokens_per_s']:,.0f} tokens/s")
+    parts.append(f"{whole(row['perf/tokens_per_s'])} tokens/s")
     if "perf/mfu" in row:
         parts.append(f"MFU {row['perf/mfu']:.1%}")
     return "  ".join(parts)

@@ -16,12 +16,12 @@ from omegaconf import OmegaConf
 from launcher import __version__
 from launcher.checkpoint.companions import carry_companions
 from launcher.checkpoint.final import final_step
-from launcher.checkpoint.resume_choice import checkpoint_of
+from launcher.checkpoint.resume_choice import checkpoint_to_resume
 from launcher.checkpoint.sources import Weights, check_model_is, weights_at
 from launcher.config.errors import ConfigError
 from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
-from launcher.launch.environment import step_name
+from launcher.launch.environment import slurm_step_name
 from launcher.runtime.hold import held
 
 CONFIG, IDENTITY, LOGS, METRICS = "config.yaml", "run.json", "logs", "metrics.jsonl"
@@ -29,10 +29,12 @@ CONFIG, IDENTITY, LOGS, METRICS = "config.yaml", "run.json", "logs", "metrics.js
 
 @dataclass(frozen=True)
 class RunDir:
+    """A run directory that this process or rank 0 holds, and the weights that the run starts from."""
+
     path: Path
     run_id: str
-    checkpoint: Path | None = None  # to go on from
-    initial: Weights | None = None  # to begin with, where there is none
+    checkpoint: Path | None = None  # to resume from
+    initial: Weights | None = None  # to begin with if there is no checkpoint
 
     @property
     def logs(self) -> Path:
@@ -47,16 +49,16 @@ class RunDir:
 def claimed_run_dir(
     run: RunConfig, layout: Layout, *, multirun_index: int | None = None
 ) -> Iterator[tuple[RunDir, list[str]]]:
-    """Make the run's directory, hold it for the block, and write the run's config and identity there.
+    """Make the run directory, hold it for the block, and write the run's config and identity there.
 
-    Yields it, and what to tell the user. One process per run calls this. A directory that holds a run which
-    has not finished is taken up again, under the same id. Raises ConfigError where it cannot be made, is
-    held by another process, holds a run that cannot go on, or for checkpoint.resume.
+    Yields the directory and notes to the user. One process per run calls this. An unfinished run in the
+    directory is resumed under its id. Raises ConfigError if the directory cannot be made, if another process
+    holds it, if its run cannot be resumed, or if checkpoint.resume forbids it.
     """
     run_id = secrets.token_hex(4)
     path = run_path(run, run_id, multirun_index)
     if not path.exists():
-        _beginning(run, path)  # refused here, it leaves nothing behind
+        _beginning(run, path)  # raises before the directory is made
     with ExitStack() as stack:
         try:
             notes = stack.enter_context(held(path))
@@ -69,8 +71,8 @@ def claimed_run_dir(
 
 
 def start_of(run: RunConfig, path: Path) -> Path | None:
-    """The checkpoint that a run in `path` goes on from, if there is one. Raises ConfigError."""
-    checkpoint = checkpoint_of(run, path)
+    """Return the checkpoint that a run in `path` resumes from, if there is one. Raises ConfigError."""
+    checkpoint = checkpoint_to_resume(run, path)
     is_over = checkpoint is None and final_step(path) is not None
     if (path / CONFIG).exists() and (run.checkpoint.resume != "auto" or is_over):
         raise ConfigError(
@@ -94,7 +96,7 @@ def _claim(run: RunConfig, layout: Layout, path: Path, run_id: str) -> RunDir:
 
 
 def _beginning(run: RunConfig, path: Path) -> tuple[Path | None, Weights | None]:
-    """The checkpoint to go on from or, without one, the weights to begin with, if any. Raises ConfigError."""
+    """Return the checkpoint to resume from or else the weights to begin with, if any. Raises ConfigError."""
     checkpoint = start_of(run, path)
     if checkpoint or run.checkpoint.init_from is None:
         return checkpoint, None
@@ -103,22 +105,17 @@ def _beginning(run: RunConfig, path: Path) -> tuple[Path | None, Weights | None]
     return None, weights
 
 
-def stop_grace(run: RunConfig) -> float:
-    """The seconds that a run which is told to stop may take to save itself; 0: it does not."""
-    return (run.checkpoint.stop_grace_seconds or 0.0) if run.checkpoint.enabled else 0.0
-
-
 def config_as_dict(run: RunConfig) -> dict[str, Any]:
-    """The composed config as plain values, enums by name."""
+    """Return the composed config as plain values, enums by name."""
     container = OmegaConf.to_container(OmegaConf.structured(run), enum_to_str=True)
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}
 
 
 def run_path(run: RunConfig, run_id: str = "", multirun_index: int | None = None) -> Path:
-    """`run.dir`; where it is null, one named after the step that srun started, else a fresh one."""
+    """Return `run.dir`; if it is null, a directory named after srun's step or after the time and run id."""
     if run.run.dir is None:
-        name = step_name(os.environ) or f"{time.strftime('%Y%m%d-%H%M%S')}-{run_id}"
+        name = slurm_step_name(os.environ) or f"{time.strftime('%Y%m%d-%H%M%S')}-{run_id}"
         return Path("runs") / name
     path = Path(run.run.dir).expanduser()
     return path if multirun_index is None else path / str(multirun_index)

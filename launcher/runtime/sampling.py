@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from launcher.checkpoint.companions import DIRECTORY as COMPANIONS
+from launcher.checkpoint.companions import COMPANIONS
 from launcher.checkpoint.final import weight_files
 from launcher.checkpoint.weights import load_weights
 from launcher.config.compose import load_typed
@@ -24,7 +24,7 @@ from launcher.runtime.run_dir import CONFIG
 
 
 def generate(config: GenerateConfig, run_dir: Path) -> str:
-    """The prompt and `max_new_tokens` sampled tokens, as text. Raises ConfigError for an unusable run."""
+    """Return the prompt and `max_new_tokens` sampled tokens as text. Raises ConfigError."""
     run = load_typed(run_dir / CONFIG, RunConfig)
     weight_files(run_dir)
     tokenizer = tokenizer_of(run, config, run_dir)
@@ -41,9 +41,9 @@ def generate(config: GenerateConfig, run_dir: Path) -> str:
 
 
 def tokenizer_of(run: RunConfig, config: GenerateConfig, run_dir: Path) -> Tokenizer:
-    """The one that the run recorded, or that is asked for; bytes where the run's text is bytes.
+    """Return the tokenizer that `config` names or the run recorded; bytes if the run's text is bytes.
 
-    Raises ConfigError where there is none.
+    Raises ConfigError if there is no tokenizer.
     """
     recorded = run_dir / COMPANIONS / TOKENIZER
     if config.tokenizer is not None:
@@ -57,8 +57,8 @@ def tokenizer_of(run: RunConfig, config: GenerateConfig, run_dir: Path) -> Token
 
 
 def load_model(run: RunConfig, run_dir: Path) -> FlatModel:
-    """The whole model on this CPU, in evaluation mode."""
-    # Whatever layout trained it, one process holds it whole.
+    """Return the whole model on the CPU, in evaluation mode."""
+    # The weights do not depend on the layout that trained them: one process loads the whole model.
     run = replace(run, parallelism=ParallelismConfig())
     context = BlockContext.create(run, ProcessMesh.single(), torch.device("cpu"))
     model = flat_model(run.model, context)
@@ -67,7 +67,7 @@ def load_model(run: RunConfig, run_dir: Path) -> FlatModel:
 
 
 def sample(scores: Tensor, config: GenerateConfig, generator: torch.Generator) -> Tensor:
-    """One token id from scores (V,): the likeliest at temperature 0, else drawn from the top_k likeliest."""
+    """Return a token id of scores (V,): at temperature 0 the likeliest, else drawn from the top_k."""
     if config.temperature == 0:
         return scores.argmax()
     scores = scores.float() / config.temperature

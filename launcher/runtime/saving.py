@@ -1,147 +1,96 @@
-"""When a run is saved, and where it starts."""
+"""When a run is saved: at intervals of steps or minutes, at the last step, and when it is asked to stop."""
 
 import time
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict
 
-import torch
-import torch.distributed as dist
+from torch import Tensor
 
 from launcher import __version__
-from launcher.checkpoint.load import begin_with, first_damaged, restore
-from launcher.checkpoint.manifest import BrokenCheckpoint, Manifest, read_manifest
-from launcher.checkpoint.read import open_weights
-from launcher.checkpoint.resume_choice import check_corpus_is, check_goes_on, older_or_refused
+from launcher.checkpoint.manifest import Manifest
 from launcher.checkpoint.save import CheckpointError, CheckpointWriter
-from launcher.checkpoint.sources import Kind, Weights
-from launcher.config.errors import ConfigError
 from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
-from launcher.data.blend import Segment
-from launcher.data.open import blend_of
 from launcher.engine.base import Engine
 from launcher.engine.optimizer import state_keys
-from launcher.engine.state import loss_scaler, set_loss_scaler, updates_made
-from launcher.launch.rank import StopRequest
+from launcher.engine.state import loss_scaler, updates_made
+from launcher.launch.stopping import stop_grace
+from launcher.runtime.agreement import WorldValues
+from launcher.runtime.resume import Progress
 from launcher.runtime.run_dir import RunDir, config_as_dict
 
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a run has come."""
-
-    step: int = 0  # optimizer steps
-    samples: int = 0  # consumed
-    blends: tuple[Segment, ...] = ()  # of the run so far, the one in force last
-
-    def after(self, global_batch_size: int) -> "Progress":
-        """One step later."""
-        return Progress(self.step + 1, self.samples + global_batch_size, self.blends)
-
-
-def start_from(
-    run: RunConfig, engine: Engine, path: Path | None, initial: Weights | None, corpus: dict[str, str]
-) -> tuple[Progress, Path | None]:
-    """Take up the checkpoint `path`, or one before it; where the run then is, and what was taken.
-
-    Without one, at the first step, with the weights `initial` if there are any.
-
-    Collective over the world. Raises ConfigError for one that cannot be used.
-    """
-    while path is not None:
-        try:
-            manifest = read_manifest(path)
-            check_goes_on(run, path, manifest)
-            check_corpus_is(corpus, path, manifest)
-            if name := first_damaged(path, manifest):
-                raise BrokenCheckpoint(path, name, "is damaged: its checksum is another")
-            restore(engine, path, manifest, state_keys(run.optimizer))
-            set_loss_scaler(engine, manifest.scaler)
-            return Progress(manifest.step, manifest.samples, blends_after(run, manifest)), path
-        except BrokenCheckpoint as broken:
-            path = older_or_refused(run, broken)
-    if initial is not None:
-        try:
-            check_intact(initial)
-            begin_with(engine, open_weights(initial))
-        except BrokenCheckpoint as broken:
-            remedy = "weights that are intact: see `launcher checkpoint check`"
-            raise ConfigError("checkpoint.init_from", initial.path, str(broken), remedy) from None
-    return Progress(blends=(blend_of(run),)), initial.path if initial else None
-
-
-def blends_after(run: RunConfig, manifest: Manifest) -> tuple[Segment, ...]:
-    """Those of the checkpoint, and the run's own from there on where it is another."""
-    earlier = tuple(Segment(**blend) for blend in manifest.blends)
-    own = blend_of(run, manifest.samples)
-    if earlier and earlier[-1].weights == own.weights:
-        return earlier
-    return *(blend for blend in earlier if blend.start < own.start), own
-
-
-def check_intact(weights: Weights) -> None:
-    """Raises BrokenCheckpoint for a wrong checksum, where there are checksums. Collective over the world."""
-    if weights.kind is Kind.checkpoint and (name := first_damaged(weights.path, read_manifest(weights.path))):
-        raise BrokenCheckpoint(weights.path, name, "is damaged: its checksum is another")
+# The part of the time for a stop or a save after which it is noticed at the latest. The rest is left for the
+# save, and for steps that become slower than at the last agreement.
+_NOTICED_WITHIN = 0.25
 
 
 class Checkpoints:
-    """Saves a run as its config says. Every method is collective over the world."""
+    """Saves a run at the steps that its config asks for, and after a rank was asked to stop.
+
+    The all-reduce of a logged step tells all ranks whether to stop and whether a save is due. But logged
+    steps may be far apart, and a stop must be saved within checkpoint.stop_grace_seconds. So ranks also agree
+    in between: each agreement tells all ranks the step time of the slowest rank, and from that every rank
+    computes the same step for the next agreement, without communication.
+    """
 
     def __init__(
-        self,
-        run: RunConfig,
-        layout: Layout,
-        engine: Engine,
-        directory: RunDir,
-        corpus: dict[str, str],
-        stop: StopRequest,
+        self, run: RunConfig, layout: Layout, engine: Engine, directory: RunDir, corpus: dict[str, str]
     ) -> None:
-        self.stopping = False  # as all ranks agreed after the last step: it is saved, train no further
-        self._stop = stop
+        self.stopping = False  # all ranks agreed to stop after the last step, which is saved
         self.run, self.layout, self.engine, self.corpus = run, layout, engine, corpus
         self._writer = CheckpointWriter(engine, run.checkpoint, directory.path, state_keys(run.optimizer))
         self._saved_at = time.monotonic()
+        self._next_agreement = 0.0  # at the first step of this start: its time is not known
 
-    def after_step(self, progress: Progress, validation_loss: float | None, *, last: bool) -> list[str]:
-        """Save where it is due; what to tell the user."""
+    @property
+    def is_overdue(self) -> bool:
+        """Whether checkpoint.interval_minutes have passed, by the clock of the first rank."""
+        minutes = self.run.checkpoint.interval_minutes
+        if minutes is None or self.engine.mesh.rank > 0:
+            return False
+        return time.monotonic() - self._saved_at >= 60 * minutes
+
+    @property
+    def pending_copy(self) -> list[Tensor]:
+        """The tensors that wait in host memory for being written."""
+        return self._writer.pending_copy
+
+    def needs_agreement(self, step: int) -> bool:
+        """Return whether ranks must agree after `step`, even if it is not logged; the same on all ranks."""
+        return self.run.checkpoint.enabled and (self._is_interval(step) or step >= self._next_agreement)
+
+    def after_step(
+        self, progress: Progress, agreed: WorldValues, validation_loss: float | None, *, last: bool
+    ) -> list[str]:
+        """Save if it is due; return notes to the user. Collective over the world."""
         if not self.run.checkpoint.enabled:
             return []
-        due, self.stopping = self._agree(progress.step)
-        if not (due or self.stopping or last):
+        self.stopping = agreed.stop_requested
+        self._next_agreement = progress.step + steps_within(longest_wait(self.run), agreed.step_seconds)
+        if not (agreed.save_due or self._is_interval(progress.step) or self.stopping or last):
             return []
         self._saved_at = time.monotonic()
-        notes = []
         try:
             self._writer.save(self._manifest(progress, validation_loss))
         except CheckpointError as error:
-            notes.append(self._failed(error))
-        return notes
+            return [self._failed(error)]
+        return []
 
     def close(self) -> list[str]:
-        """Wait for the last one; what to tell the user."""
+        """Wait until the last checkpoint is written; return notes to the user. Collective over the world."""
         try:
             self._writer.wait()
         except CheckpointError as error:
             return [self._failed(error)]
         return []
 
+    def _is_interval(self, step: int) -> bool:
+        interval = self.run.checkpoint.interval_steps
+        return bool(interval and step % interval == 0)
+
     def _failed(self, error: CheckpointError) -> str:
         if self.run.checkpoint.stop_on_error:
             raise error
         return f"a checkpoint could not be written, those before it are intact: {error}"
-
-    def _agree(self, step: int) -> tuple[bool, bool]:
-        """Whether this step is to be saved, and whether the run was asked to stop, on any rank."""
-        config = self.run.checkpoint
-        overdue = False
-        if config.interval_minutes is not None and self.engine.mesh.rank == 0:
-            # The first rank's clock decides for all.
-            overdue = time.monotonic() - self._saved_at >= 60 * config.interval_minutes
-        agreed = torch.tensor([overdue, self._stop.asked], dtype=torch.int32)
-        dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
-        overdue, stopping = (bool(one) for one in agreed.tolist())
-        return overdue or bool(config.interval_steps and step % config.interval_steps == 0), stopping
 
     def _manifest(self, progress: Progress, validation_loss: float | None) -> Manifest:
         return Manifest(
@@ -158,3 +107,15 @@ class Checkpoints:
             files={},
             blends=[asdict(blend) for blend in progress.blends],
         )
+
+
+def longest_wait(run: RunConfig) -> float:
+    """Return the seconds within which ranks must agree again whether to stop or to save."""
+    minutes = run.checkpoint.interval_minutes
+    limits = [stop_grace(run) or float("inf"), float("inf") if minutes is None else 60 * minutes]
+    return _NOTICED_WITHIN * min(limits)
+
+
+def steps_within(seconds: float, step_seconds: float) -> float:
+    """Return how many steps fit into `seconds`, at least one; infinity if `seconds` is."""
+    return max(1.0, seconds // max(step_seconds, 1e-9)) if seconds < float("inf") else seconds

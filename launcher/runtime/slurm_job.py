@@ -20,21 +20,22 @@ from launcher.checkpoint.manifest import checkpoints_in
 from launcher.config.layout import Layout
 from launcher.config.schema import OnStop, RunConfig
 from launcher.config.slurm_rules import nodes_of
-from launcher.launch.attempts import MOST_ALIKE, Attempt, note_attempt
+from launcher.launch.attempts import MAX_IDENTICAL_FAILURES, FailedStart, record_failed_start
 from launcher.launch.exit_codes import FAILED, REFUSED
-from launcher.launch.rank import STOPPED
-from launcher.launch.records import ENDS, Kind, RankEnd, ends_in
+from launcher.launch.rank import STOPPED_EXIT_CODE
+from launcher.launch.records import ENDS_VARIABLE, RankEnd, RankEndKind, read_rank_ends
 from launcher.launch.sbatch import cpus_per_task, tasks_per_node
 from launcher.launch.slurm import (
     Allocation,
     SlurmError,
-    batch_script,
     job_state,
+    read_batch_script,
     requeue,
     sbatch,
 )
+from launcher.launch.stopping import stop_grace
 from launcher.runtime.metrics.rows import rows_in
-from launcher.runtime.run_dir import LOGS, METRICS, stop_grace
+from launcher.runtime.run_dir import LOGS, METRICS
 
 _POLL = 0.2
 _REQUEUE_TAKES = 60.0  # until Slurm ends a job that is requeued
@@ -90,7 +91,7 @@ def run_to_the_end(job: SlurmJob, stops: list[int]) -> int:
     ends = run_dir / LOGS / "ends" / allocation.job
     while True:
         code = _run_step(command, stops, _emptied(ends), saves=stop_grace(run) > 0)
-        found = outcome(code, bool(stops), ends_in(ends), job.layout.world_size)
+        found = outcome(code, bool(stops), read_rank_ends(ends), job.layout.world_size)
         if found.end is End.finished:
             return 0
         if found.end is End.refused:
@@ -149,12 +150,12 @@ def hydra_text(text: str) -> str:
 
 def outcome(code: int, told_to_stop: bool, ends: list[RankEnd], ranks: int) -> Outcome:
     """How it ended, from srun's exit code and, which count more, the words that ranks left. Pure."""
-    if ends and ends[0].kind is Kind.refused:
+    if ends and ends[0].kind is RankEndKind.refused:
         return Outcome(End.refused, ends[0].error)
-    if ends and ends[0].kind is Kind.lost and len(ends) < ranks:
+    if ends and ends[0].kind is RankEndKind.lost and len(ends) < ranks:
         # What the others then say, and which of them does, is another each time.
         return Outcome(End.failed, "a rank ended without a word; srun says above which, and how")
-    if ends and ends[0].kind is not Kind.stopped:
+    if ends and ends[0].kind is not RankEndKind.stopped:
         return Outcome(End.failed, ends[0].error)
     if ends or (code and told_to_stop):
         return Outcome(End.stopped)
@@ -178,7 +179,7 @@ def _emptied(folder: Path) -> Path:
 
 
 def _run_step(command: list[str], stops: list[int], ends: Path, *, saves: bool) -> int:
-    environment = {**os.environ, ENDS: str(ends.absolute())}
+    environment = {**os.environ, ENDS_VARIABLE: str(ends.absolute())}
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, env=environment)
     told = False
     while (code := process.poll()) is None:
@@ -195,9 +196,10 @@ def _is_hopeless(run_dir: Path, found: Outcome) -> bool:
     """Note a failure; whether it was the last of three alike."""
     rows = rows_in(run_dir / METRICS)
     step = int(rows[-1]["step"]) if rows else 0
-    if note_attempt(run_dir, Attempt(step, found.error)) < MOST_ALIKE:
+    if record_failed_start(run_dir, FailedStart(step, found.error)) < MAX_IDENTICAL_FAILURES:
         return False
-    _print(f"the run failed {MOST_ALIKE} times alike after step {step} and is given up: {found.error}")
+    times = MAX_IDENTICAL_FAILURES
+    _print(f"the run failed {times} times alike after step {step} and is given up: {found.error}")
     _print(f"once it is mended, the same command with run.dir={run_dir} goes on from its last checkpoint")
     return True
 
@@ -212,23 +214,23 @@ def _is_running(allocation: Allocation) -> bool:
 
 def _go_on(job: SlurmJob, stops: list[int]) -> int:
     """See to it that the run goes on later; the exit code."""
-    id, run_dir = job.allocation.id, job.run_dir
+    job_id, run_dir = job.allocation.id, job.run_dir
     if not _is_running(job.allocation):
         _print("stopped, and this job is ended by Slurm, which also decides whether it starts again")
-        return STOPPED
+        return STOPPED_EXIT_CODE
     try:
         if job.run.slurm.on_stop is OnStop.requeue:
-            requeue(id)
-            _print(f"stopped and requeued: job {id} goes on in {run_dir}")
+            requeue(job_id)
+            _print(f"stopped and requeued: job {job_id} goes on in {run_dir}")
             _wait_for_the_end(stops)
-            return STOPPED
+            return STOPPED_EXIT_CODE
         if job.run.slurm.on_stop is OnStop.chain:
             _print(f"stopped: job {_next_link(job)} goes on in {run_dir}")
             return 0
     except SlurmError as error:
         _print(f"stopped, and cannot be started again by itself: {error}")
     _print(f"stopped: the same command with run.dir={run_dir} goes on")
-    return STOPPED
+    return STOPPED_EXIT_CODE
 
 
 def _wait_for_the_end(stops: list[int]) -> None:
@@ -248,7 +250,7 @@ def _next_link(job: SlurmJob) -> str:
     if not least <= allocation.nodes <= most:
         options.append(f"--nodes={allocation.nodes}")  # asked for on sbatch's command line
     own = f"run.dir={hydra_text(str(base_dir(job.run, allocation)))}"
-    return sbatch(batch_script(allocation.id), [*job.script_arguments, own], options=options)
+    return sbatch(read_batch_script(allocation.id), [*job.script_arguments, own], options=options)
 
 
 def _say(job: SlurmJob) -> None:

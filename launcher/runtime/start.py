@@ -1,6 +1,10 @@
-"""From a validated run to its ranks: our own on this machine or node, or those torchrun or srun started.
+"""Starts the ranks of a validated run on this machine or node, or joins ranks of torchrun or srun.
 
-Imports torch and deepspeed inside functions only: the parent of spawned ranks has no use for them.
+launch_on_this_machine -> local_rank \
+launch_on_this_node    -> node_rank   > run_rank -> train.training_run -> train.optimizer_step
+join_ranks             ------------- /
+
+Imports torch and deepspeed inside functions only: the parent of spawned ranks does not use them.
 """
 
 import os
@@ -19,34 +23,38 @@ from launcher.config.schema import RunConfig
 from launcher.launch.environment import NodeEnvironment, RankEnvironment
 from launcher.launch.local import RankFailure, Stopped, run_local_ranks
 from launcher.launch.machine import share_cores, share_cores_with_tasks
-from launcher.launch.rank import STOPPED, StopRequest, failure_of
-from launcher.launch.records import Kind, has_recorded, record_end
-from launcher.runtime.run_dir import LOGS, RunDir, claimed_run_dir, run_path, stop_grace
+from launcher.launch.rank import STOPPED_EXIT_CODE, StopRequest, failure_of
+from launcher.launch.records import RankEndKind, all_recorded, record_end
+from launcher.launch.stopping import stop_grace
+from launcher.runtime.run_dir import LOGS, RunDir, claimed_run_dir, run_path
 
-# Until what only lost another rank says so: by then that one has, and srun or torchrun has ended all.
-_CONSEQUENCE_WAITS = 15.0  # seconds
+# Delay in seconds before a rank that only lost a peer reports: the root cause is printed first, and srun or
+# torchrun has ended all ranks by then.
+_CONSEQUENCE_WAITS = 15.0
 
 
 @dataclass(frozen=True)
-class _Own:
-    """A rank's place."""
+class _Placement:
+    """A rank, its number on its node, and how it meets the other ranks."""
 
     rank: int
     local_rank: int
     init_method: str
 
 
-def train_on_this_machine(run: RunConfig, layout: Layout, *, cores: int, multirun_index: int | None) -> None:
-    """Start the ranks, wait for them, raise what they raise (see run_local_ranks)."""
+def launch_on_this_machine(run: RunConfig, layout: Layout, *, cores: int, multirun_index: int | None) -> None:
+    """Start the ranks and wait for them; raise as run_local_ranks does."""
     with claimed_run_dir(run, layout, multirun_index=multirun_index) as (directory, notes):
         announce(layout, directory, notes)
         share_cores(layout.world_size, cores)
         if layout.device == "cpu":
-            # Ranks of one machine meet on the loopback interface, whatever its host name resolves to.
+            # Use the loopback interface: the host name may resolve to an address that ranks cannot reach.
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
             preload(layout.device)
-        own = range(layout.world_size)
-        with _answered_for(own), tempfile.TemporaryDirectory(prefix="launcher-") as meeting:
+        with (
+            _recorded_ends(range(layout.world_size)),
+            tempfile.TemporaryDirectory(prefix="launcher-") as meeting,
+        ):
             store = Path(meeting) / "store"
             run_local_ranks(
                 partial(local_rank, run=run, layout=layout, directory=directory, meeting=store),
@@ -57,18 +65,18 @@ def train_on_this_machine(run: RunConfig, layout: Layout, *, cores: int, multiru
             )
 
 
-def train_on_this_node(run: RunConfig, layout: Layout, node: NodeEnvironment, *, cores: int) -> None:
-    """Start the ranks of this node, one of several; wait for them, raise what they raise."""
+def launch_on_this_node(run: RunConfig, layout: Layout, node: NodeEnvironment, *, cores: int) -> None:
+    """Start the ranks of this node of several and wait for them; raise as run_local_ranks does."""
     share_cores(node.ranks_per_node, cores)
     if layout.device == "cpu":
         preload(layout.device)
     os.environ.update(MASTER_ADDR=node.master_addr, MASTER_PORT=str(node.master_port))
-    with _answered_for(node.ranks):
+    with _recorded_ends(node.ranks):
         try:
             run_local_ranks(
                 partial(node_rank, run=run, layout=layout, first=node.ranks.start),
                 layout.world_size,
-                here=node.ranks,
+                local_ranks=node.ranks,
                 log_dir=run_path(run) / LOGS,
                 start_method=_start_method(layout),
                 save_grace=stop_grace(run),
@@ -80,18 +88,20 @@ def train_on_this_node(run: RunConfig, layout: Layout, node: NodeEnvironment, *,
 
 
 @contextmanager
-def _answered_for(ranks: range) -> Iterator[None]:
-    """Around the ranks that this process starts, perhaps for a job that asks how they ended."""
+def _recorded_ends(ranks: range) -> Iterator[None]:
+    """Record the end of a killed rank, for the Slurm job that may have started this process."""
     try:
         yield
     except RankFailure as failure:
         if not failure.secondary:
-            record_end(failure.rank, Kind.failed, str(failure))  # a killed one has left no word
+            record_end(
+                failure.rank, RankEndKind.failed, str(failure)
+            )  # a killed rank has not recorded its end
         raise
     except Stopped:
-        if not has_recorded(ranks):
+        if not all_recorded(ranks):
             raise
-        # To srun any code but 0 is a crash, for which it ends the tasks that are still at it.
+        # Exit with 0: for any other code srun ends the tasks that are still saving.
 
 
 def _start_method(layout: Layout) -> Literal["fork", "spawn"]:
@@ -100,7 +110,7 @@ def _start_method(layout: Layout) -> Literal["fork", "spawn"]:
 
 
 def preload(device: str) -> None:
-    """Import all that a rank needs, before it is forked."""
+    """Import the modules that a rank needs, before ranks are forked."""
     from launcher.engine.distributed import prepare_deepspeed
 
     prepare_deepspeed(device)
@@ -108,96 +118,109 @@ def preload(device: str) -> None:
 
 
 def local_rank(rank: int, *, run: RunConfig, layout: Layout, directory: RunDir, meeting: Path) -> None:
-    """What one rank started by us does, where all are on this machine."""
-    own = _Own(rank, local_rank=rank, init_method=f"file://{meeting}")
+    """Train as a rank that launch_on_this_machine started."""
+    placement = _Placement(rank, local_rank=rank, init_method=f"file://{meeting}")
     with _recorded_end(rank):
-        _train(run, layout, own, nullcontext(directory), stop=None)
+        run_rank(run, layout, placement, nullcontext(directory), stop=None)
 
 
 def node_rank(rank: int, *, run: RunConfig, layout: Layout, first: int) -> None:
-    """What one rank started by the launcher of its node does."""
-    own = _Own(rank, local_rank=rank - first, init_method="env://")
+    """Train as a rank that launch_on_this_node started; `first` is the first rank of the node."""
+    placement = _Placement(rank, local_rank=rank - first, init_method="env://")
     with _recorded_end(rank):
-        _train(run, layout, own, _agreed_run_dir(run, layout, rank), stop=None)
+        run_rank(run, layout, placement, _agreed_run_dir(run, layout, rank), stop=None)
 
 
-def train_as_joined_rank(run: RunConfig, layout: Layout, ranks: RankEnvironment) -> None:
-    """What one rank started by torchrun or srun does. The first rank claims the run directory for all.
+def join_ranks(run: RunConfig, layout: Layout, ranks: RankEnvironment) -> None:
+    """Train as a rank that torchrun or srun started. The first rank claims the run directory for all ranks.
 
-    Raises RankFailure, ConfigError; SystemExit, where it was told to stop and is saved or lost the others.
+    Raises RankFailure, ConfigError, and SystemExit after a stop.
     """
     share_cores_with_tasks(ranks.local_size)
     os.environ.update(MASTER_ADDR=ranks.master_addr, MASTER_PORT=str(ranks.master_port))
-    own = _Own(ranks.rank, local_rank=ranks.local_rank, init_method="env://")
+    placement = _Placement(ranks.rank, local_rank=ranks.local_rank, init_method="env://")
     stop = StopRequest()
     try:
-        # To the very end: a second signal while it is saved, or one before it has begun, does no harm.
-        with _recorded_end(own.rank), stop if stop_grace(run) else nullcontext():
-            _train(run, layout, own, _agreed_run_dir(run, layout, own.rank), stop)
+        # Listen from start to end: a signal before the first step or a second signal must not end it.
+        with _recorded_end(ranks.rank), stop if stop_grace(run) else nullcontext():
+            run_rank(run, layout, placement, _agreed_run_dir(run, layout, ranks.rank), stop)
     except SystemExit:
-        if not has_recorded([own.rank]):
+        if not all_recorded([ranks.rank]):
             raise
-        # To srun any code but 0 is a crash, for which it ends the tasks that are still at it.
+        # Exit with 0: for any other code srun ends the tasks that are still saving.
     except Exception as error:
-        raise _told(ranks, error, told_to_stop=stop.asked) from None
+        raise joined_rank_error(ranks, error, stop_asked=stop.asked) from None
 
 
-def _told(ranks: RankEnvironment, error: Exception, *, told_to_stop: bool) -> BaseException:
-    """What a rank without a parent of ours has to say: the first to end is the one that is heard."""
+def joined_rank_error(ranks: RankEnvironment, error: Exception, *, stop_asked: bool) -> BaseException:
+    """Return the exception that a rank of torchrun or srun ends with. The first rank to end is reported.
+
+    A rank that only lost a peer waits, or ends silently if it was asked to stop.
+    """
     failure = failure_of(ranks.rank, error)
     if failure.secondary or (failure.refusal and ranks.rank > 0):
-        if told_to_stop:  # by srun or torchrun, which saw the first one end
-            return SystemExit(STOPPED)
+        if stop_asked:  # by srun or torchrun, which saw the first rank end
+            return SystemExit(STOPPED_EXIT_CODE)
         time.sleep(_CONSEQUENCE_WAITS)
     return error if failure.refusal else RankFailure(ranks.rank, ranks.world_size, failure.detail)
 
 
-def _train(
+def run_rank(
     run: RunConfig,
     layout: Layout,
-    own: _Own,
+    placement: _Placement,
     claimed: AbstractContextManager[RunDir],
     stop: StopRequest | None,
 ) -> None:
-    """`stop` is one that the caller listens with already. Raises SystemExit after a stop."""
+    """Join the other ranks, train, leave. Raises SystemExit after a stop.
+
+    `stop` is a request that already listens for signals, or None.
+    """
     from launcher.engine.distributed import join, leave, prepare_deepspeed
 
     prepare_deepspeed(layout.device)
-    from launcher.runtime.train import train
+    from launcher.runtime.train import training_run
 
     device = join(
-        rank=own.rank,
+        rank=placement.rank,
         world_size=layout.world_size,
-        local_rank=own.local_rank,
+        local_rank=placement.local_rank,
         device=layout.device,
-        init_method=own.init_method,
+        init_method=placement.init_method,
         timeout_minutes=run.launch.timeout_minutes,
     )
     with claimed as directory:
-        finished = train(run, layout, directory, device, stop)
+        finished = training_run(run, layout, directory, device, stop)
     leave()
     if not finished:
-        raise SystemExit(STOPPED)
+        raise SystemExit(STOPPED_EXIT_CODE)
 
 
 @contextmanager
 def _recorded_end(rank: int) -> Iterator[None]:
+    """Record how this rank ends, for a Slurm job that asks."""
     try:
         yield
     except SystemExit as end:
-        if end.code == STOPPED:
-            record_end(rank, Kind.stopped)
+        if end.code == STOPPED_EXIT_CODE:
+            record_end(rank, RankEndKind.stopped)
         raise
     except Exception as error:
         failure = failure_of(rank, error)
-        kind = Kind.refused if failure.refusal else Kind.lost if failure.secondary else Kind.failed
+        kind = (
+            RankEndKind.refused
+            if failure.refusal
+            else RankEndKind.lost
+            if failure.secondary
+            else RankEndKind.failed
+        )
         record_end(rank, kind, error)
         raise
 
 
 @contextmanager
 def _agreed_run_dir(run: RunConfig, layout: Layout, rank: int) -> Iterator[RunDir]:
-    """Rank 0 makes and holds the directory, and tells the others. Entering is collective over the world."""
+    """Make and hold the directory on rank 0, known to all ranks. Entering is collective over the world."""
     from torch.distributed import broadcast_object_list
 
     agreed: list[RunDir | Exception | None] = [None]
@@ -207,7 +230,7 @@ def _agreed_run_dir(run: RunConfig, layout: Layout, rank: int) -> Iterator[RunDi
                 directory, notes = stack.enter_context(claimed_run_dir(run, layout))
                 announce(layout, directory, notes)
                 agreed[0] = directory
-            except Exception as error:  # told to the others too, or they would wait for it
+            except Exception as error:  # sent to the other ranks too, which wait for the directory
                 agreed[0] = error
         broadcast_object_list(agreed)
         if isinstance(agreed[0], Exception):
@@ -217,6 +240,7 @@ def _agreed_run_dir(run: RunConfig, layout: Layout, rank: int) -> Iterator[RunDi
 
 
 def announce(layout: Layout, directory: RunDir, notes: Sequence[str] = ()) -> None:
+    """Print notes, layout and run directory."""
     for note in (*layout.notes, *notes):
         print(f"note     {note}")
     print(f"layout   {layout.describe()}")

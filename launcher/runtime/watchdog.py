@@ -1,6 +1,6 @@
-"""Ends a run in which nothing goes on any more, and says which ranks the others wait for.
+"""Ends a run that hangs, and reports which ranks the others wait for.
 
-Each rank watches itself, in a thread: its main thread hangs in a collective, or on a dead disk.
+Each rank watches itself in a thread: its main thread may hang in a collective, or on a dead disk.
 """
 
 import json
@@ -18,29 +18,32 @@ from types import TracebackType
 
 import torch.distributed as dist
 
-from launcher.launch.records import Kind, record_end
+from launcher.launch.records import RankEndKind, record_end
 from launcher.runtime.run_dir import LOGS
 
 HUNG = 124  # the exit code of timeout(1)
 _REPORT, _PART = "hang.txt", "hang_rank_*.json"
 
-# Where a rank waits for others or, on a GPU, for a kernel that does: in torch.distributed itself, or in a
-# line that waits for a handle or a number.
-_WAITS = re.compile(r"\.(wait|item|tolist|cpu|synchronize)\(|\bfloat\(")
+# A rank waits for other ranks in torch.distributed, or in a line that waits for a handle or for a value from
+# the GPU, whose kernels may wait for other ranks.
+_WAITS = re.compile(r"\.(wait|item|tolist|cpu|synchronize|_cuda_synchronize)\(|\bfloat\(")
 
 
 @dataclass(frozen=True)
-class Standing:
-    """Where one rank stands after a long time without news from it."""
+class RankPosition:
+    """Where a rank is after a long time in which nothing ended."""
 
     rank: int
     at: str
-    waits: bool  # for others, as far as can be told
+    waits: bool  # for other ranks, judged by its innermost line
     stack: str
 
 
 class Watchdog:
-    """Entered on every rank, and told with `at` of what begins. Collective: gathers host names."""
+    """Ends the process if nothing ends for `timeout_minutes`. Call `at` when something begins.
+
+    A context on every rank. Creating it is collective over the world: host names are gathered.
+    """
 
     def __init__(self, run_dir: Path, timeout_minutes: float) -> None:
         self.timeout = 60 * timeout_minutes
@@ -54,7 +57,7 @@ class Watchdog:
 
     def __enter__(self) -> "Watchdog":
         for path in (self._run_dir / LOGS).glob(_PART.replace("*", str(self._rank))):
-            path.unlink()  # an earlier start's
+            path.unlink()  # left by an earlier start
         self._thread.start()
         return self
 
@@ -64,12 +67,12 @@ class Watchdog:
         self._ended.set()
         self._thread.join()
 
-    def at(self, what: str) -> None:
-        """What this rank does from now on, such as `step 57`."""
-        self._at, self._idle = what, 0.0
+    def at(self, place: str) -> None:
+        """Note what this rank does from now on, such as `step 57`."""
+        self._at, self._idle = place, 0.0
 
     def _watch(self) -> None:
-        # Added up, not read off a clock: a job that is suspended as a whole is not hung when it goes on.
+        # Count pauses instead of reading a clock: a job that was suspended as a whole is not hung.
         pause = min(1.0, self.timeout / 10)
         while not self._ended.wait(pause):
             self._idle += pause
@@ -77,59 +80,61 @@ class Watchdog:
                 self._end()
 
     def _end(self) -> None:
-        own = self._standing()
+        position = self._position()
         path = self._run_dir / LOGS / _PART.replace("*", str(self._rank))
+        # Not files.write_text, whose fsync would wait for a disk that is dead.
         aside = path.with_suffix(".tmp")
-        aside.write_text(json.dumps(asdict(own)))
+        aside.write_text(json.dumps(asdict(position)))
         aside.rename(path)
-        # The others have waited about as long: not longer apart than a step takes.
+        # The other ranks write theirs within about the time of a step.
         time.sleep(min(30.0, 2.0 + self.timeout / 5))
-        standing = _standings(self._run_dir / LOGS)
-        if min(one.rank for one in standing) == self._rank:
-            told = report(standing, self._hosts, self._minutes)
-            print(f"launcher: {told}", file=sys.stderr, flush=True)
-            (self._run_dir / _REPORT).write_text(told + "\n")
-            record_end(self._rank, Kind.failed, told)
+        positions = _positions(self._run_dir / LOGS)
+        if min(position.rank for position in positions) == self._rank:
+            text = report(positions, self._hosts, self._minutes)
+            print(f"launcher: {text}", file=sys.stderr, flush=True)
+            (self._run_dir / _REPORT).write_text(text + "\n")
+            record_end(self._rank, RankEndKind.failed, text)
         else:
-            time.sleep(2.0)  # who ends first ends all under srun and torchrun: let it be the one that tells
+            time.sleep(2.0)  # srun and torchrun end all ranks after the first: let it be the reporting rank
         os._exit(HUNG)
 
-    def _standing(self) -> Standing:
+    def _position(self) -> RankPosition:
         frame = sys._current_frames()[threading.main_thread().ident or 0]
         stack = traceback.extract_stack(frame)
         innermost = stack[-1]
         waits = "/torch/distributed/" in innermost.filename or bool(_WAITS.search(innermost.line or ""))
-        return Standing(self._rank, self._at, waits, "".join(traceback.format_list(stack)))
+        return RankPosition(self._rank, self._at, waits, "".join(traceback.format_list(stack)))
 
 
-def _standings(logs: Path) -> list[Standing]:
-    return [Standing(**json.loads(path.read_text())) for path in logs.glob(_PART)]
+def _positions(logs: Path) -> list[RankPosition]:
+    return [RankPosition(**json.loads(path.read_text())) for path in logs.glob(_PART)]
 
 
-def report(standing: list[Standing], hosts: list[str], minutes: float) -> str:
-    """Who waits, who did not arrive and where that is, who does not even answer. Pure; names come first."""
-    found = {one.rank: one for one in standing}
-    silent = [rank for rank in range(len(hosts)) if rank not in found]
-    absent = [one for one in standing if not one.waits]
-    missing = sorted([*silent, *(one.rank for one in absent)])
+def report(positions: list[RankPosition], hosts: list[str], minutes: float) -> str:
+    """Return a text that names the ranks that did not arrive, that wait, and that do not answer. Pure."""
+    answered = {position.rank for position in positions}
+    silent = [rank for rank in range(len(hosts)) if rank not in answered]
+    absent = [position for position in positions if not position.waits]
+    missing = sorted([*silent, *(position.rank for position in absent)])
     who = f"{_ranks(missing, hosts)} did not arrive" if missing else "all ranks wait"
     lines = [f"the run hangs: {who} (nothing has ended for launch.timeout_minutes={minutes:g})"]
-    for place in sorted({one.at for one in standing if one.waits}):
-        waiting = sorted(one.rank for one in standing if one.waits and one.at == place)
+    for place in sorted({position.at for position in positions if position.waits}):
+        waiting = sorted(p.rank for p in positions if p.waits and p.at == place)
         lines.append(f"at {place}, waiting for others: {_ranks(waiting, hosts)}")
-    for one in sorted(absent, key=lambda one: one.rank):
-        lines += [f"at {one.at}: {_ranks([one.rank], hosts)}, in", one.stack.rstrip()]
+    for position in sorted(absent, key=lambda position: position.rank):
+        lines += [f"at {position.at}: {_ranks([position.rank], hosts)}, in", position.stack.rstrip()]
     if silent:
         why = "stopped, stuck in the kernel, or on a node that is gone"
         lines.append(f"no answer from {_ranks(silent, hosts)}: {why}")
     if not missing:
-        lines += ["they wait in different places:", *_stacks(standing)]
+        lines += ["they wait in different places:", *_stacks(positions)]
     return "\n".join(lines)
 
 
-def _stacks(standing: list[Standing]) -> Iterator[str]:
-    for stack in dict.fromkeys(one.stack for one in standing):
-        yield f"ranks {', '.join(str(one.rank) for one in standing if one.stack == stack)}:\n{stack.rstrip()}"
+def _stacks(positions: list[RankPosition]) -> Iterator[str]:
+    for stack in dict.fromkeys(position.stack for position in positions):
+        ranks = ", ".join(str(position.rank) for position in positions if position.stack == stack)
+        yield f"ranks {ranks}:\n{stack.rstrip()}"
 
 
 def _ranks(ranks: list[int], hosts: list[str]) -> str:

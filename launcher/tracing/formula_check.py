@@ -1,4 +1,4 @@
-"""The formulas beside the real modules, traced: what `launcher plan plan.trace=true` shows."""
+"""Compare the planner's formulas with a trace of the real modules, for `launcher plan plan.trace=true`."""
 
 import warnings
 from dataclasses import asdict, dataclass
@@ -10,12 +10,12 @@ from launcher.planning.cost.geometry import Rank, pipeline_ranks
 from launcher.planning.cost.operations import Sizes
 from launcher.planning.cost.parts import flops, parts, traffic
 from launcher.planning.cost.plan import Plan
-from launcher.tracing.stage_trace import Traced, trace_stage
+from launcher.tracing.stage_trace import StageTrace, trace_stage
 
 
 @dataclass(frozen=True)
-class Compared:
-    """One quantity of one stage: of one micro-batch on one rank. Bytes but for counts."""
+class FormulaCheck:
+    """A quantity of one micro-batch in one stage on one rank, by formula and by trace. Bytes or counts."""
 
     stage: int
     quantity: str
@@ -28,52 +28,58 @@ class Compared:
 
 
 def compare_with_trace(plan: Plan) -> list[dict[str, Any]]:
-    """For the first, the second and the last pipeline rank: those between are like the second."""
+    """Check the first, the second and the last pipeline rank; the ranks between are like the second."""
     ranks = pipeline_ranks(plan.run, plan.layout)
     chosen = sorted({0, min(1, len(ranks) - 1), len(ranks) - 1})
     return [
-        {**asdict(one), "error": one.error}
+        {**asdict(check), "error": check.error}
         for rank in chosen
         for chunk in range(len(ranks[rank].chunks))
-        for one in compare_stage(plan.run, plan.layout, ranks[rank], chunk)
+        for check in compare_stage(plan.run, plan.layout, ranks[rank], chunk)
     ]
 
 
-def compare_stage(run: RunConfig, layout: Layout, rank: Rank, chunk: int) -> list[Compared]:
+def compare_stage(run: RunConfig, layout: Layout, rank: Rank, chunk: int) -> list[FormulaCheck]:
     with warnings.catch_warnings():
-        # torch 2.13 says at every all_gather_into_tensor and reduce_scatter_tensor that it is deprecated.
+        # torch 2.13 warns at every all_gather_into_tensor and reduce_scatter_tensor that it is deprecated.
         warnings.simplefilter("ignore", FutureWarning)
         traced = trace_stage(run, layout, rank, chunk)
     expected = expect(run, layout, rank, chunk)
     names = ("parameters", "flops", "saved", "peak")
-    found = [Compared(rank.stage, name, getattr(expected, name), getattr(traced, name)) for name in names]
+    checks = [
+        FormulaCheck(rank.stage, name, getattr(expected, name), getattr(traced, name)) for name in names
+    ]
     for kind in ("all_reduce", "all_gather", "reduce_scatter"):
         sizes = [
-            sum(one.size * count for one, count in side.traffic.items() if one.kind == kind)
+            sum(
+                collective.size * count
+                for collective, count in side.traffic.items()
+                if collective.kind == kind
+            )
             for side in (expected, traced)
         ]
         if any(sizes):
-            found.append(Compared(rank.stage, f"{kind} over the tensor group", *sizes))
-    return found
+            checks.append(FormulaCheck(rank.stage, f"{kind} over the tensor group", *sizes))
+    return checks
 
 
-def expect(run: RunConfig, layout: Layout, rank: Rank, chunk: int) -> Traced:
-    """What the formulas say a trace will find."""
+def expect(run: RunConfig, layout: Layout, rank: Rank, chunk: int) -> StageTrace:
+    """Return by formula the quantities that a trace measures."""
     sizes, stage = Sizes.of(run, layout.device), rank.chunks[chunk]
-    of = parts(sizes).of(stage)
-    # Held by whoever called: the output of a stage that is not the last, whose gradient comes from the next.
+    stage_parts = parts(sizes).of(stage)
+    # A stage that is not the last keeps its output until the next stage sends the gradient.
     output = 0 if stage.has_head else sizes.stretch
     is_tied = stage.has_embedding and stage.has_head and run.model.tie_embeddings
     tied = sizes.vocabulary * sizes.hidden_size * sizes.element if is_tied else 0
     saved, peaks = sizes.boundaries, []
-    for part, count in of:
+    for part, count in stage_parts:
         footprint = part.footprint
         peaks.append(saved + (count - 1) * footprint.saved + footprint.forward)
         saved += footprint.saved * count
-        waiting = 0 if part is of[-1][0] else tied
+        waiting = 0 if part is stage_parts[-1][0] else tied
         peaks.append(saved + footprint.backward + output + waiting)
     if is_tied:
-        embedding = of[0][0].footprint
+        embedding = stage_parts[0][0].footprint
         peaks.append(sizes.boundaries + embedding.saved + embedding.backward + 2 * tied)
     one_stage = Rank(rank.stage, (stage,), rank.model, rank.tensor, rank.is_flat)
-    return Traced(one_stage.parameters, flops(of), saved, max(peaks), traffic(of))
+    return StageTrace(one_stage.parameters, flops(stage_parts), saved, max(peaks), traffic(stage_parts))

@@ -1,6 +1,6 @@
-"""One rank of any world, traced here: its real modules under fake tensors and a fake process group.
+"""Trace a rank of any world in this process: its real modules with fake tensors and a fake process group.
 
-Nothing is computed and nothing is sent; every allocation, product and collective is seen as it would happen.
+Nothing is computed and nothing is sent, but every allocation, product and collective is counted.
 """
 
 from collections import Counter
@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from launcher.config.layout import Layout
 from launcher.config.schema import Dtype, Family, RunConfig
 from launcher.config.shape import end_of_document, sequence_length
+from launcher.engine.allocations import Allocations
 from launcher.models.blocks import BlockContext, TransformerBlock
 from launcher.models.documents import Documents
 from launcher.models.language import FlatModel
@@ -28,30 +29,29 @@ from launcher.models.model import model_layers, model_loss
 from launcher.parallel.layers import TensorParallel
 from launcher.parallel.mesh import Axis, MeshShape
 from launcher.parallel.random import DropoutRandom
-from launcher.parallel.sharding import Draw, Initializer, LogicalTensor
+from launcher.parallel.sharding import DrawFunction, Initializer, LogicalTensor
 from launcher.planning.cost.geometry import Rank
 from launcher.planning.cost.operations import Collective
-from launcher.tracing.allocations import Allocations
 
 DTYPES = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16, Dtype.fp16: torch.float16}
 
 
 @dataclass(frozen=True)
-class Traced:
-    """One micro-batch of one stage on one rank, in bytes."""
+class StageTrace:
+    """Costs of one micro-batch in one stage on one rank. Sizes are in bytes."""
 
     parameters: int
     flops: int  # executed, forward and backward
     saved: int  # between the forward and the backward pass
-    peak: int  # beside the weights and their accumulated gradients
+    peak: int  # without the weights and their accumulated gradients
     traffic: Counter[Collective]  # over the tensor group
 
 
-def trace_stage(run: RunConfig, layout: Layout, rank: Rank, chunk: int = 0) -> Traced:
-    """The stage `rank.chunks[chunk]` on the last tensor rank, which is the one to cut off padding.
+def trace_stage(run: RunConfig, layout: Layout, rank: Rank, chunk: int = 0) -> StageTrace:
+    """Trace the stage `rank.chunks[chunk]` on the last tensor rank, which is the rank that cuts off padding.
 
-    Runs the CPU's kernels; for a run on CUDA those of them that keep something else are replaced by what
-    CUDA's keep (_cuda_kernels). Not to be called where torch.distributed is initialised.
+    The kernels are those of the CPU; for a run on CUDA, kernels that save other tensors there are replaced
+    (_cuda_kernels). Must not be called after torch.distributed is initialised.
     """
     shape = MeshShape(layout.pipeline, layout.data, layout.tensor)
     global_rank = shape.rank(rank.stage, 0, layout.tensor - 1)
@@ -68,29 +68,31 @@ def trace_stage(run: RunConfig, layout: Layout, rank: Rank, chunk: int = 0) -> T
             weights_and_gradients = allocations.live
             allocations.restart()
             saved = _one_micro_batch(run, module, rank, chunk, allocations)
-        # A pass of its own: the counter holds on to tensors.
+        # A second pass, because the counter keeps references to tensors.
         with FlopCounterMode(display=False, custom_mapping=_attention_flops()) as counter:
             _one_micro_batch(run, module, rank, chunk, Allocations())
-        return Traced(
+        return StageTrace(
             parameters=sum(parameter.numel() for parameter in module.parameters()),
             flops=int(counter.get_total_flops()),
             saved=saved - weights_and_gradients,
             peak=allocations.peak - weights_and_gradients,
-            traffic=Counter({one: count for (_, one), count in allocations.collectives.items()}),
+            traffic=Counter(
+                {Collective(call.kind, call.size): n for call, n in allocations.collectives.items()}
+            ),
         )
 
 
 def _one_micro_batch(
     run: RunConfig, module: FlatModel, rank: Rank, chunk: int, allocations: Allocations
 ) -> int:
-    """Forward and backward; what is alive between the two."""
+    """Run forward and backward, and return the bytes that are alive between the two."""
     stage, p = rank.chunks[chunk], run.parallelism
     batch, length = run.training.micro_batch_size, sequence_length(run)
     if stage.has_embedding:
         inputs = _inputs(run)
     else:
-        own = length // p.tensor if p.sequence_parallel else length
-        shape = batch, own, run.model.hidden_size
+        local_length = length // p.tensor if p.sequence_parallel else length
+        shape = batch, local_length, run.model.hidden_size
         inputs = torch.empty(shape, dtype=DTYPES[run.precision.dtype], requires_grad=True)
     if stage.has_head:
         labels = torch.empty(batch, 1 if run.model.family is Family.vit else length, dtype=torch.long)
@@ -105,7 +107,7 @@ def _one_micro_batch(
 
 
 def _inputs(run: RunConfig) -> Tensor:
-    """Of the first stage: token ids or images."""
+    """Return the input of the first stage: token ids or images."""
     batch, m = run.training.micro_batch_size, run.model
     if m.family is Family.vit:
         return torch.empty(batch, m.image_channels, m.image_size, m.image_size, dtype=torch.uint8)
@@ -113,7 +115,7 @@ def _inputs(run: RunConfig) -> Tensor:
 
 
 def _stage(run: RunConfig, rank: Rank, chunk: int, axis: Axis) -> FlatModel:
-    """The layers of one stage, in the run's precision."""
+    """Return the layers of one stage in the run's precision."""
     device, p = torch.device("cpu"), run.parallelism
     tp = TensorParallel(axis, p.sequence_parallel, _Undrawn(0, axis))
     random = DropoutRandom(0, stage=0, data_rank=0, tensor_rank=axis.rank, device=device)
@@ -124,7 +126,7 @@ def _stage(run: RunConfig, rank: Rank, chunk: int, axis: Axis) -> FlatModel:
     front = next(index for index, layer in enumerate(layers) if layer.module is TransformerBlock)
     start = 0 if stage.has_embedding else front + stage.first_block
     stop = len(layers) if stage.has_head else front + stage.first_block + stage.blocks
-    # Not `.to()`, which fake parameters refuse.
+    # Fake parameters do not support `.to()`.
     torch.set_default_dtype(DTYPES[run.precision.dtype])
     try:
         return FlatModel(layers[start:stop], model_loss(run.model, context), documents)
@@ -133,7 +135,7 @@ def _stage(run: RunConfig, rank: Rank, chunk: int, axis: Axis) -> FlatModel:
 
 
 class _Documents(Documents):
-    """Of tokens of its own: later stages are given them beside their input."""
+    """Uses tokens made here; in a real run, later stages receive them beside their input."""
 
     def __init__(self, run: RunConfig) -> None:
         super().__init__(end_of_document(run) if run.data.document_attention else None)
@@ -144,14 +146,14 @@ class _Documents(Documents):
 
 
 class _Undrawn(Initializer):
-    """Parameters of the right shape, in the default dtype, without values."""
+    """Makes parameters of the right shape in the default dtype, without values."""
 
-    def parameter(self, logical: LogicalTensor, draw: Draw) -> Any:
+    def parameter(self, logical: LogicalTensor, draw: DrawFunction) -> Any:
         return super().parameter(logical, lambda shape, generator: torch.empty(shape))
 
 
 def _attention_flops() -> dict[Any, Callable[..., int]]:
-    """Products of the CPU's fused attention, which torch does not count: two forward, five backward."""
+    """Count FLOPs of the CPU's fused attention, as torch does not: two products forward, five backward."""
 
     def forward(query: Any, key: Any, *_: Any, **__: Any) -> int:
         batch, heads, length, size = query
@@ -168,7 +170,7 @@ def _attention_flops() -> dict[Any, Callable[..., int]]:
 
 @contextmanager
 def _fake_world(shape: MeshShape, rank: int) -> Iterator[dist.ProcessGroup]:
-    """This rank's tensor group in a world that nobody else is in."""
+    """Yield this rank's tensor group in a world without other processes."""
     dist.init_process_group("fake", rank=rank, world_size=shape.world_size, store=FakeStore())
     try:
         stage, data, _ = shape.coordinates(rank)
@@ -179,10 +181,10 @@ def _fake_world(shape: MeshShape, rank: int) -> Iterator[dist.ProcessGroup]:
 
 @contextmanager
 def _cuda_kernels() -> Iterator[None]:
-    """Three functions of torch, keeping what their CUDA kernels keep.
+    """Replace three functions of torch by functions that save the same tensors as their CUDA kernels.
 
-    RMSNorm's keeps its input and one number per row; dropout's a byte per element; attention's fused one
-    draws its dropout mask again instead of keeping it.
+    RMSNorm saves its input and one number per row; dropout saves a byte per element; fused attention draws
+    its dropout mask again instead of saving it.
     """
     attention = F.scaled_dot_product_attention
 

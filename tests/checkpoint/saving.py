@@ -1,4 +1,4 @@
-"""Small runs whose engines are saved, restored in other layouts, and looked at."""
+"""Train small runs on real ranks, with their checkpoints saved and restored in any layout."""
 
 import json
 from dataclasses import dataclass, replace
@@ -9,14 +9,14 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from launcher.checkpoint.manifest import DIRECTORY, Manifest, read_manifest, step_name
+from launcher.checkpoint.manifest import CHECKPOINTS, Manifest, read_manifest, step_name
 from launcher.config.layout import Layout, resolve_layout
 from launcher.config.schema import CheckpointConfig, RunConfig
 from launcher.config.world import World
 from launcher.engine.optimizer import state_keys
 from launcher.launch.local import run_local_ranks
 from launcher.parity.reference import probe_batches
-from tests.parity.running import PipelineModule, small_run  # makes DeepSpeed quiet first
+from tests.parity.running import PipelineModule, small_run  # imported first: silences DeepSpeed
 
 assert PipelineModule
 
@@ -40,7 +40,7 @@ LAYOUTS = {
     "zero1_tp2": ["parallelism=zero1", "parallelism.data=2", "parallelism.tensor=2"],
     "tp2_pp2": ["parallelism=tp2_pp2", "parallelism.data=1"],
 }
-GPT = ["model=gpt_tiny", "model.vocab_size=257"]  # tied, and padded where it is split
+GPT = ["model=gpt_tiny", "model.vocab_size=257"]  # tied embeddings; the vocabulary is padded when sharded
 LLAMA = ["model=llama_tiny", "model.vocab_size=257", "model.num_kv_heads=4"]
 MOMENTUM = ["optimizer=sgd", "optimizer.momentum=0.9", "optimizer.lr=0.1"]
 STEPS = 8
@@ -48,14 +48,16 @@ STEPS = 8
 
 @dataclass(frozen=True)
 class Outcome:
+    """Results of a training run on all ranks."""
+
     losses: list[float]  # of each step
     norms: list[float]
-    tensors: dict[str, Tensor]  # logical weights and states at the end
+    tensors: dict[str, Tensor]  # logical weights and optimizer states after the last step
     bytes_read: list[int]  # by rank
 
 
 def run_in(layout: str, *overrides: str, steps: int = STEPS) -> tuple[RunConfig, Layout]:
-    """The same small model and batch in any of LAYOUTS."""
+    """Return the small run of `overrides` in one of LAYOUTS; model size and batch are the same in each."""
     run = small_run(*overrides, *LAYOUTS[layout], steps=steps)
     m = run.model
     m.num_layers, m.num_heads, m.hidden_size, m.ffn_hidden_size = 4, 4, 32, 44
@@ -75,21 +77,22 @@ def train(
     restore: Path | None = None,
     save: CheckpointConfig | None = None,
 ) -> Outcome:
-    """Steps first .. last on real ranks; saves folder/checkpoints at the end of the last, if asked to."""
+    """Train steps first .. last on real ranks; with `save`, write a checkpoint after the last step."""
     folder.mkdir(parents=True, exist_ok=True)
     target = partial(
         _rank, run=run, layout=layout, folder=folder, first=first, last=last, restore=restore, save=save
     )
     run_local_ranks(target, layout.world_size, log_dir=folder / "logs", start_method="fork")
-    found = json.loads((folder / "found.json").read_text())
+    results = json.loads((folder / "results.json").read_text())
     tensors = {}
     for stage in range(layout.pipeline):
         tensors |= load_file(folder / f"stage-{stage}.safetensors")
-    return Outcome(found["losses"], found["norms"], tensors, found["bytes"])
+    return Outcome(results["losses"], results["norms"], tensors, results["bytes"])
 
 
 def saved(folder: Path, step: int) -> Path:
-    return folder / DIRECTORY / step_name(step)
+    """Return the directory of the checkpoint of `step`."""
+    return folder / CHECKPOINTS / step_name(step)
 
 
 def _rank(
@@ -108,34 +111,34 @@ def _rank(
     from launcher.engine.build import build_engine
     from launcher.engine.distributed import join, leave
     from launcher.engine.state import updates_made
-    from launcher.parity.recording import own_batches
+    from launcher.parity.recording import rank_batches
 
     store = folder / "store"
     device = join(
         rank=rank, world_size=layout.world_size, local_rank=rank, device="cpu", init_method=f"file://{store}"
     )
     engine, keys = build_engine(run, layout, device), state_keys(run.optimizer)
-    read = restore_engine(engine, restore, read_manifest(restore), keys) if restore else 0
+    bytes_read = restore_engine(engine, restore, read_manifest(restore), keys) if restore else 0
     batches = list(probe_batches(run))
     losses, norms = [], []
     for number in range(first, last + 1):
         engine.set_learning_rate(run.optimizer.lr)
         engine.random.begin_step(number)
-        result = engine.train_batch(own_batches(run, engine, batches[number - 1]))
-        losses.append(result.loss)
-        norms.append(result.grad_norm)
+        result = engine.train_batch(rank_batches(run, engine, batches[number - 1]))
+        losses.append(engine.mean_loss(result.loss))
+        norms.append(float(result.grad_norm))
     if save is not None:
         writer = CheckpointWriter(engine, save, folder, keys)
         writer.save(replace(EMPTY, step=last, updates=updates_made(engine)))
         writer.wait()
     reads: list[int] = [0] * layout.world_size
-    dist.all_gather_object(reads, read)
+    dist.all_gather_object(reads, bytes_read)
     tensors = {f"weight/{logical.name}": tensor.clone() for logical, tensor in engine.full_weights()}
     for key in keys:
         tensors |= {f"{key}/{logical.name}": tensor.clone() for logical, tensor in engine.full_states(key)}
     if engine.mesh.data.rank == 0 and engine.mesh.tensor.rank == 0:
         save_file(tensors, folder / f"stage-{engine.mesh.stage}.safetensors")
     if rank == 0:
-        (folder / "found.json").write_text(json.dumps({"losses": losses, "norms": norms, "bytes": reads}))
+        (folder / "results.json").write_text(json.dumps({"losses": losses, "norms": norms, "bytes": reads}))
         store.unlink(missing_ok=True)
     leave()

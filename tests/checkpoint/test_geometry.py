@@ -1,4 +1,4 @@
-"""Stretches of flattened shards, put where their boxes say, are the logical tensor: each element once."""
+"""The boxes of all flattened shards cover each element of the logical tensor exactly once."""
 
 from math import prod
 
@@ -15,7 +15,7 @@ SHAPES = st.lists(st.integers(1, 7), min_size=1, max_size=3).map(tuple)
 
 
 @given(shape=SHAPES, cut=st.data())
-def test_blocks_are_the_elements_in_order(shape: tuple[int, ...], cut: st.DataObject) -> None:
+def test_flat_blocks_cover_the_flat_range_in_order(shape: tuple[int, ...], cut: st.DataObject) -> None:
     full = torch.arange(prod(shape)).view(shape)
     start = cut.draw(st.integers(0, full.numel()))
     stop = cut.draw(st.integers(start, full.numel()))
@@ -27,7 +27,7 @@ def test_blocks_are_the_elements_in_order(shape: tuple[int, ...], cut: st.DataOb
 
 @st.composite
 def logical_tensors(draw: st.DrawFn) -> tuple[LogicalTensor, int]:
-    """And the number of tensor ranks."""
+    """Draw a logical tensor and a number of tensor ranks that can hold it."""
     ranks = draw(st.sampled_from([1, 2, 3, 4]))
     shape = list(draw(SHAPES))
     kind = draw(st.sampled_from(["whole", "segments", "padded"]))
@@ -42,28 +42,28 @@ def logical_tensors(draw: st.DrawFn) -> tuple[LogicalTensor, int]:
     return LogicalTensor("w", tuple(shape), dim, segments), ranks
 
 
-@given(found=logical_tensors(), data_ranks=st.integers(1, 5))
-def test_all_ranks_together_cover_the_logical_tensor_once(
-    found: tuple[LogicalTensor, int], data_ranks: int
+@given(drawn=logical_tensors(), data_ranks=st.integers(1, 5))
+def test_all_ranks_cover_the_logical_tensor_exactly_once(
+    drawn: tuple[LogicalTensor, int], data_ranks: int
 ) -> None:
-    logical, ranks = found
+    logical, ranks = drawn
     full = torch.arange(prod(logical.shape), dtype=torch.float32).view(logical.shape) + 1
-    covered, put = torch.zeros(logical.shape), torch.zeros(logical.shape)
+    covered, assembled = torch.zeros(logical.shape), torch.zeros(logical.shape)
     whole = Box((0,) * len(logical.shape), logical.shape)
     for rank in range(ranks if logical.is_split else 1):
         axis = Axis(rank, ranks)
         shard = split(full, logical, axis).contiguous()
         flat, size = shard.view(-1), -(-shard.numel() // data_ranks)
         for start in range(0, shard.numel(), size):
-            stretch = flat[start : start + size]
-            for box, view in logical_views(stretch, start, tuple(shard.shape), logical, axis):
+            fragment = flat[start : start + size]
+            for box, view in logical_views(fragment, start, tuple(shard.shape), logical, axis):
                 covered[box.within(whole)] += 1
-                put[box.within(whole)] = view
+                assembled[box.within(whole)] = view
     assert covered.eq(1).all()
-    assert torch.equal(put, full)
+    assert torch.equal(assembled, full)
 
 
-def test_views_write_through() -> None:
+def test_writing_to_a_view_writes_to_the_flat_tensor() -> None:
     logical = LogicalTensor("w", (4, 6), 1, (4, 2))
     flat = torch.zeros(12)
     for box, view in logical_views(flat, 0, (4, 3), logical, Axis(1, 2)):
@@ -72,6 +72,6 @@ def test_views_write_through() -> None:
 
 
 def test_overlap_of_boxes() -> None:
-    one, other = Box((2, 0), (3, 4)), Box((4, 2), (5, 5))
-    assert one.overlap(other) == Box((4, 2), (1, 2))
-    assert one.overlap(Box((5, 0), (1, 1))) is None
+    first, second = Box((2, 0), (3, 4)), Box((4, 2), (5, 5))
+    assert first.overlap(second) == Box((4, 2), (1, 2))
+    assert first.overlap(Box((5, 0), (1, 1))) is None

@@ -1,4 +1,4 @@
-"""Weights from transformers' own files into any layout and back: the same bits, the same logits."""
+"""Weights of transformers models, imported into any layout and exported, have the same bits and logits."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from launcher.checkpoint.boxes import Box
 from launcher.checkpoint.exchange import export, import_
 from launcher.checkpoint.manifest import checkpoints_in
-from launcher.checkpoint.read import HuggingFaceReader, Reader
+from launcher.checkpoint.read import CheckpointReader, HuggingFaceReader
 from launcher.checkpoint.sources import Kind, weights_at
 from launcher.config.errors import ConfigError
 from launcher.config.layout import resolve_layout
@@ -53,7 +53,7 @@ OPTIONS = ExchangeConfig()
 
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The directory of one of MODELS, as save_pretrained writes it."""
+    """Return a function that returns the save_pretrained directory of a model of MODELS."""
     folder = tmp_path_factory.mktemp("theirs")
 
     def written(name: str) -> Path:
@@ -68,17 +68,17 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 def tensors_in(directory: Path) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for path in directory.glob("*.safetensors"):
-        found |= load_file(path)
-    return found
+        tensors |= load_file(path)
+    return tensors
 
 
-def assert_same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
+def assert_same_bits(tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert tensors.keys() == expected.keys()
     for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype, name
-        assert torch.equal(found[name], tensor), name
+        assert tensors[name].dtype == tensor.dtype, name
+        assert torch.equal(tensors[name], tensor), name
 
 
 def run_of(model: ModelConfig, layout: str) -> RunConfig:
@@ -87,8 +87,8 @@ def run_of(model: ModelConfig, layout: str) -> RunConfig:
     return replace(run, model=replace(model, num_layers=4) if layout == "dualpipev" else model)
 
 
-def begin_and_save(run: RunConfig, source: Path, folder: Path) -> Path:
-    """Ranks that begin with these weights, train no step, and save."""
+def load_and_save(run: RunConfig, source: Path, folder: Path) -> Path:
+    """Load initial weights on all ranks and save a checkpoint without training; return the checkpoint."""
     folder.mkdir(parents=True)
     target = partial(_rank, run=run, source=source, folder=folder)
     layout = resolve_layout(run, World("cpu", 8, 8))
@@ -97,7 +97,7 @@ def begin_and_save(run: RunConfig, source: Path, folder: Path) -> Path:
 
 
 def _rank(rank: int, *, run: RunConfig, source: Path, folder: Path) -> None:
-    from launcher.checkpoint.load import begin_with
+    from launcher.checkpoint.load import load_initial_weights
     from launcher.checkpoint.read import open_weights
     from launcher.checkpoint.save import CheckpointWriter
     from launcher.engine.build import build_engine
@@ -108,7 +108,7 @@ def _rank(rank: int, *, run: RunConfig, source: Path, folder: Path) -> None:
     meeting = f"file://{folder / 'store'}"
     device = join(rank=rank, world_size=layout.world_size, local_rank=rank, device="cpu", init_method=meeting)
     engine = build_engine(run, layout, device)
-    begin_with(engine, open_weights(weights_at(source, "x")))
+    load_initial_weights(engine, open_weights(weights_at(source, "x")))
     writer = CheckpointWriter(engine, CheckpointConfig(), folder, [])
     writer.save(replace(EMPTY, config=config_as_dict(run)))
     writer.wait()
@@ -123,21 +123,23 @@ def _rank(rank: int, *, run: RunConfig, source: Path, folder: Path) -> None:
         for layout in LAYOUTS
     ],
 )
-def test_a_round_trip_changes_no_bit(
+def test_a_round_trip_is_bitwise_exact(
     name: str, layout: str, theirs: Callable[[str], Path], tmp_path: Path
 ) -> None:
     run, source = run_of(MODELS[name], layout), theirs(name)
     if layout == "dualpipev":  # it needs more layers
         make, _ = THEIRS[run.model.family]
         with_all_weights_random(make(run.model)).save_pretrained(source := tmp_path / "theirs")
-    saved = begin_and_save(run, source, tmp_path / "run")
+    saved = load_and_save(run, source, tmp_path / "run")
     export(weights_at(saved, "x"), tmp_path / "back", OPTIONS)
     assert_same_bits(tensors_in(tmp_path / "back"), tensors_in(source))
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_logits_agree_on_both_ways(name: str, theirs: Callable[[str], Path], tmp_path: Path) -> None:
-    """The names mapped here by hand, apart from the product's table; logits by transformers."""
+def test_logits_agree_after_import_and_after_export(
+    name: str, theirs: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Compare with a separate table of names, and with the logits of transformers."""
     model = MODELS[name]
     import_(weights_at(theirs(name), "x"), tmp_path / "ours", OPTIONS)
     ours = weights_at(tmp_path / "ours", "x")
@@ -166,8 +168,8 @@ def test_logits_agree_on_both_ways(name: str, theirs: Callable[[str], Path], tmp
     torch.testing.assert_close(own, right, rtol=0, atol=1e-5 * max(scale, 1.0))
 
 
-def test_element_types(theirs: Callable[[str], Path], tmp_path: Path) -> None:
-    """Their bf16 is exact in our fp32, and comes back as it was; fp32 in bf16 is what torch rounds it to."""
+def test_bf16_survives_import_and_export(theirs: Callable[[str], Path], tmp_path: Path) -> None:
+    """bf16 weights are exact in the fp32 checkpoint, and are exported as the same bf16 weights."""
     bf16 = {name: tensor.bfloat16() for name, tensor in tensors_in(theirs("llama")).items()}
     source = shutil.copytree(theirs("llama"), tmp_path / "bf16")
     save_file(bf16, source / "model.safetensors")
@@ -177,7 +179,7 @@ def test_element_types(theirs: Callable[[str], Path], tmp_path: Path) -> None:
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "back", dtype="auto").dtype == torch.bfloat16
 
 
-def test_files_are_bounded_on_both_sides(theirs: Callable[[str], Path], tmp_path: Path) -> None:
+def test_file_size_is_bounded_in_import_and_export(theirs: Callable[[str], Path], tmp_path: Path) -> None:
     limit = ExchangeConfig(max_file_gb=2e-5)
     import_(weights_at(theirs("gpt"), "x"), tmp_path / "ours", limit)
     export(weights_at(tmp_path / "ours", "x"), tmp_path / "split", limit)
@@ -194,10 +196,10 @@ def test_files_are_bounded_on_both_sides(theirs: Callable[[str], Path], tmp_path
     assert (tmp_path / "split" / "tokenizer.json").read_text() == '{"a": 1}'
 
 
-def test_no_more_than_a_file_is_held_at_once(
+def test_only_the_tensors_of_one_file_are_held_in_memory(
     theirs: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    limit, largest = 20_000, 2 * 48 * 32 * 4  # gate and up in one
+    limit, largest = 20_000, 2 * 48 * 32 * 4  # the fused gate and up projection
     made: list[weakref.ref[Tensor]] = []
     held: list[int] = []
 
@@ -207,24 +209,24 @@ def test_no_more_than_a_file_is_held_at_once(
         def watched(self: Any, kind: str, name: str, box: Box, view: Tensor) -> None:
             fill(self, kind, name, box, view)
             made.append(weakref.ref(view))
-            held.append(sum(tensor.nbytes for one in made if (tensor := one()) is not None))
+            held.append(sum(tensor.nbytes for reference in made if (tensor := reference()) is not None))
 
         monkeypatch.setattr(reader, "fill", watched)
 
-    for reader in (HuggingFaceReader, Reader):
+    for reader in (HuggingFaceReader, CheckpointReader):
         watch(reader)
     options = ExchangeConfig(max_file_gb=limit / 1e9)
     import_(weights_at(theirs("llama"), "x"), tmp_path / "ours", options)
-    of_import = len(held)
+    imports = len(held)
     export(weights_at(tmp_path / "ours", "x"), tmp_path / "back", options)
     total = sum(tensor.nbytes for tensor in tensors_in(theirs("llama")).values())
     assert limit + largest < total / 2
-    for part in (held[:of_import], held[of_import:]):
+    for part in (held[:imports], held[imports:]):
         assert limit / 2 < max(part) <= limit + largest
 
 
-def test_names_as_openai_published_them(theirs: Callable[[str], Path], tmp_path: Path) -> None:
-    """Without the prefix, and with the causal mask as a tensor."""
+def test_openai_names_of_gpt2_are_imported(theirs: Callable[[str], Path], tmp_path: Path) -> None:
+    """OpenAI's files lack the prefix of transformers, and store the causal mask as a tensor."""
     published = {
         name.removeprefix("transformer."): tensor for name, tensor in tensors_in(theirs("gpt tied")).items()
     }
@@ -299,16 +301,18 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_is_not_ours_is_refused(case: str, theirs: Callable[[str], Path], tmp_path: Path) -> None:
-    spoil, said = REFUSED[case]
+def test_an_unsupported_or_broken_directory_is_refused(
+    case: str, theirs: Callable[[str], Path], tmp_path: Path
+) -> None:
+    spoil, message = REFUSED[case]
     source = shutil.copytree(theirs("llama"), tmp_path / "theirs")
     spoil(source)
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         weights_at(source, "checkpoint.init_from")
 
 
-def test_a_run_begins_with_their_weights_and_goes_back(tmp_path: Path) -> None:
-    """Through the command line, in two layouts; the first loss is transformers' own with these weights."""
+def test_import_train_and_export_from_the_command_line(tmp_path: Path) -> None:
+    """Train imported weights in two layouts and from init_from, and export the result."""
     model = small(
         Family.llama, hidden_size=64, vocab_size=256, max_sequence_length=32, init_std=0.02, rope_theta=1e4
     )
@@ -324,14 +328,14 @@ def test_a_run_begins_with_their_weights_and_goes_back(tmp_path: Path) -> None:
         done = launcher(*command, *rest, *layout, "logging=local", f"run.dir={name}", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert f"begun    {tmp_path / 'ours' / 'checkpoints' / 'step-00000000'}" in done.stdout
-    one, other = metrics(tmp_path / "a"), metrics(tmp_path / "b")
-    assert one[0]["train/loss"] == pytest.approx(other[0]["train/loss"], rel=1e-5)
+    sharded, single = metrics(tmp_path / "a"), metrics(tmp_path / "b")
+    assert sharded[0]["train/loss"] == pytest.approx(single[0]["train/loss"], rel=1e-5)
     direct = ["model=llama_tiny", *settings_of(model), "checkpoint.init_from=theirs", *rest]
     done = launcher(
         *direct, "parallelism=zero2", "parallelism.data=2", "logging=local", "run.dir=c", cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
-    assert metrics(tmp_path / "c")[0]["train/loss"] == pytest.approx(other[0]["train/loss"], rel=1e-5)
+    assert metrics(tmp_path / "c")[0]["train/loss"] == pytest.approx(single[0]["train/loss"], rel=1e-5)
     done = launcher("export", "c", "back", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert (tmp_path / "back" / "tokenizer.json").exists()
@@ -349,8 +353,8 @@ def settings_of(model: ModelConfig) -> list[str]:
     return [f"model.{name}={getattr(model, name)}" for name in [*sizes.split(), "norm_epsilon"]]
 
 
-def test_weights_without_a_checkpoint(tmp_path: Path) -> None:
-    """A run that kept no checkpoints has its final weights: they begin another, and can be exported."""
+def test_final_weights_start_another_run_and_are_exported(tmp_path: Path) -> None:
+    """A run without checkpoints still has its final weights."""
     trained("run.dir=a", "training.steps=1", "checkpoint.enabled=false", cwd=tmp_path)
     out = trained("run.dir=b", "training.steps=1", "checkpoint.init_from=a", cwd=tmp_path)
     assert f"begun    {tmp_path / 'a'}" in out
@@ -391,7 +395,7 @@ def test_export_needs_neither_deepspeed_nor_a_process_group(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["export", "run"], "export run: takes what to read, and a directory to write"),
         (["export", "nowhere", "to"], "export=nowhere: is not a directory"),
@@ -404,7 +408,7 @@ def test_export_needs_neither_deepspeed_nor_a_process_group(
     ],
 )
 def test_a_wrong_command_is_refused_without_torch(
-    arguments: list[str], said: str, theirs: Callable[[str], Path], tmp_path: Path
+    arguments: list[str], message: str, theirs: Callable[[str], Path], tmp_path: Path
 ) -> None:
     shutil.copytree(theirs("gpt"), tmp_path / "theirs")
     script = (
@@ -414,6 +418,6 @@ def test_a_wrong_command_is_refused_without_torch(
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert said in done.stderr
+    assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "to").exists()

@@ -1,4 +1,4 @@
-"""A run that changes its layout on the way is the run that did not."""
+"""A run that resumes in another layout agrees with a run that never stopped."""
 
 from collections import Counter
 from itertools import chain, permutations, product
@@ -18,93 +18,96 @@ from launcher.planning.cost.geometry import pipeline_ranks
 from launcher.planning.cost.zero_states import checkpoint_bytes
 from tests.checkpoint.saving import GPT, LAYOUTS, LLAMA, MOMENTUM, STEPS, Outcome, run_in, saved, train
 
-# Every kind of partition is both left and entered, and the pipeline cut, padded and tied vocabulary with it.
+# Saves from and restores into every kind of partition, with padded, tied and pipelined vocabularies.
 CHAIN = ["single", "zero3", "tp2_pp2", "zero2", "dualpipev", "zero1_tp2", "dp", "tp2"]
 RUNS = {
     "momentum": [*GPT, *MOMENTUM],
     "adamw, bf16": [*LLAMA, "precision=bf16"],
 }
-LOSS = {"momentum": 2e-6, "adamw, bf16": 2e-2}  # relative
+LOSS_TOLERANCE = {"momentum": 2e-6, "adamw, bf16": 2e-2}  # relative
 SAVE = CheckpointConfig()
 
 
-def test_a_layout_per_step(tmp_path: Path) -> None:
-    """Plain SGD with momentum in fp32: what comes of each step is compared with a run in one process."""
+def test_changing_the_layout_after_every_step_matches_one_process(tmp_path: Path) -> None:
+    """SGD with momentum in fp32: compare each step with a run in one process."""
     run, layout = run_in("single", *RUNS["momentum"])
-    whole = train(run, layout, tmp_path / "whole")
+    uninterrupted = train(run, layout, tmp_path / "uninterrupted")
     before: Path | None = None
     for number, name in enumerate(CHAIN, 1):
         run, layout = run_in(name, *RUNS["momentum"])
         folder = tmp_path / str(number)
-        found = train(run, layout, folder, first=number, last=number, restore=before, save=SAVE)
+        outcome = train(run, layout, folder, first=number, last=number, restore=before, save=SAVE)
         before = saved(folder, number)
-        assert found.losses[0] == pytest.approx(whole.losses[number - 1], rel=2e-6), name
-        assert found.norms[0] == pytest.approx(whole.norms[number - 1], rel=2e-5), name
+        assert outcome.losses[0] == pytest.approx(uninterrupted.losses[number - 1], rel=2e-6), name
+        assert outcome.norms[0] == pytest.approx(uninterrupted.norms[number - 1], rel=2e-5), name
     assert number == STEPS
-    assert_close(found, whole, 1e-5)
+    assert_close(outcome, uninterrupted, 1e-5)
 
 
 @pytest.mark.parametrize("layout", ["zero1_tp2", "zero3"])
 @pytest.mark.parametrize("overrides", [[*GPT, "model.dropout=0.1"], [*LLAMA, "precision=bf16"]])
-def test_the_same_layout_goes_on_bit_by_bit(layout: str, overrides: list[str], tmp_path: Path) -> None:
-    goes_on_bit_by_bit(layout, overrides, tmp_path)
+def test_resume_in_the_same_layout_is_bitwise_equal(
+    layout: str, overrides: list[str], tmp_path: Path
+) -> None:
+    assert_resume_is_bitwise_equal(layout, overrides, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("overrides", [[*GPT, "model.dropout=0.1"], [*LLAMA, "precision=bf16"], MOMENTUM])
-def test_every_layout_goes_on_bit_by_bit(layout: str, overrides: list[str], tmp_path: Path) -> None:
+def test_resume_in_every_layout_is_bitwise_equal(layout: str, overrides: list[str], tmp_path: Path) -> None:
     model = [] if "model" in overrides[0] else GPT
-    goes_on_bit_by_bit(layout, [*model, *overrides], tmp_path)
+    assert_resume_is_bitwise_equal(layout, [*model, *overrides], tmp_path)
 
 
-def goes_on_bit_by_bit(layout: str, overrides: list[str], tmp_path: Path) -> None:
+def assert_resume_is_bitwise_equal(layout: str, overrides: list[str], tmp_path: Path) -> None:
     run, resolved = run_in(layout, *overrides)
-    whole = train(run, resolved, tmp_path / "whole", last=4)
+    uninterrupted = train(run, resolved, tmp_path / "uninterrupted", last=4)
     train(run, resolved, tmp_path / "half", last=2, save=SAVE)
-    again = train(run, resolved, tmp_path / "again", first=3, last=4, restore=saved(tmp_path / "half", 2))
-    assert again.losses == whole.losses[2:]
-    assert again.norms == whole.norms[2:]
-    assert again.tensors.keys() == whole.tensors.keys()
-    for name, tensor in again.tensors.items():
-        assert torch.equal(tensor, whole.tensors[name]), name
+    half = saved(tmp_path / "half", 2)
+    resumed = train(run, resolved, tmp_path / "resumed", first=3, last=4, restore=half)
+    assert resumed.losses == uninterrupted.losses[2:]
+    assert resumed.norms == uninterrupted.norms[2:]
+    assert resumed.tensors.keys() == uninterrupted.tensors.keys()
+    for name, tensor in resumed.tensors.items():
+        assert torch.equal(tensor, uninterrupted.tensors[name]), name
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", RUNS)
 @pytest.mark.parametrize("source", LAYOUTS)
-def test_from_any_layout_to_any_other(source: str, kind: str, tmp_path: Path) -> None:
-    """Ten steps in one layout, ten more in each other one: what one process does in twenty."""
+def test_resume_from_any_layout_into_any_other(source: str, kind: str, tmp_path: Path) -> None:
+    """Train 10 steps in one layout and 10 more in each other layout; compare with 20 steps of one process."""
     run, layout = run_in("single", *RUNS[kind], steps=20)
-    whole = train(run, layout, tmp_path / "whole", last=20)
+    uninterrupted = train(run, layout, tmp_path / "uninterrupted", last=20)
     run, layout = run_in(source, *RUNS[kind], steps=20)
     train(run, layout, tmp_path / "half", last=10, save=SAVE)
-    targets = [target for one, target in permutations(LAYOUTS, 2) if one == source]
+    targets = [to_layout for from_layout, to_layout in permutations(LAYOUTS, 2) if from_layout == source]
     assert len(targets) == len(LAYOUTS) - 1
     for target in targets:
         run, layout = run_in(target, *RUNS[kind], steps=20)
         half = saved(tmp_path / "half", 10)
-        found = train(run, layout, tmp_path / target, first=11, last=20, restore=half)
-        assert found.losses == pytest.approx(whole.losses[10:], rel=LOSS[kind]), target
+        resumed = train(run, layout, tmp_path / target, first=11, last=20, restore=half)
+        assert resumed.losses == pytest.approx(uninterrupted.losses[10:], rel=LOSS_TOLERANCE[kind]), target
         if kind == "momentum":
-            assert_close(found, whole, 1e-5)
+            assert_close(resumed, uninterrupted, 1e-5)
 
 
-def test_each_rank_reads_what_it_holds_and_no_more(tmp_path: Path) -> None:
+def test_each_rank_reads_only_the_slices_it_holds(tmp_path: Path) -> None:
     run, layout = run_in("single", *GPT)
     train(run, layout, tmp_path / "from", last=1, save=SAVE)
-    whole = train(run, layout, tmp_path / "one", first=2, last=2, restore=saved(tmp_path / "from", 1))
+    single = train(run, layout, tmp_path / "single", first=2, last=2, restore=saved(tmp_path / "from", 1))
     run, layout = run_in("zero3_tp2", *GPT)
-    parts = train(run, layout, tmp_path / "four", first=2, last=2, restore=saved(tmp_path / "from", 1))
-    [all_of_it] = whole.bytes_read
-    assert all_of_it == sum(tensor.nbytes for tensor in whole.tensors.values())
-    # Data ranks share every weight; tensor ranks share all but the norms and the like.
-    assert sum(parts.bytes_read) == pytest.approx(all_of_it, rel=0.05)
-    assert max(parts.bytes_read) < 0.3 * all_of_it
+    sharded = train(run, layout, tmp_path / "sharded", first=2, last=2, restore=saved(tmp_path / "from", 1))
+    [total] = single.bytes_read
+    assert total == sum(tensor.nbytes for tensor in single.tensors.values())
+    # Every weight is sharded over the data ranks, and over the tensor ranks too, except for norms and biases.
+    assert sum(sharded.bytes_read) == pytest.approx(total, rel=0.05)
+    assert max(sharded.bytes_read) < 0.3 * total
 
 
 @pytest.mark.parametrize("layout", ["dp", "zero3_tp2", "tp2_pp2", "zero1_tp2"])
-def test_each_rank_writes_what_the_plan_says_it_copies(layout: str, tmp_path: Path) -> None:
+def test_each_rank_writes_as_many_bytes_as_planned(layout: str, tmp_path: Path) -> None:
     run, resolved = run_in(layout, *GPT)
     train(run, resolved, tmp_path, last=1, save=SAVE)
     written: Counter[int] = Counter()
@@ -112,77 +115,77 @@ def test_each_rank_writes_what_the_plan_says_it_copies(layout: str, tmp_path: Pa
         for piece in chain.from_iterable(stored.pieces for stored in by_name.values()):
             written[int(piece.file[:5])] += 4 * prod(piece.sizes)
     assert len(written) == resolved.world_size
-    most_of_all = max(checkpoint_bytes(run, resolved, rank) for rank in pipeline_ranks(run, resolved))
-    # Partitions end within weights.
-    assert max(written.values()) == pytest.approx(most_of_all, rel=0.02)
+    planned = max(checkpoint_bytes(run, resolved, rank) for rank in pipeline_ranks(run, resolved))
+    # Partition boundaries fall within weights, so the shares differ slightly.
+    assert max(written.values()) == pytest.approx(planned, rel=0.02)
 
 
-def forget_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
-    fill = load.Reader.fill
+def restore_weights_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    fill = load.CheckpointReader.fill
 
-    def weights_only(self: load.Reader, kind: str, *where: Any) -> None:
+    def weights_only(self: load.CheckpointReader, kind: str, *where: Any) -> None:
         if kind == "weight":
             fill(self, kind, *where)
 
-    monkeypatch.setattr(load.Reader, "fill", weights_only)
+    monkeypatch.setattr(load.CheckpointReader, "fill", weights_only)
 
 
-def forget_updates(monkeypatch: pytest.MonkeyPatch) -> None:
+def restore_no_update_count(monkeypatch: pytest.MonkeyPatch) -> None:
     make = load.make_states
     monkeypatch.setattr(load, "make_states", lambda engine, keys, updates: make(engine, keys, 0))
 
 
-def swap_stretches(monkeypatch: pytest.MonkeyPatch) -> None:
-    stretches = flat_ranges._stretches
+def swap_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    segments = flat_ranges._split_segments
 
     def swapped(logical: LogicalTensor, axis: Axis) -> list[tuple[int, int, int]]:
-        return stretches(logical, Axis(axis.size - 1 - axis.rank, axis.size, axis.group))
+        return segments(logical, Axis(axis.size - 1 - axis.rank, axis.size, axis.group))
 
-    monkeypatch.setattr(flat_ranges, "_stretches", swapped)
+    monkeypatch.setattr(flat_ranges, "_split_segments", swapped)
 
 
-def take_up_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(load, "take_up", lambda engine: None)
+def keep_old_model_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load, "update_model_weights", lambda engine: None)
 
 
 FAULTS = {
     "none": lambda monkeypatch: None,
-    "working weights are not those that were read": take_up_nothing,
-    "optimizer states are left out": forget_kinds,
-    "Adam's count of steps is left out": forget_updates,
-    "shards are swapped": swap_stretches,
+    "the model weights are not refreshed": keep_old_model_weights,
+    "optimizer states are not restored": restore_weights_only,
+    "Adam's update count is not restored": restore_no_update_count,
+    "shards are swapped": swap_shards,
 }
 
 
 @pytest.fixture(scope="module")
 def adam(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome]:
-    """A checkpoint of step 2, written by one process, and what it does in the two steps after."""
+    """Return a checkpoint of step 2, written by one process, and the outcome of training to step 4."""
     folder = tmp_path_factory.mktemp("adam")
     run, layout = run_in("single", *GPT, "optimizer.lr=1e-2")
     train(run, layout, folder / "half", last=2, save=SAVE)
-    whole = train(run, layout, folder / "whole", last=4)
-    return saved(folder / "half", 2), whole
+    uninterrupted = train(run, layout, folder / "uninterrupted", last=4)
+    return saved(folder / "half", 2), uninterrupted
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_in_restoring_shows(
+def test_a_fault_in_restoring_changes_the_losses(
     fault: str, adam: tuple[Path, Outcome], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    half, whole = adam
+    half, uninterrupted = adam
     FAULTS[fault](monkeypatch)
     run, layout = run_in("zero1_tp2", *GPT, "optimizer.lr=1e-2")
-    found = train(run, layout, tmp_path, first=3, last=4, restore=half)
-    same = found.losses == pytest.approx(whole.losses[2:], rel=1e-5)
-    assert same is (fault == "none"), (found.losses, whole.losses)
+    resumed = train(run, layout, tmp_path, first=3, last=4, restore=half)
+    same = resumed.losses == pytest.approx(uninterrupted.losses[2:], rel=1e-5)
+    assert same is (fault == "none"), (resumed.losses, uninterrupted.losses)
 
 
-def assert_close(found: Outcome, whole: Outcome, relative: float) -> None:
-    assert found.tensors.keys() == whole.tensors.keys()
-    for name, tensor in found.tensors.items():
-        distance = float((tensor - whole.tensors[name]).norm())
-        # A key's bias has a gradient of rounding alone, and so has its momentum.
-        assert distance <= relative * float(whole.tensors[name].norm()) + 1e-6, name
+def assert_close(outcome: Outcome, expected: Outcome, relative: float) -> None:
+    assert outcome.tensors.keys() == expected.tensors.keys()
+    for name, tensor in outcome.tensors.items():
+        distance = float((tensor - expected.tensors[name]).norm())
+        # The gradient of a key's bias, and so its momentum, consists of rounding errors only: hence 1e-6.
+        assert distance <= relative * float(expected.tensors[name].norm()) + 1e-6, name
 
 
 def test_the_chain_covers_every_kind_of_partition() -> None:

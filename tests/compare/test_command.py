@@ -20,12 +20,12 @@ BROKEN = """
 import sys
 import launcher.compare.rank_record as record
 from launcher.command_line import run_command
-step = record.train_step
-def broken(run, layout, engine, loader, progress):
-    if layout.tensor == 2:
+step = record.optimizer_step
+def broken(run, engine, loader, progress):
+    if engine.mesh.tensor.size == 2:
         {fault}
-    return step(run, layout, engine, loader, progress)
-record.train_step = broken
+    return step(run, engine, loader, progress)
+record.optimizer_step = broken
 sys.exit(run_command(sys.argv[1:]))
 """
 

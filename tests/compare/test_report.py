@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 
 from launcher.commands.compare import planned
-from launcher.compare.compared_layouts import Compared, chosen_layouts, in_layout, named_layouts
-from launcher.compare.comparison_report import Row, as_json, bubble, differing, metric_rows
-from launcher.compare.measured_layout import Measured, together
-from launcher.compare.rank_record import Recorded
+from launcher.compare.compared_layouts import ComparedLayout, chosen_layouts, in_layout, named_layouts
+from launcher.compare.comparison_report import ComparisonRow, as_json, bubble, differing, metric_rows
+from launcher.compare.measured_layout import MeasuredLayout, combined
+from launcher.compare.rank_record import RankRecord
 from launcher.config.errors import ConfigError
 from launcher.config.schema import MeasuredRates
 from launcher.config.world import World
@@ -19,14 +19,14 @@ PARTS = {"compute": 1.0, "tensor": 0.0, "data": 0.0, "pipeline": 0.5, "optimizer
 CORES = World("cpu", 2, 2)
 
 
-def compared(name: str, ranks: int = 4, *overrides: str) -> Compared:
+def compared(name: str, ranks: int = 4, *overrides: str) -> ComparedLayout:
     run = run_of("hardware=cpu", "parallelism=single", *overrides)
     return planned(name, in_layout(run, named_layouts(ranks)[name], CORES), CORES)
 
 
-def row(name: str, *losses: float) -> Row:
+def row(name: str, *losses: float) -> ComparisonRow:
     sent = dict.fromkeys(("tensor", "data", "pipeline"), 0.0)
-    return Row(compared(name), Measured(list(losses), 1.5, PARTS, 7, sent))
+    return ComparisonRow(compared(name), MeasuredLayout(list(losses), 1.5, PARTS, 7, sent))
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4, 6, 8])
@@ -73,7 +73,11 @@ def test_losses_that_differ_are_found() -> None:
 
 
 def test_rows_for_metrics_and_machines() -> None:
-    rows = [row("single", 5.0, 4.0), row("dp", 5.0, 4.0), Row(compared("tp"), failed="rank 1 failed")]
+    rows = [
+        row("single", 5.0, 4.0),
+        row("dp", 5.0, 4.0),
+        ComparisonRow(compared("tp"), failed="rank 1 failed"),
+    ]
     first, last = metric_rows(rows)
     assert first == {"step": 1, "loss/single": 5.0, "loss/dp": 5.0}
     assert last["step_time_s/dp"] == 1.5
@@ -90,11 +94,11 @@ def test_bubble_is_over_what_a_step_takes_without() -> None:
     assert bubble(PARTS) == 0.5
 
 
-def test_ranks_are_put_together() -> None:
+def test_records_of_ranks_are_combined() -> None:
     layout = compared("tp").layout
     assert layout is not None
-    slow = Recorded([5.0], [2.0, 4.0, 3.0], [PARTS, PARTS], 10, {"tensor": [("all_reduce", 100, 2)]})
-    quick = Recorded([5.0], [1.0], [{**PARTS, "compute": 0.5}], 20, {"tensor": [("all_reduce", 100, 4)]})
-    found = together(layout, [slow, quick])
+    slow = RankRecord([5.0], [2.0, 4.0, 3.0], [PARTS, PARTS], 10, [("tensor", "all_reduce", 100, 2)])
+    quick = RankRecord([5.0], [1.0], [{**PARTS, "compute": 0.5}], 20, [("tensor", "all_reduce", 100, 4)])
+    found = combined(layout, [slow, quick])
     assert (found.seconds, found.memory, found.parts["compute"]) == (3.0, 20, 1.0)
     assert found.sent == {"tensor": 4 * 2 * 100 * 3 / 4, "data": 0.0, "pipeline": 0.0}

@@ -49,7 +49,7 @@ WRONG = {
     "parallelism.tensor=two": "parallelism.tensor=two: must be a whole number",
     "parallelism.tensor=0": "parallelism.tensor=0: must be at least 1",
     "parallelism.tensor": "parallelism.tensor: a setting needs a name, = and a value",
-    "parallelism.tensor=2,4": "parallelism.tensor=2,4: a comma makes several values",
+    "parallelism.tensor=2,4": "parallelism.tensor=2,4: a comma separates several values",
     "train parallelism.tensor=3": "parallelism.tensor=3: 4 attention heads cannot be split 3 ways",
     "verify parallelism.tensor=3": "parallelism.tensor=3: 4 attention heads cannot be split 3 ways",
     "model=llama_tiny parallelism.tensor=4": "parallelism.tensor=4: 2 KV heads cannot be split 4 ways",
@@ -66,7 +66,7 @@ WRONG = {
     "model.foo=1": "model.foo=1: no such field",
     "+model.foo=1": "model.foo=1: no such field",
     "++foo=1": "foo=1: no such field",
-    "~model": "model.family=???: has no value",
+    "~model": "model.family=???: this field must be set",
     "~training.seed": "~training.seed: a field can be set, not removed",
     "experiment=none_such": "experiment=none_such: no such option",
     "training.steps=1.5": "training.steps=1.5: must be a whole number",
@@ -80,16 +80,16 @@ WRONG = {
     "hardware=h100_80gb": "hardware.device=cuda: this machine has no GPU",
     "hardware.nodes=2": "hardware.nodes=2: `launcher` starts ranks on this machine only",
     "data=text": "data.train=null: data=text trains on your own files, and none are named",
-    "data=text data.train=none/*.txt": "data.train=none/*.txt: matches no file",
-    "data=text data.train=blank.txt": "data.train=blank.txt: every file it matches is empty",
+    "data=text data.train=none/*.txt": "data.train=none/*.txt: the glob matches no file",
+    "data=text data.train=blank.txt": "data.train=blank.txt: every matched file is empty",
     "data=text data.train=short.txt": "data.sequence_length=128: the validation part of the corpus has",
     "data.train=short.txt": "data.train=short.txt: data=stdlib brings its own text",
     "deepspeed.zero_optimization.overlap_com=true": "deepspeed.zero_optimization.overlap_com=true: no key of",
-    "deepspeed.train_batch_size=8": "deepspeed.train_batch_size=8: the launcher sets this one",
-    "deepspeed.bf16=on": "deepspeed.bf16=on: a section, not a value",
+    "deepspeed.train_batch_size=8": "deepspeed.train_batch_size=8: the launcher sets this key itself",
+    "deepspeed.bf16=on": "deepspeed.bf16=on: this key is a section, which has no value itself",
     "logging.wandb.mode=sometimes": "logging.wandb.mode=sometimes: must be one of auto | online | offline",
     "run.dir=${oc.env:NONE_SUCH}": "run.dir=${oc.env:NONE_SUCH}: Environment variable 'NONE_SUCH' not found",
-    "run.dir=(a)": "run.dir=(a): cannot be read without quotes",
+    "run.dir=(a)": "run.dir=(a): this text must be quoted",
     "--multirun optimizer.lr=1e-3,fast": "optimizer.lr=fast: must be a number",
     "--multirun optimizer.lr=1e-3,-1": "optimizer.lr=-1.0: must be a finite number above 0",
     "parallelism.tensor=1,3 -m": "parallelism.tensor=3: 4 attention heads cannot be split 3 ways",
@@ -101,8 +101,8 @@ WRONG = {
     "verfiy parallelism=tp2": "verfiy: no such command",
     "plna parallelism=tp2": "plna: no such command",
     "generate": "run.dir=null: sampling needs the directory of a finished run",
-    "generate run.dir=none_such": "run.dir=none_such: not a run's directory, it has no config.yaml",
-    "generate run.dir=broken": "run.dir=broken: its config.yaml is not one that a run wrote",
+    "generate run.dir=none_such": "run.dir=none_such: this is not a run directory",
+    "generate run.dir=broken": "run.dir=broken: its config.yaml was not written by a run",
     "generate run.dir=a prompt=": "prompt=: the model continues a text, and this one is empty",
     "generate run.dir=a temperature=-1": "temperature=-1.0: must be a finite number, 0 or more",
     "generate run.dir=a promt=x": "promt=x: no such field",
@@ -189,7 +189,9 @@ class TestRanks:
     )
     def test_a_stray_variable_is_always_said(self, environment: dict[str, str], place: Path) -> None:
         [ended] = launcher(place, [], **environment)
-        assert ended.err.startswith(("launcher: WORLD_SIZE: RANK is set, but this is not", "launcher: RANK="))
+        assert ended.err.startswith(
+            ("launcher: WORLD_SIZE: is missing or empty, although RANK is set", "launcher: RANK=")
+        )
         assert ended.code == 2
 
     def test_a_batch_script_is_no_rank(self, place: Path) -> None:

@@ -248,8 +248,11 @@ class TestNotComposed:
             ("model=gpt_tiny", "model=gpt_tiny: no such field"),
             ("promt=x", "promt=x: no such field\n  try: prompt=x"),
             ("top_k=few", "top_k=few: must be a whole number"),
-            ("prompt.x=3", "prompt.x=3: prompt is a value without fields\n  try: prompt=3"),
-            ("run=3", "run=3: a section of fields, not a value\n  try: run.dir=<text | null>"),
+            ("prompt.x=3", "prompt.x=3: prompt is a field, not a section\n  try: prompt=3"),
+            (
+                "run=3",
+                "run=3: this is a section of fields, which has no value itself\n  try: run.dir=<text | null>",
+            ),
         ],
     )
     def test_generate_too(self, typed: str, message: str) -> None:
@@ -341,8 +344,8 @@ class TestOwnFiles:
             ),
             (
                 "no_package",
-                "experiment=no_package: no such field: without its first line experiment/no_package.yaml is "
-                "read as part of 'experiment'\n"
+                "experiment=no_package: no such field: experiment/no_package.yaml is read as part of "
+                "'experiment', because its first line is missing\n"
                 "  try: # @package _global_ as the first line of experiment/no_package.yaml",
             ),
         ],
@@ -353,24 +356,27 @@ class TestOwnFiles:
     def test_what_is_not_yaml_names_the_line(self, own: str, tmp_path: Path) -> None:
         error = refused(own, "experiment=no_yaml")
         assert error.field == str(tmp_path / "experiment" / "no_yaml.yaml")
-        assert error.why.startswith("not YAML in line 3: expected ',' or ']'")
+        assert error.why.startswith("line 3 is not valid YAML: expected ',' or ']'")
 
 
 class TestLoad:
     @pytest.mark.parametrize(
         ("text", "why"),
         [
-            (None, "not a run's directory, it has no config.yaml"),
+            (None, "this is not a run directory, because it has no config.yaml"),
             (
                 "model: {hidden_size: [",
-                "its config.yaml is not one that a run wrote: while parsing a flow node",
+                "its config.yaml was not written by a run: while parsing a flow node",
             ),
-            ("model: {hidden_size: wide}", "its config.yaml is not one that a run wrote: Value 'wide'"),
-            ("modle: {}", "its config.yaml is not one that a run wrote: Key 'modle' not in 'RunConfig'"),
-            ("model: {}", "its config.yaml is not one that a run wrote: data.source=???: has no value"),
-            ("[]", "its config.yaml is not one that a run wrote: "),
-            ("text", "its config.yaml is not one that a run wrote: "),
-            ("\x00", "its config.yaml is not one that a run wrote: "),
+            ("model: {hidden_size: wide}", "its config.yaml was not written by a run: Value 'wide'"),
+            ("modle: {}", "its config.yaml was not written by a run: Key 'modle' not in 'RunConfig'"),
+            (
+                "model: {}",
+                "its config.yaml was not written by a run: data.source=???: this field must be set",
+            ),
+            ("[]", "its config.yaml was not written by a run: "),
+            ("text", "its config.yaml was not written by a run: "),
+            ("\x00", "its config.yaml was not written by a run: "),
         ],
     )
     def test_refuses_what_no_run_wrote(self, text: str | None, why: str, tmp_path: Path) -> None:
@@ -421,5 +427,5 @@ class TestFields:
 
 
 def test_a_value_missing_is_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match=r"data.source=\?\?\?: has no value"):
+    with pytest.raises(ConfigError, match=r"data.source=\?\?\?: this field must be set"):
         to_typed(OmegaConf.structured(RunConfig), RunConfig)

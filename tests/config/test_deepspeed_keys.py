@@ -15,7 +15,7 @@ from deepspeed.runtime.zero.offload_config import (
 )
 from pydantic import BaseModel
 
-from launcher.config.deepspeed_keys import OURS, SECTIONS, TOP_LEVEL, Kind, check_passthrough
+from launcher.config.deepspeed_keys import OURS, SECTIONS, TOP_LEVEL, KeyType, check_passthrough
 from launcher.config.errors import ConfigError
 from launcher.config.fields import fields_of, groups_of
 from launcher.config.schema import RunConfig
@@ -186,7 +186,7 @@ EVERY_KEY = [
 ]
 
 
-def kind_of(path: str) -> Kind:
+def kind_of(path: str) -> KeyType:
     section, _, key = path.rpartition(".")
     return (SECTIONS[section] if section else TOP_LEVEL)[key]
 
@@ -235,7 +235,7 @@ class TestCheck:
                 misspelt = f"{section}.{key[:-1]}" if section else key[:-1]
                 error = refused(nested(misspelt, True))
                 assert (error.field, error.value) == (f"deepspeed.{misspelt}", "true")
-                assert error.why == "no key of DeepSpeed's that a run may set"
+                assert error.why == "this is no key of DeepSpeed that a run may set"
                 assert f"deepspeed.{path}=true" in error.remedy.split(" or ")
 
     def test_refuses_what_a_field_of_ours_sets(self, subtests: pytest.Subtests) -> None:
@@ -243,7 +243,7 @@ class TestCheck:
             with subtests.test(path):
                 error = refused(nested(path, 5))
                 assert str(error) == (
-                    f"deepspeed.{path}=5: the launcher sets this one\n  try: {OURS[path].format(5)}"
+                    f"deepspeed.{path}=5: the launcher sets this key itself\n  try: {OURS[path].format(5)}"
                 )
 
     def test_refuses_what_is_left_out(self, subtests: pytest.Subtests) -> None:
@@ -256,7 +256,10 @@ class TestCheck:
             for section in sorted(SECTIONS):
                 with subtests.test(f"{value} {section}"):
                     error = refused(nested(section, value))
-                    assert (error.field, error.why) == (f"deepspeed.{section}", "a section, not a value")
+                    assert (error.field, error.why) == (
+                        f"deepspeed.{section}",
+                        "this key is a section, which has no value itself",
+                    )
                     assert error.remedy == f"deepspeed.{section}.{next(iter(SECTIONS[section]))}=VALUE"
 
     def test_lists_the_keys_where_none_is_close(self) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import launcher.commands
 import launcher.config
 from tests.forked_commands import CommandServer, environment
 
@@ -18,7 +19,7 @@ MODULES = [
     "launcher.command_line",
     "launcher.launch.local",
     "launcher.data.sampler",
-    "launcher.commands.plan",
+    *(f"launcher.commands.{module.name}" for module in pkgutil.iter_modules(launcher.commands.__path__)),
     *(f"launcher.config.{module.name}" for module in pkgutil.iter_modules(launcher.config.__path__)),
 ]
 

@@ -1,4 +1,4 @@
-"""Blends: exact to one sample at any prefix, for any weights, from any sample on."""
+"""Blends are exact to one sample at any prefix, for any weights, and from any start."""
 
 from fractions import Fraction
 from itertools import pairwise
@@ -16,7 +16,7 @@ from launcher.data.windows import Stretch, Windows
 
 @st.composite
 def weights(draw: st.DrawFn) -> list[float]:
-    """Whole numbers, decimals, or one source that outweighs all others; the period at most some 20,000."""
+    """Draw integer weights, decimal weights, or one very large weight; the period is at most about 20,000."""
     return draw(
         st.lists(st.integers(1, 9), min_size=1, max_size=12)
         | st.lists(st.integers(1, 999).map(lambda n: n / 100), min_size=1, max_size=12)
@@ -32,8 +32,8 @@ def order(schedule: Schedule, samples: int, start: int = 0) -> npt.NDArray[np.in
     return schedule.locate(np.arange(start, start + samples))[0]
 
 
-def furthest(schedule: Schedule, sources: npt.NDArray[np.int64]) -> Fraction:
-    """From weight x samples, over all sources and prefixes, exactly."""
+def largest_deviation(schedule: Schedule, sources: npt.NDArray[np.int64]) -> Fraction:
+    """Return the largest |count - share * samples| over all sources and prefixes, exactly."""
     worst = 0
     for source, weight in enumerate(schedule.weights):
         counts = np.cumsum(sources == source)
@@ -47,11 +47,11 @@ class TestSchedule:
     @settings(max_examples=60)
     def test_every_prefix_is_exact_to_one_sample(self, given: list[float]) -> None:
         schedule = schedule_of(given)
-        assert furthest(schedule, order(schedule, min(schedule.period + 9, 6000))) < 1
+        assert largest_deviation(schedule, order(schedule, min(schedule.period + 9, 6000))) < 1
 
     @given(weights(), st.integers(0, 10**15))
     @settings(max_examples=60)
-    def test_places_are_those_of_the_source_s_samples_in_turn(self, given: list[float], start: int) -> None:
+    def test_each_source_gives_its_samples_in_order(self, given: list[float], start: int) -> None:
         schedule = schedule_of(given)
         sources, places = schedule.locate(np.arange(start, start + 300))
         before, after = schedule.counts(start), schedule.counts(start + 300)
@@ -64,7 +64,7 @@ class TestSchedule:
         mixed = np.random.default_rng(0).permutation(5000)
         assert (schedule.locate(mixed)[0] == order(schedule, 5000)[mixed]).all()
 
-    def test_weights_are_what_was_typed(self) -> None:
+    def test_decimal_weights_become_exact_integers(self) -> None:
         assert whole_weights([0.1] * 10) == [1] * 10
         assert whole_weights([0.1, 0.2]) == [1, 2]
         assert whole_weights([0.7, 0.2, 0.1]) == [7, 2, 1]
@@ -72,14 +72,14 @@ class TestSchedule:
         assert schedule_of([0.1, 0.2]).counts(3 * 10**15) == [10**15, 2 * 10**15]
 
     def test_never_changes(self) -> None:
-        # Written down once. A change here is a change of the data of every run already made.
+        # Recorded values: if they change, the data of every existing run change when it resumes.
         schedule = schedule_of([5, 3, 2])
         assert "".join(map(str, order(schedule, 30).tolist())) == "010201010201020101020102010102"
         assert schedule.locate(np.array([10**12]))[1].tolist() == [5 * 10**11]
 
 
 def samples_of(first: int, windows: int, seed: int | None = None) -> Samples:
-    """Windows of one token: the input's value says the source and the place."""
+    """Return samples of one input token each; the token's value identifies the source and the place."""
     return Samples(Windows([Stretch(np.arange(first, first + windows + 1))], 1), seed)
 
 
@@ -88,17 +88,17 @@ SOURCES = {"a": samples_of(0, 40), "b": samples_of(1000, 25)}
 
 class TestBlend:
     def test_takes_each_source_in_its_own_order(self) -> None:
-        one = Blend(SOURCES, [Segment(0, {"b": 1, "a": 3})])
-        taken = one.take(np.arange(60))[:, 0]
+        blend = Blend(SOURCES, [Segment(0, {"b": 1, "a": 3})])
+        taken = blend.take(np.arange(60))[:, 0]
         assert taken[taken >= 1000].tolist() == list(range(1000, 1015))
         assert taken[taken < 1000].tolist() == [*range(40), *range(5)]  # its second epoch
-        assert one.epochs(60) == {"a": 45 / 40, "b": 15 / 25}
+        assert blend.epochs(60) == {"a": 45 / 40, "b": 15 / 25}
 
-    def test_the_order_of_names_does_not_count(self) -> None:
-        one, other = (Blend(SOURCES, [Segment(0, w)]) for w in ({"a": 3, "b": 1}, {"b": 1, "a": 3}))
-        assert (one.take(np.arange(50)) == other.take(np.arange(50))).all()
+    def test_the_order_of_names_does_not_matter(self) -> None:
+        first, second = (Blend(SOURCES, [Segment(0, w)]) for w in ({"a": 3, "b": 1}, {"b": 1, "a": 3}))
+        assert (first.take(np.arange(50)) == second.take(np.arange(50))).all()
 
-    def test_a_new_blend_goes_on_where_the_sources_were(self) -> None:
+    def test_a_new_blend_continues_each_source(self) -> None:
         segments = [Segment(0, {"a": 3, "b": 1}), Segment(20, {"a": 1, "b": 1}), Segment(30, {"b": 1})]
         parts = [
             Blend(SOURCES, segments[: n + 1]).take(np.arange(first, last))[:, 0]
@@ -118,7 +118,7 @@ class TestBlend:
             max_size=5,
         )
     )
-    def test_no_sample_of_a_source_is_left_out_or_repeated(
+    def test_no_sample_of_a_source_is_skipped_or_repeated(
         self, history: list[tuple[int, dict[str, int]]]
     ) -> None:
         sources = {name: samples_of(1000 * n, 999) for n, name in enumerate("abc")}
@@ -129,11 +129,10 @@ class TestBlend:
             taken += Blend(sources, segments).take(np.arange(start, start + samples))[:, 0].tolist()
             start += samples
         for n in range(3):
-            own = [token for token in taken if token // 1000 == n]
-            assert own == list(range(1000 * n, 1000 * n + len(own)))
+            source = [token for token in taken if token // 1000 == n]
+            assert source == list(range(1000 * n, 1000 * n + len(source)))
 
-    def test_one_source_alone_is_in_its_own_order(self) -> None:
-        one = samples_of(0, 50, seed=3)
-        assert (
-            Blend({"": one}, [Segment(0, {"": 1.0})]).take(np.arange(99)) == one.take(np.arange(99))
-        ).all()
+    def test_a_single_source_keeps_its_order(self) -> None:
+        samples = samples_of(0, 50, seed=3)
+        blend = Blend({"": samples}, [Segment(0, {"": 1.0})])
+        assert (blend.take(np.arange(99)) == samples.take(np.arange(99))).all()

@@ -1,4 +1,4 @@
-"""Which files make the corpus, how they are split, and what is refused."""
+"""The files of a text corpus, their split into training and validation, and the refusals."""
 
 import hashlib
 import os
@@ -55,14 +55,14 @@ def refused(data: DataConfig) -> ConfigError:
 
 
 def offered(error: ConfigError) -> str:
-    """The value that the remedy offers for the field, read as a shell and then Hydra would read it."""
+    """Return the field's value in the remedy, parsed as the shell and then Hydra would parse it."""
     override = next(word for word in shlex.split(error.remedy) if word.startswith(f"{error.field}="))
     return str(OverridesParser.create().parse_override(override).value())
 
 
 @pytest.fixture
 def as_owner(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Root may read everything: answer as for an ordinary owner."""
+    """Make os.access answer by the owner's permission bits, because root may read every file."""
     if os.geteuid() == 0:
         monkeypatch.setattr(os, "access", lambda path, mode: bool(os.stat(path).st_mode & stat.S_IRUSR))
 
@@ -73,7 +73,7 @@ class TestStdlib:
         assert loaded.train.size > 5_000_000
         assert loaded.validation.size > 50_000
 
-    def test_leaves_out_what_differs_between_machines(
+    def test_leaves_out_files_that_differ_between_machines(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         kept = {"abc.py": b"a", "json/decoder.py": b"b", "unittest/mock.py": b"c", "testing.py": b"d"}
@@ -117,12 +117,12 @@ class TestStdlib:
         assert (error.field, error.value) == ("data.source", "stdlib")
         assert "data=text" in error.remedy
 
-    def test_refuses_files_of_the_users(self) -> None:
+    def test_refuses_the_users_files(self) -> None:
         error = refused(DataConfig(source=CorpusSource.stdlib, train="corpus/*.txt"))
         assert (error.field, error.value) == ("data.train", "corpus/*.txt")
         assert "data=text" in error.remedy
 
-    def test_takes_a_validation_glob(self, tmp_path: Path) -> None:
+    def test_accepts_a_validation_glob(self, tmp_path: Path) -> None:
         write(tmp_path, {"held_out.txt": b"mine"})
         data = DataConfig(source=CorpusSource.stdlib, validation=str(tmp_path / "*.txt"))
         train, validation = corpus_files(data)
@@ -160,8 +160,8 @@ class TestGlobs:
 
 class TestSplit:
     @given(count=st.integers(2, 60), fraction=st.floats(0.001, 0.999))
-    def test_is_by_file_and_leaves_no_part_empty(self, count: int, fraction: float) -> None:
-        files = [corpus._Named(f"{i}.txt", Path(f"{i}.txt")) for i in range(count)]
+    def test_is_by_file_and_no_part_is_empty(self, count: int, fraction: float) -> None:
+        files = [corpus._TextFile(f"{i}.txt", Path(f"{i}.txt")) for i in range(count)]
         train, validation = corpus._split(files, fraction)
         assert train
         assert validation
@@ -170,11 +170,11 @@ class TestSplit:
 
     @pytest.mark.parametrize("fraction", [0.05, 0.3, 0.8])
     def test_holds_out_about_the_fraction(self, fraction: float) -> None:
-        files = [corpus._Named(f"{i}.txt", Path(f"{i}.txt")) for i in range(4000)]
+        files = [corpus._TextFile(f"{i}.txt", Path(f"{i}.txt")) for i in range(4000)]
         _, validation = corpus._split(files, fraction)
         assert len(validation) / len(files) == pytest.approx(fraction, abs=0.03)
 
-    def test_a_file_added_later_moves_no_other(self, tmp_path: Path) -> None:
+    def test_an_added_file_moves_no_other_file(self, tmp_path: Path) -> None:
         write(tmp_path, numbered(200))
         before = corpus_files(text(tmp_path / "*.txt"))[1]
         write(tmp_path, {"added.txt": b"x"})
@@ -185,7 +185,7 @@ class TestSplit:
     def test_never_changes(self, tmp_path: Path) -> None:
         write(tmp_path, numbered(40))
         _, validation = corpus_files(text(tmp_path / "*.txt", fraction=0.15))
-        # Written down once. A change here is a change of the data of every run already made.
+        # Recorded values: if they change, the data of every existing run change when it resumes.
         assert names(validation, tmp_path) == [f"{i:03}.txt" for i in (7, 14, 16, 17, 22, 23, 24, 28, 30, 37)]
 
     @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, 5.0, float("nan")])
@@ -201,7 +201,7 @@ class TestSplit:
         data = text(tmp_path / "train.txt", tmp_path / "held_out.txt", fraction=0.0)
         assert corpus_files(data) == ([tmp_path / "train.txt"], [tmp_path / "held_out.txt"])
 
-    def test_what_the_validation_glob_names_is_not_trained_on(self, tmp_path: Path) -> None:
+    def test_validation_files_are_not_trained_on(self, tmp_path: Path) -> None:
         write(tmp_path, {"a.txt": b"a", "b.txt": b"b", "held_out/c.txt": b"c"})
         (tmp_path / "alias.txt").symlink_to(tmp_path / "held_out" / "c.txt")
         data = text(tmp_path / "**" / "*.txt", tmp_path / "held_out" / "*.txt")
@@ -209,7 +209,7 @@ class TestSplit:
         assert names(train, tmp_path) == ["a.txt", "b.txt"]
         assert names(validation, tmp_path) == ["held_out/c.txt"]
 
-    def test_a_validation_glob_that_leaves_nothing_is_refused(self, tmp_path: Path) -> None:
+    def test_a_validation_glob_that_matches_every_file_is_refused(self, tmp_path: Path) -> None:
         write(tmp_path, numbered(3))
         error = refused(text(tmp_path / "*.txt", tmp_path / "*"))
         assert (error.field, error.value) == ("data.validation", str(tmp_path / "*"))
@@ -225,7 +225,7 @@ class TestBytes:
         assert loaded.train.dtype == np.uint8
         assert loaded.train.ndim == 1
 
-    def test_binary_files_are_taken_as_they_are(self, tmp_path: Path) -> None:
+    def test_binary_files_are_read_unchanged(self, tmp_path: Path) -> None:
         content = bytes(range(256)) + b"\r\n\xff\xfe\0"
         write(tmp_path, {"a.bin": content, "held_out": content[::-1]})
         loaded = load_corpus(text(tmp_path / "*.bin", tmp_path / "held_out"))
@@ -247,7 +247,7 @@ class TestBytes:
         assert loaded.validation.size == held_out
 
     @pytest.mark.parametrize("count", [1, 2, 30])
-    def test_sizes_foretell_the_tokens(self, tmp_path: Path, count: int) -> None:
+    def test_token_counts_follow_from_file_sizes(self, tmp_path: Path, count: int) -> None:
         write(tmp_path, numbered(count))
         data = text(tmp_path / "*.txt", fraction=0.3)
         loaded = load_corpus(data)
@@ -255,49 +255,51 @@ class TestBytes:
 
 
 class TestRefusals:
-    def test_no_glob(self) -> None:
+    def test_a_missing_glob(self) -> None:
         error = refused(text(None))
         assert (error.field, error.value) == ("data.train", None)
         assert offered(error) == "corpus/**/*.txt"
 
     @pytest.mark.parametrize("field", ["data.train", "data.validation"])
-    def test_a_glob_without_a_match_is_offered_one(self, tmp_path: Path, field: str) -> None:
+    def test_the_remedy_is_a_glob_that_matches(self, tmp_path: Path, field: str) -> None:
         write(tmp_path, {"my corpus/a.md": b"a", "my corpus/b.md": b"b", "train/t.txt": b"t"})
-        # What a glob of theirs would not find is no reason to offer the .rst files.
+        # Hidden and empty files, which a glob does not match, do not count for the suggested ending.
         no_matches = {".hidden.rst": b"h", ".other.rst": b"h", "empty.rst": b"", "void.rst": b""}
         write(tmp_path / "my corpus", {"c.rst": b"c"} | no_matches)
         pattern = f"{tmp_path}/my corpus/missing.txt"
         good = f"{tmp_path}/train/*.txt"
         error = refused(text(pattern) if field == "data.train" else text(good, pattern))
         assert (error.field, error.value) == (field, pattern)
-        assert "matches no file" in error.why
+        assert "the glob matches no file" in error.why
         assert "(2 files)" in error.remedy
         repaired = text(offered(error)) if field == "data.train" else text(good, offered(error))
         train, validation = corpus_files(repaired)
         assert {"a.md", "b.md"} <= {path.name for path in train + validation}
 
-    def test_a_directory_is_offered_its_files(self, tmp_path: Path) -> None:
+    def test_the_remedy_for_a_directory_is_a_glob_in_it(self, tmp_path: Path) -> None:
         write(tmp_path, {"corpus [1]/a.txt": b"a"})
         error = refused(text(tmp_path / "corpus [1]"))
         assert offered(error) == f"{tmp_path}/corpus [[]1]/*.txt"
 
-    def test_a_missing_directory_is_offered_the_nearest_that_exists(self, tmp_path: Path) -> None:
+    def test_the_remedy_for_a_missing_directory_is_the_closest_existing_directory(
+        self, tmp_path: Path
+    ) -> None:
         write(tmp_path, {"corpus/a.txt": b"a"})
         error = refused(text(tmp_path / "corpus" / "no" / "such" / "*.txt"))
         assert offered(error) == f"{tmp_path}/corpus/*.txt"
 
-    def test_a_file_taken_for_a_directory(self, tmp_path: Path) -> None:
+    def test_a_glob_below_a_file(self, tmp_path: Path) -> None:
         write(tmp_path, {"a.txt": b"a"})
         assert offered(refused(text(tmp_path / "a.txt" / "*.txt"))) == f"{tmp_path}/*.txt"
 
-    def test_a_closed_directory_is_not_looked_into(self, tmp_path: Path, as_owner: None) -> None:
+    def test_a_directory_without_permission_is_not_listed(self, tmp_path: Path, as_owner: None) -> None:
         write(tmp_path, {"closed/a.md": b"a", "open.txt": b"b"})
         (tmp_path / "closed").chmod(0)
         error = refused(text(tmp_path / "closed" / "*.txt"))
         (tmp_path / "closed").chmod(0o700)
         assert offered(error) == f"{tmp_path}/*.txt"
 
-    def test_nowhere_to_look_is_still_a_refusal(
+    def test_no_directory_with_text_is_still_refused(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.chdir(tmp_path)
@@ -316,9 +318,9 @@ class TestRefusals:
         write(tmp_path, {"a.txt": b"", "b.txt": b""})
         error = refused(text(tmp_path / "*.txt"))
         assert (error.field, error.value) == ("data.train", str(tmp_path / "*.txt"))
-        assert "every file it matches is empty" in error.why
+        assert "every matched file is empty" in error.why
 
-    def test_a_pipe_is_not_waited_for(self, tmp_path: Path) -> None:
+    def test_a_pipe_is_skipped(self, tmp_path: Path) -> None:
         os.mkfifo(tmp_path / "pipe.txt")
         write(tmp_path, numbered(2))
         loaded = load_corpus(text(tmp_path / "*.txt"))
@@ -332,7 +334,7 @@ class TestRefusals:
         assert "No such file" in error.why
         assert str(tmp_path / "large.txt") in error.remedy
 
-    def test_a_forbidden_file_is_refused(self, tmp_path: Path, as_owner: None) -> None:
+    def test_an_unreadable_file_is_refused(self, tmp_path: Path, as_owner: None) -> None:
         write(tmp_path, numbered(3) | {"secret.txt": b"s"})
         (tmp_path / "secret.txt").chmod(0)
         error = refused(text(tmp_path / "001.txt", tmp_path / "*.txt"))
@@ -340,12 +342,12 @@ class TestRefusals:
         assert "permission denied" in error.why
         assert str(tmp_path / "secret.txt") in error.remedy
 
-    def test_is_one_readable_message(self, tmp_path: Path) -> None:
+    def test_the_message_has_a_reason_and_a_remedy(self, tmp_path: Path) -> None:
         message = str(refused(text(tmp_path / "*.txt")))
         assert re.match(rf"data\.train={re.escape(str(tmp_path))}/\*\.txt: .+\n  try: .+", message)
 
 
-def test_names_that_are_not_utf8_are_split_too(tmp_path: Path) -> None:
+def test_file_names_that_are_not_utf8_are_split(tmp_path: Path) -> None:
     for name in (b"a\xff.txt", b"b\xfe.txt"):
         Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)).write_bytes(hashlib.sha256(name).digest())
     train, validation = corpus_files(text(tmp_path / "*.txt"))

@@ -1,4 +1,4 @@
-"""Images and their classes: what is read, how it is split, and what is refused before ranks start."""
+"""Images and their classes: reading, splitting, and the checks before ranks start."""
 
 from collections import Counter
 from pathlib import Path
@@ -27,45 +27,45 @@ def all_of(samples: Samples) -> tuple[np.ndarray, np.ndarray]:
 
 
 class TestDigits:
-    def test_are_scikit_learn_s_each_in_one_part(self) -> None:
+    def test_equal_scikit_learn_s_and_each_is_in_one_part(self) -> None:
         from sklearn.datasets import load_digits
 
         data = open_data(digits("data.test_fraction=0.1"))
         parts = [all_of(part[ONLY]) for part in (data.train, data.validation, data.test)]
-        images, labels = (np.concatenate(one) for one in zip(*parts, strict=True))
+        images, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         assert images.shape == (DIGITS, 1, 8, 8)
-        theirs: Any = load_digits()
-        # Bytes of 0 to 255 keep apart what 0 to 16 did.
-        ours = Counter(
+        dataset: Any = load_digits()
+        # The values 0 to 16 stay distinct when they are scaled to 0 to 255.
+        counts = Counter(
             (np.rint(i * (16 / 255)).astype(int).tobytes(), int(n))
             for i, n in zip(images, labels[:, 0], strict=True)
         )
-        assert ours == Counter(
+        assert counts == Counter(
             (i.astype(int).tobytes(), int(n))
-            for i, n in zip(theirs.images[:, None], theirs.target, strict=True)
+            for i, n in zip(dataset.images[:, None], dataset.target, strict=True)
         )
-        shares = [len(one) / DIGITS for one, _ in parts]
+        shares = [len(part) / DIGITS for part, _ in parts]
         assert shares == pytest.approx([0.7, 0.2, 0.1], abs=0.03)
 
-    def test_the_parts_depend_on_neither_seed_nor_layout(self) -> None:
-        one, other = (open_data(digits(f"training.seed={seed}")) for seed in (1, 2))
-        assert one.digests == other.digests
-        for first, second in zip(all_of(one.validation[ONLY]), all_of(other.validation[ONLY]), strict=True):
-            assert (first == second).all()
-        assert (all_of(one.train[ONLY])[0] != all_of(other.train[ONLY])[0]).any()
+    def test_the_parts_do_not_depend_on_the_seed(self) -> None:
+        first, second = (open_data(digits(f"training.seed={seed}")) for seed in (1, 2))
+        assert first.digests == second.digests
+        for a, b in zip(all_of(first.validation[ONLY]), all_of(second.validation[ONLY]), strict=True):
+            assert (a == b).all()
+        assert (all_of(first.train[ONLY])[0] != all_of(second.train[ONLY])[0]).any()
 
     def test_other_parts_have_another_digest(self) -> None:
         assert open_data(digits()).digests != open_data(digits("data.validation_fraction=0.3")).digests
 
     def test_are_checked_without_being_read(self) -> None:
         check_data(digits())
-        with pytest.raises(ConfigError, match="leaves none to validate on"):
+        with pytest.raises(ConfigError, match="the validation part has none of the 1797 images"):
             check_data(digits("data.validation_fraction=0.00001"))
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Three classes of 20 images of one colour each, of many sizes, modes and endings."""
+    """Three classes of 20 single-colour images, with various sizes, modes and endings."""
     for label, name in enumerate(("ant", "bee", "cow")):
         (tmp_path / "in" / name).mkdir(parents=True)
         for number in range(20):
@@ -73,7 +73,7 @@ def folder(tmp_path: Path) -> Path:
             mode, ending = (("RGB", "png"), ("L", "jpg"), ("RGBA", "PNG"), ("P", "gif"))[number % 4]
             image = Image.new("RGB", size, (51 * label, 51 * label, 51 * label)).convert(mode)
             image.save(tmp_path / "in" / name / f"{number}.{ending}")
-        (tmp_path / "in" / name / "notes.txt").write_text("no image")
+        (tmp_path / "in" / name / "notes.txt").write_text("not an image")
     (tmp_path / "in" / ".hidden").mkdir()
     return tmp_path / "in"
 
@@ -88,7 +88,7 @@ def run_on(folder: Path, *overrides: str, channels: int = 3) -> RunConfig:
 
 class TestFolder:
     @pytest.mark.parametrize("channels", [1, 3])
-    def test_reads_every_kind_of_image(self, channels: int, folder: Path) -> None:
+    def test_reads_every_mode_and_format(self, channels: int, folder: Path) -> None:
         data = open_data(run_on(folder, channels=channels))
         check_data(run_on(folder, channels=channels))
         total = 0
@@ -100,7 +100,7 @@ class TestFolder:
             total += len(images)
         assert total == 60
 
-    def test_is_scaled_to_the_shorter_side_and_cut_at_the_centre(self, tmp_path: Path) -> None:
+    def test_images_are_scaled_to_the_shorter_side_and_cropped_at_the_centre(self, tmp_path: Path) -> None:
         pixels = np.zeros((20, 60), np.uint8)
         pixels[:, 20:40] = 200
         Image.fromarray(pixels).save(tmp_path / "wide.png")
@@ -110,7 +110,7 @@ class TestFolder:
         images, _ = ImageFiles([file], 20, 1, "data.train").read(np.array([0]))
         assert (images == 200).mean() > 0.99
 
-    def test_a_file_more_moves_no_other(self, folder: Path) -> None:
+    def test_an_added_file_moves_no_other_file(self, folder: Path) -> None:
         def names(part: dict[str, Samples]) -> set[str]:
             items = part[ONLY].items
             assert isinstance(items, ImageFiles)
@@ -123,7 +123,7 @@ class TestFolder:
         assert names(before.validation) <= names(after.validation)
         assert (before.digests != after.digests) == ("ant/new.png" in names(after.train))
 
-    def test_a_directory_of_its_own_to_validate_on(self, folder: Path, tmp_path: Path) -> None:
+    def test_a_separate_validation_directory(self, folder: Path, tmp_path: Path) -> None:
         (tmp_path / "held" / "cow").mkdir(parents=True)
         Image.new("RGB", (32, 32)).save(tmp_path / "held" / "cow" / "1.png")
         data = open_data(run_on(folder, f"data.validation={tmp_path / 'held'}"))
@@ -138,33 +138,34 @@ class TestRefused:
         assert raised.value.remedy
         return raised.value
 
-    def test_a_directory_that_is_not_there(self, tmp_path: Path) -> None:
+    def test_a_missing_directory(self, tmp_path: Path) -> None:
         error = self.refused(run_on(tmp_path / "none"))
-        assert (error.field, error.why) == ("data.train", "there is no such directory")
+        assert (error.field, error.why) == ("data.train", "this directory does not exist")
 
     def test_a_directory_without_classes_or_images(self, tmp_path: Path) -> None:
-        assert "each is a class" in self.refused(run_on(tmp_path)).why
+        assert "each class needs one" in self.refused(run_on(tmp_path)).why
         (tmp_path / "ant").mkdir()
-        assert "holds no images" in self.refused(run_on(tmp_path)).why
+        assert "contain no image files" in self.refused(run_on(tmp_path)).why
 
     def test_more_classes_than_the_model(self, folder: Path) -> None:
         error = self.refused(run_on(folder, "model.num_classes=2"))
         assert (error.field, error.remedy) == ("model.num_classes", "model.num_classes=3 (or more)")
 
-    def test_a_class_that_is_not_trained_on(self, folder: Path, tmp_path: Path) -> None:
+    def test_a_validation_class_that_is_not_a_training_class(self, folder: Path, tmp_path: Path) -> None:
         (tmp_path / "held" / "dog").mkdir(parents=True)
         error = self.refused(run_on(folder, f"data.validation={tmp_path / 'held'}"))
-        assert (error.field, error.why) == ("data.validation", "has a class 'dog', which data.train has not")
+        assert error.field == "data.validation"
+        assert error.why == "this directory has a class 'dog', which data.train does not have"
 
-    @pytest.mark.parametrize("content", [b"", b"no image at all"])
-    def test_a_file_that_is_no_image(self, content: bytes, folder: Path) -> None:
+    @pytest.mark.parametrize("content", [b"", b"not an image"])
+    def test_a_file_that_is_not_an_image(self, content: bytes, folder: Path) -> None:
         for number in range(0, 20, 4):
             (folder / "bee" / f"{number}.png").write_bytes(content)
         error = self.refused(run_on(folder))
         assert "bee" in str(error.value)
-        assert error.why == "cannot be decoded: cannot identify image file"
+        assert error.why == "this image cannot be decoded: cannot identify image file"
 
-    def test_a_file_cut_short_is_found_where_it_is_decoded(self, folder: Path) -> None:
+    def test_a_truncated_image_is_refused_when_it_is_decoded(self, folder: Path) -> None:
         path = folder / "bee" / "0.png"
         Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 200), np.uint8)).save(path)
         path.write_bytes(path.read_bytes()[:5000])
@@ -173,6 +174,10 @@ class TestRefused:
         data = open_data(run)
         items = [part[ONLY].items for part in (data.train, data.validation)]
         files = [item for item in items if isinstance(item, ImageFiles)]
-        [(held, place)] = [(f, n) for f in files for n, one in enumerate(f.files) if one.path == path]
-        with pytest.raises(ConfigError, match=r"bee/0.png: cannot be decoded: image file is truncated"):
-            held.read(np.array([place]))
+        [(part, place)] = [
+            (part, n) for part in files for n, file in enumerate(part.files) if file.path == path
+        ]
+        with pytest.raises(
+            ConfigError, match=r"bee/0.png: this image cannot be decoded: image file is truncated"
+        ):
+            part.read(np.array([place]))

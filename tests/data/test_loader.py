@@ -1,4 +1,4 @@
-"""Reading ahead changes when batches are read, never which."""
+"""Prefetching changes when batches are read, and never which batches."""
 
 import threading
 from typing import Any
@@ -36,7 +36,7 @@ def loader_of(
 
 @st.composite
 def starts(draw: st.DrawFn) -> dict[str, Any]:
-    """One start of a run: its layout, its batch, its loader, and how far it comes."""
+    """Draw one start of a run: its layout, batch size, loader settings and numbers of steps."""
     ranks, micro, accumulation = (draw(st.integers(1, 3)) for _ in range(3))
     return {
         "ranks": ranks, "micro": micro, "size": ranks * micro * accumulation,
@@ -51,11 +51,10 @@ HISTORY = [Segment(0, {"a": 3, "b": 2})]
 
 @given(st.lists(starts(), min_size=1, max_size=5))
 @settings(max_examples=60)
-def test_any_sequence_of_starts_consumes_what_one_uninterrupted_process_does(
+def test_any_sequence_of_starts_reads_the_same_samples_as_one_uninterrupted_run(
     sequence: list[dict[str, Any]],
 ) -> None:
-    """The ledger: layouts, batch sizes, threads and reading ahead change from start to start, and steps that
-    were taken but not saved are taken again."""
+    """Layout, batch size, threads and prefetching change at each start. Unsaved steps are repeated."""
     source, consumed, taken = Blend(SOURCES, HISTORY), 0, []
     for start in sequence:
         layout = {name: start[name] for name in ("size", "micro", "ranks", "threads", "ahead")}
@@ -63,7 +62,7 @@ def test_any_sequence_of_starts_consumes_what_one_uninterrupted_process_does(
         for step in range(start["steps"] + start["unsaved"]):
             by_rank = [loader.step(consumed + step * start["size"]) for loader in loaders]
             if step < start["steps"]:
-                taken += [batch for one_pass in zip(*by_rank, strict=True) for batch in one_pass]
+                taken += [batch for batches in zip(*by_rank, strict=True) for batch in batches]
         for loader in loaders:
             loader.__exit__(None, None, None)
         consumed += start["steps"] * start["size"]
@@ -71,7 +70,7 @@ def test_any_sequence_of_starts_consumes_what_one_uninterrupted_process_does(
     assert np.concatenate(taken).tolist() == alone.tolist()
 
 
-def test_jumping_reads_what_is_asked_for() -> None:
+def test_a_jump_reads_the_requested_samples() -> None:
     source = samples_of(0, 1000)
     with loader_of(source, 4) as loader:
         for consumed in (0, 4, 40, 44, 0, 400):
@@ -79,7 +78,7 @@ def test_jumping_reads_what_is_asked_for() -> None:
             assert first[0, 0] == consumed
 
 
-def test_is_ahead_while_the_step_computes() -> None:
+def test_prefetches_while_the_step_computes() -> None:
     read: list[int] = []
     all_read = threading.Event()
 
@@ -99,7 +98,7 @@ def test_is_ahead_while_the_step_computes() -> None:
 
 
 @pytest.mark.parametrize("threads", [0, 2])
-def test_what_reading_raises_is_raised_by_the_step_that_needs_it(threads: int) -> None:
+def test_an_exception_while_reading_is_raised_in_the_step_of_the_sample(threads: int) -> None:
     class Broken:
         def take(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
             if indices[0] >= 4:
@@ -113,7 +112,7 @@ def test_what_reading_raises_is_raised_by_the_step_that_needs_it(threads: int) -
             loader.step(4)
 
 
-def test_its_threads_end_with_it() -> None:
+def test_its_threads_end_with_the_context() -> None:
     before = threading.active_count()
     with loader_of(samples_of(0, 100), 8, threads=3) as loader:
         loader.step(0)

@@ -1,4 +1,4 @@
-"""What a run trains on, opened: refused before ranks start where it can be known, in their way where not."""
+"""Opening a run's data: parts, digests, and refusals before ranks start or, if impossible, while reading."""
 
 import re
 import struct
@@ -33,7 +33,7 @@ def check(data: DataConfig, sequence_length: int) -> None:
 class TestCheckText:
     @staticmethod
     def corpus(root: Path, train: int, validation: int) -> DataConfig:
-        """Two files of so many tokens, their zero bytes included."""
+        """Write two files with these numbers of tokens, including their final zero bytes."""
         (root / "train.txt").write_bytes(b"t" * (train - 1))
         (root / "validation.txt").write_bytes(b"v" * (validation - 1))
         return DataConfig(CorpusSource.text, str(root / "train.txt"), str(root / "validation.txt"))
@@ -45,21 +45,21 @@ class TestCheckText:
         return raised.value
 
     @pytest.mark.parametrize(("train", "validation", "part"), [(50, 9, "validation"), (9, 50, "training")])
-    def test_names_the_short_part_and_what_would_fit(
+    def test_names_the_short_part_and_a_sequence_length_that_fits(
         self, tmp_path: Path, train: int, validation: int, part: str
     ) -> None:
         error = self.refused(self.corpus(tmp_path, train, validation), sequence_length=9)
         assert part in error.why
         assert error.remedy.startswith("data.sequence_length=8,")
 
-    def test_one_remedy_serves_both_parts(self, tmp_path: Path) -> None:
+    def test_the_remedy_fits_both_parts(self, tmp_path: Path) -> None:
         data = self.corpus(tmp_path, train=30, validation=20)
         error = self.refused(data, sequence_length=64)
         assert error.remedy.startswith("data.sequence_length=19,")
         check(data, 19)
 
     @pytest.mark.parametrize("size", [1, 2, 19, 20, 21, 400])
-    def test_agrees_with_what_the_ranks_would_find(self, tmp_path: Path, size: int) -> None:
+    def test_agrees_with_the_loaded_corpus(self, tmp_path: Path, size: int) -> None:
         (tmp_path / "only.txt").write_bytes(b"x" * size)
         data = DataConfig(CorpusSource.text, str(tmp_path / "only.txt"), validation_fraction=0.1)
         loaded = load_corpus(data)
@@ -92,20 +92,20 @@ def lengths_of(data: DataConfig, sequence_length: int = 2) -> tuple[list[int], l
 
 class TestTokens:
     @pytest.mark.parametrize("ending", ["", ".bin", ".idx"])
-    def test_is_named_without_or_with_an_ending(self, ending: str, tmp_path: Path) -> None:
+    def test_are_named_with_or_without_an_ending(self, ending: str, tmp_path: Path) -> None:
         write_documents(tmp_path / "web", [np.arange(30), np.arange(10)])
         assert lengths_of(tokens(f"{tmp_path / 'web'}{ending}")) == ([30], [10])
 
-    def test_is_held_out_at_the_nearest_document(self, tmp_path: Path) -> None:
+    def test_validation_starts_at_the_closest_document(self, tmp_path: Path) -> None:
         write_documents(tmp_path / "web", [np.arange(n) for n in (50, 20, 17, 13)])
         for fraction, held_out in ((0.1, 13), (0.2, 20), (0.25, 30), (0.4, 50), (0.9, 90), (0.01, 1)):
             assert lengths_of(tokens(tmp_path / "web", fraction=fraction))[1] == [held_out], fraction
 
-    def test_a_single_document_is_held_out_by_its_tail(self, tmp_path: Path) -> None:
+    def test_the_end_of_a_single_document_is_held_out(self, tmp_path: Path) -> None:
         write_documents(tmp_path / "web", [np.arange(100)])
         assert lengths_of(tokens(tmp_path / "web")) == ([75], [25])
 
-    def test_a_file_of_its_own_to_validate_on(self, tmp_path: Path) -> None:
+    def test_a_separate_validation_file(self, tmp_path: Path) -> None:
         write_documents(tmp_path / "web", [np.arange(100)])
         write_documents(tmp_path / "held", [np.arange(40)])
         assert lengths_of(tokens(tmp_path / "web", tmp_path / "held")) == ([100], [40])
@@ -119,7 +119,7 @@ class TestTokens:
         assert (np.diff(taken, axis=1) == 1).all()
         assert sorted(taken[:, 0].tolist()) == [f + s for f in (0, 1000, 2000) for s in range(0, 20, 4)]
 
-    def test_the_digest_is_of_the_training_files_alone(self, tmp_path: Path) -> None:
+    def test_the_digest_covers_the_training_files_only(self, tmp_path: Path) -> None:
         for folder, last in (("a", 9), ("b", 9), ("c", 8)):
             (tmp_path / folder).mkdir()
             write_documents(tmp_path / folder / "web", [np.arange(30), np.array([1, 2, last])])
@@ -129,18 +129,18 @@ class TestTokens:
 
 class TestParts:
     def parts(self, data: DataConfig, name: str = ONLY) -> list[list[int]]:
-        """The tokens of training, validation and test."""
+        """Return the tokens of the training, validation and test part."""
         opened = open_data(run_with(data, 2, 2**31 - 1))
-        found = []
+        parts = []
         for part in (opened.train, opened.validation, opened.test):
             items = part[name].items if name in part else Windows([], 2)
             assert isinstance(items, Windows)
-            found.append([int(token) for stretch in items.stretches for token in stretch.tokens])
-        return found
+            parts.append([int(token) for stretch in items.stretches for token in stretch.tokens])
+        return parts
 
     @pytest.mark.parametrize("lengths", [[1000], [7] * 143, [100, 300, 200, 400], [990, 5, 5]])
     @pytest.mark.parametrize(("validation", "test"), [(0.1, 0.1), (0.02, 0.3), (0.3, 0.02), (0.05, 0.0)])
-    def test_lie_side_by_side_and_cover_all(
+    def test_are_consecutive_and_cover_the_file(
         self, lengths: list[int], validation: float, test: float, tmp_path: Path
     ) -> None:
         ends = np.cumsum(lengths)
@@ -153,7 +153,7 @@ class TestParts:
         slack = min(share for share in shares if share) / 3 * 2 + 1 / total
         assert all(abs(len(p) / total - share) <= slack for p, share in zip(parts, shares, strict=True))
 
-    def test_a_test_of_its_own_files(self, tmp_path: Path) -> None:
+    def test_separate_test_files(self, tmp_path: Path) -> None:
         write_documents(tmp_path / "web", [np.arange(100)])
         write_documents(tmp_path / "test", [np.arange(200, 230)])
         data = tokens(tmp_path / "web")
@@ -161,7 +161,7 @@ class TestParts:
         assert self.parts(data)[2] == list(range(200, 230))
         assert len(self.parts(data)[1]) == 25
 
-    def test_of_each_source_of_a_blend(self, tmp_path: Path) -> None:
+    def test_each_source_of_a_blend_has_parts(self, tmp_path: Path) -> None:
         for name, first in (("web", 0), ("code", 1000), ("held", 2000)):
             write_documents(tmp_path / name, [np.arange(first, first + 100)])
         data = DataConfig(
@@ -176,7 +176,7 @@ class TestParts:
         assert [len(part) for part in self.parts(data, "code")] == [90, 100, 10]
         assert self.parts(data, "code")[1] == list(range(2000, 2100))
 
-    def test_sources_of_one_length_have_orders_of_their_own(self, tmp_path: Path) -> None:
+    def test_sources_of_equal_length_have_different_orders(self, tmp_path: Path) -> None:
         for name in ("web", "code"):
             write_documents(tmp_path / name, [np.arange(1000)])
         sources = {name: str(tmp_path / name) for name in ("web", "code")}
@@ -187,7 +187,7 @@ class TestParts:
 
 
 class TestRefusedBeforeRanksStart:
-    """Hostile token files: each a ConfigError about data.train, with what is wrong and what would work."""
+    """Damaged token files raise a ConfigError about data.train with the reason and a remedy."""
 
     def refused(self, data: DataConfig, sequence_length: int = 4, vocab_size: int = 256) -> ConfigError:
         with pytest.raises(ConfigError) as raised:
@@ -201,20 +201,20 @@ class TestRefusedBeforeRanksStart:
         check_data(run_with(tokens(tmp_path / "web"), 4))
         return tmp_path / "web"
 
-    def test_nothing_there(self, tmp_path: Path) -> None:
+    def test_a_missing_file(self, tmp_path: Path) -> None:
         error = self.refused(tokens(tmp_path / "none" / "web"))
-        assert (error.field, error.why) == ("data.train", f"there is no {tmp_path}/none/web.idx")
+        assert (error.field, error.why) == ("data.train", f"{tmp_path}/none/web.idx does not exist")
 
-    def test_what_is_there_is_offered(self, web: Path) -> None:
-        for meant in (web.parent, web.parent / "wbe", web.parent / "x" / "web"):
-            error = self.refused(tokens(meant))
+    def test_the_remedy_names_existing_token_files(self, web: Path) -> None:
+        for misspelt in (web.parent, web.parent / "wbe", web.parent / "x" / "web"):
+            error = self.refused(tokens(misspelt))
             assert error.remedy == f"'data.train=\"{web}\"'"
         assert "matches no .idx file" in self.refused(tokens(web.parent / "c*")).why
 
     @pytest.mark.parametrize("missing", [bin_path, index_path])
-    def test_one_of_the_two_is_missing(self, missing: Any, web: Path) -> None:
+    def test_the_bin_or_idx_is_missing(self, missing: Any, web: Path) -> None:
         missing(web).unlink()
-        assert self.refused(tokens(web)).why == f"there is no {missing(web)}"
+        assert self.refused(tokens(web)).why == f"{missing(web)} does not exist"
 
     @pytest.mark.parametrize("of", [bin_path, index_path])
     @pytest.mark.parametrize("keep", [0, 1, 20, -1])
@@ -225,32 +225,34 @@ class TestRefusedBeforeRanksStart:
         assert re.search("is not the index|has .* bytes", why)
 
     @pytest.mark.parametrize("of", [bin_path, index_path])
-    def test_longer_than_described(self, of: Any, web: Path) -> None:
+    def test_longer_than_the_index_describes(self, of: Any, web: Path) -> None:
         of(web).write_bytes(of(web).read_bytes() + b"xyz")
         assert re.search("has .* bytes", self.refused(tokens(web)).why)
 
-    def test_of_other_files(self, web: Path) -> None:
+    def test_the_index_of_another_file(self, web: Path) -> None:
         write_documents(web.parent / "other", [np.arange(99)])
         index_path(web).write_bytes(index_path(web.parent / "other").read_bytes())
-        assert self.refused(tokens(web)).why == f"{bin_path(web)} has 100 bytes, and web.idx describes 99"
+        assert (
+            self.refused(tokens(web)).why == f"{bin_path(web)} has 100 bytes, but web.idx describes 99 bytes"
+        )
 
     @pytest.mark.parametrize(
         ("place", "raw", "why"),
         [
             (0, b"PK", "is not the index"),
             (9, struct.pack("<Q", 7), "version 7"),
-            (17, b"\x09", "dtype 9"),
+            (17, b"\x09", "dtype code 9"),
             (18, struct.pack("<Q", 2**40), "1099511627776 sequences"),
             (18, struct.pack("<Q", 0), "0 sequences"),
-            (34, struct.pack("<i", 59), "sequence 0 does not end where the next begins"),
+            (34, struct.pack("<i", 59), "sequence 0 does not end where the next sequence begins"),
             (34, struct.pack("<i", -1), "sequence 0 does not end"),
             (42, struct.pack("<q", 3), "sequence 0 does not end"),
-            (58, struct.pack("<q", 1), "document indices that are not 0 to 2"),
-            (66, struct.pack("<q", 2**50), "document indices that are not 0 to 2"),
-            (74, struct.pack("<q", 1), "document indices that are not 0 to 2"),
+            (58, struct.pack("<q", 1), "document indices that do not rise from 0 to 2"),
+            (66, struct.pack("<q", 2**50), "document indices that do not rise from 0 to 2"),
+            (74, struct.pack("<q", 1), "document indices that do not rise from 0 to 2"),
         ],
     )
-    def test_an_index_that_is_wrong(self, place: int, raw: bytes, why: str, web: Path) -> None:
+    def test_a_damaged_index(self, place: int, raw: bytes, why: str, web: Path) -> None:
         content = bytearray(index_path(web).read_bytes())
         content[place : place + len(raw)] = raw
         index_path(web).write_bytes(content)
@@ -259,14 +261,14 @@ class TestRefusedBeforeRanksStart:
     @pytest.mark.parametrize("documents", [[], [[]], [[], []]])
     def test_empty(self, documents: list[list[int]], tmp_path: Path) -> None:
         write_documents(tmp_path / "web", [np.array(d, np.uint8) for d in documents])
-        assert re.search("holds no (sequence|tokens)", self.refused(tokens(tmp_path / "web")).why)
+        assert re.search("contains no (sequence|tokens)", self.refused(tokens(tmp_path / "web")).why)
 
-    def test_not_whole_numbers(self, tmp_path: Path) -> None:
+    def test_tokens_that_are_not_integers(self, tmp_path: Path) -> None:
         write_documents(tmp_path / "web", [np.arange(50, dtype=np.float32)])
-        assert "holds float32, and token ids are whole numbers" in self.refused(tokens(tmp_path / "web")).why
+        assert "contains float32, but token ids are integers" in self.refused(tokens(tmp_path / "web")).why
 
     @pytest.mark.parametrize(
-        ("wrong", "remedy"), [(256, "model.vocab_size=257 (or more)"), (-1, "the token")]
+        ("wrong", "remedy"), [(256, "model.vocab_size=257 (or more)"), (-1, "token files")]
     )
     def test_an_id_without_an_embedding(self, wrong: int, remedy: str, tmp_path: Path) -> None:
         ids = np.arange(200, dtype=np.int16)
@@ -280,9 +282,14 @@ class TestRefusedBeforeRanksStart:
     @pytest.mark.parametrize(
         ("lasts", "end", "why", "remedy"),
         [
-            ([5, 5, 5], None, "do not end with it", "data.end_of_document=5 (what each ends with)"),
-            ([5, 5, 5], 0, "do not end with it", "data.end_of_document=5 (what each ends with)"),
-            ([5, 6, 9], 5, "end with many tokens, 5, 6, 9", "data.document_attention=false"),
+            (
+                [5, 5, 5],
+                None,
+                "do not end with this token",
+                "data.end_of_document=5 (the token they end with)",
+            ),
+            ([5, 5, 5], 0, "do not end with this token", "data.end_of_document=5 (the token they end with)"),
+            ([5, 6, 9], 5, "end with different tokens, such as 5, 6, 9", "data.document_attention=false"),
         ],
     )
     def test_documents_that_do_not_end_with_the_token(
@@ -307,14 +314,14 @@ class TestRefusedBeforeRanksStart:
     def test_too_short_for_one_sample(self, web: Path) -> None:
         error = self.refused(tokens(web, fraction=0.4), sequence_length=40)
         assert error.why.startswith(
-            "the validation part of the corpus has 40 tokens, and one sample takes 41"
+            "the validation part of the corpus has 40 tokens, but one sample needs 41"
         )
         check_data(run_with(tokens(web, fraction=0.4), 39))
 
-    def test_the_validation_file_is_refused_by_its_own_name(self, web: Path) -> None:
+    def test_a_validation_file_is_refused_under_its_field(self, web: Path) -> None:
         assert self.refused(tokens(web, web.parent / "held")).field == "data.validation"
 
-    def test_a_source_is_refused_by_its_name(self, web: Path) -> None:
+    def test_a_source_is_refused_under_its_field(self, web: Path) -> None:
         sources = {"web": str(web), "code": str(web.parent / "code")}
         data = DataConfig(CorpusSource.tokens, sources=sources, weights={"web": 1, "code": 1})
         assert self.refused(data).field == "data.sources.code"
@@ -324,9 +331,9 @@ class TestRefusedBeforeRanksStart:
         assert self.refused(data, 20).why.startswith("the validation part of web has 10 tokens")
 
 
-def test_an_id_without_an_embedding_is_found_where_it_is_read(tmp_path: Path) -> None:
+def test_an_id_without_an_embedding_is_refused_when_it_is_read(tmp_path: Path) -> None:
     ids = np.zeros(3_000_000, np.uint16)
-    ids[1_000_003] = 60_000  # between two probes of the check before ranks start
+    ids[1_000_003] = 60_000  # between two stretches that are checked before ranks start
     write_documents(tmp_path / "web", [ids])
     run = run_with(tokens(tmp_path / "web", fraction=0.1), 8)
     check_data(run)
@@ -335,7 +342,7 @@ def test_an_id_without_an_embedding_is_found_where_it_is_read(tmp_path: Path) ->
         samples.take(np.arange(len(samples)))
 
 
-def test_check_ids_counts_from_the_file_s_beginning() -> None:
+def test_check_ids_counts_tokens_from_the_beginning_of_the_file() -> None:
     stretch = Stretch(np.array([1, 2, 9, 3]), "a.bin", first=100)
     check_ids(stretch.tokens, 10, stretch)
     with pytest.raises(ConfigError, match=r"a\.bin has token id 9 at token 102"):
@@ -343,7 +350,7 @@ def test_check_ids_counts_from_the_file_s_beginning() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "int8", "int16", "uint16", "int32", "int64"])
-def test_every_kind_of_whole_number_is_read_as_int64(dtype: str, tmp_path: Path) -> None:
+def test_every_integer_dtype_is_read_as_int64(dtype: str, tmp_path: Path) -> None:
     ids: npt.NDArray[Any] = np.arange(100).astype(dtype)
     write_documents(tmp_path / "web", [ids])
     taken = open_data(run_with(tokens(tmp_path / "web"), 3)).validation[ONLY].take(np.arange(2))

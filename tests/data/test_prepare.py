@@ -1,4 +1,4 @@
-"""`launcher prepare`: what it makes of every kind of file, of bad ones, and of being interrupted."""
+"""`launcher prepare` with every file format, with bad lines, and after interruptions."""
 
 import gzip
 import json
@@ -22,8 +22,8 @@ from launcher.config.errors import ConfigError
 from launcher.config.schema import BadLines, PrepareConfig, TokenizerTraining
 from launcher.data import reading
 from launcher.data.card import card_path, tokenizer_path
-from launcher.data.prepare import Preparation, Progress, bad_lines_path, find_inputs
-from launcher.data.reading import kind_of
+from launcher.data.prepare import Preparation, PrepareProgress, bad_lines_path, find_inputs
+from launcher.data.reading import format_of
 from launcher.data.token_file import bin_path, index_path, open_token_file
 from launcher.data.tokenizer import Bytes, HuggingFace, pieces, write_byte_tokenizer
 from tests.config.test_cli import ENVIRONMENT
@@ -36,8 +36,8 @@ def jsonl(texts: list[str]) -> bytes:
     return "".join(json.dumps({"id": n, "text": text}) + "\n" for n, text in enumerate(texts)).encode()
 
 
-def prepared(sources: Path | list[Path], target: Path, workers: int = 1, **changes: Any) -> Progress:
-    """Changes are of PrepareConfig; `tokenizer__path` of its tokenizer."""
+def prepared(sources: Path | list[Path], target: Path, workers: int = 1, **changes: Any) -> PrepareProgress:
+    """Run a preparation with `changes` to PrepareConfig; `tokenizer__path` changes its tokenizer.path."""
     config = PrepareConfig(workers=workers)
     for name, value in changes.items():
         section, _, inner = name.rpartition("__")
@@ -47,9 +47,9 @@ def prepared(sources: Path | list[Path], target: Path, workers: int = 1, **chang
 
 
 def texts_in(target: Path) -> list[str]:
-    """Of byte tokens, without the ends."""
-    found = open_token_file(target)
-    documents = [bytes(found.document(n).tolist()) for n in range(found.num_documents)]
+    """Return the texts of a file of byte tokens, without the tokens that end the documents."""
+    file = open_token_file(target)
+    documents = [bytes(file.document(n).tolist()) for n in range(file.num_documents)]
     assert all(document.endswith(b"\0") for document in documents)
     return [document[:-1].decode() for document in documents]
 
@@ -68,7 +68,7 @@ def bpe(tmp_path: Path) -> Path:
     return tokenizer_path(tmp_path / "bpe")
 
 
-class TestKinds:
+class TestFormats:
     @pytest.mark.parametrize(
         ("name", "content", "expected"),
         [
@@ -77,7 +77,11 @@ class TestKinds:
             ("a.json", jsonl(TEXTS), TEXTS),
             ("a.jsonl", jsonl(TEXTS).rstrip(b"\n"), TEXTS),  # no newline at the end
             ("a.jsonl", jsonl(TEXTS).replace(b"\n", b"\r\n"), TEXTS),
-            ("a.jsonl", jsonl(["a"]) + b"\n  \n" + jsonl(["", "b"]), ["a", "b"]),  # nothing is no document
+            (
+                "a.jsonl",
+                jsonl(["a"]) + b"\n  \n" + jsonl(["", "b"]),
+                ["a", "b"],
+            ),  # an empty text is not a document
             ("a.jsonl.gz", gzip.compress(jsonl(TEXTS)), TEXTS),
             ("a.jsonl.gz", gzip.compress(jsonl(TEXTS)) + gzip.compress(jsonl(TEXTS)), TEXTS * 2),
             ("a.jsonl.zst", zstandard.compress(jsonl(TEXTS)), TEXTS),
@@ -99,36 +103,36 @@ class TestKinds:
         prepared(tmp_path / "a.parquet", tmp_path / "out")
         assert texts_in(tmp_path / "out") == texts
 
-    def test_another_field(self, tmp_path: Path) -> None:
+    def test_text_field_selects_the_field(self, tmp_path: Path) -> None:
         (tmp_path / "a.jsonl").write_text('{"content": "x", "text": "y"}\n')
         prepared(tmp_path / "a.jsonl", tmp_path / "out", text_field="content")
         assert texts_in(tmp_path / "out") == ["x"]
 
-    def test_a_directory_in_the_order_of_its_names(self, tmp_path: Path) -> None:
+    def test_a_directory_is_read_in_the_order_of_file_names(self, tmp_path: Path) -> None:
         for name in ("c/z.jsonl", "b.jsonl", "c/a/x.jsonl"):
             (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / "in" / name).write_bytes(jsonl([name]))
-        (tmp_path / "in" / "README.md").write_text("not me")
+        (tmp_path / "in" / "README.md").write_text("not text to prepare")
         assert find_inputs([tmp_path / "in"])[1] == 1
         prepared(tmp_path / "in", tmp_path / "out")
         assert texts_in(tmp_path / "out") == ["b.jsonl", "c/a/x.jsonl", "c/z.jsonl"]
 
-    def test_several_sources_in_the_order_given(self, tmp_path: Path) -> None:
+    def test_several_sources_are_read_in_the_given_order(self, tmp_path: Path) -> None:
         for name in "ab":
             (tmp_path / f"{name}.jsonl").write_bytes(jsonl([name]))
         prepared([tmp_path / "b.jsonl", tmp_path / "a.jsonl"], tmp_path / "out")
         assert texts_in(tmp_path / "out") == ["b", "a"]
 
     @pytest.mark.parametrize("name", ["a", "a.md", "a.gz", "a.parquet.gz", ".txt.md", "a.tar.zst"])
-    def test_other_kinds(self, name: str) -> None:
-        assert kind_of(Path(name)) is None
+    def test_other_endings_are_unknown(self, name: str) -> None:
+        assert format_of(Path(name)) is None
 
     @given(text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r"), max_size=300))
     @settings(max_examples=60)
     def test_a_text_of_many_pieces_is_one_document(
         self, text: str, tmp_path_factory: pytest.TempPathFactory
     ) -> None:
-        """However lines and characters fall on the ends of batches and pieces."""
+        """The ends of batches and pieces fall inside lines and characters."""
         folder = tmp_path_factory.mktemp("x")
         (folder / "a.txt").write_text(text, newline="")
         if not text:
@@ -149,38 +153,38 @@ class TestKinds:
         assert [len(text) for text in texts_in(tmp_path / "out")] == [24, 24, 8]
 
     @given(text=st.text(max_size=60), most=st.integers(2, 20))
-    def test_pieces_lose_nothing(self, text: str, most: int) -> None:
-        found = list(pieces(text, most))
-        assert "".join(found) == text
-        assert all(len(piece) <= most for piece in found)
+    def test_pieces_join_to_the_text(self, text: str, most: int) -> None:
+        cut = list(pieces(text, most))
+        assert "".join(cut) == text
+        assert all(len(piece) <= most for piece in cut)
 
 
 class TestTokenizers:
-    def test_bpe_made_of_the_text_tokenises_it_and_gives_it_back(self, tmp_path: Path) -> None:
+    def test_bpe_trained_on_the_text_encodes_and_decodes_it(self, tmp_path: Path) -> None:
         (tmp_path / "a.jsonl").write_bytes(jsonl(TEXTS * 30))
         prepared(tmp_path / "a.jsonl", tmp_path / "out", tokenizer__train=TokenizerTraining.bpe, vocab=300)
-        found = open_token_file(tmp_path / "out")
-        own = HuggingFace(tokenizer_path(tmp_path / "out"), field="x")
+        file = open_token_file(tmp_path / "out")
+        tokenizer = HuggingFace(tokenizer_path(tmp_path / "out"), field="x")
         card = json.loads(card_path(tmp_path / "out").read_text())
-        assert (card["vocab_size"], card["end_of_document"]) == (300, own.end_of_document) == (300, 0)
-        assert found.tokens.dtype == "uint16"
-        documents = [found.document(n).tolist() for n in range(found.num_documents)]
-        assert [own.decode(document[:-1]) for document in documents] == TEXTS * 30
-        assert all(document[-1] == own.end_of_document for document in documents)
-        assert len(found.tokens) < len("".join(TEXTS * 30).encode()) / 1.3
+        assert (card["vocab_size"], card["end_of_document"]) == (300, tokenizer.end_of_document) == (300, 0)
+        assert file.tokens.dtype == "uint16"
+        documents = [file.document(n).tolist() for n in range(file.num_documents)]
+        assert [tokenizer.decode(document[:-1]) for document in documents] == TEXTS * 30
+        assert all(document[-1] == tokenizer.end_of_document for document in documents)
+        assert len(file.tokens) < len("".join(TEXTS * 30).encode()) / 1.3
 
-    def test_bpe_is_the_same_each_time(self, tmp_path: Path) -> None:
+    def test_bpe_training_is_deterministic(self, tmp_path: Path) -> None:
         (tmp_path / "a.jsonl").write_bytes(
             jsonl([f"{n} {n * n} words and words {n % 7}" for n in range(400)])
         )
-        for name in ("one", "other"):
+        for name in ("first", "second"):
             prepared(tmp_path / "a.jsonl", tmp_path / name, tokenizer__train=TokenizerTraining.bpe, vocab=400)
-        assert files_of(tmp_path / "one") == {
-            name: content.replace(b"other.tokenizer", b"one.tokenizer")
-            for name, content in files_of(tmp_path / "other").items()
+        assert files_of(tmp_path / "first") == {
+            name: content.replace(b"second.tokenizer", b"first.tokenizer")
+            for name, content in files_of(tmp_path / "second").items()
         }
 
-    def test_bpe_of_an_equal_share_of_every_file(self, tmp_path: Path) -> None:
+    def test_bpe_is_trained_on_an_equal_share_of_every_file(self, tmp_path: Path) -> None:
         (tmp_path / "in").mkdir()
         (tmp_path / "in" / "a.jsonl").write_bytes(jsonl(["aaaa bbbb " * 10] * 2000))
         (tmp_path / "in" / "z.jsonl").write_bytes(jsonl(["zebra zebra " * 10] * 2000))
@@ -191,7 +195,7 @@ class TestTokenizers:
         merged = json.loads(tokenizer_path(tmp_path / "out").read_text())["model"]["merges"]
         assert ["zebr", "a"] in merged
 
-    def test_too_large_a_vocabulary_for_the_text(self, tmp_path: Path) -> None:
+    def test_a_vocabulary_too_large_for_the_text_is_refused(self, tmp_path: Path) -> None:
         (tmp_path / "a.jsonl").write_bytes(jsonl(["abab"]))
         with pytest.raises(ConfigError) as raised:
             prepared(
@@ -201,17 +205,17 @@ class TestTokenizers:
         fits = int(raised.value.remedy.partition("=")[2].partition(",")[0])
         prepared(tmp_path / "a.jsonl", tmp_path / "out", tokenizer__train=TokenizerTraining.bpe, vocab=fits)
 
-    def test_text_that_spells_a_special_token_is_text(self, bpe: Path, tmp_path: Path) -> None:
+    def test_text_that_spells_a_special_token_stays_text(self, bpe: Path, tmp_path: Path) -> None:
         (tmp_path / "a.jsonl").write_bytes(jsonl(["the <|endoftext|> cat", "rat"]))
         prepared(tmp_path / "a.jsonl", tmp_path / "out", tokenizer__path=str(bpe))
-        found = open_token_file(tmp_path / "out")
-        assert found.num_documents == 2
-        assert (found.tokens == 0).sum() == 2
-        own = HuggingFace(bpe, field="x")
-        assert own.decode(found.document(0).tolist()[:-1]) == "the <|endoftext|> cat"
+        file = open_token_file(tmp_path / "out")
+        assert file.num_documents == 2
+        assert (file.tokens == 0).sum() == 2
+        tokenizer = HuggingFace(bpe, field="x")
+        assert tokenizer.decode(file.document(0).tolist()[:-1]) == "the <|endoftext|> cat"
 
-    def test_one_that_adds_tokens_of_its_own_and_cuts_short(self, bpe: Path, tmp_path: Path) -> None:
-        """As Llama's begins each text and BERT's cuts at 512: neither belongs in a corpus."""
+    def test_added_special_tokens_and_truncation_are_ignored(self, bpe: Path, tmp_path: Path) -> None:
+        """Llama's tokenizer adds a token before each text, and BERT's truncates at 512 tokens."""
         changed = json.loads(bpe.read_text())
         changed["truncation"] = {
             "direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0,
@@ -230,7 +234,7 @@ class TestTokenizers:
         assert bin_path(tmp_path / "plain").read_bytes() == bin_path(tmp_path / "changed").read_bytes()
 
     @pytest.mark.parametrize("content", ["", "{", "{}", "[1]", None])
-    def test_one_that_is_none(self, content: str | None, tmp_path: Path) -> None:
+    def test_an_unreadable_tokenizer_is_refused(self, content: str | None, tmp_path: Path) -> None:
         (tmp_path / "a.jsonl").write_bytes(jsonl(["a"]))
         if content is not None:
             (tmp_path / "t.json").write_text(content)
@@ -240,12 +244,13 @@ class TestTokenizers:
         assert not (tmp_path / "out.partial").exists()
 
     @pytest.mark.parametrize("end", [None, "</s>"])
-    def test_one_without_an_end(self, end: str | None, bpe: Path, tmp_path: Path) -> None:
-        other = bpe.read_text().replace("<|endoftext|>", "THE-END")
-        (tmp_path / "t.json").write_text(other)
+    def test_a_tokenizer_without_an_end_token_is_refused(
+        self, end: str | None, bpe: Path, tmp_path: Path
+    ) -> None:
+        (tmp_path / "t.json").write_text(bpe.read_text().replace("<|endoftext|>", "THE-END"))
         (tmp_path / "a.jsonl").write_bytes(jsonl(["a"]))
         path = str(tmp_path / "t.json")
-        with pytest.raises(ConfigError, match=r"t\.json: has no"):
+        with pytest.raises(ConfigError, match=r"t\.json: this tokenizer has no"):
             prepared(
                 tmp_path / "a.jsonl", tmp_path / "out", tokenizer__path=path, tokenizer__end_of_document=end
             )
@@ -253,22 +258,22 @@ class TestTokenizers:
             tmp_path / "a.jsonl", tmp_path / "out", tokenizer__path=path, tokenizer__end_of_document="THE-END"
         )
 
-    def test_bytes_give_back_what_they_took(self) -> None:
+    def test_bytes_decode_to_the_encoded_text(self) -> None:
         [ids] = Bytes().encode([TEXTS[1]])
         assert Bytes().decode(ids.tolist()) == TEXTS[1]
 
-    def test_bytes_as_a_tokenizer_json_are_the_same_tokens(self, tmp_path: Path) -> None:
+    def test_the_byte_tokenizer_json_gives_the_same_tokens(self, tmp_path: Path) -> None:
         write_byte_tokenizer(tmp_path / "t.json")
-        own = HuggingFace(tmp_path / "t.json", field="x")
-        assert own.vocab_size == 256
-        every = ["".join(map(chr, range(0x300))), *TEXTS]
-        for ours, theirs in zip(Bytes().encode(every), own.encode(every), strict=True):
-            assert theirs.tolist() == ours.tolist()
-            assert own.decode(ours.tolist()) == Bytes().decode(ours.tolist())
+        tokenizer = HuggingFace(tmp_path / "t.json", field="x")
+        assert tokenizer.vocab_size == 256
+        texts = ["".join(map(chr, range(0x300))), *TEXTS]
+        for expected, ids in zip(Bytes().encode(texts), tokenizer.encode(texts), strict=True):
+            assert ids.tolist() == expected.tolist()
+            assert tokenizer.decode(expected.tolist()) == Bytes().decode(expected.tolist())
 
 
 class TestBadLines:
-    """Each is told of by file and line, ends the preparation or is left out, and nothing looks whole."""
+    """A bad line is reported by file and line. It ends the preparation, or it is left out and listed."""
 
     GOOD = jsonl(["before"])
 
@@ -276,18 +281,18 @@ class TestBadLines:
         ("name", "content", "line", "why"),
         [
             ("a.jsonl", GOOD + b"{oops\n" + GOOD, 2, "is not JSON"),
-            ("a.jsonl", GOOD + b'"text"\n', 2, "is JSON, but no object"),
-            ("a.jsonl", GOOD + b'{"content": "x", "id": 1}\n', 2, "has no 'text', but content, id"),
-            ("a.jsonl", GOOD + b'{"text": 3}\n', 2, "has a 'text' that is no text"),
+            ("a.jsonl", GOOD + b'"text"\n', 2, "is JSON but not an object"),
+            ("a.jsonl", GOOD + b'{"content": "x", "id": 1}\n', 2, "has no 'text'; its fields are: content"),
+            ("a.jsonl", GOOD + b'{"text": 3}\n', 2, "has a 'text' that is not text"),
             ("a.jsonl", GOOD * 2 + b'{"text": "\xff"}\n', 3, "is not UTF-8: byte 10 is 0xff"),
-            ("a.jsonl", GOOD + b'{"text": "\\ud83d"}\n', 2, "holds half a character"),
+            ("a.jsonl", GOOD + b'{"text": "\\ud83d"}\n', 2, "contains half a character"),
             ("a.jsonl", GOOD + b'{"text": "cut sho', 2, "is not JSON"),
             ("a.jsonl", GOOD + b"[" * 1900 + b"\n", 2, "is not JSON"),
             ("a.jsonl", GOOD + jsonl(["y" * 3000]) + GOOD, 2, "is longer than max_line_mb=0.002"),
             ("a.jsonl.gz", gzip.compress(GOOD * 999)[:-12], None, "is damaged: Compressed file"),
             ("a.jsonl.gz", b"no gzip", 1, "is damaged: Not a gzipped file"),
             ("a.jsonl.gz", b"", None, ""),
-            ("a.jsonl.zst", zstandard.compress(GOOD * 999)[:-5], None, "is damaged: it ends in"),
+            ("a.jsonl.zst", zstandard.compress(GOOD * 999)[:-5], None, "is damaged: the file ends in"),
             ("a.jsonl.zst", b"no zstd at all", 1, "is damaged: zstd"),
             ("a.txt", b"fine\nb\xc3\n\xffd\n", 2, "is not UTF-8: byte 1 is 0xc3"),
             ("a.txt.gz", gzip.compress(b"fine\n" * 99)[:-9], None, "is damaged"),
@@ -295,7 +300,9 @@ class TestBadLines:
             ("a.parquet", b"", 1, "is damaged"),
         ],
     )  # fmt: skip
-    def test_are_told_of(self, name: str, content: bytes, line: int | None, why: str, tmp_path: Path) -> None:
+    def test_are_reported(
+        self, name: str, content: bytes, line: int | None, why: str, tmp_path: Path
+    ) -> None:
         (tmp_path / "in").mkdir()
         (tmp_path / "in" / name).write_bytes(content)
         (tmp_path / "in" / "z.jsonl").write_bytes(jsonl(["after"]))
@@ -304,9 +311,9 @@ class TestBadLines:
             with pytest.raises(ConfigError) as raised:
                 prepared(tmp_path / "in", tmp_path / "out", **options)
             assert raised.value.field == "bad_lines"
-            where, _, said = raised.value.why.partition(" ")
+            where, _, reason = raised.value.why.partition(" ")
             assert where.startswith(f"{tmp_path / 'in' / name}:{'' if line is None else line}")
-            assert said.startswith(why)
+            assert reason.startswith(why)
             assert "bad_lines=skip" in raised.value.remedy
         assert not index_path(tmp_path / "out").exists()
         assert not bin_path(tmp_path / "out").exists()
@@ -319,14 +326,14 @@ class TestBadLines:
             assert listed[0].startswith(f"{tmp_path / 'in' / name}:")
             assert why in listed[0]
 
-    def test_of_a_text_the_other_lines_are_kept(self, tmp_path: Path) -> None:
+    def test_the_other_lines_of_a_plain_text_are_kept(self, tmp_path: Path) -> None:
         (tmp_path / "a.txt").write_bytes(b"one\ntw\xff\nthree\n")
         prepared(tmp_path / "a.txt", tmp_path / "out", bad_lines=BadLines.skip)
         assert texts_in(tmp_path / "out") == ["one\nthree\n"]
 
-    def test_a_parquet_file_without_the_column_or_with_holes(self, tmp_path: Path) -> None:
+    def test_a_parquet_file_without_the_column_or_with_nulls(self, tmp_path: Path) -> None:
         pyarrow.parquet.write_table(pyarrow.table({"body": ["a"]}), tmp_path / "a.parquet")
-        with pytest.raises(ConfigError, match=r"a.parquet:1 has no column 'text', but body"):
+        with pytest.raises(ConfigError, match=r"a.parquet:1 has no column 'text'; its columns are body"):
             prepared(tmp_path / "a.parquet", tmp_path / "out")
         pyarrow.parquet.write_table(pyarrow.table({"text": ["a", None, "c"]}), tmp_path / "b.parquet")
         with pytest.raises(ConfigError, match=r"b.parquet:2 has no 'text'"):
@@ -334,7 +341,7 @@ class TestBadLines:
         prepared(tmp_path / "b.parquet", tmp_path / "out", bad_lines=BadLines.skip)
         assert texts_in(tmp_path / "out") == ["a", "c"]
 
-    def test_a_file_that_may_not_be_read(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_file_without_read_permission(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "a.jsonl").write_bytes(jsonl(["a"]))
         opened = Path.open
 
@@ -343,11 +350,11 @@ class TestBadLines:
                 raise PermissionError(13, "Permission denied", str(path))
             return opened(path, *arguments, **options)
 
-        monkeypatch.setattr(Path, "open", refuse)  # root may read whatever the mode says
+        monkeypatch.setattr(Path, "open", refuse)  # root may read a file of any mode
         with pytest.raises(ConfigError, match=r"a.jsonl:1 cannot be read: Permission denied"):
             prepared(tmp_path / "a.jsonl", tmp_path / "out")
 
-    def test_goes_on_after_the_line_is_skipped(self, tmp_path: Path) -> None:
+    def test_skip_continues_after_a_failure(self, tmp_path: Path) -> None:
         (tmp_path / "in").mkdir()
         (tmp_path / "in" / "a.jsonl").write_bytes(jsonl(["a"]))
         (tmp_path / "in" / "b.jsonl").write_bytes(b"{\n" + jsonl(["b"]))
@@ -359,13 +366,15 @@ class TestBadLines:
         assert texts_in(tmp_path / "out") == ["a", "b"]
 
     @pytest.mark.parametrize("content", [b"", b"\n\n", b'{"text": ""}\n'])
-    def test_no_text_at_all_is_refused_and_leaves_nothing(self, content: bytes, tmp_path: Path) -> None:
+    def test_input_without_text_is_refused_and_no_files_are_left(
+        self, content: bytes, tmp_path: Path
+    ) -> None:
         (tmp_path / "a.jsonl").write_bytes(content)
-        with pytest.raises(ConfigError, match="no file holds any text"):
+        with pytest.raises(ConfigError, match="no file contains any text"):
             prepared(tmp_path / "a.jsonl", tmp_path / "out")
         assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
-    def test_nothing_to_read(self, tmp_path: Path) -> None:
+    def test_missing_files_are_refused(self, tmp_path: Path) -> None:
         for source in (tmp_path / "none", tmp_path):
             with pytest.raises(ConfigError) as raised:
                 find_inputs([source])
@@ -384,7 +393,7 @@ class TestBadLines:
 
 @pytest.fixture
 def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Files of every kind, in batches of a few records; the bad ones are left out."""
+    """Files of every format with some bad lines; batches have only a few records."""
     monkeypatch.setattr(reading, "BATCH_BYTES", 300)
     monkeypatch.setattr(reading, "PARQUET_ROWS", 3)
     folder = tmp_path / "in"
@@ -405,7 +414,7 @@ SKIP = {"bad_lines": BadLines.skip}
 
 
 class TestSameResult:
-    def test_whatever_the_number_of_workers(self, corpus: Path, tmp_path: Path, bpe: Path) -> None:
+    def test_for_any_number_of_workers(self, corpus: Path, tmp_path: Path, bpe: Path) -> None:
         (tmp_path / "w").mkdir()
         for workers in (1, 2, 5):
             prepared(corpus, tmp_path / "w" / f"{workers}", workers, tokenizer__path=str(bpe), **SKIP)
@@ -414,10 +423,10 @@ class TestSameResult:
         assert all(one[name] == two[name] == five[name] for name in one if name != ".json")
 
     @pytest.mark.parametrize("workers", [1, 3])
-    def test_wherever_it_is_interrupted(
+    def test_after_interruptions_at_any_time(
         self, workers: int, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(launcher.data.prepare, "_SAVED_EVERY", 0.0)
+        monkeypatch.setattr(launcher.data.prepare, "_SAVE_INTERVAL", 0.0)
         prepared(corpus, tmp_path / "whole", **SKIP)
         whole = files_of(tmp_path / "whole")
         inputs, _ = find_inputs([corpus])
@@ -427,7 +436,7 @@ class TestSameResult:
             starts += 1
             left = 7
 
-            def stop(progress: Progress, done: int) -> None:
+            def stop(progress: PrepareProgress, done: int) -> None:
                 nonlocal left
                 left -= 1
                 if left == 0:
@@ -438,7 +447,7 @@ class TestSameResult:
                 progress = job.run(stop)
             except KeyboardInterrupt:
                 assert not index_path(tmp_path / "cut").exists()
-                # What was written after the journal was: cut off at the restart.
+                # Bytes that are written after the last journal are truncated at the restart.
                 for name in ("tokens.bin", "lengths.bin", "bad_lines.txt"):
                     with (tmp_path / "cut.partial" / name).open("ab") as file:
                         file.write(b"half a record")
@@ -447,11 +456,11 @@ class TestSameResult:
         assert files_of(tmp_path / "cut") == whole
         assert not (tmp_path / "cut.partial").exists()
 
-    def test_where_it_is_interrupted_between_the_last_renames(
+    def test_after_an_interruption_between_the_final_renames(
         self, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         prepared(corpus, tmp_path / "whole", **SKIP)
-        rename, renamed = Path.rename, 0
+        replace_path, renamed = Path.replace, 0
         for stop_at in range(1, 6):  # the list of bad lines, the tokenizer, the card, .bin and .idx
             target = tmp_path / f"cut{stop_at}"
 
@@ -461,18 +470,18 @@ class TestSameResult:
                     renamed += 1
                     if renamed == stop_at:
                         raise KeyboardInterrupt
-                return rename(path, to)
+                return replace_path(path, to)
 
             renamed = 0
             with monkeypatch.context() as patched:
-                patched.setattr(Path, "rename", stop)
+                patched.setattr(Path, "replace", stop)
                 with pytest.raises(KeyboardInterrupt):
                     prepared(corpus, target, **SKIP)
             assert not index_path(target).exists()
             prepared(corpus, target, **SKIP)
             assert files_of(target) == files_of(tmp_path / "whole")
 
-    def test_other_input_or_settings_start_clean(self, tmp_path: Path) -> None:
+    def test_other_input_or_settings_start_again(self, tmp_path: Path) -> None:
         (tmp_path / "in").mkdir()
         (tmp_path / "in" / "a.jsonl").write_bytes(jsonl(["a"]))
         (tmp_path / "in" / "b.jsonl").write_bytes(b"{\n")
@@ -496,7 +505,7 @@ def wait_until(holds: Callable[[], bool]) -> None:
 
 
 class TestCommand:
-    def test_prints_what_it_did_and_how_to_train_on_it(self, tmp_path: Path) -> None:
+    def test_prints_the_result_and_the_training_command(self, tmp_path: Path) -> None:
         (tmp_path / "a.jsonl").write_bytes(jsonl(TEXTS))
         process = launched("a.jsonl", "web", cwd=tmp_path)
         out, err = process.communicate(timeout=60)
@@ -506,30 +515,35 @@ class TestCommand:
         ]  # fmt: skip
 
     @pytest.mark.parametrize(
-        ("arguments", "said"),
+        ("arguments", "message"),
         [
-            (["a.jsonl"], "prepare a.jsonl: takes what to read, and the name of what to write"),
-            (["none", "web"], "SOURCE=none: there is no such file or directory"),
+            (["a.jsonl"], "prepare a.jsonl: the command needs at least one SOURCE to read and the TARGET"),
+            (["none", "web"], "SOURCE=none: this file or directory does not exist"),
             (["a.jsonl", "web", "workrs=2"], "workrs=2: no such field\n  try: workers=2"),
             (["a.jsonl", "web", "workers=0"], "workers=0: must be at least 1"),
-            (["a.jsonl", "there"], "TARGET=there: there.idx is there already, and nothing is overwritten"),
+            (
+                ["a.jsonl", "old"],
+                "TARGET=old: old.idx already exists, and `launcher prepare` does not overwrite",
+            ),
             (["a.jsonl", "no/such/web"], None),
         ],
     )
-    def test_what_cannot_be_is_refused(self, arguments: list[str], said: str | None, tmp_path: Path) -> None:
+    def test_wrong_arguments_are_refused(
+        self, arguments: list[str], message: str | None, tmp_path: Path
+    ) -> None:
         (tmp_path / "a.jsonl").write_bytes(jsonl(TEXTS))
-        (tmp_path / "there.idx").touch()
+        (tmp_path / "old.idx").touch()
         process = launched(*arguments, cwd=tmp_path)
         out, err = process.communicate(timeout=60)
-        if said is None:
-            assert process.returncode == 0, err  # the folders are made
+        if message is None:
+            assert process.returncode == 0, err  # missing folders are created
             return
         assert (process.returncode, out) == (2, "")
-        assert err.startswith(f"launcher: {said}")
+        assert err.startswith(f"launcher: {message}")
         assert "Traceback" not in err
 
     @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-    def test_a_stop_leaves_nothing_that_looks_whole_and_no_process(
+    def test_a_stop_leaves_no_complete_file_and_no_process(
         self, sent: signal.Signals, tmp_path: Path
     ) -> None:
         text = jsonl(["some words that go on and on " * 2000])
@@ -549,8 +563,8 @@ class TestCommand:
             assert again.wait(timeout=120) == 0
             assert open_token_file(tmp_path / "web").num_documents == 1500
 
-    def test_a_full_disk_is_told_of_and_with_room_it_goes_on(self, tmp_path: Path) -> None:
-        """Here the largest file that the process may write."""
+    def test_a_full_disk_is_reported_and_the_command_continues_later(self, tmp_path: Path) -> None:
+        """A limit on the size of a file that the process writes stands for the full disk."""
         (tmp_path / "a.jsonl").write_bytes(jsonl(["some words that go on and on " * 2000]) * 200)
         process = launched("a.jsonl", "web", "workers=2", cwd=tmp_path, largest_file=3_000_000)
         _, err = process.communicate(timeout=60)
@@ -561,23 +575,23 @@ class TestCommand:
         assert launched("a.jsonl", "web", cwd=tmp_path).wait(timeout=60) == 0
         assert open_token_file(tmp_path / "web").num_documents == 200
 
-    def test_a_worker_that_is_killed_in_the_middle_of_an_answer_is_told_of(self, tmp_path: Path) -> None:
+    def test_a_worker_killed_while_it_sends_an_answer_is_reported(self, tmp_path: Path) -> None:
         (tmp_path / "a.jsonl").write_bytes(jsonl(["some words that go on and on " * 2000]) * 1500)
         process = launched("a.jsonl", "web", "workers=2", cwd=tmp_path)
         partial = tmp_path / "web.partial" / "tokens.bin"
         wait_until(lambda: partial.exists() and partial.stat().st_size > 0)
-        process.send_signal(signal.SIGSTOP)  # so that no answer is taken, and workers wait with theirs
+        process.send_signal(signal.SIGSTOP)  # no answer is received, so each worker waits while it sends one
         victim = int(_children(process.pid)[0])
         wait_until(lambda: _is_idle(victim))
         os.kill(victim, signal.SIGKILL)
         process.send_signal(signal.SIGCONT)
         _, err = process.communicate(timeout=60)
         assert process.returncode == 2
-        assert "workers=2: a process was killed" in err
+        assert "workers=2: a worker process was killed" in err
 
 
 def _is_idle(pid: int) -> bool:
-    """It uses no processor time for a while."""
+    """Return whether the process uses no processor time for 0.3 seconds."""
     before = _processor_time(pid)
     time.sleep(0.3)
     return before == _processor_time(pid)
@@ -595,7 +609,7 @@ def _children(pid: int) -> list[str]:
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
-    """The peak of a process that prepares ten times as much is less than 16 MB higher."""
+    """The peak memory of a process that prepares ten times as much text is less than 16 MB higher."""
 
     def peak(megabytes: int) -> int:
         source = tmp_path / f"{megabytes}.jsonl"

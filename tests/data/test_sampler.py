@@ -1,4 +1,4 @@
-"""The order of samples: one order, whatever the layout and wherever a run stops and resumes."""
+"""The order of samples does not depend on the layout or on where a run stops and resumes."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from launcher.data.windows import Stretch, Windows
 
 @dataclass(frozen=True)
 class Layout:
-    """One way to cut a global batch up."""
+    """A way to divide a global batch among data ranks and micro-batches."""
 
     data_size: int
     micro_batch_size: int
@@ -34,7 +34,7 @@ def layouts_of(global_batch_size: int) -> list[Layout]:
 
 @st.composite
 def runs(draw: st.DrawFn) -> tuple[int, int, list[tuple[int, Layout]]]:
-    """(samples consumed before, global batch, segments): a segment is so many steps in one layout."""
+    """Draw (samples consumed before, global batch size, segments); a segment is (steps, layout)."""
     global_batch_size = draw(st.integers(1, 24))
     segment = st.tuples(st.integers(1, 3), st.sampled_from(layouts_of(global_batch_size)))
     return draw(st.integers(0, 10_000)), global_batch_size, draw(st.lists(segment, min_size=1, max_size=4))
@@ -45,7 +45,7 @@ def order(size: int, seed: int = 0, epoch: int = 0) -> list[int]:
 
 
 def ramp(windows: int, sequence_length: int, shuffle_seed: int | None) -> Samples:
-    """Samples over tokens 0, 1, 2, ...: a token's value is its position."""
+    """Return samples over the tokens 0, 1, 2, ...; a token's value is its position."""
     return token_samples(np.arange(windows * sequence_length + 1), sequence_length, shuffle_seed)
 
 
@@ -77,20 +77,20 @@ class TestPermutation:
 
     @given(
         size=st.integers(50, 2000),
-        one=st.tuples(st.integers(-5, 5), st.integers(0, 5)),
-        other=st.tuples(st.integers(-5, 5), st.integers(0, 5)),
+        first=st.tuples(st.integers(-5, 5), st.integers(0, 5)),
+        second=st.tuples(st.integers(-5, 5), st.integers(0, 5)),
     )
     def test_differs_between_seeds_and_epochs(
-        self, size: int, one: tuple[int, int], other: tuple[int, int]
+        self, size: int, first: tuple[int, int], second: tuple[int, int]
     ) -> None:
-        same_places = np.mean(np.array(order(size, *one)) == np.array(order(size, *other)))
-        assert (same_places == 1) if one == other else (same_places < 0.2)
+        same_places = np.mean(np.array(order(size, *first)) == np.array(order(size, *second)))
+        assert (same_places == 1) if first == second else (same_places < 0.2)
 
-    def test_seed_and_epoch_do_not_run_together(self) -> None:
+    def test_the_digits_of_seed_and_epoch_are_not_joined(self) -> None:
         assert order(100, seed=1, epoch=11) != order(100, seed=11, epoch=1)
         assert order(100, seed=1, epoch=11) != order(100, seed=111, epoch=1)
 
-    def test_every_order_of_a_few_is_as_likely(self) -> None:
+    def test_all_orders_of_four_are_equally_likely(self) -> None:
         draws, orders = 4800, 24
         counts = Counter(tuple(order(4, seed=3, epoch=epoch)) for epoch in range(draws))
         chi_squared = sum((count - draws / orders) ** 2 / (draws / orders) for count in counts.values())
@@ -104,7 +104,7 @@ class TestPermutation:
         assert len(np.unique(steps)) > 5_000
 
     def test_never_changes(self) -> None:
-        # Written down once. A change here is a change of the data of every run already made.
+        # Recorded values: if they change, the data of every existing run change when it resumes.
         assert order(1) == [0]
         assert order(10, seed=1234) == [2, 9, 3, 1, 5, 8, 0, 7, 4, 6]
         assert order(10, seed=1234, epoch=1) == [8, 3, 0, 2, 4, 9, 7, 5, 6, 1]
@@ -126,35 +126,35 @@ class TestSamples:
         assert (np.diff(epoch, axis=1) == 1).all()
         assert sorted(epoch[:, 0].tolist()) == list(range(0, tokens - sequence_length, sequence_length))
 
-    def test_in_order_repeats_the_corpus(self) -> None:
+    def test_without_a_seed_every_epoch_has_the_same_order(self) -> None:
         samples = ramp(windows=3, sequence_length=4, shuffle_seed=None)
         assert samples.places(np.arange(7)).tolist() == [0, 1, 2, 0, 1, 2, 0]
         assert samples.take(np.array([4])).tolist() == [[4, 5, 6, 7, 8]]
 
     @pytest.mark.parametrize("seed", [0, 5])
-    def test_each_epoch_has_an_order_of_its_own(self, seed: int) -> None:
+    def test_each_epoch_has_a_different_order(self, seed: int) -> None:
         samples = ramp(windows=50, sequence_length=2, shuffle_seed=seed)
         windows = samples.places(np.arange(200)).reshape(4, 50)
         assert windows.tolist() == [order(50, seed, epoch) for epoch in range(4)]
 
     def test_indices_of_several_epochs_in_any_order(self) -> None:
         samples = ramp(windows=7, sequence_length=2, shuffle_seed=5)
-        every = samples.places(np.arange(70))
+        places = samples.places(np.arange(70))
         mixed = np.random.default_rng(0).permutation(70)
-        assert samples.places(mixed).tolist() == every[mixed].tolist()
+        assert samples.places(mixed).tolist() == places[mixed].tolist()
 
     def test_bytes_become_int64(self) -> None:
         taken = token_samples(np.array([250, 251, 252, 253, 254], np.uint8), 2, None).take(np.arange(2))
         assert taken.dtype == np.int64
         assert taken.tolist() == [[250, 251, 252], [252, 253, 254]]
 
-    def test_one_window_exactly_is_enough(self) -> None:
+    def test_tokens_for_exactly_one_window_are_enough(self) -> None:
         assert len(token_samples(np.zeros(9, np.uint8), 8, 0)) == 1
         assert len(token_samples(np.zeros(16, np.uint8), 8, 0)) == 1
         assert len(token_samples(np.zeros(17, np.uint8), 8, 0)) == 2
 
 
-class TestLedger:
+class TestSampleIndices:
     @given(runs())
     def test_no_sample_is_skipped_or_repeated_across_layouts(
         self, run: tuple[int, int, list[tuple[int, Layout]]]
@@ -169,7 +169,7 @@ class TestLedger:
 
     @staticmethod
     def global_batch(consumed: int, global_batch_size: int, layout: Layout) -> Iterator[int]:
-        """Every rank's samples of one step: first pass of rank 0, first pass of rank 1, ..., second pass."""
+        """Yield the samples of a step: first pass of rank 0, first pass of rank 1, ..., second pass."""
         ranks = [
             sample_indices(
                 samples_consumed=consumed,
@@ -184,8 +184,8 @@ class TestLedger:
         for indices in ranks:
             assert indices.shape == (accumulation, layout.micro_batch_size)
             assert indices.dtype == np.int64
-        for one_pass in zip(*ranks, strict=True):
-            for micro_batch in one_pass:
+        for micro_batches in zip(*ranks, strict=True):
+            for micro_batch in micro_batches:
                 yield from micro_batch.tolist()
 
     def test_never_changes(self) -> None:
@@ -201,8 +201,10 @@ class TestLedger:
 
     @pytest.mark.parametrize("shuffle_seed", [None, 1234])
     @pytest.mark.parametrize("layout", layouts_of(12), ids=str)
-    def test_the_tokens_follow_the_ledger(self, layout: Layout, shuffle_seed: int | None) -> None:
-        # Ten windows and batches of twelve: every batch crosses an epoch.
+    def test_the_ranks_read_the_tokens_of_these_samples(
+        self, layout: Layout, shuffle_seed: int | None
+    ) -> None:
+        # With ten windows and batches of twelve samples, every batch crosses the end of an epoch.
         samples = ramp(windows=10, sequence_length=3, shuffle_seed=shuffle_seed)
         orders = [
             list(range(10)) if shuffle_seed is None else order(10, shuffle_seed, epoch) for epoch in range(5)
@@ -222,6 +224,6 @@ class TestLedger:
                 for rank in range(layout.data_size)
             ]
             assert all(batch.shape == (layout.micro_batch_size, 4) for rank in ranks for batch in rank)
-            read = np.concatenate([batch for one_pass in zip(*ranks, strict=True) for batch in one_pass])
+            read = np.concatenate([batch for batches in zip(*ranks, strict=True) for batch in batches])
             windows = [orders[i // 10][i % 10] for i in range(12 * step, 12 * step + 12)]
             assert read.tolist() == [list(range(3 * window, 3 * window + 4)) for window in windows]

@@ -1,4 +1,4 @@
-"""Megatron-LM's indexed datasets: held by their bytes, and against megatron-core's own reader and writer."""
+"""Token files, compared with recorded bytes and with megatron-core's own reader and writer."""
 
 import struct
 import warnings
@@ -30,24 +30,24 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES.values())
 @pytest.fixture(scope="module")
 def megatron() -> Any:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that Apex and Transformer Engine are not there
+        warnings.simplefilter("ignore")  # warnings that Apex and Transformer Engine are missing
         from megatron.core.datasets import indexed_dataset
     return indexed_dataset
 
 
 def documents_of(dtype: str) -> Documents:
-    """Lengths 1, 0 and others; values to the ends of the dtype's range."""
+    """Return documents of lengths 1, 0 and others, with the lowest and highest value of the dtype."""
     generator = np.random.default_rng(7)
-    kind = np.dtype(dtype)
-    if kind.kind == "f":
-        return [generator.normal(size=n).astype(kind) for n in (5, 1, 0, 300)]
-    limits = np.iinfo(kind)
-    ends = np.array([limits.min, limits.max], kind)
-    return [ends, *(generator.integers(limits.min, limits.max, n, kind) for n in (1, 0, 300))]
+    number_type = np.dtype(dtype)
+    if number_type.kind == "f":
+        return [generator.normal(size=n).astype(number_type) for n in (5, 1, 0, 300)]
+    limits = np.iinfo(number_type)
+    extremes = np.array([limits.min, limits.max], number_type)
+    return [extremes, *(generator.integers(limits.min, limits.max, n, number_type) for n in (1, 0, 300))]
 
 
-def test_the_format_by_its_bytes(tmp_path: Path) -> None:
-    """Written down from megatron-core 0.16.1, _IndexWriter.write: three documents, uint16."""
+def test_writes_the_recorded_bytes(tmp_path: Path) -> None:
+    """The bytes follow megatron-core 0.16.1, _IndexWriter.write: three documents, uint16."""
     write_documents(tmp_path / "x", [np.array(d, np.uint16) for d in ([1, 2, 3], [], [258])])
     assert bin_path(tmp_path / "x").read_bytes() == bytes([1, 0, 2, 0, 3, 0, 2, 1])
     assert index_path(tmp_path / "x").read_bytes() == b"".join(
@@ -58,8 +58,8 @@ def test_the_format_by_its_bytes(tmp_path: Path) -> None:
     )  # fmt: skip
 
 
-def test_the_format_by_its_bytes_read(tmp_path: Path) -> None:
-    """Two documents, the first of two sequences, with modes: as a multimodal set has them."""
+def test_reads_the_recorded_bytes(tmp_path: Path) -> None:
+    """Two documents, the first with two sequences; the index has modes, as in a multimodal dataset."""
     bin_path(tmp_path / "x").write_bytes(struct.pack("<6i", 10, 11, 12, 13, 14, 15))
     index_path(tmp_path / "x").write_bytes(
         b"".join(
@@ -70,38 +70,36 @@ def test_the_format_by_its_bytes_read(tmp_path: Path) -> None:
             ]
         )
     )  # fmt: skip
-    found = open_token_file(tmp_path / "x")
-    assert found.tokens.tolist() == [10, 11, 12, 13, 14, 15]
-    assert found.num_documents == 2
-    assert [found.document(n).tolist() for n in range(2)] == [[10, 11, 12], [13, 14, 15]]
+    file = open_token_file(tmp_path / "x")
+    assert file.tokens.tolist() == [10, 11, 12, 13, 14, 15]
+    assert file.num_documents == 2
+    assert [file.document(n).tolist() for n in range(2)] == [[10, 11, 12], [13, 14, 15]]
 
 
 @each_dtype
-def test_what_we_write_megatron_reads(dtype: str, tmp_path: Path, megatron: Any) -> None:
+def test_megatron_reads_our_files(dtype: str, tmp_path: Path, megatron: Any) -> None:
     documents = documents_of(dtype)
     write_documents(tmp_path / "x", documents, dtype)
-    theirs = megatron.IndexedDataset(str(tmp_path / "x"))
-    assert len(theirs) == len(documents)
-    assert theirs.document_indices.tolist() == [0, 1, 2, 3, 4]
-    for ours, read in zip(documents, (theirs[n] for n in range(len(theirs))), strict=True):
+    dataset = megatron.IndexedDataset(str(tmp_path / "x"))
+    assert len(dataset) == len(documents)
+    assert dataset.document_indices.tolist() == [0, 1, 2, 3, 4]
+    for written, read in zip(documents, (dataset[n] for n in range(len(dataset))), strict=True):
         assert read.dtype == np.dtype(dtype)
-        assert read.tobytes() == ours.tobytes()
+        assert read.tobytes() == written.tobytes()
 
 
 @each_dtype
-def test_what_megatron_writes_we_read(dtype: str, tmp_path: Path, megatron: Any) -> None:
+def test_we_read_megatrons_files(dtype: str, tmp_path: Path, megatron: Any) -> None:
     documents = documents_of(dtype)
     _written_by(megatron, tmp_path / "x", documents)
-    found = open_token_file(tmp_path / "x")
-    assert found.tokens.dtype == np.dtype(dtype)
-    assert found.tokens.tobytes() == b"".join(document.tobytes() for document in documents)
-    assert [found.document(n).tobytes() for n in range(found.num_documents)] == [
-        d.tobytes() for d in documents
-    ]
+    file = open_token_file(tmp_path / "x")
+    assert file.tokens.dtype == np.dtype(dtype)
+    assert file.tokens.tobytes() == b"".join(document.tobytes() for document in documents)
+    assert [file.document(n).tobytes() for n in range(file.num_documents)] == [d.tobytes() for d in documents]
 
 
 @each_dtype
-def test_both_write_the_same_bytes(dtype: str, tmp_path: Path, megatron: Any) -> None:
+def test_megatron_and_we_write_the_same_bytes(dtype: str, tmp_path: Path, megatron: Any) -> None:
     documents = documents_of(dtype)
     write_documents(tmp_path / "ours", documents, dtype)
     _written_by(megatron, tmp_path / "theirs", documents)
@@ -114,8 +112,8 @@ def test_documents_of_several_sequences(tmp_path: Path, megatron: Any) -> None:
     builder.add_document([1, 2, 3, 4, 5], [2, 3])
     builder.add_document([6], [1])
     builder.finalize(str(index_path(tmp_path / "x")))
-    found = open_token_file(tmp_path / "x")
-    assert [found.document(n).tolist() for n in range(found.num_documents)] == [[1, 2, 3, 4, 5], [6]]
+    file = open_token_file(tmp_path / "x")
+    assert [file.document(n).tolist() for n in range(file.num_documents)] == [[1, 2, 3, 4, 5], [6]]
 
 
 def _written_by(megatron: Any, prefix: Path, documents: Documents) -> None:
@@ -126,7 +124,7 @@ def _written_by(megatron: Any, prefix: Path, documents: Documents) -> None:
 
 
 @given(lengths=st.lists(st.integers(0, 9), min_size=1, max_size=40), token=st.integers(0, 400))
-def test_the_nearest_document(
+def test_boundary_near_returns_the_closest_document_boundary(
     lengths: list[int], token: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     if not sum(lengths):
@@ -134,12 +132,12 @@ def test_the_nearest_document(
     prefix = tmp_path_factory.mktemp("x") / "x"
     write_documents(prefix, [np.zeros(length, np.uint8) for length in lengths])
     starts: Sequence[int] = np.cumsum([0, *lengths]).tolist()
-    found = open_token_file(prefix).boundary_near(token)
-    assert found in starts
-    assert abs(found - token) == min(abs(start - token) for start in starts)
+    boundary = open_token_file(prefix).boundary_near(token)
+    assert boundary in starts
+    assert abs(boundary - token) == min(abs(start - token) for start in starts)
 
 
-def test_an_index_longer_than_a_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_index_written_in_chunks_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = np.random.default_rng(0).integers(0, 50, 1000, np.int32)
     write_index(tmp_path / "whole.idx", lengths, np.dtype("<u2"))
     monkeypatch.setattr("launcher.data.token_file._CHUNK", 7)
@@ -151,18 +149,18 @@ def test_an_index_longer_than_a_chunk(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_an_index_of_many_sequences_is_checked_in_stretches(
     place: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first and the last among them; of those between only what a stretch covers."""
+    """The stretches cover the first and last sequence, and some of those between them."""
     write_documents(tmp_path / "x", [np.zeros(3, np.uint8)] * 1000)
     content = bytearray(index_path(tmp_path / "x").read_bytes())
     struct.pack_into("<i", content, 34 + 4 * place, 2)
     index_path(tmp_path / "x").write_bytes(content)
     monkeypatch.setattr("launcher.data.token_file._STRETCHES", 3)
     monkeypatch.setattr("launcher.data.token_file._STRETCH", 9)
-    with pytest.raises(TokenFileError, match=f"sequence {place} does not end where the next begins"):
+    with pytest.raises(TokenFileError, match=f"sequence {place} does not end where the next sequence begins"):
         open_token_file(tmp_path / "x")
 
 
-def test_the_smallest_dtype_is_megatron_s_and_one_byte_for_bytes(megatron: Any) -> None:
+def test_the_smallest_dtype_is_megatrons_or_one_byte_for_bytes(megatron: Any) -> None:
     assert smallest_dtype(256) == np.uint8
     for size in (257, 50257, 65499, 65500, 128256):
         assert smallest_dtype(size) == megatron.DType.optimal_dtype(size)

@@ -1,4 +1,4 @@
-"""Process groups as the config wants them."""
+"""Timeouts of process groups."""
 
 from datetime import timedelta
 

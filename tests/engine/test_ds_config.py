@@ -1,4 +1,4 @@
-"""The dict DeepSpeed is given: pure, and complete where DeepSpeed's defaults would surprise."""
+"""The DeepSpeed config: pure, and explicit wherever DeepSpeed's default would be wrong."""
 
 from typing import Any
 
@@ -10,13 +10,13 @@ from launcher.engine.ds_config import deepspeed_config, merged
 from tests.config.composing import composed
 
 
-def emitted(*overrides: str, gpus: int = 0) -> dict[str, Any]:
+def config_of(*overrides: str, gpus: int = 0) -> dict[str, Any]:
     run = composed(*overrides)
     return deepspeed_config(run, resolve_layout(run, world_of_machine(run, Machine(gpus=gpus, cores=2))))
 
 
-def test_micro_batch_and_accumulation_and_never_the_third_side_of_the_triangle() -> None:
-    config = emitted("parallelism.data=2", "training.global_batch_size=16", "training.micro_batch_size=2")
+def test_sets_micro_batch_and_accumulation_but_not_global_batch() -> None:
+    config = config_of("parallelism.data=2", "training.global_batch_size=16", "training.micro_batch_size=2")
     assert config["train_micro_batch_size_per_gpu"] == 2
     assert config["gradient_accumulation_steps"] == 4
     assert "train_batch_size" not in config
@@ -28,11 +28,11 @@ def test_micro_batch_and_accumulation_and_never_the_third_side_of_the_triangle()
         (["parallelism=zero1"], 1.0),
         (["parallelism=zero1", "optimizer.gradient_clipping=0.3"], 0.3),
         (["parallelism=zero1", "optimizer.gradient_clipping=null"], 0.0),
-        (["parallelism=dp"], 0.0),  # the engine clips itself under ZeRO-0
+        (["parallelism=dp"], 0.0),  # under ZeRO-0 our engine clips
     ],
 )
-def test_clipping_is_always_said(overrides: list[str], expected: float) -> None:
-    assert emitted(*overrides)["gradient_clipping"] == expected
+def test_clipping_is_always_set(overrides: list[str], expected: float) -> None:
+    assert config_of(*overrides)["gradient_clipping"] == expected
 
 
 @pytest.mark.parametrize(
@@ -44,32 +44,34 @@ def test_clipping_is_always_said(overrides: list[str], expected: float) -> None:
         (["parallelism=zero3", "precision=bf16"], 3),
     ],
 )
-def test_zero_stage_where_deepspeed_is_right(overrides: list[str], stage: int) -> None:
-    assert emitted(*overrides)["zero_optimization"]["stage"] == stage
+def test_zero_stage_avoids_stages_where_deepspeed_is_wrong(overrides: list[str], stage: int) -> None:
+    assert config_of(*overrides)["zero_optimization"]["stage"] == stage
 
 
 def test_low_precision_accumulates_in_fp32() -> None:
-    assert "bf16" not in emitted()
-    bf16 = emitted("precision=bf16")
+    assert "bf16" not in config_of()
+    bf16 = config_of("precision=bf16")
     assert bf16["bf16"] == {"enabled": True}
     assert bf16["data_types"] == {"grad_accum_dtype": "fp32"}
-    fp16 = emitted("precision=fp16", "precision.initial_loss_scale_power=12", gpus=2)
+    fp16 = config_of("precision=fp16", "precision.initial_loss_scale_power=12", gpus=2)
     assert fp16["fp16"] == {"enabled": True, "initial_scale_power": 12}
 
 
-def test_offload_pins_memory_only_where_there_is_a_gpu() -> None:
+def test_offload_pins_memory_only_with_a_gpu() -> None:
     for gpus, pinned in ((0, False), (2, True)):
-        zero = emitted("parallelism=zero3_offload", gpus=gpus)["zero_optimization"]
+        zero = config_of("parallelism=zero3_offload", gpus=gpus)["zero_optimization"]
         assert zero["offload_optimizer"] == {"device": "cpu", "pin_memory": pinned}
         assert zero["offload_param"] == {"device": "cpu", "pin_memory": pinned}
 
 
-def test_passthrough_lies_over_what_is_emitted() -> None:
-    zero = emitted("parallelism=zero2", "+deepspeed.zero_optimization.overlap_comm=true")["zero_optimization"]
+def test_deepspeed_settings_override_derived_values() -> None:
+    zero = config_of("parallelism=zero2", "+deepspeed.zero_optimization.overlap_comm=true")[
+        "zero_optimization"
+    ]
     assert zero == {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 842_496}
 
 
-def test_merging_changes_neither_side() -> None:
+def test_merged_changes_neither_argument() -> None:
     base, over = {"a": {"b": 1}, "c": 2}, {"a": {"d": 3}, "c": {"e": 4}}
     assert merged(base, over) == {"a": {"b": 1, "d": 3}, "c": {"e": 4}}
     assert base == {"a": {"b": 1}, "c": 2}

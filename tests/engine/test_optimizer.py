@@ -1,4 +1,4 @@
-"""Schedules against values worked out by hand, and which parameters decay."""
+"""Learning-rate schedules against values computed by hand, and the parameters with weight decay."""
 
 import pytest
 import torch
@@ -28,17 +28,17 @@ def rates(scheduler: SchedulerConfig, steps: int) -> list[float]:
         (SchedulerConfig(SchedulerName.cosine, warmup_steps=4), [0.25, 0.5, 0.75, 1]),
     ],
 )
-def test_schedule(scheduler: SchedulerConfig, expected: list[float]) -> None:
+def test_learning_rate_schedule(scheduler: SchedulerConfig, expected: list[float]) -> None:
     assert rates(scheduler, 4) == pytest.approx(expected, abs=1e-12)
 
 
 def parameter(name: str, *shape: int) -> nn.Parameter:
-    made = nn.Parameter(torch.zeros(6))  # flat, as ZeRO-3 leaves it
-    made.logical = LogicalTensor(name, shape)  # type: ignore[attr-defined]
-    return made
+    flat = nn.Parameter(torch.zeros(6))  # as under ZeRO-3
+    flat.logical = LogicalTensor(name, shape)  # type: ignore[attr-defined]
+    return flat
 
 
-def test_only_what_is_logically_a_matrix_decays() -> None:
+def test_weight_decay_applies_to_logical_matrices_only() -> None:
     config = OptimizerConfig(OptimizerName.sgd, lr=0.1, weight_decay=0.5, momentum=0.9)
     matrix, vector = parameter("w", 2, 3), parameter("b", 6)
     groups = build_optimizer(config, [matrix, vector]).param_groups

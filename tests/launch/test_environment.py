@@ -1,4 +1,4 @@
-"""What torchrun and srun say, and the host lists of Slurm."""
+"""Reading the variables of torchrun and srun, and Slurm host lists."""
 
 import pytest
 from hypothesis import given
@@ -6,13 +6,13 @@ from hypothesis import strategies as st
 
 from launcher.config.errors import ConfigError
 from launcher.launch.environment import (
+    LaunchEnvironment,
     NodeEnvironment,
-    Place,
     RankEnvironment,
     expand_hosts,
     joined_ranks,
-    place_of,
-    step_name,
+    launch_environment,
+    slurm_step_name,
 )
 
 TORCHRUN = {
@@ -23,7 +23,7 @@ TORCHRUN = {
     "MASTER_ADDR": "node07",
     "MASTER_PORT": "29500",
 }
-# As srun of 22.05 sets them for rank 5 of a step of 8 on nodes 3 and 4 of a job of 3 nodes.
+# As srun 22.05 sets them for rank 5 of a step with 8 tasks, on nodes 3 and 4 of a job with 3 nodes.
 JOB = {
     "SLURM_JOB_ID": "4711",
     "SLURM_JOB_NODELIST": "node[02-04]",
@@ -46,52 +46,52 @@ def without(environ: dict[str, str], *names: str) -> dict[str, str]:
     return {name: value for name, value in environ.items() if name not in names}
 
 
-def test_torchrun() -> None:
+def test_reads_torchrun_variables() -> None:
     assert joined_ranks(TORCHRUN) == RankEnvironment(5, 8, 1, 4, "node07", 29500)
 
 
-def test_srun() -> None:
-    found = joined_ranks(SRUN)
-    assert found is not None
-    assert found == RankEnvironment(5, 8, 1, 4, "node03", found.master_port)
-    assert 20000 <= found.master_port < 40000
+def test_reads_srun_variables() -> None:
+    joined = joined_ranks(SRUN)
+    assert joined is not None
+    assert joined == RankEnvironment(5, 8, 1, 4, "node03", joined.master_port)
+    assert 20000 <= joined.master_port < 40000
 
 
-def test_torchrun_inside_an_srun_step_is_torchrun() -> None:
+def test_torchrun_variables_take_precedence_over_srun() -> None:
     assert joined_ranks(SRUN | TORCHRUN) == joined_ranks(TORCHRUN)
 
 
 @pytest.mark.parametrize(
     "environ",
     [
-        pytest.param({}, id="nothing"),
-        pytest.param({"WORLD_SIZE": "8", "MASTER_ADDR": "node03"}, id="exports of a batch script"),
-        pytest.param(JOB, id="the batch script's own shell"),
+        pytest.param({}, id="empty environment"),
+        pytest.param({"WORLD_SIZE": "8", "MASTER_ADDR": "node03"}, id="batch script exports WORLD_SIZE"),
+        pytest.param(JOB, id="batch script"),
         pytest.param(
             JOB | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_GTIDS": "0"},
-            id="the batch script's own shell, which has these",
+            id="batch script with task variables",
         ),
-        pytest.param(SRUN | {"SLURM_STEP_NUM_TASKS": "1"}, id="one launcher in a job of many tasks"),
+        pytest.param(SRUN | {"SLURM_STEP_NUM_TASKS": "1"}, id="step of one task in a job of many"),
         pytest.param(without(SRUN, "SLURM_STEP_NUM_TASKS") | {"SLURM_NTASKS": "1"}, id="SLURM_NTASKS=1"),
     ],
 )
-def test_no_ranks_are_joined(environ: dict[str, str]) -> None:
+def test_returns_none_if_ranks_are_not_started_yet(environ: dict[str, str]) -> None:
     assert joined_ranks(environ) is None
 
 
-def test_a_batch_script_exporting_world_size_is_joined_through_srun() -> None:
+def test_ignores_world_size_exported_by_a_batch_script() -> None:
     exported = {"WORLD_SIZE": "12", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
     assert joined_ranks(SRUN | exported) == joined_ranks(SRUN)
 
 
-def test_older_variables_stand_in() -> None:
-    found = joined_ranks(without(SRUN, "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NODELIST"))
-    assert found is not None
-    assert (found.world_size, found.master_addr) == (12, "node02")
+def test_falls_back_to_job_variables_without_step_variables() -> None:
+    joined = joined_ranks(without(SRUN, "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NODELIST"))
+    assert joined is not None
+    assert (joined.world_size, joined.master_addr) == (12, "node02")
 
 
 @pytest.mark.parametrize("base", [TORCHRUN, SRUN], ids=["torchrun", "srun"])
-def test_the_environment_is_left_alone(base: dict[str, str]) -> None:
+def test_does_not_change_the_environment(base: dict[str, str]) -> None:
     environ = dict(base)
     joined_ranks(environ)
     assert environ == base
@@ -123,7 +123,7 @@ BROKEN = [
 ]
 
 
-def test_broken_combinations_name_the_variable(subtests: pytest.Subtests) -> None:
+def test_refusal_names_the_invalid_variable(subtests: pytest.Subtests) -> None:
     for base, name, value in BROKEN:
         with subtests.test(f"{name}={value}"):
             environ = without(base, name) if value is None else base | {name: value}
@@ -135,13 +135,13 @@ def test_broken_combinations_name_the_variable(subtests: pytest.Subtests) -> Non
             assert refused.value.remedy
 
 
-def test_a_step_without_any_task_count_is_refused() -> None:
-    # Taken for one task, each of the ranks would train by itself.
+def test_refuses_a_step_without_task_count() -> None:
+    # If the count defaulted to 1, each rank would train a run of its own.
     with pytest.raises(ConfigError, match="SLURM_NTASKS"):
         joined_ranks(without(SRUN, "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"))
 
 
-def test_every_rank_of_a_step_meets_at_the_same_place() -> None:
+def test_all_ranks_of_a_step_get_the_same_address() -> None:
     ranks = [
         joined_ranks(
             SRUN
@@ -153,25 +153,25 @@ def test_every_rank_of_a_step_meets_at_the_same_place() -> None:
         )
         for rank in range(8)
     ]
-    assert len({(found.master_addr, found.master_port) for found in ranks if found}) == 1
-    assert [found.rank for found in ranks if found] == list(range(8))
+    assert len({(joined.master_addr, joined.master_port) for joined in ranks if joined}) == 1
+    assert [joined.rank for joined in ranks if joined] == list(range(8))
 
 
-def test_neighbouring_jobs_and_steps_do_not_share_a_port() -> None:
+def test_neighbouring_jobs_and_steps_get_different_ports() -> None:
     ports = set()
     for job in range(4700, 4720):
         for step in range(20):
-            found = joined_ranks(SRUN | {"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)})
-            assert found is not None
-            ports.add(found.master_port)
+            joined = joined_ranks(SRUN | {"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)})
+            assert joined is not None
+            ports.add(joined.master_port)
     assert len(ports) == 400
 
 
 @given(job=st.integers(0, 2**32 - 1), step=st.integers(0, 2**32 - 1))
-def test_ports_stay_in_range(job: int, step: int) -> None:
-    found = joined_ranks(SRUN | {"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)})
-    assert found is not None
-    assert 20000 <= found.master_port <= 39999
+def test_ports_are_between_20000_and_39999(job: int, step: int) -> None:
+    joined = joined_ranks(SRUN | {"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)})
+    assert joined is not None
+    assert 20000 <= joined.master_port <= 39999
 
 
 def test_expand_hosts(subtests: pytest.Subtests) -> None:
@@ -196,7 +196,7 @@ def test_expand_hosts(subtests: pytest.Subtests) -> None:
             assert expand_hosts(hosts) == expanded.split()
 
 
-def test_empty_names_and_spaces_are_refused(subtests: pytest.Subtests) -> None:
+def test_refuses_empty_host_names_and_spaces(subtests: pytest.Subtests) -> None:
     for beside in ["", "n[1-2],"]:
         for hosts in ["", ",", "a,", ",a", "a,,b", "a b"]:
             with (
@@ -206,11 +206,11 @@ def test_empty_names_and_spaces_are_refused(subtests: pytest.Subtests) -> None:
                 expand_hosts(beside + hosts)
 
 
-NO_NUMBERS = ["a", "1-", "-1", "1,", ",1", "1-2-3", "1 2", " ", "3-1", "0x1", "²"]
+INVALID_RANGES = ["a", "1-", "-1", "1,", ",1", "1-2-3", "1 2", " ", "3-1", "0x1", "²"]
 
 
-def test_odd_brackets_are_refused(subtests: pytest.Subtests) -> None:
-    for hosts in ["n[", "n]", "n[]", "n[1", "n1]", "n[[1]]", *(f"n[{x}]" for x in NO_NUMBERS)]:
+def test_refuses_malformed_brackets(subtests: pytest.Subtests) -> None:
+    for hosts in ["n[", "n]", "n[]", "n[1", "n1]", "n[[1]]", *(f"n[{x}]" for x in INVALID_RANGES)]:
         with (
             subtests.test(hosts),
             pytest.raises(ValueError, match=r"is not a host name|neither a number nor a range|backwards"),
@@ -220,7 +220,7 @@ def test_odd_brackets_are_refused(subtests: pytest.Subtests) -> None:
 
 @st.composite
 def host_lists(draw: st.DrawFn) -> tuple[str, list[str]]:
-    """A compressed list and, built beside it, the names that it stands for."""
+    """Draw a compressed host list and the names that it expands to."""
     texts, names = [], []
     for _ in range(draw(st.integers(1, 4))):
         prefix = draw(st.from_regex(r"[a-z][a-z-]{0,4}", fullmatch=True))
@@ -236,13 +236,13 @@ def host_lists(draw: st.DrawFn) -> tuple[str, list[str]]:
 
 
 @given(host_lists())
-def test_expand_hosts_undoes_compression(case: tuple[str, list[str]]) -> None:
+def test_expand_hosts_inverts_compression(case: tuple[str, list[str]]) -> None:
     text, names = case
     assert expand_hosts(text) == names
 
 
 @given(st.text(alphabet="ab[]-,0123 ", max_size=12))
-def test_expand_hosts_returns_names_or_refuses(text: str) -> None:
+def test_expand_hosts_returns_names_or_raises(text: str) -> None:
     try:
         hosts = expand_hosts(text)
     except ValueError:
@@ -251,7 +251,7 @@ def test_expand_hosts_returns_names_or_refuses(text: str) -> None:
     assert all(host and not set(host) & set("[], ") for host in hosts)
 
 
-ONE_PER_NODE = SRUN | {
+TASK_PER_NODE = SRUN | {
     "SLURM_STEP_NUM_TASKS": "2",
     "SLURM_PROCID": "1",
     "SLURM_LOCALID": "0",
@@ -259,7 +259,7 @@ ONE_PER_NODE = SRUN | {
 }
 
 
-def ranks_there(place: Place) -> list[int]:
+def ranks_of_node(place: LaunchEnvironment) -> list[int]:
     assert isinstance(place, NodeEnvironment)
     return list(place.ranks)
 
@@ -272,40 +272,40 @@ def ranks_there(place: Place) -> list[int]:
         (2, 8, [2, 3]),
     ],
 )
-def test_one_task_per_node_starts_the_ranks_of_its_node(
+def test_one_task_per_node_starts_all_ranks_of_its_node(
     configured: int | None, gpus: int, ranks: list[int]
 ) -> None:
-    place = place_of(ONE_PER_NODE, configured=configured, gpus=gpus)
-    assert ranks_there(place) == ranks
+    place = launch_environment(TASK_PER_NODE, configured=configured, gpus=gpus)
+    assert ranks_of_node(place) == ranks
     assert place is not None
     assert place.world_size == 2 * len(ranks)
     assert place.master_addr == "node03"
 
 
 @pytest.mark.parametrize(("configured", "gpus"), [(4, 0), (None, 0), (None, 8), (4, 8)])
-def test_a_task_per_rank_is_a_rank(configured: int | None, gpus: int) -> None:
-    assert place_of(SRUN, configured=configured, gpus=gpus) == joined_ranks(SRUN)
+def test_one_task_per_rank_is_a_rank(configured: int | None, gpus: int) -> None:
+    assert launch_environment(SRUN, configured=configured, gpus=gpus) == joined_ranks(SRUN)
 
 
-def test_one_rank_per_node_is_a_rank() -> None:
-    assert place_of(ONE_PER_NODE, configured=1, gpus=8) == joined_ranks(ONE_PER_NODE)
-    assert place_of(ONE_PER_NODE, configured=None, gpus=1) == joined_ranks(ONE_PER_NODE)
+def test_single_rank_per_node_is_a_rank() -> None:
+    assert launch_environment(TASK_PER_NODE, configured=1, gpus=8) == joined_ranks(TASK_PER_NODE)
+    assert launch_environment(TASK_PER_NODE, configured=None, gpus=1) == joined_ranks(TASK_PER_NODE)
 
 
 @pytest.mark.parametrize("configured", [2, 8])
-def test_another_number_of_tasks_than_configured_is_refused(configured: int) -> None:
+def test_refuses_a_number_of_tasks_other_than_configured(configured: int) -> None:
     with pytest.raises(ConfigError, match="srun started 4 tasks on this node") as raised:
-        place_of(SRUN, configured=configured, gpus=8)
+        launch_environment(SRUN, configured=configured, gpus=8)
     assert str(raised.value).startswith(f"hardware.accelerators_per_node={configured}: ")
     assert "hardware.accelerators_per_node=4" in raised.value.remedy
 
 
-def test_torchrun_has_counted_itself() -> None:
-    assert place_of(SRUN | TORCHRUN, configured=8, gpus=0) == joined_ranks(TORCHRUN)
+def test_torchrun_local_size_overrides_the_config() -> None:
+    assert launch_environment(SRUN | TORCHRUN, configured=8, gpus=0) == joined_ranks(TORCHRUN)
 
 
-def test_a_run_is_called_after_the_step_of_its_ranks() -> None:
-    assert step_name(SRUN) == step_name(ONE_PER_NODE) == "slurm-4711.1"
-    assert step_name(SRUN | TORCHRUN) is None
-    assert step_name(JOB) is None
-    assert step_name(SRUN | {"SLURM_STEP_NUM_TASKS": "1"}) is None
+def test_run_is_named_after_job_and_step() -> None:
+    assert slurm_step_name(SRUN) == slurm_step_name(TASK_PER_NODE) == "slurm-4711.1"
+    assert slurm_step_name(SRUN | TORCHRUN) is None
+    assert slurm_step_name(JOB) is None
+    assert slurm_step_name(SRUN | {"SLURM_STEP_NUM_TASKS": "1"}) is None

@@ -1,4 +1,4 @@
-"""Ranks as real processes: how they end, what is then told, and that none is left."""
+"""Ranks as real processes: how they end, which failure is reported, and that no process is left."""
 
 import ctypes
 import os
@@ -17,9 +17,9 @@ import pytest
 
 from launcher.config.errors import ConfigError
 from launcher.launch.local import RankFailure, Stopped, run_local_ranks
-from launcher.launch.rank import END, STOP, STOPPED
+from launcher.launch.rank import END_SIGNAL, STOP_SIGNAL, STOPPED_EXIT_CODE
 
-HANG = 60.0  # seconds: only ever reached where something hangs
+HANG = 60.0  # seconds; reached only if a process hangs
 REPOSITORY = Path(__file__).parents[2]
 
 
@@ -34,10 +34,10 @@ def failure_of(target: Callable[[int], None], world_size: int, logs: Path, **opt
     return failed.value
 
 
-def wait_for(happened: Callable[[], bool], what: str) -> None:
+def wait_for(condition: Callable[[], bool], name: str) -> None:
     deadline = time.monotonic() + HANG
-    while not happened():
-        assert time.monotonic() < deadline, f"still waiting: {what}"
+    while not condition():
+        assert time.monotonic() < deadline, f"still waiting for {name}"
         time.sleep(0.01)
 
 
@@ -46,13 +46,13 @@ def is_running(pid: int) -> bool:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
         return False
-    return state not in "ZX"  # dead, if nobody has looked yet
+    return state not in "ZX"  # zombie or dead
 
 
 def write_pid(directory: Path, name: str, pid: int) -> None:
     partial_file = directory / f".{name}"
     partial_file.write_text(str(pid))
-    partial_file.rename(directory / f"{name}.pid")  # never seen half-written
+    partial_file.rename(directory / f"{name}.pid")  # atomic: read_pids never reads a partial file
 
 
 def read_pids(directory: Path) -> dict[str, int]:
@@ -61,10 +61,10 @@ def read_pids(directory: Path) -> dict[str, int]:
 
 @pytest.fixture(autouse=True)
 def handlers_are_restored() -> Iterator[None]:
-    """No test may end with another disposition or signal mask than it began with."""
+    """Check that each test restores signal handlers and the signal mask."""
 
     def state() -> tuple[object, ...]:
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, STOP, END)
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, STOP_SIGNAL, END_SIGNAL)
         return *(signal.getsignal(number) for number in numbers), signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
     before = state()
@@ -80,7 +80,7 @@ def write_rank(directory: Path, rank: int) -> None:
 
 
 @pytest.mark.parametrize("start_method", ["fork", "spawn"])
-def test_every_rank_runs_once_in_a_process_of_its_own(
+def test_each_rank_runs_once_in_a_separate_process(
     tmp_path: Path, start_method: Literal["fork", "spawn"]
 ) -> None:
     run(partial(write_rank, tmp_path), 3, tmp_path / "new" / "logs", start_method=start_method)
@@ -94,7 +94,7 @@ def test_exit_code_zero_is_success(tmp_path: Path) -> None:
     run(lambda rank: sys.exit(0), 2, tmp_path)
 
 
-def test_ranks_may_have_children_of_their_own(tmp_path: Path) -> None:
+def test_ranks_may_start_child_processes(tmp_path: Path) -> None:
     def target(rank: int) -> None:
         import multiprocessing
 
@@ -120,7 +120,7 @@ def wait_for_a_lock() -> None:
 
 
 def wait_in_c() -> None:
-    # Never returns to the interpreter, which alone runs Python's handlers: deaf to SIGTERM, as is a
+    # Never returns to the interpreter, so Python's signal handlers do not run: SIGTERM has no effect, as in a
     # collective that waits in C++.
     mutex = ctypes.create_string_buffer(64)
     libc = ctypes.CDLL(None)
@@ -129,7 +129,7 @@ def wait_in_c() -> None:
 
 
 @pytest.mark.parametrize("wait", [sleep_for_long, wait_for_a_lock, wait_in_c])
-def test_a_failing_rank_ends_those_that_wait(tmp_path: Path, wait: Callable[[], None]) -> None:
+def test_failing_rank_ends_waiting_ranks(tmp_path: Path, wait: Callable[[], None]) -> None:
     def target(rank: int) -> None:
         write_pid(tmp_path, f"rank_{rank}", os.getpid())
         if rank != 1:
@@ -151,7 +151,7 @@ def fail_in_rank_1(rank: int) -> None:
 
 
 @pytest.mark.parametrize("start_method", ["fork", "spawn"])
-def test_the_traceback_names_the_line_and_not_our_own(
+def test_traceback_shows_the_failing_line_without_launcher_frames(
     tmp_path: Path, start_method: Literal["fork", "spawn"]
 ) -> None:
     detail = failure_of(fail_in_rank_1, 2, tmp_path, start_method=start_method).detail
@@ -160,7 +160,7 @@ def test_the_traceback_names_the_line_and_not_our_own(
     assert "multiprocessing" not in detail
 
 
-def test_the_whole_traceback_arrives_however_long(tmp_path: Path) -> None:
+def test_long_traceback_is_reported_in_full(tmp_path: Path) -> None:
     def target(rank: int) -> None:
         if rank == 1:
             raise ValueError("begin " + "x" * 1_000_000 + " end")
@@ -171,7 +171,7 @@ def test_the_whole_traceback_arrives_however_long(tmp_path: Path) -> None:
     assert detail.endswith("x end")
 
 
-def test_an_exception_that_cannot_be_pickled_is_told(tmp_path: Path) -> None:
+def test_reports_an_exception_that_cannot_be_pickled(tmp_path: Path) -> None:
     class Unpicklable(Exception):
         def __init__(self, lock: object) -> None:
             super().__init__("holds a lock")
@@ -183,12 +183,12 @@ def test_an_exception_that_cannot_be_pickled_is_told(tmp_path: Path) -> None:
     assert failure_of(target, 1, tmp_path).detail.endswith("Unpicklable: holds a lock")
 
 
-def test_the_traceback_is_also_in_the_log_of_the_rank(tmp_path: Path) -> None:
+def test_traceback_is_written_to_the_log_of_the_rank(tmp_path: Path) -> None:
     failure_of(fail_in_rank_1, 2, tmp_path)
     assert "KeyError: 'no such layer'" in (tmp_path / "rank_1.log").read_text()
 
 
-def test_rank_0_leaves_its_traceback_to_the_parent(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_rank_0_does_not_print_its_traceback(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     def target(rank: int) -> None:
         raise ValueError("shown once")
 
@@ -196,7 +196,7 @@ def test_rank_0_leaves_its_traceback_to_the_parent(tmp_path: Path, capfd: pytest
     assert "shown once" not in "".join(capfd.readouterr())
 
 
-def test_a_config_error_passes_through(tmp_path: Path) -> None:
+def test_config_error_is_raised_unchanged(tmp_path: Path) -> None:
     def target(rank: int) -> None:
         if rank == 1:
             raise ConfigError("run.dir", Path("/no/checkpoint"), "holds no checkpoint", "runs/1")
@@ -209,7 +209,7 @@ def test_a_config_error_passes_through(tmp_path: Path) -> None:
     assert vars(refused.value) == vars(expected)
 
 
-def test_a_config_error_without_a_value_keeps_none(tmp_path: Path) -> None:
+def test_config_error_without_value_is_raised_unchanged(tmp_path: Path) -> None:
     def target(rank: int) -> None:
         raise ConfigError("data.train", None, "is not set", "a glob")
 
@@ -218,11 +218,12 @@ def test_a_config_error_without_a_value_keeps_none(tmp_path: Path) -> None:
     assert refused.value.value is None
 
 
-# --- which of several failures is told -------------------------------------------------------------------
+# --- which of several failures is reported
+# -------------------------------------------------------------------
 
 
 class DistBackendError(RuntimeError):
-    """Stands for torch's."""
+    """Stands for the torch exception with this name."""
 
 
 LOST_PEERS = [
@@ -237,8 +238,8 @@ LOST_PEERS = [
 
 
 @pytest.mark.parametrize("lost", LOST_PEERS, ids=lambda error: type(error).__name__)
-def test_a_lost_connection_does_not_hide_its_cause(tmp_path: Path, lost: Exception) -> None:
-    """The cause reaches the top late: its rank cleans up after its peers have already noticed."""
+def test_failure_is_reported_before_earlier_lost_connections(tmp_path: Path, lost: Exception) -> None:
+    """The causing rank reports late: it is still cleaning up when its peers lose the connection."""
 
     def target(rank: int) -> None:
         if rank == 2:
@@ -256,7 +257,7 @@ def test_a_lost_connection_does_not_hide_its_cause(tmp_path: Path, lost: Excepti
     assert "the cause" in failure.detail
 
 
-def test_a_lost_connection_in_the_cleanup_does_not_hide_its_own_cause(tmp_path: Path) -> None:
+def test_lost_connection_during_cleanup_does_not_hide_the_cause(tmp_path: Path) -> None:
     def target(rank: int) -> None:
         wait_for(lambda: rank == 1 or "reset" in (tmp_path / "rank_1.log").read_text(), "rank 1 to fail")
         if rank == 1:
@@ -264,7 +265,7 @@ def test_a_lost_connection_in_the_cleanup_does_not_hide_its_own_cause(tmp_path: 
         try:
             raise ValueError("the cause")
         finally:
-            raise LOST_PEERS[0]  # as of a barrier in the clean-up
+            raise LOST_PEERS[0]  # as from a barrier in the clean-up
 
     (tmp_path / "rank_1.log").touch()
     failure = failure_of(target, 2, tmp_path)
@@ -272,7 +273,7 @@ def test_a_lost_connection_in_the_cleanup_does_not_hide_its_own_cause(tmp_path: 
     assert "the cause" in failure.detail
 
 
-def test_a_lost_connection_alone_is_told(tmp_path: Path) -> None:
+def test_lost_connection_is_reported_without_other_failures(tmp_path: Path) -> None:
     def target(rank: int) -> None:
         if rank == 0:
             sleep_for_long()
@@ -283,7 +284,7 @@ def test_a_lost_connection_alone_is_told(tmp_path: Path) -> None:
     assert "Connection closed by peer" in failure.detail
 
 
-def test_a_killed_rank_is_told_before_those_that_lost_it(tmp_path: Path) -> None:
+def test_killed_rank_is_reported_before_ranks_that_lost_it(tmp_path: Path) -> None:
     def target(rank: int) -> None:
         write_pid(tmp_path, f"rank_{rank}", os.getpid())
         if rank == 2:
@@ -296,7 +297,7 @@ def test_a_killed_rank_is_told_before_those_that_lost_it(tmp_path: Path) -> None
     assert failure.rank == 2
 
 
-def test_of_failures_of_a_kind_the_first_is_told(tmp_path: Path) -> None:
+def test_first_of_equal_failures_is_reported(tmp_path: Path) -> None:
     def target(rank: int) -> None:
         if rank == 2:
             raise ValueError("first")
@@ -309,11 +310,11 @@ def test_of_failures_of_a_kind_the_first_is_told(tmp_path: Path) -> None:
         assert failure_of(target, 4, tmp_path).rank == 2
 
 
-def test_what_a_rank_raises_because_it_was_stopped_is_not_told(tmp_path: Path) -> None:
+def test_exception_of_a_stopped_rank_is_not_reported(tmp_path: Path) -> None:
     def target(rank: int) -> None:
         if rank == 1:
             wait_for((tmp_path / "waiting").exists, "rank 0")
-            raise LOST_PEERS[0]  # of the kind that any other failure precedes
+            raise LOST_PEERS[0]  # any other failure takes precedence over a lost connection
         try:
             (tmp_path / "waiting").touch()
             sleep_for_long()
@@ -326,8 +327,8 @@ def test_what_a_rank_raises_because_it_was_stopped_is_not_told(tmp_path: Path) -
 # --- ends without an exception ---------------------------------------------------------------------------
 
 
-def test_a_rank_killed_by_sigkill(tmp_path: Path) -> None:
-    (tmp_path / "rank_1.log").write_text("of an earlier run\n")
+def test_rank_killed_by_sigkill(tmp_path: Path) -> None:
+    (tmp_path / "rank_1.log").write_text("earlier run\n")
 
     def target(rank: int) -> None:
         if rank == 1:
@@ -343,8 +344,8 @@ def test_a_rank_killed_by_sigkill(tmp_path: Path) -> None:
     assert "step 50\n" not in text
 
 
-def test_the_log_of_an_earlier_run_is_kept_but_not_quoted(tmp_path: Path) -> None:
-    (tmp_path / "rank_1.log").write_text("of an earlier run\n")
+def test_log_of_an_earlier_run_is_kept_but_not_quoted(tmp_path: Path) -> None:
+    (tmp_path / "rank_1.log").write_text("earlier run\n")
 
     def target(rank: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL) if rank == 1 else sleep_for_long()
@@ -352,7 +353,7 @@ def test_the_log_of_an_earlier_run_is_kept_but_not_quoted(tmp_path: Path) -> Non
     assert str(failure_of(target, 2, tmp_path)) == (
         "rank 1 of 2 was killed by SIGKILL (out of memory? see dmesg)"
     )
-    assert (tmp_path / "rank_1.log").read_text() == "of an earlier run\n"
+    assert (tmp_path / "rank_1.log").read_text() == "earlier run\n"
 
 
 def crash_in_rank_1(rank: int) -> None:
@@ -361,7 +362,7 @@ def crash_in_rank_1(rank: int) -> None:
     sleep_for_long()
 
 
-def test_a_crash_shows_where(tmp_path: Path) -> None:
+def test_crash_shows_its_location(tmp_path: Path) -> None:
     text = str(failure_of(crash_in_rank_1, 2, tmp_path, start_method="spawn"))
     assert text.startswith("rank 1 of 2 was killed by SIGSEGV\n")
     assert "in crash_in_rank_1" in text
@@ -383,15 +384,15 @@ def test_sys_exit_with_a_message(tmp_path: Path) -> None:
     assert text.endswith("no such corpus")
 
 
-def test_a_rank_stopped_by_somebody_else(tmp_path: Path) -> None:
+def test_rank_stopped_by_another_process(tmp_path: Path) -> None:
     def target(rank: int) -> None:
         os.kill(os.getpid(), signal.SIGTERM) if rank == 1 else sleep_for_long()
 
     assert str(failure_of(target, 2, tmp_path)) == "rank 1 of 2 exited with code 143 (stopped by SIGTERM)"
 
 
-def test_a_rank_whose_forked_child_lives_on_is_still_seen_to_die(tmp_path: Path) -> None:
-    """Such a child holds the dead rank's pipes open, as a DataLoader's workers do."""
+def test_detects_the_death_of_a_rank_whose_forked_child_lives_on(tmp_path: Path) -> None:
+    """The child keeps the dead rank's pipes open, as DataLoader workers do."""
 
     def target(rank: int) -> None:
         if rank == 1:
@@ -409,7 +410,7 @@ def test_a_rank_whose_forked_child_lives_on_is_still_seen_to_die(tmp_path: Path)
 # --- how ranks are stopped -------------------------------------------------------------------------------
 
 
-def test_stopped_ranks_run_their_cleanup(tmp_path: Path) -> None:
+def test_stopped_ranks_run_finally_blocks(tmp_path: Path) -> None:
     def target(rank: int) -> None:
         if rank == 1:
             wait_for((tmp_path / "waiting").exists, "rank 0")
@@ -418,7 +419,7 @@ def test_stopped_ranks_run_their_cleanup(tmp_path: Path) -> None:
             (tmp_path / "waiting").touch()
             sleep_for_long()
         finally:
-            os.kill(os.getpid(), signal.SIGTERM)  # a second one does not cut it short
+            os.kill(os.getpid(), signal.SIGTERM)  # a second SIGTERM does not interrupt the clean-up
             time.sleep(0.1)
             (tmp_path / "cleaned").touch()
 
@@ -426,21 +427,21 @@ def test_stopped_ranks_run_their_cleanup(tmp_path: Path) -> None:
     assert (tmp_path / "cleaned").exists()
 
 
-def test_ranks_that_ignore_their_end_are_killed(tmp_path: Path) -> None:
+def test_ranks_that_ignore_end_signal_are_killed(tmp_path: Path) -> None:
     def target(rank: int) -> None:
         if rank == 0:
-            signal.signal(END, signal.SIG_IGN)
-            write_pid(tmp_path, "deaf", os.getpid())
+            signal.signal(END_SIGNAL, signal.SIG_IGN)
+            write_pid(tmp_path, "ignores_signals", os.getpid())
             while True:
                 time.sleep(1)
         wait_for(lambda: bool(read_pids(tmp_path)), "rank 0")
         raise ValueError("stop")
 
     assert failure_of(target, 2, tmp_path, failure_grace=0.3).rank == 1
-    assert not is_running(read_pids(tmp_path)["deaf"])
+    assert not is_running(read_pids(tmp_path)["ignores_signals"])
 
 
-def test_the_ranks_own_processes_end_too(tmp_path: Path) -> None:
+def test_child_processes_of_ranks_end(tmp_path: Path) -> None:
     def target(rank: int) -> None:
         sleeper = [sys.executable, "-c", "import time; time.sleep(600)"]
         write_pid(tmp_path, f"near_{rank}", subprocess.Popen(sleeper).pid)
@@ -451,14 +452,14 @@ def test_the_ranks_own_processes_end_too(tmp_path: Path) -> None:
     assert not [pid for pid in read_pids(tmp_path).values() if is_running(pid)]
 
 
-def test_processes_of_the_caller_are_left_alone(tmp_path: Path) -> None:
+def test_processes_of_the_caller_keep_running(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as bystander:
         run(partial(write_rank, tmp_path), 2, tmp_path, failure_grace=0.1)
         assert bystander.poll() is None
         bystander.kill()
 
 
-# Fails to start once rank 0 already runs.
+# Rank 1 fails to start while rank 0 runs.
 class PicklesOnce:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -475,7 +476,7 @@ class PicklesOnce:
         sleep_for_long()
 
 
-def test_a_rank_that_cannot_be_started_ends_those_before_it(tmp_path: Path) -> None:
+def test_failed_start_ends_ranks_started_before(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="no more processes"):
         run(PicklesOnce(tmp_path), 2, tmp_path, start_method="spawn", failure_grace=1.0)
     assert not [pid for pid in read_pids(tmp_path).values() if is_running(pid)]
@@ -492,25 +493,25 @@ def talk(rank: int) -> None:
 
 
 @pytest.mark.parametrize("start_method", ["fork", "spawn"])
-def test_output_of_all_but_rank_0_goes_to_logs(
+def test_output_of_ranks_above_0_goes_to_logs(
     tmp_path: Path, start_method: Literal["fork", "spawn"], capfd: pytest.CaptureFixture[str]
 ) -> None:
     run(talk, 3, tmp_path, start_method=start_method)
-    shown = "".join(capfd.readouterr())
-    for rank, text in enumerate([shown, *((tmp_path / f"rank_{n}.log").read_text() for n in (1, 2))]):
+    terminal = "".join(capfd.readouterr())
+    for rank, text in enumerate([terminal, *((tmp_path / f"rank_{n}.log").read_text() for n in (1, 2))]):
         for source in ("print", "stderr", "descriptor", "child", "complaint"):
             assert [line for line in text.splitlines() if line.startswith(f"{source} of ")] == [
                 f"{source} of {rank}" + (" \u2713" if source == "stderr" else "")
             ]
 
 
-def test_logs_are_appended_to(tmp_path: Path) -> None:
+def test_output_is_appended_to_logs(tmp_path: Path) -> None:
     for _ in range(2):
         run(talk, 2, tmp_path)
     assert (tmp_path / "rank_1.log").read_text().count("print of 1\n") == 2
 
 
-def test_a_log_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+def test_reports_a_log_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "rank_1.log").mkdir()
     assert "IsADirectoryError" in failure_of(lambda rank: None, 2, tmp_path).detail
 
@@ -529,10 +530,10 @@ def write_pid(name, pid):
     (directory / f".{name}").rename(directory / f"{name}.pid")
 
 def target(rank):
-    if behaviour == "deaf":
+    if behaviour == "ignores_signals":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # END
-    if behaviour == "busy":
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # END_SIGNAL
+    if behaviour == "starts_children":
         write_pid(f"child_{rank}", subprocess.Popen(["sleep", "600"], start_new_session=rank == 1).pid)
     try:
         write_pid(f"rank_{rank}", os.getpid())
@@ -542,15 +543,15 @@ def target(rank):
         if behaviour == "slow":
             time.sleep(1)
         (directory / f"cleaned_{rank}").touch()
-        if behaviour == "clumsy":
+        if behaviour == "fails_in_cleanup":
             raise ValueError("in the clean-up")
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever started the tests ignores
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the parent of the tests may ignore SIGINT
     signal.signal(signal.SIGHUP, signal.SIG_IGN if behaviour == "nohup" else signal.SIG_DFL)
     try:
         run_local_ranks(target, 2, log_dir=directory, start_method=start_method,
-                        failure_grace=0.5, stop_grace=600 if behaviour in ("deaf", "slow") else 5)
+                        failure_grace=0.5, stop_grace=600 if behaviour in ("ignores_signals", "slow") else 5)
     except KeyboardInterrupt:
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
         sys.exit(130)
@@ -561,7 +562,7 @@ Start = Callable[..., "subprocess.Popen[str]"]
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """Start a launcher of two ranks, in a process group of its own, and wait until its ranks run."""
+    """Yield a function that starts a launcher in a new process group and waits until its two ranks run."""
     started: list[subprocess.Popen[str]] = []
 
     def start(behaviour: str = "plain", start_method: str = "fork") -> "subprocess.Popen[str]":
@@ -596,7 +597,7 @@ def assert_nothing_left(directory: Path) -> None:
 
 
 def press_ctrl_c(launcher: "subprocess.Popen[str]") -> None:
-    os.killpg(launcher.pid, signal.SIGINT)  # what a terminal does: the whole foreground group
+    os.killpg(launcher.pid, signal.SIGINT)  # as a terminal does: to the whole foreground group
 
 
 @pytest.mark.parametrize("start_method", ["fork", "spawn"])
@@ -607,11 +608,11 @@ def press_ctrl_c(launcher: "subprocess.Popen[str]") -> None:
         pytest.param(lambda launcher: launcher.send_signal(signal.SIGINT), 130, id="SIGINT"),
         pytest.param(lambda launcher: launcher.send_signal(signal.SIGTERM), 143, id="SIGTERM"),
         pytest.param(lambda launcher: launcher.send_signal(signal.SIGHUP), 129, id="SIGHUP"),
-        pytest.param(lambda launcher: os.killpg(launcher.pid, signal.SIGTERM), 143, id="SIGTERM to all"),
-        pytest.param(lambda launcher: os.killpg(launcher.pid, signal.SIGHUP), 129, id="SIGHUP to all"),
+        pytest.param(lambda launcher: os.killpg(launcher.pid, signal.SIGTERM), 143, id="SIGTERM to group"),
+        pytest.param(lambda launcher: os.killpg(launcher.pid, signal.SIGHUP), 129, id="SIGHUP to group"),
     ],
 )
-def test_a_stop_cleans_up_and_leaves_nothing(
+def test_stop_runs_cleanup_and_leaves_no_process(
     tmp_path: Path, start: Start, send: Callable[[Any], None], code: int, start_method: str
 ) -> None:
     launcher = start("plain", start_method)
@@ -625,7 +626,7 @@ def test_a_stop_cleans_up_and_leaves_nothing(
 
 
 @pytest.mark.parametrize("start_method", ["fork", "spawn"])
-def test_a_killed_launcher_takes_its_ranks_along(tmp_path: Path, start: Start, start_method: str) -> None:
+def test_ranks_die_with_a_killed_launcher(tmp_path: Path, start: Start, start_method: str) -> None:
     launcher = start("plain", start_method)
     launcher.kill()
     assert launcher.wait(timeout=HANG) == -signal.SIGKILL
@@ -633,8 +634,8 @@ def test_a_killed_launcher_takes_its_ranks_along(tmp_path: Path, start: Start, s
     assert not (tmp_path / "cleaned_0").exists()
 
 
-def test_a_second_ctrl_c_kills_at_once(tmp_path: Path, start: Start) -> None:
-    launcher = start("deaf")  # and patient: the grace is longer than any test
+def test_second_ctrl_c_kills_at_once(tmp_path: Path, start: Start) -> None:
+    launcher = start("ignores_signals")  # with a grace period longer than any test
     press_ctrl_c(launcher)
     time.sleep(0.5)
     assert launcher.poll() is None
@@ -644,7 +645,7 @@ def test_a_second_ctrl_c_kills_at_once(tmp_path: Path, start: Start) -> None:
     assert not [pid for pid in read_pids(tmp_path).values() if is_running(pid)]
 
 
-def test_a_second_sigterm_lets_the_cleanup_finish(tmp_path: Path, start: Start) -> None:
+def test_second_sigterm_lets_the_cleanup_finish(tmp_path: Path, start: Start) -> None:
     launcher = start("slow")
     for _ in range(3):
         launcher.send_signal(signal.SIGTERM)
@@ -654,8 +655,8 @@ def test_a_second_sigterm_lets_the_cleanup_finish(tmp_path: Path, start: Start) 
     assert (tmp_path / "cleaned_0").exists()
 
 
-def test_children_of_stopped_ranks_end_too(tmp_path: Path, start: Start) -> None:
-    launcher = start("busy")
+def test_children_of_stopped_ranks_end(tmp_path: Path, start: Start) -> None:
+    launcher = start("starts_children")
     launcher.send_signal(signal.SIGTERM)
     launcher.communicate(timeout=HANG)
     assert launcher.returncode == 143
@@ -663,15 +664,15 @@ def test_children_of_stopped_ranks_end_too(tmp_path: Path, start: Start) -> None
     assert not [pid for pid in read_pids(tmp_path).values() if is_running(pid)]
 
 
-def test_an_error_in_the_cleanup_does_not_hide_the_stop(start: Start) -> None:
-    launcher = start("clumsy")
+def test_error_during_cleanup_does_not_hide_the_stop(start: Start) -> None:
+    launcher = start("fails_in_cleanup")
     press_ctrl_c(launcher)
     output, _ = launcher.communicate(timeout=HANG)
     assert launcher.returncode == 130
     assert output == ""
 
 
-def test_nohup_is_honoured(tmp_path: Path, start: Start) -> None:
+def test_respects_nohup(tmp_path: Path, start: Start) -> None:
     launcher = start("nohup")
     os.killpg(launcher.pid, signal.SIGHUP)
     time.sleep(0.5)
@@ -681,26 +682,28 @@ def test_nohup_is_honoured(tmp_path: Path, start: Start) -> None:
 
 @pytest.fixture
 def ctrl_c_interrupts() -> Iterator[None]:
-    """Even where whatever started the tests ignores SIGINT."""
+    """Make SIGINT raise KeyboardInterrupt, even if the parent of the tests ignores SIGINT."""
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, previous)
 
 
 @pytest.mark.usefixtures("ctrl_c_interrupts")
-@pytest.mark.parametrize("own_handler", [True, False])
-def test_what_a_rank_raises_while_it_is_stopped_is_the_cause(tmp_path: Path, own_handler: bool) -> None:
+@pytest.mark.parametrize("custom_handler", [True, False])
+def test_exception_during_a_stop_is_the_cause_of_keyboard_interrupt(
+    tmp_path: Path, custom_handler: bool
+) -> None:
     def target(rank: int) -> None:
         def save(_number: int, _frame: object) -> NoReturn:
             raise ValueError("disk full")
 
-        if own_handler:
-            signal.signal(END, save)
+        if custom_handler:
+            signal.signal(END_SIGNAL, save)
         try:
             os.kill(os.getppid(), signal.SIGINT)
             sleep_for_long()
         finally:
-            if not own_handler:
+            if not custom_handler:
                 raise ValueError("disk full")
 
     with pytest.raises(KeyboardInterrupt) as stopped:
@@ -709,8 +712,8 @@ def test_what_a_rank_raises_while_it_is_stopped_is_the_cause(tmp_path: Path, own
     assert "ValueError: disk full" in str(stopped.value.__cause__)
 
 
-def test_a_stop_that_reaches_the_ranks_first_is_still_a_stop(tmp_path: Path) -> None:
-    """As of scancel, which signals all processes of a job, in any order."""
+def test_stop_signal_that_reaches_ranks_first_is_a_stop(tmp_path: Path) -> None:
+    """As with scancel, which signals all processes of a job in any order."""
 
     def target(rank: int) -> None:
         if rank == 0:
@@ -729,27 +732,28 @@ def test_a_stop_that_reaches_the_ranks_first_is_still_a_stop(tmp_path: Path) -> 
     assert stopped.value.code == 143
 
 
-# --- some of many ranks ----------------------------------------------------------------------------------
+# --- ranks of one node of several
+# ----------------------------------------------------------------------------------
 
 
-def test_the_ranks_of_one_node_of_several(tmp_path: Path) -> None:
-    run(partial(write_rank, tmp_path), 8, tmp_path / "logs", here=range(4, 6))
+def test_starts_only_the_ranks_of_this_node(tmp_path: Path) -> None:
+    run(partial(write_rank, tmp_path), 8, tmp_path / "logs", local_ranks=range(4, 6))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["4", "5", "logs"]
     assert sorted(path.name for path in (tmp_path / "logs").iterdir()) == ["rank_4.log", "rank_5.log"]
     assert "rank 5 of 8 exited with code 3" in str(
-        failure_of(lambda rank: sys.exit(3 * (rank == 5)), 8, tmp_path / "logs", here=range(4, 6))
+        failure_of(lambda rank: sys.exit(3 * (rank == 5)), 8, tmp_path / "logs", local_ranks=range(4, 6))
     )
 
 
-def test_ranks_that_all_stop_by_themselves_were_told_to(tmp_path: Path) -> None:
-    """By those of another node, which somebody asked."""
+def test_ranks_that_all_stop_by_themselves_raise_stopped(tmp_path: Path) -> None:
+    """A rank of another node received the stop signal, and all ranks agreed to stop."""
     with pytest.raises(Stopped) as stopped:
-        run(lambda rank: sys.exit(STOPPED), 4, tmp_path, here=range(2, 4))
-    assert stopped.value.exit_code == STOPPED
+        run(lambda rank: sys.exit(STOPPED_EXIT_CODE), 4, tmp_path, local_ranks=range(2, 4))
+    assert stopped.value.exit_code == STOPPED_EXIT_CODE
 
 
-def test_one_that_stops_alone_has_failed(tmp_path: Path) -> None:
+def test_rank_that_stops_alone_has_failed(tmp_path: Path) -> None:
     def target(rank: int) -> None:
-        sys.exit(STOPPED) if rank == 1 else sleep_for_long()
+        sys.exit(STOPPED_EXIT_CODE) if rank == 1 else sleep_for_long()
 
     assert failure_of(target, 2, tmp_path).secondary

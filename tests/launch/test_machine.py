@@ -1,4 +1,4 @@
-"""GPUs as CUDA would count them, and cores."""
+"""Counting GPUs as CUDA does, CPU cores and memory."""
 
 import subprocess
 import sys
@@ -20,9 +20,9 @@ def test_visible_gpus(subtests: pytest.Subtests) -> None:
         ("0", 8, 1),
         ("0,1,2,3", 8, 4),
         (" 3, 1 ", 8, 2),
-        ("0,-1,1", 8, 1),  # what follows an invalid name is hidden
+        ("0,-1,1", 8, 1),  # CUDA ignores everything after an invalid name
         ("0,9,1", 8, 1),
-        ("0,0", 8, 0),  # CUDA rejects duplicates altogether
+        ("0,0", 8, 0),  # CUDA sees no GPU if a name is repeated
         ("0,1", 0, 0),
         ("GPU-8932f937-d72c,GPU-1f22a253", 8, 2),
         ("MIG-a,MIG-b", 1, 1),
@@ -32,36 +32,38 @@ def test_visible_gpus(subtests: pytest.Subtests) -> None:
             assert visible_gpus(environ, existing) == visible
 
 
-def test_existing_gpus_are_the_numbered_device_nodes(tmp_path: Path) -> None:
+def test_existing_gpus_counts_numbered_device_nodes(tmp_path: Path) -> None:
     (tmp_path / "dev").mkdir()
     for name in ("nvidia0", "nvidia1", "nvidia10", "nvidiactl", "nvidia-uvm", "null"):
         (tmp_path / "dev" / name).touch()
     assert existing_gpus(tmp_path) == 3
 
 
-def test_existing_gpus_are_else_those_of_the_driver(tmp_path: Path) -> None:
+def test_existing_gpus_falls_back_to_the_driver_list(tmp_path: Path) -> None:
     assert existing_gpus(tmp_path) == 0
     for address in ("0000:17:00.0", "0000:65:00.0"):
         (tmp_path / "proc/driver/nvidia/gpus" / address).mkdir(parents=True)
     assert existing_gpus(tmp_path) == 2
 
 
-def test_this_machine_respects_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_this_machine_respects_cuda_visible_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
     machine = this_machine()
     assert machine == Machine(0, machine.cores, memory_here())
     assert machine.cores >= 1
 
 
-def test_the_package_imports_neither_torch_nor_deepspeed() -> None:
+def test_launch_imports_neither_torch_nor_deepspeed_nor_hydra() -> None:
     loaded = "[name for name in ('torch', 'deepspeed', 'hydra') if name in sys.modules]"
     code = f"import sys; from launcher.launch import environment, local, machine; print({loaded})"
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
-    assert ran.stdout.strip() == "[]"
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert process.stdout.strip() == "[]"
 
 
 class TestMemory:
-    def test_is_what_the_machine_or_the_container_allows(self, tmp_path: Path) -> None:
+    def test_is_the_smaller_of_machine_memory_and_container_limit(self, tmp_path: Path) -> None:
         here = memory_here(tmp_path)
         assert here is not None
         assert here > 10**8

@@ -16,7 +16,7 @@ from launcher.config.schema import Family, ModelConfig, Pooling
 from launcher.config.shape import vision_tokens
 from launcher.models.arithmetic import matrix_parameters, parameters, train_flops_per_token
 from launcher.models.language import FlatModel
-from launcher.parallel.sharding import Draw, Initializer, LogicalTensor, logical_of
+from launcher.parallel.sharding import DrawFunction, Initializer, LogicalTensor, logical_of
 from tests.models.small import build, small, small_vit
 
 SHIPPED = sorted(path.stem for path in (config_directory() / "model").glob("*.yaml"))
@@ -34,7 +34,7 @@ def without_values(model: ModelConfig) -> FlatModel:
     """The real modules, on the meta device: shapes and no storage, be it of 70 billion parameters."""
     make = Initializer.parameter
 
-    def parameter(self: Initializer, logical: LogicalTensor, draw: Draw) -> nn.Parameter:
+    def parameter(self: Initializer, logical: LogicalTensor, draw: DrawFunction) -> nn.Parameter:
         return make(self, logical, lambda shape, generator: torch.empty(shape, device="meta"))
 
     with patch.object(Initializer, "parameter", parameter):

@@ -1,4 +1,4 @@
-"""The vocabulary-parallel cross-entropy against F.cross_entropy over whole logits."""
+"""The vocabulary-parallel cross-entropy against F.cross_entropy of the full logits."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,9 +34,9 @@ class Case:
 
 
 CASES = {
-    "divides": Case(),
+    "vocabulary divides": Case(),
     "padding": Case(vocabulary=13),
-    "a shard of padding alone": Case(vocabulary=5),
+    "shard of padding only": Case(vocabulary=5),
     "some labels ignored": Case(ignored="some"),
     "all labels ignored": Case(vocabulary=13, ignored="all"),
     "huge logits": Case(vocabulary=13, scale=1e4, ignored="some"),
@@ -45,7 +45,7 @@ CASES = {
 
 
 @dataclass(frozen=True)
-class Found:
+class Comparison:
     losses: Tensor
     expected_losses: Tensor
     gradient: Tensor
@@ -54,11 +54,11 @@ class Found:
     expected_mean: float
 
 
-def compared(rank: int, world: int, case: Case) -> Found:
-    """Losses, their mean and the logits' gradient, with those of F.cross_entropy for this rank's logits."""
+def compare(rank: int, world: int, case: Case) -> Comparison:
+    """Return losses, mean loss and this rank's logit gradient, each beside the result of F.cross_entropy."""
     axis = mesh(tensor=world).tensor
     padded = padded_length(case.vocabulary, world)
-    # Padding gets the highest logits of all: no probability may go there.
+    # Padding has the highest logits: its probability must still be zero.
     logits = torch.randn(BATCH, LENGTH, padded).mul(case.scale)
     logits[..., case.vocabulary :] = 2 * case.scale
     logits, labels, upstream = logits.to(case.dtype), case.labels(), torch.rand(BATCH, LENGTH)
@@ -70,13 +70,13 @@ def compared(rank: int, world: int, case: Case) -> Found:
     counted = expected[labels != IGNORED_LABEL]
     expected_mean = counted.mean().item() if len(counted) else 0.0
 
-    own = padded // world
-    columns = slice(rank * own, (rank + 1) * own)
+    size = padded // world
+    columns = slice(rank * size, (rank + 1) * size)
     ours = logits[..., columns].clone().requires_grad_()
     losses = vocab_parallel_cross_entropy(ours, labels, case.vocabulary, axis)
     [gradient] = torch.autograd.grad(losses, ours, upstream)
     assert torch.equal(ours, logits[..., columns])  # not changed in place
-    return Found(
+    return Comparison(
         losses.detach(),
         expected.detach(),
         gradient,
@@ -86,44 +86,46 @@ def compared(rank: int, world: int, case: Case) -> Found:
     )
 
 
-def assert_equal(found: list[Found], dtype: torch.dtype) -> None:
-    for rank in found:
-        assert rank.losses.dtype is torch.float32
-        assert rank.gradient.dtype is dtype
-        torch.testing.assert_close(rank.losses, rank.expected_losses, rtol=1e-6, atol=1e-6)
-        assert rank.mean == pytest.approx(rank.expected_mean, rel=1e-6, abs=1e-7)
-        # In bf16: the fp32 gradient, rounded once.
+def assert_equal(comparisons: list[Comparison], dtype: torch.dtype) -> None:
+    for comparison in comparisons:
+        assert comparison.losses.dtype is torch.float32
+        assert comparison.gradient.dtype is dtype
+        torch.testing.assert_close(comparison.losses, comparison.expected_losses, rtol=1e-6, atol=1e-6)
+        assert comparison.mean == pytest.approx(comparison.expected_mean, rel=1e-6, abs=1e-7)
+        # The bf16 gradient is the fp32 gradient, rounded once.
         rtol = 1e-5 if dtype is torch.float32 else 2**-8
-        torch.testing.assert_close(rank.gradient.float(), rank.expected_gradient, rtol=rtol, atol=1e-7)
+        torch.testing.assert_close(
+            comparison.gradient.float(), comparison.expected_gradient, rtol=rtol, atol=1e-7
+        )
 
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("world", WORLDS)
-def test_is_that_of_whole_logits(world: int, name: str) -> None:
-    assert_equal(pool(world).run(compared, CASES[name]), CASES[name].dtype)
+def test_equals_cross_entropy_of_full_logits(world: int, name: str) -> None:
+    assert_equal(pool(world).run(compare, CASES[name]), CASES[name].dtype)
 
 
 @pytest.mark.parametrize("world", WORLDS)
-def test_padding_is_never_predicted(world: int) -> None:
-    """The losses above are those of real logits alone; here, no gradient reaches padding either."""
-    case = CASES["a shard of padding alone"]
-    gradient = torch.cat([found.gradient for found in pool(world).run(compared, case)], dim=-1)
+def test_padding_gets_no_gradient(world: int) -> None:
+    """The tests above check the losses without padding; this test checks the gradient."""
+    case = CASES["shard of padding only"]
+    gradient = torch.cat([comparison.gradient for comparison in pool(world).run(compare, case)], dim=-1)
     assert not gradient[..., case.vocabulary :].any()
     assert gradient[..., : case.vocabulary].any()
 
 
-def test_all_labels_ignored_is_a_loss_of_zero_without_gradient() -> None:
-    for found in pool(2).run(compared, CASES["all labels ignored"]):
-        assert found.mean == 0.0
-        assert not found.losses.any()
-        assert not found.gradient.any()
+def test_ignoring_all_labels_gives_zero_loss_and_gradient() -> None:
+    for comparison in pool(2).run(compare, CASES["all labels ignored"]):
+        assert comparison.mean == 0.0
+        assert not comparison.losses.any()
+        assert not comparison.gradient.any()
 
 
 def traffic(rank: int, world: int) -> list[tuple[str, int]]:
-    """(collective, elements) of a forward and a backward pass."""
+    """Return (collective, elements) of each collective in a forward and a backward pass."""
     sent: list[tuple[str, int]] = []
 
-    def spied(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def recorded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(tensor: Any, *args: Any, **kwargs: Any) -> Any:
             sent.append((name, tensor.numel() if isinstance(tensor, Tensor) else -1))
             return function(tensor, *args, **kwargs)
@@ -136,17 +138,17 @@ def traffic(rank: int, world: int) -> list[tuple[str, int]]:
     with pytest.MonkeyPatch.context() as patch:
         for name in dir(dist):
             if name.startswith(collectives) and callable(getattr(dist, name)):
-                patch.setattr(dist, name, spied(name, getattr(dist, name)))
+                patch.setattr(dist, name, recorded(name, getattr(dist, name)))
         losses = vocab_parallel_cross_entropy(logits, Case(vocabulary=100).labels(), 100, axis)
         losses.sum().backward()
     return sent
 
 
-def test_logits_are_never_gathered() -> None:
+def test_three_all_reduces_and_no_gather() -> None:
     assert pool(2).run(traffic) == [[("all_reduce", BATCH * LENGTH)] * 3] * 2
 
 
-def with_reductions(rank: int, world: int, kind: str) -> Found:
+def compare_with_mutant(rank: int, world: int, kind: str) -> Comparison:
     reduced = layers._reduced
     mutants = {
         "none": lambda x, operation, axis: x,
@@ -154,10 +156,10 @@ def with_reductions(rank: int, world: int, kind: str) -> Found:
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(layers, "_reduced", mutants[kind])
-        return compared(rank, world, CASES["bf16"])
+        return compare(rank, world, CASES["bf16"])
 
 
 @pytest.mark.parametrize("kind", ["none", "bf16"])
-def test_the_comparison_sees_reductions(kind: str) -> None:
+def test_comparison_detects_wrong_reductions(kind: str) -> None:
     with pytest.raises(AssertionError, match="not close"):
-        assert_equal(pool(2).run(with_reductions, kind), torch.bfloat16)
+        assert_equal(pool(2).run(compare_with_mutant, kind), torch.bfloat16)

@@ -1,7 +1,7 @@
-"""Tensor-parallel layers against plain torch: nn.Linear and F.embedding on one process, in fp32.
+"""Tensor-parallel layers against nn.Linear and F.embedding in one process, in fp32.
 
-Each rank builds the same plain reference from one seed, cuts out what it should hold with slices written
-out here, and returns its worst error in each quantity.
+Each rank builds the same unsharded reference from the same seed, slices its expected shards from the
+reference, and returns the largest error of each quantity.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,11 +23,11 @@ from launcher.parallel.layers import (
     VocabParallelHead,
 )
 from launcher.parallel.mesh import Axis
-from launcher.parallel.sharding import Draw, Initializer
+from launcher.parallel.sharding import DrawFunction, Initializer
 from tests.distributed import mesh, pool
 
 BATCH, LENGTH, HIDDEN = 2, 8, 12
-TOLERANCE = 2e-6  # of the largest value: sums of up to 64 products in fp32, in another order
+TOLERANCE = 2e-6  # relative to the largest value: fp32 sums of up to 64 products, in another order
 WORLDS = [1, 2, 4]
 
 Errors = dict[str, float]
@@ -38,22 +38,22 @@ def tensor_parallel(world: int, sequence_parallel: bool) -> TensorParallel:
     return TensorParallel(axis, sequence_parallel, Initializer(0, axis))
 
 
-def drawn_as(full: Tensor) -> Draw:
+def drawn_as(full: Tensor) -> DrawFunction:
     return lambda shape, generator: full.detach()
 
 
 def part(x: Tensor, dim: int, rank: int, world: int, segments: tuple[int, ...] | None = None) -> Tensor:
-    """The rank's even part of each segment of x, one after the other."""
+    """Return the concatenation of the rank's even parts of all segments of x."""
     starts, parts = 0, []
     for length in segments or (x.shape[dim],):
-        own = length // world
-        parts.append(x.narrow(dim, starts + rank * own, own))
+        size = length // world
+        parts.append(x.narrow(dim, starts + rank * size, size))
         starts += length
     return torch.cat(parts, dim)
 
 
 def between(x: Tensor, tp: TensorParallel) -> Tensor:
-    """What a rank holds between the parallel regions: all of x, or its stretch of the sequence."""
+    """Return the activation of a rank between parallel regions: x, or its shard of the sequence."""
     return part(x, 1, tp.axis.rank, tp.axis.size) if tp.sequence_parallel else x
 
 
@@ -81,7 +81,9 @@ def column_errors(
     tp = tensor_parallel(world, sequence_parallel)
     ours = ColumnParallelLinear("up", HIDDEN, segments, tp, bias=bias, draw=drawn_as(plain.weight))
     if ours.bias is not None:
-        nn.init.zeros_(plain.bias)  # as it is drawn; in the gradients a bias shows in any case
+        nn.init.zeros_(
+            plain.bias
+        )  # as the layer initializes it; test_column_adds_its_bias tests other values
 
     plain_x, our_x = leaf(x), leaf(between(x, tp))
     y, our_y = plain(plain_x), ours(our_x)
@@ -129,14 +131,16 @@ def row_errors(rank: int, world: int, bias: bool, sequence_parallel: bool) -> Er
 
 
 def padded(weight: Tensor, world: int) -> Tensor:
-    """(V, H) -> with zero rows up to a multiple of world."""
+    """Return the weight (V, H) with zero rows appended, up to a multiple of world."""
     return F.pad(weight, (0, 0, 0, -len(weight) % world))
 
 
 def embedding_errors(rank: int, world: int, vocabulary: int, sequence_parallel: bool) -> Errors:
     weight = torch.randn(vocabulary, HIDDEN, requires_grad=True)
     tokens = torch.randint(vocabulary, (BATCH, LENGTH))
-    tokens.view(-1)[:vocabulary] = torch.arange(vocabulary)[: BATCH * LENGTH]  # first and last of each shard
+    tokens.view(-1)[:vocabulary] = torch.arange(vocabulary)[
+        : BATCH * LENGTH
+    ]  # includes the first and last token of each shard
     upstream = torch.randn(BATCH, LENGTH, HIDDEN)
     tp = tensor_parallel(world, sequence_parallel)
     ours = VocabParallelEmbedding("embedding", vocabulary, HIDDEN, tp, std=1.0)
@@ -175,7 +179,7 @@ def projection_errors(rank: int, world: int, vocabulary: int, sequence_parallel:
 
 
 def both_uses_errors(rank: int, world: int, sequence_parallel: bool) -> Errors:
-    """A tied embedding: looked up and projected with one weight, whose gradients add up."""
+    """Return the errors of a tied embedding, whose look-up and projection add to the same gradient."""
     vocabulary = 10
     weight = torch.randn(vocabulary, HIDDEN, requires_grad=True)
     tokens = torch.randint(vocabulary, (BATCH, LENGTH))
@@ -196,8 +200,8 @@ def both_uses_errors(rank: int, world: int, sequence_parallel: bool) -> Errors:
     }
 
 
-def assert_equal(found: list[Errors]) -> None:
-    for rank, errors in enumerate(found):
+def assert_equal(all_errors: list[Errors]) -> None:
+    for rank, errors in enumerate(all_errors):
         assert all(error <= TOLERANCE for error in errors.values()), (rank, errors)
 
 
@@ -209,7 +213,7 @@ layouts = pytest.mark.parametrize(
 
 @layouts
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("segments", [(16,), (16, 8, 8)], ids=["one", "fused"])
+@pytest.mark.parametrize("segments", [(16,), (16, 8, 8)], ids=["single", "fused"])
 def test_column(world: int, sequence_parallel: bool, segments: tuple[int, ...], bias: bool) -> None:
     assert_equal(pool(world).run(column_errors, segments, bias, sequence_parallel))
 
@@ -220,7 +224,7 @@ def test_row(world: int, sequence_parallel: bool, bias: bool) -> None:
     assert_equal(pool(world).run(row_errors, bias, sequence_parallel))
 
 
-# 8 divides; 10 leaves padding; of 5 over 4 ranks the last shard is padding alone.
+# 8 needs no padding, 10 does; with 5 over 4 ranks the last shard is padding only.
 vocabularies = pytest.mark.parametrize("vocabulary", [8, 10, 5])
 
 
@@ -238,7 +242,7 @@ def test_projection(world: int, sequence_parallel: bool, vocabulary: int, tied: 
 
 
 @layouts
-def test_a_tied_embedding_in_both_uses(world: int, sequence_parallel: bool) -> None:
+def test_tied_embedding_gradient_sums_both_uses(world: int, sequence_parallel: bool) -> None:
     assert_equal(pool(world).run(both_uses_errors, sequence_parallel))
 
 
@@ -269,7 +273,7 @@ def test_column_adds_its_bias(world: int) -> None:
 
 
 def events_of_backward(rank: int, world: int, sequence_parallel: bool) -> list[str]:
-    """The collectives and the products of a column layer's backward pass, in the order they start."""
+    """Return the collectives and products of a column layer's backward pass, in starting order."""
     events: list[str] = []
 
     def recorded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -297,21 +301,21 @@ def events_of_backward(rank: int, world: int, sequence_parallel: bool) -> list[s
         (True, ["all_gather_into_tensor async", "product", "reduce_scatter_tensor async", "product"]),
     ],
 )
-def test_the_weight_gradient_overlaps_the_input_gradients_collective(
+def test_weight_gradient_overlaps_collective_of_input_gradient(
     sequence_parallel: bool, order: list[str]
 ) -> None:
     assert pool(2).run(events_of_backward, sequence_parallel) == [order] * 2
 
 
-# Mutations: each breaks one thing, and the comparison above has to see it, in what it breaks alone.
+# Mutations: each breaks one operation. The comparison must report errors in exactly the affected quantities.
 
 
 def identity(x: Tensor, axis: Axis) -> Tensor:
     return x
 
 
-def unfinished(x: Tensor, *, op: Any = None, group: Any = None, async_op: bool = False) -> Any:
-    """An all-reduce that adds nothing up."""
+def no_all_reduce(x: Tensor, *, op: Any = None, group: Any = None, async_op: bool = False) -> Any:
+    """Stand for an all-reduce, but do not sum."""
 
     class Done:
         def wait(self) -> None:
@@ -320,13 +324,13 @@ def unfinished(x: Tensor, *, op: Any = None, group: Any = None, async_op: bool =
     return Done() if async_op else None
 
 
-def first_stretch(x: Tensor, axis: Axis, **_: Any) -> tuple[Tensor, Any]:
-    """A reduce-scatter that only scatters."""
+def scatter_without_sum(x: Tensor, axis: Axis, **_: Any) -> tuple[Tensor, Any]:
+    """Return this rank's shard of x without the sum over ranks, as a wrong reduce-scatter."""
     return x.chunk(axis.size, dim=1)[axis.rank].contiguous(), None
 
 
 def unmasked(x: Tensor, mask: Tensor, value: float) -> Tensor:
-    """masked_fill that leaves rows as they are (but still gives a legal index)."""
+    """Return x unmasked, as a wrong masked_fill; indices are still masked, so that they stay legal."""
     return torch.where(mask, torch.zeros_like(x), x) if not x.is_floating_point() else x
 
 
@@ -349,19 +353,19 @@ MUTATIONS: dict[str, tuple[Mutation, Callable[..., Errors], tuple[Any, ...], set
         {"output"},
     ),
     "row without its sum, under sequence parallelism": (
-        (collectives, "reduce_scatter_start", first_stretch),
+        (collectives, "reduce_scatter_start", scatter_without_sum),
         row_errors,
         (False, True),
         {"output"},
     ),
-    "bias gradient of one stretch only": (
+    "bias gradient of one sequence shard only": (
         (layers, "copy_region", identity),
         row_errors,
         (True, True),
         {"bias gradient"},
     ),
     "column without backward all-reduce": (
-        (dist, "all_reduce", unfinished),
+        (dist, "all_reduce", no_all_reduce),
         column_errors,
         ((16,), False, False),
         {"input gradient"},
@@ -370,7 +374,7 @@ MUTATIONS: dict[str, tuple[Mutation, Callable[..., Errors], tuple[Any, ...], set
         (
             layers,
             "reduce_scatter_start",
-            lambda *a, **k: (first_stretch(*a)[0], unfinished(a[0], async_op=True)),
+            lambda *a, **k: (scatter_without_sum(*a)[0], no_all_reduce(a[0], async_op=True)),
         ),
         column_errors,
         ((16,), False, True),
@@ -400,7 +404,7 @@ MUTATIONS: dict[str, tuple[Mutation, Callable[..., Errors], tuple[Any, ...], set
         (False, False),
         {"output", "input gradient", "weight"},
     ),
-    "fused segments split as one": (
+    "fused segments split as a single segment": (
         (sharding, "split", segments_ignored),
         column_errors,
         ((16, 8, 8), False, False),
@@ -424,6 +428,6 @@ def mutant_errors(rank: int, world: int, name: str) -> Errors:
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
-def test_the_comparison_sees(name: str) -> None:
+def test_comparison_detects(name: str) -> None:
     for errors in pool(2).run(mutant_errors, name):
-        assert {what for what, error in errors.items() if not error <= 0.01} == MUTATIONS[name][3]
+        assert {quantity for quantity, error in errors.items() if not error <= 0.01} == MUTATIONS[name][3]

@@ -1,4 +1,4 @@
-"""Rank arithmetic against numpy and against DeepSpeed's topology; groups that are there even for one rank."""
+"""Rank arithmetic against numpy and DeepSpeed's topology; process groups, also of a single rank."""
 
 from itertools import product
 
@@ -19,18 +19,18 @@ def ranks_of(shape: MeshShape) -> np.ndarray:
     return np.arange(shape.world_size).reshape(shape.pipeline, shape.data, shape.tensor)
 
 
-def test_coordinates_are_those_of_an_array_of_ranks(subtests: pytest.Subtests) -> None:
+def test_coordinates_equal_numpy_indices(subtests: pytest.Subtests) -> None:
     for shape in SHAPES:
         with subtests.test(str(shape)):
             ranks = ranks_of(shape)
-            for place, rank in np.ndenumerate(ranks):
-                assert shape.coordinates(int(rank)) == place
-                assert shape.rank(*place) == rank
+            for coordinates, rank in np.ndenumerate(ranks):
+                assert shape.coordinates(int(rank)) == coordinates
+                assert shape.rank(*coordinates) == rank
             assert shape.tensor_groups() == ranks.reshape(-1, shape.tensor).tolist()
             assert shape.data_groups() == ranks.swapaxes(1, 2).reshape(-1, shape.data).tolist()
 
 
-def test_a_rank_outside_the_world_has_no_place() -> None:
+def test_refuses_a_rank_outside_the_world() -> None:
     with pytest.raises(AssertionError):
         MeshShape(1, 2, 2).coordinates(4)
 
@@ -43,36 +43,36 @@ def topology_coordinates(rank: int, world: int, init_method: str) -> list[list[t
 
     def coordinates(shape: MeshShape) -> list[tuple[int, int, int]]:
         topology = PipeModelDataParallelTopology(shape.pipeline, shape.tensor, shape.data)
-        found = (topology.get_coord(rank) for rank in range(shape.world_size))
-        return [(c.pipe, c.data, c.model) for c in found]
+        coords = (topology.get_coord(rank) for rank in range(shape.world_size))
+        return [(c.pipe, c.data, c.model) for c in coords]
 
     return [coordinates(shape) for shape in SHAPES]
 
 
-def test_deepspeed_counts_ranks_alike() -> None:
-    [theirs] = run_fresh(topology_coordinates, 1)
-    for shape, coordinates in zip(SHAPES, theirs, strict=True):
+def test_coordinates_equal_deepspeed_topology() -> None:
+    [topologies] = run_fresh(topology_coordinates, 1)
+    for shape, coordinates in zip(SHAPES, topologies, strict=True):
         assert [shape.coordinates(rank) for rank in range(shape.world_size)] == coordinates, shape
 
 
-Seen = dict[str, tuple[int, int, list[int], int]]
+GroupViews = dict[str, tuple[int, int, list[int], int]]
 
 
-def what_deepspeed_sees(rank: int, world: int, tensor: int, data: int, pipeline: int) -> Seen:
-    """For each of the mpu's axes: rank, size, its group's ranks, and a sum of ranks over the group."""
+def mpu_groups(rank: int, world: int, tensor: int, data: int, pipeline: int) -> GroupViews:
+    """Return for each mpu axis: rank, size, ranks of the group, and an all-reduced sum of these ranks."""
     mpu = mesh(tensor=tensor, data=data, pipeline=pipeline)
 
-    def seen(name: str) -> tuple[int, int, list[int], int]:
-        place, size, group = (
-            getattr(mpu, f"get_{name}_parallel_{what}")() for what in ("rank", "world_size", "group")
+    def view(name: str) -> tuple[int, int, list[int], int]:
+        axis_rank, size, group = (
+            getattr(mpu, f"get_{name}_parallel_{suffix}")() for suffix in ("rank", "world_size", "group")
         )
-        assert isinstance(group, dist.ProcessGroup)  # None would be the whole world to DeepSpeed
+        assert isinstance(group, dist.ProcessGroup)  # DeepSpeed takes None for the whole world
         total = torch.tensor(rank)
         dist.all_reduce(total, group=group)
-        return place, size, dist.get_process_group_ranks(group), int(total)
+        return axis_rank, size, dist.get_process_group_ranks(group), int(total)
 
     assert mpu.get_data_parallel_group_ranks() == dist.get_process_group_ranks(mpu.get_data_parallel_group())
-    return {name: seen(name) for name in ("model", "tensor_model", "data")}
+    return {name: view(name) for name in ("model", "tensor_model", "data")}
 
 
 @pytest.mark.parametrize(
@@ -80,29 +80,29 @@ def what_deepspeed_sees(rank: int, world: int, tensor: int, data: int, pipeline:
     [MeshShape(*sizes) for sizes in product((1, 2, 4), repeat=3) if np.prod(sizes) in (1, 2, 4)],
     ids=str,
 )
-def test_the_mpu_has_real_groups_also_of_one_rank(shape: MeshShape) -> None:
-    found = pool(shape.world_size).run(what_deepspeed_sees, shape.tensor, shape.data, shape.pipeline)
+def test_mpu_returns_process_groups_also_of_one_rank(shape: MeshShape) -> None:
+    views = pool(shape.world_size).run(mpu_groups, shape.tensor, shape.data, shape.pipeline)
     ranks = ranks_of(shape)
     for (stage, data, tensor), rank in np.ndenumerate(ranks):
         in_tensor, in_data = ranks[stage, data].tolist(), ranks[stage, :, tensor].tolist()
         of_tensor = (tensor, shape.tensor, in_tensor, sum(in_tensor))
-        assert found[rank] == {
+        assert views[rank] == {
             "model": of_tensor,
             "tensor_model": of_tensor,
             "data": (data, shape.data, in_data, sum(in_data)),
         }
 
 
-def mesh_of_another_size(rank: int, world: int) -> None:
+def create_too_large_mesh(rank: int, world: int) -> None:
     ProcessMesh.create(MeshShape(pipeline=1, data=1, tensor=world * 2))
 
 
-def test_a_mesh_is_of_the_whole_world() -> None:
+def test_refuses_a_mesh_larger_than_the_world() -> None:
     with pytest.raises(AssertionError):
-        pool(2).run(mesh_of_another_size)
+        pool(2).run(create_too_large_mesh)
 
 
-def test_one_process_needs_no_groups() -> None:
+def test_single_process_needs_no_groups() -> None:
     single = ProcessMesh.single()
     assert (single.rank, single.stage, single.tensor, single.data) == (0, 0, Axis(), Axis())
     assert not dist.is_initialized()

@@ -1,4 +1,4 @@
-"""Dropout's random states: what is equal over ranks, what differs, and what recomputation repeats."""
+"""Random states of dropout: equal and different masks over ranks, and the masks of a recomputation."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -33,7 +33,7 @@ def draw() -> Mask:
 
 
 def mask(region: Region, **place: int) -> Mask:
-    """The first mask of a rank."""
+    """Return the first mask of the rank at `place`."""
     random = state(**place)
     with region(random):
         return draw()
@@ -53,14 +53,14 @@ def test_masks_differ_over(axis: str, region: Region) -> None:
     assert len({mask(region, **{axis: index}) for index in range(4)}) == 4
 
 
-def test_no_two_places_share_a_mask() -> None:
+def test_local_masks_of_all_ranks_differ() -> None:
     places = [{"stage": s, "data": d, "tensor": t} for s in range(2) for d in range(2) for t in range(2)]
     masks = {mask(local, **place) for place in places} | {mask(shared, **place) for place in places}
     assert len(masks) == 8 + 4
 
 
 @pytest.mark.parametrize("region", [shared, local])
-def test_masks_repeat_with_the_seed_and_move_on_within_a_run(region: Region) -> None:
+def test_same_seed_repeats_masks_and_draws_advance(region: Region) -> None:
     random = state()
     with region(random):
         first = draw()
@@ -70,14 +70,14 @@ def test_masks_repeat_with_the_seed_and_move_on_within_a_run(region: Region) -> 
     assert first != second
 
 
-def test_local_draws_leave_the_shared_state_alone() -> None:
+def test_local_draws_do_not_change_the_shared_state() -> None:
     random = state(tensor=3)
     with random.local():
         draw()
     assert draw() == mask(shared)
 
 
-def test_an_exception_inside_leaves_both_states_usable() -> None:
+def test_exception_inside_local_restores_both_states() -> None:
     random = state()
     with suppress(ZeroDivisionError), random.local():
         first = draw()
@@ -88,17 +88,17 @@ def test_an_exception_inside_leaves_both_states_usable() -> None:
 
 
 def dropped(x: Tensor, random: DropoutRandom) -> Tensor:
-    """Both kinds of dropout, and something whose gradient depends on the masks."""
+    """Apply shared and local dropout, so that the gradient depends on the masks."""
     x = F.dropout(x, 0.5) * x
     with random.local():
         x = F.dropout(x, 0.5) * x
     return F.dropout(x, 0.5)
 
 
-def gradients(recomputed: bool) -> list[list[float]]:
-    """Of two forward passes, then their two backward passes, as a pipeline orders them; twice."""
+def input_gradients(recomputed: bool) -> list[list[float]]:
+    """Return the input gradients of two forwards followed by two backwards, as in a pipeline; twice."""
     random = state()
-    found = []
+    gradients = []
     for _ in range(2):
         inputs = [torch.linspace(1, 2, 64, requires_grad=True) for _ in range(2)]
         outputs = []
@@ -112,26 +112,26 @@ def gradients(recomputed: bool) -> list[list[float]]:
         for x, y in zip(inputs, outputs, strict=True):
             y.sum().backward()
             assert x.grad is not None
-            found.append(x.grad.tolist())
-    return found
+            gradients.append(x.grad.tolist())
+    return gradients
 
 
-def test_recomputation_repeats_the_masks_and_leaves_the_states_where_they_were() -> None:
-    expected = gradients(recomputed=False)
+def test_recomputation_repeats_masks_and_restores_states() -> None:
+    expected = input_gradients(recomputed=False)
     assert len({tuple(gradient) for gradient in expected}) == 4
-    assert gradients(recomputed=True) == expected
+    assert input_gradients(recomputed=True) == expected
 
 
-def test_the_comparison_sees_local_masks_drawn_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_comparison_detects_new_masks_in_recomputation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DropoutRandom, "checkpoint_contexts", lambda _: (nullcontext(), nullcontext()))
-    assert gradients(recomputed=True) != gradients(recomputed=False)
+    assert input_gradients(recomputed=True) != input_gradients(recomputed=False)
 
 
 def masks_of_rank(rank: int, world: int) -> tuple[Mask, Mask]:
     return mask(shared, tensor=rank), mask(local, tensor=rank)
 
 
-def test_on_ranks_of_their_own() -> None:
+def test_masks_on_separate_processes() -> None:
     [(shared_0, local_0), (shared_1, local_1)] = pool(2).run(masks_of_rank)
     assert shared_0 == shared_1
     assert local_0 != local_1

@@ -1,4 +1,4 @@
-"""Splitting, merging and drawing logical tensors. `split` is also held against slices written out here."""
+"""Splitting, merging and drawing logical tensors; `split` is also compared with numpy slices."""
 
 from dataclasses import replace
 from unittest.mock import patch
@@ -30,7 +30,7 @@ RANKS = [1, 2, 3, 4, 8]
 
 @st.composite
 def split_tensors(draw: st.DrawFn) -> tuple[LogicalTensor, int]:
-    """A logical tensor split in one or more segments, and a number of ranks that divides them."""
+    """Draw a logical tensor with one or more segments, and a number of ranks that divides all segments."""
     ranks = draw(st.sampled_from(RANKS))
     segments = tuple(ranks * n for n in draw(st.lists(st.integers(1, 4), min_size=1, max_size=4)))
     shape = draw(st.lists(st.integers(1, 4), min_size=0, max_size=2))
@@ -47,7 +47,7 @@ def padded_tensors(draw: st.DrawFn) -> tuple[LogicalTensor, int]:
 
 
 def filled(logical: LogicalTensor) -> Tensor:
-    """Every element another, none zero."""
+    """Return a tensor of distinct non-zero elements."""
     return torch.arange(1, 1 + int(np.prod(logical.shape))).view(logical.shape)
 
 
@@ -55,8 +55,8 @@ def shards_of(full: Tensor, logical: LogicalTensor, ranks: int) -> list[Tensor]:
     return [split(full, logical, Axis(rank, ranks)) for rank in range(ranks)]
 
 
-def written_out(full: Tensor, logical: LogicalTensor, ranks: int, rank: int) -> np.ndarray:
-    """The shard, index by index."""
+def expected_shard(full: Tensor, logical: LogicalTensor, ranks: int, rank: int) -> np.ndarray:
+    """Return the expected shard, computed index by index."""
     assert logical.split_dim is not None
     starts = np.cumsum([0, *logical.segments])
     rows = [
@@ -68,7 +68,7 @@ def written_out(full: Tensor, logical: LogicalTensor, ranks: int, rank: int) -> 
 
 
 @given(split_tensors())
-def test_merge_undoes_split(case: tuple[LogicalTensor, int]) -> None:
+def test_merge_inverts_split(case: tuple[LogicalTensor, int]) -> None:
     logical, ranks = case
     full = filled(logical)
     shards = shards_of(full, logical, ranks)
@@ -86,15 +86,15 @@ def test_shards_are_disjoint_and_complete(case: tuple[LogicalTensor, int]) -> No
 
 
 @given(split_tensors())
-def test_a_shard_has_its_part_of_each_segment(case: tuple[LogicalTensor, int]) -> None:
+def test_shard_has_its_part_of_each_segment(case: tuple[LogicalTensor, int]) -> None:
     logical, ranks = case
     full = filled(logical)
     for rank, shard in enumerate(shards_of(full, logical, ranks)):
-        assert np.array_equal(shard.numpy(), written_out(full, logical, ranks, rank))
+        assert np.array_equal(shard.numpy(), expected_shard(full, logical, ranks, rank))
 
 
 @given(padded_tensors())
-def test_padding_is_zeros_at_the_end_and_dropped_by_merge(case: tuple[LogicalTensor, int]) -> None:
+def test_padding_is_zero_at_the_end_and_removed_by_merge(case: tuple[LogicalTensor, int]) -> None:
     logical, ranks = case
     full = filled(logical)
     shards = shards_of(full, logical, ranks)
@@ -106,7 +106,7 @@ def test_padding_is_zeros_at_the_end_and_dropped_by_merge(case: tuple[LogicalTen
 
 
 @given(st.sampled_from(RANKS))
-def test_what_is_not_split_is_whole_on_every_rank(ranks: int) -> None:
+def test_tensor_without_split_is_whole_on_every_rank(ranks: int) -> None:
     logical = LogicalTensor("x", (3, 2))
     full = filled(logical)
     shards = shards_of(full, logical, ranks)
@@ -115,13 +115,13 @@ def test_what_is_not_split_is_whole_on_every_rank(ranks: int) -> None:
 
 
 @given(length=st.integers(1, 10_000), ranks=st.integers(1, 64))
-def test_padded_length_is_the_least_multiple(length: int, ranks: int) -> None:
+def test_padded_length_is_the_smallest_multiple(length: int, ranks: int) -> None:
     padded = padded_length(length, ranks)
     assert padded % ranks == 0
     assert length <= padded < length + ranks
 
 
-def test_a_split_that_does_not_divide_is_refused() -> None:
+def test_refuses_a_split_that_does_not_divide() -> None:
     logical = LogicalTensor("x", (6,), 0, (6,))
     with pytest.raises(AssertionError):
         split(filled(logical), logical, Axis(0, 4))
@@ -129,12 +129,12 @@ def test_a_split_that_does_not_divide_is_refused() -> None:
         split(filled(logical), replace(logical, padded=7), Axis(0, 4))
 
 
-def test_segments_add_up_to_the_split_dimension() -> None:
+def test_refuses_segments_that_do_not_sum_to_the_dimension() -> None:
     with pytest.raises(AssertionError):
         LogicalTensor("x", (6, 2), 0, (2, 2))
 
 
-def test_only_a_single_segment_is_padded() -> None:
+def test_refuses_padding_of_several_segments() -> None:
     with pytest.raises(AssertionError):
         LogicalTensor("x", (6, 2), 0, (3, 3), padded=8)
 
@@ -148,7 +148,7 @@ LOGICALS = [
 
 
 def drawn(logical: LogicalTensor, ranks: int, seed: int = 1) -> Tensor:
-    """The full tensor, from shards each drawn as on a rank of its own."""
+    """Return the full tensor, merged from shards that are each drawn as on a separate rank."""
     if logical.name == "embedding":
         logical = replace(logical, padded=padded_length(7, ranks))
     make = [Initializer(seed, Axis(rank, ranks)).parameter for rank in range(ranks)]
@@ -156,12 +156,12 @@ def drawn(logical: LogicalTensor, ranks: int, seed: int = 1) -> Tensor:
 
 
 @pytest.mark.parametrize("logical", LOGICALS, ids=lambda logical: logical.name)
-def test_no_layout_changes_a_weight(logical: LogicalTensor) -> None:
+def test_weights_are_equal_in_all_layouts(logical: LogicalTensor) -> None:
     for ranks in (2, 4):
         assert torch.equal(drawn(logical, ranks), drawn(logical, 1))
 
 
-def test_the_comparison_of_weights_sees_swapped_shards() -> None:
+def test_comparison_of_weights_detects_swapped_shards() -> None:
     def swapped(full: Tensor, logical: LogicalTensor, axis: Axis) -> Tensor:
         return split(full, logical, Axis(axis.size - 1 - axis.rank, axis.size))
 
@@ -179,7 +179,7 @@ def test_draws_differ_by_name_and_by_seed() -> None:
     assert len({tuple(draw.flatten().tolist()) for draw in draws}) == len(draws)
 
 
-def test_draws_take_nothing_from_the_global_generator() -> None:
+def test_draws_do_not_use_the_global_generator() -> None:
     before = torch.get_rng_state()
     torch.manual_seed(5)
     first = drawn(LOGICALS[0], 1)
@@ -190,7 +190,7 @@ def test_draws_take_nothing_from_the_global_generator() -> None:
     torch.set_rng_state(before)
 
 
-def test_normal_has_its_deviation() -> None:
+def test_normal_has_the_given_deviation() -> None:
     sample = normal(0.02)((400, 400), torch.Generator().manual_seed(0))
     assert abs(float(sample.mean())) < 2e-4
     assert float(sample.std()) == pytest.approx(0.02, rel=0.01)
@@ -202,14 +202,14 @@ def test_constants() -> None:
     assert ones((2, 3), generator).tolist() == [[1.0] * 3] * 2
 
 
-# What runs on disk were drawn from: a change here means that a seed no longer gives the same model.
+# Seeds that existing runs were drawn from: if they change, a seed no longer gives the same model.
 def test_golden_seeds() -> None:
     assert seed_of(1234, "embedding.weight") == 3511783451784836908
     assert seed_of(1234, "dropout", 0, 1, "tensor", 2) == 6873237420980087176
 
 
-# torch draws fewer than 16 numbers in another way than more. Not to the bit: processors without AVX2 round
-# the same draw otherwise.
+# Two shapes, because torch draws fewer than 16 numbers by another algorithm. The test allows a tolerance,
+# because processors without AVX2 round the same draw differently.
 GOLDEN_DRAWS = [
     ("a.bias", (3,), (-0.0034429682, 0.0202983897, 0.0014507958), 0.0183062173),
     ("embedding.weight", (8, 4), (0.0105389012, 0.0146957012, 0.0122800777), 0.1472692445),
@@ -223,7 +223,7 @@ def test_golden_draw(name: str, shape: tuple[int, ...], first: tuple[float, ...]
     assert float(weight.double().sum()) == pytest.approx(total, rel=1e-5)
 
 
-def test_seeds_are_of_63_bits() -> None:
+def test_seeds_have_63_bits() -> None:
     seeds = [seed_of(0, index) for index in range(1000)]
     assert all(0 <= seed < 2**63 for seed in seeds)
     assert any(seed >= 2**62 for seed in seeds)
@@ -232,7 +232,7 @@ def test_seeds_are_of_63_bits() -> None:
 
 @pytest.mark.parametrize("logical", LOGICALS, ids=lambda logical: logical.name)
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_deepspeeds_mark_is_on_what_is_split(logical: LogicalTensor, ranks: int) -> None:
+def test_split_parameters_have_deepspeeds_attribute(logical: LogicalTensor, ranks: int) -> None:
     if logical.name == "embedding":
         logical = replace(logical, padded=padded_length(7, ranks))
     parameter = Initializer(1, Axis(0, ranks)).parameter(logical, zeros)
@@ -242,7 +242,7 @@ def test_deepspeeds_mark_is_on_what_is_split(logical: LogicalTensor, ranks: int)
 
 
 @pytest.mark.parametrize("padded", [None, 8])
-def test_a_shard_does_not_keep_the_full_tensor_alive(padded: int | None) -> None:
+def test_shard_does_not_keep_the_full_tensor_alive(padded: int | None) -> None:
     logical = LogicalTensor("embedding", (8, 3), 0, (8,), padded)
     shard = Initializer(1, Axis(0, 4)).parameter(logical, ones)
     assert shard.untyped_storage().nbytes() == 2 * 3 * 4

@@ -1,5 +1,6 @@
-"""Deliberate faults. Each is called in every rank of a layout before its engine is built, and breaks a class
-or function of the product there, in that process only.
+"""Deliberate faults. Each rank calls a fault before it builds its engine.
+
+The fault breaks a class or function of the launcher in the process of that rank only.
 """
 
 from collections.abc import Callable
@@ -26,7 +27,7 @@ from launcher.parallel.mesh import Axis
 
 @dataclass(frozen=True)
 class Mutation:
-    """A fault, where it shows, and words that tell its diagnosis from any other."""
+    """A fault, a layout in which it shows, and words that distinguish its diagnosis from all others."""
 
     inject: Callable[[], None]
     layout: str
@@ -41,12 +42,12 @@ def row_layer_not_reduced() -> None:
 
 
 def row_layer_reduced_without_sum_over_sequence() -> None:
-    """Under sequence parallelism: each rank keeps its stretch of its own partial products."""
+    """Under sequence parallelism: each rank keeps its sequence shard of its own partial products."""
 
-    def own_stretch(partial: Tensor, axis: Axis) -> Tensor:
+    def sequence_shard(partial: Tensor, axis: Axis) -> Tensor:
         return partial.chunk(axis.size, dim=1)[axis.rank]
 
-    layers.reduce_scatter_sequence_region = own_stretch
+    layers.reduce_scatter_sequence_region = sequence_shard
 
 
 def embedding_not_masked() -> None:
@@ -91,7 +92,7 @@ def loss_scaled_by_accumulation() -> None:
 
 
 def shards_unmarked() -> None:
-    """DeepSpeed's norm then counts the shards of tensor rank 0 only."""
+    """Leave shards unmarked: DeepSpeed's norm then counts the shards of tensor rank 0 only."""
     make = sharding.Initializer.parameter
 
     def unmarked(self: Any, *arguments: Any) -> Any:
@@ -102,7 +103,7 @@ def shards_unmarked() -> None:
     sharding.Initializer.parameter = unmarked  # type: ignore[method-assign]
 
 
-def norm_of_the_own_shard() -> None:
+def norm_of_the_local_shard() -> None:
     norm = flat.global_norm
 
     def local(parameters: Any, mesh: Any) -> Tensor:
@@ -129,17 +130,17 @@ def kv_heads_on_the_wrong_rank() -> None:
     right = sharding.split
 
     def split(full: Tensor, logical: sharding.LogicalTensor, axis: Axis) -> Tensor:
-        own = right(full, logical, axis)
+        shard = right(full, logical, axis)
         if "attention.qkv" not in logical.name:
-            return own
+            return shard
         queries = logical.segments[0] // axis.size
-        return torch.cat([own[:queries], right(full, logical, _neighbour(axis))[queries:]])
+        return torch.cat([shard[:queries], right(full, logical, _neighbour(axis))[queries:]])
 
     sharding.split = split
 
 
 def value_heads_of_another_group() -> None:
-    """Each rank's KV heads in reverse: the weights are right, their use is not."""
+    """Reverse the KV heads of each rank: the weights are right, but used for the wrong query heads."""
     right = blocks.Attention._split_heads
 
     def split_heads(self: blocks.Attention, fused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -150,12 +151,12 @@ def value_heads_of_another_group() -> None:
 
 
 def positions_offset_by_stage() -> None:
-    """Of queries only: rotary positions are relative, an offset of queries and keys alike changes nothing."""
+    """Offset the queries only: rotary positions are relative, so offsetting keys too has no effect."""
     right = blocks.Attention._core
 
     def core(self: blocks.Attention, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         stage = dist.get_rank() // (dist.get_world_size() // 2)
-        for _ in range(2 * stage):  # turned by position twice more: attention of stage 1 is off
+        for _ in range(2 * stage):  # rotate twice more: attention of stage 1 is wrong
             q = blocks.rotate(q, self.model.rope_theta)
         return right(self, q, k, v, mask)
 
@@ -163,7 +164,7 @@ def positions_offset_by_stage() -> None:
 
 
 def learned_positions_not_offset() -> None:
-    """Every rank takes its stretch of the sequence for the first one."""
+    """Every rank uses the positions of the first sequence shard."""
 
     def forward(self: language.LearnedPositions, x: Tensor) -> Tensor:
         return self.dropout(x + self.tp.replicated(self.weight)[: x.shape[1]])  # type: ignore[no-any-return]
@@ -180,8 +181,8 @@ def shards_swapped() -> None:
     sharding.split = split
 
 
-def weights_of_each_data_rank() -> None:
-    """With DeepSpeed's broadcast at start left out too: with it, rank 0's weights become everybody's."""
+def weights_differ_between_data_ranks() -> None:
+    """Draw other weights on each data rank; disable DeepSpeed's initial broadcast, which hides the fault."""
     right = sharding.seed_of
     sharding.seed_of = lambda *parts: right(*parts, dist.get_rank())
     deepspeed.DeepSpeedEngine._broadcast_model = lambda self: None
@@ -230,7 +231,7 @@ def padding_predicted() -> None:
     language.vocab_parallel_cross_entropy = padded
 
 
-def loss_of_the_own_shard() -> None:
+def loss_of_the_local_shard() -> None:
     right = layers._reduced
 
     def reduced(x: Tensor, operation: Any, axis: Axis) -> Tensor:
@@ -245,7 +246,7 @@ class _NoWait:
 
 def column_gradient_not_reduced() -> None:
     class Local:
-        """torch.distributed as the backward pass of a column layer sees it."""
+        """Replacement of torch.distributed in parallel/layers.py that skips asynchronous all-reduces."""
 
         ReduceOp = dist.ReduceOp
 
@@ -273,7 +274,7 @@ def masks_shared_by_tensor_ranks() -> None:
     random.DropoutRandom.local = lambda self: nullcontext()  # type: ignore[assignment, method-assign]
 
 
-def masks_of_each_tensor_rank() -> None:
+def masks_differ_between_tensor_ranks() -> None:
     right = random.seed_of
     random.seed_of = lambda *parts: right(*parts, dist.get_rank())
 
@@ -307,15 +308,17 @@ MUTATIONS = {
     "no sum in the row layer's reduce-scatter": Mutation(
         row_layer_reduced_without_sum_over_sequence,
         f"{GPT} {SP}",
-        ("output of embedding", "come out as zero", "reduce-scatter"),
+        ("output of embedding", "have output zero", "reduce-scatter"),
     ),
     "embedding mask left out": Mutation(
-        embedding_not_masked, f"{GPT} {TP}", ("output of embedding", "alike", "mask or the first row")
+        embedding_not_masked,
+        f"{GPT} {TP}",
+        ("output of embedding", "equal on every tensor rank", "mask or the first row"),
     ),
     "norm-weight gradients not reduced under sequence parallel": Mutation(
         norm_weights_not_reduced,
         f"{LLAMA} {SP}",
-        ("norm.weight", "every split weight is right", "norm weights"),
+        ("norm.weight", "every sharded weight is right", "norm weights"),
     ),
     "gradients averaged twice over data ranks": Mutation(
         gradients_averaged_twice, f"{GPT} {DP}", ("every gradient", "1 / data size (1/2)", "scaled by data")
@@ -336,14 +339,16 @@ MUTATIONS = {
     "clip norm without the other shards (unmarked under ZeRO-1)": Mutation(
         shards_unmarked,
         f"{GPT} {TP} parallelism.zero_stage=1",
-        ("every gradient is right and the reported norm", "shards left out"),
+        ("every gradient is right and the reported norm", "shards are left out"),
     ),
     "clip norm of the local shard": Mutation(
-        norm_of_the_own_shard,
+        norm_of_the_local_shard,
         f"{GPT} {TP}",
         ("different gradient norms", "norm is not summed over all shards"),
     ),
-    "clipping left out": Mutation(not_clipped, f"{GPT} {TP}", ("norm is right", "clipping does not use")),
+    "clipping left out": Mutation(
+        not_clipped, f"{GPT} {TP}", ("norm is right", "clipping uses another norm")
+    ),
     "KV heads on the wrong rank": Mutation(
         kv_heads_on_the_wrong_rank, f"{LLAMA} {TP}", ("attention.qkv.weight", "KV heads", "wrong tensor rank")
     ),
@@ -355,25 +360,31 @@ MUTATIONS = {
     "rotary positions offset by stage": Mutation(
         positions_offset_by_stage,
         f"{LLAMA} {PP}",
-        ("blocks.2.attention.output on stage 1", "all of stage 0 is right", "rotary positions offset"),
+        (
+            "blocks.2.attention.output on stage 1",
+            "all outputs of stage 0 are right",
+            "rotary positions offset",
+        ),
     ),
-    "learned positions not offset by the sequence stretch": Mutation(
+    "learned positions not offset by the sequence shard": Mutation(
         learned_positions_not_offset, f"{GPT} {SP}", ("output of positions", "positions offset")
     ),
     "shards swapped": Mutation(shards_swapped, f"{LLAMA} {TP}", ("mlp.gate_up.weight", "shards are swapped")),
     "another weight seed per data rank": Mutation(
-        weights_of_each_data_rank, f"{GPT} {DP}", ("differs between data ranks before", "weights of its own")
+        weights_differ_between_data_ranks,
+        f"{GPT} {DP}",
+        ("differs between data ranks before", "its own initial weights"),
     ),
     "another weight seed": Mutation(
         weights_of_another_seed, f"{GPT} {TP}", ("before the first step", "another seed")
     ),
     "same data on both data ranks": Mutation(
-        same_data_on_all_ranks, f"{GPT} {DP}", ("data rank 1 has", "read the same samples")
+        same_data_on_all_ranks, f"{GPT} {DP}", ("data rank 1 reports", "read the same samples")
     ),
     "same data on both data ranks, under a pipeline": Mutation(
         same_data_on_all_ranks,
         f"{GPT} parallelism=pp2 parallelism.data=2",
-        ("data rank 1 has", "read the same samples"),
+        ("data rank 1 reports", "read the same samples"),
     ),
     "last micro-batch dropped": Mutation(
         last_micro_batch_dropped, f"{GPT} {DP}", ("2 of 3 micro-batches", "usually the last")
@@ -384,34 +395,36 @@ MUTATIONS = {
         ("embedding.weight", "copies", "one stage's gradient only"),
     ),
     "vocabulary padding predicted": Mutation(
-        padding_predicted, f"{LLAMA} {TP} model.vocab_size=259", ("what 1 logits", "padding is predicted")
+        padding_predicted,
+        f"{LLAMA} {TP} model.vocab_size=259",
+        ("effect of 1 more logits", "padding of the vocabulary enters"),
     ),
     "cross-entropy of the local shard": Mutation(
-        loss_of_the_own_shard, f"{LLAMA} {TP}", ("computed from the logits is not", "cross-entropy")
+        loss_of_the_local_shard, f"{LLAMA} {TP}", ("computed from the logits is wrong", "cross-entropy")
     ),
     "column layer's input gradient not reduced": Mutation(
         column_gradient_not_reduced, f"{LLAMA} {TP}", ("are wrong too", "column layer's input gradient")
     ),
 }
 
-# Those that only the run's own optimizer shows.
+# Faults that show only under the run's own optimizer.
 OPTIMIZER_MUTATIONS = {
     "weight decay on norm weights": Mutation(
-        decay_on_norm_weights, f"{GPT} {TP}", ("what the optimizer made of them", "weight decay")
+        decay_on_norm_weights, f"{GPT} {TP}", ("update or state computed from them", "weight decay")
     ),
 }
 
-# Those of dropout, which its own pass shows.
+# Faults of dropout, which show in the dropout pass.
 DROPOUT = f"{GPT} model.dropout=0.1"
 DROPOUT_MUTATIONS = {
     "dropout mask shared across tensor ranks": Mutation(
         masks_shared_by_tensor_ranks, f"{DROPOUT} {TP}", ("attention masks are shared by tensor ranks",)
     ),
-    "dropout mask shared across sequence stretches": Mutation(
+    "dropout mask shared across sequence shards": Mutation(
         masks_shared_by_tensor_ranks, f"{DROPOUT} {SP}", ("masks are shared by tensor ranks",)
     ),
-    "hidden dropout mask of each tensor rank": Mutation(
-        masks_of_each_tensor_rank, f"{DROPOUT} {TP}", ("hidden masks differ between tensor ranks",)
+    "hidden dropout mask different on each tensor rank": Mutation(
+        masks_differ_between_tensor_ranks, f"{DROPOUT} {TP}", ("hidden masks differ between tensor ranks",)
     ),
     "dropout mask shared across data ranks": Mutation(
         masks_shared_by_data_ranks, f"{DROPOUT} {DP}", ("masks are shared by data ranks",)

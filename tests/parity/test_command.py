@@ -1,4 +1,4 @@
-"""`launcher verify` as a user meets it: what it prints and writes, and how it exits."""
+"""`launcher verify` from the command line: its output, its report and its exit code."""
 
 import json
 import pickle
@@ -31,13 +31,13 @@ SMALL = ["verify", "model=gpt_tiny", "parallelism=tp2", "hardware=cpu", "verify.
 
 @pytest.fixture
 def faulty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What verify runs has a fault."""
+    """Inject a fault into the ranks that verify launches."""
     mutation = MUTATIONS["embedding mask left out"].inject
     monkeypatch.setattr("launcher.parity.verify.verify", partial(verify, mutation=mutation))
 
 
 def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    """The exit code of this process, were it the command line's."""
+    """Run the command line in this process; return its exit code."""
     monkeypatch.setattr("sys.argv", ["launcher", *arguments])
     try:
         command_line.main()
@@ -47,56 +47,56 @@ def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 
 @pytest.mark.usefixtures("faulty")
-def test_a_layout_that_differs_exits_1_and_says_how(
+def test_a_wrong_layout_exits_1_with_a_diagnosis(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     report = tmp_path / "report.json"
     assert run_main(monkeypatch, *SMALL, f"verify.report={report}") == 1
-    said = capfd.readouterr().out
-    assert "First at step 1: the output of embedding" in said
-    assert "usually: the look-up in a split vocabulary" in said
-    assert "is NOT the same run" in said
-    found = json.loads(report.read_text())
-    assert found["ok"] is False
-    assert "mask" in found["passes"][0]["diagnosis"]["meaning"]
+    output = capfd.readouterr().out
+    assert "First at step 1: the output of embedding" in output
+    assert "usual cause: the look-up in a split vocabulary" in output
+    assert "is NOT the same run" in output
+    written = json.loads(report.read_text())
+    assert written["ok"] is False
+    assert "mask" in written["passes"][0]["diagnosis"]["meaning"]
 
 
-def test_the_same_run_exits_0_and_reports_every_number(
+def test_a_correct_layout_exits_0_and_reports_every_difference(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     report = tmp_path / "report.json"
     assert run_main(monkeypatch, *SMALL, f"verify.report={report}") == 0
-    said = capfd.readouterr().out
-    assert "model.hidden_size 128 -> " in said
-    assert "measured / allowed" in said
-    found = json.loads(report.read_text())
-    assert set(found) == {"ok", "layout", "shrunk", "passes"}
-    assert found["ok"] is True
-    assert (found["layout"]["tensor"], found["layout"]["zero_stage"]) == (2, 0)
-    assert any(line.startswith("model.hidden_size ") for line in found["shrunk"])
-    assert [one["title"] for one in found["passes"]] == ["plain SGD, fp32", "adamw, fp32"]
-    for one in found["passes"]:
-        assert set(one) == {"title", "ok", "diagnosis", "differences"}
-        assert (one["ok"], one["diagnosis"]) == (True, None)
-        assert len(one["differences"]) > 30
-        for difference in one["differences"]:
+    output = capfd.readouterr().out
+    assert "model.hidden_size 128 -> " in output
+    assert "measured / allowed" in output
+    written = json.loads(report.read_text())
+    assert set(written) == {"ok", "layout", "shrunk", "passes"}
+    assert written["ok"] is True
+    assert (written["layout"]["tensor"], written["layout"]["zero_stage"]) == (2, 0)
+    assert any(line.startswith("model.hidden_size ") for line in written["shrunk"])
+    assert [result["title"] for result in written["passes"]] == ["plain SGD, fp32", "adamw, fp32"]
+    for result in written["passes"]:
+        assert set(result) == {"title", "ok", "diagnosis", "differences"}
+        assert (result["ok"], result["diagnosis"]) == (True, None)
+        assert len(result["differences"]) > 30
+        for difference in result["differences"]:
             assert set(difference) == {"step", "kind", "name", "measured", "allowed", "ok"}
-    assert f"{sum(len(one['differences']) for one in found['passes'])} comparisons" in said
+    assert f"{sum(len(result['differences']) for result in written['passes'])} comparisons" in output
 
 
-def test_a_report_that_cannot_be_written_is_refused_before_anything_runs(
+def test_an_unwritable_report_is_refused_before_ranks_launch(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     assert run_main(monkeypatch, *SMALL, f"verify.report={tmp_path}/missing/report.json") == 2
     assert "verify.report=" in capfd.readouterr().err
 
 
-def test_a_report_is_json_whatever_was_measured(tmp_path: Path) -> None:
+def test_a_report_with_nan_and_infinity_is_valid_json(tmp_path: Path) -> None:
     differences = [Difference(1, "loss", "loss", measured, 1.0) for measured in (nan, inf, 0.5)]
     layout = Layout(pipeline=1, data=1, tensor=1, device="cpu", accumulation=1, zero_stage=0)
     write_report(tmp_path / "report.json", layout, [], [Pass("plain SGD, fp32", differences, None)])
-    [found] = json.loads((tmp_path / "report.json").read_text())["passes"]
-    assert [(d["measured"], d["ok"]) for d in found["differences"]] == [
+    [result] = json.loads((tmp_path / "report.json").read_text())["passes"]
+    assert [(d["measured"], d["ok"]) for d in result["differences"]] == [
         (None, False),
         (None, False),
         (0.5, True),
@@ -107,7 +107,7 @@ def test_a_report_is_json_whatever_was_measured(tmp_path: Path) -> None:
     "arguments",
     [["parallelism.tensor=3"], ["parallelism=pp2", "parallelism.zero_stage=3"], ["verify.steps=0"]],
 )
-def test_a_layout_that_cannot_be_is_refused(arguments: list[str], tmp_path: Path) -> None:
+def test_an_impossible_layout_is_refused(arguments: list[str], tmp_path: Path) -> None:
     done = launcher("verify", *arguments, cwd=tmp_path)
     assert done.returncode == 2
     assert "try: " in done.stderr
@@ -115,14 +115,14 @@ def test_a_layout_that_cannot_be_is_refused(arguments: list[str], tmp_path: Path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_every_shipped_experiment_is_the_same_run(experiment: str, tmp_path: Path) -> None:
+def test_every_shipped_experiment_agrees_with_the_reference(experiment: str, tmp_path: Path) -> None:
     done = launcher("verify", f"experiment={experiment}", cwd=tmp_path, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "is the same run" in done.stdout
 
 
 @pytest.mark.slow
-def test_a_run_of_many_nodes_is_verified_here(tmp_path: Path) -> None:
+def test_a_run_of_64_nodes_is_verified_on_cpu(tmp_path: Path) -> None:
     done = launcher(
         "verify", "model=llama3_70b", "hardware=h100_80gb", "hardware.nodes=64", "precision=bf16",
         "parallelism.tensor=8", "parallelism.pipeline=4", "parallelism.zero_stage=1", "verify.steps=2",
@@ -134,14 +134,14 @@ def test_a_run_of_many_nodes_is_verified_here(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_gpus_that_are_not_there_are_refused(tmp_path: Path) -> None:
+def test_missing_gpus_are_refused(tmp_path: Path) -> None:
     done = launcher(*SMALL, "verify.device=cuda", cwd=tmp_path)
     assert done.returncode == 2
     assert "verify.device=cuda: this machine has no GPU" in done.stderr
     assert "try: verify.device=cpu" in done.stderr
 
 
-def test_on_gpus_there_are_no_more_ranks_than_gpus() -> None:
+def test_on_gpus_the_small_run_has_at_most_one_rank_per_gpu() -> None:
     run = run_of("model=gpt_tiny", "parallelism=hybrid_3d", "hardware=h100_80gb", "verify.device=cuda")
     layout = validate(run, World("cuda", 8, 8))
     small, _ = shrink(run, layout, gpus=8)
@@ -156,8 +156,8 @@ def test_on_gpus_there_are_no_more_ranks_than_gpus() -> None:
     assert gpus_to_use(wide, 4) == 0
 
 
-def test_ranks_can_be_spawned_too() -> None:
-    """As they must be on GPUs: what a rank is given survives pickling."""
+def test_the_arguments_of_a_rank_can_be_pickled() -> None:
+    """On GPUs ranks are spawned, which pickles their arguments."""
     run = small_run("model=gpt_tiny", "parallelism=tp2")
     layout = resolve_layout(run, World("cpu", 2, 2))
     target = partial(_rank, record=record_rank, run=run, layout=layout, folder=Path("."), mutation=None)

@@ -1,4 +1,4 @@
-"""What counts as a difference: numbers beyond their bound, NaN, and whatever is not there."""
+"""Differences beyond their bound, NaN, and missing tensors are failures."""
 
 import copy
 from math import inf, nan
@@ -60,22 +60,22 @@ def expected(run: RunConfig) -> list[StepTrace]:
 
 @pytest.fixture
 def trace(run: RunConfig, expected: list[StepTrace]) -> list[StepTrace]:
-    """A right layout's: one data rank, its micro-batches in order."""
-    found = copy.deepcopy(expected)
-    for step in found[1:]:
+    """The trace of a correct layout: one data rank, with its micro-batches in order."""
+    trace = copy.deepcopy(expected)
+    for step in trace[1:]:
         step.batch_losses = expected_batch_losses(run, 1, step)
-    applied_gradients(run, found)
-    return found
+    applied_gradients(run, trace)
+    return trace
 
 
 def differences(
     run: RunConfig, trace: list[StepTrace], expected: list[StepTrace], *, plain_sgd: bool = True
 ) -> list[Difference]:
-    found = compare(run, trace, expected, tolerance(run), plain_sgd=plain_sgd)
-    return [difference for difference in found if not difference.ok]
+    all_differences = compare(run, trace, expected, tolerance(run), plain_sgd=plain_sgd)
+    return [difference for difference in all_differences if not difference.ok]
 
 
-def test_the_same_run_has_no_differences(
+def test_equal_traces_have_no_differences(
     run: RunConfig, trace: list[StepTrace], expected: list[StepTrace]
 ) -> None:
     assert differences(run, trace, expected) == []
@@ -85,7 +85,7 @@ def test_the_same_run_has_no_differences(
     assert {d.kind for d in everything} == kinds
 
 
-def test_gradients_are_read_off_the_weights(
+def test_gradients_are_computed_from_the_weight_updates(
     run: RunConfig, trace: list[StepTrace], expected: list[StepTrace]
 ) -> None:
     assert run.optimizer.gradient_clipping is not None
@@ -118,17 +118,17 @@ def test_one_wrong_element_is_a_failure(
     by_name: Weights = getattr(trace[2], tensors)
     name = sorted(by_name)[3]
     by_name[name].view(-1)[0] = value
-    [found] = differences(run, trace, expected)
-    assert (found.step, found.kind, found.name) == (2, tensors.removesuffix("s"), name)
+    [difference] = differences(run, trace, expected)
+    assert (difference.step, difference.kind, difference.name) == (2, tensors.removesuffix("s"), name)
 
 
-def test_start_weights_must_be_the_same_bits(
+def test_a_wrong_initial_weight_is_a_failure(
     run: RunConfig, trace: list[StepTrace], expected: list[StepTrace]
 ) -> None:
     weight = trace[0].weights["head.weight"]
     weight[0] *= 1 + 1e-5
-    [found] = differences(run, trace, expected)
-    assert (found.step, found.kind, found.name) == (0, "weight", "head.weight")
+    [difference] = differences(run, trace, expected)
+    assert (difference.step, difference.kind, difference.name) == (0, "weight", "head.weight")
 
 
 @pytest.mark.parametrize(("number", "tensors", "kind"), [(0, "weights", "weight"), (1, "outputs", "output")])
@@ -146,16 +146,16 @@ def test_a_missing_state_is_a_failure(
 ) -> None:
     right = copy.deepcopy(expected)
     right[1].states = {"head.weight.momentum_buffer": torch.ones(2)}
-    [found] = differences(run, trace, right, plain_sgd=False)
-    assert (found.kind, found.name) == ("state", "head.weight.momentum_buffer")
+    [difference] = differences(run, trace, right, plain_sgd=False)
+    assert (difference.kind, difference.name) == ("state", "head.weight.momentum_buffer")
 
 
 def test_a_missing_micro_batch_is_a_failure(
     run: RunConfig, trace: list[StepTrace], expected: list[StepTrace]
 ) -> None:
     trace[1].batch_losses[0].pop()
-    [found] = differences(run, trace, expected)
-    assert (found.kind, found.name) == ("batch_loss", "data rank 0")
+    [difference] = differences(run, trace, expected)
+    assert (difference.kind, difference.name) == ("batch_loss", "data rank 0")
 
 
 @pytest.mark.parametrize("field", ["replica_spread", "data_spread"])
@@ -166,8 +166,8 @@ def test_replicas_that_differ_are_a_failure(
     getattr(trace[1], field)["final_norm.weight"] = 0.0
     assert differences(run, trace, expected) == []
     getattr(trace[1], field)["final_norm.weight"] = spread
-    [found] = differences(run, trace, expected)
-    assert found.kind == {"replica_spread": "replica", "data_spread": "data_replica"}[field]
+    [difference] = differences(run, trace, expected)
+    assert difference.kind == {"replica_spread": "replica", "data_spread": "data_replica"}[field]
 
 
 def test_a_tied_copy_that_differs_is_a_failure(
@@ -176,17 +176,17 @@ def test_a_tied_copy_that_differs_is_a_failure(
     trace[1].tied["head.weight"] = trace[1].weights["head.weight"].clone()
     assert differences(run, trace, expected) == []
     trace[1].tied["head.weight"][3, 3] += 1e-3
-    [found] = differences(run, trace, expected)
-    assert (found.kind, found.name) == ("tied_copy", "head.weight")
+    [difference] = differences(run, trace, expected)
+    assert (difference.kind, difference.name) == ("tied_copy", "head.weight")
 
 
-def test_adam_may_turn_an_update_around_only_where_the_gradient_is_rounding(
+def test_adam_may_reverse_an_update_only_where_the_gradient_is_rounding(
     run: RunConfig, expected: list[StepTrace]
 ) -> None:
     adam = copy.deepcopy(run)
     adam.optimizer.name, adam.optimizer.beta2, adam.optimizer.epsilon = OptimizerName.adamw, 0.95, 1e-8
     right = copy.deepcopy(expected)
-    # All of this tensor's gradient is well above rounding but its first element, which is rounding alone.
+    # The first element of this gradient consists of rounding only; all others are well above it.
     for step in right[1:]:
         step.gradients["final_norm.weight"][0] = 0.0
         step.states = {f"{n}.exp_avg_sq": 0.05 * g.square() for n, g in step.gradients.items()}
@@ -200,7 +200,7 @@ def test_adam_may_turn_an_update_around_only_where_the_gradient_is_rounding(
     assert {(d.step, d.kind) for d in differences(adam, got, right, plain_sgd=False)} == {(1, "weight")}
 
 
-def test_forward_order(run: RunConfig) -> None:
+def test_names_are_sorted_in_forward_order(run: RunConfig) -> None:
     order = [
         "embedding.weight",
         "positions.weight",
@@ -219,30 +219,30 @@ def test_forward_order(run: RunConfig) -> None:
     assert in_forward_order(run, sorted(layers)) == layers
 
 
-def test_samples_are_dealt_out_micro_batch_by_micro_batch(run: RunConfig) -> None:
+def test_micro_batches_are_assigned_to_data_ranks_in_turn(run: RunConfig) -> None:
     step = StepTrace(batch_losses=[[float(i) for i in range(12)]])
     two = copy.deepcopy(run)
     two.training.micro_batch_size = 2
     assert expected_batch_losses(two, 2, step) == [[0.5, 4.5, 8.5], [2.5, 6.5, 10.5]]
 
 
-def test_stages_are_put_together(tmp_path: Path, expected: list[StepTrace]) -> None:
+def test_the_traces_of_stages_are_merged(tmp_path: Path, expected: list[StepTrace]) -> None:
     first, last = copy.deepcopy(expected), copy.deepcopy(expected)
-    for one, other in zip(first, last, strict=True):
+    for first_step, last_step in zip(first, last, strict=True):
         for tensors in ("weights", "outputs", "states"):
-            getattr(other, tensors).clear()
-        one.weights.pop("head.weight", None)
-        one.outputs.pop("head", None)
-        one.replica_spread, other.replica_spread = {"a": 1.0}, {"b": 2.0}
+            getattr(last_step, tensors).clear()
+        first_step.weights.pop("head.weight", None)
+        first_step.outputs.pop("head", None)
+        first_step.replica_spread, last_step.replica_spread = {"a": 1.0}, {"b": 2.0}
     for step, whole in zip(last, expected, strict=True):
         step.weights["head.weight"] = whole.weights["head.weight"]
         step.outputs |= {"head": whole.outputs["head"]} if whole.outputs else {}
     write_trace(first, tmp_path / "stage-0")
     write_trace(last, tmp_path / "stage-1")
-    found = read_traces([tmp_path / "stage-0", tmp_path / "stage-1"])
-    assert found[1].stage_of["head"] == 1
-    assert set(found[1].stage_of.values()) == {0, 1}
-    for step, whole in zip(found, expected, strict=True):
+    merged = read_traces([tmp_path / "stage-0", tmp_path / "stage-1"])
+    assert merged[1].stage_of["head"] == 1
+    assert set(merged[1].stage_of.values()) == {0, 1}
+    for step, whole in zip(merged, expected, strict=True):
         assert step.weights.keys() == whole.weights.keys()
         assert step.outputs.keys() == whole.outputs.keys()
         assert step.replica_spread == {"a": 1.0, "b": 2.0}

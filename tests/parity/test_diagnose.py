@@ -1,4 +1,4 @@
-"""The shapes of differences, and which of two explanations speaks."""
+"""Patterns of differences are recognised, and the earliest cause gives the diagnosis."""
 
 from math import sqrt
 
@@ -7,7 +7,7 @@ import torch
 
 from launcher.config.layout import Layout
 from launcher.parity.diagnose import Diagnosis, diagnose
-from launcher.parity.differences import Difference, Kind
+from launcher.parity.differences import Difference, DifferenceKind
 from launcher.parity.patterns import (
     best_ratio,
     common_ratio,
@@ -36,13 +36,13 @@ def matrix(rows: int = 8, columns: int = 6) -> torch.Tensor:
         (1.2, "1.2000", []),
     ],
 )
-def test_a_ratio_is_named_after_every_axis_that_it_can_be_of(
+def test_a_ratio_is_named_after_every_axis_that_explains_it(
     ratio: float, words: str, axes: list[str]
 ) -> None:
-    assert named_ratio(ratio, LAYOUT) == (f"the right one times {words}", axes)
+    assert named_ratio(ratio, LAYOUT) == (f"the reference times {words}", axes)
 
 
-def test_a_constant_ratio_is_told_from_noise() -> None:
+def test_a_constant_ratio_is_distinguished_from_noise() -> None:
     right, other = matrix(), matrix(5)
     assert best_ratio(3 * right, right) == pytest.approx((3.0, 0.0), abs=1e-6)
     assert common_ratio([(3 * right, right), (3 * other, other)]) == pytest.approx(3.0)
@@ -50,20 +50,20 @@ def test_a_constant_ratio_is_told_from_noise() -> None:
     assert common_ratio([(right.flip(0), right)]) is None
 
 
-def test_moved_rows() -> None:
+def test_moved_rows_are_listed() -> None:
     right = matrix()
     assert moved_rows(right, right) == []
     assert moved_rows(right[[0, 1, 3, 2, 4, 5, 6, 7]], right) == [2, 3]
     assert moved_rows(right + 1e-6, right) is None
 
 
-def test_wrong_shards() -> None:
+def test_the_wrong_shard_is_listed() -> None:
     right, got = matrix(), matrix()
     got[2] += 1
     assert wrong_shards(got, right, 4) == [1]
 
 
-def test_excess_of_padding_is_what_a_longer_softmax_costs() -> None:
+def test_excess_of_padding_is_the_loss_increase_of_a_longer_softmax() -> None:
     logits = matrix()
     longer = torch.cat([logits, torch.zeros(8, 2)], dim=-1)
     labels = torch.zeros(8, dtype=torch.long)
@@ -82,7 +82,7 @@ def step_with(**changed: object) -> StepTrace:
     return step
 
 
-def diagnosed(step: StepTrace, *failed: tuple[Kind, str], number: int = 1) -> Diagnosis:
+def diagnosed(step: StepTrace, *failed: tuple[DifferenceKind, str], number: int = 1) -> Diagnosis:
     right = step_with(batch_losses=[[5.0, 4.9, 5.1, 4.8, 5.2, 4.7]])
     run = run_of("training.micro_batch_size=1", "training.global_batch_size=6")
     differences = [Difference(number, kind, name, 1.0, 0.1) for kind, name in failed]
@@ -90,9 +90,9 @@ def diagnosed(step: StepTrace, *failed: tuple[Kind, str], number: int = 1) -> Di
     return diagnose(run, LAYOUT, differences, [*start, step], [*start, right])
 
 
-IN_CAUSAL_ORDER: list[tuple[Kind, str, str]] = [
+CAUSES_IN_ORDER: list[tuple[DifferenceKind, str, str]] = [
     ("output", "embedding", "output of embedding"),
-    ("batch_loss", "data rank 1, micro-batch 0", "of other ranks or micro-batches"),
+    ("batch_loss", "data rank 1, micro-batch 0", "belong to other ranks or micro-batches"),
     ("loss", "loss", "reported loss"),
     ("data_replica", "embedding.weight", "between data ranks"),
     ("norm_replica", "grad_norm", "different gradient norms"),
@@ -100,57 +100,60 @@ IN_CAUSAL_ORDER: list[tuple[Kind, str, str]] = [
     ("replica", "final_norm.weight", "between tensor ranks"),
     ("gradient", "embedding.weight", "gradients of embedding"),
     ("grad_norm", "grad_norm", "the reported norm"),
-    ("weight", "embedding.weight", "what the optimizer made"),
+    ("weight", "embedding.weight", "update or state computed from them"),
 ]
 
 
-@pytest.mark.parametrize("place", range(len(IN_CAUSAL_ORDER)))
-def test_a_cause_speaks_before_its_effects(place: int) -> None:
-    kind, name, words = IN_CAUSAL_ORDER[place]
-    effects = [(kind, name) for kind, name, _ in reversed(IN_CAUSAL_ORDER[place + 1 :])]
+@pytest.mark.parametrize("place", range(len(CAUSES_IN_ORDER)))
+def test_the_earliest_cause_gives_the_diagnosis(place: int) -> None:
+    kind, name, words = CAUSES_IN_ORDER[place]
+    effects = [(kind, name) for kind, name, _ in reversed(CAUSES_IN_ORDER[place + 1 :])]
     assert words in diagnosed(step_with(loss=4.0, grad_norm=1.2), *effects, (kind, name)).shape
 
 
-def test_only_the_first_step_that_fails_is_read() -> None:
+def test_only_the_first_failed_step_is_diagnosed() -> None:
     failed: list[Difference] = [
         Difference(1, "grad_norm", "grad_norm", 1.0, 0.1),
         Difference(2, "output", "embedding", 1.0, 0.1),
     ]
     steps = [StepTrace(), step_with(grad_norm=2.0), step_with()]
-    found = diagnose(run_of(), LAYOUT, failed, steps, [StepTrace(), step_with(), step_with()])
-    assert "reported norm is the right one times sqrt(tensor size) (2.000) or data size (2)" in found.shape
+    diagnosis = diagnose(run_of(), LAYOUT, failed, steps, [StepTrace(), step_with(), step_with()])
+    assert (
+        "reported norm is the reference times sqrt(tensor size) (2.000) or data size (2)" in diagnosis.shape
+    )
 
 
-def test_some_gradients_in_a_constant_ratio() -> None:
+def test_some_gradients_wrong_by_a_constant_ratio() -> None:
     step = step_with()
     step.gradients["final_norm.weight"] = matrix() / 4
-    found = diagnosed(step, ("gradient", "final_norm.weight"))
+    diagnosis = diagnosed(step, ("gradient", "final_norm.weight"))
     assert (
-        "final_norm.weight are the right one times 1 / tensor size (1/4), the others are right" in found.shape
+        "final_norm.weight are the reference times 1 / tensor size (1/4); all other gradients are right"
+        in diagnosis.shape
     )
 
 
 def test_a_gradient_wrong_in_one_shard() -> None:
     step = step_with()
     step.gradients["embedding.weight"][6:] += 1
-    assert "only in the part of tensor rank 3" in diagnosed(step, ("gradient", "embedding.weight")).shape
+    assert "only in the shard of tensor rank 3" in diagnosed(step, ("gradient", "embedding.weight")).shape
 
 
-def test_the_place_where_the_backward_pass_goes_wrong() -> None:
+def test_the_layer_where_the_backward_pass_goes_wrong() -> None:
     step = step_with()
     names = ("embedding.weight", "blocks.0.attention.output.weight")
     for name in names:
         step.gradients[name] = matrix().flip(0)
-    found = diagnosed(step, *[("gradient", name) for name in names])
-    assert "final_norm.weight, computed before, are right" in found.shape
-    assert "goes wrong at blocks.0.attention.output.weight" in found.meaning
+    diagnosis = diagnosed(step, *[("gradient", name) for name in names])
+    assert "final_norm.weight, computed earlier, are right" in diagnosis.shape
+    assert "goes wrong at blocks.0.attention.output.weight" in diagnosis.meaning
 
 
-def test_samples_of_other_ranks() -> None:
+def test_samples_assigned_to_other_ranks() -> None:
     step = step_with(batch_losses=[[4.9, 4.8, 4.7], [5.0, 5.1, 5.2]])
     names = [("batch_loss", f"data rank {rank}, micro-batch {i}") for rank in range(2) for i in range(3)]
     assert "another order" in diagnosed(step, *names).meaning  # type: ignore[arg-type]
 
 
-def test_a_parameter_that_is_not_there() -> None:
+def test_a_missing_parameter() -> None:
     assert "lost" in diagnosed(step_with(), ("weight", "another.weight"), number=0).meaning

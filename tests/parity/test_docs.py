@@ -1,4 +1,4 @@
-"""docs/verify.md says what the rules and the code say."""
+"""docs/verify.md agrees with the rules and the code."""
 
 import re
 from pathlib import Path
@@ -16,11 +16,11 @@ def test_the_table_of_combinations_is_generated_from_the_rules() -> None:
     assert shown[1] == table(), "python -m tests.parity.matrix prints the new one"
 
 
-def test_faults_are_counted() -> None:
+def test_the_number_of_deliberate_faults_is_documented() -> None:
     assert f"{len(MUTATIONS | OPTIMIZER_MUTATIONS | DROPOUT_MUTATIONS)} deliberate faults" in DOCS
 
 
-def test_every_workaround_is_where_it_is_said_to_be() -> None:
+def test_every_workaround_is_in_the_documented_file() -> None:
     places = re.findall(r"`((?:config|engine|parallel)/\w+\.py)`(?:, `([\w.]+)`)?", DOCS)
     assert len(places) > 8
     for path, name in places:

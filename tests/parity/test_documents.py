@@ -1,6 +1,6 @@
-"""Attention that stops at documents, in every kind of layout, against documents that are run one by one.
+"""Attention within documents agrees, in every kind of layout, with processing each document separately.
 
-More layouts: tests/parity/matrix.py has it among its variations.
+tests/parity/matrix.py covers more layouts: document attention is one of its variations.
 """
 
 from collections.abc import Callable
@@ -25,22 +25,22 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_is_the_same_run(layout: str) -> None:
-    found = plain_sgd_pass(small_run("data.document_attention=true", *LAYOUTS[layout].split(), steps=1))
-    assert found.ok, (found.diagnosis, worst(found))
+def test_the_layout_agrees_with_the_reference(layout: str) -> None:
+    result = plain_sgd_pass(small_run("data.document_attention=true", *LAYOUTS[layout].split(), steps=1))
+    assert result.ok, (result.diagnosis, worst(result))
 
 
 def no_boundaries_on_later_stages() -> None:
     begin = Documents.begin
 
-    def on_the_first(self: Documents, tokens: Tensor) -> None:
+    def on_the_first_stage(self: Documents, tokens: Tensor) -> None:
         if dist.get_rank() < dist.get_world_size() // 2:
             begin(self, tokens)
 
-    Documents.begin = on_the_first  # type: ignore[method-assign]
+    Documents.begin = on_the_first_stage  # type: ignore[method-assign]
 
 
-def boundaries_of_the_micro_batch_before() -> None:
+def boundaries_of_the_previous_micro_batch() -> None:
     begin = Documents.begin
     last: list[Tensor] = []
 
@@ -56,7 +56,7 @@ def the_end_belongs_to_the_next_document() -> None:
     documents.attention_mask = lambda ends: mask(ends.roll(-1, 1))
 
 
-def positions_go_on() -> None:
+def positions_continue_across_documents() -> None:
     documents.positions_in_documents = lambda ends: ends.cumsum(1) * 0 + torch.arange(ends.shape[1])
 
 
@@ -64,11 +64,11 @@ def positions_go_on() -> None:
     ("fault", "layout"),
     [
         (no_boundaries_on_later_stages, "pp recomputed"),
-        (boundaries_of_the_micro_batch_before, "pp recomputed"),
+        (boundaries_of_the_previous_micro_batch, "pp recomputed"),
         (the_end_belongs_to_the_next_document, "tp sp"),
-        (positions_go_on, "tp sp"),
+        (positions_continue_across_documents, "tp sp"),
     ],
 )
-def test_a_fault_shows(fault: Callable[[], None], layout: str) -> None:
+def test_a_fault_is_detected(fault: Callable[[], None], layout: str) -> None:
     small = small_run("data.document_attention=true", *LAYOUTS[layout].split(), steps=1)
     assert not plain_sgd_pass(small, fault).ok

@@ -1,4 +1,4 @@
-"""A shrunk run is legal, small, and keeps in kind whatever can break."""
+"""A shrunk run is legal and small, and keeps every property that can break."""
 
 import copy
 
@@ -26,7 +26,7 @@ SIZES = st.sampled_from([1, 2, 3, 4, 8, 16])
 
 @st.composite
 def legal_runs(draw: st.DrawFn) -> tuple[RunConfig, Layout]:
-    """A run as somebody could mean to train it, on a cluster of as many ranks as it takes."""
+    """Draw a legal run of any size, and its layout on a cluster with enough ranks."""
     run = run_of(*draw(st.sampled_from(BASES)))
     m, p, t = run.model, run.parallelism, run.training
     p.tensor, p.pipeline = draw(SIZES), draw(SIZES)
@@ -56,10 +56,10 @@ def legal_runs(draw: st.DrawFn) -> tuple[RunConfig, Layout]:
         raise
 
 
-@given(found=legal_runs())
+@given(drawn=legal_runs())
 @settings(max_examples=100)
-def test_is_legal_small_and_of_the_same_kind(found: tuple[RunConfig, Layout]) -> None:
-    run, layout = found
+def test_a_shrunk_run_is_legal_small_and_has_the_same_properties(drawn: tuple[RunConfig, Layout]) -> None:
+    run, layout = drawn
     before = copy.deepcopy(run)
     small, _ = shrink(run, layout)
     assert run == before
@@ -76,11 +76,11 @@ def test_is_legal_small_and_of_the_same_kind(found: tuple[RunConfig, Layout]) ->
         assert getattr(small.parallelism, field) == getattr(run.parallelism, field)
     assert small.model.family is run.model.family
     assert small.model.tie_embeddings == run.model.tie_embeddings
-    assert kinds(small, small_layout) == kinds(run, layout)
+    assert properties(small, small_layout) == properties(run, layout)
     assert parameters(small) < 1_000_000
 
 
-def test_with_heads_for_eight_tensor_ranks_it_is_small_too() -> None:
+def test_heads_for_eight_tensor_ranks_keep_the_run_small() -> None:
     heads = ["model.num_heads=64", "model.num_kv_heads=16", "model.hidden_size=4096", "parallelism.tensor=8"]
     run = run_of("model=llama_tiny", *heads)
     small, _ = shrink(run, validate(run, World("cpu", 8, 8, fixed=True)))
@@ -88,12 +88,12 @@ def test_with_heads_for_eight_tensor_ranks_it_is_small_too() -> None:
     assert parameters(small) < 1_000_000
 
 
-def kinds(run: RunConfig, layout: Layout) -> dict[str, bool]:
+def properties(run: RunConfig, layout: Layout) -> dict[str, bool]:
     return {
         "grouped KV heads": kv_heads(run) != run.model.num_heads,
         "uneven layers": run.model.num_layers % layout.pipeline != 0,
-        "vocabulary that does not divide": run.model.vocab_size % layout.tensor != 0,
-        "shorter sequences than the model's": sequence_length(run) < run.model.max_sequence_length,
+        "vocabulary not divisible by the tensor ranks": run.model.vocab_size % layout.tensor != 0,
+        "sequences shorter than the model allows": sequence_length(run) < run.model.max_sequence_length,
         "clipping": run.optimizer.gradient_clipping is not None,
     }
 
@@ -105,9 +105,9 @@ def parameters(run: RunConfig) -> int:
     )
 
 
-@given(found=legal_runs())
-def test_says_what_it_changed(found: tuple[RunConfig, Layout]) -> None:
-    run, layout = found
+@given(drawn=legal_runs())
+def test_reports_every_changed_field(drawn: tuple[RunConfig, Layout]) -> None:
+    run, layout = drawn
     small, report = shrink(run, layout)
     lines = {line.partition(" ")[0]: line for line in report}
     for section in ("model", "parallelism", "training", "optimizer"):
@@ -120,7 +120,7 @@ def test_says_what_it_changed(found: tuple[RunConfig, Layout]) -> None:
 
 
 @given(pipeline=st.integers(1, 512), data=st.integers(1, 512), tensor=st.integers(1, 512))
-def test_axes(pipeline: int, data: int, tensor: int) -> None:
+def test_shrunk_axes_fit_and_stay_above_1(pipeline: int, data: int, tensor: int) -> None:
     axes = shrunk_axes(pipeline, data, tensor)
     assert axes[0] * axes[1] * axes[2] <= MOST_RANKS
     for small, large in zip(axes, (pipeline, data, tensor), strict=True):
@@ -130,17 +130,17 @@ def test_axes(pipeline: int, data: int, tensor: int) -> None:
         assert axes == (pipeline, data, tensor)
 
 
-def test_the_factor_of_an_axis_is_not_that_of_accumulation() -> None:
+def test_accumulation_differs_from_the_size_of_every_axis() -> None:
     for layout in ("dp", "tp2", "pp2", "tp2_pp2", "hybrid_3d"):
         run = run_of(f"parallelism={layout}", "training.micro_batch_size=1")
         small, _ = shrink(run, validate(run, World("cpu", 2, 2)))
-        found = validate(small, World("cpu", 2, 2))
-        assert found.accumulation > 1
-        assert found.accumulation not in (found.data, found.tensor, found.pipeline)
+        shrunk = validate(small, World("cpu", 2, 2))
+        assert shrunk.accumulation > 1
+        assert shrunk.accumulation not in (shrunk.data, shrunk.tensor, shrunk.pipeline)
 
 
 @pytest.mark.parametrize("dtype", Dtype)
-def test_only_fp16_becomes_another_precision(dtype: Dtype) -> None:
+def test_only_fp16_changes_precision(dtype: Dtype) -> None:
     run = run_of("hardware=a100_80gb", "training.micro_batch_size=1", f"precision={dtype.name}")
     small, report = shrink(run, validate(run, World("cuda", 8, 8, fixed=True)))
     assert small.precision.dtype is (Dtype.fp32 if dtype is Dtype.fp16 else dtype)
@@ -148,7 +148,7 @@ def test_only_fp16_becomes_another_precision(dtype: Dtype) -> None:
     validate(small, World("cpu", 2, 2))
 
 
-def test_the_reference_is_one_process_in_fp32() -> None:
+def test_the_reference_is_one_fp32_process() -> None:
     run = run_of("parallelism=hybrid_3d", "precision=bf16")
     alone = validate(single(run), World("cpu", 2, 2))
     assert (alone.world_size, alone.zero_stage) == (1, 0)

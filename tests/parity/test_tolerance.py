@@ -1,4 +1,4 @@
-"""Bounds follow the arithmetic: they grow with the roundoff and with the length of the sums, no faster."""
+"""Bounds grow with the unit roundoff and with the square root of the length of the sums."""
 
 from math import sqrt
 
@@ -18,14 +18,14 @@ def small(**model: int) -> RunConfig:
     return run
 
 
-def test_roundoff_is_that_of_the_dtypes() -> None:
+def test_unit_roundoff_matches_torch() -> None:
     # The unit roundoff is half the distance from 1 to the next number.
     for dtype, torch_dtype in {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16}.items():
         assert UNIT_ROUNDOFF[dtype] == torch.finfo(torch_dtype).eps / 2
     assert UNIT_ROUNDOFF[Dtype.fp16] == torch.finfo(torch.float16).eps / 2
 
 
-def test_length_is_the_sum_of_the_reductions_of_a_forward_pass() -> None:
+def test_forward_length_sums_all_reductions_of_a_forward_pass() -> None:
     run = small(hidden_size=32, num_heads=4, ffn_hidden_size=38, num_layers=2, vocab_size=256)
     run.model.max_sequence_length = 16
     attention = 32 + 32 + 8 + 16 + 32  # norm, projection, score, mix, output
@@ -34,7 +34,7 @@ def test_length_is_the_sum_of_the_reductions_of_a_forward_pass() -> None:
 
 
 @pytest.mark.parametrize("field", ["hidden_size", "num_layers", "ffn_hidden_size", "vocab_size"])
-def test_bounds_grow_with_every_dimension_but_slower_than_it(field: str) -> None:
+def test_bounds_grow_with_every_dimension_but_sublinearly(field: str) -> None:
     run = small()
     before = tolerance(run)
     setattr(run.model, field, 4 * getattr(run.model, field))
@@ -43,7 +43,7 @@ def test_bounds_grow_with_every_dimension_but_slower_than_it(field: str) -> None
     assert before.gradient < after.gradient <= 2 * before.gradient
 
 
-def test_a_gradient_also_sums_over_all_tokens() -> None:
+def test_the_gradient_bound_includes_the_sum_over_tokens() -> None:
     run = small()
     run.training.global_batch_size = 10**6
     tokens = 10**6 * run.model.max_sequence_length
@@ -51,7 +51,7 @@ def test_a_gradient_also_sums_over_all_tokens() -> None:
     assert tolerance(run).loss == tolerance(small()).loss
 
 
-def test_low_precision_is_allowed_its_own_roundoff_and_no_more() -> None:
+def test_bounds_in_low_precision_scale_with_its_roundoff() -> None:
     fp32, bf16, fp16 = (run_of("model=llama_tiny", f"precision={name}") for name in ("fp32", "bf16", "fp16"))
     assert tolerance(bf16).gradient == 8 * tolerance(fp16).gradient
     assert tolerance(bf16).gradient > 1000 * tolerance(fp32).gradient
@@ -62,13 +62,13 @@ def test_low_precision_is_allowed_its_own_roundoff_and_no_more() -> None:
     assert tolerance(shrunk).loss < 0.05
 
 
-def test_two_orders_of_one_sum_stay_within_the_bound_and_use_some_of_it() -> None:
+def test_two_summation_orders_differ_by_1_to_100_percent_of_the_bound() -> None:
     generator = torch.Generator().manual_seed(0)
     u, worst = 2.0**-24, 0.0
     for length in (100, 10_000):
         for _ in range(20):
             numbers = torch.rand(length, generator=generator).numpy()
-            # One after the other in fp32; torch's own sums go pairwise and come out closer.
+            # Sequential sums in fp32; torch sums pairwise, with smaller errors.
             forward, backward = (float(np.cumsum(order)[-1]) for order in (numbers, numbers[::-1]))
             size = float(numbers.sum(dtype=np.float64))
             worst = max(worst, abs(forward - backward) / size / (2 * LAMBDA * u * sqrt(length)))

@@ -1,6 +1,6 @@
-"""verify of a Vision Transformer: right layouts pass, and what can go wrong in its own layers shows.
+"""Verify of a Vision Transformer: correct layouts pass, and faults in its layers are detected.
 
-More layouts: tests/parity/matrix.py has it among its models.
+tests/parity/matrix.py covers more layouts: the Vision Transformer is one of its models.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from tests.parity.running import plain_sgd_pass, small_run, worst
 
 VIT = "model=vit_b16 data=image_folder data.train=images parallelism.data=1"
 LAYOUTS = {
-    # Three patches a side and a token: ten are split two ways.
+    # Three patches per side and a class token: 10 tokens over 2 ranks.
     "tp sp class token": f"{VIT} parallelism=tp2 parallelism.sequence_parallel=true model.image_size=48",
     "tp sp mean": f"{VIT} parallelism=tp2 parallelism.sequence_parallel=true model.pooling=mean",
     "pp class token": f"{VIT} parallelism=pp2 parallelism.activation_checkpointing=full",
@@ -23,12 +23,12 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_is_the_same_run(layout: str) -> None:
-    found = plain_sgd_pass(small_run(*LAYOUTS[layout].split(), steps=1))
-    assert found.ok, (found.diagnosis, worst(found))
+def test_the_layout_agrees_with_the_reference(layout: str) -> None:
+    result = plain_sgd_pass(small_run(*LAYOUTS[layout].split(), steps=1))
+    assert result.ok, (result.diagnosis, worst(result))
 
 
-def pooled_on_the_own_stretch() -> None:
+def pooled_over_the_local_sequence_shard() -> None:
     vision.reduce_region = lambda x, axis: x
 
 
@@ -41,7 +41,7 @@ def a_class_token_on_every_rank() -> None:
     vision.torch.arange = from_zero
 
 
-def attention_looks_back_only() -> None:
+def attention_is_causal() -> None:
     attention = F.scaled_dot_product_attention
 
     def causal(*arguments: Tensor, **options: Any) -> Tensor:
@@ -53,11 +53,11 @@ def attention_looks_back_only() -> None:
 @pytest.mark.parametrize(
     ("fault", "layout"),
     [
-        (pooled_on_the_own_stretch, "tp sp mean"),
-        (pooled_on_the_own_stretch, "tp sp class token"),
+        (pooled_over_the_local_sequence_shard, "tp sp mean"),
+        (pooled_over_the_local_sequence_shard, "tp sp class token"),
         (a_class_token_on_every_rank, "tp sp class token"),
-        (attention_looks_back_only, "pp class token"),
+        (attention_is_causal, "pp class token"),
     ],
 )
-def test_a_fault_shows(fault: Callable[[], None], layout: str) -> None:
+def test_a_fault_is_detected(fault: Callable[[], None], layout: str) -> None:
     assert not plain_sgd_pass(small_run(*LAYOUTS[layout].split(), steps=1), fault).ok

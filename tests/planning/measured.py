@@ -17,27 +17,24 @@ import torch
 # Some of torch is imported at the first operation under a dispatch mode, and ZeRO-3 wraps what it would find.
 import torch._dynamo
 
-from launcher.compare.rank_record import group_names
-from launcher.config.layout import Layout
+from launcher.config.layout import GroupName, Layout
 from launcher.config.schema import RunConfig
 from launcher.config.shape import sequence_length
 from launcher.config.validate import validate
 from launcher.config.world import World
 from launcher.engine.distributed import join, leave, prepare_deepspeed
+from launcher.engine.measuring import RankMeasurement
 from launcher.launch.local import run_local_ranks
 from launcher.planning.cost.geometry import pipeline_ranks
 from launcher.planning.cost.memory import rank_memory
 from launcher.planning.cost.operations import Collective
 from launcher.planning.cost.plan import Plan, make_plan
-from launcher.planning.cost.traffic import GroupName
-from launcher.tracing.allocations import Allocations
 from tests.config.composing import run_of
 
 prepare_deepspeed("cpu")
 torch.set_num_threads(1)  # a fork does not take OpenMP's threads along, and deadlocks in them
 
 STEPS = 3
-NOISE = 64  # bytes: norms, flags and losses are reduced too, and are not planned
 
 # Large enough that what is not a tensor of the model's size does not count, small enough for a laptop.
 BASE = [
@@ -173,26 +170,21 @@ def _of_group(name: str, collectives: list[list]) -> Counter[Collective]:
 def _measure_rank(rank: int, *, run: RunConfig, layout: Layout, folder: Path) -> None:
     meeting = f"file://{folder / 'store'}"
     device = join(rank=rank, world_size=layout.world_size, local_rank=rank, device="cpu", init_method=meeting)
-    groups: dict[str, GroupName] = {}
-    with Allocations(lambda group: groups.get(group.group_name)) as allocations:
+    measurement = RankMeasurement()
+    with measurement.tensors:
         from launcher.engine.build import build_engine
 
         engine = build_engine(run, layout, device)
-        groups |= group_names(engine)
+        measurement.name_groups(engine)
         random = np.random.default_rng(rank)
         peaks = []
         for _ in range(STEPS):
-            allocations.restart()
+            measurement.tensors.restart()
             engine.train_batch(_batches(run, layout, random))
-            peaks.append(allocations.peak)
+            peaks.append(measurement.tensors.peak)
     # The first step makes the optimizer's states; now and then gloo's threads let go of a gradient late.
     peak = min(peaks[1:])
-    collectives = [
-        # A tied weight's gradient is reduced between two ranks, which is planned as what each sends.
-        (group, "send" if group == "pipeline" else one.kind, one.size, count)
-        for (group, one), count in allocations.collectives.items()
-        if one.size > NOISE
-    ]
+    collectives = [(*call, times) for call, times in measurement.collectives().items()]
     (folder / f"{rank}.json").write_text(json.dumps({"peak": peak, "collectives": collectives}))
     leave()
 

@@ -4,12 +4,10 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
-import torch
 
 from launcher.planning.cost import zero_states as zero
 from launcher.planning.cost.geometry import pipeline_ranks
 from launcher.planning.cost.memory import rank_memory
-from launcher.tracing.allocations import Allocations
 from tests.planning.measured import CASES, SOME, Measured, measure, planned, table
 
 DOCS = Path(__file__).parents[2] / "docs" / "planning.md"
@@ -52,34 +50,3 @@ def test_a_wrong_account_is_out_of_bounds() -> None:
     with patch.object(zero, "FP32", 3):
         wrong = rank_memory(run, layout, rank).allocated
     assert abs(wrong / right - 1) > WITHIN
-
-
-class TestAllocations:
-    def test_counts_a_storage_once_and_until_it_is_gone(self) -> None:
-        with Allocations() as allocations:
-            whole = torch.zeros(1000)
-            view = whole.view(10, 100)
-            assert allocations.live == 4000
-            del whole
-            assert allocations.live == 4000
-            del view
-            assert (allocations.live, allocations.peak) == (0, 4000)
-
-    def test_counts_what_the_backward_pass_makes(self) -> None:
-        with Allocations() as allocations:
-            x = torch.ones(1000, requires_grad=True)
-            y = (x * x).sum()
-            before = allocations.live
-            y.backward()
-            assert allocations.live == before + 4000  # the gradient
-            allocations.restart()
-            assert allocations.peak == allocations.live
-
-    def test_takes_in_what_was_there(self) -> None:
-        old = torch.zeros(500)
-        with Allocations() as allocations:
-            allocations.count(old)
-            assert allocations.live == 2000
-            old = torch.zeros(1)
-            assert allocations.live == 4
-        del old

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from launcher.config.fields import config_directory, options_of
 from launcher.config.schema import Dtype
 from launcher.planning.choose.changes import helpful, single_changes
-from launcher.planning.choose.limits import CLASSES, limit
+from launcher.planning.choose.limits import MEMORY_CLASSES, limit
 from launcher.planning.cost.operations import Collective
 from launcher.planning.cost.plan import PROCESS_BYTES, Plan
 from launcher.planning.cost.rates import specified
@@ -33,7 +33,7 @@ class TestMemory:
         plan = plan_of(*LLAMA, *CLUSTER)
         assert len(plan.stages) == 4
         for stage in plan.stages:
-            assert stage.memory.total == sum(getattr(stage.memory, name) for name in CLASSES)
+            assert stage.memory.total == sum(getattr(stage.memory, name) for name in MEMORY_CLASSES)
             assert stage.memory.margin > 0
         # Earlier stages hold more micro-batches; the last has the logits.
         in_flight = [stage.memory.activations for stage in plan.stages[:3]]
@@ -313,7 +313,9 @@ class TestJson:
         assert found.keys() >= {"model", "layout", "stages", "step", "traffic", "fits"}
         for section, keys in CONTRACT.items():
             assert found[section].keys() >= keys
-        assert [stage["memory"].keys() >= {*CLASSES, "total"} for stage in found["stages"]] == [True] * 4
+        assert [stage["memory"].keys() >= {*MEMORY_CLASSES, "total"} for stage in found["stages"]] == [
+            True
+        ] * 4
         assert found["model"]["parameters"] == 8_030_261_248
         assert found["fits"] is True
         assert found["layout"]["world_size"] == 32

@@ -11,7 +11,7 @@ from launcher.config.validate import validate
 from launcher.config.world import World
 from launcher.engine.distributed import prepare_deepspeed
 from launcher.models.arithmetic import parameters
-from launcher.planning.cost.buffers import ALL_REDUCE_BUCKET, Tuning
+from launcher.planning.cost.buffers import ALL_REDUCE_BUCKET, BufferSizes
 from launcher.planning.cost.geometry import blocks_of_stages, pipeline_ranks
 from launcher.planning.cost.memory import in_flight
 from launcher.planning.cost.pipeline_schedule import Event, order, simulate
@@ -122,9 +122,11 @@ def test_the_plans_bubble_is_the_simulations(overrides: list[str], within: float
 
 
 def test_defaults_are_deepspeeds() -> None:
-    theirs, ours = DeepSpeedZeroConfig(), Tuning.of(run_of("model=llama3_8b"))
+    theirs, ours = DeepSpeedZeroConfig(), BufferSizes.of(run_of("model=llama3_8b"))
     assert ours.reduce_bucket == theirs.reduce_bucket_size
-    assert Tuning.of(run_of("model=gpt_tiny")).reduce_bucket == parameters(run_of("model=gpt_tiny").model)
+    assert BufferSizes.of(run_of("model=gpt_tiny")).reduce_bucket == parameters(
+        run_of("model=gpt_tiny").model
+    )
     assert ours.sub_group == theirs.sub_group_size
     assert ours.prefetch_bucket == theirs.prefetch_bucket_size
     assert ours.persistence_threshold == theirs.param_persistence_threshold
@@ -135,7 +137,7 @@ def test_defaults_are_deepspeeds() -> None:
 
 
 def test_tuning_is_read_off_the_runs_own_keys() -> None:
-    tuned = Tuning.of(
+    tuned = BufferSizes.of(
         run_of(
             "deepspeed.zero_optimization.reduce_bucket_size=1e6",
             "deepspeed.zero_optimization.overlap_comm=true",

@@ -19,7 +19,7 @@ from launcher.planning.cost import parts as parts_module
 from launcher.planning.cost.geometry import pipeline_ranks
 from launcher.planning.cost.operations import Operation, Sizes
 from launcher.planning.cost.parts import parts
-from launcher.tracing.formula_check import Compared, compare_stage
+from launcher.tracing.formula_check import FormulaCheck, compare_stage
 from tests.config.composing import run_of
 
 # Every dimension another; sequences and widths that are large beside what a tensor's bookkeeping takes.
@@ -66,7 +66,7 @@ def planned(*overrides: str) -> tuple[RunConfig, Layout]:
     return run, validate(run, world_of_machine(run, Machine(gpus=8, cores=64)))
 
 
-def compared(*overrides: str) -> list[Compared]:
+def compared(*overrides: str) -> list[FormulaCheck]:
     run, layout = planned(*overrides)
     return [
         one
@@ -76,7 +76,7 @@ def compared(*overrides: str) -> list[Compared]:
     ]
 
 
-def wrong(found: list[Compared]) -> list[Compared]:
+def wrong(found: list[FormulaCheck]) -> list[FormulaCheck]:
     """Parameters and traffic exactly, FLOPs within 0.1%, activations within 3%."""
     allowed = Counter({"saved": 0.03, "peak": 0.03, "flops": 1e-3})
     return [one for one in found if abs(one.error) > allowed[one.quantity]]

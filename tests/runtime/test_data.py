@@ -1,4 +1,4 @@
-"""Token files, blends and tokenizers in runs as a user starts them."""
+"""Token files, blends and tokenizers in runs started from the command line."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ BLEND = [
 
 @pytest.fixture(scope="module")
 def blended(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 4 steps of 8 samples on two sources, stopped at 2."""
+    """Return a run on two data sources: 4 steps of 8 samples, stopped after step 2."""
     folder = tmp_path_factory.mktemp("blend")
     generator = np.random.default_rng(0)
     for name, low, high in (("web", 0, 64), ("code", 128, 200)):
@@ -45,7 +45,7 @@ def test_a_blend_counts_epochs_and_validates_each_source(blended: Path) -> None:
     assert not any(name.startswith("test/") for name in rows[-1])
 
 
-def test_a_changed_blend_is_refused_and_on_request_counts_from_a_stated_sample(blended: Path) -> None:
+def test_a_changed_blend_is_refused_unless_new_blend_is_set(blended: Path) -> None:
     changed = [*BLEND, "data.weights.code=3", "training.steps=4"]
     refused = launcher(*SMALL, *changed, cwd=blended)
     assert refused.returncode == 2
@@ -68,15 +68,15 @@ def test_a_changed_blend_is_refused_and_on_request_counts_from_a_stated_sample(b
     }  # fmt: skip
 
 
-def test_a_source_that_keeps_its_name_keeps_its_tokens(blended: Path) -> None:
+def test_changed_tokens_of_a_source_are_refused(blended: Path) -> None:
     write_documents(blended / "other", [np.zeros(4000, np.uint8)])
     changed = [*BLEND, "data.sources.code=other", "data.weights.code=1", "checkpoint.new_blend=true"]
     refused = launcher(*SMALL, *changed, "training.steps=9", cwd=blended)
     assert refused.returncode == 2
-    assert "trained on another code: its digest is" in refused.stderr
+    assert "the data source code has changed since the checkpoint: its digest was" in refused.stderr
 
 
-def test_an_id_without_an_embedding_ends_the_run_where_it_is_read(tmp_path: Path) -> None:
+def test_a_token_id_beyond_the_vocabulary_ends_the_run(tmp_path: Path) -> None:
     ids = np.zeros(3_000_000, np.uint16)
     looked_at = np.linspace(0, 2_850_000 - 4096, 64).astype(int)  # by the check before ranks start
     for start, after in pairwise(looked_at):
@@ -92,7 +92,7 @@ def test_an_id_without_an_embedding_ends_the_run_where_it_is_read(tmp_path: Path
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Text, token files made of it in two ways, and a run on the second."""
+    """Return a folder with text, token files prepared from it in two ways, and a run on the second."""
     folder = tmp_path_factory.mktemp("prepared")
     lines = [json.dumps({"text": f"the cat {n} sat on the mat {n * n} times"}) + "\n" for n in range(400)]
     (folder / "text.jsonl").write_text("".join(lines))
@@ -131,22 +131,25 @@ def test_generate_uses_the_tokenizer_that_the_run_recorded(prepared: Path) -> No
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["data.train=bpe"], "model.vocab_size=256: bpe.json says that its tokenizer has 300 tokens"),
+        (["data.train=bpe"], "model.vocab_size=256: the tokenizer of these data has 300 tokens (bpe.json)"),
         (
             ["data.sources.a=bpe", "data.sources.b=bytes", "data.weights.a=1", "data.weights.b=1",
              "model.vocab_size=300"],
-            "data.tokenizer: bpe.tokenizer.json and bytes.tokenizer.json are two tokenizers",
+            "data.tokenizer: bpe.tokenizer.json and bytes.tokenizer.json are different tokenizers",
         ),
-        (["data.train=bytes", "data.tokenizer=text.jsonl"], "data.tokenizer=text.jsonl: cannot be read"),
+        (
+            ["data.train=bytes", "data.tokenizer=text.jsonl"],
+            "data.tokenizer=text.jsonl: this file cannot be read as a tokenizer",
+        ),
     ],
 )  # fmt: skip
-def test_tokenizers_that_do_not_fit_are_refused(arguments: list[str], said: str, prepared: Path) -> None:
+def test_wrong_tokenizers_are_refused(arguments: list[str], said: str, prepared: Path) -> None:
     done = launcher(*SMALL, "data=tokens", *arguments, cwd=prepared)
     assert done.returncode == 2
     assert said in done.stderr
 
 
-def test_generate_without_a_tokenizer_asks_for_one(prepared: Path, tmp_path: Path) -> None:
+def test_generate_without_a_tokenizer_is_refused_with_a_remedy(prepared: Path, tmp_path: Path) -> None:
     shutil.copytree(prepared / "r", tmp_path / "r")
     shutil.rmtree(tmp_path / "r" / "huggingface")
     done = launcher("generate", "run.dir=r", "prompt=the", cwd=tmp_path)

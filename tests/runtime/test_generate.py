@@ -1,4 +1,4 @@
-"""`launcher generate`: text from a run's final weights, whatever layout wrote them."""
+"""`launcher generate` samples text from a run's final weights, independent of the layout that wrote them."""
 
 import shutil
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from tests.runtime.command import launcher, trained
 
 @pytest.fixture(scope="module")
 def staged(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose weights two pipeline stages wrote."""
+    """Return a run with final weights written by two pipeline stages."""
     folder = tmp_path_factory.mktemp("staged")
     trained("parallelism=pp2", "model=llama_tiny", "run.dir=r", "training.steps=2", cwd=folder)
     return folder / "r"
@@ -23,19 +23,19 @@ def sampled(run: Path, *arguments: str) -> str:
     return done.stdout
 
 
-def test_it_continues_the_prompt_the_same_way_for_a_seed(staged: Path) -> None:
+def test_the_same_seed_gives_the_same_text(staged: Path) -> None:
     text = sampled(staged, "prompt=import", "max_new_tokens=40")
     assert text.startswith("import")
     assert text == sampled(staged, "prompt=import", "max_new_tokens=40")
     assert text != sampled(staged, "prompt=import", "max_new_tokens=40", "seed=1")
 
 
-def test_temperature_zero_does_not_depend_on_the_seed(staged: Path) -> None:
+def test_temperature_zero_is_independent_of_the_seed(staged: Path) -> None:
     greedy = [sampled(staged, "temperature=0", "max_new_tokens=20", f"seed={seed}") for seed in (0, 1)]
     assert greedy[0] == greedy[1]
 
 
-def test_a_missing_stage_is_named(staged: Path, tmp_path: Path) -> None:
+def test_missing_weights_of_a_stage_are_refused(staged: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(staged, copy)
     (copy / "weights" / "model-00002-of-00002.safetensors").unlink()
@@ -58,7 +58,7 @@ def test_a_missing_stage_is_named(staged: Path, tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_spoilt_run_is_refused(
+def test_a_damaged_run_is_refused(
     spoil: Callable[[Path], None], said: str, staged: Path, tmp_path: Path
 ) -> None:
     copy = tmp_path / "copy"
@@ -80,14 +80,14 @@ def _edit(path: Path, old: str, new: str) -> None:
     ("arguments", "said"),
     [
         ([], "run.dir=null: "),
-        (["run.dir=nowhere"], "run.dir=nowhere: not a run's directory, it has no config.yaml"),
+        (["run.dir=nowhere"], "run.dir=nowhere: this is not a run directory, because it has no config.yaml"),
         (["run.dir=.", "max_new_tokens=0"], "max_new_tokens=0: "),
         (["run.dir=.", "temperature=-1"], "temperature=-1.0: "),
         (["run.dir=.", "prompt="], "prompt="),
         (["run.dir=.", "promt=x"], "promt"),
     ],
 )
-def test_what_cannot_work_is_refused(arguments: list[str], said: str, tmp_path: Path) -> None:
+def test_impossible_settings_are_refused(arguments: list[str], said: str, tmp_path: Path) -> None:
     done = launcher("generate", *arguments, cwd=tmp_path)
     assert done.returncode == 2
     assert said in done.stderr

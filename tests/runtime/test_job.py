@@ -12,8 +12,8 @@ from launcher.config.compose import compose_jobs
 from launcher.config.errors import ConfigError
 from launcher.config.schema import RunConfig
 from launcher.config.world import world_of_nodes
-from launcher.launch.records import Kind, RankEnd
-from launcher.launch.slurm import Allocation, allocation_of
+from launcher.launch.records import RankEnd, RankEndKind
+from launcher.launch.slurm import Allocation, read_allocation
 from launcher.runtime.slurm_job import End, Outcome, hydra_text, outcome, run_dir_of, step_command
 from tests.config.composing import run_of
 
@@ -28,19 +28,44 @@ SILENT = "a rank ended without a word; srun says above which, and how"
     [
         (0, False, [], Outcome(End.finished)),
         (0, True, [], Outcome(End.finished)),  # told to stop after the last step
-        (143, True, [RankEnd(0, Kind.stopped), RankEnd(1, Kind.stopped)], Outcome(End.stopped)),
-        (143, False, [RankEnd(0, Kind.stopped)], Outcome(End.stopped)),  # told by Slurm, not through us
+        (143, True, [RankEnd(0, RankEndKind.stopped), RankEnd(1, RankEndKind.stopped)], Outcome(End.stopped)),
+        (
+            143,
+            False,
+            [RankEnd(0, RankEndKind.stopped)],
+            Outcome(End.stopped),
+        ),  # told by Slurm, not through us
         (137, True, [], Outcome(End.stopped)),  # killed while it was saved
-        (2, False, [RankEnd(0, Kind.refused, "x")], Outcome(End.refused, "x")),
+        (2, False, [RankEnd(0, RankEndKind.refused, "x")], Outcome(End.refused, "x")),
         # srun ends the others, and reports the highest of all codes.
-        (143, False, [RankEnd(0, Kind.refused, "x"), RankEnd(1, Kind.lost, "y")], Outcome(End.refused, "x")),
-        (143, False, [RankEnd(1, Kind.failed, "x"), RankEnd(0, Kind.stopped)], Outcome(End.failed, "x")),
-        (1, False, [RankEnd(1, Kind.lost, "a"), RankEnd(0, Kind.lost, "b")], Outcome(End.failed, "a")),
-        (1, False, [RankEnd(1, Kind.lost, "closed")], Outcome(End.failed, SILENT)),
-        (1, False, [RankEnd(1, Kind.lost, "reset"), RankEnd(0, Kind.stopped)], Outcome(End.failed, "reset")),
+        (
+            143,
+            False,
+            [RankEnd(0, RankEndKind.refused, "x"), RankEnd(1, RankEndKind.lost, "y")],
+            Outcome(End.refused, "x"),
+        ),
+        (
+            143,
+            False,
+            [RankEnd(1, RankEndKind.failed, "x"), RankEnd(0, RankEndKind.stopped)],
+            Outcome(End.failed, "x"),
+        ),
+        (
+            1,
+            False,
+            [RankEnd(1, RankEndKind.lost, "a"), RankEnd(0, RankEndKind.lost, "b")],
+            Outcome(End.failed, "a"),
+        ),
+        (1, False, [RankEnd(1, RankEndKind.lost, "closed")], Outcome(End.failed, SILENT)),
+        (
+            1,
+            False,
+            [RankEnd(1, RankEndKind.lost, "reset"), RankEnd(0, RankEndKind.stopped)],
+            Outcome(End.failed, "reset"),
+        ),
         # To srun a stop is no crash.
-        (0, True, [RankEnd(0, Kind.stopped), RankEnd(1, Kind.stopped)], Outcome(End.stopped)),
-        (0, False, [RankEnd(0, Kind.stopped), RankEnd(1, Kind.stopped)], Outcome(End.stopped)),
+        (0, True, [RankEnd(0, RankEndKind.stopped), RankEnd(1, RankEndKind.stopped)], Outcome(End.stopped)),
+        (0, False, [RankEnd(0, RankEndKind.stopped), RankEnd(1, RankEndKind.stopped)], Outcome(End.stopped)),
         (137, False, [], Outcome(End.failed, "srun ended with code 137, SIGKILL; what it says stands above")),
         (1, False, [], Outcome(End.failed, "srun ended with code 1; what it says stands above")),
     ],
@@ -63,8 +88,8 @@ def test_outcome(code: int, told: bool, ends: list[RankEnd], expected: Outcome) 
 def test_it_takes_the_most_nodes_that_make_a_legal_layout(
     typed: list[str], nodes: int, used: int, data: int
 ) -> None:
-    it, taken = ready_on_most_nodes(run_of(*NODES, "training.micro_batch_size=1", *typed), nodes)
-    assert (taken, it.layout.data) == (used, data)
+    ready_run, taken = ready_on_most_nodes(run_of(*NODES, "training.micro_batch_size=1", *typed), nodes)
+    assert (taken, ready_run.layout.data) == (used, data)
 
 
 def test_where_none_is_legal_the_refusal_is_that_of_all_nodes() -> None:
@@ -78,10 +103,10 @@ AUTO = ["hardware=h100_80gb", "model=llama3_8b", "precision=bf16", "training.glo
 def test_auto_chooses_for_the_nodes_there_are() -> None:
     run = run_of(*AUTO, "parallelism=auto", "hardware.nodes=4", "slurm.nodes=2-4")
     for nodes in (4, 3, 2):
-        it, used = ready_on_most_nodes(run, nodes)
-        assert (it.layout.world_size, it.layout.device) == (8 * used, "cuda")
-        assert not it.run.parallelism.auto
-        assert it.run.parallelism.data == it.layout.data
+        ready_run, used = ready_on_most_nodes(run, nodes)
+        assert (ready_run.layout.world_size, ready_run.layout.device) == (8 * used, "cuda")
+        assert not ready_run.run.parallelism.auto
+        assert ready_run.run.parallelism.data == ready_run.layout.data
     assert ready_on_most_nodes(run, 4) == ready_on_most_nodes(run, 4)
 
 
@@ -100,8 +125,8 @@ def test_what_cannot_fit_its_nodes_is_refused_before_it_is_queued() -> None:
 
 def test_the_step() -> None:
     run = run_of(*NODES, "training.micro_batch_size=1", 'slurm.srun=["--cpu-bind=none"]')
-    it, nodes = ready_on_most_nodes(run, 2)
-    command = step_command(run, ["training.steps=5"], nodes, it.layout, Path("runs/a b"))
+    ready_run, nodes = ready_on_most_nodes(run, 2)
+    command = step_command(run, ["training.steps=5"], nodes, ready_run.layout, Path("runs/a b"))
     assert command == [
         "srun", "--nodes=2", "--ntasks=4", "--ntasks-per-node=2", "--kill-on-bad-exit=1", "--export=ALL",
         "--label", "--cpu-bind=none", sys.executable, "-m", "launcher", "train", "training.steps=5",
@@ -145,14 +170,14 @@ def test_where_the_run_lies() -> None:
 
 
 def test_outside_a_job_it_is_refused() -> None:
-    with pytest.raises(ConfigError, match="is what a Slurm batch script runs, and this is none"):
-        allocation_of({"SLURM_JOB_ID": "7"})
-    assert allocation_of({"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2"}) == Allocation("7", 2)
+    with pytest.raises(ConfigError, match="must run inside a Slurm job"):
+        read_allocation({"SLURM_JOB_ID": "7"})
+    assert read_allocation({"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2"}) == Allocation("7", 2)
 
 
 def test_of_an_array_only_the_one_task_is_requeued() -> None:
     """The number of its last task is that of the whole array."""
     of_array = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1", "SLURM_RESTART_COUNT": "2"}
-    found = allocation_of({"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", **of_array})
+    found = read_allocation({"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", **of_array})
     assert (found.id, found.name, found.restarts) == ("7_1", "slurm-7", 2)
     assert Allocation("7", 2).id == "7"

@@ -14,20 +14,20 @@ import pytest
 from launcher.checkpoint.manifest import checkpoints_in, read_manifest
 from launcher.launch.environment import RankEnvironment
 from launcher.launch.local import RankFailure
-from launcher.runtime.start import _told
+from launcher.runtime.start import joined_rank_error
 from tests.forked_commands import Command
 from tests.runtime.command import AS_USUAL, SMALL, environment, metrics, started, trained
 
-STOPPING = "launcher: stopping once the step in hand is saved\n"
+STOPPING = "launcher: saving the current step, then stopping\n"
 FAULTY = """
 import os, sys
 import launcher.runtime.train as train
-step = train.train_step
-def faulty(run, layout, engine, loader, progress):
+step = train.optimizer_step
+def faulty(run, engine, loader, progress):
     if progress.step == 2 and engine.mesh.rank == 1:
         {fault}
-    return step(run, layout, engine, loader, progress)
-train.train_step = faulty
+    return step(run, engine, loader, progress)
+train.optimizer_step = faulty
 from launcher.__main__ import main
 main()
 """
@@ -136,8 +136,8 @@ def test_a_run_that_was_stopped_goes_on_from_there(tmp_path: Path) -> None:
 SLOW_SAVE = """
 import time
 import launcher.checkpoint.save as save
-write = save.write_parts
-save.write_parts = lambda *arguments: (print("saving", flush=True), time.sleep(100), write(*arguments))
+write = save.write_pieces
+save.write_pieces = lambda *arguments: (print("saving", flush=True), time.sleep(100), write(*arguments))
 from launcher.__main__ import main
 main()
 """
@@ -207,5 +207,5 @@ def test_who_lost_the_others_and_was_told_to_stop_has_nothing_to_add() -> None:
     """As when srun ends the ranks of one that failed, and they are in a collective at that time."""
     ranks = RankEnvironment(3, 4, local_rank=1, local_size=2, master_addr="node1", master_port=1)
     lost = RuntimeError("Connection closed by peer")
-    assert isinstance(_told(ranks, lost, told_to_stop=True), SystemExit)
-    assert isinstance(_told(ranks, OSError("disk on fire"), told_to_stop=True), RankFailure)
+    assert isinstance(joined_rank_error(ranks, lost, stop_asked=True), SystemExit)
+    assert isinstance(joined_rank_error(ranks, OSError("disk on fire"), stop_asked=True), RankFailure)

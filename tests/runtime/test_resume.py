@@ -1,4 +1,4 @@
-"""The same command again, as a user or a scheduler types it: the run goes on."""
+"""Running the same command again resumes the run."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from launcher.checkpoint.manifest import checkpoints_in, damaged, read_manifest
+from launcher.checkpoint.manifest import checkpoints_in, first_damaged_file, read_manifest
 from tests.forked_commands import Command, heavy
 from tests.runtime.command import SMALL, environment, launcher, metrics, started, trained
 
@@ -21,7 +21,7 @@ COMPARED = ("train/loss", "train/grad_norm", "val/loss", "train/samples", "train
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """The metrics of six steps without a stop, on two ranks."""
+    """Return the metrics of six uninterrupted steps on two ranks."""
     folder = tmp_path_factory.mktemp("whole")
     trained(*RUN, "parallelism.data=2", cwd=folder)
     return metrics(folder / "r")
@@ -35,7 +35,7 @@ def agree(rows: list[dict[str, Any]], expected: list[dict[str, Any]], relative: 
             assert row[name] == pytest.approx(other[name], rel=relative, abs=0), (row["step"], name)
 
 
-def test_in_another_layout(whole: list[dict[str, Any]], tmp_path: Path) -> None:
+def test_resume_in_another_layout(whole: list[dict[str, Any]], tmp_path: Path) -> None:
     trained(*RUN, "parallelism.data=2", "training.stop_at=2", cwd=tmp_path)
     identity = json.loads((tmp_path / "r" / "run.json").read_text())["id"]
     out = trained(*RUN, "parallelism=tp2", "parallelism.data=1", "training.stop_at=4", cwd=tmp_path)
@@ -49,8 +49,8 @@ def test_in_another_layout(whole: list[dict[str, Any]], tmp_path: Path) -> None:
     assert kept == ["latest", "step-00000004", "step-00000006"]
 
 
-def test_killed_in_the_middle(whole: list[dict[str, Any]], tmp_path: Path) -> None:
-    """SIGKILL to every process at once, as a lost node does: what was saved goes on bit by bit."""
+def test_resume_after_a_kill_is_bitwise_equal(whole: list[dict[str, Any]], tmp_path: Path) -> None:
+    """SIGKILL every process at once, as a lost node does; resuming from the checkpoint is bitwise equal."""
     every_step = ["checkpoint.interval_steps=1"]
     process = started(*SMALL, *RUN, "parallelism.data=2", *every_step, cwd=tmp_path)
     latest = tmp_path / "r" / "checkpoints" / "latest"
@@ -66,7 +66,9 @@ def test_killed_in_the_middle(whole: list[dict[str, Any]], tmp_path: Path) -> No
     assert not list((tmp_path / "r" / "checkpoints").glob("*.partial"))
 
 
-def test_before_the_first_checkpoint_it_begins_again(whole: list[dict[str, Any]], tmp_path: Path) -> None:
+def test_a_run_killed_before_its_first_checkpoint_starts_again(
+    whole: list[dict[str, Any]], tmp_path: Path
+) -> None:
     trained(*RUN, "parallelism.data=2", "training.stop_at=2", "checkpoint.enabled=false", cwd=tmp_path)
     done = launcher(*SMALL, *RUN, "parallelism.data=2", cwd=tmp_path)
     assert done.returncode == 2, "it holds a run that ended as it was told to"
@@ -77,13 +79,13 @@ def test_before_the_first_checkpoint_it_begins_again(whole: list[dict[str, Any]]
     agree(metrics(tmp_path / "r"), whole, 0.0)
 
 
-def test_with_another_batch_no_sample_is_skipped_or_repeated(tmp_path: Path) -> None:
+def test_no_sample_is_skipped_or_repeated_with_another_batch_size(tmp_path: Path) -> None:
     trained(*RUN, "parallelism.data=1", "training.stop_at=2", cwd=tmp_path)
     trained(*RUN, "parallelism.data=1", "training.global_batch_size=12", cwd=tmp_path)
     assert [row["train/samples"] for row in metrics(tmp_path / "r")] == [8, 16, 28, 40, 52, 64]
 
 
-def test_a_run_that_has_ended_is_refused(tmp_path: Path) -> None:
+def test_a_finished_run_is_refused(tmp_path: Path) -> None:
     trained("run.dir=r", "training.steps=1", "parallelism.data=1", cwd=tmp_path)
     done = launcher(*SMALL, "run.dir=r", "training.steps=1", "parallelism.data=1", cwd=tmp_path)
     assert done.returncode == 2
@@ -92,7 +94,7 @@ def test_a_run_that_has_ended_is_refused(tmp_path: Path) -> None:
     assert "training.steps=2 (or more)" in done.stderr
 
 
-def test_a_damaged_checkpoint_is_named_and_gone_past_if_asked(
+def test_a_damaged_checkpoint_is_named_and_skipped_with_fallback(
     whole: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     run = [*RUN, "parallelism.data=2"]
@@ -111,8 +113,8 @@ def test_a_damaged_checkpoint_is_named_and_gone_past_if_asked(
     agree(metrics(tmp_path / "r"), whole, 0.0)
 
 
-def test_on_a_full_disk_the_run_goes_on_or_ends(tmp_path: Path) -> None:
-    """No file may grow beyond 150 KiB, as on a disk that is full: a rank's checkpoint would have to."""
+def test_a_full_disk_ends_the_run_only_with_stop_on_error(tmp_path: Path) -> None:
+    """A limit of 150 KiB per file acts like a full disk: the checkpoint files of a rank are larger."""
 
     def run(*more: str, kib: int = 150) -> subprocess.CompletedProcess[str]:
         arguments = [*SMALL, "training.steps=3", "parallelism.data=2", *more]
@@ -136,7 +138,7 @@ def test_on_a_full_disk_the_run_goes_on_or_ends(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_hundred_kills_lose_at_most_one_interval_each(tmp_path: Path) -> None:
-    """SIGKILL, of all ranks or of one, at a random moment of a run that saves at every step."""
+    """SIGKILL all ranks or a single rank at a random moment of a run that saves after every step."""
     chance = random.Random(0)
     run = ["run.dir=r", "training.steps=100000", "parallelism.data=2", "checkpoint.interval_steps=1"]
     run.append("training.validation_interval=0")  # or the best is kept as well
@@ -155,7 +157,7 @@ def test_a_hundred_kills_lose_at_most_one_interval_each(tmp_path: Path) -> None:
         process.wait(timeout=60)
         newest = checkpoints_in(tmp_path / "r")[0]
         manifest = read_manifest(newest)
-        assert damaged(newest, manifest, sorted(manifest.files)) is None
+        assert first_damaged_file(newest, manifest, sorted(manifest.files)) is None
         assert manifest.step > before
         # The step that was being saved, and the one behind which it was.
         assert metrics_of_a_killed_run(tmp_path / "r") - manifest.step <= 2
@@ -181,6 +183,6 @@ def children_of(parent: int) -> list[int]:
 
 
 def metrics_of_a_killed_run(run_dir: Path) -> int:
-    """The last step that has a row."""
+    """Return the last step that has a row."""
     text = (run_dir / "metrics.jsonl").read_text()
     return int(json.loads(text[: text.rindex("\n")].splitlines()[-1])["step"])

@@ -1,4 +1,4 @@
-"""A run as a user starts it: what it writes, what it prints, and that its layout changes nothing."""
+"""A run started from the command line: its files, its output, and equal results in every layout."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ NAMES = {
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One finished run of two ranks."""
+    """Return the directory of a finished run of two ranks."""
     folder = tmp_path_factory.mktemp("run")
     out = trained(
         "run.dir=one", "parallelism.data=2", "training.steps=6", "training.validation_interval=3", cwd=folder
@@ -50,7 +50,7 @@ def test_every_step_has_a_row_with_the_documented_names(finished: Path) -> None:
     assert rows[-1]["memory/peak_rank"] in (0, 1)
 
 
-def test_no_mfu_without_a_known_peak_and_the_ratio_with_one(finished: Path, tmp_path: Path) -> None:
+def test_mfu_is_reported_only_if_the_peak_flops_are_known(finished: Path, tmp_path: Path) -> None:
     assert not any("perf/mfu" in row for row in metrics(finished))
     trained(
         "run.dir=peak",
@@ -63,7 +63,7 @@ def test_no_mfu_without_a_known_peak_and_the_ratio_with_one(finished: Path, tmp_
     assert row["perf/mfu"] == pytest.approx(row["perf/flops_per_s"] / 1e11)
 
 
-def test_the_logging_interval_keeps_validations(tmp_path: Path) -> None:
+def test_validations_are_logged_at_any_logging_interval(tmp_path: Path) -> None:
     trained(
         "run.dir=r", "parallelism.data=1", "training.steps=7", "logging.interval=4",
         "training.validation_interval=3", cwd=tmp_path,
@@ -71,7 +71,7 @@ def test_the_logging_interval_keeps_validations(tmp_path: Path) -> None:
     assert [row["step"] for row in metrics(tmp_path / "r")] == [1, 3, 4, 6, 7]
 
 
-def test_stop_at_ends_early_on_the_same_schedule(tmp_path: Path) -> None:
+def test_stop_at_ends_early_with_the_same_learning_rates(tmp_path: Path) -> None:
     for name, extra in (("whole", []), ("part", ["training.stop_at=3"])):
         trained(f"run.dir={name}", "parallelism.data=1", "training.steps=6", *extra, cwd=tmp_path)
     whole, part = metrics(tmp_path / "whole"), metrics(tmp_path / "part")
@@ -80,7 +80,7 @@ def test_stop_at_ends_early_on_the_same_schedule(tmp_path: Path) -> None:
         assert [row[name] for row in part] == [row[name] for row in whole[:3]]
 
 
-def test_the_default_run_directory_is_fresh_and_printed(tmp_path: Path) -> None:
+def test_the_default_run_directory_is_new_and_printed(tmp_path: Path) -> None:
     printed = set()
     for _ in range(2):
         out = trained("parallelism.data=1", "training.steps=1", cwd=tmp_path)
@@ -89,7 +89,7 @@ def test_the_default_run_directory_is_fresh_and_printed(tmp_path: Path) -> None:
     assert len(printed) == 2
 
 
-def test_a_directory_that_holds_a_run_is_refused(finished: Path) -> None:
+def test_a_directory_that_contains_a_run_is_refused(finished: Path) -> None:
     done = launcher("run.dir=one", "checkpoint.resume=none", cwd=finished.parent)
     assert done.returncode == 2
     assert "run.dir=one: already holds a run" in done.stderr
@@ -114,9 +114,9 @@ def test_a_sweep_gives_each_job_a_directory(tmp_path: Path) -> None:
 LAYOUTS = ["tp2", "pp2", "zero3"]
 MORE_LAYOUTS = ["single", "dp", "zero1", "zero2", "tp2_pp2", "hybrid_3d", "zero3_offload"]
 SAME_DATA_ON_ALL_RANKS = f"""
-import launcher.runtime.train as train
-indices = train.sample_indices
-train.sample_indices = lambda **where: indices(**where | {{"data_rank": 0}})
+import launcher.runtime.batches as batches
+indices = batches.sample_indices
+batches.sample_indices = lambda **where: indices(**where | {{"data_rank": 0}})
 {LAUNCHER}
 """
 

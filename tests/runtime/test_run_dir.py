@@ -82,7 +82,7 @@ def test_where_there_are_no_locks_it_is_told(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(hold.fcntl, "flock", no_locks)
     with held(tmp_path) as [note]:
-        assert "has no locks" in note
+        assert "does not support locks" in note
 
 
 @pytest.mark.parametrize("field", ["checkpoint.resume", "checkpoint.init_from"])

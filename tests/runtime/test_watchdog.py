@@ -1,4 +1,4 @@
-"""A run that hangs: it ends, and says which ranks the others waited for."""
+"""A run that hangs is ended, with the ranks named for which the others waited."""
 
 import os
 import signal
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.runtime.watchdog import Standing, report
+from launcher.runtime.watchdog import RankPosition, report
 from tests.runtime.command import SMALL, metrics, started
 from tests.runtime.test_life_cycle import FAULTY, survivors, wait_for_rows
 
@@ -16,12 +16,12 @@ HOSTS = ["node1", "node1", "node2", "node2"]
 HANGS = "import time; time.sleep(1000) if engine.mesh.rank == 1 else os.kill(os.getpid(), 19)"
 
 
-def waiting(rank: int, at: str = "step 7") -> Standing:
-    return Standing(rank, at, True, f"stack of {rank}\n")
+def waiting(rank: int, at: str = "step 7") -> RankPosition:
+    return RankPosition(rank, at, True, f"stack of {rank}\n")
 
 
-def test_the_ranks_that_are_elsewhere_did_not_arrive() -> None:
-    standing = [waiting(0), waiting(1), waiting(3), Standing(2, "step 7", False, "  File sampler.py\n")]
+def test_ranks_in_another_call_are_reported_as_missing() -> None:
+    standing = [waiting(0), waiting(1), waiting(3), RankPosition(2, "step 7", False, "  File sampler.py\n")]
     assert report(standing, HOSTS, 30).splitlines() == [
         "the run hangs: rank 2 on node2 did not arrive (nothing has ended for launch.timeout_minutes=30)",
         "at step 7, waiting for others: ranks 0 on node1, 1 on node1, 3 on node2",
@@ -30,7 +30,7 @@ def test_the_ranks_that_are_elsewhere_did_not_arrive() -> None:
     ]
 
 
-def test_the_ranks_that_do_not_answer_did_not_arrive() -> None:
+def test_ranks_that_do_not_answer_are_reported_as_missing() -> None:
     told = report([waiting(0), waiting(1, "step 8")], HOSTS, 0.5).splitlines()
     assert told == [
         "the run hangs: ranks 2 on node2, 3 on node2 did not arrive "
@@ -42,19 +42,19 @@ def test_the_ranks_that_do_not_answer_did_not_arrive() -> None:
     ]
 
 
-def test_where_all_wait_their_stacks_tell() -> None:
+def test_if_all_ranks_wait_their_stacks_are_shown() -> None:
     told = report([waiting(rank) for rank in range(4)], HOSTS, 30)
     assert "the run hangs: all ranks wait" in told
     assert "ranks 2:\nstack of 2" in told
 
 
-def test_many_ranks_are_not_all_named() -> None:
+def test_a_long_list_of_ranks_is_shortened() -> None:
     hosts = [f"node{rank}" for rank in range(100)]
     assert "and 91 more did not arrive" in report([waiting(0)], hosts, 30)
 
 
 def test_a_hung_run_ends_and_names_the_ranks(tmp_path: Path) -> None:
-    """Of four ranks one sleeps and one is stopped, which therefore cannot tell."""
+    """Of four ranks, one sleeps and one is stopped by a signal, so that it cannot answer."""
     program = FAULTY.replace("rank == 1", "rank in (1, 2)").format(fault=HANGS)
     options = ["run.dir=r", "parallelism.data=4", "launch.timeout_minutes=0.2"]
     process = started(*SMALL, *options, cwd=tmp_path, program=program)
@@ -72,8 +72,8 @@ def test_a_hung_run_ends_and_names_the_ranks(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_slow_step_is_no_hang(tmp_path: Path) -> None:
-    """Each of these ends within the time, all together do not."""
+def test_a_slow_step_is_not_a_hang(tmp_path: Path) -> None:
+    """Each call ends within the limit, but their total exceeds it."""
     program = FAULTY.replace("progress.step == 2 and ", "").format(fault="import time; time.sleep(2)")
     options = ["run.dir=r", "parallelism.data=2", "launch.timeout_minutes=0.2", "training.steps=8"]
     process = started(*SMALL, *options, cwd=tmp_path, program=program)
@@ -83,8 +83,8 @@ def test_a_slow_step_is_no_hang(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_clock_runs_only_while_it_watches(tmp_path: Path) -> None:
-    """A run that is suspended as a whole, as by Ctrl-Z, is not hung because of it."""
+def test_suspended_time_is_not_counted(tmp_path: Path) -> None:
+    """Suspending a whole run, as with Ctrl-Z, is not a hang."""
     options = ["run.dir=r", "parallelism.data=2", "launch.timeout_minutes=0.2", "training.steps=100000"]
     process = started(*SMALL, *options, cwd=tmp_path)
     wait_for_rows(tmp_path / "r", 3, process)

@@ -25,11 +25,11 @@ _HOSTS = Path("/etc/hosts")
 
 
 class NoSlurm(Exception):
-    """There can be no cluster here; says why."""
+    """Raised if Slurm cannot run on this machine; the message says why."""
 
 
 def install() -> None:
-    """Have Slurm's programs on the PATH. Raises NoSlurm."""
+    """Put Slurm's programs on the PATH. Raises NoSlurm."""
     os.environ["PATH"] += ":/usr/sbin:/sbin"
     if os.geteuid() != 0:
         raise NoSlurm("starting Slurm's daemons needs root")
@@ -49,7 +49,7 @@ def install() -> None:
 
 
 class Cluster:
-    """`nodes` of `cpus` each, and of `gpus` that are only said to be there."""
+    """A Slurm cluster of `nodes` with `cpus` each, and with `gpus` that are configured but do not exist."""
 
     def __init__(self, nodes: int, *, cpus: int = 4, gpus: int = 0, memory_mb: int = 16000) -> None:
         self.base = Path(tempfile.mkdtemp(prefix="slurm-"))
@@ -61,7 +61,7 @@ class Cluster:
         self.environment = {"SLURM_CONF": str(self.base / "slurm.conf")}
 
     def up(self) -> None:
-        """Start it; returns once all nodes are idle. Raises RuntimeError."""
+        """Start the cluster and wait until all nodes are idle. Raises RuntimeError."""
         for name in ("munge", "state", "log", *(f"spool/{node}" for node in self.names)):
             (self.base / name).mkdir(parents=True)
         self.base.chmod(0o755)
@@ -89,7 +89,7 @@ class Cluster:
         shutil.rmtree(self.base, ignore_errors=True)
 
     def run(self, *command: str, check: bool = True, cwd: Path | None = None) -> str:
-        """A client's output. Clients hang where the controller is gone, hence the timeout."""
+        """Return the output of a Slurm client. Clients hang without a controller, hence the timeout."""
         done = subprocess.run(
             command, cwd=cwd, env={**os.environ, **self.environment}, text=True, capture_output=True,
             timeout=60, check=False,
@@ -108,7 +108,7 @@ class Cluster:
         return shown.partition("JobState=")[2].partition(" ")[0]
 
     def fail(self, node: str) -> None:
-        """It loses its power: everything there dies at once, and Slurm is told."""
+        """Simulate a power loss: kill all processes of a node at once, and mark the node as down in Slurm."""
         self._nodes.pop(node).kill()
         self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=failed")
 
@@ -123,17 +123,17 @@ class Cluster:
                 self.restore(node)
 
     def restart_controller(self) -> None:
-        """It dies and comes back; jobs go on."""
+        """Kill and restart the controller; running jobs continue."""
         assert self._controller is not None
         self._controller.kill()
         self._controller.wait()
         self._start_controller()
 
     def start_now(self, job: str) -> None:
-        """A requeued job waits two minutes by default."""
+        """Release a requeued job, which waits two minutes by default."""
         wait_for(lambda: self.state(job) != "COMPLETING", f"job {job} is in the queue", 60)
         if self.state(job) == "PENDING":
-            # Started within the second in which it was requeued, slurmd takes it for the revoked one.
+            # A job started within the second of its requeue is mistaken by slurmd for the revoked job.
             time.sleep(1.5)
             self.run("scontrol", "update", f"jobid={job}", "StartTime=now", check=False)
 
@@ -155,7 +155,7 @@ class Cluster:
         )  # fmt: skip
 
     def _resolve(self, *, on: bool) -> None:
-        """Have every node's name, and this machine's, mean 127.0.0.1; otherwise srun hangs."""
+        """Resolve the names of all nodes and of this machine to 127.0.0.1; otherwise srun hangs."""
         lines = [line for line in _HOSTS.read_text().splitlines() if not line.endswith(MARK)]
         names = " ".join([*self.names, socket.gethostname()])
         # In place: it may be a mount of its own.

@@ -1,4 +1,4 @@
-"""One cluster for all tests of Slurm."""
+"""Fixture: one Slurm cluster for all tests."""
 
 from collections.abc import Iterator
 

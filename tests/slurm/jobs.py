@@ -1,4 +1,4 @@
-"""Jobs for the tests: small runs, submitted by the real command line."""
+"""Submit small runs as Slurm jobs with the real command line."""
 
 import json
 import os
@@ -38,7 +38,7 @@ class Job:
         return self.cluster.state(self.number)
 
     def has_ended(self) -> bool:
-        """For good: while Slurm requeues a job, it is told of as cancelled for some seconds."""
+        """Return whether the job has ended for good: during a requeue it looks cancelled for some seconds."""
         deadline = time.monotonic() + 15
         while (state := self.state) in ENDED:
             if state in ("COMPLETED", "FAILED") or time.monotonic() > deadline:
@@ -54,7 +54,7 @@ class Job:
         wait_for(reached, f"step {step} of job {self.number}\n{self.log}")
 
     def end(self, state: str, seconds: float = 240) -> str:
-        """Wait for its end, which is to be `state`; its log. A requeued job is not made to wait."""
+        """Wait until the job ends in `state`, releasing it if it was requeued; return its log."""
 
         def ended() -> bool:
             if self.state == "PENDING":
@@ -86,7 +86,7 @@ def last_step(run_dir: Path) -> int:
 
 
 def command(cluster: Cluster, *arguments: str, cwd: Path, **extra: str) -> subprocess.CompletedProcess[str]:
-    """The launcher on the login node."""
+    """Run the launcher on the login node."""
     surroundings = {**environment(**extra), **cluster.environment, "PATH": os.environ["PATH"]}
     python = [sys.executable, "-m", "launcher", *arguments]
     return subprocess.run(python, cwd=cwd, env=surroundings, text=True, capture_output=True, timeout=120)
@@ -101,7 +101,7 @@ def submit(cluster: Cluster, cwd: Path, *overrides: str, **extra: str) -> Job:
 
 
 def processes_of(job: Job) -> list[int]:
-    """What trains in a job: its ranks, and the launchers that forked them, in order of their start."""
+    """Return the training processes of a job, its ranks and their launchers, in order of their start."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
@@ -118,19 +118,19 @@ COMPARED = ("step", "train/samples", "train/loss", "train/grad_norm", "val/loss"
 
 
 def rows(run_dir: Path) -> list[list[Any]]:
-    """What must not depend on how often a run was started."""
+    """Return the logged values that must not depend on how often a run was started."""
     return [[row.get(name) for name in COMPARED] for row in metrics(run_dir)]
 
 
 def logged_steps(run_dir: Path) -> list[int]:
-    """The steps in all of a run's offline W&B files, in order."""
+    """Return the steps in all offline W&B files of a run, in order."""
     from launcher.runtime.metrics.wandb_files import fragments, steps_in
 
     return [step for fragment in fragments(run_dir) for step in steps_in(fragment)]
 
 
 def before_each_step(statement: str) -> str:
-    """A sitecustomize.py that has every rank run `statement` before each step."""
+    """Write a sitecustomize.py that makes every rank execute `statement` before each step."""
     return f"""
 import importlib.util, sys
 
@@ -144,13 +144,13 @@ class Patch:
 
         def exec_module(module):
             run(module)
-            step = module.train_step
+            step = module.optimizer_step
 
-            def patched(run, layout, engine, loader, progress):
+            def patched(run, engine, loader, progress):
                 {statement}
-                return step(run, layout, engine, loader, progress)
+                return step(run, engine, loader, progress)
 
-            module.train_step = patched
+            module.optimizer_step = patched
 
         spec.loader.exec_module = exec_module
         return spec

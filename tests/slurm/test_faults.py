@@ -1,4 +1,4 @@
-"""Faults at random moments, and a time limit: the run is finished all the same, or stops and says why."""
+"""Under faults at random moments and a time limit, a run finishes, or stops with the reason."""
 
 import os
 import random
@@ -23,7 +23,7 @@ LAST = 60
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> list[list[Any]]:
-    """The run that nobody disturbs."""
+    """Return the metrics of an undisturbed run."""
     folder = tmp_path_factory.mktemp("whole")
     trained(*RUN, f"training.stop_at={LAST}", "run.dir=r", "parallelism.data=4", cwd=folder)
     return rows(folder / "r")
@@ -47,7 +47,7 @@ def stop_the_batch_script(job: Job, chance: random.Random) -> None:
 
 
 def stop_the_ranks(job: Job, chance: random.Random) -> None:
-    """As a preemption does, which asks the batch script nothing."""
+    """Signal the job as a preemption does, without asking the batch script."""
     job.tell(f"--signal={chance.choice(['USR1', 'TERM'])}")
 
 
@@ -62,7 +62,9 @@ FAULTS = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(20))
-def test_a_fault_at_any_moment(seed: int, whole: list[list[Any]], cluster: Cluster, tmp_path: Path) -> None:
+def test_a_run_survives_random_faults(
+    seed: int, whole: list[list[Any]], cluster: Cluster, tmp_path: Path
+) -> None:
     chance = random.Random(seed)
     fault, tasks = FAULTS[seed % len(FAULTS)], chance.choice(["per_node", "per_rank"])
     elastic = ["hardware.nodes=2", "slurm.nodes=1-2", f"slurm.tasks={tasks}", "logging=wandb"]
@@ -92,8 +94,8 @@ def test_a_fault_at_any_moment(seed: int, whole: list[list[Any]], cluster: Clust
 
 
 @pytest.mark.slow
-def test_a_time_limit_of_a_minute(cluster: Cluster, tmp_path: Path) -> None:
-    """Training needs four and more: Slurm itself tells the job in time, and it goes through requeues."""
+def test_a_run_finishes_under_a_time_limit_of_a_minute(cluster: Cluster, tmp_path: Path) -> None:
+    """Training takes over four minutes: Slurm signals the job before the limit, and the job is requeued."""
     steps = 240
     run = ["training.steps=240", "training.validation_interval=0", "logging=wandb"]
     trained(*run, "logging=local", "run.dir=whole", "parallelism.data=4", cwd=tmp_path)

@@ -1,4 +1,4 @@
-"""Runs through sbatch on a real Slurm: the local run, through requeues, chains, faults and lost nodes."""
+"""Runs submitted to a real Slurm agree with a local run, through requeues, chains, faults and lost nodes."""
 
 import json
 import os
@@ -23,14 +23,14 @@ LONG = ["training.steps=400", "training.validation_interval=0"]
 
 @pytest.fixture(scope="session")
 def local(tmp_path_factory: pytest.TempPathFactory) -> list[list[Any]]:
-    """The same layout without Slurm."""
+    """Return the metrics of the same layout without Slurm."""
     folder = tmp_path_factory.mktemp("local")
     trained(*STEPS, "run.dir=r", "parallelism.data=4", cwd=folder)
     return rows(folder / "r")
 
 
 @pytest.mark.parametrize("tasks", ["per_rank", pytest.param("per_node", marks=pytest.mark.slow)])
-def test_on_two_nodes_it_is_the_local_run(
+def test_two_nodes_agree_with_the_local_run(
     tasks: str, local: list[list[Any]], cluster: Cluster, tmp_path: Path
 ) -> None:
     job = submit(cluster, tmp_path, *STEPS, f"slurm.tasks={tasks}")
@@ -42,7 +42,7 @@ def test_on_two_nodes_it_is_the_local_run(
 
 
 @pytest.mark.slow
-def test_auto_lays_it_out_over_the_job_and_the_run_records_it(
+def test_auto_chooses_a_layout_for_the_job_and_records_it(
     local: list[list[Any]], cluster: Cluster, tmp_path: Path
 ) -> None:
     job = submit(cluster, tmp_path, *STEPS, "parallelism=auto")
@@ -56,8 +56,10 @@ def test_auto_lays_it_out_over_the_job_and_the_run_records_it(
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
-def test_through_requeues_it_is_one_run(local: list[list[Any]], cluster: Cluster, tmp_path: Path) -> None:
-    """Told to stop twice, as before a time limit: the steps of the run that nobody stopped."""
+def test_a_requeued_job_continues_the_same_run(
+    local: list[list[Any]], cluster: Cluster, tmp_path: Path
+) -> None:
+    """After two stop signals, as before a time limit, the steps equal those of an uninterrupted run."""
     trained(*LONG, "training.stop_at=90", "run.dir=whole", "parallelism.data=4", cwd=tmp_path)
     job = submit(cluster, tmp_path, *LONG, "training.stop_at=90", *PER_NODE, "logging=wandb")
     for step in (10, 40):
@@ -78,7 +80,7 @@ def test_through_requeues_it_is_one_run(local: list[list[Any]], cluster: Cluster
 
 
 @pytest.mark.slow
-def test_a_chain_goes_on_in_a_job_of_its_own(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_chain_continues_in_a_new_job(cluster: Cluster, tmp_path: Path) -> None:
     job = submit(cluster, tmp_path, *LONG, "training.stop_at=60", *PER_NODE, "slurm.on_stop=chain")
     job.wait_for_step(5)
     job.tell("--signal=USR1", "--batch")
@@ -92,7 +94,7 @@ def test_a_chain_goes_on_in_a_job_of_its_own(cluster: Cluster, tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_cancelled_it_is_saved_and_not_requeued(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_cancelled_job_saves_and_is_not_requeued(cluster: Cluster, tmp_path: Path) -> None:
     job = submit(cluster, tmp_path, *LONG, *PER_NODE)
     job.wait_for_step(5)
     job.tell()
@@ -103,8 +105,8 @@ def test_cancelled_it_is_saved_and_not_requeued(cluster: Cluster, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_a_lost_node_is_done_without(cluster: Cluster, tmp_path: Path) -> None:
-    """For good, of a run that takes 2 to 4 nodes: three are left, of which two fit the batch."""
+def test_a_run_continues_without_a_lost_node(cluster: Cluster, tmp_path: Path) -> None:
+    """A run of 2 to 4 nodes loses a node for good: of the three that remain, two divide the batch."""
     run = [*LONG, "training.stop_at=80", "training.micro_batch_size=1"]
     trained(*run, "run.dir=whole", "parallelism.data=8", cwd=tmp_path)
     elastic = ["hardware.nodes=4", "slurm.nodes=2-4", "checkpoint.interval_steps=5"]
@@ -127,7 +129,7 @@ def test_a_lost_node_is_done_without(cluster: Cluster, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_rank_is_started_again_in_the_same_allocation(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_killed_rank_is_restarted_in_the_same_allocation(cluster: Cluster, tmp_path: Path) -> None:
     trained(*LONG, "training.stop_at=60", "run.dir=whole", "parallelism.data=4", cwd=tmp_path)
     job = submit(cluster, tmp_path, *LONG, "training.stop_at=60", *PER_NODE, "checkpoint.interval_steps=5")
     job.wait_for_step(12)
@@ -143,7 +145,7 @@ FAULT = "if progress.step == 3 and engine.mesh.rank == 1: raise RuntimeError('di
 
 
 def given_up(fault: str, tasks: str, cluster: Cluster, folder: Path) -> str:
-    """The log of a job whose run fails after step 3 at every start, in one allocation."""
+    """Return the log of a job that fails after step 3 at every start, in the same allocation."""
     (folder / "sitecustomize.py").write_text(before_each_step(fault))
     job = submit(
         cluster, folder, *LONG, f"slurm.tasks={tasks}", f"slurm.environment.PYTHONPATH={folder}",
@@ -157,17 +159,17 @@ def given_up(fault: str, tasks: str, cluster: Cluster, folder: Path) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tasks", ["per_node", "per_rank"])
-def test_killed_three_times_after_the_same_step_it_is_given_up(
+def test_a_run_killed_three_times_after_the_same_step_is_stopped(
     tasks: str, cluster: Cluster, tmp_path: Path
 ) -> None:
-    """As where memory runs out: the killed rank leaves no word, and what the others say differs each time."""
+    """As when memory runs out: the killed rank logs nothing; messages of other ranks differ each time."""
     log = given_up(KILL, tasks, cluster, tmp_path)
     assert ("rank 1 of 4 was killed by SIGKILL" if tasks == "per_node" else "Killed") in log
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tasks", ["per_node", "per_rank"])
-def test_what_fails_alike_three_times_is_given_up(tasks: str, cluster: Cluster, tmp_path: Path) -> None:
+def test_three_identical_failures_stop_the_job(tasks: str, cluster: Cluster, tmp_path: Path) -> None:
     log = given_up(FAULT, tasks, cluster, tmp_path)
     assert log.count("RuntimeError: disk on fire) and starts again") == 2
     assert "failed 3 times alike after step 3 and is given up: RuntimeError: disk on fire" in log
@@ -175,7 +177,7 @@ def test_what_fails_alike_three_times_is_given_up(tasks: str, cluster: Cluster, 
     assert "Connection closed" not in log
 
 
-def test_a_refusal_ends_the_job_at_once(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_refusal_ends_the_job_immediately(cluster: Cluster, tmp_path: Path) -> None:
     job = submit(cluster, tmp_path, *STEPS, 'run.dir="held"', "checkpoint.resume=none")
     (tmp_path / "held").mkdir()
     (tmp_path / "held" / "config.yaml").touch()
@@ -185,7 +187,7 @@ def test_a_refusal_ends_the_job_at_once(cluster: Cluster, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_a_sweep_is_an_array(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_sweep_is_a_job_array(cluster: Cluster, tmp_path: Path) -> None:
     job = submit(cluster, tmp_path, *STEPS, *PER_NODE, "--multirun", "optimizer.lr=1e-3,2e-3")
     wait_for(lambda: not cluster.run("squeue", "-h", "-j", job.number, check=False), "the array's end", 240)
     rates = [metrics(job.run_dir / task)[-1]["train/lr"] for task in ("0", "1")]
@@ -194,8 +196,8 @@ def test_a_sweep_is_an_array(cluster: Cluster, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_of_an_array_only_the_task_that_is_told_is_requeued(cluster: Cluster, tmp_path: Path) -> None:
-    """The last one, whose number is that of the array; of a chain, too, only it goes on."""
+def test_only_the_signalled_task_of_an_array_is_requeued(cluster: Cluster, tmp_path: Path) -> None:
+    """The last task has the job number of the whole array. In a chain, too, only this task continues."""
     job = submit(
         cluster, tmp_path, *LONG, "training.stop_at=60", *PER_NODE, "--multirun", "optimizer.lr=1e-3,2e-3",
         "hardware.nodes=1", "parallelism.data=2",
@@ -215,7 +217,7 @@ def test_of_an_array_only_the_task_that_is_told_is_requeued(cluster: Cluster, tm
 
 
 @pytest.mark.slow
-def test_a_finished_run_that_is_requeued_has_nothing_left(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_requeued_finished_run_ends_without_training(cluster: Cluster, tmp_path: Path) -> None:
     job = submit(cluster, tmp_path, *STEPS, *PER_NODE)
     job.end("COMPLETED")
     before = rows(job.run_dir)
@@ -228,7 +230,7 @@ def test_a_finished_run_that_is_requeued_has_nothing_left(cluster: Cluster, tmp_
 
 
 @pytest.mark.slow
-def test_it_needs_nothing_of_the_environment(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_job_needs_no_environment_variables(cluster: Cluster, tmp_path: Path) -> None:
     script = command(
         cluster, "submit", "experiment=stdlib_gpt", "training.steps=2", "hardware.accelerators_per_node=2",
         "logging=local", "submit.dry_run=true", cwd=tmp_path,
@@ -244,8 +246,8 @@ KEY = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.mark.slow
-def test_the_api_key_is_nowhere(cluster: Cluster, tmp_path: Path) -> None:
-    """It travels in the environment alone. (Nothing answers at this address.)"""
+def test_the_api_key_is_written_nowhere(cluster: Cluster, tmp_path: Path) -> None:
+    """The key travels only in the environment. No server answers at this address."""
     job = submit(
         cluster, tmp_path, *STEPS, *PER_NODE, "logging=wandb", "logging.wandb.mode=offline",
         WANDB_API_KEY=KEY, WANDB_BASE_URL="http://127.0.0.1:9",
@@ -270,4 +272,4 @@ def test_the_api_key_is_nowhere(cluster: Cluster, tmp_path: Path) -> None:
     assert KEY not in cluster.run("scontrol", "write", "batch_script", job.number, "-")
     done = launcher("sync", str(job.run_dir), cwd=tmp_path)
     assert done.returncode == 2
-    assert "no W&B API key is found here" in done.stderr
+    assert "there is no W&B API key on this machine" in done.stderr

@@ -1,4 +1,4 @@
-"""What is submitted: hostile values stay data on a real Slurm, and every recipe is what conf/ says."""
+"""Hostile values stay data on a real Slurm, and every recipe equals the script rendered from conf/."""
 
 import os
 import shlex
@@ -40,7 +40,7 @@ def hostile(name: str, kind: str, value: str) -> str:
     ],
 )
 def test_a_hostile_value_is_never_run(name: str, cluster: Cluster, tmp_path: Path) -> None:
-    """Refused here, refused by Slurm, or taken as it is: nothing else."""
+    """The value is refused by the launcher, refused by Slurm, or passed on unchanged."""
     for value in HOSTILE:
         done = command(
             cluster, "submit", *ON_TWO_NODES, "hardware=cpu", "training.global_batch_size=16",
@@ -56,23 +56,23 @@ def test_a_hostile_value_is_never_run(name: str, cluster: Cluster, tmp_path: Pat
     assert not list(Path.home().glob("pwned*"))
 
 
-def test_a_name_arrives_as_it_was_typed(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_job_name_reaches_slurm_unchanged(cluster: Cluster, tmp_path: Path) -> None:
     job = submit(cluster, tmp_path, 'slurm.job_name="a b\'c $(x) # d"', "slurm.environment.X=1")
     shown = cluster.run("scontrol", "show", "job", job.number)
     job.tell()
     assert "JobName=a b'c $(x) # d\n" in shown
 
 
-def test_what_slurm_refuses_is_told(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_refusal_by_slurm_is_reported(cluster: Cluster, tmp_path: Path) -> None:
     done = command(
         cluster, "submit", *ON_TWO_NODES, "hardware=cpu", "slurm.partition=none_such", cwd=tmp_path
     )
     assert done.returncode == 2
-    assert "Slurm refuses: " in done.stderr
+    assert "Slurm rejected the job: " in done.stderr
     assert "invalid partition specified: none_such" in done.stderr
 
 
-def test_a_controller_that_does_not_answer_is_told_from_a_refusal(cluster: Cluster, tmp_path: Path) -> None:
+def test_an_unreachable_controller_is_distinguished_from_a_refusal(cluster: Cluster, tmp_path: Path) -> None:
     assert cluster.alive(), "so that Slurm is there"
     away = tmp_path / "slurm.conf"
     away.write_text("ClusterName=away\nSlurmctldHost=localhost\nSlurmctldPort=1\nMessageTimeout=1\n")
@@ -83,14 +83,14 @@ def test_a_controller_that_does_not_answer_is_told_from_a_refusal(cluster: Clust
     assert "scontrol ping" in done.stderr
 
 
-def test_there_are_recipes_for_all_that_is_promised() -> None:
+def test_every_promised_recipe_exists() -> None:
     assert {path.stem for path in RECIPES} == {
         "gpt2_small", "gpt2_small_dp", "gpt2_small_evaluate", "gpt2_small_sweep", "gpt2_xl_chain",
         "llama3_70b_3d", "llama3_8b_3d", "llama3_8b_tp8", "llama3_8b_zero3_offload", "stdlib_gpt",
     }  # fmt: skip
 
 
-def test_a_recipe_is_what_its_command_renders(subtests: pytest.Subtests) -> None:
+def test_a_recipe_equals_the_output_of_its_command(subtests: pytest.Subtests) -> None:
     for recipe in RECIPES:
         with subtests.test(recipe.stem):
             text = recipe.read_text()
@@ -101,7 +101,7 @@ def test_a_recipe_is_what_its_command_renders(subtests: pytest.Subtests) -> None
 
 @pytest.fixture(scope="module")
 def gpus() -> Iterator[Cluster]:
-    """As large as the largest recipe asks for; nothing runs on it."""
+    """A cluster as large as the largest recipe needs; no job runs on it."""
     found = Cluster(nodes=32, cpus=128, gpus=8, memory_mb=1000000)
     try:
         found.up()
@@ -110,15 +110,15 @@ def gpus() -> Iterator[Cluster]:
         found.down()
 
 
-def test_slurm_takes_every_recipe(cluster: Cluster, gpus: Cluster) -> None:
+def test_slurm_accepts_every_recipe(cluster: Cluster, gpus: Cluster) -> None:
     assert cluster.alive(), "so that Slurm is there"
     for recipe in RECIPES:
         gpus.run("sbatch", "--test-only", str(recipe))
 
 
 @pytest.mark.slow
-def test_the_recipe_of_a_cpu_runs_as_it_is(cluster: Cluster, tmp_path: Path) -> None:
-    """As a user would from a checkout: only the interpreter's path is another here."""
+def test_the_cpu_recipe_runs_unchanged(cluster: Cluster, tmp_path: Path) -> None:
+    """Submit the recipe from a checkout; only the path of the interpreter is replaced."""
     (tmp_path / ".venv").symlink_to(Path(sys.prefix))
     recipe = ROOT / "recipes" / "stdlib_gpt.sbatch"
     overrides = ["training.stop_at=3", "training.validation_batches=1", "logging=local"]

@@ -1,4 +1,4 @@
-"""One setting changed at a time: which changes make a run fit, or faster. Pure."""
+"""Change a single setting of a run at a time: which changes make it fit, or make it faster. Pure."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -10,19 +10,21 @@ from launcher.config.schema import ActivationCheckpointing, PipelineSchedule, Ru
 from launcher.config.validate import validate
 from launcher.planning.cost.plan import Plan, make_plan
 
-WORTH_SAYING = 0.02  # of the step's time
+WORTH_SAYING = 0.02  # smallest share of the step's time to gain
 
 
 @dataclass(frozen=True)
 class Change:
-    settings: str  # as they are typed
+    """Overrides to type, and the plan of the run with them."""
+
+    settings: str
     plan: Plan
 
 
 def helpful(plan: Plan, most: int = 3) -> list[Change]:
-    """The changes that make the run fit; or, where it does, those that make it faster. The best first.
+    """Return changes that make the run fit or, if it fits already, that make it faster; the best first.
 
-    Where no speed is known: in the order of `_settings`, cheapest first.
+    If the speed is not known, the order is that of `_settings`: the cheapest change first.
     """
     fitting = [change for change in single_changes(plan) if change.plan.fits]
     if plan.time is None:
@@ -38,7 +40,7 @@ def _seconds(plan: Plan) -> float:
 
 
 def single_changes(plan: Plan) -> Iterator[Change]:
-    """Every legal run that differs in one respect, with the same ranks and batch."""
+    """Yield every legal change of a single respect, with the same ranks and batch."""
     seen = set()
     for settings in _settings(plan.run, plan.layout):
         typed = " ".join(f"{name}={as_typed(value)}" for name, value in settings.items())
@@ -54,18 +56,18 @@ def single_changes(plan: Plan) -> Iterator[Change]:
 
 
 def changed(run: RunConfig, settings: dict[str, Any]) -> RunConfig:
-    """A copy of `run` with some fields of its sections replaced."""
+    """Return a copy of `run` with these fields replaced; their names are as typed, section.field."""
     by_section: dict[str, dict[str, Any]] = {}
     for name, value in settings.items():
         section, field = name.split(".")
         by_section.setdefault(section, {})[field] = value
     return replace(
-        run, **{section: replace(getattr(run, section), **own) for section, own in by_section.items()}
+        run, **{section: replace(getattr(run, section), **fields) for section, fields in by_section.items()}
     )
 
 
 def _settings(run: RunConfig, layout: Layout) -> Iterator[dict[str, Any]]:
-    """Roughly in the order of what they cost."""
+    """Yield settings to try, roughly from cheap to expensive."""
     p, micro = run.parallelism, run.training.micro_batch_size
     yield {"checkpoint.asynchronous": False}
     yield {"parallelism.zero_stage": 1}

@@ -1,4 +1,4 @@
-"""Before anything is started: `parallelism=auto` becomes a layout, and what cannot fit is refused. Pure."""
+"""Choose the layout of `parallelism=auto`, and refuse a run that does not fit into memory. Pure."""
 
 from launcher.config.errors import ConfigError, as_typed
 from launcher.config.schema import RunConfig
@@ -13,23 +13,23 @@ NO_CHECK = "plan.enforce=false (no check)"
 
 
 def chosen(run: RunConfig, world: World) -> tuple[RunConfig, Search]:
-    """The run in the layout that `parallelism=auto` chooses.
+    """Return the run in the layout that `parallelism=auto` chooses, and the search.
 
-    Raises ConfigError where nothing fits; with plan.enforce=false it is what comes closest then.
+    Raises ConfigError if no layout fits; with plan.enforce=false the layout that comes closest is chosen.
     """
-    found = search(run, world)
-    if found.fitting:
-        return found.fitting[0].run, found
-    closest = min(found.candidates, key=lambda one: (one.peak, *one.order))
+    result = search(run, world)
+    if result.fitting:
+        return result.fitting[0].run, result
+    closest = min(result.candidates, key=lambda candidate: (candidate.peak, *candidate.order))
     if not run.plan.enforce:
-        return closest.run, found
-    raise _too_large(run, found, closest)
+        return closest.run, result
+    raise _too_large(run, result, closest)
 
 
-def _too_large(run: RunConfig, found: Search, closest: Candidate) -> ConfigError:
+def _too_large(run: RunConfig, result: Search, closest: Candidate) -> ConfigError:
     assert closest.budget is not None
     why = (
-        f"none of {len(found.candidates)} layouts of {found.world.ranks} ranks fits; what comes closest, "
+        f"none of {len(result.candidates)} layouts of {result.world.ranks} ranks fits; what comes closest, "
         f"{closest.layout.describe()}, {settings_in_words(closest.run)}, takes {size(closest.peak)} of "
         f"{size(closest.budget)} a rank"
     )
@@ -38,7 +38,7 @@ def _too_large(run: RunConfig, found: Search, closest: Candidate) -> ConfigError
 
 
 def refuse_too_large(plan: Plan) -> None:
-    """Raise ConfigError where a rank's memory cannot hold what the plan says, unless plan.enforce=false."""
+    """Raise ConfigError if the plan needs more memory than a rank has, unless plan.enforce=false."""
     if plan.fits or not plan.run.plan.enforce:
         return
     remedies = [change.settings for change in helpful(plan, most=2)] or _elsewhere(plan)
@@ -64,7 +64,7 @@ def _shortage(plan: Plan) -> str:
 
 
 def _elsewhere(plan: Plan) -> list[str]:
-    """No single change makes it fit: the settings of the fastest layout of the same ranks that does."""
+    """Return the settings of the fastest layout on the same ranks that fits, when no single change does."""
     try:
         fitting = search(freed(plan.run), plan.world, budget=plan.budget).fitting
     except ConfigError:
@@ -73,6 +73,6 @@ def _elsewhere(plan: Plan) -> list[str]:
 
 
 def _typed(run: RunConfig, settings: Settings) -> str:
-    """Those that differ from the run's own, in the order in which they are typed."""
-    own = {name: getattr(getattr(run, name.split(".")[0]), name.split(".")[1]) for name in settings}
-    return " ".join(f"{name}={as_typed(value)}" for name, value in settings.items() if own[name] != value)
+    """Return the settings that differ from the run, as they are typed."""
+    current = {name: getattr(getattr(run, name.split(".")[0]), name.split(".")[1]) for name in settings}
+    return " ".join(f"{name}={as_typed(value)}" for name, value in settings.items() if current[name] != value)

@@ -1,19 +1,20 @@
-"""What a step spends its time on, and what fills the memory, in words. Pure."""
+"""Describe in words what limits a plan: the largest part of the time, or of the memory. Pure."""
 
 from launcher.config.schema import RunConfig
 from launcher.planning.cost.plan import Plan
 
+MEMORY_CLASSES = ("weights", "gradients", "optimizer", "activations", "communication", "checkpoint", "margin")
 LINKS = {True: "within a node", False: "between nodes"}
 
 
 def link_of(plan: Plan, group: str) -> str:
-    """Where the traffic of a group goes."""
+    """Return which link carries the traffic of a group."""
     shape = plan.traffic[group].shape  # type: ignore[index]
     return "none" if shape.ranks == 1 else LINKS[shape.is_within_node]
 
 
 def parts_of(plan: Plan) -> dict[str, float]:
-    """Seconds of a step by part, as they are printed; empty where the speed is not known."""
+    """Return seconds of a step by part, with the names to print; empty if the speed is not known."""
     time = plan.time
     if time is None:
         return {}
@@ -28,11 +29,11 @@ def parts_of(plan: Plan) -> dict[str, float]:
 
 
 def limit(plan: Plan) -> str:
-    """The one thing that stands in the way most."""
+    """Return what limits the run most: a class of memory if it does not fit, else a part of the step."""
     if plan.shortages:
         stage = max(plan.shortages, key=lambda index: plan.shortages[index])
         memory = plan.stages[stage].memory
-        largest = max(CLASSES[:-1], key=lambda name: getattr(memory, name))
+        largest = max(MEMORY_CLASSES[:-1], key=lambda name: getattr(memory, name))
         return f"memory: {largest} take most of it, in stage {stage} during the {memory.moment}"
     parts = parts_of(plan)
     if not parts:
@@ -44,10 +45,8 @@ def limit(plan: Plan) -> str:
     return f"{largest}{where}, {share:.0%} of the step"
 
 
-CLASSES = ("weights", "gradients", "optimizer", "activations", "communication", "checkpoint", "margin")
-
-
 def settings_in_words(run: RunConfig) -> str:
+    """Return the settings of a run that a plan depends on, beside its layout."""
     p = run.parallelism
     words = [
         f"micro-batch {run.training.micro_batch_size}",

@@ -1,7 +1,8 @@
-"""`parallelism=auto`: every layout that validation allows for a model, a batch and a machine. Pure.
+"""Search for `parallelism=auto`: every layout that validation allows for a model, a batch and ranks. Pure.
 
-Searched: data, tensor and pipeline sizes, ZeRO stage, micro-batch, sequence parallelism, recomputation and
-offload. What is typed at another value than its default stays as typed; the micro-batch is always chosen.
+The search covers data, tensor and pipeline sizes, ZeRO stage, micro-batch, sequence parallelism,
+recomputation and offload. A field that was set to another value than its default keeps that value; the
+micro-batch is always searched.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -38,13 +39,13 @@ CHOICES: dict[str, Sequence[Any]] = {
 
 @dataclass(frozen=True)
 class Candidate:
-    """A layout that validation allows, and what it costs."""
+    """A legal layout, its time and its peak memory."""
 
     settings: Settings
     run: RunConfig
     layout: Layout
-    seconds: float  # of a step: in the right order also where no speed is known, and else no more than that
-    peak: int  # bytes of the fullest rank
+    seconds: float  # of a step; without known speeds, good only to rank layouts
+    peak: int  # bytes of the rank that needs most
     budget: float | None
     per_node: int
 
@@ -54,12 +55,12 @@ class Candidate:
 
     @property
     def crosses_nodes(self) -> bool:
-        """Whether a tensor group does."""
+        """Whether a tensor group spans several nodes."""
         return self.layout.tensor > 1 and self.per_node % self.layout.tensor != 0
 
     @property
     def kind(self) -> str:
-        """The class it is told of in."""
+        """Row label in the report: axes, ZeRO stage and offload."""
         axes = {"pipeline": self.layout.pipeline, "data": self.layout.data, "tensor": self.layout.tensor}
         used = " x ".join(name for name, size in axes.items() if size > 1) or "one rank"
         offload = ", offload" if self.run.parallelism.offload_optimizer else ""
@@ -67,42 +68,46 @@ class Candidate:
 
     @property
     def order(self) -> tuple[Any, ...]:
-        """The least is the best. The settings last, so that equals are told apart the same way every time."""
+        """Sort key, best first. The settings come last, so that ties always have the same order."""
         return self.crosses_nodes, self.seconds, self.peak, tuple(map(str, self.settings.values()))
 
 
 @dataclass(frozen=True)
 class Search:
-    """The legal layouts of a run. Where no layout could use all ranks of the world, layouts of fewer."""
+    """The legal layouts of a run: over all ranks of the world or, if there is none, over fewer."""
 
     candidates: tuple[Candidate, ...]
     world: World
 
     @cached_property
     def fitting(self) -> list[Candidate]:
-        """From the best on. A tensor group over nodes counts only where nothing else fits."""
-        return sorted((one for one in self.candidates if one.fits), key=lambda one: one.order)
+        """Candidates that fit, best first; tensor groups that span nodes come last."""
+        return sorted((candidate for candidate in self.candidates if candidate.fits), key=_order)
 
     @cached_property
     def best_of_kinds(self) -> dict[str, Candidate]:
-        """The best of each class; of one that does not fit, what comes closest. The best class first."""
-        found: dict[str, Candidate] = {}
-        for one in self.candidates:
-            other = found.get(one.kind)
-            if other is None or _rank_in_kind(one) < _rank_in_kind(other):
-                found[one.kind] = one
-        return dict(sorted(found.items(), key=lambda item: (not item[1].fits, item[1].order)))
+        """Best candidate of each kind, best first; of a kind that does not fit, the lowest peak."""
+        best: dict[str, Candidate] = {}
+        for candidate in self.candidates:
+            other = best.get(candidate.kind)
+            if other is None or _order_in_kind(candidate) < _order_in_kind(other):
+                best[candidate.kind] = candidate
+        return dict(sorted(best.items(), key=lambda item: (not item[1].fits, item[1].order)))
 
 
-def _rank_in_kind(one: Candidate) -> tuple[Any, ...]:
-    return (0, *one.order) if one.fits else (1, one.peak, *one.order)
+def _order(candidate: Candidate) -> tuple[Any, ...]:
+    return candidate.order
+
+
+def _order_in_kind(candidate: Candidate) -> tuple[Any, ...]:
+    return (0, *candidate.order) if candidate.fits else (1, candidate.peak, *candidate.order)
 
 
 def search(run: RunConfig, world: World, *, budget: float | None = None) -> Search:
-    """Return every legal layout of `run` over all ranks; where there is none, over fewer, if those may be.
+    """Return every legal layout of `run` over all ranks; without any, and if ranks may be idle, over fewer.
 
-    `budget` is the memory of one rank in bytes, where the caller knows it. Raises ConfigError, validation's
-    own, where there is no legal layout at all.
+    `budget` is the memory of one rank in bytes, if the caller knows it. Raises validation's ConfigError
+    if there is no legal layout.
     """
     if not world.fixed:
         check_machine(run, world)
@@ -140,7 +145,7 @@ def _candidates(run: RunConfig, world: World, budget: float | None = None) -> It
 
 
 def _settings(run: RunConfig, world: World) -> Iterator[Settings]:
-    """All there are, legal or not, in an order of their own."""
+    """Yield all settings to try, legal or not."""
     default, p = ParallelismConfig(), run.parallelism
     options = {
         name: (getattr(p, name),) if getattr(p, name) != getattr(default, name) else values
@@ -149,27 +154,27 @@ def _settings(run: RunConfig, world: World) -> Iterator[Settings]:
     is_whole = world.ranks == run.hardware.nodes * world.ranks_per_node
     nodes = {} if is_whole else {"hardware.nodes": world.nodes}
     for axes in _axes(run, world.ranks):
-        # Micro-batches that divide what one data rank has of the batch.
+        # Micro-batches that divide a data rank's share of the batch.
         micro_batches = divisors(run.training.global_batch_size // axes["data"])
         for values in product(*options.values()):
-            own = {**axes, **dict(zip(options, values, strict=True))}
-            if _is_hopeless(own):
+            fields = {**axes, **dict(zip(options, values, strict=True))}
+            if _is_hopeless(fields):
                 continue
             for micro_batch in micro_batches:
                 yield {
-                    **{f"parallelism.{name}": value for name, value in own.items()},
+                    **{f"parallelism.{name}": value for name, value in fields.items()},
                     "training.micro_batch_size": micro_batch,
                     **nodes,
                 }
 
 
-def _is_hopeless(own: dict[str, Any]) -> bool:
-    """What validation would refuse whatever else is set: most of the product, and quicker told here."""
+def _is_hopeless(fields: dict[str, Any]) -> bool:
+    """Check for combinations that validation always refuses; most of the product, and faster to skip here."""
     return (
-        (own["pipeline"] > 1 and own["zero_stage"] > 1)
-        or (own["tensor"] == 1 and own["sequence_parallel"])
-        or (own["offload_optimizer"] and own["zero_stage"] == 0)
-        or (own["offload_parameters"] and not (own["zero_stage"] == 3 and own["offload_optimizer"]))
+        (fields["pipeline"] > 1 and fields["zero_stage"] > 1)
+        or (fields["tensor"] == 1 and fields["sequence_parallel"])
+        or (fields["offload_optimizer"] and fields["zero_stage"] == 0)
+        or (fields["offload_parameters"] and not (fields["zero_stage"] == 3 and fields["offload_optimizer"]))
     )
 
 
@@ -189,13 +194,13 @@ def _axes(run: RunConfig, ranks: int) -> Iterator[dict[str, int]]:
 
 
 def freed(run: RunConfig) -> RunConfig:
-    """The run with all that is searched at its default, and thereby free."""
+    """Return the run with every searched field at its default, so that the search may set it."""
     kept = run.parallelism.pipeline_schedule
     return replace(run, parallelism=ParallelismConfig(pipeline_schedule=kept))
 
 
 class _Judge:
-    """Validation, and what a layout costs."""
+    """Validates settings and computes the cost of their layout."""
 
     def __init__(self, run: RunConfig, world: World, budget: float | None) -> None:
         self.run, self.world = changed(run, {"parallelism.auto": False}), replace(world, fixed=True)
@@ -207,7 +212,7 @@ class _Judge:
 
     def candidate(self, chosen: Settings) -> Candidate | None:
         run = changed(self.run, chosen)
-        # ZeRO-0 that runs as ZeRO-1 is no layout of its own.
+        # ZeRO-0 that runs as ZeRO-1 would be the same layout twice.
         if run.parallelism.zero_stage == 0 and effective_zero_stage(run)[0] == 1:
             return None
         try:
@@ -237,15 +242,15 @@ def peak(run: RunConfig, layout: Layout) -> int:
 
 
 def _fullest(ranks: tuple[Rank, ...]) -> Iterable[Rank]:
-    """Those that may be the fullest: of ranks that are alike the first, which holds most micro-batches.
+    """Return ranks that may need most memory: of equal ranks the first, with most micro-batches in flight.
 
-    Under DualPipeV all hold equally many in all.
+    Under DualPipeV all ranks have the same number in flight.
     """
     return {kind_of(rank): rank for rank in reversed(ranks)}.values()
 
 
 def _why_none(run: RunConfig, world: World) -> ConfigError:
-    """Validation's own words about the run on one rank; else a setting that was typed, else the batch."""
+    """Return validation's error on a single rank; else an error about a field that was set, or the batch."""
     try:
         validate(changed(freed(run), {"training.micro_batch_size": 1}), replace(world, ranks=1, fixed=True))
     except ConfigError as error:

@@ -1,4 +1,4 @@
-"""The sizes of DeepSpeed's buffers: ours, what `deepspeed.*` of a run says, else its own defaults."""
+"""Sizes of DeepSpeed's buffers: from `deepspeed.*` of the run, else our settings, else its defaults."""
 
 import sys
 from dataclasses import dataclass
@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from launcher.config.schema import RunConfig
 from launcher.models.arithmetic import reduce_bucket
 
-ALL_REDUCE_BUCKET = 500_000_000  # elements that the engine reduces at once outside ZeRO (runtime/engine.py)
+ALL_REDUCE_BUCKET = 500_000_000  # elements that DeepSpeed reduces at once under ZeRO-0 (runtime/engine.py)
 
 
 @dataclass(frozen=True)
-class Tuning:
-    """In elements (DeepSpeed 0.19.8, runtime/zero/config.py)."""
+class BufferSizes:
+    """Buffer sizes and thresholds, in elements (DeepSpeed 0.19.8, runtime/zero/config.py)."""
 
     reduce_bucket: int
     reduce_buffers: int = 1
@@ -23,12 +23,12 @@ class Tuning:
     max_reuse: int = 1_000_000_000
 
     @classmethod
-    def of(cls, run: RunConfig) -> "Tuning":
+    def of(cls, run: RunConfig) -> "BufferSizes":
         zero = run.deepspeed.get("zero_optimization", {})
         default = cls(reduce_bucket(run.model))
         return cls(
             reduce_bucket=int(zero.get("reduce_bucket_size", reduce_bucket(run.model))),
-            # With overlap_comm one bucket fills while the other is reduced; under a pipeline it is off.
+            # With overlap_comm a second bucket fills while the first is reduced; a pipeline turns it off.
             reduce_buffers=2 if zero.get("overlap_comm") and run.parallelism.pipeline == 1 else 1,
             sub_group=int(zero.get("sub_group_size", default.sub_group)) or default.sub_group,
             prefetch_bucket=int(zero.get("stage3_prefetch_bucket_size", default.prefetch_bucket)),

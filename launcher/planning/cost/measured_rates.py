@@ -1,4 +1,4 @@
-"""Rates that `launcher calibrate` measured on a machine, in place of those from data sheets. Pure."""
+"""Rates that `launcher calibrate` measured on a machine, used instead of data sheets. Pure."""
 
 from bisect import bisect
 from collections.abc import Sequence
@@ -15,18 +15,18 @@ Curve = tuple[tuple[float, float], ...]  # (size, per second), in rising order o
 
 @dataclass(frozen=True)
 class CalibratedRates:
-    """Of one rank among as many as run. The same questions as Rates answers (rates.py)."""
+    """Measured rates of a rank while all ranks run. Has the same methods as Rates (rates.py)."""
 
     products: Curve
     elementwise: Curve
-    memory: float  # bytes per second of an optimizer's update
+    memory: float  # bytes per second in an optimizer update
     operation_s: float
     step_s: float
     micro_batch_s: float
     zero_3_block_s: float
     scales: Curve
     collectives: tuple[tuple[str, int, Curve], ...]
-    crowding: float  # ranks to a core, where there are more ranks than cores
+    crowding: float  # ranks per core, 1 with a core for each rank
     shares: Shares
     element: int
 
@@ -35,33 +35,35 @@ class CalibratedRates:
         return self.memory
 
     def product(self, matmul: Matmul) -> float:
-        """Seconds, at the rate of products of its size."""
+        """Return seconds at the rate measured for products of this size."""
         return matmul.flops / interpolated(self.products, matmul.flops / matmul.count)
 
     def moving(self, size: float, kernels: int = 1) -> float:
-        """Seconds to read and write `size` bytes in some operations, each on a part of them."""
+        """Return seconds to read and write `size` bytes in `kernels` operations, each on a part of them."""
         if not kernels:
             return 0.0
-        # An operation reads one tensor and writes another.
+        # An operation reads a tensor and writes another.
         rate = interpolated(self.elementwise, max(size / kernels / 2, 1.0))
         return size / rate + kernels * self.operation_s
 
     def scale(self, flops: float) -> float:
-        """What the passes of a model with blocks of `flops` take, over their operations one by one."""
+        """Return the time of a model's passes over the sum of its operations, for blocks of `flops`."""
         if not self.scales:
             return 1.0
         smallest, largest = self.scales[0][0], self.scales[-1][0]
         return interpolated(self.scales, min(max(flops, smallest), largest))
 
-    def collective(self, one: Collective, group: GroupShape) -> float:
-        """Seconds, as groups of this many ranks took, or of the nearest number that was measured."""
+    def collective(self, collective: Collective, group: GroupShape) -> float:
+        """Return seconds from measurements with this number of ranks, or the nearest number measured."""
         if group.ranks == 1:
             return 0.0
-        alike = [
-            (abs(ranks - group.ranks), curve) for kind, ranks, curve in self.collectives if kind == one.kind
+        curves = [
+            (abs(ranks - group.ranks), curve)
+            for kind, ranks, curve in self.collectives
+            if kind == collective.kind
         ]
-        assert alike, f"calibration measures {one.kind}"
-        return one.size / interpolated(min(alike)[1], one.size)
+        assert curves, f"calibration measures {collective.kind}"
+        return collective.size / interpolated(min(curves)[1], collective.size)
 
 
 AnyRates = Rates | CalibratedRates
@@ -70,21 +72,23 @@ AnyRates = Rates | CalibratedRates
 def rates_of(
     hardware: HardwareConfig, dtype: Dtype, world: int, shares: Shares | None = None
 ) -> AnyRates | None:
-    """What was measured of this hardware, else what data sheets say; None where there is neither."""
+    """Return measured rates of this hardware, else rates from its data sheet, else None."""
     return calibrated(hardware, dtype, world) or specified(hardware, dtype, shares)
 
 
 def calibrated(hardware: HardwareConfig, dtype: Dtype, world: int) -> CalibratedRates | None:
-    """For `world` ranks on this machine; None where nothing was measured.
+    """Return the measured rates for `world` ranks on this machine; None without measurements.
 
-    More ranks than cores compute as those that have a core each, and take turns.
+    More ranks than cores take turns, each at the rate of a rank with its own core.
     """
-    measured = sorted(hardware.measured, key=lambda one: one.ranks)
+    measured = sorted(hardware.measured, key=_ranks)
     if not measured or not getattr(measured[0].products, dtype.name):
         return None
     at_once = min(world, hardware.cores or world)
-    computing = max((one for one in measured if one.ranks <= at_once), key=_ranks, default=measured[0])
-    talking = max((one for one in measured if one.ranks <= world), key=_ranks, default=measured[0])
+    computing = max((rates for rates in measured if rates.ranks <= at_once), key=_ranks, default=measured[0])
+    communicating = max(
+        (rates for rates in measured if rates.ranks <= world), key=_ranks, default=measured[0]
+    )
     return CalibratedRates(
         products=_curve(getattr(computing.products, dtype.name)),
         elementwise=_curve(computing.elementwise),
@@ -93,25 +97,27 @@ def calibrated(hardware: HardwareConfig, dtype: Dtype, world: int) -> Calibrated
         step_s=computing.step_s,
         micro_batch_s=computing.micro_batch_s,
         zero_3_block_s=computing.zero_3_block_s,
-        scales=tuple(sorted((one.flops, one.factor) for one in computing.scales)),
-        collectives=_collectives(measured, talking),
+        scales=tuple(sorted((scale.flops, scale.factor) for scale in computing.scales)),
+        collectives=_collectives(measured, communicating),
         crowding=world / at_once,
         shares=Shares(overlap=0.0),
         element=BYTES[dtype],
     )
 
 
-def _ranks(one: MeasuredRates) -> int:
-    return one.ranks
+def _ranks(rates: MeasuredRates) -> int:
+    return rates.ranks
 
 
-def _collectives(measured: Sequence[MeasuredRates], own: MeasuredRates) -> tuple[tuple[str, int, Curve], ...]:
-    """Those measured with as many ranks; of group sizes that only others have, theirs."""
-    found: dict[tuple[str, int], Curve] = {}
-    for one in (*measured, own):
-        for collective in one.collectives:
-            found[collective.kind, collective.ranks] = _curve(collective.points)
-    return tuple((kind, ranks, curve) for (kind, ranks), curve in sorted(found.items()))
+def _collectives(
+    measured: Sequence[MeasuredRates], preferred: MeasuredRates
+) -> tuple[tuple[str, int, Curve], ...]:
+    """Return (kind, group size, curve) of `preferred`, and of other rates for other group sizes."""
+    curves: dict[tuple[str, int], Curve] = {}
+    for rates in (*measured, preferred):
+        for collective in rates.collectives:
+            curves[collective.kind, collective.ranks] = _curve(collective.points)
+    return tuple((kind, ranks, curve) for (kind, ranks), curve in sorted(curves.items()))
 
 
 def _curve(points: Sequence[Point]) -> Curve:
@@ -119,7 +125,10 @@ def _curve(points: Sequence[Point]) -> Curve:
 
 
 def interpolated(curve: Curve, size: float) -> float:
-    """Straight between points in logarithms; beyond the last as there, below the first as for one size."""
+    """Interpolate linearly between the logarithms of points.
+
+    Above the last point the rate stays the same; below the first point the time stays the same.
+    """
     sizes = [point[0] for point in curve]
     place = bisect(sizes, size)
     if place == 0:

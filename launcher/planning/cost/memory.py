@@ -1,4 +1,4 @@
-"""The most memory a rank needs, by class: every moment of a step is added up, the fullest taken. Pure."""
+"""Peak memory of a rank by class: evaluate each phase of a step and take the fullest. Pure."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -7,28 +7,28 @@ from launcher.config.layout import Layout
 from launcher.config.schema import ActivationCheckpointing, RunConfig
 from launcher.planning.cost.geometry import Rank, block_parameters
 from launcher.planning.cost.operations import Sizes
-from launcher.planning.cost.parts import Parts, parts
+from launcher.planning.cost.parts import ModelParts, parts
 from launcher.planning.cost.tape import Footprint
 from launcher.planning.cost.zero_states import Holdings, States, checkpoint_bytes, reduced_at_first, states_of
 
-# CUDA's context and libraries, and what torch's caching allocator cannot hand out again.
+# CUDA's context and libraries; memory that torch's caching allocator holds but cannot use.
 CONTEXT_BYTES, FRAGMENTATION = 1_000_000_000, 0.05
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank at its fullest moment."""
+    """Bytes of a rank at the fullest moment of a step."""
 
     weights: int
     gradients: int
     optimizer: int
     activations: int
     communication: int
-    checkpoint: int  # the copy of the state that is being written, on a CPU
+    checkpoint: int  # copy of the state while a checkpoint is written, for a run on CPU
     margin: int
     moment: str
-    host: int  # CPU memory under a GPU, the copy for a checkpoint included; not in the total
-    allocated: int  # what the tensors of a step take at the most, buffers included that are never written to
+    host: int  # CPU memory of a rank on a GPU, with the copy for a checkpoint; not in the total
+    allocated: int  # peak bytes of the tensors of a step, with buffers that are never written to
 
     @property
     def total(self) -> int:
@@ -60,15 +60,15 @@ class _Moment:
 
 
 def rank_memory(run: RunConfig, layout: Layout, rank: Rank) -> Memory:
-    """Of the tensor and data rank that need most.
+    """Return the memory of the tensor and data rank that needs most.
 
-    A CPU's memory is taken up by what is written, a GPU's by what is allocated.
+    On a CPU memory is used when it is written to, on a GPU when it is allocated.
     """
     sizes = Sizes.of(run, layout.device)
     states = states_of(run, layout, rank)
     flow = _Flat(sizes, rank, states) if rank.is_flat else _Pipelined(sizes, rank, states, layout)
     moments, on_cpu = list(flow.moments()), layout.device == "cpu"
-    fullest = max(moments, key=lambda one: one.touched if on_cpu else one.allocated)
+    fullest = max(moments, key=lambda moment: moment.touched if on_cpu else moment.allocated)
     held = states.weights + states.optimizer
     copied = checkpoint_bytes(run, layout, rank)
     margin = 0 if on_cpu else CONTEXT_BYTES + int(FRAGMENTATION * (held + fullest.allocated))
@@ -83,26 +83,26 @@ def rank_memory(run: RunConfig, layout: Layout, rank: Rank) -> Memory:
         margin=margin,
         moment=fullest.name,
         host=states.host + (0 if on_cpu else copied),
-        allocated=held + max(one.allocated for one in moments),
+        allocated=held + max(moment.allocated for moment in moments),
     )
 
 
 class _Flow:
-    """How a step goes in time."""
+    """The moments of a step at which memory may be fullest."""
 
     def __init__(self, sizes: Sizes, rank: Rank, states: States) -> None:
         self.sizes, self.rank, self.states = sizes, rank, states
-        self.parts: Parts = parts(sizes)
+        self.parts: ModelParts = parts(sizes)
 
     def after(self) -> Iterator[_Moment]:
-        """When the last backward pass has ended."""
+        """Yield the moments after the last backward pass."""
         yield _Moment("reduction of gradients", 0, self.states.reduce)
         yield _Moment("optimizer step", 0, self.states.step)
 
     def backward(self, name: str, activations: int, done: int = 0, soon: int = 0) -> _Moment:
-        """Within an operation, when the backward pass has come past `done` elements of the weights.
+        """Return a moment of the backward pass after the gradients of `done` elements of the weights.
 
-        Gradients that are reduced on the way may have arrived if `soon` more are a bucketful.
+        If `soon` more elements fill a bucket, gradients may have been reduced already.
         """
         states, held = self.states, self.states.backward
         arrived = states.bucket is not None and done + soon >= states.bucket
@@ -111,25 +111,25 @@ class _Flow:
         return _Moment(name, activations, holdings, states.gathered)
 
     def first_backward(self, name: str, activations: int) -> _Moment:
-        """Before any weight has a gradient, and DeepSpeed a bucket for it."""
+        """Return the moment before any weight has a gradient, and before DeepSpeed makes a bucket."""
         states, held = self.states, self.states.forward
         return _Moment(name, activations, replace(held, gradients=states.backward.gradients), states.gathered)
 
     def forward(self, name: str, activations: int) -> _Moment:
-        """Within the forward pass."""
+        """Return a moment of the forward pass."""
         states = self.states
         return _Moment(name, activations, states.forward, states.gathered + states.prefetched)
 
 
 class _Flat(_Flow):
-    """One micro-batch at a time."""
+    """A step without a pipeline: one micro-batch at a time."""
 
     def moments(self) -> Iterator[_Moment]:
         embedding, block, head = self.parts.embedding, self.parts.block, self.parts.head
         blocks, size = self.rank.blocks, self.sizes
         total = self.rank.parameters
         vocabulary = size.vocabulary * size.hidden_size
-        # A weight used twice is accumulated once: the head's gradient waits for the embedding's.
+        # A tied weight is accumulated once: the head's gradient waits for the embedding's gradient.
         tied = vocabulary * size.element if self.rank.shares_tied_weight else 0
         first = size.boundaries + embedding.footprint.saved
         body = first + blocks * block.footprint.saved
@@ -159,7 +159,7 @@ class _Flat(_Flow):
         yield from self.after()
 
     def _reduction(self, of_head: int, of_block: int, tied: int) -> _Moment:
-        """The first bucket of gradients is full: the blocks that filled it are done with."""
+        """Return the moment when the first bucket of gradients is full; blocks that filled it are freed."""
         block, size = self.parts.block.footprint, self.sizes
         filled = reduced_at_first(self.rank, self.states.bucket or 0)
         ahead = self.rank.blocks - min(self.rank.blocks, max(0, filled - of_head) // of_block)
@@ -168,12 +168,12 @@ class _Flat(_Flow):
         if ahead and size.checkpointing is ActivationCheckpointing.full:
             left += block.backward
         elif ahead:
-            left -= size.ffn  # of the block whose last weight did not fit any more
+            left -= size.ffn  # of the block whose last weight no longer fits into the bucket
         return _Moment("reduction within the backward pass", left, self.states.reduced, self.states.gathered)
 
 
 class _Pipelined(_Flow):
-    """Several micro-batches at once: 1F1B (arXiv 2104.04473), or DualPipeV's two directions."""
+    """A step with several micro-batches in flight: 1F1B (arXiv 2104.04473), or DualPipeV's two directions."""
 
     def __init__(self, sizes: Sizes, rank: Rank, states: States, layout: Layout) -> None:
         super().__init__(sizes, rank, states)
@@ -183,19 +183,19 @@ class _Pipelined(_Flow):
         flight = in_flight(self.layout, self.rank.stage)
         held = sum(self._saved(chunk) * count for chunk, count in enumerate(flight)) + self._buffers()
         for chunk, stage in enumerate(self.rank.chunks):
-            own = self._saved(chunk)
+            saved = self._saved(chunk)
             block = self.parts.block.footprint
-            others = held - own
-            inputs = own - sum(part.footprint.saved * count for part, count in self.parts.of(stage))
-            body = own - (self.parts.head.footprint.saved if stage.has_head else 0)
+            others = held - saved
+            inputs = saved - sum(part.footprint.saved * count for part, count in self.parts.of(stage))
+            body = saved - (self.parts.head.footprint.saved if stage.has_head else 0)
             yield self.forward("forward pass", others + body - block.saved + block.forward)
             ends = [("last block", others + body, block)]
             if stage.has_head:
                 head = self.parts.head.footprint
                 yield self.forward("loss", others + body + head.forward)
-                ends.insert(0, ("head", others + own, head))
+                ends.insert(0, ("head", others + saved, head))
             for place, kept, end in ends:
-                yield from self._backward(f"backward pass, {place}", kept, end, one_less=kept - own)
+                yield from self._backward(f"backward pass, {place}", kept, end, one_less=kept - saved)
             if stage.has_embedding:
                 embedding = self.parts.embedding.footprint
                 yield self.backward(
@@ -204,9 +204,9 @@ class _Pipelined(_Flow):
         yield from self.after()
 
     def _backward(self, name: str, kept: int, end: Footprint, *, one_less: int) -> Iterator[_Moment]:
-        """At the end of a stage, with what all micro-batches in flight keep, or one less."""
+        """Yield moments at an end of a stage; `kept` is the bytes of all micro-batches in flight."""
         if self.layout.accumulation > sum(in_flight(self.layout, self.rank.stage)):
-            # As many are in flight again and again, with the gradients and the bucket of the first.
+            # The same number is in flight several times, later with the gradients and bucket of the first.
             yield self.backward(name, kept + end.backward)
             return
         states = self.states
@@ -217,23 +217,23 @@ class _Pipelined(_Flow):
         yield self.backward(name, one_less + end.backward)
 
     def _saved(self, chunk: int) -> int:
-        """Of one micro-batch: what autograd keeps, and DeepSpeed's own copies of input and output."""
+        """Return bytes of a micro-batch: what autograd saves, and DeepSpeed's copies of input and output."""
         stage, size = self.rank.chunks[chunk], self.sizes
         saved = sum(part.footprint.saved * count for part, count in self.parts.of(stage))
-        # The input twice, to run on and for its gradient to be sent; the output until its gradient is there.
+        # The input twice, to compute with and for its gradient; the output until its gradient arrives.
         saved += size.inputs if stage.has_embedding else size.stretch
         if size.checkpointing is not ActivationCheckpointing.none:
-            saved += size.boundaries  # of which a recomputation makes the mask again
+            saved += size.boundaries  # the recomputation makes the mask from them again
         return saved + (0 if stage.has_head else size.stretch)
 
     def _buffers(self) -> int:
-        """What is received into, and the logits that a last stage keeps from one micro-batch to the next."""
+        """Return bytes of receive buffers, and of logits that a last stage keeps for the next micro-batch."""
         size = self.sizes
         return size.stretch + size.boundaries + (2 * size.logits if self.rank.has_head else 0)
 
 
 def in_flight(layout: Layout, stage: int) -> tuple[int, ...]:
-    """Micro-batches between their forward and backward pass, at the most, in each stage of a rank."""
+    """Return the largest number of micro-batches between forward and backward pass, by stage of a rank."""
     if layout.stages_per_rank == 2:
         return 2 * layout.pipeline - stage, stage + 1
     return (min(layout.pipeline - stage, layout.accumulation),)

@@ -1,4 +1,4 @@
-"""The parts of a model that a pipeline rank runs, with what one micro-batch costs in each. Pure."""
+"""The parts of a model that a pipeline rank runs, with the cost of a micro-batch in each part. Pure."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -22,8 +22,8 @@ from launcher.planning.cost.tape import Footprint, footprint
 
 
 @dataclass(frozen=True)
-class Part:
-    """Embedding, a block, or the head with the loss: its operations, and those it runs again."""
+class ModelPart:
+    """Embedding, a block, or the head with the loss: its operations, and the operations recomputed."""
 
     program: tuple[Operation, ...]
     again: tuple[Operation, ...]
@@ -31,73 +31,75 @@ class Part:
 
     @cached_property
     def forward_matmuls(self) -> list[Matmul]:
-        return [matmul for one in self.program for matmul in one.forward_matmuls]
+        return [matmul for operation in self.program for matmul in operation.forward_matmuls]
 
     @cached_property
     def backward_matmuls(self) -> list[Matmul]:
-        """With those of the forward pass that are run again."""
-        again = [matmul for one in self.again for matmul in one.forward_matmuls]
-        return again + [matmul for one in self.program for matmul in one.backward_matmuls]
+        """Products of the backward pass, after the recomputed products."""
+        again = [matmul for operation in self.again for matmul in operation.forward_matmuls]
+        return again + [matmul for operation in self.program for matmul in operation.backward_matmuls]
 
     @cached_property
     def flops(self) -> int:
-        """Executed, forward and backward."""
+        """FLOPs executed, forward and backward, with recomputation."""
         return sum(matmul.flops for matmul in self.forward_matmuls + self.backward_matmuls)
 
     @cached_property
     def traffic(self) -> Counter[Collective]:
-        """Over the tensor group, forward and backward."""
+        """Collectives over the tensor group, forward and backward."""
         return Counter(
             collective
             for operations in (self.program, self.again)
-            for one in operations
-            for collective in one.forward_traffic
+            for operation in operations
+            for collective in operation.forward_traffic
         ) + Counter(
-            collective for one in self.program for collective in one.backward_traffic + one.overlapped_traffic
+            collective
+            for operation in self.program
+            for collective in operation.backward_traffic + operation.overlapped_traffic
         )
 
 
 @dataclass(frozen=True)
-class Parts:
-    """Those of every model: the blocks are alike."""
+class ModelParts:
+    """The three parts of a model; all blocks are alike."""
 
-    embedding: Part
-    block: Part
-    head: Part
+    embedding: ModelPart
+    block: ModelPart
+    head: ModelPart
 
-    def of(self, chunk: Chunk) -> list[tuple[Part, int]]:
-        """Each part of a stage, and how many there are of it, in forward order."""
-        found = [
+    def of(self, chunk: Chunk) -> list[tuple[ModelPart, int]]:
+        """Return the parts of a stage and their numbers, in forward order."""
+        counts = [
             (self.embedding, int(chunk.has_embedding)),
             (self.block, chunk.blocks),
             (self.head, int(chunk.has_head)),
         ]
-        return [(part, count) for part, count in found if count]
+        return [(part, count) for part, count in counts if count]
 
 
 @cache
-def parts(s: Sizes) -> Parts:
+def parts(s: Sizes) -> ModelParts:
     blocks = block(s)
-    return Parts(
+    return ModelParts(
         _part(embedding(s), [], s.inputs),
         _part(blocks, recomputed(s, blocks), s.stretch),
         _part([*head(s), loss(s)], [], s.stretch),
     )
 
 
-def _part(program: Sequence[Operation], dropped: Sequence[Operation], input_size: int) -> Part:
-    return Part(tuple(program), tuple(run_again(dropped)), footprint(program, dropped, input_size))
+def _part(program: Sequence[Operation], dropped: Sequence[Operation], input_size: int) -> ModelPart:
+    return ModelPart(tuple(program), tuple(run_again(dropped)), footprint(program, dropped, input_size))
 
 
-def flops(of: Iterable[tuple[Part, int]]) -> int:
-    """Executed for one micro-batch."""
-    return sum(part.flops * count for part, count in of)
+def flops(counted_parts: Iterable[tuple[ModelPart, int]]) -> int:
+    """Return the FLOPs executed for a micro-batch."""
+    return sum(part.flops * count for part, count in counted_parts)
 
 
-def traffic(of: Iterable[tuple[Part, int]]) -> Counter[Collective]:
-    """Collectives over the tensor group for one micro-batch."""
+def traffic(counted_parts: Iterable[tuple[ModelPart, int]]) -> Counter[Collective]:
+    """Return the collectives over the tensor group for a micro-batch."""
     total: Counter[Collective] = Counter()
-    for part, count in of:
+    for part, count in counted_parts:
         for collective, number in part.traffic.items():
             total[collective] += number * count
     return total

@@ -1,16 +1,16 @@
-"""When each stage runs which micro-batch: the orders of DeepSpeed's schedules, simulated. Pure."""
+"""Simulate DeepSpeed's pipeline schedules: when each stage runs which micro-batch. Pure."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from launcher.config.layout import Layout
 
-Task = tuple[bool, int]  # forward?, which of the rank's stages
+Task = tuple[bool, int]  # whether it is a forward pass, and the index of the stage on its rank
 
 
 @dataclass(frozen=True)
 class Event:
-    """One pass of one micro-batch through one stage, in seconds from the step's beginning."""
+    """A pass of a micro-batch through a stage, in seconds from the start of the step."""
 
     rank: int
     stage: int
@@ -21,14 +21,14 @@ class Event:
 
 
 def order(layout: Layout, rank: int, micro_batches: int) -> Iterator[Task]:
-    """What a pipeline rank runs, one after the other."""
+    """Return the tasks of a pipeline rank in their order."""
     if layout.stages_per_rank == 1:
         return _one_forward_one_backward(layout.pipeline, rank, micro_batches)
     return _dualpipev(layout.pipeline, rank, micro_batches)
 
 
 def _one_forward_one_backward(ranks: int, rank: int, micro_batches: int) -> Iterator[Task]:
-    """Narayanan et al., arXiv 2104.04473, figure 4."""
+    """Yield the 1F1B order (Narayanan et al., arXiv 2104.04473, figure 4)."""
     ahead = min(ranks - rank - 1, micro_batches)
     yield from [(True, 0)] * ahead
     yield from [(True, 0), (False, 0)] * (micro_batches - ahead)
@@ -36,7 +36,7 @@ def _one_forward_one_backward(ranks: int, rank: int, micro_batches: int) -> Iter
 
 
 def _dualpipev(ranks: int, rank: int, micro_batches: int) -> Iterator[Task]:
-    """DeepSeek-V3's, cut in half: every rank holds a stage on the way out (0) and one on the way back (1)."""
+    """Yield half of DeepSeek-V3's order: a rank has a stage on the way out (0) and on the way back (1)."""
     after = ranks - rank - 1
     out, back = (True, 0), (True, 1)
     d_out, d_back = (False, 0), (False, 1)
@@ -52,7 +52,7 @@ def _dualpipev(ranks: int, rank: int, micro_batches: int) -> Iterator[Task]:
 def simulate(
     layout: Layout, forward: Sequence[float], backward: Sequence[float], micro_batches: int
 ) -> list[Event]:
-    """Every pass as soon as its rank is free and its input is there. Seconds by stage of the model."""
+    """Start every pass when its rank is free and its input has arrived; arguments are seconds by stage."""
     stages, last = len(forward), len(forward) - 1
     waiting = [list(order(layout, rank, micro_batches)) for rank in range(layout.pipeline)]
     place = [0] * layout.pipeline

@@ -1,10 +1,10 @@
-"""What a run will need and take, before it is started: memory, traffic and time of every stage. Pure."""
+"""Plan a run: memory, traffic and time of every stage, before anything is started. Pure."""
 
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 
-from launcher.config.layout import Layout
+from launcher.config.layout import GROUPS, GroupName, Layout
 from launcher.config.schema import RunConfig
 from launcher.config.shape import sequence_length
 from launcher.config.world import World
@@ -17,8 +17,6 @@ from launcher.planning.cost.parts import flops, parts
 from launcher.planning.cost.rates import Shares
 from launcher.planning.cost.step_time import StepTime, step_time
 from launcher.planning.cost.traffic import (
-    GROUPS,
-    GroupName,
     GroupShape,
     data_traffic,
     group_shapes,
@@ -26,40 +24,41 @@ from launcher.planning.cost.traffic import (
     tensor_traffic,
 )
 
-PROCESS_BYTES = 400_000_000  # of a CPU rank beside its tensors: the interpreter, torch, DeepSpeed
+PROCESS_BYTES = 400_000_000  # of a CPU rank without its tensors: the interpreter, torch, DeepSpeed
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One pipeline rank, of the tensor and data rank that need most."""
+    """Costs of a pipeline rank, for the tensor and data rank that needs most."""
 
     blocks: int
-    parameters: int  # that one tensor rank holds
-    flops: int  # of one rank in a step, recomputation included
+    parameters: int  # held by a tensor rank
+    flops: int  # of a rank in a step, with recomputation
     memory: Memory
 
 
 @dataclass(frozen=True)
 class GroupTraffic:
-    """What one rank sends over one group in a step: that of the stage which sends most."""
+    """Collectives of a rank over a group in a step, for the stage that sends most."""
 
     shape: GroupShape
     collectives: Counter[Collective]
 
     @property
     def sent(self) -> float:
-        """Bytes."""
-        return sum(one.sent(self.shape.ranks) * count for one, count in self.collectives.items())
+        """Bytes that the rank sends in a step."""
+        ranks = self.shape.ranks
+        return sum(collective.sent(ranks) * count for collective, count in self.collectives.items())
 
 
 @dataclass(frozen=True)
 class Plan:
     run: RunConfig
     layout: Layout
-    budget: float | None  # bytes of one accelerator, where that is known
+    budget: float | None  # bytes of an accelerator; None if not known
     stages: tuple[StagePlan, ...]
     traffic: dict[GroupName, GroupTraffic]
-    time: StepTime | None  # None where the hardware's speed is not known
+    time: StepTime | None  # None if the speed of the hardware is not known
 
     @property
     def world(self) -> World:
@@ -69,12 +68,12 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """True, too, where the budget is not known."""
+        """Whether no stage exceeds the budget; true without a known budget."""
         return not self.shortages
 
     @cached_property
     def shortages(self) -> dict[int, float]:
-        """Bytes that are missing, by pipeline rank."""
+        """Bytes above the budget, by pipeline rank, for the ranks that do not fit."""
         if self.budget is None:
             return {}
         missing = {index: stage.memory.total - self.budget for index, stage in enumerate(self.stages)}
@@ -82,17 +81,17 @@ class Plan:
 
     @property
     def parameters(self) -> int:
-        """Of the whole model."""
+        """Number of parameters of the whole model."""
         return parameters(self.run.model)
 
     @property
     def tokens(self) -> int:
-        """Of a step."""
+        """Number of tokens of a step."""
         return self.run.training.global_batch_size * sequence_length(self.run)
 
     @property
     def model_flops(self) -> int:
-        """Of a step over all ranks, without recomputation."""
+        """FLOPs of a step over all ranks, without recomputation."""
         return round(train_flops_per_token(self.run.model, sequence_length(self.run)) * self.tokens)
 
     @property
@@ -101,7 +100,7 @@ class Plan:
 
     @property
     def mfu(self) -> float | None:
-        """Model FLOPs over what the accelerators could do meanwhile (PaLM, arXiv 2204.02311, appendix B)."""
+        """Model FLOPs over the peak FLOPs of the same time (PaLM, arXiv 2204.02311, appendix B)."""
         peak = getattr(self.run.hardware.peak_flops, self.run.precision.dtype.name)
         if self.time is None or peak is None:
             return None
@@ -109,7 +108,7 @@ class Plan:
 
     @property
     def bubble(self) -> float | None:
-        """Idle time over the time that computing would take without any: (p-1)/m of equal stages."""
+        """Idle time over the rest of the pipeline's time: (p-1)/m for equal stages."""
         if self.layout.pipeline == 1:
             return 0.0
         if self.time is None:
@@ -120,7 +119,7 @@ class Plan:
 def make_plan(
     run: RunConfig, layout: Layout, *, budget: float | None = None, shares: Shares | None = None
 ) -> Plan:
-    """The plan of a validated run. `budget` is that of `memory_budget`."""
+    """Plan a validated run; `budget` comes from `memory_budget`."""
     ranks = pipeline_ranks(run, layout)
     groups = group_shapes(layout, ranks_per_node(run, layout))
     model = parts(Sizes.of(run, layout.device))
@@ -137,7 +136,7 @@ def make_plan(
     traffic = {
         name: max(
             (GroupTraffic(groups[name], of_each[name](run, layout, rank)) for rank in ranks),
-            key=lambda one: one.sent,
+            key=lambda traffic: traffic.sent,
         )
         for name in GROUPS
     }
@@ -153,7 +152,7 @@ def make_plan(
 
 
 def ranks_per_node(run: RunConfig, layout: Layout) -> int:
-    """Of the hardware where that is said; else all ranks are on one node."""
+    """Return accelerators per node from the config; without them, all ranks are on one node."""
     return run.hardware.accelerators_per_node or layout.world_size
 
 

@@ -1,4 +1,4 @@
-"""Activation memory: a program (program.py) run on a tape of allocations, forward and backward. Pure."""
+"""Activation memory: run operations (operations.py) on a tape of allocations, forward and backward. Pure."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,11 +8,11 @@ from launcher.planning.cost.operations import Operation, run_again
 
 @dataclass(frozen=True)
 class Footprint:
-    """One micro-batch's bytes in one part of a model: `saved` from its forward to its backward pass.
+    """Bytes of a micro-batch in a part of a model. An input that the part keeps counts, its output does not.
 
-    What a part is given belongs to it if it keeps it; what it hands on does not. `forward` is the most alive
-    at once during the forward pass, beside what parts before it saved, `backward` during the backward pass,
-    beside what they and it saved, and `later` in that from where the first weight has its gradient.
+    `saved` is kept from the forward to the backward pass. `forward` is the peak of the forward pass, without
+    the bytes that earlier parts saved. `backward` is the peak of the backward pass, without the bytes that
+    this part and earlier parts saved; `later` is the same after the first weight has its gradient.
     """
 
     saved: int
@@ -22,10 +22,13 @@ class Footprint:
 
 
 def footprint(program: Sequence[Operation], recomputed: Sequence[Operation], input_size: int) -> Footprint:
-    """Of `program`, of which the stretch `recomputed` is run again in the backward pass."""
+    """Return the footprint of `program`, whose operations `recomputed` run again in the backward pass."""
     tape, output = _Tape(program, input_size), program[-1].name
     tape.run(
-        program, keeps=[one for one in program if one not in recomputed], entrance=recomputed, end=output
+        program,
+        keeps=[operation for operation in program if operation not in recomputed],
+        entrance=recomputed,
+        end=output,
     )
     forward = tape.peak
     tape.drop(output)
@@ -37,7 +40,7 @@ def footprint(program: Sequence[Operation], recomputed: Sequence[Operation], inp
             tape.run(run_again(recomputed), keeps=recomputed)
         tape.backward(operation)
         if operation.weight and before == saved:
-            # From here on the peak is taken anew.
+            # `later` is the peak from here on.
             before, tape.peak = tape.peak, tape.live
         if recomputed and operation is recomputed[0]:
             tape.leave(recomputed)
@@ -45,7 +48,7 @@ def footprint(program: Sequence[Operation], recomputed: Sequence[Operation], inp
 
 
 class _Tape:
-    """Named allocations, and the most that was alive at once."""
+    """Allocations by name, and the peak of the bytes that are alive."""
 
     def __init__(self, program: Sequence[Operation], input_size: int) -> None:
         self.sizes = {"input": input_size} | {operation.name: operation.size for operation in program}
@@ -62,7 +65,7 @@ class _Tape:
         self.live -= self.held.pop(name, 0)
 
     def passing(self, size: int) -> None:
-        """Something allocated and gone again."""
+        """Allocate and free `size` bytes."""
         self.peak = max(self.peak, self.live + size)
 
     def run(
@@ -73,8 +76,8 @@ class _Tape:
         entrance: Sequence[Operation] = (),
         end: str | None = None,
     ) -> None:
-        """Forward. What `keeps` save stays, what comes into the stretch `entrance`, and the output `end`."""
-        self.keepers += [name for operation in keeps for name in operation.saves] + _comes_in(entrance)
+        """Run forward; keep tensors saved by `keeps`, the inputs of `entrance`, and the output `end`."""
+        self.keepers += [name for operation in keeps for name in operation.saves] + _inputs_of(entrance)
         for index, operation in enumerate(program):
             self.hold(operation.name, operation.size)
             if operation in keeps:
@@ -85,7 +88,7 @@ class _Tape:
                 self.drop(name)
 
     def backward(self, operation: Operation) -> None:
-        """From the gradient of its output, `d_NAME`, to those of its inputs."""
+        """Replace the gradient of the output, `d_NAME`, by the gradients of the inputs."""
         gradient = f"d_{operation.name}"
         if operation.adds:
             size = self.held[gradient]
@@ -97,25 +100,25 @@ class _Tape:
         for index, name in enumerate(operation.inputs):
             size = operation.gradients[index] if operation.gradients else self.sizes[name]
             if self.held.get(f"d_{name}") and not operation.joins:
-                self.passing(2 * size)  # the term, and the sum, which is a tensor of its own
+                self.passing(2 * size)  # the term, and the sum in a new tensor
             else:
                 self.hold(f"d_{name}", size)
         self.passing(operation.backward_scratch + operation.weight)
         self.drop(gradient)
         self.drop(f"{operation.name}+")
-        self._let_go(operation.saves)
+        self._release(operation.saves)
 
     def leave(self, recomputed: Sequence[Operation]) -> None:
-        """The stretch is done with: nobody runs it again."""
-        self._let_go(_comes_in(recomputed))
+        """Free the inputs of operations that are not recomputed any more."""
+        self._release(_inputs_of(recomputed))
 
-    def _let_go(self, names: Sequence[str]) -> None:
+    def _release(self, names: Sequence[str]) -> None:
         for name in names:
             self.keepers.remove(name)
             if name not in self.keepers:
                 self.drop(name)
 
 
-def _comes_in(stretch: Sequence[Operation]) -> list[str]:
-    inside = {operation.name for operation in stretch}
-    return sorted({name for operation in stretch for name in operation.inputs} - inside)
+def _inputs_of(operations: Sequence[Operation]) -> list[str]:
+    inside = {operation.name for operation in operations}
+    return sorted({name for operation in operations for name in operation.inputs} - inside)

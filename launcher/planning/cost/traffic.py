@@ -1,28 +1,25 @@
-"""What one rank sends in an optimizer step, over each group of ranks, and which link carries it. Pure."""
+"""Collectives of a rank in an optimizer step, by group of ranks, and the link that carries them. Pure."""
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Literal
 
-from launcher.config.layout import Layout
+from launcher.config.layout import GroupName, Layout
 from launcher.config.schema import Dtype, RunConfig
-from launcher.planning.cost.buffers import Tuning
+from launcher.planning.cost.buffers import BufferSizes
 from launcher.planning.cost.geometry import Rank
 from launcher.planning.cost.operations import BYTES, FP32, Collective, Sizes
 from launcher.planning.cost.parts import parts, traffic
 from launcher.planning.cost.zero_states import padded
 
-GroupName = Literal["tensor", "data", "pipeline"]
-GROUPS: tuple[GroupName, ...] = ("tensor", "data", "pipeline")
-TIED_RANKS = 2  # that hold a copy of a tied weight under a pipeline
+TIED_RANKS = 2  # pipeline ranks with a copy of a tied weight
 
 
 @dataclass(frozen=True)
 class GroupShape:
-    """A group of ranks as it lies over the nodes."""
+    """Size of a group of ranks, and its distribution over nodes."""
 
     ranks: int
-    per_node: int  # of its ranks, on one node
+    per_node: int  # ranks of the group on a node
 
     @property
     def is_within_node(self) -> bool:
@@ -30,7 +27,7 @@ class GroupShape:
 
 
 def group_shapes(layout: Layout, ranks_per_node: int) -> dict[GroupName, GroupShape]:
-    """Ranks count tensor fastest, then data, then pipeline (launcher/parallel/mesh.py)."""
+    """Return the shape of each group; ranks count tensor fastest, then data (launcher/parallel/mesh.py)."""
     tensor = _shape(layout.tensor, 1, ranks_per_node)
     data = _shape(layout.data, layout.tensor, ranks_per_node)
     neighbours = _shape(layout.pipeline, layout.tensor * layout.data, ranks_per_node)
@@ -42,36 +39,36 @@ def _shape(ranks: int, stride: int, ranks_per_node: int) -> GroupShape:
 
 
 def tensor_traffic(run: RunConfig, layout: Layout, rank: Rank) -> Counter[Collective]:
-    """Over the tensor group, in a step."""
+    """Return the collectives over the tensor group in a step."""
     if layout.tensor == 1:
         return Counter()
     model = parts(Sizes.of(run, layout.device))
-    of_micro_batch = sum((traffic(model.of(chunk)) for chunk in rank.chunks), Counter[Collective]())
-    return Counter({one: count * layout.accumulation for one, count in of_micro_batch.items()})
+    micro_batch = sum((traffic(model.of(chunk)) for chunk in rank.chunks), Counter[Collective]())
+    return Counter({collective: count * layout.accumulation for collective, count in micro_batch.items()})
 
 
 def pipeline_traffic(run: RunConfig, layout: Layout, rank: Rank) -> Counter[Collective]:
-    """To other stages, in a step: activations on, their gradients back, a tied weight's gradient."""
+    """Return the sends to other stages in a step: activations, their gradients, a tied weight's gradient."""
     sent: Counter[Collective] = Counter()
     if layout.pipeline == 1:
         return sent
     sizes = Sizes.of(run, layout.device)
     activation = Collective("send", sizes.stretch)
     for index, chunk in enumerate(rank.chunks):
-        # DualPipeV turns around on the last rank: between its own two stages nothing is sent.
-        turns = layout.stages_per_rank == 2 and rank.stage == layout.pipeline - 1
-        on, back = not chunk.has_head, not chunk.has_embedding
-        if turns:
-            on, back = on and index == 1, back and index == 0
-        sent[activation] += layout.accumulation * (on + back)
+        # DualPipeV turns around on the last rank, which sends nothing between its two stages.
+        is_turn = layout.stages_per_rank == 2 and rank.stage == layout.pipeline - 1
+        forward, backward = not chunk.has_head, not chunk.has_embedding
+        if is_turn:
+            forward, backward = forward and index == 1, backward and index == 0
+        sent[activation] += layout.accumulation * (forward + backward)
     if tied := tied_traffic(run, layout, rank):
-        # Between two ranks an all-reduce sends as much as it works on.
+        # Between two ranks an all-reduce sends the size of its tensor.
         sent[Collective("send", tied.size)] += 1
     return +sent
 
 
 def tied_traffic(run: RunConfig, layout: Layout, rank: Rank) -> Collective | None:
-    """The gradient of a weight that the first and the last stage share, all-reduced between the two."""
+    """Return the all-reduce of the gradient of a weight that the first and the last stage share."""
     if not rank.copies_tied_weight:
         return None
     sizes = Sizes.of(run, layout.device)
@@ -79,7 +76,7 @@ def tied_traffic(run: RunConfig, layout: Layout, rank: Rank) -> Collective | Non
 
 
 def data_traffic(run: RunConfig, layout: Layout, rank: Rank) -> Counter[Collective]:
-    """Over the data group, in a step: gradients, and weights where they are partitioned."""
+    """Return the collectives over the data group in a step: gradients, and weights that are partitioned."""
     sent: Counter[Collective] = Counter()
     if layout.data == 1:
         return sent
@@ -91,7 +88,7 @@ def data_traffic(run: RunConfig, layout: Layout, rank: Rank) -> Counter[Collecti
     if layout.zero_stage == 3:
         return _zero_3(run, layout, rank)
     if layout.zero_stage == 2:
-        # Reduced in every micro-batch, since no rank has room for what is not its own.
+        # Reduced in every micro-batch, because a rank keeps only its partition.
         sent[Collective("all_reduce", element * total)] += layout.accumulation
     else:
         is_bf16_optimizer = run.precision.dtype is Dtype.bf16 and not run.parallelism.offload_optimizer
@@ -102,25 +99,25 @@ def data_traffic(run: RunConfig, layout: Layout, rank: Rank) -> Counter[Collecti
 
 
 def _zero_3(run: RunConfig, layout: Layout, rank: Rank) -> Counter[Collective]:
-    """Each weight is gathered in the forward pass, and again in the backward pass if it was let go of."""
-    element, data, tuning = BYTES[run.precision.dtype], layout.data, Tuning.of(run)
+    """Gather each weight in the forward pass, and in the backward pass if it was freed between."""
+    element, data, buffers = BYTES[run.precision.dtype], layout.data, BufferSizes.of(run)
     free = [
-        padded(weight.numel, data) for weight in rank.weights if weight.numel >= tuning.persistence_threshold
+        padded(weight.numel, data) for weight in rank.weights if weight.numel >= buffers.persistence_threshold
     ]
-    kept = min(sum(free), tuning.max_live)
-    every = sum(padded(weight.numel, data) for weight in rank.weights)
+    kept = min(sum(free), buffers.max_live)
+    whole = sum(padded(weight.numel, data) for weight in rank.weights)
     sent: Counter[Collective] = Counter()
     # A prefetch takes whole weights until they fill its bucket.
-    at_once = max(tuning.prefetch_bucket, sum(free) // max(1, len(free)))
+    at_once = max(buffers.prefetch_bucket, sum(free) // max(1, len(free)))
     for size in _pieces(2 * sum(free) - kept, at_once):
         sent[Collective("all_gather", element * size)] += layout.accumulation
-    for size in _pieces(every, tuning.reduce_bucket):
+    for size in _pieces(whole, buffers.reduce_bucket):
         sent[Collective("reduce_scatter", element * size)] += layout.accumulation
-    if every > sum(free):
-        sent[Collective("all_gather", element * (every - sum(free)))] += 1
+    if whole > sum(free):
+        sent[Collective("all_gather", element * (whole - sum(free)))] += 1
     return +sent
 
 
 def _pieces(total: int, at_once: int) -> list[int]:
-    whole, rest = divmod(total, at_once)
-    return [at_once] * whole + ([rest] if rest else [])
+    full, rest = divmod(total, at_once)
+    return [at_once] * full + ([rest] if rest else [])

@@ -1,8 +1,8 @@
-"""What DeepSpeed holds of weights, gradients and optimizer states, by stage and precision. Pure.
+"""Bytes of weights, gradients and optimizer states in DeepSpeed, by ZeRO stage and precision. Pure.
 
-Read off DeepSpeed 0.19.8's code and held against its allocations by tests: the published formulas
-(Rajbhandari et al., arXiv 1910.02054) count 16 bytes a parameter, and its own estimators 18, for what is
-another number in every row here. Bytes of one data rank, the one that holds most.
+The sizes are read from DeepSpeed 0.19.8's code, and tests compare them with its allocations. The published
+formulas (Rajbhandari et al., arXiv 1910.02054) count 16 bytes per parameter and DeepSpeed's estimators 18,
+in every stage; the real numbers differ. All sizes are those of the data rank that holds most.
 """
 
 from collections.abc import Iterable
@@ -11,43 +11,43 @@ from functools import cache
 
 from launcher.config.layout import Layout
 from launcher.config.schema import ActivationCheckpointing, Dtype, OptimizerConfig, OptimizerName, RunConfig
-from launcher.planning.cost.buffers import ALL_REDUCE_BUCKET, Tuning
+from launcher.planning.cost.buffers import ALL_REDUCE_BUCKET, BufferSizes
 from launcher.planning.cost.geometry import Rank, block_parameters
 from launcher.planning.cost.operations import BYTES, FP32
 
-MODULE_CALLS = 11  # of a transformer block, itself included
+MODULE_CALLS = 11  # module calls of a transformer block, with the block itself
 
 
 @dataclass(frozen=True)
 class Holdings:
-    """Beside weights, optimizer states and activations, at one moment of a step."""
+    """Gradients and buffers at a moment of a step; weights, optimizer states and activations come on top."""
 
     gradients: int = 0
     communication: int = 0
-    untouched: int = 0  # of communication: the end of a bucket that no gradient reaches
+    untouched: int = 0  # part of `communication`: the end of a bucket that no gradient fills
 
 
 @dataclass(frozen=True)
 class States:
-    """One rank's share of the training state."""
+    """A rank's share of the training state, and its gradients and buffers in each phase of a step."""
 
     weights: int
     optimizer: int
-    host: int  # in the CPU's memory, where that is not the device's own
-    forward: Holdings  # while a micro-batch's forward pass runs
-    backward: Holdings  # while its backward pass begins
-    reduce: Holdings  # at the most, when the last one has ended
-    step: Holdings  # at the most, in the optimizer's step
-    fresh: int = 0  # bytes of gradients that are there when a step begins, with its first micro-batch
-    per_element: int = 0  # bytes of gradient for each element that the backward pass has come past
+    host: int  # in CPU memory, for a rank on a GPU
+    forward: Holdings  # during the forward pass of a micro-batch
+    backward: Holdings  # at the start of its backward pass
+    reduce: Holdings  # peak of the reduction after the last backward pass
+    step: Holdings  # peak of the optimizer step
+    fresh: int = 0  # bytes of gradients that exist in the first micro-batch of a step
+    per_element: int = 0  # bytes of gradient per element that the backward pass has finished
     bucket: int | None = None  # elements after which gradients are reduced within the backward pass
-    reduced: Holdings = Holdings()  # while they are, and from then on
-    gathered: int = 0  # whole weights that ZeRO-3 holds
-    prefetched: int = 0  # and is about to, in the forward pass
+    reduced: Holdings = Holdings()  # during that reduction and after it
+    gathered: int = 0  # bytes of whole weights that ZeRO-3 holds
+    prefetched: int = 0  # bytes of whole weights that ZeRO-3 gathers ahead in the forward pass
 
 
 def states_of(run: RunConfig, layout: Layout, rank: Rank) -> States:
-    """Those of a pipeline rank of a tensor rank."""
+    """Return the training state of a (pipeline, tensor) rank."""
     ledger = _Ledger(run, layout, rank)
     if layout.zero_stage == 0:
         return ledger.zero_0()
@@ -60,14 +60,14 @@ def states_of(run: RunConfig, layout: Layout, rank: Rank) -> States:
 
 
 def state_bytes(optimizer: OptimizerConfig) -> int:
-    """Per element that it steps on, beside the fp32 weight."""
+    """Return the bytes of optimizer states per element, without the fp32 weight."""
     if optimizer.name is OptimizerName.adamw:
         return 2 * FP32
     return FP32 if optimizer.momentum else 0
 
 
 def checkpoint_bytes(run: RunConfig, layout: Layout, rank: Rank) -> int:
-    """Copied to host memory at a save, and there until it is on the disk: this rank's part, in fp32."""
+    """Return the bytes of this rank's fp32 copy in host memory, from a save until it is on the disk."""
     if not run.checkpoint.enabled:
         return 0
     written = -(-rank.parameters_of_its_own // layout.data)
@@ -76,26 +76,28 @@ def checkpoint_bytes(run: RunConfig, layout: Layout, rank: Rank) -> int:
 
 
 class _Ledger:
+    """Sizes of a rank that several stages of ZeRO use."""
+
     def __init__(self, run: RunConfig, layout: Layout, rank: Rank) -> None:
         self.run, self.layout, self.rank = run, layout, rank
-        self.tuning = Tuning.of(run)
+        self.buffers = BufferSizes.of(run)
         self.element = BYTES[run.precision.dtype]
         self.accumulates = layout.accumulation > 1
         data = layout.data
         self.total = rank.parameters
-        # DeepSpeed pads each group to two elements for every rank.
+        # DeepSpeed pads each group to a multiple of two elements per data rank.
         self.flat = sum(padded(sum(group), 2 * data) for group in rank.groups)
         self.share = self.flat // data
         self.largest_share = max(padded(sum(group), 2 * data) // data for group in rank.groups)
-        self.bucket = self.tuning.reduce_bucket
-        self.never_filled = max(0, self.bucket - self.total)  # elements of it
+        self.bucket = self.buffers.reduce_bucket
+        self.never_filled = max(0, self.bucket - self.total)  # elements of the bucket
 
     @property
     def state_bytes(self) -> int:
         return state_bytes(self.run.optimizer)
 
     def zero_0(self) -> States:
-        """torch's optimizer on the weights themselves; gradients all-reduced in copies."""
+        """torch's optimizer steps on the weights; gradients are all-reduced in copies."""
         gradients = FP32 * self.total
         copies = FP32 * min(self.total, ALL_REDUCE_BUCKET)
         return States(
@@ -110,14 +112,14 @@ class _Ledger:
         )
 
     def bf16_optimizer(self) -> States:
-        """DeepSpeed's BF16_Optimizer: gradients whole in fp32, the fp32 weights and states partitioned.
+        """BF16_Optimizer of DeepSpeed: whole gradients in fp32, partitioned fp32 weights and states.
 
-        The weights' own gradients are zeroed once they are added, and stay until the step; they are reduced
-        in a copy, cast to bf16.
+        The bf16 gradients are zeroed after they are added, and stay allocated until the step. The reduction
+        works on a copy that is cast to bf16.
         """
-        summed, own = FP32 * self.flat, self.element * self.total
+        summed, low = FP32 * self.flat, self.element * self.total
         copies = (FP32 + self.element) * min(self.flat, ALL_REDUCE_BUCKET)
-        kept = summed + (own if self.accumulates else 0)
+        kept = summed + (low if self.accumulates else 0)
         return States(
             weights=self.element * self.flat,
             optimizer=(FP32 + self.state_bytes) * self.share,
@@ -126,21 +128,21 @@ class _Ledger:
             backward=Holdings(kept),
             fresh=summed,
             per_element=0 if self.accumulates else self.element,
-            reduce=Holdings(summed + own, copies),
-            step=Holdings(summed + own),
+            reduce=Holdings(summed + low, copies),
+            step=Holdings(summed + low),
         )
 
     def zero_1(self, low: bool) -> States:
-        """Gradients whole, the optimizer's weights and states partitioned.
+        """Whole gradients; partitioned fp32 weights and states.
 
-        In low precision they accumulate in fp32 beside the weights' own, which are freed as they are added.
+        In low precision, gradients accumulate in fp32; those in low precision are freed after they are added.
         """
         gradients, bucket = FP32 * self.total, FP32 * self.bucket
         untouched = FP32 * self.never_filled
-        own = FP32 * self._whole_in_partition()
+        kept = FP32 * self._whole_in_partition()
         reduced = FP32 * max(min(self.total, self.bucket), self.rank.largest_weight)
         copied = reduced if self.layout.data > 1 or low else 0
-        # Under a pipeline, DeepSpeed makes another bucket to reduce through, and goes on with the first.
+        # In a pipeline, DeepSpeed makes a second bucket for the reduction and keeps the first.
         spare = 0 if self.rank.is_flat else self.element * self.bucket
         optimizer, host = self._optimizer()
         return States(
@@ -150,16 +152,16 @@ class _Ledger:
             forward=Holdings(gradients if self.accumulates else 0),
             backward=Holdings(gradients if self.accumulates else 0, bucket, untouched),
             per_element=0 if self.accumulates else FP32,
-            reduce=Holdings(max(gradients - reduced, 0) + own, bucket + copied + spare, untouched + spare),
-            step=Holdings(own + FP32 * self.largest_share),
+            reduce=Holdings(max(gradients - reduced, 0) + kept, bucket + copied + spare, untouched + spare),
+            step=Holdings(kept + FP32 * self.largest_share),
         )
 
     def zero_2(self, low: bool) -> States:
-        """As ZeRO-1, but gradients are reduced as they come, and only a rank's own are kept."""
+        """As ZeRO-1, but gradients are reduced during the backward pass, and a rank keeps its partition."""
         offloads = self.run.parallelism.offload_optimizer
-        own = FP32 * self._whole_in_partition()
-        bucket = self.element * self.bucket * self.tuning.reduce_buffers
-        untouched = self.element * self.never_filled * self.tuning.reduce_buffers
+        partition = FP32 * self._whole_in_partition()
+        bucket = self.element * self.bucket * self.buffers.reduce_buffers
+        untouched = self.element * self.never_filled * self.buffers.reduce_buffers
         copied = self.element * reduced_at_first(self.rank, self.bucket)
         optimizer, host = self._optimizer()
         if low:  # a flat partition in fp32
@@ -167,15 +169,15 @@ class _Ledger:
         elif offloads:  # summed on the host
             kept = arriving = 0
             if self.layout.device == "cpu":
-                optimizer += own if self.accumulates else 0
+                optimizer += partition if self.accumulates else 0
             else:
-                host += own if self.accumulates else 0
+                host += partition if self.accumulates else 0
         else:
-            kept, arriving = own, own * (2 if self.accumulates else 1)
+            kept, arriving = partition, partition * (2 if self.accumulates else 1)
         before = kept if self.accumulates else 0
         reduced = Holdings(arriving, bucket + copied, untouched)
         at_once = self.bucket >= self.total
-        if at_once:  # when the backward pass has ended: first the copy, then what arrives from it
+        if at_once:  # after the backward pass: first the copy, then the gradients reduced in it
             reduced = Holdings(max(before, arriving - copied), bucket + copied, untouched)
         return States(
             weights=self.element * self.flat,
@@ -190,16 +192,16 @@ class _Ledger:
         )
 
     def zero_3(self) -> States:
-        """Weights partitioned too, each over all data ranks, and gathered for a while."""
-        tuning, data = self.tuning, self.layout.data
+        """As ZeRO-2, with each weight partitioned over all data ranks and gathered while it is used."""
+        buffers, data = self.buffers, self.layout.data
         share = sum(-(-weight.numel // data) for weight in self.rank.weights)
         persistent = sum(
-            weight.numel for weight in self.rank.weights if weight.numel < tuning.persistence_threshold
+            weight.numel for weight in self.rank.weights if weight.numel < buffers.persistence_threshold
         )
-        persistent = min(persistent, tuning.model_persistence)
+        persistent = min(persistent, buffers.model_persistence)
         free = self.total - persistent
         gathered = min(free, self._gathered())
-        fetched = min(free, tuning.prefetch_bucket + self.rank.largest_weight)
+        fetched = min(free, buffers.prefetch_bucket + self.rank.largest_weight)
         optimizer = (FP32 + self.state_bytes) * share
         gradients, weights = FP32 * share, self.element * share
         offloads = self.run.parallelism.offload_optimizer
@@ -214,8 +216,8 @@ class _Ledger:
             optimizer, host = optimizer + host, 0
         bucket, untouched = self.element * self.bucket, self.element * self.never_filled
         reduced = self.element * reduced_at_first(self.rank, self.bucket)
-        stepped = 0 if offloads else FP32 * min(share, tuning.sub_group)
-        # Weights that stay whole are gathered when it ends, at once: pieces, and what they make.
+        stepped = 0 if offloads else FP32 * min(share, buffers.sub_group)
+        # Weights that stay whole are gathered together after the step: their pieces and the whole weights.
         regathered = self.element * (persistent + persistent // data)
         return States(
             weights=weights,
@@ -228,24 +230,24 @@ class _Ledger:
             reduce=Holdings(gradients, bucket + reduced, untouched),
             step=Holdings(gradients + stepped, bucket + regathered, untouched),
             gathered=self.element * gathered,
-            prefetched=self.element * fetched if tuning.prefetch_bucket else 0,
+            prefetched=self.element * fetched if buffers.prefetch_bucket else 0,
         )
 
     def _gathered(self) -> int:
-        """Elements of weights that ZeRO-3 holds whole at once.
+        """Return the peak number of elements of weights that ZeRO-3 holds whole.
 
-        Every call of a module, containers included, prefetches another bucket; what is fetched ahead for the
-        backward pass is not let go of in the forward pass. So it runs ahead as far as max_live allows, unless
-        a block is larger than what its modules prefetch.
+        Every call of a module, also of a container, prefetches another bucket, and weights fetched ahead for
+        the backward pass are not freed in the forward pass. The number therefore rises to max_live, unless a
+        block is larger than the buckets that its modules prefetch.
         """
-        tuning, block = self.tuning, block_parameters(self.rank.model, self.rank.tensor)
-        runs_ahead = MODULE_CALLS * tuning.prefetch_bucket >= block
+        buffers, block = self.buffers, block_parameters(self.rank.model, self.rank.tensor)
+        runs_ahead = MODULE_CALLS * buffers.prefetch_bucket >= block
         recomputes = self.run.parallelism.activation_checkpointing is ActivationCheckpointing.full
         least = block if recomputes else self.rank.largest_weight
-        return max(least, tuning.max_live if runs_ahead else tuning.max_reuse // 2)
+        return max(least, buffers.max_live if runs_ahead else buffers.max_reuse // 2)
 
     def _optimizer(self) -> tuple[int, int]:
-        """Bytes on the device and on the host: fp32 weights, states, and under offload their gradient."""
+        """Return bytes on the device and on the host: fp32 weights, states, and with offload the gradient."""
         size = (FP32 + self.state_bytes) * self.share
         if not self.run.parallelism.offload_optimizer:
             return size, 0
@@ -254,12 +256,12 @@ class _Ledger:
         return (device + host, 0) if self.layout.device == "cpu" else (device, host)
 
     def _whole_in_partition(self) -> int:
-        """Elements of all weights that a rank's partition touches, at the most: gradients are kept whole."""
+        """Return the elements of all weights in a rank's partition; gradients are kept whole."""
         return _most_touched(self.rank.groups, self.layout.data)
 
 
 def reduced_at_first(rank: Rank, bucket: int) -> int:
-    """Elements in the first bucket that is reduced: whole gradients, from the last layer on."""
+    """Return the elements of the first bucket that is reduced: whole gradients, from the last layer back."""
     filled = 0
     for weight in reversed(rank.weights):
         if filled + weight.numel > bucket:
@@ -274,13 +276,13 @@ def padded(length: int, multiple: int) -> int:
 
 @cache
 def _most_touched(groups: tuple[tuple[int, ...], ...], data: int) -> int:
-    # The first ranks stand for all: among theirs is the embedding, the largest weight.
-    found = [0] * min(data, 16)
+    # The first ranks are enough: one of them has the embedding, the largest weight.
+    touched = [0] * min(data, 16)
     for group in groups:
         share = padded(sum(group), 2 * data) // data
-        for rank in range(len(found)):
-            found[rank] += _touched(group, rank * share, (rank + 1) * share)
-    return max(found)
+        for rank in range(len(touched)):
+            touched[rank] += _touched(group, rank * share, (rank + 1) * share)
+    return max(touched)
 
 
 def _touched(sizes: Iterable[int], start: int, stop: int) -> int:

@@ -1,23 +1,23 @@
-"""A plan as a picture: memory bars by stage, and the pipeline's timeline or the parts of a step."""
+"""Draw a plan: memory by stage, and the timeline of the pipeline or the parts of a step."""
 
 from pathlib import Path
 from typing import Any
 
 from launcher.config.errors import ConfigError
-from launcher.planning.choose.limits import CLASSES, parts_of, settings_in_words
+from launcher.planning.choose.limits import MEMORY_CLASSES, parts_of, settings_in_words
 from launcher.planning.cost.pipeline_schedule import simulate
 from launcher.planning.cost.plan import Plan
 from launcher.text import count
 
 FORMATS = (".png", ".svg", ".pdf")
 _IN_ORDER = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#bbbbbb")
-COLOURS = dict(zip(CLASSES, _IN_ORDER, strict=True))
+MEMORY_COLOURS = dict(zip(MEMORY_CLASSES, _IN_ORDER, strict=True))
 FORWARD, BACKWARD = "#4c72b0", "#dd8452"
-MOST_BATCHES, MOST_LABELS = 24, 400  # drawn
+MOST_BATCHES, MOST_LABELS = 24, 400  # to draw
 
 
 def check_figure(path: str | None, field: str = "plan.figure") -> None:
-    """Raise ConfigError where no picture could be written to `path`."""
+    """Raise ConfigError if a picture cannot be written to `path`."""
     if path is None:
         return
     target = Path(path).expanduser()
@@ -44,7 +44,7 @@ def draw_plan(plan: Plan, path: Path) -> None:
     _draw_memory(plan, memory)
     if plan.time is None:
         time.axis("off")
-        time.text(0.5, 0.5, "no timeline: the hardware's config does not say how fast it is", ha="center")
+        time.text(0.5, 0.5, "no timeline: the hardware config has no speeds", ha="center")
     elif plan.layout.pipeline > 1:
         _draw_timeline(plan, time)
     else:
@@ -57,10 +57,10 @@ def draw_plan(plan: Plan, path: Path) -> None:
 def _draw_memory(plan: Plan, axes: Any) -> None:
     stages = range(len(plan.stages))
     bottom = [0.0] * len(plan.stages)
-    for name in CLASSES:
+    for name in MEMORY_CLASSES:
         sizes = [getattr(stage.memory, name) / 1e9 for stage in plan.stages]
         if any(sizes):
-            axes.bar(stages, sizes, bottom=bottom, color=COLOURS[name], label=name, width=0.75)
+            axes.bar(stages, sizes, bottom=bottom, color=MEMORY_COLOURS[name], label=name, width=0.75)
         bottom = [low + size for low, size in zip(bottom, sizes, strict=True)]
     if len(plan.stages) <= 32:
         for stage, top in zip(stages, bottom, strict=True):
@@ -90,7 +90,7 @@ def _draw_timeline(plan: Plan, axes: Any) -> None:
     labelled = len(events) <= MOST_LABELS
     for event in events:
         colour = FORWARD if event.forward else BACKWARD
-        # On the way back DualPipeV's stages are drawn paler, to be told from those on the way out.
+        # DualPipeV's stages on the way back are paler than the stages on the way out.
         alpha = 0.6 if event.stage >= layout.pipeline else 1.0
         length = event.end - event.start
         axes.barh(
@@ -104,8 +104,8 @@ def _draw_timeline(plan: Plan, axes: Any) -> None:
     axes.set_yticks([rank for rank in range(layout.pipeline) if layout.pipeline <= 32 or rank % 4 == 0])
     axes.invert_yaxis()
     axes.set_xlim(0, max(event.end for event in events))
-    whole = batches == layout.accumulation
-    shown = f"all {batches}" if whole else f"a step of {batches} instead of {layout.accumulation}"
+    is_whole = batches == layout.accumulation
+    shown = f"all {batches}" if is_whole else f"a step of {batches} instead of {layout.accumulation}"
     axes.set_xlabel(
         f"seconds, {shown} micro-batches; white is the bubble: {plan.bubble:.1%} of the real step"
     )

@@ -1,15 +1,27 @@
-"""A plan for people, as tables, and for machines, as JSON."""
+"""Report a plan as tables and as JSON."""
 
 from dataclasses import asdict
 from itertools import groupby
-from typing import Any
-
-from rich.table import Table
+from typing import TYPE_CHECKING, Any
 
 from launcher.planning.choose.changes import Change
-from launcher.planning.choose.limits import CLASSES, limit, link_of, parts_of, settings_in_words
+from launcher.planning.choose.limits import MEMORY_CLASSES, limit, link_of, parts_of, settings_in_words
 from launcher.planning.cost.plan import Plan, StagePlan
-from launcher.text import DAY, count, duration, in_unit, plain_table, print_table, size, unit_of
+from launcher.text import (
+    DAY,
+    count,
+    duration,
+    four_digits,
+    in_unit,
+    plain_table,
+    print_table,
+    size,
+    unit_of,
+    whole,
+)
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 def print_plan(plan: Plan, changes: list[Change], traced: list[dict[str, Any]] | None = None) -> None:
@@ -31,13 +43,13 @@ def print_plan(plan: Plan, changes: list[Change], traced: list[dict[str, Any]] |
         print(line)
 
 
-def _memory_table(plan: Plan) -> Table:
+def _memory_table(plan: Plan) -> "Table":
     unit = unit_of(max(stage.memory.total for stage in plan.stages))
     table = plain_table(f"Memory of one rank, {unit[1]}")
-    classes = [name for name in CLASSES if any(getattr(stage.memory, name) for stage in plan.stages)]
+    classes = [name for name in MEMORY_CLASSES if any(getattr(stage.memory, name) for stage in plan.stages)]
     for name in ("stage", "blocks", "parameters", *classes, "total", "of", ""):
         table.add_column(name, justify="left" if name in ("stage", "") else "right", no_wrap=True)
-    for first, last, stage in _alike(plan.stages):
+    for first, last, stage in _equal_stages(plan.stages):
         memory = stage.memory
         table.add_row(
             str(first) if first == last else f"{first} to {last}",
@@ -57,41 +69,41 @@ def _verdict(plan: Plan, total: int) -> str:
     return f"[bold red]{size(short)} too much[/]" if short > 0 else "fits"
 
 
-def _alike(stages: tuple[StagePlan, ...]) -> list[tuple[int, int, StagePlan]]:
-    """Runs of stages that print alike, as (first, last, one of them)."""
+def _equal_stages(stages: tuple[StagePlan, ...]) -> list[tuple[int, int, StagePlan]]:
+    """Return runs of consecutive stages that print the same, as (first, last, a stage of the run)."""
 
     def key(numbered: tuple[int, StagePlan]) -> tuple[object, ...]:
         stage = numbered[1]
-        return stage.blocks, stage.parameters, *(size(getattr(stage.memory, one)) for one in CLASSES)
+        return stage.blocks, stage.parameters, *(size(getattr(stage.memory, name)) for name in MEMORY_CLASSES)
 
-    found = []
+    runs = []
     for _, group in groupby(enumerate(stages), key):
         members = list(group)
-        found.append((members[0][0], members[-1][0], members[0][1]))
-    return found
+        runs.append((members[0][0], members[-1][0], members[0][1]))
+    return runs
 
 
-def _traffic_table(plan: Plan) -> Table:
+def _traffic_table(plan: Plan) -> "Table":
     table = plain_table("Sent by one rank in a step")
     for name in ("group", "ranks", "link", "sent", "collectives"):
         table.add_column(name, justify="right" if name in ("ranks", "sent") else "left")
     for name, traffic in plan.traffic.items():
         kinds: dict[str, int] = {}
-        for one, times in traffic.collectives.items():
-            kinds[one.kind] = kinds.get(one.kind, 0) + times
+        for collective, times in traffic.collectives.items():
+            kinds[collective.kind] = kinds.get(collective.kind, 0) + times
         listed = ", ".join(f"{times} {kind}" for kind, times in sorted(kinds.items()))
         table.add_row(name, str(traffic.shape.ranks), link_of(plan, name), size(traffic.sent), listed)
     return table
 
 
-def _time_table(plan: Plan) -> Table:
+def _time_table(plan: Plan) -> "Table":
     table = plain_table("Time of a step")
     for name in ("part", "seconds", "share"):
         table.add_column(name, justify="left" if name == "part" else "right")
     parts = parts_of(plan)
     total = sum(parts.values())
     for name, seconds in [*parts.items(), ("step", total)]:
-        table.add_row(name, f"{seconds:.4g}", f"{seconds / total:.1%}")
+        table.add_row(name, four_digits(seconds), f"{seconds / total:.1%}")
     return table
 
 
@@ -113,17 +125,18 @@ def _speed(plan: Plan) -> list[str]:
     return [f"speed    {', '.join(words)}"]
 
 
-def _trace_table(traced: list[dict[str, Any]]) -> Table:
-    table = plain_table("One micro-batch of a rank: the formulas, and the real modules traced")
+def _trace_table(traced: list[dict[str, Any]]) -> "Table":
+    table = plain_table("One micro-batch of a rank: formulas, and a trace of the real modules")
     for name in ("stage", "quantity", "formula", "traced", "error"):
         table.add_column(name, justify="left" if name == "quantity" else "right")
-    for one in traced:
-        row = str(one["stage"]), one["quantity"], f"{one['formula']:,}", f"{one['traced']:,}"
-        table.add_row(*row, f"{one['error']:+.2%}")
+    for check in traced:
+        row = str(check["stage"]), check["quantity"], whole(check["formula"]), whole(check["traced"])
+        table.add_row(*row, f"{check['error']:+.2%}")
     return table
 
 
 def advice(plan: Plan, changes: list[Change]) -> list[str]:
+    """Return a line for each change, with its time and memory."""
     if not changes:
         nothing = "no single change makes it fit" if not plan.fits else None
         return [f"advice   {nothing}"] if nothing else []
@@ -132,14 +145,14 @@ def advice(plan: Plan, changes: list[Change]) -> list[str]:
         gain = ""
         if plan.time and change.plan.time:
             seconds, faster = change.plan.time.total, plan.time.total / change.plan.time.total - 1
-            gain = f"{seconds:.4g} s a step" + (f", {faster:+.0%} tokens/s" if plan.fits else "")
+            gain = f"{four_digits(seconds)} s a step" + (f", {faster:+.0%} tokens/s" if plan.fits else "")
         peak = max(stage.memory.total for stage in change.plan.stages)
         lines.append(f"{change.settings}: {gain}{', ' if gain else ''}{size(peak)}")
     return [f"{'advice' if index == 0 else '':8} {line}" for index, line in enumerate(lines)]
 
 
 def as_json(plan: Plan, changes: list[Change]) -> dict[str, Any]:
-    """The plan as plain values. Bytes, seconds and FLOPs; null where the hardware does not say enough."""
+    """Return the plan as plain values in bytes, seconds and FLOPs; times are null without known speeds."""
     time, p = plan.time, plan.run.parallelism
     seconds = time.total if time else None
     return {
@@ -174,8 +187,8 @@ def as_json(plan: Plan, changes: list[Change]) -> dict[str, Any]:
                 "ranks": traffic.shape.ranks,
                 "link": link_of(plan, name),
                 "collectives": [
-                    {"kind": one.kind, "size": one.size, "count": times}
-                    for one, times in traffic.collectives.items()
+                    {"kind": collective.kind, "size": collective.size, "count": times}
+                    for collective, times in traffic.collectives.items()
                 ],
             }
             for name, traffic in plan.traffic.items()
@@ -201,7 +214,7 @@ def _stage_json(plan: Plan, index: int, stage: StagePlan) -> dict[str, Any]:
         "parameters": stage.parameters,
         "flops": stage.flops,
         "memory": {
-            **{name: getattr(memory, name) for name in CLASSES},
+            **{name: getattr(memory, name) for name in MEMORY_CLASSES},
             "total": memory.total,
             "budget": plan.budget,
             "host": memory.host,

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: metrics.jsonl always, W&B as configured. Used by one rank."""
+"""Writes a run's metrics: to metrics.jsonl always, to W&B as configured. Only rank 0 uses it."""
 
 import json
 
@@ -13,7 +13,7 @@ class MetricsLog:
     """Appends rows to metrics.jsonl, each flushed, and to the W&B run."""
 
     def __init__(self, run: RunConfig, layout: Layout, directory: RunDir, first_step: int) -> None:
-        """Rows from `first_step` on, of an earlier start, are dropped: those steps are run again."""
+        """Drop rows of an earlier start from `first_step` on: these steps are run again."""
         kept = keep_rows_before(first_step, directory.metrics)
         self._file = directory.metrics.open("a")
         self._wandb: WandbRun | None
@@ -23,7 +23,7 @@ class MetricsLog:
                 self._wandb.log(row)
 
     def write(self, row: Row) -> None:
-        """One row; `step` is the optimizer step it belongs to."""
+        """Write a row; its `step` is the optimizer step."""
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
         if self._wandb is not None:
@@ -35,5 +35,5 @@ class MetricsLog:
             self._wandb.finish(failed=failed)
 
     def where(self) -> str | None:
-        """How to see the W&B run, in one line; None without one."""
+        """Return in one line how to see the W&B run; None without W&B."""
         return None if self._wandb is None else self._wandb.where()

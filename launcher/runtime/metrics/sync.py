@@ -1,4 +1,4 @@
-"""`launcher sync`: a run's offline W&B files to the server, each once and in order."""
+"""Uploads a run's offline W&B files to the server, each once and in order (`launcher sync`)."""
 
 import json
 import subprocess
@@ -15,14 +15,15 @@ from launcher.runtime.metrics.wandb_files import fragments, has_ended
 from launcher.runtime.metrics.wandb_run import has_api_key, log_missing, server_url, why_unreachable
 from launcher.runtime.run_dir import CONFIG, IDENTITY, RunDir
 
-_QUIET = 120.0  # seconds without a byte written, after which a start that did not end was killed
+_QUIET = 120.0  # seconds without a write after which a start counts as killed
 _FOLDER = "offline-run-"
 
 
 def upload(run_dir: Path) -> int:
-    """Upload what is new; the exit code of `wandb sync`. Raises ConfigError without a key or a way there.
+    """Upload new files; return the exit code of `wandb sync`.
 
-    What W&B lost when a start was killed comes from metrics.jsonl.
+    Steps that W&B lost when a start was killed are added from metrics.jsonl. Raises ConfigError without an
+    API key or without a connection to the server.
     """
     if all(is_complete(path, time.time()) for path in offline_fragments(run_dir)):
         complete(run_dir)
@@ -30,17 +31,17 @@ def upload(run_dir: Path) -> int:
     waiting = [path for path in new if not is_complete(path, time.time())]
     for path in waiting:
         print(f"later    {path.parent}: the run is still writing it")
-    # What comes after one that is still written would arrive before it.
+    # A file after an unfinished file must wait too, or its steps would arrive first.
     ready = new[: new.index(waiting[0])] if waiting else new
     if not ready:
         print(f"nothing new in {run_dir}")
         return 0
     if not has_api_key():
         remedy = "`wandb login`, or WANDB_API_KEY in the environment"
-        raise ConfigError("sync", run_dir, "no W&B API key is found here", remedy)
+        raise ConfigError("sync", run_dir, "there is no W&B API key on this machine", remedy)
     server = server_url()
     if why := why_unreachable(server):
-        remedy = "a node with a way to it, WANDB_BASE_URL=URL for another server, or HTTPS_PROXY"
+        remedy = "a node that can reach it, WANDB_BASE_URL=URL for another server, or HTTPS_PROXY"
         raise ConfigError("sync", run_dir, f"the W&B server {server} does not answer: {why}", remedy)
     folders = [str(path.parent) for path in ready]
     return subprocess.run([sys.executable, "-m", "wandb", "sync", "--yes", *folders], check=False).returncode
@@ -51,7 +52,7 @@ def offline_fragments(run_dir: Path) -> list[Path]:
 
 
 def complete(run_dir: Path) -> None:
-    """Give an offline run whose starts have all ended the steps that they lost. Raises ConfigError."""
+    """Add the steps that W&B lost to an offline run that is not training. Raises ConfigError."""
     if not offline_fragments(run_dir):
         return
     run, identity = load_typed(run_dir / CONFIG, RunConfig), json.loads((run_dir / IDENTITY).read_text())
@@ -60,10 +61,10 @@ def complete(run_dir: Path) -> None:
 
 
 def is_synced(fragment: Path) -> bool:
-    """Whether `wandb sync` has left its mark."""
+    """Return whether `wandb sync` has marked the file as uploaded."""
     return fragment.with_name(f"{fragment.name}.synced").exists()
 
 
 def is_complete(fragment: Path, now: float) -> bool:
-    """Whether nothing more will be written: the start ended, or is long silent."""
+    """Return whether the file is complete: its start ended, or has not written for long."""
     return has_ended(fragment) or now - fragment.stat().st_mtime > _QUIET

@@ -1,7 +1,7 @@
-"""One W&B run per run directory, through any number of starts: every step in it once.
+"""The W&B run of a run directory: the same run through any number of starts, with every step once.
 
-Killed, W&B may have lost the last steps that metrics.jsonl has; resumed, a run takes steps again that W&B has
-already. So what W&B has is asked for at each start, missing steps are logged again and known ones are not.
+When a run is killed, W&B may lose steps that metrics.jsonl has; when it resumes, it repeats steps that W&B
+has. So each start asks which steps W&B has, logs missing steps again, and does not log known steps.
 """
 
 import os
@@ -19,22 +19,23 @@ from launcher.runtime.metrics.rows import Row
 from launcher.runtime.metrics.wandb_files import fragments, steps_in
 from launcher.runtime.run_dir import RunDir, config_as_dict
 
-INIT_TIMEOUT = 20.0  # seconds until a W&B server that does not answer is given up
+INIT_TIMEOUT = 20.0  # seconds to wait for a W&B server that does not answer
 
 
 class WandbRun:
     """The W&B run of this start. Rows are logged in the order of their steps.
 
-    W&B's own process may end before the run does: Slurm sends SIGTERM to all processes of a job. Training
-    goes on without it then, and the next start logs what is missing.
+    W&B's process may end before the run: Slurm sends SIGTERM to all processes of a job. Training then
+    continues without W&B, and the next start logs the missing steps.
     """
 
     def __init__(self, started: Any, known: Container[int]) -> None:
+        """`started` is the object that wandb.init returned, `known` the steps that W&B has."""
         self._run, self._known = started, known
         self._lost = False
 
     def log(self, row: Row) -> None:
-        """One row, unless W&B has its step already."""
+        """Log a row, unless W&B has its step already."""
         step = int(row["step"])
         if step not in self._known:
             self._unless_lost(lambda: self._run.log(row, step=step, commit=True))
@@ -47,12 +48,13 @@ class WandbRun:
             return
         try:
             call()
-        except Exception as error:  # of its own, of the socket, of the queue to it
+        except Exception as error:  # wandb's, the socket's or the queue's
             self._lost = True
-            print(f"note     W&B has ended, and metrics.jsonl goes on alone: {error!r}", flush=True)
+            message = "W&B has ended; metrics.jsonl is still written"
+            print(f"note     {message}: {error!r}", flush=True)
 
     def where(self) -> str:
-        """How to see it, in one line."""
+        """Return in one line how to see the run."""
         if self._run.offline:
             files = Path(self._run.dir).parent
             return f"{files} (offline: `wandb leet PATH` shows it here, `launcher sync RUN.DIR` uploads it)"
@@ -60,7 +62,7 @@ class WandbRun:
 
 
 def log_missing(rows: list[Row], run: RunConfig, layout: Layout, directory: RunDir) -> None:
-    """Into an offline start of its own, what no start so far has of these rows."""
+    """Log the rows that no start has, as an offline start."""
     known = {step for fragment in fragments(directory.path) for step in steps_in(fragment)}
     missing = [row for row in rows if int(row["step"]) not in known]
     if missing:
@@ -71,11 +73,11 @@ def log_missing(rows: list[Row], run: RunConfig, layout: Layout, directory: RunD
 
 
 def start_wandb(run: RunConfig, layout: Layout, directory: RunDir) -> tuple[WandbRun | None, list[str]]:
-    """The W&B run, or None where it is disabled, and what to tell the user."""
+    """Return the W&B run, or None if it is disabled, and notes to the user."""
     mode = resolved_mode(run.logging.wandb.mode)
     if mode == "disabled":
         return None, []
-    # Before this start's own is among them.
+    # Read before this start adds a file.
     known = {step for fragment in fragments(directory.path) for step in steps_in(fragment)}
     try:
         started = _init(mode, run, layout, directory)
@@ -83,10 +85,10 @@ def start_wandb(run: RunConfig, layout: Layout, directory: RunDir) -> tuple[Wand
         if mode == "offline":
             raise
         reason = str(error).splitlines()[0]
-        wandb.teardown()  # its service still holds the run's id
+        wandb.teardown()  # the W&B service still holds the run's id
         note = f"W&B is not reachable, logging offline: {reason}"
         return WandbRun(_init("offline", run, layout, directory), known), [note]
-    # A server knows best what has reached it.
+    # A server knows which steps have reached it.
     return WandbRun(started, known if started.offline else range(started.starting_step)), []
 
 
@@ -110,29 +112,29 @@ def _init(mode: str, run: RunConfig, layout: Layout, directory: RunDir) -> Any:
 
 
 def resolved_mode(mode: WandbMode) -> str:
-    """`auto` becomes what WANDB_MODE says, else online where an API key is found, else offline."""
+    """Resolve `auto`: to WANDB_MODE if set, else to online if there is an API key, else to offline."""
     if mode is not WandbMode.auto:
         return mode.name
     return os.environ.get("WANDB_MODE") or ("online" if has_api_key() else "offline")
 
 
 def has_api_key() -> bool:
-    """In WANDB_API_KEY, or where `wandb login` leaves it; the server is not asked."""
+    """Return whether there is a key in WANDB_API_KEY or from `wandb login`. Does not ask the server."""
     if os.environ.get("WANDB_API_KEY"):
-        return True  # at once: W&B takes seconds to say so where it has no way to its server
+        return True  # without asking W&B, which takes seconds if it cannot reach its server
     try:
         return wandb.login(prompt=False, verify=False)
     except wandb.errors.Error:
-        return True  # a malformed one, as W&B says again where it is used
+        return True  # a malformed key, which W&B reports when it is used
 
 
 def server_url() -> str:
-    """As WANDB_BASE_URL says, or what `wandb login --host` wrote, or W&B's own."""
+    """Return WANDB_BASE_URL, or the server of `wandb login --host`, or W&B's default."""
     return os.environ.get("WANDB_BASE_URL") or str(wandb.setup().settings.base_url)
 
 
 def why_unreachable(url: str) -> str | None:
-    """What keeps this machine from the server; None where it answers, be it with an error."""
+    """Return why this machine cannot reach the server; None if it answers, even with an error."""
     try:
         urllib.request.urlopen(url, timeout=INIT_TIMEOUT).close()
     except urllib.error.HTTPError:

@@ -1,4 +1,4 @@
-"""Where a rank's time goes: every call of torch.distributed timed and put down to its group."""
+"""Measure where a rank spends its time: every call of torch.distributed is timed under its group's name."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -11,16 +11,15 @@ TIMED = (
     "all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "all_gather", "send", "recv", "isend",
     "irecv", "batch_isend_irecv", "broadcast",
 )  # fmt: skip
-GroupName = Callable[[Any], str]
 
 
 class Stopwatch:
-    """Seconds since `restart`, by what a rank waited for; `within` puts other calls down to a name."""
+    """Seconds by name since `restart`: waiting for collectives, and calls wrapped by `timed`."""
 
-    def __init__(self, group_name: GroupName) -> None:
+    def __init__(self, group_name: Callable[[dist.ProcessGroup | None], str]) -> None:
         self.seconds: dict[str, float] = {}
         self._group_name = group_name
-        self._inside = 0  # collectives call one another
+        self._depth = 0  # collectives call one another
 
     def restart(self) -> None:
         self.seconds.clear()
@@ -30,20 +29,20 @@ class Stopwatch:
 
     @contextmanager
     def timing_collectives(self) -> Iterator[None]:
-        """Before DeepSpeed is initialised, which keeps some of these functions."""
+        """Time torch.distributed while entered. DeepSpeed copies some functions: enter before its init."""
         originals = {name: getattr(dist, name) for name in TIMED}
         for name, function in originals.items():
-            setattr(dist, name, self._timed(function))
+            setattr(dist, name, self._timed_collective(function))
         try:
             yield
         finally:
             for name, function in originals.items():
                 setattr(dist, name, function)
 
-    def within(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, its time put down to `name`, less that of collectives inside."""
+    def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return `function` with its time counted under `name`, without the collectives inside it."""
 
-        def timed(*args: Any, **kwargs: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
             before = sum(self.seconds.values())
             started = time.perf_counter()
             result = function(*args, **kwargs)
@@ -51,38 +50,36 @@ class Stopwatch:
             self.add(name, elapsed - (sum(self.seconds.values()) - before))
             return result
 
-        return timed
+        return call
 
-    def _timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            if self._inside:
+    def _timed_collective(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if self._depth:
                 return function(*args, **kwargs)
-            self._inside += 1
+            self._depth += 1
             started = time.perf_counter()
             try:
                 result = function(*args, **kwargs)
             finally:
-                self._inside -= 1
-            group = kwargs.get("group") or next(
-                (one for one in args if isinstance(one, dist.ProcessGroup)), None
-            )
-            name = self._group_name(group)
+                self._depth -= 1
+            groups = (argument for argument in args if isinstance(argument, dist.ProcessGroup))
+            name = self._group_name(kwargs.get("group") or next(groups, None))
             self.add(name, time.perf_counter() - started)
-            return _Waited(result, self, name) if isinstance(result, dist.Work) else result
+            return _TimedWork(result, self, name) if isinstance(result, dist.Work) else result
 
-        return timed
+        return call
 
 
-class _Waited:
-    """A handle whose waiting is timed too."""
+class _TimedWork:
+    """The handle of an asynchronous collective; waiting for it is timed too."""
 
-    def __init__(self, work: dist.Work, watch: Stopwatch, name: str) -> None:
-        self._work, self._watch, self._name = work, watch, name
+    def __init__(self, work: dist.Work, stopwatch: Stopwatch, name: str) -> None:
+        self._work, self._stopwatch, self._name = work, stopwatch, name
 
     def wait(self, *args: Any) -> Any:
         started = time.perf_counter()
         result = self._work.wait(*args)
-        self._watch.add(self._name, time.perf_counter() - started)
+        self._stopwatch.add(self._name, time.perf_counter() - started)
         return result
 
     def __getattr__(self, name: str) -> Any:

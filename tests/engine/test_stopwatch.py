@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from launcher.compare.stopwatch import TIMED, Stopwatch
+from launcher.engine.stopwatch import TIMED, Stopwatch
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def slow(*_: Any, **__: Any) -> None:
 @pytest.mark.parametrize("positional", [True, False])
 def test_a_collective_is_put_down_to_its_group(positional: bool, group: dist.ProcessGroup) -> None:
     watch = Stopwatch(lambda one: "here" if one is group else "elsewhere")
-    timed = watch._timed(slow)
+    timed = watch._timed_collective(slow)
     if positional:
         timed(torch.ones(1), dist.ReduceOp.SUM, group)
     else:
@@ -42,8 +42,8 @@ def test_a_collective_is_put_down_to_its_group(positional: bool, group: dist.Pro
 
 def test_collectives_that_call_one_another_count_once() -> None:
     watch = Stopwatch(lambda one: "all")
-    inner = watch._timed(slow)
-    watch._timed(lambda: inner())()
+    inner = watch._timed_collective(slow)
+    watch._timed_collective(lambda: inner())()
     assert 0.02 <= watch.seconds["all"] < 0.04
 
 
@@ -52,9 +52,9 @@ def test_what_runs_within_is_less_its_collectives() -> None:
 
     def step() -> None:
         time.sleep(0.02)
-        watch._timed(slow)()
+        watch._timed_collective(slow)()
 
-    watch.within("optimizer", step)()
+    watch.timed("optimizer", step)()
     assert 0.02 <= watch.seconds["optimizer"] < 0.04
     assert 0.02 <= watch.seconds["data"] < 0.04
 

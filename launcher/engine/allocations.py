@@ -1,0 +1,109 @@
+"""Count the storage of every tensor and every collective of this process.
+
+The resident set size would not do: it includes the interpreter, its libraries and memory that the allocator
+keeps for later.
+"""
+
+import gc
+import warnings
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+CollectiveName = Literal["all_reduce", "all_gather", "reduce_scatter", "send"]
+
+# torch's names of the collectives that the launcher and DeepSpeed call, and the argument that has the size.
+_COLLECTIVES: dict[str, tuple[CollectiveName, int]] = {
+    "c10d.allreduce_.default": ("all_reduce", 0),
+    "c10d._allgather_base_.default": ("all_gather", 0),
+    "c10d._reduce_scatter_base_.default": ("reduce_scatter", 1),
+    "c10d.send.default": ("send", 0),
+}
+
+
+class CollectiveCall(NamedTuple):
+    """A collective over a named process group; `size` is the bytes reduced, gathered, scattered or sent."""
+
+    group: str
+    kind: CollectiveName
+    size: int
+
+
+class Allocations(TorchDispatchMode):
+    """While entered, counts `live` bytes of tensor storages, their `peak`, and calls of `collectives`.
+
+    A storage counts once, however many tensors view it, from the operation that made it until the last
+    reference to it is gone. Tensors made before are counted only after `count` or `count_existing`.
+    `group_name` names the process group of a collective; collectives of a group without a name are ignored.
+    """
+
+    def __init__(self, group_name: Callable[[dist.ProcessGroup], str | None] = lambda group: "") -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live = self.peak = 0
+        self.collectives: Counter[CollectiveCall] = Counter()
+        self._group_name = group_name
+        self._storages: dict[int, tuple[int, Any]] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if (name := str(function)) in _COLLECTIVES:
+            self._count_collective(name, args)
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self.count(leaf)
+        return result
+
+    def count(self, tensor: Tensor) -> None:
+        """Count the tensor's storage from now on, unless it is counted already."""
+        if tensor.is_meta:
+            return
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if not size or key in self._storages:
+            return
+
+        def release(_: Any) -> None:
+            self.live -= self._storages.pop(key)[0]
+
+        self._storages[key] = size, weakref.ref(storage, release)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+    def count_existing(self, excluded: Iterable[Tensor] = ()) -> None:
+        """Count every tensor that this process holds now, without the storages of `excluded`."""
+        left_out = {tensor.untyped_storage()._cdata for tensor in excluded}
+        for tensor in _existing_tensors():
+            if tensor.untyped_storage()._cdata not in left_out:
+                self.count(tensor)
+
+    def restart(self) -> None:
+        """Set the peak to the bytes that are live now, and forget the collectives so far."""
+        self.peak = self.live
+        self.collectives.clear()
+
+    def _count_collective(self, name: str, args: Any) -> None:
+        kind, index = _COLLECTIVES[name]
+        boxed = next(argument for argument in args if isinstance(argument, torch.ScriptObject))
+        group = self._group_name(dist.ProcessGroup.unbox(boxed))
+        if group is not None:
+            tensors = [leaf for leaf in tree_leaves(args[index]) if isinstance(leaf, Tensor)]
+            size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+            self.collectives[CollectiveCall(group, kind, size)] += 1
+
+
+def _existing_tensors() -> Iterator[Tensor]:
+    """Yield every tensor that Python knows of, and gradients, which Python may not know of."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # reading attributes of deprecated objects makes them warn
+        for candidate in gc.get_objects():
+            if issubclass(type(candidate), Tensor):
+                yield candidate
+                if candidate.is_leaf and candidate.grad is not None:
+                    yield candidate.grad

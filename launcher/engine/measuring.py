@@ -1,0 +1,122 @@
+"""Measure a rank: peak memory of its tensors, collectives by group, and seconds by part of a step.
+
+Knows which of DeepSpeed's functions and groups to look at, so that nothing outside the engine has to.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from launcher.config.layout import STEP_PARTS, GroupName
+from launcher.engine.allocations import Allocations, CollectiveCall
+from launcher.engine.base import Engine
+from launcher.engine.stopwatch import Stopwatch
+
+NOISE = 64  # bytes: norms, flags and losses are reduced too
+
+
+class RankMeasurement:
+    """Measures a rank from before its process group is made; `tensors` is entered to count memory and calls.
+
+    The order is: enter `timing_collectives`, join the process group, build the engine, call `name_groups`.
+    """
+
+    def __init__(self) -> None:
+        self._names: dict[str, GroupName] = {}
+        self._stopwatch = Stopwatch(self._group_waited_for)
+        self.tensors = Allocations(lambda group: self._names.get(group.group_name))
+
+    @contextmanager
+    def timing_collectives(self) -> Iterator[None]:
+        with self._stopwatch.timing_collectives():
+            yield
+
+    @contextmanager
+    def timing_optimizer(self, engine: Engine) -> Iterator[None]:
+        """Count the time of DeepSpeed's optimizer step, without its collectives, as `optimizer`."""
+        step = engine.deepspeed._take_model_step
+        engine.deepspeed._take_model_step = self._stopwatch.timed("optimizer", step)
+        try:
+            yield
+        finally:
+            engine.deepspeed._take_model_step = step
+
+    def name_groups(self, engine: Engine) -> None:
+        """Learn which process groups of the built engine are tensor, data and pipeline groups."""
+        self._names = group_names(engine)
+
+    def restart_clock(self) -> None:
+        self._stopwatch.restart()
+
+    def seconds(self, elapsed: float) -> dict[str, float]:
+        """Return `elapsed` seconds since restart_clock by part; computation is the time not waited."""
+        waits = {part: self._stopwatch.seconds.get(part, 0.0) for part in STEP_PARTS if part != "compute"}
+        return {"compute": elapsed - sum(waits.values()), **waits}
+
+    def collectives(self) -> dict[CollectiveCall, int]:
+        """Return how often each collective was called since tensors.restart, very small ones left out."""
+        calls: dict[CollectiveCall, int] = {}
+        for call, times in self.tensors.collectives.items():
+            if call.size > NOISE:
+                # A tied weight's gradient is reduced between two ranks: each sends as much as that is.
+                sent = call._replace(kind="send") if call.group == "pipeline" else call
+                calls[sent] = calls.get(sent, 0) + times
+        return calls
+
+    def _group_waited_for(self, group: dist.ProcessGroup | None) -> GroupName:
+        name = self._names.get(group.group_name) if group is not None else None
+        # Without a group it is the whole world: a pipeline's sends, or a number that all ranks agree on.
+        return name or ("pipeline" if "pipeline" in self._names.values() else "data")
+
+
+class PeakMemory:
+    """Peak bytes of this process's tensors while entered, in `size` after that.
+
+    On CPU every tensor is counted, which slows the steps inside; on a GPU `size` is what torch's allocator
+    reports since the process started.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.size = 0
+        self.excluded: list[Tensor] = []  # tensors that do not count, set before the context is entered
+        self._device = device
+        self._allocations: Allocations | None = None
+
+    def __enter__(self) -> "PeakMemory":
+        if self._device.type == "cpu":
+            self._allocations = Allocations()
+            self._allocations.count_existing(self.excluded)
+            self.excluded = []
+            self._allocations.__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._allocations is None:
+            self.size = torch.cuda.max_memory_allocated(self._device)
+            return
+        self._allocations.__exit__(kind, error, traceback)  # type: ignore[no-untyped-call]
+        self.size = self._allocations.peak
+        self._allocations = None  # holds weak references to every storage
+
+
+def group_names(engine: Engine) -> dict[str, GroupName]:
+    """Return "tensor", "data" or "pipeline" by torch's group name, for our groups and DeepSpeed's."""
+    names: dict[str, GroupName] = {}
+    grid = getattr(engine.deepspeed, "grid", None)
+    if grid is not None:
+        assert dist.group.WORLD is not None
+        names[dist.group.WORLD.group_name] = "pipeline"  # stages send to each other over the world group
+        names[grid.get_data_parallel_group().group_name] = "data"
+        for tied in engine.module.tied_comms.values():  # type: ignore[operator]
+            if len(tied["ranks"]) > 1:  # under DualPipeV both ends are on one rank
+                names[tied["group"].group_name] = "pipeline"
+    tensor, data = engine.mesh.tensor.group, engine.mesh.data.group
+    assert tensor is not None
+    assert data is not None
+    return {**names, tensor.group_name: "tensor", data.group_name: "data"}

@@ -1,0 +1,76 @@
+"""The one all-reduce of a logged step: loss, stop request, save request, memory and step time together."""
+
+import resource
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_RANK_BITS = 24
+_NO_SHARE = -(1 << 62)  # below the bits of any float
+
+
+@dataclass(frozen=True)
+class RankValues:
+    """The values that one rank contributes. All but the loss are reduced to their maximum."""
+
+    loss: Tensor  # this rank's share, still on the device
+    loss_share: tuple[int, int]  # as Engine.loss_share
+    stop_requested: bool = False
+    save_due: bool = False
+    step_seconds: float = 0.0
+    allocated_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class WorldValues:
+    """The values that all ranks know after the all-reduce."""
+
+    loss: float  # of the global batch
+    stop_requested: bool
+    save_due: bool
+    step_seconds: float
+    allocated_bytes: int
+    peak_bytes: int
+    peak_rank: int
+
+
+def exchange(values: RankValues) -> WorldValues:
+    """Reduce every rank's values. Collective over the world: one all-reduce, one read of its result.
+
+    Each share of the loss has a place in the reduced tensor and is sent as its bits: the maximum of floats
+    could drop a NaN. Every rank then adds the shares in the same order.
+    """
+    device, (index, count) = values.loss.device, values.loss_share
+    numbers = [
+        int(values.stop_requested),
+        int(values.save_due),
+        round(1e9 * values.step_seconds),
+        values.allocated_bytes,
+        (peak_memory(device) << _RANK_BITS) + dist.get_rank(),
+    ]
+    packed = torch.tensor([*numbers, *[_NO_SHARE] * count], dtype=torch.int64, device=device)
+    packed[len(numbers) + index] = values.loss.detach().float().view(torch.int32)
+    dist.all_reduce(packed, op=dist.ReduceOp.MAX)
+    stop_requested, save_due, nanoseconds, allocated, peak, *bits = packed.tolist()
+    shares = np.array(bits, np.int32).view(np.float32)
+    return WorldValues(
+        loss=float(shares.sum() / np.float32(count)),
+        stop_requested=bool(stop_requested),
+        save_due=bool(save_due),
+        step_seconds=nanoseconds / 1e9,
+        allocated_bytes=allocated,
+        peak_bytes=peak >> _RANK_BITS,
+        peak_rank=peak & ((1 << _RANK_BITS) - 1),
+    )
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the peak bytes of this process: on CUDA of torch's allocator, on CPU the resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # Linux counts in KiB, macOS in bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

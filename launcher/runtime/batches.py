@@ -1,0 +1,36 @@
+"""The batches of this data rank: its samples of each global batch, in order."""
+
+import numpy as np
+import numpy.typing as npt
+
+from launcher.config.schema import RunConfig
+from launcher.data.loader import Loader
+from launcher.data.sampler import Source, sample_indices
+from launcher.engine.base import Engine, MicroBatches
+
+
+def rank_loader(run: RunConfig, engine: Engine, training: Source) -> Loader:
+    """Return the loader that reads this data rank's batches ahead of the steps."""
+    return Loader(
+        training,
+        lambda consumed: rank_samples(run, engine, consumed),
+        global_batch_size=run.training.global_batch_size,
+        threads=run.data.num_workers,
+        ahead=run.data.prefetch,
+    )
+
+
+def rank_batches(run: RunConfig, engine: Engine, samples: Source, consumed: int) -> MicroBatches:
+    """Return this data rank's micro-batches of the global batch after `consumed` samples."""
+    return map(samples.take, rank_samples(run, engine, consumed))
+
+
+def rank_samples(run: RunConfig, engine: Engine, consumed: int) -> npt.NDArray[np.int64]:
+    """Return this data rank's sample indices (A, B) of the global batch after `consumed` samples."""
+    return sample_indices(
+        samples_consumed=consumed,
+        global_batch_size=run.training.global_batch_size,
+        micro_batch_size=run.training.micro_batch_size,
+        data_rank=engine.mesh.data.rank,
+        data_size=engine.mesh.data.size,
+    )

@@ -1,0 +1,82 @@
+"""Compares the plan with the run: in every row, and once per start in a line for the user."""
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from launcher.config.layout import Layout
+from launcher.config.schema import RunConfig
+from launcher.engine.measuring import PeakMemory
+from launcher.planning.cost.plan import make_plan
+from launcher.runtime.metrics.rows import Row
+from launcher.runtime.step_clock import StepTimes
+from launcher.text import size
+
+# The step whose memory is measured: the first steps make states, and ZeRO-3 learns the order of its weights.
+MEASURED_STEP = 10
+MEMORY_ERROR, TIME_ERROR = 0.05, 0.2  # as docs/planning.md states them
+
+
+class PlanCheck:
+    """Measures one rank beside its plan. Every rank measures the same step of its start."""
+
+    def __init__(self, run: RunConfig, layout: Layout, device: torch.device) -> None:
+        plan = make_plan(run, layout)
+        self.memory = max(stage.memory.allocated for stage in plan.stages)
+        self.seconds = plan.time.total if plan.time else None
+        self._steps = 0
+        self._peak = PeakMemory(device)
+        self._laps: list[float] = []
+        self._row: Row = {"memory/predicted_bytes": self.memory}
+        if self.seconds is not None:
+            self._row["perf/predicted_step_time_s"] = self.seconds
+
+    def measuring(self, pending_copy: Iterable[Tensor]) -> AbstractContextManager[object]:
+        """Return the context of the next step, which measures its peak memory if it is the measured step.
+
+        `pending_copy` holds the tensors of a checkpoint that is being written: they are not the step's.
+        """
+        self._steps += 1
+        if self._steps != MEASURED_STEP:
+            return nullcontext()
+        self._peak.excluded = list(pending_copy)
+        return self._peak
+
+    @property
+    def allocated_bytes(self) -> int:
+        """This rank's peak of the measured step; 0 before that step."""
+        return self._peak.size
+
+    def after(self, times: StepTimes, allocated: int) -> tuple[Row, list[str]]:
+        """Return the plan's columns of a logged row, and lines for the user once memory is measured.
+
+        `allocated` is the maximum of allocated_bytes over the ranks.
+        """
+        if "memory/allocated_bytes" in self._row:
+            return self._row, []
+        self._laps += times.laps
+        if not allocated:
+            return self._row, []
+        self._row["memory/allocated_bytes"] = allocated
+        # Without the first step, which also warms up, and the step that counting tensors slowed down.
+        timed = [lap for step, lap in enumerate(self._laps, 1) if step not in (1, MEASURED_STEP)]
+        return self._row, verdict(self.memory, allocated, self.seconds, median(timed or self._laps))
+
+
+def verdict(memory: int, allocated: int, seconds: float | None, measured: float) -> list[str]:
+    """Return a line for memory and, if a time is predicted, a line for the step time. Pure."""
+    words = f"tensors took {size(allocated)} of a rank, {size(memory)} planned"
+    lines = [_line(words, memory / allocated - 1, MEMORY_ERROR)]
+    if seconds is not None:
+        words = f"a step takes {measured:.3g} s, {seconds:.3g} s planned"
+        lines.append(_line(words, seconds / measured - 1, TIME_ERROR))
+    return lines
+
+
+def _line(words: str, error: float, stated: float) -> str:
+    if abs(error) <= stated:
+        return f"planned  {words} ({error:+.1%})"
+    return f"warning  {words} ({error:+.1%}): more than the {stated:.0%} that docs/planning.md states"

@@ -1,0 +1,113 @@
+"""Where a run starts: at its last checkpoint, with the weights of `checkpoint.init_from`, or fresh."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.checkpoint.load import damaged_file_on_any_rank, load_initial_weights, restore
+from launcher.checkpoint.manifest import DAMAGED, Manifest, UnusableCheckpoint, read_manifest
+from launcher.checkpoint.read import open_weights
+from launcher.checkpoint.resume_choice import check_can_resume, check_same_corpus, fallback_checkpoint
+from launcher.checkpoint.sources import Kind, Weights
+from launcher.config.errors import ConfigError, as_typed
+from launcher.config.schema import RunConfig
+from launcher.data.blend import Segment
+from launcher.data.open import blend_of
+from launcher.engine.base import Engine
+from launcher.engine.optimizer import state_keys
+from launcher.engine.state import set_loss_scaler
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Steps taken and samples consumed so far."""
+
+    step: int = 0  # optimizer steps
+    samples: int = 0  # consumed
+    blends: tuple[Segment, ...] = ()  # the blends so far; the last is in force
+
+    def after(self, global_batch_size: int) -> "Progress":
+        """Return the progress after one more step."""
+        return Progress(self.step + 1, self.samples + global_batch_size, self.blends)
+
+
+@dataclass(frozen=True)
+class Start:
+    """The progress at which this start of a run begins, and the directory of the weights it begins with."""
+
+    progress: Progress
+    source: Path | None = None
+
+    def notes(self) -> list[str]:
+        """Return the lines that tell the user where the run starts."""
+        lines = []
+        blends = self.progress.blends
+        if len(blends) > 1 and blends[-1].start == self.progress.samples:
+            before, now = (as_typed(blend.weights) for blend in blends[-2:])
+            lines.append(
+                f"note     a new blend from sample {blends[-1].start} on: {now} (until then {before})"
+            )
+        if self.source and self.progress.step:
+            lines.append(f"resumed  {self.source}, at step {self.progress.step}")
+        elif self.source:
+            lines.append(f"begun    {self.source}")
+        return lines
+
+
+def start_from(
+    run: RunConfig, engine: Engine, checkpoint: Path | None, initial: Weights | None, corpus: dict[str, str]
+) -> Start:
+    """Restore `checkpoint`, or an older one if that is damaged; without one load the weights `initial`.
+
+    Collective over the world. Raises ConfigError for a checkpoint or weights that cannot be used.
+    """
+    while checkpoint is not None:
+        try:
+            return Start(restored(run, engine, checkpoint, corpus), checkpoint)
+        except UnusableCheckpoint as unusable:
+            checkpoint = fallback_checkpoint(run, unusable)
+    if initial is not None:
+        try:
+            check_intact(initial)
+            load_initial_weights(engine, open_weights(initial))
+        except UnusableCheckpoint as unusable:
+            remedy = "weights that are intact: see `launcher checkpoint check`"
+            raise ConfigError("checkpoint.init_from", initial.path, str(unusable), remedy) from None
+    return Start(Progress(blends=(blend_of(run),)), initial.path if initial else None)
+
+
+def restored(run: RunConfig, engine: Engine, checkpoint: Path, corpus: dict[str, str]) -> Progress:
+    """Restore the engine from `checkpoint`; return the progress saved there. Collective over the world.
+
+    Raises UnusableCheckpoint for a damaged checkpoint, ConfigError for a checkpoint of another run.
+    """
+    manifest = read_manifest(checkpoint)
+    check_can_resume(run, checkpoint, manifest)
+    check_same_corpus(corpus, checkpoint, manifest)
+    check_checksums(checkpoint, manifest)
+    restore(engine, checkpoint, manifest, state_keys(run.optimizer))
+    set_loss_scaler(engine, manifest.scaler)
+    return Progress(manifest.step, manifest.samples, blends_after(run, manifest))
+
+
+def blends_after(run: RunConfig, manifest: Manifest) -> tuple[Segment, ...]:
+    """Return the checkpoint's blends, and the run's blend from the checkpoint on if it is another."""
+    earlier = tuple(Segment(**blend) for blend in manifest.blends)
+    configured = blend_of(run, manifest.samples)
+    if earlier and earlier[-1].weights == configured.weights:
+        return earlier
+    return *(blend for blend in earlier if blend.start < configured.start), configured
+
+
+def check_intact(weights: Weights) -> None:
+    """Raise UnusableCheckpoint if a checksum does not match; only checkpoints have checksums.
+
+    Collective over the world.
+    """
+    if weights.kind is Kind.checkpoint:
+        check_checksums(weights.path, read_manifest(weights.path))
+
+
+def check_checksums(checkpoint: Path, manifest: Manifest) -> None:
+    """Raise UnusableCheckpoint if a file's checksum does not match. Collective over the world."""
+    if name := damaged_file_on_any_rank(checkpoint, manifest):
+        raise UnusableCheckpoint(checkpoint, name, DAMAGED)

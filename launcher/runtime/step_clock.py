@@ -1,0 +1,58 @@
+"""Step time without a synchronisation per step: on a GPU the mean of the steps between two of them."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass
+class StepTimes:
+    """Time of the steps since the last logged step."""
+
+    steps: int = 0
+    seconds: float = 0.0
+    data_wait: float = 0.0  # seconds of `seconds` in which this rank waited for its batches
+    laps: list[float] = field(default_factory=list)  # seconds per step between two synchronisations
+
+    @property
+    def per_step(self) -> float:
+        return self.seconds / self.steps
+
+
+class StepClock:
+    """Measures steps. A GPU still works when a step's call returns: time counts until `synchronise`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.times = StepTimes()
+        self._device = device
+        self._started: float | None = None
+        self._lap_steps = 0
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Measure one step."""
+        if self._started is None:
+            self._started = time.perf_counter()
+        yield
+        self._lap_steps += 1
+        if self._device.type == "cpu":
+            self.synchronise()
+
+    def synchronise(self) -> None:
+        """Wait for the device to finish the steps so far, and count their time."""
+        if self._started is None:
+            return
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        seconds = time.perf_counter() - self._started
+        self.times.steps += self._lap_steps
+        self.times.seconds += seconds
+        self.times.laps.append(seconds / self._lap_steps)
+        self._started, self._lap_steps = None, 0
+
+    def restart(self) -> None:
+        """Begin new times, after a logged step."""
+        self.times = StepTimes()

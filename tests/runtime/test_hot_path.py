@@ -1,0 +1,119 @@
+"""Between logged steps a run neither reads from the device nor communicates; a stop is still noticed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from launcher.checkpoint.manifest import checkpoints_in, read_manifest
+from launcher.runtime.saving import longest_wait, steps_within
+from tests.config.composing import run_of
+from tests.runtime.command import SMALL, environment
+from tests.runtime.test_life_cycle import start, survivors, wait_for_rows
+
+# Counts the all-reduces and host reads of each step by the innermost frame of launcher or DeepSpeed.
+COUNTED = """
+import json, os, sys
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+import launcher.runtime.train as train
+
+OPERATIONS = {"c10d.allreduce_.default": "all_reduce", "aten._local_scalar_dense.default": "read"}
+events, steps = [], [0]
+
+def note(operation):
+    frame = sys._getframe(2)
+    while frame and not {"launcher", "deepspeed"} & set(frame.f_code.co_filename.split(os.sep)):
+        frame = frame.f_back
+    events.append((steps[0], operation, frame.f_code.co_filename if frame else ""))
+
+class Counting(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if str(function) in OPERATIONS:
+            note(OPERATIONS[str(function)])
+        return function(*args, **(kwargs or {}))
+
+right_list, right_step, right_loop = torch.Tensor.tolist, train.optimizer_step, train.training_loop
+
+def tolist(self):
+    note("read")
+    return right_list(self)
+
+def optimizer_step(run, engine, loader, progress):
+    steps[0] = progress.step + 1
+    return right_step(run, engine, loader, progress)
+
+def counted(session, progress):
+    with Counting():
+        step = right_loop(session, progress)
+    with open(f"rank-{session.engine.mesh.rank}.json", "w") as file:
+        json.dump(events, file)
+    return step
+
+torch.Tensor.tolist, train.optimizer_step, train.training_loop = tolist, optimizer_step, counted
+from launcher.__main__ import main
+main()
+"""
+FAST = ["training.steps=20", "training.validation_interval=0", "checkpoint.stop_grace_seconds=600"]
+
+
+def counts_by_step(folder: Path, *arguments: str) -> list[dict[int, Counter[str]]]:
+    """Per rank: the all-reduces and reads of the launcher's code in each of 20 steps."""
+    (folder / "counted.py").write_text(COUNTED)
+    command = [sys.executable, "counted.py", *SMALL, *FAST, "run.dir=r", *arguments]
+    done = subprocess.run(
+        command, cwd=folder, env=environment(), text=True, capture_output=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    ranks = []
+    for rank in range(2):
+        counts: dict[int, Counter[str]] = {step: Counter() for step in range(1, 21)}
+        for step, operation, file in json.loads((folder / f"rank-{rank}.json").read_text()):
+            if "deepspeed" not in file.split(os.sep):
+                counts[step][operation] += 1
+        ranks.append(counts)
+    return ranks
+
+
+@pytest.mark.parametrize("layout", ["parallelism=dp", "parallelism=pp2"])
+def test_nothing_synchronises_between_logged_steps(layout: str, tmp_path: Path) -> None:
+    for counts in counts_by_step(tmp_path, layout, "logging.interval=10"):
+        # The first step is agreed upon too: nothing is known of the time of a step before.
+        assert [step for step in counts if counts[step]] == [1, 10, 20]
+        assert counts[1] == {"all_reduce": 1, "read": 1}
+        assert counts[10] == {"all_reduce": 1, "read": 2}
+
+
+def test_a_logged_step_has_one_all_reduce_and_two_reads(tmp_path: Path) -> None:
+    for counts in counts_by_step(tmp_path, "parallelism=dp", "logging.interval=1"):
+        # The last step validates as well.
+        assert all(counts[step] == {"all_reduce": 1, "read": 2} for step in range(1, 20))
+
+
+def test_a_stop_is_noticed_between_logged_steps(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "launcher", *SMALL, "run.dir=r", "parallelism.data=2"]
+    rare = ["logging.interval=1000000", "training.validation_interval=1000000", "training.steps=10000000"]
+    process = start([*command, *rare, "checkpoint.stop_grace_seconds=20"], tmp_path)
+    wait_for_rows(tmp_path / "r", 1, process)
+    os.killpg(process.pid, signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130, error
+    [saved] = checkpoints_in(tmp_path / "r")
+    assert 1 < read_manifest(saved).step < 1000000
+    assert survivors(tmp_path) == []
+
+
+def test_ranks_agree_often_enough_for_a_stop() -> None:
+    base = ["hardware=cpu", "parallelism=single", "checkpoint.interval_minutes=null"]
+    assert longest_wait(run_of(*base, "checkpoint.stop_grace_seconds=60")) == 15
+    assert longest_wait(run_of(*base, "checkpoint.stop_grace_seconds=null")) == float("inf")
+    assert longest_wait(run_of(*base[:2], "checkpoint.interval_minutes=0.2")) == 3
+    assert steps_within(15, 4.0) == 3
+    assert steps_within(15, 100.0) == 1
+    assert steps_within(15, 0.0) > 1e9
+    assert steps_within(float("inf"), 1.0) == float("inf")
