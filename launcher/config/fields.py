@@ -3,7 +3,6 @@
 import re
 from difflib import get_close_matches
 from enum import Enum
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,6 @@ def groups_of(root: type[Any]) -> list[str]:
     return sorted(path.name for path in directories if path.is_dir() and path.name != "hydra")
 
 
-@cache
 def fields_of(root: type[Any]) -> dict[str, str]:
     """Return the valid values, in words, of every field that a user can set, by dotted name."""
     values: dict[str, str] = {}
