@@ -24,10 +24,10 @@ train: setup  ## Train the example model, then sample from it (RUN=runs/name to 
 	$(BIN)/launcher experiment=stdlib_gpt run.dir=$(RUN)
 	$(BIN)/launcher generate run.dir=$(RUN) 'prompt="def "'
 
-test: setup  ## Run the quick tests
-	$(BIN)/pytest -q -m "not slow"
+test: setup  ## Run the quick tests, two files at a time (minutes on two cores)
+	$(BIN)/pytest -q -m "not slow" --numprocesses=2 --dist=loadfile
 
-test-all: setup  ## Run every test
+test-all: setup  ## Run every test, the slow ones too (within an hour)
 	$(BIN)/pytest -q
 
 check: lint types imports  ## Check style, types and import direction

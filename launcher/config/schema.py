@@ -6,6 +6,7 @@ Enum members are written in lower case because their names are what a user types
 
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cache
 from typing import Any, Optional
 
 from hydra.core.config_store import ConfigStore
@@ -557,6 +558,7 @@ class ExchangeConfig:
     max_file_gb: float = 2.0  # in 1e9 bytes
 
 
+@cache
 def register_schema() -> None:
     """Give Hydra the typed roots that the files of conf/ itself start from.
 

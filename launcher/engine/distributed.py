@@ -23,6 +23,9 @@ def prepare_deepspeed(device: str) -> None:
     # them.
     os.environ.pop("LOCAL_SIZE", None)
     import deepspeed.ops
+
+    # The first engine would import this, and with it torch._inductor: 2 s in every forked rank.
+    import deepspeed.runtime.zero.muon.muon_optimizer
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)

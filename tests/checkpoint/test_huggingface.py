@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -35,10 +33,11 @@ from launcher.config.schema import (
 from launcher.config.world import World
 from launcher.launch.local import run_local_ranks
 from tests.checkpoint.saving import EMPTY
+from tests.forked_commands import environment, light
 from tests.models.small import batch, small
 from tests.models.test_against_transformers import THEIRS, with_all_weights_random, with_weights
 from tests.parity.running import small_run
-from tests.runtime.command import environment, launcher, metrics, trained
+from tests.runtime.command import launcher, metrics, trained
 
 MODELS = {
     "llama": small("llama"),
@@ -390,16 +389,14 @@ def test_a_damaged_checkpoint_is_not_exported(tmp_path: Path) -> None:
 def test_export_needs_neither_deepspeed_nor_a_process_group(
     theirs: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    script = (
+    program = (
         "import sys; from launcher.command_line import run_command as run\n"
         f"assert run(['import', {str(theirs('gpt'))!r}, 'ours']) == 0\n"
         "assert run(['export', 'ours', 'back']) == 0\n"
         "import torch\n"
         "assert 'deepspeed' not in sys.modules and not torch.distributed.is_initialized()\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, env=environment(), capture_output=True, text=True
-    )
+    done = light().run([], cwd=tmp_path, environment=environment(), program=program)
     assert done.returncode == 0, done.stderr
 
 
@@ -420,13 +417,9 @@ def test_a_wrong_command_is_refused_without_torch(
     arguments: list[str], message: str, theirs: Callable[[str], Path], tmp_path: Path
 ) -> None:
     shutil.copytree(theirs("gpt"), tmp_path / "theirs")
-    script = (
-        "import sys; from launcher.command_line import run_command\n"
-        f"assert run_command({arguments!r}) == 2\nassert 'torch' not in sys.modules\n"
-    )
-    command = [sys.executable, "-c", script]
-    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+    command = light().start(arguments, cwd=tmp_path, environment=environment())
+    _, error = command.communicate()
+    assert (command.returncode, command.heavy) == (2, []), error
+    assert message in error
+    assert "Traceback" not in error
     assert not (tmp_path / "to").exists()

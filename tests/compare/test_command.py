@@ -2,12 +2,12 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.forked_commands import heavy
 from tests.runtime.command import SMALL, environment, launcher, metrics
 
 FEW = [
@@ -97,10 +97,8 @@ def test_what_one_rank_cannot_hold_trains_split(tmp_path: Path) -> None:
 def broken(fault: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     layouts = "compare.layouts=[single,tp,dp]"
     arguments = ["compare", *SMALL, *FEW, layouts, "compare.figure=null"]
-    command = [sys.executable, "-c", BROKEN.format(fault=fault), *arguments]
-    return subprocess.run(
-        command, cwd=cwd, env=environment(), text=True, capture_output=True, timeout=120, check=False
-    )
+    program = BROKEN.format(fault=fault)
+    return heavy().run(arguments, cwd=cwd, environment=environment(), program=program)
 
 
 def test_a_layout_that_computes_something_else_is_told_of(tmp_path: Path) -> None:

@@ -1,9 +1,8 @@
-"""The command line itself, in processes of its own: what a wrong one prints, and how little it imports."""
+"""The command line in processes of its own: the messages of wrong commands, and the modules it imports."""
 
-import json
-import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,57 +10,10 @@ import pytest
 import yaml
 
 from launcher.config.fields import config_directory, options_of
+from tests.forked_commands import environment, light
 
-# Imports every command once and forks for each: every one is a fresh process, and quick to start.
-RUN_EACH = """
-import json, os, sys, tempfile, traceback
-from launcher.__main__ import main
-from launcher.command_line import VERBS, entry_point
-
-for verb in VERBS:
-    entry_point(verb)
-
-def run(arguments, environment):
-    os.environ.update(environment)
-    sys.argv = ["launcher", *arguments]
-    try:
-        main()
-    except SystemExit as stop:
-        return stop.code or 0
-    except BaseException:
-        traceback.print_exc()
-        return 1
-    return 0
-
-for arguments, environment in json.load(sys.stdin):
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, tempfile.TemporaryFile() as loaded:
-        if not os.fork():
-            os.dup2(out.fileno(), 1), os.dup2(err.fileno(), 2)
-            code = run(arguments, environment)
-            sys.stdout.flush(), sys.stderr.flush()
-            heavy = sorted({"torch", "deepspeed", "wandb"} & set(sys.modules))
-            os.write(loaded.fileno(), json.dumps(heavy).encode())
-            os._exit(code)
-        code = os.waitstatus_to_exitcode(os.wait()[1])
-        texts = [file.seek(0) or file.read().decode() for file in (out, err, loaded)]
-        print(json.dumps([code, *texts]), flush=True)
-"""
-
-HIDDEN = (
-    "RANK",
-    "WORLD_SIZE",
-    "LOCAL_RANK",
-    "LOCAL_WORLD_SIZE",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-    "HYDRA_FULL_ERROR",
-)
-ENVIRONMENT = {
-    # No GPU is visible: what is refused must not depend on the machine.
-    **{name: value for name, value in os.environ.items() if name not in HIDDEN and "SLURM" not in name},
-    "CUDA_VISIBLE_DEVICES": "",
-    "PYTHONPATH": str(config_directory().parent),
-}
+# No GPU is visible: a refusal must not depend on the machine.
+ENVIRONMENT = environment(CUDA_VISIBLE_DEVICES="", PYTHONPATH=str(config_directory().parent))
 
 
 class Ended(NamedTuple):
@@ -71,16 +23,16 @@ class Ended(NamedTuple):
     heavy: list[str]  # of torch, deepspeed and wandb, those that were imported
 
 
-def launcher(cwd: Path, *commands: list[str], **environment: str) -> list[Ended]:
-    done = subprocess.run(
-        [sys.executable, "-c", RUN_EACH],
-        input=json.dumps([(command, environment) for command in commands]),
-        cwd=cwd, env=ENVIRONMENT, text=True, capture_output=True, timeout=300, check=True,
-    )  # fmt: skip
-    assert done.stderr == ""
-    found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(found) == len(commands)
-    return [Ended(code, out, err, json.loads(heavy)) for code, out, err, heavy in found]
+def launcher(cwd: Path, *commands: list[str], **extra: str) -> list[Ended]:
+    """Run each command to its end, two at a time."""
+
+    def ended(arguments: list[str]) -> Ended:
+        command = light().start(arguments, cwd=cwd, environment=ENVIRONMENT | extra)
+        out, error = command.communicate()
+        return Ended(command.wait(), out, error, command.heavy)
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(ended, commands))
 
 
 def torchrun(rank: int) -> dict[str, str]:
@@ -177,20 +129,24 @@ class TestWrongCommands:
     def test_are_more_than_a_few(self) -> None:
         assert len(WRONG) >= 25
 
-    @pytest.mark.parametrize("command", WRONG)
-    def test_get_one_message_and_exit_code_2(self, command: str, refusals: dict[str, Ended]) -> None:
-        ended = refusals[command]
-        assert ended.err.startswith(f"launcher: {WRONG[command]}")
-        message, nearest = ended.err.splitlines()
-        assert nearest.startswith("  try: ")
-        assert len(nearest) > len("  try: ")
-        assert "HYDRA_FULL_ERROR" not in ended.err
-        assert "Traceback" not in message
-        assert (ended.code, ended.out) == (2, "")
+    def test_get_one_message_and_exit_code_2(
+        self, subtests: pytest.Subtests, refusals: dict[str, Ended]
+    ) -> None:
+        for command in WRONG:
+            with subtests.test(command):
+                ended = refusals[command]
+                assert ended.err.startswith(f"launcher: {WRONG[command]}")
+                message, nearest = ended.err.splitlines()
+                assert nearest.startswith("  try: ")
+                assert len(nearest) > len("  try: ")
+                assert "HYDRA_FULL_ERROR" not in ended.err
+                assert "Traceback" not in message
+                assert (ended.code, ended.out) == (2, "")
 
-    @pytest.mark.parametrize("command", WRONG)
-    def test_import_nothing_heavy(self, command: str, refusals: dict[str, Ended]) -> None:
-        assert refusals[command].heavy == []
+    def test_import_nothing_heavy(self, subtests: pytest.Subtests, refusals: dict[str, Ended]) -> None:
+        for command in WRONG:
+            with subtests.test(command):
+                assert refusals[command].heavy == []
 
     def test_leave_no_run_behind(self, place: Path, refusals: dict[str, Ended]) -> None:
         assert refusals
@@ -269,11 +225,13 @@ class TestLooking:
         assert "parallelism" not in generate.out
         assert "--multirun" in hydra.out
 
-    @pytest.mark.parametrize("experiment", options_of("experiment"))
-    def test_cfg_composes_every_experiment(self, experiment: str, place: Path) -> None:
-        [ended] = launcher(place, ["--cfg", "job", f"experiment={experiment}"])
-        assert (ended.code, ended.err, ended.heavy) == (0, "", [])
-        assert set(yaml.safe_load(ended.out)) >= {"model", "parallelism", "hardware", "training"}
+    def test_cfg_composes_every_experiment(self, subtests: pytest.Subtests, place: Path) -> None:
+        experiments = options_of("experiment")
+        shown = launcher(place, *(["--cfg", "job", f"experiment={name}"] for name in experiments))
+        for experiment, ended in zip(experiments, shown, strict=True):
+            with subtests.test(experiment):
+                assert (ended.code, ended.err, ended.heavy) == (0, "", [])
+                assert set(yaml.safe_load(ended.out)) >= {"model", "parallelism", "hardware", "training"}
 
     def test_cfg_shows_what_is_typed(self, place: Path) -> None:
         [one, other, generate] = launcher(

@@ -27,7 +27,7 @@ from launcher.config.layout import Layout
 from launcher.config.schema import GenerateConfig, RunConfig
 from launcher.config.validate import validate
 from launcher.config.world import Machine, World, world_of_hardware
-from tests.config.composing import FIELDS, Case, alternatives, cases, composed, composed_generate, section_of
+from tests.config.composing import FIELDS, alternatives, cases, composed, composed_generate, section_of
 
 CONF = config_directory()
 OPTIONS = sorted(
@@ -86,33 +86,38 @@ class TestConf:
         assert len(MODELS) >= 6
         assert EXPERIMENTS
 
-    @pytest.mark.parametrize(("group", "option"), OPTIONS)
-    def test_every_option_becomes_a_typed_run(self, group: str, option: str) -> None:
-        run = composed(f"{group}={option}", *BESIDE.get((group, option), []))
-        for name, kind in leaves(run).items():
-            legal = FIELDS[name]
-            typed = {"whole number": int, "number": float, "true | false": bool, "text": str}
-            expected = typed.get(legal.removesuffix(" | null"))
-            assert expected in (None, kind) or (kind is type(None) and legal.endswith("| null")), name
-            assert expected or issubclass(kind, (Enum, list, dict, type(None))), name
+    def test_every_option_becomes_a_typed_run(self, subtests: pytest.Subtests) -> None:
+        for group, option in OPTIONS:
+            with subtests.test(f"{group}={option}"):
+                run = composed(f"{group}={option}", *BESIDE.get((group, option), []))
+                for name, kind in leaves(run).items():
+                    legal = FIELDS[name]
+                    typed = {"whole number": int, "number": float, "true | false": bool, "text": str}
+                    expected = typed.get(legal.removesuffix(" | null"))
+                    assert expected in (None, kind) or (kind is type(None) and legal.endswith("| null")), name
+                    assert expected or issubclass(kind, (Enum, list, dict, type(None))), name
 
-    @pytest.mark.parametrize(("group", "option"), OPTIONS)
-    def test_every_option_has_its_effect(self, group: str, option: str) -> None:
+    def test_every_option_has_its_effect(self, subtests: pytest.Subtests) -> None:
         """What a file says is what the run has: no later file of the defaults list undoes it."""
-        run = composed(f"{group}={option}", *BESIDE.get((group, option), []))
-        said = OmegaConf.to_container(OmegaConf.load(CONF / group / f"{option}.yaml"))
-        assert isinstance(said, dict)
-        said.pop("defaults", None)
-        part = run if group == "experiment" else section_of(run, group)
-        for name, value in flat(said).items():
-            has = section_of(part, name)  # type: ignore[arg-type]
-            assert value == "???" or (has.name if isinstance(has, Enum) else has) == value, name
+        for group, option in OPTIONS:
+            with subtests.test(f"{group}={option}"):
+                run = composed(f"{group}={option}", *BESIDE.get((group, option), []))
+                said = OmegaConf.to_container(OmegaConf.load(CONF / group / f"{option}.yaml"))
+                assert isinstance(said, dict)
+                said.pop("defaults", None)
+                part = run if group == "experiment" else section_of(run, group)
+                for name, value in flat(said).items():
+                    has = section_of(part, name)  # type: ignore[arg-type]
+                    assert value == "???" or (has.name if isinstance(has, Enum) else has) == value, name
 
-    @pytest.mark.parametrize(("group", "option"), OPTIONS)
-    def test_every_option_works_on_hardware_that_suits_it(self, group: str, option: str) -> None:
-        run = composed(f"{group}={option}", *SUITS.get((group, option), []), *BESIDE.get((group, option), []))
-        layout = validated(run)
-        assert layout.world_size >= 1
+    def test_every_option_works_on_hardware_that_suits_it(self, subtests: pytest.Subtests) -> None:
+        for group, option in OPTIONS:
+            with subtests.test(f"{group}={option}"):
+                run = composed(
+                    f"{group}={option}", *SUITS.get((group, option), []), *BESIDE.get((group, option), [])
+                )
+                layout = validated(run)
+                assert layout.world_size >= 1
 
     @pytest.mark.parametrize(
         ("group", "field"), [("precision", "dtype"), ("optimizer", "name"), ("scheduler", "name")]
@@ -144,35 +149,38 @@ class TestConf:
         )
         assert layout == Layout(pipeline, data, tensor, "cuda", 8 // data, zero_stage)
 
-    @pytest.mark.parametrize("experiment", EXPERIMENTS)
-    def test_every_experiment_validates(self, experiment: str) -> None:
-        run = composed(f"experiment={experiment}")
-        layout, p, per_node = validated(run), run.parallelism, run.hardware.accelerators_per_node
-        said = p.tensor * p.pipeline * (p.data or 1)
-        assert layout.world_size == (run.hardware.nodes * per_node if per_node else said)
+    def test_every_experiment_validates(self, subtests: pytest.Subtests) -> None:
+        for experiment in EXPERIMENTS:
+            with subtests.test(experiment):
+                run = composed(f"experiment={experiment}")
+                layout, p, per_node = validated(run), run.parallelism, run.hardware.accelerators_per_node
+                said = p.tensor * p.pipeline * (p.data or 1)
+                assert layout.world_size == (run.hardware.nodes * per_node if per_node else said)
 
-    @pytest.mark.parametrize("model", MODELS)
-    @pytest.mark.parametrize("parallelism", ["zero3", "zero3_offload", "hybrid_3d", "single"])
-    def test_every_model_validates_on_an_accelerator_node(self, model: str, parallelism: str) -> None:
-        node = composed("hardware=h100_80gb", "precision=bf16", "training.global_batch_size=64")
-        run = dataclasses.replace(
-            node,
-            model=composed(f"model={model}").model,
-            data=composed(*BESIDE.get(("model", model), [])).data,
-            parallelism=composed(f"parallelism={parallelism}").parallelism,
-        )
-        if model == "gpt2_xl" and parallelism == "hybrid_3d":
-            with pytest.raises(ConfigError, match="25 attention heads cannot be split 2 ways"):
-                validated(run)
-        else:
-            assert validated(run).device == "cuda"
+    def test_every_model_validates_on_an_accelerator_node(self, subtests: pytest.Subtests) -> None:
+        for parallelism in ["zero3", "zero3_offload", "hybrid_3d", "single"]:
+            for model in MODELS:
+                with subtests.test(f"{parallelism} {model}"):
+                    node = composed("hardware=h100_80gb", "precision=bf16", "training.global_batch_size=64")
+                    run = dataclasses.replace(
+                        node,
+                        model=composed(f"model={model}").model,
+                        data=composed(*BESIDE.get(("model", model), [])).data,
+                        parallelism=composed(f"parallelism={parallelism}").parallelism,
+                    )
+                    if model == "gpt2_xl" and parallelism == "hybrid_3d":
+                        with pytest.raises(ConfigError, match="25 attention heads cannot be split 2 ways"):
+                            validated(run)
+                    else:
+                        assert validated(run).device == "cuda"
 
-    @pytest.mark.parametrize(("group", "option"), OPTIONS)
-    def test_survives_being_written_and_read(self, group: str, option: str, tmp_path: Path) -> None:
-        run = composed(f"{group}={option}", *BESIDE.get((group, option), []))
-        path = tmp_path / "config.yaml"
-        path.write_text(OmegaConf.to_yaml(OmegaConf.structured(run)))
-        assert load_typed(path, RunConfig) == run
+    def test_survives_being_written_and_read(self, subtests: pytest.Subtests, tmp_path: Path) -> None:
+        for group, option in OPTIONS:
+            with subtests.test(f"{group}={option}"):
+                run = composed(f"{group}={option}", *BESIDE.get((group, option), []))
+                path = tmp_path / "config.yaml"
+                path.write_text(OmegaConf.to_yaml(OmegaConf.structured(run)))
+                assert load_typed(path, RunConfig) == run
 
     def test_survives_with_every_kind_of_value(self, tmp_path: Path) -> None:
         run = composed(
@@ -220,14 +228,16 @@ each_case = pytest.mark.parametrize("case", NOT_COMPOSED, ids=lambda case: case.
 
 
 class TestNotComposed:
-    @each_case
-    def test_says_field_value_why_and_the_nearest_that_works(self, case: Case) -> None:
-        assert str(refused(case.command)) == case.text
+    def test_says_field_value_why_and_the_nearest_that_works(self, subtests: pytest.Subtests) -> None:
+        for case in NOT_COMPOSED:
+            with subtests.test(case.command):
+                assert str(refused(case.command)) == case.text
 
-    @each_case
-    def test_what_it_says_to_type_composes(self, case: Case) -> None:
-        for offer in alternatives(refused(case.command)):
-            assert composed(*offer)
+    def test_what_it_says_to_type_composes(self, subtests: pytest.Subtests) -> None:
+        for case in NOT_COMPOSED:
+            with subtests.test(case.command):
+                for offer in alternatives(refused(case.command)):
+                    assert composed(*offer)
 
     def test_nothing_typed_between_quotes(self) -> None:
         assert str(refused("")).startswith("'': a setting needs a name, = and a value")
@@ -404,15 +414,16 @@ class TestFields:
         ]  # fmt: skip
         assert options_of("..") == options_of("") == options_of("xyzzy") == []
 
-    @pytest.mark.parametrize(
-        "field", [field for field in sorted(FIELDS) if len(field.rpartition(".")[2]) > 3]
-    )
-    def test_a_field_with_two_letters_swapped_is_recognised(self, field: str) -> None:
-        section, dot, leaf = field.rpartition(".")
-        middle = next(i for i in range(len(leaf) // 2, 0, -1) if leaf[i] != leaf[i - 1])
-        swapped = leaf[: middle - 1] + leaf[middle] + leaf[middle - 1] + leaf[middle + 1 :]
-        assert field in closest_fields(f"{section}{dot}{swapped}", RunConfig)
-        assert leaf in {name.rpartition(".")[2] for name in closest_fields(f"modle{dot}{swapped}", RunConfig)}
+    def test_a_field_with_two_letters_swapped_is_recognised(self, subtests: pytest.Subtests) -> None:
+        for field in [field for field in sorted(FIELDS) if len(field.rpartition(".")[2]) > 3]:
+            with subtests.test(field):
+                section, dot, leaf = field.rpartition(".")
+                middle = next(i for i in range(len(leaf) // 2, 0, -1) if leaf[i] != leaf[i - 1])
+                swapped = leaf[: middle - 1] + leaf[middle] + leaf[middle - 1] + leaf[middle + 1 :]
+                assert field in closest_fields(f"{section}{dot}{swapped}", RunConfig)
+                assert leaf in {
+                    name.rpartition(".")[2] for name in closest_fields(f"modle{dot}{swapped}", RunConfig)
+                }
 
 
 def test_a_value_missing_is_refused_by_name() -> None:

@@ -115,25 +115,29 @@ class TestTable:
         # Whether the recorder can tell.
         assert not asked & {"overlap_comm", "steps_per_pint"}
 
-    @pytest.mark.parametrize("section", sorted(SECTIONS.keys() - MODELS))
-    def test_every_key_of_a_plain_section_is_read(self, section: str) -> None:
-        _, asked = read_by_deepspeed()
-        assert asked[section]
-        assert set(SECTIONS[section]) <= asked[section]
+    def test_every_key_of_a_plain_section_is_read(self, subtests: pytest.Subtests) -> None:
+        for section in sorted(SECTIONS.keys() - MODELS):
+            with subtests.test(section):
+                _, asked = read_by_deepspeed()
+                assert asked[section]
+                assert set(SECTIONS[section]) <= asked[section]
 
-    @pytest.mark.parametrize("section", sorted(MODELS))
-    def test_every_key_of_a_modelled_section_is_one_of_the_model(self, section: str) -> None:
-        assert set(SECTIONS[section]) - keys_of(MODELS[section]) == set()
+    def test_every_key_of_a_modelled_section_is_one_of_the_model(self, subtests: pytest.Subtests) -> None:
+        for section in sorted(MODELS):
+            with subtests.test(section):
+                assert set(SECTIONS[section]) - keys_of(MODELS[section]) == set()
 
-    @pytest.mark.parametrize("section", sorted(MODELS))
-    def test_nothing_of_a_modelled_section_is_forgotten(self, section: str) -> None:
-        listed = [*SECTIONS[section], *ours_in(section), *left_out(section)]
-        named_below = {key for key in listed if "." in key}
-        assert sorted(set(listed) - named_below) == sorted(keys_of(MODELS[section]))
+    def test_nothing_of_a_modelled_section_is_forgotten(self, subtests: pytest.Subtests) -> None:
+        for section in sorted(MODELS):
+            with subtests.test(section):
+                listed = [*SECTIONS[section], *ours_in(section), *left_out(section)]
+                named_below = {key for key in listed if "." in key}
+                assert sorted(set(listed) - named_below) == sorted(keys_of(MODELS[section]))
 
-    @pytest.mark.parametrize("section", sorted(SECTIONS))
-    def test_a_key_is_allowed_or_ours_or_left_out(self, section: str) -> None:
-        assert not set(SECTIONS[section]) & (ours_in(section) | left_out(section))
+    def test_a_key_is_allowed_or_ours_or_left_out(self, subtests: pytest.Subtests) -> None:
+        for section in sorted(SECTIONS):
+            with subtests.test(section):
+                assert not set(SECTIONS[section]) & (ours_in(section) | left_out(section))
 
     def test_what_is_deprecated_is_left_out(self) -> None:
         for section, model in MODELS.items():
@@ -194,22 +198,22 @@ def example(path: str) -> Any:
 VALUES: list[Any] = [True, 0, 1, 7, -1, 0.5, 1.5, 5e8, "banana", "fp32", ["all_reduce"], None]
 
 
-@pytest.mark.parametrize(
-    "path", [f"{s}.{key}" for s in MODELS for key in SECTIONS[s] if f"{s}.{key}" not in SECTIONS]
-)
-def test_deepspeed_takes_the_values_that_pass_and_none_that_it_refuses_passes(path: str) -> None:
-    section, _, key = path.rpartition(".")
-    passed = [value for value in VALUES if kind_of(path).holds(value)]
-    assert kind_of(path).holds(example(path))
-    assert len(passed) < len(VALUES)
-    for value in [*passed, example(path)]:
-        MODELS[section](**{key: value})
+def test_deepspeed_takes_the_values_that_pass_and_none_that_it_refuses_passes(
+    subtests: pytest.Subtests,
+) -> None:
+    for path in [f"{s}.{key}" for s in MODELS for key in SECTIONS[s] if f"{s}.{key}" not in SECTIONS]:
+        with subtests.test(path):
+            section, _, key = path.rpartition(".")
+            passed = [value for value in VALUES if kind_of(path).holds(value)]
+            assert kind_of(path).holds(example(path))
+            assert len(passed) < len(VALUES)
+            for value in [*passed, example(path)]:
+                MODELS[section](**{key: value})
 
 
 class TestCheck:
-    @pytest.mark.parametrize(
-        ("path", "value", "why"),
-        [
+    def test_refuses_a_value_that_deepspeed_would(self, subtests: pytest.Subtests) -> None:
+        for path, value, why in [
             ("zero_optimization.overlap_comm", "banana", "must be true or false"),
             ("zero_optimization.reduce_bucket_size", -5, "must be a whole number, 1 or more"),
             ("zero_optimization.reduce_bucket_size", "5e8x", "must be a whole number, 1 or more"),
@@ -217,45 +221,46 @@ class TestCheck:
             ("communication_data_type", "fp8", "must be fp32, bf16 or fp16"),
             ("data_types.grad_accum_dtype", None, "must be fp32, bf16 or fp16"),
             ("gradient_predivide_factor", float("nan"), "must be a number, 0 or more"),
-        ],
-    )
-    def test_refuses_a_value_that_deepspeed_would(self, path: str, value: Any, why: str) -> None:
-        error = refused(nested(path, value))
-        assert (error.field, error.why) == (f"deepspeed.{path}", why)
-        assert error.remedy == f"deepspeed.{path}={kind_of(path).example}"
+        ]:
+            with subtests.test(f"{path} {value} {why}"):
+                error = refused(nested(path, value))
+                assert (error.field, error.why) == (f"deepspeed.{path}", why)
+                assert error.remedy == f"deepspeed.{path}={kind_of(path).example}"
 
-    @pytest.mark.parametrize("path", [path for path in EVERY_KEY if path not in SECTIONS])
-    def test_accepts_every_key_and_refuses_it_misspelt(self, path: str) -> None:
-        check_passthrough(nested(path, example(path)))
-        section, _, key = path.rpartition(".")
-        misspelt = f"{section}.{key[:-1]}" if section else key[:-1]
-        error = refused(nested(misspelt, True))
-        assert (error.field, error.value) == (f"deepspeed.{misspelt}", "true")
-        assert error.why == "this is no key of DeepSpeed that a run may set"
-        assert f"deepspeed.{path}=true" in error.remedy.split(" or ")
+    def test_accepts_every_key_and_refuses_it_misspelt(self, subtests: pytest.Subtests) -> None:
+        for path in [path for path in EVERY_KEY if path not in SECTIONS]:
+            with subtests.test(path):
+                check_passthrough(nested(path, example(path)))
+                section, _, key = path.rpartition(".")
+                misspelt = f"{section}.{key[:-1]}" if section else key[:-1]
+                error = refused(nested(misspelt, True))
+                assert (error.field, error.value) == (f"deepspeed.{misspelt}", "true")
+                assert error.why == "this is no key of DeepSpeed that a run may set"
+                assert f"deepspeed.{path}=true" in error.remedy.split(" or ")
 
-    @pytest.mark.parametrize("path", sorted(OURS))
-    def test_refuses_what_a_field_of_ours_sets(self, path: str) -> None:
-        error = refused(nested(path, 5))
-        assert str(error) == (
-            f"deepspeed.{path}=5: the launcher sets this key itself\n  try: {OURS[path].format(5)}"
-        )
+    def test_refuses_what_a_field_of_ours_sets(self, subtests: pytest.Subtests) -> None:
+        for path in sorted(OURS):
+            with subtests.test(path):
+                error = refused(nested(path, 5))
+                assert str(error) == (
+                    f"deepspeed.{path}=5: the launcher sets this key itself\n  try: {OURS[path].format(5)}"
+                )
 
-    @pytest.mark.parametrize(
-        "path", [f"{section}.{key}" for section in LEFT_OUT for key in sorted(left_out(section))]
-    )
-    def test_refuses_what_is_left_out(self, path: str) -> None:
-        assert refused(nested(path, True)).field == f"deepspeed.{path}"
+    def test_refuses_what_is_left_out(self, subtests: pytest.Subtests) -> None:
+        for path in [f"{section}.{key}" for section in LEFT_OUT for key in sorted(left_out(section))]:
+            with subtests.test(path):
+                assert refused(nested(path, True)).field == f"deepspeed.{path}"
 
-    @pytest.mark.parametrize("section", sorted(SECTIONS))
-    @pytest.mark.parametrize("value", [True, 3, "on", None, [1]])
-    def test_refuses_a_value_for_a_section(self, section: str, value: object) -> None:
-        error = refused(nested(section, value))
-        assert (error.field, error.why) == (
-            f"deepspeed.{section}",
-            "this key is a section, which has no value itself",
-        )
-        assert error.remedy == f"deepspeed.{section}.{next(iter(SECTIONS[section]))}=VALUE"
+    def test_refuses_a_value_for_a_section(self, subtests: pytest.Subtests) -> None:
+        for value in [True, 3, "on", None, [1]]:
+            for section in sorted(SECTIONS):
+                with subtests.test(f"{value} {section}"):
+                    error = refused(nested(section, value))
+                    assert (error.field, error.why) == (
+                        f"deepspeed.{section}",
+                        "this key is a section, which has no value itself",
+                    )
+                    assert error.remedy == f"deepspeed.{section}.{next(iter(SECTIONS[section]))}=VALUE"
 
     def test_lists_the_keys_where_none_is_close(self) -> None:
         error = refused({"data_types": {"xyzzy": 1}})

@@ -1,6 +1,5 @@
 """Composing and refusing is quick because it imports neither torch nor deepspeed; imports go one way."""
 
-import json
 import pkgutil
 import subprocess
 import sys
@@ -10,30 +9,31 @@ import pytest
 
 import launcher.commands
 import launcher.config
+from tests.forked_commands import CommandServer, environment
 
 ROOT = Path(__file__).parents[2]
-HEAVY = {"torch", "deepspeed", "wandb", "transformers"}
 
 
-@pytest.mark.parametrize(
-    "module",
-    [
-        "launcher.__main__",
-        "launcher.command_line",
-        "launcher.launch.local",
-        "launcher.data.sampler",
-        *(f"launcher.commands.{module.name}" for module in pkgutil.iter_modules(launcher.commands.__path__)),
-        *(f"launcher.config.{module.name}" for module in pkgutil.iter_modules(launcher.config.__path__)),
-    ],
-)
-def test_imports_nothing_heavy(module: str) -> None:
-    code = (
-        f"import json, sys, {module}; print(json.dumps(sorted({{n.partition('.')[0] for n in sys.modules}})))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, check=True)
-    loaded = set(json.loads(done.stdout))
-    assert "launcher" in loaded
-    assert loaded & HEAVY == set()
+MODULES = [
+    "launcher.__main__",
+    "launcher.command_line",
+    "launcher.launch.local",
+    "launcher.data.sampler",
+    *(f"launcher.commands.{module.name}" for module in pkgutil.iter_modules(launcher.commands.__path__)),
+    *(f"launcher.config.{module.name}" for module in pkgutil.iter_modules(launcher.config.__path__)),
+]
+
+
+def test_imports_nothing_heavy(subtests: pytest.Subtests) -> None:
+    server = CommandServer(modules=())
+    for module in MODULES:
+        with subtests.test(module):
+            program = server.start([], cwd=ROOT, environment=environment(), program=f"import {module}")
+            assert program.wait() == 0, program.error()
+            assert program.heavy == []
+    torch = server.start([], cwd=ROOT, environment=environment(), program="import torch")
+    assert torch.wait() == 0
+    assert torch.heavy == ["torch"], "the server must tell"
 
 
 def test_import_contracts_hold() -> None:

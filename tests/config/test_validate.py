@@ -112,25 +112,27 @@ def refused(refusal: Case) -> ConfigError:
 
 
 class TestMessages:
-    @each_refusal
-    def test_says_field_value_why_and_the_nearest_that_works(self, refusal: Case) -> None:
-        error = refused(refusal)
-        assert str(error) == refusal.text
-        assert refusal.text.startswith(error.field)
-        known = {*FIELDS, *GENERATE_FIELDS, *PREPARE_FIELDS, *CALIBRATE_FIELDS, *COMPARE_FIELDS}
-        assert error.field in known or error.field.startswith(("deepspeed.", "slurm.environment."))
+    def test_says_field_value_why_and_the_nearest_that_works(self, subtests: pytest.Subtests) -> None:
+        for refusal in REFUSALS:
+            with subtests.test(refusal.command):
+                error = refused(refusal)
+                assert str(error) == refusal.text
+                assert refusal.text.startswith(error.field)
+                known = {*FIELDS, *GENERATE_FIELDS, *PREPARE_FIELDS, *CALIBRATE_FIELDS, *COMPARE_FIELDS}
+                assert error.field in known or error.field.startswith(("deepspeed.", "slurm.environment."))
 
-    @each_refusal
-    def test_what_it_says_to_type_is_accepted(self, refusal: Case) -> None:
-        error = refused(refusal)
-        offers = alternatives(error)
-        assert bool(offers) != (refusal.command in IN_WORDS_ONLY)
-        overrides = typed(refusal)
-        if "the launcher sets" in error.why or "no key" in error.why:
-            replaced = ("deepspeed.", "slurm.sbatch=", "slurm.srun=")
-            overrides = [word for word in overrides if not word.startswith(replaced)]
-        for offer in offers:
-            assert check(refusal, [*overrides, *offer])
+    def test_what_it_says_to_type_is_accepted(self, subtests: pytest.Subtests) -> None:
+        for refusal in REFUSALS:
+            with subtests.test(refusal.command):
+                error = refused(refusal)
+                offers = alternatives(error)
+                assert bool(offers) != (refusal.command in IN_WORDS_ONLY)
+                overrides = typed(refusal)
+                if "the launcher sets" in error.why or "no key" in error.why:
+                    replaced = ("deepspeed.", "slurm.sbatch=", "slurm.srun=")
+                    overrides = [word for word in overrides if not word.startswith(replaced)]
+                for offer in offers:
+                    assert check(refusal, [*overrides, *offer])
 
     @pytest.mark.parametrize("module", [validate, layout, world, numbers, deepspeed_keys, slurm_rules])
     def test_every_raise_has_a_case(self, module: ModuleType) -> None:

@@ -5,8 +5,6 @@ import json
 import os
 import resource
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +27,7 @@ from launcher.data.reading import format_of
 from launcher.data.token_file import bin_path, index_path, open_token_file
 from launcher.data.tokenizer import Bytes, HuggingFace, pieces, write_byte_tokenizer
 from tests.config.test_cli import ENVIRONMENT
-from tests.runtime.command import AS_USUAL
+from tests.forked_commands import Command, light
 
 TEXTS = ["Ein Satz.\n", "naïve café — 漢字 🙂", "x", 'quotes " and \\ and \ttabs\n\n', "zwei\nZeilen"]
 
@@ -494,21 +492,9 @@ class TestSameResult:
         assert texts_in(tmp_path / "out") == ["other"]
 
 
-def launched(*arguments: str, cwd: Path, largest_file: int | None = None) -> "subprocess.Popen[str]":
-    def limit() -> None:
-        if largest_file is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
-
-    command = [*AS_USUAL, sys.executable, "-m", "launcher", "prepare", *arguments]
-    return subprocess.Popen(
-        command,
-        cwd=cwd,
-        env=ENVIRONMENT,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        preexec_fn=limit,
-    )
+def launched(*arguments: str, cwd: Path, largest_file: int | None = None) -> Command:
+    command = ["prepare", *arguments]
+    return light().start(command, cwd=cwd, environment=ENVIRONMENT, largest_file=largest_file)
 
 
 def wait_until(holds: Callable[[], bool]) -> None:

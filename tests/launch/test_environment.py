@@ -123,15 +123,16 @@ BROKEN = [
 ]
 
 
-@pytest.mark.parametrize(("base", "name", "value"), BROKEN)
-def test_refusal_names_the_invalid_variable(base: dict[str, str], name: str, value: str | None) -> None:
-    environ = without(base, name) if value is None else base | {name: value}
-    with pytest.raises(ConfigError) as refused:
-        joined_ranks(environ)
-    assert refused.value.field == name
-    assert refused.value.value is None if value is None else str(refused.value.value) == value
-    assert refused.value.why
-    assert refused.value.remedy
+def test_refusal_names_the_invalid_variable(subtests: pytest.Subtests) -> None:
+    for base, name, value in BROKEN:
+        with subtests.test(f"{name}={value}"):
+            environ = without(base, name) if value is None else base | {name: value}
+            with pytest.raises(ConfigError) as refused:
+                joined_ranks(environ)
+            assert refused.value.field == name
+            assert refused.value.value is None if value is None else str(refused.value.value) == value
+            assert refused.value.why
+            assert refused.value.remedy
 
 
 def test_refuses_a_step_without_task_count() -> None:
@@ -173,9 +174,8 @@ def test_ports_are_between_20000_and_39999(job: int, step: int) -> None:
     assert 20000 <= joined.master_port <= 39999
 
 
-@pytest.mark.parametrize(
-    ("hosts", "expanded"),
-    [
+def test_expand_hosts(subtests: pytest.Subtests) -> None:
+    for hosts, expanded in [
         ("node1", "node1"),
         ("gpu-01.cluster.example", "gpu-01.cluster.example"),
         ("a,b,c", "a b c"),
@@ -191,28 +191,31 @@ def test_ports_are_between_20000_and_39999(job: int, step: int) -> None:
         ("n[1-2]-ib", "n1-ib n2-ib"),
         ("[1-2]", "1 2"),
         ("gpu1,node[1-2],gpu2", "gpu1 node1 node2 gpu2"),
-    ],
-)
-def test_expand_hosts(hosts: str, expanded: str) -> None:
-    assert expand_hosts(hosts) == expanded.split()
+    ]:
+        with subtests.test(hosts):
+            assert expand_hosts(hosts) == expanded.split()
 
 
-@pytest.mark.parametrize("hosts", ["", ",", "a,", ",a", "a,,b", "a b"])
-@pytest.mark.parametrize("beside", ["", "n[1-2],"])
-def test_refuses_empty_host_names_and_spaces(hosts: str, beside: str) -> None:
-    with pytest.raises(ValueError, match="is not a host name"):
-        expand_hosts(beside + hosts)
+def test_refuses_empty_host_names_and_spaces(subtests: pytest.Subtests) -> None:
+    for beside in ["", "n[1-2],"]:
+        for hosts in ["", ",", "a,", ",a", "a,,b", "a b"]:
+            with (
+                subtests.test(repr(beside + hosts)),
+                pytest.raises(ValueError, match="is not a host name"),
+            ):
+                expand_hosts(beside + hosts)
 
 
 INVALID_RANGES = ["a", "1-", "-1", "1,", ",1", "1-2-3", "1 2", " ", "3-1", "0x1", "²"]
 
 
-@pytest.mark.parametrize(
-    "hosts", ["n[", "n]", "n[]", "n[1", "n1]", "n[[1]]", *(f"n[{x}]" for x in INVALID_RANGES)]
-)
-def test_refuses_malformed_brackets(hosts: str) -> None:
-    with pytest.raises(ValueError, match=r"is not a host name|neither a number nor a range|backwards"):
-        expand_hosts(hosts)
+def test_refuses_malformed_brackets(subtests: pytest.Subtests) -> None:
+    for hosts in ["n[", "n]", "n[]", "n[1", "n1]", "n[[1]]", *(f"n[{x}]" for x in INVALID_RANGES)]:
+        with (
+            subtests.test(hosts),
+            pytest.raises(ValueError, match=r"is not a host name|neither a number nor a range|backwards"),
+        ):
+            expand_hosts(hosts)
 
 
 @st.composite

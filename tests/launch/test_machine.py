@@ -10,9 +10,8 @@ from launcher.config.world import Machine
 from launcher.launch.machine import existing_gpus, memory_here, this_machine, visible_gpus
 
 
-@pytest.mark.parametrize(
-    ("setting", "existing", "visible"),
-    [
+def test_visible_gpus(subtests: pytest.Subtests) -> None:
+    for setting, existing, visible in [
         (None, 0, 0),
         (None, 8, 8),
         ("", 8, 0),
@@ -27,11 +26,10 @@ from launcher.launch.machine import existing_gpus, memory_here, this_machine, vi
         ("0,1", 0, 0),
         ("GPU-8932f937-d72c,GPU-1f22a253", 8, 2),
         ("MIG-a,MIG-b", 1, 1),
-    ],
-)
-def test_visible_gpus(setting: str | None, existing: int, visible: int) -> None:
-    environ = {} if setting is None else {"CUDA_VISIBLE_DEVICES": setting}
-    assert visible_gpus(environ, existing) == visible
+    ]:
+        with subtests.test(str(setting)):
+            environ = {} if setting is None else {"CUDA_VISIBLE_DEVICES": setting}
+            assert visible_gpus(environ, existing) == visible
 
 
 def test_existing_gpus_counts_numbered_device_nodes(tmp_path: Path) -> None:

@@ -57,21 +57,25 @@ VARIANTS = (
 variants = pytest.mark.parametrize("name", VARIANTS)
 
 
-@variants
-def test_parameters_are_those_of_the_modules(name: str) -> None:
-    model = VARIANTS[name]
-    assert parameters(model) == sum(p.numel() for p in without_values(model).parameters())
+def test_parameters_are_those_of_the_modules(subtests: pytest.Subtests) -> None:
+    for name in VARIANTS:
+        with subtests.test(name):
+            model = VARIANTS[name]
+            assert parameters(model) == sum(p.numel() for p in without_values(model).parameters())
 
 
-@variants
-def test_matrix_parameters_are_the_weights_that_multiply_every_token(name: str) -> None:
+def test_matrix_parameters_are_the_weights_that_multiply_every_token(subtests: pytest.Subtests) -> None:
     """All matrices but the look-ups; an embedding that is the head too counts as the head."""
-    model = VARIANTS[name]
-    looked_up = {"positions.weight"} if model.tie_embeddings else {"positions.weight", "embedding.weight"}
-    # A vit's patches and head are matrices, too, though not of every token.
-    matrices = [p for p in without_values(model).parameters() if p.dim() == 2]
-    counted = sum(p.numel() for p in matrices if logical_of(p).name not in looked_up)
-    assert matrix_parameters(model) == counted
+    for name in VARIANTS:
+        with subtests.test(name):
+            model = VARIANTS[name]
+            looked_up = (
+                {"positions.weight"} if model.tie_embeddings else {"positions.weight", "embedding.weight"}
+            )
+            # A vit's patches and head are matrices, too, though not of every token.
+            matrices = [p for p in without_values(model).parameters() if p.dim() == 2]
+            counted = sum(p.numel() for p in matrices if logical_of(p).name not in looked_up)
+            assert matrix_parameters(model) == counted
 
 
 PUBLISHED = {
@@ -107,15 +111,16 @@ def counted_flops(model: ModelConfig, length: int, device: str) -> float:
     return float(counter.get_total_flops()) / (2 * length)
 
 
-@variants
-@pytest.mark.parametrize("length", [16, LENGTH])
-def test_flops_are_those_that_torch_counts(name: str, length: int) -> None:
-    # Blocks are alike: six of eighty tell as much.
-    model = replace(VARIANTS[name], num_layers=min(VARIANTS[name].num_layers, 6), dropout=0.0)
-    is_vision = model.inputs is InputKind.patches
-    length = vision_tokens(model) if is_vision else min(length, model.max_sequence_length)
-    counted = counted_flops(model, length, "meta")
-    assert train_flops_per_token(model, length) == pytest.approx(counted, rel=1e-3)
+def test_flops_are_those_that_torch_counts(subtests: pytest.Subtests) -> None:
+    for longest in [16, LENGTH]:
+        for name in VARIANTS:
+            with subtests.test(f"{name}, {longest}"):
+                # All blocks are alike: six of eighty suffice.
+                model = replace(VARIANTS[name], num_layers=min(VARIANTS[name].num_layers, 6), dropout=0.0)
+                is_vision = model.inputs is InputKind.patches
+                length = vision_tokens(model) if is_vision else min(longest, model.max_sequence_length)
+                counted = counted_flops(model, length, "meta")
+                assert train_flops_per_token(model, length) == pytest.approx(counted, rel=1e-3)
 
 
 @pytest.mark.parametrize("architecture", [*PARTS, "vit"])

@@ -19,14 +19,15 @@ def ranks_of(shape: MeshShape) -> np.ndarray:
     return np.arange(shape.world_size).reshape(shape.pipeline, shape.data, shape.tensor)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_coordinates_equal_numpy_indices(shape: MeshShape) -> None:
-    ranks = ranks_of(shape)
-    for coordinates, rank in np.ndenumerate(ranks):
-        assert shape.coordinates(int(rank)) == coordinates
-        assert shape.rank(*coordinates) == rank
-    assert shape.tensor_groups() == ranks.reshape(-1, shape.tensor).tolist()
-    assert shape.data_groups() == ranks.swapaxes(1, 2).reshape(-1, shape.data).tolist()
+def test_coordinates_equal_numpy_indices(subtests: pytest.Subtests) -> None:
+    for shape in SHAPES:
+        with subtests.test(str(shape)):
+            ranks = ranks_of(shape)
+            for coordinates, rank in np.ndenumerate(ranks):
+                assert shape.coordinates(int(rank)) == coordinates
+                assert shape.rank(*coordinates) == rank
+            assert shape.tensor_groups() == ranks.reshape(-1, shape.tensor).tolist()
+            assert shape.data_groups() == ranks.swapaxes(1, 2).reshape(-1, shape.data).tolist()
 
 
 def test_refuses_a_rank_outside_the_world() -> None:

@@ -17,7 +17,16 @@ from tests.parity.matrix import (
     run_of_combination,
     variation,
 )
-from tests.parity.running import PipelineModule, StagedModule, passes, run_pass, shrink, small_run, worst
+from tests.parity.running import (
+    PipelineModule,
+    StagedModule,
+    passes,
+    plain_sgd_pass,
+    run_pass,
+    shrink,
+    small_run,
+    worst,
+)
 
 QUICK_RANKS = 4
 QUICK = covering([c for c in LEGAL if c.ranks <= QUICK_RANKS], 8)
@@ -36,6 +45,12 @@ def verify_combination(combination: Combination, *, quick: bool, seed: int = 123
 @pytest.mark.parametrize("combination", QUICK, ids=str)
 def test_a_covering_selection_is_the_same_run(combination: Combination) -> None:
     verify_combination(combination, quick=True)
+
+
+def test_without_clipping_it_is_the_same_run() -> None:
+    small = small_run("model=gpt_tiny", "parallelism.data=2", "optimizer.gradient_clipping=null")
+    found = plain_sgd_pass(small)
+    assert found.ok, (found.diagnosis, worst(found))
 
 
 @pytest.mark.slow
@@ -90,16 +105,17 @@ def why_illegal(c: Combination) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("combination", COMBINATIONS, ids=str)
-def test_legal_or_refused_with_its_reason(combination: Combination) -> None:
-    found, reasons = outcome(combination), why_illegal(combination)
-    if not reasons:
-        assert isinstance(found, Layout)
-        assert found.world_size == combination.ranks
-    else:
-        assert isinstance(found, ConfigError)
-        assert any(words in found.why for words in reasons)
-        assert found.remedy
+def test_legal_or_refused_with_its_reason(subtests: pytest.Subtests) -> None:
+    for combination in COMBINATIONS:
+        with subtests.test(str(combination)):
+            found, reasons = outcome(combination), why_illegal(combination)
+            if not reasons:
+                assert isinstance(found, Layout)
+                assert found.world_size == combination.ranks
+            else:
+                assert isinstance(found, ConfigError)
+                assert any(words in found.why for words in reasons)
+                assert found.remedy
 
 
 @pytest.mark.parametrize("fault", [False, True])

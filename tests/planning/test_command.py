@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.config.test_cli import Ended, launcher
+from tests.config.test_cli import ENVIRONMENT, Ended, launcher
+from tests.forked_commands import LAUNCHER, light
 
 RUN = ["model=llama3_8b", "hardware=h100_80gb", "precision=bf16", "training.global_batch_size=64"]
 MICRO = "training.micro_batch_size=1"
@@ -89,12 +90,11 @@ def test_what_is_refused(tmp_path: Path) -> None:
 
 
 def test_without_matplotlib_the_message_says_how_to_get_it(tmp_path: Path) -> None:
-    (tmp_path / "matplotlib.py").write_text("raise ImportError")
-    python = {"PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[2]}"}
-    [ended] = launcher(tmp_path, ["plan", "plan.figure=picture.png"], **python)
-    if ended.code == 0:
-        pytest.skip("the forked command line found the installed matplotlib first")
-    assert "pip install 'launcher[figures]'" in ended.err
+    program = f"import sys\nsys.modules['matplotlib'] = None\n{LAUNCHER}"
+    arguments = ["plan", "plan.figure=picture.png"]
+    done = light().run(arguments, cwd=tmp_path, environment=ENVIRONMENT, program=program)
+    assert done.returncode == 2
+    assert "pip install 'launcher[figures]'" in done.stderr
 
 
 def test_the_trace_stands_beside_the_formulas(tmp_path: Path) -> None:

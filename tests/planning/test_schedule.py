@@ -30,16 +30,17 @@ def layout_of(pipeline: int, micro_batches: int, stages_per_rank: int = 1) -> La
     return Layout(pipeline, 1, 1, "cuda", micro_batches, 1, stages_per_rank)
 
 
-@pytest.mark.parametrize("before", [1, 2])
-@pytest.mark.parametrize("blocks", range(1, 14))
-def test_blocks_are_dealt_out_as_deepspeed_does(before: int, blocks: int) -> None:
+def test_blocks_are_dealt_out_as_deepspeed_does(subtests: pytest.Subtests) -> None:
     """With the embedding, and positions, before them and the final norm and the head behind."""
-    weights = [0] * before + [1] * blocks + [0, 0]
-    for stages in range(1, blocks + 1):
-        parts = partition_balanced(weights, stages)
-        theirs = [sum(weights[start:stop]) for start, stop in pairwise(parts)]
-        assert blocks_of_stages(blocks, stages) == theirs
-        assert stages == 1 or (parts[1] > before and parts[-2] <= before + blocks)
+    for blocks in range(1, 14):
+        for before in [1, 2]:
+            with subtests.test(f"{blocks} {before}"):
+                weights = [0] * before + [1] * blocks + [0, 0]
+                for stages in range(1, blocks + 1):
+                    parts = partition_balanced(weights, stages)
+                    theirs = [sum(weights[start:stop]) for start, stop in pairwise(parts)]
+                    assert blocks_of_stages(blocks, stages) == theirs
+                    assert stages == 1 or (parts[1] > before and parts[-2] <= before + blocks)
 
 
 def passes(commands: object) -> list[tuple[bool, int]]:

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -13,8 +11,8 @@ import pytest
 from launcher.checkpoint.manifest import checkpoints_in, read_manifest
 from launcher.runtime.saving import longest_wait, steps_within
 from tests.config.composing import run_of
-from tests.runtime.command import SMALL, environment
-from tests.runtime.test_life_cycle import start, survivors, wait_for_rows
+from tests.runtime.command import SMALL, started
+from tests.runtime.test_life_cycle import survivors, wait_for_rows
 
 # Counts the all-reduces and host reads of each step by the innermost frame of launcher or DeepSpeed.
 COUNTED = """
@@ -64,12 +62,8 @@ FAST = ["training.steps=20", "training.validation_interval=0", "checkpoint.stop_
 
 def counts_by_step(folder: Path, *arguments: str) -> list[dict[int, Counter[str]]]:
     """Per rank: the all-reduces and reads of the launcher's code in each of 20 steps."""
-    (folder / "counted.py").write_text(COUNTED)
-    command = [sys.executable, "counted.py", *SMALL, *FAST, "run.dir=r", *arguments]
-    done = subprocess.run(
-        command, cwd=folder, env=environment(), text=True, capture_output=True, timeout=240, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run = started(*SMALL, *FAST, "run.dir=r", *arguments, cwd=folder, program=COUNTED)
+    assert run.wait() == 0, run.communicate()
     ranks = []
     for rank in range(2):
         counts: dict[int, Counter[str]] = {step: Counter() for step in range(1, 21)}
@@ -96,9 +90,9 @@ def test_a_logged_step_has_one_all_reduce_and_two_reads(tmp_path: Path) -> None:
 
 
 def test_a_stop_is_noticed_between_logged_steps(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "launcher", *SMALL, "run.dir=r", "parallelism.data=2"]
+    run = [*SMALL, "run.dir=r", "parallelism.data=2", "checkpoint.stop_grace_seconds=20"]
     rare = ["logging.interval=1000000", "training.validation_interval=1000000", "training.steps=10000000"]
-    process = start([*command, *rare, "checkpoint.stop_grace_seconds=20"], tmp_path)
+    process = started(*run, *rare, cwd=tmp_path)
     wait_for_rows(tmp_path / "r", 1, process)
     os.killpg(process.pid, signal.SIGINT)
     _, error = process.communicate(timeout=60)

@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,8 @@ from launcher.checkpoint.manifest import checkpoints_in, read_manifest
 from launcher.launch.environment import RankEnvironment
 from launcher.launch.local import RankFailure
 from launcher.runtime.start import joined_rank_error
-from tests.runtime.command import AS_USUAL, SMALL, environment, metrics, trained
+from tests.forked_commands import Command
+from tests.runtime.command import AS_USUAL, SMALL, environment, metrics, started, trained
 
 STOPPING = "launcher: saving the current step, then stopping\n"
 FAULTY = """
@@ -30,21 +33,21 @@ main()
 """
 
 
-def start(command: list[str], cwd: Path) -> subprocess.Popen[str]:
-    """In a process group of its own, as a terminal does; under nohup, too, with SIGHUP not ignored."""
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(
-        [*AS_USUAL, *command], cwd=cwd, env=environment(), text=True, process_group=0, **pipes
-    )
-
-
-def wait_for_rows(run_dir: Path, count: int, process: subprocess.Popen[str]) -> None:
-    """Until the run has logged `count` steps. The file alone is there before stops are listened for."""
+def wait_for_rows(run_dir: Path, count: int, process: Command | subprocess.Popen[str]) -> None:
+    """Wait until the run has logged `count` steps. The file exists before the run handles signals."""
     file = run_dir / "metrics.jsonl"
-    deadline = time.monotonic() + 60
-    while not (file.exists() and len(file.read_text().splitlines()) >= count):
+
+    def has_rows() -> bool:
         assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, f"{count} steps in {run_dir} take too long"
+        return file.exists() and len(file.read_text().splitlines()) >= count
+
+    wait_until(has_rows)
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline
         time.sleep(0.01)
 
 
@@ -68,9 +71,8 @@ def survivors(folder: Path) -> list[str]:
     ],
 )
 def test_a_rank_that_fails_ends_the_job_with_its_own_story(fault: str, said: str, tmp_path: Path) -> None:
-    script = tmp_path / "faulty.py"
-    script.write_text(FAULTY.format(fault=fault))
-    process = start([sys.executable, str(script), *SMALL, "run.dir=r", "parallelism.data=2"], tmp_path)
+    program = FAULTY.format(fault=fault)
+    process = started(*SMALL, "run.dir=r", "parallelism.data=2", cwd=tmp_path, program=program)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 1
     assert error.startswith("launcher: rank 1 of 2")
@@ -81,30 +83,27 @@ def test_a_rank_that_fails_ends_the_job_with_its_own_story(fault: str, said: str
     assert survivors(tmp_path) == []
 
 
+ENDS = {
+    signal.SIGINT: (130, "launcher: interrupted; all ranks have ended\n"),
+    signal.SIGTERM: (143, "launcher: stopped by SIGTERM; all ranks have ended\n"),
+    signal.SIGHUP: (129, "launcher: stopped by SIGHUP; all ranks have ended\n"),
+    signal.SIGUSR1: (138, "launcher: stopped by SIGUSR1; all ranks have ended\n"),
+}
+QUICK = {(signal.SIGINT, True), (signal.SIGUSR1, True), (signal.SIGTERM, False)}
+
+
 @pytest.mark.parametrize(
-    ("number", "code", "said"),
+    ("number", "saving"),
     [
-        (signal.SIGINT, 130, "launcher: interrupted; all ranks have ended\n"),
-        (signal.SIGTERM, 143, "launcher: stopped by SIGTERM; all ranks have ended\n"),
-        (signal.SIGHUP, 129, "launcher: stopped by SIGHUP; all ranks have ended\n"),
-        (signal.SIGUSR1, 138, "launcher: stopped by SIGUSR1; all ranks have ended\n"),
+        case if case in QUICK else pytest.param(*case, marks=pytest.mark.slow)
+        for case in product(ENDS, (True, False))
     ],
 )
-@pytest.mark.parametrize("saving", [True, False])
-def test_an_interrupted_run_ends_cleanly(
-    number: int, code: int, said: str, saving: bool, tmp_path: Path
-) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "launcher",
-        *SMALL,
-        "run.dir=r",
-        "parallelism.data=2",
-        "training.steps=100000",
-    ]
+def test_an_interrupted_run_ends_cleanly(number: signal.Signals, saving: bool, tmp_path: Path) -> None:
+    code, said = ENDS[number]
+    long_run = [*SMALL, "run.dir=r", "parallelism.data=2", "training.steps=100000"]
     grace = [] if saving else ["checkpoint.stop_grace_seconds=null"]
-    process = start([*command, *grace, "logging=wandb"], tmp_path)
+    process = started(*long_run, *grace, "logging=wandb", cwd=tmp_path)
     wait_for_rows(tmp_path / "r", 4, process)
     os.killpg(process.pid, number)
     _, error = process.communicate(timeout=60)
@@ -119,9 +118,9 @@ def test_a_run_that_was_stopped_goes_on_from_there(tmp_path: Path) -> None:
     """Bit by bit, and with every sample once, as the rows of all its steps show."""
     run = ["parallelism.data=2", "training.steps=40", "training.validation_interval=0"]
     trained(*run, "run.dir=whole", cwd=tmp_path)
-    process = start([sys.executable, "-m", "launcher", *SMALL, *run, "run.dir=r"], tmp_path)
+    process = started(*SMALL, *run, "run.dir=r", cwd=tmp_path)
     wait_for_rows(tmp_path / "r", 4, process)
-    process.terminate()
+    process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=60)
     stopped_at = len(metrics(tmp_path / "r"))
     assert 3 < stopped_at < 40
@@ -146,15 +145,12 @@ main()
 
 @pytest.mark.parametrize("impatient", ["Ctrl-C", "grace"])
 def test_a_save_that_takes_too_long_is_cut_off(impatient: str, tmp_path: Path) -> None:
-    script = tmp_path / "slow.py"
-    script.write_text(SLOW_SAVE)
     grace = ["checkpoint.stop_grace_seconds=1"] if impatient == "grace" else []
     long_run = ["run.dir=r", "training.steps=100000", *grace]
-    process = start([sys.executable, str(script), *SMALL, *long_run], tmp_path)
+    process = started(*SMALL, *long_run, cwd=tmp_path, program=SLOW_SAVE)
     wait_for_rows(tmp_path / "r", 1, process)
     process.send_signal(signal.SIGINT)
-    assert process.stdout is not None
-    assert any(line == "saving\n" for line in process.stdout)
+    wait_until(lambda: "saving\n" in process.out())
     if impatient == "Ctrl-C":
         process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=30)
@@ -181,17 +177,24 @@ TORCHRUN = [
 ]
 
 
+def torchrun(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
+    """Start the ranks by torchrun, in a process group of their own, as a terminal does."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    command = [*AS_USUAL, *TORCHRUN, *SMALL, *arguments]
+    return subprocess.Popen(command, cwd=cwd, env=environment(), text=True, process_group=0, **pipes)
+
+
 def test_under_torchrun_it_joins_the_ranks_that_are_there(tmp_path: Path) -> None:
-    process = start([*TORCHRUN, *SMALL, "run.dir=r", "parallelism=tp2", "training.steps=2"], tmp_path)
+    process = torchrun("run.dir=r", "parallelism=tp2", "training.steps=2", cwd=tmp_path)
     out, error = process.communicate(timeout=120)
     assert process.returncode == 0, out + error
     assert out.count("layout   2 cpu ranks = 1 pipeline x 1 data x 2 tensor") == 1
     assert len(metrics(tmp_path / "r")) == 2
 
 
+@pytest.mark.slow
 def test_under_torchrun_it_is_saved_on_sigterm(tmp_path: Path) -> None:
-    long_run = ["run.dir=r", "parallelism=tp2", "training.steps=100000"]
-    process = start([*TORCHRUN, *SMALL, *long_run], tmp_path)
+    process = torchrun("run.dir=r", "parallelism=tp2", "training.steps=100000", cwd=tmp_path)
     wait_for_rows(tmp_path / "r", 1, process)
     process.terminate()
     process.communicate(timeout=60)

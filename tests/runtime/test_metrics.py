@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,7 @@ from launcher.config.schema import WandbMode
 from launcher.runtime.metrics.sync import complete, is_complete, is_synced
 from launcher.runtime.metrics.wandb_files import fragments, records, steps_in
 from launcher.runtime.metrics.wandb_run import resolved_mode
-from tests.runtime.command import SMALL, environment, launcher, metrics, trained
+from tests.runtime.command import SMALL, launcher, metrics, started, trained
 from tests.runtime.wandb_server import wandb_server
 
 # What happens once W&B has step 3.
@@ -31,7 +29,6 @@ def faulty(run, engine, loader, progress):
     return step(run, engine, loader, progress)
 train.optimizer_step = faulty
 from launcher.__main__ import main
-os.setpgid(0, 0)
 main()
 """
 KILLED = AFTER_STEP_3.format(fault="os.killpg(0, signal.SIGKILL)")
@@ -128,10 +125,7 @@ def test_what_a_killed_start_had_logged_is_not_logged_again(tmp_path: Path) -> N
     """It went on after the checkpoint that the next start goes on from: those steps are taken twice."""
     run = ["logging=wandb", "run.dir=r", "parallelism.data=1", "checkpoint.interval_steps=2"]
     run.append("checkpoint.asynchronous=false")
-    script = tmp_path / "killed.py"
-    script.write_text(KILLED)
-    python = [sys.executable, str(script), *SMALL, *run, "training.steps=6"]
-    subprocess.run(python, cwd=tmp_path, env=environment(), capture_output=True, timeout=120, check=False)
+    started(*SMALL, *run, "training.steps=6", cwd=tmp_path, program=KILLED).wait()
     before = [row["step"] for row in wandb_rows(tmp_path / "r")]
     assert before == [1, 2, 3]
     trained(*run, "training.steps=6", cwd=tmp_path)
@@ -180,15 +174,12 @@ def test_only_what_will_not_be_written_any_more_is_uploaded(tmp_path: Path) -> N
 def test_training_goes_on_where_wandbs_own_process_is_killed(tmp_path: Path) -> None:
     """As by the SIGTERM that Slurm sends to all processes of a job; the next start logs what is missing."""
     run = ["logging=wandb", "run.dir=r", "parallelism.data=1"]
-    script = tmp_path / "alone.py"
-    script.write_text(WITHOUT_SERVICE)
-    python = [sys.executable, str(script), *SMALL, *run, "training.steps=8", "training.stop_at=5"]
-    done = subprocess.run(
-        python, cwd=tmp_path, env=environment(), text=True, capture_output=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("note     W&B has ended; metrics.jsonl is still written") == 1
-    assert done.stderr == ""
+    steps = ["training.steps=8", "training.stop_at=5"]
+    process = started(*SMALL, *run, *steps, cwd=tmp_path, program=WITHOUT_SERVICE)
+    out, error = process.communicate()
+    assert process.returncode == 0, out + error
+    assert out.count("note     W&B has ended; metrics.jsonl is still written") == 1
+    assert error == ""
     assert len(metrics(tmp_path / "r")) == 5
     assert [row["step"] for row in wandb_rows(tmp_path / "r")] == [1, 2, 3]
     trained(*run, "training.steps=8", cwd=tmp_path)

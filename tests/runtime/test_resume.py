@@ -5,7 +5,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ from typing import Any
 import pytest
 
 from launcher.checkpoint.manifest import checkpoints_in, first_damaged_file, read_manifest
-from tests.runtime.command import SMALL, environment, launcher, metrics, trained
+from tests.forked_commands import Command, heavy
+from tests.runtime.command import SMALL, environment, launcher, metrics, started, trained
 
 RUN = ["run.dir=r", "training.steps=6"]
 COMPARED = ("train/loss", "train/grad_norm", "val/loss", "train/samples", "train/lr")
@@ -51,11 +51,8 @@ def test_resume_in_another_layout(whole: list[dict[str, Any]], tmp_path: Path) -
 
 def test_resume_after_a_kill_is_bitwise_equal(whole: list[dict[str, Any]], tmp_path: Path) -> None:
     """SIGKILL every process at once, as a lost node does; resuming from the checkpoint is bitwise equal."""
-    command = [sys.executable, "-m", "launcher", *SMALL, *RUN, "parallelism.data=2"]
     every_step = ["checkpoint.interval_steps=1"]
-    process = subprocess.Popen(
-        [*command, *every_step], cwd=tmp_path, env=environment(), process_group=0, stdout=subprocess.DEVNULL
-    )
+    process = started(*SMALL, *RUN, "parallelism.data=2", *every_step, cwd=tmp_path)
     latest = tmp_path / "r" / "checkpoints" / "latest"
     deadline = time.monotonic() + 90
     while not latest.exists():
@@ -118,13 +115,10 @@ def test_a_damaged_checkpoint_is_named_and_skipped_with_fallback(
 
 def test_a_full_disk_ends_the_run_only_with_stop_on_error(tmp_path: Path) -> None:
     """A limit of 150 KiB per file acts like a full disk: the checkpoint files of a rank are larger."""
-    command = [sys.executable, "-m", "launcher", *SMALL, "training.steps=3", "parallelism.data=2"]
 
     def run(*more: str, kib: int = 150) -> subprocess.CompletedProcess[str]:
-        limited = ["bash", "-c", f'ulimit -f {kib}; exec "$@"', "bash", *command, *more]
-        return subprocess.run(
-            limited, cwd=tmp_path, env=environment(), text=True, capture_output=True, timeout=120
-        )
+        arguments = [*SMALL, "training.steps=3", "parallelism.data=2", *more]
+        return heavy().run(arguments, cwd=tmp_path, environment=environment(), largest_file=kib * 1024)
 
     goes_on = run("run.dir=on", "checkpoint.interval_steps=1")
     assert goes_on.returncode == 0, goes_on.stdout + goes_on.stderr
@@ -151,9 +145,7 @@ def test_a_hundred_kills_lose_at_most_one_interval_each(tmp_path: Path) -> None:
     folder, kills = tmp_path / "r" / "checkpoints", {"all": 0, "one": 0}
     before = 0
     for _ in range(100):
-        command = [sys.executable, "-m", "launcher", *SMALL, *run]
-        silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        process = subprocess.Popen(command, cwd=tmp_path, env=environment(), process_group=0, **silent)
+        process = started(*SMALL, *run, cwd=tmp_path)
         wait_until_beyond(before + 1, folder, process)
         time.sleep(chance.uniform(0, 0.2))
         kind = chance.choice(list(kills))
@@ -176,7 +168,7 @@ def test_a_hundred_kills_lose_at_most_one_interval_each(tmp_path: Path) -> None:
     assert [row["step"] for row in metrics(tmp_path / "r")] == list(range(1, before + 3))
 
 
-def wait_until_beyond(step: int, folder: Path, process: subprocess.Popen[bytes]) -> None:
+def wait_until_beyond(step: int, folder: Path, process: Command) -> None:
     deadline = time.monotonic() + 120
     while not (found := checkpoints_in(folder.parent)) or int(found[0].name.removeprefix("step-")) < step:
         assert process.poll() is None

@@ -7,7 +7,8 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from tests.runtime.command import launcher, metrics, trained
+from tests.forked_commands import LAUNCHER
+from tests.runtime.command import SMALL, launcher, metrics, started, trained
 
 NAMES = {
     "step", "train/loss", "train/grad_norm", "train/lr", "train/tokens", "train/samples", "perf/step_time_s",
@@ -109,8 +110,15 @@ def test_a_sweep_gives_each_job_a_directory(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["sweep"]
 
 
-LAYOUTS = ["single", "dp", "tp2", "pp2", "zero1", "zero2", "zero3"]
-WIDE_LAYOUTS = ["tp2_pp2", "hybrid_3d", "zero3_offload"]
+# Each splits something else: the weights of a layer, the layers, the samples and all states.
+LAYOUTS = ["tp2", "pp2", "zero3"]
+MORE_LAYOUTS = ["single", "dp", "zero1", "zero2", "tp2_pp2", "hybrid_3d", "zero3_offload"]
+SAME_DATA_ON_ALL_RANKS = f"""
+import launcher.runtime.batches as batches
+indices = batches.sample_indices
+batches.sample_indices = lambda **where: indices(**where | {{"data_rank": 0}})
+{LAUNCHER}
+"""
 
 
 @pytest.fixture(scope="module")
@@ -121,18 +129,30 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "layout", [*LAYOUTS, *(pytest.param(layout, marks=pytest.mark.slow) for layout in WIDE_LAYOUTS)]
+    "layout", [*LAYOUTS, *(pytest.param(layout, marks=pytest.mark.slow) for layout in MORE_LAYOUTS)]
 )
-def test_twenty_steps_in_metrics_jsonl_agree_with_single(layout: str, single: Path, tmp_path: Path) -> None:
+def test_twenty_steps_agree_with_single(layout: str, single: Path, tmp_path: Path) -> None:
+    """tests/parity/test_matrix.py compares layouts; here the command line adds its data, rows and files."""
     trained(f"parallelism={layout}", "run.dir=r", "training.steps=20", cwd=tmp_path)
-    rows, expected = metrics(tmp_path / "r"), metrics(single)
+    assert_same_run(tmp_path / "r", single)
+
+
+def test_samples_that_two_ranks_share_are_seen(single: Path, tmp_path: Path) -> None:
+    arguments = [*SMALL, "parallelism=dp", "parallelism.data=2", "run.dir=r", "training.steps=20"]
+    assert started(*arguments, cwd=tmp_path, program=SAME_DATA_ON_ALL_RANKS).wait() == 0
+    with pytest.raises(AssertionError):
+        assert_same_run(tmp_path / "r", single)
+
+
+def assert_same_run(run: Path, single: Path) -> None:
+    rows, expected = metrics(run), metrics(single)
     assert len(rows) == 20
     assert min(row["train/grad_norm"] for row in expected) > 1.0, "clipping at 1.0 must be active"
     for row, other in zip(rows, expected, strict=True):
         assert row["train/loss"] == pytest.approx(other["train/loss"], abs=1e-5)
         assert row["train/grad_norm"] == pytest.approx(other["train/grad_norm"], rel=1e-5)
     assert rows[-1]["val/loss"] == pytest.approx(expected[-1]["val/loss"], abs=1e-5)
-    assert_same_weights(tmp_path / "r", single)
+    assert_same_weights(run, single)
 
 
 def test_dualpipev_agrees_with_single(tmp_path: Path) -> None:

@@ -12,14 +12,14 @@ from launcher.checkpoint.final import final_step
 from launcher.checkpoint.manifest import checkpoints_in
 from launcher.runtime import hold
 from launcher.runtime.hold import HOLDER, held
-from tests.runtime.command import SMALL, environment, launcher, metrics, trained
-from tests.runtime.test_life_cycle import start, survivors, wait_for_rows
+from tests.runtime.command import SMALL, environment, launcher, metrics, started, trained
+from tests.runtime.test_life_cycle import survivors, wait_for_rows
 
 RUN = [*SMALL, "run.dir=r", "parallelism.data=2"]
 
 
 def test_one_run_is_trained_in_one_place_at_a_time(tmp_path: Path) -> None:
-    first = start([sys.executable, "-m", "launcher", *RUN, "training.steps=100000"], tmp_path)
+    first = started(*RUN, "training.steps=100000", cwd=tmp_path)
     wait_for_rows(tmp_path / "r", 2, first)
     second = launcher(*RUN, "training.steps=100000", cwd=tmp_path)
     assert second.returncode == 2

@@ -3,15 +3,14 @@
 import os
 import signal
 import socket
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from launcher.runtime.watchdog import RankPosition, report
-from tests.runtime.command import SMALL, metrics
-from tests.runtime.test_life_cycle import FAULTY, start, survivors, wait_for_rows
+from tests.runtime.command import SMALL, metrics, started
+from tests.runtime.test_life_cycle import FAULTY, survivors, wait_for_rows
 
 HOSTS = ["node1", "node1", "node2", "node2"]
 HANGS = "import time; time.sleep(1000) if engine.mesh.rank == 1 else os.kill(os.getpid(), 19)"
@@ -56,10 +55,9 @@ def test_a_long_list_of_ranks_is_shortened() -> None:
 
 def test_a_hung_run_ends_and_names_the_ranks(tmp_path: Path) -> None:
     """Of four ranks, one sleeps and one is stopped by a signal, so that it cannot answer."""
-    script = tmp_path / "faulty.py"
-    script.write_text(FAULTY.replace("rank == 1", "rank in (1, 2)").format(fault=HANGS))
+    program = FAULTY.replace("rank == 1", "rank in (1, 2)").format(fault=HANGS)
     options = ["run.dir=r", "parallelism.data=4", "launch.timeout_minutes=0.2"]
-    process = start([sys.executable, str(script), *SMALL, *options], tmp_path)
+    process = started(*SMALL, *options, cwd=tmp_path, program=program)
     out, error = process.communicate(timeout=120)
     assert process.returncode == 1, out + error
     host = socket.gethostname()
@@ -76,12 +74,9 @@ def test_a_hung_run_ends_and_names_the_ranks(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_slow_step_is_not_a_hang(tmp_path: Path) -> None:
     """Each call ends within the limit, but their total exceeds it."""
-    script = tmp_path / "slow.py"
-    script.write_text(
-        FAULTY.replace("progress.step == 2 and ", "").format(fault="import time; time.sleep(2)")
-    )
+    program = FAULTY.replace("progress.step == 2 and ", "").format(fault="import time; time.sleep(2)")
     options = ["run.dir=r", "parallelism.data=2", "launch.timeout_minutes=0.2", "training.steps=8"]
-    process = start([sys.executable, str(script), *SMALL, *options], tmp_path)
+    process = started(*SMALL, *options, cwd=tmp_path, program=program)
     out, error = process.communicate(timeout=120)
     assert process.returncode == 0, out + error
     assert len(metrics(tmp_path / "r")) == 8
@@ -91,13 +86,13 @@ def test_a_slow_step_is_not_a_hang(tmp_path: Path) -> None:
 def test_suspended_time_is_not_counted(tmp_path: Path) -> None:
     """Suspending a whole run, as with Ctrl-Z, is not a hang."""
     options = ["run.dir=r", "parallelism.data=2", "launch.timeout_minutes=0.2", "training.steps=100000"]
-    process = start([sys.executable, "-m", "launcher", *SMALL, *options], tmp_path)
+    process = started(*SMALL, *options, cwd=tmp_path)
     wait_for_rows(tmp_path / "r", 3, process)
     os.killpg(process.pid, signal.SIGSTOP)
     time.sleep(14)
     os.killpg(process.pid, signal.SIGCONT)
     reached = len(metrics(tmp_path / "r"))
     wait_for_rows(tmp_path / "r", reached + 5, process)
-    process.terminate()
+    process.send_signal(signal.SIGTERM)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 143, error

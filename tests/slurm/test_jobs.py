@@ -29,7 +29,7 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> list[list[Any]]:
     return rows(folder / "r")
 
 
-@pytest.mark.parametrize("tasks", ["per_rank", "per_node"])
+@pytest.mark.parametrize("tasks", ["per_rank", pytest.param("per_node", marks=pytest.mark.slow)])
 def test_two_nodes_agree_with_the_local_run(
     tasks: str, local: list[list[Any]], cluster: Cluster, tmp_path: Path
 ) -> None:
@@ -79,6 +79,7 @@ def test_a_requeued_job_continues_the_same_run(
     assert all(name.endswith(f"-{identity}") for name in folders)
 
 
+@pytest.mark.slow
 def test_a_chain_continues_in_a_new_job(cluster: Cluster, tmp_path: Path) -> None:
     job = submit(cluster, tmp_path, *LONG, "training.stop_at=60", *PER_NODE, "slurm.on_stop=chain")
     job.wait_for_step(5)
@@ -92,6 +93,7 @@ def test_a_chain_continues_in_a_new_job(cluster: Cluster, tmp_path: Path) -> Non
     assert not following.run_dir.exists()
 
 
+@pytest.mark.slow
 def test_a_cancelled_job_saves_and_is_not_requeued(cluster: Cluster, tmp_path: Path) -> None:
     job = submit(cluster, tmp_path, *LONG, *PER_NODE)
     job.wait_for_step(5)
@@ -102,6 +104,7 @@ def test_a_cancelled_job_saves_and_is_not_requeued(cluster: Cluster, tmp_path: P
     assert int(saved.name.removeprefix("step-")) == len(metrics(job.run_dir))
 
 
+@pytest.mark.slow
 def test_a_run_continues_without_a_lost_node(cluster: Cluster, tmp_path: Path) -> None:
     """A run of 2 to 4 nodes loses a node for good: of the three that remain, two divide the batch."""
     run = [*LONG, "training.stop_at=80", "training.micro_batch_size=1"]
@@ -125,6 +128,7 @@ def test_a_run_continues_without_a_lost_node(cluster: Cluster, tmp_path: Path) -
     assert logged_steps(job.run_dir) == list(range(1, 81))
 
 
+@pytest.mark.slow
 def test_a_killed_rank_is_restarted_in_the_same_allocation(cluster: Cluster, tmp_path: Path) -> None:
     trained(*LONG, "training.stop_at=60", "run.dir=whole", "parallelism.data=4", cwd=tmp_path)
     job = submit(cluster, tmp_path, *LONG, "training.stop_at=60", *PER_NODE, "checkpoint.interval_steps=5")
@@ -153,7 +157,8 @@ def given_up(fault: str, tasks: str, cluster: Cluster, folder: Path) -> str:
     return log
 
 
-@pytest.mark.parametrize("tasks", ["per_node", pytest.param("per_rank", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("tasks", ["per_node", "per_rank"])
 def test_a_run_killed_three_times_after_the_same_step_is_stopped(
     tasks: str, cluster: Cluster, tmp_path: Path
 ) -> None:
@@ -190,6 +195,7 @@ def test_a_sweep_is_a_job_array(cluster: Cluster, tmp_path: Path) -> None:
     assert (tmp_path / f"slurm-{job.number}_1.out").exists()
 
 
+@pytest.mark.slow
 def test_only_the_signalled_task_of_an_array_is_requeued(cluster: Cluster, tmp_path: Path) -> None:
     """The last task has the job number of the whole array. In a chain, too, only this task continues."""
     job = submit(
@@ -223,6 +229,7 @@ def test_a_requeued_finished_run_ends_without_training(cluster: Cluster, tmp_pat
     assert rows(job.run_dir) == before
 
 
+@pytest.mark.slow
 def test_a_job_needs_no_environment_variables(cluster: Cluster, tmp_path: Path) -> None:
     script = command(
         cluster, "submit", "experiment=stdlib_gpt", "training.steps=2", "hardware.accelerators_per_node=2",
@@ -238,6 +245,7 @@ def test_a_job_needs_no_environment_variables(cluster: Cluster, tmp_path: Path) 
 KEY = "0123456789abcdef0123456789abcdef01234567"
 
 
+@pytest.mark.slow
 def test_the_api_key_is_written_nowhere(cluster: Cluster, tmp_path: Path) -> None:
     """The key travels only in the environment. No server answers at this address."""
     job = submit(
