@@ -147,7 +147,7 @@ def _check_section(section: str, keys: Mapping[str, Any]) -> None:
             close = difflib.get_close_matches(str(key), types, n=2)
             remedies = [f"deepspeed.{prefix}{name}={shown}" for name in close]
             names = f"deepspeed.{prefix}NAME, where NAME is one of {', '.join(types)}"
-            why = "this is no key of DeepSpeed that a run may set"
+            why = "not a key of DeepSpeed that a run may set"
             raise ConfigError(field, shown, why, " or ".join(remedies) or names)
         if not types[key].holds(value):
             inner = f".{next(iter(SECTIONS[path]))}=VALUE" if path in SECTIONS else f"={types[key].example}"

@@ -128,7 +128,7 @@ class TestMessages:
                 offers = alternatives(error)
                 assert bool(offers) != (refusal.command in IN_WORDS_ONLY)
                 overrides = typed(refusal)
-                if "the launcher sets" in error.why or "no key" in error.why:
+                if "the launcher sets" in error.why or "not a key" in error.why:
                     replaced = ("deepspeed.", "slurm.sbatch=", "slurm.srun=")
                     overrides = [word for word in overrides if not word.startswith(replaced)]
                 for offer in offers:
