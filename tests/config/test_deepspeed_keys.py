@@ -235,7 +235,7 @@ class TestCheck:
                 misspelt = f"{section}.{key[:-1]}" if section else key[:-1]
                 error = refused(nested(misspelt, True))
                 assert (error.field, error.value) == (f"deepspeed.{misspelt}", "true")
-                assert error.why == "this is no key of DeepSpeed that a run may set"
+                assert error.why == "not a key of DeepSpeed that a run may set"
                 assert f"deepspeed.{path}=true" in error.remedy.split(" or ")
 
     def test_refuses_what_a_field_of_ours_sets(self, subtests: pytest.Subtests) -> None:
