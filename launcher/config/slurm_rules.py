@@ -23,7 +23,7 @@ _SBATCH = {
     "exclude": "slurm.exclude={}", "reservation": "slurm.reservation={}", "output": "slurm.output={}",
     "signal": "slurm.signal_seconds=SECONDS", "requeue": "slurm.on_stop=requeue",
     "no-requeue": "slurm.on_stop=end", "array": "--multirun", "ntasks": _RANKS, "ntasks-per-node": _RANKS,
-    "open-mode": "slurm.sbatch=[]", "wrap": "the launcher's overrides, or your own script that calls srun",
+    "open-mode": "slurm.sbatch=[]", "wrap": "overrides of the launcher, or your own script that calls srun",
     "test-only": "submit.dry_run=true",
 }  # fmt: skip
 _SRUN = {
