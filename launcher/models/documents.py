@@ -16,7 +16,7 @@ class Documents:
 
     def __init__(self, end_of_document: int | None) -> None:
         self.end_of_document = (
-            end_of_document  # the last token of a document; None: documents are not separated
+            end_of_document  # last token of a document; None: do not separate documents
         )
         self.mask: Tensor | None = None
         self.positions: Tensor | None = None
