@@ -1,6 +1,6 @@
-"""Where documents begin inside a packed sample, for attention and positions that stop there.
+"""Document boundaries inside packed samples, where attention and learned positions start again.
 
-Nothing travels between pipeline stages for it: each stage is given the tokens of its micro-batch.
+Pipeline stages exchange nothing for this: each stage gets the tokens of its micro-batch.
 """
 
 import torch
@@ -8,33 +8,38 @@ from torch import Tensor
 
 
 class Documents:
-    """The boundaries in one rank's micro-batch in hand, which its layers ask for.
+    """The document boundaries of the current micro-batch on a rank, read by its layers.
 
-    `mask` (B, 1, T, T) says which positions (last) each one attends to, `positions` (B, T) counts from the
-    document's beginning. Both None: a sample is one document, or of no interest.
+    `mask` (B, 1, T, T) says which positions (last dimension) a position attends to; `positions` (B, T) counts
+    from the start of the document. Both are None if attention does not stop at documents.
     """
 
     def __init__(self, end_of_document: int | None) -> None:
-        self.end_of_document = end_of_document  # the token that ends each, as its last; None: never
+        self.end_of_document = (
+            end_of_document  # last token of a document; None: do not separate documents
+        )
         self.mask: Tensor | None = None
         self.positions: Tensor | None = None
 
     def begin(self, tokens: Tensor) -> None:
-        """Take up a micro-batch, tokens (B, T), before its forward pass."""
+        """Set the boundaries of a micro-batch, tokens (B, T), before its forward pass."""
         if self.end_of_document is not None:
             ends = tokens == self.end_of_document
             self.mask, self.positions = attention_mask(ends), positions_in_documents(ends)
 
 
 def attention_mask(ends: Tensor) -> Tensor:
-    """`ends` (B, T), true at the last token of a document -> (B, 1, T, T): causal, and the same document."""
+    """Return the mask (B, 1, T, T), causal and within a document, from `ends` (B, T).
+
+    `ends` is true at the last token of a document.
+    """
     documents = ends.cumsum(1) - ends.long()
     same = documents[:, :, None] == documents[:, None, :]
     return same.tril().unsqueeze(1)
 
 
 def positions_in_documents(ends: Tensor) -> Tensor:
-    """`ends` (B, T), true at the last token of a document -> (B, T), from 0 at its first."""
+    """Return positions (B, T) that start from 0 in every document, from `ends` (B, T) as above."""
     places = torch.arange(ends.shape[1], device=ends.device).expand(ends.shape)
     begins = ends.roll(1, 1)
     begins[:, 0] = True

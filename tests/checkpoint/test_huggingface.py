@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from launcher.checkpoint.boxes import Box
 from launcher.checkpoint.exchange import export, import_
+from launcher.checkpoint.huggingface import NotConvertible, adapter_of
 from launcher.checkpoint.manifest import checkpoints_in
 from launcher.checkpoint.read import CheckpointReader, HuggingFaceReader
 from launcher.checkpoint.sources import Kind, weights_at
@@ -34,7 +35,7 @@ from launcher.config.world import World
 from launcher.launch.local import run_local_ranks
 from tests.checkpoint.saving import EMPTY
 from tests.forked_commands import environment, light
-from tests.models.small import batch, small
+from tests.models.small import batch, biases, small, small_vit
 from tests.models.test_against_transformers import THEIRS, with_all_weights_random, with_weights
 from tests.parity.running import small_run
 from tests.runtime.command import launcher, metrics, trained
@@ -354,6 +355,21 @@ def test_import_train_and_export_from_the_command_line(tmp_path: Path) -> None:
     wrong = launcher(*direct, "model.num_layers=3", "model.vocab_size=300", cwd=tmp_path)
     assert wrong.returncode == 2
     assert "try: model.num_layers=2 model.vocab_size=256" in wrong.stderr
+
+
+@pytest.mark.parametrize(
+    ("model", "difference"),
+    [
+        (small_vit(), "model.inputs=patches, model.attention=full, model.biases.head=true"),
+        (small("gpt", num_kv_heads=4), "model.num_kv_heads=4"),
+        (small("gpt", head_size=6), "model.head_size=6"),
+        (small("llama", biases=biases("qkv")), "model.biases.qkv=true"),
+    ],
+)
+def test_a_model_that_no_adapter_expresses_is_named(model: ModelConfig, difference: str) -> None:
+    with pytest.raises(NotConvertible, match="only GPT-2 and Llama models can be exported") as refused:
+        adapter_of(model)
+    assert str(refused.value).endswith(f"this model has {difference}")
 
 
 def settings_of(model: ModelConfig) -> list[str]:

@@ -72,6 +72,24 @@ def composed_calibrate(*arguments: str) -> CalibrateConfig:
     return composed_as("calibrate", CalibrateConfig, *arguments)  # type: ignore[no-any-return]
 
 
+# Combinations of parts that no shipped model has, as overrides.
+UNPUBLISHED = {
+    "rms norm, learned positions, gelu, some biases, grouped heads of 24": [
+        "model=gpt_tiny", "model.norm=rms_norm", "model.num_kv_heads=2", "model.head_size=24",
+        "model.biases.output=false", "model.biases.head=true", "model.tie_embeddings=false",
+    ],
+    "layer norm, rope, swiglu, some biases, heads of 8": [
+        "model=llama_tiny", "model.norm=layer_norm", "model.head_size=8", "model.biases.qkv=true",
+        "model.biases.down=true",
+    ],
+    "images, rope, swiglu, rms norm, causal, no head bias": [
+        "model=vit_tiny", "data=image_folder", "data.train=images", "model.norm=rms_norm",
+        "model.positions=rope", "model.mlp=swiglu", "model.attention=causal", "model.num_kv_heads=2",
+        "model.biases.head=false",
+    ],
+}  # fmt: skip
+
+
 def run_of(*overrides: str) -> RunConfig:
     """One run: groups by Hydra, kept between calls; fields laid over them, the last of each name counts."""
     fields = [override for override in overrides if _is_field(override)]

@@ -14,13 +14,14 @@ from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
 from launcher.config.validate import validate
 from launcher.config.world import Machine, World, world_of_machine
+from launcher.planning.cost import geometry
 from launcher.planning.cost import parts as parts_module
 from launcher.planning.cost.geometry import pipeline_ranks
 from launcher.planning.cost.operations import Operation
 from launcher.planning.cost.parts import parts
 from launcher.planning.cost.sizes import Sizes
 from launcher.tracing.formula_check import FormulaCheck, compare_stage
-from tests.config.composing import run_of
+from tests.config.composing import UNPUBLISHED, run_of
 
 # Every dimension another; sequences and widths that are large beside what a tensor's bookkeeping takes.
 SMALL = [
@@ -186,6 +187,36 @@ def test_any_rank_of_a_large_world() -> None:
     found = compare_stage(run, layout, pipeline_ranks(run, layout)[9], 0)
     assert wrong(found) == []
     assert not dist.is_initialized()
+
+
+SIZES = [setting for setting in SMALL if "max_sequence" not in setting]
+
+
+@pytest.mark.parametrize("layout", ["tensor", "sequence, recomputed", "pipeline, bf16", "cuda"])
+@pytest.mark.parametrize("parts", UNPUBLISHED)
+def test_formulas_hold_for_any_parts(parts: str, layout: str) -> None:
+    more = {
+        "tensor": ["parallelism.tensor=2"],
+        "sequence, recomputed": [
+            "parallelism.tensor=2",
+            "parallelism.sequence_parallel=true",
+            "parallelism.activation_checkpointing=full",
+        ],
+        "pipeline, bf16": ["parallelism.pipeline=2", "precision=bf16"],
+        "cuda": ["hardware.device=cuda", "precision=bf16", "parallelism.activation_checkpointing=selective"],
+    }
+    group, *changes = UNPUBLISHED[parts]
+    assert wrong(compared(group, *SIZES, *changes, *more[layout])) == []
+
+
+def test_a_bias_left_out_of_the_weights_is_found() -> None:
+    group, *changes = next(iter(UNPUBLISHED.values()))
+    linear = geometry._linear
+    geometry._ranks.cache_clear()
+    with patch.object(geometry, "_linear", lambda matrix, bias, _: linear(matrix, bias, False)):
+        found = compared(group, *SIZES, *changes)
+    geometry._ranks.cache_clear()
+    assert {one.quantity for one in wrong(found)} == {"parameters"}
 
 
 def without_saved(name: str) -> Callable[[list[Operation]], list[Operation]]:

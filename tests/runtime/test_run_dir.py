@@ -85,6 +85,16 @@ def test_where_there_are_no_locks_it_is_told(tmp_path: Path, monkeypatch: pytest
         assert "does not support locks" in note
 
 
+def test_a_run_of_another_format_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "run.json").write_text('{"id": "a1b2c3d4"}')
+    (tmp_path / "r" / "config.yaml").write_text("model: {family: gpt}")
+    for command in (["training.steps=1"], ["generate", 'prompt="a"']):
+        done = launcher(*command, "run.dir=r", cwd=tmp_path)
+        assert done.returncode == 2
+        assert "run.dir=r: has format 1; this launcher reads format 2\n  try: a fresh run.dir" in done.stderr
+
+
 @pytest.mark.parametrize("field", ["checkpoint.resume", "checkpoint.init_from"])
 def test_a_refusal_makes_no_directory(field: str, tmp_path: Path) -> None:
     done = launcher(*RUN, f"{field}=nowhere", cwd=tmp_path)
