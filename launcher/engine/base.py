@@ -172,4 +172,7 @@ def to_inputs(batch: Any, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def _to_device(array: npt.NDArray[Any], device: torch.device) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()  # a copy from pageable memory could wait for the GPU
+    return tensor.to(device, non_blocking=True)
