@@ -19,24 +19,31 @@ from unittest.mock import patch
 from launcher.config.layout import resolve_layout
 from launcher.config.schema import (
     ActivationCheckpointing,
+    AttentionKind,
+    BiasesConfig,
     Dtype,
-    Family,
     HardwareConfig,
+    InputKind,
+    MLPKind,
     ModelConfig,
+    NormKind,
     OptimizerConfig,
     OptimizerName,
     ParallelismConfig,
     PeakFlops,
+    PositionKind,
     PrecisionConfig,
     RunConfig,
     TrainingConfig,
 )
 from launcher.config.world import World
-from launcher.planning.cost import operations as program
-from launcher.planning.cost.operations import Matmul, Operation, Sizes
+from launcher.planning.cost import attention_operations
+from launcher.planning.cost.block_operations import block
+from launcher.planning.cost.operations import Matmul, Operation
 from launcher.planning.cost.parts import parts
 from launcher.planning.cost.plan import Plan, make_plan
 from launcher.planning.cost.rates import Shares
+from launcher.planning.cost.sizes import Sizes
 
 SEQUENCE, VOCABULARY = 2048, 51200
 
@@ -83,7 +90,12 @@ A100 = HardwareConfig(
 def run_of(row: Row) -> RunConfig:
     return RunConfig(
         model=ModelConfig(
-            family=Family.gpt,
+            inputs=InputKind.tokens,
+            norm=NormKind.layer_norm,
+            positions=PositionKind.learned,
+            mlp=MLPKind.gelu,
+            attention=AttentionKind.causal,
+            biases=BiasesConfig(qkv=True, output=True, up=True, down=True, head=False),
             hidden_size=row.hidden,
             num_layers=row.layers,
             num_heads=row.heads,
@@ -158,14 +170,14 @@ def fused_block(s: Sizes) -> list[Operation]:
     return again
 
 
-FUSED, BLOCK = program._fused_attention, program.block
+FUSED, BLOCK = attention_operations.fused_attention, block
 
 
 @contextmanager
 def as_megatron_2021() -> Iterator[None]:
     parts.cache_clear()
     with (
-        patch.object(program, "_fused_attention", unfused_attention),
+        patch.object(attention_operations, "fused_attention", unfused_attention),
         patch("launcher.planning.cost.parts.block", fused_block),
     ):
         yield

@@ -16,9 +16,9 @@ from launcher.config.layout import Layout
 from launcher.config.schema import HardwareConfig, MeasuredRates, RunConfig, Scale
 from launcher.config.shape import sequence_length
 from launcher.launch.local import run_local_ranks
-from launcher.planning.cost.operations import Sizes
 from launcher.planning.cost.parts import parts
 from launcher.planning.cost.plan import Plan, make_plan
+from launcher.planning.cost.sizes import Sizes
 
 WARM_UP, STEPS = 2, 6
 MICRO_BATCH = 2

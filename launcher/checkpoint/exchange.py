@@ -1,4 +1,4 @@
-"""`launcher export` and `launcher import`: weights to and from a Hugging Face directory, a file at a time."""
+"""Convert weights to and from a Hugging Face directory, holding the tensors of a file at a time."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ from torch import Tensor
 from launcher import __version__
 from launcher.checkpoint.boxes import whole
 from launcher.checkpoint.companions import carry_companions, companions_of
-from launcher.checkpoint.huggingface import Entry, config_json, entries
+from launcher.checkpoint.huggingface import Entry, adapter_of
 from launcher.checkpoint.manifest import (
     CHECKPOINTS,
     DAMAGED,
@@ -36,9 +36,9 @@ MODEL = "imported"  # conf/model/imported.yaml
 
 
 def export(weights: Weights, target: Path, options: ExchangeConfig) -> None:
-    """Write a directory that transformers' from_pretrained loads; whole once its name is there.
+    """Write a directory that transformers' from_pretrained loads; it appears under its name once complete.
 
-    Holds one file's tensors at a time. Raises UnusableCheckpoint, ConfigError, OSError.
+    Raises UnusableCheckpoint, NotConvertible, OSError.
     """
     if weights.kind is Kind.checkpoint:
         manifest = read_manifest(weights.path)
@@ -51,7 +51,7 @@ def export(weights: Weights, target: Path, options: ExchangeConfig) -> None:
         for name, group in zip(names if len(files) > 1 else [SAFETENSORS], files, strict=True):
             tensors = {entry.theirs: _read(reader, entry).to(dtype).contiguous() for entry in group}
             save_tensors(tensors, aside / name, {"format": "pt"})
-            del tensors  # before the next file's are made
+            del tensors  # before the tensors of the next file are made
         if len(files) > 1:
             index = {
                 "metadata": {
@@ -63,14 +63,15 @@ def export(weights: Weights, target: Path, options: ExchangeConfig) -> None:
             }
             (aside / INDEX).write_text(json.dumps(index, indent=2) + "\n")
         base = _copy_companions(weights.path, aside)
-        described = config_json(weights.model, str(dtype).removeprefix("torch."), base)
+        adapter = adapter_of(weights.model)
+        described = adapter.config_json(weights.model, str(dtype).removeprefix("torch."), base)
         (aside / "config.json").write_text(json.dumps(described, indent=2) + "\n")
 
 
 def import_(weights: Weights, target: Path, options: ExchangeConfig) -> None:
-    """Write a run directory's beginning: a checkpoint of step 0 with weights alone, and the model's config.
+    """Write a new run directory: a checkpoint of step 0 with only weights, and the model's config.
 
-    Holds one file's tensors at a time. Raises ConfigError, OSError.
+    Raises ConfigError, OSError.
     """
     with new_directory(target) as aside:
         reader = HuggingFaceReader(weights)
@@ -100,8 +101,8 @@ def _bytes(entry: Entry, itemsize: int) -> int:
 
 def _in_files(weights: Weights, itemsize: int, max_bytes: int) -> Iterator[list[Entry]]:
     group: list[Entry] = []
-    for entry in entries(weights.model):
-        if group and sum(_bytes(one, itemsize) for one in (*group, entry)) > max_bytes:
+    for entry in adapter_of(weights.model).entries(weights.model):
+        if group and sum(_bytes(member, itemsize) for member in (*group, entry)) > max_bytes:
             yield group
             group = []
         group.append(entry)
@@ -110,7 +111,7 @@ def _in_files(weights: Weights, itemsize: int, max_bytes: int) -> Iterator[list[
 
 def _parts(weights: Weights, reader: HuggingFaceReader) -> Iterator[HostPiece]:
     shapes: dict[str, tuple[int, ...]] = {}
-    for entry in entries(weights.model):
+    for entry in adapter_of(weights.model).entries(weights.model):
         last = [offset + size for offset, size in zip(entry.box.offsets, entry.box.sizes, strict=True)]
         shapes[entry.ours] = tuple(map(max, last, shapes.get(entry.ours, last)))
     for name, shape in shapes.items():
@@ -121,11 +122,11 @@ def _parts(weights: Weights, reader: HuggingFaceReader) -> Iterator[HostPiece]:
 
 def _weight_files(manifest: Manifest) -> list[str]:
     stored = manifest.tensors.get(WEIGHT, {}).values()
-    return sorted({piece.file for one in stored for piece in one.pieces})
+    return sorted({piece.file for tensor in stored for piece in tensor.pieces})
 
 
 def _copy_companions(source: Path, target: Path) -> dict[str, Any] | None:
-    """Copy all but config.json, whose content is returned."""
+    """Copy the companion files except config.json, and return its content."""
     base: dict[str, Any] | None = None
     for path in companions_of(source):
         if path.name == "config.json":

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from launcher.config.errors import ConfigError, settings
+from launcher.config.run_format import FORMAT, wrong_format
 
 CHECKPOINTS, MANIFEST, LATEST = "checkpoints", "manifest.json", "latest"
-FORMAT = 1
 DAMAGED = "is damaged: its SHA-256 differs from the one in the manifest"
 
 
@@ -119,8 +119,7 @@ def read_manifest(path: Path) -> Manifest:
 
 def _parse(path: Path, outer: dict[str, Any]) -> Manifest:
     if outer["format"] != FORMAT:
-        why = f"has format {outer['format']}; this launcher reads format {FORMAT}"
-        raise UnusableCheckpoint(path, MANIFEST, why)
+        raise UnusableCheckpoint(path, MANIFEST, wrong_format(outer["format"]))
     content = outer["checkpoint"]
     if outer["sha256"] != _sha256_of_text(json.dumps(content, sort_keys=True)):
         raise UnusableCheckpoint(path, MANIFEST, "was altered: it does not match its own SHA-256")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from launcher.checkpoint.boxes import Box
 from launcher.checkpoint.final import weight_files
-from launcher.checkpoint.huggingface import Entry, entries
+from launcher.checkpoint.huggingface import Entry, adapter_of
 from launcher.checkpoint.manifest import MANIFEST, Manifest, UnusableCheckpoint, entry_name, read_manifest
 from launcher.checkpoint.sources import Kind, Weights, found_tensors
 from launcher.checkpoint.weights import final_weights_error
@@ -62,7 +62,7 @@ class HuggingFaceReader:
     def __init__(self, weights: Weights) -> None:
         self._tensors = found_tensors(weights.path, weights.model, "checkpoint.init_from")
         self._entries: dict[str, list[Entry]] = {}
-        for entry in entries(weights.model):
+        for entry in adapter_of(weights.model).entries(weights.model):
             self._entries.setdefault(entry.ours, []).append(entry)
         self._open: dict[Path, Any] = {}
 

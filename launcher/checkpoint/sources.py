@@ -1,7 +1,7 @@
-"""Where weights may come from: a checkpoint, a run's final weights, a Hugging Face directory. No torch."""
+"""Sources of weights: a checkpoint, a run's final weights, a Hugging Face directory. Imports no torch."""
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -11,15 +11,24 @@ from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError, safe_open
 
 from launcher.checkpoint.final import FINAL_WEIGHTS
-from launcher.checkpoint.huggingface import Entry, NotOurs, entries, model_of, plain_name
+from launcher.checkpoint.huggingface import (
+    Entry,
+    NotConvertible,
+    adapter_of,
+    model_of,
+    setting_names,
+    setting_of,
+    titles,
+)
 from launcher.checkpoint.manifest import MANIFEST, UnusableCheckpoint, checkpoints_in, read_manifest
 from launcher.config.compose import load_typed
-from launcher.config.errors import ConfigError, as_typed, settings
-from launcher.config.schema import Family, ModelConfig, RunConfig
+from launcher.config.errors import ConfigError, as_typed
+from launcher.config.schema import ModelConfig, PositionKind, RunConfig
 
 SAFETENSORS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _RUN_CONFIG = "config.yaml"
+_THEIRS = f"a {titles('or')} as published"
 _WHAT = "a run's directory, a checkpoint, or a Hugging Face directory with config.json and safetensors"
 
 
@@ -31,7 +40,7 @@ class Kind(Enum):
 
 @dataclass(frozen=True)
 class Weights:
-    """A whole model's weights on disk: where, in which form, and of which model."""
+    """The weights of a whole model on disk: directory, kind of source, and model."""
 
     path: Path
     kind: Kind
@@ -39,7 +48,7 @@ class Weights:
 
 
 def weights_at(path: Path, field: str) -> Weights:
-    """What lies at `path`, found whole by its names and lengths. Raises ConfigError about `field` if not."""
+    """Return the weights at `path`. Raises ConfigError about `field` if names or lengths show a gap."""
     path = path.expanduser()
     if (path / MANIFEST).exists() or checkpoints_in(path):
         checkpoint = path if (path / MANIFEST).exists() else checkpoints_in(path)[0]
@@ -58,25 +67,21 @@ def weights_at(path: Path, field: str) -> Weights:
     raise ConfigError(field, path, "holds no weights" if path.is_dir() else "is not a directory", _WHAT)
 
 
-def check_model_is(model: ModelConfig, found: Weights, field: str) -> None:
-    """Raises ConfigError where a run's model is not that of the weights it is to begin from."""
-    free = {"dropout", "init_std"} | ({"max_sequence_length"} if model.family is Family.llama else set())
-    free |= {"rope_theta"} if model.family is Family.gpt else set()
-    others = [one.name for one in fields(ModelConfig) if one.name not in free]
-    wrong = [name for name in others if _value(model, name) != _value(found.model, name)]
+def check_model_is(model: ModelConfig, weights: Weights, field: str) -> None:
+    """Check that a run's model is the model of its initial weights. Raises ConfigError."""
+    rotates = model.positions is PositionKind.rope
+    free = {"dropout", "init_std", "max_sequence_length" if rotates else "rope_theta"}
+    names = [name for name in setting_names() if name not in free]
+    wrong = {
+        f"model.{name}": (setting_of(model, name), setting_of(weights.model, name))
+        for name in names
+        if setting_of(model, name) != setting_of(weights.model, name)
+    }
     if wrong:
-        name = f"model.{wrong[0]}"
-        why = f"{field}={found.path} is of a model with {name}={as_typed(_value(found.model, wrong[0]))}"
-        remedy = " ".join(
-            setting for one in wrong for setting in settings(f"model.{one}", [_value(found.model, one)])
-        )
-        raise ConfigError(name, as_typed(_value(model, wrong[0])), why, remedy)
-
-
-def _value(model: ModelConfig, name: str) -> object:
-    if name == "num_kv_heads":
-        return model.num_kv_heads or model.num_heads
-    return getattr(model, name)
+        name, (ours, theirs) = next(iter(wrong.items()))
+        why = f"the model of {field}={weights.path} has {name}={as_typed(theirs)}"
+        remedy = " ".join(f"{name}={as_typed(theirs)}" for name, (_, theirs) in wrong.items())
+        raise ConfigError(name, as_typed(ours), why, remedy)
 
 
 def _model_in(config: dict[str, Any]) -> ModelConfig:
@@ -93,24 +98,25 @@ def _model_in(config: dict[str, Any]) -> ModelConfig:
 def _their_model(path: Path, field: str) -> ModelConfig:
     try:
         return model_of(json.loads((path / "config.json").read_text()))
-    except NotOurs as error:
-        raise ConfigError(field, path, f"config.json: {error}", "a GPT-2 or Llama as published") from None
+    except NotConvertible as error:
+        raise ConfigError(field, path, f"config.json: {error}", _THEIRS) from None
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise ConfigError(field, path, f"config.json cannot be read: {error}", _WHAT) from None
 
 
 def found_tensors(path: Path, model: ModelConfig, field: str) -> dict[str, tuple[Path, str]]:
-    """Each of their tensors: its file, and its name in there. Reads headers only.
+    """Return the file of each Hugging Face tensor, and its name in the file. Reads headers only.
 
-    Raises ConfigError where one is missing, has another shape, or is not of the model.
+    Raises ConfigError for a missing tensor, another shape, or a tensor that the model does not have.
     """
-    expected = {entry.theirs: entry for entry in entries(model)}
+    adapter = adapter_of(model)
+    expected = {entry.theirs: entry for entry in adapter.entries(model)}
     found: dict[str, tuple[Path, str]] = {}
     for file in _files(path, field):
         try:
             with safe_open(file, framework="np") as opened:
                 for name in opened.keys():  # noqa: SIM118  (not a dict)
-                    plain = plain_name(name, model)
+                    plain = adapter.plain_name(name, model)
                     if plain is not None:
                         shape = tuple(opened.get_slice(name).get_shape())
                         _check_shape(expected.get(plain), name, shape, path, field)
@@ -130,7 +136,7 @@ def _check_shape(entry: Entry | None, name: str, shape: tuple[int, ...], path: P
         why = f"has {name} of {shape}, and its config.json makes it {entry.shape}"
     else:
         return
-    raise ConfigError(field, path, why, "a GPT-2 or Llama as published")
+    raise ConfigError(field, path, why, _THEIRS)
 
 
 def _files(path: Path, field: str) -> list[Path]:

@@ -4,12 +4,13 @@ import shlex
 from collections.abc import Callable
 from pathlib import Path
 
+from launcher.checkpoint.huggingface import NotConvertible, adapter_of
 from launcher.checkpoint.manifest import UnusableCheckpoint, newest_complete_before
 from launcher.checkpoint.sources import Kind, Weights, weights_at
 from launcher.config.compose import compose_jobs
 from launcher.config.errors import ConfigError
 from launcher.config.numbers import EXCHANGE_NUMBERS, refuse_numbers_out_of_range
-from launcher.config.schema import ExchangeConfig, Family
+from launcher.config.schema import ExchangeConfig
 
 
 def export_main(arguments: list[str]) -> int:
@@ -18,9 +19,11 @@ def export_main(arguments: list[str]) -> int:
     if found is None:
         return 0
     weights, target, options = found
-    if weights.model.family is Family.vit:
-        why = "is of a vit, and GPT-2 and Llama are what is exported"
-        raise ConfigError("export", weights.path, why, "its weights/*.safetensors, by logical name")
+    try:
+        adapter_of(weights.model)
+    except NotConvertible as error:
+        remedy = "the run's weights/*.safetensors, by logical name"
+        raise ConfigError("export", weights.path, str(error), remedy) from None
     from launcher.checkpoint.exchange import export
 
     _written(lambda: export(weights, target, options), weights, target)

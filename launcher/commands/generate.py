@@ -4,7 +4,7 @@ from pathlib import Path
 
 from launcher.config.compose import compose_jobs, load_typed
 from launcher.config.errors import ConfigError
-from launcher.config.schema import Family, GenerateConfig, RunConfig
+from launcher.config.schema import GenerateConfig, InputKind, RunConfig
 from launcher.config.validate import validate_generate
 from launcher.launch.machine import share_cores, this_machine
 from launcher.runtime.run_dir import CONFIG
@@ -18,7 +18,7 @@ def main(arguments: list[str]) -> int:
     for job in compose_jobs("generate", GenerateConfig, arguments):
         run_dir = Path(validate_generate(job.config)).expanduser()
         # Read here only to refuse it: what comes next imports torch.
-        if load_typed(run_dir / CONFIG, RunConfig).model.family is Family.vit:
+        if load_typed(run_dir / CONFIG, RunConfig).model.inputs is InputKind.patches:
             why = "is of a classifier of images, which writes no text"
             raise ConfigError("run.dir", run_dir, why, "the directory of a language model's run")
         share_cores(1, this_machine().cores)

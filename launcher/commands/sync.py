@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from launcher.config.errors import ConfigError
-from launcher.runtime.run_dir import IDENTITY
+from launcher.config.run_format import IDENTITY
 
 
 def main(arguments: list[str]) -> int:

@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from launcher.config.errors import ConfigError
 from launcher.config.explanations import COMPOSITION_ERRORS, explain, missing_value, no_such_field
 from launcher.config.fields import ENTRIES, config_directory, is_section
+from launcher.config.run_format import check_format
 from launcher.config.schema import (
     CalibrateConfig,
     ComparedRunConfig,
@@ -162,6 +163,7 @@ def load_typed(path: Path, root: type[Config]) -> Config:
     if not path.is_file():
         why = f"this is not a run directory, because it has no {path.name}"
         raise ConfigError("run.dir", path.parent, why, "run.dir=DIRECTORY of a run")
+    check_format(path.parent)
     try:
         merged = OmegaConf.merge(OmegaConf.structured(root), OmegaConf.load(path))
         assert isinstance(merged, DictConfig)

@@ -36,8 +36,9 @@ NUMBERS: dict[str, tuple[Range, str]] = {
     "model.num_layers": (COUNT, "1"),
     "model.num_heads": (COUNT, "1"),
     "model.num_kv_heads": (COUNT, "null"),
+    "model.head_size": (COUNT, "null"),
     "model.ffn_hidden_size": (COUNT, "512"),
-    # Whether these may be 0 depends on the family.
+    # Whether these may be 0 depends on model.inputs.
     "model.vocab_size": (NOT_NEGATIVE, str(BYTE_VALUES)),
     "model.max_sequence_length": (NOT_NEGATIVE, "128"),
     "model.num_classes": (NOT_NEGATIVE, "0"),

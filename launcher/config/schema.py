@@ -16,19 +16,43 @@ from omegaconf import MISSING, OmegaConf
 # ruff: noqa: UP045
 
 
-class Family(Enum):
-    """`gpt`: learned positions, LayerNorm, GELU, biases. `llama`: RoPE, RMSNorm, SwiGLU, no biases.
+class InputKind(Enum):
+    """`tokens`: text, predicts the next token at each position. `patches`: images, predicts a class."""
 
-    `vit`: a classifier of images from gpt's blocks, attending to all patches (arXiv 2010.11929).
-    """
+    tokens = "tokens"
+    patches = "patches"
 
-    gpt = "gpt"
-    llama = "llama"
-    vit = "vit"
+
+class NormKind(Enum):
+    """`layer_norm`: weight and bias. `rms_norm`: weight only (arXiv 1910.07467)."""
+
+    layer_norm = "layer_norm"
+    rms_norm = "rms_norm"
+
+
+class PositionKind(Enum):
+    """`learned`: a vector per position, added to the embedding. `rope`: rotated queries and keys."""
+
+    learned = "learned"
+    rope = "rope"
+
+
+class MLPKind(Enum):
+    """`gelu`: up projection, tanh form of GELU. `swiglu`: gate and up projections (arXiv 2002.05202)."""
+
+    gelu = "gelu"
+    swiglu = "swiglu"
+
+
+class AttentionKind(Enum):
+    """`causal`: each position attends to itself and earlier positions. `full`: to every position."""
+
+    causal = "causal"
+    full = "full"
 
 
 class Pooling(Enum):
-    """What a vit's head sees: the class token that it has beside the patches, or the mean of the patches."""
+    """Input of a classifier's head: the class token beside the patches, or the mean of the patches."""
 
     class_token = "class_token"
     mean = "mean"
@@ -125,26 +149,45 @@ class OnStop(Enum):
     end = "end"
 
 
-@dataclass
+@dataclass(unsafe_hash=True)
+class BiasesConfig:
+    """Which projections add a bias vector. A LayerNorm and the patch projection always have one."""
+
+    qkv: bool = MISSING  # queries, keys and values
+    output: bool = MISSING  # attention output
+    up: bool = MISSING  # MLP input, with swiglu the gate too
+    down: bool = MISSING  # MLP output
+    head: bool = MISSING  # logits
+
+
+@dataclass(unsafe_hash=True)
 class ModelConfig:
-    family: Family = MISSING
+    """A transformer described by its parts and sizes."""
+
+    inputs: InputKind = MISSING
+    norm: NormKind = MISSING
+    positions: PositionKind = MISSING
+    mlp: MLPKind = MISSING
+    attention: AttentionKind = MISSING
+    biases: BiasesConfig = field(default_factory=BiasesConfig)
     hidden_size: int = MISSING
     num_layers: int = MISSING
     num_heads: int = MISSING
     num_kv_heads: Optional[int] = None  # null: num_heads (no grouping)
+    head_size: Optional[int] = None  # null: hidden_size / num_heads
     ffn_hidden_size: int = MISSING
-    vocab_size: int = MISSING  # 0 for vit, which has classes
-    max_sequence_length: int = MISSING  # 0 for vit, whose patches are counted
-    tie_embeddings: bool = MISSING
+    vocab_size: int = MISSING  # 0 with inputs=patches
+    max_sequence_length: int = MISSING  # 0 with inputs=patches
+    tie_embeddings: bool = MISSING  # head and token embedding share one weight
     dropout: float = 0.0
     norm_epsilon: float = 1e-5
-    rope_theta: float = 10000.0  # llama only
-    init_std: float = 0.02
-    # vit only, else 0
+    rope_theta: float = 10000.0  # base of the rotary frequencies
+    init_std: float = 0.02  # standard deviation of the initial weights
+    # Set with inputs=patches only, else 0.
     num_classes: int = 0
-    image_size: int = 0  # pixels of a side
+    image_size: int = 0  # pixels per side
     image_channels: int = 0  # 1: grey, 3: red, green, blue
-    patch_size: int = 0  # pixels of a side
+    patch_size: int = 0  # pixels per side
     pooling: Optional[Pooling] = None
 
 

@@ -1,38 +1,67 @@
-"""What follows from a run's model and data alone: arithmetic that the rules and the layout share."""
+"""Sizes that follow from a run's model and data. Shared by validation, layout, layers and planner."""
 
 import math
 from collections.abc import Sequence
 from fractions import Fraction
 
-from launcher.config.schema import CorpusSource, Family, ModelConfig, PipelineSchedule, Pooling, RunConfig
+from launcher.config.schema import (
+    CorpusSource,
+    InputKind,
+    ModelConfig,
+    PipelineSchedule,
+    Pooling,
+    PositionKind,
+    RunConfig,
+)
 
 END_OF_TEXT = 0  # the byte that ends each file of text
 
 
-def kv_heads(run: RunConfig) -> int:
-    return run.model.num_kv_heads or run.model.num_heads
+def kv_heads(model: ModelConfig) -> int:
+    """Return the number of key/value heads, K."""
+    return model.num_kv_heads or model.num_heads
+
+
+def head_size(model: ModelConfig) -> int:
+    """Return the channels per attention head, D."""
+    return model.head_size or model.hidden_size // model.num_heads
+
+
+def qkv_sizes(model: ModelConfig) -> tuple[int, int, int]:
+    """Return the channels of all queries, keys and values: (N D, K D, K D)."""
+    size = head_size(model)
+    return model.num_heads * size, kv_heads(model) * size, kv_heads(model) * size
+
+
+def has_class_token(model: ModelConfig) -> bool:
+    return model.inputs is InputKind.patches and model.pooling is Pooling.class_token
+
+
+def position_count(model: ModelConfig) -> int:
+    """Return the longest sequence the model takes; learned positions have a vector for each place."""
+    return vision_tokens(model) if model.inputs is InputKind.patches else model.max_sequence_length
 
 
 def sequence_length(run: RunConfig) -> int:
-    """Tokens per sample, T."""
-    if run.model.family is Family.vit:
+    """Return the tokens per sample, T."""
+    if run.model.inputs is InputKind.patches:
         return vision_tokens(run.model)
     return run.data.sequence_length or run.model.max_sequence_length
 
 
 def vision_tokens(model: ModelConfig) -> int:
-    """The patches of an image, and the class token if there is one."""
+    """Return the number of patches of an image, plus 1 for a class token."""
     patches: int = (model.image_size // model.patch_size) ** 2
-    return patches + (model.pooling is Pooling.class_token)
+    return patches + has_class_token(model)
 
 
 def output_size(model: ModelConfig) -> int:
-    """What the head tells apart: tokens, or classes."""
-    return model.num_classes if model.family is Family.vit else model.vocab_size
+    """Return the number of logits per position: tokens or classes."""
+    return model.num_classes if model.inputs is InputKind.patches else model.vocab_size
 
 
 def end_of_document(run: RunConfig) -> int | None:
-    """The token that ends each document, where that is known."""
+    """Return the token that ends each document; None where it is not known."""
     return run.data.end_of_document if run.data.source is CorpusSource.tokens else END_OF_TEXT
 
 
@@ -41,34 +70,34 @@ def is_of_images(run: RunConfig) -> bool:
 
 
 def stages_per_rank(run: RunConfig) -> int:
-    """Pipeline stages that one rank holds."""
+    """Return the number of pipeline stages that a rank holds."""
     return 2 if run.parallelism.pipeline_schedule is PipelineSchedule.dualpipev else 1
 
 
 def least_micro_batches(run: RunConfig) -> int:
-    """The micro-batches per step that the pipeline's schedule needs at least."""
+    """Return the minimum of micro-batches per step for the pipeline schedule."""
     return 1 if stages_per_rank(run) == 1 else 2 * run.parallelism.pipeline
 
 
 def legal_tensor_sizes(run: RunConfig) -> list[int]:
-    """Every tensor-parallel size that divides what it splits, in rising order."""
+    """Return the tensor-parallel sizes that divide heads, FFN and sequence, ascending."""
     m, length = run.model, sequence_length(run)
-    sizes = divisors(math.gcd(m.num_heads, kv_heads(run), m.ffn_hidden_size))
+    sizes = divisors(math.gcd(m.num_heads, kv_heads(m), m.ffn_hidden_size))
     if not run.parallelism.sequence_parallel:
         return sizes
     return [size for size in sizes if size > 1 and length % size == 0]
 
 
 def legal_pipeline_sizes(run: RunConfig) -> list[int]:
-    """Every number of stages that the layers can fill and ZeRO allows."""
+    """Return the pipeline sizes that the layers can fill and that ZeRO allows."""
     if run.parallelism.zero_stage > 1:
         return [1]
-    of_each = stages_per_rank(run)
-    return list(range(of_each, run.model.num_layers // of_each + 1))
+    stages = stages_per_rank(run)
+    return list(range(stages, run.model.num_layers // stages + 1))
 
 
 def legal_heads(run: RunConfig) -> list[int]:
-    """Every number of heads that fits the other sizes of the model and the tensor-parallel size."""
+    """Return the numbers of heads that fit the model's other sizes and the tensor-parallel size."""
     m = run.model
     return [
         heads
@@ -79,30 +108,30 @@ def legal_heads(run: RunConfig) -> list[int]:
 
 
 def head_size_multiple(run: RunConfig) -> int:
-    """Rotary positions turn pairs of channels."""
-    return 2 if run.model.family is Family.llama else 1
+    """Return 2 for rotary positions, which rotate pairs of channels, else 1."""
+    return 2 if run.model.positions is PositionKind.rope else 1
 
 
 def whole_weights(weights: Sequence[float]) -> list[int]:
-    """The least whole numbers in the same proportion. 0.1 is a tenth, not the closest binary number."""
+    """Return the smallest whole numbers in the same proportion; 0.1 counts as exactly a tenth."""
     typed = [Fraction(str(weight)) for weight in weights]
     scale = math.lcm(*(weight.denominator for weight in typed))
     whole = [int(weight * scale) for weight in typed]
-    return [one // math.gcd(*whole) for one in whole]
+    return [number // math.gcd(*whole) for number in whole]
 
 
 def divisors(n: int) -> list[int]:
-    """The divisors of n > 0 in rising order."""
+    """Return the divisors of n > 0, ascending."""
     small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
     return small + [n // d for d in reversed(small) if d * d != n]
 
 
 def multiples_around(n: int, factor: int) -> list[int]:
-    """The positive multiples of `factor` on either side of n."""
+    """Return the positive multiples of `factor` just below (or at) and just above n."""
     below = n // factor * factor
     return [multiple for multiple in (below, below + factor) if multiple]
 
 
 def nearest(options: list[int], value: int, count: int = 2) -> list[int]:
-    """The `count` options closest to value, in rising order."""
+    """Return the `count` options closest to `value`, ascending."""
     return sorted(sorted(options, key=lambda option: (abs(option - value), option))[:count])

@@ -22,21 +22,23 @@ from launcher.config.numbers import (
     refuse_numbers_out_of_range,
 )
 from launcher.config.schema import (
+    AttentionKind,
     CalibrateConfig,
     ComparedRunConfig,
     CorpusSource,
     Dtype,
-    Family,
     GenerateConfig,
+    InputKind,
     OptimizerName,
     ParallelismConfig,
-    Pooling,
     PrepareConfig,
     RunConfig,
     SchedulerName,
 )
 from launcher.config.shape import (
     divisors,
+    has_class_token,
+    head_size,
     head_size_multiple,
     is_of_images,
     kv_heads,
@@ -120,29 +122,30 @@ def check_numbers(run: RunConfig) -> None:
     refuse_numbers_out_of_range(run, NUMBERS)
 
 
-def check_family(run: RunConfig) -> None:
-    """Each family has the sizes it needs, and none of another's."""
+def check_inputs(run: RunConfig) -> None:
+    """Check that the model has the settings of its inputs, and none of the other kind's."""
     m = run.model
-    language = {"model.vocab_size": BYTE_VALUES, "model.max_sequence_length": 128}
-    vision = {
+    text = {"model.vocab_size": BYTE_VALUES, "model.max_sequence_length": 128}
+    images = {
         "model.num_classes": 10,
         "model.image_size": 8,
         "model.image_channels": 1,
         "model.patch_size": 2,
     }
-    is_vision = m.family is Family.vit
-    for field, example in (vision if is_vision else language).items():
+    is_vision = m.inputs is InputKind.patches
+    unused = f"not used with model.inputs={m.inputs.name}"
+    for field, example in (images if is_vision else text).items():
         if value_of(run, field) == 0:
             raise refusal(run, field, COUNT.words, f"{field}={example}")
-    for field in language if is_vision else vision:
+    for field in text if is_vision else images:
         if value_of(run, field) != 0:
-            raise refusal(run, field, f"not a setting of family {m.family.name}", f"{field}=0")
+            raise refusal(run, field, unused, f"{field}=0")
     if is_vision != (m.pooling is not None):
-        why = "a vit's head needs it" if is_vision else f"not a setting of family {m.family.name}"
+        why = "model.inputs=patches needs it" if is_vision else unused
         values = ["class_token", "mean"] if is_vision else ["null"]
         raise refusal(run, "model.pooling", why, *settings("model.pooling", values))
     if is_vision and m.tie_embeddings:
-        why = "a vit has no token embedding to tie to its head"
+        why = "model.inputs=patches has no token embedding to share with the head"
         raise refusal(run, "model.tie_embeddings", why, "model.tie_embeddings=false")
     if is_vision and m.image_channels not in (1, 3):
         why = "images are grey (1) or red, green, blue (3)"
@@ -153,19 +156,31 @@ def check_family(run: RunConfig) -> None:
         raise refusal(run, "model.patch_size", why, *settings("model.patch_size", close))
 
 
+def check_parts(run: RunConfig) -> None:
+    """Check the combinations of parts that would train on nothing or cheat."""
+    m = run.model
+    if m.attention is AttentionKind.full and m.inputs is InputKind.tokens:
+        why = "every position would see the token it predicts"
+        raise refusal(run, "model.attention", why, "model.attention=causal")
+    if m.attention is AttentionKind.causal and has_class_token(m):
+        why = "the class token comes first and would see no patch"
+        raise refusal(run, "model.attention", why, "model.attention=full", "model.pooling=mean")
+    if m.biases.head and m.tie_embeddings:
+        why = "a head that shares the embedding's weight has no bias"
+        raise refusal(run, "model.biases.head", why, "model.biases.head=false", "model.tie_embeddings=false")
+
+
 def check_images(run: RunConfig) -> None:
-    """A vit sees images, and nothing else does."""
+    """Check that patches are cut from images, and tokens from text."""
     m, d = run.model, run.data
-    if (m.family is Family.vit) != is_of_images(run):
-        if m.family is Family.vit:
+    if (m.inputs is InputKind.patches) != is_of_images(run):
+        if m.inputs is InputKind.patches:
             is_for_digits = (m.image_size, m.image_channels) == (8, 1) and m.num_classes >= 10
-            sees, remedy = (
-                "images",
-                "data=digits" if is_for_digits else "data=image_folder data.train=images/train",
-            )
+            needs = "images"
+            remedy = "data=digits" if is_for_digits else "data=image_folder data.train=images/train"
         else:
-            sees, remedy = "text", f"model={'vit_tiny' if d.source is CorpusSource.digits else 'vit_b16'}"
-        raise refusal(run, "data.source", f"model.family={m.family.name} sees {sees}", remedy)
+            needs, remedy = "text", f"model={'vit_tiny' if d.source is CorpusSource.digits else 'vit_b16'}"
+        raise refusal(run, "data.source", f"model.inputs={m.inputs.name} needs {needs}", remedy)
     if not is_of_images(run):
         return
     if d.sequence_length is not None:
@@ -190,35 +205,33 @@ def check_images(run: RunConfig) -> None:
 
 
 def check_heads(run: RunConfig) -> None:
-    m = run.model
-    if m.family is not Family.llama and m.num_kv_heads not in (None, m.num_heads):
-        why = "grouped-query attention is of family llama"
-        llama = ["model.family=llama"] if m.family is Family.gpt else []
-        raise refusal(run, "model.num_kv_heads", why, "model.num_kv_heads=null", *llama)
+    """Check that the heads fit the hidden size, rotary positions and the key/value heads."""
+    m, multiple = run.model, head_size_multiple(run)
     remedies = [
         *settings("model.num_heads", nearest(legal_heads(run), m.num_heads)),
-        *settings(
-            "model.hidden_size", multiples_around(m.hidden_size, m.num_heads * head_size_multiple(run))
-        ),
+        *settings("model.hidden_size", multiples_around(m.hidden_size, m.num_heads * multiple)),
     ]
-    if m.hidden_size % m.num_heads:
+    if m.head_size is None and m.hidden_size % m.num_heads:
         raise refusal(run, "model.num_heads", f"does not divide model.hidden_size={m.hidden_size}", *remedies)
-    if (m.hidden_size // m.num_heads) % head_size_multiple(run):
-        why = f"heads of {m.hidden_size // m.num_heads}, and rotary positions need an even head size"
-        raise refusal(run, "model.num_heads", why, *remedies)
-    if m.num_heads % kv_heads(run):
+    if head_size(m) % multiple:
+        why = "rotary positions need an even head size"
+        if m.head_size is not None:
+            even = settings("model.head_size", multiples_around(m.head_size, multiple))
+            raise refusal(run, "model.head_size", why, *even)
+        raise refusal(run, "model.num_heads", f"heads of {head_size(m)}, and {why}", *remedies)
+    if m.num_heads % kv_heads(m):
         legal = [heads for heads in divisors(m.num_heads) if heads % run.parallelism.tensor == 0]
         raise refusal(
             run,
             "model.num_kv_heads",
             f"does not divide model.num_heads={m.num_heads}",
-            *settings("model.num_kv_heads", nearest(legal, kv_heads(run)) or ["null"]),
+            *settings("model.num_kv_heads", nearest(legal, kv_heads(m)) or ["null"]),
         )
 
 
 def check_tensor_divides(run: RunConfig) -> None:
     m, tensor = run.model, run.parallelism.tensor
-    counts = {"attention heads": m.num_heads, "KV heads": kv_heads(run), "FFN columns": m.ffn_hidden_size}
+    counts = {"attention heads": m.num_heads, "KV heads": kv_heads(m), "FFN columns": m.ffn_hidden_size}
     for what, count in counts.items():
         if count % tensor:
             raise refusal(
@@ -283,7 +296,7 @@ def check_zero(run: RunConfig) -> None:
 
 def check_sequence(run: RunConfig) -> None:
     p, length, longest = run.parallelism, sequence_length(run), run.model.max_sequence_length
-    is_vision = run.model.family is Family.vit
+    is_vision = run.model.inputs is InputKind.patches
     if not is_vision and length > longest:
         why = f"longer than model.max_sequence_length={longest}"
         remedies = f"data.sequence_length={longest}", f"model.max_sequence_length={length}"
@@ -297,7 +310,7 @@ def check_sequence(run: RunConfig) -> None:
         raise refusal(run, "parallelism.sequence_parallel", why, off, *more)
     if length % p.tensor:
         shorter = [n for n in multiples_around(length, p.tensor) if n <= longest]
-        pooled = is_vision and run.model.pooling is Pooling.class_token and (length - 1) % p.tensor == 0
+        pooled = has_class_token(run.model) and (length - 1) % p.tensor == 0
         raise refusal(
             run,
             "parallelism.sequence_parallel",
@@ -480,7 +493,8 @@ def check_fp16_has_a_gpu(run: RunConfig, layout: Layout) -> None:
 
 RULES: tuple[Callable[[RunConfig], None], ...] = (
     check_numbers,
-    check_family,
+    check_inputs,
+    check_parts,
     check_images,
     check_heads,
     check_tensor_divides,

@@ -16,8 +16,7 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 
 from launcher.engine.state import link_states
-from launcher.models.language import Loss
-from launcher.models.vision import ClassificationLoss
+from launcher.models.losses import ClassificationLoss, Loss
 from launcher.parallel.mesh import Axis, ProcessMesh
 from launcher.parallel.random import DropoutRandom
 from launcher.parallel.sharding import LogicalTensor, logical_of, merge

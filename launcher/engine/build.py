@@ -11,8 +11,8 @@ from launcher.engine.base import Engine
 from launcher.engine.distributed import set_timeouts
 from launcher.engine.flat import FlatEngine
 from launcher.engine.pipeline import PipelineEngine
-from launcher.models.blocks import BlockContext
-from launcher.models.model import model_layers, model_loss
+from launcher.models.architecture import model_layers, model_loss
+from launcher.models.context import BlockContext
 from launcher.parallel.mesh import MeshShape, ProcessMesh
 
 

@@ -12,8 +12,9 @@ from launcher.config.schema import RunConfig
 from launcher.engine.base import Engine, MicroBatches, StepResult, mean_over, to_inputs
 from launcher.engine.ds_config import deepspeed_config
 from launcher.engine.optimizer import build_optimizer
-from launcher.models.blocks import BlockContext
-from launcher.models.language import FlatModel, Layer, Loss
+from launcher.models.architecture import FlatModel, Layer
+from launcher.models.context import BlockContext
+from launcher.models.losses import Loss
 from launcher.parallel.mesh import ProcessMesh
 from launcher.parallel.sharding import logical_of
 

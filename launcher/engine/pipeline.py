@@ -15,8 +15,10 @@ from launcher.config.schema import RunConfig
 from launcher.engine.base import Engine, MicroBatches, StepResult, to_inputs
 from launcher.engine.ds_config import deepspeed_config
 from launcher.engine.optimizer import build_optimizer
-from launcher.models.blocks import BlockContext, TransformerBlock
-from launcher.models.language import Layer, Loss
+from launcher.models.architecture import Layer
+from launcher.models.blocks import TransformerBlock
+from launcher.models.context import BlockContext
+from launcher.models.losses import Loss
 from launcher.parallel.mesh import ProcessMesh
 
 

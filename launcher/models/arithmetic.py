@@ -1,21 +1,24 @@
-"""Counts from a model's config alone: parameters and FLOPs. Held against the real modules by tests."""
+"""Parameter and FLOP counts from a model's config alone. Tests compare them with the real modules."""
 
-from launcher.config.schema import Family, ModelConfig, Pooling
-from launcher.config.shape import output_size, vision_tokens
+from launcher.config.schema import InputKind, MLPKind, ModelConfig, NormKind, PositionKind
+from launcher.config.shape import has_class_token, output_size, position_count, qkv_sizes
 
 
 def block_matrix_parameters(model: ModelConfig) -> int:
-    """Those of all blocks, which multiply every token: projections, not norms or biases."""
-    h, head_size = model.hidden_size, model.hidden_size // model.num_heads
-    kv = (model.num_kv_heads or model.num_heads) * head_size
-    mlp_matrices = 3 if model.family is Family.llama else 2
-    return model.num_layers * (h * (h + 2 * kv) + h * h + mlp_matrices * h * model.ffn_hidden_size)
+    """Return the projection weights of all blocks, which multiply every token; no norms, no biases."""
+    h, qkv = model.hidden_size, qkv_sizes(model)
+    return model.num_layers * h * (sum(qkv) + qkv[0] + (_up_size(model) + model.ffn_hidden_size))
 
 
 def matrix_parameters(model: ModelConfig) -> int:
-    """Weights that multiply: projections, the head and a vit's patches, not look-ups, norms or biases."""
+    """Return the weights that multiply: projections, head and patches; no look-ups, norms or biases."""
     head = output_size(model) * model.hidden_size
     return block_matrix_parameters(model) + head + _patch_parameters(model)
+
+
+def _up_size(model: ModelConfig) -> int:
+    """Return the outputs of the first projection of the MLP; SwiGLU has gate and up."""
+    return (2 if model.mlp is MLPKind.swiglu else 1) * model.ffn_hidden_size
 
 
 def _patch_parameters(model: ModelConfig) -> int:
@@ -23,39 +26,47 @@ def _patch_parameters(model: ModelConfig) -> int:
 
 
 def parameters(model: ModelConfig) -> int:
-    """All logical parameters; a tied embedding once, vocabulary padding not at all."""
+    """Return the number of logical parameters; a tied embedding counts once, vocabulary padding never."""
+    return matrix_parameters(model) + _vector_parameters(model) + _first_layer_parameters(model)
+
+
+def _vector_parameters(model: ModelConfig) -> int:
+    """Return the parameters of norms and of the biases of projections."""
+    h, biases = model.hidden_size, model.biases
+    norm = (2 if model.norm is NormKind.layer_norm else 1) * h
+    block = (
+        biases.qkv * sum(qkv_sizes(model)) + biases.output * h + biases.up * _up_size(model) + biases.down * h
+    )
+    return (2 * model.num_layers + 1) * norm + model.num_layers * block + biases.head * output_size(model)
+
+
+def _first_layer_parameters(model: ModelConfig) -> int:
+    """Return the parameters before the first block that _patch_parameters does not count."""
     h = model.hidden_size
-    embedding = 0 if model.tie_embeddings else model.vocab_size * h
-    total = matrix_parameters(model) + embedding
-    if model.family is Family.llama:
-        return total + (2 * model.num_layers + 1) * h
-    qkv_output_and_mlp_biases = 3 * h + h + model.ffn_hidden_size + h
-    norms = (2 * model.num_layers + 1) * 2 * h
-    total += norms + model.num_layers * qkv_output_and_mlp_biases
-    if model.family is Family.gpt:
-        return total + model.max_sequence_length * h
-    patch_bias_and_class_token = (2 if model.pooling is Pooling.class_token else 1) * h
-    return total + vision_tokens(model) * h + patch_bias_and_class_token + model.num_classes
+    positions = position_count(model) * h if model.positions is PositionKind.learned else 0
+    if model.inputs is InputKind.patches:
+        return positions + h + (h if has_class_token(model) else 0)  # the patches' bias
+    return positions + (0 if model.tie_embeddings else model.vocab_size * h)
 
 
 def reduce_bucket(model: ModelConfig) -> int:
-    """Elements of the bucket that gradients are reduced through: DeepSpeed's own number, or all there are.
+    """Return the elements of the bucket for gradient reduction: DeepSpeed's default, or all parameters.
 
-    DeepSpeed allocates it whole, 2 GB in fp32, however small the model.
+    DeepSpeed allocates the whole bucket, 2 GB in fp32, however small the model.
     """
     return min(500_000_000, parameters(model))
 
 
 def train_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
-    """Model FLOPs of forward and backward per token: 6 per matrix weight, 12 L H T for attention.
+    """Return the model FLOPs per token, forward and backward: 6 per matrix weight, 12 L N D T for attention.
 
     The PaLM paper's count (arXiv 2204.02311, appendix B): the whole T x T matrix, causal or not, and no
-    recomputation, so that MFU compares across layouts and frameworks. A vit's head multiplies once per image,
-    and its patches, whose pixels need no gradient, 4 times; over an image's tokens that is an average.
+    recomputation, so that MFU compares across layouts and frameworks. An image classifier's head multiplies
+    once per image. Its patches count 4 times, because pixels need no gradient. Both are averaged over T.
     """
-    attention = 12 * model.num_layers * model.hidden_size * sequence_length
-    if model.family is not Family.vit:
+    attention = 12 * model.num_layers * qkv_sizes(model)[0] * sequence_length
+    if model.inputs is InputKind.tokens:
         return 6 * matrix_parameters(model) + attention
-    # The class token's place is projected along.
+    # The class token's position is projected too.
     per_image = 4 * _patch_parameters(model) * sequence_length + 6 * model.num_classes * model.hidden_size
     return 6 * block_matrix_parameters(model) + per_image / sequence_length + attention

@@ -12,7 +12,7 @@ import torch
 
 from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
-from launcher.config.shape import output_size
+from launcher.config.shape import output_size, qkv_sizes
 from launcher.parallel.sharding import padded_length
 from launcher.parity.differences import Difference, DifferenceKind, expected_batch_losses, in_forward_order
 from launcher.parity.patterns import (
@@ -103,7 +103,7 @@ def _wrong_start(e: Evidence, names: list[str]) -> Diagnosis:
         for n in names
         if e.right.weights[n].dim() > 1
     }
-    queries = e.run.model.hidden_size
+    queries = qkv_sizes(e.run.model)[0]
     if all((moved := rows[n]) and "attention.qkv" in n and min(moved) >= queries for n in names):
         return Diagnosis(
             f"{_some(names)}: the rows of keys and values are exchanged with other rows",

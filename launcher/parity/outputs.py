@@ -8,8 +8,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from launcher.engine.base import Engine
-from launcher.models.blocks import Norm
-from launcher.models.language import LearnedPositions
+from launcher.models.norms import Norm
+from launcher.models.positions import LearnedPositions
 from launcher.models.vision import PatchEmbedding
 from launcher.parallel.layers import (
     ColumnParallelLinear,

@@ -1,7 +1,7 @@
 """The independent reference: one process, plain torch functions and optimizers. No DeepSpeed, no mesh.
 
-Shares with the product only the initial weights and the names. The model is written out again here, from
-the papers, in the most obvious way, so that a mistake in the product's layers has nothing to hide behind.
+Shares only the initial weights and their names with launcher/models. The parts are written again here, from
+the papers and in the most obvious way, so that the comparison shows any mistake in the layers.
 """
 
 from collections.abc import Iterator
@@ -12,11 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from launcher.config.schema import (
-    Family,
+    AttentionKind,
+    InputKind,
+    MLPKind,
     ModelConfig,
+    NormKind,
     OptimizerConfig,
     OptimizerName,
     Pooling,
+    PositionKind,
     RunConfig,
 )
 from launcher.config.shape import end_of_document, sequence_length, vision_tokens
@@ -28,10 +32,10 @@ Batch = tuple[Tensor, Tensor]  # inputs and labels of a whole step: tokens (G, T
 def reference_trace(
     run: RunConfig, weights: Weights, batches: list[Batch], follow: list[StepTrace] | None = None
 ) -> list[StepTrace]:
-    """Train on each global batch in one piece, from `weights`; fp32 throughout.
+    """Train from `weights` in fp32, each global batch in one piece, and return the trace of every step.
 
-    With `follow` each step starts from the weights that this other run had by then.
-    `batch_losses` are those of the single samples: [[loss of sample 0, ...]].
+    With `follow`, each step starts from the weights of that trace. `batch_losses` holds the loss of each
+    sample: [[loss of sample 0, ...]].
     """
     parameters = {name: tensor.clone().requires_grad_() for name, tensor in weights.items()}
     optimizer = _optimizer(run.optimizer, parameters)
@@ -94,12 +98,12 @@ def _optimizer(config: OptimizerConfig, parameters: Weights) -> torch.optim.Opti
     return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.epsilon)  # type: ignore[arg-type]
 
 
-Spans = list[list[tuple[int, int]]]  # of each sample, the (first, one past the last) place of each document
+Spans = list[list[tuple[int, int]]]  # per sample, the (start, stop) of each document
 
 
 def documents(run: RunConfig, tokens: Tensor) -> Spans:
-    """What is attended to as one: each document of each sample (B, T), or the whole sample."""
-    if run.model.family is Family.vit:
+    """Return the spans within which positions see each other: documents, or whole samples, of (B, T)."""
+    if run.model.inputs is InputKind.patches:
         return [[(0, vision_tokens(run.model))]] * len(tokens)
     spans: Spans = []
     for sample in tokens.tolist():
@@ -111,16 +115,16 @@ def documents(run: RunConfig, tokens: Tensor) -> Spans:
     return spans
 
 
-def forward(w: Weights, model: ModelConfig, tokens: Tensor, outputs: Weights, spans: Spans) -> Tensor:
-    """Tokens (B, T) -> logits (B, T, V); each layer's output is left in `outputs`.
+def forward(w: Weights, model: ModelConfig, inputs: Tensor, outputs: Weights, spans: Spans) -> Tensor:
+    """Return the logits (B, T, V) of tokens (B, T), or (B, 1, classes) of images.
 
-    Documents are run one by one wherever a position could look at another.
+    Each layer's output is left in `outputs`. Where positions see each other, documents run one by one.
     """
-    if model.family is Family.vit:
-        x = outputs["patches"] = _patches(w, model, tokens)
+    if model.inputs is InputKind.patches:
+        x = outputs["patches"] = _patches(w, model, inputs)
     else:
-        x = outputs["embedding"] = w["embedding.weight"][tokens]
-    if model.family is not Family.llama:
+        x = outputs["embedding"] = w["embedding.weight"][inputs]
+    if model.positions is PositionKind.learned:
         places = [torch.cat([torch.arange(end - start) for start, end in sample]) for sample in spans]
         x = outputs["positions"] = x + w["positions.weight"][torch.stack(places)]
     for index in range(model.num_layers):
@@ -130,15 +134,15 @@ def forward(w: Weights, model: ModelConfig, tokens: Tensor, outputs: Weights, sp
         y = _norm(w, f"{name}.mlp_norm", model, x, outputs)
         x = x + _mlp(w, f"{name}.mlp", model, y, outputs)
     x = _norm(w, "final_norm", model, x, outputs)
-    if model.family is Family.vit:
-        x = x[:, 0] if model.pooling is Pooling.class_token else x.mean(1)
-        return _linear(w, "head", x[:, None], outputs)
-    outputs["head"] = x @ w["embedding.weight" if model.tie_embeddings else "head.weight"].T
+    if model.inputs is InputKind.patches:
+        x = x[:, :1] if model.pooling is Pooling.class_token else x.mean(1, keepdim=True)
+    logits = x @ w["embedding.weight" if model.tie_embeddings else "head.weight"].T
+    outputs["head"] = logits + w["head.bias"] if model.biases.head else logits
     return outputs["head"]
 
 
 def _patches(w: Weights, model: ModelConfig, images: Tensor) -> Tensor:
-    """As a convolution whose stride is the patch."""
+    """A convolution whose stride is the patch size."""
     size = model.patch_size
     kernel = w["patches.weight"].view(-1, model.image_channels, size, size)
     x = F.conv2d(images.float() * (2 / 255) - 1, kernel, w["patches.bias"], stride=size)
@@ -148,48 +152,53 @@ def _patches(w: Weights, model: ModelConfig, images: Tensor) -> Tensor:
     return torch.cat([w["patches.class_token"].expand(len(x), 1, -1), x], dim=1)
 
 
-def _linear(w: Weights, name: str, x: Tensor, outputs: Weights) -> Tensor:
+def _linear(w: Weights, name: str, x: Tensor, has_bias: bool, outputs: Weights) -> Tensor:
     y = x @ w[f"{name}.weight"].T
-    outputs[name] = y + w[f"{name}.bias"] if f"{name}.bias" in w else y
+    outputs[name] = y + w[f"{name}.bias"] if has_bias else y
     return outputs[name]
 
 
 def _norm(w: Weights, name: str, model: ModelConfig, x: Tensor, outputs: Weights) -> Tensor:
-    if model.family is Family.llama:
-        y = x / (x.square().mean(-1, keepdim=True) + model.norm_epsilon).sqrt() * w[f"{name}.weight"]
-    else:
-        centred = x - x.mean(-1, keepdim=True)
-        scaled = centred / (centred.square().mean(-1, keepdim=True) + model.norm_epsilon).sqrt()
-        y = scaled * w[f"{name}.weight"] + w[f"{name}.bias"]
-    outputs[name] = y
-    return y
+    normalise = {NormKind.layer_norm: _layer_norm, NormKind.rms_norm: _rms_norm}[model.norm]
+    outputs[name] = normalise(w, name, x, model.norm_epsilon)
+    return outputs[name]
+
+
+def _layer_norm(w: Weights, name: str, x: Tensor, epsilon: float) -> Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    scaled = centred / (centred.square().mean(-1, keepdim=True) + epsilon).sqrt()
+    return scaled * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+
+def _rms_norm(w: Weights, name: str, x: Tensor, epsilon: float) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + epsilon).sqrt() * w[f"{name}.weight"]
 
 
 def _attention(
     w: Weights, name: str, model: ModelConfig, x: Tensor, outputs: Weights, spans: Spans
 ) -> Tensor:
-    fused = _linear(w, f"{name}.qkv", x, outputs)
+    fused = _linear(w, f"{name}.qkv", x, model.biases.qkv, outputs)
     mixed = [
-        torch.cat([_mixed(model, one[None, start:end]) for start, end in sample], dim=1)
-        for one, sample in zip(fused, spans, strict=True)
+        torch.cat([_mixed(model, sample[None, start:end]) for start, end in documents], dim=1)
+        for sample, documents in zip(fused, spans, strict=True)
     ]
-    return _linear(w, f"{name}.output", torch.cat(mixed), outputs)
+    return _linear(w, f"{name}.output", torch.cat(mixed), model.biases.output, outputs)
 
 
 def _mixed(model: ModelConfig, fused: Tensor) -> Tensor:
     """Queries, keys and values (B, T, (N + 2K) D) of whole documents -> (B, T, N D)."""
     batch, length, _ = fused.shape
     heads, kv_heads = model.num_heads, model.num_kv_heads or model.num_heads
-    size = model.hidden_size // heads
+    size = model.head_size or model.hidden_size // heads
     q, k, v = fused.split([heads * size, kv_heads * size, kv_heads * size], dim=-1)
     q = q.view(batch, length, heads, size).transpose(1, 2)
     k = k.view(batch, length, kv_heads, size).transpose(1, 2)
     v = v.view(batch, length, kv_heads, size).transpose(1, 2)
-    if model.family is Family.llama:
+    if model.positions is PositionKind.rope:
         q, k = _rotated(q, model.rope_theta), _rotated(k, model.rope_theta)
     k, v = (t.repeat_interleave(heads // kv_heads, dim=1) for t in (k, v))
     scores = q @ k.transpose(2, 3) / size**0.5
-    if model.family is not Family.vit:
+    if model.attention is AttentionKind.causal:
         future = torch.ones(length, length, dtype=torch.bool).triu(1)
         scores = scores.masked_fill(future, float("-inf"))
     mixed = scores.softmax(-1) @ v
@@ -198,7 +207,7 @@ def _mixed(model: ModelConfig, fused: Tensor) -> Tensor:
 
 
 def _rotated(x: Tensor, theta: float) -> Tensor:
-    """Each pair (x_i, x_{i + D/2}) at position t turned by the angle t theta^(-2i/D), as complex numbers."""
+    """Turn each pair (x_i, x_{i + D/2}) at position t by the angle t theta^(-2i/D), as complex numbers."""
     length, size = x.shape[-2:]
     pairs = torch.complex(x[..., : size // 2], x[..., size // 2 :])
     frequencies = theta ** (-torch.arange(0, size, 2, dtype=torch.float32) / size)
@@ -208,25 +217,31 @@ def _rotated(x: Tensor, theta: float) -> Tensor:
 
 
 def _mlp(w: Weights, name: str, model: ModelConfig, x: Tensor, outputs: Weights) -> Tensor:
-    if model.family is Family.llama:
-        gate, up = _linear(w, f"{name}.gate_up", x, outputs).chunk(2, dim=-1)
-        return _linear(w, f"{name}.down", gate * torch.sigmoid(gate) * up, outputs)
-    y = _linear(w, f"{name}.up", x, outputs)
-    # Hendrycks & Gimpel, arXiv 1606.08415: the tanh form.
-    gelu = 0.5 * y * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (y + 0.044715 * y**3)))
-    return _linear(w, f"{name}.down", gelu, outputs)
+    activated = {MLPKind.gelu: _gelu, MLPKind.swiglu: _swiglu}[model.mlp](w, name, model, x, outputs)
+    return _linear(w, f"{name}.down", activated, model.biases.down, outputs)
+
+
+def _gelu(w: Weights, name: str, model: ModelConfig, x: Tensor, outputs: Weights) -> Tensor:
+    """The tanh form of Hendrycks & Gimpel, arXiv 1606.08415."""
+    y = _linear(w, f"{name}.up", x, model.biases.up, outputs)
+    return 0.5 * y * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (y + 0.044715 * y**3)))
+
+
+def _swiglu(w: Weights, name: str, model: ModelConfig, x: Tensor, outputs: Weights) -> Tensor:
+    gate, up = _linear(w, f"{name}.gate_up", x, model.biases.up, outputs).chunk(2, dim=-1)
+    return gate * torch.sigmoid(gate) * up
 
 
 def probe_batches(run: RunConfig) -> Iterator[Batch]:
-    """Random global batches, a function of the seed: one per step of verify.
+    """Yield a random global batch per step of verify, as a function of the seed.
 
-    Where attention stops at documents, every fourth token or so ends one.
+    Where attention stops at documents, about every fourth token ends a document.
     """
     generator = torch.Generator().manual_seed(run.training.seed)
     size, m = run.training.global_batch_size, run.model
     shape = size, sequence_length(run) + 1
     for _ in range(run.verify.steps):
-        if m.family is Family.vit:
+        if m.inputs is InputKind.patches:
             pixels = size, m.image_channels, m.image_size, m.image_size
             images = torch.randint(256, pixels, generator=generator, dtype=torch.uint8)
             yield images, torch.randint(m.num_classes, (size, 1), generator=generator)

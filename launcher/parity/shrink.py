@@ -1,4 +1,4 @@
-"""A run made small enough for a laptop, keeping in kind whatever can break. Pure."""
+"""Shrink a run to laptop size and keep the kind of everything that can break. Pure."""
 
 import copy
 import math
@@ -10,7 +10,7 @@ from launcher.config.schema import (
     CorpusSource,
     Device,
     Dtype,
-    Family,
+    InputKind,
     ModelConfig,
     ParallelismConfig,
     Pooling,
@@ -18,7 +18,7 @@ from launcher.config.schema import (
     SchedulerConfig,
     SchedulerName,
 )
-from launcher.config.shape import kv_heads, output_size, sequence_length, stages_per_rank
+from launcher.config.shape import head_size, kv_heads, output_size, sequence_length, stages_per_rank
 
 MOST_RANKS = 8  # on CPU; on GPUs one for each
 HEAD_SIZE, MANY_HEADS = 8, 16  # above so many, heads are half the size
@@ -29,12 +29,12 @@ CLASSES = 10
 
 
 def shrink(run: RunConfig, layout: Layout, *, gpus: int = 0) -> tuple[RunConfig, list[str]]:
-    """The small run, and what was shrunk: one line per field, `old -> new`.
+    """Return the small run and the changed fields, a line each: `old -> new`.
 
-    Kept in kind: every axis above 1 stays above 1 (8 ranks at most), ZeRO stage, sequence parallelism,
-    checkpointing, offload, tying, accumulation above 1, grouped KV heads, layers that do not divide over
-    the stages, vocabularies that do not divide over the tensor ranks, active gradient clipping.
-    With `gpus` it is to run on that many of this machine's GPUs, else on its CPU.
+    Kept: the model's parts, every axis above 1 (at most 8 ranks in all), ZeRO stage, sequence parallelism,
+    checkpointing, offload, tying, accumulation above 1, grouped KV heads, a head size that is not
+    hidden_size / num_heads, layers that do not divide over the stages, vocabularies that do not divide over
+    the tensor ranks, active gradient clipping. The small run uses `gpus` GPUs of this machine, or its CPU.
     """
     small = copy.deepcopy(run)
     _shrink_layout(small, layout, min(gpus, MOST_RANKS) if gpus else MOST_RANKS)
@@ -45,13 +45,13 @@ def shrink(run: RunConfig, layout: Layout, *, gpus: int = 0) -> tuple[RunConfig,
     small.hardware.device = Device.cuda if gpus else Device.cpu
     small.hardware.nodes, small.hardware.accelerators_per_node = 1, None
     if small.parallelism.zero_stage == 3:
-        # Above its default every weight of a small model would stay whole on every rank.
+        # At the default threshold every weight of a small model would stay whole on every rank.
         small.deepspeed.setdefault("zero_optimization", {})["stage3_param_persistence_threshold"] = 0
     return small, _changes(run, small)
 
 
 def shrunk_axes(pipeline: int, data: int, tensor: int, most: int = MOST_RANKS) -> tuple[int, int, int]:
-    """The axes as they are where they fit in `most` ranks; else the largest is halved until they do."""
+    """Return the axes, of which the largest is halved until all fit in `most` ranks."""
     axes = [pipeline, data, tensor]
     while math.prod(axes) > most and max(axes) > 2:
         largest = max(range(3), key=lambda axis: axes[axis])
@@ -66,19 +66,23 @@ def _shrink_layout(small: RunConfig, layout: Layout, most: int) -> None:
 
 def _shrink_model(small: RunConfig, run: RunConfig, layout: Layout) -> None:
     m, tensor, stages = small.model, small.parallelism.tensor, small.parallelism.pipeline
-    heads_per_kv_head = min(2, run.model.num_heads // kv_heads(run))
-    kv_heads_per_rank = min(2, kv_heads(run) // layout.tensor)
+    heads_per_kv_head = min(2, run.model.num_heads // kv_heads(run.model))
+    kv_heads_per_rank = min(2, kv_heads(run.model) // layout.tensor)
     small_kv_heads = tensor * kv_heads_per_rank
     m.num_heads = small_kv_heads * heads_per_kv_head
     m.num_kv_heads = None if run.model.num_kv_heads is None else small_kv_heads
-    m.hidden_size = (HEAD_SIZE if m.num_heads <= MANY_HEADS else HEAD_SIZE // 2) * m.num_heads
+    per_head = HEAD_SIZE if m.num_heads <= MANY_HEADS else HEAD_SIZE // 2
+    m.hidden_size = per_head * m.num_heads
+    if m.head_size is not None:
+        fills = head_size(run.model) * run.model.num_heads == run.model.hidden_size
+        m.head_size = per_head if fills else per_head * 3 // 2
     m.ffn_hidden_size = tensor * (m.hidden_size // tensor + 3)
     uneven = run.model.num_layers % (layout.pipeline * stages_per_rank(run)) != 0
     m.num_layers = stages * BLOCKS_PER_STAGE + (1 if uneven else 0)
     divides = output_size(run.model) % layout.tensor == 0
-    if m.family is Family.vit:
+    if m.inputs is InputKind.patches:
         m.num_classes = -(-CLASSES // tensor) * tensor + (0 if divides else 1)
-        # With a class token a square of patches divides by the tensor ranks where its side is odd, if ever.
+        # With a class token, only an odd side can make the sequence divide by the tensor ranks.
         odd = m.pooling is Pooling.class_token and small.parallelism.sequence_parallel
         m.patch_size = min(2, m.patch_size)
         m.image_size = m.patch_size * (3 if odd else 4)
@@ -89,27 +93,27 @@ def _shrink_model(small: RunConfig, run: RunConfig, layout: Layout) -> None:
         small.data.sequence_length = None if whole else tensor * 4
     if small.data.end_of_document is not None or small.data.source is CorpusSource.tokens:
         small.data.end_of_document = 0
-    # At the usual 0.02 a small model's blocks add next to nothing to its residual stream.
+    # At the usual 0.02 the blocks of a small model add almost nothing to the residual stream.
     m.init_std = 0.1
 
 
 def _shrink_training(small: RunConfig, layout: Layout) -> None:
     t, p = small.training, small.parallelism
     assert p.data is not None
-    # Odd, so that a factor of it is told from one of the axes, most of which are powers of two.
+    # Odd, so that a wrong factor of it is not mistaken for an axis: most axes are powers of two.
     accumulation = 1 if layout.accumulation == 1 else 2 * p.pipeline + 1
     t.micro_batch_size = min(2, t.micro_batch_size)
     t.global_batch_size = t.micro_batch_size * p.data * accumulation
     t.steps, t.stop_at = small.verify.steps, None
-    # Every step is taken at optimizer.lr.
+    # Every step uses optimizer.lr.
     small.scheduler = SchedulerConfig(name=SchedulerName.constant)
     if small.optimizer.gradient_clipping is not None:
-        # A tiny model's norm may lie below the run's limit, and clipping would go untested.
+        # A tiny model's gradient norm may be below the run's limit, and clipping would go untested.
         small.optimizer.gradient_clipping = min(0.5, small.optimizer.gradient_clipping)
 
 
 def single(run: RunConfig) -> RunConfig:
-    """The same run in one process, in fp32, without any parallelism: what it is compared with."""
+    """Return the same run in one process, in fp32, without parallelism."""
     alone = copy.deepcopy(run)
     alone.parallelism = ParallelismConfig(data=1)
     alone.precision.dtype = Dtype.fp32
@@ -128,7 +132,7 @@ def _changes(run: RunConfig, small: RunConfig) -> list[str]:
 
 
 def parameter_order(model: ModelConfig) -> list[str]:
-    """Prefixes of the logical names in forward order."""
+    """Return prefixes of the logical names in forward order."""
     blocks = [
         f"blocks.{index}.{part}"
         for index in range(model.num_layers)

@@ -15,8 +15,8 @@ from launcher.config.schema import Dtype, OptimizerConfig, OptimizerName, RunCon
 from launcher.config.world import World
 from launcher.engine.distributed import prepare_deepspeed
 from launcher.launch.local import run_local_ranks
-from launcher.models.blocks import BlockContext
-from launcher.models.model import flat_model
+from launcher.models.architecture import flat_model
+from launcher.models.context import BlockContext
 from launcher.parallel.mesh import ProcessMesh
 from launcher.parallel.sharding import logical_of
 from launcher.parity.diagnose import Diagnosis, diagnose

@@ -20,11 +20,12 @@ from launcher.checkpoint.resume_choice import checkpoint_to_resume
 from launcher.checkpoint.sources import Weights, check_model_is, weights_at
 from launcher.config.errors import ConfigError
 from launcher.config.layout import Layout
+from launcher.config.run_format import FORMAT, IDENTITY, check_format
 from launcher.config.schema import RunConfig
 from launcher.launch.environment import slurm_step_name
 from launcher.runtime.hold import held
 
-CONFIG, IDENTITY, LOGS, METRICS = "config.yaml", "run.json", "logs", "metrics.jsonl"
+CONFIG, LOGS, METRICS = "config.yaml", "logs", "metrics.jsonl"
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ def claimed_run_dir(
 
 def start_of(run: RunConfig, path: Path) -> Path | None:
     """Return the checkpoint that a run in `path` resumes from, if there is one. Raises ConfigError."""
+    check_format(path)
     checkpoint = checkpoint_to_resume(run, path)
     is_over = checkpoint is None and final_step(path) is not None
     if (path / CONFIG).exists() and (run.checkpoint.resume != "auto" or is_over):
@@ -135,4 +137,4 @@ def _id_of(path: Path) -> str | None:
 
 
 def _identity(run_id: str, layout: Layout) -> dict[str, Any]:
-    return {"id": run_id, "launcher": __version__, "layout": dataclasses.asdict(layout)}
+    return {"format": FORMAT, "id": run_id, "launcher": __version__, "layout": dataclasses.asdict(layout)}

@@ -16,9 +16,8 @@ from launcher.config.errors import ConfigError
 from launcher.config.schema import CorpusSource, GenerateConfig, ParallelismConfig, RunConfig
 from launcher.data.open import TOKENIZER
 from launcher.data.tokenizer import Bytes, HuggingFace, Tokenizer
-from launcher.models.blocks import BlockContext
-from launcher.models.language import FlatModel
-from launcher.models.model import flat_model
+from launcher.models.architecture import FlatModel, flat_model
+from launcher.models.context import BlockContext
 from launcher.parallel.mesh import ProcessMesh
 from launcher.runtime.run_dir import CONFIG
 

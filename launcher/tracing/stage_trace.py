@@ -19,13 +19,13 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
 from launcher.config.layout import Layout
-from launcher.config.schema import Dtype, Family, RunConfig
+from launcher.config.schema import Dtype, InputKind, RunConfig
 from launcher.config.shape import end_of_document, sequence_length
 from launcher.engine.allocations import Allocations
-from launcher.models.blocks import BlockContext, TransformerBlock
+from launcher.models.architecture import FlatModel, model_layers, model_loss
+from launcher.models.blocks import TransformerBlock
+from launcher.models.context import BlockContext
 from launcher.models.documents import Documents
-from launcher.models.language import FlatModel
-from launcher.models.model import model_layers, model_loss
 from launcher.parallel.layers import TensorParallel
 from launcher.parallel.mesh import Axis, MeshShape
 from launcher.parallel.random import DropoutRandom
@@ -95,7 +95,7 @@ def _one_micro_batch(
         shape = batch, local_length, run.model.hidden_size
         inputs = torch.empty(shape, dtype=DTYPES[run.precision.dtype], requires_grad=True)
     if stage.has_head:
-        labels = torch.empty(batch, 1 if run.model.family is Family.vit else length, dtype=torch.long)
+        labels = torch.empty(batch, 1 if run.model.inputs is InputKind.patches else length, dtype=torch.long)
         output = module(inputs, labels)
         saved = allocations.live
         output.backward()
@@ -109,7 +109,7 @@ def _one_micro_batch(
 def _inputs(run: RunConfig) -> Tensor:
     """Return the input of the first stage: token ids or images."""
     batch, m = run.training.micro_batch_size, run.model
-    if m.family is Family.vit:
+    if m.inputs is InputKind.patches:
         return torch.empty(batch, m.image_channels, m.image_size, m.image_size, dtype=torch.uint8)
     return torch.empty(batch, sequence_length(run), dtype=torch.long)
 

@@ -201,8 +201,8 @@ class TestUnusable:
             ("{", "is not a manifest that the launcher wrote"),
             ("[]", "is not a manifest that the launcher wrote"),
             ("{}", "is not a manifest that the launcher wrote"),
-            ('{"format": 1}', "is not a manifest that the launcher wrote"),
-            ('{"format": 2}', "has format 2; this launcher reads format 1"),
+            ('{"format": 2}', "is not a manifest that the launcher wrote"),
+            ('{"format": 1}', "has format 1; this launcher reads format 2"),
         ],
     )
     def test_a_foreign_manifest_is_refused(self, text: str, message: str, three_checkpoints: Path) -> None:

@@ -22,7 +22,14 @@ from launcher.checkpoint.read import CheckpointReader, HuggingFaceReader
 from launcher.checkpoint.sources import Kind, weights_at
 from launcher.config.errors import ConfigError
 from launcher.config.layout import resolve_layout
-from launcher.config.schema import CheckpointConfig, Dtype, ExchangeConfig, Family, ModelConfig, RunConfig
+from launcher.config.schema import (
+    CheckpointConfig,
+    Dtype,
+    ExchangeConfig,
+    ModelConfig,
+    PositionKind,
+    RunConfig,
+)
 from launcher.config.world import World
 from launcher.launch.local import run_local_ranks
 from tests.checkpoint.saving import EMPTY
@@ -33,10 +40,11 @@ from tests.parity.running import small_run
 from tests.runtime.command import launcher, metrics, trained
 
 MODELS = {
-    "llama": small(Family.llama),
-    "llama tied": small(Family.llama, tie_embeddings=True),
-    "gpt": small(Family.gpt, tie_embeddings=False),
-    "gpt tied": small(Family.gpt),
+    "llama": small("llama"),
+    "llama tied": small("llama", tie_embeddings=True),
+    "llama, larger heads": small("llama", head_size=6),
+    "gpt": small("gpt", tie_embeddings=False),
+    "gpt tied": small("gpt"),
 }
 LAYOUTS = {
     "tp1": ["parallelism=single"],
@@ -58,7 +66,7 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     def written(name: str) -> Path:
         path = folder / name.replace(" ", "-")
         if not path.exists():
-            make, _ = THEIRS[MODELS[name].family]
+            make, _ = THEIRS[MODELS[name].positions]
             with_all_weights_random(make(MODELS[name])).save_pretrained(path)
             (path / "tokenizer.json").write_text('{"a": 1}')
         return path
@@ -81,7 +89,8 @@ def assert_same_bits(tensors: dict[str, Tensor], expected: dict[str, Tensor]) ->
 
 
 def run_of(model: ModelConfig, layout: str) -> RunConfig:
-    named = ["model=gpt_tiny"] if model.family is Family.gpt else ["model=llama_tiny", "model.num_kv_heads=4"]
+    is_gpt = model.positions is PositionKind.learned
+    named = ["model=gpt_tiny"] if is_gpt else ["model=llama_tiny", "model.num_kv_heads=4"]
     run = small_run(*named, *LAYOUTS[layout])
     return replace(run, model=replace(model, num_layers=4) if layout == "dualpipev" else model)
 
@@ -127,7 +136,7 @@ def test_a_round_trip_is_bitwise_exact(
 ) -> None:
     run, source = run_of(MODELS[name], layout), theirs(name)
     if layout == "dualpipev":  # it needs more layers
-        make, _ = THEIRS[run.model.family]
+        make, _ = THEIRS[run.model.positions]
         with_all_weights_random(make(run.model)).save_pretrained(source := tmp_path / "theirs")
     saved = load_and_save(run, source, tmp_path / "run")
     export(weights_at(saved, "x"), tmp_path / "back", OPTIONS)
@@ -147,11 +156,11 @@ def test_logits_agree_after_import_and_after_export(
         replace(model, num_kv_heads=ours.model.num_kv_heads, rope_theta=0),
     )
     stored = {key.split("/")[1]: tensor for key, tensor in tensors_in(ours.path).items()}
-    _, mapped = THEIRS[model.family]
+    _, mapped = THEIRS[model.positions]
     hand = tensors_in(theirs(name))
     head = {} if "lm_head.weight" in hand else {"lm_head.weight": torch.empty(0)}
     expected = {n: t for n, t in mapped(hand | head, model.num_layers).items() if t.numel()}
-    if model.family is Family.gpt and not model.tie_embeddings:
+    if model.positions is PositionKind.learned and not model.tie_embeddings:
         expected["head.weight"] = hand["lm_head.weight"]
     assert stored.keys() == expected.keys()
     assert all(torch.equal(stored[n], tensor) for n, tensor in expected.items())
@@ -283,7 +292,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "an activation": (config_with(hidden_act="gelu"), "hidden_act is 'gelu'"),
     "biases": (config_with(attention_bias=True), "attention_bias is True"),
-    "a head size": (config_with(head_dim=16), "head_dim is 16"),
+    "a head size": (config_with(head_dim=16), r"q_proj.weight of \(32, 32\), and its config.json"),
     "no size": (config_of('{"model_type": "llama"}'), "hidden_size is missing"),
     "no JSON": (config_of("["), "config.json cannot be read"),
     "another shape": (config_with(intermediate_size=64), r"mlp.down_proj.weight of \(32, 48\)"),
@@ -313,9 +322,9 @@ def test_an_unsupported_or_broken_directory_is_refused(
 def test_import_train_and_export_from_the_command_line(tmp_path: Path) -> None:
     """Train imported weights in two layouts and from init_from, and export the result."""
     model = small(
-        Family.llama, hidden_size=64, vocab_size=256, max_sequence_length=32, init_std=0.02, rope_theta=1e4
+        "llama", hidden_size=64, vocab_size=256, max_sequence_length=32, init_std=0.02, rope_theta=1e4
     )
-    make, _ = THEIRS[Family.llama]
+    make, _ = THEIRS[PositionKind.rope]
     torch.manual_seed(1)
     make(model).save_pretrained(tmp_path / "theirs")
     (tmp_path / "theirs" / "tokenizer.json").write_text("{}")

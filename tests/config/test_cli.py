@@ -66,7 +66,7 @@ WRONG = {
     "model.foo=1": "model.foo=1: no such field",
     "+model.foo=1": "model.foo=1: no such field",
     "++foo=1": "foo=1: no such field",
-    "~model": "model.family=???: this field must be set",
+    "~model": "model.attention=???: this field must be set",
     "~training.seed": "~training.seed: a field can be set, not removed",
     "experiment=none_such": "experiment=none_such: no such option",
     "training.steps=1.5": "training.steps=1.5: must be a whole number",
@@ -258,7 +258,7 @@ class TestLooking:
             tmp_path, ["--cfg", "job", flag, "experiment=mine"], [flag, "--help"], [flag, "experiment=wrong"]
         )
         composed = yaml.safe_load(shown.out)
-        assert (composed["training"]["steps"], composed["model"]["family"]) == (7, "llama")
+        assert (composed["training"]["steps"], composed["model"]["norm"]) == (7, "rms_norm")
         assert "mine" in helped.out
         assert wrong.err == (
             "launcher: training.step: no such field (in experiment/wrong.yaml)\n  try: training.steps\n"

@@ -393,7 +393,7 @@ class TestLoad:
 class TestFields:
     def test_lists_every_field_with_what_it_takes(self) -> None:
         fields = FIELDS
-        assert fields["model.family"] == "gpt | llama | vit"
+        assert fields["model.norm"] == "layer_norm | rms_norm"
         assert fields["parallelism.data"] == "whole number | null"
         assert fields["hardware.peak_flops.bf16"] == "number | null"
         assert fields["model.tie_embeddings"] == "true | false"

@@ -23,7 +23,6 @@ from launcher.config.schema import (
     ComparedRunConfig,
     Device,
     Dtype,
-    Family,
     GenerateConfig,
     PrepareConfig,
     RunConfig,
@@ -393,5 +392,4 @@ def follow(run: RunConfig, setting: str) -> None:
     if "." not in field:
         setattr(run, field, getattr(run_of(setting), field))
         return
-    family = {member.name: member for member in Family}
-    set_field(run, field, family[typed] if field == "model.family" else yaml.safe_load(typed))
+    set_field(run, field, yaml.safe_load(typed))

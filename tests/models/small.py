@@ -7,37 +7,82 @@ from torch import Tensor, nn
 
 from launcher.config.schema import (
     ActivationCheckpointing,
+    AttentionKind,
+    BiasesConfig,
     DataConfig,
-    Family,
+    InputKind,
+    MLPKind,
     ModelConfig,
+    NormKind,
     ParallelismConfig,
     Pooling,
+    PositionKind,
     RunConfig,
     TrainingConfig,
 )
-from launcher.models.blocks import BlockContext
-from launcher.models.language import FlatModel
-from launcher.models.model import flat_model
+from launcher.models.architecture import FlatModel, flat_model
+from launcher.models.context import BlockContext
 from launcher.parallel.layers import IGNORED_LABEL
 from launcher.parallel.mesh import ProcessMesh
 from launcher.parallel.sharding import logical_of
 
 BATCH, LENGTH = 2, 16
-FAMILIES = [Family.gpt, Family.llama]
+
+# The parts of two published architectures, and of two that nobody has published.
+PARTS: dict[str, dict[str, Any]] = {
+    "gpt": {
+        "norm": NormKind.layer_norm,
+        "positions": PositionKind.learned,
+        "mlp": MLPKind.gelu,
+        "biases": ("qkv", "output", "up", "down"),
+        "tie_embeddings": True,
+    },
+    "llama": {
+        "norm": NormKind.rms_norm,
+        "positions": PositionKind.rope,
+        "mlp": MLPKind.swiglu,
+        "biases": (),
+        "num_kv_heads": 4,
+        "tie_embeddings": False,
+    },
+    "rms norm, learned positions, gelu": {
+        "norm": NormKind.rms_norm,
+        "positions": PositionKind.learned,
+        "mlp": MLPKind.gelu,
+        "biases": ("qkv", "up", "head"),
+        "num_kv_heads": 4,
+        "head_size": 6,
+        "tie_embeddings": False,
+    },
+    "layer norm, rope, swiglu": {
+        "norm": NormKind.layer_norm,
+        "positions": PositionKind.rope,
+        "mlp": MLPKind.swiglu,
+        "biases": ("output", "up", "down"),
+        "head_size": 2,
+        "tie_embeddings": True,
+    },
+}
+PUBLISHED = ["gpt", "llama"]
 
 
-def small(family: Family, **changes: Any) -> ModelConfig:
+def biases(*names: str) -> BiasesConfig:
+    return BiasesConfig(**{name: name in names for name in ("qkv", "output", "up", "down", "head")})
+
+
+def small(architecture: str, **changes: Any) -> ModelConfig:
     """Weights are drawn wider than in training, so that every part of the model matters to the loss."""
     fields: dict[str, Any] = {
-        "family": family,
+        **PARTS[architecture],
+        "inputs": InputKind.tokens,
+        "attention": AttentionKind.causal,
+        "biases": biases(*PARTS[architecture]["biases"]),
         "hidden_size": 32,
         "num_layers": 2,
         "num_heads": 8,
-        "num_kv_heads": 4 if family is Family.llama else None,
         "ffn_hidden_size": 48,
         "vocab_size": 61,
         "max_sequence_length": 24,
-        "tie_embeddings": family is Family.gpt,
         "norm_epsilon": 1e-3,
         "rope_theta": 50.0,
         "init_std": 0.3,
@@ -48,7 +93,10 @@ def small(family: Family, **changes: Any) -> ModelConfig:
 def small_vit(**changes: Any) -> ModelConfig:
     """16 patches and a class token; classes that no tensor size divides."""
     fields: dict[str, Any] = {
-        "family": Family.vit,
+        **PARTS["gpt"],
+        "inputs": InputKind.patches,
+        "attention": AttentionKind.full,
+        "biases": biases("qkv", "output", "up", "down", "head"),
         "hidden_size": 32,
         "num_layers": 2,
         "num_heads": 8,

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from launcher.config.schema import Family, ModelConfig
+from launcher.config.schema import ModelConfig, PositionKind
 from launcher.parallel.mesh import ProcessMesh
 from launcher.parallel.sharding import logical_of, merge, split
 from tests.distributed import mesh, pool
@@ -80,6 +80,7 @@ def transformers_llama(model: ModelConfig) -> nn.Module:
             num_hidden_layers=model.num_layers,
             num_attention_heads=model.num_heads,
             num_key_value_heads=model.num_kv_heads,
+            head_dim=model.head_size,
             intermediate_size=model.ffn_hidden_size,
             vocab_size=model.vocab_size,
             max_position_embeddings=model.max_sequence_length,
@@ -113,17 +114,18 @@ def transformers_gpt2(model: ModelConfig) -> nn.Module:
 
 
 Build = Callable[[ModelConfig], nn.Module]
-THEIRS: dict[Family, tuple[Build, Callable[[Weights, int], Weights]]] = {
-    Family.llama: (transformers_llama, from_llama),
-    Family.gpt: (transformers_gpt2, from_gpt2),
+THEIRS: dict[PositionKind, tuple[Build, Callable[[Weights, int], Weights]]] = {
+    PositionKind.rope: (transformers_llama, from_llama),
+    PositionKind.learned: (transformers_gpt2, from_gpt2),
 }
 # Query heads and vocabulary that two and four ranks split evenly, and not; heads shared, and not.
 MODELS = {
-    "llama": small(Family.llama),
-    "llama, even vocabulary, no grouping": small(Family.llama, vocab_size=64, num_kv_heads=None),
-    "llama, one KV head to four": small(Family.llama, num_kv_heads=2),
-    "gpt": small(Family.gpt),
-    "gpt, even vocabulary": small(Family.gpt, vocab_size=64),
+    "llama": small("llama"),
+    "llama, even vocabulary, no grouping": small("llama", vocab_size=64, num_kv_heads=None),
+    "llama, one KV head to four": small("llama", num_kv_heads=2),
+    "llama, larger heads": small("llama", head_size=6),
+    "gpt": small("gpt"),
+    "gpt, even vocabulary": small("gpt", vocab_size=64),
 }
 models = pytest.mark.parametrize("name", MODELS)
 
@@ -140,7 +142,7 @@ def with_all_weights_random(theirs: nn.Module) -> nn.Module:
 def reference(name: str) -> tuple[Weights, Tensor, float, Weights]:
     """Weights by our names, and transformers' logits, loss and gradients with them."""
     model = MODELS[name]
-    make, ours = THEIRS[model.family]
+    make, ours = THEIRS[model.positions]
     theirs = with_all_weights_random(make(model)).eval()
     tokens, labels = batch(model.vocab_size)
     result = theirs(tokens, labels=labels, shift_labels=labels)
@@ -228,7 +230,7 @@ def test_dropout_is_where_gpt2_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", attend)
     monkeypatch.setattr(F, "dropout", drop)
-    model = small(Family.gpt, dropout=0.3)
+    model = small("gpt", dropout=0.3)
     theirs = with_all_weights_random(transformers_gpt2(model)).train()
     ours = with_weights(model, from_gpt2(dict(theirs.named_parameters()), model.num_layers))
     tokens, _ = batch(model.vocab_size)
@@ -278,5 +280,5 @@ def test_the_comparison_sees(misread: Callable[[Weights], Weights]) -> None:
 )
 def test_the_comparison_sees_a_setting(name: str, change: dict[str, float]) -> None:
     weights, logits, _, _ = reference(name)
-    model = small(MODELS[name].family, **change)
+    model = small(name, **change)
     assert (with_weights(model, weights).logits(batch(61)[0]) - logits).abs().max() > 10 * LOGITS_TOLERANCE

@@ -12,12 +12,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from launcher.config.fields import config_directory
-from launcher.config.schema import Family, ModelConfig, Pooling
+from launcher.config.schema import InputKind, ModelConfig, Pooling, PositionKind
 from launcher.config.shape import vision_tokens
+from launcher.models.architecture import FlatModel
 from launcher.models.arithmetic import matrix_parameters, parameters, train_flops_per_token
-from launcher.models.language import FlatModel
 from launcher.parallel.sharding import DrawFunction, Initializer, LogicalTensor, logical_of
-from tests.models.small import build, small, small_vit
+from tests.models.small import PARTS, biases, build, small, small_vit
 
 SHIPPED = sorted(path.stem for path in (config_directory() / "model").glob("*.yaml"))
 LENGTH = 256
@@ -41,13 +41,19 @@ def without_values(model: ModelConfig) -> FlatModel:
         return build(model)
 
 
-VARIANTS = {name: shipped(name) for name in SHIPPED} | {
-    "gpt, untied": small(Family.gpt, tie_embeddings=False),
-    "llama, tied": small(Family.llama, tie_embeddings=True),
-    "llama, no grouping": small(Family.llama, num_kv_heads=None),
-    "vit, mean": small_vit(pooling=Pooling.mean),
-    "vit, class token": small_vit(),
-}
+ROPE_VIT = small_vit(positions=PositionKind.rope, biases=biases("down"), head_size=6, num_kv_heads=2)
+VARIANTS = (
+    {name: shipped(name) for name in SHIPPED}
+    | {name: small(name) for name in PARTS}
+    | {
+        "gpt, untied": small("gpt", tie_embeddings=False),
+        "llama, tied": small("llama", tie_embeddings=True),
+        "llama, no grouping": small("llama", num_kv_heads=None),
+        "vit, mean": small_vit(pooling=Pooling.mean),
+        "vit, class token": small_vit(),
+        "vit, rope, no head bias": ROPE_VIT,
+    }
+)
 variants = pytest.mark.parametrize("name", VARIANTS)
 
 
@@ -88,7 +94,7 @@ def test_parameters_are_those_published(name: str) -> None:
 
 def inputs_of(model: ModelConfig, length: int, device: str) -> tuple[Tensor, Tensor]:
     """Two samples and their labels."""
-    if model.family is Family.vit:
+    if model.inputs is InputKind.patches:
         images = torch.zeros(2, model.image_channels, model.image_size, model.image_size, dtype=torch.uint8)
         return images.to(device), torch.zeros(2, 1, dtype=torch.long, device=device)
     tokens = torch.zeros(2, length, dtype=torch.long, device=device)
@@ -106,21 +112,21 @@ def counted_flops(model: ModelConfig, length: int, device: str) -> float:
 
 
 def test_flops_are_those_that_torch_counts(subtests: pytest.Subtests) -> None:
-    for length in [16, LENGTH]:
+    for longest in [16, LENGTH]:
         for name in VARIANTS:
-            with subtests.test(f"{name}, {length}"):
-                # Blocks are alike: six of eighty tell as much.
+            with subtests.test(f"{name}, {longest}"):
+                # All blocks are alike: six of eighty suffice.
                 model = replace(VARIANTS[name], num_layers=min(VARIANTS[name].num_layers, 6), dropout=0.0)
-                is_vision = model.family is Family.vit
-                length = vision_tokens(model) if is_vision else min(length, model.max_sequence_length)
+                is_vision = model.inputs is InputKind.patches
+                length = vision_tokens(model) if is_vision else min(longest, model.max_sequence_length)
                 counted = counted_flops(model, length, "meta")
                 assert train_flops_per_token(model, length) == pytest.approx(counted, rel=1e-3)
 
 
-@pytest.mark.parametrize("family", list(Family), ids=lambda family: family.name)
-def test_flops_of_a_pass_that_is_executed(family: Family) -> None:
-    model = small_vit() if family is Family.vit else small(family)
-    length = vision_tokens(model) if family is Family.vit else 24
+@pytest.mark.parametrize("architecture", [*PARTS, "vit"])
+def test_flops_of_a_pass_that_is_executed(architecture: str) -> None:
+    model = small_vit() if architecture == "vit" else small(architecture)
+    length = vision_tokens(model) if architecture == "vit" else 24
     assert train_flops_per_token(model, length) == pytest.approx(
         counted_flops(model, length, "cpu"), rel=1e-3
     )

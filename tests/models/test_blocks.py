@@ -8,18 +8,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from launcher.config.schema import ActivationCheckpointing, Family, ModelConfig
-from launcher.models.blocks import Attention, HiddenDropout, TransformerBlock, rotate
+from launcher.config.schema import ActivationCheckpointing, ModelConfig
+from launcher.models.attention import Attention
+from launcher.models.blocks import TransformerBlock
+from launcher.models.context import HiddenDropout
+from launcher.models.positions import rotate
 from launcher.parallel.layers import TensorParallel
 from launcher.parallel.random import DropoutRandom
 from launcher.parallel.sharding import LogicalTensor, logical_of, merge
 from tests.distributed import mesh, pool
-from tests.models.small import FAMILIES, batch, build, by_name, gradients, relative_error, small
+from tests.models.small import PARTS, batch, build, by_name, gradients, relative_error, small
 
 TOLERANCE = 2e-5  # of a gradient's largest value, in fp32
 
 Gradients = tuple[float, dict[str, Tensor]]
-families = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+architectures = pytest.mark.parametrize("architecture", PARTS)
 layouts = pytest.mark.parametrize(
     ("world", "sequence_parallel"), [(2, False), (2, True), (4, False), (4, True)]
 )
@@ -53,21 +56,21 @@ def differences(
     return worst
 
 
-@families
+@architectures
 @layouts
 def test_loss_and_every_gradient_are_those_of_one_process(
-    world: int, sequence_parallel: bool, family: Family
+    world: int, sequence_parallel: bool, architecture: str
 ) -> None:
-    model = small(family)
+    model = small(architecture)
     found = pool(world).run(of_rank, model, sequence_parallel, ActivationCheckpointing.none)
     worst = differences(model, found)
     assert all(error <= TOLERANCE for error in worst.values()), worst
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_either_family_is_tied_or_untied(tied: bool) -> None:
-    for family in FAMILIES:
-        model = small(family, tie_embeddings=tied)
+def test_every_architecture_is_tied_or_untied(tied: bool) -> None:
+    for architecture in PARTS:
+        model = small(architecture, tie_embeddings=tied)
         worst = differences(model, pool(2).run(of_rank, model, True, ActivationCheckpointing.none))
         assert ("head.weight" in worst) == (not tied)
         assert all(error <= TOLERANCE for error in worst.values()), worst
@@ -79,10 +82,10 @@ def without_replicated(rank: int, world: int, model: ModelConfig) -> Any:
         return of_rank(rank, world, model, True, ActivationCheckpointing.none)
 
 
-@families
-def test_the_comparison_sees_gradients_of_one_stretch_only(family: Family) -> None:
+@architectures
+def test_the_comparison_sees_gradients_of_one_stretch_only(architecture: str) -> None:
     """What lies between the parallel regions, and only that, is wrong without its all-reduce."""
-    model = small(family)
+    model = small(architecture)
     found = pool(2).run(without_replicated, model)
     wrong = {name for name, error in differences(model, found).items() if not error <= 0.01}
     assert wrong == {name for name, logical in found[0][1].items() if not logical.is_split}
@@ -115,13 +118,13 @@ RECOMPUTING = [ActivationCheckpointing.selective, ActivationCheckpointing.full]
 recomputing = pytest.mark.parametrize("checkpointing", RECOMPUTING, ids=lambda mode: mode.name)
 
 
-@families
+@architectures
 @recomputing
 @pytest.mark.parametrize(("world", "sequence_parallel"), [(1, False), (2, False), (2, True)])
 def test_recomputation_changes_nothing(
-    world: int, sequence_parallel: bool, checkpointing: ActivationCheckpointing, family: Family
+    world: int, sequence_parallel: bool, checkpointing: ActivationCheckpointing, architecture: str
 ) -> None:
-    model = small(family, dropout=0.3)
+    model = small(architecture, dropout=0.3)
     kept = pool(world).run(with_dropout, model, sequence_parallel, ActivationCheckpointing.none)
     again = pool(world).run(with_dropout, model, sequence_parallel, checkpointing)
     assert not any(map(steps_differ, kept, again))
@@ -138,7 +141,7 @@ def with_other_masks(
 
 @recomputing
 def test_the_comparison_sees_masks_drawn_anew(checkpointing: ActivationCheckpointing) -> None:
-    model = small(Family.gpt, dropout=0.3)
+    model = small("gpt", dropout=0.3)
     kept = pool(2).run(with_dropout, model, False, ActivationCheckpointing.none)
     again = pool(2).run(with_other_masks, model, checkpointing)
     assert all(map(steps_differ, kept, again))
@@ -165,7 +168,7 @@ def test_what_is_recomputed(
             return original(self, *x)  # type: ignore[no-any-return]
 
         monkeypatch.setattr(kind, name, counted)
-    model = small(Family.gpt)
+    model = small("gpt")
     gradients(build(model, checkpointing=checkpointing), *batch(model.vocab_size))
     assert counts == {what: times * model.num_layers for what, times in runs.items()}
 
@@ -173,12 +176,12 @@ def test_what_is_recomputed(
 # Dropout over tensor ranks.
 
 
-@families
+@architectures
 @pytest.mark.parametrize("sequence_parallel", [False, True])
-def test_dropout_keeps_replicated_weights_equal(sequence_parallel: bool, family: Family) -> None:
+def test_dropout_keeps_replicated_weights_equal(sequence_parallel: bool, architecture: str) -> None:
     """All tensor ranks see one loss and one gradient of what they all hold, to the bit: nothing else keeps
     their copies from drifting apart."""
-    model = small(family, dropout=0.3)
+    model = small(architecture, dropout=0.3)
     ranks = pool(4).run(with_dropout, model, sequence_parallel, ActivationCheckpointing.none)
     replicated = [n for n, p in by_name(build(model)).items() if not logical_of(p).is_split]
     for steps in ranks[1:]:
@@ -189,7 +192,7 @@ def test_dropout_keeps_replicated_weights_equal(sequence_parallel: bool, family:
 
 def masks(rank: int, world: int, sequence_parallel: bool) -> tuple[list[float], list[float]]:
     """What dropout makes of ones, between the regions and in the attention of equal heads."""
-    model = small(Family.llama, dropout=0.5)
+    model = small("llama", dropout=0.5)
     ours = build(model, mesh(tensor=world), sequence_parallel=sequence_parallel)
     block = next(m for m in ours.modules() if isinstance(m, TransformerBlock))
     hidden = block.dropout(torch.ones(1, 4, 8))
@@ -205,16 +208,16 @@ def test_masks_over_tensor_ranks(sequence_parallel: bool) -> None:
     assert attention_0 != attention_1
 
 
-@families
-def test_evaluation_has_no_dropout(family: Family) -> None:
+@architectures
+def test_evaluation_has_no_dropout(architecture: str) -> None:
     tokens, labels = batch(61)
-    dropping, plain = build(small(family, dropout=0.5)), build(small(family))
+    dropping, plain = build(small(architecture, dropout=0.5)), build(small(architecture))
     assert dropping(tokens, labels) != plain(tokens, labels)
     assert dropping.eval()(tokens, labels) == plain(tokens, labels)
 
 
 def test_hidden_dropout_keeps_the_mean() -> None:
-    context = next(m for m in build(small(Family.gpt)).modules() if isinstance(m, HiddenDropout)).context
+    context = next(m for m in build(small("gpt")).modules() if isinstance(m, HiddenDropout)).context
     mean = float(HiddenDropout(0.25, context)(torch.ones(100_000)).mean())
     assert mean == pytest.approx(1.0, abs=0.02)
 
@@ -222,10 +225,10 @@ def test_hidden_dropout_keeps_the_mean() -> None:
 # Causality and positions.
 
 
-@families
+@architectures
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_later_tokens_do_not_change_earlier_logits(dropout: float, family: Family) -> None:
-    model, (tokens, _) = small(family, dropout=dropout), batch(61)
+def test_later_tokens_do_not_change_earlier_logits(dropout: float, architecture: str) -> None:
+    model, (tokens, _) = small(architecture, dropout=dropout), batch(61)
 
     def logits(tokens: Tensor) -> Tensor:
         return build(model).logits(tokens).detach()  # built anew, it draws the same masks
@@ -239,16 +242,16 @@ def test_later_tokens_do_not_change_earlier_logits(dropout: float, family: Famil
         assert float(difference[at:].max()) > 1e-3
 
 
-@families
-def test_a_shorter_sequence_has_the_same_logits(family: Family) -> None:
-    model, (tokens, _) = build(small(family)), batch(61)
+@architectures
+def test_a_shorter_sequence_has_the_same_logits(architecture: str) -> None:
+    model, (tokens, _) = build(small(architecture)), batch(61)
     torch.testing.assert_close(model.logits(tokens[:, :5]), model.logits(tokens)[:, :5], rtol=1e-5, atol=1e-5)
 
 
-@families
-def test_order_matters(family: Family) -> None:
+@architectures
+def test_order_matters(architecture: str) -> None:
     """Without positions the last logits would be those of the tokens as a bag."""
-    model, (tokens, _) = build(small(family, num_layers=1)), batch(61)
+    model, (tokens, _) = build(small(architecture, num_layers=1)), batch(61)
     swapped = tokens.clone()
     swapped[:, [2, 9]] = tokens[:, [9, 2]]
     assert (model.logits(swapped) - model.logits(tokens))[:, -1].abs().max() > 1e-3
@@ -286,9 +289,9 @@ def test_rotary_angles_are_of_fp32_in_bf16() -> None:
 # Initial weights.
 
 
-@families
-def test_initial_weights(family: Family) -> None:
-    model = small(family, hidden_size=128, ffn_hidden_size=256, num_layers=8, init_std=0.02)
+@architectures
+def test_initial_weights(architecture: str) -> None:
+    model = small(architecture, hidden_size=128, ffn_hidden_size=256, num_layers=8, init_std=0.02)
     for name, weight in by_name(build(model)).items():
         kind = name.rsplit(".", 2)[-2]
         if name.endswith("bias"):
@@ -300,7 +303,7 @@ def test_initial_weights(family: Family) -> None:
             assert float(weight.detach().std()) == pytest.approx(expected, rel=0.05), name
 
 
-@families
-def test_every_parameter_has_a_name_of_its_own(family: Family) -> None:
-    model = build(small(family))
+@architectures
+def test_every_parameter_has_a_name_of_its_own(architecture: str) -> None:
+    model = build(small(architecture))
     assert len(by_name(model)) == len(list(model.parameters()))

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from launcher.config.schema import ActivationCheckpointing, CorpusSource, DataConfig, Family
+from launcher.config.schema import ActivationCheckpointing, CorpusSource, DataConfig
+from launcher.models.architecture import FlatModel
 from launcher.models.documents import Documents, attention_mask, positions_in_documents
-from launcher.models.language import FlatModel
-from tests.models.small import FAMILIES, build, by_name, gradients, relative_error, small
+from tests.models.small import PARTS, build, by_name, gradients, relative_error, small
 
 END = 7
 # Two samples of 16 tokens: one ends inside its fourth document, the other holds nothing but one, cut short.
@@ -42,17 +42,17 @@ def test_without_an_end_there_are_none() -> None:
     assert documents.positions is None
 
 
-def with_documents(family: Family, checkpointing: ActivationCheckpointing) -> FlatModel:
+def with_documents(architecture: str, checkpointing: ActivationCheckpointing) -> FlatModel:
     data = DataConfig(source=CorpusSource.tokens, document_attention=True, end_of_document=END)
-    return build(small(family), checkpointing=checkpointing, data=data)
+    return build(small(architecture), checkpointing=checkpointing, data=data)
 
 
 @pytest.mark.parametrize("checkpointing", list(ActivationCheckpointing), ids=lambda value: value.name)
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda value: value.name)
+@pytest.mark.parametrize("architecture", PARTS)
 def test_is_as_if_documents_were_run_one_by_one(
-    family: Family, checkpointing: ActivationCheckpointing
+    architecture: str, checkpointing: ActivationCheckpointing
 ) -> None:
-    packed, alone = with_documents(family, checkpointing), build(small(family))
+    packed, alone = with_documents(architecture, checkpointing), build(small(architecture))
     labels = PACKED.roll(-1, 1)
     _, found = gradients(packed, PACKED, labels)
     total = sum(
@@ -71,11 +71,11 @@ def test_is_as_if_documents_were_run_one_by_one(
             assert relative_error(whole[row, start:end], one) < 1e-4
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda value: value.name)
-def test_makes_a_difference(family: Family) -> None:
+@pytest.mark.parametrize("architecture", PARTS)
+def test_makes_a_difference(architecture: str) -> None:
     with torch.no_grad():
-        packed = with_documents(family, ActivationCheckpointing.none).logits(PACKED)
-        joined = build(small(family)).logits(PACKED)
+        packed = with_documents(architecture, ActivationCheckpointing.none).logits(PACKED)
+        joined = build(small(architecture)).logits(PACKED)
     assert relative_error(packed[0, :4], joined[0, :4]) < 1e-4
     assert relative_error(packed[0, 4:], joined[0, 4:]) > 0.1
     assert relative_error(packed[1], joined[1]) < 1e-4

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from launcher.config.schema import ModelConfig, Pooling
-from launcher.models.vision import ClassificationLoss
+from launcher.models.losses import ClassificationLoss
 from launcher.parallel.layers import vocab_parallel_hits
 from launcher.parallel.mesh import Axis
 from launcher.parallel.sharding import logical_of, merge

@@ -17,8 +17,10 @@ from torch import Tensor
 
 import launcher.data.sampler as sampler
 import launcher.engine.flat as flat
-import launcher.models.blocks as blocks
-import launcher.models.language as language
+import launcher.models.attention as attention
+import launcher.models.context as context
+import launcher.models.losses as losses
+import launcher.models.positions as positions
 import launcher.parallel.layers as layers
 import launcher.parallel.random as random
 import launcher.parallel.sharding as sharding
@@ -87,8 +89,8 @@ def gradients_scaled_by_accumulation() -> None:
 
 
 def loss_scaled_by_accumulation() -> None:
-    mean = language.mean_loss
-    language.mean_loss = lambda losses, labels: mean(losses, labels) / 3
+    mean = losses.mean_loss
+    losses.mean_loss = lambda values, labels: mean(values, labels) / 3
 
 
 def shards_unmarked() -> None:
@@ -141,35 +143,35 @@ def kv_heads_on_the_wrong_rank() -> None:
 
 def value_heads_of_another_group() -> None:
     """Reverse the KV heads of each rank: the weights are right, but used for the wrong query heads."""
-    right = blocks.Attention._split_heads
+    right = attention.Attention._split_heads
 
-    def split_heads(self: blocks.Attention, fused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def split_heads(self: attention.Attention, fused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = right(self, fused)
         return q, k.flip(1), v.flip(1)
 
-    blocks.Attention._split_heads = split_heads  # type: ignore[method-assign]
+    attention.Attention._split_heads = split_heads  # type: ignore[method-assign]
 
 
 def positions_offset_by_stage() -> None:
     """Offset the queries only: rotary positions are relative, so offsetting keys too has no effect."""
-    right = blocks.Attention._core
+    right = attention.Attention._core
 
-    def core(self: blocks.Attention, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    def core(self: attention.Attention, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         stage = dist.get_rank() // (dist.get_world_size() // 2)
         for _ in range(2 * stage):  # rotate twice more: attention of stage 1 is wrong
-            q = blocks.rotate(q, self.model.rope_theta)
+            q = positions.rotate(q, self.model.rope_theta)
         return right(self, q, k, v, mask)
 
-    blocks.Attention._core = core  # type: ignore[method-assign]
+    attention.Attention._core = core  # type: ignore[method-assign]
 
 
 def learned_positions_not_offset() -> None:
     """Every rank uses the positions of the first sequence shard."""
 
-    def forward(self: language.LearnedPositions, x: Tensor) -> Tensor:
+    def forward(self: positions.LearnedPositions, x: Tensor) -> Tensor:
         return self.dropout(x + self.tp.replicated(self.weight)[: x.shape[1]])  # type: ignore[no-any-return]
 
-    language.LearnedPositions.forward = forward  # type: ignore[method-assign]
+    positions.LearnedPositions.forward = forward  # type: ignore[method-assign]
 
 
 def shards_swapped() -> None:
@@ -223,12 +225,12 @@ def tied_weight_updated_on_one_stage() -> None:
 
 
 def padding_predicted() -> None:
-    right = language.vocab_parallel_cross_entropy
+    right = losses.vocab_parallel_cross_entropy
 
     def padded(logits: Tensor, labels: Tensor, vocabulary: int, axis: Axis) -> Tensor:
         return right(logits, labels, sharding.padded_length(vocabulary, axis.size), axis)
 
-    language.vocab_parallel_cross_entropy = padded
+    losses.vocab_parallel_cross_entropy = padded
 
 
 def loss_of_the_local_shard() -> None:
@@ -290,7 +292,7 @@ def masks_not_restored() -> None:
 
 
 def masks_left_out() -> None:
-    blocks.HiddenDropout.forward = lambda self, x: x  # type: ignore[method-assign]
+    context.HiddenDropout.forward = lambda self, x: x  # type: ignore[method-assign]
 
 
 LLAMA, GPT = "model=llama_tiny", "model=gpt_tiny"

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from launcher.config.errors import ConfigError
 from launcher.config.layout import Layout
-from launcher.config.schema import Dtype, RunConfig
-from launcher.config.shape import kv_heads, sequence_length
+from launcher.config.schema import Dtype, ModelConfig, RunConfig
+from launcher.config.shape import head_size, kv_heads, sequence_length
 from launcher.config.validate import validate
 from launcher.config.world import World
 from launcher.parity.shrink import MOST_RANKS, shrink, shrunk_axes, single
@@ -43,6 +43,7 @@ def legal_runs(draw: st.DrawFn) -> tuple[RunConfig, Layout]:
     else:
         m.num_heads = p.tensor * draw(st.integers(1, 4))
     m.hidden_size = m.num_heads * draw(st.sampled_from([2, 64]))
+    m.head_size = draw(st.sampled_from([None, 2, 10]))
     m.ffn_hidden_size = p.tensor * draw(st.integers(1, 100))
     t.micro_batch_size = draw(st.integers(1, 5))
     t.global_batch_size = t.micro_batch_size * data * draw(st.integers(1, 9))
@@ -74,7 +75,7 @@ def test_a_shrunk_run_is_legal_small_and_has_the_same_properties(drawn: tuple[Ru
     kept = ("zero_stage", "sequence_parallel", "offload_optimizer", "offload_parameters")
     for field in (*kept, "activation_checkpointing"):
         assert getattr(small.parallelism, field) == getattr(run.parallelism, field)
-    assert small.model.family is run.model.family
+    assert parts_of(small.model) == parts_of(run.model)
     assert small.model.tie_embeddings == run.model.tie_embeddings
     assert properties(small, small_layout) == properties(run, layout)
     assert parameters(small) < 1_000_000
@@ -88,12 +89,17 @@ def test_heads_for_eight_tensor_ranks_keep_the_run_small() -> None:
     assert parameters(small) < 1_000_000
 
 
+def parts_of(model: ModelConfig) -> tuple[object, ...]:
+    return model.inputs, model.norm, model.positions, model.mlp, model.attention, model.biases
+
+
 def properties(run: RunConfig, layout: Layout) -> dict[str, bool]:
     return {
-        "grouped KV heads": kv_heads(run) != run.model.num_heads,
+        "grouped KV heads": kv_heads(run.model) != run.model.num_heads,
         "uneven layers": run.model.num_layers % layout.pipeline != 0,
         "vocabulary not divisible by the tensor ranks": run.model.vocab_size % layout.tensor != 0,
         "sequences shorter than the model allows": sequence_length(run) < run.model.max_sequence_length,
+        "a head size of its own": head_size(run.model) * run.model.num_heads != run.model.hidden_size,
         "clipping": run.optimizer.gradient_clipping is not None,
     }
 

@@ -14,13 +14,18 @@ from launcher.config.errors import ConfigError
 from launcher.config.layout import effective_zero_stage
 from launcher.config.schema import (
     ActivationCheckpointing,
+    AttentionKind,
+    BiasesConfig,
     Device,
     Dtype,
-    Family,
     HardwareConfig,
+    InputKind,
+    MLPKind,
     ModelConfig,
+    NormKind,
     ParallelismConfig,
     PeakFlops,
+    PositionKind,
     RunConfig,
 )
 from launcher.config.validate import validate
@@ -50,14 +55,19 @@ def searched(*overrides: str) -> Search:
 @st.composite
 def small_models(draw: st.DrawFn) -> ModelConfig:
     heads = draw(st.sampled_from([1, 2, 3, 4, 6, 8]))
-    family = draw(st.sampled_from(Family))
     kv_heads = draw(st.sampled_from([n for n in range(1, heads + 1) if heads % n == 0]))
     return ModelConfig(
-        family=family,
+        inputs=InputKind.tokens,
+        norm=draw(st.sampled_from(NormKind)),
+        positions=draw(st.sampled_from(PositionKind)),
+        mlp=draw(st.sampled_from(MLPKind)),
+        attention=AttentionKind.causal,
+        biases=BiasesConfig(*draw(st.tuples(*[st.booleans()] * 4)), head=False),
         hidden_size=heads * draw(st.sampled_from([2, 8, 64])),
         num_layers=draw(st.integers(1, 7)),
         num_heads=heads,
-        num_kv_heads=kv_heads if family is Family.llama else None,
+        num_kv_heads=kv_heads,
+        head_size=draw(st.sampled_from([None, 2, 16])),
         ffn_hidden_size=draw(st.sampled_from([16, 24, 256, 1000])),
         vocab_size=draw(st.sampled_from([256, 257, 50257])),
         max_sequence_length=draw(st.sampled_from([8, 30, 64, 1024])),

@@ -14,11 +14,11 @@ from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
 from launcher.config.validate import validate
 from launcher.config.world import Machine, World, world_of_machine
-from launcher.planning.cost import operations as program
 from launcher.planning.cost import parts as parts_module
 from launcher.planning.cost.geometry import pipeline_ranks
-from launcher.planning.cost.operations import Operation, Sizes
+from launcher.planning.cost.operations import Operation
 from launcher.planning.cost.parts import parts
+from launcher.planning.cost.sizes import Sizes
 from launcher.tracing.formula_check import FormulaCheck, compare_stage
 from tests.config.composing import run_of
 
@@ -209,7 +209,7 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_formula_is_found(name: str) -> None:
     mutate, seen = WRONG[name]
-    block = program.block
+    block = parts_module.block
     parts.cache_clear()
     with patch.object(parts_module, "block", lambda sizes: mutate(block(sizes))):
         found = compared("model=gpt_tiny", *SMALL, "parallelism.tensor=2")

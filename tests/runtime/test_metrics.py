@@ -70,7 +70,7 @@ def test_the_run_has_the_composed_config_and_the_directorys_identity(logged: Pat
     assert run.run_id == json.loads((logged / "run.json").read_text())["id"]
     assert run.project == "tests"
     config = {update.key: json.loads(update.value_json) for update in run.config.update}
-    assert config["model"]["family"] == "gpt"
+    assert config["model"]["norm"] == "layer_norm"
     assert config["training"]["global_batch_size"] == 8
     assert config["layout"]["data"] == 2
 

@@ -1,18 +1,18 @@
-"""What each pipeline rank holds: blocks, embedding, head, and every weight's size. Pure arithmetic."""
+"""Blocks, embedding, head and weights of each pipeline rank. Pure arithmetic."""
 
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass
+from copy import deepcopy
+from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Any
 
 from launcher.config.layout import Layout
-from launcher.config.schema import Family, ModelConfig, Pooling, RunConfig
-from launcher.config.shape import output_size, vision_tokens
+from launcher.config.schema import InputKind, MLPKind, ModelConfig, NormKind, PositionKind, RunConfig
+from launcher.config.shape import has_class_token, output_size, position_count, qkv_sizes
 
 
 @dataclass(frozen=True)
 class Weight:
-    """One parameter as this tensor rank holds it."""
+    """A parameter as a tensor rank holds it."""
 
     numel: int
     is_matrix: bool  # the optimizer's two groups: matrices decay, vectors do not
@@ -21,7 +21,7 @@ class Weight:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Consecutive layers that one pipeline rank runs as one stage."""
+    """Consecutive layers that a pipeline rank runs as one stage."""
 
     first_block: int
     blocks: int
@@ -29,18 +29,18 @@ class Chunk:
     has_head: bool
 
 
-Kind = tuple[tuple[int, bool, bool], ...]  # of each stage: blocks, embedding, head
+Kind = tuple[tuple[int, bool, bool], ...]  # per stage: blocks, has embedding, has head
 
 
 @dataclass(frozen=True)
 class Rank:
-    """One pipeline rank: its stages (two under DualPipeV) and its weights."""
+    """A pipeline rank: its stages (two under DualPipeV) and its weights."""
 
     stage: int
     chunks: tuple[Chunk, ...]
     model: ModelConfig
     tensor: int
-    is_flat: bool  # no pipeline: one module holds everything
+    is_flat: bool  # no pipeline: one module holds all layers
 
     @property
     def blocks(self) -> int:
@@ -56,7 +56,7 @@ class Rank:
 
     @property
     def shares_tied_weight(self) -> bool:
-        """Whether embedding and head are one weight on this rank."""
+        """Whether embedding and head share a weight on this rank."""
         return self.model.tie_embeddings and self.has_embedding and self.has_head
 
     @property
@@ -66,7 +66,7 @@ class Rank:
 
     @cached_property
     def weights(self) -> tuple[Weight, ...]:
-        """In the order of the modules."""
+        """Weights in the order of the modules."""
         return tuple(_weights(self))
 
     @cached_property
@@ -75,13 +75,13 @@ class Rank:
 
     @property
     def parameters_of_its_own(self) -> int:
-        """Without the head's copy of a tied weight, which the embedding's rank answers for."""
+        """Parameters without the head's copy of a tied weight, which the embedding's rank counts."""
         is_copy = self.copies_tied_weight and self.has_head
         return self.parameters - (_vocabulary(self.model, self.tensor)[0] if is_copy else 0)
 
     @property
     def parameters_of_embedding(self) -> int:
-        """Look-ups or patches, and positions, with a head that is the same weight."""
+        """Parameters of embedding or patches and of learned positions."""
         modules = embedding_weights(self.model, self.tensor) if self.has_embedding else []
         return sum(numel for module in modules for numel, _ in module)
 
@@ -91,7 +91,7 @@ class Rank:
 
     @cached_property
     def groups(self) -> tuple[tuple[int, ...], ...]:
-        """The sizes of the optimizer's parameter groups: matrices, then vectors; an empty one left out."""
+        """Sizes of the optimizer's parameter groups: matrices, then vectors; empty groups are left out."""
         groups = (
             tuple(weight.numel for weight in self.weights if weight.is_matrix is matrices)
             for matrices in (True, False)
@@ -100,21 +100,19 @@ class Rank:
 
 
 def kind_of(rank: Rank) -> Kind:
-    """Alike for ranks that hold and compute alike."""
+    """Return a key that ranks share if they hold and compute the same."""
     return tuple((chunk.blocks, chunk.has_embedding, chunk.has_head) for chunk in rank.chunks)
 
 
 def pipeline_ranks(run: RunConfig, layout: Layout) -> tuple[Rank, ...]:
-    """One for each pipeline rank, of tensor rank 0."""
-    return _ranks(astuple(run.model), layout.pipeline, layout.stages_per_rank, layout.tensor)
+    """Return every pipeline rank, with the weights of tensor rank 0."""
+    return _ranks(deepcopy(run.model), layout.pipeline, layout.stages_per_rank, layout.tensor)
 
 
 @cache
-def _ranks(
-    model_fields: tuple[Any, ...], pipeline: int, stages_per_rank: int, tensor: int
-) -> tuple[Rank, ...]:
-    """Of a model by its fields, which can be a key."""
-    model, stages = ModelConfig(*model_fields), pipeline * stages_per_rank
+def _ranks(model: ModelConfig, pipeline: int, stages_per_rank: int, tensor: int) -> tuple[Rank, ...]:
+    """Return the ranks of a model that nobody else holds, and so nobody changes: it is a cache key."""
+    stages = pipeline * stages_per_rank
     dealt = blocks_of_stages(model.num_layers, stages)
     chunks = [
         Chunk(sum(dealt[:index]), blocks, has_embedding=index == 0, has_head=index == stages - 1)
@@ -134,56 +132,58 @@ def _chunks_of(rank: int, chunks: list[Chunk], stages_per_rank: int) -> tuple[Ch
 
 
 def blocks_of_stages(num_layers: int, stages: int) -> list[int]:
-    """As DeepSpeed's partition_balanced deals them out: one more to the first ones if they do not divide."""
+    """Return the blocks per stage as DeepSpeed's partition_balanced assigns them, larger stages first."""
     each, more = divmod(num_layers, stages)
     return [each + 1] * more + [each] * (stages - more)
 
 
 def padded_length(length: int, ranks: int) -> int:
-    """As launcher.parallel.sharding pads a vocabulary; here without torch."""
+    """Return the padded vocabulary, as launcher.parallel.sharding pads it; here without torch."""
     return -(-length // ranks) * ranks
 
 
-def block_weights(model: ModelConfig, tensor: int) -> list[list[tuple[int, bool]]]:
-    """By module (numel, is a matrix), of one tensor rank: norm, qkv, output, norm, up, down."""
-    h, f, heads = model.hidden_size, model.ffn_hidden_size, model.num_heads
-    qkv = (h + 2 * (model.num_kv_heads or heads) * (h // heads)) // tensor
-    up = (2 if model.family is Family.llama else 1) * f // tensor
-    if model.family is Family.llama:
-        norm = [(h, False)]
-        return [
-            norm,
-            [(qkv * h, True)],
-            [(h * h // tensor, True)],
-            norm,
-            [(up * h, True)],
-            [(h * f // tensor, True)],
-        ]
-    norm = [(h, False), (h, False)]
+Module = list[tuple[int, bool]]  # the weights of a module on a tensor rank: numel, is a matrix
+
+
+def block_weights(model: ModelConfig, tensor: int) -> list[Module]:
+    """Return the modules of a block in order: norm, qkv, output, norm, up, down."""
+    h, f, biases = model.hidden_size, model.ffn_hidden_size // tensor, model.biases
+    qkv, query = sum(qkv_sizes(model)) // tensor, qkv_sizes(model)[0] // tensor
+    up = 2 * f if model.mlp is MLPKind.swiglu else f
     return [
-        norm,
-        [(qkv * h, True), (qkv, False)],
-        [(h * h // tensor, True), (h, False)],
-        norm,
-        [(up * h, True), (up, False)],
-        [(h * f // tensor, True), (h, False)],
+        _norm(model),
+        _linear(qkv * h, qkv, biases.qkv),
+        _linear(query * h, h, biases.output),
+        _norm(model),
+        _linear(up * h, up, biases.up),
+        _linear(f * h, h, biases.down),
     ]
+
+
+def _norm(model: ModelConfig) -> Module:
+    return [(model.hidden_size, False)] * (2 if model.norm is NormKind.layer_norm else 1)
+
+
+def _linear(matrix: int, bias: int, has_bias: bool) -> Module:
+    return [(matrix, True), (bias, False)] if has_bias else [(matrix, True)]
 
 
 def block_parameters(model: ModelConfig, tensor: int) -> int:
     return sum(numel for module in block_weights(model, tensor) for numel, _ in module)
 
 
-def embedding_weights(model: ModelConfig, tensor: int) -> list[list[tuple[int, bool]]]:
-    """As block_weights: of look-ups or patches, and positions if they are learned."""
+def embedding_weights(model: ModelConfig, tensor: int) -> list[Module]:
+    """Return the modules before the first block: embedding or patches, and learned positions."""
     h = model.hidden_size
-    if model.family is Family.vit:
-        patches = [(model.image_channels * model.patch_size**2 * h, True), (h, False)]
-        if model.pooling is Pooling.class_token:
-            patches.append((h, False))
-        return [patches, [(vision_tokens(model) * h, True)]]
-    lookup = [_vocabulary(model, tensor)]
-    return [lookup, [(model.max_sequence_length * h, True)]] if model.family is Family.gpt else [lookup]
+    if model.inputs is InputKind.patches:
+        first = [(model.image_channels * model.patch_size**2 * h, True), (h, False)]
+        if has_class_token(model):
+            first.append((h, False))
+    else:
+        first = [_vocabulary(model, tensor)]
+    if model.positions is PositionKind.rope:
+        return [first]
+    return [first, [(position_count(model) * h, True)]]
 
 
 def _vocabulary(model: ModelConfig, tensor: int) -> tuple[int, bool]:
@@ -191,22 +191,22 @@ def _vocabulary(model: ModelConfig, tensor: int) -> tuple[int, bool]:
 
 
 def outputs(model: ModelConfig, tensor: int) -> int:
-    """Logits of a tensor rank, padding included."""
+    """Return the logits of a tensor rank, padding included."""
     return padded_length(output_size(model), tensor) // tensor
 
 
 def _weights(rank: Rank) -> Iterator[Weight]:
     model = rank.model
-    modules: list[list[tuple[int, bool]]] = []
+    modules: list[Module] = []
     for chunk in rank.chunks:
         if chunk.has_embedding:
             modules += embedding_weights(model, rank.tensor)
         modules += block_weights(model, rank.tensor) * chunk.blocks
         if chunk.has_head:
-            modules.append(block_weights(model, rank.tensor)[0])
+            modules.append(_norm(model))
             if not rank.shares_tied_weight:
-                bias = [(outputs(model, rank.tensor), False)] if model.family is Family.vit else []
-                modules.append([_vocabulary(model, rank.tensor), *bias])
+                matrix, _ = _vocabulary(model, rank.tensor)
+                modules.append(_linear(matrix, outputs(model, rank.tensor), model.biases.head))
     for index, module in enumerate(modules):
         for numel, is_matrix in module:
             yield Weight(numel, is_matrix, index)

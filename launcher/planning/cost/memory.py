@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from launcher.config.layout import Layout
 from launcher.config.schema import ActivationCheckpointing, RunConfig
 from launcher.planning.cost.geometry import Rank, block_parameters
-from launcher.planning.cost.operations import Sizes
 from launcher.planning.cost.parts import ModelParts, parts
+from launcher.planning.cost.sizes import Sizes
 from launcher.planning.cost.tape import Footprint
 from launcher.planning.cost.zero_states import Holdings, States, checkpoint_bytes, reduced_at_first, states_of
 
@@ -221,7 +221,7 @@ class _Pipelined(_Flow):
         stage, size = self.rank.chunks[chunk], self.sizes
         saved = sum(part.footprint.saved * count for part, count in self.parts.of(stage))
         # The input twice, to compute with and for its gradient; the output until its gradient arrives.
-        saved += size.inputs if stage.has_embedding else size.stretch
+        saved += size.samples if stage.has_embedding else size.stretch
         if size.checkpointing is not ActivationCheckpointing.none:
             saved += size.boundaries  # the recomputation makes the mask from them again
         return saved + (0 if stage.has_head else size.stretch)

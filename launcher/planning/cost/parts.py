@@ -5,19 +5,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 
+from launcher.planning.cost.block_operations import block, recomputed
+from launcher.planning.cost.end_operations import embedding, head, loss
 from launcher.planning.cost.geometry import Chunk
-from launcher.planning.cost.operations import (
-    Collective,
-    Matmul,
-    Operation,
-    Sizes,
-    block,
-    embedding,
-    head,
-    loss,
-    recomputed,
-    run_again,
-)
+from launcher.planning.cost.operations import Collective, Matmul, Operation, run_again
+from launcher.planning.cost.sizes import Sizes
 from launcher.planning.cost.tape import Footprint, footprint
 
 
@@ -81,7 +73,7 @@ class ModelParts:
 def parts(s: Sizes) -> ModelParts:
     blocks = block(s)
     return ModelParts(
-        _part(embedding(s), [], s.inputs),
+        _part(embedding(s), [], s.samples),
         _part(blocks, recomputed(s, blocks), s.stretch),
         _part([*head(s), loss(s)], [], s.stretch),
     )

@@ -12,9 +12,10 @@ from launcher.models.arithmetic import parameters, train_flops_per_token
 from launcher.planning.cost.geometry import pipeline_ranks
 from launcher.planning.cost.measured_rates import rates_of
 from launcher.planning.cost.memory import Memory, rank_memory
-from launcher.planning.cost.operations import Collective, Sizes
+from launcher.planning.cost.operations import Collective
 from launcher.planning.cost.parts import flops, parts
 from launcher.planning.cost.rates import Shares
+from launcher.planning.cost.sizes import Sizes
 from launcher.planning.cost.step_time import StepTime, step_time
 from launcher.planning.cost.traffic import (
     GroupShape,

@@ -8,8 +8,9 @@ from launcher.config.layout import GroupName, Layout
 from launcher.config.schema import Dtype, OptimizerName, RunConfig
 from launcher.planning.cost.geometry import Chunk, Rank, kind_of
 from launcher.planning.cost.measured_rates import AnyRates
-from launcher.planning.cost.operations import BYTES, FP32, Collective, Operation, Sizes
+from launcher.planning.cost.operations import BYTES, FP32, Collective, Operation
 from launcher.planning.cost.parts import ModelPart, parts
+from launcher.planning.cost.sizes import Sizes
 from launcher.planning.cost.traffic import (
     TIED_RANKS,
     GroupShape,

@@ -7,8 +7,9 @@ from launcher.config.layout import GroupName, Layout
 from launcher.config.schema import Dtype, RunConfig
 from launcher.planning.cost.buffers import BufferSizes
 from launcher.planning.cost.geometry import Rank
-from launcher.planning.cost.operations import BYTES, FP32, Collective, Sizes
+from launcher.planning.cost.operations import BYTES, FP32, Collective
 from launcher.planning.cost.parts import parts, traffic
+from launcher.planning.cost.sizes import Sizes
 from launcher.planning.cost.zero_states import padded
 
 TIED_RANKS = 2  # pipeline ranks with a copy of a tied weight

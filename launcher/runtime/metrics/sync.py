@@ -9,11 +9,12 @@ from pathlib import Path
 from launcher.config.compose import load_typed
 from launcher.config.errors import ConfigError
 from launcher.config.layout import Layout
+from launcher.config.run_format import IDENTITY
 from launcher.config.schema import RunConfig
 from launcher.runtime.metrics.rows import rows_in
 from launcher.runtime.metrics.wandb_files import fragments, has_ended
 from launcher.runtime.metrics.wandb_run import has_api_key, log_missing, server_url, why_unreachable
-from launcher.runtime.run_dir import CONFIG, IDENTITY, RunDir
+from launcher.runtime.run_dir import CONFIG, RunDir
 
 _QUIET = 120.0  # seconds without a write after which a start counts as killed
 _FOLDER = "offline-run-"

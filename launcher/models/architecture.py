@@ -1,0 +1,123 @@
+"""A model as one ordered list of layers, made of the parts its config names.
+
+The flat module and DeepSpeed's pipeline run the same list.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from launcher.config.schema import InputKind, ModelConfig, PositionKind
+from launcher.config.shape import output_size
+from launcher.models.blocks import TransformerBlock
+from launcher.models.context import BlockContext
+from launcher.models.documents import Documents
+from launcher.models.losses import ClassificationLoss, Loss, language_loss
+from launcher.models.norms import Norm
+from launcher.models.positions import LearnedPositions
+from launcher.models.vision import PatchEmbedding, Pool
+from launcher.parallel.layers import VocabParallelEmbedding, VocabParallelHead
+
+TIED_EMBEDDING = "embedding"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """An entry of a model's list: `module(*arguments)` maps one tensor to one tensor.
+
+    Layers with the same `tied` key share one weight; the one with `project` uses it as the output head.
+    """
+
+    module: type[nn.Module]
+    arguments: tuple[Any, ...]
+    tied: str | None = None
+    project: bool = False
+
+    def build(self) -> nn.Module:
+        return self.module(*self.arguments)
+
+
+def model_layers(model: ModelConfig, context: BlockContext) -> list[Layer]:
+    """Return the layers in order, from the inputs to this tensor rank's logits.
+
+    Tokens (B, T) become logits (B, T, V/tp); images (B, C, S, S) become logits (B, 1, classes/tp).
+    """
+    blocks = [
+        Layer(TransformerBlock, (f"blocks.{index}", model, context)) for index in range(model.num_layers)
+    ]
+    final_norm = Layer(Norm, ("final_norm", model, context.tp))
+    return [*_first_layers(model, context), *blocks, final_norm, *_last_layers(model, context)]
+
+
+def _first_layers(model: ModelConfig, context: BlockContext) -> list[Layer]:
+    """Return the layers before the first block: embedding or patches, then learned positions."""
+    if model.inputs is InputKind.patches:
+        layers = [Layer(PatchEmbedding, ("patches", model, context))]
+    else:
+        layers = [_embedding(model, context)]
+    if model.positions is PositionKind.learned:
+        layers.append(Layer(LearnedPositions, ("positions", model, context)))
+    return layers
+
+
+def _last_layers(model: ModelConfig, context: BlockContext) -> list[Layer]:
+    """Return the layers after the final norm: the head, and before it the pooling of an image's patches."""
+    if model.tie_embeddings:
+        return [replace(_embedding(model, context), project=True)]
+    # Pooled, there is no sequence to split.
+    is_pooled = model.inputs is InputKind.patches
+    tp = replace(context.tp, sequence_parallel=False) if is_pooled else context.tp
+    sizes = (output_size(model), model.hidden_size)
+    head = Layer(VocabParallelHead, ("head", *sizes, tp, model.init_std, model.biases.head))
+    return [Layer(Pool, (model, context.tp)), head] if is_pooled else [head]
+
+
+def _embedding(model: ModelConfig, context: BlockContext) -> Layer:
+    arguments = ("embedding", model.vocab_size, model.hidden_size, context.tp, model.init_std)
+    return Layer(VocabParallelEmbedding, arguments, TIED_EMBEDDING if model.tie_embeddings else None)
+
+
+def model_loss(model: ModelConfig, context: BlockContext) -> Loss:
+    """Return the loss: (logits, labels) -> mean cross-entropy, a scalar in nats."""
+    if model.inputs is InputKind.patches:
+        return ClassificationLoss(model, context.tp)
+    return language_loss(model, context.tp)
+
+
+def flat_model(model: ModelConfig, context: BlockContext) -> "FlatModel":
+    """Return the whole model in one module."""
+    return FlatModel(model_layers(model, context), model_loss(model, context), context.documents)
+
+
+class FlatModel(nn.Module):
+    """All layers in one module, run in order, with the loss at the end."""
+
+    def __init__(self, layers: Sequence[Layer], loss: Loss, documents: Documents) -> None:
+        super().__init__()
+        self.loss, self.documents = loss, documents
+        self.layers = nn.ModuleList()
+        self._calls: list[tuple[int, bool]] = []
+        tied: dict[str, int] = {}
+        for layer in layers:
+            if layer.tied is None or layer.tied not in tied:
+                self.layers.append(layer.build())
+                index = len(self.layers) - 1
+                if layer.tied is not None:
+                    tied[layer.tied] = index
+            else:
+                index = tied[layer.tied]
+            self._calls.append((index, layer.project))
+
+    def forward(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        """Return the loss of inputs and their labels."""
+        return self.loss(self.logits(inputs), labels)
+
+    def logits(self, inputs: Tensor) -> Tensor:
+        """Return this tensor rank's logits: tokens (B, T) -> (B, T, V/tp), images -> (B, 1, classes/tp)."""
+        self.documents.begin(inputs)
+        x = inputs
+        for index, project in self._calls:
+            x = self.layers[index](x, project=True) if project else self.layers[index](x)
+        return x

@@ -1,0 +1,67 @@
+"""Multi-head and grouped-query self-attention over this tensor rank's heads.
+
+Shapes: B batch, T sequence, H hidden, D head size; N query heads and K key/value heads of the whole model.
+Between modules activations are (B, T, H), or (B, T/tp, H) under sequence parallelism.
+"""
+
+from contextlib import nullcontext
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from launcher.config.schema import ActivationCheckpointing, AttentionKind, ModelConfig, PositionKind
+from launcher.config.shape import head_size, kv_heads, qkv_sizes
+from launcher.models.context import BlockContext, recompute, residual_draw
+from launcher.models.positions import rotate
+from launcher.parallel.layers import ColumnParallelLinear, RowParallelLinear
+from launcher.parallel.sharding import normal
+
+
+class Attention(nn.Module):
+    """Self-attention over this rank's N/tp query heads and K/tp key/value heads, causal or full.
+
+    `mask` (B, 1, T, T), where there is one, replaces the causal mask: see models/documents.py.
+    """
+
+    def __init__(self, name: str, model: ModelConfig, context: BlockContext) -> None:
+        super().__init__()
+        tp, sizes, biases = context.tp, qkv_sizes(model), model.biases
+        self.context, self.model = context, model
+        self.head_size = head_size(model)
+        self.heads, self.kv_heads = model.num_heads // tp.axis.size, kv_heads(model) // tp.axis.size
+        self.qkv = ColumnParallelLinear(
+            f"{name}.qkv", model.hidden_size, sizes, tp, bias=biases.qkv, draw=normal(model.init_std)
+        )
+        self.output = RowParallelLinear(
+            f"{name}.output", sizes[0], model.hidden_size, tp, bias=biases.output, draw=residual_draw(model)
+        )
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        q, k, v = self._split_heads(self.qkv(x))
+        if self.context.checkpointing is ActivationCheckpointing.selective:
+            return self.output(recompute(self._core, self.context, q, k, v, mask))  # type: ignore[no-any-return]
+        return self.output(self._core(q, k, v, mask))  # type: ignore[no-any-return]
+
+    def _split_heads(self, fused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, T, (N + 2K) D / tp) -> q (B, N/tp, T, D), k and v (B, K/tp, T, D)."""
+        heads = fused.unflatten(-1, (self.heads + 2 * self.kv_heads, self.head_size)).transpose(1, 2)
+        q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+        return q, k, v
+
+    def _core(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """-> (B, T, N D / tp)."""
+        if self.model.positions is PositionKind.rope:
+            q, k = rotate(q, self.model.rope_theta), rotate(k, self.model.rope_theta)
+        dropout = self.model.dropout if self.training else 0.0
+        with self.context.random.local() if dropout else nullcontext():
+            mixed = F.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=mask,
+                # A document mask hides later positions itself.
+                is_causal=mask is None and self.model.attention is AttentionKind.causal,
+                dropout_p=dropout,
+                enable_gqa=self.kv_heads != self.heads,
+            )
+        return mixed.transpose(1, 2).flatten(2)

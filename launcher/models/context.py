@@ -1,0 +1,77 @@
+"""What every layer of a model shares: tensor-parallel group, dropout masks, recomputation, documents."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from launcher.config.schema import ActivationCheckpointing, ModelConfig, RunConfig
+from launcher.config.shape import end_of_document
+from launcher.models.documents import Documents
+from launcher.parallel.layers import TensorParallel
+from launcher.parallel.mesh import ProcessMesh
+from launcher.parallel.random import DropoutRandom
+from launcher.parallel.sharding import DrawFunction, Initializer, normal
+
+
+@dataclass(frozen=True)
+class BlockContext:
+    """State shared by the layers of a model on one rank, besides the config."""
+
+    tp: TensorParallel
+    random: DropoutRandom
+    checkpointing: ActivationCheckpointing
+    documents: Documents
+
+    @classmethod
+    def create(cls, run: RunConfig, mesh: ProcessMesh, device: torch.device) -> "BlockContext":
+        """Return the context of this rank. Seeds torch's default generator (see DropoutRandom)."""
+        seed = run.training.seed
+        initializer = Initializer(seed, mesh.tensor)
+        random = DropoutRandom(
+            seed, stage=mesh.stage, data_rank=mesh.data.rank, tensor_rank=mesh.tensor.rank, device=device
+        )
+        tp = TensorParallel(mesh.tensor, run.parallelism.sequence_parallel, initializer)
+        documents = Documents(end_of_document(run) if run.data.document_attention else None)
+        return cls(tp, random, run.parallelism.activation_checkpointing, documents)
+
+
+class HiddenDropout(nn.Module):
+    """Dropout between the parallel regions: one mask for all tensor ranks, or one per sequence shard."""
+
+    def __init__(self, probability: float, context: BlockContext) -> None:
+        super().__init__()
+        self.probability, self.context = probability, context
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.probability == 0.0:
+            return x
+        if self.context.tp.sequence_parallel:
+            with self.context.random.local():
+                return F.dropout(x, self.probability)
+        return F.dropout(x, self.probability)
+
+
+def recompute(function: Callable[..., Tensor], context: BlockContext, *inputs: Tensor | None) -> Tensor:
+    """Run `function(*inputs)`, keep only the inputs, and run it again in the backward pass."""
+    if not torch.is_grad_enabled():
+        return function(*inputs)
+    # ZeRO-3 gathers each weight again for the second run: its metadata differs, its values do not.
+    return checkpoint(  # type: ignore[no-any-return]
+        function,
+        *inputs,
+        use_reentrant=False,
+        context_fn=context.random.checkpoint_contexts,
+        determinism_check="none",
+    )
+
+
+def residual_draw(model: ModelConfig) -> DrawFunction:
+    """Return the draw for projections that write to the residual stream.
+
+    Normal with deviation init_std / sqrt(2 layers), as in GPT-2 (Radford et al., 2019).
+    """
+    return normal(model.init_std / (2 * model.num_layers) ** 0.5)

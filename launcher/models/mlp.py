@@ -1,0 +1,28 @@
+"""The two-layer perceptron of a block: GELU or SwiGLU."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from launcher.config.schema import MLPKind, ModelConfig
+from launcher.models.context import BlockContext, residual_draw
+from launcher.parallel.layers import ColumnParallelLinear, RowParallelLinear
+from launcher.parallel.sharding import normal
+
+
+class MLP(nn.Module):
+    """H -> F -> H with GELU (tanh form, as in GPT-2), or with SwiGLU: gate and up in one projection."""
+
+    def __init__(self, name: str, model: ModelConfig, context: BlockContext) -> None:
+        super().__init__()
+        self.gated = model.mlp is MLPKind.swiglu
+        h, f, tp, biases = model.hidden_size, model.ffn_hidden_size, context.tp, model.biases
+        up, segments = (f"{name}.gate_up", (f, f)) if self.gated else (f"{name}.up", (f,))
+        self.up = ColumnParallelLinear(up, h, segments, tp, bias=biases.up, draw=normal(model.init_std))
+        self.down = RowParallelLinear(f"{name}.down", f, h, tp, bias=biases.down, draw=residual_draw(model))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.up(x)
+        if self.gated:
+            gate, up = y.chunk(2, dim=-1)
+            return self.down(F.silu(gate) * up)  # type: ignore[no-any-return]
+        return self.down(F.gelu(y, approximate="tanh"))  # type: ignore[no-any-return]

@@ -1,0 +1,47 @@
+"""Learned positions, added to the embedding, and rotary positions, applied to queries and keys."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from launcher.config.schema import ModelConfig
+from launcher.config.shape import position_count
+from launcher.models.context import BlockContext, HiddenDropout
+from launcher.parallel.sharding import LogicalTensor, normal
+
+
+class LearnedPositions(nn.Module):
+    """Add a learned vector per position, then apply dropout: (B, T, H) or (B, T/tp, H) -> the same.
+
+    Positions count from the start of the sample, or of the document (models/documents.py).
+    """
+
+    def __init__(self, name: str, model: ModelConfig, context: BlockContext) -> None:
+        super().__init__()
+        self.tp, self.documents = context.tp, context.documents
+        shape = (position_count(model), model.hidden_size)
+        self.weight = self.tp.initializer.parameter(
+            LogicalTensor(f"{name}.weight", shape), normal(model.init_std)
+        )
+        self.dropout = HiddenDropout(model.dropout, context)
+
+    def forward(self, x: Tensor) -> Tensor:
+        length = x.shape[1]
+        shards, shard = (self.tp.axis.size, self.tp.axis.rank) if self.tp.sequence_parallel else (1, 0)
+        used = self.tp.replicated(self.weight[: shards * length])
+        if self.documents.positions is not None:
+            used = F.embedding(self.documents.positions, used)
+        return self.dropout(x + used[..., shard * length : (shard + 1) * length, :])  # type: ignore[no-any-return]
+
+
+def rotate(x: Tensor, theta: float) -> Tensor:
+    """Rotate each channel pair of (B, heads, T, D) by its position (Su et al., arXiv 2104.09864).
+
+    Channel i is paired with channel i + D/2, as in Llama.
+    """
+    length, size = x.shape[-2:]
+    frequencies = theta ** -(torch.arange(0, size, 2, device=x.device, dtype=torch.float32) / size)
+    angles = torch.arange(length, device=x.device, dtype=torch.float32).outer(frequencies)
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

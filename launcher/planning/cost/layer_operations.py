@@ -1,0 +1,121 @@
+"""Operations of the layers that blocks and ends share: norm, linear layers, dropout, residual."""
+
+from launcher.config.schema import Dtype, NormKind
+from launcher.planning.cost.operations import BOOL, FP32, Collective, CollectiveKind, Matmul, Operation
+from launcher.planning.cost.sizes import Sizes
+
+
+def norm(s: Sizes, name: str, x: str) -> Operation:
+    is_rms = s.norm is NormKind.rms_norm
+    fp32 = FP32 * s.own_tokens * s.hidden_size
+    statistics = s.own_tokens * (FP32 if is_rms or s.device != "cpu" else 2 * s.element)
+    if s.device != "cpu" and not is_rms:
+        statistics *= 2
+    composite = is_rms and s.device == "cpu"  # torch has no fused RMSNorm there
+    low = s.dtype is not Dtype.fp32
+    # A composite norm keeps the normalised input in fp32, and an fp32 copy of a low-precision input.
+    copies = fp32 * (1 + low) if composite else 0
+    vectors = 1 if is_rms else 2
+    traffic = (Collective("all_reduce", s.hidden_size * s.element),) * vectors
+    return Operation(
+        name,
+        (x,),
+        s.stretch,
+        saves=() if composite and low else (x,),
+        extra=statistics + copies,
+        scratch=fp32 if composite else 0,
+        backward_scratch=3 * fp32 if composite else 0,
+        backward_traffic=traffic if s.sequence_parallel else (),
+        forward_bytes=2 * s.stretch + 3 * copies,
+        backward_bytes=3 * s.stretch + 6 * copies,
+        kernels=8 if composite else 1,
+    )
+
+
+def column(s: Sizes, name: str, x: str, outputs: int, *, has_bias: bool) -> Operation:
+    """ColumnParallelLinear, or the head: (b, H) -> `outputs` columns on this rank."""
+    h, size = s.hidden_size, s.tokens * outputs * s.element
+    split = s.tensor > 1
+    scratch = backward_scratch = 0
+    traffic: tuple[Collective, ...] = ()
+    overlapped = Collective("all_reduce", s.whole)
+    if s.sequence_parallel:
+        # Gathered pieces, then the whole sequence; backward also the gradient before it is scattered.
+        scratch = max(s.whole, s.whole + s.laid_out - size)
+        backward_scratch = 2 * s.whole + s.laid_out
+        traffic, overlapped = (Collective("all_gather", s.whole),), Collective("reduce_scatter", s.whole)
+    product = Matmul(s.tokens, outputs, h)
+    return Operation(
+        name,
+        (x,),
+        size,
+        saves=(x,),
+        scratch=max(scratch, size if split and has_bias else 0),
+        backward_scratch=backward_scratch,
+        weight=h * outputs * s.element,
+        forward_matmuls=(product,),
+        backward_matmuls=(Matmul(s.tokens, h, outputs), Matmul(outputs, h, s.tokens)),
+        forward_traffic=traffic,
+        backward_traffic=traffic,
+        overlapped_traffic=(overlapped,) if split else (),
+        forward_bytes=2 * size if split and has_bias else 0,
+        backward_bytes=size if has_bias else 0,
+        kernels=2 if split and has_bias else 1,
+    )
+
+
+def row(s: Sizes, name: str, x: str, inputs: int, *, has_bias: bool) -> Operation:
+    """RowParallelLinear: `inputs` columns on this rank -> (b, H)."""
+    h = s.hidden_size
+    product = Matmul(s.tokens, h, inputs)
+    split = s.tensor > 1
+    kind: CollectiveKind = "reduce_scatter" if s.sequence_parallel else "all_reduce"
+    gathered = (Collective("all_gather", s.whole),) if s.sequence_parallel else ()
+    bias_gradient = (Collective("all_reduce", h * s.element),) if has_bias and s.sequence_parallel else ()
+    return Operation(
+        name,
+        (x,),
+        s.stretch,
+        saves=(x,),
+        # Partial sums and their copy ordered by rank; or the output before the bias.
+        scratch=s.whole + s.laid_out if split else s.stretch if has_bias else 0,
+        backward_scratch=s.whole if s.sequence_parallel else 0,
+        backward_entry=s.whole + s.laid_out if s.sequence_parallel else 0,
+        weight=h * inputs * s.element,
+        forward_matmuls=(product,),
+        backward_matmuls=(Matmul(s.tokens, inputs, h), Matmul(h, inputs, s.tokens)),
+        forward_traffic=(Collective(kind, s.whole),) if split else (),
+        backward_traffic=gathered + bias_gradient,
+        forward_bytes=(2 * s.whole if split else 0) + (2 * s.stretch if has_bias else 0),
+        backward_bytes=s.stretch if has_bias else 0,
+        kernels=1 + split + has_bias,
+    )
+
+
+def dropout(s: Sizes, x: str) -> list[Operation]:
+    if s.dropout == 0.0:
+        return []
+    elements = s.stretch // s.element
+    # CUDA's fused kernel keeps a byte per element, the CPU's composite kernel the scaled mask.
+    mask = elements * BOOL if s.device == "cuda" else s.stretch
+    return [
+        Operation(
+            f"{x}.dropped",
+            (x,),
+            s.stretch,
+            extra=mask,
+            forward_bytes=2 * s.stretch + mask,
+            backward_bytes=2 * s.stretch + mask,
+        )
+    ]
+
+
+def dropped(s: Sizes, x: str) -> str:
+    """Return the name of `x` after its dropout, if there is any."""
+    return x if s.dropout == 0.0 else f"{x}.dropped"
+
+
+def residual(s: Sizes, name: str, x: str, branch: str) -> Operation:
+    return Operation(
+        name, (x, branch), s.stretch, adds=True, forward_bytes=3 * s.stretch, backward_bytes=3 * s.stretch
+    )

@@ -1,0 +1,194 @@
+"""Sizes in bytes of a tensor rank's activations for one micro-batch.
+
+b tokens of a micro-batch, H hidden, F FFN, V vocabulary, tp tensor-parallel size. Between the parallel
+regions a rank holds (b, H), or (b / tp, H) under sequence parallelism (Korthikanti et al., arXiv 2205.05198).
+"""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from launcher.config.schema import (
+    ActivationCheckpointing,
+    BiasesConfig,
+    Dtype,
+    InputKind,
+    MLPKind,
+    NormKind,
+    PositionKind,
+    RunConfig,
+)
+from launcher.config.shape import has_class_token, head_size, kv_heads, output_size, sequence_length
+from launcher.planning.cost.geometry import padded_length
+from launcher.planning.cost.operations import BOOL, BYTES, FP32, INT64
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The parts of a model that the operations depend on, and the sizes of its tensors."""
+
+    inputs: InputKind
+    norm: NormKind
+    positions: PositionKind
+    mlp: MLPKind
+    biases: BiasesConfig
+    hidden_size: int
+    ffn_hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    output_size: int  # vocabulary or classes
+    dropout: float
+    tensor: int
+    micro_batch: int
+    length: int
+    dtype: Dtype
+    sequence_parallel: bool
+    checkpointing: ActivationCheckpointing
+    device: str  # "cpu" or "cuda"
+    patch_pixels: int  # per patch, times channels
+    image_pixels: int  # per image, times channels
+    has_class_token: bool
+    masks_documents: bool
+
+    @classmethod
+    def of(cls, run: RunConfig, device: str) -> "Sizes":
+        m, p = run.model, run.parallelism
+        return cls(
+            inputs=m.inputs,
+            norm=m.norm,
+            positions=m.positions,
+            mlp=m.mlp,
+            biases=replace(m.biases),
+            hidden_size=m.hidden_size,
+            ffn_hidden_size=m.ffn_hidden_size,
+            num_heads=m.num_heads,
+            num_kv_heads=kv_heads(m),
+            head_size=head_size(m),
+            output_size=output_size(m),
+            dropout=m.dropout,
+            tensor=p.tensor,
+            micro_batch=run.training.micro_batch_size,
+            length=sequence_length(run),
+            dtype=run.precision.dtype,
+            sequence_parallel=p.sequence_parallel,
+            checkpointing=p.activation_checkpointing,
+            device=device,
+            patch_pixels=m.image_channels * m.patch_size**2,
+            image_pixels=m.image_channels * m.image_size**2,
+            has_class_token=has_class_token(m),
+            masks_documents=run.data.document_attention,
+        )
+
+    @property
+    def element(self) -> int:
+        return BYTES[self.dtype]
+
+    @property
+    def tokens(self) -> int:
+        return self.micro_batch * self.length
+
+    @property
+    def own_tokens(self) -> int:
+        """Tokens that a rank holds between the parallel regions."""
+        return self.tokens // self.tensor if self.sequence_parallel else self.tokens
+
+    @property
+    def is_vision(self) -> bool:
+        return self.inputs is InputKind.patches
+
+    @property
+    def samples(self) -> int:
+        """Token ids (B, T), or images (B, C, S, S) of bytes."""
+        return self.micro_batch * self.image_pixels if self.is_vision else self.tokens * INT64
+
+    @property
+    def boundaries(self) -> int:
+        """Document mask (B, 1, T, T) and positions (B, T)."""
+        return (self.tokens * self.length * BOOL + self.tokens * INT64) if self.masks_documents else 0
+
+    @property
+    def mask(self) -> int:
+        """Mask added to the scores, made again in every block."""
+        return self.tokens * self.length * self.element if self.masks_documents else 0
+
+    @property
+    def whole(self) -> int:
+        """(B, T, H)."""
+        return self.tokens * self.hidden_size * self.element
+
+    @property
+    def laid_out(self) -> int:
+        """A copy of (B, T, H) ordered for a collective over the sequence; a single sample needs none."""
+        return self.whole if self.sequence_parallel and self.micro_batch > 1 else 0
+
+    @property
+    def stretch(self) -> int:
+        """(B, T, H), or (B, T/tp, H) under sequence parallelism."""
+        return self.own_tokens * self.hidden_size * self.element
+
+    @property
+    def heads(self) -> int:
+        return self.num_heads // self.tensor
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads // self.tensor
+
+    @property
+    def query(self) -> int:
+        return self.tokens * self.heads * self.head_size * self.element
+
+    @property
+    def key(self) -> int:
+        return self.tokens * self.kv_heads * self.head_size * self.element
+
+    @property
+    def fused(self) -> int:
+        """Queries, keys and values."""
+        return self.query + 2 * self.key
+
+    @property
+    def scores(self) -> int:
+        """(B, heads, T, T); the math kernel computes in fp32."""
+        return self.tokens * self.length * self.heads * FP32
+
+    @property
+    def ffn(self) -> int:
+        return self.tokens * (self.ffn_hidden_size // self.tensor) * self.element
+
+    @property
+    def vocabulary(self) -> int:
+        """Logits per position on this tensor rank, padding included."""
+        return padded_length(self.output_size, self.tensor) // self.tensor
+
+    @property
+    def is_padded(self) -> bool:
+        return self.output_size % self.tensor != 0
+
+    @property
+    def rotates(self) -> bool:
+        return self.positions is PositionKind.rope
+
+    @property
+    def is_gated(self) -> bool:
+        return self.mlp is MLPKind.swiglu
+
+    @cached_property
+    def scored(self) -> "Sizes":
+        """The sizes at the head: every token has logits, or each image once, after pooling."""
+        return replace(self, length=1, sequence_parallel=False) if self.is_vision else self
+
+    @property
+    def logits(self) -> int:
+        """Logits in the run's precision."""
+        return self.scored.tokens * self.vocabulary * self.element
+
+    @cached_property
+    def stores_scores(self) -> bool:
+        """Whether attention runs torch's math kernel, which keeps the scores.
+
+        torch 2.13 falls back to the math kernel on CPU with dropout, and on CUDA in fp32 with grouped heads.
+        """
+        if self.device == "cpu":
+            return self.dropout > 0.0
+        return self.dtype is Dtype.fp32 and self.kv_heads != self.heads
