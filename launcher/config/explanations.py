@@ -86,7 +86,7 @@ def no_such_field(name: str, value: str | None, root: type[Any], file: str | Non
         names = ", ".join(field.rpartition(".")[2] for field in known)
         remedies = [f"{known[0].rpartition('.')[0]}.NAME, where NAME is one of {names}"]
     hydra = "hydra-" if name.partition(".")[0] == "hydra" else ""
-    remedy = " or ".join(remedies) or f"one that `launcher --{hydra}help` lists"
+    remedy = " or ".join(remedies) or f"a name that `launcher --{hydra}help` lists"
     return ConfigError(name, value, f"no such field{_in(file)}", remedy)
 
 
