@@ -15,9 +15,7 @@ class Documents:
     """
 
     def __init__(self, end_of_document: int | None) -> None:
-        self.end_of_document = (
-            end_of_document  # last token of a document; None: do not separate documents
-        )
+        self.end_of_document = end_of_document  # last token of a document; None: do not separate documents
         self.mask: Tensor | None = None
         self.positions: Tensor | None = None
 

@@ -84,7 +84,7 @@ WRONG = {
     "data=text data.train=blank.txt": "data.train=blank.txt: every matched file is empty",
     "data=text data.train=short.txt": "data.sequence_length=128: the validation part of the corpus has",
     "data.train=short.txt": "data.train=short.txt: data=stdlib brings its own text",
-    "deepspeed.zero_optimization.overlap_com=true": "deepspeed.zero_optimization.overlap_com=true: not a key of",
+    "deepspeed.zero_optimization.overlap_com=true": "deepspeed.zero_optimization.overlap_com=true: not a",
     "deepspeed.train_batch_size=8": "deepspeed.train_batch_size=8: the launcher sets this key itself",
     "deepspeed.bf16=on": "deepspeed.bf16=on: this key is a section, which has no value itself",
     "logging.wandb.mode=sometimes": "logging.wandb.mode=sometimes: must be one of auto | online | offline",
