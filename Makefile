@@ -7,7 +7,7 @@ RUN ?= runs/stdlib_gpt-$(NOW)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-all check lint types imports format recipes build clean
+.PHONY: help setup train test test-all check lint types imports format recipes images build clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,6 +51,12 @@ recipes: setup  ## Write recipes/ anew: each again by the command that its secon
 	  eval "$(BIN)/launcher $$(sed -n '2s/^# launcher //p' $$recipe) submit.dry_run=true" > $$recipe.new && \
 	  mv $$recipe.new $$recipe || exit 1; \
 	done
+
+images: setup  ## Draw docs/images/ again (a minute or two)
+	$(BIN)/launcher plan model=llama3_8b hardware=h100_80gb hardware.nodes=4 parallelism.tensor=4 \
+	  parallelism.pipeline=4 parallelism.sequence_parallel=true training.global_batch_size=64 \
+	  training.micro_batch_size=1 precision=bf16 plan.figure=docs/images/plan.png
+	$(BIN)/launcher compare compare.figure=docs/images/compare.png logging.wandb.mode=disabled
 
 build: setup  ## Build the source distribution and the wheel into dist/
 	$(BIN)/python -m build
