@@ -23,7 +23,7 @@ from tests.runtime.command import launcher
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a config directory with this machine in it, measured in a hurry."""
+    """Return a config directory with rates of this machine: slow, and wrong while other tests run beside it."""
     folder = tmp_path_factory.mktemp("calibrate")
     done = launcher("calibrate", "rounds=1", "most_ranks=2", "dir=mine", "name=here", cwd=folder)
     assert done.returncode == 0, done.stderr
@@ -37,6 +37,7 @@ def planned(folder: Path, *overrides: str) -> Plan:
     return make_plan(job.config, validate(job.config, World("cpu", 2, 2)))
 
 
+@pytest.mark.slow
 def test_a_plan_knows_how_long_a_step_takes(folder: Path) -> None:
     one, two = (planned(folder, f"parallelism.data={ranks}").time for ranks in (1, 2))
     assert one is not None
@@ -45,6 +46,7 @@ def test_a_plan_knows_how_long_a_step_takes(folder: Path) -> None:
     assert two.data > one.data == 0
 
 
+@pytest.mark.slow
 def test_what_is_written_is_a_hardware_config(folder: Path) -> None:
     text = (folder / "hardware" / "here.yaml").read_text()
     assert text.startswith("# ")
@@ -60,6 +62,7 @@ def test_what_is_written_is_a_hardware_config(folder: Path) -> None:
     assert kinds == {(kind, 2) for kind in ("all_reduce", "all_gather", "reduce_scatter", "send")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["products", "elementwise"])
 def test_a_slower_machine_takes_longer(part: str, folder: Path) -> None:
     plan = planned(folder, "parallelism.data=1")
@@ -81,6 +84,7 @@ def _slower(one: MeasuredRates, part: str) -> MeasuredRates:
     return replace(one, products=replace(one.products, fp32=half(one.products.fp32)))
 
 
+@pytest.mark.slow
 def test_training_takes_it_too(folder: Path) -> None:
     done = launcher(
         "plan", f"--config-dir={folder}", "hardware=here", "parallelism=auto", "format=json", cwd=folder
@@ -106,6 +110,7 @@ def test_below_all_points_the_time_is_that_of_the_least() -> None:
     assert interpolated(CURVE, 1e9) == 50.0
 
 
+@pytest.mark.slow
 def test_more_ranks_than_cores_take_turns(folder: Path) -> None:
     plan = planned(folder, "parallelism.data=2")
     hardware, dtype = plan.run.hardware, plan.run.precision.dtype
