@@ -51,7 +51,7 @@ def test_a_changed_blend_is_refused_unless_new_blend_is_set(blended: Path) -> No
     assert refused.returncode == 2
     assert "data.weights={code: 3.0, web: 3.0}" in refused.stderr
     assert "'data.weights={code: 1.0, web: 3.0}'" in refused.stderr
-    assert "checkpoint.new_blend=true (the new one counts from sample 16 on)" in refused.stderr
+    assert "checkpoint.new_blend=true (to use the new blend from sample 16 on)" in refused.stderr
     said = trained(*changed, "checkpoint.new_blend=true", "training.stop_at=3", cwd=blended)
     assert "a new blend from sample 16 on: {code: 3.0, web: 3.0} (until then {code: 1.0, web: 3.0})" in said
     windows = (2800 - 1) // 32

@@ -66,7 +66,7 @@ def test_generate_and_export_refuse_a_classifier(tmp_path: Path) -> None:
     trained(tmp_path, ["parallelism=single"], "training.steps=1")
     for command, said in (
         (["generate", "run.dir=r"], "is of a classifier of images, which writes no text"),
-        (["export", "r", "hf"], "is of a vit, and GPT-2 and Llama are what is exported"),
+        (["export", "r", "hf"], "only GPT-2 and Llama models can be exported"),
     ):
         done = launcher(*command, cwd=tmp_path)
         assert done.returncode == 2

@@ -41,7 +41,7 @@ def test_missing_weights_of_a_stage_are_refused(staged: Path, tmp_path: Path) ->
     (copy / "weights" / "model-00002-of-00002.safetensors").unlink()
     done = launcher("generate", f"run.dir={copy}", cwd=tmp_path)
     assert done.returncode == 2
-    assert "1 of 2 weight files are there" in done.stderr
+    assert "only 1 of 2 weight files exist" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_missing_weights_of_a_stage_are_refused(staged: Path, tmp_path: Path) ->
         (lambda run: next((run / "weights").iterdir()).write_bytes(b"junk"), "cannot be read"),
         (
             lambda run: _edit(run / "config.yaml", "hidden_size: 32", "hidden_size: 64"),
-            "of config.yaml has (",
+            "the model in config.yaml has shape (",
         ),
         (
             lambda run: _edit(run / "config.yaml", "num_layers: 2", "num_layers: 3"),
