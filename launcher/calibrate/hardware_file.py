@@ -7,8 +7,8 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from launcher.config.errors import ConfigError
+from launcher.config.machine import Machine
 from launcher.config.schema import CalibrateConfig, HardwareConfig
-from launcher.config.world import Machine
 from launcher.files import write_text
 
 

@@ -5,8 +5,9 @@ import os
 from launcher.commands.ready import ReadyRun, ready
 from launcher.config.compose import compose_jobs
 from launcher.config.errors import ConfigError
+from launcher.config.machine import Machine
 from launcher.config.schema import Device, RunConfig
-from launcher.config.world import Machine, world_of_joined_ranks, world_of_machine
+from launcher.config.world import world_of_joined_ranks, world_of_machine
 from launcher.launch.environment import (
     LaunchEnvironment,
     RankEnvironment,

@@ -6,9 +6,10 @@ from pathlib import Path
 from launcher.commands.ready import ReadyRun, ready
 from launcher.config.compose import compose_jobs
 from launcher.config.errors import ConfigError, refusal
+from launcher.config.machine import Machine
 from launcher.config.schema import Device, Dtype, RunConfig
 from launcher.config.validate import validate
-from launcher.config.world import Machine, world_of_hardware, world_of_machine
+from launcher.config.world import world_of_hardware, world_of_machine
 from launcher.launch.exit_codes import FAILED
 from launcher.launch.machine import share_cores, this_machine
 from launcher.parity.shrink import MOST_RANKS, shrink

@@ -3,17 +3,9 @@
 from dataclasses import dataclass, replace
 
 from launcher.config.errors import refusal
+from launcher.config.machine import Machine
 from launcher.config.schema import Device, HardwareConfig, RunConfig
 from launcher.config.slurm_rules import check_submission
-
-
-@dataclass(frozen=True)
-class Machine:
-    """The GPUs and CPU cores that this process may use, and the bytes of memory (None: not known)."""
-
-    gpus: int
-    cores: int
-    memory_bytes: int | None = None
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from launcher.config.world import Machine
+from launcher.config.machine import Machine
 
 
 def this_machine() -> Machine:

@@ -24,9 +24,10 @@ from launcher.config.fields import (
     options_of,
 )
 from launcher.config.layout import Layout
+from launcher.config.machine import Machine
 from launcher.config.schema import GenerateConfig, RunConfig
 from launcher.config.validate import validate
-from launcher.config.world import Machine, World, world_of_hardware
+from launcher.config.world import World, world_of_hardware
 from tests.config.composing import FIELDS, alternatives, cases, composed, composed_generate, section_of
 
 CONF = config_directory()

@@ -18,6 +18,7 @@ from launcher.config import deepspeed_keys, layout, numbers, slurm_rules, valida
 from launcher.config.errors import ConfigError
 from launcher.config.fields import fields_of
 from launcher.config.layout import Layout
+from launcher.config.machine import Machine
 from launcher.config.schema import (
     CalibrateConfig,
     ComparedRunConfig,
@@ -28,7 +29,7 @@ from launcher.config.schema import (
     RunConfig,
 )
 from launcher.config.shape import legal_pipeline_sizes, legal_tensor_sizes, sequence_length
-from launcher.config.world import Machine, world_of_joined_ranks, world_of_machine, world_of_nodes
+from launcher.config.world import world_of_joined_ranks, world_of_machine, world_of_nodes
 from tests.config.composing import (
     FIELDS,
     Case,

@@ -4,8 +4,8 @@ import pytest
 
 from launcher.config.errors import ConfigError
 from launcher.config.layout import resolve_layout
+from launcher.config.machine import Machine
 from launcher.config.world import (
-    Machine,
     World,
     world_of_hardware,
     world_of_joined_ranks,

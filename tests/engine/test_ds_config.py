@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from launcher.config.layout import resolve_layout
-from launcher.config.world import Machine, world_of_machine
+from launcher.config.machine import Machine
+from launcher.config.world import world_of_machine
 from launcher.engine.ds_config import deepspeed_config, merged
 from tests.config.composing import composed
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.config.world import Machine
+from launcher.config.machine import Machine
 from launcher.launch.machine import existing_gpus, memory_here, this_machine, visible_gpus
 
 

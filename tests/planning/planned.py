@@ -1,7 +1,8 @@
 """Plans for tests, from overrides."""
 
 from launcher.commands.ready import ready
-from launcher.config.world import Machine, world_of_hardware
+from launcher.config.machine import Machine
+from launcher.config.world import world_of_hardware
 from launcher.planning.cost.plan import Plan
 from tests.config.composing import run_of
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from launcher.config.errors import ConfigError
 from launcher.config.layout import effective_zero_stage
+from launcher.config.machine import Machine
 from launcher.config.schema import (
     ActivationCheckpointing,
     AttentionKind,
@@ -29,7 +30,7 @@ from launcher.config.schema import (
     RunConfig,
 )
 from launcher.config.validate import validate
-from launcher.config.world import Machine, World, world_of_hardware
+from launcher.config.world import World, world_of_hardware
 from launcher.planning.choose.changes import changed
 from launcher.planning.choose.enforce import chosen, refuse_too_large
 from launcher.planning.choose.search import Search, search

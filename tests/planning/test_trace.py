@@ -11,9 +11,10 @@ import pytest
 import torch.distributed as dist
 
 from launcher.config.layout import Layout
+from launcher.config.machine import Machine
 from launcher.config.schema import RunConfig
 from launcher.config.validate import validate
-from launcher.config.world import Machine, World, world_of_machine
+from launcher.config.world import World, world_of_machine
 from launcher.planning.cost import geometry
 from launcher.planning.cost import parts as parts_module
 from launcher.planning.cost.geometry import pipeline_ranks
