@@ -23,7 +23,7 @@ from tests.runtime.command import launcher
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a config directory with rates of this machine: slow, and wrong while other tests run beside it."""
+    """Return a config directory with rates of this machine. They are wrong while other tests run."""
     folder = tmp_path_factory.mktemp("calibrate")
     done = launcher("calibrate", "rounds=1", "most_ranks=2", "dir=mine", "name=here", cwd=folder)
     assert done.returncode == 0, done.stderr
