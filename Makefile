@@ -24,8 +24,8 @@ train: setup  ## Train the example model, then sample from it (RUN=runs/name to 
 	$(BIN)/launcher experiment=stdlib_gpt run.dir=$(RUN)
 	$(BIN)/launcher generate run.dir=$(RUN) 'prompt="def "'
 
-test: setup  ## Run the quick tests, two files at a time (minutes on two cores)
-	$(BIN)/pytest -q -m "not slow" --numprocesses=2 --dist=loadfile
+test: setup  ## Run the quick tests in two processes (under 8 minutes on two idle cores)
+	$(BIN)/pytest -q -m "not slow" --numprocesses=2 --dist=loadgroup
 
 test-all: setup  ## Run every test, the slow ones too (within an hour)
 	$(BIN)/pytest -q
