@@ -293,7 +293,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "an activation": (config_with(hidden_act="gelu"), "hidden_act is 'gelu'"),
     "biases": (config_with(attention_bias=True), "attention_bias is True"),
-    "a head size": (config_with(head_dim=16), r"q_proj.weight of \(32, 32\), and its config.json"),
+    "a head size": (config_with(head_dim=16), r"k_proj.weight of \(16, 32\), and its config.json"),
     "no size": (config_of('{"model_type": "llama"}'), "hidden_size is missing"),
     "no JSON": (config_of("["), "config.json cannot be read"),
     "another shape": (config_with(intermediate_size=64), r"mlp.down_proj.weight of \(32, 48\)"),

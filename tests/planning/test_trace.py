@@ -191,6 +191,7 @@ def test_any_rank_of_a_large_world() -> None:
 
 
 SIZES = [setting for setting in SMALL if "max_sequence" not in setting]
+ON_CPU = ["hardware.device=cpu"]  # in fp32 CUDA runs the math kernel for grouped heads, which is not traced
 
 
 @pytest.mark.parametrize("layout", ["tensor", "sequence, recomputed", "pipeline, bf16", "cuda"])
@@ -207,7 +208,7 @@ def test_formulas_hold_for_any_parts(parts: str, layout: str) -> None:
         "cuda": ["hardware.device=cuda", "precision=bf16", "parallelism.activation_checkpointing=selective"],
     }
     group, *changes = UNPUBLISHED[parts]
-    assert wrong(compared(group, *SIZES, *changes, *more[layout])) == []
+    assert wrong(compared(group, *SIZES, *ON_CPU, *changes, *more[layout])) == []
 
 
 def test_a_bias_left_out_of_the_weights_is_found() -> None:
@@ -215,7 +216,7 @@ def test_a_bias_left_out_of_the_weights_is_found() -> None:
     linear = geometry._linear
     geometry._ranks.cache_clear()
     with patch.object(geometry, "_linear", lambda matrix, bias, _: linear(matrix, bias, False)):
-        found = compared(group, *SIZES, *changes)
+        found = compared(group, *SIZES, *ON_CPU, *changes)
     geometry._ranks.cache_clear()
     assert {one.quantity for one in wrong(found)} == {"parameters"}
 
