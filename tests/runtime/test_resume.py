@@ -90,7 +90,7 @@ def test_a_finished_run_is_refused(tmp_path: Path) -> None:
     done = launcher(*SMALL, "run.dir=r", "training.steps=1", "parallelism.data=1", cwd=tmp_path)
     assert done.returncode == 2
     assert "training.steps=1: " in done.stderr
-    assert "nothing is left to train" in done.stderr
+    assert "no step is left to train" in done.stderr
     assert "training.steps=2 (or more)" in done.stderr
 
 

@@ -125,7 +125,7 @@ def test_killed_before_its_final_weights_it_goes_on_to_write_them(tmp_path: Path
     assert [row["step"] for row in metrics(tmp_path / "r")] == [1, 2, 3, 4, 5, 6]
     done = launcher(*SMALL, "run.dir=r", "parallelism=pp2", "training.steps=6", cwd=tmp_path)
     assert done.returncode == 2
-    assert "nothing is left to train" in done.stderr
+    assert "no step is left to train" in done.stderr
 
 
 @pytest.mark.slow
@@ -149,7 +149,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_of_another_model_that_is_said_first(finished: Path) -> None:
-    """Not that nothing is left to train, whose remedy would then be refused."""
+    """Not that no step is left to train, whose remedy would then be refused."""
     done = launcher(*RUN, "training.steps=2", "model.num_layers=3", cwd=finished)
     assert "model.num_layers=3: " in done.stderr
 
@@ -158,4 +158,4 @@ def test_a_run_that_is_over_is_not_submitted(finished: Path) -> None:
     on_nodes = ["hardware.accelerators_per_node=2", "training.steps=2", "submit.dry_run=true"]
     done = launcher("submit", *RUN, *on_nodes, cwd=finished)
     assert done.returncode == 2
-    assert "nothing is left to train" in done.stderr
+    assert "no step is left to train" in done.stderr
