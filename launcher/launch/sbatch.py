@@ -152,12 +152,7 @@ def _start_lines(batch: BatchScript) -> list[str]:
     if len(batch.jobs) == 1:
         return [f'exec {" ".join([command, *map(shlex.quote, batch.jobs[0])])} -- "$@"']
     cases = [f"    {number}) job=({shlex.join(overrides)}) ;;" for number, overrides in enumerate(batch.jobs)]
-    return [
-        'case "$SLURM_ARRAY_TASK_ID" in',
-        *cases,
-        "esac",
-        f'exec {command} "${{job[@]}}" -- "$@"',
-    ]
+    return ['case "$SLURM_ARRAY_TASK_ID" in', *cases, "esac", f'exec {command} "${{job[@]}}" -- "$@"']
 
 
 # The sbatch option that replaces a field, before the script's name. Other fields are fixed in the script.

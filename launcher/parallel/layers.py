@@ -21,14 +21,7 @@ from launcher.parallel.collectives import (
     reduce_scatter_start,
 )
 from launcher.parallel.mesh import Axis
-from launcher.parallel.sharding import (
-    DrawFunction,
-    Initializer,
-    LogicalTensor,
-    normal,
-    padded_length,
-    zeros,
-)
+from launcher.parallel.sharding import DrawFunction, Initializer, LogicalTensor, normal, padded_length, zeros
 
 IGNORED_LABEL = -100
 

@@ -48,10 +48,7 @@ def held(run_dir: Path) -> Iterator[list[str]]:
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     me = Holder(
-        socket.gethostname(),
-        os.getpid(),
-        os.environ.get("SLURM_JOB_ID"),
-        time.strftime("%Y-%m-%d %H:%M:%S"),
+        socket.gethostname(), os.getpid(), os.environ.get("SLURM_JOB_ID"), time.strftime("%Y-%m-%d %H:%M:%S")
     )
     with (run_dir / HOLDER).open("a+") as file:
         notes = _lock(file, run_dir, me)

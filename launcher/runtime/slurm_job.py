@@ -25,14 +25,7 @@ from launcher.launch.exit_codes import FAILED, REFUSED
 from launcher.launch.rank import STOPPED_EXIT_CODE
 from launcher.launch.records import ENDS_VARIABLE, RankEnd, RankEndKind, read_rank_ends
 from launcher.launch.sbatch import cpus_per_task, tasks_per_node
-from launcher.launch.slurm import (
-    Allocation,
-    SlurmError,
-    job_state,
-    read_batch_script,
-    requeue,
-    sbatch,
-)
+from launcher.launch.slurm import Allocation, SlurmError, job_state, read_batch_script, requeue, sbatch
 from launcher.launch.stopping import stop_grace
 from launcher.runtime.metrics.rows import rows_in
 from launcher.runtime.run_dir import LOGS, METRICS
