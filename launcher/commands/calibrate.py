@@ -9,7 +9,6 @@ from launcher.launch.machine import this_machine
 
 
 def main(arguments: list[str]) -> int:
-    """Run `launcher calibrate`; the exit code. Raises ConfigError."""
     jobs = compose_jobs("calibrate", CalibrateConfig, arguments)
     if not jobs:
         return 0  # --help

@@ -31,7 +31,6 @@ from launcher.runtime.run_dir import RunDir, claimed_run_dir
 
 
 def main(arguments: list[str]) -> int:
-    """Run `launcher compare`; the exit code. Raises ConfigError."""
     jobs = compose_jobs("compare", ComparedRunConfig, arguments)
     if not jobs:
         return 0  # --help
@@ -87,7 +86,7 @@ def _row(compared: ComparedLayout, steps: int) -> ComparisonRow:
 
 
 def _log(run: ComparedRunConfig, layout: Layout, directory: RunDir, rows: Sequence[ComparisonRow]) -> None:
-    """To the run's metrics.jsonl and to W&B, as a run of its own."""
+    """Write to the run's metrics.jsonl and to W&B, as a run of its own."""
     from launcher.runtime.metrics.log import MetricsLog
 
     log = MetricsLog(run, layout, directory, first_step=1)

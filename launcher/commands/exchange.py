@@ -14,7 +14,6 @@ from launcher.config.schema import ExchangeConfig
 
 
 def export_main(arguments: list[str]) -> int:
-    """Run `launcher export`; the exit code. Raises ConfigError."""
     found = _exchanged("export", arguments)
     if found is None:
         return 0
@@ -32,7 +31,6 @@ def export_main(arguments: list[str]) -> int:
 
 
 def import_main(arguments: list[str]) -> int:
-    """Run `launcher import`; the exit code. Raises ConfigError."""
     found = _exchanged("import", arguments)
     if found is None:
         return 0
@@ -50,7 +48,7 @@ def import_main(arguments: list[str]) -> int:
 
 
 def _exchanged(verb: str, arguments: list[str]) -> tuple[Weights, Path, ExchangeConfig] | None:
-    """What to read, the directory to write and how. Raises ConfigError."""
+    """Return the source, the target and the settings; None for --help. Raises ConfigError."""
     paths = [argument for argument in arguments if not argument.startswith("-") and "=" not in argument]
     jobs = compose_jobs("exchange", ExchangeConfig, [one for one in arguments if one not in paths])
     if not jobs:

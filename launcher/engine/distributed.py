@@ -13,10 +13,7 @@ BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 
 
 def prepare_deepspeed(device: str) -> None:
-    """Import deepspeed for `device` ("cpu" or "cuda") and set it up; call once per process.
-
-    The settings silence its log and warnings, and avoid a slow compilation and a leak of shared memory.
-    """
+    """Import deepspeed for "cpu" or "cuda", silent and without slow compilations; once per process."""
     # DeepSpeed's own detection warns on every machine without a GPU, and selects the GPU for a CPU run.
     os.environ["DS_ACCELERATOR"] = device
     # If LOCAL_SIZE is set, DeepSpeed's shared-memory module takes 69 MB per rank in /dev/shm and never frees
@@ -81,9 +78,6 @@ def set_timeouts(timeout_minutes: float) -> None:
 
 
 def leave() -> None:
-    """Wait for all ranks, then destroy the process group. Collective over the world.
-
-    Without the barrier, a rank that exits first would break the connections of its peers.
-    """
+    """Wait for all ranks, so that none loses its peers, then destroy the process group. Collective."""
     dist.barrier()
     dist.destroy_process_group()

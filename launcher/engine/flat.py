@@ -95,10 +95,7 @@ def _mean(losses: list[Tensor]) -> Tensor:
 
 
 def global_norm(parameters: list[nn.Parameter], mesh: ProcessMesh) -> Tensor:
-    """Return the L2 norm of the logical gradients, a scalar; gradients that all tensor ranks hold count once.
-
-    Collective over the tensor group: one all-reduce of a scalar.
-    """
+    """Return the L2 norm of the logical gradients. Collective: one all-reduce of a scalar (tensor group)."""
     split: list[Tensor] = []
     whole: list[Tensor] = []
     for parameter in parameters:

@@ -46,7 +46,6 @@ class RankMeasurement:
             engine.deepspeed._take_model_step = step
 
     def name_groups(self, engine: Engine) -> None:
-        """Learn which process groups of the built engine are tensor, data and pipeline groups."""
         self._names = group_names(engine)
 
     def restart_clock(self) -> None:

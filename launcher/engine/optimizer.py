@@ -38,10 +38,7 @@ def state_keys(config: OptimizerConfig) -> list[str]:
 
 
 def learning_rate(optimizer: OptimizerConfig, scheduler: SchedulerConfig, *, step: int, steps: int) -> float:
-    """Return the learning rate of update `step` of `steps`, counted from 1.
-
-    A pure function: the schedule has no state to save or restore.
-    """
+    """Return the learning rate of update `step` of `steps`, counted from 1. Pure: nothing to restore."""
     if step <= scheduler.warmup_steps:
         return optimizer.lr * step / scheduler.warmup_steps
     decay_steps = (

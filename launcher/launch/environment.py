@@ -25,10 +25,7 @@ class RankEnvironment:
 
 @dataclass(frozen=True)
 class NodeEnvironment:
-    """Numbers of one node in the world, where srun starts one launcher per node.
-
-    The launcher of node `node` of `nodes` starts `ranks_per_node` ranks.
-    """
+    """One of several nodes on each of which srun starts a launcher, for `ranks_per_node` ranks."""
 
     node: int
     nodes: int
@@ -38,17 +35,14 @@ class NodeEnvironment:
 
     @property
     def world_size(self) -> int:
-        """Return the number of ranks on all nodes."""
         return self.nodes * self.ranks_per_node
 
     @property
     def local_size(self) -> int:
-        """Return the number of ranks on this node."""
         return self.ranks_per_node
 
     @property
     def ranks(self) -> range:
-        """Return the global ranks of this node."""
         return range(self.node * self.ranks_per_node, (self.node + 1) * self.ranks_per_node)
 
 
@@ -110,20 +104,14 @@ def speaks_for_all(environ: Mapping[str, str]) -> bool:
 
 
 def slurm_step_name(environ: Mapping[str, str]) -> str | None:
-    """Return a run name made of job and step, equal on every node and after a requeue.
-
-    None if srun did not start the ranks.
-    """
+    """Return a run name equal on every node and after a requeue; None if srun did not start the ranks."""
     if "RANK" in environ or joined_ranks(environ) is None:
         return None
     return f"slurm-{environ['SLURM_JOB_ID']}.{environ['SLURM_STEP_ID']}"
 
 
 def expand_hosts(hosts: str) -> list[str]:
-    """Return the host names in a Slurm host list such as `node[03-05,9],rack[1-2]n[1-4]`, in the same order.
-
-    Raises ValueError if the text is not a Slurm host list.
-    """
+    """Return the host names in a Slurm host list such as `node[03-05,9],rack[1-2]n[1-4]`; or ValueError."""
     # A comma inside brackets separates numbers; a comma outside brackets separates hosts.
     patterns = re.split(r",(?![^\[]*\])", hosts)
     return [host for pattern in patterns for host in _expand_pattern(pattern)]
@@ -169,10 +157,7 @@ def _check_bounds(
     local_rank: str,
     local_size: str,
 ) -> None:
-    """Raise ConfigError if a rank is not below its world size, or the node has more ranks than the world.
-
-    `rank`, `world`, `local_rank` and `local_size` are the names of the variables, for the message.
-    """
+    """Raise ConfigError for numbers that contradict each other; the strings are the variables' names."""
     for name, value, size_name, size in (
         (rank, rank_environment.rank, world, rank_environment.world_size),
         (local_rank, rank_environment.local_rank, local_size, rank_environment.local_size),
@@ -200,7 +185,6 @@ def _step_tasks(environ: Mapping[str, str]) -> int:
 
 
 def _tasks_of_this_node(environ: Mapping[str, str]) -> int:
-    """Return the number of tasks on this node: SLURM_GTIDS lists their ranks, such as `4,5,6,7`."""
     ranks = _srun_text(environ, "SLURM_GTIDS")
     if not re.fullmatch(r"\d+(,\d+)*", ranks):
         raise ConfigError("SLURM_GTIDS", ranks, "is not a comma-separated list of ranks", _SRUN_REMEDY)
@@ -216,10 +200,7 @@ def _first_host(environ: Mapping[str, str], name: str) -> str:
 
 
 def _step_port(job: int, step: int) -> int:
-    """Return the port on which all ranks of a step meet, from 20000 to 39999.
-
-    Jobs and steps with neighbouring numbers may share a node, so their ports differ.
-    """
+    """Return the port of a step, 20000 to 39999: neighbouring jobs and steps may share a node."""
     return 20000 + (job * 7919 + step) % 20000
 
 

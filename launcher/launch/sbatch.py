@@ -51,7 +51,6 @@ _ACTION_ON_STOP = {
 
 
 def sbatch_options(batch: BatchScript) -> list[str]:
-    """Return the option of each `#SBATCH` line."""
     s = batch.run.slurm
     min_nodes, max_nodes = nodes_of(batch.run)
     options: dict[str, str | int | None] = {
@@ -102,10 +101,7 @@ def _task_options(batch: BatchScript, *, is_node_range: bool) -> dict[str, int |
 
 
 def slurm_word(text: str) -> str:
-    """Return `text` quoted for a `#SBATCH` line.
-
-    sbatch takes a backslash inside double quotes as an escape and expands nothing.
-    """
+    """Return `text` quoted for a `#SBATCH` line, where a backslash escapes and nothing expands."""
     if re.fullmatch(r"[\w.,:/@%+=-]+", text, re.ASCII):
         return text
     escaped = text.replace("\\", "\\\\").replace('"', '\\"')
@@ -137,7 +133,6 @@ def _environment_lines(slurm: SlurmConfig) -> list[str]:
 
 
 def _interpreter_check(python: str) -> list[str]:
-    """Return the line that checks a Python interpreter whose path is relative to the submission directory."""
     if "/" not in python or python.startswith("/"):
         return []
     word = shlex.quote(python)

@@ -17,10 +17,7 @@ from launcher.launch.slurm import SlurmError, SlurmUnreachable, sbatch
 
 
 def batch_script_of(jobs: Sequence[Job[RunConfig]], typed: list[str]) -> BatchScript:
-    """Return the contents of the script for `jobs`; `typed` are the arguments of `launcher submit`.
-
-    Raises ConfigError for an invalid submission, and if the jobs of a sweep request different resources.
-    """
+    """Return the contents of the script for `jobs`. Raises ConfigError, also if their resources differ."""
     first = jobs[0].config
     for argument in typed:
         # The script repeats the arguments in a comment, which a line break would end.
@@ -78,10 +75,7 @@ def submit(jobs: Sequence[Job[RunConfig]], typed: list[str], layouts: Sequence[L
 
 
 def _make_log_directory(output: str) -> None:
-    """Create the directory of the log. Slurm does not: a job that cannot open its log ends without a message.
-
-    Raises ConfigError if the directory cannot be created or written to.
-    """
+    """Create the directory of the log, without which a job ends silently. Raises ConfigError."""
     folder = Path(output).parent
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -37,10 +37,7 @@ def gather_sequence_region(x: Tensor, axis: Axis) -> Tensor:
 
 
 def reduce_scatter_sequence_region(x: Tensor, axis: Axis) -> Tensor:
-    """Sum over `axis` and keep this rank's shard of the sequence, (B, T, H) -> (B, T/tp, H).
-
-    Reduce-scatter forward, all-gather backward.
-    """
+    """Sum and shard the sequence, (B, T, H) -> (B, T/tp, H): reduce-scatter forward, all-gather backward."""
     return x if axis.size == 1 else _ReduceScatterSequence.apply(x, axis)  # type: ignore[no-untyped-call]
 
 
@@ -57,11 +54,7 @@ def all_gather_sequence(x: Tensor, axis: Axis) -> Tensor:
 
 
 def all_gather_start(x: Tensor, axis: Axis, *, asynchronous: bool = False) -> tuple[Tensor, dist.Work | None]:
-    """Start the all-gather of (B, T/tp, ...) over `axis` into (tp B, T/tp, ...); return result and handle.
-
-    With `asynchronous` the caller must wait on the handle before it reads the result; otherwise the handle is
-    None.
-    """
+    """Start the all-gather of (B, T/tp, ...) into (tp B, T/tp, ...); return result and handle or None."""
     shards = x.new_empty(axis.size * x.shape[0], *x.shape[1:])
     work = dist.all_gather_into_tensor(shards, x.contiguous(), group=axis.group, async_op=asynchronous)
     return shards, work
@@ -83,11 +76,7 @@ def reduce_scatter_sequence(x: Tensor, axis: Axis) -> Tensor:
 def reduce_scatter_start(
     x: Tensor, axis: Axis, *, asynchronous: bool = False
 ) -> tuple[Tensor, dist.Work | None]:
-    """Start the reduce-scatter of (B, T, ...) over `axis` into (B, T/tp, ...); return result and handle.
-
-    With `asynchronous` the caller must wait on the handle before it reads the result; otherwise the handle is
-    None.
-    """
+    """Start the reduce-scatter of (B, T, ...) into (B, T/tp, ...); return result and handle or None."""
     by_rank = x.unflatten(SEQUENCE_DIM, (axis.size, -1)).movedim(SEQUENCE_DIM, 0).contiguous()
     shard = torch.empty_like(by_rank[0])
     work = dist.reduce_scatter_tensor(shard, by_rank.flatten(0, 1), group=axis.group, async_op=asynchronous)

@@ -41,12 +41,10 @@ class RunOutput:
         self.say(*[f"note     {note}" for note in notes])
 
     def log(self, row: Row) -> None:
-        """Write a row to metrics.jsonl and W&B."""
         if self._log:
             self._log.write(row)
 
     def say_where(self) -> None:
-        """Print where the metrics are."""
         if self._log:
             self.say(f"metrics  {self._directory.metrics}")
             if where := self._log.where():

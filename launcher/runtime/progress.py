@@ -59,7 +59,6 @@ class ProgressDisplay:
 
 
 def describe(row: Row) -> str:
-    """Return the values of a row that a person follows."""
     parts = [f"loss {row['train/loss']:.4f}", f"grad norm {row['train/grad_norm']:.3f}"]
     if "val/loss" in row:
         parts.append(f"validation loss {row['val/loss']:.4f}")

@@ -43,7 +43,6 @@ class _Placement:
 
 
 def launch_on_this_machine(run: RunConfig, layout: Layout, *, cores: int, multirun_index: int | None) -> None:
-    """Start the ranks and wait for them; raise as run_local_ranks does."""
     with claimed_run_dir(run, layout, multirun_index=multirun_index) as (directory, notes):
         announce(layout, directory, notes)
         share_cores(layout.world_size, cores)
@@ -110,7 +109,6 @@ def _start_method(layout: Layout) -> Literal["fork", "spawn"]:
 
 
 def preload(device: str) -> None:
-    """Import the modules that a rank needs, before ranks are forked."""
     from launcher.engine.distributed import prepare_deepspeed
 
     prepare_deepspeed(device)
@@ -118,7 +116,6 @@ def preload(device: str) -> None:
 
 
 def local_rank(rank: int, *, run: RunConfig, layout: Layout, directory: RunDir, meeting: Path) -> None:
-    """Train as a rank that launch_on_this_machine started."""
     placement = _Placement(rank, local_rank=rank, init_method=f"file://{meeting}")
     with _recorded_end(rank):
         run_rank(run, layout, placement, nullcontext(directory), stop=None)
@@ -132,10 +129,7 @@ def node_rank(rank: int, *, run: RunConfig, layout: Layout, first: int) -> None:
 
 
 def join_ranks(run: RunConfig, layout: Layout, ranks: RankEnvironment) -> None:
-    """Train as a rank that torchrun or srun started. The first rank claims the run directory for all ranks.
-
-    Raises RankFailure, ConfigError, and SystemExit after a stop.
-    """
+    """Train as a rank of torchrun or srun. Raises RankFailure, ConfigError, and SystemExit after a stop."""
     share_cores_with_tasks(ranks.local_size)
     os.environ.update(MASTER_ADDR=ranks.master_addr, MASTER_PORT=str(ranks.master_port))
     placement = _Placement(ranks.rank, local_rank=ranks.local_rank, init_method="env://")
@@ -153,10 +147,7 @@ def join_ranks(run: RunConfig, layout: Layout, ranks: RankEnvironment) -> None:
 
 
 def joined_rank_error(ranks: RankEnvironment, error: Exception, *, stop_asked: bool) -> BaseException:
-    """Return the exception that a rank of torchrun or srun ends with. The first rank to end is reported.
-
-    A rank that only lost a peer waits, or ends silently if it was asked to stop.
-    """
+    """Return the exception to end with. A rank that only lost a peer waits, or is silent after a stop."""
     failure = failure_of(ranks.rank, error)
     if failure.secondary or (failure.refusal and ranks.rank > 0):
         if stop_asked:  # by srun or torchrun, which saw the first rank end
@@ -172,10 +163,7 @@ def run_rank(
     claimed: AbstractContextManager[RunDir],
     stop: StopRequest | None,
 ) -> None:
-    """Join the other ranks, train, leave. Raises SystemExit after a stop.
-
-    `stop` is a request that already listens for signals, or None.
-    """
+    """Join the other ranks, train, leave; `stop` listens already. Raises SystemExit after a stop."""
     from launcher.engine.distributed import join, leave, prepare_deepspeed
 
     prepare_deepspeed(layout.device)
@@ -240,7 +228,6 @@ def _agreed_run_dir(run: RunConfig, layout: Layout, rank: int) -> Iterator[RunDi
 
 
 def announce(layout: Layout, directory: RunDir, notes: Sequence[str] = ()) -> None:
-    """Print notes, layout and run directory."""
     for note in (*layout.notes, *notes):
         print(f"note     {note}")
     print(f"layout   {layout.describe()}")

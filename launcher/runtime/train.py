@@ -57,10 +57,7 @@ class Session:
 def training_run(
     run: RunConfig, layout: Layout, directory: RunDir, device: torch.device, stop: StopRequest | None
 ) -> bool:
-    """Train to the last step or until a stop; return whether the run is finished. Collective over the world.
-
-    `stop` is a request that already listens for signals; without it this run listens while it trains.
-    """
+    """Train to the last step or a stop; return whether the run is finished. Collective over the world."""
     with Watchdog(directory.path, run.launch.timeout_minutes) as watchdog:
         data = open_data(run)
         engine = build_engine(run, layout, device)
@@ -106,7 +103,6 @@ def training_loop(session: Session, progress: Progress) -> int:
 
 
 def optimizer_step(run: RunConfig, engine: Engine, loader: Loader, progress: Progress) -> StepResult:
-    """Take the optimizer step after `progress`. Collective over the world."""
     step = progress.step + 1
     engine.set_learning_rate(rate_of(run, step))
     engine.random.begin_step(step)
@@ -214,7 +210,6 @@ def performance(run: RunConfig, layout: Layout, length: int, elapsed: float) -> 
 
 
 def memory_row(agreed: WorldValues) -> Row:
-    """Return the largest peak memory of a rank, and that rank."""
     return {"memory/peak_bytes": agreed.peak_bytes, "memory/peak_rank": agreed.peak_rank}
 
 

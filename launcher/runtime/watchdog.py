@@ -40,10 +40,7 @@ class RankPosition:
 
 
 class Watchdog:
-    """Ends the process if nothing ends for `timeout_minutes`. Call `at` when something begins.
-
-    A context on every rank. Creating it is collective over the world: host names are gathered.
-    """
+    """Ends the process if nothing ends in time; call `at` when something begins. Collective to create."""
 
     def __init__(self, run_dir: Path, timeout_minutes: float) -> None:
         self.timeout = 60 * timeout_minutes
