@@ -44,9 +44,8 @@ def main(arguments: list[str]) -> int:
     compared = [planned(name, in_layout(run, sizes, world), world) for name, sizes in layouts.items()]
     check_data(run)
     if all(candidate.refused for candidate in compared):
-        raise ConfigError(
-            "compare.layouts", list(layouts), compared[0].refused, "more compare.ranks or memory"
-        )
+        remedy = "more compare.ranks or memory"
+        raise ConfigError("compare.layouts", list(layouts), compared[0].refused, remedy)
     layout = next(candidate.layout for candidate in compared if candidate.layout and not candidate.refused)
     with claimed_run_dir(run, layout) as (directory, _):
         share_cores(machine.cores, machine.cores)  # one each

@@ -72,6 +72,5 @@ def _written(write: Callable[[], None], weights: Weights, target: Path) -> None:
         remedy = f"{older} instead" if older else "an intact one: see `launcher checkpoint check`"
         raise ConfigError("SOURCE", weights.path, str(unusable), remedy) from None
     except OSError as error:
-        raise ConfigError(
-            "TARGET", target, f"cannot be written: {error}", "a disk with room for it"
-        ) from None
+        why = f"cannot be written: {error}"
+        raise ConfigError("TARGET", target, why, "a disk with room for it") from None

@@ -76,14 +76,8 @@ def _run_with_progress(job: Preparation, inputs: list[InputFile]) -> PrepareProg
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     # auto_refresh would start a thread, and the worker processes are forked from this process.
-    bar = Progress(
-        BarColumn(),
-        DownloadColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}"),
-        auto_refresh=False,
-    )
-    with bar:
+    columns = (BarColumn(), DownloadColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, auto_refresh=False) as bar:
         task = bar.add_task("starting", total=total)
 
         def show(progress: PrepareProgress, done: int) -> None:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from torch import Tensor, nn
 
+from launcher.config.layout import Layout
 from launcher.engine.state import link_states
 from launcher.models.losses import ClassificationLoss, Loss
 from launcher.parallel.mesh import Axis, ProcessMesh
@@ -40,15 +41,14 @@ class Engine(ABC):
         deepspeed_engine: Any,  # DeepSpeed ships no types
         module: nn.Module,
         optimizer: torch.optim.Optimizer,
-        *,
+        layout: Layout,
         mesh: ProcessMesh,
-        zero_stage: int,
         loss: Loss,
         random: DropoutRandom,
         device: torch.device,
     ):
         self.deepspeed, self.module, self.optimizer = deepspeed_engine, module, optimizer
-        self.mesh, self.zero_stage, self.device = mesh, zero_stage, device
+        self.mesh, self.zero_stage, self.device = mesh, layout.zero_stage, device
         self.loss, self.random = loss, random
 
     @property

@@ -53,6 +53,7 @@ _ACTION_ON_STOP = {
 def sbatch_options(batch: BatchScript) -> list[str]:
     s = batch.run.slurm
     min_nodes, max_nodes = nodes_of(batch.run)
+    is_array, limit = len(batch.jobs) > 1, f"%{s.max_parallel}" if s.max_parallel else ""
     options: dict[str, str | int | None] = {
         "job-name": s.job_name,
         "partition": s.partition,
@@ -66,13 +67,13 @@ def sbatch_options(batch: BatchScript) -> list[str]:
         "constraint": s.constraint,
         "exclude": s.exclude,
         "reservation": s.reservation,
-        "array": _array_range(batch),
-        "output": _output_path(batch),
+        "array": f"0-{len(batch.jobs) - 1}{limit}" if is_array else None,
+        # In an array, %j differs between the tasks but does not say which task it is.
+        "output": s.output.replace("%j", "%A_%a") if is_array else s.output,
         "signal": f"B:USR1@{s.signal_seconds}",
     }
-    set_options = [
-        f"--{name}={slurm_word(str(value))}" for name, value in options.items() if value is not None
-    ]
+    given = {name: str(value) for name, value in options.items() if value is not None}
+    set_options = [f"--{name}={slurm_word(value)}" for name, value in given.items()]
     # With --requeue Slurm requeues a job only after a node failure, a preemption or `scontrol requeue`.
     requeue = "--no-requeue" if s.on_stop is OnStop.end else "--requeue"
     return [*set_options, requeue, "--open-mode=append", *map(_quote_option, s.sbatch)]
@@ -111,19 +112,6 @@ def slurm_word(text: str) -> str:
 def _quote_option(option: str) -> str:
     name, equals, value = option.partition("=")
     return f"{name}={slurm_word(value)}" if equals else name
-
-
-def _array_range(batch: BatchScript) -> str | None:
-    if len(batch.jobs) == 1:
-        return None
-    limit = batch.run.slurm.max_parallel
-    return f"0-{len(batch.jobs) - 1}" + (f"%{limit}" if limit else "")
-
-
-def _output_path(batch: BatchScript) -> str:
-    # In an array, %j differs between the tasks but does not say which task it is: use %A_%a.
-    output = batch.run.slurm.output
-    return output.replace("%j", "%A_%a") if len(batch.jobs) > 1 else output
 
 
 def _environment_lines(slurm: SlurmConfig) -> list[str]:

@@ -52,13 +52,8 @@ def read_allocation(environ: Mapping[str, str]) -> Allocation:
     except (KeyError, ValueError):
         why = "must run inside a Slurm job"
         raise ConfigError("job", None, why, "`launcher submit`, or sbatch with a recipe") from None
-    return Allocation(
-        job,
-        nodes,
-        environ.get("SLURM_ARRAY_JOB_ID"),
-        environ.get("SLURM_ARRAY_TASK_ID"),
-        int(environ.get("SLURM_RESTART_COUNT", "0")),
-    )
+    array_job, array_task = environ.get("SLURM_ARRAY_JOB_ID"), environ.get("SLURM_ARRAY_TASK_ID")
+    return Allocation(job, nodes, array_job, array_task, int(environ.get("SLURM_RESTART_COUNT", "0")))
 
 
 def sbatch(script: str, arguments: Sequence[str] = (), *, options: Sequence[str] = ()) -> str:

@@ -32,13 +32,8 @@ def batch_script_of(jobs: Sequence[Job[RunConfig]], typed: list[str]) -> BatchSc
         if (job.config.slurm, job.config.hardware) != (first.slurm, first.hardware):
             why = "the jobs of a --multirun are one Slurm array: slurm.* and hardware.* must be equal"
             raise ConfigError("--multirun", " ".join(job.overrides), why, "one `launcher submit` per job")
-    return BatchScript(
-        first,
-        typed,
-        [_without_submit_fields(job.overrides) for job in jobs],
-        check_submission(first),
-        first.slurm.python or sys.executable,
-    )
+    overrides = [_without_submit_fields(job.overrides) for job in jobs]
+    return BatchScript(first, typed, overrides, check_submission(first), first.slurm.python or sys.executable)
 
 
 def _without_submit_fields(overrides: list[str]) -> list[str]:
@@ -83,12 +78,8 @@ def _make_log_directory(output: str) -> None:
     except OSError as error:
         why = error.strerror
     if why:
-        raise ConfigError(
-            "slurm.output",
-            output,
-            f"{folder.absolute()}: {why}",
-            "slurm.output=DIR/slurm-%j.out, in a shared directory that you may write to",
-        )
+        remedy = "slurm.output=DIR/slurm-%j.out, in a shared directory that you may write to"
+        raise ConfigError("slurm.output", output, f"{folder.absolute()}: {why}", remedy)
 
 
 def submission_summary(run: RunConfig, job_id: str, layouts: Sequence[Layout]) -> list[str]:

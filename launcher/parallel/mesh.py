@@ -78,13 +78,9 @@ class ProcessMesh:
         rank = dist.get_rank()
         assert shape.world_size == dist.get_world_size(), shape
         stage, data_rank, tensor_rank = shape.coordinates(rank)
-        return cls(
-            shape=shape,
-            rank=rank,
-            tensor=Axis(tensor_rank, shape.tensor, _create_groups(shape.tensor_groups(), rank)),
-            data=Axis(data_rank, shape.data, _create_groups(shape.data_groups(), rank)),
-            stage=stage,
-        )
+        tensor = Axis(tensor_rank, shape.tensor, _create_groups(shape.tensor_groups(), rank))
+        data = Axis(data_rank, shape.data, _create_groups(shape.data_groups(), rank))
+        return cls(shape, rank, tensor, data, stage)
 
     @classmethod
     def single(cls) -> "ProcessMesh":
@@ -102,14 +98,9 @@ class ProcessMesh:
     def get_model_parallel_group(self) -> Group | None:
         return self.tensor.group
 
-    def get_tensor_model_parallel_rank(self) -> int:
-        return self.tensor.rank
-
-    def get_tensor_model_parallel_world_size(self) -> int:
-        return self.tensor.size
-
-    def get_tensor_model_parallel_group(self) -> Group | None:
-        return self.tensor.group
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+    get_tensor_model_parallel_group = get_model_parallel_group
 
     def get_data_parallel_rank(self) -> int:
         return self.data.rank

@@ -21,13 +21,8 @@ class ProgressDisplay:
         self._last_logged = first_step - 1
         self._bar: Progress | None = None
         if visible and sys.stdout.isatty():
-            columns = (
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.description}"),
-            )
-            self._bar = Progress(*columns, console=Console())
+            columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._bar = Progress(*columns, TextColumn("{task.description}"), console=Console())
             self._task = self._bar.add_task("starting", total=steps)
 
     def __enter__(self) -> "ProgressDisplay":

@@ -66,7 +66,7 @@ def launch_on_this_machine(run: RunConfig, layout: Layout, *, cores: int, multir
 
 def launch_on_this_node(run: RunConfig, layout: Layout, node: NodeEnvironment, *, cores: int) -> None:
     """Start the ranks of this node of several and wait for them; raise as run_local_ranks does."""
-    share_cores(node.ranks_per_node, cores)
+    share_cores(node.local_size, cores)
     if layout.device == "cpu":
         preload(layout.device)
     os.environ.update(MASTER_ADDR=node.master_addr, MASTER_PORT=str(node.master_port))
