@@ -41,9 +41,8 @@ class Start:
         blends = self.progress.blends
         if len(blends) > 1 and blends[-1].start == self.progress.samples:
             before, now = (as_typed(blend.weights) for blend in blends[-2:])
-            lines.append(
-                f"note     a new blend from sample {blends[-1].start} on: {now} (until then {before})"
-            )
+            change = f"a new blend from sample {blends[-1].start} on: {now} (until then {before})"
+            lines.append(f"note     {change}")
         if self.source and self.progress.step:
             lines.append(f"resumed  {self.source}, at step {self.progress.step}")
         elif self.source:
@@ -62,7 +61,8 @@ def start_from(
             checkpoint = fallback_checkpoint(run, unusable)
     if initial is not None:
         try:
-            check_intact(initial)
+            if initial.kind is Kind.checkpoint:  # other weights have no checksums
+                check_checksums(initial.path, read_manifest(initial.path))
             load_initial_weights(engine, open_weights(initial))
         except UnusableCheckpoint as unusable:
             remedy = "weights that are intact: see `launcher checkpoint check`"
@@ -88,12 +88,6 @@ def blends_after(run: RunConfig, manifest: Manifest) -> tuple[Segment, ...]:
     if earlier and earlier[-1].weights == configured.weights:
         return earlier
     return *(blend for blend in earlier if blend.start < configured.start), configured
-
-
-def check_intact(weights: Weights) -> None:
-    """Raise UnusableCheckpoint if a checkpoint's checksum does not match. Collective over the world."""
-    if weights.kind is Kind.checkpoint:
-        check_checksums(weights.path, read_manifest(weights.path))
 
 
 def check_checksums(checkpoint: Path, manifest: Manifest) -> None:

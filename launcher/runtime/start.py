@@ -13,7 +13,6 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -31,15 +30,6 @@ from launcher.runtime.run_dir import LOGS, RunDir, claimed_run_dir, run_path
 # Delay in seconds before a rank that only lost a peer reports: the root cause is printed first, and srun or
 # torchrun has ended all ranks by then.
 _CONSEQUENCE_WAITS = 15.0
-
-
-@dataclass(frozen=True)
-class _Placement:
-    """A rank, its number on its node, and how it meets the other ranks."""
-
-    rank: int
-    local_rank: int
-    init_method: str
 
 
 def launch_on_this_machine(run: RunConfig, layout: Layout, *, cores: int, multirun_index: int | None) -> None:
@@ -92,10 +82,8 @@ def _recorded_ends(ranks: range) -> Iterator[None]:
     try:
         yield
     except RankFailure as failure:
-        if not failure.secondary:
-            record_end(
-                failure.rank, RankEndKind.failed, str(failure)
-            )  # a killed rank has not recorded its end
+        if not failure.secondary:  # a killed rank has not recorded its end
+            record_end(failure.rank, RankEndKind.failed, str(failure))
         raise
     except Stopped:
         if not all_recorded(ranks):
@@ -116,28 +104,25 @@ def preload(device: str) -> None:
 
 
 def local_rank(rank: int, *, run: RunConfig, layout: Layout, directory: RunDir, meeting: Path) -> None:
-    placement = _Placement(rank, local_rank=rank, init_method=f"file://{meeting}")
     with _recorded_end(rank):
-        run_rank(run, layout, placement, nullcontext(directory), stop=None)
+        run_rank(run, layout, rank, rank, f"file://{meeting}", nullcontext(directory), stop=None)
 
 
 def node_rank(rank: int, *, run: RunConfig, layout: Layout, first: int) -> None:
     """Train as a rank that launch_on_this_node started; `first` is the first rank of the node."""
-    placement = _Placement(rank, local_rank=rank - first, init_method="env://")
     with _recorded_end(rank):
-        run_rank(run, layout, placement, _agreed_run_dir(run, layout, rank), stop=None)
+        run_rank(run, layout, rank, rank - first, "env://", _agreed_run_dir(run, layout, rank), stop=None)
 
 
 def join_ranks(run: RunConfig, layout: Layout, ranks: RankEnvironment) -> None:
     """Train as a rank of torchrun or srun. Raises RankFailure, ConfigError, and SystemExit after a stop."""
     share_cores_with_tasks(ranks.local_size)
     os.environ.update(MASTER_ADDR=ranks.master_addr, MASTER_PORT=str(ranks.master_port))
-    placement = _Placement(ranks.rank, local_rank=ranks.local_rank, init_method="env://")
-    stop = StopRequest()
+    claimed, stop = _agreed_run_dir(run, layout, ranks.rank), StopRequest()
     try:
         # Listen from start to end: a signal before the first step or a second signal must not end it.
         with _recorded_end(ranks.rank), stop if stop_grace(run) else nullcontext():
-            run_rank(run, layout, placement, _agreed_run_dir(run, layout, ranks.rank), stop)
+            run_rank(run, layout, ranks.rank, ranks.local_rank, "env://", claimed, stop)
     except SystemExit:
         if not all_recorded([ranks.rank]):
             raise
@@ -159,7 +144,9 @@ def joined_rank_error(ranks: RankEnvironment, error: Exception, *, stop_asked: b
 def run_rank(
     run: RunConfig,
     layout: Layout,
-    placement: _Placement,
+    rank: int,
+    local_rank: int,
+    init_method: str,
     claimed: AbstractContextManager[RunDir],
     stop: StopRequest | None,
 ) -> None:
@@ -169,14 +156,8 @@ def run_rank(
     prepare_deepspeed(layout.device)
     from launcher.runtime.train import training_run
 
-    device = join(
-        rank=placement.rank,
-        world_size=layout.world_size,
-        local_rank=placement.local_rank,
-        device=layout.device,
-        init_method=placement.init_method,
-        timeout_minutes=run.launch.timeout_minutes,
-    )
+    minutes = run.launch.timeout_minutes
+    device = join(rank, layout.world_size, local_rank, layout.device, init_method, minutes)
     with claimed as directory:
         finished = training_run(run, layout, directory, device, stop)
     leave()
@@ -195,14 +176,8 @@ def _recorded_end(rank: int) -> Iterator[None]:
         raise
     except Exception as error:
         failure = failure_of(rank, error)
-        kind = (
-            RankEndKind.refused
-            if failure.refusal
-            else RankEndKind.lost
-            if failure.secondary
-            else RankEndKind.failed
-        )
-        record_end(rank, kind, error)
+        kind = RankEndKind.lost if failure.secondary else RankEndKind.failed
+        record_end(rank, RankEndKind.refused if failure.refusal else kind, error)
         raise
 
 
