@@ -15,7 +15,6 @@ PARTIAL = ".partial"  # suffix of a directory that is not complete
 
 
 def write_text(path: Path, text: str) -> None:
-    """Create or replace the file."""
     with replacing(path) as aside:
         aside.write_text(text)
 
@@ -51,7 +50,6 @@ def delete_directory(path: Path) -> None:
 
 
 def partial_path(path: Path) -> Path:
-    """Return where a directory lies until it is complete."""
     return path.with_name(f"{path.name}{PARTIAL}")
 
 

@@ -60,7 +60,6 @@ def duration(seconds: float) -> str:
 
 
 def four_digits(seconds: float) -> str:
-    """Return a number of seconds, for a table whose heading names the unit."""
     return f"{seconds:.4g}"
 
 

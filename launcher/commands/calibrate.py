@@ -9,7 +9,6 @@ from launcher.launch.machine import this_machine
 
 
 def main(arguments: list[str]) -> int:
-    """Run `launcher calibrate`; the exit code. Raises ConfigError."""
     jobs = compose_jobs("calibrate", CalibrateConfig, arguments)
     if not jobs:
         return 0  # --help
@@ -23,11 +22,9 @@ def main(arguments: list[str]) -> int:
     counts = rank_counts(config.most_ranks or machine.gpus or 2 * machine.cores)
     device = "cuda" if machine.gpus else "cpu"
     measured = measure(counts, rounds=config.rounds, cores=machine.cores, device=device)
+    gpus, cores = machine.gpus or None, None if machine.gpus else machine.cores
     hardware = HardwareConfig(
-        device=Device[device],
-        accelerators_per_node=machine.gpus or None,
-        cores=None if machine.gpus else machine.cores,
-        measured=measured,
+        device=Device[device], accelerators_per_node=gpus, cores=cores, measured=measured
     )
     write(hardware, path, machine)
     print(f"hardware {path}")

@@ -1,5 +1,6 @@
 """`launcher checkpoint ls | show | check PATH`: list, describe and verify checkpoints. Imports no torch."""
 
+from collections.abc import Callable
 from math import prod
 from pathlib import Path
 
@@ -36,15 +37,7 @@ def main(arguments: list[str]) -> int:
 
 def ls(paths: list[Path]) -> int:
     """Print one line per checkpoint, oldest first; return 1 if a checkpoint is not complete."""
-    exit_code = 0
-    for path in reversed(paths):
-        try:
-            manifest = read_manifest(path)
-            print(f"{path}  {_size(manifest)}  {whole(manifest.samples)} samples{_loss(manifest)}")
-        except UnusableCheckpoint as unusable:
-            exit_code = 1
-            print(f"{path}  cannot be used: {unusable}")
-    return exit_code
+    return _print_each(paths, read_manifest, lambda m: f"{_size(m)}  {whole(m.samples)} samples{_loss(m)}")
 
 
 def show(paths: list[Path]) -> int:
@@ -66,10 +59,16 @@ def show(paths: list[Path]) -> int:
 
 def check(paths: list[Path]) -> int:
     """Print for each checkpoint, oldest first, whether it is intact; return 1 if a checkpoint is not."""
+    return _print_each(paths, read_intact_manifest, lambda manifest: f"intact, {_size(manifest)}")
+
+
+def _print_each(
+    paths: list[Path], read: Callable[[Path], Manifest], describe: Callable[[Manifest], str]
+) -> int:
     exit_code = 0
     for path in reversed(paths):
         try:
-            print(f"{path}  intact, {_size(read_intact_manifest(path))}")
+            print(f"{path}  {describe(read(path))}")
         except UnusableCheckpoint as unusable:
             exit_code = 1
             print(f"{path}  cannot be used: {unusable}")

@@ -31,7 +31,6 @@ from launcher.runtime.run_dir import RunDir, claimed_run_dir
 
 
 def main(arguments: list[str]) -> int:
-    """Run `launcher compare`; the exit code. Raises ConfigError."""
     jobs = compose_jobs("compare", ComparedRunConfig, arguments)
     if not jobs:
         return 0  # --help
@@ -45,9 +44,8 @@ def main(arguments: list[str]) -> int:
     compared = [planned(name, in_layout(run, sizes, world), world) for name, sizes in layouts.items()]
     check_data(run)
     if all(candidate.refused for candidate in compared):
-        raise ConfigError(
-            "compare.layouts", list(layouts), compared[0].refused, "more compare.ranks or memory"
-        )
+        remedy = "more compare.ranks or memory"
+        raise ConfigError("compare.layouts", list(layouts), compared[0].refused, remedy)
     layout = next(candidate.layout for candidate in compared if candidate.layout and not candidate.refused)
     with claimed_run_dir(run, layout) as (directory, _):
         share_cores(machine.cores, machine.cores)  # one each
@@ -87,7 +85,7 @@ def _row(compared: ComparedLayout, steps: int) -> ComparisonRow:
 
 
 def _log(run: ComparedRunConfig, layout: Layout, directory: RunDir, rows: Sequence[ComparisonRow]) -> None:
-    """To the run's metrics.jsonl and to W&B, as a run of its own."""
+    """Write to the run's metrics.jsonl and to W&B, as a run of its own."""
     from launcher.runtime.metrics.log import MetricsLog
 
     log = MetricsLog(run, layout, directory, first_step=1)

@@ -14,7 +14,6 @@ from launcher.config.schema import ExchangeConfig
 
 
 def export_main(arguments: list[str]) -> int:
-    """Run `launcher export`; the exit code. Raises ConfigError."""
     found = _exchanged("export", arguments)
     if found is None:
         return 0
@@ -32,7 +31,6 @@ def export_main(arguments: list[str]) -> int:
 
 
 def import_main(arguments: list[str]) -> int:
-    """Run `launcher import`; the exit code. Raises ConfigError."""
     found = _exchanged("import", arguments)
     if found is None:
         return 0
@@ -50,7 +48,7 @@ def import_main(arguments: list[str]) -> int:
 
 
 def _exchanged(verb: str, arguments: list[str]) -> tuple[Weights, Path, ExchangeConfig] | None:
-    """What to read, the directory to write and how. Raises ConfigError."""
+    """Return the source, the target and the settings; None for --help. Raises ConfigError."""
     paths = [argument for argument in arguments if not argument.startswith("-") and "=" not in argument]
     jobs = compose_jobs("exchange", ExchangeConfig, [one for one in arguments if one not in paths])
     if not jobs:
@@ -74,6 +72,5 @@ def _written(write: Callable[[], None], weights: Weights, target: Path) -> None:
         remedy = f"{older} instead" if older else "an intact one: see `launcher checkpoint check`"
         raise ConfigError("SOURCE", weights.path, str(unusable), remedy) from None
     except OSError as error:
-        raise ConfigError(
-            "TARGET", target, f"cannot be written: {error}", "a disk with room for it"
-        ) from None
+        why = f"cannot be written: {error}"
+        raise ConfigError("TARGET", target, why, "a disk with room for it") from None

@@ -38,7 +38,6 @@ def main(arguments: list[str]) -> int:
 
 
 def _report(config: PlannedRunConfig, ready_run: ReadyRun) -> dict[str, Any]:
-    """Return the plan as plain values, after printing and drawing it as the config asks."""
     plan, changes = ready_run.plan, helpful(ready_run.plan)
     report, for_people = as_json(plan, changes), config.format is OutputFormat.table
     if ready_run.search is not None:

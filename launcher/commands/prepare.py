@@ -21,10 +21,7 @@ _LINE_INTERVAL = 30.0  # seconds between two progress lines if the output is not
 
 
 def main(arguments: list[str]) -> int:
-    """Run `launcher prepare` and return the exit code.
-
-    Raises ConfigError for wrong arguments, unusable input, or a target that cannot be written.
-    """
+    """Run `launcher prepare`; return the exit code. Raises ConfigError."""
     paths = [argument for argument in arguments if not argument.startswith("-") and "=" not in argument]
     overrides = [argument for argument in arguments if argument not in paths]
     jobs = compose_jobs("prepare", PrepareConfig, overrides)
@@ -65,7 +62,6 @@ def _stop(number: int, _frame: FrameType | None) -> NoReturn:
 
 
 def _run_with_progress(job: Preparation, inputs: list[InputFile]) -> PrepareProgress:
-    """Run the preparation and show its progress: a bar on a terminal, else a line every 30 seconds."""
     total, started = sum(file.bytes for file in inputs), time.monotonic()
     if not sys.stdout.isatty():
         last = started
@@ -80,14 +76,8 @@ def _run_with_progress(job: Preparation, inputs: list[InputFile]) -> PrepareProg
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     # auto_refresh would start a thread, and the worker processes are forked from this process.
-    bar = Progress(
-        BarColumn(),
-        DownloadColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}"),
-        auto_refresh=False,
-    )
-    with bar:
+    columns = (BarColumn(), DownloadColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, auto_refresh=False) as bar:
         task = bar.add_task("starting", total=total)
 
         def show(progress: PrepareProgress, done: int) -> None:

@@ -42,10 +42,7 @@ def ready(run: RunConfig, world: World, *, needs_data: bool, must_fit: bool) -> 
 
 
 def ready_on_most_nodes(run: RunConfig, nodes: int) -> tuple[ReadyRun, int]:
-    """Return the run on as many of `nodes` as it can use, and their number.
-
-    The ranks check their data. Raises ConfigError, that of all nodes, where the run can use none.
-    """
+    """Return the run on as many of `nodes` as it can use, and their number; else raise the first refusal."""
     refused: ConfigError | None = None
     for used in range(nodes, 0, -1):
         try:

@@ -46,11 +46,9 @@ def main(arguments: list[str]) -> int:
 def _ready(run: RunConfig, machine: Machine) -> tuple[ReadyRun, LaunchEnvironment]:
     gpus = 0 if run.hardware.device is Device.cpu else machine.gpus
     place = launch_environment(os.environ, configured=run.hardware.accelerators_per_node, gpus=gpus)
-    world = (
-        world_of_joined_ranks(run, machine, ranks=place.world_size, ranks_per_node=place.local_size)
-        if place
-        else world_of_machine(run, machine)
-    )
+    world = world_of_machine(run, machine)
+    if place:
+        world = world_of_joined_ranks(run, machine, ranks=place.world_size, ranks_per_node=place.local_size)
     ready_run = ready(run, world, needs_data=True, must_fit=True)
     if ready_run.search and speaks_for_all(os.environ):
         count = len(ready_run.search.candidates)

@@ -45,11 +45,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _verify(ready_run: ReadyRun, machine: Machine) -> bool:
-    """Verify one run and print each result as it comes; return whether all are within bounds.
-
-    Raises ConfigError for a report that cannot be written and for GPUs that are not there, before anything
-    runs.
-    """
+    """Verify one run and print each result as it comes; return whether all are within bounds."""
     report, gpus = _writable(ready_run.run), gpus_to_use(ready_run.run, machine.gpus)
     share_cores(MOST_RANKS, machine.cores)
     from launcher.engine.distributed import prepare_deepspeed

@@ -9,12 +9,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
-from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-)
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from torch import Tensor, nn
 
+from launcher.config.layout import Layout
 from launcher.engine.state import link_states
 from launcher.models.losses import ClassificationLoss, Loss
 from launcher.parallel.mesh import Axis, ProcessMesh
@@ -43,15 +41,14 @@ class Engine(ABC):
         deepspeed_engine: Any,  # DeepSpeed ships no types
         module: nn.Module,
         optimizer: torch.optim.Optimizer,
-        *,
+        layout: Layout,
         mesh: ProcessMesh,
-        zero_stage: int,
         loss: Loss,
         random: DropoutRandom,
         device: torch.device,
     ):
         self.deepspeed, self.module, self.optimizer = deepspeed_engine, module, optimizer
-        self.mesh, self.zero_stage, self.device = mesh, zero_stage, device
+        self.mesh, self.zero_stage, self.device = mesh, layout.zero_stage, device
         self.loss, self.random = loss, random
 
     @property
@@ -70,25 +67,16 @@ class Engine(ABC):
 
     @abstractmethod
     def eval_batch(self, batches: MicroBatches) -> Tensor:
-        """Return the mean loss over all data ranks' micro-batches, without dropout, on the device.
-
-        Collective over the world.
-        """
+        """Return the mean loss of all data ranks' batches, without dropout, on the device. Collective."""
 
     def mean_loss(self, loss: Tensor) -> float:
-        """Read the global loss of a StepResult. Collective over the data group.
-
-        The training loop packs the loss into its all-reduce of a logged step instead.
-        """
+        """Read the global loss of a StepResult. Collective over the data group."""
         if self.loss_share[1] == 1:
             return float(loss)
         return float(mean_over(loss, self.mesh.data))
 
     def accuracy(self) -> float | None:
-        """Return the share of right answers in eval_batch since the last call; None for a language model.
-
-        Collective over the world: one all-reduce of two numbers.
-        """
+        """Return and reset the share of right answers of eval_batch; None without classes. Collective."""
         if not isinstance(self.loss, ClassificationLoss):
             return None
         # Only the stage that computes the loss counts, and all its tensor ranks count the same.
@@ -106,10 +94,7 @@ class Engine(ABC):
         return (p for p in self.module.parameters() if not getattr(p, "ds_pipe_replicated", False))
 
     def full_weights(self) -> Iterator[tuple[LogicalTensor, Tensor]]:
-        """Yield this stage's logical tensors in fp32 on the CPU, one at a time.
-
-        Collective over the stage: all its data and tensor ranks must iterate to the end; all get the tensors.
-        """
+        """Yield this stage's logical tensors in fp32 on the CPU. Collective over the stage's ranks."""
         return self._logical(self.master)
 
     def full_states(self, key: str) -> Iterator[tuple[LogicalTensor, Tensor]]:

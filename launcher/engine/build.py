@@ -17,10 +17,7 @@ from launcher.parallel.mesh import MeshShape, ProcessMesh
 
 
 def build_engine(run: RunConfig, layout: Layout, device: torch.device) -> Engine:
-    """Return the engine of a run. Collective over the world; call it once per process.
-
-    torch.distributed and DeepSpeed must be initialised.
-    """
+    """Return the engine of a run. Collective over the world; call it once per process."""
     mesh = ProcessMesh.create(MeshShape(layout.pipeline, layout.data, layout.tensor))
     context = BlockContext.create(run, mesh, device)
     layers, loss = model_layers(run.model, context), model_loss(run.model, context)

@@ -13,10 +13,7 @@ BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 
 
 def prepare_deepspeed(device: str) -> None:
-    """Import deepspeed for `device` ("cpu" or "cuda") and set it up; call once per process.
-
-    The settings silence its log and warnings, and avoid a slow compilation and a leak of shared memory.
-    """
+    """Import deepspeed for "cpu" or "cuda", silent and without slow compilations; once per process."""
     # DeepSpeed's own detection warns on every machine without a GPU, and selects the GPU for a CPU run.
     os.environ["DS_ACCELERATOR"] = device
     # If LOCAL_SIZE is set, DeepSpeed's shared-memory module takes 69 MB per rank in /dev/shm and never frees
@@ -40,13 +37,7 @@ def prepare_deepspeed(device: str) -> None:
 
 
 def join(
-    *,
-    rank: int,
-    world_size: int,
-    local_rank: int,
-    device: str,
-    init_method: str,
-    timeout_minutes: float = 30.0,
+    rank: int, world_size: int, local_rank: int, device: str, init_method: str, timeout_minutes: float = 30.0
 ) -> torch.device:
     """Initialise the process group and DeepSpeed; return this rank's device. Collective over the world.
 
@@ -63,13 +54,8 @@ def join(
         # If each Slurm task sees only its own GPU, that GPU has the index 0.
         rank_device = torch.device("cuda", local_rank if torch.cuda.device_count() > 1 else 0)
         torch.cuda.set_device(rank_device)
-    dist.init_process_group(
-        BACKENDS[device],
-        init_method=init_method,
-        rank=rank,
-        world_size=world_size,
-        timeout=timedelta(minutes=2 * timeout_minutes),
-    )
+    timeout = timedelta(minutes=2 * timeout_minutes)
+    dist.init_process_group(BACKENDS[device], init_method, timeout, world_size, rank)
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     return rank_device
 
@@ -81,9 +67,6 @@ def set_timeouts(timeout_minutes: float) -> None:
 
 
 def leave() -> None:
-    """Wait for all ranks, then destroy the process group. Collective over the world.
-
-    Without the barrier, a rank that exits first would break the connections of its peers.
-    """
+    """Wait for all ranks, so that none loses its peers, then destroy the process group. Collective."""
     dist.barrier()
     dist.destroy_process_group()

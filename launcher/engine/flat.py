@@ -41,16 +41,7 @@ class FlatEngine(Engine):
         deepspeed_engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=config, mpu=mesh, dist_init_required=False
         )
-        super().__init__(
-            deepspeed_engine,
-            model,
-            optimizer,
-            mesh=mesh,
-            zero_stage=layout.zero_stage,
-            loss=loss,
-            random=context.random,
-            device=device,
-        )
+        super().__init__(deepspeed_engine, model, optimizer, layout, mesh, loss, context.random, device)
         self.clip_at = run.optimizer.gradient_clipping
 
     @property
@@ -63,7 +54,8 @@ class FlatEngine(Engine):
         for batch in batches:
             loss = self.deepspeed(*to_inputs(batch, self.device))
             self.deepspeed.backward(loss)
-            clipped_norm = self._clip() if self.zero_stage == 0 and self._at_boundary() else None
+            at_boundary = self.deepspeed.is_gradient_accumulation_boundary()
+            clipped_norm = self._clip() if self.zero_stage == 0 and at_boundary else None
             self.deepspeed.step()
             losses.append(loss.detach())
         norm = self.deepspeed.get_global_grad_norm() if clipped_norm is None else clipped_norm
@@ -74,9 +66,6 @@ class FlatEngine(Engine):
         with torch.no_grad():
             losses = [self.deepspeed(*to_inputs(batch, self.device)) for batch in batches]
             return mean_over(_mean(losses), self.mesh.data)
-
-    def _at_boundary(self) -> bool:
-        return bool(self.deepspeed.is_gradient_accumulation_boundary())
 
     def _clip(self) -> Tensor:
         """Clip the gradients under ZeRO-0, already averaged over the data ranks; return their global norm."""
@@ -95,10 +84,7 @@ def _mean(losses: list[Tensor]) -> Tensor:
 
 
 def global_norm(parameters: list[nn.Parameter], mesh: ProcessMesh) -> Tensor:
-    """Return the L2 norm of the logical gradients, a scalar; gradients that all tensor ranks hold count once.
-
-    Collective over the tensor group: one all-reduce of a scalar.
-    """
+    """Return the L2 norm of the logical gradients. Collective: one all-reduce of a scalar (tensor group)."""
     split: list[Tensor] = []
     whole: list[Tensor] = []
     for parameter in parameters:
@@ -115,6 +101,5 @@ def global_norm(parameters: list[nn.Parameter], mesh: ProcessMesh) -> Tensor:
 def zero_init(config: dict, mesh: ProcessMesh, *, enabled: bool):  # type: ignore[no-untyped-def, type-arg]
     """Return the context in which ZeRO-3 partitions each module's weights as soon as it is built."""
     # Not `mpu=`: with it zero.Init partitions over the wrong ranks under tensor parallelism, silently.
-    return deepspeed.zero.Init(
-        data_parallel_group=mesh.data.group, config_dict_or_path=config, enabled=enabled
-    )
+    group = mesh.data.group
+    return deepspeed.zero.Init(data_parallel_group=group, config_dict_or_path=config, enabled=enabled)

@@ -28,12 +28,9 @@ class RankMeasurement:
     def __init__(self) -> None:
         self._names: dict[str, GroupName] = {}
         self._stopwatch = Stopwatch(self._group_waited_for)
+        self.timing_collectives = self._stopwatch.timing_collectives
+        self.restart_clock = self._stopwatch.restart
         self.tensors = Allocations(lambda group: self._names.get(group.group_name))
-
-    @contextmanager
-    def timing_collectives(self) -> Iterator[None]:
-        with self._stopwatch.timing_collectives():
-            yield
 
     @contextmanager
     def timing_optimizer(self, engine: Engine) -> Iterator[None]:
@@ -46,11 +43,7 @@ class RankMeasurement:
             engine.deepspeed._take_model_step = step
 
     def name_groups(self, engine: Engine) -> None:
-        """Learn which process groups of the built engine are tensor, data and pipeline groups."""
         self._names = group_names(engine)
-
-    def restart_clock(self) -> None:
-        self._stopwatch.restart()
 
     def seconds(self, elapsed: float) -> dict[str, float]:
         """Return `elapsed` seconds since restart_clock by part; computation is the time not waited."""

@@ -17,11 +17,8 @@ def build_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter])
     for parameter in parameters:
         # Use the logical shape: under ZeRO-3 every parameter is flattened to a vector.
         (matrices if len(logical_of(parameter).shape) > 1 else vectors).append(parameter)
-    groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
+    decays = ((matrices, config.weight_decay), (vectors, 0.0))
+    groups = [{"params": group, "weight_decay": decay} for group, decay in decays if group]
     if config.name is OptimizerName.sgd:
         assert config.momentum is not None
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=True)
@@ -38,15 +35,11 @@ def state_keys(config: OptimizerConfig) -> list[str]:
 
 
 def learning_rate(optimizer: OptimizerConfig, scheduler: SchedulerConfig, *, step: int, steps: int) -> float:
-    """Return the learning rate of update `step` of `steps`, counted from 1.
-
-    A pure function: the schedule has no state to save or restore.
-    """
+    """Return the learning rate of update `step` of `steps`, counted from 1. Pure: nothing to restore."""
     if step <= scheduler.warmup_steps:
         return optimizer.lr * step / scheduler.warmup_steps
-    decay_steps = (
-        scheduler.decay_steps if scheduler.name is SchedulerName.wsd else steps - scheduler.warmup_steps
-    )
+    all_after_warmup = steps - scheduler.warmup_steps
+    decay_steps = scheduler.decay_steps if scheduler.name is SchedulerName.wsd else all_after_warmup
     assert decay_steps is not None
     # 0 at the last step before the decay, 1 at the last step of the run.
     progress = max(0.0, (step - (steps - decay_steps)) / max(decay_steps, 1))

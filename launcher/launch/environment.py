@@ -25,31 +25,21 @@ class RankEnvironment:
 
 @dataclass(frozen=True)
 class NodeEnvironment:
-    """Numbers of one node in the world, where srun starts one launcher per node.
-
-    The launcher of node `node` of `nodes` starts `ranks_per_node` ranks.
-    """
+    """One of several nodes on each of which srun starts a launcher, for `local_size` ranks."""
 
     node: int
     nodes: int
-    ranks_per_node: int
+    local_size: int
     master_addr: str
     master_port: int
 
     @property
     def world_size(self) -> int:
-        """Return the number of ranks on all nodes."""
-        return self.nodes * self.ranks_per_node
-
-    @property
-    def local_size(self) -> int:
-        """Return the number of ranks on this node."""
-        return self.ranks_per_node
+        return self.nodes * self.local_size
 
     @property
     def ranks(self) -> range:
-        """Return the global ranks of this node."""
-        return range(self.node * self.ranks_per_node, (self.node + 1) * self.ranks_per_node)
+        return range(self.node * self.local_size, (self.node + 1) * self.local_size)
 
 
 # None: neither torchrun nor srun started this process, and all ranks run on this machine.
@@ -72,7 +62,7 @@ def launch_environment(environ: Mapping[str, str], *, configured: int | None, gp
     if joined is None or "RANK" in environ:
         return joined
     per_node = configured or max(1, gpus)
-    nodes = len(expand_hosts(_srun_text(environ, _nodes_variable(environ))))
+    nodes = len(expand_hosts(_text(environ, _nodes_variable(environ))))
     if joined.world_size == nodes and per_node > 1:
         return NodeEnvironment(joined.rank, nodes, per_node, joined.master_addr, joined.master_port)
     if configured is not None and joined.local_size != configured:
@@ -110,79 +100,62 @@ def speaks_for_all(environ: Mapping[str, str]) -> bool:
 
 
 def slurm_step_name(environ: Mapping[str, str]) -> str | None:
-    """Return a run name made of job and step, equal on every node and after a requeue.
-
-    None if srun did not start the ranks.
-    """
+    """Return a run name equal on every node and after a requeue; None if srun did not start the ranks."""
     if "RANK" in environ or joined_ranks(environ) is None:
         return None
     return f"slurm-{environ['SLURM_JOB_ID']}.{environ['SLURM_STEP_ID']}"
 
 
 def expand_hosts(hosts: str) -> list[str]:
-    """Return the host names in a Slurm host list such as `node[03-05,9],rack[1-2]n[1-4]`, in the same order.
-
-    Raises ValueError if the text is not a Slurm host list.
-    """
+    """Return the host names in a Slurm host list such as `node[03-05,9],rack[1-2]n[1-4]`; or ValueError."""
     # A comma inside brackets separates numbers; a comma outside brackets separates hosts.
     patterns = re.split(r",(?![^\[]*\])", hosts)
     return [host for pattern in patterns for host in _expand_pattern(pattern)]
 
 
 def _from_torchrun(environ: Mapping[str, str]) -> RankEnvironment:
-    rank_environment = RankEnvironment(
-        rank=_torchrun_integer(environ, "RANK"),
-        world_size=_torchrun_integer(environ, "WORLD_SIZE", at_least=1),
-        local_rank=_torchrun_integer(environ, "LOCAL_RANK"),
-        local_size=_torchrun_integer(environ, "LOCAL_WORLD_SIZE", at_least=1),
-        master_addr=_torchrun_text(environ, "MASTER_ADDR"),
-        master_port=_torchrun_integer(environ, "MASTER_PORT", at_least=1),
+    ranks = RankEnvironment(
+        rank=_integer(environ, "RANK"),
+        world_size=_integer(environ, "WORLD_SIZE", at_least=1),
+        local_rank=_integer(environ, "LOCAL_RANK"),
+        local_size=_integer(environ, "LOCAL_WORLD_SIZE", at_least=1),
+        master_addr=_text(environ, "MASTER_ADDR"),
+        master_port=_integer(environ, "MASTER_PORT", at_least=1),
     )
-    if rank_environment.master_port > 65535:
+    if ranks.master_port > 65535:
         why = "is above 65535, the highest port"
-        raise ConfigError("MASTER_PORT", rank_environment.master_port, why, "MASTER_PORT=29500")
-    _check_bounds(environ, rank_environment, "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    return rank_environment
+        raise ConfigError("MASTER_PORT", ranks.master_port, why, "MASTER_PORT=29500")
+    _check_bounds(environ, ranks, ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+    return ranks
 
 
 def _from_srun(environ: Mapping[str, str]) -> RankEnvironment:
-    rank_environment = RankEnvironment(
-        rank=_srun_integer(environ, "SLURM_PROCID"),
+    ranks = RankEnvironment(
+        rank=_integer(environ, "SLURM_PROCID"),
         world_size=_step_tasks(environ),
-        local_rank=_srun_integer(environ, "SLURM_LOCALID"),
+        local_rank=_integer(environ, "SLURM_LOCALID"),
         local_size=_tasks_of_this_node(environ),
         master_addr=_first_host(environ, _nodes_variable(environ)),
-        master_port=_step_port(
-            _srun_integer(environ, "SLURM_JOB_ID"), _srun_integer(environ, "SLURM_STEP_ID")
-        ),
+        master_port=_step_port(environ),
     )
     tasks = _step_tasks_variable(environ)
-    _check_bounds(environ, rank_environment, "SLURM_PROCID", tasks, "SLURM_LOCALID", "SLURM_GTIDS")
-    return rank_environment
+    _check_bounds(environ, ranks, ("SLURM_PROCID", tasks, "SLURM_LOCALID", "SLURM_GTIDS"))
+    return ranks
 
 
-def _check_bounds(
-    environ: Mapping[str, str],
-    rank_environment: RankEnvironment,
-    rank: str,
-    world: str,
-    local_rank: str,
-    local_size: str,
-) -> None:
-    """Raise ConfigError if a rank is not below its world size, or the node has more ranks than the world.
-
-    `rank`, `world`, `local_rank` and `local_size` are the names of the variables, for the message.
-    """
+def _check_bounds(environ: Mapping[str, str], ranks: RankEnvironment, names: tuple[str, ...]) -> None:
+    """Raise ConfigError for numbers that contradict each other; `names` are the variables."""
+    rank, world, local_rank, local_size = names
     for name, value, size_name, size in (
-        (rank, rank_environment.rank, world, rank_environment.world_size),
-        (local_rank, rank_environment.local_rank, local_size, rank_environment.local_size),
+        (rank, ranks.rank, world, ranks.world_size),
+        (local_rank, ranks.local_rank, local_size, ranks.local_size),
     ):
         if value >= size:
             why = f"must be at most {size - 1}, because of {size_name}={environ[size_name]}"
             raise ConfigError(name, value, why, f"{name}={size - 1}")
-    if rank_environment.local_size > rank_environment.world_size:
-        why = f"gives this node more ranks than the whole world has ({world}={rank_environment.world_size})"
-        remedy = f"{world}={rank_environment.local_size} or larger"
+    if ranks.local_size > ranks.world_size:
+        why = f"gives this node more ranks than the whole world has ({world}={ranks.world_size})"
+        remedy = f"{world}={ranks.local_size} or larger"
         raise ConfigError(local_size, environ[local_size], why, remedy)
 
 
@@ -196,30 +169,27 @@ def _nodes_variable(environ: Mapping[str, str]) -> str:
 
 
 def _step_tasks(environ: Mapping[str, str]) -> int:
-    return _srun_integer(environ, _step_tasks_variable(environ), at_least=1)
+    return _integer(environ, _step_tasks_variable(environ), at_least=1)
 
 
 def _tasks_of_this_node(environ: Mapping[str, str]) -> int:
-    """Return the number of tasks on this node: SLURM_GTIDS lists their ranks, such as `4,5,6,7`."""
-    ranks = _srun_text(environ, "SLURM_GTIDS")
+    ranks = _text(environ, "SLURM_GTIDS")
     if not re.fullmatch(r"\d+(,\d+)*", ranks):
-        raise ConfigError("SLURM_GTIDS", ranks, "is not a comma-separated list of ranks", _SRUN_REMEDY)
+        raise ConfigError("SLURM_GTIDS", ranks, "is not a comma-separated list of ranks", _remedy(environ))
     return ranks.count(",") + 1
 
 
 def _first_host(environ: Mapping[str, str], name: str) -> str:
-    hosts = _srun_text(environ, name)
+    hosts = _text(environ, name)
     try:
         return expand_hosts(hosts)[0]
     except ValueError as error:
-        raise ConfigError(name, hosts, str(error), _SRUN_REMEDY) from None
+        raise ConfigError(name, hosts, str(error), _remedy(environ)) from None
 
 
-def _step_port(job: int, step: int) -> int:
-    """Return the port on which all ranks of a step meet, from 20000 to 39999.
-
-    Jobs and steps with neighbouring numbers may share a node, so their ports differ.
-    """
+def _step_port(environ: Mapping[str, str]) -> int:
+    """Return the port of a step, 20000 to 39999: neighbouring jobs and steps may share a node."""
+    job, step = _integer(environ, "SLURM_JOB_ID"), _integer(environ, "SLURM_STEP_ID")
     return 20000 + (job * 7919 + step) % 20000
 
 
@@ -245,33 +215,22 @@ def _expand_numbers(ranges: str) -> list[str]:
     return numbers
 
 
-_TORCHRUN_REMEDY = "start the command with torchrun, which sets all six variables, or unset RANK"
-_SRUN_REMEDY = "start the command with srun, which sets this variable, or unset SLURM_STEP_ID"
-
-
-def _torchrun_text(environ: Mapping[str, str], name: str) -> str:
-    return _text(environ, name, "is missing or empty, although RANK is set", _TORCHRUN_REMEDY)
-
-
-def _torchrun_integer(environ: Mapping[str, str], name: str, at_least: int = 0) -> int:
-    return _integer(_torchrun_text(environ, name), name, at_least, _TORCHRUN_REMEDY)
-
-
-def _srun_text(environ: Mapping[str, str], name: str) -> str:
-    return _text(environ, name, "is missing or empty, although SLURM_STEP_ID is set", _SRUN_REMEDY)
-
-
-def _srun_integer(environ: Mapping[str, str], name: str, at_least: int = 0) -> int:
-    return _integer(_srun_text(environ, name), name, at_least, _SRUN_REMEDY)
-
-
-def _text(environ: Mapping[str, str], name: str, missing: str, remedy: str) -> str:
+def _text(environ: Mapping[str, str], name: str) -> str:
     if not environ.get(name):
-        raise ConfigError(name, environ.get(name), missing, remedy)
+        marker = "RANK" if "RANK" in environ else "SLURM_STEP_ID"
+        why = f"is missing or empty, although {marker} is set"
+        raise ConfigError(name, environ.get(name), why, _remedy(environ))
     return environ[name]
 
 
-def _integer(text: str, name: str, at_least: int, remedy: str) -> int:
+def _integer(environ: Mapping[str, str], name: str, at_least: int = 0) -> int:
+    text = _text(environ, name)
     if not re.fullmatch(r"[0-9]+", text) or int(text) < at_least:
-        raise ConfigError(name, text, f"must be an integer of at least {at_least}", remedy)
+        raise ConfigError(name, text, f"must be an integer of at least {at_least}", _remedy(environ))
     return int(text)
+
+
+def _remedy(environ: Mapping[str, str]) -> str:
+    if "RANK" in environ:
+        return "start the command with torchrun, which sets all six variables, or unset RANK"
+    return "start the command with srun, which sets this variable, or unset SLURM_STEP_ID"

@@ -107,7 +107,6 @@ def run_local_ranks(
 
 
 def _raise_stop(number: int, failure: FailureReport | None, world_size: int) -> NoReturn:
-    """Raise KeyboardInterrupt for SIGINT, else Stopped; a failure during the stop becomes its cause."""
     stop = KeyboardInterrupt() if number == signal.SIGINT else Stopped(number)
     raise stop from (_as_error(failure, world_size) if failure else None)
 
@@ -131,7 +130,7 @@ def _start(
     log_dir: Path,
     start_method: Literal["fork", "spawn"],
 ) -> None:
-    """Start the ranks. Append each to `ranks` at once: if a later start fails, the caller ends the others."""
+    """Start the ranks. Append each at once: if a later start fails, the caller ends the others."""
     context: ForkContext | SpawnContext = ForkContext() if start_method == "fork" else SpawnContext()
     # A rank inherits this process's handlers. It must not receive a signal before it has set its own.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, COORDINATED | {END_SIGNAL})

@@ -44,10 +44,7 @@ def _usable_cores() -> int:
 
 
 def memory_here(root: Path = Path("/")) -> int | None:
-    """Return the bytes of memory that this process may use; None if unknown.
-
-    The smaller of the machine's memory and the container's limit.
-    """
+    """Return the memory of the machine or the limit of the container, the smaller; None if unknown."""
     try:
         sizes = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     except (ValueError, OSError):
@@ -68,10 +65,7 @@ def share_cores_with_tasks(tasks: int) -> None:
 
 
 def share_cores(processes: int, cores: int) -> None:
-    """Set OMP_NUM_THREADS to this process's share of `cores`. Values that the user has set are kept.
-
-    Must be called before torch is imported.
-    """
+    """Set OMP_NUM_THREADS to a share of `cores`, unless the user has. Call before torch is imported."""
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
     # Threads that spin while they wait make a small model many times slower as soon as another process uses a
     # core.

@@ -122,7 +122,6 @@ def _stop(_number: int, _frame: FrameType | None) -> NoReturn:
 
 
 def failure_of(rank: int, error: BaseException) -> FailureReport:
-    """Return the report of the exception that ended the work of `rank`."""
     when = time.monotonic()
     if isinstance(error, ConfigError):
         refusal = (error.field, None if error.value is None else str(error.value), error.why, error.remedy)
@@ -144,10 +143,7 @@ _LOST_PEERS_TEXT = re.compile(
 
 
 def _is_consequence(error: BaseException) -> bool:
-    """Return whether the error probably follows from a stop or from the end of another rank.
-
-    Decides only which failure is reported.
-    """
+    """Return whether the error probably follows from a stop or the end of another rank."""
     # Look at the oldest exception of the chain: if the clean-up after an error then loses its peers, the
     # error is still a cause.
     *_, origin = chain = list(_chain(error))

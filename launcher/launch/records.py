@@ -30,8 +30,6 @@ class RankEndKind(Enum):
 
 @dataclass(frozen=True)
 class RankEnd:
-    """How one rank ended."""
-
     rank: int
     kind: RankEndKind
     error: str = ""  # one line
@@ -59,10 +57,7 @@ def _file_of(rank: int) -> Path:
 
 
 def error_summary(error: BaseException | str) -> str:
-    """Return the first line of the error, with memory and network addresses replaced by `...`.
-
-    Addresses differ between two occurrences of the same failure.
-    """
+    """Return the error's first line without memory and network addresses, which differ each time."""
     text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
     return _ADDRESS.sub("...", next(iter(text.strip().splitlines()), ""))
 

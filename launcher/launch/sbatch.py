@@ -51,9 +51,9 @@ _ACTION_ON_STOP = {
 
 
 def sbatch_options(batch: BatchScript) -> list[str]:
-    """Return the option of each `#SBATCH` line."""
     s = batch.run.slurm
     min_nodes, max_nodes = nodes_of(batch.run)
+    is_array, limit = len(batch.jobs) > 1, f"%{s.max_parallel}" if s.max_parallel else ""
     options: dict[str, str | int | None] = {
         "job-name": s.job_name,
         "partition": s.partition,
@@ -67,13 +67,13 @@ def sbatch_options(batch: BatchScript) -> list[str]:
         "constraint": s.constraint,
         "exclude": s.exclude,
         "reservation": s.reservation,
-        "array": _array_range(batch),
-        "output": _output_path(batch),
+        "array": f"0-{len(batch.jobs) - 1}{limit}" if is_array else None,
+        # In an array, %j differs between the tasks but does not say which task it is.
+        "output": s.output.replace("%j", "%A_%a") if is_array else s.output,
         "signal": f"B:USR1@{s.signal_seconds}",
     }
-    set_options = [
-        f"--{name}={slurm_word(str(value))}" for name, value in options.items() if value is not None
-    ]
+    given = {name: str(value) for name, value in options.items() if value is not None}
+    set_options = [f"--{name}={slurm_word(value)}" for name, value in given.items()]
     # With --requeue Slurm requeues a job only after a node failure, a preemption or `scontrol requeue`.
     requeue = "--no-requeue" if s.on_stop is OnStop.end else "--requeue"
     return [*set_options, requeue, "--open-mode=append", *map(_quote_option, s.sbatch)]
@@ -102,10 +102,7 @@ def _task_options(batch: BatchScript, *, is_node_range: bool) -> dict[str, int |
 
 
 def slurm_word(text: str) -> str:
-    """Return `text` quoted for a `#SBATCH` line.
-
-    sbatch takes a backslash inside double quotes as an escape and expands nothing.
-    """
+    """Return `text` quoted for a `#SBATCH` line, where a backslash escapes and nothing expands."""
     if re.fullmatch(r"[\w.,:/@%+=-]+", text, re.ASCII):
         return text
     escaped = text.replace("\\", "\\\\").replace('"', '\\"')
@@ -117,19 +114,6 @@ def _quote_option(option: str) -> str:
     return f"{name}={slurm_word(value)}" if equals else name
 
 
-def _array_range(batch: BatchScript) -> str | None:
-    if len(batch.jobs) == 1:
-        return None
-    limit = batch.run.slurm.max_parallel
-    return f"0-{len(batch.jobs) - 1}" + (f"%{limit}" if limit else "")
-
-
-def _output_path(batch: BatchScript) -> str:
-    # In an array, %j differs between the tasks but does not say which task it is: use %A_%a.
-    output = batch.run.slurm.output
-    return output.replace("%j", "%A_%a") if len(batch.jobs) > 1 else output
-
-
 def _environment_lines(slurm: SlurmConfig) -> list[str]:
     # Module files may fail under `set -eu`.
     modules = [f"set +eu; module load {shlex.join(slurm.modules)}; set -eu"] if slurm.modules else []
@@ -137,7 +121,6 @@ def _environment_lines(slurm: SlurmConfig) -> list[str]:
 
 
 def _interpreter_check(python: str) -> list[str]:
-    """Return the line that checks a Python interpreter whose path is relative to the submission directory."""
     if "/" not in python or python.startswith("/"):
         return []
     word = shlex.quote(python)
@@ -152,12 +135,7 @@ def _start_lines(batch: BatchScript) -> list[str]:
     if len(batch.jobs) == 1:
         return [f'exec {" ".join([command, *map(shlex.quote, batch.jobs[0])])} -- "$@"']
     cases = [f"    {number}) job=({shlex.join(overrides)}) ;;" for number, overrides in enumerate(batch.jobs)]
-    return [
-        'case "$SLURM_ARRAY_TASK_ID" in',
-        *cases,
-        "esac",
-        f'exec {command} "${{job[@]}}" -- "$@"',
-    ]
+    return ['case "$SLURM_ARRAY_TASK_ID" in', *cases, "esac", f'exec {command} "${{job[@]}}" -- "$@"']
 
 
 # The sbatch option that replaces a field, before the script's name. Other fields are fixed in the script.

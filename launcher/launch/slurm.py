@@ -37,15 +37,11 @@ class Allocation:
 
     @property
     def id(self) -> str:
-        """Return the id that Slurm commands take for this job alone: JOB, or ARRAYJOB_TASK in an array.
-
-        In an array JOB alone is ambiguous: the last task and the whole array have the same number.
-        """
+        """Return the id that Slurm commands take for this job alone. In an array `job` is ambiguous."""
         return self.job if self.array_task is None else f"{self.array_job}_{self.array_task}"
 
     @property
     def name(self) -> str:
-        """Return the name of the run directory; all tasks of an array share it."""
         return f"slurm-{self.array_job or self.job}"
 
 
@@ -56,13 +52,8 @@ def read_allocation(environ: Mapping[str, str]) -> Allocation:
     except (KeyError, ValueError):
         why = "must run inside a Slurm job"
         raise ConfigError("job", None, why, "`launcher submit`, or sbatch with a recipe") from None
-    return Allocation(
-        job,
-        nodes,
-        environ.get("SLURM_ARRAY_JOB_ID"),
-        environ.get("SLURM_ARRAY_TASK_ID"),
-        int(environ.get("SLURM_RESTART_COUNT", "0")),
-    )
+    array_job, array_task = environ.get("SLURM_ARRAY_JOB_ID"), environ.get("SLURM_ARRAY_TASK_ID")
+    return Allocation(job, nodes, array_job, array_task, int(environ.get("SLURM_RESTART_COUNT", "0")))
 
 
 def sbatch(script: str, arguments: Sequence[str] = (), *, options: Sequence[str] = ()) -> str:

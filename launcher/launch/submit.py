@@ -17,10 +17,7 @@ from launcher.launch.slurm import SlurmError, SlurmUnreachable, sbatch
 
 
 def batch_script_of(jobs: Sequence[Job[RunConfig]], typed: list[str]) -> BatchScript:
-    """Return the contents of the script for `jobs`; `typed` are the arguments of `launcher submit`.
-
-    Raises ConfigError for an invalid submission, and if the jobs of a sweep request different resources.
-    """
+    """Return the contents of the script for `jobs`. Raises ConfigError, also if their resources differ."""
     first = jobs[0].config
     for argument in typed:
         # The script repeats the arguments in a comment, which a line break would end.
@@ -35,13 +32,8 @@ def batch_script_of(jobs: Sequence[Job[RunConfig]], typed: list[str]) -> BatchSc
         if (job.config.slurm, job.config.hardware) != (first.slurm, first.hardware):
             why = "the jobs of a --multirun are one Slurm array: slurm.* and hardware.* must be equal"
             raise ConfigError("--multirun", " ".join(job.overrides), why, "one `launcher submit` per job")
-    return BatchScript(
-        first,
-        typed,
-        [_without_submit_fields(job.overrides) for job in jobs],
-        check_submission(first),
-        first.slurm.python or sys.executable,
-    )
+    overrides = [_without_submit_fields(job.overrides) for job in jobs]
+    return BatchScript(first, typed, overrides, check_submission(first), first.slurm.python or sys.executable)
 
 
 def _without_submit_fields(overrides: list[str]) -> list[str]:
@@ -78,10 +70,7 @@ def submit(jobs: Sequence[Job[RunConfig]], typed: list[str], layouts: Sequence[L
 
 
 def _make_log_directory(output: str) -> None:
-    """Create the directory of the log. Slurm does not: a job that cannot open its log ends without a message.
-
-    Raises ConfigError if the directory cannot be created or written to.
-    """
+    """Create the directory of the log, without which a job ends silently. Raises ConfigError."""
     folder = Path(output).parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -89,12 +78,8 @@ def _make_log_directory(output: str) -> None:
     except OSError as error:
         why = error.strerror
     if why:
-        raise ConfigError(
-            "slurm.output",
-            output,
-            f"{folder.absolute()}: {why}",
-            "slurm.output=DIR/slurm-%j.out, in a shared directory that you may write to",
-        )
+        remedy = "slurm.output=DIR/slurm-%j.out, in a shared directory that you may write to"
+        raise ConfigError("slurm.output", output, f"{folder.absolute()}: {why}", remedy)
 
 
 def submission_summary(run: RunConfig, job_id: str, layouts: Sequence[Layout]) -> list[str]:

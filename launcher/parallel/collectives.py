@@ -6,6 +6,7 @@ sequence parallelism (Korthikanti et al., arXiv 2205.05198, figure 5). Activatio
 sequence, hidden. tp is the size of the axis.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from launcher.parallel.mesh import Axis
 
 SEQUENCE_DIM = 1
 
+Operation = Callable[[Tensor, Axis], Tensor]
+
 
 def copy_region(x: Tensor, axis: Axis) -> Tensor:
     """Enter a tensor-parallel region (f): identity forward, all-reduce of the gradient over `axis` backward.
@@ -23,25 +26,22 @@ def copy_region(x: Tensor, axis: Axis) -> Tensor:
     x and the result have the same shape. Also used for a replicated weight that each rank applies to its own
     shard of the sequence: the all-reduce then sums the weight's gradient over the ranks.
     """
-    return x if axis.size == 1 else _Copy.apply(x, axis)  # type: ignore[no-untyped-call]
+    return _apply(x, axis, _identity, all_reduce)
 
 
 def reduce_region(x: Tensor, axis: Axis) -> Tensor:
     """Leave a tensor-parallel region (g): all-reduce (sum) over `axis` forward, identity backward."""
-    return x if axis.size == 1 else _Reduce.apply(x, axis)  # type: ignore[no-untyped-call]
+    return _apply(x, axis, all_reduce, _identity)
 
 
 def gather_sequence_region(x: Tensor, axis: Axis) -> Tensor:
     """Gather the sequence, (B, T/tp, H) -> (B, T, H): all-gather forward, reduce-scatter backward."""
-    return x if axis.size == 1 else _GatherSequence.apply(x, axis)  # type: ignore[no-untyped-call]
+    return _apply(x, axis, all_gather_sequence, reduce_scatter_sequence)
 
 
 def reduce_scatter_sequence_region(x: Tensor, axis: Axis) -> Tensor:
-    """Sum over `axis` and keep this rank's shard of the sequence, (B, T, H) -> (B, T/tp, H).
-
-    Reduce-scatter forward, all-gather backward.
-    """
-    return x if axis.size == 1 else _ReduceScatterSequence.apply(x, axis)  # type: ignore[no-untyped-call]
+    """Sum and shard the sequence, (B, T, H) -> (B, T/tp, H): reduce-scatter forward, all-gather backward."""
+    return _apply(x, axis, reduce_scatter_sequence, all_gather_sequence)
 
 
 def all_reduce(x: Tensor, axis: Axis) -> Tensor:
@@ -57,11 +57,7 @@ def all_gather_sequence(x: Tensor, axis: Axis) -> Tensor:
 
 
 def all_gather_start(x: Tensor, axis: Axis, *, asynchronous: bool = False) -> tuple[Tensor, dist.Work | None]:
-    """Start the all-gather of (B, T/tp, ...) over `axis` into (tp B, T/tp, ...); return result and handle.
-
-    With `asynchronous` the caller must wait on the handle before it reads the result; otherwise the handle is
-    None.
-    """
+    """Start the all-gather of (B, T/tp, ...) into (tp B, T/tp, ...); return result and handle or None."""
     shards = x.new_empty(axis.size * x.shape[0], *x.shape[1:])
     work = dist.all_gather_into_tensor(shards, x.contiguous(), group=axis.group, async_op=asynchronous)
     return shards, work
@@ -83,55 +79,29 @@ def reduce_scatter_sequence(x: Tensor, axis: Axis) -> Tensor:
 def reduce_scatter_start(
     x: Tensor, axis: Axis, *, asynchronous: bool = False
 ) -> tuple[Tensor, dist.Work | None]:
-    """Start the reduce-scatter of (B, T, ...) over `axis` into (B, T/tp, ...); return result and handle.
-
-    With `asynchronous` the caller must wait on the handle before it reads the result; otherwise the handle is
-    None.
-    """
+    """Start the reduce-scatter of (B, T, ...) into (B, T/tp, ...); return result and handle or None."""
     by_rank = x.unflatten(SEQUENCE_DIM, (axis.size, -1)).movedim(SEQUENCE_DIM, 0).contiguous()
     shard = torch.empty_like(by_rank[0])
     work = dist.reduce_scatter_tensor(shard, by_rank.flatten(0, 1), group=axis.group, async_op=asynchronous)
     return shard, work
 
 
-class _Copy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        return x.view_as(x)
+def _apply(x: Tensor, axis: Axis, forward: Operation, backward: Operation) -> Tensor:
+    return x if axis.size == 1 else _Region.apply(x, axis, forward, backward)  # type: ignore[no-untyped-call]
+
+
+class _Region(torch.autograd.Function):
+    """Applies one operation to x in the forward pass and another to its gradient in the backward pass."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return all_reduce(grad, ctx.axis), None
-
-
-class _Reduce(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        return all_reduce(x, axis)
+    def forward(ctx: Any, x: Tensor, axis: Axis, forward: Operation, backward: Operation) -> Tensor:
+        ctx.axis, ctx.operation = axis, backward
+        return forward(x, axis)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.operation(grad, ctx.axis), None, None, None
 
 
-class _GatherSequence(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        return all_gather_sequence(x, axis)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return reduce_scatter_sequence(grad, ctx.axis), None
-
-
-class _ReduceScatterSequence(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        return reduce_scatter_sequence(x, axis)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return all_gather_sequence(grad, ctx.axis), None
+def _identity(x: Tensor, axis: Axis) -> Tensor:
+    return x.view_as(x)

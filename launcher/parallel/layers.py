@@ -21,14 +21,7 @@ from launcher.parallel.collectives import (
     reduce_scatter_start,
 )
 from launcher.parallel.mesh import Axis
-from launcher.parallel.sharding import (
-    DrawFunction,
-    Initializer,
-    LogicalTensor,
-    normal,
-    padded_length,
-    zeros,
-)
+from launcher.parallel.sharding import DrawFunction, Initializer, LogicalTensor, normal, padded_length, zeros
 
 IGNORED_LABEL = -100
 
@@ -42,10 +35,7 @@ class TensorParallel:
     initializer: Initializer
 
     def leave(self, partial: Tensor) -> Tensor:
-        """Return the sum of (B, T, H) over the tensor ranks, by all-reduce.
-
-        Under sequence parallelism: this rank's (B, T/tp, H) of the sum, by reduce-scatter.
-        """
+        """Sum (B, T, H) over the tensor ranks: whole, or this rank's (B, T/tp, H) (reduce-scatter)."""
         if self.sequence_parallel:
             return reduce_scatter_sequence_region(partial, self.axis)
         return reduce_region(partial, self.axis)
@@ -221,7 +211,6 @@ def vocab_parallel_hits(logits: Tensor, labels: Tensor, vocabulary: int, axis: A
 
 
 def _mask_padding(logits: Tensor, vocabulary: int, axis: Axis) -> Tensor:
-    """Return the logits in fp32, with -inf for padding."""
     columns = logits.shape[-1]
     unpadded = min(max(vocabulary - axis.rank * columns, 0), columns)
     scores = logits.float()
@@ -240,10 +229,7 @@ def _local_labels(logits: Tensor, labels: Tensor, axis: Axis) -> tuple[Tensor, T
 
 
 def mean_loss(losses: Tensor, labels: Tensor) -> Tensor:
-    """Return the mean loss over labels that are not IGNORED_LABEL, a scalar; 0 if all labels are ignored.
-
-    losses and labels (B, T).
-    """
+    """Return the mean of (B, T) losses over labels that are not ignored; 0 if all are."""
     return losses.sum() / (labels != IGNORED_LABEL).sum().clamp(min=1)
 
 
@@ -275,7 +261,6 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
 
 
 def _reduced(x: Tensor, operation: Any, axis: Axis) -> Tensor:
-    """Reduce x in place over `axis`; return x."""
     if axis.size > 1:
         dist.all_reduce(x, op=operation, group=axis.group)
     return x

@@ -24,7 +24,6 @@ class MeshShape:
 
     @property
     def world_size(self) -> int:
-        """Return the number of ranks."""
         return self.pipeline * self.data * self.tensor
 
     def coordinates(self, rank: int) -> tuple[int, int, int]:
@@ -56,10 +55,7 @@ class MeshShape:
 
 @dataclass(frozen=True)
 class Axis:
-    """This rank's index on one axis of the mesh, the axis size and its process group.
-
-    `group` is None only if torch.distributed is not initialised.
-    """
+    """This rank's index on an axis of the mesh; `group` is None only without torch.distributed."""
 
     rank: int = 0
     size: int = 1
@@ -78,20 +74,13 @@ class ProcessMesh:
 
     @classmethod
     def create(cls, shape: MeshShape) -> "ProcessMesh":
-        """Create all process groups and return this rank's mesh. Collective over the world.
-
-        Every rank calls this method once, after torch.distributed is initialised.
-        """
+        """Create all process groups and return this rank's mesh. Collective over the world; call it once."""
         rank = dist.get_rank()
         assert shape.world_size == dist.get_world_size(), shape
         stage, data_rank, tensor_rank = shape.coordinates(rank)
-        return cls(
-            shape=shape,
-            rank=rank,
-            tensor=Axis(tensor_rank, shape.tensor, _create_groups(shape.tensor_groups(), rank)),
-            data=Axis(data_rank, shape.data, _create_groups(shape.data_groups(), rank)),
-            stage=stage,
-        )
+        tensor = Axis(tensor_rank, shape.tensor, _create_groups(shape.tensor_groups(), rank))
+        data = Axis(data_rank, shape.data, _create_groups(shape.data_groups(), rank))
+        return cls(shape, rank, tensor, data, stage)
 
     @classmethod
     def single(cls) -> "ProcessMesh":
@@ -109,14 +98,9 @@ class ProcessMesh:
     def get_model_parallel_group(self) -> Group | None:
         return self.tensor.group
 
-    def get_tensor_model_parallel_rank(self) -> int:
-        return self.tensor.rank
-
-    def get_tensor_model_parallel_world_size(self) -> int:
-        return self.tensor.size
-
-    def get_tensor_model_parallel_group(self) -> Group | None:
-        return self.tensor.group
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+    get_tensor_model_parallel_group = get_model_parallel_group
 
     def get_data_parallel_rank(self) -> int:
         return self.data.rank

@@ -44,11 +44,7 @@ class DropoutRandom:
             self._set(shared)
 
     def checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """Return the (forward, recomputation) contexts for torch.utils.checkpoint.
-
-        The recomputation draws the same local masks as the forward. torch restores the shared state by
-        itself.
-        """
+        """Return contexts of forward and recomputation: equal local masks (torch restores the shared)."""
         return nullcontext(), self._rewound(self._local)
 
     @contextmanager

@@ -40,7 +40,6 @@ class LogicalTensor:
 
     @property
     def is_split(self) -> bool:
-        """Return whether the tensor is sharded over the tensor ranks."""
         return self.split_dim is not None
 
 
@@ -86,10 +85,7 @@ class Initializer:
     axis: Axis
 
     def parameter(self, logical: LogicalTensor, draw: DrawFunction) -> nn.Parameter:
-        """Return this rank's shard of a parameter, in fp32 on the CPU.
-
-        `draw` makes the full logical tensor; peak memory is this one full parameter.
-        """
+        """Return this rank's shard in fp32 on the CPU; `draw` makes the full logical tensor."""
         generator = torch.Generator().manual_seed(seed_of(self.seed, logical.name))
         parameter = nn.Parameter(split(draw(logical.shape, generator), logical, self.axis).clone())
         parameter.logical = logical  # type: ignore[attr-defined]
@@ -124,12 +120,10 @@ def normal(std: float) -> DrawFunction:
 
 
 def zeros(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Return zeros. A DrawFunction."""
     return torch.zeros(shape, device="cpu")
 
 
 def ones(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Return ones. A DrawFunction."""
     return torch.ones(shape, device="cpu")
 
 

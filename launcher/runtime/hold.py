@@ -42,17 +42,10 @@ class Holder:
 
 @contextmanager
 def held(run_dir: Path) -> Iterator[list[str]]:
-    """Make the directory and hold it until the end of the block; yield notes to the user.
-
-    Raises ConfigError if another process holds it, OSError if it cannot be made or written.
-    """
+    """Make and hold the directory; yield notes to the user. Raises ConfigError if it is held, or OSError."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    me = Holder(
-        socket.gethostname(),
-        os.getpid(),
-        os.environ.get("SLURM_JOB_ID"),
-        time.strftime("%Y-%m-%d %H:%M:%S"),
-    )
+    job, now = os.environ.get("SLURM_JOB_ID"), time.strftime("%Y-%m-%d %H:%M:%S")
+    me = Holder(socket.gethostname(), os.getpid(), job, now)
     with (run_dir / HOLDER).open("a+") as file:
         notes = _lock(file, run_dir, me)
         file.truncate(0)

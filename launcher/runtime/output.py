@@ -1,7 +1,5 @@
 """The lines, progress display and metrics of a run: rank 0 writes them, the other ranks are silent."""
 
-from types import TracebackType
-
 from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
 from launcher.runtime.metrics.log import MetricsLog
@@ -26,9 +24,7 @@ class RunOutput:
     def __enter__(self) -> "RunOutput":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._log:
             self._log.close(failed=not self.finished)
 
@@ -41,12 +37,10 @@ class RunOutput:
         self.say(*[f"note     {note}" for note in notes])
 
     def log(self, row: Row) -> None:
-        """Write a row to metrics.jsonl and W&B."""
         if self._log:
             self._log.write(row)
 
     def say_where(self) -> None:
-        """Print where the metrics are."""
         if self._log:
             self.say(f"metrics  {self._directory.metrics}")
             if where := self._log.where():

@@ -51,10 +51,7 @@ class PlanCheck:
         return self._peak.size
 
     def after(self, times: StepTimes, allocated: int) -> tuple[Row, list[str]]:
-        """Return the plan's columns of a logged row, and lines for the user once memory is measured.
-
-        `allocated` is the maximum of allocated_bytes over the ranks.
-        """
+        """Return the plan's columns of a logged row, and lines for the user once memory is measured."""
         if "memory/allocated_bytes" in self._row:
             return self._row, []
         self._laps += times.laps

@@ -1,7 +1,6 @@
 """The progress display of a run: a bar on a terminal, plain lines in a log file."""
 
 import sys
-from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -21,13 +20,8 @@ class ProgressDisplay:
         self._last_logged = first_step - 1
         self._bar: Progress | None = None
         if visible and sys.stdout.isatty():
-            columns = (
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.description}"),
-            )
-            self._bar = Progress(*columns, console=Console())
+            columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._bar = Progress(*columns, TextColumn("{task.description}"), console=Console())
             self._task = self._bar.add_task("starting", total=steps)
 
     def __enter__(self) -> "ProgressDisplay":
@@ -35,9 +29,7 @@ class ProgressDisplay:
             self._bar.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()
 
@@ -59,7 +51,6 @@ class ProgressDisplay:
 
 
 def describe(row: Row) -> str:
-    """Return the values of a row that a person follows."""
     parts = [f"loss {row['train/loss']:.4f}", f"grad norm {row['train/grad_norm']:.3f}"]
     if "val/loss" in row:
         parts.append(f"validation loss {row['val/loss']:.4f}")

@@ -26,7 +26,6 @@ class Progress:
     blends: tuple[Segment, ...] = ()  # the blends so far; the last is in force
 
     def after(self, global_batch_size: int) -> "Progress":
-        """Return the progress after one more step."""
         return Progress(self.step + 1, self.samples + global_batch_size, self.blends)
 
 
@@ -38,14 +37,12 @@ class Start:
     source: Path | None = None
 
     def notes(self) -> list[str]:
-        """Return the lines that tell the user where the run starts."""
         lines = []
         blends = self.progress.blends
         if len(blends) > 1 and blends[-1].start == self.progress.samples:
             before, now = (as_typed(blend.weights) for blend in blends[-2:])
-            lines.append(
-                f"note     a new blend from sample {blends[-1].start} on: {now} (until then {before})"
-            )
+            change = f"a new blend from sample {blends[-1].start} on: {now} (until then {before})"
+            lines.append(f"note     {change}")
         if self.source and self.progress.step:
             lines.append(f"resumed  {self.source}, at step {self.progress.step}")
         elif self.source:
@@ -56,10 +53,7 @@ class Start:
 def start_from(
     run: RunConfig, engine: Engine, checkpoint: Path | None, initial: Weights | None, corpus: dict[str, str]
 ) -> Start:
-    """Restore `checkpoint`, or an older one if that is damaged; without one load the weights `initial`.
-
-    Collective over the world. Raises ConfigError for a checkpoint or weights that cannot be used.
-    """
+    """Restore `checkpoint`, or an older one if it is damaged, else load `initial`. Collective."""
     while checkpoint is not None:
         try:
             return Start(restored(run, engine, checkpoint, corpus), checkpoint)
@@ -67,7 +61,8 @@ def start_from(
             checkpoint = fallback_checkpoint(run, unusable)
     if initial is not None:
         try:
-            check_intact(initial)
+            if initial.kind is Kind.checkpoint:  # other weights have no checksums
+                check_checksums(initial.path, read_manifest(initial.path))
             load_initial_weights(engine, open_weights(initial))
         except UnusableCheckpoint as unusable:
             remedy = "weights that are intact: see `launcher checkpoint check`"
@@ -76,10 +71,7 @@ def start_from(
 
 
 def restored(run: RunConfig, engine: Engine, checkpoint: Path, corpus: dict[str, str]) -> Progress:
-    """Restore the engine from `checkpoint`; return the progress saved there. Collective over the world.
-
-    Raises UnusableCheckpoint for a damaged checkpoint, ConfigError for a checkpoint of another run.
-    """
+    """Restore the engine. Collective over the world. Raises UnusableCheckpoint, or ConfigError."""
     manifest = read_manifest(checkpoint)
     check_can_resume(run, checkpoint, manifest)
     check_same_corpus(corpus, checkpoint, manifest)
@@ -96,15 +88,6 @@ def blends_after(run: RunConfig, manifest: Manifest) -> tuple[Segment, ...]:
     if earlier and earlier[-1].weights == configured.weights:
         return earlier
     return *(blend for blend in earlier if blend.start < configured.start), configured
-
-
-def check_intact(weights: Weights) -> None:
-    """Raise UnusableCheckpoint if a checksum does not match; only checkpoints have checksums.
-
-    Collective over the world.
-    """
-    if weights.kind is Kind.checkpoint:
-        check_checksums(weights.path, read_manifest(weights.path))
 
 
 def check_checksums(checkpoint: Path, manifest: Manifest) -> None:

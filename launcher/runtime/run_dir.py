@@ -65,9 +65,8 @@ def claimed_run_dir(
             notes = stack.enter_context(held(path))
             directory = _claim(run, layout, path, run_id)
         except OSError as error:
-            raise ConfigError(
-                "run.dir", path, f"cannot be written: {error.strerror}", "a directory you may write to"
-            ) from None
+            why = f"cannot be written: {error.strerror}"
+            raise ConfigError("run.dir", path, why, "a directory you may write to") from None
         yield directory, notes
 
 
@@ -77,12 +76,8 @@ def start_of(run: RunConfig, path: Path) -> Path | None:
     checkpoint = checkpoint_to_resume(run, path)
     is_over = checkpoint is None and final_step(path) is not None
     if (path / CONFIG).exists() and (run.checkpoint.resume != "auto" or is_over):
-        raise ConfigError(
-            "run.dir",
-            path,
-            "already holds a run",
-            f"run.dir={_unused(path)}, or leave run.dir out for a fresh one",
-        )
+        remedy = f"run.dir={_unused(path)}, or leave run.dir out for a fresh one"
+        raise ConfigError("run.dir", path, "already holds a run", remedy)
     return checkpoint
 
 
@@ -93,7 +88,8 @@ def _claim(run: RunConfig, layout: Layout, path: Path, run_id: str) -> RunDir:
     if source := checkpoint or (initial and initial.path):
         carry_companions(source, path)
     (path / CONFIG).write_text(OmegaConf.to_yaml(OmegaConf.structured(run)))
-    (path / IDENTITY).write_text(json.dumps(_identity(run_id, layout), indent=2) + "\n")
+    identity = {"format": FORMAT, "id": run_id, "launcher": __version__, "layout": dataclasses.asdict(layout)}
+    (path / IDENTITY).write_text(json.dumps(identity, indent=2) + "\n")
     return RunDir(path.resolve(), run_id, checkpoint, initial)
 
 
@@ -124,9 +120,8 @@ def run_path(run: RunConfig, run_id: str = "", multirun_index: int | None = None
 
 
 def _unused(path: Path) -> Path:
-    return next(
-        candidate for n in range(2, 10**6) if not (candidate := path.with_name(f"{path.name}-{n}")).exists()
-    )
+    candidates = (path.with_name(f"{path.name}-{n}") for n in range(2, 10**6))
+    return next(candidate for candidate in candidates if not candidate.exists())
 
 
 def _id_of(path: Path) -> str | None:
@@ -134,7 +129,3 @@ def _id_of(path: Path) -> str | None:
         return str(json.loads((path / IDENTITY).read_text())["id"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def _identity(run_id: str, layout: Layout) -> dict[str, Any]:
-    return {"format": FORMAT, "id": run_id, "launcher": __version__, "layout": dataclasses.asdict(layout)}

@@ -40,10 +40,7 @@ def generate(config: GenerateConfig, run_dir: Path) -> str:
 
 
 def tokenizer_of(run: RunConfig, config: GenerateConfig, run_dir: Path) -> Tokenizer:
-    """Return the tokenizer that `config` names or the run recorded; bytes if the run's text is bytes.
-
-    Raises ConfigError if there is no tokenizer.
-    """
+    """Return the tokenizer of `config` or of the run; bytes if its text is bytes. Raises ConfigError."""
     recorded = run_dir / COMPANIONS / TOKENIZER
     if config.tokenizer is not None:
         return HuggingFace(Path(config.tokenizer).expanduser(), field="tokenizer")

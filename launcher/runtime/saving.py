@@ -1,6 +1,7 @@
 """When a run is saved: at intervals of steps or minutes, at the last step, and when it is asked to stop."""
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 
 from torch import Tensor
@@ -69,28 +70,25 @@ class Checkpoints:
         if not (agreed.save_due or self._is_interval(progress.step) or self.stopping or last):
             return []
         self._saved_at = time.monotonic()
-        try:
-            self._writer.save(self._manifest(progress, validation_loss))
-        except CheckpointError as error:
-            return [self._failed(error)]
-        return []
+        return self._failure_of(lambda: self._writer.save(self._manifest(progress, validation_loss)))
 
     def close(self) -> list[str]:
         """Wait until the last checkpoint is written; return notes to the user. Collective over the world."""
-        try:
-            self._writer.wait()
-        except CheckpointError as error:
-            return [self._failed(error)]
-        return []
+        return self._failure_of(self._writer.wait)
 
     def _is_interval(self, step: int) -> bool:
         interval = self.run.checkpoint.interval_steps
         return bool(interval and step % interval == 0)
 
-    def _failed(self, error: CheckpointError) -> str:
-        if self.run.checkpoint.stop_on_error:
-            raise error
-        return f"a checkpoint could not be written, those before it are intact: {error}"
+    def _failure_of(self, write: Callable[[], object]) -> list[str]:
+        """Return a note if `write` fails, or raise with checkpoint.stop_on_error."""
+        try:
+            write()
+        except CheckpointError as error:
+            if self.run.checkpoint.stop_on_error:
+                raise
+            return [f"a checkpoint could not be written, those before it are intact: {error}"]
+        return []
 
     def _manifest(self, progress: Progress, validation_loss: float | None) -> Manifest:
         return Manifest(

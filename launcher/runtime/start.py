@@ -13,7 +13,6 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -33,17 +32,7 @@ from launcher.runtime.run_dir import LOGS, RunDir, claimed_run_dir, run_path
 _CONSEQUENCE_WAITS = 15.0
 
 
-@dataclass(frozen=True)
-class _Placement:
-    """A rank, its number on its node, and how it meets the other ranks."""
-
-    rank: int
-    local_rank: int
-    init_method: str
-
-
 def launch_on_this_machine(run: RunConfig, layout: Layout, *, cores: int, multirun_index: int | None) -> None:
-    """Start the ranks and wait for them; raise as run_local_ranks does."""
     with claimed_run_dir(run, layout, multirun_index=multirun_index) as (directory, notes):
         announce(layout, directory, notes)
         share_cores(layout.world_size, cores)
@@ -67,7 +56,7 @@ def launch_on_this_machine(run: RunConfig, layout: Layout, *, cores: int, multir
 
 def launch_on_this_node(run: RunConfig, layout: Layout, node: NodeEnvironment, *, cores: int) -> None:
     """Start the ranks of this node of several and wait for them; raise as run_local_ranks does."""
-    share_cores(node.ranks_per_node, cores)
+    share_cores(node.local_size, cores)
     if layout.device == "cpu":
         preload(layout.device)
     os.environ.update(MASTER_ADDR=node.master_addr, MASTER_PORT=str(node.master_port))
@@ -93,10 +82,8 @@ def _recorded_ends(ranks: range) -> Iterator[None]:
     try:
         yield
     except RankFailure as failure:
-        if not failure.secondary:
-            record_end(
-                failure.rank, RankEndKind.failed, str(failure)
-            )  # a killed rank has not recorded its end
+        if not failure.secondary:  # a killed rank has not recorded its end
+            record_end(failure.rank, RankEndKind.failed, str(failure))
         raise
     except Stopped:
         if not all_recorded(ranks):
@@ -110,7 +97,6 @@ def _start_method(layout: Layout) -> Literal["fork", "spawn"]:
 
 
 def preload(device: str) -> None:
-    """Import the modules that a rank needs, before ranks are forked."""
     from launcher.engine.distributed import prepare_deepspeed
 
     prepare_deepspeed(device)
@@ -118,32 +104,25 @@ def preload(device: str) -> None:
 
 
 def local_rank(rank: int, *, run: RunConfig, layout: Layout, directory: RunDir, meeting: Path) -> None:
-    """Train as a rank that launch_on_this_machine started."""
-    placement = _Placement(rank, local_rank=rank, init_method=f"file://{meeting}")
     with _recorded_end(rank):
-        run_rank(run, layout, placement, nullcontext(directory), stop=None)
+        run_rank(run, layout, rank, rank, f"file://{meeting}", nullcontext(directory), stop=None)
 
 
 def node_rank(rank: int, *, run: RunConfig, layout: Layout, first: int) -> None:
     """Train as a rank that launch_on_this_node started; `first` is the first rank of the node."""
-    placement = _Placement(rank, local_rank=rank - first, init_method="env://")
     with _recorded_end(rank):
-        run_rank(run, layout, placement, _agreed_run_dir(run, layout, rank), stop=None)
+        run_rank(run, layout, rank, rank - first, "env://", _agreed_run_dir(run, layout, rank), stop=None)
 
 
 def join_ranks(run: RunConfig, layout: Layout, ranks: RankEnvironment) -> None:
-    """Train as a rank that torchrun or srun started. The first rank claims the run directory for all ranks.
-
-    Raises RankFailure, ConfigError, and SystemExit after a stop.
-    """
+    """Train as a rank of torchrun or srun. Raises RankFailure, ConfigError, and SystemExit after a stop."""
     share_cores_with_tasks(ranks.local_size)
     os.environ.update(MASTER_ADDR=ranks.master_addr, MASTER_PORT=str(ranks.master_port))
-    placement = _Placement(ranks.rank, local_rank=ranks.local_rank, init_method="env://")
-    stop = StopRequest()
+    claimed, stop = _agreed_run_dir(run, layout, ranks.rank), StopRequest()
     try:
         # Listen from start to end: a signal before the first step or a second signal must not end it.
         with _recorded_end(ranks.rank), stop if stop_grace(run) else nullcontext():
-            run_rank(run, layout, placement, _agreed_run_dir(run, layout, ranks.rank), stop)
+            run_rank(run, layout, ranks.rank, ranks.local_rank, "env://", claimed, stop)
     except SystemExit:
         if not all_recorded([ranks.rank]):
             raise
@@ -153,10 +132,7 @@ def join_ranks(run: RunConfig, layout: Layout, ranks: RankEnvironment) -> None:
 
 
 def joined_rank_error(ranks: RankEnvironment, error: Exception, *, stop_asked: bool) -> BaseException:
-    """Return the exception that a rank of torchrun or srun ends with. The first rank to end is reported.
-
-    A rank that only lost a peer waits, or ends silently if it was asked to stop.
-    """
+    """Return the exception to end with. A rank that only lost a peer waits, or is silent after a stop."""
     failure = failure_of(ranks.rank, error)
     if failure.secondary or (failure.refusal and ranks.rank > 0):
         if stop_asked:  # by srun or torchrun, which saw the first rank end
@@ -168,27 +144,20 @@ def joined_rank_error(ranks: RankEnvironment, error: Exception, *, stop_asked: b
 def run_rank(
     run: RunConfig,
     layout: Layout,
-    placement: _Placement,
+    rank: int,
+    local_rank: int,
+    init_method: str,
     claimed: AbstractContextManager[RunDir],
     stop: StopRequest | None,
 ) -> None:
-    """Join the other ranks, train, leave. Raises SystemExit after a stop.
-
-    `stop` is a request that already listens for signals, or None.
-    """
+    """Join the other ranks, train, leave; `stop` listens already. Raises SystemExit after a stop."""
     from launcher.engine.distributed import join, leave, prepare_deepspeed
 
     prepare_deepspeed(layout.device)
     from launcher.runtime.train import training_run
 
-    device = join(
-        rank=placement.rank,
-        world_size=layout.world_size,
-        local_rank=placement.local_rank,
-        device=layout.device,
-        init_method=placement.init_method,
-        timeout_minutes=run.launch.timeout_minutes,
-    )
+    minutes = run.launch.timeout_minutes
+    device = join(rank, layout.world_size, local_rank, layout.device, init_method, minutes)
     with claimed as directory:
         finished = training_run(run, layout, directory, device, stop)
     leave()
@@ -207,14 +176,8 @@ def _recorded_end(rank: int) -> Iterator[None]:
         raise
     except Exception as error:
         failure = failure_of(rank, error)
-        kind = (
-            RankEndKind.refused
-            if failure.refusal
-            else RankEndKind.lost
-            if failure.secondary
-            else RankEndKind.failed
-        )
-        record_end(rank, kind, error)
+        kind = RankEndKind.lost if failure.secondary else RankEndKind.failed
+        record_end(rank, RankEndKind.refused if failure.refusal else kind, error)
         raise
 
 
@@ -240,7 +203,6 @@ def _agreed_run_dir(run: RunConfig, layout: Layout, rank: int) -> Iterator[RunDi
 
 
 def announce(layout: Layout, directory: RunDir, notes: Sequence[str] = ()) -> None:
-    """Print notes, layout and run directory."""
     for note in (*layout.notes, *notes):
         print(f"note     {note}")
     print(f"layout   {layout.describe()}")

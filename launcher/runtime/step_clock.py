@@ -33,7 +33,6 @@ class StepClock:
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Measure one step."""
         if self._started is None:
             self._started = time.perf_counter()
         yield
@@ -54,5 +53,4 @@ class StepClock:
         self._started, self._lap_steps = None, 0
 
     def restart(self) -> None:
-        """Begin new times, after a logged step."""
         self.times = StepTimes()

@@ -32,7 +32,7 @@ from launcher.runtime.plan_check import PlanCheck
 from launcher.runtime.resume import Progress, start_from
 from launcher.runtime.run_dir import RunDir
 from launcher.runtime.saving import Checkpoints
-from launcher.runtime.step_clock import StepClock, StepTimes
+from launcher.runtime.step_clock import StepClock
 from launcher.runtime.validation import is_validation_step, validation_row
 from launcher.runtime.watchdog import Watchdog
 
@@ -57,10 +57,7 @@ class Session:
 def training_run(
     run: RunConfig, layout: Layout, directory: RunDir, device: torch.device, stop: StopRequest | None
 ) -> bool:
-    """Train to the last step or until a stop; return whether the run is finished. Collective over the world.
-
-    `stop` is a request that already listens for signals; without it this run listens while it trains.
-    """
+    """Train to the last step or a stop; return whether the run is finished. Collective over the world."""
     with Watchdog(directory.path, run.launch.timeout_minutes) as watchdog:
         data = open_data(run)
         engine = build_engine(run, layout, device)
@@ -106,7 +103,6 @@ def training_loop(session: Session, progress: Progress) -> int:
 
 
 def optimizer_step(run: RunConfig, engine: Engine, loader: Loader, progress: Progress) -> StepResult:
-    """Take the optimizer step after `progress`. Collective over the world."""
     step = progress.step + 1
     engine.set_learning_rate(rate_of(run, step))
     engine.random.begin_step(step)
@@ -134,7 +130,7 @@ def end_step(session: Session, progress: Progress, blend: Blend, result: StepRes
     row = None
     if is_logged(run, step, session.last):
         plan_row, lines = session.plan_check.after(session.clock.times, agreed.allocated_bytes)
-        row = training_row(run, session.layout, progress, result, agreed, session.clock.times)
+        row = training_row(session, progress, result, agreed)
         row |= plan_row | scores | memory_row(agreed) | epochs(blend, progress)
         session.output.say(*lines)
         session.output.log(row)
@@ -149,7 +145,7 @@ def finish(session: Session, directory: RunDir, step: int) -> bool:
     """Write the final weights of a finished run, or tell how a stopped run continues; return which."""
     output = session.output
     if step < session.last:
-        output.say(f"stopped  at step {step}: the same with run.dir={directory.path} goes on")
+        output.say(f"stopped  at step {step}: the same command with run.dir={directory.path} resumes")
         return False
     if session.last > 0:
         session.watchdog.at("the final weights")
@@ -176,16 +172,9 @@ def rate_of(run: RunConfig, step: int) -> float:
     return learning_rate(run.optimizer, run.scheduler, step=step, steps=run.training.steps)
 
 
-def training_row(
-    run: RunConfig,
-    layout: Layout,
-    progress: Progress,
-    result: StepResult,
-    agreed: WorldValues,
-    times: StepTimes,
-) -> Row:
+def training_row(session: Session, progress: Progress, result: StepResult, agreed: WorldValues) -> Row:
     """Return the metrics of a logged step; times are means over the steps since the logged step before."""
-    length = sequence_length(run)
+    run, times, length = session.run, session.clock.times, sequence_length(session.run)
     return {
         "step": progress.step,
         "train/loss": agreed.loss,
@@ -193,7 +182,7 @@ def training_row(
         "train/lr": rate_of(run, progress.step),
         "train/samples": progress.samples,
         "train/tokens": progress.samples * length,
-        **performance(run, layout, length, times.per_step),
+        **performance(run, session.layout, length, times.per_step),
         "perf/data_wait": times.data_wait / times.seconds,
     }
 
@@ -214,7 +203,6 @@ def performance(run: RunConfig, layout: Layout, length: int, elapsed: float) -> 
 
 
 def memory_row(agreed: WorldValues) -> Row:
-    """Return the largest peak memory of a rank, and that rank."""
     return {"memory/peak_bytes": agreed.peak_bytes, "memory/peak_rank": agreed.peak_rank}
 
 

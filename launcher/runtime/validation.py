@@ -15,10 +15,7 @@ def is_validation_step(run: RunConfig, step: int, last: int) -> bool:
 
 
 def validation_row(run: RunConfig, engine: Engine, data: Data, step: int) -> Row:
-    """Return the validation losses after `step`; after the run's last step also those of a test set.
-
-    Collective over the world.
-    """
+    """Return the validation losses, after the last step also those of a test set. Collective."""
     row = loss_row(run, engine, data.validation, "val/loss")
     if step and step == run.training.steps and data.test:
         row |= loss_row(run, engine, data.test, "test/loss")
@@ -26,10 +23,7 @@ def validation_row(run: RunConfig, engine: Engine, data: Data, step: int) -> Row
 
 
 def loss_row(run: RunConfig, engine: Engine, sources: dict[str, Samples], name: str) -> Row:
-    """Return the loss of each source and, for a blend, their mean by the blend's weights.
-
-    Collective over the world.
-    """
+    """Return the loss of each source and their mean by the blend's weights. Collective over the world."""
     losses = {source: validation_loss(run, engine, samples) for source, samples in sources.items()}
     accuracy = engine.accuracy()
     weights = {source: run.data.weights.get(source, 1.0) for source in losses}

@@ -14,7 +14,6 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 
 import torch.distributed as dist
 
@@ -40,10 +39,7 @@ class RankPosition:
 
 
 class Watchdog:
-    """Ends the process if nothing ends for `timeout_minutes`. Call `at` when something begins.
-
-    A context on every rank. Creating it is collective over the world: host names are gathered.
-    """
+    """Ends the process if nothing ends in time; call `at` when something begins. Collective to create."""
 
     def __init__(self, run_dir: Path, timeout_minutes: float) -> None:
         self.timeout = 60 * timeout_minutes
@@ -61,9 +57,7 @@ class Watchdog:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._ended.set()
         self._thread.join()
 

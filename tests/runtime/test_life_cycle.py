@@ -1,4 +1,4 @@
-"""A rank that fails, Ctrl-C, torchrun: the job ends promptly, says why once, and leaves nothing behind."""
+"""A job ends promptly after a failed rank, a signal or torchrun's stop: one message, no processes left."""
 
 import os
 import signal
@@ -52,7 +52,7 @@ def wait_until(holds: Callable[[], bool]) -> None:
 
 
 def survivors(folder: Path) -> list[str]:
-    """Processes that work in `folder`."""
+    """Return the processes whose working directory is `folder`."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
@@ -70,7 +70,7 @@ def survivors(folder: Path) -> list[str]:
         ("os.kill(os.getpid(), 9)", "rank 1 of 2 was killed by SIGKILL"),
     ],
 )
-def test_a_rank_that_fails_ends_the_job_with_its_own_story(fault: str, said: str, tmp_path: Path) -> None:
+def test_a_failed_rank_ends_the_job_and_is_reported_once(fault: str, said: str, tmp_path: Path) -> None:
     program = FAULTY.format(fault=fault)
     process = started(*SMALL, "run.dir=r", "parallelism.data=2", cwd=tmp_path, program=program)
     _, error = process.communicate(timeout=60)
@@ -99,7 +99,9 @@ QUICK = {(signal.SIGINT, True), (signal.SIGUSR1, True), (signal.SIGTERM, False)}
         for case in product(ENDS, (True, False))
     ],
 )
-def test_an_interrupted_run_ends_cleanly(number: signal.Signals, saving: bool, tmp_path: Path) -> None:
+def test_a_signal_ends_the_run_without_leftovers(
+    number: signal.Signals, saving: bool, tmp_path: Path
+) -> None:
     code, said = ENDS[number]
     long_run = [*SMALL, "run.dir=r", "parallelism.data=2", "training.steps=100000"]
     grace = [] if saving else ["checkpoint.stop_grace_seconds=null"]
@@ -114,8 +116,8 @@ def test_an_interrupted_run_ends_cleanly(number: signal.Signals, saving: bool, t
     assert [read_manifest(path).step for path in saved] == ([last] if saving else [])
 
 
-def test_a_run_that_was_stopped_goes_on_from_there(tmp_path: Path) -> None:
-    """Bit by bit, and with every sample once, as the rows of all its steps show."""
+def test_a_stopped_run_resumes_at_its_step(tmp_path: Path) -> None:
+    """The losses of all steps equal those of an uninterrupted run: every sample is read once."""
     run = ["parallelism.data=2", "training.steps=40", "training.validation_interval=0"]
     trained(*run, "run.dir=whole", cwd=tmp_path)
     process = started(*SMALL, *run, "run.dir=r", cwd=tmp_path)
@@ -124,7 +126,7 @@ def test_a_run_that_was_stopped_goes_on_from_there(tmp_path: Path) -> None:
     out, _ = process.communicate(timeout=60)
     stopped_at = len(metrics(tmp_path / "r"))
     assert 3 < stopped_at < 40
-    assert f"stopped  at step {stopped_at}: the same with run.dir={tmp_path / 'r'} goes on" in out
+    assert f"stopped  at step {stopped_at}: the same command with run.dir={tmp_path / 'r'} resumes" in out
     assert f"at step {stopped_at}\n" in trained(*run, "run.dir=r", cwd=tmp_path)
     names = ("step", "train/samples", "train/loss", "train/grad_norm", "val/loss")
     one, other = (
@@ -144,7 +146,7 @@ main()
 
 
 @pytest.mark.parametrize("impatient", ["Ctrl-C", "grace"])
-def test_a_save_that_takes_too_long_is_cut_off(impatient: str, tmp_path: Path) -> None:
+def test_a_save_that_exceeds_the_grace_period_is_ended(impatient: str, tmp_path: Path) -> None:
     grace = ["checkpoint.stop_grace_seconds=1"] if impatient == "grace" else []
     long_run = ["run.dir=r", "training.steps=100000", *grace]
     process = started(*SMALL, *long_run, cwd=tmp_path, program=SLOW_SAVE)
@@ -160,7 +162,7 @@ def test_a_save_that_takes_too_long_is_cut_off(impatient: str, tmp_path: Path) -
     assert checkpoints_in(tmp_path / "r") == []
 
 
-def test_ctrl_c_during_the_first_imports_ends_like_any_other(tmp_path: Path) -> None:
+def test_ctrl_c_during_the_first_imports_ends_the_run(tmp_path: Path) -> None:
     (tmp_path / "hydra.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
     surroundings = environment()
     surroundings["PYTHONPATH"] = f"{tmp_path}{os.pathsep}{surroundings.get('PYTHONPATH', '')}"
@@ -178,13 +180,13 @@ TORCHRUN = [
 
 
 def torchrun(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
-    """Start the ranks by torchrun, in a process group of their own, as a terminal does."""
+    """Start the ranks with torchrun, in a new process group, as a terminal does."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     command = [*AS_USUAL, *TORCHRUN, *SMALL, *arguments]
     return subprocess.Popen(command, cwd=cwd, env=environment(), text=True, process_group=0, **pipes)
 
 
-def test_under_torchrun_it_joins_the_ranks_that_are_there(tmp_path: Path) -> None:
+def test_under_torchrun_the_launcher_joins_its_ranks(tmp_path: Path) -> None:
     process = torchrun("run.dir=r", "parallelism=tp2", "training.steps=2", cwd=tmp_path)
     out, error = process.communicate(timeout=120)
     assert process.returncode == 0, out + error
@@ -193,7 +195,7 @@ def test_under_torchrun_it_joins_the_ranks_that_are_there(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_under_torchrun_it_is_saved_on_sigterm(tmp_path: Path) -> None:
+def test_under_torchrun_sigterm_saves_the_run(tmp_path: Path) -> None:
     process = torchrun("run.dir=r", "parallelism=tp2", "training.steps=100000", cwd=tmp_path)
     wait_for_rows(tmp_path / "r", 1, process)
     process.terminate()
@@ -203,8 +205,8 @@ def test_under_torchrun_it_is_saved_on_sigterm(tmp_path: Path) -> None:
     assert survivors(tmp_path) == []
 
 
-def test_who_lost_the_others_and_was_told_to_stop_has_nothing_to_add() -> None:
-    """As when srun ends the ranks of one that failed, and they are in a collective at that time."""
+def test_a_rank_that_lost_its_peers_during_a_stop_is_silent() -> None:
+    """srun ends all ranks after one has failed, while they wait in a collective."""
     ranks = RankEnvironment(3, 4, local_rank=1, local_size=2, master_addr="node1", master_port=1)
     lost = RuntimeError("Connection closed by peer")
     assert isinstance(joined_rank_error(ranks, lost, stop_asked=True), SystemExit)

@@ -1,4 +1,4 @@
-"""W&B: one rank, one run, the composed config; offline files read back, and a server that does not answer."""
+"""W&B: one run for all starts, with the composed config; offline files; a server that does not answer."""
 
 import json
 import shutil
@@ -36,7 +36,7 @@ WITHOUT_SERVICE = AFTER_STEP_3.format(fault="os.system('pkill -TERM -P %d' % os.
 
 
 def wandb_rows(run_dir: Path) -> list[dict[str, Any]]:
-    """The history of all starts, as W&B has it."""
+    """Return the history of all starts that is in W&B's files."""
     rows = []
     for fragment in fragments(run_dir):
         for record in records(fragment):
@@ -60,11 +60,11 @@ def logged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "r"
 
 
-def test_the_history_is_that_of_metrics_jsonl(logged: Path) -> None:
+def test_the_history_equals_metrics_jsonl(logged: Path) -> None:
     assert wandb_rows(logged) == metrics(logged)
 
 
-def test_the_run_has_the_composed_config_and_the_directorys_identity(logged: Path) -> None:
+def test_the_run_has_the_composed_config_and_the_id_of_the_directory(logged: Path) -> None:
     [fragment] = fragments(logged)
     run = next(record.run for record in records(fragment) if record.HasField("run"))
     assert run.run_id == json.loads((logged / "run.json").read_text())["id"]
@@ -76,7 +76,7 @@ def test_the_run_has_the_composed_config_and_the_directorys_identity(logged: Pat
 
 
 @pytest.mark.slow
-def test_a_server_that_does_not_answer_is_given_up_and_said(tmp_path: Path) -> None:
+def test_logging_continues_offline_if_the_server_does_not_answer(tmp_path: Path) -> None:
     out = trained(
         "logging=wandb", "run.dir=r", "parallelism.data=1", "training.steps=1", cwd=tmp_path,
         WANDB_API_KEY="0" * 40, WANDB_BASE_URL="http://127.0.0.1:9",
@@ -95,7 +95,7 @@ def test_a_server_that_does_not_answer_is_given_up_and_said(tmp_path: Path) -> N
         (WandbMode.disabled, {"WANDB_MODE": "online"}, "disabled"),
     ],
 )
-def test_the_mode(
+def test_wandb_mode_is_resolved(
     mode: WandbMode,
     environment: dict[str, str],
     expected: str,
@@ -110,7 +110,7 @@ def test_the_mode(
     assert resolved_mode(mode) == expected
 
 
-def test_a_netrc_entry_is_a_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_netrc_entry_counts_as_an_api_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -121,8 +121,8 @@ def test_a_netrc_entry_is_a_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_what_a_killed_start_had_logged_is_not_logged_again(tmp_path: Path) -> None:
-    """It went on after the checkpoint that the next start goes on from: those steps are taken twice."""
+def test_a_resumed_run_does_not_log_a_step_twice(tmp_path: Path) -> None:
+    """The killed start trained beyond its last checkpoint, so the next start repeats those steps."""
     run = ["logging=wandb", "run.dir=r", "parallelism.data=1", "checkpoint.interval_steps=2"]
     run.append("checkpoint.asynchronous=false")
     started(*SMALL, *run, "training.steps=6", cwd=tmp_path, program=KILLED).wait()
@@ -142,8 +142,8 @@ def cut_after_step_3(fragment: Path) -> None:
     assert steps_in(fragment) == [1, 2, 3]
 
 
-def test_what_a_killed_start_had_not_logged_yet_is_logged_by_the_next(tmp_path: Path) -> None:
-    """As when its node dies: the end of W&B's file never reaches the disk. `launcher sync` does the same."""
+def test_the_next_start_logs_the_steps_that_a_killed_start_lost(tmp_path: Path) -> None:
+    """A node died before the end of W&B's file reached the disk. `launcher sync` logs the steps too."""
     run = ["logging=wandb", "run.dir=r", "parallelism.data=1"]
     trained(*run, "training.steps=9", "training.stop_at=6", cwd=tmp_path)
     [fragment] = fragments(tmp_path / "r")
@@ -159,7 +159,7 @@ def test_what_a_killed_start_had_not_logged_yet_is_logged_by_the_next(tmp_path: 
     assert len(metrics(tmp_path / "ended")) == 6
 
 
-def test_only_what_will_not_be_written_any_more_is_uploaded(tmp_path: Path) -> None:
+def test_a_file_that_is_still_written_is_not_uploaded(tmp_path: Path) -> None:
     fragment = tmp_path / "run-x.wandb"
     fragment.write_bytes(b":W&B\xe1\xbe\x00")
     now = fragment.stat().st_mtime
@@ -171,8 +171,8 @@ def test_only_what_will_not_be_written_any_more_is_uploaded(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_training_goes_on_where_wandbs_own_process_is_killed(tmp_path: Path) -> None:
-    """As by the SIGTERM that Slurm sends to all processes of a job; the next start logs what is missing."""
+def test_training_continues_if_the_process_of_wandb_is_killed(tmp_path: Path) -> None:
+    """Slurm sends SIGTERM to all processes of a job. The next start logs the missing steps."""
     run = ["logging=wandb", "run.dir=r", "parallelism.data=1"]
     steps = ["training.steps=8", "training.stop_at=5"]
     process = started(*SMALL, *run, *steps, cwd=tmp_path, program=WITHOUT_SERVICE)
@@ -190,7 +190,7 @@ def identity_of(run_dir: Path) -> str:
     return str(json.loads((run_dir / "run.json").read_text())["id"])
 
 
-def test_a_server_that_does_not_answer_is_named(tmp_path: Path) -> None:
+def test_sync_names_a_server_that_does_not_answer(tmp_path: Path) -> None:
     trained("logging=wandb", "run.dir=r", "parallelism.data=1", "training.steps=1", cwd=tmp_path)
     nowhere = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40}
     done = launcher("sync", "r", cwd=tmp_path, **nowhere)
@@ -200,8 +200,8 @@ def test_a_server_that_does_not_answer_is_named(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_starts_offline_and_online_are_one_run_on_the_server(tmp_path: Path) -> None:
-    """Two starts offline, uploaded together; then one online, which takes two of their steps again."""
+def test_offline_and_online_starts_are_one_run_on_the_server(tmp_path: Path) -> None:
+    """Two offline starts are uploaded together; then an online start repeats two of their steps."""
     run = ["logging=wandb", "run.dir=r", "parallelism.data=1", "training.steps=9"]
     trained(*run, "training.stop_at=3", cwd=tmp_path)
     trained(*run, "training.stop_at=6", "checkpoint.keep_last=9", cwd=tmp_path)
@@ -222,8 +222,8 @@ def test_starts_offline_and_online_are_one_run_on_the_server(tmp_path: Path) -> 
         assert server.steps(name) == list(range(1, 10))
 
 
-def test_a_server_gets_what_it_has_missed(tmp_path: Path) -> None:
-    """The run began offline, and nothing of that was uploaded."""
+def test_an_online_start_uploads_the_steps_of_offline_starts(tmp_path: Path) -> None:
+    """The run began offline, and its files were not uploaded."""
     run = ["logging=wandb", "run.dir=r", "parallelism.data=1", "training.steps=6"]
     trained(*run, "training.stop_at=3", cwd=tmp_path)
     with wandb_server() as server:

@@ -1,4 +1,4 @@
-"""Who may train a run, and when it is over."""
+"""The lock on a run directory, and when a run counts as finished."""
 
 import os
 import signal
@@ -18,7 +18,7 @@ from tests.runtime.test_life_cycle import survivors, wait_for_rows
 RUN = [*SMALL, "run.dir=r", "parallelism.data=2"]
 
 
-def test_one_run_is_trained_in_one_place_at_a_time(tmp_path: Path) -> None:
+def test_only_one_process_trains_a_run_at_a_time(tmp_path: Path) -> None:
     first = started(*RUN, "training.steps=100000", cwd=tmp_path)
     wait_for_rows(tmp_path / "r", 2, first)
     second = launcher(*RUN, "training.steps=100000", cwd=tmp_path)
@@ -44,7 +44,7 @@ def holding(folder: Path, seconds: float, **extra: str) -> subprocess.Popen[str]
     return process
 
 
-def test_one_that_is_about_to_end_is_waited_for(tmp_path: Path) -> None:
+def test_a_start_waits_for_a_holder_that_is_about_to_end(tmp_path: Path) -> None:
     process = holding(tmp_path, 1.0)
     with held(tmp_path) as notes:
         assert notes == []
@@ -52,7 +52,9 @@ def test_one_that_is_about_to_end_is_waited_for(tmp_path: Path) -> None:
     process.communicate()
 
 
-def test_a_job_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_refusal_names_the_slurm_job_that_holds_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(hold, "_PATIENCE", 0.1)
     process = holding(tmp_path, 60.0, SLURM_JOB_ID="42")
     with (
@@ -64,7 +66,7 @@ def test_a_job_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     process.communicate()
 
 
-def test_what_the_same_job_held_on_a_lost_node_is_waited_for(
+def test_a_start_waits_longer_for_its_own_job_on_a_lost_node(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(hold, "_PATIENCE", 0.0)
@@ -76,7 +78,7 @@ def test_what_the_same_job_held_on_a_lost_node_is_waited_for(
     assert capsys.readouterr().err.count("is still held by job 42, process ") == 1
 
 
-def test_where_there_are_no_locks_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_without_locks_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_locks(*_: object) -> None:
         raise OSError(38, "Function not implemented")
 
@@ -103,8 +105,8 @@ def test_a_refusal_makes_no_directory(field: str, tmp_path: Path) -> None:
     assert not (tmp_path / "r").exists()
 
 
-def test_killed_before_its_final_weights_it_goes_on_to_write_them(tmp_path: Path) -> None:
-    """And those that an earlier end left are not taken for them, whatever layout wrote them."""
+def test_a_run_killed_before_its_final_weights_resumes_and_writes_them(tmp_path: Path) -> None:
+    """Final weights of an earlier end do not count, whatever layout wrote them."""
     trained(*RUN, "training.steps=6", "training.stop_at=3", cwd=tmp_path)
     assert final_step(tmp_path / "r") == 3
     weights = tmp_path / "r" / "weights"
@@ -129,7 +131,7 @@ def test_killed_before_its_final_weights_it_goes_on_to_write_them(tmp_path: Path
 
 
 @pytest.mark.slow
-def test_half_written_final_weights_are_no_end_of_a_run(tmp_path: Path) -> None:
+def test_a_run_with_incomplete_final_weights_is_not_finished(tmp_path: Path) -> None:
     run = [*RUN, "training.steps=3", "checkpoint.enabled=false"]
     trained(*run, cwd=tmp_path)
     [file] = (tmp_path / "r" / "weights").iterdir()
@@ -148,13 +150,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_of_another_model_that_is_said_first(finished: Path) -> None:
-    """Not that no step is left to train, whose remedy would then be refused."""
+def test_another_model_is_refused_first(finished: Path) -> None:
+    """Otherwise the refusal would be that no step is left, and its remedy would be refused next."""
     done = launcher(*RUN, "training.steps=2", "model.num_layers=3", cwd=finished)
     assert "model.num_layers=3: " in done.stderr
 
 
-def test_a_run_that_is_over_is_not_submitted(finished: Path) -> None:
+def test_a_finished_run_is_not_submitted(finished: Path) -> None:
     on_nodes = ["hardware.accelerators_per_node=2", "training.steps=2", "submit.dry_run=true"]
     done = launcher("submit", *RUN, *on_nodes, cwd=finished)
     assert done.returncode == 2

@@ -152,7 +152,7 @@ def given_up(fault: str, tasks: str, cluster: Cluster, folder: Path) -> str:
         "checkpoint.interval_steps=2",
     )  # fmt: skip
     log = job.end("FAILED")
-    assert "failed 3 times alike after step 3 and is given up" in log
+    assert "giving up after 3 identical failures after step 3" in log
     assert job.starts() == 1
     return log
 
@@ -172,7 +172,7 @@ def test_a_run_killed_three_times_after_the_same_step_is_stopped(
 def test_three_identical_failures_stop_the_job(tasks: str, cluster: Cluster, tmp_path: Path) -> None:
     log = given_up(FAULT, tasks, cluster, tmp_path)
     assert log.count("RuntimeError: disk on fire) and starts again") == 2
-    assert "failed 3 times alike after step 3 and is given up: RuntimeError: disk on fire" in log
+    assert "giving up after 3 identical failures after step 3: RuntimeError: disk on fire" in log
     assert log.count("Traceback") == 3
     assert "Connection closed" not in log
 
@@ -209,7 +209,7 @@ def test_only_the_signalled_task_of_an_array_is_requeued(cluster: Cluster, tmp_p
     cluster.start_now(last.number)
     log = last.end("COMPLETED")
     first.end("COMPLETED")
-    assert f"stopped and requeued: job {last.number} goes on" in log
+    assert f"stopped and requeued: job {last.number} resumes" in log
     assert "exited with exit code" not in log.lower(), "to srun a stop is no crash"
     assert (first.starts(), last.starts()) == (1, 2)
     for one in (first, last):

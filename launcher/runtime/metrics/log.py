@@ -23,7 +23,6 @@ class MetricsLog:
                 self._wandb.log(row)
 
     def write(self, row: Row) -> None:
-        """Write a row; its `step` is the optimizer step."""
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
         if self._wandb is not None:
@@ -35,5 +34,4 @@ class MetricsLog:
             self._wandb.finish(failed=failed)
 
     def where(self) -> str | None:
-        """Return in one line how to see the W&B run; None without W&B."""
         return None if self._wandb is None else self._wandb.where()

@@ -21,11 +21,7 @@ _FOLDER = "offline-run-"
 
 
 def upload(run_dir: Path) -> int:
-    """Upload new files; return the exit code of `wandb sync`.
-
-    Steps that W&B lost when a start was killed are added from metrics.jsonl. Raises ConfigError without an
-    API key or without a connection to the server.
-    """
+    """Upload new files, with steps that W&B lost; return `wandb sync`'s exit code. Raises ConfigError."""
     if all(is_complete(path, time.time()) for path in offline_fragments(run_dir)):
         complete(run_dir)
     new = [path for path in offline_fragments(run_dir) if not is_synced(path)]
@@ -62,10 +58,8 @@ def complete(run_dir: Path) -> None:
 
 
 def is_synced(fragment: Path) -> bool:
-    """Return whether `wandb sync` has marked the file as uploaded."""
     return fragment.with_name(f"{fragment.name}.synced").exists()
 
 
 def is_complete(fragment: Path, now: float) -> bool:
-    """Return whether the file is complete: its start ended, or has not written for long."""
     return has_ended(fragment) or now - fragment.stat().st_mtime > _QUIET

@@ -54,7 +54,6 @@ class WandbRun:
             print(f"note     {message}: {error!r}", flush=True)
 
     def where(self) -> str:
-        """Return in one line how to see the run."""
         if self._run.offline:
             files = Path(self._run.dir).parent
             return f"{files} (offline: `wandb leet PATH` shows it here, `launcher sync RUN.DIR` uploads it)"
