@@ -115,14 +115,8 @@ PREPARE_NUMBERS: dict[str, tuple[Range, str]] = {
     "max_line_mb": (ABOVE_0, "256"),
     "workers": (COUNT, "1"),
 }
-COMPARE_NUMBERS: dict[str, tuple[Range, str]] = {
-    "compare.ranks": (COUNT, "4"),
-    "compare.steps": (COUNT, "8"),
-}
-CALIBRATE_NUMBERS: dict[str, tuple[Range, str]] = {
-    "rounds": (COUNT, "5"),
-    "most_ranks": (COUNT, "null"),
-}
+COMPARE_NUMBERS: dict[str, tuple[Range, str]] = {"compare.ranks": (COUNT, "4"), "compare.steps": (COUNT, "8")}
+CALIBRATE_NUMBERS: dict[str, tuple[Range, str]] = {"rounds": (COUNT, "5"), "most_ranks": (COUNT, "null")}
 EXCHANGE_NUMBERS: dict[str, tuple[Range, str]] = {"max_file_gb": (ABOVE_0, "2")}
 
 
