@@ -71,15 +71,10 @@ def resolve_layout(run: RunConfig, world: World) -> Layout:
     zero_stage, note = effective_zero_stage(run)
     notes += [note] if note else []
     return Layout(
-        pipeline=run.parallelism.pipeline,
-        data=data,
-        tensor=run.parallelism.tensor,
-        device=world.device,
+        pipeline=run.parallelism.pipeline, data=data, tensor=run.parallelism.tensor, device=world.device,
         accumulation=_accumulation(run, data, fewer_ranks_possible=not all_ranks_take_part),
-        zero_stage=zero_stage,
-        stages_per_rank=stages_per_rank(run),
-        notes=tuple(notes),
-    )
+        zero_stage=zero_stage, stages_per_rank=stages_per_rank(run), notes=tuple(notes),
+    )  # fmt: skip
 
 
 def effective_zero_stage(run: RunConfig) -> tuple[int, str | None]:

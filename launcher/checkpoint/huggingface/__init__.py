@@ -7,15 +7,8 @@ from launcher.checkpoint.huggingface.adapter import Adapter, Entry, NotConvertib
 from launcher.config.schema import ModelConfig
 
 __all__ = [
-    "Adapter",
-    "Entry",
-    "NotConvertible",
-    "adapter_of",
-    "model_of",
-    "setting_names",
-    "setting_of",
-    "titles",
-]
+    "Adapter", "Entry", "NotConvertible", "adapter_of", "model_of", "setting_names", "setting_of", "titles",
+]  # fmt: skip
 
 ADAPTERS = (gpt2.ADAPTER, llama.ADAPTER)
 

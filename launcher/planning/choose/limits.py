@@ -19,13 +19,9 @@ def parts_of(plan: Plan) -> dict[str, float]:
     if time is None:
         return {}
     return {
-        "compute": time.compute,
-        "tensor communication": time.tensor,
-        "data communication": time.data,
-        "pipeline communication": time.pipeline,
-        "bubble": time.bubble,
-        "optimizer": time.optimizer,
-    }
+        "compute": time.compute, "tensor communication": time.tensor, "data communication": time.data,
+        "pipeline communication": time.pipeline, "bubble": time.bubble, "optimizer": time.optimizer,
+    }  # fmt: skip
 
 
 def limit(plan: Plan) -> str:

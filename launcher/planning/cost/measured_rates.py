@@ -90,19 +90,13 @@ def calibrated(hardware: HardwareConfig, dtype: Dtype, world: int) -> Calibrated
         (rates for rates in measured if rates.ranks <= world), key=_ranks, default=measured[0]
     )
     return CalibratedRates(
-        products=_curve(getattr(computing.products, dtype.name)),
-        elementwise=_curve(computing.elementwise),
-        memory=computing.stream,
-        operation_s=computing.operation_s,
-        step_s=computing.step_s,
-        micro_batch_s=computing.micro_batch_s,
-        zero_3_block_s=computing.zero_3_block_s,
+        products=_curve(getattr(computing.products, dtype.name)), elementwise=_curve(computing.elementwise),
+        memory=computing.stream, operation_s=computing.operation_s, step_s=computing.step_s,
+        micro_batch_s=computing.micro_batch_s, zero_3_block_s=computing.zero_3_block_s,
         scales=tuple(sorted((scale.flops, scale.factor) for scale in computing.scales)),
-        collectives=_collectives(measured, communicating),
-        crowding=world / at_once,
-        shares=Shares(overlap=0.0),
-        element=BYTES[dtype],
-    )
+        collectives=_collectives(measured, communicating), crowding=world / at_once,
+        shares=Shares(overlap=0.0), element=BYTES[dtype],
+    )  # fmt: skip
 
 
 def _ranks(rates: MeasuredRates) -> int:
