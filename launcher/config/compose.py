@@ -30,16 +30,9 @@ from launcher.config.schema import (
 )
 
 Config = TypeVar(
-    "Config",
-    RunConfig,
-    PlannedRunConfig,
-    ComparedRunConfig,
-    GenerateConfig,
-    ExchangeConfig,
-    PrepareConfig,
+    "Config", RunConfig, PlannedRunConfig, ComparedRunConfig, GenerateConfig, ExchangeConfig, PrepareConfig,
     CalibrateConfig,
-)
-
+)  # fmt: skip
 
 # The beginnings of overrides of open dictionaries, whose keys the user chooses.
 OPEN = tuple(f"{name}{end}" for name in ("deepspeed", *ENTRIES) for end in (".", "="))
@@ -72,9 +65,7 @@ def compose_jobs(config_name: str, root: type[Config], arguments: list[str]) -> 
     # argparse accepts overrides only without flags between them, so the flags are sorted first.
     flags_first: list[str] = [_addable(argument) for argument in sorted(arguments, key=_is_override)]
     flags, overrides = _parsed(flags_first)
-    directories: list[str] = []
-    if flags.config_dir:
-        directories = [f"--config-dir={Path(flags.config_dir).absolute()}"]
+    directories = [f"--config-dir={Path(flags.config_dir).absolute()}"] if flags.config_dir else []
     sys.argv = ["launcher", *flags_first]
     composed: list[tuple[DictConfig, int | None, list[str]]] = []
 
@@ -91,9 +82,7 @@ def compose_jobs(config_name: str, root: type[Config], arguments: list[str]) -> 
         raise  # the reader of --help, such as `head`, closed the pipe
     except COMPOSITION_ERRORS as error:
         raise explain(error, root, overrides) from None
-    return [
-        Job(to_typed(config, root, overrides), index, directories + task) for config, index, task in composed
-    ]
+    return [Job(to_typed(config, root, overrides), n, directories + task) for config, n, task in composed]
 
 
 def _is_override(argument: str) -> bool:
@@ -170,6 +159,5 @@ def load_typed(path: Path, root: type[Config]) -> Config:
         return to_typed(merged, root)
     except (*COMPOSITION_ERRORS, ConfigError) as error:
         why = f"its {path.name} was not written by a run: {str(error).splitlines()[0]}"
-        raise ConfigError(
-            "run.dir", path.parent, why, "run.dir=DIRECTORY of a run whose files are unchanged"
-        ) from None
+        remedy = "run.dir=DIRECTORY of a run whose files are unchanged"
+        raise ConfigError("run.dir", path.parent, why, remedy) from None

@@ -38,7 +38,7 @@ TEXT = KeyType("must be text", lambda value: isinstance(value, str), "info")
 NAMES = KeyType("must be a list", lambda value: isinstance(value, list), "[all_reduce]")
 DTYPE = KeyType("must be fp32, bf16 or fp16", lambda value: value in ("fp32", "bf16", "fp16"), "fp32")
 SECTION = KeyType(
-    "this key is a section, which has no value itself", lambda value: isinstance(value, Mapping), ""
+    "this key is a section, which has no value itself", lambda keys: isinstance(keys, Mapping), ""
 )
 
 
@@ -53,61 +53,47 @@ def _keys(**names: str) -> dict[str, KeyType]:
 
 SECTIONS: dict[str, dict[str, KeyType]] = {
     "zero_optimization": _keys(
-        flag="""
-            contiguous_gradients reduce_scatter use_multi_rank_bucket_allreduce allgather_partitions
-            overlap_comm stage3_use_all_reduce_for_fetch_params stage3_allgather_sequential
-            ignore_unused_parameters round_robin_gradients zero_quantized_weights
-            zero_quantized_gradients log_trace_cache_warnings enable_sanity_checks
-        """,
+        flag="contiguous_gradients reduce_scatter use_multi_rank_bucket_allreduce allgather_partitions "
+        "overlap_comm stage3_use_all_reduce_for_fetch_params stage3_allgather_sequential "
+        "ignore_unused_parameters round_robin_gradients zero_quantized_weights zero_quantized_gradients "
+        "log_trace_cache_warnings enable_sanity_checks",
         size="reduce_bucket_size",
-        count="""
-            allgather_bucket_size sub_group_size stage3_prefetch_bucket_size
-            stage3_param_persistence_threshold stage3_model_persistence_threshold
-            stage3_max_live_parameters stage3_max_reuse_distance stage3_module_granularity_threshold
-            zero_hpz_partition_size
-        """,
+        count="allgather_bucket_size sub_group_size stage3_prefetch_bucket_size "
+        "stage3_param_persistence_threshold stage3_model_persistence_threshold stage3_max_live_parameters "
+        "stage3_max_reuse_distance stage3_module_granularity_threshold zero_hpz_partition_size",
         section="offload_param offload_optimizer",
     ),
     "zero_optimization.offload_param": _keys(
-        text="nvme_path", count="buffer_count buffer_size max_in_cpu", flag="pin_memory"
+        text="nvme_path", count="buffer_count buffer_size max_in_cpu", flag="pin_memory",
     ),
     "zero_optimization.offload_optimizer": _keys(
-        text="nvme_path",
-        count="buffer_count",
+        text="nvme_path", count="buffer_count", share="ratio",
         flag="pin_memory pipeline_read pipeline_write fast_init",
-        share="ratio",
     ),
     "bf16": _keys(flag="immediate_grad_update check_grad_overflow"),
     "fp16": _keys(
-        number="loss_scale",
-        count="loss_scale_window hysteresis min_loss_scale",
+        number="loss_scale", count="loss_scale_window hysteresis min_loss_scale",
         flag="consecutive_hysteresis",
     ),
     "comms_logger": _keys(flag="enabled prof_all verbose debug", names="prof_ops"),
     "data_types": _keys(dtype="grad_accum_dtype"),
     "flops_profiler": _keys(
-        flag="enabled detailed",
-        number="recompute_fwd_factor",
+        flag="enabled detailed", number="recompute_fwd_factor", text="output_file",
         count="profile_step module_depth top_modules",
-        text="output_file",
     ),
     "aio": _keys(
-        size="block_size queue_depth intra_op_parallelism", flag="single_submit overlap_events use_gds"
+        size="block_size queue_depth intra_op_parallelism", flag="single_submit overlap_events use_gds",
     ),
-}
+}  # fmt: skip
 
 # DeepSpeed also accepts gradient_allreduce_op, but a sum would make the update depend on the layout.
 TOP_LEVEL: dict[str, KeyType] = _keys(
     dtype="communication_data_type",
-    flag="""
-        disable_allgather disable_python_gc dump_state memory_breakdown prescale_gradients
-        wall_clock_breakdown
-    """,
-    number="gradient_predivide_factor",
-    size="steps_per_print",
-    text="log_level",
+    flag="disable_allgather disable_python_gc dump_state memory_breakdown prescale_gradients "
+    "wall_clock_breakdown",
+    number="gradient_predivide_factor", size="steps_per_print", text="log_level",
     section=" ".join(sorted({name.split(".")[0] for name in SECTIONS})),
-)
+)  # fmt: skip
 
 # The keys that the launcher sets itself, with the field to set instead; {} is the user's value.
 OURS: dict[str, str] = {
@@ -129,12 +115,8 @@ OURS: dict[str, str] = {
 }
 
 
-def check_passthrough(extra: Mapping[str, Any]) -> None:
+def check_passthrough(keys: Mapping[str, Any], section: str = "") -> None:
     """Raise ConfigError for a key or value that DeepSpeed does not accept, or for a key in OURS."""
-    _check_section("", extra)
-
-
-def _check_section(section: str, keys: Mapping[str, Any]) -> None:
     prefix = f"{section}." if section else ""
     types = SECTIONS[section] if section else TOP_LEVEL
     for key, value in keys.items():
@@ -153,4 +135,4 @@ def _check_section(section: str, keys: Mapping[str, Any]) -> None:
             inner = f".{next(iter(SECTIONS[path]))}=VALUE" if path in SECTIONS else f"={types[key].example}"
             raise ConfigError(field, shown, types[key].words, field + inner)
         if path in SECTIONS:
-            _check_section(path, value)
+            check_passthrough(value, path)

@@ -71,9 +71,8 @@ def missing_value(name: str, root: type[Any]) -> ConfigError:
     group = name.partition(".")[0]
     options = ", ".join(options_of(group))
     group_remedy = f" or {group}=OPTION, where OPTION is one of {options}" if options else ""
-    return ConfigError(
-        name, "???", "this field must be set", f"{name}=<{fields_of(root)[name]}>{group_remedy}"
-    )
+    remedy = f"{name}=<{fields_of(root)[name]}>{group_remedy}"
+    return ConfigError(name, "???", "this field must be set", remedy)
 
 
 def no_such_field(name: str, value: str | None, root: type[Any], file: str | None = None) -> ConfigError:
@@ -129,12 +128,8 @@ def _no_config(match: re.Match[str], failure: _Failure) -> ConfigError:
 def _chosen_twice(match: re.Match[str], failure: _Failure) -> ConfigError:
     name = match[1] or match[2]
     value = failure.value_of(name)
-    return ConfigError(
-        f"+{name}",
-        value,
-        "an option of this group is already selected, and + would add a second one",
-        _with_value(name, value),
-    )
+    why = "an option of this group is already selected, and + would add a second one"
+    return ConfigError(f"+{name}", value, why, _with_value(name, value))
 
 
 def _cannot_remove(match: re.Match[str], failure: _Failure) -> ConfigError:
@@ -153,9 +148,8 @@ def _no_such_group(match: re.Match[str], failure: _Failure) -> ConfigError:
 
 def _no_such_key(match: re.Match[str], failure: _Failure) -> ConfigError:
     # omegaconf's message has only the part of the name up to the unknown key; the command line has all of it.
-    name = next(
-        (n for n, _ in map(_split, failure.overrides) if f"{n}.".startswith(f"{match[1]}.")), match[1]
-    )
+    names = (name for name, _ in map(_split, failure.overrides))
+    name = next((name for name in names if f"{name}.".startswith(f"{match[1]}.")), match[1])
     return no_such_field(name, failure.value_of(name), failure.root, failure.file)
 
 
@@ -179,16 +173,14 @@ def _wrong_field(match: re.Match[str], failure: _Failure) -> ConfigError:
     for name, value in map(_split, failure.overrides):
         if name.startswith(f"{field}.") and field in fields:
             return ConfigError(name, value, f"{field} is a field, not a section", f"{field}={value}")
-    quoted = re.search(r"merging override [^=]+=([^\n]*)", failure.text) or re.search(
-        r"[Vv]alue '(.*?)'", failure.text
-    )
+    quoted = re.search(r"merging override [^=]+=([^\n]*)", failure.text)
+    quoted = quoted or re.search(r"[Vv]alue '(.*?)'", failure.text)
     unset = "null" if "is not Optional" in failure.text else ""
     value = quoted[1] if quoted else failure.value_of(field) or unset
     if field not in fields and not kind_of_entry(field):
         inner = [f"{name}=<{fields[name]}>" for name in fields_in(field, failure.root)[:2]]
-        return ConfigError(
-            field, value or None, "this is a section of fields, which has no value itself", " or ".join(inner)
-        )
+        why = "this is a section of fields, which has no value itself"
+        return ConfigError(field, value or None, why, " or ".join(inner))
     kind = fields.get(field) or kind_of_entry(field) or ""
     why = f"must be {_IN_WORDS.get(kind.removesuffix(' | null'), f'one of {kind}')}{_in(failure.file)}"
     return ConfigError(field, value, why, _nearest_value(field, value, kind))
@@ -211,13 +203,9 @@ _EXPLANATIONS: tuple[tuple[str, Callable[[re.Match[str], _Failure], ConfigError]
 )
 
 _IN_WORDS = {
-    "whole number": "a whole number",
-    "number": "a number",
-    "true | false": "true or false",
-    "text": "text",
-    "list": "a list of text",
-    "dictionary": "a dictionary",
-}
+    "whole number": "a whole number", "number": "a number", "true | false": "true or false", "text": "text",
+    "list": "a list of text", "dictionary": "a dictionary",
+}  # fmt: skip
 
 
 def _nearest_value(field: str, value: str, kind: str) -> str:

@@ -1,10 +1,10 @@
-"""How many ranks there are and what each axis gets: pure arithmetic over a run and a machine."""
+"""Resolve the layout of a run: the ranks, and the size of each axis. Pure arithmetic."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from launcher.config.errors import refusal, settings
+from launcher.config.errors import ConfigError, refusal, settings
 from launcher.config.schema import Dtype, RunConfig
 from launcher.config.shape import (
     divisors,
@@ -20,15 +20,14 @@ from launcher.text import plural
 
 GroupName = Literal["tensor", "data", "pipeline"]  # groups of ranks that communicate with each other
 GROUPS: tuple[GroupName, ...] = ("tensor", "data", "pipeline")
-STEP_PARTS = ("compute", *GROUPS, "optimizer")  # of the seconds of a step: the groups are waited for
+STEP_PARTS = ("compute", *GROUPS, "optimizer")  # seconds of a step by part; for a group, the wait for it
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The resolved layout of a run: what `null` and `auto` in the config became.
+    """The resolved layout of a run, without `null` and `auto`: world size = pipeline x data x tensor.
 
-    `zero_stage` is the stage handed to DeepSpeed; `notes` says, for people, whatever differs from
-    what was typed. world size = pipeline x data x tensor.
+    `zero_stage` is the stage that DeepSpeed gets; `notes` tell the user what differs from the config.
     """
 
     pipeline: int
@@ -55,39 +54,31 @@ class Layout:
 def resolve_layout(run: RunConfig, world: World) -> Layout:
     """Return the layout of `run` on the ranks of `world`.
 
-    Raises ConfigError where the ranks do not factor, the machine lacks accelerators, or the batch does not
-    divide.
+    Raises ConfigError if the ranks do not factor, the machine lacks accelerators, or the batch does not fit.
     """
     assert run.hardware.device.name in ("auto", world.device)
     all_ranks_take_part = world.fixed or run.hardware.nodes > 1
-    notes = []
     if not world.fixed:
         check_machine(run, world)
+    sharing = None
     if all_ranks_take_part:
         data = _data_in_world(run, world.ranks if world.fixed else run.hardware.nodes * world.ranks_per_node)
     else:
-        data, note = _data_on_this_machine(run, world)
-        notes += [note] if note else []
-    zero_stage, note = effective_zero_stage(run)
-    notes += [note] if note else []
+        data, sharing = _data_on_this_machine(run, world)
+    zero_stage, substitution = effective_zero_stage(run)
     return Layout(
-        pipeline=run.parallelism.pipeline,
-        data=data,
-        tensor=run.parallelism.tensor,
-        device=world.device,
+        pipeline=run.parallelism.pipeline, data=data, tensor=run.parallelism.tensor, device=world.device,
         accumulation=_accumulation(run, data, fewer_ranks_possible=not all_ranks_take_part),
-        zero_stage=zero_stage,
-        stages_per_rank=stages_per_rank(run),
-        notes=tuple(notes),
-    )
+        zero_stage=zero_stage, stages_per_rank=stages_per_rank(run),
+        notes=tuple(note for note in (sharing, substitution) if note),
+    )  # fmt: skip
 
 
 def effective_zero_stage(run: RunConfig) -> tuple[int, str | None]:
-    """The ZeRO stage to hand to DeepSpeed and, where it is not the one asked for, why.
+    """Return the ZeRO stage for DeepSpeed and, if the config has another, the reason.
 
-    DeepSpeed 0.19 computes a wrong gradient norm, without a word, under ZeRO-0 with a pipeline (later
-    stages are left out) and under ZeRO-0 in low precision with tensor parallelism. ZeRO-1 is right in
-    both and computes the same update.
+    DeepSpeed 0.19's ZeRO-0 silently computes a wrong gradient norm with a pipeline (later stages are left
+    out) and in low precision with tensor parallelism. ZeRO-1 is right in both and computes the same update.
     """
     stage = run.parallelism.zero_stage
     if stage == 0 and run.parallelism.pipeline > 1:
@@ -106,45 +97,34 @@ def _data_in_world(run: RunConfig, world: int) -> int:
 
     if world % copy:
         worlds = multiples_around(world, copy) if p.data is None else [copy * p.data]
-        raise refusal(
-            run,
-            "parallelism.tensor" if p.tensor > 1 else "parallelism.pipeline",
-            f"the world size {world} is not a multiple of tensor {p.tensor} x pipeline {p.pipeline} "
-            f"= {copy} ranks, one copy of the model",
-            *_other_splits(run, data_beside),
-            f"a world size of {' or '.join(map(str, worlds))}",
-        )
+        remedies = *_other_splits(run, data_beside), f"a world size of {' or '.join(map(str, worlds))}"
+        raise _not_a_multiple(run, f"the world size {world} is", *remedies)
     data = world // copy
     if p.data not in (None, data):
-        raise refusal(
-            run,
-            "parallelism.data",
-            f"{_product(run)}, but the world size is {world}",
-            f"parallelism.data={data}",
-            "parallelism.data=null (what is left over)",
-        )
+        why = f"{_product(run)}, but the world size is {world}"
+        remedies = f"parallelism.data={data}", "parallelism.data=null (what is left over)"
+        raise refusal(run, "parallelism.data", why, *remedies)
     return data
+
+
+def _not_a_multiple(run: RunConfig, ranks: str, *remedies: str) -> ConfigError:
+    p = run.parallelism
+    axis = "parallelism.tensor" if p.tensor > 1 else "parallelism.pipeline"
+    product = f"tensor {p.tensor} x pipeline {p.pipeline} = {p.tensor * p.pipeline} ranks"
+    return refusal(run, axis, f"{ranks} not a multiple of {product}, one copy of the model", *remedies)
 
 
 def check_machine(run: RunConfig, world: World) -> None:
     """Raise ConfigError where the run asks for more nodes or GPUs than the launcher can start ranks on."""
     if run.hardware.nodes > world.nodes:
-        raise refusal(
-            run,
-            "hardware.nodes",
-            "`launcher` starts ranks on this machine only",
-            "hardware.nodes=1",
-            "`launcher submit` instead",
-            "the same command started on every node by torchrun or srun",
-        )
+        why = "`launcher` starts ranks on this machine only"
+        on_every_node = "the same command started on every node by torchrun or srun"
+        remedies = "hardware.nodes=1", "`launcher submit` instead", on_every_node
+        raise refusal(run, "hardware.nodes", why, *remedies)
     if world.device == "cuda" and (run.hardware.accelerators_per_node or 0) > world.ranks_per_node:
-        raise refusal(
-            run,
-            "hardware.accelerators_per_node",
-            f"this machine has {plural(world.ranks_per_node, 'GPU')}",
-            f"hardware.accelerators_per_node={world.ranks_per_node}",
-            "hardware=local (what is here)",
-        )
+        why = f"this machine has {plural(world.ranks_per_node, 'GPU')}"
+        fewer = f"hardware.accelerators_per_node={world.ranks_per_node}"
+        raise refusal(run, "hardware.accelerators_per_node", why, fewer, "hardware=local (what is here)")
 
 
 def _data_on_this_machine(run: RunConfig, world: World) -> tuple[int, str | None]:
@@ -173,23 +153,18 @@ def _data_on_accelerators(run: RunConfig, available: int, device: str) -> int:
 
     fewer = [size for size in range(1, available // copy + 1) if _divides_batch(run, size)]
     remedies = [*settings("parallelism.data", fewer[-1:]), *_other_splits(run, data_beside)]
-    if wanted > available:
-        axis, why = _largest_axis(run), f"{_product(run)}, more than the {here} here"
-        remedies += [f"hardware.accelerators_per_node={wanted}"] if device == "cpu" else []
-    else:
-        axis = "parallelism.tensor" if p.tensor > 1 else "parallelism.pipeline"
-        why = (
-            f"the {here} here are not a multiple of tensor {p.tensor} x pipeline {p.pipeline} "
-            f"= {copy} ranks, one copy of the model"
-        )
     one_rank = "parallelism.tensor=1 parallelism.pipeline=1 parallelism.data=1"
-    raise refusal(run, axis, why, *(remedies or [one_rank]))
+    if wanted <= available:
+        raise _not_a_multiple(run, f"the {here} here are", *(remedies or [one_rank]))
+    remedies += [f"hardware.accelerators_per_node={wanted}"] if device == "cpu" else []
+    why = f"{_product(run)}, more than the {here} here"
+    raise refusal(run, _largest_axis(run), why, *(remedies or [one_rank]))
 
 
 def _other_splits(run: RunConfig, data_beside: Callable[[int], int | None]) -> list[str]:
-    """Settings of one model-parallel axis that leave a number of data-parallel ranks which divides the batch.
+    """Return settings of one model-parallel axis after which the data-parallel ranks divide the batch.
 
-    `data_beside` tells that number from the ranks of one copy of the model; None where they do not fit.
+    `data_beside` maps the ranks of a copy of the model to the data-parallel ranks; None if they do not fit.
     """
     p = run.parallelism
 
@@ -206,12 +181,12 @@ def _other_splits(run: RunConfig, data_beside: Callable[[int], int | None]) -> l
 
 
 def _divides_batch(run: RunConfig, data: int) -> bool:
-    """Into whole micro-batches, and as many as the pipeline's schedule needs."""
-    t = run.training
-    return _is_enough(run, t.global_batch_size, t.micro_batch_size * data)
+    """Return whether `data` ranks divide the batch into enough whole micro-batches for the schedule."""
+    return _is_enough(run, run.training.micro_batch_size * data)
 
 
-def _is_enough(run: RunConfig, sequences: int, at_once: int) -> bool:
+def _is_enough(run: RunConfig, at_once: int) -> bool:
+    sequences = run.training.global_batch_size
     return sequences % at_once == 0 and sequences // at_once >= least_micro_batches(run)
 
 
@@ -234,34 +209,23 @@ def _largest_data_that_divides_the_batch(run: RunConfig, most: int) -> int:
 def _accumulation(run: RunConfig, data: int, *, fewer_ranks_possible: bool) -> int:
     t = run.training
     sequences = t.micro_batch_size * data
-    if t.global_batch_size % sequences:
-        field = "training.global_batch_size"
-        why = (
-            f"not a multiple of {sequences}: micro-batches of {t.micro_batch_size} "
-            f"on {plural(data, 'data-parallel rank')}"
-        )
-        last = []
-    elif not _divides_batch(run, data):
-        field = "parallelism.pipeline_schedule"
-        why = (
-            f"{plural(t.global_batch_size // sequences, 'micro-batch', 'es')} per step and data rank, "
-            f"and {least_micro_batches(run)} are needed: "
-            f"two for each of {run.parallelism.pipeline} pipeline ranks"
-        )
-        last = ["parallelism.pipeline_schedule=1f1b"]
-    else:
+    if _divides_batch(run, data):
         return t.global_batch_size // sequences
-    enough = least_micro_batches(run) * sequences
-    batches = [n for n in multiples_around(t.global_batch_size, sequences) if n >= enough]
-    micro = [n for n in divisors(t.global_batch_size) if _is_enough(run, t.global_batch_size, n * data)]
+    least = least_micro_batches(run)
+    batches = [n for n in multiples_around(t.global_batch_size, sequences) if n >= least * sequences]
+    micro = [n for n in divisors(t.global_batch_size) if _is_enough(run, n * data)]
     smaller = range(1, data if fewer_ranks_possible else 1)
     fewer = [size for size in smaller if _divides_batch(run, size)]
-    raise refusal(
-        run,
-        field,
-        why,
-        *settings("training.global_batch_size", batches or [enough]),
+    remedies = [
+        *settings("training.global_batch_size", batches or [least * sequences]),
         *settings("training.micro_batch_size", nearest(micro, t.micro_batch_size, 1)),
         *settings("parallelism.data", nearest(fewer, data, 1)),
-        *last,
-    )
+    ]
+    if t.global_batch_size % sequences:
+        ranks = plural(data, "data-parallel rank")
+        why = f"not a multiple of {sequences}: micro-batches of {t.micro_batch_size} on {ranks}"
+        raise refusal(run, "training.global_batch_size", why, *remedies)
+    batches_per_rank = plural(t.global_batch_size // sequences, "micro-batch", "es")
+    why = f"{batches_per_rank} per step and data rank, and {least} are needed: two for each of "
+    why += f"{run.parallelism.pipeline} pipeline ranks"
+    raise refusal(run, "parallelism.pipeline_schedule", why, *remedies, "parallelism.pipeline_schedule=1f1b")

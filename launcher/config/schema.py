@@ -565,11 +565,9 @@ def register_schema() -> None:
     And the resolver `sweep_dir`: where a --multirun keeps its record, beside the directories of its runs.
     """
     OmegaConf.register_new_resolver("sweep_dir", lambda run_dir: run_dir or "runs", replace=True)
-    store = ConfigStore.instance()
-    store.store(name="run_schema", node=RunConfig)
-    store.store(name="plan_schema", node=PlannedRunConfig)
-    store.store(name="compare_schema", node=ComparedRunConfig)
-    store.store(name="generate_schema", node=GenerateConfig)
-    store.store(name="calibrate_schema", node=CalibrateConfig)
-    store.store(name="exchange_schema", node=ExchangeConfig)
-    store.store(name="prepare_schema", node=PrepareConfig)
+    roots = {
+        "run": RunConfig, "plan": PlannedRunConfig, "compare": ComparedRunConfig, "generate": GenerateConfig,
+        "calibrate": CalibrateConfig, "exchange": ExchangeConfig, "prepare": PrepareConfig,
+    }  # fmt: skip
+    for name, root in roots.items():
+        ConfigStore.instance().store(name=f"{name}_schema", node=root)

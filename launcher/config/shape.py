@@ -81,11 +81,9 @@ def least_micro_batches(run: RunConfig) -> int:
 
 def legal_tensor_sizes(run: RunConfig) -> list[int]:
     """Return the tensor-parallel sizes that divide heads, FFN and sequence, ascending."""
-    m, length = run.model, sequence_length(run)
+    m, split = run.model, run.parallelism.sequence_parallel
     sizes = divisors(math.gcd(m.num_heads, kv_heads(m), m.ffn_hidden_size))
-    if not run.parallelism.sequence_parallel:
-        return sizes
-    return [size for size in sizes if size > 1 and length % size == 0]
+    return [size for size in sizes if size > 1 and sequence_length(run) % size == 0] if split else sizes
 
 
 def legal_pipeline_sizes(run: RunConfig) -> list[int]:
@@ -98,13 +96,9 @@ def legal_pipeline_sizes(run: RunConfig) -> list[int]:
 
 def legal_heads(run: RunConfig) -> list[int]:
     """Return the numbers of heads that fit the model's other sizes and the tensor-parallel size."""
-    m = run.model
-    return [
-        heads
-        for heads in divisors(m.hidden_size)
-        if heads % math.lcm(m.num_kv_heads or 1, run.parallelism.tensor) == 0
-        and m.hidden_size // heads % head_size_multiple(run) == 0
-    ]
+    m, multiple = run.model, math.lcm(run.model.num_kv_heads or 1, run.parallelism.tensor)
+    fitting = [heads for heads in divisors(m.hidden_size) if heads % multiple == 0]
+    return [heads for heads in fitting if m.hidden_size // heads % head_size_multiple(run) == 0]
 
 
 def head_size_multiple(run: RunConfig) -> int:

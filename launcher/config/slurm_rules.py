@@ -48,12 +48,11 @@ def check_submission(run: RunConfig) -> int:
     """
     check_slurm(run)
     h, s = run.hardware, run.slurm
+    why = "the hardware of the cluster's nodes is unknown on this machine"
     if h.device is Device.auto:
-        why = "the hardware of the cluster's nodes is unknown on this machine"
         on_cpu = "hardware=cpu hardware.accelerators_per_node=2"
         raise refusal(run, "hardware.device", why, "hardware=h100_80gb", on_cpu)
     if h.accelerators_per_node is None:
-        why = "the hardware of the cluster's nodes is unknown on this machine"
         raise refusal(run, "hardware.accelerators_per_node", why, "hardware.accelerators_per_node=2")
     most = nodes_of(run)[1]
     if most != h.nodes:
@@ -121,17 +120,14 @@ def _texts(slurm: SlurmConfig) -> Iterator[tuple[str, str]]:
 _FORMS: dict[str, tuple[str, str, str]] = {
     "time": (
         r"\d+|(\d+:)?\d+:\d+|\d+-\d+(:\d+){0,2}",
-        "a time limit must be MINUTES, [HOURS:]MINUTES:SECONDS or DAYS-HOURS[:MINUTES[:SECONDS]]",
-        "24:00:00",
+        "a time limit must be MINUTES, [HOURS:]MINUTES:SECONDS or DAYS-HOURS[:MINUTES[:SECONDS]]", "24:00:00",
     ),
     "nodes": (r"[1-9]\d*(-[1-9]\d*)?", "must be a number of nodes, or MIN-MAX", "2"),
     "gpus_per_node": (r"([A-Za-z0-9_.-]+:)?[1-9]\d*", "must be a number of GPUs, or TYPE:NUMBER", "8"),
     "mem": (
-        r"\d+[KMGTkmgt]?",
-        "must be a number of megabytes, or a number with the unit K, M, G or T",
-        "64G",
+        r"\d+[KMGTkmgt]?", "must be a number of megabytes, or a number with the unit K, M, G or T", "64G",
     ),
-}
+}  # fmt: skip
 
 
 def _check_forms(run: RunConfig) -> None:
@@ -146,21 +142,16 @@ def _check_forms(run: RunConfig) -> None:
         raise refusal(run, "slurm.nodes", why, f"slurm.nodes={most}-{least}")
     if run.slurm.output.startswith("~"):
         why = "Slurm does not replace ~ by the home directory"
-        raise refusal(
-            run,
-            "slurm.output",
-            why,
-            "an absolute path, or a path relative to the directory where the job is submitted",
-        )
+        remedy = "an absolute path, or a path relative to the directory where the job is submitted"
+        raise refusal(run, "slurm.output", why, remedy)
     if "%" in run.slurm.output.rpartition("/")[0]:
         why = "Slurm does not create directories, and the value of % is unknown before the job starts"
         name = run.slurm.output.replace("/", "-")
         raise refusal(run, "slurm.output", why, f"slurm.output={name}")
     for module in run.slurm.modules:
         if module.startswith("-"):
-            raise ConfigError(
-                "slurm.modules", module, "this is an option, not a module", "slurm.modules=[NAME]"
-            )
+            why = "this is an option, not a module"
+            raise ConfigError("slurm.modules", module, why, "slurm.modules=[NAME]")
 
 
 def _check_time(run: RunConfig) -> None:

@@ -57,9 +57,7 @@ from launcher.text import plural, whole
 
 EXAMPLE_GLOB = "corpus/**/*.txt"
 EXAMPLE_PREFIX = "corpora/web"
-LONGEST_PERIOD = (
-    100_000  # samples until a blend repeats: made at the start of a run, in a quarter of a second
-)
+LONGEST_PERIOD = 100_000  # samples until a blend repeats; made in a quarter of a second when a run starts
 
 
 def validate(run: RunConfig, world: World) -> Layout:
@@ -126,12 +124,8 @@ def check_inputs(run: RunConfig) -> None:
     """Check that the model has the settings of its inputs, and none of the other kind's."""
     m = run.model
     text = {"model.vocab_size": BYTE_VALUES, "model.max_sequence_length": 128}
-    images = {
-        "model.num_classes": 10,
-        "model.image_size": 8,
-        "model.image_channels": 1,
-        "model.patch_size": 2,
-    }
+    examples = {"num_classes": 10, "image_size": 8, "image_channels": 1, "patch_size": 2}
+    images = {f"model.{name}": example for name, example in examples.items()}
     is_vision = m.inputs is InputKind.patches
     unused = f"not used with model.inputs={m.inputs.name}"
     for field, example in (images if is_vision else text).items():
@@ -174,12 +168,11 @@ def check_images(run: RunConfig) -> None:
     """Check that patches are cut from images, and tokens from text."""
     m, d = run.model, run.data
     if (m.inputs is InputKind.patches) != is_of_images(run):
+        needs, remedy = "text", f"model={'vit_tiny' if d.source is CorpusSource.digits else 'vit_b16'}"
         if m.inputs is InputKind.patches:
             is_for_digits = (m.image_size, m.image_channels) == (8, 1) and m.num_classes >= 10
-            needs = "images"
-            remedy = "data=digits" if is_for_digits else "data=image_folder data.train=images/train"
-        else:
-            needs, remedy = "text", f"model={'vit_tiny' if d.source is CorpusSource.digits else 'vit_b16'}"
+            images = "data=digits" if is_for_digits else "data=image_folder data.train=images/train"
+            needs, remedy = "images", images
         raise refusal(run, "data.source", f"model.inputs={m.inputs.name} needs {needs}", remedy)
     if not is_of_images(run):
         return
@@ -221,25 +214,19 @@ def check_heads(run: RunConfig) -> None:
         raise refusal(run, "model.num_heads", f"heads of {head_size(m)}, and {why}", *remedies)
     if m.num_heads % kv_heads(m):
         legal = [heads for heads in divisors(m.num_heads) if heads % run.parallelism.tensor == 0]
-        raise refusal(
-            run,
-            "model.num_kv_heads",
-            f"does not divide model.num_heads={m.num_heads}",
-            *settings("model.num_kv_heads", nearest(legal, kv_heads(m)) or ["null"]),
-        )
+        remedies = settings("model.num_kv_heads", nearest(legal, kv_heads(m)) or ["null"])
+        why = f"does not divide model.num_heads={m.num_heads}"
+        raise refusal(run, "model.num_kv_heads", why, *remedies)
 
 
 def check_tensor_divides(run: RunConfig) -> None:
     m, tensor = run.model, run.parallelism.tensor
     counts = {"attention heads": m.num_heads, "KV heads": kv_heads(m), "FFN columns": m.ffn_hidden_size}
-    for what, count in counts.items():
+    for name, count in counts.items():
         if count % tensor:
-            raise refusal(
-                run,
-                "parallelism.tensor",
-                f"{count} {what} cannot be split {tensor} ways",
-                *settings("parallelism.tensor", nearest(legal_tensor_sizes(run) or [1], tensor)),
-            )
+            remedies = settings("parallelism.tensor", nearest(legal_tensor_sizes(run) or [1], tensor))
+            why = f"{count} {name} cannot be split {tensor} ways"
+            raise refusal(run, "parallelism.tensor", why, *remedies)
 
 
 def check_schedule(run: RunConfig) -> None:
@@ -253,13 +240,10 @@ def check_pipeline(run: RunConfig) -> None:
     p, layers, of_each = run.parallelism, run.model.num_layers, stages_per_rank(run)
     if p.pipeline > 1 and p.zero_stage > 1:
         why = f"DeepSpeed's pipeline of {p.pipeline} ranks takes ZeRO-1 at most"
-        stage_1 = "parallelism.zero_stage=1" + (
-            " parallelism.offload_parameters=false" if p.offload_parameters else ""
-        )
-        no_pipeline = "parallelism.pipeline=1" + (
-            " parallelism.pipeline_schedule=1f1b" if of_each > 1 else ""
-        )
-        raise refusal(run, "parallelism.zero_stage", why, stage_1, no_pipeline)
+        no_offload = " parallelism.offload_parameters=false" if p.offload_parameters else ""
+        schedule = " parallelism.pipeline_schedule=1f1b" if of_each > 1 else ""
+        remedies = f"parallelism.zero_stage=1{no_offload}", f"parallelism.pipeline=1{schedule}"
+        raise refusal(run, "parallelism.zero_stage", why, *remedies)
     if p.pipeline * of_each > layers:
         why = f"{plural(layers, 'layer')} cannot fill {p.pipeline * of_each} stages"
         legal = legal_pipeline_sizes(run)
@@ -274,24 +258,17 @@ def check_zero(run: RunConfig) -> None:
         nearest_stage = f"parallelism.zero_stage={min(max(p.zero_stage, 0), 3)}"
         raise refusal(run, "parallelism.zero_stage", "the stages are 0 to 3", nearest_stage)
     if p.offload_parameters and p.zero_stage != 3:
-        raise refusal(
-            run,
-            "parallelism.offload_parameters",
-            f"only ZeRO-3 partitions the weights, not ZeRO-{p.zero_stage}",
-            *(["parallelism.zero_stage=3 parallelism.offload_optimizer=true"] if p.pipeline == 1 else []),
-            "parallelism.offload_parameters=false",
-        )
+        zero_3 = ["parallelism.zero_stage=3 parallelism.offload_optimizer=true"] if p.pipeline == 1 else []
+        why = f"only ZeRO-3 partitions the weights, not ZeRO-{p.zero_stage}"
+        remedies = *zero_3, "parallelism.offload_parameters=false"
+        raise refusal(run, "parallelism.offload_parameters", why, *remedies)
     if p.offload_parameters and not p.offload_optimizer:
         why = "the optimizer steps on the offloaded weights and must be with them"
         raise refusal(run, "parallelism.offload_parameters", why, "parallelism.offload_optimizer=true")
     if p.offload_optimizer and p.zero_stage == 0:
-        raise refusal(
-            run,
-            "parallelism.offload_optimizer",
-            "ZeRO-0 has no partitioned optimizer to offload",
-            "parallelism.zero_stage=1",
-            "parallelism.offload_optimizer=false",
-        )
+        why = "ZeRO-0 has no partitioned optimizer to offload"
+        remedies = "parallelism.zero_stage=1", "parallelism.offload_optimizer=false"
+        raise refusal(run, "parallelism.offload_optimizer", why, *remedies)
 
 
 def check_sequence(run: RunConfig) -> None:
@@ -311,14 +288,9 @@ def check_sequence(run: RunConfig) -> None:
     if length % p.tensor:
         shorter = [n for n in multiples_around(length, p.tensor) if n <= longest]
         pooled = has_class_token(run.model) and (length - 1) % p.tensor == 0
-        raise refusal(
-            run,
-            "parallelism.sequence_parallel",
-            f"sequences of {length} tokens cannot be split {p.tensor} ways",
-            *settings("data.sequence_length", shorter),
-            *(["model.pooling=mean"] if pooled else []),
-            off,
-        )
+        why = f"sequences of {length} tokens cannot be split {p.tensor} ways"
+        more = settings("data.sequence_length", shorter) + (["model.pooling=mean"] if pooled else [])
+        raise refusal(run, "parallelism.sequence_parallel", why, *more, off)
 
 
 def check_vocabulary(run: RunConfig) -> None:
@@ -330,12 +302,10 @@ def check_vocabulary(run: RunConfig) -> None:
 
 def check_documents(run: RunConfig) -> None:
     end, size = run.data.end_of_document, run.model.vocab_size
-    if run.data.tokenizer is not None and run.data.source is not CorpusSource.tokens:
-        why = f"data={run.data.source.name} has no token files"
-        raise refusal(run, "data.tokenizer", why, "data.tokenizer=null")
-    if end is not None and run.data.source is not CorpusSource.tokens:
-        why = f"data={run.data.source.name} has no token files"
-        raise refusal(run, "data.end_of_document", why, "data.end_of_document=null")
+    for field in ("data.tokenizer", "data.end_of_document"):
+        if value_of(run, field) is not None and run.data.source is not CorpusSource.tokens:
+            why = f"data={run.data.source.name} has no token files"
+            raise refusal(run, field, why, f"{field}=null")
     if end is not None and end >= size:
         why = f"not a token of model.vocab_size={size}"
         raise refusal(run, "data.end_of_document", why, f"model.vocab_size={end + 1} (or more)")
@@ -366,23 +336,17 @@ def check_data(run: RunConfig) -> None:
         field = (given or ["data.test"])[0]
         raise refusal(run, field, "data=digits brings its own images", f"{field}=null")
     if d.source is CorpusSource.stdlib and given:
-        own = [f'{field}="{globs[field] or EXAMPLE_GLOB}"' for field in {"data.train", *given}]
-        raise refusal(
-            run,
-            given[0],
-            "data=stdlib brings its own text",
-            " ".join(f"{field}=null" for field in given),
-            " ".join(["data=text", *map(shlex.quote, sorted(own))]),
-        )
+        files = [f'{field}="{globs[field] or EXAMPLE_GLOB}"' for field in {"data.train", *given}]
+        unset = " ".join(f"{field}=null" for field in given)
+        text = " ".join(["data=text", *map(shlex.quote, sorted(files))])
+        raise refusal(run, given[0], "data=stdlib brings its own text", unset, text)
 
 
 def check_blend(run: RunConfig) -> None:
     d = run.data
-    named: dict[str, Mapping[str, object]] = {
-        "data.sources": d.sources,
-        "data.weights": d.weights,
-        "data.validation_sources": d.validation_sources,
-    }
+    parts: dict[str, Mapping[str, object]]
+    parts = {"sources": d.sources, "weights": d.weights, "validation_sources": d.validation_sources}
+    named = {f"data.{name}": by_name for name, by_name in parts.items()}
     given = [field for field, by_name in named.items() if by_name]
     if not given:
         return
@@ -392,9 +356,8 @@ def check_blend(run: RunConfig) -> None:
         sources = [f"data.sources.{name}={EXAMPLE_PREFIX}" for name in names if name not in d.sources]
         weights = [f"data.weights.{name}=1" for name in names if name not in d.weights]
         raise refusal(run, given[0], why, " ".join(["data=tokens", *sources, *weights]))
-    beside = {"data.train": d.train, "data.validation": d.validation, "data.test": d.test}
-    for field, value in beside.items():
-        if value is not None:
+    for field in ("data.train", "data.validation", "data.test"):
+        if value_of(run, field) is not None:
             why = "of one source, and data.sources names several"
             raise refusal(run, field, why, f"{field}=null")
     for field, by_name in named.items():
@@ -442,17 +405,11 @@ def check_scheduler(run: RunConfig) -> None:
     if s.decay_steps is None or s.decay_steps > room:
         decay = s.decay_steps or 1
         longer = f"training.steps={s.warmup_steps + decay} (or more)"
-        raise refusal(
-            run,
-            "scheduler.decay_steps",
-            f"wsd decays after {s.warmup_steps} steps of warm-up and within training.steps={steps}",
-            *([f"scheduler.decay_steps={room} (or fewer)"] if room >= 1 else []),
-            *(
-                [longer if s.decay_steps else f"{longer} scheduler.decay_steps={decay}"]
-                if decay > room
-                else []
-            ),
-        )
+        why = f"wsd decays after {s.warmup_steps} steps of warm-up and within training.steps={steps}"
+        remedies = [f"scheduler.decay_steps={room} (or fewer)"] if room >= 1 else []
+        if decay > room:
+            remedies.append(longer if s.decay_steps else f"{longer} scheduler.decay_steps={decay}")
+        raise refusal(run, "scheduler.decay_steps", why, *remedies)
 
 
 def check_stop(run: RunConfig) -> None:
@@ -464,10 +421,10 @@ def check_stop(run: RunConfig) -> None:
 
 def check_wandb(run: RunConfig) -> None:
     project = run.logging.wandb.project
-    if found := re.search(r"[/\\#?%:]", project):
-        fitting = re.sub(r"[/\\#?%:]", "-", project)
-        why = f"W&B takes no {found[0]} in a project's name"
-        raise refusal(run, "logging.wandb.project", why, f"logging.wandb.project={fitting}")
+    if match := re.search(r"[/\\#?%:]", project):
+        valid = re.sub(r"[/\\#?%:]", "-", project)
+        why = f"W&B takes no {match[0]} in a project's name"
+        raise refusal(run, "logging.wandb.project", why, f"logging.wandb.project={valid}")
 
 
 def check_deepspeed(run: RunConfig) -> None:
@@ -492,24 +449,7 @@ def check_fp16_has_a_gpu(run: RunConfig, layout: Layout) -> None:
 
 
 RULES: tuple[Callable[[RunConfig], None], ...] = (
-    check_numbers,
-    check_inputs,
-    check_parts,
-    check_images,
-    check_heads,
-    check_tensor_divides,
-    check_schedule,
-    check_pipeline,
-    check_zero,
-    check_sequence,
-    check_vocabulary,
-    check_documents,
-    check_blend,
-    check_data,
-    check_optimizer,
-    check_scheduler,
-    check_stop,
-    check_deepspeed,
-    check_wandb,
-    check_slurm,
-)
+    check_numbers, check_inputs, check_parts, check_images, check_heads, check_tensor_divides, check_schedule,
+    check_pipeline, check_zero, check_sequence, check_vocabulary, check_documents, check_blend, check_data,
+    check_optimizer, check_scheduler, check_stop, check_deepspeed, check_wandb, check_slurm,
+)  # fmt: skip

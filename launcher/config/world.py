@@ -10,11 +10,11 @@ from launcher.config.slurm_rules import check_submission
 
 @dataclass(frozen=True)
 class World:
-    """The ranks that there are.
+    """The ranks that a run can use.
 
-    A fixed world was started, or is counted, by torchrun, srun or a cluster: all of its ranks take part. Of
-    any other world the launcher starts as many ranks as the layout needs. There `ranks` is the number of GPUs
-    or CPU cores; on CPU a layout may have more ranks than cores.
+    torchrun, srun or a cluster starts or counts the ranks of a fixed world, and all of them take part. In any
+    other world the launcher starts as many ranks as the layout needs, and `ranks` is the number of GPUs or
+    CPU cores; on CPU a layout may have more ranks than cores.
     """
 
     device: str  # "cpu" or "cuda"
@@ -36,10 +36,7 @@ class World:
 
 
 def world_of_machine(run: RunConfig, machine: Machine) -> World:
-    """Return the ranks that the launcher can start on this machine.
-
-    Raises ConfigError where the run needs a GPU and the machine has none.
-    """
+    """Return the ranks that the launcher can start here. Raises ConfigError if the run needs a GPU."""
     device = _device(run, machine)
     ranks = machine.gpus if device == "cuda" else machine.cores
     return World(device, ranks, ranks, memory_bytes=_shared_memory(device, machine))
@@ -52,10 +49,7 @@ def world_of_joined_ranks(run: RunConfig, machine: Machine, *, ranks: int, ranks
 
 
 def world_of_hardware(run: RunConfig, machine: Machine) -> World:
-    """Return the ranks of the hardware that the config names, whatever this machine has.
-
-    What the config leaves open is taken from this machine.
-    """
+    """Return the ranks of the hardware in the config; this machine fills in what the config leaves open."""
     h = run.hardware
     device = "cuda" if h.device is Device.cuda or (h.device is Device.auto and machine.gpus > 0) else "cpu"
     memory_bytes = _shared_memory(device, machine)
@@ -67,10 +61,7 @@ def world_of_hardware(run: RunConfig, machine: Machine) -> World:
 
 
 def world_of_nodes(run: RunConfig, nodes: int) -> World:
-    """Return the ranks of a Slurm job on `nodes` nodes.
-
-    Raises ConfigError where the config does not say what the nodes have.
-    """
+    """Return the ranks of a Slurm job on `nodes` nodes. Raises ConfigError if their hardware is not set."""
     per_node = check_submission(run)
     return World(run.hardware.device.name, nodes * per_node, per_node, fixed=True)
 
@@ -79,9 +70,8 @@ def _device(run: RunConfig, machine: Machine) -> str:
     """Return "cuda" or "cpu"; `auto` becomes "cuda" where there are GPUs."""
     wanted = run.hardware.device
     if wanted is Device.cuda and machine.gpus == 0:
-        raise refusal(
-            run, "hardware.device", "this machine has no GPU", "hardware=cpu", "hardware=local (what is here)"
-        )
+        remedies = "hardware=cpu", "hardware=local (what is here)"
+        raise refusal(run, "hardware.device", "this machine has no GPU", *remedies)
     if wanted is Device.auto:
         return "cuda" if machine.gpus else "cpu"
     return wanted.name

@@ -3,25 +3,12 @@
 from typing import Any
 
 from launcher.checkpoint.huggingface import gpt2, llama
-from launcher.checkpoint.huggingface.adapter import (
-    Adapter,
-    Entry,
-    NotConvertible,
-    setting_names,
-    setting_of,
-)
+from launcher.checkpoint.huggingface.adapter import Adapter, Entry, NotConvertible, setting_names, setting_of
 from launcher.config.schema import ModelConfig
 
 __all__ = [
-    "Adapter",
-    "Entry",
-    "NotConvertible",
-    "adapter_of",
-    "model_of",
-    "setting_names",
-    "setting_of",
-    "titles",
-]
+    "Adapter", "Entry", "NotConvertible", "adapter_of", "model_of", "setting_names", "setting_of", "titles",
+]  # fmt: skip
 
 ADAPTERS = (gpt2.ADAPTER, llama.ADAPTER)
 

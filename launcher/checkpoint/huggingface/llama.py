@@ -63,33 +63,18 @@ def _write(m: ModelConfig) -> dict[str, Any]:
 
 
 ADAPTER = Adapter(
-    title="Llama",
-    model_type="llama",
-    architecture="LlamaForCausalLM",
-    prefix="model.",
+    title="Llama", model_type="llama", architecture="LlamaForCausalLM", prefix="model.",
     parts={
-        "inputs": InputKind.tokens,
-        "norm": NormKind.rms_norm,
-        "positions": PositionKind.rope,
-        "mlp": MLPKind.swiglu,
-        "attention": AttentionKind.causal,
-        "biases": no_biases(),
+        "inputs": InputKind.tokens, "norm": NormKind.rms_norm, "positions": PositionKind.rope,
+        "mlp": MLPKind.swiglu, "attention": AttentionKind.causal, "biases": no_biases(),
     },
     settings={
-        "hidden_size": "hidden_size",
-        "num_layers": "num_hidden_layers",
-        "num_heads": "num_attention_heads",
-        "num_kv_heads": "num_key_value_heads",
-        "ffn_hidden_size": "intermediate_size",
-        "vocab_size": "vocab_size",
-        "max_sequence_length": "max_position_embeddings",
-        "tie_embeddings": "tie_word_embeddings",
-        "norm_epsilon": "rms_norm_eps",
+        "hidden_size": "hidden_size", "num_layers": "num_hidden_layers", "num_heads": "num_attention_heads",
+        "num_kv_heads": "num_key_value_heads", "ffn_hidden_size": "intermediate_size",
+        "vocab_size": "vocab_size", "max_sequence_length": "max_position_embeddings",
+        "tie_embeddings": "tie_word_embeddings", "norm_epsilon": "rms_norm_eps",
     },
     defaults={"num_key_value_heads": None, "tie_word_embeddings": False, "rms_norm_eps": 1e-6},
-    fixed={"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
-    derived=(),
-    entries=_entries,
-    read=_read,
-    write=_write,
-)
+    fixed={"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}, derived=(), entries=_entries,
+    read=_read, write=_write,
+)  # fmt: skip

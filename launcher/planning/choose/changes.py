@@ -11,6 +11,11 @@ from launcher.config.validate import validate
 from launcher.planning.cost.plan import Plan, make_plan
 
 WORTH_SAYING = 0.02  # smallest share of the step's time to gain
+# Factors of the tensor and pipeline sizes to try, in this order.
+AXIS_FACTORS = (
+    (2, 1), (1, 2), (4, 1), (1, 4), (8, 1), (2, 2), (2, 4), (4, 2), (4, 4), (8, 8),
+    (0.5, 1), (1, 0.5), (0.25, 1), (1, 0.25), (2, 0.5), (0.5, 2),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,7 @@ def changed(run: RunConfig, settings: dict[str, Any]) -> RunConfig:
         section, field = name.split(".")
         by_section.setdefault(section, {})[field] = value
     return replace(
-        run, **{section: replace(getattr(run, section), **fields) for section, fields in by_section.items()}
+        run, **{name: replace(getattr(run, name), **fields) for name, fields in by_section.items()}
     )
 
 
@@ -79,41 +84,19 @@ def _settings(run: RunConfig, layout: Layout) -> Iterator[dict[str, Any]]:
     for kind in ActivationCheckpointing:
         yield {"parallelism.activation_checkpointing": kind}
     yield {"parallelism.zero_stage": 2}
-    for tensor, pipeline in (
-        (2, 1),
-        (1, 2),
-        (4, 1),
-        (1, 4),
-        (8, 1),
-        (2, 2),
-        (2, 4),
-        (4, 2),
-        (4, 4),
-        (8, 8),
-        (0.5, 1),
-        (1, 0.5),
-        (0.25, 1),
-        (1, 0.25),
-        (2, 0.5),
-        (0.5, 2),
-    ):
+    for tensor, pipeline in AXIS_FACTORS:
         yield from _axes(run, layout, p.tensor * tensor, p.pipeline * pipeline)
     if p.pipeline_schedule is not PipelineSchedule.dualpipev:
         yield {"parallelism.pipeline_schedule": PipelineSchedule.dualpipev}
     yield {"parallelism.zero_stage": 3}
     yield {"parallelism.offload_optimizer": True}
-    yield {
-        "parallelism.zero_stage": 3,
-        "parallelism.offload_optimizer": True,
-        "parallelism.offload_parameters": True,
-    }
+    offload = {"parallelism.offload_optimizer": True, "parallelism.offload_parameters": True}
+    yield {"parallelism.zero_stage": 3, **offload}
 
 
 def _axes(run: RunConfig, layout: Layout, tensor: float, pipeline: float) -> Iterator[dict[str, Any]]:
     p = run.parallelism
-    if tensor < 1 or pipeline < 1 or tensor % 1 or pipeline % 1:
-        return
-    if layout.world_size % int(tensor * pipeline):
+    if tensor < 1 or pipeline < 1 or tensor % 1 or pipeline % 1 or layout.world_size % (tensor * pipeline):
         return
     axes: dict[str, Any] = {}
     if int(tensor) != p.tensor:

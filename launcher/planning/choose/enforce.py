@@ -1,11 +1,11 @@
 """Choose the layout of `parallelism=auto`, and refuse a run that does not fit into memory. Pure."""
 
-from launcher.config.errors import ConfigError, as_typed
+from launcher.config.errors import ConfigError, as_typed, value_of
 from launcher.config.schema import RunConfig
 from launcher.config.world import World
 from launcher.planning.choose.changes import helpful
 from launcher.planning.choose.limits import settings_in_words
-from launcher.planning.choose.search import Candidate, Search, Settings, freed, search
+from launcher.planning.choose.search import Candidate, Search, freed, search
 from launcher.planning.cost.plan import Plan
 from launcher.text import size
 
@@ -29,12 +29,12 @@ def chosen(run: RunConfig, world: World) -> tuple[RunConfig, Search]:
 def _too_large(run: RunConfig, result: Search, closest: Candidate) -> ConfigError:
     assert closest.budget is not None
     why = (
-        f"none of {len(result.candidates)} layouts of {result.world.ranks} ranks fits; what comes closest, "
-        f"{closest.layout.describe()}, {settings_in_words(closest.run)}, takes {size(closest.peak)} of "
+        f"none of {len(result.candidates)} layouts of {result.world.ranks} ranks fits; the closest, "
+        f"{closest.layout.describe()}, {settings_in_words(closest.run)}, needs {size(closest.peak)} of "
         f"{size(closest.budget)} a rank"
     )
-    more = "more ranks, a smaller model or a shorter data.sequence_length"
-    return ConfigError("parallelism.auto", True, why, f"{NO_CHECK} or {more}")
+    remedy = f"{NO_CHECK} or more ranks, a smaller model or a shorter data.sequence_length"
+    return ConfigError("parallelism.auto", True, why, remedy)
 
 
 def refuse_too_large(plan: Plan) -> None:
@@ -43,12 +43,8 @@ def refuse_too_large(plan: Plan) -> None:
         return
     remedies = [change.settings for change in helpful(plan, most=2)] or _elsewhere(plan)
     value = plan.run.hardware.memory_bytes
-    raise ConfigError(
-        "hardware.memory_bytes",
-        "null" if value is None else f"{value:g}",
-        _shortage(plan),
-        " or ".join([*remedies, NO_CHECK]),
-    )
+    typed = "null" if value is None else f"{value:g}"
+    raise ConfigError("hardware.memory_bytes", typed, _shortage(plan), " or ".join([*remedies, NO_CHECK]))
 
 
 def _shortage(plan: Plan) -> str:
@@ -69,10 +65,6 @@ def _elsewhere(plan: Plan) -> list[str]:
         fitting = search(freed(plan.run), plan.world, budget=plan.budget).fitting
     except ConfigError:
         return []
-    return [_typed(plan.run, fitting[0].settings)] if fitting else []
-
-
-def _typed(run: RunConfig, settings: Settings) -> str:
-    """Return the settings that differ from the run, as they are typed."""
-    current = {name: getattr(getattr(run, name.split(".")[0]), name.split(".")[1]) for name in settings}
-    return " ".join(f"{name}={as_typed(value)}" for name, value in settings.items() if current[name] != value)
+    changed = fitting[0].settings.items() if fitting else ()
+    typed = [f"{name}={as_typed(value)}" for name, value in changed if value_of(plan.run, name) != value]
+    return [" ".join(typed)] if fitting else []

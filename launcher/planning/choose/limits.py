@@ -19,13 +19,9 @@ def parts_of(plan: Plan) -> dict[str, float]:
     if time is None:
         return {}
     return {
-        "compute": time.compute,
-        "tensor communication": time.tensor,
-        "data communication": time.data,
-        "pipeline communication": time.pipeline,
-        "bubble": time.bubble,
-        "optimizer": time.optimizer,
-    }
+        "compute": time.compute, "tensor communication": time.tensor, "data communication": time.data,
+        "pipeline communication": time.pipeline, "bubble": time.bubble, "optimizer": time.optimizer,
+    }  # fmt: skip
 
 
 def limit(plan: Plan) -> str:
@@ -47,13 +43,9 @@ def limit(plan: Plan) -> str:
 
 def settings_in_words(run: RunConfig) -> str:
     """Return the settings of a run that a plan depends on, beside its layout."""
-    p = run.parallelism
-    words = [
-        f"micro-batch {run.training.micro_batch_size}",
-        f"global batch {run.training.global_batch_size}",
-        run.precision.dtype.name,
-        f"recomputation {p.activation_checkpointing.name}",
-    ]
+    p, t = run.parallelism, run.training
+    words = [f"micro-batch {t.micro_batch_size}", f"global batch {t.global_batch_size}"]
+    words += [run.precision.dtype.name, f"recomputation {p.activation_checkpointing.name}"]
     words += ["sequence parallel"] if p.sequence_parallel else []
     words += ["optimizer offloaded"] if p.offload_optimizer else []
     words += ["weights offloaded"] if p.offload_parameters else []

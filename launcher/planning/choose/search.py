@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
+from math import prod
 from typing import Any
 
 from launcher.config.errors import ConfigError, as_typed, settings
@@ -82,7 +83,8 @@ class Search:
     @cached_property
     def fitting(self) -> list[Candidate]:
         """Candidates that fit, best first; tensor groups that span nodes come last."""
-        return sorted((candidate for candidate in self.candidates if candidate.fits), key=_order)
+        fitting = [candidate for candidate in self.candidates if candidate.fits]
+        return sorted(fitting, key=lambda candidate: candidate.order)
 
     @cached_property
     def best_of_kinds(self) -> dict[str, Candidate]:
@@ -93,10 +95,6 @@ class Search:
             if other is None or _order_in_kind(candidate) < _order_in_kind(other):
                 best[candidate.kind] = candidate
         return dict(sorted(best.items(), key=lambda item: (not item[1].fits, item[1].order)))
-
-
-def _order(candidate: Candidate) -> tuple[Any, ...]:
-    return candidate.order
 
 
 def _order_in_kind(candidate: Candidate) -> tuple[Any, ...]:
@@ -112,36 +110,26 @@ def search(run: RunConfig, world: World, *, budget: float | None = None) -> Sear
     if not world.fixed:
         check_machine(run, world)
     world = world.of_hardware(run.hardware)
-    found = tuple(_candidates(run, world, budget))
-    if not found and not world.fixed:
-        found = tuple(
-            candidate
-            for ranks in _smaller_worlds(run, world)
-            for candidate in _candidates(run, replace(world, ranks=ranks), budget)
-        )
-    if not found:
+    candidates = list(_candidates(run, world, budget))
+    if not candidates and not world.fixed:
+        for ranks in _smaller_worlds(run, world):
+            candidates += _candidates(run, replace(world, ranks=ranks), budget)
+    if not candidates:
         raise _why_none(run, world)
-    return Search(found, world)
+    return Search(tuple(candidates), world)
 
 
 def _smaller_worlds(run: RunConfig, world: World) -> list[int]:
-    """Return numbers of ranks that split the heads, the layers and the batch: whole nodes, or part of one."""
+    """Return numbers of ranks that split heads, layers and batch, and fill whole nodes or part of a node."""
     step = world.ranks_per_node if world.ranks > world.ranks_per_node else 1
-    sizes = product(
-        divisors(run.model.num_heads),
-        divisors(run.model.num_layers),
-        divisors(run.training.global_batch_size),
-    )
-    products = {tensor * pipeline * data for tensor, pipeline, data in sizes}
+    split = run.model.num_heads, run.model.num_layers, run.training.global_batch_size
+    products = {prod(sizes) for sizes in product(*map(divisors, split))}
     return sorted(ranks for ranks in products if ranks < world.ranks and (ranks < step or ranks % step == 0))
 
 
 def _candidates(run: RunConfig, world: World, budget: float | None = None) -> Iterator[Candidate]:
-    judged = _Judge(run, world, budget)
-    for chosen in _settings(run, world):
-        candidate = judged.candidate(chosen)
-        if candidate is not None:
-            yield candidate
+    judge = _Judge(run, world, budget)
+    yield from filter(None, map(judge.candidate, _settings(run, world)))
 
 
 def _settings(run: RunConfig, world: World) -> Iterator[Settings]:
@@ -151,8 +139,8 @@ def _settings(run: RunConfig, world: World) -> Iterator[Settings]:
         name: (getattr(p, name),) if getattr(p, name) != getattr(default, name) else values
         for name, values in CHOICES.items()
     }
-    is_whole = world.ranks == run.hardware.nodes * world.ranks_per_node
-    nodes = {} if is_whole else {"hardware.nodes": world.nodes}
+    uses_all_nodes = world.ranks == run.hardware.nodes * world.ranks_per_node
+    nodes = {} if uses_all_nodes else {"hardware.nodes": world.nodes}
     for axes in _axes(run, world.ranks):
         # Micro-batches that divide a data rank's share of the batch.
         micro_batches = divisors(run.training.global_batch_size // axes["data"])
@@ -160,16 +148,13 @@ def _settings(run: RunConfig, world: World) -> Iterator[Settings]:
             fields = {**axes, **dict(zip(options, values, strict=True))}
             if _is_hopeless(fields):
                 continue
+            settings = {f"parallelism.{name}": value for name, value in fields.items()}
             for micro_batch in micro_batches:
-                yield {
-                    **{f"parallelism.{name}": value for name, value in fields.items()},
-                    "training.micro_batch_size": micro_batch,
-                    **nodes,
-                }
+                yield {**settings, "training.micro_batch_size": micro_batch, **nodes}
 
 
 def _is_hopeless(fields: dict[str, Any]) -> bool:
-    """Check for combinations that validation always refuses; most of the product, and faster to skip here."""
+    """Return whether validation refuses the fields in any run; skipping them here is faster."""
     return (
         (fields["pipeline"] > 1 and fields["zero_stage"] > 1)
         or (fields["tensor"] == 1 and fields["sequence_parallel"])
@@ -204,7 +189,7 @@ class _Judge:
 
     def __init__(self, run: RunConfig, world: World, budget: float | None) -> None:
         self.run, self.world = changed(run, {"parallelism.auto": False}), replace(world, fixed=True)
-        # Ranks that others started each make this choice: it must not depend on the memory of their machines.
+        # In a fixed world each rank makes this choice: it must not depend on the memory of its machine.
         shared = replace(world, memory_bytes=None) if world.fixed else world
         self.budget = budget or memory_budget(run, shared, world.ranks)
         rates = rates_of(run.hardware, run.precision.dtype, world.ranks)
@@ -220,15 +205,8 @@ class _Judge:
         except ConfigError:
             return None
         per_node = self.world.ranks_per_node
-        return Candidate(
-            chosen,
-            run,
-            layout,
-            seconds(run, layout, self.rates, per_node),
-            peak(run, layout),
-            self.budget,
-            per_node,
-        )
+        time = seconds(run, layout, self.rates, per_node)
+        return Candidate(chosen, run, layout, time, peak(run, layout), self.budget, per_node)
 
 
 def seconds(run: RunConfig, layout: Layout, rates: AnyRates, per_node: int) -> float:
@@ -250,7 +228,7 @@ def _fullest(ranks: tuple[Rank, ...]) -> Iterable[Rank]:
 
 
 def _why_none(run: RunConfig, world: World) -> ConfigError:
-    """Return validation's error on a single rank; else an error about a field that was set, or the batch."""
+    """Return validation's error on a single rank; else the error about a field that was set, or the batch."""
     try:
         validate(changed(freed(run), {"training.micro_batch_size": 1}), replace(world, ranks=1, fixed=True))
     except ConfigError as error:
@@ -259,14 +237,11 @@ def _why_none(run: RunConfig, world: World) -> ConfigError:
     for name in ("data", "tensor", "pipeline", *CHOICES):
         value, free = getattr(run.parallelism, name), getattr(default, name)
         field = f"parallelism.{name}"
-        if value != free and (found := next(_candidates(changed(run, {field: free}), world), None)):
+        if value != free and (legal := next(_candidates(changed(run, {field: free}), world), None)):
             why = f"no layout of {world.ranks} ranks is legal with it"
-            return ConfigError(field, value, why, f"{field}={as_typed(found.settings[field])}")
+            return ConfigError(field, value, why, f"{field}={as_typed(legal.settings[field])}")
     batch = run.training.global_batch_size
     larger = sorted({data * -(-batch // data) for data in divisors(world.ranks) if batch % data})
-    return ConfigError(
-        "parallelism.auto",
-        True,
-        f"no layout of {world.ranks} ranks is legal with a batch of {batch} and what is set beside it",
-        " or ".join([*settings("training.global_batch_size", larger[:2]), "fewer ranks"]),
-    )
+    why = f"no layout of {world.ranks} ranks is legal with a batch of {batch} and the other settings"
+    remedies = [*settings("training.global_batch_size", larger[:2]), "fewer ranks"]
+    return ConfigError("parallelism.auto", True, why, " or ".join(remedies))

@@ -23,19 +23,11 @@ def _rotation(s: Sizes) -> list[Operation]:
     turned = s.query + s.key
     return [
         Operation(
-            "rotated",
-            ("qkv",),
-            turned,
-            extra=tables,
-            scratch=s.query // 2,
-            gradients=(turned,),
-            joins=True,
+            "rotated", ("qkv",), turned, extra=tables, scratch=s.query // 2, gradients=(turned,), joins=True,
             backward_scratch=s.query // 2,
-            forward_bytes=5 * turned,
-            backward_bytes=5 * turned,
-            kernels=20,
-        )
-    ]
+            forward_bytes=5 * turned, backward_bytes=5 * turned, kernels=20,
+        ),
+    ]  # fmt: skip
 
 
 def _gradients(s: Sizes) -> tuple[int, ...]:
@@ -47,20 +39,12 @@ def fused_attention(s: Sizes, inputs: tuple[str, ...]) -> Operation:
     """FlashAttention (Dao et al., arXiv 2205.14135): keeps a number per row and recomputes the scores."""
     product = Matmul(s.length, s.length, s.head_size, s.micro_batch * s.heads)
     return Operation(
-        "core",
-        inputs,
-        s.query,
-        saves=(*inputs, "core"),
-        extra=FP32 * s.tokens * s.heads + s.mask,
+        "core", inputs, s.query, saves=(*inputs, "core"), extra=FP32 * s.tokens * s.heads + s.mask,
         # The gradients of queries, keys and values are joined, then ordered as the projection's output.
-        backward_scratch=s.fused,
-        gradients=_gradients(s),
-        joins=True,
-        forward_matmuls=(product,) * 2,
-        backward_matmuls=(product,) * 5,
-        forward_bytes=s.fused + s.query,
-        backward_bytes=2 * s.fused + 2 * s.query,
-    )
+        backward_scratch=s.fused, gradients=_gradients(s), joins=True,
+        forward_matmuls=(product,) * 2, backward_matmuls=(product,) * 5,
+        forward_bytes=s.fused + s.query, backward_bytes=2 * s.fused + 2 * s.query,
+    )  # fmt: skip
 
 
 def stored_scores(s: Sizes, inputs: tuple[str, ...]) -> list[Operation]:
@@ -70,28 +54,14 @@ def stored_scores(s: Sizes, inputs: tuple[str, ...]) -> list[Operation]:
     copies = 3 * s.query // s.element * FP32  # queries, keys and values, repeated for their group
     return [
         Operation(
-            "scores",
-            inputs,
-            s.scores,
-            extra=copies + (2 * s.scores if s.dropout else 0),
-            scratch=s.scores // 2 + 12 * s.query if low else s.scores,
-            gradients=_gradients(s),
-            joins=True,
-            forward_matmuls=(product,),
-            backward_matmuls=(product,) * 2,
-            forward_bytes=s.fused + 6 * s.scores,
-            backward_bytes=2 * s.fused + 8 * s.scores,
-            kernels=8,
+            "scores", inputs, s.scores, extra=copies + (2 * s.scores if s.dropout else 0),
+            scratch=s.scores // 2 + 12 * s.query if low else s.scores, gradients=_gradients(s), joins=True,
+            forward_matmuls=(product,), backward_matmuls=(product,) * 2,
+            forward_bytes=s.fused + 6 * s.scores, backward_bytes=2 * s.fused + 8 * s.scores, kernels=8,
         ),
         Operation(
-            "core",
-            ("scores",),
-            s.query,
-            saves=("scores",),
-            backward_scratch=6 * s.query if low else s.query,
-            forward_matmuls=(product,),
-            backward_matmuls=(product,) * 2,
-            forward_bytes=s.scores,
-            backward_bytes=2 * s.scores,
+            "core", ("scores",), s.query, saves=("scores",), backward_scratch=6 * s.query if low else s.query,
+            forward_matmuls=(product,), backward_matmuls=(product,) * 2,
+            forward_bytes=s.scores, backward_bytes=2 * s.scores,
         ),
-    ]
+    ]  # fmt: skip

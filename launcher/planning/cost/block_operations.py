@@ -48,23 +48,11 @@ def _gelu(s: Sizes) -> Operation:
 def _swiglu(s: Sizes) -> list[Operation]:
     return [
         Operation(
-            "silu",
-            ("up",),
-            s.ffn,
-            saves=("up",),
-            gradients=(s.ffn,),
-            joins=True,
-            forward_bytes=2 * s.ffn,
-            backward_bytes=7 * s.ffn,
+            "silu", ("up",), s.ffn, saves=("up",), gradients=(s.ffn,), joins=True,
+            forward_bytes=2 * s.ffn, backward_bytes=7 * s.ffn,
         ),
         Operation(
-            "activated",
-            ("silu", "up"),
-            s.ffn,
-            saves=("silu", "up"),
-            gradients=(s.ffn, s.ffn),
-            joins=True,
-            forward_bytes=3 * s.ffn,
-            backward_bytes=6 * s.ffn,
+            "activated", ("silu", "up"), s.ffn, saves=("silu", "up"), gradients=(s.ffn, s.ffn), joins=True,
+            forward_bytes=3 * s.ffn, backward_bytes=6 * s.ffn,
         ),
-    ]
+    ]  # fmt: skip

@@ -26,16 +26,20 @@ class BufferSizes:
     def of(cls, run: RunConfig) -> "BufferSizes":
         zero = run.deepspeed.get("zero_optimization", {})
         default = cls(reduce_bucket(run.model))
+
+        def setting(name: str, otherwise: int) -> int:
+            return int(zero.get(name, otherwise))
+
         return cls(
-            reduce_bucket=int(zero.get("reduce_bucket_size", reduce_bucket(run.model))),
+            reduce_bucket=setting("reduce_bucket_size", default.reduce_bucket),
             # With overlap_comm a second bucket fills while the first is reduced; a pipeline turns it off.
             reduce_buffers=2 if zero.get("overlap_comm") and run.parallelism.pipeline == 1 else 1,
-            sub_group=int(zero.get("sub_group_size", default.sub_group)) or default.sub_group,
-            prefetch_bucket=int(zero.get("stage3_prefetch_bucket_size", default.prefetch_bucket)),
-            persistence_threshold=int(
-                zero.get("stage3_param_persistence_threshold", default.persistence_threshold)
+            sub_group=setting("sub_group_size", default.sub_group) or default.sub_group,
+            prefetch_bucket=setting("stage3_prefetch_bucket_size", default.prefetch_bucket),
+            persistence_threshold=setting(
+                "stage3_param_persistence_threshold", default.persistence_threshold
             ),
-            model_persistence=int(zero.get("stage3_model_persistence_threshold", default.model_persistence)),
-            max_live=int(zero.get("stage3_max_live_parameters", default.max_live)),
-            max_reuse=int(zero.get("stage3_max_reuse_distance", default.max_reuse)),
+            model_persistence=setting("stage3_model_persistence_threshold", default.model_persistence),
+            max_live=setting("stage3_max_live_parameters", default.max_live),
+            max_reuse=setting("stage3_max_reuse_distance", default.max_reuse),
         )

@@ -15,17 +15,12 @@ def embedding(s: Sizes) -> list[Operation]:
 def _positions(s: Sizes, x: str) -> Operation:
     size = s.length * s.hidden_size * s.element
     return Operation(
-        "positions",
-        (x,),
-        s.stretch,
+        "positions", (x,), s.stretch,
         # With documents, each token has a position of its own.
-        scratch=s.whole if s.masks_documents else 0,
-        weight=2 * size,
-        adds=True,
+        scratch=s.whole if s.masks_documents else 0, weight=2 * size, adds=True,
         backward_traffic=(Collective("all_reduce", size),) if s.sequence_parallel else (),
-        forward_bytes=2 * s.stretch,
-        backward_bytes=s.stretch,
-    )
+        forward_bytes=2 * s.stretch, backward_bytes=s.stretch,
+    )  # fmt: skip
 
 
 def head(s: Sizes) -> list[Operation]:
@@ -45,19 +40,15 @@ def loss(s: Sizes) -> Operation:
     logits = s.logits
     kept = s.tokens * (2 * INT64 + 2 * BOOL)  # with the labels, which the caller holds
     return Operation(
-        "loss",
-        ("logits",),
-        4,
-        extra=softmax + kept,
+        "loss", ("logits",), 4, extra=softmax + kept,
         # Logits in fp32 without padding; then sums, masks and indices.
         scratch=softmax * (low or cut) + s.tokens * (4 * FP32 + INT64),
         # The fp32 gradient beside the softmax; the output is its copy in the logits' precision.
         backward_scratch=softmax if low else 0,
         forward_traffic=(Collective("all_reduce", per_token),) * 3 if s.tensor > 1 else (),
         forward_bytes=(2 * logits if low else 0) + 6 * softmax,
-        backward_bytes=3 * softmax + (logits if low else 0),
-        kernels=20,
-    )
+        backward_bytes=3 * softmax + (logits if low else 0), kernels=20,
+    )  # fmt: skip
 
 
 def _patches(s: Sizes) -> list[Operation]:
@@ -66,34 +57,22 @@ def _patches(s: Sizes) -> list[Operation]:
     weights = tuple(Collective("all_reduce", h * s.element * rows) for rows in (s.patch_pixels, 1))
     operations = [
         Operation(
-            "embedded",
-            (),
-            s.stretch,
-            extra=pixels,
-            scratch=s.tokens * s.patch_pixels * s.element,
+            "embedded", (), s.stretch, extra=pixels, scratch=s.tokens * s.patch_pixels * s.element,
             weight=h * s.patch_pixels * s.element,
             forward_matmuls=(Matmul(s.own_tokens, h, s.patch_pixels),),
             backward_matmuls=(Matmul(h, s.patch_pixels, s.own_tokens),),
             backward_traffic=weights if s.sequence_parallel else (),
-            forward_bytes=6 * pixels,
-            backward_bytes=s.stretch,
-            kernels=6,
-        )
-    ]
+            forward_bytes=6 * pixels, backward_bytes=s.stretch, kernels=6,
+        ),
+    ]  # fmt: skip
     if s.has_class_token:
         operations.append(
             Operation(
-                "with_token",
-                ("embedded",),
-                s.stretch,
-                extra=s.own_tokens // s.micro_batch * BOOL,
-                backward_scratch=s.stretch,
-                backward_traffic=weights[1:] if s.sequence_parallel else (),
-                forward_bytes=2 * s.stretch,
-                backward_bytes=4 * s.stretch,
-                kernels=3,
-            )
-        )
+                "with_token", ("embedded",), s.stretch, extra=s.own_tokens // s.micro_batch * BOOL,
+                backward_scratch=s.stretch, backward_traffic=weights[1:] if s.sequence_parallel else (),
+                forward_bytes=2 * s.stretch, backward_bytes=4 * s.stretch, kernels=3,
+            ),
+        )  # fmt: skip
     return operations
 
 
@@ -102,15 +81,10 @@ def _pool(s: Sizes) -> Operation:
     # The class token is a view, which keeps the whole tensor alive.
     is_view = s.has_class_token and not s.sequence_parallel
     return Operation(
-        "pooled",
-        ("final_norm",),
-        0 if is_view else pooled,
-        saves=("final_norm",) if is_view else (),
+        "pooled", ("final_norm",), 0 if is_view else pooled, saves=("final_norm",) if is_view else (),
         forward_traffic=(Collective("all_reduce", pooled),) if s.sequence_parallel else (),
-        forward_bytes=s.stretch,
-        backward_bytes=2 * s.stretch,
-        kernels=2,
-    )
+        forward_bytes=s.stretch, backward_bytes=2 * s.stretch, kernels=2,
+    )  # fmt: skip
 
 
 def _lookup(s: Sizes) -> Operation:
@@ -123,16 +97,9 @@ def _lookup(s: Sizes) -> Operation:
     elif split:
         traffic = (Collective("all_reduce", s.whole),)
     return Operation(
-        "embedded",
-        (),
-        s.stretch,
-        extra=s.tokens * (INT64 + BOOL) if split else 0,
-        scratch=(2 if split else 0) * s.whole,
-        backward_scratch=2 * s.whole if split else 0,
-        weight=weight,
-        forward_traffic=traffic,
-        backward_traffic=backward,
-        forward_bytes=2 * s.whole * (3 if split else 1),
-        backward_bytes=2 * s.whole + weight,
+        "embedded", (), s.stretch, extra=s.tokens * (INT64 + BOOL) if split else 0,
+        scratch=(2 if split else 0) * s.whole, backward_scratch=2 * s.whole if split else 0, weight=weight,
+        forward_traffic=traffic, backward_traffic=backward,
+        forward_bytes=2 * s.whole * (3 if split else 1), backward_bytes=2 * s.whole + weight,
         kernels=6 if split else 1,
-    )
+    )  # fmt: skip

@@ -92,11 +92,9 @@ class Rank:
     @cached_property
     def groups(self) -> tuple[tuple[int, ...], ...]:
         """Sizes of the optimizer's parameter groups: matrices, then vectors; empty groups are left out."""
-        groups = (
-            tuple(weight.numel for weight in self.weights if weight.is_matrix is matrices)
-            for matrices in (True, False)
-        )
-        return tuple(group for group in groups if group)
+        matrices = tuple(weight.numel for weight in self.weights if weight.is_matrix)
+        vectors = tuple(weight.numel for weight in self.weights if not weight.is_matrix)
+        return tuple(group for group in (matrices, vectors) if group)
 
 
 def kind_of(rank: Rank) -> Kind:

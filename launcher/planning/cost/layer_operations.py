@@ -18,18 +18,12 @@ def norm(s: Sizes, name: str, x: str) -> Operation:
     vectors = 1 if is_rms else 2
     traffic = (Collective("all_reduce", s.hidden_size * s.element),) * vectors
     return Operation(
-        name,
-        (x,),
-        s.stretch,
-        saves=() if composite and low else (x,),
-        extra=statistics + copies,
-        scratch=fp32 if composite else 0,
-        backward_scratch=3 * fp32 if composite else 0,
+        name, (x,), s.stretch, saves=() if composite and low else (x,), extra=statistics + copies,
+        scratch=fp32 if composite else 0, backward_scratch=3 * fp32 if composite else 0,
         backward_traffic=traffic if s.sequence_parallel else (),
-        forward_bytes=2 * s.stretch + 3 * copies,
-        backward_bytes=3 * s.stretch + 6 * copies,
+        forward_bytes=2 * s.stretch + 3 * copies, backward_bytes=3 * s.stretch + 6 * copies,
         kernels=8 if composite else 1,
-    )
+    )  # fmt: skip
 
 
 def column(s: Sizes, name: str, x: str, outputs: int, *, has_bias: bool) -> Operation:
@@ -46,22 +40,14 @@ def column(s: Sizes, name: str, x: str, outputs: int, *, has_bias: bool) -> Oper
         traffic, overlapped = (Collective("all_gather", s.whole),), Collective("reduce_scatter", s.whole)
     product = Matmul(s.tokens, outputs, h)
     return Operation(
-        name,
-        (x,),
-        size,
-        saves=(x,),
-        scratch=max(scratch, size if split and has_bias else 0),
-        backward_scratch=backward_scratch,
-        weight=h * outputs * s.element,
+        name, (x,), size, saves=(x,), scratch=max(scratch, size if split and has_bias else 0),
+        backward_scratch=backward_scratch, weight=h * outputs * s.element,
         forward_matmuls=(product,),
         backward_matmuls=(Matmul(s.tokens, h, outputs), Matmul(outputs, h, s.tokens)),
-        forward_traffic=traffic,
-        backward_traffic=traffic,
-        overlapped_traffic=(overlapped,) if split else (),
-        forward_bytes=2 * size if split and has_bias else 0,
-        backward_bytes=size if has_bias else 0,
+        forward_traffic=traffic, backward_traffic=traffic, overlapped_traffic=(overlapped,) if split else (),
+        forward_bytes=2 * size if split and has_bias else 0, backward_bytes=size if has_bias else 0,
         kernels=2 if split and has_bias else 1,
-    )
+    )  # fmt: skip
 
 
 def row(s: Sizes, name: str, x: str, inputs: int, *, has_bias: bool) -> Operation:
@@ -73,23 +59,18 @@ def row(s: Sizes, name: str, x: str, inputs: int, *, has_bias: bool) -> Operatio
     gathered = (Collective("all_gather", s.whole),) if s.sequence_parallel else ()
     bias_gradient = (Collective("all_reduce", h * s.element),) if has_bias and s.sequence_parallel else ()
     return Operation(
-        name,
-        (x,),
-        s.stretch,
-        saves=(x,),
+        name, (x,), s.stretch, saves=(x,),
         # Partial sums and their copy ordered by rank; or the output before the bias.
         scratch=s.whole + s.laid_out if split else s.stretch if has_bias else 0,
         backward_scratch=s.whole if s.sequence_parallel else 0,
-        backward_entry=s.whole + s.laid_out if s.sequence_parallel else 0,
-        weight=h * inputs * s.element,
+        backward_entry=s.whole + s.laid_out if s.sequence_parallel else 0, weight=h * inputs * s.element,
         forward_matmuls=(product,),
         backward_matmuls=(Matmul(s.tokens, inputs, h), Matmul(h, inputs, s.tokens)),
         forward_traffic=(Collective(kind, s.whole),) if split else (),
         backward_traffic=gathered + bias_gradient,
         forward_bytes=(2 * s.whole if split else 0) + (2 * s.stretch if has_bias else 0),
-        backward_bytes=s.stretch if has_bias else 0,
-        kernels=1 + split + has_bias,
-    )
+        backward_bytes=s.stretch if has_bias else 0, kernels=1 + split + has_bias,
+    )  # fmt: skip
 
 
 def dropout(s: Sizes, x: str) -> list[Operation]:
@@ -100,14 +81,10 @@ def dropout(s: Sizes, x: str) -> list[Operation]:
     mask = elements * BOOL if s.device == "cuda" else s.stretch
     return [
         Operation(
-            f"{x}.dropped",
-            (x,),
-            s.stretch,
-            extra=mask,
-            forward_bytes=2 * s.stretch + mask,
-            backward_bytes=2 * s.stretch + mask,
-        )
-    ]
+            f"{x}.dropped", (x,), s.stretch, extra=mask,
+            forward_bytes=2 * s.stretch + mask, backward_bytes=2 * s.stretch + mask,
+        ),
+    ]  # fmt: skip
 
 
 def dropped(s: Sizes, x: str) -> str:

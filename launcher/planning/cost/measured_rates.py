@@ -57,11 +57,8 @@ class CalibratedRates:
         """Return seconds from measurements with this number of ranks, or the nearest number measured."""
         if group.ranks == 1:
             return 0.0
-        curves = [
-            (abs(ranks - group.ranks), curve)
-            for kind, ranks, curve in self.collectives
-            if kind == collective.kind
-        ]
+        measured = [(ranks, curve) for kind, ranks, curve in self.collectives if kind == collective.kind]
+        curves = [(abs(ranks - group.ranks), curve) for ranks, curve in measured]
         assert curves, f"calibration measures {collective.kind}"
         return collective.size / interpolated(min(curves)[1], collective.size)
 
@@ -81,32 +78,25 @@ def calibrated(hardware: HardwareConfig, dtype: Dtype, world: int) -> Calibrated
 
     More ranks than cores take turns, each at the rate of a rank with its own core.
     """
-    measured = sorted(hardware.measured, key=_ranks)
+    measured = sorted(hardware.measured, key=lambda rates: rates.ranks)
     if not measured or not getattr(measured[0].products, dtype.name):
         return None
     at_once = min(world, hardware.cores or world)
-    computing = max((rates for rates in measured if rates.ranks <= at_once), key=_ranks, default=measured[0])
-    communicating = max(
-        (rates for rates in measured if rates.ranks <= world), key=_ranks, default=measured[0]
-    )
+    computing, communicating = _at_most(measured, at_once), _at_most(measured, world)
     return CalibratedRates(
-        products=_curve(getattr(computing.products, dtype.name)),
-        elementwise=_curve(computing.elementwise),
-        memory=computing.stream,
-        operation_s=computing.operation_s,
-        step_s=computing.step_s,
-        micro_batch_s=computing.micro_batch_s,
-        zero_3_block_s=computing.zero_3_block_s,
+        products=_curve(getattr(computing.products, dtype.name)), elementwise=_curve(computing.elementwise),
+        memory=computing.stream, operation_s=computing.operation_s, step_s=computing.step_s,
+        micro_batch_s=computing.micro_batch_s, zero_3_block_s=computing.zero_3_block_s,
         scales=tuple(sorted((scale.flops, scale.factor) for scale in computing.scales)),
-        collectives=_collectives(measured, communicating),
-        crowding=world / at_once,
-        shares=Shares(overlap=0.0),
-        element=BYTES[dtype],
-    )
+        collectives=_collectives(measured, communicating), crowding=world / at_once,
+        shares=Shares(overlap=0.0), element=BYTES[dtype],
+    )  # fmt: skip
 
 
-def _ranks(rates: MeasuredRates) -> int:
-    return rates.ranks
+def _at_most(measured: Sequence[MeasuredRates], ranks: int) -> MeasuredRates:
+    """Return the rates with the largest number of ranks up to `ranks`, else with the smallest."""
+    few = (rates for rates in measured if rates.ranks <= ranks)
+    return max(few, key=lambda rates: rates.ranks, default=measured[0])
 
 
 def _collectives(

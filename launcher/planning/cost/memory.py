@@ -32,15 +32,8 @@ class Memory:
 
     @property
     def total(self) -> int:
-        return (
-            self.weights
-            + self.gradients
-            + self.optimizer
-            + self.activations
-            + self.communication
-            + self.checkpoint
-            + self.margin
-        )
+        state = self.weights + self.gradients + self.optimizer
+        return state + self.activations + self.communication + self.checkpoint + self.margin
 
 
 @dataclass(frozen=True)
@@ -74,17 +67,13 @@ def rank_memory(run: RunConfig, layout: Layout, rank: Rank) -> Memory:
     margin = 0 if on_cpu else CONTEXT_BYTES + int(FRAGMENTATION * (held + fullest.allocated))
     communication = fullest.holdings.communication + fullest.gathered
     return Memory(
-        weights=states.weights,
-        gradients=fullest.holdings.gradients,
-        optimizer=states.optimizer,
+        weights=states.weights, gradients=fullest.holdings.gradients, optimizer=states.optimizer,
         activations=fullest.activations,
         communication=communication - (fullest.holdings.untouched if on_cpu else 0),
-        checkpoint=copied if on_cpu else 0,
-        margin=margin,
-        moment=fullest.name,
+        checkpoint=copied if on_cpu else 0, margin=margin, moment=fullest.name,
         host=states.host + (0 if on_cpu else copied),
         allocated=held + max(moment.allocated for moment in moments),
-    )
+    )  # fmt: skip
 
 
 class _Flow:
@@ -140,22 +129,15 @@ class _Flat(_Flow):
         yield self.forward("loss", body + head.footprint.forward)
         yield self.first_backward("backward pass, head", saved + head.footprint.backward)
         yield self.backward("backward pass, head", saved + head.footprint.later)
-        yield self.backward(
-            "backward pass, last block", body + block.footprint.backward + tied, of_head, soon=of_block
-        )
+        last_block = body + block.footprint.backward + tied
+        yield self.backward("backward pass, last block", last_block, of_head, soon=of_block)
         if self.states.bucket is not None:
             yield self._reduction(of_head, of_block, tied)
-        yield self.backward(
-            "backward pass, first block",
-            first + block.footprint.saved + block.footprint.backward + tied,
-            of_head + of_block * (blocks - 1),
-            soon=of_block,
-        )
-        yield self.backward(
-            "backward pass, embedding",
-            first + embedding.footprint.backward + 2 * tied,
-            of_head + of_block * blocks,
-        )
+        first_block = first + block.footprint.saved + block.footprint.backward + tied
+        done = of_head + of_block * (blocks - 1)
+        yield self.backward("backward pass, first block", first_block, done, soon=of_block)
+        end = first + embedding.footprint.backward + 2 * tied
+        yield self.backward("backward pass, embedding", end, of_head + of_block * blocks)
         yield from self.after()
 
     def _reduction(self, of_head: int, of_block: int, tied: int) -> _Moment:
@@ -198,9 +180,8 @@ class _Pipelined(_Flow):
                 yield from self._backward(f"backward pass, {place}", kept, end, one_less=kept - saved)
             if stage.has_embedding:
                 embedding = self.parts.embedding.footprint
-                yield self.backward(
-                    "backward pass, embedding", others + inputs + embedding.saved + embedding.backward
-                )
+                kept = others + inputs + embedding.saved
+                yield self.backward("backward pass, embedding", kept + embedding.backward)
         yield from self.after()
 
     def _backward(self, name: str, kept: int, end: Footprint, *, one_less: int) -> Iterator[_Moment]:

@@ -11,12 +11,7 @@ from launcher.planning.cost.measured_rates import AnyRates
 from launcher.planning.cost.operations import BYTES, FP32, Collective, Operation
 from launcher.planning.cost.parts import ModelPart, parts
 from launcher.planning.cost.sizes import Sizes
-from launcher.planning.cost.traffic import (
-    TIED_RANKS,
-    GroupShape,
-    data_traffic,
-    tied_traffic,
-)
+from launcher.planning.cost.traffic import TIED_RANKS, GroupShape, data_traffic, tied_traffic
 from launcher.planning.cost.zero_states import padded
 
 

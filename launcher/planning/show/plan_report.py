@@ -209,18 +209,12 @@ def as_json(plan: Plan, changes: list[Change]) -> dict[str, Any]:
 def _stage_json(plan: Plan, index: int, stage: StagePlan) -> dict[str, Any]:
     memory = stage.memory
     return {
-        "stage": index,
-        "blocks": stage.blocks,
-        "parameters": stage.parameters,
-        "flops": stage.flops,
+        "stage": index, "blocks": stage.blocks, "parameters": stage.parameters, "flops": stage.flops,
         "memory": {
-            **{name: getattr(memory, name) for name in MEMORY_CLASSES},
-            "total": memory.total,
-            "budget": plan.budget,
-            "host": memory.host,
-            "moment": memory.moment,
+            **{name: getattr(memory, name) for name in MEMORY_CLASSES}, "total": memory.total,
+            "budget": plan.budget, "host": memory.host, "moment": memory.moment,
         },
-    }
+    }  # fmt: skip
 
 
 def _days(plan: Plan) -> float | None:

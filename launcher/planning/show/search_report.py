@@ -50,15 +50,12 @@ def _columns(title: str, *more: str) -> "Table":
 def _row(candidate: Candidate) -> list[str]:
     layout, p = candidate.layout, candidate.run.parallelism
     return [
-        f"{layout.pipeline} x {layout.data} x {layout.tensor}",
-        str(layout.zero_stage),
-        str(candidate.run.training.micro_batch_size),
-        p.activation_checkpointing.name,
+        f"{layout.pipeline} x {layout.data} x {layout.tensor}", str(layout.zero_stage),
+        str(candidate.run.training.micro_batch_size), p.activation_checkpointing.name,
         "split" if p.sequence_parallel else "",
         "all" if p.offload_parameters else "optimizer" if p.offload_optimizer else "",
-        four_digits(candidate.seconds),
-        size(candidate.peak),
-    ]
+        four_digits(candidate.seconds), size(candidate.peak),
+    ]  # fmt: skip
 
 
 def why_lost(candidate: Candidate, best: Candidate | None) -> str:
@@ -98,8 +95,5 @@ def _candidate_json(candidate: Candidate) -> dict[str, Any]:
         for name, value in candidate.settings.items()
     }
     return {
-        "settings": settings,
-        "time_s": candidate.seconds,
-        "memory": candidate.peak,
-        "fits": candidate.fits,
-    }
+        "settings": settings, "time_s": candidate.seconds, "memory": candidate.peak, "fits": candidate.fits,
+    }  # fmt: skip
