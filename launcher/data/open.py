@@ -151,10 +151,7 @@ def _token_splits(run: RunConfig) -> dict[str, TokenSplit]:
         return {ONLY: split("data.train", d.train, "data.validation", d.validation)}
     return {
         name: split(
-            f"data.sources.{name}",
-            train,
-            f"data.validation_sources.{name}",
-            d.validation_sources.get(name),
+            f"data.sources.{name}", train, f"data.validation_sources.{name}", d.validation_sources.get(name)
         )
         for name, train in d.sources.items()
     }

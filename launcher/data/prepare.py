@@ -23,14 +23,7 @@ from launcher.config.schema import BadLines, PrepareConfig
 from launcher.data.card import card_path, tokenizer_path
 from launcher.data.reading import FileFormat, Place, RecordBatch, batches, format_of
 from launcher.data.token_file import bin_path, index_path, write_index
-from launcher.data.tokenise import (
-    TokenisedBatch,
-    TokenizerSpec,
-    Worker,
-    WorkerKilled,
-    WorkerPool,
-    text_of,
-)
+from launcher.data.tokenise import TokenisedBatch, TokenizerSpec, Worker, WorkerKilled, WorkerPool, text_of
 from launcher.data.tokenizer import Tokenizer, train_bpe, write_byte_tokenizer
 from launcher.files import partial_path, rename, sync, write_text
 

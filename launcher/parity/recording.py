@@ -91,9 +91,7 @@ def record_weights(engine: Engine) -> StepTrace:
             if getattr(parameter, "ds_pipe_replicated", False)
         },
         replica_spread=_spreads(
-            engine,
-            engine.mesh.tensor,
-            (p for p in engine.parameters() if not logical_of(p).is_split),
+            engine, engine.mesh.tensor, (p for p in engine.parameters() if not logical_of(p).is_split)
         ),
         # Under ZeRO-3 data ranks hold no replicas.
         data_spread=_spreads(engine, engine.mesh.data, engine.parameters() if engine.zero_stage < 3 else []),
