@@ -58,10 +58,7 @@ def diagnose(
     trace: list[StepTrace],
     expected: list[StepTrace],
 ) -> Diagnosis:
-    """Return the diagnosis of the first step that failed.
-
-    `failed` must not be empty; `trace` is of the layout, `expected` of the reference.
-    """
+    """Return the diagnosis of the first step in `failed`, which must not be empty."""
     number = failed[0].step
     failed_first = [difference for difference in failed if difference.step == number]
     evidence = Evidence(run, layout, number, trace[number], expected[number], failed_first)
