@@ -11,14 +11,8 @@ from launcher.checkpoint.manifest import MANIFEST
 
 COMPANIONS = "huggingface"
 _PATTERNS = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template*",
+    *("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json", "merges.txt", "chat_template*"),
 )
 
 

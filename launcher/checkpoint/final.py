@@ -24,26 +24,24 @@ def weight_files(run_dir: Path) -> list[Path]:
     """Return the files of a run's final weights. Raise ConfigError if any of them is missing."""
     files = _files(run_dir)
     if not files:
-        raise ConfigError(
-            "run.dir",
-            run_dir,
-            f"contains no {FINAL_WEIGHTS}/*.safetensors: the run has not finished",
-            "the directory of a run that has trained to its last step",
-        )
+        why = f"contains no {FINAL_WEIGHTS}/*.safetensors: the run has not finished"
+        remedy = "the directory of a run that has trained to its last step"
+        raise ConfigError("run.dir", run_dir, why, remedy)
     if len(files) != _stages_of(files[0]):
-        raise ConfigError(
-            "run.dir",
-            run_dir,
-            f"only {len(files)} of {_stages_of(files[0])} weight files exist",
-            "a complete copy of the run's directory",
-        )
+        why = f"only {len(files)} of {_stages_of(files[0])} weight files exist"
+        raise ConfigError("run.dir", run_dir, why, "a complete copy of the run's directory")
     return files
 
 
 def final_step(run_dir: Path) -> int | None:
     """Return the step of the final weights; None if a file is missing or the files are of several steps."""
-    files = _files(run_dir)
-    steps = {_step_of(path) for path in files}
+    files, steps = _files(run_dir), set()
+    for path in files:
+        try:
+            with safe_open(path, framework="np") as file:
+                steps.add(int(file.metadata()[_STEP]))
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+            return None
     return steps.pop() if files and len(files) == _stages_of(files[0]) and len(steps) == 1 else None
 
 
@@ -59,11 +57,3 @@ def _files(run_dir: Path) -> list[Path]:
 
 def _stages_of(path: Path) -> int:
     return int(path.stem.rsplit("-", 1)[1])
-
-
-def _step_of(path: Path) -> int | None:
-    try:
-        with safe_open(path, framework="np") as file:
-            return int(file.metadata()[_STEP])
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError):
-        return None

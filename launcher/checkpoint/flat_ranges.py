@@ -1,13 +1,16 @@
 """Map a flat range of a shard to boxes of the logical tensor. Pure."""
 
 from collections.abc import Iterator
-from itertools import accumulate
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from launcher.checkpoint.boxes import Box, flat_blocks
 from launcher.parallel.mesh import Axis
 from launcher.parallel.sharding import LogicalTensor
+
+if TYPE_CHECKING:  # imports deepspeed
+    from launcher.engine.state import Fragment
 
 
 def logical_views(
@@ -36,11 +39,18 @@ def logical_views(
                 yield Box(tuple(offsets), tuple(sizes)), view.narrow(dim, first - box.offsets[dim], size)
 
 
-def _split_segments(logical: LogicalTensor, axis: Axis) -> list[tuple[int, int, int]]:
-    """Return the shard's segments along the split dimension.
+def fragment_views(fragment: "Fragment", axis: Axis) -> Iterator[tuple[str, Box, Tensor]]:
+    """Yield the kind of tensor, the box and the view of each box of a fragment's tensors."""
+    for kind, tensor in fragment.tensors.items():
+        for box, view in logical_views(tensor, fragment.start, fragment.shard_shape, fragment.logical, axis):
+            yield kind, box, view
 
-    A segment is (first index in the shard, first index in the logical tensor, length). A fused weight has one
-    segment for each of its parts: queries, keys and values.
+
+def _split_segments(logical: LogicalTensor, axis: Axis) -> list[tuple[int, int, int]]:
+    """Return the shard's segments: (first index in the shard, first index in the logical tensor, length).
+
+    Indices are along the split dimension. A fused weight has a segment for queries, one for keys, and one for
+    values.
     """
     if logical.split_dim is None:
         return []
@@ -48,10 +58,9 @@ def _split_segments(logical: LogicalTensor, axis: Axis) -> list[tuple[int, int, 
         each = logical.padded // axis.size
         length = min(each, logical.shape[logical.split_dim] - axis.rank * each)
         return [(0, axis.rank * each, length)] if length > 0 else []
-    pieces = [segment // axis.size for segment in logical.segments]
-    locals_ = accumulate(pieces, initial=0)
-    targets = accumulate(logical.segments, initial=0)
-    return [
-        (local, target + axis.rank * piece, piece)
-        for local, target, piece in zip(locals_, targets, pieces, strict=False)
-    ]
+    segments, local, target = [], 0, 0
+    for length in logical.segments:
+        piece = length // axis.size
+        segments.append((local, target + axis.rank * piece, piece))
+        local, target = local + piece, target + length
+    return segments

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from launcher.checkpoint.flat_ranges import logical_views
+from launcher.checkpoint.flat_ranges import fragment_views
 from launcher.checkpoint.manifest import Manifest, first_damaged_file
 from launcher.checkpoint.read import CheckpointReader, WeightReader
 from launcher.engine.base import Engine
@@ -26,30 +26,19 @@ def restore(engine: Engine, path: Path, manifest: Manifest, keys: list[str]) -> 
 
 @torch.no_grad()
 def load_initial_weights(engine: Engine, reader: WeightReader) -> None:
-    """Load the weights that a new run starts from, without optimizer states.
-
-    Collective over the data-parallel group. Raises UnusableCheckpoint, ConfigError.
-    """
+    """Load the weights that a new run starts from. Collective over the data-parallel group."""
     _fill(engine, reader, [])
 
 
 def _fill(engine: Engine, reader: WeightReader, keys: list[str]) -> None:
-    """Read the slices of this rank's fragments, then refresh the model weights from the fp32 weights."""
     for fragment in fragments(engine, keys):
-        for kind, tensor in fragment.tensors.items():
-            views = logical_views(
-                tensor, fragment.start, fragment.shard_shape, fragment.logical, engine.mesh.tensor
-            )
-            for box, view in views:
-                reader.fill(kind, fragment.logical.name, box, view)
+        for kind, box, view in fragment_views(fragment, engine.mesh.tensor):
+            reader.fill(kind, fragment.logical.name, box, view)
     update_model_weights(engine)
 
 
 def damaged_file_on_any_rank(path: Path, manifest: Manifest) -> str | None:
-    """Return the first damaged file, the same on all ranks; each rank hashes an equal share of the files.
-
-    Collective over the world.
-    """
+    """Return the first damaged file, or None. Collective over the world: each rank hashes a share."""
     rank, world = dist.get_rank(), dist.get_world_size()
     damaged: list[str | None] = [None] * world
     try:

@@ -96,6 +96,11 @@ def step_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def step_of(path: Path) -> int:
+    """Return the step of a checkpoint from the name of its directory."""
+    return int(path.name.removeprefix("step-"))
+
+
 def read_manifest(path: Path) -> Manifest:
     """Return the manifest of the checkpoint directory `path` after checking that the checkpoint is complete.
 
@@ -125,7 +130,7 @@ def _parse(path: Path, outer: dict[str, Any]) -> Manifest:
         raise UnusableCheckpoint(path, MANIFEST, "was altered: it does not match its own SHA-256")
     tensors = {
         kind: {
-            name: StoredTensor(tuple(tensor["shape"]), tuple(_piece(piece) for piece in tensor["pieces"]))
+            name: StoredTensor(tuple(tensor["shape"]), tuple(map(piece_of, tensor["pieces"])))
             for name, tensor in by_name.items()
         }
         for kind, by_name in content.pop("tensors").items()
@@ -138,8 +143,9 @@ def _sha256_of_text(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _piece(piece: dict[str, Any]) -> Piece:
-    return Piece(piece["file"], tuple(piece["offsets"]), tuple(piece["sizes"]))
+def piece_of(entry: dict[str, Any]) -> Piece:
+    """Return the piece that a JSON object describes."""
+    return Piece(entry["file"], tuple(entry["offsets"]), tuple(entry["sizes"]))
 
 
 def first_damaged_file(path: Path, manifest: Manifest, names: list[str]) -> str | None:
@@ -162,28 +168,18 @@ def sha256_of(path: Path) -> str:
 
 
 def checkpoints_in(run_dir: Path) -> list[Path]:
-    """Return the checkpoint directories of a run, newest first, without verifying them.
-
-    A save that was cut short has no such directory: see checkpoint/write.py, commit.
-    """
-    directories = [
-        path
-        for path in (run_dir / CHECKPOINTS).glob("step-*")
-        if re.fullmatch(r"step-\d{8,}", path.name) and path.is_dir()
-    ]
-    return sorted(directories, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+    """Return a run's committed checkpoint directories, newest first, without verifying them."""
+    paths = (run_dir / CHECKPOINTS).glob("step-*")
+    directories = [path for path in paths if re.fullmatch(r"step-\d{8,}", path.name) and path.is_dir()]
+    return sorted(directories, key=step_of, reverse=True)
 
 
 def checkpoints_at(path: Path) -> list[Path]:
-    """Return the checkpoint `path`, or the checkpoints of the run `path`, newest first.
-
-    Raises ConfigError if there is none.
-    """
+    """Return the checkpoint `path`, or the checkpoints of the run `path`. Raises ConfigError for none."""
     checkpoints = [path] if (path / MANIFEST).exists() else checkpoints_in(path)
     if not checkpoints:
-        raise ConfigError(
-            str(path), None, "contains no checkpoint", "the directory of a run, or of one of its checkpoints"
-        )
+        remedy = "the directory of a run, or of one of its checkpoints"
+        raise ConfigError(str(path), None, "contains no checkpoint", remedy)
     return checkpoints
 
 

@@ -1,5 +1,6 @@
 """Read boxes of logical tensors from files, without torch.distributed."""
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ class CheckpointReader:
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path, self.manifest = path, manifest
         self.bytes_read = 0
-        self._open: dict[str, Any] = {}
+        self._file = cache(_opened)
 
     def fill(self, kind: str, name: str, box: Box, view: Tensor) -> None:
         """Copy `box` of a logical tensor into `view`, of shape box.sizes.
@@ -36,7 +37,7 @@ class CheckpointReader:
             if common is None:
                 continue
             try:
-                entry = self._file(piece.file).get_slice(entry_name(kind, name, piece.offsets))
+                entry = self._file(self.path / piece.file).get_slice(entry_name(kind, name, piece.offsets))
                 data = entry[common.within(source)]
             except (SafetensorError, OSError) as error:
                 raise UnusableCheckpoint(self.path, piece.file, f"cannot be read: {error}") from None
@@ -46,11 +47,6 @@ class CheckpointReader:
         if filled != box.numel:
             why = f"has only {filled} of the {box.numel} elements of {kind} {name} at {box.offsets}"
             raise UnusableCheckpoint(self.path, MANIFEST, why)
-
-    def _file(self, name: str) -> Any:
-        if name not in self._open:
-            self._open[name] = safe_open(self.path / name, framework="pt")
-        return self._open[name]
 
 
 class HuggingFaceReader:
@@ -64,7 +60,7 @@ class HuggingFaceReader:
         self._entries: dict[str, list[Entry]] = {}
         for entry in adapter_of(weights.model).entries(weights.model):
             self._entries.setdefault(entry.ours, []).append(entry)
-        self._open: dict[Path, Any] = {}
+        self._file = cache(_opened)
 
     def fill(self, kind: str, name: str, box: Box, view: Tensor) -> None:
         """Copy `box` of a logical tensor into `view`, of shape box.sizes; converts to the dtype of `view`."""
@@ -74,10 +70,8 @@ class HuggingFaceReader:
             if common is None:
                 continue
             file, name_in_file = self._tensors[entry.theirs]
-            if file not in self._open:
-                self._open[file] = safe_open(file, framework="pt")
             slices = common.within(entry.box)
-            data = self._open[file].get_slice(name_in_file)[slices[::-1] if entry.transposed else slices]
+            data = self._file(file).get_slice(name_in_file)[slices[::-1] if entry.transposed else slices]
             view[common.within(box)].copy_(data.T if entry.transposed else data)
 
 
@@ -86,7 +80,7 @@ class FinalWeightsReader:
 
     def __init__(self, weights: Weights) -> None:
         self._path = weights.path
-        files: list[Any] = [safe_open(path, framework="pt") for path in weight_files(weights.path)]
+        files = map(_opened, weight_files(weights.path))
         self._file_of = {name: file for file in files for name in file.keys()}  # noqa: SIM118  (not a dict)
 
     def fill(self, kind: str, name: str, box: Box, view: Tensor) -> None:
@@ -95,6 +89,10 @@ class FinalWeightsReader:
         if name not in self._file_of:
             raise final_weights_error(self._path, f"the weights lack {name}")
         view.copy_(self._file_of[name].get_slice(name)[box.slices])
+
+
+def _opened(path: Path) -> Any:
+    return safe_open(path, framework="pt")
 
 
 WeightReader = CheckpointReader | HuggingFaceReader | FinalWeightsReader

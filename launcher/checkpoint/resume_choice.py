@@ -17,21 +17,12 @@ from launcher.config.errors import ConfigError, as_typed, refusal, value_of
 from launcher.config.fields import fields_of
 from launcher.config.schema import RunConfig
 
-# All model fields but these, and all of _DATA, define the model and the sample order: they must not change on
-# resume. Every other field may change.
-_MAY_CHANGE_IN_MODEL = ("model.dropout",)
+# All model fields but model.dropout, and all of _DATA, define the model and the sample order: they must not
+# change on resume. Every other field may change.
 _DATA = (
-    "data.source",
-    "data.train",
-    "data.validation",
-    "data.test",
-    "data.validation_fraction",
-    "data.test_fraction",
-    "data.sequence_length",
-    "data.document_attention",
-    "data.end_of_document",
-    "training.seed",
-    "optimizer.name",
+    *("data.source", "data.train", "data.validation", "data.test"),
+    *("data.validation_fraction", "data.test_fraction", "data.sequence_length"),
+    *("data.document_attention", "data.end_of_document", "training.seed", "optimizer.name"),
 )
 # These may change if checkpoint.new_blend is set.
 _BLEND = ("data.sources", "data.weights", "data.validation_sources")
@@ -83,18 +74,18 @@ def _requested_checkpoint(run: RunConfig, run_dir: Path) -> Path | None:
 
 def check_can_resume(run: RunConfig, path: Path, manifest: Manifest) -> None:
     """Raise ConfigError for the first field whose value in the checkpoint must not change but does."""
-    model = [name for name in fields_of(RunConfig) if name.startswith("model.")]
-    for name in (*(name for name in model if name not in _MAY_CHANGE_IN_MODEL), *_DATA):
+    model = [name for name in fields_of(RunConfig) if name.startswith("model.") and name != "model.dropout"]
+    for name in (*model, *_DATA, *(() if run.checkpoint.new_blend else _BLEND)):
         stored, requested = _stored_value(manifest, name), as_typed(value_of(run, name))
-        if stored != requested:
-            why = f"the run that wrote {path} has {name}={stored}, which cannot change on resume"
-            raise refusal(run, name, why, f"{name}={stored}", "checkpoint.resume=none in a fresh run.dir")
-    for name in () if run.checkpoint.new_blend else _BLEND:
-        stored, requested = _stored_value(manifest, name), as_typed(value_of(run, name))
-        if stored != requested:
-            why = f"the run that wrote {path} has {name}={stored}, and checkpoint.new_blend is not set"
+        if stored == requested:
+            continue
+        why = f"the run that wrote {path} has {name}={stored}"
+        if name in _BLEND:
             new = f"checkpoint.new_blend=true (to use the new blend from sample {manifest.samples} on)"
+            why += ", and checkpoint.new_blend is not set"
             raise refusal(run, name, why, shlex.quote(f"{name}={stored}"), new)
+        why += ", which cannot change on resume"
+        raise refusal(run, name, why, f"{name}={stored}", "checkpoint.resume=none in a fresh run.dir")
     if (run.optimizer.momentum or 0) and "momentum_buffer" not in manifest.tensors:
         why = f"{path} contains no momentum to restore: its run had optimizer.momentum=0"
         raise refusal(run, "optimizer.momentum", why, "optimizer.momentum=0")
@@ -130,9 +121,7 @@ def check_same_corpus(corpus: dict[str, str], path: Path, manifest: Manifest) ->
         stored, present = manifest.corpus[source], corpus[source]
         if stored != present:
             name = f"data source {source}" if source else "training data"
-            raise ConfigError(
-                "checkpoint.resume",
-                path,
-                f"the {name} has changed since the checkpoint: its digest was {stored} and is now {present}",
-                "the same files and, with data=stdlib, the same Python; or checkpoint.resume=none",
-            )
+            digests = f"its digest was {stored} and is now {present}"
+            why = f"the {name} has changed since the checkpoint: {digests}"
+            remedy = "the same files and, with data=stdlib, the same Python; or checkpoint.resume=none"
+            raise ConfigError("checkpoint.resume", path, why, remedy)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch.distributed as dist
 from torch import Tensor
 
-from launcher.checkpoint.flat_ranges import logical_views
+from launcher.checkpoint.flat_ranges import fragment_views
 from launcher.checkpoint.manifest import CHECKPOINTS, Manifest, step_name
 from launcher.checkpoint.write import HostPiece, commit, index_path, prune, write_pieces
 from launcher.config.schema import CheckpointConfig
@@ -103,28 +103,24 @@ class CheckpointWriter:
             shutil.rmtree(leftover)
 
     def _snapshot(self) -> Iterator[HostPiece]:
-        """Yield a host copy of each box that this rank writes."""
         for fragment in fragments(self.engine, self.keys):
             share = fragment_to_write(fragment, self.engine)
             if share is None:
                 continue
-            for kind, tensor in share.tensors.items():
-                views = logical_views(
-                    tensor, share.start, share.shard_shape, share.logical, self.engine.mesh.tensor
-                )
-                for box, view in views:
-                    copied = view.to("cpu", copy=True).contiguous()
-                    yield HostPiece(kind, share.logical.name, share.logical.shape, box, copied)
+            for kind, box, view in fragment_views(share, self.engine.mesh.tensor):
+                copied = view.to("cpu", copy=True).contiguous()
+                yield HostPiece(kind, share.logical.name, share.logical.shape, box, copied)
 
     def _write(self, partial: Path, pieces: Iterable[HostPiece], manifest: Manifest) -> None:
         try:
             write_pieces(partial, self.engine.mesh.rank, pieces, int(self.config.max_file_gb * 1e9))
             if self._is_rank_0:
                 world = dist.get_world_size()
-                if not _all_indices_written(partial, world, self._all_ended):
-                    return  # another rank reports why
-                commit(partial, manifest, world)
-                prune(self.folder.parent, self.config)
+                if _all_indices_written(
+                    partial, world, self._all_ended
+                ):  # otherwise another rank reports why
+                    commit(partial, manifest, world)
+                    prune(self.folder.parent, self.config)
         except Exception as error:
             self._error = f"{type(error).__name__}: {error}"
         finally:
@@ -132,10 +128,7 @@ class CheckpointWriter:
 
 
 def fragment_to_write(fragment: Fragment, engine: Engine) -> Fragment | None:
-    """Return the share of a fragment that this rank writes; None for no share.
-
-    All ranks together write each element of each logical tensor exactly once.
-    """
+    """Return the part of a fragment that this rank writes: the ranks together write each element once."""
     mesh = engine.mesh
     if fragment.is_tied_copy or (not fragment.logical.is_split and mesh.tensor.rank > 0):
         return None
@@ -149,10 +142,8 @@ def fragment_to_write(fragment: Fragment, engine: Engine) -> Fragment | None:
 
 def _all_indices_written(partial: Path, world: int, all_ended: threading.Event) -> bool:
     """Wait for the index files of all ranks; return False if a rank ended without writing its index."""
-    indices = [index_path(partial, rank) for rank in range(world)]
-    while True:
+    ended = written = False
+    while not (ended or written):
         ended = all_ended.wait(_POLL)
-        if all(index.exists() for index in indices):
-            return True
-        if ended:
-            return False
+        written = all(index_path(partial, rank).exists() for rank in range(world))
+    return written

@@ -28,10 +28,8 @@ def save_weights(engine: "Engine", run_dir: Path, step: int) -> Path:
     """
     mesh = engine.mesh
     writes = mesh.data.rank == 0 and mesh.tensor.rank == 0
-    tensors = {}
-    for logical, tensor in engine.full_weights():
-        if writes:
-            tensors[logical.name] = tensor.contiguous()
+    # Every rank takes part in gathering all weights.
+    tensors = {logical.name: tensor.contiguous() for logical, tensor in engine.full_weights() if writes}
     path = stage_file(run_dir, mesh.stage, mesh.shape.pipeline)
     try:
         if mesh.rank == 0:
@@ -49,10 +47,7 @@ def save_weights(engine: "Engine", run_dir: Path, step: int) -> Path:
 
 
 def load_weights(module: nn.Module, run_dir: Path) -> None:
-    """Fill an unsharded module from a run's final weights, one tensor at a time.
-
-    Raises ConfigError if the weights are missing, unreadable, or of another model.
-    """
+    """Fill an unsharded module from a run's final weights. Raises ConfigError if they do not fit."""
     parameters = {logical_of(parameter).name: parameter for parameter in module.parameters()}
     for path in weight_files(run_dir):
         try:
@@ -68,10 +63,8 @@ def load_weights(module: nn.Module, run_dir: Path) -> None:
 def _fill(parameter: nn.Parameter | None, tensor: torch.Tensor, name: str, path: Path) -> None:
     if parameter is None or parameter.shape != tensor.shape:
         expected = "no such tensor" if parameter is None else f"shape {tuple(parameter.shape)}"
-        why = (
-            f"{path.name} has {name} of shape {tuple(tensor.shape)}; the model in config.yaml has {expected}"
-        )
-        raise final_weights_error(path.parents[1], why)
+        why = f"{path.name} has {name} of shape {tuple(tensor.shape)}"
+        raise final_weights_error(path.parents[1], f"{why}; the model in config.yaml has {expected}")
     with torch.no_grad():
         parameter.copy_(tensor)
 

@@ -20,14 +20,14 @@ from launcher.checkpoint.manifest import (
     checkpoints_in,
     entry_name,
     is_complete,
+    piece_of,
     read_manifest,
     sha256_of,
+    step_of,
 )
 from launcher.checkpoint.tensor_file import save_tensors
 from launcher.config.schema import CheckpointConfig
 from launcher.files import PARTIAL, delete_directory, rename, write_text
-
-_INDEX = ".json"
 
 
 @dataclass(frozen=True)
@@ -46,20 +46,17 @@ def write_pieces(partial: Path, rank: int, pieces: Iterable[HostPiece], max_byte
 
     Takes pieces for one file of at most `max_bytes` at a time; a larger piece gets a file of its own.
     """
-    files: dict[str, StoredFile] = {}
-    listed = []
+    files, listed = {}, []
     for number, group in enumerate(_in_files(pieces, max_bytes)):
         name = f"{rank:05d}-{number:03d}.safetensors"
         save_tensors({entry_name(p.kind, p.name, p.box.offsets): p.tensor for p in group}, partial / name)
-        files[name] = StoredFile((partial / name).stat().st_size, sha256_of(partial / name))
+        files[name] = asdict(StoredFile((partial / name).stat().st_size, sha256_of(partial / name)))
         listed += [(p.kind, p.name, p.shape, asdict(Piece(name, p.box.offsets, p.box.sizes))) for p in group]
         group.clear()  # free these tensors before the next file's tensors are copied
-    index = {"files": {name: asdict(file) for name, file in files.items()}, "pieces": listed}
-    write_text(index_path(partial, rank), json.dumps(index))
+    write_text(index_path(partial, rank), json.dumps({"files": files, "pieces": listed}))
 
 
 def _in_files(pieces: Iterable[HostPiece], max_bytes: int) -> Iterator[list[HostPiece]]:
-    """Yield the pieces grouped by file."""
     group: list[HostPiece] = []
     size = 0
     for piece in pieces:
@@ -74,7 +71,7 @@ def _in_files(pieces: Iterable[HostPiece], max_bytes: int) -> Iterator[list[Host
 
 def index_path(partial: Path, rank: int) -> Path:
     """Return the path of a rank's index; the file exists once all other files of the rank are written."""
-    return partial / f"{rank:05d}{_INDEX}"
+    return partial / f"{rank:05d}.json"
 
 
 def commit(partial: Path, manifest: Manifest, world: int) -> Path:
@@ -90,8 +87,7 @@ def commit(partial: Path, manifest: Manifest, world: int) -> Path:
         files |= {name: StoredFile(**file) for name, file in index["files"].items()}
         for kind, name, shape, entry in index["pieces"]:
             stored = tensors.setdefault(kind, {}).get(name, StoredTensor(tuple(shape), ()))
-            piece = Piece(entry["file"], tuple(entry["offsets"]), tuple(entry["sizes"]))
-            tensors[kind][name] = replace(stored, pieces=(*stored.pieces, piece))
+            tensors[kind][name] = replace(stored, pieces=(*stored.pieces, piece_of(entry)))
         path.unlink()
     write_text(partial / MANIFEST, replace(manifest, tensors=tensors, files=files).to_json())
     final = partial.with_name(partial.name.removesuffix(PARTIAL))
@@ -104,23 +100,16 @@ def commit(partial: Path, manifest: Manifest, world: int) -> Path:
 
 
 def prune(run_dir: Path, config: CheckpointConfig) -> None:
-    """Delete the complete checkpoints that `config` does not keep.
-
-    Incomplete checkpoints are neither counted nor deleted, so that a user can inspect them.
-    """
+    """Delete the complete checkpoints that `config` does not keep. Incomplete ones stay for inspection."""
     complete = [path for path in checkpoints_in(run_dir) if is_complete(path)]
     kept = set(complete[: config.keep_last])
     if config.keep_every_steps:
-        kept |= {path for path in complete if _step(path) % config.keep_every_steps == 0}
+        kept |= {path for path in complete if step_of(path) % config.keep_every_steps == 0}
     if config.keep_best and (best := min(complete, key=_validation_loss, default=None)):
         kept.add(best)
     for path in complete:
         if path not in kept:
             delete_directory(path)
-
-
-def _step(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
 
 
 def _validation_loss(path: Path) -> float:

@@ -8,9 +8,11 @@ equal to the sum of the weights, so one period determines the source of any samp
 """
 
 import heapq
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -27,29 +29,24 @@ class Schedule:
 
     weights: tuple[int, ...]  # one integer per source, without a common divisor
 
-    @property
-    def period(self) -> int:
-        return sum(self.weights)
-
     def counts(self, samples: int) -> list[int]:
         """Return how many of the first `samples` samples come from each source."""
-        periods, rest = divmod(samples, self.period)
+        periods, rest = divmod(samples, sum(self.weights))
         rest_counts = np.bincount(period_order(self.weights)[0][:rest], minlength=len(self.weights)).tolist()
         return [periods * weight + count for weight, count in zip(self.weights, rest_counts, strict=True)]
 
     def locate(self, indices: Indices) -> tuple[Indices, Indices]:
         """Return for samples `indices` (B,) the source number (B,) and the index within the source (B,)."""
-        periods, rest = np.divmod(indices, self.period)
+        periods, rest = np.divmod(indices, sum(self.weights))
         sources, places = (column[rest] for column in period_order(self.weights))
         return sources, places + periods * np.array(self.weights)[sources]
 
 
 @lru_cache(maxsize=4)
 def period_order(weights: tuple[int, ...]) -> tuple[Indices, Indices]:
-    """Return for each sample of one period the source number and the index within the source.
+    """Return for each sample of one period the source number (period,) and the index in the source (period,).
 
-    Both arrays have shape (period,). Of all sources that may give the next sample, the source with the
-    earliest deadline gives it.
+    Of all sources that may give the next sample, the source with the earliest deadline gives it.
     """
     period = sum(weights)
     sources, places = np.empty(period, np.int64), np.empty(period, np.int64)
@@ -97,13 +94,12 @@ class Blend:
     segments: Sequence[Segment]
 
     @cached_property
-    def _before(self) -> dict[str, int]:
+    def _before(self) -> Counter[str]:
         """Return how many samples each source gave before the last segment."""
-        given: dict[str, int] = {}
-        for segment, next_segment in zip(self.segments, self.segments[1:], strict=False):
+        given: Counter[str] = Counter()
+        for segment, next_segment in pairwise(self.segments):
             counts = segment.schedule.counts(next_segment.start - segment.start)
-            for name, count in zip(segment.names, counts, strict=True):
-                given[name] = given.get(name, 0) + count
+            given.update(dict(zip(segment.names, counts, strict=True)))
         return given
 
     def take(self, indices: Indices) -> MicroBatch:
@@ -125,7 +121,7 @@ class Blend:
         assert int(indices.min()) >= segment.start, "samples of earlier segments are never read again"
         sources, places = segment.schedule.locate(indices - segment.start)
         return {
-            name: ((sources == number).nonzero()[0], places[sources == number] + self._before.get(name, 0))
+            name: ((sources == number).nonzero()[0], places[sources == number] + self._before[name])
             for number, name in enumerate(segment.names)
             if (sources == number).any()
         }
@@ -135,6 +131,6 @@ class Blend:
         segment = self.segments[-1]
         counts = segment.schedule.counts(samples - segment.start)
         return {
-            name: (count + self._before.get(name, 0)) / len(self.sources[name])
+            name: (count + self._before[name]) / len(self.sources[name])
             for name, count in zip(segment.names, counts, strict=True)
         }

@@ -6,7 +6,6 @@ written by Megatron-LM have neither.
 
 import json
 from pathlib import Path
-from typing import Any
 
 
 def card_path(prefix: Path) -> Path:
@@ -22,7 +21,6 @@ def tokenizer_path(prefix: Path) -> Path:
 def vocab_size_of(prefix: Path) -> int | None:
     """Return the tokenizer's vocabulary size from the card, or None if no readable card states the size."""
     try:
-        card: Any = json.loads(card_path(prefix).read_text())
-        return int(card["vocab_size"])
+        return int(json.loads(card_path(prefix).read_text())["vocab_size"])
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -25,9 +25,6 @@ from launcher.text import plural
 
 _END = bytes([END_OF_TEXT])
 
-# Quoted for both the shell and Hydra's grammar, like every glob in a message.
-_EXAMPLE_GLOB = "'data.train=\"corpus/**/*.txt\"'"
-
 # Directories that differ between machines: installed packages, and parts of the standard library that
 # Linux distributions package separately or leave out. Python 3.13 removed lib2to3.
 _EXCLUDED_DIRECTORIES = frozenset(
@@ -49,13 +46,9 @@ class Corpus:
 
 @dataclass(frozen=True, order=True)
 class _TextFile:
-    """A file of the corpus; its `name` decides its order and its part (training or validation).
+    """A file of the corpus; its `name` decides its order and its part (training or validation)."""
 
-    `name` is the POSIX path relative to the root of the search. Because it is relative, a corpus that is
-    moved to another directory keeps its order and its split.
-    """
-
-    name: str
+    name: str  # POSIX path relative to the root of the search, so a corpus that is moved keeps its split
     path: Path
 
 
@@ -66,9 +59,13 @@ def corpus_files(data: DataConfig) -> tuple[list[Path], list[Path]]:
     `load_corpus` then splits its bytes. Files that `data.validation` matches are never trained on.
     Raises ConfigError if a field matches no usable file or a file cannot be read.
     """
-    candidates = _training_candidates(data)
+    if data.source is CorpusSource.stdlib:
+        candidates = _stdlib_files()
+    else:
+        assert data.train is not None, "validated with the config"
+        candidates = _text_files("data.train", data.train)
     if data.validation is None:
-        train, validation = _split(candidates, _checked_fraction(data))
+        train, validation = _split(candidates, data.validation_fraction)
     else:
         validation = _text_files("data.validation", data.validation)
         train = _without(candidates, validation, data.validation)
@@ -76,10 +73,7 @@ def corpus_files(data: DataConfig) -> tuple[list[Path], list[Path]]:
 
 
 def token_counts(data: DataConfig) -> tuple[int, int]:
-    """Return the number of tokens that `load_corpus` would read for (train, validation).
-
-    Only file sizes are read. Raises ConfigError as `corpus_files` does.
-    """
+    """Return the number of tokens of (train, validation) from file sizes. Raises ConfigError."""
     train, validation = corpus_files(data)
     if train == validation:
         total = _token_count(train)
@@ -102,36 +96,13 @@ def load_corpus(data: DataConfig) -> Corpus:
     return Corpus(train=_read(train), validation=_read(validation))
 
 
-def _training_candidates(data: DataConfig) -> list[_TextFile]:
-    if data.source is CorpusSource.stdlib:
-        if data.train is not None:
-            raise ConfigError(
-                "data.train",
-                data.train,
-                "data.source=stdlib reads the Python standard library and accepts no other files",
-                "data=text to train on these files, or data.train=null",
-            )
-        return _stdlib_files()
-    if data.train is None:
-        raise ConfigError(
-            "data.train",
-            None,
-            "data.source=text needs the files to train on, and none are set",
-            _EXAMPLE_GLOB,
-        )
-    return _text_files("data.train", data.train)
-
-
 def _stdlib_files() -> list[_TextFile]:
-    root = Path(sysconfig.get_paths()["stdlib"])
-    files = _usable(_walk_python(root), "data.source", CorpusSource.stdlib.value)
+    root, value = Path(sysconfig.get_paths()["stdlib"]), CorpusSource.stdlib.value
+    files = _usable(_walk_python(root), "data.source", value)
     if not files:
-        raise ConfigError(
-            "data.source",
-            CorpusSource.stdlib.value,
-            f"this Python installation has no source files in {root}",
-            f"data=text {_EXAMPLE_GLOB}",
-        )
+        why = f"this Python installation has no source files in {root}"
+        # Quoted for both the shell and Hydra's grammar, like every glob in a message.
+        raise ConfigError("data.source", value, why, "data=text 'data.train=\"corpus/**/*.txt\"'")
     return files
 
 
@@ -139,10 +110,8 @@ def _walk_python(root: Path) -> Iterator[_TextFile]:
     for directory, subdirectories, names in os.walk(root):
         # Changed in place: os.walk descends only into the directories that stay in this list.
         subdirectories[:] = [name for name in subdirectories if name not in _EXCLUDED_DIRECTORIES]
-        for name in names:
-            if name.endswith(".py"):
-                path = Path(directory, name)
-                yield _TextFile(path.relative_to(root).as_posix(), path)
+        for path in (Path(directory, name) for name in names if name.endswith(".py")):
+            yield _TextFile(path.relative_to(root).as_posix(), path)
 
 
 def _text_files(field: str, pattern: str) -> list[_TextFile]:
@@ -150,10 +119,10 @@ def _text_files(field: str, pattern: str) -> list[_TextFile]:
     matches = glob.glob(relative, root_dir=root, recursive=True)
     files = _usable((_TextFile(Path(name).as_posix(), root / name) for name in matches), field, pattern)
     if not files:
-        why = "every matched file is empty" if _matches_files(root, matches) else "the glob matches no file"
-        raise ConfigError(
-            field, pattern, f"{why} (searched in {Path.cwd() / root})", _glob_remedy(field, pattern, root)
-        )
+        empty = any(os.path.isfile(root / name) for name in matches)
+        why = "every matched file is empty" if empty else "the glob matches no file"
+        why += f" (searched in {Path.cwd() / root})"
+        raise ConfigError(field, pattern, why, _glob_remedy(field, pattern, root))
     return files
 
 
@@ -163,10 +132,6 @@ def _fixed_root(pattern: str) -> tuple[Path, str]:
     directories = parts[:-1]
     fixed = next((i for i, part in enumerate(directories) if glob.has_magic(part)), len(directories))
     return Path(*parts[:fixed]), os.path.join("", *parts[fixed:])
-
-
-def _matches_files(root: Path, matches: Iterable[str]) -> bool:
-    return any(os.path.isfile(root / name) for name in matches)
 
 
 def _glob_remedy(field: str, pattern: str, root: Path) -> str:
@@ -204,30 +169,16 @@ def _usable(candidates: Iterable[_TextFile], field: str, value: str) -> list[_Te
     for file in sorted(set(candidates)):
         try:
             status = os.stat(file.path)
+            if not stat.S_ISREG(status.st_mode) or status.st_size == 0:
+                continue
+            if not os.access(file.path, os.R_OK):
+                raise PermissionError("permission denied")
         except OSError as error:
-            raise _unreadable(field, value, file.path, error.strerror or str(error)) from error
-        if not stat.S_ISREG(status.st_mode) or status.st_size == 0:
-            continue
-        if not os.access(file.path, os.R_OK):
-            raise _unreadable(field, value, file.path, "permission denied")
+            why = f"{file.path} cannot be read: {error.strerror or error}"
+            remedy = f"make {file.path} readable, or set {field} to files without it"
+            raise ConfigError(field, value, why, remedy) from error
         usable.append(file)
     return usable
-
-
-def _unreadable(field: str, value: str, path: Path, reason: str) -> ConfigError:
-    remedy = f"make {path} readable, or set {field} to files without it"
-    return ConfigError(field, value, f"{path} cannot be read: {reason}", remedy)
-
-
-def _checked_fraction(data: DataConfig) -> float:
-    if not 0 < data.validation_fraction < 1:
-        raise ConfigError(
-            "data.validation_fraction",
-            data.validation_fraction,
-            "the fraction of the training files to hold out must be above 0 and below 1",
-            "data.validation_fraction=0.05",
-        )
-    return data.validation_fraction
 
 
 def _split(files: list[_TextFile], fraction: float) -> tuple[list[_TextFile], list[_TextFile]]:
@@ -253,19 +204,13 @@ def split_key(name: str) -> float:
 
 
 def _without(files: list[_TextFile], held_out: list[_TextFile], pattern: str) -> list[_TextFile]:
-    """Return the files that are not held out. Raises ConfigError if none is left.
-
-    Files are compared by real path, because two globs may reach a file by two names.
-    """
+    """Return the files whose real path is not held out: two globs may reach a file by two names."""
     held_out_paths = {os.path.realpath(file.path) for file in held_out}
     remaining = [file for file in files if os.path.realpath(file.path) not in held_out_paths]
     if not remaining:
-        raise ConfigError(
-            "data.validation",
-            pattern,
-            "it matches every training file, and validation files are never trained on",
-            "data.validation=null (holds out data.validation_fraction of the training files)",
-        )
+        why = "it matches every training file, and validation files are never trained on"
+        remedy = "data.validation=null (holds out data.validation_fraction of the training files)"
+        raise ConfigError("data.validation", pattern, why, remedy)
     return remaining
 
 

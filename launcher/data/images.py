@@ -74,10 +74,7 @@ class ImageFiles:
 
 
 def digits(data: DataConfig) -> tuple[list[ImageArray], str]:
-    """Return the training, validation and test part of the digits, and a digest of the training part.
-
-    A hash of an image's number decides its part.
-    """
+    """Return the training, validation and test part of the digits, and a digest of the training part."""
     from sklearn.datasets import load_digits
 
     dataset: Any = load_digits()
@@ -85,11 +82,8 @@ def digits(data: DataConfig) -> tuple[list[ImageArray], str]:
     # The pixel values 0 to 16 are scaled to 0 to 255 and stay distinct.
     images = np.rint(dataset.images * (255 / 16)).astype(np.uint8)[:, None]
     labels = dataset.target.astype(np.int64)
-    parts = [np.array(part) for part in _parts([str(n) for n in range(DIGITS)], data)]
-    arrays = [
-        ImageArray(images[part], labels[part]) if len(part) else ImageArray(images[:0], labels[:0])
-        for part in parts
-    ]
+    parts = [np.array(part, np.int64) for part in _parts([str(n) for n in range(DIGITS)], data)]
+    arrays = [ImageArray(images[part], labels[part]) for part in parts]
     digest = hashlib.sha256(arrays[0].images.tobytes() + arrays[0].labels.tobytes()).hexdigest()[:16]
     return arrays, digest
 
@@ -110,9 +104,8 @@ def image_folder(data: DataConfig, model: ModelConfig) -> tuple[list[ImageFiles]
     names = _class_names(data.train, "data.train")
     if len(names) > model.num_classes:
         why = f"the images in data.train={data.train} have {len(names)} classes"
-        raise ConfigError(
-            "model.num_classes", model.num_classes, why, f"model.num_classes={len(names)} (or more)"
-        )
+        remedy = f"model.num_classes={len(names)} (or more)"
+        raise ConfigError("model.num_classes", model.num_classes, why, remedy)
     files = _files(data.train, "data.train", names)
     parts = [[files[n] for n in part] for part in _parts([file.name for file in files], data)]
     fields = ["data.train", "data.validation", "data.test"]
@@ -121,9 +114,9 @@ def image_folder(data: DataConfig, model: ModelConfig) -> tuple[list[ImageFiles]
             parts[number] = _files(directory, fields[number], names)
     text = "".join(f"{file.name}/{file.path.stat().st_size}\n" for file in parts[0])
     digest = hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    size, channels = model.image_size, model.image_channels
     return [
-        ImageFiles(part, model.image_size, model.image_channels, field)
-        for part, field in zip(parts, fields, strict=True)
+        ImageFiles(part, size, channels, field) for part, field in zip(parts, fields, strict=True)
     ], digest
 
 
@@ -143,10 +136,7 @@ def check_images(images: ImageFiles) -> None:
 
 
 def _parts(names: list[str], data: DataConfig) -> list[list[int]]:
-    """Return the indices into `names` of the training, validation and test part.
-
-    A hash of each name decides its part, so a file that is added later does not move other files.
-    """
+    """Return the indices of each part. A name's hash decides: an added file does not move other files."""
     validation = 0.0 if data.validation is not None else data.validation_fraction
     test = 0.0 if data.test is not None else data.test_fraction
     parts: list[list[int]] = [[], [], []]
@@ -158,17 +148,14 @@ def _parts(names: list[str], data: DataConfig) -> list[list[int]]:
 
 def _class_names(root: str, field: str) -> list[str]:
     path = Path(root).expanduser()
+    remedy = f"{field}=DIRECTORY with a subdirectory per class"
     if not path.is_dir():
-        raise ConfigError(
-            field, root, "this directory does not exist", f"{field}=DIRECTORY with a subdirectory per class"
-        )
-    names = sorted(
-        entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith(".")
-    )
+        raise ConfigError(field, root, "this directory does not exist", remedy)
+    names = [entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
     if not names:
         why = "this directory has no subdirectories, and each class needs one"
-        raise ConfigError(field, root, why, f"{field}=DIRECTORY with a subdirectory per class")
-    return names
+        raise ConfigError(field, root, why, remedy)
+    return sorted(names)
 
 
 def _files(root: str, field: str, names: list[str]) -> list[ImageFile]:
@@ -189,7 +176,6 @@ def _files(root: str, field: str, names: list[str]) -> list[ImageFile]:
 
 
 def _decoded(path: Path, size: int, channels: int, field: str) -> npt.NDArray[np.uint8]:
-    """Return the pixels (C, S, S) of an image file. Raises ConfigError if it cannot be decoded."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
@@ -204,5 +190,4 @@ def _decoded(path: Path, size: int, channels: int, field: str) -> npt.NDArray[np
 
 def _undecodable(path: Path, field: str, error: Exception) -> ConfigError:
     reason = str(error).partition(str(path))[0].strip(" '") or str(error)
-    why = f"this image cannot be decoded: {reason}"
-    return ConfigError(field, path, why, f"replace or delete {path}")
+    return ConfigError(field, path, f"this image cannot be decoded: {reason}", f"replace or delete {path}")

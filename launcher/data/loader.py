@@ -2,9 +2,8 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import TracebackType
 
@@ -17,12 +16,8 @@ from launcher.data.sampler import MicroBatch, Source
 StepIndices = Callable[[int], npt.NDArray[np.int64]]
 
 
-@dataclass
-class _PendingStep:
-    """The micro-batches of a step; calling an element of `batches` reads it or waits for the thread."""
-
-    consumed: int
-    batches: Sequence[Callable[[], MicroBatch]]
+# The samples consumed before a step, and a call per micro-batch that reads it or waits for the thread.
+_PendingStep = tuple[int, list[Callable[[], MicroBatch]]]
 
 
 class Loader:
@@ -50,24 +45,19 @@ class Loader:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
     def step(self, consumed: int) -> list[MicroBatch]:
-        """Return the A micro-batches of the step after `consumed` samples.
-
-        Raises the exception that reading one of them raised, such as ConfigError for a damaged file.
-        """
-        if not self._steps or self._steps[0].consumed != consumed:
+        """Return the A micro-batches of the step after `consumed` samples; reading may raise ConfigError."""
+        if not self._steps or self._steps[0][0] != consumed:
             self._steps = deque([self._begin(consumed)])
-        current = self._steps.popleft()
+        _, reads = self._steps.popleft()
         while self._pool is not None and len(self._steps) < self._ahead:
             self._steps.append(self._begin(consumed + (len(self._steps) + 1) * self._size))
         started = time.perf_counter()
-        batches = [batch() for batch in current.batches]
+        batches = [read() for read in reads]
         self.waited = time.perf_counter() - started
         return batches
 
     def _begin(self, consumed: int) -> _PendingStep:
-        micro_batches = self._indices(consumed)
-        take = self._source.take
+        take, micro_batches = self._source.take, self._indices(consumed)
         if self._pool is None:
-            return _PendingStep(consumed, [partial(take, indices) for indices in micro_batches])
-        futures: list[Future[MicroBatch]] = [self._pool.submit(take, indices) for indices in micro_batches]
-        return _PendingStep(consumed, [future.result for future in futures])
+            return consumed, [partial(take, indices) for indices in micro_batches]
+        return consumed, [self._pool.submit(take, indices).result for indices in micro_batches]

@@ -14,7 +14,7 @@ from launcher.config.shape import is_of_images, sequence_length
 from launcher.data.blend import Blend, Segment
 from launcher.data.card import tokenizer_path
 from launcher.data.corpus import load_corpus, token_counts
-from launcher.data.images import ImageArray, ImageFiles, check_images, digit_counts, digits, image_folder
+from launcher.data.images import check_images, digit_counts, digits, image_folder
 from launcher.data.sampler import Samples
 from launcher.data.tokenizer import HuggingFace
 from launcher.data.tokens import (
@@ -57,32 +57,33 @@ def open_data(run: RunConfig) -> Data:
         parts = {name: (split.train, split.validation, split.test) for name, split in splits.items()}
         digests = {name: split.digest() for name, split in splits.items()}
     elif is_of_images(run):
-        images, digest = image_parts(run)
-        train, validation, test = (
-            Samples(part, seed) for part, seed in zip(images, (run.training.seed, None, None), strict=True)
+        of_digits = run.data.source is CorpusSource.digits
+        images, digest = digits(run.data) if of_digits else image_folder(run.data, run.model)
+        train, validation, test = images
+        return Data(
+            {ONLY: Samples(train, run.training.seed)},
+            {ONLY: Samples(validation, None)},
+            {ONLY: Samples(test, None)} if len(test) else {},
+            {ONLY: digest},
         )
-        return Data({ONLY: train}, {ONLY: validation}, {ONLY: test} if len(test) else {}, {ONLY: digest})
     else:
         corpus = load_corpus(run.data)
         parts = {ONLY: ([Stretch(corpus.train)], [Stretch(corpus.validation)], [])}
         digests = {ONLY: corpus.digest()}
+    seed = run.training.seed
     return Data(
         # Each source has its own seed: with one seed, two sources of equal length would have the same order.
-        {
-            name: _samples(run, part[0], f"{run.training.seed}{name and '/'}{name}")
-            for name, part in parts.items()
-        },
-        {name: _samples(run, part[1], None) for name, part in parts.items()},
-        {name: _samples(run, part[2], None) for name, part in parts.items() if _tokens(part[2])},
+        {name: _samples(run, train, f"{seed}{name and '/'}{name}") for name, (train, _, _) in parts.items()},
+        {name: _samples(run, validation, None) for name, (_, validation, _) in parts.items()},
+        {name: _samples(run, test, None) for name, (_, _, test) in parts.items() if any(map(len, test))},
         digests,
     )
 
 
 def check_data(run: RunConfig) -> None:
-    """Check that a run can train on its data.
+    """Check that a run can train on its data; reads no text, and only a few pages of each token file.
 
-    Raises ConfigError for data that is missing, damaged, or shorter than one sample, and for token ids that
-    the model's vocabulary does not have. Reads no text, and only a few pages of each token file.
+    Raises ConfigError for data that is missing, damaged, or shorter than one sample, and for wrong token ids.
     """
     if is_of_images(run):
         _check_images(run)
@@ -101,17 +102,10 @@ def check_data(run: RunConfig) -> None:
             probe_ids(stretches, run.model.vocab_size)
         if run.data.document_attention:
             check_documents_end(split.files, run.data.end_of_document)
-        lengths = {part: [len(stretch.tokens) for stretch in stretches] for part, stretches in parts.items()}
+        lengths = {part: list(map(len, stretches)) for part, stretches in parts.items()}
         if not sum(lengths["test"]):
             del lengths["test"]
         _check_lengths(run, name, lengths)
-
-
-def image_parts(run: RunConfig) -> tuple[Sequence[ImageArray | ImageFiles], str]:
-    """Return the training, validation and test images of a run, and a digest of the training images."""
-    if run.data.source is CorpusSource.digits:
-        return digits(run.data)
-    return image_folder(run.data, run.model)
 
 
 def _check_images(run: RunConfig) -> None:
@@ -139,24 +133,16 @@ def _token_splits(run: RunConfig) -> dict[str, TokenSplit]:
     d = run.data
 
     def split(field: str, train: str, validation_field: str, validation: str | None) -> TokenSplit:
-        return open_tokens(
-            field,
-            train,
-            HeldOutPart(validation_field, validation, d.validation_fraction),
-            HeldOutPart("data.test", d.test, d.test_fraction),
-        )
+        held_out = HeldOutPart(validation_field, validation, d.validation_fraction)
+        return open_tokens(field, train, held_out, HeldOutPart("data.test", d.test, d.test_fraction))
 
     if not d.sources:
         assert d.train is not None, "validated with the config"
         return {ONLY: split("data.train", d.train, "data.validation", d.validation)}
+    validation = d.validation_sources
     return {
-        name: split(
-            f"data.sources.{name}",
-            train,
-            f"data.validation_sources.{name}",
-            d.validation_sources.get(name),
-        )
-        for name, train in d.sources.items()
+        n: split(f"data.sources.{n}", train, f"data.validation_sources.{n}", validation.get(n))
+        for n, train in d.sources.items()
     }
 
 
@@ -177,9 +163,8 @@ def tokenizer_of(run: RunConfig, splits: dict[str, TokenSplit]) -> Path | None:
     for path in paths[1:]:
         if path.read_bytes() != paths[0].read_bytes():
             why = f"{paths[0]} and {path} are different tokenizers, and a model has only one"
-            raise ConfigError(
-                "data.tokenizer", None, why, "use only token files made with the same tokenizer"
-            )
+            remedy = "use only token files made with the same tokenizer"
+            raise ConfigError("data.tokenizer", None, why, remedy)
     return paths[0] if paths else None
 
 
@@ -201,7 +186,3 @@ def _samples(run: RunConfig, stretches: list[Stretch], shuffle_seed: str | None)
     # Text needs no check: every vocabulary has all 256 byte values.
     vocab_size = run.model.vocab_size if run.data.source is CorpusSource.tokens else None
     return Samples(Windows(stretches, sequence_length(run), vocab_size), shuffle_seed)
-
-
-def _tokens(stretches: list[Stretch]) -> int:
-    return sum(len(stretch.tokens) for stretch in stretches)

@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from pathlib import Path
@@ -23,25 +24,12 @@ from launcher.config.schema import BadLines, PrepareConfig
 from launcher.data.card import card_path, tokenizer_path
 from launcher.data.reading import FileFormat, Place, RecordBatch, batches, format_of
 from launcher.data.token_file import bin_path, index_path, write_index
-from launcher.data.tokenise import (
-    TokenisedBatch,
-    TokenizerSpec,
-    Worker,
-    WorkerKilled,
-    WorkerPool,
-    text_of,
-)
+from launcher.data.tokenise import TokenisedBatch, TokenizerSpec, Worker, WorkerKilled, WorkerPool, text_of
 from launcher.data.tokenizer import Tokenizer, train_bpe, write_byte_tokenizer
 from launcher.files import partial_path, rename, sync, write_text
 
-JOURNAL, TOKENS, LENGTHS, INDEX, BAD = (
-    "journal.json",
-    "tokens.bin",
-    "lengths.bin",
-    "index.idx",
-    "bad_lines.txt",
-)
-TOKENIZER, CARD = "tokenizer.json", "card.json"
+JOURNAL, TOKENS, LENGTHS, INDEX = "journal.json", "tokens.bin", "lengths.bin", "index.idx"
+BAD, TOKENIZER, CARD = "bad_lines.txt", "tokenizer.json", "card.json"
 _SAVE_INTERVAL = 5.0  # seconds between two writes of the journal
 _LONGEST = 2**30  # tokens per document: a longer text is split, because the index stores lengths in 31 bits
 _AHEAD = 4  # batches per process that are read before their results are written
@@ -61,6 +49,20 @@ class PrepareProgress:
     bad_bytes: int = 0  # size of the list of bad lines
     done: bool = False
 
+    def add(self, batch: RecordBatch, tokenised: TokenisedBatch) -> list[int]:
+        """Count the tokens of a batch; return the lengths of the documents that end in the batch."""
+        self.tokens += sum(tokenised.lengths)
+        self.characters += tokenised.characters
+        ended = tokenised.lengths
+        if batch.format is FileFormat.plain_text:
+            self.open_length += sum(tokenised.lengths)
+            ended = []
+            if self.open_length and (batch.ends_document or self.open_length >= _LONGEST):
+                self.tokens += 1
+                ended, self.open_length = [self.open_length + 1], 0
+        self.documents += len(ended)
+        return ended
+
 
 @dataclass(frozen=True)
 class InputFile:
@@ -79,10 +81,7 @@ def bad_lines_path(prefix: Path) -> Path:
 
 
 def find_inputs(sources: list[Path]) -> tuple[list[InputFile], int]:
-    """Return the text files in reading order, and the number of files that are skipped.
-
-    Raises ConfigError if a source does not exist, or if no file has a known ending.
-    """
+    """Return the text files in reading order, and the number of skipped files. Raises ConfigError."""
     inputs: list[InputFile] = []
     skipped = 0
     for source in sources:
@@ -112,11 +111,12 @@ class Preparation:
         self.max_line = int(config.max_line_mb * 1e6)
 
     def run(self, show: ShowProgress) -> PrepareProgress:
-        """Write the token files, continuing an interrupted preparation, and return the final progress.
-
-        Raises ConfigError for unusable input or settings, and OSError if a file cannot be written.
-        """
-        self._check_tokenizer()
+        """Write the token files, or the rest of them; return the progress. Raises ConfigError, OSError."""
+        t = self.config.tokenizer
+        if t.path is not None:
+            # Raises ConfigError here: a later error would name the copy of the file in TARGET.partial/.
+            end = TokenizerSpec(Path(t.path).expanduser(), t.end_of_document).load().end_of_document
+            assert end >= 0
         self.resumed = self._begin()
         spec = self._tokenizer()
         tokenizer = spec.load()
@@ -163,42 +163,27 @@ class Preparation:
     def _tokenizer(self) -> TokenizerSpec:
         """Write the tokenizer into the folder if it is missing there, and return its settings."""
         path, t = self.folder / TOKENIZER, self.config.tokenizer
-        if t.train is not None and not path.exists():
+        if self._is_bytes():
+            write_byte_tokenizer(path)
+        elif t.train is not None and not path.exists():
             train_bpe(self._training_texts(int(t.train_mb * 1e6)), self.config.vocab, path)
         elif t.path is not None and not path.exists():
             shutil.copyfile(Path(t.path).expanduser(), path)
-        elif self._is_bytes():
-            write_byte_tokenizer(path)
         return TokenizerSpec(None if self._is_bytes() else path, t.end_of_document)
-
-    def _check_tokenizer(self) -> None:
-        """Raise ConfigError for an unusable tokenizer.path, before any file is written.
-
-        The later error would name the copy in TARGET.partial/ instead of the user's file.
-        """
-        t = self.config.tokenizer
-        if t.path is not None:
-            end = TokenizerSpec(Path(t.path).expanduser(), t.end_of_document).load().end_of_document
-            assert end >= 0
 
     def _is_bytes(self) -> bool:
         return self.config.tokenizer.path is None and self.config.tokenizer.train is None
 
     def _training_texts(self, total_bytes: int) -> Iterator[str]:
-        """Yield the beginning of every file, an equal share of `total_bytes` each, without bad lines.
-
-        Bad lines are reported later, when the files are tokenised.
-        """
+        """Yield the beginning of every file, an equal share of the bytes each, without bad lines."""
         for file in self.inputs:
             remaining = total_bytes // len(self.inputs)
             for batch in self._batches([file.path], Place()):
                 for record in batch.records:
-                    try:
+                    with suppress(ValueError):
                         text = text_of(record, batch.format, self.config.text_field, self.max_line)
-                    except ValueError:
-                        continue
-                    yield text
-                    remaining -= len(text.encode())
+                        remaining -= len(text.encode())
+                        yield text
                 if remaining <= 0:
                     break
 
@@ -215,7 +200,6 @@ class Preparation:
     def _write(
         self, spec: TokenizerSpec, tokenizer: Tokenizer, progress: PrepareProgress, show: ShowProgress
     ) -> None:
-        """Tokenise the files from `progress.place` on and append the tokens, lengths and bad lines."""
         size = tokenizer.dtype.itemsize
         end = np.array([tokenizer.end_of_document], tokenizer.dtype).tobytes()
         starts = accumulate((file.bytes for file in self.inputs), initial=0)
@@ -236,11 +220,17 @@ class Preparation:
             for batch, tokenised in self._tokenised(spec, progress.place):
                 if tokenised.bad_lines and self.config.bad_lines is BadLines.fail:
                     save()
-                    raise self._bad_line(batch, *tokenised.bad_lines[0])
+                    line, reason = tokenised.bad_lines[0]
+                    remedy = "bad_lines=skip (leaves bad lines out and lists them), or correct the line"
+                    raise ConfigError("bad_lines", "fail", f"{batch.file}:{line} {reason}", remedy)
                 for line, why in tokenised.bad_lines:
                     progress.bad_bytes += bad.write(f"{batch.file}:{line}: {why}\n".encode())
                 progress.bad += len(tokenised.bad_lines)
-                _append(batch, tokenised, end, progress, tokens, lengths)
+                ended = progress.add(batch, tokenised)
+                tokens.write(tokenised.tokens)
+                if ended and batch.format is FileFormat.plain_text:
+                    tokens.write(end)
+                lengths.write(np.array(ended, "<i4").tobytes())
                 progress.place = batch.next_place
                 show(progress, bytes_before[batch.file] + batch.bytes_read)
                 if time.monotonic() - saved > _SAVE_INTERVAL:
@@ -249,16 +239,8 @@ class Preparation:
             progress.done = True
             save()
 
-    def _bad_line(self, batch: RecordBatch, line: int, reason: str) -> ConfigError:
-        why = f"{batch.file}:{line} {reason}"
-        remedy = "bad_lines=skip (leaves bad lines out and lists them), or correct the line"
-        return ConfigError("bad_lines", "fail", why, remedy)
-
     def _tokenised(self, spec: TokenizerSpec, place: Place) -> Iterator[tuple[RecordBatch, TokenisedBatch]]:
-        """Yield the batches from `place` on with their tokens, in the order of the files.
-
-        Raises ConfigError if a worker process was killed.
-        """
+        """Yield the batches from `place` on with their tokens, in the order of the files."""
         record_batches = self._batches([file.path for file in self.inputs], place)
         if self.workers == 1:
             worker = Worker(spec, self.config.text_field, self.max_line)
@@ -270,9 +252,9 @@ class Preparation:
             for batch in record_batches:
                 pending.append((batch, pool.submit(batch)))
                 if len(pending) >= _AHEAD * self.workers:
-                    yield _first_result(pending)
-            while pending:
-                yield _first_result(pending)
+                    first, future = pending.popleft()
+                    yield first, future.result()
+            yield from ((first, future.result()) for first, future in pending)
         except WorkerKilled:
             why = "a worker process was killed, probably because the machine ran out of memory"
             fewer = settings("workers", [max(1, self.workers // 2)])[0]
@@ -292,7 +274,6 @@ class Preparation:
         }
 
     def _finish(self, tokenizer: Tokenizer, progress: PrepareProgress) -> None:
-        """Write the index and the card, rename all files to their final paths, and delete the folder."""
         lengths = np.memmap(self.folder / LENGTHS, "<i4", mode="r")
         write_index(self.folder / INDEX, lengths, tokenizer.dtype)
         write_text(self.folder / CARD, json.dumps(self._card(tokenizer, progress), indent=2))
@@ -313,38 +294,6 @@ class Preparation:
             "launcher": __version__,
             "inputs": [{"name": file.name, "bytes": file.bytes} for file in self.inputs],
         }
-
-
-def _first_result(
-    pending: deque[tuple[RecordBatch, Future[TokenisedBatch]]],
-) -> tuple[RecordBatch, TokenisedBatch]:
-    batch, future = pending.popleft()
-    return batch, future.result()
-
-
-def _append(
-    batch: RecordBatch,
-    tokenised: TokenisedBatch,
-    end: bytes,
-    progress: PrepareProgress,
-    tokens: IO[bytes],
-    lengths: IO[bytes],
-) -> None:
-    """Write the tokens of a batch and the lengths of the documents that end in it; update `progress`."""
-    tokens.write(tokenised.tokens)
-    progress.tokens += sum(tokenised.lengths)
-    progress.characters += tokenised.characters
-    ended = tokenised.lengths
-    if batch.format is FileFormat.plain_text:
-        progress.open_length += sum(tokenised.lengths)
-        ended = []
-        if progress.open_length and (batch.ends_document or progress.open_length >= _LONGEST):
-            tokens.write(end)
-            progress.tokens += 1
-            ended = [progress.open_length + 1]
-            progress.open_length = 0
-    lengths.write(np.array(ended, "<i4").tobytes())
-    progress.documents += len(ended)
 
 
 def _open_truncated(path: Path, size: int) -> IO[bytes]:

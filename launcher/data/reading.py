@@ -17,16 +17,11 @@ PARQUET_ROWS = 64
 
 
 class FileFormat(Enum):
-    """The format of an input file, which decides what a record is.
+    """The format of an input file, which decides what a record is."""
 
-    `json_lines`: a record is a line with a JSON object, whose text is a document.
-    `plain_text`: the file is one document, and a record is a line or a piece of a long line.
-    `parquet`: a record is the text of a row, which is a document.
-    """
-
-    json_lines = "json_lines"
-    plain_text = "plain_text"
-    parquet = "parquet"
+    json_lines = "json_lines"  # a record is a line with a JSON object, whose text is a document
+    plain_text = "plain_text"  # the file is one document; a record is a line or a piece of a long line
+    parquet = "parquet"  # a record is the text of a row, which is a document
 
 
 FORMATS = {
@@ -55,10 +50,7 @@ class Place:
 
 @dataclass(frozen=True)
 class RecordBatch:
-    """Records of one file that are tokenised together.
-
-    The split of a file into batches does not depend on the number of workers.
-    """
+    """Records of one file that are tokenised together; the number of workers does not change the split."""
 
     file: Path
     format: FileFormat
@@ -120,16 +112,10 @@ def _line_batches(path: Path, place: Place, file_format: FileFormat, max_line: i
             at_end = size < BATCH_BYTES
             position += size
             next_line = line + sum(line_counts)
+            next_place = Place(place.file + 1) if at_end else Place(place.file, position, next_line)
+            ends = at_end or file_format is not FileFormat.plain_text
             yield RecordBatch(
-                path,
-                file_format,
-                line,
-                records,
-                line_counts,
-                ends_document=at_end or file_format is not FileFormat.plain_text,
-                next_place=Place(place.file + 1) if at_end else Place(place.file, position, next_line),
-                bytes_read=raw.tell(),
-                damage=damage,
+                path, file_format, line, records, line_counts, ends, next_place, raw.tell(), damage
             )
             line = next_line
             if at_end:
@@ -177,11 +163,10 @@ def _seek(file: IO[bytes], raw: IO[bytes], path: Path, position: int) -> str | N
 
 
 def _decompressed(path: Path, raw: IO[bytes]) -> Any:
-    if path.suffix.lower() == ".gz":
-        return io.BufferedReader(gzip.GzipFile(fileobj=raw), BATCH_BYTES)
-    if path.suffix.lower() == ".zst":
-        return io.BufferedReader(_Zstandard(raw), BATCH_BYTES)
-    return raw
+    suffix = path.suffix.lower()
+    if suffix not in COMPRESSED:
+        return raw
+    return io.BufferedReader(gzip.GzipFile(fileobj=raw) if suffix == ".gz" else _Zstandard(raw), BATCH_BYTES)
 
 
 class _Zstandard(io.RawIOBase):
@@ -229,26 +214,18 @@ def _parquet_batches(path: Path, place: Place, text_field: str) -> Iterator[Reco
 
     def batch(records: list[bytes | str | None], damage: str | None, last: bool) -> RecordBatch:
         next_row = row + len(records)
-        return RecordBatch(
-            path,
-            FileFormat.parquet,
-            row + 1,
-            records,
-            [1] * len(records),
-            ends_document=True,
-            next_place=Place(place.file + 1) if last else Place(place.file, next_row, next_row + 1),
-            bytes_read=size if last else size * next_row // max(1, total),  # estimated
-            damage=damage,
-        )
+        next_place = Place(place.file + 1) if last else Place(place.file, next_row, next_row + 1)
+        read = size if last else size * next_row // max(1, total)  # estimated
+        lines = [1] * len(records)
+        return RecordBatch(path, FileFormat.parquet, row + 1, records, lines, True, next_place, read, damage)
 
     total = 0
     try:
         with parquet.ParquetFile(path) as file:
             total = file.metadata.num_rows
             if text_field not in file.schema_arrow.names:
-                raise DamagedFile(
-                    f"has no column {text_field!r}; its columns are {', '.join(file.schema_arrow.names)}"
-                )
+                columns = ", ".join(file.schema_arrow.names)
+                raise DamagedFile(f"has no column {text_field!r}; its columns are {columns}")
             skip, groups = row, list(range(file.metadata.num_row_groups))
             while groups and skip >= file.metadata.row_group(groups[0]).num_rows:
                 skip -= file.metadata.row_group(groups.pop(0)).num_rows

@@ -19,7 +19,6 @@ import numpy.typing as npt
 # equally likely.
 _ROUNDS = 16
 
-
 # Tokens (B, T+1), of which inputs are [:, :-1] and labels [:, 1:]; or images (B, C, S, S) and classes (B, 1).
 MicroBatch = npt.NDArray[np.int64] | tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]
 
@@ -38,9 +37,7 @@ class Samples:
     """An endless sequence of samples over `items`, epoch after epoch."""
 
     items: Items
-    shuffle_seed: (
-        int | str | None
-    )  # gives each epoch a different order; None: every epoch in the items' order
+    shuffle_seed: int | str | None  # gives each epoch another order; None: each epoch in the items' order
 
     def __len__(self) -> int:
         """Return the number of samples per epoch."""
@@ -97,19 +94,13 @@ def permute(
     # left_size * right_size exceeds size by less than left_size, so cycle walks are rare and short.
     left_size = math.isqrt(size - 1) + 1
     right_size = -(-size // left_size)
-    keys = _round_keys(seed, epoch)
-    values = _encipher(positions.astype(np.uint64), left_size, right_size, keys)
-    outside = values >= size
-    while outside.any():
-        values[outside] = _encipher(values[outside], left_size, right_size, keys)
-        outside = values >= size
-    return values.astype(np.int64)
-
-
-def _round_keys(seed: int | str, epoch: int) -> npt.NDArray[np.uint64]:
     # A hash, because the streams of numpy's generators may change between numpy versions.
     digest = hashlib.shake_128(f"sample order/{seed}/{epoch}".encode()).digest(8 * _ROUNDS)
-    return np.frombuffer(digest, dtype="<u8").astype(np.uint64)
+    keys = np.frombuffer(digest, dtype="<u8").astype(np.uint64)
+    values = _encipher(positions.astype(np.uint64), left_size, right_size, keys)
+    while (outside := values >= size).any():
+        values[outside] = _encipher(values[outside], left_size, right_size, keys)
+    return values.astype(np.int64)
 
 
 def _encipher(
@@ -117,7 +108,7 @@ def _encipher(
 ) -> npt.NDArray[np.uint64]:
     """Return the cipher of `values` (n,), a bijection of range(left_size * right_size)."""
     a, b = np.uint64(left_size), np.uint64(right_size)
-    left, right = values // b, values % b
+    left, right = np.divmod(values, b)
     for i, key in enumerate(keys):
         # Reduce the mixed value before the addition: a sum that wraps at 2**64 would map two values to one.
         if i % 2 == 0:

@@ -19,7 +19,6 @@ import mmap
 import os
 import struct
 from bisect import bisect_left
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ import numpy.typing as npt
 
 from launcher.files import sync
 
-MAGIC, VERSION = b"MMIDIDX\x00\x00", 1
+MAGIC = b"MMIDIDX\x00\x00"
 DTYPES: dict[int, str] = {
     1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float64", 7: "float32", 8: "uint16",
 }  # fmt: skip
@@ -64,25 +63,17 @@ class TokenFile:
         return len(self.documents) - 1
 
     def document_start(self, document: int) -> int:
-        """Return the index of the document's first token.
-
-        `document` may be the number of documents; the result is then the number of tokens in the file.
-        """
+        """Return the index of the document's first token; for `num_documents`, the number of tokens."""
         sequence = int(self.documents[document])
-        if sequence == len(self.pointers):
-            return len(self.tokens)
-        return int(self.pointers[sequence]) // self.tokens.itemsize
+        at_end = sequence == len(self.pointers)
+        return len(self.tokens) if at_end else int(self.pointers[sequence]) // self.tokens.itemsize
 
     def document(self, document: int) -> Array:
         """Return the tokens (length,) of a document."""
         return self.tokens[self.document_start(document) : self.document_start(document + 1)]
 
     def boundary_near(self, token: int) -> int:
-        """Return the document boundary that is closest to token index `token`.
-
-        The boundaries are the beginnings of documents and the end of the file. The search is binary: about
-        twenty look-ups for a million documents.
-        """
+        """Return the start of a document, or the end of the file, that is closest to token index `token`."""
         after = bisect_left(range(self.num_documents), token, key=self.document_start)
         candidates = [self.document_start(document) for document in (max(after - 1, 0), after)]
         return min(candidates, key=lambda start: abs(start - token))
@@ -94,10 +85,8 @@ class TokenFile:
         tokens. Only these 384 KiB are read, so a change of a few tokens may go unnoticed.
         """
         digest = hashlib.sha256()
-        for path, stretches, length in (
-            (index_path(self.prefix), 2, 2**16),
-            (bin_path(self.prefix), 64, 2**12),
-        ):
+        index, tokens = (index_path(self.prefix), 2, 2**16), (bin_path(self.prefix), 64, 2**12)
+        for path, stretches, length in (index, tokens):
             size = path.stat().st_size
             digest.update(f"{size}/".encode())
             with path.open("rb") as file:
@@ -139,11 +128,10 @@ def open_token_file(prefix: Path) -> TokenFile:
     def section(start: int, count: int, code: str) -> Array:
         return mapped[start : start + count * np.dtype(code).itemsize].view(code)
 
+    can_be_mapped = bin_size and bin_size % dtype.itemsize == 0
     token_file = TokenFile(
         prefix,
-        _map_for_random_access(tokens, dtype)
-        if bin_size and bin_size % dtype.itemsize == 0
-        else np.empty(0, dtype),
+        _map_for_random_access(tokens, dtype) if can_be_mapped else np.empty(0, dtype),
         lengths=section(_HEADER.size, sequences, "<i4"),
         pointers=section(_HEADER.size + 4 * sequences, sequences, "<i8"),
         documents=section(_HEADER.size + 12 * sequences, documents, "<i8"),
@@ -158,15 +146,11 @@ def open_token_file(prefix: Path) -> TokenFile:
 
 
 def _parse_header(index: Path, header: bytes, index_size: int) -> tuple[np.dtype[Any], int, int]:
-    """Return the dtype of the tokens, the number of sequences and the number of document indices.
-
-    Raises TokenFileError for an unknown format, or if `index_size`, in bytes, does not match the header.
-    """
     if len(header) < _HEADER.size or not header.startswith(MAGIC):
         raise TokenFileError(index, "is not the index of a Megatron indexed dataset")
     _, version, code, sequences, documents = _HEADER.unpack(header)
-    if version != VERSION:
-        raise TokenFileError(index, f"has format version {version}, but only version {VERSION} is supported")
+    if version != 1:
+        raise TokenFileError(index, f"has format version {version}, but only version 1 is supported")
     if code not in DTYPES:
         raise TokenFileError(index, f"has dtype code {code}, but only 1 to {max(DTYPES)} are defined")
     expected_size = _HEADER.size + 12 * sequences + 8 * documents
@@ -188,8 +172,7 @@ def _map_for_random_access(path: Path, dtype: np.dtype[Any]) -> Array:
 def fetch(tokens: Array, first: int, count: int) -> None:
     """Ask the kernel to start reading `count` tokens from index `first` of the file behind `tokens`.
 
-    `tokens` may be a slice of the mapped file. Without this call, the reads of the pages would wait for each
-    other. Tokens that are not memory-mapped are in memory already and need no fetch.
+    Without this call, the reads of the pages would wait for each other. Tokens in memory need no fetch.
     """
     mapping = getattr(tokens, "_mmap", None)
     if mapping is not None:
@@ -199,19 +182,19 @@ def fetch(tokens: Array, first: int, count: int) -> None:
 
 
 def _check_order(file: TokenFile) -> None:
-    """Raise TokenFileError if sequences or documents of the index do not follow each other without a gap."""
     index, itemsize = index_path(file.prefix), np.int64(file.tokens.itemsize)
     for part in _checked_slices(len(file.lengths) - 1):
         ends = file.pointers[part] + file.lengths[part] * itemsize
         next_starts = file.pointers[part.start + 1 : part.stop + 1]
         wrong = ((ends != next_starts) | (file.lengths[part] < 0)).nonzero()[0]
         if wrong.size:
-            sequence = part.start + int(wrong[0])
-            why = f"is inconsistent: sequence {sequence} does not end where the next sequence begins"
-            raise TokenFileError(index, why)
-    sequences, rising = len(file.lengths), True
-    for part in _checked_slices(len(file.documents) - 1):
-        rising &= bool((file.documents[part] <= file.documents[part.start + 1 : part.stop + 1]).all())
+            why = f"sequence {part.start + int(wrong[0])} does not end where the next sequence begins"
+            raise TokenFileError(index, f"is inconsistent: {why}")
+    sequences, documents = len(file.lengths), file.documents
+    rising = all(
+        (documents[part] <= documents[part.start + 1 : part.stop + 1]).all()
+        for part in _checked_slices(len(documents) - 1)
+    )
     if int(file.pointers[0]) != 0 or file.lengths[-1] < 0:
         raise TokenFileError(index, "is inconsistent: the first sequence does not begin at byte 0")
     if int(file.documents[0]) != 0 or int(file.documents[-1]) != sequences or not rising:
@@ -219,10 +202,7 @@ def _check_order(file: TokenFile) -> None:
 
 
 def _checked_slices(count: int) -> list[slice]:
-    """Return slices that cover range(count), or evenly spaced stretches with the first and last entry.
-
-    Stretches are returned for a `count` above 262,144; they have that many entries in total.
-    """
+    """Return slices that cover range(count) or, above 262,144, evenly spaced stretches of so many entries."""
     if count <= _STRETCHES * _STRETCH:
         return [slice(0, count)]
     starts = np.linspace(0, count - _STRETCH, _STRETCHES).astype(np.int64).tolist()
@@ -235,25 +215,21 @@ def smallest_dtype(vocab_size: int) -> np.dtype[Any]:
 
 
 def write_index(path: Path, lengths: Array, dtype: np.dtype[Any]) -> None:
-    """Write an .idx for documents of one sequence each, and sync it to disk.
+    """Write an .idx for documents of one sequence each, of `lengths` (documents,) int32, and sync it to disk.
 
-    `lengths` (documents,) int32 are the tokens of each document. The index is written in chunks, so `lengths`
-    may be a memory-mapped file of any size.
+    The index is written in chunks, so `lengths` may be a memory-mapped file of any size.
     """
     code = next(code for code, name in DTYPES.items() if np.dtype(name) == dtype)
     with path.open("wb") as file:
-        file.write(_HEADER.pack(MAGIC, VERSION, code, len(lengths), len(lengths) + 1))
-        for chunk in _chunks(lengths):
-            file.write(chunk.astype("<i4").tobytes())
+        file.write(_HEADER.pack(MAGIC, 1, code, len(lengths), len(lengths) + 1))
+        chunks = [slice(first, first + _CHUNK) for first in range(0, len(lengths), _CHUNK)]
+        for part in chunks:
+            file.write(lengths[part].astype("<i4").tobytes())
         start = 0
-        for chunk in _chunks(lengths):
+        for chunk in (lengths[part] for part in chunks):
             ends = start + np.cumsum(chunk, dtype=np.int64) * dtype.itemsize
             file.write(np.concatenate([[start], ends[:-1]]).astype("<i8").tobytes())
             start = int(ends[-1])
         for first in range(0, len(lengths) + 1, _CHUNK):
             file.write(np.arange(first, min(first + _CHUNK, len(lengths) + 1), dtype="<i8").tobytes())
     sync(path)
-
-
-def _chunks(lengths: Array) -> Iterator[Array]:
-    return (lengths[first : first + _CHUNK] for first in range(0, len(lengths), _CHUNK))

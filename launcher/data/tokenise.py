@@ -25,11 +25,7 @@ _PIECE = 2**20  # the most characters that a tokenizer encodes in one call
 
 @dataclass(frozen=True)
 class TokenisedBatch:
-    """The tokens of a batch.
-
-    A document of JSON lines or Parquet includes the token that ends it. A plain text may continue in the next
-    batch, so its tokens do not include the end yet.
-    """
+    """The tokens of a batch, without the end token of a plain text, which may continue in the next batch."""
 
     tokens: bytes
     lengths: list[int]  # tokens of each document, or of this batch's piece of a plain text
@@ -91,9 +87,8 @@ class Worker:
 def text_of(record: bytes | str | None, file_format: FileFormat, field: str, max_line: int) -> str:
     """Return the text of a record. Raises ValueError with the reason if the record is a bad line."""
     if record is None:
-        if file_format is FileFormat.parquet:
-            raise ValueError(f"has no {field!r}")
-        raise ValueError(f"is longer than max_line_mb={max_line / 1e6:g}")
+        too_long = f"is longer than max_line_mb={max_line / 1e6:g}"
+        raise ValueError(f"has no {field!r}" if file_format is FileFormat.parquet else too_long)
     try:
         text = record if isinstance(record, str) else record.decode()
     except UnicodeDecodeError as error:
@@ -142,9 +137,8 @@ class WorkerPool:
         self._idle: SimpleQueue[Connection] = SimpleQueue()
         for _ in range(count):
             pipe, worker_pipe = context.Pipe()
-            process = context.Process(
-                target=_work, args=(worker_pipe, spec, text_field, max_line, os.getpid()), daemon=True
-            )
+            arguments = (worker_pipe, spec, text_field, max_line, os.getpid())
+            process = context.Process(target=_work, args=arguments, daemon=True)
             process.start()
             worker_pipe.close()
             self._processes.append(process)
@@ -152,10 +146,7 @@ class WorkerPool:
         self._threads = ThreadPoolExecutor(count, "workers")
 
     def submit(self, batch: RecordBatch) -> "Future[TokenisedBatch]":
-        """Return the future tokens of `batch`.
-
-        Its result() raises WorkerKilled if the worker process died, and any exception that the worker raised.
-        """
+        """Return the future tokens of `batch`; result() raises WorkerKilled, or what the worker raised."""
         return self._threads.submit(self._tokenise, batch)
 
     def _tokenise(self, batch: RecordBatch) -> TokenisedBatch:
@@ -187,14 +178,12 @@ def _work(pipe: Connection, spec: TokenizerSpec, text_field: str, max_line: int,
     worker = Worker(spec, text_field, max_line)
     with suppress(EOFError, OSError):  # raised when the parent process has ended
         while True:
-            pipe.send(_answer(worker, pipe.recv()))
-
-
-def _answer(worker: Worker, batch: RecordBatch) -> TokenisedBatch | Exception:
-    try:
-        return worker.tokenise(batch)
-    except Exception as error:
-        return error
+            batch = pipe.recv()
+            try:
+                answer: TokenisedBatch | Exception = worker.tokenise(batch)
+            except Exception as error:
+                answer = error
+            pipe.send(answer)
 
 
 def _exit_with_parent(parent: int) -> None:

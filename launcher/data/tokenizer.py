@@ -56,10 +56,7 @@ class HuggingFace:
     """A tokenizer that is loaded from a tokenizer.json."""
 
     def __init__(self, path: Path, end: str | None = None, *, field: str) -> None:
-        """Load `path`; `end` is the token that ends a document, or None for one of USUAL_ENDS.
-
-        Raises ConfigError about `field` if the file cannot be read.
-        """
+        """Load `path`; `end` ends documents (None: one of USUAL_ENDS). Raises ConfigError about `field`."""
         # Several processes tokenise at once, so threads inside the library would only slow each other down.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         from tokenizers import Tokenizer as LibraryTokenizer
@@ -87,11 +84,8 @@ class HuggingFace:
         if not known:
             missing = f"no token {end!r}" if end else f"none of {', '.join(USUAL_ENDS)}"
             why = f"this tokenizer has {missing} to end documents with"
-            example = next(iter(self._vocabulary), "TOKEN")
-            remedy = (
-                shlex.quote(f'tokenizer.end_of_document="{example}"') + " or another token of the tokenizer"
-            )
-            raise ConfigError(self._field, self._path, why, remedy)
+            example = shlex.quote(f'tokenizer.end_of_document="{next(iter(self._vocabulary), "TOKEN")}"')
+            raise ConfigError(self._field, self._path, why, f"{example} or another token of the tokenizer")
         return int(self._vocabulary[known[0]])
 
     def encode(self, texts: Sequence[str]) -> list[npt.NDArray[Any]]:
@@ -99,8 +93,7 @@ class HuggingFace:
         return [np.array(encoding.ids, self.dtype) for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:
-        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=False)
-        return text
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
 
 
 def write_byte_tokenizer(path: Path) -> None:
@@ -112,9 +105,8 @@ def write_byte_tokenizer(path: Path) -> None:
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("\u00a1"), ord("\u00ac") + 1)]
     printable += range(ord("\u00ae"), ord("\u00ff") + 1)
     others = [byte for byte in range(BYTE_VALUES) if byte not in printable]
-    vocabulary = {chr(byte): byte for byte in printable} | {
-        chr(256 + n): byte for n, byte in enumerate(others)
-    }
+    vocabulary = {chr(byte): byte for byte in printable}
+    vocabulary |= {chr(256 + n): byte for n, byte in enumerate(others)}
     tokenizer = LibraryTokenizer(models.BPE(vocabulary, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -149,10 +141,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, path: Path) -> None:
 
 
 def pieces(text: str, most: int) -> Iterator[str]:
-    """Yield the text in pieces of at most `most` characters, cut after a newline if possible.
-
-    Long texts are cut because a tokenizer's memory grows with the length of the text that it encodes.
-    """
+    """Yield pieces of at most `most` characters, so that a tokenizer needs little memory for long texts."""
     start = 0
     while len(text) - start > most:
         newline = text.rfind("\n", start + most // 2, start + most)

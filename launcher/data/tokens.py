@@ -15,7 +15,7 @@ from launcher.data.card import card_path, vocab_size_of
 from launcher.data.token_file import TokenFile, TokenFileError, bin_path, index_path, open_token_file
 from launcher.data.windows import Stretch, check_ids
 
-_PROBES, _PROBE = 64, 4096  # stretches per part, and tokens per stretch, that are checked before ranks start
+_PROBES, _PROBE = 64, 4096  # stretches per part (at least one per file), and tokens per stretch, to check
 _DOCUMENTS = 64  # documents per file whose last token is checked
 
 
@@ -41,20 +41,15 @@ class HeldOutPart:
     pattern: str | None  # the part's own files, or None
     fraction: float  # of the training files' tokens; unused if there is a pattern
 
-    @property
-    def training_share(self) -> float:
-        """Return the fraction of the training files that this part takes."""
-        return self.fraction if self.pattern is None else 0.0
-
 
 def open_tokens(field: str, train: str, validation: HeldOutPart, test: HeldOutPart) -> TokenSplit:
-    """Map the training files that `train`, the value of `field`, names, and hold out the other parts.
+    """Map the training files that `train`, the value of `field`, names, and cut each of them into parts.
 
-    Each file is cut into training, validation and test tokens, in this order, at the beginnings of documents
-    closest to the fractions. Raises ConfigError for files that are missing or damaged.
+    Training, validation and test tokens follow each other. Raises ConfigError for missing or damaged files.
     """
     files = _opened(train, field)
-    cuts = [_cuts(file, validation.training_share, test.training_share) for file in files]
+    shares = [part.fraction if part.pattern is None else 0.0 for part in (validation, test)]
+    cuts = [_cuts(file, *shares) for file in files]
 
     def stretches(number: int, part: HeldOutPart | None = None) -> list[Stretch]:
         if part and part.pattern is not None:
@@ -73,22 +68,15 @@ def check_vocabulary(vocab_size: int, prefix: Path) -> None:
 
 
 def probe_ids(stretches: Sequence[Stretch], vocab_size: int) -> None:
-    """Raise ConfigError for a token id outside the vocabulary.
-
-    Only 64 evenly spaced stretches of 4,096 tokens are checked, and at least one stretch per file.
-    """
-    for stretch in stretches:
+    """Raise ConfigError for a token id outside the vocabulary; checks 64 stretches of 4,096 tokens."""
+    for stretch in (stretch for stretch in stretches if len(stretch.tokens)):
         tokens, most = stretch.tokens, max(1, _PROBES // len(stretches))
         for start in np.linspace(0, max(0, len(tokens) - _PROBE), most).astype(np.int64).tolist():
-            if len(tokens):
-                check_ids(tokens[start : start + _PROBE], vocab_size, stretch, start)
+            check_ids(tokens[start : start + _PROBE], vocab_size, stretch, start)
 
 
 def check_documents_end(files: Sequence[TokenFile], end_of_document: int | None) -> None:
-    """Raise ConfigError if a document does not end with token id `end_of_document`.
-
-    Only 64 documents of each file are checked, evenly spaced.
-    """
+    """Raise ConfigError if a document, of 64 in each file, does not end with token `end_of_document`."""
     last_tokens = Counter(
         int(tokens[-1])
         for file in files
@@ -124,10 +112,7 @@ _REMEDY = "a pair of .bin and .idx files made by Megatron-LM's preprocess_data.p
 
 
 def _prefixes(pattern: str, field: str) -> list[Path]:
-    """Return the paths without .bin or .idx of the token files that `pattern` names, in order.
-
-    `pattern` is a path with or without its ending, or a glob. Raises ConfigError for missing files.
-    """
+    """Return the paths, without .bin or .idx, that `pattern` names: a path or a glob. Raises ConfigError."""
     plain = os.path.expanduser(pattern.removesuffix(".bin").removesuffix(".idx"))
     if glob.has_magic(plain):
         prefixes = {Path(name).with_suffix("") for name in glob.glob(f"{plain}.idx", recursive=True)}
@@ -159,20 +144,19 @@ def _stretch(file: TokenFile, start: int, end: int) -> Stretch:
 def _cuts(file: TokenFile, validation: float, test: float) -> tuple[int, int, int, int]:
     """Return the token indices where training, validation and test begin, and where test ends.
 
-    `validation` and `test` are fractions of the file. Each cut is moved to the closest document boundary,
-    unless documents are so long that the move would change the smallest part by more than a third.
+    Each cut is moved to the closest document boundary, unless documents are so long that the move would
+    change the smallest part by more than a third.
     """
     total = len(file.tokens)
     slack = total * min(share for share in (1 - validation - test, validation, test) if share > 0) / 3
 
-    def moved(cut: int) -> int:
-        boundary = file.boundary_near(cut)
-        return boundary if abs(boundary - cut) <= slack else cut
+    def cut(share: float, parts: int) -> int:
+        """Return the index where the last `parts` parts begin, which have `share` of the tokens."""
+        # A part with a fraction above 0 gets at least one token, even from a tiny file.
+        index = max(total - max(round(total * share), parts), 0)
+        boundary = file.boundary_near(index)
+        return boundary if abs(boundary - index) <= slack else index
 
-    # A part with a fraction above 0 gets at least one token, even from a tiny file.
-    end_of_training = total - max(round(total * (validation + test)), (validation > 0) + (test > 0))
-    end_of_validation = total - max(round(total * test), int(test > 0))
-    first, second = max(end_of_training, 0), max(end_of_validation, 0)
-    if validation + test > 0:
-        first = moved(first)
-    return 0, first, moved(second) if test > 0 else total, total
+    held_out = (validation > 0) + (test > 0)
+    end_of_training = cut(validation + test, held_out) if held_out else total
+    return 0, end_of_training, cut(test, 1) if test > 0 else total, total

@@ -11,14 +11,19 @@ import numpy.typing as npt
 from launcher.config.errors import ConfigError
 from launcher.data.token_file import fetch
 
+TokenIds = npt.NDArray[np.integer[Any]]
+
 
 @dataclass(frozen=True, eq=False)  # eq: arrays have no single truth value
 class Stretch:
     """Consecutive tokens of one file, from which windows are cut."""
 
-    tokens: npt.NDArray[np.integer[Any]]  # (tokens,)
+    tokens: TokenIds  # (tokens,)
     file: str = "the corpus"  # named in error messages
     first: int = 0  # index in the file of the stretch's first token
+
+    def __len__(self) -> int:
+        return len(self.tokens)
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +39,7 @@ class Windows:
 
     @cached_property
     def _ends(self) -> npt.NDArray[np.int64]:
-        counts = [windows_in(len(stretch.tokens), self.sequence_length) for stretch in self.stretches]
+        counts = [windows_in(len(stretch), self.sequence_length) for stretch in self.stretches]
         return np.cumsum(counts, dtype=np.int64)
 
     def __len__(self) -> int:
@@ -47,10 +52,10 @@ class Windows:
         """
         length = self.sequence_length + 1
         rows = np.empty((len(places), length), np.int64)
-        starts = [
-            (self.stretches[stretch], window * self.sequence_length)
-            for stretch, window in zip(*self._locate(places), strict=True)
-        ]
+        numbers = np.searchsorted(self._ends, places, side="right")
+        windows = places - np.concatenate([[0], self._ends])[numbers]  # counted within the stretch
+        stretches = [self.stretches[number] for number in numbers.tolist()]
+        starts = list(zip(stretches, (windows * self.sequence_length).tolist(), strict=True))
         for stretch, start in starts:
             fetch(stretch.tokens, stretch.first + start, length)
         for row, (stretch, start) in enumerate(starts):
@@ -60,20 +65,9 @@ class Windows:
                 check_ids(tokens, self.vocab_size, stretch, start)
         return rows
 
-    def _locate(self, places: npt.NDArray[np.int64]) -> tuple[list[int], list[int]]:
-        """Return for windows `places` (B,) the index of the stretch and the window's index within it."""
-        stretches = np.searchsorted(self._ends, places, side="right")
-        before = np.concatenate([[0], self._ends])[stretches]
-        return stretches.tolist(), (places - before).tolist()
 
-
-def check_ids(
-    tokens: npt.NDArray[np.integer[Any]], vocab_size: int, stretch: Stretch, start: int = 0
-) -> None:
-    """Raise ConfigError if a token id is negative or not below `vocab_size`.
-
-    `tokens` begin at index `start` of the stretch, which gives the token's place in the message.
-    """
+def check_ids(tokens: TokenIds, vocab_size: int, stretch: Stretch, start: int = 0) -> None:
+    """Raise ConfigError for an id outside the vocabulary. `tokens` start at index `start` of `stretch`."""
     lowest, highest = int(tokens.min()), int(tokens.max())
     if lowest >= 0 and highest < vocab_size:
         return
@@ -91,15 +85,10 @@ def windows_in(tokens: int, sequence_length: int) -> int:
 
 
 def check_long_enough(tokens: Sequence[int], sequence_length: int, part: str = "the corpus") -> None:
-    """Raise ConfigError if no stretch is long enough for one window.
-
-    `tokens` are the lengths of the stretches, in tokens; the message names them `part`.
-    """
+    """Raise ConfigError about `part` if no stretch, with `tokens` tokens each, has one window."""
     longest = max(tokens, default=0)
     if windows_in(longest, sequence_length) == 0:
-        raise ConfigError(
-            "data.sequence_length",
-            sequence_length,
-            f"{part} has {longest} tokens, but one sample needs {sequence_length + 1} (the last is a target)",
-            f"data.sequence_length={longest - 1}, or more text" if longest > 1 else "more text",
-        )
+        needed = f"one sample needs {sequence_length + 1} (the last is a target)"
+        remedy = f"data.sequence_length={longest - 1}, or more text" if longest > 1 else "more text"
+        why = f"{part} has {longest} tokens, but {needed}"
+        raise ConfigError("data.sequence_length", sequence_length, why, remedy)

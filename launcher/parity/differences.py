@@ -1,5 +1,6 @@
 """Compare the trace of a layout with the trace of the reference. Pure."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from math import inf
@@ -19,20 +20,10 @@ TINY = 1e-30
 # The compared quantities, in the order in which a step computes them. A replica is a tensor or number that
 # several ranks should hold with equal values.
 DifferenceKind = Literal[
-    "batch_loss",
-    "output",
-    "output_replica",
-    "loss",
-    "grad_norm",
-    "norm_replica",
-    "gradient",
-    "weight",
-    "state",
-    "replica",
-    "data_replica",
-    "tied_copy",
+    "batch_loss", "output", "output_replica", "loss", "grad_norm", "norm_replica", "gradient", "weight",
+    "state", "replica", "data_replica", "tied_copy",
     "dropout",  # dropout masks: see parity/dropout.py
-]
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -49,7 +40,7 @@ class Difference:
     def excess(self) -> float:
         """The ratio measured / allowed; infinite for NaN."""
         ratio = self.measured / max(self.allowed, TINY)
-        return ratio if ratio == ratio else float("inf")
+        return ratio if ratio == ratio else inf
 
     @property
     def ok(self) -> bool:
@@ -65,9 +56,7 @@ def applied_gradients(run: RunConfig, trace: list[StepTrace]) -> None:
         clip = run.optimizer.gradient_clipping
         scale = 1.0 if clip is None else min(1.0, clip / (step.grad_norm + 1e-6))
         factor = 1.0 / (run.optimizer.lr * scale)
-        step.gradients = {
-            name: (before.weights[name] - after) * factor for name, after in step.weights.items()
-        }
+        step.gradients = {name: (before.weights[name] - w) * factor for name, w in step.weights.items()}
 
 
 def compare(
@@ -83,29 +72,23 @@ def compare(
     for number, (step, right) in enumerate(zip(trace, expected, strict=True)):
         # Steps since both runs had equal weights. In low precision ranks compute with rounded weights.
         apart = 1 if run.precision.dtype is Dtype.fp32 and not plain_sgd else number
-        differences += _missing(number, "weight", step.weights, right.weights)
+        c = _Comparison(run, number, apart, step, right, expected, allowed)
+        differences += c.missing("weight", step.weights, right.weights)
         order = in_forward_order(run, [name for name in right.weights if name in step.weights])
         if number == 0:
-            differences += [_initial(name, step, right) for name in order]
+            differences += [c.initial(name) for name in order]
         else:
-            differences += _batch_losses(run, number, apart, step, right, allowed)
-            differences += _scalars(number, apart, step, right, allowed)
+            differences += [*c.batch_losses(), *c.scalars()]
             if plain_sgd:
-                differences += _outputs(run, number, step, right, allowed)
-                differences += [_gradient(run, number, name, step, right, allowed) for name in order]
+                differences += [*c.outputs(), *(c.gradient(name) for name in order)]
             else:
-                differences += [_weight(run, number, name, trace, expected, allowed) for name in order]
-                differences += _states(number, step, right, allowed)
-        differences += [_tied_copy(run, number, name, trace, expected, allowed) for name in step.tied]
-        differences += _replicas(number, step)
+                differences += [*(c.weight(name) for name in order), *c.states()]
+        differences += [*(c.tied_copy(name) for name in step.tied), *c.replicas()]
     return differences
 
 
 def expected_batch_losses(run: RunConfig, data_size: int, right: StepTrace) -> list[list[float]]:
-    """Return losses[data rank][micro-batch] from the reference's losses of single samples.
-
-    Micro-batches are assigned to data ranks in turn.
-    """
+    """Return losses[data rank][micro-batch] from the losses of single samples in the reference."""
     losses, size = right.batch_losses[0], run.training.micro_batch_size
     batches = [sum(losses[i : i + size]) / size for i in range(0, len(losses), size)]
     return [batches[rank::data_size] for rank in range(data_size)]
@@ -116,163 +99,124 @@ def in_forward_order(run: RunConfig, names: list[str]) -> list[str]:
     prefixes = parameter_order(run.model)
 
     def place(name: str) -> tuple[int, str]:
-        return next(
-            (i for i, p in enumerate(prefixes) if f"{name}.".startswith(f"{p}.")), len(prefixes)
-        ), name
+        matches = (i for i, prefix in enumerate(prefixes) if f"{name}.".startswith(f"{prefix}."))
+        return next(matches, len(prefixes)), name
 
     return sorted(names, key=place)
 
 
-def _missing(number: int, kind: DifferenceKind, got: Weights, right: Weights) -> list[Difference]:
-    return [Difference(number, kind, name, inf, 1.0) for name in sorted(right.keys() ^ got.keys())]
+@dataclass(frozen=True)
+class _Comparison:
+    """Compares step `number` of a layout with the same step of the reference."""
 
+    run: RunConfig
+    number: int
+    apart: int  # steps since both runs had equal weights
+    step: StepTrace
+    right: StepTrace
+    expected: list[StepTrace]  # all steps of the reference
+    allowed: Tolerance
 
-def _initial(name: str, step: StepTrace, right: StepTrace) -> Difference:
-    weight = right.weights[name]
-    measured = float((step.weights[name] - weight).norm())
-    return Difference(0, "weight", name, measured, U32 * float(weight.norm()))
+    def missing(self, kind: DifferenceKind, got: Weights, right: Weights) -> list[Difference]:
+        return [Difference(self.number, kind, name, inf, 1.0) for name in sorted(right.keys() ^ got.keys())]
 
+    def initial(self, name: str) -> Difference:
+        weight = self.right.weights[name]
+        measured = float((self.step.weights[name] - weight).norm())
+        return Difference(0, "weight", name, measured, U32 * float(weight.norm()))
 
-def _batch_losses(
-    run: RunConfig, number: int, apart: int, step: StepTrace, right: StepTrace, allowed: Tolerance
-) -> list[Difference]:
-    differences = []
-    expected = expected_batch_losses(run, len(step.batch_losses), right)
-    for rank, (losses, expected_losses) in enumerate(zip(step.batch_losses, expected, strict=True)):
-        if len(losses) != len(expected_losses):
-            differences.append(Difference(number, "batch_loss", f"data rank {rank}", inf, 1.0))
-            continue
-        for index, (loss, correct) in enumerate(zip(losses, expected_losses, strict=True)):
-            name = f"data rank {rank}, micro-batch {index}"
-            measured = abs(loss - correct) / abs(correct)
-            differences.append(Difference(number, "batch_loss", name, measured, apart * allowed.output))
-    return differences
+    def batch_losses(self) -> Iterator[Difference]:
+        bound = self.apart * self.allowed.output
+        expected = expected_batch_losses(self.run, len(self.step.batch_losses), self.right)
+        for rank, (losses, right) in enumerate(zip(self.step.batch_losses, expected, strict=True)):
+            if len(losses) != len(right):
+                yield Difference(self.number, "batch_loss", f"data rank {rank}", inf, 1.0)
+                continue
+            for index, (loss, correct) in enumerate(zip(losses, right, strict=True)):
+                name, measured = f"data rank {rank}, micro-batch {index}", abs(loss - correct) / abs(correct)
+                yield Difference(self.number, "batch_loss", name, measured, bound)
 
+    def outputs(self) -> Iterator[Difference]:
+        got, right = self.step.outputs, self.right.outputs
+        yield from self.missing("output", got, right)
+        for name in in_forward_order(self.run, [name for name in right if name in got]):
+            measured = float((got[name] - right[name]).norm() / right[name].norm().clamp(min=TINY))
+            yield Difference(self.number, "output", name, measured, self.number * self.allowed.output)
 
-def _outputs(
-    run: RunConfig, number: int, step: StepTrace, right: StepTrace, allowed: Tolerance
-) -> list[Difference]:
-    differences = _missing(number, "output", step.outputs, right.outputs)
-    for name in in_forward_order(run, [name for name in right.outputs if name in step.outputs]):
-        expected = right.outputs[name]
-        measured = float((step.outputs[name] - expected).norm() / expected.norm().clamp(min=TINY))
-        differences.append(Difference(number, "output", name, measured, number * allowed.output))
-    return differences
+    def scalars(self) -> list[Difference]:
+        number, apart, step, right = self.number, self.apart, self.step, self.right
+        loss = abs(step.loss - right.loss) / abs(right.loss)
+        norm = abs(step.grad_norm - right.grad_norm) / max(right.grad_norm, TINY)
+        return [
+            Difference(number, "loss", "loss", loss, apart * self.allowed.loss),
+            Difference(number, "grad_norm", "grad_norm", norm, apart * self.allowed.gradient),
+            Difference(number, "norm_replica", "grad_norm", step.norm_spread, 4 * U32 * right.grad_norm),
+        ]
 
+    def gradient(self, name: str) -> Difference:
+        right = self.right.gradients[name]
+        size = max(float(right.norm()), TINY)
+        # The gradient is computed from two fp32 weights: their rounding errors, divided by the learning rate
+        # and the clipping factor, are allowed as well.
+        rounding = 2 * U32 * float(self.right.weights[name].norm())
+        rounding /= self.run.optimizer.lr * _clip_factor(self.run, self.right)
+        measured = float((self.step.gradients[name] - right).norm()) / size
+        bound = self.number * self.allowed.gradient + rounding / size
+        return Difference(self.number, "gradient", name, measured, bound)
 
-def _scalars(
-    number: int, apart: int, step: StepTrace, right: StepTrace, allowed: Tolerance
-) -> list[Difference]:
-    loss = abs(step.loss - right.loss) / abs(right.loss)
-    norm = abs(step.grad_norm - right.grad_norm) / max(right.grad_norm, TINY)
-    return [
-        Difference(number, "loss", "loss", loss, apart * allowed.loss),
-        Difference(number, "grad_norm", "grad_norm", norm, apart * allowed.gradient),
-        Difference(number, "norm_replica", "grad_norm", step.norm_spread, 4 * U32 * right.grad_norm),
-    ]
+    def weight(self, name: str) -> Difference:
+        """Compare an updated weight; the bound is the L2 norm of the error that allowed gradients cause."""
+        right = self.right.weights[name]
+        bound = 2 * U32 * right.abs() + self.run.optimizer.lr * self._update_error(self.number, name)
+        measured = float((self.step.weights[name] - right).norm())
+        return Difference(self.number, "weight", name, measured, float(bound.norm()))
 
+    def tied_copy(self, name: str) -> Difference:
+        """Compare the copy of a tied weight with the weight; the bound is as for two independent runs.
 
-def _gradient(
-    run: RunConfig, number: int, name: str, step: StepTrace, right: StepTrace, allowed: Tolerance
-) -> Difference:
-    g, expected = step.gradients[name], right.gradients[name]
-    size = max(float(expected.norm()), TINY)
-    # The gradient is computed from two fp32 weights: their rounding errors, divided by the learning rate and
-    # the clipping factor, are allowed as well.
-    clip = run.optimizer.gradient_clipping or float("inf")
-    weight_rounding = (
-        2 * U32 * float(right.weights[name].norm()) / (run.optimizer.lr * min(1.0, clip / right.grad_norm))
-    )
-    bound = number * allowed.gradient + weight_rounding / size
-    return Difference(number, "gradient", name, float((g - expected).norm()) / size, bound)
+        Bitwise equality is not required: stages lay out gradients differently, so that more than two data
+        ranks add them in another order.
+        """
+        bound = U32 * (self.number + 1) * self.right.weights[name].abs()
+        for past in range(1, self.number + 1):
+            bound = bound + self.run.optimizer.lr * self._update_error(past, name)
+        measured = float((self.step.tied[name] - self.step.weights[name]).norm())
+        return Difference(self.number, "tied_copy", name, measured, float(bound.norm()))
 
+    def _update_error(self, number: int, name: str) -> Tensor:
+        """Return the allowed error of one step's update, divided by the learning rate, for each element."""
+        step, optimizer = self.expected[number], self.run.optimizer
+        clipped = step.gradients[name] * _clip_factor(self.run, step)
+        error = number * self.allowed.gradient * float(clipped.square().mean().sqrt())
+        if optimizer.name is OptimizerName.sgd:
+            return torch.full_like(step.weights[name], error / (1 - (optimizer.momentum or 0.0)))
+        assert optimizer.beta2 is not None
+        variance = step.states[f"{name}.exp_avg_sq"] / (1 - optimizer.beta2**number)
+        # Adam divides by the size of the gradient. Where the gradient is near zero, rounding decides the sign
+        # of the update, and two updates of size 1 may have opposite signs: hence the maximum of 2.
+        return (2 * error / (variance.sqrt() + (optimizer.epsilon or 0.0))).clamp(max=2.0)
 
-def _weight(
-    run: RunConfig,
-    number: int,
-    name: str,
-    trace: list[StepTrace],
-    expected: list[StepTrace],
-    allowed: Tolerance,
-) -> Difference:
-    """Compare an updated weight; the bound is the L2 norm of the error that allowed gradients can cause."""
-    difference = float((trace[number].weights[name] - expected[number].weights[name]).norm())
-    rounding = 2 * U32 * expected[number].weights[name].abs()
-    update = run.optimizer.lr * _update_error(run, number, name, expected, allowed)
-    return Difference(number, "weight", name, difference, float((rounding + update).norm()))
+    def states(self) -> Iterator[Difference]:
+        got, right = self.step.states, self.right.states
+        yield from self.missing("state", got, right)
+        for key in right.keys() & got.keys():
+            power = 2 if key.endswith("_sq") else 1  # a second moment has twice a gradient's relative error
+            measured = float((got[key] - right[key]).norm()) / max(float(right[key].norm()), TINY)
+            bound = power * self.number * self.allowed.gradient + 4 * U32
+            yield Difference(self.number, "state", key, measured, bound)
 
-
-def _tied_copy(
-    run: RunConfig,
-    number: int,
-    name: str,
-    trace: list[StepTrace],
-    expected: list[StepTrace],
-    allowed: Tolerance,
-) -> Difference:
-    """Compare the copy of a tied weight with the weight; the bound is as for two independent runs.
-
-    Bitwise equality is not required: stages lay out gradients differently, so that more than two data ranks
-    add them in another order.
-    """
-    difference = float((trace[number].tied[name] - trace[number].weights[name]).norm())
-    return Difference(number, "tied_copy", name, difference, _drift(run, number, name, expected, allowed))
-
-
-def _drift(run: RunConfig, number: int, name: str, expected: list[StepTrace], allowed: Tolerance) -> float:
-    """Return the allowed L2 norm of the difference between two weights after `number` steps apart."""
-    bound = U32 * (number + 1) * expected[number].weights[name].abs()
-    for past in range(1, number + 1):
-        bound = bound + run.optimizer.lr * _update_error(run, past, name, expected, allowed)
-    return float(bound.norm())
-
-
-def _update_error(
-    run: RunConfig, number: int, name: str, expected: list[StepTrace], allowed: Tolerance
-) -> Tensor:
-    """Return the allowed error of one step's update, divided by the learning rate, for each element."""
-    step = expected[number]
-    error = number * allowed.gradient * _rms(_clipped(run, step, name))
-    if run.optimizer.name is OptimizerName.sgd:
-        return torch.full_like(step.weights[name], error / (1 - (run.optimizer.momentum or 0.0)))
-    assert run.optimizer.beta2 is not None
-    variance = step.states[f"{name}.exp_avg_sq"] / (1 - run.optimizer.beta2**number)
-    # Adam divides by the size of the gradient. Where the gradient is near zero, rounding decides the sign of
-    # the update, and two updates of size 1 may have opposite signs: hence the maximum of 2.
-    return (2 * error / (variance.sqrt() + (run.optimizer.epsilon or 0.0))).clamp(max=2.0)
-
-
-def _states(number: int, step: StepTrace, right: StepTrace, allowed: Tolerance) -> list[Difference]:
-    differences = _missing(number, "state", step.states, right.states)
-    for key in right.states.keys() & step.states.keys():
-        expected = right.states[key]
-        # A second moment has twice a gradient's relative error.
-        power = 2 if key.endswith("_sq") else 1
-        measured = float((step.states[key] - expected).norm()) / max(float(expected.norm()), TINY)
-        differences.append(
-            Difference(number, "state", key, measured, power * number * allowed.gradient + 4 * U32)
+    def replicas(self) -> Iterator[Difference]:
+        """Compare the replicas of a step: they are computed from equal numbers, and must agree bitwise."""
+        step = self.step
+        spreads: tuple[tuple[DifferenceKind, Weights, dict[str, float]], ...] = (
+            ("output_replica", step.outputs, step.output_spread),
+            ("replica", step.weights, step.replica_spread),
+            ("data_replica", step.weights, step.data_spread),
         )
-    return differences
+        for kind, values, by_name in spreads:
+            for name, spread in by_name.items():
+                yield Difference(self.number, kind, name, spread, U32 * float(values[name].abs().max()))
 
 
-def _replicas(number: int, step: StepTrace) -> list[Difference]:
-    """Compare the replicas of a step: they are computed from equal numbers, and must agree bitwise."""
-    spreads: list[tuple[DifferenceKind, Weights, dict[str, float]]] = [
-        ("output_replica", step.outputs, step.output_spread),
-        ("replica", step.weights, step.replica_spread),
-        ("data_replica", step.weights, step.data_spread),
-    ]
-    return [
-        Difference(number, kind, name, spread, U32 * float(values[name].abs().max()))
-        for kind, values, by_name in spreads
-        for name, spread in by_name.items()
-    ]
-
-
-def _clipped(run: RunConfig, step: StepTrace, name: str) -> Tensor:
-    clip = run.optimizer.gradient_clipping or float("inf")
-    return step.gradients[name] * min(1.0, clip / step.grad_norm)
-
-
-def _rms(tensor: Tensor) -> float:
-    return float(tensor.square().mean().sqrt())
+def _clip_factor(run: RunConfig, step: StepTrace) -> float:
+    return min(1.0, (run.optimizer.gradient_clipping or inf) / step.grad_norm)

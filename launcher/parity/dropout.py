@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from itertools import combinations
 from math import inf, sqrt
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,7 @@ from launcher.parallel.mesh import MeshShape
 from launcher.parity.diagnose import Diagnosis
 from launcher.parity.differences import Difference
 
+_States = dict[str, list[str]]  # hashes of the random states of a rank's draws, by kind of mask
 DEVIATIONS = 5.0  # standard deviations of a binomial: a false alarm once in a few million runs
 
 MEANINGS = {
@@ -73,8 +74,7 @@ def recorded_draws() -> Iterator[list[Draw]]:
     def recording_attention(*inputs: Tensor, dropout_p: float = 0.0, **options: Any) -> Tensor:
         if dropout_p:
             draws.append(Draw("attention", _state(), 0, 0))
-        mixed: Tensor = attention(*inputs, dropout_p=dropout_p, **options)
-        return mixed
+        return cast(Tensor, attention(*inputs, dropout_p=dropout_p, **options))
 
     functional.dropout, functional.scaled_dot_product_attention = recording_dropout, recording_attention
     try:
@@ -109,25 +109,26 @@ def compare_draws(run: RunConfig, layout: Layout, draws: list[list[Draw]]) -> li
         {kind: [draw.state for draw in rank_draws if draw.kind == kind] for kind in ("hidden", "attention")}
         for rank_draws in draws
     ]
-    violations: Counter[str] = Counter(dict.fromkeys(_always_checked(layout), 0))
+    names = ["masks are drawn twice", "recomputed masks differ"]  # reported in this order, before the others
+    names += ["masks are shared by data ranks"] if layout.data > 1 else []
+    names += ["masks are shared by stages"] if layout.pipeline > 1 else []
+    violations: Counter[str] = Counter(dict.fromkeys(names, 0))
     _count_shared_masks(run, layout, states, violations)
     _count_repeated_masks(run, states, violations)
     share = Difference(1, "dropout", "the share dropped is not model.dropout", *_share(run, draws))
-    return [
-        Difference(1, "dropout", name, inf if count else 0.0, 1.0) for name, count in violations.items()
-    ] + [share]
+    measured = {name: inf if count else 0.0 for name, count in violations.items()}
+    return [*(Difference(1, "dropout", name, value, 1.0) for name, value in measured.items()), share]
 
 
 def _count_shared_masks(
-    run: RunConfig, layout: Layout, states: list[dict[str, list[str]]], violations: Counter[str]
+    run: RunConfig, layout: Layout, states: list[_States], violations: Counter[str]
 ) -> None:
     """Count the pairs of ranks that share masks but should not, and the reverse."""
     shape = MeshShape(layout.pipeline, layout.data, layout.tensor)
     for first, second in combinations(range(shape.world_size), 2):
         (stage, data, _), (other_stage, other_data, _) = shape.coordinates(first), shape.coordinates(second)
-        shared = {
-            kind: not set(states[first][kind]).isdisjoint(states[second][kind]) for kind in states[first]
-        }
+        a, b = states[first], states[second]
+        shared = {kind: not set(a[kind]).isdisjoint(b[kind]) for kind in a}
         if stage != other_stage:
             violations["masks are shared by stages"] += any(shared.values())
         elif data != other_data:
@@ -137,14 +138,10 @@ def _count_shared_masks(
             if run.parallelism.sequence_parallel:
                 violations["hidden masks are shared by tensor ranks"] += shared["hidden"]
             else:
-                violations["hidden masks differ between tensor ranks"] += (
-                    states[first]["hidden"] != states[second]["hidden"]
-                )
+                violations["hidden masks differ between tensor ranks"] += a["hidden"] != b["hidden"]
 
 
-def _count_repeated_masks(
-    run: RunConfig, states: list[dict[str, list[str]]], violations: Counter[str]
-) -> None:
+def _count_repeated_masks(run: RunConfig, states: list[_States], violations: Counter[str]) -> None:
     """Count ranks that draw an attention mask too often or, under recomputation, not often enough."""
     recomputed = run.parallelism.activation_checkpointing is not ActivationCheckpointing.none
     draws_per_mask = 2 if recomputed else 1
@@ -152,14 +149,6 @@ def _count_repeated_masks(
         times = Counter(rank_states["attention"]).values()
         violations["masks are drawn twice"] += any(count > draws_per_mask for count in times)
         violations["recomputed masks differ"] += any(count < draws_per_mask for count in times)
-
-
-def _always_checked(layout: Layout) -> list[str]:
-    """Return the properties that are reported even if no pair of ranks is compared for them."""
-    names = ["masks are drawn twice", "recomputed masks differ"]
-    names += ["masks are shared by data ranks"] if layout.data > 1 else []
-    names += ["masks are shared by stages"] if layout.pipeline > 1 else []
-    return names
 
 
 def _share(run: RunConfig, draws: list[list[Draw]]) -> tuple[float, float]:

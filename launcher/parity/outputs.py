@@ -11,23 +11,12 @@ from launcher.engine.base import Engine
 from launcher.models.norms import Norm
 from launcher.models.positions import LearnedPositions
 from launcher.models.vision import PatchEmbedding
-from launcher.parallel.layers import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    VocabParallelEmbedding,
-    VocabParallelHead,
-)
+from launcher.parallel import layers
 from launcher.parallel.sharding import LogicalTensor, logical_of, merge
 from launcher.parity.step_trace import Weights
 
-RECORDED = (
-    VocabParallelEmbedding,
-    PatchEmbedding,
-    LearnedPositions,
-    Norm,
-    ColumnParallelLinear,
-    RowParallelLinear,
-)
+_PARALLEL = (layers.VocabParallelEmbedding, layers.ColumnParallelLinear, layers.RowParallelLinear)
+RECORDED = (*_PARALLEL, PatchEmbedding, LearnedPositions, Norm)
 
 
 class OutputRecorder:
@@ -62,11 +51,10 @@ class OutputRecorder:
         full, spreads = {}, {}
         axis = self.mesh.tensor
         for name, local in self._outputs.items():
-            pieces = [torch.empty_like(local) for _ in range(axis.size)]
+            pieces = [local]
             if axis.size > 1:
+                pieces = [torch.empty_like(local) for _ in range(axis.size)]
                 dist.all_gather(pieces, local.contiguous(), group=axis.group)
-            else:
-                pieces = [local]
             if name in self._splits:
                 full[name] = merge(pieces, self._splits[name])
             elif self.sequence_parallel:
@@ -78,7 +66,7 @@ class OutputRecorder:
         return full, spreads
 
     def losses(self) -> list[list[float]]:
-        """Return losses[data rank][micro-batch]; empty lists on stages that do not compute the loss.
+        """Return losses[data rank][micro-batch]; all empty on stages without a loss.
 
         All-gathers over the data group.
         """
@@ -90,13 +78,13 @@ class OutputRecorder:
         assert isinstance(module.weight, Tensor)
         logical = logical_of(module.weight)
         name = logical.name.removesuffix(".weight")
-        if isinstance(module, VocabParallelHead) or options.get("project"):
+        if isinstance(module, layers.VocabParallelHead) or options.get("project"):
             name = "head"
         # Activation checkpointing calls a layer again to recompute it. Validation is not recorded.
         if name in self._outputs or not module.training:
             return
         self._outputs[name] = output.detach().float().cpu()
-        if name == "head" or isinstance(module, ColumnParallelLinear):
+        if name == "head" or isinstance(module, layers.ColumnParallelLinear):
             shape = (*output.shape[:2], logical.shape[0])
             self._splits[name] = replace(logical, shape=shape, split_dim=2)
 

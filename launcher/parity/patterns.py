@@ -19,23 +19,16 @@ def best_ratio(got: Tensor, right: Tensor) -> tuple[float, float]:
 
 def common_ratio(pairs: list[tuple[Tensor, Tensor]]) -> float | None:
     """Return the ratio that all pairs (got, right) have in common; None if they have none."""
-    ratios = [best_ratio(got, right) for got, right in pairs]
-    values = [ratio for ratio, _ in ratios]
-    if max(residual for _, residual in ratios) > CLOSE or max(values) - min(values) > CLOSE * abs(values[0]):
-        return None
-    return values[0]
+    ratios, residuals = zip(*(best_ratio(got, right) for got, right in pairs), strict=True)
+    differs = max(residuals) > CLOSE or max(ratios) - min(ratios) > CLOSE * abs(ratios[0])
+    return None if differs else ratios[0]
 
 
 def named_ratio(ratio: float, layout: Layout) -> tuple[str, list[str]]:
     """Return a ratio to the reference in words, and the layout axes whose sizes explain the ratio."""
-    sizes = {
-        "tensor": layout.tensor,
-        "data": layout.data,
-        "pipeline": layout.pipeline,
-        "accumulation": layout.accumulation,
-    }
     explanations: dict[str, str] = {}
-    for name, size in sizes.items():
+    for name in ("tensor", "data", "pipeline", "accumulation"):
+        size: int = getattr(layout, name)
         for text, value in (
             (f"{name} size ({size})", size),
             (f"1 / {name} size (1/{size})", 1 / size),

@@ -3,8 +3,6 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -25,10 +23,7 @@ from launcher.parity.step_trace import StepTrace, write_trace
 
 
 def record_rank(rank: int, *, run: RunConfig, layout: Layout, folder: Path) -> None:
-    """Train verify.steps steps; the first rank of each pipeline stage writes folder/stage-N.
-
-    Collective over the world.
-    """
+    """Train; the first rank of each pipeline stage writes folder/stage-N. Collective over the world."""
     engine = _engine(rank, run, layout, folder)
     recorder = OutputRecorder(engine, run.parallelism.sequence_parallel)
     steps = [record_weights(engine)]
@@ -50,12 +45,9 @@ def record_dropout(rank: int, *, run: RunConfig, layout: Layout, folder: Path) -
 
 
 def _engine(rank: int, run: RunConfig, layout: Layout, folder: Path) -> Engine:
+    store = f"file://{folder / 'store'}"
     device = join(
-        rank=rank,
-        world_size=layout.world_size,
-        local_rank=rank,
-        device=layout.device,
-        init_method=f"file://{folder / 'store'}",
+        rank=rank, local_rank=rank, world_size=layout.world_size, device=layout.device, init_method=store
     )
     return build_engine(run, layout, device)
 
@@ -79,37 +71,23 @@ def record_step(run: RunConfig, engine: Engine, recorder: OutputRecorder, batche
 
 
 def record_weights(engine: Engine) -> StepTrace:
-    """Return the current weights and their spreads between ranks.
-
-    Collective over the data and tensor groups of this pipeline stage.
-    """
+    """Return the current weights and spreads. Collective over this stage's data and tensor groups."""
+    tensor, parameters = engine.mesh.tensor, list(engine.parameters())
     return StepTrace(
-        weights={logical.name: tensor.clone() for logical, tensor in engine.full_weights()},
+        weights={logical.name: weight.clone() for logical, weight in engine.full_weights()},
         tied={
-            logical_of(parameter).name: _full_master(engine, parameter).clone()
-            for parameter in engine.module.parameters()
-            if getattr(parameter, "ds_pipe_replicated", False)
+            logical_of(p).name: gather_logical(engine.master(p), logical_of(p), tensor).cpu().clone()
+            for p in engine.module.parameters()
+            if getattr(p, "ds_pipe_replicated", False)
         },
-        replica_spread=_spreads(
-            engine,
-            engine.mesh.tensor,
-            (p for p in engine.parameters() if not logical_of(p).is_split),
-        ),
+        replica_spread=_spreads(engine, tensor, [p for p in parameters if not logical_of(p).is_split]),
         # Under ZeRO-3 data ranks hold no replicas.
-        data_spread=_spreads(engine, engine.mesh.data, engine.parameters() if engine.zero_stage < 3 else []),
+        data_spread=_spreads(engine, engine.mesh.data, parameters if engine.zero_stage < 3 else []),
     )
 
 
-def _full_master(engine: Engine, parameter: torch.nn.Parameter) -> Tensor:
-    """Return the fp32 master weight gathered over the tensor ranks. Collective over the tensor group."""
-    return gather_logical(engine.master(parameter), logical_of(parameter), engine.mesh.tensor).cpu()
-
-
 def _spreads(engine: Engine, axis: Axis, parameters: Iterable[torch.nn.Parameter]) -> dict[str, float]:
-    """Return the spread of each parameter over the ranks of the axis, which should hold equal values.
-
-    Collective over the group of the axis.
-    """
+    """Return each parameter's spread over the ranks of the axis. Collective over the axis."""
     if axis.size == 1:
         return {}
     values = engine.master if axis is engine.mesh.tensor else (lambda p: p.detach())
@@ -117,10 +95,7 @@ def _spreads(engine: Engine, axis: Axis, parameters: Iterable[torch.nn.Parameter
 
 
 def spread(value: Tensor, group: dist.ProcessGroup | None) -> float:
-    """Return the largest difference of an element between two ranks; NaN if any rank has NaN.
-
-    All-reduces (maximum and minimum) over `group`.
-    """
+    """Return the largest difference of an element between two ranks, or NaN. All-reduces over `group`."""
     highest, lowest = value.clone(), value.clone()
     dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
     dist.all_reduce(lowest, op=dist.ReduceOp.MIN, group=group)
@@ -130,14 +105,11 @@ def spread(value: Tensor, group: dist.ProcessGroup | None) -> float:
 def rank_batches(run: RunConfig, engine: Engine, batch: Batch) -> MicroBatches:
     """Return this data rank's micro-batches of a global batch."""
     inputs, labels = (tensor.numpy() for tensor in batch)
-    return [(inputs[rows], labels[rows]) for rows in _sample_indices(run, engine)]
-
-
-def _sample_indices(run: RunConfig, engine: Engine) -> npt.NDArray[np.int64]:
-    return sampler.sample_indices(
+    indices = sampler.sample_indices(
         samples_consumed=0,
         global_batch_size=run.training.global_batch_size,
         micro_batch_size=run.training.micro_batch_size,
         data_rank=engine.mesh.data.rank,
         data_size=engine.mesh.data.size,
     )
+    return [(inputs[rows], labels[rows]) for rows in indices]

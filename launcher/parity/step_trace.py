@@ -9,15 +9,8 @@ from torch import Tensor
 
 Weights = dict[str, Tensor]  # by logical name
 TENSORS = ("weights", "states", "outputs", "tied")
-NUMBERS = (
-    "loss",
-    "grad_norm",
-    "batch_losses",
-    "replica_spread",
-    "data_spread",
-    "output_spread",
-    "norm_spread",
-)
+SPREADS = ("replica_spread", "data_spread", "output_spread")
+NUMBERS = ("loss", "grad_norm", "batch_losses", "norm_spread", *SPREADS)
 
 
 @dataclass
@@ -60,13 +53,11 @@ def read_traces(paths: list[Path]) -> list[StepTrace]:
     """Merge the traces of all pipeline stages; scalars come from the stage that computes the loss."""
     numbers = [json.loads(path.with_suffix(".json").read_text()) for path in paths]
     # Under DualPipeV the first pipeline rank computes the loss, under 1F1B the last.
-    with_loss = next(
-        (stage for stage in numbers if any(any(step["batch_losses"]) for step in stage)), numbers[-1]
-    )
-    steps = [StepTrace(**scalars) for scalars in with_loss]
+    stages = (stage for stage in numbers if any(any(step["batch_losses"]) for step in stage))
+    steps = [StepTrace(**scalars) for scalars in next(stages, numbers[-1])]
     for stage, (path, stage_numbers) in enumerate(zip(paths, numbers, strict=True)):
         for step, scalars in zip(steps, stage_numbers, strict=True):
-            for name in ("replica_spread", "data_spread", "output_spread"):
+            for name in SPREADS:
                 getattr(step, name).update(scalars[name])
         for key, tensor in load_file(path.with_suffix(".safetensors")).items():
             index, kind, name = key.split("/", 2)

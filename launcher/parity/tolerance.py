@@ -31,8 +31,7 @@ def tolerance(run: RunConfig) -> Tolerance:
     """Return the tolerance of a run in its precision against the fp32 reference."""
     u = UNIT_ROUNDOFF[run.precision.dtype]
     if run.precision.dtype is Dtype.fp32:
-        forward = forward_length(run)
-        tokens = run.training.global_batch_size * sequence_length(run)
+        forward, tokens = forward_length(run), run.training.global_batch_size * sequence_length(run)
         return Tolerance(_bound(u, forward), _bound(u, forward), _bound(u, 3 * forward + tokens))
     # Matrix products accumulate in fp32; each tensor that is written is rounded to 8 or 11 bits. The loss is
     # the mean over all tokens of values that are rounded independently.

@@ -11,8 +11,6 @@ from launcher.parity.differences import Difference, DifferenceKind
 from launcher.parity.verify import Pass
 from launcher.text import plain_table, print_table
 
-DIFFERENCE_KINDS = get_args(DifferenceKind)
-
 
 def print_pass(result: Pass) -> None:
     """Print a row per step and kind of quantity with its worst difference, then the diagnosis if any."""
@@ -22,14 +20,10 @@ def print_pass(result: Pass) -> None:
         # Names may wrap, numbers may not.
         table.add_column(column, justify=justify, overflow="fold", no_wrap=column != "worst")
     for worst, count in worst_differences(result.differences):
-        table.add_row(
-            str(worst.step),
-            worst.kind,
-            str(count),
-            worst.name if worst.name != worst.kind else "",
-            f"{worst.measured:.1e} / {worst.allowed:.1e}",
-            "ok" if worst.ok else "[bold red]differs[/]",
-        )
+        name = worst.name if worst.name != worst.kind else ""
+        numbers = f"{worst.measured:.1e} / {worst.allowed:.1e}"
+        verdict = "ok" if worst.ok else "[bold red]differs[/]"
+        table.add_row(str(worst.step), worst.kind, str(count), name, numbers, verdict)
     print_table(table)
     if diagnosis := result.diagnosis:
         step = next(difference.step for difference in result.differences if not difference.ok)
@@ -38,13 +32,12 @@ def print_pass(result: Pass) -> None:
 
 def worst_differences(differences: list[Difference]) -> list[tuple[Difference, int]]:
     """Return the largest difference relative to its bound, and the number compared, per step and kind."""
-    worst = []
-    for step in sorted({difference.step for difference in differences}):
-        for kind in DIFFERENCE_KINDS:
-            group = [d for d in differences if d.step == step and d.kind == kind]
-            if group:
-                worst.append((max(group, key=lambda d: d.excess), len(group)))
-    return worst
+    groups = [
+        [d for d in differences if d.step == step and d.kind == kind]
+        for step in sorted({difference.step for difference in differences})
+        for kind in get_args(DifferenceKind)
+    ]
+    return [(max(group, key=lambda d: d.excess), len(group)) for group in groups if group]
 
 
 def write_report(path: Path, layout: Layout, shrunk: list[str], passes: list[Pass]) -> None:
@@ -58,16 +51,13 @@ def write_report(path: Path, layout: Layout, shrunk: list[str], passes: list[Pas
                 "title": result.title,
                 "ok": result.ok,
                 "diagnosis": asdict(result.diagnosis) if result.diagnosis else None,
+                # JSON cannot express NaN and infinity.
                 "differences": [
-                    {**asdict(d), "measured": _finite(d.measured), "ok": d.ok} for d in result.differences
+                    {**asdict(d), "measured": d.measured if isfinite(d.measured) else None, "ok": d.ok}
+                    for d in result.differences
                 ],
             }
             for result in passes
         ],
     }
     path.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
-
-
-def _finite(measured: float) -> float | None:
-    """Return None for NaN and infinity, which JSON cannot express."""
-    return measured if isfinite(measured) else None

@@ -3,7 +3,7 @@
 import copy
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -25,9 +25,10 @@ from launcher.parity.dropout import compare_draws, diagnose_draws, read_draws
 from launcher.parity.recording import record_dropout, record_rank
 from launcher.parity.reference import probe_batches, reference_trace
 from launcher.parity.shrink import single
-from launcher.parity.step_trace import StepTrace, Weights, read_traces
+from launcher.parity.step_trace import Weights, read_traces
 from launcher.parity.tolerance import tolerance
 
+Mutation = Callable[[], None]  # injects a fault into the process of a rank
 PROBE = OptimizerConfig(name=OptimizerName.sgd, lr=0.1, momentum=0.0)
 
 
@@ -44,7 +45,7 @@ class Pass:
         return all(difference.ok for difference in self.differences)
 
 
-def verify(small: RunConfig, *, mutation: Callable[[], None] | None = None) -> Iterator[Pass]:
+def verify(small: RunConfig, *, mutation: Mutation | None = None) -> Iterator[Pass]:
     """Yield the result of each pass of a shrunk run as soon as the pass ends.
 
     Each rank calls `mutation` before it builds its engine: tests inject faults through it. The caller must
@@ -62,12 +63,11 @@ def passes(small: RunConfig) -> list[tuple[str, RunConfig, bool]]:
     Plain SGD exposes every gradient and every error of scale, which Adam hides. The run's own optimizer
     exposes errors in optimizer states and updates.
     """
+    probe = replace(PROBE, gradient_clipping=small.optimizer.gradient_clipping)
     variants = []
     for dtype in (Dtype.fp32, Dtype.bf16) if small.precision.dtype is Dtype.bf16 else (Dtype.fp32,):
-        for title, optimizer, plain in (
-            ("plain SGD", _probe(small), True),
-            (small.optimizer.name.name, small.optimizer, False),
-        ):
+        own = (small.optimizer.name.name, small.optimizer, False)
+        for title, optimizer, plain in (("plain SGD", probe, True), own):
             run = copy.deepcopy(small)
             run.precision.dtype, run.optimizer = dtype, optimizer
             run.model.dropout = 0.0  # masks depend on the layout: see dropout_pass
@@ -75,27 +75,22 @@ def passes(small: RunConfig) -> list[tuple[str, RunConfig, bool]]:
     return variants
 
 
-def _probe(small: RunConfig) -> OptimizerConfig:
-    probe = copy.deepcopy(PROBE)
-    probe.gradient_clipping = small.optimizer.gradient_clipping
-    return probe
-
-
-def run_pass(title: str, run: RunConfig, plain_sgd: bool, mutation: Callable[[], None] | None = None) -> Pass:
+def run_pass(title: str, run: RunConfig, plain_sgd: bool, mutation: Mutation | None = None) -> Pass:
     """Run one of `passes` in its layout and in the reference, and return all differences."""
     layout = _layout(run)
-    trace = layout_trace(run, layout, mutation)
+    with tempfile.TemporaryDirectory(prefix="launcher-verify-") as name:
+        _run_ranks(record_rank, run, layout, Path(name), mutation)
+        trace = read_traces([Path(name) / f"stage-{stage}" for stage in range(layout.pipeline)])
     batches = list(probe_batches(run))
     expected = reference_trace(run, initial_weights(run), batches, follow=None if plain_sgd else trace)
-    allowed = tolerance(run)
     if plain_sgd:
         applied_gradients(run, trace)
-    differences = compare(run, trace, expected, allowed, plain_sgd=plain_sgd)
+    differences = compare(run, trace, expected, tolerance(run), plain_sgd=plain_sgd)
     failed = [difference for difference in differences if not difference.ok]
     return Pass(title, differences, diagnose(run, layout, failed, trace, expected) if failed else None)
 
 
-def dropout_pass(small: RunConfig, mutation: Callable[[], None] | None = None) -> Pass:
+def dropout_pass(small: RunConfig, mutation: Mutation | None = None) -> Pass:
     """Train one step with the run's dropout, and check the masks only."""
     run = copy.deepcopy(small)
     run.precision.dtype = Dtype.fp32
@@ -104,9 +99,8 @@ def dropout_pass(small: RunConfig, mutation: Callable[[], None] | None = None) -
         _run_ranks(record_dropout, run, layout, Path(name), mutation)
         differences = compare_draws(run, layout, read_draws(Path(name) / "draws"))
     failed = [difference for difference in differences if not difference.ok]
-    return Pass(
-        f"masks of dropout {run.model.dropout}", differences, diagnose_draws(failed) if failed else None
-    )
+    diagnosis = diagnose_draws(failed) if failed else None
+    return Pass(f"masks of dropout {run.model.dropout}", differences, diagnosis)
 
 
 def _layout(run: RunConfig) -> Layout:
@@ -125,20 +119,8 @@ def initial_weights(run: RunConfig) -> Weights:
     return {logical_of(p).name: p.detach().to(dtype).float() for p in model.parameters()}
 
 
-def layout_trace(run: RunConfig, layout: Layout, mutation: Callable[[], None] | None) -> list[StepTrace]:
-    """Train on real ranks of this machine and return their merged trace."""
-    with tempfile.TemporaryDirectory(prefix="launcher-verify-") as name:
-        folder = Path(name)
-        _run_ranks(record_rank, run, layout, folder, mutation)
-        return read_traces([folder / f"stage-{stage}" for stage in range(layout.pipeline)])
-
-
 def _run_ranks(
-    record: Callable[..., None],
-    run: RunConfig,
-    layout: Layout,
-    folder: Path,
-    mutation: Callable[[], None] | None,
+    record: Callable[..., None], run: RunConfig, layout: Layout, folder: Path, mutation: Mutation | None
 ) -> None:
     target = partial(_rank, record=record, run=run, layout=layout, folder=folder, mutation=mutation)
     # CUDA does not survive a fork; on CPU a forked rank starts with all modules already imported.
@@ -147,12 +129,7 @@ def _run_ranks(
 
 
 def _rank(
-    rank: int,
-    *,
-    record: Callable[..., None],
-    mutation: Callable[[], None] | None,
-    layout: Layout,
-    **arguments: Any,
+    rank: int, *, record: Callable[..., None], mutation: Mutation | None, layout: Layout, **arguments: Any
 ) -> None:
     prepare_deepspeed(layout.device)  # needed again in a spawned process
     if mutation is not None:
