@@ -29,10 +29,7 @@ _BLEND = ("data.sources", "data.weights", "data.validation_sources")
 
 
 def checkpoint_to_resume(run: RunConfig, run_dir: Path) -> Path | None:
-    """Return the checkpoint that `checkpoint.resume` selects for a run in `run_dir`; None to start at step 0.
-
-    Raises ConfigError if the checkpoint does not exist, is unusable, or is of another model or other data.
-    """
+    """Return the checkpoint that checkpoint.resume selects; None to start at step 0. Raises ConfigError."""
     path = _requested_checkpoint(run, run_dir)
     while path is not None:
         try:
@@ -113,10 +110,7 @@ def _stored_value(manifest: Manifest, name: str) -> str:
 
 
 def check_same_corpus(corpus: dict[str, str], path: Path, manifest: Manifest) -> None:
-    """Raise ConfigError if the digest of a data source differs from the digest in the checkpoint.
-
-    `corpus` maps the name of a source to the digest of its data; a run with one source uses the name "".
-    """
+    """Raise ConfigError if a digest in `corpus`, by source, differs from the digest in the checkpoint."""
     for source in manifest.corpus.keys() & corpus.keys():
         stored, present = manifest.corpus[source], corpus[source]
         if stored != present:
