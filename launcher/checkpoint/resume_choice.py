@@ -17,8 +17,9 @@ from launcher.config.errors import ConfigError, as_typed, refusal, value_of
 from launcher.config.fields import fields_of
 from launcher.config.schema import RunConfig
 
-# All model fields but model.dropout, and all of _DATA, define the model and the sample order: they must not
-# change on resume. Every other field may change.
+# All model fields but these, and all of _DATA, define the model and the sample order: they must not change on
+# resume. Every other field may change.
+_MAY_CHANGE_IN_MODEL = ("model.dropout",)
 _DATA = (
     *("data.source", "data.train", "data.validation", "data.test"),
     *("data.validation_fraction", "data.test_fraction", "data.sequence_length"),
@@ -71,8 +72,9 @@ def _requested_checkpoint(run: RunConfig, run_dir: Path) -> Path | None:
 
 def check_can_resume(run: RunConfig, path: Path, manifest: Manifest) -> None:
     """Raise ConfigError for the first field whose value in the checkpoint must not change but does."""
-    model = [name for name in fields_of(RunConfig) if name.startswith("model.") and name != "model.dropout"]
-    for name in (*model, *_DATA, *(() if run.checkpoint.new_blend else _BLEND)):
+    fixed = [name for name in fields_of(RunConfig) if name.startswith("model.")]
+    fixed += [*_DATA, *(() if run.checkpoint.new_blend else _BLEND)]
+    for name in (name for name in fixed if name not in _MAY_CHANGE_IN_MODEL):
         stored, requested = _stored_value(manifest, name), as_typed(value_of(run, name))
         if stored == requested:
             continue
