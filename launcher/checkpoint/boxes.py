@@ -24,11 +24,8 @@ class Box:
     def overlap(self, other: "Box") -> "Box | None":
         """Return the intersection with `other`, or None if it is empty."""
         first = tuple(map(max, self.offsets, other.offsets))
-        ends = [
-            min(a + n, b + m)
-            for a, n, b, m in zip(self.offsets, self.sizes, other.offsets, other.sizes, strict=True)
-        ]
-        sizes = tuple(end - start for start, end in zip(first, ends, strict=True))
+        pairs = zip(self.slices, other.slices, strict=True)
+        sizes = tuple(min(a.stop, b.stop) - max(a.start, b.start) for a, b in pairs)
         return Box(first, sizes) if all(size > 0 for size in sizes) else None
 
     def within(self, outer: "Box") -> tuple[slice, ...]:
@@ -38,10 +35,7 @@ class Box:
 
 
 def flat_blocks(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:
-    """Yield boxes that cover the flat range start .. stop of a row-major tensor, in memory order.
-
-    A flat range of a `shape` with n dimensions is cut into at most 2n - 1 boxes.
-    """
+    """Yield boxes, at most 2n - 1 for n dimensions, that cover the flat range start .. stop in order."""
     if start >= stop:
         return
     if len(shape) == 1:

@@ -7,17 +7,12 @@ from safetensors import SafetensorError, safe_open
 from launcher.config.errors import ConfigError
 
 FINAL_WEIGHTS = "weights"
-_STEP = "step"
+STEP = "step"  # key in the safetensors metadata of a weights file: the step of its weights
 
 
 def stage_file(run_dir: Path, stage: int, stages: int) -> Path:
     """Return the path of the weights file of one pipeline stage, counted from 0."""
     return run_dir / FINAL_WEIGHTS / f"model-{stage + 1:05d}-of-{stages:05d}.safetensors"
-
-
-def step_metadata(step: int) -> dict[str, str]:
-    """Return the safetensors metadata of a weights file: the step of its weights."""
-    return {_STEP: str(step)}
 
 
 def weight_files(run_dir: Path) -> list[Path]:
@@ -39,7 +34,7 @@ def final_step(run_dir: Path) -> int | None:
     for path in files:
         try:
             with safe_open(path, framework="np") as file:
-                steps.add(int(file.metadata()[_STEP]))
+                steps.add(int(file.metadata()[STEP]))
         except (SafetensorError, OSError, KeyError, TypeError, ValueError):
             return None
     return steps.pop() if files and len(files) == _stages_of(files[0]) and len(steps) == 1 else None

@@ -47,11 +47,7 @@ def fragment_views(fragment: "Fragment", axis: Axis) -> Iterator[tuple[str, Box,
 
 
 def _split_segments(logical: LogicalTensor, axis: Axis) -> list[tuple[int, int, int]]:
-    """Return the shard's segments: (first index in the shard, first index in the logical tensor, length).
-
-    Indices are along the split dimension. A fused weight has a segment for queries, one for keys, and one for
-    values.
-    """
+    """Return (index in the shard, index in the logical tensor, length) of each segment of the split dim."""
     if logical.split_dim is None:
         return []
     if logical.padded is not None:

@@ -25,10 +25,7 @@ class CheckpointReader:
         self._file = cache(_opened)
 
     def fill(self, kind: str, name: str, box: Box, view: Tensor) -> None:
-        """Copy `box` of a logical tensor into `view`, of shape box.sizes.
-
-        Raises UnusableCheckpoint if the pieces do not cover the box.
-        """
+        """Copy `box` of a logical tensor into `view`, of shape box.sizes. Raises UnusableCheckpoint."""
         stored = self.manifest.tensors.get(kind, {}).get(name)
         filled = 0
         for piece in stored.pieces if stored else ():
@@ -50,10 +47,7 @@ class CheckpointReader:
 
 
 class HuggingFaceReader:
-    """Copies boxes of logical tensors from a Hugging Face directory.
-
-    Its tensors have other names, slices, orientations and element types than the launcher's: see Entry.
-    """
+    """Copies boxes of logical tensors from a Hugging Face directory, whose tensors differ: see Entry."""
 
     def __init__(self, weights: Weights) -> None:
         self._tensors = found_tensors(weights.path, weights.model, "checkpoint.init_from")

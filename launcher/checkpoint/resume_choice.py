@@ -17,8 +17,9 @@ from launcher.config.errors import ConfigError, as_typed, refusal, value_of
 from launcher.config.fields import fields_of
 from launcher.config.schema import RunConfig
 
-# All model fields but model.dropout, and all of _DATA, define the model and the sample order: they must not
-# change on resume. Every other field may change.
+# All model fields but these, and all of _DATA, define the model and the sample order: they must not change on
+# resume. Every other field may change.
+_MAY_CHANGE_IN_MODEL = ("model.dropout",)
 _DATA = (
     *("data.source", "data.train", "data.validation", "data.test"),
     *("data.validation_fraction", "data.test_fraction", "data.sequence_length"),
@@ -29,10 +30,7 @@ _BLEND = ("data.sources", "data.weights", "data.validation_sources")
 
 
 def checkpoint_to_resume(run: RunConfig, run_dir: Path) -> Path | None:
-    """Return the checkpoint that `checkpoint.resume` selects for a run in `run_dir`; None to start at step 0.
-
-    Raises ConfigError if the checkpoint does not exist, is unusable, or is of another model or other data.
-    """
+    """Return the checkpoint that checkpoint.resume selects; None to start at step 0. Raises ConfigError."""
     path = _requested_checkpoint(run, run_dir)
     while path is not None:
         try:
@@ -74,8 +72,9 @@ def _requested_checkpoint(run: RunConfig, run_dir: Path) -> Path | None:
 
 def check_can_resume(run: RunConfig, path: Path, manifest: Manifest) -> None:
     """Raise ConfigError for the first field whose value in the checkpoint must not change but does."""
-    model = [name for name in fields_of(RunConfig) if name.startswith("model.") and name != "model.dropout"]
-    for name in (*model, *_DATA, *(() if run.checkpoint.new_blend else _BLEND)):
+    fixed = [name for name in fields_of(RunConfig) if name.startswith("model.")]
+    fixed += [*_DATA, *(() if run.checkpoint.new_blend else _BLEND)]
+    for name in (name for name in fixed if name not in _MAY_CHANGE_IN_MODEL):
         stored, requested = _stored_value(manifest, name), as_typed(value_of(run, name))
         if stored == requested:
             continue
@@ -113,10 +112,7 @@ def _stored_value(manifest: Manifest, name: str) -> str:
 
 
 def check_same_corpus(corpus: dict[str, str], path: Path, manifest: Manifest) -> None:
-    """Raise ConfigError if the digest of a data source differs from the digest in the checkpoint.
-
-    `corpus` maps the name of a source to the digest of its data; a run with one source uses the name "".
-    """
+    """Raise ConfigError if a digest in `corpus`, by source, differs from the digest in the checkpoint."""
     for source in manifest.corpus.keys() & corpus.keys():
         stored, present = manifest.corpus[source], corpus[source]
         if stored != present:

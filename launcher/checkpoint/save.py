@@ -116,11 +116,10 @@ class CheckpointWriter:
             write_pieces(partial, self.engine.mesh.rank, pieces, int(self.config.max_file_gb * 1e9))
             if self._is_rank_0:
                 world = dist.get_world_size()
-                if _all_indices_written(
-                    partial, world, self._all_ended
-                ):  # otherwise another rank reports why
-                    commit(partial, manifest, world)
-                    prune(self.folder.parent, self.config)
+                if not _all_indices_written(partial, world, self._all_ended):
+                    return  # another rank reports why
+                commit(partial, manifest, world)
+                prune(self.folder.parent, self.config)
         except Exception as error:
             self._error = f"{type(error).__name__}: {error}"
         finally:

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from launcher.checkpoint.final import remove_final_weights, stage_file, step_metadata, weight_files
+from launcher.checkpoint.final import STEP, remove_final_weights, stage_file, weight_files
 from launcher.checkpoint.tensor_file import save_tensors
 from launcher.config.errors import ConfigError
 from launcher.files import replacing
@@ -38,7 +38,7 @@ def save_weights(engine: "Engine", run_dir: Path, step: int) -> Path:
         dist.barrier()
         if writes:
             with replacing(path) as aside:
-                save_tensors(tensors, aside, step_metadata(step))
+                save_tensors(tensors, aside, {STEP: str(step)})
     except (OSError, SafetensorError) as error:
         why = f"the final weights cannot be written: {error}"
         raise ConfigError("run.dir", run_dir, why, "the same command after freeing disk space") from None

@@ -4,7 +4,8 @@ Shapes: B micro-batch, N images, C channels, S height and width in pixels.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,13 +51,10 @@ class ImageArray:
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Image files that are decoded when they are read.
-
-    Each image is scaled until its shorter side is `size` pixels, then cropped to a square at the centre.
-    """
+    """Image files that are decoded when they are read."""
 
     files: Sequence[ImageFile]
-    size: int  # S, in pixels
+    size: int  # S: the shorter side is scaled to S pixels, and a square is cropped at the centre
     channels: int  # C: 1 is grey; 3 is red, green, blue
     field: str  # the config field that error messages name
 
@@ -64,10 +62,7 @@ class ImageFiles:
         return len(self.files)
 
     def read(self, places: npt.NDArray[np.int64]) -> tuple[Images, Classes]:
-        """Return the images (B, C, S, S) and classes (B, 1) at indices `places` (B,).
-
-        Raises ConfigError for a file that cannot be decoded.
-        """
+        """Return the images (B, C, S, S) and classes (B, 1) at `places` (B,). Raises ConfigError."""
         files = [self.files[place] for place in places.tolist()]
         images = np.stack([_decoded(file.path, self.size, self.channels, self.field) for file in files])
         return images, np.array([[file.label] for file in files], np.int64)
@@ -115,24 +110,17 @@ def image_folder(data: DataConfig, model: ModelConfig) -> tuple[list[ImageFiles]
     text = "".join(f"{file.name}/{file.path.stat().st_size}\n" for file in parts[0])
     digest = hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
     size, channels = model.image_size, model.image_channels
-    return [
-        ImageFiles(part, size, channels, field) for part, field in zip(parts, fields, strict=True)
-    ], digest
+    by_field = zip(fields, parts, strict=True)
+    return [ImageFiles(part, size, channels, field) for field, part in by_field], digest
 
 
 def check_images(images: ImageFiles) -> None:
     """Raise ConfigError if a file is not an image. Only 64 files are opened, evenly spaced in `images`."""
-    from PIL import Image, UnidentifiedImageError
-
     if len(images) == 0:
         return
     for number in np.unique(np.linspace(0, len(images) - 1, _CHECKED_FILES).astype(int)).tolist():
-        path = images.files[number].path
-        try:
-            with Image.open(path):
-                pass
-        except (UnidentifiedImageError, OSError) as error:
-            raise _undecodable(path, images.field, error) from None
+        with _opened(images.files[number].path, images.field):
+            pass
 
 
 def _parts(names: list[str], data: DataConfig) -> list[list[int]]:
@@ -176,18 +164,24 @@ def _files(root: str, field: str, names: list[str]) -> list[ImageFile]:
 
 
 def _decoded(path: Path, size: int, channels: int, field: str) -> npt.NDArray[np.uint8]:
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, ImageOps
 
-    try:
-        with Image.open(path) as image:
-            converted = image.convert("L" if channels == 1 else "RGB")
-            fitted = ImageOps.fit(converted, (size, size), Image.Resampling.BICUBIC)
-    except (UnidentifiedImageError, OSError) as error:
-        raise _undecodable(path, field, error) from None
+    with _opened(path, field) as image:
+        converted = image.convert("L" if channels == 1 else "RGB")
+        fitted = ImageOps.fit(converted, (size, size), Image.Resampling.BICUBIC)
     pixels = np.asarray(fitted, np.uint8)
     return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
 
 
-def _undecodable(path: Path, field: str, error: Exception) -> ConfigError:
-    reason = str(error).partition(str(path))[0].strip(" '") or str(error)
-    return ConfigError(field, path, f"this image cannot be decoded: {reason}", f"replace or delete {path}")
+@contextmanager
+def _opened(path: Path, field: str) -> Iterator[Any]:
+    """Yield the image; raise ConfigError if the file cannot be opened, or decoded in the context."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            yield image
+    except (UnidentifiedImageError, OSError) as error:
+        reason = str(error).partition(str(path))[0].strip(" '") or str(error)
+        why = f"this image cannot be decoded: {reason}"
+        raise ConfigError(field, path, why, f"replace or delete {path}") from None

@@ -5,7 +5,6 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from types import TracebackType
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +13,6 @@ from launcher.data.sampler import MicroBatch, Source
 
 # Maps the samples consumed to the sample indices (A, B) of the next step: A accumulation, B micro-batch.
 StepIndices = Callable[[int], npt.NDArray[np.int64]]
-
 
 # The samples consumed before a step, and a call per micro-batch that reads it or waits for the thread.
 _PendingStep = tuple[int, list[Callable[[], MicroBatch]]]
@@ -38,9 +36,7 @@ class Loader:
     def __enter__(self) -> "Loader":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
 

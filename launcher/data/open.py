@@ -151,10 +151,7 @@ def _prefixes(splits: dict[str, TokenSplit]) -> list[Path]:
 
 
 def tokenizer_of(run: RunConfig, splits: dict[str, TokenSplit]) -> Path | None:
-    """Return the path of the tokenizer.json that the token files were made with, or None if it is unknown.
-
-    Raises ConfigError if data.tokenizer cannot be read, or if the files were made with different tokenizers.
-    """
+    """Return the tokenizer.json of the token files, or None if unknown. Raises ConfigError for several."""
     if run.data.tokenizer is not None:
         path = Path(run.data.tokenizer).expanduser()
         HuggingFace(path, field="data.tokenizer")

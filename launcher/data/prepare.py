@@ -88,10 +88,9 @@ def find_inputs(sources: list[Path]) -> tuple[list[InputFile], int]:
         if not source.exists():
             raise ConfigError("SOURCE", source, "this file or directory does not exist", _SOURCES)
         paths = sorted(path for path in source.rglob("*") if path.is_file()) if source.is_dir() else [source]
-        for path in paths:
-            if format_of(path) is None:
-                skipped += 1
-                continue
+        known = [path for path in paths if format_of(path) is not None]
+        skipped += len(paths) - len(known)
+        for path in known:
             name = path.relative_to(source).as_posix() if source.is_dir() else path.name
             inputs.append(InputFile(name, path, path.stat().st_size))
     if not inputs:

@@ -93,8 +93,8 @@ def _line_batches(path: Path, place: Place, file_format: FileFormat, max_line: i
         yield RecordBatch(path, file_format, line, [], [], True, Place(place.file + 1), 0, why)
         return
     with raw, _decompressed(path, raw) as file:
-        damage = _seek(file, raw, path, position)
-        while True:
+        damage, at_end = _seek(file, raw, path, position), False
+        while not at_end:
             records: list[bytes | str | None] = []
             line_counts: list[int] = []
             size = 0
@@ -118,8 +118,6 @@ def _line_batches(path: Path, place: Place, file_format: FileFormat, max_line: i
                 path, file_format, line, records, line_counts, ends, next_place, raw.tell(), damage
             )
             line = next_line
-            if at_end:
-                return
 
 
 def _next_record(file: IO[bytes], file_format: FileFormat, max_line: int) -> tuple[bytes | None, int, int]:

@@ -42,9 +42,8 @@ class TokenizerSpec:
 
     def load(self) -> Tokenizer:
         """Return the tokenizer. Raises ConfigError if the file cannot be used."""
-        if self.path is None:
-            return Bytes()
-        return HuggingFace(self.path, self.end_of_document, field="tokenizer.path")
+        path, end = self.path, self.end_of_document
+        return Bytes() if path is None else HuggingFace(path, end, field="tokenizer.path")
 
 
 class Worker:

@@ -143,11 +143,9 @@ def _forward(e: Evidence) -> Results:
     if name.endswith("attention.output"):
         yield _attention(e, name, where)
     if name == "embedding" and bool((e.step.outputs[name] == 0).all(-1).any()):
-        yield (
-            f"{where}: tokens in the vocabulary shards of other ranks have output zero",
-            "partial look-ups are not summed over the tensor ranks (under sequence parallelism: by the "
-            "reduce-scatter)",
-        )
+        meaning = "partial look-ups are not summed over the tensor ranks"
+        meaning += " (under sequence parallelism: by the reduce-scatter)"
+        yield f"{where}: tokens in the vocabulary shards of other ranks have output zero", meaning
     part = next((part for part in WRONG_OUTPUT if name.endswith(part)), "up")
     yield f"{where}; it is equal on every tensor rank", WRONG_OUTPUT[part]
 
@@ -158,11 +156,9 @@ def _attention(e: Evidence, name: str, where: str) -> tuple[str, str]:
     if float((got - right).norm()) <= CLOSE * float(right.norm()):
         meaning = "the attention scores: rotary positions offset (by stage or sequence shard), mask or scale"
         return f"{where}: it is right for the first token and wrong for tokens that attend to others", meaning
-    return (
-        f"{where}: it is wrong from the first token on, while queries, keys and values are right",
-        "heads: values or KV heads of another rank or group, shards of the output weight, or (under "
-        "sequence parallelism) a missing reduce-scatter",
-    )
+    meaning = "heads: values or KV heads of another rank or group, shards of the output weight, or"
+    meaning += " (under sequence parallelism) a missing reduce-scatter"
+    return f"{where}: it is wrong from the first token on, while queries, keys and values are right", meaning
 
 
 def _loss(e: Evidence) -> Results:
@@ -215,17 +211,14 @@ def _replicas(e: Evidence) -> Results:
     names = e.names("replica")
     sharded = [name for name in e.names("gradient") if name not in e.step.replica_spread]
     if names and sharded:
-        yield (
-            f"{_some(names)} differs between tensor ranks, and gradients of {_some(sharded)} are wrong too",
-            "a column layer's input gradient is not summed over the tensor ranks: the all-reduce of the "
-            "backward pass is missing",
-        )
+        meaning = "a column layer's input gradient is not summed over the tensor ranks"
+        meaning += ": the all-reduce of the backward pass is missing"
+        shape = f"{_some(names)} differs between tensor ranks"
+        yield f"{shape}, and gradients of {_some(sharded)} are wrong too", meaning
     if names:
-        yield (
-            f"{_some(names)} differs between tensor ranks; every sharded weight is right",
-            "gradients of weights that all tensor ranks hold are not summed over tensor ranks (under "
-            "sequence parallelism: norm weights, positions, row biases)",
-        )
+        meaning = "gradients of weights that all tensor ranks hold are not summed over tensor ranks"
+        meaning += " (under sequence parallelism: norm weights, positions, row biases)"
+        yield f"{_some(names)} differs between tensor ranks; every sharded weight is right", meaning
 
 
 def _gradients(e: Evidence) -> Results:

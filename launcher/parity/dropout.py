@@ -24,7 +24,6 @@ from torch import Tensor
 from launcher.config.layout import Layout
 from launcher.config.schema import ActivationCheckpointing, RunConfig
 from launcher.parallel.mesh import MeshShape
-from launcher.parity.diagnose import Diagnosis
 from launcher.parity.differences import Difference
 
 _States = dict[str, list[str]]  # hashes of the random states of a rank's draws, by kind of mask
@@ -158,8 +157,3 @@ def _share(run: RunConfig, draws: list[list[Draw]]) -> tuple[float, float]:
     if size == 0:
         return inf, 1.0
     return abs(sum(d.dropped for d in unique) / size - p), DEVIATIONS * sqrt(p * (1 - p) / size)
-
-
-def diagnose_draws(failed: list[Difference]) -> Diagnosis:
-    """Return the diagnosis of the first failed property."""
-    return Diagnosis(failed[0].name, MEANINGS[failed[0].name])

@@ -44,10 +44,7 @@ class OutputRecorder:
         self._outputs, self._losses = {}, []
 
     def outputs(self) -> tuple[Weights, dict[str, float]]:
-        """Return the full output of each layer, and the spread of each output that tensor ranks replicate.
-
-        All-gathers over the tensor group.
-        """
+        """Return full outputs, and the spread of replicated outputs. All-gathers over the tensor group."""
         full, spreads = {}, {}
         axis = self.mesh.tensor
         for name, local in self._outputs.items():
@@ -66,10 +63,7 @@ class OutputRecorder:
         return full, spreads
 
     def losses(self) -> list[list[float]]:
-        """Return losses[data rank][micro-batch]; all empty on stages without a loss.
-
-        All-gathers over the data group.
-        """
+        """Return losses[data rank][micro-batch], if any on this stage. All-gathers over the data group."""
         gathered: list[list[float]] = [[] for _ in range(self.mesh.data.size)]
         dist.all_gather_object(gathered, self._losses, group=self.mesh.data.group)
         return gathered

@@ -21,14 +21,14 @@ from launcher.parallel.mesh import ProcessMesh
 from launcher.parallel.sharding import logical_of
 from launcher.parity.diagnose import Diagnosis, diagnose
 from launcher.parity.differences import Difference, applied_gradients, compare
-from launcher.parity.dropout import compare_draws, diagnose_draws, read_draws
+from launcher.parity.dropout import MEANINGS, compare_draws, read_draws
 from launcher.parity.recording import record_dropout, record_rank
 from launcher.parity.reference import probe_batches, reference_trace
 from launcher.parity.shrink import single
 from launcher.parity.step_trace import Weights, read_traces
 from launcher.parity.tolerance import tolerance
 
-Mutation = Callable[[], None]  # injects a fault into the process of a rank
+Mutation = Callable[[], None]  # a fault of the tests; each rank calls it before it builds its engine
 PROBE = OptimizerConfig(name=OptimizerName.sgd, lr=0.1, momentum=0.0)
 
 
@@ -48,8 +48,7 @@ class Pass:
 def verify(small: RunConfig, *, mutation: Mutation | None = None) -> Iterator[Pass]:
     """Yield the result of each pass of a shrunk run as soon as the pass ends.
 
-    Each rank calls `mutation` before it builds its engine: tests inject faults through it. The caller must
-    have called prepare_deepspeed. Raises the errors of run_local_ranks.
+    The caller must have called prepare_deepspeed. Raises the errors of run_local_ranks.
     """
     for title, run, plain_sgd in passes(small):
         yield run_pass(title, run, plain_sgd, mutation)
@@ -98,16 +97,15 @@ def dropout_pass(small: RunConfig, mutation: Mutation | None = None) -> Pass:
     with tempfile.TemporaryDirectory(prefix="launcher-verify-") as name:
         _run_ranks(record_dropout, run, layout, Path(name), mutation)
         differences = compare_draws(run, layout, read_draws(Path(name) / "draws"))
-    failed = [difference for difference in differences if not difference.ok]
-    diagnosis = diagnose_draws(failed) if failed else None
+    failed = [difference.name for difference in differences if not difference.ok]
+    diagnosis = Diagnosis(failed[0], MEANINGS[failed[0]]) if failed else None
     return Pass(f"masks of dropout {run.model.dropout}", differences, diagnosis)
 
 
 def _layout(run: RunConfig) -> Layout:
     p = run.parallelism
     assert p.data is not None
-    # The number of ranks was checked against this machine when verify started.
-    ranks = p.pipeline * p.data * p.tensor
+    ranks = p.pipeline * p.data * p.tensor  # checked against this machine when verify started
     return resolve_layout(run, World(run.hardware.device.name, ranks, ranks, fixed=True))
 
 
