@@ -34,10 +34,7 @@ _LOG_TAIL = 16384  # bytes
 
 
 class RankFailure(Exception):
-    """Raised for the rank that failed first, with the text of its failure.
-
-    `secondary`: the rank probably failed only because another rank, here or on another node, ended before.
-    """
+    """Raised for the first failed rank; `secondary` if it probably only lost a rank that ended before."""
 
     def __init__(self, rank: int, world_size: int, detail: str, *, secondary: bool = False) -> None:
         self.rank, self.world_size, self.detail, self.secondary = rank, world_size, detail, secondary
@@ -113,8 +110,6 @@ def _raise_stop(number: int, failure: FailureReport | None, world_size: int) -> 
 
 @dataclass
 class _Rank:
-    """A rank's process, the pipe for its failure, and its log."""
-
     number: int
     process: BaseProcess
     failures: Connection

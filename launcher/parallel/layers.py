@@ -199,10 +199,7 @@ def vocab_parallel_cross_entropy(logits: Tensor, labels: Tensor, vocabulary: int
 
 
 def vocab_parallel_hits(logits: Tensor, labels: Tensor, vocabulary: int, axis: Axis) -> Tensor:
-    """Return whether the label has the highest logit: logits (B, T, V/tp), labels (B, T) -> booleans (B, T).
-
-    Two all-reduces of (B, T) values over `axis` (highest logit, logit of the label). A tie counts as a hit.
-    """
+    """Return whether labels have the highest logit, ties included: two all-reduces of (B, T) over `axis`."""
     scores = _mask_padding(logits, vocabulary, axis)
     highest = _reduced(scores.amax(dim=-1), dist.ReduceOp.MAX, axis)
     elsewhere, index = _local_labels(logits, labels, axis)

@@ -33,7 +33,6 @@ class MeshShape:
         return (stage, *divmod(within, self.tensor))
 
     def rank(self, pipeline: int, data: int, tensor: int) -> int:
-        """Return the global rank at these coordinates."""
         return (pipeline * self.data + data) * self.tensor + tensor
 
     def tensor_groups(self) -> list[list[int]]:

@@ -28,8 +28,6 @@ _NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
 
 @dataclass(frozen=True)
 class Holder:
-    """The process that trains a run."""
-
     host: str
     process: int
     job: str | None  # Slurm's job id

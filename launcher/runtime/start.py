@@ -167,7 +167,6 @@ def run_rank(
 
 @contextmanager
 def _recorded_end(rank: int) -> Iterator[None]:
-    """Record how this rank ends, for a Slurm job that asks."""
     try:
         yield
     except SystemExit as end:
