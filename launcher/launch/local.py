@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkContext, SpawnContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Literal
 
 from launcher.config.errors import ConfigError
 from launcher.launch.orphans import no_grandchildren_left
@@ -96,16 +96,13 @@ def run_local_ranks(
                 _save_and_stop(ranks, save_grace, stops)
             _end(ranks, stop_grace if stops else failure_grace, stops)
     if stops and (failure is None or failure.secondary):
-        _raise_stop(stops[0], _first_failure(ranks), world_size)
+        stop = KeyboardInterrupt() if stops[0] == signal.SIGINT else Stopped(stops[0])
+        failed_during_stop = _first_failure(ranks)
+        raise stop from (_as_error(failed_during_stop, world_size) if failed_during_stop else None)
     if all_stopped_themselves:
         raise Stopped(signal.SIGTERM)
     if failure is not None:
         raise _as_error(failure, world_size)
-
-
-def _raise_stop(number: int, failure: FailureReport | None, world_size: int) -> NoReturn:
-    stop = KeyboardInterrupt() if number == signal.SIGINT else Stopped(number)
-    raise stop from (_as_error(failure, world_size) if failure else None)
 
 
 @dataclass

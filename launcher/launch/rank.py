@@ -72,9 +72,8 @@ class StopRequest:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
-        self._previous = {
-            number: signal.signal(number, self._note) for number in (STOP_SIGNAL, signal.SIGTERM)
-        }
+        for number in (STOP_SIGNAL, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_: object) -> None:
