@@ -50,9 +50,8 @@ def import_main(arguments: list[str]) -> int:
 def _exchanged(verb: str, arguments: list[str]) -> tuple[Weights, Path, ExchangeConfig] | None:
     """Return the source, the target and the settings; None for --help. Raises ConfigError."""
     paths = [argument for argument in arguments if not argument.startswith("-") and "=" not in argument]
-    jobs = compose_jobs(
-        "exchange", ExchangeConfig, [argument for argument in arguments if argument not in paths]
-    )
+    overrides = [argument for argument in arguments if argument not in paths]
+    jobs = compose_jobs("exchange", ExchangeConfig, overrides)
     if not jobs:
         return None  # --help
     if len(paths) != 2 or len(jobs) > 1:
