@@ -197,11 +197,7 @@ def _running(ranks: list[_Rank]) -> list[_Rank]:
 
 
 def _wait_briefly(ranks: list[_Rank]) -> None:
-    """Wait until a rank ends or reports a failure, for at most _POLL seconds.
-
-    The time limit is needed: a forked child of a dead rank keeps the rank's sentinel open, and a signal does
-    not interrupt the wait.
-    """
+    """Wait for a rank's end or report. Limited: a child of a dead rank keeps the rank's sentinel open."""
     sentinels: list[Connection | int] = [rank.process.sentinel for rank in _running(ranks)]
     wait(sentinels + [rank.failures for rank in ranks if not rank.failures.closed], timeout=_POLL)
 

@@ -41,11 +41,7 @@ class TensorParallel:
         return reduce_region(partial, self.axis)
 
     def replicated(self, weight: Tensor) -> Tensor:
-        """Return a weight that is equal on all tensor ranks, for use between tensor-parallel regions.
-
-        Under sequence parallelism each rank applies the weight to its own shard of the sequence and computes
-        a partial gradient; the backward pass all-reduces this gradient over the tensor ranks.
-        """
+        """Return a replicated weight; under sequence parallelism its partial gradients are all-reduced."""
         return copy_region(weight, self.axis) if self.sequence_parallel else weight
 
 
