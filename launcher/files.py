@@ -5,11 +5,13 @@ then renamed, then the directory that holds the name is synced. Content and name
 the function returns.
 """
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 PARTIAL = ".partial"  # suffix of a directory that is not complete
 
@@ -47,6 +49,15 @@ def delete_directory(path: Path) -> None:
     aside = partial_path(path)
     path.rename(aside)
     shutil.rmtree(aside)
+
+
+def json_lines(path: Path) -> list[Any]:
+    """Return the JSON values of a file's lines, without a line that a crash cut short; [] without a file."""
+    values = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with suppress(ValueError):
+            values.append(json.loads(line))
+    return values
 
 
 def partial_path(path: Path) -> Path:

@@ -122,13 +122,8 @@ def _rank(rank: int, *, trial: Trial, threads: int, folder: Path) -> None:
 
     torch.set_num_threads(threads)
     is_shared = layout.world_size > 1
-    device = join(
-        rank=rank if is_shared else 0,
-        world_size=layout.world_size,
-        local_rank=rank,
-        device=layout.device,
-        init_method=f"file://{folder / ('store' if is_shared else f'store-{rank}')}",
-    )
+    meeting = f"file://{folder / ('store' if is_shared else f'store-{rank}')}"
+    device = join(rank if is_shared else 0, layout.world_size, rank, layout.device, meeting)
     engine = build_engine(run, layout, device)
     tokens = np.zeros((run.training.micro_batch_size, sequence_length(run) + 1), np.int64)
     times = []

@@ -55,9 +55,7 @@ def _rank(rank: int, *, ranks: int, threads: int, device: str, folder: Path) -> 
     from launcher.calibrate import probes
 
     torch.set_num_threads(threads)
-    joined = join(
-        rank=rank, world_size=ranks, local_rank=rank, device=device, init_method=f"file://{folder / 'store'}"
-    )
+    joined = join(rank, ranks, rank, device, f"file://{folder / 'store'}")
     results: Sample = {}
     # All ranks begin each probe at the same moment, because they share the machine.
     dist.barrier()

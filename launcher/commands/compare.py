@@ -107,13 +107,11 @@ def _report(run: ComparedRunConfig, rows: Sequence[ComparisonRow]) -> int:
         Path(run.compare.report).expanduser().write_text(json.dumps(as_json(rows), indent=2) + "\n")
         print(f"report   {run.compare.report}")
     bound = TOLERANCE[run.precision.dtype.name]
+    differ = {} if run.model.dropout else differing(rows)
     if run.model.dropout:
         print("losses   not compared: with dropout, other ranks drop out other values")
-        differ = {}
-    else:
-        differ = differing(rows)
-        for name, worst in differ.items():
-            print(f"DIFFERS  {name}: losses up to {worst:.1%} off the first layout's, {bound:.1%} allowed")
-        if not differ:
-            print(f"losses   the same in every layout, within {bound:.1%}")
+    elif not differ:
+        print(f"losses   the same in every layout, within {bound:.1%}")
+    for name, worst in differ.items():
+        print(f"DIFFERS  {name}: losses up to {worst:.1%} off the first layout's, {bound:.1%} allowed")
     return FAILED if differ or any(row.failed for row in rows) else 0

@@ -14,10 +14,10 @@ from launcher.config.schema import ExchangeConfig
 
 
 def export_main(arguments: list[str]) -> int:
-    found = _exchanged("export", arguments)
-    if found is None:
+    exchanged = _exchanged("export", arguments)
+    if exchanged is None:
         return 0
-    weights, target, options = found
+    weights, target, options = exchanged
     try:
         adapter_of(weights.model)
     except NotConvertible as error:
@@ -31,10 +31,10 @@ def export_main(arguments: list[str]) -> int:
 
 
 def import_main(arguments: list[str]) -> int:
-    found = _exchanged("import", arguments)
-    if found is None:
+    exchanged = _exchanged("import", arguments)
+    if exchanged is None:
         return 0
-    weights, target, options = found
+    weights, target, options = exchanged
     if weights.kind is not Kind.huggingface:
         remedy = f"launcher checkpoint.init_from={shlex.quote(str(weights.path))} MODEL, without an import"
         raise ConfigError("import", weights.path, "is the launcher's own", remedy)
@@ -50,7 +50,8 @@ def import_main(arguments: list[str]) -> int:
 def _exchanged(verb: str, arguments: list[str]) -> tuple[Weights, Path, ExchangeConfig] | None:
     """Return the source, the target and the settings; None for --help. Raises ConfigError."""
     paths = [argument for argument in arguments if not argument.startswith("-") and "=" not in argument]
-    jobs = compose_jobs("exchange", ExchangeConfig, [one for one in arguments if one not in paths])
+    overrides = [argument for argument in arguments if argument not in paths]
+    jobs = compose_jobs("exchange", ExchangeConfig, overrides)
     if not jobs:
         return None  # --help
     if len(paths) != 2 or len(jobs) > 1:

@@ -20,9 +20,8 @@ def main(arguments: list[str]) -> int:
     if len(jobs) != 1:
         raise ConfigError("job", None, "runs one config", "launcher submit --multirun, for a job array")
     ready_run, nodes = ready_on_most_nodes(jobs[0].config, allocation.nodes)
-    return run_to_the_end(
-        SlurmJob(ready_run.run, ready_run.layout, nodes, allocation, typed, script_arguments), stops
-    )
+    job = SlurmJob(ready_run.run, ready_run.layout, nodes, allocation, typed, script_arguments)
+    return run_to_the_end(job, stops)
 
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:

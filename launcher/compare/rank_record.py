@@ -41,13 +41,7 @@ def record_rank(rank: int, *, run: RunConfig, layout: Layout, steps: int, folder
     torch.set_num_threads(1)  # the same in every layout
     measurement, record = RankMeasurement(), RankRecord()
     with measurement.timing_collectives():
-        device = join(
-            rank=rank,
-            world_size=layout.world_size,
-            local_rank=rank,
-            device=layout.device,
-            init_method=f"file://{folder / 'store'}",
-        )
+        device = join(rank, layout.world_size, rank, layout.device, f"file://{folder / 'store'}")
         with measurement.tensors:
             engine = build_engine(run, layout, device)
             measurement.name_groups(engine)

@@ -1,8 +1,4 @@
-"""Count the storage of every tensor and every collective of this process.
-
-The resident set size would not do: it includes the interpreter, its libraries and memory that the allocator
-keeps for later.
-"""
+"""Count the bytes of tensors and collectives. The resident set size would include the allocator's reserve."""
 
 import gc
 import warnings

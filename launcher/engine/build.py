@@ -11,7 +11,6 @@ from launcher.engine.base import Engine
 from launcher.engine.distributed import set_timeouts
 from launcher.engine.flat import FlatEngine
 from launcher.engine.pipeline import PipelineEngine
-from launcher.models.architecture import model_layers, model_loss
 from launcher.models.context import BlockContext
 from launcher.parallel.mesh import MeshShape, ProcessMesh
 
@@ -20,10 +19,9 @@ def build_engine(run: RunConfig, layout: Layout, device: torch.device) -> Engine
     """Return the engine of a run. Collective over the world; call it once per process."""
     mesh = ProcessMesh.create(MeshShape(layout.pipeline, layout.data, layout.tensor))
     context = BlockContext.create(run, mesh, device)
-    layers, loss = model_layers(run.model, context), model_loss(run.model, context)
     engine_type = PipelineEngine if layout.pipeline > 1 else FlatEngine
     # DeepSpeed prints memory tables and settings that the launcher does not use.
     with redirect_stdout(io.StringIO()):
-        engine = engine_type(run, layout, mesh, layers, loss, context, device)
+        engine = engine_type(run, layout, mesh, context, device)
     set_timeouts(run.launch.timeout_minutes)
     return engine

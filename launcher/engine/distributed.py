@@ -39,11 +39,7 @@ def prepare_deepspeed(device: str) -> None:
 def join(
     rank: int, world_size: int, local_rank: int, device: str, init_method: str, timeout_minutes: float = 30.0
 ) -> torch.device:
-    """Initialise the process group and DeepSpeed; return this rank's device. Collective over the world.
-
-    A collective that takes longer than twice `timeout_minutes` fails. The watchdog reports a hang earlier,
-    after `timeout_minutes`, with more detail.
-    """
+    """Initialise torch.distributed and DeepSpeed; return the device. Collective over the world."""
     import deepspeed
 
     # The pipeline and accelerator code of DeepSpeed read these variables.
@@ -54,6 +50,7 @@ def join(
         # If each Slurm task sees only its own GPU, that GPU has the index 0.
         rank_device = torch.device("cuda", local_rank if torch.cuda.device_count() > 1 else 0)
         torch.cuda.set_device(rank_device)
+    # The watchdog reports a hang in more detail, after half of this time.
     timeout = timedelta(minutes=2 * timeout_minutes)
     dist.init_process_group(BACKENDS[device], init_method, timeout, world_size, rank)
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)

@@ -12,9 +12,8 @@ from launcher.config.schema import RunConfig
 from launcher.engine.base import Engine, MicroBatches, StepResult, mean_over, to_inputs
 from launcher.engine.ds_config import deepspeed_config
 from launcher.engine.optimizer import build_optimizer
-from launcher.models.architecture import FlatModel, Layer
+from launcher.models.architecture import FlatModel, model_layers, model_loss
 from launcher.models.context import BlockContext
-from launcher.models.losses import Loss
 from launcher.parallel.mesh import ProcessMesh
 from launcher.parallel.sharding import logical_of
 
@@ -22,18 +21,10 @@ CLIP_EPSILON = 1e-6  # the same as in DeepSpeed and torch
 
 
 class FlatEngine(Engine):
-    """A DeepSpeed engine around one flat module."""
-
     def __init__(
-        self,
-        run: RunConfig,
-        layout: Layout,
-        mesh: ProcessMesh,
-        layers: list[Layer],
-        loss: Loss,
-        context: BlockContext,
-        device: torch.device,
+        self, run: RunConfig, layout: Layout, mesh: ProcessMesh, context: BlockContext, device: torch.device
     ) -> None:
+        layers, loss = model_layers(run.model, context), model_loss(run.model, context)
         config = deepspeed_config(run, layout)
         with zero_init(config, mesh, enabled=layout.zero_stage == 3):
             model = FlatModel(layers, loss, context.documents)

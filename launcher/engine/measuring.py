@@ -20,10 +20,7 @@ NOISE = 64  # bytes: norms, flags and losses are reduced too
 
 
 class RankMeasurement:
-    """Measures a rank from before its process group is made; `tensors` is entered to count memory and calls.
-
-    The order is: enter `timing_collectives`, join the process group, build the engine, call `name_groups`.
-    """
+    """Use in order: enter `timing_collectives`, join, build the engine, `name_groups`, enter `tensors`."""
 
     def __init__(self) -> None:
         self._names: dict[str, GroupName] = {}

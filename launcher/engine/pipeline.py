@@ -15,10 +15,9 @@ from launcher.config.schema import RunConfig
 from launcher.engine.base import Engine, MicroBatches, StepResult, to_inputs
 from launcher.engine.ds_config import deepspeed_config
 from launcher.engine.optimizer import build_optimizer
-from launcher.models.architecture import Layer
+from launcher.models.architecture import Layer, model_layers, model_loss
 from launcher.models.blocks import TransformerBlock
 from launcher.models.context import BlockContext
-from launcher.models.losses import Loss
 from launcher.parallel.mesh import ProcessMesh
 
 
@@ -26,15 +25,9 @@ class PipelineEngine(Engine):
     """A DeepSpeed pipeline engine; this rank holds one stage, or two under DualPipeV."""
 
     def __init__(
-        self,
-        run: RunConfig,
-        layout: Layout,
-        mesh: ProcessMesh,
-        layers: list[Layer],
-        loss: Loss,
-        context: BlockContext,
-        device: torch.device,
+        self, run: RunConfig, layout: Layout, mesh: ProcessMesh, context: BlockContext, device: torch.device
     ) -> None:
+        layers, loss = model_layers(run.model, context), model_loss(run.model, context)
         topology = PipeModelDataParallelTopology(
             num_pp=layout.pipeline, num_mp=layout.tensor, num_dp=layout.data
         )

@@ -4,6 +4,8 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from launcher.files import json_lines
+
 ATTEMPTS_FILE = "attempts.jsonl"
 MAX_IDENTICAL_FAILURES = 3
 
@@ -22,20 +24,10 @@ def record_failed_start(run_dir: Path, failed: FailedStart) -> int:
     run_dir.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.write(json.dumps(asdict(failed)) + "\n")
-    return count_identical_at_end(_read_failed_starts(path))
+    return count_identical_at_end([FailedStart(**record) for record in json_lines(path)])
 
 
 def count_identical_at_end(failures: list[FailedStart]) -> int:
     """Return how many equal failures in a row end the list."""
     different = (count for count, failed in enumerate(reversed(failures)) if failed != failures[-1])
     return next(different, len(failures))
-
-
-def _read_failed_starts(path: Path) -> list[FailedStart]:
-    failures = []
-    for line in path.read_text().splitlines():
-        try:
-            failures.append(FailedStart(**json.loads(line)))
-        except (ValueError, TypeError):
-            continue  # the node died while it wrote this line
-    return failures

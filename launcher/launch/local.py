@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkContext, SpawnContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Literal
 
 from launcher.config.errors import ConfigError
 from launcher.launch.orphans import no_grandchildren_left
@@ -34,10 +34,7 @@ _LOG_TAIL = 16384  # bytes
 
 
 class RankFailure(Exception):
-    """Raised for the rank that failed first, with the text of its failure.
-
-    `secondary`: the rank probably failed only because another rank, here or on another node, ended before.
-    """
+    """Raised for the first failed rank; `secondary` if it probably only lost a rank that ended before."""
 
     def __init__(self, rank: int, world_size: int, detail: str, *, secondary: bool = False) -> None:
         self.rank, self.world_size, self.detail, self.secondary = rank, world_size, detail, secondary
@@ -99,22 +96,17 @@ def run_local_ranks(
                 _save_and_stop(ranks, save_grace, stops)
             _end(ranks, stop_grace if stops else failure_grace, stops)
     if stops and (failure is None or failure.secondary):
-        _raise_stop(stops[0], _first_failure(ranks), world_size)
+        stop = KeyboardInterrupt() if stops[0] == signal.SIGINT else Stopped(stops[0])
+        failed_during_stop = _first_failure(ranks)
+        raise stop from (_as_error(failed_during_stop, world_size) if failed_during_stop else None)
     if all_stopped_themselves:
         raise Stopped(signal.SIGTERM)
     if failure is not None:
         raise _as_error(failure, world_size)
 
 
-def _raise_stop(number: int, failure: FailureReport | None, world_size: int) -> NoReturn:
-    stop = KeyboardInterrupt() if number == signal.SIGINT else Stopped(number)
-    raise stop from (_as_error(failure, world_size) if failure else None)
-
-
 @dataclass
 class _Rank:
-    """A rank's process, the pipe for its failure, and its log."""
-
     number: int
     process: BaseProcess
     failures: Connection
@@ -205,11 +197,7 @@ def _running(ranks: list[_Rank]) -> list[_Rank]:
 
 
 def _wait_briefly(ranks: list[_Rank]) -> None:
-    """Wait until a rank ends or reports a failure, for at most _POLL seconds.
-
-    The time limit is needed: a forked child of a dead rank keeps the rank's sentinel open, and a signal does
-    not interrupt the wait.
-    """
+    """Wait for a rank's end or report. Limited: a child of a dead rank keeps the rank's sentinel open."""
     sentinels: list[Connection | int] = [rank.process.sentinel for rank in _running(ranks)]
     wait(sentinels + [rank.failures for rank in ranks if not rank.failures.closed], timeout=_POLL)
 

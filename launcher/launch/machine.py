@@ -56,10 +56,7 @@ def memory_here(root: Path = Path("/")) -> int | None:
 
 
 def share_cores_with_tasks(tasks: int) -> None:
-    """Divide the CPU threads among the `tasks` that srun or torchrun started on this node (see share_cores).
-
-    A task that may use only some of the machine's cores has its share already, and uses all of these.
-    """
+    """Share the cores among this node's `tasks`, unless each task is bound to its own cores already."""
     usable = _usable_cores()
     share_cores(tasks if usable == os.cpu_count() else 1, usable)
 

@@ -39,10 +39,7 @@ class FailureReport:
 def rank_main(
     target: Callable[[int], None], rank: int, log: Path | None, parent: int, failures: Connection
 ) -> None:
-    """Run `target(rank)` in this process; send a failure to `failures`, then raise SystemExit with code 1.
-
-    `parent` is the pid of the launcher. Output goes to the file `log`; None: to the terminal.
-    """
+    """Run `target(rank)`, with output to `log` or the terminal; send a failure, then exit with code 1."""
     try:
         die_with(parent)
         if log is not None:
@@ -68,19 +65,15 @@ class _StopSignalReceived(SystemExit):
 
 
 class StopRequest:
-    """Context manager in which STOP_SIGNAL and SIGTERM only set `asked`; the process continues.
-
-    SIGTERM reaches ranks that torchrun or srun started, and any rank if it is sent to a process group.
-    """
+    """A context in which STOP_SIGNAL and SIGTERM only set `asked`, so that training can save and end."""
 
     def __init__(self) -> None:
         self.asked = False
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
-        self._previous = {
-            number: signal.signal(number, self._note) for number in (STOP_SIGNAL, signal.SIGTERM)
-        }
+        for number in (STOP_SIGNAL, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,8 +1,4 @@
-"""Record how each rank ended, in a directory that the job which started the ranks reads.
-
-The exit code of srun does not say which rank failed first: if a task fails, srun ends the others and returns
-the highest exit code of all tasks.
-"""
+"""Record how each rank ended: the exit code of srun does not say which rank failed first."""
 
 import json
 import os

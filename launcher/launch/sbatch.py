@@ -85,10 +85,7 @@ def tasks_per_node(run: RunConfig, ranks_per_node: int) -> int:
 
 
 def cpus_per_task(run: RunConfig, ranks_per_node: int) -> int | None:
-    """Return slurm.cpus_per_task or, if null, one CPU per rank of a task that starts all ranks of its node.
-
-    None if slurm.cpus_per_task is null and each rank is a task: the cluster decides.
-    """
+    """Return slurm.cpus_per_task, or one CPU per rank of a node's task; None: the cluster decides."""
     default = ranks_per_node if run.slurm.tasks is Tasks.per_node else None
     return run.slurm.cpus_per_task or default
 

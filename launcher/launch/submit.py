@@ -41,11 +41,7 @@ def _without_submit_fields(overrides: list[str]) -> list[str]:
 
 
 def submit(jobs: Sequence[Job[RunConfig]], typed: list[str], layouts: Sequence[Layout]) -> None:
-    """Print the script and submit it; with submit.dry_run=true only print it.
-
-    `typed` are the arguments of `launcher submit`. `layouts` has the layout of each job on its maximum number
-    of nodes. Raises ConfigError, also if sbatch is missing or rejects the job.
-    """
+    """Print the script and submit it, unless submit.dry_run; `layouts` are those on the most nodes."""
     run = jobs[0].config
     script = render(batch_script_of(jobs, _without_submit_fields(typed)))
     if run.submit.dry_run:

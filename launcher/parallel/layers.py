@@ -41,11 +41,7 @@ class TensorParallel:
         return reduce_region(partial, self.axis)
 
     def replicated(self, weight: Tensor) -> Tensor:
-        """Return a weight that is equal on all tensor ranks, for use between tensor-parallel regions.
-
-        Under sequence parallelism each rank applies the weight to its own shard of the sequence and computes
-        a partial gradient; the backward pass all-reduces this gradient over the tensor ranks.
-        """
+        """Return a replicated weight; under sequence parallelism its partial gradients are all-reduced."""
         return copy_region(weight, self.axis) if self.sequence_parallel else weight
 
 
@@ -199,10 +195,7 @@ def vocab_parallel_cross_entropy(logits: Tensor, labels: Tensor, vocabulary: int
 
 
 def vocab_parallel_hits(logits: Tensor, labels: Tensor, vocabulary: int, axis: Axis) -> Tensor:
-    """Return whether the label has the highest logit: logits (B, T, V/tp), labels (B, T) -> booleans (B, T).
-
-    Two all-reduces of (B, T) values over `axis` (highest logit, logit of the label). A tie counts as a hit.
-    """
+    """Return whether labels have the highest logit, ties included: two all-reduces of (B, T) over `axis`."""
     scores = _mask_padding(logits, vocabulary, axis)
     highest = _reduced(scores.amax(dim=-1), dist.ReduceOp.MAX, axis)
     elsewhere, index = _local_labels(logits, labels, axis)

@@ -4,6 +4,7 @@ The rank arithmetic is pure. Only `ProcessMesh.create` creates process groups.
 """
 
 from dataclasses import dataclass
+from itertools import product
 
 import torch.distributed as dist
 
@@ -33,24 +34,17 @@ class MeshShape:
         return (stage, *divmod(within, self.tensor))
 
     def rank(self, pipeline: int, data: int, tensor: int) -> int:
-        """Return the global rank at these coordinates."""
         return (pipeline * self.data + data) * self.tensor + tensor
 
     def tensor_groups(self) -> list[list[int]]:
         """Return the global ranks of each tensor-parallel group, ordered by tensor-parallel rank."""
-        return [
-            [self.rank(p, d, t) for t in range(self.tensor)]
-            for p in range(self.pipeline)
-            for d in range(self.data)
-        ]
+        places = product(range(self.pipeline), range(self.data))
+        return [[self.rank(p, d, t) for t in range(self.tensor)] for p, d in places]
 
     def data_groups(self) -> list[list[int]]:
         """Return the global ranks of each data-parallel group, ordered by data-parallel rank."""
-        return [
-            [self.rank(p, d, t) for d in range(self.data)]
-            for p in range(self.pipeline)
-            for t in range(self.tensor)
-        ]
+        places = product(range(self.pipeline), range(self.tensor))
+        return [[self.rank(p, d, t) for d in range(self.data)] for p, t in places]
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,6 @@ class RankValues:
 
 @dataclass(frozen=True)
 class WorldValues:
-    """The values that all ranks know after the all-reduce."""
-
     loss: float  # of the global batch
     stop_requested: bool
     save_due: bool

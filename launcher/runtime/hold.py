@@ -1,8 +1,4 @@
-"""A lock on the run directory, so that only one process trains a run. It ends with its process.
-
-The lock is flock(2) on a file that names its holder. Network file systems share it between nodes; a file
-system without locks is reported.
-"""
+"""The lock on a run directory, flock(2) on a file that names its holder: only one process trains a run."""
 
 import errno
 import fcntl
@@ -28,8 +24,6 @@ _NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
 
 @dataclass(frozen=True)
 class Holder:
-    """The process that trains a run."""
-
     host: str
     process: int
     job: str | None  # Slurm's job id

@@ -35,10 +35,7 @@ class PlanCheck:
             self._row["perf/predicted_step_time_s"] = self.seconds
 
     def measuring(self, pending_copy: Iterable[Tensor]) -> AbstractContextManager[object]:
-        """Return the context of the next step, which measures its peak memory if it is the measured step.
-
-        `pending_copy` holds the tensors of a checkpoint that is being written: they are not the step's.
-        """
+        """Return the context of the next step. The step's peak memory leaves out `pending_copy` (a save)."""
         self._steps += 1
         if self._steps != MEASURED_STEP:
             return nullcontext()

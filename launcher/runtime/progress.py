@@ -6,9 +6,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from launcher.runtime.metrics.rows import Row
-from launcher.text import whole
 
 LINES_PER_RUN = 20
+_FORMATS = {
+    "train/loss": "loss {:.4f}", "train/grad_norm": "grad norm {:.3f}", "val/loss": "validation loss {:.4f}",
+    "val/accuracy": "accuracy {:.1%}", "perf/tokens_per_s": "{:,.0f} tokens/s", "perf/mfu": "MFU {:.1%}",
+}  # fmt: skip
 
 
 class ProgressDisplay:
@@ -39,7 +42,8 @@ class ProgressDisplay:
             self._bar.update(self._task, completed=step)
         if row is None or not self._visible:
             return
-        line = f"step {step}/{self._steps}  {describe(row)}"
+        values = [text.format(row[name]) for name, text in _FORMATS.items() if name in row]
+        line = "  ".join([f"step {step}/{self._steps}", *values])
         is_due = step // self._every > self._last_logged // self._every
         self._last_logged = step
         if self._bar is not None:
@@ -48,15 +52,3 @@ class ProgressDisplay:
                 self._bar.console.print(line, highlight=False)
         elif "val/loss" in row or step == 1 or is_due:
             print(line, flush=True)
-
-
-def describe(row: Row) -> str:
-    parts = [f"loss {row['train/loss']:.4f}", f"grad norm {row['train/grad_norm']:.3f}"]
-    if "val/loss" in row:
-        parts.append(f"validation loss {row['val/loss']:.4f}")
-    if "val/accuracy" in row:
-        parts.append(f"accuracy {row['val/accuracy']:.1%}")
-    parts.append(f"{whole(row['perf/tokens_per_s'])} tokens/s")
-    if "perf/mfu" in row:
-        parts.append(f"MFU {row['perf/mfu']:.1%}")
-    return "  ".join(parts)

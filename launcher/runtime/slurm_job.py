@@ -20,6 +20,7 @@ from launcher.checkpoint.manifest import checkpoints_in
 from launcher.config.layout import Layout
 from launcher.config.schema import OnStop, RunConfig
 from launcher.config.slurm_rules import nodes_of
+from launcher.files import json_lines
 from launcher.launch.attempts import MAX_IDENTICAL_FAILURES, FailedStart, record_failed_start
 from launcher.launch.exit_codes import FAILED, REFUSED
 from launcher.launch.rank import STOPPED_EXIT_CODE
@@ -27,7 +28,6 @@ from launcher.launch.records import ENDS_VARIABLE, RankEnd, RankEndKind, read_ra
 from launcher.launch.sbatch import cpus_per_task, tasks_per_node
 from launcher.launch.slurm import Allocation, SlurmError, job_state, read_batch_script, requeue, sbatch
 from launcher.launch.stopping import stop_grace
-from launcher.runtime.metrics.rows import rows_in
 from launcher.runtime.run_dir import LOGS, METRICS
 
 _POLL = 0.2
@@ -178,7 +178,7 @@ def _run_step(command: list[str], stops: list[int], ends: Path, *, saves: bool) 
 
 def _is_hopeless(run_dir: Path, error: str) -> bool:
     """Record a failure; return whether it ends a row of three identical failures."""
-    rows = rows_in(run_dir / METRICS)
+    rows = json_lines(run_dir / METRICS)
     step = int(rows[-1]["step"]) if rows else 0
     if record_failed_start(run_dir, FailedStart(step, error)) < MAX_IDENTICAL_FAILURES:
         return False

@@ -11,11 +11,10 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
@@ -40,18 +39,10 @@ def launch_on_this_machine(run: RunConfig, layout: Layout, *, cores: int, multir
             # Use the loopback interface: the host name may resolve to an address that ranks cannot reach.
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
             preload(layout.device)
-        with (
-            _recorded_ends(range(layout.world_size)),
-            tempfile.TemporaryDirectory(prefix="launcher-") as meeting,
-        ):
+        with tempfile.TemporaryDirectory(prefix="launcher-") as meeting:
             store = Path(meeting) / "store"
-            run_local_ranks(
-                partial(local_rank, run=run, layout=layout, directory=directory, meeting=store),
-                layout.world_size,
-                log_dir=directory.logs,
-                start_method=_start_method(layout),
-                save_grace=stop_grace(run),
-            )
+            target = partial(local_rank, run=run, layout=layout, directory=directory, meeting=store)
+            _run_ranks(target, run, layout, range(layout.world_size), directory.logs)
 
 
 def launch_on_this_node(run: RunConfig, layout: Layout, node: NodeEnvironment, *, cores: int) -> None:
@@ -60,27 +51,29 @@ def launch_on_this_node(run: RunConfig, layout: Layout, node: NodeEnvironment, *
     if layout.device == "cpu":
         preload(layout.device)
     os.environ.update(MASTER_ADDR=node.master_addr, MASTER_PORT=str(node.master_port))
-    with _recorded_ends(node.ranks):
-        try:
-            run_local_ranks(
-                partial(node_rank, run=run, layout=layout, first=node.ranks.start),
-                layout.world_size,
-                local_ranks=node.ranks,
-                log_dir=run_path(run) / LOGS,
-                start_method=_start_method(layout),
-                save_grace=stop_grace(run),
-            )
-        except RankFailure as failure:
-            if failure.secondary:
-                time.sleep(_CONSEQUENCE_WAITS)
-            raise
-
-
-@contextmanager
-def _recorded_ends(ranks: range) -> Iterator[None]:
-    """Record the end of a killed rank, for the Slurm job that may have started this process."""
+    target = partial(node_rank, run=run, layout=layout, first=node.ranks.start)
     try:
-        yield
+        _run_ranks(target, run, layout, node.ranks, run_path(run) / LOGS)
+    except RankFailure as failure:
+        if failure.secondary:
+            time.sleep(_CONSEQUENCE_WAITS)
+        raise
+
+
+def _run_ranks(
+    target: Callable[[int], None], run: RunConfig, layout: Layout, ranks: range, log_dir: Path
+) -> None:
+    """Run the ranks. Record the end of a killed rank for the Slurm job that may have started them."""
+    try:
+        run_local_ranks(
+            target,
+            layout.world_size,
+            log_dir=log_dir,
+            # Forked ranks share the imports: eight start as fast as one. CUDA cannot be forked safely.
+            start_method="fork" if layout.device == "cpu" else "spawn",
+            local_ranks=ranks,
+            save_grace=stop_grace(run),
+        )
     except RankFailure as failure:
         if not failure.secondary:  # a killed rank has not recorded its end
             record_end(failure.rank, RankEndKind.failed, str(failure))
@@ -89,11 +82,6 @@ def _recorded_ends(ranks: range) -> Iterator[None]:
         if not all_recorded(ranks):
             raise
         # Exit with 0: for any other code srun ends the tasks that are still saving.
-
-
-def _start_method(layout: Layout) -> Literal["fork", "spawn"]:
-    # Forked ranks share the imports: eight start as fast as one. CUDA cannot be forked safely.
-    return "fork" if layout.device == "cpu" else "spawn"
 
 
 def preload(device: str) -> None:
@@ -167,7 +155,6 @@ def run_rank(
 
 @contextmanager
 def _recorded_end(rank: int) -> Iterator[None]:
-    """Record how this rank ends, for a Slurm job that asks."""
     try:
         yield
     except SystemExit as end:

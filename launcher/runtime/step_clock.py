@@ -10,8 +10,6 @@ import torch
 
 @dataclass
 class StepTimes:
-    """Time of the steps since the last logged step."""
-
     steps: int = 0
     seconds: float = 0.0
     data_wait: float = 0.0  # seconds of `seconds` in which this rank waited for its batches

@@ -164,7 +164,6 @@ def validate_only(session: Session) -> None:
 
 
 def is_logged(run: RunConfig, step: int, last: int) -> bool:
-    """Return whether a step has a row in metrics.jsonl."""
     return step % run.logging.interval == 0 or is_validation_step(run, step, last)
 
 

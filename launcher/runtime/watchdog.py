@@ -30,7 +30,7 @@ _WAITS = re.compile(r"\.(wait|item|tolist|cpu|synchronize|_cuda_synchronize)\(|\
 
 @dataclass(frozen=True)
 class RankPosition:
-    """Where a rank is after a long time in which nothing ended."""
+    """Where a rank is when it has hung."""
 
     rank: int
     at: str

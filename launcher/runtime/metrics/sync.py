@@ -11,13 +11,12 @@ from launcher.config.errors import ConfigError
 from launcher.config.layout import Layout
 from launcher.config.run_format import IDENTITY
 from launcher.config.schema import RunConfig
-from launcher.runtime.metrics.rows import rows_in
+from launcher.files import json_lines
 from launcher.runtime.metrics.wandb_files import fragments, has_ended
 from launcher.runtime.metrics.wandb_run import has_api_key, log_missing, server_url, why_unreachable
 from launcher.runtime.run_dir import CONFIG, RunDir
 
 _QUIET = 120.0  # seconds without a write after which a start counts as killed
-_FOLDER = "offline-run-"
 
 
 def upload(run_dir: Path) -> int:
@@ -45,7 +44,7 @@ def upload(run_dir: Path) -> int:
 
 
 def offline_fragments(run_dir: Path) -> list[Path]:
-    return [path for path in fragments(run_dir) if path.parent.name.startswith(_FOLDER)]
+    return [path for path in fragments(run_dir) if path.parent.name.startswith("offline-run-")]
 
 
 def complete(run_dir: Path) -> None:
@@ -54,7 +53,7 @@ def complete(run_dir: Path) -> None:
         return
     run, identity = load_typed(run_dir / CONFIG, RunConfig), json.loads((run_dir / IDENTITY).read_text())
     directory = RunDir(run_dir.resolve(), identity["id"])
-    log_missing(rows_in(directory.metrics), run, Layout(**identity["layout"]), directory)
+    log_missing(json_lines(directory.metrics), run, Layout(**identity["layout"]), directory)
 
 
 def is_synced(fragment: Path) -> bool:

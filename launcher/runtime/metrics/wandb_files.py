@@ -28,12 +28,10 @@ def steps_in(fragment: Path) -> list[int]:
 
 
 def has_ended(fragment: Path) -> bool:
-    """Return whether the start ended regularly."""
     return any(record.HasField("exit") for record in records(fragment))
 
 
 def records(fragment: Path) -> Iterator[Any]:
-    """Yield the protobuf records of a .wandb file."""
     data, position, partial = fragment.read_bytes(), _HEADER, b""
     while position + _HEADER <= len(data):
         if _BLOCK - position % _BLOCK < _HEADER:

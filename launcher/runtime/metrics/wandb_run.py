@@ -50,8 +50,7 @@ class WandbRun:
             call()
         except Exception as error:  # wandb's, the socket's or the queue's
             self._lost = True
-            message = "W&B has ended; metrics.jsonl is still written"
-            print(f"note     {message}: {error!r}", flush=True)
+            print(f"note     W&B has ended; metrics.jsonl is still written: {error!r}", flush=True)
 
     def where(self) -> str:
         if self._run.offline:
