@@ -97,7 +97,7 @@ def planned_compute(trial: Trial, measured: MeasuredRates) -> float:
 
 
 def rounded(number: float) -> float:
-    """Round to four digits, which is as exact as a measurement gets."""
+    """Round to four digits, the precision of a measurement."""
     return float(f"{number:.4g}")
 
 

@@ -36,10 +36,7 @@ MODEL = "imported"  # conf/model/imported.yaml
 
 
 def export(weights: Weights, target: Path, options: ExchangeConfig) -> None:
-    """Write a directory that transformers' from_pretrained loads; it appears under its name once complete.
-
-    Raises UnusableCheckpoint, NotConvertible, OSError.
-    """
+    """Write a directory for from_pretrained. Raises UnusableCheckpoint, NotConvertible, OSError."""
     if weights.kind is Kind.checkpoint:
         manifest = read_manifest(weights.path)
         if name := first_damaged_file(weights.path, manifest, _weight_files(manifest)):
@@ -69,10 +66,7 @@ def export(weights: Weights, target: Path, options: ExchangeConfig) -> None:
 
 
 def import_(weights: Weights, target: Path, options: ExchangeConfig) -> None:
-    """Write a new run directory: a checkpoint of step 0 with only weights, and the model's config.
-
-    Raises ConfigError, OSError.
-    """
+    """Write a run directory: a checkpoint of step 0 with only weights. Raises ConfigError, OSError."""
     with new_directory(target) as aside:
         reader = HuggingFaceReader(weights)
         partial = aside / CHECKPOINTS / f"{step_name(0)}{PARTIAL}"

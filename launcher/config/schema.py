@@ -59,10 +59,7 @@ class Pooling(Enum):
 
 
 class ActivationCheckpointing(Enum):
-    """What is recomputed in the backward pass: nothing, the attention core, or whole blocks.
-
-    `selective` is that of Korthikanti et al., arXiv 2205.05198, section 5.
-    """
+    """Recomputed in the backward pass: nothing, the attention core (arXiv 2205.05198), or whole blocks."""
 
     none = "none"
     selective = "selective"
@@ -132,17 +129,14 @@ class WandbMode(Enum):
 
 
 class Tasks(Enum):
-    """What srun starts: every rank (`per_rank`), or on each node one launcher that starts its ranks."""
+    """srun starts every rank (`per_rank`), or on each node a launcher that starts its ranks (`per_node`)."""
 
     per_rank = "per_rank"
     per_node = "per_node"
 
 
 class OnStop(Enum):
-    """What follows a job that is stopped before its run is done.
-
-    `requeue` the same job, `chain` a new job of the same script, or nothing (`end`).
-    """
+    """After an early stop: `requeue` the same job, `chain` a new job of the same script, or `end`."""
 
     requeue = "requeue"
     chain = "chain"
@@ -216,7 +210,7 @@ class PeakFlops:
 
 @dataclass
 class Point:
-    """Something per second, at some size."""
+    """A rate at a size."""
 
     size: float
     per_s: float
@@ -242,7 +236,7 @@ class MeasuredCollective:
 
 @dataclass
 class Scale:
-    """What the operations of a model took, over what they take one by one."""
+    """Measured time of a model's operations together, over the sum of their times one by one."""
 
     flops: float  # of a block and a micro-batch, forward and backward
     factor: float
@@ -250,7 +244,7 @@ class Scale:
 
 @dataclass
 class MeasuredRates:
-    """What `launcher calibrate` measured on each of `ranks` ranks that share a machine, all at once."""
+    """Rates that `launcher calibrate` measured on each of `ranks` ranks of a machine at the same time."""
 
     ranks: int = MISSING
     products: MeasuredProducts = field(default_factory=MeasuredProducts)
@@ -356,11 +350,11 @@ class TrainingConfig:
 
 @dataclass
 class CheckpointConfig:
-    """When a run's state is saved, what is kept, and what a run starts from.
+    """Saving a run's state, the checkpoints to keep, and the start of a run.
 
-    Saved at the end too, whatever the interval. `resume`: `auto` goes on from the newest checkpoint in
-    run.dir, if there is one; `none` never does; a path names a checkpoint, or a run's directory (its newest).
-    `init_from` is either of these, what `launcher import` made, or a Hugging Face directory.
+    The end of a run saves too. `resume`: `auto` resumes from the newest checkpoint in run.dir, if there is
+    one; `none` starts anew; a path names a checkpoint, or the directory of a run. `init_from` also takes the
+    result of `launcher import`, or a Hugging Face directory.
     """
 
     enabled: bool = True
@@ -381,7 +375,7 @@ class CheckpointConfig:
 
 @dataclass
 class VerifyConfig:
-    """What `launcher verify` does besides the run it is given."""
+    """Settings of `launcher verify` besides the run."""
 
     steps: int = 3
     device: Device = Device.cpu  # cuda: the layout's ranks on this machine's GPUs, the reference on CPU
@@ -390,7 +384,7 @@ class VerifyConfig:
 
 @dataclass
 class PlanConfig:
-    """What `launcher plan` shows, and what training does with it."""
+    """Settings of `launcher plan`, and of the plan before training."""
 
     enforce: bool = True  # training refuses a run that cannot fit
     tokens: Optional[float] = None  # that the days are told for; null: those of training.steps
@@ -400,14 +394,14 @@ class PlanConfig:
 
 @dataclass
 class LaunchConfig:
-    """How ranks are watched."""
+    """Supervision of ranks."""
 
     timeout_minutes: float = 30.0  # no step, validation or collective takes longer: the run is hung, and ends
 
 
 @dataclass
 class SlurmConfig:
-    """What `launcher submit` asks of Slurm; null leaves it to the cluster. A shell runs none of it."""
+    """Settings of `launcher submit`; null leaves a setting to the cluster. No shell interprets a value."""
 
     job_name: str = "launcher"
     partition: Optional[str] = None
@@ -467,14 +461,14 @@ class RunConfig:
 
 @dataclass
 class PlannedRunConfig(RunConfig):
-    """What `launcher plan` takes: a run, and how to print its plan."""
+    """A run and the format of its plan, for `launcher plan`."""
 
     format: OutputFormat = OutputFormat.table
 
 
 @dataclass
 class CompareConfig:
-    """What `launcher compare` does besides the run it is given."""
+    """Settings of `launcher compare` besides the run."""
 
     layouts: list[str] = field(default_factory=list)  # by name; none: all that there are
     ranks: int = 4
@@ -485,14 +479,14 @@ class CompareConfig:
 
 @dataclass
 class ComparedRunConfig(RunConfig):
-    """What `launcher compare` takes: a run, and how to compare its layouts."""
+    """A run and the settings of its comparison, for `launcher compare`."""
 
     compare: CompareConfig = field(default_factory=CompareConfig)
 
 
 @dataclass
 class GenerateConfig:
-    """What `launcher generate` takes."""
+    """Settings of `launcher generate`."""
 
     run: RunDirConfig = field(default_factory=RunDirConfig)
     prompt: str = "import "
@@ -510,7 +504,7 @@ class TokenizerTraining(Enum):
 
 
 class BadLines(Enum):
-    """What `launcher prepare` does about a line that holds no text: end there, or leave it out."""
+    """For a line without text, `launcher prepare` stops (`fail`) or leaves it out (`skip`)."""
 
     fail = "fail"
     skip = "skip"
@@ -518,7 +512,7 @@ class BadLines(Enum):
 
 @dataclass
 class TokenizerConfig:
-    """What turns text into tokens: a tokenizer.json, one made of the text itself, or neither: bytes."""
+    """The tokenizer: a tokenizer.json, a new one trained on the text, or neither, for bytes."""
 
     path: Optional[str] = None  # of a tokenizer.json of Hugging Face's tokenizers
     train: Optional[TokenizerTraining] = None
@@ -530,7 +524,7 @@ class TokenizerConfig:
 
 @dataclass
 class PrepareConfig:
-    """What `launcher prepare` takes besides what to read and what to write."""
+    """Settings of `launcher prepare` besides input and output."""
 
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     vocab: int = 32000  # tokens, for tokenizer.train
@@ -542,7 +536,7 @@ class PrepareConfig:
 
 @dataclass
 class CalibrateConfig:
-    """What `launcher calibrate` takes."""
+    """Settings of `launcher calibrate`."""
 
     name: str = "this_machine"  # of the hardware config
     dir: str = "my_conf"  # for --config-dir; the config goes to DIR/hardware/NAME.yaml
@@ -552,7 +546,7 @@ class CalibrateConfig:
 
 @dataclass
 class ExchangeConfig:
-    """What `launcher export` and `launcher import` take besides the two directories."""
+    """Settings of `launcher export` and `launcher import` besides the two directories."""
 
     dtype: Dtype = Dtype.fp32  # that export writes
     max_file_gb: float = 2.0  # in 1e9 bytes
@@ -560,10 +554,7 @@ class ExchangeConfig:
 
 @cache
 def register_schema() -> None:
-    """Give Hydra the typed roots that the files of conf/ itself start from.
-
-    And the resolver `sweep_dir`: where a --multirun keeps its record, beside the directories of its runs.
-    """
+    """Register the typed roots of conf/, and `sweep_dir`, the resolver for the record of a --multirun."""
     OmegaConf.register_new_resolver("sweep_dir", lambda run_dir: run_dir or "runs", replace=True)
     roots = {
         "run": RunConfig, "plan": PlannedRunConfig, "compare": ComparedRunConfig, "generate": GenerateConfig,

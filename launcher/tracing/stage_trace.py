@@ -46,6 +46,9 @@ class StageTrace:
     peak: int  # without the weights and their accumulated gradients
     traffic: Counter[Collective]  # over the tensor group
 
+    def bytes_by(self, kind: str) -> int:
+        return sum(call.size * count for call, count in self.traffic.items() if call.kind == kind)
+
 
 def trace_stage(run: RunConfig, layout: Layout, rank: Rank, chunk: int = 0) -> StageTrace:
     """Trace the stage `rank.chunks[chunk]` on the last tensor rank, which is the rank that cuts off padding.
