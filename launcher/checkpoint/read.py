@@ -10,7 +10,7 @@ from launcher.checkpoint.boxes import Box
 from launcher.checkpoint.final import weight_files
 from launcher.checkpoint.huggingface import Entry, adapter_of
 from launcher.checkpoint.manifest import MANIFEST, Manifest, UnusableCheckpoint, entry_name, read_manifest
-from launcher.checkpoint.sources import Kind, Weights, found_tensors
+from launcher.checkpoint.sources import WeightsKind, WeightSource, stored_tensors
 from launcher.checkpoint.weights import final_weights_error
 from launcher.parallel.sharding import WEIGHT
 
@@ -59,8 +59,8 @@ class HuggingFaceReader:
     Its tensors have other names, slices, orientations and element types than the launcher's: see Entry.
     """
 
-    def __init__(self, weights: Weights) -> None:
-        self._tensors = found_tensors(weights.path, weights.model, "checkpoint.init_from")
+    def __init__(self, weights: WeightSource) -> None:
+        self._tensors = stored_tensors(weights.path, weights.model, "checkpoint.init_from")
         self._entries: dict[str, list[Entry]] = {}
         for entry in adapter_of(weights.model).entries(weights.model):
             self._entries.setdefault(entry.ours, []).append(entry)
@@ -84,7 +84,7 @@ class HuggingFaceReader:
 class FinalWeightsReader:
     """Copies boxes of logical tensors from a run's final weights, which hold each logical tensor whole."""
 
-    def __init__(self, weights: Weights) -> None:
+    def __init__(self, weights: WeightSource) -> None:
         self._path = weights.path
         files: list[Any] = [safe_open(path, framework="pt") for path in weight_files(weights.path)]
         self._file_of = {name: file for file in files for name in file.keys()}  # noqa: SIM118  (not a dict)
@@ -100,8 +100,10 @@ class FinalWeightsReader:
 WeightReader = CheckpointReader | HuggingFaceReader | FinalWeightsReader
 
 
-def open_weights(weights: Weights) -> WeightReader:
+def open_weights(weights: WeightSource) -> WeightReader:
     """Return the reader for the format of `weights`. Raises UnusableCheckpoint, ConfigError."""
-    if weights.kind is Kind.checkpoint:
+    if weights.kind is WeightsKind.checkpoint:
         return CheckpointReader(weights.path, read_manifest(weights.path))
-    return HuggingFaceReader(weights) if weights.kind is Kind.huggingface else FinalWeightsReader(weights)
+    return (
+        HuggingFaceReader(weights) if weights.kind is WeightsKind.huggingface else FinalWeightsReader(weights)
+    )

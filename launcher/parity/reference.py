@@ -26,11 +26,13 @@ from launcher.config.schema import (
 from launcher.config.shape import end_of_document, sequence_length, vision_tokens
 from launcher.parity.step_trace import StepTrace, Weights
 
-Batch = tuple[Tensor, Tensor]  # inputs and labels of a whole step: tokens (G, T) twice, or images and classes
+GlobalBatch = tuple[
+    Tensor, Tensor
+]  # inputs and labels of a whole step: tokens (G, T) twice, or images and classes
 
 
 def reference_trace(
-    run: RunConfig, weights: Weights, batches: list[Batch], follow: list[StepTrace] | None = None
+    run: RunConfig, weights: Weights, batches: list[GlobalBatch], follow: list[StepTrace] | None = None
 ) -> list[StepTrace]:
     """Train from `weights` in fp32, each global batch in one piece, and return the trace of every step.
 
@@ -54,7 +56,9 @@ def _take(parameters: Weights, weights: Weights) -> None:
         parameters[name].copy_(weights[name])
 
 
-def _step(run: RunConfig, parameters: Weights, optimizer: torch.optim.Optimizer, batch: Batch) -> StepTrace:
+def _step(
+    run: RunConfig, parameters: Weights, optimizer: torch.optim.Optimizer, batch: GlobalBatch
+) -> StepTrace:
     outputs: Weights = {}
     inputs, labels = batch
     logits = forward(parameters, run.model, inputs, outputs, documents(run, inputs))
@@ -232,7 +236,7 @@ def _swiglu(w: Weights, name: str, model: ModelConfig, x: Tensor, outputs: Weigh
     return gate * torch.sigmoid(gate) * up
 
 
-def probe_batches(run: RunConfig) -> Iterator[Batch]:
+def probe_batches(run: RunConfig) -> Iterator[GlobalBatch]:
     """Yield a random global batch per step of verify, as a function of the seed.
 
     Where attention stops at documents, about every fourth token ends a document.

@@ -7,7 +7,7 @@ from launcher.checkpoint.load import damaged_file_on_any_rank, load_initial_weig
 from launcher.checkpoint.manifest import DAMAGED, Manifest, UnusableCheckpoint, read_manifest
 from launcher.checkpoint.read import open_weights
 from launcher.checkpoint.resume_choice import check_can_resume, check_same_corpus, fallback_checkpoint
-from launcher.checkpoint.sources import Kind, Weights
+from launcher.checkpoint.sources import WeightsKind, WeightSource
 from launcher.config.errors import ConfigError, as_typed
 from launcher.config.schema import RunConfig
 from launcher.data.blend import Segment
@@ -54,7 +54,11 @@ class Start:
 
 
 def start_from(
-    run: RunConfig, engine: Engine, checkpoint: Path | None, initial: Weights | None, corpus: dict[str, str]
+    run: RunConfig,
+    engine: Engine,
+    checkpoint: Path | None,
+    initial: WeightSource | None,
+    corpus: dict[str, str],
 ) -> Start:
     """Restore `checkpoint`, or an older one if that is damaged; without one load the weights `initial`.
 
@@ -98,12 +102,12 @@ def blends_after(run: RunConfig, manifest: Manifest) -> tuple[Segment, ...]:
     return *(blend for blend in earlier if blend.start < configured.start), configured
 
 
-def check_intact(weights: Weights) -> None:
+def check_intact(weights: WeightSource) -> None:
     """Raise UnusableCheckpoint if a checksum does not match; only checkpoints have checksums.
 
     Collective over the world.
     """
-    if weights.kind is Kind.checkpoint:
+    if weights.kind is WeightsKind.checkpoint:
         check_checksums(weights.path, read_manifest(weights.path))
 
 

@@ -29,7 +29,7 @@ class Chunk:
     has_head: bool
 
 
-Kind = tuple[tuple[int, bool, bool], ...]  # per stage: blocks, has embedding, has head
+RankKind = tuple[tuple[int, bool, bool], ...]  # per stage: blocks, has embedding, has head
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Rank:
         return tuple(group for group in (matrices, vectors) if group)
 
 
-def kind_of(rank: Rank) -> Kind:
+def kind_of(rank: Rank) -> RankKind:
     """Return a key that ranks share if they hold and compute the same."""
     return tuple((chunk.blocks, chunk.has_embedding, chunk.has_head) for chunk in rank.chunks)
 
