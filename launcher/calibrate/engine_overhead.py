@@ -17,8 +17,9 @@ from launcher.config.schema import HardwareConfig, MeasuredRates, RunConfig, Sca
 from launcher.config.shape import sequence_length
 from launcher.launch.local import run_local_ranks
 from launcher.planning.cost.parts import parts
-from launcher.planning.cost.plan import Plan, make_plan
+from launcher.planning.cost.plan import make_plan
 from launcher.planning.cost.sizes import Sizes
+from launcher.planning.cost.step_time import StepTime
 
 WARM_UP, STEPS = 2, 6
 MICRO_BATCH = 2
@@ -35,7 +36,7 @@ class Trial:
 
     @classmethod
     def of(
-        cls, *, hidden: int, length: int, batches: int, ranks: int, device: str, zero_3: bool = False
+        cls, hidden: int, length: int, batches: int, *, ranks: int, device: str, zero_3: bool = False
     ) -> "Trial":
         data = ranks if zero_3 else 1
         [job] = compose_jobs("config", RunConfig, [
@@ -48,10 +49,12 @@ class Trial:
         ])  # fmt: skip
         return cls(job.config, Layout(1, data, 1, device, batches, 3 if zero_3 else 0), ranks)
 
-    def planned(self, measured: MeasuredRates) -> Plan:
+    def planned_time(self, measured: MeasuredRates) -> StepTime:
         alone = replace(measured, ranks=self.layout.world_size)
         hardware = HardwareConfig(device=self.run.hardware.device, measured=[alone])
-        return make_plan(replace(self.run, hardware=hardware), self.layout)
+        time = make_plan(replace(self.run, hardware=hardware), self.layout).time
+        assert time is not None
+        return time
 
     @property
     def block_flops(self) -> int:
@@ -61,43 +64,31 @@ class Trial:
 def with_engine(measured: MeasuredRates, *, threads: int, device: str) -> MeasuredRates:
     """Return `measured` with the overhead of steps and micro-batches, and time factors by model size."""
 
-    def trial(hidden: int, length: int, batches: int, zero_3: bool = False) -> Trial:
-        return Trial.of(
-            hidden=hidden, length=length, batches=batches, ranks=measured.ranks, device=device, zero_3=zero_3
-        )
-
+    trial = partial(Trial.of, ranks=measured.ranks, device=device)
     small = trial(32, 16, MANY)
     single, many = (step_seconds(run, threads) for run in (trial(32, 16, 1), small))
     each = (many - single) / (MANY - 1)
-    rates = replace(
-        measured,
-        step_s=rounded(max(0.0, single - each)),
-        micro_batch_s=rounded(max(0.0, each - planned_compute(small, measured) / MANY)),
-    )
+    beside = each - small.planned_time(measured).compute / MANY
+    rates = replace(measured, step_s=_positive(single - each), micro_batch_s=_positive(beside))
     scales = []
     for hidden, length in ((128, 96), (320, 160), (512, 256)):
         sized = trial(hidden, length, MANY // 4)
-        time = sized.planned(rates).time
-        assert time is not None
+        time = sized.planned_time(rates)
         beside = time.total - time.compute + MANY // 4 * rates.micro_batch_s
         factor = (step_seconds(sized, threads) - beside) / (time.compute - MANY // 4 * rates.micro_batch_s)
         scales.append(Scale(sized.block_flops, rounded(factor)))
     partitioned = trial(32, 16, MANY, zero_3=True)
-    time = partitioned.planned(rates).time
-    assert time is not None
-    extra = step_seconds(partitioned, threads) - many - time.data
+    extra = step_seconds(partitioned, threads) - many - partitioned.planned_time(rates).data
     blocks = MANY * small.run.model.num_layers
-    return replace(rates, scales=scales, zero_3_block_s=rounded(max(0.0, extra) / blocks))
+    return replace(rates, scales=scales, zero_3_block_s=_positive(extra / blocks))
 
 
-def planned_compute(trial: Trial, measured: MeasuredRates) -> float:
-    time = trial.planned(measured).time
-    assert time is not None
-    return time.compute
+def _positive(seconds: float) -> float:
+    return rounded(max(0.0, seconds))
 
 
 def rounded(number: float) -> float:
-    """Round to four digits, which is as exact as a measurement gets."""
+    """Round to four digits, the precision of a measurement."""
     return float(f"{number:.4g}")
 
 
@@ -122,8 +113,9 @@ def _rank(rank: int, *, trial: Trial, threads: int, folder: Path) -> None:
 
     torch.set_num_threads(threads)
     is_shared = layout.world_size > 1
-    meeting = f"file://{folder / ('store' if is_shared else f'store-{rank}')}"
-    device = join(rank if is_shared else 0, layout.world_size, rank, layout.device, meeting)
+    store = f"file://{folder / ('store' if is_shared else f'store-{rank}')}"
+    number, ranks = rank if is_shared else 0, layout.world_size
+    device = join(rank=number, world_size=ranks, local_rank=rank, device=layout.device, init_method=store)
     engine = build_engine(run, layout, device)
     tokens = np.zeros((run.training.micro_batch_size, sequence_length(run) + 1), np.int64)
     times = []

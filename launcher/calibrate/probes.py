@@ -6,6 +6,7 @@ follow a computation, so that ranks do not arrive at the same moment.
 
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import cycle
 from statistics import mean, median
 
@@ -13,6 +14,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+
+from launcher.config.schema import Dtype
+from launcher.parallel.dtypes import TORCH_DTYPES
 
 LEAST_S = 0.01  # of a probe, so that the resolution of the clock does not matter
 # (m, n, k) as in a transformer: tokens by widths; square products as in attention scores.
@@ -23,7 +27,7 @@ PRODUCTS = [
 ELEMENTS = [2**12, 2**15, 2**18, 2**20, 2**22]  # of a tensor of activations
 PARAMETERS = 2**22  # of an optimizer's update
 MESSAGES = [2**10, 2**14, 2**17, 2**20, 2**22, 2**24]  # bytes
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+MEASURED_DTYPES = ("fp32", "bf16")
 OPERATIONS = 200
 POOL, MOST_COPIES = 2**26, 256  # bytes and copies of operands that are used in turn
 MODEL_WIDTH = 512
@@ -59,13 +63,9 @@ def _finish(device: torch.device) -> None:
 def products(dtype: str, device: torch.device) -> Iterator[tuple[float, float]]:
     """Yield (FLOPs of a product, FLOP/s) of the three products of a linear layer, forward and backward."""
     for m, n, k in PRODUCTS:
-        copies = _copies(4 * (m * k + n * k + m * n))
-        pool = cycle(
-            [
-                [torch.randn(shape, device=device).to(DTYPES[dtype]) for shape in ((m, k), (n, k), (m, n))]
-                for _ in range(copies)
-            ]
-        )
+        shapes, copies = ((m, k), (n, k), (m, n)), range(_copies(4 * (m * k + n * k + m * n)))
+        draw = partial(torch.randn, device=device)
+        pool = cycle([[draw(shape).to(TORCH_DTYPES[Dtype[dtype]]) for shape in shapes] for _ in copies])
 
         def three(pool: Iterator[list[Tensor]] = pool) -> None:
             x, weight, gradient = next(pool)
@@ -85,12 +85,8 @@ def elementwise(device: torch.device) -> Iterator[tuple[float, float]]:
     for elements in ELEMENTS:
         shape = elements // MODEL_WIDTH, MODEL_WIDTH
         weight = torch.ones(MODEL_WIDTH, device=device, requires_grad=True)
-        pool = cycle(
-            [
-                (torch.randn(shape, device=device, requires_grad=True), torch.randn(shape, device=device))
-                for _ in range(_copies(8 * elements))
-            ]
-        )
+        draw, copies = partial(torch.randn, shape, device=device), range(_copies(8 * elements))
+        pool = cycle([(draw(requires_grad=True), draw()) for _ in copies])
 
         def block(pool: Iterator[tuple[Tensor, Tensor]] = pool, weight: Tensor = weight) -> None:
             x, gradient = next(pool)

@@ -3,7 +3,8 @@
 import json
 import tempfile
 from collections.abc import Iterable
-from functools import partial
+from functools import partial, reduce
+from operator import getitem
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
@@ -26,14 +27,11 @@ def measure(rank_counts: Iterable[int], *, rounds: int, cores: int, device: str)
             rounds_of.append(sample(count, cores=cores, device=device))
     measured = [combined(count, rounds_of) for count, rounds_of in samples.items()]
     print("training small models, to measure the overhead of a step", flush=True)
-    # More ranks than cores take turns, and have the overhead of those with a core each.
-    is_gpu = device == "cuda"
-    return [
-        with_engine(rates, threads=max(1, cores // rates.ranks), device=device)
-        if is_gpu or rates.ranks <= cores
-        else rates
-        for rates in measured
-    ]
+    # Without a core each, ranks take turns and have the overhead of ranks with a core each.
+    for index, rates in enumerate(measured):
+        if device == "cuda" or rates.ranks <= cores:
+            measured[index] = with_engine(rates, threads=max(1, cores // rates.ranks), device=device)
+    return measured
 
 
 def sample(ranks: int, *, cores: int, device: str) -> Sample:
@@ -55,11 +53,12 @@ def _rank(rank: int, *, ranks: int, threads: int, device: str, folder: Path) -> 
     from launcher.calibrate import probes
 
     torch.set_num_threads(threads)
-    joined = join(rank, ranks, rank, device, f"file://{folder / 'store'}")
+    store = f"file://{folder / 'store'}"
+    joined = join(rank=rank, world_size=ranks, local_rank=rank, device=device, init_method=store)
     results: Sample = {}
     # All ranks begin each probe at the same moment, because they share the machine.
     dist.barrier()
-    results["products"] = {dtype: list(probes.products(dtype, joined)) for dtype in probes.DTYPES}
+    results["products"] = {dtype: list(probes.products(dtype, joined)) for dtype in probes.MEASURED_DTYPES}
     dist.barrier()
     results["elementwise"] = list(probes.elementwise(joined))
     dist.barrier()
@@ -67,7 +66,7 @@ def _rank(rank: int, *, ranks: int, threads: int, device: str, folder: Path) -> 
     dist.barrier()
     results["operation_s"] = probes.operation(joined)
     results["collectives"] = {}
-    for size in _group_sizes(ranks):
+    for size in (2**power for power in range(1, 11) if ranks % 2**power == 0):
         groups = [dist.new_group(list(range(first, first + size))) for first in range(0, ranks, size)]
         dist.barrier()
         group = groups[rank // size]
@@ -78,37 +77,24 @@ def _rank(rank: int, *, ranks: int, threads: int, device: str, folder: Path) -> 
     leave()
 
 
-def _group_sizes(ranks: int) -> list[int]:
-    """Return the powers of two from 2 on that divide the number of ranks."""
-    return [size for size in (2**power for power in range(1, 11)) if ranks % size == 0]
-
-
 def combined(ranks: int, samples: list[Sample]) -> MeasuredRates:
     """Return the medians over the rounds."""
-    first = samples[0]
+
+    def points(*keys: str) -> list[Point]:
+        rounds = [reduce(getitem, keys, sample) for sample in samples]
+        matching = zip(*rounds, strict=True)
+        return [Point(curve[0][0], rounded(median(per_s for _, per_s in curve))) for curve in matching]
+
+    by_size = samples[0]["collectives"].items()
     return MeasuredRates(
         ranks=ranks,
-        products=MeasuredProducts(
-            **{
-                dtype: _points([sample["products"][dtype] for sample in samples])
-                for dtype in first["products"]
-            }
-        ),
-        elementwise=_points([sample["elementwise"] for sample in samples]),
+        products=MeasuredProducts(**{dtype: points("products", dtype) for dtype in samples[0]["products"]}),
+        elementwise=points("elementwise"),
         stream=rounded(median(sample["stream"] for sample in samples)),
         operation_s=rounded(median(sample["operation_s"] for sample in samples)),
         collectives=[
-            MeasuredCollective(
-                kind, int(size), _points([sample["collectives"][size][kind] for sample in samples])
-            )
-            for size, kinds in first["collectives"].items()
+            MeasuredCollective(kind, int(ranks), points("collectives", ranks, kind))
+            for ranks, kinds in by_size
             for kind in kinds
         ],
     )
-
-
-def _points(rounds: list[list[list[float]]]) -> list[Point]:
-    return [
-        Point(points[0][0], rounded(median(per_s for _, per_s in points)))
-        for points in zip(*rounds, strict=True)
-    ]

@@ -24,27 +24,24 @@ from launcher.checkpoint.manifest import (
     step_name,
 )
 from launcher.checkpoint.read import HuggingFaceReader, WeightReader, open_weights
-from launcher.checkpoint.sources import INDEX, SAFETENSORS, Kind, Weights
+from launcher.checkpoint.sources import INDEX, SAFETENSORS, WeightsKind, WeightSource
 from launcher.checkpoint.tensor_file import save_tensors
 from launcher.checkpoint.write import HostPiece, commit, write_pieces
-from launcher.config.schema import Dtype, ExchangeConfig
+from launcher.config.schema import ExchangeConfig
 from launcher.files import PARTIAL, new_directory
+from launcher.parallel.dtypes import TORCH_DTYPES
 from launcher.parallel.sharding import WEIGHT
 
-DTYPES = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16, Dtype.fp16: torch.float16}
 MODEL = "imported"  # conf/model/imported.yaml
 
 
-def export(weights: Weights, target: Path, options: ExchangeConfig) -> None:
-    """Write a directory that transformers' from_pretrained loads; it appears under its name once complete.
-
-    Raises UnusableCheckpoint, NotConvertible, OSError.
-    """
-    if weights.kind is Kind.checkpoint:
+def export(weights: WeightSource, target: Path, options: ExchangeConfig) -> None:
+    """Write a directory for from_pretrained. Raises UnusableCheckpoint, NotConvertible, OSError."""
+    if weights.kind is WeightsKind.checkpoint:
         manifest = read_manifest(weights.path)
         if name := first_damaged_file(weights.path, manifest, _weight_files(manifest)):
             raise UnusableCheckpoint(weights.path, name, DAMAGED)
-    dtype, reader = DTYPES[options.dtype], open_weights(weights)
+    dtype, reader = TORCH_DTYPES[options.dtype], open_weights(weights)
     with new_directory(target) as aside:
         files = list(_in_files(weights, dtype.itemsize, int(options.max_file_gb * 1e9)))
         names = [f"model-{n + 1:05d}-of-{len(files):05d}.safetensors" for n in range(len(files))]
@@ -68,11 +65,8 @@ def export(weights: Weights, target: Path, options: ExchangeConfig) -> None:
         (aside / "config.json").write_text(json.dumps(described, indent=2) + "\n")
 
 
-def import_(weights: Weights, target: Path, options: ExchangeConfig) -> None:
-    """Write a new run directory: a checkpoint of step 0 with only weights, and the model's config.
-
-    Raises ConfigError, OSError.
-    """
+def import_(weights: WeightSource, target: Path, options: ExchangeConfig) -> None:
+    """Write a run directory: a checkpoint of step 0 with only weights. Raises ConfigError, OSError."""
     with new_directory(target) as aside:
         reader = HuggingFaceReader(weights)
         partial = aside / CHECKPOINTS / f"{step_name(0)}{PARTIAL}"
@@ -99,7 +93,7 @@ def _bytes(entry: Entry, itemsize: int) -> int:
     return entry.box.numel * itemsize
 
 
-def _in_files(weights: Weights, itemsize: int, max_bytes: int) -> Iterator[list[Entry]]:
+def _in_files(weights: WeightSource, itemsize: int, max_bytes: int) -> Iterator[list[Entry]]:
     group: list[Entry] = []
     for entry in adapter_of(weights.model).entries(weights.model):
         if group and sum(_bytes(member, itemsize) for member in (*group, entry)) > max_bytes:
@@ -109,7 +103,7 @@ def _in_files(weights: Weights, itemsize: int, max_bytes: int) -> Iterator[list[
     yield group
 
 
-def _parts(weights: Weights, reader: HuggingFaceReader) -> Iterator[HostPiece]:
+def _parts(weights: WeightSource, reader: HuggingFaceReader) -> Iterator[HostPiece]:
     shapes: dict[str, tuple[int, ...]] = {}
     for entry in adapter_of(weights.model).entries(weights.model):
         last = [offset + size for offset, size in zip(entry.box.offsets, entry.box.sizes, strict=True)]

@@ -11,7 +11,7 @@ from launcher.checkpoint.boxes import Box
 from launcher.checkpoint.final import weight_files
 from launcher.checkpoint.huggingface import Entry, adapter_of
 from launcher.checkpoint.manifest import MANIFEST, Manifest, UnusableCheckpoint, entry_name, read_manifest
-from launcher.checkpoint.sources import Kind, Weights, found_tensors
+from launcher.checkpoint.sources import WeightsKind, WeightSource, stored_tensors
 from launcher.checkpoint.weights import final_weights_error
 from launcher.parallel.sharding import WEIGHT
 
@@ -49,8 +49,8 @@ class CheckpointReader:
 class HuggingFaceReader:
     """Copies boxes of logical tensors from a Hugging Face directory, whose tensors differ: see Entry."""
 
-    def __init__(self, weights: Weights) -> None:
-        self._tensors = found_tensors(weights.path, weights.model, "checkpoint.init_from")
+    def __init__(self, weights: WeightSource) -> None:
+        self._tensors = stored_tensors(weights.path, weights.model, "checkpoint.init_from")
         self._entries: dict[str, list[Entry]] = {}
         for entry in adapter_of(weights.model).entries(weights.model):
             self._entries.setdefault(entry.ours, []).append(entry)
@@ -72,7 +72,7 @@ class HuggingFaceReader:
 class FinalWeightsReader:
     """Copies boxes of logical tensors from a run's final weights, which hold each logical tensor whole."""
 
-    def __init__(self, weights: Weights) -> None:
+    def __init__(self, weights: WeightSource) -> None:
         self._path = weights.path
         files = map(_opened, weight_files(weights.path))
         self._file_of = {name: file for file in files for name in file.keys()}  # noqa: SIM118  (not a dict)
@@ -92,8 +92,10 @@ def _opened(path: Path) -> Any:
 WeightReader = CheckpointReader | HuggingFaceReader | FinalWeightsReader
 
 
-def open_weights(weights: Weights) -> WeightReader:
+def open_weights(weights: WeightSource) -> WeightReader:
     """Return the reader for the format of `weights`. Raises UnusableCheckpoint, ConfigError."""
-    if weights.kind is Kind.checkpoint:
+    if weights.kind is WeightsKind.checkpoint:
         return CheckpointReader(weights.path, read_manifest(weights.path))
-    return HuggingFaceReader(weights) if weights.kind is Kind.huggingface else FinalWeightsReader(weights)
+    return (
+        HuggingFaceReader(weights) if weights.kind is WeightsKind.huggingface else FinalWeightsReader(weights)
+    )

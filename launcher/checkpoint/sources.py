@@ -32,22 +32,22 @@ _THEIRS = f"a {titles('or')} as published"
 _WHAT = "a run's directory, a checkpoint, or a Hugging Face directory with config.json and safetensors"
 
 
-class Kind(Enum):
+class WeightsKind(Enum):
     checkpoint = "checkpoint"
     run = "run"  # final weights, by logical name
     huggingface = "huggingface"
 
 
 @dataclass(frozen=True)
-class Weights:
+class WeightSource:
     """The weights of a whole model on disk: directory, kind of source, and model."""
 
     path: Path
-    kind: Kind
+    kind: WeightsKind
     model: ModelConfig
 
 
-def weights_at(path: Path, field: str) -> Weights:
+def weights_at(path: Path, field: str) -> WeightSource:
     """Return the weights at `path`. Raises ConfigError about `field` if names or lengths show a gap."""
     path = path.expanduser()
     if (path / MANIFEST).exists() or checkpoints_in(path):
@@ -56,18 +56,18 @@ def weights_at(path: Path, field: str) -> Weights:
             model = _model_in(read_manifest(checkpoint).config)
         except UnusableCheckpoint as unusable:
             raise ConfigError(field, checkpoint, str(unusable), _WHAT) from None
-        return Weights(checkpoint.resolve(), Kind.checkpoint, model)
+        return WeightSource(checkpoint.resolve(), WeightsKind.checkpoint, model)
     if (path / _RUN_CONFIG).exists() and (path / FINAL_WEIGHTS).is_dir():
         model = load_typed(path / _RUN_CONFIG, RunConfig).model
-        return Weights(path.resolve(), Kind.run, model)
+        return WeightSource(path.resolve(), WeightsKind.run, model)
     if (path / "config.json").exists():
         model = _their_model(path, field)
-        found_tensors(path, model, field)
-        return Weights(path.resolve(), Kind.huggingface, model)
+        stored_tensors(path, model, field)
+        return WeightSource(path.resolve(), WeightsKind.huggingface, model)
     raise ConfigError(field, path, "holds no weights" if path.is_dir() else "is not a directory", _WHAT)
 
 
-def check_model_is(model: ModelConfig, weights: Weights, field: str) -> None:
+def check_model_is(model: ModelConfig, weights: WeightSource, field: str) -> None:
     """Check that a run's model is the model of its initial weights. Raises ConfigError."""
     rotates = model.positions is PositionKind.rope
     free = {"dropout", "init_std", "max_sequence_length" if rotates else "rope_theta"}
@@ -104,7 +104,7 @@ def _their_model(path: Path, field: str) -> ModelConfig:
         raise ConfigError(field, path, f"config.json cannot be read: {error}", _WHAT) from None
 
 
-def found_tensors(path: Path, model: ModelConfig, field: str) -> dict[str, tuple[Path, str]]:
+def stored_tensors(path: Path, model: ModelConfig, field: str) -> dict[str, tuple[Path, str]]:
     """Return the file of each Hugging Face tensor, and its name in the file. Reads headers only.
 
     Raises ConfigError for a missing tensor, another shape, or a tensor that the model does not have.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from launcher.checkpoint.huggingface import NotConvertible, adapter_of
 from launcher.checkpoint.manifest import UnusableCheckpoint, newest_complete_before
-from launcher.checkpoint.sources import Kind, Weights, weights_at
+from launcher.checkpoint.sources import WeightsKind, WeightSource, weights_at
 from launcher.config.compose import compose_jobs
 from launcher.config.errors import ConfigError
 from launcher.config.numbers import EXCHANGE_NUMBERS, refuse_numbers_out_of_range
@@ -35,7 +35,7 @@ def import_main(arguments: list[str]) -> int:
     if exchanged is None:
         return 0
     weights, target, options = exchanged
-    if weights.kind is not Kind.huggingface:
+    if weights.kind is not WeightsKind.huggingface:
         remedy = f"launcher checkpoint.init_from={shlex.quote(str(weights.path))} MODEL, without an import"
         raise ConfigError("import", weights.path, "is the launcher's own", remedy)
     from launcher.checkpoint.exchange import import_
@@ -47,7 +47,7 @@ def import_main(arguments: list[str]) -> int:
     return 0
 
 
-def _exchanged(verb: str, arguments: list[str]) -> tuple[Weights, Path, ExchangeConfig] | None:
+def _exchanged(verb: str, arguments: list[str]) -> tuple[WeightSource, Path, ExchangeConfig] | None:
     """Return the source, the target and the settings; None for --help. Raises ConfigError."""
     paths = [argument for argument in arguments if not argument.startswith("-") and "=" not in argument]
     overrides = [argument for argument in arguments if argument not in paths]
@@ -65,7 +65,7 @@ def _exchanged(verb: str, arguments: list[str]) -> tuple[Weights, Path, Exchange
     return weights_at(source, verb), target, jobs[0].config
 
 
-def _written(write: Callable[[], None], weights: Weights, target: Path) -> None:
+def _written(write: Callable[[], None], weights: WeightSource, target: Path) -> None:
     try:
         write()
     except UnusableCheckpoint as unusable:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from launcher.config.errors import ConfigError
 from launcher.config.layout import Layout
-from launcher.config.schema import HardwareConfig, ParallelismConfig, RunConfig
+from launcher.config.schema import ParallelismConfig, RunConfig
 from launcher.config.world import World
 from launcher.planning.cost.plan import Plan
 
@@ -15,19 +15,12 @@ AxisSizes = dict[str, int]  # fields of the parallelism group; a missing one kee
 def named_layouts(ranks: int) -> dict[str, AxisSizes]:
     """Return the fields that each named layout sets, for this number of ranks."""
     half = ranks // 2
-    layouts: dict[str, AxisSizes] = {
-        "single": {},
-        "dp": {"data": ranks},
-        "tp": {"tensor": ranks},
-        "pp": {"pipeline": ranks},
-        **{f"zero{stage}": {"data": ranks, "zero_stage": stage} for stage in (1, 2, 3)},
-    }
+    layouts: dict[str, AxisSizes]
+    layouts = {"single": {}, "dp": {"data": ranks}, "tp": {"tensor": ranks}, "pp": {"pipeline": ranks}}
+    layouts |= {f"zero{stage}": {"data": ranks, "zero_stage": stage} for stage in (1, 2, 3)}
     if ranks % 2 == 0 and half > 1:
-        layouts |= {
-            "dp_tp": {"data": half, "tensor": 2},
-            "dp_pp": {"data": half, "pipeline": 2},
-            "tp_pp": {"tensor": 2, "pipeline": half},
-        }
+        layouts |= {"dp_tp": {"data": half, "tensor": 2}, "dp_pp": {"data": half, "pipeline": 2}}
+        layouts["tp_pp"] = {"tensor": 2, "pipeline": half}
     if ranks % 4 == 0 and ranks > 4:
         layouts["dp_tp_pp"] = {"data": ranks // 4, "tensor": 2, "pipeline": 2}
     return layouts
@@ -57,21 +50,14 @@ def chosen_layouts(names: list[str], ranks: int) -> dict[str, AxisSizes]:
 
 def in_layout(run: RunConfig, sizes: AxisSizes, world: World) -> RunConfig:
     """Return the run in that layout, on ranks that each compute on one core and save nothing."""
-    kept = run.parallelism
-    parallelism = ParallelismConfig(
-        data=sizes.get("data", 1),
-        tensor=sizes.get("tensor", 1),
-        pipeline=sizes.get("pipeline", 1),
-        zero_stage=sizes.get("zero_stage", 0),
-        sequence_parallel=kept.sequence_parallel and sizes.get("tensor", 1) > 1,
-        activation_checkpointing=kept.activation_checkpointing,
-    )
+    kept, hardware = run.parallelism, run.hardware
+    splits_sequence = kept.sequence_parallel and sizes.get("tensor", 1) > 1
+    recomputed = kept.activation_checkpointing
+    parallelism = ParallelismConfig(sequence_parallel=splits_sequence, activation_checkpointing=recomputed)
+    parallelism = replace(parallelism, **{"data": 1, **sizes})  # type: ignore[arg-type]
+    if world.device == "cpu":
+        # Only the rates of ranks that had one core each, also for a single rank.
+        measured = [rates for rates in hardware.measured if rates.ranks >= world.ranks]
+        hardware = replace(hardware, measured=measured or hardware.measured)
     unsaved = replace(run.checkpoint, enabled=False)
-    hardware = _with_a_core_each(run.hardware, world) if world.device == "cpu" else run.hardware
     return replace(run, parallelism=parallelism, hardware=hardware, checkpoint=unsaved)
-
-
-def _with_a_core_each(hardware: HardwareConfig, world: World) -> HardwareConfig:
-    """Return the hardware with only the rates of ranks that had one core each, also for a single rank."""
-    measured = [rates for rates in hardware.measured if rates.ranks >= world.ranks]
-    return replace(hardware, measured=measured or hardware.measured)

@@ -46,15 +46,13 @@ def _draw_memory(rows: Sequence[ComparisonRow], axes: Any) -> None:
     axes.bar(range(len(rows)), heights, color="#4c72b0", width=0.7, label="measured")
     for place, (row, height) in enumerate(zip(rows, heights, strict=True)):
         words = f"{height:.3g}" if row.measured else "not trained"
-        axes.text(
-            place, height, words, ha="center", va="bottom", fontsize=8, rotation=0 if row.measured else 90
-        )
+        rotation = 0 if row.measured else 90
+        axes.text(place, height, words, ha="center", va="bottom", fontsize=8, rotation=rotation)
     _mark_planned(axes, [row.planned_memory and row.planned_memory / 1e6 for row in rows])
     budget = next((row.compared.run.hardware.memory_bytes for row in rows), None)
     if budget:
-        axes.axhline(
-            budget / 1e6, color="#c44e52", linestyle="--", linewidth=1, label="hardware.memory_bytes"
-        )
+        label = "hardware.memory_bytes"
+        axes.axhline(budget / 1e6, color="#c44e52", linestyle="--", linewidth=1, label=label)
     _finish(axes, rows, "tensors of the fullest rank, MB")
 
 
@@ -79,23 +77,24 @@ def _draw_losses(rows: Sequence[ComparisonRow], axes: Any) -> None:
         width = 1.0 + 1.2 * (len(rows) - 1 - number)
         axes.plot(steps, row.measured.losses, linewidth=width, label=row.name)
     axes.set_xlabel("step")
-    axes.set_ylabel("loss")
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9)
-    axes.spines[["top", "right"]].set_visible(False)
+    _label(axes, "loss")
 
 
 def _mark_planned(axes: Any, heights: Sequence[float | None]) -> None:
     known = [(place, height) for place, height in enumerate(heights) if height]
     if known:
         places, tops = zip(*known, strict=True)
-        axes.scatter(
-            places, tops, marker="_", s=420, color="black", linewidths=1.6, label="planned", zorder=3
-        )
+        style = {"marker": "_", "s": 420, "color": "black", "linewidths": 1.6, "zorder": 3}
+        axes.scatter(places, tops, label="planned", **style)
 
 
 def _finish(axes: Any, rows: Sequence[ComparisonRow], label: str) -> None:
     axes.set_xticks(range(len(rows)), [row.name for row in rows], rotation=30, ha="right")
-    axes.set_ylabel(label)
     axes.margins(y=0.1)
+    _label(axes, label)
+
+
+def _label(axes: Any, label: str) -> None:
+    axes.set_ylabel(label)
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)

@@ -130,21 +130,15 @@ def _planned(row: ComparisonRow) -> list[str]:
     parts = row.planned_parts
     seconds = sum(parts.values())
     assert row.planned_memory is not None
-    return [
-        "" if row.measured else row.name,
-        "" if row.measured or not row.compared.layout else str(row.compared.layout.world_size),
-        _bracketed(milliseconds(seconds) if parts else ""),
-        _bracketed(whole(row.tokens_per_s(seconds)) if parts else ""),
-        *(_bracketed(milliseconds(parts[part]) if parts else "") for part in STEP_PARTS),
-        _bracketed(f"{bubble(parts):.0%}" if parts else ""),
-        _bracketed(megabytes(row.planned_memory)),
-        *(_bracketed(megabytes(row.planned_sent[group])) for group in GROUPS),
-        "",
-    ]
-
-
-def _bracketed(text: str) -> str:
-    return f"({text})" if text else ""
+    labels = ["", ""]
+    if not row.measured:
+        labels = [row.name, str(row.compared.layout.world_size) if row.compared.layout else ""]
+    times = [""] * (3 + len(STEP_PARTS))
+    if parts:
+        times = [milliseconds(seconds), whole(row.tokens_per_s(seconds))]
+        times += [*(milliseconds(parts[part]) for part in STEP_PARTS), f"{bubble(parts):.0%}"]
+    sizes = [megabytes(row.planned_memory), *(megabytes(row.planned_sent[group]) for group in GROUPS)]
+    return [*labels, *(f"({text})" if text else "" for text in times + sizes), ""]
 
 
 def as_json(rows: Sequence[ComparisonRow]) -> list[dict[str, Any]]:
@@ -155,15 +149,18 @@ def as_json(rows: Sequence[ComparisonRow]) -> list[dict[str, Any]]:
             "resolved": row.compared.layout and asdict(row.compared.layout),
             "refused": row.compared.refused or None,
             "failed": row.failed or None,
-            "measured": row.measured
-            and {**asdict(row.measured), "tokens_per_s": row.tokens_per_s(row.measured.seconds)},
-            "planned": row.compared.plan
-            and {
-                "seconds": sum(row.planned_parts.values()) or None,
-                "parts": row.planned_parts,
-                "memory": row.planned_memory,
-                "sent": row.planned_sent,
-            },
+            "measured": _measured_json(row, row.measured) if row.measured else None,
+            "planned": _planned_json(row) if row.compared.plan else None,
         }
         for row in rows
     ]
+
+
+def _measured_json(row: ComparisonRow, measured: MeasuredLayout) -> dict[str, Any]:
+    return {**asdict(measured), "tokens_per_s": row.tokens_per_s(measured.seconds)}
+
+
+def _planned_json(row: ComparisonRow) -> dict[str, Any]:
+    parts = row.planned_parts
+    seconds = sum(parts.values()) or None
+    return {"seconds": seconds, "parts": parts, "memory": row.planned_memory, "sent": row.planned_sent}

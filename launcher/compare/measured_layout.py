@@ -37,11 +37,8 @@ def measure_layout(run: RunConfig, layout: Layout, *, steps: int) -> MeasuredLay
         target = partial(record_rank, run=run, layout=layout, steps=steps, folder=folder)
         start_method: Literal["fork", "spawn"] = "fork" if layout.device == "cpu" else "spawn"
         run_local_ranks(target, layout.world_size, log_dir=folder / "logs", start_method=start_method)
-        ranks = [
-            RankRecord(**json.loads((folder / f"rank-{rank}.json").read_text()))
-            for rank in range(layout.world_size)
-        ]
-    return combined(layout, ranks)
+        records = [folder / f"rank-{rank}.json" for rank in range(layout.world_size)]
+        return combined(layout, [RankRecord(**json.loads(record.read_text())) for record in records])
 
 
 def combined(layout: Layout, ranks: list["RankRecord"]) -> MeasuredLayout:
@@ -58,8 +55,5 @@ def combined(layout: Layout, ranks: list["RankRecord"]) -> MeasuredLayout:
 
 
 def _sent(rank: "RankRecord", group: str, ranks: int) -> float:
-    return sum(
-        Collective(kind, size).sent(ranks) * times
-        for name, kind, size, times in rank.collectives
-        if name == group
-    )
+    calls = [call[1:] for call in rank.collectives if call[0] == group]
+    return sum(Collective(kind, size).sent(ranks) * times for kind, size, times in calls)

@@ -41,7 +41,8 @@ def record_rank(rank: int, *, run: RunConfig, layout: Layout, steps: int, folder
     torch.set_num_threads(1)  # the same in every layout
     measurement, record = RankMeasurement(), RankRecord()
     with measurement.timing_collectives():
-        device = join(rank, layout.world_size, rank, layout.device, f"file://{folder / 'store'}")
+        store, ranks = f"file://{folder / 'store'}", layout.world_size
+        device = join(rank=rank, world_size=ranks, local_rank=rank, device=layout.device, init_method=store)
         with measurement.tensors:
             engine = build_engine(run, layout, device)
             measurement.name_groups(engine)

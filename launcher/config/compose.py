@@ -145,10 +145,7 @@ def _refuse_unknown(config: DictConfig, schema: DictConfig, prefix: str, root: t
 
 
 def load_typed(path: Path, root: type[Config]) -> Config:
-    """Return the config that a run wrote to `path`, run.dir/config.yaml.
-
-    Raises ConfigError if the file is missing or was not written by a run.
-    """
+    """Return the config of a run from its config.yaml, `path`. Raises ConfigError if no run wrote it."""
     if not path.is_file():
         why = f"this is not a run directory, because it has no {path.name}"
         raise ConfigError("run.dir", path.parent, why, "run.dir=DIRECTORY of a run")

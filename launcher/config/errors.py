@@ -6,10 +6,7 @@ from functools import reduce
 
 
 class ConfigError(Exception):
-    """Raised for a setting that cannot work; states the field, its value, why, and what to try instead.
-
-    The command prints the message without a traceback and exits with code 2.
-    """
+    """A setting that cannot work: field, value, reason and remedy. The command prints it and exits with 2."""
 
     def __init__(self, field: str, value: object, why: str, remedy: str) -> None:
         self.field, self.value, self.why, self.remedy = field, value, why, remedy

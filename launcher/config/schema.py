@@ -59,10 +59,7 @@ class Pooling(Enum):
 
 
 class ActivationCheckpointing(Enum):
-    """What is recomputed in the backward pass: nothing, the attention core, or whole blocks.
-
-    `selective` is that of Korthikanti et al., arXiv 2205.05198, section 5.
-    """
+    """Recomputed in the backward pass: nothing, the attention core (arXiv 2205.05198), or whole blocks."""
 
     none = "none"
     selective = "selective"
@@ -132,17 +129,14 @@ class WandbMode(Enum):
 
 
 class Tasks(Enum):
-    """What srun starts: every rank (`per_rank`), or on each node one launcher that starts its ranks."""
+    """srun starts every rank (`per_rank`), or on each node a launcher that starts its ranks (`per_node`)."""
 
     per_rank = "per_rank"
     per_node = "per_node"
 
 
 class OnStop(Enum):
-    """What follows a job that is stopped before its run is done.
-
-    `requeue` the same job, `chain` a new job of the same script, or nothing (`end`).
-    """
+    """After an early stop: `requeue` the same job, `chain` a new job of the same script, or `end`."""
 
     requeue = "requeue"
     chain = "chain"
@@ -195,14 +189,14 @@ class ModelConfig:
 class ParallelismConfig:
     tensor: int = 1
     pipeline: int = 1
-    data: Optional[int] = None  # null: what the world leaves over
+    data: Optional[int] = None  # null: world size / (tensor x pipeline)
     zero_stage: int = 0
     sequence_parallel: bool = False
     offload_optimizer: bool = False
     offload_parameters: bool = False
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
     pipeline_schedule: PipelineSchedule = PipelineSchedule["1f1b"]
-    auto: bool = False  # choose all of these but the schedule, and the micro-batch
+    auto: bool = False  # choose the layout fields above (not the schedule) and the micro-batch size
 
 
 @dataclass
@@ -216,7 +210,7 @@ class PeakFlops:
 
 @dataclass
 class Point:
-    """Something per second, at some size."""
+    """A measured rate at one size."""
 
     size: float
     per_s: float
@@ -224,7 +218,7 @@ class Point:
 
 @dataclass
 class MeasuredProducts:
-    """FLOP/s of matrix products, by the FLOPs of one."""
+    """FLOP/s of matrix products by the FLOPs of a product."""
 
     fp32: list[Point] = field(default_factory=list)
     bf16: list[Point] = field(default_factory=list)
@@ -233,7 +227,7 @@ class MeasuredProducts:
 
 @dataclass
 class MeasuredCollective:
-    """Bytes per second, by bytes: of the tensor reduced or sent, of the whole gathered or scattered."""
+    """Bandwidth by size: of the reduced or sent tensor, or of the full gathered or scattered tensor."""
 
     kind: str = MISSING  # all_reduce, all_gather, reduce_scatter or send
     ranks: int = MISSING
@@ -242,25 +236,25 @@ class MeasuredCollective:
 
 @dataclass
 class Scale:
-    """What the operations of a model took, over what they take one by one."""
+    """Measured time of a model's operations, over the sum of their separately measured times."""
 
-    flops: float  # of a block and a micro-batch, forward and backward
+    flops: float  # per block and micro-batch, forward and backward
     factor: float
 
 
 @dataclass
 class MeasuredRates:
-    """What `launcher calibrate` measured on each of `ranks` ranks that share a machine, all at once."""
+    """Rates that `launcher calibrate` measured on each of `ranks` ranks of a machine at the same time."""
 
     ranks: int = MISSING
     products: MeasuredProducts = field(default_factory=MeasuredProducts)
-    elementwise: list[Point] = field(default_factory=list)  # bytes/s read and written, by bytes of a tensor
-    stream: float = MISSING  # bytes/s of an optimizer's update of much more than caches hold
-    operation_s: float = MISSING  # seconds that an operation takes whatever its size
-    step_s: float = 0.0  # seconds that a step takes whatever its model
-    micro_batch_s: float = 0.0  # and each of its micro-batches
-    zero_3_block_s: float = 0.0  # and each block, in each of them, under ZeRO-3
-    scales: list[Scale] = field(default_factory=list)  # by size of a model; none: 1
+    elementwise: list[Point] = field(default_factory=list)  # bytes/s read and written, by tensor size
+    stream: float = MISSING  # bytes/s of an optimizer update that exceeds the caches
+    operation_s: float = MISSING  # fixed seconds per operation
+    step_s: float = 0.0  # fixed seconds per step
+    micro_batch_s: float = 0.0  # fixed seconds per micro-batch
+    zero_3_block_s: float = 0.0  # fixed seconds per block and micro-batch under ZeRO-3
+    scales: list[Scale] = field(default_factory=list)  # by model size; empty: factor 1
     collectives: list[MeasuredCollective] = field(default_factory=list)
 
 
@@ -268,16 +262,17 @@ class MeasuredRates:
 class HardwareConfig:
     device: Device = Device.auto
     nodes: int = 1
-    accelerators_per_node: Optional[int] = None  # null: what is found (GPUs, or CPU cores)
-    memory_bytes: Optional[float] = None  # of one accelerator
+    accelerators_per_node: Optional[int] = None  # null: the GPUs or CPU cores of this machine
+    memory_bytes: Optional[float] = None  # memory of one accelerator
     peak_flops: PeakFlops = field(default_factory=PeakFlops)
     gemm_efficiency: Optional[float] = None  # share of the peak that large matrix products reach
-    memory_bandwidth_gb_s: Optional[float] = None  # of one accelerator's own memory
-    bandwidth_intra_node_gb_s: Optional[float] = None  # of one accelerator, one direction
-    bandwidth_inter_node_gb_s: Optional[float] = None  # of one accelerator, one direction
-    host_bandwidth_gb_s: Optional[float] = None  # between one accelerator and the host's memory
-    cores: Optional[int] = None  # that CPU ranks share; null: one for each
-    measured: list[MeasuredRates] = field(default_factory=list)  # by number of ranks; in place of the above
+    memory_bandwidth_gb_s: Optional[float] = None  # device memory of one accelerator
+    bandwidth_intra_node_gb_s: Optional[float] = None  # per accelerator, one direction
+    bandwidth_inter_node_gb_s: Optional[float] = None  # per accelerator, one direction
+    host_bandwidth_gb_s: Optional[float] = None  # between one accelerator and host memory
+    cores: Optional[int] = None  # cores that the CPU ranks share; null: one core per rank
+    # One entry per number of ranks; replaces the rates above.
+    measured: list[MeasuredRates] = field(default_factory=list)
 
 
 @dataclass
@@ -285,20 +280,20 @@ class DataConfig:
     source: CorpusSource = MISSING
     # text: a glob of files; tokens: NAME of NAME.bin and NAME.idx, or a glob; image_folder: a directory
     train: Optional[str] = None
-    validation: Optional[str] = None  # as `train`; null: a fraction of what `train` names
+    validation: Optional[str] = None  # like `train`; null: a fraction of the training data
     validation_fraction: float = 0.05
-    test: Optional[str] = None  # tokens, images: as `train`; null: a fraction of it, if that is above 0
+    test: Optional[str] = None  # tokens, images: like `train`; null: test_fraction of the training data
     test_fraction: float = 0.0
-    # A blend of token files, by names of your own, instead of `train`.
-    sources: dict[str, str] = field(default_factory=dict)  # each as `train`
-    weights: dict[str, float] = field(default_factory=dict)  # of samples, relative to each other
-    validation_sources: dict[str, str] = field(default_factory=dict)  # each as `validation`
+    # A blend of token files instead of `train`. You choose the names.
+    sources: dict[str, str] = field(default_factory=dict)  # each like `train`
+    weights: dict[str, float] = field(default_factory=dict)  # relative numbers of samples
+    validation_sources: dict[str, str] = field(default_factory=dict)  # each like `validation`
     sequence_length: Optional[int] = None  # null: model.max_sequence_length
     document_attention: bool = False  # attention and positions stop where a document ends
-    end_of_document: Optional[int] = None  # tokens: the id that ends each document; bytes end with 0
+    end_of_document: Optional[int] = None  # tokens: id that ends each document; in bytes it is 0
     tokenizer: Optional[str] = None  # tokens: a tokenizer.json; null: NAME.tokenizer.json beside the files
-    num_workers: int = 1  # threads of each rank that read ahead; 0: the step reads
-    prefetch: int = 2  # global batches that they are ahead
+    num_workers: int = 1  # reader threads per rank; 0: the step reads
+    prefetch: int = 2  # global batches that are read ahead
 
 
 @dataclass
@@ -306,7 +301,7 @@ class OptimizerConfig:
     name: OptimizerName = MISSING
     lr: float = MISSING
     weight_decay: float = 0.0
-    gradient_clipping: Optional[float] = 1.0  # of the global L2 norm; null: off
+    gradient_clipping: Optional[float] = 1.0  # maximum global L2 norm; null: no clipping
     beta1: Optional[float] = None  # adamw
     beta2: Optional[float] = None  # adamw
     epsilon: Optional[float] = None  # adamw
@@ -318,13 +313,13 @@ class SchedulerConfig:
     name: SchedulerName = MISSING
     warmup_steps: int = 0
     decay_steps: Optional[int] = None  # wsd: length of the final decay
-    min_lr_ratio: float = 0.0  # of optimizer.lr, where the decay ends
+    min_lr_ratio: float = 0.0  # final learning rate / optimizer.lr
 
 
 @dataclass
 class PrecisionConfig:
     dtype: Dtype = MISSING
-    initial_loss_scale_power: int = 16  # fp16: the first dynamic loss scale is 2 to this
+    initial_loss_scale_power: int = 16  # fp16: the first loss scale is 2 to this power
 
 
 @dataclass
@@ -356,32 +351,32 @@ class TrainingConfig:
 
 @dataclass
 class CheckpointConfig:
-    """When a run's state is saved, what is kept, and what a run starts from.
+    """Saving a run's state, the checkpoints to keep, and the start of a run.
 
-    Saved at the end too, whatever the interval. `resume`: `auto` goes on from the newest checkpoint in
-    run.dir, if there is one; `none` never does; a path names a checkpoint, or a run's directory (its newest).
-    `init_from` is either of these, what `launcher import` made, or a Hugging Face directory.
+    The end of a run saves too. `resume`: `auto` resumes from the newest checkpoint in run.dir, if there is
+    one; `none` starts anew; a path names a checkpoint, or the directory of a run. `init_from` also takes the
+    result of `launcher import`, or a Hugging Face directory.
     """
 
     enabled: bool = True
     interval_steps: Optional[int] = None
     interval_minutes: Optional[float] = 15.0
     keep_last: int = 2
-    keep_every_steps: Optional[int] = None  # those of a multiple of this step are never deleted
-    keep_best: bool = True  # of those saved right after a validation, the one with the lowest loss
-    stop_grace_seconds: Optional[float] = 60.0  # told to stop: to save in before the end; null: no save
-    asynchronous: bool = True  # written behind training; false: the step waits
-    stop_on_error: bool = False  # when one cannot be written, as on a full disk; else the run goes on
+    keep_every_steps: Optional[int] = None  # never delete checkpoints at a multiple of this step
+    keep_best: bool = True  # keep the checkpoint with the lowest validation loss
+    stop_grace_seconds: Optional[float] = 60.0  # seconds a stopped run may use to save; null: no save
+    asynchronous: bool = True  # write while training continues; false: the step waits
+    stop_on_error: bool = False  # end the run if a checkpoint cannot be written
     max_file_gb: float = 2.0  # in 1e9 bytes
     resume: str = "auto"
-    init_from: Optional[str] = None  # weights that a fresh run begins with
-    fallback: bool = False  # an unusable checkpoint: take the newest intact one before it
-    new_blend: bool = False  # of data.sources: may differ from the checkpoint's, and counts from there on
+    init_from: Optional[str] = None  # initial weights of a new run
+    fallback: bool = False  # replace an unusable checkpoint by the newest intact one before it
+    new_blend: bool = False  # allow another blend than the checkpoint's, from the resumed sample on
 
 
 @dataclass
 class VerifyConfig:
-    """What `launcher verify` does besides the run it is given."""
+    """Settings of `launcher verify` besides the run."""
 
     steps: int = 3
     device: Device = Device.cpu  # cuda: the layout's ranks on this machine's GPUs, the reference on CPU
@@ -390,31 +385,31 @@ class VerifyConfig:
 
 @dataclass
 class PlanConfig:
-    """What `launcher plan` shows, and what training does with it."""
+    """Settings of `launcher plan`, and of the plan before training."""
 
     enforce: bool = True  # training refuses a run that cannot fit
-    tokens: Optional[float] = None  # that the days are told for; null: those of training.steps
-    trace: bool = False  # hold the formulas against the real modules
-    figure: Optional[str] = None  # a picture: a .png, .svg or .pdf file
+    tokens: Optional[float] = None  # training tokens of the estimated days; null: tokens of training.steps
+    trace: bool = False  # compare the formulas with the traced modules
+    figure: Optional[str] = None  # a .png, .svg or .pdf file
 
 
 @dataclass
 class LaunchConfig:
-    """How ranks are watched."""
+    """Supervision of ranks."""
 
-    timeout_minutes: float = 30.0  # no step, validation or collective takes longer: the run is hung, and ends
+    timeout_minutes: float = 30.0  # end the run if a step, validation or collective takes longer
 
 
 @dataclass
 class SlurmConfig:
-    """What `launcher submit` asks of Slurm; null leaves it to the cluster. A shell runs none of it."""
+    """Settings of `launcher submit`; null leaves a setting to the cluster. No shell interprets a value."""
 
     job_name: str = "launcher"
     partition: Optional[str] = None
     account: Optional[str] = None
     qos: Optional[str] = None
     time: Optional[str] = None  # minutes, [HOURS:]MINUTES:SECONDS or DAYS-HOURS[:MINUTES[:SECONDS]]
-    nodes: Optional[str] = None  # null: hardware.nodes; MIN-MAX: also on fewer than those
+    nodes: Optional[str] = None  # null: hardware.nodes; MIN-MAX: a range, the run uses what it gets
     gpus_per_node: Optional[str] = None  # null: hardware.accelerators_per_node; or TYPE:NUMBER
     cpus_per_task: Optional[int] = None
     mem: Optional[str] = None  # of a node
@@ -424,12 +419,12 @@ class SlurmConfig:
     output: str = "slurm-%j.out"
     tasks: Tasks = Tasks.per_rank
     on_stop: OnStop = OnStop.requeue
-    signal_seconds: int = 120  # before the time limit the run is told to stop, and saved
-    max_parallel: Optional[int] = None  # jobs of a --multirun at a time
+    signal_seconds: int = 120  # time before the limit at which the run is stopped and saved
+    max_parallel: Optional[int] = None  # jobs of a --multirun that run at the same time
     modules: list[str] = field(default_factory=list)  # to `module load`
     environment: dict[str, str] = field(default_factory=dict)  # variables to set
-    container: list[str] = field(default_factory=list)  # the words of a command that runs `launcher` inside
-    python: Optional[str] = None  # that runs the job, null: the one that submits it
+    container: list[str] = field(default_factory=list)  # command that runs `launcher` inside
+    python: Optional[str] = None  # Python that runs the job; null: the Python that submits it
     sbatch: list[str] = field(default_factory=list)  # further options, such as --mail-type=END
     srun: list[str] = field(default_factory=list)  # further options, such as --cpu-bind=none
 
@@ -441,7 +436,7 @@ class SubmitConfig:
 
 @dataclass
 class RunDirConfig:
-    dir: Optional[str] = None  # null: a fresh one under runs/
+    dir: Optional[str] = None  # null: a new directory under runs/
 
 
 @dataclass
@@ -462,43 +457,45 @@ class RunConfig:
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
     submit: SubmitConfig = field(default_factory=SubmitConfig)
     run: RunDirConfig = field(default_factory=RunDirConfig)
-    deepspeed: dict[str, Any] = field(default_factory=dict)  # passed through, over what we emit
+    deepspeed: dict[str, Any] = field(
+        default_factory=dict
+    )  # passed to DeepSpeed, over the config of the launcher
 
 
 @dataclass
 class PlannedRunConfig(RunConfig):
-    """What `launcher plan` takes: a run, and how to print its plan."""
+    """A run and the format of its plan, for `launcher plan`."""
 
     format: OutputFormat = OutputFormat.table
 
 
 @dataclass
 class CompareConfig:
-    """What `launcher compare` does besides the run it is given."""
+    """Settings of `launcher compare` besides the run."""
 
-    layouts: list[str] = field(default_factory=list)  # by name; none: all that there are
+    layouts: list[str] = field(default_factory=list)  # names of layouts; empty: all layouts
     ranks: int = 4
-    steps: int = 8  # that are timed, after two whose memory and traffic are counted
+    steps: int = 8  # timed steps; steps before them measure memory and traffic
     figure: Optional[str] = "compare.png"
-    report: Optional[str] = None  # everything measured and planned, as JSON
+    report: Optional[str] = None  # JSON file of all measured and planned values
 
 
 @dataclass
 class ComparedRunConfig(RunConfig):
-    """What `launcher compare` takes: a run, and how to compare its layouts."""
+    """A run and the settings of its comparison, for `launcher compare`."""
 
     compare: CompareConfig = field(default_factory=CompareConfig)
 
 
 @dataclass
 class GenerateConfig:
-    """What `launcher generate` takes."""
+    """Settings of `launcher generate`."""
 
     run: RunDirConfig = field(default_factory=RunDirConfig)
     prompt: str = "import "
-    tokenizer: Optional[str] = None  # a tokenizer.json; null: what the run recorded
+    tokenizer: Optional[str] = None  # a tokenizer.json; null: the tokenizer that the run recorded
     max_new_tokens: int = 200
-    temperature: float = 0.8  # 0: always the likeliest token
+    temperature: float = 0.8  # 0: always the most likely token
     top_k: int = 50  # 0: off
     seed: int = 0
 
@@ -510,7 +507,7 @@ class TokenizerTraining(Enum):
 
 
 class BadLines(Enum):
-    """What `launcher prepare` does about a line that holds no text: end there, or leave it out."""
+    """For a line without text, `launcher prepare` stops (`fail`) or leaves it out (`skip`)."""
 
     fail = "fail"
     skip = "skip"
@@ -518,52 +515,48 @@ class BadLines(Enum):
 
 @dataclass
 class TokenizerConfig:
-    """What turns text into tokens: a tokenizer.json, one made of the text itself, or neither: bytes."""
+    """The tokenizer: a tokenizer.json, a new one trained on the text, or neither, for bytes."""
 
-    path: Optional[str] = None  # of a tokenizer.json of Hugging Face's tokenizers
+    path: Optional[str] = None  # a tokenizer.json of Hugging Face tokenizers
     train: Optional[TokenizerTraining] = None
-    train_mb: float = 512.0  # of text that it is made of, from the beginning of every file alike; 1e6 bytes
-    end_of_document: Optional[str] = (
-        None  # the token that ends each; null: <|endoftext|> or another usual one
-    )
+    train_mb: float = 512.0  # MB (1e6 bytes) of training text, from the start of every file
+    # Token that ends each document; null: <|endoftext|> or another usual token.
+    end_of_document: Optional[str] = None
 
 
 @dataclass
 class PrepareConfig:
-    """What `launcher prepare` takes besides what to read and what to write."""
+    """Settings of `launcher prepare` besides input and output."""
 
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    vocab: int = 32000  # tokens, for tokenizer.train
-    text_field: str = "text"  # of a line of JSON; a Parquet file's column
+    vocab: int = 32000  # vocabulary size for tokenizer.train
+    text_field: str = "text"  # field of a JSON line, or column of a Parquet file
     bad_lines: BadLines = BadLines.fail
-    max_line_mb: float = 256.0  # a longer line is a bad one; 1e6 bytes
+    max_line_mb: float = 256.0  # a longer line counts as a bad line; 1e6 bytes
     workers: Optional[int] = None  # processes; null: one per core
 
 
 @dataclass
 class CalibrateConfig:
-    """What `launcher calibrate` takes."""
+    """Settings of `launcher calibrate`."""
 
-    name: str = "this_machine"  # of the hardware config
-    dir: str = "my_conf"  # for --config-dir; the config goes to DIR/hardware/NAME.yaml
-    rounds: int = 5  # of everything, one after the other; their medians count
+    name: str = "this_machine"  # name of the hardware config
+    dir: str = "my_conf"  # directory for --config-dir; writes DIR/hardware/NAME.yaml
+    rounds: int = 5  # repetitions of each measurement; the median is used
     most_ranks: Optional[int] = None  # null: twice the cores, or all GPUs
 
 
 @dataclass
 class ExchangeConfig:
-    """What `launcher export` and `launcher import` take besides the two directories."""
+    """Settings of `launcher export` and `launcher import` besides the two directories."""
 
-    dtype: Dtype = Dtype.fp32  # that export writes
+    dtype: Dtype = Dtype.fp32  # dtype of the exported weights
     max_file_gb: float = 2.0  # in 1e9 bytes
 
 
 @cache
 def register_schema() -> None:
-    """Give Hydra the typed roots that the files of conf/ itself start from.
-
-    And the resolver `sweep_dir`: where a --multirun keeps its record, beside the directories of its runs.
-    """
+    """Register the typed roots of conf/, and `sweep_dir`, the resolver for the record of a --multirun."""
     OmegaConf.register_new_resolver("sweep_dir", lambda run_dir: run_dir or "runs", replace=True)
     roots = {
         "run": RunConfig, "plan": PlannedRunConfig, "compare": ComparedRunConfig, "generate": GenerateConfig,

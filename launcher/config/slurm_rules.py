@@ -42,10 +42,7 @@ def check_slurm(run: RunConfig) -> None:
 
 
 def check_submission(run: RunConfig) -> int:
-    """Check the settings for a submitted job and return its ranks per node.
-
-    Raises ConfigError if they do not state the hardware, or if nodes, GPUs and layout do not match.
-    """
+    """Check a job; return its ranks per node. Raises ConfigError if nodes, GPUs and layout disagree."""
     check_slurm(run)
     h, s = run.hardware, run.slurm
     why = "the hardware of the cluster's nodes is unknown on this machine"

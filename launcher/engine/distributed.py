@@ -37,7 +37,7 @@ def prepare_deepspeed(device: str) -> None:
 
 
 def join(
-    rank: int, world_size: int, local_rank: int, device: str, init_method: str, timeout_minutes: float = 30.0
+    *, rank: int, world_size: int, local_rank: int, device: str, init_method: str, timeout_minutes: float = 30
 ) -> torch.device:
     """Initialise torch.distributed and DeepSpeed; return the device. Collective over the world."""
     import deepspeed

@@ -9,8 +9,8 @@
    before and after that.
 4. At the next step at which the ranks agree, all ranks learn that a rank was asked to stop, save that step
    and leave the training loop (runtime/saving.py: which step; runtime/agreement.py: how).
-5. The rank records its end if `launcher job` asked for it (launch/records.py). Such a rank exits with 0, because
-   srun would end the tasks that are still saving. Any other rank exits with 143 (runtime/start.py).
+5. The rank records its end if `launcher job` asked for it (launch/records.py). Such a rank exits with 0,
+   because srun would end the tasks that are still saving. Any other rank exits with 143 (runtime/start.py).
 6. `launcher` exits with 128 + the signal (launch/local.py). `launcher job` requeues the job or submits the
    next (runtime/slurm_job.py). The same command resumes from the checkpoint (runtime/resume.py).
 """

@@ -50,10 +50,7 @@ def _first_layer_parameters(model: ModelConfig) -> int:
 
 
 def reduce_bucket(model: ModelConfig) -> int:
-    """Return the elements of the bucket for gradient reduction: DeepSpeed's default, or all parameters.
-
-    DeepSpeed allocates the whole bucket, 2 GB in fp32, however small the model.
-    """
+    """Return the elements of the reduction bucket, which DeepSpeed allocates whole: at most its default."""
     return min(500_000_000, parameters(model))
 
 

@@ -1,4 +1,4 @@
-"""What every layer of a model shares: tensor-parallel group, dropout masks, recomputation, documents."""
+"""State that all layers of a model share: tensor-parallel group, dropout, recomputation, documents."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -70,8 +70,5 @@ def recompute(function: Callable[..., Tensor], context: BlockContext, *inputs: T
 
 
 def residual_draw(model: ModelConfig) -> DrawFunction:
-    """Return the draw for projections that write to the residual stream.
-
-    Normal with deviation init_std / sqrt(2 layers), as in GPT-2 (Radford et al., 2019).
-    """
+    """Return the draw of projections into the residual stream: init_std / sqrt(2 layers), as in GPT-2."""
     return normal(model.init_std / (2 * model.num_layers) ** 0.5)

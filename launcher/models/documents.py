@@ -27,10 +27,7 @@ class Documents:
 
 
 def attention_mask(ends: Tensor) -> Tensor:
-    """Return the mask (B, 1, T, T), causal and within a document, from `ends` (B, T).
-
-    `ends` is true at the last token of a document.
-    """
+    """Return the causal mask (B, 1, T, T) within documents; `ends` (B, T) marks their last tokens."""
     documents = ends.cumsum(1) - ends.long()
     same = documents[:, :, None] == documents[:, None, :]
     return same.tril().unsqueeze(1)

@@ -26,10 +26,7 @@ def language_loss(model: ModelConfig, tp: TensorParallel) -> Loss:
 
 
 class ClassificationLoss:
-    """Mean cross-entropy: (logits (B, 1, classes/tp), labels (B, 1)) -> nats per image.
-
-    Also counts correct answers while gradients are off, as in validation.
-    """
+    """(logits (B, 1, classes/tp), labels (B, 1)) -> nats per image. Without gradients, counts hits too."""
 
     def __init__(self, model: ModelConfig, tp: TensorParallel) -> None:
         self._classes, self._axis = model.num_classes, tp.axis

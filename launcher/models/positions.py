@@ -35,10 +35,7 @@ class LearnedPositions(nn.Module):
 
 
 def rotate(x: Tensor, theta: float) -> Tensor:
-    """Rotate each channel pair of (B, heads, T, D) by its position (Su et al., arXiv 2104.09864).
-
-    Channel i is paired with channel i + D/2, as in Llama.
-    """
+    """Rotate channels i and i + D/2 of (B, heads, T, D) by their position (Su et al., arXiv 2104.09864)."""
     length, size = x.shape[-2:]
     frequencies = theta ** -(torch.arange(0, size, 2, device=x.device, dtype=torch.float32) / size)
     angles = torch.arange(length, device=x.device, dtype=torch.float32).outer(frequencies)

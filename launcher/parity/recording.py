@@ -18,7 +18,7 @@ from launcher.parallel.mesh import Axis
 from launcher.parallel.sharding import logical_of
 from launcher.parity.dropout import recorded_draws, write_draws
 from launcher.parity.outputs import OutputRecorder
-from launcher.parity.reference import Batch, probe_batches
+from launcher.parity.reference import GlobalBatch, probe_batches
 from launcher.parity.step_trace import StepTrace, write_trace
 
 
@@ -102,7 +102,7 @@ def spread(value: Tensor, group: dist.ProcessGroup | None) -> float:
     return float((highest - lowest).max())
 
 
-def rank_batches(run: RunConfig, engine: Engine, batch: Batch) -> MicroBatches:
+def rank_batches(run: RunConfig, engine: Engine, batch: GlobalBatch) -> MicroBatches:
     """Return this data rank's micro-batches of a global batch."""
     inputs, labels = (tensor.numpy() for tensor in batch)
     indices = sampler.sample_indices(

@@ -26,11 +26,13 @@ from launcher.config.schema import (
 from launcher.config.shape import end_of_document, sequence_length, vision_tokens
 from launcher.parity.step_trace import StepTrace, Weights
 
-Batch = tuple[Tensor, Tensor]  # inputs and labels of a whole step: tokens (G, T) twice, or images and classes
+GlobalBatch = tuple[
+    Tensor, Tensor
+]  # inputs and labels of a whole step: tokens (G, T) twice, or images and classes
 
 
 def reference_trace(
-    run: RunConfig, weights: Weights, batches: list[Batch], follow: list[StepTrace] | None = None
+    run: RunConfig, weights: Weights, batches: list[GlobalBatch], follow: list[StepTrace] | None = None
 ) -> list[StepTrace]:
     """Train from `weights` in fp32, each global batch in one piece, and return the trace of every step.
 
@@ -54,7 +56,9 @@ def _take(parameters: Weights, weights: Weights) -> None:
         parameters[name].copy_(weights[name])
 
 
-def _step(run: RunConfig, parameters: Weights, optimizer: torch.optim.Optimizer, batch: Batch) -> StepTrace:
+def _step(
+    run: RunConfig, parameters: Weights, optimizer: torch.optim.Optimizer, batch: GlobalBatch
+) -> StepTrace:
     outputs: Weights = {}
     inputs, labels = batch
     logits = forward(parameters, run.model, inputs, outputs, documents(run, inputs))
@@ -142,7 +146,7 @@ def forward(w: Weights, model: ModelConfig, inputs: Tensor, outputs: Weights, sp
 
 
 def _patches(w: Weights, model: ModelConfig, images: Tensor) -> Tensor:
-    """A convolution whose stride is the patch size."""
+    """Return the convolution with the patch size as its stride, (B, T, H)."""
     size = model.patch_size
     kernel = w["patches.weight"].view(-1, model.image_channels, size, size)
     x = F.conv2d(images.float() * (2 / 255) - 1, kernel, w["patches.bias"], stride=size)
@@ -207,7 +211,7 @@ def _mixed(model: ModelConfig, fused: Tensor) -> Tensor:
 
 
 def _rotated(x: Tensor, theta: float) -> Tensor:
-    """Turn each pair (x_i, x_{i + D/2}) at position t by the angle t theta^(-2i/D), as complex numbers."""
+    """Rotate each pair (x_i, x_{i + D/2}) at position t by t theta^(-2i/D), as complex numbers."""
     length, size = x.shape[-2:]
     pairs = torch.complex(x[..., : size // 2], x[..., size // 2 :])
     frequencies = theta ** (-torch.arange(0, size, 2, dtype=torch.float32) / size)
@@ -222,7 +226,7 @@ def _mlp(w: Weights, name: str, model: ModelConfig, x: Tensor, outputs: Weights)
 
 
 def _gelu(w: Weights, name: str, model: ModelConfig, x: Tensor, outputs: Weights) -> Tensor:
-    """The tanh form of Hendrycks & Gimpel, arXiv 1606.08415."""
+    """Return GELU in its tanh form (Hendrycks & Gimpel, arXiv 1606.08415)."""
     y = _linear(w, f"{name}.up", x, model.biases.up, outputs)
     return 0.5 * y * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (y + 0.044715 * y**3)))
 
@@ -232,7 +236,7 @@ def _swiglu(w: Weights, name: str, model: ModelConfig, x: Tensor, outputs: Weigh
     return gate * torch.sigmoid(gate) * up
 
 
-def probe_batches(run: RunConfig) -> Iterator[Batch]:
+def probe_batches(run: RunConfig) -> Iterator[GlobalBatch]:
     """Yield a random global batch per step of verify, as a function of the seed.
 
     Where attention stops at documents, about every fourth token ends a document.

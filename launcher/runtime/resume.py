@@ -7,7 +7,7 @@ from launcher.checkpoint.load import damaged_file_on_any_rank, load_initial_weig
 from launcher.checkpoint.manifest import DAMAGED, Manifest, UnusableCheckpoint, read_manifest
 from launcher.checkpoint.read import open_weights
 from launcher.checkpoint.resume_choice import check_can_resume, check_same_corpus, fallback_checkpoint
-from launcher.checkpoint.sources import Kind, Weights
+from launcher.checkpoint.sources import WeightsKind, WeightSource
 from launcher.config.errors import ConfigError, as_typed
 from launcher.config.schema import RunConfig
 from launcher.data.blend import Segment
@@ -51,7 +51,11 @@ class Start:
 
 
 def start_from(
-    run: RunConfig, engine: Engine, checkpoint: Path | None, initial: Weights | None, corpus: dict[str, str]
+    run: RunConfig,
+    engine: Engine,
+    checkpoint: Path | None,
+    initial: WeightSource | None,
+    corpus: dict[str, str],
 ) -> Start:
     """Restore `checkpoint`, or an older one if it is damaged, else load `initial`. Collective."""
     while checkpoint is not None:
@@ -61,7 +65,7 @@ def start_from(
             checkpoint = fallback_checkpoint(run, unusable)
     if initial is not None:
         try:
-            if initial.kind is Kind.checkpoint:  # other weights have no checksums
+            if initial.kind is WeightsKind.checkpoint:  # other weights have no checksums
                 check_checksums(initial.path, read_manifest(initial.path))
             load_initial_weights(engine, open_weights(initial))
         except UnusableCheckpoint as unusable:

@@ -17,7 +17,7 @@ from launcher import __version__
 from launcher.checkpoint.companions import carry_companions
 from launcher.checkpoint.final import final_step
 from launcher.checkpoint.resume_choice import checkpoint_to_resume
-from launcher.checkpoint.sources import Weights, check_model_is, weights_at
+from launcher.checkpoint.sources import WeightSource, check_model_is, weights_at
 from launcher.config.errors import ConfigError
 from launcher.config.layout import Layout
 from launcher.config.run_format import FORMAT, IDENTITY, check_format
@@ -35,7 +35,7 @@ class RunDir:
     path: Path
     run_id: str
     checkpoint: Path | None = None  # to resume from
-    initial: Weights | None = None  # to begin with if there is no checkpoint
+    initial: WeightSource | None = None  # to begin with if there is no checkpoint
 
     @property
     def logs(self) -> Path:
@@ -93,7 +93,7 @@ def _claim(run: RunConfig, layout: Layout, path: Path, run_id: str) -> RunDir:
     return RunDir(path.resolve(), run_id, checkpoint, initial)
 
 
-def _beginning(run: RunConfig, path: Path) -> tuple[Path | None, Weights | None]:
+def _beginning(run: RunConfig, path: Path) -> tuple[Path | None, WeightSource | None]:
     """Return the checkpoint to resume from or else the weights to begin with, if any. Raises ConfigError."""
     checkpoint = start_of(run, path)
     if checkpoint or run.checkpoint.init_from is None:

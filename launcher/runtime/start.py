@@ -144,8 +144,10 @@ def run_rank(
     prepare_deepspeed(layout.device)
     from launcher.runtime.train import training_run
 
-    minutes = run.launch.timeout_minutes
-    device = join(rank, layout.world_size, local_rank, layout.device, init_method, minutes)
+    device = join(
+        rank=rank, world_size=layout.world_size, local_rank=local_rank, device=layout.device,
+        init_method=init_method, timeout_minutes=run.launch.timeout_minutes,
+    )  # fmt: skip
     with claimed as directory:
         finished = training_run(run, layout, directory, device, stop)
     leave()

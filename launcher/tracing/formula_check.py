@@ -50,16 +50,9 @@ def compare_stage(run: RunConfig, layout: Layout, rank: Rank, chunk: int) -> lis
         FormulaCheck(rank.stage, name, getattr(expected, name), getattr(traced, name)) for name in names
     ]
     for kind in ("all_reduce", "all_gather", "reduce_scatter"):
-        sizes = [
-            sum(
-                collective.size * count
-                for collective, count in side.traffic.items()
-                if collective.kind == kind
-            )
-            for side in (expected, traced)
-        ]
-        if any(sizes):
-            checks.append(FormulaCheck(rank.stage, f"{kind} over the tensor group", *sizes))
+        formula, counted = expected.bytes_by(kind), traced.bytes_by(kind)
+        if formula or counted:
+            checks.append(FormulaCheck(rank.stage, f"{kind} over the tensor group", formula, counted))
     return checks
 
 

@@ -19,21 +19,20 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
 from launcher.config.layout import Layout
-from launcher.config.schema import Dtype, InputKind, RunConfig
+from launcher.config.schema import InputKind, RunConfig
 from launcher.config.shape import end_of_document, sequence_length
 from launcher.engine.allocations import Allocations
 from launcher.models.architecture import FlatModel, model_layers, model_loss
 from launcher.models.blocks import TransformerBlock
 from launcher.models.context import BlockContext
 from launcher.models.documents import Documents
+from launcher.parallel.dtypes import TORCH_DTYPES
 from launcher.parallel.layers import TensorParallel
 from launcher.parallel.mesh import Axis, MeshShape
 from launcher.parallel.random import DropoutRandom
 from launcher.parallel.sharding import DrawFunction, Initializer, LogicalTensor
 from launcher.planning.cost.geometry import Rank
 from launcher.planning.cost.operations import Collective
-
-DTYPES = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16, Dtype.fp16: torch.float16}
 
 
 @dataclass(frozen=True)
@@ -45,6 +44,9 @@ class StageTrace:
     saved: int  # between the forward and the backward pass
     peak: int  # without the weights and their accumulated gradients
     traffic: Counter[Collective]  # over the tensor group
+
+    def bytes_by(self, kind: str) -> int:
+        return sum(call.size * count for call, count in self.traffic.items() if call.kind == kind)
 
 
 def trace_stage(run: RunConfig, layout: Layout, rank: Rank, chunk: int = 0) -> StageTrace:
@@ -93,7 +95,7 @@ def _one_micro_batch(
     else:
         local_length = length // p.tensor if p.sequence_parallel else length
         shape = batch, local_length, run.model.hidden_size
-        inputs = torch.empty(shape, dtype=DTYPES[run.precision.dtype], requires_grad=True)
+        inputs = torch.empty(shape, dtype=TORCH_DTYPES[run.precision.dtype], requires_grad=True)
     if stage.has_head:
         labels = torch.empty(batch, 1 if run.model.inputs is InputKind.patches else length, dtype=torch.long)
         output = module(inputs, labels)
@@ -127,7 +129,7 @@ def _stage(run: RunConfig, rank: Rank, chunk: int, axis: Axis) -> FlatModel:
     start = 0 if stage.has_embedding else front + stage.first_block
     stop = len(layers) if stage.has_head else front + stage.first_block + stage.blocks
     # Fake parameters do not support `.to()`.
-    torch.set_default_dtype(DTYPES[run.precision.dtype])
+    torch.set_default_dtype(TORCH_DTYPES[run.precision.dtype])
     try:
         return FlatModel(layers[start:stop], model_loss(run.model, context), documents)
     finally:

@@ -20,7 +20,7 @@ from launcher.checkpoint.exchange import export, import_
 from launcher.checkpoint.huggingface import NotConvertible, adapter_of
 from launcher.checkpoint.manifest import checkpoints_in
 from launcher.checkpoint.read import CheckpointReader, HuggingFaceReader
-from launcher.checkpoint.sources import Kind, weights_at
+from launcher.checkpoint.sources import WeightsKind, weights_at
 from launcher.config.errors import ConfigError
 from launcher.config.layout import resolve_layout
 from launcher.config.schema import (
@@ -153,7 +153,7 @@ def test_logits_agree_after_import_and_after_export(
     import_(weights_at(theirs(name), "x"), tmp_path / "ours", OPTIONS)
     ours = weights_at(tmp_path / "ours", "x")
     assert (ours.kind, replace(ours.model, init_std=0.3, rope_theta=0)) == (
-        Kind.checkpoint,
+        WeightsKind.checkpoint,
         replace(model, num_kv_heads=ours.model.num_kv_heads, rope_theta=0),
     )
     stored = {key.split("/")[1]: tensor for key, tensor in tensors_in(ours.path).items()}

@@ -88,10 +88,7 @@ class Adapter:
         }  # fmt: skip
 
     def plain_name(self, name: str, model: ModelConfig) -> str | None:
-        """Return the name of a stored tensor in `entries`; None for a tensor that is no weight.
-
-        OpenAI's own GPT-2 files lack the prefix, and store the causal mask beside the weights.
-        """
+        """Return the name in `entries` of a stored tensor; None for a mask. OpenAI writes no prefix."""
         if name.endswith((".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")):
             return None
         if name == "lm_head.weight":

@@ -220,10 +220,7 @@ def peak(run: RunConfig, layout: Layout) -> int:
 
 
 def _fullest(ranks: tuple[Rank, ...]) -> Iterable[Rank]:
-    """Return ranks that may need most memory: of equal ranks the first, with most micro-batches in flight.
-
-    Under DualPipeV all ranks have the same number in flight.
-    """
+    """Return one rank of each kind, with most micro-batches in flight; under DualPipeV all have the same."""
     return {kind_of(rank): rank for rank in reversed(ranks)}.values()
 
 

@@ -6,7 +6,7 @@ from launcher.planning.cost.sizes import Sizes
 
 
 def attention(s: Sizes) -> list[Operation]:
-    """From the fused projection `qkv` to the mixed values of all heads."""
+    """Return the operations from the fused projection `qkv` to the mixed values of all heads."""
     operations = _rotation(s) if s.rotates else []
     inputs = ("rotated", "qkv") if s.rotates else ("qkv",)
     operations += stored_scores(s, inputs) if s.stores_scores else [fused_attention(s, inputs)]
@@ -36,7 +36,7 @@ def _gradients(s: Sizes) -> tuple[int, ...]:
 
 
 def fused_attention(s: Sizes, inputs: tuple[str, ...]) -> Operation:
-    """FlashAttention (Dao et al., arXiv 2205.14135): keeps a number per row and recomputes the scores."""
+    """Return FlashAttention (arXiv 2205.14135): keeps a number per row and recomputes the scores."""
     product = Matmul(s.length, s.length, s.head_size, s.micro_batch * s.heads)
     return Operation(
         "core", inputs, s.query, saves=(*inputs, "core"), extra=FP32 * s.tokens * s.heads + s.mask,
@@ -48,7 +48,7 @@ def fused_attention(s: Sizes, inputs: tuple[str, ...]) -> Operation:
 
 
 def stored_scores(s: Sizes, inputs: tuple[str, ...]) -> list[Operation]:
-    """torch's math kernel: keeps the softmax of the scores; with dropout also the mask and the result."""
+    """Return torch's math kernel: keeps the scores' softmax; with dropout also the mask and the result."""
     product = Matmul(s.length, s.length, s.head_size, s.micro_batch * s.heads)
     low = s.dtype is not Dtype.fp32
     copies = 3 * s.query // s.element * FP32  # queries, keys and values, repeated for their group

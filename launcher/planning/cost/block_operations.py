@@ -10,7 +10,7 @@ from launcher.planning.cost.sizes import Sizes
 
 
 def block(s: Sizes) -> list[Operation]:
-    """From `input` to the residual sum `output`, as models/blocks.py computes it."""
+    """Return the operations from `input` to the residual sum `output`, as models/blocks.py computes it."""
     core, query_columns = attention(s), s.heads * s.head_size
     qkv_columns = query_columns + 2 * s.kv_heads * s.head_size
     mlp_columns = s.ffn_hidden_size // s.tensor

@@ -7,7 +7,7 @@ from launcher.planning.cost.sizes import Sizes
 
 
 def embedding(s: Sizes) -> list[Operation]:
-    """From token ids or images to `embedded`, then learned positions if the model has them."""
+    """Return the operations from token ids or images to `embedded`, and learned positions."""
     first = _patches(s) if s.is_vision else [_lookup(s)]
     return first if s.rotates else [*first, _positions(s, first[-1].name), *dropout(s, "positions")]
 
@@ -24,7 +24,7 @@ def _positions(s: Sizes, x: str) -> Operation:
 
 
 def head(s: Sizes) -> list[Operation]:
-    """The final norm, pooling for images, and the projection to this rank's logits."""
+    """Return the final norm, the pooling of images, and the projection to this rank's logits."""
     last = [norm(s, "final_norm", "input")]
     if s.is_vision:
         last.append(_pool(s))
@@ -32,7 +32,7 @@ def head(s: Sizes) -> list[Operation]:
 
 
 def loss(s: Sizes) -> Operation:
-    """The loss, vocab_parallel_cross_entropy: keeps the softmax in fp32."""
+    """Return vocab_parallel_cross_entropy, which keeps the softmax in fp32."""
     s = s.scored
     per_token = FP32 * s.tokens
     softmax = per_token * s.vocabulary
@@ -52,7 +52,7 @@ def loss(s: Sizes) -> Operation:
 
 
 def _patches(s: Sizes) -> list[Operation]:
-    """Bytes become floats, then one product per patch, whose input needs no gradient."""
+    """Return the conversion of bytes to floats, and a product per patch; pixels need no gradient."""
     h, pixels = s.hidden_size, s.own_tokens * s.patch_pixels * s.element
     weights = tuple(Collective("all_reduce", h * s.element * rows) for rows in (s.patch_pixels, 1))
     operations = [

@@ -29,7 +29,7 @@ class Chunk:
     has_head: bool
 
 
-Kind = tuple[tuple[int, bool, bool], ...]  # per stage: blocks, has embedding, has head
+RankKind = tuple[tuple[int, bool, bool], ...]  # per stage: blocks, has embedding, has head
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Rank:
         return tuple(group for group in (matrices, vectors) if group)
 
 
-def kind_of(rank: Rank) -> Kind:
+def kind_of(rank: Rank) -> RankKind:
     """Return a key that ranks share if they hold and compute the same."""
     return tuple((chunk.blocks, chunk.has_embedding, chunk.has_head) for chunk in rank.chunks)
 
@@ -116,17 +116,12 @@ def _ranks(model: ModelConfig, pipeline: int, stages_per_rank: int, tensor: int)
         Chunk(sum(dealt[:index]), blocks, has_embedding=index == 0, has_head=index == stages - 1)
         for index, blocks in enumerate(dealt)
     ]
+    # DualPipeV's V: out through the first half of the stages, back through the second.
+    back = chunks[:0] if stages_per_rank == 1 else chunks[::-1]
     return tuple(
-        Rank(rank, _chunks_of(rank, chunks, stages_per_rank), model, tensor, is_flat=pipeline == 1)
+        Rank(rank, (chunks[rank], *back[rank : rank + 1]), model, tensor, is_flat=pipeline == 1)
         for rank in range(pipeline)
     )
-
-
-def _chunks_of(rank: int, chunks: list[Chunk], stages_per_rank: int) -> tuple[Chunk, ...]:
-    if stages_per_rank == 1:
-        return (chunks[rank],)
-    # DualPipeV's V: out through the first half of the stages, back through the second.
-    return chunks[rank], chunks[len(chunks) - 1 - rank]
 
 
 def blocks_of_stages(num_layers: int, stages: int) -> list[int]:
@@ -148,14 +143,8 @@ def block_weights(model: ModelConfig, tensor: int) -> list[Module]:
     h, f, biases = model.hidden_size, model.ffn_hidden_size // tensor, model.biases
     qkv, query = sum(qkv_sizes(model)) // tensor, qkv_sizes(model)[0] // tensor
     up = 2 * f if model.mlp is MLPKind.swiglu else f
-    return [
-        _norm(model),
-        _linear(qkv * h, qkv, biases.qkv),
-        _linear(query * h, h, biases.output),
-        _norm(model),
-        _linear(up * h, up, biases.up),
-        _linear(f * h, h, biases.down),
-    ]
+    attention = [_norm(model), _linear(qkv * h, qkv, biases.qkv), _linear(query * h, h, biases.output)]
+    return [*attention, _norm(model), _linear(up * h, up, biases.up), _linear(f * h, h, biases.down)]
 
 
 def _norm(model: ModelConfig) -> Module:

@@ -27,7 +27,7 @@ def norm(s: Sizes, name: str, x: str) -> Operation:
 
 
 def column(s: Sizes, name: str, x: str, outputs: int, *, has_bias: bool) -> Operation:
-    """ColumnParallelLinear, or the head: (b, H) -> `outputs` columns on this rank."""
+    """Return ColumnParallelLinear, or the head: (b, H) -> `outputs` columns on this rank."""
     h, size = s.hidden_size, s.tokens * outputs * s.element
     split = s.tensor > 1
     scratch = backward_scratch = 0
@@ -51,7 +51,7 @@ def column(s: Sizes, name: str, x: str, outputs: int, *, has_bias: bool) -> Oper
 
 
 def row(s: Sizes, name: str, x: str, inputs: int, *, has_bias: bool) -> Operation:
-    """RowParallelLinear: `inputs` columns on this rank -> (b, H)."""
+    """Return RowParallelLinear: `inputs` columns on this rank -> (b, H)."""
     h = s.hidden_size
     product = Matmul(s.tokens, h, inputs)
     split = s.tensor > 1

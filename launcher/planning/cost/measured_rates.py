@@ -115,10 +115,7 @@ def _curve(points: Sequence[Point]) -> Curve:
 
 
 def interpolated(curve: Curve, size: float) -> float:
-    """Interpolate linearly between the logarithms of points.
-
-    Above the last point the rate stays the same; below the first point the time stays the same.
-    """
+    """Interpolate between logarithms. The rate is constant above the last point, the time below the first."""
     sizes = [point[0] for point in curve]
     place = bisect(sizes, size)
     if place == 0:

@@ -53,10 +53,7 @@ class _Moment:
 
 
 def rank_memory(run: RunConfig, layout: Layout, rank: Rank) -> Memory:
-    """Return the memory of the tensor and data rank that needs most.
-
-    On a CPU memory is used when it is written to, on a GPU when it is allocated.
-    """
+    """Return the memory of the rank that needs most; on a CPU only memory that is written to counts."""
     sizes = Sizes.of(run, layout.device)
     states = states_of(run, layout, rank)
     flow = _Flat(sizes, rank, states) if rank.is_flat else _Pipelined(sizes, rank, states, layout)

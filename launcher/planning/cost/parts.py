@@ -39,16 +39,10 @@ class ModelPart:
     @cached_property
     def traffic(self) -> Counter[Collective]:
         """Collectives over the tensor group, forward and backward."""
-        return Counter(
-            collective
-            for operations in (self.program, self.again)
-            for operation in operations
-            for collective in operation.forward_traffic
-        ) + Counter(
-            collective
-            for operation in self.program
-            for collective in operation.backward_traffic + operation.overlapped_traffic
-        )
+        calls = [call for operation in self.program + self.again for call in operation.forward_traffic]
+        for operation in self.program:
+            calls += operation.backward_traffic + operation.overlapped_traffic
+        return Counter(calls)
 
 
 @dataclass(frozen=True)
@@ -61,11 +55,8 @@ class ModelParts:
 
     def of(self, chunk: Chunk) -> list[tuple[ModelPart, int]]:
         """Return the parts of a stage and their numbers, in forward order."""
-        counts = [
-            (self.embedding, int(chunk.has_embedding)),
-            (self.block, chunk.blocks),
-            (self.head, int(chunk.has_head)),
-        ]
+        ends = int(chunk.has_embedding), int(chunk.has_head)
+        counts = [(self.embedding, ends[0]), (self.block, chunk.blocks), (self.head, ends[1])]
         return [(part, count) for part, count in counts if count]
 
 

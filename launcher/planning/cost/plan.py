@@ -17,13 +17,7 @@ from launcher.planning.cost.parts import flops, parts
 from launcher.planning.cost.rates import Shares
 from launcher.planning.cost.sizes import Sizes
 from launcher.planning.cost.step_time import StepTime, step_time
-from launcher.planning.cost.traffic import (
-    GroupShape,
-    data_traffic,
-    group_shapes,
-    pipeline_traffic,
-    tensor_traffic,
-)
+from launcher.planning.cost.traffic import TRAFFIC, GroupShape, group_shapes
 
 PROCESS_BYTES = 400_000_000  # of a CPU rank without its tensors: the interpreter, torch, DeepSpeed
 
@@ -63,7 +57,7 @@ class Plan:
 
     @property
     def world(self) -> World:
-        """The ranks of the layout: what else could run on them."""
+        """Return the fixed world of the layout's ranks, in which other layouts could run."""
         per_node = ranks_per_node(self.run, self.layout)
         return World(self.layout.device, self.layout.world_size, per_node, fixed=True)
 
@@ -82,12 +76,10 @@ class Plan:
 
     @property
     def parameters(self) -> int:
-        """Number of parameters of the whole model."""
         return parameters(self.run.model)
 
     @property
     def tokens(self) -> int:
-        """Number of tokens of a step."""
         return self.run.training.global_batch_size * sequence_length(self.run)
 
     @property
@@ -110,10 +102,8 @@ class Plan:
     @property
     def bubble(self) -> float | None:
         """Idle time over the rest of the pipeline's time: (p-1)/m for equal stages."""
-        if self.layout.pipeline == 1:
-            return 0.0
-        if self.time is None:
-            return None
+        if self.layout.pipeline == 1 or self.time is None:
+            return 0.0 if self.layout.pipeline == 1 else None
         return self.time.bubble / (self.time.compute + self.time.tensor + self.time.pipeline)
 
 
@@ -124,32 +114,16 @@ def make_plan(
     ranks = pipeline_ranks(run, layout)
     groups = group_shapes(layout, ranks_per_node(run, layout))
     model = parts(Sizes.of(run, layout.device))
-    stages = tuple(
-        StagePlan(
-            rank.blocks,
-            rank.parameters,
-            sum(flops(model.of(chunk)) for chunk in rank.chunks) * layout.accumulation,
-            rank_memory(run, layout, rank),
-        )
-        for rank in ranks
-    )
-    of_each = {"tensor": tensor_traffic, "data": data_traffic, "pipeline": pipeline_traffic}
-    traffic = {
-        name: max(
-            (GroupTraffic(groups[name], of_each[name](run, layout, rank)) for rank in ranks),
-            key=lambda traffic: traffic.sent,
-        )
-        for name in GROUPS
-    }
+    stages, traffic = [], {}
+    for rank in ranks:
+        executed = sum(flops(model.of(chunk)) for chunk in rank.chunks) * layout.accumulation
+        stages.append(StagePlan(rank.blocks, rank.parameters, executed, rank_memory(run, layout, rank)))
+    for group in GROUPS:
+        of_ranks = [GroupTraffic(groups[group], TRAFFIC[group](run, layout, rank)) for rank in ranks]
+        traffic[group] = max(of_ranks, key=lambda traffic: traffic.sent)
     rates = rates_of(run.hardware, run.precision.dtype, layout.world_size, shares)
-    return Plan(
-        run=run,
-        layout=layout,
-        budget=budget,
-        stages=stages,
-        traffic=traffic,
-        time=step_time(run, layout, ranks, rates, groups) if rates else None,
-    )
+    time = step_time(run, layout, ranks, rates, groups) if rates else None
+    return Plan(run, layout, budget, tuple(stages), traffic, time)
 
 
 def ranks_per_node(run: RunConfig, layout: Layout) -> int:
@@ -158,10 +132,7 @@ def ranks_per_node(run: RunConfig, layout: Layout) -> int:
 
 
 def memory_budget(run: RunConfig, world: World, ranks: int) -> float | None:
-    """Return the bytes of memory for one of `ranks`: of the config, else of what the ranks of a node share.
-
-    None where neither is known.
-    """
+    """Return the bytes for one of `ranks`: set in the config, else a share of its node; None if unknown."""
     if run.hardware.memory_bytes is not None:
         return run.hardware.memory_bytes
     if world.memory_bytes is None:

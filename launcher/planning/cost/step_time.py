@@ -72,12 +72,11 @@ class StepTime:
         return self.compute + self.communication + self.bubble + self.optimizer
 
 
+Groups = dict[GroupName, GroupShape]
+
+
 def step_time(
-    run: RunConfig,
-    layout: Layout,
-    ranks: Sequence[Rank],
-    rates: AnyRates,
-    groups: dict[GroupName, GroupShape],
+    run: RunConfig, layout: Layout, ranks: Sequence[Rank], rates: AnyRates, groups: Groups
 ) -> StepTime:
     """Return the time of the slowest pipeline rank, with its waits for the other ranks."""
     kinds = {kind_of(rank): rank for rank in reversed(ranks)}
@@ -89,7 +88,7 @@ def step_time(
     by_kind = {
         kind: [stage_time(times, chunk, send) for chunk in rank.chunks] for kind, rank in kinds.items()
     }
-    by_rank = [by_kind[kind] for kind in map(kind_of, ranks)]
+    by_rank = [by_kind[kind_of(rank)] for rank in ranks]
     busy = [sum(stage.total for stage in stages) for stages in by_rank]
     slowest = max(range(len(ranks)), key=lambda index: busy[index])
     stages, rank, batches = by_rank[slowest], ranks[slowest], layout.accumulation
@@ -103,22 +102,17 @@ def step_time(
     )
     # Ranks that share a processor take turns, partly in time that would be idle otherwise.
     taking_turns = compute * (rates.crowding - 1)
+    update = rates.crowding * max(_optimizer(run, layout, other, rates) for other in kinds.values())
+    back = [stages[1] for stages in reversed(by_rank)] if layout.stages_per_rank == 2 else []
     return StepTime(
         compute=compute + taking_turns,
         tensor=waiting,
         data=data,
         pipeline=sum(stage.sending for stage in stages) * batches,
         bubble=max(0.0, _bubble(layout, busy, by_rank) - taking_turns),
-        optimizer=rates.step_s
-        + rates.crowding * max(_optimizer(run, layout, other, rates) for other in kinds.values()),
-        stages=_in_order(layout, by_rank),
+        optimizer=rates.step_s + update,
+        stages=(*(stages[0] for stages in by_rank), *back),
     )
-
-
-def _in_order(layout: Layout, by_rank: Sequence[Sequence[StageTime]]) -> tuple[StageTime, ...]:
-    outward = [stages[0] for stages in by_rank]
-    back = [stages[1] for stages in reversed(by_rank)] if layout.stages_per_rank == 2 else []
-    return tuple(outward + back)
 
 
 def _bubble(layout: Layout, busy: Sequence[float], by_rank: Sequence[Sequence[StageTime]]) -> float:
@@ -193,18 +187,11 @@ def backward_pass(part: ModelPart, rates: AnyRates, tensor: GroupShape) -> Pass:
 
 
 def _data_waiting(
-    run: RunConfig,
-    layout: Layout,
-    rank: Rank,
-    rates: AnyRates,
-    groups: dict[GroupName, GroupShape],
-    compute: float,
+    run: RunConfig, layout: Layout, rank: Rank, rates: AnyRates, groups: Groups, compute: float
 ) -> float:
     """Return the wait for data ranks. Only ZeRO-3 overlaps its communication with computation."""
-    seconds = sum(
-        rates.collective(collective, groups["data"]) * count
-        for collective, count in data_traffic(run, layout, rank).items()
-    )
+    calls = data_traffic(run, layout, rank).items()
+    seconds = sum(rates.collective(call, groups["data"]) * count for call, count in calls)
     if layout.zero_stage == 3:
         seconds -= min(seconds, compute) * rates.shares.overlap
     if tied := tied_traffic(run, layout, rank):
@@ -217,12 +204,9 @@ def _data_waiting(
 def _optimizer(run: RunConfig, layout: Layout, rank: Rank, rates: AnyRates) -> float:
     """Return seconds of memory traffic for the norm of the gradients, clipping, and the update."""
     element, data = BYTES[run.precision.dtype], layout.data
-    whole = rank.parameters
-    share = (
-        whole
-        if layout.zero_stage == 0
-        else sum(padded(sum(group), 2 * data) for group in rank.groups) // data
-    )
+    whole = share = rank.parameters
+    if layout.zero_stage > 0:
+        share = sum(padded(sum(group), 2 * data) for group in rank.groups) // data
     states = 2 if run.optimizer.name is OptimizerName.adamw else 1 if run.optimizer.momentum else 0
     # Norm: read. Clipping: read and write. Update: read gradients, read and write weights and states.
     update = share * FP32 * (1 + 2 + 1 + 2 * (1 + states))

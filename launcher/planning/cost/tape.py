@@ -24,12 +24,8 @@ class Footprint:
 def footprint(program: Sequence[Operation], recomputed: Sequence[Operation], input_size: int) -> Footprint:
     """Return the footprint of `program`, whose operations `recomputed` run again in the backward pass."""
     tape, output = _Tape(program, input_size), program[-1].name
-    tape.run(
-        program,
-        keeps=[operation for operation in program if operation not in recomputed],
-        entrance=recomputed,
-        end=output,
-    )
+    keeps = [operation for operation in program if operation not in recomputed]
+    tape.run(program, keeps=keeps, entrance=recomputed, end=output)
     forward = tape.peak
     tape.drop(output)
     saved = tape.peak = tape.live
@@ -43,7 +39,7 @@ def footprint(program: Sequence[Operation], recomputed: Sequence[Operation], inp
             # `later` is the peak from here on.
             before, tape.peak = tape.peak, tape.live
         if recomputed and operation is recomputed[0]:
-            tape.leave(recomputed)
+            tape.release(_inputs_of(recomputed))
     return Footprint(saved, forward, max(before, tape.peak) - saved, tape.peak - saved)
 
 
@@ -106,13 +102,10 @@ class _Tape:
         self.passing(operation.backward_scratch + operation.weight)
         self.drop(gradient)
         self.drop(f"{operation.name}+")
-        self._release(operation.saves)
+        self.release(operation.saves)
 
-    def leave(self, recomputed: Sequence[Operation]) -> None:
-        """Free the inputs of operations that are not recomputed any more."""
-        self._release(_inputs_of(recomputed))
-
-    def _release(self, names: Sequence[str]) -> None:
+    def release(self, names: Sequence[str]) -> None:
+        """Drop one keeper of each tensor, and free the tensors that no operation keeps any more."""
         for name in names:
             self.keepers.remove(name)
             if name not in self.keepers:

@@ -122,3 +122,6 @@ def _zero_3(run: RunConfig, layout: Layout, rank: Rank) -> Counter[Collective]:
 def _pieces(total: int, at_once: int) -> list[int]:
     full, rest = divmod(total, at_once)
     return [at_once] * full + ([rest] if rest else [])
+
+
+TRAFFIC = {"tensor": tensor_traffic, "data": data_traffic, "pipeline": pipeline_traffic}

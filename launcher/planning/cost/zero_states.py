@@ -125,10 +125,7 @@ class _Ledger:
         )  # fmt: skip
 
     def zero_1(self, low: bool) -> States:
-        """Whole gradients; partitioned fp32 weights and states.
-
-        In low precision, gradients accumulate in fp32; those in low precision are freed after they are added.
-        """
+        """Whole gradients, in fp32 also in low precision; partitioned fp32 weights and states."""
         gradients, bucket = FP32 * self.total, FP32 * self.bucket
         untouched = FP32 * self.never_filled
         kept = FP32 * self._whole_in_partition()

@@ -4,6 +4,7 @@ from dataclasses import asdict
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from launcher.config.layout import GroupName
 from launcher.planning.choose.changes import Change
 from launcher.planning.choose.limits import MEMORY_CLASSES, limit, link_of, parts_of, settings_in_words
 from launcher.planning.cost.plan import Plan, StagePlan
@@ -36,11 +37,9 @@ def print_plan(plan: Plan, changes: list[Change], traced: list[dict[str, Any]] |
     tables += [_trace_table(traced)] if traced else []
     for table in tables:
         print_table(table)
-    for line in [*_host(plan), *_speed(plan)]:
-        print(line)
-    print(f"limit    {limit(plan)}")
-    for line in advice(plan, changes):
-        print(line)
+    host = max(stage.memory.host for stage in plan.stages)
+    in_host = [f"host     {size(host)} of the host's memory for each rank"] if host else []
+    print("\n".join([*in_host, *_speed(plan), f"limit    {limit(plan)}", *advice(plan, changes)]))
 
 
 def _memory_table(plan: Plan) -> "Table":
@@ -51,14 +50,11 @@ def _memory_table(plan: Plan) -> "Table":
         table.add_column(name, justify="left" if name in ("stage", "") else "right", no_wrap=True)
     for first, last, stage in _equal_stages(plan.stages):
         memory = stage.memory
-        table.add_row(
-            str(first) if first == last else f"{first} to {last}",
-            str(stage.blocks),
-            count(stage.parameters),
-            *(in_unit(unit, getattr(memory, name)) for name in (*classes, "total")),
-            "?" if plan.budget is None else in_unit(unit, plan.budget),
-            _verdict(plan, memory.total),
-        )
+        stages = str(first) if first == last else f"{first} to {last}"
+        sizes = [in_unit(unit, getattr(memory, name)) for name in (*classes, "total")]
+        budget = "?" if plan.budget is None else in_unit(unit, plan.budget)
+        row = stages, str(stage.blocks), count(stage.parameters), *sizes, budget
+        table.add_row(*row, _verdict(plan, memory.total))
     return table
 
 
@@ -76,11 +72,8 @@ def _equal_stages(stages: tuple[StagePlan, ...]) -> list[tuple[int, int, StagePl
         stage = numbered[1]
         return stage.blocks, stage.parameters, *(size(getattr(stage.memory, name)) for name in MEMORY_CLASSES)
 
-    runs = []
-    for _, group in groupby(enumerate(stages), key):
-        members = list(group)
-        runs.append((members[0][0], members[-1][0], members[0][1]))
-    return runs
+    runs = [list(group) for _, group in groupby(enumerate(stages), key)]
+    return [(run[0][0], run[-1][0], run[0][1]) for run in runs]
 
 
 def _traffic_table(plan: Plan) -> "Table":
@@ -107,9 +100,8 @@ def _time_table(plan: Plan) -> "Table":
     return table
 
 
-def _host(plan: Plan) -> list[str]:
-    host = max(stage.memory.host for stage in plan.stages)
-    return [f"host     {size(host)} of the host's memory for each rank"] if host else []
+def _planned_tokens(plan: Plan) -> float:
+    return plan.run.plan.tokens or plan.tokens * plan.run.training.steps
 
 
 def _speed(plan: Plan) -> list[str]:
@@ -120,7 +112,7 @@ def _speed(plan: Plan) -> list[str]:
         words.append(f"MFU {plan.mfu:.1%}")
     if plan.bubble:
         words.append(f"bubble {plan.bubble:.1%} of the time without it")
-    tokens = plan.run.plan.tokens or plan.tokens * plan.run.training.steps
+    tokens = _planned_tokens(plan)
     words.append(f"{duration(tokens / plan.tokens_per_s)} for {count(tokens)} tokens")
     return [f"speed    {', '.join(words)}"]
 
@@ -138,8 +130,7 @@ def _trace_table(traced: list[dict[str, Any]]) -> "Table":
 def advice(plan: Plan, changes: list[Change]) -> list[str]:
     """Return a line for each change, with its time and memory."""
     if not changes:
-        nothing = "no single change makes it fit" if not plan.fits else None
-        return [f"advice   {nothing}"] if nothing else []
+        return [] if plan.fits else ["advice   no single change makes it fit"]
     lines = []
     for change in changes:
         gain = ""
@@ -154,56 +145,41 @@ def advice(plan: Plan, changes: list[Change]) -> list[str]:
 def as_json(plan: Plan, changes: list[Change]) -> dict[str, Any]:
     """Return the plan as plain values in bytes, seconds and FLOPs; times are null without known speeds."""
     time, p = plan.time, plan.run.parallelism
-    seconds = time.total if time else None
+    days = _planned_tokens(plan) / plan.tokens_per_s / DAY if plan.tokens_per_s is not None else None
     return {
         "model": {"parameters": plan.parameters, "flops_per_step": plan.model_flops},
         "layout": {
-            **{name: value for name, value in asdict(plan.layout).items() if name != "notes"},
-            "world_size": plan.layout.world_size,
+            **asdict(plan.layout), "world_size": plan.layout.world_size,
             "micro_batch_size": plan.run.training.micro_batch_size,
             "global_batch_size": plan.run.training.global_batch_size,
-            "pipeline_schedule": p.pipeline_schedule.name,
-            "sequence_parallel": p.sequence_parallel,
+            "pipeline_schedule": p.pipeline_schedule.name, "sequence_parallel": p.sequence_parallel,
             "activation_checkpointing": p.activation_checkpointing.name,
-            "offload_optimizer": p.offload_optimizer,
-            "offload_parameters": p.offload_parameters,
-            "dtype": plan.run.precision.dtype.name,
-            "notes": list(plan.layout.notes),
+            "offload_optimizer": p.offload_optimizer, "offload_parameters": p.offload_parameters,
+            "dtype": plan.run.precision.dtype.name, "notes": list(plan.layout.notes),
         },
         "stages": [_stage_json(plan, index, stage) for index, stage in enumerate(plan.stages)],
         "step": {
-            "time_s": seconds,
-            "tokens": plan.tokens,
-            "tokens_per_s": plan.tokens_per_s,
-            "mfu": plan.mfu,
-            "bubble": plan.bubble,
+            "time_s": time.total if time else None, "tokens": plan.tokens, "tokens_per_s": plan.tokens_per_s,
+            "mfu": plan.mfu, "bubble": plan.bubble,
             "parts_s": {name.replace(" ", "_"): value for name, value in parts_of(plan).items()},
-            "flops_per_rank": max(stage.flops for stage in plan.stages),
-            "days": _days(plan),
+            "flops_per_rank": max(stage.flops for stage in plan.stages), "days": days,
         },
-        "traffic": {
-            name: {
-                "bytes": traffic.sent,
-                "ranks": traffic.shape.ranks,
-                "link": link_of(plan, name),
-                "collectives": [
-                    {"kind": collective.kind, "size": collective.size, "count": times}
-                    for collective, times in traffic.collectives.items()
-                ],
-            }
-            for name, traffic in plan.traffic.items()
-        },
-        "fits": plan.fits,
-        "limit": limit(plan),
-        "advice": [
-            {
-                "settings": change.settings,
-                "time_s": change.plan.time.total if change.plan.time else None,
-                "memory": max(stage.memory.total for stage in change.plan.stages),
-            }
-            for change in changes
-        ],
-    }
+        "traffic": {name: _traffic_json(plan, name) for name in plan.traffic},
+        "fits": plan.fits, "limit": limit(plan), "advice": [_change_json(change) for change in changes],
+    }  # fmt: skip
+
+
+def _traffic_json(plan: Plan, group: GroupName) -> dict[str, Any]:
+    shape, collectives = plan.traffic[group].shape, plan.traffic[group].collectives.items()
+    counts = [{"kind": call.kind, "size": call.size, "count": times} for call, times in collectives]
+    sent = plan.traffic[group].sent
+    return {"bytes": sent, "ranks": shape.ranks, "link": link_of(plan, group), "collectives": counts}
+
+
+def _change_json(change: Change) -> dict[str, Any]:
+    seconds = change.plan.time.total if change.plan.time else None
+    memory = max(stage.memory.total for stage in change.plan.stages)
+    return {"settings": change.settings, "time_s": seconds, "memory": memory}
 
 
 def _stage_json(plan: Plan, index: int, stage: StagePlan) -> dict[str, Any]:
@@ -215,9 +191,3 @@ def _stage_json(plan: Plan, index: int, stage: StagePlan) -> dict[str, Any]:
             "budget": plan.budget, "host": memory.host, "moment": memory.moment,
         },
     }  # fmt: skip
-
-
-def _days(plan: Plan) -> float | None:
-    if plan.tokens_per_s is None:
-        return None
-    return (plan.run.plan.tokens or plan.tokens * plan.run.training.steps) / plan.tokens_per_s / DAY

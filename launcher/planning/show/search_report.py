@@ -19,15 +19,11 @@ def print_search(search: Search) -> None:
         print(f"note     no layout of all {asked} ranks divides the batch: planned on {ranks}")
         print("         a larger training.global_batch_size keeps more of them busy")
     print()
-    print_table(_best(search))
-    print_table(_kinds(search))
-
-
-def _best(search: Search) -> "Table":
-    table = _columns("The best few")
+    best = _columns("The best few")
     for candidate in search.fitting[:BEST]:
-        table.add_row(*_row(candidate))
-    return table
+        best.add_row(*_row(candidate))
+    print_table(best)
+    print_table(_kinds(search))
 
 
 def _kinds(search: Search) -> "Table":
@@ -65,28 +61,20 @@ def why_lost(candidate: Candidate, best: Candidate | None) -> str:
     if candidate.crosses_nodes and not best.crosses_nodes:
         return "its tensor groups would cross nodes"
     slower = candidate.seconds / best.seconds - 1
-    return (
-        f"{slower:.1%} slower"
-        if slower > 0.0005
-        else f"as fast, with {size(candidate.peak)} instead of {size(best.peak)}"
-    )
+    as_fast = f"as fast, with {size(candidate.peak)} instead of {size(best.peak)}"
+    return f"{slower:.1%} slower" if slower > 0.0005 else as_fast
 
 
 def search_as_json(search: Search) -> dict[str, Any]:
     best = search.fitting[0] if search.fitting else None
-    others = [
-        candidate for kind, candidate in search.best_of_kinds.items() if best is None or kind != best.kind
+    lost = [
+        {"class": kind, **_candidate_json(candidate), "why": why_lost(candidate, best)}
+        for kind, candidate in search.best_of_kinds.items()
+        if best is None or kind != best.kind
     ]
-    return {
-        "legal": len(search.candidates),
-        "fitting": len(search.fitting),
-        "ranks": search.world.ranks,
-        "best": [_candidate_json(candidate) for candidate in search.fitting[:BEST]],
-        "lost": [
-            {"class": candidate.kind, **_candidate_json(candidate), "why": why_lost(candidate, best)}
-            for candidate in others
-        ],
-    }
+    fastest = [_candidate_json(candidate) for candidate in search.fitting[:BEST]]
+    counts = {"legal": len(search.candidates), "fitting": len(search.fitting), "ranks": search.world.ranks}
+    return {**counts, "best": fastest, "lost": lost}
 
 
 def _candidate_json(candidate: Candidate) -> dict[str, Any]:
