@@ -32,14 +32,14 @@ from launcher.files import PARTIAL, new_directory
 from launcher.parallel.dtypes import TORCH_DTYPES
 from launcher.parallel.sharding import WEIGHT
 
-MODEL = "imported"  # conf/model/imported.yaml
-
 
 def export(weights: WeightSource, target: Path, options: ExchangeConfig) -> None:
     """Write a directory for from_pretrained. Raises UnusableCheckpoint, NotConvertible, OSError."""
     if weights.kind is WeightsKind.checkpoint:
         manifest = read_manifest(weights.path)
-        if name := first_damaged_file(weights.path, manifest, _weight_files(manifest)):
+        stored = manifest.tensors.get(WEIGHT, {}).values()
+        weight_files = sorted({piece.file for tensor in stored for piece in tensor.pieces})
+        if name := first_damaged_file(weights.path, manifest, weight_files):
             raise UnusableCheckpoint(weights.path, name, DAMAGED)
     dtype, reader = TORCH_DTYPES[options.dtype], open_weights(weights)
     with new_directory(target) as aside:
@@ -50,18 +50,14 @@ def export(weights: WeightSource, target: Path, options: ExchangeConfig) -> None
             save_tensors(tensors, aside / name, {"format": "pt"})
             del tensors  # before the tensors of the next file are made
         if len(files) > 1:
-            index = {
-                "metadata": {
-                    "total_size": sum(_bytes(entry, dtype.itemsize) for group in files for entry in group)
-                },
-                "weight_map": {
-                    entry.theirs: name for name, group in zip(names, files, strict=True) for entry in group
-                },
-            }
+            placed = [(entry, name) for name, group in zip(names, files, strict=True) for entry in group]
+            total = sum(entry.box.numel for entry, _ in placed) * dtype.itemsize
+            weight_map = {entry.theirs: name for entry, name in placed}
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (aside / INDEX).write_text(json.dumps(index, indent=2) + "\n")
         base = _copy_companions(weights.path, aside)
-        adapter = adapter_of(weights.model)
-        described = adapter.config_json(weights.model, str(dtype).removeprefix("torch."), base)
+        name, adapter = str(dtype).removeprefix("torch."), adapter_of(weights.model)
+        described = adapter.config_json(weights.model, name, base)
         (aside / "config.json").write_text(json.dumps(described, indent=2) + "\n")
 
 
@@ -80,7 +76,7 @@ def import_(weights: WeightSource, target: Path, options: ExchangeConfig) -> Non
         commit(partial, manifest, world=1)
         carry_companions(weights.path, aside)
         (aside / "conf" / "model").mkdir(parents=True)
-        (aside / "conf" / "model" / f"{MODEL}.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(model)))
+        (aside / "conf" / "model" / "imported.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(model)))
 
 
 def _read(reader: WeightReader, entry: Entry) -> Tensor:
@@ -89,14 +85,10 @@ def _read(reader: WeightReader, entry: Entry) -> Tensor:
     return tensor.T if entry.transposed else tensor
 
 
-def _bytes(entry: Entry, itemsize: int) -> int:
-    return entry.box.numel * itemsize
-
-
 def _in_files(weights: WeightSource, itemsize: int, max_bytes: int) -> Iterator[list[Entry]]:
     group: list[Entry] = []
     for entry in adapter_of(weights.model).entries(weights.model):
-        if group and sum(_bytes(member, itemsize) for member in (*group, entry)) > max_bytes:
+        if group and sum(member.box.numel for member in (*group, entry)) * itemsize > max_bytes:
             yield group
             group = []
         group.append(entry)
@@ -114,17 +106,10 @@ def _parts(weights: WeightSource, reader: HuggingFaceReader) -> Iterator[HostPie
         yield HostPiece(WEIGHT, name, shape, whole(shape), tensor)
 
 
-def _weight_files(manifest: Manifest) -> list[str]:
-    stored = manifest.tensors.get(WEIGHT, {}).values()
-    return sorted({piece.file for tensor in stored for piece in tensor.pieces})
-
-
 def _copy_companions(source: Path, target: Path) -> dict[str, Any] | None:
     """Copy the companion files except config.json, and return its content."""
-    base: dict[str, Any] | None = None
-    for path in companions_of(source):
-        if path.name == "config.json":
-            base = json.loads(path.read_text())
-        else:
-            shutil.copyfile(path, target / path.name)
-    return base
+    companions = {path.name: path for path in companions_of(source)}
+    base = companions.pop("config.json", None)
+    for name, path in companions.items():
+        shutil.copyfile(path, target / name)
+    return json.loads(base.read_text()) if base else None

@@ -11,15 +11,8 @@ from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError, safe_open
 
 from launcher.checkpoint.final import FINAL_WEIGHTS
-from launcher.checkpoint.huggingface import (
-    Entry,
-    NotConvertible,
-    adapter_of,
-    model_of,
-    setting_names,
-    setting_of,
-    titles,
-)
+from launcher.checkpoint.huggingface import Entry, NotConvertible, adapter_of, model_of, titles
+from launcher.checkpoint.huggingface.adapter import setting_names, setting_of
 from launcher.checkpoint.manifest import MANIFEST, UnusableCheckpoint, checkpoints_in, read_manifest
 from launcher.config.compose import load_typed
 from launcher.config.errors import ConfigError, as_typed
@@ -28,8 +21,8 @@ from launcher.config.schema import ModelConfig, PositionKind, RunConfig
 SAFETENSORS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _RUN_CONFIG = "config.yaml"
-_THEIRS = f"a {titles('or')} as published"
-_WHAT = "a run's directory, a checkpoint, or a Hugging Face directory with config.json and safetensors"
+_PUBLISHED = f"a {titles('or')} as published"
+_SOURCES = "a run's directory, a checkpoint, or a Hugging Face directory with config.json and safetensors"
 
 
 class WeightsKind(Enum):
@@ -55,7 +48,7 @@ def weights_at(path: Path, field: str) -> WeightSource:
         try:
             model = _model_in(read_manifest(checkpoint).config)
         except UnusableCheckpoint as unusable:
-            raise ConfigError(field, checkpoint, str(unusable), _WHAT) from None
+            raise ConfigError(field, checkpoint, str(unusable), _SOURCES) from None
         return WeightSource(checkpoint.resolve(), WeightsKind.checkpoint, model)
     if (path / _RUN_CONFIG).exists() and (path / FINAL_WEIGHTS).is_dir():
         model = load_typed(path / _RUN_CONFIG, RunConfig).model
@@ -64,7 +57,7 @@ def weights_at(path: Path, field: str) -> WeightSource:
         model = _their_model(path, field)
         stored_tensors(path, model, field)
         return WeightSource(path.resolve(), WeightsKind.huggingface, model)
-    raise ConfigError(field, path, "holds no weights" if path.is_dir() else "is not a directory", _WHAT)
+    raise ConfigError(field, path, "holds no weights" if path.is_dir() else "is not a directory", _SOURCES)
 
 
 def check_model_is(model: ModelConfig, weights: WeightSource, field: str) -> None:
@@ -72,25 +65,20 @@ def check_model_is(model: ModelConfig, weights: WeightSource, field: str) -> Non
     rotates = model.positions is PositionKind.rope
     free = {"dropout", "init_std", "max_sequence_length" if rotates else "rope_theta"}
     names = [name for name in setting_names() if name not in free]
-    wrong = {
-        f"model.{name}": (setting_of(model, name), setting_of(weights.model, name))
-        for name in names
-        if setting_of(model, name) != setting_of(weights.model, name)
-    }
+    wrong = [name for name in names if setting_of(model, name) != setting_of(weights.model, name)]
     if wrong:
-        name, (ours, theirs) = next(iter(wrong.items()))
-        why = f"the model of {field}={weights.path} has {name}={as_typed(theirs)}"
-        remedy = " ".join(f"{name}={as_typed(theirs)}" for name, (_, theirs) in wrong.items())
-        raise ConfigError(name, as_typed(ours), why, remedy)
+        theirs = [f"model.{name}={as_typed(setting_of(weights.model, name))}" for name in wrong]
+        why = f"the model of {field}={weights.path} has {theirs[0]}"
+        value = as_typed(setting_of(model, wrong[0]))
+        raise ConfigError(f"model.{wrong[0]}", value, why, " ".join(theirs))
 
 
 def _model_in(config: dict[str, Any]) -> ModelConfig:
     try:
         model = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), config["model"]))
     except (OmegaConfBaseException, KeyError, ValueError, TypeError) as error:
-        raise UnusableCheckpoint(
-            Path(), MANIFEST, f"has no model that this launcher knows: {error}"
-        ) from None
+        why = f"has no model that this launcher knows: {error}"
+        raise UnusableCheckpoint(Path(), MANIFEST, why) from None
     assert isinstance(model, ModelConfig)
     return model
 
@@ -99,9 +87,9 @@ def _their_model(path: Path, field: str) -> ModelConfig:
     try:
         return model_of(json.loads((path / "config.json").read_text()))
     except NotConvertible as error:
-        raise ConfigError(field, path, f"config.json: {error}", _THEIRS) from None
+        raise ConfigError(field, path, f"config.json: {error}", _PUBLISHED) from None
     except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise ConfigError(field, path, f"config.json cannot be read: {error}", _WHAT) from None
+        raise ConfigError(field, path, f"config.json cannot be read: {error}", _SOURCES) from None
 
 
 def stored_tensors(path: Path, model: ModelConfig, field: str) -> dict[str, tuple[Path, str]]:
@@ -111,7 +99,7 @@ def stored_tensors(path: Path, model: ModelConfig, field: str) -> dict[str, tupl
     """
     adapter = adapter_of(model)
     expected = {entry.theirs: entry for entry in adapter.entries(model)}
-    found: dict[str, tuple[Path, str]] = {}
+    stored: dict[str, tuple[Path, str]] = {}
     for file in _files(path, field):
         try:
             with safe_open(file, framework="np") as opened:
@@ -120,13 +108,13 @@ def stored_tensors(path: Path, model: ModelConfig, field: str) -> dict[str, tupl
                     if plain is not None:
                         shape = tuple(opened.get_slice(name).get_shape())
                         _check_shape(expected.get(plain), name, shape, path, field)
-                        found[plain] = file, name
+                        stored[plain] = file, name
         except (SafetensorError, OSError) as error:
-            raise ConfigError(field, path, f"{file.name} cannot be read: {error}", _WHAT) from None
-    if missing := [name for name in expected if name not in found]:
+            raise ConfigError(field, path, f"{file.name} cannot be read: {error}", _SOURCES) from None
+    if missing := [name for name in expected if name not in stored]:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ConfigError(field, path, f"has no {missing[0]}{more}", "a whole copy of the model")
-    return found
+    return stored
 
 
 def _check_shape(entry: Entry | None, name: str, shape: tuple[int, ...], path: Path, field: str) -> None:
@@ -136,7 +124,7 @@ def _check_shape(entry: Entry | None, name: str, shape: tuple[int, ...], path: P
         why = f"has {name} of {shape}, and its config.json makes it {entry.shape}"
     else:
         return
-    raise ConfigError(field, path, why, _THEIRS)
+    raise ConfigError(field, path, why, _PUBLISHED)
 
 
 def _files(path: Path, field: str) -> list[Path]:
@@ -144,13 +132,13 @@ def _files(path: Path, field: str) -> list[Path]:
         try:
             names = set(json.loads((path / INDEX).read_text())["weight_map"].values())
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ConfigError(field, path, f"{INDEX} cannot be read: {error}", _WHAT) from None
+            raise ConfigError(field, path, f"{INDEX} cannot be read: {error}", _SOURCES) from None
         if any(Path(name).name != name for name in names):
-            raise ConfigError(field, path, f"{INDEX} names files outside the directory", _WHAT)
+            raise ConfigError(field, path, f"{INDEX} names files outside the directory", _SOURCES)
         return sorted(path / name for name in names)
     if (path / SAFETENSORS).exists():
         return [path / SAFETENSORS]
     if any((path / name).exists() for name in _PICKLES):
         why = "holds its weights as a pickle, which can run any code and is never loaded"
         raise ConfigError(field, path, why, "the same model as safetensors (save_pretrained writes them)")
-    raise ConfigError(field, path, "has a config.json and no safetensors", _WHAT)
+    raise ConfigError(field, path, "has a config.json and no safetensors", _SOURCES)

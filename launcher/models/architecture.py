@@ -44,9 +44,8 @@ def model_layers(model: ModelConfig, context: BlockContext) -> list[Layer]:
 
     Tokens (B, T) become logits (B, T, V/tp); images (B, C, S, S) become logits (B, 1, classes/tp).
     """
-    blocks = [
-        Layer(TransformerBlock, (f"blocks.{index}", model, context)) for index in range(model.num_layers)
-    ]
+    names = (f"blocks.{index}" for index in range(model.num_layers))
+    blocks = [Layer(TransformerBlock, (name, model, context)) for name in names]
     final_norm = Layer(Norm, ("final_norm", model, context.tp))
     return [*_first_layers(model, context), *blocks, final_norm, *_last_layers(model, context)]
 
@@ -101,13 +100,9 @@ class FlatModel(nn.Module):
         self._calls: list[tuple[int, bool]] = []
         tied: dict[str, int] = {}
         for layer in layers:
-            if layer.tied is None or layer.tied not in tied:
+            index = len(self.layers) if layer.tied is None else tied.setdefault(layer.tied, len(self.layers))
+            if index == len(self.layers):
                 self.layers.append(layer.build())
-                index = len(self.layers) - 1
-                if layer.tied is not None:
-                    tied[layer.tied] = index
-            else:
-                index = tied[layer.tied]
             self._calls.append((index, layer.project))
 
     def forward(self, inputs: Tensor, labels: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ def _vector_parameters(model: ModelConfig) -> int:
     h, biases = model.hidden_size, model.biases
     norm = (2 if model.norm is NormKind.layer_norm else 1) * h
     block = (
-        biases.qkv * sum(qkv_sizes(model)) + biases.output * h + biases.up * _up_size(model) + biases.down * h
+        biases.qkv * sum(qkv_sizes(model)) + biases.up * _up_size(model) + (biases.output + biases.down) * h
     )
     return (2 * model.num_layers + 1) * norm + model.num_layers * block + biases.head * output_size(model)
 

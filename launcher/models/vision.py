@@ -61,10 +61,8 @@ class Pool(nn.Module):
         self.model, self.tp = model, tp
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.model.pooling is Pooling.mean:
-            pooled = x.sum(1, keepdim=True) / vision_tokens(self.model)
-        else:
-            pooled = x[:, :1]
+        is_mean = self.model.pooling is Pooling.mean
+        pooled = x.sum(1, keepdim=True) / vision_tokens(self.model) if is_mean else x[:, :1]
         if not self.tp.sequence_parallel:
             return pooled
         if self.model.pooling is Pooling.class_token and self.tp.axis.rank > 0:

@@ -41,19 +41,14 @@ def reference_trace(
     """
     parameters = {name: tensor.clone().requires_grad_() for name, tensor in weights.items()}
     optimizer = _optimizer(run.optimizer, parameters)
-    start = StepTrace(weights={name: tensor.clone() for name, tensor in weights.items()})
-    steps = [start]
+    steps = [StepTrace(weights={name: tensor.clone() for name, tensor in weights.items()})]
     for number, batch in enumerate(batches):
         if follow is not None:
-            _take(parameters, follow[number].weights)
+            with torch.no_grad():
+                for name in parameters.keys() & follow[number].weights.keys():
+                    parameters[name].copy_(follow[number].weights[name])
         steps.append(_step(run, parameters, optimizer, batch))
     return steps
-
-
-@torch.no_grad()
-def _take(parameters: Weights, weights: Weights) -> None:
-    for name in parameters.keys() & weights.keys():
-        parameters[name].copy_(weights[name])
 
 
 def _step(
@@ -112,10 +107,8 @@ def documents(run: RunConfig, tokens: Tensor) -> Spans:
     spans: Spans = []
     for sample in tokens.tolist():
         ends = [i + 1 for i, token in enumerate(sample) if token == end_of_document(run)]
-        if not run.data.document_attention:
-            ends = []
-        bounds = sorted({0, *ends, len(sample)})
-        spans.append(list(pairwise(bounds)))
+        ends = ends if run.data.document_attention else []
+        spans.append(list(pairwise(sorted({0, *ends, len(sample)}))))
     return spans
 
 
@@ -163,19 +156,11 @@ def _linear(w: Weights, name: str, x: Tensor, has_bias: bool, outputs: Weights) 
 
 
 def _norm(w: Weights, name: str, model: ModelConfig, x: Tensor, outputs: Weights) -> Tensor:
-    normalise = {NormKind.layer_norm: _layer_norm, NormKind.rms_norm: _rms_norm}[model.norm]
-    outputs[name] = normalise(w, name, x, model.norm_epsilon)
+    if model.norm is NormKind.layer_norm:
+        x = x - x.mean(-1, keepdim=True)
+    y = x / (x.square().mean(-1, keepdim=True) + model.norm_epsilon).sqrt() * w[f"{name}.weight"]
+    outputs[name] = y + w[f"{name}.bias"] if model.norm is NormKind.layer_norm else y
     return outputs[name]
-
-
-def _layer_norm(w: Weights, name: str, x: Tensor, epsilon: float) -> Tensor:
-    centred = x - x.mean(-1, keepdim=True)
-    scaled = centred / (centred.square().mean(-1, keepdim=True) + epsilon).sqrt()
-    return scaled * w[f"{name}.weight"] + w[f"{name}.bias"]
-
-
-def _rms_norm(w: Weights, name: str, x: Tensor, epsilon: float) -> Tensor:
-    return x / (x.square().mean(-1, keepdim=True) + epsilon).sqrt() * w[f"{name}.weight"]
 
 
 def _attention(
@@ -195,9 +180,7 @@ def _mixed(model: ModelConfig, fused: Tensor) -> Tensor:
     heads, kv_heads = model.num_heads, model.num_kv_heads or model.num_heads
     size = model.head_size or model.hidden_size // heads
     q, k, v = fused.split([heads * size, kv_heads * size, kv_heads * size], dim=-1)
-    q = q.view(batch, length, heads, size).transpose(1, 2)
-    k = k.view(batch, length, kv_heads, size).transpose(1, 2)
-    v = v.view(batch, length, kv_heads, size).transpose(1, 2)
+    q, k, v = (x.view(batch, length, -1, size).transpose(1, 2) for x in (q, k, v))
     if model.positions is PositionKind.rope:
         q, k = _rotated(q, model.rope_theta), _rotated(k, model.rope_theta)
     k, v = (t.repeat_interleave(heads // kv_heads, dim=1) for t in (k, v))
@@ -221,19 +204,13 @@ def _rotated(x: Tensor, theta: float) -> Tensor:
 
 
 def _mlp(w: Weights, name: str, model: ModelConfig, x: Tensor, outputs: Weights) -> Tensor:
-    activated = {MLPKind.gelu: _gelu, MLPKind.swiglu: _swiglu}[model.mlp](w, name, model, x, outputs)
+    if model.mlp is MLPKind.swiglu:
+        gate, up = _linear(w, f"{name}.gate_up", x, model.biases.up, outputs).chunk(2, dim=-1)
+        activated = gate * torch.sigmoid(gate) * up
+    else:  # the tanh form of GELU (Hendrycks & Gimpel, arXiv 1606.08415)
+        y = _linear(w, f"{name}.up", x, model.biases.up, outputs)
+        activated = 0.5 * y * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (y + 0.044715 * y**3)))
     return _linear(w, f"{name}.down", activated, model.biases.down, outputs)
-
-
-def _gelu(w: Weights, name: str, model: ModelConfig, x: Tensor, outputs: Weights) -> Tensor:
-    """Return GELU in its tanh form (Hendrycks & Gimpel, arXiv 1606.08415)."""
-    y = _linear(w, f"{name}.up", x, model.biases.up, outputs)
-    return 0.5 * y * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (y + 0.044715 * y**3)))
-
-
-def _swiglu(w: Weights, name: str, model: ModelConfig, x: Tensor, outputs: Weights) -> Tensor:
-    gate, up = _linear(w, f"{name}.gate_up", x, model.biases.up, outputs).chunk(2, dim=-1)
-    return gate * torch.sigmoid(gate) * up
 
 
 def probe_batches(run: RunConfig) -> Iterator[GlobalBatch]:

@@ -37,7 +37,8 @@ def shrink(run: RunConfig, layout: Layout, *, gpus: int = 0) -> tuple[RunConfig,
     the tensor ranks, active gradient clipping. The small run uses `gpus` GPUs of this machine, or its CPU.
     """
     small = copy.deepcopy(run)
-    _shrink_layout(small, layout, min(gpus, MOST_RANKS) if gpus else MOST_RANKS)
+    p, most = small.parallelism, min(gpus, MOST_RANKS) if gpus else MOST_RANKS
+    p.pipeline, p.data, p.tensor = shrunk_axes(layout.pipeline, layout.data, layout.tensor, most)
     _shrink_model(small, run, layout)
     _shrink_training(small, layout)
     if run.precision.dtype is Dtype.fp16:
@@ -57,11 +58,6 @@ def shrunk_axes(pipeline: int, data: int, tensor: int, most: int = MOST_RANKS) -
         largest = max(range(3), key=lambda axis: axes[axis])
         axes[largest] = max(2, axes[largest] // 2)
     return axes[0], axes[1], axes[2]
-
-
-def _shrink_layout(small: RunConfig, layout: Layout, most: int) -> None:
-    p = small.parallelism
-    p.pipeline, p.data, p.tensor = shrunk_axes(layout.pipeline, layout.data, layout.tensor, most)
 
 
 def _shrink_model(small: RunConfig, run: RunConfig, layout: Layout) -> None:
@@ -133,17 +129,6 @@ def _changes(run: RunConfig, small: RunConfig) -> list[str]:
 
 def parameter_order(model: ModelConfig) -> list[str]:
     """Return prefixes of the logical names in forward order."""
-    blocks = [
-        f"blocks.{index}.{part}"
-        for index in range(model.num_layers)
-        for part in (
-            "attention_norm",
-            "attention.qkv",
-            "attention.output",
-            "mlp_norm",
-            "mlp.up",
-            "mlp.gate_up",
-            "mlp.down",
-        )
-    ]
+    parts = "attention_norm attention.qkv attention.output mlp_norm mlp.up mlp.gate_up mlp.down".split()
+    blocks = [f"blocks.{index}.{part}" for index in range(model.num_layers) for part in parts]
     return ["embedding", "patches", "positions", *blocks, "final_norm", "head"]

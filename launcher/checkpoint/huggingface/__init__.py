@@ -3,7 +3,7 @@
 from typing import Any
 
 from launcher.checkpoint.huggingface import gpt2, llama
-from launcher.checkpoint.huggingface.adapter import Adapter, Entry, NotConvertible, setting_names, setting_of
+from launcher.checkpoint.huggingface.adapter import Adapter, Entry, NotConvertible
 from launcher.config.schema import ModelConfig
 
 __all__ = [

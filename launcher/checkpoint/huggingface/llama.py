@@ -53,13 +53,12 @@ def _rope_theta(theirs: dict[str, Any]) -> float:
 
 
 def _write(m: ModelConfig) -> dict[str, Any]:
-    return {
-        "num_key_value_heads": kv_heads(m),
-        "head_dim": head_size(m),
-        # The first for transformers 5, the second for those before it.
+    # rope_parameters for transformers 5, rope_theta for earlier versions.
+    rope = {
         "rope_parameters": {"rope_type": "default", "rope_theta": m.rope_theta},
         "rope_theta": m.rope_theta,
     }
+    return {"num_key_value_heads": kv_heads(m), "head_dim": head_size(m), **rope}
 
 
 ADAPTER = Adapter(
