@@ -71,9 +71,12 @@ def compose_jobs(config_name: str, root: type[Config], arguments: list[str]) -> 
 
     def keep(config: DictConfig) -> None:
         # Not resolved here: a ${...} that refers to nothing is reported later.
-        task = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
+        hydra_config = HydraConfig.get()
+        task = OmegaConf.to_container(hydra_config.overrides.task, resolve=False)
         assert isinstance(task, list)
-        composed.append((config, _multirun_index(), [str(override) for override in task]))
+        is_sweep = hydra_config.mode is not None and hydra_config.mode.name == "MULTIRUN"
+        index = int(hydra_config.job.num) if is_sweep else None
+        composed.append((config, index, [str(override) for override in task]))
 
     main = hydra.main(version_base="1.3", config_path=str(config_directory()), config_name=config_name)(keep)
     try:
@@ -106,12 +109,6 @@ def _parsed(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         why = stderr.getvalue().strip().splitlines()[-1].partition("error: ")[2]
         raise ConfigError("command line", None, why, "a flag that `launcher --hydra-help` lists") from None
     return flags, list(flags.overrides)
-
-
-def _multirun_index() -> int | None:
-    config = HydraConfig.get()
-    swept = config.mode is not None and config.mode.name == "MULTIRUN"
-    return int(config.job.num) if swept else None
 
 
 def to_typed(composed: DictConfig, root: type[Config], overrides: list[str] | None = None) -> Config:

@@ -131,7 +131,8 @@ def _data_on_this_machine(run: RunConfig, world: World) -> tuple[int, str | None
     h, p = run.hardware, run.parallelism
     copy, here = p.tensor * p.pipeline, world.ranks_per_node
     if world.device == "cpu" and h.accelerators_per_node is None:
-        data = p.data or _largest_data_that_divides_the_batch(run, max(1, here // copy))
+        most = max(1, here // copy)
+        data = p.data or max((size for size in range(1, most + 1) if _divides_batch(run, size)), default=1)
     else:
         data = _data_on_accelerators(run, h.accelerators_per_node or here, world.device)
     ranks = data * copy
@@ -158,7 +159,9 @@ def _data_on_accelerators(run: RunConfig, available: int, device: str) -> int:
         raise _not_a_multiple(run, f"the {here} here are", *(remedies or [one_rank]))
     remedies += [f"hardware.accelerators_per_node={wanted}"] if device == "cpu" else []
     why = f"{_product(run)}, more than the {here} here"
-    raise refusal(run, _largest_axis(run), why, *(remedies or [one_rank]))
+    axes = {"tensor": p.tensor, "pipeline": p.pipeline, "data": p.data or 1}
+    largest = max(axes, key=lambda axis: axes[axis])
+    raise refusal(run, f"parallelism.{largest}", why, *(remedies or [one_rank]))
 
 
 def _other_splits(run: RunConfig, data_beside: Callable[[int], int | None]) -> list[str]:
@@ -194,16 +197,6 @@ def _product(run: RunConfig) -> str:
     p = run.parallelism
     ranks = plural(p.pipeline * (p.data or 1) * p.tensor, "rank")
     return f"pipeline {p.pipeline} x data {p.data or 1} x tensor {p.tensor} = {ranks}"
-
-
-def _largest_axis(run: RunConfig) -> str:
-    p = run.parallelism
-    axes = {"tensor": p.tensor, "pipeline": p.pipeline, "data": p.data or 1}
-    return f"parallelism.{max(axes, key=lambda axis: axes[axis])}"
-
-
-def _largest_data_that_divides_the_batch(run: RunConfig, most: int) -> int:
-    return max((size for size in range(1, most + 1) if _divides_batch(run, size)), default=1)
 
 
 def _accumulation(run: RunConfig, data: int, *, fewer_ranks_possible: bool) -> int:

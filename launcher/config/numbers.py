@@ -78,17 +78,13 @@ NUMBERS: dict[str, tuple[Range, str]] = {
 }  # fmt: skip
 
 GENERATE_NUMBERS: dict[str, tuple[Range, str]] = {
-    "max_new_tokens": (COUNT, "1"),
-    "temperature": (FROM_0, "0 (always the most likely token)"),
-    "top_k": (NOT_NEGATIVE, "0 (off)"),
-    "seed": (SEED, "0"),
-}
+    "max_new_tokens": (COUNT, "1"), "temperature": (FROM_0, "0 (always the most likely token)"),
+    "top_k": (NOT_NEGATIVE, "0 (off)"), "seed": (SEED, "0"),
+}  # fmt: skip
 PREPARE_NUMBERS: dict[str, tuple[Range, str]] = {
-    "tokenizer.train_mb": (ABOVE_0, "512"),
-    "vocab": (COUNT, "32000"),
-    "max_line_mb": (ABOVE_0, "256"),
+    "tokenizer.train_mb": (ABOVE_0, "512"), "vocab": (COUNT, "32000"), "max_line_mb": (ABOVE_0, "256"),
     "workers": (COUNT, "1"),
-}
+}  # fmt: skip
 COMPARE_NUMBERS: dict[str, tuple[Range, str]] = {"compare.ranks": (COUNT, "4"), "compare.steps": (COUNT, "8")}
 CALIBRATE_NUMBERS: dict[str, tuple[Range, str]] = {"rounds": (COUNT, "5"), "most_ranks": (COUNT, "null")}
 EXCHANGE_NUMBERS: dict[str, tuple[Range, str]] = {"max_file_gb": (ABOVE_0, "2")}

@@ -132,7 +132,11 @@ def _check_forms(run: RunConfig) -> None:
         value = getattr(run.slurm, name)
         if value is not None and not re.fullmatch(pattern, value):
             raise refusal(run, f"slurm.{name}", words, f"slurm.{name}={example}", f"slurm.{name}=null")
-    _check_time(run)
+    limit, signal = seconds_of(run.slurm.time or "0"), run.slurm.signal_seconds
+    if 0 < limit <= signal:
+        why = f"the job would be stopped at its start, slurm.signal_seconds={signal} before its end"
+        remedy = "a longer slurm.time=HOURS:MINUTES:SECONDS"
+        raise refusal(run, "slurm.time", why, remedy, f"slurm.signal_seconds={limit // 2}")
     least, most = nodes_of(run)
     if least > most:
         why = "the minimum is above the maximum"
@@ -149,14 +153,6 @@ def _check_forms(run: RunConfig) -> None:
         if module.startswith("-"):
             why = "this is an option, not a module"
             raise ConfigError("slurm.modules", module, why, "slurm.modules=[NAME]")
-
-
-def _check_time(run: RunConfig) -> None:
-    limit, signal = seconds_of(run.slurm.time or "0"), run.slurm.signal_seconds
-    if 0 < limit <= signal:
-        why = f"the job would be stopped at its start, slurm.signal_seconds={signal} before its end"
-        remedy = "a longer slurm.time=HOURS:MINUTES:SECONDS"
-        raise refusal(run, "slurm.time", why, remedy, f"slurm.signal_seconds={limit // 2}")
 
 
 def seconds_of(time: str) -> int:

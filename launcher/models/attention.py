@@ -53,15 +53,11 @@ class Attention(nn.Module):
         if self.model.positions is PositionKind.rope:
             q, k = rotate(q, self.model.rope_theta), rotate(k, self.model.rope_theta)
         dropout = self.model.dropout if self.training else 0.0
+        # A document mask hides later positions itself.
+        is_causal = mask is None and self.model.attention is AttentionKind.causal
+        is_grouped = self.kv_heads != self.heads
         with self.context.random.local() if dropout else nullcontext():
             mixed = F.scaled_dot_product_attention(
-                q,
-                k,
-                v,
-                attn_mask=mask,
-                # A document mask hides later positions itself.
-                is_causal=mask is None and self.model.attention is AttentionKind.causal,
-                dropout_p=dropout,
-                enable_gqa=self.kv_heads != self.heads,
+                q, k, v, attn_mask=mask, is_causal=is_causal, dropout_p=dropout, enable_gqa=is_grouped
             )
         return mixed.transpose(1, 2).flatten(2)

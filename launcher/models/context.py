@@ -60,12 +60,9 @@ def recompute(function: Callable[..., Tensor], context: BlockContext, *inputs: T
     if not torch.is_grad_enabled():
         return function(*inputs)
     # ZeRO-3 gathers each weight again for the second run: its metadata differs, its values do not.
+    contexts = context.random.checkpoint_contexts
     return checkpoint(  # type: ignore[no-any-return]
-        function,
-        *inputs,
-        use_reentrant=False,
-        context_fn=context.random.checkpoint_contexts,
-        determinism_check="none",
+        function, *inputs, use_reentrant=False, context_fn=contexts, determinism_check="none"
     )
 
 

@@ -7,8 +7,13 @@ from typing import Any
 
 from launcher.checkpoint.boxes import Box, whole
 from launcher.config.errors import as_typed, value_of
-from launcher.config.schema import BiasesConfig, ModelConfig
+from launcher.config.schema import AttentionKind, BiasesConfig, InputKind, ModelConfig
 from launcher.config.shape import head_size, kv_heads
+
+TEXT = {
+    "inputs": InputKind.tokens,
+    "attention": AttentionKind.causal,
+}  # parts of every language model of theirs
 
 
 class NotConvertible(Exception):
@@ -106,10 +111,6 @@ def setting_of(model: ModelConfig, name: str) -> object:
     """Return the value of a field, with null replaced by the size that it stands for."""
     derived = {"num_kv_heads": kv_heads, "head_size": head_size}
     return derived[name](model) if name in derived else value_of(model, name)
-
-
-def no_biases() -> BiasesConfig:
-    return BiasesConfig(qkv=False, output=False, up=False, down=False, head=False)
 
 
 def vector(theirs: str, ours: str, size: int) -> Entry:

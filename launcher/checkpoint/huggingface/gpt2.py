@@ -4,16 +4,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from launcher.checkpoint.huggingface.adapter import Adapter, Entry, head, matrix, vector
-from launcher.config.schema import (
-    AttentionKind,
-    BiasesConfig,
-    InputKind,
-    MLPKind,
-    ModelConfig,
-    NormKind,
-    PositionKind,
-)
+from launcher.checkpoint.huggingface.adapter import TEXT, Adapter, Entry, head, matrix, vector
+from launcher.config.schema import BiasesConfig, MLPKind, ModelConfig, NormKind, PositionKind
 
 
 def _entries(m: ModelConfig) -> Iterator[Entry]:
@@ -54,8 +46,7 @@ def _write(m: ModelConfig) -> dict[str, Any]:
 ADAPTER = Adapter(
     title="GPT-2", model_type="gpt2", architecture="GPT2LMHeadModel", prefix="transformer.",
     parts={
-        "inputs": InputKind.tokens, "norm": NormKind.layer_norm, "positions": PositionKind.learned,
-        "mlp": MLPKind.gelu, "attention": AttentionKind.causal,
+        **TEXT, "norm": NormKind.layer_norm, "positions": PositionKind.learned, "mlp": MLPKind.gelu,
         "biases": BiasesConfig(qkv=True, output=True, up=True, down=True, head=False),
     },
     settings={

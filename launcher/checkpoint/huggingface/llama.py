@@ -3,16 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
-from launcher.checkpoint.huggingface.adapter import (
-    Adapter,
-    Entry,
-    NotConvertible,
-    head,
-    matrix,
-    no_biases,
-    vector,
-)
-from launcher.config.schema import AttentionKind, InputKind, MLPKind, ModelConfig, NormKind, PositionKind
+from launcher.checkpoint.huggingface.adapter import TEXT, Adapter, Entry, NotConvertible, head, matrix, vector
+from launcher.config.schema import BiasesConfig, MLPKind, ModelConfig, NormKind, PositionKind
 from launcher.config.shape import head_size, kv_heads, qkv_sizes
 
 
@@ -64,8 +56,8 @@ def _write(m: ModelConfig) -> dict[str, Any]:
 ADAPTER = Adapter(
     title="Llama", model_type="llama", architecture="LlamaForCausalLM", prefix="model.",
     parts={
-        "inputs": InputKind.tokens, "norm": NormKind.rms_norm, "positions": PositionKind.rope,
-        "mlp": MLPKind.swiglu, "attention": AttentionKind.causal, "biases": no_biases(),
+        **TEXT, "norm": NormKind.rms_norm, "positions": PositionKind.rope, "mlp": MLPKind.swiglu,
+        "biases": BiasesConfig(qkv=False, output=False, up=False, down=False, head=False),
     },
     settings={
         "hidden_size": "hidden_size", "num_layers": "num_hidden_layers", "num_heads": "num_attention_heads",

@@ -5,7 +5,7 @@ recomputation and offload. A field that was set to another value than its defaul
 micro-batch is always searched.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
@@ -19,7 +19,7 @@ from launcher.config.shape import divisors
 from launcher.config.validate import validate
 from launcher.config.world import World
 from launcher.planning.choose.changes import changed
-from launcher.planning.cost.geometry import Rank, kind_of, pipeline_ranks
+from launcher.planning.cost.geometry import kind_of, pipeline_ranks
 from launcher.planning.cost.measured_rates import AnyRates, rates_of
 from launcher.planning.cost.memory import rank_memory
 from launcher.planning.cost.plan import memory_budget
@@ -30,12 +30,10 @@ from launcher.planning.cost.traffic import group_shapes
 Settings = dict[str, Any]
 
 CHOICES: dict[str, Sequence[Any]] = {
-    "zero_stage": range(4),
-    "sequence_parallel": (False, True),
-    "activation_checkpointing": tuple(ActivationCheckpointing),
-    "offload_optimizer": (False, True),
+    "zero_stage": range(4), "sequence_parallel": (False, True),
+    "activation_checkpointing": tuple(ActivationCheckpointing), "offload_optimizer": (False, True),
     "offload_parameters": (False, True),
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -215,13 +213,9 @@ def seconds(run: RunConfig, layout: Layout, rates: AnyRates, per_node: int) -> f
 
 
 def peak(run: RunConfig, layout: Layout) -> int:
-    ranks = _fullest(pipeline_ranks(run, layout))
-    return max(rank_memory(run, layout, rank).total for rank in ranks)
-
-
-def _fullest(ranks: tuple[Rank, ...]) -> Iterable[Rank]:
-    """Return one rank of each kind, with most micro-batches in flight; under DualPipeV all have the same."""
-    return {kind_of(rank): rank for rank in reversed(ranks)}.values()
+    # Of equal ranks the first has most micro-batches in flight; under DualPipeV all have the same number.
+    fullest = {kind_of(rank): rank for rank in reversed(pipeline_ranks(run, layout))}.values()
+    return max(rank_memory(run, layout, rank).total for rank in fullest)
 
 
 def _why_none(run: RunConfig, world: World) -> ConfigError:

@@ -68,11 +68,9 @@ def simulate(
                 stage = rank if chunk == 0 else stages - 1 - rank
                 batch = counts[stage][not is_forward]
                 needs = (stage - 1, batch, True) if is_forward else (stage + 1, batch, False)
-                begins = 0.0 if is_forward and stage == 0 else None
                 if not is_forward and stage == last:
-                    needs, begins = (stage, batch, True), None
-                if begins is None:
-                    begins = ready.get(needs)
+                    needs = (stage, batch, True)
+                begins = 0.0 if is_forward and stage == 0 else ready.get(needs)
                 if begins is None:
                     break
                 start = max(begins, free[rank])

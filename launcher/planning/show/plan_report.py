@@ -18,7 +18,6 @@ from launcher.text import (
     print_table,
     size,
     unit_of,
-    whole,
 )
 
 if TYPE_CHECKING:
@@ -122,7 +121,7 @@ def _trace_table(traced: list[dict[str, Any]]) -> "Table":
     for name in ("stage", "quantity", "formula", "traced", "error"):
         table.add_column(name, justify="left" if name == "quantity" else "right")
     for check in traced:
-        row = str(check["stage"]), check["quantity"], whole(check["formula"]), whole(check["traced"])
+        row = str(check["stage"]), check["quantity"], f"{check['formula']:,}", f"{check['traced']:,}"
         table.add_row(*row, f"{check['error']:+.2%}")
     return table
 
