@@ -1,7 +1,8 @@
-"""How long a step takes, planned from `launcher calibrate` and as it ran, in twelve layouts of 1 to 4 ranks.
+"""Compare planned and measured step times in twelve layouts of 1 to 4 ranks.
 
-`python -m benchmarks.calibration [FOLDER]`: measures this machine, then trains in interleaved rounds, some
-ten minutes. Nothing is fitted to those runs. FOLDER keeps the hardware config (default: a temporary one).
+`python -m benchmarks.calibration [FOLDER]` calibrates this machine, then trains in interleaved rounds for
+about ten minutes. Nothing is fitted to these runs. FOLDER keeps the hardware config (default: a temporary
+folder).
 """
 
 import json
@@ -67,7 +68,7 @@ def launcher(*arguments: str) -> None:
 
 
 def step_times(directory: Path) -> list[float]:
-    """Without the first two: the first begins cold, and ZeRO-3 learns in it for the second."""
+    """Return seconds without the first two steps: one starts cold, and ZeRO-3 learns for the other."""
     rows = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
     return [row["perf/step_time_s"] for row in rows][2:]
 
@@ -97,7 +98,7 @@ def table(found: dict[str, tuple[float, float]]) -> str:
 
 
 def spearman(*columns: tuple[float, ...]) -> float:
-    """Of two columns without ties."""
+    """Return the rank correlation of two columns without ties."""
     ranks = [[sorted(column).index(one) for one in column] for column in columns]
     n = len(ranks[0])
     return 1 - 6 * sum((a - b) ** 2 for a, b in zip(*ranks, strict=True)) / (n * (n**2 - 1))

@@ -1,7 +1,7 @@
-"""What a save costs: how long the step waits, and how fast the bytes reach the disk beside a plain write.
+"""Measure a save: the time the step waits, and the write speed compared with a plain write.
 
-`python -m benchmarks.checkpoint [FOLDER]`: one rank, GPT-2 small's shape with 4 layers, AdamW, fp32; it all
-goes to FOLDER (default: a temporary one). Medians of five saves waited for; behind five more goes a step.
+`python -m benchmarks.checkpoint [FOLDER]`: one rank, the shape of GPT-2 small with 4 layers, AdamW, fp32.
+Files go to FOLDER (default: a temporary folder). Medians of five synchronous and five asynchronous saves.
 """
 
 import os
@@ -87,7 +87,7 @@ def main(folder: Path) -> None:
 
 
 def plain_write(path: Path, size: int) -> float:
-    """Seconds to write and sync that many bytes."""
+    """Return the seconds to write and sync that many bytes."""
     data = np.random.default_rng(0).bytes(size)
     started = time.perf_counter()
     with path.open("wb") as file:

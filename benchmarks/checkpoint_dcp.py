@@ -1,9 +1,9 @@
-"""Our checkpoint files against torch.distributed.checkpoint's (DCP), on the same boxes of the same tensors.
+"""Compare our checkpoint files with torch.distributed.checkpoint (DCP), on the same boxes and tensors.
 
-`python -m benchmarks.checkpoint_dcp`: two ranks write a flat half of every tensor each, as ZeRO does, and
-read it back as tensor-parallel ranks, whose fused projections are split segment by segment. DCP gets planners
-that state these boxes as its chunks: no DTensor is needed. Seconds are the slower rank's, with files synced.
-Ours reads every file once for its checksum, and that is what its bytes read are: mapped files do not show.
+`python -m benchmarks.checkpoint_dcp`: two ranks each write a flat half of every tensor, as ZeRO does. They
+read it back as tensor-parallel ranks, which split fused projections segment by segment. DCP gets planners
+with these boxes as its chunks, without DTensor. Seconds are those of the slower rank, with files synced. Our
+bytes read are the checksum pass, which reads every file once: mapped files do not show.
 """
 
 import os
@@ -76,7 +76,7 @@ def flat_half(rank: int) -> Boxes:
 
 
 def tensor_shard(rank: int) -> tuple[Boxes, list[tuple[Tensor, Tensor]]]:
-    """Empty, to be filled; and each shard with what it should then be."""
+    """Return empty tensors to fill, and the expected content of each shard."""
     axis, found, pairs = Axis(rank, WORLD, None), Boxes(), []
     for logical in LOGICALS:
         expected = split(value(logical), logical, axis)
@@ -209,7 +209,7 @@ def rank_main(rank: int, *, method: str, folder: Path) -> None:
 
 
 def bytes_read() -> int:
-    """By read calls; mapped files do not show."""
+    """Return the bytes that read calls read; mapped files do not show."""
     return int(Path("/proc/self/io").read_text().split()[1])
 
 

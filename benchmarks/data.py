@@ -1,12 +1,12 @@
-"""What data cost: preparing tokens beside two peers, and reading samples whatever the size of the corpus.
+"""Measure data: preparing tokens beside two other tools, and reading samples of any size of corpus.
 
-`python -m benchmarks.data [FOLDER]`: everything goes to FOLDER (default: a temporary one), some 300 MB.
+`python -m benchmarks.data [FOLDER]`: files go to FOLDER (default: a temporary folder), about 300 MB.
 
 - `launcher prepare` with BPE of 8,000 tokens, against a plain loop over Hugging Face's `tokenizers` in one
-  process and against `datasets.map` on the same text and cores (`pip install datasets`; said to be left out
-  without it). Interleaved rounds; each from the JSON lines on disk to token ids on disk.
-- Opening token files of 1e3, 1e6 and 1e9 tokens (a sparse file), checked as before a run, to the first batch;
-  at the first sample and after a billion; and samples per second from there.
+  process, and against `datasets.map` on the same text and cores (`pip install datasets`; left out without
+  it). Rounds are interleaved; each starts with JSON lines on disk and ends with token ids on disk.
+- Opening token files of 1e3, 1e6 and 1e9 tokens (a sparse file), checked as before a run, up to the first
+  batch: at the first sample and after a billion, and samples per second after that.
 """
 
 import json
@@ -127,7 +127,7 @@ print(*since(started))
 
 
 def datasets_map(folder: Path) -> Cost | None:
-    """In a process of its own, with a cache of its own: what it has done before does not count."""
+    """Run in a process with an empty cache, so that earlier work does not count."""
     with tempfile.TemporaryDirectory(dir=folder) as cache:
         command = [sys.executable, "-c", MAP, str(folder / "text.jsonl")]
         command += [str(tokenizer_path(folder / "bpe")), str(CORES), cache]
@@ -146,7 +146,7 @@ def datasets_map(folder: Path) -> Cost | None:
 
 
 def start_up(folder: Path, size: int, consumed: int) -> tuple[float, float]:
-    """Seconds from the config to the first batch, the median of five; and samples per second from there."""
+    """Return the median seconds from config to first batch of five, and the samples per second after it."""
     prefix, document = folder / f"tokens{size}", 1000
     if not index_path(prefix).exists():
         with bin_path(prefix).open("wb") as file:

@@ -1,12 +1,12 @@
-"""The time model fitted on table 1 of Narayanan et al. (SC 2021, arXiv 2104.04473), and on it alone.
+"""Fit the time model on table 1 of Narayanan et al. (SC 2021, arXiv 2104.04473) alone.
 
     python -m benchmarks.narayanan          predicted beside published, for docs/planning.md
-    python -m benchmarks.narayanan fit      what the shares in launcher/planning/cost/rates.py were set from
+    python -m benchmarks.narayanan fit      the shares in launcher/planning/cost/rates.py
 
-The table's runs are Megatron-LM's of 2021 on A100s of 80 GB, and are planned as such: full recomputation,
-fp16, attention scores kept in memory by unfused kernels, nothing overlapped, an interleaved pipeline, whose
-bubble is an n-th where each rank holds n stages. Sizes and micro-batches are those of the authors' own
-script (examples/sc21/run_table_1.sh in NVIDIA/Megatron-LM); throughput counts their FLOPs, equation 3.
+The runs in the table are Megatron-LM of 2021 on A100s of 80 GB. They are planned with full recomputation,
+fp16, attention scores kept in memory by unfused kernels, no overlap, and an interleaved pipeline, whose
+bubble is divided by the stages of a rank. Sizes and micro-batches are those of the authors' script
+(examples/sc21/run_table_1.sh in NVIDIA/Megatron-LM). Throughput counts FLOPs by their equation 3.
 """
 
 import itertools
@@ -125,7 +125,7 @@ def plan_of(row: Row, shares: Shares) -> Plan:
 
 
 def tflops(row: Row, plan: Plan) -> float:
-    """Of each GPU, by the paper's count: 4 passes, recomputation included (equation 3)."""
+    """Return TFLOP/s of each GPU, by the paper's count: 4 passes, with recomputation (equation 3)."""
     assert plan.time is not None
     h, s, layers = row.hidden, SEQUENCE, row.layers
     flops = 96 * row.batch * s * layers * h**2 * (1 + s / (6 * h) + VOCABULARY / (16 * layers * h))
@@ -142,7 +142,7 @@ def mean_error(found: list[float]) -> float:
 
 
 def unfused_attention(s: Sizes, inputs: tuple[str, ...]) -> Operation:
-    """Megatron-LM's of 2021: fused softmax, everything else through memory, 2 bytes an element.
+    """Return Megatron-LM's attention of 2021: a fused softmax, other kernels through memory, 2-byte elements.
 
     Forward: scores written; softmax read, written; dropout read, written with its mask of a byte; read.
     Backward: gradient written; dropout's and softmax's read and written; dropped and undropped scores read.
@@ -159,7 +159,7 @@ def unfused_attention(s: Sizes, inputs: tuple[str, ...]) -> Operation:
 
 
 def fused_block(s: Sizes) -> list[Operation]:
-    """Megatron-LM adds biases within GELU and within dropout with the residual, and reduces in place."""
+    """Return a block as Megatron-LM fuses it: biases in GELU and in dropout, in-place reductions."""
     again = []
     for one in BLOCK(s):
         if one.name in ("qkv", "up", "attention", "mlp"):
@@ -190,7 +190,7 @@ CEILINGS = Shares(product=1.0, memory=0.9, link=0.8)
 
 
 def fit() -> Shares:
-    """The shares with the least mean error: a grid, refined around its best point until it is fine."""
+    """Return the shares with the least mean error, by a grid that is refined around its best point."""
     best, step = Shares(product=0.8, memory=0.7, link=0.6), 0.08
     while step > 0.004:
         around = [step * n for n in (-2, -1, 0, 1, 2)]

@@ -1,4 +1,4 @@
-"""`launcher calibrate`: measured, written, and used by a plan."""
+"""`launcher calibrate` measures and writes rates, and a plan uses them."""
 
 import time
 from dataclasses import replace

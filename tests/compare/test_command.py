@@ -1,4 +1,4 @@
-"""`launcher compare` on real ranks: what is measured is what was planned, and a wrong layout is told of."""
+"""`launcher compare` on real ranks: measurements agree with plans, and a wrong layout is reported."""
 
 import json
 import subprocess
@@ -32,7 +32,7 @@ sys.exit(run_command(sys.argv[1:]))
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    """The output, and the folder it ran in."""
+    """Return the output and the working directory of a comparison."""
     folder = tmp_path_factory.mktemp("compare")
     done = launcher(
         "compare", *SMALL, *FEW, f"compare.layouts=[{ALL}]", "compare.report=report.json", "logging=wandb",

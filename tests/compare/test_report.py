@@ -1,4 +1,4 @@
-"""What is compared, and what is told of it. Pure."""
+"""The layouts that are compared, and their report. Pure."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Runs for tests, composed from overrides as the command line would, but without Hydra for each field."""
+"""Compose runs for tests from overrides, as the command line does, but without Hydra for each field."""
 
 import copy
 import functools
@@ -32,7 +32,7 @@ class Case(NamedTuple):
 
 
 def cases(file: str) -> list[Case]:
-    """What is typed and, indented below it, `field=value: why -> what to try`."""
+    """Return each command and, indented below it, `field=value: why -> what to try`."""
     found = []
     for block in Path(__file__).with_name(file).read_text().strip().split("\n\n"):
         command, *said = block.splitlines()
@@ -43,14 +43,14 @@ def cases(file: str) -> list[Case]:
 
 @functools.cache
 def composed(*arguments: str) -> RunConfig:
-    """One run, by Hydra itself, which takes a fifth of a second: do not change it."""
+    """Return a run composed by Hydra in a fifth of a second. Must not be changed."""
     with mock.patch.object(sys, "argv", ["launcher"]):
         [job] = compose_jobs("config", RunConfig, list(arguments))
     return job.config
 
 
 def composed_as(name: str, root: Any, *arguments: str) -> Any:
-    """What another command than training composes."""
+    """Return the config that a command other than training composes."""
     with mock.patch.object(sys, "argv", ["launcher"]):
         [job] = compose_jobs(name, root, list(arguments))
     return job.config
@@ -91,7 +91,7 @@ UNPUBLISHED = {
 
 
 def run_of(*overrides: str) -> RunConfig:
-    """One run: groups by Hydra, kept between calls; fields laid over them, the last of each name counts."""
+    """Return a run: groups composed by Hydra and cached, then fields; the last value of a field counts."""
     fields = [override for override in overrides if _is_field(override)]
     groups = copy.deepcopy(composed(*(override for override in overrides if override not in fields)))
     if not fields:
@@ -109,7 +109,7 @@ def _is_field(override: str) -> bool:
 
 
 def alternatives(error: ConfigError) -> list[list[str]]:
-    """What the remedy offers, each as the overrides to type; without what only says what to type."""
+    """Return each setting that a remedy offers, as overrides; instructions in words are left out."""
     plain = re.sub(r" \([^)]*\)", "", error.remedy)
     split = [shlex.split(offer) for offer in plain.split(" or ")]
     return [
@@ -120,5 +120,5 @@ def alternatives(error: ConfigError) -> list[list[str]]:
 
 
 def section_of(run: RunConfig, name: str) -> Any:
-    """A part of a run by its dotted name."""
+    """Return a part of a run by its dotted name."""
     return functools.reduce(getattr, name.split("."), run)

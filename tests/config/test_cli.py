@@ -1,4 +1,4 @@
-"""The command line in processes of its own: the messages of wrong commands, and the modules it imports."""
+"""The command line in separate processes: messages of wrong commands, and the modules that it imports."""
 
 import subprocess
 import sys
@@ -166,7 +166,7 @@ class TestWrongCommands:
 
 
 class TestRanks:
-    """Under torchrun every rank meets the same refusal."""
+    """Under torchrun every rank raises the same refusal."""
 
     def test_the_first_says_it_and_the_others_only_end(self, place: Path) -> None:
         [first] = launcher(place, ["parallelism.tensor=3"], **torchrun(0))
@@ -205,7 +205,7 @@ class TestRanks:
 
 
 class TestLooking:
-    """Flags that show something and start nothing."""
+    """Flags that print something and start nothing."""
 
     def test_help(self, place: Path) -> None:
         [root, train, generate, hydra] = launcher(

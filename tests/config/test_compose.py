@@ -1,4 +1,4 @@
-"""All of conf/ composes into typed runs that validate; what does not compose is one ConfigError."""
+"""All of conf/ composes into typed, valid runs; every composition error is a single ConfigError."""
 
 import dataclasses
 import functools
@@ -59,17 +59,17 @@ def refused(*arguments: str, root: str = "config") -> ConfigError:
 
 
 def gpus_of(run: RunConfig) -> int:
-    """As many as the run's hardware has on one node: a machine that suits it."""
+    """Return the GPUs on a node of the run's hardware."""
     return (run.hardware.accelerators_per_node or 0) if run.hardware.device.name == "cuda" else 0
 
 
 def validated(run: RunConfig) -> Layout:
-    """On as many nodes as the run's hardware has."""
+    """Return the layout on the nodes of the run's hardware."""
     return validate(run, world_of_hardware(run, Machine(gpus=0, cores=2)))
 
 
 def leaves(config: Any) -> dict[str, type]:
-    """Every value of a dataclass by its dotted name, as its type."""
+    """Return the type of every value of a dataclass by dotted name."""
     found: dict[str, type] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -99,7 +99,7 @@ class TestConf:
                     assert expected or issubclass(kind, (Enum, list, dict, type(None))), name
 
     def test_every_option_has_its_effect(self, subtests: pytest.Subtests) -> None:
-        """What a file says is what the run has: no later file of the defaults list undoes it."""
+        """No later file of the defaults list overrides a value of an option."""
         for group, option in OPTIONS:
             with subtests.test(f"{group}={option}"):
                 run = composed(f"{group}={option}", *BESIDE.get((group, option), []))

@@ -1,4 +1,4 @@
-"""The table of deepspeed_keys.py, held against the DeepSpeed that is installed."""
+"""Compare the table of deepspeed_keys.py with the installed DeepSpeed."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -60,12 +60,12 @@ def ours_in(section: str) -> set[str]:
 
 
 def keys_of(model: type[BaseModel]) -> set[str]:
-    """The keys as they are written in DeepSpeed's JSON."""
+    """Return the keys as they are written in DeepSpeed's JSON."""
     return {field.alias or name for name, field in model.model_fields.items()}
 
 
 class Recorder(dict[str, Any]):
-    """A section of a DeepSpeed config that notes which of its keys are asked for."""
+    """A section of a DeepSpeed config that records the keys that DeepSpeed reads."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -88,7 +88,7 @@ class Recorder(dict[str, Any]):
 
 
 class Asked:
-    """A view of the keys that notes which it is asked for, in `key in section.keys()`."""
+    """A view of the keys that records each `key in section.keys()`."""
 
     def __init__(self, section: Recorder) -> None:
         self.section = section
@@ -101,7 +101,7 @@ class Asked:
 
 
 def read_by_deepspeed() -> tuple[set[str], dict[str, set[str]]]:
-    """What DeepSpeed asks for while it reads a config: at the top, and in each section without a model."""
+    """Return the keys that DeepSpeed reads: at the top, and in each section without a model."""
     sections = {name: Recorder() for name in SECTIONS if name not in MODELS}
     top = Recorder({"train_micro_batch_size_per_gpu": 1, **sections})
     DeepSpeedConfig(top)

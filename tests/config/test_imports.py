@@ -1,4 +1,4 @@
-"""Composing and refusing is quick because it imports neither torch nor deepspeed; imports go one way."""
+"""Composing and refusing import neither torch nor deepspeed; imports go one way."""
 
 import pkgutil
 import subprocess

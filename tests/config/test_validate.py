@@ -1,4 +1,4 @@
-"""Every rule refuses with a message that says what to type instead, and what it says to type works."""
+"""Every rule refuses with a message that names a setting to type, and that setting works."""
 
 import ast
 import copy
@@ -78,7 +78,7 @@ def typed(refusal: Case) -> list[str]:
 
 
 def check(refusal: Case, overrides: list[str]) -> Layout | str:
-    """What validating gives, on the case's machine. Raises ConfigError."""
+    """Validate on the machine of the case. Raises ConfigError."""
     if overrides[:1] == ["generate"]:
         return validate.validate_generate(composed_generate(*overrides[1:]))
     if overrides[:1] == ["submit"]:
@@ -98,7 +98,7 @@ def check(refusal: Case, overrides: list[str]) -> Layout | str:
 
 
 def layout_of(run: RunConfig, machine: Machine, joined_ranks: int | None) -> Layout:
-    """The layout on this machine, or in a world that torchrun started. Raises ConfigError."""
+    """Return the layout on this machine, or in a world that torchrun started. Raises ConfigError."""
     if joined_ranks is None:
         return validate.validate(run, world_of_machine(run, machine))
     joined = world_of_joined_ranks(run, machine, ranks=joined_ranks, ranks_per_node=joined_ranks)
@@ -311,7 +311,7 @@ Place = tuple[Machine, int | None]
 
 @st.composite
 def runs(draw: st.DrawFn) -> RunConfig:
-    """A run with some settings drawn at random, and the others as they are: many work, many do not."""
+    """Draw a run with some random settings; many are legal, many are not."""
     run = run_of(draw(st.sampled_from(SHAPES)), draw(st.sampled_from(SCHEDULES)))
     for field in draw(st.sets(st.sampled_from(sorted(SETTINGS)), max_size=8)):
         set_field(run, field, draw(SETTINGS[field]))
@@ -320,7 +320,7 @@ def runs(draw: st.DrawFn) -> RunConfig:
 
 @st.composite
 def places(draw: st.DrawFn) -> Place:
-    """A machine and, if torchrun started them, the number of ranks."""
+    """Draw a machine and, if torchrun started them, the number of ranks."""
     machine = Machine(gpus=draw(st.integers(0, 8)), cores=draw(st.integers(1, 8)))
     return machine, draw(st.none() | st.integers(1, 16))
 

@@ -1,4 +1,4 @@
-"""The ranks that there are: on a machine, joined, on the hardware of a config, on the nodes of a job."""
+"""The ranks of a world: on a machine, joined, on the hardware of a config, on the nodes of a job."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Small models for tests: every dimension another, a vocabulary that no tensor size divides."""
+"""Small models for tests: all dimensions differ, and no tensor size divides the vocabulary."""
 
 from typing import Any
 
@@ -71,7 +71,7 @@ def biases(*names: str) -> BiasesConfig:
 
 
 def small(architecture: str, **changes: Any) -> ModelConfig:
-    """Weights are drawn wider than in training, so that every part of the model matters to the loss."""
+    """Return a model with wide initial weights, so that every part of it affects the loss."""
     fields: dict[str, Any] = {
         **PARTS[architecture],
         "inputs": InputKind.tokens,
@@ -91,7 +91,7 @@ def small(architecture: str, **changes: Any) -> ModelConfig:
 
 
 def small_vit(**changes: Any) -> ModelConfig:
-    """16 patches and a class token; classes that no tensor size divides."""
+    """Return a model of 16 patches and a class token; no tensor size divides the classes."""
     fields: dict[str, Any] = {
         **PARTS["gpt"],
         "inputs": InputKind.patches,
@@ -116,7 +116,7 @@ def small_vit(**changes: Any) -> ModelConfig:
 
 
 def images_of(model: ModelConfig, count: int = 5) -> tuple[Tensor, Tensor]:
-    """Random images and classes."""
+    """Return random images and classes."""
     generator = torch.Generator().manual_seed(11)
     shape = count, model.image_channels, model.image_size, model.image_size
     images = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
@@ -132,7 +132,7 @@ def build(
     seed: int = 3,
     data: DataConfig | None = None,
 ) -> FlatModel:
-    """This rank's part of the model; the whole of it without a mesh. Seeds torch's default generator."""
+    """Return this rank's part of the model, or all of it without a mesh. Seeds torch's default generator."""
     run = RunConfig(
         model=model,
         parallelism=ParallelismConfig(
@@ -146,7 +146,7 @@ def build(
 
 
 def batch(vocabulary: int) -> tuple[Tensor, Tensor]:
-    """Tokens and labels, some of them ignored."""
+    """Return tokens and labels, some of them ignored."""
     generator = torch.Generator().manual_seed(11)
     tokens = torch.randint(vocabulary, (BATCH, LENGTH + 1), generator=generator)
     labels = tokens[:, 1:].clone()
@@ -159,7 +159,7 @@ def by_name(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def gradients(model: FlatModel, tokens: Tensor, labels: Tensor) -> tuple[float, dict[str, Tensor]]:
-    """The loss, and this rank's gradients by logical name."""
+    """Return the loss, and this rank's gradients by logical name."""
     loss = model(tokens, labels)
     loss.backward()
     found = {}
@@ -170,6 +170,6 @@ def gradients(model: FlatModel, tokens: Tensor, labels: Tensor) -> tuple[float, 
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """The largest difference, in units of the largest expected value."""
+    """Return the largest difference, in units of the largest expected value."""
     assert actual.shape == expected.shape, (actual.shape, expected.shape)
     return ((actual - expected).abs().max() / expected.abs().max()).item()

@@ -1,6 +1,6 @@
-"""Our models against transformers' from the same weights: logits, loss and gradients, also over two ranks.
+"""Our models against transformers from the same weights: logits, loss and gradients, also over two ranks.
 
-The names and shapes of both are mapped here, once, in terms of logical tensors.
+This file maps the names and shapes of transformers to logical tensors by itself.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ Weights = dict[str, Tensor]
 
 
 def from_llama(theirs: Weights, layers: int) -> Weights:
-    """LlamaForCausalLM's tensors as ours. A map of gradients as much as of weights: it is linear."""
+    """Return the tensors of LlamaForCausalLM as ours. The map is linear, so it also maps gradients."""
     ours = {
         "embedding.weight": theirs["model.embed_tokens.weight"],
         "final_norm.weight": theirs["model.norm.weight"],
@@ -48,7 +48,7 @@ def from_llama(theirs: Weights, layers: int) -> Weights:
 
 
 def from_gpt2(theirs: Weights, layers: int) -> Weights:
-    """GPT2LMHeadModel's tensors as ours. Its projections are Conv1D: weights of (inputs, outputs)."""
+    """Return the tensors of GPT2LMHeadModel as ours. Its Conv1D weights are (inputs, outputs)."""
     names = {
         "attention_norm": "ln_1",
         "attention.qkv": "attn.c_attn",
@@ -131,7 +131,7 @@ models = pytest.mark.parametrize("name", MODELS)
 
 
 def with_all_weights_random(theirs: nn.Module) -> nn.Module:
-    """Norms and biases too, which start at ones and zeros."""
+    """Randomise norms and biases too, which start at ones and zeros."""
     torch.manual_seed(7)
     for parameter in theirs.parameters():
         nn.init.normal_(parameter, std=0.3)
@@ -140,7 +140,7 @@ def with_all_weights_random(theirs: nn.Module) -> nn.Module:
 
 @cache
 def reference(name: str) -> tuple[Weights, Tensor, float, Weights]:
-    """Weights by our names, and transformers' logits, loss and gradients with them."""
+    """Return weights by our names, and the logits, loss and gradients of transformers."""
     model = MODELS[name]
     make, ours = THEIRS[model.positions]
     theirs = with_all_weights_random(make(model)).eval()
@@ -156,7 +156,7 @@ def reference(name: str) -> tuple[Weights, Tensor, float, Weights]:
 def with_weights(
     model: ModelConfig, weights: Weights, ranks: ProcessMesh | None = None, *, sequence_parallel: bool = False
 ) -> Any:
-    """Our model with this rank's shards of the weights: all of them, in their shapes."""
+    """Return our model with this rank's shards of all weights."""
     ours = build(model, ranks, sequence_parallel=sequence_parallel)
     parameters = by_name(ours)
     assert parameters.keys() == weights.keys()
@@ -191,7 +191,7 @@ Split = tuple[Tensor, float, Weights]
 
 
 def of_rank(rank: int, world: int, model: ModelConfig, weights: Weights, sequence_parallel: bool) -> Split:
-    """Logits gathered over the ranks, the loss, this rank's gradients."""
+    """Return logits gathered over the ranks, the loss and this rank's gradients."""
     ranks = mesh(tensor=world)
     ours = with_weights(model, weights, ranks, sequence_parallel=sequence_parallel)
     tokens, labels = batch(model.vocab_size)
@@ -219,7 +219,7 @@ def test_over_two_tensor_ranks(name: str, sequence_parallel: bool) -> None:
 
 
 def test_dropout_is_where_gpt2_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Dropout replaced by a factor in both: what one drops out and the other does not then shows."""
+    """A factor replaces dropout in both models, so that a dropout in only one of them shows."""
     attention = F.scaled_dot_product_attention
 
     def attend(*inputs: Any, dropout_p: float = 0.0, **kwargs: Any) -> Tensor:
@@ -254,7 +254,7 @@ def swap_keys_and_values(weights: Weights) -> Weights:
 
 
 def interleave_rotary(weights: Weights) -> Weights:
-    """Queries as in the original Llama checkpoints, whose rotary pairs are neighbours (head size 4)."""
+    """Reorder queries as in the original Llama, whose rotary pairs are neighbours (head size 4)."""
 
     def interleaved(w: Tensor) -> Tensor:
         q, rest = w.split([32, 32])

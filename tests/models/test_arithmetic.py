@@ -31,7 +31,7 @@ def shipped(name: str) -> ModelConfig:
 
 
 def without_values(model: ModelConfig) -> FlatModel:
-    """The real modules, on the meta device: shapes and no storage, be it of 70 billion parameters."""
+    """Return the real modules on the meta device, which needs no storage for 70 billion parameters."""
     make = Initializer.parameter
 
     def parameter(self: Initializer, logical: LogicalTensor, draw: DrawFunction) -> nn.Parameter:
@@ -65,7 +65,7 @@ def test_parameters_are_those_of_the_modules(subtests: pytest.Subtests) -> None:
 
 
 def test_matrix_parameters_are_the_weights_that_multiply_every_token(subtests: pytest.Subtests) -> None:
-    """All matrices but the look-ups; an embedding that is the head too counts as the head."""
+    """All matrices except look-ups; a tied embedding counts as the head."""
     for name in VARIANTS:
         with subtests.test(name):
             model = VARIANTS[name]
@@ -93,7 +93,7 @@ def test_parameters_are_those_published(name: str) -> None:
 
 
 def inputs_of(model: ModelConfig, length: int, device: str) -> tuple[Tensor, Tensor]:
-    """Two samples and their labels."""
+    """Return two samples and their labels."""
     if model.inputs is InputKind.patches:
         images = torch.zeros(2, model.image_channels, model.image_size, model.image_size, dtype=torch.uint8)
         return images.to(device), torch.zeros(2, 1, dtype=torch.long, device=device)
@@ -102,7 +102,7 @@ def inputs_of(model: ModelConfig, length: int, device: str) -> tuple[Tensor, Ten
 
 
 def counted_flops(model: ModelConfig, length: int, device: str) -> float:
-    """Of a forward and a backward pass over one token, by torch."""
+    """Return torch's count for a forward and a backward pass, per token."""
     module = without_values(model) if device == "meta" else build(model)
     # The math backend's products are counted as they are, the whole T x T matrix; a fused backward
     # would count the scores that it recomputes.

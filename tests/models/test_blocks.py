@@ -42,7 +42,7 @@ def of_rank(
 def differences(
     model: ModelConfig, found: list[tuple[Gradients, dict[str, LogicalTensor]]]
 ) -> dict[str, float]:
-    """Of the loss and of every logical gradient, from those of one process."""
+    """Return differences of the loss and every logical gradient from a single process."""
     loss, expected = gradients(build(model), *batch(model.vocab_size))
     logicals = found[0][1]
     shards = [rank[0][1] for rank in found]
@@ -84,7 +84,7 @@ def without_replicated(rank: int, world: int, model: ModelConfig) -> Any:
 
 @architectures
 def test_the_comparison_sees_gradients_of_one_stretch_only(architecture: str) -> None:
-    """What lies between the parallel regions, and only that, is wrong without its all-reduce."""
+    """Without their all-reduce, only the gradients between the parallel regions are wrong."""
     model = small(architecture)
     found = pool(2).run(without_replicated, model)
     wrong = {name for name, error in differences(model, found).items() if not error <= 0.01}
@@ -98,7 +98,7 @@ def test_the_comparison_sees_gradients_of_one_stretch_only(architecture: str) ->
 def with_dropout(
     rank: int, world: int, model: ModelConfig, sequence_parallel: bool, checkpointing: ActivationCheckpointing
 ) -> list[Gradients]:
-    """Two steps, whose masks differ."""
+    """Run two steps, whose masks differ."""
     ours = build(model, mesh(tensor=world), sequence_parallel=sequence_parallel, checkpointing=checkpointing)
     steps = []
     for _ in range(2):
@@ -179,8 +179,7 @@ def test_what_is_recomputed(
 @architectures
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 def test_dropout_keeps_replicated_weights_equal(sequence_parallel: bool, architecture: str) -> None:
-    """All tensor ranks see one loss and one gradient of what they all hold, to the bit: nothing else keeps
-    their copies from drifting apart."""
+    """Losses and gradients of replicated weights are bitwise equal on all ranks, or the copies would drift."""
     model = small(architecture, dropout=0.3)
     ranks = pool(4).run(with_dropout, model, sequence_parallel, ActivationCheckpointing.none)
     replicated = [n for n, p in by_name(build(model)).items() if not logical_of(p).is_split]
@@ -191,7 +190,7 @@ def test_dropout_keeps_replicated_weights_equal(sequence_parallel: bool, archite
 
 
 def masks(rank: int, world: int, sequence_parallel: bool) -> tuple[list[float], list[float]]:
-    """What dropout makes of ones, between the regions and in the attention of equal heads."""
+    """Return the dropout of ones, between the regions and in the attention of equal heads."""
     model = small("llama", dropout=0.5)
     ours = build(model, mesh(tensor=world), sequence_parallel=sequence_parallel)
     block = next(m for m in ours.modules() if isinstance(m, TransformerBlock))
@@ -250,7 +249,7 @@ def test_a_shorter_sequence_has_the_same_logits(architecture: str) -> None:
 
 @architectures
 def test_order_matters(architecture: str) -> None:
-    """Without positions the last logits would be those of the tokens as a bag."""
+    """Without positions, the last logits would not depend on the order of tokens."""
     model, (tokens, _) = build(small(architecture, num_layers=1)), batch(61)
     swapped = tokens.clone()
     swapped[:, [2, 9]] = tokens[:, [9, 2]]
@@ -258,7 +257,7 @@ def test_order_matters(architecture: str) -> None:
 
 
 def rotated(vector: Tensor, positions: int = 12, theta: float = 100.0) -> Tensor:
-    """(D,) at each position: (T, D)."""
+    """Return (D,) rotated at each position: (T, D)."""
     return rotate(vector.expand(1, 1, positions, -1), theta)[0, 0]
 
 

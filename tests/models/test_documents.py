@@ -1,4 +1,4 @@
-"""Attention and positions that stop at a document's end: as if the documents were run one by one."""
+"""Attention and positions that stop at the end of a document give the results of documents run separately."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The Vision Transformer: against transformers' from the same weights, and over tensor ranks."""
+"""The Vision Transformer against transformers from the same weights, and over tensor ranks."""
 
 from dataclasses import replace
 from typing import Any
@@ -42,7 +42,7 @@ def theirs_of(model: ModelConfig) -> Any:
 
 
 def ours_of(theirs: Weights, layers: int) -> Weights:
-    """Their tensors as ours, by the order of their names: those of layers differ between versions."""
+    """Return the tensors of transformers as ours, by order: names of layers differ between versions."""
     kernel = theirs["vit.embeddings.patch_embeddings.projection.weight"]
     ours = {
         "patches.weight": kernel.flatten(1),
@@ -77,7 +77,7 @@ def ours_of(theirs: Weights, layers: int) -> Weights:
 
 
 def test_is_the_published_model() -> None:
-    """transformers' ViTForImageClassification: logits, loss and every gradient."""
+    """Logits, loss and every gradient equal transformers' ViTForImageClassification."""
     model = small_vit()
     theirs = theirs_of(model)
     images, labels = images_of(model)
@@ -148,7 +148,7 @@ def hits_of(rank: int, world: int, logits: Tensor, labels: Tensor) -> list[bool]
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_right_answers_are_those_of_the_highest_score(world: int) -> None:
-    """Padding, here the highest of all, is no answer."""
+    """Padding, here the highest score of all, is no answer."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(50, 1, 7, generator=generator)
     labels = torch.randint(7, (50, 1), generator=generator)
@@ -173,7 +173,7 @@ def test_right_answers_are_counted_without_gradients_only() -> None:
 
 
 def test_every_patch_sees_every_other() -> None:
-    """No causal mask: the last pixel moves what the first patch becomes."""
+    """Without a causal mask, the last pixel changes the first patch's output."""
     model = build(small_vit(pooling=Pooling.mean))
     images, _ = images_of(small_vit())
     changed = images.clone()

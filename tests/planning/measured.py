@@ -1,6 +1,6 @@
-"""Predicted memory against real runs on this machine: every tensor's storage counted inside the ranks.
+"""Compare predicted memory with real runs on this machine, which count every tensor's storage in the ranks.
 
-`python -m tests.planning.measured` prints the table of docs/planning.md; it takes some minutes.
+`python -m tests.planning.measured` prints the table of docs/planning.md in some minutes.
 """
 
 import json
@@ -103,7 +103,7 @@ SOME = [
 
 @dataclass(frozen=True)
 class Measured:
-    """One pipeline rank: the fullest of its tensor and data ranks. Bytes."""
+    """Bytes of a pipeline rank: the maximum over its tensor and data ranks."""
 
     case: str
     stage: int
@@ -121,7 +121,7 @@ def planned(*overrides: str) -> tuple[RunConfig, Layout]:
 
 
 def measure(case: str) -> tuple[list[Measured], dict[tuple[GroupName, Collective], tuple[int, int]]]:
-    """The memory of each stage, and every collective of rank 0's step: (planned, seen)."""
+    """Return the memory of each stage, and the collectives of rank 0 in a step: (planned, measured)."""
     run, layout = planned(*CASES[case])
     with tempfile.TemporaryDirectory(prefix="launcher-measured-") as name:
         folder = Path(name)
@@ -142,7 +142,7 @@ def measure(case: str) -> tuple[list[Measured], dict[tuple[GroupName, Collective
 
 
 def _collectives(plan: Plan, found: list[dict]) -> dict[tuple[GroupName, Collective], tuple[int, int]]:
-    """Of the ranks that the plan tells of: those which send most."""
+    """Return the collectives of the ranks that send most, as the plan does."""
     compared = {}
     for name, traffic in plan.traffic.items():
         if traffic.shape.ranks == 1:

@@ -10,7 +10,7 @@ LLAMA = ["model=llama3_8b", "precision=bf16", "training.micro_batch_size=1", "tr
 
 
 def plan_of(*overrides: str, memory_here: int | None = None) -> Plan:
-    """On the hardware of the overrides, whatever this machine is."""
+    """Return the plan on the hardware of the overrides, independent of this machine."""
     run = run_of(*overrides)
     world = world_of_hardware(run, Machine(gpus=0, cores=64, memory_bytes=memory_here))
     return ready(run, world, needs_data=False, must_fit=False).plan

@@ -1,4 +1,4 @@
-"""`launcher plan` as it is typed: what it prints, how little it imports, and what it refuses."""
+"""`launcher plan` as it is typed: its output, its imports and its refusals."""
 
 import json
 from pathlib import Path

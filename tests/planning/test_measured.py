@@ -1,4 +1,4 @@
-"""Predicted memory within 5% of real runs, and predicted traffic exactly what they send."""
+"""Predicted memory is within 5% of real runs, and predicted traffic is exact."""
 
 from pathlib import Path
 from unittest.mock import patch
@@ -34,7 +34,7 @@ def test_memory_and_traffic_are_those_of_every_real_run(case: str) -> None:
 
 
 def test_the_documentation_lists_every_case_within_bounds() -> None:
-    """Its numbers are a machine's; that they are within bounds is measured above."""
+    """The numbers in the documentation come from one machine; other tests measure the bounds."""
     text = DOCS.read_text()
     assert len(CASES) >= 24
     for case in CASES:
@@ -43,7 +43,7 @@ def test_the_documentation_lists_every_case_within_bounds() -> None:
 
 
 def test_a_wrong_account_is_out_of_bounds() -> None:
-    """Were a byte of each fp32 gradient and state forgotten, the bound would tell."""
+    """A missing byte per fp32 gradient and state would exceed the bound."""
     run, layout = planned(*CASES["ZeRO-1, data 2"])
     [rank] = pipeline_ranks(run, layout)
     right = rank_memory(run, layout, rank).allocated

@@ -1,4 +1,4 @@
-"""The fitted time model on the table it was fitted on, and docs/planning.md on both."""
+"""The fitted time model on the table it was fitted on, and the figures in docs/planning.md."""
 
 from pathlib import Path
 

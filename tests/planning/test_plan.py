@@ -1,4 +1,4 @@
-"""What a plan says: that its parts add up, that they move the right way, and the facts it starts from."""
+"""A plan: its parts add up, they move in the right direction, and published facts hold."""
 
 import json
 import re
@@ -246,7 +246,7 @@ class TestTraffic:
         assert Collective(kind, 100).sent(ranks) == sent
 
     def test_tensor_parallelism_is_four_all_reduces_of_activations_per_layer(self) -> None:
-        """8 b s h (t-1)/t elements a layer and micro-batch: arXiv 2104.04473, section 3.2."""
+        """8 b s h (t-1)/t elements per layer and micro-batch: arXiv 2104.04473, section 3.2."""
         layers, more = 4, ["parallelism.tensor=2", "parallelism.data=1", "training.micro_batch_size=4"]
         one, two = (
             plan_of("model=gpt_tiny", f"model.num_layers={count}", *more, "hardware=cpu")

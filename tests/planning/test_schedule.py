@@ -1,4 +1,4 @@
-"""Stages, schedules and buffers against DeepSpeed's own code; the bubble against its simulation."""
+"""Stages, schedules and buffers against DeepSpeed's code; the bubble against its simulation."""
 
 from collections import Counter
 from itertools import pairwise
@@ -31,7 +31,7 @@ def layout_of(pipeline: int, micro_batches: int, stages_per_rank: int = 1) -> La
 
 
 def test_blocks_are_dealt_out_as_deepspeed_does(subtests: pytest.Subtests) -> None:
-    """With the embedding, and positions, before them and the final norm and the head behind."""
+    """With embedding and positions before the blocks, and final norm and head after them."""
     for blocks in range(1, 14):
         for before in [1, 2]:
             with subtests.test(f"{blocks} {before}"):
@@ -44,7 +44,7 @@ def test_blocks_are_dealt_out_as_deepspeed_does(subtests: pytest.Subtests) -> No
 
 
 def passes(commands: object) -> list[tuple[bool, int]]:
-    """(forward?, phase) of every pass in a schedule of DeepSpeed's."""
+    """Return (is forward, phase) of every pass in a DeepSpeed schedule."""
     kinds = {"ForwardPass": True, "BackwardPass": False}
     return [
         (kinds[type(one).__name__], one.kwargs.get("phase", 0))
@@ -72,7 +72,7 @@ def test_dualpipev_runs_in_deepspeeds_order(ranks: int, micro_batches: int) -> N
 
 
 def most_in_flight(tasks: list[tuple[bool, int]]) -> tuple[int, ...]:
-    """By phase, when they are most in all."""
+    """Return the micro-batches in flight by phase, when their sum is largest."""
     live: Counter[int] = Counter()
     fullest: tuple[int, ...] = ()
     for forward, phase in tasks:

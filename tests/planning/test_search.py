@@ -1,4 +1,4 @@
-"""`parallelism=auto`: never illegal, never beaten by its own model, the same every time; and refusals."""
+"""`parallelism=auto` is always legal, optimal in its own model and deterministic; and its refusals."""
 
 import copy
 from dataclasses import replace
@@ -140,7 +140,7 @@ class TestAnyRun:
 
 
 def exhaustive(run: RunConfig, world: World):  # type: ignore[no-untyped-def]
-    """Every value of every setting, with nothing but validation to tell which are legal."""
+    """Yield every value of every setting; only validation decides which are legal."""
     numbers = range(1, world.ranks + 1)
     batch = range(1, run.training.global_batch_size + 1)
     flags = (False, True)
@@ -241,7 +241,7 @@ class TestChoice:
         assert unchecked.parallelism.zero_stage == 3
 
     def test_twenty_thousand_gpus(self) -> None:
-        """How long it takes is in docs/planning.md; here, that there are thousands and one is chosen."""
+        """Thousands of layouts are searched; docs/planning.md has the time."""
         found = searched(
             "model=llama3_70b", *CLUSTER, "hardware.nodes=2500", "training.global_batch_size=20000"
         )

@@ -1,4 +1,4 @@
-"""The formulas against the real modules, traced; and that a wrong formula is found."""
+"""The formulas against traces of the real modules; a wrong formula is detected."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -43,7 +43,7 @@ AXES = {
 
 
 def can_be_traced(case: tuple[Any, ...]) -> bool:
-    """All but what runs CUDA's math attention, which takes CUDA."""
+    """Return whether a config avoids CUDA's math attention, which needs CUDA."""
     return not (case[0] == "llama_tiny" and case[2] == "fp32" and case[-1] == "cuda")
 
 
@@ -79,7 +79,7 @@ def compared(*overrides: str) -> list[FormulaCheck]:
 
 
 def wrong(found: list[FormulaCheck]) -> list[FormulaCheck]:
-    """Parameters and traffic exactly, FLOPs within 0.1%, activations within 3%."""
+    """Return quantities out of bounds: parameters and traffic exact, FLOPs 0.1%, activations 3%."""
     allowed = Counter({"saved": 0.03, "peak": 0.03, "flops": 1e-3})
     return [one for one in found if abs(one.error) > allowed[one.quantity]]
 
@@ -177,7 +177,7 @@ def test_dropout_on_cpu_keeps_the_scores() -> None:
 
 
 def test_any_rank_of_a_large_world() -> None:
-    """Rank 4607 of 8192, in seconds and without its weights."""
+    """Rank 4607 of 8192 is traced in seconds and without its weights."""
     large = [
         "model=llama3_70b", "precision=bf16", "hardware=h100_80gb", "hardware.nodes=1024",
         "parallelism.tensor=8", "parallelism.pipeline=16", "parallelism.sequence_parallel=true",
@@ -226,7 +226,7 @@ def without_saved(name: str) -> Callable[[list[Operation]], list[Operation]]:
 
 
 def changed(**changes: Any) -> Callable[[list[Operation]], list[Operation]]:
-    """The second projection of a block, differently."""
+    """Return a change of a block's `up` projection."""
     return lambda block: [replace(one, **changes) if one.name == "up" else one for one in block]
 
 
