@@ -100,19 +100,16 @@ OURS: dict[str, str] = {
     "train_batch_size": "training.global_batch_size={}",
     "train_micro_batch_size_per_gpu": "training.micro_batch_size={}",
     "gradient_accumulation_steps": "derived from training.global_batch_size and training.micro_batch_size",
-    "gradient_clipping": "optimizer.gradient_clipping={}",
-    "optimizer": "optimizer=adamw or optimizer=sgd",
+    "gradient_clipping": "optimizer.gradient_clipping={}", "optimizer": "optimizer=adamw or optimizer=sgd",
     "scheduler": "scheduler=cosine or another option of the group scheduler",
-    "bf16.enabled": "precision=bf16",
-    "fp16.enabled": "precision=fp16",
+    "bf16.enabled": "precision=bf16", "fp16.enabled": "precision=fp16",
     "fp16.initial_scale_power": "precision.initial_loss_scale_power={}",
     "zero_optimization.stage": "parallelism.zero_stage={}",
     "zero_optimization.offload_optimizer.device": "parallelism.offload_optimizer=true",
     "zero_optimization.offload_param.device": "parallelism=zero3_offload",
     "activation_checkpointing": "parallelism.activation_checkpointing=full",
-    "pipeline": "parallelism.pipeline=2",
-    "wandb": "logging=wandb",
-}
+    "pipeline": "parallelism.pipeline=2", "wandb": "logging=wandb",
+}  # fmt: skip
 
 
 def check_passthrough(keys: Mapping[str, Any], section: str = "") -> None:

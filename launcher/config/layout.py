@@ -4,17 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from launcher.config import shape
 from launcher.config.errors import ConfigError, refusal, settings
 from launcher.config.schema import Dtype, RunConfig
-from launcher.config.shape import (
-    divisors,
-    least_micro_batches,
-    legal_pipeline_sizes,
-    legal_tensor_sizes,
-    multiples_around,
-    nearest,
-    stages_per_rank,
-)
 from launcher.config.world import World
 from launcher.text import plural
 
@@ -69,7 +61,7 @@ def resolve_layout(run: RunConfig, world: World) -> Layout:
     return Layout(
         pipeline=run.parallelism.pipeline, data=data, tensor=run.parallelism.tensor, device=world.device,
         accumulation=_accumulation(run, data, fewer_ranks_possible=not all_ranks_take_part),
-        zero_stage=zero_stage, stages_per_rank=stages_per_rank(run),
+        zero_stage=zero_stage, stages_per_rank=shape.stages_per_rank(run),
         notes=tuple(note for note in (sharing, substitution) if note),
     )  # fmt: skip
 
@@ -96,7 +88,7 @@ def _data_in_world(run: RunConfig, world: int) -> int:
         return world // size if world % size == 0 and p.data in (None, world // size) else None
 
     if world % copy:
-        worlds = multiples_around(world, copy) if p.data is None else [copy * p.data]
+        worlds = shape.multiples_around(world, copy) if p.data is None else [copy * p.data]
         remedies = *_other_splits(run, data_beside), f"a world size of {' or '.join(map(str, worlds))}"
         raise _not_a_multiple(run, f"the world size {world} is", *remedies)
     data = world // copy
@@ -175,11 +167,13 @@ def _other_splits(run: RunConfig, data_beside: Callable[[int], int | None]) -> l
         data = data_beside(size)
         return data is not None and _divides_batch(run, data)
 
-    tensor = [size for size in legal_tensor_sizes(run) if size != p.tensor and works(size * p.pipeline)]
-    pipeline = [size for size in legal_pipeline_sizes(run) if size != p.pipeline and works(p.tensor * size)]
+    tensor = [size for size in shape.legal_tensor_sizes(run) if size != p.tensor and works(size * p.pipeline)]
+    pipeline = [
+        size for size in shape.legal_pipeline_sizes(run) if size != p.pipeline and works(p.tensor * size)
+    ]
     return [
-        *settings("parallelism.tensor", nearest(tensor, p.tensor, 1)),
-        *settings("parallelism.pipeline", nearest(pipeline, p.pipeline, 1)),
+        *settings("parallelism.tensor", shape.nearest(tensor, p.tensor, 1)),
+        *settings("parallelism.pipeline", shape.nearest(pipeline, p.pipeline, 1)),
     ]
 
 
@@ -190,7 +184,7 @@ def _divides_batch(run: RunConfig, data: int) -> bool:
 
 def _is_enough(run: RunConfig, at_once: int) -> bool:
     sequences = run.training.global_batch_size
-    return sequences % at_once == 0 and sequences // at_once >= least_micro_batches(run)
+    return sequences % at_once == 0 and sequences // at_once >= shape.least_micro_batches(run)
 
 
 def _product(run: RunConfig) -> str:
@@ -204,15 +198,15 @@ def _accumulation(run: RunConfig, data: int, *, fewer_ranks_possible: bool) -> i
     sequences = t.micro_batch_size * data
     if _divides_batch(run, data):
         return t.global_batch_size // sequences
-    least = least_micro_batches(run)
-    batches = [n for n in multiples_around(t.global_batch_size, sequences) if n >= least * sequences]
-    micro = [n for n in divisors(t.global_batch_size) if _is_enough(run, n * data)]
+    least = shape.least_micro_batches(run)
+    batches = [n for n in shape.multiples_around(t.global_batch_size, sequences) if n >= least * sequences]
+    micro = [n for n in shape.divisors(t.global_batch_size) if _is_enough(run, n * data)]
     smaller = range(1, data if fewer_ranks_possible else 1)
     fewer = [size for size in smaller if _divides_batch(run, size)]
     remedies = [
         *settings("training.global_batch_size", batches or [least * sequences]),
-        *settings("training.micro_batch_size", nearest(micro, t.micro_batch_size, 1)),
-        *settings("parallelism.data", nearest(fewer, data, 1)),
+        *settings("training.micro_batch_size", shape.nearest(micro, t.micro_batch_size, 1)),
+        *settings("parallelism.data", shape.nearest(fewer, data, 1)),
     ]
     if t.global_batch_size % sequences:
         ranks = plural(data, "data-parallel rank")

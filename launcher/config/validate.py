@@ -8,19 +8,10 @@ import re
 import shlex
 from collections.abc import Callable, Mapping
 
+from launcher.config import numbers, shape
 from launcher.config.deepspeed_keys import check_passthrough
 from launcher.config.errors import ConfigError, as_typed, refusal, settings, value_of
 from launcher.config.layout import Layout, resolve_layout
-from launcher.config.numbers import (
-    BYTE_VALUES,
-    CALIBRATE_NUMBERS,
-    COMPARE_NUMBERS,
-    COUNT,
-    GENERATE_NUMBERS,
-    NUMBERS,
-    PREPARE_NUMBERS,
-    refuse_numbers_out_of_range,
-)
 from launcher.config.schema import (
     AttentionKind,
     CalibrateConfig,
@@ -34,22 +25,6 @@ from launcher.config.schema import (
     PrepareConfig,
     RunConfig,
     SchedulerName,
-)
-from launcher.config.shape import (
-    divisors,
-    has_class_token,
-    head_size,
-    head_size_multiple,
-    is_of_images,
-    kv_heads,
-    legal_heads,
-    legal_pipeline_sizes,
-    legal_tensor_sizes,
-    multiples_around,
-    nearest,
-    sequence_length,
-    stages_per_rank,
-    whole_weights,
 )
 from launcher.config.slurm_rules import check_slurm
 from launcher.config.world import World
@@ -77,20 +52,20 @@ def validate_generate(config: GenerateConfig) -> str:
     if not config.prompt:
         why = "the model continues a text, and this one is empty"
         raise refusal(config, "prompt", why, shlex.quote('prompt="import "'))
-    refuse_numbers_out_of_range(config, GENERATE_NUMBERS)
+    numbers.refuse_numbers_out_of_range(config, numbers.GENERATE_NUMBERS)
     return config.run.dir
 
 
 def validate_prepare(config: PrepareConfig) -> None:
     """Check what `launcher prepare` is given. Raises ConfigError."""
-    refuse_numbers_out_of_range(config, PREPARE_NUMBERS)
+    numbers.refuse_numbers_out_of_range(config, numbers.PREPARE_NUMBERS)
     t = config.tokenizer
     if t.train is not None and t.path is not None:
         why = "there is nothing to train: tokenizer.path names one that is made"
         raise refusal(config, "tokenizer.train", why, "tokenizer.train=null", "tokenizer.path=null")
-    if t.train is not None and config.vocab <= BYTE_VALUES:
-        why = f"every byte is a token, and so is what ends a document: {BYTE_VALUES + 1} at least"
-        raise refusal(config, "vocab", why, f"vocab={BYTE_VALUES + 1} (or more)")
+    if t.train is not None and config.vocab <= numbers.BYTE_VALUES:
+        why = f"every byte is a token, and so is what ends a document: {numbers.BYTE_VALUES + 1} at least"
+        raise refusal(config, "vocab", why, f"vocab={numbers.BYTE_VALUES + 1} (or more)")
     if t.end_of_document is not None and t.path is None:
         why = "only another's tokenizer has ends to choose from"
         raise refusal(config, "tokenizer.end_of_document", why, "tokenizer.end_of_document=null")
@@ -98,7 +73,7 @@ def validate_prepare(config: PrepareConfig) -> None:
 
 def validate_compare(config: ComparedRunConfig) -> None:
     """Check what `launcher compare` is given besides a run. Raises ConfigError."""
-    refuse_numbers_out_of_range(config, COMPARE_NUMBERS)
+    numbers.refuse_numbers_out_of_range(config, numbers.COMPARE_NUMBERS)
     if config.compare.ranks == 1:
         raise refusal(config, "compare.ranks", "one rank is one layout", "compare.ranks=2", "compare.ranks=4")
     for name in ("data", "tensor", "pipeline", "zero_stage", "auto"):
@@ -110,27 +85,27 @@ def validate_compare(config: ComparedRunConfig) -> None:
 
 def validate_calibrate(config: CalibrateConfig) -> None:
     """Check what `launcher calibrate` is given. Raises ConfigError."""
-    refuse_numbers_out_of_range(config, CALIBRATE_NUMBERS)
+    numbers.refuse_numbers_out_of_range(config, numbers.CALIBRATE_NUMBERS)
     if not re.fullmatch(r"\w[\w.-]*", config.name):
         why = "is to be typed as hardware=NAME, and the name of a file"
         raise refusal(config, "name", why, "name=this_machine")
 
 
 def check_numbers(run: RunConfig) -> None:
-    refuse_numbers_out_of_range(run, NUMBERS)
+    numbers.refuse_numbers_out_of_range(run, numbers.NUMBERS)
 
 
 def check_inputs(run: RunConfig) -> None:
     """Check that the model has the settings of its inputs, and none of the other kind's."""
     m = run.model
-    text = {"model.vocab_size": BYTE_VALUES, "model.max_sequence_length": 128}
+    text = {"model.vocab_size": numbers.BYTE_VALUES, "model.max_sequence_length": 128}
     examples = {"num_classes": 10, "image_size": 8, "image_channels": 1, "patch_size": 2}
     images = {f"model.{name}": example for name, example in examples.items()}
     is_vision = m.inputs is InputKind.patches
     unused = f"not used with model.inputs={m.inputs.name}"
     for field, example in (images if is_vision else text).items():
         if value_of(run, field) == 0:
-            raise refusal(run, field, COUNT.words, f"{field}={example}")
+            raise refusal(run, field, numbers.COUNT.words, f"{field}={example}")
     for field in text if is_vision else images:
         if value_of(run, field) != 0:
             raise refusal(run, field, unused, f"{field}=0")
@@ -146,7 +121,7 @@ def check_inputs(run: RunConfig) -> None:
         raise refusal(run, "model.image_channels", why, "model.image_channels=1", "model.image_channels=3")
     if is_vision and m.image_size % m.patch_size:
         why = f"does not divide model.image_size={m.image_size}"
-        close = nearest(divisors(m.image_size), m.patch_size)
+        close = shape.nearest(shape.divisors(m.image_size), m.patch_size)
         raise refusal(run, "model.patch_size", why, *settings("model.patch_size", close))
 
 
@@ -156,7 +131,7 @@ def check_parts(run: RunConfig) -> None:
     if m.attention is AttentionKind.full and m.inputs is InputKind.tokens:
         why = "every position would see the token it predicts"
         raise refusal(run, "model.attention", why, "model.attention=causal")
-    if m.attention is AttentionKind.causal and has_class_token(m):
+    if m.attention is AttentionKind.causal and shape.has_class_token(m):
         why = "the class token comes first and would see no patch"
         raise refusal(run, "model.attention", why, "model.attention=full", "model.pooling=mean")
     if m.biases.head and m.tie_embeddings:
@@ -167,14 +142,14 @@ def check_parts(run: RunConfig) -> None:
 def check_images(run: RunConfig) -> None:
     """Check that patches are cut from images, and tokens from text."""
     m, d = run.model, run.data
-    if (m.inputs is InputKind.patches) != is_of_images(run):
+    if (m.inputs is InputKind.patches) != shape.is_of_images(run):
         needs, remedy = "text", f"model={'vit_tiny' if d.source is CorpusSource.digits else 'vit_b16'}"
         if m.inputs is InputKind.patches:
             is_for_digits = (m.image_size, m.image_channels) == (8, 1) and m.num_classes >= 10
             images = "data=digits" if is_for_digits else "data=image_folder data.train=images/train"
             needs, remedy = "images", images
         raise refusal(run, "data.source", f"model.inputs={m.inputs.name} needs {needs}", remedy)
-    if not is_of_images(run):
+    if not shape.is_of_images(run):
         return
     if d.sequence_length is not None:
         why = "an image has as many tokens as patches"
@@ -199,45 +174,47 @@ def check_images(run: RunConfig) -> None:
 
 def check_heads(run: RunConfig) -> None:
     """Check that the heads fit the hidden size, rotary positions and the key/value heads."""
-    m, multiple = run.model, head_size_multiple(run)
+    m, multiple = run.model, shape.head_size_multiple(run)
     remedies = [
-        *settings("model.num_heads", nearest(legal_heads(run), m.num_heads)),
-        *settings("model.hidden_size", multiples_around(m.hidden_size, m.num_heads * multiple)),
+        *settings("model.num_heads", shape.nearest(shape.legal_heads(run), m.num_heads)),
+        *settings("model.hidden_size", shape.multiples_around(m.hidden_size, m.num_heads * multiple)),
     ]
     if m.head_size is None and m.hidden_size % m.num_heads:
         raise refusal(run, "model.num_heads", f"does not divide model.hidden_size={m.hidden_size}", *remedies)
-    if head_size(m) % multiple:
+    if shape.head_size(m) % multiple:
         why = "rotary positions need an even head size"
         if m.head_size is not None:
-            even = settings("model.head_size", multiples_around(m.head_size, multiple))
+            even = settings("model.head_size", shape.multiples_around(m.head_size, multiple))
             raise refusal(run, "model.head_size", why, *even)
-        raise refusal(run, "model.num_heads", f"heads of {head_size(m)}, and {why}", *remedies)
-    if m.num_heads % kv_heads(m):
-        legal = [heads for heads in divisors(m.num_heads) if heads % run.parallelism.tensor == 0]
-        remedies = settings("model.num_kv_heads", nearest(legal, kv_heads(m)) or ["null"])
+        raise refusal(run, "model.num_heads", f"heads of {shape.head_size(m)}, and {why}", *remedies)
+    if m.num_heads % shape.kv_heads(m):
+        legal = [heads for heads in shape.divisors(m.num_heads) if heads % run.parallelism.tensor == 0]
+        remedies = settings("model.num_kv_heads", shape.nearest(legal, shape.kv_heads(m)) or ["null"])
         why = f"does not divide model.num_heads={m.num_heads}"
         raise refusal(run, "model.num_kv_heads", why, *remedies)
 
 
 def check_tensor_divides(run: RunConfig) -> None:
     m, tensor = run.model, run.parallelism.tensor
-    counts = {"attention heads": m.num_heads, "KV heads": kv_heads(m), "FFN columns": m.ffn_hidden_size}
+    counts = {"attention heads": m.num_heads, "KV heads": shape.kv_heads(m), "FFN columns": m.ffn_hidden_size}
     for name, count in counts.items():
         if count % tensor:
-            remedies = settings("parallelism.tensor", nearest(legal_tensor_sizes(run) or [1], tensor))
+            remedies = settings(
+                "parallelism.tensor", shape.nearest(shape.legal_tensor_sizes(run) or [1], tensor)
+            )
             why = f"{count} {name} cannot be split {tensor} ways"
             raise refusal(run, "parallelism.tensor", why, *remedies)
 
 
 def check_schedule(run: RunConfig) -> None:
-    if stages_per_rank(run) > 1 and run.parallelism.pipeline == 1:
+    if shape.stages_per_rank(run) > 1 and run.parallelism.pipeline == 1:
         why = "a schedule of several pipeline ranks, and there is one"
-        more = settings("parallelism.pipeline", legal_pipeline_sizes(run)[:1])
+        more = settings("parallelism.pipeline", shape.legal_pipeline_sizes(run)[:1])
         raise refusal(run, "parallelism.pipeline_schedule", why, "parallelism.pipeline_schedule=1f1b", *more)
 
 
 def check_pipeline(run: RunConfig) -> None:
-    p, layers, of_each = run.parallelism, run.model.num_layers, stages_per_rank(run)
+    p, layers, of_each = run.parallelism, run.model.num_layers, shape.stages_per_rank(run)
     if p.pipeline > 1 and p.zero_stage > 1:
         why = f"DeepSpeed's pipeline of {p.pipeline} ranks takes ZeRO-1 at most"
         no_offload = " parallelism.offload_parameters=false" if p.offload_parameters else ""
@@ -246,7 +223,7 @@ def check_pipeline(run: RunConfig) -> None:
         raise refusal(run, "parallelism.zero_stage", why, *remedies)
     if p.pipeline * of_each > layers:
         why = f"{plural(layers, 'layer')} cannot fill {p.pipeline * of_each} stages"
-        legal = legal_pipeline_sizes(run)
+        legal = shape.legal_pipeline_sizes(run)
         one_by_one = f"parallelism.pipeline_schedule=1f1b parallelism.pipeline={min(layers, p.pipeline)}"
         fewest = f"parallelism.pipeline={legal[-1]}" + (" (or fewer)" if legal[1:] else "") if legal else None
         raise refusal(run, "parallelism.pipeline", why, fewest or one_by_one)
@@ -272,7 +249,7 @@ def check_zero(run: RunConfig) -> None:
 
 
 def check_sequence(run: RunConfig) -> None:
-    p, length, longest = run.parallelism, sequence_length(run), run.model.max_sequence_length
+    p, length, longest = run.parallelism, shape.sequence_length(run), run.model.max_sequence_length
     is_vision = run.model.inputs is InputKind.patches
     if not is_vision and length > longest:
         why = f"longer than model.max_sequence_length={longest}"
@@ -283,11 +260,11 @@ def check_sequence(run: RunConfig) -> None:
     off = "parallelism.sequence_parallel=false"
     if p.tensor == 1:
         why = "splits the sequence over tensor-parallel ranks, and there is one"
-        more = settings("parallelism.tensor", legal_tensor_sizes(run)[:1])
+        more = settings("parallelism.tensor", shape.legal_tensor_sizes(run)[:1])
         raise refusal(run, "parallelism.sequence_parallel", why, off, *more)
     if length % p.tensor:
-        shorter = [n for n in multiples_around(length, p.tensor) if n <= longest]
-        pooled = has_class_token(run.model) and (length - 1) % p.tensor == 0
+        shorter = [n for n in shape.multiples_around(length, p.tensor) if n <= longest]
+        pooled = shape.has_class_token(run.model) and (length - 1) % p.tensor == 0
         why = f"sequences of {length} tokens cannot be split {p.tensor} ways"
         more = settings("data.sequence_length", shorter) + (["model.pooling=mean"] if pooled else [])
         raise refusal(run, "parallelism.sequence_parallel", why, *more, off)
@@ -295,9 +272,9 @@ def check_sequence(run: RunConfig) -> None:
 
 def check_vocabulary(run: RunConfig) -> None:
     is_bytes = run.data.source in (CorpusSource.stdlib, CorpusSource.text)
-    if is_bytes and run.model.vocab_size < BYTE_VALUES:
-        why = f"the corpus is bytes, which have {BYTE_VALUES} values"
-        raise refusal(run, "model.vocab_size", why, f"model.vocab_size={BYTE_VALUES}")
+    if is_bytes and run.model.vocab_size < numbers.BYTE_VALUES:
+        why = f"the corpus is bytes, which have {numbers.BYTE_VALUES} values"
+        raise refusal(run, "model.vocab_size", why, f"model.vocab_size={numbers.BYTE_VALUES}")
 
 
 def check_documents(run: RunConfig) -> None:
@@ -371,7 +348,7 @@ def check_blend(run: RunConfig) -> None:
         if not 0 < d.weights.get(name, 0) < math.inf:
             why = f"a weight above 0 is needed for each of data.sources, and {name} has none"
             raise refusal(run, "data.weights", why, f"data.weights.{name}=1")
-    if (period := sum(whole_weights(list(d.weights.values())))) > LONGEST_PERIOD:
+    if (period := sum(shape.whole_weights(list(d.weights.values())))) > LONGEST_PERIOD:
         why = f"as whole numbers they add up to {whole(period)}, and {whole(LONGEST_PERIOD)} is the most"
         total = sum(d.weights.values())
         rounded = {name: max(1, round(weight / total * 10_000)) for name, weight in d.weights.items()}
@@ -388,7 +365,7 @@ def check_optimizer(run: RunConfig) -> None:
         for field in fields:
             is_set = value_of(run, field) is not None
             if optimizer is chosen and not is_set:
-                raise refusal(run, field, f"{chosen.name} needs it", f"{field}={NUMBERS[field][1]}")
+                raise refusal(run, field, f"{chosen.name} needs it", f"{field}={numbers.NUMBERS[field][1]}")
             if optimizer is not chosen and is_set:
                 why = f"not a setting of {chosen.name}"
                 raise refusal(run, field, why, f"optimizer={optimizer.name}", f"{field}=null")

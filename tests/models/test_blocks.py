@@ -179,7 +179,7 @@ def test_what_is_recomputed(
 @architectures
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 def test_dropout_keeps_replicated_weights_equal(sequence_parallel: bool, architecture: str) -> None:
-    """Losses and gradients of replicated weights are bitwise equal on all ranks, or the copies would drift."""
+    """Losses and gradients of replicated weights are bitwise equal on all ranks; else copies would drift."""
     model = small(architecture, dropout=0.3)
     ranks = pool(4).run(with_dropout, model, sequence_parallel, ActivationCheckpointing.none)
     replicated = [n for n, p in by_name(build(model)).items() if not logical_of(p).is_split]

@@ -160,7 +160,11 @@ class _Pipelined(_Flow):
 
     def moments(self) -> Iterator[_Moment]:
         flight = in_flight(self.layout, self.rank.stage)
-        held = sum(self._saved(chunk) * count for chunk, count in enumerate(flight)) + self._buffers()
+        # Receive buffers, and logits that a last stage keeps for the next micro-batch.
+        buffers = (
+            self.sizes.stretch + self.sizes.boundaries + (2 * self.sizes.logits if self.rank.has_head else 0)
+        )
+        held = sum(self._saved(chunk) * count for chunk, count in enumerate(flight)) + buffers
         for chunk, stage in enumerate(self.rank.chunks):
             saved = self._saved(chunk)
             block = self.parts.block.footprint
@@ -203,11 +207,6 @@ class _Pipelined(_Flow):
         if size.checkpointing is not ActivationCheckpointing.none:
             saved += size.boundaries  # the recomputation makes the mask from them again
         return saved + (0 if stage.has_head else size.stretch)
-
-    def _buffers(self) -> int:
-        """Return bytes of receive buffers, and of logits that a last stage keeps for the next micro-batch."""
-        size = self.sizes
-        return size.stretch + size.boundaries + (2 * size.logits if self.rank.has_head else 0)
 
 
 def in_flight(layout: Layout, stage: int) -> tuple[int, ...]:

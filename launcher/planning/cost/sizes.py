@@ -26,10 +26,10 @@ from launcher.planning.cost.operations import BOOL, BYTES, FP32, INT64
 class Sizes:
     """The parts of a model that the operations depend on, and the sizes of its tensors."""
 
-    inputs: InputKind
+    is_vision: bool
     norm: NormKind
-    positions: PositionKind
-    mlp: MLPKind
+    rotates: bool  # rotary positions
+    is_gated: bool  # SwiGLU
     biases: BiasesConfig
     hidden_size: int
     ffn_hidden_size: int
@@ -54,7 +54,8 @@ class Sizes:
     def of(cls, run: RunConfig, device: str) -> "Sizes":
         m, p = run.model, run.parallelism
         return cls(
-            inputs=m.inputs, norm=m.norm, positions=m.positions, mlp=m.mlp, biases=replace(m.biases),
+            is_vision=m.inputs is InputKind.patches, norm=m.norm, rotates=m.positions is PositionKind.rope,
+            is_gated=m.mlp is MLPKind.swiglu, biases=replace(m.biases),
             hidden_size=m.hidden_size, ffn_hidden_size=m.ffn_hidden_size, num_heads=m.num_heads,
             num_kv_heads=kv_heads(m), head_size=head_size(m), output_size=output_size(m), dropout=m.dropout,
             tensor=p.tensor, micro_batch=run.training.micro_batch_size, length=sequence_length(run),
@@ -76,10 +77,6 @@ class Sizes:
     def own_tokens(self) -> int:
         """Tokens that a rank holds between the parallel regions."""
         return self.tokens // self.tensor if self.sequence_parallel else self.tokens
-
-    @property
-    def is_vision(self) -> bool:
-        return self.inputs is InputKind.patches
 
     @property
     def samples(self) -> int:
@@ -149,14 +146,6 @@ class Sizes:
     @property
     def is_padded(self) -> bool:
         return self.output_size % self.tensor != 0
-
-    @property
-    def rotates(self) -> bool:
-        return self.positions is PositionKind.rope
-
-    @property
-    def is_gated(self) -> bool:
-        return self.mlp is MLPKind.swiglu
 
     @cached_property
     def scored(self) -> "Sizes":

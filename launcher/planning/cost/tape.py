@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from launcher.planning.cost.operations import Operation, run_again
 
+Operations = Sequence[Operation]
+
 
 @dataclass(frozen=True)
 class Footprint:
@@ -21,7 +23,7 @@ class Footprint:
     later: int
 
 
-def footprint(program: Sequence[Operation], recomputed: Sequence[Operation], input_size: int) -> Footprint:
+def footprint(program: Operations, recomputed: Operations, input_size: int) -> Footprint:
     """Return the footprint of `program`, whose operations `recomputed` run again in the backward pass."""
     tape, output = _Tape(program, input_size), program[-1].name
     keeps = [operation for operation in program if operation not in recomputed]
@@ -65,12 +67,7 @@ class _Tape:
         self.peak = max(self.peak, self.live + size)
 
     def run(
-        self,
-        program: Sequence[Operation],
-        *,
-        keeps: Sequence[Operation],
-        entrance: Sequence[Operation] = (),
-        end: str | None = None,
+        self, program: Operations, *, keeps: Operations, entrance: Operations = (), end: str | None = None
     ) -> None:
         """Run forward; keep tensors saved by `keeps`, the inputs of `entrance`, and the output `end`."""
         self.keepers += [name for operation in keeps for name in operation.saves] + _inputs_of(entrance)
