@@ -29,15 +29,19 @@ class Schedule:
 
     weights: tuple[int, ...]  # one integer per source, without a common divisor
 
+    @property
+    def period(self) -> int:
+        return sum(self.weights)
+
     def counts(self, samples: int) -> list[int]:
         """Return how many of the first `samples` samples come from each source."""
-        periods, rest = divmod(samples, sum(self.weights))
+        periods, rest = divmod(samples, self.period)
         rest_counts = np.bincount(period_order(self.weights)[0][:rest], minlength=len(self.weights)).tolist()
         return [periods * weight + count for weight, count in zip(self.weights, rest_counts, strict=True)]
 
     def locate(self, indices: Indices) -> tuple[Indices, Indices]:
         """Return for samples `indices` (B,) the source number (B,) and the index within the source (B,)."""
-        periods, rest = np.divmod(indices, sum(self.weights))
+        periods, rest = np.divmod(indices, self.period)
         sources, places = (column[rest] for column in period_order(self.weights))
         return sources, places + periods * np.array(self.weights)[sources]
 

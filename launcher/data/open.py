@@ -81,10 +81,7 @@ def open_data(run: RunConfig) -> Data:
 
 
 def check_data(run: RunConfig) -> None:
-    """Check that a run can train on its data; reads no text, and only a few pages of each token file.
-
-    Raises ConfigError for data that is missing, damaged, or shorter than one sample, and for wrong token ids.
-    """
+    """Check that a run can train on its data; reads only a few pages of each file. Raises ConfigError."""
     if is_of_images(run):
         _check_images(run)
         return

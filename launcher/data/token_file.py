@@ -215,10 +215,7 @@ def smallest_dtype(vocab_size: int) -> np.dtype[Any]:
 
 
 def write_index(path: Path, lengths: Array, dtype: np.dtype[Any]) -> None:
-    """Write an .idx for documents of one sequence each, of `lengths` (documents,) int32, and sync it to disk.
-
-    The index is written in chunks, so `lengths` may be a memory-mapped file of any size.
-    """
+    """Write an .idx for documents of `lengths` (documents,) int32, which may be mapped, and sync it."""
     code = next(code for code, name in DTYPES.items() if np.dtype(name) == dtype)
     with path.open("wb") as file:
         file.write(_HEADER.pack(MAGIC, 1, code, len(lengths), len(lengths) + 1))

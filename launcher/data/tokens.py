@@ -43,10 +43,7 @@ class HeldOutPart:
 
 
 def open_tokens(field: str, train: str, validation: HeldOutPart, test: HeldOutPart) -> TokenSplit:
-    """Map the training files that `train`, the value of `field`, names, and cut each of them into parts.
-
-    Training, validation and test tokens follow each other. Raises ConfigError for missing or damaged files.
-    """
+    """Map the files that `train`, the value of `field`, names, cut into three parts. Raises ConfigError."""
     files = _opened(train, field)
     shares = [part.fraction if part.pattern is None else 0.0 for part in (validation, test)]
     cuts = [_cuts(file, *shares) for file in files]
