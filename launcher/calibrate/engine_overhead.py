@@ -39,14 +39,21 @@ class Trial:
         cls, hidden: int, length: int, batches: int, *, ranks: int, device: str, zero_3: bool = False
     ) -> "Trial":
         data = ranks if zero_3 else 1
-        [job] = compose_jobs("config", RunConfig, [
-            f"model.hidden_size={hidden}", f"model.num_heads={max(2, hidden // 64)}",
-            f"model.ffn_hidden_size={4 * hidden}", f"model.max_sequence_length={length}",
-            f"training.micro_batch_size={MICRO_BATCH}", f"hardware.device={device}",
-            f"training.global_batch_size={MICRO_BATCH * batches * data}",
-            # At the default threshold such small weights would not be partitioned.
-            *(["deepspeed.zero_optimization.stage3_param_persistence_threshold=0"] if zero_3 else []),
-        ])  # fmt: skip
+        [job] = compose_jobs(
+            "config",
+            RunConfig,
+            [
+                f"model.hidden_size={hidden}",
+                f"model.num_heads={max(2, hidden // 64)}",
+                f"model.ffn_hidden_size={4 * hidden}",
+                f"model.max_sequence_length={length}",
+                f"training.micro_batch_size={MICRO_BATCH}",
+                f"hardware.device={device}",
+                f"training.global_batch_size={MICRO_BATCH * batches * data}",
+                # At the default threshold such small weights would not be partitioned.
+                *(["deepspeed.zero_optimization.stage3_param_persistence_threshold=0"] if zero_3 else []),
+            ],
+        )
         return cls(job.config, Layout(1, data, 1, device, batches, 3 if zero_3 else 0), ranks)
 
     def planned_time(self, measured: MeasuredRates) -> StepTime:

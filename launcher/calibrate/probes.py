@@ -21,9 +21,15 @@ from launcher.parallel.dtypes import TORCH_DTYPES
 LEAST_S = 0.01  # of a probe, so that the resolution of the clock does not matter
 # (m, n, k) as in a transformer: tokens by widths; square products as in attention scores.
 PRODUCTS = [
-    (32, 32, 32), (64, 64, 64), (128, 128, 64), (256, 128, 128), (512, 256, 128), (512, 512, 384),
-    (512, 1536, 512), (1024, 1024, 1024),
-]  # fmt: skip
+    (32, 32, 32),
+    (64, 64, 64),
+    (128, 128, 64),
+    (256, 128, 128),
+    (512, 256, 128),
+    (512, 512, 384),
+    (512, 1536, 512),
+    (1024, 1024, 1024),
+]
 ELEMENTS = [2**12, 2**15, 2**18, 2**20, 2**22]  # of a tensor of activations
 PARAMETERS = 2**22  # of an optimizer's update
 MESSAGES = [2**10, 2**14, 2**17, 2**20, 2**22, 2**24]  # bytes

@@ -70,9 +70,18 @@ def import_(weights: WeightSource, target: Path, options: ExchangeConfig) -> Non
         write_pieces(partial, 0, _parts(weights, reader), int(options.max_file_gb * 1e9))
         model = OmegaConf.to_container(OmegaConf.structured(weights.model), enum_to_str=True)
         manifest = Manifest(
-            step=0, samples=0, updates=0, scaler={}, corpus={}, launcher=__version__, layout="import",
-            config={"model": model}, validation_loss=None, tensors={}, files={},
-        )  # fmt: skip
+            step=0,
+            samples=0,
+            updates=0,
+            scaler={},
+            corpus={},
+            launcher=__version__,
+            layout="import",
+            config={"model": model},
+            validation_loss=None,
+            tensors={},
+            files={},
+        )
         commit(partial, manifest, world=1)
         carry_companions(weights.path, aside)
         (aside / "conf" / "model").mkdir(parents=True)

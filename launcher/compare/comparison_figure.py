@@ -8,9 +8,12 @@ from launcher.compare.comparison_report import ComparisonRow
 from launcher.config.layout import GROUPS, STEP_PARTS
 
 PART_COLOURS = {
-    "compute": "#4c72b0", "tensor": "#c44e52", "data": "#dd8452", "pipeline": "#8172b3",
+    "compute": "#4c72b0",
+    "tensor": "#c44e52",
+    "data": "#dd8452",
+    "pipeline": "#8172b3",
     "optimizer": "#55a868",
-}  # fmt: skip
+}
 
 
 def draw_comparison(rows: Sequence[ComparisonRow], path: Path) -> None:

@@ -46,9 +46,12 @@ class ComparisonRow:
             return {}
         time = plan.time
         return {
-            "compute": time.compute, "tensor": time.tensor, "data": time.data,
-            "pipeline": time.pipeline + time.bubble, "optimizer": time.optimizer,
-        }  # fmt: skip
+            "compute": time.compute,
+            "tensor": time.tensor,
+            "data": time.data,
+            "pipeline": time.pipeline + time.bubble,
+            "optimizer": time.optimizer,
+        }
 
     def tokens_per_s(self, seconds: float) -> float:
         assert self.compared.plan is not None
@@ -118,12 +121,16 @@ def _measured(row: ComparisonRow, measured: MeasuredLayout) -> list[str]:
     layout = row.compared.layout
     assert layout is not None
     return [
-        row.name, str(layout.world_size), milliseconds(measured.seconds),
+        row.name,
+        str(layout.world_size),
+        milliseconds(measured.seconds),
         whole(row.tokens_per_s(measured.seconds)),
-        *(milliseconds(measured.parts[part]) for part in STEP_PARTS), f"{bubble(measured.parts):.0%}",
-        megabytes(measured.memory), *(megabytes(measured.sent[group]) for group in GROUPS),
+        *(milliseconds(measured.parts[part]) for part in STEP_PARTS),
+        f"{bubble(measured.parts):.0%}",
+        megabytes(measured.memory),
+        *(megabytes(measured.sent[group]) for group in GROUPS),
         f"{measured.losses[-1]:.4f}",
-    ]  # fmt: skip
+    ]
 
 
 def _planned(row: ComparisonRow) -> list[str]:

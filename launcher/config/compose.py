@@ -30,9 +30,15 @@ from launcher.config.schema import (
 )
 
 Config = TypeVar(
-    "Config", RunConfig, PlannedRunConfig, ComparedRunConfig, GenerateConfig, ExchangeConfig, PrepareConfig,
+    "Config",
+    RunConfig,
+    PlannedRunConfig,
+    ComparedRunConfig,
+    GenerateConfig,
+    ExchangeConfig,
+    PrepareConfig,
     CalibrateConfig,
-)  # fmt: skip
+)
 
 # The beginnings of overrides of open dictionaries, whose keys the user chooses.
 OPEN = tuple(f"{name}{end}" for name in ("deepspeed", *ENTRIES) for end in (".", "="))

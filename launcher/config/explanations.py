@@ -203,9 +203,13 @@ _EXPLANATIONS: tuple[tuple[str, Callable[[re.Match[str], _Failure], ConfigError]
 )
 
 _IN_WORDS = {
-    "whole number": "a whole number", "number": "a number", "true | false": "true or false", "text": "text",
-    "list": "a list of text", "dictionary": "a dictionary",
-}  # fmt: skip
+    "whole number": "a whole number",
+    "number": "a number",
+    "true | false": "true or false",
+    "text": "text",
+    "list": "a list of text",
+    "dictionary": "a dictionary",
+}
 
 
 def _nearest_value(field: str, value: str, kind: str) -> str:

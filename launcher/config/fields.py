@@ -50,9 +50,11 @@ def fields_of(root: type[Any]) -> dict[str, str]:
 
 # The valid values of the open dictionaries. The user chooses their keys.
 ENTRIES = {
-    "data.sources": "text", "data.weights": "number", "data.validation_sources": "text",
+    "data.sources": "text",
+    "data.weights": "number",
+    "data.validation_sources": "text",
     "slurm.environment": "text",
-}  # fmt: skip
+}
 
 
 def kind_of_entry(name: str) -> str | None:

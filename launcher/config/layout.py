@@ -59,11 +59,15 @@ def resolve_layout(run: RunConfig, world: World) -> Layout:
         data, sharing = _data_on_this_machine(run, world)
     zero_stage, substitution = effective_zero_stage(run)
     return Layout(
-        pipeline=run.parallelism.pipeline, data=data, tensor=run.parallelism.tensor, device=world.device,
+        pipeline=run.parallelism.pipeline,
+        data=data,
+        tensor=run.parallelism.tensor,
+        device=world.device,
         accumulation=_accumulation(run, data, fewer_ranks_possible=not all_ranks_take_part),
-        zero_stage=zero_stage, stages_per_rank=shape.stages_per_rank(run),
+        zero_stage=zero_stage,
+        stages_per_rank=shape.stages_per_rank(run),
         notes=tuple(note for note in (sharing, substitution) if note),
-    )  # fmt: skip
+    )
 
 
 def effective_zero_stage(run: RunConfig) -> tuple[int, str | None]:

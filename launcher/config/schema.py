@@ -559,8 +559,13 @@ def register_schema() -> None:
     """Register the typed roots of conf/, and `sweep_dir`, the resolver for the record of a --multirun."""
     OmegaConf.register_new_resolver("sweep_dir", lambda run_dir: run_dir or "runs", replace=True)
     roots = {
-        "run": RunConfig, "plan": PlannedRunConfig, "compare": ComparedRunConfig, "generate": GenerateConfig,
-        "calibrate": CalibrateConfig, "exchange": ExchangeConfig, "prepare": PrepareConfig,
-    }  # fmt: skip
+        "run": RunConfig,
+        "plan": PlannedRunConfig,
+        "compare": ComparedRunConfig,
+        "generate": GenerateConfig,
+        "calibrate": CalibrateConfig,
+        "exchange": ExchangeConfig,
+        "prepare": PrepareConfig,
+    }
     for name, root in roots.items():
         ConfigStore.instance().store(name=f"{name}_schema", node=root)

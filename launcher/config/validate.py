@@ -426,7 +426,24 @@ def check_fp16_has_a_gpu(run: RunConfig, layout: Layout) -> None:
 
 
 RULES: tuple[Callable[[RunConfig], None], ...] = (
-    check_numbers, check_inputs, check_parts, check_images, check_heads, check_tensor_divides, check_schedule,
-    check_pipeline, check_zero, check_sequence, check_vocabulary, check_documents, check_blend, check_data,
-    check_optimizer, check_scheduler, check_stop, check_deepspeed, check_wandb, check_slurm,
-)  # fmt: skip
+    check_numbers,
+    check_inputs,
+    check_parts,
+    check_images,
+    check_heads,
+    check_tensor_divides,
+    check_schedule,
+    check_pipeline,
+    check_zero,
+    check_sequence,
+    check_vocabulary,
+    check_documents,
+    check_blend,
+    check_data,
+    check_optimizer,
+    check_scheduler,
+    check_stop,
+    check_deepspeed,
+    check_wandb,
+    check_slurm,
+)

@@ -30,8 +30,15 @@ from launcher.files import sync
 
 MAGIC = b"MMIDIDX\x00\x00"
 DTYPES: dict[int, str] = {
-    1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float64", 7: "float32", 8: "uint16",
-}  # fmt: skip
+    1: "uint8",
+    2: "int8",
+    3: "int16",
+    4: "int32",
+    5: "int64",
+    6: "float64",
+    7: "float32",
+    8: "uint16",
+}
 _HEADER = struct.Struct("<9sQBQQ")
 # The check of the order of sequences reads 64 stretches of 4,096 index entries; up to 262,144 entries, all.
 _STRETCHES, _STRETCH = 64, 2**12

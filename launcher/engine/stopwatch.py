@@ -8,9 +8,17 @@ from typing import Any
 import torch.distributed as dist
 
 TIMED = (
-    "all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "all_gather", "send", "recv", "isend",
-    "irecv", "batch_isend_irecv", "broadcast",
-)  # fmt: skip
+    "all_reduce",
+    "all_gather_into_tensor",
+    "reduce_scatter_tensor",
+    "all_gather",
+    "send",
+    "recv",
+    "isend",
+    "irecv",
+    "batch_isend_irecv",
+    "broadcast",
+)
 
 
 class Stopwatch:

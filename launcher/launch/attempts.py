@@ -1,6 +1,7 @@
 """Failed starts of a run, and the limit on identical failures."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,10 +25,10 @@ def record_failed_start(run_dir: Path, failed: FailedStart) -> int:
     run_dir.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.write(json.dumps(asdict(failed)) + "\n")
-    return count_identical_at_end([FailedStart(**record) for record in json_lines(path)])
+    return count_identical_at_end(json_lines(path))
 
 
-def count_identical_at_end(failures: list[FailedStart]) -> int:
+def count_identical_at_end(failures: Sequence[object]) -> int:
     """Return how many equal failures in a row end the list."""
     different = (count for count, failed in enumerate(reversed(failures)) if failed != failures[-1])
     return next(different, len(failures))

@@ -137,11 +137,20 @@ def _start_lines(batch: BatchScript) -> list[str]:
 
 # The sbatch option that replaces a field, before the script's name. Other fields are fixed in the script.
 _SBATCH_OPTIONS = {
-    "job_name": "--job-name={}", "partition": "--partition={}", "account": "--account={}",
-    "qos": "--qos={}", "time": "--time={}", "nodes": "--nodes={}", "mem": "--mem={}",
-    "gpus_per_node": "--gpus-per-node={}", "constraint": "--constraint={}", "exclude": "--exclude={}",
-    "reservation": "--reservation={}", "output": "--output={}", "signal_seconds": "--signal=B:USR1@{}",
-}  # fmt: skip
+    "job_name": "--job-name={}",
+    "partition": "--partition={}",
+    "account": "--account={}",
+    "qos": "--qos={}",
+    "time": "--time={}",
+    "nodes": "--nodes={}",
+    "mem": "--mem={}",
+    "gpus_per_node": "--gpus-per-node={}",
+    "constraint": "--constraint={}",
+    "exclude": "--exclude={}",
+    "reservation": "--reservation={}",
+    "output": "--output={}",
+    "signal_seconds": "--signal=B:USR1@{}",
+}
 _READ_WHILE_RUNNING = {"on_stop", "srun", "container"}
 
 

@@ -20,10 +20,20 @@ TINY = 1e-30
 # The compared quantities, in the order in which a step computes them. A replica is a tensor or number that
 # several ranks should hold with equal values.
 DifferenceKind = Literal[
-    "batch_loss", "output", "output_replica", "loss", "grad_norm", "norm_replica", "gradient", "weight",
-    "state", "replica", "data_replica", "tied_copy",
+    "batch_loss",
+    "output",
+    "output_replica",
+    "loss",
+    "grad_norm",
+    "norm_replica",
+    "gradient",
+    "weight",
+    "state",
+    "replica",
+    "data_replica",
+    "tied_copy",
     "dropout",  # dropout masks: see parity/dropout.py
-]  # fmt: skip
+]
 
 
 @dataclass(frozen=True)

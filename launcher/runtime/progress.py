@@ -9,9 +9,13 @@ from launcher.runtime.metrics.rows import Row
 
 LINES_PER_RUN = 20
 _FORMATS = {
-    "train/loss": "loss {:.4f}", "train/grad_norm": "grad norm {:.3f}", "val/loss": "validation loss {:.4f}",
-    "val/accuracy": "accuracy {:.1%}", "perf/tokens_per_s": "{:,.0f} tokens/s", "perf/mfu": "MFU {:.1%}",
-}  # fmt: skip
+    "train/loss": "loss {:.4f}",
+    "train/grad_norm": "grad norm {:.3f}",
+    "val/loss": "validation loss {:.4f}",
+    "val/accuracy": "accuracy {:.1%}",
+    "perf/tokens_per_s": "{:,.0f} tokens/s",
+    "perf/mfu": "MFU {:.1%}",
+}
 
 
 class ProgressDisplay:

@@ -145,9 +145,13 @@ def run_rank(
     from launcher.runtime.train import training_run
 
     device = join(
-        rank=rank, world_size=layout.world_size, local_rank=local_rank, device=layout.device,
-        init_method=init_method, timeout_minutes=run.launch.timeout_minutes,
-    )  # fmt: skip
+        rank=rank,
+        world_size=layout.world_size,
+        local_rank=local_rank,
+        device=layout.device,
+        init_method=init_method,
+        timeout_minutes=run.launch.timeout_minutes,
+    )
     with claimed as directory:
         finished = training_run(run, layout, directory, device, stop)
     leave()

@@ -7,8 +7,15 @@ from launcher.checkpoint.huggingface.adapter import Adapter, Entry, NotConvertib
 from launcher.config.schema import ModelConfig
 
 __all__ = [
-    "Adapter", "Entry", "NotConvertible", "adapter_of", "model_of", "setting_names", "setting_of", "titles",
-]  # fmt: skip
+    "Adapter",
+    "Entry",
+    "NotConvertible",
+    "adapter_of",
+    "model_of",
+    "setting_names",
+    "setting_of",
+    "titles",
+]
 
 ADAPTERS = (gpt2.ADAPTER, llama.ADAPTER)
 

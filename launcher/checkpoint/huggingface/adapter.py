@@ -87,10 +87,14 @@ class Adapter:
         # Their defaults are GPT-2's and Llama's own tokens, which another vocabulary may not have.
         kept = base or {"bos_token_id": None, "eos_token_id": None}
         return {
-            **kept, "architectures": [self.architecture], "model_type": self.model_type, **self.fixed,
-            **{key: getattr(model, field) for field, key in self.settings.items()}, **self.write(model),
+            **kept,
+            "architectures": [self.architecture],
+            "model_type": self.model_type,
+            **self.fixed,
+            **{key: getattr(model, field) for field, key in self.settings.items()},
+            **self.write(model),
             "dtype": dtype,
-        }  # fmt: skip
+        }
 
     def plain_name(self, name: str, model: ModelConfig) -> str | None:
         """Return the name in `entries` of a stored tensor; None for a mask. OpenAI writes no prefix."""

@@ -44,20 +44,36 @@ def _write(m: ModelConfig) -> dict[str, Any]:
 
 
 ADAPTER = Adapter(
-    title="GPT-2", model_type="gpt2", architecture="GPT2LMHeadModel", prefix="transformer.",
+    title="GPT-2",
+    model_type="gpt2",
+    architecture="GPT2LMHeadModel",
+    prefix="transformer.",
     parts={
-        **TEXT, "norm": NormKind.layer_norm, "positions": PositionKind.learned, "mlp": MLPKind.gelu,
+        **TEXT,
+        "norm": NormKind.layer_norm,
+        "positions": PositionKind.learned,
+        "mlp": MLPKind.gelu,
         "biases": BiasesConfig(qkv=True, output=True, up=True, down=True, head=False),
     },
     settings={
-        "hidden_size": "n_embd", "num_layers": "n_layer", "num_heads": "n_head", "vocab_size": "vocab_size",
-        "max_sequence_length": "n_positions", "tie_embeddings": "tie_word_embeddings",
-        "norm_epsilon": "layer_norm_epsilon", "dropout": "resid_pdrop",
+        "hidden_size": "n_embd",
+        "num_layers": "n_layer",
+        "num_heads": "n_head",
+        "vocab_size": "vocab_size",
+        "max_sequence_length": "n_positions",
+        "tie_embeddings": "tie_word_embeddings",
+        "norm_epsilon": "layer_norm_epsilon",
+        "dropout": "resid_pdrop",
     },
     defaults={"tie_word_embeddings": True, "layer_norm_epsilon": 1e-5, "resid_pdrop": 0.1},
     fixed={
-        "activation_function": "gelu_new", "scale_attn_weights": True,
-        "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False,
+        "activation_function": "gelu_new",
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "add_cross_attention": False,
     },
-    derived=("num_kv_heads", "head_size"), entries=_entries, read=_read, write=_write,
-)  # fmt: skip
+    derived=("num_kv_heads", "head_size"),
+    entries=_entries,
+    read=_read,
+    write=_write,
+)

@@ -54,18 +54,32 @@ def _write(m: ModelConfig) -> dict[str, Any]:
 
 
 ADAPTER = Adapter(
-    title="Llama", model_type="llama", architecture="LlamaForCausalLM", prefix="model.",
+    title="Llama",
+    model_type="llama",
+    architecture="LlamaForCausalLM",
+    prefix="model.",
     parts={
-        **TEXT, "norm": NormKind.rms_norm, "positions": PositionKind.rope, "mlp": MLPKind.swiglu,
+        **TEXT,
+        "norm": NormKind.rms_norm,
+        "positions": PositionKind.rope,
+        "mlp": MLPKind.swiglu,
         "biases": BiasesConfig(qkv=False, output=False, up=False, down=False, head=False),
     },
     settings={
-        "hidden_size": "hidden_size", "num_layers": "num_hidden_layers", "num_heads": "num_attention_heads",
-        "num_kv_heads": "num_key_value_heads", "ffn_hidden_size": "intermediate_size",
-        "vocab_size": "vocab_size", "max_sequence_length": "max_position_embeddings",
-        "tie_embeddings": "tie_word_embeddings", "norm_epsilon": "rms_norm_eps",
+        "hidden_size": "hidden_size",
+        "num_layers": "num_hidden_layers",
+        "num_heads": "num_attention_heads",
+        "num_kv_heads": "num_key_value_heads",
+        "ffn_hidden_size": "intermediate_size",
+        "vocab_size": "vocab_size",
+        "max_sequence_length": "max_position_embeddings",
+        "tie_embeddings": "tie_word_embeddings",
+        "norm_epsilon": "rms_norm_eps",
     },
     defaults={"num_key_value_heads": None, "tie_word_embeddings": False, "rms_norm_eps": 1e-6},
-    fixed={"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}, derived=(), entries=_entries,
-    read=_read, write=_write,
-)  # fmt: skip
+    fixed={"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
+    derived=(),
+    entries=_entries,
+    read=_read,
+    write=_write,
+)

@@ -13,9 +13,23 @@ from launcher.planning.cost.plan import Plan, make_plan
 WORTH_SAYING = 0.02  # smallest share of the step's time to gain
 # Factors of the tensor and pipeline sizes to try, in this order.
 AXIS_FACTORS = (
-    (2, 1), (1, 2), (4, 1), (1, 4), (8, 1), (2, 2), (2, 4), (4, 2), (4, 4), (8, 8),
-    (0.5, 1), (1, 0.5), (0.25, 1), (1, 0.25), (2, 0.5), (0.5, 2),
-)  # fmt: skip
+    (2, 1),
+    (1, 2),
+    (4, 1),
+    (1, 4),
+    (8, 1),
+    (2, 2),
+    (2, 4),
+    (4, 2),
+    (4, 4),
+    (8, 8),
+    (0.5, 1),
+    (1, 0.5),
+    (0.25, 1),
+    (1, 0.25),
+    (2, 0.5),
+    (0.5, 2),
+)
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,13 @@ def parts_of(plan: Plan) -> dict[str, float]:
     if time is None:
         return {}
     return {
-        "compute": time.compute, "tensor communication": time.tensor, "data communication": time.data,
-        "pipeline communication": time.pipeline, "bubble": time.bubble, "optimizer": time.optimizer,
-    }  # fmt: skip
+        "compute": time.compute,
+        "tensor communication": time.tensor,
+        "data communication": time.data,
+        "pipeline communication": time.pipeline,
+        "bubble": time.bubble,
+        "optimizer": time.optimizer,
+    }
 
 
 def limit(plan: Plan) -> str:

@@ -30,10 +30,12 @@ from launcher.planning.cost.traffic import group_shapes
 Settings = dict[str, Any]
 
 CHOICES: dict[str, Sequence[Any]] = {
-    "zero_stage": range(4), "sequence_parallel": (False, True),
-    "activation_checkpointing": tuple(ActivationCheckpointing), "offload_optimizer": (False, True),
+    "zero_stage": range(4),
+    "sequence_parallel": (False, True),
+    "activation_checkpointing": tuple(ActivationCheckpointing),
+    "offload_optimizer": (False, True),
     "offload_parameters": (False, True),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)

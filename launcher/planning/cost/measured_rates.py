@@ -84,13 +84,19 @@ def calibrated(hardware: HardwareConfig, dtype: Dtype, world: int) -> Calibrated
     at_once = min(world, hardware.cores or world)
     computing, communicating = _at_most(measured, at_once), _at_most(measured, world)
     return CalibratedRates(
-        products=_curve(getattr(computing.products, dtype.name)), elementwise=_curve(computing.elementwise),
-        memory=computing.stream, operation_s=computing.operation_s, step_s=computing.step_s,
-        micro_batch_s=computing.micro_batch_s, zero_3_block_s=computing.zero_3_block_s,
+        products=_curve(getattr(computing.products, dtype.name)),
+        elementwise=_curve(computing.elementwise),
+        memory=computing.stream,
+        operation_s=computing.operation_s,
+        step_s=computing.step_s,
+        micro_batch_s=computing.micro_batch_s,
+        zero_3_block_s=computing.zero_3_block_s,
         scales=tuple(sorted((scale.flops, scale.factor) for scale in computing.scales)),
-        collectives=_collectives(measured, communicating), crowding=world / at_once,
-        shares=Shares(overlap=0.0), element=BYTES[dtype],
-    )  # fmt: skip
+        collectives=_collectives(measured, communicating),
+        crowding=world / at_once,
+        shares=Shares(overlap=0.0),
+        element=BYTES[dtype],
+    )
 
 
 def _at_most(measured: Sequence[MeasuredRates], ranks: int) -> MeasuredRates:

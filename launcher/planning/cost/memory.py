@@ -64,13 +64,17 @@ def rank_memory(run: RunConfig, layout: Layout, rank: Rank) -> Memory:
     margin = 0 if on_cpu else CONTEXT_BYTES + int(FRAGMENTATION * (held + fullest.allocated))
     communication = fullest.holdings.communication + fullest.gathered
     return Memory(
-        weights=states.weights, gradients=fullest.holdings.gradients, optimizer=states.optimizer,
+        weights=states.weights,
+        gradients=fullest.holdings.gradients,
+        optimizer=states.optimizer,
         activations=fullest.activations,
         communication=communication - (fullest.holdings.untouched if on_cpu else 0),
-        checkpoint=copied if on_cpu else 0, margin=margin, moment=fullest.name,
+        checkpoint=copied if on_cpu else 0,
+        margin=margin,
+        moment=fullest.name,
         host=states.host + (0 if on_cpu else copied),
         allocated=held + max(moment.allocated for moment in moments),
-    )  # fmt: skip
+    )
 
 
 class _Flow:

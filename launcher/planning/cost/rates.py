@@ -85,10 +85,13 @@ def specified(hardware: HardwareConfig, dtype: Dtype, shares: Shares | None = No
     inter = hardware.bandwidth_inter_node_gb_s or intra
     return Rates(
         flops=peak * (hardware.gemm_efficiency or DEFAULT_EFFICIENCY) * shares.product,
-        memory=memory * GIGA * shares.memory, element=BYTES[dtype], intra=intra * GIGA * shares.link,
-        inter=inter * GIGA * shares.link, host=(hardware.host_bandwidth_gb_s or intra) * GIGA * shares.link,
+        memory=memory * GIGA * shares.memory,
+        element=BYTES[dtype],
+        intra=intra * GIGA * shares.link,
+        inter=inter * GIGA * shares.link,
+        host=(hardware.host_bandwidth_gb_s or intra) * GIGA * shares.link,
         shares=shares,
-    )  # fmt: skip
+    )
 
 
 # Placeholder rates, used only to rank layouts when the hardware config has no speeds.

@@ -54,16 +54,30 @@ class Sizes:
     def of(cls, run: RunConfig, device: str) -> "Sizes":
         m, p = run.model, run.parallelism
         return cls(
-            is_vision=m.inputs is InputKind.patches, norm=m.norm, rotates=m.positions is PositionKind.rope,
-            is_gated=m.mlp is MLPKind.swiglu, biases=replace(m.biases),
-            hidden_size=m.hidden_size, ffn_hidden_size=m.ffn_hidden_size, num_heads=m.num_heads,
-            num_kv_heads=kv_heads(m), head_size=head_size(m), output_size=output_size(m), dropout=m.dropout,
-            tensor=p.tensor, micro_batch=run.training.micro_batch_size, length=sequence_length(run),
-            dtype=run.precision.dtype, sequence_parallel=p.sequence_parallel,
-            checkpointing=p.activation_checkpointing, device=device,
-            patch_pixels=m.image_channels * m.patch_size**2, image_pixels=m.image_channels * m.image_size**2,
-            has_class_token=has_class_token(m), masks_documents=run.data.document_attention,
-        )  # fmt: skip
+            is_vision=m.inputs is InputKind.patches,
+            norm=m.norm,
+            rotates=m.positions is PositionKind.rope,
+            is_gated=m.mlp is MLPKind.swiglu,
+            biases=replace(m.biases),
+            hidden_size=m.hidden_size,
+            ffn_hidden_size=m.ffn_hidden_size,
+            num_heads=m.num_heads,
+            num_kv_heads=kv_heads(m),
+            head_size=head_size(m),
+            output_size=output_size(m),
+            dropout=m.dropout,
+            tensor=p.tensor,
+            micro_batch=run.training.micro_batch_size,
+            length=sequence_length(run),
+            dtype=run.precision.dtype,
+            sequence_parallel=p.sequence_parallel,
+            checkpointing=p.activation_checkpointing,
+            device=device,
+            patch_pixels=m.image_channels * m.patch_size**2,
+            image_pixels=m.image_channels * m.image_size**2,
+            has_class_token=has_class_token(m),
+            masks_documents=run.data.document_attention,
+        )
 
     @property
     def element(self) -> int:

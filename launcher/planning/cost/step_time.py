@@ -105,11 +105,14 @@ def step_time(
     update = rates.crowding * max(_optimizer(run, layout, other, rates) for other in kinds.values())
     back = [stages[1] for stages in reversed(by_rank)] if layout.stages_per_rank == 2 else []
     return StepTime(
-        compute=compute + taking_turns, tensor=waiting, data=data,
+        compute=compute + taking_turns,
+        tensor=waiting,
+        data=data,
         pipeline=sum(stage.sending for stage in stages) * batches,
-        bubble=max(0.0, _bubble(layout, busy, by_rank) - taking_turns), optimizer=rates.step_s + update,
+        bubble=max(0.0, _bubble(layout, busy, by_rank) - taking_turns),
+        optimizer=rates.step_s + update,
         stages=(*(stages[0] for stages in by_rank), *back),
-    )  # fmt: skip
+    )
 
 
 def _bubble(layout: Layout, busy: Sequence[float], by_rank: Sequence[Sequence[StageTime]]) -> float:

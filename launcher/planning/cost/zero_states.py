@@ -101,12 +101,15 @@ class _Ledger:
         gradients = FP32 * self.total
         copies = FP32 * min(self.total, ALL_REDUCE_BUCKET)
         return States(
-            weights=self.element * self.total, optimizer=self.state_bytes * self.total, host=0,
+            weights=self.element * self.total,
+            optimizer=self.state_bytes * self.total,
+            host=0,
             forward=Holdings(gradients if self.accumulates else 0),
             backward=Holdings(gradients if self.accumulates else 0),
-            per_element=0 if self.accumulates else FP32, reduce=Holdings(gradients, copies),
+            per_element=0 if self.accumulates else FP32,
+            reduce=Holdings(gradients, copies),
             step=Holdings(gradients),
-        )  # fmt: skip
+        )
 
     def bf16_optimizer(self) -> States:
         """BF16_Optimizer of DeepSpeed: whole gradients in fp32, partitioned fp32 weights and states.
@@ -118,11 +121,16 @@ class _Ledger:
         copies = (FP32 + self.element) * min(self.flat, ALL_REDUCE_BUCKET)
         kept = summed + (low if self.accumulates else 0)
         return States(
-            weights=self.element * self.flat, optimizer=(FP32 + self.state_bytes) * self.share, host=0,
-            forward=Holdings(kept), backward=Holdings(kept), fresh=summed,
-            per_element=0 if self.accumulates else self.element, reduce=Holdings(summed + low, copies),
+            weights=self.element * self.flat,
+            optimizer=(FP32 + self.state_bytes) * self.share,
+            host=0,
+            forward=Holdings(kept),
+            backward=Holdings(kept),
+            fresh=summed,
+            per_element=0 if self.accumulates else self.element,
+            reduce=Holdings(summed + low, copies),
             step=Holdings(summed + low),
-        )  # fmt: skip
+        )
 
     def zero_1(self, low: bool) -> States:
         """Whole gradients, in fp32 also in low precision; partitioned fp32 weights and states."""
@@ -169,11 +177,16 @@ class _Ledger:
         if at_once:  # after the backward pass: first the copy, then the gradients reduced in it
             reduced = Holdings(max(before, arriving - copied), bucket + copied, untouched)
         return States(
-            weights=self.element * self.flat, optimizer=optimizer, host=host, forward=Holdings(before),
-            backward=Holdings(before, bucket, untouched), bucket=None if at_once else self.bucket,
-            reduced=reduced, reduce=reduced,
+            weights=self.element * self.flat,
+            optimizer=optimizer,
+            host=host,
+            forward=Holdings(before),
+            backward=Holdings(before, bucket, untouched),
+            bucket=None if at_once else self.bucket,
+            reduced=reduced,
+            reduce=reduced,
             step=Holdings(kept + (0 if low or offloads else FP32 * self.largest_share)),
-        )  # fmt: skip
+        )
 
     def zero_3(self) -> States:
         """As ZeRO-2, with each weight partitioned over all data ranks and gathered while it is used."""
@@ -204,14 +217,18 @@ class _Ledger:
         # Weights that stay whole are gathered together after the step: their pieces and the whole weights.
         regathered = self.element * (persistent + persistent // data)
         return States(
-            weights=weights, optimizer=optimizer, host=host, forward=Holdings(gradients, bucket, untouched),
-            backward=Holdings(gradients, bucket, untouched), bucket=self.bucket,
+            weights=weights,
+            optimizer=optimizer,
+            host=host,
+            forward=Holdings(gradients, bucket, untouched),
+            backward=Holdings(gradients, bucket, untouched),
+            bucket=self.bucket,
             reduced=Holdings(gradients, bucket + reduced, untouched),
             reduce=Holdings(gradients, bucket + reduced, untouched),
             step=Holdings(gradients + stepped, bucket + regathered, untouched),
             gathered=self.element * gathered,
             prefetched=self.element * fetched if buffers.prefetch_bucket else 0,
-        )  # fmt: skip
+        )
 
     def _gathered(self) -> int:
         """Return the peak number of elements of weights that ZeRO-3 holds whole.

@@ -138,24 +138,34 @@ def as_json(plan: Plan, changes: list[Change]) -> dict[str, Any]:
     return {
         "model": {"parameters": plan.parameters, "flops_per_step": plan.model_flops},
         "layout": {
-            **asdict(plan.layout), "world_size": plan.layout.world_size,
+            **asdict(plan.layout),
+            "world_size": plan.layout.world_size,
             "micro_batch_size": plan.run.training.micro_batch_size,
             "global_batch_size": plan.run.training.global_batch_size,
-            "pipeline_schedule": p.pipeline_schedule.name, "sequence_parallel": p.sequence_parallel,
+            "pipeline_schedule": p.pipeline_schedule.name,
+            "sequence_parallel": p.sequence_parallel,
             "activation_checkpointing": p.activation_checkpointing.name,
-            "offload_optimizer": p.offload_optimizer, "offload_parameters": p.offload_parameters,
-            "dtype": plan.run.precision.dtype.name, "notes": list(plan.layout.notes),
+            "offload_optimizer": p.offload_optimizer,
+            "offload_parameters": p.offload_parameters,
+            "dtype": plan.run.precision.dtype.name,
+            "notes": list(plan.layout.notes),
         },
         "stages": [_stage_json(plan, index, stage) for index, stage in enumerate(plan.stages)],
         "step": {
-            "time_s": time.total if time else None, "tokens": plan.tokens, "tokens_per_s": plan.tokens_per_s,
-            "mfu": plan.mfu, "bubble": plan.bubble,
+            "time_s": time.total if time else None,
+            "tokens": plan.tokens,
+            "tokens_per_s": plan.tokens_per_s,
+            "mfu": plan.mfu,
+            "bubble": plan.bubble,
             "parts_s": {name.replace(" ", "_"): value for name, value in parts_of(plan).items()},
-            "flops_per_rank": max(stage.flops for stage in plan.stages), "days": days,
+            "flops_per_rank": max(stage.flops for stage in plan.stages),
+            "days": days,
         },
         "traffic": {name: _traffic_json(plan, name) for name in plan.traffic},
-        "fits": plan.fits, "limit": limit(plan), "advice": [_change_json(change) for change in changes],
-    }  # fmt: skip
+        "fits": plan.fits,
+        "limit": limit(plan),
+        "advice": [_change_json(change) for change in changes],
+    }
 
 
 def _traffic_json(plan: Plan, group: GroupName) -> dict[str, Any]:
@@ -174,9 +184,15 @@ def _change_json(change: Change) -> dict[str, Any]:
 def _stage_json(plan: Plan, index: int, stage: StagePlan) -> dict[str, Any]:
     memory = stage.memory
     return {
-        "stage": index, "blocks": stage.blocks, "parameters": stage.parameters, "flops": stage.flops,
+        "stage": index,
+        "blocks": stage.blocks,
+        "parameters": stage.parameters,
+        "flops": stage.flops,
         "memory": {
-            **{name: getattr(memory, name) for name in MEMORY_CLASSES}, "total": memory.total,
-            "budget": plan.budget, "host": memory.host, "moment": memory.moment,
+            **{name: getattr(memory, name) for name in MEMORY_CLASSES},
+            "total": memory.total,
+            "budget": plan.budget,
+            "host": memory.host,
+            "moment": memory.moment,
         },
-    }  # fmt: skip
+    }

@@ -46,12 +46,15 @@ def _columns(title: str, *more: str) -> "Table":
 def _row(candidate: Candidate) -> list[str]:
     layout, p = candidate.layout, candidate.run.parallelism
     return [
-        f"{layout.pipeline} x {layout.data} x {layout.tensor}", str(layout.zero_stage),
-        str(candidate.run.training.micro_batch_size), p.activation_checkpointing.name,
+        f"{layout.pipeline} x {layout.data} x {layout.tensor}",
+        str(layout.zero_stage),
+        str(candidate.run.training.micro_batch_size),
+        p.activation_checkpointing.name,
         "split" if p.sequence_parallel else "",
         "all" if p.offload_parameters else "optimizer" if p.offload_optimizer else "",
-        four_digits(candidate.seconds), size(candidate.peak),
-    ]  # fmt: skip
+        four_digits(candidate.seconds),
+        size(candidate.peak),
+    ]
 
 
 def why_lost(candidate: Candidate, best: Candidate | None) -> str:
@@ -83,5 +86,8 @@ def _candidate_json(candidate: Candidate) -> dict[str, Any]:
         for name, value in candidate.settings.items()
     }
     return {
-        "settings": settings, "time_s": candidate.seconds, "memory": candidate.peak, "fits": candidate.fits,
-    }  # fmt: skip
+        "settings": settings,
+        "time_s": candidate.seconds,
+        "memory": candidate.peak,
+        "fits": candidate.fits,
+    }
