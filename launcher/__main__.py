@@ -1,4 +1,4 @@
-"""The console script: what every way to end prints, and its exit code.
+"""The console entry point: it maps each kind of exit to its message and exit code.
 
 Exit codes: 0 done, 1 a rank failed or a layout differs, 2 refused, 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP,
 138 SIGUSR1.

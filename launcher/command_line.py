@@ -36,7 +36,7 @@ VERBS = {
 
 
 def run_command(arguments: list[str]) -> int:
-    """Return the exit code. What a user can mend is printed as one message without a traceback."""
+    """Return the exit code. Print an error that the user can correct as one message without a traceback."""
     if arguments == ["--version"]:
         print(f"launcher {__version__}")
         return 0

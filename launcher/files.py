@@ -45,7 +45,7 @@ def new_directory(path: Path) -> Iterator[Path]:
 
 
 def delete_directory(path: Path) -> None:
-    """Delete the directory; a crash leaves all of it, or a rest whose name says that it is partial."""
+    """Delete the directory; a crash leaves all of it, or a remainder whose name ends in PARTIAL."""
     aside = partial_path(path)
     path.rename(aside)
     shutil.rmtree(aside)

@@ -35,7 +35,7 @@ def measure(rank_counts: Iterable[int], *, rounds: int, cores: int, device: str)
 
 
 def sample(ranks: int, *, cores: int, device: str) -> Sample:
-    """Return the sample of rank 0 after `ranks` processes have measured at the same time."""
+    """Start `ranks` processes that measure at the same time; return the results of rank 0."""
     with tempfile.TemporaryDirectory(prefix="launcher-calibrate-") as name:
         folder = Path(name)
         target = partial(_rank, ranks=ranks, threads=max(1, cores // ranks), device=device, folder=folder)

@@ -71,7 +71,7 @@ def _requested_checkpoint(run: RunConfig, run_dir: Path) -> Path | None:
 
 
 def check_can_resume(run: RunConfig, path: Path, manifest: Manifest) -> None:
-    """Raise ConfigError for the first field whose value in the checkpoint must not change but does."""
+    """Raise ConfigError for the first field that differs from the checkpoint and may not."""
     fixed = [name for name in fields_of(RunConfig) if name.startswith("model.")]
     fixed += [*_DATA, *(() if run.checkpoint.new_blend else _BLEND)]
     for name in (name for name in fixed if name not in _MAY_CHANGE_IN_MODEL):

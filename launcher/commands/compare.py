@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> int:
         raise ConfigError("compare.layouts", list(layouts), compared[0].refused, remedy)
     layout = next(candidate.layout for candidate in compared if candidate.layout and not candidate.refused)
     with claimed_run_dir(run, layout) as (directory, _):
-        share_cores(machine.cores, machine.cores)  # one each
+        share_cores(machine.cores, machine.cores)  # one core per rank
         rows = [_row(candidate, run.compare.steps) for candidate in compared]
         _log(run, layout, directory, rows)
     return _report(run, rows)

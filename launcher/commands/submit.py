@@ -18,7 +18,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _layout_on_most_nodes(job: Job[RunConfig]) -> Layout:
-    """Return the layout on the most nodes. Raises ConfigError, also for the fewest nodes."""
+    """Return the layout on the most nodes; the run is checked on the fewest nodes too. Raises ConfigError."""
     run = job.config
     check_submission(run)
     least, most = nodes_of(run)

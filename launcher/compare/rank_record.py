@@ -37,8 +37,11 @@ class RankRecord:
 
 
 def record_rank(rank: int, *, run: RunConfig, layout: Layout, steps: int, folder: Path) -> None:
-    """Train COUNTED steps, time `steps` more, write folder/rank-N.json. Collective over the world."""
-    torch.set_num_threads(1)  # the same in every layout
+    """Train COUNTED steps for memory and traffic, then `steps` timed steps; write folder/rank-N.json.
+
+    Collective over the world.
+    """
+    torch.set_num_threads(1)  # equal in every layout
     measurement, record = RankMeasurement(), RankRecord()
     with measurement.timing_collectives():
         store, ranks = f"file://{folder / 'store'}", layout.world_size

@@ -107,7 +107,7 @@ def head_size_multiple(run: RunConfig) -> int:
 
 
 def whole_weights(weights: Sequence[float]) -> list[int]:
-    """Return the smallest whole numbers in the same proportion; 0.1 counts as exactly a tenth."""
+    """Return the smallest integers in the same ratio; 0.1 means exactly 1/10."""
     typed = [Fraction(str(weight)) for weight in weights]
     scale = math.lcm(*(weight.denominator for weight in typed))
     whole = [int(weight * scale) for weight in typed]

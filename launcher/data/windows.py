@@ -34,7 +34,7 @@ class Windows:
     """
 
     stretches: Sequence[Stretch]
-    sequence_length: int  # T, in tokens
+    sequence_length: int  # T, input tokens of a window
     vocab_size: int | None = None  # ids are checked against this size when read; None: no check
 
     @cached_property

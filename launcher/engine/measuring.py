@@ -52,7 +52,7 @@ class RankMeasurement:
         calls: dict[CollectiveCall, int] = {}
         for call, times in self.tensors.collectives.items():
             if call.size > NOISE:
-                # A tied weight's gradient is reduced between two ranks: each sends as much as that is.
+                # The gradient of a tied weight is reduced between two ranks: each sends the full gradient.
                 sent = call._replace(kind="send") if call.group == "pipeline" else call
                 calls[sent] = calls.get(sent, 0) + times
         return calls

@@ -95,7 +95,7 @@ def speaks_for_all(environ: Mapping[str, str]) -> bool:
     try:
         ranks = joined_ranks(environ)
     except ConfigError:
-        return True  # invalid variables: possibly no process has rank 0
+        return True  # the variables are invalid, so perhaps no process has rank 0
     return ranks is None or ranks.rank == 0
 
 

@@ -59,7 +59,7 @@ def error_summary(error: BaseException | str) -> str:
 
 
 def read_rank_ends(folder: Path) -> list[RankEnd]:
-    """Return the ends recorded in `folder`, sorted by kind (see RankEndKind) and rank."""
+    """Return how the ranks ended, from the files in `folder`, sorted by kind (see RankEndKind) and rank."""
     order = list(RankEndKind)
     ends = []
     for path in folder.glob("rank_*.json"):

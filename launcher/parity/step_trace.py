@@ -26,13 +26,19 @@ class StepTrace:
     weights: Weights = field(default_factory=dict)
     states: Weights = field(default_factory=dict)
     gradients: Weights = field(default_factory=dict)
-    outputs: Weights = field(default_factory=dict)  # of each layer, for the first micro-batch of data rank 0
+    outputs: Weights = field(default_factory=dict)  # outputs of each layer, first micro-batch of data rank 0
     tied: Weights = field(default_factory=dict)  # copies of tied weights on later pipeline stages
     batch_losses: list[list[float]] = field(default_factory=list)  # [data rank][micro-batch]
-    replica_spread: dict[str, float] = field(default_factory=dict)  # of weights, between tensor ranks
-    data_spread: dict[str, float] = field(default_factory=dict)  # of weights, between data ranks
-    output_spread: dict[str, float] = field(default_factory=dict)  # of outputs, between tensor ranks
-    norm_spread: float = 0.0  # of the gradient norm, between all ranks
+    replica_spread: dict[str, float] = field(
+        default_factory=dict
+    )  # largest difference of weights between tensor ranks
+    data_spread: dict[str, float] = field(
+        default_factory=dict
+    )  # largest difference of weights between data ranks
+    output_spread: dict[str, float] = field(
+        default_factory=dict
+    )  # largest difference of outputs between tensor ranks
+    norm_spread: float = 0.0  # largest difference of the gradient norm between ranks
     stage_of: dict[str, int] = field(default_factory=dict)  # the pipeline stage of each output
 
 

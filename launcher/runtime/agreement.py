@@ -67,7 +67,7 @@ def exchange(values: RankValues) -> WorldValues:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the peak bytes of this process: on CUDA of torch's allocator, on CPU the resident set."""
+    """Return the peak bytes of this process: allocated CUDA memory, or the resident set on CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     # Linux counts in KiB, macOS in bytes.

@@ -1,4 +1,4 @@
-"""Where a run starts: at its last checkpoint, with the weights of `checkpoint.init_from`, or fresh."""
+"""Start a run from its last checkpoint, from the weights of `checkpoint.init_from`, or from new weights."""
 
 from dataclasses import dataclass
 from pathlib import Path

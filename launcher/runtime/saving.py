@@ -115,5 +115,5 @@ def longest_wait(run: RunConfig) -> float:
 
 
 def steps_within(seconds: float, step_seconds: float) -> float:
-    """Return how many steps fit into `seconds`, at least one; infinity if `seconds` is."""
+    """Return how many steps fit into `seconds`, at least one; infinity if `seconds` is infinite."""
     return max(1.0, seconds // max(step_seconds, 1e-9)) if seconds < float("inf") else seconds

@@ -21,7 +21,7 @@ class StepTimes:
 
 
 class StepClock:
-    """Measures steps. A GPU still works when a step's call returns: time counts until `synchronise`."""
+    """Measures step time. A GPU still works when a call returns, so time counts up to `synchronise`."""
 
     def __init__(self, device: torch.device) -> None:
         self.times = StepTimes()

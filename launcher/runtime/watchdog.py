@@ -39,7 +39,7 @@ class RankPosition:
 
 
 class Watchdog:
-    """Ends the process if nothing ends in time; call `at` when something begins. Collective to create."""
+    """Ends the process if a phase outlasts the timeout; `at` begins a phase. Creation is collective."""
 
     def __init__(self, run_dir: Path, timeout_minutes: float) -> None:
         self.timeout = 60 * timeout_minutes

@@ -75,7 +75,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Search:
-    """The legal layouts of a run: over all ranks of the world or, if there is none, over fewer."""
+    """The legal layouts of a run over all ranks of the world; if none is legal, over fewer ranks."""
 
     candidates: tuple[Candidate, ...]
     world: World

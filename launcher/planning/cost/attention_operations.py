@@ -31,7 +31,7 @@ def _rotation(s: Sizes) -> list[Operation]:
 
 
 def _gradients(s: Sizes) -> tuple[int, ...]:
-    """Return the gradients of the core's inputs: rotated queries and keys, then values; or all in one."""
+    """Return the gradient sizes of rotated queries and keys, and of values; without rotation one size."""
     return (s.query + s.key, s.key) if s.rotates else (s.fused,)
 
 

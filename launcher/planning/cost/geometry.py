@@ -15,7 +15,7 @@ class Weight:
     """A parameter as a tensor rank holds it."""
 
     numel: int
-    is_matrix: bool  # the optimizer's two groups: matrices decay, vectors do not
+    is_matrix: bool  # matrices get weight decay, vectors do not
     module: int  # parameters of one module are gathered together under ZeRO-3
 
 
@@ -109,7 +109,7 @@ def pipeline_ranks(run: RunConfig, layout: Layout) -> tuple[Rank, ...]:
 
 @cache
 def _ranks(model: ModelConfig, pipeline: int, stages_per_rank: int, tensor: int) -> tuple[Rank, ...]:
-    """Return the ranks of a model that nobody else holds, and so nobody changes: it is a cache key."""
+    """Return the pipeline ranks. `model` is the key of a cache, so callers must not change it."""
     stages = pipeline * stages_per_rank
     dealt = blocks_of_stages(model.num_layers, stages)
     chunks = [

@@ -27,7 +27,7 @@ def norm(s: Sizes, name: str, x: str) -> Operation:
 
 
 def column(s: Sizes, name: str, x: str, outputs: int, *, has_bias: bool) -> Operation:
-    """Return ColumnParallelLinear, or the head: (b, H) -> `outputs` columns on this rank."""
+    """Return the operations of ColumnParallelLinear or the head: (b, H) -> (b, `outputs` of this rank)."""
     h, size = s.hidden_size, s.tokens * outputs * s.element
     split = s.tensor > 1
     scratch = backward_scratch = 0

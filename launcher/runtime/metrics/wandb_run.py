@@ -60,7 +60,7 @@ class WandbRun:
 
 
 def log_missing(rows: list[Row], run: RunConfig, layout: Layout, directory: RunDir) -> None:
-    """Log the rows that no start has, as an offline start."""
+    """Log the rows that no earlier W&B session has, in a new offline session."""
     known = {step for fragment in fragments(directory.path) for step in steps_in(fragment)}
     missing = [row for row in rows if int(row["step"]) not in known]
     if missing:
