@@ -16,8 +16,8 @@ from launcher.config.compose import compose_jobs
 from launcher.config.schema import PlannedRunConfig
 from launcher.config.validate import validate
 from launcher.config.world import world_of_machine
-from launcher.launch.machine import this_machine
-from launcher.planning.cost.plan import Plan, make_plan
+from launcher.launch.this_machine import this_machine
+from launcher.planning.cost.run_plan import Plan, make_plan
 
 ROUNDS, STEPS = 3, 9
 MODEL = [

@@ -41,8 +41,8 @@ from launcher.planning.cost import attention_operations
 from launcher.planning.cost.block_operations import block
 from launcher.planning.cost.operations import Matmul, Operation
 from launcher.planning.cost.parts import parts
-from launcher.planning.cost.plan import Plan, make_plan
 from launcher.planning.cost.rates import Shares
+from launcher.planning.cost.run_plan import Plan, make_plan
 from launcher.planning.cost.sizes import Sizes
 
 SEQUENCE, VOCABULARY = 2048, 51200

@@ -32,8 +32,8 @@ COMMAND_LINE = tuple(
     f"launcher.commands.{path.stem}" for path in (ROOT / "launcher" / "commands").glob("[a-z]*.py")
 )
 TRAINING = (
-    *COMMAND_LINE, "launcher.engine.build", "launcher.runtime.train", "launcher.runtime.sampling",
-    "launcher.parity.verify", "launcher.compare.measured_layout", "launcher.calibrate.rounds",
+    *COMMAND_LINE, "launcher.engine.build", "launcher.runtime.training", "launcher.runtime.sampling",
+    "launcher.parity.verification", "launcher.compare.measured_layout", "launcher.calibrate.rounds",
 )  # fmt: skip
 
 _RANK_VARIABLES = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}

@@ -17,7 +17,7 @@ from launcher.config.schema import HardwareConfig, MeasuredRates, RunConfig, Sca
 from launcher.config.shape import sequence_length
 from launcher.launch.local import run_local_ranks
 from launcher.planning.cost.parts import parts
-from launcher.planning.cost.plan import make_plan
+from launcher.planning.cost.run_plan import make_plan
 from launcher.planning.cost.sizes import Sizes
 from launcher.planning.cost.step_time import StepTime
 

@@ -5,7 +5,7 @@ from launcher.config.compose import compose_jobs
 from launcher.config.errors import ConfigError
 from launcher.config.schema import CalibrateConfig, Device, HardwareConfig
 from launcher.config.validate import validate_calibrate
-from launcher.launch.machine import this_machine
+from launcher.launch.this_machine import this_machine
 
 
 def main(arguments: list[str]) -> int:

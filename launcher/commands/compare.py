@@ -24,7 +24,7 @@ from launcher.config.world import World, world_of_machine
 from launcher.data.open import check_data
 from launcher.launch.exit_codes import FAILED
 from launcher.launch.local import RankFailure
-from launcher.launch.machine import share_cores, this_machine
+from launcher.launch.this_machine import share_cores, this_machine
 from launcher.planning.choose.enforce import refuse_too_large
 from launcher.planning.show.plan_figure import check_figure
 from launcher.runtime.run_dir import RunDir, claimed_run_dir

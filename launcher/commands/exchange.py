@@ -23,7 +23,7 @@ def export_main(arguments: list[str]) -> int:
     except NotConvertible as error:
         remedy = "the run's weights/*.safetensors, by logical name"
         raise ConfigError("export", weights.path, str(error), remedy) from None
-    from launcher.checkpoint.exchange import export
+    from launcher.checkpoint.conversion import export
 
     _written(lambda: export(weights, target, options), weights, target)
     print(f"exported {weights.path}\n      to {target}, which transformers' from_pretrained loads")
@@ -38,7 +38,7 @@ def import_main(arguments: list[str]) -> int:
     if weights.kind is not WeightsKind.huggingface:
         remedy = f"launcher checkpoint.init_from={shlex.quote(str(weights.path))} MODEL, without an import"
         raise ConfigError("import", weights.path, "is the launcher's own", remedy)
-    from launcher.checkpoint.exchange import import_
+    from launcher.checkpoint.conversion import import_
 
     _written(lambda: import_(weights, target, options), weights, target)
     print(f"imported {weights.path}\n      to {target}. Train from it:")

@@ -6,7 +6,7 @@ from launcher.config.compose import compose_jobs, load_typed
 from launcher.config.errors import ConfigError
 from launcher.config.schema import GenerateConfig, InputKind, RunConfig
 from launcher.config.validate import validate_generate
-from launcher.launch.machine import share_cores, this_machine
+from launcher.launch.this_machine import share_cores, this_machine
 from launcher.runtime.run_dir import CONFIG
 
 

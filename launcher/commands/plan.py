@@ -8,7 +8,7 @@ from launcher.commands.ready import ReadyRun, ready
 from launcher.config.compose import compose_jobs
 from launcher.config.schema import OutputFormat, PlannedRunConfig
 from launcher.config.world import world_of_hardware
-from launcher.launch.machine import this_machine
+from launcher.launch.this_machine import this_machine
 from launcher.planning.choose.changes import helpful
 from launcher.planning.show.plan_figure import check_figure, draw_plan
 from launcher.planning.show.plan_report import as_json, print_plan

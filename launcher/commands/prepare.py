@@ -12,9 +12,9 @@ from launcher.config.compose import compose_jobs
 from launcher.config.errors import ConfigError
 from launcher.config.schema import PrepareConfig
 from launcher.config.validate import validate_prepare
-from launcher.data.prepare import InputFile, Preparation, PrepareProgress, bad_lines_path, find_inputs
+from launcher.data.preparation import InputFile, Preparation, PrepareProgress, bad_lines_path, find_inputs
 from launcher.data.token_file import bin_path, index_path
-from launcher.launch.machine import this_machine
+from launcher.launch.this_machine import this_machine
 from launcher.text import whole
 
 _LINE_INTERVAL = 30.0  # seconds between two progress lines if the output is not a terminal

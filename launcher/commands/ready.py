@@ -10,7 +10,7 @@ from launcher.config.world import World, world_of_nodes
 from launcher.data.open import check_data
 from launcher.planning.choose.enforce import chosen, refuse_too_large
 from launcher.planning.choose.search import Search
-from launcher.planning.cost.plan import Plan, make_plan, memory_budget
+from launcher.planning.cost.run_plan import Plan, make_plan, memory_budget
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
 from launcher.config.slurm_rules import check_submission, nodes_of
 from launcher.config.world import world_of_nodes
-from launcher.launch.submit import submit
+from launcher.launch.submission import submit
 from launcher.runtime.run_dir import run_path, start_of
 
 

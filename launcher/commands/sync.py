@@ -15,6 +15,6 @@ def main(arguments: list[str]) -> int:
         if not (run / IDENTITY).is_file():
             why = f"this is not a run directory, because it has no {IDENTITY}"
             raise ConfigError("sync", run, why, "as a run printed it")
-    from launcher.runtime.metrics.sync import upload
+    from launcher.runtime.metrics.upload import upload
 
     return max(upload(run) for run in runs)

@@ -15,7 +15,7 @@ from launcher.launch.environment import (
     launch_environment,
     speaks_for_all,
 )
-from launcher.launch.machine import this_machine
+from launcher.launch.this_machine import this_machine
 
 
 def main(arguments: list[str]) -> int:

@@ -11,7 +11,7 @@ from launcher.config.schema import Device, Dtype, RunConfig
 from launcher.config.validate import validate
 from launcher.config.world import world_of_hardware, world_of_machine
 from launcher.launch.exit_codes import FAILED
-from launcher.launch.machine import share_cores, this_machine
+from launcher.launch.this_machine import share_cores, this_machine
 from launcher.parity.shrink import MOST_RANKS, shrink
 
 HELP = """\
@@ -52,7 +52,7 @@ def _verify(ready_run: ReadyRun, machine: Machine) -> bool:
 
     prepare_deepspeed("cuda" if gpus else "cpu")
     from launcher.parity.verdict import print_pass, write_report
-    from launcher.parity.verify import verify
+    from launcher.parity.verification import verify
 
     small, shrunk = shrink(ready_run.run, ready_run.layout, gpus=gpus)
     small_layout = validate(small, world_of_machine(small, machine))

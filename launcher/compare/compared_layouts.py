@@ -7,7 +7,7 @@ from launcher.config.errors import ConfigError
 from launcher.config.layout import Layout
 from launcher.config.schema import ParallelismConfig, RunConfig
 from launcher.config.world import World
-from launcher.planning.cost.plan import Plan
+from launcher.planning.cost.run_plan import Plan
 
 AxisSizes = dict[str, int]  # fields of the parallelism group; a missing one keeps its default
 

@@ -20,7 +20,7 @@ from launcher.engine.distributed import join, leave
 from launcher.engine.measuring import RankMeasurement
 from launcher.runtime.batches import rank_loader
 from launcher.runtime.resume import start_from
-from launcher.runtime.train import optimizer_step
+from launcher.runtime.training import optimizer_step
 
 COUNTED = 4  # steps whose memory and collectives are counted; the first makes the optimizer's states
 

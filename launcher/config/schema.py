@@ -145,7 +145,7 @@ class OnStop(Enum):
 
 @dataclass(unsafe_hash=True)
 class BiasesConfig:
-    """Which projections add a bias vector. A LayerNorm and the patch projection always have one."""
+    """Projections that add a bias vector. A LayerNorm and the patch projection always add a bias."""
 
     qkv: bool = MISSING  # queries, keys and values
     output: bool = MISSING  # attention output

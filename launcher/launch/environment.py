@@ -25,7 +25,7 @@ class RankEnvironment:
 
 @dataclass(frozen=True)
 class NodeEnvironment:
-    """One of several nodes on each of which srun starts a launcher, for `local_size` ranks."""
+    """A node of a job in which srun starts a launcher on each node, for `local_size` ranks."""
 
     node: int
     nodes: int

@@ -68,22 +68,19 @@ def run_local_ranks(
     them, and SIGKILL after `failure_grace` seconds. If this process gets a stop signal, the ranks first get
     STOP_SIGNAL and `save_grace` seconds to end by themselves (see StopRequest), then END_SIGNAL and
     `stop_grace` seconds; a further Ctrl-C kills them at once. On Linux the children of ranks end as well, and
-    all ranks end even if this process is killed. Ranks stay in this process group, so that Ctrl-Z suspends
-    them all.
+    all ranks end even if this process is killed. Ranks share this process group: Ctrl-Z suspends them all.
 
     Raises:
         RankFailure: a rank raised, exited with a non-zero code or was killed; the first, if several did.
         ConfigError: raised by the rank that failed first.
         KeyboardInterrupt: after Ctrl-C, once every rank has ended.
-        Stopped: after SIGTERM (code 143), SIGHUP (129) or SIGUSR1 (138), once every rank has ended. Also if
-            every rank stopped by itself, because a rank of another node was asked to. The exception of a rank
-            that failed during the stop becomes the `__cause__` of Stopped and KeyboardInterrupt.
+        Stopped: after SIGTERM (code 143), SIGHUP (129) or SIGUSR1 (138), once all ranks have ended; if all
+            ranks stopped by themselves, for a rank of another node. `__cause__` is a failure during the stop.
         OSError: log_dir cannot be created, or a process cannot be started.
     """
     log_dir.mkdir(parents=True, exist_ok=True)
     if start_method == "spawn":
-        # Start the tracker here. Otherwise the start of rank 0 does, and unblocks the signals that _start
-        # blocks.
+        # Here, because the start of rank 0 would do it and unblock the signals that _start blocks.
         resource_tracker.ensure_running()
     ranks: list[_Rank] = []
     with _recorded_stops() as stops, no_grandchildren_left(patience=failure_grace):

@@ -1,11 +1,11 @@
-"""How a run is stopped and saved, from the signal to the exit code. The path, in order:
+"""Stopping and saving a run, from the signal to the exit code, in order:
 
 1. A signal arrives: Ctrl-C, SIGTERM, SIGHUP or SIGUSR1 at `launcher`; SIGUSR1 or SIGTERM at a batch script,
    which Slurm sends `slurm.signal_seconds` before the time limit.
 2. `launcher job` (runtime/slurm_job.py) sends SIGUSR1 to its srun, and srun sends it to every rank. A
    launcher that started its ranks (launch/local.py) sends SIGUSR1 to them, and gives them `stop_grace`.
 3. In a rank a StopRequest (launch/rank.py) notes the signal, and training continues. Ranks of torchrun and
-   srun note signals from start to end. Other ranks do while they train (runtime/train.py), and end at once
+   srun note signals from start to end. Other ranks do while they train (runtime/training.py), and end at once
    before and after that.
 4. At the next step at which the ranks agree, all ranks learn that a rank was asked to stop, save that step
    and leave the training loop (runtime/saving.py: which step; runtime/agreement.py: how).

@@ -8,11 +8,11 @@ from typing import Literal, get_args
 
 from launcher.config.layout import Layout
 from launcher.parity.differences import Difference, DifferenceKind
-from launcher.parity.verify import Pass
+from launcher.parity.verification import VerifyPass
 from launcher.text import plain_table, print_table
 
 
-def print_pass(result: Pass) -> None:
+def print_pass(result: VerifyPass) -> None:
     """Print a row per step and kind of quantity with its worst difference, then the diagnosis if any."""
     table = plain_table(result.title)
     for column in ("step", "quantity", "compared", "worst", "measured / allowed", ""):
@@ -40,7 +40,7 @@ def worst_differences(differences: list[Difference]) -> list[tuple[Difference, i
     return [(max(group, key=lambda d: d.excess), len(group)) for group in groups if group]
 
 
-def write_report(path: Path, layout: Layout, shrunk: list[str], passes: list[Pass]) -> None:
+def write_report(path: Path, layout: Layout, shrunk: list[str], passes: list[VerifyPass]) -> None:
     """Write the verdict and every difference of all passes as JSON."""
     report = {
         "ok": all(result.ok for result in passes),

@@ -10,7 +10,7 @@ from torch import Tensor
 from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
 from launcher.engine.measuring import PeakMemory
-from launcher.planning.cost.plan import make_plan
+from launcher.planning.cost.run_plan import make_plan
 from launcher.runtime.metrics.rows import Row
 from launcher.runtime.step_clock import StepTimes
 from launcher.text import size

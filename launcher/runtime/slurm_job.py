@@ -43,7 +43,7 @@ class End(Enum):
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one start of the ranks ended; `error` is the line to report if they failed."""
+    """The end of a start of the ranks; `error` is the line to report if a rank failed."""
 
     end: End
     error: str = ""

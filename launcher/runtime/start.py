@@ -20,10 +20,10 @@ from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
 from launcher.launch.environment import NodeEnvironment, RankEnvironment
 from launcher.launch.local import RankFailure, Stopped, run_local_ranks
-from launcher.launch.machine import share_cores, share_cores_with_tasks
 from launcher.launch.rank import STOPPED_EXIT_CODE, StopRequest, failure_of
 from launcher.launch.records import RankEndKind, all_recorded, record_end
 from launcher.launch.stopping import stop_grace
+from launcher.launch.this_machine import share_cores, share_cores_with_tasks
 from launcher.runtime.run_dir import LOGS, RunDir, claimed_run_dir, run_path
 
 # Delay in seconds before a rank that only lost a peer reports: the root cause is printed first, and srun or
@@ -88,7 +88,7 @@ def preload(device: str) -> None:
     from launcher.engine.distributed import prepare_deepspeed
 
     prepare_deepspeed(device)
-    import launcher.runtime.train  # noqa: F401
+    import launcher.runtime.training  # noqa: F401
 
 
 def local_rank(rank: int, *, run: RunConfig, layout: Layout, directory: RunDir, meeting: Path) -> None:
@@ -142,7 +142,7 @@ def run_rank(
     from launcher.engine.distributed import join, leave, prepare_deepspeed
 
     prepare_deepspeed(layout.device)
-    from launcher.runtime.train import training_run
+    from launcher.runtime.training import training_run
 
     device = join(
         rank=rank,

@@ -30,7 +30,7 @@ _WAITS = re.compile(r"\.(wait|item|tolist|cpu|synchronize|_cuda_synchronize)\(|\
 
 @dataclass(frozen=True)
 class RankPosition:
-    """Where a rank is when it has hung."""
+    """The position of a rank in the program when the run has hung."""
 
     rank: int
     at: str

@@ -8,7 +8,7 @@ from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
 from launcher.planning.cost.geometry import Rank, pipeline_ranks
 from launcher.planning.cost.parts import flops, parts, traffic
-from launcher.planning.cost.plan import Plan
+from launcher.planning.cost.run_plan import Plan
 from launcher.planning.cost.sizes import Sizes
 from launcher.tracing.stage_trace import StageTrace, trace_stage
 

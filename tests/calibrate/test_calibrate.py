@@ -17,7 +17,7 @@ from launcher.config.schema import MeasuredRates, PlannedRunConfig, Point
 from launcher.config.validate import validate
 from launcher.config.world import World
 from launcher.planning.cost.measured_rates import calibrated, interpolated
-from launcher.planning.cost.plan import Plan, make_plan
+from launcher.planning.cost.run_plan import Plan, make_plan
 from tests.runtime.command import launcher
 
 

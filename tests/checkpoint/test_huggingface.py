@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from launcher.checkpoint.boxes import Box
-from launcher.checkpoint.exchange import export, import_
+from launcher.checkpoint.conversion import export, import_
 from launcher.checkpoint.huggingface import NotConvertible, adapter_of
 from launcher.checkpoint.manifest import checkpoints_in
 from launcher.checkpoint.read import CheckpointReader, HuggingFaceReader

@@ -17,12 +17,12 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import launcher.data.prepare
+import launcher.data.preparation
 from launcher.config.errors import ConfigError
 from launcher.config.schema import BadLines, PrepareConfig, TokenizerTraining
 from launcher.data import reading
 from launcher.data.card import card_path, tokenizer_path
-from launcher.data.prepare import Preparation, PrepareProgress, bad_lines_path, find_inputs
+from launcher.data.preparation import Preparation, PrepareProgress, bad_lines_path, find_inputs
 from launcher.data.reading import format_of
 from launcher.data.token_file import bin_path, index_path, open_token_file
 from launcher.data.tokenizer import Bytes, HuggingFace, pieces, write_byte_tokenizer
@@ -150,7 +150,7 @@ class TestFormats:
     def test_a_text_too_long_for_the_index_becomes_several(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(launcher.data.prepare, "_LONGEST", 20)
+        monkeypatch.setattr(launcher.data.preparation, "_LONGEST", 20)
         monkeypatch.setattr(reading, "BATCH_BYTES", 8)
         (tmp_path / "a.txt").write_text("0123456\n" * 7)
         prepared(tmp_path / "a.txt", tmp_path / "out")
@@ -430,7 +430,7 @@ class TestSameResult:
     def test_after_interruptions_at_any_time(
         self, workers: int, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(launcher.data.prepare, "_SAVE_INTERVAL", 0.0)
+        monkeypatch.setattr(launcher.data.preparation, "_SAVE_INTERVAL", 0.0)
         prepared(corpus, tmp_path / "whole", **SKIP)
         whole = files_of(tmp_path / "whole")
         inputs, _ = find_inputs([corpus])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from launcher.config.machine import Machine
-from launcher.launch.machine import existing_gpus, memory_here, this_machine, visible_gpus
+from launcher.launch.this_machine import existing_gpus, memory_here, this_machine, visible_gpus
 
 
 def test_visible_gpus(subtests: pytest.Subtests) -> None:
@@ -55,7 +55,7 @@ def test_this_machine_respects_cuda_visible_devices(monkeypatch: pytest.MonkeyPa
 
 def test_launch_imports_neither_torch_nor_deepspeed_nor_hydra() -> None:
     loaded = "[name for name in ('torch', 'deepspeed', 'hydra') if name in sys.modules]"
-    code = f"import sys; from launcher.launch import environment, local, machine; print({loaded})"
+    code = f"import sys; from launcher.launch import environment, local, this_machine; print({loaded})"
     process = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
     )

@@ -16,7 +16,7 @@ from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
 from launcher.config.slurm_rules import seconds_of
 from launcher.launch.sbatch import BatchScript, check_script_arguments, render, slurm_word
-from launcher.launch.submit import _make_log_directory, batch_script_of, submission_summary
+from launcher.launch.submission import _make_log_directory, batch_script_of, submission_summary
 from tests.config.composing import run_of
 
 CPU = ["hardware=cpu", "hardware.accelerators_per_node=2", "hardware.nodes=2"]

@@ -19,14 +19,14 @@ from launcher.engine.pipeline import StagedModule  # noqa: E402
 from launcher.parity.differences import Difference  # noqa: E402  (after DeepSpeed is made quiet)
 from launcher.parity.shrink import shrink  # noqa: E402
 from launcher.parity.verdict import write_report  # noqa: E402
-from launcher.parity.verify import Pass, dropout_pass, passes, run_pass, verify  # noqa: E402
+from launcher.parity.verification import VerifyPass, dropout_pass, passes, run_pass, verify  # noqa: E402
 
 CORES = 8
 
 __all__ = [
-    "Pass",
     "PipelineModule",
     "StagedModule",
+    "VerifyPass",
     "dropout_pass",
     "passes",
     "plain_sgd_pass",
@@ -45,11 +45,11 @@ def small_run(*overrides: str, steps: int = 2) -> RunConfig:
     return shrink(run, validate(run, World("cpu", CORES, CORES)))[0]
 
 
-def plain_sgd_pass(small: RunConfig, mutation: Callable[[], None] | None = None) -> Pass:
+def plain_sgd_pass(small: RunConfig, mutation: Callable[[], None] | None = None) -> VerifyPass:
     """The first pass alone: it shows every gradient."""
     return next(verify(small, mutation=mutation))
 
 
-def worst(one: Pass) -> list[Difference]:
+def worst(one: VerifyPass) -> list[Difference]:
     """What failed, for an assertion's message."""
     return [difference for difference in one.differences if not difference.ok][:10]

@@ -19,10 +19,10 @@ from launcher.config.world import World
 from launcher.parity.differences import Difference
 from launcher.parity.recording import record_rank
 from launcher.parity.shrink import shrink
-from launcher.parity.verify import _rank
+from launcher.parity.verification import _rank
 from tests.config.composing import run_of
 from tests.parity.mutations import MUTATIONS
-from tests.parity.running import Pass, small_run, verify, write_report
+from tests.parity.running import VerifyPass, small_run, verify, write_report
 from tests.runtime.command import launcher
 
 EXPERIMENTS = sorted(path.stem for path in (config_directory() / "experiment").glob("*.yaml"))
@@ -33,7 +33,7 @@ SMALL = ["verify", "model=gpt_tiny", "parallelism=tp2", "hardware=cpu", "verify.
 def faulty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Inject a fault into the ranks that verify launches."""
     mutation = MUTATIONS["embedding mask left out"].inject
-    monkeypatch.setattr("launcher.parity.verify.verify", partial(verify, mutation=mutation))
+    monkeypatch.setattr("launcher.parity.verification.verify", partial(verify, mutation=mutation))
 
 
 def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -94,7 +94,7 @@ def test_an_unwritable_report_is_refused_before_ranks_launch(
 def test_a_report_with_nan_and_infinity_is_valid_json(tmp_path: Path) -> None:
     differences = [Difference(1, "loss", "loss", measured, 1.0) for measured in (nan, inf, 0.5)]
     layout = Layout(pipeline=1, data=1, tensor=1, device="cpu", accumulation=1, zero_stage=0)
-    write_report(tmp_path / "report.json", layout, [], [Pass("plain SGD, fp32", differences, None)])
+    write_report(tmp_path / "report.json", layout, [], [VerifyPass("plain SGD, fp32", differences, None)])
     [result] = json.loads((tmp_path / "report.json").read_text())["passes"]
     assert [(d["measured"], d["ok"]) for d in result["differences"]] == [
         (None, False),

@@ -4,12 +4,12 @@ import pytest
 
 from launcher.parity.diagnose import Diagnosis
 from tests.parity.mutations import DROPOUT_MUTATIONS, MUTATIONS, OPTIMIZER_MUTATIONS, Mutation
-from tests.parity.running import Pass, dropout_pass, plain_sgd_pass, small_run, verify
+from tests.parity.running import VerifyPass, dropout_pass, plain_sgd_pass, small_run, verify
 
 ALL = MUTATIONS | OPTIMIZER_MUTATIONS
 
 
-def assert_diagnosed(result: Pass, mutation: Mutation) -> None:
+def assert_diagnosed(result: VerifyPass, mutation: Mutation) -> None:
     assert not result.ok
     assert result.diagnosis is not None
     fitting = [other.words for other in ALL.values() if matches(other, result.diagnosis)]

@@ -28,7 +28,7 @@ from launcher.launch.local import run_local_ranks
 from launcher.planning.cost.geometry import pipeline_ranks
 from launcher.planning.cost.memory import rank_memory
 from launcher.planning.cost.operations import Collective
-from launcher.planning.cost.plan import Plan, make_plan
+from launcher.planning.cost.run_plan import Plan, make_plan
 from tests.config.composing import run_of
 
 prepare_deepspeed("cpu")

@@ -3,7 +3,7 @@
 from launcher.commands.ready import ready
 from launcher.config.machine import Machine
 from launcher.config.world import world_of_hardware
-from launcher.planning.cost.plan import Plan
+from launcher.planning.cost.run_plan import Plan
 from tests.config.composing import run_of
 
 LLAMA = ["model=llama3_8b", "precision=bf16", "training.micro_batch_size=1", "training.global_batch_size=128"]

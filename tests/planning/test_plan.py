@@ -13,8 +13,8 @@ from launcher.config.schema import Dtype
 from launcher.planning.choose.changes import helpful, single_changes
 from launcher.planning.choose.limits import MEMORY_CLASSES, limit
 from launcher.planning.cost.operations import Collective
-from launcher.planning.cost.plan import PROCESS_BYTES, Plan
 from launcher.planning.cost.rates import specified
+from launcher.planning.cost.run_plan import PROCESS_BYTES, Plan
 from launcher.planning.cost.traffic import GroupShape, group_shapes
 from launcher.planning.show.plan_figure import draw_plan
 from launcher.planning.show.plan_report import as_json

@@ -15,7 +15,7 @@ from launcher.planning.cost.buffers import ALL_REDUCE_BUCKET, BufferSizes
 from launcher.planning.cost.geometry import blocks_of_stages, pipeline_ranks
 from launcher.planning.cost.memory import in_flight
 from launcher.planning.cost.pipeline_schedule import Event, order, simulate
-from launcher.planning.cost.plan import make_plan
+from launcher.planning.cost.run_plan import make_plan
 from tests.config.composing import run_of
 
 prepare_deepspeed("cpu")

@@ -34,7 +34,7 @@ from launcher.config.world import World, world_of_hardware
 from launcher.planning.choose.changes import changed
 from launcher.planning.choose.enforce import chosen, refuse_too_large
 from launcher.planning.choose.search import Search, search
-from launcher.planning.cost.plan import Plan, make_plan, memory_budget
+from launcher.planning.cost.run_plan import Plan, make_plan, memory_budget
 from launcher.planning.show.search_report import search_as_json
 from tests.config.composing import alternatives, run_of
 from tests.config.test_cli import Ended, launcher

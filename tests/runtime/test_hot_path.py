@@ -19,7 +19,7 @@ COUNTED = """
 import json, os, sys
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-import launcher.runtime.train as train
+import launcher.runtime.training as train
 
 OPERATIONS = {"c10d.allreduce_.default": "all_reduce", "aten._local_scalar_dense.default": "read"}
 events, steps = [], [0]

@@ -21,7 +21,7 @@ from tests.runtime.command import AS_USUAL, SMALL, environment, metrics, started
 STOPPING = "launcher: saving the current step, then stopping\n"
 FAULTY = """
 import os, sys
-import launcher.runtime.train as train
+import launcher.runtime.training as train
 step = train.optimizer_step
 def faulty(run, engine, loader, progress):
     if progress.step == 2 and engine.mesh.rank == 1:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from launcher.config.schema import WandbMode
-from launcher.runtime.metrics.sync import complete, is_complete, is_synced
+from launcher.runtime.metrics.upload import complete, is_complete, is_synced
 from launcher.runtime.metrics.wandb_files import fragments, records, steps_in
 from launcher.runtime.metrics.wandb_run import resolved_mode
 from tests.runtime.command import SMALL, launcher, metrics, started, trained
@@ -17,7 +17,7 @@ from tests.runtime.wandb_server import wandb_server
 # What happens once W&B has step 3.
 AFTER_STEP_3 = """
 import os, signal, time
-import launcher.runtime.train as train
+import launcher.runtime.training as train
 from launcher.runtime.metrics.wandb_files import fragments, steps_in
 from pathlib import Path
 step = train.optimizer_step

@@ -136,7 +136,7 @@ import importlib.util, sys
 
 class Patch:
     def find_spec(self, name, path, target=None):
-        if name != "launcher.runtime.train":
+        if name != "launcher.runtime.training":
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)

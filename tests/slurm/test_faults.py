@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from launcher.checkpoint.manifest import checkpoints_in
-from launcher.runtime.metrics.sync import complete
+from launcher.runtime.metrics.upload import complete
 from tests.runtime.command import metrics, trained
 from tests.slurm.cluster import Cluster, wait_for
 from tests.slurm.jobs import Job, before_each_step, logged_steps, processes_of, rows, submit

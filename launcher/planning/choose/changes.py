@@ -8,7 +8,7 @@ from launcher.config.errors import ConfigError, as_typed
 from launcher.config.layout import Layout
 from launcher.config.schema import ActivationCheckpointing, PipelineSchedule, RunConfig
 from launcher.config.validate import validate
-from launcher.planning.cost.plan import Plan, make_plan
+from launcher.planning.cost.run_plan import Plan, make_plan
 
 WORTH_SAYING = 0.02  # smallest share of the step's time to gain
 # Factors of the tensor and pipeline sizes to try, in this order.

@@ -6,7 +6,7 @@ from launcher.config.world import World
 from launcher.planning.choose.changes import helpful
 from launcher.planning.choose.limits import settings_in_words
 from launcher.planning.choose.search import Candidate, Search, freed, search
-from launcher.planning.cost.plan import Plan
+from launcher.planning.cost.run_plan import Plan
 from launcher.text import size
 
 NO_CHECK = "plan.enforce=false (no check)"

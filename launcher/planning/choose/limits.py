@@ -1,7 +1,7 @@
 """Describe in words what limits a plan: the largest part of the time, or of the memory. Pure."""
 
 from launcher.config.schema import RunConfig
-from launcher.planning.cost.plan import Plan
+from launcher.planning.cost.run_plan import Plan
 
 MEMORY_CLASSES = ("weights", "gradients", "optimizer", "activations", "communication", "checkpoint", "margin")
 LINKS = {True: "within a node", False: "between nodes"}

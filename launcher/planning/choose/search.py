@@ -22,8 +22,8 @@ from launcher.planning.choose.changes import changed
 from launcher.planning.cost.geometry import kind_of, pipeline_ranks
 from launcher.planning.cost.measured_rates import AnyRates, rates_of
 from launcher.planning.cost.memory import rank_memory
-from launcher.planning.cost.plan import memory_budget
 from launcher.planning.cost.rates import NOMINAL
+from launcher.planning.cost.run_plan import memory_budget
 from launcher.planning.cost.step_time import step_time
 from launcher.planning.cost.traffic import group_shapes
 

@@ -16,7 +16,7 @@ from launcher.planning.cost.zero_states import padded
 
 
 @dataclass(frozen=True)
-class Pass:
+class PassTime:
     """Seconds of a micro-batch in one direction: its computation, and its wait for tensor ranks."""
 
     compute: float = 0.0
@@ -26,24 +26,24 @@ class Pass:
     def total(self) -> float:
         return self.compute + self.waiting
 
-    def __add__(self, other: "Pass") -> "Pass":
-        return Pass(self.compute + other.compute, self.waiting + other.waiting)
+    def __add__(self, other: "PassTime") -> "PassTime":
+        return PassTime(self.compute + other.compute, self.waiting + other.waiting)
 
-    def times(self, count: int) -> "Pass":
-        return Pass(self.compute * count, self.waiting * count)
+    def times(self, count: int) -> "PassTime":
+        return PassTime(self.compute * count, self.waiting * count)
 
 
-def scaled(seconds: Pass, scale: float) -> Pass:
+def scaled(seconds: PassTime, scale: float) -> PassTime:
     """Multiply the seconds of computation, and not the wait."""
-    return Pass(seconds.compute * scale, seconds.waiting)
+    return PassTime(seconds.compute * scale, seconds.waiting)
 
 
 @dataclass(frozen=True)
 class StageTime:
     """Seconds of a micro-batch in a stage."""
 
-    forward: Pass
-    backward: Pass
+    forward: PassTime
+    backward: PassTime
     sending: float  # of its output forward and its gradient backward
 
     @property
@@ -134,9 +134,9 @@ def _bubble(layout: Layout, busy: Sequence[float], by_rank: Sequence[Sequence[St
 class _PartTimes:
     """Forward and backward pass of a micro-batch, for each part of a model."""
 
-    embedding: tuple[Pass, Pass]
-    block: tuple[Pass, Pass]
-    head: tuple[Pass, Pass]
+    embedding: tuple[PassTime, PassTime]
+    block: tuple[PassTime, PassTime]
+    head: tuple[PassTime, PassTime]
     overhead: float  # of a micro-batch in any stage
 
 
@@ -145,7 +145,7 @@ def _part_times(sizes: Sizes, rates: AnyRates, tensor: GroupShape) -> _PartTimes
     model = parts(sizes)
     scale = rates.scale(model.block.flops)
 
-    def both(part: ModelPart) -> tuple[Pass, Pass]:
+    def both(part: ModelPart) -> tuple[PassTime, PassTime]:
         forward, backward = forward_pass(part.program, rates, tensor), backward_pass(part, rates, tensor)
         return scaled(forward, scale), scaled(backward, scale)
 
@@ -156,23 +156,23 @@ def stage_time(times: _PartTimes, chunk: Chunk, send: float) -> StageTime:
     """Return the time of a stage; `send` is the seconds to send an activation to the next stage."""
     # Most of the overhead is DeepSpeed's work around the backward pass.
     forward = times.block[0].times(chunk.blocks)
-    backward = times.block[1].times(chunk.blocks) + Pass(times.overhead)
+    backward = times.block[1].times(chunk.blocks) + PassTime(times.overhead)
     for (ahead, back), is_here in ((times.embedding, chunk.has_embedding), (times.head, chunk.has_head)):
         if is_here:
             forward, backward = forward + ahead, backward + back
     return StageTime(forward, backward, send * ((not chunk.has_head) + (not chunk.has_embedding)))
 
 
-def forward_pass(operations: Sequence[Operation], rates: AnyRates, tensor: GroupShape) -> Pass:
+def forward_pass(operations: Sequence[Operation], rates: AnyRates, tensor: GroupShape) -> PassTime:
     compute = waiting = 0.0
     for operation in operations:
         compute += sum(rates.product(matmul) for matmul in operation.forward_matmuls)
         compute += rates.moving(operation.forward_bytes, operation.kernels)
         waiting += sum(rates.collective(collective, tensor) for collective in operation.forward_traffic)
-    return Pass(compute, waiting)
+    return PassTime(compute, waiting)
 
 
-def backward_pass(part: ModelPart, rates: AnyRates, tensor: GroupShape) -> Pass:
+def backward_pass(part: ModelPart, rates: AnyRates, tensor: GroupShape) -> PassTime:
     """Return the time with recomputation. A column layer's collective overlaps its weight's product."""
     again = forward_pass(part.again, rates, tensor)
     compute, waiting = again.compute, again.waiting
@@ -183,7 +183,7 @@ def backward_pass(part: ModelPart, rates: AnyRates, tensor: GroupShape) -> Pass:
         for collective in operation.overlapped_traffic:
             seconds = rates.collective(collective, tensor)
             waiting += seconds - min(seconds, products[-1]) * rates.shares.overlap
-    return Pass(compute, waiting)
+    return PassTime(compute, waiting)
 
 
 def _data_waiting(

@@ -154,7 +154,7 @@ class _Ledger:
         )
 
     def zero_2(self, low: bool) -> States:
-        """As ZeRO-1, but gradients are reduced during the backward pass, and a rank keeps its partition."""
+        """Return ZeRO-2 states: like ZeRO-1, but gradients are reduced during backward; a rank keeps its shard."""
         offloads = self.run.parallelism.offload_optimizer
         partition = FP32 * self._whole_in_partition()
         bucket = self.element * self.bucket * self.buffers.reduce_buffers
@@ -189,7 +189,7 @@ class _Ledger:
         )
 
     def zero_3(self) -> States:
-        """As ZeRO-2, with each weight partitioned over all data ranks and gathered while it is used."""
+        """Return ZeRO-3 states: like ZeRO-2, with weights sharded and gathered when used."""
         buffers, data = self.buffers, self.layout.data
         share = sum(-(-weight.numel // data) for weight in self.rank.weights)
         persistent = sum(

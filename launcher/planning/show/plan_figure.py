@@ -6,7 +6,7 @@ from typing import Any
 from launcher.config.errors import ConfigError
 from launcher.planning.choose.limits import MEMORY_CLASSES, parts_of, settings_in_words
 from launcher.planning.cost.pipeline_schedule import simulate
-from launcher.planning.cost.plan import Plan
+from launcher.planning.cost.run_plan import Plan
 from launcher.text import count
 
 FORMATS = (".png", ".svg", ".pdf")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from launcher.config.layout import GroupName
 from launcher.planning.choose.changes import Change
 from launcher.planning.choose.limits import MEMORY_CLASSES, limit, link_of, parts_of, settings_in_words
-from launcher.planning.cost.plan import Plan, StagePlan
+from launcher.planning.cost.run_plan import Plan, StagePlan
 from launcher.text import DAY, count, duration, four_digits, in_unit, plain_table, print_table, size, unit_of
 
 if TYPE_CHECKING:

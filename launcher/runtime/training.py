@@ -1,4 +1,4 @@
-"""One rank's training run: build the engine, train, log, save, write the final weights.
+"""The training run of a rank: build the engine, train, log, save, write the final weights.
 
 Values stay on the device until a step is logged (`logging.interval`, and every validation). A logged step
 adds one all-reduce to those of the engine (agreement.py). Between logged steps the loop neither reads from

@@ -33,7 +33,7 @@ PROBE = OptimizerConfig(name=OptimizerName.sgd, lr=0.1, momentum=0.0)
 
 
 @dataclass(frozen=True)
-class Pass:
+class VerifyPass:
     """The result of training with one optimizer in one precision: all differences, and why it failed."""
 
     title: str
@@ -45,7 +45,7 @@ class Pass:
         return all(difference.ok for difference in self.differences)
 
 
-def verify(small: RunConfig, *, mutation: Mutation | None = None) -> Iterator[Pass]:
+def verify(small: RunConfig, *, mutation: Mutation | None = None) -> Iterator[VerifyPass]:
     """Yield the result of each pass of a shrunk run as soon as the pass ends.
 
     The caller must have called prepare_deepspeed. Raises the errors of run_local_ranks.
@@ -74,7 +74,7 @@ def passes(small: RunConfig) -> list[tuple[str, RunConfig, bool]]:
     return variants
 
 
-def run_pass(title: str, run: RunConfig, plain_sgd: bool, mutation: Mutation | None = None) -> Pass:
+def run_pass(title: str, run: RunConfig, plain_sgd: bool, mutation: Mutation | None = None) -> VerifyPass:
     """Run one of `passes` in its layout and in the reference, and return all differences."""
     layout = _layout(run)
     with tempfile.TemporaryDirectory(prefix="launcher-verify-") as name:
@@ -86,10 +86,10 @@ def run_pass(title: str, run: RunConfig, plain_sgd: bool, mutation: Mutation | N
         applied_gradients(run, trace)
     differences = compare(run, trace, expected, tolerance(run), plain_sgd=plain_sgd)
     failed = [difference for difference in differences if not difference.ok]
-    return Pass(title, differences, diagnose(run, layout, failed, trace, expected) if failed else None)
+    return VerifyPass(title, differences, diagnose(run, layout, failed, trace, expected) if failed else None)
 
 
-def dropout_pass(small: RunConfig, mutation: Mutation | None = None) -> Pass:
+def dropout_pass(small: RunConfig, mutation: Mutation | None = None) -> VerifyPass:
     """Train one step with the run's dropout, and check the masks only."""
     run = copy.deepcopy(small)
     run.precision.dtype = Dtype.fp32
@@ -99,7 +99,7 @@ def dropout_pass(small: RunConfig, mutation: Mutation | None = None) -> Pass:
         differences = compare_draws(run, layout, read_draws(Path(name) / "draws"))
     failed = [difference.name for difference in differences if not difference.ok]
     diagnosis = Diagnosis(failed[0], MEANINGS[failed[0]]) if failed else None
-    return Pass(f"masks of dropout {run.model.dropout}", differences, diagnosis)
+    return VerifyPass(f"masks of dropout {run.model.dropout}", differences, diagnosis)
 
 
 def _layout(run: RunConfig) -> Layout:
