@@ -154,7 +154,7 @@ class _Ledger:
         )
 
     def zero_2(self, low: bool) -> States:
-        """Return ZeRO-2 states: like ZeRO-1, but gradients are reduced during backward; a rank keeps its shard."""
+        """Return ZeRO-2 states: like ZeRO-1, but gradients are reduced in backward and sharded."""
         offloads = self.run.parallelism.offload_optimizer
         partition = FP32 * self._whole_in_partition()
         bucket = self.element * self.bucket * self.buffers.reduce_buffers
