@@ -27,8 +27,9 @@ train: setup  ## Train the example model, then sample from it (RUN=runs/name to 
 test: setup  ## Run the quick tests in two processes (under 8 minutes on two idle cores)
 	$(BIN)/pytest -q -m "not slow" --numprocesses=2 --dist=loadgroup
 
-test-all: setup  ## Run every test, the slow ones too (within an hour)
-	$(BIN)/pytest -q
+test-all: setup  ## Run all tests (under an hour on two idle cores)
+	$(BIN)/pytest -q --numprocesses=2 --dist=loadgroup --ignore=tests/calibrate --ignore=tests/slurm
+	$(BIN)/pytest -q tests/calibrate tests/slurm  # alone: these measure this machine, and start a cluster
 
 check: lint types imports  ## Check style, types and import direction
 
