@@ -15,7 +15,11 @@ settings.load_profile("launcher")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep each file on one worker, and all of tests/slurm together: a machine has room for one cluster."""
+    """Keep each file on one worker, and all of tests/slurm together: a machine has room for one cluster.
+
+    The Slurm tests come first, because they take longest.
+    """
+    items.sort(key=lambda item: "slurm" not in item.path.parts)
     for item in items:
         group = "slurm" if "slurm" in item.path.parts else str(item.path)
         item.add_marker(pytest.mark.xdist_group(group))
