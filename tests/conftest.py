@@ -14,6 +14,7 @@ settings.register_profile("launcher", deadline=None)
 settings.load_profile("launcher")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep each file on one worker, and all of tests/slurm together: a machine has room for one cluster.
 
