@@ -79,6 +79,7 @@ class Manifest:
     files: dict[str, StoredFile]
     # Each blend applies from its sample `start` on, and has its sampling `weights`.
     blends: list[dict[str, Any]] = field(default_factory=list)
+    finite: bool = True  # false: a weight or an optimizer state is NaN or infinite
 
     def to_json(self) -> str:
         """Return the manifest with its own SHA-256, so that any changed digit is detected."""

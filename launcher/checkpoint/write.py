@@ -4,7 +4,7 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
-from math import inf
+from math import inf, isfinite
 from pathlib import Path
 
 from torch import Tensor
@@ -46,14 +46,15 @@ def write_pieces(partial: Path, rank: int, pieces: Iterable[HostPiece], max_byte
 
     Takes pieces for one file of at most `max_bytes` at a time; a larger piece gets a file of its own.
     """
-    files, listed = {}, []
+    files, listed, finite = {}, [], True
     for number, group in enumerate(_in_files(pieces, max_bytes)):
         name = f"{rank:05d}-{number:03d}.safetensors"
         save_tensors({entry_name(p.kind, p.name, p.box.offsets): p.tensor for p in group}, partial / name)
         files[name] = asdict(StoredFile((partial / name).stat().st_size, sha256_of(partial / name)))
         listed += [(p.kind, p.name, p.shape, asdict(Piece(name, p.box.offsets, p.box.sizes))) for p in group]
+        finite = finite and all(bool(p.tensor.isfinite().all()) for p in group)
         group.clear()  # free these tensors before the next file's tensors are copied
-    write_text(index_path(partial, rank), json.dumps({"files": files, "pieces": listed}))
+    write_text(index_path(partial, rank), json.dumps({"files": files, "pieces": listed, "finite": finite}))
 
 
 def _in_files(pieces: Iterable[HostPiece], max_bytes: int) -> Iterator[list[HostPiece]]:
@@ -81,6 +82,7 @@ def commit(partial: Path, manifest: Manifest, world: int) -> Path:
     """
     tensors: dict[str, dict[str, StoredTensor]] = {}
     files: dict[str, StoredFile] = {}
+    finite = True
     for rank in range(world):
         path = index_path(partial, rank)
         index = json.loads(path.read_text())
@@ -88,8 +90,10 @@ def commit(partial: Path, manifest: Manifest, world: int) -> Path:
         for kind, name, shape, entry in index["pieces"]:
             stored = tensors.setdefault(kind, {}).get(name, StoredTensor(tuple(shape), ()))
             tensors[kind][name] = replace(stored, pieces=(*stored.pieces, piece_of(entry)))
+        finite = finite and index["finite"]
         path.unlink()
-    write_text(partial / MANIFEST, replace(manifest, tensors=tensors, files=files).to_json())
+    written = replace(manifest, tensors=tensors, files=files, finite=finite)
+    write_text(partial / MANIFEST, written.to_json())
     final = partial.with_name(partial.name.removesuffix(PARTIAL))
     if final.exists():
         # An unusable checkpoint of the same step, which checkpoint.fallback skipped: replace it.
@@ -100,12 +104,16 @@ def commit(partial: Path, manifest: Manifest, world: int) -> Path:
 
 
 def prune(run_dir: Path, config: CheckpointConfig) -> None:
-    """Delete the complete checkpoints that `config` does not keep. Incomplete ones stay for inspection."""
+    """Delete the complete checkpoints that `config` does not keep. Incomplete ones stay for inspection.
+
+    A checkpoint with values that are not finite never displaces a finite one: both kinds are counted apart.
+    """
     complete = [path for path in checkpoints_in(run_dir) if is_complete(path)]
-    kept = set(complete[: config.keep_last])
+    finite = [path for path in complete if read_manifest(path).finite]
+    kept = {*complete[: config.keep_last], *finite[: config.keep_last]}
     if config.keep_every_steps:
         kept |= {path for path in complete if step_of(path) % config.keep_every_steps == 0}
-    if config.keep_best and (best := min(complete, key=_validation_loss, default=None)):
+    if config.keep_best and (best := min(finite, key=_validation_loss, default=None)):
         kept.add(best)
     for path in complete:
         if path not in kept:
@@ -114,4 +122,4 @@ def prune(run_dir: Path, config: CheckpointConfig) -> None:
 
 def _validation_loss(path: Path) -> float:
     loss = read_manifest(path).validation_loss
-    return inf if loss is None else loss
+    return loss if loss is not None and isfinite(loss) else inf

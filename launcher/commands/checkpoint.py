@@ -83,4 +83,5 @@ def _size(manifest: Manifest) -> str:
 
 
 def _loss(manifest: Manifest) -> str:
-    return "" if manifest.validation_loss is None else f", validation loss {manifest.validation_loss:.4f}"
+    loss = "" if manifest.validation_loss is None else f", validation loss {manifest.validation_loss:.4f}"
+    return loss if manifest.finite else f"{loss}, with NaN or infinite values"

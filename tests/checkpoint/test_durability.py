@@ -46,12 +46,16 @@ def begin(run_dir: Path, step: int) -> Path:
     return partial
 
 
-def write(run_dir: Path, step: int, run: RunConfig | None = None, loss: float | None = None) -> Path:
-    """Write a checkpoint of one tensor with two ranks; return its directory."""
+def write(
+    run_dir: Path, step: int, run: RunConfig | None = None, loss: float | None = None, bad: float = 0.0
+) -> Path:
+    """Write a checkpoint of one tensor with two ranks; `bad` is added to a value. Return its directory."""
     partial = begin(run_dir, step)
     for rank in range(2):
         box = Box((3 * rank, 0), (3, 4))
-        piece = write_files.HostPiece("weight", "w", SHAPE, box, FULL[3 * rank : 3 * rank + 3].clone() + step)
+        values = FULL[3 * rank : 3 * rank + 3].clone() + step
+        values[0, rank] += bad * rank  # on the second rank only
+        piece = write_files.HostPiece("weight", "w", SHAPE, box, values)
         write_files.write_pieces(partial, rank, [piece], 10**9)
     config = config_as_dict(run or default_run())
     manifest = replace(
@@ -376,6 +380,24 @@ class TestPrune:
         self.write_six(tmp_path)
         write_files.prune(tmp_path, config)
         assert self.kept(tmp_path) == kept
+
+    @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+    def test_a_checkpoint_with_values_that_are_not_finite_displaces_no_finite_one(
+        self, bad: float, tmp_path: Path
+    ) -> None:
+        for step in (10, 20, 30):
+            write(tmp_path, step, loss=float(step))
+        for step in (40, 50, 60):
+            write(tmp_path, step, loss=bad if step == 40 else 1.0, bad=bad)
+        assert [read_manifest(path).finite for path in checkpoints_in(tmp_path)] == [False] * 3 + [True] * 3
+        write_files.prune(tmp_path, CheckpointConfig(keep_last=2, keep_best=True))
+        assert self.kept(tmp_path) == [10, 20, 30, 50, 60]
+
+    def test_a_validation_loss_that_is_not_finite_is_never_the_best(self, tmp_path: Path) -> None:
+        for step, loss in ((10, 3.0), (20, -float("inf")), (30, float("nan")), (40, 4.0)):
+            write(tmp_path, step, loss=loss)
+        write_files.prune(tmp_path, CheckpointConfig(keep_last=1, keep_best=True))
+        assert self.kept(tmp_path) == [10, 40]
 
     def test_an_incomplete_checkpoint_is_not_counted(self, tmp_path: Path) -> None:
         self.write_six(tmp_path)
