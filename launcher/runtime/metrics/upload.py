@@ -30,7 +30,10 @@ def upload(run_dir: Path) -> int:
     # A file after an unfinished file must wait too, or its steps would arrive first.
     ready = new[: new.index(waiting[0])] if waiting else new
     if not ready:
-        print(f"nothing new in {run_dir}")
+        if not offline_fragments(run_dir):
+            print(f"there are no offline W&B files in {run_dir}")
+        elif not waiting:
+            print(f"all W&B files in {run_dir} are already uploaded")
         return 0
     if not has_api_key():
         remedy = "`wandb login`, or WANDB_API_KEY in the environment"
