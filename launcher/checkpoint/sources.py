@@ -58,9 +58,8 @@ def weights_at(path: Path, field: str) -> WeightSource:
         model = _their_model(path, field)
         stored_tensors(path, model, field)
         return WeightSource(path.resolve(), WeightsKind.huggingface, model)
-    why = "contains no weights" if path.is_dir() else "is not a directory"
-    why = "this run has no checkpoint and no final weights yet" if (path / IDENTITY).exists() else why
-    raise ConfigError(field, path, why, _SOURCES)
+    none = "this run has no checkpoint yet" if (path / IDENTITY).exists() else "contains no weights"
+    raise ConfigError(field, path, none if path.is_dir() else "is not a directory", _SOURCES)
 
 
 def check_model_is(model: ModelConfig, weights: WeightSource, field: str) -> None:

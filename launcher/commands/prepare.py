@@ -16,7 +16,7 @@ from launcher.data.card import vocab_size_of
 from launcher.data.preparation import InputFile, Preparation, PrepareProgress, bad_lines_path, find_inputs
 from launcher.data.token_file import bin_path, index_path
 from launcher.launch.this_machine import this_machine
-from launcher.text import plural, whole
+from launcher.text import whole
 
 _LINE_INTERVAL = 30.0  # seconds between two progress lines if the output is not a terminal
 
@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> int:
         remedy = shlex.join(["launcher", "prepare", *map(str, sources), f"{target}-2"])
         raise ConfigError("TARGET", target, why, remedy)
     if skipped:
-        print(f"note     skipped {plural(skipped, 'file')} without a known text ending")
+        print(f"note     files skipped, without a known text ending: {skipped}")
     signal.signal(signal.SIGTERM, _stop)
     try:
         _report(_run_with_progress(job, inputs), job)
@@ -103,5 +103,5 @@ def _report(progress: PrepareProgress, job: Preparation) -> None:
         print("note     continued an interrupted preparation")
     documents, tokens = whole(progress.documents), whole(progress.tokens)
     print(f"prepared {documents} documents, {tokens} tokens: {bin_path(job.target)}")
-    vocabulary = f"model.vocab_size={vocab_size_of(job.target)}"
-    print(f"train    launcher data=tokens {shlex.quote(f'data.train={job.target}')} {vocabulary}")
+    typed = "data=tokens", f"data.train={job.target}", f"model.vocab_size={vocab_size_of(job.target)}"
+    print(f"train    {shlex.join(['launcher', *typed])}")

@@ -27,7 +27,6 @@ from launcher.data.token_file import bin_path, index_path, write_index
 from launcher.data.tokenise import TokenisedBatch, TokenizerSpec, Worker, WorkerKilled, WorkerPool, text_of
 from launcher.data.tokenizer import Tokenizer, train_bpe, write_byte_tokenizer
 from launcher.files import partial_path, rename, sync, write_text
-from launcher.text import plural
 
 JOURNAL, TOKENS, LENGTHS, INDEX = "journal.json", "tokens.bin", "lengths.bin", "index.idx"
 BAD, TOKENIZER, CARD = "bad_lines.txt", "tokenizer.json", "card.json"
@@ -127,7 +126,7 @@ class Preparation:
             shutil.rmtree(self.folder)
             has_bytes = any(file.bytes for file in self.inputs)
             why = "no file contains any text" if has_bytes else "all files are empty"
-            why += f" ({plural(progress.bad, 'bad line')})" if progress.bad else ""
+            why += f" (bad lines: {progress.bad})" if progress.bad else ""
             raise ConfigError("SOURCE", self.inputs[0].path, why, "files that contain text")
         self._finish(tokenizer, progress)
         return progress
@@ -303,8 +302,8 @@ def _bad_line_error(config: PrepareConfig, why: str) -> ConfigError:
     fields = why.rpartition(f"has no {config.text_field!r}; its fields are: ")[2]
     if fields in (why, "none"):
         return ConfigError("bad_lines", "fail", why, f"{skip}, or correct the line")
-    remedies = [*settings("text_field", fields.split(", ")), skip]
-    return ConfigError("text_field", config.text_field, why, " or ".join(remedies))
+    remedy = " or ".join([*settings("text_field", fields.split(", ")), skip])
+    return ConfigError("text_field", config.text_field, why, remedy)
 
 
 def _open_truncated(path: Path, size: int) -> IO[bytes]:

@@ -90,6 +90,6 @@ def check_long_enough(tokens: Sequence[int], sequence_length: int, part: str = "
     longest = max(tokens, default=0)
     if windows_in(longest, sequence_length) == 0:
         remedy = f"data.sequence_length={longest - 1}, or more text" if longest > 1 else "more text"
-        needed = f"a sample needs {sequence_length + 1} (data.sequence_length + 1)"
-        why = f"{part} has {plural(longest, 'token')}, but {needed}"
+        why = f"{part} has {plural(longest, 'token')}, but a sample needs {sequence_length + 1}"
+        why += " (data.sequence_length + 1)"
         raise ConfigError("data.sequence_length", sequence_length, why, remedy)

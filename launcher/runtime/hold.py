@@ -84,6 +84,5 @@ def _holder_in(file: IO[str]) -> Holder | None:
 
 def _refusal(run_dir: Path, other: Holder | None) -> ConfigError:
     why = f"{other.describe() if other else 'another process'} is training this run"
-    stop = f"`scancel {other.job}`" if other and other.job else "Ctrl-C"
-    stop = f"stop that process with {stop} (it saves a checkpoint)"
-    return ConfigError("run.dir", run_dir, why, f"another run.dir, or {stop}")
+    stop = f"`scancel {other.job}`" if other and other.job else "stop that process with Ctrl-C"
+    return ConfigError("run.dir", run_dir, why, f"another run.dir, or {stop} (it saves a checkpoint)")

@@ -517,7 +517,7 @@ class TestCommand:
         assert (process.returncode, err) == (0, "")
         assert out.splitlines() == [
             "prepared 5 documents, 81 tokens: web.bin",
-            "train    launcher data=tokens data.train=web model.vocab_size=257",
+            "train    launcher data=tokens data.train=web model.vocab_size=256",
         ]  # fmt: skip
 
     @pytest.mark.parametrize(
