@@ -19,7 +19,7 @@ def weight_files(run_dir: Path) -> list[Path]:
     """Return the files of a run's final weights. Raise ConfigError if any of them is missing."""
     files = _files(run_dir)
     if not files:
-        why = f"contains no {FINAL_WEIGHTS}/*.safetensors: the run has not finished"
+        why = f"{FINAL_WEIGHTS}/ is missing or empty: the run has not finished, or the files were removed"
         remedy = "the directory of a run that has trained to its last step"
         raise ConfigError("run.dir", run_dir, why, remedy)
     if len(files) != _stages_of(files[0]):

@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from launcher.config.errors import ConfigError, settings
-from launcher.config.run_format import FORMAT, wrong_format
+from launcher.config.run_format import FORMAT, IDENTITY, wrong_format
 
 CHECKPOINTS, MANIFEST, LATEST = "checkpoints", "manifest.json", "latest"
+NOT_READABLE = "cannot be read: it is damaged or was written by another program"
 DAMAGED = "is damaged: its SHA-256 differs from the one in the manifest"
 
 
@@ -112,7 +113,7 @@ def read_manifest(path: Path) -> Manifest:
     except OSError as error:
         raise UnusableCheckpoint(path, MANIFEST, f"cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise UnusableCheckpoint(path, MANIFEST, "is not a manifest that the launcher wrote") from None
+        raise UnusableCheckpoint(path, MANIFEST, NOT_READABLE) from None
     for name, file in manifest.files.items():
         try:
             size = (path / name).stat().st_size
@@ -179,8 +180,8 @@ def checkpoints_at(path: Path) -> list[Path]:
     """Return the checkpoint `path`, or the checkpoints of the run `path`. Raises ConfigError for none."""
     checkpoints = [path] if (path / MANIFEST).exists() else checkpoints_in(path)
     if not checkpoints:
-        remedy = "the directory of a run, or of one of its checkpoints"
-        raise ConfigError(str(path), None, "contains no checkpoint", remedy)
+        why = "this run has no checkpoint yet" if (path / IDENTITY).exists() else "contains no checkpoint"
+        raise ConfigError(str(path), None, why, "a checkpoint, or a run that has saved a checkpoint")
     return checkpoints
 
 

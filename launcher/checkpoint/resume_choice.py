@@ -43,11 +43,13 @@ def checkpoint_to_resume(run: RunConfig, run_dir: Path) -> Path | None:
     return None
 
 
-def fallback_checkpoint(run: RunConfig, unusable: UnusableCheckpoint) -> Path:
-    """Return the next older complete checkpoint. Raise ConfigError if none exists or fallback is off."""
+def fallback_checkpoint(run: RunConfig, unusable: UnusableCheckpoint, *, quiet: bool = False) -> Path:
+    """Return, and print, the next older checkpoint. Raise ConfigError if none exists or fallback is off."""
     older = newest_complete_before(unusable.path) if run.checkpoint.fallback else None
     if older is None:
         raise unusable_checkpoint_error(unusable)
+    if not quiet:
+        print(f"note     {unusable.path} cannot be used: {unusable}; trying {older.name} instead", flush=True)
     return older
 
 
@@ -65,7 +67,7 @@ def _requested_checkpoint(run: RunConfig, run_dir: Path) -> Path | None:
         instead = "checkpoint.resume=auto (the newest checkpoint of run.dir)"
         if (path / "config.json").exists():
             instead = f"checkpoint.init_from={resume} checkpoint.resume=auto (to start from its weights)"
-        why = "is neither a checkpoint nor a run's directory that contains a checkpoint"
+        why = f"no checkpoint was found in {path}"
         raise refusal(run, "checkpoint.resume", why, instead, "checkpoint.resume=none")
     return checkpoints[0].resolve()
 
@@ -100,7 +102,7 @@ def check_steps_remain(run: RunConfig, path: Path, manifest: Manifest, run_dir: 
     if manifest.step < last or (same_run and manifest.step == last and final_step(run_dir) != last):
         return
     field = "training.steps" if run.training.stop_at is None else "training.stop_at"
-    why = f"{path} is already at step {manifest.step}: no step is left to train"
+    why = f"{'this run' if same_run else path} is already at step {manifest.step}: no step is left to train"
     raise refusal(run, field, why, f"{field}={manifest.step + 1} (or more)", "another run.dir")
 
 

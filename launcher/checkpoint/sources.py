@@ -16,6 +16,7 @@ from launcher.checkpoint.huggingface.adapter import setting_names, setting_of
 from launcher.checkpoint.manifest import MANIFEST, UnusableCheckpoint, checkpoints_in, read_manifest
 from launcher.config.compose import load_typed
 from launcher.config.errors import ConfigError, as_typed
+from launcher.config.run_format import IDENTITY
 from launcher.config.schema import ModelConfig, PositionKind, RunConfig
 
 SAFETENSORS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -57,7 +58,8 @@ def weights_at(path: Path, field: str) -> WeightSource:
         model = _their_model(path, field)
         stored_tensors(path, model, field)
         return WeightSource(path.resolve(), WeightsKind.huggingface, model)
-    raise ConfigError(field, path, "holds no weights" if path.is_dir() else "is not a directory", _SOURCES)
+    none = "this run has no checkpoint yet" if (path / IDENTITY).exists() else "contains no weights"
+    raise ConfigError(field, path, none if path.is_dir() else "is not a directory", _SOURCES)
 
 
 def check_model_is(model: ModelConfig, weights: WeightSource, field: str) -> None:

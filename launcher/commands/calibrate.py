@@ -13,7 +13,7 @@ def main(arguments: list[str]) -> int:
     if not jobs:
         return 0  # --help
     if len(jobs) > 1:
-        raise ConfigError("--multirun", None, "there is one machine to measure", "launcher calibrate")
+        raise ConfigError("--multirun", None, "not supported by `launcher calibrate`", "launcher calibrate")
     config, machine = jobs[0].config, this_machine()
     validate_calibrate(config)
     path = target(config)

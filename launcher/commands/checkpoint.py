@@ -30,8 +30,9 @@ def main(arguments: list[str]) -> int:
     verb, *rest = arguments
     if verb not in VERBS or len(rest) != 1:
         given = " ".join(["checkpoint", *arguments])
-        why = "expected one of the three subcommands and one path"
-        raise ConfigError(given, None, why, f"launcher checkpoint {' | '.join(VERBS)} PATH")
+        why = "the command needs `ls`, `show` or `check`, and one path"
+        remedy = f"launcher checkpoint {verb if verb in VERBS else 'ls'} runs/NAME"
+        raise ConfigError(given, None, why, remedy)
     return VERBS[verb](checkpoints_at(Path(rest[0]).expanduser()))
 
 

@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> int:
     if not jobs:
         return 0  # --help
     if len(jobs) > 1:
-        raise ConfigError("--multirun", None, "compares one run's layouts", "one `launcher compare` for each")
+        raise ConfigError("--multirun", None, "not supported by `launcher compare`", "one command per run")
     run, machine = jobs[0].config, this_machine()
     validate_compare(run)
     check_figure(run.compare.figure, "compare.figure")
@@ -44,7 +44,8 @@ def main(arguments: list[str]) -> int:
     compared = [planned(name, in_layout(run, sizes, world), world) for name, sizes in layouts.items()]
     check_data(run)
     if all(candidate.refused for candidate in compared):
-        remedy = "more compare.ranks or memory"
+        limit = "hardware.memory_bytes=null (the memory of this machine)"
+        remedy = limit if run.hardware.memory_bytes else "compare.layouts=[single] or a smaller model"
         raise ConfigError("compare.layouts", list(layouts), compared[0].refused, remedy)
     layout = next(candidate.layout for candidate in compared if candidate.layout and not candidate.refused)
     with claimed_run_dir(run, layout) as (directory, _):

@@ -26,7 +26,7 @@ def export_main(arguments: list[str]) -> int:
     from launcher.checkpoint.conversion import export
 
     _written(lambda: export(weights, target, options), weights, target)
-    print(f"exported {weights.path}\n      to {target}, which transformers' from_pretrained loads")
+    print(f"exported {weights.path}\n      to {target} (load it with transformers' from_pretrained)")
     return 0
 
 
@@ -36,8 +36,9 @@ def import_main(arguments: list[str]) -> int:
         return 0
     weights, target, options = exchanged
     if weights.kind is not WeightsKind.huggingface:
-        remedy = f"launcher checkpoint.init_from={shlex.quote(str(weights.path))} MODEL, without an import"
-        raise ConfigError("import", weights.path, "is the launcher's own", remedy)
+        why = "no import is needed: these are already weights of the launcher"
+        remedy = f"launcher model=NAME {shlex.quote(f'checkpoint.init_from={weights.path}')}"
+        raise ConfigError("import", weights.path, why, remedy)
     from launcher.checkpoint.conversion import import_
 
     _written(lambda: import_(weights, target, options), weights, target)
@@ -55,12 +56,13 @@ def _exchanged(verb: str, arguments: list[str]) -> tuple[WeightSource, Path, Exc
     if not jobs:
         return None  # --help
     if len(paths) != 2 or len(jobs) > 1:
-        why = "takes what to read, and a directory to write"
+        why = "the command needs a SOURCE and a TARGET directory"
         raise ConfigError(" ".join([verb, *arguments]), None, why, f"launcher {verb} SOURCE TARGET")
     source, target = (Path(path).expanduser() for path in paths)
     if target.exists():
-        why = "is there already, and nothing is overwritten"
-        raise ConfigError(verb, target, why, f"launcher {verb} {source} {target}-2")
+        why = f"already exists, and `launcher {verb}` does not overwrite files"
+        remedy = shlex.join(["launcher", verb, str(source), f"{target}-2"])
+        raise ConfigError("TARGET", target, why, remedy)
     refuse_numbers_out_of_range(jobs[0].config, EXCHANGE_NUMBERS)
     return weights_at(source, verb), target, jobs[0].config
 
@@ -74,4 +76,4 @@ def _written(write: Callable[[], None], weights: WeightSource, target: Path) -> 
         raise ConfigError("SOURCE", weights.path, str(unusable), remedy) from None
     except OSError as error:
         why = f"cannot be written: {error}"
-        raise ConfigError("TARGET", target, why, "a disk with room for it") from None
+        raise ConfigError("TARGET", target, why, "a TARGET on a disk with enough free space") from None

@@ -18,7 +18,7 @@ def main(arguments: list[str]) -> int:
     check_script_arguments(script_arguments)
     jobs = compose_jobs("config", RunConfig, typed)
     if len(jobs) != 1:
-        raise ConfigError("job", None, "runs one config", "launcher submit --multirun, for a job array")
+        raise ConfigError("job", None, "--multirun is not supported", "launcher submit --multirun")
     ready_run, nodes = ready_on_most_nodes(jobs[0].config, allocation.nodes)
     job = SlurmJob(ready_run.run, ready_run.layout, nodes, allocation, typed, script_arguments)
     return run_to_the_end(job, stops)

@@ -12,6 +12,7 @@ from launcher.config.compose import compose_jobs
 from launcher.config.errors import ConfigError
 from launcher.config.schema import PrepareConfig
 from launcher.config.validate import validate_prepare
+from launcher.data.card import vocab_size_of
 from launcher.data.preparation import InputFile, Preparation, PrepareProgress, bad_lines_path, find_inputs
 from launcher.data.token_file import bin_path, index_path
 from launcher.launch.this_machine import this_machine
@@ -43,13 +44,14 @@ def main(arguments: list[str]) -> int:
         remedy = shlex.join(["launcher", "prepare", *map(str, sources), f"{target}-2"])
         raise ConfigError("TARGET", target, why, remedy)
     if skipped:
-        print(f"note     {skipped} files without a known text ending are skipped")
+        print(f"note     files skipped, without a known text ending: {skipped}")
     signal.signal(signal.SIGTERM, _stop)
     try:
         _report(_run_with_progress(job, inputs), job)
     except OSError as error:
         why = f"{error.filename or target} cannot be written: {error.strerror}"
-        raise ConfigError("TARGET", target, why, "a TARGET on a disk with enough free space") from None
+        remedy = "a TARGET in a directory that you may write to, on a disk with enough free space"
+        raise ConfigError("TARGET", target, why, remedy) from None
     except KeyboardInterrupt:
         print("\nlauncher: interrupted; run the same command again to continue", file=sys.stderr)
         return 128 + signal.SIGINT
@@ -88,7 +90,7 @@ def _run_with_progress(job: Preparation, inputs: list[InputFile]) -> PrepareProg
 
 def _speed(progress: PrepareProgress, started: float) -> str:
     rate = progress.tokens / max(time.monotonic() - started, 1e-9)
-    bad = f"  {whole(progress.bad)} bad lines" if progress.bad else ""
+    bad = f"  bad lines: {whole(progress.bad)}" if progress.bad else ""
     documents, tokens = whole(progress.documents), whole(progress.tokens)
     return f"{documents} documents  {tokens} tokens  {whole(rate)} tokens/s{bad}"
 
@@ -96,9 +98,10 @@ def _speed(progress: PrepareProgress, started: float) -> str:
 def _report(progress: PrepareProgress, job: Preparation) -> None:
     if progress.bad:
         listed = bad_lines_path(job.target)
-        print(f"note     {whole(progress.bad)} bad lines are left out and listed in {listed}")
+        print(f"note     bad lines left out: {whole(progress.bad)}, listed in {listed}")
     if job.resumed:
         print("note     continued an interrupted preparation")
     documents, tokens = whole(progress.documents), whole(progress.tokens)
     print(f"prepared {documents} documents, {tokens} tokens: {bin_path(job.target)}")
-    print(f"train    launcher data=tokens {shlex.quote(f'data.train={job.target}')} MODEL")
+    typed = "data=tokens", f"data.train={job.target}", f"model.vocab_size={vocab_size_of(job.target)}"
+    print(f"train    {shlex.join(['launcher', *typed])}")

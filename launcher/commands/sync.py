@@ -8,13 +8,13 @@ from launcher.config.run_format import IDENTITY
 
 def main(arguments: list[str]) -> int:
     if not arguments or {"-h", "--help"} & set(arguments):
-        print("launcher sync RUN.DIR ...: upload what is new of a run's offline W&B files, in order")
+        print("launcher sync runs/NAME ...: upload the new offline W&B files of each run, in order")
         return 0
-    runs = [Path(argument).expanduser() for argument in arguments]
+    runs = [Path(argument.removeprefix("run.dir=")).expanduser() for argument in arguments]
     for run in runs:
         if not (run / IDENTITY).is_file():
             why = f"this is not a run directory, because it has no {IDENTITY}"
-            raise ConfigError("sync", run, why, "as a run printed it")
+            raise ConfigError("sync", run, why, "launcher sync runs/NAME (the run directory)")
     from launcher.runtime.metrics.upload import upload
 
     return max(upload(run) for run in runs)

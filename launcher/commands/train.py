@@ -52,5 +52,5 @@ def _ready(run: RunConfig, machine: Machine) -> tuple[ReadyRun, LaunchEnvironmen
     ready_run = ready(run, world, needs_data=True, must_fit=True)
     if ready_run.search and speaks_for_all(os.environ):
         count = len(ready_run.search.candidates)
-        print(f"auto     the fastest of {count} legal layouts; `launcher plan` shows them")
+        print(f"auto     chose the fastest of {count} legal layouts (see `launcher plan`)")
     return ready_run, place

@@ -1,4 +1,4 @@
-"""`launcher verify`: a run's layout, made small, held against one process of plain torch."""
+"""`launcher verify`: compare a run's reduced layout with one process of plain torch."""
 
 import time
 from pathlib import Path
@@ -15,14 +15,14 @@ from launcher.launch.this_machine import share_cores, this_machine
 from launcher.parity.shrink import MOST_RANKS, shrink
 
 HELP = """\
-launcher verify [OVERRIDES]: prove on this machine that a run's layout computes what one process does.
+launcher verify [OVERRIDES]: check that a run's layout computes the same as one process.
 
-Takes the overrides of the run you mean to train, makes it small, trains it here in its layout and in one
-process of plain torch, and compares. Exit code 0: the same run; 1: not, with a diagnosis; 2: refused.
+Reduces the run, trains it here in its layout and in one process of plain torch, and compares the results.
+Exit code 0: equal; 1: different, with the likely cause; 2: refused.
 
   verify.steps=3           optimizer steps to compare
   verify.device=cpu        or cuda: the layout's ranks on this machine's GPUs
-  verify.report=PATH       everything measured, as JSON
+  verify.report=PATH       write all results as JSON
 
 Example: launcher verify model=llama_tiny parallelism=tp2_pp2 precision=bf16
 All groups and fields of a run: launcher --help"""
@@ -69,9 +69,9 @@ def _verify(ready_run: ReadyRun, machine: Machine) -> bool:
     if report:
         write_report(report, small_layout, shrunk, passes)
     compared = sum(len(result.differences) for result in passes)
-    verdict = "is the same run as one process of plain torch" if ok else "is NOT the same run"
-    took = f"{time.monotonic() - started:.0f} s"
-    print(f"The layout, made small as above, {verdict}: {compared} comparisons, {took}")
+    verdict, same = ("PASSED", "computes the same as") if ok else ("FAILED", "computes something else than")
+    took = f"{compared} comparisons, {time.monotonic() - started:.0f} s"
+    print(f"{verdict}: the reduced layout {same} one process of plain torch ({took})")
     return ok
 
 

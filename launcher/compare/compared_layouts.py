@@ -42,7 +42,7 @@ def chosen_layouts(names: list[str], ranks: int) -> dict[str, AxisSizes]:
     known = named_layouts(ranks)
     for name in names:
         if name not in known:
-            why = f"with compare.ranks={ranks} there are {', '.join(known)}"
+            why = f"unknown layout; with compare.ranks={ranks} there are: {', '.join(known)}"
             close = difflib.get_close_matches(name, known, n=1) or ["single", "dp"]
             raise ConfigError("compare.layouts", name, why, f"compare.layouts=[{','.join(close)}]")
     return {name: known[name] for name in names or known}

@@ -114,7 +114,7 @@ def print_comparison(rows: Sequence[ComparisonRow]) -> None:
     print_table(table)
     for row in rows:
         if row.not_trained:
-            print(f"left out {row.name}: {row.not_trained}")
+            print(f"skipped  {row.name}: {row.not_trained}")
 
 
 def _measured(row: ComparisonRow, measured: MeasuredLayout) -> list[str]:

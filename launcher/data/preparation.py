@@ -124,8 +124,10 @@ class Preparation:
             self._write(spec, tokenizer, progress, show)
         if progress.documents == 0:
             shutil.rmtree(self.folder)
-            why = "no file contains any text" + (f" ({progress.bad} bad lines)" if progress.bad else "")
-            raise ConfigError("SOURCE", self.inputs[0].path, why, _SOURCES)
+            has_bytes = any(file.bytes for file in self.inputs)
+            why = "no file contains any text" if has_bytes else "all files are empty"
+            why += f" (bad lines: {progress.bad})" if progress.bad else ""
+            raise ConfigError("SOURCE", self.inputs[0].path, why, "files that contain text")
         self._finish(tokenizer, progress)
         return progress
 
@@ -220,8 +222,7 @@ class Preparation:
                 if tokenised.bad_lines and self.config.bad_lines is BadLines.fail:
                     save()
                     line, reason = tokenised.bad_lines[0]
-                    remedy = "bad_lines=skip (leaves bad lines out and lists them), or correct the line"
-                    raise ConfigError("bad_lines", "fail", f"{batch.file}:{line} {reason}", remedy)
+                    raise _bad_line_error(self.config, f"{batch.file}:{line} {reason}")
                 for line, why in tokenised.bad_lines:
                     progress.bad_bytes += bad.write(f"{batch.file}:{line}: {why}\n".encode())
                 progress.bad += len(tokenised.bad_lines)
@@ -293,6 +294,16 @@ class Preparation:
             "launcher": __version__,
             "inputs": [{"name": file.name, "bytes": file.bytes} for file in self.inputs],
         }
+
+
+def _bad_line_error(config: PrepareConfig, why: str) -> ConfigError:
+    """Return the error about the first bad line; if the text field is missing, suggest the other fields."""
+    skip = "bad_lines=skip (leaves bad lines out and lists them)"
+    fields = why.rpartition(f"has no {config.text_field!r}; its fields are: ")[2]
+    if fields in (why, "none"):
+        return ConfigError("bad_lines", "fail", why, f"{skip}, or correct the line")
+    remedy = " or ".join([*settings("text_field", fields.split(", ")), skip])
+    return ConfigError("text_field", config.text_field, why, remedy)
 
 
 def _open_truncated(path: Path, size: int) -> IO[bytes]:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from launcher.config.errors import ConfigError
 from launcher.data.token_file import fetch
+from launcher.text import plural
 
 TokenIds = npt.NDArray[np.integer[Any]]
 
@@ -88,7 +89,7 @@ def check_long_enough(tokens: Sequence[int], sequence_length: int, part: str = "
     """Raise ConfigError about `part` if no stretch, with `tokens` tokens each, has one window."""
     longest = max(tokens, default=0)
     if windows_in(longest, sequence_length) == 0:
-        needed = f"one sample needs {sequence_length + 1} (the last is a target)"
         remedy = f"data.sequence_length={longest - 1}, or more text" if longest > 1 else "more text"
-        why = f"{part} has {longest} tokens, but {needed}"
+        why = f"{part} has {plural(longest, 'token')}, but a sample needs {sequence_length + 1}"
+        why += " (data.sequence_length + 1)"
         raise ConfigError("data.sequence_length", sequence_length, why, remedy)

@@ -152,7 +152,9 @@ def _check_bounds(environ: Mapping[str, str], ranks: RankEnvironment, names: tup
     ):
         if value >= size:
             why = f"must be at most {size - 1}, because of {size_name}={environ[size_name]}"
-            raise ConfigError(name, value, why, f"{name}={size - 1}")
+            starter, unset = ("torchrun", "RANK") if rank == "RANK" else ("srun", "SLURM_STEP_ID")
+            remedy = f"start the command with {starter}, or unset {unset}"
+            raise ConfigError(name, value, why, remedy)
     if ranks.local_size > ranks.world_size:
         why = f"gives this node more ranks than the whole world has ({world}={ranks.world_size})"
         remedy = f"{world}={ranks.local_size} or larger"

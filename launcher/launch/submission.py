@@ -25,7 +25,7 @@ def batch_script_of(jobs: Sequence[Job[RunConfig]], typed: list[str]) -> BatchSc
             why = "contains a control character"
             raise ConfigError("submit", repr(argument), why, "the argument without line breaks and tabs")
     if first.slurm.max_parallel is not None and len(jobs) == 1:
-        why = "limits the parallel jobs of a --multirun, but this is a single job"
+        why = "max_parallel needs --multirun"
         raise ConfigError("slurm.max_parallel", first.slurm.max_parallel, why, "slurm.max_parallel=null")
     for job in jobs:
         check_submission(job.config)
@@ -56,10 +56,10 @@ def submit(jobs: Sequence[Job[RunConfig]], typed: list[str], layouts: Sequence[L
     try:
         job_id = sbatch(script)
     except SlurmUnreachable as error:
-        remedy = "the same command again, once `scontrol ping` reports that the controller is UP"
+        remedy = "run the same command again when `scontrol ping` reports that the controller is UP"
         raise ConfigError("submit", None, f"Slurm does not answer: {error}", remedy) from None
     except SlurmError as error:
-        remedy = "the same command, with the setting changed that Slurm names"
+        remedy = "change the setting that Slurm names, and run the same command again"
         raise ConfigError("submit", None, f"Slurm rejected the job: {error}", remedy) from None
     for line in submission_summary(run, job_id, layouts):
         print(line)

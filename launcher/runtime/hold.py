@@ -31,7 +31,7 @@ class Holder:
 
     def describe(self) -> str:
         job = f"job {self.job}, " if self.job else ""
-        return f"{job}process {self.process} on {self.host}, since {self.since}"
+        return f"process {self.process} on {self.host} ({job}since {self.since})"
 
 
 @contextmanager
@@ -83,6 +83,6 @@ def _holder_in(file: IO[str]) -> Holder | None:
 
 
 def _refusal(run_dir: Path, other: Holder | None) -> ConfigError:
-    why = "is being trained" + (f" by {other.describe()}" if other else "")
-    end = f"`scancel {other.job}`, which saves it" if other and other.job else "Ctrl-C there, which saves it"
-    return ConfigError("run.dir", run_dir, why, f"another run.dir, or wait for its end ({end})")
+    why = f"{other.describe() if other else 'another process'} is training this run"
+    stop = f"`scancel {other.job}`" if other and other.job else "stop that process with Ctrl-C"
+    return ConfigError("run.dir", run_dir, why, f"another run.dir, or {stop} (it saves a checkpoint)")

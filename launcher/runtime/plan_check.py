@@ -62,15 +62,15 @@ class PlanCheck:
 
 def verdict(memory: int, allocated: int, seconds: float | None, measured: float) -> list[str]:
     """Return a line for memory and, if a time is predicted, a line for the step time. Pure."""
-    words = f"tensors took {size(allocated)} of a rank, {size(memory)} planned"
-    lines = [_line(words, memory / allocated - 1, MEMORY_ERROR)]
+    words = f"{size(allocated)} of tensors per rank, {size(memory)} planned"
+    lines = [_line("memory", words, memory / allocated - 1, MEMORY_ERROR)]
     if seconds is not None:
-        words = f"a step takes {measured:.3g} s, {seconds:.3g} s planned"
-        lines.append(_line(words, seconds / measured - 1, TIME_ERROR))
+        words = f"{measured:.3g} s per step, {seconds:.3g} s planned"
+        lines.append(_line("time", words, seconds / measured - 1, TIME_ERROR))
     return lines
 
 
-def _line(words: str, error: float, stated: float) -> str:
+def _line(label: str, words: str, error: float, stated: float) -> str:
     if abs(error) <= stated:
-        return f"planned  {words} ({error:+.1%})"
-    return f"warning  {words} ({error:+.1%}): more than the {stated:.0%} that docs/planning.md states"
+        return f"{label:8} {words} ({error:+z.1%})"
+    return f"warning  {words} ({error:+.1%}): the difference exceeds the {stated:.0%} of docs/planning.md"

@@ -62,7 +62,7 @@ def start_from(
         try:
             return Start(restored(run, engine, checkpoint, corpus), checkpoint)
         except UnusableCheckpoint as unusable:
-            checkpoint = fallback_checkpoint(run, unusable)
+            checkpoint = fallback_checkpoint(run, unusable, quiet=engine.mesh.rank > 0)
     if initial is not None:
         try:
             if initial.kind is WeightsKind.checkpoint:  # other weights have no checksums

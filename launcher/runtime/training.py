@@ -145,7 +145,7 @@ def finish(session: Session, directory: RunDir, step: int) -> bool:
     """Write the final weights of a finished run, or tell how a stopped run continues; return which."""
     output = session.output
     if step < session.last:
-        output.say(f"stopped  at step {step}: the same command with run.dir={directory.path} resumes")
+        output.say(f"stopped  at step {step}. To resume: the same command, run.dir={directory.path}")
         return False
     if session.last > 0:
         session.watchdog.at("the final weights")

@@ -148,7 +148,7 @@ def test_counts_of_ranks() -> None:
         ("dir=file/conf", "dir=file/conf: cannot be written to: Not a directory"),
         ("name=a/b", "name=a/b: is to be typed as hardware=NAME, and the name of a file"),
         ("rounds=0", "rounds=0: must be at least 1"),
-        ("--multirun", "--multirun: there is one machine to measure"),
+        ("--multirun", "--multirun: not supported by `launcher calibrate`"),
     ],
 )
 def test_mistakes_are_refused_at_once(typed: str, said: str, tmp_path: Path) -> None:

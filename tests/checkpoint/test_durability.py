@@ -177,7 +177,7 @@ DAMAGE = {
 class TestUnusable:
     @pytest.mark.parametrize("kind", DAMAGE)
     def test_a_missing_or_short_file_is_named_and_an_older_checkpoint_suggested(
-        self, kind: str, three_checkpoints: Path
+        self, kind: str, three_checkpoints: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         newest, older, _ = checkpoints_in(three_checkpoints)
         damage, message = DAMAGE[kind]
@@ -187,6 +187,9 @@ class TestUnusable:
         assert f"checkpoint.resume={newest}: 00001-000.safetensors {message}" in str(refused.value)
         assert f"checkpoint.fallback=true or checkpoint.resume={older}" in refused.value.remedy
         assert checkpoint_to_resume(default_run("checkpoint.fallback=true"), three_checkpoints) == older
+        note = capsys.readouterr().out
+        assert note.startswith(f"note     {newest} cannot be used: 00001-000.safetensors {message}")
+        assert note.endswith(f"trying {older.name} instead\n")
         assert checkpoint_to_resume(default_run(f"checkpoint.resume={older}"), three_checkpoints) == older
 
     def test_a_flipped_bit_is_detected_by_the_checksum(self, three_checkpoints: Path) -> None:
@@ -201,11 +204,11 @@ class TestUnusable:
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            ("", "is not a manifest that the launcher wrote"),
-            ("{", "is not a manifest that the launcher wrote"),
-            ("[]", "is not a manifest that the launcher wrote"),
-            ("{}", "is not a manifest that the launcher wrote"),
-            ('{"format": 2}', "is not a manifest that the launcher wrote"),
+            ("", "cannot be read: it is damaged or was written by another program"),
+            ("{", "cannot be read: it is damaged or was written by another program"),
+            ("[]", "cannot be read: it is damaged or was written by another program"),
+            ("{}", "cannot be read: it is damaged or was written by another program"),
+            ('{"format": 2}', "cannot be read: it is damaged or was written by another program"),
             ('{"format": 1}', "has format 1; this launcher reads format 2"),
         ],
     )
@@ -307,7 +310,7 @@ class TestChoice:
             checkpoint_to_resume(default_run(f"checkpoint.resume={three_checkpoints}"), elsewhere) == newest
         )
         assert checkpoint_to_resume(default_run(f"checkpoint.resume={older}"), elsewhere) == older
-        with pytest.raises(ConfigError, match="neither a checkpoint nor a run's directory"):
+        with pytest.raises(ConfigError, match="no checkpoint was found in"):
             checkpoint_to_resume(default_run(f"checkpoint.resume={elsewhere}"), three_checkpoints)
 
     @pytest.mark.parametrize(

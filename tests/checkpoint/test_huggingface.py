@@ -351,7 +351,7 @@ def test_import_train_and_export_from_the_command_line(tmp_path: Path) -> None:
     AutoModelForCausalLM.from_pretrained(tmp_path / "back")
     again = launcher("export", "c", "back", cwd=tmp_path)
     assert again.returncode == 2
-    assert "is there already" in again.stderr
+    assert "already exists" in again.stderr
     wrong = launcher(*direct, "model.num_layers=3", "model.vocab_size=300", cwd=tmp_path)
     assert wrong.returncode == 2
     assert "try: model.num_layers=2 model.vocab_size=256" in wrong.stderr
@@ -419,10 +419,13 @@ def test_export_needs_neither_deepspeed_nor_a_process_group(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["export", "run"], "export run: takes what to read, and a directory to write"),
+        (["export", "run"], "export run: the command needs a SOURCE and a TARGET directory"),
         (["export", "nowhere", "to"], "export=nowhere: is not a directory"),
-        (["export", ".", "to"], "export=.: holds no weights"),
-        (["import", "theirs", "theirs"], "import=theirs: is there already, and nothing is overwritten"),
+        (["export", ".", "to"], "export=.: contains no weights"),
+        (
+            ["import", "theirs", "theirs"],
+            "TARGET=theirs: already exists, and `launcher import` does not overwrite files",
+        ),
         (["export", "theirs", "to", "dtype=int8"], "dtype=int8: "),
         (["export", "theirs", "to", "max_file_gb=0"], "max_file_gb=0.0: must be a finite number above 0"),
         (["export", "theirs", "to", "max_flie_gb=1"], "try: max_file_gb"),

@@ -89,7 +89,7 @@ def test_what_one_rank_cannot_hold_trains_split(tmp_path: Path) -> None:
     for name in ("single", "dp"):
         assert found[name]["measured"] is None
         assert "too much" in found[name]["refused"]
-        assert f"left out {name}: " in done.stdout
+        assert f"skipped  {name}: " in done.stdout
     for name in ("tp", "pp"):
         assert found[name]["measured"]["memory"] <= 8.5e6
 
@@ -113,14 +113,17 @@ def test_a_layout_that_fails_is_told_of_and_the_others_are_compared(tmp_path: Pa
     assert done.returncode == 1, done.stdout + done.stderr
     assert "failed   tp: " in done.stdout
     assert "as the test wants it" in done.stdout
-    assert "left out tp: " in done.stdout
+    assert "skipped  tp: " in done.stdout
     assert "losses   the same in every layout" in done.stdout
 
 
 @pytest.mark.parametrize(
     ("typed", "said"),
     [
-        ("compare.layouts=[tpp]", "compare.layouts=tpp: with compare.ranks=4 there are single, dp, tp, pp"),
+        (
+            "compare.layouts=[tpp]",
+            "compare.layouts=tpp: unknown layout; with compare.ranks=4 there are: single, dp",
+        ),
         ("compare.ranks=1", "compare.ranks=1: one rank is one layout"),
         (
             "parallelism.tensor=2",

@@ -40,7 +40,8 @@ def test_every_layout_is_of_all_ranks(ranks: int) -> None:
 
 def test_a_layout_that_there_is_not_is_refused_with_the_nearest() -> None:
     with pytest.raises(
-        ConfigError, match=r"compare.layouts=dp_pt: with compare.ranks=4 there are single, dp,"
+        ConfigError,
+        match=r"compare.layouts=dp_pt: unknown layout; with compare.ranks=4 there are: single, dp,",
     ):
         chosen_layouts(["dp_pt"], 4)
     with pytest.raises(ConfigError, match=r"try: compare.layouts=\[dp_tp\]"):

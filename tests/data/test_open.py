@@ -313,9 +313,7 @@ class TestRefusedBeforeRanksStart:
 
     def test_too_short_for_one_sample(self, web: Path) -> None:
         error = self.refused(tokens(web, fraction=0.4), sequence_length=40)
-        assert error.why.startswith(
-            "the validation part of the corpus has 40 tokens, but one sample needs 41"
-        )
+        assert error.why.startswith("the validation part of the corpus has 40 tokens, but a sample needs 41")
         check_data(run_with(tokens(web, fraction=0.4), 39))
 
     def test_a_validation_file_is_refused_under_its_field(self, web: Path) -> None:

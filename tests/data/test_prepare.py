@@ -314,7 +314,8 @@ class TestBadLines:
         if why:
             with pytest.raises(ConfigError) as raised:
                 prepared(tmp_path / "in", tmp_path / "out", **options)
-            assert raised.value.field == "bad_lines"
+            assert raised.value.field == ("text_field" if "its fields are" in why else "bad_lines")
+            assert ("text_field=content or text_field=id" in raised.value.remedy) == ("its fields are" in why)
             where, _, reason = raised.value.why.partition(" ")
             assert where.startswith(f"{tmp_path / 'in' / name}:{'' if line is None else line}")
             assert reason.startswith(why)
@@ -515,7 +516,8 @@ class TestCommand:
         out, err = process.communicate(timeout=60)
         assert (process.returncode, err) == (0, "")
         assert out.splitlines() == [
-            "prepared 5 documents, 81 tokens: web.bin", "train    launcher data=tokens data.train=web MODEL",
+            "prepared 5 documents, 81 tokens: web.bin",
+            "train    launcher data=tokens data.train=web model.vocab_size=256",
         ]  # fmt: skip
 
     @pytest.mark.parametrize(

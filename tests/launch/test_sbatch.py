@@ -153,9 +153,7 @@ def test_refuses_an_array_of_jobs_with_different_resources() -> None:
     jobs = [Job(run_of(*CPU, f"slurm.time={time}"), index, []) for index, time in enumerate((10, 20))]
     with pytest.raises(ConfigError, match="are one Slurm array"):
         batch_script_of(jobs, [])
-    with pytest.raises(
-        ConfigError, match="limits the parallel jobs of a --multirun, but this is a single job"
-    ):
+    with pytest.raises(ConfigError, match="max_parallel needs --multirun"):
         batch_script_of([Job(run_of(*CPU, "slurm.max_parallel=2"), None, [])], [])
 
 

@@ -55,7 +55,7 @@ def test_a_wrong_layout_exits_1_with_a_diagnosis(
     output = capfd.readouterr().out
     assert "First at step 1: the output of embedding" in output
     assert "usual cause: the look-up in a split vocabulary" in output
-    assert "is NOT the same run" in output
+    assert "FAILED: the reduced layout computes something else than" in output
     written = json.loads(report.read_text())
     assert written["ok"] is False
     assert "mask" in written["passes"][0]["diagnosis"]["meaning"]

@@ -126,7 +126,7 @@ def test_a_stopped_run_resumes_at_its_step(tmp_path: Path) -> None:
     out, _ = process.communicate(timeout=60)
     stopped_at = len(metrics(tmp_path / "r"))
     assert 3 < stopped_at < 40
-    assert f"stopped  at step {stopped_at}: the same command with run.dir={tmp_path / 'r'} resumes" in out
+    assert f"stopped  at step {stopped_at}. To resume: the same command, run.dir={tmp_path / 'r'}\n" in out
     assert f"at step {stopped_at}\n" in trained(*run, "run.dir=r", cwd=tmp_path)
     names = ("step", "train/samples", "train/loss", "train/grad_norm", "val/loss")
     one, other = (

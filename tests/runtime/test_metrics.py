@@ -211,7 +211,7 @@ def test_offline_and_online_starts_are_one_run_on_the_server(tmp_path: Path) -> 
         name = identity_of(tmp_path / "r")
         assert server.steps(name) == [1, 2, 3, 4, 5, 6]
         again = launcher("sync", "r", cwd=tmp_path, **server.environment)
-        assert again.stdout == "nothing new in r\n"
+        assert again.stdout == "r: all W&B files are uploaded\n"
 
         shutil.rmtree(tmp_path / "r" / "checkpoints" / "step-00000006")
         done = launcher(*SMALL, *run, cwd=tmp_path, **server.environment)

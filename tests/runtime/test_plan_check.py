@@ -25,7 +25,7 @@ def test_memory_is_as_planned(layout: list[str], tmp_path: Path) -> None:
     # What is copied for a checkpoint of the step before is not the step's.
     saving = f"checkpoint.interval_steps={MEASURED_STEP - 1}"
     out = trained(*layout, f"training.steps={MEASURED_STEP + 2}", saving, "run.dir=r", cwd=tmp_path)
-    assert "planned  tensors took " in out
+    assert " of tensors per rank, " in out
     assert "warning" not in out
     *before, tenth, _, last = metrics(tmp_path / "r")
     assert all("memory/allocated_bytes" not in row for row in before)
@@ -36,15 +36,15 @@ def test_memory_is_as_planned(layout: list[str], tmp_path: Path) -> None:
 
 def test_a_wrong_plan_is_told_of(tmp_path: Path) -> None:
     out = trained("parallelism=single", *FAST, f"training.steps={MEASURED_STEP}", "run.dir=r", cwd=tmp_path)
-    warned = next(line for line in out.splitlines() if line.startswith("warning  a step takes "))
-    assert warned.endswith("more than the 20% that docs/planning.md states")
+    warned = next(line for line in out.splitlines() if " s per step, " in line)
+    assert warned.endswith("the difference exceeds the 20% of docs/planning.md")
     rows = metrics(tmp_path / "r")
     assert all(0 < row["perf/predicted_step_time_s"] < row["perf/step_time_s"] for row in rows)
 
 
 def test_what_is_told() -> None:
-    assert verdict(104, 100, None, 1.0) == ["planned  tensors took 100 B of a rank, 104 B planned (+4.0%)"]
-    assert [line[:8] for line in verdict(106, 100, 1.19, 1.0)] == ["warning ", "planned "]
+    assert verdict(104, 100, None, 1.0) == ["memory   100 B of tensors per rank, 104 B planned (+4.0%)"]
+    assert [line[:8] for line in verdict(106, 100, 1.19, 1.0)] == ["warning ", "time    "]
     assert [line[:8] for line in verdict(94, 100, 0.79, 1.0)] == ["warning ", "warning "]
 
 
@@ -87,5 +87,5 @@ def test_the_first_and_the_measured_step_are_not_timed() -> None:
     check.seconds = 1.0
     times = StepTimes(laps=[99.0, *[0.5] * (MEASURED_STEP - 2), 99.0])
     _, lines = check.after(times, 100)
-    assert "a step takes 0.5 s, 1 s planned" in lines[1]
+    assert "0.5 s per step, 1 s planned" in lines[1]
     assert check.after(times, 100)[1] == [], "said once"

@@ -109,6 +109,8 @@ def test_a_damaged_checkpoint_is_named_and_skipped_with_fallback(
     assert "checkpoint.fallback=true" in done.stderr
     assert "Traceback" not in done.stderr
     out = trained(*run, "checkpoint.fallback=true", cwd=tmp_path)
+    assert "step-00000004 cannot be used: 00001-000.safetensors is damaged" in out
+    assert "trying step-00000002 instead\n" in out
     assert "at step 2" in out
     agree(metrics(tmp_path / "r"), whole, 0.0)
 

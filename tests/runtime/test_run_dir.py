@@ -23,8 +23,8 @@ def test_only_one_process_trains_a_run_at_a_time(tmp_path: Path) -> None:
     wait_for_rows(tmp_path / "r", 2, first)
     second = launcher(*RUN, "training.steps=100000", cwd=tmp_path)
     assert second.returncode == 2
-    assert f"run.dir=r: is being trained by process {first.pid} on " in second.stderr
-    assert "Ctrl-C there, which saves it" in second.stderr
+    assert f"run.dir=r: process {first.pid} on " in second.stderr
+    assert "Ctrl-C (it saves a checkpoint)" in second.stderr
     os.killpg(first.pid, signal.SIGKILL)
     first.communicate()
     done = launcher(*RUN, "training.stop_at=3", cwd=tmp_path)
@@ -58,7 +58,9 @@ def test_the_refusal_names_the_slurm_job_that_holds_the_run(
     monkeypatch.setattr(hold, "_PATIENCE", 0.1)
     process = holding(tmp_path, 60.0, SLURM_JOB_ID="42")
     with (
-        pytest.raises(Exception, match=r"is being trained by job 42, process \d+ on .*\n.*scancel 42"),
+        pytest.raises(
+            Exception, match=r"process \d+ on .* \(job 42, since .*\) is training this run\n.*scancel 42"
+        ),
         held(tmp_path),
     ):
         pass

@@ -10,6 +10,7 @@ from launcher.planning.cost.run_plan import Plan
 from launcher.text import size
 
 NO_CHECK = "plan.enforce=false (no check)"
+SMALLER = "a smaller model, more ranks, hardware with more memory"
 
 
 def chosen(run: RunConfig, world: World) -> tuple[RunConfig, Search]:
@@ -29,11 +30,11 @@ def chosen(run: RunConfig, world: World) -> tuple[RunConfig, Search]:
 def _too_large(run: RunConfig, result: Search, closest: Candidate) -> ConfigError:
     assert closest.budget is not None
     why = (
-        f"none of {len(result.candidates)} layouts of {result.world.ranks} ranks fits; the closest, "
-        f"{closest.layout.describe()}, {settings_in_words(closest.run)}, needs {size(closest.peak)} of "
-        f"{size(closest.budget)} a rank"
+        f"none of {len(result.candidates)} layouts on {result.world.ranks} ranks fits; the smallest needs "
+        f"{size(closest.peak)} per rank, and {size(closest.budget)} are available "
+        f"({closest.layout.describe()}, {settings_in_words(closest.run)})"
     )
-    remedy = f"{NO_CHECK} or more ranks, a smaller model or a shorter data.sequence_length"
+    remedy = f"{SMALLER}, a shorter data.sequence_length or {NO_CHECK}"
     return ConfigError("parallelism.auto", True, why, remedy)
 
 
@@ -41,7 +42,7 @@ def refuse_too_large(plan: Plan) -> None:
     """Raise ConfigError if the plan needs more memory than a rank has, unless plan.enforce=false."""
     if plan.fits or not plan.run.plan.enforce:
         return
-    remedies = [change.settings for change in helpful(plan, most=2)] or _elsewhere(plan)
+    remedies = [change.settings for change in helpful(plan, most=2)] or _elsewhere(plan) or [SMALLER]
     value = plan.run.hardware.memory_bytes
     typed = "null" if value is None else f"{value:g}"
     raise ConfigError("hardware.memory_bytes", typed, _shortage(plan), " or ".join([*remedies, NO_CHECK]))
@@ -49,14 +50,15 @@ def refuse_too_large(plan: Plan) -> None:
 
 def _shortage(plan: Plan) -> str:
     assert plan.budget is not None
-    of = "a rank has" if plan.run.hardware.memory_bytes is not None else "this machine has for each rank"
+    is_set = plan.run.hardware.memory_bytes is not None
+    has = f"{'each rank has' if is_set else 'each rank of this machine has'} {size(plan.budget)}"
     missing = [
         f"stage {stage} needs {size(plan.stages[stage].memory.total)} ({size(short)} too much)"
         for stage, short in plan.shortages.items()
     ]
     shown = missing if len(missing) <= 4 else [*missing[:3], f"and {len(missing) - 3} more stages"]
     fullest = plan.stages[max(plan.shortages, key=lambda stage: plan.shortages[stage])].memory
-    return f"{of} {size(plan.budget)}, and {', '.join(shown)}, most of it during the {fullest.moment}"
+    return f"{', '.join(shown)}, but {has}; the peak is during the {fullest.moment}"
 
 
 def _elsewhere(plan: Plan) -> list[str]:

@@ -37,7 +37,7 @@ def limit(plan: Plan) -> str:
         return f"memory: {largest} take most of it, in stage {stage} during the {memory.moment}"
     parts = parts_of(plan)
     if not parts:
-        return "not known: the hardware's config does not say how fast it is"
+        return "unknown: the hardware config states no speed (run `launcher calibrate`)"
     largest = max(parts, key=lambda name: parts[name])
     share = parts[largest] / sum(parts.values())
     group = largest.partition(" ")[0]

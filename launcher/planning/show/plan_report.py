@@ -35,7 +35,7 @@ def _memory_table(plan: Plan) -> "Table":
     unit = unit_of(max(stage.memory.total for stage in plan.stages))
     table = plain_table(f"Memory of one rank, {unit[1]}")
     classes = [name for name in MEMORY_CLASSES if any(getattr(stage.memory, name) for stage in plan.stages)]
-    for name in ("stage", "blocks", "parameters", *classes, "total", "of", ""):
+    for name in ("stage", "blocks", "parameters", *classes, "needed", "available", ""):
         table.add_column(name, justify="left" if name in ("stage", "") else "right", no_wrap=True)
     for first, last, stage in _equal_stages(plan.stages):
         memory = stage.memory

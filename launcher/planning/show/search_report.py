@@ -27,7 +27,7 @@ def print_search(search: Search) -> None:
 
 
 def _kinds(search: Search) -> "Table":
-    table = _columns("The best of every other class, by axes, ZeRO stage and offload", "why it lost")
+    table = _columns("Other kinds of layout, the fastest of each", "why not chosen")
     best = search.fitting[0] if search.fitting else None
     for kind, candidate in search.best_of_kinds.items():
         if best is None or kind != best.kind:

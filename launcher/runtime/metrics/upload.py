@@ -30,7 +30,9 @@ def upload(run_dir: Path) -> int:
     # A file after an unfinished file must wait too, or its steps would arrive first.
     ready = new[: new.index(waiting[0])] if waiting else new
     if not ready:
-        print(f"nothing new in {run_dir}")
+        if not waiting:
+            state = "all W&B files are uploaded" if offline_fragments(run_dir) else "no offline W&B files"
+            print(f"{run_dir}: {state}")
         return 0
     if not has_api_key():
         remedy = "`wandb login`, or WANDB_API_KEY in the environment"
