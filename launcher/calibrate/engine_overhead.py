@@ -28,7 +28,7 @@ MANY = 8  # micro-batches of a step
 
 @dataclass(frozen=True)
 class Trial:
-    """A short run: each of `ranks` processes alone, or all of them in one data-parallel world."""
+    """A short run of `ranks` processes: each alone or, for ZeRO-3, in one data-parallel world."""
 
     run: RunConfig
     layout: Layout

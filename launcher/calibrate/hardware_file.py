@@ -26,7 +26,7 @@ def target(config: CalibrateConfig) -> Path:
     except OSError as error:
         why = error.strerror
     if why:
-        raise ConfigError("dir", config.dir, f"cannot be written to: {why}", "dir=DIRECTORY of your own")
+        raise ConfigError("dir", config.dir, f"cannot be written to: {why}", "dir=WRITABLE_DIRECTORY")
     return path
 
 

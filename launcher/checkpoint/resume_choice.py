@@ -17,8 +17,7 @@ from launcher.config.errors import ConfigError, as_typed, refusal, value_of
 from launcher.config.fields import fields_of
 from launcher.config.schema import RunConfig
 
-# All model fields but these, and all of _DATA, define the model and the sample order: they must not change on
-# resume. Every other field may change.
+# Must not change on resume: _DATA, and the model fields other than these. Every other field may.
 _MAY_CHANGE_IN_MODEL = ("model.dropout",)
 _DATA = (
     *("data.source", "data.train", "data.validation", "data.test"),

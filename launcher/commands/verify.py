@@ -57,7 +57,7 @@ def _verify(ready_run: ReadyRun, machine: Machine) -> bool:
     small, shrunk = shrink(ready_run.run, ready_run.layout, gpus=gpus)
     small_layout = validate(small, world_of_machine(small, machine))
     print(f"layout   {ready_run.layout.describe()}")
-    print(f"verified {small_layout.describe()}")
+    print(f"small    {small_layout.describe()}")
     print("shrunk   " + "\n         ".join(shrunk) + "\n", flush=True)
     if ready_run.run.precision.dtype is Dtype.fp16:
         print("note     fp16 trains on GPUs only: verified in fp32\n")

@@ -132,7 +132,7 @@ class Preparation:
         return progress
 
     def _begin(self) -> bool:
-        """Create the folder, or keep it if input and settings are the same. Return whether work resumes."""
+        """Keep the folder of the same input and settings, else make it anew; return whether work resumes."""
         fingerprint = self.folder / "made_of.json"
         if self._journal().done:
             # The last start stopped between the final renames: move the renamed files back.

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 CollectiveName = Literal["all_reduce", "all_gather", "reduce_scatter", "send"]
 
-# torch's names of the collectives that the launcher and DeepSpeed call, and the argument that has the size.
+# torch's names of the collectives that the launcher and DeepSpeed call, and the index of the sized argument.
 _COLLECTIVES: dict[str, tuple[CollectiveName, int]] = {
     "c10d.allreduce_.default": ("all_reduce", 0),
     "c10d._allgather_base_.default": ("all_gather", 0),

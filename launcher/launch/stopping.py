@@ -5,12 +5,13 @@
 2. `launcher job` (runtime/slurm_job.py) sends SIGUSR1 to its srun, and srun sends it to every rank. A
    launcher that started its ranks (launch/local.py) sends SIGUSR1 to them, and gives them `stop_grace`.
 3. In a rank a StopRequest (launch/rank.py) notes the signal, and training continues. Ranks of torchrun and
-   srun note signals from start to end. Other ranks do while they train (runtime/training.py), and end at once
-   before and after that.
+   srun note signals from start to end. Other ranks only while they train (runtime/training.py): before and
+   after, a signal ends them.
 4. At the next step at which the ranks agree, all ranks learn that a rank was asked to stop, save that step
    and leave the training loop (runtime/saving.py: which step; runtime/agreement.py: how).
-5. The rank records its end if `launcher job` asked for it (launch/records.py). Such a rank exits with 0,
-   because srun would end the tasks that are still saving. Any other rank exits with 143 (runtime/start.py).
+5. The rank records its end if `launcher job` asked for it (launch/records.py). Such a rank exits with 0:
+   on any other code srun would end the tasks that are still saving. Any other rank exits with 143
+   (runtime/start.py).
 6. `launcher` exits with 128 + the signal (launch/local.py). `launcher job` requeues the job or submits the
    next (runtime/slurm_job.py). The same command resumes from the checkpoint (runtime/resume.py).
 """

@@ -45,7 +45,7 @@ class PatchEmbedding(nn.Module):
         y = F.linear(x, self.tp.replicated(self.weight), self.tp.replicated(self.bias))
         if self.class_token is None:
             return y
-        # On every rank, though only one holds the first position: all join the gradient's all-reduce.
+        # Every rank uses class_token, though one rank holds it: all join its gradient's all-reduce.
         place = torch.arange(first, first + y.shape[1], device=y.device) == 0
         return torch.where(place[:, None], self.tp.replicated(self.class_token), y)
 

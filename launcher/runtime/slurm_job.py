@@ -120,7 +120,7 @@ def step_command(
         f"--nodes={nodes}",
         f"--ntasks={nodes * per_node}",
         f"--ntasks-per-node={per_node}",
-        # Not inherited from the job (Slurm 22.05 and later).
+        # srun does not inherit it from the job (Slurm 22.05 and later).
         *([f"--cpus-per-task={cpus}"] if cpus else []),
         # Without this option the other ranks wait for a failed rank until their timeout.
         "--kill-on-bad-exit=1",

@@ -176,7 +176,7 @@ def _recorded_end(rank: int) -> Iterator[None]:
 
 @contextmanager
 def _agreed_run_dir(run: RunConfig, layout: Layout, rank: int) -> Iterator[RunDir]:
-    """Make and hold the directory on rank 0, known to all ranks. Entering is collective over the world."""
+    """Make and hold the directory on rank 0; yield it on all ranks. Entering is collective over the world."""
     from torch.distributed import broadcast_object_list
 
     agreed: list[RunDir | Exception | None] = [None]

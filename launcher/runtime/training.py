@@ -142,7 +142,7 @@ def end_step(session: Session, progress: Progress, blend: Blend, result: StepRes
 
 
 def finish(session: Session, directory: RunDir, step: int) -> bool:
-    """Write the final weights of a finished run, or tell how a stopped run continues; return which."""
+    """Write the final weights, or tell how a stopped run continues; return whether the run finished."""
     output = session.output
     if step < session.last:
         output.say(f"stopped  at step {step}. To resume: the same command, run.dir={directory.path}")

@@ -1,4 +1,4 @@
-"""A run that resumes in another layout agrees with a run that never stopped."""
+"""A resumed run equals a run that never stopped: bitwise in its layout, within rounding in another."""
 
 from collections import Counter
 from itertools import chain, permutations, product

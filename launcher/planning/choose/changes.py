@@ -59,7 +59,7 @@ def _seconds(plan: Plan) -> float:
 
 
 def single_changes(plan: Plan) -> Iterator[Change]:
-    """Yield every legal change of a single respect, with the same ranks and batch."""
+    """Yield each legal change of one setting or group of settings; ranks and batch stay."""
     seen = set()
     for settings in _settings(plan.run, plan.layout):
         typed = " ".join(f"{name}={as_typed(value)}" for name, value in settings.items())

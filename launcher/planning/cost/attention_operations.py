@@ -31,7 +31,7 @@ def _rotation(s: Sizes) -> list[Operation]:
 
 
 def _gradients(s: Sizes) -> tuple[int, ...]:
-    """Return the gradient sizes of rotated queries and keys, and of values; without rotation one size."""
+    """Return gradient sizes: (queries and keys, values) if rotated, else one of all three."""
     return (s.query + s.key, s.key) if s.rotates else (s.fused,)
 
 

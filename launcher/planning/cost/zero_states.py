@@ -76,7 +76,7 @@ def checkpoint_bytes(run: RunConfig, layout: Layout, rank: Rank) -> int:
 
 
 class _Ledger:
-    """Sizes of a rank that several stages of ZeRO use."""
+    """Sizes of a rank, shared by the ZeRO stages."""
 
     def __init__(self, run: RunConfig, layout: Layout, rank: Rank) -> None:
         self.run, self.layout, self.rank = run, layout, rank
