@@ -71,8 +71,7 @@ def explain(error: Exception, root: type[Any], overrides: list[str]) -> ConfigEr
 
 def missing_value(name: str, root: type[Any], overrides: list[str]) -> ConfigError:
     """Return the error about a field without a value, or about the removal of its group."""
-    group = name.partition(".")[0]
-    options = settings(group, options_of(group))
+    options = settings(group := name.partition(".")[0], options_of(group))
     if any(_split(override)[0] == group for override in overrides if override.startswith("~")):
         return ConfigError(f"~{group}", None, f"the group {group} cannot be removed", " or ".join(options))
     return ConfigError(name, "???", "this field must be set", " or ".join([_example(name, root), *options]))
@@ -257,9 +256,8 @@ def _unreadable(override: str, root: type[Any]) -> ConfigError:
         return ConfigError(override, None, "there must be no space before =", f"{name}={value.strip()}")
     if kind == "list":
         items = ", ".join(f'"{item.strip()}"' for item in value.strip("[]").split(","))
-        return ConfigError(
-            name, value, "an item of this list must be quoted", shlex.quote(f"{name}=[{items}]")
-        )
+        quoted = shlex.quote(f"{name}=[{items}]")
+        return ConfigError(name, value, "an item of this list must be quoted", quoted)
     if kind and not kind.startswith("text"):
         return ConfigError(name, value, "this value cannot be parsed", _example(name, root))
     if name.startswith("slurm.environment.") and not (key := name.split(".", 2)[2]).isidentifier():

@@ -158,9 +158,7 @@ def check_images(run: RunConfig) -> None:
         raise refusal(run, "data.document_attention", why, "data.document_attention=false")
     if d.source is CorpusSource.image_folder:
         if d.train is None:
-            raise refusal(
-                run, "data.train", "data=image_folder needs a directory of images", "data.train=images/train"
-            )
+            raise refusal(run, "data.train", "data=image_folder needs images", "data.train=images/train")
         return
     if m.image_size != 8:
         whole = "" if 8 % m.patch_size == 0 else " model.patch_size=2"
