@@ -125,7 +125,7 @@ def to_typed(composed: DictConfig, root: type[Config], overrides: list[str] | No
     """
     try:
         if missing := sorted(OmegaConf.missing_keys(composed)):
-            raise missing_value(missing[0], root)
+            raise missing_value(missing[0], root, overrides or [])
         _refuse_unknown(composed, OmegaConf.structured(root), "", root)
         typed = OmegaConf.to_object(composed)
         # Composition does not check the items of lists: it accepts [a, {b: 1}] as a list of text.

@@ -5,6 +5,7 @@ tests/config/test_deepspeed_keys.py compares the table with the config models of
 """
 
 import difflib
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -99,7 +100,7 @@ TOP_LEVEL: dict[str, KeyType] = _keys(
 OURS: dict[str, str] = {
     "train_batch_size": "training.global_batch_size={}",
     "train_micro_batch_size_per_gpu": "training.micro_batch_size={}",
-    "gradient_accumulation_steps": "derived from training.global_batch_size and training.micro_batch_size",
+    "gradient_accumulation_steps": "training.micro_batch_size=1 (smaller micro-batches, more accumulation)",
     "gradient_clipping": "optimizer.gradient_clipping={}", "optimizer": "optimizer=adamw or optimizer=sgd",
     "scheduler": "scheduler=cosine or another option of the group scheduler",
     "bf16.enabled": "precision=bf16", "fp16.enabled": "precision=fp16",
@@ -124,12 +125,14 @@ def check_passthrough(keys: Mapping[str, Any], section: str = "") -> None:
             raise ConfigError(field, shown, why, OURS[path].format(shown))
         if key not in types:
             close = difflib.get_close_matches(str(key), types, n=2)
-            remedies = [f"deepspeed.{prefix}{name}={shown}" for name in close]
+            remedies = [shlex.quote(f"deepspeed.{prefix}{name}={shown}") for name in close]
             names = f"deepspeed.{prefix}NAME, where NAME is one of {', '.join(types)}"
-            why = "not a key of DeepSpeed that a run may set"
+            why = "unknown or unsupported DeepSpeed key"
             raise ConfigError(field, shown, why, " or ".join(remedies) or names)
         if not types[key].holds(value):
             inner = f".{next(iter(SECTIONS[path]))}=VALUE" if path in SECTIONS else f"={types[key].example}"
-            raise ConfigError(field, shown, types[key].words, field + inner)
+            ours = OURS.get(f"{path}.stage", OURS.get(f"{path}.enabled")) if value in (1, 2, 3) else None
+            instead = f"{ours.format(int(value))} or " if ours else ""
+            raise ConfigError(field, shown, types[key].words, f"{instead}{field}{inner}")
         if path in SECTIONS:
             check_passthrough(value, path)

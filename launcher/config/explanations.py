@@ -10,6 +10,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, OverrideParseException
+from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from launcher.config.errors import ConfigError, settings
@@ -22,10 +23,12 @@ from launcher.config.fields import (
     kind_of_entry,
     options_of,
 )
+from launcher.config.numbers import NUMBERS
 
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, OSError)
 
 _SHAPE = "GROUP=OPTION or a.b=VALUE"
+_VERBS = {"Calibrate": "calibrate ", "Generate": "generate ", "Prepare": "prepare ", "Exchange": "export "}
 
 
 @dataclass(frozen=True)
@@ -66,13 +69,21 @@ def explain(error: Exception, root: type[Any], overrides: list[str]) -> ConfigEr
     return ConfigError("command line", None, _first_line(failure), _SHAPE)
 
 
-def missing_value(name: str, root: type[Any]) -> ConfigError:
-    """Return the error about a field without a value."""
-    group = name.partition(".")[0]
-    options = ", ".join(options_of(group))
-    group_remedy = f" or {group}=OPTION, where OPTION is one of {options}" if options else ""
-    remedy = f"{name}=<{fields_of(root)[name]}>{group_remedy}"
-    return ConfigError(name, "???", "this field must be set", remedy)
+def missing_value(name: str, root: type[Any], overrides: list[str]) -> ConfigError:
+    """Return the error about a field without a value, or about the removal of its group."""
+    options = settings(group := name.partition(".")[0], options_of(group))
+    if any(_split(override)[0] == group for override in overrides if override.startswith("~")):
+        return ConfigError(f"~{group}", None, f"the group {group} cannot be removed", " or ".join(options))
+    return ConfigError(name, "???", "this field must be set", " or ".join([_example(name, root), *options]))
+
+
+def _example(field: str, root: type[Any]) -> str:
+    """Return a setting of a field with its default, or with examples if it has no default."""
+    kind = fields_of(root).get(field) or kind_of_entry(field) or "VALUE"
+    default = OmegaConf.select(OmegaConf.structured(root), field)
+    examples = {"text": ["TEXT"], "number": ["1"]}.get(kind) or kind.split(" | ")
+    examples = [NUMBERS[field][1]] if field in NUMBERS else examples
+    return " or ".join(settings(field, [default] if default is not None or "null" in kind else examples))
 
 
 def no_such_field(name: str, value: str | None, root: type[Any], file: str | None = None) -> ConfigError:
@@ -84,8 +95,9 @@ def no_such_field(name: str, value: str | None, root: type[Any], file: str | Non
     if not remedies and (known := fields_in(name.rpartition(".")[0], root)):
         names = ", ".join(field.rpartition(".")[2] for field in known)
         remedies = [f"{known[0].rpartition('.')[0]}.NAME, where NAME is one of {names}"]
-    hydra = "hydra-" if name.partition(".")[0] == "hydra" else ""
-    remedy = " or ".join(remedies) or f"a name that `launcher --{hydra}help` lists"
+    verb = _VERBS.get(root.__name__.removesuffix("Config"), "")
+    flag = "--hydra-help" if name.partition(".")[0] == "hydra" else f"{verb}--help"
+    remedy = " or ".join(remedies) or f"a name that `launcher {flag}` lists"
     return ConfigError(name, value, f"no such field{_in(file)}", remedy)
 
 
@@ -138,8 +150,7 @@ def _cannot_remove(match: re.Match[str], failure: _Failure) -> ConfigError:
     if kind is None:
         remedy = " or ".join(closest_fields(name, failure.root)) or "leave it out"
         return ConfigError(f"~{name}", None, "no such field", remedy)
-    remedy = f"{name}=null" if kind.endswith("null") else f"{name}=<{kind}>"
-    return ConfigError(f"~{name}", None, "a field can be set, not removed", remedy)
+    return ConfigError(f"~{name}", None, "a field can be set, not removed", _example(name, failure.root))
 
 
 def _no_such_group(match: re.Match[str], failure: _Failure) -> ConfigError:
@@ -155,8 +166,8 @@ def _no_such_key(match: re.Match[str], failure: _Failure) -> ConfigError:
 
 def _dead_interpolation(field: str, failure: _Failure) -> ConfigError:
     why = _first_line(failure).partition("raised while resolving interpolation: ")
-    kind = fields_of(failure.root).get(field, "value")
-    return ConfigError(field, failure.value_of(field), (why[2] or why[0]).strip('"'), f"{field}=<{kind}>")
+    remedy = _example(field, failure.root)
+    return ConfigError(field, failure.value_of(field), (why[2] or why[0]).strip('"'), remedy)
 
 
 def _whole_name(end: str, fields: Iterable[str]) -> str | None:
@@ -178,12 +189,13 @@ def _wrong_field(match: re.Match[str], failure: _Failure) -> ConfigError:
     unset = "null" if "is not Optional" in failure.text else ""
     value = quoted[1] if quoted else failure.value_of(field) or unset
     if field not in fields and not kind_of_entry(field):
-        inner = [f"{name}=<{fields[name]}>" for name in fields_in(field, failure.root)[:2]]
+        inner = [_example(name, failure.root) for name in fields_in(field, failure.root)[:2]]
         why = "this is a section of fields, which has no value itself"
-        return ConfigError(field, value or None, why, " or ".join(inner))
+        remedy = f"run.dir={value}" if field == "run" else " or ".join(inner)
+        return ConfigError(field, value or None, why, remedy)
     kind = fields.get(field) or kind_of_entry(field) or ""
     why = f"must be {_IN_WORDS.get(kind.removesuffix(' | null'), f'one of {kind}')}{_in(failure.file)}"
-    return ConfigError(field, value, why, _nearest_value(field, value, kind))
+    return ConfigError(field, value, why, _nearest_value(field, value, kind, failure.root))
 
 
 _KEY = r"\n +full_key: (\S+)"
@@ -212,7 +224,7 @@ _IN_WORDS = {
 }
 
 
-def _nearest_value(field: str, value: str, kind: str) -> str:
+def _nearest_value(field: str, value: str, kind: str, root: type[Any]) -> str:
     accepted = kind.removesuffix(" | null")
     if accepted == "whole number" and re.fullmatch(r"[-+]?\d+\.?\d*(?:[eE][-+]?\d{1,2})?", value):
         number = float(value)
@@ -221,16 +233,20 @@ def _nearest_value(field: str, value: str, kind: str) -> str:
         options = kind.split(" | ")
         return " or ".join(settings(field, difflib.get_close_matches(value.lower(), options, n=1) or options))
     example = {"list": "[a, b]", "dictionary": "{KEY: VALUE}"}.get(accepted)
-    return shlex.quote(f"{field}={example}") if example else f"{field}=<{kind}>"
+    return shlex.quote(f"{field}={example}") if example else _example(field, root)
 
 
 def _unreadable(override: str, root: type[Any]) -> ConfigError:
     name, value = _split(override)
     kind, options = fields_of(root).get(name) or kind_of_entry(name), options_of(name)
     if "=" not in override:
-        values = [f"<{kind}>"] if kind else ["VALUE"] if name.startswith("deepspeed.") else options
-        close = settings(name, values) or [f"{field}=VALUE" for field in closest_fields(name, root)]
         why = "a setting needs a name, = and a value"
+        values = ["VALUE"] if name.startswith("deepspeed.") else options
+        close = [_example(name, root)] if kind else settings(name, values)
+        close = close or [f"{field}=VALUE" for field in closest_fields(name, root)]
+        if name.isidentifier() and not kind and not options:
+            close.append("`launcher --help`")
+            why = "this is neither a command nor a setting NAME=VALUE"
         return ConfigError(name or "''", None, why, " or ".join(close) or _SHAPE)
     if not name:
         return ConfigError(override, None, "a setting needs a name, = and a value", _SHAPE)
@@ -240,10 +256,13 @@ def _unreadable(override: str, root: type[Any]) -> ConfigError:
         return ConfigError(override, None, "there must be no space before =", f"{name}={value.strip()}")
     if kind == "list":
         items = ", ".join(f'"{item.strip()}"' for item in value.strip("[]").split(","))
-        why = "an item of this list must be quoted"
-        return ConfigError(name, value, why, shlex.quote(f"{name}=[{items}]"))
+        quoted = shlex.quote(f"{name}=[{items}]")
+        return ConfigError(name, value, "an item of this list must be quoted", quoted)
     if kind and not kind.startswith("text"):
-        return ConfigError(name, value, "this value cannot be parsed", f"{name}=<{kind}>")
+        return ConfigError(name, value, "this value cannot be parsed", _example(name, root))
+    if name.startswith("slurm.environment.") and not (key := name.split(".", 2)[2]).isidentifier():
+        why = f"{key} is not a valid name of an environment variable"
+        return ConfigError(name, value, why, "letters, digits and _, not beginning with a digit")
     text = value.strip("\"' ").replace("\\", "\\\\").replace('"', '\\"')
     return ConfigError(name, value, "this text must be quoted", shlex.quote(f'{name}="{text}"'))
 

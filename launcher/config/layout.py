@@ -76,11 +76,11 @@ def effective_zero_stage(run: RunConfig) -> tuple[int, str | None]:
     DeepSpeed 0.19's ZeRO-0 silently computes a wrong gradient norm with a pipeline (later stages are left
     out) and in low precision with tensor parallelism. ZeRO-1 is right in both and computes the same update.
     """
-    stage = run.parallelism.zero_stage
+    stage, note = run.parallelism.zero_stage, "ZeRO-1 is used instead of ZeRO-0"
     if stage == 0 and run.parallelism.pipeline > 1:
-        return 1, "parallelism.zero_stage=0 runs as 1: DeepSpeed's ZeRO-0 clips wrongly under a pipeline"
+        return 1, f"{note}: with a pipeline, DeepSpeed's ZeRO-0 computes a wrong gradient norm"
     if stage == 0 and run.precision.dtype is not Dtype.fp32:
-        return 1, "parallelism.zero_stage=0 runs as 1: DeepSpeed's ZeRO-0 is wrong in low precision"
+        return 1, f"{note}: DeepSpeed's ZeRO-0 has defects in bf16 and fp16"
     return stage, None
 
 
@@ -98,7 +98,7 @@ def _data_in_world(run: RunConfig, world: int) -> int:
     data = world // copy
     if p.data not in (None, data):
         why = f"{_product(run)}, but the world size is {world}"
-        remedies = f"parallelism.data={data}", "parallelism.data=null (what is left over)"
+        remedies = f"parallelism.data={data}", "parallelism.data=null (the remaining ranks)"
         raise refusal(run, "parallelism.data", why, *remedies)
     return data
 
@@ -119,8 +119,9 @@ def check_machine(run: RunConfig, world: World) -> None:
         raise refusal(run, "hardware.nodes", why, *remedies)
     if world.device == "cuda" and (run.hardware.accelerators_per_node or 0) > world.ranks_per_node:
         why = f"this machine has {plural(world.ranks_per_node, 'GPU')}"
-        fewer = f"hardware.accelerators_per_node={world.ranks_per_node}"
-        raise refusal(run, "hardware.accelerators_per_node", why, fewer, "hardware=local (what is here)")
+        fewer = settings("hardware.accelerators_per_node", [world.ranks_per_node])
+        local = "hardware=local (the hardware of this machine)"
+        raise refusal(run, "hardware.accelerators_per_node", why, *fewer, local)
 
 
 def _data_on_this_machine(run: RunConfig, world: World) -> tuple[int, str | None]:
@@ -133,7 +134,7 @@ def _data_on_this_machine(run: RunConfig, world: World) -> tuple[int, str | None
         data = _data_on_accelerators(run, h.accelerators_per_node or here, world.device)
     ranks = data * copy
     if world.device == "cpu" and ranks > here:
-        return data, f"{ranks} CPU ranks share {plural(here, 'core')}: right, but slow"
+        return data, f"{ranks} CPU ranks share {plural(here, 'core')}: correct results, but slow training"
     return data, None
 
 

@@ -65,7 +65,7 @@ NUMBERS: dict[str, tuple[Range, str]] = {
     "scheduler.min_lr_ratio": (SHARE, "0"),
     "precision.initial_loss_scale_power": (POWER, "16"),
     "logging.interval": (COUNT, "1"),
-    "training.steps": (NOT_NEGATIVE, "0 (validates only)"),
+    "training.steps": (NOT_NEGATIVE, "200"),
     "verify.steps": (COUNT, "3"),
     "plan.tokens": (ABOVE_0, "null"),
     "launch.timeout_minutes": (ABOVE_0, "30"),

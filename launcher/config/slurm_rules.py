@@ -14,7 +14,7 @@ from launcher.config.schema import Device, RunConfig, SlurmConfig
 _SECRET = re.compile(r"(^|_)(API_?KEY|KEY|TOKEN|SECRET|PASSWORD|PASSWD)(_|$)", re.IGNORECASE)
 
 # Options that the launcher sets itself, with the field to set instead; {} is the option's value.
-_RANKS = "hardware.nodes and hardware.accelerators_per_node"
+_RANKS = "hardware.accelerators_per_node={} (ranks per node)"
 _SBATCH = {
     "job-name": "slurm.job_name={}", "partition": "slurm.partition={}", "account": "slurm.account={}",
     "qos": "slurm.qos={}", "time": "slurm.time={}", "nodes": "slurm.nodes={}", "mem": "slurm.mem={}",
@@ -27,8 +27,9 @@ _SBATCH = {
     "test-only": "submit.dry_run=true",
 }  # fmt: skip
 _SRUN = {
-    "nodes": _RANKS, "ntasks": _RANKS, "ntasks-per-node": _RANKS, "cpus-per-task": "slurm.cpus_per_task={}",
-    "export": "slurm.environment.NAME=VALUE", "label": "slurm.srun=[]", "kill-on-bad-exit": "slurm.srun=[]",
+    "nodes": "hardware.nodes={}", "ntasks": _RANKS, "ntasks-per-node": _RANKS, "label": "slurm.srun=[]",
+    "cpus-per-task": "slurm.cpus_per_task={}", "export": "slurm.environment.NAME=VALUE",
+    "kill-on-bad-exit": "slurm.srun=[]",
 }  # fmt: skip
 
 
@@ -45,7 +46,7 @@ def check_submission(run: RunConfig) -> int:
     """Check a job; return its ranks per node. Raises ConfigError if nodes, GPUs and layout disagree."""
     check_slurm(run)
     h, s = run.hardware, run.slurm
-    why = "the hardware of the cluster's nodes is unknown on this machine"
+    why = "`launcher submit` needs the hardware of the cluster's nodes"
     if h.device is Device.auto:
         on_cpu = "hardware=cpu hardware.accelerators_per_node=2"
         raise refusal(run, "hardware.device", why, "hardware=h100_80gb", on_cpu)
@@ -53,7 +54,7 @@ def check_submission(run: RunConfig) -> int:
         raise refusal(run, "hardware.accelerators_per_node", why, "hardware.accelerators_per_node=2")
     most = nodes_of(run)[1]
     if most != h.nodes:
-        why = f"the layout uses hardware.nodes={h.nodes}"
+        why = f"the number of nodes, or its maximum, must be hardware.nodes={h.nodes}"
         raise refusal(run, "slurm.nodes", why, f"hardware.nodes={most}", "slurm.nodes=null")
     if nodes_of(run)[0] < most and run.parallelism.data is not None:
         why = f"slurm.nodes={s.nodes} leaves the number of data-parallel ranks open"
@@ -134,8 +135,8 @@ def _check_forms(run: RunConfig) -> None:
             raise refusal(run, f"slurm.{name}", words, f"slurm.{name}={example}", f"slurm.{name}=null")
     limit, signal = seconds_of(run.slurm.time or "0"), run.slurm.signal_seconds
     if 0 < limit <= signal:
-        why = f"the job would be stopped at its start, slurm.signal_seconds={signal} before its end"
-        remedy = "a longer slurm.time=HOURS:MINUTES:SECONDS"
+        why = f"the time limit of {limit:,} s must be longer than slurm.signal_seconds={signal}"
+        remedy = f"slurm.time={signal // 3600 + 1}:00:00 (or more)"
         raise refusal(run, "slurm.time", why, remedy, f"slurm.signal_seconds={limit // 2}")
     least, most = nodes_of(run)
     if least > most:
@@ -152,7 +153,7 @@ def _check_forms(run: RunConfig) -> None:
     for module in run.slurm.modules:
         if module.startswith("-"):
             why = "this is an option, not a module"
-            raise ConfigError("slurm.modules", module, why, "slurm.modules=[NAME]")
+            raise ConfigError("slurm.modules", module, why, "'slurm.modules=[cuda]'")
 
 
 def seconds_of(time: str) -> int:
@@ -169,7 +170,7 @@ def _check_environment(run: RunConfig) -> None:
     for name, value in run.slurm.environment.items():
         field = f"slurm.environment.{name}"
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-            why = "this is not a valid name of an environment variable"
+            why = f"{name} is not a valid name of an environment variable"
             raise ConfigError(field, value, why, "letters, digits and _, not beginning with a digit")
         if _SECRET.search(name):
             # The value is not part of the message, because it may be a secret.

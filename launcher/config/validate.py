@@ -50,8 +50,7 @@ def validate_generate(config: GenerateConfig) -> str:
         why = "sampling needs the directory of a finished run"
         raise refusal(config, "run.dir", why, "run.dir=runs/NAME (as the run printed it)")
     if not config.prompt:
-        why = "the model continues a text, and this one is empty"
-        raise refusal(config, "prompt", why, shlex.quote('prompt="import "'))
+        raise refusal(config, "prompt", "the prompt is empty", shlex.quote('prompt="import "'))
     numbers.refuse_numbers_out_of_range(config, numbers.GENERATE_NUMBERS)
     return config.run.dir
 
@@ -61,13 +60,13 @@ def validate_prepare(config: PrepareConfig) -> None:
     numbers.refuse_numbers_out_of_range(config, numbers.PREPARE_NUMBERS)
     t = config.tokenizer
     if t.train is not None and t.path is not None:
-        why = "there is nothing to train: tokenizer.path names one that is made"
+        why = "tokenizer.path and tokenizer.train cannot be set together"
         raise refusal(config, "tokenizer.train", why, "tokenizer.train=null", "tokenizer.path=null")
     if t.train is not None and config.vocab <= numbers.BYTE_VALUES:
-        why = f"every byte is a token, and so is what ends a document: {numbers.BYTE_VALUES + 1} at least"
+        why = f"must be at least {numbers.BYTE_VALUES + 1}: the byte values and the end-of-document token"
         raise refusal(config, "vocab", why, f"vocab={numbers.BYTE_VALUES + 1} (or more)")
     if t.end_of_document is not None and t.path is None:
-        why = "only another's tokenizer has ends to choose from"
+        why = "this setting needs tokenizer.path"
         raise refusal(config, "tokenizer.end_of_document", why, "tokenizer.end_of_document=null")
 
 
@@ -75,11 +74,11 @@ def validate_compare(config: ComparedRunConfig) -> None:
     """Check what `launcher compare` is given besides a run. Raises ConfigError."""
     numbers.refuse_numbers_out_of_range(config, numbers.COMPARE_NUMBERS)
     if config.compare.ranks == 1:
-        raise refusal(config, "compare.ranks", "one rank is one layout", "compare.ranks=2", "compare.ranks=4")
+        raise refusal(config, "compare.ranks", "must be at least 2", "compare.ranks=2", "compare.ranks=4")
     for name in ("data", "tensor", "pipeline", "zero_stage", "auto"):
         default = 1 if name == "data" else getattr(ParallelismConfig(), name)
         if getattr(config.parallelism, name) != default:
-            why = "the layouts that are compared set it (compare.layouts)"
+            why = "`launcher compare` takes the layouts from compare.layouts"
             raise refusal(config, f"parallelism.{name}", why, *settings(f"parallelism.{name}", [default]))
 
 
@@ -87,7 +86,7 @@ def validate_calibrate(config: CalibrateConfig) -> None:
     """Check what `launcher calibrate` is given. Raises ConfigError."""
     numbers.refuse_numbers_out_of_range(config, numbers.CALIBRATE_NUMBERS)
     if not re.fullmatch(r"\w[\w.-]*", config.name):
-        why = "is to be typed as hardware=NAME, and the name of a file"
+        why = "may contain only letters, digits, _, - and ., and must not begin with - or ."
         raise refusal(config, "name", why, "name=this_machine")
 
 
@@ -155,12 +154,11 @@ def check_images(run: RunConfig) -> None:
         why = "an image has as many tokens as patches"
         raise refusal(run, "data.sequence_length", why, "data.sequence_length=null")
     if d.document_attention:
-        why = "images are no documents"
+        why = "document attention needs text, and this run has images"
         raise refusal(run, "data.document_attention", why, "data.document_attention=false")
     if d.source is CorpusSource.image_folder:
         if d.train is None:
-            why = "data=image_folder trains on your own images, and no directory is named"
-            raise refusal(run, "data.train", why, "data.train=images/train")
+            raise refusal(run, "data.train", "data=image_folder needs images", "data.train=images/train")
         return
     if m.image_size != 8:
         whole = "" if 8 % m.patch_size == 0 else " model.patch_size=2"
@@ -182,11 +180,11 @@ def check_heads(run: RunConfig) -> None:
     if m.head_size is None and m.hidden_size % m.num_heads:
         raise refusal(run, "model.num_heads", f"does not divide model.hidden_size={m.hidden_size}", *remedies)
     if shape.head_size(m) % multiple:
-        why = "rotary positions need an even head size"
+        why = f"the head size is {shape.head_size(m)}, and rotary positions need an even head size"
         if m.head_size is not None:
             even = settings("model.head_size", shape.multiples_around(m.head_size, multiple))
             raise refusal(run, "model.head_size", why, *even)
-        raise refusal(run, "model.num_heads", f"heads of {shape.head_size(m)}, and {why}", *remedies)
+        raise refusal(run, "model.num_heads", why, *remedies)
     if m.num_heads % shape.kv_heads(m):
         legal = [heads for heads in shape.divisors(m.num_heads) if heads % run.parallelism.tensor == 0]
         remedies = settings("model.num_kv_heads", shape.nearest(legal, shape.kv_heads(m)) or ["null"])
@@ -208,7 +206,7 @@ def check_tensor_divides(run: RunConfig) -> None:
 
 def check_schedule(run: RunConfig) -> None:
     if shape.stages_per_rank(run) > 1 and run.parallelism.pipeline == 1:
-        why = "a schedule of several pipeline ranks, and there is one"
+        why = "this schedule needs parallelism.pipeline of 2 or more"
         more = settings("parallelism.pipeline", shape.legal_pipeline_sizes(run)[:1])
         raise refusal(run, "parallelism.pipeline_schedule", why, "parallelism.pipeline_schedule=1f1b", *more)
 
@@ -216,7 +214,7 @@ def check_schedule(run: RunConfig) -> None:
 def check_pipeline(run: RunConfig) -> None:
     p, layers, of_each = run.parallelism, run.model.num_layers, shape.stages_per_rank(run)
     if p.pipeline > 1 and p.zero_stage > 1:
-        why = f"DeepSpeed's pipeline of {p.pipeline} ranks takes ZeRO-1 at most"
+        why = f"with parallelism.pipeline={p.pipeline}, DeepSpeed supports ZeRO-0 and ZeRO-1 only"
         no_offload = " parallelism.offload_parameters=false" if p.offload_parameters else ""
         schedule = " parallelism.pipeline_schedule=1f1b" if of_each > 1 else ""
         remedies = f"parallelism.zero_stage=1{no_offload}", f"parallelism.pipeline=1{schedule}"
@@ -259,7 +257,7 @@ def check_sequence(run: RunConfig) -> None:
         return
     off = "parallelism.sequence_parallel=false"
     if p.tensor == 1:
-        why = "splits the sequence over tensor-parallel ranks, and there is one"
+        why = "sequence parallelism needs parallelism.tensor of 2 or more"
         more = settings("parallelism.tensor", shape.legal_tensor_sizes(run)[:1])
         raise refusal(run, "parallelism.sequence_parallel", why, off, *more)
     if length % p.tensor:
@@ -294,29 +292,27 @@ def check_data(run: RunConfig) -> None:
         why = f"leaves no text to {'validate on' if d.validation_fraction == 0 else 'train on'}"
         raise refusal(run, "data.validation_fraction", why, "data.validation_fraction=0.05")
     if d.source is CorpusSource.text and d.train is None:
-        why = "data=text trains on your own files, and none are named"
+        why = "data=text needs files to train on"
         raise refusal(run, "data.train", why, shlex.quote(f'data.train="{EXAMPLE_GLOB}"'))
     if d.source is CorpusSource.tokens and d.train is None and not d.sources:
-        why = "data=tokens trains on token files, and none are named"
-        raise refusal(run, "data.train", why, f"data.train={EXAMPLE_PREFIX}")
+        raise refusal(run, "data.train", "data=tokens needs token files", f"data.train={EXAMPLE_PREFIX}")
     if d.validation is None and d.validation_fraction + d.test_fraction >= 1:
         why = f"with data.validation_fraction={d.validation_fraction} it leaves nothing to train on"
         raise refusal(run, "data.test_fraction", why, "data.test_fraction=0")
     if d.source in (CorpusSource.stdlib, CorpusSource.text) and (d.test is not None or d.test_fraction > 0):
         field = "data.test_fraction" if d.test is None else "data.test"
         none = {"data.test_fraction": 0, "data.test": "null"}
-        why = f"data={d.source.name} has no test part; token files have"
-        raise refusal(run, field, why, f"{field}={none[field]}")
+        raise refusal(run, field, f"data={d.source.name} cannot have a test part", f"{field}={none[field]}")
     globs = {"data.train": d.train, "data.validation": d.validation}
     given = [field for field, glob in globs.items() if glob is not None]
     if d.source is CorpusSource.digits and given + (["data.test"] if d.test is not None else []):
         field = (given or ["data.test"])[0]
-        raise refusal(run, field, "data=digits brings its own images", f"{field}=null")
+        raise refusal(run, field, f"data=digits does not use {field}", f"{field}=null")
     if d.source is CorpusSource.stdlib and given:
         files = [f'{field}="{globs[field] or EXAMPLE_GLOB}"' for field in {"data.train", *given}]
         unset = " ".join(f"{field}=null" for field in given)
         text = " ".join(["data=text", *map(shlex.quote, sorted(files))])
-        raise refusal(run, given[0], "data=stdlib brings its own text", unset, text)
+        raise refusal(run, given[0], f"data=stdlib does not use {given[0]}", unset, text)
 
 
 def check_blend(run: RunConfig) -> None:
@@ -328,18 +324,17 @@ def check_blend(run: RunConfig) -> None:
     if not given:
         return
     if d.source is not CorpusSource.tokens:
-        why = f"data={d.source.name} is one source; a blend is of token files"
+        why = f"{given[0]} needs data=tokens"
         names = sorted({*d.sources, *d.weights, *d.validation_sources})
         sources = [f"data.sources.{name}={EXAMPLE_PREFIX}" for name in names if name not in d.sources]
         weights = [f"data.weights.{name}=1" for name in names if name not in d.weights]
         raise refusal(run, given[0], why, " ".join(["data=tokens", *sources, *weights]))
     for field in ("data.train", "data.validation", "data.test"):
         if value_of(run, field) is not None:
-            why = "of one source, and data.sources names several"
-            raise refusal(run, field, why, f"{field}=null")
+            raise refusal(run, field, f"{field} and data.sources cannot be set together", f"{field}=null")
     for field, by_name in named.items():
         if strange := [name for name in by_name if not re.fullmatch(r"[A-Za-z0-9_-]+", name)]:
-            why = f"{strange[0]!r} is to name metrics too: letters, digits, _ and -"
+            why = f"{strange[0]!r} also names metrics: only letters, digits, _ and - are possible"
             raise refusal(run, field, why, "another name")
         if missing := [name for name in by_name if name not in d.sources]:
             why = f"{missing[0]} is not among data.sources"
@@ -375,14 +370,15 @@ def check_scheduler(run: RunConfig) -> None:
     s, steps = run.scheduler, run.training.steps
     if s.name is not SchedulerName.wsd:
         if s.decay_steps is not None:
-            why = f"only wsd has a decay of its own length, not {s.name.name}"
+            why = f"this is a setting of scheduler=wsd, not of scheduler={s.name.name}"
             raise refusal(run, "scheduler.decay_steps", why, "scheduler=wsd", "scheduler.decay_steps=null")
         return
     room = steps - s.warmup_steps
     if s.decay_steps is None or s.decay_steps > room:
         decay = s.decay_steps or 1
         longer = f"training.steps={s.warmup_steps + decay} (or more)"
-        why = f"wsd decays after {s.warmup_steps} steps of warm-up and within training.steps={steps}"
+        sum_of_steps = f"{s.warmup_steps} warm-up steps + {decay} decay steps"
+        why = f"{sum_of_steps} exceed training.steps={steps}" if s.decay_steps else "scheduler=wsd needs it"
         remedies = [f"scheduler.decay_steps={room} (or fewer)"] if room >= 1 else []
         if decay > room:
             remedies.append(longer if s.decay_steps else f"{longer} scheduler.decay_steps={decay}")
@@ -392,7 +388,7 @@ def check_scheduler(run: RunConfig) -> None:
 def check_stop(run: RunConfig) -> None:
     t = run.training
     if t.stop_at is not None and t.stop_at > t.steps:
-        why = f"after the last step, training.steps={t.steps}"
+        why = f"must be at most training.steps={t.steps}"
         raise refusal(run, "training.stop_at", why, f"training.stop_at={t.steps} (or fewer)")
 
 
@@ -400,7 +396,7 @@ def check_wandb(run: RunConfig) -> None:
     project = run.logging.wandb.project
     if match := re.search(r"[/\\#?%:]", project):
         valid = re.sub(r"[/\\#?%:]", "-", project)
-        why = f"W&B takes no {match[0]} in a project's name"
+        why = f"a W&B project name may not contain {match[0]}"
         raise refusal(run, "logging.wandb.project", why, f"logging.wandb.project={valid}")
 
 
@@ -416,7 +412,7 @@ def check_deepspeed(run: RunConfig) -> None:
     for section, (is_on, remedy) in switches.items():
         outer, _, inner = section.rpartition(".")
         if inner in (run.deepspeed.get(outer, {}) if outer else run.deepspeed) and not is_on:
-            raise ConfigError(f"deepspeed.{section}", None, "tunes what this run does not use", remedy)
+            raise ConfigError(f"deepspeed.{section}", None, "this run does not use this section", remedy)
 
 
 def check_fp16_has_a_gpu(run: RunConfig, layout: Layout) -> None:

@@ -70,7 +70,7 @@ def _device(run: RunConfig, machine: Machine) -> str:
     """Return "cuda" or "cpu"; `auto` becomes "cuda" where there are GPUs."""
     wanted = run.hardware.device
     if wanted is Device.cuda and machine.gpus == 0:
-        remedies = "hardware=cpu", "hardware=local (what is here)"
+        remedies = "hardware=cpu", "hardware=local (the hardware of this machine)"
         raise refusal(run, "hardware.device", "this machine has no GPU", *remedies)
     if wanted is Device.auto:
         return "cuda" if machine.gpus else "cpu"

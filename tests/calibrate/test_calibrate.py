@@ -146,7 +146,7 @@ def test_counts_of_ranks() -> None:
     ("typed", "said"),
     [
         ("dir=file/conf", "dir=file/conf: cannot be written to: Not a directory"),
-        ("name=a/b", "name=a/b: is to be typed as hardware=NAME, and the name of a file"),
+        ("name=a/b", "name=a/b: may contain only letters, digits"),
         ("rounds=0", "rounds=0: must be at least 1"),
         ("--multirun", "--multirun: not supported by `launcher calibrate`"),
     ],

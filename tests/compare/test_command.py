@@ -124,10 +124,10 @@ def test_a_layout_that_fails_is_told_of_and_the_others_are_compared(tmp_path: Pa
             "compare.layouts=[tpp]",
             "compare.layouts=tpp: unknown layout; with compare.ranks=4 there are: single, dp",
         ),
-        ("compare.ranks=1", "compare.ranks=1: one rank is one layout"),
+        ("compare.ranks=1", "compare.ranks=1: must be at least 2"),
         (
             "parallelism.tensor=2",
-            "parallelism.tensor=2: the layouts that are compared set it",
+            "parallelism.tensor=2: `launcher compare` takes the layouts",
         ),
         ("compare.figure=x.gif", "compare.figure=x.gif: a picture is .png, .svg or .pdf"),
         ("hardware.memory_bytes=1e3", "compare.layouts="),

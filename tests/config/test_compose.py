@@ -252,7 +252,7 @@ class TestNotComposed:
             ("prompt.x=3", "prompt.x=3: prompt is a field, not a section\n  try: prompt=3"),
             (
                 "run=3",
-                "run=3: this is a section of fields, which has no value itself\n  try: run.dir=<text | null>",
+                "run=3: this is a section of fields, which has no value itself\n  try: run.dir=3",
             ),
         ],
     )
@@ -333,7 +333,7 @@ class TestOwnFiles:
             (
                 "of_another_type",
                 "model.hidden_size=wide: must be a whole number (in experiment/of_another_type.yaml)\n"
-                "  try: model.hidden_size=<whole number>",
+                "  try: model.hidden_size=128",
             ),
             (
                 "no_group",

@@ -235,7 +235,7 @@ class TestCheck:
                 misspelt = f"{section}.{key[:-1]}" if section else key[:-1]
                 error = refused(nested(misspelt, True))
                 assert (error.field, error.value) == (f"deepspeed.{misspelt}", "true")
-                assert error.why == "not a key of DeepSpeed that a run may set"
+                assert error.why == "unknown or unsupported DeepSpeed key"
                 assert f"deepspeed.{path}=true" in error.remedy.split(" or ")
 
     def test_refuses_what_a_field_of_ours_sets(self, subtests: pytest.Subtests) -> None:
@@ -260,7 +260,25 @@ class TestCheck:
                         f"deepspeed.{section}",
                         "this key is a section, which has no value itself",
                     )
-                    assert error.remedy == f"deepspeed.{section}.{next(iter(SECTIONS[section]))}=VALUE"
+                    key = f"deepspeed.{section}.{next(iter(SECTIONS[section]))}=VALUE"
+                    assert error.remedy.split(" or ")[-1] == key
+
+    @pytest.mark.parametrize(
+        ("section", "value", "setting"),
+        [
+            ("zero_optimization", 3, "parallelism.zero_stage=3"),
+            ("bf16", True, "precision=bf16"),
+            ("fp16", 3, "precision=fp16"),
+        ],
+    )
+    def test_names_the_setting_that_a_value_of_a_section_means(
+        self, section: str, value: int, setting: str
+    ) -> None:
+        assert refused({section: value}).remedy.split(" or ")[0] == setting
+
+    def test_quotes_a_dictionary_for_the_shell(self) -> None:
+        error = refused({"zero_optimizatoin": {"overlap_comm": False}})
+        assert error.remedy == "'deepspeed.zero_optimization={overlap_comm: false}'"
 
     def test_lists_the_keys_where_none_is_close(self) -> None:
         error = refused({"data_types": {"xyzzy": 1}})

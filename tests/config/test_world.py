@@ -49,7 +49,7 @@ def test_cuda_without_a_gpu_is_refused() -> None:
     run = run_of(*H100)
     with pytest.raises(ConfigError, match=r"hardware.device=cuda: this machine has no GPU") as raised:
         world_of_machine(run, LAPTOP)
-    assert raised.value.remedy == "hardware=cpu or hardware=local (what is here)"
+    assert raised.value.remedy == "hardware=cpu or hardware=local (the hardware of this machine)"
     with pytest.raises(ConfigError, match=r"hardware.device=cuda: this machine has no GPU"):
         world_of_joined_ranks(run, LAPTOP, ranks=16, ranks_per_node=8)
 
@@ -75,7 +75,9 @@ def test_the_hardware_of_the_config_needs_no_such_machine(
 def test_the_nodes_of_a_job_are_fixed_and_their_memory_is_not_known() -> None:
     assert world_of_nodes(run_of(*CPU_NODES), 5) == World("cpu", 15, 3, fixed=True)
     assert world_of_nodes(run_of(*H100), 2) == World("cuda", 16, 8, fixed=True)
-    with pytest.raises(ConfigError, match=r"accelerators_per_node=null: the hardware of the cluster's nodes"):
+    with pytest.raises(
+        ConfigError, match=r"accelerators_per_node=null: `launcher submit` needs the hardware"
+    ):
         world_of_nodes(run_of(*CPU), 2)
 
 

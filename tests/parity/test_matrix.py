@@ -96,9 +96,9 @@ def why_illegal(c: Combination) -> list[str]:
     return [
         words
         for holds, words in (
-            (c.pipeline > 1 and c.zero_stage > 1, "ZeRO-1 at most"),
-            (c.schedule == "dualpipev" and c.pipeline == 1, "several pipeline ranks, and there is one"),
-            (c.sequence_parallel and c.tensor == 1, "splits the sequence over tensor-parallel ranks"),
+            (c.pipeline > 1 and c.zero_stage > 1, "ZeRO-0 and ZeRO-1 only"),
+            (c.schedule == "dualpipev" and c.pipeline == 1, "needs parallelism.pipeline of 2 or more"),
+            (c.sequence_parallel and c.tensor == 1, "sequence parallelism needs parallelism.tensor of 2"),
             (c.ranks > RANKS, f"more than the {RANKS}"),
         )
         if holds

@@ -37,7 +37,7 @@ def test_the_table_has_every_part(ended: dict[str, Ended]) -> None:
     for words in (
         "8.03 B parameters",
         "8 cuda ranks = 1 pipeline x 8 data x 1 tensor",
-        "ZeRO-0 is wrong in low precision",  # the layout's note
+        "ZeRO-0 has defects in bf16 and fp16",  # the layout's note
         "Memory of one rank, GB",
         "too much",
         "Sent by one rank in a step",
