@@ -483,7 +483,7 @@ class TestInspect:
 
     @pytest.mark.parametrize("arguments", [["sl", "x"], ["ls"], ["ls", "a", "b"]])
     def test_refuses_wrong_arguments(self, arguments: list[str]) -> None:
-        with pytest.raises(ConfigError, match=r"launcher checkpoint ls \| show \| check PATH"):
+        with pytest.raises(ConfigError, match=r"launcher checkpoint (ls|show|check) runs/NAME"):
             inspect(arguments)
 
     def test_refuses_a_directory_without_checkpoints(self, tmp_path: Path) -> None:

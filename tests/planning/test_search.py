@@ -236,7 +236,7 @@ class TestChoice:
         with pytest.raises(ConfigError) as raised:
             chosen(run, world_of(run))
         assert "none of" in raised.value.why
-        assert "of 1.00 GB a rank" in raised.value.why
+        assert "per rank, and 1.00 GB are available" in raised.value.why
         unchecked, _ = chosen(changed(run, {"plan.enforce": False}), world_of(run))
         assert unchecked.parallelism.zero_stage == 3
 

@@ -77,7 +77,7 @@ def test_a_start_waits_longer_for_its_own_job_on_a_lost_node(
     with held(tmp_path) as notes:
         assert notes == []
     process.communicate()
-    assert capsys.readouterr().err.count("is still held by job 42, process ") == 1
+    assert capsys.readouterr().err.count("(job 42, since ") == 1
 
 
 def test_a_file_system_without_locks_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
