@@ -78,7 +78,7 @@ def requeue(job: str) -> None:
 
 def read_batch_script(job: str) -> str:
     """Return the text of a job's script as submitted, even if the file has changed. Raises SlurmError."""
-    return _run(["scontrol", "write", "read_batch_script", job, "-"])
+    return _run(["scontrol", "write", "batch_script", job, "-"])
 
 
 def _run(command: list[str], text: str | None = None, *, patience: float = _PATIENCE) -> str:
