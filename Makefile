@@ -24,11 +24,12 @@ train: setup  ## Train the example model, then sample from it (RUN=runs/name to 
 	$(BIN)/launcher experiment=stdlib_gpt run.dir=$(RUN)
 	$(BIN)/launcher generate run.dir=$(RUN) 'prompt="def "'
 
-test: setup  ## Run the quick tests in two processes (under 8 minutes on two idle cores)
-	$(BIN)/pytest -q -m "not slow" --numprocesses=2 --dist=loadgroup
+test: setup  ## Run the quick tests (about 8 minutes on two idle cores)
+	$(BIN)/pytest -q -m "not slow" --numprocesses=2 --dist=loadfile --ignore=tests/slurm
+	$(BIN)/pytest -q -m "not slow" tests/slurm  # alone: a machine has room for one Slurm cluster
 
 test-all: setup  ## Run all tests (under an hour on two idle cores)
-	$(BIN)/pytest -q --numprocesses=2 --dist=loadgroup --ignore=tests/calibrate --ignore=tests/slurm
+	$(BIN)/pytest -q --numprocesses=2 --dist=loadfile --ignore=tests/calibrate --ignore=tests/slurm
 	$(BIN)/pytest -q tests/calibrate tests/slurm  # alone: these measure this machine, and start a cluster
 
 check: lint types imports  ## Check style, types and import direction
