@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from math import inf, isfinite
 from pathlib import Path
@@ -17,9 +18,9 @@ from launcher.checkpoint.manifest import (
     Piece,
     StoredFile,
     StoredTensor,
+    UnusableCheckpoint,
     checkpoints_in,
     entry_name,
-    is_complete,
     piece_of,
     read_manifest,
     sha256_of,
@@ -52,7 +53,8 @@ def write_pieces(partial: Path, rank: int, pieces: Iterable[HostPiece], max_byte
         save_tensors({entry_name(p.kind, p.name, p.box.offsets): p.tensor for p in group}, partial / name)
         files[name] = asdict(StoredFile((partial / name).stat().st_size, sha256_of(partial / name)))
         listed += [(p.kind, p.name, p.shape, asdict(Piece(name, p.box.offsets, p.box.sizes))) for p in group]
-        finite = finite and all(bool(p.tensor.isfinite().all()) for p in group)
+        # The extremes of a tensor are NaN if any value is, and need no copy of the tensor.
+        finite = finite and all(isfinite(extreme) for p in group for extreme in p.tensor.aminmax())
         group.clear()  # free these tensors before the next file's tensors are copied
     write_text(index_path(partial, rank), json.dumps({"files": files, "pieces": listed, "finite": finite}))
 
@@ -108,18 +110,24 @@ def prune(run_dir: Path, config: CheckpointConfig) -> None:
 
     A checkpoint with values that are not finite never displaces a finite one: both kinds are counted apart.
     """
-    complete = [path for path in checkpoints_in(run_dir) if is_complete(path)]
-    finite = [path for path in complete if read_manifest(path).finite]
+    manifests = {}
+    for path in checkpoints_in(run_dir):
+        with suppress(UnusableCheckpoint):
+            manifests[path] = read_manifest(path)
+    complete = list(manifests)
+    finite = [path for path in complete if manifests[path].finite]
     kept = {*complete[: config.keep_last], *finite[: config.keep_last]}
     if config.keep_every_steps:
         kept |= {path for path in complete if step_of(path) % config.keep_every_steps == 0}
-    if config.keep_best and (best := min(finite, key=_validation_loss, default=None)):
+    if config.keep_best and (
+        best := min(finite, key=lambda path: _validation_loss(manifests[path]), default=None)
+    ):
         kept.add(best)
     for path in complete:
         if path not in kept:
             delete_directory(path)
 
 
-def _validation_loss(path: Path) -> float:
-    loss = read_manifest(path).validation_loss
+def _validation_loss(manifest: Manifest) -> float:
+    loss = manifest.validation_loss
     return loss if loss is not None and isfinite(loss) else inf
