@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Literal
 
 import numpy as np
 
@@ -15,7 +14,7 @@ from launcher.config.compose import compose_jobs
 from launcher.config.layout import Layout
 from launcher.config.schema import HardwareConfig, MeasuredRates, RunConfig, Scale
 from launcher.config.shape import sequence_length
-from launcher.launch.local import run_local_ranks
+from launcher.launch.local import run_local_ranks, start_method_for
 from launcher.planning.cost.parts import parts
 from launcher.planning.cost.run_plan import make_plan
 from launcher.planning.cost.sizes import Sizes
@@ -104,7 +103,7 @@ def step_seconds(trial: Trial, threads: int) -> float:
     with tempfile.TemporaryDirectory(prefix="launcher-calibrate-") as name:
         folder = Path(name)
         target = partial(_rank, trial=trial, threads=threads, folder=folder)
-        start_method: Literal["fork", "spawn"] = "fork" if trial.layout.device == "cpu" else "spawn"
+        start_method = start_method_for(trial.layout.device)
         run_local_ranks(target, trial.ranks, log_dir=folder / "logs", start_method=start_method)
         return float(json.loads((folder / "0.json").read_text()))
 

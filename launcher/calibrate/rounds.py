@@ -7,12 +7,12 @@ from functools import partial, reduce
 from operator import getitem
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal
+from typing import Any
 
 from launcher.calibrate.engine_overhead import rounded, with_engine
 from launcher.config.schema import MeasuredCollective, MeasuredProducts, MeasuredRates, Point
 from launcher.engine.distributed import join, leave, prepare_deepspeed
-from launcher.launch.local import run_local_ranks
+from launcher.launch.local import run_local_ranks, start_method_for
 from launcher.text import plural
 
 Sample = dict[str, Any]  # results of probes.py by name, of one round with one number of ranks
@@ -39,7 +39,7 @@ def sample(ranks: int, *, cores: int, device: str) -> Sample:
     with tempfile.TemporaryDirectory(prefix="launcher-calibrate-") as name:
         folder = Path(name)
         target = partial(_rank, ranks=ranks, threads=max(1, cores // ranks), device=device, folder=folder)
-        start_method: Literal["fork", "spawn"] = "fork" if device == "cpu" else "spawn"
+        start_method = start_method_for(device)
         run_local_ranks(target, ranks, log_dir=folder / "logs", start_method=start_method)
         rank_0: Sample = json.loads((folder / "sample.json").read_text())
         return rank_0

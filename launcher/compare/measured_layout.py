@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
-from launcher.launch.local import run_local_ranks
+from launcher.launch.local import run_local_ranks, start_method_for
 from launcher.planning.cost.operations import Collective
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def measure_layout(run: RunConfig, layout: Layout, *, steps: int) -> MeasuredLay
     with tempfile.TemporaryDirectory(prefix="launcher-compare-") as name:
         folder = Path(name)
         target = partial(record_rank, run=run, layout=layout, steps=steps, folder=folder)
-        start_method: Literal["fork", "spawn"] = "fork" if layout.device == "cpu" else "spawn"
+        start_method = start_method_for(layout.device)
         run_local_ranks(target, layout.world_size, log_dir=folder / "logs", start_method=start_method)
         records = [folder / f"rank-{rank}.json" for rank in range(layout.world_size)]
         return combined(layout, [RankRecord(**json.loads(record.read_text())) for record in records])

@@ -50,6 +50,11 @@ class Stopped(SystemExit):
         super().__init__(self.exit_code)
 
 
+def start_method_for(device: str) -> Literal["fork", "spawn"]:
+    """Return "fork" for CPU ranks, which then share their imports; CUDA cannot be forked safely."""
+    return "fork" if device == "cpu" else "spawn"
+
+
 def run_local_ranks(
     target: Callable[[int], None],
     world_size: int,

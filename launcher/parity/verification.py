@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -14,7 +14,7 @@ from launcher.config.layout import Layout, resolve_layout
 from launcher.config.schema import Dtype, OptimizerConfig, OptimizerName, RunConfig
 from launcher.config.world import World
 from launcher.engine.distributed import prepare_deepspeed
-from launcher.launch.local import run_local_ranks
+from launcher.launch.local import run_local_ranks, start_method_for
 from launcher.models.architecture import flat_model
 from launcher.models.context import BlockContext
 from launcher.parallel.mesh import ProcessMesh
@@ -122,7 +122,7 @@ def _run_ranks(
 ) -> None:
     target = partial(_rank, record=record, run=run, layout=layout, folder=folder, mutation=mutation)
     # CUDA does not survive a fork; on CPU a forked rank starts with all modules already imported.
-    start_method: Literal["fork", "spawn"] = "fork" if layout.device == "cpu" else "spawn"
+    start_method = start_method_for(layout.device)
     run_local_ranks(target, layout.world_size, log_dir=folder / "logs", start_method=start_method)
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
 from launcher.launch.environment import NodeEnvironment, RankEnvironment
-from launcher.launch.local import RankFailure, Stopped, run_local_ranks
+from launcher.launch.local import RankFailure, Stopped, run_local_ranks, start_method_for
 from launcher.launch.rank import STOPPED_EXIT_CODE, StopRequest, failure_of
 from launcher.launch.records import RankEndKind, all_recorded, record_end
 from launcher.launch.stopping import stop_grace
@@ -69,8 +69,7 @@ def _run_ranks(
             target,
             layout.world_size,
             log_dir=log_dir,
-            # Forked ranks share the imports: eight start as fast as one. CUDA cannot be forked safely.
-            start_method="fork" if layout.device == "cpu" else "spawn",
+            start_method=start_method_for(layout.device),
             local_ranks=ranks,
             save_grace=stop_grace(run),
         )
