@@ -26,7 +26,7 @@ CPU_NODES = [*CPU, "hardware.nodes=2", "hardware.accelerators_per_node=3"]
         (CPU, SERVER, World("cpu", 64, 64, memory_bytes=10**12)),
         ([], SERVER, World("cuda", 8, 8)),
         (H100, SERVER, World("cuda", 8, 8)),
-        # What the machine has counts, not what the config says.
+        # The GPUs of the machine count, not the number in the config.
         ([*H100, "hardware.accelerators_per_node=4"], SERVER, World("cuda", 8, 8)),
     ],
 )

@@ -22,7 +22,7 @@ FAST = [
 
 @pytest.mark.parametrize("layout", [["parallelism.tensor=2"], ["parallelism.pipeline=2"]], ids=["tp2", "pp2"])
 def test_memory_is_as_planned(layout: list[str], tmp_path: Path) -> None:
-    # What is copied for a checkpoint of the step before is not the step's.
+    # The copy for a checkpoint of the step before is not memory of this step.
     saving = f"checkpoint.interval_steps={MEASURED_STEP - 1}"
     out = trained(*layout, f"training.steps={MEASURED_STEP + 2}", saving, "run.dir=r", cwd=tmp_path)
     assert " of tensors per rank, " in out

@@ -54,7 +54,7 @@ def test_a_long_list_of_ranks_is_shortened() -> None:
 
 
 def test_a_hung_run_ends_and_names_the_ranks(tmp_path: Path) -> None:
-    """Of four ranks, one sleeps and one is stopped by a signal, so that it cannot answer."""
+    """One of four ranks sleeps, and a signal stops another, so that it cannot answer."""
     program = FAULTY.replace("rank == 1", "rank in (1, 2)").format(fault=HANGS)
     options = ["run.dir=r", "parallelism.data=4", "launch.timeout_minutes=0.2"]
     process = started(*SMALL, *options, cwd=tmp_path, program=program)

@@ -215,7 +215,7 @@ def seconds(run: RunConfig, layout: Layout, rates: AnyRates, per_node: int) -> f
 
 
 def peak(run: RunConfig, layout: Layout) -> int:
-    # Of equal ranks the first has most micro-batches in flight; under DualPipeV all have the same number.
+    # The first of equal ranks has most micro-batches in flight; under DualPipeV all have the same number.
     fullest = {kind_of(rank): rank for rank in reversed(pipeline_ranks(run, layout))}.values()
     return max(rank_memory(run, layout, rank).total for rank in fullest)
 
