@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from launcher.config.errors import ConfigError
 from launcher.config.explanations import COMPOSITION_ERRORS, explain, missing_value, no_such_field
-from launcher.config.fields import ENTRIES, config_directory, is_section
+from launcher.config.fields import ENTRIES, config_directory, is_section, schema_of
 from launcher.config.run_format import check_format
 from launcher.config.schema import (
     CalibrateConfig,
@@ -126,7 +126,7 @@ def to_typed(composed: DictConfig, root: type[Config], overrides: list[str] | No
     try:
         if missing := sorted(OmegaConf.missing_keys(composed)):
             raise missing_value(missing[0], root, overrides or [])
-        _refuse_unknown(composed, OmegaConf.structured(root), "", root)
+        _refuse_unknown(composed, schema_of(root), "", root)
         typed = OmegaConf.to_object(composed)
         # Composition does not check the items of lists: it accepts [a, {b: 1}] as a list of text.
         OmegaConf.structured(typed)
@@ -154,7 +154,7 @@ def load_typed(path: Path, root: type[Config]) -> Config:
         raise ConfigError("run.dir", path.parent, why, "run.dir=DIRECTORY of a run")
     check_format(path.parent)
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(root), OmegaConf.load(path))
+        merged = OmegaConf.merge(schema_of(root), OmegaConf.load(path))
         assert isinstance(merged, DictConfig)
         return to_typed(merged, root)
     except (*COMPOSITION_ERRORS, ConfigError) as error:

@@ -22,6 +22,7 @@ from launcher.config.fields import (
     groups_of,
     kind_of_entry,
     options_of,
+    schema_of,
 )
 from launcher.config.numbers import NUMBERS
 
@@ -80,7 +81,7 @@ def missing_value(name: str, root: type[Any], overrides: list[str]) -> ConfigErr
 def _example(field: str, root: type[Any]) -> str:
     """Return a setting of a field with its default, or with examples if it has no default."""
     kind = fields_of(root).get(field) or kind_of_entry(field) or "VALUE"
-    default = OmegaConf.select(OmegaConf.structured(root), field)
+    default = OmegaConf.select(schema_of(root), field)
     examples = {"text": ["TEXT"], "number": ["1"]}.get(kind) or kind.split(" | ")
     examples = [NUMBERS[field][1]] if field in NUMBERS else examples
     return " or ".join(settings(field, [default] if default is not None or "null" in kind else examples))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
+from hydra._internal.hydra import Hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
@@ -43,15 +44,15 @@ def cases(file: str) -> list[Case]:
 
 @functools.cache
 def composed(*arguments: str) -> RunConfig:
-    """Return a run composed by Hydra in a fifth of a second. Must not be changed."""
-    with mock.patch.object(sys, "argv", ["launcher"]):
-        [job] = compose_jobs("config", RunConfig, list(arguments))
-    return job.config
+    """Return a run composed by Hydra in a tenth of a second. Must not be changed."""
+    return composed_as("config", RunConfig, *arguments)  # type: ignore[no-any-return]
 
 
 def composed_as(name: str, root: Any, *arguments: str) -> Any:
-    """Return the config that a command other than training composes."""
-    with mock.patch.object(sys, "argv", ["launcher"]):
+    """Return the config that a command composes from `name`, as a single run."""
+    # Hydra composes everything twice, first to learn whether it is a sweep.
+    once = mock.patch.object(Hydra, "get_mode", return_value=None)
+    with mock.patch.object(sys, "argv", ["launcher"]), once:
         [job] = compose_jobs(name, root, list(arguments))
     return job.config
 
@@ -93,15 +94,17 @@ UNPUBLISHED = {
 def run_of(*overrides: str) -> RunConfig:
     """Return a run: groups composed by Hydra and cached, then fields; the last value of a field counts."""
     fields = [override for override in overrides if _is_field(override)]
-    groups = copy.deepcopy(composed(*(override for override in overrides if override not in fields)))
-    if not fields:
-        return groups
-    run = OmegaConf.structured(groups)
+    run = copy.deepcopy(composed(*(override for override in overrides if override not in fields)))
+    by_section: dict[str, list[Any]] = {}
     for override in OverridesParser.create().parse_overrides(fields):
-        OmegaConf.update(run, override.key_or_group, override.value(), force_add=True)
-    typed = OmegaConf.to_object(run)
-    assert isinstance(typed, RunConfig)
-    return typed
+        by_section.setdefault(override.key_or_group.partition(".")[0], []).append(override)
+    for name, settings in by_section.items():
+        # Only the sections that change: to convert all of a run takes 70 ms.
+        section = OmegaConf.create({name: getattr(run, name)})
+        for setting in settings:
+            OmegaConf.update(section, setting.key_or_group, setting.value(), force_add=True)
+        setattr(run, name, OmegaConf.to_object(section)[name])  # type: ignore[call-overload,index]
+    return run
 
 
 def _is_field(override: str) -> bool:
