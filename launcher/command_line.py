@@ -28,6 +28,7 @@ VERBS = {
     "job": "job:main",
     "sync": "sync:main",
     "generate": "generate:main",
+    "replay": "replay:main",
     "checkpoint": "checkpoint:main",
     "prepare": "prepare:main",
     "export": "exchange:export_main",

@@ -69,7 +69,7 @@ class Manifest:
 
     step: int
     samples: int  # consumed so far
-    updates: int  # optimizer updates made; fewer than `step` where fp16 skipped a step
+    updates: int  # optimizer updates made; fewer than `step` where a step was skipped
     scaler: dict[str, float]  # state of the dynamic loss scale; empty outside fp16
     corpus: dict[str, str]  # digest of the training data, by source
     launcher: str  # version
@@ -81,6 +81,12 @@ class Manifest:
     # Each blend applies from its sample `start` on, and has its sampling `weights`.
     blends: list[dict[str, Any]] = field(default_factory=list)
     finite: bool = True  # false: a weight or an optimizer state is NaN or infinite
+    skipped: int = 0  # steps so far that changed no weight
+    # Samples left out after a rollback: pairs of the first, and the one after the last.
+    excluded: list[list[int]] = field(default_factory=list)
+    history: dict[str, list[float]] = field(
+        default_factory=dict
+    )  # losses and norms that a spike is judged by
 
     def to_json(self) -> str:
         """Return the manifest with its own SHA-256, so that any changed digit is detected."""

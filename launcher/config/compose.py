@@ -25,6 +25,7 @@ from launcher.config.schema import (
     GenerateConfig,
     PlannedRunConfig,
     PrepareConfig,
+    ReplayConfig,
     RunConfig,
     register_schema,
 )
@@ -38,6 +39,7 @@ Config = TypeVar(
     ExchangeConfig,
     PrepareConfig,
     CalibrateConfig,
+    ReplayConfig,
 )
 
 # The beginnings of overrides of open dictionaries, whose keys the user chooses.

@@ -1,4 +1,4 @@
-"""Raised for every user error."""
+"""Errors with a message for the user: they are printed without a traceback."""
 
 from collections.abc import Iterable
 from enum import Enum
@@ -16,6 +16,10 @@ class ConfigError(Exception):
     def __reduce__(self) -> tuple[type["ConfigError"], tuple[str, object, str, str]]:
         # By default, only an exception's message is pickled; this exception is sent between ranks.
         return type(self), (self.field, self.value, self.why, self.remedy)
+
+
+class RunStopped(Exception):
+    """A run that ends itself because its numbers are wrong. The message is for the user, with a remedy."""
 
 
 def refusal(config: object, field: str, why: str, *remedies: str) -> ConfigError:

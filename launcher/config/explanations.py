@@ -29,7 +29,9 @@ from launcher.config.numbers import NUMBERS
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, OSError)
 
 _SHAPE = "GROUP=OPTION or a.b=VALUE"
-_VERBS = {"Calibrate": "calibrate ", "Generate": "generate ", "Prepare": "prepare ", "Exchange": "export "}
+_VERBS = {name.capitalize(): f"{name} " for name in ("calibrate", "generate", "prepare", "replay")} | {
+    "Exchange": "export "
+}
 
 
 @dataclass(frozen=True)

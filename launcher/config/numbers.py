@@ -68,6 +68,8 @@ NUMBERS: dict[str, tuple[Range, str]] = {
     "training.steps": (NOT_NEGATIVE, "200"),
     "verify.steps": (COUNT, "3"),
     "plan.tokens": (ABOVE_0, "null"),
+    "guard.max_skips": (COUNT, "10"), "guard.spike_window": (COUNT, "128"),
+    "guard.spike_score": (ABOVE_0, "8"),
     "launch.timeout_minutes": (ABOVE_0, "30"),
     "slurm.cpus_per_task": (COUNT, "null"), "slurm.max_parallel": (COUNT, "null"),
     "slurm.signal_seconds": (LEAD, "120"),
@@ -87,6 +89,7 @@ PREPARE_NUMBERS: dict[str, tuple[Range, str]] = {
 }  # fmt: skip
 COMPARE_NUMBERS: dict[str, tuple[Range, str]] = {"compare.ranks": (COUNT, "4"), "compare.steps": (COUNT, "8")}
 CALIBRATE_NUMBERS: dict[str, tuple[Range, str]] = {"rounds": (COUNT, "5"), "most_ranks": (COUNT, "null")}
+REPLAY_NUMBERS: dict[str, tuple[Range, str]] = {"step": (COUNT, "1"), "samples": (COUNT, "8")}
 EXCHANGE_NUMBERS: dict[str, tuple[Range, str]] = {"max_file_gb": (ABOVE_0, "2")}
 
 

@@ -393,6 +393,37 @@ class PlanConfig:
     figure: Optional[str] = None  # a .png, .svg or .pdf file
 
 
+class OnNonfinite(Enum):
+    """What to do if the gradients of a step are not usable: leave the step out, or stop the run."""
+
+    skip = "skip"
+    stop = "stop"
+
+
+class OnSpike(Enum):
+    """What to do if loss or gradient norm leaps up.
+
+    `warn`: say so. `skip`: also leave out steps whose gradient norm leaps up. `rollback`: continue from the
+    last checkpoint before the leap, with the samples after it.
+    """
+
+    off = "off"
+    warn = "warn"
+    skip = "skip"
+    rollback = "rollback"
+
+
+@dataclass
+class GuardConfig:
+    """What happens to a step that would harm the run."""
+
+    nonfinite: OnNonfinite = OnNonfinite.skip  # NaN, infinite or huge gradients
+    max_skips: int = 10  # stop the run after so many skipped steps in a row
+    spike: OnSpike = OnSpike.warn
+    spike_window: int = 128  # logged steps that a leap is judged by
+    spike_score: float = 8.0  # robust standard deviations above the median that are a leap
+
+
 @dataclass
 class LaunchConfig:
     """Supervision of ranks."""
@@ -453,6 +484,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     verify: VerifyConfig = field(default_factory=VerifyConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
     submit: SubmitConfig = field(default_factory=SubmitConfig)
@@ -498,6 +530,17 @@ class GenerateConfig:
     temperature: float = 0.8  # 0: always the most likely token
     top_k: int = 50  # 0: off
     seed: int = 0
+
+
+@dataclass
+class ReplayConfig:
+    """Settings of `launcher replay`: the run, the step to repeat, and the layout to repeat it in."""
+
+    run: RunDirConfig = field(default_factory=RunDirConfig)
+    step: Optional[int] = None
+    parallelism: ParallelismConfig = field(default_factory=ParallelismConfig)
+    device: Device = Device.auto
+    samples: int = 8  # samples with the highest losses to show
 
 
 class TokenizerTraining(Enum):
@@ -566,6 +609,7 @@ def register_schema() -> None:
         "calibrate": CalibrateConfig,
         "exchange": ExchangeConfig,
         "prepare": PrepareConfig,
+        "replay": ReplayConfig,
     }
     for name, root in roots.items():
         ConfigStore.instance().store(name=f"{name}_schema", node=root)

@@ -23,6 +23,7 @@ from launcher.config.schema import (
     OptimizerName,
     ParallelismConfig,
     PrepareConfig,
+    ReplayConfig,
     RunConfig,
     SchedulerName,
 )
@@ -53,6 +54,17 @@ def validate_generate(config: GenerateConfig) -> str:
         raise refusal(config, "prompt", "the prompt is empty", shlex.quote('prompt="import "'))
     numbers.refuse_numbers_out_of_range(config, numbers.GENERATE_NUMBERS)
     return config.run.dir
+
+
+def validate_replay(config: ReplayConfig) -> tuple[str, int]:
+    """Check what `launcher replay` is given; return the run's directory and the step. Raises ConfigError."""
+    if config.run.dir is None:
+        raise refusal(config, "run.dir", "a run is needed to repeat a step of", "run.dir=runs/NAME step=1")
+    if config.step is None:
+        why = "a step is needed, such as one whose loss leaps up in metrics.jsonl"
+        raise refusal(config, "step", why, "step=1")
+    numbers.refuse_numbers_out_of_range(config, numbers.REPLAY_NUMBERS)
+    return config.run.dir, config.step
 
 
 def validate_prepare(config: PrepareConfig) -> None:

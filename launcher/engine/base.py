@@ -13,7 +13,8 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_st
 from torch import Tensor, nn
 
 from launcher.config.layout import Layout
-from launcher.engine.state import link_states
+from launcher.engine.state import link_states, loss_scaler, make_states
+from launcher.engine.update_guard import UpdateGuard, install
 from launcher.models.losses import ClassificationLoss, Loss
 from launcher.parallel.mesh import Axis, ProcessMesh
 from launcher.parallel.random import DropoutRandom
@@ -24,13 +25,11 @@ MicroBatches = Iterable[Any]  # each is token ids (B, T+1), or inputs and labels
 
 @dataclass(frozen=True)
 class StepResult:
-    """Loss and gradient norm of one optimizer step. Both stay on the device: reading them waits for the step.
-
-    Under ZeRO DeepSpeed reads the norm itself in every step, to reject a norm that is not finite.
-    """
+    """What became of one optimizer step. All stay on the device: reading them waits for the step."""
 
     loss: Tensor  # mean in nats over this rank's share of the global batch, see Engine.loss_share
-    grad_norm: Tensor | float  # before clipping, the same on every rank
+    grad_norm: Tensor  # before clipping, the same on every rank
+    skipped: Tensor  # 1 if the step changed no weight because its gradients are not usable, else 0; alike
 
 
 class Engine(ABC):
@@ -50,6 +49,12 @@ class Engine(ABC):
         self.deepspeed, self.module, self.optimizer = deepspeed_engine, module, optimizer
         self.mesh, self.zero_stage, self.device = mesh, layout.zero_stage, device
         self.loss, self.random = loss, random
+        self.guard = UpdateGuard(device)
+        if layout.zero_stage > 0:
+            install(self.guard, deepspeed_engine.optimizer, mesh)
+        if any(group.get("momentum") for group in optimizer.param_groups):
+            # torch would leave the buffers uninitialised if it skipped the first step.
+            make_states(self, ["momentum_buffer"], updates=0)
 
     @property
     def reads_data(self) -> bool:
@@ -84,6 +89,11 @@ class Engine(ABC):
         self.loss.right = self.loss.seen = 0
         right, seen = world_sums(counts)
         return right / seen
+
+    @property
+    def lowers_loss_scale(self) -> bool:
+        """Whether fp16's loss scale can still be lowered, so that gradients that overflow are expected."""
+        return loss_scaler(self).get("cur_scale", 1.0) > 1.0
 
     def set_learning_rate(self, rate: float) -> None:
         for group in self.optimizer.param_groups:

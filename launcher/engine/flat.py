@@ -1,10 +1,7 @@
 """The engine without a pipeline: data and tensor parallelism, ZeRO-0 to 3."""
 
-from itertools import chain
-
 import deepspeed
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from launcher.config.layout import Layout
@@ -12,12 +9,10 @@ from launcher.config.schema import RunConfig
 from launcher.engine.base import Engine, MicroBatches, StepResult, mean_over, to_inputs
 from launcher.engine.ds_config import deepspeed_config
 from launcher.engine.optimizer import build_optimizer
+from launcher.engine.update_guard import clip, combined, is_counted, norms_of
 from launcher.models.architecture import FlatModel, model_layers, model_loss
 from launcher.models.context import BlockContext
 from launcher.parallel.mesh import ProcessMesh
-from launcher.parallel.sharding import logical_of
-
-CLIP_EPSILON = 1e-6  # the same as in DeepSpeed and torch
 
 
 class FlatEngine(Engine):
@@ -46,11 +41,11 @@ class FlatEngine(Engine):
             loss = self.deepspeed(*to_inputs(batch, self.device))
             self.deepspeed.backward(loss)
             at_boundary = self.deepspeed.is_gradient_accumulation_boundary()
-            clipped_norm = self._clip() if self.zero_stage == 0 and at_boundary else None
+            if self.zero_stage == 0 and at_boundary:
+                self._judge()
             self.deepspeed.step()
             losses.append(loss.detach())
-        norm = self.deepspeed.get_global_grad_norm() if clipped_norm is None else clipped_norm
-        return StepResult(_mean(losses), norm)
+        return StepResult(_mean(losses), self.guard.norm, self.guard.skipped)
 
     def eval_batch(self, batches: MicroBatches) -> Tensor:
         self.deepspeed.eval()
@@ -58,16 +53,13 @@ class FlatEngine(Engine):
             losses = [self.deepspeed(*to_inputs(batch, self.device)) for batch in batches]
             return mean_over(_mean(losses), self.mesh.data)
 
-    def _clip(self) -> Tensor:
-        """Clip the gradients under ZeRO-0, already averaged over the data ranks; return their global norm."""
+    def _judge(self) -> None:
+        """Clip the gradients under ZeRO-0, already averaged over the data ranks, and judge them."""
         parameters = [p for p in self.module.parameters() if p.grad is not None]
-        norm = global_norm(parameters, self.mesh)
+        self.guard.judge(global_norm(parameters, self.mesh))
         if self.clip_at is not None:
-            scale = (self.clip_at / (norm + CLIP_EPSILON)).clamp(max=1.0)
-            for parameter in parameters:
-                assert parameter.grad is not None
-                parameter.grad.mul_(scale)
-        return norm
+            clip([p.grad for p in parameters if p.grad is not None], self.guard.norm, self.clip_at)
+        self.optimizer.found_inf = self.guard.skipped  # type: ignore[attr-defined]  # as GradScaler sets it
 
 
 def _mean(losses: list[Tensor]) -> Tensor:
@@ -76,17 +68,9 @@ def _mean(losses: list[Tensor]) -> Tensor:
 
 def global_norm(parameters: list[nn.Parameter], mesh: ProcessMesh) -> Tensor:
     """Return the L2 norm of the logical gradients. Collective: one all-reduce of a scalar (tensor group)."""
-    split: list[Tensor] = []
-    whole: list[Tensor] = []
-    for parameter in parameters:
-        assert parameter.grad is not None
-        (split if logical_of(parameter).is_split else whole).append(parameter.grad)
-    counted = split if mesh.tensor.rank else list(chain(split, whole))
-    # fp64: a norm over a whole model adds up more terms than fp32 can keep apart.
-    squares = torch.stack([torch.linalg.vector_norm(grad).double() ** 2 for grad in counted]).sum()
-    if mesh.tensor.size > 1:
-        dist.all_reduce(squares, group=mesh.tensor.group)
-    return squares.sqrt().float()
+    counted = [p.grad for p in parameters if p.grad is not None and is_counted(p, mesh)]
+    group = mesh.tensor.group if mesh.tensor.size > 1 else None
+    return combined(norms_of(counted), group, parameters[0].device)
 
 
 def zero_init(config: dict, mesh: ProcessMesh, *, enabled: bool):  # type: ignore[no-untyped-def, type-arg]

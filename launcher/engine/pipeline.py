@@ -61,7 +61,7 @@ class PipelineEngine(Engine):
 
     def train_batch(self, batches: MicroBatches) -> StepResult:
         loss = self.deepspeed.train_batch(self._inputs(batches))
-        return StepResult(loss, self.deepspeed.get_global_grad_norm())
+        return StepResult(loss, self.guard.norm, self.guard.skipped)
 
     def eval_batch(self, batches: MicroBatches) -> Tensor:
         loss: Tensor = self.deepspeed.eval_batch(self._inputs(batches), num_micro_batches=self.micro_batches)

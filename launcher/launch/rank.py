@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TextIO
 
-from launcher.config.errors import ConfigError
+from launcher.config.errors import ConfigError, RunStopped
 from launcher.launch.orphans import die_with
 
 STOPPED_EXIT_CODE = 128 + signal.SIGTERM
@@ -119,6 +119,8 @@ def failure_of(rank: int, error: BaseException) -> FailureReport:
     if isinstance(error, ConfigError):
         refusal = (error.field, None if error.value is None else str(error.value), error.why, error.remedy)
         return FailureReport(rank, when, False, str(error), refusal)
+    if isinstance(error, RunStopped):
+        return FailureReport(rank, when, False, f"stopped the run: {error}")
     # Leave out the first frame, which is the caller's.
     frames = error.__traceback__.tb_next if error.__traceback__ else None
     text = "".join(traceback.format_exception(type(error), error, frames)).rstrip()

@@ -19,6 +19,7 @@ class RankValues:
 
     loss: Tensor  # this rank's share, still on the device
     loss_share: tuple[int, int]  # as Engine.loss_share
+    skips: Tensor  # as UpdateGuard.counts, alike on all ranks, still on the device
     stop_requested: bool = False
     save_due: bool = False
     step_seconds: float = 0.0
@@ -28,6 +29,7 @@ class RankValues:
 @dataclass(frozen=True)
 class WorldValues:
     loss: float  # of the global batch
+    skips: tuple[int, int, int]  # steps skipped in this start, in a row until now, steps since the last
     stop_requested: bool
     save_due: bool
     step_seconds: float
@@ -50,13 +52,15 @@ def exchange(values: RankValues) -> WorldValues:
         values.allocated_bytes,
         (peak_memory(device) << _RANK_BITS) + dist.get_rank(),
     ]
-    packed = torch.tensor([*numbers, *[_NO_SHARE] * count], dtype=torch.int64, device=device)
-    packed[len(numbers) + index] = values.loss.detach().float().view(torch.int32)
+    packed = torch.tensor([*numbers, 0, 0, 0, *[_NO_SHARE] * count], dtype=torch.int64, device=device)
+    packed[len(numbers) : len(numbers) + 3] = values.skips
+    packed[len(numbers) + 3 + index] = values.loss.detach().float().view(torch.int32)
     dist.all_reduce(packed, op=dist.ReduceOp.MAX)
-    stop_requested, save_due, nanoseconds, allocated, peak, *bits = packed.tolist()
+    stop_requested, save_due, nanoseconds, allocated, peak, total, in_row, since, *bits = packed.tolist()
     shares = np.array(bits, np.int32).view(np.float32)
     return WorldValues(
         loss=float(shares.sum() / np.float32(count)),
+        skips=(total, in_row, since),
         stop_requested=bool(stop_requested),
         save_due=bool(save_due),
         step_seconds=nanoseconds / 1e9,

@@ -1,6 +1,6 @@
 """Start a run from its last checkpoint, from the weights of `checkpoint.init_from`, or from new weights."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from launcher.checkpoint.load import damaged_file_on_any_rank, load_initial_weights, restore
@@ -15,6 +15,7 @@ from launcher.data.open import blend_of
 from launcher.engine.base import Engine
 from launcher.engine.optimizer import state_keys
 from launcher.engine.state import set_loss_scaler
+from launcher.runtime.excluded import Stretch, past_excluded
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,13 @@ class Progress:
     step: int = 0  # optimizer steps
     samples: int = 0  # consumed
     blends: tuple[Segment, ...] = ()  # the blends so far; the last is in force
+    skipped: int = 0  # steps of earlier starts that changed no weight (see guard.nonfinite)
+    excluded: tuple[Stretch, ...] = ()  # samples that are left out (see guard.spike)
+    history: dict[str, list[float]] = field(default_factory=dict)  # as SpikeDetector.history
 
     def after(self, global_batch_size: int) -> "Progress":
-        return Progress(self.step + 1, self.samples + global_batch_size, self.blends)
+        samples = past_excluded(self.samples + global_batch_size, self.excluded)
+        return replace(self, step=self.step + 1, samples=samples)
 
 
 @dataclass(frozen=True)
@@ -56,11 +61,12 @@ def start_from(
     checkpoint: Path | None,
     initial: WeightSource | None,
     corpus: dict[str, str],
+    excluded: tuple[Stretch, ...] = (),
 ) -> Start:
     """Restore `checkpoint`, or an older one if it is damaged, else load `initial`. Collective."""
     while checkpoint is not None:
         try:
-            return Start(restored(run, engine, checkpoint, corpus), checkpoint)
+            return Start(restored(run, engine, checkpoint, corpus, excluded), checkpoint)
         except UnusableCheckpoint as unusable:
             checkpoint = fallback_checkpoint(run, unusable, quiet=engine.mesh.rank > 0)
     if initial is not None:
@@ -74,15 +80,32 @@ def start_from(
     return Start(Progress(blends=(blend_of(run),)), initial.path if initial else None)
 
 
-def restored(run: RunConfig, engine: Engine, checkpoint: Path, corpus: dict[str, str]) -> Progress:
-    """Restore the engine. Collective over the world. Raises UnusableCheckpoint, or ConfigError."""
+def restored(
+    run: RunConfig,
+    engine: Engine,
+    checkpoint: Path,
+    corpus: dict[str, str],
+    excluded: tuple[Stretch, ...],
+) -> Progress:
+    """Restore the engine; return the progress, past the samples that are `excluded`. Collective, world.
+
+    Raises UnusableCheckpoint, or ConfigError.
+    """
     manifest = read_manifest(checkpoint)
     check_can_resume(run, checkpoint, manifest)
     check_same_corpus(corpus, checkpoint, manifest)
     check_checksums(checkpoint, manifest)
     restore(engine, checkpoint, manifest, state_keys(run.optimizer))
     set_loss_scaler(engine, manifest.scaler)
-    return Progress(manifest.step, manifest.samples, blends_after(run, manifest))
+    excluded = tuple(sorted({*((start, end) for start, end in manifest.excluded), *excluded}))
+    return Progress(
+        step=manifest.step,
+        samples=past_excluded(manifest.samples, excluded),
+        blends=blends_after(run, manifest),
+        skipped=manifest.skipped,
+        excluded=excluded,
+        history=manifest.history,
+    )
 
 
 def blends_after(run: RunConfig, manifest: Manifest) -> tuple[Segment, ...]:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from torch import Tensor
 
@@ -60,9 +60,15 @@ class Checkpoints:
         return self.run.checkpoint.enabled and (self._is_interval(step) or step >= self._next_agreement)
 
     def after_step(
-        self, progress: Progress, agreed: WorldValues, validation_loss: float | None, *, last: bool
+        self,
+        progress: Progress,
+        agreed: WorldValues,
+        validation_loss: float | None,
+        history: dict[str, list[float]],
+        *,
+        last: bool,
     ) -> list[str]:
-        """Save if it is due; return notes to the user. Collective over the world."""
+        """Save if it is due, with the `history` of losses; return notes to the user. Collective, world."""
         if not self.run.checkpoint.enabled:
             return []
         self.stopping = agreed.stop_requested
@@ -70,7 +76,9 @@ class Checkpoints:
         if not (agreed.save_due or self._is_interval(progress.step) or self.stopping or last):
             return []
         self._saved_at = time.monotonic()
-        return self._failure_of(lambda: self._writer.save(self._manifest(progress, validation_loss)))
+        progress = replace(progress, skipped=progress.skipped + agreed.skips[0], history=history)
+        manifest = self._manifest(progress, validation_loss)
+        return self._failure_of(lambda: self._writer.save(manifest))
 
     def close(self) -> list[str]:
         """Wait until the last checkpoint is written; return notes to the user. Collective over the world."""
@@ -104,6 +112,9 @@ class Checkpoints:
             tensors={},
             files={},
             blends=[asdict(blend) for blend in progress.blends],
+            skipped=progress.skipped,
+            excluded=[list(stretch) for stretch in progress.excluded],
+            history=progress.history,
         )
 
 

@@ -6,7 +6,7 @@ the device nor communicates, unless a stop or a save would be noticed too late (
 """
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 
@@ -17,7 +17,7 @@ from launcher.config.schema import RunConfig
 from launcher.config.shape import sequence_length
 from launcher.data.blend import Blend
 from launcher.data.loader import Loader
-from launcher.data.open import Data, open_data, record_tokenizer
+from launcher.data.open import open_data, record_tokenizer
 from launcher.engine.base import Engine, StepResult
 from launcher.engine.build import build_engine
 from launcher.engine.optimizer import learning_rate
@@ -26,59 +26,60 @@ from launcher.launch.stopping import stop_grace
 from launcher.models.arithmetic import train_flops_per_token
 from launcher.runtime.agreement import RankValues, WorldValues, exchange
 from launcher.runtime.batches import rank_loader
+from launcher.runtime.excluded import read_excluded
 from launcher.runtime.metrics.rows import Row
 from launcher.runtime.output import RunOutput
-from launcher.runtime.plan_check import PlanCheck
 from launcher.runtime.resume import Progress, start_from
 from launcher.runtime.run_dir import RunDir
-from launcher.runtime.saving import Checkpoints
-from launcher.runtime.step_clock import StepClock
+from launcher.runtime.session import Parts, Session
+from launcher.runtime.spikes import Leap
 from launcher.runtime.validation import is_validation_step, validation_row
 from launcher.runtime.watchdog import Watchdog
-
-
-@dataclass
-class Session:
-    """The parts of a run that every step uses, on one rank."""
-
-    run: RunConfig
-    layout: Layout
-    engine: Engine
-    data: Data
-    last: int  # the step at which this start ends
-    watchdog: Watchdog
-    output: RunOutput
-    checkpoints: Checkpoints
-    plan_check: PlanCheck
-    clock: StepClock
-    stop: StopRequest
 
 
 def training_run(
     run: RunConfig, layout: Layout, directory: RunDir, device: torch.device, stop: StopRequest | None
 ) -> bool:
     """Train to the last step or a stop; return whether the run is finished. Collective over the world."""
+    request = stop or StopRequest()
+    listening = request if stop is None and stop_grace(run) else nullcontext()
     with Watchdog(directory.path, run.launch.timeout_minutes) as watchdog:
         data = open_data(run)
         engine = build_engine(run, layout, device)
-        start = start_from(run, engine, directory.checkpoint, directory.initial, data.digests)
-        rank, first = engine.mesh.rank, start.progress.step + 1
-        last = run.training.stop_at or run.training.steps
-        if rank == 0:
+        if engine.mesh.rank == 0:
             record_tokenizer(run, directory.path / COMPANIONS)
-        checkpoints = Checkpoints(run, layout, engine, directory, data.digests)
-        plan_check, clock = PlanCheck(run, layout, device), StepClock(device)
-        request = stop or StopRequest()
-        listening = request if stop is None and stop_grace(run) else nullcontext()
-        with RunOutput(run, layout, directory, first, last, rank=rank) as output:
-            session = Session(
-                run, layout, engine, data, last, watchdog, output, checkpoints, plan_check, clock, request
-            )
-            output.say(*start.notes())
-            with listening:
-                step = training_loop(session, start.progress)
-            output.finished = finish(session, directory, step)
-    return output.finished
+        parts = Parts(run, layout, engine, data, directory, watchdog, request)
+        outcome: bool | RunDir = directory
+        with listening:
+            while isinstance(outcome, RunDir):
+                outcome = trained(parts, outcome)
+    return outcome
+
+
+def trained(parts: Parts, directory: RunDir) -> bool | RunDir:
+    """Train from `directory.checkpoint`, or from new weights; return whether the run is finished.
+
+    After a leap of the loss, return instead the directory with the checkpoint to go back to. Collective.
+    """
+    run, engine = parts.run, parts.engine
+    engine.guard.restart()
+    excluded = read_excluded(directory.path)
+    start = start_from(run, engine, directory.checkpoint, directory.initial, parts.data.digests, excluded)
+    progress, last = start.progress, run.training.stop_at or run.training.steps
+    with RunOutput(run, parts.layout, directory, progress.step + 1, last, rank=engine.mesh.rank) as output:
+        session = Session.create(parts, last, output, progress.history)
+        output.say(*start.notes())
+        while True:
+            try:
+                step = training_loop(session, progress)
+            except Leap as leap:
+                if checkpoint := session.go_back(leap):
+                    output.finished = True  # this start did what it should
+                    return replace(directory, checkpoint=checkpoint)
+                progress = leap.progress
+            else:
+                output.finished = finish(session, directory, step)
+                return output.finished
 
 
 def training_loop(session: Session, progress: Progress) -> int:
@@ -121,12 +122,14 @@ def end_step(session: Session, progress: Progress, blend: Blend, result: StepRes
         RankValues(
             result.loss,
             session.engine.loss_share,
+            session.engine.guard.counts,
             stop_requested=session.stop.asked,
             save_due=checkpoints.is_overdue,
             step_seconds=session.clock.times.per_step,
             allocated_bytes=session.plan_check.allocated_bytes,
         )
     )
+    session.output.say(*session.nonfinite.after(progress, agreed, blend))
     row = None
     if is_logged(run, step, session.last):
         plan_row, lines = session.plan_check.after(session.clock.times, agreed.allocated_bytes)
@@ -134,11 +137,14 @@ def end_step(session: Session, progress: Progress, blend: Blend, result: StepRes
         row |= plan_row | scores | memory_row(agreed) | epochs(blend, progress)
         session.output.say(*lines)
         session.output.log(row)
+        session.output.say(*session.spikes.after(progress, row))
         session.clock.restart()
     session.output.display.step(step, row)
     session.watchdog.at(f"the end of step {step}")
     is_last = step == session.last
-    session.output.note(checkpoints.after_step(progress, agreed, scores.get("val/loss"), last=is_last))
+    history = session.spikes.detector.history
+    notes = checkpoints.after_step(progress, agreed, scores.get("val/loss"), history, last=is_last)
+    session.output.note(notes)
 
 
 def finish(session: Session, directory: RunDir, step: int) -> bool:
@@ -159,7 +165,8 @@ def validate_only(session: Session) -> None:
     session.watchdog.at("the validation")
     scores = validation_row(session.run, session.engine, session.data, 0)
     no_loss = torch.zeros((), device=session.engine.device)
-    session.output.log({"step": 0, **scores, **memory_row(exchange(RankValues(no_loss, (0, 1))))})
+    values = RankValues(no_loss, (0, 1), session.engine.guard.counts)
+    session.output.log({"step": 0, **scores, **memory_row(exchange(values))})
     session.output.say(f"validation loss {scores['val/loss']:.4f}")
 
 
@@ -178,6 +185,7 @@ def training_row(session: Session, progress: Progress, result: StepResult, agree
         "step": progress.step,
         "train/loss": agreed.loss,
         "train/grad_norm": float(result.grad_norm),
+        "guard/skipped": progress.skipped + agreed.skips[0],
         "train/lr": rate_of(run, progress.step),
         "train/samples": progress.samples,
         "train/tokens": progress.samples * length,

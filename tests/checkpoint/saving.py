@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
@@ -15,6 +16,7 @@ from launcher.config.schema import CheckpointConfig, RunConfig
 from launcher.config.world import World
 from launcher.engine.optimizer import state_keys
 from launcher.launch.local import run_local_ranks
+from launcher.parallel.sharding import logical_of
 from launcher.parity.reference import probe_batches
 from tests.parity.running import PipelineModule, small_run  # imported first: silences DeepSpeed
 
@@ -44,6 +46,7 @@ GPT = ["model=gpt_tiny", "model.vocab_size=257"]  # tied embeddings; the vocabul
 LLAMA = ["model=llama_tiny", "model.vocab_size=257", "model.num_kv_heads=4"]
 MOMENTUM = ["optimizer=sgd", "optimizer.momentum=0.9", "optimizer.lr=0.1"]
 STEPS = 8
+FAULTY = "blocks.1.attention.qkv.weight"
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ class Outcome:
 
     losses: list[float]  # of each step
     norms: list[float]
+    skipped: list[bool]
     tensors: dict[str, Tensor]  # logical weights and optimizer states after the last step
     bytes_read: list[int]  # by rank
 
@@ -76,18 +80,25 @@ def train(
     last: int = STEPS,
     restore: Path | None = None,
     save: CheckpointConfig | None = None,
+    faults: dict[int, float] | None = None,
+    left_out: frozenset[int] = frozenset(),
 ) -> Outcome:
-    """Train steps first .. last on real ranks; with `save`, write a checkpoint after the last step."""
+    """Train steps first .. last on real ranks; with `save`, write a checkpoint after the last step.
+
+    `faults` maps a step to a number that its first micro-batch adds to the gradient of FAULTY on one rank.
+    The steps `left_out` are not taken.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     target = partial(
-        _rank, run=run, layout=layout, folder=folder, first=first, last=last, restore=restore, save=save
-    )
+        _rank, run=run, layout=layout, folder=folder, first=first, last=last, restore=restore, save=save,
+        faults=faults or {}, left_out=left_out,
+    )  # fmt: skip
     run_local_ranks(target, layout.world_size, log_dir=folder / "logs", start_method="fork")
     results = json.loads((folder / "results.json").read_text())
     tensors = {}
     for stage in range(layout.pipeline):
         tensors |= load_file(folder / f"stage-{stage}.safetensors")
-    return Outcome(results["losses"], results["norms"], tensors, results["bytes"])
+    return Outcome(results["losses"], results["norms"], results["skipped"], tensors, results["bytes"])
 
 
 def saved(folder: Path, step: int) -> Path:
@@ -105,6 +116,8 @@ def _rank(
     last: int,
     restore: Path | None,
     save: CheckpointConfig | None,
+    faults: dict[int, float],
+    left_out: frozenset[int],
 ) -> None:
     from launcher.checkpoint.load import restore as restore_engine
     from launcher.checkpoint.save import CheckpointWriter
@@ -120,13 +133,20 @@ def _rank(
     engine, keys = build_engine(run, layout, device), state_keys(run.optimizer)
     bytes_read = restore_engine(engine, restore, read_manifest(restore), keys) if restore else 0
     batches = list(probe_batches(run))
-    losses, norms = [], []
+    losses, norms, skipped = [], [], []
+    pending: list[float] = []
+    add_faults(engine, pending)
     for number in range(first, last + 1):
+        if number in left_out:
+            continue
+        pending += [faults[number]] if number in faults else []
         engine.set_learning_rate(run.optimizer.lr)
         engine.random.begin_step(number)
         result = engine.train_batch(rank_batches(run, engine, batches[number - 1]))
         losses.append(engine.mean_loss(result.loss))
         norms.append(float(result.grad_norm))
+        skipped.append(bool(result.skipped))
+        pending.clear()
     if save is not None:
         writer = CheckpointWriter(engine, save, folder, keys)
         writer.save(replace(EMPTY, step=last, updates=updates_made(engine)))
@@ -139,6 +159,16 @@ def _rank(
     if engine.mesh.data.rank == 0 and engine.mesh.tensor.rank == 0:
         save_file(tensors, folder / f"stage-{engine.mesh.stage}.safetensors")
     if rank == 0:
-        (folder / "results.json").write_text(json.dumps({"losses": losses, "norms": norms, "bytes": reads}))
+        results = {"losses": losses, "norms": norms, "skipped": skipped, "bytes": reads}
+        (folder / "results.json").write_text(json.dumps(results))
         store.unlink(missing_ok=True)
     leave()
+
+
+def add_faults(engine: Any, pending: list[float]) -> None:
+    """Let the first data and tensor rank add a pending number to its next gradient of FAULTY."""
+    if engine.mesh.data.rank or engine.mesh.tensor.rank:
+        return
+    for parameter in engine.module.parameters():
+        if logical_of(parameter).name == FAULTY:
+            parameter.register_hook(lambda grad: grad + pending.pop() if pending else grad)

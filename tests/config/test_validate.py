@@ -26,6 +26,7 @@ from launcher.config.schema import (
     Dtype,
     GenerateConfig,
     PrepareConfig,
+    ReplayConfig,
     RunConfig,
 )
 from launcher.config.shape import legal_pipeline_sizes, legal_tensor_sizes, sequence_length
@@ -35,6 +36,7 @@ from tests.config.composing import (
     Case,
     alternatives,
     cases,
+    composed_as,
     composed_calibrate,
     composed_compare,
     composed_generate,
@@ -44,6 +46,7 @@ from tests.config.composing import (
 )
 
 GENERATE_FIELDS = fields_of(GenerateConfig)
+REPLAY_FIELDS = {f: k for f, k in fields_of(ReplayConfig).items() if not f.startswith("parallelism.")}
 PREPARE_FIELDS, CALIBRATE_FIELDS = fields_of(PrepareConfig), fields_of(CalibrateConfig)
 COMPARE_FIELDS = {f: k for f, k in fields_of(ComparedRunConfig).items() if f.startswith("compare.")}
 
@@ -88,6 +91,8 @@ def check(refusal: Case, overrides: list[str]) -> Layout | str:
     if overrides[:1] == ["calibrate"]:
         validate.validate_calibrate(composed_calibrate(*overrides[1:]))
         return "accepted"
+    if overrides[:1] == ["replay"]:
+        return validate.validate_replay(composed_as("replay", ReplayConfig, *overrides[1:]))[0]
     if overrides[:1] == ["prepare"]:
         validate.validate_prepare(composed_prepare(*overrides[1:]))
         return "accepted"
@@ -117,7 +122,10 @@ class TestMessages:
                 error = refused(refusal)
                 assert str(error) == refusal.text
                 assert refusal.text.startswith(error.field)
-                known = {*FIELDS, *GENERATE_FIELDS, *PREPARE_FIELDS, *CALIBRATE_FIELDS, *COMPARE_FIELDS}
+                known = {
+                    *FIELDS, *GENERATE_FIELDS, *REPLAY_FIELDS, *PREPARE_FIELDS, *CALIBRATE_FIELDS,
+                    *COMPARE_FIELDS,
+                }  # fmt: skip
                 assert error.field in known or error.field.startswith(("deepspeed.", "slurm.environment."))
 
     def test_what_it_says_to_type_is_accepted(self, subtests: pytest.Subtests) -> None:
@@ -152,6 +160,8 @@ class TestMessages:
         of_generate = {f for f, kind in GENERATE_FIELDS.items() if "number" in kind}
         assert set(numbers.NUMBERS) == of_run
         assert set(numbers.GENERATE_NUMBERS) == of_generate
+        of_replay = {f for f, kind in REPLAY_FIELDS.items() if "number" in kind}
+        assert set(numbers.REPLAY_NUMBERS) == of_replay
         of_prepare = {f for f, kind in PREPARE_FIELDS.items() if "number" in kind}
         assert set(numbers.PREPARE_NUMBERS) == of_prepare
         of_calibrate = {f for f, kind in CALIBRATE_FIELDS.items() if "number" in kind}
@@ -159,7 +169,7 @@ class TestMessages:
         of_compare = {f for f, kind in COMPARE_FIELDS.items() if "number" in kind}
         assert set(numbers.COMPARE_NUMBERS) == of_compare
         with_a_case = {re.split("[=:]", refusal.text)[0] for refusal in REFUSALS}
-        assert of_run | of_generate | of_prepare | of_calibrate | of_compare <= with_a_case
+        assert of_run | of_generate | of_replay | of_prepare | of_calibrate | of_compare <= with_a_case
 
 
 class TestLayout:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import launcher.data.sampler as sampler
 import launcher.engine.flat as flat
+import launcher.engine.update_guard as update_guard
 import launcher.models.attention as attention
 import launcher.models.context as context
 import launcher.models.losses as losses
@@ -93,16 +94,9 @@ def loss_scaled_by_accumulation() -> None:
     losses.mean_loss = lambda values, labels: mean(values, labels) / 3
 
 
-def shards_unmarked() -> None:
-    """Leave shards unmarked: DeepSpeed's norm then counts the shards of tensor rank 0 only."""
-    make = sharding.Initializer.parameter
-
-    def unmarked(self: Any, *arguments: Any) -> Any:
-        parameter = make(self, *arguments)
-        parameter.tensor_model_parallel = False
-        return parameter
-
-    sharding.Initializer.parameter = unmarked  # type: ignore[method-assign]
+def shards_not_counted() -> None:
+    """Count the gradients of tensor rank 0 only, as DeepSpeed does with shards that are not marked."""
+    update_guard.is_counted = lambda _parameter, mesh: mesh.tensor.rank == 0
 
 
 def norm_of_the_local_shard() -> None:
@@ -115,13 +109,13 @@ def norm_of_the_local_shard() -> None:
 
 
 def not_clipped() -> None:
-    clip = flat.FlatEngine._clip
+    judge = flat.FlatEngine._judge
 
-    def norm_only(self: flat.FlatEngine) -> Tensor:
+    def norm_only(self: flat.FlatEngine) -> None:
         self.clip_at = None
-        return clip(self)
+        judge(self)
 
-    flat.FlatEngine._clip = norm_only  # type: ignore[method-assign]
+    flat.FlatEngine._judge = norm_only  # type: ignore[method-assign]
 
 
 def _neighbour(axis: Axis) -> Axis:
@@ -338,8 +332,8 @@ MUTATIONS = {
         f"{GPT} {DP}",
         ("every micro-batch's loss", "1 / accumulation size (1/3)", "loss is scaled by accumulation"),
     ),
-    "clip norm without the other shards (unmarked under ZeRO-1)": Mutation(
-        shards_unmarked,
+    "clip norm without the other shards": Mutation(
+        shards_not_counted,
         f"{GPT} {TP} parallelism.zero_stage=1",
         ("every gradient is right and the reported norm", "shards are left out"),
     ),

@@ -1,0 +1,64 @@
+"""`launcher replay`: repeat a step of a run, and show the samples with the highest losses."""
+
+import tempfile
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from launcher.checkpoint.manifest import UnusableCheckpoint, checkpoints_in, read_intact_manifest
+from launcher.commands.ready import ready
+from launcher.config.compose import compose_jobs, load_typed
+from launcher.config.schema import HardwareConfig, ReplayConfig, RunConfig
+from launcher.config.validate import validate_replay
+from launcher.config.world import world_of_machine
+from launcher.launch.local import run_local_ranks, start_method_for
+from launcher.launch.this_machine import share_cores, this_machine
+from launcher.runtime.run_dir import CONFIG
+
+
+def main(arguments: list[str]) -> int:
+    for job in compose_jobs("replay", ReplayConfig, arguments):
+        _replay(job.config)
+    return 0
+
+
+def _replay(config: ReplayConfig) -> None:
+    directory, step = validate_replay(config)
+    run_dir = Path(directory).expanduser()
+    recorded = load_typed(run_dir / CONFIG, RunConfig)
+    checkpoint = checkpoint_before(run_dir, step)
+    # One sample per micro-batch: the loss of a micro-batch is then the loss of a sample.
+    run = replace(
+        recorded,
+        parallelism=config.parallelism,
+        hardware=HardwareConfig(device=config.device),
+        training=replace(recorded.training, micro_batch_size=1),
+    )
+    machine = this_machine()
+    ready_run = ready(run, world_of_machine(run, machine), needs_data=True, must_fit=True)
+    layout = ready_run.layout
+    share_cores(layout.world_size, machine.cores)
+    print(f"layout   {layout.describe()}", flush=True)
+    from launcher.runtime.start import preload
+
+    if layout.device == "cpu":
+        preload(layout.device)
+    from launcher.runtime.replay import replay_rank
+
+    with tempfile.TemporaryDirectory(prefix="launcher-") as folder:
+        target = partial(
+            replay_rank, run=ready_run.run, layout=layout, run_dir=run_dir, checkpoint=checkpoint, step=step,
+            shown=config.samples, folder=Path(folder),
+        )  # fmt: skip
+        start_method = start_method_for(layout.device)
+        run_local_ranks(target, layout.world_size, log_dir=Path(folder), start_method=start_method)
+
+
+def checkpoint_before(run_dir: Path, step: int) -> Path | None:
+    """Return the newest intact checkpoint before `step`; None to begin with the run's first weights."""
+    for path in checkpoints_in(run_dir):
+        with suppress(UnusableCheckpoint):
+            if read_intact_manifest(path).step < step:
+                return path
+    return None

@@ -1,0 +1,84 @@
+"""The parts of a run that every step uses."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.config.layout import Layout
+from launcher.config.schema import RunConfig
+from launcher.data.open import Data
+from launcher.engine.base import Engine
+from launcher.launch.rank import StopRequest
+from launcher.runtime.nonfinite import NonfiniteGuard
+from launcher.runtime.output import RunOutput
+from launcher.runtime.plan_check import PlanCheck
+from launcher.runtime.run_dir import RunDir
+from launcher.runtime.saving import Checkpoints
+from launcher.runtime.spikes import Leap, SpikeGuard, roll_back
+from launcher.runtime.step_clock import StepClock
+from launcher.runtime.watchdog import Watchdog
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a rank builds once per process, whatever the number of rollbacks."""
+
+    run: RunConfig
+    layout: Layout
+    engine: Engine
+    data: Data
+    directory: RunDir
+    watchdog: Watchdog
+    stop: StopRequest
+
+
+@dataclass
+class Session:
+    """The parts of a run that every step uses, on one rank."""
+
+    run: RunConfig
+    layout: Layout
+    engine: Engine
+    data: Data
+    directory: Path
+    last: int  # the step at which this start ends
+    watchdog: Watchdog
+    output: RunOutput
+    checkpoints: Checkpoints
+    plan_check: PlanCheck
+    clock: StepClock
+    nonfinite: NonfiniteGuard
+    spikes: SpikeGuard
+    stop: StopRequest
+
+    @classmethod
+    def create(cls, parts: Parts, last: int, output: RunOutput, history: dict[str, list[float]]) -> "Session":
+        run, layout, engine, data = parts.run, parts.layout, parts.engine, parts.data
+        return cls(
+            run,
+            layout,
+            engine,
+            data,
+            parts.directory.path,
+            last,
+            parts.watchdog,
+            output,
+            Checkpoints(run, layout, engine, parts.directory, data.digests),
+            PlanCheck(run, layout, engine.device),
+            StepClock(engine.device),
+            NonfiniteGuard(run, engine),
+            SpikeGuard(run, engine, history),
+            parts.stop,
+        )
+
+    def go_back(self, leap: Leap) -> Path | None:
+        """Return the checkpoint to go back to; None if there is none. Collective. Raises RunStopped."""
+        self.output.note(self.checkpoints.close())
+        checkpoint = roll_back(self.run, self.directory, leap)
+        if checkpoint is None:
+            self.output.say(f"warning  {leap.words}: there is no checkpoint before it to go back to")
+        else:
+            self.output.say(f"rollback {leap.words}")
+            self.output.say(
+                f"         back to {checkpoint.name}, without the samples since the last logged step"
+            )
+        return checkpoint

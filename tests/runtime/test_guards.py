@@ -1,0 +1,162 @@
+"""What a run says and does about numbers that would harm it, and the command that repeats a step."""
+
+import json
+import random
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from launcher.checkpoint.manifest import checkpoints_in, read_manifest
+from launcher.runtime.spikes import SpikeDetector
+from tests.runtime.command import SMALL, launcher, metrics, started, trained
+
+# Adds numbers to the gradient of one weight on one rank: {step: number}.
+FAULTY = """
+import torch.distributed as dist
+import launcher.runtime.training as training
+from launcher.parallel.sharding import logical_of
+
+right_build, right_step, at = training.build_engine, training.optimizer_step, [0]
+
+def build_engine(run, layout, device):
+    engine = right_build(run, layout, device)
+    for parameter in engine.module.parameters():
+        if logical_of(parameter).name == "blocks.1.mlp.up.weight" and engine.mesh.data.rank == 1:
+            parameter.register_hook(lambda gradient: gradient + FAULTS.get(at[0], 0.0))
+    return engine
+
+def optimizer_step(run, engine, loader, progress):
+    at[0] = progress.step + 1
+    return right_step(run, engine, loader, progress)
+
+training.build_engine, training.optimizer_step = build_engine, optimizer_step
+from launcher.__main__ import main
+main()
+"""
+QUICK = ["run.dir=r", "training.steps=8", "parallelism.data=2"]
+
+
+def faulty(folder: Path, faults: str, *arguments: str) -> tuple[int, str, str]:
+    """Return exit code, output and error of a run whose data rank 1 adds `faults` to a gradient."""
+    program = f"nan, inf = float('nan'), float('inf')\nFAULTS = {faults}\n{FAULTY}"
+    run = started(*SMALL, *QUICK, *arguments, cwd=folder, program=program)
+    out, error = run.communicate(timeout=120)
+    return run.returncode, out, error
+
+
+@pytest.mark.parametrize("layout", ["parallelism=dp", "parallelism=zero2"])
+def test_a_skipped_step_is_counted_and_says_where_it_went_wrong(layout: str, tmp_path: Path) -> None:
+    code, out, error = faulty(tmp_path, "{3: nan, 4: inf, 6: 1e30}", layout)
+    assert code == 0, error
+    rows = metrics(tmp_path / "r")
+    assert [row["guard/skipped"] for row in rows] == [0, 0, 1, 2, 2, 3, 3, 3]
+    assert "step 3 was skipped: its gradients have NaN, infinite or huge values" in out
+    place = "the gradient of blocks.1.mlp.up.weight, on rank 1, micro-batch 0 (samples 18, 19)"
+    assert f"The first bad value is {place}" in out
+
+
+def test_a_skip_between_logged_steps_is_found_too(tmp_path: Path) -> None:
+    code, out, error = faulty(tmp_path, "{3: nan}", "logging.interval=4")
+    assert code == 0, error
+    assert "step 3 was skipped" in out
+    assert metrics(tmp_path / "r")[-1]["guard/skipped"] == 1
+
+
+def test_stop_ends_the_run_at_once(tmp_path: Path) -> None:
+    code, out, error = faulty(tmp_path, "{3: nan}", "guard.nonfinite=stop")
+    assert code == 1
+    assert "stopped the run: step 3 was skipped" in error
+    assert "try: guard.nonfinite=skip" in error
+    assert "Traceback" not in out + error
+
+
+def test_too_many_skips_in_a_row_end_the_run(tmp_path: Path) -> None:
+    code, out, error = faulty(tmp_path, "{n: nan for n in range(2, 9)}", "guard.max_skips=4")
+    assert code == 1
+    assert "4 steps in a row were skipped, the last is step 5" in error
+    assert "Traceback" not in out + error
+
+
+def test_a_resumed_run_counts_on(tmp_path: Path) -> None:
+    code, _, error = faulty(tmp_path, "{3: nan}", "training.stop_at=5")
+    assert code == 0, error
+    trained(*QUICK, cwd=tmp_path)
+    assert metrics(tmp_path / "r")[-1]["guard/skipped"] == 1
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a dull text, and noise in one place."""
+    generator, folder = random.Random(1), tmp_path_factory.mktemp("text")
+    lines = ["the quick brown fox jumps over the lazy dog. " * 4] * 400
+    lines[200] = "".join(chr(generator.randrange(33, 126)) for _ in range(120))
+    (folder / "text.txt").write_text("\n".join(lines))
+    return folder
+
+
+LEAPING = [
+    "data=text",
+    "data.train=text.txt",
+    "optimizer.lr=3e-3",
+    "training.steps=200",
+    "parallelism.data=2",
+]
+ROLLBACK = ["guard.spike=rollback", "checkpoint.interval_steps=20"]
+NUMBERS = ("step", "train/loss", "train/grad_norm", "train/samples")
+
+
+def numbers(run_dir: Path) -> list[list[float]]:
+    return [[row[name] for name in NUMBERS] for row in metrics(run_dir)]
+
+
+def test_a_rollback_leaves_the_samples_out_and_a_resume_does_the_same(text: Path) -> None:
+    out = trained(*LEAPING, *ROLLBACK, "run.dir=rolled", cwd=text)
+    first, *_ = re.findall(r"rollback step (\d+): ", out)
+    back = re.search(r"back to step-0*(\d+), without the samples", out)
+    assert back
+    assert int(back[1]) < int(first)
+    assert json.loads((text / "rolled/excluded.json").read_text())
+    steps = [row["step"] for row in metrics(text / "rolled")]
+    assert steps == list(range(1, 201))
+    # As if killed on the way back, then resumed in another layout.
+    shutil.copytree(text / "rolled", text / "killed")
+    shutil.rmtree(text / "killed/weights")
+    for path in checkpoints_in(text / "killed"):
+        if read_manifest(path).step > int(back[1]):
+            shutil.rmtree(path)
+    trained(*LEAPING, *ROLLBACK, "run.dir=killed", "parallelism.data=1", cwd=text)
+    for row, other in zip(numbers(text / "rolled"), numbers(text / "killed"), strict=True):
+        assert row == pytest.approx(other, rel=1e-3)
+
+
+def test_replay_finds_the_sample_in_any_layout(text: Path) -> None:
+    out = trained(*LEAPING, "run.dir=warned", "checkpoint.interval_steps=50", cwd=text)
+    leap = re.search(r"warning  step (\d+): the (?:loss|gradient norm) is", out)
+    assert leap
+    row = metrics(text / "warned")[int(leap[1]) - 1]
+    tops = set()
+    for layout in ["parallelism=single", "parallelism=tp2", "parallelism=pp2"]:
+        shown = launcher("replay", "run.dir=warned", f"step={leap[1]}", layout, "samples=2", cwd=text)
+        assert shown.returncode == 0, shown.stderr
+        mean = re.search(r"loss +([\d.]+) over 8 samples", shown.stdout)
+        assert mean
+        assert float(mean[1]) == pytest.approx(row["train/loss"], abs=2e-4)
+        top = shown.stdout.splitlines()[-2].split()
+        assert "quick" not in shown.stdout.splitlines()[-2]
+        tops.add(top[0])
+    assert len(tops) == 1
+
+
+def test_a_leap_is_judged_by_the_spread_before_it() -> None:
+    detector = SpikeDetector(window=32, score=8.0, history={})
+    calm = [2.0 + 0.01 * (-1) ** n for n in range(40)]
+    assert not any(detector.leaps({"train/loss": loss, "train/grad_norm": 1.0}) for loss in calm)
+    assert detector.leaps({"train/loss": 2.2, "train/grad_norm": 1.0}) == []
+    [words] = detector.leaps({"train/loss": 2.4, "train/grad_norm": 1.0})
+    assert words == "the loss is 2.4, the median of the 32 logged steps before is 2"
+    assert detector.leaps({"train/loss": float("nan"), "train/grad_norm": 1.7}) == []
+    resumed = SpikeDetector(window=32, score=8.0, history=detector.history)
+    row = {"train/loss": 2.0, "train/grad_norm": 1.9}
+    assert resumed.leaps(row) == detector.leaps(row) != []
