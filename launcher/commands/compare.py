@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from launcher.checkpoint.resume_choice import RunFinished
 from launcher.commands.ready import ready
 from launcher.compare.compared_layouts import ComparedLayout, chosen_layouts, in_layout
 from launcher.compare.comparison_figure import draw_comparison
@@ -48,10 +49,13 @@ def main(arguments: list[str]) -> int:
         remedy = limit if run.hardware.memory_bytes else "compare.layouts=[single] or a smaller model"
         raise ConfigError("compare.layouts", list(layouts), compared[0].refused, remedy)
     layout = next(candidate.layout for candidate in compared if candidate.layout and not candidate.refused)
-    with claimed_run_dir(run, layout) as (directory, _):
-        share_cores(machine.cores, machine.cores)  # one core per rank
-        rows = [_row(candidate, run.compare.steps) for candidate in compared]
-        _log(run, layout, directory, rows)
+    try:
+        with claimed_run_dir(run, layout) as (directory, _):
+            share_cores(machine.cores, machine.cores)  # one core per rank
+            rows = [_row(candidate, run.compare.steps) for candidate in compared]
+            _log(run, layout, directory, rows)
+    except RunFinished as finished:
+        raise finished.refusal() from None
     return _report(run, rows)
 
 

@@ -7,6 +7,7 @@ the device nor communicates, unless a stop or a save would be noticed too late (
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -30,7 +31,7 @@ from launcher.runtime.metrics.rows import Row
 from launcher.runtime.output import RunOutput
 from launcher.runtime.plan_check import PlanCheck
 from launcher.runtime.resume import Progress, start_from
-from launcher.runtime.run_dir import RunDir
+from launcher.runtime.run_dir import RunDir, config_as_dict
 from launcher.runtime.saving import Checkpoints
 from launcher.runtime.step_clock import StepClock
 from launcher.runtime.validation import is_validation_step, validation_row
@@ -149,9 +150,15 @@ def finish(session: Session, directory: RunDir, step: int) -> bool:
         return False
     if session.last > 0:
         session.watchdog.at("the final weights")
-        output.say(f"weights  {save_weights(session.engine, directory.path, step)}")
+        output.say(f"weights  {final_weights(session, directory, step)}")
     output.say_where()
     return True
+
+
+def final_weights(session: Session, directory: RunDir, step: int) -> Path:
+    return save_weights(
+        session.engine, directory.path, step, config_as_dict(session.run), loss_of_directory=directory.loss
+    )
 
 
 def validate_only(session: Session) -> None:

@@ -16,14 +16,13 @@ import torch
 from launcher.checkpoint import resume_choice, save, tensor_file
 from launcher.checkpoint import write as write_files
 from launcher.checkpoint.boxes import Box
+from launcher.checkpoint.integrity import read_intact_manifest
 from launcher.checkpoint.manifest import (
     CHECKPOINTS,
-    DAMAGED,
     LATEST,
     MANIFEST,
     UnusableCheckpoint,
     checkpoints_in,
-    first_damaged_file,
     read_manifest,
     step_name,
 )
@@ -75,12 +74,6 @@ def content(path: Path) -> torch.Tensor:
     return tensor
 
 
-def raise_unless_intact(path: Path) -> None:
-    manifest = read_manifest(path)
-    if name := first_damaged_file(path, manifest, sorted(manifest.files)):
-        raise UnusableCheckpoint(path, name, DAMAGED)
-
-
 @pytest.fixture
 def three_checkpoints(tmp_path: Path) -> Path:
     """Return a run's directory with checkpoints of steps 10, 20 and 30."""
@@ -96,9 +89,8 @@ class TestCompleteOrAbsent:
         ]
         assert (three_checkpoints / CHECKPOINTS / LATEST).read_text() == "step-00000030\n"
         for path, step in zip(checkpoints_in(three_checkpoints), (30, 20, 10), strict=True):
-            manifest = read_manifest(path)
+            manifest = read_intact_manifest(path)
             assert (manifest.step, manifest.samples) == (step, 8 * step)
-            assert first_damaged_file(path, manifest, sorted(manifest.files)) is None
             assert torch.equal(content(path), FULL + step)
 
     def test_files_have_the_permissions_of_other_new_files(self, three_checkpoints: Path) -> None:
@@ -198,8 +190,9 @@ class TestUnusable:
         data = bytearray(file.read_bytes())
         data[-3] ^= 1
         file.write_bytes(data)
-        manifest = read_manifest(newest)
-        assert first_damaged_file(newest, manifest, sorted(manifest.files)) == "00001-000.safetensors"
+        read_manifest(newest)
+        with pytest.raises(UnusableCheckpoint, match=r"00001-000\.safetensors is damaged: its SHA-256"):
+            read_intact_manifest(newest)
 
     @pytest.mark.parametrize(
         ("text", "message"),
@@ -246,7 +239,7 @@ class TestUnusable:
                 data[chance.randrange(len(data) - 1)] ^= 1 << chance.randrange(8)
                 (path / name).write_bytes(data)
             with pytest.raises(UnusableCheckpoint):
-                raise_unless_intact(path)
+                read_intact_manifest(path)
             detected[kind] += 1
             for file, data in whole.items():
                 (path / file).write_bytes(data)
