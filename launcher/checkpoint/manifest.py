@@ -6,7 +6,7 @@ checkpoints/latest                         name of the newest checkpoint, for pe
 
 A checkpoint is verified in two stages:
 - complete: every value of the manifest is checked (sealed.py), and every file exists with its recorded length
-  (read_manifest, is_complete). This check is cheap and runs before any rank is launched.
+  (read_manifest). This check is cheap and runs before any rank is launched.
 - intact: every file also has its recorded SHA-256 and holds the recorded tensors (integrity.py). This check
   reads every byte and runs before training resumes.
 A checkpoint that fails either stage raises UnusableCheckpoint.
@@ -274,20 +274,28 @@ def checkpoints_at(path: Path) -> list[Path]:
     return checkpoints
 
 
-def is_complete(path: Path) -> bool:
-    """Return whether the manifest is valid and all files have full length; computes no checksum of a file."""
+def read_manifest_to_resume(path: Path) -> Manifest:
+    """Return the manifest of a complete checkpoint with finite values. Raises UnusableCheckpoint."""
+    manifest = read_manifest(path)
+    if not manifest.finite:
+        raise UnusableCheckpoint(path, MANIFEST, "says that weights or optimizer states are NaN or infinite")
+    return manifest
+
+
+def is_usable(path: Path) -> bool:
+    """Return whether a run can resume from the checkpoint, as far as is known without its checksums."""
     try:
-        read_manifest(path)
+        read_manifest_to_resume(path)
     except UnusableCheckpoint:
         return False
     return True
 
 
 def newest_complete_before(path: Path) -> Path | None:
-    """Return the newest complete checkpoint of the same run that is older than `path`."""
+    """Return the newest checkpoint of the same run that is older than `path` and can be resumed from."""
     siblings = checkpoints_in(path.parent.parent)
     older = siblings[siblings.index(path) + 1 :] if path in siblings else []
-    return next(filter(is_complete, older), None)
+    return next(filter(is_usable, older), None)
 
 
 def unusable_checkpoint_error(unusable: UnusableCheckpoint) -> ConfigError:

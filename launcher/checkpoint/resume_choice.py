@@ -11,7 +11,7 @@ from launcher.checkpoint.manifest import (
     UnusableCheckpoint,
     checkpoints_in,
     newest_complete_before,
-    read_manifest,
+    read_manifest_to_resume,
     unusable_checkpoint_error,
 )
 from launcher.config.errors import ConfigError, as_typed, refusal, value_of
@@ -59,7 +59,7 @@ def checkpoint_to_resume(run: RunConfig, run_dir: Path) -> Path | None:
     path = _requested_checkpoint(run, run_dir)
     while path is not None:
         try:
-            manifest = read_manifest(path)
+            manifest = read_manifest_to_resume(path)
             check_can_resume(run, path, manifest)
             check_steps_remain(run, path, manifest, run_dir)
             return path

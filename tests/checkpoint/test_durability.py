@@ -429,6 +429,27 @@ def test_file_size_is_bounded(tmp_path: Path) -> None:
     assert [piece[1] for piece in index["pieces"]] == [f"w{n}" for n in range(7)]
 
 
+def test_a_stray_entry_does_not_stop_a_save(
+    three_checkpoints: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Each name that a save writes may be taken by something else, which is renamed and not deleted."""
+    run_dir = three_checkpoints
+    folder = run_dir / CHECKPOINTS
+    (folder / "latest").unlink()
+    (folder / "latest").mkdir()
+    (folder / "latest.tmp").mkdir()
+    (folder / step_name(40)).write_text("mine")
+    (folder / "step-00000099").symlink_to(tmp_path_factory.mktemp("x"))
+    (folder / "notes.partial").write_text("mine")
+    (folder / "elsewhere").mkdir()
+    write(run_dir, 40)
+    assert torch.equal(content(folder / step_name(40)), FULL + 40)
+    assert (folder / "latest").read_text() == "step-00000040\n"
+    assert (folder / "step-00000040-1.stray").read_text() == "mine"
+    assert (folder / "notes.partial").read_text() == "mine"
+    assert [path.name for path in checkpoints_in(run_dir)][1:4] == [step_name(n) for n in (40, 30, 20)]
+
+
 def test_a_full_disk_raises_os_error_and_leaves_no_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
