@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 PARTIAL = ".partial"  # suffix of a directory that is not complete
+_MARK = ".written-by-launcher"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -38,15 +39,21 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
-    """Yield an empty directory to fill; it becomes `path` unless an exception is raised."""
+    """Yield an empty directory to fill; it becomes `path` unless an exception is raised.
+
+    A remainder of an earlier call is deleted; it has a file named _MARK. Raises FileExistsError for a
+    directory that is somebody else's.
+    """
     aside = partial_path(path)
-    if aside.exists():
+    if aside.is_dir() and ((aside / _MARK).is_file() or not any(aside.iterdir())):
         shutil.rmtree(aside)
     aside.mkdir(parents=True)
+    (aside / _MARK).touch()
     yield aside
     for entry in (aside, *aside.rglob("*")):
         sync(entry)
     rename(aside, path)
+    (path / _MARK).unlink()  # last: without the mark, a remainder would count as somebody else's
 
 
 def delete_directory(path: Path) -> None:

@@ -19,6 +19,7 @@ from launcher.compare.comparison_report import (
 from launcher.config.compose import compose_jobs
 from launcher.config.errors import ConfigError
 from launcher.config.layout import Layout
+from launcher.config.output_files import check_overwrites_no_report
 from launcher.config.schema import ComparedRunConfig, RunConfig
 from launcher.config.validate import validate_compare
 from launcher.config.world import World, world_of_machine
@@ -40,6 +41,8 @@ def main(arguments: list[str]) -> int:
     run, machine = jobs[0].config, this_machine()
     validate_compare(run)
     check_figure(run.compare.figure, "compare.figure")
+    if run.compare.report:
+        check_overwrites_no_report(Path(run.compare.report).expanduser(), "compare.report", key="resolved")
     layouts = chosen_layouts(run.compare.layouts, run.compare.ranks)
     world = world_of_machine(run, machine)
     compared = [planned(name, in_layout(run, sizes, world), world) for name, sizes in layouts.items()]

@@ -124,7 +124,7 @@ def check_files_are_ours(path: Path) -> None:
             raise _not_ours(path, f"{name} is not a directory")
     if is_ours:
         return
-    for name in (CONFIG, METRICS, CHECKPOINTS, FINAL_WEIGHTS, COMPANIONS, WANDB):
+    for name in (CONFIG, METRICS, CHECKPOINTS, FINAL_WEIGHTS, COMPANIONS, WANDB, "hang.txt"):
         if os.path.lexists(path / name):
             raise _not_ours(path, f"holds {name}, which would be overwritten, and no run.json")
     # Both may be there before run.json: a start can be killed, and a Slurm job logs before its ranks start.

@@ -120,18 +120,26 @@ def test_a_run_whose_directory_was_taken_away_stops_and_writes_nothing_there(
     saves: bool, tmp_path: Path
 ) -> None:
     run_dir, elsewhere = tmp_path / "r", tmp_path / "elsewhere"
-    process = started(*RUN, "training.steps=200", f"checkpoint.enabled={str(saves).lower()}", cwd=tmp_path)
+    saving = ["checkpoint.interval_steps=20"] if saves else ["checkpoint.enabled=false"]
+    process = started(*RUN, "training.steps=200", *saving, cwd=tmp_path)
     wait_for_rows(run_dir, 2, process)
     run_dir.rename(elsewhere)
     run_dir.mkdir()
-    if saves:
-        process.send_signal(signal.SIGUSR1)
     assert process.wait() == 2
     assert "run.dir=" in process.error()
     assert "was replaced by another directory while the run trained" in process.error()
     assert "Traceback" not in process.error()
     assert [path for path in run_dir.rglob("*") if path.is_file()] == []
     assert not (elsewhere / "weights").exists()
+
+
+def test_a_stop_that_cannot_save_says_why(tmp_path: Path) -> None:
+    process = started(*RUN, "training.steps=100000", cwd=tmp_path)
+    wait_for_rows(tmp_path / "r", 2, process)
+    (tmp_path / "r").rename(tmp_path / "elsewhere")
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait() == 128 + signal.SIGUSR1
+    assert "was moved or deleted while the run trained" in process.error()
 
 
 FOREIGN = {
@@ -143,6 +151,7 @@ FOREIGN = {
     "weights/mine.bin": ("", "holds weights"),
     "checkpoints/mine": ("", "holds checkpoints"),
     "wandb/settings": ("", "holds wandb"),
+    "hang.txt": ("", "holds hang.txt"),
     "huggingface/config.json": ("{}", "holds huggingface"),
     "logs": ("", "logs is not a directory"),
 }
@@ -160,15 +169,15 @@ def test_a_directory_with_files_of_the_user_is_refused_and_not_changed(
     for run_dir, cwd in (("mine", tmp_path), (".", tmp_path / "mine")):
         with subtests.test(run_dir):
             run = run_of(f"run.dir={run_dir}")
-            monkeypatched = pytest.MonkeyPatch()
-            with monkeypatched.context() as here:
+            with pytest.MonkeyPatch.context() as here:
                 here.chdir(cwd)
                 with (
                     pytest.raises(ConfigError, match=why) as refused,
                     claimed_run_dir(run, resolve_layout(run, World("cpu", 1, 1))),
                 ):
                     pass
-            assert "mine-2, or leave run.dir out" in refused.value.remedy
+            is_identity = name == "run.json"
+            assert ("another run.dir" if is_identity else "mine-2, or leave") in refused.value.remedy
             assert {entry: entry.stat().st_mtime_ns for entry in (tmp_path / "mine").rglob("*")} == before
 
 
