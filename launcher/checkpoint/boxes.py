@@ -76,7 +76,9 @@ def is_tiling(shape: tuple[int, ...], boxes: Iterable[Box]) -> bool:
     power = cache(lambda dimension, exponent: pow(point[dimension], exponent, _PRIME))
 
     def weight(box: Box) -> int:  # without the divisors (x - 1), which all boxes share
-        ends = enumerate(box.slices)
-        return prod(power(dimension, end.stop) - power(dimension, end.start) for dimension, end in ends)
+        product = 1
+        for dimension, (start, size) in enumerate(zip(box.offsets, box.sizes, strict=True)):
+            product = product * (power(dimension, start + size) - power(dimension, start)) % _PRIME
+        return product
 
     return (sum(map(weight, boxes)) - weight(whole(shape))) % _PRIME == 0

@@ -21,6 +21,7 @@ from typing import Any
 
 from launcher.checkpoint.boxes import Box, is_tiling
 from launcher.checkpoint.sealed import (
+    LARGEST,
     Malformed,
     boolean,
     fields,
@@ -43,6 +44,7 @@ CHECKPOINTS, MANIFEST, LATEST = "checkpoints", "manifest.json", "latest"
 CHECKPOINT = "checkpoint"  # the kind of manifest
 _FILE_NAME = re.compile(r"[0-9A-Za-z][0-9A-Za-z_-]{0,200}\.safetensors")
 _MOST_DIMENSIONS = 8
+_PIECE_KEYS = {"file", "offsets", "sizes"}
 
 
 class UnusableCheckpoint(Exception):
@@ -219,29 +221,32 @@ def stored_files(value: object) -> dict[str, StoredFile]:
 
 def sizes_of(value: object, where: str, least: int = 1) -> tuple[int, ...]:
     """Return the sizes, or the offsets if `least` is 0, of the dimensions of a tensor. Raises Malformed."""
-    return tuple(integer(size, where, least) for size in items(value, where, _MOST_DIMENSIONS))
+    for size in items(value, where, _MOST_DIMENSIONS):
+        if type(size) is not int or not least <= size <= LARGEST:  # inline: a manifest has millions of sizes
+            integer(size, where, least)
+    return tuple(value)  # type: ignore[arg-type]
 
 
 def _stored_tensor(value: object, name: str, files: dict[str, StoredFile]) -> StoredTensor:
     """Return the tensor whose pieces lie in `files` and cover each of its elements once. Raises Malformed."""
     values = fields(value, name, {"shape", "pieces"})
-    shape = sizes_of(values["shape"], f"the shape of {name}")
-    pieces = tuple(_piece(piece, name, shape, files) for piece in items(values["pieces"], f"{name}.pieces"))
+    shape, where = sizes_of(values["shape"], f"the shape of {name}"), f"a piece of {name}"
+    pieces = tuple(_piece(piece, where, shape, files) for piece in items(values["pieces"], f"{name}.pieces"))
     if not is_tiling(shape, (Box(piece.offsets, piece.sizes) for piece in pieces)):
         raise Malformed(f"has pieces of {name} that overlap or leave a gap")
     return StoredTensor(shape, pieces)
 
 
-def _piece(value: object, name: str, shape: tuple[int, ...], files: dict[str, StoredFile]) -> Piece:
-    where = f"a piece of {name}"
-    values = fields(value, where, {"file", "offsets", "sizes"})
-    offsets, sizes = sizes_of(values["offsets"], where, least=0), sizes_of(values["sizes"], where)
-    if text(values["file"], where) not in files:
-        raise Malformed(f"has {where} in {shown(values['file'])}, which is not one of its files")
+def _piece(value: object, where: str, shape: tuple[int, ...], files: dict[str, StoredFile]) -> Piece:
+    if not isinstance(value, dict) or value.keys() != _PIECE_KEYS:
+        value = fields(value, where, _PIECE_KEYS)
+    offsets, sizes = sizes_of(value["offsets"], where, least=0), sizes_of(value["sizes"], where)
+    if text(value["file"], where) not in files:
+        raise Malformed(f"has {where} in {shown(value['file'])}, which is not one of its files")
     is_inside = len(offsets) == len(sizes) == len(shape)
     if not is_inside or any(map(lambda offset, size, end: offset + size > end, offsets, sizes, shape)):
         raise Malformed(f"has {where} at {offsets} of {sizes}, outside the shape {shape}")
-    return Piece(values["file"], offsets, sizes)
+    return Piece(value["file"], offsets, sizes)
 
 
 def _blend(value: object) -> dict[str, Any]:

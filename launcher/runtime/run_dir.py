@@ -149,8 +149,14 @@ def _losses(path: Path, run: RunConfig) -> list[str]:
     """Return a note for each thing that an earlier start had and this start does not continue from."""
     saved = (read_identity(path) or {}).get(SAVED_STEP)
     newest = next(map(step_of, checkpoints_in(path)), None)
-    if run.checkpoint.resume == "auto" and saved is not None and newest is not None and newest < saved:
+    if run.checkpoint.resume != "auto":
+        return []
+    if saved is not None and newest is not None and newest < saved:
         return [f"the checkpoint of step {saved} is missing: the newest one is of step {newest}"]
+    if newest is None and (path / METRICS).exists():
+        return [
+            "an earlier start saved no checkpoint: the run begins again, and so do the rows of metrics.jsonl"
+        ]
     return []
 
 

@@ -75,7 +75,8 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(
     done = launcher(*SMALL, *RUN, "parallelism.data=2", cwd=tmp_path)
     assert done.returncode == 2, "it holds a run that ended as it was told to"
     shutil.rmtree(tmp_path / "r" / "weights")
-    trained(*RUN, "parallelism.data=2", cwd=tmp_path)
+    out = trained(*RUN, "parallelism.data=2", cwd=tmp_path)
+    assert "note     an earlier start saved no checkpoint: the run begins again" in out
     agree(metrics(tmp_path / "r"), whole, 0.0)
 
 
