@@ -142,7 +142,7 @@ def _not_ours(path: Path, why: str) -> ConfigError:
 
 
 def _is_log(path: Path) -> bool:
-    return re.fullmatch(r"rank_\d+\.log|hang_rank_\d+\.(json|tmp)|ends", path.name) is not None
+    return re.fullmatch(r"rank_\d+\.log|hang_rank_\d+\.(json|tmp)|ends|slurm-.*", path.name) is not None
 
 
 def _losses(path: Path, run: RunConfig) -> list[str]:
