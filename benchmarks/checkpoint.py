@@ -14,7 +14,8 @@ from statistics import median
 
 import numpy as np
 
-from launcher.checkpoint.manifest import CHECKPOINTS, Manifest, read_manifest, sha256_of, step_name
+from launcher.checkpoint.integrity import sha256_of
+from launcher.checkpoint.manifest import CHECKPOINTS, Manifest, read_manifest, step_name
 from launcher.config.compose import compose_jobs
 from launcher.config.schema import RunConfig
 from launcher.config.validate import validate

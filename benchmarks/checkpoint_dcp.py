@@ -32,7 +32,8 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from launcher.checkpoint.boxes import Box
 from launcher.checkpoint.flat_ranges import logical_views
-from launcher.checkpoint.manifest import Manifest, first_damaged_file, read_manifest
+from launcher.checkpoint.integrity import check_files
+from launcher.checkpoint.manifest import Manifest, read_manifest
 from launcher.checkpoint.read import CheckpointReader
 from launcher.checkpoint.write import HostPiece, commit, write_pieces
 from launcher.launch.local import run_local_ranks
@@ -155,7 +156,7 @@ def save_ours(folder: Path, boxes: Boxes, rank: int) -> None:
 def load_ours(folder: Path, boxes: Boxes, rank: int) -> None:
     path = folder.with_name(folder.name.removesuffix(".partial"))
     manifest = read_manifest(path)
-    assert first_damaged_file(path, manifest, sorted(manifest.files)[rank::WORLD]) is None
+    check_files(manifest.stored(path), sorted(manifest.files)[rank::WORLD])
     reader = CheckpointReader(path, manifest)
     for (name, _), (box, view) in boxes.items():
         reader.fill("weight", name, box, view)

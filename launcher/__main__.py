@@ -20,8 +20,10 @@ def main() -> None:
         # Whoever reads our output, as `head` does, has seen enough. Python would still flush, and complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("launcher: interrupted; all ranks have ended", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        from launcher.command_line import failure_during
+
+        print(f"launcher: interrupted; all ranks have ended{failure_during(interrupt)}", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
 
 

@@ -52,8 +52,15 @@ def run_command(arguments: list[str]) -> int:
         return _report(failure, FAILED)
     except Stopped as stop:
         code = stop.exit_code
-        message = f"stopped by {stop.signal.name}; all ranks have ended"
+        message = f"stopped by {stop.signal.name}; all ranks have ended{failure_during(stop)}"
         return _report(message, code) if speaks_for_all(os.environ) else code
+
+
+def failure_during(stop: BaseException) -> str:
+    """Return a further line about the failure of a rank during the stop, such as a save that failed."""
+    cause = stop.__cause__
+    is_cause = isinstance(cause, ConfigError) or (isinstance(cause, RankFailure) and not cause.secondary)
+    return f"\nlauncher: during the stop: {cause}" if is_cause else ""
 
 
 def entry_point(verb: str) -> Callable[[list[str]], int]:

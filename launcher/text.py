@@ -68,6 +68,11 @@ def milliseconds(seconds: float) -> str:
     return whole(seconds * 1e3)
 
 
+def printable(value: object) -> str:
+    """Return the text with `?` for the bytes of a path that are no text, which print refuses."""
+    return str(value).encode(errors="replace").decode()
+
+
 def plain_table(title: str) -> "Table":
     from rich.table import Table
 

@@ -120,3 +120,12 @@ def test_a_crash_while_deleting_leaves_no_part_under_the_name(
         with pytest.raises(Killed):
             files.delete_directory(path)
     assert [entry.name for entry in tmp_path.iterdir()] == ["directory.partial"]
+
+
+def test_a_directory_of_the_user_is_not_deleted_to_make_way(tmp_path: Path) -> None:
+    aside = files.partial_path(tmp_path / "a")
+    aside.mkdir()
+    (aside / "mine").touch()
+    with pytest.raises(FileExistsError), files.new_directory(tmp_path / "a"):
+        pass
+    assert (aside / "mine").exists()

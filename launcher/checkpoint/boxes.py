@@ -1,8 +1,12 @@
 """Boxes: contiguous n-dimensional slices of a tensor. Pure, imports no torch."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from math import prod
+from random import SystemRandom
+
+_PRIME = 2**127 - 1
 
 
 @dataclass(frozen=True)
@@ -58,3 +62,23 @@ def flat_blocks(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:
 def whole(shape: tuple[int, ...]) -> Box:
     """Return the box that covers a whole tensor of `shape`."""
     return Box((0,) * len(shape), shape)
+
+
+def is_tiling(shape: tuple[int, ...], boxes: Iterable[Box]) -> bool:
+    """Return whether the boxes cover each element of a tensor of `shape` exactly once, in linear time.
+
+    Give the element at index (i, j, ...) the weight x^i y^j ... at a random point (x, y, ...) modulo a prime.
+    The weight of a box is then a product of (x^stop - x^start) / (x - 1). If the boxes are no tiling, the
+    difference between the sum of their weights and the weight of the whole tensor is a polynomial that is
+    not zero, and a random point is a root with a probability of at most its degree / 2^127 (Schwartz-Zippel).
+    """
+    point = [SystemRandom().randrange(2, _PRIME) for _ in shape]
+    power = cache(lambda dimension, exponent: pow(point[dimension], exponent, _PRIME))
+
+    def weight(box: Box) -> int:  # without the divisors (x - 1), which all boxes share
+        product = 1
+        for dimension, (start, size) in enumerate(zip(box.offsets, box.sizes, strict=True)):
+            product = product * (power(dimension, start + size) - power(dimension, start)) % _PRIME
+        return product
+
+    return (sum(map(weight, boxes)) - weight(whole(shape))) % _PRIME == 0

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,15 @@ from launcher import __version__
 from launcher.checkpoint.boxes import whole
 from launcher.checkpoint.companions import carry_companions, companions_of
 from launcher.checkpoint.huggingface import Entry, adapter_of
+from launcher.checkpoint.integrity import check_files, unchanged
 from launcher.checkpoint.manifest import (
     CHECKPOINTS,
-    DAMAGED,
     Manifest,
-    UnusableCheckpoint,
-    first_damaged_file,
-    read_manifest,
+    StoredFiles,
     step_name,
 )
-from launcher.checkpoint.read import HuggingFaceReader, WeightReader, open_weights
-from launcher.checkpoint.sources import INDEX, SAFETENSORS, WeightsKind, WeightSource
+from launcher.checkpoint.read import HuggingFaceReader, WeightReader, open_weights, stored_files_of
+from launcher.checkpoint.sources import INDEX, SAFETENSORS, WeightSource
 from launcher.checkpoint.tensor_file import save_tensors
 from launcher.checkpoint.write import HostPiece, commit, write_pieces
 from launcher.config.schema import ExchangeConfig
@@ -35,14 +34,10 @@ from launcher.parallel.sharding import WEIGHT
 
 def export(weights: WeightSource, target: Path, options: ExchangeConfig) -> None:
     """Write a directory for from_pretrained. Raises UnusableCheckpoint, NotConvertible, OSError."""
-    if weights.kind is WeightsKind.checkpoint:
-        manifest = read_manifest(weights.path)
-        stored = manifest.tensors.get(WEIGHT, {}).values()
-        weight_files = sorted({piece.file for tensor in stored for piece in tensor.pieces})
-        if name := first_damaged_file(weights.path, manifest, weight_files):
-            raise UnusableCheckpoint(weights.path, name, DAMAGED)
-    dtype, reader = TORCH_DTYPES[options.dtype], open_weights(weights)
-    with new_directory(target) as aside:
+    stored, dtype, reader = stored_files_of(weights), TORCH_DTYPES[options.dtype], open_weights(weights)
+    with new_directory(target) as aside, unchanged(stored) if stored else nullcontext():
+        if stored:
+            check_files(stored, _files_with_weights(stored))
         files = list(_in_files(weights, dtype.itemsize, int(options.max_file_gb * 1e9)))
         names = [f"model-{n + 1:05d}-of-{len(files):05d}.safetensors" for n in range(len(files))]
         for name, group in zip(names if len(files) > 1 else [SAFETENSORS], files, strict=True):
@@ -86,6 +81,15 @@ def import_(weights: WeightSource, target: Path, options: ExchangeConfig) -> Non
         carry_companions(weights.path, aside)
         (aside / "conf" / "model").mkdir(parents=True)
         (aside / "conf" / "model" / "imported.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(model)))
+
+
+def _files_with_weights(stored: StoredFiles) -> list[str]:
+    """Return the files that hold more than optimizer states. Final weights have no prefix for their kind."""
+    return [
+        name
+        for name, shapes in sorted(stored.shapes.items())
+        if any(entry.startswith(f"{WEIGHT}/") or "/" not in entry for entry in shapes)
+    ]
 
 
 def _read(reader: WeightReader, entry: Entry) -> Tensor:

@@ -1,13 +1,17 @@
 """Restore a checkpoint into any layout; each rank reads only the slices it holds."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from launcher.checkpoint.flat_ranges import fragment_views
-from launcher.checkpoint.manifest import Manifest, first_damaged_file
+from launcher.checkpoint.integrity import check_files
+from launcher.checkpoint.manifest import Manifest, StoredFiles, UnusableCheckpoint
 from launcher.checkpoint.read import CheckpointReader, WeightReader
+from launcher.config.errors import ConfigError
 from launcher.engine.base import Engine
 from launcher.engine.state import fragments, make_states, update_model_weights
 
@@ -16,7 +20,7 @@ from launcher.engine.state import fragments, make_states, update_model_weights
 def restore(engine: Engine, path: Path, manifest: Manifest, keys: list[str]) -> int:
     """Restore the weights and the optimizer states `keys`; return the number of bytes this rank read.
 
-    Collective over the data-parallel group. Raises UnusableCheckpoint.
+    Collective over the world. Raises UnusableCheckpoint on every rank. Checks no checksum.
     """
     make_states(engine, keys, manifest.updates)
     reader = CheckpointReader(path, manifest)
@@ -26,24 +30,40 @@ def restore(engine: Engine, path: Path, manifest: Manifest, keys: list[str]) -> 
 
 @torch.no_grad()
 def load_initial_weights(engine: Engine, reader: WeightReader) -> None:
-    """Load the weights that a new run starts from. Collective over the data-parallel group."""
+    """Load the weights that a new run starts from. Collective over the world."""
     _fill(engine, reader, [])
 
 
 def _fill(engine: Engine, reader: WeightReader, keys: list[str]) -> None:
-    for fragment in fragments(engine, keys):
-        for kind, box, view in fragment_views(fragment, engine.mesh.tensor):
-            reader.fill(kind, fragment.logical.name, box, view)
+    with agreed_error():
+        for fragment in fragments(engine, keys):
+            for kind, box, view in fragment_views(fragment, engine.mesh.tensor):
+                reader.fill(kind, fragment.logical.name, box, view)
     update_model_weights(engine)
 
 
-def damaged_file_on_any_rank(path: Path, manifest: Manifest) -> str | None:
-    """Return the first damaged file, or None. Collective over the world: each rank hashes a share."""
+def check_files_together(stored: StoredFiles) -> None:
+    """Check SHA-256 and header of every file; each rank reads a share. Collective over the world.
+
+    Raises UnusableCheckpoint on every rank.
+    """
     rank, world = dist.get_rank(), dist.get_world_size()
-    damaged: list[str | None] = [None] * world
+    with agreed_error():
+        check_files(stored, sorted(stored.files)[rank::world])
+
+
+@contextmanager
+def agreed_error() -> Iterator[None]:
+    """Raise UnusableCheckpoint or ConfigError on every rank if a rank raises it. Collective over the world.
+
+    Otherwise the other ranks would wait in a collective for a rank that has chosen another checkpoint.
+    """
+    error: Exception | None = None
     try:
-        damaged_here = first_damaged_file(path, manifest, sorted(manifest.files)[rank::world])
-    except OSError as error:
-        damaged_here = f"{error.filename}: {error.strerror}"
-    dist.all_gather_object(damaged, damaged_here)
-    return next((name for name in damaged if name is not None), None)
+        yield
+    except (UnusableCheckpoint, ConfigError) as raised:
+        error = raised
+    errors: list[Exception | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    if first := next(filter(None, errors), None):
+        raise first

@@ -8,11 +8,17 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from launcher.checkpoint.boxes import Box
-from launcher.checkpoint.final import weight_files
+from launcher.checkpoint.final import other_model_error, read_final_weights
 from launcher.checkpoint.huggingface import Entry, adapter_of
-from launcher.checkpoint.manifest import MANIFEST, Manifest, UnusableCheckpoint, entry_name, read_manifest
+from launcher.checkpoint.manifest import (
+    MANIFEST,
+    Manifest,
+    StoredFiles,
+    UnusableCheckpoint,
+    entry_name,
+    read_manifest,
+)
 from launcher.checkpoint.sources import WeightsKind, WeightSource, stored_tensors
-from launcher.checkpoint.weights import final_weights_error
 from launcher.parallel.sharding import WEIGHT
 
 
@@ -74,19 +80,34 @@ class FinalWeightsReader:
 
     def __init__(self, weights: WeightSource) -> None:
         self._path = weights.path
-        files = map(_opened, weight_files(weights.path))
-        self._file_of = {name: file for file in files for name in file.keys()}  # noqa: SIM118  (not a dict)
+        stored = read_final_weights(weights.path).stored(weights.path)
+        self._path_of = {
+            name: stored.path / file for file, by_name in stored.shapes.items() for name in by_name
+        }
+        self._file = cache(_opened)
 
     def fill(self, kind: str, name: str, box: Box, view: Tensor) -> None:
         """Copy `box` of a logical tensor into `view`, of shape box.sizes. Raises ConfigError."""
         assert kind == WEIGHT, kind
-        if name not in self._file_of:
-            raise final_weights_error(self._path, f"the weights lack {name}")
-        view.copy_(self._file_of[name].get_slice(name)[box.slices])
+        if name not in self._path_of:
+            raise other_model_error(self._path, f"the weights lack {name}")
+        view.copy_(self._file(self._path_of[name]).get_slice(name)[box.slices])
 
 
 def _opened(path: Path) -> Any:
     return safe_open(path, framework="pt")
+
+
+def stored_files_of(weights: WeightSource) -> StoredFiles | None:
+    """Return the files that have checksums; None for a Hugging Face directory, which has none.
+
+    Raises UnusableCheckpoint, ConfigError.
+    """
+    if weights.kind is WeightsKind.huggingface:
+        return None
+    if weights.kind is WeightsKind.checkpoint:
+        return read_manifest(weights.path).stored(weights.path)
+    return read_final_weights(weights.path).stored(weights.path)
 
 
 WeightReader = CheckpointReader | HuggingFaceReader | FinalWeightsReader

@@ -2,15 +2,16 @@
 
 import shlex
 from pathlib import Path
+from typing import Any
 
-from launcher.checkpoint.final import final_step
+from launcher.checkpoint.final import final_step, read_final_weights
 from launcher.checkpoint.manifest import (
     MANIFEST,
     Manifest,
     UnusableCheckpoint,
     checkpoints_in,
     newest_complete_before,
-    read_manifest,
+    read_manifest_to_resume,
     unusable_checkpoint_error,
 )
 from launcher.config.errors import ConfigError, as_typed, refusal, value_of
@@ -28,18 +29,62 @@ _DATA = (
 _BLEND = ("data.sources", "data.weights", "data.validation_sources")
 
 
+# Sections of the config that decide what the final weights are; others, such as the layout, do not.
+_RESULT = ("model.", "data.", "optimizer.", "scheduler.", "precision.", "training.")
+
+
+class RunFinished(Exception):
+    """Raised for a run whose final weights are there: no step is left to train, and that is no error."""
+
+    def __init__(self, run_dir: Path, step: int) -> None:
+        self.run_dir, self.step = run_dir, step
+        super().__init__(f"{run_dir} is at step {step} of {step}: nothing is left to train")
+
+    def __reduce__(self) -> tuple[type["RunFinished"], tuple[Path, int]]:
+        return type(self), (self.run_dir, self.step)  # the exception is sent between ranks
+
+    def refusal(self) -> ConfigError:
+        """Return the user error for a command that needs steps to train."""
+        remedy = f"training.steps={self.step + 1} (or more), or another run.dir"
+        why = f"this run is at step {self.step}: no step is left to train"
+        return ConfigError("run.dir", self.run_dir, why, remedy)
+
+
 def checkpoint_to_resume(run: RunConfig, run_dir: Path) -> Path | None:
-    """Return the checkpoint that checkpoint.resume selects; None to start at step 0. Raises ConfigError."""
+    """Return the checkpoint that checkpoint.resume selects; None to start at step 0.
+
+    Raises ConfigError, and RunFinished if the run in run_dir has final weights of the same config.
+    """
+    raise_if_finished(run, run_dir)
     path = _requested_checkpoint(run, run_dir)
     while path is not None:
         try:
-            manifest = read_manifest(path)
+            manifest = read_manifest_to_resume(path)
             check_can_resume(run, path, manifest)
             check_steps_remain(run, path, manifest, run_dir)
             return path
         except UnusableCheckpoint as unusable:
             path = fallback_checkpoint(run, unusable)
     return None
+
+
+def raise_if_finished(run: RunConfig, run_dir: Path) -> None:
+    """Raise RunFinished if run_dir holds the final weights of this config's last step."""
+    if run.checkpoint.resume != "auto":
+        return
+    try:
+        weights = read_final_weights(run_dir)
+    except UnusableCheckpoint:
+        return
+    is_last = weights.step == (run.training.stop_at or run.training.steps)
+    if is_last and not any(name.startswith(_RESULT) for name in _differences(run, weights.config)):
+        raise RunFinished(run_dir, weights.step)
+
+
+def _differences(run: RunConfig, config: dict[str, Any]) -> list[str]:
+    """Return the fields that `config` has with another value than the run."""
+    names = [name for name in fields_of(RunConfig) if _stored_value(config, name) is not None]
+    return [name for name in names if _stored_value(config, name) != as_typed(value_of(run, name))]
 
 
 def fallback_checkpoint(run: RunConfig, unusable: UnusableCheckpoint, *, quiet: bool = False) -> Path:
@@ -76,7 +121,7 @@ def check_can_resume(run: RunConfig, path: Path, manifest: Manifest) -> None:
     fixed = [name for name in fields_of(RunConfig) if name.startswith("model.")]
     fixed += [*_DATA, *(() if run.checkpoint.new_blend else _BLEND)]
     for name in (name for name in fixed if name not in _MAY_CHANGE_IN_MODEL):
-        stored, requested = _stored_value(manifest, name), as_typed(value_of(run, name))
+        stored, requested = _stored_value(manifest.config, name) or "null", as_typed(value_of(run, name))
         if stored == requested:
             continue
         why = f"the run that wrote {path} has {name}={stored}"
@@ -105,10 +150,13 @@ def check_steps_remain(run: RunConfig, path: Path, manifest: Manifest, run_dir: 
     raise refusal(run, field, why, f"{field}={manifest.step + 1} (or more)", "another run.dir")
 
 
-def _stored_value(manifest: Manifest, name: str) -> str:
-    value: object = manifest.config
+def _stored_value(config: dict[str, Any], name: str) -> str | None:
+    """Return the value of a dotted field as it is typed; None if a config has no such field."""
+    value: object = config
     for part in name.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
+        if not isinstance(value, dict) or part not in value:
+            return None
+        value = value[part]
     return as_typed(value)
 
 

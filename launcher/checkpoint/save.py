@@ -3,7 +3,7 @@
 import shutil
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -11,12 +11,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from launcher.checkpoint.flat_ranges import fragment_views
-from launcher.checkpoint.manifest import CHECKPOINTS, Manifest, step_name
+from launcher.checkpoint.held import check_directory
+from launcher.checkpoint.manifest import CHECKPOINTS, Manifest, is_step_name, step_name
 from launcher.checkpoint.write import HostPiece, commit, index_path, prune, write_pieces
+from launcher.config.errors import ConfigError
+from launcher.config.run_format import record_saved_step
 from launcher.config.schema import CheckpointConfig
 from launcher.engine.base import Engine
 from launcher.engine.state import Fragment, fragments
-from launcher.files import PARTIAL
+from launcher.files import PARTIAL, make_way
 
 _POLL = 0.02  # seconds
 
@@ -28,8 +31,17 @@ class CheckpointError(Exception):
 class CheckpointWriter:
     """Saves one checkpoint at a time. Every public method is collective over the world."""
 
-    def __init__(self, engine: Engine, config: CheckpointConfig, run_dir: Path, keys: list[str]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        config: CheckpointConfig,
+        run_dir: Path,
+        keys: list[str],
+        loss_of_directory: Callable[[], str | None] = lambda: None,
+    ) -> None:
+        """`loss_of_directory` returns why run_dir is no longer this run's directory, or None if it is."""
         self.engine, self.config, self.keys = engine, config, keys
+        self._loss_of_directory = loss_of_directory
         self.folder = run_dir / CHECKPOINTS
         self._is_rank_0 = engine.mesh.rank == 0
         self._thread: threading.Thread | None = None
@@ -43,7 +55,8 @@ class CheckpointWriter:
         `manifest` has empty `tensors` and `files`. Blocks until the previous save has ended and this rank's
         state is copied to host memory. With checkpoint.asynchronous=false it blocks until the checkpoint is
         complete, and copies one file's worth of tensors at a time.
-        Raises CheckpointError if the previous save failed (see wait) or the directory cannot be created.
+        Raises CheckpointError if the previous save failed (see wait) or the directory cannot be created, and
+        ConfigError if the run's directory was moved, replaced or taken over.
         """
         started = time.perf_counter()
         self.wait()
@@ -85,22 +98,29 @@ class CheckpointWriter:
 
     def _make_directory(self, step: int) -> Path:
         partial = self.folder / f"{step_name(step)}{PARTIAL}"
-        error: list[str | None] = [None]
+        error: list[str | ConfigError | None] = [None]
         if self._is_rank_0:
             try:
+                check_directory(self.folder.parent, self._loss_of_directory)
                 self.folder.mkdir(exist_ok=True)
                 self._remove_leftovers()
                 partial.mkdir()
             except OSError as reason:
                 error = [str(reason)]
+            except ConfigError as lost:
+                error = [lost]
         dist.broadcast_object_list(error)
+        if isinstance(error[0], ConfigError):
+            raise error[0]
         if error[0]:
             raise CheckpointError(error[0])
         return partial
 
     def _remove_leftovers(self) -> None:
-        for leftover in self.folder.glob(f"*{PARTIAL}"):
-            shutil.rmtree(leftover)
+        for leftover in self.folder.glob(f"step-*{PARTIAL}"):
+            if is_step_name(leftover.name.removesuffix(PARTIAL)):
+                make_way(leftover, for_directory=True)
+                shutil.rmtree(leftover, ignore_errors=True)
 
     def _snapshot(self) -> Iterator[HostPiece]:
         for fragment in fragments(self.engine, self.keys):
@@ -118,7 +138,9 @@ class CheckpointWriter:
                 world = dist.get_world_size()
                 if not _all_indices_written(partial, world, self._all_ended):
                     return  # another rank reports why
+                check_directory(self.folder.parent, self._loss_of_directory)
                 commit(partial, manifest, world)
+                record_saved_step(self.folder.parent, manifest.step)
                 prune(self.folder.parent, self.config)
         except Exception as error:
             self._error = f"{type(error).__name__}: {error}"

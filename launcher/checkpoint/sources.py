@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError, safe_open
 
-from launcher.checkpoint.final import FINAL_WEIGHTS
+from launcher.checkpoint.final import FINAL_WEIGHTS, read_final_weights
 from launcher.checkpoint.huggingface import Entry, NotConvertible, adapter_of, model_of, titles
 from launcher.checkpoint.huggingface.adapter import setting_names, setting_of
 from launcher.checkpoint.manifest import MANIFEST, UnusableCheckpoint, checkpoints_in, read_manifest
@@ -53,6 +53,10 @@ def weights_at(path: Path, field: str) -> WeightSource:
         return WeightSource(checkpoint.resolve(), WeightsKind.checkpoint, model)
     if (path / _RUN_CONFIG).exists() and (path / FINAL_WEIGHTS).is_dir():
         model = load_typed(path / _RUN_CONFIG, RunConfig).model
+        try:
+            read_final_weights(path)
+        except UnusableCheckpoint as unusable:
+            raise ConfigError(field, path, str(unusable), _SOURCES) from None
         return WeightSource(path.resolve(), WeightsKind.run, model)
     if (path / "config.json").exists():
         model = _their_model(path, field)

@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from launcher.checkpoint.boxes import Box
+from launcher.checkpoint.integrity import sha256_of
 from launcher.checkpoint.manifest import (
     LATEST,
     MANIFEST,
@@ -23,12 +24,11 @@ from launcher.checkpoint.manifest import (
     entry_name,
     piece_of,
     read_manifest,
-    sha256_of,
     step_of,
 )
 from launcher.checkpoint.tensor_file import save_tensors
 from launcher.config.schema import CheckpointConfig
-from launcher.files import PARTIAL, delete_directory, rename, write_text
+from launcher.files import PARTIAL, delete_directory, make_way, rename, write_text
 
 
 @dataclass(frozen=True)
@@ -96,11 +96,15 @@ def commit(partial: Path, manifest: Manifest, world: int) -> Path:
         path.unlink()
     written = replace(manifest, tensors=tensors, files=files, finite=finite)
     write_text(partial / MANIFEST, written.to_json())
+    read_manifest(partial)  # what cannot be read back is not committed
     final = partial.with_name(partial.name.removesuffix(PARTIAL))
+    make_way(final, for_directory=True)
     if final.exists():
         # An unusable checkpoint of the same step, which checkpoint.fallback skipped: replace it.
         shutil.rmtree(final)
     rename(partial, final)
+    for name in (LATEST, f"{LATEST}.tmp"):
+        make_way(final.parent / name, for_directory=False)
     write_text(final.parent / LATEST, final.name + "\n")
     return final
 

@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from launcher.checkpoint.resume_choice import RunFinished
 from launcher.commands.ready import ready
 from launcher.compare.compared_layouts import ComparedLayout, chosen_layouts, in_layout
 from launcher.compare.comparison_figure import draw_comparison
@@ -18,6 +19,7 @@ from launcher.compare.comparison_report import (
 from launcher.config.compose import compose_jobs
 from launcher.config.errors import ConfigError
 from launcher.config.layout import Layout
+from launcher.config.output_files import check_overwrites_no_report
 from launcher.config.schema import ComparedRunConfig, RunConfig
 from launcher.config.validate import validate_compare
 from launcher.config.world import World, world_of_machine
@@ -39,6 +41,8 @@ def main(arguments: list[str]) -> int:
     run, machine = jobs[0].config, this_machine()
     validate_compare(run)
     check_figure(run.compare.figure, "compare.figure")
+    if run.compare.report:
+        check_overwrites_no_report(Path(run.compare.report).expanduser(), "compare.report", key="resolved")
     layouts = chosen_layouts(run.compare.layouts, run.compare.ranks)
     world = world_of_machine(run, machine)
     compared = [planned(name, in_layout(run, sizes, world), world) for name, sizes in layouts.items()]
@@ -48,10 +52,13 @@ def main(arguments: list[str]) -> int:
         remedy = limit if run.hardware.memory_bytes else "compare.layouts=[single] or a smaller model"
         raise ConfigError("compare.layouts", list(layouts), compared[0].refused, remedy)
     layout = next(candidate.layout for candidate in compared if candidate.layout and not candidate.refused)
-    with claimed_run_dir(run, layout) as (directory, _):
-        share_cores(machine.cores, machine.cores)  # one core per rank
-        rows = [_row(candidate, run.compare.steps) for candidate in compared]
-        _log(run, layout, directory, rows)
+    try:
+        with claimed_run_dir(run, layout) as (directory, _):
+            share_cores(machine.cores, machine.cores)  # one core per rank
+            rows = [_row(candidate, run.compare.steps) for candidate in compared]
+            _log(run, layout, directory, rows)
+    except RunFinished as finished:
+        raise finished.refusal() from None
     return _report(run, rows)
 
 

@@ -6,7 +6,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from launcher.checkpoint.manifest import UnusableCheckpoint, checkpoints_in, read_intact_manifest
+from launcher.checkpoint.integrity import check_files
+from launcher.checkpoint.manifest import UnusableCheckpoint, checkpoints_in, read_manifest_to_resume
 from launcher.commands.ready import ready
 from launcher.config.compose import compose_jobs, load_typed
 from launcher.config.schema import HardwareConfig, ReplayConfig, RunConfig
@@ -59,6 +60,8 @@ def checkpoint_before(run_dir: Path, step: int) -> Path | None:
     """Return the newest intact checkpoint before `step`; None to begin with the run's first weights."""
     for path in checkpoints_in(run_dir):
         with suppress(UnusableCheckpoint):
-            if read_intact_manifest(path).step < step:
+            manifest = read_manifest_to_resume(path)
+            if manifest.step < step:
+                check_files(manifest.stored(path))
                 return path
     return None

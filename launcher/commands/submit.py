@@ -1,5 +1,6 @@
 """`launcher submit`: a run, or the runs of a sweep, as one Slurm job."""
 
+from launcher.checkpoint.resume_choice import RunFinished
 from launcher.commands.ready import ready
 from launcher.config.compose import Job, compose_jobs
 from launcher.config.layout import Layout
@@ -13,7 +14,11 @@ from launcher.runtime.run_dir import run_path, start_of
 def main(arguments: list[str]) -> int:
     jobs = compose_jobs("config", RunConfig, arguments)
     if jobs:
-        submit(jobs, arguments, [_layout_on_most_nodes(job) for job in jobs])
+        layouts = [_layout_on_most_nodes(job) for job in jobs]
+        finished = [end for job in jobs if (end := _end_of(job))]
+        if len(finished) == len(jobs):
+            raise finished[0].refusal()
+        submit(jobs, arguments, layouts)
     return 0
 
 
@@ -26,6 +31,14 @@ def _layout_on_most_nodes(job: Job[RunConfig]) -> Layout:
         ready(run, world_of_nodes(run, nodes), needs_data=nodes == most, must_fit=True)
         for nodes in sorted({least, most})
     ]
-    if run.run.dir is not None:
-        start_of(run, run_path(run, multirun_index=job.index))
     return ready_runs[-1].layout
+
+
+def _end_of(job: Job[RunConfig]) -> RunFinished | None:
+    """Return the end of a run that is finished; None if steps are left. Raises ConfigError."""
+    if job.config.run.dir is not None:
+        try:
+            start_of(job.config, run_path(job.config, multirun_index=job.index))
+        except RunFinished as finished:
+            return finished
+    return None

@@ -7,6 +7,7 @@ from launcher.commands.ready import ReadyRun, ready
 from launcher.config.compose import compose_jobs
 from launcher.config.errors import ConfigError, refusal
 from launcher.config.machine import Machine
+from launcher.config.output_files import check_overwrites_no_report
 from launcher.config.schema import Device, Dtype, RunConfig
 from launcher.config.validate import validate
 from launcher.config.world import world_of_hardware, world_of_machine
@@ -86,6 +87,7 @@ def _writable(run: RunConfig) -> Path | None:
     if run.verify.report is None:
         return None
     path = Path(run.verify.report).expanduser()
+    check_overwrites_no_report(path, "verify.report", key="passes")
     try:
         path.touch()
     except OSError as error:

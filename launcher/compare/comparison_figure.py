@@ -6,6 +6,7 @@ from typing import Any
 
 from launcher.compare.comparison_report import ComparisonRow
 from launcher.config.layout import GROUPS, STEP_PARTS
+from launcher.config.output_files import FIGURE_TITLE
 
 PART_COLOURS = {
     "compute": "#4c72b0",
@@ -27,7 +28,7 @@ def draw_comparison(rows: Sequence[ComparisonRow], path: Path) -> None:
     _draw_memory(shown, memory)
     _draw_sent(shown, sent)
     _draw_losses([row for row in rows if row.measured], losses)
-    figure.savefig(path.expanduser(), dpi=110)
+    figure.savefig(path.expanduser(), dpi=110, metadata={"Title": FIGURE_TITLE})
 
 
 def _draw_time(rows: Sequence[ComparisonRow], axes: Any) -> None:

@@ -1,12 +1,17 @@
-"""The format of run directories and checkpoints. Another format is refused, never translated."""
+"""The format and identity of run directories and checkpoints. Another format is refused, never translated."""
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 from launcher.config.errors import ConfigError
+from launcher.files import read_regular, what_is_wrong, write_text
 
 FORMAT = 2  # 2: the model's config names its parts
 IDENTITY = "run.json"
+SAVED_STEP = "saved_step"  # key in run.json: the step of the checkpoint that was written last
+_MOST_BYTES = 2**20  # of run.json
 
 
 def wrong_format(number: object) -> str:
@@ -16,11 +21,48 @@ def wrong_format(number: object) -> str:
 
 def check_format(run_dir: Path) -> None:
     """Check the format of a run directory that holds a run. Raises ConfigError."""
+    read_identity(run_dir)
+
+
+def read_identity(run_dir: Path) -> dict[str, Any] | None:
+    """Return the content of run.json, which makes a directory a run's directory; None without the file.
+
+    Raises ConfigError if no run wrote the file, or a run of another format.
+    """
     try:
-        identity = json.loads((run_dir / IDENTITY).read_text())
-    except (OSError, ValueError):
-        return  # no run, or not one that the launcher wrote, which its readers report
-    number = identity.get("format", 1) if isinstance(identity, dict) else FORMAT
+        content = json.loads(read_regular(run_dir / IDENTITY, _MOST_BYTES))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise _not_ours(run_dir, what_is_wrong(error)) from None
+    except (ValueError, RecursionError):
+        raise _not_ours(run_dir, "is not JSON") from None
+    if not isinstance(content, dict) or not isinstance(content.get("id"), str):
+        raise _not_ours(run_dir, "was not written by a run")
+    number = content.get("format", 1)
     if number != FORMAT:
         remedy = "a fresh run.dir, or the launcher version that wrote this one"
         raise ConfigError("run.dir", run_dir, wrong_format(number), remedy)
+    step, layout = content.get(SAVED_STEP), content.get("layout")
+    is_step = step is None or (type(step) is int and step >= 0)
+    if not (re.fullmatch(r"[\w-]{1,64}", content["id"]) and isinstance(layout, dict) and is_step):
+        raise _not_ours(run_dir, "was altered")
+    return content
+
+
+def write_identity(run_dir: Path, identity: dict[str, Any]) -> None:
+    write_text(run_dir / IDENTITY, json.dumps(identity, indent=2) + "\n")
+
+
+def record_saved_step(run_dir: Path, step: int) -> None:
+    """Record in run.json that the checkpoint of `step` is written; do nothing without run.json.
+
+    If checkpoints/ is removed later, the next start knows from this record that they are missing.
+    """
+    if identity := read_identity(run_dir):
+        write_identity(run_dir, identity | {SAVED_STEP: step})
+
+
+def _not_ours(run_dir: Path, why: str) -> ConfigError:
+    remedy = f"another run.dir (with checkpoint.resume={run_dir} it resumes from the checkpoints there)"
+    return ConfigError("run.dir", run_dir, f"{IDENTITY} {why}", remedy)

@@ -4,6 +4,7 @@ The number of processes does not change the result. All output is written into T
 of the progress, and renamed at the end. The .idx is renamed last, so a TARGET.idx that exists is complete.
 """
 
+import errno
 import json
 import shutil
 import time
@@ -142,6 +143,8 @@ class Preparation:
         if fingerprint.exists() and json.loads(fingerprint.read_text()) == self._fingerprint():
             return (self.folder / JOURNAL).exists()
         if self.folder.exists():
+            if any(self.folder.iterdir()) and not any(self.folder.glob(f"{fingerprint.name}*")):
+                raise OSError(errno.EEXIST, "it is a directory that no preparation made", str(self.folder))
             shutil.rmtree(self.folder)
         self.folder.mkdir(parents=True)
         write_text(fingerprint, json.dumps(self._fingerprint(), indent=2))

@@ -1,4 +1,9 @@
-"""The lock on a run directory, flock(2) on a file that names its holder: only one process trains a run."""
+"""The lock on a run directory, so that only one process trains a run.
+
+The lock is flock(2) on holder.json, which names the holder, and on the directory itself, so that deleting the
+file frees nothing. Where directories cannot be locked, as on NFS, a run whose file was replaced notices it
+before its next save: see Place.
+"""
 
 import errno
 import fcntl
@@ -8,18 +13,21 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
 from launcher.config.errors import ConfigError
+from launcher.files import read_regular
 
 HOLDER = "holder.json"
 _PATIENCE = 5.0  # seconds to wait for a holder that is about to end
 _PATIENCE_SAME_JOB = 150.0  # a file server frees the lock of a lost node when its lease ends
 _POLL = 0.2
-_NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
+_MOST_BYTES = 2**16  # of holder.json
+# Locks of the file system are off; or, on NFS, flock on a directory, which cannot be opened for writing.
+_NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EBADF, errno.EINVAL, errno.EISDIR}
 
 
 @dataclass(frozen=True)
@@ -34,28 +42,84 @@ class Holder:
         return f"process {self.process} on {self.host} ({job}since {self.since})"
 
 
+@dataclass(frozen=True)
+class Place:
+    """The path of a held directory, and the inodes of the directory and of its lock file."""
+
+    path: Path
+    directory: tuple[int, int]
+    lock: tuple[int, int]
+
+    def loss(self) -> str | None:
+        """Return why the path no longer leads to the directory that this run holds; None if it does."""
+        try:
+            if _inode(os.stat(self.path)) != self.directory:
+                return "was replaced by another directory while the run trained"
+        except (FileNotFoundError, NotADirectoryError):
+            return "was moved or deleted while the run trained"
+        except OSError:
+            return None  # a file server that does not answer has not given the directory away
+        try:
+            is_held = _inode(os.lstat(self.path / HOLDER)) == self.lock
+        except OSError:
+            return None  # the file was deleted, and no other process has made it again
+        return None if is_held else f"was taken over by another process after its {HOLDER} was deleted"
+
+
+def is_holder_file(path: Path) -> bool:
+    """Return whether a run wrote this holder.json, or was killed before it wrote its name there."""
+    try:
+        return path.lstat().st_size == 0 or _holder_in(path.parent) is not None
+    except OSError:
+        return False
+
+
 @contextmanager
-def held(run_dir: Path) -> Iterator[list[str]]:
-    """Make and hold the directory; yield notes to the user. Raises ConfigError if it is held, or OSError."""
-    run_dir.mkdir(parents=True, exist_ok=True)
+def held(run_dir: Path) -> Iterator[tuple[Place, list[str]]]:
+    """Make and hold the directory; yield its place and notes to the user.
+
+    Raises ConfigError if another process holds the directory, or OSError.
+    """
     job, now = os.environ.get("SLURM_JOB_ID"), time.strftime("%Y-%m-%d %H:%M:%S")
     me = Holder(socket.gethostname(), os.getpid(), job, now)
-    with (run_dir / HOLDER).open("a+") as file:
-        notes = _lock(file, run_dir, me)
-        file.truncate(0)
-        file.write(json.dumps(asdict(me)) + "\n")
-        file.flush()
-        yield notes
+    while True:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            directory = os.open(run_dir, os.O_RDONLY | os.O_DIRECTORY)
+            stack.callback(os.close, directory)
+            # First: a start that is refused makes no holder.json, which the holder would take for a takeover.
+            _lock(directory, run_dir, me)
+            file = stack.enter_context(_holder_file(run_dir))
+            notes = _lock(file.fileno(), run_dir, me)
+            place = Place(run_dir.resolve(), _inode(os.fstat(directory)), _inode(os.fstat(file.fileno())))
+            if place.loss() is not None or not os.path.lexists(run_dir / HOLDER):
+                continue  # moved or deleted since it was opened: the locks are on something else
+            file.truncate(0)
+            file.write(json.dumps(asdict(me)) + "\n")
+            file.flush()
+            yield place, notes
+            return
 
 
-def _lock(file: IO[str], run_dir: Path, me: Holder) -> list[str]:
+def _holder_file(run_dir: Path) -> IO[str]:
+    """Open holder.json, never through a link or as anything but a regular file. Raises OSError."""
+    descriptor = os.open(run_dir / HOLDER, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    return os.fdopen(descriptor, "a+")
+
+
+def _inode(state: os.stat_result) -> tuple[int, int]:
+    return state.st_dev, state.st_ino
+
+
+def _lock(descriptor: int, run_dir: Path, me: Holder) -> list[str]:
+    """Lock an open file or directory; return a note if there are no locks. Raises ConfigError if held."""
     deadline = None
     while True:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return []
         except BlockingIOError:
-            other = _holder_in(file)
+            other = _holder_in(run_dir)
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
@@ -74,11 +138,10 @@ def _patience(run_dir: Path, me: Holder, other: Holder | None) -> float:
     return _PATIENCE_SAME_JOB
 
 
-def _holder_in(file: IO[str]) -> Holder | None:
-    file.seek(0)
+def _holder_in(run_dir: Path) -> Holder | None:
     try:
-        return Holder(**json.loads(file.read()))
-    except (ValueError, TypeError):
+        return Holder(**json.loads(read_regular(run_dir / HOLDER, _MOST_BYTES)))
+    except (OSError, ValueError, TypeError, RecursionError):
         return None  # the holder has not written its name yet
 
 

@@ -1,13 +1,16 @@
 """Start a run from its last checkpoint, from the weights of `checkpoint.init_from`, or from new weights."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from launcher.checkpoint.load import damaged_file_on_any_rank, load_initial_weights, restore
-from launcher.checkpoint.manifest import DAMAGED, Manifest, UnusableCheckpoint, read_manifest
-from launcher.checkpoint.read import open_weights
+from launcher.checkpoint.integrity import unchanged
+from launcher.checkpoint.load import agreed_error, check_files_together, load_initial_weights, restore
+from launcher.checkpoint.manifest import Manifest, StoredFiles, UnusableCheckpoint, read_manifest
+from launcher.checkpoint.read import open_weights, stored_files_of
 from launcher.checkpoint.resume_choice import check_can_resume, check_same_corpus, fallback_checkpoint
-from launcher.checkpoint.sources import WeightsKind, WeightSource
+from launcher.checkpoint.sources import WeightSource
 from launcher.config.errors import ConfigError, as_typed
 from launcher.config.schema import RunConfig
 from launcher.data.blend import Segment
@@ -71,9 +74,8 @@ def start_from(
             checkpoint = fallback_checkpoint(run, unusable, quiet=engine.mesh.rank > 0)
     if initial is not None:
         try:
-            if initial.kind is WeightsKind.checkpoint:  # other weights have no checksums
-                check_checksums(initial.path, read_manifest(initial.path))
-            load_initial_weights(engine, open_weights(initial))
+            with agreed_error(), checked_together(stored_files_of(initial)):
+                load_initial_weights(engine, open_weights(initial))
         except UnusableCheckpoint as unusable:
             remedy = "weights that are intact: see `launcher checkpoint check`"
             raise ConfigError("checkpoint.init_from", initial.path, str(unusable), remedy) from None
@@ -91,11 +93,12 @@ def restored(
 
     Raises UnusableCheckpoint, or ConfigError.
     """
-    manifest = read_manifest(checkpoint)
-    check_can_resume(run, checkpoint, manifest)
-    check_same_corpus(corpus, checkpoint, manifest)
-    check_checksums(checkpoint, manifest)
-    restore(engine, checkpoint, manifest, state_keys(run.optimizer))
+    with agreed_error():
+        manifest = read_manifest(checkpoint)
+        check_can_resume(run, checkpoint, manifest)
+        check_same_corpus(corpus, checkpoint, manifest)
+    with agreed_error(), checked_together(manifest.stored(checkpoint)):
+        restore(engine, checkpoint, manifest, state_keys(run.optimizer))
     set_loss_scaler(engine, manifest.scaler)
     excluded = tuple(sorted({*((start, end) for start, end in manifest.excluded), *excluded}))
     return Progress(
@@ -117,7 +120,10 @@ def blends_after(run: RunConfig, manifest: Manifest) -> tuple[Segment, ...]:
     return *(blend for blend in earlier if blend.start < configured.start), configured
 
 
-def check_checksums(checkpoint: Path, manifest: Manifest) -> None:
-    """Raise UnusableCheckpoint if a file's checksum does not match. Collective over the world."""
-    if name := damaged_file_on_any_rank(checkpoint, manifest):
-        raise UnusableCheckpoint(checkpoint, name, DAMAGED)
+@contextmanager
+def checked_together(stored: StoredFiles | None) -> Iterator[None]:
+    """Check all files before the block, and after it that none was changed. Collective over the world."""
+    with unchanged(stored) if stored else nullcontext():
+        if stored:
+            check_files_together(stored)
+        yield

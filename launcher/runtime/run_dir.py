@@ -1,8 +1,8 @@
 """The run directory: one directory is one run, with one id for W&B and everything the run writes."""
 
 import dataclasses
-import json
 import os
+import re
 import secrets
 import time
 from collections.abc import Iterator
@@ -14,18 +14,20 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from launcher import __version__
-from launcher.checkpoint.companions import carry_companions
-from launcher.checkpoint.final import final_step
+from launcher.checkpoint.companions import COMPANIONS, carry_companions
+from launcher.checkpoint.final import FINAL_WEIGHTS, final_step
+from launcher.checkpoint.manifest import CHECKPOINTS, checkpoints_in, step_of
 from launcher.checkpoint.resume_choice import checkpoint_to_resume
 from launcher.checkpoint.sources import WeightSource, check_model_is, weights_at
 from launcher.config.errors import ConfigError
 from launcher.config.layout import Layout
-from launcher.config.run_format import FORMAT, IDENTITY, check_format
+from launcher.config.run_format import FORMAT, IDENTITY, SAVED_STEP, read_identity, write_identity
 from launcher.config.schema import RunConfig
+from launcher.files import write_text
 from launcher.launch.environment import slurm_step_name
-from launcher.runtime.hold import held
+from launcher.runtime.hold import HOLDER, Place, held, is_holder_file
 
-CONFIG, LOGS, METRICS = "config.yaml", "logs", "metrics.jsonl"
+CONFIG, LOGS, METRICS, WANDB = "config.yaml", "logs", "metrics.jsonl", "wandb"
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class RunDir:
     run_id: str
     checkpoint: Path | None = None  # to resume from
     initial: WeightSource | None = None  # to begin with if there is no checkpoint
+    place: Place | None = None  # of the directory that is held
 
     @property
     def logs(self) -> Path:
@@ -45,6 +48,10 @@ class RunDir:
     def metrics(self) -> Path:
         return self.path / METRICS
 
+    def loss(self) -> str | None:
+        """Return why `path` no longer leads to the directory that is held; None if it does."""
+        return self.place.loss() if self.place else None
+
 
 @contextmanager
 def claimed_run_dir(
@@ -53,44 +60,116 @@ def claimed_run_dir(
     """Make the run directory, hold it for the block, and write the run's config and identity there.
 
     Yields the directory and notes to the user. One process per run calls this. An unfinished run in the
-    directory is resumed under its id. Raises ConfigError if the directory cannot be made, if another process
-    holds it, if its run cannot be resumed, or if checkpoint.resume forbids it.
+    directory is resumed under its id. Raises ConfigError if the directory cannot be made or holds files that
+    no run wrote, if another process holds it, if its run cannot be resumed, or if checkpoint.resume forbids
+    it; and RunFinished if its run is finished.
     """
     run_id = secrets.token_hex(4)
     path = run_path(run, run_id, multirun_index)
-    if not path.exists():
-        _beginning(run, path)  # raises before the directory is made
     with ExitStack() as stack:
         try:
-            notes = stack.enter_context(held(path))
-            directory = _claim(run, layout, path, run_id)
+            # These raise before anything is made or written.
+            check_files_are_ours(path)
+            if not path.exists():
+                _beginning(run, path)
+            place, notes = stack.enter_context(held(path))
+            directory = _claim(run, layout, place, run_id, path)
         except OSError as error:
             why = f"cannot be written: {error.strerror}"
             raise ConfigError("run.dir", path, why, "a directory you may write to") from None
-        yield directory, notes
+        yield directory, [*notes, *_losses(path, run)]
 
 
 def start_of(run: RunConfig, path: Path) -> Path | None:
-    """Return the checkpoint that a run in `path` resumes from, if there is one. Raises ConfigError."""
-    check_format(path)
+    """Return the checkpoint that a run in `path` resumes from, if there is one.
+
+    Raises ConfigError, and RunFinished if the run is finished.
+    """
+    check_files_are_ours(path)
     checkpoint = checkpoint_to_resume(run, path)
+    holds_run, resumes = read_identity(path) is not None, run.checkpoint.resume == "auto"
+    if holds_run and resumes and checkpoint is None:
+        check_no_checkpoint_is_missing(path)
     is_over = checkpoint is None and final_step(path) is not None
-    if (path / CONFIG).exists() and (run.checkpoint.resume != "auto" or is_over):
+    if holds_run and (not resumes or is_over):
         remedy = f"run.dir={_unused(path)}, or leave run.dir out for a fresh one"
         raise ConfigError("run.dir", path, "already holds a run", remedy)
     return checkpoint
 
 
-def _claim(run: RunConfig, layout: Layout, path: Path, run_id: str) -> RunDir:
+def check_no_checkpoint_is_missing(path: Path) -> None:
+    """Raise ConfigError if the run has written a checkpoint, and none is there."""
+    step = (read_identity(path) or {}).get(SAVED_STEP)
+    if step is not None:
+        folder = path / CHECKPOINTS
+        why = f"this run saved a checkpoint at step {step}, and {folder} holds none"
+        restore = f"restore {folder}"
+        remedy = f"{restore}, or checkpoint.resume=none run.dir={_unused(path)} (from the first step)"
+        raise ConfigError("run.dir", path, why, remedy)
+
+
+def check_files_are_ours(path: Path) -> None:
+    """Check that every file which a run writes in `path` is free or was written by a run. Raises ConfigError.
+
+    A run wrote a directory that has a run.json of ours. What lies there has the kind that the run writes.
+    """
+    is_ours = read_identity(path) is not None
+    for name in (CONFIG, METRICS, HOLDER, IDENTITY):
+        entry = path / name
+        if os.path.lexists(entry) and not entry.is_file():
+            raise _not_ours(path, f"{name} is not a regular file")
+    for name in (LOGS, CHECKPOINTS, FINAL_WEIGHTS, COMPANIONS):
+        entry = path / name
+        if os.path.lexists(entry) and not entry.is_dir():
+            raise _not_ours(path, f"{name} is not a directory")
+    if is_ours:
+        return
+    for name in (CONFIG, METRICS, CHECKPOINTS, FINAL_WEIGHTS, COMPANIONS, WANDB, "hang.txt"):
+        if os.path.lexists(path / name):
+            raise _not_ours(path, f"holds {name}, which would be overwritten, and no run.json")
+    # Both may be there before run.json: a start can be killed, and a Slurm job logs before its ranks start.
+    if (path / LOGS).is_dir() and not all(map(_is_log, (path / LOGS).iterdir())):
+        raise _not_ours(path, f"holds {LOGS}/ with files that no run wrote, and no run.json")
+    if os.path.lexists(path / HOLDER) and not is_holder_file(path / HOLDER):
+        raise _not_ours(path, f"holds a {HOLDER} that no run wrote, and no run.json")
+
+
+def _not_ours(path: Path, why: str) -> ConfigError:
+    remedy = f"run.dir={_unused(path)}, or leave run.dir out for a fresh one"
+    if checkpoints_in(path):
+        remedy = f"{remedy}; checkpoint.init_from={path} starts it from the weights there"
+    return ConfigError("run.dir", path, why, remedy)
+
+
+def _is_log(path: Path) -> bool:
+    return re.fullmatch(r"rank_\d+\.log|hang_rank_\d+\.(json|tmp)|ends|slurm-.*", path.name) is not None
+
+
+def _losses(path: Path, run: RunConfig) -> list[str]:
+    """Return a note for each thing that an earlier start had and this start does not continue from."""
+    saved = (read_identity(path) or {}).get(SAVED_STEP)
+    newest = next(map(step_of, checkpoints_in(path)), None)
+    if run.checkpoint.resume != "auto":
+        return []
+    if saved is not None and newest is not None and newest < saved:
+        return [f"the checkpoint of step {saved} is missing: the newest one is of step {newest}"]
+    if newest is None and (path / METRICS).exists():
+        return [
+            "an earlier start saved no checkpoint: the run begins again, and so do the rows of metrics.jsonl"
+        ]
+    return []
+
+
+def _claim(run: RunConfig, layout: Layout, place: Place, run_id: str, path: Path) -> RunDir:
     checkpoint, initial = _beginning(run, path)
-    run_id = _id_of(path) or run_id
+    before = read_identity(path) or {"id": run_id}
+    identity = {"format": FORMAT, "launcher": __version__, "layout": dataclasses.asdict(layout)}
+    write_identity(path, before | identity)  # first: it says that the files below are a run's
     (path / LOGS).mkdir(exist_ok=True)
     if source := checkpoint or (initial and initial.path):
         carry_companions(source, path)
-    (path / CONFIG).write_text(OmegaConf.to_yaml(OmegaConf.structured(run)))
-    identity = {"format": FORMAT, "id": run_id, "launcher": __version__, "layout": dataclasses.asdict(layout)}
-    (path / IDENTITY).write_text(json.dumps(identity, indent=2) + "\n")
-    return RunDir(path.resolve(), run_id, checkpoint, initial)
+    write_text(path / CONFIG, OmegaConf.to_yaml(OmegaConf.structured(run)))
+    return RunDir(place.path, before["id"], checkpoint, initial, place)
 
 
 def _beginning(run: RunConfig, path: Path) -> tuple[Path | None, WeightSource | None]:
@@ -120,12 +199,7 @@ def run_path(run: RunConfig, run_id: str = "", multirun_index: int | None = None
 
 
 def _unused(path: Path) -> Path:
+    if path.name in ("", ".."):
+        path = path.resolve()
     candidates = (path.with_name(f"{path.name}-{n}") for n in range(2, 10**6))
     return next(candidate for candidate in candidates if not candidate.exists())
-
-
-def _id_of(path: Path) -> str | None:
-    try:
-        return str(json.loads((path / IDENTITY).read_text())["id"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from launcher.checkpoint.companions import COMPANIONS
-from launcher.checkpoint.final import weight_files
+from launcher.checkpoint.final import final_weights_of
 from launcher.checkpoint.weights import load_weights
 from launcher.config.compose import load_typed
 from launcher.config.errors import ConfigError
@@ -25,7 +25,7 @@ from launcher.runtime.run_dir import CONFIG
 def generate(config: GenerateConfig, run_dir: Path) -> str:
     """Return the prompt and `max_new_tokens` sampled tokens as text. Raises ConfigError."""
     run = load_typed(run_dir / CONFIG, RunConfig)
-    weight_files(run_dir)
+    final_weights_of(run_dir)
     tokenizer = tokenizer_of(run, config, run_dir)
     model = load_model(run, run_dir)
     [prompt] = tokenizer.encode([config.prompt])

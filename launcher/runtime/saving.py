@@ -38,7 +38,9 @@ class Checkpoints:
     ) -> None:
         self.stopping = False  # all ranks agreed to stop after the last step, which is saved
         self.run, self.layout, self.engine, self.corpus = run, layout, engine, corpus
-        self._writer = CheckpointWriter(engine, run.checkpoint, directory.path, state_keys(run.optimizer))
+        self._writer = CheckpointWriter(
+            engine, run.checkpoint, directory.path, state_keys(run.optimizer), directory.loss
+        )
         self._saved_at = time.monotonic()
         self._next_agreement = 0.0  # at the first step of this start: its time is not known
 

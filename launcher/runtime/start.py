@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from functools import partial
 from pathlib import Path
 
+from launcher.checkpoint.resume_choice import RunFinished
 from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
 from launcher.launch.environment import NodeEnvironment, RankEnvironment
@@ -32,7 +33,10 @@ _CONSEQUENCE_WAITS = 15.0
 
 
 def launch_on_this_machine(run: RunConfig, layout: Layout, *, cores: int, multirun_index: int | None) -> None:
-    with claimed_run_dir(run, layout, multirun_index=multirun_index) as (directory, notes):
+    with (
+        nothing_left_is_said(),
+        claimed_run_dir(run, layout, multirun_index=multirun_index) as (directory, notes),
+    ):
         announce(layout, directory, notes)
         share_cores(layout.world_size, cores)
         if layout.device == "cpu":
@@ -151,7 +155,8 @@ def run_rank(
         init_method=init_method,
         timeout_minutes=run.launch.timeout_minutes,
     )
-    with claimed as directory:
+    finished = True
+    with nothing_left_is_said(quiet=rank > 0), claimed as directory:
         finished = training_run(run, layout, directory, device, stop)
     leave()
     if not finished:
@@ -192,6 +197,16 @@ def _agreed_run_dir(run: RunConfig, layout: Layout, rank: int) -> Iterator[RunDi
             raise agreed[0]
         assert agreed[0] is not None
         yield agreed[0]
+
+
+@contextmanager
+def nothing_left_is_said(*, quiet: bool = False) -> Iterator[None]:
+    """Print that the run is finished, if it is, instead of raising RunFinished."""
+    try:
+        yield
+    except RunFinished as finished:
+        if not quiet:
+            print(f"finished {finished}", flush=True)
 
 
 def announce(layout: Layout, directory: RunDir, notes: Sequence[str] = ()) -> None:

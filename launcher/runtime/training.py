@@ -7,6 +7,7 @@ the device nor communicates, unless a stop or a save would be noticed too late (
 
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -30,7 +31,7 @@ from launcher.runtime.excluded import read_excluded
 from launcher.runtime.metrics.rows import Row
 from launcher.runtime.output import RunOutput
 from launcher.runtime.resume import Progress, start_from
-from launcher.runtime.run_dir import RunDir
+from launcher.runtime.run_dir import RunDir, config_as_dict
 from launcher.runtime.session import Parts, Session
 from launcher.runtime.spikes import Leap
 from launcher.runtime.validation import is_validation_step, validation_row
@@ -155,9 +156,15 @@ def finish(session: Session, directory: RunDir, step: int) -> bool:
         return False
     if session.last > 0:
         session.watchdog.at("the final weights")
-        output.say(f"weights  {save_weights(session.engine, directory.path, step)}")
+        output.say(f"weights  {final_weights(session, directory, step)}")
     output.say_where()
     return True
+
+
+def final_weights(session: Session, directory: RunDir, step: int) -> Path:
+    return save_weights(
+        session.engine, directory.path, step, config_as_dict(session.run), loss_of_directory=directory.loss
+    )
 
 
 def validate_only(session: Session) -> None:

@@ -10,10 +10,11 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher.calibrate.hardware_file import rank_counts
+from launcher.calibrate.hardware_file import rank_counts, target
 from launcher.calibrate.rounds import combined
 from launcher.config.compose import compose_jobs
-from launcher.config.schema import MeasuredRates, PlannedRunConfig, Point
+from launcher.config.errors import ConfigError
+from launcher.config.schema import CalibrateConfig, MeasuredRates, PlannedRunConfig, Point
 from launcher.config.validate import validate
 from launcher.config.world import World
 from launcher.planning.cost.measured_rates import calibrated, interpolated
@@ -159,3 +160,13 @@ def test_mistakes_are_refused_at_once(typed: str, said: str, tmp_path: Path) -> 
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"launcher: {said}")
     assert time.monotonic() - started < 60
+
+
+def test_a_hardware_config_of_the_user_is_not_overwritten(tmp_path: Path) -> None:
+    config = CalibrateConfig(dir=str(tmp_path), name="mine")
+    path = target(config)
+    path.write_text("# measured by `launcher calibrate`.")
+    assert target(config) == path
+    path.write_text("name: mine")
+    with pytest.raises(ConfigError, match=r"holds mine\.yaml, which `launcher calibrate` did not write"):
+        target(config)

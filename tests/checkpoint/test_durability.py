@@ -16,14 +16,13 @@ import torch
 from launcher.checkpoint import resume_choice, save, tensor_file
 from launcher.checkpoint import write as write_files
 from launcher.checkpoint.boxes import Box
+from launcher.checkpoint.integrity import read_intact_manifest
 from launcher.checkpoint.manifest import (
     CHECKPOINTS,
-    DAMAGED,
     LATEST,
     MANIFEST,
     UnusableCheckpoint,
     checkpoints_in,
-    first_damaged_file,
     read_manifest,
     step_name,
 )
@@ -75,12 +74,6 @@ def content(path: Path) -> torch.Tensor:
     return tensor
 
 
-def raise_unless_intact(path: Path) -> None:
-    manifest = read_manifest(path)
-    if name := first_damaged_file(path, manifest, sorted(manifest.files)):
-        raise UnusableCheckpoint(path, name, DAMAGED)
-
-
 @pytest.fixture
 def three_checkpoints(tmp_path: Path) -> Path:
     """Return a run's directory with checkpoints of steps 10, 20 and 30."""
@@ -96,9 +89,8 @@ class TestCompleteOrAbsent:
         ]
         assert (three_checkpoints / CHECKPOINTS / LATEST).read_text() == "step-00000030\n"
         for path, step in zip(checkpoints_in(three_checkpoints), (30, 20, 10), strict=True):
-            manifest = read_manifest(path)
+            manifest = read_intact_manifest(path)
             assert (manifest.step, manifest.samples) == (step, 8 * step)
-            assert first_damaged_file(path, manifest, sorted(manifest.files)) is None
             assert torch.equal(content(path), FULL + step)
 
     def test_files_have_the_permissions_of_other_new_files(self, three_checkpoints: Path) -> None:
@@ -198,8 +190,9 @@ class TestUnusable:
         data = bytearray(file.read_bytes())
         data[-3] ^= 1
         file.write_bytes(data)
-        manifest = read_manifest(newest)
-        assert first_damaged_file(newest, manifest, sorted(manifest.files)) == "00001-000.safetensors"
+        read_manifest(newest)
+        with pytest.raises(UnusableCheckpoint, match=r"00001-000\.safetensors is damaged: its SHA-256"):
+            read_intact_manifest(newest)
 
     @pytest.mark.parametrize(
         ("text", "message"),
@@ -246,7 +239,7 @@ class TestUnusable:
                 data[chance.randrange(len(data) - 1)] ^= 1 << chance.randrange(8)
                 (path / name).write_bytes(data)
             with pytest.raises(UnusableCheckpoint):
-                raise_unless_intact(path)
+                read_intact_manifest(path)
             detected[kind] += 1
             for file, data in whole.items():
                 (path / file).write_bytes(data)
@@ -434,6 +427,27 @@ def test_file_size_is_bounded(tmp_path: Path) -> None:
     assert names == [f"00000-00{n}.safetensors" for n in range(4)]
     index = json.loads((partial / "00000.json").read_text())
     assert [piece[1] for piece in index["pieces"]] == [f"w{n}" for n in range(7)]
+
+
+def test_a_stray_entry_does_not_stop_a_save(
+    three_checkpoints: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Each name that a save writes may be taken by something else, which is renamed and not deleted."""
+    run_dir = three_checkpoints
+    folder = run_dir / CHECKPOINTS
+    (folder / "latest").unlink()
+    (folder / "latest").mkdir()
+    (folder / "latest.tmp").mkdir()
+    (folder / step_name(40)).write_text("mine")
+    (folder / "step-00000099").symlink_to(tmp_path_factory.mktemp("x"))
+    (folder / "notes.partial").write_text("mine")
+    (folder / "elsewhere").mkdir()
+    write(run_dir, 40)
+    assert torch.equal(content(folder / step_name(40)), FULL + 40)
+    assert (folder / "latest").read_text() == "step-00000040\n"
+    assert (folder / "step-00000040-1.stray").read_text() == "mine"
+    assert (folder / "notes.partial").read_text() == "mine"
+    assert [path.name for path in checkpoints_in(run_dir)][1:4] == [step_name(n) for n in (40, 30, 20)]
 
 
 def test_a_full_disk_raises_os_error_and_leaves_no_checkpoint(

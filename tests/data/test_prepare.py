@@ -632,3 +632,14 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > 0
     small, large = peak(8), peak(80)
     assert large - small < 16, (small, large)
+
+
+def test_a_directory_of_the_user_is_not_deleted_to_make_way(tmp_path: Path) -> None:
+    source = tmp_path / "a.txt"
+    source.write_text("text")
+    folder = tmp_path / "target.partial"
+    folder.mkdir()
+    (folder / "mine").touch()
+    with pytest.raises(OSError, match="it is a directory that no preparation made"):
+        prepared(source, tmp_path / "target")
+    assert (folder / "mine").exists()

@@ -41,13 +41,20 @@ def test_missing_weights_of_a_stage_are_refused(staged: Path, tmp_path: Path) ->
     (copy / "weights" / "model-00002-of-00002.safetensors").unlink()
     done = launcher("generate", f"run.dir={copy}", cwd=tmp_path)
     assert done.returncode == 2
-    assert "only 1 of 2 weight files exist" in done.stderr
+    assert "model-00002-of-00002.safetensors is missing" in done.stderr
+    assert f"try: remove {copy}/weights and repeat the run's command" in done.stderr
 
 
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (lambda run: next((run / "weights").iterdir()).write_bytes(b"junk"), "cannot be read"),
+        (
+            lambda run: next((run / "weights").glob("*.saf*")).write_bytes(b"junk"),
+            "is 4 bytes long instead of",
+        ),
+        (lambda run: _flip(next((run / "weights").glob("*.saf*"))), "is damaged: its SHA-256 differs"),
+        (lambda run: (run / "weights" / "manifest.json").unlink(), "weights/manifest.json is missing"),
+        (lambda run: (run / "weights" / "manifest.json").write_text("{}"), "written by another program"),
         (
             lambda run: _edit(run / "config.yaml", "hidden_size: 32", "hidden_size: 64"),
             "the model in config.yaml has shape (",
@@ -68,6 +75,12 @@ def test_a_damaged_run_is_refused(
     assert done.returncode == 2
     assert said in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def _flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
 
 
 def _edit(path: Path, old: str, new: str) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -11,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from launcher.checkpoint.manifest import checkpoints_in, first_damaged_file, read_manifest
+from launcher.checkpoint.integrity import read_intact_manifest
+from launcher.checkpoint.manifest import checkpoints_in
 from tests.forked_commands import Command, heavy
 from tests.runtime.command import SMALL, environment, launcher, metrics, started, trained
 
@@ -72,10 +74,9 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(
     trained(*RUN, "parallelism.data=2", "training.stop_at=2", "checkpoint.enabled=false", cwd=tmp_path)
     done = launcher(*SMALL, *RUN, "parallelism.data=2", cwd=tmp_path)
     assert done.returncode == 2, "it holds a run that ended as it was told to"
-    for weights in (tmp_path / "r" / "weights").iterdir():
-        weights.unlink()
-    (tmp_path / "r" / "weights").rmdir()
-    trained(*RUN, "parallelism.data=2", cwd=tmp_path)
+    shutil.rmtree(tmp_path / "r" / "weights")
+    out = trained(*RUN, "parallelism.data=2", cwd=tmp_path)
+    assert "note     an earlier start saved no checkpoint: the run begins again" in out
     agree(metrics(tmp_path / "r"), whole, 0.0)
 
 
@@ -85,13 +86,81 @@ def test_no_sample_is_skipped_or_repeated_with_another_batch_size(tmp_path: Path
     assert [row["train/samples"] for row in metrics(tmp_path / "r")] == [8, 16, 28, 40, 52, 64]
 
 
-def test_a_finished_run_is_refused(tmp_path: Path) -> None:
+def test_a_finished_run_has_nothing_left_and_another_config_is_refused(tmp_path: Path) -> None:
+    """The layout may differ. Another learning rate would not be trained, so it is refused."""
     trained("run.dir=r", "training.steps=1", "parallelism.data=1", cwd=tmp_path)
-    done = launcher(*SMALL, "run.dir=r", "training.steps=1", "parallelism.data=1", cwd=tmp_path)
+    files = {
+        path: path.stat().st_mtime_ns for path in (tmp_path / "r").rglob("*") if path.name != "holder.json"
+    }
+    for layout in ("parallelism.data=1", "parallelism.data=2"):
+        out = trained("run.dir=r", "training.steps=1", layout, cwd=tmp_path)
+        assert out == "finished r is at step 1 of 1: nothing is left to train\n"
+    assert {path: path.stat().st_mtime_ns for path in files} == files
+    done = launcher(*SMALL, "run.dir=r", "training.steps=1", "optimizer.lr=0.5", cwd=tmp_path)
     assert done.returncode == 2
     assert "training.steps=1: " in done.stderr
     assert "no step is left to train" in done.stderr
     assert "training.steps=2 (or more)" in done.stderr
+    # The weights say that the run is finished, even without its checkpoints; more steps need them.
+    shutil.rmtree(tmp_path / "r" / "checkpoints")
+    assert "nothing is left" in trained("run.dir=r", "training.steps=1", "parallelism.data=1", cwd=tmp_path)
+    done = launcher(*SMALL, "run.dir=r", "training.steps=2", "parallelism.data=1", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "run.dir=r: this run saved a checkpoint at step 1, and r/checkpoints holds none" in done.stderr
+
+
+@pytest.mark.parametrize("loss", ["deleted", "moved", "emptied", "incomplete", "a file"])
+def test_missing_checkpoints_are_refused_and_the_rows_stay(loss: str, stopped: Path, tmp_path: Path) -> None:
+    run_dir = shutil.copytree(stopped, tmp_path / "r")
+    folder = run_dir / "checkpoints"
+    if loss == "emptied":
+        for path in folder.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    elif loss == "incomplete":
+        (folder / "step-00000002").rename(folder / "step-00000002.partial")
+    else:
+        folder.rename(run_dir / "elsewhere")
+    if loss == "deleted":
+        shutil.rmtree(run_dir / "elsewhere")
+    elif loss == "a file":
+        folder.touch()
+    done = launcher(*SMALL, *RUN, "parallelism.data=1", cwd=tmp_path)
+    assert done.returncode == 2
+    why = "checkpoints is not a directory" if loss == "a file" else "this run saved a checkpoint at step 2"
+    assert f"run.dir=r: {why}" in done.stderr
+    assert "run.dir=r-2" in done.stderr
+    assert [row["step"] for row in metrics(run_dir)] == [1, 2]
+    trained(*RUN, "parallelism.data=1", "run.dir=r-2", "checkpoint.resume=none", cwd=tmp_path)
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the directory of a run that was stopped after two of six steps, without its final weights."""
+    folder = tmp_path_factory.mktemp("stopped")
+    trained(*RUN, "parallelism.data=1", "training.stop_at=2", cwd=folder)
+    shutil.rmtree(folder / "r" / "weights")
+    return folder / "r"
+
+
+def test_a_missing_newest_checkpoint_is_said(stopped: Path, tmp_path: Path) -> None:
+    run_dir = shutil.copytree(stopped, tmp_path / "r")
+    trained(*RUN, "parallelism.data=1", "training.stop_at=4", cwd=tmp_path)
+    shutil.rmtree(run_dir / "checkpoints" / "step-00000004")
+    out = trained(*RUN, "parallelism.data=1", cwd=tmp_path)
+    assert "note     the checkpoint of step 4 is missing: the newest one is of step 2\n" in out
+
+
+def test_a_sweep_passes_over_finished_runs_and_resumes_an_interrupted_one(tmp_path: Path) -> None:
+    sweep = ["--multirun", "optimizer.lr=0.1,0.2,0.3", "run.dir=r", "parallelism.data=1", "training.steps=2"]
+    trained("optimizer.lr=0.1", "run.dir=r/0", "parallelism.data=1", "training.steps=2", cwd=tmp_path)
+    one = ["optimizer.lr=0.2", "run.dir=r/1", "parallelism.data=1", "training.steps=2"]
+    trained(*one, "training.stop_at=1", cwd=tmp_path)
+    out = trained(*sweep, cwd=tmp_path)
+    assert out.count("finished r/0 is at step 2 of 2: nothing is left to train\n") == 1
+    assert out.count("step-00000001, at step 1\n") == 1
+    assert [row["step"] for row in metrics(tmp_path / "r" / "2")] == [1, 2]
+    again = trained(*sweep, cwd=tmp_path)
+    assert again.count("nothing is left to train") == 3
 
 
 def test_a_damaged_checkpoint_is_named_and_skipped_with_fallback(
@@ -158,8 +227,7 @@ def test_a_hundred_kills_lose_at_most_one_interval_each(tmp_path: Path) -> None:
             os.kill(chance.choice(children_of(process.pid)), signal.SIGKILL)
         process.wait(timeout=60)
         newest = checkpoints_in(tmp_path / "r")[0]
-        manifest = read_manifest(newest)
-        assert first_damaged_file(newest, manifest, sorted(manifest.files)) is None
+        manifest = read_intact_manifest(newest)
         assert manifest.step > before
         # The step that was being saved, and the one behind which it was.
         assert metrics_of_a_killed_run(tmp_path / "r") - manifest.step <= 2

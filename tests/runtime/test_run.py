@@ -35,7 +35,8 @@ def test_the_run_directory_holds_config_identity_metrics_logs_and_weights(finish
     assert identity["layout"]["data"] == 2
     assert len(identity["id"]) == 8
     assert (finished / "logs" / "rank_1.log").exists()
-    assert [path.name for path in (finished / "weights").iterdir()] == ["model-00001-of-00001.safetensors"]
+    names = sorted(path.name for path in (finished / "weights").iterdir())
+    assert names == ["manifest.json", "model-00001-of-00001.safetensors"]
 
 
 def test_every_step_has_a_row_with_the_documented_names(finished: Path) -> None:

@@ -10,8 +10,13 @@ import pytest
 
 from launcher.checkpoint.final import final_step
 from launcher.checkpoint.manifest import checkpoints_in
+from launcher.config.errors import ConfigError
+from launcher.config.layout import resolve_layout
+from launcher.config.world import World
 from launcher.runtime import hold
 from launcher.runtime.hold import HOLDER, held
+from launcher.runtime.run_dir import claimed_run_dir
+from tests.config.composing import run_of
 from tests.runtime.command import SMALL, environment, launcher, metrics, started, trained
 from tests.runtime.test_life_cycle import survivors, wait_for_rows
 
@@ -46,7 +51,7 @@ def holding(folder: Path, seconds: float, **extra: str) -> subprocess.Popen[str]
 
 def test_a_start_waits_for_a_holder_that_is_about_to_end(tmp_path: Path) -> None:
     process = holding(tmp_path, 1.0)
-    with held(tmp_path) as notes:
+    with held(tmp_path) as (_, notes):
         assert notes == []
         assert f'"process": {os.getpid()}' in (tmp_path / HOLDER).read_text()
     process.communicate()
@@ -74,10 +79,118 @@ def test_a_start_waits_longer_for_its_own_job_on_a_lost_node(
     monkeypatch.setattr(hold, "_PATIENCE", 0.0)
     monkeypatch.setenv("SLURM_JOB_ID", "42")
     process = holding(tmp_path, 1.0, SLURM_JOB_ID="42")
-    with held(tmp_path) as notes:
+    with held(tmp_path) as (_, notes):
         assert notes == []
     process.communicate()
     assert capsys.readouterr().err.count("(job 42, since ") == 1
+
+
+def test_a_deleted_lock_file_frees_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A refused start makes no holder.json either, which the holder would take for a takeover."""
+    monkeypatch.setattr(hold, "_PATIENCE", 0.1)
+    process = holding(tmp_path, 60.0)
+    (tmp_path / HOLDER).unlink()
+    with pytest.raises(ConfigError, match="another process is training this run"), held(tmp_path):
+        pass
+    assert not (tmp_path / HOLDER).exists()
+    process.kill()
+    process.communicate()
+
+
+def test_a_held_directory_that_was_taken_away_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "r"
+    with held(path) as (place, _):
+        assert place.loss() is None
+        (path / HOLDER).rename(path / "aside")
+        assert place.loss() is None, "nobody has taken over"
+        (path / HOLDER).touch()
+        assert "was taken over by another process" in str(place.loss())
+        (path / "aside").replace(path / HOLDER)
+        assert place.loss() is None
+        path.rename(tmp_path / "elsewhere")
+        assert place.loss() == "was moved or deleted while the run trained"
+        path.mkdir()
+        assert place.loss() == "was replaced by another directory while the run trained"
+    with held(tmp_path / "elsewhere"), held(path):
+        pass
+
+
+@pytest.mark.parametrize("saves", [True, False])
+def test_a_run_whose_directory_was_taken_away_stops_and_writes_nothing_there(
+    saves: bool, tmp_path: Path
+) -> None:
+    run_dir, elsewhere = tmp_path / "r", tmp_path / "elsewhere"
+    saving = ["checkpoint.interval_steps=20"] if saves else ["checkpoint.enabled=false"]
+    process = started(*RUN, "training.steps=200", *saving, cwd=tmp_path)
+    wait_for_rows(run_dir, 2, process)
+    run_dir.rename(elsewhere)
+    run_dir.mkdir()
+    assert process.wait() == 2
+    assert "run.dir=" in process.error()
+    assert "was replaced by another directory while the run trained" in process.error()
+    assert "Traceback" not in process.error()
+    assert [path for path in run_dir.rglob("*") if path.is_file()] == []
+    assert not (elsewhere / "weights").exists()
+
+
+def test_a_stop_that_cannot_save_says_why(tmp_path: Path) -> None:
+    process = started(*RUN, "training.steps=100000", cwd=tmp_path)
+    wait_for_rows(tmp_path / "r", 2, process)
+    (tmp_path / "r").rename(tmp_path / "elsewhere")
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait() == 128 + signal.SIGUSR1
+    assert "was moved or deleted while the run trained" in process.error()
+
+
+FOREIGN = {
+    "config.yaml": ("a: 1", "holds config.yaml"),
+    "metrics.jsonl": ("{}", "holds metrics.jsonl"),
+    "run.json": ('{"name": "mine"}', "run.json was not written by a run"),
+    "holder.json": ("mine", "holds a holder.json that no run wrote"),
+    "logs/mine.log": ("", "holds logs/ with files that no run wrote"),
+    "weights/mine.bin": ("", "holds weights"),
+    "checkpoints/mine": ("", "holds checkpoints"),
+    "wandb/settings": ("", "holds wandb"),
+    "hang.txt": ("", "holds hang.txt"),
+    "huggingface/config.json": ("{}", "holds huggingface"),
+    "logs": ("", "logs is not a directory"),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_directory_with_files_of_the_user_is_refused_and_not_changed(
+    name: str, tmp_path: Path, subtests: pytest.Subtests
+) -> None:
+    text, why = FOREIGN[name]
+    path = tmp_path / "mine" / name
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    before = {entry: entry.stat().st_mtime_ns for entry in (tmp_path / "mine").rglob("*")}
+    for run_dir, cwd in (("mine", tmp_path), (".", tmp_path / "mine")):
+        with subtests.test(run_dir):
+            run = run_of(f"run.dir={run_dir}")
+            with pytest.MonkeyPatch.context() as here:
+                here.chdir(cwd)
+                with (
+                    pytest.raises(ConfigError, match=why) as refused,
+                    claimed_run_dir(run, resolve_layout(run, World("cpu", 1, 1))),
+                ):
+                    pass
+            is_identity = name == "run.json"
+            assert ("another run.dir" if is_identity else "mine-2, or leave") in refused.value.remedy
+            assert {entry: entry.stat().st_mtime_ns for entry in (tmp_path / "mine").rglob("*")} == before
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "run.json", "holder.json", "weights"])
+def test_a_fifo_where_a_run_writes_is_refused(name: str, tmp_path: Path) -> None:
+    run = run_of(f"run.dir={tmp_path}")
+    layout = resolve_layout(run, World("cpu", 1, 1))
+    with claimed_run_dir(run, layout):
+        pass
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ConfigError, match=f"{name} is "), claimed_run_dir(run, layout):
+        pass
 
 
 def test_a_file_system_without_locks_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,7 +198,7 @@ def test_a_file_system_without_locks_is_reported(tmp_path: Path, monkeypatch: py
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr(hold.fcntl, "flock", no_locks)
-    with held(tmp_path) as [note]:
+    with held(tmp_path) as (_, [note]):
         assert "does not support locks" in note
 
 
@@ -115,7 +228,7 @@ def test_a_run_killed_before_its_final_weights_resumes_and_writes_them(tmp_path:
     earlier = {path.name: path.read_bytes() for path in weights.iterdir()}
     trained(*SMALL, "run.dir=r", "parallelism=pp2", "training.steps=6", cwd=tmp_path)
     assert sorted(path.name for path in weights.iterdir()) == [
-        "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
+        "manifest.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
     ]  # fmt: skip
     written = {path.name: path.read_bytes() for path in weights.iterdir()}
     # As it was left by a kill after the checkpoint of the last step: the earlier end's weights are whole.
@@ -127,22 +240,24 @@ def test_a_run_killed_before_its_final_weights_resumes_and_writes_them(tmp_path:
     assert "at step 6" in out
     assert {path.name: path.read_bytes() for path in weights.iterdir()} == written
     assert [row["step"] for row in metrics(tmp_path / "r")] == [1, 2, 3, 4, 5, 6]
-    done = launcher(*SMALL, "run.dir=r", "parallelism=pp2", "training.steps=6", cwd=tmp_path)
-    assert done.returncode == 2
-    assert "no step is left to train" in done.stderr
+    again = trained(*SMALL, "run.dir=r", "parallelism=pp2", "training.steps=6", cwd=tmp_path)
+    assert again == "finished r is at step 6 of 6: nothing is left to train\n"
 
 
 @pytest.mark.slow
 def test_a_run_with_incomplete_final_weights_is_not_finished(tmp_path: Path) -> None:
     run = [*RUN, "training.steps=3", "checkpoint.enabled=false"]
     trained(*run, cwd=tmp_path)
-    [file] = (tmp_path / "r" / "weights").iterdir()
+    [file] = (tmp_path / "r" / "weights").glob("*.safetensors")
     file.rename(file.with_suffix(".partial"))
     assert final_step(tmp_path / "r") is None
     assert checkpoints_in(tmp_path / "r") == []
     trained(*run, cwd=tmp_path)
-    assert [path.name for path in (tmp_path / "r" / "weights").iterdir()] == [file.name]
-    assert "already holds a run" in launcher(*run, cwd=tmp_path).stderr
+    assert sorted(path.name for path in (tmp_path / "r" / "weights").iterdir()) == [
+        "manifest.json",
+        file.name,
+    ]
+    assert "nothing is left to train" in trained(*run, cwd=tmp_path)
 
 
 @pytest.fixture(scope="module")

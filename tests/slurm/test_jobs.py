@@ -181,7 +181,7 @@ def test_a_refusal_ends_the_job_immediately(cluster: Cluster, tmp_path: Path) ->
     (tmp_path / "held").mkdir()
     (tmp_path / "held" / "config.yaml").touch()
     log = job.end("FAILED")
-    assert "already holds a run" in log
+    assert "holds config.yaml, which would be overwritten, and no run.json" in log
     assert "starts again" not in log
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.config.errors import ConfigError
+from launcher.config.output_files import FIGURE_TITLE, check_overwrites_no_picture
 from launcher.planning.choose.limits import MEMORY_CLASSES, parts_of, settings_in_words
 from launcher.planning.cost.pipeline_schedule import simulate
 from launcher.planning.cost.run_plan import Plan
@@ -27,6 +28,7 @@ def check_figure(path: str | None, field: str = "plan.figure") -> None:
     if not target.parent.is_dir():
         why = f"there is no directory {target.parent}"
         raise ConfigError(field, path, why, f"{field}={target.name}")
+    check_overwrites_no_picture(target, field)
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -51,7 +53,7 @@ def draw_plan(plan: Plan, path: Path) -> None:
         _draw_parts(plan, time)
     title = f"{count(plan.parameters)} parameters on {plan.layout.describe()}"
     figure.suptitle(f"{title}\n{settings_in_words(plan.run)}", fontsize=10)
-    figure.savefig(path.expanduser(), dpi=130)
+    figure.savefig(path.expanduser(), dpi=130, metadata={"Title": FIGURE_TITLE})
 
 
 def _draw_memory(plan: Plan, axes: Any) -> None:
