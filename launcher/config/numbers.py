@@ -68,7 +68,7 @@ NUMBERS: dict[str, tuple[Range, str]] = {
     "training.steps": (NOT_NEGATIVE, "200"),
     "verify.steps": (COUNT, "3"),
     "plan.tokens": (ABOVE_0, "null"),
-    "launch.timeout_minutes": (ABOVE_0, "30"),
+    "launch.timeout_minutes": (ABOVE_0, "30"), "launch.slow_rank_seconds": (ABOVE_0, "60"),
     "slurm.cpus_per_task": (COUNT, "null"), "slurm.max_parallel": (COUNT, "null"),
     "slurm.signal_seconds": (LEAD, "120"),
     "training.stop_at": (COUNT, "null"), "training.global_batch_size": (COUNT, "16"),

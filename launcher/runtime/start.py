@@ -141,19 +141,22 @@ def run_rank(
     from launcher.engine.distributed import join, leave, prepare_deepspeed
 
     prepare_deepspeed(layout.device)
+    from launcher.engine.work_time import work_time
     from launcher.runtime.training import training_run
 
-    device = join(
-        rank=rank,
-        world_size=layout.world_size,
-        local_rank=local_rank,
-        device=layout.device,
-        init_method=init_method,
-        timeout_minutes=run.launch.timeout_minutes,
-    )
-    with claimed as directory:
-        finished = training_run(run, layout, directory, device, stop)
-    leave()
+    work = work_time(layout.device)
+    with work.collectives.timing_collectives():
+        device = join(
+            rank=rank,
+            world_size=layout.world_size,
+            local_rank=local_rank,
+            device=layout.device,
+            init_method=init_method,
+            timeout_minutes=run.launch.timeout_minutes,
+        )
+        with claimed as directory:
+            finished = training_run(run, layout, directory, device, work, stop)
+        leave()
     if not finished:
         raise SystemExit(STOPPED_EXIT_CODE)
 

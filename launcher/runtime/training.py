@@ -21,6 +21,7 @@ from launcher.data.open import Data, open_data, record_tokenizer
 from launcher.engine.base import Engine, StepResult
 from launcher.engine.build import build_engine
 from launcher.engine.optimizer import learning_rate
+from launcher.engine.work_time import WorkTime
 from launcher.launch.rank import StopRequest
 from launcher.launch.stopping import stop_grace
 from launcher.models.arithmetic import train_flops_per_token
@@ -32,6 +33,7 @@ from launcher.runtime.plan_check import PlanCheck
 from launcher.runtime.resume import Progress, start_from
 from launcher.runtime.run_dir import RunDir
 from launcher.runtime.saving import Checkpoints
+from launcher.runtime.slow_rank import SlowRankWatch
 from launcher.runtime.step_clock import StepClock
 from launcher.runtime.validation import is_validation_step, validation_row
 from launcher.runtime.watchdog import Watchdog
@@ -51,11 +53,17 @@ class Session:
     checkpoints: Checkpoints
     plan_check: PlanCheck
     clock: StepClock
+    slow_rank: SlowRankWatch
     stop: StopRequest
 
 
 def training_run(
-    run: RunConfig, layout: Layout, directory: RunDir, device: torch.device, stop: StopRequest | None
+    run: RunConfig,
+    layout: Layout,
+    directory: RunDir,
+    device: torch.device,
+    work: WorkTime,
+    stop: StopRequest | None,
 ) -> bool:
     """Train to the last step or a stop; return whether the run is finished. Collective over the world."""
     with Watchdog(directory.path, run.launch.timeout_minutes) as watchdog:
@@ -67,12 +75,24 @@ def training_run(
         if rank == 0:
             record_tokenizer(run, directory.path / COMPANIONS)
         checkpoints = Checkpoints(run, layout, engine, directory, data.digests)
-        plan_check, clock = PlanCheck(run, layout, device), StepClock(device)
+        check, clock = PlanCheck(run, layout, device), StepClock(device, work)
+        slow_rank = SlowRankWatch(watchdog.hosts, check.flops, run.launch.slow_rank_seconds)
         request = stop or StopRequest()
         listening = request if stop is None and stop_grace(run) else nullcontext()
         with RunOutput(run, layout, directory, first, last, rank=rank) as output:
             session = Session(
-                run, layout, engine, data, last, watchdog, output, checkpoints, plan_check, clock, request
+                run,
+                layout,
+                engine,
+                data,
+                last,
+                watchdog,
+                output,
+                checkpoints,
+                check,
+                clock,
+                slow_rank,
+                request,
             )
             output.say(*start.notes())
             with listening:
@@ -90,11 +110,13 @@ def training_loop(session: Session, progress: Progress) -> int:
             validate_only(session)
         while progress.step < last and not session.checkpoints.stopping:
             session.watchdog.at(f"step {progress.step + 1}")
-            with session.plan_check.measuring(session.checkpoints.pending_copy), session.clock.step():
+            logged = is_logged(run, progress.step + 1, last)
+            measuring = session.plan_check.measuring(session.checkpoints.pending_copy)
+            with measuring, session.clock.step(logged=logged):
                 result = optimizer_step(run, engine, loader, progress)
             session.clock.times.data_wait += loader.waited
             progress = progress.after(run.training.global_batch_size)
-            if is_logged(run, progress.step, last) or session.checkpoints.needs_agreement(progress.step):
+            if logged or session.checkpoints.needs_agreement(progress.step):
                 end_step(session, progress, blend, result)
             else:
                 display.step(progress.step, None)
@@ -124,6 +146,7 @@ def end_step(session: Session, progress: Progress, blend: Blend, result: StepRes
             stop_requested=session.stop.asked,
             save_due=checkpoints.is_overdue,
             step_seconds=session.clock.times.per_step,
+            work_seconds=session.clock.work_seconds,
             allocated_bytes=session.plan_check.allocated_bytes,
         )
     )
@@ -131,8 +154,10 @@ def end_step(session: Session, progress: Progress, blend: Blend, result: StepRes
     if is_logged(run, step, session.last):
         plan_row, lines = session.plan_check.after(session.clock.times, agreed.allocated_bytes)
         row = training_row(session, progress, result, agreed)
-        row |= plan_row | scores | memory_row(agreed) | epochs(blend, progress)
-        session.output.say(*lines)
+        times = session.clock.times
+        slow_row, warnings = session.slow_rank.after(agreed.work_seconds, times.per_step, times.steps)
+        row |= plan_row | slow_row | scores | memory_row(agreed) | epochs(blend, progress)
+        session.output.say(*lines, *warnings)
         session.output.log(row)
         session.clock.restart()
     session.output.display.step(step, row)

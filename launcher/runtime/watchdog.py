@@ -45,8 +45,8 @@ class Watchdog:
         self.timeout = 60 * timeout_minutes
         self._minutes, self._run_dir = timeout_minutes, run_dir
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
-        self._hosts = [""] * self._world
-        dist.all_gather_object(self._hosts, socket.gethostname())
+        self.hosts = [""] * self._world
+        dist.all_gather_object(self.hosts, socket.gethostname())
         self._at, self._idle = "the start", 0.0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -84,7 +84,7 @@ class Watchdog:
         time.sleep(min(30.0, 2.0 + self.timeout / 5))
         positions = _positions(self._run_dir / LOGS)
         if min(position.rank for position in positions) == self._rank:
-            text = report(positions, self._hosts, self._minutes)
+            text = report(positions, self.hosts, self._minutes)
             print(f"launcher: {text}", file=sys.stderr, flush=True)
             (self._run_dir / _REPORT).write_text(text + "\n")
             record_end(self._rank, RankEndKind.failed, text)
