@@ -116,20 +116,30 @@ def _rank(rank: int, *, trial: Trial, threads: int, folder: Path) -> None:
     import torch
 
     from launcher.engine.build import build_engine
+    from launcher.engine.watchdog import MEASURING_MINUTES, Watchdog
 
     torch.set_num_threads(threads)
     is_shared = layout.world_size > 1
-    store = f"file://{folder / ('store' if is_shared else f'store-{rank}')}"
-    number, ranks = rank if is_shared else 0, layout.world_size
-    device = join(rank=number, world_size=ranks, local_rank=rank, device=layout.device, init_method=store)
-    engine = build_engine(run, layout, device)
-    tokens = np.zeros((run.training.micro_batch_size, sequence_length(run) + 1), np.int64)
-    times = []
-    for step in range(WARM_UP + STEPS):
-        engine.random.begin_step(step + 1)
-        started = time.perf_counter()
-        result = engine.train_batch([tokens] * layout.accumulation)
-        float(result.loss)  # waits for the device
-        times.append(time.perf_counter() - started)
-    (folder / f"{rank}.json").write_text(json.dumps(median(times[WARM_UP:])))
-    leave()
+    world = folder / ("world" if is_shared else f"world-{rank}")
+    (world / "logs").mkdir(parents=True, exist_ok=True)
+    device = join(
+        rank=rank if is_shared else 0,
+        world_size=layout.world_size,
+        local_rank=rank,
+        device=layout.device,
+        init_method=f"file://{world / 'store'}",
+        timeout_minutes=MEASURING_MINUTES,
+    )
+    with Watchdog(world / "logs", MEASURING_MINUTES) as watchdog:
+        engine = build_engine(run, layout, device)
+        tokens = np.zeros((run.training.micro_batch_size, sequence_length(run) + 1), np.int64)
+        times = []
+        for step in range(WARM_UP + STEPS):
+            watchdog.at(f"step {step + 1}")
+            engine.random.begin_step(step + 1)
+            started = time.perf_counter()
+            result = engine.train_batch([tokens] * layout.accumulation)
+            float(result.loss)  # waits for the device
+            times.append(time.perf_counter() - started)
+        (folder / f"{rank}.json").write_text(json.dumps(median(times[WARM_UP:])))
+        leave()

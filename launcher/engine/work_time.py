@@ -15,7 +15,8 @@ from launcher.engine.stopwatch import Stopwatch
 class WorkTime(Protocol):
     """Seconds of work of this rank. Enter `collectives.timing_collectives` before `join`."""
 
-    collectives: Stopwatch
+    @property
+    def collectives(self) -> Stopwatch: ...
 
     def begin_step(self, *, logged: bool) -> None: ...
 
@@ -76,7 +77,8 @@ class DeviceWorkTime:
             (self._begin.elapsed_time(before), self._begin.elapsed_time(after))
             for before, after in self.collectives.intervals
         ]
-        return max(0.0, self._begin.elapsed_time(self._end) - covered(waits)) / 1e3
+        total = self._begin.elapsed_time(self._end)
+        return max(0.0, float(total) - covered(waits)) / 1e3  # torch counts in milliseconds
 
     def restart(self) -> None:
         self.collectives.restart()

@@ -7,8 +7,10 @@ the device nor communicates, unless a stop or a save would be noticed too late (
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+import torch.distributed as dist
 
 from launcher.checkpoint.companions import COMPANIONS
 from launcher.checkpoint.weights import save_weights
@@ -21,8 +23,10 @@ from launcher.data.open import Data, open_data, record_tokenizer
 from launcher.engine.base import Engine, StepResult
 from launcher.engine.build import build_engine
 from launcher.engine.optimizer import learning_rate
+from launcher.engine.watchdog import Watchdog
 from launcher.engine.work_time import WorkTime
 from launcher.launch.rank import StopRequest
+from launcher.launch.records import RankEndKind, record_end
 from launcher.launch.stopping import stop_grace
 from launcher.models.arithmetic import train_flops_per_token
 from launcher.runtime.agreement import RankValues, WorldValues, exchange
@@ -36,7 +40,6 @@ from launcher.runtime.saving import Checkpoints
 from launcher.runtime.slow_rank import SlowRankWatch
 from launcher.runtime.step_clock import StepClock
 from launcher.runtime.validation import is_validation_step, validation_row
-from launcher.runtime.watchdog import Watchdog
 
 
 @dataclass
@@ -66,7 +69,13 @@ def training_run(
     stop: StopRequest | None,
 ) -> bool:
     """Train to the last step or a stop; return whether the run is finished. Collective over the world."""
-    with Watchdog(directory.path, run.launch.timeout_minutes) as watchdog:
+    watchdog = Watchdog(
+        directory.logs,
+        run.launch.timeout_minutes,
+        setting="launch.timeout_minutes",
+        on_hang=partial(record_end, dist.get_rank(), RankEndKind.failed),
+    )
+    with watchdog:
         data = open_data(run)
         engine = build_engine(run, layout, device)
         start = start_from(run, engine, directory.checkpoint, directory.initial, data.digests)

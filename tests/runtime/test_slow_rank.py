@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from launcher.engine.work_time import covered
 from launcher.runtime.slow_rank import SlowRankWatch, slowest
 from tests.runtime.command import SMALL, metrics, started
 
@@ -61,11 +60,6 @@ def test_no_warning_of_short_cheap_or_planned_differences() -> None:
     tiny = [value / 100 for value in SLOW]
     assert warnings_of(SlowRankWatch(HOSTS, [1] * 4, 60), [tiny] * 100) == []
     assert warnings_of(SlowRankWatch(HOSTS, [1, 1, 3, 1], 60), [SLOW] * 100) == []
-
-
-def test_overlapping_waits_count_once() -> None:
-    assert covered([(5.0, 6.0), (0.0, 2.0), (1.0, 3.0), (1.5, 2.5)]) == 4.0
-    assert covered([]) == 0.0
 
 
 @pytest.mark.parametrize(
