@@ -1,7 +1,6 @@
 """Measure the time of a step beside the model's operations, by training small models on every rank."""
 
 import json
-import tempfile
 import time
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,6 +14,7 @@ from launcher.config.layout import Layout
 from launcher.config.schema import HardwareConfig, MeasuredRates, RunConfig, Scale
 from launcher.config.shape import sequence_length
 from launcher.launch.local import run_local_ranks, start_method_for
+from launcher.launch.scratch import scratch_directory
 from launcher.planning.cost.parts import parts
 from launcher.planning.cost.run_plan import make_plan
 from launcher.planning.cost.sizes import Sizes
@@ -100,8 +100,7 @@ def rounded(number: float) -> float:
 
 def step_seconds(trial: Trial, threads: int) -> float:
     """Train on all ranks at once and return the median time of a step on rank 0."""
-    with tempfile.TemporaryDirectory(prefix="launcher-calibrate-") as name:
-        folder = Path(name)
+    with scratch_directory() as folder:
         target = partial(_rank, trial=trial, threads=threads, folder=folder)
         start_method = start_method_for(trial.layout.device)
         run_local_ranks(target, trial.ranks, log_dir=folder / "logs", start_method=start_method)

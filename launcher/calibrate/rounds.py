@@ -1,7 +1,6 @@
 """Start ranks that measure this machine in several rounds, and take the medians."""
 
 import json
-import tempfile
 from collections.abc import Iterable
 from functools import partial, reduce
 from operator import getitem
@@ -14,6 +13,7 @@ from launcher.config.schema import MeasuredCollective, MeasuredProducts, Measure
 from launcher.engine.distributed import join, leave, prepare_deepspeed
 from launcher.engine.watchdog import MEASURING_MINUTES, Watchdog
 from launcher.launch.local import run_local_ranks, start_method_for
+from launcher.launch.scratch import scratch_directory
 from launcher.text import plural
 
 if TYPE_CHECKING:
@@ -40,8 +40,7 @@ def measure(rank_counts: Iterable[int], *, rounds: int, cores: int, device: str)
 
 def sample(ranks: int, *, cores: int, device: str) -> Sample:
     """Start `ranks` processes that measure at the same time; return the results of rank 0."""
-    with tempfile.TemporaryDirectory(prefix="launcher-calibrate-") as name:
-        folder = Path(name)
+    with scratch_directory() as folder:
         target = partial(_rank, ranks=ranks, threads=max(1, cores // ranks), device=device, folder=folder)
         start_method = start_method_for(device)
         run_local_ranks(target, ranks, log_dir=folder / "logs", start_method=start_method)

@@ -9,7 +9,6 @@ Imports torch and deepspeed inside functions only: the parent of spawned ranks d
 
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -22,8 +21,10 @@ from launcher.launch.environment import NodeEnvironment, RankEnvironment
 from launcher.launch.local import RankFailure, Stopped, run_local_ranks, start_method_for
 from launcher.launch.rank import STOPPED_EXIT_CODE, StopRequest, failure_of
 from launcher.launch.records import RankEndKind, all_recorded, record_end
+from launcher.launch.scratch import scratch_directory
 from launcher.launch.stopping import stop_grace
 from launcher.launch.this_machine import share_cores, share_cores_with_tasks
+from launcher.runtime.restarts import Restarts, memory_advice
 from launcher.runtime.run_dir import LOGS, RunDir, claimed_run_dir, run_path
 
 # Delay in seconds before a rank that only lost a peer reports: the root cause is printed first, and srun or
@@ -32,6 +33,10 @@ _CONSEQUENCE_WAITS = 15.0
 
 
 def launch_on_this_machine(run: RunConfig, layout: Layout, *, cores: int, multirun_index: int | None) -> None:
+    """Start all ranks and wait for them; start them again if launch.max_restarts says so.
+
+    Raises as run_local_ranks does.
+    """
     with claimed_run_dir(run, layout, multirun_index=multirun_index) as (directory, notes):
         announce(layout, directory, notes)
         share_cores(layout.world_size, cores)
@@ -39,10 +44,16 @@ def launch_on_this_machine(run: RunConfig, layout: Layout, *, cores: int, multir
             # Use the loopback interface: the host name may resolve to an address that ranks cannot reach.
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
             preload(layout.device)
-        with tempfile.TemporaryDirectory(prefix="launcher-") as meeting:
-            store = Path(meeting) / "store"
-            target = partial(local_rank, run=run, layout=layout, directory=directory, meeting=store)
-            _run_ranks(target, run, layout, range(layout.world_size), directory.logs)
+        restarts = Restarts(run)
+        while True:
+            try:
+                with scratch_directory() as folder:
+                    meeting = folder / "store"
+                    target = partial(local_rank, run=run, layout=layout, directory=directory, meeting=meeting)
+                    _run_ranks(target, run, layout, range(layout.world_size), directory.logs)
+                return
+            except RankFailure as failure:
+                directory = restarts.directory_after(failure, directory)
 
 
 def launch_on_this_node(run: RunConfig, layout: Layout, node: NodeEnvironment, *, cores: int) -> None:
@@ -63,7 +74,10 @@ def launch_on_this_node(run: RunConfig, layout: Layout, node: NodeEnvironment, *
 def _run_ranks(
     target: Callable[[int], None], run: RunConfig, layout: Layout, ranks: range, log_dir: Path
 ) -> None:
-    """Run the ranks. Record the end of a killed rank for the Slurm job that may have started them."""
+    """Run the ranks. Record the end of a killed rank for the Slurm job that may have started them.
+
+    The RankFailure of a rank that the kernel killed for its memory says which settings need less.
+    """
     try:
         run_local_ranks(
             target,
@@ -76,6 +90,8 @@ def _run_ranks(
     except RankFailure as failure:
         if not failure.secondary:  # a killed rank has not recorded its end
             record_end(failure.rank, RankEndKind.failed, str(failure))
+        if failure.out_of_memory:
+            raise failure.with_advice(memory_advice(run, layout)) from None
         raise
     except Stopped:
         if not all_recorded(ranks):
