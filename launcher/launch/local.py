@@ -281,7 +281,7 @@ def _failure_from_exit_code(rank: _Rank, kills_before: int | None) -> FailureRep
         -code == signal.SIGKILL and kills_before is not None and (memory_kills() or 0) > kills_before
     )
     if out_of_memory:
-        detail = "was killed by the kernel because the memory is used up (SIGKILL)"
+        detail = "was killed by the kernel's out-of-memory killer (SIGKILL)"
     elif code < 0:
         name = next((candidate.name for candidate in signal.Signals if candidate == -code), f"signal {-code}")
         detail = f"was killed by {name}" + (

@@ -355,7 +355,7 @@ def test_rank_killed_by_sigkill(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kills", "said"), [(1, "by the kernel because the memory is used up"), (0, "by SIGKILL")]
+    ("kills", "said"), [(1, "by the kernel's out-of-memory killer (SIGKILL)"), (0, "by SIGKILL")]
 )
 def test_an_out_of_memory_kill_is_reported_as_one(
     kills: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
