@@ -1,7 +1,6 @@
 """Measure the time of a step beside the model's operations, by training small models on every rank."""
 
 import json
-import tempfile
 import time
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,6 +14,7 @@ from launcher.config.layout import Layout
 from launcher.config.schema import HardwareConfig, MeasuredRates, RunConfig, Scale
 from launcher.config.shape import sequence_length
 from launcher.launch.local import run_local_ranks, start_method_for
+from launcher.launch.scratch import scratch_directory
 from launcher.planning.cost.parts import parts
 from launcher.planning.cost.run_plan import make_plan
 from launcher.planning.cost.sizes import Sizes
@@ -100,8 +100,7 @@ def rounded(number: float) -> float:
 
 def step_seconds(trial: Trial, threads: int) -> float:
     """Train on all ranks at once and return the median time of a step on rank 0."""
-    with tempfile.TemporaryDirectory(prefix="launcher-calibrate-") as name:
-        folder = Path(name)
+    with scratch_directory() as folder:
         target = partial(_rank, trial=trial, threads=threads, folder=folder)
         start_method = start_method_for(trial.layout.device)
         run_local_ranks(target, trial.ranks, log_dir=folder / "logs", start_method=start_method)
@@ -116,20 +115,30 @@ def _rank(rank: int, *, trial: Trial, threads: int, folder: Path) -> None:
     import torch
 
     from launcher.engine.build import build_engine
+    from launcher.engine.watchdog import MEASURING_MINUTES, Watchdog
 
     torch.set_num_threads(threads)
     is_shared = layout.world_size > 1
-    store = f"file://{folder / ('store' if is_shared else f'store-{rank}')}"
-    number, ranks = rank if is_shared else 0, layout.world_size
-    device = join(rank=number, world_size=ranks, local_rank=rank, device=layout.device, init_method=store)
-    engine = build_engine(run, layout, device)
-    tokens = np.zeros((run.training.micro_batch_size, sequence_length(run) + 1), np.int64)
-    times = []
-    for step in range(WARM_UP + STEPS):
-        engine.random.begin_step(step + 1)
-        started = time.perf_counter()
-        result = engine.train_batch([tokens] * layout.accumulation)
-        float(result.loss)  # waits for the device
-        times.append(time.perf_counter() - started)
-    (folder / f"{rank}.json").write_text(json.dumps(median(times[WARM_UP:])))
-    leave()
+    world = folder / ("world" if is_shared else f"world-{rank}")
+    (world / "logs").mkdir(parents=True, exist_ok=True)
+    device = join(
+        rank=rank if is_shared else 0,
+        world_size=layout.world_size,
+        local_rank=rank,
+        device=layout.device,
+        init_method=f"file://{world / 'store'}",
+        timeout_minutes=MEASURING_MINUTES,
+    )
+    with Watchdog(world / "logs", MEASURING_MINUTES) as watchdog:
+        engine = build_engine(run, layout, device)
+        tokens = np.zeros((run.training.micro_batch_size, sequence_length(run) + 1), np.int64)
+        times = []
+        for step in range(WARM_UP + STEPS):
+            watchdog.at(f"step {step + 1}")
+            engine.random.begin_step(step + 1)
+            started = time.perf_counter()
+            result = engine.train_batch([tokens] * layout.accumulation)
+            float(result.loss)  # waits for the device
+            times.append(time.perf_counter() - started)
+        (folder / f"{rank}.json").write_text(json.dumps(median(times[WARM_UP:])))
+        leave()

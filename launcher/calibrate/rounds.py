@@ -1,19 +1,23 @@
 """Start ranks that measure this machine in several rounds, and take the medians."""
 
 import json
-import tempfile
 from collections.abc import Iterable
 from functools import partial, reduce
 from operator import getitem
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from launcher.calibrate.engine_overhead import rounded, with_engine
 from launcher.config.schema import MeasuredCollective, MeasuredProducts, MeasuredRates, Point
 from launcher.engine.distributed import join, leave, prepare_deepspeed
+from launcher.engine.watchdog import MEASURING_MINUTES, Watchdog
 from launcher.launch.local import run_local_ranks, start_method_for
+from launcher.launch.scratch import scratch_directory
 from launcher.text import plural
+
+if TYPE_CHECKING:
+    import torch
 
 Sample = dict[str, Any]  # results of probes.py by name, of one round with one number of ranks
 
@@ -36,8 +40,7 @@ def measure(rank_counts: Iterable[int], *, rounds: int, cores: int, device: str)
 
 def sample(ranks: int, *, cores: int, device: str) -> Sample:
     """Start `ranks` processes that measure at the same time; return the results of rank 0."""
-    with tempfile.TemporaryDirectory(prefix="launcher-calibrate-") as name:
-        folder = Path(name)
+    with scratch_directory() as folder:
         target = partial(_rank, ranks=ranks, threads=max(1, cores // ranks), device=device, folder=folder)
         start_method = start_method_for(device)
         run_local_ranks(target, ranks, log_dir=folder / "logs", start_method=start_method)
@@ -48,33 +51,55 @@ def sample(ranks: int, *, cores: int, device: str) -> Sample:
 def _rank(rank: int, *, ranks: int, threads: int, device: str, folder: Path) -> None:
     prepare_deepspeed(device)
     import torch
+
+    torch.set_num_threads(threads)
+    store = f"file://{folder / 'store'}"
+    joined = join(
+        rank=rank,
+        world_size=ranks,
+        local_rank=rank,
+        device=device,
+        init_method=store,
+        timeout_minutes=MEASURING_MINUTES,
+    )
+    with Watchdog(folder / "logs", MEASURING_MINUTES) as watchdog:
+        results = probe_results(rank, ranks, joined, watchdog)
+        if rank == 0:
+            (folder / "sample.json").write_text(json.dumps(results))
+        leave()
+
+
+def probe_results(rank: int, ranks: int, device: "torch.device", watchdog: Watchdog) -> Sample:
+    """Run all probes, and return their results by name. Collective over the world."""
     import torch.distributed as dist
 
     from launcher.calibrate import probes
 
-    torch.set_num_threads(threads)
-    store = f"file://{folder / 'store'}"
-    joined = join(rank=rank, world_size=ranks, local_rank=rank, device=device, init_method=store)
-    results: Sample = {}
-    # All ranks begin each probe at the same moment, because they share the machine.
-    dist.barrier()
-    results["products"] = {dtype: list(probes.products(dtype, joined)) for dtype in probes.MEASURED_DTYPES}
-    dist.barrier()
-    results["elementwise"] = list(probes.elementwise(joined))
-    dist.barrier()
-    results["stream"] = probes.stream(joined)
-    dist.barrier()
-    results["operation_s"] = probes.operation(joined)
-    results["collectives"] = {}
+    def begin(probe: str) -> None:
+        # All ranks begin each probe at the same moment, because they share the machine.
+        watchdog.at(probe)
+        dist.barrier()
+
+    results: Sample = {"products": {}, "collectives": {}}
+    for dtype in probes.MEASURED_DTYPES:
+        begin(f"the probe of {dtype} products")
+        results["products"][dtype] = []
+        for point in probes.products(dtype, device):
+            results["products"][dtype].append(point)
+            watchdog.at(f"the probe of {dtype} products")
+    begin("the probe of elementwise operations")
+    results["elementwise"] = list(probes.elementwise(device))
+    begin("the probe of memory bandwidth")
+    results["stream"] = probes.stream(device)
+    begin("the probe of single operations")
+    results["operation_s"] = probes.operation(device)
     for size in (2**power for power in range(1, 11) if ranks % 2**power == 0):
         groups = [dist.new_group(list(range(first, first + size))) for first in range(0, ranks, size)]
-        dist.barrier()
+        begin(f"the probe of collectives of {size} ranks")
         group = groups[rank // size]
         assert group is not None
-        results["collectives"][str(size)] = probes.collectives(group, size, joined)
-    if rank == 0:
-        (folder / "sample.json").write_text(json.dumps(results))
-    leave()
+        results["collectives"][str(size)] = probes.collectives(group, size, device)
+    return results
 
 
 def combined(ranks: int, samples: list[Sample]) -> MeasuredRates:

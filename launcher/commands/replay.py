@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from launcher.checkpoint.integrity import check_files
+from launcher.checkpoint.integrity import read_intact_manifest
 from launcher.checkpoint.manifest import UnusableCheckpoint, checkpoints_in, read_manifest_to_resume
 from launcher.commands.ready import ready
 from launcher.config.compose import compose_jobs, load_typed
@@ -60,8 +60,7 @@ def checkpoint_before(run_dir: Path, step: int) -> Path | None:
     """Return the newest intact checkpoint before `step`; None to begin with the run's first weights."""
     for path in checkpoints_in(run_dir):
         with suppress(UnusableCheckpoint):
-            manifest = read_manifest_to_resume(path)
-            if manifest.step < step:
-                check_files(manifest.stored(path))
+            if read_manifest_to_resume(path).step < step:
+                read_intact_manifest(path)
                 return path
     return None

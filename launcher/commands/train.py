@@ -4,7 +4,7 @@ import os
 
 from launcher.commands.ready import ReadyRun, ready
 from launcher.config.compose import compose_jobs
-from launcher.config.errors import ConfigError
+from launcher.config.errors import ConfigError, refusal
 from launcher.config.machine import Machine
 from launcher.config.schema import Device, RunConfig
 from launcher.config.world import world_of_joined_ranks, world_of_machine
@@ -47,6 +47,10 @@ def _ready(run: RunConfig, machine: Machine) -> tuple[ReadyRun, LaunchEnvironmen
     gpus = 0 if run.hardware.device is Device.cpu else machine.gpus
     place = launch_environment(os.environ, configured=run.hardware.accelerators_per_node, gpus=gpus)
     world = world_of_machine(run, machine)
+    if place and run.launch.max_restarts:
+        why = "one rank or node cannot start the others again"
+        remedy = "launch.max_restarts=0, and `torchrun --max-restarts=N` or `launcher submit`"
+        raise refusal(run, "launch.max_restarts", why, remedy)
     if place:
         world = world_of_joined_ranks(run, machine, ranks=place.world_size, ranks_per_node=place.local_size)
     ready_run = ready(run, world, needs_data=True, must_fit=True)

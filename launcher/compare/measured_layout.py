@@ -1,16 +1,15 @@
 """Train a layout on this machine and combine the records of its ranks."""
 
 import json
-import tempfile
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
 from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
 from launcher.launch.local import run_local_ranks, start_method_for
+from launcher.launch.scratch import scratch_directory
 from launcher.planning.cost.operations import Collective
 
 if TYPE_CHECKING:
@@ -32,8 +31,7 @@ def measure_layout(run: RunConfig, layout: Layout, *, steps: int) -> MeasuredLay
     """Train and measure; raises what run_local_ranks raises. The caller has called prepare_deepspeed."""
     from launcher.compare.rank_record import RankRecord, record_rank
 
-    with tempfile.TemporaryDirectory(prefix="launcher-compare-") as name:
-        folder = Path(name)
+    with scratch_directory() as folder:
         target = partial(record_rank, run=run, layout=layout, steps=steps, folder=folder)
         start_method = start_method_for(layout.device)
         run_local_ranks(target, layout.world_size, log_dir=folder / "logs", start_method=start_method)

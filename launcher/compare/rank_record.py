@@ -18,6 +18,7 @@ from launcher.engine.allocations import CollectiveName
 from launcher.engine.build import build_engine
 from launcher.engine.distributed import join, leave
 from launcher.engine.measuring import RankMeasurement
+from launcher.engine.watchdog import Watchdog
 from launcher.runtime.batches import rank_loader
 from launcher.runtime.resume import start_from
 from launcher.runtime.training import optimizer_step
@@ -42,33 +43,56 @@ def record_rank(rank: int, *, run: RunConfig, layout: Layout, steps: int, folder
     Collective over the world.
     """
     torch.set_num_threads(1)  # equal in every layout
-    measurement, record = RankMeasurement(), RankRecord()
+    measurement, minutes = RankMeasurement(), run.launch.timeout_minutes
     with measurement.timing_collectives():
-        store, ranks = f"file://{folder / 'store'}", layout.world_size
-        device = join(rank=rank, world_size=ranks, local_rank=rank, device=layout.device, init_method=store)
-        with measurement.tensors:
-            engine = build_engine(run, layout, device)
-            measurement.name_groups(engine)
-            data = open_data(run)
-            progress = start_from(run, engine, None, None, data.digests).progress
-            loader = rank_loader(run, engine, data.blend(progress.blends))
-            peaks = []
-            for _ in range(COUNTED):
-                measurement.tensors.restart()
-                record.losses.append(engine.mean_loss(optimizer_step(run, engine, loader, progress).loss))
-                progress = progress.after(run.training.global_batch_size)
-                peaks.append(measurement.tensors.peak)
-        # Sometimes a thread of gloo frees a gradient only after the next gradient is made.
-        record.memory = min(peaks[1:])
-        record.collectives = [(*call, times) for call, times in measurement.collectives().items()]
-        with loader, measurement.timing_optimizer(engine):
-            for _ in range(steps):
-                dist.barrier()
-                measurement.restart_clock()
-                started = time.perf_counter()
-                record.losses.append(engine.mean_loss(optimizer_step(run, engine, loader, progress).loss))
-                record.seconds.append(time.perf_counter() - started)
-                record.parts.append(measurement.seconds(record.seconds[-1]))
-                progress = progress.after(run.training.global_batch_size)
-    (folder / f"rank-{rank}.json").write_text(json.dumps(asdict(record)))
-    leave()
+        device = join(
+            rank=rank,
+            world_size=layout.world_size,
+            local_rank=rank,
+            device=layout.device,
+            init_method=f"file://{folder / 'store'}",
+            timeout_minutes=minutes,
+        )
+        with Watchdog(folder / "logs", minutes, setting="launch.timeout_minutes") as watchdog:
+            record = measured(run, layout, device, measurement, watchdog, steps)
+            (folder / f"rank-{rank}.json").write_text(json.dumps(asdict(record)))
+            leave()
+
+
+def measured(
+    run: RunConfig,
+    layout: Layout,
+    device: torch.device,
+    measurement: RankMeasurement,
+    watchdog: Watchdog,
+    steps: int,
+) -> RankRecord:
+    """Train, and return the record of this rank. Collective over the world."""
+    record = RankRecord()
+    with measurement.tensors:
+        engine = build_engine(run, layout, device)
+        measurement.name_groups(engine)
+        data = open_data(run)
+        progress = start_from(run, engine, None, None, data.digests).progress
+        loader = rank_loader(run, engine, data.blend(progress.blends))
+        peaks = []
+        for _ in range(COUNTED):
+            watchdog.at(f"step {progress.step + 1}")
+            measurement.tensors.restart()
+            record.losses.append(engine.mean_loss(optimizer_step(run, engine, loader, progress).loss))
+            progress = progress.after(run.training.global_batch_size)
+            peaks.append(measurement.tensors.peak)
+    # Sometimes a thread of gloo frees a gradient only after the next gradient is made.
+    record.memory = min(peaks[1:])
+    record.collectives = [(*call, times) for call, times in measurement.collectives().items()]
+    with loader, measurement.timing_optimizer(engine):
+        for _ in range(steps):
+            watchdog.at(f"step {progress.step + 1}")
+            dist.barrier()
+            measurement.restart_clock()
+            started = time.perf_counter()
+            record.losses.append(engine.mean_loss(optimizer_step(run, engine, loader, progress).loss))
+            record.seconds.append(time.perf_counter() - started)
+            record.parts.append(measurement.seconds(record.seconds[-1]))
+            progress = progress.after(run.training.global_batch_size)
+    return record

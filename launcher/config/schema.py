@@ -429,6 +429,8 @@ class LaunchConfig:
     """Supervision of ranks."""
 
     timeout_minutes: float = 30.0  # end the run if a step, validation or collective takes longer
+    slow_rank_seconds: float = 60.0  # warn of a rank that the others have waited for during this time
+    max_restarts: int = 0  # starts after the first, if a rank fails or is killed on this machine
 
 
 @dataclass

@@ -52,6 +52,9 @@ def check_submission(run: RunConfig) -> int:
         raise refusal(run, "hardware.device", why, "hardware=h100_80gb", on_cpu)
     if h.accelerators_per_node is None:
         raise refusal(run, "hardware.accelerators_per_node", why, "hardware.accelerators_per_node=2")
+    if run.launch.max_restarts:
+        why = "a Slurm job starts its run again by itself, until three failures are identical"
+        raise refusal(run, "launch.max_restarts", why, "launch.max_restarts=0")
     most = nodes_of(run)[1]
     if most != h.nodes:
         why = f"the number of nodes, or its maximum, must be hardware.nodes={h.nodes}"

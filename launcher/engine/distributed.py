@@ -1,13 +1,19 @@
 """Join a rank to the others: initialise torch.distributed, then DeepSpeed on top of it."""
 
+import json
 import logging
 import os
+import socket
 import warnings
+from collections.abc import Iterable, Mapping
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
+
+_MOST_COLLECTIVES = 3  # in a message: a GPU may have many collectives queued behind the first
 
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 
@@ -61,6 +67,31 @@ def set_timeouts(timeout_minutes: float) -> None:
     """Set the timeout of `join` on all process groups: groups that DeepSpeed creates have torch's default."""
     for group in list(c10d._world.pg_map):
         c10d._set_pg_timeout(timedelta(minutes=2 * timeout_minutes), group)
+
+
+def gathered_hosts() -> list[str]:
+    """Return the host name of each rank. Collective over the world."""
+    hosts: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(hosts, socket.gethostname())
+    return hosts
+
+
+def active_collectives() -> list[str]:
+    """Return the oldest unfinished collectives of this rank in words, by torch's flight recorder."""
+    dump = getattr(torch._C._distributed_c10d, "_dump_fr_trace_json", None)  # private, and new in torch 2.9
+    if dump is None:
+        return []
+    return collectives_in_words(json.loads(dump(includeCollectives=True)).get("entries", ()))
+
+
+def collectives_in_words(entries: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return descriptions of the first entries of a flight recorder that are not finished. Pure."""
+    unfinished = [entry for entry in entries if not entry["retired"]]
+    return [
+        f"{entry['profiling_name']} of sizes {entry['input_sizes']} in group {entry['process_group'][0]} "
+        f"(number {entry['collective_seq_id']} of the group)"
+        for entry in unfinished[:_MOST_COLLECTIVES]
+    ]
 
 
 def leave() -> None:

@@ -7,17 +7,22 @@ from typing import Any
 
 import torch.distributed as dist
 
+# Not isend and irecv: torch compares the functions of a P2POp with its own.
 TIMED = (
     "all_reduce",
     "all_gather_into_tensor",
     "reduce_scatter_tensor",
     "all_gather",
+    "reduce_scatter",
+    "reduce",
+    "all_to_all_single",
     "send",
     "recv",
-    "isend",
-    "irecv",
     "batch_isend_irecv",
     "broadcast",
+    "barrier",
+    "all_gather_object",
+    "broadcast_object_list",
 )
 
 
@@ -34,6 +39,13 @@ class Stopwatch:
 
     def add(self, name: str, seconds: float) -> None:
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+
+    def mark(self) -> Any:
+        """Return the present moment, for `add_since`."""
+        return time.perf_counter()
+
+    def add_since(self, mark: Any, name: str) -> None:
+        self.add(name, time.perf_counter() - mark)
 
     @contextmanager
     def timing_collectives(self) -> Iterator[None]:
@@ -65,14 +77,16 @@ class Stopwatch:
             if self._depth:
                 return function(*args, **kwargs)
             self._depth += 1
-            started = time.perf_counter()
+            started = self.mark()
             try:
                 result = function(*args, **kwargs)
             finally:
                 self._depth -= 1
             groups = (argument for argument in args if isinstance(argument, dist.ProcessGroup))
             name = self._group_name(kwargs.get("group") or next(groups, None))
-            self.add(name, time.perf_counter() - started)
+            self.add_since(started, name)
+            if isinstance(result, list):
+                return [_TimedWork(work, self, name) for work in result]
             return _TimedWork(result, self, name) if isinstance(result, dist.Work) else result
 
         return call
@@ -85,9 +99,9 @@ class _TimedWork:
         self._work, self._stopwatch, self._name = work, stopwatch, name
 
     def wait(self, *args: Any) -> Any:
-        started = time.perf_counter()
+        started = self._stopwatch.mark()
         result = self._work.wait(*args)
-        self._stopwatch.add(self._name, time.perf_counter() - started)
+        self._stopwatch.add_since(started, self._name)
         return result
 
     def __getattr__(self, name: str) -> Any:

@@ -12,33 +12,64 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkContext, SpawnContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import FrameType
 from typing import Literal
 
 from launcher.config.errors import ConfigError
+from launcher.launch.memory_kills import memory_kills
 from launcher.launch.orphans import no_grandchildren_left
 from launcher.launch.rank import (
     COORDINATED,
     END_SIGNAL,
+    EXCEPTION,
     STOP_SIGNAL,
     STOPPED_EXIT_CODE,
     FailureReport,
     rank_main,
 )
 
+SAVING = "saving the current step, then stopping (a second Ctrl-C stops at once and does not save)"
 _POLL = 0.1
 _SETTLING = 0.3  # seconds to wait after a failure: another rank may have failed before
 # Seconds to wait while all failures are lost connections: the rank that caused them may still be cleaning up.
 _SETTLING_SECONDARY = 3.0
 _LOG_LINES = 40  # enough for faulthandler's output, whose first lines say where the rank crashed
 _LOG_TAIL = 16384  # bytes
+# Seconds after a stop signal in which a Ctrl-C is the same stop: a wrapper may forward the Ctrl-C that the
+# terminal sent to all of its processes.
+AGAIN = 1.0
 
 
 class RankFailure(Exception):
-    """Raised for the first failed rank; `secondary` if it probably only lost a rank that ended before."""
+    """Raised for the first failed rank; `secondary` if it probably only lost a rank that ended before.
 
-    def __init__(self, rank: int, world_size: int, detail: str, *, secondary: bool = False) -> None:
+    `stopping` if a stop signal arrived too, and `out_of_memory` if the kernel killed the rank for its memory.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        detail: str,
+        *,
+        secondary: bool = False,
+        stopping: bool = False,
+        out_of_memory: bool = False,
+    ) -> None:
         self.rank, self.world_size, self.detail, self.secondary = rank, world_size, detail, secondary
+        self.stopping, self.out_of_memory = stopping, out_of_memory
         super().__init__(f"rank {rank} of {world_size} {detail}")
+
+    def with_advice(self, remedy: str) -> "RankFailure":
+        first, *others = self.detail.split("\n", 1)
+        detail = "\n".join([first, f"  try: {remedy}", *others])
+        return RankFailure(self.rank, self.world_size, detail, stopping=self.stopping, out_of_memory=True)
+
+    @property
+    def reason(self) -> str:
+        """The failure in one line: the last line of a traceback, or the first line of another text."""
+        lines = str(self).splitlines()
+        return f"{lines[0]} {lines[-1]}" if self.detail.startswith(EXCEPTION) else lines[0]
 
 
 class Stopped(SystemExit):
@@ -72,8 +103,9 @@ def run_local_ranks(
     writes to `log_dir/rank_N.log`. If a rank fails, the others get END_SIGNAL, which raises SystemExit in
     them, and SIGKILL after `failure_grace` seconds. If this process gets a stop signal, the ranks first get
     STOP_SIGNAL and `save_grace` seconds to end by themselves (see StopRequest), then END_SIGNAL and
-    `stop_grace` seconds; a further Ctrl-C kills them at once. On Linux the children of ranks end as well, and
-    all ranks end even if this process is killed. Ranks share this process group: Ctrl-Z suspends them all.
+    `stop_grace` seconds; a Ctrl-C at least AGAIN seconds later kills them at once. On Linux the children of
+    ranks end as well, and all ranks end even if this process is killed. Ranks share this process group:
+    Ctrl-Z suspends them all.
 
     Raises:
         RankFailure: a rank raised, exited with a non-zero code or was killed; the first, if several did.
@@ -88,10 +120,11 @@ def run_local_ranks(
         # Here, because the start of rank 0 would do it and unblock the signals that _start blocks.
         resource_tracker.ensure_running()
     ranks: list[_Rank] = []
+    kills_before = memory_kills()
     with _recorded_stops() as stops, no_grandchildren_left(patience=failure_grace):
         try:
             _start(ranks, target, local_ranks or range(world_size), log_dir, start_method)
-            failure = _watch(ranks, stops)
+            failure = _watch(ranks, stops, kills_before)
             all_stopped_themselves = all(rank.process.exitcode == STOPPED_EXIT_CODE for rank in ranks)
         finally:
             if stops and save_grace:
@@ -100,11 +133,13 @@ def run_local_ranks(
     if stops and (failure is None or failure.secondary):
         stop = KeyboardInterrupt() if stops[0] == signal.SIGINT else Stopped(stops[0])
         failed_during_stop = _first_failure(ranks)
-        raise stop from (_as_error(failed_during_stop, world_size) if failed_during_stop else None)
+        raise stop from (
+            _as_error(failed_during_stop, world_size, stopping=True) if failed_during_stop else None
+        )
     if all_stopped_themselves:
         raise Stopped(signal.SIGTERM)
     if failure is not None:
-        raise _as_error(failure, world_size)
+        raise _as_error(failure, world_size, stopping=bool(stops))
 
 
 @dataclass
@@ -114,6 +149,7 @@ class _Rank:
     failures: Connection
     log: Path | None
     log_start: int  # bytes; earlier runs may have written to the same log
+    descriptors: set[int]  # of this process, for communication with the rank
     failure: FailureReport | None = None
 
 
@@ -133,17 +169,37 @@ def _start(
             log = log_dir / f"rank_{number}.log" if number else None
             log_start = log.stat().st_size if log and log.exists() else 0
             failures, sender = context.Pipe(duplex=False)
-            process = context.Process(
-                target=rank_main, args=(target, number, log, os.getpid(), sender), name=f"rank {number}"
+            # A forked rank inherits the descriptors of the ranks before it.
+            inherited = {failures.fileno()}.union(*(rank.descriptors for rank in ranks))
+            arguments = (
+                target,
+                number,
+                log,
+                os.getpid(),
+                sender,
+                inherited if start_method == "fork" else (),
             )
+            process = context.Process(target=rank_main, args=arguments, name=f"rank {number}")
+            before = _open_descriptors()
             process.start()
+            descriptors = {failures.fileno(), *(_open_descriptors() - before)}
             sender.close()
-            ranks.append(_Rank(number, process, failures, log, log_start))
+            ranks.append(_Rank(number, process, failures, log, log_start, descriptors))
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def _watch(ranks: list[_Rank], stops: list[int]) -> FailureReport | None:
+def _open_descriptors() -> set[int]:
+    """Return this process's open descriptors, without the descriptor that reads their list."""
+    descriptors = set()
+    for name in os.listdir("/dev/fd"):
+        with suppress(OSError):
+            os.fstat(int(name))
+            descriptors.add(int(name))
+    return descriptors
+
+
+def _watch(ranks: list[_Rank], stops: list[int], kills_before: int | None) -> FailureReport | None:
     """Wait until all ranks have ended, a rank fails or a stop signal arrives; return the first failure."""
     first_noticed: float | None = None
     while True:
@@ -151,7 +207,7 @@ def _watch(ranks: list[_Rank], stops: list[int]) -> FailureReport | None:
         # Receive only now: all reports of the ranks in `ended` have arrived.
         _receive_failures(ranks)
         for rank in ended:
-            rank.failure = rank.failure or _failure_from_exit_code(rank)
+            rank.failure = rank.failure or _failure_from_exit_code(rank, kills_before)
         first = _first_failure(ranks)
         if first is not None:
             first_noticed = first_noticed or time.monotonic()
@@ -164,8 +220,7 @@ def _watch(ranks: list[_Rank], stops: list[int]) -> FailureReport | None:
 
 def _save_and_stop(ranks: list[_Rank], grace: float, stops: list[int]) -> None:
     """Ask all ranks to save and stop; wait for their end, for at most `grace` seconds or until Ctrl-C."""
-    hint = " (press Ctrl-C to stop at once)" if sys.stdin is not None and sys.stdin.isatty() else ""
-    print(f"launcher: saving the current step, then stopping{hint}", file=sys.stderr, flush=True)
+    print(f"launcher: {SAVING}", file=sys.stderr, flush=True)
     _signal(ranks, STOP_SIGNAL)
     deadline = time.monotonic() + grace
     while _running(ranks) and time.monotonic() < deadline and signal.SIGINT not in stops[1:]:
@@ -217,17 +272,30 @@ def _first_failure(ranks: list[_Rank]) -> FailureReport | None:
     return min(failures, key=lambda failure: (failure.secondary, failure.when), default=None)
 
 
-def _failure_from_exit_code(rank: _Rank) -> FailureReport | None:
+def _failure_from_exit_code(rank: _Rank, kills_before: int | None) -> FailureReport | None:
     """Return the failure of a rank that ended without a report; None if its exit code is 0."""
     code = rank.process.exitcode
     if not code:
         return None
-    if code < 0:
+    out_of_memory = (
+        -code == signal.SIGKILL and kills_before is not None and (memory_kills() or 0) > kills_before
+    )
+    if out_of_memory:
+        detail = "was killed by the kernel's out-of-memory killer (SIGKILL)"
+    elif code < 0:
         name = next((candidate.name for candidate in signal.Signals if candidate == -code), f"signal {-code}")
-        detail = f"was killed by {name}" + (" (out of memory? see dmesg)" if name == "SIGKILL" else "")
+        detail = f"was killed by {name}" + (
+            " (perhaps out of memory; see dmesg)" if name == "SIGKILL" else ""
+        )
     else:
         detail = f"exited with code {code}" + (" (stopped by SIGTERM)" if code == STOPPED_EXIT_CODE else "")
-    return FailureReport(rank.number, time.monotonic(), code == STOPPED_EXIT_CODE, detail + _log_tail(rank))
+    return FailureReport(
+        rank.number,
+        time.monotonic(),
+        secondary=code == STOPPED_EXIT_CODE,
+        detail=detail + _log_tail(rank),
+        out_of_memory=out_of_memory,
+    )
 
 
 def _log_tail(rank: _Rank) -> str:
@@ -239,22 +307,40 @@ def _log_tail(rank: _Rank) -> str:
     return "\n".join(["", f"the end of {rank.log}:", *lines]) if lines else ""
 
 
-def _as_error(failure: FailureReport, world_size: int) -> RankFailure | ConfigError:
+def _as_error(failure: FailureReport, world_size: int, *, stopping: bool) -> RankFailure | ConfigError:
     if failure.refusal is not None:
         return ConfigError(*failure.refusal)
-    return RankFailure(failure.rank, world_size, failure.detail, secondary=failure.secondary)
+    return RankFailure(
+        failure.rank,
+        world_size,
+        failure.detail,
+        secondary=failure.secondary,
+        stopping=stopping,
+        out_of_memory=failure.out_of_memory,
+    )
 
 
 @contextmanager
 def _recorded_stops() -> Iterator[list[int]]:
-    """Record stop signals in the yielded list, in order of arrival, instead of being interrupted by them."""
+    """Record stop signals in the yielded list, in order of arrival, instead of being interrupted by them.
+
+    A Ctrl-C within AGAIN seconds of the first signal is left out.
+    """
     stops: list[int] = []
+    first = 0.0
+
+    def record(number: int, _frame: FrameType | None) -> None:
+        nonlocal first
+        first = first or time.monotonic()
+        if not stops or number != signal.SIGINT or time.monotonic() - first >= AGAIN:
+            stops.append(number)
+
     previous = {number: signal.getsignal(number) for number in COORDINATED}
     # nohup and background jobs of scripts ignore some of these signals on purpose: leave them ignored. None
     # means that the handler was not installed from Python.
     handled = [number for number, handler in previous.items() if handler not in (signal.SIG_IGN, None)]
     for number in handled:
-        signal.signal(number, lambda received, _: stops.append(received))
+        signal.signal(number, record)
     try:
         yield stops
     finally:

@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -21,6 +21,7 @@ from launcher.launch.orphans import die_with
 STOPPED_EXIT_CODE = 128 + signal.SIGTERM
 # The parent sends STOP_SIGNAL to ask a rank to save and end, as SIGTERM does, and END_SIGNAL to end it now.
 STOP_SIGNAL, END_SIGNAL = signal.SIGUSR1, signal.SIGUSR2
+EXCEPTION = "failed:"  # begins the detail of an exception; its traceback follows
 # The parent handles these signals and decides what its ranks do.
 COORDINATED = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, STOP_SIGNAL}
 
@@ -34,14 +35,25 @@ class FailureReport:
     secondary: bool  # probably a consequence of another rank's end, or of a stop
     detail: str
     refusal: tuple[str, str | None, str, str] | None = None  # the fields of a ConfigError
+    out_of_memory: bool = False  # the kernel killed the rank because memory ran out
 
 
 def rank_main(
-    target: Callable[[int], None], rank: int, log: Path | None, parent: int, failures: Connection
+    target: Callable[[int], None],
+    rank: int,
+    log: Path | None,
+    parent: int,
+    failures: Connection,
+    inherited: Collection[int],
 ) -> None:
-    """Run `target(rank)`, with output to `log` or the terminal; send a failure, then exit with code 1."""
+    """Run `target(rank)`, with output to `log` or the terminal; send a failure, then exit with code 1.
+
+    `inherited` are descriptors of the parent that the rank closes.
+    """
     try:
         die_with(parent)
+        for descriptor in inherited:
+            os.close(descriptor)
         if log is not None:
             _redirect_output(log)
         faulthandler.enable(file=2)
@@ -124,7 +136,7 @@ def failure_of(rank: int, error: BaseException) -> FailureReport:
     # Leave out the first frame, which is the caller's.
     frames = error.__traceback__.tb_next if error.__traceback__ else None
     text = "".join(traceback.format_exception(type(error), error, frames)).rstrip()
-    return FailureReport(rank, when, _is_consequence(error), f"failed:\n{text}")
+    return FailureReport(rank, when, _is_consequence(error), f"{EXCEPTION}\n{text}")
 
 
 # A rank that lost its peers raises one of these torch types (by name, because torch is not imported here) or

@@ -1,6 +1,7 @@
 """Run one rank of the verified layout, and record what its engine computes."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from launcher.engine.base import Engine, MicroBatches, gather_logical
 from launcher.engine.build import build_engine
 from launcher.engine.distributed import join, leave
 from launcher.engine.optimizer import state_keys
+from launcher.engine.watchdog import MEASURING_MINUTES, Watchdog
 from launcher.parallel.mesh import Axis
 from launcher.parallel.sharding import logical_of
 from launcher.parity.dropout import recorded_draws, write_draws
@@ -24,32 +26,40 @@ from launcher.parity.step_trace import StepTrace, write_trace
 
 def record_rank(rank: int, *, run: RunConfig, layout: Layout, folder: Path) -> None:
     """Train; the first rank of each pipeline stage writes folder/stage-N. Collective over the world."""
-    engine = _engine(rank, run, layout, folder)
-    recorder = OutputRecorder(engine, run.parallelism.sequence_parallel)
-    steps = [record_weights(engine)]
-    for batch in probe_batches(run):
-        steps.append(record_step(run, engine, recorder, rank_batches(run, engine, batch)))
-    if engine.mesh.data.rank == 0 and engine.mesh.tensor.rank == 0:
-        write_trace(steps, folder / f"stage-{engine.mesh.stage}")
-    leave()
+    with _engine(rank, run, layout, folder) as (engine, watchdog):
+        recorder = OutputRecorder(engine, run.parallelism.sequence_parallel)
+        steps = [record_weights(engine)]
+        for batch in probe_batches(run):
+            watchdog.at(f"step {len(steps)}")
+            steps.append(record_step(run, engine, recorder, rank_batches(run, engine, batch)))
+        if engine.mesh.data.rank == 0 and engine.mesh.tensor.rank == 0:
+            write_trace(steps, folder / f"stage-{engine.mesh.stage}")
 
 
 def record_dropout(rank: int, *, run: RunConfig, layout: Layout, folder: Path) -> None:
     """Train one step; rank 0 writes all ranks' dropout masks to folder/draws. Collective over the world."""
-    engine = _engine(rank, run, layout, folder)
-    batch = next(probe_batches(run))
-    with recorded_draws() as draws:
-        engine.train_batch(rank_batches(run, engine, batch))
-    write_draws(draws, folder / "draws")
-    leave()
+    with _engine(rank, run, layout, folder) as (engine, _):
+        batch = next(probe_batches(run))
+        with recorded_draws() as draws:
+            engine.train_batch(rank_batches(run, engine, batch))
+        write_draws(draws, folder / "draws")
 
 
-def _engine(rank: int, run: RunConfig, layout: Layout, folder: Path) -> Engine:
-    store = f"file://{folder / 'store'}"
+@contextmanager
+def _engine(rank: int, run: RunConfig, layout: Layout, folder: Path) -> Iterator[tuple[Engine, Watchdog]]:
+    """Join the other ranks and build the engine; leave the other ranks on exit. Collective over the world."""
+    minutes = min(MEASURING_MINUTES, run.launch.timeout_minutes)
     device = join(
-        rank=rank, local_rank=rank, world_size=layout.world_size, device=layout.device, init_method=store
+        rank=rank,
+        local_rank=rank,
+        world_size=layout.world_size,
+        device=layout.device,
+        init_method=f"file://{folder / 'store'}",
+        timeout_minutes=minutes,
     )
-    return build_engine(run, layout, device)
+    with Watchdog(folder / "logs", minutes) as watchdog:
+        yield build_engine(run, layout, device), watchdog
+        leave()
 
 
 def record_step(run: RunConfig, engine: Engine, recorder: OutputRecorder, batches: MicroBatches) -> StepTrace:

@@ -1,7 +1,6 @@
 """Compare a small run in its layout with one process of plain torch: the passes of `launcher verify`."""
 
 import copy
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,6 +14,7 @@ from launcher.config.schema import Dtype, OptimizerConfig, OptimizerName, RunCon
 from launcher.config.world import World
 from launcher.engine.distributed import prepare_deepspeed
 from launcher.launch.local import run_local_ranks, start_method_for
+from launcher.launch.scratch import scratch_directory
 from launcher.models.architecture import flat_model
 from launcher.models.context import BlockContext
 from launcher.parallel.mesh import ProcessMesh
@@ -77,9 +77,9 @@ def passes(small: RunConfig) -> list[tuple[str, RunConfig, bool]]:
 def run_pass(title: str, run: RunConfig, plain_sgd: bool, mutation: Mutation | None = None) -> VerifyPass:
     """Run one of `passes` in its layout and in the reference, and return all differences."""
     layout = _layout(run)
-    with tempfile.TemporaryDirectory(prefix="launcher-verify-") as name:
-        _run_ranks(record_rank, run, layout, Path(name), mutation)
-        trace = read_traces([Path(name) / f"stage-{stage}" for stage in range(layout.pipeline)])
+    with scratch_directory() as folder:
+        _run_ranks(record_rank, run, layout, folder, mutation)
+        trace = read_traces([folder / f"stage-{stage}" for stage in range(layout.pipeline)])
     batches = list(probe_batches(run))
     expected = reference_trace(run, initial_weights(run), batches, follow=None if plain_sgd else trace)
     if plain_sgd:
@@ -94,9 +94,9 @@ def dropout_pass(small: RunConfig, mutation: Mutation | None = None) -> VerifyPa
     run = copy.deepcopy(small)
     run.precision.dtype = Dtype.fp32
     layout = _layout(run)
-    with tempfile.TemporaryDirectory(prefix="launcher-verify-") as name:
-        _run_ranks(record_dropout, run, layout, Path(name), mutation)
-        differences = compare_draws(run, layout, read_draws(Path(name) / "draws"))
+    with scratch_directory() as folder:
+        _run_ranks(record_dropout, run, layout, folder, mutation)
+        differences = compare_draws(run, layout, read_draws(folder / "draws"))
     failed = [difference.name for difference in differences if not difference.ok]
     diagnosis = Diagnosis(failed[0], MEANINGS[failed[0]]) if failed else None
     return VerifyPass(f"masks of dropout {run.model.dropout}", differences, diagnosis)

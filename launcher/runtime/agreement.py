@@ -1,4 +1,4 @@
-"""The one all-reduce of a logged step: loss, stop request, save request, memory and step time together."""
+"""The one all-reduce of a logged step: loss, stop and save requests, memory, step time and work time."""
 
 import resource
 import sys
@@ -15,7 +15,7 @@ _NO_SHARE = -(1 << 62)  # below the bits of any float
 
 @dataclass(frozen=True)
 class RankValues:
-    """The values that one rank contributes. All but the loss are reduced to their maximum."""
+    """The values that one rank contributes. All but loss and work are reduced to their maximum."""
 
     loss: Tensor  # this rank's share, still on the device
     loss_share: tuple[int, int]  # as Engine.loss_share
@@ -23,6 +23,7 @@ class RankValues:
     stop_requested: bool = False
     save_due: bool = False
     step_seconds: float = 0.0
+    work_seconds: float = 0.0  # per step, without waiting for other ranks
     allocated_bytes: int = 0
 
 
@@ -33,6 +34,7 @@ class WorldValues:
     stop_requested: bool
     save_due: bool
     step_seconds: float
+    work_seconds: list[float]  # of each rank
     allocated_bytes: int
     peak_bytes: int
     peak_rank: int
@@ -45,25 +47,31 @@ def exchange(values: RankValues) -> WorldValues:
     could drop a NaN. Every rank then adds the shares in the same order.
     """
     device, (index, count) = values.loss.device, values.loss_share
+    rank, world_size = dist.get_rank(), dist.get_world_size()
     numbers = [
         int(values.stop_requested),
         int(values.save_due),
         round(1e9 * values.step_seconds),
         values.allocated_bytes,
-        (peak_memory(device) << _RANK_BITS) + dist.get_rank(),
+        (peak_memory(device) << _RANK_BITS) + rank,
     ]
-    packed = torch.tensor([*numbers, 0, 0, 0, *[_NO_SHARE] * count], dtype=torch.int64, device=device)
-    packed[len(numbers) : len(numbers) + 3] = values.skips
-    packed[len(numbers) + 3 + index] = values.loss.detach().float().view(torch.int32)
+    work = [0] * world_size
+    work[rank] = round(1e9 * values.work_seconds)
+    packed = torch.tensor([*numbers, 0, 0, 0, *work, *[_NO_SHARE] * count], dtype=torch.int64, device=device)
+    first = len(numbers)
+    packed[first : first + 3] = values.skips
+    packed[first + 3 + world_size + index] = values.loss.detach().float().view(torch.int32)
     dist.all_reduce(packed, op=dist.ReduceOp.MAX)
-    stop_requested, save_due, nanoseconds, allocated, peak, total, in_row, since, *bits = packed.tolist()
-    shares = np.array(bits, np.int32).view(np.float32)
+    stop_requested, save_due, nanoseconds, allocated, peak, *rest = packed.tolist()
+    (total, in_row, since), by_rank = rest[:3], rest[3:]
+    shares = np.array(by_rank[world_size:], np.int32).view(np.float32)
     return WorldValues(
         loss=float(shares.sum() / np.float32(count)),
         skips=(total, in_row, since),
         stop_requested=bool(stop_requested),
         save_due=bool(save_due),
         step_seconds=nanoseconds / 1e9,
+        work_seconds=[each / 1e9 for each in by_rank[:world_size]],
         allocated_bytes=allocated,
         peak_bytes=peak >> _RANK_BITS,
         peak_rank=peak & ((1 << _RANK_BITS) - 1),

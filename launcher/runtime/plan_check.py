@@ -27,6 +27,8 @@ class PlanCheck:
         plan = make_plan(run, layout)
         self.memory = max(stage.memory.allocated for stage in plan.stages)
         self.seconds = plan.time.total if plan.time else None
+        ranks = layout.world_size // layout.pipeline
+        self.flops = [stage.flops for stage in plan.stages for _ in range(ranks)]  # of each rank in a step
         self._steps = 0
         self._peak = PeakMemory(device)
         self._laps: list[float] = []

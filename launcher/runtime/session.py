@@ -7,15 +7,17 @@ from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
 from launcher.data.open import Data
 from launcher.engine.base import Engine
+from launcher.engine.watchdog import Watchdog
+from launcher.engine.work_time import WorkTime
 from launcher.launch.rank import StopRequest
 from launcher.runtime.nonfinite import NonfiniteGuard
 from launcher.runtime.output import RunOutput
 from launcher.runtime.plan_check import PlanCheck
 from launcher.runtime.run_dir import RunDir
 from launcher.runtime.saving import Checkpoints
+from launcher.runtime.slow_rank import SlowRankWatch
 from launcher.runtime.spikes import Leap, SpikeGuard, roll_back
 from launcher.runtime.step_clock import StepClock
-from launcher.runtime.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Parts:
     data: Data
     directory: RunDir
     watchdog: Watchdog
+    work: WorkTime
     stop: StopRequest
 
 
@@ -46,6 +49,7 @@ class Session:
     checkpoints: Checkpoints
     plan_check: PlanCheck
     clock: StepClock
+    slow_rank: SlowRankWatch
     nonfinite: NonfiniteGuard
     spikes: SpikeGuard
     stop: StopRequest
@@ -53,6 +57,7 @@ class Session:
     @classmethod
     def create(cls, parts: Parts, last: int, output: RunOutput, history: dict[str, list[float]]) -> "Session":
         run, layout, engine, data = parts.run, parts.layout, parts.engine, parts.data
+        check = PlanCheck(run, layout, engine.device)
         return cls(
             run,
             layout,
@@ -63,8 +68,9 @@ class Session:
             parts.watchdog,
             output,
             Checkpoints(run, layout, engine, parts.directory, data.digests),
-            PlanCheck(run, layout, engine.device),
-            StepClock(engine.device),
+            check,
+            StepClock(engine.device, parts.work),
+            SlowRankWatch(parts.watchdog.hosts, check.flops, run.launch.slow_rank_seconds),
             NonfiniteGuard(run, engine),
             SpikeGuard(run, engine, history),
             parts.stop,

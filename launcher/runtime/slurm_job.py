@@ -20,7 +20,6 @@ from launcher.checkpoint.manifest import checkpoints_in
 from launcher.config.layout import Layout
 from launcher.config.schema import OnStop, RunConfig
 from launcher.config.slurm_rules import nodes_of
-from launcher.files import json_lines
 from launcher.launch.attempts import MAX_IDENTICAL_FAILURES, FailedStart, record_failed_start
 from launcher.launch.exit_codes import FAILED, REFUSED
 from launcher.launch.rank import STOPPED_EXIT_CODE
@@ -28,7 +27,8 @@ from launcher.launch.records import ENDS_VARIABLE, RankEnd, RankEndKind, read_ra
 from launcher.launch.sbatch import cpus_per_task, tasks_per_node
 from launcher.launch.slurm import Allocation, SlurmError, job_state, read_batch_script, requeue, sbatch
 from launcher.launch.stopping import stop_grace
-from launcher.runtime.run_dir import LOGS, METRICS
+from launcher.runtime.restarts import last_logged_step
+from launcher.runtime.run_dir import LOGS
 
 _POLL = 0.2
 _REQUEUE_TAKES = 60.0  # seconds until Slurm ends a requeued job
@@ -178,8 +178,7 @@ def _run_step(command: list[str], stops: list[int], ends: Path, *, saves: bool) 
 
 def _is_hopeless(run_dir: Path, error: str) -> bool:
     """Record a failure; return whether it ends a row of three identical failures."""
-    rows = json_lines(run_dir / METRICS)
-    step = int(rows[-1]["step"]) if rows else 0
+    step = last_logged_step(run_dir)
     if record_failed_start(run_dir, FailedStart(step, error)) < MAX_IDENTICAL_FAILURES:
         return False
     _print(f"giving up after {MAX_IDENTICAL_FAILURES} identical failures after step {step}: {error}")

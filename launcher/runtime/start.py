@@ -9,7 +9,6 @@ Imports torch and deepspeed inside functions only: the parent of spawned ranks d
 
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -23,8 +22,10 @@ from launcher.launch.environment import NodeEnvironment, RankEnvironment
 from launcher.launch.local import RankFailure, Stopped, run_local_ranks, start_method_for
 from launcher.launch.rank import STOPPED_EXIT_CODE, StopRequest, failure_of
 from launcher.launch.records import RankEndKind, all_recorded, record_end
+from launcher.launch.scratch import scratch_directory
 from launcher.launch.stopping import stop_grace
 from launcher.launch.this_machine import share_cores, share_cores_with_tasks
+from launcher.runtime.restarts import Restarts, memory_advice
 from launcher.runtime.run_dir import LOGS, RunDir, claimed_run_dir, run_path
 
 # Delay in seconds before a rank that only lost a peer reports: the root cause is printed first, and srun or
@@ -33,6 +34,10 @@ _CONSEQUENCE_WAITS = 15.0
 
 
 def launch_on_this_machine(run: RunConfig, layout: Layout, *, cores: int, multirun_index: int | None) -> None:
+    """Start all ranks and wait for them; start them again if launch.max_restarts says so.
+
+    Raises as run_local_ranks does.
+    """
     with (
         nothing_left_is_said(),
         claimed_run_dir(run, layout, multirun_index=multirun_index) as (directory, notes),
@@ -43,10 +48,16 @@ def launch_on_this_machine(run: RunConfig, layout: Layout, *, cores: int, multir
             # Use the loopback interface: the host name may resolve to an address that ranks cannot reach.
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
             preload(layout.device)
-        with tempfile.TemporaryDirectory(prefix="launcher-") as meeting:
-            store = Path(meeting) / "store"
-            target = partial(local_rank, run=run, layout=layout, directory=directory, meeting=store)
-            _run_ranks(target, run, layout, range(layout.world_size), directory.logs)
+        restarts = Restarts(run)
+        while True:
+            try:
+                with scratch_directory() as folder:
+                    meeting = folder / "store"
+                    target = partial(local_rank, run=run, layout=layout, directory=directory, meeting=meeting)
+                    _run_ranks(target, run, layout, range(layout.world_size), directory.logs)
+                return
+            except RankFailure as failure:
+                directory = restarts.directory_after(failure, directory)
 
 
 def launch_on_this_node(run: RunConfig, layout: Layout, node: NodeEnvironment, *, cores: int) -> None:
@@ -67,7 +78,10 @@ def launch_on_this_node(run: RunConfig, layout: Layout, node: NodeEnvironment, *
 def _run_ranks(
     target: Callable[[int], None], run: RunConfig, layout: Layout, ranks: range, log_dir: Path
 ) -> None:
-    """Run the ranks. Record the end of a killed rank for the Slurm job that may have started them."""
+    """Run the ranks. Record the end of a killed rank for the Slurm job that may have started them.
+
+    The RankFailure of a rank that the kernel killed for its memory says which settings need less.
+    """
     try:
         run_local_ranks(
             target,
@@ -80,6 +94,8 @@ def _run_ranks(
     except RankFailure as failure:
         if not failure.secondary:  # a killed rank has not recorded its end
             record_end(failure.rank, RankEndKind.failed, str(failure))
+        if failure.out_of_memory:
+            raise failure.with_advice(memory_advice(run, layout)) from None
         raise
     except Stopped:
         if not all_recorded(ranks):
@@ -145,20 +161,22 @@ def run_rank(
     from launcher.engine.distributed import join, leave, prepare_deepspeed
 
     prepare_deepspeed(layout.device)
+    from launcher.engine.work_time import work_time
     from launcher.runtime.training import training_run
 
-    device = join(
-        rank=rank,
-        world_size=layout.world_size,
-        local_rank=local_rank,
-        device=layout.device,
-        init_method=init_method,
-        timeout_minutes=run.launch.timeout_minutes,
-    )
-    finished = True
-    with nothing_left_is_said(quiet=rank > 0), claimed as directory:
-        finished = training_run(run, layout, directory, device, stop)
-    leave()
+    work, finished = work_time(layout.device), True
+    with work.collectives.timing_collectives():
+        device = join(
+            rank=rank,
+            world_size=layout.world_size,
+            local_rank=local_rank,
+            device=layout.device,
+            init_method=init_method,
+            timeout_minutes=run.launch.timeout_minutes,
+        )
+        with nothing_left_is_said(quiet=rank > 0), claimed as directory:
+            finished = training_run(run, layout, directory, device, work, stop)
+        leave()
     if not finished:
         raise SystemExit(STOPPED_EXIT_CODE)
 

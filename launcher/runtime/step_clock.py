@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from launcher.engine.work_time import WorkTime
+
 
 @dataclass
 class StepTimes:
@@ -23,17 +25,21 @@ class StepTimes:
 class StepClock:
     """Measures step time. A GPU still works when a call returns, so time counts up to `synchronise`."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, work: WorkTime) -> None:
         self.times = StepTimes()
+        self._work = work
+        work.restart()
         self._device = device
         self._started: float | None = None
         self._lap_steps = 0
 
     @contextmanager
-    def step(self) -> Iterator[None]:
+    def step(self, *, logged: bool) -> Iterator[None]:
         if self._started is None:
             self._started = time.perf_counter()
+        self._work.begin_step(logged=logged)
         yield
+        self._work.end_step()
         self._lap_steps += 1
         if self._device.type == "cpu":
             self.synchronise()
@@ -50,5 +56,11 @@ class StepClock:
         self.times.laps.append(seconds / self._lap_steps)
         self._started, self._lap_steps = None, 0
 
+    @property
+    def work_seconds(self) -> float:
+        """Mean seconds per step in which this rank worked. Call `synchronise` before."""
+        return self._work.seconds(self.times.steps)
+
     def restart(self) -> None:
         self.times = StepTimes()
+        self._work.restart()

@@ -7,9 +7,11 @@ the device nor communicates, unless a stop or a save would be noticed too late (
 
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from launcher.checkpoint.companions import COMPANIONS
 from launcher.checkpoint.weights import save_weights
@@ -22,7 +24,10 @@ from launcher.data.open import open_data, record_tokenizer
 from launcher.engine.base import Engine, StepResult
 from launcher.engine.build import build_engine
 from launcher.engine.optimizer import learning_rate
+from launcher.engine.watchdog import Watchdog
+from launcher.engine.work_time import WorkTime
 from launcher.launch.rank import StopRequest
+from launcher.launch.records import RankEndKind, record_end
 from launcher.launch.stopping import stop_grace
 from launcher.models.arithmetic import train_flops_per_token
 from launcher.runtime.agreement import RankValues, WorldValues, exchange
@@ -35,21 +40,31 @@ from launcher.runtime.run_dir import RunDir, config_as_dict
 from launcher.runtime.session import Parts, Session
 from launcher.runtime.spikes import Leap
 from launcher.runtime.validation import is_validation_step, validation_row
-from launcher.runtime.watchdog import Watchdog
 
 
 def training_run(
-    run: RunConfig, layout: Layout, directory: RunDir, device: torch.device, stop: StopRequest | None
+    run: RunConfig,
+    layout: Layout,
+    directory: RunDir,
+    device: torch.device,
+    work: WorkTime,
+    stop: StopRequest | None,
 ) -> bool:
     """Train to the last step or a stop; return whether the run is finished. Collective over the world."""
     request = stop or StopRequest()
     listening = request if stop is None and stop_grace(run) else nullcontext()
-    with Watchdog(directory.path, run.launch.timeout_minutes) as watchdog:
+    watchdog = Watchdog(
+        directory.logs,
+        run.launch.timeout_minutes,
+        setting="launch.timeout_minutes",
+        on_hang=partial(record_end, dist.get_rank(), RankEndKind.failed),
+    )
+    with watchdog:
         data = open_data(run)
         engine = build_engine(run, layout, device)
         if engine.mesh.rank == 0:
             record_tokenizer(run, directory.path / COMPANIONS)
-        parts = Parts(run, layout, engine, data, directory, watchdog, request)
+        parts = Parts(run, layout, engine, data, directory, watchdog, work, request)
         outcome: bool | RunDir = directory
         with listening:
             while isinstance(outcome, RunDir):
@@ -92,11 +107,13 @@ def training_loop(session: Session, progress: Progress) -> int:
             validate_only(session)
         while progress.step < last and not session.checkpoints.stopping:
             session.watchdog.at(f"step {progress.step + 1}")
-            with session.plan_check.measuring(session.checkpoints.pending_copy), session.clock.step():
+            logged = is_logged(run, progress.step + 1, last)
+            measuring = session.plan_check.measuring(session.checkpoints.pending_copy)
+            with measuring, session.clock.step(logged=logged):
                 result = optimizer_step(run, engine, loader, progress)
             session.clock.times.data_wait += loader.waited
             progress = progress.after(run.training.global_batch_size)
-            if is_logged(run, progress.step, last) or session.checkpoints.needs_agreement(progress.step):
+            if logged or session.checkpoints.needs_agreement(progress.step):
                 end_step(session, progress, blend, result)
             else:
                 display.step(progress.step, None)
@@ -127,6 +144,7 @@ def end_step(session: Session, progress: Progress, blend: Blend, result: StepRes
             stop_requested=session.stop.asked,
             save_due=checkpoints.is_overdue,
             step_seconds=session.clock.times.per_step,
+            work_seconds=session.clock.work_seconds,
             allocated_bytes=session.plan_check.allocated_bytes,
         )
     )
@@ -135,8 +153,10 @@ def end_step(session: Session, progress: Progress, blend: Blend, result: StepRes
     if is_logged(run, step, session.last):
         plan_row, lines = session.plan_check.after(session.clock.times, agreed.allocated_bytes)
         row = training_row(session, progress, result, agreed)
-        row |= plan_row | scores | memory_row(agreed) | epochs(blend, progress)
-        session.output.say(*lines)
+        times = session.clock.times
+        slow_row, warnings = session.slow_rank.after(agreed.work_seconds, times.per_step, times.steps)
+        row |= plan_row | slow_row | scores | memory_row(agreed) | epochs(blend, progress)
+        session.output.say(*lines, *warnings)
         session.output.log(row)
         session.output.say(*session.spikes.after(progress, row))
         session.clock.restart()

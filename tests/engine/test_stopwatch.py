@@ -69,3 +69,15 @@ def test_waiting_for_a_handle_counts_and_all_is_as_before(group: dist.ProcessGro
         assert work.is_completed()
         assert watch.seconds["data"] > begun
     assert {name: getattr(dist, name) for name in TIMED} == before
+
+
+def test_a_batch_of_sends_and_receives_is_timed(group: dist.ProcessGroup) -> None:
+    """DualPipeV sends in batches; torch rejects a P2POp of a wrapped isend."""
+    watch = Stopwatch(lambda one: "pipeline")
+    with watch.timing_collectives():
+        assert dist.P2POp(dist.isend, torch.ones(1), 0, group)
+        batch = watch._timed_collective(lambda ops: [dist.all_reduce(op, async_op=True) for op in ops])
+        [work] = batch([torch.ones(1)])
+        begun = watch.seconds["pipeline"]
+        assert work.wait()
+        assert watch.seconds["pipeline"] > begun

@@ -16,7 +16,8 @@ from typing import Any, Literal, NoReturn
 import pytest
 
 from launcher.config.errors import ConfigError
-from launcher.launch.local import RankFailure, Stopped, run_local_ranks
+from launcher.launch.local import AGAIN, RankFailure, Stopped, run_local_ranks
+from launcher.launch.memory_kills import memory_kills
 from launcher.launch.rank import END_SIGNAL, STOP_SIGNAL, STOPPED_EXIT_CODE
 
 HANG = 60.0  # seconds; reached only if a process hangs
@@ -104,6 +105,15 @@ def test_ranks_may_start_child_processes(tmp_path: Path) -> None:
 
     run(target, 2, tmp_path / "logs")
     assert (tmp_path / "1").exists()
+
+
+def test_ranks_inherit_no_descriptors_of_other_ranks(tmp_path: Path) -> None:
+    def target(rank: int) -> None:
+        (tmp_path / f"descriptors_{rank}").write_text(str(len(os.listdir("/proc/self/fd"))))
+        wait_for(lambda: len(list(tmp_path.glob("descriptors_*"))) == 4, "the other ranks")
+
+    run(target, 4, tmp_path)
+    assert len({path.read_text() for path in tmp_path.glob("descriptors_*")}) == 1
 
 
 # --- failures --------------------------------------------------------------------------------------------
@@ -338,10 +348,53 @@ def test_rank_killed_by_sigkill(tmp_path: Path) -> None:
         sleep_for_long()
 
     text = str(failure_of(target, 2, tmp_path))
-    assert text.startswith("rank 1 of 2 was killed by SIGKILL (out of memory? see dmesg)\n")
+    assert text.startswith("rank 1 of 2 was killed by SIGKILL (perhaps out of memory; see dmesg)\n")
     assert str(tmp_path / "rank_1.log") in text
     assert text.endswith("\nstep 98\nstep 99")
     assert "step 50\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("kills", "said"), [(1, "by the kernel's out-of-memory killer (SIGKILL)"), (0, "by SIGKILL")]
+)
+def test_an_out_of_memory_kill_is_reported_as_one(
+    kills: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = tmp_path / "count"
+
+    def target(rank: int) -> None:
+        if rank == 1:
+            counted.write_text(str(kills))
+            os.kill(os.getpid(), signal.SIGKILL)
+        sleep_for_long()
+
+    monkeypatch.setattr(
+        "launcher.launch.local.memory_kills", lambda: int(counted.read_text()) if counted.exists() else 0
+    )
+    failure = failure_of(target, 2, tmp_path)
+    assert failure.out_of_memory == bool(kills)
+    assert str(failure).startswith(f"rank 1 of 2 was killed {said}")
+    advised = failure.with_advice("training.micro_batch_size=1")
+    assert str(advised) == f"{failure}\n  try: training.micro_batch_size=1"
+
+
+@pytest.mark.parametrize(
+    ("groups", "counter"),
+    [
+        ("0::/job_7\n", "sys/fs/cgroup/job_7/memory.events"),
+        ("0::/job_7\n", "sys/fs/cgroup/memory.events"),  # as in a container
+        ("8:pids:/\n4:memory:/job_7\n0::/\n", "sys/fs/cgroup/memory/job_7/memory.oom_control"),
+        ("4:cpu,memory:/docker/x\n", "sys/fs/cgroup/memory/memory.oom_control"),
+    ],
+)
+def test_memory_kills_are_counted_in_both_versions_of_control_groups(
+    groups: str, counter: str, tmp_path: Path
+) -> None:
+    assert memory_kills(tmp_path) is None
+    for name, text in {"proc/self/cgroup": groups, counter: "oom 9\nunder_oom 0\noom_kill 3\n"}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert memory_kills(tmp_path) == 3
 
 
 def test_log_of_an_earlier_run_is_kept_but_not_quoted(tmp_path: Path) -> None:
@@ -351,7 +404,7 @@ def test_log_of_an_earlier_run_is_kept_but_not_quoted(tmp_path: Path) -> None:
         os.kill(os.getpid(), signal.SIGKILL) if rank == 1 else sleep_for_long()
 
     assert str(failure_of(target, 2, tmp_path)) == (
-        "rank 1 of 2 was killed by SIGKILL (out of memory? see dmesg)"
+        "rank 1 of 2 was killed by SIGKILL (perhaps out of memory; see dmesg)"
     )
     assert (tmp_path / "rank_1.log").read_text() == "earlier run\n"
 
@@ -637,7 +690,8 @@ def test_ranks_die_with_a_killed_launcher(tmp_path: Path, start: Start, start_me
 def test_second_ctrl_c_kills_at_once(tmp_path: Path, start: Start) -> None:
     launcher = start("ignores_signals")  # with a grace period longer than any test
     press_ctrl_c(launcher)
-    time.sleep(0.5)
+    press_ctrl_c(launcher)  # the same Ctrl-C, forwarded by a wrapper
+    time.sleep(AGAIN + 0.5)
     assert launcher.poll() is None
     press_ctrl_c(launcher)
     launcher.communicate(timeout=HANG)

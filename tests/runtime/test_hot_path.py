@@ -25,8 +25,8 @@ OPERATIONS = {"c10d.allreduce_.default": "all_reduce", "aten._local_scalar_dense
 events, steps = [], [0]
 
 def belongs(path):
-    # The mode that counts tensors in the measured step calls every operation of that step.
-    return {"launcher", "deepspeed"} & set(path) and path[-1] != "allocations.py"
+    # allocations.py calls every operation of the measured step, and stopwatch.py calls every collective.
+    return {"launcher", "deepspeed"} & set(path) and path[-1] not in ("allocations.py", "stopwatch.py")
 
 def note(operation):
     frame = sys._getframe(2)

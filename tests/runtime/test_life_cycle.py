@@ -13,12 +13,12 @@ import pytest
 
 from launcher.checkpoint.manifest import checkpoints_in, read_manifest
 from launcher.launch.environment import RankEnvironment
-from launcher.launch.local import RankFailure
+from launcher.launch.local import AGAIN, SAVING, RankFailure
 from launcher.runtime.start import joined_rank_error
 from tests.forked_commands import Command
 from tests.runtime.command import AS_USUAL, SMALL, environment, metrics, started, trained
 
-STOPPING = "launcher: saving the current step, then stopping\n"
+STOPPING = f"launcher: {SAVING}\n"
 FAULTY = """
 import os, sys
 import launcher.runtime.training as train
@@ -108,6 +108,7 @@ def test_a_signal_ends_the_run_without_leftovers(
     process = started(*long_run, *grace, "logging=wandb", cwd=tmp_path)
     wait_for_rows(tmp_path / "r", 4, process)
     os.killpg(process.pid, number)
+    os.killpg(process.pid, number)  # a wrapper forwards what the terminal has sent to it too
     _, error = process.communicate(timeout=60)
     assert (process.returncode, error) == (code, STOPPING + said if saving else said)
     assert survivors(tmp_path) == []
@@ -154,6 +155,7 @@ def test_a_save_that_exceeds_the_grace_period_is_ended(impatient: str, tmp_path:
     process.send_signal(signal.SIGINT)
     wait_until(lambda: "saving\n" in process.out())
     if impatient == "Ctrl-C":
+        time.sleep(AGAIN)
         process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=30)
     assert error == f"{STOPPING}launcher: interrupted; all ranks have ended\n"

@@ -13,7 +13,8 @@ from tests.runtime.command import SMALL, launcher, metrics, started, trained
 NAMES = {
     "step", "train/loss", "train/grad_norm", "train/lr", "train/tokens", "train/samples", "perf/step_time_s",
     "perf/tokens_per_s", "perf/flops_per_s", "perf/data_wait", "data/epochs", "memory/peak_bytes",
-    "memory/peak_rank", "memory/predicted_bytes", "guard/skipped",
+    "memory/peak_rank", "memory/predicted_bytes", "guard/skipped", "perf/slowest_rank",
+    "perf/slowest_over_median",
 }  # fmt: skip
 
 

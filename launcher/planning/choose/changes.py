@@ -11,6 +11,7 @@ from launcher.config.validate import validate
 from launcher.planning.cost.run_plan import Plan, make_plan
 
 WORTH_SAYING = 0.02  # smallest share of the step's time to gain
+WORTH_SAVING = 0.1  # smallest share of the peak memory to save
 # Factors of the tensor and pipeline sizes to try, in this order.
 AXIS_FACTORS = (
     (2, 1),
@@ -51,6 +52,12 @@ def helpful(plan: Plan, most: int = 3) -> list[Change]:
     by_time = sorted(fitting, key=lambda change: _seconds(change.plan))
     limit = _seconds(plan) * (1 - WORTH_SAYING) if plan.fits else float("inf")
     return [change for change in by_time if _seconds(change.plan) < limit][:most]
+
+
+def smaller(plan: Plan, most: int = 3) -> list[Change]:
+    """Return changes that reduce the peak memory per rank, the cheapest first."""
+    limit = (1 - WORTH_SAVING) * plan.peak
+    return [change for change in single_changes(plan) if change.plan.peak <= limit][:most]
 
 
 def _seconds(plan: Plan) -> float:

@@ -62,6 +62,11 @@ class Plan:
         return World(self.layout.device, self.layout.world_size, per_node, fixed=True)
 
     @property
+    def peak(self) -> float:
+        """Peak memory per rank in bytes, of the stage that needs most."""
+        return max(stage.memory.total for stage in self.stages)
+
+    @property
     def fits(self) -> bool:
         """Whether no stage exceeds the budget; true without a known budget."""
         return not self.shortages

@@ -1,4 +1,4 @@
-"""Ends a run that hangs, and reports which ranks the others wait for.
+"""Ends ranks that hang, and reports which ranks the others wait for, and in which collective.
 
 Each rank watches itself in a thread: its main thread may hang in a collective, or on a dead disk.
 """
@@ -6,26 +6,29 @@ Each rank watches itself in a thread: its main thread may hang in a collective, 
 import json
 import os
 import re
-import socket
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch.distributed as dist
 
-from launcher.launch.records import RankEndKind, record_end
-from launcher.runtime.run_dir import LOGS
+from launcher.engine.distributed import active_collectives, gathered_hosts
 
 HUNG = 124  # the exit code of timeout(1)
+MEASURING_MINUTES = 10.0  # for ranks that verify or calibrate starts: their steps and probes are short
 _REPORT, _PART = "hang.txt", "hang_rank_*.json"
 
 # A rank waits for other ranks in torch.distributed, or in a line that waits for a handle or for a value from
 # the GPU, whose kernels may wait for other ranks.
 _WAITS = re.compile(r"\.(wait|item|tolist|cpu|synchronize|_cuda_synchronize)\(|\bfloat\(")
+_TORCH_DISTRIBUTED = "/torch/distributed/"
+# Frames between the caller of a collective and torch: the stopwatch and DeepSpeed's wrappers.
+_BETWEEN = ("/torch/", "/deepspeed/comm/", "/deepspeed/utils/", "/launcher/engine/stopwatch.py")
+_RECORDER_PATIENCE = 2.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -36,23 +39,34 @@ class RankPosition:
     at: str
     waits: bool  # for other ranks, judged by its innermost line
     stack: str
+    collective: str = ""  # that the rank waits in, if known
 
 
 class Watchdog:
-    """Ends the process if a phase outlasts the timeout; `at` begins a phase. Creation is collective."""
+    """Ends the process if a phase outlasts the timeout; `at` begins a phase. Creation is collective.
 
-    def __init__(self, run_dir: Path, timeout_minutes: float) -> None:
+    All ranks write to the directory `logs`. The reporting rank calls `on_hang` with its report. `setting` is
+    the field of the timeout, if there is one.
+    """
+
+    def __init__(
+        self,
+        logs: Path,
+        timeout_minutes: float,
+        *,
+        setting: str | None = None,
+        on_hang: Callable[[str], None] = lambda report: None,
+    ) -> None:
         self.timeout = 60 * timeout_minutes
-        self._minutes, self._run_dir = timeout_minutes, run_dir
-        self._rank, self._world = dist.get_rank(), dist.get_world_size()
-        self._hosts = [""] * self._world
-        dist.all_gather_object(self._hosts, socket.gethostname())
+        self._limit = f"{setting}={timeout_minutes:g}" if setting else f"{timeout_minutes:g} minutes"
+        self._logs, self._on_hang = logs, on_hang
+        self._rank, self.hosts = dist.get_rank(), gathered_hosts()
         self._at, self._idle = "the start", 0.0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> "Watchdog":
-        for path in (self._run_dir / LOGS).glob(_PART.replace("*", str(self._rank))):
+        for path in self._logs.glob(_PART.replace("*", str(self._rank))):
             path.unlink()  # left by an earlier start
         self._thread.start()
         return self
@@ -75,19 +89,19 @@ class Watchdog:
 
     def _end(self) -> None:
         position = self._position()
-        path = self._run_dir / LOGS / _PART.replace("*", str(self._rank))
+        path = self._logs / _PART.replace("*", str(self._rank))
         # Not files.write_text, whose fsync would wait for a disk that is dead.
         aside = path.with_suffix(".tmp")
         aside.write_text(json.dumps(asdict(position)))
         aside.rename(path)
         # The other ranks write theirs within about the time of a step.
         time.sleep(min(30.0, 2.0 + self.timeout / 5))
-        positions = _positions(self._run_dir / LOGS)
+        positions = _positions(self._logs)
         if min(position.rank for position in positions) == self._rank:
-            text = report(positions, self._hosts, self._minutes)
+            text = report(positions, self.hosts, self._limit)
             print(f"launcher: {text}", file=sys.stderr, flush=True)
-            (self._run_dir / _REPORT).write_text(text + "\n")
-            record_end(self._rank, RankEndKind.failed, text)
+            (self._logs.parent / _REPORT).write_text(text + "\n")
+            self._on_hang(text)
         else:
             time.sleep(2.0)  # srun and torchrun end all ranks after the first: let it be the reporting rank
         os._exit(HUNG)
@@ -96,25 +110,44 @@ class Watchdog:
         frame = sys._current_frames()[threading.main_thread().ident or 0]
         stack = traceback.extract_stack(frame)
         innermost = stack[-1]
-        waits = "/torch/distributed/" in innermost.filename or bool(_WAITS.search(innermost.line or ""))
-        return RankPosition(self._rank, self._at, waits, "".join(traceback.format_list(stack)))
+        waits = _TORCH_DISTRIBUTED in innermost.filename or bool(_WAITS.search(innermost.line or ""))
+        collective = "; ".join([*_collective_in(stack), *self._unfinished()]) if waits else ""
+        return RankPosition(self._rank, self._at, waits, "".join(traceback.format_list(stack)), collective)
+
+    def _unfinished(self) -> list[str]:
+        """Return the unfinished collectives, unless the recorder hangs too."""
+        answer: list[str] = []
+        asking = threading.Thread(target=lambda: answer.extend(active_collectives()), daemon=True)
+        asking.start()
+        asking.join(_RECORDER_PATIENCE)
+        return answer
 
 
 def _positions(logs: Path) -> list[RankPosition]:
     return [RankPosition(**json.loads(path.read_text())) for path in logs.glob(_PART)]
 
 
-def report(positions: list[RankPosition], hosts: list[str], minutes: float) -> str:
+def _collective_in(stack: Sequence[traceback.FrameSummary]) -> Iterator[str]:
+    """Yield the collective that the stack stands in and its caller, if there is one."""
+    inner = [frame for frame in stack if frame.filename.endswith(f"{_TORCH_DISTRIBUTED}distributed_c10d.py")]
+    callers = [frame for frame in stack if not any(part in frame.filename for part in _BETWEEN)]
+    if inner and callers:
+        place = "/".join(Path(callers[-1].filename).parts[-3:])
+        yield f"{inner[0].name}, called by {callers[-1].name} ({place}:{callers[-1].lineno})"
+
+
+def report(positions: list[RankPosition], hosts: Sequence[str], limit: str) -> str:
     """Return a text that names the ranks that did not arrive, that wait, and that do not answer. Pure."""
     answered = {position.rank for position in positions}
     silent = [rank for rank in range(len(hosts)) if rank not in answered]
     absent = [position for position in positions if not position.waits]
     missing = sorted([*silent, *(position.rank for position in absent)])
     who = f"{_ranks(missing, hosts)} did not arrive" if missing else "all ranks wait"
-    lines = [f"the run hangs: {who} (nothing has ended for launch.timeout_minutes={minutes:g})"]
-    for place in sorted({position.at for position in positions if position.waits}):
-        waiting = sorted(p.rank for p in positions if p.waits and p.at == place)
-        lines.append(f"at {place}, waiting for others: {_ranks(waiting, hosts)}")
+    lines = [f"the run hangs: {who} (nothing has ended for {limit})"]
+    for place, collective in sorted({(p.at, p.collective) for p in positions if p.waits}):
+        waiting = sorted(p.rank for p in positions if p.waits and (p.at, p.collective) == (place, collective))
+        where = f" in {collective}" if collective else ""
+        lines.append(f"at {place}, waiting for others{where}: {_ranks(waiting, hosts)}")
     for position in sorted(absent, key=lambda position: position.rank):
         lines += [f"at {position.at}: {_ranks([position.rank], hosts)}, in", position.stack.rstrip()]
     if silent:
@@ -131,7 +164,7 @@ def _stacks(positions: list[RankPosition]) -> Iterator[str]:
         yield f"ranks {ranks}:\n{stack.rstrip()}"
 
 
-def _ranks(ranks: list[int], hosts: list[str]) -> str:
+def _ranks(ranks: list[int], hosts: Sequence[str]) -> str:
     shown = [f"{rank} on {hosts[rank]}" for rank in ranks[:8]]
     more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
     return f"rank{'' if len(ranks) == 1 else 's'} {', '.join(shown)}{more}"
