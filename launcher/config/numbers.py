@@ -69,6 +69,7 @@ NUMBERS: dict[str, tuple[Range, str]] = {
     "verify.steps": (COUNT, "3"),
     "plan.tokens": (ABOVE_0, "null"),
     "launch.timeout_minutes": (ABOVE_0, "30"),
+    "guard.replica_interval": (NOT_NEGATIVE, "100"),
     "slurm.cpus_per_task": (COUNT, "null"), "slurm.max_parallel": (COUNT, "null"),
     "slurm.signal_seconds": (LEAD, "120"),
     "training.stop_at": (COUNT, "null"), "training.global_batch_size": (COUNT, "16"),

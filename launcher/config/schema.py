@@ -401,6 +401,15 @@ class LaunchConfig:
 
 
 @dataclass
+class GuardConfig:
+    """Checks that end a run before it trains or saves something wrong."""
+
+    # Steps between comparisons of the tensors that several ranks hold; they are also compared before every
+    # checkpoint. 0: never
+    replica_interval: int = 100
+
+
+@dataclass
 class SlurmConfig:
     """Settings of `launcher submit`; null leaves a setting to the cluster. No shell interprets a value."""
 
@@ -454,6 +463,7 @@ class RunConfig:
     verify: VerifyConfig = field(default_factory=VerifyConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
     submit: SubmitConfig = field(default_factory=SubmitConfig)
     run: RunDirConfig = field(default_factory=RunDirConfig)

@@ -60,6 +60,12 @@ def rank_main(
         raise SystemExit(1) from None
 
 
+class GuardError(Exception):
+    """Raised alike on all ranks if training must not go on, such as after a flipped bit. The code is not at
+    fault: the message is printed without a traceback, once.
+    """
+
+
 class _StopSignalReceived(SystemExit):
     """Raised in the main thread on SIGTERM, STOP_SIGNAL and END_SIGNAL, so that `finally` blocks run."""
 
@@ -119,6 +125,8 @@ def failure_of(rank: int, error: BaseException) -> FailureReport:
     if isinstance(error, ConfigError):
         refusal = (error.field, None if error.value is None else str(error.value), error.why, error.remedy)
         return FailureReport(rank, when, False, str(error), refusal)
+    if isinstance(error, GuardError):
+        return FailureReport(rank, when, rank > 0, f"stopped the run: {error}")
     # Leave out the first frame, which is the caller's.
     frames = error.__traceback__.tb_next if error.__traceback__ else None
     text = "".join(traceback.format_exception(type(error), error, frames)).rstrip()
