@@ -36,6 +36,8 @@ _PLACES: list[tuple[Axes, bool]] = [
     (ALL_AXES, True),
 ]
 
+_NOTHING = 0  # in place of a hash if a rank holds no replicas of a place
+
 
 @dataclass(frozen=True)
 class Replica:
@@ -74,36 +76,40 @@ def disagreements(engine: Engine, numbers: Mapping[str, float]) -> list[Disagree
     mine = torch.stack([_combined(held, place).to(engine.device) for place in _PLACES])
     hashes = torch.empty(world * len(mine), dtype=torch.int64, device=engine.device)
     dist.all_gather_into_tensor(hashes, mine)
-    by_place = hashes.view(world, len(mine)).tolist()
-    keys = [(axes, str(is_number)) for axes, is_number in _PLACES]
-    if not compare(shape, [dict(zip(keys, row, strict=True)) for row in by_place]):
+    keys = [(axes, "numbers of the run" if is_number else "tensors") for axes, is_number in _PLACES]
+    by_place = [
+        {key: value for key, value in zip(keys, row, strict=True) if value != _NOTHING}
+        for row in hashes.view(world, len(mine)).tolist()
+    ]
+    differing = compare(shape, by_place)
+    if not differing:
         return []
     by_tensor: list[dict[tuple[Axes, str], int]] = [{}] * world
     dist.all_gather_object(by_tensor, {(r.axes, r.name): int(digest([r.tensor])) for r in held})
-    return compare(shape, by_tensor)
+    # Ranks that hold other names, or a tensor whose bits changed meanwhile, have diverged as well.
+    return compare(shape, by_tensor) or differing
 
 
 def compare(shape: MeshShape, by_rank: Sequence[Mapping[tuple[Axes, str], int]]) -> list[Disagreement]:
     """Return the disagreements between ranks, given each rank's hashes by axes and name. Pure.
 
-    A rank is compared with the ranks that differ from it along the axes only, as far as they hold the name.
-    A hash of 0 stands for no tensor.
+    A rank is compared with the ranks that differ from it along the axes only and that hold the name too.
     """
     holders: dict[tuple[object, ...], dict[int, int]] = defaultdict(dict)
     for rank, hashes in enumerate(by_rank):
         place = shape.coordinates(rank)
         for (axes, name), value in hashes.items():
             fixed = tuple(-1 if alike else index for alike, index in zip(axes, place, strict=True))
-            if value:
-                holders[axes, name, fixed][rank] = value
+            holders[axes, name, fixed][rank] = value
     return [
         Disagreement(str(key[1]), ranks) for key, ranks in holders.items() if len(set(ranks.values())) > 1
     ]
 
 
 def _combined(held: list[Replica], place: tuple[Axes, bool]) -> Tensor:
-    """Return the hash of the replicas of one place; 0 if there are none."""
-    return digest(replica.tensor for replica in held if (replica.axes, replica.is_number) == place)
+    """Return the hash of the replicas of one place."""
+    tensors = [replica.tensor for replica in held if (replica.axes, replica.is_number) == place]
+    return digest(tensors) if tensors else torch.tensor(_NOTHING)
 
 
 @torch.no_grad()
@@ -112,16 +118,16 @@ def replicas(engine: Engine, numbers: Mapping[str, float]) -> Iterator[Replica]:
     yield from _weights_and_whole_states(engine)
     if engine.zero_stage > 0 and engine.mesh.tensor.size > 1:
         yield from _fragments_of_whole_tensors(engine)
-    groups = engine.optimizer.param_groups
-    rates = {f"learning rate of parameter group {i}": float(group["lr"]) for i, group in enumerate(groups)}
+    rates = [float(group["lr"]) for group in engine.optimizer.param_groups]
+    extremes = {"lowest learning rate": min(rates), "highest learning rate": max(rates)}
     scaler = {f"loss scaler: {name}": value for name, value in loss_scaler(engine).items()}
-    for name, value in {**numbers, **rates, **scaler}.items():
+    for name, value in {**numbers, **extremes, **scaler}.items():
         yield Replica(name, ALL_AXES, torch.tensor(value, dtype=torch.float64), is_number=True)
     steps = [state["step"] for state in engine.optimizer.state.values() if "step" in state]
     if steps:
         # Ranks hold different numbers of parameters or partitions, all with the same number of updates.
-        bounds = torch.stack(torch.aminmax(torch.stack(steps)))
-        yield Replica("number of optimizer updates", ALL_AXES, bounds, is_number=True)
+        lowest_and_highest = torch.stack(torch.aminmax(torch.stack(steps)))
+        yield Replica("number of optimizer updates", ALL_AXES, lowest_and_highest, is_number=True)
 
 
 def _weights_and_whole_states(engine: Engine) -> Iterator[Replica]:

@@ -24,7 +24,7 @@ def digest(tensors: Iterable[Tensor]) -> Tensor:
 
     Needs a few MB of temporary memory, whatever the size of the tensors.
     """
-    total, multipliers = torch.zeros((), dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
+    total, multipliers = torch.ones((), dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
     for words in _chunks(tensors):
         if len(multipliers) < len(words) or multipliers.device != words.device:
             multipliers = _multipliers(len(words), words.device)

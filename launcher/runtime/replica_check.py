@@ -15,19 +15,20 @@ from launcher.engine.base import Engine
 from launcher.engine.replicas import Disagreement, disagreements
 from launcher.launch.rank import GuardError
 from launcher.runtime.resume import Progress
+from launcher.text import ranks_on_hosts
 
 _LISTED = 8  # tensors in the message
 
 
 class ReplicaCheck:
-    """Compares the replicas of a run. `interval` is guard.replica_interval; with 0 they are never compared."""
+    """Compares the replicas of a run every `interval` steps, and when asked; never if `interval` is 0."""
 
     def __init__(self, engine: Engine, interval: int) -> None:
         self.engine = engine
         self.interval = interval if engine.mesh.shape.world_size > 1 else 0
 
     def is_due(self, step: int) -> bool:
-        """Return whether replicas are compared after `step` even if nothing is saved; the same on all ranks."""
+        """Return whether to compare after `step` even if nothing is saved; the same on all ranks."""
         return self.interval > 0 and step % self.interval == 0
 
     def disagreements(self, progress: Progress) -> list[Disagreement]:
@@ -66,11 +67,6 @@ def _who(differing: Disagreement, hosts: list[str]) -> str:
     minority = differing.minority()
     others = [rank for rank in sorted(differing.ranks) if rank not in minority]
     if not others:
-        return f"{_ranks(minority, hosts)} differ"
-    return f"{_ranks(minority, hosts)} differ{'s' if len(minority) == 1 else ''} from {_ranks(others, hosts)}"
-
-
-def _ranks(ranks: list[int], hosts: list[str]) -> str:
-    shown = [f"{rank} on {hosts[rank]}" for rank in ranks[:8]]
-    more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
-    return f"rank{'' if len(ranks) == 1 else 's'} {', '.join(shown)}{more}"
+        return f"{ranks_on_hosts(minority, hosts)} differ"
+    verb = "differs" if len(minority) == 1 else "differ"
+    return f"{ranks_on_hosts(minority, hosts)} {verb} from {ranks_on_hosts(others, hosts)}"
