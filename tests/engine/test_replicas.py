@@ -146,19 +146,13 @@ def alike(shape: MeshShape, rank: int, axes: Axes) -> list[int]:
     ]
 
 
-def test_states_of_replicated_tensors_are_compared_over_tensor_ranks() -> None:
+@pytest.mark.parametrize("layout", ["zero1", pytest.param("zero3", marks=pytest.mark.slow)])
+def test_states_of_replicated_tensors_are_compared_over_tensor_ranks(layout: str) -> None:
     """ZeRO splits master weights and states over the data ranks, and tensor ranks hold equal fragments."""
-    for layout in ("zero1", "zero3"):
-        run = small_run(
-            "model=gpt_tiny", f"parallelism={layout}", "parallelism.data=2", "parallelism.tensor=2"
-        )
-        resolved = resolve_layout(run, World("cpu", 8, 8))
-        names = run_fresh(flipped_fragments, 4, run, resolved)[0]
-        assert {name.partition(" (")[2] for name in names} == {
-            "fp32 master weight)",
-            "exp_avg)",
-            "exp_avg_sq)",
-        }
+    ranks = ["parallelism.data=2", "parallelism.tensor=2"]
+    run = small_run("model=gpt_tiny", f"parallelism={layout}", *ranks)
+    names = run_fresh(flipped_fragments, 4, run, resolve_layout(run, World("cpu", 8, 8)))[0]
+    assert [name.partition(" (")[2] for name in names] == ["fp32 master weight)", "exp_avg)", "exp_avg_sq)"]
 
 
 def flipped_fragments(rank: int, world: int, init_method: str, run: RunConfig, layout: Layout) -> list[str]:
