@@ -61,9 +61,7 @@ def rank_main(
 
 
 class GuardError(Exception):
-    """Raised alike on all ranks if training must not go on, such as after a flipped bit. The code is not at
-    fault: the message is printed without a traceback, once.
-    """
+    """Raised on all ranks to end a run whose state is wrong, not its code. Printed once, no traceback."""
 
 
 class _StopSignalReceived(SystemExit):
