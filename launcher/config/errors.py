@@ -19,7 +19,7 @@ class ConfigError(Exception):
 
 
 class RunStopped(Exception):
-    """A run that ends itself because its numbers are wrong. The message is for the user, with a remedy."""
+    """Raised on all ranks to end a run whose numbers are wrong, not its code. Printed once, no traceback."""
 
 
 def refusal(config: object, field: str, why: str, *remedies: str) -> ConfigError:

@@ -72,6 +72,7 @@ NUMBERS: dict[str, tuple[Range, str]] = {
     "guard.spike_score": (ABOVE_0, "8"),
     "launch.timeout_minutes": (ABOVE_0, "30"), "launch.slow_rank_seconds": (ABOVE_0, "60"),
     "launch.max_restarts": (NOT_NEGATIVE, "3"),
+    "guard.replica_interval": (NOT_NEGATIVE, "100"),
     "slurm.cpus_per_task": (COUNT, "null"), "slurm.max_parallel": (COUNT, "null"),
     "slurm.signal_seconds": (LEAD, "120"),
     "training.stop_at": (COUNT, "null"), "training.global_batch_size": (COUNT, "16"),

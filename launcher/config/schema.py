@@ -415,13 +415,16 @@ class OnSpike(Enum):
 
 @dataclass
 class GuardConfig:
-    """What happens to a step that would harm the run."""
+    """What a run does about numbers that would harm it."""
 
     nonfinite: OnNonfinite = OnNonfinite.skip  # NaN, infinite or huge gradients
     max_skips: int = 10  # stop the run after so many skipped steps in a row
     spike: OnSpike = OnSpike.warn
     spike_window: int = 128  # logged steps that a leap is judged by
     spike_score: float = 8.0  # robust standard deviations above the median that are a leap
+    # Steps between comparisons of the tensors that several ranks hold; they are also compared before every
+    # checkpoint. 0: never
+    replica_interval: int = 100
 
 
 @dataclass
@@ -491,9 +494,7 @@ class RunConfig:
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
     submit: SubmitConfig = field(default_factory=SubmitConfig)
     run: RunDirConfig = field(default_factory=RunDirConfig)
-    deepspeed: dict[str, Any] = field(
-        default_factory=dict
-    )  # passed to DeepSpeed, over the config of the launcher
+    deepspeed: dict[str, Any] = field(default_factory=dict)  # merged over the launcher's DeepSpeed config
 
 
 @dataclass

@@ -132,7 +132,7 @@ def failure_of(rank: int, error: BaseException) -> FailureReport:
         refusal = (error.field, None if error.value is None else str(error.value), error.why, error.remedy)
         return FailureReport(rank, when, False, str(error), refusal)
     if isinstance(error, RunStopped):
-        return FailureReport(rank, when, False, f"stopped the run: {error}")
+        return FailureReport(rank, when, rank > 0, f"stopped the run: {error}")
     # Leave out the first frame, which is the caller's.
     frames = error.__traceback__.tb_next if error.__traceback__ else None
     text = "".join(traceback.format_exception(type(error), error, frames)).rstrip()

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, replace
 
 from torch import Tensor
@@ -16,6 +17,7 @@ from launcher.engine.optimizer import state_keys
 from launcher.engine.state import loss_scaler, updates_made
 from launcher.launch.stopping import stop_grace
 from launcher.runtime.agreement import WorldValues
+from launcher.runtime.replica_check import ReplicaCheck, diverged
 from launcher.runtime.resume import Progress
 from launcher.runtime.run_dir import RunDir, config_as_dict
 
@@ -41,6 +43,7 @@ class Checkpoints:
         self._writer = CheckpointWriter(
             engine, run.checkpoint, directory.path, state_keys(run.optimizer), directory.loss
         )
+        self._replicas, self._run_dir = ReplicaCheck(engine, run.guard.replica_interval), directory.path
         self._saved_at = time.monotonic()
         self._next_agreement = 0.0  # at the first step of this start: its time is not known
 
@@ -59,7 +62,8 @@ class Checkpoints:
 
     def needs_agreement(self, step: int) -> bool:
         """Return whether ranks must agree after `step`, even if it is not logged; the same on all ranks."""
-        return self.run.checkpoint.enabled and (self._is_interval(step) or step >= self._next_agreement)
+        for_a_save = self._is_interval(step) or step >= self._next_agreement
+        return self._replicas.is_due(step) or (self.run.checkpoint.enabled and for_a_save)
 
     def after_step(
         self,
@@ -70,12 +74,18 @@ class Checkpoints:
         *,
         last: bool,
     ) -> list[str]:
-        """Save if it is due, with the `history` of losses; return notes to the user. Collective, world."""
-        if not self.run.checkpoint.enabled:
-            return []
-        self.stopping = agreed.stop_requested
-        self._next_agreement = progress.step + steps_within(longest_wait(self.run), agreed.step_seconds)
-        if not (agreed.save_due or self._is_interval(progress.step) or self.stopping or last):
+        """Save if it is due, with the `history` of losses; return notes to the user. Collective, world.
+
+        Raises RunStopped if the replicas are compared, as before every save, and differ.
+        """
+        saves = self.run.checkpoint.enabled
+        if saves:
+            self.stopping = agreed.stop_requested
+            self._next_agreement = progress.step + steps_within(longest_wait(self.run), agreed.step_seconds)
+            saves = agreed.save_due or self._is_interval(progress.step) or self.stopping or last
+        if saves or last or self._replicas.is_due(progress.step):
+            self._stop_if_diverged(progress)
+        if not saves:
             return []
         self._saved_at = time.monotonic()
         progress = replace(progress, skipped=progress.skipped + agreed.skips[0], history=history)
@@ -85,6 +95,13 @@ class Checkpoints:
     def close(self) -> list[str]:
         """Wait until the last checkpoint is written; return notes to the user. Collective over the world."""
         return self._failure_of(self._writer.wait)
+
+    def _stop_if_diverged(self, progress: Progress) -> None:
+        if differing := self._replicas.disagreements(progress):
+            # The pending checkpoint is of an earlier step, whose replicas were equal: let it be completed.
+            with suppress(CheckpointError):
+                self._writer.wait()
+            raise diverged(progress.step, differing, self._run_dir)
 
     def _is_interval(self, step: int) -> bool:
         interval = self.run.checkpoint.interval_steps
