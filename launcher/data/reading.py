@@ -1,12 +1,15 @@
 """Read text files for `launcher prepare` as batches of records of about 1 MiB.
 
-A position in a file is a number of decompressed bytes, or a number of rows in a Parquet file.
+A position in a file is a number of bytes of its text as UTF-8, or a number of rows in a Parquet file.
+The first bytes of a file decide how it is compressed and encoded, because endings are often wrong.
 """
 
+import codecs
 import gzip
 import io
+import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -19,7 +22,7 @@ PARQUET_ROWS = 64
 class FileFormat(Enum):
     """The format of an input file, which decides what a record is."""
 
-    json_lines = "json_lines"  # a record is a line with a JSON object, whose text is a document
+    json_lines = "json_lines"  # a record is a JSON object, on a line or in an array; its text is a document
     plain_text = "plain_text"  # the file is one document; a record is a line or a piece of a long line
     parquet = "parquet"  # a record is the text of a row, which is a document
 
@@ -31,12 +34,28 @@ FORMATS = {
 }
 COMPRESSED = (".gz", ".zst")
 
+_GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+_ZSTD_SKIPPABLE = b"\x2a\x4d\x18"  # bytes 1 to 3 of a frame without text, which pzstd writes first
+_NOT_READ = {b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"PK\x03\x04": "zip", b"\x04\x22\x4d\x18": "lz4"}
+# The longer marks first: that of UTF-16 is also the beginning of that of UTF-32.
+_MARKS = {
+    codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
+}  # fmt: skip
+JSON_ARRAY = "begins a JSON array or an object over several lines, and one object per line is read"
+_HEAD = 4096  # bytes of text that are looked at to tell JSON lines from an array of JSON objects
+
 
 class DamagedFile(Exception):
     """Raised when the rest of a file cannot be read; the message says why."""
 
 
-_READ_ERRORS = (EOFError, OSError, zlib.error, DamagedFile)  # raised by reading a damaged file
+# Raised by reading a damaged file.
+_READ_ERRORS = (EOFError, OSError, zlib.error, UnicodeError, DamagedFile)
+
+# Returns the next record, its length in bytes (0 at the end of the file) and its number of lines.
+# The record is None for a line of JSON that is longer than max_line bytes.
+NextRecord = Callable[[], tuple[bytes | None, int, int]]
 
 
 @dataclass(frozen=True)
@@ -55,12 +74,13 @@ class RecordBatch:
     file: Path
     format: FileFormat
     first_line: int
-    records: list[bytes | str | None]  # None: a line longer than max_line, or a null in a Parquet column
+    records: list[Any]  # bytes; None for a line longer than max_line; a dict with the column of a Parquet row
     line_counts: list[int]  # lines of each record
     ends_document: bool  # whether a document ends with the last record
     next_place: Place  # where the next batch begins
     bytes_read: int  # bytes of the file on disk that have been read so far
     damage: str | None = None  # why the rest of the file cannot be read
+    fields: tuple[str, ...] = ()  # columns that contain text, if the damage is a missing column
 
 
 def format_of(path: Path) -> FileFormat | None:
@@ -72,19 +92,30 @@ def format_of(path: Path) -> FileFormat | None:
     return FORMATS.get(suffixes[-1]) if suffixes else None
 
 
-def batches(files: list[Path], start: Place, text_field: str, max_line: int) -> Iterator[RecordBatch]:
+@dataclass(frozen=True)
+class ReadSettings:
+    """Settings of `launcher prepare` that decide what a record is."""
+
+    text_field: str
+    max_line: int  # bytes
+    json_arrays: bool = False  # read JSON that is not one object per line
+
+
+def batches(files: list[Path], start: Place, settings: ReadSettings) -> Iterator[RecordBatch]:
     """Yield the batches of the files in order, from `start` on. A line above `max_line` bytes gives None."""
     for number in range(start.file, len(files)):
         place = start if number == start.file else Place(number)
         file_format = format_of(files[number])
         assert file_format is not None
         if file_format is FileFormat.parquet:
-            yield from _parquet_batches(files[number], place, text_field)
+            yield from _parquet_batches(files[number], place, settings.text_field)
         else:
-            yield from _line_batches(files[number], place, file_format, max_line)
+            yield from _line_batches(files[number], place, file_format, settings)
 
 
-def _line_batches(path: Path, place: Place, file_format: FileFormat, max_line: int) -> Iterator[RecordBatch]:
+def _line_batches(
+    path: Path, place: Place, file_format: FileFormat, settings: ReadSettings
+) -> Iterator[RecordBatch]:
     line, position = place.line, place.position
     try:
         raw = path.open("rb")
@@ -92,15 +123,16 @@ def _line_batches(path: Path, place: Place, file_format: FileFormat, max_line: i
         why = f"cannot be read: {error.strerror}"
         yield RecordBatch(path, file_format, line, [], [], True, Place(place.file + 1), 0, why)
         return
-    with raw, _decompressed(path, raw) as file:
-        damage, at_end = _seek(file, raw, path, position), False
+    with raw:
+        next_record, damage = _record_reader(raw, file_format, position, settings)
+        at_end = False
         while not at_end:
-            records: list[bytes | str | None] = []
+            records: list[bytes | None] = []
             line_counts: list[int] = []
             size = 0
             while size < BATCH_BYTES and damage is None:
                 try:
-                    record, length, lines = _next_record(file, file_format, max_line)
+                    record, length, lines = next_record()
                 except _READ_ERRORS as error:
                     damage = f"is damaged: {error}"
                     break
@@ -120,15 +152,32 @@ def _line_batches(path: Path, place: Place, file_format: FileFormat, max_line: i
             line = next_line
 
 
-def _next_record(file: IO[bytes], file_format: FileFormat, max_line: int) -> tuple[bytes | None, int, int]:
-    """Return the next record, its length in bytes (0 at the end of the file) and its number of lines.
-
-    The record is None for a line of JSON longer than `max_line` bytes.
-    """
+def _record_reader(
+    raw: IO[bytes], file_format: FileFormat, position: int, settings: ReadSettings
+) -> tuple[NextRecord, str | None]:
+    """Return a function that reads the records from `position` on; or why the file cannot be read."""
+    try:
+        file, head = _text_stream(raw, position)
+    except _READ_ERRORS as error:
+        return lambda: (None, 0, 0), f"is damaged: {error}"
     if file_format is FileFormat.plain_text:
-        record = file.readline(BATCH_BYTES)
-        record += file.read(_missing_bytes(record))
-        return record, len(record), int(record.endswith(b"\n"))
+        return lambda: _next_piece(file), None
+    if head.startswith(b"[") or head.partition(b"\n")[0].strip() == b"{":
+        closed = position == 0 or not head.startswith(b"[")
+        values = _JsonValues(file, settings.max_line, closed)
+        return values, None if settings.json_arrays else JSON_ARRAY
+    return lambda: _next_line(file, settings.max_line), None
+
+
+def _next_piece(file: IO[bytes]) -> tuple[bytes, int, int]:
+    """Return the next line of plain text, or a piece of a long line."""
+    record = file.readline(BATCH_BYTES)
+    record += file.read(_missing_bytes(record))
+    return record, len(record), int(record.endswith(b"\n"))
+
+
+def _next_line(file: IO[bytes], max_line: int) -> tuple[bytes | None, int, int]:
+    """Return the next line of JSON, or None for a line longer than `max_line` bytes."""
     record = file.readline(max_line + 1)
     length = len(record)
     if length <= max_line or record.endswith(b"\n"):
@@ -139,6 +188,62 @@ def _next_record(file: IO[bytes], file_format: FileFormat, max_line: int) -> tup
     return None, length, 1
 
 
+class _JsonValues:
+    """Reads JSON values that span lines: the elements of an array, or objects one after the other.
+
+    What is between two values is returned as a blank record.
+    """
+
+    def __init__(self, file: IO[bytes], max_line: int, closed: bool) -> None:
+        self._file, self._max_line = file, max_line
+        self._closed = closed  # whether the array is closed so far; True outside an array
+        # surrogateescape keeps bytes that are not UTF-8, so that only their value is a bad line.
+        self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+        self._json = json.JSONDecoder()
+        self._text, self._start = "", 0
+
+    def __call__(self) -> tuple[bytes, int, int]:
+        start = self._start
+        while True:
+            while self._start < len(self._text) and self._text[self._start] in " \t\r\n,[]\ufeff":
+                character = self._text[self._start]
+                self._closed = character == "]" or (self._closed and character != "[")
+                self._start += 1
+            if self._start > start:
+                between = self._text[start : self._start]
+                return b"", len(between.encode()), between.count("\n")
+            if self._start < len(self._text):
+                return self._value()
+            if not self._more():
+                if not self._closed:
+                    raise DamagedFile("the file ends before its JSON array is closed")
+                return b"", 0, 0
+            start = self._start
+
+    def _value(self) -> tuple[bytes, int, int]:
+        while True:
+            try:
+                _, end = self._json.raw_decode(self._text, self._start)
+            except (ValueError, RecursionError) as error:
+                if len(self._text) - self._start > self._max_line:
+                    limit = f"max_line_mb={self._max_line / 1e6:g}"
+                    raise DamagedFile(f"a JSON value is not valid, or longer than {limit}") from None
+                if not self._more():
+                    raise DamagedFile(f"a JSON value is not valid: {error}") from None
+                continue
+            value = self._text[self._start : end]
+            self._start = end
+            record = value.encode(errors="surrogateescape")
+            return record, len(record), value.count("\n")
+
+    def _more(self) -> bool:
+        """Read as much text again as there is, at least a batch; return False at the end of the file."""
+        chunk = self._file.read(max(BATCH_BYTES, len(self._text) - self._start))
+        more = self._decoder.decode(chunk, final=not chunk)
+        self._text, self._start = self._text[self._start :] + more, 0
+        return bool(chunk)
+
+
 def _missing_bytes(record: bytes) -> int:
     """Return how many bytes are missing from the last UTF-8 character of `record`."""
     for back, byte in enumerate(reversed(record[-4:])):
@@ -147,24 +252,59 @@ def _missing_bytes(record: bytes) -> int:
     return 0
 
 
-def _seek(file: IO[bytes], raw: IO[bytes], path: Path, position: int) -> str | None:
-    """Move to `position`; a compressed file is read up to there. Return why that failed, or None."""
-    if path.suffix.lower() not in COMPRESSED:
-        raw.seek(position)
-        return None
-    try:
-        while position > 0:
-            position -= len(file.read(min(position, BATCH_BYTES))) or position
-    except _READ_ERRORS as error:
-        return f"is damaged: {error}"
-    return None
+def _text_stream(raw: IO[bytes], position: int) -> tuple[IO[bytes], bytes]:
+    """Return the file's text as UTF-8 without a byte order mark, from `position` on, and how it begins.
+
+    Raises one of _READ_ERRORS for a damaged file.
+    """
+    start = _decompressed(raw).read(_HEAD)
+    mark = next((mark for mark in _MARKS if start.startswith(mark)), b"")
+    encoding = _MARKS.get(mark, "utf-8")
+    head = start.decode(encoding, errors="ignore").encode().removeprefix(codecs.BOM_UTF8).lstrip()
+    file = _decompressed(raw)
+    if encoding != "utf-8":
+        file = io.BufferedReader(_Transcoded(file, encoding), BATCH_BYTES)
+    elif file is raw:
+        raw.seek(len(mark) + position)
+        return raw, head
+    else:
+        file.read(len(mark))
+    while position > 0:
+        position -= len(file.read(min(position, BATCH_BYTES))) or position
+    return file, head
 
 
-def _decompressed(path: Path, raw: IO[bytes]) -> Any:
-    suffix = path.suffix.lower()
-    if suffix not in COMPRESSED:
-        return raw
-    return io.BufferedReader(gzip.GzipFile(fileobj=raw) if suffix == ".gz" else _Zstandard(raw), BATCH_BYTES)
+def _decompressed(raw: IO[bytes]) -> IO[bytes]:
+    """Return the decompressed content of a file from its beginning; `raw` itself if it is not compressed."""
+    raw.seek(0)
+    magic = raw.read(6)
+    raw.seek(0)
+    for start, name in _NOT_READ.items():
+        if magic.startswith(start):
+            raise DamagedFile(f"the file is compressed with {name}, and only gzip and zstd are read")
+    if magic.startswith(_GZIP):
+        return io.BufferedReader(gzip.GzipFile(fileobj=raw), BATCH_BYTES)  # type: ignore[arg-type]
+    if magic.startswith(_ZSTD) or (magic[1:4] == _ZSTD_SKIPPABLE and magic[0] & 0xF0 == 0x50):
+        return io.BufferedReader(_Zstandard(raw), BATCH_BYTES)
+    return raw
+
+
+class _Transcoded(io.RawIOBase):
+    """Reads text of another encoding, with its byte order mark, as UTF-8."""
+
+    def __init__(self, file: IO[bytes], encoding: str) -> None:
+        self._text = io.TextIOWrapper(file, encoding, newline="")
+        self._ready = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        self._ready = self._ready or self._text.read(2**16).encode()
+        count = min(len(buffer), len(self._ready))
+        buffer[:count] = self._ready[:count]
+        self._ready = self._ready[count:]
+        return count
 
 
 class _Zstandard(io.RawIOBase):
@@ -208,35 +348,63 @@ def _parquet_batches(path: Path, place: Place, text_field: str) -> Iterator[Reco
     import pyarrow
     import pyarrow.parquet as parquet
 
-    row, size = place.position, path.stat().st_size
+    row, size, total = place.position, path.stat().st_size, 0
 
-    def batch(records: list[bytes | str | None], damage: str | None, last: bool) -> RecordBatch:
+    def batch(
+        records: list[Any], damage: str | None, last: bool, fields: tuple[str, ...] = ()
+    ) -> RecordBatch:
         next_row = row + len(records)
         next_place = Place(place.file + 1) if last else Place(place.file, next_row, next_row + 1)
         read = size if last else size * next_row // max(1, total)  # estimated
-        lines = [1] * len(records)
-        return RecordBatch(path, FileFormat.parquet, row + 1, records, lines, True, next_place, read, damage)
+        lines, parquet = [1] * len(records), FileFormat.parquet
+        return RecordBatch(path, parquet, row + 1, records, lines, True, next_place, read, damage, fields)
 
-    total = 0
     try:
         with parquet.ParquetFile(path) as file:
             total = file.metadata.num_rows
-            if text_field not in file.schema_arrow.names:
-                columns = ", ".join(file.schema_arrow.names)
-                raise DamagedFile(f"has no column {text_field!r}; its columns are {columns}")
+            column = _column(file.schema_arrow.names, text_field)
+            if column is None:
+                names = ", ".join(file.schema_arrow.names)
+                why = f"has no column {text_field!r}; its columns are {names}"
+                yield batch([], why, last=True, fields=tuple(_text_columns(file.schema_arrow)))
+                return
             skip, groups = row, list(range(file.metadata.num_row_groups))
             while groups and skip >= file.metadata.row_group(groups[0]).num_rows:
                 skip -= file.metadata.row_group(groups.pop(0)).num_rows
-            row_batches = file.iter_batches(PARQUET_ROWS, row_groups=groups, columns=[text_field])
+            row_batches = file.iter_batches(PARQUET_ROWS, row_groups=groups, columns=[column])
             for rows in row_batches if groups else ():
-                texts = rows.column(0).to_pylist()[skip:]
+                records = rows.select([column]).to_pylist()[skip:]
                 skip = max(0, skip - len(rows))
-                if texts:
-                    yield batch(texts, None, last=False)
-                    row += len(texts)
-    except DamagedFile as error:
-        yield batch([], str(error), last=True)
+                if records:
+                    yield batch(records, None, last=False)
+                    row += len(records)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         yield batch([], f"is damaged: {str(error).splitlines()[0]}", last=True)
     else:
         yield batch([], None, last=True)
+
+
+def _column(names: list[str], text_field: str) -> str | None:
+    """Return the column that contains the field: the field itself, or the longest part of it before a dot."""
+    parts = text_field.split(".")
+    beginnings = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
+    return next((name for name in beginnings if name in names), None)
+
+
+def _text_columns(schema: Any) -> Iterator[str]:
+    """Yield the columns of an Arrow schema, or the fields in them, that contain text."""
+    import pyarrow.types as types
+
+    def fields(name: str, kind: Any) -> Iterator[str]:
+        if types.is_dictionary(kind):
+            kind = kind.value_type
+        if types.is_string(kind) or types.is_large_string(kind) or types.is_binary(kind):
+            yield name
+        elif types.is_struct(kind):
+            for field in kind:
+                yield from fields(f"{name}.{field.name}", field.type)
+        elif types.is_list(kind) or types.is_large_list(kind):
+            yield from fields(f"{name}.*", kind.value_type)
+
+    for field in schema:
+        yield from fields(field.name, field.type)

@@ -46,8 +46,8 @@ def validation_loss(run: RunConfig, engine: Engine, samples: Samples) -> float:
         (engine.eval_batch(rank_batches(run, engine, samples, start)), size)
         for start in range(0, count - size + 1, size)
     ]
-    # The remaining samples fill micro-batches, and then a part of one. The loss of a batch is the mean over its
-    # micro-batches, so in each evaluation all micro-batches that are used contain equally many samples.
+    # The remaining samples fill micro-batches, and then a part of one. The loss of a batch is the mean over
+    # its micro-batches, so in each evaluation all micro-batches in use contain equally many samples.
     start, rest = count - count % size, count % size
     for taken in (rest - rest % micro_batch, rest % micro_batch):
         if taken:

@@ -1,0 +1,84 @@
+"""Find input files in directories, and count the files that are left out, by reason.
+
+Copies that a system or an editor makes beside a file, and files that are reached by two names, would add text
+that nobody asked for. They are left out, and every command that leaves files out prints the counts.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePath
+
+from launcher.config.errors import ConfigError
+
+HIDDEN, COPY, TWICE, EMPTY = "hidden", "backup copies", "the same file by another name", "empty"
+NOT_A_FILE = "not regular files"
+_COPY_ENDINGS = ("~", ".bak", ".orig", ".swp", ".swo", ".tmp")
+
+LeftOut = Counter[str]  # number of files by reason
+
+
+def is_hidden(name: PurePath) -> bool:
+    """Return whether the file or one of its directories is hidden: ._x of macOS, .ipynb_checkpoints, .git."""
+    return any(part.startswith(".") and part != ".." for part in name.parts)
+
+
+def is_copy(name: PurePath) -> bool:
+    """Return whether an editor or an unpacked archive made the file: x~, x.bak, #x#, __MACOSX/x."""
+    last = name.name
+    return last.endswith(_COPY_ENDINGS) or (last[:1] == last[-1:] == "#") or "__MACOSX" in name.parts
+
+
+def files_below(root: Path, left_out: LeftOut, field: str) -> list[Path]:
+    """Return the files below a directory, sorted, each once; links are followed. Adds to `left_out`.
+
+    Raises ConfigError about `field` for a directory that cannot be read and a link that leads nowhere.
+    """
+    kept = []
+    for path in sorted(_walk(root, field)):
+        name = path.relative_to(root)
+        if is_hidden(name):
+            left_out[HIDDEN] += 1
+        elif is_copy(name):
+            left_out[COPY] += 1
+        elif path.is_symlink() and not path.exists():
+            why = f"{path} is a link to {os.readlink(path)}, which does not exist"
+            raise ConfigError(field, root, why, f"delete the link {path}, or restore the file")
+        elif not path.is_file():
+            left_out[NOT_A_FILE] += 1
+        else:
+            kept.append(path)
+    return first_of_each(kept, left_out)
+
+
+def first_of_each(paths: Iterable[Path], left_out: LeftOut) -> list[Path]:
+    """Return the paths without those of a file that has come before, by a link or a second glob."""
+    first: dict[tuple[int, int], Path] = {}
+    for path in paths:
+        status = path.stat()
+        if first.setdefault((status.st_dev, status.st_ino), path) is not path:
+            left_out[TWICE] += 1
+    return list(first.values())
+
+
+def _walk(root: Path, field: str) -> Iterator[Path]:
+    """Yield what is below a directory except directories. A link to a directory above it is not followed."""
+
+    def refuse(error: OSError) -> None:
+        why = f"{error.filename} cannot be read: {error.strerror}"
+        raise ConfigError(field, root, why, f"a directory without {error.filename}, or the right to read it")
+
+    for directory, subdirectories, names in os.walk(root, onerror=refuse, followlinks=True):
+        above = os.path.realpath(directory)
+        subdirectories[:] = [
+            name
+            for name in subdirectories
+            if not os.path.islink(link := os.path.join(directory, name))
+            or os.path.commonpath([above, target := os.path.realpath(link)]) != target
+        ]
+        yield from (Path(directory, name) for name in names)
+
+
+def listed(left_out: LeftOut) -> str:
+    """Return the counts for a message: `2 hidden, 1 empty`."""
+    return ", ".join(f"{count} {reason}" for reason, count in sorted(left_out.items()) if count)
