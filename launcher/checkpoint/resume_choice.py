@@ -77,7 +77,7 @@ def check_can_resume(run: RunConfig, path: Path, manifest: Manifest) -> None:
     fixed += [*_DATA, *(() if run.checkpoint.new_blend else _BLEND)]
     for name in (name for name in fixed if name not in _MAY_CHANGE_IN_MODEL):
         stored, requested = _stored_value(manifest, name), as_typed(value_of(run, name))
-        if stored == requested:
+        if stored == requested or _digests_decide(name, manifest, run):
             continue
         why = f"the run that wrote {path} has {name}={stored}"
         if name in _BLEND:
@@ -105,11 +105,35 @@ def check_steps_remain(run: RunConfig, path: Path, manifest: Manifest, run_dir: 
     raise refusal(run, field, why, f"{field}={manifest.step + 1} (or more)", "another run.dir")
 
 
+def _digests_decide(field: str, manifest: Manifest, run: RunConfig) -> bool:
+    """Return whether `field` names files whose digests the checkpoint has, so that their paths may differ."""
+    if field not in _DIGESTS:
+        return False
+    stored, requested = _stored(manifest, field), value_of(run, field)
+    if isinstance(stored, dict) and isinstance(requested, dict):
+        return stored.keys() == requested.keys() and all(
+            f"{source}{_DIGESTS[field]}" in manifest.corpus for source in stored
+        )
+    return bool(stored and requested) and _DIGESTS[field] in manifest.corpus
+
+
+# The fields of paths, and the ending of the names of their digests: the source and, for separate validation
+# or test files, their part.
+_DIGESTS = {
+    **{"data.train": "", "data.sources": ""},
+    **{"data.validation": ":validation", "data.validation_sources": ":validation", "data.test": ":test"},
+}
+
+
 def _stored_value(manifest: Manifest, name: str) -> str:
+    return as_typed(_stored(manifest, name))
+
+
+def _stored(manifest: Manifest, name: str) -> object:
     value: object = manifest.config
     for part in name.split("."):
         value = value.get(part) if isinstance(value, dict) else None
-    return as_typed(value)
+    return value
 
 
 def check_same_corpus(corpus: dict[str, str], path: Path, manifest: Manifest) -> None:
@@ -117,7 +141,8 @@ def check_same_corpus(corpus: dict[str, str], path: Path, manifest: Manifest) ->
     for source in manifest.corpus.keys() & corpus.keys():
         stored, present = manifest.corpus[source], corpus[source]
         if stored != present:
-            name = f"data source {source}" if source else "training data"
+            name, _, part = source.partition(":")
+            name = (f"data source {name}" if name else "training data") if not part else f"{part} data"
             digests = f"its digest was {stored} and is now {present}"
             why = f"the {name} has changed since the checkpoint: {digests}"
             remedy = "the same files and, with data=stdlib, the same Python; or checkpoint.resume=none"

@@ -5,11 +5,13 @@ that nobody asked for. They are left out, and every command that leaves files ou
 """
 
 import os
+import shlex
+import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePath
 
-from launcher.config.errors import ConfigError
+from launcher.config.errors import ConfigError, typed_text
 
 HIDDEN, COPY, TWICE, EMPTY = "hidden", "backup copies", "the same file by another name", "empty"
 NOT_A_FILE = "not regular files"
@@ -82,3 +84,27 @@ def _walk(root: Path, field: str) -> Iterator[Path]:
 def listed(left_out: LeftOut) -> str:
     """Return the counts for a message: `2 hidden, 1 empty`."""
     return ", ".join(f"{count} {reason}" for reason, count in sorted(left_out.items()) if count)
+
+
+def closest_directory(candidates: Iterable[Path]) -> Path | None:
+    """Return the first candidate that is a directory to suggest files from, or None.
+
+    The candidates climb from a path that does not exist. A directory that is shared, or that contains the
+    working directory or the home directory, has files that are not the user's.
+    """
+    here = [Path.cwd(), Path(os.path.expanduser("~"))]
+    for candidate in candidates:
+        # os.path.isdir, because Path.is_dir raises inside a directory without permission to enter.
+        if os.path.isdir(candidate) and os.access(candidate, os.R_OK | os.X_OK):
+            real = Path(os.path.realpath(candidate))
+            contains_us = any(real in path.parents for path in here)
+            return None if contains_us or real.stat().st_mode & stat.S_ISVTX else candidate
+    return None
+
+
+def prepare_commands(source: Path) -> str:
+    """Return what to type to train on text that only `launcher prepare` reads."""
+    name = source.name.partition(".")[0] or "web"
+    target = f"corpora/{name}"
+    train = shlex.join(["launcher", "data=tokens", typed_text("data.train", target)])
+    return f"{shlex.join(['launcher', 'prepare', str(source), target])}; then {train}"

@@ -258,20 +258,25 @@ def _text_stream(raw: IO[bytes], position: int) -> tuple[IO[bytes], bytes]:
     Raises one of _READ_ERRORS for a damaged file.
     """
     start = _decompressed(raw).read(_HEAD)
-    mark = next((mark for mark in _MARKS if start.startswith(mark)), b"")
-    encoding = _MARKS.get(mark, "utf-8")
+    encoding, mark = encoding_of(start)
     head = start.decode(encoding, errors="ignore").encode().removeprefix(codecs.BOM_UTF8).lstrip()
     file = _decompressed(raw)
     if encoding != "utf-8":
         file = io.BufferedReader(_Transcoded(file, encoding), BATCH_BYTES)
     elif file is raw:
-        raw.seek(len(mark) + position)
+        raw.seek(mark + position)
         return raw, head
     else:
-        file.read(len(mark))
+        file.read(mark)
     while position > 0:
         position -= len(file.read(min(position, BATCH_BYTES))) or position
     return file, head
+
+
+def encoding_of(start: bytes) -> tuple[str, int]:
+    """Return the encoding that the first bytes of a text state, and the length of their byte order mark."""
+    mark = next((mark for mark in _MARKS if start.startswith(mark)), b"")
+    return _MARKS.get(mark, "utf-8"), len(mark)
 
 
 def _decompressed(raw: IO[bytes]) -> IO[bytes]:

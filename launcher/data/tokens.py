@@ -12,7 +12,16 @@ import numpy as np
 
 from launcher.config.errors import ConfigError, as_typed
 from launcher.data.card import card_path, vocab_size_of
-from launcher.data.token_file import TokenFile, TokenFileError, bin_path, index_path, open_token_file
+from launcher.data.input_files import LeftOut, closest_directory, first_of_each, prepare_commands
+from launcher.data.reading import format_of
+from launcher.data.token_file import (
+    MappedTokens,
+    TokenFile,
+    TokenFileError,
+    bin_path,
+    index_path,
+    open_token_file,
+)
 from launcher.data.windows import Stretch, check_ids
 
 _PROBES, _PROBE = 64, 4096  # stretches per part (at least one per file), and tokens per stretch, to check
@@ -28,9 +37,12 @@ class TokenSplit:
     validation: list[Stretch]
     test: list[Stretch]
 
-    def digest(self) -> str:
-        """Return a digest of the training files."""
-        return "-".join(file.digest() for file in self.files)
+    held_out: dict[str, list[TokenFile]]  # separate files of the part "validation" or "test"
+
+    def digests(self) -> dict[str, str]:
+        """Return a digest of the training files, under "", and of each part that has files of its own."""
+        files = {"": self.files, **self.held_out}
+        return {part: "-".join(file.digest() for file in part_files) for part, part_files in files.items()}
 
 
 @dataclass(frozen=True)
@@ -42,18 +54,29 @@ class HeldOutPart:
     fraction: float  # of the training files' tokens; unused if there is a pattern
 
 
-def open_tokens(field: str, train: str, validation: HeldOutPart, test: HeldOutPart) -> TokenSplit:
-    """Map the files that `train`, the value of `field`, names, cut into three parts. Raises ConfigError."""
-    files = _opened(train, field)
-    shares = [part.fraction if part.pattern is None else 0.0 for part in (validation, test)]
+def open_tokens(
+    field: str, train: str, validation: HeldOutPart, test: HeldOutPart, left_out: LeftOut
+) -> TokenSplit:
+    """Map the files that `train`, the value of `field`, names, cut into three parts. Raises ConfigError.
+
+    Adds the number of files that are not used to `left_out`, by reason.
+    """
+    files = _opened(train, field, left_out)
+    parts = {"validation": validation, "test": test}
+    held_out = {
+        name: _opened(part.pattern, part.field, left_out)
+        for name, part in parts.items()
+        if part.pattern is not None
+    }
+    shares = [0.0 if name in held_out else part.fraction for name, part in parts.items()]
     cuts = [_cuts(file, *shares) for file in files]
 
-    def stretches(number: int, part: HeldOutPart | None = None) -> list[Stretch]:
-        if part and part.pattern is not None:
-            return [_stretch(file, 0, len(file.tokens)) for file in _opened(part.pattern, part.field)]
+    def stretches(number: int, name: str) -> list[Stretch]:
+        if name in held_out:
+            return [_stretch(file, 0, file.num_tokens) for file in held_out[name]]
         return [_stretch(file, *cut[number : number + 2]) for file, cut in zip(files, cuts, strict=True)]
 
-    return TokenSplit(files, stretches(0), stretches(1, validation), stretches(2, test))
+    return TokenSplit(files, stretches(0, ""), stretches(1, "validation"), stretches(2, "test"), held_out)
 
 
 def check_vocabulary(vocab_size: int, prefix: Path) -> None:
@@ -93,14 +116,14 @@ def check_documents_end(files: Sequence[TokenFile], end_of_document: int | None)
     raise ConfigError("data.end_of_document", as_typed(end_of_document), why, remedy)
 
 
-def _opened(pattern: str, field: str) -> list[TokenFile]:
+def _opened(pattern: str, field: str, left_out: LeftOut) -> list[TokenFile]:
     try:
-        files = [open_token_file(prefix) for prefix in _prefixes(pattern, field)]
+        files = [open_token_file(prefix) for prefix in _prefixes(pattern, field, left_out)]
     except TokenFileError as error:
         raise ConfigError(field, pattern, str(error), _REMEDY) from None
     for file in files:
-        if file.tokens.dtype.kind == "f":
-            why = f"{bin_path(file.prefix)} contains {file.tokens.dtype.name}, but token ids are integers"
+        if file.dtype.kind == "f":
+            why = f"{bin_path(file.prefix)} contains {file.dtype.name}, but token ids are integers"
             raise ConfigError(field, pattern, why, _REMEDY)
     return files
 
@@ -108,14 +131,23 @@ def _opened(pattern: str, field: str) -> list[TokenFile]:
 _REMEDY = "a pair of .bin and .idx files made by Megatron-LM's preprocess_data.py or `launcher prepare`"
 
 
-def _prefixes(pattern: str, field: str) -> list[Path]:
-    """Return the paths, without .bin or .idx, that `pattern` names: a path or a glob. Raises ConfigError."""
-    plain = os.path.expanduser(pattern.removesuffix(".bin").removesuffix(".idx"))
+def _prefixes(pattern: str, field: str, left_out: LeftOut) -> list[Path]:
+    """Return the paths, without .bin or .idx, that `pattern` names: a path or a glob. Raises ConfigError.
+
+    A file that the glob reaches by two names is used once.
+    """
+    plain = _plain(pattern)
     if glob.has_magic(plain):
-        prefixes = {Path(name).with_suffix("") for name in glob.glob(f"{plain}.idx", recursive=True)}
-        if prefixes:
-            return sorted(prefixes)
-        raise ConfigError(field, pattern, "the glob matches no .idx file", _path_remedy(field, Path(plain)))
+        prefixes = known_prefixes(pattern)
+        if not prefixes:
+            remedy = _path_remedy(field, Path(plain))
+            raise ConfigError(field, pattern, "the glob matches no .idx file", remedy)
+        without_index = {Path(name).with_suffix("") for name in glob.glob(f"{plain}.bin", recursive=True)}
+        left_out["without an .idx file"] += len(without_index.difference(prefixes))
+        by_bin = {bin_path(prefix): prefix for prefix in prefixes}
+        existing = [path for path in by_bin if path.exists()]
+        kept = {by_bin[path] for path in first_of_each(existing, left_out)}
+        return [prefix for path, prefix in by_bin.items() if prefix in kept or path not in existing]
     prefix = Path(plain)
     for path in (index_path(prefix), bin_path(prefix)):
         if not path.is_file():
@@ -123,11 +155,27 @@ def _prefixes(pattern: str, field: str) -> list[Path]:
     return [prefix]
 
 
+def known_prefixes(pattern: str) -> list[Path]:
+    """Return the prefixes of the token files that `pattern` names and that have an index, sorted."""
+    plain = _plain(pattern)
+    if glob.has_magic(plain):
+        return sorted({Path(name).with_suffix("") for name in glob.glob(f"{plain}.idx", recursive=True)})
+    return [Path(plain)] if index_path(Path(plain)).is_file() else []
+
+
+def _plain(pattern: str) -> str:
+    return os.path.expanduser(pattern.removesuffix(".bin").removesuffix(".idx"))
+
+
 def _path_remedy(field: str, prefix: Path) -> str:
     """Return a setting with token files from the closest existing directory above `prefix`."""
-    directory = next((path for path in (prefix, *prefix.parents) if os.path.isdir(path)), Path())
-    indices = directory.glob("*.idx")
+    if prefix.is_file() and format_of(prefix) is not None:
+        return prepare_commands(prefix)
+    directory = closest_directory((prefix, *prefix.parents))
+    indices = directory.glob("*.idx") if directory else ()
     pairs = sorted(path.with_suffix("") for path in indices if path.with_suffix(".bin").is_file())
+    if not pairs and prefix.is_dir() and any(format_of(path) for path in prefix.iterdir()):
+        return prepare_commands(prefix)
     if not pairs:
         return f"{field}=PATH (without the ending) of {_REMEDY}"
     others = f" (this directory has {len(pairs) - 1} more)" if pairs[1:] else ""
@@ -135,7 +183,7 @@ def _path_remedy(field: str, prefix: Path) -> str:
 
 
 def _stretch(file: TokenFile, start: int, end: int) -> Stretch:
-    return Stretch(file.tokens[start:end], str(bin_path(file.prefix)), start)
+    return Stretch(MappedTokens(file, start, end), str(bin_path(file.prefix)), start)
 
 
 def _cuts(file: TokenFile, validation: float, test: float) -> tuple[int, int, int, int]:
@@ -144,7 +192,7 @@ def _cuts(file: TokenFile, validation: float, test: float) -> tuple[int, int, in
     Each cut is moved to the closest document boundary, unless documents are so long that the move would
     change the smallest part by more than a third.
     """
-    total = len(file.tokens)
+    total = file.num_tokens
     slack = total * min(share for share in (1 - validation - test, validation, test) if share > 0) / 3
 
     def cut(share: float, parts: int) -> int:
