@@ -10,6 +10,7 @@ import io
 import json
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -162,11 +163,21 @@ def _record_reader(
         return lambda: (None, 0, 0), f"is damaged: {error}"
     if file_format is FileFormat.plain_text:
         return lambda: _next_piece(file), None
-    if head.startswith(b"[") or head.partition(b"\n")[0].strip() == b"{":
+    if _spans_lines(head):
         closed = position == 0 or not head.startswith(b"[")
         values = _JsonValues(file, settings.max_line, closed)
         return values, None if settings.json_arrays else JSON_ARRAY
     return lambda: _next_line(file, settings.max_line), None
+
+
+def _spans_lines(head: bytes) -> bool:
+    """Return whether a file that begins with `head` is a JSON array, or objects that span lines."""
+    first, _, rest = head.partition(b"\n")
+    if head.startswith(b"[") and rest.strip():
+        with suppress(ValueError):
+            json.loads(first)
+            return False  # lines, and the first of them is an array
+    return head.startswith(b"[") or (first.strip() == b"{" and rest.lstrip()[:1] in (b'"', b"}"))
 
 
 def _next_piece(file: IO[bytes]) -> tuple[bytes, int, int]:
@@ -288,7 +299,7 @@ def _decompressed(raw: IO[bytes]) -> IO[bytes]:
         if magic.startswith(start):
             raise DamagedFile(f"the file is compressed with {name}, and only gzip and zstd are read")
     if magic.startswith(_GZIP):
-        return io.BufferedReader(gzip.GzipFile(fileobj=raw), BATCH_BYTES)  # type: ignore[arg-type]
+        return io.BufferedReader(gzip.GzipFile(fileobj=raw), BATCH_BYTES)
     if magic.startswith(_ZSTD) or (magic[1:4] == _ZSTD_SKIPPABLE and magic[0] & 0xF0 == 0x50):
         return io.BufferedReader(_Zstandard(raw), BATCH_BYTES)
     return raw

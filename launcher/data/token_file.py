@@ -88,7 +88,7 @@ class _Maps:
         try:
             mapped = np.memmap(path, np.uint8, mode="r")
             if path.suffix == ".bin":
-                # Without the kernel's read-ahead: windows are read in random order (see `MappedTokens.fetch`).
+                # Without the kernel's read-ahead: windows are read in random order (`MappedTokens.fetch`).
                 mapped._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]
             return mapped
         except OSError as error:
