@@ -36,6 +36,7 @@ from tests.config.composing import (
     Case,
     alternatives,
     cases,
+    composed,
     composed_calibrate,
     composed_compare,
     composed_generate,

@@ -1,6 +1,8 @@
 """Opening a run's data: parts, digests, and refusals before ranks start or, if impossible, while reading."""
 
+import os
 import re
+import resource
 import struct
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import pytest
 from launcher.config.errors import ConfigError
 from launcher.config.schema import CorpusSource, DataConfig, RunConfig
 from launcher.data.corpus import load_corpus
-from launcher.data.open import ONLY, check_data, open_data
+from launcher.data.open import ONLY, check_data, held_out_name, open_data
 from launcher.data.token_file import bin_path, index_path
 from launcher.data.windows import Stretch, Windows, check_ids, windows_in
 from tests.config.composing import run_of
@@ -126,6 +128,57 @@ class TestTokens:
         a, b, c = (open_data(run_with(tokens(tmp_path / x / "web"), 2)).digests for x in "abc")
         assert a == b != c
 
+    def test_separate_validation_files_have_their_own_digest(self, tmp_path: Path) -> None:
+        write_documents(tmp_path / "web", [np.arange(30)])
+        for name, last in (("one", 9), ("same", 9), ("other", 8)):
+            write_documents(tmp_path / name, [np.array([1, 2, 3, last])])
+        one, same, other = (
+            open_data(run_with(tokens(tmp_path / "web", tmp_path / name), 2)).digests
+            for name in ("one", "same", "other")
+        )
+        assert one == same
+        assert one[ONLY] == other[ONLY]
+        assert one[held_out_name(ONLY, "validation")] != other[held_out_name(ONLY, "validation")]
+
+
+class TestFilesOfAGlob:
+    def left_out(self, data: DataConfig) -> dict[str, int]:
+        counts = check_data(run_with(data, 2, 5000))
+        return {reason: count for reason, count in counts.items() if count}
+
+    def test_a_file_by_two_names_is_read_once(self, tmp_path: Path) -> None:
+        for name in ("web_0", "web_1"):
+            write_documents(tmp_path / name, [np.arange(30)])
+        for ending in (".bin", ".idx"):
+            (tmp_path / f"web_2{ending}").symlink_to(tmp_path / f"web_0{ending}")
+            (tmp_path / f"web_3{ending}").hardlink_to(tmp_path / f"web_1{ending}")
+        data = tokens(tmp_path / "web_*")
+        assert lengths_of(data)[0] == [22, 22]
+        assert self.left_out(data) == {"the same file by another name": 2}
+
+    def test_tokens_without_an_index_are_counted(self, tmp_path: Path) -> None:
+        for name in ("web_0", "web_1", "web_2"):
+            write_documents(tmp_path / name, [np.arange(30)])
+        index_path(tmp_path / "web_1").unlink()
+        assert self.left_out(tokens(tmp_path / "web_*")) == {"without an .idx file": 1}
+
+    @pytest.mark.parametrize(("soft", "hard"), [(64, 64), (40, 300), (30, 30)])
+    def test_more_files_than_a_process_may_open(self, tmp_path: Path, soft: int, hard: int) -> None:
+        for number in range(60):
+            write_documents(tmp_path / f"web_{number:02}", [np.arange(number, number + 31)])
+        pid = os.fork()
+        if not pid:
+            open_now = len(os.listdir("/proc/self/fd"))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft + open_now, hard + open_now))
+            samples = open_data(run_with(tokens(tmp_path / "web_*"), 10, 5000)).train[ONLY]
+            for _ in range(2):
+                taken = samples.take(np.arange(len(samples)))
+                assert isinstance(taken, np.ndarray)
+                assert (np.diff(taken, axis=1) == 1).all()
+                assert sorted({int(row[0]) for row in taken} & set(range(60))) == list(range(60))
+            os._exit(0)
+        assert os.waitpid(pid, 0)[1] == 0
+
 
 class TestParts:
     def parts(self, data: DataConfig, name: str = ONLY) -> list[list[int]]:
@@ -210,6 +263,13 @@ class TestRefusedBeforeRanksStart:
             error = self.refused(tokens(misspelt))
             assert error.remedy == f"'data.train=\"{web}\"'"
         assert "matches no .idx file" in self.refused(tokens(web.parent / "c*")).why
+
+    @pytest.mark.parametrize("name", ["x.jsonl", "x.txt.gz", "x.parquet"])
+    def test_text_is_pointed_to_prepare(self, name: str, tmp_path: Path) -> None:
+        (tmp_path / "in").mkdir()
+        (tmp_path / "in" / name).write_bytes(b"x")
+        for train, source in ((tmp_path / "in" / name, tmp_path / "in" / name), (tmp_path / "in",) * 2):
+            assert self.refused(tokens(train)).remedy.startswith(f"launcher prepare {source} corpora/")
 
     @pytest.mark.parametrize("missing", [bin_path, index_path])
     def test_the_bin_or_idx_is_missing(self, missing: Any, web: Path) -> None:
