@@ -24,7 +24,7 @@ from launcher.config.errors import ConfigError, typed_text
 from launcher.config.schema import BadLines, EndInText, PrepareConfig
 from launcher.data.card import card_path, tokenizer_path
 from launcher.data.input_files import EMPTY, TWICE, LeftOut, files_below, first_of_each, listed
-from launcher.data.reading import JSON_ARRAY, Place, ReadSettings, RecordBatch, batches, format_of
+from launcher.data.reading import JSON_ARRAY, Place, RecordBatch, batches, format_of
 from launcher.data.token_file import bin_path, index_path, write_index
 from launcher.data.tokenise import (
     SPELLS_END,
@@ -262,7 +262,7 @@ class Preparation:
 
     def _batches(self, files: list[Path], place: Place) -> Iterator[RecordBatch]:
         c = self.config
-        return batches(files, place, ReadSettings(c.text_field, self.max_line, c.json_arrays))
+        return batches(files, place, c.text_field, self.max_line, c.json_arrays)
 
     def _journal(self) -> PrepareProgress:
         path = self.folder / JOURNAL

@@ -75,7 +75,7 @@ class RecordBatch:
     file: Path
     format: FileFormat
     first_line: int
-    records: list[Any]  # bytes; None for a line longer than max_line; a dict with the column of a Parquet row
+    records: list[Any]  # bytes; None for a line longer than max_line; str or a dict of a Parquet row
     line_counts: list[int]  # lines of each record
     ends_document: bool  # whether a document ends with the last record
     next_place: Place  # where the next batch begins
@@ -93,29 +93,25 @@ def format_of(path: Path) -> FileFormat | None:
     return FORMATS.get(suffixes[-1]) if suffixes else None
 
 
-@dataclass(frozen=True)
-class ReadSettings:
-    """Settings of `launcher prepare` that decide what a record is."""
+def batches(
+    files: list[Path], start: Place, text_field: str, max_line: int, json_arrays: bool = False
+) -> Iterator[RecordBatch]:
+    """Yield the batches of the files in order, from `start` on. A line above `max_line` bytes gives None.
 
-    text_field: str
-    max_line: int  # bytes
-    json_arrays: bool = False  # read JSON that is not one object per line
-
-
-def batches(files: list[Path], start: Place, settings: ReadSettings) -> Iterator[RecordBatch]:
-    """Yield the batches of the files in order, from `start` on. A line above `max_line` bytes gives None."""
+    With `json_arrays`, JSON files may contain arrays, and objects that span lines.
+    """
     for number in range(start.file, len(files)):
         place = start if number == start.file else Place(number)
         file_format = format_of(files[number])
         assert file_format is not None
         if file_format is FileFormat.parquet:
-            yield from _parquet_batches(files[number], place, settings.text_field)
+            yield from _parquet_batches(files[number], place, text_field)
         else:
-            yield from _line_batches(files[number], place, file_format, settings)
+            yield from _line_batches(files[number], place, file_format, max_line, json_arrays)
 
 
 def _line_batches(
-    path: Path, place: Place, file_format: FileFormat, settings: ReadSettings
+    path: Path, place: Place, file_format: FileFormat, max_line: int, json_arrays: bool
 ) -> Iterator[RecordBatch]:
     line, position = place.line, place.position
     try:
@@ -125,7 +121,7 @@ def _line_batches(
         yield RecordBatch(path, file_format, line, [], [], True, Place(place.file + 1), 0, why)
         return
     with raw:
-        next_record, damage = _record_reader(raw, file_format, position, settings)
+        next_record, damage = _record_reader(raw, file_format, position, max_line, json_arrays)
         at_end = False
         while not at_end:
             records: list[bytes | None] = []
@@ -154,7 +150,7 @@ def _line_batches(
 
 
 def _record_reader(
-    raw: IO[bytes], file_format: FileFormat, position: int, settings: ReadSettings
+    raw: IO[bytes], file_format: FileFormat, position: int, max_line: int, json_arrays: bool
 ) -> tuple[NextRecord, str | None]:
     """Return a function that reads the records from `position` on; or why the file cannot be read."""
     try:
@@ -165,9 +161,9 @@ def _record_reader(
         return lambda: _next_piece(file), None
     if _spans_lines(head):
         closed = position == 0 or not head.startswith(b"[")
-        values = _JsonValues(file, settings.max_line, closed)
-        return values, None if settings.json_arrays else JSON_ARRAY
-    return lambda: _next_line(file, settings.max_line), None
+        values = _JsonValues(file, max_line, closed)
+        return values, None if json_arrays else JSON_ARRAY
+    return lambda: _next_line(file, max_line), None
 
 
 def _spans_lines(head: bytes) -> bool:
@@ -389,7 +385,7 @@ def _parquet_batches(path: Path, place: Place, text_field: str) -> Iterator[Reco
                 skip -= file.metadata.row_group(groups.pop(0)).num_rows
             row_batches = file.iter_batches(PARQUET_ROWS, row_groups=groups, columns=[column])
             for rows in row_batches if groups else ():
-                records = rows.select([column]).to_pylist()[skip:]
+                records = [_parquet_record(row, text_field) for row in rows.to_pylist()[skip:]]
                 skip = max(0, skip - len(rows))
                 if records:
                     yield batch(records, None, last=False)
@@ -398,6 +394,12 @@ def _parquet_batches(path: Path, place: Place, text_field: str) -> Iterator[Reco
         yield batch([], f"is damaged: {str(error).splitlines()[0]}", last=True)
     else:
         yield batch([], None, last=True)
+
+
+def _parquet_record(row: dict[str, Any], text_field: str) -> Any:
+    """Return the text of the row, or the row if the text is in a part of it, or missing."""
+    value = row.get(text_field)
+    return value if isinstance(value, str | bytes) else row
 
 
 def _column(names: list[str], text_field: str) -> str | None:

@@ -188,12 +188,14 @@ def text_of(record: Any, file_format: FileFormat, settings: TokeniseSettings) ->
     """Return the text of a record without a byte order mark. Raises NoText for a bad line."""
     if record is None:
         raise NoText(f"is longer than max_line_mb={settings.max_line / 1e6:g}")
-    if file_format is FileFormat.parquet:
-        text = _text_at(record, settings.text_field, record, settings.text_field).removeprefix(_MARK)
+    if isinstance(record, dict):
+        text = _text_at(record, settings.text_field, record, settings.text_field)
     else:
-        text = _decoded(record)
-        if file_format is FileFormat.json_lines:
-            text = _json_text(text.removeprefix(_MARK), settings.text_field).removeprefix(_MARK)
+        text = record if isinstance(record, str) else _decoded(record)
+    if file_format is FileFormat.json_lines:
+        text = _json_text(text.removeprefix(_MARK), settings.text_field)
+    if file_format is not FileFormat.plain_text:
+        text = text.removeprefix(_MARK)
     try:
         text.encode()
     except UnicodeEncodeError:

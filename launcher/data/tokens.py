@@ -68,6 +68,7 @@ def open_tokens(
         for name, part in parts.items()
         if part.pattern is not None
     }
+    files = _without(files, [file for part in held_out.values() for file in part], field, train, left_out)
     shares = [0.0 if name in held_out else part.fraction for name, part in parts.items()]
     cuts = [_cuts(file, *shares) for file in files]
 
@@ -77,6 +78,19 @@ def open_tokens(
         return [_stretch(file, *cut[number : number + 2]) for file, cut in zip(files, cuts, strict=True)]
 
     return TokenSplit(files, stretches(0, ""), stretches(1, "validation"), stretches(2, "test"), held_out)
+
+
+def _without(
+    files: list[TokenFile], held_out: list[TokenFile], field: str, pattern: str, left_out: LeftOut
+) -> list[TokenFile]:
+    """Return the files that are not held out for validation or test. Raises ConfigError if none is left."""
+    held = {os.path.realpath(bin_path(file.prefix)) for file in held_out}
+    kept = [file for file in files if os.path.realpath(bin_path(file.prefix)) not in held]
+    if not kept:
+        why = "all of these files are validation or test files, which are never trained on"
+        raise ConfigError(field, pattern, why, "token files that data.validation and data.test do not name")
+    left_out["files of data.validation or data.test"] += len(files) - len(kept)
+    return kept
 
 
 def check_vocabulary(vocab_size: int, prefix: Path) -> None:

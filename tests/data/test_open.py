@@ -156,6 +156,16 @@ class TestFilesOfAGlob:
         assert lengths_of(data)[0] == [22, 22]
         assert self.left_out(data) == {"the same file by another name": 2}
 
+    def test_validation_files_are_not_trained_on(self, tmp_path: Path) -> None:
+        for number in range(3):
+            write_documents(tmp_path / f"web_{number}", [np.arange(30 + number)])
+        data = tokens(tmp_path / "web_*", tmp_path / "web_1")
+        assert lengths_of(data) == ([30, 32], [31])
+        assert self.left_out(data) == {"files of data.validation or data.test": 1}
+        with pytest.raises(ConfigError, match="all of these files are validation or test files") as raised:
+            check_data(run_with(tokens(tmp_path / "web_1", tmp_path / "web_*"), 2))
+        assert raised.value.field == "data.train"
+
     def test_tokens_without_an_index_are_counted(self, tmp_path: Path) -> None:
         for name in ("web_0", "web_1", "web_2"):
             write_documents(tmp_path / name, [np.arange(30)])
