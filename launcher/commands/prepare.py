@@ -116,14 +116,14 @@ def _rows(
     progress: PrepareProgress, job: Preparation, sources: list[Path], left_out: LeftOut
 ) -> Iterator[tuple[str, str]]:
     yield "read from", ", ".join(map(str, sources))
-    without = f", {whole(progress.files_without_text)} without text" if progress.files_without_text else ""
-    yield "files", f"{whole(len(job.inputs))} read{without}"
+    without = f" (without text: {whole(progress.files_without_text)})" if progress.files_without_text else ""
+    yield "files", f"{whole(len(job.inputs))}{without}"
     yield "files left out", listed(left_out) or "0"
-    empty = f", and {whole(progress.empty)} empty texts left out" if progress.empty else ""
+    empty = f" (empty texts left out: {whole(progress.empty)})" if progress.empty else ""
     yield "documents", f"{whole(progress.documents)}{empty}"
     yield "tokens", whole(progress.tokens)
-    reasons = ", ".join(f"{whole(count)} {reason}" for reason, count in sorted(progress.bad.items()))
-    yield "bad lines left out", f"{reasons} (listed in {bad_lines_path(job.target)})" if reasons else "0"
+    bad = listed(progress.bad)
+    yield "bad lines left out", f"{bad} (in {bad_lines_path(job.target)})" if bad else "0"
     yield "end of a document", f"{job.end}, from {_origin_of_end(job)}"
     if progress.spelled:
         effect = {
@@ -131,7 +131,7 @@ def _rows(
             EndInText.refuse: "a bad line",
             EndInText.count: "each ends a document",
         }[job.config.end_of_document_in_text]
-        yield "spelled in the text", f"{whole(progress.spelled)} times: {effect}"
+        yield "end in the text", f"{whole(progress.spelled)} ({effect})"
 
 
 def _origin_of_end(job: Preparation) -> str:

@@ -8,10 +8,11 @@ import os
 import shlex
 import stat
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePath
 
 from launcher.config.errors import ConfigError, typed_text
+from launcher.text import whole
 
 HIDDEN, COPY, TWICE, EMPTY = "hidden", "backup copies", "the same file by another name", "empty"
 NOT_A_FILE = "not regular files"
@@ -81,9 +82,9 @@ def _walk(root: Path, field: str) -> Iterator[Path]:
         yield from (Path(directory, name) for name in names)
 
 
-def listed(left_out: LeftOut) -> str:
-    """Return the counts for a message: `2 hidden, 1 empty`."""
-    return ", ".join(f"{count} {reason}" for reason, count in sorted(left_out.items()) if count)
+def listed(counts: Mapping[str, int]) -> str:
+    """Return the counts by reason for a message: `empty: 1, hidden: 2`."""
+    return ", ".join(f"{reason}: {whole(count)}" for reason, count in sorted(counts.items()) if count)
 
 
 def closest_directory(candidates: Iterable[Path]) -> Path | None:

@@ -187,8 +187,7 @@ class Preparation:
         return progress
 
     def _without_text(self, progress: PrepareProgress) -> ConfigError:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in progress.bad.items())
-        bad = f" (bad lines: {reasons})" if progress.bad else ""
+        bad = f" (bad lines: {listed(progress.bad)})" if progress.bad else ""
         why, remedy = f"no file contains any text{bad}", "files that contain text"
         if JSON_ARRAY.partition(",")[0] in progress.bad:
             return ConfigError("json_arrays", "false", why, "json_arrays=true")

@@ -105,8 +105,8 @@ def test_what_a_preparation_wrote_is_no_text(tmp_path: Path) -> None:
 
 
 def test_the_counts_are_listed_by_reason() -> None:
-    left_out: LeftOut = Counter({"hidden": 2, "empty": 0, "backup copies": 1})
-    assert listed(left_out) == "1 backup copies, 2 hidden"
+    left_out: LeftOut = Counter({"hidden": 2000, "empty": 0, "backup copies": 1})
+    assert listed(left_out) == "backup copies: 1, hidden: 2,000"
 
 
 def test_the_order_does_not_depend_on_the_file_system(

@@ -896,7 +896,7 @@ class TestCommand:
         assert out.splitlines() == [
             "prepared web.bin",
             "  read from           a.jsonl",
-            "  files               1 read",
+            "  files               1",
             "  files left out      0",
             "  documents           5",
             "  tokens              81",
@@ -923,15 +923,17 @@ class TestCommand:
         assert table.pop("end of a document").startswith(
             f"'<|endoftext|>' (token 0), from {bpe} (the first of"
         )
-        left_out = "1 backup copies, 1 empty, 2 hidden, 1 of other formats, 1 the same file by another name"
-        bad = "1 has a 'text' that is a number, 2 has a 'text' that is null, 1 is not JSON"
+        left_out = (
+            "backup copies: 1, empty: 1, hidden: 2, of other formats: 1, the same file by another name: 1"
+        )
+        bad = "has a 'text' that is a number: 1, has a 'text' that is null: 2, is not JSON: 1"
         assert table == {
             "read from": "in",
-            "files": "2 read, 1 without text",
+            "files": "2 (without text: 1)",
             "files left out": left_out,
-            "documents": "2, and 1 empty texts left out",
-            "bad lines left out": f"{bad} (listed in web.bad_lines.txt)",
-            "spelled in the text": "1 times: kept as text, or a bad line",
+            "documents": "2 (empty texts left out: 1)",
+            "bad lines left out": f"{bad} (in web.bad_lines.txt)",
+            "end in the text": "1 (kept as text, or a bad line)",
         }
 
     @pytest.mark.parametrize("typed", ["web.bin", "web.idx", "web"])
