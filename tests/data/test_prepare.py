@@ -923,10 +923,8 @@ class TestCommand:
         assert table.pop("end of a document").startswith(
             f"'<|endoftext|>' (token 0), from {bpe} (the first of"
         )
-        left_out = (
-            "backup copies: 1, empty: 1, hidden: 2, of other formats: 1, "
-        left_out += "the same file by another name: 1"
-        )
+        left_out = "backup copies: 1, empty: 1, hidden: 2, of other formats: 1, the same file"
+        left_out += " by another name: 1"
         bad = "has a 'text' that is a number: 1, has a 'text' that is null: 2, is not JSON: 1"
         assert table == {
             "read from": "in",
