@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -81,7 +82,7 @@ class RecordBatch:
     next_place: Place  # where the next batch begins
     bytes_read: int  # bytes of the file on disk that have been read so far
     damage: str | None = None  # why the rest of the file cannot be read
-    fields: tuple[str, ...] = ()  # columns that contain text, if the damage is a missing column
+    fields: tuple[str, ...] = ()  # of a Parquet file: columns, or fields in them, that contain text
 
 
 def format_of(path: Path) -> FileFormat | None:
@@ -361,10 +362,9 @@ def _parquet_batches(path: Path, place: Place, text_field: str) -> Iterator[Reco
     import pyarrow.parquet as parquet
 
     row, size, total = place.position, path.stat().st_size, 0
+    fields: tuple[str, ...] = ()
 
-    def batch(
-        records: list[Any], damage: str | None, last: bool, fields: tuple[str, ...] = ()
-    ) -> RecordBatch:
+    def batch(records: list[Any], damage: str | None, last: bool) -> RecordBatch:
         next_row = row + len(records)
         next_place = Place(place.file + 1) if last else Place(place.file, next_row, next_row + 1)
         read = size if last else size * next_row // max(1, total)  # estimated
@@ -374,11 +374,12 @@ def _parquet_batches(path: Path, place: Place, text_field: str) -> Iterator[Reco
     try:
         with parquet.ParquetFile(path) as file:
             total = file.metadata.num_rows
+            fields = tuple(islice(_text_columns(file.schema_arrow), 5))
             column = _column(file.schema_arrow.names, text_field)
             if column is None:
                 names = ", ".join(file.schema_arrow.names)
                 why = f"has no column {text_field!r}; its columns are {names}"
-                yield batch([], why, last=True, fields=tuple(_text_columns(file.schema_arrow)))
+                yield batch([], why, last=True)
                 return
             skip, groups = row, list(range(file.metadata.num_row_groups))
             while groups and skip >= file.metadata.row_group(groups[0]).num_rows:

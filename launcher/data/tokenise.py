@@ -66,11 +66,12 @@ class TokeniseSettings:
 
 
 class NoText(ValueError):
-    """Raised for a record without usable text; `fields` are the record's fields that contain text."""
+    """Raised for a record without usable text."""
 
-    def __init__(self, why: str, fields: Iterable[str] = ()) -> None:
+    def __init__(self, why: str, fields: Iterable[str] | None = None) -> None:
+        """`fields` are the record's fields that contain text; None if `text_field` is not at fault."""
         super().__init__(why)
-        self.fields = tuple(islice(fields, 5))
+        self.fields = None if fields is None else tuple(islice(fields, 5))
 
 
 class Worker:
@@ -90,7 +91,8 @@ class Worker:
                 tokenised.empty += not text and (not isinstance(record, bytes) or bool(record.strip()))
                 texts.append((line, text))
             except NoText as error:
-                tokenised.bad_lines.append(BadLine(line, str(error), error.fields))
+                fields = () if error.fields is None else error.fields or batch.fields
+                tokenised.bad_lines.append(BadLine(line, str(error), fields))
             line += line_count
         if batch.format is FileFormat.plain_text:
             self._add_plain(texts, tokenised)
@@ -241,7 +243,7 @@ def _text_at(value: Any, path: str, document: dict[str, Any], field: str) -> str
         if isinstance(value, dict) and name in value:
             return _text_at(value[name], rest, document, field)
     names = ", ".join(list(document)[:5]) or "none"
-    raise NoText(f"has no {field!r}; its fields are: {names}", _text_fields(document))
+    raise NoText(f"has no {field!r}; its fields are: {names}", _similar_fields(document, field))
 
 
 def _checked_text(value: Any, document: dict[str, Any], field: str) -> str:
@@ -250,11 +252,18 @@ def _checked_text(value: Any, document: dict[str, Any], field: str) -> str:
     if isinstance(value, bytes):
         return _decoded(value)
     if value is None:
-        raise NoText(f"has a {field!r} that is null")
+        raise NoText(f"has no text in {field!r} but null")
     kinds = {list: "a list", dict: "an object", bool: "a truth value", int: "a number", float: "a number"}
-    kind = kinds.get(type(value), f"of the type {type(value).__name__}")
-    inside = [name for name in _text_fields(document) if name.startswith(f"{field}.")]
-    raise NoText(f"has a {field!r} that is {kind}, not text", inside or _text_fields(document))
+    kind = kinds.get(type(value), f"a value of the type {type(value).__name__}")
+    raise NoText(f"has no text in {field!r} but {kind}", _similar_fields(document, field))
+
+
+def _similar_fields(document: dict[str, Any], field: str) -> list[str]:
+    """Return the fields that contain text: those below the first name of `field`, or else all of them."""
+    first, last = field.partition(".")[0], field.rpartition(".")[2]
+    names = list(_text_fields(document))
+    inside = [name for name in names if name.startswith(f"{first}.")]
+    return sorted(inside or names, key=lambda name: name.rpartition(".")[2] != last)
 
 
 def _text_fields(value: Any, name: str = "") -> Iterator[str]:
