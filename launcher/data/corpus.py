@@ -30,6 +30,7 @@ from launcher.data.input_files import (
     LeftOut,
     closest_directory,
     is_copy,
+    matching,
     prepare_commands,
 )
 from launcher.data.reading import COMPRESSED, encoding_of
@@ -134,8 +135,8 @@ def _walk_python(root: Path) -> Iterator[_TextFile]:
 
 def _text_files(field: str, pattern: str, left_out: LeftOut) -> list[_TextFile]:
     root, relative = _fixed_root(pattern)
-    matches = glob.glob(relative, root_dir=root, recursive=True)
-    candidates = [_TextFile(Path(name).as_posix(), root / name) for name in matches]
+    matches = list(matching(root, relative, field, left_out))
+    candidates = [_TextFile(path.relative_to(root).as_posix(), path) for path in matches]
     if not is_copy(Path(pattern)):
         kept = [file for file in candidates if not is_copy(Path(file.name)) or file.path.is_dir()]
         left_out[COPY] += len(candidates) - len(kept)
@@ -143,7 +144,7 @@ def _text_files(field: str, pattern: str, left_out: LeftOut) -> list[_TextFile]:
     files = _usable(candidates, field, pattern, left_out)
     _refuse_other_formats(files, field, pattern, root)
     if not files:
-        empty = any(os.path.isfile(root / name) for name in matches)
+        empty = any(map(os.path.isfile, matches))
         why = "every matched file is empty" if empty else "the glob matches no file"
         why += f" (searched in {Path.cwd() / root})"
         raise ConfigError(field, pattern, why, _glob_remedy(field, pattern, root))

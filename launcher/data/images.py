@@ -164,7 +164,8 @@ def _files(root: str, field: str, names: list[str], left_out: LeftOut) -> list[I
     path = Path(root).expanduser()
     files = []
     for label, name in enumerate(names):
-        below = files_below(path / name, left_out, field)
+        # Held-out files need not have every class.
+        below = files_below(path / name, left_out, field) if (path / name).is_dir() else []
         images = [file for file in below if file.suffix.lower() in ENDINGS]
         left_out["not images"] += len(below) - len(images)
         files += [ImageFile(file.relative_to(path).as_posix(), file, label) for file in images]

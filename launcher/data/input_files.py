@@ -4,6 +4,7 @@ Copies that a system or an editor makes beside a file, and files that are reache
 that nobody asked for. They are left out, and every command that leaves files out prints the counts.
 """
 
+import glob
 import os
 import shlex
 import stat
@@ -15,7 +16,7 @@ from launcher.config.errors import ConfigError, typed_text
 from launcher.text import whole
 
 HIDDEN, COPY, TWICE, EMPTY = "hidden", "backup copies", "the same file by another name", "empty"
-NOT_A_FILE = "not regular files"
+NOT_A_FILE, DIRECTORY_TWICE = "not regular files", "directories by another name"
 _COPY_ENDINGS = ("~", ".bak", ".orig", ".swp", ".swo", ".tmp")
 
 LeftOut = Counter[str]  # number of files by reason
@@ -38,7 +39,8 @@ def files_below(root: Path, left_out: LeftOut, field: str) -> list[Path]:
     Raises ConfigError about `field` for a directory that cannot be read and a link that leads nowhere.
     """
     kept = []
-    for path in sorted(_walk(root, field)):
+    below = walk(root, field, left_out, hidden=True)
+    for path in sorted(directory / name for directory, names in below for name in names):
         name = path.relative_to(root)
         if is_hidden(name):
             left_out[HIDDEN] += 1
@@ -64,22 +66,55 @@ def first_of_each(paths: Iterable[Path], left_out: LeftOut) -> list[Path]:
     return list(first.values())
 
 
-def _walk(root: Path, field: str) -> Iterator[Path]:
-    """Yield what is below a directory except directories. A link to a directory above it is not followed."""
+def walk(root: Path, field: str, left_out: LeftOut, *, hidden: bool) -> Iterator[tuple[Path, list[str]]]:
+    """Yield each directory from `root` on and the names in it that are not directories.
 
-    def refuse(error: OSError) -> None:
-        why = f"{error.filename} cannot be read: {error.strerror}"
-        raise ConfigError(field, root, why, f"a directory without {error.filename}, or the right to read it")
+    Links to directories are followed. Each directory is read once, under a name without links if it has one.
+    Hidden files and directories are passed over, unless `hidden`. Raises ConfigError about `field`.
+    """
+    visited: set[tuple[int, int]] = set()
+    directories, links = [root], list[Path]()
+    while directories or links:
+        directory = directories.pop() if directories else links.pop(0)
+        names = []
+        try:
+            status = directory.stat()
+            if (status.st_dev, status.st_ino) in visited:
+                left_out[DIRECTORY_TWICE] += 1
+                continue
+            visited.add((status.st_dev, status.st_ino))
+            with os.scandir(directory) as entries:
+                for entry in sorted(entries, key=lambda entry: entry.name):
+                    if not hidden and entry.name.startswith("."):
+                        continue
+                    if entry.is_dir():
+                        (links if entry.is_symlink() else directories).append(directory / entry.name)
+                    else:
+                        names.append(entry.name)
+        except OSError as error:
+            why = f"{error.filename} cannot be read: {error.strerror}"
+            remedy = f"a directory without {error.filename}, or the right to read it"
+            raise ConfigError(field, root, why, remedy) from None
+        yield directory, names
 
-    for directory, subdirectories, names in os.walk(root, onerror=refuse, followlinks=True):
-        above = os.path.realpath(directory)
-        subdirectories[:] = [
-            name
-            for name in subdirectories
-            if not os.path.islink(link := os.path.join(directory, name))
-            or os.path.commonpath([above, target := os.path.realpath(link)]) != target
-        ]
-        yield from (Path(directory, name) for name in names)
+
+def matching(root: Path, pattern: str, field: str, left_out: LeftOut) -> Iterator[Path]:
+    """Yield what a glob relative to `root` matches.
+
+    ** enters each directory once. glob.glob follows links that lead back 40 times, which takes forever where
+    a directory has two of them.
+    """
+    parts = Path(pattern).parts
+    if "**" not in parts:
+        yield from (root / name for name in glob.glob(pattern, root_dir=root))
+        return
+    at = parts.index("**")
+    before, after = parts[:at], os.path.join(*(parts[at + 1 :] or ("*",)))
+    bases = [root / name for name in glob.glob(os.path.join(*before), root_dir=root)] if before else [root]
+    for base in bases:
+        if base.is_dir():
+            for directory, _ in walk(base, field, left_out, hidden=False):
+                yield from matching(directory, after, field, left_out)
 
 
 def listed(counts: Mapping[str, int]) -> str:

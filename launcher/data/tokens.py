@@ -12,7 +12,7 @@ import numpy as np
 
 from launcher.config.errors import ConfigError, as_typed
 from launcher.data.card import card_path, vocab_size_of
-from launcher.data.input_files import LeftOut, closest_directory, first_of_each, prepare_commands
+from launcher.data.input_files import LeftOut, closest_directory, first_of_each, matching, prepare_commands
 from launcher.data.reading import format_of
 from launcher.data.token_file import (
     MappedTokens,
@@ -152,12 +152,12 @@ def _prefixes(pattern: str, field: str, left_out: LeftOut) -> list[Path]:
     """
     plain = _plain(pattern)
     if glob.has_magic(plain):
-        prefixes = known_prefixes(pattern)
+        prefixes = _matching_prefixes(f"{plain}.idx", field, left_out)
         if not prefixes:
             remedy = _path_remedy(field, Path(plain))
             raise ConfigError(field, pattern, "the glob matches no .idx file", remedy)
-        without_index = {Path(name).with_suffix("") for name in glob.glob(f"{plain}.bin", recursive=True)}
-        left_out["without an .idx file"] += len(without_index.difference(prefixes))
+        with_tokens = _matching_prefixes(f"{plain}.bin", field, Counter())
+        left_out["without an .idx file"] += len(set(with_tokens).difference(prefixes))
         by_bin = {bin_path(prefix): prefix for prefix in prefixes}
         existing = [path for path in by_bin if path.exists()]
         kept = {by_bin[path] for path in first_of_each(existing, left_out)}
@@ -173,8 +173,14 @@ def known_prefixes(pattern: str) -> list[Path]:
     """Return the prefixes of the token files that `pattern` names and that have an index, sorted."""
     plain = _plain(pattern)
     if glob.has_magic(plain):
-        return sorted({Path(name).with_suffix("") for name in glob.glob(f"{plain}.idx", recursive=True)})
+        return _matching_prefixes(f"{plain}.idx", "data.train", Counter())
     return [Path(plain)] if index_path(Path(plain)).is_file() else []
+
+
+def _matching_prefixes(pattern: str, field: str, left_out: LeftOut) -> list[Path]:
+    root = Path(Path(pattern).anchor)
+    relative = str(Path(pattern).relative_to(root))
+    return sorted({path.with_suffix("") for path in matching(root, relative, field, left_out)})
 
 
 def _plain(pattern: str) -> str:

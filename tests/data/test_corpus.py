@@ -312,7 +312,7 @@ class TestRefusals:
         assert offered(error) == f"{tmp_path}/*.txt"
 
     @pytest.mark.parametrize(
-        "pattern", ["/*.nothing", "/no/such/*.txt", "{above}/no/*.txt", "../*.md", "{home}/x/*"]
+        "pattern", ["/*.nothing", "/no/such/*.txt", "{above}/no/*.txt", "../*.none", "{home}/x/*"]
     )
     def test_the_remedy_names_no_file_outside_the_users_directories(
         self, pattern: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -399,7 +399,9 @@ class TestFilesLeftOut:
         data = text(tmp_path / "**" / "*.txt")
         train, validation = corpus_files(data)
         assert sorted(path.read_bytes() for path in train + validation) == [b"a", b"c"]
-        assert self.left_out(data)["the same file by another name"] > 3
+        assert self.left_out(data) == {
+            "the same file by another name": 2, "directories by another name": 2,
+        }  # fmt: skip
 
     def test_files_of_the_validation_glob(self, tmp_path: Path) -> None:
         write(tmp_path, numbered(5))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from launcher.config.errors import ConfigError
-from launcher.data.input_files import LeftOut, files_below, listed
+from launcher.data.input_files import LeftOut, listed, matching
 from launcher.data.preparation import find_inputs
 
 
@@ -109,16 +109,19 @@ def test_the_counts_are_listed_by_reason() -> None:
     assert listed(left_out) == "backup copies: 1, hidden: 2,000"
 
 
-def test_the_order_does_not_depend_on_the_file_system(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write(tmp_path, "b.jsonl", "a/z.jsonl", "a/b.jsonl", "c.jsonl")
-    (tmp_path / "aa.jsonl").symlink_to("c.jsonl")
-    expected = files_below(tmp_path, Counter(), "SOURCE")
-    walk = os.walk
+def test_a_glob_enters_each_directory_once(tmp_path: Path) -> None:
+    """glob.glob needs more than 2**20 steps here."""
+    write(tmp_path, "a/x.txt", "b/y.txt", "b/.hidden/z.txt", "c/d/e.txt")
+    for name, target in (("a/b", "b"), ("b/a", "a"), ("b/top", "."), ("a/top", "."), ("linked", "c")):
+        (tmp_path / name).symlink_to(tmp_path / target)
+    left_out: LeftOut = Counter()
 
-    def backwards(root: Path, **options: Any) -> list[Any]:
-        return [(top, dirs[::-1], names[::-1]) for top, dirs, names in walk(root, **options)][::-1]
+    def matches(pattern: str) -> list[str]:
+        paths = matching(tmp_path, pattern, "data.train", left_out)
+        return sorted({path.relative_to(tmp_path).as_posix() for path in paths if path.is_file()})
 
-    monkeypatch.setattr(os, "walk", backwards)
-    assert files_below(tmp_path, Counter(), "SOURCE") == expected
+    assert matches("**/*.txt") == matches("**") == ["a/x.txt", "b/y.txt", "c/d/e.txt"]
+    assert left_out["directories by another name"] == 10
+    assert matches("c/**/*.txt") == matches("**/d/*") == matches("**/c/**/*.txt") == ["c/d/e.txt"]
+    assert matches("**/.hidden/*.txt") == ["b/.hidden/z.txt"]
+    assert matches("*/*.txt") == ["a/x.txt", "b/y.txt"]
