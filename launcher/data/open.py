@@ -165,7 +165,8 @@ def _token_splits(run: RunConfig, left_out: LeftOut | None = None) -> dict[str, 
 
     def split(field: str, train: str, validation_field: str, validation: str | None) -> TokenSplit:
         held_out = HeldOutPart(validation_field, validation, d.validation_fraction)
-        return open_tokens(field, train, held_out, HeldOutPart("data.test", d.test, d.test_fraction), counts)
+        test, sample = HeldOutPart("data.test", d.test, d.test_fraction), sequence_length(run) + 1
+        return open_tokens(field, train, held_out, test, sample, counts)
 
     if not d.sources:
         assert d.train is not None, "validated with the config"

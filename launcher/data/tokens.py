@@ -12,6 +12,7 @@ import numpy as np
 
 from launcher.config.errors import ConfigError, as_typed
 from launcher.data.card import card_path, vocab_size_of
+from launcher.data.corpus import split_key
 from launcher.data.input_files import LeftOut, closest_directory, first_of_each, matching, prepare_commands
 from launcher.data.reading import format_of
 from launcher.data.token_file import (
@@ -26,6 +27,10 @@ from launcher.data.windows import Stretch, check_ids
 
 _PROBES, _PROBE = 64, 4096  # stretches per part (at least one per file), and tokens per stretch, to check
 _DOCUMENTS = 64  # documents per file whose last token is checked
+
+
+# Token indices of a file where training, validation and test begin, and where test ends.
+Cuts = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
@@ -55,10 +60,11 @@ class HeldOutPart:
 
 
 def open_tokens(
-    field: str, train: str, validation: HeldOutPart, test: HeldOutPart, left_out: LeftOut
+    field: str, train: str, validation: HeldOutPart, test: HeldOutPart, sample: int, left_out: LeftOut
 ) -> TokenSplit:
     """Map the files that `train`, the value of `field`, names, cut into three parts. Raises ConfigError.
 
+    `sample` is the number of tokens of a sample, which a part must have in one of its files.
     Adds the number of files that are not used to `left_out`, by reason.
     """
     files = _opened(train, field, left_out)
@@ -71,6 +77,8 @@ def open_tokens(
     files = _without(files, [file for part in held_out.values() for file in part], field, train, left_out)
     shares = [0.0 if name in held_out else part.fraction for name, part in parts.items()]
     cuts = [_cuts(file, *shares) for file in files]
+    if any(share > 0 and _longest(cuts, part) < sample for part, share in enumerate(shares, 1)):
+        cuts = _whole_files(files, *shares) or cuts
 
     def stretches(number: int, name: str) -> list[Stretch]:
         if name in held_out:
@@ -78,6 +86,30 @@ def open_tokens(
         return [_stretch(file, *cut[number : number + 2]) for file, cut in zip(files, cuts, strict=True)]
 
     return TokenSplit(files, stretches(0, ""), stretches(1, "validation"), stretches(2, "test"), held_out)
+
+
+def _longest(cuts: Sequence[Cuts], part: int) -> int:
+    """Return the most tokens of a part (1: validation, 2: test) in one file."""
+    return max(cut[part + 1] - cut[part] for cut in cuts)
+
+
+def _whole_files(files: Sequence[TokenFile], validation: float, test: float) -> list[Cuts] | None:
+    """Return cuts that hold out whole files, chosen by a hash of their names; None for too few files.
+
+    The end of a file that is not much longer than a sample has no sample.
+    """
+    tokens = [file.num_tokens for file in files]
+    numbers = sorted(range(len(files)), key=lambda number: split_key(files[number].prefix.name))
+    if len(files) <= (validation > 0) + (test > 0):
+        return None
+    cuts: list[Cuts] = [(0, count, count, count) for count in tokens]
+    for share, part in ((validation, 1), (test, 2)):
+        held_out = 0
+        while share > 0 and held_out < share * sum(tokens) and len(numbers) > 1 + (part == 1 and test > 0):
+            number = numbers.pop(0)
+            held_out += tokens[number]
+            cuts[number] = (0, 0, tokens[number], tokens[number]) if part == 1 else (0, 0, 0, tokens[number])
+    return cuts
 
 
 def _without(
@@ -206,7 +238,7 @@ def _stretch(file: TokenFile, start: int, end: int) -> Stretch:
     return Stretch(MappedTokens(file, start, end), str(bin_path(file.prefix)), start)
 
 
-def _cuts(file: TokenFile, validation: float, test: float) -> tuple[int, int, int, int]:
+def _cuts(file: TokenFile, validation: float, test: float) -> Cuts:
     """Return the token indices where training, validation and test begin, and where test ends.
 
     Each cut is moved to the closest document boundary, unless documents are so long that the move would

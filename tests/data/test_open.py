@@ -15,6 +15,7 @@ from launcher.config.errors import ConfigError
 from launcher.config.schema import CorpusSource, DataConfig, RunConfig
 from launcher.data.corpus import load_corpus
 from launcher.data.open import ONLY, check_data, held_out_name, open_data
+from launcher.data.sampler import Samples
 from launcher.data.token_file import bin_path, index_path
 from launcher.data.windows import Stretch, Windows, check_ids, windows_in
 from tests.config.composing import run_of
@@ -141,6 +142,13 @@ class TestTokens:
         assert one[held_out_name(ONLY, "validation")] != other[held_out_name(ONLY, "validation")]
 
 
+def taken(samples: Samples) -> npt.NDArray[np.int64]:
+    """Return the tokens of all samples of an epoch."""
+    tokens = samples.take(np.arange(len(samples)))
+    assert isinstance(tokens, np.ndarray)
+    return tokens
+
+
 class TestFilesOfAGlob:
     def left_out(self, data: DataConfig) -> dict[str, int]:
         counts = check_data(run_with(data, 2, 5000))
@@ -175,18 +183,24 @@ class TestFilesOfAGlob:
     @pytest.mark.parametrize(("soft", "hard"), [(64, 64), (40, 300), (30, 30)])
     def test_more_files_than_a_process_may_open(self, tmp_path: Path, soft: int, hard: int) -> None:
         for number in range(60):
-            write_documents(tmp_path / f"web_{number:02}", [np.arange(number, number + 31)])
+            write_documents(tmp_path / f"web_{number:02}", [np.arange(number * 100, number * 100 + 31)])
+        write_documents(tmp_path / "held", [np.arange(31)])
         pid = os.fork()
         if not pid:
-            open_now = len(os.listdir("/proc/self/fd"))
-            resource.setrlimit(resource.RLIMIT_NOFILE, (soft + open_now, hard + open_now))
-            samples = open_data(run_with(tokens(tmp_path / "web_*"), 10, 5000)).train[ONLY]
-            for _ in range(2):
-                taken = samples.take(np.arange(len(samples)))
-                assert isinstance(taken, np.ndarray)
-                assert (np.diff(taken, axis=1) == 1).all()
-                assert sorted({int(row[0]) for row in taken} & set(range(60))) == list(range(60))
-            os._exit(0)
+            status = 1
+            try:
+                open_now = len(os.listdir("/proc/self/fd"))
+                resource.setrlimit(resource.RLIMIT_NOFILE, (soft + open_now, hard + open_now))
+                data = tokens(tmp_path / "web_*", tmp_path / "held")
+                samples = open_data(run_with(data, 10, 10_000)).train[ONLY]
+                for _ in range(2):
+                    rows = taken(samples)
+                    assert (np.diff(rows, axis=1) == 1).all()
+                    starts = [number * 100 + first for number in range(60) for first in (0, 10, 20)]
+                    assert sorted(rows[:, 0].tolist()) == starts
+                status = 0
+            finally:
+                os._exit(status)
         assert os.waitpid(pid, 0)[1] == 0
 
 
@@ -215,6 +229,27 @@ class TestParts:
         shares = [1 - validation - test, validation, test]
         slack = min(share for share in shares if share) / 3 * 2 + 1 / total
         assert all(abs(len(p) / total - share) <= slack for p, share in zip(parts, shares, strict=True))
+
+    @pytest.mark.parametrize(("validation", "test"), [(0.1, 0.0), (0.05, 0.1), (0.3, 0.3)])
+    def test_whole_files_are_held_out_of_many_small_files(
+        self, validation: float, test: float, tmp_path: Path
+    ) -> None:
+        for number in range(40):
+            write_documents(tmp_path / f"web_{number}", [np.arange(20 * number, 20 * number + 20)])
+        data = tokens(tmp_path / "web_*", fraction=validation)
+        data.test_fraction = test
+        run = run_with(data, 15, 2**31 - 1)
+        opened = open_data(run)
+        check_data(run)
+        counts = [len(part[ONLY]) if part else 0 for part in (opened.train, opened.validation, opened.test)]
+        assert counts == [40 - sum(counts[1:]), round(40 * validation), round(40 * test)]
+        firsts = {int(row[0]) for part in (opened.train, opened.validation) for row in taken(part[ONLY])}
+        assert len(firsts) == counts[0] + counts[1]
+
+    def test_too_few_small_files_are_refused(self, tmp_path: Path) -> None:
+        write_documents(tmp_path / "web_0", [np.arange(20)])
+        with pytest.raises(ConfigError, match="the validation part of the corpus has"):
+            check_data(run_with(tokens(tmp_path / "web_*"), 15))
 
     def test_separate_test_files(self, tmp_path: Path) -> None:
         write_documents(tmp_path / "web", [np.arange(100)])
