@@ -122,7 +122,7 @@ def check_can_resume(run: RunConfig, path: Path, manifest: Manifest) -> None:
     fixed += [*_DATA, *(() if run.checkpoint.new_blend else _BLEND)]
     for name in (name for name in fixed if name not in _MAY_CHANGE_IN_MODEL):
         stored, requested = _stored_value(manifest.config, name) or "null", as_typed(value_of(run, name))
-        if stored == requested:
+        if stored == requested or _digests_decide(name, manifest, run):
             continue
         why = f"the run that wrote {path} has {name}={stored}"
         if name in _BLEND:
@@ -150,14 +150,42 @@ def check_steps_remain(run: RunConfig, path: Path, manifest: Manifest, run_dir: 
     raise refusal(run, field, why, f"{field}={manifest.step + 1} (or more)", "another run.dir")
 
 
+_ABSENT = object()  # stands for a field that a config does not have
+
+
 def _stored_value(config: dict[str, Any], name: str) -> str | None:
     """Return the value of a dotted field as it is typed; None if a config has no such field."""
+    value = _stored(config, name)
+    return None if value is _ABSENT else as_typed(value)
+
+
+def _stored(config: dict[str, Any], name: str) -> object:
     value: object = config
     for part in name.split("."):
         if not isinstance(value, dict) or part not in value:
-            return None
+            return _ABSENT
         value = value[part]
-    return as_typed(value)
+    return value
+
+
+def _digests_decide(field: str, manifest: Manifest, run: RunConfig) -> bool:
+    """Return whether `field` names files whose digests the checkpoint has, so that their paths may differ."""
+    if field not in _DIGESTS:
+        return False
+    stored, requested = _stored(manifest.config, field), value_of(run, field)
+    if isinstance(stored, dict) and isinstance(requested, dict):
+        return stored.keys() == requested.keys() and all(
+            f"{source}{_DIGESTS[field]}" in manifest.corpus for source in stored
+        )
+    return bool(stored and requested) and _DIGESTS[field] in manifest.corpus
+
+
+# The fields of paths, and the ending of the names of their digests: the source and, for separate validation
+# or test files, their part.
+_DIGESTS = {
+    **{"data.train": "", "data.sources": ""},
+    **{"data.validation": ":validation", "data.validation_sources": ":validation", "data.test": ":test"},
+}
 
 
 def check_same_corpus(corpus: dict[str, str], path: Path, manifest: Manifest) -> None:
@@ -165,7 +193,8 @@ def check_same_corpus(corpus: dict[str, str], path: Path, manifest: Manifest) ->
     for source in manifest.corpus.keys() & corpus.keys():
         stored, present = manifest.corpus[source], corpus[source]
         if stored != present:
-            name = f"data source {source}" if source else "training data"
+            name, _, part = source.partition(":")
+            name = (f"data source {name}" if name else "training data") if not part else f"{part} data"
             digests = f"its digest was {stored} and is now {present}"
             why = f"the {name} has changed since the checkpoint: {digests}"
             remedy = "the same files and, with data=stdlib, the same Python; or checkpoint.resume=none"

@@ -4,17 +4,20 @@ import shlex
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
 from launcher.config.compose import compose_jobs
 from launcher.config.errors import ConfigError
-from launcher.config.schema import PrepareConfig
+from launcher.config.schema import EndInText, PrepareConfig
 from launcher.config.validate import validate_prepare
 from launcher.data.card import vocab_size_of
+from launcher.data.input_files import LeftOut, listed
 from launcher.data.preparation import InputFile, Preparation, PrepareProgress, bad_lines_path, find_inputs
 from launcher.data.token_file import bin_path, index_path
+from launcher.data.tokenizer import USUAL_ENDS
 from launcher.launch.this_machine import this_machine
 from launcher.text import whole
 
@@ -32,8 +35,13 @@ def main(arguments: list[str]) -> int:
         why = "the command needs at least one SOURCE to read and the TARGET to write"
         raise ConfigError(" ".join(["prepare", *arguments]), None, why, "launcher prepare SOURCE TARGET")
     *sources, target = (Path(path).expanduser() for path in paths)
+    if target.suffix in (".bin", ".idx"):
+        target = target.with_suffix("")
+    if not target.name or target.name == "..":
+        remedy = shlex.join(["launcher", "prepare", *map(str, sources), str(target / "web")])
+        raise ConfigError("TARGET", target, "the token files need a name", remedy)
     validate_prepare(jobs[0].config)
-    inputs, skipped = find_inputs(sources)
+    inputs, left_out = find_inputs(sources)
     workers = jobs[0].config.workers or this_machine().cores
     job = Preparation(inputs, target, jobs[0].config, workers)
     existing = [path for path in job.outputs() if path.exists()]
@@ -43,11 +51,9 @@ def main(arguments: list[str]) -> int:
         why = f"{existing[-1]} already exists, and `launcher prepare` does not overwrite files"
         remedy = shlex.join(["launcher", "prepare", *map(str, sources), f"{target}-2"])
         raise ConfigError("TARGET", target, why, remedy)
-    if skipped:
-        print(f"note     files skipped, without a known text ending: {skipped}")
     signal.signal(signal.SIGTERM, _stop)
     try:
-        _report(_run_with_progress(job, inputs), job)
+        _report(_run_with_progress(job, inputs), job, sources, left_out)
     except OSError as error:
         why = f"{error.filename or target} cannot be written: {error.strerror}"
         remedy = "a TARGET in a directory that you may write to, on a disk with enough free space"
@@ -90,18 +96,48 @@ def _run_with_progress(job: Preparation, inputs: list[InputFile]) -> PrepareProg
 
 def _speed(progress: PrepareProgress, started: float) -> str:
     rate = progress.tokens / max(time.monotonic() - started, 1e-9)
-    bad = f"  bad lines: {whole(progress.bad)}" if progress.bad else ""
+    bad = f"  bad lines: {whole(progress.bad_lines)}" if progress.bad else ""
     documents, tokens = whole(progress.documents), whole(progress.tokens)
     return f"{documents} documents  {tokens} tokens  {whole(rate)} tokens/s{bad}"
 
 
-def _report(progress: PrepareProgress, job: Preparation) -> None:
-    if progress.bad:
-        listed = bad_lines_path(job.target)
-        print(f"note     bad lines left out: {whole(progress.bad)}, listed in {listed}")
+def _report(progress: PrepareProgress, job: Preparation, sources: list[Path], left_out: LeftOut) -> None:
+    """Print what was read and written, and what was left out by reason."""
     if job.resumed:
         print("note     continued an interrupted preparation")
-    documents, tokens = whole(progress.documents), whole(progress.tokens)
-    print(f"prepared {documents} documents, {tokens} tokens: {bin_path(job.target)}")
+    print(f"prepared {bin_path(job.target)}")
+    for name, value in _rows(progress, job, sources, left_out):
+        print(f"  {name:<20}{value}")
     typed = "data=tokens", f"data.train={job.target}", f"model.vocab_size={vocab_size_of(job.target)}"
     print(f"train    {shlex.join(['launcher', *typed])}")
+
+
+def _rows(
+    progress: PrepareProgress, job: Preparation, sources: list[Path], left_out: LeftOut
+) -> Iterator[tuple[str, str]]:
+    yield "read from", ", ".join(map(str, sources))
+    without = f" (without text: {whole(progress.files_without_text)})" if progress.files_without_text else ""
+    yield "files", f"{whole(len(job.inputs))}{without}"
+    yield "files left out", listed(left_out) or "0"
+    empty = f" (empty texts left out: {whole(progress.empty)})" if progress.empty else ""
+    yield "documents", f"{whole(progress.documents)}{empty}"
+    yield "tokens", whole(progress.tokens)
+    bad = listed(progress.bad)
+    yield "bad lines left out", f"{bad} (in {bad_lines_path(job.target)})" if bad else "0"
+    yield "end of a document", f"{job.end}, from {_origin_of_end(job)}"
+    if progress.spelled:
+        effect = {
+            EndInText.escape: "kept as text, or a bad line",
+            EndInText.refuse: "a bad line",
+            EndInText.count: "each ends a document",
+        }[job.config.end_of_document_in_text]
+        yield "end in the text", f"{whole(progress.spelled)} ({effect})"
+
+
+def _origin_of_end(job: Preparation) -> str:
+    t = job.config.tokenizer
+    if t.end_of_document is not None:
+        return "tokenizer.end_of_document"
+    if t.path is not None:
+        return f"{t.path} (the first of {', '.join(USUAL_ENDS)} that it has)"
+    return "the trained tokenizer" if t.train else "the byte tokenizer"

@@ -1,13 +1,15 @@
 """Make a run ready: choose its layout, check the run and its data, plan it, refuse what cannot fit."""
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 
 from launcher.config.errors import ConfigError
 from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
 from launcher.config.validate import validate
 from launcher.config.world import World, world_of_nodes
-from launcher.data.open import check_data
+from launcher.data.input_files import LeftOut
+from launcher.data.open import check_data, check_known_vocabulary
 from launcher.planning.choose.enforce import chosen, refuse_too_large
 from launcher.planning.choose.search import Search
 from launcher.planning.cost.run_plan import Plan, make_plan, memory_budget
@@ -21,6 +23,7 @@ class ReadyRun:
     layout: Layout
     plan: Plan
     search: Search | None = None
+    left_out: LeftOut = field(default_factory=Counter)  # data files that the run does not use, by reason
 
 
 def ready(run: RunConfig, world: World, *, needs_data: bool, must_fit: bool) -> ReadyRun:
@@ -33,12 +36,15 @@ def ready(run: RunConfig, world: World, *, needs_data: bool, must_fit: bool) -> 
     if run.parallelism.auto:
         run, search = chosen(run, world)
     layout = validate(run, world)
+    left_out: LeftOut = Counter()
     if needs_data:
-        check_data(run)
+        left_out = check_data(run)
+    else:
+        check_known_vocabulary(run)
     plan = make_plan(run, layout, budget=memory_budget(run, world, layout.world_size))
     if must_fit:
         refuse_too_large(plan)
-    return ReadyRun(run, layout, plan, search)
+    return ReadyRun(run, layout, plan, search, left_out)
 
 
 def ready_on_most_nodes(run: RunConfig, nodes: int) -> tuple[ReadyRun, int]:

@@ -8,6 +8,7 @@ from launcher.config.errors import ConfigError, refusal
 from launcher.config.machine import Machine
 from launcher.config.schema import Device, RunConfig
 from launcher.config.world import world_of_joined_ranks, world_of_machine
+from launcher.data.input_files import listed
 from launcher.launch.environment import (
     LaunchEnvironment,
     RankEnvironment,
@@ -54,6 +55,8 @@ def _ready(run: RunConfig, machine: Machine) -> tuple[ReadyRun, LaunchEnvironmen
     if place:
         world = world_of_joined_ranks(run, machine, ranks=place.world_size, ranks_per_node=place.local_size)
     ready_run = ready(run, world, needs_data=True, must_fit=True)
+    if (files := listed(ready_run.left_out)) and speaks_for_all(os.environ):
+        print(f"note     data files left out: {files}")
     if ready_run.search and speaks_for_all(os.environ):
         count = len(ready_run.search.candidates)
         print(f"auto     chose the fastest of {count} legal layouts (see `launcher plan`)")

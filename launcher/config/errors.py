@@ -1,5 +1,7 @@
 """Errors with a message for the user: they are printed without a traceback."""
 
+import re
+import shlex
 from collections.abc import Iterable
 from enum import Enum
 from functools import reduce
@@ -35,6 +37,14 @@ def value_of(config: object, field: str) -> object:
 def settings(field: str, values: Iterable[object]) -> list[str]:
     """Return the setting FIELD=VALUE for each value, as the user would type it."""
     return [f"{field}={as_typed(value)}" for value in values]
+
+
+def typed_text(field: str, text: str) -> str:
+    """Return the setting FIELD=TEXT for any text, quoted for the shell and for Hydra where it must be."""
+    if re.fullmatch(r"[A-Za-z_][\w./-]*", text, re.ASCII) and text not in ("null", "true", "false"):
+        return f"{field}={text}"
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return shlex.quote(f'{field}="{escaped}"')
 
 
 def as_typed(value: object) -> str:

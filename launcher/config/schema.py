@@ -559,6 +559,18 @@ class BadLines(Enum):
     skip = "skip"
 
 
+class EndInText(Enum):
+    """What `launcher prepare` does with text that spells the token that ends documents.
+
+    `escape`: the text is encoded as ordinary text; where the tokenizer cannot do so, the line is bad.
+    `refuse`: the line is bad. `count`: the document ends there, and such ends are counted.
+    """
+
+    escape = "escape"
+    refuse = "refuse"
+    count = "count"
+
+
 @dataclass
 class TokenizerConfig:
     """The tokenizer: a tokenizer.json, a new one trained on the text, or neither, for bytes."""
@@ -576,7 +588,10 @@ class PrepareConfig:
 
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     vocab: int = 32000  # vocabulary size for tokenizer.train
-    text_field: str = "text"  # field of a JSON line, or column of a Parquet file
+    # Field of a JSON object or column of a Parquet file; a.b: field b in a; a.*: all items of the list a.
+    text_field: str = "text"
+    json_arrays: bool = False  # read JSON arrays of objects, and objects that span lines, in JSON files
+    end_of_document_in_text: EndInText = EndInText.escape  # text that spells the token that ends documents
     bad_lines: BadLines = BadLines.fail
     max_line_mb: float = 256.0  # a longer line counts as a bad line; 1e6 bytes
     workers: Optional[int] = None  # processes; null: one per core

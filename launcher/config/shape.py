@@ -15,6 +15,8 @@ from launcher.config.schema import (
 )
 
 END_OF_TEXT = 0  # the byte that ends each file of text
+LONGEST_PERIOD = 100_000  # samples until a blend repeats; made in a quarter of a second when a run starts
+ROUNDING = 1e-3  # the largest relative error of a share of a blend whose exact period would be longer
 
 
 def kv_heads(model: ModelConfig) -> int:
@@ -112,6 +114,22 @@ def whole_weights(weights: Sequence[float]) -> list[int]:
     scale = math.lcm(*(weight.denominator for weight in typed))
     whole = [int(weight * scale) for weight in typed]
     return [number // math.gcd(*whole) for number in whole]
+
+
+def blend_weights(weights: Sequence[float]) -> list[int]:
+    """Return integers of sum at most LONGEST_PERIOD in the same ratio, with an error of at most 0.1% each.
+
+    Where there are none, return the exact integers, whose sum is larger.
+    """
+    exact, total = whole_weights(weights), sum(weights)
+    rounded = [round(weight / total * LONGEST_PERIOD) for weight in weights]
+    is_close = all(
+        abs(number * total - weight * sum(rounded)) <= ROUNDING * weight * sum(rounded)
+        for number, weight in zip(rounded, weights, strict=True)
+    )
+    if sum(exact) <= LONGEST_PERIOD or sum(rounded) > LONGEST_PERIOD or not is_close:
+        return exact
+    return [number // math.gcd(*rounded) for number in rounded]
 
 
 def divisors(n: int) -> list[int]:

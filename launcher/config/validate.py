@@ -33,7 +33,6 @@ from launcher.text import plural, whole
 
 EXAMPLE_GLOB = "corpus/**/*.txt"
 EXAMPLE_PREFIX = "corpora/web"
-LONGEST_PERIOD = 100_000  # samples until a blend repeats; made in a quarter of a second when a run starts
 
 
 def validate(run: RunConfig, world: World) -> Layout:
@@ -352,11 +351,17 @@ def check_blend(run: RunConfig) -> None:
             why = f"{missing[0]} is not among data.sources"
             raise refusal(run, field, why, f"data.sources.{missing[0]}={EXAMPLE_PREFIX}")
     for name in d.sources:
+        if d.weights.get(name) == 0 and len(d.sources) > 1:
+            why = f"a weight of 0 uses no sample of {name}, and each of data.sources needs a weight above 0"
+            leave_out = f"{shlex.quote(f'~data.sources.{name}')} {shlex.quote(f'~data.weights.{name}')}"
+            raise refusal(run, "data.weights", why, f"{leave_out} (leaves {name} out, the nearest to 0)")
         if not 0 < d.weights.get(name, 0) < math.inf:
             why = f"a weight above 0 is needed for each of data.sources, and {name} has none"
             raise refusal(run, "data.weights", why, f"data.weights.{name}=1")
-    if (period := sum(shape.whole_weights(list(d.weights.values())))) > LONGEST_PERIOD:
-        why = f"as whole numbers they add up to {whole(period)}, and {whole(LONGEST_PERIOD)} is the most"
+    if (period := sum(shape.blend_weights(list(d.weights.values())))) > shape.LONGEST_PERIOD:
+        why = (
+            f"as whole numbers they add up to {whole(period)}, and {whole(shape.LONGEST_PERIOD)} is the most"
+        )
         total = sum(d.weights.values())
         rounded = {name: max(1, round(weight / total * 10_000)) for name, weight in d.weights.items()}
         raise refusal(run, "data.weights", why, shlex.quote(f"data.weights={as_typed(rounded)}"))

@@ -17,7 +17,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from launcher.config.shape import whole_weights
+from launcher.config.shape import blend_weights
 from launcher.data.sampler import MicroBatch, Samples
 
 Indices = npt.NDArray[np.int64]
@@ -83,7 +83,7 @@ class Segment:
 
     @property
     def schedule(self) -> Schedule:
-        return Schedule(tuple(whole_weights([self.weights[name] for name in self.names])))
+        return Schedule(tuple(blend_weights([self.weights[name] for name in self.names])))
 
 
 @dataclass(frozen=True, eq=False)  # eq: samples have no single truth value

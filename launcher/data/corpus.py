@@ -1,6 +1,7 @@
 """Find the files of a text corpus, split them into training and validation, and read their bytes.
 
-Tokens are bytes. A zero byte, which text does not contain, ends each file.
+Tokens are the bytes of the text as UTF-8, without a byte order mark. A zero byte ends each file. A file that
+contains a zero byte is refused, because the text behind it would be another document.
 The result does not depend on the order in which a file system lists its entries.
 """
 
@@ -21,6 +22,18 @@ import numpy.typing as npt
 from launcher.config.errors import ConfigError
 from launcher.config.schema import CorpusSource, DataConfig
 from launcher.config.shape import END_OF_TEXT
+from launcher.data.input_files import (
+    COPY,
+    EMPTY,
+    NOT_A_FILE,
+    TWICE,
+    LeftOut,
+    closest_directory,
+    is_copy,
+    matching,
+    prepare_commands,
+)
+from launcher.data.reading import COMPRESSED, encoding_of
 from launcher.text import plural
 
 _END = bytes([END_OF_TEXT])
@@ -39,9 +52,10 @@ class Corpus:
     train: npt.NDArray[np.uint8]
     validation: npt.NDArray[np.uint8]
 
-    def digest(self) -> str:
-        """Return a digest of the training tokens, which does not depend on the path of the files."""
-        return f"{len(self.train)}-{zlib.crc32(self.train.data):08x}"
+
+def tokens_digest(tokens: npt.NDArray[np.uint8]) -> str:
+    """Return a digest of the tokens, which does not depend on the path of the files."""
+    return f"{len(tokens)}-{zlib.crc32(tokens.data):08x}"
 
 
 @dataclass(frozen=True, order=True)
@@ -52,34 +66,38 @@ class _TextFile:
     path: Path
 
 
-def corpus_files(data: DataConfig) -> tuple[list[Path], list[Path]]:
+def corpus_files(data: DataConfig, left_out: LeftOut | None = None) -> tuple[list[Path], list[Path]]:
     """Return the files of (train, validation), each in corpus order, without reading their content.
 
     The lists are disjoint, with one exception: a single file without a validation glob is in both lists, and
     `load_corpus` then splits its bytes. Files that `data.validation` matches are never trained on.
+    Adds the number of files that are not read to `left_out`, by reason.
     Raises ConfigError if a field matches no usable file or a file cannot be read.
     """
+    left_out = Counter() if left_out is None else left_out
     if data.source is CorpusSource.stdlib:
         candidates = _stdlib_files()
     else:
         assert data.train is not None, "validated with the config"
-        candidates = _text_files("data.train", data.train)
+        candidates = _text_files("data.train", data.train, left_out)
     if data.validation is None:
         train, validation = _split(candidates, data.validation_fraction)
     else:
-        validation = _text_files("data.validation", data.validation)
+        validation = _text_files("data.validation", data.validation, left_out)
         train = _without(candidates, validation, data.validation)
+        left_out["files of data.validation"] += len(candidates) - len(train)
     return [file.path for file in train], [file.path for file in validation]
 
 
-def token_counts(data: DataConfig) -> tuple[int, int]:
-    """Return the number of tokens of (train, validation) from file sizes. Raises ConfigError."""
-    train, validation = corpus_files(data)
+def token_counts(data: DataConfig, left_out: LeftOut) -> tuple[int, int]:
+    """Return the number of tokens of (train, validation); reads the files. Raises ConfigError."""
+    train, validation = corpus_files(data, left_out)
     if train == validation:
-        total = _token_count(train)
+        total = sum(map(len, _documents("data.train", train)))
         cut = _tail_start(total, data.validation_fraction)
         return cut, total - cut
-    return _token_count(train), _token_count(validation)
+    train_tokens = sum(map(len, _documents("data.train", train)))
+    return train_tokens, sum(map(len, _documents("data.validation", validation)))
 
 
 def load_corpus(data: DataConfig) -> Corpus:
@@ -89,16 +107,17 @@ def load_corpus(data: DataConfig) -> Corpus:
     tokens is the validation part. Raises ConfigError as `corpus_files` does.
     """
     train, validation = corpus_files(data)
+    tokens = np.frombuffer(b"".join(_documents("data.train", train)), dtype=np.uint8)
     if train == validation:
-        tokens = _read(train)
         cut = _tail_start(len(tokens), data.validation_fraction)
         return Corpus(train=tokens[:cut], validation=tokens[cut:])
-    return Corpus(train=_read(train), validation=_read(validation))
+    held_out = np.frombuffer(b"".join(_documents("data.validation", validation)), dtype=np.uint8)
+    return Corpus(train=tokens, validation=held_out)
 
 
 def _stdlib_files() -> list[_TextFile]:
     root, value = Path(sysconfig.get_paths()["stdlib"]), CorpusSource.stdlib.value
-    files = _usable(_walk_python(root), "data.source", value)
+    files = _usable(_walk_python(root), "data.source", value, Counter())
     if not files:
         why = f"this Python installation has no source files in {root}"
         # Quoted for both the shell and Hydra's grammar, like every glob in a message.
@@ -114,16 +133,40 @@ def _walk_python(root: Path) -> Iterator[_TextFile]:
             yield _TextFile(path.relative_to(root).as_posix(), path)
 
 
-def _text_files(field: str, pattern: str) -> list[_TextFile]:
+def _text_files(field: str, pattern: str, left_out: LeftOut) -> list[_TextFile]:
     root, relative = _fixed_root(pattern)
-    matches = glob.glob(relative, root_dir=root, recursive=True)
-    files = _usable((_TextFile(Path(name).as_posix(), root / name) for name in matches), field, pattern)
+    matches = list(matching(root, relative, field, left_out))
+    candidates = [_TextFile(path.relative_to(root).as_posix(), path) for path in matches]
+    if not is_copy(Path(pattern)):
+        kept = [file for file in candidates if not is_copy(Path(file.name)) or file.path.is_dir()]
+        left_out[COPY] += len(candidates) - len(kept)
+        candidates = kept
+    files = _usable(candidates, field, pattern, left_out)
+    _refuse_other_formats(files, field, pattern, root)
     if not files:
-        empty = any(os.path.isfile(root / name) for name in matches)
+        empty = any(map(os.path.isfile, matches))
         why = "every matched file is empty" if empty else "the glob matches no file"
         why += f" (searched in {Path.cwd() / root})"
         raise ConfigError(field, pattern, why, _glob_remedy(field, pattern, root))
     return files
+
+
+def _refuse_other_formats(files: list[_TextFile], field: str, pattern: str, root: Path) -> None:
+    """Raise ConfigError for files that only `launcher prepare` reads."""
+    endings = {file.path.suffix.lower() for file in files}
+    # JSON among other files may be source text.
+    refused = next((file.path for file in files if _needs_prepare(file.path)), None)
+    if endings == {".json"}:
+        refused = files[0].path
+    if refused is not None:
+        source = root if glob.has_magic(pattern) else refused
+        kind = "compressed" if refused.suffix.lower() in COMPRESSED else "a file of records"
+        why = f"{refused} is {kind}, and data=text trains on the bytes of files as they are"
+        raise ConfigError(field, pattern, why, prepare_commands(source))
+
+
+def _needs_prepare(path: Path) -> bool:
+    return path.suffix.lower() in (*COMPRESSED, ".jsonl", ".ndjson", ".parquet")
 
 
 def _fixed_root(pattern: str) -> tuple[Path, str]:
@@ -139,37 +182,43 @@ def _glob_remedy(field: str, pattern: str, root: Path) -> str:
 
     Only that directory is listed, not its subdirectories: the tree may be a whole disk.
     """
-    candidates = (Path(os.path.expanduser(pattern)), root, *root.parents)
-    directory = next((candidate for candidate in candidates if _is_listable(candidate)), Path())
-    suffixes = Counter(entry.suffix for entry in directory.iterdir() if _holds_text(entry))
+    directory = closest_directory((Path(os.path.expanduser(pattern)), root, *root.parents))
+    entries = sorted(filter(_holds_text, directory.iterdir())) if directory else []
+    suffixes = Counter(entry.suffix for entry in entries if not _needs_prepare(entry))
+    if directory and not suffixes and entries:
+        return prepare_commands(directory)
     if not suffixes:
-        return f"'{field}=\"{directory / '**' / '*.txt'}\"' or another glob that matches files with text"
+        # In a directory without text, or outside the user's directories: a glob to adapt.
+        example = directory or Path("corpus")
+        return f"'{field}=\"{example / '**' / '*.txt'}\"' or another glob that matches files with text"
     suffix, count = min(suffixes.items(), key=lambda item: (-item[1], item[0]))
     matching = Path(glob.escape(str(directory)), f"*{suffix}")
     return f"'{field}=\"{matching}\"' ({plural(count, 'file')})"
 
 
-def _is_listable(directory: Path) -> bool:
-    # os.path.isdir, because Path.is_dir raises inside a directory without permission to enter.
-    return os.path.isdir(directory) and os.access(directory, os.R_OK | os.X_OK)
-
-
 def _holds_text(entry: Path) -> bool:
     # A wildcard does not match a leading dot.
-    return not entry.name.startswith(".") and os.path.isfile(entry) and os.path.getsize(entry) > 0
+    return (
+        not entry.name.startswith(".")
+        and not is_copy(entry)
+        and os.path.isfile(entry)
+        and os.path.getsize(entry) > 0
+    )
 
 
-def _usable(candidates: Iterable[_TextFile], field: str, value: str) -> list[_TextFile]:
-    """Return the non-empty regular files, without duplicates, in corpus order.
+def _usable(candidates: Iterable[_TextFile], field: str, value: str, left_out: LeftOut) -> list[_TextFile]:
+    """Return the non-empty regular files, each once, in corpus order; count the others in `left_out`.
 
     Raises ConfigError for a file that cannot be read. If such a file were left out, the run would train on
     another corpus than `field` names, and nodes with different permissions would train on different corpora.
     """
-    usable = []
+    usable: dict[tuple[int, int], _TextFile] = {}
     for file in sorted(set(candidates)):
         try:
             status = os.stat(file.path)
             if not stat.S_ISREG(status.st_mode) or status.st_size == 0:
+                if not stat.S_ISDIR(status.st_mode):
+                    left_out[EMPTY if stat.S_ISREG(status.st_mode) else NOT_A_FILE] += 1
                 continue
             if not os.access(file.path, os.R_OK):
                 raise PermissionError("permission denied")
@@ -177,8 +226,8 @@ def _usable(candidates: Iterable[_TextFile], field: str, value: str) -> list[_Te
             why = f"{file.path} cannot be read: {error.strerror or error}"
             remedy = f"make {file.path} readable, or set {field} to files without it"
             raise ConfigError(field, value, why, remedy) from error
-        usable.append(file)
-    return usable
+        left_out[TWICE] += usable.setdefault((status.st_dev, status.st_ino), file) is not file
+    return list(usable.values())
 
 
 def _split(files: list[_TextFile], fraction: float) -> tuple[list[_TextFile], list[_TextFile]]:
@@ -214,13 +263,25 @@ def _without(files: list[_TextFile], held_out: list[_TextFile], pattern: str) ->
     return remaining
 
 
-def _token_count(files: list[Path]) -> int:
-    return sum(path.stat().st_size + len(_END) for path in files)
-
-
 def _tail_start(tokens: int, fraction: float) -> int:
     return tokens - max(1, int(tokens * fraction))
 
 
-def _read(files: list[Path]) -> npt.NDArray[np.uint8]:
-    return np.frombuffer(b"".join(path.read_bytes() + _END for path in files), dtype=np.uint8)
+def _documents(field: str, files: list[Path]) -> Iterator[bytes]:
+    """Yield the text of each file as UTF-8, and the byte that ends it. Raises ConfigError about `field`."""
+    for path in files:
+        text = path.read_bytes()
+        encoding, mark = encoding_of(text[:4])
+        if encoding != "utf-8":
+            try:
+                text = text.decode(encoding).encode()
+            except UnicodeError as error:
+                why = f"{path} begins as {encoding.upper()}, but its text is not valid: {error}"
+                raise ConfigError(field, str(path), why, f"{field} set to files without {path}") from None
+        else:
+            text = text[mark:]
+        if (place := text.find(_END)) >= 0:
+            why = f"{path} contains a zero byte (byte {place}), the token that ends a document"
+            remedy = "UTF-8 files without zero bytes (UTF-16 needs a byte order mark)"
+            raise ConfigError(field, str(path), why, remedy)
+        yield text + _END

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from launcher.config.errors import ConfigError
 from launcher.config.schema import DataConfig, ModelConfig
 from launcher.data.corpus import split_key
+from launcher.data.input_files import LeftOut, files_below
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 DIGITS = 1797  # images of 8 x 8 pixels
@@ -68,8 +69,8 @@ class ImageFiles:
         return images, np.array([[file.label] for file in files], np.int64)
 
 
-def digits(data: DataConfig) -> tuple[list[ImageArray], str]:
-    """Return the training, validation and test part of the digits, and a digest of the training part."""
+def digits(data: DataConfig) -> tuple[list[ImageArray], dict[str, str]]:
+    """Return the training, validation and test part of the digits, and the digest of the training part."""
     from sklearn.datasets import load_digits
 
     dataset: Any = load_digits()
@@ -80,7 +81,7 @@ def digits(data: DataConfig) -> tuple[list[ImageArray], str]:
     parts = [np.array(part, np.int64) for part in _parts([str(n) for n in range(DIGITS)], data)]
     arrays = [ImageArray(images[part], labels[part]) for part in parts]
     digest = hashlib.sha256(arrays[0].images.tobytes() + arrays[0].labels.tobytes()).hexdigest()[:16]
-    return arrays, digest
+    return arrays, {"": digest}
 
 
 def digit_counts(data: DataConfig) -> list[int]:
@@ -88,8 +89,13 @@ def digit_counts(data: DataConfig) -> list[int]:
     return [len(part) for part in _parts([str(n) for n in range(DIGITS)], data)]
 
 
-def image_folder(data: DataConfig, model: ModelConfig) -> tuple[list[ImageFiles], str]:
-    """Return the training, validation and test part of `data.train`, and a digest of the training part.
+def image_folder(
+    data: DataConfig, model: ModelConfig, left_out: LeftOut
+) -> tuple[list[ImageFiles], dict[str, str]]:
+    """Return the training, validation and test part of `data.train`, and digests.
+
+    The digest of the training part has the name ""; "validation" and "test" have one if they have their own
+    directory. Adds the number of files that are not used to `left_out`, by reason.
 
     `data.train` contains a directory per class. If `data.validation` or `data.test` is set, that part is read
     from a directory of the same structure instead. The digest covers the names and sizes of the files.
@@ -101,17 +107,22 @@ def image_folder(data: DataConfig, model: ModelConfig) -> tuple[list[ImageFiles]
         why = f"the images in data.train={data.train} have {len(names)} classes"
         remedy = f"model.num_classes={len(names)} (or more)"
         raise ConfigError("model.num_classes", model.num_classes, why, remedy)
-    files = _files(data.train, "data.train", names)
+    files = _files(data.train, "data.train", names, left_out)
     parts = [[files[n] for n in part] for part in _parts([file.name for file in files], data)]
     fields = ["data.train", "data.validation", "data.test"]
+    digests = {"": _digest(parts[0])}
     for number, directory in ((1, data.validation), (2, data.test)):
         if directory is not None:
-            parts[number] = _files(directory, fields[number], names)
-    text = "".join(f"{file.name}/{file.path.stat().st_size}\n" for file in parts[0])
-    digest = hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+            parts[number] = _files(directory, fields[number], names, left_out)
+            digests[fields[number].removeprefix("data.")] = _digest(parts[number])
     size, channels = model.image_size, model.image_channels
     by_field = zip(fields, parts, strict=True)
-    return [ImageFiles(part, size, channels, field) for field, part in by_field], digest
+    return [ImageFiles(part, size, channels, field) for field, part in by_field], digests
+
+
+def _digest(files: list[ImageFile]) -> str:
+    text = "".join(f"{file.name}/{file.path.stat().st_size}\n" for file in files)
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
 def check_images(images: ImageFiles) -> None:
@@ -146,17 +157,18 @@ def _class_names(root: str, field: str) -> list[str]:
     return sorted(names)
 
 
-def _files(root: str, field: str, names: list[str]) -> list[ImageFile]:
+def _files(root: str, field: str, names: list[str], left_out: LeftOut) -> list[ImageFile]:
     if unknown := [name for name in _class_names(root, field) if name not in names]:
         why = f"this directory has a class {unknown[0]!r}, which data.train does not have"
         raise ConfigError(field, root, why, f"{field}=DIRECTORY with the classes of data.train only")
     path = Path(root).expanduser()
-    files = [
-        ImageFile(file.relative_to(path).as_posix(), file, label)
-        for label, name in enumerate(names)
-        for file in sorted((path / name).rglob("*"))
-        if file.suffix.lower() in ENDINGS
-    ]
+    files = []
+    for label, name in enumerate(names):
+        # Held-out files need not have every class.
+        below = files_below(path / name, left_out, field) if (path / name).is_dir() else []
+        images = [file for file in below if file.suffix.lower() in ENDINGS]
+        left_out["not images"] += len(below) - len(images)
+        files += [ImageFile(file.relative_to(path).as_posix(), file, label) for file in images]
     if not files:
         why = "the class directories contain no image files"
         raise ConfigError(field, root, why, f"{field}=DIRECTORY with files ending in {', '.join(ENDINGS)}")

@@ -1,9 +1,10 @@
 """Open the training, validation and test data of a run, and check the data before ranks start.
 
-The check takes about a second: it reads the sizes of text files and a few pages of each token file.
+The check reads text files, which are small, and a few pages of each token file.
 """
 
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,9 @@ from launcher.config.schema import CorpusSource, RunConfig
 from launcher.config.shape import is_of_images, sequence_length
 from launcher.data.blend import Blend, Segment
 from launcher.data.card import tokenizer_path
-from launcher.data.corpus import load_corpus, token_counts
+from launcher.data.corpus import load_corpus, token_counts, tokens_digest
 from launcher.data.images import check_images, digit_counts, digits, image_folder
+from launcher.data.input_files import LeftOut
 from launcher.data.sampler import Samples
 from launcher.data.tokenizer import HuggingFace
 from launcher.data.tokens import (
@@ -22,6 +24,7 @@ from launcher.data.tokens import (
     TokenSplit,
     check_documents_end,
     check_vocabulary,
+    known_prefixes,
     open_tokens,
     probe_ids,
 )
@@ -38,7 +41,7 @@ class Data:
     train: dict[str, Samples]
     validation: dict[str, Samples]
     test: dict[str, Samples]
-    digests: dict[str, str]
+    digests: dict[str, str]  # also of separate validation and test files, by `held_out_name`
 
     def blend(self, segments: Sequence[Segment]) -> Blend:
         """Return the training samples in the order that the blends of the run give."""
@@ -50,26 +53,37 @@ def blend_of(run: RunConfig, start: int = 0) -> Segment:
     return Segment(start, run.data.weights or {ONLY: 1.0})
 
 
+def held_out_name(source: str, part: str) -> str:
+    """Return the name of a digest of separate validation or test files; no source has such a name."""
+    return f"{source}:{part}"
+
+
 def open_data(run: RunConfig) -> Data:
     """Return the data of a run, opened for one rank. Raises ConfigError for missing or damaged data."""
     if run.data.source is CorpusSource.tokens:
         splits = _token_splits(run)
         parts = {name: (split.train, split.validation, split.test) for name, split in splits.items()}
-        digests = {name: split.digest() for name, split in splits.items()}
+        digests = {
+            held_out_name(name, part) if part else name: digest
+            for name, split in splits.items()
+            for part, digest in split.digests().items()
+        }
     elif is_of_images(run):
         of_digits = run.data.source is CorpusSource.digits
-        images, digest = digits(run.data) if of_digits else image_folder(run.data, run.model)
+        images, digests = digits(run.data) if of_digits else image_folder(run.data, run.model, Counter())
         train, validation, test = images
         return Data(
             {ONLY: Samples(train, run.training.seed)},
             {ONLY: Samples(validation, None)},
             {ONLY: Samples(test, None)} if len(test) else {},
-            {ONLY: digest},
+            {held_out_name(ONLY, part) if part else ONLY: digest for part, digest in digests.items()},
         )
     else:
         corpus = load_corpus(run.data)
         parts = {ONLY: ([Stretch(corpus.train)], [Stretch(corpus.validation)], [])}
-        digests = {ONLY: corpus.digest()}
+        digests = {ONLY: tokens_digest(corpus.train)}
+        if run.data.validation is not None:
+            digests[held_out_name(ONLY, "validation")] = tokens_digest(corpus.validation)
     seed = run.training.seed
     return Data(
         # Each source has its own seed: with one seed, two sources of equal length would have the same order.
@@ -80,16 +94,36 @@ def open_data(run: RunConfig) -> Data:
     )
 
 
-def check_data(run: RunConfig) -> None:
-    """Check that a run can train on its data; reads only a few pages of each file. Raises ConfigError."""
+def check_data(run: RunConfig) -> LeftOut:
+    """Check that a run can train on its data. Raises ConfigError.
+
+    Reads text files completely, and a few pages of each other file. Returns the number of files that the
+    config names and the run does not use, by reason.
+    """
+    left_out: LeftOut = Counter()
     if is_of_images(run):
-        _check_images(run)
-        return
-    if run.data.source is not CorpusSource.tokens:
-        train, validation = token_counts(run.data)
+        _check_images(run, left_out)
+    elif run.data.source is CorpusSource.tokens:
+        _check_tokens(run, left_out)
+    else:
+        train, validation = token_counts(run.data, left_out)
         _check_lengths(run, ONLY, {"training": [train], "validation": [validation]})
-        return
-    splits = _token_splits(run)
+    return left_out
+
+
+def check_known_vocabulary(run: RunConfig) -> None:
+    """Raise ConfigError if token files on this machine have more tokens than the model's vocabulary.
+
+    Unlike `check_data`, it accepts missing files: a plan may be for another machine.
+    """
+    if run.data.source is CorpusSource.tokens:
+        patterns = [*run.data.sources.values(), *([run.data.train] if run.data.train else [])]
+        for prefix in (prefix for pattern in patterns for prefix in known_prefixes(pattern)):
+            check_vocabulary(run.model.vocab_size, prefix)
+
+
+def _check_tokens(run: RunConfig, left_out: LeftOut) -> None:
+    splits = _token_splits(run, left_out)
     for prefix in _prefixes(splits):
         check_vocabulary(run.model.vocab_size, prefix)
     tokenizer_of(run, splits)
@@ -105,11 +139,11 @@ def check_data(run: RunConfig) -> None:
         _check_lengths(run, name, lengths)
 
 
-def _check_images(run: RunConfig) -> None:
+def _check_images(run: RunConfig, left_out: LeftOut) -> None:
     if run.data.source is CorpusSource.digits:
         counts = digit_counts(run.data)
     else:
-        folders, _ = image_folder(run.data, run.model)
+        folders, _ = image_folder(run.data, run.model, left_out)
         counts = [len(folder) for folder in folders]
         for folder in folders:
             check_images(folder)
@@ -126,12 +160,13 @@ def _check_lengths(run: RunConfig, name: str, parts: dict[str, list[int]]) -> No
         check_long_enough(tokens, sequence_length(run), f"the {part} part of {name or 'the corpus'}")
 
 
-def _token_splits(run: RunConfig) -> dict[str, TokenSplit]:
-    d = run.data
+def _token_splits(run: RunConfig, left_out: LeftOut | None = None) -> dict[str, TokenSplit]:
+    d, counts = run.data, Counter() if left_out is None else left_out
 
     def split(field: str, train: str, validation_field: str, validation: str | None) -> TokenSplit:
         held_out = HeldOutPart(validation_field, validation, d.validation_fraction)
-        return open_tokens(field, train, held_out, HeldOutPart("data.test", d.test, d.test_fraction))
+        test, sample = HeldOutPart("data.test", d.test, d.test_fraction), sequence_length(run) + 1
+        return open_tokens(field, train, held_out, test, sample, counts)
 
     if not d.sources:
         assert d.train is not None, "validated with the config"

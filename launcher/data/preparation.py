@@ -6,9 +6,10 @@ of the progress, and renamed at the end. The .idx is renamed last, so a TARGET.i
 
 import errno
 import json
+import re
 import shutil
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import suppress
@@ -20,21 +21,32 @@ from typing import IO, Any
 import numpy as np
 
 from launcher import __version__
-from launcher.config.errors import ConfigError, settings
-from launcher.config.schema import BadLines, PrepareConfig
+from launcher.config.errors import ConfigError, typed_text
+from launcher.config.schema import BadLines, EndInText, PrepareConfig
 from launcher.data.card import card_path, tokenizer_path
-from launcher.data.reading import FileFormat, Place, RecordBatch, batches, format_of
+from launcher.data.input_files import EMPTY, TWICE, LeftOut, files_below, first_of_each, listed
+from launcher.data.reading import JSON_ARRAY, Place, RecordBatch, batches, format_of
 from launcher.data.token_file import bin_path, index_path, write_index
-from launcher.data.tokenise import TokenisedBatch, TokenizerSpec, Worker, WorkerKilled, WorkerPool, text_of
+from launcher.data.tokenise import (
+    SPELLS_END,
+    BadLine,
+    NoText,
+    TokenisedBatch,
+    TokeniseSettings,
+    Worker,
+    WorkerKilled,
+    WorkerPool,
+    text_of,
+)
 from launcher.data.tokenizer import Tokenizer, train_bpe, write_byte_tokenizer
 from launcher.files import partial_path, rename, sync, write_text
 
 JOURNAL, TOKENS, LENGTHS, INDEX = "journal.json", "tokens.bin", "lengths.bin", "index.idx"
-BAD, TOKENIZER, CARD = "bad_lines.txt", "tokenizer.json", "card.json"
+BAD, TOKENIZER, CARD, MADE_OF = "bad_lines.txt", "tokenizer.json", "card.json", "made_of.json"
 _SAVE_INTERVAL = 5.0  # seconds between two writes of the journal
 _LONGEST = 2**30  # tokens per document: a longer text is split, because the index stores lengths in 31 bits
 _AHEAD = 4  # batches per process that are read before their results are written
-_FORMAT = 1  # version of the journal and of the output; a change makes an interrupted preparation start again
+_FORMAT = 2  # version of the journal and of the output; a change makes an interrupted preparation start again
 
 
 @dataclass
@@ -46,23 +58,43 @@ class PrepareProgress:
     documents: int = 0
     open_length: int = 0  # tokens so far of a plain text that continues in the next batch
     characters: int = 0
-    bad: int = 0  # bad lines
+    bad: dict[str, int] = field(default_factory=dict)  # bad lines by reason
     bad_bytes: int = 0  # size of the list of bad lines
+    empty: int = 0  # records whose text is empty
+    spelled: int = 0  # times that the text spells the end token
+    in_file: int = 0  # documents of the current file so far
+    files_without_text: int = 0
     done: bool = False
 
-    def add(self, batch: RecordBatch, tokenised: TokenisedBatch) -> list[int]:
-        """Count the tokens of a batch; return the lengths of the documents that end in the batch."""
-        self.tokens += sum(tokenised.lengths)
-        self.characters += tokenised.characters
-        ended = tokenised.lengths
-        if batch.format is FileFormat.plain_text:
-            self.open_length += sum(tokenised.lengths)
-            ended = []
-            if self.open_length and (batch.ends_document or self.open_length >= _LONGEST):
-                self.tokens += 1
-                ended, self.open_length = [self.open_length + 1], 0
+    @property
+    def bad_lines(self) -> int:
+        return sum(self.bad.values())
+
+    def add(self, batch: RecordBatch, tokenised: TokenisedBatch) -> tuple[list[int], bool]:
+        """Count the tokens of a batch.
+
+        Return the lengths of the documents that end in the batch, and whether an end token must be added
+        because the file, and with it the document, ends.
+        """
+        ended = list(tokenised.lengths)
+        if ended:
+            ended[0] += self.open_length
+            self.open_length = 0
+        self.open_length += tokenised.open_tokens
+        ends = self.open_length > 0 and (batch.ends_document or self.open_length >= _LONGEST)
+        self.tokens += sum(tokenised.lengths) + tokenised.open_tokens + ends
+        if ends:
+            ended.append(self.open_length + 1)
+            self.open_length = 0
         self.documents += len(ended)
-        return ended
+        self.characters += tokenised.characters
+        self.empty += tokenised.empty
+        self.spelled += tokenised.spelled
+        self.in_file += len(ended)
+        if batch.next_place.file != self.place.file:
+            self.files_without_text += not self.in_file
+            self.in_file = 0
+        return ended, ends
 
 
 @dataclass(frozen=True)
@@ -81,22 +113,47 @@ def bad_lines_path(prefix: Path) -> Path:
     return prefix.with_name(f"{prefix.name}.bad_lines.txt")
 
 
-def find_inputs(sources: list[Path]) -> tuple[list[InputFile], int]:
-    """Return the text files in reading order, and the number of skipped files. Raises ConfigError."""
-    inputs: list[InputFile] = []
-    skipped = 0
+def find_inputs(sources: list[Path]) -> tuple[list[InputFile], LeftOut]:
+    """Return the text files in reading order, and the number of files left out by reason. Raises ConfigError.
+
+    A file that is itself a source is read whatever its name is, hidden or not.
+    """
+    left_out: LeftOut = Counter()
+    names: dict[Path, str] = {}
     for source in sources:
         if not source.exists():
             raise ConfigError("SOURCE", source, "this file or directory does not exist", _SOURCES)
-        paths = sorted(path for path in source.rglob("*") if path.is_file()) if source.is_dir() else [source]
-        known = [path for path in paths if format_of(path) is not None]
-        skipped += len(paths) - len(known)
-        for path in known:
-            name = path.relative_to(source).as_posix() if source.is_dir() else path.name
-            inputs.append(InputFile(name, path, path.stat().st_size))
+        is_directory = source.is_dir()
+        paths = files_below(source, left_out, "SOURCE") if is_directory else [source]
+        for path in paths:
+            reason = _reason_to_leave_out(path, source if is_directory else path.parent)
+            if reason is None:
+                # A path that is named a second time is still the same file.
+                left_out[TWICE] += path in names
+                names.setdefault(path, path.relative_to(source).as_posix() if is_directory else path.name)
+            else:
+                left_out[reason] += 1
+    inputs = [InputFile(names[path], path, path.stat().st_size) for path in first_of_each(names, left_out)]
+    with_bytes = [file for file in inputs if file.bytes]
+    left_out[EMPTY] += len(inputs) - len(with_bytes)
     if not inputs:
-        raise ConfigError("SOURCE", sources[0], "no file has the ending of a known text format", _SOURCES)
-    return inputs, skipped
+        why = "no file has the ending of a known text format"
+        why += f" (left out: {listed(left_out)})" if left_out.total() else ""
+        raise ConfigError("SOURCE", sources[0], why, _SOURCES)
+    if not with_bytes:
+        raise ConfigError("SOURCE", inputs[0].path, "all files are empty", "files that contain text")
+    return with_bytes, left_out
+
+
+def _reason_to_leave_out(path: Path, root: Path) -> str | None:
+    """Return why a file below `root` is not read, or None."""
+    if any(parent.joinpath(MADE_OF).exists() for parent in path.parents if parent.is_relative_to(root)):
+        return "of an interrupted preparation"
+    for ending in (".bad_lines.txt", ".tokenizer.json", ".json"):
+        name = path.name.removesuffix(ending)
+        if name != path.name and index_path(path.with_name(name)).exists():
+            return "written by `launcher prepare`"
+    return "of other formats" if format_of(path) is None else None
 
 
 _SOURCES = "a .jsonl, .ndjson, .json or .txt file (also .gz or .zst), a .parquet file, or a directory of them"
@@ -109,32 +166,45 @@ class Preparation:
         self.inputs, self.target, self.config, self.workers = inputs, target, config, workers
         self.folder = partial_path(target)
         self.max_line = int(config.max_line_mb * 1e6)
+        self.first_fields: tuple[str, ...] = ()  # fields with text of the first record that lacks text_field
 
     def run(self, show: ShowProgress) -> PrepareProgress:
         """Write the token files, or the rest of them; return the progress. Raises ConfigError, OSError."""
         t = self.config.tokenizer
         if t.path is not None:
             # Raises ConfigError here: a later error would name the copy of the file in TARGET.partial/.
-            end = TokenizerSpec(Path(t.path).expanduser(), t.end_of_document).load().end_of_document
-            assert end >= 0
+            assert self._settings(Path(t.path).expanduser()).load().end_of_document >= 0
         self.resumed = self._begin()
-        spec = self._tokenizer()
-        tokenizer = spec.load()
+        settings = self._tokenizer()
+        tokenizer = settings.load()
         progress = self._journal()
         if not progress.done:
-            self._write(spec, tokenizer, progress, show)
+            self._write(settings, tokenizer, progress, show)
         if progress.documents == 0:
             shutil.rmtree(self.folder)
-            has_bytes = any(file.bytes for file in self.inputs)
-            why = "no file contains any text" if has_bytes else "all files are empty"
-            why += f" (bad lines: {progress.bad})" if progress.bad else ""
-            raise ConfigError("SOURCE", self.inputs[0].path, why, "files that contain text")
+            raise self._without_text(progress)
+        self.end = f"{tokenizer.end_spelling!r} (token {tokenizer.end_of_document})"
         self._finish(tokenizer, progress)
         return progress
 
+    def _without_text(self, progress: PrepareProgress) -> ConfigError:
+        bad = f" (bad lines: {listed(progress.bad)})" if progress.bad else ""
+        why, remedy = f"no file contains any text{bad}", "files that contain text"
+        if JSON_ARRAY.partition(",")[0] in progress.bad:
+            return ConfigError("json_arrays", "false", why, "json_arrays=true")
+        if self.first_fields:
+            names = [typed_text("text_field", name) for name in self.first_fields]
+            return ConfigError("text_field", self.config.text_field, why, " or ".join(names))
+        return ConfigError("SOURCE", self.inputs[0].path, why, remedy)
+
+    def _settings(self, tokenizer: Path | None) -> TokeniseSettings:
+        c = self.config
+        end, end_in_text = c.tokenizer.end_of_document, c.end_of_document_in_text
+        return TokeniseSettings(tokenizer, end, c.text_field, self.max_line, end_in_text)
+
     def _begin(self) -> bool:
         """Keep the folder of the same input and settings, else make it anew; return whether work resumes."""
-        fingerprint = self.folder / "made_of.json"
+        fingerprint = self.folder / MADE_OF
         if self._journal().done:
             # The last start stopped between the final renames: move the renamed files back.
             for path, name in self.outputs().items():
@@ -159,12 +229,13 @@ class Preparation:
             "inputs": [[file.name, file.bytes, file.path.stat().st_mtime_ns] for file in self.inputs],
             "text_field": c.text_field,
             "max_line": self.max_line,
+            "json_arrays": c.json_arrays,
             "tokenizer": tokenizer.read_text() if tokenizer and tokenizer.is_file() else None,
             "train": [c.tokenizer.train.name, c.vocab, c.tokenizer.train_mb] if c.tokenizer.train else None,
-            "end_of_document": c.tokenizer.end_of_document,
+            "end_of_document": [c.tokenizer.end_of_document, c.end_of_document_in_text.name],
         }
 
-    def _tokenizer(self) -> TokenizerSpec:
+    def _tokenizer(self) -> TokeniseSettings:
         """Write the tokenizer into the folder if it is missing there, and return its settings."""
         path, t = self.folder / TOKENIZER, self.config.tokenizer
         if self._is_bytes():
@@ -173,7 +244,7 @@ class Preparation:
             train_bpe(self._training_texts(int(t.train_mb * 1e6)), self.config.vocab, path)
         elif t.path is not None and not path.exists():
             shutil.copyfile(Path(t.path).expanduser(), path)
-        return TokenizerSpec(None if self._is_bytes() else path, t.end_of_document)
+        return self._settings(None if self._is_bytes() else path)
 
     def _is_bytes(self) -> bool:
         return self.config.tokenizer.path is None and self.config.tokenizer.train is None
@@ -184,15 +255,16 @@ class Preparation:
             remaining = total_bytes // len(self.inputs)
             for batch in self._batches([file.path], Place()):
                 for record in batch.records:
-                    with suppress(ValueError):
-                        text = text_of(record, batch.format, self.config.text_field, self.max_line)
+                    with suppress(NoText):
+                        text = text_of(record, batch.format, self._settings(None))
                         remaining -= len(text.encode())
                         yield text
                 if remaining <= 0:
                     break
 
     def _batches(self, files: list[Path], place: Place) -> Iterator[RecordBatch]:
-        return batches(files, place, self.config.text_field, self.max_line)
+        c = self.config
+        return batches(files, place, c.text_field, self.max_line, c.json_arrays)
 
     def _journal(self) -> PrepareProgress:
         path = self.folder / JOURNAL
@@ -202,7 +274,7 @@ class Preparation:
         return PrepareProgress(place=Place(**journal.pop("place")), **journal)
 
     def _write(
-        self, spec: TokenizerSpec, tokenizer: Tokenizer, progress: PrepareProgress, show: ShowProgress
+        self, settings: TokeniseSettings, tokenizer: Tokenizer, progress: PrepareProgress, show: ShowProgress
     ) -> None:
         size = tokenizer.dtype.itemsize
         end = np.array([tokenizer.end_of_document], tokenizer.dtype).tobytes()
@@ -221,17 +293,21 @@ class Preparation:
                     sync(Path(file.name))
                 write_text(self.folder / JOURNAL, json.dumps(asdict(progress), indent=2))
 
-            for batch, tokenised in self._tokenised(spec, progress.place):
+            for batch, tokenised in self._tokenised(settings, progress.place):
                 if tokenised.bad_lines and self.config.bad_lines is BadLines.fail:
                     save()
-                    line, reason = tokenised.bad_lines[0]
-                    raise _bad_line_error(self.config, f"{batch.file}:{line} {reason}")
-                for line, why in tokenised.bad_lines:
-                    progress.bad_bytes += bad.write(f"{batch.file}:{line}: {why}\n".encode())
-                progress.bad += len(tokenised.bad_lines)
-                ended = progress.add(batch, tokenised)
+                    raise _bad_line_error(self.config, batch, tokenised, is_first=progress.documents == 0)
+                for line in tokenised.bad_lines:
+                    progress.bad_bytes += bad.write(f"{batch.file}:{line.line}: {line.why}\n".encode())
+                    reason = re.split("[:;,]", line.why)[0]  # without what differs from line to line
+                    progress.bad[reason] = progress.bad.get(reason, 0) + 1
+                    self.first_fields = self.first_fields or line.fields
+                if not progress.open_length and tokenised.lengths[:1] == [1]:
+                    # The text begins with an end of a document, and no text comes before.
+                    tokenised.tokens, tokenised.lengths = tokenised.tokens[size:], tokenised.lengths[1:]
+                ended, ends = progress.add(batch, tokenised)
                 tokens.write(tokenised.tokens)
-                if ended and batch.format is FileFormat.plain_text:
+                if ends:
                     tokens.write(end)
                 lengths.write(np.array(ended, "<i4").tobytes())
                 progress.place = batch.next_place
@@ -242,14 +318,16 @@ class Preparation:
             progress.done = True
             save()
 
-    def _tokenised(self, spec: TokenizerSpec, place: Place) -> Iterator[tuple[RecordBatch, TokenisedBatch]]:
+    def _tokenised(
+        self, settings: TokeniseSettings, place: Place
+    ) -> Iterator[tuple[RecordBatch, TokenisedBatch]]:
         """Yield the batches from `place` on with their tokens, in the order of the files."""
         record_batches = self._batches([file.path for file in self.inputs], place)
         if self.workers == 1:
-            worker = Worker(spec, self.config.text_field, self.max_line)
+            worker = Worker(settings)
             yield from ((batch, worker.tokenise(batch)) for batch in record_batches)
             return
-        pool = WorkerPool(self.workers, spec, self.config.text_field, self.max_line)
+        pool = WorkerPool(self.workers, settings)
         pending: deque[tuple[RecordBatch, Future[TokenisedBatch]]] = deque()
         try:
             for batch in record_batches:
@@ -260,7 +338,7 @@ class Preparation:
             yield from ((first, future.result()) for first, future in pending)
         except WorkerKilled:
             why = "a worker process was killed, probably because the machine ran out of memory"
-            fewer = settings("workers", [max(1, self.workers // 2)])[0]
+            fewer = f"workers={max(1, self.workers // 2)}"
             remedy = f"{fewer} with the same command, which continues where this one stopped"
             raise ConfigError("workers", self.workers, why, remedy) from None
         finally:
@@ -281,7 +359,7 @@ class Preparation:
         write_index(self.folder / INDEX, lengths, tokenizer.dtype)
         write_text(self.folder / CARD, json.dumps(self._card(tokenizer, progress), indent=2))
         for path, name in self.outputs().items():
-            if (self.folder / name).exists() and not (name == BAD and progress.bad == 0):
+            if (self.folder / name).exists() and not (name == BAD and not progress.bad):
                 rename(self.folder / name, path)
         shutil.rmtree(self.folder)
 
@@ -293,20 +371,35 @@ class Preparation:
             "tokens": progress.tokens,
             "documents": progress.documents,
             "characters": progress.characters,
-            "bad_lines": progress.bad,
+            "bad_lines": progress.bad_lines,
             "launcher": __version__,
             "inputs": [{"name": file.name, "bytes": file.bytes} for file in self.inputs],
         }
 
 
-def _bad_line_error(config: PrepareConfig, why: str) -> ConfigError:
-    """Return the error about the first bad line; if the text field is missing, suggest the other fields."""
+def _bad_line_error(
+    config: PrepareConfig, batch: RecordBatch, tokenised: TokenisedBatch, *, is_first: bool
+) -> ConfigError:
+    """Return the error about the first bad line; if the text field is missing, suggest the other fields.
+
+    If no line before had the field either (`is_first`), leaving lines out would leave out all of them.
+    """
+    line: BadLine = tokenised.bad_lines[0]
+    why = f"{batch.file}:{line.line} {line.why}"
     skip = "bad_lines=skip (leaves bad lines out and lists them)"
-    fields = why.rpartition(f"has no {config.text_field!r}; its fields are: ")[2]
-    if fields in (why, "none"):
+    if line.why.startswith(SPELLS_END):
+        count = "end_of_document_in_text=count (the document ends there)"
+        mode = config.end_of_document_in_text
+        ways = ["end_of_document_in_text=escape"] if mode is EndInText.refuse else []
+        return ConfigError("end_of_document_in_text", mode.name, why, " or ".join([*ways, count, skip]))
+    if line.why == JSON_ARRAY:
+        return ConfigError("json_arrays", "false", why, "json_arrays=true (reads each object of such files)")
+    if not line.fields:
         return ConfigError("bad_lines", "fail", why, f"{skip}, or correct the line")
-    remedy = " or ".join([*settings("text_field", fields.split(", ")), skip])
-    return ConfigError("text_field", config.text_field, why, remedy)
+    remedies = [typed_text("text_field", name) for name in line.fields]
+    if not is_first or tokenised.lengths:
+        remedies.append(skip)
+    return ConfigError("text_field", config.text_field, why, " or ".join(remedies))
 
 
 def _open_truncated(path: Path, size: int) -> IO[bytes]:

@@ -14,11 +14,16 @@ states where the sequences and documents begin (megatron/core/datasets/indexed_d
     modes             int8 (n,): only in multimodal datasets; not read
 """
 
+import errno
 import hashlib
 import mmap
 import os
+import resource
 import struct
+import threading
 from bisect import bisect_left
+from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,25 +60,111 @@ class TokenFileError(Exception):
         super().__init__(f"{path} {why}")
 
 
-@dataclass(frozen=True, eq=False)  # eq: arrays have no single truth value
+class _Maps:
+    """The files that are memory-mapped. The file that was used longest ago is unmapped for another file.
+
+    Each map keeps a file descriptor, and a process may have as few as 1,024. The limit is raised as far as
+    the system allows; beyond it, files are mapped again when they are read.
+    """
+
+    def __init__(self) -> None:
+        self._maps: OrderedDict[Path, Array] = OrderedDict()
+        self._lock = threading.Lock()  # several threads read batches
+        self._most = 0
+
+    def map(self, path: Path) -> Array:
+        """Return the bytes of a file. Raises TokenFileError if it cannot be mapped."""
+        with self._lock:
+            if path not in self._maps:
+                if len(self._maps) >= self._most:
+                    self._most = _files_that_may_be_mapped(len(self._maps) + 1)
+                while len(self._maps) >= self._most:
+                    self._maps.popitem(last=False)  # arrays that are in use keep the map alive
+                self._maps[path] = self._mapped(path)
+            self._maps.move_to_end(path)
+            return self._maps[path]
+
+    def _mapped(self, path: Path) -> Array:
+        try:
+            mapped = np.memmap(path, np.uint8, mode="r")
+            if path.suffix == ".bin":
+                # Without the kernel's read-ahead: windows are read in random order (`MappedTokens.fetch`).
+                mapped._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]
+            return mapped
+        except OSError as error:
+            if error.errno != errno.EMFILE or not self._maps:
+                raise TokenFileError(path, f"cannot be read: {error.strerror}") from None
+            # Other parts of the process use more descriptors than expected.
+            self._maps.clear()
+            self._most = max(1, self._most // 2)
+            return self._mapped(path)
+
+    def forget(self, *paths: Path) -> None:
+        """Unmap files that are opened again, because they may be other files by now."""
+        with self._lock:
+            for path in paths:
+                self._maps.pop(path, None)
+
+
+def _files_that_may_be_mapped(wanted: int) -> int:
+    """Return how many files may be mapped: a third of the limit on open files, which is raised if needed."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _MOST_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft // 3 < wanted and soft < most:
+        soft = min(most, max(2 * soft, 3 * wanted))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return max(1, (_MOST_OPEN_FILES if soft == resource.RLIM_INFINITY else soft) // 3)
+
+
+_MOST_OPEN_FILES = 3 * 2**14  # the kernel allows 65,530 maps per process by default
+_MAPS = _Maps()
+
+
+@dataclass(frozen=True)
 class TokenFile:
     """NAME.bin and NAME.idx, memory-mapped. Opening them reads a few pages, whatever their size."""
 
     prefix: Path  # the path without .bin or .idx
-    tokens: Array  # (tokens,) token ids
-    lengths: Array  # (sequences,) tokens of each sequence
-    pointers: Array  # (sequences,) byte of NAME.bin where each sequence begins
-    documents: Array  # (documents + 1,) first sequence of each document, and the number of sequences
+    dtype: np.dtype[Any]  # of the token ids
+    bin_size: int  # bytes
+    sequences: int
+    num_documents: int
 
     @property
-    def num_documents(self) -> int:
-        return len(self.documents) - 1
+    def tokens(self) -> Array:
+        """The token ids (tokens,)."""
+        if self.bin_size == 0 or self.bin_size % self.dtype.itemsize:
+            return np.empty(0, self.dtype)
+        return _MAPS.map(bin_path(self.prefix)).view(self.dtype)
+
+    @property
+    def lengths(self) -> Array:
+        """The tokens of each sequence (sequences,)."""
+        return self._section(_HEADER.size, self.sequences, "<i4")
+
+    @property
+    def pointers(self) -> Array:
+        """The byte of NAME.bin where each sequence begins (sequences,)."""
+        return self._section(_HEADER.size + 4 * self.sequences, self.sequences, "<i8")
+
+    @property
+    def documents(self) -> Array:
+        """The first sequence of each document, and the number of sequences (documents + 1,)."""
+        return self._section(_HEADER.size + 12 * self.sequences, self.num_documents + 1, "<i8")
+
+    def _section(self, start: int, count: int, code: str) -> Array:
+        index = _MAPS.map(index_path(self.prefix))
+        return index[start : start + count * np.dtype(code).itemsize].view(code)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.bin_size // self.dtype.itemsize
 
     def document_start(self, document: int) -> int:
         """Return the index of the document's first token; for `num_documents`, the number of tokens."""
         sequence = int(self.documents[document])
-        at_end = sequence == len(self.pointers)
-        return len(self.tokens) if at_end else int(self.pointers[sequence]) // self.tokens.itemsize
+        at_end = sequence == self.sequences
+        return self.num_tokens if at_end else int(self.pointers[sequence]) // self.dtype.itemsize
 
     def document(self, document: int) -> Array:
         """Return the tokens (length,) of a document."""
@@ -130,19 +221,8 @@ def open_token_file(prefix: Path) -> TokenFile:
     except OSError as error:
         raise TokenFileError(Path(error.filename), f"cannot be read: {error.strerror}") from None
     dtype, sequences, documents = _parse_header(index, header, index_size)
-    mapped = np.memmap(index, np.uint8, mode="r")
-
-    def section(start: int, count: int, code: str) -> Array:
-        return mapped[start : start + count * np.dtype(code).itemsize].view(code)
-
-    can_be_mapped = bin_size and bin_size % dtype.itemsize == 0
-    token_file = TokenFile(
-        prefix,
-        _map_for_random_access(tokens, dtype) if can_be_mapped else np.empty(0, dtype),
-        lengths=section(_HEADER.size, sequences, "<i4"),
-        pointers=section(_HEADER.size + 4 * sequences, sequences, "<i8"),
-        documents=section(_HEADER.size + 12 * sequences, documents, "<i8"),
-    )
+    _MAPS.forget(index, tokens)
+    token_file = TokenFile(prefix, dtype, bin_size, sequences, documents - 1)
     end = int(token_file.pointers[-1]) + int(token_file.lengths[-1]) * dtype.itemsize
     if end != bin_size:
         raise TokenFileError(tokens, f"has {bin_size} bytes, but {index.name} describes {end} bytes")
@@ -169,27 +249,35 @@ def _parse_header(index: Path, header: bytes, index_size: int) -> tuple[np.dtype
     return np.dtype(DTYPES[code]).newbyteorder("<"), sequences, documents
 
 
-def _map_for_random_access(path: Path, dtype: np.dtype[Any]) -> Array:
-    """Map the tokens without the kernel's read-ahead, as windows are read in random order (see `fetch`)."""
-    tokens = np.memmap(path, dtype, mode="r")
-    tokens._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]
-    return tokens
+class MappedTokens:
+    """The token ids [start, end) of a token file, which is memory-mapped when they are read."""
 
+    def __init__(self, file: TokenFile, start: int, end: int) -> None:
+        self.file, self.start, self.end = file, start, end
 
-def fetch(tokens: Array, first: int, count: int) -> None:
-    """Ask the kernel to start reading `count` tokens from index `first` of the file behind `tokens`.
+    def __len__(self) -> int:
+        return self.end - self.start
 
-    Without this call, the reads of the pages would wait for each other. Tokens in memory need no fetch.
-    """
-    mapping = getattr(tokens, "_mmap", None)
-    if mapping is not None:
-        start, end = first * tokens.itemsize, (first + count) * tokens.itemsize
+    def __getitem__(self, part: slice) -> Array:
+        start, end, step = part.indices(len(self))
+        return self.file.tokens[self.start + start : self.start + end : step]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self[:])
+
+    def fetch(self, first: int, count: int) -> None:
+        """Ask the kernel to start reading `count` token ids from index `first` on.
+
+        Without this call, the reads of the pages would wait for each other.
+        """
+        size = self.file.dtype.itemsize
+        start, end = (self.start + first) * size, (self.start + first + count) * size
         aligned = start // mmap.PAGESIZE * mmap.PAGESIZE
-        mapping.madvise(mmap.MADV_WILLNEED, aligned, end - aligned)
+        self.file.tokens._mmap.madvise(mmap.MADV_WILLNEED, aligned, end - aligned)  # type: ignore[attr-defined]
 
 
 def _check_order(file: TokenFile) -> None:
-    index, itemsize = index_path(file.prefix), np.int64(file.tokens.itemsize)
+    index, itemsize = index_path(file.prefix), np.int64(file.dtype.itemsize)
     for part in _checked_slices(len(file.lengths) - 1):
         ends = file.pointers[part] + file.lengths[part] * itemsize
         next_starts = file.pointers[part.start + 1 : part.stop + 1]

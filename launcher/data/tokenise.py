@@ -5,9 +5,11 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import islice
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from launcher.config.schema import EndInText
 from launcher.data.reading import FileFormat, RecordBatch
 from launcher.data.tokenizer import Bytes, HuggingFace, Tokenizer, pieces
 
@@ -24,81 +27,192 @@ _PIECE = 2**20  # the most characters that a tokenizer encodes in one call
 
 
 @dataclass(frozen=True)
-class TokenisedBatch:
-    """The tokens of a batch, without the end token of a plain text, which may continue in the next batch."""
+class BadLine:
+    """A line that contains no usable text."""
 
-    tokens: bytes
-    lengths: list[int]  # tokens of each document, or of this batch's piece of a plain text
-    characters: int
-    bad_lines: list[tuple[int, str]]  # line number, and what is wrong with the line
+    line: int  # line number
+    why: str
+    fields: tuple[str, ...] = ()  # fields of the line that contain text, if `text_field` does not
+
+
+@dataclass
+class TokenisedBatch:
+    """The tokens of a batch. A plain text may continue in the next batch, which then ends it."""
+
+    tokens: bytes = b""
+    lengths: list[int] = field(default_factory=list)  # of each document that ends here, with its end token
+    open_tokens: int = 0  # tokens after the last end: of a plain text that has not ended
+    characters: int = 0
+    bad_lines: list[BadLine] = field(default_factory=list)
+    empty: int = 0  # records whose text is empty
+    spelled: int = 0  # times that the text spells the end token
 
 
 @dataclass(frozen=True)
-class TokenizerSpec:
-    """The settings from which each process loads the tokenizer."""
+class TokeniseSettings:
+    """The settings from which each process builds its Worker."""
 
-    path: Path | None  # of a tokenizer.json; None: tokens are bytes
+    tokenizer: Path | None  # a tokenizer.json; None: tokens are bytes
     end_of_document: str | None  # the token that ends a document; None: a usual one
+    text_field: str
+    max_line: int  # bytes
+    end_in_text: EndInText = EndInText.escape
 
     def load(self) -> Tokenizer:
         """Return the tokenizer. Raises ConfigError if the file cannot be used."""
-        path, end = self.path, self.end_of_document
-        return Bytes() if path is None else HuggingFace(path, end, field="tokenizer.path")
+        if self.tokenizer is None:
+            return Bytes()
+        return HuggingFace(self.tokenizer, self.end_of_document, field="tokenizer.path")
+
+
+class NoText(ValueError):
+    """Raised for a record without usable text."""
+
+    def __init__(self, why: str, fields: Iterable[str] | None = None) -> None:
+        """`fields` are the record's fields that contain text; None if `text_field` is not at fault."""
+        super().__init__(why)
+        self.fields = None if fields is None else tuple(islice(fields, 5))
 
 
 class Worker:
     """Tokenises batches, each independently of the others."""
 
-    def __init__(self, spec: TokenizerSpec, text_field: str, max_line: int) -> None:
-        self._tokenizer, self._field, self._max_line = spec.load(), text_field, max_line
+    def __init__(self, settings: TokeniseSettings) -> None:
+        self._settings, self._tokenizer = settings, settings.load()
+        self._end = self._tokenizer.end_of_document
 
     def tokenise(self, batch: RecordBatch) -> TokenisedBatch:
         """Return the tokens of a batch, and its bad lines."""
-        texts: list[str] = []
-        bad_lines: list[tuple[int, str]] = []
+        tokenised, texts = TokenisedBatch(), []
         line = batch.first_line
         for record, line_count in zip(batch.records, batch.line_counts, strict=True):
             try:
-                texts.append(text_of(record, batch.format, self._field, self._max_line))
-            except ValueError as error:
-                bad_lines.append((line, str(error)))
+                text = text_of(record, batch.format, self._settings)
+                tokenised.empty += not text and (not isinstance(record, bytes) or bool(record.strip()))
+                texts.append((line, text))
+            except NoText as error:
+                fields = () if error.fields is None else error.fields or batch.fields
+                tokenised.bad_lines.append(BadLine(line, str(error), fields))
             line += line_count
-        if batch.damage:
-            bad_lines.append((line, batch.damage))
         if batch.format is FileFormat.plain_text:
-            texts = ["".join(texts)]
-        encoded = self._encode(texts)
-        end = np.array([self._tokenizer.end_of_document], self._tokenizer.dtype)
-        # A plain text may continue in the next batch, so its end token is written later. Records of the other
-        # formats are whole documents; an empty record is not a document.
-        if batch.format is not FileFormat.plain_text:
-            encoded = [np.concatenate([ids, end]) for ids in encoded if len(ids)]
-        tokens = np.concatenate(encoded) if encoded else end[:0]
-        lengths = [len(ids) for ids in encoded]
-        return TokenisedBatch(tokens.tobytes(), lengths, sum(map(len, texts)), bad_lines)
+            self._add_plain(texts, tokenised)
+        else:
+            self._add_documents(texts, tokenised)
+        tokenised.bad_lines.sort(key=lambda bad: bad.line)
+        if batch.damage:
+            tokenised.bad_lines.append(BadLine(line, batch.damage, batch.fields))
+        return tokenised
+
+    def _add_documents(self, texts: list[tuple[int, str]], tokenised: TokenisedBatch) -> None:
+        """Add the texts, each a document or several; an empty text is no document."""
+        documents, kept = self._encode([text for _, text in texts]), []
+        for (line, text), ids in zip(texts, documents, strict=True):
+            if self._is_good(line, text, ids, tokenised):
+                kept += [part for part in self._parts(ids) if len(part)]
+                tokenised.characters += len(text)
+        end = np.array([self._end], self._tokenizer.dtype)
+        kept = [np.concatenate([ids, end]) for ids in kept]
+        tokenised.tokens = b"".join(ids.tobytes() for ids in kept)
+        tokenised.lengths = [len(ids) for ids in kept]
+
+    def _add_plain(self, texts: list[tuple[int, str]], tokenised: TokenisedBatch) -> None:
+        """Add the lines of a plain text, which are encoded together."""
+        text = "".join(text for _, text in texts)
+        [ids] = self._encode([text])
+        if not self._is_allowed(text, ids):
+            # Find the lines that must be left out. Where no line alone is at fault, all are left out.
+            lines = self._encode([line for _, line in texts])
+            wrong = [not self._is_allowed(*pair) for pair in zip((t for _, t in texts), lines, strict=True)]
+            rest = [pair for pair, is_wrong in zip(texts, wrong, strict=True) if not is_wrong]
+            for (line, text), is_wrong in zip(texts, wrong, strict=True):
+                if is_wrong or len(rest) == len(texts):
+                    tokenised.spelled += text.count(self._tokenizer.end_spelling)
+                    tokenised.bad_lines.append(BadLine(line, self._end_in_text()))
+            return self._add_plain(rest if len(rest) < len(texts) else [], tokenised)
+        tokenised.spelled += text.count(self._tokenizer.end_spelling)
+        tokenised.characters = len(text)
+        *ended, last = self._parts(ids)
+        end = np.array([self._end], self._tokenizer.dtype)
+        # Only the first part may be empty: it continues the text of the batch before.
+        ended = [np.concatenate([part, end]) for number, part in enumerate(ended) if len(part) or not number]
+        tokenised.tokens = b"".join(part.tobytes() for part in [*ended, last])
+        tokenised.lengths, tokenised.open_tokens = [len(part) for part in ended], len(last)
+        return None
+
+    def _is_good(self, line: int, text: str, ids: npt.NDArray[Any], tokenised: TokenisedBatch) -> bool:
+        tokenised.spelled += text.count(self._tokenizer.end_spelling)
+        if not self._is_allowed(text, ids):
+            tokenised.bad_lines.append(BadLine(line, self._end_in_text()))
+            return False
+        return True
+
+    def _is_allowed(self, text: str, ids: npt.NDArray[Any]) -> bool:
+        """Return whether the text may be used although it spells the end token, or is encoded with it."""
+        if self._settings.end_in_text is EndInText.count:
+            return True
+        refuse = self._settings.end_in_text is EndInText.refuse
+        return not (ids == self._end).any() and not (refuse and self._tokenizer.end_spelling in text)
+
+    def _end_in_text(self) -> str:
+        if self._settings.end_in_text is EndInText.refuse:
+            return f"{SPELLS_END}, {self._tokenizer.end_spelling!r}"
+        hint = " (UTF-16 without a byte order mark?)" if self._tokenizer.end_spelling == "\0" else ""
+        spelling = f"{self._tokenizer.end_spelling!r}{hint}"
+        return f"{SPELLS_END}, {spelling}, and this tokenizer cannot encode the text without it"
+
+    def _parts(self, ids: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
+        """Return the ids between the end tokens, which are themselves left out."""
+        return [
+            part[number > 0 :] for number, part in enumerate(np.split(ids, (ids == self._end).nonzero()[0]))
+        ]
 
     def _encode(self, texts: list[str]) -> list[npt.NDArray[Any]]:
-        texts_in_pieces = [list(pieces(text, _PIECE)) for text in texts]
-        ids = iter(self._tokenizer.encode([piece for text in texts_in_pieces for piece in text]))
-        return [np.concatenate([next(ids) for _ in text]) for text in texts_in_pieces]
+        """Return the ids of each text. With end_in_text=count, each spelled end becomes an end token."""
+        end = np.array([self._end], self._tokenizer.dtype)
+        is_marker = self._settings.end_in_text is EndInText.count
+        spelling = self._tokenizer.end_spelling
+        parts = [text.split(spelling) if is_marker else [text] for text in texts]
+        in_pieces = [[list(pieces(part, _PIECE)) for part in text] for text in parts]
+        ids = iter(self._tokenizer.encode([piece for text in in_pieces for part in text for piece in part]))
+        encoded = []
+        for text in in_pieces:
+            joined = []
+            for part in text:
+                joined += [end, *(next(ids) for _ in part)]
+            encoded.append(np.concatenate(joined[1:]))
+        return encoded
 
 
-def text_of(record: bytes | str | None, file_format: FileFormat, field: str, max_line: int) -> str:
-    """Return the text of a record. Raises ValueError with the reason if the record is a bad line."""
+SPELLS_END = "spells the token that ends documents"
+
+
+def text_of(record: Any, file_format: FileFormat, settings: TokeniseSettings) -> str:
+    """Return the text of a record without a byte order mark. Raises NoText for a bad line."""
     if record is None:
-        too_long = f"is longer than max_line_mb={max_line / 1e6:g}"
-        raise ValueError(f"has no {field!r}" if file_format is FileFormat.parquet else too_long)
-    try:
-        text = record if isinstance(record, str) else record.decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}") from None
+        raise NoText(f"is longer than max_line_mb={settings.max_line / 1e6:g}")
+    if isinstance(record, dict):
+        text = _text_at(record, settings.text_field, record, settings.text_field)
+    else:
+        text = record if isinstance(record, str) else _decoded(record)
     if file_format is FileFormat.json_lines:
-        text = _json_text(text, field)
+        text = _json_text(text.removeprefix(_MARK), settings.text_field)
+    if file_format is not FileFormat.plain_text:
+        text = text.removeprefix(_MARK)
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ValueError("contains half a character (a lone surrogate)") from None
+        raise NoText("contains half a character (a lone surrogate)") from None
     return text
+
+
+_MARK = "\ufeff"  # the byte order mark: the beginning of a file, or of a text that was copied from a file
+
+
+def _decoded(record: bytes) -> str:
+    try:
+        return record.decode()
+    except UnicodeDecodeError as error:
+        raise NoText(f"is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}") from None
 
 
 def _json_text(line: str, field: str) -> str:
@@ -107,15 +221,63 @@ def _json_text(line: str, field: str) -> str:
     try:
         document = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"is not JSON: {str(error).partition(':')[0]}") from None
+        raise NoText(f"is not JSON: {str(error).partition(':')[0]}") from None
     if not isinstance(document, dict):
-        raise ValueError("is JSON but not an object")
-    text = document.get(field)
-    if text is None:
-        raise ValueError(f"has no {field!r}; its fields are: {', '.join(list(document)[:5]) or 'none'}")
-    if not isinstance(text, str):
-        raise ValueError(f"has a {field!r} that is not text")
-    return text
+        raise NoText("is JSON but not an object")
+    return _text_at(document, field, document, field)
+
+
+def _text_at(value: Any, path: str, document: dict[str, Any], field: str) -> str:
+    """Return the text at `path`, a part of `field`: names separated by dots, or * for each item of a list.
+
+    The texts of a list are joined by newlines. `document` is the whole record, for messages.
+    """
+    if not path:
+        return _checked_text(value, document, field)
+    name, _, rest = path.partition(".")
+    if name == "*" and isinstance(value, list):
+        return "\n".join(_text_at(item, rest, document, field) for item in value)
+    parts = path.split(".")
+    for count in range(len(parts), 0, -1):  # a name may itself contain dots
+        name, rest = ".".join(parts[:count]), ".".join(parts[count:])
+        if isinstance(value, dict) and name in value:
+            return _text_at(value[name], rest, document, field)
+    names = ", ".join(list(document)[:5]) or "none"
+    raise NoText(f"has no {field!r}; its fields are: {names}", _similar_fields(document, field))
+
+
+def _checked_text(value: Any, document: dict[str, Any], field: str) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bytes):
+        return _decoded(value)
+    if value is None:
+        raise NoText(f"has no text in {field!r} but null")
+    kinds = {list: "a list", dict: "an object", bool: "a truth value", int: "a number", float: "a number"}
+    kind = kinds.get(type(value), f"a value of the type {type(value).__name__}")
+    raise NoText(f"has no text in {field!r} but {kind}", _similar_fields(document, field))
+
+
+def _similar_fields(document: dict[str, Any], field: str) -> list[str]:
+    """Return the fields that contain text: those below the first name of `field`, or else all of them."""
+    first, last = field.partition(".")[0], field.rpartition(".")[2]
+    names = list(_text_fields(document))
+    inside = [name for name in names if name.startswith(f"{first}.")]
+    return sorted(inside or names, key=lambda name: name.rpartition(".")[2] != last)
+
+
+def _text_fields(value: Any, name: str = "") -> Iterator[str]:
+    """Yield the fields below `value` that contain text, as `text_field` names them."""
+    if isinstance(value, str | bytes):
+        yield name
+    elif isinstance(value, list) and value:
+        yield from _text_fields(value[0], f"{name}.*")
+    elif isinstance(value, dict) and name.count(".") < _DEEPEST:
+        for inner, item in value.items():
+            yield from _text_fields(item, f"{name}.{inner}" if name else inner)
+
+
+_DEEPEST = 8  # levels of a record in which fields are suggested
 
 
 class WorkerKilled(Exception):
@@ -130,13 +292,13 @@ class WorkerPool:
     keeps the writing end open.
     """
 
-    def __init__(self, count: int, spec: TokenizerSpec, text_field: str, max_line: int) -> None:
+    def __init__(self, count: int, settings: TokeniseSettings) -> None:
         context = get_context("fork")
         self._processes = []
         self._idle: SimpleQueue[Connection] = SimpleQueue()
         for _ in range(count):
             pipe, worker_pipe = context.Pipe()
-            arguments = (worker_pipe, spec, text_field, max_line, os.getpid())
+            arguments = (worker_pipe, settings, os.getpid())
             process = context.Process(target=_work, args=arguments, daemon=True)
             process.start()
             worker_pipe.close()
@@ -170,11 +332,11 @@ class WorkerPool:
         self._threads.shutdown()
 
 
-def _work(pipe: Connection, spec: TokenizerSpec, text_field: str, max_line: int, parent: int) -> None:
+def _work(pipe: Connection, settings: TokeniseSettings, parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
-    worker = Worker(spec, text_field, max_line)
+    worker = Worker(settings)
     with suppress(EOFError, OSError):  # raised when the parent process has ended
         while True:
             batch = pipe.recv()

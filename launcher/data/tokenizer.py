@@ -24,6 +24,7 @@ class Tokenizer(Protocol):
 
     vocab_size: int
     dtype: np.dtype[Any]  # of the token ids
+    end_spelling: str  # text that looks like the token that ends documents
 
     @property
     def end_of_document(self) -> int:
@@ -40,9 +41,10 @@ class Tokenizer(Protocol):
 
 
 class Bytes:
-    """Each byte of UTF-8 is a token; a zero byte, which text does not contain, ends a document."""
+    """Each byte of UTF-8 is a token; a zero byte ends a document. Text with a zero byte cannot be encoded."""
 
     vocab_size, end_of_document, dtype = BYTE_VALUES, END_OF_TEXT, smallest_dtype(BYTE_VALUES)
+    end_spelling = chr(END_OF_TEXT)
 
     def encode(self, texts: Sequence[str]) -> list[npt.NDArray[Any]]:
         # A prompt from the command line may contain bytes that are not UTF-8; prepare refuses such text.
@@ -59,6 +61,7 @@ class HuggingFace:
         """Load `path`; `end` ends documents (None: one of USUAL_ENDS). Raises ConfigError about `field`."""
         # Several processes tokenise at once, so threads inside the library would only slow each other down.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        from tokenizers import AddedToken
         from tokenizers import Tokenizer as LibraryTokenizer
 
         try:
@@ -75,18 +78,24 @@ class HuggingFace:
         self._vocabulary = self._tokenizer.get_vocab()
         self.vocab_size = max(self._vocabulary.values()) + 1  # the ids may have gaps
         self.dtype = smallest_dtype(self.vocab_size)
+        self._ends = [token for token in ((end,) if end else USUAL_ENDS) if token in self._vocabulary]
+        self.end_spelling = ""
+        for token in self._ends[:1]:
+            if self.end_of_document in self._tokenizer.get_added_tokens_decoder():
+                # Many files do not mark the token as special.
+                self._tokenizer.add_special_tokens([AddedToken(token, special=True)])
+            self.end_spelling = self.decode([self.end_of_document]) or token
 
     @property
     def end_of_document(self) -> int:
         """Return the id of the token that ends a document. Raises ConfigError if the tokenizer has none."""
         end = self._end
-        known = [token for token in ((end,) if end else USUAL_ENDS) if token in self._vocabulary]
-        if not known:
+        if not self._ends:
             missing = f"no token {end!r}" if end else f"none of {', '.join(USUAL_ENDS)}"
             why = f"this tokenizer has {missing} to end documents with"
             example = shlex.quote(f'tokenizer.end_of_document="{next(iter(self._vocabulary), "TOKEN")}"')
             raise ConfigError(self._field, self._path, why, f"{example} or another token of the tokenizer")
-        return int(self._vocabulary[known[0]])
+        return int(self._vocabulary[self._ends[0]])
 
     def encode(self, texts: Sequence[str]) -> list[npt.NDArray[Any]]:
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from launcher.config.errors import ConfigError
-from launcher.data.token_file import fetch
+from launcher.data.token_file import MappedTokens
 from launcher.text import plural
 
 TokenIds = npt.NDArray[np.integer[Any]]
@@ -19,7 +19,7 @@ TokenIds = npt.NDArray[np.integer[Any]]
 class Stretch:
     """Consecutive tokens of one file, from which windows are cut."""
 
-    tokens: TokenIds  # (tokens,)
+    tokens: TokenIds | MappedTokens  # (tokens,)
     file: str = "the corpus"  # named in error messages
     first: int = 0  # index in the file of the stretch's first token
 
@@ -58,7 +58,8 @@ class Windows:
         stretches = [self.stretches[number] for number in numbers.tolist()]
         starts = list(zip(stretches, (windows * self.sequence_length).tolist(), strict=True))
         for stretch, start in starts:
-            fetch(stretch.tokens, stretch.first + start, length)
+            if isinstance(stretch.tokens, MappedTokens):
+                stretch.tokens.fetch(start, length)
         for row, (stretch, start) in enumerate(starts):
             tokens = stretch.tokens[start : start + length]
             rows[row] = tokens

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from launcher.config.schema import ModelConfig
 from launcher.parallel.layers import (
+    IGNORED_LABEL,
     TensorParallel,
     mean_loss,
     vocab_parallel_cross_entropy,
@@ -35,5 +36,6 @@ class ClassificationLoss:
     def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             hits = vocab_parallel_hits(logits, labels, self._classes, self._axis)
-            self.right, self.seen = self.right + int(hits.sum()), self.seen + hits.numel()
+            counted = labels != IGNORED_LABEL
+            self.right, self.seen = self.right + int((hits & counted).sum()), self.seen + int(counted.sum())
         return mean_loss(vocab_parallel_cross_entropy(logits, labels, self._classes, self._axis), labels)

@@ -5,6 +5,7 @@ import copy
 import functools
 import inspect
 import re
+import shlex
 import traceback
 from types import ModuleType
 
@@ -36,6 +37,7 @@ from tests.config.composing import (
     Case,
     alternatives,
     cases,
+    composed,
     composed_as,
     composed_calibrate,
     composed_compare,
@@ -67,6 +69,8 @@ IN_WORDS_ONLY = {
     'slurm.sbatch=["--wrap=true"]',
     'slurm.output="~/logs/%j.out"',
     "data.source=tokens data.sources={a.b:corpora/web} data.weights={a.b:1}",
+    # Fields are removed by Hydra alone: test_a_source_of_weight_0_is_left_out_by_the_remedy.
+    "data.source=tokens data.sources={web:corpora/web,code:corpora/code} data.weights={web:1,code:0}",
 }
 
 
@@ -113,6 +117,17 @@ def refused(refusal: Case) -> ConfigError:
     with pytest.raises(ConfigError) as raised:
         check(refusal, typed(refusal))
     return raised.value
+
+
+@pytest.mark.parametrize("name", ["code", "my-own_2"])
+def test_a_source_of_weight_0_is_left_out_by_the_remedy(name: str) -> None:
+    typed = ["data=tokens", "data.sources.web=web", f"data.sources.{name}=other", "data.weights.web=1"]
+    typed.append(f"data.weights.{name}=0")
+    with pytest.raises(ConfigError) as raised:
+        validate.check_blend(composed(*typed))
+    repaired = composed(*typed, *shlex.split(raised.value.remedy.partition(" (")[0]))
+    validate.check_blend(repaired)
+    assert (repaired.data.sources, repaired.data.weights) == ({"web": "web"}, {"web": 1.0})
 
 
 class TestMessages:

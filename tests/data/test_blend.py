@@ -1,14 +1,16 @@
 """Blends are exact to one sample at any prefix, for any weights, and from any start."""
 
+import math
 from fractions import Fraction
 from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launcher.config.shape import whole_weights
+from launcher.config.shape import blend_weights, whole_weights
 from launcher.data.blend import Blend, Schedule, Segment
 from launcher.data.sampler import Samples
 from launcher.data.windows import Stretch, Windows
@@ -70,6 +72,22 @@ class TestSchedule:
         assert whole_weights([0.7, 0.2, 0.1]) == [7, 2, 1]
         assert whole_weights([1e-05, 3]) == [1, 300_000]
         assert schedule_of([0.1, 0.2]).counts(3 * 10**15) == [10**15, 2 * 10**15]
+
+    @pytest.mark.parametrize(
+        ("weights", "expected"),
+        [
+            ([0.3333333, 0.6666667], [33_333, 66_667]),
+            ([0.14285714, 0.85714286], [14_286, 85_714]),
+            ([1.23456789, 3.3, 2], [18_893, 50_501, 30_606]),
+            ([1e-6, 1], [1, 1_000_000]),  # too small to be rounded: refused with the config
+        ],
+    )
+    def test_weights_of_many_digits_are_rounded(self, weights: list[float], expected: list[int]) -> None:
+        rounded = blend_weights(weights)
+        common = math.gcd(*expected)
+        assert rounded == [number // common for number in expected]
+        for number, weight in zip(rounded, weights, strict=True):
+            assert number / sum(rounded) == pytest.approx(weight / sum(weights), rel=1e-3)
 
     def test_never_changes(self) -> None:
         # Recorded values: if they change, the data of every existing run change when it resumes.

@@ -6,6 +6,7 @@ import re
 import shlex
 import stat
 import sysconfig
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -212,8 +213,9 @@ class TestBytes:
         assert loaded.train.dtype == np.uint8
         assert loaded.train.ndim == 1
 
-    def test_binary_files_are_read_unchanged(self, tmp_path: Path) -> None:
-        content = bytes(range(256)) + b"\r\n\xff\xfe\0"
+    def test_other_bytes_are_read_unchanged(self, tmp_path: Path) -> None:
+        content = bytes(range(1, 256)) + b"\r\n\xff\xfe"
+        content = content + content[::-1] + b"x"
         write(tmp_path, {"a.bin": content, "held_out": content[::-1]})
         loaded = load_corpus(text(tmp_path / "*.bin", tmp_path / "held_out"))
         assert loaded.train.tobytes() == content + b"\0"
@@ -233,12 +235,40 @@ class TestBytes:
         assert loaded.train.tobytes() + loaded.validation.tobytes() == content + b"\0"
         assert loaded.validation.size == held_out
 
+    @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+    def test_a_byte_order_mark_is_no_text(self, tmp_path: Path, encoding: str) -> None:
+        texts = {"a.txt": "naïve 漢字 🙂\r\n", "b.txt": "zwei"}
+        write(tmp_path, {name: content.encode(encoding) for name, content in texts.items()})
+        data = text(tmp_path / "a.txt", tmp_path / "b.txt")
+        loaded = load_corpus(data)
+        assert loaded.train.tobytes() == texts["a.txt"].encode() + b"\0"
+        assert loaded.validation.tobytes() == b"zwei\0"
+        assert token_counts(data, Counter()) == (loaded.train.size, loaded.validation.size)
+
+    @pytest.mark.parametrize("field", ["data.train", "data.validation"])
+    @pytest.mark.parametrize("content", [b"a\0b", b"\0", "UTF-16".encode("utf-16-le")])
+    def test_a_zero_byte_is_refused_because_it_ends_a_document(
+        self, tmp_path: Path, content: bytes, field: str
+    ) -> None:
+        write(tmp_path, {"a.txt": b"good", "b.txt": content})
+        names = ["b.txt", "a.txt"] if field == "data.train" else ["a.txt", "b.txt"]
+        data = text(*(tmp_path / name for name in names))
+        for read in (load_corpus, lambda data: token_counts(data, Counter())):
+            with pytest.raises(ConfigError, match=r"b\.txt contains a zero byte") as raised:
+                read(data)
+            assert (raised.value.field, raised.value.value) == (field, str(tmp_path / "b.txt"))
+
+    def test_half_a_character_of_utf_16_is_refused(self, tmp_path: Path) -> None:
+        write(tmp_path, {"a.txt": "one".encode("utf-16") + b"x"})
+        with pytest.raises(ConfigError, match=r"a\.txt begins as UTF-16, but its text is not valid"):
+            load_corpus(text(tmp_path / "a.txt"))
+
     @pytest.mark.parametrize("count", [1, 2, 30])
     def test_token_counts_follow_from_file_sizes(self, tmp_path: Path, count: int) -> None:
         write(tmp_path, numbered(count))
         data = text(tmp_path / "*.txt", fraction=0.3)
         loaded = load_corpus(data)
-        assert token_counts(data) == (loaded.train.size, loaded.validation.size)
+        assert token_counts(data, Counter()) == (loaded.train.size, loaded.validation.size)
 
 
 class TestRefusals:
@@ -281,6 +311,24 @@ class TestRefusals:
         (tmp_path / "closed").chmod(0o700)
         assert offered(error) == f"{tmp_path}/*.txt"
 
+    @pytest.mark.parametrize(
+        "pattern", ["/*.nothing", "/no/such/*.txt", "{above}/no/*.txt", "../*.none", "{home}/x/*"]
+    )
+    def test_the_remedy_names_no_file_outside_the_users_directories(
+        self, pattern: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        write(tmp_path, {"other.md": b"x", "home/dot.md": b"x", "home/me/own/a.txt": b"x"})
+        monkeypatch.setenv("HOME", str(tmp_path / "home" / "me"))
+        (tmp_path / "here").mkdir()
+        monkeypatch.chdir(tmp_path / "here")
+        error = refused(text(pattern.format(above=tmp_path, home=tmp_path / "home")))
+        assert offered(error) == "corpus/**/*.txt"
+
+    def test_the_remedy_names_no_file_of_a_shared_directory(self, tmp_path: Path) -> None:
+        write(tmp_path, {"shared/theirs.md": b"x"})
+        (tmp_path / "shared").chmod(0o1777)  # as /tmp
+        assert offered(refused(text(tmp_path / "shared" / "mine" / "*.txt"))) == "corpus/**/*.txt"
+
     def test_no_directory_with_text_is_still_refused(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -289,6 +337,75 @@ class TestRefusals:
             error = refused(text(pattern))
             assert (error.field, error.value) == ("data.train", pattern)
             assert offered(error) == "**/*.txt"
+
+    @pytest.mark.parametrize(
+        ("files", "pattern", "source"),
+        [
+            (["x.jsonl"], "x.jsonl", "x.jsonl"),
+            (["c/x.json"], "c/x.json", "c/x.json"),
+            (["c/x.json", "c/y.json"], "c/*", "c"),
+            (["c/x.parquet", "c/y.txt"], "c/**/*", "c"),
+            (["c/x.txt.gz"], "c/*.gz", "c"),
+            (["my data/x.jsonl.zst"], "my data/x.jsonl.zst", "my data/x.jsonl.zst"),
+            (["c/x.ndjson"], "c", "c"),
+        ],
+    )
+    @pytest.mark.parametrize("field", ["data.train", "data.validation"])
+    def test_files_of_records_are_pointed_to_prepare(
+        self, files: list[str], pattern: str, source: str, field: str, tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:  # fmt: skip
+        monkeypatch.chdir(tmp_path)
+        write(tmp_path, dict.fromkeys(files, b'{"text": "a"}') | {"good/a.txt": b"a", "good/b.txt": b"b"})
+        error = refused(text(pattern) if field == "data.train" else text("good/*", pattern))
+        assert (error.field, error.value) == (field, pattern)
+        prepare, train = error.remedy.split("; then ")
+        assert shlex.split(prepare)[:3] == ["launcher", "prepare", source]
+        target = shlex.split(prepare)[3]
+        assert shlex.split(train)[:2] == ["launcher", "data=tokens"]
+        assert target in train
+
+    def test_json_among_source_text_is_text(self, tmp_path: Path) -> None:
+        write(tmp_path, {"a.py": b"a", "package.json": b"{}"})
+        assert sum(map(len, corpus_files(text(tmp_path / "*")))) == 2
+
+
+class TestFilesLeftOut:
+    """Files that a glob matches and that are not read are counted."""
+
+    def left_out(self, data: DataConfig) -> dict[str, int]:
+        counts: Counter[str] = Counter()
+        corpus_files(data, counts)
+        return {reason: count for reason, count in counts.items() if count}
+
+    def test_backup_copies_and_empty_files(self, tmp_path: Path) -> None:
+        copies = ["a.txt~", "a.txt.bak", "#a.txt#", "b.txt.orig", "c.swp", "__MACOSX/a.txt"]
+        write(tmp_path, numbered(3) | dict.fromkeys(copies, b"x") | {"empty.txt": b""})
+        os.mkfifo(tmp_path / "pipe.txt")
+        data = text(tmp_path / "**" / "*")
+        assert sum(map(len, corpus_files(data))) == 3
+        assert self.left_out(data) == {"backup copies": 6, "empty": 1, "not regular files": 1}
+
+    def test_a_copy_that_is_asked_for_is_read(self, tmp_path: Path) -> None:
+        write(tmp_path, {"a.txt.bak": b"a", "b.txt.bak": b"b"})
+        assert sum(map(len, corpus_files(text(tmp_path / "*.bak")))) == 2
+
+    def test_a_file_by_two_names_is_read_once(self, tmp_path: Path) -> None:
+        write(tmp_path, {"a.txt": b"a", "b/c.txt": b"c"})
+        (tmp_path / "hard.txt").hardlink_to(tmp_path / "a.txt")
+        (tmp_path / "soft.txt").symlink_to("b/c.txt")
+        (tmp_path / "linked").symlink_to("b")
+        (tmp_path / "b" / "loop").symlink_to(tmp_path)
+        data = text(tmp_path / "**" / "*.txt")
+        train, validation = corpus_files(data)
+        assert sorted(path.read_bytes() for path in train + validation) == [b"a", b"c"]
+        assert self.left_out(data) == {
+            "the same file by another name": 2, "directories by another name": 2,
+        }  # fmt: skip
+
+    def test_files_of_the_validation_glob(self, tmp_path: Path) -> None:
+        write(tmp_path, numbered(5))
+        assert self.left_out(text(tmp_path / "*", tmp_path / "00[12].txt")) == {"files of data.validation": 2}
 
     def test_empty_files_are_left_out(self, tmp_path: Path) -> None:
         write(tmp_path, numbered(3) | {"empty.txt": b""})

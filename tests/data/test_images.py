@@ -1,5 +1,6 @@
 """Images and their classes: reading, splitting, and the checks before ranks start."""
 
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,23 @@ class TestFolder:
         data = open_data(run_on(folder, f"data.validation={tmp_path / 'held'}"))
         assert len(data.train[ONLY]) == 60
         assert all_of(data.validation[ONLY])[1].tolist() == [[2]]
+
+    def test_copies_and_files_by_two_names_are_left_out_and_counted(self, folder: Path) -> None:
+        (folder / "ant" / "._0.png").write_bytes(b"\0\5\x16\7")
+        (folder / "ant" / ".ipynb_checkpoints").mkdir()
+        shutil.copy(folder / "ant" / "0.png", folder / "ant" / ".ipynb_checkpoints" / "0-checkpoint.png")
+        (folder / "ant" / "again.png").symlink_to("0.png")
+        (folder / "bee" / "0.png~").touch()
+        (folder.parent / "more").mkdir()
+        Image.new("RGB", (32, 32)).save(folder.parent / "more" / "new.png")
+        (folder / "cow" / "linked").symlink_to(folder.parent / "more")
+        run = run_on(folder)
+        left_out = {reason: count for reason, count in check_data(run).items() if count}
+        assert left_out == {
+            "hidden": 2, "not images": 3, "the same file by another name": 1, "backup copies": 1,
+        }  # fmt: skip
+        data = open_data(run)
+        assert len(data.train[ONLY]) + len(data.validation[ONLY]) == 61  # a link to a directory is followed
 
 
 class TestRefused:

@@ -1,6 +1,8 @@
 """Opening a run's data: parts, digests, and refusals before ranks start or, if impossible, while reading."""
 
+import os
 import re
+import resource
 import struct
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,8 @@ import pytest
 from launcher.config.errors import ConfigError
 from launcher.config.schema import CorpusSource, DataConfig, RunConfig
 from launcher.data.corpus import load_corpus
-from launcher.data.open import ONLY, check_data, open_data
+from launcher.data.open import ONLY, check_data, held_out_name, open_data
+from launcher.data.sampler import Samples
 from launcher.data.token_file import bin_path, index_path
 from launcher.data.windows import Stretch, Windows, check_ids, windows_in
 from tests.config.composing import run_of
@@ -126,6 +129,80 @@ class TestTokens:
         a, b, c = (open_data(run_with(tokens(tmp_path / x / "web"), 2)).digests for x in "abc")
         assert a == b != c
 
+    def test_separate_validation_files_have_their_own_digest(self, tmp_path: Path) -> None:
+        write_documents(tmp_path / "web", [np.arange(30)])
+        for name, last in (("one", 9), ("same", 9), ("other", 8)):
+            write_documents(tmp_path / name, [np.array([1, 2, 3, last])])
+        one, same, other = (
+            open_data(run_with(tokens(tmp_path / "web", tmp_path / name), 2)).digests
+            for name in ("one", "same", "other")
+        )
+        assert one == same
+        assert one[ONLY] == other[ONLY]
+        assert one[held_out_name(ONLY, "validation")] != other[held_out_name(ONLY, "validation")]
+
+
+def taken(samples: Samples) -> npt.NDArray[np.int64]:
+    """Return the tokens of all samples of an epoch."""
+    tokens = samples.take(np.arange(len(samples)))
+    assert isinstance(tokens, np.ndarray)
+    return tokens
+
+
+class TestFilesOfAGlob:
+    def left_out(self, data: DataConfig) -> dict[str, int]:
+        counts = check_data(run_with(data, 2, 5000))
+        return {reason: count for reason, count in counts.items() if count}
+
+    def test_a_file_by_two_names_is_read_once(self, tmp_path: Path) -> None:
+        for name in ("web_0", "web_1"):
+            write_documents(tmp_path / name, [np.arange(30)])
+        for ending in (".bin", ".idx"):
+            (tmp_path / f"web_2{ending}").symlink_to(tmp_path / f"web_0{ending}")
+            (tmp_path / f"web_3{ending}").hardlink_to(tmp_path / f"web_1{ending}")
+        data = tokens(tmp_path / "web_*")
+        assert lengths_of(data)[0] == [22, 22]
+        assert self.left_out(data) == {"the same file by another name": 2}
+
+    def test_validation_files_are_not_trained_on(self, tmp_path: Path) -> None:
+        for number in range(3):
+            write_documents(tmp_path / f"web_{number}", [np.arange(30 + number)])
+        data = tokens(tmp_path / "web_*", tmp_path / "web_1")
+        assert lengths_of(data) == ([30, 32], [31])
+        assert self.left_out(data) == {"files of data.validation or data.test": 1}
+        with pytest.raises(ConfigError, match="all of these files are validation or test files") as raised:
+            check_data(run_with(tokens(tmp_path / "web_1", tmp_path / "web_*"), 2))
+        assert raised.value.field == "data.train"
+
+    def test_tokens_without_an_index_are_counted(self, tmp_path: Path) -> None:
+        for name in ("web_0", "web_1", "web_2"):
+            write_documents(tmp_path / name, [np.arange(30)])
+        index_path(tmp_path / "web_1").unlink()
+        assert self.left_out(tokens(tmp_path / "web_*")) == {"without an .idx file": 1}
+
+    @pytest.mark.parametrize(("soft", "hard"), [(64, 64), (40, 300), (30, 30)])
+    def test_more_files_than_a_process_may_open(self, tmp_path: Path, soft: int, hard: int) -> None:
+        for number in range(60):
+            write_documents(tmp_path / f"web_{number:02}", [np.arange(number * 100, number * 100 + 31)])
+        write_documents(tmp_path / "held", [np.arange(31)])
+        pid = os.fork()
+        if not pid:
+            status = 1
+            try:
+                open_now = len(os.listdir("/proc/self/fd"))
+                resource.setrlimit(resource.RLIMIT_NOFILE, (soft + open_now, hard + open_now))
+                data = tokens(tmp_path / "web_*", tmp_path / "held")
+                samples = open_data(run_with(data, 10, 10_000)).train[ONLY]
+                for _ in range(2):
+                    rows = taken(samples)
+                    assert (np.diff(rows, axis=1) == 1).all()
+                    starts = [number * 100 + first for number in range(60) for first in (0, 10, 20)]
+                    assert sorted(rows[:, 0].tolist()) == starts
+                status = 0
+            finally:
+                os._exit(status)
+        assert os.waitpid(pid, 0)[1] == 0
+
 
 class TestParts:
     def parts(self, data: DataConfig, name: str = ONLY) -> list[list[int]]:
@@ -152,6 +229,27 @@ class TestParts:
         shares = [1 - validation - test, validation, test]
         slack = min(share for share in shares if share) / 3 * 2 + 1 / total
         assert all(abs(len(p) / total - share) <= slack for p, share in zip(parts, shares, strict=True))
+
+    @pytest.mark.parametrize(("validation", "test"), [(0.1, 0.0), (0.05, 0.1), (0.3, 0.3)])
+    def test_whole_files_are_held_out_of_many_small_files(
+        self, validation: float, test: float, tmp_path: Path
+    ) -> None:
+        for number in range(40):
+            write_documents(tmp_path / f"web_{number}", [np.arange(20 * number, 20 * number + 20)])
+        data = tokens(tmp_path / "web_*", fraction=validation)
+        data.test_fraction = test
+        run = run_with(data, 15, 2**31 - 1)
+        opened = open_data(run)
+        check_data(run)
+        counts = [len(part[ONLY]) if part else 0 for part in (opened.train, opened.validation, opened.test)]
+        assert counts == [40 - sum(counts[1:]), round(40 * validation), round(40 * test)]
+        firsts = {int(row[0]) for part in (opened.train, opened.validation) for row in taken(part[ONLY])}
+        assert len(firsts) == counts[0] + counts[1]
+
+    def test_too_few_small_files_are_refused(self, tmp_path: Path) -> None:
+        write_documents(tmp_path / "web_0", [np.arange(20)])
+        with pytest.raises(ConfigError, match="the validation part of the corpus has"):
+            check_data(run_with(tokens(tmp_path / "web_*"), 15))
 
     def test_separate_test_files(self, tmp_path: Path) -> None:
         write_documents(tmp_path / "web", [np.arange(100)])
@@ -210,6 +308,13 @@ class TestRefusedBeforeRanksStart:
             error = self.refused(tokens(misspelt))
             assert error.remedy == f"'data.train=\"{web}\"'"
         assert "matches no .idx file" in self.refused(tokens(web.parent / "c*")).why
+
+    @pytest.mark.parametrize("name", ["x.jsonl", "x.txt.gz", "x.parquet"])
+    def test_text_is_pointed_to_prepare(self, name: str, tmp_path: Path) -> None:
+        (tmp_path / "in").mkdir()
+        (tmp_path / "in" / name).write_bytes(b"x")
+        for train, source in ((tmp_path / "in" / name, tmp_path / "in" / name), (tmp_path / "in",) * 2):
+            assert self.refused(tokens(train)).remedy.startswith(f"launcher prepare {source} corpora/")
 
     @pytest.mark.parametrize("missing", [bin_path, index_path])
     def test_the_bin_or_idx_is_missing(self, missing: Any, web: Path) -> None:

@@ -1,25 +1,31 @@
 """`launcher prepare` with every file format, with bad lines, and after interruptions."""
 
+import bz2
 import gzip
 import json
+import lzma
 import os
+import re
 import resource
+import shlex
 import signal
+import struct
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import launcher.data.preparation
 from launcher.config.errors import ConfigError
-from launcher.config.schema import BadLines, PrepareConfig, TokenizerTraining
+from launcher.config.schema import BadLines, EndInText, PrepareConfig, TokenizerTraining
 from launcher.data import reading
 from launcher.data.card import card_path, tokenizer_path
 from launcher.data.preparation import Preparation, PrepareProgress, bad_lines_path, find_inputs
@@ -30,6 +36,9 @@ from tests.config.test_cli import ENVIRONMENT
 from tests.forked_commands import Command, light
 
 TEXTS = ["Ein Satz.\n", "naïve café — 漢字 🙂", "x", 'quotes " and \\ and \ttabs\n\n', "zwei\nZeilen"]
+
+
+TEXT_CHARACTERS = st.characters(exclude_categories=["Cs"], exclude_characters="\r\0\ufeff")
 
 
 def jsonl(texts: list[str]) -> bytes:
@@ -117,7 +126,7 @@ class TestFormats:
             (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / "in" / name).write_bytes(jsonl([name]))
         (tmp_path / "in" / "README.md").write_text("not text to prepare")
-        assert find_inputs([tmp_path / "in"])[1] == 1
+        assert find_inputs([tmp_path / "in"])[1]["of other formats"] == 1
         prepared(tmp_path / "in", tmp_path / "out")
         assert texts_in(tmp_path / "out") == ["b.jsonl", "c/a/x.jsonl", "c/z.jsonl"]
 
@@ -131,7 +140,9 @@ class TestFormats:
     def test_other_endings_are_unknown(self, name: str) -> None:
         assert format_of(Path(name)) is None
 
-    @given(text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r"), max_size=300))
+    @given(
+        text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r\0\ufeff"), max_size=300)
+    )
     @settings(max_examples=60)
     def test_a_text_of_many_pieces_is_one_document(
         self, text: str, tmp_path_factory: pytest.TempPathFactory
@@ -276,6 +287,372 @@ class TestTokenizers:
             assert tokenizer.decode(expected.tolist()) == Bytes().decode(expected.tolist())
 
 
+def added_token(path: Path, spelling: str, **changes: Any) -> Path:
+    """Write a byte-level tokenizer to which `spelling` was added without marking it as special."""
+    from tokenizers import AddedToken, Tokenizer
+
+    write_byte_tokenizer(path)
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.add_tokens([AddedToken(spelling, special=False, **changes)])
+    tokenizer.save(str(path))
+    return path
+
+
+def word_tokenizer(path: Path) -> Path:
+    """Write a tokenizer whose model itself contains the end token: no setting turns the token off."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {"one": 0, "two": 1, "</s>": 2, "?": 3}
+    tokenizer = Tokenizer(models.WordLevel(words, "?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(path))
+    return path
+
+
+class TestTextThatSpellsTheEnd:
+    """No text becomes the end of a document, unless end_of_document_in_text=count."""
+
+    def ends(self, target: Path) -> list[int]:
+        """Return the ids of the documents; check that only their last token is the end token."""
+        file, card = open_token_file(target), json.loads(card_path(target).read_text())
+        documents = [file.document(n).tolist() for n in range(file.num_documents)]
+        assert card["documents"] == len(documents)
+        assert all(document.count(card["end_of_document"]) == 1 for document in documents)
+        assert all(document[-1] == card["end_of_document"] for document in documents)
+        return [len(document) for document in documents]
+
+    @pytest.mark.parametrize("normalized", [False, True])
+    @pytest.mark.parametrize("spelling", ["<|endoftext|>", "</s>", "<|im_end|>"])
+    @pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.parquet"])
+    def test_an_added_token_is_encoded_as_text(
+        self, name: str, spelling: str, normalized: bool, tmp_path: Path
+    ) -> None:
+        tokenizer = added_token(tmp_path / "t.json", spelling, normalized=normalized)
+        texts = [f"a{spelling}b", spelling, "c"] if name != "a.txt" else [f"a{spelling}b\n{spelling}"]
+        if name == "a.parquet":
+            pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / name)
+        else:
+            (tmp_path / name).write_bytes(jsonl(texts) if name == "a.jsonl" else texts[0].encode())
+        progress = prepared(tmp_path / name, tmp_path / "out", tokenizer__path=str(tokenizer))
+        assert self.ends(tmp_path / "out") == [len(text) + 1 for text in texts]
+        assert progress.spelled == 2
+        loaded, file = HuggingFace(tokenizer, field="x"), open_token_file(tmp_path / "out")
+        assert [loaded.decode(file.document(n).tolist()[:-1]) for n in range(len(texts))] == texts
+
+    @pytest.mark.parametrize(
+        ("name", "content", "line", "kept"),
+        [
+            ("a.jsonl", jsonl(["one", "x\0y", "two"]), 2, 2),
+            ("a.txt", b"one\ntwo\nx\0y\n", 3, 1),
+            ("a.txt", "one\n".encode("utf-16-le"), 1, None),
+        ],
+    )
+    def test_a_zero_byte_is_refused_where_tokens_are_bytes(
+        self, name: str, content: bytes, line: int, kept: int | None, tmp_path: Path
+    ) -> None:
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(
+            ConfigError, match=rf"{name}:{line} spells the token that ends documents"
+        ) as raised:
+            prepared(tmp_path / name, tmp_path / "out")
+        assert raised.value.field == "end_of_document_in_text"
+        if kept is not None:
+            progress = prepared(tmp_path / name, tmp_path / "out", bad_lines=BadLines.skip)
+            assert progress.bad == {"spells the token that ends documents": 1}
+            assert len(self.ends(tmp_path / "out")) == kept
+
+    @pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+    def test_a_tokenizer_that_cannot_encode_it_as_text_refuses_the_line(
+        self, name: str, tmp_path: Path
+    ) -> None:
+        tokenizer = str(word_tokenizer(tmp_path / "t.json"))
+        lines = ["one\n", "two </s> one\n", "two\n"]
+        (tmp_path / name).write_bytes(jsonl(lines) if name == "a.jsonl" else "".join(lines).encode())
+        with pytest.raises(ConfigError, match=rf"{name}:2 spells .* cannot encode the text without it"):
+            prepared(tmp_path / name, tmp_path / "out", tokenizer__path=tokenizer)
+        prepared(tmp_path / name, tmp_path / "out", tokenizer__path=tokenizer, bad_lines=BadLines.skip)
+        assert self.ends(tmp_path / "out") == ([2, 2] if name == "a.jsonl" else [3])
+
+    def test_refuse_refuses_what_could_be_encoded(self, tmp_path: Path) -> None:
+        tokenizer = str(added_token(tmp_path / "t.json", "<eos>"))
+        (tmp_path / "a.jsonl").write_bytes(jsonl(["one", "a <eos> b"]))
+        refuse = {"tokenizer__path": tokenizer, "end_of_document_in_text": EndInText.refuse}
+        with pytest.raises(ConfigError, match=r"a.jsonl:2 spells the token .*, '<eos>'") as raised:
+            prepared(tmp_path / "a.jsonl", tmp_path / "out", **refuse)
+        assert "end_of_document_in_text=escape" in raised.value.remedy
+        prepared(tmp_path / "a.jsonl", tmp_path / "out", tokenizer__path=tokenizer)
+        assert self.ends(tmp_path / "out") == [4, 10]
+
+    @pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+    @pytest.mark.parametrize("kind", ["bytes", "added", "words"])
+    def test_count_ends_documents_there(
+        self, kind: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(reading, "BATCH_BYTES", 12)  # each line of the text is a batch of its own
+        settings: dict[str, Any] = {"end_of_document_in_text": EndInText.count}
+        if kind == "added":
+            settings["tokenizer__path"] = str(added_token(tmp_path / "t.json", "<eos>"))
+        if kind == "words":
+            settings["tokenizer__path"] = str(word_tokenizer(tmp_path / "t.json"))
+        spelling = {"bytes": "\0", "added": "<eos>", "words": "</s>"}[kind]
+        text = f"{spelling}one\n{spelling}two\n{spelling}{spelling}\none two one\ntwo"
+        (tmp_path / name).write_bytes(jsonl([text]) if name == "a.jsonl" else text.encode())
+        progress = prepared(tmp_path / name, tmp_path / "out", **settings)
+        assert progress.spelled == 4
+        assert len(self.ends(tmp_path / "out")) == 3
+        if kind == "bytes":
+            assert texts_in(tmp_path / "out") == ["one\n", "two\n", "\none two one\ntwo"]
+
+
+class TestEncodings:
+    """A byte order mark is no text, and decides the encoding."""
+
+    @pytest.mark.parametrize("pack", [bytes, gzip.compress, zstandard.compress])
+    @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+    @pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.json"])
+    def test_the_mark_is_not_text(
+        self, name: str, encoding: str, pack: Callable[[bytes], bytes], tmp_path: Path
+    ) -> None:
+        texts = ["naïve 漢字 🙂", "zwei"] if name != "a.txt" else ["naïve 漢字 🙂\r\nzwei"]
+        content = jsonl(texts).decode() if name == "a.jsonl" else texts[0]
+        if name == "a.json":
+            content = json.dumps([{"text": text} for text in texts], indent=1)
+        (tmp_path / name).write_bytes(pack(content.encode(encoding)))
+        prepared(tmp_path / name, tmp_path / "out", json_arrays=True)
+        assert texts_in(tmp_path / "out") == texts
+
+    def test_a_mark_in_the_middle(self, tmp_path: Path) -> None:
+        """Files with marks that were joined, and texts that were read with their file's mark."""
+        mark = "\ufeff".encode()
+        (tmp_path / "a.jsonl").write_bytes(mark + jsonl(["one"]) + mark + jsonl(["\ufefftwo"]))
+        pyarrow.parquet.write_table(pyarrow.table({"text": ["\ufeffthree"]}), tmp_path / "b.parquet")
+        prepared([tmp_path / "a.jsonl", tmp_path / "b.parquet"], tmp_path / "out")
+        assert texts_in(tmp_path / "out") == ["one", "two", "three"]
+
+    def test_half_a_character_of_utf_16_is_damage(self, tmp_path: Path) -> None:
+        (tmp_path / "a.txt").write_bytes("one".encode("utf-16") + b"x")
+        with pytest.raises(ConfigError, match=r"a\.txt:1 is damaged: .*utf-16"):
+            prepared(tmp_path / "a.txt", tmp_path / "out")
+
+    def test_a_position_after_the_mark_is_found_again(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(reading, "BATCH_BYTES", 40)
+        monkeypatch.setattr(launcher.data.preparation, "_SAVE_INTERVAL", 0.0)
+        (tmp_path / "in").mkdir()
+        for number, encoding in enumerate(("utf-8-sig", "utf-16", "utf-32")):
+            content = jsonl([f"{encoding} ü {n}" for n in range(9)]).decode()
+            (tmp_path / "in" / f"{number}.jsonl").write_bytes(content.encode(encoding))
+        expected = [f"{encoding} ü {n}" for encoding in ("utf-8-sig", "utf-16", "utf-32") for n in range(9)]
+        assert interrupted(tmp_path / "in", tmp_path / "out", every=2) > 5
+        assert texts_in(tmp_path / "out") == expected
+
+
+def interrupted(source: Path, target: Path, every: int, **changes: Any) -> int:
+    """Prepare with an interruption after `every` batches; return the number of starts."""
+    starts, config = 0, PrepareConfig()
+    for name, value in changes.items():
+        setattr(config, name, value)
+    inputs, _ = find_inputs([source])
+    while True:
+        starts, left = starts + 1, every
+
+        def stop(progress: PrepareProgress, done: int) -> None:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise KeyboardInterrupt
+
+        try:
+            Preparation(inputs, target, config, 1).run(stop)
+        except KeyboardInterrupt:
+            continue
+        return starts
+
+
+class TestJsonArrays:
+    CONTENT = json.dumps(
+        [{"text": "one"}, {"id": 2, "text": "two\n[x], {y}"}, {"text": ""}], indent=2
+    ).encode()
+
+    @pytest.mark.parametrize(
+        "content",
+        [
+            CONTENT,
+            json.dumps(json.loads(CONTENT)).encode(),
+            b"\n" + CONTENT + b"\n\n",
+            b"".join(json.dumps(document, indent=4).encode() + b"\n" for document in json.loads(CONTENT)),
+            b"[" + CONTENT + b"]",  # arrays in an array, as pages of an API are joined
+        ],
+    )
+    @pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.json.gz"])
+    def test_are_refused_by_name_and_read_by_the_remedy(
+        self, name: str, content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+        for bad_lines in BadLines:
+            with pytest.raises(ConfigError, match="JSON array or an object over several lines") as raised:
+                prepared(tmp_path / name, tmp_path / "out", bad_lines=bad_lines)
+            assert raised.value.remedy.startswith("json_arrays=true")
+        monkeypatch.setattr(reading, "BATCH_BYTES", 16)
+        prepared(tmp_path / name, tmp_path / "out", json_arrays=True)
+        assert texts_in(tmp_path / "out") == ["one", "two\n[x], {y}"]
+
+    @pytest.mark.parametrize("every", [1, 2])
+    def test_continue_after_an_interruption(
+        self, every: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(reading, "BATCH_BYTES", 30)
+        monkeypatch.setattr(launcher.data.preparation, "_SAVE_INTERVAL", 0.0)
+        texts = [f"text ü {n}" for n in range(12)]
+        (tmp_path / "a.json").write_text(json.dumps([{"text": text} for text in texts], indent=1))
+        assert interrupted(tmp_path / "a.json", tmp_path / "out", every, json_arrays=True) > 3
+        assert texts_in(tmp_path / "out") == texts
+
+    @pytest.mark.parametrize(
+        ("content", "line", "why"),
+        [
+            (b'[\n{"text": "one"},\n{"text": "two"}', 3, "ends before its JSON array is closed"),
+            (b'[\n{"text": "one"},\n{"text": ', 3, "a JSON value is not valid"),
+            (b'[\n{"text": "one"},\n{"id": 3}\n]', 3, "has no 'text'"),
+            (b'[\n{"text": "one"},\n{"text": "\xff"}\n]', 3, "is not UTF-8"),
+            (b'[\n{"text": "one"},\n3\n]', 3, "is JSON but not an object"),
+        ],
+    )
+    def test_damage_is_reported_with_its_line(
+        self, content: bytes, line: int, why: str, tmp_path: Path
+    ) -> None:
+        (tmp_path / "a.json").write_bytes(content)
+        with pytest.raises(ConfigError, match=rf"a\.json:{line} .*{why}"):
+            prepared(tmp_path / "a.json", tmp_path / "out", json_arrays=True)
+
+    def test_lines_that_begin_with_an_array_are_still_lines(self, tmp_path: Path) -> None:
+        (tmp_path / "a.jsonl").write_bytes(b'["a", "header"]\n' + jsonl(["one"]))
+        with pytest.raises(ConfigError, match=r"a\.jsonl:1 is JSON but not an object"):
+            prepared(tmp_path / "a.jsonl", tmp_path / "out")
+
+
+class TestTextField:
+    CHAT: ClassVar[dict[str, Any]] = {
+        "id": 7,
+        "message": {"content": "inner", "author": {"name": "me"}},
+        "turns": [{"role": "user", "content": "hi"}, {"role": "model", "content": "ho"}],
+        "lines": ["x", "y"],
+        "a.b": "dotted",
+        "my text": "spaced",
+        "none": None,
+    }
+
+    @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+    @pytest.mark.parametrize(
+        ("field", "expected"),
+        [
+            ("message.content", "inner"),
+            ("message.author.name", "me"),
+            ("turns.*.content", "hi\nho"),
+            ("lines.*", "x\ny"),
+            ("a.b", "dotted"),
+            ("my text", "spaced"),
+        ],
+    )
+    def test_names_a_nested_field(self, name: str, field: str, expected: str, tmp_path: Path) -> None:
+        self.write(tmp_path / name)
+        prepared(tmp_path / name, tmp_path / "out", text_field=field)
+        assert texts_in(tmp_path / "out") == [expected]
+
+    def write(self, path: Path) -> None:
+        if path.suffix == ".parquet":
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist([self.CHAT]), path)
+        else:
+            path.write_text(json.dumps(self.CHAT) + "\n")
+
+    @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+    @pytest.mark.parametrize(
+        ("field", "why", "remedy"),
+        [
+            ("txt", "'txt'; its ", "text_field=message.content or text_field=message.author.name or "),
+            ("message", "has no text in 'message' but an object", "text_field=message.content or "),
+            ("lines", "has no text in 'lines' but a list", "'text_field=\"lines.*\"'"),
+            ("turns.content", "has no 'turns.content'", "'text_field=\"turns.*.content\"' or "),
+            ("id", "has no text in 'id' but a number", "text_field=message.content or "),
+        ],
+    )
+    def test_a_wrong_field_suggests_those_that_contain_text(
+        self, name: str, field: str, why: str, remedy: str, tmp_path: Path
+    ) -> None:
+        self.write(tmp_path / name)
+        with pytest.raises(ConfigError) as raised:
+            prepared(tmp_path / name, tmp_path / "out", text_field=field)
+        assert why in raised.value.why
+        assert raised.value.remedy.startswith(remedy)
+        assert "bad_lines" not in raised.value.remedy
+        for typed in shlex.split(raised.value.remedy):
+            if typed == "or":
+                continue
+            override = OverridesParser.create().parse_override(typed)
+            prepared(tmp_path / name, tmp_path / "fixed", text_field=str(override.value()))
+            index_path(tmp_path / "fixed").unlink()
+        # Leaving out every line is no way to continue.
+        with pytest.raises(ConfigError, match="no file contains any text") as raised:
+            prepared(tmp_path / name, tmp_path / "out", text_field=field, bad_lines=BadLines.skip)
+        assert raised.value.remedy.startswith(remedy)
+
+    def test_a_null_is_not_a_missing_field(self, tmp_path: Path) -> None:
+        self.write(tmp_path / "a.jsonl")
+        with pytest.raises(ConfigError, match=r"a\.jsonl:1 has no text in 'none' but null"):
+            prepared(tmp_path / "a.jsonl", tmp_path / "out", text_field="none")
+
+    @pytest.mark.parametrize(
+        "column",
+        [
+            pyarrow.array(["one", "two"], pyarrow.large_string()).dictionary_encode(),
+            pyarrow.array([b"one", b"two"]),
+            pyarrow.array(["one", "two"], pyarrow.large_string()),
+        ],
+    )
+    def test_columns_of_other_text_types(self, column: Any, tmp_path: Path) -> None:
+        pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+        prepared(tmp_path / "a.parquet", tmp_path / "out")
+        assert texts_in(tmp_path / "out") == ["one", "two"]
+
+
+class TestCompression:
+    SKIPPABLE = struct.pack("<II", 0x184D2A50, 5) + b"abcde"
+
+    @pytest.mark.parametrize(
+        ("name", "content"),
+        [
+            ("a.jsonl.gz", jsonl(TEXTS)),  # decompressed by the program that fetched the file
+            ("a.jsonl", gzip.compress(jsonl(TEXTS))),
+            ("a.jsonl", zstandard.compress(jsonl(TEXTS))),
+            ("a.jsonl.gz", zstandard.compress(jsonl(TEXTS))),
+            ("a.txt.zst", gzip.compress("".join(TEXTS).encode())),
+            ("a.jsonl.zst", SKIPPABLE + zstandard.compress(jsonl(TEXTS)) + SKIPPABLE),
+            ("a.jsonl.gz", b"".join(map(gzip.compress, (jsonl(TEXTS[:2]), b"", jsonl(TEXTS[2:]))))),
+            ("a.jsonl.gz", gzip.compress(jsonl(TEXTS)) + bytes(512)),  # padded, as by tape programs
+        ],
+    )  # fmt: skip
+    def test_is_recognised_by_the_content(self, name: str, content: bytes, tmp_path: Path) -> None:
+        (tmp_path / name).write_bytes(content)
+        prepared(tmp_path / name, tmp_path / "out")
+        assert "".join(texts_in(tmp_path / "out")) == "".join(TEXTS)
+
+    @pytest.mark.parametrize(
+        ("content", "why"),
+        [
+            (bz2.compress(jsonl(TEXTS)), "is compressed with bzip2"),
+            (lzma.compress(jsonl(TEXTS)), "is compressed with xz"),
+            (b"PK\x03\x04 and so on", "is compressed with zip"),
+            (gzip.compress(jsonl(TEXTS)) + b"more", "is damaged"),
+            (zstandard.compress(jsonl(TEXTS)) + b"more", "is damaged"),
+        ],
+    )
+    def test_others_are_refused_by_name(self, content: bytes, why: str, tmp_path: Path) -> None:
+        (tmp_path / "a.jsonl").write_bytes(content)
+        with pytest.raises(ConfigError, match=f"a.jsonl:.*{why}"):
+            prepared(tmp_path / "a.jsonl", tmp_path / "out")
+
+
 class TestBadLines:
     """A bad line is reported by file and line. It ends the preparation, or it is left out and listed."""
 
@@ -287,21 +664,21 @@ class TestBadLines:
             ("a.jsonl", GOOD + b"{oops\n" + GOOD, 2, "is not JSON"),
             ("a.jsonl", GOOD + b'"text"\n', 2, "is JSON but not an object"),
             ("a.jsonl", GOOD + b'{"content": "x", "id": 1}\n', 2, "has no 'text'; its fields are: content"),
-            ("a.jsonl", GOOD + b'{"text": 3}\n', 2, "has a 'text' that is not text"),
+            ("a.jsonl", GOOD + b'{"text": 3}\n', 2, "has no text in 'text' but a number"),
             ("a.jsonl", GOOD * 2 + b'{"text": "\xff"}\n', 3, "is not UTF-8: byte 10 is 0xff"),
             ("a.jsonl", GOOD + b'{"text": "\\ud83d"}\n', 2, "contains half a character"),
             ("a.jsonl", GOOD + b'{"text": "cut sho', 2, "is not JSON"),
             ("a.jsonl", GOOD + b"[" * 1900 + b"\n", 2, "is not JSON"),
             ("a.jsonl", GOOD + jsonl(["y" * 3000]) + GOOD, 2, "is longer than max_line_mb=0.002"),
             ("a.jsonl.gz", gzip.compress(GOOD * 999, mtime=0)[:-12], None, "is damaged: Compressed file"),
-            ("a.jsonl.gz", b"no gzip", 1, "is damaged: Not a gzipped file"),
+            ("a.jsonl.gz", b"no gzip", 1, "is not JSON"),
             ("a.jsonl.gz", b"", None, ""),
             ("a.jsonl.zst", zstandard.compress(GOOD * 999)[:-5], None, "is damaged: the file ends in"),
-            ("a.jsonl.zst", b"no zstd at all", 1, "is damaged: zstd"),
+            ("a.jsonl.zst", b"no zstd at all", 1, "is not JSON"),
             ("a.txt", b"fine\nb\xc3\n\xffd\n", 2, "is not UTF-8: byte 1 is 0xc3"),
             ("a.txt.gz", gzip.compress(b"fine\n" * 99, mtime=0)[:-9], None, "is damaged"),
             ("a.parquet", b"PAR1 it is not", 1, "is damaged"),
-            ("a.parquet", b"", 1, "is damaged"),
+            ("a.parquet", b"", None, ""),
         ],
     )  # fmt: skip
     def test_are_reported(
@@ -315,7 +692,7 @@ class TestBadLines:
             with pytest.raises(ConfigError) as raised:
                 prepared(tmp_path / "in", tmp_path / "out", **options)
             assert raised.value.field == ("text_field" if "its fields are" in why else "bad_lines")
-            assert ("text_field=content or text_field=id" in raised.value.remedy) == ("its fields are" in why)
+            assert ("text_field=content" in raised.value.remedy) == ("its fields are" in why)
             where, _, reason = raised.value.why.partition(" ")
             assert where.startswith(f"{tmp_path / 'in' / name}:{'' if line is None else line}")
             assert reason.startswith(why)
@@ -324,10 +701,10 @@ class TestBadLines:
         assert not bin_path(tmp_path / "out").exists()
         progress = prepared(tmp_path / "in", tmp_path / "out", bad_lines=BadLines.skip, **options)
         assert texts_in(tmp_path / "out")[-1] == "after"
-        assert (progress.bad > 0) == bool(why) == bad_lines_path(tmp_path / "out").exists()
+        assert (progress.bad_lines > 0) == bool(why) == bad_lines_path(tmp_path / "out").exists()
         if why:
             listed = bad_lines_path(tmp_path / "out").read_text().splitlines()
-            assert len(listed) == progress.bad
+            assert len(listed) == progress.bad_lines
             assert listed[0].startswith(f"{tmp_path / 'in' / name}:")
             assert why in listed[0]
 
@@ -341,7 +718,7 @@ class TestBadLines:
         with pytest.raises(ConfigError, match=r"a.parquet:1 has no column 'text'; its columns are body"):
             prepared(tmp_path / "a.parquet", tmp_path / "out")
         pyarrow.parquet.write_table(pyarrow.table({"text": ["a", None, "c"]}), tmp_path / "b.parquet")
-        with pytest.raises(ConfigError, match=r"b.parquet:2 has no 'text'"):
+        with pytest.raises(ConfigError, match=r"b.parquet:2 has no text in 'text' but null"):
             prepared(tmp_path / "b.parquet", tmp_path / "out")
         prepared(tmp_path / "b.parquet", tmp_path / "out", bad_lines=BadLines.skip)
         assert texts_in(tmp_path / "out") == ["a", "c"]
@@ -517,9 +894,54 @@ class TestCommand:
         out, err = process.communicate(timeout=60)
         assert (process.returncode, err) == (0, "")
         assert out.splitlines() == [
-            "prepared 5 documents, 81 tokens: web.bin",
+            "prepared web.bin",
+            "  read from           a.jsonl",
+            "  files               1",
+            "  files left out      0",
+            "  documents           5",
+            "  tokens              81",
+            "  bad lines left out  0",
+            "  end of a document   '\\x00' (token 0), from the byte tokenizer",
             "train    launcher data=tokens data.train=web model.vocab_size=256",
-        ]  # fmt: skip
+        ]
+
+    def test_the_table_counts_what_is_left_out_by_reason(self, tmp_path: Path, bpe: Path) -> None:
+        folder = tmp_path / "in"
+        (folder / ".ipynb_checkpoints").mkdir(parents=True)
+        lines = jsonl(["one", "", "<|endoftext|>"]) + b'{"text": null}\n{"text": 3}\n{"text": null}\n{oops\n'
+        for name, content in {
+            "a.jsonl": lines, "blank.jsonl": b"\n\n", "empty.jsonl": b"", "a.jsonl~": lines,
+            "._a.jsonl": b"\0\5\x16\7", ".ipynb_checkpoints/a-checkpoint.jsonl": lines, "a.md": b"x",
+        }.items():  # fmt: skip
+            (folder / name).write_bytes(content)
+        (folder / "b.jsonl").symlink_to("a.jsonl")
+        process = launched("in", "web", "bad_lines=skip", f"tokenizer.path={bpe}", cwd=tmp_path)
+        out, err = process.communicate(timeout=60)
+        assert (process.returncode, err) == (0, "")
+        table = dict(re.findall(r"^  (\S.*?)  +(.*)$", out, re.MULTILINE))
+        assert table.pop("tokens")
+        assert table.pop("end of a document").startswith(
+            f"'<|endoftext|>' (token 0), from {bpe} (the first of"
+        )
+        left_out = "backup copies: 1, empty: 1, hidden: 2, of other formats: 1, the same file"
+        left_out += " by another name: 1"
+        bad = "has no text in 'text' but a number: 1, has no text in 'text' but null: 2, is not JSON: 1"
+        assert table == {
+            "read from": "in",
+            "files": "2 (without text: 1)",
+            "files left out": left_out,
+            "documents": "2 (empty texts left out: 1)",
+            "bad lines left out": f"{bad} (in web.bad_lines.txt)",
+            "end in the text": "1 (kept as text, or a bad line)",
+        }
+
+    @pytest.mark.parametrize("typed", ["web.bin", "web.idx", "web"])
+    def test_the_target_may_be_typed_with_an_ending(self, typed: str, tmp_path: Path) -> None:
+        (tmp_path / "a.jsonl").write_bytes(jsonl(TEXTS))
+        process = launched("a.jsonl", typed, cwd=tmp_path)
+        assert process.communicate(timeout=60)[0].splitlines()[0] == "prepared web.bin"
+        names = {"a.jsonl", "web.bin", "web.idx", "web.json", "web.tokenizer.json"}
+        assert {path.name for path in tmp_path.iterdir()} == names
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -532,6 +954,7 @@ class TestCommand:
                 ["a.jsonl", "old"],
                 "TARGET=old: old.idx already exists, and `launcher prepare` does not overwrite",
             ),
+            (["a.jsonl", "."], "TARGET=.: the token files need a name\n  try: launcher prepare a.jsonl web"),
             (["a.jsonl", "no/such/web"], None),
         ],
     )

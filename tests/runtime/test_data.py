@@ -158,3 +158,51 @@ def test_generate_without_a_tokenizer_is_refused_with_a_remedy(prepared: Path, t
     path = prepared / "bpe.tokenizer.json"
     done = launcher("generate", "run.dir=r", "prompt=the", f"tokenizer={path}", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_plan_reads_the_vocabulary_of_token_files_that_are_there(prepared: Path) -> None:
+    typed = ["plan", *SMALL[:4], "data=tokens", "hardware=cpu", "hardware.accelerators_per_node=1"]
+    refused = launcher(*typed, "data.train=bpe", cwd=prepared)
+    assert refused.returncode == 2
+    assert "model.vocab_size=256: the tokenizer of these data has 300 tokens (bpe.json)" in refused.stderr
+    for arguments in (["data.train=bpe", "model.vocab_size=300"], ["data.train=on/the/cluster"]):
+        planned = launcher(*typed, *arguments, cwd=prepared)
+        assert planned.returncode == 0, planned.stderr
+
+
+def write_corpus(folder: Path, kind: str, last: int) -> None:
+    """Write training and validation data of a kind; `last` changes one token of the validation data."""
+    for name, seed, end in (("train", 1, 0), ("held", 2, last)):
+        ids = np.append(np.random.default_rng(seed).integers(32, 127, 700), end + 40)
+        folder.mkdir(exist_ok=True)
+        if kind == "text":
+            (folder / f"{name}.txt").write_bytes(ids.astype(np.uint8).tobytes())
+        else:
+            write_documents(folder / name, [ids])
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("text", {"data.train": "train.txt", "data.validation": "held.txt"}),
+        ("tokens", {"data.train": "train", "data.validation": "held"}),
+        ("tokens", {"data.sources.a": "train", "data.validation_sources.a": "held"}),
+    ],
+)
+def test_a_moved_corpus_is_the_same_and_a_changed_one_is_refused(
+    kind: str, fields: dict[str, str], tmp_path: Path
+) -> None:
+    run = [f"data={kind}", "run.dir=r", "training.steps=2", "parallelism=single"]
+    run += ["data.weights.a=1"] if "data.sources.a" in fields else []
+
+    def data_in(folder: str) -> list[str]:
+        return [f"{field}={folder}/{name}" for field, name in fields.items()]
+
+    write_corpus(tmp_path / "here", kind, last=0)
+    trained(*run, *data_in("here"), "training.stop_at=1", cwd=tmp_path)
+    write_corpus(tmp_path / "changed", kind, last=1)
+    refused = launcher(*SMALL, *run, *data_in("changed"), cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "the validation data has changed since the checkpoint" in refused.stderr
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert "at step 1" in trained(*run, *data_in("there"), cwd=tmp_path)
