@@ -13,7 +13,7 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_st
 from torch import Tensor, nn
 
 from launcher.config.layout import Layout
-from launcher.engine.state import link_states, loss_scaler, make_states
+from launcher.engine.state import find_states, loss_scaler, make_states
 from launcher.engine.update_guard import UpdateGuard, install
 from launcher.models.losses import ClassificationLoss, Loss
 from launcher.parallel.mesh import Axis, ProcessMesh
@@ -109,7 +109,7 @@ class Engine(ABC):
 
     def full_states(self, key: str) -> Iterator[tuple[LogicalTensor, Tensor]]:
         """Yield the optimizer state `key` (torch's name) of each of this stage's tensors, as full_weights."""
-        link_states(self)
+        find_states(self, [key])
         return self._logical(lambda parameter: self._state(parameter, key))
 
     def _logical(self, shard_of: Callable[[nn.Parameter], Tensor]) -> Iterator[tuple[LogicalTensor, Tensor]]:

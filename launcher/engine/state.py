@@ -37,7 +37,7 @@ class Fragment:
 def fragments(engine: "Engine", keys: list[str]) -> Iterator[Fragment]:
     """Yield every fragment that this rank holds, with the optimizer states `keys`. No collective."""
     if keys:
-        link_states(engine)
+        find_states(engine, keys)
     for parameter in engine.module.parameters():
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
         stretch = _stretch(engine, parameter, keys)
@@ -88,6 +88,14 @@ def make_states(engine: "Engine", keys: list[str], updates: int) -> None:
             state["step"] = torch.tensor(float(updates), device=partition.device)
         engine.optimizer.state[partition] = state
     link_states(engine)
+
+
+def find_states(engine: "Engine", keys: list[str]) -> None:
+    """Let every parameter's states `keys` be found; they are zero if all steps so far were skipped."""
+    if engine.optimizer.state:
+        link_states(engine)
+    else:
+        make_states(engine, keys, updates=0)
 
 
 @torch.no_grad()

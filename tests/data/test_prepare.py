@@ -631,6 +631,7 @@ class TestCompression:
             ("a.jsonl.gz", b"".join(map(gzip.compress, (jsonl(TEXTS[:2]), b"", jsonl(TEXTS[2:]))))),
             ("a.jsonl.gz", gzip.compress(jsonl(TEXTS)) + bytes(512)),  # padded, as by tape programs
         ],
+        ids=["plain", "gz", "zst", "zst as gz", "gz as zst", "skippable", "members", "padded"],
     )  # fmt: skip
     def test_is_recognised_by_the_content(self, name: str, content: bytes, tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content)

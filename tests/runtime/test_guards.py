@@ -57,6 +57,15 @@ def test_a_skipped_step_is_counted_and_says_where_it_went_wrong(layout: str, tmp
     assert f"The first bad value is {place}" in out
 
 
+@pytest.mark.parametrize("layout", ["parallelism=zero1", "parallelism=zero3"])
+def test_a_first_step_that_is_skipped_can_be_saved_and_resumed(layout: str, tmp_path: Path) -> None:
+    code, _, error = faulty(tmp_path, "{1: nan}", layout, "training.stop_at=1")
+    assert code == 0, error
+    out = trained(*QUICK, "parallelism.data=1", cwd=tmp_path)
+    assert "at step 1" in out
+    assert metrics(tmp_path / "r")[-1]["guard/skipped"] == 1
+
+
 def test_a_skip_between_logged_steps_is_found_too(tmp_path: Path) -> None:
     code, out, error = faulty(tmp_path, "{3: nan}", "logging.interval=4")
     assert code == 0, error
