@@ -4,7 +4,6 @@ Exit codes: 0 done, 1 a rank failed or a layout differs, 2 refused, 130 Ctrl-C, 
 138 SIGUSR1.
 """
 
-import errno
 import signal
 import sys
 
@@ -23,9 +22,9 @@ def main() -> None:
         sys.exit(code)
     except OutputLost as lost:
         discard_output()  # Python flushes the rest at exit, and would complain
-        if lost.errno != errno.EPIPE:  # a reader that has seen enough, such as `head`
-            print(f"launcher: the output cannot be written: {lost.strerror}", file=sys.stderr)
-        sys.exit(1)
+        if not lost.is_reader_gone:  # such as `head`, which has seen enough
+            print(f"launcher: the output cannot be written: {lost.why}", file=sys.stderr)
+        raise
     except KeyboardInterrupt as interrupt:
         from launcher.command_line import failure_during
 

@@ -19,8 +19,15 @@ _PATIENCE = 10.0  # seconds to wait for a reader that does not read
 _NAMES = {1: "standard output", 2: "standard error"}
 
 
-class OutputLost(OSError):
-    """Raised if standard output cannot be written, in commands whose purpose is their output."""
+class OutputLost(SystemExit):
+    """Raised if standard output cannot be written, in commands whose purpose is their output.
+
+    No Exception: Hydra prints the help of a command, and reports every Exception as a wrong command line.
+    """
+
+    def __init__(self, error: OSError) -> None:
+        self.is_reader_gone, self.why = error.errno == errno.EPIPE, error.strerror
+        super().__init__(1)
 
 
 class StandardStream(io.RawIOBase):
@@ -42,7 +49,7 @@ class StandardStream(io.RawIOBase):
             written = os.write(self._descriptor, piece)
         except OSError as error:
             if self.strict:
-                raise OutputLost(error.errno, error.strerror) from None
+                raise OutputLost(error) from None
             self._report(error)
             return len(piece)
         self._patience = _PATIENCE
@@ -52,7 +59,7 @@ class StandardStream(io.RawIOBase):
         if self._lost:
             return
         self._lost = True
-        name, other = _NAMES[self._descriptor], 3 - self._descriptor
+        name, other = _NAMES[self._descriptor], 2 if self._descriptor == 1 else 1
         text = f"launcher: {name} is lost ({error.strerror}); the command continues\n"
         with suppress(OSError):
             if select.select([], [other], [], 0)[1]:

@@ -418,15 +418,14 @@ def check_wandb(run: RunConfig) -> None:
         why = f"a W&B project name may not contain {match[0]}"
         raise refusal(run, "logging.wandb.project", why, f"logging.wandb.project={valid}")
     if not 1 <= len(project) <= _WANDB_PROJECT_LENGTH:
-        why = f"a W&B project name has 1 to {_WANDB_PROJECT_LENGTH} characters"
+        why = f"it has {len(project)} characters; W&B takes 1 to {_WANDB_PROJECT_LENGTH}"
         shorter = project[:_WANDB_PROJECT_LENGTH] or "launcher"
         raise refusal(run, "logging.wandb.project", why, f"logging.wandb.project={shorter}")
-    if wrong := [tag for tag in tags if not 1 <= len(tag) <= _WANDB_TAG_LENGTH]:
-        why = (
-            f"a W&B tag has 1 to {_WANDB_TAG_LENGTH} characters, and {wrong[0][:20]!r}... has {len(wrong[0])}"
-        )
-        shorter = [tag[:_WANDB_TAG_LENGTH] for tag in tags if tag]
-        raise refusal(run, "logging.wandb.tags", why, shlex.quote(f"logging.wandb.tags={shorter}"))
+    for number, tag in enumerate(tags, 1):
+        if not 1 <= len(tag) <= _WANDB_TAG_LENGTH:
+            why = f"tag {number} has {len(tag)} characters; W&B takes 1 to {_WANDB_TAG_LENGTH}"
+            kept = [tag[:_WANDB_TAG_LENGTH] for tag in tags if tag]
+            raise refusal(run, "logging.wandb.tags", why, shlex.quote(f"logging.wandb.tags={kept}"))
 
 
 def check_deepspeed(run: RunConfig) -> None:

@@ -79,6 +79,9 @@ class _Handler(BaseHTTPRequestHandler):
         return True
 
     def do_POST(self) -> None:
+        if self.path != "/graphql" and not self.path.endswith("/file_stream"):
+            self._answer({})  # W&B's own statistics
+            return
         body = json.loads(self._body())
         if self.path == "/graphql":
             self._answer({"data": self._data(body["query"], body.get("variables") or {})})

@@ -5,6 +5,7 @@ with a checksum, a length and a type. Records are protobuf. The file of a killed
 file may be damaged: its records are read up to there, as W&B reads them.
 """
 
+import glob
 import struct
 import zlib
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ _WHOLE, _FIRST, _LAST = 1, 2, 4
 
 def fragments(run_dir: Path, run_id: str) -> list[Path]:
     """Return the .wandb files of a run in the order of its starts; a copied directory has others too."""
-    paths = (run_dir / "wandb").glob(f"*run-*-{run_id}/run-{run_id}.wandb")
+    paths = (run_dir / "wandb").glob(f"*run-*-{glob.escape(run_id)}/run-{glob.escape(run_id)}.wandb")
     files = [path for path in paths if path.is_file()]
     return sorted(files, key=lambda path: path.parent.name.partition("run-")[2])
 

@@ -98,11 +98,9 @@ class WandbThread:
     def _log_rows(self, session: Session) -> None:
         """Log the earlier rows, then those of this start; finish."""
         if session.last_known >= self._first_step:
-            repeated = f"steps {self._first_step} to {session.last_known}"
             session.say_kept(self._first_step)
-            self.notes.append(
-                f"W&B keeps the values that it has of {repeated}; this start repeats these steps"
-            )
+            steps = f"steps {self._first_step} to {session.last_known}"
+            self.notes.append(f"W&B keeps the earlier values of {steps}, which this start repeats")
         for row in rows_in(self._directory.metrics, self._earlier_bytes):
             session.log(row)
         while (waiting := self._rows.get()) is not None:
