@@ -160,9 +160,7 @@ def _losses(path: Path, run: RunConfig) -> list[str]:
     return []
 
 
-def _claim(
-    run: RunConfig, layout: Layout, place: Place, run_id: str, path: Path
-) -> tuple[RunDir, list[str]]:
+def _claim(run: RunConfig, layout: Layout, place: Place, run_id: str, path: Path) -> tuple[RunDir, list[str]]:
     """Write identity and config; return the run directory, and notes to the user."""
     checkpoint, initial = _beginning(run, path)
     before = read_identity(path) or {"id": run_id}

@@ -128,7 +128,7 @@ def test_any_error_at_the_start_is_a_note(mode: str, tmp_path: Path, monkeypatch
     log.write({"step": 1})
     log.close(failed=False)
     [note] = log.new_notes()
-    assert note.startswith("W&B has ended ('no user')")
+    assert note.startswith("W&B cannot start ('no user')")
     assert log.where() is None
 
 

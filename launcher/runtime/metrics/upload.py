@@ -10,11 +10,10 @@ from launcher.config.compose import load_typed
 from launcher.config.errors import ConfigError
 from launcher.config.layout import Layout
 from launcher.config.run_format import IDENTITY
-from launcher.config.schema import RunConfig
+from launcher.config.schema import RunConfig, WandbMode
 from launcher.runtime.metrics.rows import rows_in
 from launcher.runtime.metrics.wandb_files import fragments, has_ended, is_online, is_sent, mark_as_sent
 from launcher.runtime.metrics.wandb_run import (
-    Unsent,
     has_api_key,
     log_missing,
     open_session,
@@ -29,7 +28,17 @@ _FINISH_TIMEOUT = 600.0  # seconds for the server to take the rows of a run
 
 def upload(run_dir: Path) -> int:
     """Upload the steps that the server lacks; return the exit code. Raises ConfigError."""
-    directory, layout = _identified(run_dir)
+    try:
+        return _upload(run_dir)
+    except ConfigError:
+        raise
+    except Exception as error:  # W&B raises any
+        print(f"launcher: W&B has not taken all rows of {run_dir}: {error}", file=sys.stderr)
+        return 1
+
+
+def _upload(run_dir: Path) -> int:
+    run, layout, directory = _identified(run_dir)
     files = fragments(directory.path, directory.run_id)
     # A start that was online may have sent a part of its file: `wandb sync` would send that part again.
     in_part = any(is_online(path) and not is_sent(path) for path in files)
@@ -48,16 +57,15 @@ def upload(run_dir: Path) -> int:
         return 0
     _check_server(run_dir)
     if in_part:
-        return _upload_rows(load_typed(run_dir / CONFIG, RunConfig), layout, directory)
+        return _upload_rows(run, layout, directory)
     folders = [str(path.parent) for path in ready]
     return subprocess.run([sys.executable, "-m", "wandb", "sync", "--yes", *folders], check=False).returncode
 
 
 def complete(run_dir: Path) -> None:
-    """Add the steps that W&B lost to an offline run that is not training. Raises ConfigError."""
-    directory, layout = _identified(run_dir)
-    if any(not is_online(path) for path in fragments(directory.path, directory.run_id)):
-        run = load_typed(run_dir / CONFIG, RunConfig)
+    """Add the steps that W&B lost, or never had, to an offline run that is not training."""
+    run, layout, directory = _identified(run_dir)
+    if run.logging.wandb.mode is not WandbMode.disabled or fragments(directory.path, directory.run_id):
         log_missing(rows_in(directory.metrics), run, layout, directory)
 
 
@@ -67,27 +75,24 @@ def is_complete(fragment: Path, now: float) -> bool:
 
 def _upload_rows(run: RunConfig, layout: Layout, directory: RunDir) -> int:
     """Resume the W&B run and log the rows of metrics.jsonl that the server lacks; return the exit code."""
-    try:
-        session = open_session("online", run, layout, directory, _FINISH_TIMEOUT)
-        for row in rows_in(directory.metrics):
-            session.log(row)
-        session.finish(failed=False)
-    except Unsent as unsent:
-        print(f"launcher: W&B has not taken all rows: {unsent}", file=sys.stderr)
-        return 1
+    session = open_session("online", run, layout, directory, _FINISH_TIMEOUT)
+    for row in rows_in(directory.metrics):
+        session.log(row)
+    session.finish(failed=False)
     mark_as_sent(fragments(directory.path, directory.run_id))
     print(f"uploaded {session.where()}")
     return 0
 
 
-def _identified(run_dir: Path) -> tuple[RunDir, Layout]:
-    """Return the run and its layout, as run.json has them. Raises ConfigError."""
+def _identified(run_dir: Path) -> tuple[RunConfig, Layout, RunDir]:
+    """Return the run of a directory. Raises ConfigError."""
     try:
         identity = json.loads((run_dir / IDENTITY).read_text())
-        return RunDir(run_dir.resolve(), str(identity["id"])), Layout(**identity["layout"])
+        layout, directory = Layout(**identity["layout"]), RunDir(run_dir.resolve(), str(identity["id"]))
     except (OSError, ValueError, KeyError, TypeError):
         why = f"its {IDENTITY} is damaged, so that the id of the W&B run is unknown"
         raise ConfigError("sync", run_dir, why, f"a copy of {IDENTITY} from a backup") from None
+    return load_typed(run_dir / CONFIG, RunConfig), layout, directory
 
 
 def _check_server(run_dir: Path) -> None:

@@ -23,6 +23,7 @@ from launcher.runtime.run_dir import RunDir
 START_TIMEOUT = 60.0  # seconds in which W&B must have started, online or else offline
 FINISH_TIMEOUT = 30.0  # seconds in which W&B may send the rest at the end of a run
 _ANSWER_TIMEOUT = 5.0  # seconds more for W&B to say that FINISH_TIMEOUT is over
+_LONGEST_REASON = 160  # characters
 _WAITING_ROWS = 10_000  # W&B is given up when it is this far behind
 
 
@@ -73,7 +74,8 @@ class WandbThread:
                 self._log_rows(session)
         except BaseException as error:  # W&B raises SystemExit too
             if not self._is_lost:
-                self._give_up(f"has ended ({_reason(error)})")
+                verb = "has ended" if self._started.is_set() else "cannot start"
+                self._give_up(f"{verb} ({_reason(error)})")
         finally:
             self._started.set()
             self._ended.set()
@@ -112,4 +114,5 @@ class WandbThread:
 
 
 def _reason(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
+    """Return the message of an error of W&B, which may have many lines."""
+    return " ".join(str(error).split())[:_LONGEST_REASON] or type(error).__name__
