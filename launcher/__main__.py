@@ -4,22 +4,27 @@ Exit codes: 0 done, 1 a rank failed or a layout differs, 2 refused, 130 Ctrl-C, 
 138 SIGUSR1.
 """
 
-import os
 import signal
 import sys
+
+from launcher.streams import OutputLost, discard_output, open_standard_streams
 
 
 def main() -> None:
     """Run the command of sys.argv."""
+    open_standard_streams()
     try:
         # Inside, so that a Ctrl-C during these imports ends like any other.
         from launcher.command_line import run_command
 
-        sys.exit(run_command(sys.argv[1:]))
-    except BrokenPipeError:
-        # Whoever reads our output, as `head` does, has seen enough. Python would still flush, and complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        code = run_command(sys.argv[1:])
+        sys.stdout.flush()
+        sys.exit(code)
+    except OutputLost as lost:
+        discard_output()  # Python flushes the rest at exit, and would complain
+        if not lost.is_reader_gone:  # such as `head`, which has seen enough
+            print(f"launcher: the output cannot be written: {lost.why}", file=sys.stderr)
+        raise
     except KeyboardInterrupt as interrupt:
         from launcher.command_line import failure_during
 

@@ -79,10 +79,10 @@ def make_way(path: Path, *, for_directory: bool) -> None:
 
 
 def json_lines(path: Path) -> list[Any]:
-    """Return the JSON values of a file's lines, without a line that a crash cut short; [] without a file."""
+    """Return the JSON values of a file's lines, without lines that are damaged; [] without a file."""
     values = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with suppress(ValueError):
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
+        with suppress(ValueError, RecursionError):
             values.append(json.loads(line))
     return values
 

@@ -1,5 +1,7 @@
 """Format sizes, counts, times and tables for people. Importing this loads nothing heavy."""
 
+import json
+import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # rich takes a while to load, and a refusal needs no table
@@ -97,3 +99,18 @@ def print_table(table: "Table") -> None:
     console.width = max(console.width if console.is_terminal else FILE_WIDTH, least)
     console.print(table)
     print()
+
+
+def json_text(value: object, indent: int | None = None) -> str:
+    """Return the value as JSON, in which NaN and infinities are null: JSON has no other word for them."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value

@@ -33,6 +33,7 @@ COMMAND_LINE = tuple(
 )
 TRAINING = (
     *COMMAND_LINE, "launcher.engine.build", "launcher.runtime.training", "launcher.runtime.sampling",
+    "launcher.runtime.metrics.wandb_thread",
     "launcher.parity.verification", "launcher.compare.measured_layout", "launcher.calibrate.rounds",
 )  # fmt: skip
 

@@ -1,6 +1,5 @@
 """`launcher compare`: the same run in several layouts on this machine, side by side."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from launcher.launch.this_machine import share_cores, this_machine
 from launcher.planning.choose.enforce import refuse_too_large
 from launcher.planning.show.plan_figure import check_figure
 from launcher.runtime.run_dir import RunDir, claimed_run_dir
+from launcher.text import json_text
 
 
 def main(arguments: list[str]) -> int:
@@ -112,7 +112,7 @@ def _report(run: ComparedRunConfig, rows: Sequence[ComparisonRow]) -> int:
         draw_comparison(rows, Path(run.compare.figure))
         print(f"figure   {run.compare.figure}")
     if run.compare.report:
-        Path(run.compare.report).expanduser().write_text(json.dumps(as_json(rows), indent=2) + "\n")
+        Path(run.compare.report).expanduser().write_text(json_text(as_json(rows), indent=2) + "\n")
         print(f"report   {run.compare.report}")
     bound = TOLERANCE[run.precision.dtype.name]
     differ = {} if run.model.dropout else differing(rows)

@@ -1,6 +1,5 @@
 """`launcher plan`: memory, time and traffic of a run on the hardware that it names, without starting it."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from launcher.planning.choose.changes import helpful
 from launcher.planning.show.plan_figure import check_figure, draw_plan
 from launcher.planning.show.plan_report import as_json, print_plan
 from launcher.planning.show.search_report import print_search, search_as_json
+from launcher.text import json_text
 
 
 def main(arguments: list[str]) -> int:
@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> int:
         reports.append(_report(job.config, ready_run))
     if not for_people:
         is_sweep = jobs[0].index is not None
-        print(json.dumps(reports if is_sweep else reports[0], indent=2, allow_nan=False))
+        print(json_text(reports if is_sweep else reports[0], indent=2))
     return 0
 
 

@@ -17,9 +17,11 @@ from launcher.launch.environment import (
     speaks_for_all,
 )
 from launcher.launch.this_machine import this_machine
+from launcher.streams import outlive_output
 
 
 def main(arguments: list[str]) -> int:
+    outlive_output()
     jobs = compose_jobs("config", RunConfig, arguments)
     if not jobs:
         return 0

@@ -33,6 +33,7 @@ from launcher.text import plural, whole
 
 EXAMPLE_GLOB = "corpus/**/*.txt"
 EXAMPLE_PREFIX = "corpora/web"
+_WANDB_PROJECT_LENGTH, _WANDB_TAG_LENGTH = 128, 64  # characters
 
 
 def validate(run: RunConfig, world: World) -> Layout:
@@ -410,11 +411,21 @@ def check_stop(run: RunConfig) -> None:
 
 
 def check_wandb(run: RunConfig) -> None:
-    project = run.logging.wandb.project
+    """Refuse what W&B refuses, by the rules of its client (wandb/sdk/wandb_settings.py)."""
+    project, tags = run.logging.wandb.project, run.logging.wandb.tags
     if match := re.search(r"[/\\#?%:]", project):
         valid = re.sub(r"[/\\#?%:]", "-", project)
         why = f"a W&B project name may not contain {match[0]}"
         raise refusal(run, "logging.wandb.project", why, f"logging.wandb.project={valid}")
+    if not 1 <= len(project) <= _WANDB_PROJECT_LENGTH:
+        why = f"it has {len(project)} characters; W&B takes 1 to {_WANDB_PROJECT_LENGTH}"
+        shorter = project[:_WANDB_PROJECT_LENGTH] or "launcher"
+        raise refusal(run, "logging.wandb.project", why, f"logging.wandb.project={shorter}")
+    for number, tag in enumerate(tags, 1):
+        if not 1 <= len(tag) <= _WANDB_TAG_LENGTH:
+            why = f"tag {number} has {len(tag)} characters; W&B takes 1 to {_WANDB_TAG_LENGTH}"
+            kept = [tag[:_WANDB_TAG_LENGTH] for tag in tags if tag]
+            raise refusal(run, "logging.wandb.tags", why, shlex.quote(f"logging.wandb.tags={kept}"))
 
 
 def check_deepspeed(run: RunConfig) -> None:

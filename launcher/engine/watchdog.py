@@ -11,6 +11,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -67,7 +68,8 @@ class Watchdog:
 
     def __enter__(self) -> "Watchdog":
         for path in self._logs.glob(_PART.replace("*", str(self._rank))):
-            path.unlink()  # left by an earlier start
+            with suppress(OSError):
+                path.unlink()  # left by an earlier start
         self._thread.start()
         return self
 
@@ -90,17 +92,19 @@ class Watchdog:
     def _end(self) -> None:
         position = self._position()
         path = self._logs / _PART.replace("*", str(self._rank))
-        # Not files.write_text, whose fsync would wait for a disk that is dead.
-        aside = path.with_suffix(".tmp")
-        aside.write_text(json.dumps(asdict(position)))
-        aside.rename(path)
+        with suppress(OSError):  # a full disk must not keep a hung run alive
+            # Not files.write_text, whose fsync would wait for a disk that is dead.
+            aside = path.with_suffix(".tmp")
+            aside.write_text(json.dumps(asdict(position)))
+            aside.rename(path)
         # The other ranks write theirs within about the time of a step.
         time.sleep(min(30.0, 2.0 + self.timeout / 5))
-        positions = _positions(self._logs)
+        positions = _positions(self._logs) or [position]
         if min(position.rank for position in positions) == self._rank:
             text = report(positions, self.hosts, self._limit)
             print(f"launcher: {text}", file=sys.stderr, flush=True)
-            (self._logs.parent / _REPORT).write_text(text + "\n")
+            with suppress(OSError):
+                (self._logs.parent / _REPORT).write_text(text + "\n")
             self._on_hang(text)
         else:
             time.sleep(2.0)  # srun and torchrun end all ranks after the first: let it be the reporting rank
@@ -124,7 +128,12 @@ class Watchdog:
 
 
 def _positions(logs: Path) -> list[RankPosition]:
-    return [RankPosition(**json.loads(path.read_text())) for path in logs.glob(_PART)]
+    """Return the positions in the ranks' files, without files that are damaged."""
+    positions = []
+    for path in logs.glob(_PART):
+        with suppress(OSError, ValueError, TypeError):
+            positions.append(RankPosition(**json.loads(path.read_text())))
+    return positions
 
 
 def _collective_in(stack: Sequence[traceback.FrameSummary]) -> Iterator[str]:

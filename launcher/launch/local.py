@@ -299,7 +299,7 @@ def _failure_from_exit_code(rank: _Rank, kills_before: int | None) -> FailureRep
 
 
 def _log_tail(rank: _Rank) -> str:
-    if rank.log is None or not rank.log.exists():
+    if rank.log is None or not rank.log.is_file():
         return ""
     with rank.log.open("rb") as log:
         log.seek(max(rank.log_start, log.seek(0, os.SEEK_END) - _LOG_TAIL))

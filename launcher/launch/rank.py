@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn
 
 from launcher.config.errors import ConfigError, RunStopped
 from launcher.launch.orphans import die_with
+from launcher.streams import standard_stream
 
 STOPPED_EXIT_CODE = 128 + signal.SIGTERM
 # The parent sends STOP_SIGNAL to ask a rank to save and end, as SIGTERM does, and END_SIGNAL to end it now.
@@ -54,8 +55,7 @@ def rank_main(
         die_with(parent)
         for descriptor in inherited:
             os.close(descriptor)
-        if log is not None:
-            _redirect_output(log)
+        _open_output(log)
         faulthandler.enable(file=2)
         # Keep objects inherited by fork shared with the parent, and never run their finalizers here. A
         # finalizer would discard the exception of a signal that arrives while it runs.
@@ -96,18 +96,24 @@ class StopRequest:
         self.asked = True
 
 
-def _redirect_output(log: Path) -> None:
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    os.close(descriptor)
+def _open_output(log: Path | None) -> None:
+    """Let this rank write to its log, or to the terminal; in neither case may the loss of it end the rank."""
+    if log is not None:
+        descriptor = _open_log(log)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+        os.close(descriptor)
     # sys.stdout and sys.stderr may not write to descriptors 1 and 2 (under pytest), and they buffer lines
     # that SIGKILL would lose.
-    sys.stdout, sys.stderr = _open_line_buffered(1), _open_line_buffered(2)
+    sys.stdout, sys.stderr = standard_stream(1), standard_stream(2)
 
 
-def _open_line_buffered(descriptor: int) -> TextIO:
-    return open(descriptor, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
+def _open_log(log: Path) -> int:
+    try:
+        return os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        print(f"launcher: this rank has no log, because {log} cannot be opened: {error}", file=sys.stderr)
+        return os.open(os.devnull, os.O_WRONLY)
 
 
 def _handle_signals() -> None:

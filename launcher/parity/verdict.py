@@ -1,15 +1,13 @@
 """Print the result of each pass as a table, and write all results as JSON."""
 
-import json
 from dataclasses import asdict
-from math import isfinite
 from pathlib import Path
 from typing import Literal, get_args
 
 from launcher.config.layout import Layout
 from launcher.parity.differences import Difference, DifferenceKind
 from launcher.parity.verification import VerifyPass
-from launcher.text import plain_table, print_table
+from launcher.text import json_text, plain_table, print_table
 
 
 def print_pass(result: VerifyPass) -> None:
@@ -51,13 +49,9 @@ def write_report(path: Path, layout: Layout, shrunk: list[str], passes: list[Ver
                 "title": result.title,
                 "ok": result.ok,
                 "diagnosis": asdict(result.diagnosis) if result.diagnosis else None,
-                # JSON cannot express NaN and infinity.
-                "differences": [
-                    {**asdict(d), "measured": d.measured if isfinite(d.measured) else None, "ok": d.ok}
-                    for d in result.differences
-                ],
+                "differences": [{**asdict(d), "ok": d.ok} for d in result.differences],
             }
             for result in passes
         ],
     }
-    path.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
+    path.write_text(json_text(report, indent=2) + "\n")

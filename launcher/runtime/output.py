@@ -18,8 +18,7 @@ class RunOutput:
         self._directory = directory
         self._log = MetricsLog(run, layout, directory, first_step) if rank == 0 else None
         self.display = ProgressDisplay(first_step, last_step, visible=rank == 0)
-        if self._log:
-            self.say(*self._log.notes)
+        self._say_notes()
 
     def __enter__(self) -> "RunOutput":
         return self
@@ -27,6 +26,7 @@ class RunOutput:
     def __exit__(self, *_: object) -> None:
         if self._log:
             self._log.close(failed=not self.finished)
+            self._say_notes()
 
     def say(self, *lines: str) -> None:
         if self._log:
@@ -39,9 +39,14 @@ class RunOutput:
     def log(self, row: Row) -> None:
         if self._log:
             self._log.write(row)
+            self._say_notes()
 
     def say_where(self) -> None:
         if self._log:
             self.say(f"metrics  {self._directory.metrics}")
             if where := self._log.where():
                 self.say(f"W&B      {where}")
+
+    def _say_notes(self) -> None:
+        if self._log:
+            self.note(self._log.new_notes())

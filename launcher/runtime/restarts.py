@@ -8,12 +8,12 @@ from launcher.checkpoint.manifest import read_manifest
 from launcher.checkpoint.resume_choice import checkpoint_to_resume
 from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
-from launcher.files import json_lines
 from launcher.launch.attempts import MAX_IDENTICAL_FAILURES, FailedStart, count_identical_at_end
 from launcher.launch.local import RankFailure
 from launcher.launch.records import error_summary
 from launcher.planning.choose.changes import smaller
 from launcher.planning.cost.run_plan import make_plan
+from launcher.runtime.metrics.rows import last_step
 from launcher.runtime.run_dir import METRICS, RunDir
 from launcher.text import size
 
@@ -57,8 +57,7 @@ def resumed(run: RunConfig, directory: RunDir) -> RunDir:
 
 def last_logged_step(run_dir: Path) -> int:
     """Return the step of the last row in metrics.jsonl; 0 without rows."""
-    rows = json_lines(run_dir / METRICS)
-    return int(rows[-1]["step"]) if rows else 0
+    return last_step(run_dir / METRICS)
 
 
 def memory_advice(run: RunConfig, layout: Layout) -> str:

@@ -73,11 +73,11 @@ def claimed_run_dir(
             if not path.exists():
                 _beginning(run, path)
             place, notes = stack.enter_context(held(path))
-            directory = _claim(run, layout, place, run_id, path)
+            directory, copied = _claim(run, layout, place, run_id, path)
         except OSError as error:
             why = f"cannot be written: {error.strerror}"
             raise ConfigError("run.dir", path, why, "a directory you may write to") from None
-        yield directory, [*notes, *_losses(path, run)]
+        yield directory, [*notes, *copied, *_losses(path, run)]
 
 
 def start_of(run: RunConfig, path: Path) -> Path | None:
@@ -160,16 +160,32 @@ def _losses(path: Path, run: RunConfig) -> list[str]:
     return []
 
 
-def _claim(run: RunConfig, layout: Layout, place: Place, run_id: str, path: Path) -> RunDir:
+def _claim(run: RunConfig, layout: Layout, place: Place, run_id: str, path: Path) -> tuple[RunDir, list[str]]:
+    """Write identity and config; return the run directory, and notes to the user."""
     checkpoint, initial = _beginning(run, path)
     before = read_identity(path) or {"id": run_id}
+    notes = []
+    if original := _copied_from(path, before):
+        before["id"] = run_id
+        notes = [f"{path} is a copy of {original}: from here on it is a run of its own, also in W&B"]
     identity = {"format": FORMAT, "launcher": __version__, "layout": dataclasses.asdict(layout)}
+    identity["directory"] = str(path.resolve())
     write_identity(path, before | identity)  # first: it says that the files below are a run's
     (path / LOGS).mkdir(exist_ok=True)
     if source := checkpoint or (initial and initial.path):
         carry_companions(source, path)
     write_text(path / CONFIG, OmegaConf.to_yaml(OmegaConf.structured(run)))
-    return RunDir(place.path, before["id"], checkpoint, initial, place)
+    return RunDir(place.path, before["id"], checkpoint, initial, place), notes
+
+
+def _copied_from(path: Path, identity: dict[str, Any]) -> Path | None:
+    """Return the directory that `path` was copied from if its run is still there; None for a moved run."""
+    original = Path(str(identity.get("directory", path)))
+    try:
+        is_copy = not original.samefile(path) and (read_identity(original) or {}).get("id") == identity["id"]
+    except (OSError, ValueError, ConfigError):  # it was moved or replaced, or the name is damaged
+        return None
+    return original if is_copy else None
 
 
 def _beginning(run: RunConfig, path: Path) -> tuple[Path | None, WeightSource | None]:

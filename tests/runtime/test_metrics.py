@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from launcher.config.schema import WandbMode
-from launcher.runtime.metrics.upload import complete, is_complete, is_synced
-from launcher.runtime.metrics.wandb_files import fragments, records, steps_in
+from launcher.runtime.metrics.upload import complete, is_complete
+from launcher.runtime.metrics.wandb_files import fragments, is_sent, mark_as_sent, records, steps_in
 from launcher.runtime.metrics.wandb_run import resolved_mode
 from tests.runtime.command import SMALL, launcher, metrics, started, trained
 from tests.runtime.wandb_server import wandb_server
@@ -18,12 +18,12 @@ from tests.runtime.wandb_server import wandb_server
 AFTER_STEP_3 = """
 import os, signal, time
 import launcher.runtime.training as train
-from launcher.runtime.metrics.wandb_files import fragments, steps_in
+from launcher.runtime.metrics.wandb_files import steps_in
 from pathlib import Path
 step = train.optimizer_step
 def faulty(run, engine, loader, progress):
     if progress.step == 3:
-        while steps_in(fragments(Path("r"))[0]) != [1, 2, 3]:
+        while steps_in(next(Path("r").glob("wandb/*run-2*/*.wandb"))) != [1, 2, 3]:
             time.sleep(0.05)
         {fault}
     return step(run, engine, loader, progress)
@@ -38,7 +38,7 @@ WITHOUT_SERVICE = AFTER_STEP_3.format(fault="os.system('pkill -TERM -P %d' % os.
 def wandb_rows(run_dir: Path) -> list[dict[str, Any]]:
     """Return the history of all starts that is in W&B's files."""
     rows = []
-    for fragment in fragments(run_dir):
+    for fragment in fragments(run_dir, identity_of(run_dir)):
         for record in records(fragment):
             if record.HasField("history"):
                 items = {
@@ -65,7 +65,7 @@ def test_the_history_equals_metrics_jsonl(logged: Path) -> None:
 
 
 def test_the_run_has_the_composed_config_and_the_id_of_the_directory(logged: Path) -> None:
-    [fragment] = fragments(logged)
+    [fragment] = fragments(logged, identity_of(logged))
     run = next(record.run for record in records(fragment) if record.HasField("run"))
     assert run.run_id == json.loads((logged / "run.json").read_text())["id"]
     assert run.project == "tests"
@@ -146,7 +146,7 @@ def test_the_next_start_logs_the_steps_that_a_killed_start_lost(tmp_path: Path) 
     """A node died before the end of W&B's file reached the disk. `launcher sync` logs the steps too."""
     run = ["logging=wandb", "run.dir=r", "parallelism.data=1"]
     trained(*run, "training.steps=9", "training.stop_at=6", cwd=tmp_path)
-    [fragment] = fragments(tmp_path / "r")
+    [fragment] = fragments(tmp_path / "r", identity_of(tmp_path / "r"))
     cut_after_step_3(fragment)
     shutil.copytree(tmp_path / "r", tmp_path / "ended")
     trained(*run, "training.steps=9", cwd=tmp_path)
@@ -165,9 +165,9 @@ def test_a_file_that_is_still_written_is_not_uploaded(tmp_path: Path) -> None:
     now = fragment.stat().st_mtime
     assert not is_complete(fragment, now + 60)
     assert is_complete(fragment, now + 600)
-    assert not is_synced(fragment)
-    fragment.with_name("run-x.wandb.synced").touch()
-    assert is_synced(fragment)
+    assert not is_sent(fragment)
+    mark_as_sent([fragment])
+    assert is_sent(fragment)
 
 
 @pytest.mark.slow
@@ -178,7 +178,7 @@ def test_training_continues_if_the_process_of_wandb_is_killed(tmp_path: Path) ->
     process = started(*SMALL, *run, *steps, cwd=tmp_path, program=WITHOUT_SERVICE)
     out, error = process.communicate()
     assert process.returncode == 0, out + error
-    assert out.count("note     W&B has ended; metrics.jsonl is still written") == 1
+    assert out.count("note     W&B has ended (") == 1
     assert error == ""
     assert len(metrics(tmp_path / "r")) == 5
     assert [row["step"] for row in wandb_rows(tmp_path / "r")] == [1, 2, 3]

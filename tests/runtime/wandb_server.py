@@ -3,7 +3,8 @@
 import gzip
 import json
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,9 +16,10 @@ KEY = "0" * 40
 
 @dataclass
 class Server:
-    """`history` by run: the lines that the client has written."""
+    """`history` by run: the lines that the client has written. `fault` is what the server does instead."""
 
     url: str = ""
+    fault: Callable[[BaseHTTPRequestHandler], None] | None = None
     history: dict[str, list[str]] = field(default_factory=dict)
 
     @property
@@ -42,12 +44,44 @@ def wandb_server() -> Iterator[Server]:
         thread.join()
 
 
+def hang(_handler: BaseHTTPRequestHandler) -> None:
+    time.sleep(600)
+
+
+def refuse(code: int) -> Callable[[BaseHTTPRequestHandler], None]:
+    """Return a fault that answers with an HTTP status such as 500."""
+
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        handler.rfile.read(int(handler.headers.get("Content-Length") or 0))
+        handler.send_response(code)
+        handler.send_header("Content-Length", "0")
+        handler.end_headers()
+
+    return answer
+
+
+def close(handler: BaseHTTPRequestHandler) -> None:
+    handler.close_connection = True
+
+
 class _Handler(BaseHTTPRequestHandler):
     def __init__(self, server_state: Server, *arguments: Any) -> None:
         self.state = server_state
         super().__init__(*arguments)
 
+    def parse_request(self) -> bool:
+        """Read the request line and headers; show the fault instead of an answer if there is one."""
+        if not super().parse_request():
+            return False
+        if self.state.fault is not None:
+            self.state.fault(self)
+            return False
+        return True
+
     def do_POST(self) -> None:
+        if self.path != "/graphql" and not self.path.endswith("/file_stream"):
+            self._answer({})  # W&B's own statistics
+            return
         body = json.loads(self._body())
         if self.path == "/graphql":
             self._answer({"data": self._data(body["query"], body.get("variables") or {})})

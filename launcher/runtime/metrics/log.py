@@ -1,37 +1,47 @@
 """Writes a run's metrics: to metrics.jsonl always, to W&B as configured. Only rank 0 uses it."""
 
-import json
-
 from launcher.config.layout import Layout
-from launcher.config.schema import RunConfig
-from launcher.runtime.metrics.rows import Row, keep_rows_before
-from launcher.runtime.metrics.wandb_run import WandbRun, start_wandb
+from launcher.config.schema import RunConfig, WandbMode
+from launcher.runtime.metrics.rows import Row, RowFile, drop_rows_from
 from launcher.runtime.run_dir import RunDir
 
 
 class MetricsLog:
-    """Appends rows to metrics.jsonl, each flushed, and to the W&B run."""
+    """Appends rows to metrics.jsonl and to the W&B run. Neither ends the run: a failure is a note."""
 
     def __init__(self, run: RunConfig, layout: Layout, directory: RunDir, first_step: int) -> None:
         """Drop rows of an earlier start from `first_step` on: these steps are run again."""
-        kept = keep_rows_before(first_step, directory.metrics)
-        self._file = directory.metrics.open("a")
-        self._wandb: WandbRun | None
-        self._wandb, self.notes = start_wandb(run, layout, directory)
-        if self._wandb is not None:
-            for row in kept:
-                self._wandb.log(row)
+        self._notes: list[str] = []
+        try:
+            self._notes += drop_rows_from(first_step, directory.metrics)
+        except OSError as error:
+            self._notes.append(f"{directory.metrics} keeps rows of an earlier start: {error.strerror}")
+        self._file = RowFile(directory.metrics)
+        self._wandb = None
+        if run.logging.wandb.mode is not WandbMode.disabled:
+            try:
+                from launcher.runtime.metrics.wandb_thread import WandbThread
+
+                self._wandb = WandbThread(run, layout, directory, first_step)
+            except Exception as error:
+                self._notes.append(f"W&B cannot be used: {error!r}")
 
     def write(self, row: Row) -> None:
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        self._notes += self._file.append(row)
         if self._wandb is not None:
             self._wandb.log(row)
 
     def close(self, *, failed: bool) -> None:
-        self._file.close()
+        self._notes += self._file.close()
         if self._wandb is not None:
-            self._wandb.finish(failed=failed)
+            self._wandb.close(failed=failed)
+
+    def new_notes(self) -> list[str]:
+        """Return the notes to the user since the last call."""
+        notes, self._notes = self._notes, []
+        while self._wandb is not None and self._wandb.notes:
+            notes.append(self._wandb.notes.pop(0))
+        return notes
 
     def where(self) -> str | None:
-        return None if self._wandb is None else self._wandb.where()
+        return None if self._wandb is None else self._wandb.where

@@ -1,16 +1,145 @@
-"""metrics.jsonl: a line of JSON for each logged step. Does not import wandb."""
+"""metrics.jsonl: a line of JSON for each logged step. Does not import wandb.
+
+The file is read as a stream, and lines that are not rows never end a run. JSON has no NaN and no infinity:
+such a value is null in the file and NaN in a row.
+"""
 
 import json
+import math
+import os
+import re
+from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
-from launcher.files import json_lines, write_text
+from launcher.files import replacing
+from launcher.text import json_text
 
 Row = dict[str, float | int]
 
+# A line as rows are written. Matching takes half the time of parsing.
+_USUAL_LINE = re.compile(
+    rb'\{"step": (\d{1,18})(?:, "[\w/.-]++": (?:-?\d++(?:\.\d++)?+(?:e[+-]\d++)?+|null))*+\}\n', re.ASCII
+)
+_LONGEST_LINE = 1 << 20  # bytes; more without a line break is damage
+_WAITING_ROWS = 10_000
 
-def keep_rows_before(step: int, path: Path) -> list[Row]:
-    """Drop the rows from `step` on; return the rows that are kept."""
-    kept = [row for row in json_lines(path) if row["step"] < step]
-    if path.exists():
-        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
-    return kept
+
+_Line = tuple[bytes, int | None]  # the text, and the step of its row; None if the line is not a row
+
+
+def rows_in(path: Path, end: int | None = None) -> Iterator[Row]:
+    """Yield the rows in the first `end` bytes of the file, or in all of it; none without a file."""
+    for text, step in _lines(path, end):
+        if step is not None:
+            yield {name: math.nan if value is None else value for name, value in json.loads(text).items()}
+
+
+def last_step(path: Path) -> int:
+    """Return the step of the last row, or 0; read no more of the file than its end if that holds a row."""
+    for start in (max(0, _size(path) - _LONGEST_LINE), 0):
+        steps = [step for _, step in _lines(path, start=start) if step is not None]
+        if steps:
+            return steps[-1]
+    return 0
+
+
+def drop_rows_from(step: int, path: Path) -> list[str]:
+    """Drop the rows from `step` on and move lines that are not rows to a file beside; return notes.
+
+    Raises OSError.
+    """
+    kept_end, position, is_ordered, damaged = 0, 0, True, 0
+    for text, line_step in _lines(path):
+        position += len(text)
+        if line_step is None:
+            damaged += 1
+        elif line_step < step:
+            is_ordered = is_ordered and kept_end + len(text) == position and text.endswith(b"\n")
+            kept_end = position
+    if is_ordered and not damaged:
+        if kept_end < position:
+            os.truncate(path, kept_end)
+        return []
+    aside = path.with_name(f"{path.name}.damaged")
+    with replacing(path) as new, new.open("wb") as kept, aside.open("ab") as removed:
+        for text, line_step in _lines(path):
+            if line_step is None or line_step < step:
+                (removed if line_step is None else kept).write(text.rstrip(b"\n") + b"\n")
+    return [f"{damaged} lines of {path} are not rows; they are now in {aside}"] if damaged else []
+
+
+class RowFile:
+    """Appends rows to metrics.jsonl. Rows that cannot be written wait in memory for the next row."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: BinaryIO | None = None
+        self._waiting: deque[bytes] = deque(maxlen=_WAITING_ROWS)
+        self._is_lost = False
+
+    def append(self, row: Row) -> list[str]:
+        """Write the row; return notes to the user if that begins to fail, or succeeds again."""
+        self._waiting.append(json_text(row).encode() + b"\n")
+        try:
+            self._write_waiting()
+        except OSError as error:
+            was_lost, self._is_lost = self._is_lost, True
+            why = f"{self._path} cannot be written ({error.strerror}); training continues"
+            return [] if was_lost else [f"{why}, and rows wait in memory"]
+        was_lost, self._is_lost = self._is_lost, False
+        return [f"{self._path} is written again, with the rows that waited"] if was_lost else []
+
+    def close(self) -> list[str]:
+        """Return a note if rows are lost."""
+        if self._file is not None:
+            self._file.close()
+        return [f"{self._path} lacks the last {len(self._waiting)} rows"] if self._waiting else []
+
+    def _write_waiting(self) -> None:
+        if self._file is None:
+            self._file = _open_to_append(self._path)
+        while self._waiting:
+            end = self._file.seek(0, os.SEEK_END)
+            try:
+                if self._file.write(self._waiting[0]) < len(self._waiting[0]):
+                    raise OSError(None, "the disk is full")
+            except OSError:
+                self._file.truncate(end)  # the next row must not continue a part of this one
+                raise
+            self._waiting.popleft()
+
+
+def _open_to_append(path: Path) -> BinaryIO:
+    if path.exists() and not path.is_file():
+        raise OSError(None, "not a file")  # opening a pipe would wait for its reader
+    return path.open("ab", buffering=0)
+
+
+def _lines(path: Path, end: int | None = None, *, start: int = 0) -> Iterator[_Line]:
+    """Yield the lines between two positions; of a line that `start` cuts, the rest."""
+    if not path.exists():
+        return
+    if not path.is_file():
+        raise OSError(None, "not a file")
+    with path.open("rb") as file:
+        file.seek(start)
+        while (end is None or file.tell() < end) and (text := file.readline(_LONGEST_LINE)):
+            yield text, _step_of(text)
+
+
+def _step_of(line: bytes) -> int | None:
+    """Return the step of a row, or None if the line is not a row."""
+    if match := _USUAL_LINE.fullmatch(line):
+        return int(match[1])
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    step = row.get("step") if isinstance(row, dict) else None
+    return step if type(step) is int and 0 <= step < 2**63 else None
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0

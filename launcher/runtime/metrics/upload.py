@@ -1,4 +1,4 @@
-"""Uploads a run's offline W&B files to the server, each once and in order (`launcher sync`)."""
+"""Uploads what the W&B server lacks of a run, each step once and in order (`launcher sync`)."""
 
 import json
 import subprocess
@@ -10,30 +10,92 @@ from launcher.config.compose import load_typed
 from launcher.config.errors import ConfigError
 from launcher.config.layout import Layout
 from launcher.config.run_format import IDENTITY
-from launcher.config.schema import RunConfig
-from launcher.files import json_lines
-from launcher.runtime.metrics.wandb_files import fragments, has_ended
-from launcher.runtime.metrics.wandb_run import has_api_key, log_missing, server_url, why_unreachable
+from launcher.config.schema import RunConfig, WandbMode
+from launcher.runtime.metrics.rows import rows_in
+from launcher.runtime.metrics.wandb_files import fragments, has_ended, is_online, is_sent, mark_as_sent
+from launcher.runtime.metrics.wandb_run import (
+    has_api_key,
+    log_missing,
+    open_session,
+    server_url,
+    why_unreachable,
+)
 from launcher.runtime.run_dir import CONFIG, RunDir
 
 _QUIET = 120.0  # seconds without a write after which a start counts as killed
+_FINISH_TIMEOUT = 600.0  # seconds for the server to take the rows of a run
 
 
 def upload(run_dir: Path) -> int:
-    """Upload new files, with steps that W&B lost; return `wandb sync`'s exit code. Raises ConfigError."""
-    if all(is_complete(path, time.time()) for path in offline_fragments(run_dir)):
+    """Upload the steps that the server lacks; return the exit code. Raises ConfigError."""
+    try:
+        return _upload(run_dir)
+    except ConfigError:
+        raise
+    except Exception as error:  # W&B raises any
+        print(f"launcher: W&B has not taken all rows of {run_dir}: {error}", file=sys.stderr)
+        return 1
+
+
+def _upload(run_dir: Path) -> int:
+    run, layout, directory = _identified(run_dir)
+    files = fragments(directory.path, directory.run_id)
+    # A start that was online may have sent a part of its file: `wandb sync` would send that part again.
+    in_part = any(is_online(path) and not is_sent(path) for path in files)
+    if not in_part and all(is_complete(path, time.time()) for path in files if not is_online(path)):
         complete(run_dir)
-    new = [path for path in offline_fragments(run_dir) if not is_synced(path)]
+        files = fragments(directory.path, directory.run_id)
+    new = [path for path in files if not is_sent(path)]
     waiting = [path for path in new if not is_complete(path, time.time())]
     for path in waiting:
         print(f"later    {path.parent}: the run is still writing it")
     # A file after an unfinished file must wait too, or its steps would arrive first.
     ready = new[: new.index(waiting[0])] if waiting else new
-    if not ready:
+    if not ready or (in_part and waiting):
         if not waiting:
-            state = "all W&B files are uploaded" if offline_fragments(run_dir) else "no offline W&B files"
-            print(f"{run_dir}: {state}")
+            print(f"{run_dir}: {'all W&B files are uploaded' if files else 'no W&B files'}")
         return 0
+    _check_server(run_dir)
+    if in_part:
+        return _upload_rows(run, layout, directory)
+    folders = [str(path.parent) for path in ready]
+    return subprocess.run([sys.executable, "-m", "wandb", "sync", "--yes", *folders], check=False).returncode
+
+
+def complete(run_dir: Path) -> None:
+    """Add the steps that W&B lost, or never had, to an offline run that is not training."""
+    run, layout, directory = _identified(run_dir)
+    if run.logging.wandb.mode is not WandbMode.disabled or fragments(directory.path, directory.run_id):
+        log_missing(rows_in(directory.metrics), run, layout, directory)
+
+
+def is_complete(fragment: Path, now: float) -> bool:
+    return has_ended(fragment) or now - fragment.stat().st_mtime > _QUIET
+
+
+def _upload_rows(run: RunConfig, layout: Layout, directory: RunDir) -> int:
+    """Resume the W&B run and log the rows of metrics.jsonl that the server lacks; return the exit code."""
+    session = open_session("online", run, layout, directory, _FINISH_TIMEOUT)
+    for row in rows_in(directory.metrics):
+        session.log(row)
+    session.finish(failed=False)
+    mark_as_sent(fragments(directory.path, directory.run_id))
+    print(f"uploaded {session.where()}")
+    return 0
+
+
+def _identified(run_dir: Path) -> tuple[RunConfig, Layout, RunDir]:
+    """Return the run of a directory. Raises ConfigError."""
+    try:
+        identity = json.loads((run_dir / IDENTITY).read_text())
+        layout, directory = Layout(**identity["layout"]), RunDir(run_dir.resolve(), str(identity["id"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        why = f"its {IDENTITY} is damaged, so that the id of the W&B run is unknown"
+        raise ConfigError("sync", run_dir, why, f"a copy of {IDENTITY} from a backup") from None
+    return load_typed(run_dir / CONFIG, RunConfig), layout, directory
+
+
+def _check_server(run_dir: Path) -> None:
     if not has_api_key():
         remedy = "`wandb login`, or WANDB_API_KEY in the environment"
         raise ConfigError("sync", run_dir, "there is no W&B API key on this machine", remedy)
@@ -41,26 +103,3 @@ def upload(run_dir: Path) -> int:
     if why := why_unreachable(server):
         remedy = "a node that can reach it, WANDB_BASE_URL=URL for another server, or HTTPS_PROXY"
         raise ConfigError("sync", run_dir, f"the W&B server {server} does not answer: {why}", remedy)
-    folders = [str(path.parent) for path in ready]
-    return subprocess.run([sys.executable, "-m", "wandb", "sync", "--yes", *folders], check=False).returncode
-
-
-def offline_fragments(run_dir: Path) -> list[Path]:
-    return [path for path in fragments(run_dir) if path.parent.name.startswith("offline-run-")]
-
-
-def complete(run_dir: Path) -> None:
-    """Add the steps that W&B lost to an offline run that is not training. Raises ConfigError."""
-    if not offline_fragments(run_dir):
-        return
-    run, identity = load_typed(run_dir / CONFIG, RunConfig), json.loads((run_dir / IDENTITY).read_text())
-    directory = RunDir(run_dir.resolve(), identity["id"])
-    log_missing(json_lines(directory.metrics), run, Layout(**identity["layout"]), directory)
-
-
-def is_synced(fragment: Path) -> bool:
-    return fragment.with_name(f"{fragment.name}.synced").exists()
-
-
-def is_complete(fragment: Path, now: float) -> bool:
-    return has_ended(fragment) or now - fragment.stat().st_mtime > _QUIET

@@ -1,11 +1,15 @@
 """Reads the .wandb files that W&B keeps of a run, a file for each start.
 
 A file is a W&B header and a LevelDB log: blocks of 32 KiB, each record in one or several pieces, each piece
-with a checksum, a length and a type. Records are protobuf. The file of a killed run may end anywhere.
+with a checksum, a length and a type. Records are protobuf. The file of a killed run may end anywhere, and a
+file may be damaged: its records are read up to there, as W&B reads them.
 """
 
+import glob
 import struct
+import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +20,36 @@ _BLOCK, _HEADER = 32768, 7
 _WHOLE, _FIRST, _LAST = 1, 2, 4
 
 
-def fragments(run_dir: Path) -> list[Path]:
-    """Return the .wandb files of a run in the order of its starts."""
-    files = (run_dir / "wandb").glob("*run-*-*/run-*.wandb")
+def fragments(run_dir: Path, run_id: str) -> list[Path]:
+    """Return the .wandb files of a run in the order of its starts; a copied directory has others too."""
+    paths = (run_dir / "wandb").glob(f"*run-*-{glob.escape(run_id)}/run-{glob.escape(run_id)}.wandb")
+    files = [path for path in paths if path.is_file()]
     return sorted(files, key=lambda path: path.parent.name.partition("run-")[2])
+
+
+def is_online(fragment: Path) -> bool:
+    """Return whether W&B sent the records to its server while it wrote this file."""
+    return not fragment.parent.name.startswith("offline-run-")
+
+
+def is_sent(fragment: Path) -> bool:
+    return _sent_mark(fragment).exists()
+
+
+def mark_as_sent(fragments: list[Path]) -> None:
+    """Note that the server has all records, as `wandb sync` notes it."""
+    with suppress(OSError):  # without the mark, `launcher sync` asks the server
+        for fragment in fragments:
+            _sent_mark(fragment).touch()
+
+
+def _sent_mark(fragment: Path) -> Path:
+    return fragment.with_name(f"{fragment.name}.synced")
+
+
+def known_steps(fragments: list[Path]) -> set[int]:
+    """Return the optimizer steps in the files."""
+    return {step for fragment in fragments for step in steps_in(fragment)}
 
 
 def steps_in(fragment: Path) -> list[int]:
@@ -32,19 +62,32 @@ def has_ended(fragment: Path) -> bool:
 
 
 def records(fragment: Path) -> Iterator[Any]:
-    data, position, partial = fragment.read_bytes(), _HEADER, b""
-    while position + _HEADER <= len(data):
-        if _BLOCK - position % _BLOCK < _HEADER:
-            position += _BLOCK - position % _BLOCK
-            continue
-        _, length, piece_type = struct.unpack_from("<IHB", data, position)
-        piece = data[position + _HEADER : position + _HEADER + length]
-        position += _HEADER + length
+    """Yield the records up to the first that is damaged, cut short or cannot be read."""
+    partial = b""
+    for piece_type, piece in _pieces(fragment):
         partial = piece if piece_type in (_WHOLE, _FIRST) else partial + piece
         if piece_type in (_WHOLE, _LAST):
             record = wandb_internal_pb2.Record()  # type: ignore[attr-defined]
             try:
                 record.ParseFromString(partial)
             except DecodeError:
-                return  # the run was killed in the middle of this record
+                return
             yield record
+
+
+def _pieces(fragment: Path) -> Iterator[tuple[int, bytes]]:
+    """Yield the type and the content of each piece, up to the first whose checksum does not match."""
+    try:
+        with fragment.open("rb") as file:
+            first = True
+            while block := file.read(_BLOCK):
+                position, first = _HEADER if first else 0, False
+                while position + _HEADER <= len(block):
+                    checksum, length, piece_type = struct.unpack_from("<IHB", block, position)
+                    piece = block[position + _HEADER : position + _HEADER + length]
+                    if len(piece) < length or checksum != zlib.crc32(bytes([piece_type]) + piece):
+                        return
+                    yield piece_type, piece
+                    position += _HEADER + length
+    except OSError:
+        return  # it is the file of another user, or the disk fails

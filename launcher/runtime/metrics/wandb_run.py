@@ -2,12 +2,16 @@
 
 When a run is killed, W&B may lose steps that metrics.jsonl has; when it resumes, it repeats steps that W&B
 has. So each start asks which steps W&B has, logs missing steps again, and does not log known steps.
+
+Calls of W&B can raise any exception and can wait for any time. A run makes them in wandb_thread.py.
 """
 
 import os
+import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Container
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,41 +20,57 @@ import wandb
 from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig, WandbMode
 from launcher.runtime.metrics.rows import Row
-from launcher.runtime.metrics.wandb_files import fragments, steps_in
+from launcher.runtime.metrics.wandb_files import fragments, known_steps
 from launcher.runtime.run_dir import RunDir, config_as_dict
 
 INIT_TIMEOUT = 20.0  # seconds to wait for a W&B server that does not answer
+_END_TIMEOUT = 5.0  # seconds for W&B's own clean-up after its process was killed
 
 
-class WandbRun:
-    """The W&B run of this start. Rows are logged in the order of their steps.
+class Unsent(Exception):
+    """Raised if the W&B server has not received all records of a session."""
 
-    W&B's process may end before the run: Slurm sends SIGTERM to all processes of a job. Training then
-    continues without W&B, and the next start logs the missing steps.
-    """
 
-    def __init__(self, started: Any, known: Container[int]) -> None:
+class Messages:
+    """Collects the messages that W&B would print: a silent W&B says only here that an upload has failed."""
+
+    def __init__(self) -> None:
+        self.has_fatal = False  # W&B has stopped to upload
+
+    def warning(self, message: str) -> None:
+        self.has_fatal = self.has_fatal or "Fatal error" in message
+
+    info = error = warning
+
+
+class Session:
+    """One start of the W&B run. Rows are logged in the order of their steps."""
+
+    def __init__(self, started: Any, known: set[int] | range, messages: Messages) -> None:
         """`started` is the object that wandb.init returned, `known` the steps that W&B has."""
-        self._run, self._known = started, known
-        self._lost = False
+        self._run, self._known, self._messages = started, known, messages
+        self.last_known = (known.stop if isinstance(known, range) else max(known, default=-1) + 1) - 1
+        self.is_online = not started.offline
 
     def log(self, row: Row) -> None:
         """Log a row, unless W&B has its step already."""
         step = int(row["step"])
         if step not in self._known:
-            self._unless_lost(lambda: self._run.log(row, step=step, commit=True))
+            self._run.log(row, step=step, commit=True)
+
+    def say_kept(self, first_step: int) -> None:
+        """Say in the config of the W&B run which steps keep the values of an earlier start."""
+        key = f"values of an earlier start/steps {first_step} to {self.last_known}"
+        self._run.config.update({key: True}, allow_val_change=True)
 
     def finish(self, *, failed: bool) -> None:
-        self._unless_lost(lambda: self._run.finish(exit_code=1 if failed else 0))
-
-    def _unless_lost(self, call: Callable[[], object]) -> None:
-        if self._lost:
-            return
+        """Send the rest. Raises Unsent, or any exception of W&B."""
         try:
-            call()
-        except Exception as error:  # wandb's, the socket's or the queue's
-            self._lost = True
-            print(f"note     W&B has ended; metrics.jsonl is still written: {error!r}", flush=True)
+            self._run.finish(exit_code=1 if failed else 0)
+        except TimeoutError:
+            raise Unsent("its server did not take all rows in time") from None
+        if self._messages.has_fatal:
+            raise Unsent("its server refused rows")
 
     def where(self) -> str:
         if self._run.offline:
@@ -59,38 +79,55 @@ class WandbRun:
         return str(self._run.url)
 
 
-def log_missing(rows: list[Row], run: RunConfig, layout: Layout, directory: RunDir) -> None:
-    """Log the rows that no earlier W&B session has, in a new offline session."""
-    known = {step for fragment in fragments(directory.path) for step in steps_in(fragment)}
-    missing = [row for row in rows if int(row["step"]) not in known]
-    if missing:
-        started = WandbRun(_init("offline", run, layout, directory), known)
-        for row in missing:
-            started.log(row)
-        started.finish(failed=False)
-
-
-def start_wandb(run: RunConfig, layout: Layout, directory: RunDir) -> tuple[WandbRun | None, list[str]]:
-    """Return the W&B run, or None if it is disabled, and notes to the user."""
-    mode = resolved_mode(run.logging.wandb.mode)
-    if mode == "disabled":
-        return None, []
-    # Read before this start adds a file.
-    known = {step for fragment in fragments(directory.path) for step in steps_in(fragment)}
-    try:
-        started = _init(mode, run, layout, directory)
-    except wandb.errors.Error as error:
-        if mode == "offline":
-            raise
-        reason = str(error).splitlines()[0]
-        wandb.teardown()  # the W&B service still holds the run's id
-        note = f"W&B is not reachable, logging offline: {reason}"
-        return WandbRun(_init("offline", run, layout, directory), known), [note]
+def open_session(
+    mode: str, run: RunConfig, layout: Layout, directory: RunDir, finish_timeout: float
+) -> Session:
+    """Start W&B, and wait at most `finish_timeout` seconds for uploads at the end. Raises any exception."""
+    folder = directory.path / "wandb"
+    folder.mkdir(exist_ok=True)
+    if not os.access(folder, os.W_OK):  # W&B would log to a temporary directory
+        raise PermissionError(f"{folder} is not writable")
+    files = fragments(directory.path, directory.run_id)  # before this start adds a file
+    messages = Messages()
+    wandb.setup()
+    wandb.termsetup(wandb.Settings(silent=True), messages)
+    started = _init(mode, run, layout, directory, finish_timeout)
     # A server knows which steps have reached it.
-    return WandbRun(started, known if started.offline else range(started.starting_step)), []
+    known = known_steps(files) if started.offline else range(started.starting_step)
+    return Session(started, known, messages)
 
 
-def _init(mode: str, run: RunConfig, layout: Layout, directory: RunDir) -> Any:
+def log_missing(rows: Iterable[Row], run: RunConfig, layout: Layout, directory: RunDir) -> None:
+    """Log the rows that no earlier W&B session has, in a new offline session."""
+    known = known_steps(fragments(directory.path, directory.run_id))
+    missing = (row for row in rows if int(row["step"]) not in known)
+    if (first := next(missing, None)) is not None:
+        session = open_session("offline", run, layout, directory, finish_timeout=0)
+        for row in (first, *missing):
+            session.log(row)
+        session.finish(failed=False)
+
+
+def end_service() -> None:
+    """Kill W&B's process and forget it.
+
+    W&B's atexit hook, which leave_service removes, would wait for as long as the server does not answer.
+    """
+    with suppress(AttributeError):  # the process has not been started
+        # Not wandb.setup(): a thread that waits for the process may hold its lock.
+        wandb.sdk.wandb_setup._singleton._connection._proc._process.kill()  # type: ignore[union-attr]
+    cleanup = threading.Thread(target=leave_service, daemon=True)
+    cleanup.start()
+    cleanup.join(_END_TIMEOUT)
+
+
+def leave_service() -> None:
+    """Wait for the end of W&B's process, so that nothing is left to do at exit."""
+    with suppress(BaseException):  # W&B calls sys.exit with the exit code of its process
+        wandb.teardown()
+
+
+def _init(mode: str, run: RunConfig, layout: Layout, directory: RunDir, finish_timeout: float) -> Any:
     w = run.logging.wandb
     composed = config_as_dict(run)
     resolved = {"world_size": layout.world_size, "data": layout.data, "accumulation": layout.accumulation}
@@ -105,7 +142,13 @@ def _init(mode: str, run: RunConfig, layout: Layout, directory: RunDir) -> Any:
         group=w.group,
         tags=w.tags,
         config={**composed, "layout": {**resolved, "zero_stage": layout.zero_stage}},
-        settings=wandb.Settings(silent=True, console="off", init_timeout=INIT_TIMEOUT),
+        settings=wandb.Settings(
+            silent=True,
+            console="off",
+            init_timeout=INIT_TIMEOUT,
+            finish_timeout=finish_timeout,
+            finish_timeout_raises=True,
+        ),
     )
 
 
