@@ -1,6 +1,5 @@
 """`launcher replay`: repeat a step of a run, and show the samples with the highest losses."""
 
-import tempfile
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -14,6 +13,7 @@ from launcher.config.schema import HardwareConfig, ReplayConfig, RunConfig
 from launcher.config.validate import validate_replay
 from launcher.config.world import world_of_machine
 from launcher.launch.local import run_local_ranks, start_method_for
+from launcher.launch.scratch import scratch_directory
 from launcher.launch.this_machine import share_cores, this_machine
 from launcher.runtime.run_dir import CONFIG
 
@@ -47,13 +47,13 @@ def _replay(config: ReplayConfig) -> None:
         preload(layout.device)
     from launcher.runtime.replay import replay_rank
 
-    with tempfile.TemporaryDirectory(prefix="launcher-") as folder:
+    with scratch_directory() as folder:
         target = partial(
             replay_rank, run=ready_run.run, layout=layout, run_dir=run_dir, checkpoint=checkpoint, step=step,
-            shown=config.samples, folder=Path(folder),
+            shown=config.samples, folder=folder,
         )  # fmt: skip
         start_method = start_method_for(layout.device)
-        run_local_ranks(target, layout.world_size, log_dir=Path(folder), start_method=start_method)
+        run_local_ranks(target, layout.world_size, log_dir=folder, start_method=start_method)
 
 
 def checkpoint_before(run_dir: Path, step: int) -> Path | None:
