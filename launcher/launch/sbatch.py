@@ -128,7 +128,7 @@ def _interpreter_check(python: str) -> list[str]:
 
 
 def _start_lines(batch: BatchScript) -> list[str]:
-    command = f"{shlex.quote(batch.python)} -m launcher job"
+    command = f"{shlex.quote(batch.python)} -P -m launcher job"
     if len(batch.jobs) == 1:
         return [f'exec {" ".join([command, *map(shlex.quote, batch.jobs[0])])} -- "$@"']
     cases = [f"    {number}) job=({shlex.join(overrides)}) ;;" for number, overrides in enumerate(batch.jobs)]

@@ -42,7 +42,9 @@ def upload(run_dir: Path) -> int:
         remedy = "a node that can reach it, WANDB_BASE_URL=URL for another server, or HTTPS_PROXY"
         raise ConfigError("sync", run_dir, f"the W&B server {server} does not answer: {why}", remedy)
     folders = [str(path.parent) for path in ready]
-    return subprocess.run([sys.executable, "-m", "wandb", "sync", "--yes", *folders], check=False).returncode
+    # -P: the working directory may hold W&B's own folder `wandb`, or a module of the user with this name.
+    command = [sys.executable, "-P", "-m", "wandb", "sync", "--yes", *folders]
+    return subprocess.run(command, check=False).returncode
 
 
 def offline_fragments(run_dir: Path) -> list[Path]:
