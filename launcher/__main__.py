@@ -13,7 +13,6 @@ if __name__ == "__main__" and not sys.flags.safe_path:
     if __file__.startswith(f"{_working_directory}/"):
         sys.path.append(_working_directory)
 
-# ruff: noqa: E402  (these files may be shadowed until here)
 import os
 import signal
 
