@@ -166,7 +166,6 @@ def test_config_directory_is_passed_to_the_job(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "mine" / "slurm").mkdir(parents=True)
     (tmp_path / "mine" / "slurm" / "lab.yaml").write_text("partition: lab\n")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["launcher"])
     [job] = compose_jobs("config", RunConfig, ["--config-dir", "mine", "slurm=lab"])
     assert job.config.slurm.partition == "lab"
     assert job.overrides == [f"--config-dir={tmp_path / 'mine'}", "slurm=lab"]
