@@ -22,7 +22,7 @@ _REFUSED_FLAGS = {
     "resolve": ("would print values of the environment", "--cfg job"),
     "package": ("would print values of the environment", "--cfg job"),
 }
-# The settings of Hydra that a user may choose. Others may start programs, or do nothing here.
+# The settings of Hydra that a file of the user may have. Others may start programs, or do nothing here.
 _ALLOWED = ("hydra.sweeper.params.", "hydra.sweeper.params=")
 
 
@@ -80,7 +80,7 @@ def check_hydra_overrides(overrides: list[Override]) -> None:
     """Raise ConfigError for an override of Hydra's own settings, which can start programs."""
     for override in overrides:
         name = override.key_or_group.replace("/", ".").replace("@", ".")
-        if name.partition(".")[0] == "hydra" and not f"{name}=".startswith(_ALLOWED):
+        if name.partition(".")[0] == "hydra":
             raise _refused_setting(override.key_or_group)
 
 
@@ -97,7 +97,7 @@ _OF_EVERY_RUN = ("hydra.runtime.", "hydra.overrides.", "hydra.job.override_dirna
 
 
 def _refused_setting(name: str) -> ConfigError:
-    why = "settings of Hydra can start programs, and the launcher reads only hydra.sweeper.params"
+    why = "settings of Hydra can start programs; only hydra.sweeper.params in a --config-dir is read"
     return ConfigError(name, None, why, f"leave {name} out (--multirun starts a sweep)")
 
 

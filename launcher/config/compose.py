@@ -26,8 +26,21 @@ from omegaconf.errors import InterpolationResolutionError
 
 from launcher.config.arguments import check_hydra_overrides, check_hydra_settings, check_sizes, parsed_flags
 from launcher.config.errors import ConfigError
-from launcher.config.explanations import COMPOSITION_ERRORS, explain, missing_value, no_such_field
-from launcher.config.fields import ENTRIES, config_directory, is_section, schema_of
+from launcher.config.explanations import (
+    COMPOSITION_ERRORS,
+    explain,
+    missing_value,
+    no_such_field,
+    not_an_option,
+)
+from launcher.config.fields import (
+    ENTRIES,
+    config_directory,
+    groups_of,
+    is_section,
+    options_of,
+    schema_of,
+)
 from launcher.config.run_format import check_format
 from launcher.config.schema import (
     CalibrateConfig,
@@ -91,7 +104,9 @@ def compose_jobs(config_name: str, root: type[Config], arguments: list[str]) -> 
         hydra = _hydra(flags.config_dir)
         with strict():
             parser = OverridesParser.create(config_loader=hydra.config_loader)
-            check_hydra_overrides(parser.parse_overrides(overrides))
+            parsed = parser.parse_overrides(overrides)
+            check_hydra_overrides(parsed)
+            _check_groups(parsed, root)
             if flags.config_dir:
                 mode = RunMode.MULTIRUN if flags.multirun else RunMode.RUN
                 _check_own_files(config_name, hydra.compose_config(config_name, overrides, mode))
@@ -121,6 +136,13 @@ def _hydra(config_dir: str | None) -> Hydra:
             raise ConfigError("--config-dir", path, why, remedy)
         search_path.prepend("command-line", f"file://{path}", anchor=SearchPathQuery(provider="schema"))
     return Hydra("launcher", ConfigLoaderImpl(search_path))
+
+
+def _check_groups(overrides: list[Override], root: type[Any]) -> None:
+    for override in overrides:
+        group = override.key_or_group
+        if isinstance(override.value(), list | dict) and group in groups_of(root):
+            raise not_an_option(group, override.get_value_element_as_str(), options_of(group))
 
 
 def _check_own_files(config_name: str, composed: DictConfig) -> None:

@@ -119,17 +119,18 @@ def _ambiguous(match: re.Match[str], failure: _Failure) -> ConfigError:
 def _no_such_option(match: re.Match[str], failure: _Failure) -> ConfigError:
     group, _, option = match[1].rpartition("/")
     listed = re.findall(r"^\t(\w\S*)$", failure.text, re.MULTILINE)
-    return _not_an_option(group or "config", option, listed)
+    return not_an_option(group or "config", option, listed)
 
 
 def _option_of_another_type(match: re.Match[str], failure: _Failure) -> ConfigError:
     for name in groups_of(failure.root):
         if (value := failure.value_of(name)) is not None:
-            return _not_an_option(name, value, options_of(name))
+            return not_an_option(name, value, options_of(name))
     return ConfigError("command line", None, "a setting needs a name, = and a value", _SHAPE)
 
 
-def _not_an_option(group: str, option: str, options: list[str]) -> ConfigError:
+def not_an_option(group: str, option: str, options: list[str]) -> ConfigError:
+    """Return the error about a value of a group that is none of its options."""
     longer = [name for name in options if option and name.startswith(option)]
     close = longer or difflib.get_close_matches(option, options, n=2) or sorted(options)
     remedy = " or ".join(settings(group, close)) or "a name that `launcher --help` lists"

@@ -390,7 +390,7 @@ class TestNoProgramStarts:
             "+hydra.callbacks.x._target_=os.abort", "hydra.launcher._target_=os.abort",
             "hydra.searchpath=[pkg://os]", "hydra.run.dir=x", "hydra.job.chdir=true", "++hydra.env.x=1",
             "hydra.mode=MULTIRUN", "~hydra.launcher", "hydra.verbose=true", "hydra/launcher=basic",
-            "hydra/job_logging@hydra.x=default",
+            "hydra/job_logging@hydra.x=default", "hydra.sweeper.params.optimizer.lr=1",
         ],
     )  # fmt: skip
     def test_from_an_override(self, override: str) -> None:
@@ -405,6 +405,13 @@ class TestNoProgramStarts:
     )  # fmt: skip
     def test_from_a_flag(self, flag: str) -> None:
         assert flag.partition("=")[0] in refused(flag).field
+
+    def test_a_file_may_have_a_sweep(self, tmp_path: Path) -> None:
+        (tmp_path / "experiment").mkdir()
+        params = "# @package _global_\nhydra: {sweeper: {params: {optimizer.lr: '1e-3,2e-3'}}}\n"
+        (tmp_path / "experiment" / "sweep.yaml").write_text(params)
+        jobs = compose_jobs("config", RunConfig, ["-m", f"--config-dir={tmp_path}", "experiment=sweep"])
+        assert [job.config.optimizer.lr for job in jobs] == [1e-3, 2e-3]
 
     def test_a_target_is_no_field(self) -> None:
         assert refused("+model._target_=os.abort").why == "no such field"
