@@ -16,13 +16,14 @@ from launcher.config.schema import (
     GenerateConfig,
     PlannedRunConfig,
     PrepareConfig,
+    ReplayConfig,
     RunConfig,
 )
 
 ROOTS: dict[str, type[Any]] = {
     "": RunConfig, "train": RunConfig, "plan": PlannedRunConfig, "verify": RunConfig, "submit": RunConfig,
     "compare": ComparedRunConfig, "generate": GenerateConfig, "prepare": PrepareConfig,
-    "calibrate": CalibrateConfig, "export": ExchangeConfig, "import": ExchangeConfig,
+    "replay": ReplayConfig, "calibrate": CalibrateConfig, "export": ExchangeConfig, "import": ExchangeConfig,
 }  # fmt: skip
 OTHER_VERBS = ("job", "sync", "checkpoint", "tarin", "PLAN", "", "--", "\u00e9t\u00e9")
 
