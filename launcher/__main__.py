@@ -4,8 +4,17 @@ Exit codes: 0 done, 1 a rank failed or a layout differs, 2 refused, 130 Ctrl-C, 
 138 SIGUSR1.
 """
 
-import signal
 import sys
+
+if __name__ == "__main__" and not sys.flags.safe_path:
+    # `python -m` puts the working directory first, where a file of the user such as tokenize.py would replace
+    # a module of the standard library. The directory of a checkout stays, as the last place to look.
+    _working_directory = sys.path.pop(0)
+    if __file__.startswith(f"{_working_directory}/"):
+        sys.path.append(_working_directory)
+
+import os
+import signal
 
 from launcher.streams import OutputLost, discard_output, open_standard_streams
 
@@ -13,6 +22,8 @@ from launcher.streams import OutputLost, discard_output, open_standard_streams
 def main() -> None:
     """Run the command of sys.argv."""
     open_standard_streams()
+    # Python processes that this one starts do not import from the working directory either.
+    os.environ.setdefault("PYTHONSAFEPATH", "1")
     try:
         # Inside, so that a Ctrl-C during these imports ends like any other.
         from launcher.command_line import run_command

@@ -12,6 +12,7 @@ from importlib import import_module
 
 from launcher import __version__
 from launcher.config.errors import ConfigError
+from launcher.config.secrets import without_values
 from launcher.launch.environment import speaks_for_all
 from launcher.launch.exit_codes import FAILED, REFUSED
 from launcher.launch.local import RankFailure, Stopped
@@ -45,7 +46,11 @@ def run_command(arguments: list[str]) -> int:
         verb, rest = _split(arguments)
         return entry_point(verb)(rest)
     except ConfigError as error:
-        record_end(int(os.environ.get("SLURM_PROCID", "0")), RankEndKind.refused, error)
+        record_end(
+            int(os.environ.get("SLURM_PROCID", "0")),
+            RankEndKind.refused,
+            f"ConfigError: {without_values(str(error))}",
+        )
         # Under torchrun or srun every rank is refused alike, and the first rank reports it.
         return _report(error, REFUSED) if speaks_for_all(os.environ) else REFUSED
     except RankFailure as failure:
@@ -80,5 +85,5 @@ def _split(arguments: list[str]) -> tuple[str, list[str]]:
 
 
 def _report(message: object, code: int) -> int:
-    print(f"launcher: {message}", file=sys.stderr)
+    print(f"launcher: {without_values(str(message))}", file=sys.stderr)
     return code

@@ -16,6 +16,7 @@ from launcher.checkpoint.manifest import (
     read_manifest,
 )
 from launcher.config.errors import ConfigError
+from launcher.config.paths import path_argument
 from launcher.text import printable, size, whole
 
 USAGE = """\
@@ -38,7 +39,7 @@ def main(arguments: list[str]) -> int:
         why = "the command needs `ls`, `show` or `check`, and one path"
         remedy = f"launcher checkpoint {verb if verb in VERBS else 'ls'} runs/NAME"
         raise ConfigError(given, None, why, remedy)
-    path = Path(rest[0]).expanduser()
+    path = path_argument("checkpoint", rest[0])
     try:
         return VERBS[verb](path)
     except OSError as error:

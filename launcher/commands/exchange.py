@@ -9,7 +9,8 @@ from launcher.checkpoint.manifest import UnusableCheckpoint, newest_complete_bef
 from launcher.checkpoint.sources import WeightsKind, WeightSource, weights_at
 from launcher.config.compose import compose_jobs
 from launcher.config.errors import ConfigError
-from launcher.config.numbers import EXCHANGE_NUMBERS, refuse_numbers_out_of_range
+from launcher.config.numbers import refuse_out_of_bounds
+from launcher.config.paths import path_argument
 from launcher.config.schema import ExchangeConfig
 
 
@@ -58,12 +59,12 @@ def _exchanged(verb: str, arguments: list[str]) -> tuple[WeightSource, Path, Exc
     if len(paths) != 2 or len(jobs) > 1:
         why = "the command needs a SOURCE and a TARGET directory"
         raise ConfigError(" ".join([verb, *arguments]), None, why, f"launcher {verb} SOURCE TARGET")
-    source, target = (Path(path).expanduser() for path in paths)
+    source, target = (path_argument(verb, path) for path in paths)
     if target.exists():
         why = f"already exists, and `launcher {verb}` does not overwrite files"
         remedy = shlex.join(["launcher", verb, str(source), f"{target}-2"])
         raise ConfigError("TARGET", target, why, remedy)
-    refuse_numbers_out_of_range(jobs[0].config, EXCHANGE_NUMBERS)
+    refuse_out_of_bounds(jobs[0].config)
     return weights_at(source, verb), target, jobs[0].config
 
 

@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from launcher.config.compose import compose_jobs
 from launcher.config.errors import ConfigError
+from launcher.config.paths import path_argument
 from launcher.config.schema import EndInText, PrepareConfig
 from launcher.config.validate import validate_prepare
 from launcher.data.card import vocab_size_of
@@ -34,7 +35,7 @@ def main(arguments: list[str]) -> int:
     if len(paths) < 2 or len(jobs) > 1:
         why = "the command needs at least one SOURCE to read and the TARGET to write"
         raise ConfigError(" ".join(["prepare", *arguments]), None, why, "launcher prepare SOURCE TARGET")
-    *sources, target = (Path(path).expanduser() for path in paths)
+    *sources, target = (path_argument("prepare", path) for path in paths)
     if target.suffix in (".bin", ".idx"):
         target = target.with_suffix("")
     if not target.name or target.name == "..":

@@ -1,8 +1,7 @@
 """`launcher sync`: upload a run's offline W&B files."""
 
-from pathlib import Path
-
 from launcher.config.errors import ConfigError
+from launcher.config.paths import path_argument
 from launcher.config.run_format import IDENTITY
 
 
@@ -10,7 +9,7 @@ def main(arguments: list[str]) -> int:
     if not arguments or {"-h", "--help"} & set(arguments):
         print("launcher sync runs/NAME ...: upload the new offline W&B files of each run, in order")
         return 0
-    runs = [Path(argument.removeprefix("run.dir=")).expanduser() for argument in arguments]
+    runs = [path_argument("sync", argument.removeprefix("run.dir=")) for argument in arguments]
     for run in runs:
         if not (run / IDENTITY).is_file():
             why = f"this is not a run directory, because it has no {IDENTITY}"

@@ -1,22 +1,46 @@
-"""Compose dataclasses from a command line with Hydra. explanations.py translates Hydra's errors."""
+"""Compose dataclasses from a command line with Hydra. explanations.py translates Hydra's errors.
+
+Hydra composes, and does nothing else: its launchers, sweepers, callbacks and log files are not used.
+"""
 
 import argparse
 import contextlib
 import io
-import os
-import sys
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, is_dataclass, replace
+from itertools import islice, product
+from math import prod
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-import hydra
-from hydra._internal.utils import get_args_parser
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from hydra import version
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_automatic_config_search_path, get_args_parser
+from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, RangeSweep
+from hydra.types import RunMode
+from omegaconf import DictConfig, ListConfig, OmegaConf, flag_override
+from omegaconf.errors import InterpolationResolutionError
 
+from launcher.config.arguments import check_hydra_overrides, check_hydra_settings, check_sizes, parsed_flags
 from launcher.config.errors import ConfigError
-from launcher.config.explanations import COMPOSITION_ERRORS, explain, missing_value, no_such_field
-from launcher.config.fields import ENTRIES, config_directory, is_section, schema_of
+from launcher.config.explanations import (
+    COMPOSITION_ERRORS,
+    explain,
+    missing_value,
+    no_such_field,
+    not_an_option,
+)
+from launcher.config.fields import (
+    ENTRIES,
+    config_directory,
+    groups_of,
+    is_section,
+    options_of,
+    schema_of,
+)
 from launcher.config.run_format import check_format
 from launcher.config.schema import (
     CalibrateConfig,
@@ -29,6 +53,8 @@ from launcher.config.schema import (
     RunConfig,
     register_schema,
 )
+from launcher.config.secrets import Referenced, masked, variables_read
+from launcher.config.strict import strict
 
 Config = TypeVar(
     "Config",
@@ -42,6 +68,7 @@ Config = TypeVar(
     ReplayConfig,
 )
 
+MOST_JOBS = 1000  # of a sweep; Slurm's default limit of an array
 # The beginnings of overrides of open dictionaries, whose keys the user chooses.
 OPEN = tuple(f"{name}{end}" for name in ("deepspeed", *ENTRIES) for end in (".", "="))
 
@@ -57,43 +84,125 @@ class Job(Generic[Config]):
     def announce(self) -> None:
         """Print the number and overrides of a job of a sweep; print nothing for a single run."""
         if self.index is not None:
-            print(f"job      {self.index}: {' '.join(self.overrides)}", flush=True)
+            print(masked(f"job      {self.index}: {' '.join(self.overrides)}"), flush=True)
 
 
 def compose_jobs(config_name: str, root: type[Config], arguments: list[str]) -> list[Job[Config]]:
     """Return the jobs that the command-line `arguments` compose from `config_name`; a sweep has several.
 
-    Hydra's flags (--help, --cfg job, --multirun, --config-dir ...) work as in any Hydra application. A flag
-    that only prints, such as --help, gives no job. Raises ConfigError if any job cannot be composed, so that
-    no job of a sweep starts before all of them are valid.
+    Hydra's flags --help, --cfg job, --multirun, --config-dir ... work as in any Hydra application, but no
+    plugin, callback or other setting of Hydra can start a program. A flag that only prints, such as --help,
+    gives no job. Raises ConfigError if any job cannot be composed, so that no job of a sweep starts before
+    all of them are valid.
     """
     register_schema()
-    # Without this variable, Hydra prints its errors itself and exits with code 1. It has no other switch.
-    os.environ["HYDRA_FULL_ERROR"] = "1"
+    check_sizes(arguments)
     # argparse accepts overrides only without flags between them, so the flags are sorted first.
-    flags_first: list[str] = [_addable(argument) for argument in sorted(arguments, key=_is_override)]
-    flags, overrides = _parsed(flags_first)
+    flags, overrides = parsed_flags([_addable(argument) for argument in sorted(arguments, key=_is_override)])
     directories = [f"--config-dir={Path(flags.config_dir).absolute()}"] if flags.config_dir else []
-    sys.argv = ["launcher", *flags_first]
-    composed: list[tuple[DictConfig, int | None, list[str]]] = []
-
-    def keep(config: DictConfig) -> None:
-        # Not resolved here: a ${...} that refers to nothing is reported later.
-        hydra_config = HydraConfig.get()
-        task = OmegaConf.to_container(hydra_config.overrides.task, resolve=False)
-        assert isinstance(task, list)
-        is_sweep = hydra_config.mode is not None and hydra_config.mode.name == "MULTIRUN"
-        index = int(hydra_config.job.num) if is_sweep else None
-        composed.append((config, index, [str(override) for override in task]))
-
-    main = hydra.main(version_base="1.3", config_path=str(config_directory()), config_name=config_name)(keep)
     try:
-        main()
+        hydra = _hydra(flags.config_dir)
+        with strict():
+            parser = OverridesParser.create(config_loader=hydra.config_loader)
+            parsed = parser.parse_overrides(overrides)
+            check_hydra_overrides(parsed)
+            _check_groups(parsed, root)
+            if flags.config_dir:
+                mode = RunMode.MULTIRUN if flags.multirun else RunMode.RUN
+                _check_own_files(config_name, hydra.compose_config(config_name, overrides, mode))
+            if flags.help or flags.hydra_help or flags.cfg or flags.info:
+                _print_instead(hydra, config_name, flags, overrides)
+                return []
+            sweep = _jobs_of_sweep(hydra, config_name, overrides) if flags.multirun else None
+            composed = [_composed(hydra, config_name, task) for task in (sweep or [overrides])]
+            return [
+                Job(to_typed(config, root, overrides), index if flags.multirun else None, directories + task)
+                for index, (config, task) in enumerate(composed)
+            ]
     except BrokenPipeError:
         raise  # the reader of --help, such as `head`, closed the pipe
     except COMPOSITION_ERRORS as error:
         raise explain(error, root, overrides) from None
-    return [Job(to_typed(config, root, overrides), n, directories + task) for config, n, task in composed]
+
+
+def _hydra(config_dir: str | None) -> Hydra:
+    """Return Hydra with conf/ and a directory of the user, which it searches after conf/."""
+    version.setbase("1.3")
+    search_path = create_automatic_config_search_path(None, None, str(config_directory()))
+    if config_dir is not None:
+        path = Path(config_dir).absolute()
+        if not path.is_dir():
+            why, remedy = "no such directory", "--config-dir=DIRECTORY of your files"
+            raise ConfigError("--config-dir", path, why, remedy)
+        search_path.prepend("command-line", f"file://{path}", anchor=SearchPathQuery(provider="schema"))
+    return Hydra("launcher", ConfigLoaderImpl(search_path))
+
+
+def _check_groups(overrides: list[Override], root: type[Any]) -> None:
+    for override in overrides:
+        group = override.key_or_group
+        if isinstance(override.value(), list | dict) and group in groups_of(root):
+            raise not_an_option(group, override.get_value_element_as_str(), options_of(group))
+
+
+def _check_own_files(config_name: str, composed: DictConfig) -> None:
+    """Raise ConfigError if a config with files of the user has other settings of Hydra than conf/ has."""
+    hydra_settings = OmegaConf.to_container(composed.hydra, resolve=False)
+    standard = _hydra(None).compose_config(config_name, [], RunMode.RUN).hydra
+    check_hydra_settings(hydra_settings, OmegaConf.to_container(standard, resolve=False))
+
+
+def _print_instead(hydra: Hydra, config_name: str, flags: argparse.Namespace, overrides: list[str]) -> None:
+    """Print the help or the config, without values of the environment and without passwords in URLs."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        if flags.help:
+            hydra.app_help(config_name, get_args_parser(), flags)
+        elif flags.hydra_help:
+            hydra.hydra_help(config_name, get_args_parser(), flags)
+        elif flags.cfg:
+            hydra.show_cfg(config_name, overrides, flags.cfg, package=None)
+        else:
+            hydra.show_info(flags.info, config_name, overrides)
+    print(masked(printed.getvalue()), end="", flush=True)
+
+
+def _jobs_of_sweep(hydra: Hydra, config_name: str, overrides: list[str]) -> list[list[str]]:
+    """Return the overrides of each job of a --multirun. Raises ConfigError for too many jobs."""
+    params = hydra.compose_config(config_name, overrides, RunMode.MULTIRUN).hydra.sweeper.params or {}
+    typed = [override for override in overrides if not override.lstrip("+~").startswith("hydra.")]
+    parser = OverridesParser.create(config_loader=hydra.config_loader)
+    choices: dict[str, list[str]] = {}
+    for override in parser.parse_overrides([f"{name}={value}" for name, value in params.items()] + typed):
+        name = override.get_key_element()
+        choices[name] = [override.input_line or name]
+        if override.is_sweep_override():
+            choices[name] = [f"{name}={value}" for value in islice(_sweep_values(override), MOST_JOBS + 1)]
+    jobs = prod(map(len, choices.values()))
+    if jobs > MOST_JOBS:
+        why = f"the sweep has more than {MOST_JOBS:,} jobs, which is the most"
+        raise ConfigError("--multirun", None, why, "fewer values, in several commands")
+    return [list(job) for job in product(*choices.values())]
+
+
+def _sweep_values(override: Override) -> Iterator[str]:
+    values = override.value()
+    if isinstance(values, RangeSweep):
+        # shuffle(range(...)) lists the whole range before its first value.
+        in_order = replace(override, _value=replace(values, shuffle=False)).sweep_string_iterator()
+        if len(few := list(islice(in_order, MOST_JOBS + 1))) > MOST_JOBS:
+            return iter(few)
+    return override.sweep_string_iterator()
+
+
+def _composed(hydra: Hydra, config_name: str, overrides: list[str]) -> tuple[DictConfig, list[str]]:
+    """Return the config, in which references are not resolved yet, and the overrides."""
+    config = hydra.compose_config(config_name, overrides, RunMode.RUN)
+    task = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
+    assert isinstance(task, list)
+    with flag_override(config, ["struct", "readonly"], [False, False]):
+        del config["hydra"]
+    return config, [str(override) for override in task]
 
 
 def _is_override(argument: str) -> bool:
@@ -103,20 +212,6 @@ def _is_override(argument: str) -> bool:
 def _addable(argument: str) -> str:
     """Return the argument, with `++` in front if it sets a key of an open dictionary."""
     return f"++{argument}" if argument.startswith(OPEN) else argument
-
-
-def _parsed(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Return Hydra's flags and the overrides. Raises ConfigError for an unknown flag."""
-    stderr = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(stderr):
-            flags: argparse.Namespace = get_args_parser().parse_args(arguments)
-    except SystemExit as stop:
-        if not stop.code:
-            raise  # --version
-        why = stderr.getvalue().strip().splitlines()[-1].partition("error: ")[2]
-        raise ConfigError("command line", None, why, "a flag that `launcher --hydra-help` lists") from None
-    return flags, list(flags.overrides)
 
 
 def to_typed(composed: DictConfig, root: type[Config], overrides: list[str] | None = None) -> Config:
@@ -132,10 +227,36 @@ def to_typed(composed: DictConfig, root: type[Config], overrides: list[str] | No
         typed = OmegaConf.to_object(composed)
         # Composition does not check the items of lists: it accepts [a, {b: 1}] as a list of text.
         OmegaConf.structured(typed)
+        _keep_references(composed, typed)
     except COMPOSITION_ERRORS as error:
         raise explain(error, root, overrides or []) from None
     assert isinstance(typed, root)
     return typed
+
+
+def _keep_references(composed: DictConfig | ListConfig, typed: Any) -> None:
+    """Replace each text of `typed` that comes from the environment by a Referenced text."""
+    names = range(len(composed)) if isinstance(composed, ListConfig) else list(composed)
+    for name in names:
+        node: Any = composed._get_node(name)
+        value = typed[name] if isinstance(typed, dict | list) else getattr(typed, str(name))
+        if not node._is_interpolation():
+            if isinstance(node, DictConfig | ListConfig) and value is not None:
+                _keep_references(node, value)
+            continue
+        before = len(variables_read())
+        node._dereference_node()
+        if len(variables_read()) == before:
+            continue
+        if isinstance(value, dict | list) or is_dataclass(value):
+            why = "text and numbers can come from the environment, and sections and lists cannot"
+            raise ConfigError(node._get_full_key(None), node._value(), why, "one ${oc.env:NAME} per value")
+        if isinstance(value, str):
+            reference = Referenced(value, node._value())
+            if isinstance(typed, dict | list):
+                typed[name] = reference
+            else:
+                setattr(typed, str(name), reference)
 
 
 def _refuse_unknown(config: DictConfig, schema: DictConfig, prefix: str, root: type[Any]) -> None:
@@ -150,16 +271,34 @@ def _refuse_unknown(config: DictConfig, schema: DictConfig, prefix: str, root: t
 
 
 def load_typed(path: Path, root: type[Config]) -> Config:
-    """Return the config of a run from its config.yaml, `path`. Raises ConfigError if no run wrote it."""
+    """Return the config of a run from its config.yaml, `path`. Raises ConfigError if no run wrote it.
+
+    A text that refers to an environment variable that is not set here stays as it is written.
+    """
     if not path.is_file():
         why = f"this is not a run directory, because it has no {path.name}"
         raise ConfigError("run.dir", path.parent, why, "run.dir=DIRECTORY of a run")
     check_format(path.parent)
     try:
-        merged = OmegaConf.merge(schema_of(root), OmegaConf.load(path))
-        assert isinstance(merged, DictConfig)
-        return to_typed(merged, root)
+        with strict():
+            merged = OmegaConf.merge(schema_of(root), OmegaConf.load(path))
+            assert isinstance(merged, DictConfig)
+            _leave_unset(merged)
+            return to_typed(merged, root)
     except (*COMPOSITION_ERRORS, ConfigError) as error:
         why = f"its {path.name} was not written by a run: {str(error).splitlines()[0]}"
         remedy = "run.dir=DIRECTORY of a run whose files are unchanged"
         raise ConfigError("run.dir", path.parent, why, remedy) from None
+
+
+def _leave_unset(config: DictConfig | ListConfig) -> None:
+    for name in range(len(config)) if isinstance(config, ListConfig) else list(config):
+        node: Any = config._get_node(name)
+        if isinstance(node, DictConfig | ListConfig) and not node._is_interpolation():
+            if not (node._is_none() or node._is_missing()):
+                _leave_unset(node)
+        elif node._is_interpolation() and "oc.env" in (reference := node._value()):
+            try:
+                node._dereference_node()
+            except InterpolationResolutionError:
+                node._set_value(reference.replace("${", "\\${"))

@@ -22,8 +22,11 @@ class KeyType:
     example: str  # an accepted value
 
 
+MOST = 1e15  # of every number; nan and inf are refused too
+
+
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MOST
 
 
 def _is_whole(value: Any) -> bool:
@@ -31,9 +34,12 @@ def _is_whole(value: Any) -> bool:
 
 
 FLAG = KeyType("must be true or false", lambda value: isinstance(value, bool), "true")
-COUNT = KeyType("must be a whole number, 0 or more", lambda value: _is_whole(value) and value >= 0, "1")
-SIZE = KeyType("must be a whole number, 1 or more", lambda value: _is_whole(value) and value >= 1, "1")
-NUMBER = KeyType("must be a number, 0 or more", lambda value: _is_number(value) and value >= 0, "1.0")
+COUNT = KeyType("must be a whole number from 0 to 1e15", lambda value: _is_whole(value) and value >= 0, "1")
+SIZE = KeyType("must be a whole number from 1 to 1e15", lambda value: _is_whole(value) and value >= 1, "1")
+NUMBER = KeyType("must be a number from 0 to 1e15", lambda value: _is_number(value) and value >= 0, "1.0")
+FACTOR = KeyType(
+    "must be a number above 0, at most 1e15", lambda value: _is_number(value) and value > 1 / MOST, "1.0"
+)
 SHARE = KeyType("must be from 0 to 1", lambda value: _is_number(value) and 0 <= value <= 1, "1.0")
 TEXT = KeyType("must be text", lambda value: isinstance(value, str), "info")
 NAMES = KeyType("must be a list", lambda value: isinstance(value, list), "[all_reduce]")
@@ -46,7 +52,7 @@ SECTION = KeyType(
 def _keys(**names: str) -> dict[str, KeyType]:
     """Return the type of each key, in alphabetical order, from space-separated key names per type."""
     types = {
-        "flag": FLAG, "count": COUNT, "size": SIZE, "number": NUMBER, "share": SHARE,
+        "flag": FLAG, "count": COUNT, "size": SIZE, "number": NUMBER, "factor": FACTOR, "share": SHARE,
         "text": TEXT, "names": NAMES, "dtype": DTYPE, "section": SECTION,
     }  # fmt: skip
     return dict(sorted((key, types[name]) for name, keys in names.items() for key in keys.split()))
@@ -92,7 +98,7 @@ TOP_LEVEL: dict[str, KeyType] = _keys(
     dtype="communication_data_type",
     flag="disable_allgather disable_python_gc dump_state memory_breakdown prescale_gradients "
     "wall_clock_breakdown",
-    number="gradient_predivide_factor", size="steps_per_print", text="log_level",
+    factor="gradient_predivide_factor", size="steps_per_print", text="log_level",
     section=" ".join(sorted({name.split(".")[0] for name in SECTIONS})),
 )  # fmt: skip
 

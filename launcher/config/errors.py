@@ -6,6 +6,10 @@ from collections.abc import Iterable
 from enum import Enum
 from functools import reduce
 
+from launcher.config.secrets import Referenced, masked
+
+LONGEST_VALUE = 400  # characters of a field and its value in a message
+
 
 class ConfigError(Exception):
     """A setting that cannot work: field, value, reason and remedy. The command prints it and exits with 2."""
@@ -13,7 +17,7 @@ class ConfigError(Exception):
     def __init__(self, field: str, value: object, why: str, remedy: str) -> None:
         self.field, self.value, self.why, self.remedy = field, value, why, remedy
         shown = field if value is None else f"{field}={as_typed(value)}"
-        super().__init__(f"{shown}: {why}\n  try: {remedy}")
+        super().__init__(masked(f"{_shortened(shown)}: {why}\n  try: {remedy}"))
 
     def __reduce__(self) -> tuple[type["ConfigError"], tuple[str, object, str, str]]:
         # By default, only an exception's message is pickled; this exception is sent between ranks.
@@ -22,6 +26,12 @@ class ConfigError(Exception):
 
 class RunStopped(Exception):
     """Raised on all ranks to end a run whose numbers are wrong, not its code. Printed once, no traceback."""
+
+
+def _shortened(text: str) -> str:
+    return (
+        text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE // 2]}... ({len(text):,} characters)"
+    )
 
 
 def refusal(config: object, field: str, why: str, *remedies: str) -> ConfigError:
@@ -53,4 +63,6 @@ def as_typed(value: object) -> str:
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key}: {as_typed(value[key])}" for key in sorted(value)) + "}"
+    if isinstance(value, Referenced):
+        return value.reference
     return value.name if isinstance(value, Enum) else str(value)

@@ -24,9 +24,13 @@ from launcher.config.fields import (
     options_of,
     schema_of,
 )
-from launcher.config.numbers import NUMBERS
+from launcher.config.numbers import BOUNDS
 
-COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, OSError)
+# Hydra and OmegaConf raise Python's own errors for some input, such as an AssertionError for model=[1].
+COMPOSITION_ERRORS = (
+    HydraException, OmegaConfBaseException, yaml.YAMLError, ArithmeticError, AssertionError, AttributeError,
+    LookupError, OSError, RecursionError, TypeError, ValueError,
+)  # fmt: skip
 
 _SHAPE = "GROUP=OPTION or a.b=VALUE"
 _VERBS = {name.capitalize(): f"{name} " for name in ("calibrate", "generate", "prepare", "replay")} | {
@@ -85,7 +89,7 @@ def _example(field: str, root: type[Any]) -> str:
     kind = fields_of(root).get(field) or kind_of_entry(field) or "VALUE"
     default = OmegaConf.select(schema_of(root), field)
     examples = {"text": ["TEXT"], "number": ["1"]}.get(kind) or kind.split(" | ")
-    examples = [NUMBERS[field][1]] if field in NUMBERS else examples
+    examples = [BOUNDS[field].example] if field in BOUNDS else examples
     return " or ".join(settings(field, [default] if default is not None or "null" in kind else examples))
 
 
@@ -115,17 +119,18 @@ def _ambiguous(match: re.Match[str], failure: _Failure) -> ConfigError:
 def _no_such_option(match: re.Match[str], failure: _Failure) -> ConfigError:
     group, _, option = match[1].rpartition("/")
     listed = re.findall(r"^\t(\w\S*)$", failure.text, re.MULTILINE)
-    return _not_an_option(group or "config", option, listed)
+    return not_an_option(group or "config", option, listed)
 
 
 def _option_of_another_type(match: re.Match[str], failure: _Failure) -> ConfigError:
     for name in groups_of(failure.root):
         if (value := failure.value_of(name)) is not None:
-            return _not_an_option(name, value, options_of(name))
+            return not_an_option(name, value, options_of(name))
     return ConfigError("command line", None, "a setting needs a name, = and a value", _SHAPE)
 
 
-def _not_an_option(group: str, option: str, options: list[str]) -> ConfigError:
+def not_an_option(group: str, option: str, options: list[str]) -> ConfigError:
+    """Return the error about a value of a group that is none of its options."""
     longer = [name for name in options if option and name.startswith(option)]
     close = longer or difflib.get_close_matches(option, options, n=2) or sorted(options)
     remedy = " or ".join(settings(group, close)) or "a name that `launcher --help` lists"
@@ -144,6 +149,17 @@ def _chosen_twice(match: re.Match[str], failure: _Failure) -> ConfigError:
     name = match[1] or match[2]
     value = failure.value_of(name)
     why = "an option of this group is already selected, and + would add a second one"
+    return ConfigError(f"+{name}", value, why, _with_value(name, value))
+
+
+def _endless(match: re.Match[str], failure: _Failure) -> ConfigError:
+    why = "a file or a value refers to itself, or brackets are too deep"
+    return ConfigError("command line", None, why, "a defaults list without a circle")
+
+
+def _set_already(match: re.Match[str], failure: _Failure) -> ConfigError:
+    name, value = match[1], failure.value_of(match[1])
+    why = "the field exists, and + only adds new keys to a dictionary"
     return ConfigError(f"+{name}", value, why, _with_value(name, value))
 
 
@@ -194,7 +210,7 @@ def _wrong_field(match: re.Match[str], failure: _Failure) -> ConfigError:
     if field not in fields and not kind_of_entry(field):
         inner = [_example(name, failure.root) for name in fields_in(field, failure.root)[:2]]
         why = "this is a section of fields, which has no value itself"
-        remedy = f"run.dir={value}" if field == "run" else " or ".join(inner)
+        remedy = f"run.dir={value}" if field == "run" else " or ".join(inner) or f"{field}.NAME=VALUE"
         return ConfigError(field, value or None, why, remedy)
     kind = fields.get(field) or kind_of_entry(field) or ""
     why = f"must be {_IN_WORDS.get(kind.removesuffix(' | null'), f'one of {kind}')}{_in(failure.file)}"
@@ -205,12 +221,14 @@ _KEY = r"\n +full_key: (\S+)"
 
 # Patterns in the messages of Hydra and omegaconf, with their explanations. The first match is used.
 _EXPLANATIONS: tuple[tuple[str, Callable[[re.Match[str], _Failure], ConfigError]], ...] = (
+    (r"maximum recursion depth", _endless),
     (r"Ambiguous value for argument '(.+)'", _ambiguous),
     (r"(?:Could not find|Could not load) '([^']+)'", _no_such_option),
     (r"Config group override must be", _option_of_another_type),
     (r"config directory '(.+)' not found", _no_directory),
     (r"primary config '([^']*)'", _no_config),
     (r"(\S+) appears more than once|Multiple values for ([^ .]+)", _chosen_twice),
+    (r"An item is already at '([^']+)'", _set_already),
     (r"Could not delete|does not support deletion", _cannot_remove),
     (rf"(?:is not in struct|Key '[^']+' not in [^\n]+){_KEY}", _no_such_key),
     (r"Could not override '([^']+)'", _no_such_group),

@@ -10,7 +10,9 @@ from functools import cache
 from typing import Any, Optional
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING
+
+from launcher.config.secrets import register_environment_resolver
 
 # `Optional[...]` and not `... | None`: omegaconf 2.3 reads both, but reports the former legibly.
 # ruff: noqa: UP045
@@ -617,8 +619,8 @@ class ExchangeConfig:
 
 @cache
 def register_schema() -> None:
-    """Register the typed roots of conf/, and `sweep_dir`, the resolver for the record of a --multirun."""
-    OmegaConf.register_new_resolver("sweep_dir", lambda run_dir: run_dir or "runs", replace=True)
+    """Register the typed roots of conf/, and the resolver of environment variables."""
+    register_environment_resolver()
     roots = {
         "run": RunConfig,
         "plan": PlannedRunConfig,

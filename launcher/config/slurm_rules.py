@@ -9,9 +9,11 @@ from dataclasses import fields
 
 from launcher.config.errors import ConfigError, as_typed, refusal
 from launcher.config.schema import Device, RunConfig, SlurmConfig
+from launcher.config.secrets import has_token, is_secret_name, is_secret_value
 
-# Names of environment variables that hold secrets, which must not be written into a script or config.
-_SECRET = re.compile(r"(^|_)(API_?KEY|KEY|TOKEN|SECRET|PASSWORD|PASSWD)(_|$)", re.IGNORECASE)
+_NO_SECRETS = "this secret would be written into the script and the run's config, which others may read"
+# Read by the running job from its overrides; other fields are written into the script.
+READ_WHILE_RUNNING = {"on_stop", "srun", "container"}
 
 # Options that the launcher sets itself, with the field to set instead; {} is the option's value.
 _RANKS = "hardware.accelerators_per_node={} (ranks per node)"
@@ -96,7 +98,7 @@ def _check_gpus(run: RunConfig) -> None:
 
 
 def _check_text(slurm: SlurmConfig) -> None:
-    for field, text in _texts(slurm):
+    for field, text in texts_in(slurm):
         # A line break would end the line of the script that contains the value.
         if control := re.search(r"[\x00-\x1f\x7f]", text):
             why = f"the text contains the control character {control[0]!r}"
@@ -106,7 +108,8 @@ def _check_text(slurm: SlurmConfig) -> None:
             raise ConfigError(field, "''", "the text is empty", f"{field}={as_typed(default)}")
 
 
-def _texts(slurm: SlurmConfig) -> Iterator[tuple[str, str]]:
+def texts_in(slurm: SlurmConfig) -> Iterator[tuple[str, str]]:
+    """Yield each text that is set, with its field; an item of a list has the field of the list."""
     for field in fields(slurm):
         value, name = getattr(slurm, field.name), f"slurm.{field.name}"
         if isinstance(value, str):
@@ -120,13 +123,14 @@ def _texts(slurm: SlurmConfig) -> Iterator[tuple[str, str]]:
 
 _FORMS: dict[str, tuple[str, str, str]] = {
     "time": (
-        r"\d+|(\d+:)?\d+:\d+|\d+-\d+(:\d+){0,2}",
+        r"\d{1,9}|(\d{1,9}:)?\d{1,9}:\d{1,9}|\d{1,9}-\d{1,9}(:\d{1,9}){0,2}",
         "a time limit must be MINUTES, [HOURS:]MINUTES:SECONDS or DAYS-HOURS[:MINUTES[:SECONDS]]", "24:00:00",
     ),
-    "nodes": (r"[1-9]\d*(-[1-9]\d*)?", "must be a number of nodes, or MIN-MAX", "2"),
-    "gpus_per_node": (r"([A-Za-z0-9_.-]+:)?[1-9]\d*", "must be a number of GPUs, or TYPE:NUMBER", "8"),
+    "nodes": (r"[1-9]\d{0,4}(-[1-9]\d{0,4})?", "must be a number of nodes, or MIN-MAX", "2"),
+    "gpus_per_node": (r"([A-Za-z0-9_.-]+:)?[1-9]\d{0,3}", "must be a number of GPUs, or TYPE:NUMBER", "8"),
     "mem": (
-        r"\d+[KMGTkmgt]?", "must be a number of megabytes, or a number with the unit K, M, G or T", "64G",
+        r"\d{1,12}[KMGTkmgt]?",
+        "must be a number of megabytes, or a number with the unit K, M, G or T", "64G",
     ),
 }  # fmt: skip
 
@@ -175,11 +179,15 @@ def _check_environment(run: RunConfig) -> None:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             why = f"{name} is not a valid name of an environment variable"
             raise ConfigError(field, value, why, "letters, digits and _, not beginning with a digit")
-        if _SECRET.search(name):
+        if is_secret_name(name) or is_secret_value(value, name):
             # The value is not part of the message, because it may be a secret.
-            why = "this secret would be written into the script and the run's config, which others may read"
             remedy = f"export {name} in the shell that runs `launcher submit` or sbatch, which pass it on"
-            raise ConfigError(field, None, why, remedy + (" (or `wandb login`)" if "WANDB" in name else ""))
+            remedy += " (or `wandb login`)" if "WANDB" in name else ""
+            raise ConfigError(field, None, _NO_SECRETS, remedy)
+    for field, text in texts_in(run.slurm):
+        if has_token(text) or any(map(is_secret_name, re.findall(r"\b([A-Za-z_]\w*)=", text))):
+            why, remedy = _NO_SECRETS, "a variable that you export in the shell that runs `launcher submit`"
+            raise ConfigError(field, None, why, remedy)
 
 
 def _check_options(field: str, options: list[str], ours: dict[str, str], example: str) -> None:

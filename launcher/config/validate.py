@@ -12,6 +12,7 @@ from launcher.config import numbers, shape
 from launcher.config.deepspeed_keys import check_passthrough
 from launcher.config.errors import ConfigError, as_typed, refusal, settings, value_of
 from launcher.config.layout import Layout, resolve_layout
+from launcher.config.paths import check_paths
 from launcher.config.schema import (
     AttentionKind,
     CalibrateConfig,
@@ -34,6 +35,8 @@ from launcher.text import plural, whole
 EXAMPLE_GLOB = "corpus/**/*.txt"
 EXAMPLE_PREFIX = "corpora/web"
 _WANDB_PROJECT_LENGTH, _WANDB_TAG_LENGTH = 128, 64  # characters
+LEAST_WEIGHT = 1e-9
+MOST_VALUES_AHEAD = 2**30  # token ids or pixels of 8 bytes
 
 
 def validate(run: RunConfig, world: World) -> Layout:
@@ -47,12 +50,13 @@ def validate(run: RunConfig, world: World) -> Layout:
 
 def validate_generate(config: GenerateConfig) -> str:
     """Check what `launcher generate` is given; return the run's directory. Raises ConfigError."""
+    check_paths(config)
     if config.run.dir is None:
         why = "sampling needs the directory of a finished run"
         raise refusal(config, "run.dir", why, "run.dir=runs/NAME (as the run printed it)")
     if not config.prompt:
         raise refusal(config, "prompt", "the prompt is empty", shlex.quote('prompt="import "'))
-    numbers.refuse_numbers_out_of_range(config, numbers.GENERATE_NUMBERS)
+    numbers.refuse_out_of_bounds(config)
     return config.run.dir
 
 
@@ -63,13 +67,15 @@ def validate_replay(config: ReplayConfig) -> tuple[str, int]:
     if config.step is None:
         why = "a step is needed, such as one whose loss leaps up in metrics.jsonl"
         raise refusal(config, "step", why, "step=1")
-    numbers.refuse_numbers_out_of_range(config, numbers.REPLAY_NUMBERS)
+    numbers.refuse_out_of_bounds(config)
+    check_paths(config)
     return config.run.dir, config.step
 
 
 def validate_prepare(config: PrepareConfig) -> None:
     """Check what `launcher prepare` is given. Raises ConfigError."""
-    numbers.refuse_numbers_out_of_range(config, numbers.PREPARE_NUMBERS)
+    numbers.refuse_out_of_bounds(config)
+    check_paths(config)
     t = config.tokenizer
     if t.train is not None and t.path is not None:
         why = "tokenizer.path and tokenizer.train cannot be set together"
@@ -84,7 +90,8 @@ def validate_prepare(config: PrepareConfig) -> None:
 
 def validate_compare(config: ComparedRunConfig) -> None:
     """Check what `launcher compare` is given besides a run. Raises ConfigError."""
-    numbers.refuse_numbers_out_of_range(config, numbers.COMPARE_NUMBERS)
+    numbers.refuse_out_of_bounds(config)
+    check_paths(config)
     if config.compare.ranks == 1:
         raise refusal(config, "compare.ranks", "must be at least 2", "compare.ranks=2", "compare.ranks=4")
     for name in ("data", "tensor", "pipeline", "zero_stage", "auto"):
@@ -96,14 +103,15 @@ def validate_compare(config: ComparedRunConfig) -> None:
 
 def validate_calibrate(config: CalibrateConfig) -> None:
     """Check what `launcher calibrate` is given. Raises ConfigError."""
-    numbers.refuse_numbers_out_of_range(config, numbers.CALIBRATE_NUMBERS)
+    numbers.refuse_out_of_bounds(config)
+    check_paths(config)
     if not re.fullmatch(r"\w[\w.-]*", config.name):
         why = "may contain only letters, digits, _, - and ., and must not begin with - or ."
         raise refusal(config, "name", why, "name=this_machine")
 
 
 def check_numbers(run: RunConfig) -> None:
-    numbers.refuse_numbers_out_of_range(run, numbers.NUMBERS)
+    numbers.refuse_out_of_bounds(run)
 
 
 def check_inputs(run: RunConfig) -> None:
@@ -241,9 +249,6 @@ def check_pipeline(run: RunConfig) -> None:
 
 def check_zero(run: RunConfig) -> None:
     p = run.parallelism
-    if not 0 <= p.zero_stage <= 3:
-        nearest_stage = f"parallelism.zero_stage={min(max(p.zero_stage, 0), 3)}"
-        raise refusal(run, "parallelism.zero_stage", "the stages are 0 to 3", nearest_stage)
     if p.offload_parameters and p.zero_stage != 3:
         zero_3 = ["parallelism.zero_stage=3 parallelism.offload_optimizer=true"] if p.pipeline == 1 else []
         why = f"only ZeRO-3 partitions the weights, not ZeRO-{p.zero_stage}"
@@ -327,6 +332,22 @@ def check_data(run: RunConfig) -> None:
         raise refusal(run, given[0], f"data=stdlib does not use {given[0]}", unset, text)
 
 
+def check_read_ahead(run: RunConfig) -> None:
+    """Check that the batches that are read ahead fit into memory: their values, over all ranks."""
+    m, t = run.model, run.training
+    is_vision = m.inputs is InputKind.patches
+    of_sample = m.image_size**2 * m.image_channels if is_vision else shape.sequence_length(run) + 1
+    of_batch = of_sample * (run.data.prefetch + 1)
+    if t.global_batch_size * of_batch > MOST_VALUES_AHEAD:
+        largest = 2 ** int(math.log2(max(1, MOST_VALUES_AHEAD // of_batch)))
+        why = (
+            f"with data.prefetch={run.data.prefetch}, batches of {of_batch * t.global_batch_size:.3g} values "
+        )
+        why += f"would be in memory, and {MOST_VALUES_AHEAD:.3g} are the most"
+        remedy = f"training.global_batch_size={largest} (or fewer)"
+        raise refusal(run, "training.global_batch_size", why, remedy)
+
+
 def check_blend(run: RunConfig) -> None:
     d = run.data
     parts: dict[str, Mapping[str, object]]
@@ -359,6 +380,9 @@ def check_blend(run: RunConfig) -> None:
         if not 0 < d.weights.get(name, 0) < math.inf:
             why = f"a weight above 0 is needed for each of data.sources, and {name} has none"
             raise refusal(run, "data.weights", why, f"data.weights.{name}=1")
+        if not LEAST_WEIGHT <= d.weights[name] <= 1 / LEAST_WEIGHT:
+            why = f"each must be from {LEAST_WEIGHT:g} to {1 / LEAST_WEIGHT:g}"
+            raise refusal(run, "data.weights", why, f"data.weights.{name}=1")
     if (period := sum(shape.blend_weights(list(d.weights.values())))) > shape.LONGEST_PERIOD:
         why = (
             f"as whole numbers they add up to {whole(period)}, and {whole(shape.LONGEST_PERIOD)} is the most"
@@ -378,7 +402,9 @@ def check_optimizer(run: RunConfig) -> None:
         for field in fields:
             is_set = value_of(run, field) is not None
             if optimizer is chosen and not is_set:
-                raise refusal(run, field, f"{chosen.name} needs it", f"{field}={numbers.NUMBERS[field][1]}")
+                raise refusal(
+                    run, field, f"{chosen.name} needs it", f"{field}={numbers.BOUNDS[field].example}"
+                )
             if optimizer is not chosen and is_set:
                 why = f"not a setting of {chosen.name}"
                 raise refusal(run, field, why, f"optimizer={optimizer.name}", f"{field}=null")
@@ -451,6 +477,7 @@ def check_fp16_has_a_gpu(run: RunConfig, layout: Layout) -> None:
 
 RULES: tuple[Callable[[RunConfig], None], ...] = (
     check_numbers,
+    check_paths,
     check_inputs,
     check_parts,
     check_images,
@@ -462,6 +489,7 @@ RULES: tuple[Callable[[RunConfig], None], ...] = (
     check_sequence,
     check_vocabulary,
     check_documents,
+    check_read_ahead,
     check_blend,
     check_data,
     check_optimizer,

@@ -46,6 +46,7 @@ BAD, TOKENIZER, CARD, MADE_OF = "bad_lines.txt", "tokenizer.json", "card.json", 
 _SAVE_INTERVAL = 5.0  # seconds between two writes of the journal
 _LONGEST = 2**30  # tokens per document: a longer text is split, because the index stores lengths in 31 bits
 _AHEAD = 4  # batches per process that are read before their results are written
+_AHEAD_BYTES = 2**28  # total size of these batches, of which each may be a line of max_line_mb
 _FORMAT = 2  # version of the journal and of the output; a change makes an interrupted preparation start again
 
 
@@ -329,11 +330,14 @@ class Preparation:
             return
         pool = WorkerPool(self.workers, settings)
         pending: deque[tuple[RecordBatch, Future[TokenisedBatch]]] = deque()
+        size = 0  # bytes of the pending batches
         try:
             for batch in record_batches:
                 pending.append((batch, pool.submit(batch)))
-                if len(pending) >= _AHEAD * self.workers:
+                size += _bytes_of(batch)
+                while len(pending) >= _AHEAD * self.workers or size > _AHEAD_BYTES:
                     first, future = pending.popleft()
+                    size -= _bytes_of(first)
                     yield first, future.result()
             yield from ((first, future.result()) for first, future in pending)
         except WorkerKilled:
@@ -400,6 +404,10 @@ def _bad_line_error(
     if not is_first or tokenised.lengths:
         remedies.append(skip)
     return ConfigError("text_field", config.text_field, why, " or ".join(remedies))
+
+
+def _bytes_of(batch: RecordBatch) -> int:
+    return sum(len(record or "") for record in batch.records)
 
 
 def _open_truncated(path: Path, size: int) -> IO[bytes]:

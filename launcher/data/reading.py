@@ -19,6 +19,9 @@ from typing import IO, Any
 
 BATCH_BYTES = 2**20
 PARQUET_ROWS = 64
+# Compressed bytes that are decompressed at once. 4 bytes of zstd can stand for 128 KiB, so 2 KiB for 64 MiB.
+_ZSTANDARD_PIECE = 2**11
+_ZSTANDARD_WINDOW = 2**27  # bytes that a frame may refer back to; `zstd --ultra --long` alone writes more
 
 
 class FileFormat(Enum):
@@ -321,7 +324,7 @@ class _Transcoded(io.RawIOBase):
 
 
 class _Zstandard(io.RawIOBase):
-    """Decompresses all zstd frames of a file, one after the other.
+    """Decompresses all zstd frames of a file, one after the other, in bounded memory.
 
     The zstandard library's reader accepts a file that ends inside a frame. This reader raises DamagedFile.
     """
@@ -330,8 +333,11 @@ class _Zstandard(io.RawIOBase):
         import zstandard
 
         self._raw, self._library = raw, zstandard
-        self._frame = zstandard.ZstdDecompressor().decompressobj()
-        self._ready, self._inside = b"", False
+        self._frame, self._inside = self._new_frame(), False
+        self._ready = memoryview(b"")
+
+    def _new_frame(self) -> Any:
+        return self._library.ZstdDecompressor(max_window_size=_ZSTANDARD_WINDOW).decompressobj()
 
     def readable(self) -> bool:
         return True
@@ -340,15 +346,15 @@ class _Zstandard(io.RawIOBase):
         while not self._ready:
             pending = self._frame.unused_data if self._frame.eof else b""
             if self._frame.eof:
-                self._frame, self._inside = self._library.ZstdDecompressor().decompressobj(), False
-            chunk = pending or self._raw.read(2**17)
+                self._frame, self._inside = self._new_frame(), False
+            chunk = pending or self._raw.read(_ZSTANDARD_PIECE)
             if not chunk:
                 if self._inside:
                     raise DamagedFile("the file ends in the middle of a zstd frame")
                 return 0
             self._inside = True
             try:
-                self._ready = self._frame.decompress(chunk)
+                self._ready = memoryview(self._frame.decompress(chunk))
             except self._library.ZstdError as error:
                 raise DamagedFile(str(error)) from None
         count = min(len(buffer), len(self._ready))

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from launcher.config.errors import ConfigError
 
+_MOST_HOSTS = 2**16  # in a range of a host list
+
 
 @dataclass(frozen=True)
 class RankEnvironment:
@@ -207,12 +209,14 @@ def _expand_pattern(pattern: str) -> list[str]:
 def _expand_numbers(ranges: str) -> list[str]:
     numbers: list[str] = []
     for part in ranges.split(","):
-        matched = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", part)
+        matched = re.fullmatch(r"([0-9]{1,18})(?:-([0-9]{1,18}))?", part)
         if matched is None:
             raise ValueError(f"{part!r} in brackets is neither a number nor a range of numbers")
         first, last = matched[1], matched[2] or matched[1]
         if int(last) < int(first):
             raise ValueError(f"the range {part!r} runs backwards")
+        if int(last) - int(first) >= _MOST_HOSTS:
+            raise ValueError(f"the range {part!r} has more than {_MOST_HOSTS:,} hosts")
         numbers += [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
     return numbers
 
@@ -227,7 +231,7 @@ def _text(environ: Mapping[str, str], name: str) -> str:
 
 def _integer(environ: Mapping[str, str], name: str, at_least: int = 0) -> int:
     text = _text(environ, name)
-    if not re.fullmatch(r"[0-9]+", text) or int(text) < at_least:
+    if not re.fullmatch(r"[0-9]{1,18}", text) or int(text) < at_least:
         raise ConfigError(name, text, f"must be an integer of at least {at_least}", _remedy(environ))
     return int(text)
 

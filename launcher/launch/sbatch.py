@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from launcher.config.errors import ConfigError
 from launcher.config.schema import OnStop, RunConfig, SlurmConfig, Tasks
-from launcher.config.slurm_rules import gpus_of_a_node, nodes_of
+from launcher.config.slurm_rules import READ_WHILE_RUNNING, gpus_of_a_node, nodes_of
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def _interpreter_check(python: str) -> list[str]:
 
 
 def _start_lines(batch: BatchScript) -> list[str]:
-    command = f"{shlex.quote(batch.python)} -m launcher job"
+    command = f"{shlex.quote(batch.python)} -P -m launcher job"
     if len(batch.jobs) == 1:
         return [f'exec {" ".join([command, *map(shlex.quote, batch.jobs[0])])} -- "$@"']
     cases = [f"    {number}) job=({shlex.join(overrides)}) ;;" for number, overrides in enumerate(batch.jobs)]
@@ -151,7 +151,6 @@ _SBATCH_OPTIONS = {
     "output": "--output={}",
     "signal_seconds": "--signal=B:USR1@{}",
 }
-_READ_WHILE_RUNNING = {"on_stop", "srun", "container"}
 
 
 def check_script_arguments(overrides: list[str]) -> None:
@@ -165,7 +164,7 @@ def check_script_arguments(overrides: list[str]) -> None:
             field = "submit"
         elif name.partition("@")[0] != "slurm" and not name.startswith("slurm."):
             continue
-        if field in _READ_WHILE_RUNNING:
+        if field in READ_WHILE_RUNNING:
             continue
         remedy = "`launcher submit` with this setting (the script's second line holds the full command)"
         if field in _SBATCH_OPTIONS:

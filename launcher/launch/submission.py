@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launcher.config.compose import Job
-from launcher.config.errors import ConfigError
+from launcher.config.errors import ConfigError, as_typed
 from launcher.config.layout import Layout
-from launcher.config.schema import RunConfig
-from launcher.config.slurm_rules import check_submission
+from launcher.config.schema import RunConfig, SlurmConfig
+from launcher.config.secrets import Referenced, has_token
+from launcher.config.slurm_rules import READ_WHILE_RUNNING, check_submission, texts_in
 from launcher.launch.sbatch import BatchScript, render
 from launcher.launch.slurm import SlurmError, SlurmUnreachable, sbatch
 
@@ -24,16 +25,30 @@ def batch_script_of(jobs: Sequence[Job[RunConfig]], typed: list[str]) -> BatchSc
         if not argument.isprintable():
             why = "contains a control character"
             raise ConfigError("submit", repr(argument), why, "the argument without line breaks and tabs")
+        if has_token(argument):
+            name = argument.partition("=")[0]
+            why = "the value looks like a secret, and would be written into the script"
+            raise ConfigError(name, None, why, shlex.quote(f"{name}=${{oc.env:VARIABLE}}"))
     if first.slurm.max_parallel is not None and len(jobs) == 1:
         why = "max_parallel needs --multirun"
         raise ConfigError("slurm.max_parallel", first.slurm.max_parallel, why, "slurm.max_parallel=null")
     for job in jobs:
         check_submission(job.config)
+        _check_references(job.config.slurm)
         if (job.config.slurm, job.config.hardware) != (first.slurm, first.hardware):
             why = "the jobs of a --multirun are one Slurm array: slurm.* and hardware.* must be equal"
             raise ConfigError("--multirun", " ".join(job.overrides), why, "one `launcher submit` per job")
     overrides = [_without_submit_fields(job.overrides) for job in jobs]
     return BatchScript(first, typed, overrides, check_submission(first), first.slurm.python or sys.executable)
+
+
+def _check_references(slurm: SlurmConfig) -> None:
+    for field, text in texts_in(slurm):
+        section = field.split(".")[1]
+        if isinstance(text, Referenced) and section not in READ_WHILE_RUNNING:
+            why = "values of the environment are not written into the script"
+            exported = f"`export {field.rpartition('.')[2]}`, which sbatch passes on"
+            raise ConfigError(field, text, why, exported if section == "environment" else f"{field}=TEXT")
 
 
 def _without_submit_fields(overrides: list[str]) -> list[str]:
@@ -84,7 +99,7 @@ def submission_summary(run: RunConfig, job_id: str, layouts: Sequence[Layout]) -
     is_array = jobs > 1
     task = "/0" if is_array else ""
     log = run.slurm.output.replace("%j", f"{job_id}_0" if is_array else job_id)
-    directory = f"{run.run.dir or f'runs/slurm-{job_id}'}{task}"
+    directory = f"{as_typed(run.run.dir or f'runs/slurm-{job_id}')}{task}"
     return [
         f"job      {job_id}{f', an array of {jobs} tasks' if is_array else ''}",
         *[f"layout   {layout.describe()}" for layout in dict.fromkeys(layouts)],

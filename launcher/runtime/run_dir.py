@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from launcher import __version__
 from launcher.checkpoint.companions import COMPANIONS, carry_companions
 from launcher.checkpoint.final import FINAL_WEIGHTS, final_step
@@ -23,6 +21,7 @@ from launcher.config.errors import ConfigError
 from launcher.config.layout import Layout
 from launcher.config.run_format import FORMAT, IDENTITY, SAVED_STEP, read_identity, write_identity
 from launcher.config.schema import RunConfig
+from launcher.config.secrets import as_written, as_yaml
 from launcher.files import write_text
 from launcher.launch.environment import slurm_step_name
 from launcher.runtime.hold import HOLDER, Place, held, is_holder_file
@@ -174,7 +173,7 @@ def _claim(run: RunConfig, layout: Layout, place: Place, run_id: str, path: Path
     (path / LOGS).mkdir(exist_ok=True)
     if source := checkpoint or (initial and initial.path):
         carry_companions(source, path)
-    write_text(path / CONFIG, OmegaConf.to_yaml(OmegaConf.structured(run)))
+    write_text(path / CONFIG, as_yaml(run))
     return RunDir(place.path, before["id"], checkpoint, initial, place), notes
 
 
@@ -199,10 +198,9 @@ def _beginning(run: RunConfig, path: Path) -> tuple[Path | None, WeightSource | 
 
 
 def config_as_dict(run: RunConfig) -> dict[str, Any]:
-    """Return the composed config as plain values, enums by name."""
-    container = OmegaConf.to_container(OmegaConf.structured(run), enum_to_str=True)
-    assert isinstance(container, dict)
-    return {str(key): value for key, value in container.items()}
+    """Return the composed config as plain values, without values of the environment."""
+    config: dict[str, Any] = as_written(run)
+    return config
 
 
 def run_path(run: RunConfig, run_id: str = "", multirun_index: int | None = None) -> Path:

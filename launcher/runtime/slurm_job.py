@@ -114,7 +114,7 @@ def step_command(
     """Return the srun command that starts the ranks, or a launcher on each node."""
     ranks = layout.world_size // nodes
     per_node, cpus = tasks_per_node(run, ranks), cpus_per_task(run, ranks)
-    launcher = ["launcher"] if run.slurm.container else [sys.executable, "-m", "launcher"]
+    launcher = ["launcher"] if run.slurm.container else [sys.executable, "-P", "-m", "launcher"]
     return [
         "srun",
         f"--nodes={nodes}",

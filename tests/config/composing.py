@@ -4,12 +4,9 @@ import copy
 import functools
 import re
 import shlex
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
-from hydra._internal.hydra import Hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
@@ -50,10 +47,7 @@ def composed(*arguments: str) -> RunConfig:
 
 def composed_as(name: str, root: Any, *arguments: str) -> Any:
     """Return the config that a command composes from `name`, as a single run."""
-    # Hydra composes everything twice, first to learn whether it is a sweep.
-    once = mock.patch.object(Hydra, "get_mode", return_value=None)
-    with mock.patch.object(sys, "argv", ["launcher"]), once:
-        [job] = compose_jobs(name, root, list(arguments))
+    [job] = compose_jobs(name, root, list(arguments))
     return job.config
 
 

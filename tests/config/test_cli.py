@@ -271,3 +271,17 @@ def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path) -> None:
     command = f"{sys.executable} -m launcher --help | head -1"
     done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True)
     assert (done.stdout.count("\n"), done.stderr) == (1, "")
+
+
+def test_no_module_of_the_working_directory_is_imported(tmp_path: Path) -> None:
+    for name in ("tokenize", "signal", "hydra", "omegaconf", "argparse"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('a file of the user was imported')\n")
+    for name in ("wandb", "tokenizers", "launcher"):
+        (tmp_path / name).mkdir()
+    spawn = "from launcher.__main__ import main; import sys, os; sys.argv = ['x', '--version']\ntry: main()\n"
+    spawn += "except SystemExit: pass\nimport subprocess; sys.exit(subprocess.call([sys.executable, '-c', "
+    spawn += "'import tokenize, sys; sys.exit(7)']))"
+    for options, code in ((["-m", "launcher", "--cfg", "job"], 0), (["-P", "-c", spawn], 7)):
+        command = [sys.executable, *options]
+        done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, text=True, capture_output=True)
+        assert (done.returncode, done.stderr) == (code, "")

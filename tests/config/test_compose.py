@@ -2,11 +2,9 @@
 
 import dataclasses
 import functools
-import sys
 from enum import Enum
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 from hypothesis import given, settings
@@ -26,6 +24,7 @@ from launcher.config.fields import (
 from launcher.config.layout import Layout
 from launcher.config.machine import Machine
 from launcher.config.schema import GenerateConfig, RunConfig
+from launcher.config.secrets import as_yaml
 from launcher.config.validate import validate
 from launcher.config.world import World, world_of_hardware
 from tests.config.composing import FIELDS, alternatives, cases, composed, composed_generate, section_of
@@ -53,7 +52,7 @@ BESIDE = {
 
 @functools.cache
 def refused(*arguments: str, root: str = "config") -> ConfigError:
-    with mock.patch.object(sys, "argv", ["launcher"]), pytest.raises(ConfigError) as raised:
+    with pytest.raises(ConfigError) as raised:
         compose_jobs(root, RunConfig if root == "config" else GenerateConfig, list(arguments))
     return raised.value
 
@@ -183,7 +182,7 @@ class TestConf:
             with subtests.test(f"{group}={option}"):
                 run = composed(f"{group}={option}", *BESIDE.get((group, option), []))
                 path = tmp_path / "config.yaml"
-                path.write_text(OmegaConf.to_yaml(OmegaConf.structured(run)))
+                path.write_text(as_yaml(run))
                 assert load_typed(path, RunConfig) == run
 
     def test_survives_with_every_kind_of_value(self, tmp_path: Path) -> None:
@@ -194,7 +193,7 @@ class TestConf:
             "hardware.peak_flops.bf16=989e12",
         )  # fmt: skip
         path = tmp_path / "config.yaml"
-        path.write_text(OmegaConf.to_yaml(OmegaConf.structured(run)))
+        path.write_text(as_yaml(run))
         assert load_typed(path, RunConfig) == run
         assert run.deepspeed == {"aio": {"block_size": 4096}, "zero_optimization": {"overlap_comm": True}}
         assert run.hardware.peak_flops.bf16 == 989e12
@@ -276,13 +275,12 @@ class TestNotComposed:
     def test_anything_typed_composes_or_is_refused(self, typed: str) -> None:
         if typed.lstrip().startswith("-"):
             return
-        with mock.patch.object(sys, "argv", ["launcher"]):
-            try:
-                compose_jobs("config", RunConfig, [typed])
-            except ConfigError as error:
-                refusal = error
-            else:
-                return
+        try:
+            compose_jobs("config", RunConfig, [typed])
+        except ConfigError as error:
+            refusal = error
+        else:
+            return
         assert refusal.why
         assert refusal.remedy
 
@@ -290,13 +288,11 @@ class TestNotComposed:
 class TestSweep:
     def test_gives_a_numbered_job_for_each(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["launcher"])
         jobs = compose_jobs("config", RunConfig, ["--multirun", "optimizer.lr=1e-3,2e-3", "training.steps=5"])
         assert [(job.index, job.config.optimizer.lr) for job in jobs] == [(0, 1e-3), (1, 2e-3)]
         assert {job.config.training.steps for job in jobs} == {5}
 
-    def test_a_single_run_has_no_number(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(sys, "argv", ["launcher"])
+    def test_a_single_run_has_no_number(self) -> None:
         assert [job.index for job in compose_jobs("config", RunConfig, [])] == [None]
 
 
@@ -361,6 +357,123 @@ class TestOwnFiles:
         error = refused(own, "experiment=no_yaml")
         assert error.field == str(tmp_path / "experiment" / "no_yaml.yaml")
         assert error.why.startswith("line 3 is not valid YAML: expected ',' or ']'")
+
+
+# Files and overrides that start a program in a plain Hydra application.
+PROGRAMS = {
+    "callback": "# @package hydra.callbacks\nx: {_target_: os.abort}\n",
+    "launcher": "# @package hydra.launcher\n_target_: os.abort\n",
+    "logging": "# @package hydra.job_logging\nhandlers: {x: {(): os.abort}}\n",
+    "hydra_logging": "# @package _global_\nhydra: {hydra_logging: {handlers: {x: {(): os.abort}}}}\n",
+    "environment": "# @package hydra.job.env_set\nPATH: x\n",
+    "directory": "# @package hydra.run\ndir: elsewhere\n",
+    "option": "# @package _global_\ndefaults: [override /hydra/callbacks: mine]\n",
+}
+
+
+class TestNoProgramStarts:
+    @pytest.mark.parametrize("flags", [[], ["--help"], ["--cfg", "job"], ["--multirun"], ["--info=all"]])
+    def test_from_a_file(self, flags: list[str], tmp_path: Path, subtests: pytest.Subtests) -> None:
+        (tmp_path / "hydra" / "callbacks").mkdir(parents=True)
+        (tmp_path / "hydra" / "callbacks" / "mine.yaml").write_text("x: {_target_: os.abort}\n")
+        (tmp_path / "experiment").mkdir()
+        for name, text in PROGRAMS.items():
+            (tmp_path / "experiment" / f"{name}.yaml").write_text(text)
+            with subtests.test(name):
+                error = refused(f"--config-dir={tmp_path}", f"experiment={name}", *flags)
+                assert error.field.startswith("hydra.")
+                assert error.why.startswith("settings of Hydra can start programs")
+
+    @pytest.mark.parametrize(
+        "override",
+        [
+            "+hydra.callbacks.x._target_=os.abort", "hydra.launcher._target_=os.abort",
+            "hydra.searchpath=[pkg://os]", "hydra.run.dir=x", "hydra.job.chdir=true", "++hydra.env.x=1",
+            "hydra.mode=MULTIRUN", "~hydra.launcher", "hydra.verbose=true", "hydra/launcher=basic",
+            "hydra/job_logging@hydra.x=default", "hydra.sweeper.params.optimizer.lr=1",
+        ],
+    )  # fmt: skip
+    def test_from_an_override(self, override: str) -> None:
+        assert refused(override).why.startswith("settings of Hydra can start programs")
+
+    @pytest.mark.parametrize(
+        "flag",
+        [
+            "--experimental-rerun=x", "--config-path=pkg://os", "--config-name=plan", "--shell-completion",
+            "--resolve", "--package=model", "--experimental=x",
+        ],
+    )  # fmt: skip
+    def test_from_a_flag(self, flag: str) -> None:
+        assert flag.partition("=")[0] in refused(flag).field
+
+    def test_a_file_may_have_a_sweep(self, tmp_path: Path) -> None:
+        (tmp_path / "experiment").mkdir()
+        params = "# @package _global_\nhydra: {sweeper: {params: {optimizer.lr: '1e-3,2e-3'}}}\n"
+        (tmp_path / "experiment" / "sweep.yaml").write_text(params)
+        jobs = compose_jobs("config", RunConfig, ["-m", f"--config-dir={tmp_path}", "experiment=sweep"])
+        assert [job.config.optimizer.lr for job in jobs] == [1e-3, 2e-3]
+
+    def test_a_target_is_no_field(self) -> None:
+        assert refused("+model._target_=os.abort").why == "no such field"
+        assert refused("+_target_=os.abort").why == "no such field"
+
+
+MOST = "4,096, or 100,000 in quotes, are the most"
+
+
+class TestBounds:
+    @pytest.mark.parametrize(
+        ("argument", "why"),
+        [
+            ("model=" + "[" * 200, "has brackets 200 deep, and 32 are the most"),
+            ("run.dir=" + "a" * 5000, "has 5,008 characters; 4,096, or 100,000 in quotes, are the most"),
+            (
+                f"run.dir='{'a' * 200_000}'",
+                "has 200,010 characters; 4,096, or 100,000 in quotes, are the most",
+            ),
+            ("run.dir=\udcff", "is not valid UTF-8 text"),
+        ],
+    )
+    def test_of_an_argument(self, argument: str, why: str) -> None:
+        assert refused(argument).why == why
+
+    def test_of_the_number_of_arguments(self) -> None:
+        assert refused(*["training.steps=1"] * 1001).why == "1,001 arguments, and 1,000 are the most"
+
+    @pytest.mark.parametrize(
+        "values", ["range(0,99999)", "shuffle(range(0,99999999999))", "range(0.0,1.0,1e-9)"]
+    )
+    def test_of_a_sweep(self, values: str) -> None:
+        assert "1,000 jobs" in refused("--multirun", f"training.seed={values}").why
+        assert (
+            "1,000 jobs"
+            in refused("--multirun", *(f"training.{n}=range(1,40)" for n in ("seed", "steps"))).why
+        )
+
+    def test_of_the_aliases_in_a_file(self, tmp_path: Path) -> None:
+        lines = ["# @package _global_", "a0: &a0 [x]"]
+        lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 10)]
+        (tmp_path / "experiment").mkdir()
+        (tmp_path / "experiment" / "many.yaml").write_text("\n".join(lines))
+        (tmp_path / "experiment" / "circle.yaml").write_text("# @package _global_\ndefaults: [circle]\n")
+        error = refused(f"--config-dir={tmp_path}", "experiment=many")
+        assert error.why.endswith("its aliases stand for more than 1,000,000 values")
+        error = refused(f"--config-dir={tmp_path}", "experiment=circle")
+        assert error.why.startswith("a file or a value refers to itself")
+
+    def test_a_boolean_is_no_number(self, subtests: pytest.Subtests, tmp_path: Path) -> None:
+        for override in (
+            "model.tie_embeddings=2",
+            "plan.trace=2",
+            "submit.dry_run=1",
+            "model.biases.qkv='0'",
+        ):
+            with subtests.test(override):
+                assert refused(override).why == "must be true or false"
+        (tmp_path / "experiment").mkdir()
+        (tmp_path / "experiment" / "a.yaml").write_text("# @package _global_\nmodel: {tie_embeddings: 2}\n")
+        error = refused(f"--config-dir={tmp_path}", "experiment=a")
+        assert error.why == "must be true or false (in experiment/a.yaml)"
 
 
 class TestLoad:

@@ -2,12 +2,16 @@
 
 import ast
 import copy
+import dataclasses
 import functools
 import inspect
+import math
 import re
 import shlex
 import traceback
+from collections.abc import Iterator
 from types import ModuleType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import pytest
 import yaml
@@ -25,7 +29,9 @@ from launcher.config.schema import (
     ComparedRunConfig,
     Device,
     Dtype,
+    ExchangeConfig,
     GenerateConfig,
+    PlannedRunConfig,
     PrepareConfig,
     ReplayConfig,
     RunConfig,
@@ -52,8 +58,10 @@ REPLAY_FIELDS = {f: k for f, k in fields_of(ReplayConfig).items() if not f.start
 PREPARE_FIELDS, CALIBRATE_FIELDS = fields_of(PrepareConfig), fields_of(CalibrateConfig)
 COMPARE_FIELDS = {f: k for f, k in fields_of(ComparedRunConfig).items() if f.startswith("compare.")}
 
-# Numbers with a rule of their own, or none: training.seed may be any.
-OUTSIDE_THE_TABLE = {"parallelism.zero_stage", "training.seed"}
+ROOTS = (
+    PlannedRunConfig, ComparedRunConfig, GenerateConfig, ReplayConfig, PrepareConfig, CalibrateConfig,
+    ExchangeConfig,
+)  # fmt: skip
 
 # What these remedies ask for cannot be typed.
 IN_WORDS_ONLY = {
@@ -65,6 +73,7 @@ IN_WORDS_ONLY = {
     "slurm.environment.WANDB_API_KEY=x",
     "slurm.environment.HF_TOKEN=x",
     'slurm.job_name="a\x07b"',
+    'slurm.sbatch=["--export=GITHUB_PAT=x"]',
     'slurm.sbatch=["--array=1-3"]',
     'slurm.sbatch=["--wrap=true"]',
     'slurm.output="~/logs/%j.out"',
@@ -72,6 +81,20 @@ IN_WORDS_ONLY = {
     # Fields are removed by Hydra alone: test_a_source_of_weight_0_is_left_out_by_the_remedy.
     "data.source=tokens data.sources={web:corpora/web,code:corpora/code} data.weights={web:1,code:0}",
 }
+
+
+def number_names(kind: Any, name: str = "") -> Iterator[str]:
+    """Yield the dotted names of the numbers in a type, with [] for the items of a list."""
+    if dataclasses.is_dataclass(kind):
+        for field, inner in get_type_hints(kind).items():
+            yield from number_names(inner, f"{name}.{field}" if name else field)
+    elif get_origin(kind) is list:
+        yield from number_names(get_args(kind)[0], f"{name}[]")
+    elif get_origin(kind) is Union:
+        for choice in get_args(kind):
+            yield from number_names(choice, name)
+    elif kind in (int, float):
+        yield name
 
 
 REFUSALS = cases("refusals.txt")
@@ -170,21 +193,32 @@ class TestMessages:
         unreached = [n.lineno for n in raises if not reached & set(range(n.lineno, (n.end_lineno or 0) + 1))]
         assert unreached == []
 
-    def test_every_number_has_a_range_and_a_case(self) -> None:
-        of_run = {f for f, kind in FIELDS.items() if "number" in kind} - OUTSIDE_THE_TABLE
-        of_generate = {f for f, kind in GENERATE_FIELDS.items() if "number" in kind}
-        assert set(numbers.NUMBERS) == of_run
-        assert set(numbers.GENERATE_NUMBERS) == of_generate
-        of_replay = {f for f, kind in REPLAY_FIELDS.items() if "number" in kind}
-        assert set(numbers.REPLAY_NUMBERS) == of_replay
-        of_prepare = {f for f, kind in PREPARE_FIELDS.items() if "number" in kind}
-        assert set(numbers.PREPARE_NUMBERS) == of_prepare
-        of_calibrate = {f for f, kind in CALIBRATE_FIELDS.items() if "number" in kind}
-        assert set(numbers.CALIBRATE_NUMBERS) == of_calibrate
-        of_compare = {f for f, kind in COMPARE_FIELDS.items() if "number" in kind}
-        assert set(numbers.COMPARE_NUMBERS) == of_compare
+    def test_every_number_of_the_schema_has_a_finite_bound(self) -> None:
+        """The names come from the types of the dataclasses, with those in lists."""
+        named = {name for root in ROOTS for name in number_names(root)}
+        assert named == set(numbers.BOUNDS)
+        for name, bound in numbers.BOUNDS.items():
+            assert math.isfinite(bound.most), name
+            assert math.isfinite(bound.least) or not bound.range.holds(-1), name
+
+    def test_every_number_has_a_case(self) -> None:
         with_a_case = {re.split("[=:]", refusal.text)[0] for refusal in REFUSALS}
-        assert of_run | of_generate | of_replay | of_prepare | of_calibrate | of_compare <= with_a_case
+        fields = {name for name in numbers.BOUNDS if "[]" not in name}
+        assert fields - {"max_file_gb"} <= with_a_case
+
+    def test_numbers_beyond_reason_are_refused_with_a_setting_that_works(
+        self, subtests: pytest.Subtests
+    ) -> None:
+        for name in (name for name in numbers.BOUNDS if name in FIELDS):
+            bound, is_float = numbers.BOUNDS[name], FIELDS[name].startswith("number")
+            beyond = ["nan", "inf", "1e310", "-1e309"] if is_float else [10**310, -(10**310)]
+            values = [bound.most * 2 + 1, *beyond]
+            for value in values:
+                with subtests.test(f"{name}={value}"[:80]), pytest.raises(ConfigError) as raised:
+                    numbers.refuse_out_of_bounds(run_of(f"{name}={value}"))
+                assert raised.value.field == name
+                for offer in alternatives(raised.value):
+                    numbers.refuse_out_of_bounds(run_of(*offer))
 
 
 class TestLayout:

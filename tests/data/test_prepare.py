@@ -11,6 +11,8 @@ import shlex
 import signal
 import struct
 import time
+import tracemalloc
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -29,7 +31,7 @@ from launcher.config.schema import BadLines, EndInText, PrepareConfig, Tokenizer
 from launcher.data import reading
 from launcher.data.card import card_path, tokenizer_path
 from launcher.data.preparation import Preparation, PrepareProgress, bad_lines_path, find_inputs
-from launcher.data.reading import format_of
+from launcher.data.reading import Place, batches, format_of
 from launcher.data.token_file import bin_path, index_path, open_token_file
 from launcher.data.tokenizer import Bytes, HuggingFace, pieces, write_byte_tokenizer
 from tests.config.test_cli import ENVIRONMENT
@@ -1067,3 +1069,30 @@ def test_a_directory_of_the_user_is_not_deleted_to_make_way(tmp_path: Path) -> N
     with pytest.raises(OSError, match="it is a directory that no preparation made"):
         prepared(source, tmp_path / "target")
     assert (folder / "mine").exists()
+
+
+def test_a_compressed_file_is_read_in_bounded_memory(tmp_path: Path, subtests: pytest.Subtests) -> None:
+    """Repetitions compress a thousandfold and more: the reader never holds what a file expands to."""
+    expanded = 400 * 2**20
+    zstd = zstandard.ZstdCompressor(level=19).compressobj()
+    for name, compressor in {"a.txt.zst": zstd, "a.txt.gz": zlib.compressobj(wbits=31)}.items():
+        with subtests.test(name):
+            pieces = [compressor.compress(b" " * 2**20) for _ in range(expanded // 2**20)]
+            (tmp_path / name).write_bytes(b"".join(pieces) + compressor.flush())
+            tracemalloc.start()
+            size = 0
+            for batch in batches([tmp_path / name], Place(), "text", 2**20):
+                size += sum(len(record) for record in batch.records if record)
+            peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+            assert size == expanded
+            assert peak < 150 * 2**20
+
+
+def test_a_zstd_frame_with_a_huge_window_is_damaged(tmp_path: Path) -> None:
+    parameters = zstandard.ZstdCompressionParameters(window_log=30, enable_ldm=True)
+    compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    (tmp_path / "a.txt.zst").write_bytes(compressor.compress(b"text" * 2**10) + compressor.flush())
+    [batch] = batches([tmp_path / "a.txt.zst"], Place(), "text", 2**20)
+    assert batch.damage is not None
+    assert "memory" in batch.damage

@@ -64,7 +64,7 @@ def test_overrides_and_variables_are_passed_unchanged(
     script = batch(jobs=[overrides], python=str(recorder))
     script.run.slurm.environment["CHOSEN"] = value
     argv, variables = executed(render(script), recorder.parent, *more)
-    assert argv == ["-m", "launcher", "job", *overrides, "--", *more]
+    assert argv == ["-P", "-m", "launcher", "job", *overrides, "--", *more]
     assert variables["CHOSEN"] == value
     assert os.listdir(recorder.parent) == ["recorder"]
 
@@ -88,7 +88,7 @@ def test_modules_are_loaded_by_name(recorder: Path) -> None:
 def test_array_task_runs_its_overrides(task: int, recorder: Path) -> None:
     script = batch(jobs=[["optimizer.lr=1"], ["optimizer.lr=$(touch x)", "a b"]], python=str(recorder))
     argv, _ = executed(render(script), recorder.parent, "steps=1", SLURM_ARRAY_TASK_ID=str(task))
-    assert argv == ["-m", "launcher", "job", *script.jobs[task], "--", "steps=1"]
+    assert argv == ["-P", "-m", "launcher", "job", *script.jobs[task], "--", "steps=1"]
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,6 @@ def test_config_directory_is_passed_to_the_job(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "mine" / "slurm").mkdir(parents=True)
     (tmp_path / "mine" / "slurm" / "lab.yaml").write_text("partition: lab\n")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["launcher"])
     [job] = compose_jobs("config", RunConfig, ["--config-dir", "mine", "slurm=lab"])
     assert job.config.slurm.partition == "lab"
     assert job.overrides == [f"--config-dir={tmp_path / 'mine'}", "slurm=lab"]

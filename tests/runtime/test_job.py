@@ -123,7 +123,7 @@ def test_the_srun_command() -> None:
     command = step_command(run, ["training.steps=5"], nodes, ready_run.layout, Path("runs/a b"))
     assert command == [
         "srun", "--nodes=2", "--ntasks=4", "--ntasks-per-node=2", "--kill-on-bad-exit=1", "--export=ALL",
-        "--label", "--cpu-bind=none", sys.executable, "-m", "launcher", "train", "training.steps=5",
+        "--label", "--cpu-bind=none", sys.executable, "-P", "-m", "launcher", "train", "training.steps=5",
         "hardware.nodes=2", 'run.dir="runs/a b"',
     ]  # fmt: skip
 

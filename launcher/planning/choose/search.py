@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
 from launcher.config.errors import ConfigError, as_typed, settings
 from launcher.config.layout import Layout, check_machine, effective_zero_stage
@@ -28,6 +28,10 @@ from launcher.planning.cost.step_time import step_time
 from launcher.planning.cost.traffic import group_shapes
 
 Settings = dict[str, Any]
+T = TypeVar("T")
+
+# Bounds of the search, which takes up to 2 ms for each setting. 64 nodes of 8 GPUs have 6,400 settings.
+MOST_SETTINGS, MOST_WORLDS = 25_000, 40
 
 CHOICES: dict[str, Sequence[Any]] = {
     "zero_stage": range(4),
@@ -112,8 +116,11 @@ def search(run: RunConfig, world: World, *, budget: float | None = None) -> Sear
     world = world.of_hardware(run.hardware)
     candidates = list(_candidates(run, world, budget))
     if not candidates and not world.fixed:
-        for ranks in _smaller_worlds(run, world):
-            candidates += _candidates(run, replace(world, ranks=ranks), budget)
+        worlds = [
+            replace(world, ranks=ranks) for ranks in reversed(_smaller_worlds(run, world)[-MOST_WORLDS:])
+        ]
+        for smaller in worlds:
+            candidates += _candidates(run, smaller, budget, MOST_SETTINGS // len(worlds))
     if not candidates:
         raise _why_none(run, world)
     return Search(tuple(candidates), world)
@@ -127,13 +134,15 @@ def _smaller_worlds(run: RunConfig, world: World) -> list[int]:
     return sorted(ranks for ranks in products if ranks < world.ranks and (ranks < step or ranks % step == 0))
 
 
-def _candidates(run: RunConfig, world: World, budget: float | None = None) -> Iterator[Candidate]:
+def _candidates(
+    run: RunConfig, world: World, budget: float | None = None, most: int = MOST_SETTINGS
+) -> Iterator[Candidate]:
     judge = _Judge(run, world, budget)
-    yield from filter(None, map(judge.candidate, _settings(run, world)))
+    yield from filter(None, map(judge.candidate, _settings(run, world, most)))
 
 
-def _settings(run: RunConfig, world: World) -> Iterator[Settings]:
-    """Yield all settings to try, legal or not."""
+def _settings(run: RunConfig, world: World, most: int) -> Iterator[Settings]:
+    """Yield all settings to try, legal or not; of more than about `most`, evenly spaced sizes."""
     default, p = ParallelismConfig(), run.parallelism
     options = {
         name: (getattr(p, name),) if getattr(p, name) != getattr(default, name) else values
@@ -141,16 +150,22 @@ def _settings(run: RunConfig, world: World) -> Iterator[Settings]:
     }
     uses_all_nodes = world.ranks == run.hardware.nodes * world.ranks_per_node
     nodes = {} if uses_all_nodes else {"hardware.nodes": world.nodes}
-    for axes in _axes(run, world.ranks):
+    choices = [dict(zip(options, values, strict=True)) for values in product(*options.values())]
+    all_axes = _thinned(list(_axes(run, world.ranks)), most // 64)
+    for axes in all_axes:
+        combined = [fields for choice in choices if not _is_hopeless(fields := {**axes, **choice})]
         # Micro-batches that divide a data rank's share of the batch.
         micro_batches = divisors(run.training.global_batch_size // axes["data"])
-        for values in product(*options.values()):
-            fields = {**axes, **dict(zip(options, values, strict=True))}
-            if _is_hopeless(fields):
-                continue
+        micro_batches = _thinned(micro_batches, most // max(1, len(all_axes) * len(combined)))
+        for fields in combined:
             settings = {f"parallelism.{name}": value for name, value in fields.items()}
             for micro_batch in micro_batches:
                 yield {**settings, "training.micro_batch_size": micro_batch, **nodes}
+
+
+def _thinned(sizes: list[T], most: int) -> list[T]:
+    """Return the sizes, or about `most` of them, evenly spaced and with the first."""
+    return sizes[:: -(-len(sizes) // max(1, most))] if sizes else sizes
 
 
 def _is_hopeless(fields: dict[str, Any]) -> bool:

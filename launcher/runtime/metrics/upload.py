@@ -59,7 +59,9 @@ def _upload(run_dir: Path) -> int:
     if in_part:
         return _upload_rows(run, layout, directory)
     folders = [str(path.parent) for path in ready]
-    return subprocess.run([sys.executable, "-m", "wandb", "sync", "--yes", *folders], check=False).returncode
+    # -P: the working directory may hold W&B's own folder `wandb`, or a module of the user with this name.
+    command = [sys.executable, "-P", "-m", "wandb", "sync", "--yes", *folders]
+    return subprocess.run(command, check=False).returncode
 
 
 def complete(run_dir: Path) -> None:
