@@ -119,8 +119,7 @@ def run_local_ranks(
     if start_method == "spawn":
         # Here, because the start of rank 0 would do it and unblock the signals that _start blocks.
         resource_tracker.ensure_running()
-    ranks: list[_Rank] = []
-    kills_before = memory_kills()
+    ranks, kills_before = list[_Rank](), memory_kills()
     with _recorded_stops() as stops, no_grandchildren_left(patience=failure_grace):
         try:
             _start(ranks, target, local_ranks or range(world_size), log_dir, start_method)
@@ -132,10 +131,8 @@ def run_local_ranks(
             _end(ranks, stop_grace if stops else failure_grace, stops)
     if stops and (failure is None or failure.secondary):
         stop = KeyboardInterrupt() if stops[0] == signal.SIGINT else Stopped(stops[0])
-        failed_during_stop = _first_failure(ranks)
-        raise stop from (
-            _as_error(failed_during_stop, world_size, stopping=True) if failed_during_stop else None
-        )
+        failed = _first_failure(ranks)
+        raise stop from (_as_error(failed, world_size, stopping=True) if failed else None)
     if all_stopped_themselves:
         raise Stopped(signal.SIGTERM)
     if failure is not None:
