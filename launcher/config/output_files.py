@@ -32,6 +32,8 @@ def check_overwrites_no_report(path: Path, field: str, key: str) -> None:
 
 def _content(path: Path) -> bytes:
     """Return the content of the file; empty if it does not exist or is a device such as /dev/stdout."""
+    if path.is_relative_to("/dev"):  # /dev/stdout may lead to a file, by the user's own redirection
+        return b""
     if not os.path.lexists(path) or (path.exists() and not path.is_file() and not path.is_dir()):
         return b""
     try:
