@@ -67,8 +67,8 @@ def test_no_warning_of_short_cheap_or_planned_differences() -> None:
     [
         ("parallelism.data=2", FORWARD),
         ("parallelism.data=2", DATA),
-        ("parallelism=tp2", FORWARD),
-        ("parallelism=pp2", FORWARD),
+        pytest.param("parallelism=tp2", FORWARD, marks=pytest.mark.slow),
+        pytest.param("parallelism=pp2", FORWARD, marks=pytest.mark.slow),
         pytest.param("parallelism=pp2", DATA, marks=pytest.mark.slow),
         pytest.param("parallelism=zero3", FORWARD, marks=pytest.mark.slow),
     ],

@@ -147,7 +147,7 @@ module.elementwise = lambda device: []
                 "at step 1, waiting for others in all_reduce, called by ",
             ],
         ),
-        (
+        pytest.param(
             ["calibrate", "rounds=1", "most_ranks=2", "dir=mine"],
             *("launcher.calibrate.probes", "stream", SHORT),
             [
@@ -155,6 +155,7 @@ module.elementwise = lambda device: []
                 "at the probe of memory bandwidth: rank 1 on ",
                 "at the probe of single operations, waiting for others in barrier, called by begin (",
             ],
+            marks=pytest.mark.slow,
         ),
     ],
     ids=["verify", "compare", "calibrate"],
