@@ -46,11 +46,11 @@ def main(arguments: list[str]) -> int:
     layouts = chosen_layouts(run.compare.layouts, run.compare.ranks)
     world = world_of_machine(run, machine)
     compared = [planned(name, in_layout(run, sizes, world), world) for name, sizes in layouts.items()]
-    check_data(run)
     if all(candidate.refused for candidate in compared):
         limit = "hardware.memory_bytes=null (the memory of this machine)"
         remedy = limit if run.hardware.memory_bytes else "compare.layouts=[single] or a smaller model"
         raise ConfigError("compare.layouts", list(layouts), compared[0].refused, remedy)
+    check_data(run)
     layout = next(candidate.layout for candidate in compared if candidate.layout and not candidate.refused)
     try:
         with claimed_run_dir(run, layout) as (directory, _):

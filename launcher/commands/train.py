@@ -21,10 +21,10 @@ from launcher.streams import outlive_output
 
 
 def main(arguments: list[str]) -> int:
-    outlive_output()
     jobs = compose_jobs("config", RunConfig, arguments)
     if not jobs:
-        return 0
+        return 0  # --help
+    outlive_output()
     machine = this_machine()
     if joined_ranks(os.environ) and len(jobs) > 1:
         why = "ranks that torchrun or srun started train one run"
