@@ -6,6 +6,7 @@ The exit code is 1 if a rule was broken.
 
 import argparse
 import os
+import signal
 import sys
 
 os.environ["OMP_NUM_THREADS"] = "1"  # set before torch is imported: ranks share the machine's cores
@@ -26,6 +27,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--count", type=int, help="tries of each family; by default those of a full campaign")
     parser.add_argument("--family", choices=FAMILIES, help="only this family")
     parser.add_argument("--only", metavar="FAMILY:INDEX", help="only this try")
+    parser.add_argument("--verbose", action="store_true", help="print every try")
     parser.add_argument("--jobs", type=int, default=1, help="tries at a time")
     options = parser.parse_args(arguments)
     if options.only:
@@ -39,11 +41,12 @@ def main(arguments: list[str]) -> int:
         results.append(outcome)
         for line in outcome.lines(options.seed):
             print(line, flush=True)
-        if options.only:
-            print(f"case     {outcome.case}")
+        if options.verbose or options.only:
+            print(f"{outcome.family}:{outcome.index}  {outcome.seconds:.1f} s  [{outcome.case}]", flush=True)
     print(report(results))
     return int(any(outcome.broken for outcome in results))
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and remove the directories of the tries
     sys.exit(main(sys.argv[1:]))

@@ -11,6 +11,7 @@ import subprocess
 import tempfile
 import threading
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +32,7 @@ KINDS = {
 }
 LIMIT = 90.0  # seconds for a command
 _ENDING = 10.0  # seconds for the processes of a command that has ended, or was killed
+_TORCH_CACHE = "torchinductor_"  # and the user's name: a cache that all of the user's processes share
 # The server that forks has chosen a temporary directory already.
 _OWN_TMPDIR = "import tempfile\ntempfile.tempdir = None\n"
 
@@ -134,7 +136,10 @@ class Try:
             self.expect(False, "orphan", f"process {pid}: {command}")
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        files = sorted(str(path.relative_to(self.temporary)) for path in self.temporary.rglob("*"))
+        if any(kind == "hang" for kind, _ in self.broken):
+            return  # its processes were killed, and could not remove their files
+        paths = (str(path.relative_to(self.temporary)) for path in self.temporary.rglob("*"))
+        files = sorted(path for path in paths if not path.startswith(_TORCH_CACHE))
         self.expect(not files, "orphan", f"left in TMPDIR: {files[:5]}")
 
 
@@ -178,12 +183,13 @@ def attempted(family: Family, seed: int, index: int, shared: Shared) -> Outcome:
     folder = shared.folder / f"{family.name}-{index}"
     this, started = Try(folder, random.Random(f"{seed}/{family.name}/{index}"), shared), time.monotonic()
     try:
-        with suppress(Abandoned):
-            family.attempt(this)
-        this.finish()
-    except BaseException as error:
-        error.add_note(f"--seed {seed} --only {family.name}:{index}  [{this.case}]")
-        raise
+        family.attempt(this)
+    except Abandoned:
+        pass
+    except Exception:
+        # Such as a file of the run that cannot be read.
+        this.expect(False, "lost", traceback.format_exc())
+    this.finish()
     shutil.rmtree(folder)
     return Outcome(family.name, index, this.case, time.monotonic() - started, this.broken)
 
@@ -193,7 +199,6 @@ def shared_directory() -> Iterator[Shared]:
     """Yield what tries share, in a temporary directory."""
     with tempfile.TemporaryDirectory(prefix="faults-") as name:
         folder = Path(name).resolve()
-        folder.chmod(0o711)  # runs that are not root's have their directories in it
         yield Shared(folder)
 
 

@@ -123,7 +123,7 @@ def _reference(this: Try) -> None:
     else:
         done = this.run(*verb, *settings, server=light, **{name: value})
     this.expect(done.code in (0, 1, 2), "silent", done.brief)
-    _check_not_shown(this, done, value)
+    check_not_shown(this, done, value)
 
 
 def _assigned(this: Try) -> None:
@@ -132,7 +132,7 @@ def _assigned(this: Try) -> None:
     setting, shown = this.rng.choice(
         (
             (f"slurm.environment.{name}={value}", name),
-            (f"slurm.sbatch=['--export=ALL,{name}={value}']", name),
+            (f"slurm.sbatch=['--export=ALL,{name}={value}']", "slurm.sbatch"),
             (f"slurm.environment.A='https://me:{value}@host'", "slurm.environment"),
             (f"slurm.sbatch=['--comment=https://me:{value}@host']", "slurm.sbatch"),
             (f"slurm.environment.B=ghp_{value}", "slurm.environment"),
@@ -141,10 +141,10 @@ def _assigned(this: Try) -> None:
     this.case = f"launcher submit {setting.replace(value, 'VALUE')}"
     done = this.run(*SUBMITTED, setting, server=light)
     this.expect(done.code == 2 and shown in done.error, "exposed", f"refusal expected: {done.brief}")
-    _check_not_shown(this, done, value)
+    check_not_shown(this, done, value)
 
 
-def _check_not_shown(this: Try, done: Ended, value: str) -> None:
+def check_not_shown(this: Try, done: Ended, value: str) -> None:
     this.expect(value not in done.said, "exposed", f"printed: {done.brief}")
     files = [str(path.relative_to(this.folder)) for path in _files_with(this.folder, value.encode())]
     this.expect(not files, "exposed", f"written into {files}")
