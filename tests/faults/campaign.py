@@ -127,8 +127,8 @@ class Try:
         self.expect(count <= tracebacks, "traceback", result.said[-1500:])
         return result
 
-    def finish(self) -> None:
-        """Check that no process and no temporary file is left."""
+    def check_processes(self) -> None:
+        """Check that no process of a command that has ended, or was killed, lives on."""
         deadline = time.monotonic() + _ENDING
         while (left := processes_in(self.folder)) and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -136,6 +136,10 @@ class Try:
             self.expect(False, "orphan", f"process {pid}: {command}")
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+
+    def finish(self) -> None:
+        """Check that no process and no temporary file is left."""
+        self.check_processes()
         if any(kind == "hang" for kind, _ in self.broken):
             return  # its processes were killed, and could not remove their files
         paths = (str(path.relative_to(self.temporary)) for path in self.temporary.rglob("*"))

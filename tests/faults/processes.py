@@ -186,6 +186,7 @@ def attempt(this: Try) -> None:
     if not (this.folder / FIRED).exists():
         this.expect(False, "silent", f"the fault did not happen: {first.brief}")
         raise Abandoned
+    this.check_processes()
     allow_writing(this.run_dir)
     check_end(this, case, first)
     check_checkpoints(this)

@@ -1,5 +1,6 @@
 """Uploads what the W&B server lacks of a run, each step once and in order (`launcher sync`)."""
 
+import os
 import subprocess
 import sys
 import time
@@ -60,7 +61,9 @@ def _upload(run_dir: Path) -> int:
     folders = [str(path.parent) for path in ready]
     # -P: the working directory may hold W&B's own folder `wandb`, or a module of the user with this name.
     command = [sys.executable, "-P", "-m", "wandb", "sync", "--yes", *folders]
-    return subprocess.run(command, check=False).returncode
+    # W&B writes a log into WANDB_DIR/wandb, or into TMPDIR if that is missing.
+    surroundings = {**os.environ, "WANDB_DIR": str(directory.path)}
+    return subprocess.run(command, check=False, env=surroundings).returncode
 
 
 def complete(run_dir: Path) -> None:
