@@ -8,7 +8,7 @@ from typing import Any
 
 from launcher.checkpoint.final import read_final_weights
 from launcher.checkpoint.integrity import check_files, read_intact_manifest
-from launcher.checkpoint.manifest import CHECKPOINTS, UnusableCheckpoint, checkpoints_in, step_of
+from launcher.checkpoint.manifest import CHECKPOINTS, UnusableCheckpoint, checkpoints_in, step_name, step_of
 from tests.faults.campaign import Abandoned, Ended, Family, Shared, Try
 from tests.faults.injection import FIRED, Fault, allow_writing
 from tests.forked_commands import LAUNCHER
@@ -86,14 +86,15 @@ STOPPED = {
     "SIGHUP": {129: "stopped by SIGHUP", -1: ""},
     "SIGUSR1": {138: "stopped by SIGUSR1", -10: ""},
 }
-# A rank ignores Ctrl-C and SIGHUP, which a terminal sends to every process; SIGUSR1 asks it to save and stop.
+# A rank ignores Ctrl-C and SIGHUP, which a terminal sends to every process. SIGTERM and SIGUSR1 ask it to save
+# and stop; after its last step nothing is left to stop.
 RANK_SIGNALLED = {
     "SIGKILL": {1: "was killed by SIGKILL"},
     "SIGSEGV": {1: "SIGSEGV"},
-    "SIGTERM": {1: "SIGTERM", 143: "SIGTERM"},
+    "SIGTERM": {1: "SIGTERM", 143: "SIGTERM", 0: ""},
     "SIGINT": UNHURT,
     "SIGHUP": UNHURT,
-    "SIGUSR1": {143: "SIGTERM", 1: "SIGUSR1", 0: ""},
+    "SIGUSR1": {143: "SIGTERM", 138: "SIGUSR1", 1: "SIGUSR1", 0: ""},
     "SIGSTOP": {1: "did not arrive|did not join|no answer from rank"},
     "pause": UNHURT,
 }
@@ -101,8 +102,8 @@ OTHERS = {
     "raise": {1: "the disk is on fire", 0: "the disk is on fire"},
     "exit": {1: "exited with code 3"},
     "slow": UNHURT,
-    "full disk": {0: "could not be written", 2: "File too large", 1: "File too large"},
-    "read-only": {0: "could not be written", 2: "Permission denied", 1: "Permission denied"},
+    "full disk": {0: "", 2: "File too large", 1: "File too large"},
+    "read-only": {0: "", 2: "Permission denied", 1: "Permission denied"},
     "NaN": {0: "was skipped"},
     "infinity": {0: "was skipped"},
     "huge": {0: "was skipped"},
@@ -141,8 +142,7 @@ class Case:
             codes = STOPPED[fault.action]
         else:
             codes = RANK_SIGNALLED[fault.action]
-        # The signal or failure may come when nothing is left to do.
-        return {0: "", **codes} if not self.spoils_numbers and fault.action != "flipped bit" else codes
+        return codes | ({0: "restart 1 of 2"} if self.restarts else {})
 
 
 def drawn(this: Try) -> Case:
@@ -209,6 +209,11 @@ def check_end(this: Try, case: Case, first: Ended) -> None:
     this.expect(re.search(pattern, first.said) is not None, "silent", f"{pattern!r} expected: {first.brief}")
     if first.code == 0:
         check_complete(this, "exit code 0")
+        is_saved = checkpoints_in(this.run_dir)[:1] == [this.run_dir / CHECKPOINTS / step_name(STEPS)]
+        note = "a checkpoint could not be written"
+        this.expect(
+            is_saved or note in first.said, "silent", f"no checkpoint of the last step: {first.brief}"
+        )
 
 
 def check_complete(this: Try, when: str) -> None:
