@@ -86,8 +86,8 @@ STOPPED = {
     "SIGHUP": {129: "stopped by SIGHUP", -1: ""},
     "SIGUSR1": {138: "stopped by SIGUSR1", -10: ""},
 }
-# A rank ignores Ctrl-C and SIGHUP, which a terminal sends to every process. SIGTERM and SIGUSR1 ask it to save
-# and stop; after its last step nothing is left to stop.
+# A rank ignores Ctrl-C and SIGHUP, which a terminal sends to every process. SIGTERM and SIGUSR1 ask it to
+# save and stop; after its last step nothing is left to stop.
 RANK_SIGNALLED = {
     "SIGKILL": {1: "was killed by SIGKILL"},
     "SIGSEGV": {1: "SIGSEGV"},
