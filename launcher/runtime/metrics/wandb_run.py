@@ -119,7 +119,7 @@ def end_service() -> None:
         # Not wandb.setup(): a thread that waits for the process may hold its lock.
         service = wandb.sdk.wandb_setup._singleton._connection._proc  # type: ignore[union-attr]
         service._process.kill()  # type: ignore[union-attr]
-        socket = Path(service.token._path)  # type: ignore[union-attr]
+        socket = Path(getattr(service.token, "_path", ""))  # type: ignore[union-attr]
         if socket.parent.name.startswith("wandb-"):  # a directory of its own in TMPDIR
             shutil.rmtree(socket.parent, ignore_errors=True)
     cleanup = threading.Thread(target=leave_service, daemon=True)
