@@ -20,6 +20,7 @@ import tempfile
 import threading
 import time
 import traceback
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -182,7 +183,8 @@ def _fork_program(request: int, out: int, error: int, reports: int) -> NoReturn:
         _report(reports, pid=pid)
         os.close(start)  # the program may begin
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        _report(reports, returncode=code)
+        with suppress(BrokenPipeError):  # nobody waits any longer for a program that exceeded its time
+            _report(reports, returncode=code)
         os._exit(0)
     os.close(start)
     os.read(started, 1)

@@ -94,7 +94,7 @@ def _their_model(path: Path, field: str) -> ModelConfig:
         return model_of(json.loads((path / "config.json").read_text()))
     except NotConvertible as error:
         raise ConfigError(field, path, f"config.json: {error}", _PUBLISHED) from None
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         raise ConfigError(field, path, f"config.json cannot be read: {error}", _SOURCES) from None
 
 
@@ -137,7 +137,7 @@ def _files(path: Path, field: str) -> list[Path]:
     if (path / INDEX).exists():
         try:
             names = set(json.loads((path / INDEX).read_text())["weight_map"].values())
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise ConfigError(field, path, f"{INDEX} cannot be read: {error}", _SOURCES) from None
         if any(Path(name).name != name for name in names):
             raise ConfigError(field, path, f"{INDEX} names files outside the directory", _SOURCES)

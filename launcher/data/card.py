@@ -22,5 +22,5 @@ def vocab_size_of(prefix: Path) -> int | None:
     """Return the tokenizer's vocabulary size from the card, or None if no readable card states the size."""
     try:
         return int(json.loads(card_path(prefix).read_text())["vocab_size"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None

@@ -19,7 +19,7 @@ def scratch_directory() -> Iterator[Path]:
     the lock when the last of them ends. A process id would not do: containers may share the directory, and
     each counts its own processes.
     """
-    _remove_abandoned(Path(tempfile.gettempdir()))
+    remove_abandoned()
     with tempfile.TemporaryDirectory(prefix=_PREFIX) as name:
         folder = Path(name)
         unlocked = folder / f".{_OWNER}"
@@ -30,8 +30,9 @@ def scratch_directory() -> Iterator[Path]:
             yield folder
 
 
-def _remove_abandoned(parent: Path) -> None:
-    for folder in parent.glob(f"{_PREFIX}*"):
+def remove_abandoned() -> None:
+    """Remove the temporary directories of this user's killed processes."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
         with suppress(OSError):
             if folder.lstat().st_uid != os.getuid():
                 continue

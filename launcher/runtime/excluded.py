@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launcher.config.errors import ConfigError
-from launcher.files import write_text
+from launcher.files import read_regular, write_text
 
 EXCLUDED = "excluded.json"
+_MOST_BYTES = 2**20
 
 Stretch = tuple[int, int]  # the samples from the first number up to the second, which is not included
 
@@ -22,14 +23,16 @@ def past_excluded(samples: int, stretches: Sequence[Stretch]) -> int:
 
 def read_excluded(run_dir: Path) -> tuple[Stretch, ...]:
     """Return the stretches; nothing if there is no file. Raises ConfigError for a damaged file."""
-    path = run_dir / EXCLUDED
-    if not path.exists():
-        return ()
     try:
-        stretches = json.loads(path.read_text())
-        assert all(0 <= start < end for start, end in stretches)
-        return tuple((int(start), int(end)) for start, end in stretches)
-    except (OSError, ValueError, TypeError, AssertionError):
+        stretches = json.loads(read_regular(run_dir / EXCLUDED, _MOST_BYTES))
+        if not isinstance(stretches, list):
+            raise ValueError
+        if not all(type(start) is type(end) is int and 0 <= start < end for start, end in stretches):
+            raise ValueError
+        return tuple((start, end) for start, end in stretches)
+    except FileNotFoundError:
+        return ()
+    except (OSError, ValueError, TypeError, RecursionError):
         why = f"{EXCLUDED} is damaged: it lists the samples that the run left out after a rollback"
         raise ConfigError(
             "run.dir", run_dir, why, "a copy of the file, or none (no sample is left out)"

@@ -22,7 +22,7 @@ from launcher.launch.environment import NodeEnvironment, RankEnvironment
 from launcher.launch.local import RankFailure, Stopped, run_local_ranks, start_method_for
 from launcher.launch.rank import STOPPED_EXIT_CODE, StopRequest, failure_of
 from launcher.launch.records import RankEndKind, all_recorded, record_end
-from launcher.launch.scratch import scratch_directory
+from launcher.launch.scratch import remove_abandoned, scratch_directory
 from launcher.launch.stopping import stop_grace
 from launcher.launch.this_machine import share_cores, share_cores_with_tasks
 from launcher.runtime.restarts import Restarts, memory_advice
@@ -38,6 +38,7 @@ def launch_on_this_machine(run: RunConfig, layout: Layout, *, cores: int, multir
 
     Raises as run_local_ranks does.
     """
+    remove_abandoned()  # a run that has finished although its launcher was killed starts no ranks again
     with (
         nothing_left_is_said(),
         claimed_run_dir(run, layout, multirun_index=multirun_index) as (directory, notes),

@@ -1,6 +1,6 @@
 """Uploads what the W&B server lacks of a run, each step once and in order (`launcher sync`)."""
 
-import json
+import os
 import subprocess
 import sys
 import time
@@ -9,7 +9,7 @@ from pathlib import Path
 from launcher.config.compose import load_typed
 from launcher.config.errors import ConfigError
 from launcher.config.layout import Layout
-from launcher.config.run_format import IDENTITY
+from launcher.config.run_format import IDENTITY, read_identity
 from launcher.config.schema import RunConfig, WandbMode
 from launcher.runtime.metrics.rows import rows_in
 from launcher.runtime.metrics.wandb_files import fragments, has_ended, is_online, is_sent, mark_as_sent
@@ -61,7 +61,9 @@ def _upload(run_dir: Path) -> int:
     folders = [str(path.parent) for path in ready]
     # -P: the working directory may hold W&B's own folder `wandb`, or a module of the user with this name.
     command = [sys.executable, "-P", "-m", "wandb", "sync", "--yes", *folders]
-    return subprocess.run(command, check=False).returncode
+    # W&B writes a log into WANDB_DIR/wandb, or into TMPDIR if that is missing.
+    surroundings = {**os.environ, "WANDB_DIR": str(directory.path)}
+    return subprocess.run(command, check=False, env=surroundings).returncode
 
 
 def complete(run_dir: Path) -> None:
@@ -89,9 +91,9 @@ def _upload_rows(run: RunConfig, layout: Layout, directory: RunDir) -> int:
 def _identified(run_dir: Path) -> tuple[RunConfig, Layout, RunDir]:
     """Return the run of a directory. Raises ConfigError."""
     try:
-        identity = json.loads((run_dir / IDENTITY).read_text())
+        identity = read_identity(run_dir) or {}
         layout, directory = Layout(**identity["layout"]), RunDir(run_dir.resolve(), str(identity["id"]))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (KeyError, TypeError):
         why = f"its {IDENTITY} is damaged, so that the id of the W&B run is unknown"
         raise ConfigError("sync", run_dir, why, f"a copy of {IDENTITY} from a backup") from None
     return load_typed(run_dir / CONFIG, RunConfig), layout, directory

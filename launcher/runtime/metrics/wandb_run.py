@@ -7,6 +7,7 @@ Calls of W&B can raise any exception and can wait for any time. A run makes them
 """
 
 import os
+import shutil
 import threading
 import urllib.error
 import urllib.request
@@ -106,16 +107,21 @@ def log_missing(rows: Iterable[Row], run: RunConfig, layout: Layout, directory: 
         for row in (first, *missing):
             session.log(row)
         session.finish(failed=False)
+        leave_service()  # it may still be writing the file
 
 
 def end_service() -> None:
-    """Kill W&B's process and forget it.
+    """Kill W&B's process, remove its socket's directory and forget it.
 
     W&B's atexit hook, which leave_service removes, would wait for as long as the server does not answer.
     """
     with suppress(AttributeError):  # the process has not been started
         # Not wandb.setup(): a thread that waits for the process may hold its lock.
-        wandb.sdk.wandb_setup._singleton._connection._proc._process.kill()  # type: ignore[union-attr]
+        service = wandb.sdk.wandb_setup._singleton._connection._proc  # type: ignore[union-attr]
+        service._process.kill()  # type: ignore[union-attr]
+        socket = Path(getattr(service.token, "_path", ""))  # type: ignore[union-attr]
+        if socket.parent.name.startswith("wandb-"):  # a directory of its own in TMPDIR
+            shutil.rmtree(socket.parent, ignore_errors=True)
     cleanup = threading.Thread(target=leave_service, daemon=True)
     cleanup.start()
     cleanup.join(_END_TIMEOUT)
