@@ -8,6 +8,7 @@ from functools import reduce
 
 from launcher.config.secrets import Referenced, masked
 
+_NOT_TEXT = ("null", "true", "false", "nan", "inf")  # Hydra reads these words as other values
 LONGEST_VALUE = 400  # characters of a field and its value in a message
 
 
@@ -51,10 +52,20 @@ def settings(field: str, values: Iterable[object]) -> list[str]:
 
 def typed_text(field: str, text: str) -> str:
     """Return the setting FIELD=TEXT for any text, quoted for the shell and for Hydra where it must be."""
-    if re.fullmatch(r"[A-Za-z_][\w./-]*", text, re.ASCII) and text not in ("null", "true", "false"):
+    if re.fullmatch(r"[A-Za-z_][\w./-]*", text, re.ASCII) and text.lower() not in _NOT_TEXT:
         return f"{field}={text}"
-    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
-    return shlex.quote(f'{field}="{escaped}"')
+    return shlex.quote(f"{field}={hydra_text(text)}")
+
+
+def hydra_text(text: str) -> str:
+    """Return the text quoted for Hydra, where a backslash escapes only before a quote. Not for `${`."""
+    escaped = re.sub(r'(\\*)"', r'\1\1\\"', text)
+    return '"' + re.sub(r"(\\+)$", r"\1\1", escaped) + '"'
+
+
+def quoted_setting(field: str, value: object) -> str:
+    """Return the setting FIELD=VALUE, quoted for the shell; `value` is written as Hydra reads it."""
+    return shlex.quote(f"{field}={value}")
 
 
 def as_typed(value: object) -> str:

@@ -6,7 +6,6 @@ checkpoint, but not after three identical failures in a row. Slurm restarts the 
 """
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from launcher.checkpoint.final import final_step
 from launcher.checkpoint.manifest import checkpoints_in
+from launcher.config.errors import hydra_text
 from launcher.config.layout import Layout
 from launcher.config.schema import OnStop, RunConfig
 from launcher.config.slurm_rules import nodes_of
@@ -134,12 +134,6 @@ def step_command(
         f"hardware.nodes={nodes}",
         f"run.dir={hydra_text(str(run_dir))}",
     ]
-
-
-def hydra_text(text: str) -> str:
-    """Return the text quoted for Hydra, where a backslash escapes only before a quote. Not for `${`."""
-    escaped = re.sub(r'(\\*)"', r'\1\1\\"', text)
-    return '"' + re.sub(r"(\\+)$", r"\1\1", escaped) + '"'
 
 
 def outcome(code: int, stop_requested: bool, ends: list[RankEnd], ranks: int) -> Outcome:
