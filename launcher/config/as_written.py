@@ -24,6 +24,7 @@ from launcher.config.strict import bounded_loader
 
 _NULLS = ("", "~", "null")
 _SWEEP_VALUES = "hydra.sweeper.params."
+_ONE_TEXT = "this field is one text, not a list"
 # YAML 1.1 reads these as octal and as base 60.
 _STRANGE_NUMBER = re.compile(r"[-+]?(0[0-7_]+|\d[\d_]*(:[0-5]?\d)+(\.[\d_]*)?)")
 
@@ -87,7 +88,9 @@ def _scalars(
     elif isinstance(node, yaml.SequenceNode):
         plain = [item.value for item in node.value if isinstance(item, yaml.ScalarNode)]
         if is_text(field := prefix.removesuffix("."), root):
-            raise _list_for_text(field, plain)
+            why = f"{_ONE_TEXT} (line {node.start_mark.line + 1} of {path})"
+            in_file = f"{field.rpartition('.')[2]}: {_in_yaml(','.join(plain))} (in the file)"
+            raise ConfigError(field, f"[{', '.join(plain)}]", why, in_file)
         for item in node.value:
             yield from _scalars(item, prefix, loader, path, root, plain)
     elif isinstance(node, yaml.ScalarNode):
@@ -96,11 +99,6 @@ def _scalars(
 
 def is_text(field: str, root: type[Any]) -> bool:
     return (fields_of(root).get(field) or kind_of_entry(field) or "").removesuffix(" | null") == "text"
-
-
-def _list_for_text(field: str, items: Sequence[str]) -> ConfigError:
-    why = "this field is one text, not a list"
-    return ConfigError(field, f"[{', '.join(items)}]", why, typed_text(field, ",".join(items)))
 
 
 def _kind_of(field: str, root: type[Any]) -> str:
@@ -158,7 +156,7 @@ def check_typed(overrides: list[Override], root: type[Any]) -> None:
             continue
         value = override.value()
         if isinstance(value, list) and is_text(name, root):
-            raise _list_for_text(name, [_as_text(item) for item in value])
+            raise ConfigError(name, typed, _ONE_TEXT, typed_text(name, ",".join(map(_as_text, value))))
         is_several = isinstance(value, list | dict | ChoiceSweep)
         words = re.split(r"[\s\[\]{}(),:]+", _QUOTED.sub(" ", typed)) if is_several else [typed.strip()]
         written, read = Counter(words), Counter(map(_as_text, _numbers_in(value)))
