@@ -25,7 +25,15 @@ from launcher.launch.exit_codes import FAILED, REFUSED
 from launcher.launch.rank import STOPPED_EXIT_CODE
 from launcher.launch.records import ENDS_VARIABLE, RankEnd, RankEndKind, read_rank_ends
 from launcher.launch.sbatch import cpus_per_task, tasks_per_node
-from launcher.launch.slurm import Allocation, SlurmError, job_state, read_batch_script, requeue, sbatch
+from launcher.launch.slurm import (
+    Allocation,
+    SlurmError,
+    job_state,
+    read_batch_script,
+    requeue,
+    sbatch,
+    settings_of_job,
+)
 from launcher.launch.stopping import stop_grace
 from launcher.runtime.restarts import last_logged_step
 from launcher.runtime.run_dir import LOGS
@@ -219,7 +227,7 @@ def _wait_for_the_end(stops: list[int]) -> None:
 def _next_link(job: SlurmJob) -> str:
     """Submit the same script again, to start after this job; return the id of the new job."""
     allocation = job.allocation
-    options = [f"--dependency=afterany:{allocation.id}"]
+    options = [f"--dependency=afterany:{allocation.id}", *settings_of_job(allocation.id)]
     if allocation.array_task is not None:
         options.append(f"--array={allocation.array_task}")
     least, most = nodes_of(job.run)
