@@ -29,6 +29,10 @@ class RunStopped(Exception):
     """Raised on all ranks to end a run whose numbers are wrong, not its code. Printed once, no traceback."""
 
 
+class NotJoined(Exception):
+    """Raised by a rank if the other ranks do not come. Printed once, without a traceback."""
+
+
 def _shortened(text: str) -> str:
     return (
         text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE // 2]}... ({len(text):,} characters)"
