@@ -25,6 +25,7 @@ from launcher.config.fields import (
     schema_of,
 )
 from launcher.config.numbers import BOUNDS
+from launcher.config.own_files import explain_file, no_such_field_in
 
 # Hydra and OmegaConf raise Python's own errors for some input, such as an AssertionError for model=[1].
 COMPOSITION_ERRORS = (
@@ -67,6 +68,8 @@ def explain(error: Exception, root: type[Any], overrides: list[str]) -> ConfigEr
         line = error.problem_mark.line + 1
         why = f"line {line} is not valid YAML: {error.problem}"
         return ConfigError(error.problem_mark.name, None, why, f"correct line {line}")
+    if not _is_typed_twice(failure) and (mistake := explain_file(failure.text, root)):
+        return mistake
     for pattern, explanation in _EXPLANATIONS:
         if match := re.search(pattern, failure.text):
             # The message of an interpolation error names the field, but the field's type is not the problem.
@@ -74,6 +77,12 @@ def explain(error: Exception, root: type[Any], overrides: list[str]) -> ConfigEr
                 return _dead_interpolation(match[1], failure)
             return explanation(match, failure)
     return ConfigError("command line", None, _first_line(failure), _SHAPE)
+
+
+def _is_typed_twice(failure: _Failure) -> bool:
+    """Return whether an option is added by + on the command line, and not by a file."""
+    match = re.search(r"Multiple values for ([^ .]+)", failure.text)
+    return match is not None and failure.value_of(match[1]) is not None
 
 
 def missing_value(name: str, root: type[Any], overrides: list[str]) -> ConfigError:
@@ -95,9 +104,8 @@ def _example(field: str, root: type[Any]) -> str:
 
 def no_such_field(name: str, value: str | None, root: type[Any], file: str | None = None) -> ConfigError:
     """Return the error about a name, on the command line or in `file`.yaml, that is not a field."""
-    if file and name == file.partition("/")[0]:
-        why = f"no such field: {file}.yaml is read as part of {name!r}, because its first line is missing"
-        return ConfigError(name, value, why, f"# @package _global_ as the first line of {file}.yaml")
+    if file and (mistake := no_such_field_in(file, name, value, root)):
+        return mistake
     remedies = [_with_value(field, value) for field in closest_fields(name, root)]
     if not remedies and (known := fields_in(name.rpartition(".")[0], root)):
         names = ", ".join(field.rpartition(".")[2] for field in known)
@@ -117,8 +125,14 @@ def _ambiguous(match: re.Match[str], failure: _Failure) -> ConfigError:
 
 
 def _no_such_option(match: re.Match[str], failure: _Failure) -> ConfigError:
-    group, _, option = match[1].rpartition("/")
     listed = re.findall(r"^\t(\w\S*)$", failure.text, re.MULTILINE)
+    group, _, option = match[1].partition("/")
+    name = option.rpartition("/")[2].removesuffix(".yaml")
+    if "/" in option and group in groups_of(failure.root):
+        why = f"an option is the name of a file in {group}/, without directories and .yaml"
+        options = [name] if name in listed else sorted(listed)
+        return ConfigError(group, option, why, " or ".join(settings(group, options)))
+    group, _, option = match[1].rpartition("/")
     return not_an_option(group or "config", option, listed)
 
 

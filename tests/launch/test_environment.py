@@ -313,7 +313,12 @@ def test_run_is_named_after_job_and_step() -> None:
 
 
 STEP = {"SLURM_STEP_ID": "0", "MASTER_ADDR": "node1", "MASTER_PORT": "20463", "RANK": "0"}
-TORCHRUN = {"RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500", "TORCHELASTIC_RUN_ID": "none"}
+UNDER_TORCHRUN = {
+    "RANK": "1",
+    "MASTER_ADDR": "10.0.0.1",
+    "MASTER_PORT": "29500",
+    "TORCHELASTIC_RUN_ID": "none",
+}
 
 
 @pytest.mark.parametrize(
@@ -326,12 +331,13 @@ TORCHRUN = {"RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500", "TOR
         ),
         (STEP, "", ["rank 1 of 4 waits at MASTER_ADDR:MASTER_PORT=node1:20463", "srun launcher ..."]),
         (
-            TORCHRUN, "The client socket has failed to connect to any network address",
-            ["rank 1 of 4 waits at MASTER_ADDR:MASTER_PORT=10.0.0.1:29500", "WORLD_SIZE", "nc -zv 10.0.0.1 29500"],
+            UNDER_TORCHRUN, "The client socket has failed to connect to any network address",
+            ["rank 1 of 4 waits at MASTER_ADDR:MASTER_PORT=10.0.0.1:29500", "WORLD_SIZE",
+             "nc -zv 10.0.0.1 29500"],
         ),
-        (TORCHRUN | {"SLURM_STEP_ID": "0"}, "", ["`unset RANK`"]),
+        (UNDER_TORCHRUN | {"SLURM_STEP_ID": "0"}, "", ["`unset RANK`"]),
         (
-            TORCHRUN, "The server socket has failed to listen. port: 29500, EADDRINUSE",
+            UNDER_TORCHRUN, "The server socket has failed to listen. port: 29500, EADDRINUSE",
             ["MASTER_PORT=29500: another process uses this port", "MASTER_PORT=29501"],
         ),
         (STEP, "errno: 98 - Address already in use", ["MASTER_PORT=20463", "the same srun again"]),
