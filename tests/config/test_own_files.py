@@ -42,18 +42,21 @@ MISTAKES = {
         "the entry 'precision/bf16' of its defaults list must say that it overrides the group precision",
     ),
     "no package": Mistake(
-        "training: {steps: 3}\n", f"{GLOBAL}training: {{steps: 3}}\n", "no such field: experiment/own.yaml is read",
+        "training: {steps: 3}\n", f"{GLOBAL}training: {{steps: 3}}\n",
+        "no such field: experiment/own.yaml is read",
     ),
     "no package, with an override": Mistake(
         "defaults: [override /model: mine]\n", f"{GLOBAL}defaults: [override /model: mine]\n",
         "it overrides a group, and its first line is missing",
     ),
     "another package": Mistake(
-        "# @package global\ntraining: {steps: 3}\n", f"{GLOBAL}training: {{steps: 3}}\n", "no such field: experiment",
+        "# @package global\ntraining: {steps: 3}\n", f"{GLOBAL}training: {{steps: 3}}\n",
+        "no such field: experiment",
     ),
     "override is not last": Mistake(
         f"{GLOBAL}defaults:\n- override /model: mine\n- digits_dp\n",
-        f"{GLOBAL}defaults:\n- digits_dp\n- override /model: mine\n", "an entry with `override` stands before",
+        f"{GLOBAL}defaults:\n- digits_dp\n- override /model: mine\n",
+        "an entry with `override` stands before",
     ),
     "a mapping": Mistake(
         f"{GLOBAL}defaults:\n  override /model: mine\n", f"{GLOBAL}defaults:\n  - override /model: mine\n",
@@ -61,14 +64,16 @@ MISTAKES = {
     ),
     "several groups in an entry": Mistake(
         f"{GLOBAL}defaults: [{{override /model: mine, override /data: digits}}]\n",
-        f"{GLOBAL}defaults:\n- override /model: mine\n- override /data: digits\n", f"{LISTED} names several groups",
+        f"{GLOBAL}defaults:\n- override /model: mine\n- override /data: digits\n",
+        f"{LISTED} names several groups",
     ),
     "two selfs": Mistake(
         f"{GLOBAL}defaults: [_self_, digits_dp, _self_]\n", f"{GLOBAL}defaults:\n- digits_dp\n- _self_\n",
         "its defaults list names _self_ twice",
     ),
     "an option for a section": Mistake(
-        f"{GLOBAL}model: mine\n", f"{GLOBAL}defaults:\n- override /model: mine\n", "model is a section of fields",
+        f"{GLOBAL}model: mine\n", f"{GLOBAL}defaults:\n- override /model: mine\n",
+        "model is a section of fields",
     ),
     "a list of fields": Mistake(
         f"{GLOBAL}training: [{{steps: 3}}, {{seed: 1}}]\n", f"{GLOBAL}training: {{steps: 3, seed: 1}}\n",
@@ -120,7 +125,8 @@ def test_a_mistake_is_answered_with_lines_that_compose(folder: Path, subtests: p
 @pytest.mark.parametrize(
     ("typed", "works"),
     [
-        ("experiment=experiment/own", "experiment=own"), ("experiment={folder}/experiment/own.yaml", "experiment=own"),
+        ("experiment=experiment/own", "experiment=own"), ("experiment={folder}/experiment/own.yaml",
+        "experiment=own"),
         ("model=model/mine", "model=mine"), ("experiment=own.yaml", None),
     ],
 )  # fmt: skip
