@@ -156,7 +156,9 @@ def check_typed(overrides: list[Override], root: type[Any]) -> None:
             continue
         value = override.value()
         if isinstance(value, list) and is_text(name, root):
-            raise ConfigError(name, typed, _ONE_TEXT, typed_text(name, ",".join(map(_as_text, value))))
+            # Slurm writes alternatives as [a100|h100].
+            text = typed if re.search(r"[|&*]", typed) else ",".join(map(_as_text, value))
+            raise ConfigError(name, typed, _ONE_TEXT, typed_text(name, text))
         is_several = isinstance(value, list | dict | ChoiceSweep)
         words = re.split(r"[\s\[\]{}(),:]+", _QUOTED.sub(" ", typed)) if is_several else [typed.strip()]
         written, read = Counter(words), Counter(map(_as_text, _numbers_in(value)))

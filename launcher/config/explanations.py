@@ -13,7 +13,7 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
-from launcher.config.errors import ConfigError, settings
+from launcher.config.errors import ConfigError, hydra_text, quoted_setting, settings, typed_text
 from launcher.config.fields import (
     ENTRIES,
     closest_fields,
@@ -118,10 +118,14 @@ def no_such_field(name: str, value: str | None, root: type[Any], file: str | Non
 
 def _ambiguous(match: re.Match[str], failure: _Failure) -> ConfigError:
     name, value = _split(match[1])
-    is_text = fields_of(failure.root).get(name, "").startswith("text")
-    single = shlex.quote(f'{name}="{value}"') if is_text else f"{name}={value.partition(',')[0]}"
+    kind = (fields_of(failure.root).get(name) or kind_of_entry(name) or "").removesuffix(" | null")
+    single, several = f"{name}={value.partition(',')[0]}", value
+    if kind == "text":
+        single = typed_text(name, value)
+    elif kind == "list":
+        single, several = quoted_setting(name, f"[{value}]"), f"[{value}],[]"
     why = "a comma separates several values, which only --multirun accepts"
-    return ConfigError(name, value, why, f"{single} or --multirun {name}={value}")
+    return ConfigError(name, value, why, f"{single} or --multirun {quoted_setting(name, several)}")
 
 
 def _no_such_option(match: re.Match[str], failure: _Failure) -> ConfigError:
@@ -216,7 +220,9 @@ def _wrong_field(match: re.Match[str], failure: _Failure) -> ConfigError:
     field = _whole_name(match[1].partition("[")[0], fields) or match[1]  # a list's item is named `tags[1]`
     for name, value in map(_split, failure.overrides):
         if name.startswith(f"{field}.") and field in fields:
-            return ConfigError(name, value, f"{field} is a field, not a section", f"{field}={value}")
+            return ConfigError(
+                name, value, f"{field} is a field, not a section", quoted_setting(field, value)
+            )
     quoted = re.search(r"merging override [^=]+=([^\n]*)", failure.text)
     quoted = quoted or re.search(r"[Vv]alue '(.*?)'", failure.text)
     unset = "null" if "is not Optional" in failure.text else ""
@@ -224,7 +230,9 @@ def _wrong_field(match: re.Match[str], failure: _Failure) -> ConfigError:
     if field not in fields and not kind_of_entry(field):
         inner = [_example(name, failure.root) for name in fields_in(field, failure.root)[:2]]
         why = "this is a section of fields, which has no value itself"
-        remedy = f"run.dir={value}" if field == "run" else " or ".join(inner) or f"{field}.NAME=VALUE"
+        remedy = " or ".join(inner) or f"{field}.NAME=VALUE"
+        if field == "run":
+            remedy = quoted_setting("run.dir", value)
         return ConfigError(field, value or None, why, remedy)
     kind = fields.get(field) or kind_of_entry(field) or ""
     why = f"must be {_IN_WORDS.get(kind.removesuffix(' | null'), f'one of {kind}')}{_in(failure.file)}"
@@ -290,7 +298,7 @@ def _unreadable(override: str, root: type[Any]) -> ConfigError:
     if re.search(r"\s=", override):
         return ConfigError(override, None, "there must be no space before =", f"{name}={value.strip()}")
     if kind == "list":
-        items = ", ".join(f'"{item.strip()}"' for item in value.strip("[]").split(","))
+        items = ", ".join(hydra_text(item.strip("\"' ")) for item in value.strip("[]").split(","))
         quoted = shlex.quote(f"{name}=[{items}]")
         return ConfigError(name, value, "an item of this list must be quoted", quoted)
     if kind and not kind.startswith("text"):
@@ -298,8 +306,8 @@ def _unreadable(override: str, root: type[Any]) -> ConfigError:
     if name.startswith("slurm.environment.") and not (key := name.split(".", 2)[2]).isidentifier():
         why = f"{key} is not a valid name of an environment variable"
         return ConfigError(name, value, why, "letters, digits and _, not beginning with a digit")
-    text = value.strip("\"' ").replace("\\", "\\\\").replace('"', '\\"')
-    return ConfigError(name, value, "this text must be quoted", shlex.quote(f'{name}="{text}"'))
+    remedy = quoted_setting(name, hydra_text(value.strip("\"' ")))
+    return ConfigError(name, value, "this text must be quoted", remedy)
 
 
 def _first_unreadable(overrides: list[str]) -> str:
@@ -318,7 +326,7 @@ def _split(override: str) -> tuple[str, str]:
 
 
 def _with_value(field: str, value: str | None) -> str:
-    return field if value is None else f"{field}={value}"
+    return field if value is None else quoted_setting(field, value)
 
 
 def _in(file: str | None) -> str:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import fields
 
-from launcher.config.errors import ConfigError, as_typed, refusal
+from launcher.config.errors import ConfigError, as_typed, refusal, typed_text
 from launcher.config.schema import Device, RunConfig, SlurmConfig
 from launcher.config.secrets import has_token, is_secret_name, is_secret_value
 
@@ -173,7 +173,7 @@ def _check_forms(run: RunConfig) -> None:
     if "%" in run.slurm.output.rpartition("/")[0]:
         why = "Slurm does not create directories, and the value of % is unknown before the job starts"
         name = run.slurm.output.replace("/", "-")
-        raise refusal(run, "slurm.output", why, f"slurm.output={name}")
+        raise refusal(run, "slurm.output", why, typed_text("slurm.output", name))
     for module in run.slurm.modules:
         if module.startswith("-"):
             why = "this is an option, not a module"

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from launcher.checkpoint.final import final_step
 from launcher.checkpoint.manifest import checkpoints_in
-from launcher.config.errors import hydra_text
+from launcher.config.errors import hydra_text, typed_text
 from launcher.config.layout import Layout
 from launcher.config.schema import OnStop, RunConfig
 from launcher.config.slurm_rules import nodes_of
@@ -184,7 +184,8 @@ def _is_hopeless(run_dir: Path, error: str) -> bool:
     if record_failed_start(run_dir, FailedStart(step, error)) < MAX_IDENTICAL_FAILURES:
         return False
     _print(f"giving up after {MAX_IDENTICAL_FAILURES} identical failures after step {step}: {error}")
-    _print(f"fix the cause; the same command with run.dir={run_dir} then resumes from the last checkpoint")
+    typed = typed_text("run.dir", str(run_dir))
+    _print(f"fix the cause; the same command with {typed} then resumes from the last checkpoint")
     return True
 
 
@@ -213,7 +214,7 @@ def _requeue_or_chain(job: SlurmJob, stops: list[int]) -> int:
             return 0
     except SlurmError as error:
         _print(f"stopped, but cannot be restarted automatically: {error}")
-    _print(f"stopped: the same command with run.dir={run_dir} resumes")
+    _print(f"stopped: the same command with {typed_text('run.dir', str(run_dir))} resumes")
     return STOPPED_EXIT_CODE
 
 
