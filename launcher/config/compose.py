@@ -25,6 +25,7 @@ from omegaconf.errors import InterpolationResolutionError
 
 from launcher.config.arguments import check_hydra_overrides, check_hydra_settings, check_sizes, parsed_flags
 from launcher.config.as_written import check_typed
+from launcher.config.descriptions import described
 from launcher.config.errors import ConfigError
 from launcher.config.explanations import (
     COMPOSITION_ERRORS,
@@ -116,7 +117,9 @@ def compose_jobs(config_name: str, root: type[Config], arguments: list[str]) -> 
                 mode = RunMode.MULTIRUN if flags.multirun else RunMode.RUN
                 _check_own_files(config_name, root, hydra.compose_config(config_name, overrides, mode))
             if flags.help or flags.hydra_help or flags.cfg or flags.info:
-                _print_instead(hydra, config_name, flags, overrides)
+                print(
+                    masked(_printed_instead(hydra, config_name, root, flags, overrides)), end="", flush=True
+                )
                 return []
             sweep = _jobs_of_sweep(hydra, config_name, overrides) if flags.multirun else None
             composed = [_composed(hydra, loader, config_name, task) for task in (sweep or [overrides])]
@@ -163,8 +166,10 @@ def _check_own_files(config_name: str, root: type[Any], composed: DictConfig) ->
     check_hydra_settings(hydra_settings, OmegaConf.to_container(standard, resolve=False))
 
 
-def _print_instead(hydra: Hydra, config_name: str, flags: argparse.Namespace, overrides: list[str]) -> None:
-    """Print the help or the config, without values of the environment and without passwords in URLs."""
+def _printed_instead(
+    hydra: Hydra, config_name: str, root: type[Any], flags: argparse.Namespace, overrides: list[str]
+) -> str:
+    """Return the help, with a description of each field, or the config; without values of the environment."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         if flags.help:
@@ -175,7 +180,7 @@ def _print_instead(hydra: Hydra, config_name: str, flags: argparse.Namespace, ov
             hydra.show_cfg(config_name, overrides, flags.cfg, package=None)
         else:
             hydra.show_info(flags.info, config_name, overrides)
-    print(masked(printed.getvalue()), end="", flush=True)
+    return described(printed.getvalue(), root) if flags.help else printed.getvalue()
 
 
 def _jobs_of_sweep(hydra: Hydra, config_name: str, overrides: list[str]) -> list[list[str]]:

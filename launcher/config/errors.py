@@ -56,7 +56,7 @@ def settings(field: str, values: Iterable[object]) -> list[str]:
 
 def typed_text(field: str, text: str) -> str:
     """Return the setting FIELD=TEXT for any text, quoted for the shell and for Hydra where it must be."""
-    if re.fullmatch(r"(/|\.\.?/|[A-Za-z_])[\w./-]*", text, re.ASCII) and text.lower() not in _NOT_TEXT:
+    if re.fullmatch(r"(/|\.\.?/|[A-Za-z_])[\w./%-]*", text, re.ASCII) and text.lower() not in _NOT_TEXT:
         return f"{field}={text}"
     literal = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)  # not the name of a variable
     return shlex.quote(f"{field}={hydra_text(literal)}")
