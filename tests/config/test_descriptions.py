@@ -2,6 +2,7 @@
 
 import pytest
 
+from launcher.command_line import VERBS, run_command
 from launcher.config.compose import compose_jobs
 from launcher.config.descriptions import descriptions
 from launcher.config.fields import fields_of
@@ -28,3 +29,9 @@ def test_help_has_them_beside_the_values(capsys: pytest.CaptureFixture[str]) -> 
     [steps] = [line for line in lines if line.strip().startswith("stop_at:")]
     assert steps.split("  # ")[1] == "end after this step; the schedule still spans `steps`"
     assert "  launcher COMMAND --help         options of a command" in "\n".join(lines)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_command_has_a_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command([verb, "--help"]) == 0
+    assert capsys.readouterr().out.startswith("launcher")
