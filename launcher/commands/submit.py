@@ -19,7 +19,7 @@ that sets them.
 
   submit.dry_run=true      print the script only
   slurm.time=24:00:00      and other options of sbatch: see docs/slurm.md
-  slurm=mycluster          the settings of a cluster, a file my_conf/slurm/mycluster.yaml: --config-dir my_conf
+  slurm=mycluster          the file my_conf/slurm/mycluster.yaml, with --config-dir my_conf
 
 Example: launcher submit experiment=llama3_8b_3d slurm.partition=gpu slurm.account=lab
 All groups and fields of a run: launcher --help"""
