@@ -36,7 +36,7 @@ from launcher.checkpoint.sealed import (
     text,
     unsealed,
 )
-from launcher.config.errors import ConfigError, settings
+from launcher.config.errors import ConfigError, typed_text
 from launcher.config.run_format import IDENTITY
 from launcher.files import open_regular, what_is_wrong
 
@@ -323,6 +323,6 @@ def newest_complete_before(path: Path) -> Path | None:
 def unusable_checkpoint_error(unusable: UnusableCheckpoint) -> ConfigError:
     """Return the user error about a checkpoint that cannot be restored; suggests an older checkpoint."""
     older = newest_complete_before(unusable.path)
-    remedies = ["checkpoint.fallback=true", *settings("checkpoint.resume", [older])] if older else []
+    remedies = ["checkpoint.fallback=true", typed_text("checkpoint.resume", str(older))] if older else []
     remedies.append("checkpoint.resume=none (from the first step, in a fresh run.dir)")
     return ConfigError("checkpoint.resume", unusable.path, str(unusable), " or ".join(remedies))

@@ -14,7 +14,7 @@ from launcher.checkpoint.manifest import (
     read_manifest_to_resume,
     unusable_checkpoint_error,
 )
-from launcher.config.errors import ConfigError, as_typed, refusal, value_of
+from launcher.config.errors import ConfigError, as_typed, refusal, typed_text, value_of
 from launcher.config.fields import fields_of
 from launcher.config.schema import RunConfig
 
@@ -110,7 +110,8 @@ def _requested_checkpoint(run: RunConfig, run_dir: Path) -> Path | None:
     if not checkpoints:
         instead = "checkpoint.resume=auto (the newest checkpoint of run.dir)"
         if (path / "config.json").exists():
-            instead = f"checkpoint.init_from={resume} checkpoint.resume=auto (to start from its weights)"
+            weights = typed_text("checkpoint.init_from", resume)
+            instead = f"{weights} checkpoint.resume=auto (to start from its weights)"
         why = f"no checkpoint was found in {path}"
         raise refusal(run, "checkpoint.resume", why, instead, "checkpoint.resume=none")
     return checkpoints[0].resolve()

@@ -8,7 +8,7 @@ from launcher.checkpoint.huggingface import NotConvertible, adapter_of
 from launcher.checkpoint.manifest import UnusableCheckpoint, newest_complete_before
 from launcher.checkpoint.sources import WeightsKind, WeightSource, weights_at
 from launcher.config.compose import compose_jobs
-from launcher.config.errors import ConfigError
+from launcher.config.errors import ConfigError, typed_text
 from launcher.config.numbers import refuse_out_of_bounds
 from launcher.config.paths import path_argument
 from launcher.config.schema import ExchangeConfig
@@ -38,14 +38,14 @@ def import_main(arguments: list[str]) -> int:
     weights, target, options = exchanged
     if weights.kind is not WeightsKind.huggingface:
         why = "no import is needed: these are already weights of the launcher"
-        remedy = f"launcher model=NAME {shlex.quote(f'checkpoint.init_from={weights.path}')}"
+        remedy = f"launcher model=NAME {typed_text('checkpoint.init_from', str(weights.path))}"
         raise ConfigError("import", weights.path, why, remedy)
     from launcher.checkpoint.conversion import import_
 
     _written(lambda: import_(weights, target, options), weights, target)
     print(f"imported {weights.path}\n      to {target}. Train from it:")
-    quoted = shlex.quote(str(target))
-    print(f"launcher --config-dir {quoted}/conf model=imported checkpoint.init_from={quoted}")
+    folder, weights_from = shlex.quote(f"{target}/conf"), typed_text("checkpoint.init_from", str(target))
+    print(f"launcher --config-dir {folder} model=imported {weights_from}")
     return 0
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from launcher.config.compose import compose_jobs, load_typed
-from launcher.config.errors import ConfigError
+from launcher.config.errors import ConfigError, typed_text
 from launcher.config.schema import GenerateConfig, InputKind, RunConfig
 from launcher.config.validate import validate_generate
 from launcher.launch.this_machine import share_cores, this_machine
@@ -14,7 +14,7 @@ def main(arguments: list[str]) -> int:
     for argument in arguments:
         if "=" not in argument and Path(argument).is_dir():
             why = "a setting needs a name, = and a value"
-            raise ConfigError(argument, None, why, f"run.dir={argument}")
+            raise ConfigError(argument, None, why, typed_text("run.dir", argument))
     for job in compose_jobs("generate", GenerateConfig, arguments):
         run_dir = Path(validate_generate(job.config)).expanduser()
         # Read here only to refuse it: what comes next imports torch.

@@ -10,8 +10,18 @@ from launcher.launch.sbatch import check_script_arguments
 from launcher.launch.slurm import read_allocation
 from launcher.runtime.slurm_job import SlurmJob, listen_for_stops, run_to_the_end
 
+HELP = """\
+launcher job [OVERRIDES]: the command of a batch script that `launcher submit` writes.
+
+Starts the ranks of the run on the nodes of this Slurm job, and restarts, requeues or continues the run.
+
+To submit a job: launcher submit --help"""
+
 
 def main(arguments: list[str]) -> int:
+    if {"-h", "--help"} & set(arguments):
+        print(HELP)
+        return 0
     stops = listen_for_stops()
     allocation = read_allocation(os.environ)
     typed, script_arguments = _split(arguments)

@@ -10,7 +10,7 @@ from types import FrameType
 from typing import NoReturn
 
 from launcher.config.compose import compose_jobs
-from launcher.config.errors import ConfigError
+from launcher.config.errors import ConfigError, typed_text
 from launcher.config.paths import path_argument
 from launcher.config.schema import EndInText, PrepareConfig
 from launcher.config.validate import validate_prepare
@@ -109,8 +109,8 @@ def _report(progress: PrepareProgress, job: Preparation, sources: list[Path], le
     print(f"prepared {bin_path(job.target)}")
     for name, value in _rows(progress, job, sources, left_out):
         print(f"  {name:<20}{value}")
-    typed = "data=tokens", f"data.train={job.target}", f"model.vocab_size={vocab_size_of(job.target)}"
-    print(f"train    {shlex.join(['launcher', *typed])}")
+    train, size = typed_text("data.train", str(job.target)), vocab_size_of(job.target)
+    print(f"train    launcher data=tokens {train} model.vocab_size={size}")
 
 
 def _rows(

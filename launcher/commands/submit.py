@@ -10,8 +10,25 @@ from launcher.config.world import world_of_nodes
 from launcher.launch.submission import submit
 from launcher.runtime.run_dir import run_path, start_of
 
+HELP = """\
+launcher submit [OVERRIDES]: train as a Slurm job, or a sweep (--multirun) as a job array.
+
+Checks the run, prints a batch script, submits the script with sbatch, and prints the job's id, its run
+directory and its log. The time limit, the partition and the account are printed with the file or variable
+that sets them.
+
+  submit.dry_run=true      print the script only
+  slurm.time=24:00:00      and other options of sbatch: see docs/slurm.md
+  slurm=mycluster          the file my_conf/slurm/mycluster.yaml, with --config-dir my_conf
+
+Example: launcher submit experiment=llama3_8b_3d slurm.partition=gpu slurm.account=lab
+All groups and fields of a run: launcher --help"""
+
 
 def main(arguments: list[str]) -> int:
+    if {"-h", "--help"} & set(arguments):
+        print(HELP)
+        return 0
     jobs = compose_jobs("config", RunConfig, arguments)
     if jobs:
         layouts = [_layout_on_most_nodes(job) for job in jobs]

@@ -7,14 +7,13 @@ import argparse
 import contextlib
 import io
 from collections.abc import Iterator
-from dataclasses import dataclass, is_dataclass, replace
+from dataclasses import dataclass, field, is_dataclass, replace
 from itertools import islice, product
 from math import prod
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from hydra import version
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_automatic_config_search_path, get_args_parser
 from hydra.core.config_search_path import SearchPathQuery
@@ -25,6 +24,8 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, flag_override
 from omegaconf.errors import InterpolationResolutionError
 
 from launcher.config.arguments import check_hydra_overrides, check_hydra_settings, check_sizes, parsed_flags
+from launcher.config.as_written import check_typed
+from launcher.config.descriptions import described
 from launcher.config.errors import ConfigError
 from launcher.config.explanations import (
     COMPOSITION_ERRORS,
@@ -41,6 +42,7 @@ from launcher.config.fields import (
     options_of,
     schema_of,
 )
+from launcher.config.loader import FileLoader
 from launcher.config.run_format import check_format
 from launcher.config.schema import (
     CalibrateConfig,
@@ -80,6 +82,8 @@ class Job(Generic[Config]):
     config: Config
     index: int | None  # number of the job in a --multirun; None for a single run
     overrides: list[str]  # arguments that compose the same config from any directory, including --config-dir
+    # The file, or the command line, that a field of `slurm` is set by; without the fields of the schema
+    origins: dict[str, str] = field(default_factory=dict)
 
     def announce(self) -> None:
         """Print the number and overrides of a job of a sweep; print nothing for a single run."""
@@ -101,23 +105,32 @@ def compose_jobs(config_name: str, root: type[Config], arguments: list[str]) -> 
     flags, overrides = parsed_flags([_addable(argument) for argument in sorted(arguments, key=_is_override)])
     directories = [f"--config-dir={Path(flags.config_dir).absolute()}"] if flags.config_dir else []
     try:
-        hydra = _hydra(flags.config_dir)
+        hydra, loader = _hydra(flags.config_dir, root)
         with strict():
             parser = OverridesParser.create(config_loader=hydra.config_loader)
             parsed = parser.parse_overrides(overrides)
             check_hydra_overrides(parsed)
+            check_typed(parsed, root)
+            loader.replaced = {override.key_or_group for override in parsed}
             _check_groups(parsed, root)
             if flags.config_dir:
                 mode = RunMode.MULTIRUN if flags.multirun else RunMode.RUN
-                _check_own_files(config_name, hydra.compose_config(config_name, overrides, mode))
+                _check_own_files(config_name, root, hydra.compose_config(config_name, overrides, mode))
             if flags.help or flags.hydra_help or flags.cfg or flags.info:
-                _print_instead(hydra, config_name, flags, overrides)
+                print(
+                    masked(_printed_instead(hydra, config_name, root, flags, overrides)), end="", flush=True
+                )
                 return []
             sweep = _jobs_of_sweep(hydra, config_name, overrides) if flags.multirun else None
-            composed = [_composed(hydra, config_name, task) for task in (sweep or [overrides])]
+            composed = [_composed(hydra, loader, config_name, task) for task in (sweep or [overrides])]
             return [
-                Job(to_typed(config, root, overrides), index if flags.multirun else None, directories + task)
-                for index, (config, task) in enumerate(composed)
+                Job(
+                    to_typed(config, root, task),
+                    index if flags.multirun else None,
+                    directories + task,
+                    origins,
+                )
+                for index, (config, task, origins) in enumerate(composed)
             ]
     except BrokenPipeError:
         raise  # the reader of --help, such as `head`, closed the pipe
@@ -125,8 +138,8 @@ def compose_jobs(config_name: str, root: type[Config], arguments: list[str]) -> 
         raise explain(error, root, overrides) from None
 
 
-def _hydra(config_dir: str | None) -> Hydra:
-    """Return Hydra with conf/ and a directory of the user, which it searches after conf/."""
+def _hydra(config_dir: str | None, root: type[Any]) -> tuple[Hydra, FileLoader]:
+    """Return Hydra and its loader, with conf/ and a directory of the user, which it searches after conf/."""
     version.setbase("1.3")
     search_path = create_automatic_config_search_path(None, None, str(config_directory()))
     if config_dir is not None:
@@ -135,7 +148,8 @@ def _hydra(config_dir: str | None) -> Hydra:
             why, remedy = "no such directory", "--config-dir=DIRECTORY of your files"
             raise ConfigError("--config-dir", path, why, remedy)
         search_path.prepend("command-line", f"file://{path}", anchor=SearchPathQuery(provider="schema"))
-    return Hydra("launcher", ConfigLoaderImpl(search_path))
+    loader = FileLoader(search_path, root)
+    return Hydra("launcher", loader), loader
 
 
 def _check_groups(overrides: list[Override], root: type[Any]) -> None:
@@ -145,15 +159,17 @@ def _check_groups(overrides: list[Override], root: type[Any]) -> None:
             raise not_an_option(group, override.get_value_element_as_str(), options_of(group))
 
 
-def _check_own_files(config_name: str, composed: DictConfig) -> None:
+def _check_own_files(config_name: str, root: type[Any], composed: DictConfig) -> None:
     """Raise ConfigError if a config with files of the user has other settings of Hydra than conf/ has."""
     hydra_settings = OmegaConf.to_container(composed.hydra, resolve=False)
-    standard = _hydra(None).compose_config(config_name, [], RunMode.RUN).hydra
+    standard = _hydra(None, root)[0].compose_config(config_name, [], RunMode.RUN).hydra
     check_hydra_settings(hydra_settings, OmegaConf.to_container(standard, resolve=False))
 
 
-def _print_instead(hydra: Hydra, config_name: str, flags: argparse.Namespace, overrides: list[str]) -> None:
-    """Print the help or the config, without values of the environment and without passwords in URLs."""
+def _printed_instead(
+    hydra: Hydra, config_name: str, root: type[Any], flags: argparse.Namespace, overrides: list[str]
+) -> str:
+    """Return the help, with a description of each field, or the config; without values of the environment."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         if flags.help:
@@ -164,7 +180,7 @@ def _print_instead(hydra: Hydra, config_name: str, flags: argparse.Namespace, ov
             hydra.show_cfg(config_name, overrides, flags.cfg, package=None)
         else:
             hydra.show_info(flags.info, config_name, overrides)
-    print(masked(printed.getvalue()), end="", flush=True)
+    return described(printed.getvalue(), root) if flags.help else printed.getvalue()
 
 
 def _jobs_of_sweep(hydra: Hydra, config_name: str, overrides: list[str]) -> list[list[str]]:
@@ -195,14 +211,19 @@ def _sweep_values(override: Override) -> Iterator[str]:
     return override.sweep_string_iterator()
 
 
-def _composed(hydra: Hydra, config_name: str, overrides: list[str]) -> tuple[DictConfig, list[str]]:
-    """Return the config, in which references are not resolved yet, and the overrides."""
+def _composed(
+    hydra: Hydra, loader: FileLoader, config_name: str, overrides: list[str]
+) -> tuple[DictConfig, list[str], dict[str, str]]:
+    """Return the config, in which references are not resolved yet, the overrides, and the origins."""
     config = hydra.compose_config(config_name, overrides, RunMode.RUN)
     task = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
     assert isinstance(task, list)
     with flag_override(config, ["struct", "readonly"], [False, False]):
         del config["hydra"]
-    return config, [str(override) for override in task]
+    typed = [str(override) for override in task]
+    names = (override.lstrip("+").partition("=")[0] for override in typed)
+    origins = loader.origins | {name: "the command line" for name in names if name.startswith("slurm.")}
+    return config, typed, origins
 
 
 def _is_override(argument: str) -> bool:

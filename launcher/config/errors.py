@@ -8,6 +8,7 @@ from functools import reduce
 
 from launcher.config.secrets import Referenced, masked
 
+_NOT_TEXT = ("null", "true", "false", "nan", "inf")  # Hydra reads these words as other values
 LONGEST_VALUE = 400  # characters of a field and its value in a message
 
 
@@ -26,6 +27,10 @@ class ConfigError(Exception):
 
 class RunStopped(Exception):
     """Raised on all ranks to end a run whose numbers are wrong, not its code. Printed once, no traceback."""
+
+
+class NotJoined(Exception):
+    """Raised by a rank if the other ranks do not come. Printed once, without a traceback."""
 
 
 def _shortened(text: str) -> str:
@@ -51,10 +56,21 @@ def settings(field: str, values: Iterable[object]) -> list[str]:
 
 def typed_text(field: str, text: str) -> str:
     """Return the setting FIELD=TEXT for any text, quoted for the shell and for Hydra where it must be."""
-    if re.fullmatch(r"[A-Za-z_][\w./-]*", text, re.ASCII) and text not in ("null", "true", "false"):
+    if re.fullmatch(r"(/|\.\.?/|[A-Za-z_])[\w./%-]*", text, re.ASCII) and text.lower() not in _NOT_TEXT:
         return f"{field}={text}"
-    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
-    return shlex.quote(f'{field}="{escaped}"')
+    literal = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)  # not the name of a variable
+    return shlex.quote(f"{field}={hydra_text(literal)}")
+
+
+def hydra_text(text: str) -> str:
+    """Return the text quoted for Hydra, where a backslash escapes only before a quote. Not for `${`."""
+    escaped = re.sub(r'(\\*)"', r'\1\1\\"', text)
+    return '"' + re.sub(r"(\\+)$", r"\1\1", escaped) + '"'
+
+
+def quoted_setting(field: str, value: object) -> str:
+    """Return the setting FIELD=VALUE, quoted for the shell; `value` is written as Hydra reads it."""
+    return shlex.quote(f"{field}={value}")
 
 
 def as_typed(value: object) -> str:

@@ -13,7 +13,7 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
-from launcher.config.errors import ConfigError, settings
+from launcher.config.errors import ConfigError, hydra_text, quoted_setting, settings, typed_text
 from launcher.config.fields import (
     ENTRIES,
     closest_fields,
@@ -25,6 +25,7 @@ from launcher.config.fields import (
     schema_of,
 )
 from launcher.config.numbers import BOUNDS
+from launcher.config.own_files import explain_file, no_such_field_in
 
 # Hydra and OmegaConf raise Python's own errors for some input, such as an AssertionError for model=[1].
 COMPOSITION_ERRORS = (
@@ -67,6 +68,8 @@ def explain(error: Exception, root: type[Any], overrides: list[str]) -> ConfigEr
         line = error.problem_mark.line + 1
         why = f"line {line} is not valid YAML: {error.problem}"
         return ConfigError(error.problem_mark.name, None, why, f"correct line {line}")
+    if not _is_typed_twice(failure) and (mistake := explain_file(failure.text, root)):
+        return mistake
     for pattern, explanation in _EXPLANATIONS:
         if match := re.search(pattern, failure.text):
             # The message of an interpolation error names the field, but the field's type is not the problem.
@@ -74,6 +77,12 @@ def explain(error: Exception, root: type[Any], overrides: list[str]) -> ConfigEr
                 return _dead_interpolation(match[1], failure)
             return explanation(match, failure)
     return ConfigError("command line", None, _first_line(failure), _SHAPE)
+
+
+def _is_typed_twice(failure: _Failure) -> bool:
+    """Return whether an option is added by + on the command line, and not by a file."""
+    match = re.search(r"Multiple values for ([^ .]+)", failure.text)
+    return match is not None and failure.value_of(match[1]) is not None
 
 
 def missing_value(name: str, root: type[Any], overrides: list[str]) -> ConfigError:
@@ -95,9 +104,8 @@ def _example(field: str, root: type[Any]) -> str:
 
 def no_such_field(name: str, value: str | None, root: type[Any], file: str | None = None) -> ConfigError:
     """Return the error about a name, on the command line or in `file`.yaml, that is not a field."""
-    if file and name == file.partition("/")[0]:
-        why = f"no such field: {file}.yaml is read as part of {name!r}, because its first line is missing"
-        return ConfigError(name, value, why, f"# @package _global_ as the first line of {file}.yaml")
+    if file and (mistake := no_such_field_in(file, name, value, root)):
+        return mistake
     remedies = [_with_value(field, value) for field in closest_fields(name, root)]
     if not remedies and (known := fields_in(name.rpartition(".")[0], root)):
         names = ", ".join(field.rpartition(".")[2] for field in known)
@@ -110,15 +118,25 @@ def no_such_field(name: str, value: str | None, root: type[Any], file: str | Non
 
 def _ambiguous(match: re.Match[str], failure: _Failure) -> ConfigError:
     name, value = _split(match[1])
-    is_text = fields_of(failure.root).get(name, "").startswith("text")
-    single = shlex.quote(f'{name}="{value}"') if is_text else f"{name}={value.partition(',')[0]}"
+    kind = (fields_of(failure.root).get(name) or kind_of_entry(name) or "").removesuffix(" | null")
+    single, several = f"{name}={value.partition(',')[0]}", value
+    if kind == "text":
+        single = typed_text(name, value)
+    elif kind == "list":
+        single, several = quoted_setting(name, f"[{value}]"), f"[{value}],[]"
     why = "a comma separates several values, which only --multirun accepts"
-    return ConfigError(name, value, why, f"{single} or --multirun {name}={value}")
+    return ConfigError(name, value, why, f"{single} or --multirun {quoted_setting(name, several)}")
 
 
 def _no_such_option(match: re.Match[str], failure: _Failure) -> ConfigError:
-    group, _, option = match[1].rpartition("/")
     listed = re.findall(r"^\t(\w\S*)$", failure.text, re.MULTILINE)
+    group, _, option = match[1].partition("/")
+    name = option.rpartition("/")[2].removesuffix(".yaml")
+    if "/" in option and group in groups_of(failure.root):
+        why = f"an option is the name of a file in {group}/, without directories and .yaml"
+        options = [name] if name in listed else sorted(listed)
+        return ConfigError(group, option, why, " or ".join(settings(group, options)))
+    group, _, option = match[1].rpartition("/")
     return not_an_option(group or "config", option, listed)
 
 
@@ -202,7 +220,9 @@ def _wrong_field(match: re.Match[str], failure: _Failure) -> ConfigError:
     field = _whole_name(match[1].partition("[")[0], fields) or match[1]  # a list's item is named `tags[1]`
     for name, value in map(_split, failure.overrides):
         if name.startswith(f"{field}.") and field in fields:
-            return ConfigError(name, value, f"{field} is a field, not a section", f"{field}={value}")
+            return ConfigError(
+                name, value, f"{field} is a field, not a section", quoted_setting(field, value)
+            )
     quoted = re.search(r"merging override [^=]+=([^\n]*)", failure.text)
     quoted = quoted or re.search(r"[Vv]alue '(.*?)'", failure.text)
     unset = "null" if "is not Optional" in failure.text else ""
@@ -210,7 +230,9 @@ def _wrong_field(match: re.Match[str], failure: _Failure) -> ConfigError:
     if field not in fields and not kind_of_entry(field):
         inner = [_example(name, failure.root) for name in fields_in(field, failure.root)[:2]]
         why = "this is a section of fields, which has no value itself"
-        remedy = f"run.dir={value}" if field == "run" else " or ".join(inner) or f"{field}.NAME=VALUE"
+        remedy = " or ".join(inner) or f"{field}.NAME=VALUE"
+        if field == "run":
+            remedy = quoted_setting("run.dir", value)
         return ConfigError(field, value or None, why, remedy)
     kind = fields.get(field) or kind_of_entry(field) or ""
     why = f"must be {_IN_WORDS.get(kind.removesuffix(' | null'), f'one of {kind}')}{_in(failure.file)}"
@@ -276,7 +298,7 @@ def _unreadable(override: str, root: type[Any]) -> ConfigError:
     if re.search(r"\s=", override):
         return ConfigError(override, None, "there must be no space before =", f"{name}={value.strip()}")
     if kind == "list":
-        items = ", ".join(f'"{item.strip()}"' for item in value.strip("[]").split(","))
+        items = ", ".join(hydra_text(item.strip("\"' ")) for item in value.strip("[]").split(","))
         quoted = shlex.quote(f"{name}=[{items}]")
         return ConfigError(name, value, "an item of this list must be quoted", quoted)
     if kind and not kind.startswith("text"):
@@ -284,8 +306,8 @@ def _unreadable(override: str, root: type[Any]) -> ConfigError:
     if name.startswith("slurm.environment.") and not (key := name.split(".", 2)[2]).isidentifier():
         why = f"{key} is not a valid name of an environment variable"
         return ConfigError(name, value, why, "letters, digits and _, not beginning with a digit")
-    text = value.strip("\"' ").replace("\\", "\\\\").replace('"', '\\"')
-    return ConfigError(name, value, "this text must be quoted", shlex.quote(f'{name}="{text}"'))
+    remedy = quoted_setting(name, hydra_text(value.strip("\"' ")))
+    return ConfigError(name, value, "this text must be quoted", remedy)
 
 
 def _first_unreadable(overrides: list[str]) -> str:
@@ -304,7 +326,7 @@ def _split(override: str) -> tuple[str, str]:
 
 
 def _with_value(field: str, value: str | None) -> str:
-    return field if value is None else f"{field}={value}"
+    return field if value is None else quoted_setting(field, value)
 
 
 def _in(file: str | None) -> str:

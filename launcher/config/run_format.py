@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from launcher.config.errors import ConfigError
+from launcher.config.errors import ConfigError, typed_text
 from launcher.files import read_regular, what_is_wrong, write_text
 
 FORMAT = 2  # 2: the model's config names its parts
@@ -64,5 +64,6 @@ def record_saved_step(run_dir: Path, step: int) -> None:
 
 
 def _not_ours(run_dir: Path, why: str) -> ConfigError:
-    remedy = f"another run.dir (with checkpoint.resume={run_dir} it resumes from the checkpoints there)"
+    resume = typed_text("checkpoint.resume", str(run_dir))
+    remedy = f"another run.dir (with {resume} it resumes from the checkpoints there)"
     return ConfigError("run.dir", run_dir, f"{IDENTITY} {why}", remedy)

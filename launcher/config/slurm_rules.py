@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import fields
 
-from launcher.config.errors import ConfigError, as_typed, refusal
+from launcher.config.errors import ConfigError, as_typed, refusal, typed_text
 from launcher.config.schema import Device, RunConfig, SlurmConfig
 from launcher.config.secrets import has_token, is_secret_name, is_secret_value
 
@@ -70,8 +70,16 @@ def check_submission(run: RunConfig) -> int:
 
 def nodes_of(run: RunConfig) -> tuple[int, int]:
     """Return the minimum and maximum number of nodes of the job."""
-    least, _, most = (run.slurm.nodes or str(run.hardware.nodes)).partition("-")
-    return int(least), int(most or least)
+    ranges = [_range_of_nodes(part) for part in (run.slurm.nodes or str(run.hardware.nodes)).split(",")]
+    return min(least for least, _ in ranges), max(most for _, most in ranges)
+
+
+def _range_of_nodes(part: str) -> tuple[int, int]:
+    """Return the minimum and maximum in `2`, `2-8`, `2-8:2` (2, 4, 6 or 8) or `1k` (1024)."""
+    bounds, _, step = part.partition(":")
+    numbers = [int(text.strip("kK")) * (1024 if text[-1] in "kK" else 1) for text in bounds.split("-")]
+    least, most = numbers[0], numbers[-1]
+    return least, most - (most - least) % int(step or 1)
 
 
 def gpus_of_a_node(run: RunConfig) -> str | None:
@@ -88,10 +96,10 @@ def _check_gpus(run: RunConfig) -> None:
     if run.hardware.device is not Device.cuda:
         why = "a run with hardware.device=cpu uses no GPU"
         raise refusal(run, "slurm.gpus_per_node", why, "slurm.gpus_per_node=null", "hardware=h100_80gb")
-    *kind, number = gpus.split(":")
-    per_node = run.hardware.accelerators_per_node
-    if int(number) != per_node:
-        wanted = ":".join([*kind, str(per_node)])
+    kinds = [part.rpartition(":") for part in gpus.split(",")]
+    number, per_node = sum(int(count) for _, _, count in kinds), run.hardware.accelerators_per_node
+    if number != per_node:
+        wanted = f"{kinds[0][0]}{kinds[0][1]}{per_node}"
         why = f"hardware.accelerators_per_node={per_node} needs one GPU for each rank of a node"
         remedies = f"slurm.gpus_per_node={wanted}", f"hardware.accelerators_per_node={number}"
         raise refusal(run, "slurm.gpus_per_node", why, *remedies)
@@ -121,13 +129,22 @@ def texts_in(slurm: SlurmConfig) -> Iterator[tuple[str, str]]:
             yield from ((f"{name}.{key}", item) for key, item in value.items() if item)
 
 
+UNLIMITED = ("infinite", "unlimited")
+_TIME = r"\d{1,9}|(\d{1,9}:)?\d{1,9}:\d{1,9}|\d{1,9}-\d{1,9}(:\d{1,9}){0,2}|(?i:infinite|unlimited)"
+_NODES = r"[1-9]\d{0,4}[kK]?(-[1-9]\d{0,4}[kK]?(:[1-9]\d{0,4})?)?"
+_GPUS = r"([A-Za-z0-9_.-]+:)?[1-9]\d{0,3}"
+# The pattern of a field, as in sbatch's manual, the message for other values, and an example.
 _FORMS: dict[str, tuple[str, str, str]] = {
     "time": (
-        r"\d{1,9}|(\d{1,9}:)?\d{1,9}:\d{1,9}|\d{1,9}-\d{1,9}(:\d{1,9}){0,2}",
-        "a time limit must be MINUTES, [HOURS:]MINUTES:SECONDS or DAYS-HOURS[:MINUTES[:SECONDS]]", "24:00:00",
+        _TIME, "a time limit must be MINUTES, [HOURS:]MINUTES:SECONDS, DAYS-HOURS[:MINUTES[:SECONDS]] or "
+        "UNLIMITED", "24:00:00",
     ),
-    "nodes": (r"[1-9]\d{0,4}(-[1-9]\d{0,4})?", "must be a number of nodes, or MIN-MAX", "2"),
-    "gpus_per_node": (r"([A-Za-z0-9_.-]+:)?[1-9]\d{0,3}", "must be a number of GPUs, or TYPE:NUMBER", "8"),
+    "nodes": (
+        f"{_NODES}(,{_NODES})*", "must be a number of nodes, MIN-MAX, MIN-MAX:STEP, or a list of these", "2",
+    ),
+    "gpus_per_node": (
+        f"{_GPUS}(,{_GPUS})*", "must be a number of GPUs, TYPE:NUMBER, or a list of these", "8",
+    ),
     "mem": (
         r"\d{1,12}[KMGTkmgt]?",
         "must be a number of megabytes, or a number with the unit K, M, G or T", "64G",
@@ -156,7 +173,7 @@ def _check_forms(run: RunConfig) -> None:
     if "%" in run.slurm.output.rpartition("/")[0]:
         why = "Slurm does not create directories, and the value of % is unknown before the job starts"
         name = run.slurm.output.replace("/", "-")
-        raise refusal(run, "slurm.output", why, f"slurm.output={name}")
+        raise refusal(run, "slurm.output", why, typed_text("slurm.output", name))
     for module in run.slurm.modules:
         if module.startswith("-"):
             why = "this is an option, not a module"
@@ -165,6 +182,8 @@ def _check_forms(run: RunConfig) -> None:
 
 def seconds_of(time: str) -> int:
     """Return the seconds of a time limit in any form that Slurm accepts; 0 means no limit."""
+    if time.lower() in UNLIMITED:
+        return 0
     days, dash, clock = time.rpartition("-")
     numbers = [int(number) for number in clock.split(":")]
     if not dash and len(numbers) < 3:

@@ -23,6 +23,11 @@ class _BoundedLoader(_utils.get_yaml_loader()):  # type: ignore[misc]
         return node
 
 
+def bounded_loader() -> Any:
+    """Return the class that reads YAML as OmegaConf does, in bounded memory."""
+    return _BoundedLoader
+
+
 def _values_in(node: Any, known: dict[int, int]) -> int:
     if id(node) not in known:
         known[id(node)] = MOST_YAML_VALUES  # for an alias of a node that contains it
@@ -46,7 +51,7 @@ _convert_boolean, _get_yaml_loader = BooleanNode._validate_and_convert_impl, _ut
 def strict() -> Iterator[None]:
     """Read booleans strictly and files in bounded memory, in the block."""
     BooleanNode._validate_and_convert_impl = _strict_boolean  # type: ignore[method-assign,assignment]
-    _utils.get_yaml_loader = lambda: _BoundedLoader
+    _utils.get_yaml_loader = bounded_loader
     try:
         yield
     finally:

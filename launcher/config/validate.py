@@ -10,7 +10,16 @@ from collections.abc import Callable, Mapping
 
 from launcher.config import numbers, shape
 from launcher.config.deepspeed_keys import check_passthrough
-from launcher.config.errors import ConfigError, as_typed, refusal, settings, value_of
+from launcher.config.errors import (
+    ConfigError,
+    as_typed,
+    hydra_text,
+    quoted_setting,
+    refusal,
+    settings,
+    typed_text,
+    value_of,
+)
 from launcher.config.layout import Layout, resolve_layout
 from launcher.config.paths import check_paths
 from launcher.config.schema import (
@@ -326,7 +335,7 @@ def check_data(run: RunConfig) -> None:
         field = (given or ["data.test"])[0]
         raise refusal(run, field, f"data=digits does not use {field}", f"{field}=null")
     if d.source is CorpusSource.stdlib and given:
-        files = [f'{field}="{globs[field] or EXAMPLE_GLOB}"' for field in {"data.train", *given}]
+        files = [f"{field}={hydra_text(globs[field] or EXAMPLE_GLOB)}" for field in {"data.train", *given}]
         unset = " ".join(f"{field}=null" for field in given)
         text = " ".join(["data=text", *map(shlex.quote, sorted(files))])
         raise refusal(run, given[0], f"data=stdlib does not use {given[0]}", unset, text)
@@ -442,16 +451,16 @@ def check_wandb(run: RunConfig) -> None:
     if match := re.search(r"[/\\#?%:]", project):
         valid = re.sub(r"[/\\#?%:]", "-", project)
         why = f"a W&B project name may not contain {match[0]}"
-        raise refusal(run, "logging.wandb.project", why, f"logging.wandb.project={valid}")
+        raise refusal(run, "logging.wandb.project", why, typed_text("logging.wandb.project", valid))
     if not 1 <= len(project) <= _WANDB_PROJECT_LENGTH:
         why = f"it has {len(project)} characters; W&B takes 1 to {_WANDB_PROJECT_LENGTH}"
         shorter = project[:_WANDB_PROJECT_LENGTH] or "launcher"
-        raise refusal(run, "logging.wandb.project", why, f"logging.wandb.project={shorter}")
+        raise refusal(run, "logging.wandb.project", why, typed_text("logging.wandb.project", shorter))
     for number, tag in enumerate(tags, 1):
         if not 1 <= len(tag) <= _WANDB_TAG_LENGTH:
             why = f"tag {number} has {len(tag)} characters; W&B takes 1 to {_WANDB_TAG_LENGTH}"
-            kept = [tag[:_WANDB_TAG_LENGTH] for tag in tags if tag]
-            raise refusal(run, "logging.wandb.tags", why, shlex.quote(f"logging.wandb.tags={kept}"))
+            kept = ", ".join(hydra_text(tag[:_WANDB_TAG_LENGTH]) for tag in tags if tag)
+            raise refusal(run, "logging.wandb.tags", why, quoted_setting("logging.wandb.tags", f"[{kept}]"))
 
 
 def check_deepspeed(run: RunConfig) -> None:

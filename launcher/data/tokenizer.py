@@ -1,7 +1,6 @@
 """Encode and decode text: as bytes, or with a tokenizer.json of Hugging Face's `tokenizers`."""
 
 import os
-import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -9,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from launcher.config.errors import ConfigError
+from launcher.config.errors import ConfigError, typed_text
 from launcher.config.numbers import BYTE_VALUES
 from launcher.config.shape import END_OF_TEXT
 from launcher.data.token_file import smallest_dtype
@@ -93,7 +92,7 @@ class HuggingFace:
         if not self._ends:
             missing = f"no token {end!r}" if end else f"none of {', '.join(USUAL_ENDS)}"
             why = f"this tokenizer has {missing} to end documents with"
-            example = shlex.quote(f'tokenizer.end_of_document="{next(iter(self._vocabulary), "TOKEN")}"')
+            example = typed_text("tokenizer.end_of_document", next(iter(self._vocabulary), "TOKEN"))
             raise ConfigError(self._field, self._path, why, f"{example} or another token of the tokenizer")
         return int(self._vocabulary[self._ends[0]])
 

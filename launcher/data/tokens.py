@@ -2,7 +2,6 @@
 
 import glob
 import os
-import shlex
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from launcher.config.errors import ConfigError, as_typed
+from launcher.config.errors import ConfigError, as_typed, typed_text
 from launcher.data.card import card_path, vocab_size_of
 from launcher.data.corpus import split_key
 from launcher.data.input_files import LeftOut, closest_directory, first_of_each, matching, prepare_commands
@@ -231,7 +230,7 @@ def _path_remedy(field: str, prefix: Path) -> str:
     if not pairs:
         return f"{field}=PATH (without the ending) of {_REMEDY}"
     others = f" (this directory has {len(pairs) - 1} more)" if pairs[1:] else ""
-    return shlex.quote(f'{field}="{pairs[0]}"') + others
+    return typed_text(field, str(pairs[0])) + others
 
 
 def _stretch(file: TokenFile, start: int, end: int) -> Stretch:

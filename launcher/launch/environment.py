@@ -92,6 +92,34 @@ def joined_ranks(environ: Mapping[str, str]) -> RankEnvironment | None:
     return None
 
 
+def missing_ranks(environ: Mapping[str, str], rank: int, world_size: int, reason: str = "") -> str:
+    """Return why a rank does not meet the other ranks, and what to do. Pure.
+
+    `reason` is torch's message; an empty text while the rank still waits.
+    """
+    address, is_step = f"{environ.get('MASTER_ADDR')}:{environ.get('MASTER_PORT')}", _is_slurm_step(environ)
+    if re.search("EADDRINUSE|address already in use", reason, re.IGNORECASE):
+        remedy = (
+            "the same srun again, as a new step" if is_step else "MASTER_PORT=29501 (or another) on all ranks"
+        )
+        return f"MASTER_PORT={environ.get('MASTER_PORT')}: another process uses this port\n  try: {remedy}"
+    joined = re.search(r"(\d+)/\d+ clients joined", reason)
+    came = f"only {joined[1]} of {world_size} ranks came" if joined else f"rank {rank} of {world_size} waits"
+    if is_step:
+        why = f"srun started {world_size} tasks, and each must run the launcher (SLURM_STEP_ID is set)"
+        remedy = "`srun launcher ...` in a batch script or after salloc, or in a shell of `srun --pty`: "
+        remedy += "`env -u SLURM_STEP_ID launcher ...`, which starts the ranks of this machine by itself"
+    else:
+        why = f"all {world_size} ranks (WORLD_SIZE) must start, with the same address and port, and reach it"
+        remedy = f"`nc -zv {address.replace(':', ' ')}` on the other machines; for one machine `unset RANK`"
+    return f"{came} at MASTER_ADDR:MASTER_PORT={address}: {why}\n  try: {remedy}"
+
+
+def _is_slurm_step(environ: Mapping[str, str]) -> bool:
+    # A launcher sets RANK too, for its ranks.
+    return "SLURM_STEP_ID" in environ and "TORCHELASTIC_RUN_ID" not in environ
+
+
 def speaks_for_all(environ: Mapping[str, str]) -> bool:
     """Return whether this process prints the messages that are equal on all ranks of torchrun or srun."""
     try:

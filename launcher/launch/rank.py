@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from launcher.config.errors import ConfigError, RunStopped
+from launcher.config.errors import ConfigError, NotJoined, RunStopped
 from launcher.launch.orphans import die_with
 from launcher.streams import standard_stream
 
@@ -139,6 +139,8 @@ def failure_of(rank: int, error: BaseException) -> FailureReport:
         return FailureReport(rank, when, False, str(error), refusal)
     if isinstance(error, RunStopped):
         return FailureReport(rank, when, rank > 0, f"stopped the run: {error}")
+    if isinstance(error, NotJoined):  # the rank that is missing may print the cause first
+        return FailureReport(rank, when, True, f"could not start: {error}")
     # Leave out the first frame, which is the caller's.
     frames = error.__traceback__.tb_next if error.__traceback__ else None
     text = "".join(traceback.format_exception(type(error), error, frames)).rstrip()

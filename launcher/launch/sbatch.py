@@ -60,7 +60,7 @@ def sbatch_options(batch: BatchScript) -> list[str]:
         "account": s.account,
         "qos": s.qos,
         "time": s.time,
-        "nodes": f"{min_nodes}-{max_nodes}" if min_nodes < max_nodes else max_nodes,
+        "nodes": s.nodes if min_nodes < max_nodes else max_nodes,
         **_task_options(batch, is_node_range=min_nodes < max_nodes),
         "gpus-per-node": gpus_of_a_node(batch.run),
         "mem": s.mem,

@@ -1,5 +1,6 @@
 """Run the commands of Slurm. While the Slurm controller is unreachable, repeat a command for ten minutes."""
 
+import os
 import re
 import subprocess
 import sys
@@ -56,11 +57,53 @@ def read_allocation(environ: Mapping[str, str]) -> Allocation:
     return Allocation(job, nodes, array_job, array_task, int(environ.get("SLURM_RESTART_COUNT", "0")))
 
 
+# Variables that Slurm's commands need to reach the cluster.
+_CLUSTER_VARIABLES = {"SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT", "SLURM_CLUSTERS", "SLURM_TIME_FORMAT"}
+# The variable that sbatch reads for an option. It has precedence over `#SBATCH` lines.
+_SBATCH_VARIABLES = {
+    "time": "SBATCH_TIMELIMIT", "gpus-per-node": "SBATCH_GPUS_PER_NODE", "mem": "SBATCH_MEM_PER_NODE",
+    "cpus-per-task": "SBATCH_CPUS_PER_TASK", "job-name": "SBATCH_JOB_NAME",
+}  # fmt: skip
+
+
+def sbatch_variable(option: str) -> str:
+    """Return the variable that sbatch reads for an option, such as SBATCH_PARTITION for `partition`."""
+    return _SBATCH_VARIABLES.get(option, f"SBATCH_{option.upper().replace('-', '_')}")
+
+
+def submission_environment(environ: Mapping[str, str], script: str) -> dict[str, str]:
+    """Return the environment to submit a script in. Pure.
+
+    The variables of the job that this process runs in describe that job, not the new job. A variable of
+    sbatch does not replace an option that the script sets. Outside of jobs, the others stay, such as
+    SBATCH_ACCOUNT from the start-up file of a shell.
+    """
+    set_here = {sbatch_variable(name) for name in re.findall(r"^#SBATCH --([\w-]+)", script, re.MULTILINE)}
+    inside_a_job = "SLURM_JOB_ID" in environ
+
+    def is_passed(name: str) -> bool:
+        if name.startswith("SBATCH_"):
+            return not inside_a_job and name not in set_here
+        return name in _CLUSTER_VARIABLES or not name.startswith("SLURM_")
+
+    return {name: value for name, value in environ.items() if is_passed(name)}
+
+
 def sbatch(script: str, arguments: Sequence[str] = (), *, options: Sequence[str] = ()) -> str:
     """Submit a script with arguments; return the id of the job. Raises SlurmError."""
     # sbatch passes arguments to a script named /dev/stdin, but not to a script on standard input.
-    output = _run(["sbatch", "--parsable", *options, "/dev/stdin", *arguments], script, patience=0.0)
-    return output.strip().partition(";")[0]
+    command = ["sbatch", "--parsable", *options, "/dev/stdin", *arguments]
+    output = _run(command, script, patience=0.0, environment=submission_environment(os.environ, script))
+    return submitted_job(output)
+
+
+def submitted_job(output: str) -> str:
+    """Return the job id in sbatch's output, also among lines of a site's wrapper. Raises SlurmError."""
+    ids = re.findall(r"^\s*(\d+)(?:;[^\s;]+)?\s*$|Submitted batch job (\d+)", output, re.MULTILINE)
+    if not ids:
+        shown = "; ".join(output.split("\n")).strip("; ") or "nothing"
+        raise SlurmError(f"sbatch printed no job id, so that the job may or may not run; it printed {shown}")
+    return ids[-1][0] or ids[-1][1]
 
 
 def job_state(job: str) -> str:
@@ -71,6 +114,21 @@ def job_state(job: str) -> str:
     return state[1]
 
 
+def settings_of_job(job: str) -> list[str]:
+    """Return the options of sbatch for the time limit, partition ... that a job has. Raises SlurmError.
+
+    They may come from sbatch's command line or from variables, and not from the job's script.
+    """
+    shown = _run(["scontrol", "show", "job", "-o", job])
+    names = {
+        "time": "TimeLimit", "partition": "Partition", "account": "Account", "qos": "QOS",
+        "reservation": "Reservation",
+    }  # fmt: skip
+    values = {option: re.search(rf"\b{name}=(\S+)", shown) for option, name in names.items()}
+    given = {option: match[1] for option, match in values.items() if match}
+    return [f"--{option}={value}" for option, value in given.items() if value not in ("(null)", "N/A")]
+
+
 def requeue(job: str) -> None:
     """Put a job back into the queue; Slurm then ends its processes. Raises SlurmError."""
     _run(["scontrol", "requeue", job])
@@ -78,22 +136,31 @@ def requeue(job: str) -> None:
 
 def read_batch_script(job: str) -> str:
     """Return the text of a job's script as submitted, even if the file has changed. Raises SlurmError."""
-    return _run(["scontrol", "write", "batch_script", job, "-"])
+    output = _run(["scontrol", "write", "batch_script", job, "-"])
+    return output[max(0, output.find("#!")) :]  # without lines of a site's wrapper
 
 
-def _run(command: list[str], text: str | None = None, *, patience: float = _PATIENCE) -> str:
+def _run(
+    command: list[str],
+    text: str | None = None,
+    *,
+    patience: float = _PATIENCE,
+    environment: Mapping[str, str] | None = None,
+) -> str:
     deadline = time.monotonic() + patience
     while True:
         try:
             process = subprocess.run(
-                command, input=text, text=True, capture_output=True, timeout=_CLIENT_TIMEOUT, check=False
-            )
+                command, input=text, text=True, capture_output=True, timeout=_CLIENT_TIMEOUT, check=False,
+                env=environment,
+            )  # fmt: skip
         except FileNotFoundError:
             raise SlurmError(f"the command {command[0]} is not installed on this machine") from None
         except subprocess.TimeoutExpired:
             error, is_unreachable = f"{command[0]} did not answer within {_CLIENT_TIMEOUT:.0f} s", True
         else:
             if process.returncode == 0:
+                print(process.stderr, end="", file=sys.stderr, flush=True)  # warnings, and a site's notes
                 return process.stdout
             error = re.sub(rf"^{command[0]}: (error: )?", "", process.stderr.strip(), flags=re.MULTILINE)
             is_unreachable = _UNREACHABLE.search(error) is not None

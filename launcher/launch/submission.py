@@ -4,7 +4,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from launcher.config.compose import Job
@@ -14,7 +14,13 @@ from launcher.config.schema import RunConfig, SlurmConfig
 from launcher.config.secrets import Referenced, has_token
 from launcher.config.slurm_rules import READ_WHILE_RUNNING, check_submission, texts_in
 from launcher.launch.sbatch import BatchScript, render
-from launcher.launch.slurm import SlurmError, SlurmUnreachable, sbatch
+from launcher.launch.slurm import (
+    SlurmError,
+    SlurmUnreachable,
+    sbatch,
+    sbatch_variable,
+    submission_environment,
+)
 
 
 def batch_script_of(jobs: Sequence[Job[RunConfig]], typed: list[str]) -> BatchScript:
@@ -61,6 +67,7 @@ def submit(jobs: Sequence[Job[RunConfig]], typed: list[str], layouts: Sequence[L
     script = render(batch_script_of(jobs, _without_submit_fields(typed)))
     if run.submit.dry_run:
         print(script, end="")
+        print(*resource_origins(jobs[0], os.environ, script), sep="\n", file=sys.stderr)
         return
     if shutil.which("sbatch") is None:
         why = "sbatch is not installed on this machine"
@@ -76,8 +83,28 @@ def submit(jobs: Sequence[Job[RunConfig]], typed: list[str], layouts: Sequence[L
     except SlurmError as error:
         remedy = "change the setting that Slurm names, and run the same command again"
         raise ConfigError("submit", None, f"Slurm rejected the job: {error}", remedy) from None
-    for line in submission_summary(run, job_id, layouts):
-        print(line)
+    print(*submission_summary(run, job_id, layouts), sep="\n")
+    print(*resource_origins(jobs[0], os.environ, script), sep="\n")
+
+
+def resource_origins(job: Job[RunConfig], environ: Mapping[str, str], script: str) -> list[str]:
+    """Return a line for each of time limit, partition and account: its value and where it is set. Pure."""
+    passed = submission_environment(environ, script)
+    lines = []
+    for name in ("time", "partition", "account"):
+        value, variable = getattr(job.config.slurm, name), sbatch_variable(name)
+        typed = environ.get(variable)
+        if value is not None:
+            text = f"{value} (from {job.origins.get(f'slurm.{name}', 'the command line')})"
+        elif variable in passed:
+            text = f"{typed} (from the variable {variable})"
+        else:
+            text = "the default of the cluster"
+        if typed is not None and variable not in passed and typed != value:
+            why = "of the job that this shell runs in" if value is None else "which has less precedence"
+            text += f"; not {variable}={typed}, {why}"
+        lines.append(f"{name:<9}{text}" if len(name) < 9 else f"{name} {text}")
+    return lines
 
 
 def _make_log_directory(output: str) -> None:

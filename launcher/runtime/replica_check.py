@@ -11,7 +11,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from launcher.checkpoint.manifest import checkpoints_in
-from launcher.config.errors import RunStopped
+from launcher.config.errors import RunStopped, typed_text
 from launcher.engine.base import Engine
 from launcher.engine.replicas import Disagreement, disagreements
 from launcher.runtime.resume import Progress
@@ -58,7 +58,8 @@ def report(step: int, differing: list[Disagreement], hosts: list[str], checkpoin
     if checkpoint is None:
         remedy = "the same command with another run.dir (this run has no checkpoint)"
     else:
-        remedy = f"the same command with run.dir={checkpoint.parent.parent} checkpoint.resume=auto"
+        run_dir = typed_text("run.dir", str(checkpoint.parent.parent))
+        remedy = f"the same command with {run_dir} checkpoint.resume=auto"
         remedy += f" (it resumes from {checkpoint.name}, whose replicas were equal)"
     return "\n".join([*lines, f"  try: {remedy}"])
 

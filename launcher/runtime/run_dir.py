@@ -17,7 +17,7 @@ from launcher.checkpoint.final import FINAL_WEIGHTS, final_step
 from launcher.checkpoint.manifest import CHECKPOINTS, checkpoints_in, step_of
 from launcher.checkpoint.resume_choice import checkpoint_to_resume
 from launcher.checkpoint.sources import WeightSource, check_model_is, weights_at
-from launcher.config.errors import ConfigError
+from launcher.config.errors import ConfigError, typed_text
 from launcher.config.layout import Layout
 from launcher.config.run_format import FORMAT, IDENTITY, SAVED_STEP, read_identity, write_identity
 from launcher.config.schema import RunConfig
@@ -91,7 +91,7 @@ def start_of(run: RunConfig, path: Path) -> Path | None:
         check_no_checkpoint_is_missing(path)
     is_over = checkpoint is None and final_step(path) is not None
     if holds_run and (not resumes or is_over):
-        remedy = f"run.dir={_unused(path)}, or leave run.dir out for a fresh one"
+        remedy = f"{typed_text('run.dir', str(_unused(path)))}, or leave run.dir out for a fresh one"
         raise ConfigError("run.dir", path, "already holds a run", remedy)
     return checkpoint
 
@@ -103,7 +103,8 @@ def check_no_checkpoint_is_missing(path: Path) -> None:
         folder = path / CHECKPOINTS
         why = f"this run saved a checkpoint at step {step}, and {folder} holds none"
         restore = f"restore {folder}"
-        remedy = f"{restore}, or checkpoint.resume=none run.dir={_unused(path)} (from the first step)"
+        unused = typed_text("run.dir", str(_unused(path)))
+        remedy = f"{restore}, or checkpoint.resume=none {unused} (from the first step)"
         raise ConfigError("run.dir", path, why, remedy)
 
 
@@ -134,9 +135,9 @@ def check_files_are_ours(path: Path) -> None:
 
 
 def _not_ours(path: Path, why: str) -> ConfigError:
-    remedy = f"run.dir={_unused(path)}, or leave run.dir out for a fresh one"
+    remedy = f"{typed_text('run.dir', str(_unused(path)))}, or leave run.dir out for a fresh one"
     if checkpoints_in(path):
-        remedy = f"{remedy}; checkpoint.init_from={path} starts it from the weights there"
+        remedy = f"{remedy}; {typed_text('checkpoint.init_from', str(path))} starts it from the weights there"
     return ConfigError("run.dir", path, why, remedy)
 
 

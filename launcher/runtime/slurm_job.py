@@ -6,7 +6,6 @@ checkpoint, but not after three identical failures in a row. Slurm restarts the 
 """
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from launcher.checkpoint.final import final_step
 from launcher.checkpoint.manifest import checkpoints_in
+from launcher.config.errors import hydra_text, typed_text
 from launcher.config.layout import Layout
 from launcher.config.schema import OnStop, RunConfig
 from launcher.config.slurm_rules import nodes_of
@@ -25,7 +25,15 @@ from launcher.launch.exit_codes import FAILED, REFUSED
 from launcher.launch.rank import STOPPED_EXIT_CODE
 from launcher.launch.records import ENDS_VARIABLE, RankEnd, RankEndKind, read_rank_ends
 from launcher.launch.sbatch import cpus_per_task, tasks_per_node
-from launcher.launch.slurm import Allocation, SlurmError, job_state, read_batch_script, requeue, sbatch
+from launcher.launch.slurm import (
+    Allocation,
+    SlurmError,
+    job_state,
+    read_batch_script,
+    requeue,
+    sbatch,
+    settings_of_job,
+)
 from launcher.launch.stopping import stop_grace
 from launcher.runtime.restarts import last_logged_step
 from launcher.runtime.run_dir import LOGS
@@ -136,12 +144,6 @@ def step_command(
     ]
 
 
-def hydra_text(text: str) -> str:
-    """Return the text quoted for Hydra, where a backslash escapes only before a quote. Not for `${`."""
-    escaped = re.sub(r'(\\*)"', r'\1\1\\"', text)
-    return '"' + re.sub(r"(\\+)$", r"\1\1", escaped) + '"'
-
-
 def outcome(code: int, stop_requested: bool, ends: list[RankEnd], ranks: int) -> Outcome:
     """Return how the ranks ended. Their records count more than srun's exit code. Pure."""
     if ends and ends[0].kind is RankEndKind.refused:
@@ -182,7 +184,8 @@ def _is_hopeless(run_dir: Path, error: str) -> bool:
     if record_failed_start(run_dir, FailedStart(step, error)) < MAX_IDENTICAL_FAILURES:
         return False
     _print(f"giving up after {MAX_IDENTICAL_FAILURES} identical failures after step {step}: {error}")
-    _print(f"fix the cause; the same command with run.dir={run_dir} then resumes from the last checkpoint")
+    typed = typed_text("run.dir", str(run_dir))
+    _print(f"fix the cause; the same command with {typed} then resumes from the last checkpoint")
     return True
 
 
@@ -211,7 +214,7 @@ def _requeue_or_chain(job: SlurmJob, stops: list[int]) -> int:
             return 0
     except SlurmError as error:
         _print(f"stopped, but cannot be restarted automatically: {error}")
-    _print(f"stopped: the same command with run.dir={run_dir} resumes")
+    _print(f"stopped: the same command with {typed_text('run.dir', str(run_dir))} resumes")
     return STOPPED_EXIT_CODE
 
 
@@ -225,7 +228,7 @@ def _wait_for_the_end(stops: list[int]) -> None:
 def _next_link(job: SlurmJob) -> str:
     """Submit the same script again, to start after this job; return the id of the new job."""
     allocation = job.allocation
-    options = [f"--dependency=afterany:{allocation.id}"]
+    options = [f"--dependency=afterany:{allocation.id}", *settings_of_job(allocation.id)]
     if allocation.array_task is not None:
         options.append(f"--array={allocation.array_task}")
     least, most = nodes_of(job.run)

@@ -9,6 +9,7 @@ Imports torch and deepspeed inside functions only: the parent of spawned ranks d
 
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -16,9 +17,10 @@ from functools import partial
 from pathlib import Path
 
 from launcher.checkpoint.resume_choice import RunFinished
+from launcher.config.errors import NotJoined
 from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
-from launcher.launch.environment import NodeEnvironment, RankEnvironment
+from launcher.launch.environment import NodeEnvironment, RankEnvironment, missing_ranks
 from launcher.launch.local import RankFailure, Stopped, run_local_ranks, start_method_for
 from launcher.launch.rank import STOPPED_EXIT_CODE, StopRequest, failure_of
 from launcher.launch.records import RankEndKind, all_recorded, record_end
@@ -31,6 +33,7 @@ from launcher.runtime.run_dir import LOGS, RunDir, claimed_run_dir, run_path
 # Delay in seconds before a rank that only lost a peer reports: the root cause is printed first, and srun or
 # torchrun has ended all ranks by then.
 _CONSEQUENCE_WAITS = 15.0
+_MEETING_NOTE = 30.0  # seconds until a rank says that it waits for the others
 
 
 def launch_on_this_machine(run: RunConfig, layout: Layout, *, cores: int, multirun_index: int | None) -> None:
@@ -167,19 +170,43 @@ def run_rank(
 
     work, finished = work_time(layout.device), True
     with work.collectives.timing_collectives():
-        device = join(
-            rank=rank,
-            world_size=layout.world_size,
-            local_rank=local_rank,
-            device=layout.device,
-            init_method=init_method,
-            timeout_minutes=run.launch.timeout_minutes,
-        )
+        with _meeting(init_method, rank, local_rank, layout.world_size):
+            device = join(
+                rank=rank,
+                world_size=layout.world_size,
+                local_rank=local_rank,
+                device=layout.device,
+                init_method=init_method,
+                timeout_minutes=run.launch.timeout_minutes,
+            )
         with nothing_left_is_said(quiet=rank > 0), claimed as directory:
             finished = training_run(run, layout, directory, device, work, stop)
         leave()
     if not finished:
         raise SystemExit(STOPPED_EXIT_CODE)
+
+
+@contextmanager
+def _meeting(init_method: str, rank: int, local_rank: int, world_size: int) -> Iterator[None]:
+    """Say what a rank waits for if the others do not come soon. Raises NotJoined if they never come."""
+    from torch.distributed import DistError
+
+    def say() -> None:
+        waits = missing_ranks(os.environ, rank, world_size)
+        print(f"launcher: since {_MEETING_NOTE:.0f} s, {waits}", file=sys.stderr, flush=True)
+
+    note = threading.Timer(_MEETING_NOTE, say)
+    note.daemon = True
+    if local_rank == 0 and init_method == "env://":
+        note.start()
+    try:
+        yield
+    except DistError as error:
+        if init_method != "env://":
+            raise
+        raise NotJoined(missing_ranks(os.environ, rank, world_size, str(error))) from None
+    finally:
+        note.cancel()
 
 
 @contextmanager

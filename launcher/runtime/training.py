@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from launcher.checkpoint.companions import COMPANIONS
 from launcher.checkpoint.weights import save_weights
+from launcher.config.errors import typed_text
 from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
 from launcher.config.shape import sequence_length
@@ -172,7 +173,8 @@ def finish(session: Session, directory: RunDir, step: int) -> bool:
     """Write the final weights, or tell how a stopped run continues; return whether the run finished."""
     output = session.output
     if step < session.last:
-        output.say(f"stopped  at step {step}. To resume: the same command, run.dir={directory.path}")
+        run_dir = typed_text("run.dir", str(directory.path))
+        output.say(f"stopped  at step {step}. To resume: the same command, {run_dir}")
         return False
     if session.last > 0:
         session.watchdog.at("the final weights")

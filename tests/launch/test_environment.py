@@ -12,6 +12,7 @@ from launcher.launch.environment import (
     expand_hosts,
     joined_ranks,
     launch_environment,
+    missing_ranks,
     slurm_step_name,
 )
 
@@ -309,3 +310,41 @@ def test_run_is_named_after_job_and_step() -> None:
     assert slurm_step_name(SRUN | TORCHRUN) is None
     assert slurm_step_name(JOB) is None
     assert slurm_step_name(SRUN | {"SLURM_STEP_NUM_TASKS": "1"}) is None
+
+
+STEP = {"SLURM_STEP_ID": "0", "MASTER_ADDR": "node1", "MASTER_PORT": "20463", "RANK": "0"}
+UNDER_TORCHRUN = {
+    "RANK": "1",
+    "MASTER_ADDR": "10.0.0.1",
+    "MASTER_PORT": "29500",
+    "TORCHELASTIC_RUN_ID": "none",
+}
+
+
+@pytest.mark.parametrize(
+    ("environ", "reason", "parts"),
+    [
+        (
+            STEP, "Timed out after 13 seconds waiting for clients. 1/4 clients joined.",
+            ["only 1 of 4 ranks came at MASTER_ADDR:MASTER_PORT=node1:20463", "srun started 4 tasks",
+             "env -u SLURM_STEP_ID launcher"],
+        ),
+        (STEP, "", ["rank 1 of 4 waits at MASTER_ADDR:MASTER_PORT=node1:20463", "srun launcher ..."]),
+        (
+            UNDER_TORCHRUN, "The client socket has failed to connect to any network address",
+            ["rank 1 of 4 waits at MASTER_ADDR:MASTER_PORT=10.0.0.1:29500", "WORLD_SIZE",
+             "nc -zv 10.0.0.1 29500"],
+        ),
+        (UNDER_TORCHRUN | {"SLURM_STEP_ID": "0"}, "", ["`unset RANK`"]),
+        (
+            UNDER_TORCHRUN, "The server socket has failed to listen. port: 29500, EADDRINUSE",
+            ["MASTER_PORT=29500: another process uses this port", "MASTER_PORT=29501"],
+        ),
+        (STEP, "errno: 98 - Address already in use", ["MASTER_PORT=20463", "the same srun again"]),
+    ],
+)  # fmt: skip
+def test_missing_ranks_are_explained(environ: dict[str, str], reason: str, parts: list[str]) -> None:
+    message = missing_ranks(environ, 1, 4, reason)
+    assert "\n  try: " in message
+    for part in parts:
+        assert part in message

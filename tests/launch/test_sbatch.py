@@ -14,7 +14,7 @@ from launcher.config.compose import Job, compose_jobs
 from launcher.config.errors import ConfigError
 from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
-from launcher.config.slurm_rules import seconds_of
+from launcher.config.slurm_rules import check_submission, nodes_of, seconds_of
 from launcher.launch.sbatch import BatchScript, check_script_arguments, render, slurm_word
 from launcher.launch.submission import _make_log_directory, batch_script_of, submission_summary
 from tests.config.composing import run_of
@@ -196,7 +196,7 @@ def test_submission_summary() -> None:
     ("time", "seconds"),
     [
         ("0", 0), ("5", 300), ("1:30", 90), ("2:00:01", 7201), ("1-2", 93600), ("1-2:03", 93780),
-        ("1-0:0:9", 86409),
+        ("1-0:0:9", 86409), ("INFINITE", 0), ("unlimited", 0),
     ],
 )  # fmt: skip
 def test_time_limit_in_seconds(time: str, seconds: int) -> None:
@@ -222,6 +222,36 @@ def test_refuses_sbatch_settings_after_the_script(typed: str, remedy: str) -> No
         check_script_arguments(["training.steps=5", typed])
     assert refused.value.field == typed.strip("+").partition("=")[0]
     assert refused.value.remedy.startswith(remedy)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "expected"),
+    [
+        ("3", (3, 3)), ("2-4", (2, 4)), ("1,5,9", (1, 9)), ("1-15:4", (1, 13)), ("1k-2k", (1024, 2048)),
+        ("8,2-4", (2, 8)),
+    ],
+)  # fmt: skip
+def test_numbers_of_nodes_in_every_form_of_sbatch(nodes: str, expected: tuple[int, int]) -> None:
+    run = run_of(*CPU, f'slurm.nodes="{nodes}"', f"hardware.nodes={expected[1]}")
+    assert check_submission(run) == 2
+    assert nodes_of(run) == expected
+    assert f"--nodes={nodes}" in options(f'slurm.nodes="{nodes}"')
+
+
+@pytest.mark.parametrize("field", ["time", "mem", "gpus_per_node"])
+def test_every_form_of_sbatch_is_accepted(field: str, subtests: pytest.Subtests) -> None:
+    forms = {
+        "time": ["90", "90:30", "1:30:00", "2-12", "2-12:30", "2-12:30:00", "INFINITE", "unlimited", "0"],
+        "mem": ["64000", "1K", "2M", "64G", "1T", "0", "64g"],
+        "gpus_per_node": ["8", "h100:8", "h100:4,a100:4"],
+    }
+    for value in forms[field]:
+        with subtests.test(value):
+            hardware = ["hardware=h100_80gb", "hardware.nodes=1"]
+            check_submission(run_of(*hardware, f'slurm.{field}="{value}"'))
+            assert f"--{field.replace('_', '-')}={value}" in render(
+                BatchScript(run_of(*hardware, f'slurm.{field}="{value}"'), [], [[]], 8, "python")
+            )
 
 
 def test_accepts_run_settings_after_the_script() -> None:

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 
 from launcher.commands.ready import ready, ready_on_most_nodes
 from launcher.config.compose import compose_jobs
-from launcher.config.errors import ConfigError
+from launcher.config.errors import ConfigError, hydra_text
 from launcher.config.schema import RunConfig
 from launcher.config.world import world_of_nodes
 from launcher.launch.records import RankEnd, RankEndKind
 from launcher.launch.slurm import Allocation, read_allocation
-from launcher.runtime.slurm_job import End, Outcome, hydra_text, outcome, run_dir_of, step_command
+from launcher.runtime.slurm_job import End, Outcome, outcome, run_dir_of, step_command
 from tests.config.composing import run_of
 
 NODES = ["hardware=cpu", "hardware.accelerators_per_node=2", "training.global_batch_size=16"]
