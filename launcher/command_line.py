@@ -31,6 +31,7 @@ VERBS = {
     "generate": "generate:main",
     "replay": "replay:main",
     "checkpoint": "checkpoint:main",
+    "status": "status:main",
     "prepare": "prepare:main",
     "export": "exchange:export_main",
     "import": "exchange:import_main",
