@@ -32,6 +32,7 @@ VERBS = {
     "replay": "replay:main",
     "checkpoint": "checkpoint:main",
     "status": "status:main",
+    "doctor": "doctor:main",
     "prepare": "prepare:main",
     "export": "exchange:export_main",
     "import": "exchange:import_main",
