@@ -29,7 +29,7 @@ _PACKAGES = {
     "pyarrow": "pyarrow.parquet", "pillow": "PIL.Image", "scikit-learn": "sklearn.datasets",
 }  # fmt: skip
 _OPTIONAL = {
-    "matplotlib": ("matplotlib.figure", "loss.png"),
+    "matplotlib": ("matplotlib.figure", "`launcher compare` and plan.figure"),
     "tensorboard": ("tensorboard", "logging.tensorboard=true"),
 }
 _SHOWN = ("torch", "deepspeed", "hydra-core", "wandb", "safetensors")

@@ -1,7 +1,8 @@
-"""Writes a run's metrics: to metrics.jsonl always, to W&B as configured. Only rank 0 uses it."""
+"""Writes a run's metrics: to metrics.jsonl and loss.png always, to W&B as configured. Only rank 0 uses it."""
 
 from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig, WandbMode
+from launcher.runtime.metrics.loss_picture import LossPicture
 from launcher.runtime.metrics.rows import Row, RowFile, drop_rows_from
 from launcher.runtime.run_dir import RunDir
 
@@ -17,6 +18,7 @@ class MetricsLog:
         except OSError as error:
             self._notes.append(f"{directory.metrics} keeps rows of an earlier start: {error.strerror}")
         self._file = RowFile(directory.metrics)
+        self._picture = LossPicture(directory.metrics, f"{directory.path.name}, {run.training.steps} steps")
         self._wandb = None
         if run.logging.wandb.mode is not WandbMode.disabled:
             try:
@@ -28,19 +30,22 @@ class MetricsLog:
 
     def write(self, row: Row) -> None:
         self._notes += self._file.append(row)
+        self._picture.refresh(row)
         if self._wandb is not None:
             self._wandb.log(row)
 
     def close(self, *, failed: bool) -> None:
         self._notes += self._file.close()
+        self._picture.close()
         if self._wandb is not None:
             self._wandb.close(failed=failed)
 
     def new_notes(self) -> list[str]:
         """Return the notes to the user since the last call."""
         notes, self._notes = self._notes, []
-        while self._wandb is not None and self._wandb.notes:
-            notes.append(self._wandb.notes.pop(0))
+        for writer in (self._picture, self._wandb):
+            while writer is not None and writer.notes:
+                notes.append(writer.notes.pop(0))
         return notes
 
     def where(self) -> str | None:

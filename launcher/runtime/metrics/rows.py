@@ -30,9 +30,9 @@ _WAITING_ROWS = 10_000
 _Line = tuple[bytes, int | None]  # the text, and the step of its row; None if the line is not a row
 
 
-def rows_in(path: Path, end: int | None = None) -> Iterator[Row]:
-    """Yield the rows in the first `end` bytes of the file, or in all of it; none without a file."""
-    for text, step in _lines(path, end):
+def rows_in(path: Path, end: int | None = None, *, start: int = 0) -> Iterator[Row]:
+    """Yield the rows in the bytes from `start` to `end`, or to the end of the file; none without a file."""
+    for text, step in _lines(path, end, start=start):
         if step is not None:
             yield _row_of(text)
 
@@ -134,13 +134,14 @@ def _open_to_append(path: Path) -> BinaryIO:
     return path.open("ab", buffering=0)
 
 
-def _lines(path: Path, end: int | None = None) -> Iterator[_Line]:
-    """Yield the lines that begin before `end`."""
+def _lines(path: Path, end: int | None = None, *, start: int = 0) -> Iterator[_Line]:
+    """Yield the lines that begin from `start` on and before `end`."""
     if not path.exists():
         return
     if not path.is_file():
         raise OSError(None, "not a file")
     with path.open("rb") as file:
+        file.seek(start)
         while (end is None or file.tell() < end) and (text := file.readline(_LONGEST_LINE)):
             yield text, _step_of(text)
 
