@@ -6,6 +6,7 @@ from launcher.commands.ready import ReadyRun, ready
 from launcher.config.compose import compose_jobs
 from launcher.config.errors import ConfigError, refusal
 from launcher.config.machine import Machine
+from launcher.config.schedule import schedule_warnings
 from launcher.config.schema import Device, RunConfig
 from launcher.config.world import world_of_joined_ranks, world_of_machine
 from launcher.data.input_files import listed
@@ -57,6 +58,8 @@ def _ready(run: RunConfig, machine: Machine) -> tuple[ReadyRun, LaunchEnvironmen
     if place:
         world = world_of_joined_ranks(run, machine, ranks=place.world_size, ranks_per_node=place.local_size)
     ready_run = ready(run, world, needs_data=True, must_fit=True)
+    for warning in schedule_warnings(run) if speaks_for_all(os.environ) else ():
+        print(f"warning  {warning}")
     if (files := listed(ready_run.left_out)) and speaks_for_all(os.environ):
         print(f"note     data files left out: {files}")
     if ready_run.search and speaks_for_all(os.environ):
