@@ -78,9 +78,8 @@ def test_settings_that_do_not_train_are_left_out_and_new_fields_too() -> None:
 def test_a_decay_that_had_begun_is_a_warning() -> None:
     old = run_of("training.steps=40", "scheduler.warmup_steps=5")
     assert rate_change(old, checkpoint_of(old)) == []
-    [line, warning] = rate_change(
-        run_of("training.steps=400", "scheduler.warmup_steps=5"), checkpoint_of(old, 38)
-    )
+    longer = run_of("training.steps=400", "scheduler.warmup_steps=5")
+    [line, warning] = rate_change(longer, checkpoint_of(old, 38))
     assert line.startswith("learning rate of step 39: ")
     assert "had begun its decay, and the rate rises again" in warning
     finished = checkpoint_of(old, 40)
