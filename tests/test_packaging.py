@@ -3,6 +3,7 @@
 import importlib.metadata
 import re
 import tomllib
+from itertools import chain
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -14,7 +15,7 @@ PINNED = [Requirement(line) for line in re.findall(r"^\w.*$", (ROOT / "constrain
 
 
 def required() -> dict[str, SpecifierSet]:
-    texts = [*PROJECT["dependencies"], *sum(PROJECT["optional-dependencies"].values(), [])]
+    texts = [*PROJECT["dependencies"], *chain(*PROJECT["optional-dependencies"].values())]
     requirements = [Requirement(text) for text in texts if not text.startswith("launcher")]
     return {requirement.name: requirement.specifier for requirement in requirements}
 
@@ -43,6 +44,5 @@ def test_the_torch_of_a_cluster_is_admitted() -> None:
 def test_the_stated_pythons_are_those_that_are_admitted() -> None:
     stated = re.findall(r"Python :: (3\.\d+)", "\n".join(PROJECT["classifiers"]))
     admitted = SpecifierSet(PROJECT["requires-python"])
-    assert stated == [
-        version for version in (f"3.{minor}" for minor in range(8, 20)) if f"{version}.1" in admitted
-    ]
+    versions = [f"3.{minor}" for minor in range(8, 20)]
+    assert stated == [version for version in versions if f"{version}.1" in admitted]
