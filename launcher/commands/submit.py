@@ -3,7 +3,7 @@
 import sys
 
 from launcher.checkpoint.resume_choice import RunFinished
-from launcher.commands.ready import ready
+from launcher.commands.ready import check_tensorboard, ready
 from launcher.config.compose import Job, compose_jobs
 from launcher.config.layout import Layout
 from launcher.config.schedule import schedule_warnings
@@ -32,6 +32,8 @@ def _layout_on_most_nodes(job: Job[RunConfig]) -> Layout:
     """Return the layout on the most nodes; the run is checked on the fewest nodes too. Raises ConfigError."""
     run = job.config
     check_submission(run)
+    if not run.slurm.container and run.slurm.python is None:  # else another Python runs the job
+        check_tensorboard(run)
     least, most = nodes_of(run)
     ready_runs = [
         ready(run, world_of_nodes(run, nodes), needs_data=nodes == most, must_fit=True)

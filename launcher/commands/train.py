@@ -2,7 +2,7 @@
 
 import os
 
-from launcher.commands.ready import ReadyRun, ready
+from launcher.commands.ready import ReadyRun, check_tensorboard, ready
 from launcher.config.compose import compose_jobs
 from launcher.config.errors import ConfigError, refusal
 from launcher.config.machine import Machine
@@ -57,6 +57,7 @@ def _ready(run: RunConfig, machine: Machine) -> tuple[ReadyRun, LaunchEnvironmen
         raise refusal(run, "launch.max_restarts", why, remedy)
     if place:
         world = world_of_joined_ranks(run, machine, ranks=place.world_size, ranks_per_node=place.local_size)
+    check_tensorboard(run)
     ready_run = ready(run, world, needs_data=True, must_fit=True)
     for warning in schedule_warnings(run) if speaks_for_all(os.environ) else ():
         print(f"warning  {warning}")

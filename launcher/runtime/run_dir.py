@@ -27,7 +27,7 @@ from launcher.launch.environment import slurm_step_name
 from launcher.runtime.hold import HOLDER, Place, held, is_holder_file
 
 CONFIG, LOGS, METRICS, WANDB = "config.yaml", "logs", "metrics.jsonl", "wandb"
-PICTURE = "loss.png"
+PICTURE, TENSORBOARD = "loss.png", "tensorboard"
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,8 @@ def check_files_are_ours(path: Path) -> None:
             raise _not_ours(path, f"{name} is not a directory")
     if is_ours:
         return
-    for name in (CONFIG, METRICS, PICTURE, CHECKPOINTS, FINAL_WEIGHTS, COMPANIONS, WANDB, "hang.txt"):
+    directories = (CHECKPOINTS, FINAL_WEIGHTS, COMPANIONS, WANDB, TENSORBOARD)
+    for name in (CONFIG, METRICS, PICTURE, *directories, "hang.txt"):
         if os.path.lexists(path / name):
             raise _not_ours(path, f"holds {name}, which would be overwritten, and no run.json")
     # Both may be there before run.json: a start can be killed, and a Slurm job logs before its ranks start.
