@@ -6,7 +6,7 @@ from pathlib import Path
 from launcher.config.errors import ConfigError
 from launcher.config.paths import path_argument
 from launcher.runtime.run_state import RunState, State, read_run_state, runs_in
-from launcher.text import duration, plural, printable
+from launcher.text import aligned, duration, plural, printable
 
 USAGE = """\
 launcher status [PATH ...]   list the runs in each PATH (default: runs/), the last changed run first
@@ -14,7 +14,7 @@ launcher status [PATH ...]   list the runs in each PATH (default: runs/), the la
 PATH is the directory of a run, or a directory of runs or sweeps. A run is running, stopped (the same command
 resumes it), finished, failed, hung or unreadable; the last column says why, or where it runs."""
 _HEADINGS = ["run", "step", "loss", "validation", "tokens/s", "changed", "state", ""]
-_LEFT = ("run", "state", "")
+_RIGHT = {1, 2, 3, 4, 5}  # columns of numbers
 _LONGEST_DETAIL = 200  # characters
 
 
@@ -40,16 +40,9 @@ def main(arguments: list[str]) -> int:
 
 
 def print_states(states: list[RunState], now: float) -> None:
-    """Print a line per run: a table of rich would wrap or cut lines that a program may read."""
-    rows = [_HEADINGS, *(cells(state, now) for state in states)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     print(summary(states))
-    for row in rows:
-        aligned = [
-            text.ljust(width) if heading in _LEFT else text.rjust(width)
-            for text, width, heading in zip(row, widths, _HEADINGS, strict=True)
-        ]
-        print("  ".join(aligned).rstrip())
+    for line in aligned([_HEADINGS, *(cells(state, now) for state in states)], right=_RIGHT):
+        print(line)
 
 
 def summary(states: list[RunState]) -> str:

@@ -33,15 +33,27 @@ from launcher.runtime.run_dir import LOGS, RunDir, claimed_run_dir, run_path
 _CONSEQUENCE_WAITS = 15.0
 
 
-def launch_on_this_machine(run: RunConfig, layout: Layout, *, cores: int, multirun_index: int | None) -> None:
+def launch_on_this_machine(
+    run: RunConfig,
+    layout: Layout,
+    *,
+    cores: int,
+    multirun_index: int | None,
+    on_directory: Callable[[Path], None] = lambda path: None,
+) -> None:
     """Start all ranks and wait for them; start them again if launch.max_restarts says so.
 
+    Calls `on_directory` with the run directory before the ranks start, or if the run is finished already.
     Raises as run_local_ranks does.
     """
+    if run.run.dir is not None:
+        on_directory(run_path(run, multirun_index=multirun_index))
     with (
         nothing_left_is_said(),
         claimed_run_dir(run, layout, multirun_index=multirun_index) as (directory, notes),
     ):
+        if run.run.dir is None:
+            on_directory(run_path(run).parent / directory.path.name)
         announce(layout, directory, notes)
         share_cores(layout.world_size, cores)
         if layout.device == "cpu":
