@@ -35,8 +35,8 @@ def _flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, objec
     for name, value in config.items():
         if isinstance(value, dict) and value:
             yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value if value != {} else None
+        elif value != {}:
+            yield f"{prefix}{name}", value
 
 
 def _shown(value: object) -> str:

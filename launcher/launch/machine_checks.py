@@ -173,7 +173,8 @@ def open_files() -> list[Finding]:
 def wandb(seconds: float = SERVER_SECONDS) -> list[Finding]:
     """Check the key, the mode and the server of W&B. A run without them logs offline."""
     mode, server = os.environ.get("WANDB_MODE", ""), wandb_server()
-    host = urlsplit(server).hostname or server
+    address = urlsplit(server)
+    host = address.hostname or "of WANDB_BASE_URL"
     has_key = bool(os.environ.get("WANDB_API_KEY")) or has_netrc_entry(host)
     shown = f"{'key found' if has_key else 'no key (runs log offline)'}, mode {mode or 'auto'}"
     if mode in ("offline", "disabled", "dryrun"):
@@ -181,7 +182,8 @@ def wandb(seconds: float = SERVER_SECONDS) -> list[Finding]:
     if not has_key:
         why, remedy = "W&B has no key: runs log offline", "wandb login, or logging=local"
         return [Finding("W&B", shown, "" if mode != "online" else why, remedy)]
-    if error := why_silent(server, seconds):
+    # Without user and password, which an error would repeat.
+    if error := why_silent(address._replace(netloc=address.netloc.rpartition("@")[2]).geturl(), seconds):
         why = f"the W&B server {host} does not answer ({error}): runs log offline"
         remedy = "export HTTPS_PROXY=URL or WANDB_MODE=offline, and later `launcher sync RUN.DIR`"
         return [Finding("W&B", f"{shown}, {host} not reachable", why, remedy)]
@@ -216,7 +218,7 @@ def why_silent(url: str, seconds: float) -> str | None:
             answer.append(None)
         except urllib.error.HTTPError:
             answer.append(None)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # also InvalidURL, which is no OSError
             answer.append(str(getattr(error, "reason", error)))
 
     # In a thread: the timeout of urlopen does not bound the look-up of the name.

@@ -8,7 +8,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from launcher.runtime.metrics.rows import Row
 
 LINES_PER_RUN = 20
-_BAR_WIDTH = 20  # columns: a terminal of 80 also shows steps, time left and values
+_BAR_WIDTH = 12  # columns: a terminal of 80 also shows steps, time left and values
 _FORMATS = {
     "train/loss": "loss {:.4f}",
     "train/grad_norm": "grad norm {:.3f}",

@@ -165,7 +165,9 @@ def test_cores_and_memory_of_a_container(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_wandb_without_a_server_takes_two_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.delenv("NETRC", raising=False)
+    monkeypatch.setenv("no_proxy", "*")
+    for name in ("NETRC", "WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WANDB_BASE_URL", "http://user:secret@127.0.0.1:9")
     (tmp_path / ".netrc").write_text("machine 127.0.0.1 login user password abcdef\n")
     begin = time.monotonic()

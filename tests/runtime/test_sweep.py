@@ -11,17 +11,17 @@ SWEEP = ["--multirun", "parallelism.data=1", "training.steps=2", "scheduler.warm
 
 def test_a_sweep_ends_with_its_jobs(tmp_path: Path) -> None:
     for directory in (["run.dir=sweep"], []):
-        out = trained(*SWEEP, "optimizer.lr=1e-2,1e-9", *directory, cwd=tmp_path)
+        out = trained(*SWEEP, "optimizer.lr=1e-3,1e-9", *directory, cwd=tmp_path)
         table = out.partition("sweep    the last losses of its jobs\n")[2].splitlines()
         assert table[0].split() == ["job", "overrides", "step", "loss", "validation", "state", "run"]
         assert [line.split()[:3] for line in table[1:3]] == [
-            ["0", "optimizer.lr=1e-2", "2/2"], ["1", "optimizer.lr=1e-9", "2/2"],
+            ["0", "optimizer.lr=1e-3", "2/2"], ["1", "optimizer.lr=1e-9", "2/2"],
         ]  # fmt: skip
         assert all("finished" in line for line in table[1:3])
         assert table[3] == "lowest   validation loss: job 0"
         for line in table[1:3]:
             assert (tmp_path / line.split()[-1] / "metrics.jsonl").is_file()
-    again = trained(*SWEEP, "optimizer.lr=1e-2,1e-9", "run.dir=sweep", cwd=tmp_path)
+    again = trained(*SWEEP, "optimizer.lr=1e-3,1e-9", "run.dir=sweep", cwd=tmp_path)
     assert again.count("nothing is left to train") == 2
     assert "lowest   validation loss: job 0" in again, "finished jobs are in the table, too"
 

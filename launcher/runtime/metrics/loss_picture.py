@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _SHARE = 1 / 200  # of the time
 _EVERY = 60.0  # seconds between pictures of a run that is not validated
 _PATIENCE = 10.0  # seconds to wait at the end of a run for a disk that does not answer
-_MOST_POINTS = 2000  # of a curve
+_MOST_POINTS = 2000  # of a curve; an even number
 _SIZE, _SCALE = (1000, 860), 2  # drawn in double size and halved, so that lines are smooth
 _LEFT, _RIGHT, _TOP, _BOTTOM, _GAP = 84, 40, 72, 40, 34  # margins in points of the picture
 _INK, _GRID, _NAN = "#333333", "#dddddd", "#c44e52"
@@ -42,7 +42,7 @@ _LOGARITHMIC = 30.0  # a greater ratio of largest and smallest value is drawn on
 
 @dataclass
 class Curve:
-    """Points of a metric, at most _MOST_POINTS: beyond, neighbours are averaged."""
+    """Points of a metric, fewer than _MOST_POINTS: then neighbours are averaged."""
 
     steps: list[float] = field(default_factory=list)
     values: list[float] = field(default_factory=list)
@@ -56,10 +56,10 @@ class Curve:
             return
         self._append(self._waiting)
         self._waiting = []
-        if len(self.steps) > _MOST_POINTS:
+        if len(self.steps) == _MOST_POINTS:
             points = list(zip(self.steps, self.values, strict=True))
             self.steps, self.values, self._width = [], [], 2 * self._width
-            for index in range(0, len(points) - 1, 2):
+            for index in range(0, _MOST_POINTS, 2):
                 self._append(points[index : index + 2])
 
     def _append(self, points: Sequence[tuple[float, float]]) -> None:
@@ -78,6 +78,7 @@ class LossPicture:
         self._metrics, self._title, self._position = metrics, title, 0
         self._curves = {name: Curve() for name in _METRICS}
         self._thread: threading.Thread | None = None
+        self._is_lost = False
         self._next, self._last = 0.0, time.monotonic()
 
     def refresh(self, row: Row) -> None:
@@ -108,8 +109,9 @@ class LossPicture:
             self._read()
             draw(self._curves, self._title, self._metrics.with_name(PICTURE))
         except Exception as error:
-            if not self.notes:
+            if not self._is_lost:
                 self.notes.append(f"{PICTURE} cannot be drawn ({error}); training continues")
+            self._is_lost = True
         self._next = time.monotonic() + (time.thread_time() - begin) / _SHARE
 
     def _read(self) -> None:
