@@ -14,10 +14,10 @@ help:  ## Show this list
 
 setup: $(VENV)/.installed  ## Create .venv with everything (PYTHON=python3.11 to choose the interpreter)
 
-$(VENV)/.installed: pyproject.toml
+$(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "Installing into $(VENV): a minute or two"
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/pip install --quiet --editable '.[test,dev]'
+	@$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test,dev]'
 	@touch $@
 
 train: setup  ## Train the example model, then sample from it (RUN=runs/name to choose the directory)

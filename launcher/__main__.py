@@ -26,9 +26,7 @@ def main() -> None:
     os.environ.setdefault("PYTHONSAFEPATH", "1")
     try:
         # Inside, so that a Ctrl-C during these imports ends like any other.
-        from launcher.command_line import run_command
-
-        code = run_command(sys.argv[1:])
+        code = _run(sys.argv[1:])
         sys.stdout.flush()
         sys.exit(code)
     except OutputLost as lost:
@@ -41,6 +39,20 @@ def main() -> None:
 
         print(f"launcher: interrupted; all ranks have ended{failure_during(interrupt)}", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
+
+
+def _run(arguments: list[str]) -> int:
+    try:
+        from launcher.command_line import run_command
+    except Exception as error:  # a package that the command line needs is missing or broken
+        if arguments[:1] == ["doctor"]:
+            from launcher.commands.doctor import main as doctor
+
+            return doctor(arguments[1:])
+        print(f"launcher: cannot start: {type(error).__name__}: {error}", file=sys.stderr)
+        print("  try: launcher doctor (names the packages that are missing or broken)", file=sys.stderr)
+        return 1
+    return run_command(arguments)
 
 
 if __name__ == "__main__":

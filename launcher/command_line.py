@@ -31,6 +31,8 @@ VERBS = {
     "generate": "generate:main",
     "replay": "replay:main",
     "checkpoint": "checkpoint:main",
+    "status": "status:main",
+    "doctor": "doctor:main",
     "prepare": "prepare:main",
     "export": "exchange:export_main",
     "import": "exchange:import_main",

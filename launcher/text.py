@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # rich takes a while to load, and a refusal needs no table
@@ -80,6 +81,21 @@ def milliseconds(seconds: float) -> str:
 def printable(value: object) -> str:
     """Return the text with `?` for the bytes of a path that are no text, which print refuses."""
     return str(value).encode(errors="replace").decode()
+
+
+def aligned(rows: Sequence[Sequence[str]], *, right: Collection[int]) -> list[str]:
+    """Return a line per row with columns of equal width, those of `right` aligned to the right.
+
+    Unlike a table of rich, no line is wrapped or cut, so that programs can read them.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            text.rjust(width) if index in right else text.ljust(width)
+            for index, (text, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
 
 
 def plain_table(title: str) -> "Table":

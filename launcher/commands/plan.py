@@ -1,10 +1,12 @@
 """`launcher plan`: memory, time and traffic of a run on the hardware that it names, without starting it."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
 from launcher.commands.ready import ReadyRun, ready
 from launcher.config.compose import compose_jobs
+from launcher.config.schedule import schedule_warnings
 from launcher.config.schema import OutputFormat, PlannedRunConfig
 from launcher.config.world import world_of_hardware
 from launcher.launch.this_machine import this_machine
@@ -30,6 +32,8 @@ def main(arguments: list[str]) -> int:
     for job, ready_run in zip(jobs, ready_runs, strict=True):
         if for_people:
             job.announce()
+        for warning in schedule_warnings(job.config):
+            print(f"launcher: warning: {warning}", file=sys.stderr)
         reports.append(_report(job.config, ready_run))
     if not for_people:
         is_sweep = jobs[0].index is not None

@@ -2,8 +2,9 @@
 
 from collections import Counter
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 
-from launcher.config.errors import ConfigError
+from launcher.config.errors import ConfigError, refusal
 from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
 from launcher.config.validate import validate
@@ -13,6 +14,8 @@ from launcher.data.open import check_data, check_known_vocabulary
 from launcher.planning.choose.enforce import chosen, refuse_too_large
 from launcher.planning.choose.search import Search
 from launcher.planning.cost.run_plan import Plan, make_plan, memory_budget
+
+_TENSORBOARD = ("pip install 'tensorboard>=2.18,<3'", "logging.tensorboard=false")
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,13 @@ def ready(run: RunConfig, world: World, *, needs_data: bool, must_fit: bool) -> 
     if must_fit:
         refuse_too_large(plan)
     return ReadyRun(run, layout, plan, search, left_out)
+
+
+def check_tensorboard(run: RunConfig) -> None:
+    """Raise ConfigError if logging.tensorboard is set and its package is missing. Imports nothing."""
+    if run.logging.tensorboard and find_spec("tensorboard") is None:
+        why = "the package tensorboard is not installed"
+        raise refusal(run, "logging.tensorboard", why, *_TENSORBOARD)
 
 
 def ready_on_most_nodes(run: RunConfig, nodes: int) -> tuple[ReadyRun, int]:

@@ -1,9 +1,12 @@
 """`launcher submit`: a run, or the runs of a sweep, as one Slurm job."""
 
+import sys
+
 from launcher.checkpoint.resume_choice import RunFinished
-from launcher.commands.ready import ready
+from launcher.commands.ready import check_tensorboard, ready
 from launcher.config.compose import Job, compose_jobs
 from launcher.config.layout import Layout
+from launcher.config.schedule import schedule_warnings
 from launcher.config.schema import RunConfig
 from launcher.config.slurm_rules import check_submission, nodes_of
 from launcher.config.world import world_of_nodes
@@ -35,6 +38,9 @@ def main(arguments: list[str]) -> int:
         finished = [end for job in jobs if (end := _end_of(job))]
         if len(finished) == len(jobs):
             raise finished[0].refusal()
+        # On standard error: with submit.dry_run the output is the script.
+        for warning in dict.fromkeys(text for job in jobs for text in schedule_warnings(job.config)):
+            print(f"launcher: warning: {warning}", file=sys.stderr)
         submit(jobs, arguments, layouts)
     return 0
 
@@ -43,6 +49,8 @@ def _layout_on_most_nodes(job: Job[RunConfig]) -> Layout:
     """Return the layout on the most nodes; the run is checked on the fewest nodes too. Raises ConfigError."""
     run = job.config
     check_submission(run)
+    if not run.slurm.container and run.slurm.python is None:  # else another Python runs the job
+        check_tensorboard(run)
     least, most = nodes_of(run)
     ready_runs = [
         ready(run, world_of_nodes(run, nodes), needs_data=nodes == most, must_fit=True)

@@ -1,11 +1,14 @@
 """`launcher train`, or `launcher` alone: train a run, or each run of a sweep."""
 
 import os
+from pathlib import Path
 
-from launcher.commands.ready import ReadyRun, ready
-from launcher.config.compose import compose_jobs
+from launcher.commands.ready import ReadyRun, check_tensorboard, ready
+from launcher.commands.sweep import print_sweep
+from launcher.config.compose import Job, compose_jobs
 from launcher.config.errors import ConfigError, refusal
 from launcher.config.machine import Machine
+from launcher.config.schedule import schedule_warnings
 from launcher.config.schema import Device, RunConfig
 from launcher.config.world import world_of_joined_ranks, world_of_machine
 from launcher.data.input_files import listed
@@ -31,19 +34,30 @@ def main(arguments: list[str]) -> int:
         raise ConfigError("--multirun", None, why, "one torchrun or srun per run, or a sweep without them")
     # All jobs of a sweep are checked before the first is trained.
     ready_runs = [_ready(job.config, machine) for job in jobs]
+    paths: list[Path] = []
+    try:
+        for job, (ready_run, place) in zip(jobs, ready_runs, strict=True):
+            job.announce()
+            _train(job, ready_run, place, cores=machine.cores, paths=paths)
+    finally:
+        if paths and jobs[0].index is not None:
+            print_sweep(jobs, paths)
+    return 0
+
+
+def _train(
+    job: Job[RunConfig], ready_run: ReadyRun, place: LaunchEnvironment, *, cores: int, paths: list[Path]
+) -> None:
+    """Train a run; append its directory to `paths` if this command starts all ranks."""
     from launcher.runtime.start import join_ranks, launch_on_this_machine, launch_on_this_node
 
-    for job, (ready_run, place) in zip(jobs, ready_runs, strict=True):
-        job.announce()
-        if isinstance(place, RankEnvironment):
-            join_ranks(ready_run.run, ready_run.layout, place)
-        elif place:
-            launch_on_this_node(ready_run.run, ready_run.layout, place, cores=machine.cores)
-        else:
-            launch_on_this_machine(
-                ready_run.run, ready_run.layout, cores=machine.cores, multirun_index=job.index
-            )
-    return 0
+    run, layout = ready_run.run, ready_run.layout
+    if isinstance(place, RankEnvironment):
+        join_ranks(run, layout, place)
+    elif place:
+        launch_on_this_node(run, layout, place, cores=cores)
+    else:
+        launch_on_this_machine(run, layout, cores=cores, multirun_index=job.index, on_directory=paths.append)
 
 
 def _ready(run: RunConfig, machine: Machine) -> tuple[ReadyRun, LaunchEnvironment]:
@@ -56,7 +70,10 @@ def _ready(run: RunConfig, machine: Machine) -> tuple[ReadyRun, LaunchEnvironmen
         raise refusal(run, "launch.max_restarts", why, remedy)
     if place:
         world = world_of_joined_ranks(run, machine, ranks=place.world_size, ranks_per_node=place.local_size)
+    check_tensorboard(run)
     ready_run = ready(run, world, needs_data=True, must_fit=True)
+    for warning in schedule_warnings(run) if speaks_for_all(os.environ) else ():
+        print(f"warning  {warning}")
     if (files := listed(ready_run.left_out)) and speaks_for_all(os.environ):
         print(f"note     data files left out: {files}")
     if ready_run.search and speaks_for_all(os.environ):

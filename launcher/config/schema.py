@@ -336,7 +336,8 @@ class WandbConfig:
 
 @dataclass
 class LoggingConfig:
-    interval: int = 1  # steps between rows of metrics.jsonl and W&B
+    interval: int = 1  # steps between rows of metrics.jsonl, W&B and TensorBoard
+    tensorboard: bool = False  # also write event files to run.dir/tensorboard/
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
 

@@ -47,6 +47,7 @@ class Engine(ABC):
         device: torch.device,
     ):
         self.deepspeed, self.module, self.optimizer = deepspeed_engine, module, optimizer
+        self.layout = layout
         self.mesh, self.zero_stage, self.device = mesh, layout.zero_stage, device
         self.loss, self.random = loss, random
         self.guard = UpdateGuard(device)

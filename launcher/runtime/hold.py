@@ -13,15 +13,18 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO
 
 from launcher.config.errors import ConfigError
-from launcher.files import read_regular
+from launcher.config.secrets import without_values
+from launcher.files import open_regular, read_regular
+from launcher.launch.local import RankFailure
 
 HOLDER = "holder.json"
+STOPPED = "stopped"
 _PATIENCE = 5.0  # seconds to wait for a holder that is about to end
 _PATIENCE_SAME_JOB = 150.0  # a file server frees the lock of a lost node when its lease ends
 _POLL = 0.2
@@ -36,6 +39,7 @@ class Holder:
     process: int
     job: str | None  # Slurm's job id
     since: str
+    end: str | None = None  # how the holder ended: "" without an error, STOPPED, or the error in a line
 
     def describe(self) -> str:
         job = f"job {self.job}, " if self.job else ""
@@ -94,11 +98,62 @@ def held(run_dir: Path) -> Iterator[tuple[Place, list[str]]]:
             place = Place(run_dir.resolve(), _inode(os.fstat(directory)), _inode(os.fstat(file.fileno())))
             if place.loss() is not None or not os.path.lexists(run_dir / HOLDER):
                 continue  # moved or deleted since it was opened: the locks are on something else
-            file.truncate(0)
-            file.write(json.dumps(asdict(me)) + "\n")
-            file.flush()
-            yield place, notes
+            _write(file, me)
+            try:
+                yield place, notes
+            except BaseException as error:
+                with suppress(OSError):  # the disk may be full
+                    _write(file, replace(me, end=_end_of(error)))
+                raise
+            with suppress(OSError):
+                _write(file, replace(me, end=""))
             return
+
+
+def holder_of(run_dir: Path) -> tuple[Holder | None, bool | None]:
+    """Return the last holder, and whether it still holds the directory; None if there are no locks.
+
+    Raises OSError.
+    """
+    descriptor = os.open(run_dir, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        return _holder_in(run_dir), _is_locked(descriptor) or _is_file_locked(run_dir / HOLDER)
+    finally:
+        os.close(descriptor)
+
+
+def _is_file_locked(path: Path) -> bool | None:
+    try:
+        with open_regular(path) as file:
+            return _is_locked(file.fileno())
+    except FileNotFoundError:
+        return False
+
+
+def _is_locked(descriptor: int) -> bool | None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        return None
+    return False
+
+
+def _write(file: IO[str], holder: Holder) -> None:
+    file.truncate(0)
+    file.write(json.dumps(asdict(holder)) + "\n")
+    file.flush()
+
+
+def _end_of(error: BaseException) -> str:
+    """Return what ended the holder, in one line."""
+    if not isinstance(error, Exception):  # Ctrl-C, or the SystemExit of a signal
+        return STOPPED
+    reason = error.reason if isinstance(error, RankFailure) else f"{type(error).__name__}: {error}"
+    return without_values(next(iter(reason.strip().splitlines()), ""))
 
 
 def _holder_file(run_dir: Path) -> IO[str]:

@@ -8,6 +8,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from launcher.runtime.metrics.rows import Row
 
 LINES_PER_RUN = 20
+_BAR_WIDTH = 12  # columns: a terminal of 80 also shows steps, time left and values
 _FORMATS = {
     "train/loss": "loss {:.4f}",
     "train/grad_norm": "grad norm {:.3f}",
@@ -16,6 +17,7 @@ _FORMATS = {
     "perf/tokens_per_s": "{:,.0f} tokens/s",
     "perf/mfu": "MFU {:.1%}",
 }
+_IN_BAR = ("train/loss", "train/grad_norm", "perf/tokens_per_s")
 
 
 class ProgressDisplay:
@@ -27,9 +29,11 @@ class ProgressDisplay:
         self._last_logged = first_step - 1
         self._bar: Progress | None = None
         if visible and sys.stdout.isatty():
-            columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self._bar = Progress(*columns, TextColumn("{task.description}"), console=Console())
-            self._task = self._bar.add_task("starting", total=steps)
+            columns = (BarColumn(_BAR_WIDTH), MofNCompleteColumn(), TimeRemainingColumn(compact=True))
+            values = TextColumn("{task.description}", markup=False)
+            self._bar = Progress(*columns, values, console=Console())
+            # A resumed run begins here: otherwise its first step would count as all steps so far, in no time.
+            self._task = self._bar.add_task("starting", total=steps, completed=first_step - 1)
 
     def __enter__(self) -> "ProgressDisplay":
         if self._bar is not None:
@@ -41,7 +45,7 @@ class ProgressDisplay:
             self._bar.stop()
 
     def step(self, step: int, row: Row | None) -> None:
-        """Show a step. `row` is None unless the step is logged: the bar then keeps the last logged loss."""
+        """Show a step. `row` is None unless the step is logged: the bar then keeps the last logged values."""
         if self._bar is not None:
             self._bar.update(self._task, completed=step)
         if row is None or not self._visible:
@@ -51,7 +55,8 @@ class ProgressDisplay:
         is_due = step // self._every > self._last_logged // self._every
         self._last_logged = step
         if self._bar is not None:
-            self._bar.update(self._task, description=f"loss {row['train/loss']:.4f}")
+            shown = [_FORMATS[name].format(row[name]) for name in _IN_BAR if name in row]
+            self._bar.update(self._task, description="  ".join(shown))
             if "val/loss" in row:
                 self._bar.console.print(line, highlight=False)
         elif "val/loss" in row or step == 1 or is_due:

@@ -5,6 +5,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from launcher.checkpoint.changes import changes_since
 from launcher.checkpoint.integrity import unchanged
 from launcher.checkpoint.load import agreed_error, check_files_together, load_initial_weights, restore
 from launcher.checkpoint.manifest import Manifest, StoredFiles, UnusableCheckpoint, read_manifest
@@ -12,13 +13,15 @@ from launcher.checkpoint.read import open_weights, stored_files_of
 from launcher.checkpoint.resume_choice import check_can_resume, check_same_corpus, fallback_checkpoint
 from launcher.checkpoint.sources import WeightSource
 from launcher.config.errors import ConfigError, as_typed
-from launcher.config.schema import RunConfig
+from launcher.config.schema import RunConfig, SchedulerConfig, SchedulerName
 from launcher.data.blend import Segment
 from launcher.data.open import blend_of
 from launcher.engine.base import Engine
-from launcher.engine.optimizer import state_keys
+from launcher.engine.optimizer import learning_rate, state_keys
 from launcher.engine.state import set_loss_scaler
 from launcher.runtime.excluded import Stretch, past_excluded
+
+_SAME_RATE = 0.01  # relative difference of learning rates that is not worth a line
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class Start:
 
     progress: Progress
     source: Path | None = None
+    changes: tuple[str, ...] = ()  # lines about what differs from the checkpoint
 
     def notes(self) -> list[str]:
         lines = []
@@ -55,6 +59,8 @@ class Start:
             lines.append(f"resumed  {self.source}, at step {self.progress.step}")
         elif self.source:
             lines.append(f"begun    {self.source}")
+        if self.changes:
+            lines += ["changed  since the checkpoint:", *(f"         {change}" for change in self.changes)]
         return lines
 
 
@@ -69,7 +75,7 @@ def start_from(
     """Restore `checkpoint`, or an older one if it is damaged, else load `initial`. Collective."""
     while checkpoint is not None:
         try:
-            return Start(restored(run, engine, checkpoint, corpus, excluded), checkpoint)
+            return restored(run, engine, checkpoint, corpus, excluded)
         except UnusableCheckpoint as unusable:
             checkpoint = fallback_checkpoint(run, unusable, quiet=engine.mesh.rank > 0)
     if initial is not None:
@@ -88,8 +94,8 @@ def restored(
     checkpoint: Path,
     corpus: dict[str, str],
     excluded: tuple[Stretch, ...],
-) -> Progress:
-    """Restore the engine; return the progress, past the samples that are `excluded`. Collective, world.
+) -> Start:
+    """Restore the engine; return the start, past the samples that are `excluded`. Collective, world.
 
     Raises UnusableCheckpoint, or ConfigError.
     """
@@ -101,7 +107,7 @@ def restored(
         restore(engine, checkpoint, manifest, state_keys(run.optimizer))
     set_loss_scaler(engine, manifest.scaler)
     excluded = tuple(sorted({*((start, end) for start, end in manifest.excluded), *excluded}))
-    return Progress(
+    progress = Progress(
         step=manifest.step,
         samples=past_excluded(manifest.samples, excluded),
         blends=blends_after(run, manifest),
@@ -109,6 +115,28 @@ def restored(
         excluded=excluded,
         history=manifest.history,
     )
+    changes = changes_since(manifest, run, engine.layout.describe())
+    return Start(progress, checkpoint, (*changes, *rate_change(run, manifest)))
+
+
+def rate_change(run: RunConfig, manifest: Manifest) -> list[str]:
+    """Return a line if the learning rate leaps at the resumed step; a warning if it had decayed before."""
+    before, step = manifest.config, manifest.step
+    try:
+        optimizer = replace(run.optimizer, lr=float(before["optimizer"]["lr"]))
+        schedule = {**before["scheduler"], "name": SchedulerName[before["scheduler"]["name"]]}
+        scheduler, steps = SchedulerConfig(**schedule), int(before["training"]["steps"])
+        old = learning_rate(optimizer, scheduler, step=min(step + 1, steps), steps=steps)
+    except (KeyError, TypeError, ValueError):
+        return []  # a launcher with other fields wrote it
+    new = learning_rate(run.optimizer, run.scheduler, step=step + 1, steps=max(run.training.steps, step + 1))
+    if abs(new - old) <= _SAME_RATE * old:
+        return []
+    lines = [f"learning rate of step {step + 1}: {old:.3g} -> {new:.3g}"]
+    has_decayed = step > scheduler.warmup_steps and old < (1 - _SAME_RATE) * optimizer.lr
+    if has_decayed and new > old and run.optimizer.lr <= optimizer.lr:
+        lines.append("warning: the schedule of the checkpoint had begun its decay, and the rate rises again")
+    return lines
 
 
 def blends_after(run: RunConfig, manifest: Manifest) -> tuple[Segment, ...]:

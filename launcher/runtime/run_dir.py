@@ -27,6 +27,7 @@ from launcher.launch.environment import slurm_step_name
 from launcher.runtime.hold import HOLDER, Place, held, is_holder_file
 
 CONFIG, LOGS, METRICS, WANDB = "config.yaml", "logs", "metrics.jsonl", "wandb"
+PICTURE, TENSORBOARD = "loss.png", "tensorboard"
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def check_files_are_ours(path: Path) -> None:
     A run wrote a directory that has a run.json of ours. What lies there has the kind that the run writes.
     """
     is_ours = read_identity(path) is not None
-    for name in (CONFIG, METRICS, HOLDER, IDENTITY):
+    for name in (CONFIG, METRICS, HOLDER, IDENTITY, PICTURE):
         entry = path / name
         if os.path.lexists(entry) and not entry.is_file():
             raise _not_ours(path, f"{name} is not a regular file")
@@ -124,7 +125,8 @@ def check_files_are_ours(path: Path) -> None:
             raise _not_ours(path, f"{name} is not a directory")
     if is_ours:
         return
-    for name in (CONFIG, METRICS, CHECKPOINTS, FINAL_WEIGHTS, COMPANIONS, WANDB, "hang.txt"):
+    directories = (CHECKPOINTS, FINAL_WEIGHTS, COMPANIONS, WANDB, TENSORBOARD)
+    for name in (CONFIG, METRICS, PICTURE, *directories, "hang.txt"):
         if os.path.lexists(path / name):
             raise _not_ours(path, f"holds {name}, which would be overwritten, and no run.json")
     # Both may be there before run.json: a start can be killed, and a Slurm job logs before its ranks start.

@@ -36,16 +36,28 @@ _CONSEQUENCE_WAITS = 15.0
 _MEETING_NOTE = 30.0  # seconds until a rank says that it waits for the others
 
 
-def launch_on_this_machine(run: RunConfig, layout: Layout, *, cores: int, multirun_index: int | None) -> None:
+def launch_on_this_machine(
+    run: RunConfig,
+    layout: Layout,
+    *,
+    cores: int,
+    multirun_index: int | None,
+    on_directory: Callable[[Path], None] = lambda path: None,
+) -> None:
     """Start all ranks and wait for them; start them again if launch.max_restarts says so.
 
+    Calls `on_directory` with the run directory before the ranks start, or if the run is finished already.
     Raises as run_local_ranks does.
     """
     remove_abandoned()  # a run that has finished although its launcher was killed starts no ranks again
+    if run.run.dir is not None:
+        on_directory(run_path(run, multirun_index=multirun_index))
     with (
         nothing_left_is_said(),
         claimed_run_dir(run, layout, multirun_index=multirun_index) as (directory, notes),
     ):
+        if run.run.dir is None:
+            on_directory(run_path(run).parent / directory.path.name)
         announce(layout, directory, notes)
         share_cores(layout.world_size, cores)
         if layout.device == "cpu":

@@ -1,13 +1,18 @@
-"""Writes a run's metrics: to metrics.jsonl always, to W&B as configured. Only rank 0 uses it."""
+"""Writes a run's metrics: to metrics.jsonl and loss.png, and to W&B and TensorBoard as configured.
+
+Only rank 0 uses it.
+"""
 
 from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig, WandbMode
+from launcher.runtime.metrics.loss_picture import LossPicture
 from launcher.runtime.metrics.rows import Row, RowFile, drop_rows_from
+from launcher.runtime.metrics.tensorboard import TensorBoardLog
 from launcher.runtime.run_dir import RunDir
 
 
 class MetricsLog:
-    """Appends rows to metrics.jsonl and to the W&B run. Neither ends the run: a failure is a note."""
+    """Appends rows to metrics.jsonl, W&B and TensorBoard. None of them ends the run: a failure is a note."""
 
     def __init__(self, run: RunConfig, layout: Layout, directory: RunDir, first_step: int) -> None:
         """Drop rows of an earlier start from `first_step` on: these steps are run again."""
@@ -17,7 +22,9 @@ class MetricsLog:
         except OSError as error:
             self._notes.append(f"{directory.metrics} keeps rows of an earlier start: {error.strerror}")
         self._file = RowFile(directory.metrics)
-        self._wandb = None
+        self._picture = LossPicture(directory.metrics, f"{directory.path.name}, {run.training.steps} steps")
+        tensorboard = TensorBoardLog(directory.path, first_step) if run.logging.tensorboard else None
+        self._tensorboard, self._wandb = tensorboard, None
         if run.logging.wandb.mode is not WandbMode.disabled:
             try:
                 from launcher.runtime.metrics.wandb_thread import WandbThread
@@ -28,19 +35,26 @@ class MetricsLog:
 
     def write(self, row: Row) -> None:
         self._notes += self._file.append(row)
+        self._picture.refresh(row)
+        if self._tensorboard is not None:
+            self._tensorboard.write(row)
         if self._wandb is not None:
             self._wandb.log(row)
 
     def close(self, *, failed: bool) -> None:
         self._notes += self._file.close()
+        self._picture.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.close(failed=failed)
 
     def new_notes(self) -> list[str]:
         """Return the notes to the user since the last call."""
         notes, self._notes = self._notes, []
-        while self._wandb is not None and self._wandb.notes:
-            notes.append(self._wandb.notes.pop(0))
+        for writer in (self._picture, self._tensorboard, self._wandb):
+            while writer is not None and writer.notes:
+                notes.append(writer.notes.pop(0))
         return notes
 
     def where(self) -> str | None:

@@ -23,26 +23,43 @@ _USUAL_LINE = re.compile(
     rb'\{"step": (\d{1,18})(?:, "[\w/.-]++": (?:-?\d++(?:\.\d++)?+(?:e[+-]\d++)?+|null))*+\}\n', re.ASCII
 )
 _LONGEST_LINE = 1 << 20  # bytes; more without a line break is damage
+_BLOCK = 1 << 16  # bytes that are read at a time from the end of the file
 _WAITING_ROWS = 10_000
 
 
 _Line = tuple[bytes, int | None]  # the text, and the step of its row; None if the line is not a row
 
 
-def rows_in(path: Path, end: int | None = None) -> Iterator[Row]:
-    """Yield the rows in the first `end` bytes of the file, or in all of it; none without a file."""
-    for text, step in _lines(path, end):
+def rows_in(path: Path, end: int | None = None, *, start: int = 0) -> Iterator[Row]:
+    """Yield the rows in the bytes from `start` to `end`, or to the end of the file; none without a file."""
+    for text, step in _lines(path, end, start=start):
         if step is not None:
-            yield {name: math.nan if value is None else value for name, value in json.loads(text).items()}
+            yield _row_of(text)
+
+
+def rows_backwards(path: Path, most_bytes: int | None = None) -> Iterator[Row]:
+    """Yield the rows from the last to the first, of the last `most_bytes` of the file or of all of it."""
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        position = file.seek(0, os.SEEK_END)
+        end = 0 if most_bytes is None else max(0, position - most_bytes)
+        rest = b""  # the end of a line whose begin is in an earlier block
+        while position > end:
+            start = max(end, position - _BLOCK)
+            file.seek(start)
+            lines = (file.read(position - start) + rest).split(b"\n")
+            position = start
+            rest = lines.pop(0) if start > 0 else b""
+            rest = rest if len(rest) <= _LONGEST_LINE else b""
+            for text in reversed(lines):
+                if text and _step_of(text + b"\n") is not None:
+                    yield _row_of(text)
 
 
 def last_step(path: Path) -> int:
-    """Return the step of the last row, or 0; read no more of the file than its end if that holds a row."""
-    for start in (max(0, _size(path) - _LONGEST_LINE), 0):
-        steps = [step for _, step in _lines(path, start=start) if step is not None]
-        if steps:
-            return steps[-1]
-    return 0
+    """Return the step of the last row, or 0."""
+    return int(next(rows_backwards(path), {"step": 0})["step"])
 
 
 def drop_rows_from(step: int, path: Path) -> list[str]:
@@ -118,7 +135,7 @@ def _open_to_append(path: Path) -> BinaryIO:
 
 
 def _lines(path: Path, end: int | None = None, *, start: int = 0) -> Iterator[_Line]:
-    """Yield the lines between two positions; of a line that `start` cuts, the rest."""
+    """Yield the lines that begin from `start` on and before `end`."""
     if not path.exists():
         return
     if not path.is_file():
@@ -127,6 +144,10 @@ def _lines(path: Path, end: int | None = None, *, start: int = 0) -> Iterator[_L
         file.seek(start)
         while (end is None or file.tell() < end) and (text := file.readline(_LONGEST_LINE)):
             yield text, _step_of(text)
+
+
+def _row_of(line: bytes) -> Row:
+    return {name: math.nan if value is None else value for name, value in json.loads(line).items()}
 
 
 def _step_of(line: bytes) -> int | None:
@@ -139,7 +160,3 @@ def _step_of(line: bytes) -> int | None:
         return None
     step = row.get("step") if isinstance(row, dict) else None
     return step if type(step) is int and 0 <= step < 2**63 else None
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else 0
