@@ -20,7 +20,10 @@ _ABSENT = object()
 def changes_since(manifest: Manifest, run: RunConfig, layout: str) -> list[str]:
     """Return a line `name: before -> now` for the layout and each field that differs; empty without any."""
     before, now = dict(_flat(manifest.config)), dict(_flat(as_written(run)))
-    changes = [("launcher", manifest.launcher, __version__), ("layout", manifest.layout, layout)]
+    changes: list[tuple[str, object, object]] = [
+        ("launcher", manifest.launcher, __version__),
+        ("layout", manifest.layout, layout),
+    ]
     changes += [
         (name, before.get(name, _ABSENT), now.get(name, _ABSENT))
         for name in dict.fromkeys([*now, *before])

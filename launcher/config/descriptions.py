@@ -31,7 +31,7 @@ def descriptions(root: type[Any], prefix: str = "") -> dict[str, str]:
     for field in fields(root):
         name = f"{prefix}{field.name}"
         if is_dataclass(hints[field.name]):
-            found |= descriptions(hints[field.name], f"{name}.")  # type: ignore[arg-type]
+            found |= descriptions(hints[field.name], f"{name}.")
         else:
             found[name] = comments.get(field.name, "")
     if not prefix:

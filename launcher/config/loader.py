@@ -38,18 +38,18 @@ class FileLoader(ConfigLoaderImpl):
         if not loaded.path.startswith("file://") or not isinstance(loaded.config, DictConfig):
             return loaded
         # Hydra keeps the loaded file for the next defaults list.
-        loaded = copy.copy(loaded)
-        loaded.config = copy.deepcopy(loaded.config)
+        loaded, config = copy.copy(loaded), copy.deepcopy(loaded.config)
+        loaded.config = config
         name = f"{str(default.config_path).removesuffix('.yaml')}.yaml"
         path, is_own = Path(loaded.path.removeprefix("file://"), name), loaded.provider == OWN_FILES
         if is_own:
             package = loaded.header["package"] if default.package is None else default.package
             for field, text in check_file(path, package or "", self._root, self.replaced).items():
-                OmegaConf.update(loaded.config, field, text)
-        fields = _fields_of_slurm(loaded.config)
+                OmegaConf.update(config, field, text)
+        fields = _fields_of_slurm(config)
         if not is_own and name.startswith("experiment/"):
             for field in self._of_cluster & fields:
-                _delete(loaded.config, field)
+                _delete(config, field)
             fields -= self._of_cluster
         if is_own and name.startswith("slurm/"):
             self._of_cluster |= fields
@@ -59,7 +59,7 @@ class FileLoader(ConfigLoaderImpl):
 
 def _fields_of_slurm(config: DictConfig) -> set[str]:
     section = config.get("slurm")
-    return {f"slurm.{name}" for name in section} if isinstance(section, DictConfig) else set()
+    return {f"slurm.{name!s}" for name in section} if isinstance(section, DictConfig) else set()
 
 
 def _delete(config: DictConfig, field: str) -> None:

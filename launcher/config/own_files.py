@@ -124,7 +124,7 @@ def _sections(root: type[Any], prefix: str = "") -> dict[str, str]:
     for field in fields(root):
         kind, name = hints[field.name], f"{prefix}{field.name}"
         if is_dataclass(kind):
-            found |= {kind.__name__: name} | _sections(kind, f"{name}.")  # type: ignore[arg-type]
+            found |= {kind.__name__: name} | _sections(kind, f"{name}.")  # type: ignore[arg-type,union-attr]
     return found
 
 

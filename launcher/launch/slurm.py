@@ -103,7 +103,7 @@ def submitted_job(output: str) -> str:
     if not ids:
         shown = "; ".join(output.split("\n")).strip("; ") or "nothing"
         raise SlurmError(f"sbatch printed no job id, so that the job may or may not run; it printed {shown}")
-    return ids[-1][0] or ids[-1][1]
+    return str(ids[-1][0] or ids[-1][1])
 
 
 def job_state(job: str) -> str:

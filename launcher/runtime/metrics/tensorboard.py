@@ -1,6 +1,7 @@
 """Event files for TensorBoard (`logging.tensorboard`). A failure is a note and never ends the run."""
 
 from pathlib import Path
+from typing import Any
 
 from launcher.runtime.metrics.rows import Row
 from launcher.runtime.run_dir import TENSORBOARD
@@ -11,12 +12,12 @@ class TensorBoardLog:
 
     def __init__(self, run_dir: Path, first_step: int) -> None:
         self.notes: list[str] = []
-        self._writer = None
+        self._writer: Any = None
         try:
             from torch.utils.tensorboard import SummaryWriter
 
             # TensorBoard hides what earlier starts logged from first_step on: these steps are run again.
-            self._writer = SummaryWriter(str(run_dir / TENSORBOARD), purge_step=first_step)  # type: ignore[no-untyped-call]
+            self._writer = SummaryWriter(str(run_dir / TENSORBOARD), purge_step=first_step)
         except Exception as error:
             self._give_up(error)
 
