@@ -38,7 +38,8 @@ class FileLoader(ConfigLoaderImpl):
         if not loaded.path.startswith("file://") or not isinstance(loaded.config, DictConfig):
             return loaded
         # Hydra keeps the loaded file for the next defaults list.
-        loaded, config = copy.copy(loaded), copy.deepcopy(loaded.config)
+        config: DictConfig = copy.deepcopy(loaded.config)
+        loaded = copy.copy(loaded)
         loaded.config = config
         name = f"{str(default.config_path).removesuffix('.yaml')}.yaml"
         path, is_own = Path(loaded.path.removeprefix("file://"), name), loaded.provider == OWN_FILES
