@@ -126,7 +126,12 @@ def logged_steps(run_dir: Path) -> list[int]:
     """Return the steps in all offline W&B files of a run, in order."""
     from launcher.runtime.metrics.wandb_files import fragments, steps_in
 
-    return [step for fragment in fragments(run_dir) for step in steps_in(fragment)]
+    return [step for fragment in fragments(run_dir, identity_of(run_dir)) for step in steps_in(fragment)]
+
+
+def identity_of(run_dir: Path) -> str:
+    """Return the run id, which W&B has too."""
+    return str(json.loads((run_dir / "run.json").read_text())["id"])
 
 
 def before_each_step(statement: str) -> str:

@@ -1,6 +1,5 @@
 """Runs submitted to a real Slurm agree with a local run, through requeues, chains, faults and lost nodes."""
 
-import json
 import os
 import signal
 from pathlib import Path
@@ -13,7 +12,16 @@ from launcher.checkpoint.manifest import checkpoints_in
 from launcher.runtime.metrics.wandb_files import fragments
 from tests.runtime.command import launcher, metrics, trained
 from tests.slurm.cluster import Cluster, wait_for
-from tests.slurm.jobs import Job, before_each_step, command, logged_steps, processes_of, rows, submit
+from tests.slurm.jobs import (
+    Job,
+    before_each_step,
+    command,
+    identity_of,
+    logged_steps,
+    processes_of,
+    rows,
+    submit,
+)
 
 STEPS = ["training.steps=12", "training.validation_interval=6"]
 PER_NODE = ["slurm.tasks=per_node"]
@@ -73,8 +81,8 @@ def test_a_requeued_job_continues_the_same_run(
     assert log.count("stopped and requeued") == 2
     assert rows(job.run_dir) == rows(tmp_path / "whole")
     assert logged_steps(job.run_dir) == list(range(1, 91))
-    identity = json.loads((job.run_dir / "run.json").read_text())["id"]
-    folders = [path.parent.name for path in fragments(job.run_dir)]
+    identity = identity_of(job.run_dir)
+    folders = [path.parent.name for path in fragments(job.run_dir, identity)]
     assert len(folders) == 3
     assert all(name.endswith(f"-{identity}") for name in folders)
 
