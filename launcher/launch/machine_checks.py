@@ -151,7 +151,7 @@ def _disk(name: str, path: Path, remedy: str, *, is_needed: bool) -> list[Findin
         why = (
             f"{printable(there)} cannot be written"
             if there.is_dir()
-            else f"{printable(there)} is no directory"
+            else f"{printable(there)} is not a directory"
         )
         return [Finding(name, printable(path), why, remedy, is_fatal=is_needed)]
     free = shutil.disk_usage(there).free
