@@ -1,4 +1,4 @@
-"""What the guards cost: step times with and without them, in alternating steps of one run.
+"""Measure the cost of the guards: times of steps with and without them, alternating in one run.
 
 `python -m benchmarks.guards [OVERRIDES]` trains `gpt_mini` in several layouts on this machine for about a
 minute and prints ratios. "Without" leaves out the decision on each update (the norm is computed all the
