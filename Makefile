@@ -24,7 +24,7 @@ train: setup  ## Train the example model, then sample from it (RUN=runs/name to 
 	$(BIN)/launcher experiment=stdlib_gpt run.dir=$(RUN)
 	$(BIN)/launcher generate run.dir=$(RUN) 'prompt="def "'
 
-test: setup  ## Run the quick tests (8 minutes on two idle cores)
+test: setup  ## Run the quick tests (about 8 minutes on two idle cores)
 	@$(MAKE) --no-print-directory --jobs=2 test-quick test-slurm
 
 # Three workers for two cores, because many tests wait for a process. A machine has room for one Slurm

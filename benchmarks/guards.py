@@ -1,4 +1,4 @@
-"""What the guards cost: step times with and without them, in alternating blocks of one run.
+"""Measure the cost of the guards: times of steps with and without them, alternating in one run.
 
 `python -m benchmarks.guards [OVERRIDES]` trains `gpt_mini` in several layouts on this machine for about a
 minute and prints ratios. "Without" leaves out the decision on each update (the norm is computed all the
@@ -20,7 +20,7 @@ from launcher.config.world import world_of_machine
 from launcher.launch.local import run_local_ranks, start_method_for
 from launcher.launch.this_machine import share_cores, this_machine
 
-BLOCKS, STEPS = 12, 6
+STEPS, WARM_UP = 88, 8
 LAYOUTS = ["parallelism=single", "parallelism=dp parallelism.data=2", "parallelism=tp2", "parallelism=zero1"]
 BASE = ["model=gpt_mini", "training.global_batch_size=16", "training.micro_batch_size=4", "logging=local"]
 
@@ -60,14 +60,13 @@ def measure(rank: int, *, run: RunConfig, layout: Layout, folder: Path) -> None:
         engine.guard.norm = norm
 
     seconds: dict[bool, list[float]] = {True: [], False: []}
-    for block in range(BLOCKS):
-        guarded = block % 2 == 0
+    for step in range(STEPS):
+        guarded = step % 2 == 0
         engine.guard.judge = judge if guarded else undecided  # type: ignore[method-assign]
-        for step in range(STEPS):
-            started = time.perf_counter()
-            float(engine.train_batch(batches).loss)
-            if step and block > 1:
-                seconds[guarded].append(time.perf_counter() - started)
+        started = time.perf_counter()
+        float(engine.train_batch(batches).loss)
+        if step >= WARM_UP:
+            seconds[guarded].append(time.perf_counter() - started)
     comparisons = []
     for _ in range(5):
         started = time.perf_counter()

@@ -54,7 +54,7 @@ def plural(number: int, noun: str, ending: str = "s") -> str:
     return f"{number} {noun}{'' if number == 1 else ending}"
 
 
-def ranks_on_hosts(ranks: list[int], hosts: list[str]) -> str:
+def ranks_on_hosts(ranks: list[int], hosts: Sequence[str]) -> str:
     """Return up to eight ranks with their hosts: `rank 1 on node0`; `hosts` are those of all ranks."""
     shown = [f"{rank} on {hosts[rank]}" for rank in ranks[:8]]
     more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""

@@ -29,7 +29,7 @@ from launcher.parallel.sharding import logical_of
 if TYPE_CHECKING:  # load_weights must not import deepspeed
     from launcher.engine.base import Engine
 
-# Of a file: its name, its length and checksum, and the shapes of its tensors.
+# The name of a weight file, its length and checksum, and the shapes of its tensors.
 _Written = tuple[str, StoredFile, dict[str, tuple[int, ...]]]
 
 

@@ -397,14 +397,14 @@ class PlanConfig:
 
 
 class OnNonfinite(Enum):
-    """What to do if the gradients of a step are not usable: leave the step out, or stop the run."""
+    """A step whose gradients are not usable is left out (`skip`), or stops the run (`stop`)."""
 
     skip = "skip"
     stop = "stop"
 
 
 class OnSpike(Enum):
-    """What to do if loss or gradient norm leaps up.
+    """The answer to a leap of the loss or of the gradient norm.
 
     `warn`: say so. `skip`: also leave out steps whose gradient norm leaps up. `rollback`: continue from the
     last checkpoint before the leap, with the samples after it.
@@ -418,7 +418,7 @@ class OnSpike(Enum):
 
 @dataclass
 class GuardConfig:
-    """What a run does about numbers that would harm it."""
+    """Guards against numbers that would harm a run."""
 
     nonfinite: OnNonfinite = OnNonfinite.skip  # NaN, infinite or huge gradients
     max_skips: int = 10  # stop the run after so many skipped steps in a row
@@ -563,7 +563,7 @@ class BadLines(Enum):
 
 
 class EndInText(Enum):
-    """What `launcher prepare` does with text that spells the token that ends documents.
+    """The answer of `launcher prepare` to text that spells the token that ends documents.
 
     `escape`: the text is encoded as ordinary text; where the tokenizer cannot do so, the line is bad.
     `refuse`: the line is bad. `count`: the document ends there, and such ends are counted.

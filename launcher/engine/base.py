@@ -25,7 +25,7 @@ MicroBatches = Iterable[Any]  # each is token ids (B, T+1), or inputs and labels
 
 @dataclass(frozen=True)
 class StepResult:
-    """What became of one optimizer step. All stay on the device: reading them waits for the step."""
+    """Loss, norm and fate of one optimizer step. All stay on the device: reading them waits for the step."""
 
     loss: Tensor  # mean in nats over this rank's share of the global batch, see Engine.loss_share
     grad_norm: Tensor  # before clipping, the same on every rank
@@ -34,6 +34,8 @@ class StepResult:
 
 class Engine(ABC):
     """A DeepSpeed engine in one layout. Build one per process: DeepSpeed leaks engines that are rebuilt."""
+
+    loss_name = "loss"  # the attribute of the module that computes the loss
 
     def __init__(
         self,

@@ -62,26 +62,24 @@ class _Observer:
             weight = getattr(module, "weight", None)
             if isinstance(weight, nn.Parameter):
                 name = logical_of(weight).name
-                self._hooks.append(
-                    module.register_forward_hook(self._at_output(name.removesuffix(".weight")))
-                )
+                hook = self._at_output(name.removesuffix(".weight"))
+                self._hooks.append(module.register_forward_hook(hook, with_kwargs=True))
         for parameter in engine.module.parameters():
-            hook = self._at_gradient(f"the gradient of {logical_of(parameter).name}")
-            self._hooks.append(parameter.register_hook(hook))
+            at_gradient = self._at_gradient(f"the gradient of {logical_of(parameter).name}")
+            self._hooks.append(parameter.register_hook(at_gradient))
 
     def remove(self) -> None:
         for hook in self._hooks:
             hook.remove()
 
-    def _at_output(self, layer: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        at_gradient = self._at_gradient(f"the gradient of the output of {layer}")
-
-        def look(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+    def _at_output(self, layer: str) -> Callable[[nn.Module, Any, dict[str, Any], Tensor], None]:
+        def look(_module: nn.Module, _inputs: Any, options: dict[str, Any], output: Tensor) -> None:
+            # A tied embedding runs twice in a micro-batch, the second time as the head.
+            name = f"the output of {'head' if options.get('project') else layer}"
             # Activation checkpointing runs a layer first without, then with gradients: two separate counts.
-            recorded = torch.is_grad_enabled()
-            self._look(output, f"the output of {layer}", f"{layer} {recorded}", is_gradient=False)
+            self._look(output, name, f"{name} {torch.is_grad_enabled()}", is_gradient=False)
             if output.requires_grad:
-                output.register_hook(at_gradient)
+                output.register_hook(self._at_gradient(f"the gradient of {name}"))
 
         return look
 
@@ -101,20 +99,18 @@ def micro_batch_losses(engine: Engine, step: int, batches: MicroBatches) -> tupl
 
     Ranks of a pipeline stage that computes no loss return no losses.
     """
-    # The flat model calls its loss function `loss`, DeepSpeed's PipelineModule calls it `loss_fn`.
-    name = "loss" if hasattr(engine.module, "loss") else "loss_fn"
-    losses, right = [], getattr(engine.module, name)
+    losses, right = [], getattr(engine.module, engine.loss_name)
 
     def kept(logits: Tensor, labels: Tensor) -> Tensor:
         loss: Tensor = right(logits, labels)
         losses.append(float(loss.detach()))
         return loss
 
-    setattr(engine.module, name, kept)
+    setattr(engine.module, engine.loss_name, kept)
     engine.random.begin_step(step)
     try:
         with engine.guard.rehearsal():
             result = engine.train_batch(batches)
     finally:
-        setattr(engine.module, name, right)
+        setattr(engine.module, engine.loss_name, right)
     return losses, float(result.grad_norm)

@@ -55,7 +55,7 @@ class FlatEngine(Engine):
 
     def _judge(self) -> None:
         """Clip the gradients under ZeRO-0, already averaged over the data ranks, and judge them."""
-        parameters = [p for p in self.module.parameters() if p.grad is not None]
+        parameters = list(self.module.parameters())
         self.guard.judge(global_norm(parameters, self.mesh))
         if self.clip_at is not None:
             clip([p.grad for p in parameters if p.grad is not None], self.guard.norm, self.clip_at)

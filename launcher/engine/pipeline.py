@@ -24,6 +24,8 @@ from launcher.parallel.mesh import ProcessMesh
 class PipelineEngine(Engine):
     """A DeepSpeed pipeline engine; this rank holds one stage, or two under DualPipeV."""
 
+    loss_name = "loss_fn"  # as DeepSpeed's PipelineModule calls it
+
     def __init__(
         self, run: RunConfig, layout: Layout, mesh: ProcessMesh, context: BlockContext, device: torch.device
     ) -> None:

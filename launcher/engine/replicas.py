@@ -25,9 +25,8 @@ from launcher.parallel.digest import digest
 from launcher.parallel.mesh import MeshShape
 from launcher.parallel.sharding import WEIGHT, logical_of
 
-Axes = tuple[
-    bool, bool, bool
-]  # whether ranks that differ in pipeline, data, tensor index hold a tensor alike
+# Whether ranks that differ in pipeline, data, tensor index hold a tensor alike.
+Axes = tuple[bool, bool, bool]
 ALL_AXES: Axes = (True, True, True)
 # Axes by their place among the digests of a rank. The numbers come last: they are alike on every rank, but
 # tensors that are alike along all axes are on some stages only.

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from launcher.engine.distributed import active_collectives, gathered_hosts
+from launcher.text import ranks_on_hosts
 
 HUNG = 124  # the exit code of timeout(1)
 MEASURING_MINUTES = 10.0  # for ranks that verify or calibrate starts: their steps and probes are short
@@ -151,17 +152,17 @@ def report(positions: list[RankPosition], hosts: Sequence[str], limit: str) -> s
     silent = [rank for rank in range(len(hosts)) if rank not in answered]
     absent = [position for position in positions if not position.waits]
     missing = sorted([*silent, *(position.rank for position in absent)])
-    who = f"{_ranks(missing, hosts)} did not arrive" if missing else "all ranks wait"
+    who = f"{ranks_on_hosts(missing, hosts)} did not arrive" if missing else "all ranks wait"
     lines = [f"the run hangs: {who} (nothing has ended for {limit})"]
     for place, collective in sorted({(p.at, p.collective) for p in positions if p.waits}):
         waiting = sorted(p.rank for p in positions if p.waits and (p.at, p.collective) == (place, collective))
         where = f" in {collective}" if collective else ""
-        lines.append(f"at {place}, waiting for others{where}: {_ranks(waiting, hosts)}")
+        lines.append(f"at {place}, waiting for others{where}: {ranks_on_hosts(waiting, hosts)}")
     for position in sorted(absent, key=lambda position: position.rank):
-        lines += [f"at {position.at}: {_ranks([position.rank], hosts)}, in", position.stack.rstrip()]
+        lines += [f"at {position.at}: {ranks_on_hosts([position.rank], hosts)}, in", position.stack.rstrip()]
     if silent:
         why = "stopped, stuck in the kernel, or on a node that is gone"
-        lines.append(f"no answer from {_ranks(silent, hosts)}: {why}")
+        lines.append(f"no answer from {ranks_on_hosts(silent, hosts)}: {why}")
     if not missing:
         lines += ["they wait in different places:", *_stacks(positions)]
     return "\n".join(lines)
@@ -171,9 +172,3 @@ def _stacks(positions: list[RankPosition]) -> Iterator[str]:
     for stack in dict.fromkeys(position.stack for position in positions):
         ranks = ", ".join(str(position.rank) for position in positions if position.stack == stack)
         yield f"ranks {ranks}:\n{stack.rstrip()}"
-
-
-def _ranks(ranks: list[int], hosts: Sequence[str]) -> str:
-    shown = [f"{rank} on {hosts[rank]}" for rank in ranks[:8]]
-    more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
-    return f"rank{'' if len(ranks) == 1 else 's'} {', '.join(shown)}{more}"

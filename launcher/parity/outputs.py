@@ -34,10 +34,8 @@ class OutputRecorder:
         for module in engine.module.modules():
             if isinstance(module, RECORDED):
                 module.register_forward_hook(self._keep, with_kwargs=True)
-        # The flat model calls its loss function `loss`, DeepSpeed's PipelineModule calls it `loss_fn`.
-        name = "loss" if hasattr(engine.module, "loss") else "loss_fn"
-        self._loss = getattr(engine.module, name)
-        setattr(engine.module, name, self._keep_loss)
+        self._loss = getattr(engine.module, engine.loss_name)
+        setattr(engine.module, engine.loss_name, self._keep_loss)
 
     def start(self) -> None:
         """Discard the records of the previous step."""

@@ -1,4 +1,4 @@
-"""What a run does after steps that were skipped because their gradients are not usable (guard.nonfinite)."""
+"""Report steps skipped because their gradients are not usable, or stop the run (guard.nonfinite)."""
 
 from launcher.config.errors import RunStopped
 from launcher.config.schema import OnNonfinite, RunConfig

@@ -5,14 +5,12 @@ checkpoint takes each slice from one of the ranks. Replicas are compared every g
 before every checkpoint and after the last step.
 """
 
-import socket
 from pathlib import Path
-
-import torch.distributed as dist
 
 from launcher.checkpoint.manifest import checkpoints_in
 from launcher.config.errors import RunStopped, typed_text
 from launcher.engine.base import Engine
+from launcher.engine.distributed import gathered_hosts
 from launcher.engine.replicas import Disagreement, disagreements
 from launcher.runtime.resume import Progress
 from launcher.text import ranks_on_hosts
@@ -40,9 +38,7 @@ class ReplicaCheck:
 
 def diverged(step: int, differing: list[Disagreement], run_dir: Path) -> RunStopped:
     """Return the error that ends a diverged run; the same on all ranks. Collective over the world."""
-    hosts = [""] * dist.get_world_size()
-    dist.all_gather_object(hosts, socket.gethostname())
-    return RunStopped(report(step, differing, hosts, next(iter(checkpoints_in(run_dir)), None)))
+    return RunStopped(report(step, differing, gathered_hosts(), next(iter(checkpoints_in(run_dir)), None)))
 
 
 def report(step: int, differing: list[Disagreement], hosts: list[str], checkpoint: Path | None) -> str:

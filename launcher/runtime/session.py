@@ -22,7 +22,7 @@ from launcher.runtime.step_clock import StepClock
 
 @dataclass(frozen=True)
 class Parts:
-    """What a rank builds once per process, whatever the number of rollbacks."""
+    """The parts that a rank builds once per process, whatever the number of rollbacks."""
 
     run: RunConfig
     layout: Layout

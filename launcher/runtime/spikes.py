@@ -33,7 +33,7 @@ class SpikeDetector:
 
     @property
     def history(self) -> dict[str, list[float]]:
-        """What a checkpoint keeps, so that a resumed run judges alike."""
+        """The values by name. A checkpoint keeps them, so that a resumed run judges alike."""
         return {name: list(values) for name, values in self._values.items()}
 
     def limit(self, name: str) -> float:

@@ -58,7 +58,7 @@ class Abandoned(Exception):
 
 @dataclass
 class Shared:
-    """What the tries of a campaign have in common, each made when it is first needed."""
+    """The parts that the tries of a campaign share, each made when it is first needed."""
 
     folder: Path
     _lock: threading.RLock = field(default_factory=threading.RLock)

@@ -1,4 +1,4 @@
-"""What a run says and does about numbers that would harm it, and the command that repeats a step."""
+"""Guards against numbers that would harm a run, and the command that repeats a step."""
 
 import json
 import random
@@ -64,6 +64,40 @@ def test_a_first_step_that_is_skipped_can_be_saved_and_resumed(layout: str, tmp_
     out = trained(*QUICK, "parallelism.data=1", cwd=tmp_path)
     assert "at step 1" in out
     assert metrics(tmp_path / "r")[-1]["guard/skipped"] == 1
+
+
+# Makes the logits of one micro-batch on data rank 1 infinite. The tied embedding gives them in a second call.
+BAD_LOGITS = """
+import torch
+import launcher.runtime.training as training
+
+right_build, right_step, at, calls = training.build_engine, training.optimizer_step, [0], [0]
+
+def spoil(module, inputs, options, output):
+    calls[0] += bool(options.get("project"))
+    return output * float("inf") if at[0] == 3 and options.get("project") and calls[0] % 2 == 0 else None
+
+def build_engine(run, layout, device):
+    engine = right_build(run, layout, device)
+    if engine.mesh.data.rank == 1:
+        engine.module.get_submodule("layers.0").register_forward_hook(spoil, with_kwargs=True)
+    return engine
+
+def optimizer_step(run, engine, loader, progress):
+    at[0], calls[0] = progress.step + 1, 0
+    return right_step(run, engine, loader, progress)
+
+training.build_engine, training.optimizer_step = build_engine, optimizer_step
+from launcher.__main__ import main
+main()
+"""
+
+
+def test_a_bad_value_of_a_layer_that_runs_twice_is_in_its_micro_batch(tmp_path: Path) -> None:
+    run = started(*SMALL, *QUICK, "training.validation_interval=0", cwd=tmp_path, program=BAD_LOGITS)
+    out, error = run.communicate(timeout=120)
+    assert run.returncode == 0, error
+    assert "The first bad value is the output of head, on rank 1, micro-batch 1 (samples 22, 23)" in out
 
 
 def test_a_skip_between_logged_steps_is_found_too(tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ def test_a_flipped_bit_is_not_saved_and_the_run_resumes(
 
 
 def test_replicas_are_compared_between_logged_steps_and_without_checkpoints(tmp_path: Path) -> None:
-    """Of four ranks the one in the minority is named."""
+    """The message names the one rank of four whose copy differs."""
     rare = ["guard.replica_interval=4", "logging.interval=1000", "training.validation_interval=0"]
     unsaved = ["run.dir=r", "parallelism.data=4", "checkpoint.enabled=false"]
     error = stopped_run(tmp_path, WEIGHT, *unsaved, *rare)

@@ -12,7 +12,14 @@ from launcher.config.layout import Layout
 from launcher.config.run_format import IDENTITY, read_identity
 from launcher.config.schema import RunConfig, WandbMode
 from launcher.runtime.metrics.rows import rows_in
-from launcher.runtime.metrics.wandb_files import fragments, has_ended, is_online, is_sent, mark_as_sent
+from launcher.runtime.metrics.wandb_files import (
+    fragments,
+    has_ended,
+    is_online,
+    is_sent,
+    mark_as_sent,
+    records,
+)
 from launcher.runtime.metrics.wandb_run import (
     has_api_key,
     log_missing,
@@ -58,7 +65,8 @@ def _upload(run_dir: Path) -> int:
     _check_server(run_dir)
     if in_part:
         return _upload_rows(run, layout, directory)
-    folders = [str(path.parent) for path in ready]
+    # `wandb sync` gives up, with exit code 0, at a file that a killed W&B left without a record.
+    folders = [str(path.parent) for path in ready if next(records(path), None)]
     # -P: the working directory may hold W&B's own folder `wandb`, or a module of the user with this name.
     command = [sys.executable, "-P", "-m", "wandb", "sync", "--yes", *folders]
     # W&B writes a log into WANDB_DIR/wandb, or into TMPDIR if that is missing.
