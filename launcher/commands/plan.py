@@ -32,8 +32,8 @@ def main(arguments: list[str]) -> int:
     for job, ready_run in zip(jobs, ready_runs, strict=True):
         if for_people:
             job.announce()
-        for warning in schedule_warnings(job.config):
-            print(f"launcher: warning: {warning}", file=sys.stderr)
+        for warning in schedule_warnings(job.config, job.origins):
+            print(warning, file=sys.stderr)
         reports.append(_report(job.config, ready_run))
     if not for_people:
         is_sweep = jobs[0].index is not None

@@ -39,8 +39,8 @@ def main(arguments: list[str]) -> int:
         if len(finished) == len(jobs):
             raise finished[0].refusal()
         # On standard error: with submit.dry_run the output is the script.
-        for warning in dict.fromkeys(text for job in jobs for text in schedule_warnings(job.config)):
-            print(f"launcher: warning: {warning}", file=sys.stderr)
+        warnings = (text for job in jobs for text in schedule_warnings(job.config, job.origins))
+        print("".join(f"{warning}\n" for warning in dict.fromkeys(warnings)), end="", file=sys.stderr)
         submit(jobs, arguments, layouts)
     return 0
 

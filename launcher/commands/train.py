@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> int:
         why = "ranks that torchrun or srun started train one run"
         raise ConfigError("--multirun", None, why, "one torchrun or srun per run, or a sweep without them")
     # All jobs of a sweep are checked before the first is trained.
-    ready_runs = [_ready(job.config, machine) for job in jobs]
+    ready_runs = [_ready(job, machine) for job in jobs]
     paths: list[Path] = []
     try:
         for job, (ready_run, place) in zip(jobs, ready_runs, strict=True):
@@ -60,7 +60,8 @@ def _train(
         launch_on_this_machine(run, layout, cores=cores, multirun_index=job.index, on_directory=paths.append)
 
 
-def _ready(run: RunConfig, machine: Machine) -> tuple[ReadyRun, LaunchEnvironment]:
+def _ready(job: Job[RunConfig], machine: Machine) -> tuple[ReadyRun, LaunchEnvironment]:
+    run = job.config
     gpus = 0 if run.hardware.device is Device.cpu else machine.gpus
     place = launch_environment(os.environ, configured=run.hardware.accelerators_per_node, gpus=gpus)
     world = world_of_machine(run, machine)
@@ -72,8 +73,8 @@ def _ready(run: RunConfig, machine: Machine) -> tuple[ReadyRun, LaunchEnvironmen
         world = world_of_joined_ranks(run, machine, ranks=place.world_size, ranks_per_node=place.local_size)
     check_tensorboard(run)
     ready_run = ready(run, world, needs_data=True, must_fit=True)
-    for warning in schedule_warnings(run) if speaks_for_all(os.environ) else ():
-        print(f"warning  {warning}")
+    for warning in schedule_warnings(run, job.origins) if speaks_for_all(os.environ) else ():
+        print(warning)
     if (files := listed(ready_run.left_out)) and speaks_for_all(os.environ):
         print(f"note     data files left out: {files}")
     if ready_run.search and speaks_for_all(os.environ):

@@ -8,6 +8,7 @@ import contextlib
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass, field, is_dataclass, replace
+from functools import cache
 from itertools import islice, product
 from math import prod
 from pathlib import Path
@@ -42,7 +43,7 @@ from launcher.config.fields import (
     options_of,
     schema_of,
 )
-from launcher.config.loader import FileLoader
+from launcher.config.loader import WITH_ORIGIN, FileLoader
 from launcher.config.run_format import check_format
 from launcher.config.schema import (
     CalibrateConfig,
@@ -82,7 +83,7 @@ class Job(Generic[Config]):
     config: Config
     index: int | None  # number of the job in a --multirun; None for a single run
     overrides: list[str]  # arguments that compose the same config from any directory, including --config-dir
-    # The file, or the command line, that a field of `slurm` is set by; without the fields of the schema
+    # The file, or the command line, that sets a field of `slurm` or `scheduler`. Not those of the schema
     origins: dict[str, str] = field(default_factory=dict)
 
     def announce(self) -> None:
@@ -104,6 +105,7 @@ def compose_jobs(config_name: str, root: type[Config], arguments: list[str]) -> 
     # argparse accepts overrides only without flags between them, so the flags are sorted first.
     flags, overrides = parsed_flags([_addable(argument) for argument in sorted(arguments, key=_is_override)])
     directories = [f"--config-dir={Path(flags.config_dir).absolute()}"] if flags.config_dir else []
+    is_printed = bool(flags.help or flags.hydra_help or flags.cfg or flags.info)
     try:
         hydra, loader = _hydra(flags.config_dir, root)
         with strict():
@@ -113,24 +115,20 @@ def compose_jobs(config_name: str, root: type[Config], arguments: list[str]) -> 
             check_typed(parsed, root)
             loader.replaced = {override.key_or_group for override in parsed}
             _check_groups(parsed, root)
-            if flags.config_dir:
+            if flags.config_dir or not is_printed:
                 mode = RunMode.MULTIRUN if flags.multirun else RunMode.RUN
-                _check_own_files(config_name, root, hydra.compose_config(config_name, overrides, mode))
-            if flags.help or flags.hydra_help or flags.cfg or flags.info:
-                print(
-                    masked(_printed_instead(hydra, config_name, root, flags, overrides)), end="", flush=True
-                )
+                composed = hydra.compose_config(config_name, overrides, mode)
+            if flags.config_dir:
+                _check_own_files(config_name, composed)
+            if is_printed:
+                text = _printed_instead(hydra, config_name, root, flags, overrides)
+                print(masked(text), end="", flush=True)
                 return []
-            sweep = _jobs_of_sweep(hydra, config_name, overrides) if flags.multirun else None
-            composed = [_composed(hydra, loader, config_name, task) for task in (sweep or [overrides])]
+            if not flags.multirun:
+                return [_job(composed, loader, root, None, directories)]
             return [
-                Job(
-                    to_typed(config, root, task),
-                    index if flags.multirun else None,
-                    directories + task,
-                    origins,
-                )
-                for index, (config, task, origins) in enumerate(composed)
+                _job(hydra.compose_config(config_name, job, RunMode.RUN), loader, root, index, directories)
+                for index, job in enumerate(_jobs_of_sweep(hydra, composed, overrides))
             ]
     except BrokenPipeError:
         raise  # the reader of --help, such as `head`, closed the pipe
@@ -159,11 +157,17 @@ def _check_groups(overrides: list[Override], root: type[Any]) -> None:
             raise not_an_option(group, override.get_value_element_as_str(), options_of(group))
 
 
-def _check_own_files(config_name: str, root: type[Any], composed: DictConfig) -> None:
+def _check_own_files(config_name: str, composed: DictConfig) -> None:
     """Raise ConfigError if a config with files of the user has other settings of Hydra than conf/ has."""
     hydra_settings = OmegaConf.to_container(composed.hydra, resolve=False)
-    standard = _hydra(None, root)[0].compose_config(config_name, [], RunMode.RUN).hydra
-    check_hydra_settings(hydra_settings, OmegaConf.to_container(standard, resolve=False))
+    check_hydra_settings(hydra_settings, _shipped_hydra_settings(config_name))
+
+
+@cache
+def _shipped_hydra_settings(config_name: str) -> Any:
+    """Return the settings of Hydra that conf/ has. Must not be changed."""
+    config = _hydra(None, RunConfig)[0].compose_config(config_name, [], RunMode.RUN)
+    return OmegaConf.to_container(config.hydra, resolve=False)
 
 
 def _printed_instead(
@@ -183,9 +187,9 @@ def _printed_instead(
     return described(printed.getvalue(), root) if flags.help else printed.getvalue()
 
 
-def _jobs_of_sweep(hydra: Hydra, config_name: str, overrides: list[str]) -> list[list[str]]:
+def _jobs_of_sweep(hydra: Hydra, composed: DictConfig, overrides: list[str]) -> list[list[str]]:
     """Return the overrides of each job of a --multirun. Raises ConfigError for too many jobs."""
-    params = hydra.compose_config(config_name, overrides, RunMode.MULTIRUN).hydra.sweeper.params or {}
+    params = composed.hydra.sweeper.params or {}
     typed = [override for override in overrides if not override.lstrip("+~").startswith("hydra.")]
     parser = OverridesParser.create(config_loader=hydra.config_loader)
     choices: dict[str, list[str]] = {}
@@ -211,19 +215,18 @@ def _sweep_values(override: Override) -> Iterator[str]:
     return override.sweep_string_iterator()
 
 
-def _composed(
-    hydra: Hydra, loader: FileLoader, config_name: str, overrides: list[str]
-) -> tuple[DictConfig, list[str], dict[str, str]]:
-    """Return the config, in which references are not resolved yet, the overrides, and the origins."""
-    config = hydra.compose_config(config_name, overrides, RunMode.RUN)
-    task = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
-    assert isinstance(task, list)
+def _job(
+    config: DictConfig, loader: FileLoader, root: type[Config], index: int | None, directories: list[str]
+) -> Job[Config]:
+    """Return the job of the config that `loader` has composed last; references are resolved here."""
+    overrides = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
+    assert isinstance(overrides, list)
+    task = [str(override) for override in overrides]
     with flag_override(config, ["struct", "readonly"], [False, False]):
         del config["hydra"]
-    typed = [str(override) for override in task]
-    names = (override.lstrip("+").partition("=")[0] for override in typed)
-    origins = loader.origins | {name: "the command line" for name in names if name.startswith("slurm.")}
-    return config, typed, origins
+    names = (override.lstrip("+").partition("=")[0] for override in task)
+    origins = loader.origins | {name: "the command line" for name in names if name.startswith(WITH_ORIGIN)}
+    return Job(to_typed(config, root, task), index, directories + task, origins)
 
 
 def _is_override(argument: str) -> bool:

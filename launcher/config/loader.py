@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf, flag_override
 from launcher.config.as_written import check_file
 
 OWN_FILES = "command-line"  # Hydra's name for the provider of --config-dir
+WITH_ORIGIN = ("slurm.", "scheduler.")  # the beginnings of fields whose origin is noted
 
 
 class FileLoader(ConfigLoaderImpl):
@@ -24,7 +25,7 @@ class FileLoader(ConfigLoaderImpl):
 
     def __init__(self, search_path: ConfigSearchPath, root: type[Any]) -> None:
         super().__init__(search_path)
-        self.origins: dict[str, str] = {}  # the file that sets each field of `slurm`
+        self.origins: dict[str, str] = {}  # the file that sets each field of WITH_ORIGIN
         self.replaced: set[str] = set()  # fields that the command line sets
         self._root = root
         self._of_cluster: set[str] = set()  # fields that a slurm file of the user sets
@@ -47,7 +48,7 @@ class FileLoader(ConfigLoaderImpl):
             package = loaded.header["package"] if default.package is None else default.package
             for field, text in check_file(path, package or "", self._root, self.replaced).items():
                 OmegaConf.update(config, field, text)
-        fields = _fields_of_slurm(config)
+        fields = _fields_with_origin(config)
         if not is_own and name.startswith("experiment/"):
             for field in self._of_cluster & fields:
                 _delete(config, field)
@@ -58,9 +59,14 @@ class FileLoader(ConfigLoaderImpl):
         return loaded
 
 
-def _fields_of_slurm(config: DictConfig) -> set[str]:
-    section = config.get("slurm")
-    return {f"slurm.{name!s}" for name in section} if isinstance(section, DictConfig) else set()
+def _fields_with_origin(config: DictConfig) -> set[str]:
+    sections = [(prefix, config.get(prefix[:-1])) for prefix in WITH_ORIGIN]
+    return {
+        f"{prefix}{name!s}"
+        for prefix, section in sections
+        if isinstance(section, DictConfig)
+        for name in section
+    }
 
 
 def _delete(config: DictConfig, field: str) -> None:

@@ -31,7 +31,7 @@ MISREAD = {
     "slurm: {modules: [cuda, 12.10]}": ("slurm.modules", "12.10", "the number 12.1"),
     "logging: {wandb: {tags: [a, 1e3]}}": ("logging.wandb.tags", "1e3", "the number 1000.0"),
     "logging: {wandb: {name: 007}}": ("logging.wandb.name", "007", "the number 7"),
-    "logging: {wandb: {group: True}}": ("logging.wandb.group", "True", "the boolean true"),
+    "logging: {wandb: {group: TRUE}}": ("logging.wandb.group", "TRUE", "the boolean true"),
     "logging: {wandb: {entity: off}}": ("logging.wandb.entity", "off", "the boolean false"),
     "data: {train: 1:30}": ("data.train", "1:30", "the number 90"),
     "data: {sources: {web: 1e-3}}": ("data.sources.web", "1e-3", "the number 0.001"),
@@ -42,6 +42,7 @@ SAME = [
     "slurm: {account: }", "slurm: {time: 1-12:00:00}", "slurm: {mem: 64G}", "slurm: {nodes: 1-2}",
     "logging: {wandb: {name: 2026-11-26}}", "logging: {wandb: {tags: [1.5, a, -3]}}",
     "slurm: {environment: {OMP_NUM_THREADS: 4}}", "data: {train: !!str 012}",
+    "logging: {wandb: {group: True}}",
 ]  # fmt: skip
 
 

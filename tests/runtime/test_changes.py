@@ -10,6 +10,7 @@ import pytest
 from launcher import __version__
 from launcher.checkpoint.changes import changes_since
 from launcher.checkpoint.manifest import Manifest
+from launcher.config.compose import compose_jobs
 from launcher.config.schedule import schedule_warnings
 from launcher.config.schema import RunConfig
 from launcher.config.secrets import as_written
@@ -91,29 +92,54 @@ def test_a_decay_that_had_begun_is_a_warning() -> None:
     assert rate_change(lower, foreign) == []
 
 
+OWN = {"scheduler.warmup_steps": "the command line"}
+
+
 def test_a_warm_up_that_is_not_shorter_than_the_run() -> None:
-    assert schedule_warnings(run_of("training.steps=21")) == []
-    assert schedule_warnings(run_of("training.steps=0")) == []
-    [all_of_it] = schedule_warnings(run_of("training.steps=20"))
-    [longer] = schedule_warnings(run_of("training.steps=10"))
+    assert schedule_warnings(run_of("training.steps=21"), OWN) == []
+    assert schedule_warnings(run_of("training.steps=0"), OWN) == []
+    [all_of_it] = schedule_warnings(run_of("training.steps=20"), OWN)
+    [longer] = schedule_warnings(run_of("training.steps=10"), OWN)
     assert "the warm-up takes all of training.steps=20" in all_of_it
     assert "the warm-up lasts longer than training.steps=10" in longer
     for warning in (all_of_it, longer):
         remedy = warning.rpartition("try: ")[2]
         steps = warning.partition("training.steps=")[2].partition(":")[0]
-        assert schedule_warnings(run_of(f"training.steps={steps}", *shlex.split(remedy))) == []
+        assert schedule_warnings(run_of(f"training.steps={steps}", *shlex.split(remedy)), OWN) == []
+
+
+def test_a_warm_up_that_somebody_chose_is_a_warning_and_a_default_is_a_note(
+    tmp_path: Path, subtests: pytest.Subtests
+) -> None:
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / "scheduler" / "mine.yaml").write_text("defaults: [linear]\nwarmup_steps: 20\n")
+    for typed, kind in (
+        ("training.steps=10", "note"),
+        ("scheduler=linear", "note"),
+        ("scheduler.min_lr_ratio=0", "note"),
+        ("scheduler.warmup_steps=20", "warning"),
+        ("experiment=gpt2_small", "warning"),
+        ("scheduler=mine", "warning"),
+    ):
+        with subtests.test(typed):
+            arguments = [f"--config-dir={tmp_path}", typed, "training.steps=10"]
+            [job] = compose_jobs("config", RunConfig, arguments)
+            [line] = schedule_warnings(job.config, job.origins)
+            assert line.startswith(f"{kind:<9}")
+            assert ("\n  try: " in line) == (kind == "warning")
 
 
 def test_plan_and_submit_warn_on_standard_error_and_train_on_its_output(tmp_path: Path) -> None:
-    slurm = ["hardware.accelerators_per_node=1", "hardware=cpu", "hardware.nodes=1", "submit.dry_run=true"]
+    short = ["training.steps=10", "scheduler.warmup_steps=20", "parallelism=single", "hardware=cpu"]
     plan, submit = light_launcher(
         tmp_path,
-        ["plan", "training.steps=10", "parallelism=single", "hardware=cpu", "format=json"],
-        ["submit", "training.steps=10", "parallelism=single", *slurm],
+        ["plan", *short, "format=json"],
+        ["submit", *short, "hardware.accelerators_per_node=1", "hardware.nodes=1", "submit.dry_run=true"],
     )
     for ended in (plan, submit):
         assert ended.code == 0, ended.err
-        assert "warning: scheduler.warmup_steps=20: the warm-up lasts longer than" in ended.err
+        assert "warning  scheduler.warmup_steps=20: the warm-up lasts longer than" in ended.err
     json.loads(plan.out)
     assert submit.out.startswith("#!/usr/bin/env bash\n")
-    assert "warning  scheduler.warmup_steps=20: " in trained("training.steps=1", cwd=tmp_path)
+    out = trained("training.steps=1", cwd=tmp_path)
+    assert out.startswith("note     the run ends during the warm-up (scheduler.warmup_steps=20): ")
