@@ -78,7 +78,7 @@ def lines_of(page: Path) -> Iterator[Line]:
     cells = re.findall(r"^\| `([^`]+)` \|", text, re.MULTILINE)
     # `launcher VERB` in the text is the name of a command.
     spans = re.findall(r"`([^`\n]+)`", re.sub(r"^\| `[^`]+` \|", "", text, flags=re.MULTILINE))
-    spans = [span for span in spans if len(span.split()) > (3 if " checkpoint " in span else 2)]
+    spans = [span for span in spans if " " in span and not re.fullmatch(r"launcher [a-z]+( check)?", span)]
     for written in (*in_blocks, *cells, *spans):
         if match := PROGRAM.fullmatch(written):
             command = match[1]
