@@ -45,6 +45,10 @@ LAYOUTS = {
 GPT = ["model=gpt_tiny", "model.vocab_size=257"]  # tied embeddings; the vocabulary is padded when sharded
 LLAMA = ["model=llama_tiny", "model.vocab_size=257", "model.num_kv_heads=4"]
 MOMENTUM = ["optimizer=sgd", "optimizer.momentum=0.9", "optimizer.lr=0.1"]
+RUNS = {
+    "momentum": [*GPT, *MOMENTUM],
+    "adamw, bf16": [*LLAMA, "precision=bf16"],
+}
 STEPS = 8
 FAULTY = "blocks.1.attention.qkv.weight"
 
@@ -172,3 +176,11 @@ def add_faults(engine: Any, pending: list[float]) -> None:
     for parameter in engine.module.parameters():
         if logical_of(parameter).name == FAULTY:
             parameter.register_hook(lambda grad: grad + pending.pop() if pending else grad)
+
+
+def assert_close(outcome: Outcome, expected: Outcome, relative: float) -> None:
+    assert outcome.tensors.keys() == expected.tensors.keys()
+    for name, tensor in outcome.tensors.items():
+        distance = float((tensor - expected.tensors[name]).norm())
+        # The gradient of a key's bias, and so its momentum, consists of rounding errors only: hence 1e-6.
+        assert distance <= relative * float(expected.tensors[name].norm()) + 1e-6, name

@@ -57,6 +57,12 @@ def refused(*arguments: str, root: str = "config") -> ConfigError:
     return raised.value
 
 
+@functools.cache
+def run_of_option(group: str, option: str) -> RunConfig:
+    """Return the run that an option composes, for tests that only read it."""
+    return composed(f"{group}={option}", *BESIDE.get((group, option), []))
+
+
 refused_once = functools.cache(refused)  # of a command that reads no file and no variable
 
 
@@ -92,7 +98,7 @@ class TestConf:
     def test_every_option_becomes_a_typed_run(self, subtests: pytest.Subtests) -> None:
         for group, option in OPTIONS:
             with subtests.test(f"{group}={option}"):
-                run = composed(f"{group}={option}", *BESIDE.get((group, option), []))
+                run = run_of_option(group, option)
                 for name, kind in leaves(run).items():
                     legal = FIELDS[name]
                     typed = {"whole number": int, "number": float, "true | false": bool, "text": str}
@@ -104,7 +110,7 @@ class TestConf:
         """No later file of the defaults list overrides a value of an option."""
         for group, option in OPTIONS:
             with subtests.test(f"{group}={option}"):
-                run = composed(f"{group}={option}", *BESIDE.get((group, option), []))
+                run = run_of_option(group, option)
                 said = OmegaConf.to_container(OmegaConf.load(CONF / group / f"{option}.yaml"))
                 assert isinstance(said, dict)
                 said.pop("defaults", None)
@@ -180,7 +186,7 @@ class TestConf:
     def test_survives_being_written_and_read(self, subtests: pytest.Subtests, tmp_path: Path) -> None:
         for group, option in OPTIONS:
             with subtests.test(f"{group}={option}"):
-                run = composed(f"{group}={option}", *BESIDE.get((group, option), []))
+                run = run_of_option(group, option)
                 path = tmp_path / "config.yaml"
                 path.write_text(as_yaml(run))
                 assert load_typed(path, RunConfig) == run

@@ -104,7 +104,7 @@ def runs(draw: st.DrawFn, most_nodes: int = 4) -> RunConfig:
 
 class TestAnyRun:
     @given(run=runs())
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=25, deadline=None)
     def test_what_is_proposed_is_what_validation_takes(self, run: RunConfig) -> None:
         before = copy.deepcopy(run)
         try:
@@ -120,7 +120,7 @@ class TestAnyRun:
             assert one.run.training.global_batch_size == run.training.global_batch_size
 
     @given(run=runs(most_nodes=1))
-    @settings(max_examples=25, deadline=None)
+    @settings(max_examples=10, deadline=None)
     def test_no_layout_of_an_exhaustive_search_is_better(self, run: RunConfig) -> None:
         world = replace(world_of(run).of_hardware(run.hardware), fixed=True)
         everything = list(exhaustive(run, world))
