@@ -46,6 +46,7 @@ ELSEWHERE = {
     "tests/runtime/test_guards.py",
 }
 NEED_A_RUN = {"generate", "replay", "export", "import", "status", "checkpoint", "doctor"}  # in the slow test
+WRITING = {"prepare", "calibrate"}
 TOO_LONG = {  # for the slow test; the quick test checks them
     "calibrate": "measures for minutes: tests/calibrate",
     "compare": "trains ten layouts: tests/compare",
@@ -116,8 +117,9 @@ def make_place(folder: Path) -> None:
             (folder / name).write_text(text)
 
 
-def remove_prepared(folder: Path) -> None:
-    """Remove what `launcher prepare` writes, which it does not overwrite."""
+def remove_written(folder: Path) -> None:
+    """Remove what `prepare` and `calibrate` write: they do not overwrite files of the user."""
+    (folder / "my_conf" / "hardware" / "this_machine.yaml").unlink(missing_ok=True)
     for path in (folder / "corpora").glob("web.*"):
         path.unlink()
 
@@ -135,13 +137,13 @@ def test_every_command_is_accepted(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     with nothing_starts():
-        # Those of `launcher prepare` last: they remove token files.
-        for line in sorted(dict.fromkeys(OURS), key=lambda line: line.verb == "prepare"):
+        # The commands that write last: the others read what stands where they write.
+        for line in sorted(dict.fromkeys(OURS), key=lambda line: line.verb in WRITING):
             if line.verb in NEED_A_RUN or "imported" in line.text:
                 continue
             with subtests.test(f"{line.page}: {line.text}"):
-                if line.verb == "prepare":
-                    remove_prepared(tmp_path)
+                if line.verb in WRITING:
+                    remove_written(tmp_path)
                 code, error = ended(list(line.words[1:]))
                 assert code == (2 if line.text in REFUSED else 0), error
 
@@ -192,7 +194,7 @@ def test_every_command_runs(page: str, tmp_path: Path, subtests: pytest.Subtests
             continue
         arguments = list(line.words[1:])
         if line.verb == "prepare":
-            remove_prepared(tmp_path)
+            remove_written(tmp_path)
         elif line.verb == "export":
             shutil.rmtree(tmp_path / "hf" / "name", ignore_errors=True)
         elif line.verb == "train" and "--cfg" not in arguments and "--help" not in arguments:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_repository import ConfigRepository
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.default_element import ResultDefault
 from hydra.plugins.config_source import ConfigResult
@@ -16,6 +17,16 @@ OWN_FILES = "command-line"  # Hydra's name for the provider of --config-dir
 WITH_ORIGIN = ("slurm.", "scheduler.")  # the beginnings of fields whose origin is noted
 
 
+class _SharedRepository(ConfigRepository):
+    """The files and the schema of all configs, which Hydra would copy for each group and each composition.
+
+    Hydra copies them because a config may change the search path. Here none may.
+    """
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_SharedRepository":
+        return self
+
+
 class FileLoader(ConfigLoaderImpl):
     """Loads the files of one config after the other.
 
@@ -25,6 +36,7 @@ class FileLoader(ConfigLoaderImpl):
 
     def __init__(self, search_path: ConfigSearchPath, root: type[Any]) -> None:
         super().__init__(search_path)
+        self.repository = _SharedRepository(config_search_path=search_path)
         self.origins: dict[str, str] = {}  # the file that sets each field of WITH_ORIGIN
         self.replaced: set[str] = set()  # fields that the command line sets
         self._root = root
