@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 import launcher.data.preparation
 from launcher.config.errors import ConfigError
 from launcher.config.schema import BadLines, EndInText, PrepareConfig, TokenizerTraining
-from launcher.data import reading
+from launcher.data import parquet_pages, reading
 from launcher.data.card import card_path, tokenizer_path
 from launcher.data.preparation import Preparation, PrepareProgress, bad_lines_path, find_inputs
 from launcher.data.reading import Place, batches, format_of
@@ -781,7 +781,7 @@ class TestBadLines:
 def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Files of every format with some bad lines; batches have only a few records."""
     monkeypatch.setattr(reading, "BATCH_BYTES", 300)
-    monkeypatch.setattr(reading, "PARQUET_ROWS", 3)
+    monkeypatch.setattr(parquet_pages, "MOST_ROWS", 3)
     folder = tmp_path / "in"
     folder.mkdir()
     texts = [f"{n}: {text}" * (n % 5 + 1) for n in range(60) for text in TEXTS[:3]]
