@@ -66,9 +66,12 @@ def test_a_dictionary_above_the_absolute_limit_is_refused(
     assert str(batch.damage).endswith("bytes, more than the limit of 1,000")
 
 
-def test_a_large_value_in_many_rows_is_read_in_small_batches(tmp_path: Path) -> None:
+def test_a_large_value_in_many_rows_is_read_in_small_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The file holds the value once, and each row of a batch would be a copy."""
-    path = written(tmp_path / "a.parquet", ["a" * 2**26] * 9)
+    monkeypatch.setattr(parquet_pages, "_BATCH_BYTES", 2**22)
+    path = written(tmp_path / "a.parquet", ["a" * 2**20] * 9)
     assert [len(batch.records) for batch in read(path)] == [3, 3, 3, 0]
     path = written(tmp_path / "b.parquet", ["b"] * 130)
     assert [len(batch.records) for batch in read(path)] == [64, 64, 2, 0]
@@ -97,7 +100,7 @@ def test_large_pages_of_ordinary_compression_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(parquet_pages, "_LARGE_PAGE", 2**10)
-    texts = [" ".join(map(str, range(n, n + 3000))) for n in range(200)]
+    texts = [" ".join(map(str, range(1000 * n, 1000 * n + 200))) for n in range(200)]
     path = written(tmp_path / "a.parquet", texts, use_dictionary=False, row_group_size=90)
     assert [record for batch in read(path) for record in batch.records] == texts
 
