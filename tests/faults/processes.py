@@ -96,7 +96,7 @@ RANK_SIGNALLED = {
     "SIGHUP": UNHURT,
     "SIGUSR1": {143: "SIGTERM", 138: "SIGUSR1", 1: "SIGUSR1", 0: ""},
     "SIGSTOP": {
-        1: "did not arrive|did not join|no answer from rank|was stopped by SIGSTOP or SIGTSTP for 6 s"
+        1: "did not arrive|did not join|no answer from rank|was stopped by SIGSTOP or SIGTSTP for 6 seconds"
     },
     "pause": UNHURT,
 }

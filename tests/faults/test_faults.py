@@ -111,7 +111,7 @@ def test_a_try_is_the_same_alone_and_in_a_campaign(
         ("raise", False, 0, "launcher: restart 1 of 2 at step 3", False),
         ("exit", True, 0, "launcher: restart 1 of 2 at step 3", True),
         ("exit", True, 0, "", False),
-        ("SIGSTOP", False, 1, "rank 0 of 1 was stopped by SIGSTOP or SIGTSTP for 6 s", True),
+        ("SIGSTOP", False, 1, "rank 0 of 1 was stopped by SIGSTOP or SIGTSTP for 6 seconds", True),
         ("SIGSTOP", False, 1, "rank 0 of 1 failed", False),
     ],
 )

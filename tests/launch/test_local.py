@@ -174,7 +174,7 @@ def stop_itself(rank: int) -> None:
 def test_ranks_that_are_all_stopped_end_the_run(tmp_path: Path, world_size: int) -> None:
     failure = failure_of(stop_itself, world_size, tmp_path, stopped_limit=0.5)
     names = "rank 0 of 1 was" if world_size == 1 else "rank 0 of 2 was"
-    assert str(failure).startswith(f"{names} stopped by SIGSTOP or SIGTSTP for 0.5 s"), failure
+    assert str(failure).startswith(f"{names} stopped by SIGSTOP or SIGTSTP for 0.5 seconds"), failure
 
 
 def test_a_rank_that_continues_or_is_waited_for_does_not_end_the_run(tmp_path: Path) -> None:
