@@ -104,8 +104,8 @@ def _speed(progress: PrepareProgress, started: float) -> str:
 
 def _report(progress: PrepareProgress, job: Preparation, sources: list[Path], left_out: LeftOut) -> None:
     """Print what was read and written, and what was left out by reason."""
-    if job.resumed:
-        print("note     continued an interrupted preparation")
+    if job.note:
+        print(f"note     {job.note}")
     print(f"prepared {bin_path(job.target)}")
     for name, value in _rows(progress, job, sources, left_out):
         print(f"  {name:<20}{value}")

@@ -5,9 +5,12 @@ of the progress, and renamed at the end. The .idx is renamed last, so a TARGET.i
 """
 
 import errno
+import hashlib
 import json
+import os
 import re
 import shutil
+import stat
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -39,7 +42,16 @@ from launcher.data.tokenise import (
     text_of,
 )
 from launcher.data.tokenizer import Tokenizer, train_bpe, write_byte_tokenizer
-from launcher.files import partial_path, rename, sync, write_text
+from launcher.files import (
+    make_way,
+    partial_path,
+    read_regular,
+    rename,
+    replacing,
+    sync,
+    what_is_wrong,
+    write_text,
+)
 
 JOURNAL, TOKENS, LENGTHS, INDEX = "journal.json", "tokens.bin", "lengths.bin", "index.idx"
 BAD, TOKENIZER, CARD, MADE_OF = "bad_lines.txt", "tokenizer.json", "card.json", "made_of.json"
@@ -47,7 +59,8 @@ _SAVE_INTERVAL = 5.0  # seconds between two writes of the journal
 _LONGEST = 2**30  # tokens per document: a longer text is split, because the index stores lengths in 31 bits
 _AHEAD = 4  # batches per process that are read before their results are written
 _AHEAD_BYTES = 2**28  # total size of these batches, of which each may be a line of max_line_mb
-_FORMAT = 2  # version of the journal and of the output; a change makes an interrupted preparation start again
+_MOST_JOURNAL_BYTES = 2**24
+_FORMAT = 3  # version of the journal and of the output; a change makes an interrupted preparation start again
 
 
 @dataclass
@@ -60,7 +73,7 @@ class PrepareProgress:
     open_length: int = 0  # tokens so far of a plain text that continues in the next batch
     characters: int = 0
     bad: dict[str, int] = field(default_factory=dict)  # bad lines by reason
-    bad_bytes: int = 0  # size of the list of bad lines
+    sizes: dict[str, int] = field(default_factory=dict)  # bytes written to each file, by its name
     empty: int = 0  # records whose text is empty
     spelled: int = 0  # times that the text spells the end token
     in_file: int = 0  # documents of the current file so far
@@ -105,6 +118,10 @@ class InputFile:
     name: str  # POSIX path relative to the SOURCE directory
     path: Path
     bytes: int
+
+
+class Unusable(Exception):
+    """Raised for an interrupted preparation that cannot be continued; the message says why."""
 
 
 ShowProgress = Callable[[PrepareProgress, int], None]  # (progress, bytes read of all files)
@@ -175,10 +192,9 @@ class Preparation:
         if t.path is not None:
             # Raises ConfigError here: a later error would name the copy of the file in TARGET.partial/.
             assert self._settings(Path(t.path).expanduser()).load().end_of_document >= 0
-        self.resumed = self._begin()
+        progress = self._begin()
         settings = self._tokenizer()
         tokenizer = settings.load()
-        progress = self._journal()
         if not progress.done:
             self._write(settings, tokenizer, progress, show)
         if progress.documents == 0:
@@ -203,23 +219,57 @@ class Preparation:
         end, end_in_text = c.tokenizer.end_of_document, c.end_of_document_in_text
         return TokeniseSettings(tokenizer, end, c.text_field, self.max_line, end_in_text)
 
-    def _begin(self) -> bool:
-        """Keep the folder of the same input and settings, else make it anew; return whether work resumes."""
-        fingerprint = self.folder / MADE_OF
-        if self._journal().done:
+    def _begin(self) -> PrepareProgress:
+        """Return the progress of an interrupted preparation of the same input and settings.
+
+        Without such progress make the folder anew. `note` says what happened to an earlier preparation.
+        """
+        made_of = json.dumps(self._fingerprint(), indent=2)
+        self.note = ""
+        if self.folder.exists():
+            if any(self.folder.iterdir()) and not any(self.folder.glob(f"{MADE_OF}*")):
+                raise OSError(errno.EEXIST, "it is a directory that no preparation made", str(self.folder))
+            try:
+                progress = self._saved_progress(made_of)
+            except Unusable as unusable:
+                self.note = f"began anew, because {unusable}"
+                self._remove_work()
+            else:
+                self.note = "continued an interrupted preparation" if progress.sizes else ""
+                return progress
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_text(self.folder / MADE_OF, made_of)
+        return PrepareProgress()
+
+    def _remove_work(self) -> None:
+        """Empty the folder, except for the file by which the next start knows it after a kill."""
+        for entry in self.folder.iterdir():
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            elif not entry.name.startswith(MADE_OF):
+                entry.unlink()
+
+    def _saved_progress(self, made_of: str) -> PrepareProgress:
+        """Return the progress that the journal states. Raises Unusable."""
+        progress = _read_journal(self.folder / JOURNAL)
+        if progress.done:
             # The last start stopped between the final renames: move the renamed files back.
             for path, name in self.outputs().items():
                 if path.exists() and not (self.folder / name).exists():
                     rename(path, self.folder / name)
-        if fingerprint.exists() and json.loads(fingerprint.read_text()) == self._fingerprint():
-            return (self.folder / JOURNAL).exists()
-        if self.folder.exists():
-            if any(self.folder.iterdir()) and not any(self.folder.glob(f"{fingerprint.name}*")):
-                raise OSError(errno.EEXIST, "it is a directory that no preparation made", str(self.folder))
-            shutil.rmtree(self.folder)
-        self.folder.mkdir(parents=True)
-        write_text(fingerprint, json.dumps(self._fingerprint(), indent=2))
-        return False
+        fingerprint = self.folder / MADE_OF
+        try:
+            is_same = read_regular(fingerprint, len(made_of)) == made_of.encode()
+        except OSError:
+            is_same = False
+        if not is_same:
+            raise Unusable(f"{fingerprint} states other files or settings, or is damaged")
+        for name, size in progress.sizes.items():
+            if (present := _size_of(self.folder / name)) < size:
+                raise Unusable(
+                    f"{self.folder / name} has {present} of the {size} bytes that {JOURNAL} states"
+                )
+        return progress
 
     def _fingerprint(self) -> dict[str, Any]:
         """Return everything that the token files depend on."""
@@ -243,8 +293,9 @@ class Preparation:
             write_byte_tokenizer(path)
         elif t.train is not None and not path.exists():
             train_bpe(self._training_texts(int(t.train_mb * 1e6)), self.config.vocab, path)
-        elif t.path is not None and not path.exists():
-            shutil.copyfile(Path(t.path).expanduser(), path)
+        elif t.path is not None:
+            with replacing(path) as copy:
+                shutil.copyfile(Path(t.path).expanduser(), copy)
         return self._settings(None if self._is_bytes() else path)
 
     def _is_bytes(self) -> bool:
@@ -267,13 +318,6 @@ class Preparation:
         c = self.config
         return batches(files, place, c.text_field, self.max_line, c.json_arrays)
 
-    def _journal(self) -> PrepareProgress:
-        path = self.folder / JOURNAL
-        if not path.exists():
-            return PrepareProgress()
-        journal = json.loads(path.read_text())
-        return PrepareProgress(place=Place(**journal.pop("place")), **journal)
-
     def _write(
         self, settings: TokeniseSettings, tokenizer: Tokenizer, progress: PrepareProgress, show: ShowProgress
     ) -> None:
@@ -282,9 +326,9 @@ class Preparation:
         starts = accumulate((file.bytes for file in self.inputs), initial=0)
         bytes_before = {file.path: start for file, start in zip(self.inputs, starts, strict=False)}
         with (
-            _open_truncated(self.folder / TOKENS, progress.tokens * size) as tokens,
-            _open_truncated(self.folder / LENGTHS, progress.documents * 4) as lengths,
-            _open_truncated(self.folder / BAD, progress.bad_bytes) as bad,
+            _open_truncated(self.folder / TOKENS, progress.sizes) as tokens,
+            _open_truncated(self.folder / LENGTHS, progress.sizes) as lengths,
+            _open_truncated(self.folder / BAD, progress.sizes) as bad,
         ):
             saved = time.monotonic()
 
@@ -292,14 +336,17 @@ class Preparation:
                 for file in (tokens, lengths, bad):
                     file.flush()
                     sync(Path(file.name))
-                write_text(self.folder / JOURNAL, json.dumps(asdict(progress), indent=2))
+                    progress.sizes[Path(file.name).name] = file.tell()
+                content = asdict(progress)
+                sealed = {"progress": content, "sha256": _digest(content)}
+                write_text(self.folder / JOURNAL, json.dumps(sealed, indent=2))
 
             for batch, tokenised in self._tokenised(settings, progress.place):
                 if tokenised.bad_lines and self.config.bad_lines is BadLines.fail:
                     save()
                     raise _bad_line_error(self.config, batch, tokenised, is_first=progress.documents == 0)
                 for line in tokenised.bad_lines:
-                    progress.bad_bytes += bad.write(f"{batch.file}:{line.line}: {line.why}\n".encode())
+                    bad.write(f"{batch.file}:{line.line}: {line.why}\n".encode())
                     reason = re.split("[:;,]", line.why)[0]  # without what differs from line to line
                     progress.bad[reason] = progress.bad.get(reason, 0) + 1
                     self.first_fields = self.first_fields or line.fields
@@ -410,8 +457,38 @@ def _bytes_of(batch: RecordBatch) -> int:
     return sum(len(record or "") for record in batch.records)
 
 
-def _open_truncated(path: Path, size: int) -> IO[bytes]:
-    """Open a file for writing, truncated to `size` bytes, with the position at its end."""
+def _read_journal(path: Path) -> PrepareProgress:
+    """Return the progress that a journal states, or no progress without a journal. Raises Unusable."""
+    if not os.path.lexists(path):
+        return PrepareProgress()
+    try:
+        sealed = json.loads(read_regular(path, _MOST_JOURNAL_BYTES))
+        content = sealed["progress"]
+        if sealed["sha256"] != _digest(content):
+            raise Unusable(f"{path} does not match its checksum")
+        return PrepareProgress(**{**content, "place": Place(**content["place"])})
+    except OSError as error:
+        raise Unusable(f"{path} {what_is_wrong(error)}") from None
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise Unusable(f"{path} is damaged") from None
+
+
+def _digest(content: object) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _size_of(path: Path) -> int:
+    """Return the bytes of a regular file; 0 for anything else."""
+    with suppress(OSError):
+        status = path.lstat()
+        return status.st_size if stat.S_ISREG(status.st_mode) else 0
+    return 0
+
+
+def _open_truncated(path: Path, sizes: dict[str, int]) -> IO[bytes]:
+    """Open a file for writing at its end, truncated to its size in `sizes` (0 without an entry)."""
+    size = sizes.get(path.name, 0)
+    make_way(path, for_directory=False)
     path.touch()
     file = path.open("r+b")
     file.truncate(size)

@@ -17,8 +17,9 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
+from launcher.data.parquet_pages import UnboundedPages, rows_per_batch
+
 BATCH_BYTES = 2**20
-PARQUET_ROWS = 64
 # Compressed bytes that are decompressed at once. 4 bytes of zstd can stand for 128 KiB, so 2 KiB for 64 MiB.
 _ZSTANDARD_PIECE = 2**11
 _ZSTANDARD_WINDOW = 2**27  # bytes that a frame may refer back to; `zstd --ultra --long` alone writes more
@@ -390,13 +391,16 @@ def _parquet_batches(path: Path, place: Place, text_field: str) -> Iterator[Reco
             skip, groups = row, list(range(file.metadata.num_row_groups))
             while groups and skip >= file.metadata.row_group(groups[0]).num_rows:
                 skip -= file.metadata.row_group(groups.pop(0)).num_rows
-            row_batches = file.iter_batches(PARQUET_ROWS, row_groups=groups, columns=[column])
-            for rows in row_batches if groups else ():
-                records = [_parquet_record(row, text_field) for row in rows.to_pylist()[skip:]]
-                skip = max(0, skip - len(rows))
-                if records:
-                    yield batch(records, None, last=False)
-                    row += len(records)
+            for group in groups:
+                count = rows_per_batch(path, file.metadata, file.schema, group, column)
+                for rows in file.iter_batches(count, row_groups=[group], columns=[column]):
+                    records = [_parquet_record(row, text_field) for row in rows.to_pylist()[skip:]]
+                    skip = max(0, skip - len(rows))
+                    if records:
+                        yield batch(records, None, last=False)
+                        row += len(records)
+    except UnboundedPages as error:
+        yield batch([], f"cannot be read in bounded memory: {error}", last=True)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         yield batch([], f"is damaged: {str(error).splitlines()[0]}", last=True)
     else:

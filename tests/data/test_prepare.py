@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 import launcher.data.preparation
 from launcher.config.errors import ConfigError
 from launcher.config.schema import BadLines, EndInText, PrepareConfig, TokenizerTraining
-from launcher.data import reading
+from launcher.data import parquet_pages, reading
 from launcher.data.card import card_path, tokenizer_path
 from launcher.data.preparation import Preparation, PrepareProgress, bad_lines_path, find_inputs
 from launcher.data.reading import Place, batches, format_of
@@ -745,7 +745,7 @@ class TestBadLines:
         (tmp_path / "in" / "b.jsonl").write_bytes(b"{\n" + jsonl(["b"]))
         with pytest.raises(ConfigError):
             prepared(tmp_path / "in", tmp_path / "out")
-        journal = json.loads((tmp_path / "out.partial" / "journal.json").read_text())
+        journal = json.loads((tmp_path / "out.partial" / "journal.json").read_text())["progress"]
         assert (journal["documents"], journal["place"]["file"]) == (1, 1)
         prepared(tmp_path / "in", tmp_path / "out", bad_lines=BadLines.skip)
         assert texts_in(tmp_path / "out") == ["a", "b"]
@@ -781,7 +781,7 @@ class TestBadLines:
 def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Files of every format with some bad lines; batches have only a few records."""
     monkeypatch.setattr(reading, "BATCH_BYTES", 300)
-    monkeypatch.setattr(reading, "PARQUET_ROWS", 3)
+    monkeypatch.setattr(parquet_pages, "MOST_ROWS", 3)
     folder = tmp_path / "in"
     folder.mkdir()
     texts = [f"{n}: {text}" * (n % 5 + 1) for n in range(60) for text in TEXTS[:3]]
@@ -797,6 +797,20 @@ def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 SKIP = {"bad_lines": BadLines.skip}
+
+
+def flip_a_digit(path: Path) -> None:
+    other = {"1": "2"}
+    path.write_text(re.sub(r'(?<="tokens": )\d', lambda digit: other.get(digit[0], "1"), path.read_text()))
+
+
+def shorten(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def become_a_fifo(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
 
 
 class TestSameResult:
@@ -837,10 +851,101 @@ class TestSameResult:
                 for name in ("tokens.bin", "lengths.bin", "bad_lines.txt"):
                     with (tmp_path / "cut.partial" / name).open("ab") as file:
                         file.write(b"half a record")
-            assert job.resumed == (starts > 1)
+            assert job.note == ("continued an interrupted preparation" if starts > 1 else "")
         assert starts > 5
         assert files_of(tmp_path / "cut") == whole
         assert not (tmp_path / "cut.partial").exists()
+
+    @pytest.mark.parametrize(
+        ("name", "damage", "why"),
+        [
+            ("journal.json", lambda path: path.write_text(""), "journal.json is damaged"),
+            ("journal.json", lambda path: path.write_text("[1]"), "journal.json is damaged"),
+            ("journal.json", lambda path: path.write_text("[" * 10**5), "journal.json is damaged"),
+            ("journal.json", lambda path: path.write_bytes(b"\xff"), "journal.json is damaged"),
+            ("journal.json", flip_a_digit, "journal.json does not match its checksum"),
+            ("journal.json", become_a_fifo, "journal.json is a FIFO instead of a regular file"),
+            (
+                "made_of.json",
+                lambda path: path.write_text("{"),
+                "made_of.json states other files or settings",
+            ),
+            ("made_of.json", become_a_fifo, "made_of.json states other files or settings"),
+            ("tokens.bin", shorten, r"tokens.bin has \d+ of the \d+ bytes that journal.json states"),
+            ("tokens.bin", become_a_fifo, "tokens.bin has 0 of the "),
+            ("lengths.bin", Path.unlink, "lengths.bin has 0 of the "),
+            ("bad_lines.txt", shorten, "bad_lines.txt has "),
+            ("tokenizer.json", shorten, None),  # it is written again at each start
+        ],
+    )
+    def test_after_damage_to_an_interrupted_preparation(
+        self,
+        name: str,
+        damage: Callable[[Path], object],
+        why: str | None,
+        corpus: Path,
+        tmp_path: Path,
+        bpe: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr(launcher.data.preparation, "_SAVE_INTERVAL", 0.0)
+        prepared(corpus, tmp_path / "whole", tokenizer__path=str(bpe), **SKIP)
+        config = PrepareConfig(bad_lines=BadLines.skip)
+        config.tokenizer.path = str(bpe)
+
+        def stop(progress: PrepareProgress, done: int) -> None:
+            if progress.bad and progress.place.file > 1:
+                raise KeyboardInterrupt
+
+        inputs, _ = find_inputs([corpus])
+        with pytest.raises(KeyboardInterrupt):
+            Preparation(inputs, tmp_path / "cut", config, 1).run(stop)
+        damage(tmp_path / "cut.partial" / name)
+        job = Preparation(inputs, tmp_path / "cut", config, 1)
+        job.run(lambda *_: None)
+        expected = "continued an interrupted" if why is None else f"began anew, because .*cut.partial/{why}"
+        assert re.match(expected, job.note), job.note
+        assert files_of(tmp_path / "cut") == files_of(tmp_path / "whole")
+
+    def test_after_a_kill_while_damaged_work_is_removed(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "a.jsonl").write_bytes(jsonl(["a"]) + b"{\n")
+        with pytest.raises(ConfigError, match="bad_lines"):
+            prepared(tmp_path / "a.jsonl", tmp_path / "out")
+        (tmp_path / "out.partial" / "journal.json").write_text("")
+        unlink, removed = Path.unlink, 0
+
+        def killed(path: Path, missing_ok: bool = False) -> None:
+            nonlocal removed
+            if path.parent.name == "out.partial" and path.suffix != ".tmp":
+                removed += 1
+                if removed == stop_at:
+                    raise KeyboardInterrupt
+            unlink(path, missing_ok)
+
+        monkeypatch.setattr(Path, "unlink", killed)
+        for stop_at in (1, 2, 3):
+            with pytest.raises(KeyboardInterrupt):
+                prepared(tmp_path / "a.jsonl", tmp_path / "out", text_field=str(stop_at), **SKIP)
+            removed = 0
+        stop_at = 0
+        prepared(tmp_path / "a.jsonl", tmp_path / "out", **SKIP)
+        assert texts_in(tmp_path / "out") == ["a"]
+
+    def test_a_link_in_the_place_of_an_output_is_not_written_through(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "a.jsonl").write_bytes(b"{\n" + jsonl(["a"]))
+        (tmp_path / "mine").write_text("mine")
+        with pytest.raises(ConfigError, match="bad_lines"):
+            prepared(tmp_path / "a.jsonl", tmp_path / "out")
+        for name in ("tokens.bin", "bad_lines.txt"):
+            (tmp_path / "out.partial" / name).unlink()
+            (tmp_path / "out.partial" / name).symlink_to(tmp_path / "mine")
+        prepared(tmp_path / "a.jsonl", tmp_path / "out", **SKIP)
+        assert (tmp_path / "mine").read_text() == "mine"
+        assert texts_in(tmp_path / "out") == ["a"]
 
     def test_after_an_interruption_between_the_final_renames(
         self, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

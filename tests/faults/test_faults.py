@@ -1,6 +1,7 @@
 """The campaign's rules notice a violation; a small campaign of each family breaks none."""
 
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,8 +12,8 @@ from tests.checkpoint.test_corruptions import write
 from tests.faults import __main__ as command
 from tests.faults.campaign import Family, Shared, Try, attempted, report
 from tests.faults.families import FAMILIES
-from tests.faults.injection import FIRED
-from tests.faults.processes import check_checkpoints
+from tests.faults.injection import FIRED, Fault
+from tests.faults.processes import NOTE, TRAINING, Case, check_checkpoints
 from tests.faults.secrets import check_not_shown
 from tests.forked_commands import light
 
@@ -101,7 +102,27 @@ def test_a_try_is_the_same_alone_and_in_a_campaign(
     assert third == f"silent    --seed 5 --only fake:2  [{random.Random('5/fake/2').random()}]"
 
 
-COUNTS = {"processes": 8, "corruptions": 25, "command_lines": 100, "wandb": 3, "secrets": 8}
+@pytest.mark.parametrize(
+    ("action", "restarts", "code", "output", "is_allowed"),
+    [
+        ("raise", True, 0, f"{NOTE}, those before it are intact: RuntimeError: the disk is on fire", True),
+        ("raise", True, 0, "launcher: restart 1 of 2 at step 3", True),
+        ("raise", True, 0, "the disk is on fire", False),
+        ("raise", False, 0, "launcher: restart 1 of 2 at step 3", False),
+        ("exit", True, 0, "launcher: restart 1 of 2 at step 3", True),
+        ("exit", True, 0, "", False),
+        ("SIGSTOP", False, 1, "rank 0 of 1 was stopped by SIGSTOP or SIGTSTP for 6 seconds", True),
+        ("SIGSTOP", False, 1, "rank 0 of 1 failed", False),
+    ],
+)
+def test_the_message_after_a_fault_is_checked(
+    action: str, restarts: bool, code: int, output: str, is_allowed: bool
+) -> None:
+    case = Case("single", Fault(action, TRAINING.function, actor=0), restarts)
+    assert (re.search(case.allowed()[code], output) is not None) == is_allowed
+
+
+COUNTS = {"processes": 4, "corruptions": 15, "command_lines": 60, "wandb": 2, "secrets": 6}
 
 
 @pytest.mark.slow

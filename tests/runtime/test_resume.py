@@ -14,7 +14,7 @@ import pytest
 
 from launcher.checkpoint.integrity import read_intact_manifest
 from launcher.checkpoint.manifest import checkpoints_in
-from tests.forked_commands import Command, heavy
+from tests.forked_commands import LAUNCHER, Command, heavy
 from tests.runtime.command import SMALL, environment, launcher, metrics, started, trained
 
 RUN = ["run.dir=r", "training.steps=6"]
@@ -205,6 +205,38 @@ def test_a_full_disk_ends_the_run_only_with_stop_on_error(tmp_path: Path) -> Non
     assert "the final weights cannot be written: " in no_weights.stderr
     assert "Traceback" not in no_weights.stderr
     trained("training.steps=3", "parallelism.data=2", "run.dir=last", cwd=tmp_path)
+
+
+FAILING_SAVE = """
+import launcher.checkpoint.save as save
+write, count = save.write_pieces, 0
+def failing(*arguments):
+    global count
+    count += 1
+    if count == 2:
+        raise RuntimeError("the disk is on fire")
+    write(*arguments)
+save.write_pieces = failing
+"""
+
+
+def test_an_exception_while_a_checkpoint_is_written_is_a_note(tmp_path: Path) -> None:
+    """The run is not restarted for it, and the next checkpoint is written."""
+    arguments = [
+        *SMALL,
+        "run.dir=r",
+        "training.steps=3",
+        "checkpoint.interval_steps=1",
+        "launch.max_restarts=2",
+    ]
+    done = heavy().run(arguments, cwd=tmp_path, environment=environment(), program=FAILING_SAVE + LAUNCHER)
+    assert done.returncode == 0, done.stdout + done.stderr
+    note = "a checkpoint could not be written, those before it are intact: RuntimeError: the disk is on fire"
+    assert done.stdout.count(note) == 1
+    assert "restart" not in done.stdout + done.stderr
+    present = {path.name for path in (tmp_path / "r" / "checkpoints").iterdir()}
+    assert "step-00000003" in present
+    assert "step-00000002" not in present
 
 
 @pytest.mark.slow
