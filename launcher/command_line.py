@@ -49,7 +49,7 @@ def run_command(arguments: list[str]) -> int:
         record_end(
             int(os.environ.get("SLURM_PROCID", "0")),
             RankEndKind.refused,
-            f"ConfigError: {without_values(str(error))}",
+            f"ConfigError: {error}",
         )
         # Under torchrun or srun every rank is refused alike, and the first rank reports it.
         return _report(error, REFUSED) if speaks_for_all(os.environ) else REFUSED

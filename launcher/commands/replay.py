@@ -53,7 +53,10 @@ def _replay(config: ReplayConfig) -> None:
             shown=config.samples, folder=folder,
         )  # fmt: skip
         start_method = start_method_for(layout.device)
-        run_local_ranks(target, layout.world_size, log_dir=folder, start_method=start_method)
+        limit = 60 * ready_run.run.launch.timeout_minutes
+        run_local_ranks(
+            target, layout.world_size, log_dir=folder, start_method=start_method, stopped_limit=limit
+        )
 
 
 def checkpoint_before(run_dir: Path, step: int) -> Path | None:

@@ -34,7 +34,13 @@ def measure_layout(run: RunConfig, layout: Layout, *, steps: int) -> MeasuredLay
     with scratch_directory() as folder:
         target = partial(record_rank, run=run, layout=layout, steps=steps, folder=folder)
         start_method = start_method_for(layout.device)
-        run_local_ranks(target, layout.world_size, log_dir=folder / "logs", start_method=start_method)
+        run_local_ranks(
+            target,
+            layout.world_size,
+            log_dir=folder / "logs",
+            start_method=start_method,
+            stopped_limit=60 * run.launch.timeout_minutes,
+        )
         records = [folder / f"rank-{rank}.json" for rank in range(layout.world_size)]
         return combined(layout, [RankRecord(**json.loads(record.read_text())) for record in records])
 

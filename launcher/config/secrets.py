@@ -3,7 +3,7 @@
 import os
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import is_dataclass
 from enum import Enum
 from functools import cache
@@ -91,6 +91,11 @@ def variables_read() -> list[str]:
     It is one list per process, because OmegaConf has one set of resolvers per process.
     """
     return []
+
+
+def note_variables(names: Iterable[str]) -> None:
+    """Let `without_values` replace the values of these environment variables in this process, too."""
+    variables_read().extend(names)
 
 
 def register_environment_resolver() -> None:

@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Literal
 
 from launcher.config.errors import ConfigError
+from launcher.config.secrets import variables_read, without_values
 from launcher.launch.memory_kills import memory_kills
 from launcher.launch.orphans import no_grandchildren_left
 from launcher.launch.rank import (
@@ -27,6 +28,7 @@ from launcher.launch.rank import (
     FailureReport,
     rank_main,
 )
+from launcher.text import duration
 
 SAVING = "saving the current step, then stopping (a second Ctrl-C stops at once and does not save)"
 _POLL = 0.1
@@ -43,7 +45,8 @@ AGAIN = 1.0
 class RankFailure(Exception):
     """Raised for the first failed rank; `secondary` if it probably only lost a rank that ended before.
 
-    `stopping` if a stop signal arrived too, and `out_of_memory` if the kernel killed the rank for its memory.
+    `stopping` if a stop signal arrived too, `out_of_memory` if the kernel killed the rank for its memory, and
+    `halted` if a guard of the run ended it.
     """
 
     def __init__(
@@ -55,10 +58,12 @@ class RankFailure(Exception):
         secondary: bool = False,
         stopping: bool = False,
         out_of_memory: bool = False,
+        halted: bool = False,
     ) -> None:
-        self.rank, self.world_size, self.detail, self.secondary = rank, world_size, detail, secondary
-        self.stopping, self.out_of_memory = stopping, out_of_memory
-        super().__init__(f"rank {rank} of {world_size} {detail}")
+        self.rank, self.world_size, self.secondary = rank, world_size, secondary
+        self.detail = without_values(detail)
+        self.stopping, self.out_of_memory, self.halted = stopping, out_of_memory, halted
+        super().__init__(f"rank {rank} of {world_size} {self.detail}")
 
     def with_advice(self, remedy: str) -> "RankFailure":
         first, *others = self.detail.split("\n", 1)
@@ -96,6 +101,7 @@ def run_local_ranks(
     failure_grace: float = 3.0,
     stop_grace: float = 5.0,
     save_grace: float = 0.0,
+    stopped_limit: float = 600.0,
 ) -> None:
     """Run `target(rank)` in one process per rank; return once all have succeeded. Main thread only.
 
@@ -103,7 +109,8 @@ def run_local_ranks(
     writes to `log_dir/rank_N.log`. If a rank fails, the others get END_SIGNAL, which raises SystemExit in
     them, and SIGKILL after `failure_grace` seconds. If this process gets a stop signal, the ranks first get
     STOP_SIGNAL and `save_grace` seconds to end by themselves (see StopRequest), then END_SIGNAL and
-    `stop_grace` seconds; a Ctrl-C at least AGAIN seconds later kills them at once. On Linux the children of
+    `stop_grace` seconds; a Ctrl-C at least AGAIN seconds later kills them at once. Ranks that are all stopped
+    by SIGSTOP have nobody who notices it: after `stopped_limit` seconds they fail. On Linux the children of
     ranks end as well, and all ranks end even if this process is killed. Ranks share this process group:
     Ctrl-Z suspends them all.
 
@@ -123,7 +130,7 @@ def run_local_ranks(
     with _recorded_stops() as stops, no_grandchildren_left(patience=failure_grace):
         try:
             _start(ranks, target, local_ranks or range(world_size), log_dir, start_method)
-            failure = _watch(ranks, stops, kills_before)
+            failure = _watch(ranks, stops, kills_before, stopped_limit)
             all_stopped_themselves = all(rank.process.exitcode == STOPPED_EXIT_CODE for rank in ranks)
         finally:
             if stops and save_grace:
@@ -175,6 +182,7 @@ def _start(
                 os.getpid(),
                 sender,
                 inherited if start_method == "fork" else (),
+                tuple(variables_read()) if start_method == "spawn" else (),  # a forked rank has them
             )
             process = context.Process(target=rank_main, args=arguments, name=f"rank {number}")
             before = _open_descriptors()
@@ -196,10 +204,18 @@ def _open_descriptors() -> set[int]:
     return descriptors
 
 
-def _watch(ranks: list[_Rank], stops: list[int], kills_before: int | None) -> FailureReport | None:
+def _watch(
+    ranks: list[_Rank], stops: list[int], kills_before: int | None, stopped_limit: float
+) -> FailureReport | None:
     """Wait until all ranks have ended, a rank fails or a stop signal arrives; return the first failure."""
     first_noticed: float | None = None
+    stopped = 0.0
     while True:
+        # Count pauses instead of reading a clock: Ctrl-Z stops this process together with its ranks.
+        running = _running(ranks)
+        stopped = stopped + _POLL if running and all(map(_is_stopped, running)) else 0.0
+        if stopped > stopped_limit:
+            return _stopped_too_long(running, stopped_limit)
         ended = [rank for rank in ranks if rank.process.exitcode is not None]
         # Receive only now: all reports of the ranks in `ended` have arrived.
         _receive_failures(ranks)
@@ -295,6 +311,21 @@ def _failure_from_exit_code(rank: _Rank, kills_before: int | None) -> FailureRep
     )
 
 
+def _is_stopped(rank: _Rank) -> bool:
+    """Return whether the rank's process is stopped, by SIGSTOP or SIGTSTP; False where there is no /proc."""
+    try:
+        stat = Path(f"/proc/{rank.process.pid}/stat").read_text(errors="replace")
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] == "T"
+
+
+def _stopped_too_long(ranks: list[_Rank], limit: float) -> FailureReport:
+    alike = f", like all {len(ranks)} running ranks" if len(ranks) > 1 else ""
+    detail = f"was stopped by SIGSTOP or SIGTSTP for {duration(limit)}{alike}"
+    return FailureReport(ranks[0].number, time.monotonic(), False, detail)
+
+
 def _log_tail(rank: _Rank) -> str:
     if rank.log is None or not rank.log.is_file():
         return ""
@@ -314,6 +345,7 @@ def _as_error(failure: FailureReport, world_size: int, *, stopping: bool) -> Ran
         secondary=failure.secondary,
         stopping=stopping,
         out_of_memory=failure.out_of_memory,
+        halted=failure.halted,
     )
 
 

@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from launcher.config.errors import ConfigError, RunStopped
+from launcher.config.secrets import note_variables, without_values
 from launcher.launch.orphans import die_with
 from launcher.streams import standard_stream
 
@@ -37,6 +38,7 @@ class FailureReport:
     detail: str
     refusal: tuple[str, str | None, str, str] | None = None  # the fields of a ConfigError
     out_of_memory: bool = False  # the kernel killed the rank because memory ran out
+    halted: bool = False  # a guard of the run ended it
 
 
 def rank_main(
@@ -46,11 +48,14 @@ def rank_main(
     parent: int,
     failures: Connection,
     inherited: Collection[int],
+    variables: Collection[str],
 ) -> None:
     """Run `target(rank)`, with output to `log` or the terminal; send a failure, then exit with code 1.
 
-    `inherited` are descriptors of the parent that the rank closes.
+    `inherited` are descriptors of the parent that the rank closes, `variables` the names of the environment
+    variables whose values its tracebacks do not show.
     """
+    note_variables(variables)
     try:
         die_with(parent)
         for descriptor in inherited:
@@ -138,11 +143,13 @@ def failure_of(rank: int, error: BaseException) -> FailureReport:
         refusal = (error.field, None if error.value is None else str(error.value), error.why, error.remedy)
         return FailureReport(rank, when, False, str(error), refusal)
     if isinstance(error, RunStopped):
-        return FailureReport(rank, when, rank > 0, f"stopped the run: {error}")
+        detail = without_values(f"stopped the run: {error}")
+        return FailureReport(rank, when, rank > 0, detail, halted=True)
     # Leave out the first frame, which is the caller's.
     frames = error.__traceback__.tb_next if error.__traceback__ else None
     text = "".join(traceback.format_exception(type(error), error, frames)).rstrip()
-    return FailureReport(rank, when, _is_consequence(error), f"{EXCEPTION}\n{text}")
+    detail = f"{EXCEPTION}\n{without_values(text)}"
+    return FailureReport(rank, when, _is_consequence(error), detail)
 
 
 # A rank that lost its peers raises one of these torch types (by name, because torch is not imported here) or

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
 
+from launcher.config.secrets import without_values
+
 # Memory addresses, and IPv4 and IPv6 addresses with or without a port.
 _ADDRESS = re.compile(r"0x[0-9a-f]+|\[?\b\d{1,3}(\.\d{1,3}){3}\b\]?(:\d+)?|\[[\w.%]*:[\w.%:]*\](:\d+)?")
 # The environment variable that holds the path of the directory. Without it no rank records its end.
@@ -19,6 +21,7 @@ class RankEndKind(Enum):
     """Ways in which a rank ends. The first in this list explains the end of a job best."""
 
     refused = "refused"
+    halted = "halted"  # by a guard of the run
     failed = "failed"
     lost = "lost"  # lost the connection to a rank that ended before
     stopped = "stopped"
@@ -35,7 +38,7 @@ def record_end(rank: int, kind: RankEndKind, error: BaseException | str = "") ->
     """Write the end of `rank` to its file; do nothing if the file exists or cannot be written (full disk)."""
     if ENDS_VARIABLE not in os.environ:
         return
-    end = RankEnd(rank, kind, error_summary(error))
+    end = RankEnd(rank, kind, without_values(error_summary(error)))
     with suppress(OSError), _file_of(rank).open("x") as file:
         file.write(json.dumps({**asdict(end), "kind": kind.name}) + "\n")
 

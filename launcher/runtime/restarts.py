@@ -28,7 +28,7 @@ class Restarts:
     def directory_after(self, failure: RankFailure, directory: RunDir) -> RunDir:
         """Return the directory to start again with, and print why. Raise `failure` to end the run."""
         most = self._run.launch.max_restarts
-        if failure.stopping or not most:
+        if failure.stopping or failure.halted or not most:
             raise failure
         step = last_logged_step(directory.path)
         self._failures.append(FailedStart(step, error_summary(failure.reason)))

@@ -2,7 +2,8 @@
 
 After a stop request (SIGUSR1 before the time limit, or a preemption) the ranks save, and the job is requeued
 or a follow-up job is submitted. After a failure the run restarts in the same allocation from its last
-checkpoint, but not after three identical failures in a row. Slurm restarts the jobs that Slurm ends.
+checkpoint, but not after three identical failures in a row, nor if a guard of the run ended it. Slurm
+restarts the jobs that Slurm ends.
 """
 
 import os
@@ -37,6 +38,7 @@ _REQUEUE_TAKES = 60.0  # seconds until Slurm ends a requeued job
 class End(Enum):
     finished = "finished"
     refused = "refused"
+    halted = "halted"  # by a guard of the run
     stopped = "stopped"
     failed = "failed"
 
@@ -90,6 +92,9 @@ def run_to_the_end(job: SlurmJob, stops: list[int]) -> int:
             return 0
         if ended.end is End.refused:
             return REFUSED
+        if ended.end is End.halted:
+            _print(f"the run does not start again, because a guard ended it: {ended.error}")
+            return FAILED
         if ended.end is End.failed and _is_hopeless(run_dir, ended.error):
             return FAILED
         if ended.end is End.stopped or stops or not _is_running(allocation):
@@ -146,6 +151,8 @@ def outcome(code: int, stop_requested: bool, ends: list[RankEnd], ranks: int) ->
     """Return how the ranks ended. Their records count more than srun's exit code. Pure."""
     if ends and ends[0].kind is RankEndKind.refused:
         return Outcome(End.refused, ends[0].error)
+    if ends and ends[0].kind is RankEndKind.halted:
+        return Outcome(End.halted, ends[0].error)
     if ends and ends[0].kind is RankEndKind.lost and len(ends) < ranks:
         # The errors of the other ranks differ from start to start, so they would never count as identical.
         return Outcome(End.failed, "a rank ended without a message: see the output of srun above")

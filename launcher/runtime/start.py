@@ -91,10 +91,13 @@ def _run_ranks(
             start_method=start_method_for(layout.device),
             local_ranks=ranks,
             save_grace=stop_grace(run),
+            stopped_limit=60 * run.launch.timeout_minutes,
         )
     except RankFailure as failure:
         if not failure.secondary:  # a killed rank has not recorded its end
-            record_end(failure.rank, RankEndKind.failed, str(failure))
+            record_end(
+                failure.rank, RankEndKind.halted if failure.halted else RankEndKind.failed, str(failure)
+            )
         if failure.out_of_memory:
             raise failure.with_advice(memory_advice(run, layout)) from None
         raise
@@ -193,6 +196,7 @@ def _recorded_end(rank: int) -> Iterator[None]:
     except Exception as error:
         failure = failure_of(rank, error)
         kind = RankEndKind.lost if failure.secondary else RankEndKind.failed
+        kind = RankEndKind.halted if failure.halted else kind
         record_end(rank, RankEndKind.refused if failure.refusal else kind, error)
         raise
 

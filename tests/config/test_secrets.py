@@ -72,13 +72,22 @@ def test_a_variable_with_a_secret_is_refused_without_its_value(subtests: pytest.
             assert value not in str(raised.value)
 
 
-@pytest.mark.parametrize("option", ["--export=ALL,GITHUB_PAT=x1y2", "--comment=https://a:x1y2@host"])
-def test_an_option_with_a_secret_is_refused(option: str) -> None:
+@pytest.mark.parametrize(
+    ("field", "option", "named"),
+    [
+        ("sbatch", "--export=ALL,GITHUB_PAT=x1y2", "slurm.sbatch, --export: "),
+        ("sbatch", "--comment=https://a:x1y2@host", "slurm.sbatch, --comment: "),
+        ("srun", "--container-env=DB_PWD=x1y2", "slurm.srun, --container-env: "),
+        ("container", "MY_PASS=x1y2", "slurm.container, item 2: "),
+    ],
+)
+def test_an_option_with_a_secret_is_refused_by_name(field: str, option: str, named: str) -> None:
     run = run_of()
-    run.slurm.sbatch = [option]
+    setattr(run.slurm, field, ["--mail-type=END", option])
     with pytest.raises(ConfigError) as raised:
         check_slurm(run)
     assert "x1y2" not in str(raised.value)
+    assert str(raised.value).startswith(named)
 
 
 def test_a_password_in_a_url_is_masked() -> None:

@@ -15,7 +15,8 @@ from typing import Any, Literal, NoReturn
 
 import pytest
 
-from launcher.config.errors import ConfigError
+from launcher.config.errors import ConfigError, RunStopped
+from launcher.config.secrets import note_variables
 from launcher.launch.local import AGAIN, RankFailure, Stopped, run_local_ranks
 from launcher.launch.memory_kills import memory_kills
 from launcher.launch.rank import END_SIGNAL, STOP_SIGNAL, STOPPED_EXIT_CODE
@@ -117,6 +118,83 @@ def test_ranks_inherit_no_descriptors_of_other_ranks(tmp_path: Path) -> None:
 
 
 # --- failures --------------------------------------------------------------------------------------------
+
+
+def fail_with_a_secret(rank: int) -> NoReturn:
+    raise RuntimeError(f"cannot read {os.environ['LAUNCHER_TEST_VALUE']}/x")
+
+
+@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_traceback_holds_no_value_of_the_environment(
+    tmp_path: Path,
+    start_method: Literal["fork", "spawn"],
+    first: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("LAUNCHER_TEST_VALUE", "hunter2")
+    note_variables(["LAUNCHER_TEST_VALUE"])
+    ranks = range(first, first + 1)
+    failure = failure_of(fail_with_a_secret, 2, tmp_path, start_method=start_method, local_ranks=ranks)
+    assert "RuntimeError: cannot read ${oc.env:LAUNCHER_TEST_VALUE}/x" in str(failure)
+    said = [str(failure), failure.reason, *capfd.readouterr(), *(p.read_text() for p in tmp_path.iterdir())]
+    assert "hunter2" not in "".join(said)
+
+
+def test_the_end_of_a_log_holds_no_value_of_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LAUNCHER_TEST_VALUE", "hunter2")
+    note_variables(["LAUNCHER_TEST_VALUE"])
+
+    def target(rank: int) -> None:
+        print("a library prints hunter2", flush=True)
+        os._exit(3)
+
+    failure = failure_of(target, 2, tmp_path, local_ranks=range(1, 2))
+    assert "a library prints ${oc.env:LAUNCHER_TEST_VALUE}" in str(failure)
+
+
+def test_a_guard_that_ends_the_run_is_not_a_failure_of_its_code(tmp_path: Path) -> None:
+    def target(rank: int) -> None:
+        raise RunStopped("the loss is not finite")
+
+    failure = failure_of(target, 2, tmp_path)
+    assert failure.halted
+    assert str(failure) == "rank 0 of 2 stopped the run: the loss is not finite"
+    assert not failure_of(lambda rank: sys.exit(3), 1, tmp_path).halted
+
+
+def stop_itself(rank: int) -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_ranks_that_are_all_stopped_end_the_run(tmp_path: Path, world_size: int) -> None:
+    failure = failure_of(stop_itself, world_size, tmp_path, stopped_limit=0.5)
+    names = "rank 0 of 1 was" if world_size == 1 else "rank 0 of 2 was"
+    assert str(failure).startswith(f"{names} stopped by SIGSTOP or SIGTSTP for 0.5 s"), failure
+
+
+def test_a_rank_that_continues_or_is_waited_for_does_not_end_the_run(tmp_path: Path) -> None:
+    def continues(rank: int) -> None:
+        if os.fork() == 0:
+            time.sleep(0.4)
+            os.kill(os.getppid(), signal.SIGCONT)
+            os._exit(0)
+        stop_itself(rank)
+        os.wait()
+
+    run(continues, 1, tmp_path, stopped_limit=1.5)
+
+    def waits(rank: int) -> None:
+        if rank == 0:
+            stop_itself(rank)
+        time.sleep(1.5)
+        raise RuntimeError("the run hangs")
+
+    assert "the run hangs" in str(failure_of(waits, 2, tmp_path, stopped_limit=0.5))
 
 
 def sleep_for_long() -> None:

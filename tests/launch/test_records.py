@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from launcher.config.secrets import note_variables
 from launcher.launch.records import (
     ENDS_VARIABLE,
     RankEnd,
@@ -27,6 +28,15 @@ def test_causes_are_sorted_before_consequences(tmp_path: Path, monkeypatch: pyte
         RankEnd(0, RankEndKind.lost, "ConnectionError: closed"),
         RankEnd(1, RankEndKind.stopped),
     ]
+
+
+def test_a_record_holds_no_value_of_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ENDS_VARIABLE, str(tmp_path))
+    monkeypatch.setenv("LAUNCHER_TEST_VALUE", "hunter2")
+    note_variables(["LAUNCHER_TEST_VALUE"])
+    record_end(0, RankEndKind.failed, OSError("no hunter2"))
+    [end] = read_rank_ends(tmp_path)
+    assert end.error == "OSError: no ${oc.env:LAUNCHER_TEST_VALUE}"
 
 
 def test_records_nothing_outside_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,6 +31,12 @@ SILENT = "a rank ended without a message: see the output of srun above"
         (143, False, [RankEnd(0, RankEndKind.stopped)], Outcome(End.stopped)),  # Slurm signalled the ranks
         (137, True, [], Outcome(End.stopped)),  # killed during the save
         (2, False, [RankEnd(0, RankEndKind.refused, "x")], Outcome(End.refused, "x")),
+        (
+            1,
+            False,
+            [RankEnd(0, RankEndKind.halted, "x"), RankEnd(1, RankEndKind.lost, "y")],
+            Outcome(End.halted, "x"),
+        ),
         # srun ends the other ranks and returns the highest exit code.
         (
             143,

@@ -78,9 +78,20 @@ def test_different_failures_are_counted_and_a_stop_is_not_restarted(
     assert [failure_after(restarts, directory, failure) for failure in failures] == [False, False, True]
     assert "giving up after launch.max_restarts=2 restarts" in capsys.readouterr().err
     assert failure_after(Restarts(allowed), directory, RankFailure(0, 2, "failed:\nx", stopping=True))
+    assert failure_after(Restarts(allowed), directory, RankFailure(0, 2, "stopped the run: x", halted=True))
     never = run_of("hardware=cpu", "parallelism=single")
     assert failure_after(Restarts(never), directory, failures[0])
     assert capsys.readouterr().err == ""
+
+
+def test_a_run_that_a_guard_ends_is_not_restarted(tmp_path: Path) -> None:
+    program = FAULTY.format(fault="next(iter(engine.module.parameters())).data.fill_(float('inf'))")
+    options = ["run.dir=r", "parallelism.data=2", "launch.max_restarts=2", "guard.nonfinite=stop"]
+    process = started(*SMALL, *options, cwd=tmp_path, program=program)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert error.startswith("launcher: rank 0 of 2 stopped the run: "), error
+    assert "restart" not in error
 
 
 def test_ranks_of_torchrun_do_not_restart_the_run(tmp_path: Path) -> None:
