@@ -101,6 +101,29 @@ def held(run_dir: Path) -> Iterator[tuple[Place, list[str]]]:
             return
 
 
+def is_held(run_dir: Path) -> bool | None:
+    """Return whether a living process holds the directory; None if the file system has no locks."""
+    answers = [_is_locked(path) for path in (run_dir, run_dir / HOLDER)]
+    return True if True in answers else None if answers == [None, None] else False
+
+
+def _is_locked(path: Path) -> bool | None:
+    """Return whether another process has locked a file or directory; None if nobody can lock it."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def _holder_file(run_dir: Path) -> IO[str]:
     """Open holder.json, never through a link or as anything but a regular file. Raises OSError."""
     descriptor = os.open(run_dir / HOLDER, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
