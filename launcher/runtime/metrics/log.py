@@ -1,7 +1,10 @@
 """Writes a run's metrics: to metrics.jsonl always, to W&B as configured. Only rank 0 uses it."""
 
+from contextlib import ExitStack
+
 from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig, WandbMode
+from launcher.launch.scratch import scratch_directory, temporary_files_in
 from launcher.runtime.metrics.rows import Row, RowFile, drop_rows_from
 from launcher.runtime.run_dir import RunDir
 
@@ -18,11 +21,14 @@ class MetricsLog:
             self._notes.append(f"{directory.metrics} keeps rows of an earlier start: {error.strerror}")
         self._file = RowFile(directory.metrics)
         self._wandb = None
+        self._scratch = ExitStack()
         if run.logging.wandb.mode is not WandbMode.disabled:
             try:
-                from launcher.runtime.metrics.wandb_thread import WandbThread
+                temporary = self._scratch.enter_context(scratch_directory())
+                with temporary_files_in(temporary):  # W&B makes directories when it is imported
+                    from launcher.runtime.metrics.wandb_thread import WandbThread
 
-                self._wandb = WandbThread(run, layout, directory, first_step)
+                self._wandb = WandbThread(run, layout, directory, first_step, temporary)
             except Exception as error:
                 self._notes.append(f"W&B cannot be used: {error!r}")
 
@@ -35,6 +41,7 @@ class MetricsLog:
         self._notes += self._file.close()
         if self._wandb is not None:
             self._wandb.close(failed=failed)
+        self._scratch.close()
 
     def new_notes(self) -> list[str]:
         """Return the notes to the user since the last call."""
