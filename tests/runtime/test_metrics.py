@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,11 @@ from typing import Any
 import pytest
 
 from launcher.config.schema import WandbMode
+from launcher.launch.scratch import remove_abandoned
 from launcher.runtime.metrics.upload import complete, is_complete
 from launcher.runtime.metrics.wandb_files import fragments, is_sent, mark_as_sent, records, steps_in
 from launcher.runtime.metrics.wandb_run import resolved_mode
-from tests.forked_commands import LAUNCHER, environment, heavy
+from tests.forked_commands import LAUNCHER, ROOT, environment, heavy
 from tests.runtime.command import SMALL, launcher, metrics, started, trained
 from tests.runtime.wandb_server import refuse, wandb_server
 
@@ -297,6 +300,37 @@ def test_no_temporary_file_of_wandb_stays_behind(program: str, code: int, tmp_pa
     out, error = process.communicate()
     assert process.returncode == code, out + error
     assert [path for path in temporary.iterdir() if not path.name.startswith("torchinductor_")] == []
+
+
+LOG_KILLED = """
+import os, signal, sys
+from pathlib import Path
+from launcher.config.layout import Layout
+from launcher.runtime.metrics.log import MetricsLog
+from launcher.runtime.run_dir import RunDir
+from tests.config.composing import composed
+layout = Layout(pipeline=1, data=1, tensor=1, device="cpu", accumulation=1, zero_stage=0)
+log = MetricsLog(composed("logging=wandb"), layout, RunDir(Path(sys.argv[1]), "abc123"), 1)
+print(*os.listdir(os.environ["TMPDIR"]), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_the_next_start_removes_what_the_import_of_wandb_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """W&B makes directories when it is imported: here in a process that has not imported it yet."""
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    command = [sys.executable, "-c", LOG_KILLED, str(tmp_path)]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(TMPDIR=str(temporary)), capture_output=True, text=True
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert done.stdout.startswith("launcher-")
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    remove_abandoned()
+    assert list(temporary.iterdir()) == []
 
 
 def test_sync_uploads_a_killed_run_at_once(tmp_path: Path) -> None:
