@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import wandb
-from wandb.apis.public.service_api import ServiceApi
+from wandb.proto.wandb_api_pb2 import ApiRequest, GraphQLRequest
 
 from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig, WandbMode
@@ -129,10 +129,14 @@ def open_session(
 
 def uploaded_history(project: str, entity: str | None, run_id: str) -> History:
     """Ask the server which steps of the run it has. Raises any exception of W&B."""
-    settings = wandb.setup().settings
-    variables = {"project": project, "entity": entity or settings.entity, "name": run_id}
-    answer = ServiceApi(settings, _CONFIRM_TIMEOUT).execute_graphql(_HISTORY, variables)
-    bucket = (answer["model"] or {}).get("bucket")
+    setup = wandb.setup()
+    # Not wandb.Api(): if W&B's process is killed, its clean-up prints a traceback from a thread.
+    service = setup.ensure_service()
+    api_id = service.api_init_request(setup.settings.to_proto()).api_id
+    variables = {"project": project, "entity": entity or setup.settings.entity, "name": run_id}
+    question = GraphQLRequest(query=_HISTORY, variables_json=json.dumps(variables))
+    answer = service.api_request(ApiRequest(api_id=api_id, graphql_request=question), _CONFIRM_TIMEOUT)
+    bucket = (json.loads(answer.graphql_response.data_json)["model"] or {}).get("bucket")
     if bucket is None:
         return History(0, 0)
     tail = json.loads(bucket["historyTail"] or "[]")
