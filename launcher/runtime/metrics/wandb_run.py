@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import wandb
-from wandb.proto.wandb_api_pb2 import ApiRequest, GraphQLRequest
+from wandb.proto.wandb_api_pb2 import ApiRequest, GraphQLRequest  # type: ignore[attr-defined]
 
 from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig, WandbMode
