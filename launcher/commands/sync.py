@@ -3,6 +3,7 @@
 from launcher.config.errors import ConfigError
 from launcher.config.paths import path_argument
 from launcher.config.run_format import IDENTITY
+from launcher.launch.scratch import scratch_directory, temporary_files_in
 
 
 def main(arguments: list[str]) -> int:
@@ -14,6 +15,8 @@ def main(arguments: list[str]) -> int:
         if not (run / IDENTITY).is_file():
             why = f"this is not a run directory, because it has no {IDENTITY}"
             raise ConfigError("sync", run, why, "launcher sync runs/NAME (the run directory)")
-    from launcher.runtime.metrics.upload import upload
+    # W&B makes directories when it is imported.
+    with scratch_directory() as temporary, temporary_files_in(temporary):
+        from launcher.runtime.metrics.upload import upload
 
-    return max(upload(run) for run in runs)
+        return max(upload(run, temporary) for run in runs)

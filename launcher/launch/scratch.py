@@ -20,14 +20,32 @@ def scratch_directory() -> Iterator[Path]:
     each counts its own processes.
     """
     remove_abandoned()
-    with tempfile.TemporaryDirectory(prefix=_PREFIX) as name:
-        folder = Path(name)
-        unlocked = folder / f".{_OWNER}"
-        with unlocked.open("w") as lock:
-            with suppress(OSError):  # a file system without locks: the directory is not removed after a kill
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                unlocked.rename(folder / _OWNER)
-            yield folder
+    try:
+        with tempfile.TemporaryDirectory(prefix=_PREFIX, ignore_cleanup_errors=True) as name:
+            folder = Path(name)
+            unlocked = folder / f".{_OWNER}"
+            with unlocked.open("w") as lock:
+                with suppress(OSError):  # a file system without locks: a kill leaves the directory behind
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+                    unlocked.rename(folder / _OWNER)
+                yield folder
+    finally:
+        remove_abandoned()  # of ranks that were killed
+
+
+@contextmanager
+def temporary_files_in(folder: Path) -> Iterator[None]:
+    """Let this process, and processes that it starts in the block, make their temporary files in `folder`."""
+    variable, directory = os.environ.get("TMPDIR"), tempfile.tempdir
+    os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
+    try:
+        yield
+    finally:
+        tempfile.tempdir = directory
+        if variable is None:
+            del os.environ["TMPDIR"]
+        else:
+            os.environ["TMPDIR"] = variable
 
 
 def remove_abandoned() -> None:

@@ -20,7 +20,7 @@ from typing import IO
 
 from launcher.config.errors import ConfigError
 from launcher.config.secrets import without_values
-from launcher.files import open_regular, read_regular
+from launcher.files import read_regular
 from launcher.launch.local import RankFailure
 
 HOLDER = "holder.json"
@@ -115,30 +115,29 @@ def holder_of(run_dir: Path) -> tuple[Holder | None, bool | None]:
 
     Raises OSError.
     """
-    descriptor = os.open(run_dir, os.O_RDONLY | os.O_DIRECTORY)
+    return _holder_in(run_dir), is_held(run_dir)
+
+
+def is_held(run_dir: Path) -> bool | None:
+    """Return whether a living process holds the directory; None if the file system has no locks."""
+    answers = [_is_locked(path) for path in (run_dir, run_dir / HOLDER)]
+    return True if True in answers else None if answers == [None, None] else False
+
+
+def _is_locked(path: Path) -> bool | None:
+    """Return whether another process has locked a file or directory; None if nobody can lock it."""
     try:
-        return _holder_in(run_dir), _is_locked(descriptor) or _is_file_locked(run_dir / HOLDER)
-    finally:
-        os.close(descriptor)
-
-
-def _is_file_locked(path: Path) -> bool | None:
-    try:
-        with open_regular(path) as file:
-            return _is_locked(file.fileno())
-    except FileNotFoundError:
-        return False
-
-
-def _is_locked(descriptor: int) -> bool | None:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError:
+        return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
+    except OSError:
         return None
+    finally:
+        os.close(descriptor)
     return False
 
 

@@ -2,12 +2,13 @@
 
 import os
 import signal
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 
-from launcher.launch.scratch import scratch_directory
+from launcher.launch.scratch import scratch_directory, temporary_files_in
 
 
 def killed_owner(parent: Path) -> Path:
@@ -35,6 +36,33 @@ def test_directories_of_killed_processes_are_removed(tmp_path: Path, monkeypatch
             assert second.exists()
         assert not second.exists()
     assert [path.name for path in tmp_path.iterdir()] == ["launcher-of-somebody"]
+
+
+def test_directories_of_ranks_that_were_killed_meanwhile_are_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    ours.mkdir()
+    theirs.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(theirs))
+    left = killed_owner(theirs)
+    monkeypatch.setattr("tempfile.tempdir", str(ours))
+    with scratch_directory():
+        left.rename(ours / left.name)
+    assert list(ours.iterdir()) == []
+
+
+@pytest.mark.parametrize("variable", [None, "/elsewhere"])
+def test_temporary_files_of_a_block_have_a_directory_of_their_own(
+    variable: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TMPDIR", raising=False)
+    if variable:
+        monkeypatch.setenv("TMPDIR", variable)
+    before = tempfile.gettempdir()
+    with temporary_files_in(tmp_path):
+        assert os.environ["TMPDIR"] == tempfile.gettempdir() == str(tmp_path)
+    assert (os.environ.get("TMPDIR"), tempfile.gettempdir()) == (variable, before)
 
 
 def test_a_rank_that_lives_on_keeps_the_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

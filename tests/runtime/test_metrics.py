@@ -1,18 +1,25 @@
 """W&B: one run for all starts, with the composed config; offline files; a server that does not answer."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from launcher.config.schema import WandbMode
+from launcher.launch.scratch import remove_abandoned
 from launcher.runtime.metrics.upload import complete, is_complete
 from launcher.runtime.metrics.wandb_files import fragments, is_sent, mark_as_sent, records, steps_in
 from launcher.runtime.metrics.wandb_run import resolved_mode
+from tests.forked_commands import LAUNCHER, ROOT, environment, heavy
 from tests.runtime.command import SMALL, launcher, metrics, started, trained
-from tests.runtime.wandb_server import wandb_server
+from tests.runtime.wandb_server import refuse, wandb_server
 
 # What happens once W&B has step 3.
 AFTER_STEP_3 = """
@@ -153,8 +160,8 @@ def test_the_next_start_logs_the_steps_that_a_killed_start_lost(tmp_path: Path) 
     assert wandb_rows(tmp_path / "r") == metrics(tmp_path / "r")
     assert [row["step"] for row in metrics(tmp_path / "r")] == list(range(1, 10))
 
-    complete(tmp_path / "ended")
-    complete(tmp_path / "ended")
+    for _ in range(2):
+        complete(tmp_path / "ended", tmp_path)
     assert wandb_rows(tmp_path / "ended") == metrics(tmp_path / "ended")
     assert len(metrics(tmp_path / "ended")) == 6
 
@@ -163,8 +170,16 @@ def test_a_file_that_is_still_written_is_not_uploaded(tmp_path: Path) -> None:
     fragment = tmp_path / "run-x.wandb"
     fragment.write_bytes(b":W&B\xe1\xbe\x00")
     now = fragment.stat().st_mtime
-    assert not is_complete(fragment, now + 60)
-    assert is_complete(fragment, now + 600)
+    assert not is_complete(fragment, now + 60, held=None)
+    assert is_complete(fragment, now + 600, held=None)
+    assert not is_complete(fragment, now + 600, held=True)
+    assert is_complete(fragment, now, held=False)
+
+
+def test_only_a_mark_of_ours_says_that_the_server_has_a_file(tmp_path: Path) -> None:
+    fragment, mark = tmp_path / "run-x.wandb", tmp_path / "run-x.wandb.synced"
+    assert not is_sent(fragment)
+    mark.touch()  # as `wandb sync` does, whatever its server answered
     assert not is_sent(fragment)
     mark_as_sent([fragment])
     assert is_sent(fragment)
@@ -220,6 +235,121 @@ def test_offline_and_online_starts_are_one_run_on_the_server(tmp_path: Path) -> 
         assert "WARNING" not in done.stderr
         assert [row["step"] for row in metrics(tmp_path / "r")] == list(range(1, 10))
         assert server.steps(name) == list(range(1, 10))
+
+
+def test_sync_says_all_is_uploaded_only_if_the_server_confirms_it(tmp_path: Path) -> None:
+    """The server accepts what `wandb sync` sends, and keeps nothing of it."""
+    trained("logging=wandb", "run.dir=r", "parallelism.data=1", "training.steps=3", cwd=tmp_path)
+    with wandb_server() as server:
+        server.forgetful = True
+        done = launcher("sync", "r", cwd=tmp_path, **server.environment)
+        assert done.returncode == 1
+        assert "its server has 0 steps up to step 0, not 3 up to step 3; all rows stay in r" in done.stderr
+        server.forgetful = False
+        done = launcher("sync", "r", cwd=tmp_path, **server.environment)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert server.steps(identity_of(tmp_path / "r")) == [1, 2, 3]
+        server.fault = refuse(500)  # the mark makes a question needless
+        again = launcher("sync", "r", cwd=tmp_path, **server.environment)
+        assert again.stdout == "r: all W&B files are uploaded\n"
+
+
+def test_steps_that_the_server_has_already_are_not_sent_again(tmp_path: Path) -> None:
+    """The user, or a `launcher sync` that was killed, has sent an offline file."""
+    trained("logging=wandb", "run.dir=r", "parallelism.data=1", "training.steps=3", cwd=tmp_path)
+    with wandb_server() as server:
+        name = identity_of(tmp_path / "r")
+        for _ in range(2):
+            done = launcher("sync", "r", cwd=tmp_path, **server.environment)
+            assert done.returncode == 0, done.stdout + done.stderr
+            assert server.steps(name) == [1, 2, 3]
+            for fragment in fragments(tmp_path / "r", name):
+                fragment.with_name(f"{fragment.name}.synced").write_text("")
+
+
+def test_a_run_whose_server_lost_rows_says_so_and_sync_sends_them(tmp_path: Path) -> None:
+    with wandb_server() as server:
+        server.forgetful = True
+        run = ["logging=wandb", "run.dir=r", "parallelism.data=1", "training.steps=3"]
+        out = trained(*run, cwd=tmp_path, **server.environment)
+        assert "note     W&B has ended (its server has 0 steps up to step 0, not 3 up to step 3)" in out
+        assert "launcher sync" in out
+        server.forgetful = False
+        done = launcher("sync", "r", cwd=tmp_path, **server.environment)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert server.steps(identity_of(tmp_path / "r")) == [1, 2, 3]
+
+
+# W&B's process is killed after step 3, or all processes of the run but its launcher's.
+SERVICE_KILLED = AFTER_STEP_3.format(
+    fault="import wandb; wandb.sdk.wandb_setup._singleton._connection._proc._process.kill()"
+)
+RANK_KILLED = AFTER_STEP_3.format(fault="os.kill(os.getpid(), signal.SIGKILL)")
+
+
+@pytest.mark.parametrize(("program", "code"), [(SERVICE_KILLED, 0), (RANK_KILLED, 1), ("", 0)])
+def test_no_temporary_file_of_wandb_stays_behind(program: str, code: int, tmp_path: Path) -> None:
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    process = heavy().start(
+        [*SMALL, "logging=wandb", "run.dir=r", "parallelism.data=1", "training.steps=5"],
+        cwd=tmp_path,
+        environment=environment(TMPDIR=str(temporary)),
+        program=f"import tempfile\ntempfile.tempdir = None\n{program or LAUNCHER}",
+    )
+    out, error = process.communicate()
+    assert process.returncode == code, out + error
+    assert [path for path in temporary.iterdir() if not path.name.startswith("torchinductor_")] == []
+
+
+LOG_KILLED = """
+import os, signal, sys
+from pathlib import Path
+from launcher.config.layout import Layout
+from launcher.runtime.metrics.log import MetricsLog
+from launcher.runtime.run_dir import RunDir
+from tests.config.composing import composed
+layout = Layout(pipeline=1, data=1, tensor=1, device="cpu", accumulation=1, zero_stage=0)
+log = MetricsLog(composed("logging=wandb"), layout, RunDir(Path(sys.argv[1]), "abc123"), 1)
+print(*os.listdir(os.environ["TMPDIR"]), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_the_next_start_removes_what_the_import_of_wandb_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """W&B makes directories when it is imported: here in a process that has not imported it yet."""
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    command = [sys.executable, "-c", LOG_KILLED, str(tmp_path)]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(TMPDIR=str(temporary)), capture_output=True, text=True
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert done.stdout.startswith("launcher-")
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    remove_abandoned()
+    assert list(temporary.iterdir()) == []
+
+
+def test_sync_uploads_a_killed_run_at_once(tmp_path: Path) -> None:
+    """And nothing of it while it trains."""
+    run = [*SMALL, "logging=wandb", "run.dir=r", "parallelism.data=1", "training.steps=6"]
+    waiting = AFTER_STEP_3.format(fault="Path('reached').touch(); time.sleep(600)")
+    process = started(*run, cwd=tmp_path, program=waiting)
+    while not (tmp_path / "reached").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    with wandb_server() as server:
+        early = launcher("sync", "r", cwd=tmp_path, **server.environment)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        assert (early.returncode, early.stdout.count("the run is still writing it")) == (0, 1)
+        assert server.history == {}
+        done = launcher("sync", "r", cwd=tmp_path, **server.environment)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert server.steps(identity_of(tmp_path / "r")) == [1, 2, 3]
 
 
 def test_an_online_start_uploads_the_steps_of_offline_starts(tmp_path: Path) -> None:

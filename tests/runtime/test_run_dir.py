@@ -1,7 +1,9 @@
 """The lock on a run directory, and when a run counts as finished."""
 
+import errno
 import os
 import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +16,7 @@ from launcher.config.errors import ConfigError
 from launcher.config.layout import resolve_layout
 from launcher.config.world import World
 from launcher.runtime import hold
-from launcher.runtime.hold import HOLDER, held
+from launcher.runtime.hold import HOLDER, held, is_held
 from launcher.runtime.run_dir import claimed_run_dir
 from tests.config.composing import run_of
 from tests.runtime.command import SMALL, environment, launcher, metrics, started, trained
@@ -55,6 +57,31 @@ def test_a_start_waits_for_a_holder_that_is_about_to_end(tmp_path: Path) -> None
         assert notes == []
         assert f'"process": {os.getpid()}' in (tmp_path / HOLDER).read_text()
     process.communicate()
+
+
+def test_a_directory_is_held_as_long_as_its_holder_lives(tmp_path: Path) -> None:
+    assert is_held(tmp_path) is False
+    process = holding(tmp_path, 60.0)
+    assert is_held(tmp_path) is True
+    (tmp_path / HOLDER).unlink()
+    assert is_held(tmp_path) is True
+    process.kill()
+    process.wait()
+    assert is_held(tmp_path) is False
+
+
+@pytest.mark.parametrize(("nothing_locks", "answer"), [(True, None), (False, True)])
+def test_where_directories_have_no_locks_the_file_decides(
+    nothing_locks: bool, answer: bool | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(descriptor: int, _: int) -> None:
+        if nothing_locks or stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EBADF, "no locks")
+        raise BlockingIOError
+
+    (tmp_path / HOLDER).touch()
+    monkeypatch.setattr("fcntl.flock", flock)
+    assert is_held(tmp_path) is answer
 
 
 def test_the_refusal_names_the_slurm_job_that_holds_the_run(

@@ -16,9 +16,13 @@ KEY = "0" * 40
 
 @dataclass
 class Server:
-    """`history` by run: the lines that the client has written. `fault` is what the server does instead."""
+    """`history` by run: the lines that the client has written. `fault` is what the server does instead.
+
+    A server that is `forgetful` accepts lines and keeps none.
+    """
 
     url: str = ""
+    forgetful: bool = False
     fault: Callable[[BaseHTTPRequestHandler], None] | None = None
     history: dict[str, list[str]] = field(default_factory=dict)
 
@@ -88,7 +92,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         # /files/ENTITY/PROJECT/RUN/file_stream
         written = body.get("files", {}).get("wandb-history.jsonl")
-        if written:
+        if written and not self.state.forgetful:
             lines, start = self.state.history.setdefault(self.path.split("/")[-2], []), written["offset"]
             lines[start : start + len(written["content"])] = written["content"]
         self._answer({})

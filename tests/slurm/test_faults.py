@@ -86,7 +86,7 @@ def test_a_run_survives_random_faults(
     for one, other in zip(found, whole, strict=False):
         assert one[:2] == other[:2]
         assert one[2:4] == pytest.approx(other[2:4], rel=1e-4)
-    complete(job.run_dir)  # as `launcher sync` does
+    complete(job.run_dir, tmp_path)  # as `launcher sync` does
     # W&B's process may still be writing when it has answered.
     wait_for(
         lambda: logged_steps(job.run_dir) == list(range(1, len(found) + 1)), "every step in W&B's files", 30

@@ -3,8 +3,11 @@
 Only rank 0 uses it.
 """
 
+from contextlib import ExitStack
+
 from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig, WandbMode
+from launcher.launch.scratch import scratch_directory, temporary_files_in
 from launcher.runtime.metrics.loss_picture import LossPicture
 from launcher.runtime.metrics.rows import Row, RowFile, drop_rows_from
 from launcher.runtime.metrics.tensorboard import TensorBoardLog
@@ -22,14 +25,17 @@ class MetricsLog:
         except OSError as error:
             self._notes.append(f"{directory.metrics} keeps rows of an earlier start: {error.strerror}")
         self._file = RowFile(directory.metrics)
+        self._scratch = ExitStack()
         self._picture = LossPicture(directory.metrics, f"{directory.path.name}, {run.training.steps} steps")
         tensorboard = TensorBoardLog(directory.path, first_step) if run.logging.tensorboard else None
         self._tensorboard, self._wandb = tensorboard, None
         if run.logging.wandb.mode is not WandbMode.disabled:
             try:
-                from launcher.runtime.metrics.wandb_thread import WandbThread
+                temporary = self._scratch.enter_context(scratch_directory())
+                with temporary_files_in(temporary):  # W&B makes directories when it is imported
+                    from launcher.runtime.metrics.wandb_thread import WandbThread
 
-                self._wandb = WandbThread(run, layout, directory, first_step)
+                self._wandb = WandbThread(run, layout, directory, first_step, temporary)
             except Exception as error:
                 self._notes.append(f"W&B cannot be used: {error!r}")
 
@@ -48,6 +54,7 @@ class MetricsLog:
             self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.close(failed=failed)
+        self._scratch.close()
 
     def new_notes(self) -> list[str]:
         """Return the notes to the user since the last call."""

@@ -62,6 +62,15 @@ def last_step(path: Path) -> int:
     return int(next(rows_backwards(path), {"step": 0})["step"])
 
 
+def count_and_last_step(path: Path) -> tuple[int, int]:
+    """Return the number of rows, and the step of the last row or 0."""
+    count = last = 0
+    for _, step in _lines(path):
+        if step is not None:
+            count, last = count + 1, step
+    return count, last
+
+
 def drop_rows_from(step: int, path: Path) -> list[str]:
     """Drop the rows from `step` on and move lines that are not rows to a file beside; return notes.
 

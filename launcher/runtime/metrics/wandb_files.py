@@ -33,14 +33,27 @@ def is_online(fragment: Path) -> bool:
 
 
 def is_sent(fragment: Path) -> bool:
-    return _sent_mark(fragment).exists()
+    """Return whether the server has confirmed the steps of this file.
+
+    `wandb sync` makes an empty mark even if the server answered nonsense: an empty mark proves nothing.
+    """
+    try:
+        return _sent_mark(fragment).stat().st_size > 0
+    except OSError:
+        return False
 
 
 def mark_as_sent(fragments: list[Path]) -> None:
-    """Note that the server has all records, as `wandb sync` notes it."""
+    """Note that the server has confirmed the steps, where `wandb sync` makes its mark."""
     with suppress(OSError):  # without the mark, `launcher sync` asks the server
         for fragment in fragments:
-            _sent_mark(fragment).touch()
+            _sent_mark(fragment).write_text("confirmed by the server\n")
+
+
+def remove_sent_marks(fragments: list[Path]) -> None:
+    """Let `wandb sync` send these files. Raises OSError."""
+    for fragment in fragments:
+        _sent_mark(fragment).unlink(missing_ok=True)
 
 
 def _sent_mark(fragment: Path) -> Path:

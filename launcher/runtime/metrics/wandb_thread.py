@@ -5,6 +5,7 @@ is killed. Whatever the server lacks then is in metrics.jsonl: `launcher sync` o
 """
 
 import threading
+from pathlib import Path
 from queue import Full, Queue
 
 from launcher.config.layout import Layout
@@ -22,7 +23,7 @@ from launcher.runtime.run_dir import RunDir
 
 START_TIMEOUT = 60.0  # seconds in which W&B must have started, online or else offline
 FINISH_TIMEOUT = 30.0  # seconds in which W&B may send the rest at the end of a run
-_ANSWER_TIMEOUT = 5.0  # seconds more for W&B to say that FINISH_TIMEOUT is over
+_ANSWER_TIMEOUT = 10.0  # seconds more for W&B to say that FINISH_TIMEOUT is over, or that the rows arrived
 _LONGEST_REASON = 160  # characters
 _WAITING_ROWS = 10_000  # W&B is given up when it is this far behind
 
@@ -30,11 +31,14 @@ _WAITING_ROWS = 10_000  # W&B is given up when it is this far behind
 class WandbThread:
     """The W&B run of this start, or nothing if W&B cannot be used. `notes` are for the user."""
 
-    def __init__(self, run: RunConfig, layout: Layout, directory: RunDir, first_step: int) -> None:
+    def __init__(
+        self, run: RunConfig, layout: Layout, directory: RunDir, first_step: int, temporary: Path
+    ) -> None:
         """Start W&B, and let it log the rows of metrics.jsonl that it lacks."""
         self.notes: list[str] = []
         self.where: str | None = None
         self._run, self._layout, self._directory, self._first_step = run, layout, directory, first_step
+        self._temporary = temporary
         # The watchdog would call a longer wait a hang.
         patience = 60 * run.launch.timeout_minutes / 4
         start_timeout, self._finish_timeout = min(START_TIMEOUT, patience), min(FINISH_TIMEOUT, patience)
@@ -85,7 +89,7 @@ class WandbThread:
         mode = resolved_mode(self._run.logging.wandb.mode)
         if mode == "disabled":
             return None
-        common = (self._run, self._layout, self._directory, self._finish_timeout)
+        common = (self._run, self._layout, self._directory, self._temporary, self._finish_timeout)
         try:
             session = open_session(mode, *common)
         except Exception as error:
