@@ -47,11 +47,11 @@ class Unsent(Exception):
 class History(NamedTuple):
     """The number of steps of a W&B run, and the last step; 0 without steps."""
 
-    count: int
+    steps: int
     last: int
 
     def includes(self, other: "History") -> bool:
-        return self.count >= other.count and self.last >= other.last
+        return self.steps >= other.steps and self.last >= other.last
 
 
 class Messages:
@@ -154,8 +154,8 @@ def check_uploaded(expected: History, project: str, entity: str | None, run_id: 
         if uploaded.includes(expected):
             return
         if time.monotonic() > deadline:
-            missing = f"{uploaded.count} steps up to step {uploaded.last}"
-            raise Unsent(f"its server has {missing}, not {expected.count} up to step {expected.last}")
+            missing = f"{uploaded.steps} steps up to step {uploaded.last}"
+            raise Unsent(f"its server has {missing}, not {expected.steps} up to step {expected.last}")
         time.sleep(_CONFIRM_POLL)
 
 
