@@ -206,16 +206,16 @@ def _check_environment(run: RunConfig) -> None:
     for field, text in texts_in(run.slurm):
         if has_token(text) or any(map(is_secret_name, re.findall(r"\b([A-Za-z_]\w*)=", text))):
             remedy = "a variable that you export in the shell that runs `launcher submit`"
-            raise ConfigError(_without_text(run.slurm, field, text), None, _NO_SECRETS, remedy)
+            raise ConfigError(field, None, f"{_place_of(text, run.slurm, field)}{_NO_SECRETS}", remedy)
 
 
-def _without_text(slurm: SlurmConfig, field: str, text: str) -> str:
-    """Return the field, and which item of a list the text is: the option's name, or else its number."""
+def _place_of(text: str, slurm: SlurmConfig, field: str) -> str:
+    """Return which item of a list the text is, without its value: the option's name, or else its number."""
     items = getattr(slurm, field.removeprefix("slurm."), None)
     if not isinstance(items, list):
-        return field
+        return ""
     option = re.match(r"--[a-z][a-z-]*(?==)", text)
-    return f"{field}, {option[0] if option else f'item {items.index(text) + 1}'}"
+    return f"{option[0]}: " if option else f"item {items.index(text) + 1}: "
 
 
 def _check_options(field: str, options: list[str], ours: dict[str, str], example: str) -> None:

@@ -127,6 +127,8 @@ def _handle_signals() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     for number in (signal.SIGTERM, STOP_SIGNAL, END_SIGNAL):
         signal.signal(number, _stop)
+    signal.signal(signal.SIGALRM, _stop)
+    sys.unraisablehook = _again_if_discarded
     # The parent blocked these signals before it started this process.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, COORDINATED | {END_SIGNAL})
 
@@ -135,6 +137,14 @@ def _stop(_number: int, _frame: FrameType | None) -> NoReturn:
     for number in (signal.SIGTERM, STOP_SIGNAL, END_SIGNAL):
         signal.signal(number, lambda *_: None)  # a second signal must not interrupt the clean-up
     raise _StopSignalReceived(STOPPED_EXIT_CODE)
+
+
+def _again_if_discarded(discarded: "sys.UnraisableHookArgs") -> None:
+    """Raise a discarded stop again a moment later: Python discards what is raised in a finalizer."""
+    if isinstance(discarded.exc_value, _StopSignalReceived):
+        signal.setitimer(signal.ITIMER_REAL, 0.01)
+    else:
+        sys.__unraisablehook__(discarded)
 
 
 def failure_of(rank: int, error: BaseException) -> FailureReport:

@@ -90,7 +90,9 @@ class Checkpoints:
         self._saved_at = time.monotonic()
         progress = replace(progress, skipped=progress.skipped + agreed.skips[0], history=history)
         manifest = self._manifest(progress, validation_loss)
-        return self._failure_of(lambda: self._writer.save(manifest))
+        # Apart from the save, so that a failure of the checkpoint before it does not prevent it.
+        notes = self._failure_of(self._writer.wait)
+        return notes + self._failure_of(lambda: self._writer.save(manifest))
 
     def close(self) -> list[str]:
         """Wait until the last checkpoint is written; return notes to the user. Collective over the world."""

@@ -75,10 +75,10 @@ def test_a_variable_with_a_secret_is_refused_without_its_value(subtests: pytest.
 @pytest.mark.parametrize(
     ("field", "option", "named"),
     [
-        ("sbatch", "--export=ALL,GITHUB_PAT=x1y2", "slurm.sbatch, --export: "),
-        ("sbatch", "--comment=https://a:x1y2@host", "slurm.sbatch, --comment: "),
-        ("srun", "--container-env=DB_PWD=x1y2", "slurm.srun, --container-env: "),
-        ("container", "MY_PASS=x1y2", "slurm.container, item 2: "),
+        ("sbatch", "--export=ALL,GITHUB_PAT=x1y2", "slurm.sbatch: --export: "),
+        ("sbatch", "--comment=https://a:x1y2@host", "slurm.sbatch: --comment: "),
+        ("srun", "--container-env=DB_PWD=x1y2", "slurm.srun: --container-env: "),
+        ("container", "MY_PASS=x1y2", "slurm.container: item 2: "),
     ],
 )
 def test_an_option_with_a_secret_is_refused_by_name(field: str, option: str, named: str) -> None:

@@ -306,7 +306,7 @@ class TestRefusedBeforeRanksStart:
     def test_the_remedy_names_existing_token_files(self, web: Path) -> None:
         for misspelt in (web.parent, web.parent / "wbe", web.parent / "x" / "web"):
             error = self.refused(tokens(misspelt))
-            assert error.remedy == f"'data.train=\"{web}\"'"
+            assert error.remedy == f"data.train={web}"
         assert "matches no .idx file" in self.refused(tokens(web.parent / "c*")).why
 
     @pytest.mark.parametrize("name", ["x.jsonl", "x.txt.gz", "x.parquet"])

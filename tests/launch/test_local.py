@@ -866,6 +866,25 @@ def test_stop_signal_that_reaches_ranks_first_is_a_stop(tmp_path: Path) -> None:
     assert stopped.value.code == 143
 
 
+def test_a_signal_in_a_finalizer_still_ends_the_rank(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Python discards what a finalizer raises."""
+
+    class Signalled:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), END_SIGNAL)
+            time.sleep(0)
+
+    def target(rank: int) -> None:
+        Signalled()
+        sleep_for_long()
+
+    with pytest.raises(Stopped):
+        run(target, 1, tmp_path / "logs")
+    assert "Traceback" not in capfd.readouterr().err
+
+
 # --- ranks of one node of several
 # ----------------------------------------------------------------------------------
 

@@ -70,7 +70,7 @@ def test_a_file_named_loss_png_is_not_overwritten(tmp_path: Path) -> None:
 def test_pictures_take_half_a_percent_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[float] = []
     clock = [1000.0]
-    monkeypatch.setattr(loss_picture, "draw", lambda *_: drawn.append(clock[0]))
+    monkeypatch.setattr(loss_picture, "drawn", lambda *_: drawn.append(clock[0]) or b"")
     monkeypatch.setattr(loss_picture.time, "monotonic", lambda: clock[0])
     cost = iter(range(0, 10**6, 2))
     monkeypatch.setattr(loss_picture.time, "thread_time", lambda: float(next(cost)))  # a picture takes 2 s
@@ -96,7 +96,7 @@ def test_a_slow_disk_keeps_no_step_and_no_end_waiting(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     release = threading.Event()
-    monkeypatch.setattr(loss_picture, "draw", lambda *_: release.wait(60))
+    monkeypatch.setattr(loss_picture, "drawn", lambda *_: release.wait(60) and b"")
     monkeypatch.setattr(loss_picture, "_PATIENCE", 0.1)
     picture = LossPicture(written(tmp_path, rows(1.0)), "r")
     begin = time.monotonic()
@@ -109,7 +109,12 @@ def test_a_slow_disk_keeps_no_step_and_no_end_waiting(
 
 def test_the_last_rows_are_in_the_last_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[float]] = []
-    monkeypatch.setattr(loss_picture, "draw", lambda curves, *_: seen.append([*curves["train/loss"].values]))
+
+    def noted(curves: dict[str, Curve], title: str) -> bytes:
+        seen.append([*curves["train/loss"].values])
+        return b""
+
+    monkeypatch.setattr(loss_picture, "drawn", noted)
     metrics = written(tmp_path, [*rows(3.0, 2.0), {"step": 2, "train/loss": "x"}])  # type: ignore[dict-item]
     picture = LossPicture(metrics, "r")
     picture.refresh({"step": 2, "val/loss": 2.0})

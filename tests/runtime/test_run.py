@@ -1,6 +1,7 @@
 """A run started from the command line: its files, its output, and equal results in every layout."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -105,7 +106,7 @@ def test_a_sweep_gives_each_job_a_directory(tmp_path: Path) -> None:
     )  # fmt: skip
     rates = [metrics(tmp_path / "sweep" / index)[0]["train/lr"] for index in ("0", "1")]
     assert rates == [1e-3, 1e-4]
-    jobs = [line for line in out.splitlines() if line.startswith("job ")]
+    jobs = [line for line in out.splitlines() if re.match(r"job +\d+:", line)]
     assert [job.split()[1] for job in jobs] == ["0:", "1:"]
     assert "optimizer.lr=0.001" in jobs[0]
     assert "optimizer.lr=0.0001" in jobs[1]

@@ -15,7 +15,7 @@ def test_a_sweep_ends_with_its_jobs(tmp_path: Path) -> None:
         table = out.partition("sweep    the last losses of its jobs\n")[2].splitlines()
         assert table[0].split() == ["job", "overrides", "step", "loss", "validation", "state", "run"]
         assert [line.split()[:3] for line in table[1:3]] == [
-            ["0", "optimizer.lr=1e-3", "2/2"], ["1", "optimizer.lr=1e-9", "2/2"],
+            ["0", "optimizer.lr=0.001", "2/2"], ["1", "optimizer.lr=1e-09", "2/2"],
         ]  # fmt: skip
         assert all("finished" in line for line in table[1:3])
         assert table[3] == "lowest   validation loss: job 0"

@@ -4,6 +4,7 @@ Drawn with Pillow, which every installation has: a picture takes about 0.1 s, a 
 A thread draws; pictures are so far apart that drawing takes at most 0.5% of the time.
 """
 
+import io
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -79,6 +80,7 @@ class LossPicture:
         self._curves = {name: Curve() for name in _METRICS}
         self._thread: threading.Thread | None = None
         self._is_lost = False
+        self._inode: tuple[int, int] | None = None
         self._next, self._last = 0.0, time.monotonic()
 
     def refresh(self, row: Row) -> None:
@@ -106,13 +108,28 @@ class LossPicture:
     def _work(self) -> None:
         begin = time.thread_time()
         try:
+            if self._is_replaced():
+                return
             self._read()
-            draw(self._curves, self._title, self._metrics.with_name(PICTURE))
+            content = drawn(self._curves, self._title)
+            if not self._is_replaced():
+                with replacing(self._metrics.with_name(PICTURE)) as aside:
+                    aside.write_bytes(content)
         except Exception as error:
             if not self._is_lost:
                 self.notes.append(f"{PICTURE} cannot be drawn ({error}); training continues")
             self._is_lost = True
         self._next = time.monotonic() + (time.thread_time() - begin) / _SHARE
+
+    def _is_replaced(self) -> bool:
+        """Return whether metrics.jsonl is gone: the directory at its place may be of another run."""
+        try:
+            state = self._metrics.stat()
+        except FileNotFoundError:
+            return True
+        inode = state.st_dev, state.st_ino
+        self._inode = self._inode or inode
+        return inode != self._inode
 
     def _read(self) -> None:
         """Add the rows that the file has since the last picture."""
@@ -164,8 +181,8 @@ def value_axis(values: Sequence[float], begin: float, end: float) -> Axis:
     return Axis(low - margin, high + margin, begin, end)
 
 
-def draw(curves: dict[str, Curve], title: str, path: Path) -> None:
-    """Write the picture of the curves, by name of the metric."""
+def drawn(curves: dict[str, Curve], title: str) -> bytes:
+    """Return the picture of the curves, by name of the metric, as a PNG file."""
     from PIL import Image, ImageDraw, PngImagePlugin
 
     image = Image.new("RGB", (_SIZE[0] * _SCALE, _SIZE[1] * _SCALE), "white")
@@ -185,8 +202,9 @@ def draw(curves: dict[str, Curve], title: str, path: Path) -> None:
     canvas.text((across.end, _SIZE[1] - 4), "step", anchor="rs")
     about = PngImagePlugin.PngInfo()
     about.add_text("Title", FIGURE_TITLE)
-    with replacing(path) as aside:
-        image.reduce(_SCALE).save(aside, "PNG", pnginfo=about)
+    content = io.BytesIO()
+    image.reduce(_SCALE).save(content, "PNG", pnginfo=about)
+    return content.getvalue()
 
 
 class Canvas:
