@@ -301,7 +301,9 @@ def _failure_from_exit_code(rank: _Rank, kills_before: int | None) -> FailureRep
             " (perhaps out of memory; see dmesg)" if name == "SIGKILL" else ""
         )
     else:
-        detail = f"exited with code {code}" + (" (stopped by SIGTERM)" if code == STOPPED_EXIT_CODE else "")
+        detail = f"exited with code {code}" + (
+            " (stopped by SIGTERM or SIGUSR1)" if code == STOPPED_EXIT_CODE else ""
+        )
     return FailureReport(
         rank.number,
         time.monotonic(),

@@ -91,8 +91,10 @@ def victims(fault: Fault) -> list[int]:
         return [launcher]
     if fault.victim == "actor":
         return [os.getpid()]
-    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
-    return [pid for pid in map(int, children) if pid != os.getpid()][:1]
+    children = Path(f"/proc/{launcher}/task/{launcher}/children")
+    while not (others := [pid for pid in map(int, children.read_text().split()) if pid != os.getpid()]):
+        time.sleep(0.01)  # this rank may be at its first call before the other has been started
+    return others[:1]
 
 
 def fail(_arguments: object) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,6 +51,26 @@ def test_a_damaged_line_is_moved_to_a_file_beside(damage: bytes, tmp_path: Path)
     assert "2 lines of" in note
     assert path.read_bytes() == line(1) + line(2)
     assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == 2 * (damage + b"\n")
+    assert last_step(path) == 2
+
+
+def test_a_terabyte_that_was_never_written_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    rows = b"".join(line(step) for step in range(1, 200))
+    path.write_bytes(rows)
+    os.truncate(path, 2**40)
+    assert (len(list(rows_in(path))), last_step(path)) == (199, 199)
+    notes = drop_rows_from(200, path)
+    assert f"{path} ended in 1,100 GB that were never written" in notes[0]
+    assert path.read_bytes() == rows
+
+
+def test_a_file_with_a_hole_before_its_last_rows_keeps_them(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with path.open("wb") as file:
+        file.write(line(1))
+        file.seek(2**20)
+        file.write(b"\n" + line(2))
     assert last_step(path) == 2
 
 

@@ -4,6 +4,7 @@ The file is read as a stream, and lines that are not rows never end a run. JSON 
 such a value is null in the file and NaN in a row.
 """
 
+import errno
 import json
 import math
 import os
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from launcher.files import replacing
-from launcher.text import json_text
+from launcher.text import json_text, size
 
 Row = dict[str, float | int]
 
@@ -42,7 +43,7 @@ def rows_backwards(path: Path, most_bytes: int | None = None) -> Iterator[Row]:
     if not path.is_file():
         return
     with path.open("rb") as file:
-        position = file.seek(0, os.SEEK_END)
+        position = _end_of_data(file)
         end = 0 if most_bytes is None else max(0, position - most_bytes)
         rest = b""  # the end of a line whose begin is in an earlier block
         while position > end:
@@ -76,6 +77,7 @@ def drop_rows_from(step: int, path: Path) -> list[str]:
 
     Raises OSError.
     """
+    notes = _without_hole(path)
     kept_end, position, is_ordered, damaged = 0, 0, True, 0
     for text, line_step in _lines(path):
         position += len(text)
@@ -87,13 +89,39 @@ def drop_rows_from(step: int, path: Path) -> list[str]:
     if is_ordered and not damaged:
         if kept_end < position:
             os.truncate(path, kept_end)
-        return []
+        return notes
     aside = path.with_name(f"{path.name}.damaged")
     with replacing(path) as new, new.open("wb") as kept, aside.open("ab") as removed:
         for text, line_step in _lines(path):
             if line_step is None or line_step < step:
                 (removed if line_step is None else kept).write(text.rstrip(b"\n") + b"\n")
-    return [f"{damaged} lines of {path} are not rows; they are now in {aside}"] if damaged else []
+    return notes + ([f"{damaged} lines of {path} are not rows; they are now in {aside}"] if damaged else [])
+
+
+def _without_hole(path: Path) -> list[str]:
+    """Remove the hole at the end of a file, which may take terabytes of reading; return a note."""
+    if not path.is_file():
+        return []
+    with path.open("rb") as file:
+        end = _end_of_data(file)
+        unwritten = os.fstat(file.fileno()).st_size - end
+    if not unwritten:
+        return []
+    os.truncate(path, end)
+    return [f"{path} ended in {size(unwritten)} that were never written; they are removed"]
+
+
+def _end_of_data(file: BinaryIO) -> int:
+    """Return where the data of a file ends: at its end, or at a hole that takes all of the rest."""
+    end = os.fstat(file.fileno()).st_size
+    begin = 0
+    try:
+        while begin < end:
+            hole = os.lseek(file.fileno(), begin, os.SEEK_HOLE)
+            begin = os.lseek(file.fileno(), hole, os.SEEK_DATA) if hole < end else end
+    except OSError as error:
+        return hole if error.errno == errno.ENXIO else end  # some file systems cannot tell
+    return end
 
 
 class RowFile:
@@ -150,8 +178,10 @@ def _lines(path: Path, end: int | None = None, *, start: int = 0) -> Iterator[_L
     if not path.is_file():
         raise OSError(None, "not a file")
     with path.open("rb") as file:
+        if end is None:
+            end = _end_of_data(file)
         file.seek(start)
-        while (end is None or file.tell() < end) and (text := file.readline(_LONGEST_LINE)):
+        while file.tell() < end and (text := file.readline(_LONGEST_LINE)):
             yield text, _step_of(text)
 
 
