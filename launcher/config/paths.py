@@ -7,13 +7,14 @@ from pathlib import Path
 
 from launcher.config.errors import ConfigError
 
-# The fields that hold a path, or paths by name, with an example.
+# The fields that hold a path, the name of a file, or paths by name, with an example.
 PATHS = {
     "run.dir": "runs/NAME", "data.train": "null", "data.validation": "null", "data.test": "null",
     "data.sources": "corpora/NAME", "data.validation_sources": "corpora/NAME", "data.tokenizer": "null",
     "checkpoint.resume": "auto", "checkpoint.init_from": "null", "plan.figure": "plan.png",
     "verify.report": "verify.json", "compare.figure": "compare.png", "compare.report": "compare.json",
     "tokenizer.path": "null", "tokenizer": "null", "dir": "my_conf",
+    "name": "this_machine",
 }  # fmt: skip
 
 # Bytes of a path, and of a name in it. The system takes 4095 and 255; the launcher appends to both.
