@@ -24,7 +24,7 @@ train: setup  ## Train the example model, then sample from it (RUN=runs/name to 
 	$(BIN)/launcher experiment=stdlib_gpt run.dir=$(RUN)
 	$(BIN)/launcher generate run.dir=$(RUN) 'prompt="def "'
 
-test: setup  ## Run the quick tests (about 8 minutes on two idle cores)
+test: setup  ## Run the quick tests (about 11 minutes on two idle cores)
 	@$(MAKE) --no-print-directory --jobs=2 test-quick test-slurm
 
 # Three workers for two cores, because many tests wait for a process. A machine has room for one Slurm
@@ -34,7 +34,7 @@ test-quick:
 test-slurm:
 	@shown=$$($(BIN)/pytest -q -m "not slow" tests/slurm 2>&1); code=$$?; echo "$$shown"; exit $$code
 
-test-all: setup  ## Run all tests (under an hour on two idle cores)
+test-all: setup  ## Run all tests (over an hour on two idle cores)
 	$(BIN)/pytest -q --numprocesses=3 --dist=loadfile --ignore=tests/calibrate --ignore=tests/slurm
 	$(BIN)/pytest -q tests/calibrate tests/slurm  # alone: these measure this machine, and start a cluster
 

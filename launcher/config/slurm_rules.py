@@ -70,7 +70,9 @@ def check_submission(run: RunConfig) -> int:
 
 def nodes_of(run: RunConfig) -> tuple[int, int]:
     """Return the minimum and maximum number of nodes of the job."""
-    ranges = [_range_of_nodes(part) for part in (run.slurm.nodes or str(run.hardware.nodes)).split(",")]
+    if not run.slurm.nodes:
+        return run.hardware.nodes, run.hardware.nodes  # perhaps a number that is refused later
+    ranges = [_range_of_nodes(part) for part in run.slurm.nodes.split(",")]
     return min(least for least, _ in ranges), max(most for _, most in ranges)
 
 

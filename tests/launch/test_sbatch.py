@@ -69,6 +69,10 @@ def test_overrides_and_variables_are_passed_unchanged(
     assert os.listdir(recorder.parent) == ["recorder"]
 
 
+def test_a_number_of_nodes_that_is_refused_later_is_read() -> None:
+    assert nodes_of(run_of("hardware.nodes=-3")) == (-3, -3)
+
+
 def test_refuses_line_breaks_in_arguments() -> None:
     job = Job(run_of(*CPU), None, [])
     with pytest.raises(ConfigError, match="contains a control character"):

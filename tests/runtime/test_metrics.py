@@ -149,6 +149,7 @@ def cut_after_step_3(fragment: Path) -> None:
     assert steps_in(fragment) == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_the_next_start_logs_the_steps_that_a_killed_start_lost(tmp_path: Path) -> None:
     """A node died before the end of W&B's file reached the disk. `launcher sync` logs the steps too."""
     run = ["logging=wandb", "run.dir=r", "parallelism.data=1"]
@@ -215,6 +216,7 @@ def test_sync_names_a_server_that_does_not_answer(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_offline_and_online_starts_are_one_run_on_the_server(tmp_path: Path) -> None:
     """Two offline starts are uploaded together; then an online start repeats two of their steps."""
     run = ["logging=wandb", "run.dir=r", "parallelism.data=1", "training.steps=9"]
@@ -254,6 +256,7 @@ def test_sync_says_all_is_uploaded_only_if_the_server_confirms_it(tmp_path: Path
         assert again.stdout == "r: all W&B files are uploaded\n"
 
 
+@pytest.mark.slow
 def test_steps_that_the_server_has_already_are_not_sent_again(tmp_path: Path) -> None:
     """The user, or a `launcher sync` that was killed, has sent an offline file."""
     trained("logging=wandb", "run.dir=r", "parallelism.data=1", "training.steps=3", cwd=tmp_path)
