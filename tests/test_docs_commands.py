@@ -28,7 +28,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PROGRAM = re.compile(
     r"(?:\$ )?((?:launcher|torchrun|sbatch|srun|make|pytest|tensorboard|python -m|pip)(?: .+)?)"
 )
-# What stands for something of the user -> what the tests have in its place.
+# A placeholder in the docs, such as a path of the user -> the path or value that the tests use instead.
 PLACEHOLDERS = {
     r"runs/NAME|runs/stdlib_gpt-[-\d]+|RUN\.DIR|(?<= )PATH$": "runs/name",
     r"(?<= )DIRECTORY$": "runs",

@@ -1,4 +1,4 @@
-"""What stands after `try:` works when it is pasted into a shell, whatever the value is."""
+"""The text after `try:` works when it is pasted into a shell, whatever the value is."""
 
 import subprocess
 
@@ -51,7 +51,7 @@ def test_any_text_survives_the_shell_and_hydra(subtests: pytest.Subtests) -> Non
             assert run.slurm.environment == {"X": text}
 
 
-# What is typed (as one argument) -> the field and the value that the remedy gives it.
+# A mistyped argument -> the field that the remedy sets, and the value that it gives the field.
 WORKS = {
     'logging.wandb.nam="my run"': ("logging.wandb.name", "my run"),
     "run.dri='größe (2)'": ("run.dir", "größe (2)"),

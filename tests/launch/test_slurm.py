@@ -1,4 +1,4 @@
-"""What reaches sbatch from the shell that submits, and what is read from its output."""
+"""sbatch gets the shell's variables that it should, and its output may hold lines of a site's wrapper."""
 
 import pytest
 

@@ -5,6 +5,7 @@ A thread draws; pictures are so far apart that drawing takes at most 0.5% of the
 """
 
 import io
+import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -80,7 +81,7 @@ class LossPicture:
         self._curves = {name: Curve() for name in _METRICS}
         self._thread: threading.Thread | None = None
         self._is_lost = False
-        self._inode: tuple[int, int] | None = None
+        self._first_seen: os.stat_result | None = None
         self._next, self._last = 0.0, time.monotonic()
 
     def refresh(self, row: Row) -> None:
@@ -127,9 +128,8 @@ class LossPicture:
             state = self._metrics.stat()
         except FileNotFoundError:
             return True
-        inode = state.st_dev, state.st_ino
-        self._inode = self._inode or inode
-        return inode != self._inode
+        self._first_seen = self._first_seen or state
+        return not os.path.samestat(state, self._first_seen)
 
     def _read(self) -> None:
         """Add the rows that the file has since the last picture."""

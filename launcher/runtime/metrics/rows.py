@@ -114,7 +114,7 @@ def _without_hole(path: Path) -> list[str]:
 def _end_of_data(file: BinaryIO) -> int:
     """Return where the data of a file ends: at its end, or at a hole that takes all of the rest."""
     end = os.fstat(file.fileno()).st_size
-    begin = 0
+    begin, hole = 0, end
     try:
         while begin < end:
             hole = os.lseek(file.fileno(), begin, os.SEEK_HOLE)
