@@ -438,7 +438,7 @@ def test_an_id_without_an_embedding_is_refused_when_it_is_read(tmp_path: Path) -
     ids = np.zeros(3_000_000, np.uint16)
     ids[1_000_003] = 60_000  # between two stretches that are checked before ranks start
     write_documents(tmp_path / "web", [ids])
-    run = run_with(tokens(tmp_path / "web", fraction=0.1), 8)
+    run = run_with(tokens(tmp_path / "web", fraction=0.1), 8192)
     check_data(run)
     samples = open_data(run).train[ONLY]
     with pytest.raises(ConfigError, match="token id 60000 at token 1000003"):

@@ -49,7 +49,7 @@ def can_be_traced(case: tuple[Any, ...]) -> bool:
 
 # A few for the quick test, every value among them; all of them for the slow one.
 EVERY = [case for case in product(*AXES.values()) if can_be_traced(case)]
-SOME = EVERY[::29]  # a stride that no axis' length divides
+SOME = EVERY[::53]  # a stride that no axis' length divides
 
 
 def overrides(case: tuple[Any, ...]) -> list[str]:
@@ -86,7 +86,7 @@ def wrong(found: list[FormulaCheck]) -> list[FormulaCheck]:
 
 def test_the_cases_are_many_and_cover_every_value() -> None:
     assert len(EVERY) == 2 * 3 * 2 * 3 * 2 * 2 * 2 * 2 * 7 // 8
-    assert len(SOME) >= 17
+    assert len(SOME) >= 10
     for position, values in enumerate(AXES.values()):
         assert {str(case[position]) for case in SOME} == {str(value) for value in values}
 

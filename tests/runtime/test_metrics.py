@@ -290,7 +290,10 @@ SERVICE_KILLED = AFTER_STEP_3.format(
 RANK_KILLED = AFTER_STEP_3.format(fault="os.kill(os.getpid(), signal.SIGKILL)")
 
 
-@pytest.mark.parametrize(("program", "code"), [(SERVICE_KILLED, 0), (RANK_KILLED, 1), ("", 0)])
+@pytest.mark.parametrize(
+    ("program", "code"),
+    [(SERVICE_KILLED, 0), pytest.param(RANK_KILLED, 1, marks=pytest.mark.slow), ("", 0)],
+)
 def test_no_temporary_file_of_wandb_stays_behind(program: str, code: int, tmp_path: Path) -> None:
     temporary = tmp_path / "tmp"
     temporary.mkdir()

@@ -139,13 +139,14 @@ module.elementwise = lambda device: []
             *("launcher.parity.recording", "record_step", ""),
             ["nothing has ended for 0.1 minutes", "at step 1, waiting for others in all_reduce, called by "],
         ),
-        (
+        pytest.param(
             ["compare", *SMALL, "compare.layouts=[dp]", "compare.ranks=2", "launch.timeout_minutes=0.1"],
             *("launcher.compare.rank_record", "optimizer_step", ""),
             [
                 "nothing has ended for launch.timeout_minutes=0.1",
                 "at step 1, waiting for others in all_reduce, called by ",
             ],
+            marks=pytest.mark.slow,
         ),
         pytest.param(
             ["calibrate", "rounds=1", "most_ranks=2", "dir=mine"],
