@@ -20,8 +20,8 @@ from launcher.parallel.sharding import logical_of
 
 right_build, right_step, at = training.build_engine, training.optimizer_step, [0]
 
-def build_engine(run, layout, device):
-    engine = right_build(run, layout, device)
+def build_engine(*arguments, **options):
+    engine = right_build(*arguments, **options)
     for parameter in engine.module.parameters():
         if logical_of(parameter).name == "blocks.1.mlp.up.weight" and engine.mesh.data.rank == 1:
             parameter.register_hook(lambda gradient: gradient + FAULTS.get(at[0], 0.0))
@@ -77,8 +77,8 @@ def spoil(module, inputs, options, output):
     calls[0] += bool(options.get("project"))
     return output * float("inf") if at[0] == 3 and options.get("project") and calls[0] % 2 == 0 else None
 
-def build_engine(run, layout, device):
-    engine = right_build(run, layout, device)
+def build_engine(*arguments, **options):
+    engine = right_build(*arguments, **options)
     if engine.mesh.data.rank == 1:
         engine.module.get_submodule("layers.0").register_forward_hook(spoil, with_kwargs=True)
     return engine
