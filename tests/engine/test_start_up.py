@@ -1,14 +1,14 @@
 """Start-up of real ranks: the numbers that each draws, and its peak of host memory, against the plan."""
 
-import deepspeed
 import pytest
+import torch
+import torch._dynamo  # some of torch is imported at the first operation under a dispatch mode
 from torch import Tensor
 
 from launcher.config.layout import Layout, resolve_layout
 from launcher.config.schema import RunConfig
 from launcher.config.world import World
 from launcher.engine.allocations import Allocations
-from launcher.engine.build import build_engine
 from launcher.engine.distributed import join, prepare_deepspeed
 from launcher.parallel import initializer
 from launcher.planning.cost.geometry import pipeline_ranks
@@ -17,6 +17,11 @@ from tests.config.composing import run_of
 from tests.distributed import run_fresh
 
 prepare_deepspeed("cpu")
+torch.set_num_threads(1)  # a dispatch mode sees its own thread only
+
+import deepspeed  # noqa: E402  (after DeepSpeed is made quiet)
+
+from launcher.engine.build import build_engine  # noqa: E402
 
 # Each share of a rank ends at the ends of blocks, so that the numbers drawn are those held.
 MODEL = [

@@ -182,6 +182,12 @@ def weights_differ_between_data_ranks() -> None:
     deepspeed.DeepSpeedEngine._broadcast_model = lambda self: None
 
 
+def partitions_drawn_alike() -> None:
+    """Every data rank draws the first elements of a weight."""
+    right = initializer.InitialValues.fill
+    initializer.InitialValues.fill = lambda self, flat, start=0: right(self, flat)  # type: ignore[method-assign]
+
+
 def weights_of_another_seed() -> None:
     right = initializer.seed_of
     initializer.seed_of = lambda seed, *parts: right(seed + 1, *parts)
@@ -368,6 +374,16 @@ MUTATIONS = {
         weights_differ_between_data_ranks,
         f"{GPT} {DP}",
         ("differs between data ranks before", "its own initial weights"),
+    ),
+    "another weight seed per data rank, under ZeRO-3": Mutation(
+        weights_differ_between_data_ranks,
+        f"{GPT} parallelism=zero3 parallelism.data=2",
+        ("before the first step", "another seed"),
+    ),
+    "ZeRO-3 partitions drawn alike": Mutation(
+        partitions_drawn_alike,
+        f"{GPT} parallelism=zero3 parallelism.data=2",
+        ("before the first step", "sliced or padded at the wrong place"),
     ),
     "another weight seed": Mutation(
         weights_of_another_seed, f"{GPT} {TP}", ("before the first step", "another seed")
