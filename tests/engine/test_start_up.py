@@ -25,12 +25,12 @@ from launcher.engine.build import build_engine  # noqa: E402
 
 # Each share of a rank ends at the ends of blocks, so that the numbers drawn are those held.
 MODEL = [
-    "model=gpt_tiny", "model.hidden_size=512", "model.ffn_hidden_size=2048", "model.num_heads=4",
-    "model.vocab_size=2048", "model.max_sequence_length=256", "model.num_layers=2",
+    "model=gpt_tiny", "model.hidden_size=1024", "model.ffn_hidden_size=1024", "model.num_heads=8",
+    "model.vocab_size=512", "model.max_sequence_length=256", "model.num_layers=2",
     "training.global_batch_size=8", "training.micro_batch_size=1",
 ]  # fmt: skip
-MATRICES = 2 * 12 * 512 * 512  # of both blocks: split over tensor ranks, stages and ZeRO-3 partitions
-EMBEDDING, POSITIONS = 2048 * 512, 256 * 512
+MATRICES = 2 * 6 * 1024 * 1024  # of both blocks: split over tensor ranks, stages and ZeRO-3 partitions
+EMBEDDING, POSITIONS = 512 * 1024, 256 * 1024
 
 LAYOUTS = {
     "parallelism=zero1 parallelism.data=2": [MATRICES + EMBEDDING + POSITIONS] * 2,

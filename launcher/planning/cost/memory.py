@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import accumulate
+from operator import add
 
 from launcher.config.layout import Layout
 from launcher.config.schema import ActivationCheckpointing, RunConfig
@@ -85,14 +87,15 @@ def start_up_bytes(run: RunConfig, layout: Layout, rank: Rank) -> int:
     """Return the peak CPU memory of a rank while its weights are made, one after the other.
 
     On a GPU: the weight, or under ZeRO-3 the partition, that moves there next. On a CPU, all weights or
-    partitions; ZeRO-3 reserves the largest weight whole to partition it. Both with a block of fp32 numbers.
+    partitions; ZeRO-3 reserves each weight whole to partition it. Both with a block of fp32 numbers.
     """
     data, on_cpu = layout.data, layout.device == "cpu"
     if layout.zero_stage < 3:
         numel = rank.parameters if on_cpu else rank.largest_weight
     elif on_cpu or run.parallelism.offload_parameters:
-        partitions = sum(-(-weight.numel // data) for weight in rank.weights)
-        numel = partitions + (rank.largest_weight if on_cpu else 0)
+        held = accumulate(-(-weight.numel // data) for weight in rank.weights)
+        whole = (weight.numel if on_cpu else 0 for weight in rank.weights)
+        numel = max(map(add, held, whole))
     else:
         numel = -(-rank.largest_weight // data)
     return BYTES[run.precision.dtype] * numel + BLOCK_BYTES
