@@ -4,12 +4,13 @@ A logical tensor is drawn in blocks. The numbers of a block depend on the run's 
 the index of the block alone, so that a rank draws only the blocks that its shard or its ZeRO-3 partition
 touches. Padding belongs to no block.
 
-The block is BLOCK: 64 rows of 512 columns, or as many numbers of a vector; blocks at the ends of a tensor are
-smaller. 64 rows, because tensor ranks and ZeRO-3 partitions hold ranges of rows, of which 64 waste little at
-the ends (a KV head has 64 or 128 rows). 512 columns, because a rank of a row-parallel layer holds at least
-512 of them in models of billions of parameters. Together 32,768 numbers, for which seeding a generator is a
-small part of the time, and which fit a core's cache beside their destination. torch copies as many numbers
-without threads of its own, so that blocks can be drawn in parallel.
+A block is 64 rows of 512 columns, or 32,768 numbers of a vector; the last blocks of a tensor are smaller.
+
+- 64 rows: tensor ranks and ZeRO-3 partitions hold ranges of rows. They draw at most 63 rows too many at each
+  end, and none if ranges are whole KV heads of 64 or 128 rows.
+- 512 columns: each of 8 tensor ranks of a row-parallel layer holds 512 columns if the hidden size is 4096.
+- 32,768 numbers: seeding a generator is a small part of drawing them, and they fit a core's cache. torch copies
+  them without threads of its own, so that several threads can draw blocks.
 
 torch's generator for the CPU uses 32 bits of its seed. Among the 2.1 million blocks of 70 billion weights
 about 500 pairs are expected to be equal, which no training notices.
