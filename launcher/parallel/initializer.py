@@ -9,8 +9,8 @@ A block is 64 rows of 512 columns, or 32,768 numbers of a vector; the last block
 - 64 rows: tensor ranks and ZeRO-3 partitions hold ranges of rows. They draw at most 63 rows too many at each
   end, and none if ranges are whole KV heads of 64 or 128 rows.
 - 512 columns: each of 8 tensor ranks of a row-parallel layer holds 512 columns if the hidden size is 4096.
-- 32,768 numbers: seeding a generator is a small part of drawing them, and they fit a core's cache. torch copies
-  them without threads of its own, so that several threads can draw blocks.
+- 32,768 numbers: seeding a generator is a small part of drawing them, and they fit a core's cache. torch
+  copies them without threads of its own, so that several threads can draw blocks.
 
 torch's generator for the CPU uses 32 bits of its seed. Among the 2.1 million blocks of 70 billion weights
 about 500 pairs are expected to be equal, which no training notices.
