@@ -383,7 +383,7 @@ MUTATIONS = {
     "ZeRO-3 partitions drawn alike": Mutation(
         partitions_drawn_alike,
         f"{GPT} parallelism=zero3 parallelism.data=2",
-        ("before the first step", "sliced or padded at the wrong place"),
+        ("before the first step", "another seed"),
     ),
     "another weight seed": Mutation(
         weights_of_another_seed, f"{GPT} {TP}", ("before the first step", "another seed")

@@ -177,16 +177,17 @@ def test_a_rollback_leaves_the_samples_out_and_a_resume_does_the_same(text: Path
 
 def test_replay_finds_the_sample_in_any_layout(text: Path) -> None:
     out = trained(*LEAPING, "run.dir=warned", "checkpoint.interval_steps=50", cwd=text)
-    leap = re.search(r"warning  step (\d+): the (?:loss|gradient norm) is", out)
-    assert leap
-    row = metrics(text / "warned")[int(leap[1]) - 1]
+    leaps = [int(step) for step in re.findall(r"warning  step (\d+): the (?:loss|gradient norm) is", out)]
+    losses = [row["train/loss"] for row in metrics(text / "warned")]
+    # Early steps of a new model may leap without the sample.
+    step = max(leaps, key=lambda step: losses[step - 1] - losses[step - 2])
     tops = set()
     for layout in ["parallelism=single", "parallelism=pp2"]:
-        shown = launcher("replay", "run.dir=warned", f"step={leap[1]}", layout, "samples=2", cwd=text)
+        shown = launcher("replay", "run.dir=warned", f"step={step}", layout, "samples=2", cwd=text)
         assert shown.returncode == 0, shown.stderr
         mean = re.search(r"loss +([\d.]+) over 8 samples", shown.stdout)
         assert mean
-        assert float(mean[1]) == pytest.approx(row["train/loss"], abs=2e-4)
+        assert float(mean[1]) == pytest.approx(losses[step - 1], abs=2e-4)
         top = shown.stdout.splitlines()[-2].split()
         assert "quick" not in shown.stdout.splitlines()[-2]
         tops.add(top[0])

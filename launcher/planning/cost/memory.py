@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from operator import add
 
 from launcher.config.layout import Layout
 from launcher.config.schema import ActivationCheckpointing, RunConfig
@@ -86,19 +85,17 @@ def rank_memory(run: RunConfig, layout: Layout, rank: Rank) -> Memory:
 def start_up_bytes(run: RunConfig, layout: Layout, rank: Rank) -> int:
     """Return the peak CPU memory of a rank while its weights are made, one after the other.
 
-    On a GPU: the weight, or under ZeRO-3 the partition, that moves there next. On a CPU, all weights or
-    partitions; ZeRO-3 reserves each weight whole to partition it. Both with a block of fp32 numbers.
+    On a GPU: the weight, or under ZeRO-3 the partition, that moves there next. On a CPU: all weights, or all
+    partitions and the weight that ZeRO-3 cuts next. Values are drawn in fp32 block by block.
     """
-    data, on_cpu = layout.data, layout.device == "cpu"
+    element, data, on_cpu = BYTES[run.precision.dtype], layout.data, layout.device == "cpu"
     if layout.zero_stage < 3:
-        numel = rank.parameters if on_cpu else rank.largest_weight
-    elif on_cpu or run.parallelism.offload_parameters:
-        held = accumulate(-(-weight.numel // data) for weight in rank.weights)
-        whole = (weight.numel if on_cpu else 0 for weight in rank.weights)
-        numel = max(map(add, held, whole))
-    else:
-        numel = -(-rank.largest_weight // data)
-    return BYTES[run.precision.dtype] * numel + BLOCK_BYTES
+        return element * (rank.parameters if on_cpu else rank.largest_weight) + BLOCK_BYTES
+    if not on_cpu and not run.parallelism.offload_parameters:
+        return element * -(-rank.largest_weight // data) + BLOCK_BYTES
+    held = accumulate(element * -(-weight.numel // data) for weight in rank.weights)
+    whole = (element * weight.numel if on_cpu else 0 for weight in rank.weights)
+    return max(partitions + max(size, BLOCK_BYTES) for partitions, size in zip(held, whole, strict=True))
 
 
 class _Flow:
