@@ -146,7 +146,8 @@ LEAPING = [
     "training.steps=200",
     "parallelism.data=2",
 ]
-ROLLBACK = ["guard.spike=rollback", "checkpoint.interval_steps=20"]
+# The gradient norm of so small a model varies: at the default score, steps without noise leap too.
+ROLLBACK = ["guard.spike=rollback", "guard.spike_score=16", "checkpoint.interval_steps=20"]
 NUMBERS = ("step", "train/loss", "train/grad_norm", "train/samples")
 
 
