@@ -30,15 +30,14 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from launcher.checkpoint.boxes import Box
-from launcher.checkpoint.flat_ranges import logical_views
 from launcher.checkpoint.integrity import check_files
 from launcher.checkpoint.manifest import Manifest, read_manifest
 from launcher.checkpoint.read import CheckpointReader
 from launcher.checkpoint.write import HostPiece, commit, write_pieces
 from launcher.launch.local import run_local_ranks
+from launcher.parallel.boxes import Box
 from launcher.parallel.mesh import Axis
-from launcher.parallel.sharding import LogicalTensor, split
+from launcher.parallel.sharding import LogicalTensor, logical_views
 
 WORLD, HIDDEN, LAYERS = 2, 1024, 6
 LOGICALS = [
@@ -80,7 +79,9 @@ def tensor_shard(rank: int) -> tuple[Boxes, list[tuple[Tensor, Tensor]]]:
     """Return empty tensors to fill, and the expected content of each shard."""
     axis, found, pairs = Axis(rank, WORLD, None), Boxes(), []
     for logical in LOGICALS:
-        expected = split(value(logical), logical, axis)
+        full, expected = value(logical), torch.zeros(logical.shard_shape(WORLD))
+        for box, view in logical_views(expected.view(-1), 0, tuple(expected.shape), logical, axis):
+            view.copy_(full[box.slices])
         shard = torch.zeros_like(expected)
         found |= boxes_of(logical, shard.view(-1), 0, tuple(shard.shape), axis)
         pairs.append((shard, expected))

@@ -12,7 +12,6 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from launcher import __version__
-from launcher.checkpoint.boxes import whole
 from launcher.checkpoint.companions import carry_companions, companions_of
 from launcher.checkpoint.huggingface import Entry, adapter_of
 from launcher.checkpoint.integrity import check_files, unchanged
@@ -28,6 +27,7 @@ from launcher.checkpoint.tensor_file import save_tensors
 from launcher.checkpoint.write import HostPiece, commit, write_pieces
 from launcher.config.schema import ExchangeConfig
 from launcher.files import PARTIAL, new_directory
+from launcher.parallel.boxes import whole
 from launcher.parallel.dtypes import TORCH_DTYPES
 from launcher.parallel.sharding import WEIGHT
 

@@ -19,7 +19,6 @@ from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from typing import Any
 
-from launcher.checkpoint.boxes import Box, is_tiling
 from launcher.checkpoint.sealed import (
     LARGEST,
     Malformed,
@@ -39,6 +38,7 @@ from launcher.checkpoint.sealed import (
 from launcher.config.errors import ConfigError, typed_text
 from launcher.config.run_format import IDENTITY
 from launcher.files import open_regular, what_is_wrong
+from launcher.parallel.boxes import Box, is_tiling
 
 CHECKPOINTS, MANIFEST, LATEST = "checkpoints", "manifest.json", "latest"
 CHECKPOINT = "checkpoint"  # the kind of manifest

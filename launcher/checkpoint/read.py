@@ -7,7 +7,6 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from launcher.checkpoint.boxes import Box
 from launcher.checkpoint.final import other_model_error, read_final_weights
 from launcher.checkpoint.huggingface import Entry, adapter_of
 from launcher.checkpoint.manifest import (
@@ -19,6 +18,7 @@ from launcher.checkpoint.manifest import (
     read_manifest,
 )
 from launcher.checkpoint.sources import WeightsKind, WeightSource, stored_tensors
+from launcher.parallel.boxes import Box
 from launcher.parallel.sharding import WEIGHT
 
 

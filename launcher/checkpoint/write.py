@@ -10,7 +10,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from launcher.checkpoint.boxes import Box
 from launcher.checkpoint.integrity import sha256_of
 from launcher.checkpoint.manifest import (
     LATEST,
@@ -29,6 +28,7 @@ from launcher.checkpoint.manifest import (
 from launcher.checkpoint.tensor_file import save_tensors
 from launcher.config.schema import CheckpointConfig
 from launcher.files import PARTIAL, delete_directory, make_way, rename, write_text
+from launcher.parallel.boxes import Box
 
 
 @dataclass(frozen=True)

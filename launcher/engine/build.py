@@ -12,13 +12,26 @@ from launcher.engine.distributed import set_timeouts
 from launcher.engine.flat import FlatEngine
 from launcher.engine.pipeline import PipelineEngine
 from launcher.models.context import BlockContext
+from launcher.parallel.dtypes import TORCH_DTYPES
+from launcher.parallel.initializer import Initializer
 from launcher.parallel.mesh import MeshShape, ProcessMesh
 
 
-def build_engine(run: RunConfig, layout: Layout, device: torch.device) -> Engine:
-    """Return the engine of a run. Collective over the world; call it once per process."""
+def build_engine(run: RunConfig, layout: Layout, device: torch.device, *, drawn: bool = True) -> Engine:
+    """Return the engine of a run, with zeros for weights unless `drawn`. Collective over the world.
+
+    Call it once per process.
+    """
     mesh = ProcessMesh.create(MeshShape(layout.pipeline, layout.data, layout.tensor))
-    context = BlockContext.create(run, mesh, device)
+    initializer = Initializer(
+        run.training.seed,
+        mesh.tensor,
+        TORCH_DTYPES[run.precision.dtype],
+        device,
+        drawn=drawn,
+        partitioned=layout.zero_stage == 3,
+    )
+    context = BlockContext.create(run, mesh, initializer)
     engine_type = PipelineEngine if layout.pipeline > 1 else FlatEngine
     # DeepSpeed prints memory tables and settings that the launcher does not use.
     with redirect_stdout(io.StringIO()):

@@ -9,6 +9,7 @@ from launcher.config.schema import RunConfig
 from launcher.engine.base import Engine, MicroBatches, StepResult, mean_over, to_inputs
 from launcher.engine.ds_config import deepspeed_config
 from launcher.engine.optimizer import build_optimizer
+from launcher.engine.partitioned import PartitionedInit
 from launcher.engine.update_guard import clip, combined, is_counted, norms_of
 from launcher.models.architecture import FlatModel, model_layers, model_loss
 from launcher.models.context import BlockContext
@@ -21,7 +22,10 @@ class FlatEngine(Engine):
     ) -> None:
         layers, loss = model_layers(run.model, context), model_loss(run.model, context)
         config = deepspeed_config(run, layout)
-        with zero_init(config, mesh, enabled=layout.zero_stage == 3):
+        # Not `mpu=`: with it zero.Init partitions over the wrong ranks under tensor parallelism, silently.
+        with PartitionedInit(
+            data_parallel_group=mesh.data.group, config_dict_or_path=config, enabled=layout.zero_stage == 3
+        ):
             model = FlatModel(layers, loss, context.documents)
         optimizer = build_optimizer(run.optimizer, model.parameters())
         deepspeed_engine, *_ = deepspeed.initialize(
@@ -71,10 +75,3 @@ def global_norm(parameters: list[nn.Parameter], mesh: ProcessMesh) -> Tensor:
     counted = [p.grad for p in parameters if p.grad is not None and is_counted(p, mesh)]
     group = mesh.tensor.group if mesh.tensor.size > 1 else None
     return combined(norms_of(counted), group, parameters[0].device)
-
-
-def zero_init(config: dict, mesh: ProcessMesh, *, enabled: bool):  # type: ignore[no-untyped-def, type-arg]
-    """Return the context in which ZeRO-3 partitions each module's weights as soon as it is built."""
-    # Not `mpu=`: with it zero.Init partitions over the wrong ranks under tensor parallelism, silently.
-    group = mesh.data.group
-    return deepspeed.zero.Init(data_parallel_group=group, config_dict_or_path=config, enabled=enabled)

@@ -13,8 +13,8 @@ from launcher.config.schema import ActivationCheckpointing, AttentionKind, Model
 from launcher.config.shape import head_size, kv_heads, qkv_sizes
 from launcher.models.context import BlockContext, recompute, residual_draw
 from launcher.models.positions import rotate
+from launcher.parallel.initializer import normal
 from launcher.parallel.layers import ColumnParallelLinear, RowParallelLinear
-from launcher.parallel.sharding import normal
 
 
 class Attention(nn.Module):

@@ -11,10 +11,10 @@ from torch.utils.checkpoint import checkpoint
 from launcher.config.schema import ActivationCheckpointing, ModelConfig, RunConfig
 from launcher.config.shape import end_of_document
 from launcher.models.documents import Documents
+from launcher.parallel.initializer import DrawFunction, Initializer, normal
 from launcher.parallel.layers import TensorParallel
 from launcher.parallel.mesh import ProcessMesh
 from launcher.parallel.random import DropoutRandom
-from launcher.parallel.sharding import DrawFunction, Initializer, normal
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,14 @@ class BlockContext:
     documents: Documents
 
     @classmethod
-    def create(cls, run: RunConfig, mesh: ProcessMesh, device: torch.device) -> "BlockContext":
+    def create(cls, run: RunConfig, mesh: ProcessMesh, initializer: Initializer) -> "BlockContext":
         """Return the context of this rank. Seeds torch's default generator (see DropoutRandom)."""
-        seed = run.training.seed
-        initializer = Initializer(seed, mesh.tensor)
         random = DropoutRandom(
-            seed, stage=mesh.stage, data_rank=mesh.data.rank, tensor_rank=mesh.tensor.rank, device=device
+            run.training.seed,
+            stage=mesh.stage,
+            data_rank=mesh.data.rank,
+            tensor_rank=mesh.tensor.rank,
+            device=initializer.device,
         )
         tp = TensorParallel(mesh.tensor, run.parallelism.sequence_parallel, initializer)
         documents = Documents(end_of_document(run) if run.data.document_attention else None)

@@ -5,8 +5,8 @@ from torch import Tensor, nn
 
 from launcher.config.schema import MLPKind, ModelConfig
 from launcher.models.context import BlockContext, residual_draw
+from launcher.parallel.initializer import normal
 from launcher.parallel.layers import ColumnParallelLinear, RowParallelLinear
-from launcher.parallel.sharding import normal
 
 
 class MLP(nn.Module):

@@ -4,8 +4,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from launcher.config.schema import ModelConfig, NormKind
+from launcher.parallel.initializer import ones, zeros
 from launcher.parallel.layers import TensorParallel
-from launcher.parallel.sharding import LogicalTensor, ones, zeros
+from launcher.parallel.sharding import LogicalTensor
 
 
 class Norm(nn.Module):

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from launcher.config.schema import ModelConfig
 from launcher.config.shape import position_count
 from launcher.models.context import BlockContext, HiddenDropout
-from launcher.parallel.sharding import LogicalTensor, normal
+from launcher.parallel.initializer import normal
+from launcher.parallel.sharding import LogicalTensor
 
 
 class LearnedPositions(nn.Module):

@@ -11,8 +11,9 @@ from launcher.config.schema import ModelConfig, Pooling
 from launcher.config.shape import has_class_token, vision_tokens
 from launcher.models.context import BlockContext
 from launcher.parallel.collectives import reduce_region
+from launcher.parallel.initializer import normal, zeros
 from launcher.parallel.layers import TensorParallel
-from launcher.parallel.sharding import LogicalTensor, normal, zeros
+from launcher.parallel.sharding import LogicalTensor
 
 
 class PatchEmbedding(nn.Module):

@@ -20,8 +20,9 @@ from launcher.parallel.collectives import (
     reduce_scatter_sequence_region,
     reduce_scatter_start,
 )
+from launcher.parallel.initializer import DrawFunction, Initializer, normal, zeros
 from launcher.parallel.mesh import Axis
-from launcher.parallel.sharding import DrawFunction, Initializer, LogicalTensor, normal, padded_length, zeros
+from launcher.parallel.sharding import LogicalTensor, padded_length
 
 IGNORED_LABEL = -100
 

@@ -1,16 +1,18 @@
 """Map a logical (unsharded) tensor to the shards of the tensor ranks, and back.
 
 Every parameter of a model carries a LogicalTensor: name, global shape and split. Weights are initialized,
-saved, compared and counted by their LogicalTensor, in any layout. Only this module computes the mapping.
+saved, compared and counted by their LogicalTensor, in any layout. Only this module computes the mapping, and
+only launcher/parallel/initializer.py draws the initial values.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from launcher.parallel.boxes import Box, flat_blocks
 from launcher.parallel.mesh import Axis
 
 WEIGHT = "weight"  # names a parameter itself, as "exp_avg" and so on name its optimizer states
@@ -42,24 +44,56 @@ class LogicalTensor:
     def is_split(self) -> bool:
         return self.split_dim is not None
 
+    def shard_shape(self, ranks: int) -> tuple[int, ...]:
+        """Return the shape of the shard of each of `ranks` tensor ranks, padding included."""
+        if self.split_dim is None:
+            return self.shape
+        lengths = self.segments if self.padded is None else (self.padded,)
+        assert all(length % ranks == 0 for length in lengths), (self, ranks)
+        before, after = self.shape[: self.split_dim], self.shape[self.split_dim + 1 :]
+        return (*before, sum(lengths) // ranks, *after)
 
-def split(full: Tensor, logical: LogicalTensor, axis: Axis) -> Tensor:
-    """Return this tensor rank's shard of `full`, which has logical.shape. Padding rows are zero."""
-    assert tuple(full.shape) == logical.shape, (logical, full.shape)
-    if logical.split_dim is None or (axis.size == 1 and logical.padded is None):
-        return full
-    dim = logical.split_dim
-    lengths = logical.segments if logical.padded is None else (logical.padded,)
-    assert all(length % axis.size == 0 for length in lengths), (logical, axis.size)
+
+def logical_views(
+    tensor: Tensor, start: int, shard_shape: tuple[int, ...], logical: LogicalTensor, axis: Axis
+) -> Iterator[tuple[Box, Tensor]]:
+    """Yield each box of the logical tensor that `tensor` covers, with the view of `tensor` that holds it.
+
+    `tensor` (numel,) holds elements start .. start + numel of the flattened shard of tensor rank
+    `axis.rank`; the shard has shape `shard_shape`. Padding of the vocabulary belongs to no box.
+    """
+    segments = split_segments(logical, axis)
+    position = 0
+    for box in flat_blocks(shard_shape, start, start + tensor.numel()):
+        view = tensor.narrow(0, position, box.numel).view(box.sizes)
+        position += box.numel
+        if logical.split_dim is None:
+            yield box, view
+            continue
+        dim = logical.split_dim
+        for local, target, length in segments:
+            first = max(local, box.offsets[dim])
+            size = min(local + length, box.offsets[dim] + box.sizes[dim]) - first
+            if size > 0:
+                offsets, sizes = list(box.offsets), list(box.sizes)
+                offsets[dim], sizes[dim] = target + first - local, size
+                yield Box(tuple(offsets), tuple(sizes)), view.narrow(dim, first - box.offsets[dim], size)
+
+
+def split_segments(logical: LogicalTensor, axis: Axis) -> list[tuple[int, int, int]]:
+    """Return (index in the shard, index in the logical tensor, length) of each segment of the split dim."""
+    if logical.split_dim is None:
+        return []
     if logical.padded is not None:
-        rows = list(full.shape)
-        rows[dim] = logical.padded - full.shape[dim]
-        full = torch.cat([full, full.new_zeros(rows)], dim=dim)
-        return full.chunk(axis.size, dim=dim)[axis.rank].contiguous()
-    pieces = [
-        segment.chunk(axis.size, dim=dim)[axis.rank] for segment in full.split(logical.segments, dim=dim)
-    ]
-    return torch.cat(pieces, dim=dim)
+        each = logical.padded // axis.size
+        length = min(each, logical.shape[logical.split_dim] - axis.rank * each)
+        return [(0, axis.rank * each, length)] if length > 0 else []
+    segments, local, target = [], 0, 0
+    for length in logical.segments:
+        piece = length // axis.size
+        segments.append((local, target + axis.rank * piece, piece))
+        local, target = local + piece, target + length
+    return segments
 
 
 def merge(shards: Sequence[Tensor], logical: LogicalTensor) -> Tensor:
@@ -73,28 +107,6 @@ def merge(shards: Sequence[Tensor], logical: LogicalTensor) -> Tensor:
     return torch.cat([torch.cat(pieces, dim=dim) for pieces in zip(*by_rank, strict=True)], dim=dim)
 
 
-# draw(shape, generator) returns a full logical tensor in fp32 on the CPU.
-DrawFunction = Callable[[tuple[int, ...], torch.Generator], Tensor]
-
-
-@dataclass(frozen=True)
-class Initializer:
-    """Draws each parameter from the run seed and its logical name alone: weights are equal in all layouts."""
-
-    seed: int
-    axis: Axis
-
-    def parameter(self, logical: LogicalTensor, draw: DrawFunction) -> nn.Parameter:
-        """Return this rank's shard in fp32 on the CPU; `draw` makes the full logical tensor."""
-        generator = torch.Generator().manual_seed(seed_of(self.seed, logical.name))
-        parameter = nn.Parameter(split(draw(logical.shape, generator), logical, self.axis).clone())
-        parameter.logical = logical  # type: ignore[attr-defined]
-        # DeepSpeed adds the shards of all tensor ranks to the gradient norm only if this attribute is set.
-        # Without it the norm is too small, without a warning.
-        parameter.tensor_model_parallel = logical.is_split and self.axis.size > 1  # type: ignore[attr-defined]
-        return parameter
-
-
 def logical_of(parameter: Tensor) -> LogicalTensor:
     """Return the LogicalTensor that Initializer attached to a parameter."""
     logical = parameter.logical  # type: ignore[attr-defined]
@@ -106,25 +118,6 @@ def seed_of(*parts: object) -> int:
     """Return a 63-bit seed computed from the values, equal on every machine."""
     digest = hashlib.sha256("/".join(str(part) for part in parts).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
-
-
-def normal(std: float) -> DrawFunction:
-    """Return a function that draws from a normal distribution with mean 0 and standard deviation `std`."""
-
-    def draw(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        # Use torch.normal: DeepSpeed's zero.Init replaces torch.empty and torch.randn by versions in the
-        # training dtype, which would draw other numbers in bf16 than in fp32.
-        return torch.normal(0.0, std, shape, generator=generator, dtype=torch.float32, device="cpu")
-
-    return draw
-
-
-def zeros(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    return torch.zeros(shape, device="cpu")
-
-
-def ones(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    return torch.ones(shape, device="cpu")
 
 
 def padded_length(length: int, ranks: int) -> int:

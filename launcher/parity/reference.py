@@ -1,9 +1,11 @@
 """The independent reference: one process, plain torch functions and optimizers. No DeepSpeed, no mesh.
 
-Shares only the initial weights and their names with launcher/models. The parts are written again here, from
-the papers and in the most obvious way, so that the comparison shows any mistake in the layers.
+Shares only the names of weights with launcher/models. The parts, and the rule by which initial weights are
+drawn, are written again here, from the papers and in the most obvious way, so that the comparison shows any
+mistake in the layers.
 """
 
+import hashlib
 from collections.abc import Iterator
 from itertools import pairwise
 
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from launcher.config.schema import (
     AttentionKind,
+    Dtype,
     InputKind,
     MLPKind,
     ModelConfig,
@@ -23,12 +26,81 @@ from launcher.config.schema import (
     PositionKind,
     RunConfig,
 )
-from launcher.config.shape import end_of_document, sequence_length, vision_tokens
+from launcher.config.shape import end_of_document, position_count, sequence_length, vision_tokens
 from launcher.parity.step_trace import StepTrace, Weights
 
 GlobalBatch = tuple[
     Tensor, Tensor
 ]  # inputs and labels of a whole step: tokens (G, T) twice, or images and classes
+
+
+def initial_weights(run: RunConfig) -> Weights:
+    """Return the initial weights by name, rounded to the run's dtype like DeepSpeed's masters."""
+    dtype = torch.bfloat16 if run.precision.dtype is Dtype.bf16 else torch.float32
+    weights = {}
+    for name, (shape, std) in _all_weights(run.model).items():
+        if std:
+            value = drawn_weight(run.training.seed, name, shape, std)
+        else:
+            value = torch.ones(shape) if name.endswith("norm.weight") else torch.zeros(shape)
+        weights[name] = value.to(dtype).float()
+    return weights
+
+
+def drawn_weight(seed: int, name: str, shape: tuple[int, ...], std: float) -> Tensor:
+    """Return a normally distributed tensor: blocks of 64 rows and 512 columns, or 32,768 of a vector."""
+    whole = torch.empty(shape)
+    blocks = {str(index): block for index, block in enumerate(whole.split(64 * 512))}
+    if len(shape) == 2:
+        rows = enumerate(whole.split(64))
+        blocks = {f"{i}/{j}": block for i, row in rows for j, block in enumerate(row.split(512, dim=1))}
+    for index, block in blocks.items():
+        digest = hashlib.sha256(f"{seed}/{name}/{index}".encode()).hexdigest()
+        generator = torch.Generator().manual_seed(int(digest[:16], 16) // 2)
+        block.copy_(torch.empty(block.shape).normal_(0.0, std, generator=generator))
+    return whole
+
+
+def _all_weights(model: ModelConfig) -> dict[str, tuple[tuple[int, ...], float]]:
+    """Return shape and standard deviation of each weight; 0 for norms and biases, which are not drawn."""
+    h, std, biases = model.hidden_size, model.init_std, model.biases
+    size, kv_heads = model.head_size or h // model.num_heads, model.num_kv_heads or model.num_heads
+    queries, fused = model.num_heads * size, (model.num_heads + 2 * kv_heads) * size
+    is_gated = model.mlp is MLPKind.swiglu
+    first, width = ("gate_up", 2 * model.ffn_hidden_size) if is_gated else ("up", model.ffn_hidden_size)
+    residual = std / (2 * model.num_layers) ** 0.5
+    weights: dict[str, tuple[tuple[int, ...], float]] = {}
+
+    def linear(name: str, outputs: int, inputs: int, deviation: float, has_bias: bool) -> None:
+        weights[f"{name}.weight"] = (outputs, inputs), deviation
+        if has_bias:
+            weights[f"{name}.bias"] = (outputs,), 0.0
+
+    def norm(name: str) -> None:
+        weights[f"{name}.weight"] = (h,), 0.0
+        if model.norm is NormKind.layer_norm:
+            weights[f"{name}.bias"] = (h,), 0.0
+
+    if model.inputs is InputKind.patches:
+        linear("patches", h, model.image_channels * model.patch_size**2, std, has_bias=True)
+        if model.pooling is Pooling.class_token:
+            weights["patches.class_token"] = (h,), std
+    else:
+        linear("embedding", model.vocab_size, h, std, has_bias=False)
+    if model.positions is PositionKind.learned:
+        linear("positions", position_count(model), h, std, has_bias=False)
+    for name in (f"blocks.{index}" for index in range(model.num_layers)):
+        norm(f"{name}.attention_norm")
+        linear(f"{name}.attention.qkv", fused, h, std, biases.qkv)
+        linear(f"{name}.attention.output", h, queries, residual, biases.output)
+        norm(f"{name}.mlp_norm")
+        linear(f"{name}.mlp.{first}", width, h, std, biases.up)
+        linear(f"{name}.mlp.down", h, model.ffn_hidden_size, residual, biases.down)
+    norm("final_norm")
+    if not model.tie_embeddings:
+        outputs = model.num_classes if model.inputs is InputKind.patches else model.vocab_size
+        linear("head", outputs, h, std, biases.head)
+    return weights
 
 
 def reference_trace(

@@ -12,7 +12,6 @@ from launcher.config.schema import (
     Dtype,
     InputKind,
     ModelConfig,
-    ParallelismConfig,
     Pooling,
     RunConfig,
     SchedulerConfig,
@@ -106,14 +105,6 @@ def _shrink_training(small: RunConfig, layout: Layout) -> None:
     if small.optimizer.gradient_clipping is not None:
         # A tiny model's gradient norm may be below the run's limit, and clipping would go untested.
         small.optimizer.gradient_clipping = min(0.5, small.optimizer.gradient_clipping)
-
-
-def single(run: RunConfig) -> RunConfig:
-    """Return the same run in one process, in fp32, without parallelism."""
-    alone = copy.deepcopy(run)
-    alone.parallelism = ParallelismConfig(data=1)
-    alone.precision.dtype = Dtype.fp32
-    return alone
 
 
 def _changes(run: RunConfig, small: RunConfig) -> list[str]:

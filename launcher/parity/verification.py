@@ -7,25 +7,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from launcher.config.layout import Layout, resolve_layout
 from launcher.config.schema import Dtype, OptimizerConfig, OptimizerName, RunConfig
 from launcher.config.world import World
 from launcher.engine.distributed import prepare_deepspeed
 from launcher.launch.local import run_local_ranks, start_method_for
 from launcher.launch.scratch import scratch_directory
-from launcher.models.architecture import flat_model
-from launcher.models.context import BlockContext
-from launcher.parallel.mesh import ProcessMesh
-from launcher.parallel.sharding import logical_of
 from launcher.parity.diagnose import Diagnosis, diagnose
 from launcher.parity.differences import Difference, applied_gradients, compare
 from launcher.parity.dropout import MEANINGS, compare_draws, read_draws
 from launcher.parity.recording import record_dropout, record_rank
-from launcher.parity.reference import probe_batches, reference_trace
-from launcher.parity.shrink import single
-from launcher.parity.step_trace import Weights, read_traces
+from launcher.parity.reference import initial_weights, probe_batches, reference_trace
+from launcher.parity.step_trace import read_traces
 from launcher.parity.tolerance import tolerance
 
 Mutation = Callable[[], None]  # a fault of the tests; each rank calls it before it builds its engine
@@ -107,14 +100,6 @@ def _layout(run: RunConfig) -> Layout:
     assert p.data is not None
     ranks = p.pipeline * p.data * p.tensor  # checked against this machine when verify started
     return resolve_layout(run, World(run.hardware.device.name, ranks, ranks, fixed=True))
-
-
-def initial_weights(run: RunConfig) -> Weights:
-    """Return the initial weights of one process, rounded to the run's dtype like DeepSpeed's masters."""
-    context = BlockContext.create(single(run), ProcessMesh.single(), torch.device("cpu"))
-    model = flat_model(run.model, context)
-    dtype = torch.bfloat16 if run.precision.dtype is Dtype.bf16 else torch.float32
-    return {logical_of(p).name: p.detach().to(dtype).float() for p in model.parameters()}
 
 
 def _run_ranks(

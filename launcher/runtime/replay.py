@@ -51,7 +51,7 @@ def replay_rank(
         rank=rank, world_size=layout.world_size, local_rank=rank, device=layout.device,
         init_method=f"file://{folder / 'store'}", timeout_minutes=run.launch.timeout_minutes,
     )  # fmt: skip
-    data, engine = open_data(run), build_engine(run, layout, device)
+    data, engine = open_data(run), build_engine(run, layout, device, drawn=checkpoint is None)
     progress = trained_until(run, engine, data, started(run, engine, data, run_dir, checkpoint, step), step)
     blend = data.blend(progress.blends)
     losses, norm = sample_losses(run, engine, blend, progress)

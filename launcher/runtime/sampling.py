@@ -18,6 +18,7 @@ from launcher.data.open import TOKENIZER
 from launcher.data.tokenizer import Bytes, HuggingFace, Tokenizer
 from launcher.models.architecture import FlatModel, flat_model
 from launcher.models.context import BlockContext
+from launcher.parallel.initializer import Initializer
 from launcher.parallel.mesh import ProcessMesh
 from launcher.runtime.run_dir import CONFIG
 
@@ -56,7 +57,9 @@ def load_model(run: RunConfig, run_dir: Path) -> FlatModel:
     """Return the whole model on the CPU, in evaluation mode."""
     # The weights do not depend on the layout that trained them: one process loads the whole model.
     run = replace(run, parallelism=ParallelismConfig())
-    context = BlockContext.create(run, ProcessMesh.single(), torch.device("cpu"))
+    mesh = ProcessMesh.single()
+    initializer = Initializer(run.training.seed, mesh.tensor, drawn=False)
+    context = BlockContext.create(run, mesh, initializer)
     model = flat_model(run.model, context)
     load_weights(model, run_dir)
     return model.eval()

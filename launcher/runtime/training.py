@@ -62,7 +62,8 @@ def training_run(
     )
     with watchdog:
         data = open_data(run)
-        engine = build_engine(run, layout, device)
+        is_new = directory.checkpoint is None and directory.initial is None
+        engine = build_engine(run, layout, device, drawn=is_new)
         if engine.mesh.rank == 0:
             record_tokenizer(run, directory.path / COMPANIONS)
         parts = Parts(run, layout, engine, data, directory, watchdog, work, request)

@@ -27,10 +27,10 @@ from launcher.models.blocks import TransformerBlock
 from launcher.models.context import BlockContext
 from launcher.models.documents import Documents
 from launcher.parallel.dtypes import TORCH_DTYPES
+from launcher.parallel.initializer import Initializer
 from launcher.parallel.layers import TensorParallel
 from launcher.parallel.mesh import Axis, MeshShape
 from launcher.parallel.random import DropoutRandom
-from launcher.parallel.sharding import DrawFunction, Initializer, LogicalTensor
 from launcher.planning.cost.geometry import Rank
 from launcher.planning.cost.operations import Collective
 
@@ -119,7 +119,8 @@ def _inputs(run: RunConfig) -> Tensor:
 def _stage(run: RunConfig, rank: Rank, chunk: int, axis: Axis) -> FlatModel:
     """Return the layers of one stage in the run's precision."""
     device, p = torch.device("cpu"), run.parallelism
-    tp = TensorParallel(axis, p.sequence_parallel, _Undrawn(0, axis))
+    initializer = Initializer(0, axis, TORCH_DTYPES[run.precision.dtype], drawn=False)
+    tp = TensorParallel(axis, p.sequence_parallel, initializer)
     random = DropoutRandom(0, stage=0, data_rank=0, tensor_rank=axis.rank, device=device)
     documents = _Documents(run)
     context = BlockContext(tp, random, p.activation_checkpointing, documents)
@@ -128,12 +129,7 @@ def _stage(run: RunConfig, rank: Rank, chunk: int, axis: Axis) -> FlatModel:
     front = next(index for index, layer in enumerate(layers) if layer.module is TransformerBlock)
     start = 0 if stage.has_embedding else front + stage.first_block
     stop = len(layers) if stage.has_head else front + stage.first_block + stage.blocks
-    # Fake parameters do not support `.to()`.
-    torch.set_default_dtype(TORCH_DTYPES[run.precision.dtype])
-    try:
-        return FlatModel(layers[start:stop], model_loss(run.model, context), documents)
-    finally:
-        torch.set_default_dtype(torch.float32)
+    return FlatModel(layers[start:stop], model_loss(run.model, context), documents)
 
 
 class _Documents(Documents):
@@ -145,13 +141,6 @@ class _Documents(Documents):
 
     def begin(self, tokens: Tensor) -> None:
         super().begin(self.tokens)
-
-
-class _Undrawn(Initializer):
-    """Makes parameters of the right shape in the default dtype, without values."""
-
-    def parameter(self, logical: LogicalTensor, draw: DrawFunction) -> Any:
-        return super().parameter(logical, lambda shape, generator: torch.empty(shape))
 
 
 def _attention_flops() -> dict[Any, Callable[..., int]]:

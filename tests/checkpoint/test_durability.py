@@ -15,7 +15,6 @@ import torch
 
 from launcher.checkpoint import resume_choice, save, tensor_file
 from launcher.checkpoint import write as write_files
-from launcher.checkpoint.boxes import Box
 from launcher.checkpoint.integrity import read_intact_manifest
 from launcher.checkpoint.manifest import (
     CHECKPOINTS,
@@ -31,6 +30,7 @@ from launcher.checkpoint.resume_choice import check_same_corpus, checkpoint_to_r
 from launcher.commands.checkpoint import main as inspect
 from launcher.config.errors import ConfigError
 from launcher.config.schema import CheckpointConfig, RunConfig
+from launcher.parallel.boxes import Box
 from launcher.runtime.run_dir import config_as_dict
 from tests.checkpoint.saving import EMPTY
 from tests.config.composing import run_of

@@ -6,10 +6,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher.checkpoint.boxes import Box, flat_blocks
-from launcher.checkpoint.flat_ranges import logical_views
+from launcher.parallel.boxes import Box, flat_blocks
 from launcher.parallel.mesh import Axis
-from launcher.parallel.sharding import LogicalTensor, padded_length, split
+from launcher.parallel.sharding import LogicalTensor, logical_views, padded_length
+from tests.parallel.shards import split
 
 SHAPES = st.lists(st.integers(1, 7), min_size=1, max_size=3).map(tuple)
 

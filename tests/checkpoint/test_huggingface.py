@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from launcher.checkpoint.boxes import Box
 from launcher.checkpoint.conversion import export, import_
 from launcher.checkpoint.huggingface import NotConvertible, adapter_of
 from launcher.checkpoint.manifest import checkpoints_in
@@ -33,6 +32,7 @@ from launcher.config.schema import (
 )
 from launcher.config.world import World
 from launcher.launch.local import run_local_ranks
+from launcher.parallel.boxes import Box
 from tests.checkpoint.saving import EMPTY
 from tests.forked_commands import environment, light
 from tests.models.small import batch, biases, small, small_vit

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from launcher.checkpoint import flat_ranges, load
+from launcher.checkpoint import load
 from launcher.checkpoint.manifest import read_manifest
 from launcher.config.schema import CheckpointConfig
+from launcher.parallel import sharding
 from launcher.parallel.mesh import Axis
 from launcher.parallel.sharding import LogicalTensor
 from launcher.planning.cost.geometry import pipeline_ranks
@@ -123,12 +124,12 @@ def restore_no_update_count(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def swap_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    segments = flat_ranges._split_segments
+    segments = sharding.split_segments
 
     def swapped(logical: LogicalTensor, axis: Axis) -> list[tuple[int, int, int]]:
         return segments(logical, Axis(axis.size - 1 - axis.rank, axis.size, axis.group))
 
-    monkeypatch.setattr(flat_ranges, "_split_segments", swapped)
+    monkeypatch.setattr(sharding, "split_segments", swapped)
 
 
 def keep_old_model_weights(monkeypatch: pytest.MonkeyPatch) -> None:

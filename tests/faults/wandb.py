@@ -143,7 +143,8 @@ def _surroundings(this: Try, layout: str, server: Server) -> tuple[int, str]:
     # W&B's directory of the run is a file as soon as the run has a directory.
     program = (
         "import launcher.runtime.training as training\nbuild = training.build_engine\n"
-        "def building(*arguments):\n    open('r/wandb', 'a')\n    return build(*arguments)\n"
+        "def building(*arguments, **options):\n    open('r/wandb', 'a')\n"
+        "    return build(*arguments, **options)\n"
         f"training.build_engine = building\n{LAUNCHER}"
         if name == "wandb is a file"
         else LAUNCHER

@@ -22,6 +22,7 @@ from launcher.config.schema import (
 )
 from launcher.models.architecture import FlatModel, flat_model
 from launcher.models.context import BlockContext
+from launcher.parallel.initializer import Initializer
 from launcher.parallel.layers import IGNORED_LABEL
 from launcher.parallel.mesh import ProcessMesh
 from launcher.parallel.sharding import logical_of
@@ -141,7 +142,8 @@ def build(
         training=TrainingConfig(seed=seed),
         data=data or DataConfig(),
     )
-    context = BlockContext.create(run, mesh or ProcessMesh.single(), torch.device("cpu"))
+    mesh = mesh or ProcessMesh.single()
+    context = BlockContext.create(run, mesh, Initializer(seed, mesh.tensor))
     return flat_model(model, context)
 
 

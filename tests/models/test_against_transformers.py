@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from launcher.config.schema import ModelConfig, PositionKind
 from launcher.parallel.mesh import ProcessMesh
-from launcher.parallel.sharding import logical_of, merge, split
+from launcher.parallel.sharding import logical_of, merge
 from tests.distributed import mesh, pool
 from tests.models.small import batch, build, by_name, small
+from tests.parallel.shards import split
 
 LOGITS_TOLERANCE = 1e-4
 GRADIENT_TOLERANCE = 1e-4  # of a tensor's largest value

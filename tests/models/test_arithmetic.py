@@ -16,7 +16,8 @@ from launcher.config.schema import InputKind, ModelConfig, Pooling, PositionKind
 from launcher.config.shape import vision_tokens
 from launcher.models.architecture import FlatModel
 from launcher.models.arithmetic import matrix_parameters, parameters, train_flops_per_token
-from launcher.parallel.sharding import DrawFunction, Initializer, LogicalTensor, logical_of
+from launcher.parallel.initializer import DrawFunction, Initializer
+from launcher.parallel.sharding import LogicalTensor, logical_of
 from tests.models.small import PARTS, biases, build, small, small_vit
 
 SHIPPED = sorted(path.stem for path in (config_directory() / "model").glob("*.yaml"))
@@ -35,7 +36,7 @@ def without_values(model: ModelConfig) -> FlatModel:
     make = Initializer.parameter
 
     def parameter(self: Initializer, logical: LogicalTensor, draw: DrawFunction) -> nn.Parameter:
-        return make(self, logical, lambda shape, generator: torch.empty(shape, device="meta"))
+        return make(replace(self, drawn=False, device=torch.device("meta")), logical, draw)
 
     with patch.object(Initializer, "parameter", parameter):
         return build(model)

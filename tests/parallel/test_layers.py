@@ -6,6 +6,7 @@ reference, and returns the largest error of each quantity.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from launcher.parallel import collectives, layers, sharding
+from launcher.parallel.initializer import Initializer, normal
 from launcher.parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -23,8 +25,9 @@ from launcher.parallel.layers import (
     VocabParallelHead,
 )
 from launcher.parallel.mesh import Axis
-from launcher.parallel.sharding import DrawFunction, Initializer
+from launcher.parallel.sharding import LogicalTensor
 from tests.distributed import mesh, pool
+from tests.parallel.shards import drawn_as
 
 BATCH, LENGTH, HIDDEN = 2, 8, 12
 TOLERANCE = 2e-6  # relative to the largest value: fp32 sums of up to 64 products, in another order
@@ -36,10 +39,6 @@ Errors = dict[str, float]
 def tensor_parallel(world: int, sequence_parallel: bool) -> TensorParallel:
     axis = mesh(tensor=world).tensor
     return TensorParallel(axis, sequence_parallel, Initializer(0, axis))
-
-
-def drawn_as(full: Tensor) -> DrawFunction:
-    return lambda shape, generator: full.detach()
 
 
 def part(x: Tensor, dim: int, rank: int, world: int, segments: tuple[int, ...] | None = None) -> Tensor:
@@ -248,8 +247,8 @@ def test_tied_embedding_gradient_sums_both_uses(world: int, sequence_parallel: b
 
 def drawn_biases(rank: int, world: int) -> list[list[float]]:
     tp = tensor_parallel(world, False)
-    column = ColumnParallelLinear("up", HIDDEN, (16,), tp, bias=True, draw=sharding.normal(1.0))
-    row = RowParallelLinear("down", 16, HIDDEN, tp, bias=True, draw=sharding.normal(1.0))
+    column = ColumnParallelLinear("up", HIDDEN, (16,), tp, bias=True, draw=normal(1.0))
+    row = RowParallelLinear("down", 16, HIDDEN, tp, bias=True, draw=normal(1.0))
     return [bias.tolist() for bias in (column.bias, row.bias) if bias is not None]
 
 
@@ -284,7 +283,7 @@ def events_of_backward(rank: int, world: int, sequence_parallel: bool) -> list[s
         return call
 
     tp = tensor_parallel(world, sequence_parallel)
-    ours = ColumnParallelLinear("up", HIDDEN, (16,), tp, bias=False, draw=sharding.normal(1.0))
+    ours = ColumnParallelLinear("up", HIDDEN, (16,), tp, bias=False, draw=normal(1.0))
     y = ours(leaf(between(torch.randn(BATCH, LENGTH, HIDDEN), tp)))
     with pytest.MonkeyPatch.context() as patch:
         for name in ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor"):
@@ -334,15 +333,15 @@ def unmasked(x: Tensor, mask: Tensor, value: float) -> Tensor:
     return torch.where(mask, torch.zeros_like(x), x) if not x.is_floating_point() else x
 
 
-def swapped(full: Tensor, logical: Any, axis: Axis) -> Tensor:
-    return split(full, logical, Axis(axis.size - 1 - axis.rank, axis.size))
+def swapped(logical: LogicalTensor, axis: Axis) -> list[tuple[int, int, int]]:
+    return split_segments(logical, Axis(axis.size - 1 - axis.rank, axis.size))
 
 
-def segments_ignored(full: Tensor, logical: Any, axis: Axis) -> Tensor:
-    return full.chunk(axis.size, dim=logical.split_dim)[axis.rank]
+def segments_ignored(logical: LogicalTensor, axis: Axis) -> list[tuple[int, int, int]]:
+    return split_segments(replace(logical, segments=(sum(logical.segments),)), axis)
 
 
-split = sharding.split
+split_segments = sharding.split_segments
 
 Mutation = tuple[Any, str, Any]
 MUTATIONS: dict[str, tuple[Mutation, Callable[..., Errors], tuple[Any, ...], set[str]]] = {
@@ -393,19 +392,19 @@ MUTATIONS: dict[str, tuple[Mutation, Callable[..., Errors], tuple[Any, ...], set
         {"output"},
     ),
     "shards swapped, in a column layer": (
-        (sharding, "split", swapped),
+        (sharding, "split_segments", swapped),
         column_errors,
         ((16,), False, False),
         {"output", "input gradient", "weight"},
     ),
     "shards swapped, in a row layer": (
-        (sharding, "split", swapped),
+        (sharding, "split_segments", swapped),
         row_errors,
         (False, False),
         {"output", "input gradient", "weight"},
     ),
     "fused segments split as a single segment": (
-        (sharding, "split", segments_ignored),
+        (sharding, "split_segments", segments_ignored),
         column_errors,
         ((16, 8, 8), False, False),
         {"output", "input gradient", "weight"},

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import deepspeed
-import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from deepspeed.runtime.pipe.module import PipelineModule
@@ -22,6 +21,7 @@ import launcher.models.attention as attention
 import launcher.models.context as context
 import launcher.models.losses as losses
 import launcher.models.positions as positions
+import launcher.parallel.initializer as initializer
 import launcher.parallel.layers as layers
 import launcher.parallel.random as random
 import launcher.parallel.sharding as sharding
@@ -123,16 +123,14 @@ def _neighbour(axis: Axis) -> Axis:
 
 
 def kv_heads_on_the_wrong_rank() -> None:
-    right = sharding.split
+    right = sharding.split_segments
 
-    def split(full: Tensor, logical: sharding.LogicalTensor, axis: Axis) -> Tensor:
-        shard = right(full, logical, axis)
+    def split_segments(logical: sharding.LogicalTensor, axis: Axis) -> list[tuple[int, int, int]]:
         if "attention.qkv" not in logical.name:
-            return shard
-        queries = logical.segments[0] // axis.size
-        return torch.cat([shard[:queries], right(full, logical, _neighbour(axis))[queries:]])
+            return right(logical, axis)
+        return [*right(logical, axis)[:1], *right(logical, _neighbour(axis))[1:]]
 
-    sharding.split = split
+    sharding.split_segments = split_segments
 
 
 def value_heads_of_another_group() -> None:
@@ -169,24 +167,30 @@ def learned_positions_not_offset() -> None:
 
 
 def shards_swapped() -> None:
-    right = sharding.split
+    right = sharding.split_segments
 
-    def split(full: Tensor, logical: sharding.LogicalTensor, axis: Axis) -> Tensor:
-        return right(full, logical, _neighbour(axis) if "mlp" in logical.name else axis)
+    def split_segments(logical: sharding.LogicalTensor, axis: Axis) -> list[tuple[int, int, int]]:
+        return right(logical, _neighbour(axis) if "mlp" in logical.name else axis)
 
-    sharding.split = split
+    sharding.split_segments = split_segments
 
 
 def weights_differ_between_data_ranks() -> None:
     """Draw other weights on each data rank; disable DeepSpeed's initial broadcast, which hides the fault."""
-    right = sharding.seed_of
-    sharding.seed_of = lambda *parts: right(*parts, dist.get_rank())
+    right = initializer.seed_of
+    initializer.seed_of = lambda *parts: right(*parts, dist.get_rank())
     deepspeed.DeepSpeedEngine._broadcast_model = lambda self: None
 
 
+def partitions_drawn_alike() -> None:
+    """Every data rank draws the first elements of a weight."""
+    right = initializer.InitialValues.fill
+    initializer.InitialValues.fill = lambda self, flat, start=0: right(self, flat)  # type: ignore[method-assign]
+
+
 def weights_of_another_seed() -> None:
-    right = sharding.seed_of
-    sharding.seed_of = lambda seed, *parts: right(seed + 1, *parts)
+    right = initializer.seed_of
+    initializer.seed_of = lambda seed, *parts: right(seed + 1, *parts)
 
 
 def same_data_on_all_ranks() -> None:
@@ -370,6 +374,16 @@ MUTATIONS = {
         weights_differ_between_data_ranks,
         f"{GPT} {DP}",
         ("differs between data ranks before", "its own initial weights"),
+    ),
+    "another weight seed per data rank, under ZeRO-3": Mutation(
+        weights_differ_between_data_ranks,
+        f"{GPT} parallelism=zero3 parallelism.data=2",
+        ("before the first step", "another seed"),
+    ),
+    "ZeRO-3 partitions drawn alike": Mutation(
+        partitions_drawn_alike,
+        f"{GPT} parallelism=zero3 parallelism.data=2",
+        ("before the first step", "another seed"),
     ),
     "another weight seed": Mutation(
         weights_of_another_seed, f"{GPT} {TP}", ("before the first step", "another seed")

@@ -12,7 +12,7 @@ from launcher.config.schema import Dtype, ModelConfig, RunConfig
 from launcher.config.shape import head_size, kv_heads, sequence_length
 from launcher.config.validate import validate
 from launcher.config.world import World
-from launcher.parity.shrink import MOST_RANKS, shrink, shrunk_axes, single
+from launcher.parity.shrink import MOST_RANKS, shrink, shrunk_axes
 from tests.config.composing import run_of
 
 BASES = [
@@ -152,10 +152,3 @@ def test_only_fp16_changes_precision(dtype: Dtype) -> None:
     assert small.precision.dtype is (Dtype.fp32 if dtype is Dtype.fp16 else dtype)
     assert ("precision.dtype fp16 -> fp32" in report) == (dtype is Dtype.fp16)
     validate(small, World("cpu", 2, 2))
-
-
-def test_the_reference_is_one_fp32_process() -> None:
-    run = run_of("parallelism=hybrid_3d", "precision=bf16")
-    alone = validate(single(run), World("cpu", 2, 2))
-    assert (alone.world_size, alone.zero_stage) == (1, 0)
-    assert single(run).precision.dtype is Dtype.fp32

@@ -114,6 +114,18 @@ class TestMemory:
         on_cpu = plan_of("parallelism=zero2", "parallelism.offload_optimizer=true")
         assert on_cpu.stages[0].memory.host == 0
 
+    def test_at_start_up_the_host_holds_one_weight_of_a_rank_on_a_gpu(self) -> None:
+        vocabulary, block = 128256 * 4096, 4 * 64 * 512
+        for settings, numel in (
+            (["parallelism.zero_stage=1"], vocabulary),
+            (["parallelism.zero_stage=1", "parallelism.tensor=2"], vocabulary // 2),
+            (["parallelism.zero_stage=3"], vocabulary // 8),
+        ):
+            plan = plan_of(*LLAMA, *H100, *settings, "hardware.nodes=1")
+            assert plan.stages[0].memory.start_up == 2 * numel + block, settings
+        offloaded = plan_of(*LLAMA, *H100, "parallelism=zero3_offload", "hardware.nodes=1").stages[0]
+        assert offloaded.memory.start_up == pytest.approx(2 * offloaded.parameters / 8, rel=0.01)
+
     def test_a_checkpoint_is_copied_to_the_host(self) -> None:
         asynchronous, waited_for, never = (
             plan_of("parallelism=single", f"checkpoint.{setting}").stages[0]

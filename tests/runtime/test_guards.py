@@ -20,8 +20,8 @@ from launcher.parallel.sharding import logical_of
 
 right_build, right_step, at = training.build_engine, training.optimizer_step, [0]
 
-def build_engine(run, layout, device):
-    engine = right_build(run, layout, device)
+def build_engine(*arguments, **options):
+    engine = right_build(*arguments, **options)
     for parameter in engine.module.parameters():
         if logical_of(parameter).name == "blocks.1.mlp.up.weight" and engine.mesh.data.rank == 1:
             parameter.register_hook(lambda gradient: gradient + FAULTS.get(at[0], 0.0))
@@ -77,8 +77,8 @@ def spoil(module, inputs, options, output):
     calls[0] += bool(options.get("project"))
     return output * float("inf") if at[0] == 3 and options.get("project") and calls[0] % 2 == 0 else None
 
-def build_engine(run, layout, device):
-    engine = right_build(run, layout, device)
+def build_engine(*arguments, **options):
+    engine = right_build(*arguments, **options)
     if engine.mesh.data.rank == 1:
         engine.module.get_submodule("layers.0").register_forward_hook(spoil, with_kwargs=True)
     return engine
@@ -146,7 +146,8 @@ LEAPING = [
     "training.steps=200",
     "parallelism.data=2",
 ]
-ROLLBACK = ["guard.spike=rollback", "checkpoint.interval_steps=20"]
+# The gradient norm of so small a model varies: at the default score, steps without noise leap too.
+ROLLBACK = ["guard.spike=rollback", "guard.spike_score=16", "checkpoint.interval_steps=20"]
 NUMBERS = ("step", "train/loss", "train/grad_norm", "train/samples")
 
 
@@ -177,16 +178,17 @@ def test_a_rollback_leaves_the_samples_out_and_a_resume_does_the_same(text: Path
 
 def test_replay_finds_the_sample_in_any_layout(text: Path) -> None:
     out = trained(*LEAPING, "run.dir=warned", "checkpoint.interval_steps=50", cwd=text)
-    leap = re.search(r"warning  step (\d+): the (?:loss|gradient norm) is", out)
-    assert leap
-    row = metrics(text / "warned")[int(leap[1]) - 1]
+    leaps = [int(step) for step in re.findall(r"warning  step (\d+): the (?:loss|gradient norm) is", out)]
+    losses = [row["train/loss"] for row in metrics(text / "warned")]
+    # Early steps of a new model may leap without the sample.
+    step = max(leaps, key=lambda step: losses[step - 1] - losses[step - 2])
     tops = set()
     for layout in ["parallelism=single", "parallelism=pp2"]:
-        shown = launcher("replay", "run.dir=warned", f"step={leap[1]}", layout, "samples=2", cwd=text)
+        shown = launcher("replay", "run.dir=warned", f"step={step}", layout, "samples=2", cwd=text)
         assert shown.returncode == 0, shown.stderr
         mean = re.search(r"loss +([\d.]+) over 8 samples", shown.stdout)
         assert mean
-        assert float(mean[1]) == pytest.approx(row["train/loss"], abs=2e-4)
+        assert float(mean[1]) == pytest.approx(losses[step - 1], abs=2e-4)
         top = shown.stdout.splitlines()[-2].split()
         assert "quick" not in shown.stdout.splitlines()[-2]
         tops.add(top[0])

@@ -51,6 +51,31 @@ def test_resume_in_another_layout(whole: list[dict[str, Any]], tmp_path: Path) -
     assert kept == ["latest", "step-00000004", "step-00000006"]
 
 
+# Draws no weight: a run that draws one ends with an exception.
+WITHOUT_DRAWS = """
+import launcher.parallel.initializer as initializer
+initializer.draw_block = None
+from launcher.__main__ import main
+main()
+"""
+
+
+@pytest.mark.parametrize("layout", ["parallelism=zero1", "parallelism=zero3"])
+def test_weights_that_are_read_from_files_are_not_drawn(layout: str, tmp_path: Path) -> None:
+    """By a resumed run, by a run that begins with other weights, and by generate."""
+    trained("run.dir=r", "training.steps=2", layout, "parallelism.data=2", "training.stop_at=1", cwd=tmp_path)
+    for arguments in (
+        [*SMALL, "run.dir=r", "training.steps=2", layout, "parallelism.data=2"],
+        [*SMALL, "run.dir=s", "training.steps=1", layout, "parallelism.data=2", "checkpoint.init_from=r"],
+        ["generate", "run.dir=r", "max_new_tokens=2"],
+    ):
+        command = started(*arguments, cwd=tmp_path, program=WITHOUT_DRAWS)
+        _, error = command.communicate()
+        assert command.returncode == 0, error
+    new = started(*SMALL, "run.dir=t", "training.steps=1", cwd=tmp_path, program=WITHOUT_DRAWS)
+    assert "NoneType" in new.communicate()[1]
+
+
 def test_resume_after_a_kill_is_bitwise_equal(whole: list[dict[str, Any]], tmp_path: Path) -> None:
     """SIGKILL every process at once, as a lost node does; resuming from the checkpoint is bitwise equal."""
     every_step = ["checkpoint.interval_steps=1"]

@@ -11,9 +11,9 @@ from launcher.data.sampler import Samples
 from launcher.data.windows import Stretch, Windows
 from launcher.engine.base import MicroBatches
 from launcher.models.losses import ClassificationLoss
+from launcher.parallel.initializer import Initializer
 from launcher.parallel.layers import IGNORED_LABEL, TensorParallel
 from launcher.parallel.mesh import Axis
-from launcher.parallel.sharding import Initializer
 from launcher.runtime.validation import validation_loss
 from tests.config.composing import run_of
 

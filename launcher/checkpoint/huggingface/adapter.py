@@ -5,10 +5,10 @@ from copy import deepcopy
 from dataclasses import dataclass, fields
 from typing import Any
 
-from launcher.checkpoint.boxes import Box, whole
 from launcher.config.errors import as_typed, value_of
 from launcher.config.schema import AttentionKind, BiasesConfig, InputKind, ModelConfig
 from launcher.config.shape import head_size, kv_heads
+from launcher.parallel.boxes import Box, whole
 
 TEXT = {
     "inputs": InputKind.tokens,

@@ -2,15 +2,18 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 from launcher.config.layout import Layout
 from launcher.config.schema import ActivationCheckpointing, RunConfig
 from launcher.planning.cost.geometry import Rank, block_parameters
+from launcher.planning.cost.operations import BYTES
 from launcher.planning.cost.parts import ModelParts, parts
 from launcher.planning.cost.sizes import Sizes
 from launcher.planning.cost.tape import Footprint
 from launcher.planning.cost.zero_states import Holdings, States, checkpoint_bytes, reduced_at_first, states_of
 
+BLOCK_BYTES = 131_072  # a block of initial weights in fp32, launcher/parallel/initializer.py
 # CUDA's context and libraries; memory that torch's caching allocator holds but cannot use.
 CONTEXT_BYTES, FRAGMENTATION = 1_000_000_000, 0.05
 
@@ -28,6 +31,7 @@ class Memory:
     margin: int
     moment: str
     host: int  # CPU memory of a rank on a GPU, with the copy for a checkpoint; not in the total
+    start_up: int  # CPU memory while the initial weights are made, see start_up_bytes; not in the total
     allocated: int  # peak bytes of the tensors of a step, with buffers that are never written to
 
     @property
@@ -73,8 +77,25 @@ def rank_memory(run: RunConfig, layout: Layout, rank: Rank) -> Memory:
         margin=margin,
         moment=fullest.name,
         host=states.host + (0 if on_cpu else copied),
+        start_up=start_up_bytes(run, layout, rank),
         allocated=held + max(moment.allocated for moment in moments),
     )
+
+
+def start_up_bytes(run: RunConfig, layout: Layout, rank: Rank) -> int:
+    """Return the peak CPU memory of a rank while its weights are made, one after the other.
+
+    On a GPU: the weight, or under ZeRO-3 the partition, that moves there next. On a CPU: all weights, or all
+    partitions and the weight that ZeRO-3 cuts next. Values are drawn in fp32 block by block.
+    """
+    element, data, on_cpu = BYTES[run.precision.dtype], layout.data, layout.device == "cpu"
+    if layout.zero_stage < 3:
+        return element * (rank.parameters if on_cpu else rank.largest_weight) + BLOCK_BYTES
+    if not on_cpu and not run.parallelism.offload_parameters:
+        return element * -(-rank.largest_weight // data) + BLOCK_BYTES
+    held = accumulate(element * -(-weight.numel // data) for weight in rank.weights)
+    whole = (element * weight.numel if on_cpu else 0 for weight in rank.weights)
+    return max(partitions + max(size, BLOCK_BYTES) for partitions, size in zip(held, whole, strict=True))
 
 
 class _Flow:

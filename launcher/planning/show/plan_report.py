@@ -26,9 +26,17 @@ def print_plan(plan: Plan, changes: list[Change], traced: list[dict[str, Any]] |
     tables += [_trace_table(traced)] if traced else []
     for table in tables:
         print_table(table)
-    host = max(stage.memory.host for stage in plan.stages)
-    in_host = [f"host     {size(host)} of the host's memory for each rank"] if host else []
-    print("\n".join([*in_host, *_speed(plan), f"limit    {limit(plan)}", *advice(plan, changes)]))
+    print("\n".join([*_host(plan), *_speed(plan), f"limit    {limit(plan)}", *advice(plan, changes)]))
+
+
+def _host(plan: Plan) -> list[str]:
+    """Return the line of host memory of ranks on GPUs."""
+    if plan.layout.device == "cpu":
+        return []
+    host, start_up = (
+        max(getattr(stage.memory, name) for stage in plan.stages) for name in ("host", "start_up")
+    )
+    return [f"host     {size(host)} of the host's memory for each rank, {size(start_up)} at start-up"]
 
 
 def _memory_table(plan: Plan) -> "Table":
@@ -193,6 +201,7 @@ def _stage_json(plan: Plan, index: int, stage: StagePlan) -> dict[str, Any]:
             "total": memory.total,
             "budget": plan.budget,
             "host": memory.host,
+            "start_up": memory.start_up,
             "moment": memory.moment,
         },
     }
