@@ -34,7 +34,7 @@ class BlockContext:
         random = DropoutRandom(
             seed, stage=mesh.stage, data_rank=mesh.data.rank, tensor_rank=mesh.tensor.rank, device=device
         )
-        tp = TensorParallel(mesh.tensor, run.parallelism.sequence_parallel, initializer)
+        tp = TensorParallel(mesh.tensor, run.parallelism.sequence_parallel, initializer, device.type)
         documents = Documents(end_of_document(run) if run.data.document_attention else None)
         return cls(tp, random, run.parallelism.activation_checkpointing, documents)
 

@@ -125,8 +125,3 @@ def zeros(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 
 def ones(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return torch.ones(shape, device="cpu")
-
-
-def padded_length(length: int, ranks: int) -> int:
-    """Return the smallest multiple of `ranks` that is at least `length`."""
-    return -(-length // ranks) * ranks

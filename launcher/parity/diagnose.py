@@ -13,7 +13,7 @@ import torch
 from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
 from launcher.config.shape import output_size, qkv_sizes
-from launcher.parallel.sharding import padded_length
+from launcher.parallel.vocabulary import padded_length
 from launcher.parity.differences import Difference, DifferenceKind, expected_batch_losses, in_forward_order
 from launcher.parity.patterns import (
     CLOSE,

@@ -64,7 +64,7 @@ def trace_stage(run: RunConfig, layout: Layout, rank: Rank, chunk: int = 0) -> S
             stack.enter_context(_cuda_kernels())
         axis = Axis(layout.tensor - 1, layout.tensor, group)
         with Allocations() as allocations:
-            module = _stage(run, rank, chunk, axis)
+            module = _stage(run, rank, chunk, axis, layout.device)
             for parameter in module.parameters():
                 parameter.grad = torch.empty_like(parameter)
             weights_and_gradients = allocations.live
@@ -102,7 +102,7 @@ def _one_micro_batch(
         saved = allocations.live
         output.backward()
     else:
-        output = module.logits(inputs)
+        output = module.hidden(inputs)
         saved = allocations.live - output.untyped_storage().nbytes()
         output.backward(torch.empty_like(output))
     return saved
@@ -116,10 +116,10 @@ def _inputs(run: RunConfig) -> Tensor:
     return torch.empty(batch, sequence_length(run), dtype=torch.long)
 
 
-def _stage(run: RunConfig, rank: Rank, chunk: int, axis: Axis) -> FlatModel:
-    """Return the layers of one stage in the run's precision."""
+def _stage(run: RunConfig, rank: Rank, chunk: int, axis: Axis, target: str) -> FlatModel:
+    """Return the layers of one stage in the run's precision, as they run on the device `target`."""
     device, p = torch.device("cpu"), run.parallelism
-    tp = TensorParallel(axis, p.sequence_parallel, _Undrawn(0, axis))
+    tp = TensorParallel(axis, p.sequence_parallel, _Undrawn(0, axis), target)
     random = DropoutRandom(0, stage=0, data_rank=0, tensor_rank=axis.rank, device=device)
     documents = _Documents(run)
     context = BlockContext(tp, random, p.activation_checkpointing, documents)

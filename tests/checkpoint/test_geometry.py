@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from launcher.checkpoint.boxes import Box, flat_blocks
 from launcher.checkpoint.flat_ranges import logical_views
 from launcher.parallel.mesh import Axis
-from launcher.parallel.sharding import LogicalTensor, padded_length, split
+from launcher.parallel.sharding import LogicalTensor, split
+from launcher.parallel.vocabulary import padded_length
 
 SHAPES = st.lists(st.integers(1, 7), min_size=1, max_size=3).map(tuple)
 

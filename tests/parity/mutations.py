@@ -22,6 +22,7 @@ import launcher.models.attention as attention
 import launcher.models.context as context
 import launcher.models.losses as losses
 import launcher.models.positions as positions
+import launcher.parallel.cross_entropy as cross_entropy
 import launcher.parallel.layers as layers
 import launcher.parallel.random as random
 import launcher.parallel.sharding as sharding
@@ -54,13 +55,11 @@ def row_layer_reduced_without_sum_over_sequence() -> None:
 
 
 def embedding_not_masked() -> None:
-    def forward(self: layers.VocabParallelEmbedding, x: Tensor, project: bool = False) -> Tensor:
-        if project:
-            return layers.column_linear(x, self.weight, None, self.tp)
+    def look_up(self: layers.VocabParallelEmbedding, x: Tensor) -> Tensor:
         rows = F.embedding((x - self.first).clamp(0, len(self.weight) - 1), self.weight)
         return self.tp.leave(rows)
 
-    layers.VocabParallelEmbedding.forward = forward  # type: ignore[method-assign]
+    layers.VocabParallelEmbedding._first_use = look_up  # type: ignore[method-assign]
 
 
 def norm_weights_not_reduced() -> None:
@@ -219,21 +218,30 @@ def tied_weight_updated_on_one_stage() -> None:
 
 
 def padding_predicted() -> None:
-    right = losses.vocab_parallel_cross_entropy
+    right = cross_entropy._mask_padding
 
-    def padded(logits: Tensor, labels: Tensor, vocabulary: int, axis: Axis) -> Tensor:
-        return right(logits, labels, sharding.padded_length(vocabulary, axis.size), axis)
+    def masked(logits: Tensor, vocabulary: int, axis: Axis) -> None:
+        right(logits, logits.shape[1] * axis.size, axis)
 
-    losses.vocab_parallel_cross_entropy = padded
+    cross_entropy._mask_padding = masked
 
 
 def loss_of_the_local_shard() -> None:
-    right = layers._reduced
+    right = cross_entropy._reduced
 
     def reduced(x: Tensor, operation: Any, axis: Axis) -> Tensor:
         return x if operation == dist.ReduceOp.MAX else right(x, operation, axis)
 
-    layers._reduced = reduced
+    cross_entropy._reduced = reduced
+
+
+def last_chunk_without_gradient() -> None:
+    right = cross_entropy._Gradients.add
+
+    def add(self: Any, rows: slice, gradient: Tensor, counted: Tensor) -> None:
+        right(self, rows, gradient, counted & (rows.stop < len(self._tokens)))
+
+    cross_entropy._Gradients.add = add  # type: ignore[method-assign]
 
 
 class _NoWait:
@@ -397,6 +405,11 @@ MUTATIONS = {
     ),
     "cross-entropy of the local shard": Mutation(
         loss_of_the_local_shard, f"{LLAMA} {TP}", ("computed from the logits is wrong", "cross-entropy")
+    ),
+    "no gradient from the head's last chunk of tokens": Mutation(
+        last_chunk_without_gradient,
+        f"{LLAMA} {DP}",
+        ("not by a constant ratio; the loss is right", "goes wrong at head.weight"),
     ),
     "column layer's input gradient not reduced": Mutation(
         column_gradient_not_reduced, f"{LLAMA} {TP}", ("are wrong too", "column layer's input gradient")

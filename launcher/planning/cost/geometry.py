@@ -8,6 +8,7 @@ from functools import cache, cached_property
 from launcher.config.layout import Layout
 from launcher.config.schema import InputKind, MLPKind, ModelConfig, NormKind, PositionKind, RunConfig
 from launcher.config.shape import has_class_token, output_size, position_count, qkv_sizes
+from launcher.parallel.vocabulary import padded_length
 
 
 @dataclass(frozen=True)
@@ -128,11 +129,6 @@ def blocks_of_stages(num_layers: int, stages: int) -> list[int]:
     """Return the blocks per stage as DeepSpeed's partition_balanced assigns them, larger stages first."""
     each, more = divmod(num_layers, stages)
     return [each + 1] * more + [each] * (stages - more)
-
-
-def padded_length(length: int, ranks: int) -> int:
-    """Return the padded vocabulary, as launcher.parallel.sharding pads it; here without torch."""
-    return -(-length // ranks) * ranks
 
 
 Module = list[tuple[int, bool]]  # the weights of a module on a tensor rank: numel, is a matrix

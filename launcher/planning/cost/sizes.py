@@ -18,7 +18,7 @@ from launcher.config.schema import (
     RunConfig,
 )
 from launcher.config.shape import has_class_token, head_size, kv_heads, output_size, sequence_length
-from launcher.planning.cost.geometry import padded_length
+from launcher.parallel.vocabulary import padded_length
 from launcher.planning.cost.operations import BOOL, BYTES, FP32, INT64
 
 
