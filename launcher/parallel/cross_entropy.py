@@ -132,7 +132,7 @@ class _Gradients:
         counts = counted.to(gradient.dtype).unsqueeze(1)
         x, outputs = self._tokens[rows], gradient.t()
         torch.mm(gradient, self._weight, out=self._x[rows])
-        self._x[rows] *= counts
+        self._x[rows].mul_(counts)
         total = self._weight_gradient
         if gradient.dtype is torch.float32:
             torch.addmm(total, outputs, x * counts, out=total)

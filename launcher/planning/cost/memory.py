@@ -164,10 +164,9 @@ class _Pipelined(_Flow):
 
     def moments(self) -> Iterator[_Moment]:
         flight = in_flight(self.layout, self.rank.stage)
-        # Receive buffers, and logits that a last stage keeps for the next micro-batch.
-        buffers = (
-            self.sizes.stretch + self.sizes.boundaries + (2 * self.sizes.logits if self.rank.has_head else 0)
-        )
+        # Receive buffers, and the head's input that a last stage keeps for the next micro-batch.
+        kept = self.sizes.scored.stretch if self.rank.has_head else 0
+        buffers = self.sizes.stretch + self.sizes.boundaries + kept
         held = sum(self._saved(chunk) * count for chunk, count in enumerate(flight)) + buffers
         for chunk, stage in enumerate(self.rank.chunks):
             saved = self._saved(chunk)

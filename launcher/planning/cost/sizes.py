@@ -157,19 +157,10 @@ class Sizes:
         """Logits per position on this tensor rank, padding included."""
         return padded_length(self.output_size, self.tensor) // self.tensor
 
-    @property
-    def is_padded(self) -> bool:
-        return self.output_size % self.tensor != 0
-
     @cached_property
     def scored(self) -> "Sizes":
         """The sizes at the head: every token has logits, or each image once, after pooling."""
         return replace(self, length=1, sequence_parallel=False) if self.is_vision else self
-
-    @property
-    def logits(self) -> int:
-        """Logits in the run's precision."""
-        return self.scored.tokens * self.vocabulary * self.element
 
     @cached_property
     def stores_scores(self) -> bool:
