@@ -62,7 +62,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 chunk, scores[:size], all_labels[rows], vocabulary, axis, with_gradients=with_gradients
             ).sum()
             if gradients is not None:
-                gradients.add(rows, chunk, all_labels[rows] != IGNORED_LABEL)
+                gradients.add(rows, tokens[rows], weight, chunk, all_labels[rows] != IGNORED_LABEL)
             start += size
         ctx.gradients, ctx.shape = gradients, x.shape
         return total
@@ -118,20 +118,19 @@ def cross_entropy_(
 class _Gradients:
     """Gradients of the sum of the losses, before the backward pass says how that sum counts.
 
-    Nothing is divided by the number of tokens yet: in fp16 most probabilities would become zero.
+    Nothing is divided by the number of tokens yet: in fp16 most probabilities would become zero. Neither x
+    nor the weight is kept.
     """
 
     def __init__(self, tokens: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-        self._tokens, self._weight = tokens, weight
         self._x = torch.empty_like(tokens)
         self._weight_gradient = torch.zeros_like(weight, dtype=torch.float32)
         self._bias_gradient = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
 
-    def add(self, rows: slice, gradient: Tensor, counted: Tensor) -> None:
-        """Add a chunk with the gradient (n, V/tp) of its logits; rows that are not `counted` are ignored."""
-        counts = counted.to(gradient.dtype).unsqueeze(1)
-        x, outputs = self._tokens[rows], gradient.t()
-        torch.mm(gradient, self._weight, out=self._x[rows])
+    def add(self, rows: slice, x: Tensor, weight: Tensor, gradient: Tensor, counted: Tensor) -> None:
+        """Add a chunk x (n, H) with the gradient (n, V/tp) of its logits; only `counted` tokens (n,) count."""
+        counts, outputs = counted.to(gradient.dtype).unsqueeze(1), gradient.t()
+        torch.mm(gradient, weight, out=self._x[rows])
         self._x[rows].mul_(counts)
         total = self._weight_gradient
         if gradient.dtype is torch.float32:

@@ -238,8 +238,8 @@ def loss_of_the_local_shard() -> None:
 def last_chunk_without_gradient() -> None:
     right = cross_entropy._Gradients.add
 
-    def add(self: Any, rows: slice, gradient: Tensor, counted: Tensor) -> None:
-        right(self, rows, gradient, counted & (rows.stop < len(self._tokens)))
+    def add(self: Any, rows: slice, x: Tensor, weight: Tensor, gradient: Tensor, counted: Tensor) -> None:
+        right(self, rows, x, weight, gradient, counted & (rows.stop < len(self._x)))
 
     cross_entropy._Gradients.add = add  # type: ignore[method-assign]
 
