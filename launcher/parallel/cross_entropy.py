@@ -128,7 +128,7 @@ class _Gradients:
         self._bias_gradient = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
 
     def add(self, rows: slice, x: Tensor, weight: Tensor, gradient: Tensor, counted: Tensor) -> None:
-        """Add a chunk x (n, H) with the gradient (n, V/tp) of its logits; only `counted` tokens (n,) count."""
+        """Add a chunk x (n, H) with the gradient (n, V/tp) of its logits; only `counted` tokens count."""
         counts, outputs = counted.to(gradient.dtype).unsqueeze(1), gradient.t()
         torch.mm(gradient, weight, out=self._x[rows])
         self._x[rows].mul_(counts)
