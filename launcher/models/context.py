@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from launcher.config.schema import ActivationCheckpointing, ModelConfig, RunConfig
-from launcher.config.shape import end_of_document
+from launcher.config.shape import end_of_document, vocabulary_multiple
 from launcher.models.documents import Documents
 from launcher.parallel.layers import TensorParallel
 from launcher.parallel.mesh import ProcessMesh
@@ -34,7 +34,10 @@ class BlockContext:
         random = DropoutRandom(
             seed, stage=mesh.stage, data_rank=mesh.data.rank, tensor_rank=mesh.tensor.rank, device=device
         )
-        tp = TensorParallel(mesh.tensor, run.parallelism.sequence_parallel, initializer, device.type)
+        multiple = vocabulary_multiple(run, device.type)
+        tp = TensorParallel(
+            mesh.tensor, run.parallelism.sequence_parallel, initializer, device.type, multiple
+        )
         documents = Documents(end_of_document(run) if run.data.document_attention else None)
         return cls(tp, random, run.parallelism.activation_checkpointing, documents)
 

@@ -35,6 +35,11 @@ class TensorParallel:
     sequence_parallel: bool
     initializer: Initializer
     device: str = "cpu"  # or "cuda": where the layers run
+    vocabulary_multiple: int = 1  # divides the vocabulary of each tensor rank, with padding
+
+    def padded(self, vocabulary: int) -> int:
+        """Return the length of a vocabulary with padding, over all tensor ranks."""
+        return padded_length(vocabulary, self.axis.size, self.vocabulary_multiple)
 
     def enter(self, x: Tensor) -> Tensor:
         """Return (B, T, H) for a parallel region; the gradients of the tensor ranks are summed backward."""
@@ -110,22 +115,23 @@ class RowParallelLinear(nn.Module):
 class VocabParallelEmbedding(nn.Module):
     """Token embedding with the vocabulary sharded over the tensor ranks; also the output head if tied.
 
-    The vocabulary is padded to a multiple of tp. No token maps to a padding row, and the loss gives padding
-    the probability zero. Forward: tokens (B, T) -> (B, T, H), or (B, T/tp, H) under sequence parallelism, by
+    The vocabulary is padded (TensorParallel.padded). No token maps to a padding row, and the loss gives
+    padding the probability zero. Forward: tokens (B, T) -> (B, T, H), or (B, T/tp, H) under sequence parallelism, by
     all-reduce (or reduce-scatter) of the masked look-ups. As the head: with `labels`, hidden (B, T, H) ->
     the sum of the losses (cross_entropy.py); with `project`, hidden -> logits (B, T, V/tp), like
     ColumnParallelLinear.
     """
 
-    bias: nn.Parameter | None = None
+    bias: nn.Parameter | None
 
     def __init__(self, name: str, vocabulary: int, hidden: int, tp: TensorParallel, std: float) -> None:
         super().__init__()
         self.tp, self.vocabulary = tp, vocabulary
-        padded = padded_length(vocabulary, tp.axis.size)
+        padded = tp.padded(vocabulary)
         self.first = tp.axis.rank * (padded // tp.axis.size)
         logical = LogicalTensor(f"{name}.weight", (vocabulary, hidden), 0, (vocabulary,), padded)
         self.weight = tp.initializer.parameter(logical, normal(std))
+        self.register_parameter("bias", None)
 
     def forward(self, x: Tensor, labels: Tensor | None = None, project: bool = False) -> Tensor:
         # All uses go through forward: ZeRO-3 gathers the weight of a module only around its forward.
@@ -153,7 +159,7 @@ class VocabParallelHead(VocabParallelEmbedding):
         self, name: str, vocabulary: int, hidden: int, tp: TensorParallel, std: float, bias: bool = False
     ) -> None:
         super().__init__(name, vocabulary, hidden, tp, std)
-        padded = padded_length(vocabulary, tp.axis.size)
+        padded = tp.padded(vocabulary)
         logical = LogicalTensor(f"{name}.bias", (vocabulary,), 0, (vocabulary,), padded)
         self.bias = tp.initializer.parameter(logical, zeros) if bias else None
 

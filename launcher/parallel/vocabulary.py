@@ -3,9 +3,10 @@
 from math import ceil
 
 
-def padded_length(length: int, ranks: int) -> int:
-    """Return the smallest multiple of `ranks` that is at least `length`."""
-    return -(-length // ranks) * ranks
+def padded_length(length: int, ranks: int, multiple: int = 1) -> int:
+    """Return the smallest length, at least `length`, that gives each rank a multiple of `multiple`."""
+    unit = ranks * multiple
+    return -(-length // unit) * unit
 
 
 # A chunk adds its product to the gradient of the whole head weight: V x H numbers are read and written again,

@@ -74,5 +74,5 @@ def expect(run: RunConfig, layout: Layout, rank: Rank, chunk: int) -> StageTrace
     if is_tied:
         embedding = stage_parts[0][0].footprint
         peaks.append(sizes.boundaries + embedding.saved + embedding.backward + 2 * tied)
-    one_stage = Rank(rank.stage, (stage,), rank.model, rank.tensor, rank.is_flat)
+    one_stage = Rank(rank.stage, (stage,), rank.model, rank.tensor, rank.outputs, rank.is_flat)
     return StageTrace(one_stage.parameters, flops(stage_parts), saved, max(peaks), traffic(stage_parts))

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from launcher.config.layout import Layout
 from launcher.config.schema import InputKind, RunConfig
-from launcher.config.shape import end_of_document, sequence_length
+from launcher.config.shape import end_of_document, sequence_length, vocabulary_multiple
 from launcher.engine.allocations import Allocations
 from launcher.models.architecture import FlatModel, model_layers, model_loss
 from launcher.models.blocks import TransformerBlock
@@ -119,7 +119,8 @@ def _inputs(run: RunConfig) -> Tensor:
 def _stage(run: RunConfig, rank: Rank, chunk: int, axis: Axis, target: str) -> FlatModel:
     """Return the layers of one stage in the run's precision, as they run on the device `target`."""
     device, p = torch.device("cpu"), run.parallelism
-    tp = TensorParallel(axis, p.sequence_parallel, _Undrawn(0, axis), target)
+    multiple = vocabulary_multiple(run, target)
+    tp = TensorParallel(axis, p.sequence_parallel, _Undrawn(0, axis), target, multiple)
     random = DropoutRandom(0, stage=0, data_rank=0, tensor_rank=axis.rank, device=device)
     documents = _Documents(run)
     context = BlockContext(tp, random, p.activation_checkpointing, documents)
