@@ -116,9 +116,9 @@ class VocabParallelEmbedding(nn.Module):
     """Token embedding with the vocabulary sharded over the tensor ranks; also the output head if tied.
 
     The vocabulary is padded (TensorParallel.padded). No token maps to a padding row, and the loss gives
-    padding the probability zero. Forward: tokens (B, T) -> (B, T, H), or (B, T/tp, H) under sequence parallelism, by
-    all-reduce (or reduce-scatter) of the masked look-ups. As the head: with `labels`, hidden (B, T, H) ->
-    the sum of the losses (cross_entropy.py); with `project`, hidden -> logits (B, T, V/tp), like
+    padding the probability zero. Forward: tokens (B, T) -> (B, T, H), or (B, T/tp, H) under sequence
+    parallelism, by all-reduce (or reduce-scatter) of the masked look-ups. As the head: with `labels`, hidden
+    (B, T, H) -> the sum of the losses (cross_entropy.py); with `project`, hidden -> logits (B, T, V/tp), like
     ColumnParallelLinear.
     """
 
