@@ -92,10 +92,10 @@ def _patches(s: Sizes) -> list[Operation]:
 
 def _pool(s: Sizes) -> Operation:
     pooled = s.scored.stretch
-    # The class token is a view, which keeps the whole tensor alive.
+    # The class token is a view.
     is_view = s.has_class_token and not s.sequence_parallel
     return Operation(
-        "pooled", ("final_norm",), 0 if is_view else pooled, saves=("final_norm",) if is_view else (),
+        "pooled", ("final_norm",), 0 if is_view else pooled,
         forward_traffic=(Collective("all_reduce", pooled),) if s.sequence_parallel else (),
         forward_bytes=s.stretch, backward_bytes=2 * s.stretch, kernels=2,
     )  # fmt: skip
