@@ -64,7 +64,7 @@ def expect(run: RunConfig, layout: Layout, rank: Rank, chunk: int) -> StageTrace
     output = 0 if stage.has_head else sizes.stretch
     is_tied = stage.has_embedding and stage.has_head and run.model.tie_embeddings
     tied = sizes.vocabulary * sizes.hidden_size * sizes.element if is_tied else 0
-    saved, peaks = sizes.boundaries, []
+    saved, peaks = sizes.boundaries + sizes.tables, []
     for part, count in stage_parts:
         footprint = part.footprint
         peaks.append(saved + (count - 1) * footprint.saved + footprint.forward)

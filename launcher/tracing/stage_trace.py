@@ -24,7 +24,7 @@ from launcher.config.shape import end_of_document, sequence_length, vocabulary_m
 from launcher.engine.allocations import Allocations
 from launcher.models.architecture import FlatModel, model_layers, model_loss
 from launcher.models.blocks import TransformerBlock
-from launcher.models.context import BlockContext
+from launcher.models.context import BlockContext, rotary_tables
 from launcher.models.documents import Documents
 from launcher.parallel.dtypes import TORCH_DTYPES
 from launcher.parallel.layers import TensorParallel
@@ -123,7 +123,8 @@ def _stage(run: RunConfig, rank: Rank, chunk: int, axis: Axis, target: str) -> F
     tp = TensorParallel(axis, p.sequence_parallel, _Undrawn(0, axis), target, multiple)
     random = DropoutRandom(0, stage=0, data_rank=0, tensor_rank=axis.rank, device=device)
     documents = _Documents(run)
-    context = BlockContext(tp, random, p.activation_checkpointing, documents)
+    rotary = rotary_tables(run.model)
+    context = BlockContext(tp, random, p.activation_checkpointing, documents, rotary)
     layers = model_layers(run.model, context)
     stage = rank.chunks[chunk]
     front = next(index for index, layer in enumerate(layers) if layer.module is TransformerBlock)

@@ -22,6 +22,7 @@ import launcher.models.attention as attention
 import launcher.models.context as context
 import launcher.models.losses as losses
 import launcher.models.positions as positions
+import launcher.models.rotary as rotary
 import launcher.parallel.cross_entropy as cross_entropy
 import launcher.parallel.layers as layers
 import launcher.parallel.random as random
@@ -140,7 +141,7 @@ def value_heads_of_another_group() -> None:
 
     def split_heads(self: attention.Attention, fused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = right(self, fused)
-        return q, k.flip(1), v.flip(1)
+        return q, k.flip(2), v.flip(2)
 
     attention.Attention._split_heads = split_heads  # type: ignore[method-assign]
 
@@ -149,11 +150,11 @@ def positions_offset_by_stage() -> None:
     """Offset the queries only: rotary positions are relative, so offsetting keys too has no effect."""
     right = attention.Attention._core
 
-    def core(self: attention.Attention, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    def core(self: attention.Attention, q: Tensor, *arguments: Any) -> Tensor:
         stage = dist.get_rank() // (dist.get_world_size() // 2)
         for _ in range(2 * stage):  # rotate twice more: attention of stage 1 is wrong
-            q = positions.rotate(q, self.model.rope_theta)
-        return right(self, q, k, v, mask)
+            q = rotary.rotate(q, *arguments[-2:])
+        return right(self, q, *arguments)
 
     attention.Attention._core = core  # type: ignore[method-assign]
 

@@ -59,7 +59,7 @@ def rank_memory(run: RunConfig, layout: Layout, rank: Rank) -> Memory:
     flow = _Flat(sizes, rank, states) if rank.is_flat else _Pipelined(sizes, rank, states, layout)
     moments, on_cpu = list(flow.moments()), layout.device == "cpu"
     fullest = max(moments, key=lambda moment: moment.touched if on_cpu else moment.allocated)
-    held = states.weights + states.optimizer
+    held = states.weights + states.optimizer + sizes.tables
     copied = checkpoint_bytes(run, layout, rank)
     margin = 0 if on_cpu else CONTEXT_BYTES + int(FRAGMENTATION * (held + fullest.allocated))
     communication = fullest.holdings.communication + fullest.gathered
@@ -67,7 +67,7 @@ def rank_memory(run: RunConfig, layout: Layout, rank: Rank) -> Memory:
         weights=states.weights,
         gradients=fullest.holdings.gradients,
         optimizer=states.optimizer,
-        activations=fullest.activations,
+        activations=fullest.activations + sizes.tables,
         communication=communication - (fullest.holdings.untouched if on_cpu else 0),
         checkpoint=copied if on_cpu else 0,
         margin=margin,

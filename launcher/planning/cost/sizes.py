@@ -115,6 +115,11 @@ class Sizes:
         return self.tokens * self.length * self.element if self.masks_documents else 0
 
     @property
+    def tables(self) -> int:
+        """Cosines and sines of rotary positions, once for all blocks and micro-batches."""
+        return self.length * self.head_size * self.element if self.rotates else 0
+
+    @property
     def whole(self) -> int:
         """(B, T, H)."""
         return self.tokens * self.hidden_size * self.element
