@@ -134,7 +134,8 @@ class _Gradients:
         self._x[rows].mul_(counts)
         total = self._weight_gradient
         if gradient.dtype is torch.float32:
-            torch.addmm(total, outputs, x * counts, out=total)
+            # With beta 0 the first chunk overwrites the zeros without reading them.
+            torch.addmm(total, outputs, x * counts, beta=int(rows.start > 0), out=total)
         else:
             total.add_(outputs @ (x * (counts * PRODUCT_SCALE)), alpha=1 / PRODUCT_SCALE)
         if self._bias_gradient is not None:
