@@ -93,7 +93,12 @@ def cross_entropy_(
     """
     _mask_padding(logits, vocabulary, axis)
     elsewhere, index = _local_labels(logits, labels, axis)
-    torch.log_softmax(logits, -1, dtype=torch.float32, out=scores)
+    if logits.dtype is torch.float32:
+        torch.log_softmax(logits, -1, out=scores)
+    else:
+        # In place: log_softmax with `dtype` would convert into a third tensor of this size. The kernels write
+        # each number where, and after, they have read it (torch 2.13, CPU and CUDA).
+        torch.log_softmax(scores.copy_(logits), -1, out=scores)
     picked = scores.gather(1, index).squeeze(1)
     if axis.size == 1:
         losses = -picked
