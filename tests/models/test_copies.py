@@ -28,8 +28,9 @@ class Operations(TorchDispatchMode):
 
 def step(model: FlatModel) -> tuple[Counter[str], Counter[str]]:
     """Return the operations of a forward and of a backward pass."""
+    tokens, labels = batch(61)
     with Operations() as forward:
-        loss = model(*batch(61))
+        loss = model(tokens, labels)
     with Operations() as backward:
         loss.backward()
     return forward.counts, backward.counts
