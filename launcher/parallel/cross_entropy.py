@@ -68,7 +68,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         assert ctx.gradients is not None, "the gradients of the head are given out once"
         gradients, ctx.gradients = ctx.gradients, None

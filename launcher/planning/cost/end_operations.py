@@ -41,7 +41,9 @@ def _loss(s: Sizes, x: str) -> Operation:
     chunk, matrix = sizes[0] * columns, columns * h
     # Logits in the run's precision and in fp32, the hidden states without ignored tokens, and a product.
     scratch = chunk * (s.element + FP32) + sizes[0] * h * s.element + (matrix * s.element if low else 0)
-    gathered = traffic = reduced = ()
+    gathered: tuple[Collective, ...] = ()
+    traffic: tuple[Collective, ...] = ()
+    reduced: tuple[Collective, ...] = ()
     if s.tensor > 1:
         traffic = tuple(Collective("all_reduce", FP32 * n * values) for n in sizes for values in (1, 2))
         reduced = (Collective("all_reduce", s.whole),)
