@@ -66,6 +66,7 @@ BOUNDS: dict[str, Bound] = {
     "parallelism.tensor": Bound(COUNT, "1", 2**10), "parallelism.pipeline": Bound(COUNT, "1", 2**12),
     "parallelism.data": Bound(COUNT, "null", _RANKS),
     "parallelism.zero_stage": Bound(STAGE, "1 (or 0, 2, 3)", 3),
+    "parallelism.vocabulary_multiple": Bound(COUNT, "null", 2**16),
     "hardware.nodes": Bound(COUNT, "1", _RANKS),
     "hardware.accelerators_per_node": Bound(COUNT, "null", _LOCAL_RANKS),
     "hardware.memory_bytes": Bound(ABOVE_0, "null", 1e18, least=1),

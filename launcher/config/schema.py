@@ -199,6 +199,8 @@ class ParallelismConfig:
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
     pipeline_schedule: PipelineSchedule = PipelineSchedule["1f1b"]
     auto: bool = False  # choose the layout fields above (not the schedule) and the micro-batch size
+    # Pad the vocabulary of each tensor rank to a multiple; null: 128 on cuda, whose products need it, else 1.
+    vocabulary_multiple: Optional[int] = None
 
 
 @dataclass

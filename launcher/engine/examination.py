@@ -75,7 +75,7 @@ class _Observer:
     def _at_output(self, layer: str) -> Callable[[nn.Module, Any, dict[str, Any], Tensor], None]:
         def look(_module: nn.Module, _inputs: Any, options: dict[str, Any], output: Tensor) -> None:
             # A tied embedding runs twice in a micro-batch, the second time as the head.
-            name = f"the output of {'head' if options.get('project') else layer}"
+            name = f"the output of {'head' if 'labels' in options else layer}"
             # Activation checkpointing runs a layer first without, then with gradients: two separate counts.
             self._look(output, name, f"{name} {torch.is_grad_enabled()}", is_gradient=False)
             if output.requires_grad:
@@ -101,8 +101,8 @@ def micro_batch_losses(engine: Engine, step: int, batches: MicroBatches) -> tupl
     """
     losses, right = [], getattr(engine.module, engine.loss_name)
 
-    def kept(logits: Tensor, labels: Tensor) -> Tensor:
-        loss: Tensor = right(logits, labels)
+    def kept(x: Tensor, labels: Tensor) -> Tensor:
+        loss: Tensor = right(x, labels)
         losses.append(float(loss.detach()))
         return loss
 

@@ -41,6 +41,9 @@ class PipelineEngine(Engine):
             # embedding, the last the final norm and the head.
             partition_method=f"type:{TransformerBlock.__name__}",
         )
+        # DeepSpeed builds only the layers of this rank's stages.
+        for head in (built for built in module.modules() if type(built) is layers[-1].module):
+            loss.head = head
         optimizer = build_optimizer(run.optimizer, module.parameters())
         deepspeed_engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=deepspeed_config(run, layout), dist_init_required=False
@@ -103,11 +106,12 @@ def _with_gradient(weight: nn.Parameter) -> Any:
 def _spec(layer: Layer) -> LayerSpec:
     if layer.tied is None:
         return LayerSpec(layer.module, *layer.arguments)
-    forward = _project if layer.project else None
+    forward = _unchanged if layer.is_head else None
     return TiedLayerSpec(
         layer.tied, layer.module, *layer.arguments, forward_fn=forward, tied_weight_attr="weight"
     )
 
 
-def _project(module: nn.Module, x: Tensor) -> Tensor:
-    return module(x, project=True)  # type: ignore[no-any-return]
+def _unchanged(_module: nn.Module, x: Tensor) -> Tensor:
+    """Return the input of a tied head, which the loss runs with the labels."""
+    return x

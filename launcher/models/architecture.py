@@ -14,7 +14,7 @@ from launcher.config.shape import output_size
 from launcher.models.blocks import TransformerBlock
 from launcher.models.context import BlockContext
 from launcher.models.documents import Documents
-from launcher.models.losses import ClassificationLoss, Loss, language_loss
+from launcher.models.losses import ClassificationLoss, LanguageLoss
 from launcher.models.norms import Norm
 from launcher.models.positions import LearnedPositions
 from launcher.models.vision import PatchEmbedding, Pool
@@ -27,22 +27,23 @@ TIED_EMBEDDING = "embedding"
 class Layer:
     """An entry of a model's list: `module(*arguments)` maps one tensor to one tensor.
 
-    Layers with the same `tied` key share one weight; the one with `project` uses it as the output head.
+    Layers with the same `tied` key share one weight. The output head is run by the loss, with the labels.
     """
 
     module: type[nn.Module]
     arguments: tuple[Any, ...]
     tied: str | None = None
-    project: bool = False
+    is_head: bool = False
 
     def build(self) -> nn.Module:
         return self.module(*self.arguments)
 
 
 def model_layers(model: ModelConfig, context: BlockContext) -> list[Layer]:
-    """Return the layers in order, from the inputs to this tensor rank's logits.
+    """Return the layers in order, from the inputs to the output head.
 
-    Tokens (B, T) become logits (B, T, V/tp); images (B, C, S, S) become logits (B, 1, classes/tp).
+    Tokens (B, T) become hidden states (B, T, H), or (B, T/tp, H) under sequence parallelism, and images
+    (B, C, S, S) become (B, 1, H). The head projects them to this tensor rank's logits.
     """
     names = (f"blocks.{index}" for index in range(model.num_layers))
     blocks = [Layer(TransformerBlock, (name, model, context)) for name in names]
@@ -64,12 +65,13 @@ def _first_layers(model: ModelConfig, context: BlockContext) -> list[Layer]:
 def _last_layers(model: ModelConfig, context: BlockContext) -> list[Layer]:
     """Return the layers after the final norm: the head, and before it the pooling of an image's patches."""
     if model.tie_embeddings:
-        return [replace(_embedding(model, context), project=True)]
+        return [replace(_embedding(model, context), is_head=True)]
     # Pooled, there is no sequence to split.
     is_pooled = model.inputs is InputKind.patches
     tp = replace(context.tp, sequence_parallel=False) if is_pooled else context.tp
     sizes = (output_size(model), model.hidden_size)
-    head = Layer(VocabParallelHead, ("head", *sizes, tp, model.init_std, model.biases.head))
+    arguments = ("head", *sizes, tp, model.init_std, model.biases.head)
+    head = Layer(VocabParallelHead, arguments, is_head=True)
     return [Layer(Pool, (model, context.tp)), head] if is_pooled else [head]
 
 
@@ -78,11 +80,9 @@ def _embedding(model: ModelConfig, context: BlockContext) -> Layer:
     return Layer(VocabParallelEmbedding, arguments, TIED_EMBEDDING if model.tie_embeddings else None)
 
 
-def model_loss(model: ModelConfig, context: BlockContext) -> Loss:
-    """Return the loss: (logits, labels) -> mean cross-entropy, a scalar in nats."""
-    if model.inputs is InputKind.patches:
-        return ClassificationLoss(model, context.tp)
-    return language_loss(model, context.tp)
+def model_loss(model: ModelConfig, context: BlockContext) -> LanguageLoss:
+    """Return the loss: (the head's input, labels) -> mean cross-entropy, a scalar in nats."""
+    return ClassificationLoss(model, context.tp) if model.inputs is InputKind.patches else LanguageLoss()
 
 
 def flat_model(model: ModelConfig, context: BlockContext) -> "FlatModel":
@@ -93,26 +93,33 @@ def flat_model(model: ModelConfig, context: BlockContext) -> "FlatModel":
 class FlatModel(nn.Module):
     """All layers in one module, run in order, with the loss at the end."""
 
-    def __init__(self, layers: Sequence[Layer], loss: Loss, documents: Documents) -> None:
+    def __init__(self, layers: Sequence[Layer], loss: LanguageLoss, documents: Documents) -> None:
         super().__init__()
         self.loss, self.documents = loss, documents
         self.layers = nn.ModuleList()
-        self._calls: list[tuple[int, bool]] = []
+        self._calls: list[int] = []
         tied: dict[str, int] = {}
         for layer in layers:
             index = len(self.layers) if layer.tied is None else tied.setdefault(layer.tied, len(self.layers))
             if index == len(self.layers):
                 self.layers.append(layer.build())
-            self._calls.append((index, layer.project))
+            if layer.is_head:
+                loss.head = self.layers[index]
+            else:
+                self._calls.append(index)
 
     def forward(self, inputs: Tensor, labels: Tensor) -> Tensor:
         """Return the loss of inputs and their labels."""
-        return self.loss(self.logits(inputs), labels)
+        return self.loss(self.hidden(inputs), labels)
 
     def logits(self, inputs: Tensor) -> Tensor:
         """Return this tensor rank's logits: tokens (B, T) -> (B, T, V/tp), images -> (B, 1, classes/tp)."""
+        return self.loss.head(self.hidden(inputs), project=True)  # type: ignore[no-any-return]
+
+    def hidden(self, inputs: Tensor) -> Tensor:
+        """Return the input of the head: tokens (B, T) -> (B, T, H) or (B, T/tp, H), images -> (B, 1, H)."""
         self.documents.begin(inputs)
         x = inputs
-        for index, project in self._calls:
-            x = self.layers[index](x, project=True) if project else self.layers[index](x)
+        for index in self._calls:
+            x = self.layers[index](x)
         return x

@@ -9,10 +9,10 @@ from contextlib import nullcontext
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from launcher.config.schema import ActivationCheckpointing, AttentionKind, ModelConfig, PositionKind
+from launcher.config.schema import ActivationCheckpointing, AttentionKind, ModelConfig
 from launcher.config.shape import head_size, kv_heads, qkv_sizes
 from launcher.models.context import BlockContext, recompute, residual_draw
-from launcher.models.positions import rotate
+from launcher.models.rotary import rotate
 from launcher.parallel.initializer import normal
 from launcher.parallel.layers import ColumnParallelLinear, RowParallelLinear
 
@@ -20,7 +20,8 @@ from launcher.parallel.layers import ColumnParallelLinear, RowParallelLinear
 class Attention(nn.Module):
     """Self-attention over this rank's N/tp query heads and K/tp key/value heads, causal or full.
 
-    `mask` (B, 1, T, T), where there is one, replaces the causal mask: see models/documents.py.
+    `mask` (B, 1, T, T), where there is one, replaces the causal mask: see models/documents.py. `cos` and
+    `sin` are there with rotary positions: see models/rotary.py.
     """
 
     def __init__(self, name: str, model: ModelConfig, context: BlockContext) -> None:
@@ -36,28 +37,37 @@ class Attention(nn.Module):
             f"{name}.output", sizes[0], model.hidden_size, tp, bias=biases.output, draw=residual_draw(model)
         )
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        q, k, v = self._split_heads(self.qkv(x))
+    def forward(
+        self, x: Tensor, mask: Tensor | None, cos: Tensor | None = None, sin: Tensor | None = None
+    ) -> Tensor:
+        arguments = *self._split_heads(self.qkv(x)), mask, cos, sin
         if self.context.checkpointing is ActivationCheckpointing.selective:
-            return self.output(recompute(self._core, self.context, q, k, v, mask))  # type: ignore[no-any-return]
-        return self.output(self._core(q, k, v, mask))  # type: ignore[no-any-return]
+            return self.output(recompute(self._core, self.context, *arguments))  # type: ignore[no-any-return]
+        return self.output(self._core(*arguments))  # type: ignore[no-any-return]
 
     def _split_heads(self, fused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, T, (N + 2K) D / tp) -> q (B, N/tp, T, D), k and v (B, K/tp, T, D)."""
-        heads = fused.unflatten(-1, (self.heads + 2 * self.kv_heads, self.head_size)).transpose(1, 2)
-        q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+        """(B, T, (N + 2K) D / tp) -> q (B, T, N/tp, D), k and v (B, T, K/tp, D).
+
+        Heads stay behind positions, as in memory, until the kernel gets a view: so its output and the
+        gradients of q, k and v need no copy into the order of the projections.
+        """
+        heads = fused.unflatten(-1, (self.heads + 2 * self.kv_heads, self.head_size))
+        q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
         return q, k, v
 
-    def _core(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    def _core(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cos: Tensor | None, sin: Tensor | None
+    ) -> Tensor:
         """-> (B, T, N D / tp)."""
-        if self.model.positions is PositionKind.rope:
-            q, k = rotate(q, self.model.rope_theta), rotate(k, self.model.rope_theta)
+        if cos is not None and sin is not None:
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         dropout = self.model.dropout if self.training else 0.0
         # A document mask hides later positions itself.
         is_causal = mask is None and self.model.attention is AttentionKind.causal
         is_grouped = self.kv_heads != self.heads
         with self.context.random.local() if dropout else nullcontext():
             mixed = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=is_causal, dropout_p=dropout, enable_gqa=is_grouped
-            )
+                q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
+                attn_mask=mask, is_causal=is_causal, dropout_p=dropout, enable_gqa=is_grouped,
+            )  # fmt: skip
         return mixed.transpose(1, 2).flatten(2)

@@ -22,12 +22,11 @@ class TransformerBlock(nn.Module):
         self.dropout = HiddenDropout(model.dropout, context)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Passed on as an argument: when the block is recomputed, `documents` holds another micro-batch.
-        mask = self.context.documents.mask
+        places = self.context.positions(x)
         if self.context.checkpointing is ActivationCheckpointing.full:
-            return recompute(self._body, self.context, x, mask)
-        return self._body(x, mask)
+            return recompute(self._body, self.context, x, *places)
+        return self._body(x, *places)
 
-    def _body(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), mask))
+    def _body(self, x: Tensor, *places: Tensor | None) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), *places))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))  # type: ignore[no-any-return]

@@ -8,13 +8,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from launcher.config.schema import ActivationCheckpointing, ModelConfig, RunConfig
-from launcher.config.shape import end_of_document
+from launcher.config.schema import ActivationCheckpointing, ModelConfig, PositionKind, RunConfig
+from launcher.config.shape import end_of_document, vocabulary_multiple
 from launcher.models.documents import Documents
+from launcher.models.rotary import RotaryTables
 from launcher.parallel.initializer import DrawFunction, Initializer, normal
 from launcher.parallel.layers import TensorParallel
 from launcher.parallel.mesh import ProcessMesh
 from launcher.parallel.random import DropoutRandom
+
+Places = tuple[Tensor | None, Tensor | None, Tensor | None]  # document mask, cosines, sines
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class BlockContext:
     random: DropoutRandom
     checkpointing: ActivationCheckpointing
     documents: Documents
+    rotary: RotaryTables | None  # None without rotary positions
 
     @classmethod
     def create(cls, run: RunConfig, mesh: ProcessMesh, initializer: Initializer) -> "BlockContext":
@@ -36,9 +40,32 @@ class BlockContext:
             tensor_rank=mesh.tensor.rank,
             device=initializer.device,
         )
-        tp = TensorParallel(mesh.tensor, run.parallelism.sequence_parallel, initializer)
+        device = initializer.device.type
+        tp = TensorParallel(
+            mesh.tensor,
+            run.parallelism.sequence_parallel,
+            initializer,
+            device,
+            vocabulary_multiple(run, device),
+        )
         documents = Documents(end_of_document(run) if run.data.document_attention else None)
-        return cls(tp, random, run.parallelism.activation_checkpointing, documents)
+        return cls(tp, random, run.parallelism.activation_checkpointing, documents, rotary_tables(run.model))
+
+    def positions(self, x: Tensor) -> Places:
+        """Return what attention has to know of the positions of x, a block's input.
+
+        Passed through the layers as arguments: when a block is recomputed, `documents` holds another
+        micro-batch.
+        """
+        mask = self.documents.mask
+        if self.rotary is None:
+            return mask, None, None
+        length = x.shape[1] * (self.tp.axis.size if self.tp.sequence_parallel else 1)
+        return mask, *self.rotary.of(length, x)
+
+
+def rotary_tables(model: ModelConfig) -> RotaryTables | None:
+    return RotaryTables(model) if model.positions is PositionKind.rope else None
 
 
 class HiddenDropout(nn.Module):

@@ -1,6 +1,5 @@
-"""Learned positions, added to the embedding, and rotary positions, applied to queries and keys."""
+"""Learned positions, added to the embedding."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -33,13 +32,3 @@ class LearnedPositions(nn.Module):
         if self.documents.positions is not None:
             used = F.embedding(self.documents.positions, used)
         return self.dropout(x + used[..., shard * length : (shard + 1) * length, :])  # type: ignore[no-any-return]
-
-
-def rotate(x: Tensor, theta: float) -> Tensor:
-    """Rotate channels i and i + D/2 of (B, heads, T, D) by their position (Su et al., arXiv 2104.09864)."""
-    length, size = x.shape[-2:]
-    frequencies = theta ** -(torch.arange(0, size, 2, device=x.device, dtype=torch.float32) / size)
-    angles = torch.arange(length, device=x.device, dtype=torch.float32).outer(frequencies)
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

@@ -15,25 +15,38 @@ from torch import Tensor, nn
 from launcher.parallel.collectives import (
     all_gather_start,
     copy_region,
+    gather_sequence_region,
     join_sequence_shards,
     reduce_region,
     reduce_scatter_sequence_region,
     reduce_scatter_start,
 )
+from launcher.parallel.cross_entropy import linear_cross_entropy
 from launcher.parallel.initializer import DrawFunction, Initializer, normal, zeros
 from launcher.parallel.mesh import Axis
-from launcher.parallel.sharding import LogicalTensor, padded_length
-
-IGNORED_LABEL = -100
+from launcher.parallel.sharding import LogicalTensor
+from launcher.parallel.vocabulary import padded_length
 
 
 @dataclass(frozen=True)
 class TensorParallel:
-    """Settings shared by all tensor-parallel layers: axis, sequence parallelism, weight initializer."""
+    """Settings shared by all tensor-parallel layers: axis, sequence parallelism, initializer, device."""
 
     axis: Axis
     sequence_parallel: bool
     initializer: Initializer
+    device: str = "cpu"  # or "cuda": where the layers run
+    vocabulary_multiple: int = 1  # divides the vocabulary of each tensor rank, with padding
+
+    def padded(self, vocabulary: int) -> int:
+        """Return the length of a vocabulary with padding, over all tensor ranks."""
+        return padded_length(vocabulary, self.axis.size, self.vocabulary_multiple)
+
+    def enter(self, x: Tensor) -> Tensor:
+        """Return (B, T, H) for a parallel region; the gradients of the tensor ranks are summed backward."""
+        if self.sequence_parallel:
+            return gather_sequence_region(x, self.axis)
+        return copy_region(x, self.axis)
 
     def leave(self, partial: Tensor) -> Tensor:
         """Sum (B, T, H) over the tensor ranks: whole, or this rank's (B, T/tp, H) (reduce-scatter)."""
@@ -103,24 +116,35 @@ class RowParallelLinear(nn.Module):
 class VocabParallelEmbedding(nn.Module):
     """Token embedding with the vocabulary sharded over the tensor ranks; also the output head if tied.
 
-    The vocabulary is padded to a multiple of tp. No token maps to a padding row, and the loss gives padding
-    the probability zero. Forward: tokens (B, T) -> (B, T, H), or (B, T/tp, H) under sequence parallelism, by
-    all-reduce (or reduce-scatter) of the masked look-ups. With `project`: hidden (B, T, H) -> logits (B, T,
-    V/tp), like ColumnParallelLinear.
+    The vocabulary is padded (TensorParallel.padded). No token maps to a padding row, and the loss gives
+    padding the probability zero. Forward: tokens (B, T) -> (B, T, H), or (B, T/tp, H) under sequence
+    parallelism, by all-reduce (or reduce-scatter) of the masked look-ups. As the head: with `labels`, hidden
+    (B, T, H) -> the sum of the losses (cross_entropy.py); with `project`, hidden -> logits (B, T, V/tp), like
+    ColumnParallelLinear.
     """
+
+    bias: nn.Parameter | None
 
     def __init__(self, name: str, vocabulary: int, hidden: int, tp: TensorParallel, std: float) -> None:
         super().__init__()
-        self.tp = tp
-        padded = padded_length(vocabulary, tp.axis.size)
+        self.tp, self.vocabulary = tp, vocabulary
+        padded = tp.padded(vocabulary)
         self.first = tp.axis.rank * (padded // tp.axis.size)
         logical = LogicalTensor(f"{name}.weight", (vocabulary, hidden), 0, (vocabulary,), padded)
         self.weight = tp.initializer.parameter(logical, normal(std))
+        self.register_parameter("bias", None)
 
-    def forward(self, x: Tensor, project: bool = False) -> Tensor:
-        # Both uses go through forward: ZeRO-3 gathers the weight of a module only around its forward.
-        if project:
-            return column_linear(x, self.weight, None, self.tp)
+    def forward(self, x: Tensor, labels: Tensor | None = None, project: bool = False) -> Tensor:
+        # All uses go through forward: ZeRO-3 gathers the weight of a module only around its forward.
+        if labels is not None:
+            whole, axis = self.tp.enter(x), self.tp.axis
+            return linear_cross_entropy(
+                whole, self.weight, self.bias, labels, self.vocabulary, axis, self.tp.device
+            )
+        return column_linear(x, self.weight, self.bias, self.tp) if project else self._first_use(x)
+
+    def _first_use(self, x: Tensor) -> Tensor:
+        """Look up tokens."""
         if self.tp.axis.size == 1:
             return F.embedding(x, self.weight)
         local = x - self.first
@@ -130,18 +154,19 @@ class VocabParallelEmbedding(nn.Module):
 
 
 class VocabParallelHead(VocabParallelEmbedding):
-    """Untied output head: hidden (B, T, H) or (B, T/tp, H) -> logits (B, T, V/tp) of this rank."""
+    """Untied output head: see VocabParallelEmbedding. Without `labels` and `project` it returns its input."""
 
     def __init__(
         self, name: str, vocabulary: int, hidden: int, tp: TensorParallel, std: float, bias: bool = False
     ) -> None:
         super().__init__(name, vocabulary, hidden, tp, std)
-        padded = padded_length(vocabulary, tp.axis.size)
+        padded = tp.padded(vocabulary)
         logical = LogicalTensor(f"{name}.bias", (vocabulary,), 0, (vocabulary,), padded)
         self.bias = tp.initializer.parameter(logical, zeros) if bias else None
 
-    def forward(self, x: Tensor, project: bool = True) -> Tensor:
-        return column_linear(x, self.weight, self.bias, self.tp)
+    def _first_use(self, x: Tensor) -> Tensor:
+        """Pass hidden states on. A pipeline runs this layer without labels; the loss runs it with them."""
+        return x
 
 
 def column_linear(x: Tensor, weight: Tensor, bias: Tensor | None, tp: TensorParallel) -> Tensor:
@@ -181,80 +206,3 @@ class _ColumnLinear(torch.autograd.Function):
         assert reducing is not None
         reducing.wait()
         return grad_x, grad_weight, None, None
-
-
-def vocab_parallel_cross_entropy(logits: Tensor, labels: Tensor, vocabulary: int, axis: Axis) -> Tensor:
-    """Return the cross-entropy in nats per label; the logits are sharded by vocabulary and never gathered.
-
-    logits (B, T, V/tp), labels (B, T) -> losses (B, T) in fp32; 0 for a label that is IGNORED_LABEL.
-    `vocabulary` is the unpadded size; padding gets probability zero. Forward: three all-reduces of (B, T)
-    values over `axis` (maximum, sum of exponentials, logit of the label). Backward: no collective; each rank
-    computes its shard of softmax minus one-hot.
-    """
-    losses: Tensor = _VocabParallelCrossEntropy.apply(logits, labels, vocabulary, axis)  # type: ignore[no-untyped-call]
-    return losses
-
-
-def vocab_parallel_hits(logits: Tensor, labels: Tensor, vocabulary: int, axis: Axis) -> Tensor:
-    """Return whether labels have the highest logit, ties included: two all-reduces of (B, T) over `axis`."""
-    scores = _mask_padding(logits, vocabulary, axis)
-    highest = _reduced(scores.amax(dim=-1), dist.ReduceOp.MAX, axis)
-    elsewhere, index = _local_labels(logits, labels, axis)
-    label_logits = scores.gather(-1, index.unsqueeze(-1)).squeeze(-1).masked_fill(elsewhere, 0.0)
-    return _reduced(label_logits, dist.ReduceOp.SUM, axis) >= highest
-
-
-def _mask_padding(logits: Tensor, vocabulary: int, axis: Axis) -> Tensor:
-    columns = logits.shape[-1]
-    unpadded = min(max(vocabulary - axis.rank * columns, 0), columns)
-    scores = logits.float()
-    if unpadded < columns:
-        scores = scores.clone()
-        scores[..., unpadded:] = float("-inf")
-    return scores
-
-
-def _local_labels(logits: Tensor, labels: Tensor, axis: Axis) -> tuple[Tensor, Tensor]:
-    """Return a mask of labels on other ranks, and each label's index in this rank's logits (0 if masked)."""
-    local = logits.shape[-1]
-    first = axis.rank * local
-    elsewhere = (labels < first) | (labels >= first + local)
-    return elsewhere, (labels - first).masked_fill(elsewhere, 0)
-
-
-def mean_loss(losses: Tensor, labels: Tensor) -> Tensor:
-    """Return the mean of (B, T) losses over labels that are not ignored; 0 if all are."""
-    return losses.sum() / (labels != IGNORED_LABEL).sum().clamp(min=1)
-
-
-class _VocabParallelCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, vocabulary: int, axis: Axis) -> Tensor:
-        scores = _mask_padding(logits, vocabulary, axis)
-        highest = _reduced(scores.amax(dim=-1), dist.ReduceOp.MAX, axis)
-        exponentials = (scores - highest.unsqueeze(-1)).exp_()
-        total = _reduced(exponentials.sum(dim=-1), dist.ReduceOp.SUM, axis)
-
-        ignored = labels == IGNORED_LABEL
-        elsewhere, index = _local_labels(logits, labels, axis)
-        label_logits = scores.gather(-1, index.unsqueeze(-1)).squeeze(-1).masked_fill(elsewhere, 0.0)
-        label_logits = _reduced(label_logits, dist.ReduceOp.SUM, axis)
-
-        softmax = exponentials.div_(total.unsqueeze(-1))
-        ctx.save_for_backward(softmax, index, elsewhere, ignored)
-        ctx.dtype = logits.dtype
-        return (total.log() + highest - label_logits).masked_fill(ignored, 0.0)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        softmax, index, elsewhere, ignored = ctx.saved_tensors
-        grad = grad.masked_fill(ignored, 0.0).unsqueeze(-1)
-        one_hot = torch.where(elsewhere, 0.0, 1.0).unsqueeze(-1)
-        grad_logits = softmax.scatter_add(-1, index.unsqueeze(-1), -one_hot).mul_(grad)
-        return grad_logits.to(ctx.dtype), None, None, None
-
-
-def _reduced(x: Tensor, operation: Any, axis: Axis) -> Tensor:
-    if axis.size > 1:
-        dist.all_reduce(x, op=operation, group=axis.group)
-    return x

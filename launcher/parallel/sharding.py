@@ -118,8 +118,3 @@ def seed_of(*parts: object) -> int:
     """Return a 63-bit seed computed from the values, equal on every machine."""
     digest = hashlib.sha256("/".join(str(part) for part in parts).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
-
-
-def padded_length(length: int, ranks: int) -> int:
-    """Return the smallest multiple of `ranks` that is at least `length`."""
-    return -(-length // ranks) * ranks

@@ -12,8 +12,8 @@ import torch
 
 from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
-from launcher.config.shape import output_size, qkv_sizes
-from launcher.parallel.sharding import padded_length
+from launcher.config.shape import output_size, qkv_sizes, vocabulary_multiple
+from launcher.parallel.vocabulary import padded_length
 from launcher.parity.differences import Difference, DifferenceKind, expected_batch_losses, in_forward_order
 from launcher.parity.patterns import (
     CLOSE,
@@ -182,7 +182,9 @@ def _loss(e: Evidence) -> Results:
     if same_losses(sorted(chain(*got)), sorted(chain(*right))):
         shape = "the losses are right but belong to other ranks or micro-batches"
         yield shape, "samples are assigned in another order"
-    padding = padded_length(output_size(e.run.model), e.layout.tensor) - output_size(e.run.model)
+    multiple = vocabulary_multiple(e.run, e.layout.device)
+    size = output_size(e.run.model)
+    padding = padded_length(size, e.layout.tensor, multiple) - size
     if padding and "head" in e.right.outputs:
         excess = excess_of_padding(e.right.outputs["head"], padding)
         if abs((got[0][0] - right[0][0]) / excess - 1) < CLOSE:

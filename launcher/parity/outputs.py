@@ -34,6 +34,9 @@ class OutputRecorder:
         for module in engine.module.modules():
             if isinstance(module, RECORDED):
                 module.register_forward_hook(self._keep, with_kwargs=True)
+            if isinstance(module, layers.VocabParallelEmbedding):
+                # Before forward and after DeepSpeed's own hook: ZeRO-3 has gathered the weight.
+                module.register_forward_pre_hook(self._keep_logits, with_kwargs=True)
         self._loss = getattr(engine.module, engine.loss_name)
         setattr(engine.module, engine.loss_name, self._keep_loss)
 
@@ -69,19 +72,32 @@ class OutputRecorder:
     def _keep(self, module: nn.Module, _inputs: Any, options: dict[str, Any], output: Tensor) -> None:
         assert isinstance(module.weight, Tensor)
         logical = logical_of(module.weight)
-        name = logical.name.removesuffix(".weight")
-        if isinstance(module, layers.VocabParallelHead) or options.get("project"):
-            name = "head"
+        if "labels" in options or isinstance(module, layers.VocabParallelHead):
+            return  # see _keep_logits
+        is_split = isinstance(module, layers.ColumnParallelLinear)
+        self._record(module, logical.name.removesuffix(".weight"), output, logical if is_split else None)
+
+    def _keep_logits(self, module: nn.Module, inputs: tuple[Tensor], options: dict[str, Any]) -> None:
+        """Record the logits that the head projects to; the loss itself never holds them all."""
+        if "labels" in options:
+            assert isinstance(module, layers.VocabParallelEmbedding)
+            with torch.no_grad():
+                logits = layers.column_linear(inputs[0], module.weight, module.bias, module.tp)
+            self._record(module, "head", logits, logical_of(module.weight))
+
+    def _record(
+        self, module: nn.Module, name: str, output: Tensor, split_by_columns: LogicalTensor | None
+    ) -> None:
         # Activation checkpointing calls a layer again to recompute it. Validation is not recorded.
         if name in self._outputs or not module.training:
             return
         self._outputs[name] = output.detach().float().cpu()
-        if name == "head" or isinstance(module, layers.ColumnParallelLinear):
-            shape = (*output.shape[:2], logical.shape[0])
-            self._splits[name] = replace(logical, shape=shape, split_dim=2)
+        if split_by_columns is not None:
+            shape = (*output.shape[:2], split_by_columns.shape[0])
+            self._splits[name] = replace(split_by_columns, shape=shape, split_dim=2)
 
-    def _keep_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        loss: Tensor = self._loss(logits, labels)
+    def _keep_loss(self, x: Tensor, labels: Tensor) -> Tensor:
+        loss: Tensor = self._loss(x, labels)
         if torch.is_grad_enabled():
             self._losses.append(float(loss.detach()))
         return loss

@@ -6,7 +6,7 @@ from launcher.config.schema import RunConfig
 from launcher.data.open import ONLY, Data
 from launcher.data.sampler import Samples
 from launcher.engine.base import Engine, MicroBatches
-from launcher.parallel.layers import IGNORED_LABEL
+from launcher.parallel.cross_entropy import IGNORED_LABEL
 from launcher.runtime.batches import rank_batches, rank_samples
 from launcher.runtime.metrics.rows import Row
 

@@ -64,7 +64,7 @@ def expect(run: RunConfig, layout: Layout, rank: Rank, chunk: int) -> StageTrace
     output = 0 if stage.has_head else sizes.stretch
     is_tied = stage.has_embedding and stage.has_head and run.model.tie_embeddings
     tied = sizes.vocabulary * sizes.hidden_size * sizes.element if is_tied else 0
-    saved, peaks = sizes.boundaries, []
+    saved, peaks = sizes.boundaries + sizes.tables, []
     for part, count in stage_parts:
         footprint = part.footprint
         peaks.append(saved + (count - 1) * footprint.saved + footprint.forward)
@@ -74,5 +74,5 @@ def expect(run: RunConfig, layout: Layout, rank: Rank, chunk: int) -> StageTrace
     if is_tied:
         embedding = stage_parts[0][0].footprint
         peaks.append(sizes.boundaries + embedding.saved + embedding.backward + 2 * tied)
-    one_stage = Rank(rank.stage, (stage,), rank.model, rank.tensor, rank.is_flat)
+    one_stage = Rank(rank.stage, (stage,), rank.model, rank.tensor, rank.outputs, rank.is_flat)
     return StageTrace(one_stage.parameters, flops(stage_parts), saved, max(peaks), traffic(stage_parts))

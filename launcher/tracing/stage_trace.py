@@ -20,11 +20,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from launcher.config.layout import Layout
 from launcher.config.schema import InputKind, RunConfig
-from launcher.config.shape import end_of_document, sequence_length
+from launcher.config.shape import end_of_document, sequence_length, vocabulary_multiple
 from launcher.engine.allocations import Allocations
 from launcher.models.architecture import FlatModel, model_layers, model_loss
 from launcher.models.blocks import TransformerBlock
-from launcher.models.context import BlockContext
+from launcher.models.context import BlockContext, rotary_tables
 from launcher.models.documents import Documents
 from launcher.parallel.dtypes import TORCH_DTYPES
 from launcher.parallel.initializer import Initializer
@@ -64,7 +64,7 @@ def trace_stage(run: RunConfig, layout: Layout, rank: Rank, chunk: int = 0) -> S
             stack.enter_context(_cuda_kernels())
         axis = Axis(layout.tensor - 1, layout.tensor, group)
         with Allocations() as allocations:
-            module = _stage(run, rank, chunk, axis)
+            module = _stage(run, rank, chunk, axis, layout.device)
             for parameter in module.parameters():
                 parameter.grad = torch.empty_like(parameter)
             weights_and_gradients = allocations.live
@@ -102,7 +102,7 @@ def _one_micro_batch(
         saved = allocations.live
         output.backward()
     else:
-        output = module.logits(inputs)
+        output = module.hidden(inputs)
         saved = allocations.live - output.untyped_storage().nbytes()
         output.backward(torch.empty_like(output))
     return saved
@@ -116,14 +116,16 @@ def _inputs(run: RunConfig) -> Tensor:
     return torch.empty(batch, sequence_length(run), dtype=torch.long)
 
 
-def _stage(run: RunConfig, rank: Rank, chunk: int, axis: Axis) -> FlatModel:
-    """Return the layers of one stage in the run's precision."""
+def _stage(run: RunConfig, rank: Rank, chunk: int, axis: Axis, target: str) -> FlatModel:
+    """Return the layers of one stage in the run's precision, as they run on the device `target`."""
     device, p = torch.device("cpu"), run.parallelism
+    multiple = vocabulary_multiple(run, target)
     initializer = Initializer(0, axis, TORCH_DTYPES[run.precision.dtype], drawn=False)
-    tp = TensorParallel(axis, p.sequence_parallel, initializer)
+    tp = TensorParallel(axis, p.sequence_parallel, initializer, target, multiple)
     random = DropoutRandom(0, stage=0, data_rank=0, tensor_rank=axis.rank, device=device)
     documents = _Documents(run)
-    context = BlockContext(tp, random, p.activation_checkpointing, documents)
+    rotary = rotary_tables(run.model)
+    context = BlockContext(tp, random, p.activation_checkpointing, documents, rotary)
     layers = model_layers(run.model, context)
     stage = rank.chunks[chunk]
     front = next(index for index, layer in enumerate(layers) if layer.module is TransformerBlock)

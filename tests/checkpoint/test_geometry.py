@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from launcher.parallel.boxes import Box, flat_blocks
 from launcher.parallel.mesh import Axis
-from launcher.parallel.sharding import LogicalTensor, logical_views, padded_length
+from launcher.parallel.sharding import LogicalTensor, logical_views
+from launcher.parallel.vocabulary import padded_length
 from tests.parallel.shards import split
 
 SHAPES = st.lists(st.integers(1, 7), min_size=1, max_size=3).map(tuple)

@@ -22,8 +22,8 @@ from launcher.config.schema import (
 )
 from launcher.models.architecture import FlatModel, flat_model
 from launcher.models.context import BlockContext
+from launcher.parallel.cross_entropy import IGNORED_LABEL
 from launcher.parallel.initializer import Initializer
-from launcher.parallel.layers import IGNORED_LABEL
 from launcher.parallel.mesh import ProcessMesh
 from launcher.parallel.sharding import logical_of
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from launcher.config.schema import ModelConfig, Pooling
 from launcher.models.losses import ClassificationLoss
-from launcher.parallel.layers import vocab_parallel_hits
+from launcher.parallel.cross_entropy import vocab_parallel_hits
 from launcher.parallel.mesh import Axis
 from launcher.parallel.sharding import logical_of, merge
 from tests.distributed import mesh, pool

@@ -167,7 +167,7 @@ def projection_errors(rank: int, world: int, vocabulary: int, sequence_parallel:
 
     plain_x, our_x = leaf(x), leaf(between(x, tp))
     whole.retain_grad()
-    y, our_y = F.linear(plain_x, whole), ours(our_x, project=True) if tied else ours(our_x)
+    y, our_y = F.linear(plain_x, whole), ours(our_x, project=True)
     y.backward(upstream)
     our_y.backward(part(upstream, -1, rank, world))
     return {

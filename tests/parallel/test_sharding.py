@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from launcher.parallel.mesh import Axis
-from launcher.parallel.sharding import LogicalTensor, logical_views, merge, padded_length, seed_of
+from launcher.parallel.sharding import LogicalTensor, logical_views, merge, seed_of
+from launcher.parallel.vocabulary import padded_length
 
 RANKS = [1, 2, 3, 4, 8]
 
@@ -106,11 +107,12 @@ def test_tensor_without_split_is_whole_on_every_rank(ranks: int) -> None:
     assert torch.equal(merge(shards, logical), full)
 
 
-@given(length=st.integers(1, 10_000), ranks=st.integers(1, 64))
-def test_padded_length_is_the_smallest_multiple(length: int, ranks: int) -> None:
-    padded = padded_length(length, ranks)
+@given(length=st.integers(1, 10_000), ranks=st.integers(1, 64), multiple=st.integers(1, 130))
+def test_padded_length_is_the_smallest_multiple(length: int, ranks: int, multiple: int) -> None:
+    padded = padded_length(length, ranks, multiple)
     assert padded % ranks == 0
-    assert length <= padded < length + ranks
+    assert padded // ranks % multiple == 0
+    assert length <= padded < length + ranks * multiple
 
 
 def test_refuses_a_split_that_does_not_divide() -> None:

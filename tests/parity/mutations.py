@@ -21,6 +21,8 @@ import launcher.models.attention as attention
 import launcher.models.context as context
 import launcher.models.losses as losses
 import launcher.models.positions as positions
+import launcher.models.rotary as rotary
+import launcher.parallel.cross_entropy as cross_entropy
 import launcher.parallel.initializer as initializer
 import launcher.parallel.layers as layers
 import launcher.parallel.random as random
@@ -54,13 +56,11 @@ def row_layer_reduced_without_sum_over_sequence() -> None:
 
 
 def embedding_not_masked() -> None:
-    def forward(self: layers.VocabParallelEmbedding, x: Tensor, project: bool = False) -> Tensor:
-        if project:
-            return layers.column_linear(x, self.weight, None, self.tp)
+    def look_up(self: layers.VocabParallelEmbedding, x: Tensor) -> Tensor:
         rows = F.embedding((x - self.first).clamp(0, len(self.weight) - 1), self.weight)
         return self.tp.leave(rows)
 
-    layers.VocabParallelEmbedding.forward = forward  # type: ignore[method-assign]
+    layers.VocabParallelEmbedding._first_use = look_up  # type: ignore[method-assign]
 
 
 def norm_weights_not_reduced() -> None:
@@ -139,7 +139,7 @@ def value_heads_of_another_group() -> None:
 
     def split_heads(self: attention.Attention, fused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = right(self, fused)
-        return q, k.flip(1), v.flip(1)
+        return q, k.flip(2), v.flip(2)
 
     attention.Attention._split_heads = split_heads  # type: ignore[method-assign]
 
@@ -148,11 +148,11 @@ def positions_offset_by_stage() -> None:
     """Offset the queries only: rotary positions are relative, so offsetting keys too has no effect."""
     right = attention.Attention._core
 
-    def core(self: attention.Attention, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    def core(self: attention.Attention, q: Tensor, *arguments: Any) -> Tensor:
         stage = dist.get_rank() // (dist.get_world_size() // 2)
         for _ in range(2 * stage):  # rotate twice more: attention of stage 1 is wrong
-            q = positions.rotate(q, self.model.rope_theta)
-        return right(self, q, k, v, mask)
+            q = rotary.rotate(q, *arguments[-2:])
+        return right(self, q, *arguments)
 
     attention.Attention._core = core  # type: ignore[method-assign]
 
@@ -223,21 +223,30 @@ def tied_weight_updated_on_one_stage() -> None:
 
 
 def padding_predicted() -> None:
-    right = losses.vocab_parallel_cross_entropy
+    right = cross_entropy._mask_padding
 
-    def padded(logits: Tensor, labels: Tensor, vocabulary: int, axis: Axis) -> Tensor:
-        return right(logits, labels, sharding.padded_length(vocabulary, axis.size), axis)
+    def masked(logits: Tensor, vocabulary: int, axis: Axis) -> None:
+        right(logits, logits.shape[1] * axis.size, axis)
 
-    losses.vocab_parallel_cross_entropy = padded
+    cross_entropy._mask_padding = masked
 
 
 def loss_of_the_local_shard() -> None:
-    right = layers._reduced
+    right = cross_entropy._reduced
 
     def reduced(x: Tensor, operation: Any, axis: Axis) -> Tensor:
         return x if operation == dist.ReduceOp.MAX else right(x, operation, axis)
 
-    layers._reduced = reduced
+    cross_entropy._reduced = reduced
+
+
+def last_chunk_without_gradient() -> None:
+    right = cross_entropy._Gradients.add
+
+    def add(self: Any, rows: slice, x: Tensor, weight: Tensor, gradient: Tensor, counted: Tensor) -> None:
+        right(self, rows, x, weight, gradient, counted & (rows.stop < len(self._x)))
+
+    cross_entropy._Gradients.add = add  # type: ignore[method-assign]
 
 
 class _NoWait:
@@ -411,6 +420,11 @@ MUTATIONS = {
     ),
     "cross-entropy of the local shard": Mutation(
         loss_of_the_local_shard, f"{LLAMA} {TP}", ("computed from the logits is wrong", "cross-entropy")
+    ),
+    "no gradient from the head's last chunk of tokens": Mutation(
+        last_chunk_without_gradient,
+        f"{LLAMA} {DP}",
+        ("not by a constant ratio; the loss is right", "goes wrong at head.weight"),
     ),
     "column layer's input gradient not reduced": Mutation(
         column_gradient_not_reduced, f"{LLAMA} {TP}", ("are wrong too", "column layer's input gradient")

@@ -74,8 +74,9 @@ import launcher.runtime.training as training
 right_build, right_step, at, calls = training.build_engine, training.optimizer_step, [0], [0]
 
 def spoil(module, inputs, options, output):
-    calls[0] += bool(options.get("project"))
-    return output * float("inf") if at[0] == 3 and options.get("project") and calls[0] % 2 == 0 else None
+    is_head = "labels" in options
+    calls[0] += is_head
+    return output * float("inf") if at[0] == 3 and is_head and calls[0] % 2 == 0 else None
 
 def build_engine(*arguments, **options):
     engine = right_build(*arguments, **options)

@@ -11,8 +11,9 @@ from launcher.data.sampler import Samples
 from launcher.data.windows import Stretch, Windows
 from launcher.engine.base import MicroBatches
 from launcher.models.losses import ClassificationLoss
+from launcher.parallel.cross_entropy import IGNORED_LABEL
 from launcher.parallel.initializer import Initializer
-from launcher.parallel.layers import IGNORED_LABEL, TensorParallel
+from launcher.parallel.layers import TensorParallel, VocabParallelHead
 from launcher.parallel.mesh import Axis
 from launcher.runtime.validation import validation_loss
 from tests.config.composing import run_of
@@ -93,7 +94,10 @@ def test_data_ranks_share_the_remaining_samples() -> None:
 
 def test_accuracy_does_not_count_ignored_labels() -> None:
     run = run_of("model=vit_tiny", "data=digits")
-    loss = ClassificationLoss(run.model, TensorParallel(Axis(), False, Initializer(0, Axis())))
+    tp = TensorParallel(Axis(), False, Initializer(0, Axis()))
+    loss = ClassificationLoss(run.model, tp)
+    loss.head = VocabParallelHead("head", 10, 10, tp, std=1.0)
+    torch.nn.init.eye_(loss.head.weight)  # the logits are the input
     logits = torch.zeros(3, 1, 10)
     logits[:, 0, 4] = 1.0
     with torch.no_grad():

@@ -10,8 +10,8 @@ def attention(s: Sizes) -> list[Operation]:
     operations = _rotation(s) if s.rotates else []
     inputs = ("rotated", "qkv") if s.rotates else ("qkv",)
     operations += stored_scores(s, inputs) if s.stores_scores else [fused_attention(s, inputs)]
-    if s.rotates or s.stores_scores:
-        # (B, heads, T, D) -> (B, T, heads D): a copy unless the kernel wrote it in that order.
+    if s.stores_scores:
+        # (B, heads, T, D) -> (B, T, heads D): fused attention writes in that order.
         operations.append(
             Operation("merged", ("core",), s.query, forward_bytes=2 * s.query, backward_bytes=0)
         )
@@ -19,13 +19,12 @@ def attention(s: Sizes) -> list[Operation]:
 
 
 def _rotation(s: Sizes) -> list[Operation]:
-    tables = 4 * s.length * (s.head_size // 2) * s.element  # cosines and sines, for queries and for keys
     turned = s.query + s.key
     return [
         Operation(
-            "rotated", ("qkv",), turned, extra=tables, scratch=s.query // 2, gradients=(turned,), joins=True,
+            "rotated", ("qkv",), turned, scratch=s.query // 2, gradients=(turned,), joins=True,
             backward_scratch=s.query // 2,
-            forward_bytes=5 * turned, backward_bytes=5 * turned, kernels=20,
+            forward_bytes=5 * turned, backward_bytes=5 * turned, kernels=14,
         ),
     ]  # fmt: skip
 
@@ -40,7 +39,7 @@ def fused_attention(s: Sizes, inputs: tuple[str, ...]) -> Operation:
     product = Matmul(s.length, s.length, s.head_size, s.micro_batch * s.heads)
     return Operation(
         "core", inputs, s.query, saves=(*inputs, "core"), extra=FP32 * s.tokens * s.heads + s.mask,
-        # The gradients of queries, keys and values are joined, then ordered as the projection's output.
+        # The gradients of queries, keys and values, and their join.
         backward_scratch=s.fused, gradients=_gradients(s), joins=True,
         forward_matmuls=(product,) * 2, backward_matmuls=(product,) * 5,
         forward_bytes=s.fused + s.query, backward_bytes=2 * s.fused + 2 * s.query,

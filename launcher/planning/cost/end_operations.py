@@ -1,7 +1,8 @@
 """Operations before the first block and after the last: embedding, positions, head and loss."""
 
 from launcher.config.schema import Dtype
-from launcher.planning.cost.layer_operations import column, dropout, norm
+from launcher.parallel.vocabulary import chunk_sizes
+from launcher.planning.cost.layer_operations import dropout, norm
 from launcher.planning.cost.operations import BOOL, FP32, INT64, Collective, Matmul, Operation
 from launcher.planning.cost.sizes import Sizes
 
@@ -24,30 +25,45 @@ def _positions(s: Sizes, x: str) -> Operation:
 
 
 def head(s: Sizes) -> list[Operation]:
-    """Return the final norm, the pooling of images, and the projection to this rank's logits."""
+    """Return the final norm, the pooling of images, and the projection with the loss."""
     last = [norm(s, "final_norm", "input")]
     if s.is_vision:
         last.append(_pool(s))
-    return [*last, column(s.scored, "logits", last[-1].name, s.vocabulary, has_bias=s.biases.head)]
+    return [*last, _loss(s.scored, last[-1].name)]
 
 
-def loss(s: Sizes) -> Operation:
-    """Return vocab_parallel_cross_entropy, which keeps the softmax in fp32."""
-    s = s.scored
-    per_token = FP32 * s.tokens
-    softmax = per_token * s.vocabulary
-    low, cut = s.dtype is not Dtype.fp32, s.is_padded
-    logits = s.logits
-    kept = s.tokens * (2 * INT64 + 2 * BOOL)  # with the labels, which the caller holds
+def _loss(s: Sizes, x: str) -> Operation:
+    """Return linear_cross_entropy, which makes all gradients in the forward pass, chunk by chunk."""
+    h, columns, low = s.hidden_size, s.vocabulary, s.dtype is not Dtype.fp32
+    sizes = chunk_sizes(s.tokens, columns, s.device)
+    products = [matmul for n in sizes for matmul in (Matmul(n, columns, h), Matmul(n, h, columns))]
+    weights = [Matmul(columns, h, n) for n in sizes]
+    chunk, matrix = sizes[0] * columns, columns * h
+    # Logits in the run's precision and in fp32, the hidden states without ignored tokens, and a product.
+    scratch = chunk * (s.element + FP32) + sizes[0] * h * s.element + (matrix * s.element if low else 0)
+    gathered: tuple[Collective, ...] = ()
+    traffic: tuple[Collective, ...] = ()
+    reduced: tuple[Collective, ...] = ()
+    if s.tensor > 1:
+        traffic = tuple(Collective("all_reduce", FP32 * n * values) for n in sizes for values in (1, 2))
+        reduced = (Collective("all_reduce", s.whole),)
+    if s.sequence_parallel:
+        gathered, reduced = (Collective("all_gather", s.whole),), (Collective("reduce_scatter", s.whole),)
+        scratch += s.whole
+    vectors = FP32 * columns if s.biases.head else 0
     return Operation(
-        "loss", ("logits",), 4, extra=softmax + kept,
-        # Logits in fp32 without padding; then sums, masks and indices.
-        scratch=softmax * (low or cut) + s.tokens * (4 * FP32 + INT64),
-        # The fp32 gradient beside the softmax; the output is its copy in the logits' precision.
-        backward_scratch=softmax if low else 0,
-        forward_traffic=(Collective("all_reduce", per_token),) * 3 if s.tensor > 1 else (),
-        forward_bytes=(2 * logits if low else 0) + 6 * softmax,
-        backward_bytes=3 * softmax + (logits if low else 0), kernels=20,
+        "loss", (x,), FP32, extra=s.whole + vectors + s.tokens * INT64, made=FP32 * matrix,
+        # Sums, masks and indices of the labels in a chunk.
+        scratch=scratch + sizes[0] * (8 * FP32 + INT64),
+        # The gradient of the hidden states as it is scaled, then ordered for its reduce-scatter.
+        backward_scratch=max(s.whole - s.stretch, s.laid_out) if s.sequence_parallel else 0,
+        weight=matrix * s.element if low else 0,
+        forward_matmuls=(*products, *weights),
+        forward_traffic=gathered + traffic, backward_traffic=reduced,
+        # Log-softmax and exponential of the logits; each product is added to the weight's gradient.
+        forward_bytes=s.tokens * columns * (2 * s.element + 2 * FP32)
+        + len(sizes) * matrix * (2 * FP32 + (2 * s.element if low else 0)) + 4 * s.whole,
+        backward_bytes=matrix * (FP32 + s.element) + 3 * s.whole, kernels=20 * len(sizes),
     )  # fmt: skip
 
 
@@ -78,10 +94,10 @@ def _patches(s: Sizes) -> list[Operation]:
 
 def _pool(s: Sizes) -> Operation:
     pooled = s.scored.stretch
-    # The class token is a view, which keeps the whole tensor alive.
+    # The class token is a view.
     is_view = s.has_class_token and not s.sequence_parallel
     return Operation(
-        "pooled", ("final_norm",), 0 if is_view else pooled, saves=("final_norm",) if is_view else (),
+        "pooled", ("final_norm",), 0 if is_view else pooled,
         forward_traffic=(Collective("all_reduce", pooled),) if s.sequence_parallel else (),
         forward_bytes=s.stretch, backward_bytes=2 * s.stretch, kernels=2,
     )  # fmt: skip

@@ -7,7 +7,14 @@ from functools import cache, cached_property
 
 from launcher.config.layout import Layout
 from launcher.config.schema import InputKind, MLPKind, ModelConfig, NormKind, PositionKind, RunConfig
-from launcher.config.shape import has_class_token, output_size, position_count, qkv_sizes
+from launcher.config.shape import (
+    has_class_token,
+    output_size,
+    position_count,
+    qkv_sizes,
+    vocabulary_multiple,
+)
+from launcher.parallel.vocabulary import padded_length
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,7 @@ class Rank:
     chunks: tuple[Chunk, ...]
     model: ModelConfig
     tensor: int
+    outputs: int  # logits per position of a tensor rank, padding included
     is_flat: bool  # no pipeline: one module holds all layers
 
     @property
@@ -77,12 +85,12 @@ class Rank:
     def parameters_of_its_own(self) -> int:
         """Parameters without the head's copy of a tied weight, which the embedding's rank counts."""
         is_copy = self.copies_tied_weight and self.has_head
-        return self.parameters - (_vocabulary(self.model, self.tensor)[0] if is_copy else 0)
+        return self.parameters - (self.outputs * self.model.hidden_size if is_copy else 0)
 
     @property
     def parameters_of_embedding(self) -> int:
         """Parameters of embedding or patches and of learned positions."""
-        modules = embedding_weights(self.model, self.tensor) if self.has_embedding else []
+        modules = embedding_weights(self.model, self.outputs) if self.has_embedding else []
         return sum(numel for module in modules for numel, _ in module)
 
     @cached_property
@@ -104,11 +112,15 @@ def kind_of(rank: Rank) -> RankKind:
 
 def pipeline_ranks(run: RunConfig, layout: Layout) -> tuple[Rank, ...]:
     """Return every pipeline rank, with the weights of tensor rank 0."""
-    return _ranks(deepcopy(run.model), layout.pipeline, layout.stages_per_rank, layout.tensor)
+    multiple = vocabulary_multiple(run, layout.device)
+    outputs = padded_length(output_size(run.model), layout.tensor, multiple) // layout.tensor
+    return _ranks(deepcopy(run.model), layout.pipeline, layout.stages_per_rank, layout.tensor, outputs)
 
 
 @cache
-def _ranks(model: ModelConfig, pipeline: int, stages_per_rank: int, tensor: int) -> tuple[Rank, ...]:
+def _ranks(
+    model: ModelConfig, pipeline: int, stages_per_rank: int, tensor: int, outputs: int
+) -> tuple[Rank, ...]:
     """Return the pipeline ranks. `model` is the key of a cache, so callers must not change it."""
     stages = pipeline * stages_per_rank
     dealt = blocks_of_stages(model.num_layers, stages)
@@ -119,7 +131,7 @@ def _ranks(model: ModelConfig, pipeline: int, stages_per_rank: int, tensor: int)
     # DualPipeV's V: out through the first half of the stages, back through the second.
     back = chunks[:0] if stages_per_rank == 1 else chunks[::-1]
     return tuple(
-        Rank(rank, (chunks[rank], *back[rank : rank + 1]), model, tensor, is_flat=pipeline == 1)
+        Rank(rank, (chunks[rank], *back[rank : rank + 1]), model, tensor, outputs, is_flat=pipeline == 1)
         for rank in range(pipeline)
     )
 
@@ -128,11 +140,6 @@ def blocks_of_stages(num_layers: int, stages: int) -> list[int]:
     """Return the blocks per stage as DeepSpeed's partition_balanced assigns them, larger stages first."""
     each, more = divmod(num_layers, stages)
     return [each + 1] * more + [each] * (stages - more)
-
-
-def padded_length(length: int, ranks: int) -> int:
-    """Return the padded vocabulary, as launcher.parallel.sharding pads it; here without torch."""
-    return -(-length // ranks) * ranks
 
 
 Module = list[tuple[int, bool]]  # the weights of a module on a tensor rank: numel, is a matrix
@@ -159,7 +166,7 @@ def block_parameters(model: ModelConfig, tensor: int) -> int:
     return sum(numel for module in block_weights(model, tensor) for numel, _ in module)
 
 
-def embedding_weights(model: ModelConfig, tensor: int) -> list[Module]:
+def embedding_weights(model: ModelConfig, outputs: int) -> list[Module]:
     """Return the modules before the first block: embedding or patches, and learned positions."""
     h = model.hidden_size
     if model.inputs is InputKind.patches:
@@ -167,19 +174,10 @@ def embedding_weights(model: ModelConfig, tensor: int) -> list[Module]:
         if has_class_token(model):
             first.append((h, False))
     else:
-        first = [_vocabulary(model, tensor)]
+        first = [(outputs * h, True)]
     if model.positions is PositionKind.rope:
         return [first]
     return [first, [(position_count(model) * h, True)]]
-
-
-def _vocabulary(model: ModelConfig, tensor: int) -> tuple[int, bool]:
-    return outputs(model, tensor) * model.hidden_size, True
-
-
-def outputs(model: ModelConfig, tensor: int) -> int:
-    """Return the logits of a tensor rank, padding included."""
-    return padded_length(output_size(model), tensor) // tensor
 
 
 def _weights(rank: Rank) -> Iterator[Weight]:
@@ -187,13 +185,13 @@ def _weights(rank: Rank) -> Iterator[Weight]:
     modules: list[Module] = []
     for chunk in rank.chunks:
         if chunk.has_embedding:
-            modules += embedding_weights(model, rank.tensor)
+            modules += embedding_weights(model, rank.outputs)
         modules += block_weights(model, rank.tensor) * chunk.blocks
         if chunk.has_head:
             modules.append(_norm(model))
             if not rank.shares_tied_weight:
-                matrix, _ = _vocabulary(model, rank.tensor)
-                modules.append(_linear(matrix, outputs(model, rank.tensor), model.biases.head))
+                matrix = rank.outputs * model.hidden_size
+                modules.append(_linear(matrix, rank.outputs, model.biases.head))
     for index, module in enumerate(modules):
         for numel, is_matrix in module:
             yield Weight(numel, is_matrix, index)

@@ -63,7 +63,7 @@ def rank_memory(run: RunConfig, layout: Layout, rank: Rank) -> Memory:
     flow = _Flat(sizes, rank, states) if rank.is_flat else _Pipelined(sizes, rank, states, layout)
     moments, on_cpu = list(flow.moments()), layout.device == "cpu"
     fullest = max(moments, key=lambda moment: moment.touched if on_cpu else moment.allocated)
-    held = states.weights + states.optimizer
+    held = states.weights + states.optimizer + sizes.tables
     copied = checkpoint_bytes(run, layout, rank)
     margin = 0 if on_cpu else CONTEXT_BYTES + int(FRAGMENTATION * (held + fullest.allocated))
     communication = fullest.holdings.communication + fullest.gathered
@@ -71,7 +71,7 @@ def rank_memory(run: RunConfig, layout: Layout, rank: Rank) -> Memory:
         weights=states.weights,
         gradients=fullest.holdings.gradients,
         optimizer=states.optimizer,
-        activations=fullest.activations,
+        activations=fullest.activations + sizes.tables,
         communication=communication - (fullest.holdings.untouched if on_cpu else 0),
         checkpoint=copied if on_cpu else 0,
         margin=margin,
@@ -185,10 +185,9 @@ class _Pipelined(_Flow):
 
     def moments(self) -> Iterator[_Moment]:
         flight = in_flight(self.layout, self.rank.stage)
-        # Receive buffers, and logits that a last stage keeps for the next micro-batch.
-        buffers = (
-            self.sizes.stretch + self.sizes.boundaries + (2 * self.sizes.logits if self.rank.has_head else 0)
-        )
+        # Receive buffers, and the head's input that a last stage keeps for the next micro-batch.
+        kept = self.sizes.scored.stretch if self.rank.has_head else 0
+        buffers = self.sizes.stretch + self.sizes.boundaries + kept
         held = sum(self._saved(chunk) * count for chunk, count in enumerate(flight)) + buffers
         for chunk, stage in enumerate(self.rank.chunks):
             saved = self._saved(chunk)

@@ -58,6 +58,7 @@ class Operation:
     backward_scratch: int = 0  # temporary tensors beside the gradients of the inputs
     backward_entry: int = 0  # temporary tensors before those gradients exist
     weight: int = 0  # gradient of the weight, temporary beside the accumulated gradient
+    made: int = 0  # gradient of the weight that the forward pass makes in fp32, kept for the backward pass
     gradients: tuple[int, ...] = ()  # sizes of the inputs' gradients, if they differ from the inputs
     joins: bool = False  # gradients are pieces of one tensor, not terms of a sum
     adds: bool = False  # a residual: both inputs have the output's gradient

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 
 from launcher.planning.cost.block_operations import block, recomputed
-from launcher.planning.cost.end_operations import embedding, head, loss
+from launcher.planning.cost.end_operations import embedding, head
 from launcher.planning.cost.geometry import Chunk
 from launcher.planning.cost.operations import Collective, Matmul, Operation, run_again
 from launcher.planning.cost.sizes import Sizes
@@ -66,7 +66,7 @@ def parts(s: Sizes) -> ModelParts:
     return ModelParts(
         _part(embedding(s), [], s.samples),
         _part(blocks, recomputed(s, blocks), s.stretch),
-        _part([*head(s), loss(s)], [], s.stretch),
+        _part(head(s), [], s.stretch),
     )
 
 

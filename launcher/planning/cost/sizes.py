@@ -17,8 +17,15 @@ from launcher.config.schema import (
     PositionKind,
     RunConfig,
 )
-from launcher.config.shape import has_class_token, head_size, kv_heads, output_size, sequence_length
-from launcher.planning.cost.geometry import padded_length
+from launcher.config.shape import (
+    has_class_token,
+    head_size,
+    kv_heads,
+    output_size,
+    sequence_length,
+    vocabulary_multiple,
+)
+from launcher.parallel.vocabulary import padded_length
 from launcher.planning.cost.operations import BOOL, BYTES, FP32, INT64
 
 
@@ -36,7 +43,7 @@ class Sizes:
     num_heads: int
     num_kv_heads: int
     head_size: int
-    output_size: int  # vocabulary or classes
+    vocabulary: int  # logits per position on this tensor rank, or classes, padding included
     dropout: float
     tensor: int
     micro_batch: int
@@ -64,7 +71,7 @@ class Sizes:
             num_heads=m.num_heads,
             num_kv_heads=kv_heads(m),
             head_size=head_size(m),
-            output_size=output_size(m),
+            vocabulary=padded_length(output_size(m), p.tensor, vocabulary_multiple(run, device)) // p.tensor,
             dropout=m.dropout,
             tensor=p.tensor,
             micro_batch=run.training.micro_batch_size,
@@ -106,6 +113,11 @@ class Sizes:
     def mask(self) -> int:
         """Mask added to the scores, made again in every block."""
         return self.tokens * self.length * self.element if self.masks_documents else 0
+
+    @property
+    def tables(self) -> int:
+        """Cosines and sines of rotary positions, once for all blocks and micro-batches."""
+        return self.length * self.head_size * self.element if self.rotates else 0
 
     @property
     def whole(self) -> int:
@@ -152,24 +164,10 @@ class Sizes:
     def ffn(self) -> int:
         return self.tokens * (self.ffn_hidden_size // self.tensor) * self.element
 
-    @property
-    def vocabulary(self) -> int:
-        """Logits per position on this tensor rank, padding included."""
-        return padded_length(self.output_size, self.tensor) // self.tensor
-
-    @property
-    def is_padded(self) -> bool:
-        return self.output_size % self.tensor != 0
-
     @cached_property
     def scored(self) -> "Sizes":
         """The sizes at the head: every token has logits, or each image once, after pooling."""
         return replace(self, length=1, sequence_parallel=False) if self.is_vision else self
-
-    @property
-    def logits(self) -> int:
-        """Logits in the run's precision."""
-        return self.scored.tokens * self.vocabulary * self.element
 
     @cached_property
     def stores_scores(self) -> bool:

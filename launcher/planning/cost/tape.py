@@ -37,7 +37,7 @@ def footprint(program: Operations, recomputed: Operations, input_size: int) -> F
         if recomputed and operation is recomputed[-1]:
             tape.run(run_again(recomputed), keeps=recomputed)
         tape.backward(operation)
-        if operation.weight and before == saved:
+        if (operation.weight or operation.made) and before == saved:
             # `later` is the peak from here on.
             before, tape.peak = tape.peak, tape.live
         if recomputed and operation is recomputed[0]:
@@ -74,7 +74,7 @@ class _Tape:
         for index, operation in enumerate(program):
             self.hold(operation.name, operation.size)
             if operation in keeps:
-                self.hold(f"{operation.name}+", operation.extra)
+                self.hold(f"{operation.name}+", operation.extra + operation.made)
             self.passing(operation.scratch + (0 if operation in keeps else operation.extra))
             needed = {name for later in program[index + 1 :] for name in later.inputs}
             for name in {*operation.inputs, operation.name} - needed - {*self.keepers, end}:

@@ -1,0 +1,194 @@
+"""Cross-entropy of the output projection in chunks of tokens: logits of one chunk exist at a time.
+
+Shapes: B batch, T sequence, H hidden, V vocabulary (padded), tp tensor-parallel size, n tokens of a chunk. A
+tensor rank holds V/tp columns of the logits, which are never gathered.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from launcher.parallel.mesh import Axis
+from launcher.parallel.vocabulary import chunk_sizes
+
+IGNORED_LABEL = -100
+# fp16 ends at 65504, which a sum over thousands of tokens may exceed. A power of two rounds nothing.
+PRODUCT_SCALE = 2.0**-8
+
+
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, vocabulary: int, axis: Axis, device: str
+) -> Tensor:
+    """Return the sum over all labels of the cross-entropy of X W^T + b in nats, a scalar in fp32.
+
+    x (B, T, H), weight (V/tp, H), bias (V/tp,), labels (B, T); an IGNORED_LABEL adds 0. `vocabulary` is the
+    unpadded size; padding gets probability zero. The forward pass also makes the gradients of x, weight and
+    bias while the logits of a chunk exist; the backward pass multiplies them by the gradient of the sum.
+    Forward: two all-reduces per chunk over `axis`: the maxima, then sums and label logits. Backward: no
+    collective; x's gradient is this rank's part of the sum over the tensor ranks.
+    """
+    arguments = labels, vocabulary, axis, device, torch.is_grad_enabled()
+    loss: Tensor = _LinearCrossEntropy.apply(x, weight, bias, *arguments)  # type: ignore[no-untyped-call]
+    return loss
+
+
+def mean_loss(total: Tensor, labels: Tensor) -> Tensor:
+    """Return the mean of losses with the sum `total` over labels that are not ignored; 0 if all are."""
+    return total / (labels != IGNORED_LABEL).sum().clamp(min=1)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, vocabulary: int, axis: Axis,
+        device: str, with_gradients: bool,
+    ) -> Tensor:  # fmt: skip
+        tokens, all_labels = x.flatten(0, -2), labels.flatten()
+        sizes = chunk_sizes(len(tokens), len(weight), device)
+        # All chunks use the same memory: on CPU a new allocation of this size costs its page faults.
+        logits = x.new_empty(sizes[0], len(weight))
+        scores = torch.empty_like(logits, dtype=torch.float32)
+        gradients = _Gradients(tokens, weight, bias) if with_gradients else None
+        total = torch.zeros((), dtype=torch.float32, device=x.device)
+        start = 0
+        for size in sizes:
+            rows = slice(start, start + size)
+            chunk = logits[:size]
+            _project(tokens[rows], weight, bias, chunk)
+            total += cross_entropy_(
+                chunk, scores[:size], all_labels[rows], vocabulary, axis, with_gradients=with_gradients
+            ).sum()
+            if gradients is not None:
+                gradients.add(rows, tokens[rows], weight, chunk, all_labels[rows] != IGNORED_LABEL)
+            start += size
+        ctx.gradients, ctx.shape = gradients, x.shape
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        assert ctx.gradients is not None, "the gradients of the head are given out once"
+        gradients, ctx.gradients = ctx.gradients, None
+        x, weight, bias = gradients.scaled(grad)
+        return x.view(ctx.shape), weight, bias, None, None, None, None, None
+
+
+def _project(x: Tensor, weight: Tensor, bias: Tensor | None, logits: Tensor) -> None:
+    if bias is None:
+        torch.mm(x, weight.t(), out=logits)
+    else:
+        torch.addmm(bias, x, weight.t(), out=logits)
+
+
+def cross_entropy_(
+    logits: Tensor, scores: Tensor, labels: Tensor, vocabulary: int, axis: Axis, *, with_gradients: bool
+) -> Tensor:
+    """Return the losses (n,) in fp32 of logits (n, V/tp) and labels (n,); 0 for an IGNORED_LABEL.
+
+    Overwrites `logits`, with their gradient (softmax minus one-hot) if asked; rows of ignored labels are not
+    zero. `scores` is fp32 memory of the same shape.
+    """
+    _mask_padding(logits, vocabulary, axis)
+    elsewhere, index = _local_labels(logits, labels, axis)
+    if logits.dtype is torch.float32:
+        torch.log_softmax(logits, -1, out=scores)
+    else:
+        # In place: log_softmax with `dtype` would convert into a third tensor of this size. The kernels write
+        # each number where, and after, they have read it (torch 2.13, CPU and CUDA).
+        torch.log_softmax(scores.copy_(logits), -1, out=scores)
+    picked = scores.gather(1, index).squeeze(1)
+    if axis.size == 1:
+        losses = -picked
+    else:
+        # Normalised over this rank's columns; of the largest logit the two values differ least from it.
+        local = logits.amax(1).float() - scores.amax(1)
+        highest = _reduced(local.clone(), dist.ReduceOp.MAX, axis)
+        label_logits = (picked + local).masked_fill(elsewhere, 0.0)
+        sums = _reduced(torch.stack([(local - highest).exp(), label_logits]), dist.ReduceOp.SUM, axis)
+        whole = highest + sums[0].log()
+        losses, shift = whole - sums[1], local - whole
+        scores += shift.unsqueeze(1)
+        picked += shift
+    if with_gradients:
+        torch.exp(scores, out=logits)
+        # Where the probability is close to 1, expm1 keeps the digits that a subtraction of 1 would lose.
+        at_label = torch.where(elsewhere, picked.exp(), picked.expm1())
+        logits.scatter_(1, index, at_label.to(logits.dtype).unsqueeze(1))
+    return losses.masked_fill(labels == IGNORED_LABEL, 0.0)
+
+
+class _Gradients:
+    """Gradients of the sum of the losses, before the backward pass says how that sum counts.
+
+    Nothing is divided by the number of tokens yet: in fp16 most probabilities would become zero. Neither x
+    nor the weight is kept.
+    """
+
+    def __init__(self, tokens: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        self._x = torch.empty_like(tokens)
+        self._weight_gradient = torch.zeros_like(weight, dtype=torch.float32)
+        self._bias_gradient = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
+
+    def add(self, rows: slice, x: Tensor, weight: Tensor, gradient: Tensor, counted: Tensor) -> None:
+        """Add a chunk x (n, H) with the gradient (n, V/tp) of its logits; only `counted` tokens count."""
+        counts, outputs = counted.to(gradient.dtype).unsqueeze(1), gradient.t()
+        torch.mm(gradient, weight, out=self._x[rows])
+        self._x[rows].mul_(counts)
+        total = self._weight_gradient
+        if gradient.dtype is torch.float32:
+            # With beta 0 the first chunk overwrites the zeros without reading them.
+            torch.addmm(total, outputs, x * counts, beta=int(rows.start > 0), out=total)
+        else:
+            total.add_(outputs @ (x * (counts * PRODUCT_SCALE)), alpha=1 / PRODUCT_SCALE)
+        if self._bias_gradient is not None:
+            self._bias_gradient += (outputs @ counts).squeeze(1)
+
+    def scaled(self, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the gradients of x, weight and bias, multiplied by the scalar `grad`."""
+        bias = self._bias_gradient
+        weight = _scaled(self._weight_gradient, grad, self._x.dtype)
+        return self._x * grad, weight, None if bias is None else _scaled(bias, grad, self._x.dtype)
+
+
+def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return gradient * factor in `dtype`; in fp32 in place, because nobody else holds the gradient."""
+    out = gradient if dtype is torch.float32 else torch.empty_like(gradient, dtype=dtype)
+    return torch.mul(gradient, factor, out=out)
+
+
+def vocab_parallel_hits(logits: Tensor, labels: Tensor, vocabulary: int, axis: Axis) -> Tensor:
+    """Return whether labels have the highest logit, ties included: two all-reduces of (B, T) over `axis`.
+
+    logits (B, T, V/tp), labels (B, T) -> (B, T).
+    """
+    scores = logits.float().flatten(0, 1)
+    _mask_padding(scores, vocabulary, axis)
+    highest = _reduced(scores.amax(1), dist.ReduceOp.MAX, axis)
+    elsewhere, index = _local_labels(scores, labels.flatten(), axis)
+    label_logits = scores.gather(1, index).squeeze(1).masked_fill(elsewhere, 0.0)
+    return (_reduced(label_logits, dist.ReduceOp.SUM, axis) >= highest).view_as(labels)
+
+
+def _mask_padding(logits: Tensor, vocabulary: int, axis: Axis) -> None:
+    """Set the logits of padding, at the end of (n, V/tp), to the lowest number, whose exponential is 0."""
+    columns = logits.shape[1]
+    unpadded = min(max(vocabulary - axis.rank * columns, 0), columns)
+    if unpadded < columns:
+        logits[:, unpadded:] = torch.finfo(logits.dtype).min
+
+
+def _local_labels(logits: Tensor, labels: Tensor, axis: Axis) -> tuple[Tensor, Tensor]:
+    """Return a mask (n,) of labels in no column of this rank, and each label's column (n, 1), else 0."""
+    local = logits.shape[1]
+    first = axis.rank * local
+    elsewhere = (labels < first) | (labels >= first + local)
+    return elsewhere, (labels - first).masked_fill(elsewhere, 0).unsqueeze(1)
+
+
+def _reduced(x: Tensor, operation: Any, axis: Axis) -> Tensor:
+    if axis.size > 1:
+        dist.all_reduce(x, op=operation, group=axis.group)
+    return x
