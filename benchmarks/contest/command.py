@@ -1,0 +1,200 @@
+"""The command line of a benchmark: choose classes and models, run them, print and write the results."""
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from benchmarks.contest.classes import BenchmarkModel, Class, jobs_of, overrides_of
+from benchmarks.contest.figure import draw
+from benchmarks.contest.inputs import tokens_needed, write_batches, write_tokens, write_weights
+from benchmarks.contest.job import Job
+from benchmarks.contest.ranks import ContestantFailed
+from benchmarks.contest.results import ClassResult, Measured, as_json
+from benchmarks.contest.rounds import Timing, measure_memory, measure_times
+from benchmarks.contest.startup import first_step_of_command
+from benchmarks.contest.table import start_up, table
+from launcher.config.compose import compose_jobs
+from launcher.config.schema import RunConfig
+from launcher.launch.scratch import scratch_directory
+from launcher.launch.this_machine import this_machine
+
+RESULTS = Path(__file__).parents[1] / "results"
+MEASURES = ("time", "memory", "start")
+_PACKAGES = ("torch", "deepspeed", "megatron-core", "transformers", "accelerate")
+_QUICK = Timing(deadline=0.0, least_rounds=2, most_rounds=2, turn_s=0.0)
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A named set of classes and models; the file names of the results begin with the name."""
+
+    name: str
+    models: tuple[BenchmarkModel, ...]
+    tiny: BenchmarkModel  # for a trial on any machine
+    classes: tuple[Class, ...]
+    device: str
+    turn_s: float
+    least_rounds: int
+    most_rounds: int
+    minutes: float
+    resident_models: frozenset[str]  # models of which all contestants fit the memory together
+
+
+def main(benchmark: Benchmark, arguments: Sequence[str]) -> int:
+    """Run the chosen classes; return 1 if a peer failed or its first losses differ from ours."""
+    options = parsed(benchmark, arguments)
+    names = {model.name: model for model in (*benchmark.models, benchmark.tiny)}
+    models = [names[name] for name in options.model or [model.name for model in benchmark.models]]
+    classes = [shape for shape in benchmark.classes if not options.only or shape.name in options.only]
+    deadline = time.monotonic() + options.minutes * 60
+    chosen = [(model, shape) for model in models for shape in classes]
+    results: list[ClassResult] = []
+    with scratch_directory() as folder:
+        for number, (model, shape) in enumerate(chosen):
+            share = (deadline - time.monotonic()) / (len(chosen) - number)
+            place = folder / str(number)
+            place.mkdir()
+            class_run = ClassRun(benchmark, options, model, shape, place, time.monotonic() + share)
+            results.append(class_run.result())
+            options.results.mkdir(parents=True, exist_ok=True)
+            write(benchmark, options, results)
+    return report(results)
+
+
+def parsed(benchmark: Benchmark, arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{benchmark.name}", description="See docs/benchmarks.md."
+    )
+    classes = [shape.name for shape in benchmark.classes]
+    models = [model.name for model in (*benchmark.models, benchmark.tiny)]
+    add = parser.add_argument
+    add("--only", action="append", choices=classes, metavar="CLASS", help=f"one of: {', '.join(classes)}")
+    add("--model", action="append", choices=models, metavar="MODEL", help=f"one of: {', '.join(models)}")
+    add("--peer", action="append", metavar="PEER", help="module in benchmarks/peers; leave out all others")
+    add("--measure", nargs="+", choices=MEASURES, default=MEASURES, help="default: all three")
+    add("--minutes", type=float, default=benchmark.minutes, help=f"default: {benchmark.minutes:g}")
+    add("--quick", action="store_true", help="two rounds of one step: a trial, no measurement")
+    add("--device", choices=("cpu", "cuda"), default=benchmark.device)
+    add("--results", type=Path, default=RESULTS, metavar="FOLDER", help="default: benchmarks/results")
+    return parser.parse_args(arguments)
+
+
+@dataclass(frozen=True)
+class ClassRun:
+    """A class on one model, measured until about `deadline`."""
+
+    benchmark: Benchmark
+    options: argparse.Namespace
+    model: BenchmarkModel
+    shape: Class
+    folder: Path
+    deadline: float  # time.monotonic()
+
+    def result(self) -> ClassResult:
+        say(f"{self.model.name}, {self.shape.name}")
+        shape, peers = self.shape, self.options.peer
+        if peers:
+            kept = tuple(peer for peer in shape.peers if peer.module in peers)
+            shape = Class(**{**vars(shape), "peers": kept})
+        overrides = overrides_of(self.model, shape, self.options.device, str(self.folder / "tokens"))
+        [composed] = compose_jobs("config", RunConfig, overrides)
+        run = composed.config
+        jobs = jobs_of(run, self.model, shape, self.options.device, str(self.folder), overrides)
+        tokens = tokens_needed(run)
+        write_tokens(self.folder / "tokens", vocabulary=run.model.vocab_size, tokens=tokens)
+        write_batches(run, self.folder)
+        write_weights(single(jobs[0], self.options.device, self.model, self.folder), self.folder)
+        measured = self._measured(jobs)
+        (self.folder / "weights.safetensors").unlink()
+        return ClassResult(self.model.name, shape, self.model.precision, jobs[0].tokens, measured)
+
+    def _measured(self, jobs: list[Job]) -> list[Measured]:
+        threads = max(1, this_machine().cores // self.shape.ranks)
+        measures, peaks = self.options.measure, dict[str, int]()
+        if "memory" in measures and self.options.device == "cpu":
+            for job in jobs:
+                peaks |= self._peak(job, threads)
+        measured = [Measured(job.label) for job in jobs]
+        if "time" in measures:
+            resident = self.model.name in self.benchmark.resident_models
+            measured = measure_times(jobs, threads, self._timing(), resident=resident, failed=say)
+        if "start" in measures:
+            measured[0].first_step_s = first_step_of_command(jobs[0].overrides, self.folder)
+        for contestant in measured:
+            contestant.peak_bytes = peaks.get(contestant.label, contestant.peak_bytes)
+        return measured
+
+    def _peak(self, job: Job, threads: int) -> dict[str, int]:
+        try:
+            return {job.label: measure_memory(job, threads)}
+        except ContestantFailed as error:
+            say(error)
+            return {}
+
+    def _timing(self) -> Timing:
+        if self.options.quick:
+            return _QUICK
+        b = self.benchmark
+        return Timing(self.deadline, b.least_rounds, b.most_rounds, b.turn_s)
+
+
+def single(job: Job, device: str, model: BenchmarkModel, folder: Path) -> Job:
+    """Return our job on one rank, for the initial weights."""
+    alone = Class("weights", ("parallelism=single",), ())
+    overrides = overrides_of(model, alone, device, str(folder / "tokens"))
+    return Job(**{**vars(job), "ranks": 1, "data_ranks": 1, "overrides": overrides})
+
+
+def say(message: object) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def write(benchmark: Benchmark, options: argparse.Namespace, results: list[ClassResult]) -> None:
+    """Write the results so far: the JSON, the tables and the figure."""
+    path = options.results / benchmark.name
+    values = {"machine": machine(options.device), "classes": [as_json(result) for result in results]}
+    path.with_suffix(".json").write_text(json.dumps(values, indent=1) + "\n")
+    if "time" in options.measure:
+        draw(results, path.with_suffix(".png"))
+
+
+def machine(device: str) -> dict[str, Any]:
+    card = None
+    if device == "cuda":
+        import torch
+
+        card = torch.cuda.get_device_name()
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "cores": this_machine().cores,
+        "processor": processor(),
+        "load_at_end": os.getloadavg()[0],
+        "gpu": card,
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in _PACKAGES},
+    }
+
+
+def processor(path: Path = Path("/proc/cpuinfo")) -> str:
+    lines = path.read_text().splitlines() if path.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def report(results: list[ClassResult]) -> int:
+    models = dict.fromkeys(result.model for result in results)
+    for model in models:
+        print(table(model, [result for result in results if result.model == model]), end="\n\n")
+    print(start_up(results))
+    problems = [problem for result in results for problem in result.problems()]
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    return 1 if problems else 0
