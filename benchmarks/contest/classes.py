@@ -56,6 +56,7 @@ def overrides_of(model: BenchmarkModel, shape: Class, device: str, data: str) ->
         "data=tokens",
         f'data.train="{data}"',
         "scheduler=constant",
+        "scheduler.warmup_steps=0",
         "training.steps=100000",
         f"training.global_batch_size={global_batch}",
         f"training.micro_batch_size={model.micro_batch}",

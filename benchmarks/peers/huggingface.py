@@ -77,8 +77,8 @@ def built(sizes: Sizes, weights: dict[str, Tensor]) -> GPT2LMHeadModel:
     config = GPT2Config(
         vocab_size=sizes.vocabulary, n_positions=sizes.length, n_embd=sizes.hidden, n_layer=sizes.layers,
         n_head=sizes.heads, n_inner=sizes.ffn, activation_function="gelu_new",
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, layer_norm_epsilon=sizes.norm_epsilon, tie_word_embeddings=sizes.is_tied,
-        use_cache=False, bos_token_id=None, eos_token_id=None,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, layer_norm_epsilon=sizes.norm_epsilon,
+        tie_word_embeddings=sizes.is_tied, use_cache=False, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
     model = GPT2LMHeadModel(config)
     renamed = dict(converted(name, weight) for name, weight in weights.items())
