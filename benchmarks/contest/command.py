@@ -8,14 +8,14 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from benchmarks.contest.classes import BenchmarkModel, Class, jobs_of, overrides_of
 from benchmarks.contest.figure import draw
 from benchmarks.contest.inputs import tokens_needed, write_batches, write_tokens, write_weights
-from benchmarks.contest.job import Job
+from benchmarks.contest.job import WEIGHTS, Job
 from benchmarks.contest.ranks import ContestantFailed
 from benchmarks.contest.results import ClassResult, Measured, as_json
 from benchmarks.contest.rounds import Timing, measure_memory, measure_times
@@ -55,17 +55,17 @@ def main(benchmark: Benchmark, arguments: Sequence[str]) -> int:
     models = [names[name] for name in options.model or [model.name for model in benchmark.models]]
     classes = [shape for shape in benchmark.classes if not options.only or shape.name in options.only]
     deadline = time.monotonic() + options.minutes * 60
-    chosen = [(model, shape) for model in models for shape in classes]
     results: list[ClassResult] = []
-    with scratch_directory() as folder:
-        for number, (model, shape) in enumerate(chosen):
-            share = (deadline - time.monotonic()) / (len(chosen) - number)
-            place = folder / str(number)
-            place.mkdir()
-            class_run = ClassRun(benchmark, options, model, shape, place, time.monotonic() + share)
-            results.append(class_run.result())
-            options.results.mkdir(parents=True, exist_ok=True)
-            write(benchmark, options, results)
+    options.results.mkdir(parents=True, exist_ok=True)
+    for model in models:
+        with scratch_directory() as folder:
+            for shape in classes:
+                now = time.monotonic()
+                share = (deadline - now) / (len(models) * len(classes) - len(results))
+                place = folder / shape.name
+                place.mkdir()
+                results.append(ClassRun(benchmark, options, model, shape, place, now + share).result())
+                write(benchmark, options, results)
     return report(results)
 
 
@@ -111,10 +111,15 @@ class ClassRun:
         tokens = tokens_needed(run)
         write_tokens(self.folder / "tokens", vocabulary=run.model.vocab_size, tokens=tokens)
         write_batches(run, self.folder)
-        write_weights(single(jobs[0], self.options.device, self.model, self.folder), self.folder)
-        measured = self._measured(jobs)
-        (self.folder / "weights.safetensors").unlink()
-        return ClassResult(self.model.name, shape, self.model.precision, jobs[0].tokens, measured)
+        self._provide_weights(jobs[0])
+        return ClassResult(self.model.name, shape, self.model.precision, jobs[0].tokens, self._measured(jobs))
+
+    def _provide_weights(self, job: Job) -> None:
+        """Write the weights, or link to those that another class of the model has left."""
+        shared = self.folder.parent / WEIGHTS
+        if not shared.exists():
+            write_weights(single(job, self.options.device, self.model, self.folder)).rename(shared)
+        (self.folder / WEIGHTS).symlink_to(shared)
 
     def _measured(self, jobs: list[Job]) -> list[Measured]:
         threads = max(1, this_machine().cores // self.shape.ranks)
@@ -126,8 +131,9 @@ class ClassRun:
         if "time" in measures:
             resident = self.model.name in self.benchmark.resident_models
             measured = measure_times(jobs, threads, self._timing(), resident=resident, failed=say)
-        if "start" in measures:
-            measured[0].first_step_s = first_step_of_command(jobs[0].overrides, self.folder)
+        # Ours is the first step of the whole command, which also plans the run and starts the ranks.
+        wanted = "start" in measures
+        measured[0].first_step_s = first_step_of_command(jobs[0].overrides, self.folder) if wanted else None
         for contestant in measured:
             contestant.peak_bytes = peaks.get(contestant.label, contestant.peak_bytes)
         return measured
@@ -179,8 +185,15 @@ def machine(device: str) -> dict[str, Any]:
         "load_at_end": os.getloadavg()[0],
         "gpu": card,
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in _PACKAGES},
+        "versions": {name: installed(name) for name in _PACKAGES},
     }
+
+
+def installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def processor(path: Path = Path("/proc/cpuinfo")) -> str:
@@ -193,7 +206,8 @@ def report(results: list[ClassResult]) -> int:
     models = dict.fromkeys(result.model for result in results)
     for model in models:
         print(table(model, [result for result in results if result.model == model]), end="\n\n")
-    print(start_up(results))
+    if line := start_up(results):
+        print(line)
     problems = [problem for result in results for problem in result.problems()]
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.contest.job import BATCHES, WEIGHTS, Job
+from benchmarks.contest.job import BATCHES, ROOT, WEIGHTS, Job
 from launcher.config.schema import RunConfig
 from launcher.config.shape import sequence_length
 from launcher.data.open import blend_of, open_data
@@ -36,11 +36,12 @@ def tokens_needed(run: RunConfig) -> int:
     return STEPS * run.training.global_batch_size * (sequence_length(run) + 1)
 
 
-def write_weights(job: Job, folder: Path) -> None:
-    """Write the launcher's initial weights, which are the same in every layout."""
-    path = folder / "weights_job.json"
+def write_weights(job: Job) -> Path:
+    """Write the launcher's initial weights, which are the same in every layout; return their path."""
+    path = Path(job.folder) / "weights_job.json"
     job.write(path)
-    subprocess.run([sys.executable, "-m", "benchmarks.contest.inputs", str(path)], check=True)
+    subprocess.run([sys.executable, "-m", "benchmarks.contest.inputs", str(path)], check=True, cwd=ROOT)
+    return Path(job.folder) / WEIGHTS
 
 
 def _main(path: str) -> None:

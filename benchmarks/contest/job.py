@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).parents[2]  # where `python -m benchmarks...` is found
 WEIGHTS, BATCHES = "weights.safetensors", "batches.npy"
 
 AfterStep = Callable[[Any], None]  # takes this rank's loss, or None on a rank that computes no loss

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks.contest.job import Job
+from benchmarks.contest.job import ROOT, Job
 
 _PATIENCE_S = 900.0  # for a turn: a first step may compile
 
@@ -57,8 +57,9 @@ class Ranks:
         command = [sys.executable, "-m", "benchmarks.contest.worker", str(path), str(rank)]
         with self._logs[rank].open("w") as log:
             return subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment, text=True
-            )
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment,
+                cwd=ROOT, text=True,
+            )  # fmt: skip
 
     def first_step(self) -> tuple[Turn, float]:
         """Wait for the first step; return it, and the seconds since the ranks were started."""

@@ -5,6 +5,7 @@ import sys
 import time
 from pathlib import Path
 
+from benchmarks.contest.job import ROOT
 from benchmarks.contest.ranks import ContestantFailed
 
 _STEPS = "training.steps="
@@ -17,7 +18,7 @@ def first_step_of_command(overrides: list[str], folder: Path) -> float:
     command = [sys.executable, "-m", "launcher", *kept, f"{_STEPS}2", f'run.dir="{directory}"']
     with log.open("w") as output:
         started = time.monotonic()
-        process = subprocess.Popen(command, stdout=output, stderr=output)
+        process = subprocess.Popen(command, stdout=output, stderr=output, cwd=ROOT)
         metrics = directory / "metrics.jsonl"
         try:
             while not (metrics.is_file() and metrics.stat().st_size):

@@ -63,11 +63,13 @@ def _target(target: float | None, is_met: bool | None, sign: str) -> str:
 
 
 def start_up(results: list[ClassResult]) -> str:
-    """Return a line on the first step of our command, by number of ranks."""
+    """Return a line on the first step of our command by number of ranks; empty if it was not measured."""
     seconds: dict[int, list[float]] = {}
     for result in results:
         if result.ours.first_step_s is not None:
             seconds.setdefault(result.shape.ranks, []).append(result.ours.first_step_s)
+    if not seconds:
+        return ""
     parts = [f"{median(values):.1f} s on {_ranks(ranks)}" for ranks, values in sorted(seconds.items())]
     target = f"target {FIRST_STEP_TARGET_S:.0f} s on CPU"
     return f"First step of `launcher`, from the command on: {', '.join(parts)} ({target})."
