@@ -49,7 +49,9 @@ def parallelized(model: Transformer, mesh: DeviceMesh, *, splits_sequence: bool)
         "mlp.up": ColwiseParallel(), "mlp.down": rowwise,
     }  # fmt: skip
     if splits_sequence:
-        ends |= {"positions": lookup, "final_norm": SequenceParallel()}
+        # The positions (T, H) have the sequence first.
+        by_position = RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(0))
+        ends |= {"positions": by_position, "final_norm": SequenceParallel()}
         gathered = PrepareModuleInput(
             input_layouts=(Shard(1), None), desired_input_layouts=(Replicate(), None)
         )

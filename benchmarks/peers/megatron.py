@@ -50,9 +50,7 @@ class Parallel:
     """Makes Megatron-core's layers with one config."""
 
     def __init__(self, job: Job) -> None:
-        self.config = ModelParallelConfig(
-            tensor_model_parallel_size=job.ranks, use_cpu_initialization=True, perform_initialization=False
-        )
+        self.config = ModelParallelConfig(tensor_model_parallel_size=job.ranks, use_cpu_initialization=True)
 
     def column(self, inputs: int, outputs: int, **options: Any) -> nn.Module:
         return ColumnParallelLinear(
