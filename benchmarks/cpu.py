@@ -76,6 +76,7 @@ CPU = Benchmark(
     ),
     device="cpu",
     turn_s=1.0,
+    settling=0,
     least_rounds=5,
     most_rounds=40,
     minutes=22,

@@ -29,7 +29,7 @@ from launcher.launch.this_machine import this_machine
 RESULTS = Path(__file__).parents[1] / "results"
 MEASURES = ("time", "memory", "start")
 _PACKAGES = ("torch", "deepspeed", "megatron-core", "transformers", "accelerate")
-_QUICK = Timing(deadline=0.0, least_rounds=2, most_rounds=2, turn_s=0.0)
+_QUICK = Timing(deadline=0.0, least_rounds=2, most_rounds=2, turn_s=0.0, settling=0)
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class Benchmark:
     classes: tuple[Class, ...]
     device: str
     turn_s: float
+    settling: int  # steps at the start of a turn that are not timed
     least_rounds: int
     most_rounds: int
     minutes: float
@@ -56,17 +57,23 @@ def main(benchmark: Benchmark, arguments: Sequence[str]) -> int:
     classes = [shape for shape in benchmark.classes if not options.only or shape.name in options.only]
     deadline = time.monotonic() + options.minutes * 60
     results: list[ClassResult] = []
+    failures: list[str] = []  # classes in which we failed ourselves
     options.results.mkdir(parents=True, exist_ok=True)
     for model in models:
         with scratch_directory() as folder:
             for shape in classes:
                 now = time.monotonic()
-                share = (deadline - now) / (len(models) * len(classes) - len(results))
+                share = (deadline - now) / (len(models) * len(classes) - len(results) - len(failures))
                 place = folder / shape.name
                 place.mkdir()
-                results.append(ClassRun(benchmark, options, model, shape, place, now + share).result())
+                try:
+                    results.append(ClassRun(benchmark, options, model, shape, place, now + share).result())
+                except ContestantFailed as error:
+                    say(error)
+                    failures.append(f"{model.name}, {shape.name}: {str(error).splitlines()[0]}")
+                    continue
                 write(benchmark, options, results)
-    return report(results)
+    return report(results, failures)
 
 
 def parsed(benchmark: Benchmark, arguments: Sequence[str]) -> argparse.Namespace:
@@ -149,7 +156,7 @@ class ClassRun:
         if self.options.quick:
             return _QUICK
         b = self.benchmark
-        return Timing(self.deadline, b.least_rounds, b.most_rounds, b.turn_s)
+        return Timing(self.deadline, b.least_rounds, b.most_rounds, b.turn_s, b.settling)
 
 
 def single(job: Job, device: str, model: BenchmarkModel, folder: Path) -> Job:
@@ -202,13 +209,14 @@ def processor(path: Path = Path("/proc/cpuinfo")) -> str:
     return names[0] if names else platform.processor()
 
 
-def report(results: list[ClassResult]) -> int:
+def report(results: list[ClassResult], failures: Sequence[str] = ()) -> int:
+    """Print tables and errors; return 1 if there are errors."""
     models = dict.fromkeys(result.model for result in results)
     for model in models:
         print(table(model, [result for result in results if result.model == model]), end="\n\n")
     if line := start_up(results):
         print(line)
-    problems = [problem for result in results for problem in result.problems()]
+    problems = [*failures, *(problem for result in results for problem in result.problems())]
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     return 1 if problems else 0

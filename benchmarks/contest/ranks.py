@@ -66,11 +66,12 @@ class Ranks:
         turn = _turn([self._reply(rank) for rank in range(self.job.ranks)])
         return turn, turn.ended - self._launched
 
-    def turn(self, steps: int) -> Turn:
+    def turn(self, steps: int, *, settling: int = 0) -> Turn:
+        """Let all ranks take `settling` steps, then `steps` timed steps."""
         for process in self._processes:
             assert process.stdin is not None
             try:
-                print(steps, file=process.stdin, flush=True)
+                print(settling, steps, file=process.stdin, flush=True)
             except BrokenPipeError:
                 break  # the reply below raises with the log
         return _turn([self._reply(rank) for rank in range(self.job.ranks)])

@@ -27,6 +27,7 @@ class Timing:
     least_rounds: int
     most_rounds: int
     turn_s: float  # a turn has as many of our steps as fit
+    settling: int  # steps at the start of a turn that are not timed
 
     def goes_on(self, rounds: int) -> bool:
         enough = rounds >= self.least_rounds and time.monotonic() >= self.deadline
@@ -71,7 +72,11 @@ def _resident(jobs: list[Job], threads: int, timing: Timing, failed: Report) -> 
         number = 0
         while timing.goes_on(number):
             for ranks, result in _rotated(alive, number):
-                result.add(ranks.turn(steps))
+                try:
+                    result.add(ranks.turn(steps, settling=timing.settling))
+                except ContestantFailed as error:
+                    _leave_out(result, error, failed, is_ours=result is measured[0])
+            alive = [(ranks, result) for ranks, result in alive if not result.failed]
             number += 1
         for ranks, _ in alive:
             ranks.end()
@@ -89,8 +94,7 @@ def _restarted(jobs: list[Job], threads: int, timing: Timing, failed: Report) ->
                 with running(job, threads) as ranks:
                     _start(ranks, result)
                     steps = steps or _steps_per_turn(result, timing)
-                    ranks.turn(steps)  # clocks and caches settle
-                    result.add(ranks.turn(steps))
+                    result.add(ranks.turn(steps, settling=timing.settling))
                     ranks.end()
             except ContestantFailed as error:
                 _leave_out(result, error, failed, is_ours=job is jobs[0])

@@ -1,8 +1,9 @@
 """A rank of a contestant: `python -m benchmarks.contest.worker JOB.json RANK`.
 
-The rank trains, and takes its turns from standard input: each line is a number of steps. After each turn it
-writes a line of JSON with the start and the end of the turn and the losses of its steps. The turn ends when
-the device has finished and the losses are read. Other output goes to standard error.
+The rank trains, and takes its turns from standard input: each line is a number of steps that are not timed,
+and a number of steps that are. After each turn it writes a line of JSON with the start and the end of the
+timed steps and their losses. The turn ends when the device has finished and the losses are read. Other output
+goes to standard error.
 """
 
 import importlib
@@ -29,14 +30,18 @@ class Turns:
         self.memory = PeakMemory(job)
         self._cuda, self._replies = job.device == "cuda", replies
         self._losses: list[Any] = []
-        self._left, self._started = 1, time.monotonic()
+        self._settling, self._left, self._started = 0, 1, time.monotonic()
 
     def after_step(self, loss: Any) -> None:
-        self._losses.append(loss)
-        self._left -= 1
+        if self._settling:
+            self._settling -= 1
+        else:
+            self._losses.append(loss)
+            self._left -= 1
         if self._left == 0:
             self._end_turn()
-            self._left = self._next_turn()
+            self._settling, self._left = self._next_turn()
+        if not self._settling and not self._losses:
             self._synchronise()
             self._started = time.monotonic()
 
@@ -47,12 +52,17 @@ class Turns:
         turn = {"started": self._started, "ended": time.monotonic(), "losses": losses}
         self._reply({**turn, "peak_bytes": self.memory.peak_on_gpu()})
         self.memory.begin()  # the first turn is one step, which makes the states of the optimizer
+        if self._cuda:
+            import torch
 
-    def _next_turn(self) -> int:
+            torch.cuda.empty_cache()  # the contestants that wait share the memory of the GPU
+
+    def _next_turn(self) -> tuple[int, int]:
         line = sys.stdin.readline()
         if not line.strip():
             raise EndOfTraining
-        return int(line)
+        settling, timed = map(int, line.split())
+        return settling, timed
 
     def end(self) -> None:
         self._reply({"peak_bytes": self.memory.end()})
