@@ -2,25 +2,22 @@
 
 import argparse
 import json
-import os
-import platform
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 from benchmarks.contest.classes import BenchmarkModel, Class, jobs_of, overrides_of
 from benchmarks.contest.figure import draw
 from benchmarks.contest.inputs import tokens_needed, write_batches, write_tokens, write_weights
 from benchmarks.contest.job import WEIGHTS, Job
+from benchmarks.contest.machine import machine
 from benchmarks.contest.ranks import ContestantFailed
 from benchmarks.contest.results import ClassResult, Measured, as_json
 from benchmarks.contest.rounds import Timing, measure_memory, measure_times
 from benchmarks.contest.startup import first_step_of_command
-from benchmarks.contest.table import start_up, table
+from benchmarks.contest.table import tables
 from launcher.config.compose import compose_jobs
 from launcher.config.schema import RunConfig
 from launcher.launch.scratch import scratch_directory
@@ -28,7 +25,6 @@ from launcher.launch.this_machine import this_machine
 
 RESULTS = Path(__file__).parents[1] / "results"
 MEASURES = ("time", "memory", "start")
-_PACKAGES = ("torch", "deepspeed", "megatron-core", "transformers", "accelerate")
 _QUICK = Timing(deadline=0.0, least_rounds=2, most_rounds=2, turn_s=0.0, settling=0)
 
 
@@ -130,10 +126,9 @@ class ClassRun:
 
     def _measured(self, jobs: list[Job]) -> list[Measured]:
         threads = max(1, this_machine().cores // self.shape.ranks)
-        measures, peaks = self.options.measure, dict[str, int]()
+        measures, peaks, failures = self.options.measure, dict[str, int](), dict[str, str]()
         if "memory" in measures and self.options.device == "cpu":
-            for job in jobs:
-                peaks |= self._peak(job, threads)
+            peaks, failures = self._peaks(jobs, threads)
         measured = [Measured(job.label) for job in jobs]
         if "time" in measures:
             resident = self.model.name in self.benchmark.resident_models
@@ -143,14 +138,21 @@ class ClassRun:
         measured[0].first_step_s = first_step_of_command(jobs[0].overrides, self.folder) if wanted else None
         for contestant in measured:
             contestant.peak_bytes = peaks.get(contestant.label, contestant.peak_bytes)
+            contestant.failed = contestant.failed or failures.get(contestant.label, "")
         return measured
 
-    def _peak(self, job: Job, threads: int) -> dict[str, int]:
-        try:
-            return {job.label: measure_memory(job, threads)}
-        except ContestantFailed as error:
-            say(error)
-            return {}
+    def _peaks(self, jobs: list[Job], threads: int) -> tuple[dict[str, int], dict[str, str]]:
+        """Return the peak memory of each contestant by label, and why a peer has none."""
+        peaks, failures = dict[str, int](), dict[str, str]()
+        for job in jobs:
+            try:
+                peaks[job.label] = measure_memory(job, threads)
+            except ContestantFailed as error:
+                if job is jobs[0]:
+                    raise
+                say(error)
+                failures[job.label] = str(error)
+        return peaks, failures
 
     def _timing(self) -> Timing:
         if self.options.quick:
@@ -171,51 +173,18 @@ def say(message: object) -> None:
 
 
 def write(benchmark: Benchmark, options: argparse.Namespace, results: list[ClassResult]) -> None:
-    """Write the results so far: the JSON, the tables and the figure."""
+    """Write the results so far: every value as JSON, the tables, and the figure."""
     path = options.results / benchmark.name
     values = {"machine": machine(options.device), "classes": [as_json(result) for result in results]}
     path.with_suffix(".json").write_text(json.dumps(values, indent=1) + "\n")
+    path.with_suffix(".md").write_text(tables(results) + "\n")
     if "time" in options.measure:
         draw(results, path.with_suffix(".png"))
 
 
-def machine(device: str) -> dict[str, Any]:
-    card = None
-    if device == "cuda":
-        import torch
-
-        card = torch.cuda.get_device_name()
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "cores": this_machine().cores,
-        "processor": processor(),
-        "load_at_end": os.getloadavg()[0],
-        "gpu": card,
-        "python": platform.python_version(),
-        "versions": {name: installed(name) for name in _PACKAGES},
-    }
-
-
-def installed(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def processor(path: Path = Path("/proc/cpuinfo")) -> str:
-    lines = path.read_text().splitlines() if path.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
 def report(results: list[ClassResult], failures: Sequence[str] = ()) -> int:
     """Print tables and errors; return 1 if there are errors."""
-    models = dict.fromkeys(result.model for result in results)
-    for model in models:
-        print(table(model, [result for result in results if result.model == model]), end="\n\n")
-    if line := start_up(results):
-        print(line)
+    print(tables(results))
     problems = [*failures, *(problem for result in results for problem in result.problems())]
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)

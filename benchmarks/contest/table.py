@@ -10,6 +10,13 @@ _HEADER = (
 )
 
 
+def tables(results: list[ClassResult]) -> str:
+    """Return a table per model, and a line on the first steps of our command."""
+    models = dict.fromkeys(result.model for result in results)
+    parts = [table(model, [result for result in results if result.model == model]) for model in models]
+    return "\n\n".join([*parts, *filter(None, [start_up(results)])])
+
+
 def table(model: str, results: list[ClassResult]) -> str:
     rows = [row for result in results for row in _rows(result)]
     return "\n".join([f"### {model}", "", _HEADER, *rows])

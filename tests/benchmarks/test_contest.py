@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks.contest.classes import Class, Peer
 from benchmarks.contest.command import main, report
+from benchmarks.contest.job import ROOT
 from benchmarks.contest.memory import _MARK, peak_of
 from benchmarks.contest.ranks import Turn
 from benchmarks.contest.results import ClassResult, Measured
@@ -92,4 +93,4 @@ def test_classes_hold_the_targets_of_every_peer() -> None:
         for shape in benchmark.classes:
             assert shape.memory_peer in (None, *(peer.label for peer in shape.peers))
             for peer in shape.peers:
-                assert (Path("benchmarks/peers") / f"{peer.module}.py").is_file()
+                assert (ROOT / "benchmarks" / "peers" / f"{peer.module}.py").is_file()
