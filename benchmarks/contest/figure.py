@@ -36,5 +36,5 @@ def _panel(axes: Any, results: list[ClassResult]) -> None:
     axes.axvline(1.0, color="#bbbbbb", linewidth=1, zorder=0)
     axes.set_yticks(range(len(labels)), labels)
     axes.invert_yaxis()
-    axes.set_xlabel("our tokens/s over the peer's: median, quartiles, | target")
+    axes.set_xlabel("ours / peer, tokens/s (median, quartiles, | target)", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
