@@ -7,7 +7,7 @@ RUN ?= runs/stdlib_gpt-$(NOW)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-quick test-slurm test-all check lint types imports format recipes images build clean
+.PHONY: help setup train test test-quick test-slurm test-all bench check lint types imports format recipes images build clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,13 @@ test-slurm:
 test-all: setup  ## Run all tests (over an hour on two idle cores)
 	$(BIN)/pytest -q --numprocesses=3 --dist=loadfile --ignore=tests/calibrate --ignore=tests/slurm
 	$(BIN)/pytest -q tests/calibrate tests/slurm  # alone: these measure this machine, and start a cluster
+
+bench: setup $(VENV)/.installed-peers  ## Compare speed and memory with other projects on CPU (25 minutes on two idle cores)
+	$(BIN)/python -m benchmarks.cpu $(ARGS)
+
+$(VENV)/.installed-peers: $(VENV)/.installed
+	@$(BIN)/pip install --quiet --editable '.[bench]'
+	@touch $@
 
 check: lint types imports  ## Check style, types and import direction
 
