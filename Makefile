@@ -7,7 +7,7 @@ RUN ?= runs/stdlib_gpt-$(NOW)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-quick test-slurm test-all bench check lint types imports format recipes images build clean
+.PHONY: help setup train test test-all test-workers test-slurm bench check lint types imports format recipes images build clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,25 +24,25 @@ train: setup  ## Train the example model, then sample from it (RUN=runs/name to 
 	$(BIN)/launcher experiment=stdlib_gpt run.dir=$(RUN)
 	$(BIN)/launcher generate run.dir=$(RUN) 'prompt="def "'
 
-test: setup  ## Run the quick tests (about 11 minutes on two idle cores)
-	@$(MAKE) --no-print-directory --jobs=2 test-quick test-slurm
+test: setup  ## Run the quick tests (about 8 minutes on two idle cores)
+	@$(MAKE) --no-print-directory --jobs=2 test-workers test-slurm SELECT='-m "not slow"'
+
+test-all: setup  ## Run all tests (about an hour on two idle cores)
+	@$(MAKE) --no-print-directory --jobs=2 test-workers test-slurm SELECT=--ignore=tests/calibrate
+	$(BIN)/pytest -q tests/calibrate  # alone: these measure this machine
 
 # Three workers for two cores, because many tests wait for a process. A machine has room for one Slurm
 # cluster: one process runs its tests beside the others and shows its output at the end.
-test-quick:
-	$(BIN)/pytest -q -m "not slow" --numprocesses=3 --dist=loadfile --ignore=tests/slurm
+test-workers:
+	$(BIN)/pytest -q $(SELECT) --numprocesses=3 --dist=loadfile --ignore=tests/slurm
 test-slurm:
-	@shown=$$($(BIN)/pytest -q -m "not slow" tests/slurm 2>&1); code=$$?; echo "$$shown"; exit $$code
-
-test-all: setup  ## Run all tests (over an hour on two idle cores)
-	$(BIN)/pytest -q --numprocesses=3 --dist=loadfile --ignore=tests/calibrate --ignore=tests/slurm
-	$(BIN)/pytest -q tests/calibrate tests/slurm  # alone: these measure this machine, and start a cluster
+	@shown=$$($(BIN)/pytest -q $(SELECT) tests/slurm 2>&1); code=$$?; echo "$$shown"; exit $$code
 
 bench: setup $(VENV)/.installed-peers  ## Compare speed and memory with other projects on CPU (25 minutes on two idle cores)
 	$(BIN)/python -m benchmarks.cpu $(ARGS)
 
 $(VENV)/.installed-peers: $(VENV)/.installed
-	@$(BIN)/pip install --quiet --editable '.[bench]'
+	@$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	@touch $@
 
 check: lint types imports  ## Check style, types and import direction

@@ -1,14 +1,17 @@
 """Measure the cost of the guards: times of steps with and without them, alternating in one run.
 
-`python -m benchmarks.guards [OVERRIDES]` trains `gpt_mini` in several layouts on this machine for about a
-minute and prints ratios. "Without" leaves out the decision on each update (the norm is computed all the
-same, because clipping needs it). One comparison of the replicas is timed alone and divided by its interval.
+`python -m benchmarks.guards [OVERRIDES]` trains `gpt_mini` in several layouts on this machine for some
+minutes and prints ratios. "Without" leaves out the decision on each update (the norm is computed all the
+same, because clipping needs it). Steps are compared in pairs, one with and one without the guard, in changing
+order; printed are the median of the ratios and the 95% interval of the median, which needs an idle machine to
+be narrow. One comparison of the replicas is timed alone and divided by its interval.
 """
 
 import sys
 import tempfile
 import time
 from functools import partial
+from math import ceil
 from pathlib import Path
 from statistics import median
 
@@ -20,13 +23,13 @@ from launcher.config.world import world_of_machine
 from launcher.launch.local import run_local_ranks, start_method_for
 from launcher.launch.this_machine import share_cores, this_machine
 
-STEPS, WARM_UP = 88, 8
+PAIRS, WARM_UP = 300, 8
 LAYOUTS = ["parallelism=single", "parallelism=dp parallelism.data=2", "parallelism=tp2", "parallelism=zero1"]
 BASE = ["model=gpt_mini", "training.global_batch_size=16", "training.micro_batch_size=4", "logging=local"]
 
 
 def main(overrides: list[str]) -> None:
-    print(f"{'layout':44} {'update guard':>13} {'replicas, one':>14} {'per step':>9}")
+    print(f"{'layout':44} {'update guard (95%)':>27} {'replicas, one':>14} {'per step':>9}")
     for layout in LAYOUTS:
         [job] = compose_jobs("config", RunConfig, [*BASE, *layout.split(), *overrides])
         machine = this_machine()
@@ -59,25 +62,39 @@ def measure(rank: int, *, run: RunConfig, layout: Layout, folder: Path) -> None:
     def undecided(norm):  # type: ignore[no-untyped-def]
         engine.guard.norm = norm
 
-    seconds: dict[bool, list[float]] = {True: [], False: []}
-    for step in range(STEPS):
-        guarded = step % 2 == 0
+    def step_seconds(guarded: bool) -> float:
         engine.guard.judge = judge if guarded else undecided  # type: ignore[method-assign]
         started = time.perf_counter()
         float(engine.train_batch(batches).loss)
-        if step >= WARM_UP:
-            seconds[guarded].append(time.perf_counter() - started)
+        return time.perf_counter() - started
+
+    for _ in range(WARM_UP):
+        step_seconds(guarded=True)
+    without, ratios = [], []
+    for pair in range(PAIRS):
+        first = pair % 2 == 0
+        seconds = {guarded: step_seconds(guarded) for guarded in (first, not first)}
+        without.append(seconds[False])
+        ratios.append(seconds[True] / seconds[False] - 1)
     comparisons = []
     for _ in range(5):
         started = time.perf_counter()
         disagreements(engine, {})
         comparisons.append(time.perf_counter() - started)
-    with_guard, without = median(seconds[True]), median(seconds[False])
-    once = median(comparisons) / without
+    once = median(comparisons) / median(without)
     if rank == 0:
         every = once / run.guard.replica_interval
-        print(f"{layout.describe():44.44} {with_guard / without - 1:+13.2%} {once:14.2%} {every:9.3%}")
+        low, high = interval_of_median(ratios)
+        cost = f"{median(ratios):+.2%} ({low:+.2%} to {high:+.2%})"
+        print(f"{layout.describe():44.44} {cost:>27} {once:14.2%} {every:9.3%}", flush=True)
     leave()
+
+
+def interval_of_median(values: list[float]) -> tuple[float, float]:
+    """Return the 95% interval of the median, from order statistics: no assumption on the distribution."""
+    ordered, half = sorted(values), 0.98 * len(values) ** 0.5
+    middle = (len(values) - 1) / 2
+    return ordered[max(0, int(middle - half))], ordered[min(len(values) - 1, ceil(middle + half))]
 
 
 if __name__ == "__main__":

@@ -61,12 +61,12 @@ FAULTS = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(12))  # each fault with both ways of starting ranks
 def test_a_run_survives_random_faults(
     seed: int, whole: list[list[Any]], cluster: Cluster, tmp_path: Path
 ) -> None:
     chance = random.Random(seed)
-    fault, tasks = FAULTS[seed % len(FAULTS)], chance.choice(["per_node", "per_rank"])
+    fault, tasks = FAULTS[seed % len(FAULTS)], ["per_node", "per_rank"][seed // len(FAULTS)]
     elastic = ["hardware.nodes=2", "slurm.nodes=1-2", f"slurm.tasks={tasks}", "logging=wandb"]
     job = submit(cluster, tmp_path, *RUN, f"training.stop_at={LAST}", *elastic)
     try:
@@ -95,9 +95,9 @@ def test_a_run_survives_random_faults(
 
 @pytest.mark.slow
 def test_a_run_finishes_under_a_time_limit_of_a_minute(cluster: Cluster, tmp_path: Path) -> None:
-    """Training takes over four minutes: Slurm signals the job before the limit, and the job is requeued."""
-    steps = 240
-    run = ["training.steps=240", "training.validation_interval=0", "logging=wandb"]
+    """Training takes two minutes: Slurm signals the job before the limit, and the job is requeued."""
+    steps = 100
+    run = [f"training.steps={steps}", "training.validation_interval=0", "logging=wandb"]
     trained(*run, "logging=local", "run.dir=whole", "parallelism.data=4", cwd=tmp_path)
     (tmp_path / "sitecustomize.py").write_text(before_each_step("import time; time.sleep(1)"))
     job = submit(
@@ -105,7 +105,7 @@ def test_a_run_finishes_under_a_time_limit_of_a_minute(cluster: Cluster, tmp_pat
         f"slurm.environment.PYTHONPATH={tmp_path}",
     )  # fmt: skip
     log = job.end("COMPLETED", seconds=900)
-    assert job.starts() >= 4
+    assert job.starts() >= 3
     assert log.count("stopped and requeued") == job.starts() - 1
     assert rows(job.run_dir) == rows(tmp_path / "whole")
     assert logged_steps(job.run_dir) == list(range(1, steps + 1))
