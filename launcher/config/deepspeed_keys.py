@@ -77,7 +77,7 @@ SECTIONS: dict[str, dict[str, KeyType]] = {
         text="nvme_path", count="buffer_count", share="ratio",
         flag="pin_memory pipeline_read pipeline_write fast_init",
     ),
-    "bf16": _keys(flag="immediate_grad_update check_grad_overflow"),
+    "bf16": _keys(flag="check_grad_overflow"),
     "fp16": _keys(
         number="loss_scale", count="loss_scale_window hysteresis min_loss_scale",
         flag="consecutive_hysteresis",
@@ -109,7 +109,8 @@ OURS: dict[str, str] = {
     "gradient_accumulation_steps": "training.micro_batch_size=1 (smaller micro-batches, more accumulation)",
     "gradient_clipping": "optimizer.gradient_clipping={}", "optimizer": "optimizer=adamw or optimizer=sgd",
     "scheduler": "scheduler=cosine or another option of the group scheduler",
-    "bf16.enabled": "precision=bf16", "fp16.enabled": "precision=fp16",
+    "bf16.enabled": "precision=bf16", "bf16.immediate_grad_update": "precision=bf16",
+    "fp16.enabled": "precision=fp16",
     "fp16.initial_scale_power": "precision.initial_loss_scale_power={}",
     "zero_optimization.stage": "parallelism.zero_stage={}",
     "zero_optimization.offload_optimizer.device": "parallelism.offload_optimizer=true",

@@ -52,7 +52,10 @@ def _precision(run: RunConfig) -> dict[str, Any]:
         return {}
     fp32_accumulation = {"data_types": {"grad_accum_dtype": "fp32"}}
     if run.precision.dtype is Dtype.bf16:
-        return {"bf16": {"enabled": True}, **fp32_accumulation}
+        # Gradients go into the fp32 sums as soon as they exist. By default DeepSpeed keeps bf16 ones, and
+        # zeroes them when a backward pass reaches the output of its module: then a pipeline's head, which our
+        # loss runs behind that output, never gets a gradient.
+        return {"bf16": {"enabled": True, "immediate_grad_update": True}, **fp32_accumulation}
     power = run.precision.initial_loss_scale_power
     return {"fp16": {"enabled": True, "initial_scale_power": power}, **fp32_accumulation}
 

@@ -197,7 +197,9 @@ def masks(rank: int, world: int, sequence_parallel: bool) -> tuple[list[float], 
     hidden = block.dropout(torch.ones(1, 4, 8))
     equal = torch.ones(1, block.attention.heads, 4, 4)
     keys = torch.ones(1, block.attention.kv_heads, 4, 4)
-    return hidden.flatten().tolist(), block.attention._core(equal, keys, keys, None).flatten().tolist()
+    return hidden.flatten().tolist(), block.attention._core(
+        equal, keys, keys, None, None, None
+    ).flatten().tolist()
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])

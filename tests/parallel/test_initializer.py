@@ -22,7 +22,8 @@ from launcher.parallel.initializer import (
     zeros,
 )
 from launcher.parallel.mesh import Axis
-from launcher.parallel.sharding import LogicalTensor, logical_of, merge, padded_length, split_segments
+from launcher.parallel.sharding import LogicalTensor, logical_of, merge, split_segments
+from launcher.parallel.vocabulary import padded_length
 from launcher.parity.reference import drawn_weight
 from tests.parallel.shards import drawn_as, split
 

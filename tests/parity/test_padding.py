@@ -9,6 +9,7 @@ from launcher.config.schema import CheckpointConfig, RunConfig
 from launcher.config.shape import vocabulary_multiple
 from launcher.models.architecture import FlatModel, flat_model
 from launcher.models.context import BlockContext
+from launcher.parallel.initializer import Initializer
 from launcher.parallel.mesh import ProcessMesh
 from launcher.parallel.sharding import LogicalTensor, logical_of, merge
 from launcher.planning.cost.geometry import pipeline_ranks
@@ -39,7 +40,8 @@ def test_predicted_padding_is_detected_and_named() -> None:
 
 def model_of(*overrides: str) -> FlatModel:
     run = run_of("model=llama_tiny", "model.vocab_size=259", *overrides)
-    return flat_model(run.model, BlockContext.create(run, ProcessMesh.single(), torch.device("cpu")))
+    mesh = ProcessMesh.single()
+    return flat_model(run.model, BlockContext.create(run, mesh, Initializer(0, mesh.tensor)))
 
 
 def test_the_initial_weights_and_the_loss_do_not_depend_on_the_padding() -> None:

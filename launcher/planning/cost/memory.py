@@ -209,10 +209,18 @@ class _Pipelined(_Flow):
                 yield self.backward("backward pass, embedding", kept + embedding.backward)
         yield from self.after()
 
+    @property
+    def _is_steady(self) -> bool:
+        """Whether as many are in flight again later, beside the gradients and the bucket of the first."""
+        return self.layout.accumulation > sum(in_flight(self.layout, self.rank.stage))
+
+    def forward(self, name: str, activations: int) -> _Moment:
+        """Return a moment of the last forward pass."""
+        return self.backward(name, activations) if self._is_steady else super().forward(name, activations)
+
     def _backward(self, name: str, kept: int, end: Footprint, *, one_less: int) -> Iterator[_Moment]:
         """Yield moments at an end of a stage; `kept` is the bytes of all micro-batches in flight."""
-        if self.layout.accumulation > sum(in_flight(self.layout, self.rank.stage)):
-            # The same number is in flight several times, later with the gradients and bucket of the first.
+        if self._is_steady:
             yield self.backward(name, kept + end.backward)
             return
         states = self.states

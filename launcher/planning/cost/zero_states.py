@@ -114,22 +114,19 @@ class _Ledger:
     def bf16_optimizer(self) -> States:
         """BF16_Optimizer of DeepSpeed: whole gradients in fp32, partitioned fp32 weights and states.
 
-        The bf16 gradients are zeroed after they are added, and stay allocated until the step. The reduction
-        works on a copy that is cast to bf16.
+        Each bf16 gradient is added to them at once. The reduction works on a copy that is cast to bf16.
         """
-        summed, low = FP32 * self.flat, self.element * self.total
+        summed = FP32 * self.flat
         copies = (FP32 + self.element) * min(self.flat, ALL_REDUCE_BUCKET)
-        kept = summed + (low if self.accumulates else 0)
         return States(
             weights=self.element * self.flat,
             optimizer=(FP32 + self.state_bytes) * self.share,
             host=0,
-            forward=Holdings(kept),
-            backward=Holdings(kept),
+            forward=Holdings(summed),
+            backward=Holdings(summed),
             fresh=summed,
-            per_element=0 if self.accumulates else self.element,
-            reduce=Holdings(summed + low, copies),
-            step=Holdings(summed + low),
+            reduce=Holdings(summed, copies),
+            step=Holdings(summed),
         )
 
     def zero_1(self, low: bool) -> States:
