@@ -240,7 +240,7 @@ def _addable(argument: str) -> str:
     A switch is written out: `profile=true` becomes profile.enabled=true.
     """
     name, _, value = argument.partition("=")
-    if name in SWITCHES and value.lower() in ("true", "false"):
+    if name in SWITCHES and {*value.lower().split(",")} <= {"true", "false"}:
         return f"{SWITCHES[name]}={value}"
     return f"++{argument}" if argument.startswith(OPEN) else argument
 

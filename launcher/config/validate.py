@@ -456,13 +456,13 @@ def check_profile(run: RunConfig) -> None:
     if last == 0:
         why = "training.steps=0 only validates, and the profiler records training steps"
         raise refusal(run, "profile.enabled", why, "profile.enabled=false")
-    if first is not None and first > last:
-        why = f"the run ends at step {last} ({setting}={last})"
-        raise refusal(run, "profile.first_step", why, "profile.first_step=null", f"profile.first_step={last}")
-    if (first or 1) + steps - 1 > last:
-        why = f"the run ends at step {last} ({setting}={last})"
-        most = last - (first or 1) + 1
-        raise refusal(run, "profile.steps", why, f"profile.steps={most} (or fewer)")
+    why = f"the run ends at step {last} ({setting}={last})"
+    if steps > last:
+        raise refusal(run, "profile.steps", why, f"profile.steps={last} (or fewer)")
+    if first is not None and first + steps - 1 > last:
+        why = f"{why}, and profile.steps={steps}"
+        latest = f"profile.first_step={last - steps + 1} (or lower)"
+        raise refusal(run, "profile.first_step", why, "profile.first_step=null", latest)
 
 
 def check_wandb(run: RunConfig) -> None:

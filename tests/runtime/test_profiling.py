@@ -10,7 +10,8 @@ from typing import Any, cast
 import pytest
 import torch
 
-from launcher.config.schema import ProfileConfig
+from launcher.config.compose import compose_jobs
+from launcher.config.schema import ProfileConfig, RunConfig
 from launcher.config.validate import validate
 from launcher.config.world import World
 from launcher.engine.stopwatch import Stopwatch
@@ -75,6 +76,8 @@ def test_profile_true_is_a_whole_setting() -> None:
     assert composed("profile=true").profile == ProfileConfig(enabled=True)
     assert composed("profile=True", "profile.steps=1").profile == ProfileConfig(enabled=True, steps=1)
     assert not composed("profile=false").profile.enabled
+    jobs = compose_jobs("config", RunConfig, ["--multirun", "profile=true,false"])
+    assert [job.config.profile.enabled for job in jobs] == [True, False]
 
 
 def test_the_table() -> None:
