@@ -72,6 +72,7 @@ Config = TypeVar(
 )
 
 MOST_JOBS = 1000  # of a sweep; Slurm's default limit of an array
+SWITCHES = {"profile": "profile.enabled"}  # sections that a single word turns on or off
 # The beginnings of overrides of open dictionaries, whose keys the user chooses.
 OPEN = tuple(f"{name}{end}" for name in ("deepspeed", *ENTRIES) for end in (".", "="))
 
@@ -234,7 +235,13 @@ def _is_override(argument: str) -> bool:
 
 
 def _addable(argument: str) -> str:
-    """Return the argument, with `++` in front if it sets a key of an open dictionary."""
+    """Return the argument, with `++` in front if it sets a key of an open dictionary.
+
+    A switch is written out: `profile=true` becomes profile.enabled=true.
+    """
+    name, _, value = argument.partition("=")
+    if name in SWITCHES and {*value.lower().split(",")} <= {"true", "false"}:
+        return f"{SWITCHES[name]}={value}"
     return f"++{argument}" if argument.startswith(OPEN) else argument
 
 

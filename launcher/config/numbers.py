@@ -128,6 +128,7 @@ BOUNDS: dict[str, Bound] = {
     "guard.max_skips": Bound(COUNT, "10", 10**9), "guard.spike_window": Bound(COUNT, "128", 10**6),
     "guard.spike_score": Bound(ABOVE_0, "8", 1e9),
     "guard.replica_interval": Bound(NOT_NEGATIVE, "100", _STEPS),
+    "profile.first_step": Bound(COUNT, "null", _STEPS), "profile.steps": Bound(COUNT, "3", 1000),
     "step": Bound(COUNT, "1", _STEPS), "samples": Bound(COUNT, "8", _BATCH),
     "slurm.cpus_per_task": Bound(COUNT, "null", _RANKS), "slurm.max_parallel": Bound(COUNT, "null", _RANKS),
     "slurm.signal_seconds": Bound(LEAD, "120", 65_535),

@@ -433,6 +433,15 @@ class GuardConfig:
 
 
 @dataclass
+class ProfileConfig:
+    """A trace of some steps by torch's profiler, and a table of the parts of their time."""
+
+    enabled: bool = False  # `profile=true` on the command line is the same as profile.enabled=true
+    first_step: Optional[int] = None  # null: the sixth step of each start, or earlier in a shorter run
+    steps: int = 3  # consecutive steps
+
+
+@dataclass
 class LaunchConfig:
     """Supervision of ranks."""
 
@@ -495,6 +504,7 @@ class RunConfig:
     verify: VerifyConfig = field(default_factory=VerifyConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
     submit: SubmitConfig = field(default_factory=SubmitConfig)

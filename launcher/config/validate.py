@@ -445,6 +445,26 @@ def check_stop(run: RunConfig) -> None:
         raise refusal(run, "training.stop_at", why, f"training.stop_at={t.steps} (or fewer)")
 
 
+def check_profile(run: RunConfig) -> None:
+    """Check that the run has the steps to profile. A resumed run may have taken them before it stopped."""
+    first, steps, t = run.profile.first_step, run.profile.steps, run.training
+    if not run.profile.enabled:
+        return
+    last, setting = t.steps, "training.steps"
+    if t.stop_at is not None:
+        last, setting = t.stop_at, "training.stop_at"
+    if last == 0:
+        why = "training.steps=0 only validates, and the profiler records training steps"
+        raise refusal(run, "profile.enabled", why, "profile.enabled=false")
+    why = f"the run ends at step {last} ({setting}={last})"
+    if steps > last:
+        raise refusal(run, "profile.steps", why, f"profile.steps={last} (or fewer)")
+    if first is not None and first + steps - 1 > last:
+        why = f"{why}, and profile.steps={steps}"
+        latest = f"profile.first_step={last - steps + 1} (or lower)"
+        raise refusal(run, "profile.first_step", why, "profile.first_step=null", latest)
+
+
 def check_wandb(run: RunConfig) -> None:
     """Refuse what W&B refuses, by the rules of its client (wandb/sdk/wandb_settings.py)."""
     project, tags = run.logging.wandb.project, run.logging.wandb.tags
@@ -504,6 +524,7 @@ RULES: tuple[Callable[[RunConfig], None], ...] = (
     check_optimizer,
     check_scheduler,
     check_stop,
+    check_profile,
     check_deepspeed,
     check_wandb,
     check_slurm,

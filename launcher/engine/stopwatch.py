@@ -2,10 +2,11 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch.distributed as dist
+from torch.profiler import record_function
 
 # Not isend and irecv: torch compares the functions of a P2POp with its own.
 TIMED = (
@@ -31,6 +32,8 @@ class Stopwatch:
 
     def __init__(self, group_name: Callable[[dist.ProcessGroup | None], str]) -> None:
         self.seconds: dict[str, float] = {}
+        # While a profiler records: the label of a call in the trace, by function and group.
+        self.label: Callable[[str, dist.ProcessGroup | None], str] | None = None
         self._group_name = group_name
         self._depth = 0  # collectives call one another
 
@@ -78,29 +81,38 @@ class Stopwatch:
                 return function(*args, **kwargs)
             self._depth += 1
             started = self.mark()
+            groups = (argument for argument in args if isinstance(argument, dist.ProcessGroup))
+            group = kwargs.get("group") or next(groups, None)
+            label = self.label and self.label(function.__name__, group)
             try:
-                result = function(*args, **kwargs)
+                with recorded(label):
+                    result = function(*args, **kwargs)
             finally:
                 self._depth -= 1
-            groups = (argument for argument in args if isinstance(argument, dist.ProcessGroup))
-            name = self._group_name(kwargs.get("group") or next(groups, None))
+            name = self._group_name(group)
             self.add_since(started, name)
             if isinstance(result, list):
-                return [_TimedWork(work, self, name) for work in result]
-            return _TimedWork(result, self, name) if isinstance(result, dist.Work) else result
+                return [_TimedWork(work, self, name, label) for work in result]
+            return _TimedWork(result, self, name, label) if isinstance(result, dist.Work) else result
 
         return call
+
+
+def recorded(label: str | None) -> AbstractContextManager[object]:
+    """Return a context that a profiler shows as `label`; nothing without a label."""
+    return nullcontext() if label is None else record_function(label)
 
 
 class _TimedWork:
     """The handle of an asynchronous collective; waiting for it is timed too."""
 
-    def __init__(self, work: dist.Work, stopwatch: Stopwatch, name: str) -> None:
-        self._work, self._stopwatch, self._name = work, stopwatch, name
+    def __init__(self, work: dist.Work, stopwatch: Stopwatch, name: str, label: str | None) -> None:
+        self._work, self._stopwatch, self._name, self._label = work, stopwatch, name, label
 
     def wait(self, *args: Any) -> Any:
         started = self._stopwatch.mark()
-        result = self._work.wait(*args)
+        with recorded(self._label):
+            result = self._work.wait(*args)
         self._stopwatch.add_since(started, self._name)
         return result
 

@@ -1,7 +1,7 @@
 """Parameter and FLOP counts from a model's config alone. Tests compare them with the real modules."""
 
-from launcher.config.schema import InputKind, MLPKind, ModelConfig, NormKind, PositionKind
-from launcher.config.shape import has_class_token, output_size, position_count, qkv_sizes
+from launcher.config.schema import InputKind, MLPKind, ModelConfig, NormKind, PositionKind, RunConfig
+from launcher.config.shape import has_class_token, output_size, position_count, qkv_sizes, sequence_length
 
 
 def block_matrix_parameters(model: ModelConfig) -> int:
@@ -67,3 +67,18 @@ def train_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
     # The class token's position is projected too.
     per_image = 4 * _patch_parameters(model) * sequence_length + 6 * model.num_classes * model.hidden_size
     return 6 * block_matrix_parameters(model) + per_image / sequence_length + attention
+
+
+def step_flops(run: RunConfig) -> float:
+    """Return the model FLOPs of an optimizer step over all ranks."""
+    length = sequence_length(run)
+    return train_flops_per_token(run.model, length) * run.training.global_batch_size * length
+
+
+def mfu(run: RunConfig, ranks: int, step_seconds: float) -> float | None:
+    """Return the model FLOPs of a step over the FLOPs that all ranks could do in its time, at their peak.
+
+    None if the peak of the hardware is not known. The only formula of MFU: for plans, rows and the terminal.
+    """
+    peak: float | None = getattr(run.hardware.peak_flops, run.precision.dtype.name)
+    return None if peak is None else step_flops(run) / (step_seconds * ranks * peak)

@@ -15,7 +15,8 @@ from launcher.runtime.metrics.rows import Row
 from launcher.runtime.step_clock import StepTimes
 from launcher.text import size
 
-# The step whose memory is measured: the first steps make states, and ZeRO-3 learns the order of its weights.
+# The step whose memory is measured, or the next one that is not profiled: the first steps make states, and
+# ZeRO-3 learns the order of its weights.
 MEASURED_STEP = 10
 MEMORY_ERROR, TIME_ERROR = 0.05, 0.2  # as docs/planning.md states them
 
@@ -30,17 +31,24 @@ class PlanCheck:
         ranks = layout.world_size // layout.pipeline
         self.flops = [stage.flops for stage in plan.stages for _ in range(ranks)]  # of each rank in a step
         self._steps = 0
+        self._measured_step: int | None = None
         self._peak = PeakMemory(device)
         self._laps: list[float] = []
         self._row: Row = {"memory/predicted_bytes": self.memory}
         if self.seconds is not None:
             self._row["perf/predicted_step_time_s"] = self.seconds
 
-    def measuring(self, pending_copy: Iterable[Tensor]) -> AbstractContextManager[object]:
-        """Return the context of the next step. The step's peak memory leaves out `pending_copy` (a save)."""
+    def measuring(
+        self, pending_copy: Iterable[Tensor], *, profiled: bool = False
+    ) -> AbstractContextManager[object]:
+        """Return the context of the next step. The step's peak memory leaves out `pending_copy` (a save).
+
+        A profiled step is not measured: counting tensors slows a step down.
+        """
         self._steps += 1
-        if self._steps != MEASURED_STEP:
+        if profiled or self._steps < MEASURED_STEP or self._measured_step is not None:
             return nullcontext()
+        self._measured_step = self._steps
         self._peak.excluded = list(pending_copy)
         return self._peak
 
@@ -58,7 +66,7 @@ class PlanCheck:
             return self._row, []
         self._row["memory/allocated_bytes"] = allocated
         # Without the first step, which also warms up, and the step that counting tensors slowed down.
-        timed = [lap for step, lap in enumerate(self._laps, 1) if step not in (1, MEASURED_STEP)]
+        timed = [lap for step, lap in enumerate(self._laps, 1) if step not in (1, self._measured_step)]
         return self._row, verdict(self.memory, allocated, self.seconds, median(timed or self._laps))
 
 

@@ -27,7 +27,7 @@ from launcher.launch.environment import slurm_step_name
 from launcher.runtime.hold import HOLDER, Place, held, is_holder_file
 
 CONFIG, LOGS, METRICS, WANDB = "config.yaml", "logs", "metrics.jsonl", "wandb"
-PICTURE, TENSORBOARD = "loss.png", "tensorboard"
+PICTURE, TENSORBOARD, PROFILE = "loss.png", "tensorboard", "profile"
 
 
 @dataclass(frozen=True)
@@ -119,13 +119,13 @@ def check_files_are_ours(path: Path) -> None:
         entry = path / name
         if os.path.lexists(entry) and not entry.is_file():
             raise _not_ours(path, f"{name} is not a regular file")
-    for name in (LOGS, CHECKPOINTS, FINAL_WEIGHTS, COMPANIONS):
+    for name in (LOGS, CHECKPOINTS, FINAL_WEIGHTS, COMPANIONS, PROFILE):
         entry = path / name
         if os.path.lexists(entry) and not entry.is_dir():
             raise _not_ours(path, f"{name} is not a directory")
     if is_ours:
         return
-    directories = (CHECKPOINTS, FINAL_WEIGHTS, COMPANIONS, WANDB, TENSORBOARD)
+    directories = (CHECKPOINTS, FINAL_WEIGHTS, COMPANIONS, WANDB, TENSORBOARD, PROFILE)
     for name in (CONFIG, METRICS, PICTURE, *directories, "hang.txt"):
         if os.path.lexists(path / name):
             raise _not_ours(path, f"holds {name}, which would be overwritten, and no run.json")

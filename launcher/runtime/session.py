@@ -49,6 +49,7 @@ class Session:
     checkpoints: Checkpoints
     plan_check: PlanCheck
     clock: StepClock
+    work: WorkTime
     slow_rank: SlowRankWatch
     nonfinite: NonfiniteGuard
     spikes: SpikeGuard
@@ -70,6 +71,7 @@ class Session:
             Checkpoints(run, layout, engine, parts.directory, data.digests),
             check,
             StepClock(engine.device, parts.work),
+            parts.work,
             SlowRankWatch(parts.watchdog.hosts, check.flops, run.launch.slow_rank_seconds),
             NonfiniteGuard(run, engine),
             SpikeGuard(run, engine, history),

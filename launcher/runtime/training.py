@@ -30,14 +30,15 @@ from launcher.engine.work_time import WorkTime
 from launcher.launch.rank import StopRequest
 from launcher.launch.records import RankEndKind, record_end
 from launcher.launch.stopping import stop_grace
-from launcher.models.arithmetic import train_flops_per_token
+from launcher.models.arithmetic import mfu, step_flops
 from launcher.runtime.agreement import RankValues, WorldValues, exchange
 from launcher.runtime.batches import rank_loader
 from launcher.runtime.excluded import read_excluded
 from launcher.runtime.metrics.rows import Row
 from launcher.runtime.output import RunOutput
+from launcher.runtime.profiling import Profiling, profiled_steps
 from launcher.runtime.resume import Progress, start_from
-from launcher.runtime.run_dir import RunDir, config_as_dict
+from launcher.runtime.run_dir import PROFILE, RunDir, config_as_dict
 from launcher.runtime.session import Parts, Session
 from launcher.runtime.spikes import Leap
 from launcher.runtime.validation import is_validation_step, validation_row
@@ -104,15 +105,23 @@ def training_loop(session: Session, progress: Progress) -> int:
     """Take the steps after `progress`; return the step at which training ended. Collective over the world."""
     run, engine, last = session.run, session.engine, session.last
     blend = session.data.blend(progress.blends)
-    with session.output.display as display, rank_loader(run, engine, blend) as loader:
+    with (
+        session.output.display as display,
+        rank_loader(run, engine, blend) as loader,
+        profiling_of(session, progress.step + 1) as profiling,
+    ):
         if last == 0:
             validate_only(session)
         while progress.step < last and not session.checkpoints.stopping:
             session.watchdog.at(f"step {progress.step + 1}")
-            logged = is_logged(run, progress.step + 1, last)
-            measuring = session.plan_check.measuring(session.checkpoints.pending_copy)
-            with measuring, session.clock.step(logged=logged):
+            step = progress.step + 1
+            logged, profiled = is_logged(run, step, last), step in profiling.steps
+            measuring = session.plan_check.measuring(session.checkpoints.pending_copy, profiled=profiled)
+            with measuring, session.clock.step(logged=logged), profiling.step(step):
                 result = optimizer_step(run, engine, loader, progress)
+            if profiled and step == profiling.steps[-1]:
+                session.clock.synchronise()
+                profiling.finish()
             session.clock.times.data_wait += loader.waited
             progress = progress.after(run.training.global_batch_size)
             if logged or session.checkpoints.needs_agreement(progress.step):
@@ -121,6 +130,13 @@ def training_loop(session: Session, progress: Progress) -> int:
                 display.step(progress.step, None)
         session.output.note(session.checkpoints.close())
     return progress.step
+
+
+def profiling_of(session: Session, first: int) -> Profiling:
+    """Return the profiling of a start that begins with the step `first`."""
+    steps = profiled_steps(session.run.profile, first, session.last)
+    collectives, directory = session.work.collectives, session.directory / PROFILE
+    return Profiling(steps, session.engine, collectives, session.output, directory)
 
 
 def optimizer_step(run: RunConfig, engine: Engine, loader: Loader, progress: Progress) -> StepResult:
@@ -226,17 +242,13 @@ def training_row(session: Session, progress: Progress, result: StepResult, agree
 
 def performance(run: RunConfig, layout: Layout, length: int, elapsed: float) -> Row:
     """Return the speed of a step of `elapsed` seconds over all ranks; MFU if the hardware's peak is known."""
-    tokens_per_s = run.training.global_batch_size * length / elapsed
-    flops_per_s = tokens_per_s * train_flops_per_token(run.model, length)
     row: Row = {
         "perf/step_time_s": elapsed,
-        "perf/tokens_per_s": tokens_per_s,
-        "perf/flops_per_s": flops_per_s,
+        "perf/tokens_per_s": run.training.global_batch_size * length / elapsed,
+        "perf/flops_per_s": step_flops(run) / elapsed,
     }
-    peak = getattr(run.hardware.peak_flops, run.precision.dtype.value)
-    if peak is not None:
-        row["perf/mfu"] = flops_per_s / (peak * layout.world_size)
-    return row
+    utilisation = mfu(run, layout.world_size, elapsed)
+    return row if utilisation is None else row | {"perf/mfu": utilisation}
 
 
 def memory_row(agreed: WorldValues) -> Row:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile
 
 from launcher.engine.stopwatch import TIMED, Stopwatch
 
@@ -81,3 +82,15 @@ def test_a_batch_of_sends_and_receives_is_timed(group: dist.ProcessGroup) -> Non
         begun = watch.seconds["pipeline"]
         assert work.wait()
         assert watch.seconds["pipeline"] > begun
+
+
+def test_a_profiler_shows_the_label_of_a_call_and_of_its_wait(group: dist.ProcessGroup) -> None:
+    watch = Stopwatch(lambda one: "data")
+    with watch.timing_collectives(), profile(activities=[ProfilerActivity.CPU]) as profiler:
+        dist.all_reduce(torch.ones(1), group=group)  # without a label
+        watch.label = lambda name, one: f"{name} over {'here' if one is group else 'elsewhere'}"
+        work = dist.all_reduce(torch.ones(1), group=group, async_op=True)
+        watch.label = None
+        assert work.wait()
+    labels = [event.name for event in profiler.events() or [] if " over " in event.name]
+    assert labels == ["all_reduce over here"] * 2

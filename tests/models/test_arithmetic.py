@@ -14,10 +14,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from launcher.config.fields import config_directory
 from launcher.config.schema import InputKind, ModelConfig, Pooling, PositionKind
 from launcher.config.shape import vision_tokens
+from launcher.config.validate import validate
+from launcher.config.world import World
 from launcher.models.architecture import FlatModel
-from launcher.models.arithmetic import matrix_parameters, parameters, train_flops_per_token
+from launcher.models.arithmetic import matrix_parameters, mfu, parameters, train_flops_per_token
 from launcher.parallel.initializer import DrawFunction, Initializer
 from launcher.parallel.sharding import LogicalTensor, logical_of
+from launcher.planning.cost.run_plan import make_plan
+from launcher.runtime.training import performance
+from tests.config.composing import run_of
 from tests.models.small import PARTS, biases, build, small, small_vit
 
 SHIPPED = sorted(path.stem for path in (config_directory() / "model").glob("*.yaml"))
@@ -131,3 +136,39 @@ def test_flops_of_a_pass_that_is_executed(architecture: str) -> None:
     assert train_flops_per_token(model, length) == pytest.approx(
         counted_flops(model, length, "cpu"), rel=1e-3
     )
+
+
+DOCS = Path(__file__).parents[2] / "docs" / "planning.md"
+TOKENS_PER_S, LAYERS, HIDDEN, T = 500_000, 12, 768, 1024  # of the example in the documentation
+
+
+def test_the_documented_definitions_of_mfu() -> None:
+    """The first definition is the launcher's; the two others are computed here only."""
+    run = run_of("model=gpt2_small", "hardware=h100_80gb", "precision=bf16", "parallelism=single")
+    matrices, everything = matrix_parameters(run.model), parameters(run.model)
+    attention = 12 * LAYERS * HIDDEN * T
+    table = {
+        f"6 x {matrices:,} + 12 L H T": 6 * matrices + attention,
+        f"6 x {everything:,} + 12 L H T": 6 * everything + attention,
+        f"6 x {matrices:,} + 6 L H T": 6 * matrices + attention // 2,
+    }
+    text = DOCS.read_text()
+    for words, flops in table.items():
+        share = flops * TOKENS_PER_S / 989e12
+        assert f"| {words} | {flops:,} | {share:.1%} |" in text
+    ours, *_ = table.values()
+    seconds = run.training.global_batch_size * T / TOKENS_PER_S
+    assert mfu(run, 1, seconds) == pytest.approx(ours * TOKENS_PER_S / 989e12)
+    assert mfu(run, 8, seconds) == pytest.approx(ours * TOKENS_PER_S / 989e12 / 8)
+    run.hardware.peak_flops.bf16 = None
+    assert mfu(run, 1, seconds) is None
+
+
+def test_plans_and_rows_have_the_same_mfu() -> None:
+    run = run_of("model=gpt2_small", "hardware=h100_80gb", "precision=bf16", "parallelism.data=2")
+    layout = validate(run, World("cuda", 2, 2, fixed=True))
+    plan = make_plan(run, layout)
+    assert plan.time is not None
+    row = performance(run, layout, T, plan.time.total)
+    assert row["perf/mfu"] == plan.mfu == mfu(run, 2, plan.time.total)
+    assert row["perf/flops_per_s"] * plan.time.total == pytest.approx(plan.model_flops)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from launcher.config.schema import ActivationCheckpointing, ModelConfig
+from launcher.engine.allocations import Allocations
 from launcher.models.attention import Attention
 from launcher.models.blocks import TransformerBlock
 from launcher.models.context import HiddenDropout
@@ -17,7 +18,7 @@ from launcher.parallel.layers import TensorParallel
 from launcher.parallel.random import DropoutRandom
 from launcher.parallel.sharding import LogicalTensor, logical_of, merge
 from tests.distributed import mesh, pool
-from tests.models.small import PARTS, batch, build, by_name, gradients, relative_error, small
+from tests.models.small import BATCH, LENGTH, PARTS, batch, build, by_name, gradients, relative_error, small
 
 TOLERANCE = 2e-5  # of a gradient's largest value, in fp32
 
@@ -311,3 +312,62 @@ def test_initial_weights(architecture: str) -> None:
 def test_every_parameter_has_a_name_of_its_own(architecture: str) -> None:
     model = build(small(architecture))
     assert len(by_name(model)) == len(list(model.parameters()))
+
+
+# Collectives of a block.
+
+
+def traffic_of_a_block(
+    rank: int, world: int, sequence_parallel: bool, reduced_twice: bool = False
+) -> list[dict[tuple[str, int], int]]:
+    """Return how often a block's forward and backward pass call each collective, by kind and bytes."""
+    model = small("gpt")
+    ours = build(model, mesh(tensor=world), sequence_parallel=sequence_parallel)
+    block = next(module for module in ours.modules() if isinstance(module, TransformerBlock))
+    own_length = LENGTH // world if sequence_parallel else LENGTH
+    x = torch.randn(BATCH, own_length, model.hidden_size, requires_grad=True)
+    with pytest.MonkeyPatch.context() as patch, Allocations() as counted:
+        if reduced_twice:
+            leave = TensorParallel.leave
+            patch.setattr(TensorParallel, "leave", lambda tp, partial: leave(tp, leave(tp, partial)))
+        y = block(x)
+        passes = [dict(counted.collectives)]
+        counted.restart()
+        y.backward(torch.ones_like(y))
+        passes.append(dict(counted.collectives))
+    return [{(call.kind, call.size): times for call, times in calls.items()} for calls in passes]
+
+
+ACTIVATION = BATCH * LENGTH * small("gpt").hidden_size * 4  # bytes of (B, T, H) in fp32
+
+
+def sent(calls: dict[tuple[str, int], int], world: int) -> float:
+    """Return the bytes of activations that a rank sends in rings."""
+    kinds = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1}
+    return sum(
+        kinds[kind] * size * (world - 1) / world * times
+        for (kind, size), times in calls.items()
+        if size == ACTIVATION
+    )
+
+
+def test_a_block_makes_two_all_reduces_in_each_direction() -> None:
+    twice = {("all_reduce", ACTIVATION): 2}
+    assert pool(2).run(traffic_of_a_block, False) == [[twice, twice]] * 2
+    forward, _ = pool(2).run(traffic_of_a_block, False, True)[0]
+    assert forward == {("all_reduce", ACTIVATION): 4}  # the count can fail
+
+
+def test_sequence_parallelism_sends_as_many_bytes() -> None:
+    forward, backward = pool(2).run(traffic_of_a_block, True)[0]
+    assert forward == {("all_gather", ACTIVATION): 2, ("reduce_scatter", ACTIVATION): 2}
+    # A column layer keeps its own stretch of its input and gathers the input again, as arXiv 2205.05198 does.
+    gathered_again = 2
+    assert backward[("reduce_scatter", ACTIVATION)] == 2
+    assert backward[("all_gather", ACTIVATION)] == 2 + gathered_again
+    # The rest is the gradients of vectors that every rank holds: two norms and two biases.
+    rest = {call: times for call, times in backward.items() if call[1] != ACTIVATION}
+    assert rest == {("all_reduce", 4 * small("gpt").hidden_size): 2 * 2 + 2}
+    plain, _ = pool(2).run(traffic_of_a_block, False)[0]
+    assert sent(forward, 2) == sent(plain, 2)
+    assert sent(backward, 2) - gathered_again * ACTIVATION / 2 == sent(plain, 2)

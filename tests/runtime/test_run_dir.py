@@ -178,6 +178,7 @@ FOREIGN = {
     "weights/mine.bin": ("", "holds weights"),
     "checkpoints/mine": ("", "holds checkpoints"),
     "wandb/settings": ("", "holds wandb"),
+    "profile/mine.json": ("", "holds profile"),
     "hang.txt": ("", "holds hang.txt"),
     "huggingface/config.json": ("{}", "holds huggingface"),
     "logs": ("", "logs is not a directory"),

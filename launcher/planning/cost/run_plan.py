@@ -8,7 +8,7 @@ from launcher.config.layout import GROUPS, GroupName, Layout
 from launcher.config.schema import RunConfig
 from launcher.config.shape import sequence_length
 from launcher.config.world import World
-from launcher.models.arithmetic import parameters, train_flops_per_token
+from launcher.models.arithmetic import mfu, parameters, step_flops
 from launcher.planning.cost.geometry import pipeline_ranks
 from launcher.planning.cost.measured_rates import rates_of
 from launcher.planning.cost.memory import Memory, rank_memory
@@ -90,7 +90,7 @@ class Plan:
     @property
     def model_flops(self) -> int:
         """FLOPs of a step over all ranks, without recomputation."""
-        return round(train_flops_per_token(self.run.model, sequence_length(self.run)) * self.tokens)
+        return round(step_flops(self.run))
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -98,11 +98,7 @@ class Plan:
 
     @property
     def mfu(self) -> float | None:
-        """Model FLOPs over the peak FLOPs of the same time (PaLM, arXiv 2204.02311, appendix B)."""
-        peak = getattr(self.run.hardware.peak_flops, self.run.precision.dtype.name)
-        if self.time is None or peak is None:
-            return None
-        return float(self.model_flops / (self.time.total * peak * self.layout.world_size))
+        return mfu(self.run, self.layout.world_size, self.time.total) if self.time else None
 
     @property
     def bubble(self) -> float | None:

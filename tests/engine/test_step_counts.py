@@ -1,0 +1,237 @@
+"""Counts of a step in real ranks: reads of the device, and reductions of gradients."""
+
+import sys
+from collections import Counter
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+import torch._dynamo  # some of torch is imported at the first operation under a dispatch mode
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from launcher.config.layout import Layout
+from launcher.config.schema import RunConfig
+from launcher.config.shape import sequence_length
+from launcher.config.validate import validate
+from launcher.config.world import World
+from launcher.engine.allocations import CollectiveCall
+from launcher.engine.distributed import join, leave, prepare_deepspeed
+from tests.config.composing import run_of
+from tests.distributed import run_fresh
+
+prepare_deepspeed("cpu")
+torch.set_num_threads(1)  # a dispatch mode sees its own thread only
+
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer  # noqa: E402  (made quiet above)
+
+from launcher.engine.base import MicroBatches  # noqa: E402
+from launcher.engine.build import build_engine  # noqa: E402
+from launcher.engine.measuring import RankMeasurement  # noqa: E402
+from launcher.engine.update_guard import UpdateGuard  # noqa: E402
+
+SMALL = [
+    "hardware=cpu", "model=gpt_tiny", "model.hidden_size=64", "model.ffn_hidden_size=128",
+    "model.num_layers=2", "training.global_batch_size=8", "training.micro_batch_size=2",
+]  # fmt: skip
+
+
+class Reads(TorchDispatchMode):
+    """Counts, by file, what waits for the device: .item(), float(), bool(), int() of a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_file: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if str(function) == "aten._local_scalar_dense.default":
+            self.by_file[caller()] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def caller() -> str:
+    """Return the file of the launcher or of DeepSpeed that reads a value."""
+    frame: Any = sys._getframe(2)
+    while not {"launcher", "deepspeed"} & set(Path(frame.f_code.co_filename).parts[:-1]):
+        frame = frame.f_back
+    return Path(frame.f_code.co_filename).name
+
+
+Fault = Callable[[], None]
+
+
+class Counts(NamedTuple):
+    """Counts of a step on a rank."""
+
+    reads: Counter[str]  # by file
+    collectives: dict[CollectiveCall, int]
+    ready: list[int]  # elements of the gradients of all micro-batches, in the order in which they are ready
+
+
+def counted_step(
+    rank: int, world: int, init_method: str, run: RunConfig, layout: Layout, fault: Fault | None
+) -> Counts:
+    """Count the third step of a run."""
+    device = join(rank=rank, world_size=world, local_rank=rank, device="cpu", init_method=init_method)
+    engine = build_engine(run, layout, device)
+    measurement, reads = RankMeasurement(), Reads()
+    measurement.name_groups(engine)
+    ready: list[int] = []
+    for parameter in engine.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p: ready.append(p.numel()))
+    for _ in range(2):
+        engine.train_batch(batches(run, layout))
+    ready.clear()
+    if fault is not None:
+        fault()
+    with measurement.tensors, reads:
+        engine.train_batch(batches(run, layout))
+    leave()
+    return Counts(reads.by_file, measurement.collectives(), ready)
+
+
+def batches(run: RunConfig, layout: Layout) -> MicroBatches:
+    shape = (run.training.micro_batch_size, sequence_length(run) + 1)
+    return iter([np.zeros(shape, dtype=np.int64)] * layout.accumulation)
+
+
+@cache
+def counts(settings: str, fault: Fault | None = None) -> tuple[Counts, int]:
+    """Return the counts of the first of two ranks, and its micro-batches per step."""
+    run = run_of(*SMALL, *settings.split())
+    layout = validate(run, World("cpu", 2, 2))
+    assert layout.world_size == 2
+    return run_fresh(counted_step, 2, run, layout, fault)[0], layout.accumulation
+
+
+BUCKET = 20_000  # elements; the largest gradient has 16384
+BUCKETS = f"deepspeed.zero_optimization.reduce_bucket_size={BUCKET}"
+DP = "parallelism=dp parallelism.data=2"
+ZERO_1_BF16 = "parallelism=zero1 parallelism.data=2 precision=bf16"
+ZERO_2 = f"parallelism=zero2 parallelism.data=2 {BUCKETS}"
+
+# DeepSpeed decides in Python whether to update: the guard reads the norm once, and DeepSpeed's utils.py
+# reads what the guard hands it, which is in host memory on every device. BF16_Optimizer is not asked.
+NO_READS: dict[str, int] = {}
+READS = {
+    DP: NO_READS,
+    "parallelism=tp2 parallelism.data=1": NO_READS,
+    ZERO_1_BF16: NO_READS,
+    ZERO_2: {"update_guard.py": 1, "utils.py": 3},
+}
+MORE_READS = {
+    "parallelism=zero1 parallelism.data=2": {"update_guard.py": 1, "utils.py": 3},
+    "parallelism=zero3 parallelism.data=2": {"update_guard.py": 1, "utils.py": 1},
+    "parallelism=pp2 parallelism.data=1": {"update_guard.py": 1, "utils.py": 3},
+    "parallelism=pp2 parallelism.data=1 precision=bf16": NO_READS,
+}
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [*READS.items(), *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE_READS.items())],
+)
+def test_the_engine_reads_the_device_only_where_deepspeed_decides(
+    settings: str, expected: dict[str, int]
+) -> None:
+    assert counts(settings)[0].reads == expected
+
+
+def reads_every_norm() -> None:
+    judge = UpdateGuard.judge
+
+    def judged(self: UpdateGuard, norm: Tensor) -> None:
+        judge(self, norm)
+        float(self.norm)
+
+    UpdateGuard.judge = judged  # type: ignore[method-assign]
+
+
+def test_a_read_too_many_is_counted() -> None:
+    # The caller is this file, which is neither the launcher's nor DeepSpeed's: the next frame counts.
+    assert counts(DP, reads_every_norm)[0].reads == {"flat.py": 1}
+
+
+def buckets(gradients: list[int], most: int) -> list[int]:
+    """Return the elements of each bucket that is filled with the gradients in their order."""
+    filled = [0]
+    for elements in gradients:
+        if filled[-1] + elements > most:
+            filled.append(0)
+        filled[-1] += elements
+    return filled
+
+
+def reductions(found: Counts) -> Counter[int]:
+    """Return how often gradients of a number of bytes were reduced over the data group."""
+    kinds = ("all_reduce", "reduce_scatter")
+    return Counter(
+        {
+            call.size: times
+            for call, times in found.collectives.items()
+            if call.group == "data" and call.kind in kinds
+        }
+    )
+
+
+def test_gradients_are_reduced_once_per_step_or_bucket() -> None:
+    for settings, element in ((DP, 4), (ZERO_1_BF16, 2)):
+        found, accumulation = counts(settings)
+        of_a_micro_batch = sum(found.ready) // accumulation
+        assert accumulation == 2
+        assert reductions(found) == {element * of_a_micro_batch: 1}, settings
+
+
+def expected_reductions(found: Counts, accumulation: int) -> Counter[int]:
+    """Return the reductions of one per bucket and micro-batch."""
+    each = len(found.ready) // accumulation
+    starts = range(0, len(found.ready), each)
+    return Counter(
+        4 * size for start in starts for size in buckets(found.ready[start : start + each], BUCKET)
+    )
+
+
+def test_each_bucket_is_reduced_once_in_every_micro_batch() -> None:
+    found, accumulation = counts(ZERO_2)
+    expected = expected_reductions(found, accumulation)
+    assert expected.total() > 2 * accumulation  # several buckets
+    assert reductions(found) == expected
+
+
+def reduces_twice() -> None:
+    reduce = DeepSpeedZeroOptimizer.average_tensor
+
+    def twice(self: Any, *arguments: Any) -> Any:
+        reduce(self, *arguments)
+        return reduce(self, *arguments)
+
+    DeepSpeedZeroOptimizer.average_tensor = twice
+
+
+def test_a_second_reduction_of_a_bucket_is_counted() -> None:
+    found, accumulation = counts(ZERO_2, reduces_twice)
+    expected = expected_reductions(found, accumulation)
+    assert reductions(found).total() == 2 * expected.total()
+
+
+def step_without_synchronisation(rank: int, world: int, init_method: str, run: RunConfig) -> None:
+    """Take a step in which torch raises at each operation that waits for the GPU."""
+    layout = validate(run, World("cuda", 1, 1))
+    device = join(rank=rank, world_size=world, local_rank=rank, device="cuda", init_method=init_method)
+    engine = build_engine(run, layout, device)
+    for _ in range(2):
+        engine.train_batch(batches(run, layout))
+    torch.cuda.set_sync_debug_mode("error")
+    engine.train_batch(batches(run, layout))
+    torch.cuda.set_sync_debug_mode("default")
+    leave()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_step_on_a_gpu_does_not_wait_for_it() -> None:
+    run = run_of(*SMALL[1:], "hardware.device=cuda", "parallelism=single", "precision=bf16")
+    run_fresh(step_without_synchronisation, 1, run)
