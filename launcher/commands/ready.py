@@ -1,8 +1,10 @@
 """Make a run ready: choose its layout, check the run and its data, plan it, refuse what cannot fit."""
 
+import os
 from collections import Counter
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from shutil import which
 
 from launcher.config.errors import ConfigError, refusal
 from launcher.config.layout import Layout
@@ -55,6 +57,19 @@ def check_tensorboard(run: RunConfig) -> None:
     if run.logging.tensorboard and find_spec("tensorboard") is None:
         why = "the package tensorboard is not installed"
         raise refusal(run, "logging.tensorboard", why, *_TENSORBOARD)
+
+
+def check_compiler(run: RunConfig, layout: Layout) -> None:
+    """Raise ConfigError if training.compile is set and this machine cannot compile for the run's device."""
+    if not run.training.compile:
+        return
+    compiler = os.environ.get("CXX", "g++")  # as torch reads it
+    if layout.device == "cpu" and which(compiler) is None:
+        why = f"torch.compile needs a C++ compiler on CPU, and {compiler} is not installed"
+        raise refusal(run, "training.compile", why, "training.compile=false", "CXX=PATH of a compiler")
+    if layout.device == "cuda" and find_spec("triton") is None:
+        why = "torch.compile needs the package triton on GPUs, and it is not installed"
+        raise refusal(run, "training.compile", why, "training.compile=false", "pip install triton")
 
 
 def ready_on_most_nodes(run: RunConfig, nodes: int) -> tuple[ReadyRun, int]:

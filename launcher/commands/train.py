@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from launcher.commands.ready import ReadyRun, check_tensorboard, ready
+from launcher.commands.ready import ReadyRun, check_compiler, check_tensorboard, ready
 from launcher.commands.sweep import print_sweep
 from launcher.config.compose import Job, compose_jobs
 from launcher.config.errors import ConfigError, refusal
@@ -73,6 +73,7 @@ def _ready(job: Job[RunConfig], machine: Machine) -> tuple[ReadyRun, LaunchEnvir
         world = world_of_joined_ranks(run, machine, ranks=place.world_size, ranks_per_node=place.local_size)
     check_tensorboard(run)
     ready_run = ready(run, world, needs_data=True, must_fit=True)
+    check_compiler(run, ready_run.layout)
     for warning in schedule_warnings(run, job.origins) if speaks_for_all(os.environ) else ():
         print(warning)
     if (files := listed(ready_run.left_out)) and speaks_for_all(os.environ):

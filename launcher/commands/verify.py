@@ -3,7 +3,7 @@
 import time
 from pathlib import Path
 
-from launcher.commands.ready import ReadyRun, ready
+from launcher.commands.ready import ReadyRun, check_compiler, ready
 from launcher.config.compose import compose_jobs
 from launcher.config.errors import ConfigError, refusal
 from launcher.config.machine import Machine
@@ -57,6 +57,7 @@ def _verify(ready_run: ReadyRun, machine: Machine) -> bool:
 
     small, shrunk = shrink(ready_run.run, ready_run.layout, gpus=gpus)
     small_layout = validate(small, world_of_machine(small, machine))
+    check_compiler(small, small_layout)
     print(f"layout   {ready_run.layout.describe()}")
     print(f"small    {small_layout.describe()}")
     print("shrunk   " + "\n         ".join(shrunk) + "\n", flush=True)

@@ -85,8 +85,9 @@ def measured(
     # Sometimes a thread of gloo frees a gradient only after the next gradient is made.
     record.memory = min(peaks[1:])
     record.collectives = [(*call, times) for call, times in measurement.collectives().items()]
+    compiling = 1 if layout.compiled else 0  # the counted steps ran eager, the first timed step compiles
     with loader, measurement.timing_optimizer(engine):
-        for _ in range(steps):
+        for _ in range(steps + compiling):
             watchdog.at(f"step {progress.step + 1}")
             dist.barrier()
             measurement.restart_clock()
@@ -95,4 +96,5 @@ def measured(
             record.seconds.append(time.perf_counter() - started)
             record.parts.append(measurement.seconds(record.seconds[-1]))
             progress = progress.after(run.training.global_batch_size)
+    record.seconds, record.parts = record.seconds[compiling:], record.parts[compiling:]
     return record

@@ -19,7 +19,8 @@ STEP_PARTS = ("compute", *GROUPS, "optimizer")  # seconds of a step by part; for
 class Layout:
     """The resolved layout of a run, without `null` and `auto`: world size = pipeline x data x tensor.
 
-    `zero_stage` is the stage that DeepSpeed gets; `notes` tell the user what differs from the config.
+    `zero_stage` is the stage that DeepSpeed gets; `compiled` says whether torch.compile compiles the blocks;
+    `notes` tell the user what differs from the config.
     """
 
     pipeline: int
@@ -30,6 +31,7 @@ class Layout:
     zero_stage: int
     stages_per_rank: int = 1  # pipeline stages; 2 under DualPipeV
     notes: tuple[str, ...] = ()
+    compiled: bool = False
 
     @property
     def world_size(self) -> int:
@@ -67,7 +69,13 @@ def resolve_layout(run: RunConfig, world: World) -> Layout:
         zero_stage=zero_stage,
         stages_per_rank=shape.stages_per_rank(run),
         notes=tuple(note for note in (sharing, substitution) if note),
+        compiled=is_compiled(run, world.device),
     )
+
+
+def is_compiled(run: RunConfig, device: str) -> bool:
+    """Return whether torch.compile compiles the transformer blocks on `device`, "cpu" or "cuda"."""
+    return device == "cuda" if run.training.compile is None else run.training.compile
 
 
 def effective_zero_stage(run: RunConfig) -> tuple[int, str | None]:

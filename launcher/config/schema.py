@@ -352,6 +352,7 @@ class TrainingConfig:
     validation_interval: int = 50  # steps; 0: only at the end
     validation_batches: int = 8  # global batches per validation
     seed: int = 1234
+    compile: Optional[bool] = None  # the transformer blocks, by torch.compile; null: on GPUs, not on CPU
 
 
 @dataclass

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from launcher.config.layout import Layout
 from launcher.engine.state import find_states, loss_scaler, make_states
 from launcher.engine.update_guard import UpdateGuard, install
+from launcher.models.context import BlockContext
 from launcher.models.losses import ClassificationLoss, Loss
 from launcher.parallel.mesh import Axis, ProcessMesh
-from launcher.parallel.random import DropoutRandom
 from launcher.parallel.sharding import LogicalTensor, logical_of, merge
 
 MicroBatches = Iterable[Any]  # each is token ids (B, T+1), or inputs and labels
@@ -45,13 +45,13 @@ class Engine(ABC):
         layout: Layout,
         mesh: ProcessMesh,
         loss: Loss,
-        random: DropoutRandom,
+        context: BlockContext,
         device: torch.device,
     ):
         self.deepspeed, self.module, self.optimizer = deepspeed_engine, module, optimizer
         self.layout = layout
         self.mesh, self.zero_stage, self.device = mesh, layout.zero_stage, device
-        self.loss, self.random = loss, random
+        self.loss, self.random, self.blocks = loss, context.random, context.blocks
         self.guard = UpdateGuard(device)
         if layout.zero_stage > 0:
             install(self.guard, deepspeed_engine.optimizer, mesh)

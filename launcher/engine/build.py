@@ -17,10 +17,12 @@ from launcher.parallel.initializer import Initializer
 from launcher.parallel.mesh import MeshShape, ProcessMesh
 
 
-def build_engine(run: RunConfig, layout: Layout, device: torch.device, *, drawn: bool = True) -> Engine:
+def build_engine(
+    run: RunConfig, layout: Layout, device: torch.device, *, drawn: bool = True, strict: bool = False
+) -> Engine:
     """Return the engine of a run, with zeros for weights unless `drawn`. Collective over the world.
 
-    Call it once per process.
+    With `strict` an error of the compiler is raised; else the blocks go on eager. Call it once per process.
     """
     mesh = ProcessMesh.create(MeshShape(layout.pipeline, layout.data, layout.tensor))
     initializer = Initializer(
@@ -31,7 +33,7 @@ def build_engine(run: RunConfig, layout: Layout, device: torch.device, *, drawn:
         drawn=drawn,
         partitioned=layout.zero_stage == 3,
     )
-    context = BlockContext.create(run, mesh, initializer)
+    context = BlockContext.create(run, mesh, initializer, compiled=layout.compiled, strict=strict)
     engine_type = PipelineEngine if layout.pipeline > 1 else FlatEngine
     # DeepSpeed prints memory tables and settings that the launcher does not use.
     with redirect_stdout(io.StringIO()):

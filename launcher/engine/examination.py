@@ -41,7 +41,7 @@ def first_bad_value(engine: Engine, step: int, batches: MicroBatches) -> BadValu
     scaler, observer = loss_scaler(engine), _Observer(engine)
     engine.random.begin_step(step)
     try:
-        with engine.guard.rehearsal():
+        with engine.guard.rehearsal(), engine.blocks.eager():
             engine.train_batch(batches)
     finally:
         observer.remove()

@@ -2,6 +2,7 @@
 
 import deepspeed
 import torch
+from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
 
 from launcher.config.layout import Layout
@@ -12,6 +13,7 @@ from launcher.engine.optimizer import build_optimizer
 from launcher.engine.partitioned import PartitionedInit
 from launcher.engine.update_guard import clip, combined, is_counted, norms_of
 from launcher.models.architecture import FlatModel, model_layers, model_loss
+from launcher.models.blocks import TransformerBlock
 from launcher.models.context import BlockContext
 from launcher.parallel.mesh import ProcessMesh
 
@@ -27,11 +29,14 @@ class FlatEngine(Engine):
             data_parallel_group=mesh.data.group, config_dict_or_path=config, enabled=layout.zero_stage == 3
         ):
             model = FlatModel(layers, loss, context.documents)
+        if layout.compiled and layout.zero_stage == 3:
+            # A compiled body calls no module, whose hooks would gather its weights: the block gathers them.
+            set_z3_leaf_modules(model, [TransformerBlock])
         optimizer = build_optimizer(run.optimizer, model.parameters())
         deepspeed_engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=config, mpu=mesh, dist_init_required=False
         )
-        super().__init__(deepspeed_engine, model, optimizer, layout, mesh, loss, context.random, device)
+        super().__init__(deepspeed_engine, model, optimizer, layout, mesh, loss, context, device)
         self.clip_at = run.optimizer.gradient_clipping
 
     @property

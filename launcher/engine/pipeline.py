@@ -48,7 +48,7 @@ class PipelineEngine(Engine):
         deepspeed_engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=deepspeed_config(run, layout), dist_init_required=False
         )
-        super().__init__(deepspeed_engine, module, optimizer, layout, mesh, loss, context.random, device)
+        super().__init__(deepspeed_engine, module, optimizer, layout, mesh, loss, context, device)
         self.micro_batches, self.documents = layout.accumulation, context.documents
         # The tokens of the micro-batches by phase: a rank runs one phase, or two under DualPipeV.
         self._tokens: list[Iterator[Tensor]] = []

@@ -4,14 +4,13 @@ Shapes: B batch, T sequence, H hidden, D head size; N query heads and K key/valu
 Between modules activations are (B, T, H), or (B, T/tp, H) under sequence parallelism.
 """
 
-from contextlib import nullcontext
-
-import torch.nn.functional as F
+import torch
 from torch import Tensor, nn
 
 from launcher.config.schema import ActivationCheckpointing, AttentionKind, ModelConfig
 from launcher.config.shape import head_size, kv_heads, qkv_sizes
 from launcher.models.context import BlockContext, recompute, residual_draw
+from launcher.models.dropout import Seed, attention
 from launcher.models.rotary import rotate
 from launcher.parallel.initializer import normal
 from launcher.parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -37,12 +36,23 @@ class Attention(nn.Module):
             f"{name}.output", sizes[0], model.hidden_size, tp, bias=biases.output, draw=residual_draw(model)
         )
 
+    def seed(self) -> int | None:
+        """Return the seed of the next dropout mask, of this rank's heads; None without dropout."""
+        return self.context.random.local() if self.training and self.model.dropout else None
+
     def forward(
-        self, x: Tensor, mask: Tensor | None, cos: Tensor | None = None, sin: Tensor | None = None
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        cos: Tensor | None = None,
+        sin: Tensor | None = None,
+        seed: Seed | None = None,
     ) -> Tensor:
-        arguments = *self._split_heads(self.qkv(x)), mask, cos, sin
-        if self.context.checkpointing is ActivationCheckpointing.selective:
-            return self.output(recompute(self._core, self.context, *arguments))  # type: ignore[no-any-return]
+        arguments = *self._split_heads(self.qkv(x)), mask, cos, sin, seed
+        # In a compiled graph, attention with dropout keeps q, k and v only: see models/dropout.py.
+        recomputes_itself = seed is not None and torch.compiler.is_compiling()
+        if self.context.checkpointing is ActivationCheckpointing.selective and not recomputes_itself:
+            return self.output(recompute(self._core, *arguments))  # type: ignore[no-any-return]
         return self.output(self._core(*arguments))  # type: ignore[no-any-return]
 
     def _split_heads(self, fused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -56,18 +66,18 @@ class Attention(nn.Module):
         return q, k, v
 
     def _core(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cos: Tensor | None, sin: Tensor | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        seed: Seed | None,
     ) -> Tensor:
         """-> (B, T, N D / tp)."""
         if cos is not None and sin is not None:
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        dropout = self.model.dropout if self.training else 0.0
         # A document mask hides later positions itself.
         is_causal = mask is None and self.model.attention is AttentionKind.causal
-        is_grouped = self.kv_heads != self.heads
-        with self.context.random.local() if dropout else nullcontext():
-            mixed = F.scaled_dot_product_attention(
-                q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
-                attn_mask=mask, is_causal=is_causal, dropout_p=dropout, enable_gqa=is_grouped,
-            )  # fmt: skip
-        return mixed.transpose(1, 2).flatten(2)
+        return attention(q, k, v, mask, is_causal, self.model.dropout, seed).flatten(2)

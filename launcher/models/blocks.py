@@ -4,7 +4,8 @@ from torch import Tensor, nn
 
 from launcher.config.schema import ActivationCheckpointing, ModelConfig
 from launcher.models.attention import Attention
-from launcher.models.context import BlockContext, HiddenDropout, recompute
+from launcher.models.context import BlockContext, HiddenDropout, recompute, run_once
+from launcher.models.dropout import Seed
 from launcher.models.mlp import MLP
 from launcher.models.norms import Norm
 
@@ -22,11 +23,23 @@ class TransformerBlock(nn.Module):
         self.dropout = HiddenDropout(model.dropout, context)
 
     def forward(self, x: Tensor) -> Tensor:
+        # Positions and seeds are arguments of the body, for a recomputation and for a compiled body.
         places = self.context.positions(x)
-        if self.context.checkpointing is ActivationCheckpointing.full:
-            return recompute(self._body, self.context, x, *places)
-        return self._body(x, *places)
+        seeds = self.attention.seed(), self.dropout.seed(), self.dropout.seed()
+        call = recompute if self.context.checkpointing is ActivationCheckpointing.full else run_once
+        return self.context.blocks(call, type(self)._body, self, x, *places, *seeds)
 
-    def _body(self, x: Tensor, *places: Tensor | None) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), *places))
-        return x + self.dropout(self.mlp(self.mlp_norm(x)))  # type: ignore[no-any-return]
+    def _body(
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        attention_seed: Seed | None,
+        first_seed: Seed | None,
+        second_seed: Seed | None,
+    ) -> Tensor:
+        """Return the output of the block. All blocks of a rank share its compiled form."""
+        mixed = self.attention(self.attention_norm(x), mask, cos, sin, attention_seed)
+        x = x + self.dropout(mixed, first_seed)
+        return x + self.dropout(self.mlp(self.mlp_norm(x)), second_seed)  # type: ignore[no-any-return]

@@ -2,15 +2,17 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from launcher.config.schema import ActivationCheckpointing, ModelConfig, PositionKind, RunConfig
 from launcher.config.shape import end_of_document, vocabulary_multiple
+from launcher.models.compiled import BlockRunner
 from launcher.models.documents import Documents
+from launcher.models.dropout import Seed, dropout
 from launcher.models.rotary import RotaryTables
 from launcher.parallel.initializer import DrawFunction, Initializer, normal
 from launcher.parallel.layers import TensorParallel
@@ -29,16 +31,24 @@ class BlockContext:
     checkpointing: ActivationCheckpointing
     documents: Documents
     rotary: RotaryTables | None  # None without rotary positions
+    blocks: BlockRunner
 
     @classmethod
-    def create(cls, run: RunConfig, mesh: ProcessMesh, initializer: Initializer) -> "BlockContext":
-        """Return the context of this rank. Seeds torch's default generator (see DropoutRandom)."""
+    def create(
+        cls,
+        run: RunConfig,
+        mesh: ProcessMesh,
+        initializer: Initializer,
+        *,
+        compiled: bool = False,
+        strict: bool = False,
+    ) -> "BlockContext":
+        """Return the context of this rank; `strict` raises an error of the compiler (see BlockRunner)."""
         random = DropoutRandom(
             run.training.seed,
             stage=mesh.stage,
             data_rank=mesh.data.rank,
             tensor_rank=mesh.tensor.rank,
-            device=initializer.device,
         )
         device = initializer.device.type
         tp = TensorParallel(
@@ -49,7 +59,14 @@ class BlockContext:
             vocabulary_multiple(run, device),
         )
         documents = Documents(end_of_document(run) if run.data.document_attention else None)
-        return cls(tp, random, run.parallelism.activation_checkpointing, documents, rotary_tables(run.model))
+        return cls(
+            tp,
+            random,
+            run.parallelism.activation_checkpointing,
+            documents,
+            rotary_tables(run.model),
+            BlockRunner(mesh.tensor, is_compiled=compiled, strict=strict),
+        )
 
     def positions(self, x: Tensor) -> Places:
         """Return what attention has to know of the positions of x, a block's input.
@@ -75,23 +92,30 @@ class HiddenDropout(nn.Module):
         super().__init__()
         self.probability, self.context = probability, context
 
-    def forward(self, x: Tensor) -> Tensor:
+    def seed(self) -> int | None:
+        """Return the seed of the next mask; None without dropout."""
         if not self.training or self.probability == 0.0:
-            return x
-        if self.context.tp.sequence_parallel:
-            with self.context.random.local():
-                return F.dropout(x, self.probability)
-        return F.dropout(x, self.probability)
+            return None
+        random = self.context.random
+        return random.local() if self.context.tp.sequence_parallel else random.shared()
+
+    def forward(self, x: Tensor, seed: Seed | None) -> Tensor:
+        return x if seed is None else dropout(x, self.probability, seed)
 
 
-def recompute(function: Callable[..., Tensor], context: BlockContext, *inputs: Tensor | None) -> Tensor:
+def run_once(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    """Return function(*inputs), without recomputation."""
+    return function(*inputs)
+
+
+def recompute(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
     """Run `function(*inputs)`, keep only the inputs, and run it again in the backward pass."""
     if not torch.is_grad_enabled():
         return function(*inputs)
-    # ZeRO-3 gathers each weight again for the second run: its metadata differs, its values do not.
-    contexts = context.random.checkpoint_contexts
+    # ZeRO-3 gathers each weight again for the second run: its metadata differs, its values do not. Seeds of
+    # dropout are inputs: no random state has to be restored.
     return checkpoint(  # type: ignore[no-any-return]
-        function, *inputs, use_reentrant=False, context_fn=contexts, determinism_check="none"
+        function, *inputs, use_reentrant=False, determinism_check="none", preserve_rng_state=False
     )
 
 

@@ -31,4 +31,5 @@ class LearnedPositions(nn.Module):
         used = self.tp.replicated(self.weight[: shards * length])
         if self.documents.positions is not None:
             used = F.embedding(self.documents.positions, used)
-        return self.dropout(x + used[..., shard * length : (shard + 1) * length, :])  # type: ignore[no-any-return]
+        x = x + used[..., shard * length : (shard + 1) * length, :]
+        return self.dropout(x, self.dropout.seed())  # type: ignore[no-any-return]

@@ -4,6 +4,9 @@ The regions take a mesh axis and are the identity on an axis of one rank. copy_r
 and g of Megatron-LM (Shoeybi et al., arXiv 1909.08053, figure 3). The two sequence regions are g and g-bar of
 sequence parallelism (Korthikanti et al., arXiv 2205.05198, figure 5). Activations are (B, T, H): batch,
 sequence, hidden. tp is the size of the axis.
+
+In a compiled graph the collectives are custom operators, which take the name of the group and run the same
+code. torch's own functional collectives would be scheduled by the compiler.
 """
 
 from collections.abc import Callable
@@ -12,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import _resolve_process_group
 
 from launcher.parallel.mesh import Axis
 
@@ -46,6 +50,8 @@ def reduce_scatter_sequence_region(x: Tensor, axis: Axis) -> Tensor:
 
 def all_reduce(x: Tensor, axis: Axis) -> Tensor:
     """Return the sum of x over `axis` as a new tensor of the same shape (all-reduce)."""
+    if torch.compiler.is_compiling():
+        return torch.ops.launcher.all_reduce(x, axis.group_name)  # type: ignore[no-any-return]
     total = x.clone()
     dist.all_reduce(total, group=axis.group)
     return total
@@ -53,6 +59,8 @@ def all_reduce(x: Tensor, axis: Axis) -> Tensor:
 
 def all_gather_sequence(x: Tensor, axis: Axis) -> Tensor:
     """Return the full sequence (B, T, ...) from each rank's (B, T/tp, ...) (all-gather over `axis`)."""
+    if torch.compiler.is_compiling():
+        return torch.ops.launcher.all_gather_sequence(x, axis.group_name, axis.size)  # type: ignore[no-any-return]
     return join_sequence_shards(all_gather_start(x, axis)[0], axis)
 
 
@@ -72,6 +80,8 @@ def join_sequence_shards(shards: Tensor, axis: Axis) -> Tensor:
 
 def reduce_scatter_sequence(x: Tensor, axis: Axis) -> Tensor:
     """Return this rank's shard (B, T/tp, ...) of x (B, T, ...) summed over `axis` (reduce-scatter)."""
+    if torch.compiler.is_compiling():
+        return torch.ops.launcher.reduce_scatter_sequence(x, axis.group_name, axis.size)  # type: ignore[no-any-return]
     shard, _ = reduce_scatter_start(x, axis)
     return shard
 
@@ -105,3 +115,38 @@ class _Region(torch.autograd.Function):
 
 def _identity(x: Tensor, axis: Axis) -> Tensor:
     return x.view_as(x)
+
+
+def named_axis(group: str, size: int) -> Axis:
+    """Return the axis of a process group by its name, with the rank left at 0: collectives do not need it."""
+    return Axis(0, size, _resolve_process_group(group))  # type: ignore[arg-type]  # a NewType of str
+
+
+@torch.library.custom_op("launcher::all_reduce", mutates_args=())
+def _all_reduce(x: Tensor, group: str) -> Tensor:
+    return all_reduce(x, named_axis(group, 0))
+
+
+@_all_reduce.register_fake
+def _(x: Tensor, group: str) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("launcher::all_gather_sequence", mutates_args=())
+def _all_gather_sequence(x: Tensor, group: str, size: int) -> Tensor:
+    return all_gather_sequence(x, named_axis(group, size))
+
+
+@_all_gather_sequence.register_fake
+def _(x: Tensor, group: str, size: int) -> Tensor:
+    return x.new_empty(x.shape[0], size * x.shape[SEQUENCE_DIM], *x.shape[2:])
+
+
+@torch.library.custom_op("launcher::reduce_scatter_sequence", mutates_args=())
+def _reduce_scatter_sequence(x: Tensor, group: str, size: int) -> Tensor:
+    return reduce_scatter_sequence(x, named_axis(group, size))
+
+
+@_reduce_scatter_sequence.register_fake
+def _(x: Tensor, group: str, size: int) -> Tensor:
+    return x.new_empty(x.shape[0], x.shape[SEQUENCE_DIM] // size, *x.shape[2:])

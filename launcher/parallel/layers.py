@@ -13,10 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from launcher.parallel.collectives import (
+    all_gather_sequence,
     all_gather_start,
     copy_region,
     gather_sequence_region,
     join_sequence_shards,
+    named_axis,
     reduce_region,
     reduce_scatter_sequence_region,
     reduce_scatter_start,
@@ -185,24 +187,47 @@ class _ColumnLinear(torch.autograd.Function):
         # Keep only this rank's shard of the sequence for the backward pass, which gathers the sequence again.
         ctx.save_for_backward(x, weight)
         ctx.axis, ctx.sequence_parallel = axis, sequence_parallel
-        whole = join_sequence_shards(all_gather_start(x, axis)[0], axis) if sequence_parallel else x
-        return F.linear(whole, weight)
+        return F.linear(all_gather_sequence(x, axis) if sequence_parallel else x, weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x, weight = ctx.saved_tensors
-        axis = ctx.axis
-        if ctx.sequence_parallel:
-            shards, gathering = all_gather_start(x, axis, asynchronous=True)
-            grad_whole = grad.matmul(weight)
-            assert gathering is not None
-            gathering.wait()
-            x = join_sequence_shards(shards, axis)
-            grad_x, reducing = reduce_scatter_start(grad_whole, axis, asynchronous=True)
-        else:
-            grad_x = grad.matmul(weight)
-            reducing = dist.all_reduce(grad_x, group=axis.group, async_op=True)
-        grad_weight = grad.flatten(0, -2).t().matmul(x.flatten(0, -2))
-        assert reducing is not None
-        reducing.wait()
-        return grad_x, grad_weight, None, None
+        axis, sequence_parallel = ctx.axis, ctx.sequence_parallel
+        if torch.compiler.is_compiling():
+            gradients = torch.ops.launcher.column_gradients
+            return *gradients(grad, x, weight, axis.group_name, axis.size, sequence_parallel), None, None
+        return *column_gradients(grad, x, weight, axis, sequence_parallel), None, None
+
+
+def column_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, axis: Axis, sequence_parallel: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of x and weight; the collective overlaps the product for the weight."""
+    if sequence_parallel:
+        shards, gathering = all_gather_start(x, axis, asynchronous=True)
+        grad_whole = grad.matmul(weight)
+        assert gathering is not None
+        gathering.wait()
+        x = join_sequence_shards(shards, axis)
+        grad_x, reducing = reduce_scatter_start(grad_whole, axis, asynchronous=True)
+    else:
+        grad_x = grad.matmul(weight)
+        reducing = dist.all_reduce(grad_x, group=axis.group, async_op=True)
+    grad_weight = grad.flatten(0, -2).t().matmul(x.flatten(0, -2))
+    assert reducing is not None
+    reducing.wait()
+    return grad_x, grad_weight
+
+
+@torch.library.custom_op("launcher::column_gradients", mutates_args=())
+def _column_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, group: str, size: int, sequence_parallel: bool
+) -> tuple[Tensor, Tensor]:
+    return column_gradients(grad, x, weight, named_axis(group, size), sequence_parallel)
+
+
+@_column_gradients.register_fake
+def _(
+    grad: Tensor, x: Tensor, weight: Tensor, group: str, size: int, sequence_parallel: bool
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)

@@ -55,6 +55,12 @@ class Axis:
     size: int = 1
     group: Group | None = None
 
+    @property
+    def group_name(self) -> str:
+        """torch's name of the group, the form in which a compiled graph holds it."""
+        assert self.group is not None
+        return self.group.group_name
+
 
 @dataclass(frozen=True)
 class ProcessMesh:

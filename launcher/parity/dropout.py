@@ -113,7 +113,7 @@ def compare_draws(run: RunConfig, layout: Layout, draws: list[list[Draw]]) -> li
     names += ["masks are shared by stages"] if layout.pipeline > 1 else []
     violations: Counter[str] = Counter(dict.fromkeys(names, 0))
     _count_shared_masks(run, layout, states, violations)
-    _count_repeated_masks(run, states, violations)
+    _count_repeated_masks(run, layout, states, violations)
     share = Difference(1, "dropout", "the share dropped is not model.dropout", *_share(run, draws))
     measured = {name: inf if count else 0.0 for name, count in violations.items()}
     return [*(Difference(1, "dropout", name, value, 1.0) for name, value in measured.items()), share]
@@ -140,10 +140,23 @@ def _count_shared_masks(
                 violations["hidden masks differ between tensor ranks"] += a["hidden"] != b["hidden"]
 
 
-def _count_repeated_masks(run: RunConfig, states: list[_States], violations: Counter[str]) -> None:
+def _draws_per_mask(checkpointing: ActivationCheckpointing, layout: Layout) -> int:
+    """Return how often a step draws an attention mask: again for each recomputation of the attention.
+
+    In a compiled block, attention with dropout recomputes itself (launcher/models/dropout.py), and selective
+    recomputation has nothing to add.
+    """
+    recomputes = checkpointing is not ActivationCheckpointing.none
+    if not layout.compiled:
+        return 1 + recomputes
+    return 2 + (checkpointing is ActivationCheckpointing.full)
+
+
+def _count_repeated_masks(
+    run: RunConfig, layout: Layout, states: list[_States], violations: Counter[str]
+) -> None:
     """Count ranks that draw an attention mask too often or, under recomputation, not often enough."""
-    recomputed = run.parallelism.activation_checkpointing is not ActivationCheckpointing.none
-    draws_per_mask = 2 if recomputed else 1
+    draws_per_mask = _draws_per_mask(run.parallelism.activation_checkpointing, layout)
     for rank_states in states:
         times = Counter(rank_states["attention"]).values()
         violations["masks are drawn twice"] += any(count > draws_per_mask for count in times)

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from launcher.engine.base import Engine
+from launcher.models.blocks import TransformerBlock
 from launcher.models.norms import Norm
 from launcher.models.positions import LearnedPositions
 from launcher.models.vision import PatchEmbedding
@@ -20,7 +21,7 @@ RECORDED = (*_PARALLEL, PatchEmbedding, LearnedPositions, Norm)
 
 
 class OutputRecorder:
-    """Records each layer's output for the first micro-batch of a step.
+    """Records each layer's output for the first micro-batch of a step; not inside compiled blocks.
 
     A layer is named after its weight, without `.weight`. The projection to the vocabulary is named `head`,
     whether or not the embeddings are tied.
@@ -31,8 +32,11 @@ class OutputRecorder:
         self._outputs: Weights = {}
         self._splits: dict[str, LogicalTensor] = {}  # of outputs that are sharded by columns
         self._losses: list[float] = []
+        # A compiled body does not run the hooks of the modules inside it.
+        blocks = [m for m in engine.module.modules() if isinstance(m, TransformerBlock)]
+        hidden = {m for block in blocks for m in block.modules()} if engine.layout.compiled else set()
         for module in engine.module.modules():
-            if isinstance(module, RECORDED):
+            if isinstance(module, RECORDED) and module not in hidden:
                 module.register_forward_hook(self._keep, with_kwargs=True)
             if isinstance(module, layers.VocabParallelEmbedding):
                 # Before forward and after DeepSpeed's own hook: ZeRO-3 has gathered the weight.

@@ -58,7 +58,7 @@ def _engine(rank: int, run: RunConfig, layout: Layout, folder: Path) -> Iterator
         timeout_minutes=minutes,
     )
     with Watchdog(folder / "logs", minutes) as watchdog:
-        yield build_engine(run, layout, device), watchdog
+        yield build_engine(run, layout, device, strict=True), watchdog
         leave()
 
 

@@ -25,6 +25,7 @@ class RankValues:
     step_seconds: float = 0.0
     work_seconds: float = 0.0  # per step, without waiting for other ranks
     allocated_bytes: int = 0
+    compile_failed: bool = False
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class WorldValues:
     step_seconds: float
     work_seconds: list[float]  # of each rank
     allocated_bytes: int
+    compile_failed: bool
     peak_bytes: int
     peak_rank: int
 
@@ -53,6 +55,7 @@ def exchange(values: RankValues) -> WorldValues:
         int(values.save_due),
         round(1e9 * values.step_seconds),
         values.allocated_bytes,
+        int(values.compile_failed),
         (peak_memory(device) << _RANK_BITS) + rank,
     ]
     work = [0] * world_size
@@ -62,7 +65,7 @@ def exchange(values: RankValues) -> WorldValues:
     packed[first : first + 3] = values.skips
     packed[first + 3 + world_size + index] = values.loss.detach().float().view(torch.int32)
     dist.all_reduce(packed, op=dist.ReduceOp.MAX)
-    stop_requested, save_due, nanoseconds, allocated, peak, *rest = packed.tolist()
+    stop_requested, save_due, nanoseconds, allocated, compile_failed, peak, *rest = packed.tolist()
     (total, in_row, since), by_rank = rest[:3], rest[3:]
     shares = np.array(by_rank[world_size:], np.int32).view(np.float32)
     return WorldValues(
@@ -73,6 +76,7 @@ def exchange(values: RankValues) -> WorldValues:
         step_seconds=nanoseconds / 1e9,
         work_seconds=[each / 1e9 for each in by_rank[:world_size]],
         allocated_bytes=allocated,
+        compile_failed=bool(compile_failed),
         peak_bytes=peak >> _RANK_BITS,
         peak_rank=peak & ((1 << _RANK_BITS) - 1),
     )

@@ -10,6 +10,7 @@ from launcher.engine.base import Engine
 from launcher.engine.watchdog import Watchdog
 from launcher.engine.work_time import WorkTime
 from launcher.launch.rank import StopRequest
+from launcher.runtime.compile_report import CompileReport
 from launcher.runtime.nonfinite import NonfiniteGuard
 from launcher.runtime.output import RunOutput
 from launcher.runtime.plan_check import PlanCheck
@@ -50,6 +51,7 @@ class Session:
     plan_check: PlanCheck
     clock: StepClock
     work: WorkTime
+    compile_report: CompileReport
     slow_rank: SlowRankWatch
     nonfinite: NonfiniteGuard
     spikes: SpikeGuard
@@ -70,8 +72,9 @@ class Session:
             output,
             Checkpoints(run, layout, engine, parts.directory, data.digests),
             check,
-            StepClock(engine.device, parts.work),
+            StepClock(engine.device, parts.work, lambda: engine.blocks.seconds),
             parts.work,
+            CompileReport(engine.blocks),
             SlowRankWatch(parts.watchdog.hosts, check.flops, run.launch.slow_rank_seconds),
             NonfiniteGuard(run, engine),
             SpikeGuard(run, engine, history),

@@ -119,10 +119,10 @@ def training_loop(session: Session, progress: Progress) -> int:
             measuring = session.plan_check.measuring(session.checkpoints.pending_copy, profiled=profiled)
             with measuring, session.clock.step(logged=logged), profiling.step(step):
                 result = optimizer_step(run, engine, loader, progress)
+                session.clock.times.data_wait += loader.waited
             if profiled and step == profiling.steps[-1]:
                 session.clock.synchronise()
                 profiling.finish()
-            session.clock.times.data_wait += loader.waited
             progress = progress.after(run.training.global_batch_size)
             if logged or session.checkpoints.needs_agreement(progress.step):
                 end_step(session, progress, blend, result)
@@ -164,17 +164,19 @@ def end_step(session: Session, progress: Progress, blend: Blend, result: StepRes
             step_seconds=session.clock.times.per_step,
             work_seconds=session.clock.work_seconds,
             allocated_bytes=session.plan_check.allocated_bytes,
+            compile_failed=session.engine.blocks.failure is not None,
         )
     )
     session.output.say(*session.nonfinite.after(progress, agreed, blend))
     row = None
     if is_logged(run, step, session.last):
         plan_row, lines = session.plan_check.after(session.clock.times, agreed.allocated_bytes)
-        row = training_row(session, progress, result, agreed)
+        compile_row, compile_lines = session.compile_report.after(agreed.compile_failed)
+        row = training_row(session, progress, result, agreed) | compile_row
         times = session.clock.times
         slow_row, warnings = session.slow_rank.after(agreed.work_seconds, times.per_step, times.steps)
         row |= plan_row | slow_row | scores | memory_row(agreed) | epochs(blend, progress)
-        session.output.say(*lines, *warnings)
+        session.output.say(*compile_lines, *lines, *warnings)
         session.output.log(row)
         session.output.say(*session.spikes.after(progress, row))
         session.clock.restart()
@@ -225,9 +227,12 @@ def rate_of(run: RunConfig, step: int) -> float:
 
 
 def training_row(session: Session, progress: Progress, result: StepResult, agreed: WorldValues) -> Row:
-    """Return the metrics of a logged step; times are means over the steps since the logged step before."""
+    """Return the metrics of a logged step; times are means over the steps since the logged step before.
+
+    Without a step that did not compile there are no times.
+    """
     run, times, length = session.run, session.clock.times, sequence_length(session.run)
-    return {
+    row: Row = {
         "step": progress.step,
         "train/loss": agreed.loss,
         "train/grad_norm": float(result.grad_norm),
@@ -235,9 +240,11 @@ def training_row(session: Session, progress: Progress, result: StepResult, agree
         "train/lr": rate_of(run, progress.step),
         "train/samples": progress.samples,
         "train/tokens": progress.samples * length,
-        **performance(run, session.layout, length, times.per_step),
-        "perf/data_wait": times.data_wait / times.seconds,
     }
+    if times.steps:
+        row |= performance(run, session.layout, length, times.per_step)
+        row["perf/data_wait"] = times.data_wait / times.seconds
+    return row
 
 
 def performance(run: RunConfig, layout: Layout, length: int, elapsed: float) -> Row:

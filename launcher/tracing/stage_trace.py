@@ -24,6 +24,7 @@ from launcher.config.shape import end_of_document, sequence_length, vocabulary_m
 from launcher.engine.allocations import Allocations
 from launcher.models.architecture import FlatModel, model_layers, model_loss
 from launcher.models.blocks import TransformerBlock
+from launcher.models.compiled import BlockRunner
 from launcher.models.context import BlockContext, rotary_tables
 from launcher.models.documents import Documents
 from launcher.parallel.dtypes import TORCH_DTYPES
@@ -118,14 +119,15 @@ def _inputs(run: RunConfig) -> Tensor:
 
 def _stage(run: RunConfig, rank: Rank, chunk: int, axis: Axis, target: str) -> FlatModel:
     """Return the layers of one stage in the run's precision, as they run on the device `target`."""
-    device, p = torch.device("cpu"), run.parallelism
+    p = run.parallelism
     multiple = vocabulary_multiple(run, target)
     initializer = Initializer(0, axis, TORCH_DTYPES[run.precision.dtype], drawn=False)
     tp = TensorParallel(axis, p.sequence_parallel, initializer, target, multiple)
-    random = DropoutRandom(0, stage=0, data_rank=0, tensor_rank=axis.rank, device=device)
+    random = DropoutRandom(0, stage=0, data_rank=0, tensor_rank=axis.rank)
     documents = _Documents(run)
     rotary = rotary_tables(run.model)
-    context = BlockContext(tp, random, p.activation_checkpointing, documents, rotary)
+    runner = BlockRunner(axis, is_compiled=False)
+    context = BlockContext(tp, random, p.activation_checkpointing, documents, rotary, runner)
     layers = model_layers(run.model, context)
     stage = rank.chunks[chunk]
     front = next(index for index, layer in enumerate(layers) if layer.module is TransformerBlock)

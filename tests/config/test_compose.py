@@ -156,7 +156,7 @@ class TestConf:
         layout = validate(
             composed(f"parallelism={option}", "training.global_batch_size=32"), World("cuda", 8, 8)
         )
-        assert layout == Layout(pipeline, data, tensor, "cuda", 8 // data, zero_stage)
+        assert layout == Layout(pipeline, data, tensor, "cuda", 8 // data, zero_stage, compiled=True)
 
     def test_every_experiment_validates(self, subtests: pytest.Subtests) -> None:
         for experiment in EXPERIMENTS:

@@ -132,8 +132,9 @@ def build(
     checkpointing: ActivationCheckpointing = ActivationCheckpointing.none,
     seed: int = 3,
     data: DataConfig | None = None,
+    compiled: bool = False,
 ) -> FlatModel:
-    """Return this rank's part of the model, or all of it without a mesh. Seeds torch's default generator."""
+    """Return this rank's part of the model, or all of it without a mesh."""
     run = RunConfig(
         model=model,
         parallelism=ParallelismConfig(
@@ -143,7 +144,8 @@ def build(
         data=data or DataConfig(),
     )
     mesh = mesh or ProcessMesh.single()
-    context = BlockContext.create(run, mesh, Initializer(seed, mesh.tensor))
+    initializer = Initializer(seed, mesh.tensor)
+    context = BlockContext.create(run, mesh, initializer, compiled=compiled, strict=True)
     return flat_model(model, context)
 
 

@@ -1,13 +1,14 @@
 """The whole model in every tensor-parallel layout, recomputation, causality, rotary positions, dropout."""
 
 from collections import Counter
-from contextlib import nullcontext
+from itertools import count
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import launcher.models.dropout as dropout
 from launcher.config.schema import ActivationCheckpointing, ModelConfig
 from launcher.engine.allocations import Allocations
 from launcher.models.attention import Attention
@@ -15,7 +16,6 @@ from launcher.models.blocks import TransformerBlock
 from launcher.models.context import HiddenDropout
 from launcher.models.rotary import rotate, tables
 from launcher.parallel.layers import TensorParallel
-from launcher.parallel.random import DropoutRandom
 from launcher.parallel.sharding import LogicalTensor, logical_of, merge
 from tests.distributed import mesh, pool
 from tests.models.small import BATCH, LENGTH, PARTS, batch, build, by_name, gradients, relative_error, small
@@ -136,7 +136,8 @@ def with_other_masks(
     rank: int, world: int, model: ModelConfig, checkpointing: ActivationCheckpointing
 ) -> Any:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(DropoutRandom, "checkpoint_contexts", lambda self: (nullcontext(), nullcontext()))
+        right, draws = dropout.seeded, count()
+        patch.setattr(dropout, "seeded", lambda seed, device: right(seed ^ next(draws), device))
         return with_dropout(rank, world, model, False, checkpointing)
 
 
@@ -195,12 +196,11 @@ def masks(rank: int, world: int, sequence_parallel: bool) -> tuple[list[float], 
     model = small("llama", dropout=0.5)
     ours = build(model, mesh(tensor=world), sequence_parallel=sequence_parallel)
     block = next(m for m in ours.modules() if isinstance(m, TransformerBlock))
-    hidden = block.dropout(torch.ones(1, 4, 8))
+    hidden = block.dropout(torch.ones(1, 4, 8), block.dropout.seed())
     equal = torch.ones(1, block.attention.heads, 4, 4)
     keys = torch.ones(1, block.attention.kv_heads, 4, 4)
-    return hidden.flatten().tolist(), block.attention._core(
-        equal, keys, keys, None, None, None
-    ).flatten().tolist()
+    dropped = block.attention._core(equal, keys, keys, None, None, None, block.attention.seed())
+    return hidden.flatten().tolist(), dropped.flatten().tolist()
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
@@ -220,7 +220,7 @@ def test_evaluation_has_no_dropout(architecture: str) -> None:
 
 def test_hidden_dropout_keeps_the_mean() -> None:
     context = next(m for m in build(small("gpt")).modules() if isinstance(m, HiddenDropout)).context
-    mean = float(HiddenDropout(0.25, context)(torch.ones(100_000)).mean())
+    mean = float(HiddenDropout(0.25, context)(torch.ones(100_000), 7).mean())
     assert mean == pytest.approx(1.0, abs=0.02)
 
 

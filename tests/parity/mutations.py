@@ -4,8 +4,8 @@ The fault breaks a class or function of the launcher in the process of that rank
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any
 
 import deepspeed
@@ -19,6 +19,7 @@ import launcher.engine.flat as flat
 import launcher.engine.update_guard as update_guard
 import launcher.models.attention as attention
 import launcher.models.context as context
+import launcher.models.dropout as dropout
 import launcher.models.losses as losses
 import launcher.models.positions as positions
 import launcher.models.rotary as rotary
@@ -151,7 +152,7 @@ def positions_offset_by_stage() -> None:
     def core(self: attention.Attention, q: Tensor, *arguments: Any) -> Tensor:
         stage = dist.get_rank() // (dist.get_world_size() // 2)
         for _ in range(2 * stage):  # rotate twice more: attention of stage 1 is wrong
-            q = rotary.rotate(q, *arguments[-2:])
+            q = rotary.rotate(q, *arguments[3:5])
         return right(self, q, *arguments)
 
     attention.Attention._core = core  # type: ignore[method-assign]
@@ -280,7 +281,7 @@ def decay_on_norm_weights() -> None:
 
 
 def masks_shared_by_tensor_ranks() -> None:
-    random.DropoutRandom.local = lambda self: nullcontext()  # type: ignore[assignment, method-assign]
+    random.DropoutRandom.local = random.DropoutRandom.shared  # type: ignore[method-assign]
 
 
 def masks_differ_between_tensor_ranks() -> None:
@@ -293,13 +294,14 @@ def masks_shared_by_data_ranks() -> None:
     random.seed_of = lambda seed, name, stage, data_rank, *parts: right(seed, name, stage, 0, *parts)
 
 
-def masks_not_restored() -> None:
-    contexts = lambda self: (nullcontext(), nullcontext())  # noqa: E731
-    random.DropoutRandom.checkpoint_contexts = contexts  # type: ignore[method-assign]
+def masks_drawn_anew() -> None:
+    """Every draw uses another seed, also the draw of a recomputation."""
+    right, draws = dropout.seeded, count()
+    dropout.seeded = lambda seed, device: right(seed ^ next(draws), device)
 
 
 def masks_left_out() -> None:
-    context.HiddenDropout.forward = lambda self, x: x  # type: ignore[method-assign]
+    context.HiddenDropout.forward = lambda self, x, seed: x  # type: ignore[method-assign]
 
 
 LLAMA, GPT = "model=llama_tiny", "model=gpt_tiny"
@@ -454,7 +456,7 @@ DROPOUT_MUTATIONS = {
         masks_shared_by_data_ranks, f"{DROPOUT} {DP}", ("masks are shared by data ranks",)
     ),
     "dropout mask not restored in recomputation": Mutation(
-        masks_not_restored,
+        masks_drawn_anew,
         f"{DROPOUT} {TP} parallelism.activation_checkpointing=selective",
         ("recomputed masks differ",),
     ),

@@ -89,3 +89,10 @@ def test_the_first_and_the_measured_step_are_not_timed() -> None:
     _, lines = check.after(times, 100)
     assert "0.5 s per step, 1 s planned" in lines[1]
     assert check.after(times, 100)[1] == [], "said once"
+
+
+def test_compiled_blocks_may_need_less_than_planned_but_not_more() -> None:
+    lines = verdict(200, 100, 2.0, 1.0, is_compiled=True)
+    assert [line[:8] for line in lines] == ["memory  ", "time    "]
+    assert all("planned for eager blocks (+100.0%)" in line for line in lines)
+    assert [line[:8] for line in verdict(94, 100, 0.79, 1.0, is_compiled=True)] == ["warning ", "warning "]

@@ -1,0 +1,95 @@
+"""Run the bodies of all transformer blocks of a rank through one compiled function (torch.compile)."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from launcher.parallel.mesh import Axis
+
+Body = Callable[..., Tensor]  # body(block, *inputs)
+Call = Callable[..., Tensor]  # call(body, block, *inputs) runs the body, and may recompute it
+
+
+class BlockRunner:
+    """Runs the body of every block: compiled once for all blocks of a rank, or eager.
+
+    A body is compiled whole, without a graph break, for fixed shapes: once for training, once for validation.
+    If the compiler fails on a rank, all ranks of its tensor group run the block again, eager, and stay eager:
+    a compiled backward pass may call its collectives in another order. With `strict` the error is raised
+    instead. `seconds` counts the calls that compiled; `failure` is the compiler's error.
+    """
+
+    def __init__(self, axis: Axis, *, is_compiled: bool, strict: bool = False) -> None:
+        self.seconds = 0.0
+        self.failure: str | None = None
+        self._axis, self._is_on, self._strict = axis, is_compiled, strict
+        self._compiled: Body | None = None
+
+    @contextmanager
+    def eager(self) -> Iterator[None]:
+        """Context manager without compiled bodies, for hooks on the modules inside a block."""
+        was_on, self._is_on = self._is_on, False
+        try:
+            yield
+        finally:
+            self._is_on = was_on
+
+    def __call__(self, call: Call, body: Body, block: nn.Module, *inputs: Tensor | int | None) -> Tensor:
+        """Return call(body, block, *inputs). Collective over the tensor group in a call that compiles."""
+        # A dispatch mode that looks at every operation (engine/allocations.py) sees none in a compiled body.
+        if not self._is_on or is_in_torch_dispatch_mode():
+            return call(body, block, *inputs)
+        from torch._dynamo import exc
+        from torch._dynamo.utils import counters
+
+        if self._compiled is None:
+            self._compiled = compiled(body)
+        graphs, started, failure = counters["stats"]["unique_graphs"], time.perf_counter(), None
+        try:
+            output = call(self._compiled, block, *map(_as_tensor, inputs))
+        except (exc.TorchDynamoException, exc.FailOnRecompileLimitHit) as error:
+            if self._strict:
+                raise
+            failure = first_line(error)
+            output = call(body, block, *inputs)  # takes part in the collectives of ranks that could compile
+        if failure is None and counters["stats"]["unique_graphs"] == graphs:
+            return output
+        self._agree(failure)
+        self.seconds += time.perf_counter() - started
+        return call(body, block, *inputs) if self.failure else output
+
+    def _agree(self, failure: str | None) -> None:
+        """Stop compiling if a tensor rank could not compile. Collective over the tensor group."""
+        failed = torch.tensor(int(failure is not None))
+        if self._axis.size > 1:
+            dist.all_reduce(failed, dist.ReduceOp.MAX, self._axis.group)
+        if failed:
+            self.failure, self._is_on = failure or "another tensor rank could not compile", False
+
+
+def compiled(body: Body) -> Body:
+    """Return the compiled body: whole, for fixed shapes, forward and backward pass at once."""
+    from torch._functorch import config
+
+    # By default the backward pass is compiled when it first runs, too late to go on eager. New in torch 2.9.
+    if hasattr(config, "force_non_lazy_backward_lowering"):
+        config.force_non_lazy_backward_lowering = True
+    return torch.compile(body, fullgraph=True, dynamic=False)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of a compiler's error, with the type of the error behind it."""
+    inner: Any = getattr(error, "inner_exception", error)
+    lines = str(inner).strip().splitlines()
+    return f"{type(inner).__name__}: {lines[0] if lines else ''}"
+
+
+def _as_tensor(value: Tensor | int | None) -> Tensor | None:
+    """Return an int as a tensor (): as an int it would be a constant, and each value be compiled again."""
+    return torch.tensor(value) if isinstance(value, int) else value

@@ -1,0 +1,29 @@
+"""Reports the time that compiling took, apart from the time of steps, and a failure of the compiler."""
+
+from launcher.models.compiled import BlockRunner
+from launcher.runtime.metrics.rows import Row
+
+
+class CompileReport:
+    """Tells of each compilation of this rank once: in the next logged row, and in a line for the user."""
+
+    def __init__(self, blocks: BlockRunner) -> None:
+        self._blocks = blocks
+        self._seconds, self._has_warned = blocks.seconds, blocks.failure is not None
+
+    def after(self, failed: bool) -> tuple[Row, list[str]]:
+        """Return columns of a logged row and lines to print; `failed` says that a rank could not compile."""
+        seconds, self._seconds = self._blocks.seconds - self._seconds, self._blocks.seconds
+        row: Row = {"perf/compile_time_s": seconds} if seconds else {}
+        if failed and not self._has_warned:
+            self._has_warned = True
+            return row, [f"warning  {words_of(self._blocks.failure)}"]
+        if not seconds or self._blocks.failure:
+            return row, []
+        return row, [f"compile  {seconds:.1f} s for the transformer blocks, in no step time"]
+
+
+def words_of(failure: str | None) -> str:
+    """Return the warning about a failure of the compiler, on this rank or on another rank."""
+    where = f"transformer blocks run eager: {failure}" if failure else "blocks of another rank run eager"
+    return f"{where}\n         try: training.compile=false, which compiles nothing"
