@@ -26,6 +26,7 @@ from launcher.models.architecture import FlatModel, model_layers, model_loss
 from launcher.models.blocks import TransformerBlock
 from launcher.models.context import BlockContext, rotary_tables
 from launcher.models.documents import Documents
+from launcher.models.masks import AttentionMasks
 from launcher.parallel.dtypes import TORCH_DTYPES
 from launcher.parallel.initializer import Initializer
 from launcher.parallel.layers import TensorParallel
@@ -125,7 +126,8 @@ def _stage(run: RunConfig, rank: Rank, chunk: int, axis: Axis, target: str) -> F
     random = DropoutRandom(0, stage=0, data_rank=0, tensor_rank=axis.rank, device=device)
     documents = _Documents(run)
     rotary = rotary_tables(run.model)
-    context = BlockContext(tp, random, p.activation_checkpointing, documents, rotary)
+    masks = AttentionMasks(run.model, documents)
+    context = BlockContext(tp, random, p.activation_checkpointing, documents, masks, rotary)
     layers = model_layers(run.model, context)
     stage = rank.chunks[chunk]
     front = next(index for index, layer in enumerate(layers) if layer.module is TransformerBlock)

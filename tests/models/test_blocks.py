@@ -13,7 +13,7 @@ from launcher.engine.allocations import Allocations
 from launcher.models.attention import Attention
 from launcher.models.blocks import TransformerBlock
 from launcher.models.context import HiddenDropout
-from launcher.models.rotary import rotate, tables
+from launcher.models.rotary import plain_frequencies, rotate, tables
 from launcher.parallel.layers import TensorParallel
 from launcher.parallel.random import DropoutRandom
 from launcher.parallel.sharding import LogicalTensor, logical_of, merge
@@ -262,7 +262,7 @@ def test_order_matters(architecture: str) -> None:
 def rotated(vector: Tensor, positions: int = 12, theta: float = 100.0) -> Tensor:
     """Return (D,) rotated at each position: (T, D)."""
     x = vector.expand(1, positions, 1, -1)
-    return rotate(x, *tables(positions, len(vector), theta, x))[0, :, 0]
+    return rotate(x, *tables(positions, plain_frequencies(len(vector), theta), 1.0, x))[0, :, 0]
 
 
 def test_rotary_products_depend_on_distance_alone() -> None:
@@ -287,8 +287,9 @@ def test_rotary_angles_are_of_fp32_in_bf16() -> None:
     """Angles rounded to bf16 would be off by whole turns at later positions."""
     x = torch.ones(1, 2000, 1, 8)
     low = x.bfloat16()
-    found = rotate(low, *tables(2000, 8, 1e4, low)).float()
-    assert (found - rotate(x, *tables(2000, 8, 1e4, x))).abs().max() < 0.02
+    plain = plain_frequencies(8, 1e4)
+    found = rotate(low, *tables(2000, plain, 1.0, low)).float()
+    assert (found - rotate(x, *tables(2000, plain, 1.0, x))).abs().max() < 0.02
 
 
 # Initial weights.
