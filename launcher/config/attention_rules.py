@@ -3,7 +3,7 @@
 from dataclasses import fields
 
 from launcher.config import shape
-from launcher.config.errors import refusal, settings, value_of
+from launcher.config.errors import as_typed, refusal, settings, value_of
 from launcher.config.schema import (
     AttentionKind,
     PositionKind,
@@ -40,19 +40,26 @@ def _check_scaling(run: RunConfig) -> None:
     kind, unset = f"{section}.kind={s.kind.name}", RopeScalingConfig()
     for name in (field.name for field in fields(s) if field.name != "kind"):
         if getattr(s, name) != getattr(unset, name) and name not in _USED[s.kind]:
+            remedy = f"{section}.{name}={as_typed(getattr(unset, name))}"
             kinds = [other for other, used in _USED.items() if name in used]
-            remedies = settings(f"{section}.{name}", [getattr(unset, name)])
-            remedies += settings(f"{section}.kind", kinds)
-            raise refusal(run, f"{section}.{name}", f"{kind} does not use it", *remedies)
+            others = [_with_length(run, other, f"{section}.kind={other.name}") for other in kinds]
+            raise refusal(run, f"{section}.{name}", f"{kind} does not use it", remedy, *others)
     if "original_length" in _USED[s.kind] and s.original_length is None:
-        shorter = max(1, round(run.model.max_sequence_length / s.factor))
         why = f"{kind} needs the sequence length before scaling"
-        remedy = f"{section}.original_length={shorter}"
-        raise refusal(run, f"{section}.original_length", why, remedy)
+        raise refusal(run, f"{section}.original_length", why, _with_length(run, s.kind, ""))
     for low, high in (("low_frequency_factor", "high_frequency_factor"), ("beta_slow", "beta_fast")):
         if getattr(s, low) >= getattr(s, high):
             why = f"must be above {section}.{low}={getattr(s, low)}"
             raise refusal(run, f"{section}.{high}", why, f"{section}.{high}={4 * getattr(s, low)}")
+
+
+def _with_length(run: RunConfig, kind: RopeScalingKind, setting: str) -> str:
+    """Return the setting, with a sequence length before scaling if `kind` needs it and it is not set."""
+    s = run.model.rope_scaling
+    if "original_length" not in _USED[kind] or s.original_length is not None:
+        return setting
+    shorter = max(1, round(run.model.max_sequence_length / s.factor))
+    return f"{setting} model.rope_scaling.original_length={shorter}".lstrip()
 
 
 def _check_fraction(run: RunConfig) -> None:

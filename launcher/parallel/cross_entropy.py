@@ -42,6 +42,13 @@ def soft_capped(x: Tensor, cap: float) -> Tensor:
     return cap * torch.tanh(x / cap)
 
 
+def soft_cap_(x: Tensor, cap: float) -> Tensor:
+    """Replace x by cap * tanh(x / cap), and return the derivative."""
+    tanh = x.div_(cap).tanh_().clone()
+    x.mul_(cap)
+    return tanh.square_().neg_().add_(1.0)
+
+
 def mean_loss(total: Tensor, labels: Tensor) -> Tensor:
     """Return the mean of losses with the sum `total` over labels that are not ignored; 0 if all are."""
     return total / (labels != IGNORED_LABEL).sum().clamp(min=1)
@@ -65,15 +72,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             rows = slice(start, start + size)
             chunk = logits[:size]
             _project(tokens[rows], weight, bias, chunk)
-            tanh = None if cap is None else chunk.div_(cap).tanh_().clone()
-            if cap is not None:
-                chunk.mul_(cap)
+            slope = None if cap is None else soft_cap_(chunk, cap)
             total += cross_entropy_(
                 chunk, scores[:size], all_labels[rows], vocabulary, axis, with_gradients=with_gradients
             ).sum()
-            if tanh is not None:
-                chunk.mul_(tanh.square_().neg_().add_(1.0))
             if gradients is not None:
+                chunk = chunk if slope is None else chunk.mul_(slope)
                 gradients.add(rows, tokens[rows], weight, chunk, all_labels[rows] != IGNORED_LABEL)
             start += size
         ctx.gradients, ctx.shape = gradients, x.shape

@@ -20,6 +20,8 @@ import launcher.engine.update_guard as update_guard
 import launcher.models.attention as attention
 import launcher.models.context as context
 import launcher.models.losses as losses
+import launcher.models.masks as masks
+import launcher.models.norms as norms
 import launcher.models.positions as positions
 import launcher.models.rotary as rotary
 import launcher.parallel.cross_entropy as cross_entropy
@@ -302,11 +304,63 @@ def masks_left_out() -> None:
     context.HiddenDropout.forward = lambda self, x: x  # type: ignore[method-assign]
 
 
+def rotary_scaling_left_out() -> None:
+    rotary.scaled = lambda plain, *_: plain
+
+
+def window_left_out() -> None:
+    right = masks.additive
+    masks.additive = lambda allowed, _, dtype: right(allowed, None, dtype)
+
+
+def window_of_one_position_more() -> None:
+    right = masks.additive
+    masks.additive = lambda allowed, window, dtype: right(allowed, window and window + 1, dtype)
+
+
+def window_forgets_documents() -> None:
+    """With a window, positions see earlier documents."""
+    right = masks.additive
+
+    def additive(allowed: Tensor, window: int | None, dtype: Any) -> Tensor:
+        return right(allowed if window is None else (allowed | True).tril(), window, dtype)
+
+    masks.additive = additive
+
+
+def rotary_base_of_windows_ignored() -> None:
+    right = rotary.RotaryTables.of
+    rotary.RotaryTables.of = lambda self, length, x, **_: right(self, length, x)  # type: ignore[method-assign]
+
+
+def scores_not_capped() -> None:
+    attention.soft_capped = lambda x, cap: x
+
+
+def slope_of_the_logits_cap_left_out() -> None:
+    right = cross_entropy.soft_cap_
+    cross_entropy.soft_cap_ = lambda x, cap: right(x, cap).fill_(1.0)
+
+
+def head_norm_gradients_not_reduced() -> None:
+    norms.copy_region = lambda x, axis: x
+
+
+def joined_head_norm_of_the_local_heads() -> None:
+    norms.reduce_region = lambda x, axis: x * axis.size
+
+
 LLAMA, GPT = "model=llama_tiny", "model=gpt_tiny"
 TP = "parallelism=tp2 parallelism.data=1"
 SP = f"{TP} parallelism.sequence_parallel=true"
 DP = "parallelism=dp parallelism.data=2"
 PP = "parallelism=pp2 parallelism.data=1"
+
+HEAD_NORM, JOINED = "model.query_key_norm=head", "model.query_key_norm=projection"
+WINDOW = "model.sliding_window=64"
+SCALED = "model.rope_scaling.kind=llama3 model.rope_scaling.factor=8 model.rope_scaling.original_length=16"
+# Attention that is right for the first token, which sees itself alone.
+SCORES = ("blocks.0.attention.output", "right for the first token", "mask or scale")
 
 MUTATIONS = {
     "no all-reduce after the row layer": Mutation(
@@ -426,13 +480,46 @@ MUTATIONS = {
         f"{LLAMA} {DP}",
         ("not by a constant ratio; the loss is right", "goes wrong at head.weight"),
     ),
+    "rotary scaling left out": Mutation(rotary_scaling_left_out, f"{LLAMA} {TP} {SCALED}", SCORES),
+    "sliding window left out": Mutation(window_left_out, f"{LLAMA} {SP} {WINDOW}", SCORES),
+    "sliding window of one position more": Mutation(
+        window_of_one_position_more, f"{LLAMA} {PP} {WINDOW}", SCORES
+    ),
+    "sliding window across documents": Mutation(
+        window_forgets_documents, f"{LLAMA} {TP} {WINDOW} data.document_attention=true", SCORES
+    ),
+    "rotary base of windows ignored": Mutation(
+        rotary_base_of_windows_ignored, f"{LLAMA} {TP} {WINDOW} model.local_rope_theta=100", SCORES
+    ),
+    "attention scores not capped": Mutation(
+        scores_not_capped, f"{LLAMA} {TP} model.attention_soft_cap=1 model.query_key_norm=head", SCORES
+    ),
+    "slope of the logits' soft cap left out": Mutation(
+        slope_of_the_logits_cap_left_out,
+        f"{LLAMA} {DP} model.logit_soft_cap=1",
+        ("not by a constant ratio; the loss is right", "goes wrong at head.weight"),
+    ),
+    "head-norm gradients not reduced over tensor ranks": Mutation(
+        head_norm_gradients_not_reduced,
+        f"{LLAMA} {TP} {HEAD_NORM}",
+        ("norm.weight", "every sharded weight is right", "norm weights"),
+    ),
+    "norm of all heads taken over the rank's heads": Mutation(
+        joined_head_norm_of_the_local_heads, f"{LLAMA} {TP} {JOINED}", SCORES
+    ),
     "column layer's input gradient not reduced": Mutation(
         column_gradient_not_reduced, f"{LLAMA} {TP}", ("are wrong too", "column layer's input gradient")
     ),
 }
 
 # Faults that show only under the run's own optimizer.
-OPTIMIZER_MUTATIONS = {
+OPTIMIZER_HEAD_NORM, JOINED = "model.query_key_norm=head", "model.query_key_norm=projection"
+WINDOW = "model.sliding_window=64"
+SCALED = "model.rope_scaling.kind=llama3 model.rope_scaling.factor=8 model.rope_scaling.original_length=16"
+# Attention that is right for the first token, which sees itself alone.
+SCORES = ("blocks.0.attention.output", "right for the first token", "mask or scale")
+
+MUTATIONS = {
     "weight decay on norm weights": Mutation(
         decay_on_norm_weights, f"{GPT} {TP}", ("update or state computed from them", "weight decay")
     ),
@@ -440,7 +527,13 @@ OPTIMIZER_MUTATIONS = {
 
 # Faults of dropout, which show in the dropout pass.
 DROPOUT = f"{GPT} model.dropout=0.1"
-DROPOUT_MUTATIONS = {
+DROPOUT_HEAD_NORM, JOINED = "model.query_key_norm=head", "model.query_key_norm=projection"
+WINDOW = "model.sliding_window=64"
+SCALED = "model.rope_scaling.kind=llama3 model.rope_scaling.factor=8 model.rope_scaling.original_length=16"
+# Attention that is right for the first token, which sees itself alone.
+SCORES = ("blocks.0.attention.output", "right for the first token", "mask or scale")
+
+MUTATIONS = {
     "dropout mask shared across tensor ranks": Mutation(
         masks_shared_by_tensor_ranks, f"{DROPOUT} {TP}", ("attention masks are shared by tensor ranks",)
     ),
