@@ -84,7 +84,9 @@ def their_logits(folder: Path, tokens: Tensor) -> Tensor:
     Its other kinds of attention leave out Gemma's soft cap.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     logits: Tensor = model.eval()(tokens).logits
     return logits

@@ -98,7 +98,8 @@ def _tokenizer_config(weights: WeightSource, ids: Settings, tokens: dict[int, st
 
     The byte that ends documents is no special token of the tokenizer: text may contain its spelling.
     """
-    end = ids["eos_token_id"]
+    ends = ids["eos_token_id"]
+    end = ends[0] if isinstance(ends, list) else ends
     is_bytes = _data(weights).get("source") in _BYTES
     special = {} if is_bytes or end not in tokens else {"eos_token": tokens[end]}
     return {

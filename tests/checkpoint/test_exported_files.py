@@ -87,7 +87,7 @@ def test_a_tokenizer_without_settings_gets_them(tmp_path: Path) -> None:
 def test_a_token_outside_the_vocabulary_is_refused(tmp_path: Path) -> None:
     source = written(tmp_path / "theirs", vocab_size=260)
     train_bpe([TEXT * 40], 270, source / "tokenizer.json")
-    with pytest.raises(NotConvertible, match="its tokenizer has the token 269, and model.vocab_size=260"):
+    with pytest.raises(NotConvertible, match=r"tokenizer has the token 269, and model\.vocab_size=260"):
         round_trip(source, tmp_path)
     assert not (tmp_path / "back").exists()
 
@@ -109,7 +109,7 @@ def test_an_export_that_transformers_computes_otherwise_fails(
     source = written(tmp_path / "theirs")
     right = certificate.our_logits
     monkeypatch.setattr(certificate, "our_logits", lambda *arguments: right(*arguments) + 0.01)
-    with pytest.raises(ConfigError, match="computes other logits from it: they differ by 0.01"):
+    with pytest.raises(ConfigError, match="computes other logits from it: they differ by"):
         round_trip(source, tmp_path)
     assert not (tmp_path / "back").exists()
     export(

@@ -114,9 +114,8 @@ def _rank(rank: int, *, run: RunConfig, source: Path, folder: Path) -> None:
     for global_batch in probe_batches(run):
         engine.set_learning_rate(run.optimizer.lr)
         engine.train_batch(rank_batches(run, engine, global_batch))
-    # Weights only: the optimizer's states have no place in an export.
     writer = CheckpointWriter(engine, CheckpointConfig(), folder, [])
-    writer.save(replace(EMPTY, config=config_as_dict(run)))
+    writer.save(replace(EMPTY, config={"model": config_as_dict(run)["model"]}))
     writer.wait()
     leave()
 

@@ -166,7 +166,6 @@ def setting_names() -> list[str]:
     """Return the fields of ModelConfig as dotted names."""
     names: list[str] = []
     for field in fields(ModelConfig):
-        assert isinstance(field.type, type) or not is_dataclass(field.type)
         inner = fields(field.type) if is_dataclass(field.type) else ()
         names += [f"{field.name}.{each.name}" for each in inner] or [field.name]
     return names

@@ -35,7 +35,6 @@ def decoder(
     read: Callable[[Settings], Settings] = read_rope,
     write: Callable[[ModelConfig], Settings] = write_rope,
     implied: Callable[[ModelConfig], Settings] = lambda _: {},
-    own_head_size: bool = True,
     default_head_size: int | None = None,
     added: float = 0.0,
 ) -> Adapter:
@@ -45,6 +44,8 @@ def decoder(
     weights have more than theirs. `default_head_size` is the meaning of an absent head_dim; None: the hidden
     size over the heads.
     """
+
+    own_head_size = "head_size" not in derived
 
     def all_read(theirs: Settings) -> Settings:
         size = {"head_size": _head_size(theirs, default_head_size)} if own_head_size else {}
@@ -68,7 +69,7 @@ def decoder(
         settings={**SETTINGS, **(settings or {})},
         defaults={**DEFAULTS, **(defaults or {})},
         fixed={"hidden_act": "silu"} if fixed is None else fixed,
-        derived=derived if own_head_size else ("head_size", *derived),
+        derived=derived,
         entries=partial(entries, added=added),
         read=all_read,
         write=all_written,

@@ -16,7 +16,7 @@ MISTRAL = decoder(
 QWEN2 = decoder(
     "Qwen2", "qwen2", "Qwen2ForCausalLM",
     parts={"biases": BiasesConfig(qkv=True, output=False, up=False, down=False, head=False)},
-    fixed={"hidden_act": "silu", "use_sliding_window": False}, own_head_size=False,
+    fixed={"hidden_act": "silu", "use_sliding_window": False}, derived=("head_size",),
 )  # fmt: skip
 
 QWEN3 = decoder(
@@ -30,5 +30,5 @@ OLMO2 = decoder(
     "OLMo 2", "olmo2", "Olmo2ForCausalLM",
     parts={"query_key_norm": QueryKeyNorm.projection, "norm_placement": NormPlacement.post},
     defaults={"rms_norm_eps": 1e-5}, fixed={"hidden_act": "silu", "attention_bias": False},
-    own_head_size=False,
+    derived=("head_size",),
 )  # fmt: skip
