@@ -383,9 +383,7 @@ def test_import_train_and_export_from_the_command_line(tmp_path: Path) -> None:
     ],
 )
 def test_a_model_that_no_adapter_expresses_is_named(model: ModelConfig, difference: str) -> None:
-    with pytest.raises(
-        NotConvertible, match=r"only GPT-2, .* and GPT-NeoX models can be"
-    ) as refused:
+    with pytest.raises(NotConvertible, match=r"only GPT-2, .* and GPT-NeoX models can be") as refused:
         adapter_of(model)
     assert str(refused.value).endswith(f"this model has {difference}")
 

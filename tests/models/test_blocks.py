@@ -89,7 +89,9 @@ def test_the_comparison_sees_gradients_of_one_stretch_only(architecture: str) ->
     model = small(architecture)
     found = pool(2).run(without_replicated, model)
     wrong = {name for name, error in differences(model, found).items() if not error <= 0.01}
-    assert wrong == {name for name, logical in found[0][1].items() if not logical.is_split}
+    between = {name for name, logical in found[0][1].items() if not logical.is_split}
+    # Norms of heads are within the parallel region, and all-reduce their gradients in every layout.
+    assert wrong == {name for name in between if "query_norm" not in name and "key_norm" not in name}
     assert wrong
 
 
