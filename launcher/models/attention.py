@@ -6,16 +6,14 @@ Between modules activations are (B, T, H), or (B, T/tp, H) under sequence parall
 
 from contextlib import nullcontext
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from launcher.config.schema import ActivationCheckpointing, AttentionKind, ModelConfig, QueryKeyNorm
 from launcher.config.shape import head_size, kv_heads, qkv_sizes
+from launcher.models.attention_kernel import attend
 from launcher.models.context import BlockContext, recompute, residual_draw
 from launcher.models.norms import HeadNorm
 from launcher.models.rotary import rotate
-from launcher.parallel.cross_entropy import soft_capped
 from launcher.parallel.initializer import normal
 from launcher.parallel.layers import ColumnParallelLinear, RowParallelLinear
 
@@ -39,7 +37,7 @@ class Attention(nn.Module):
         has_norm = model.query_key_norm is not QueryKeyNorm.none
         self.query_norm = HeadNorm(f"{name}.query_norm", model, model.num_heads, tp) if has_norm else None
         self.key_norm = HeadNorm(f"{name}.key_norm", model, kv_heads(model), tp) if has_norm else None
-        size, self.cap = model.attention_scale_size, model.attention_soft_cap
+        size = model.attention_scale_size
         self.scale = None if size is None else size**-0.5  # None: 1 / sqrt(head size)
         self.output = RowParallelLinear(
             f"{name}.output", sizes[0], model.hidden_size, tp, bias=biases.output, draw=residual_draw(model)
@@ -72,29 +70,10 @@ class Attention(nn.Module):
         """-> (B, T, N D / tp)."""
         if cos is not None and sin is not None:
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        is_grouped = self.kv_heads != self.heads
-        # CUDA's fused kernel with a mask takes no groups: the math kernel would keep all scores.
-        if is_grouped and (self.cap is not None or (mask is not None and self.context.tp.device == "cuda")):
-            k, v = (x.repeat_interleave(self.heads // self.kv_heads, 1) for x in (k, v))
-            is_grouped = False
         dropout = self.model.dropout if self.training else 0.0
         with self.context.random.local() if dropout else nullcontext():
-            if self.cap is not None:
-                mixed = self._capped(q, k, v, mask, dropout)
-            else:
-                # A mask hides later positions itself.
-                is_causal = mask is None and self.model.attention is AttentionKind.causal
-                mixed = F.scaled_dot_product_attention(
-                    q, k, v, attn_mask=mask, is_causal=is_causal, dropout_p=dropout, enable_gqa=is_grouped,
-                    scale=self.scale,
-                )  # fmt: skip
-        return mixed.transpose(1, 2).flatten(2)
-
-    def _capped(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-        """Return (B, heads, T, D) from scores with a soft cap, which are kept (B, heads, T, T)."""
-        assert self.cap is not None
-        scores = q @ k.transpose(2, 3) * (self.scale or self.head_size**-0.5)
-        scores = soft_capped(scores, self.cap)
-        weights = (scores if mask is None else scores + mask).softmax(-1, dtype=torch.float32).to(q.dtype)
-        return (F.dropout(weights, dropout) if dropout else weights) @ v
+            mixed = attend(
+                q, k, v, mask, dropout, is_causal=self.model.attention is AttentionKind.causal,
+                scale=self.scale, cap=self.model.attention_soft_cap, device=self.context.tp.device,
+            )  # fmt: skip
+        return mixed.flatten(2)

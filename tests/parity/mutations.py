@@ -18,6 +18,7 @@ import launcher.data.sampler as sampler
 import launcher.engine.flat as flat
 import launcher.engine.update_guard as update_guard
 import launcher.models.attention as attention
+import launcher.models.attention_kernel as attention_kernel
 import launcher.models.context as context
 import launcher.models.losses as losses
 import launcher.models.masks as masks
@@ -334,7 +335,7 @@ def rotary_base_of_windows_ignored() -> None:
 
 
 def scores_not_capped() -> None:
-    attention.soft_capped = lambda x, cap: x
+    attention_kernel.soft_capped = lambda x, cap: x
 
 
 def slope_of_the_logits_cap_left_out() -> None:

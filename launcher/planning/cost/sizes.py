@@ -206,7 +206,7 @@ class Sizes:
 
     @cached_property
     def repeats_keys(self) -> bool:
-        """Whether keys and values are copied for each query head of their group (models/attention.py)."""
+        """Whether keys and values are copied for each query head (models/attention_kernel.py)."""
         is_masked = self.caps_scores or (self.masks > 0 and self.device == "cuda")
         return is_masked and self.kv_heads != self.heads
 
