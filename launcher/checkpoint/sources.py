@@ -107,7 +107,15 @@ def _their_model(path: Path, field: str) -> ModelConfig:
         return model_of(json.loads((path / "config.json").read_text()))
     except NotConvertible as error:
         raise ConfigError(field, path, f"config.json: {error}", _PUBLISHED) from None
-    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
+    except (
+        OSError,
+        ValueError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        TypeError,
+        RecursionError,
+    ) as error:
         raise ConfigError(field, path, f"config.json cannot be read: {error}", _SOURCES) from None
 
 

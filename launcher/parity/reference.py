@@ -312,7 +312,7 @@ def _mixed(model: ModelConfig, q: Tensor, k: Tensor, v: Tensor, is_local: bool) 
     if is_local:
         assert model.sliding_window is not None
         scores = scores.masked_fill(distance >= model.sliding_window, float("-inf"))
-    mixed = scores.softmax(-1) @ v
+    mixed: Tensor = scores.softmax(-1) @ v
     return mixed.transpose(0, 1).flatten(1)
 
 

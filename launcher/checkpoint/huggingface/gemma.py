@@ -5,6 +5,7 @@ from typing import Any
 from launcher.checkpoint.huggingface.adapter import NotConvertible
 from launcher.checkpoint.huggingface.decoder import FULL, SLIDING, decoder, read_windows, write_windows
 from launcher.checkpoint.huggingface.rope import (
+    first_number,
     read_rope,
     read_scaling,
     rope_parameters,
@@ -53,7 +54,7 @@ def _read_3(theirs: Settings) -> Settings:
     if local.get("rope_type", "default") != "default" and local != full:
         raise NotConvertible("the rotary positions of its layers with a window are scaled")
     fields: Settings = {
-        "rope_theta": float(full.get("rope_theta", theirs.get("rope_theta", 1e6))),
+        "rope_theta": first_number(full.get("rope_theta"), theirs.get("rope_theta"), 1e6),
         "rope_scaling": read_scaling(full, theirs),
         "local_rope_theta": float(local.get("rope_theta", 10000.0)),
     }

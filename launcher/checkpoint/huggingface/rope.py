@@ -15,9 +15,14 @@ def read_rope(theirs: Settings, theta: float = 10000.0) -> Settings:
     if rope.get("partial_rotary_factor", theirs.get("partial_rotary_factor") or 1.0) != 1.0:
         raise NotConvertible("it rotates a part of each head, which this model type of the launcher does not")
     return {
-        "rope_theta": float(rope.get("rope_theta", theirs.get("rope_theta") or theta)),
+        "rope_theta": first_number(rope.get("rope_theta"), theirs.get("rope_theta"), theta),
         "rope_scaling": read_scaling(rope, theirs),
     }
+
+
+def first_number(*values: Any) -> float:
+    """Return the first value that is not null."""
+    return float(next(value for value in values if value is not None))
 
 
 def rope_settings(theirs: Settings) -> Settings:
@@ -37,12 +42,9 @@ def read_scaling(rope: Settings, theirs: Settings) -> RopeScalingConfig:
         )
     if rope.get("truncate", True) is not True:
         raise NotConvertible("its rotary positions are scaled by yarn without truncation")
-    longest = theirs.get("max_position_embeddings")
-    original = theirs.get(
-        "original_max_position_embeddings", rope.get("original_max_position_embeddings", longest)
-    )
-    factor = rope.get("factor")
-    factor = float(longest / original if factor is None else factor)
+    longest, name = theirs["max_position_embeddings"], "original_max_position_embeddings"
+    original = theirs.get(name, rope.get(name, longest))
+    factor = first_number(rope.get("factor"), longest / original)
     if kind == "linear":
         return RopeScalingConfig(RopeScalingKind.linear, factor)
     scaling = RopeScalingConfig(RopeScalingKind[kind], factor, original)
@@ -50,10 +52,8 @@ def read_scaling(rope: Settings, theirs: Settings) -> RopeScalingConfig:
         scaling.low_frequency_factor = float(rope["low_freq_factor"])
         scaling.high_frequency_factor = float(rope["high_freq_factor"])
         return scaling
-    scaling.beta_fast, scaling.beta_slow = (
-        float(rope.get("beta_fast") or 32),
-        float(rope.get("beta_slow") or 1),
-    )
+    scaling.beta_fast = first_number(rope.get("beta_fast"), 32)
+    scaling.beta_slow = first_number(rope.get("beta_slow"), 1)
     scaling.attention_factor = _attention_factor(rope, factor)
     return scaling
 
