@@ -514,13 +514,7 @@ MUTATIONS = {
 }
 
 # Faults that show only under the run's own optimizer.
-OPTIMIZER_HEAD_NORM, JOINED = "model.query_key_norm=head", "model.query_key_norm=projection"
-WINDOW = "model.sliding_window=64"
-SCALED = "model.rope_scaling.kind=llama3 model.rope_scaling.factor=8 model.rope_scaling.original_length=16"
-# Attention that is right for the first token, which sees itself alone.
-SCORES = ("blocks.0.attention.output", "right for the first token", "mask or scale")
-
-MUTATIONS = {
+OPTIMIZER_MUTATIONS = {
     "weight decay on norm weights": Mutation(
         decay_on_norm_weights, f"{GPT} {TP}", ("update or state computed from them", "weight decay")
     ),
@@ -528,13 +522,7 @@ MUTATIONS = {
 
 # Faults of dropout, which show in the dropout pass.
 DROPOUT = f"{GPT} model.dropout=0.1"
-DROPOUT_HEAD_NORM, JOINED = "model.query_key_norm=head", "model.query_key_norm=projection"
-WINDOW = "model.sliding_window=64"
-SCALED = "model.rope_scaling.kind=llama3 model.rope_scaling.factor=8 model.rope_scaling.original_length=16"
-# Attention that is right for the first token, which sees itself alone.
-SCORES = ("blocks.0.attention.output", "right for the first token", "mask or scale")
-
-MUTATIONS = {
+DROPOUT_MUTATIONS = {
     "dropout mask shared across tensor ranks": Mutation(
         masks_shared_by_tensor_ranks, f"{DROPOUT} {TP}", ("attention masks are shared by tensor ranks",)
     ),
