@@ -39,7 +39,8 @@ class AttentionMasks:
         if key not in self._longest or len(self._longest[key]) < length:
             allowed = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
             self._longest[key] = additive(allowed, window, x.dtype)
-        return self._longest[key][:length, :length]
+        # CUDA's kernels want aligned rows. A copy only for sequences shorter than the longest.
+        return self._longest[key][:length, :length].contiguous()
 
 
 def additive(allowed: Tensor, window: int | None, dtype: torch.dtype) -> Tensor:
