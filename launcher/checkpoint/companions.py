@@ -1,15 +1,18 @@
 """Companion files of a Hugging Face model: its config.json and its tokenizer files.
 
-The launcher copies them without parsing them. A run keeps them in run.dir/huggingface, so that an export of
-the run contains them again.
+A run keeps them in run.dir/huggingface, so that an export of the run contains the tokenizer again. Of
+config.json and generation_config.json only what is still right for the exported model is written.
 """
 
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from launcher.checkpoint.manifest import MANIFEST
 
 COMPANIONS = "huggingface"
+CERTIFICATE = "certificate.json"  # of an export, see certificate.py
 _PATTERNS = (
     *("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.json", "merges.txt", "chat_template*"),
@@ -33,3 +36,15 @@ def carry_companions(source: Path, target: Path) -> None:
         destination = target / COMPANIONS / path.name
         if not destination.exists():
             shutil.copyfile(path, destination)
+
+
+def base_config(source: Path, name: str = "config.json") -> dict[str, Any]:
+    """Return a JSON file among the companions of `source`; an empty dictionary without one."""
+    for path in companions_of(source):
+        if path.name == name:
+            try:
+                content = json.loads(path.read_text())
+            except (OSError, ValueError, RecursionError):
+                return {}  # whoever needs it, reads it again and says what is wrong
+            return content if isinstance(content, dict) else {}
+    return {}

@@ -1,19 +1,20 @@
 """Convert weights to and from a Hugging Face directory, holding the tensors of a file at a time."""
 
 import json
-import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
 from launcher import __version__
-from launcher.checkpoint.companions import carry_companions, companions_of
-from launcher.checkpoint.huggingface import Entry, adapter_of
+from launcher.checkpoint.certificate import write_certificate
+from launcher.checkpoint.companions import base_config, carry_companions
+from launcher.checkpoint.exported_files import write_tokenizer
+from launcher.checkpoint.huggingface import Entry
 from launcher.checkpoint.integrity import check_files, unchanged
 from launcher.checkpoint.manifest import (
     CHECKPOINTS,
@@ -31,29 +32,50 @@ from launcher.parallel.boxes import whole
 from launcher.parallel.dtypes import TORCH_DTYPES
 from launcher.parallel.sharding import WEIGHT
 
+Pieces = list[Entry]  # the rows of one tensor of theirs, in order
 
-def export(weights: WeightSource, target: Path, options: ExchangeConfig) -> None:
-    """Write a directory for from_pretrained. Raises UnusableCheckpoint, NotConvertible, OSError."""
-    stored, dtype, reader = stored_files_of(weights), TORCH_DTYPES[options.dtype], open_weights(weights)
+
+def export(
+    weights: WeightSource, target: Path, options: ExchangeConfig, write_bytes: Callable[[Path], None]
+) -> None:
+    """Write a directory for from_pretrained. Raises UnusableCheckpoint, NotConvertible, OSError.
+
+    `write_bytes` writes the tokenizer of a run on text as bytes. Raises ConfigError if transformers computes
+    other logits from the directory than the launcher.
+    """
+    stored, dtype, reader = stored_files_of(weights), _dtype(weights, options), open_weights(weights)
     with new_directory(target) as aside, unchanged(stored) if stored else nullcontext():
         if stored:
             check_files(stored, _files_with_weights(stored))
         files = list(_in_files(weights, dtype.itemsize, int(options.max_file_gb * 1e9)))
         names = [f"model-{n + 1:05d}-of-{len(files):05d}.safetensors" for n in range(len(files))]
         for name, group in zip(names if len(files) > 1 else [SAFETENSORS], files, strict=True):
-            tensors = {entry.theirs: _read(reader, entry).to(dtype).contiguous() for entry in group}
+            tensors = {pieces[0].theirs: _joined(reader, pieces).to(dtype).contiguous() for pieces in group}
             save_tensors(tensors, aside / name, {"format": "pt"})
             del tensors  # before the tensors of the next file are made
         if len(files) > 1:
-            placed = [(entry, name) for name, group in zip(names, files, strict=True) for entry in group]
-            total = sum(entry.box.numel for entry, _ in placed) * dtype.itemsize
-            weight_map = {entry.theirs: name for entry, name in placed}
+            placed = [(pieces, name) for name, group in zip(names, files, strict=True) for pieces in group]
+            total = sum(_numel(pieces) for pieces, _ in placed) * dtype.itemsize
+            weight_map = {pieces[0].theirs: name for pieces, name in placed}
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (aside / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-        base = _copy_companions(weights.path, aside)
-        name, adapter = str(dtype).removeprefix("torch."), adapter_of(weights.model)
-        described = adapter.config_json(weights.model, name, base)
+        name = str(dtype).removeprefix("torch.")
+        ids = write_tokenizer(weights, aside, write_bytes)
+        described = weights.adapter.config_json(weights.model, name, ids)
         (aside / "config.json").write_text(json.dumps(described, indent=2) + "\n")
+        if options.certificate:
+            write_certificate(aside, target)
+
+
+def _dtype(weights: WeightSource, options: ExchangeConfig) -> torch.dtype:
+    """Return the dtype of the export: as asked, else of the model that the weights began as, else fp32."""
+    if options.dtype is not None:
+        return TORCH_DTYPES[options.dtype]
+    base = base_config(weights.path)
+    name = str(base.get("dtype", base.get("torch_dtype"))).removeprefix("torch.")
+    return {str(dtype).removeprefix("torch."): dtype for dtype in TORCH_DTYPES.values()}.get(
+        name, torch.float32
+    )
 
 
 def import_(weights: WeightSource, target: Path, options: ExchangeConfig) -> None:
@@ -92,37 +114,39 @@ def _files_with_weights(stored: StoredFiles) -> list[str]:
     ]
 
 
+def _joined(reader: WeightReader, pieces: Pieces) -> Tensor:
+    """Return a whole tensor of theirs."""
+    return _read(reader, pieces[0]) if len(pieces) == 1 else torch.cat([_read(reader, one) for one in pieces])
+
+
 def _read(reader: WeightReader, entry: Entry) -> Tensor:
     tensor = torch.empty(entry.box.sizes)
     reader.fill(WEIGHT, entry.ours, entry.box, tensor)
+    tensor = tensor - entry.added if entry.added else tensor
     return tensor.T if entry.transposed else tensor
 
 
-def _in_files(weights: WeightSource, itemsize: int, max_bytes: int) -> Iterator[list[Entry]]:
-    group: list[Entry] = []
-    for entry in adapter_of(weights.model).entries(weights.model):
-        if group and sum(member.box.numel for member in (*group, entry)) * itemsize > max_bytes:
+def _numel(pieces: Pieces) -> int:
+    return sum(entry.box.numel for entry in pieces)
+
+
+def _in_files(weights: WeightSource, itemsize: int, max_bytes: int) -> Iterator[list[Pieces]]:
+    group: list[Pieces] = []
+    entries = weights.adapter.entries(weights.model)
+    for pieces in (list(pieces) for _, pieces in groupby(entries, key=lambda entry: entry.theirs)):
+        if group and sum(map(_numel, (*group, pieces))) * itemsize > max_bytes:
             yield group
             group = []
-        group.append(entry)
+        group.append(pieces)
     yield group
 
 
 def _parts(weights: WeightSource, reader: HuggingFaceReader) -> Iterator[HostPiece]:
     shapes: dict[str, tuple[int, ...]] = {}
-    for entry in adapter_of(weights.model).entries(weights.model):
+    for entry in weights.adapter.entries(weights.model):
         last = [offset + size for offset, size in zip(entry.box.offsets, entry.box.sizes, strict=True)]
         shapes[entry.ours] = tuple(map(max, last, shapes.get(entry.ours, last)))
     for name, shape in shapes.items():
         tensor = torch.empty(shape)
         reader.fill(WEIGHT, name, whole(shape), tensor)
         yield HostPiece(WEIGHT, name, shape, whole(shape), tensor)
-
-
-def _copy_companions(source: Path, target: Path) -> dict[str, Any] | None:
-    """Copy the companion files except config.json, and return its content."""
-    companions = {path.name: path for path in companions_of(source)}
-    base = companions.pop("config.json", None)
-    for name, path in companions.items():
-        shutil.copyfile(path, target / name)
-    return json.loads(base.read_text()) if base else None

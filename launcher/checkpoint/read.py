@@ -8,7 +8,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from launcher.checkpoint.final import other_model_error, read_final_weights
-from launcher.checkpoint.huggingface import Entry, adapter_of
+from launcher.checkpoint.huggingface import Entry
 from launcher.checkpoint.manifest import (
     MANIFEST,
     Manifest,
@@ -56,9 +56,9 @@ class HuggingFaceReader:
     """Copies boxes of logical tensors from a Hugging Face directory, whose tensors differ: see Entry."""
 
     def __init__(self, weights: WeightSource) -> None:
-        self._tensors = stored_tensors(weights.path, weights.model, "checkpoint.init_from")
+        self._tensors = stored_tensors(weights, "checkpoint.init_from")
         self._entries: dict[str, list[Entry]] = {}
-        for entry in adapter_of(weights.model).entries(weights.model):
+        for entry in weights.adapter.entries(weights.model):
             self._entries.setdefault(entry.ours, []).append(entry)
         self._file = cache(_opened)
 
@@ -70,9 +70,12 @@ class HuggingFaceReader:
             if common is None:
                 continue
             file, name_in_file = self._tensors[entry.theirs]
-            slices = common.within(entry.box)
-            data = self._file(file).get_slice(name_in_file)[slices[::-1] if entry.transposed else slices]
-            view[common.within(box)].copy_(data.T if entry.transposed else data)
+            rows, *others = common.within(entry.box)
+            rows = slice(rows.start + entry.first_row, rows.stop + entry.first_row)
+            slices = (*others, rows) if entry.transposed else (rows, *others)
+            data = self._file(file).get_slice(name_in_file)[slices]
+            data = data.T if entry.transposed else data
+            view[common.within(box)].copy_(data.float() + entry.added if entry.added else data)
 
 
 class FinalWeightsReader:

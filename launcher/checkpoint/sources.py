@@ -10,8 +10,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError, safe_open
 
+from launcher.checkpoint.companions import base_config
 from launcher.checkpoint.final import FINAL_WEIGHTS, read_final_weights
-from launcher.checkpoint.huggingface import Entry, NotConvertible, adapter_of, model_of, titles
+from launcher.checkpoint.huggingface import Adapter, Entry, NotConvertible, adapter_of, model_of, titles
 from launcher.checkpoint.huggingface.adapter import setting_names, setting_of
 from launcher.checkpoint.manifest import MANIFEST, UnusableCheckpoint, checkpoints_in, read_manifest
 from launcher.config.compose import load_typed
@@ -21,7 +22,7 @@ from launcher.config.schema import ModelConfig, PositionKind, RunConfig
 
 SAFETENSORS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-_RUN_CONFIG = "config.yaml"
+RUN_CONFIG = "config.yaml"
 _PUBLISHED = f"a {titles('or')} as published"
 _SOURCES = "a run's directory, a checkpoint, or a Hugging Face directory with config.json and safetensors"
 
@@ -39,6 +40,12 @@ class WeightSource:
     path: Path
     kind: WeightsKind
     model: ModelConfig
+    model_type: str | None = None  # of Hugging Face: in the directory itself, or where a run began
+
+    @property
+    def adapter(self) -> Adapter:
+        """The Hugging Face model type of the weights. Raises NotConvertible."""
+        return adapter_of(self.model, self.model_type)
 
 
 def weights_at(path: Path, field: str) -> WeightSource:
@@ -50,20 +57,26 @@ def weights_at(path: Path, field: str) -> WeightSource:
             model = _model_in(read_manifest(checkpoint).config)
         except UnusableCheckpoint as unusable:
             raise ConfigError(field, checkpoint, str(unusable), _SOURCES) from None
-        return WeightSource(checkpoint.resolve(), WeightsKind.checkpoint, model)
-    if (path / _RUN_CONFIG).exists() and (path / FINAL_WEIGHTS).is_dir():
-        model = load_typed(path / _RUN_CONFIG, RunConfig).model
+        return WeightSource(checkpoint.resolve(), WeightsKind.checkpoint, model, _model_type(checkpoint))
+    if (path / RUN_CONFIG).exists() and (path / FINAL_WEIGHTS).is_dir():
+        model = load_typed(path / RUN_CONFIG, RunConfig).model
         try:
             read_final_weights(path)
         except UnusableCheckpoint as unusable:
             raise ConfigError(field, path, str(unusable), _SOURCES) from None
-        return WeightSource(path.resolve(), WeightsKind.run, model)
+        return WeightSource(path.resolve(), WeightsKind.run, model, _model_type(path))
     if (path / "config.json").exists():
         model = _their_model(path, field)
-        stored_tensors(path, model, field)
-        return WeightSource(path.resolve(), WeightsKind.huggingface, model)
+        weights = WeightSource(path.resolve(), WeightsKind.huggingface, model, _model_type(path))
+        stored_tensors(weights, field)
+        return weights
     none = "this run has no checkpoint yet" if (path / IDENTITY).exists() else "contains no weights"
     raise ConfigError(field, path, none if path.is_dir() else "is not a directory", _SOURCES)
+
+
+def _model_type(path: Path) -> str | None:
+    """Return the model type of the Hugging Face model that a run began with; None if there was none."""
+    return base_config(path).get("model_type")
 
 
 def check_model_is(model: ModelConfig, weights: WeightSource, field: str) -> None:
@@ -94,16 +107,25 @@ def _their_model(path: Path, field: str) -> ModelConfig:
         return model_of(json.loads((path / "config.json").read_text()))
     except NotConvertible as error:
         raise ConfigError(field, path, f"config.json: {error}", _PUBLISHED) from None
-    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
+    except (
+        OSError,
+        ValueError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        TypeError,
+        RecursionError,
+    ) as error:
         raise ConfigError(field, path, f"config.json cannot be read: {error}", _SOURCES) from None
 
 
-def stored_tensors(path: Path, model: ModelConfig, field: str) -> dict[str, tuple[Path, str]]:
+def stored_tensors(weights: WeightSource, field: str) -> dict[str, tuple[Path, str]]:
     """Return the file of each Hugging Face tensor, and its name in the file. Reads headers only.
 
-    Raises ConfigError for a missing tensor, another shape, or a tensor that the model does not have.
+    Raises ConfigError for a missing tensor, another shape or precision, or a tensor that the model does not
+    have.
     """
-    adapter = adapter_of(model)
+    path, model, adapter = weights.path, weights.model, weights.adapter
     expected = {entry.theirs: entry for entry in adapter.entries(model)}
     stored: dict[str, tuple[Path, str]] = {}
     for file in _files(path, field):
@@ -112,8 +134,9 @@ def stored_tensors(path: Path, model: ModelConfig, field: str) -> dict[str, tupl
                 for name in opened.keys():  # noqa: SIM118  (not a dict)
                     plain = adapter.plain_name(name, model)
                     if plain is not None:
-                        shape = tuple(opened.get_slice(name).get_shape())
-                        _check_shape(expected.get(plain), name, shape, path, field)
+                        tensor = opened.get_slice(name)
+                        _check_precision(name, tensor.get_dtype(), path, field)
+                        _check_shape(expected.get(plain), name, tuple(tensor.get_shape()), path, field)
                         stored[plain] = file, name
         except (SafetensorError, OSError) as error:
             raise ConfigError(field, path, f"{file.name} cannot be read: {error}", _SOURCES) from None
@@ -121,6 +144,12 @@ def stored_tensors(path: Path, model: ModelConfig, field: str) -> dict[str, tupl
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ConfigError(field, path, f"has no {missing[0]}{more}", "a whole copy of the model")
     return stored
+
+
+def _check_precision(name: str, dtype: str, path: Path, field: str) -> None:
+    if dtype not in ("F64", "F32", "F16", "BF16"):
+        why = f"has {name} in {dtype}: quantised weights cannot be trained"
+        raise ConfigError(field, path, why, "the model as published in bf16, fp16 or fp32")
 
 
 def _check_shape(entry: Entry | None, name: str, shape: tuple[int, ...], path: Path, field: str) -> None:

@@ -1,10 +1,12 @@
 """The commands `launcher export` and `launcher import`. Imports torch only once both are sure to go on."""
 
+import json
 import shlex
 from collections.abc import Callable
 from pathlib import Path
 
-from launcher.checkpoint.huggingface import NotConvertible, adapter_of
+from launcher.checkpoint.companions import CERTIFICATE
+from launcher.checkpoint.huggingface import NotConvertible
 from launcher.checkpoint.manifest import UnusableCheckpoint, newest_complete_before
 from launcher.checkpoint.sources import WeightsKind, WeightSource, weights_at
 from launcher.config.compose import compose_jobs
@@ -20,14 +22,16 @@ def export_main(arguments: list[str]) -> int:
         return 0
     weights, target, options = exchanged
     try:
-        adapter_of(weights.model)
+        adapter = weights.adapter
     except NotConvertible as error:
         remedy = "the run's weights/*.safetensors, by logical name"
         raise ConfigError("export", weights.path, str(error), remedy) from None
     from launcher.checkpoint.conversion import export
+    from launcher.data.tokenizer import write_byte_tokenizer
 
-    _written(lambda: export(weights, target, options), weights, target)
+    _written(lambda: export(weights, target, options, write_byte_tokenizer), weights, target)
     print(f"exported {weights.path}\n      to {target} (load it with transformers' from_pretrained)")
+    print(f"      as {adapter.architecture}, {certified(target)}")
     return 0
 
 
@@ -68,9 +72,24 @@ def _exchanged(verb: str, arguments: list[str]) -> tuple[WeightSource, Path, Exc
     return weights_at(source, verb), target, jobs[0].config
 
 
+def certified(target: Path) -> str:
+    """Return what the certificate of an export says, in words."""
+    path = target / CERTIFICATE
+    if not path.exists():
+        return "not compared with transformers"
+    found = json.loads(path.read_text())
+    if not found["ok"]:
+        return f"not compared with transformers: {found['reason']}"
+    difference, version = found["largest_difference"], found["transformers"]
+    return f"logits differ from transformers {version} by at most {difference:.1e}: {path.name}"
+
+
 def _written(write: Callable[[], None], weights: WeightSource, target: Path) -> None:
     try:
         write()
+    except NotConvertible as error:
+        remedy = "another tokenizer, or the run's weights/*.safetensors, by logical name"
+        raise ConfigError("export", weights.path, str(error), remedy) from None
     except UnusableCheckpoint as unusable:
         older = newest_complete_before(unusable.path)
         remedy = f"{older} instead" if older else "an intact one: see `launcher checkpoint check`"

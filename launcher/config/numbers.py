@@ -22,6 +22,7 @@ COUNT = Range("must be at least 1", lambda value: value >= 1)
 NOT_NEGATIVE = Range("must be at least 0", lambda value: value >= 0)
 FROM_0 = Range("must be a finite number, 0 or more", lambda value: 0 <= value < inf)
 ABOVE_0 = Range("must be a finite number above 0", lambda value: 0 < value < inf)
+AT_LEAST_1 = Range("must be a finite number, 1 or more", lambda value: 1 <= value < inf)
 BELOW_1 = Range("must be 0 or more and below 1", lambda value: 0 <= value < 1)
 SHARE = Range("must be from 0 to 1", lambda value: 0 <= value <= 1)
 SHARE_ABOVE_0 = Range("must be above 0 and at most 1", lambda value: 0 < value <= 1)
@@ -63,6 +64,21 @@ BOUNDS: dict[str, Bound] = {
     "model.patch_size": Bound(NOT_NEGATIVE, "0", 2**15),
     "model.dropout": Bound(BELOW_1, "0.1", 1), "model.norm_epsilon": Bound(ABOVE_0, "1e-5", 1e3),
     "model.rope_theta": Bound(ABOVE_0, "10000", 1e30), "model.init_std": Bound(FROM_0, "0.02", 1e6),
+    "model.rope_scaling.factor": Bound(AT_LEAST_1, "1", 1e6),
+    "model.rope_scaling.original_length": Bound(COUNT, "null", _SIZE),
+    "model.rope_scaling.low_frequency_factor": Bound(ABOVE_0, "1", 1e6),
+    "model.rope_scaling.high_frequency_factor": Bound(ABOVE_0, "4", 1e6),
+    "model.rope_scaling.beta_fast": Bound(ABOVE_0, "32", 1e6),
+    "model.rope_scaling.beta_slow": Bound(ABOVE_0, "1", 1e6),
+    "model.rope_scaling.attention_factor": Bound(ABOVE_0, "null", 1e6),
+    "model.rotary_fraction": Bound(SHARE_ABOVE_0, "1", 1),
+    "model.sliding_window": Bound(COUNT, "null", _SIZE),
+    "model.full_attention_every": Bound(COUNT, "null", 2**12),
+    "model.local_rope_theta": Bound(ABOVE_0, "null", 1e30),
+    "model.attention_scale_size": Bound(ABOVE_0, "null", 2**20),
+    "model.attention_soft_cap": Bound(ABOVE_0, "null", 1e6),
+    "model.logit_soft_cap": Bound(ABOVE_0, "null", 1e6),
+    "model.embedding_scale": Bound(ABOVE_0, "1", 1e6),
     "parallelism.tensor": Bound(COUNT, "1", 2**10), "parallelism.pipeline": Bound(COUNT, "1", 2**12),
     "parallelism.data": Bound(COUNT, "null", _RANKS),
     "parallelism.zero_stage": Bound(STAGE, "1 (or 0, 2, 3)", 3),

@@ -32,6 +32,29 @@ class NormKind(Enum):
     rms_norm = "rms_norm"
 
 
+class NormPlacement(Enum):
+    """`pre`: before attention and MLP. `post`: after them, before the residual sum. `sandwich`: both."""
+
+    pre = "pre"
+    post = "post"
+    sandwich = "sandwich"
+
+
+class QueryKeyNorm(Enum):
+    """RMSNorm of queries and keys: `none`, of each head (`head`), or of all heads together (`projection`)."""
+
+    none = "none"
+    head = "head"
+    projection = "projection"
+
+
+class ResidualKind(Enum):
+    """`sequential`: the MLP reads the sum after attention. `parallel`: both read the block's input."""
+
+    sequential = "sequential"
+    parallel = "parallel"
+
+
 class PositionKind(Enum):
     """`learned`: a vector per position, added to the embedding. `rope`: rotated queries and keys."""
 
@@ -39,11 +62,22 @@ class PositionKind(Enum):
     rope = "rope"
 
 
+class RopeScalingKind(Enum):
+    """Longer rotary wavelengths: `linear` (arXiv 2306.15595), `llama3` (Llama 3.1), `yarn` (2309.00071)."""
+
+    none = "none"
+    linear = "linear"
+    llama3 = "llama3"
+    yarn = "yarn"
+
+
 class MLPKind(Enum):
-    """`gelu`: up projection, tanh form of GELU. `swiglu`: gate and up projections (arXiv 2002.05202)."""
+    """`gelu` (tanh form), `gelu_erf` (exact): up projection. `swiglu`, `geglu`: gate and up (2002.05202)."""
 
     gelu = "gelu"
+    gelu_erf = "gelu_erf"
     swiglu = "swiglu"
+    geglu = "geglu"
 
 
 class AttentionKind(Enum):
@@ -157,6 +191,20 @@ class BiasesConfig:
 
 
 @dataclass(unsafe_hash=True)
+class RopeScalingConfig:
+    """Scaling of the rotary positions of a model that was pretrained on shorter sequences."""
+
+    kind: RopeScalingKind = RopeScalingKind.none
+    factor: float = 1.0  # long wavelengths grow by it
+    original_length: Optional[int] = None  # llama3, yarn: sequence length before scaling
+    low_frequency_factor: float = 1.0  # llama3: wavelengths above original_length / this are scaled
+    high_frequency_factor: float = 4.0  # llama3: wavelengths below original_length / this are not
+    beta_fast: float = 32.0  # yarn: channels that turn more often in original_length are not scaled
+    beta_slow: float = 1.0  # yarn: channels that turn less often are scaled by the whole factor
+    attention_factor: Optional[float] = None  # yarn: factor of rotated channels; null: 0.1 ln(factor) + 1
+
+
+@dataclass(unsafe_hash=True)
 class ModelConfig:
     """A transformer described by its parts and sizes."""
 
@@ -177,7 +225,19 @@ class ModelConfig:
     tie_embeddings: bool = MISSING  # head and token embedding share one weight
     dropout: float = 0.0
     norm_epsilon: float = 1e-5
+    norm_placement: NormPlacement = NormPlacement.pre
+    query_key_norm: QueryKeyNorm = QueryKeyNorm.none
+    residual: ResidualKind = ResidualKind.sequential
     rope_theta: float = 10000.0  # base of the rotary frequencies
+    rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
+    rotary_fraction: float = 1.0  # share of the channels of a head that is rotated
+    sliding_window: Optional[int] = None  # positions that a position attends to, itself counted; null: all
+    full_attention_every: Optional[int] = None  # every n-th layer has no window; null: all layers have it
+    local_rope_theta: Optional[float] = None  # rope_theta of layers with a window, never scaled; null: alike
+    attention_scale_size: Optional[float] = None  # scores are divided by its square root; null: head_size
+    attention_soft_cap: Optional[float] = None  # scores become cap * tanh(score / cap)
+    logit_soft_cap: Optional[float] = None  # logits become cap * tanh(logit / cap)
+    embedding_scale: float = 1.0  # token embeddings are multiplied by it
     init_std: float = 0.02  # standard deviation of the initial weights
     # Set with inputs=patches only, else 0.
     num_classes: int = 0
@@ -627,7 +687,8 @@ class CalibrateConfig:
 class ExchangeConfig:
     """Settings of `launcher export` and `launcher import` besides the two directories."""
 
-    dtype: Dtype = Dtype.fp32  # dtype of the exported weights
+    dtype: Optional[Dtype] = None  # fp32, bf16 or fp16; null: that of the imported model, else fp32
+    certificate: bool = True  # compare the logits of the export in transformers with those of the launcher
     max_file_gb: float = 2.0  # in 1e9 bytes
 
 

@@ -7,10 +7,13 @@ from fractions import Fraction
 from launcher.config.schema import (
     CorpusSource,
     InputKind,
+    MLPKind,
     ModelConfig,
+    NormPlacement,
     PipelineSchedule,
     Pooling,
     PositionKind,
+    QueryKeyNorm,
     RunConfig,
 )
 
@@ -33,6 +36,44 @@ def qkv_sizes(model: ModelConfig) -> tuple[int, int, int]:
     """Return the channels of all queries, keys and values: (N D, K D, K D)."""
     size = head_size(model)
     return model.num_heads * size, kv_heads(model) * size, kv_heads(model) * size
+
+
+def query_key_norm_sizes(model: ModelConfig) -> tuple[int, ...]:
+    """Return the lengths of the weights of the norms of queries and of keys, if there are any."""
+    if model.query_key_norm is QueryKeyNorm.none:
+        return ()
+    return (head_size(model),) * 2 if model.query_key_norm is QueryKeyNorm.head else qkv_sizes(model)[:2]
+
+
+def is_gated(model: ModelConfig) -> bool:
+    """Return whether the MLP has a gate beside its up projection."""
+    return model.mlp in (MLPKind.swiglu, MLPKind.geglu)
+
+
+def rotary_size(model: ModelConfig) -> int:
+    """Return the rotated channels of a head, counted from the first: an even number."""
+    return int(head_size(model) * model.rotary_fraction) // 2 * 2
+
+
+def window_of(model: ModelConfig, layer: int) -> int | None:
+    """Return the sliding window of a layer, which is counted from 0; None if it attends to all positions."""
+    every = model.full_attention_every
+    return None if every is not None and (layer + 1) % every == 0 else model.sliding_window
+
+
+def windows(model: ModelConfig) -> set[int | None]:
+    """Return the different windows of a model's layers."""
+    return {window_of(model, layer) for layer in range(model.num_layers)}
+
+
+def has_norm_before(model: ModelConfig) -> bool:
+    """Return whether attention and MLP have a norm at their input."""
+    return model.norm_placement is not NormPlacement.post
+
+
+def has_norm_after(model: ModelConfig) -> bool:
+    """Return whether attention and MLP have a norm at their output."""
+    return model.norm_placement is not NormPlacement.pre
 
 
 def has_class_token(model: ModelConfig) -> bool:

@@ -9,6 +9,7 @@ import shlex
 from collections.abc import Callable, Mapping
 
 from launcher.config import numbers, shape
+from launcher.config.attention_rules import check_rotary, check_window
 from launcher.config.deepspeed_keys import check_passthrough
 from launcher.config.errors import (
     ConfigError,
@@ -141,6 +142,8 @@ def check_inputs(run: RunConfig) -> None:
         why = "model.inputs=patches needs it" if is_vision else unused
         values = ["class_token", "mean"] if is_vision else ["null"]
         raise refusal(run, "model.pooling", why, *settings("model.pooling", values))
+    if is_vision and m.embedding_scale != 1.0:
+        raise refusal(run, "model.embedding_scale", unused, "model.embedding_scale=1")
     if is_vision and m.tie_embeddings:
         why = "model.inputs=patches has no token embedding to share with the head"
         raise refusal(run, "model.tie_embeddings", why, "model.tie_embeddings=false")
@@ -511,6 +514,8 @@ RULES: tuple[Callable[[RunConfig], None], ...] = (
     check_parts,
     check_images,
     check_heads,
+    check_rotary,
+    check_window,
     check_tensor_divides,
     check_schedule,
     check_pipeline,

@@ -45,8 +45,8 @@ def model_layers(model: ModelConfig, context: BlockContext) -> list[Layer]:
     Tokens (B, T) become hidden states (B, T, H), or (B, T/tp, H) under sequence parallelism, and images
     (B, C, S, S) become (B, 1, H). The head projects them to this tensor rank's logits.
     """
-    names = (f"blocks.{index}" for index in range(model.num_layers))
-    blocks = [Layer(TransformerBlock, (name, model, context)) for name in names]
+    layers = range(model.num_layers)
+    blocks = [Layer(TransformerBlock, (f"blocks.{layer}", model, context, layer)) for layer in layers]
     final_norm = Layer(Norm, ("final_norm", model, context.tp))
     return [*_first_layers(model, context), *blocks, final_norm, *_last_layers(model, context)]
 
@@ -70,13 +70,15 @@ def _last_layers(model: ModelConfig, context: BlockContext) -> list[Layer]:
     is_pooled = model.inputs is InputKind.patches
     tp = replace(context.tp, sequence_parallel=False) if is_pooled else context.tp
     sizes = (output_size(model), model.hidden_size)
-    arguments = ("head", *sizes, tp, model.init_std, model.biases.head)
+    arguments = ("head", *sizes, tp, model.init_std, 1.0, model.logit_soft_cap, model.biases.head)
     head = Layer(VocabParallelHead, arguments, is_head=True)
     return [Layer(Pool, (model, context.tp)), head] if is_pooled else [head]
 
 
 def _embedding(model: ModelConfig, context: BlockContext) -> Layer:
-    arguments = ("embedding", model.vocab_size, model.hidden_size, context.tp, model.init_std)
+    sizes = (model.vocab_size, model.hidden_size)
+    ends = (model.embedding_scale, model.logit_soft_cap)
+    arguments = ("embedding", *sizes, context.tp, model.init_std, *ends)
     return Layer(VocabParallelEmbedding, arguments, TIED_EMBEDDING if model.tie_embeddings else None)
 
 

@@ -1,7 +1,17 @@
 """Parameter and FLOP counts from a model's config alone. Tests compare them with the real modules."""
 
-from launcher.config.schema import InputKind, MLPKind, ModelConfig, NormKind, PositionKind, RunConfig
-from launcher.config.shape import has_class_token, output_size, position_count, qkv_sizes, sequence_length
+from launcher.config.schema import InputKind, ModelConfig, NormKind, PositionKind, RunConfig
+from launcher.config.shape import (
+    has_class_token,
+    has_norm_after,
+    has_norm_before,
+    is_gated,
+    output_size,
+    position_count,
+    qkv_sizes,
+    query_key_norm_sizes,
+    sequence_length,
+)
 
 
 def block_matrix_parameters(model: ModelConfig) -> int:
@@ -17,8 +27,8 @@ def matrix_parameters(model: ModelConfig) -> int:
 
 
 def _up_size(model: ModelConfig) -> int:
-    """Return the outputs of the first projection of the MLP; SwiGLU has gate and up."""
-    return (2 if model.mlp is MLPKind.swiglu else 1) * model.ffn_hidden_size
+    """Return the outputs of the first projection of the MLP, with the gate if there is one."""
+    return (2 if is_gated(model) else 1) * model.ffn_hidden_size
 
 
 def _patch_parameters(model: ModelConfig) -> int:
@@ -34,10 +44,10 @@ def _vector_parameters(model: ModelConfig) -> int:
     """Return the parameters of norms and of the biases of projections."""
     h, biases = model.hidden_size, model.biases
     norm = (2 if model.norm is NormKind.layer_norm else 1) * h
-    block = (
-        biases.qkv * sum(qkv_sizes(model)) + biases.up * _up_size(model) + (biases.output + biases.down) * h
-    )
-    return (2 * model.num_layers + 1) * norm + model.num_layers * block + biases.head * output_size(model)
+    norms = 2 * (has_norm_before(model) + has_norm_after(model)) * norm + sum(query_key_norm_sizes(model))
+    qkv, up = biases.qkv * sum(qkv_sizes(model)), biases.up * _up_size(model)
+    block = norms + qkv + up + (biases.output + biases.down) * h
+    return model.num_layers * block + norm + biases.head * output_size(model)
 
 
 def _first_layer_parameters(model: ModelConfig) -> int:

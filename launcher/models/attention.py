@@ -7,10 +7,12 @@ Between modules activations are (B, T, H), or (B, T/tp, H) under sequence parall
 import torch
 from torch import Tensor, nn
 
-from launcher.config.schema import ActivationCheckpointing, AttentionKind, ModelConfig
+from launcher.config.schema import ActivationCheckpointing, AttentionKind, ModelConfig, QueryKeyNorm
 from launcher.config.shape import head_size, kv_heads, qkv_sizes
+from launcher.models.attention_kernel import Kernel
 from launcher.models.context import BlockContext, recompute, residual_draw
 from launcher.models.dropout import Seed, attention
+from launcher.models.norms import HeadNorm
 from launcher.models.rotary import rotate
 from launcher.parallel.initializer import normal
 from launcher.parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -19,8 +21,8 @@ from launcher.parallel.layers import ColumnParallelLinear, RowParallelLinear
 class Attention(nn.Module):
     """Self-attention over this rank's N/tp query heads and K/tp key/value heads, causal or full.
 
-    `mask` (B, 1, T, T), where there is one, replaces the causal mask: see models/documents.py. `cos` and
-    `sin` are there with rotary positions: see models/rotary.py.
+    `mask` (T, T) or (B, 1, T, T), where there is one, replaces the causal mask: see models/masks.py. `cos`
+    and `sin` are there with rotary positions: see models/rotary.py.
     """
 
     def __init__(self, name: str, model: ModelConfig, context: BlockContext) -> None:
@@ -32,6 +34,11 @@ class Attention(nn.Module):
         self.qkv = ColumnParallelLinear(
             f"{name}.qkv", model.hidden_size, sizes, tp, bias=biases.qkv, draw=normal(model.init_std)
         )
+        has_norm = model.query_key_norm is not QueryKeyNorm.none
+        self.query_norm = HeadNorm(f"{name}.query_norm", model, model.num_heads, tp) if has_norm else None
+        self.key_norm = HeadNorm(f"{name}.key_norm", model, kv_heads(model), tp) if has_norm else None
+        size = model.attention_scale_size
+        self.scale = None if size is None else size**-0.5  # None: 1 / sqrt(head size)
         self.output = RowParallelLinear(
             f"{name}.output", sizes[0], model.hidden_size, tp, bias=biases.output, draw=residual_draw(model)
         )
@@ -48,7 +55,10 @@ class Attention(nn.Module):
         sin: Tensor | None = None,
         seed: Seed | None = None,
     ) -> Tensor:
-        arguments = *self._split_heads(self.qkv(x)), mask, cos, sin, seed
+        q, k, v = self._split_heads(self.qkv(x))
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
+        arguments = q, k, v, mask, cos, sin, seed
         # In a compiled graph, attention with dropout keeps q, k and v only: see models/dropout.py.
         recomputes_itself = seed is not None and torch.compiler.is_compiling()
         if self.context.checkpointing is ActivationCheckpointing.selective and not recomputes_itself:
@@ -78,6 +88,10 @@ class Attention(nn.Module):
         """-> (B, T, N D / tp)."""
         if cos is not None and sin is not None:
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        # A document mask hides later positions itself.
-        is_causal = mask is None and self.model.attention is AttentionKind.causal
-        return attention(q, k, v, mask, is_causal, self.model.dropout, seed).flatten(2)
+        kernel = Kernel(
+            self.model.attention is AttentionKind.causal,
+            self.scale,
+            self.model.attention_soft_cap,
+            self.context.tp.device,
+        )
+        return attention(q, k, v, mask, self.model.dropout, seed, kernel).flatten(2)

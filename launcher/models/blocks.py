@@ -1,8 +1,9 @@
-"""The transformer block: norm, attention, norm and MLP with two residual additions."""
+"""The transformer block: attention and MLP, each with its norms, and two residual additions."""
 
 from torch import Tensor, nn
 
-from launcher.config.schema import ActivationCheckpointing, ModelConfig
+from launcher.config.schema import ActivationCheckpointing, ModelConfig, ResidualKind
+from launcher.config.shape import has_norm_after, has_norm_before, window_of
 from launcher.models.attention import Attention
 from launcher.models.context import BlockContext, HiddenDropout, recompute, run_once
 from launcher.models.dropout import Seed
@@ -11,20 +12,28 @@ from launcher.models.norms import Norm
 
 
 class TransformerBlock(nn.Module):
-    """Pre-norm residual block: x + attention(norm(x)), then x + MLP(norm(x))."""
+    """x + attention(x), then + MLP of the sum, or of x with a parallel residual.
 
-    def __init__(self, name: str, model: ModelConfig, context: BlockContext) -> None:
+    Norms are before attention and MLP, after them, or both. `layer` counts the blocks of the model from 0.
+    """
+
+    def __init__(self, name: str, model: ModelConfig, context: BlockContext, layer: int) -> None:
         super().__init__()
-        self.context = context
-        self.attention_norm = Norm(f"{name}.attention_norm", model, context.tp)
+        self.context, self.window = context, window_of(model, layer)
+        self.is_parallel = model.residual is ResidualKind.parallel
+        before, after = has_norm_before(model), has_norm_after(model)
+        tp = context.tp
+        self.attention_norm = Norm(f"{name}.attention_norm", model, tp) if before else None
         self.attention = Attention(f"{name}.attention", model, context)
-        self.mlp_norm = Norm(f"{name}.mlp_norm", model, context.tp)
+        self.attention_output_norm = Norm(f"{name}.attention_output_norm", model, tp) if after else None
+        self.mlp_norm = Norm(f"{name}.mlp_norm", model, tp) if before else None
         self.mlp = MLP(f"{name}.mlp", model, context)
+        self.mlp_output_norm = Norm(f"{name}.mlp_output_norm", model, tp) if after else None
         self.dropout = HiddenDropout(model.dropout, context)
 
     def forward(self, x: Tensor) -> Tensor:
         # Positions and seeds are arguments of the body, for a recomputation and for a compiled body.
-        places = self.context.positions(x)
+        places = self.context.positions(x, self.window)
         seeds = self.attention.seed(), self.dropout.seed(), self.dropout.seed()
         call = recompute if self.context.checkpointing is ActivationCheckpointing.full else run_once
         return self.context.blocks(call, type(self)._body, self, x, *places, *seeds)
@@ -40,6 +49,12 @@ class TransformerBlock(nn.Module):
         second_seed: Seed | None,
     ) -> Tensor:
         """Return the output of the block. All blocks of a rank share its compiled form."""
-        mixed = self.attention(self.attention_norm(x), mask, cos, sin, attention_seed)
-        x = x + self.dropout(mixed, first_seed)
-        return x + self.dropout(self.mlp(self.mlp_norm(x)), second_seed)  # type: ignore[no-any-return]
+        mixed = self.attention(_normed(self.attention_norm, x), mask, cos, sin, attention_seed)
+        attended = x + self.dropout(_normed(self.attention_output_norm, mixed), first_seed)
+        mlp = self.mlp(_normed(self.mlp_norm, x if self.is_parallel else attended))
+        output = attended + self.dropout(_normed(self.mlp_output_norm, mlp), second_seed)
+        return output  # type: ignore[no-any-return]
+
+
+def _normed(norm: Norm | None, x: Tensor) -> Tensor:
+    return x if norm is None else norm(x)

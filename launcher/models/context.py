@@ -13,13 +13,14 @@ from launcher.config.shape import end_of_document, vocabulary_multiple
 from launcher.models.compiled import BlockRunner
 from launcher.models.documents import Documents
 from launcher.models.dropout import Seed, dropout
+from launcher.models.masks import AttentionMasks
 from launcher.models.rotary import RotaryTables
 from launcher.parallel.initializer import DrawFunction, Initializer, normal
 from launcher.parallel.layers import TensorParallel
 from launcher.parallel.mesh import ProcessMesh
 from launcher.parallel.random import DropoutRandom
 
-Places = tuple[Tensor | None, Tensor | None, Tensor | None]  # document mask, cosines, sines
+Places = tuple[Tensor | None, Tensor | None, Tensor | None]  # mask, cosines, sines
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class BlockContext:
     random: DropoutRandom
     checkpointing: ActivationCheckpointing
     documents: Documents
+    masks: AttentionMasks
     rotary: RotaryTables | None  # None without rotary positions
     blocks: BlockRunner
 
@@ -64,21 +66,22 @@ class BlockContext:
             random,
             run.parallelism.activation_checkpointing,
             documents,
+            AttentionMasks(run.model, documents),
             rotary_tables(run.model),
             BlockRunner(mesh.tensor, is_compiled=compiled, strict=strict),
         )
 
-    def positions(self, x: Tensor) -> Places:
+    def positions(self, x: Tensor, window: int | None = None) -> Places:
         """Return what attention has to know of the positions of x, a block's input.
 
         Passed through the layers as arguments: when a block is recomputed, `documents` holds another
         micro-batch.
         """
-        mask = self.documents.mask
+        length = x.shape[1] * (self.tp.axis.size if self.tp.sequence_parallel else 1)
+        mask = self.masks.of(length, window, x)
         if self.rotary is None:
             return mask, None, None
-        length = x.shape[1] * (self.tp.axis.size if self.tp.sequence_parallel else 1)
-        return mask, *self.rotary.of(length, x)
+        return mask, *self.rotary.of(length, x, has_window=window is not None)
 
 
 def rotary_tables(model: ModelConfig) -> RotaryTables | None:

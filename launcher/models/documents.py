@@ -3,6 +3,8 @@
 Pipeline stages exchange nothing for this: each stage gets the tokens of its micro-batch.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,20 +12,21 @@ from torch import Tensor
 class Documents:
     """The document boundaries of the current micro-batch on a rank, read by its layers.
 
-    `mask` (B, 1, T, T) says which positions (last dimension) a position attends to; `positions` (B, T) counts
-    from the start of the document. Both are None if attention does not stop at documents.
+    `ends` (B, T) marks the last tokens of documents; `positions` (B, T) counts from the start of a document.
+    Both are None if attention does not stop at documents. `masks` are made from `ends` (models/masks.py).
     """
 
     def __init__(self, end_of_document: int | None) -> None:
         self.end_of_document = end_of_document  # last token of a document; None: do not separate documents
-        self.mask: Tensor | None = None
+        self.ends: Tensor | None = None
         self.positions: Tensor | None = None
+        self.masks: dict[Any, Tensor] = {}
 
     def begin(self, tokens: Tensor) -> None:
         """Set the boundaries of a micro-batch, tokens (B, T), before its forward pass."""
         if self.end_of_document is not None:
-            ends = tokens == self.end_of_document
-            self.mask, self.positions = attention_mask(ends), positions_in_documents(ends)
+            self.ends = tokens == self.end_of_document
+            self.positions, self.masks = positions_in_documents(self.ends), {}
 
 
 def attention_mask(ends: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from launcher.models.attention_kernel import Kernel, attend
 from launcher.parallel.random import seeded
 
 Seed = int | Tensor
@@ -29,32 +30,21 @@ def attention(
     k: Tensor,
     v: Tensor,
     mask: Tensor | None,
-    is_causal: bool,
     probability: float,
     seed: Seed | None,
+    kernel: Kernel,
 ) -> Tensor:
-    """Return softmax(q k^T) v over (B, T, heads, D), with dropout of the softmax if there is a seed.
+    """Return attention over (B, T, heads, D), with dropout of the softmax if there is a seed: see `attend`.
 
     Inside a compiled graph attention with dropout keeps q, k and v, and runs again in the backward pass.
     """
     if seed is None:
-        return _attention(q, k, v, mask, is_causal, 0.0)
+        return attend(q, k, v, mask, 0.0, kernel)
     if torch.compiler.is_compiling():
-        mixed: Tensor = torch.ops.launcher.dropped_attention(q, k, v, mask, is_causal, probability, seed)
+        mixed: Tensor = torch.ops.launcher.dropped_attention(q, k, v, mask, probability, seed, *kernel)
         return mixed
     with seeded(int(seed), q.device):
-        return _attention(q, k, v, mask, is_causal, probability)
-
-
-def _attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, probability: float
-) -> Tensor:
-    is_grouped = q.shape[2] != k.shape[2]
-    mixed = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
-        attn_mask=mask, is_causal=is_causal, dropout_p=probability, enable_gqa=is_grouped,
-    )  # fmt: skip
-    return mixed.transpose(1, 2)
+        return attend(q, k, v, mask, probability, kernel)
 
 
 @torch.library.custom_op("launcher::dropout_scales", mutates_args=())
@@ -71,10 +61,12 @@ def _(like: Tensor, probability: float, seed: Tensor) -> Tensor:
 
 @torch.library.custom_op("launcher::dropped_attention", mutates_args=())
 def _dropped_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, probability: float, seed: Tensor
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, probability: float, seed: Tensor,
+    is_causal: bool, scale: float | None, cap: float | None, device: str,
+) -> Tensor:  # fmt: skip
     with seeded(int(seed), q.device):
-        return _attention(q, k, v, mask, is_causal, probability).contiguous()
+        kernel = Kernel(is_causal, scale, cap, device)
+        return attend(q, k, v, mask, probability, kernel).contiguous()
 
 
 @_dropped_attention.register_fake
@@ -84,14 +76,15 @@ def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
 
 @torch.library.custom_op("launcher::dropped_attention_backward", mutates_args=())
 def _dropped_attention_backward(
-    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool,
-    probability: float, seed: Tensor,
+    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, probability: float, seed: Tensor,
+    is_causal: bool, scale: float | None, cap: float | None, device: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     inputs = [tensor.detach().requires_grad_() for tensor in (q, k, v)]
     # An operator runs with autograd's dispatch keys excluded; here autograd itself is wanted.
     autograd = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
     with autograd, torch.enable_grad(), seeded(int(seed), q.device):
-        mixed = _attention(inputs[0], inputs[1], inputs[2], mask, is_causal, probability)
+        kernel = Kernel(is_causal, scale, cap, device)
+        mixed = attend(inputs[0], inputs[1], inputs[2], mask, probability, kernel)
         of_q, of_k, of_v = torch.autograd.grad(mixed, inputs, gradient)
     return of_q.contiguous(), of_k.contiguous(), of_v.contiguous()
 
@@ -103,15 +96,15 @@ def _(gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tenso
 
 
 def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    q, k, v, mask, ctx.is_causal, ctx.probability, seed = inputs
+    q, k, v, mask, ctx.probability, seed, *ctx.kernel = inputs
     ctx.save_for_backward(q, k, v, mask, seed)
 
 
 def _attention_gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     q, k, v, mask, seed = ctx.saved_tensors
     backward = torch.ops.launcher.dropped_attention_backward
-    gradients = backward(gradient, q, k, v, mask, ctx.is_causal, ctx.probability, seed)
-    return *gradients, None, None, None, None
+    gradients = backward(gradient, q, k, v, mask, ctx.probability, seed, *ctx.kernel)
+    return *gradients, *(None,) * (3 + len(ctx.kernel))
 
 
 _dropped_attention.register_autograd(_attention_gradients, setup_context=_keep_inputs)

@@ -1,20 +1,24 @@
-"""The two-layer perceptron of a block: GELU or SwiGLU."""
+"""The two-layer perceptron of a block: GELU, SwiGLU or GeGLU."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from launcher.config.schema import MLPKind, ModelConfig
+from launcher.config.shape import is_gated
 from launcher.models.context import BlockContext, residual_draw
 from launcher.parallel.initializer import normal
 from launcher.parallel.layers import ColumnParallelLinear, RowParallelLinear
 
 
 class MLP(nn.Module):
-    """H -> F -> H with GELU (tanh form, as in GPT-2), or with SwiGLU: gate and up in one projection."""
+    """H -> F -> H with GELU (tanh form, as in GPT-2, or exact), or gated: gate and up in one projection.
+
+    SwiGLU gates by SiLU, GeGLU by the tanh form of GELU.
+    """
 
     def __init__(self, name: str, model: ModelConfig, context: BlockContext) -> None:
         super().__init__()
-        self.gated = model.mlp is MLPKind.swiglu
+        self.kind, self.gated = model.mlp, is_gated(model)
         h, f, tp, biases = model.hidden_size, model.ffn_hidden_size, context.tp, model.biases
         up, segments = (f"{name}.gate_up", (f, f)) if self.gated else (f"{name}.up", (f,))
         self.up = ColumnParallelLinear(up, h, segments, tp, bias=biases.up, draw=normal(model.init_std))
@@ -24,5 +28,10 @@ class MLP(nn.Module):
         y = self.up(x)
         if self.gated:
             gate, up = y.chunk(2, dim=-1)
-            return self.down(F.silu(gate) * up)  # type: ignore[no-any-return]
-        return self.down(F.gelu(y, approximate="tanh"))  # type: ignore[no-any-return]
+            return self.down(self._activated(gate) * up)  # type: ignore[no-any-return]
+        return self.down(self._activated(y))  # type: ignore[no-any-return]
+
+    def _activated(self, y: Tensor) -> Tensor:
+        if self.kind is MLPKind.swiglu:
+            return F.silu(y)
+        return F.gelu(y, approximate="none" if self.kind is MLPKind.gelu_erf else "tanh")

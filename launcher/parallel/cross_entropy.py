@@ -20,19 +20,33 @@ PRODUCT_SCALE = 2.0**-8
 
 
 def linear_cross_entropy(
-    x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, vocabulary: int, axis: Axis, device: str
-) -> Tensor:
+    x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, vocabulary: int, axis: Axis, device: str,
+    cap: float | None = None,
+) -> Tensor:  # fmt: skip
     """Return the sum over all labels of the cross-entropy of X W^T + b in nats, a scalar in fp32.
 
     x (B, T, H), weight (V/tp, H), bias (V/tp,), labels (B, T); an IGNORED_LABEL adds 0. `vocabulary` is the
-    unpadded size; padding gets probability zero. The forward pass also makes the gradients of x, weight and
-    bias while the logits of a chunk exist; the backward pass multiplies them by the gradient of the sum.
+    unpadded size; padding gets probability zero. `cap` is the logits' soft cap. The
+    forward pass also makes the gradients of x, weight and bias while the logits of a chunk exist; the
+    backward pass multiplies them by the gradient of the sum.
     Forward: two all-reduces per chunk over `axis`: the maxima, then sums and label logits. Backward: no
     collective; x's gradient is this rank's part of the sum over the tensor ranks.
     """
-    arguments = labels, vocabulary, axis, device, torch.is_grad_enabled()
+    arguments = labels, vocabulary, axis, device, cap, torch.is_grad_enabled()
     loss: Tensor = _LinearCrossEntropy.apply(x, weight, bias, *arguments)  # type: ignore[no-untyped-call]
     return loss
+
+
+def soft_capped(x: Tensor, cap: float) -> Tensor:
+    """Return cap * tanh(x / cap) (Gemma 2, arXiv 2408.00118)."""
+    return cap * torch.tanh(x / cap)
+
+
+def soft_cap_(x: Tensor, cap: float) -> Tensor:
+    """Replace x by cap * tanh(x / cap), and return the derivative."""
+    tanh = x.div_(cap).tanh_().clone()
+    x.mul_(cap)
+    return tanh.square_().neg_().add_(1.0)
 
 
 def mean_loss(total: Tensor, labels: Tensor) -> Tensor:
@@ -44,7 +58,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, vocabulary: int, axis: Axis,
-        device: str, with_gradients: bool,
+        device: str, cap: float | None, with_gradients: bool,
     ) -> Tensor:  # fmt: skip
         tokens, all_labels = x.flatten(0, -2), labels.flatten()
         sizes = chunk_sizes(len(tokens), len(weight), device)
@@ -58,10 +72,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             rows = slice(start, start + size)
             chunk = logits[:size]
             _project(tokens[rows], weight, bias, chunk)
+            slope = None if cap is None else soft_cap_(chunk, cap)
             total += cross_entropy_(
                 chunk, scores[:size], all_labels[rows], vocabulary, axis, with_gradients=with_gradients
             ).sum()
             if gradients is not None:
+                chunk = chunk if slope is None else chunk.mul_(slope)
                 gradients.add(rows, tokens[rows], weight, chunk, all_labels[rows] != IGNORED_LABEL)
             start += size
         ctx.gradients, ctx.shape = gradients, x.shape
@@ -73,7 +89,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         assert ctx.gradients is not None, "the gradients of the head are given out once"
         gradients, ctx.gradients = ctx.gradients, None
         x, weight, bias = gradients.scaled(grad)
-        return x.view(ctx.shape), weight, bias, None, None, None, None, None
+        return x.view(ctx.shape), weight, bias, None, None, None, None, None, None
 
 
 def _project(x: Tensor, weight: Tensor, bias: Tensor | None, logits: Tensor) -> None:

@@ -23,7 +23,7 @@ from launcher.parallel.collectives import (
     reduce_scatter_sequence_region,
     reduce_scatter_start,
 )
-from launcher.parallel.cross_entropy import linear_cross_entropy
+from launcher.parallel.cross_entropy import linear_cross_entropy, soft_capped
 from launcher.parallel.initializer import DrawFunction, Initializer, normal, zeros
 from launcher.parallel.mesh import Axis
 from launcher.parallel.sharding import LogicalTensor
@@ -122,14 +122,19 @@ class VocabParallelEmbedding(nn.Module):
     padding the probability zero. Forward: tokens (B, T) -> (B, T, H), or (B, T/tp, H) under sequence
     parallelism, by all-reduce (or reduce-scatter) of the masked look-ups. As the head: with `labels`, hidden
     (B, T, H) -> the sum of the losses (cross_entropy.py); with `project`, hidden -> logits (B, T, V/tp), like
-    ColumnParallelLinear.
+    ColumnParallelLinear. Look-ups are multiplied by `scale`; `cap` is the logits' soft cap.
     """
 
     bias: nn.Parameter | None
 
-    def __init__(self, name: str, vocabulary: int, hidden: int, tp: TensorParallel, std: float) -> None:
+    def __init__(
+        self, name: str, vocabulary: int, hidden: int, tp: TensorParallel, std: float, scale: float = 1.0,
+        cap: float | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.tp, self.vocabulary = tp, vocabulary
+        self.tp, self.vocabulary, self.cap = tp, vocabulary, cap
+        # In the model's precision, as Gemma rounds it.
+        self.scale = float(torch.tensor(scale).to(tp.initializer.dtype))
         padded = tp.padded(vocabulary)
         self.first = tp.axis.rank * (padded // tp.axis.size)
         logical = LogicalTensor(f"{name}.weight", (vocabulary, hidden), 0, (vocabulary,), padded)
@@ -141,12 +146,21 @@ class VocabParallelEmbedding(nn.Module):
         if labels is not None:
             whole, axis = self.tp.enter(x), self.tp.axis
             return linear_cross_entropy(
-                whole, self.weight, self.bias, labels, self.vocabulary, axis, self.tp.device
+                whole, self.weight, self.bias, labels, self.vocabulary, axis, self.tp.device, self.cap
             )
-        return column_linear(x, self.weight, self.bias, self.tp) if project else self._first_use(x)
+        return self.logits(x) if project else self._first_use(x)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Return this rank's logits (B, T, V/tp)."""
+        logits = column_linear(x, self.weight, self.bias, self.tp)
+        return logits if self.cap is None else soft_capped(logits, self.cap)
 
     def _first_use(self, x: Tensor) -> Tensor:
         """Look up tokens."""
+        rows = self._looked_up(x)
+        return rows if self.scale == 1.0 else rows * self.scale
+
+    def _looked_up(self, x: Tensor) -> Tensor:
         if self.tp.axis.size == 1:
             return F.embedding(x, self.weight)
         local = x - self.first
@@ -159,9 +173,10 @@ class VocabParallelHead(VocabParallelEmbedding):
     """Untied output head: see VocabParallelEmbedding. Without `labels` and `project` it returns its input."""
 
     def __init__(
-        self, name: str, vocabulary: int, hidden: int, tp: TensorParallel, std: float, bias: bool = False
-    ) -> None:
-        super().__init__(name, vocabulary, hidden, tp, std)
+        self, name: str, vocabulary: int, hidden: int, tp: TensorParallel, std: float, scale: float = 1.0,
+        cap: float | None = None, bias: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__(name, vocabulary, hidden, tp, std, scale, cap)
         padded = tp.padded(vocabulary)
         logical = LogicalTensor(f"{name}.bias", (vocabulary,), 0, (vocabulary,), padded)
         self.bias = tp.initializer.parameter(logical, zeros) if bias else None

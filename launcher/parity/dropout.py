@@ -67,7 +67,9 @@ def recorded_draws() -> Iterator[list[Draw]]:
     def recording_dropout(x: Tensor, *arguments: Any, **options: Any) -> Tensor:
         state = _state()
         y: Tensor = dropout(x, *arguments, **options)
-        draws.append(Draw("hidden", state, int((y == 0).sum() - (x == 0).sum()), x.numel()))
+        # Attention with a soft cap drops weights (B, heads, T, T) itself.
+        kind = "attention" if x.dim() == 4 else "hidden"
+        draws.append(Draw(kind, state, int((y == 0).sum() - (x == 0).sum()), x.numel()))
         return y
 
     def recording_attention(*inputs: Tensor, dropout_p: float = 0.0, **options: Any) -> Tensor:

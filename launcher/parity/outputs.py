@@ -86,7 +86,7 @@ class OutputRecorder:
         if "labels" in options:
             assert isinstance(module, layers.VocabParallelEmbedding)
             with torch.no_grad():
-                logits = layers.column_linear(inputs[0], module.weight, module.bias, module.tp)
+                logits = module.logits(inputs[0])
             self._record(module, "head", logits, logical_of(module.weight))
 
     def _record(

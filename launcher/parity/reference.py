@@ -6,6 +6,7 @@ mistake in the layers.
 """
 
 import hashlib
+import math
 from collections.abc import Iterator
 from itertools import pairwise
 
@@ -20,10 +21,14 @@ from launcher.config.schema import (
     MLPKind,
     ModelConfig,
     NormKind,
+    NormPlacement,
     OptimizerConfig,
     OptimizerName,
     Pooling,
     PositionKind,
+    QueryKeyNorm,
+    ResidualKind,
+    RopeScalingKind,
     RunConfig,
 )
 from launcher.config.shape import end_of_document, position_count, sequence_length, vision_tokens
@@ -66,7 +71,8 @@ def _all_weights(model: ModelConfig) -> dict[str, tuple[tuple[int, ...], float]]
     h, std, biases = model.hidden_size, model.init_std, model.biases
     size, kv_heads = model.head_size or h // model.num_heads, model.num_kv_heads or model.num_heads
     queries, fused = model.num_heads * size, (model.num_heads + 2 * kv_heads) * size
-    is_gated = model.mlp is MLPKind.swiglu
+    is_gated = model.mlp in (MLPKind.swiglu, MLPKind.geglu)
+    placement = model.norm_placement
     first, width = ("gate_up", 2 * model.ffn_hidden_size) if is_gated else ("up", model.ffn_hidden_size)
     residual = std / (2 * model.num_layers) ** 0.5
     weights: dict[str, tuple[tuple[int, ...], float]] = {}
@@ -76,10 +82,17 @@ def _all_weights(model: ModelConfig) -> dict[str, tuple[tuple[int, ...], float]]
         if has_bias:
             weights[f"{name}.bias"] = (outputs,), 0.0
 
-    def norm(name: str) -> None:
-        weights[f"{name}.weight"] = (h,), 0.0
-        if model.norm is NormKind.layer_norm:
+    def norm(name: str, exists: bool = True) -> None:
+        if exists:
+            weights[f"{name}.weight"] = (h,), 0.0
+        if exists and model.norm is NormKind.layer_norm:
             weights[f"{name}.bias"] = (h,), 0.0
+
+    def head_norms(name: str) -> None:
+        if model.query_key_norm is not QueryKeyNorm.none:
+            is_head = model.query_key_norm is QueryKeyNorm.head
+            weights[f"{name}.query_norm.weight"] = (size if is_head else queries,), 0.0
+            weights[f"{name}.key_norm.weight"] = (size if is_head else kv_heads * size,), 0.0
 
     if model.inputs is InputKind.patches:
         linear("patches", h, model.image_channels * model.patch_size**2, std, has_bias=True)
@@ -90,12 +103,15 @@ def _all_weights(model: ModelConfig) -> dict[str, tuple[tuple[int, ...], float]]
     if model.positions is PositionKind.learned:
         linear("positions", position_count(model), h, std, has_bias=False)
     for name in (f"blocks.{index}" for index in range(model.num_layers)):
-        norm(f"{name}.attention_norm")
+        norm(f"{name}.attention_norm", placement is not NormPlacement.post)
         linear(f"{name}.attention.qkv", fused, h, std, biases.qkv)
+        head_norms(f"{name}.attention")
         linear(f"{name}.attention.output", h, queries, residual, biases.output)
-        norm(f"{name}.mlp_norm")
+        norm(f"{name}.attention_output_norm", placement is not NormPlacement.pre)
+        norm(f"{name}.mlp_norm", placement is not NormPlacement.post)
         linear(f"{name}.mlp.{first}", width, h, std, biases.up)
         linear(f"{name}.mlp.down", h, model.ffn_hidden_size, residual, biases.down)
+        norm(f"{name}.mlp_output_norm", placement is not NormPlacement.pre)
     norm("final_norm")
     if not model.tie_embeddings:
         outputs = model.num_classes if model.inputs is InputKind.patches else model.vocab_size
@@ -192,22 +208,43 @@ def forward(w: Weights, model: ModelConfig, inputs: Tensor, outputs: Weights, sp
     if model.inputs is InputKind.patches:
         x = outputs["patches"] = _patches(w, model, inputs)
     else:
-        x = outputs["embedding"] = w["embedding.weight"][inputs]
+        x = outputs["embedding"] = w["embedding.weight"][inputs] * model.embedding_scale
     if model.positions is PositionKind.learned:
         places = [torch.cat([torch.arange(end - start) for start, end in sample]) for sample in spans]
         x = outputs["positions"] = x + w["positions.weight"][torch.stack(places)]
     for index in range(model.num_layers):
-        name = f"blocks.{index}"
-        y = _norm(w, f"{name}.attention_norm", model, x, outputs)
-        x = x + _attention(w, f"{name}.attention", model, y, outputs, spans)
-        y = _norm(w, f"{name}.mlp_norm", model, x, outputs)
-        x = x + _mlp(w, f"{name}.mlp", model, y, outputs)
+        x = _block(w, index, model, x, outputs, spans)
     x = _norm(w, "final_norm", model, x, outputs)
     if model.inputs is InputKind.patches:
         x = x[:, :1] if model.pooling is Pooling.class_token else x.mean(1, keepdim=True)
     logits = x @ w["embedding.weight" if model.tie_embeddings else "head.weight"].T
-    outputs["head"] = logits + w["head.bias"] if model.biases.head else logits
-    return outputs["head"]
+    logits = logits + w["head.bias"] if model.biases.head else logits
+    if model.logit_soft_cap is not None:
+        logits = model.logit_soft_cap * torch.tanh(logits / model.logit_soft_cap)
+    outputs["head"] = logits
+    return logits
+
+
+def _block(w: Weights, index: int, model: ModelConfig, x: Tensor, outputs: Weights, spans: Spans) -> Tensor:
+    name, before = f"blocks.{index}", model.norm_placement in (NormPlacement.pre, NormPlacement.sandwich)
+    after = model.norm_placement in (NormPlacement.post, NormPlacement.sandwich)
+    every = model.full_attention_every
+    is_local = model.sliding_window is not None and (every is None or index % every != every - 1)
+
+    def attention(x: Tensor) -> Tensor:
+        y = _norm(w, f"{name}.attention_norm", model, x, outputs) if before else x
+        y = _attention(w, f"{name}.attention", model, y, outputs, spans, is_local)
+        return _norm(w, f"{name}.attention_output_norm", model, y, outputs) if after else y
+
+    def mlp(x: Tensor) -> Tensor:
+        y = _norm(w, f"{name}.mlp_norm", model, x, outputs) if before else x
+        y = _mlp(w, f"{name}.mlp", model, y, outputs)
+        return _norm(w, f"{name}.mlp_output_norm", model, y, outputs) if after else y
+
+    if model.residual is ResidualKind.parallel:
+        return x + attention(x) + mlp(x)
+    x = x + attention(x)
+    return x + mlp(x)
 
 
 def _patches(w: Weights, model: ModelConfig, images: Tensor) -> Tensor:
@@ -236,53 +273,111 @@ def _norm(w: Weights, name: str, model: ModelConfig, x: Tensor, outputs: Weights
 
 
 def _attention(
-    w: Weights, name: str, model: ModelConfig, x: Tensor, outputs: Weights, spans: Spans
+    w: Weights, name: str, model: ModelConfig, x: Tensor, outputs: Weights, spans: Spans, is_local: bool
 ) -> Tensor:
     fused = _linear(w, f"{name}.qkv", x, model.biases.qkv, outputs)
-    mixed = [
-        torch.cat([_mixed(model, sample[None, start:end]) for start, end in documents], dim=1)
-        for sample, documents in zip(fused, spans, strict=True)
-    ]
-    return _linear(w, f"{name}.output", torch.cat(mixed), model.biases.output, outputs)
-
-
-def _mixed(model: ModelConfig, fused: Tensor) -> Tensor:
-    """Queries, keys and values (B, T, (N + 2K) D) of whole documents -> (B, T, N D)."""
-    batch, length, _ = fused.shape
     heads, kv_heads = model.num_heads, model.num_kv_heads or model.num_heads
     size = model.head_size or model.hidden_size // heads
-    q, k, v = fused.split([heads * size, kv_heads * size, kv_heads * size], dim=-1)
-    q, k, v = (x.view(batch, length, -1, size).transpose(1, 2) for x in (q, k, v))
+    parts = fused.split([heads * size, kv_heads * size, kv_heads * size], dim=-1)
+    q, k, v = (part.unflatten(-1, (-1, size)).transpose(1, 2) for part in parts)
+    if model.query_key_norm is not QueryKeyNorm.none:
+        q = _head_norm(q, w[f"{name}.query_norm.weight"], model)
+        k = _head_norm(k, w[f"{name}.key_norm.weight"], model)
+    mixed = [
+        torch.cat([_mixed(model, q[i, :, a:b], k[i, :, a:b], v[i, :, a:b], is_local) for a, b in documents])
+        for i, documents in enumerate(spans)
+    ]
+    return _linear(w, f"{name}.output", torch.stack(mixed), model.biases.output, outputs)
+
+
+def _head_norm(x: Tensor, weight: Tensor, model: ModelConfig) -> Tensor:
+    """Return (B, heads, T, D) over its root mean square, of each head or of all heads of a position."""
+    dims = -1 if model.query_key_norm is QueryKeyNorm.head else (1, 3)
+    y = x / (x.square().mean(dims, keepdim=True) + model.norm_epsilon).sqrt()
+    return y * weight.view(-1, 1, x.shape[-1])
+
+
+def _mixed(model: ModelConfig, q: Tensor, k: Tensor, v: Tensor, is_local: bool) -> Tensor:
+    """Queries (N, T, D), keys and values (K, T, D) of a whole document -> (T, N D)."""
+    heads, length, size = q.shape
     if model.positions is PositionKind.rope:
-        q, k = _rotated(q, model.rope_theta), _rotated(k, model.rope_theta)
-    k, v = (t.repeat_interleave(heads // kv_heads, dim=1) for t in (k, v))
-    scores = q @ k.transpose(2, 3) / size**0.5
+        q, k = _rotated(q, model, is_local), _rotated(k, model, is_local)
+    k, v = (t.repeat_interleave(heads // len(k), dim=0) for t in (k, v))
+    scores = q @ k.transpose(1, 2) / (model.attention_scale_size or size) ** 0.5
+    if model.attention_soft_cap is not None:
+        scores = model.attention_soft_cap * torch.tanh(scores / model.attention_soft_cap)
+    distance = torch.arange(length)[:, None] - torch.arange(length)
     if model.attention is AttentionKind.causal:
-        future = torch.ones(length, length, dtype=torch.bool).triu(1)
-        scores = scores.masked_fill(future, float("-inf"))
-    mixed = scores.softmax(-1) @ v
-    flat: Tensor = mixed.transpose(1, 2).reshape(batch, length, heads * size)
-    return flat
+        scores = scores.masked_fill(distance < 0, float("-inf"))
+    if is_local:
+        assert model.sliding_window is not None
+        scores = scores.masked_fill(distance >= model.sliding_window, float("-inf"))
+    mixed: Tensor = scores.softmax(-1) @ v
+    return mixed.transpose(0, 1).flatten(1)
 
 
-def _rotated(x: Tensor, theta: float) -> Tensor:
-    """Rotate each pair (x_i, x_{i + D/2}) at position t by t theta^(-2i/D), as complex numbers."""
+def _rotated(x: Tensor, model: ModelConfig, is_local: bool) -> Tensor:
+    """Rotate each pair (x_i, x_{i + R/2}) of the first R channels, as complex numbers.
+
+    The angle at position t is t theta^(-2i/R), or less if positions are scaled.
+    """
     length, size = x.shape[-2:]
-    pairs = torch.complex(x[..., : size // 2], x[..., size // 2 :])
-    frequencies = theta ** (-torch.arange(0, size, 2, dtype=torch.float32) / size)
-    angles = torch.arange(length, dtype=torch.float32)[:, None] * frequencies
-    turned = pairs * torch.polar(torch.ones_like(angles), angles)
-    return torch.cat([turned.real, turned.imag], dim=-1)
+    rotated = int(size * model.rotary_fraction)
+    pairs = torch.complex(x[..., : rotated // 2], x[..., rotated // 2 : rotated])
+    is_scaled = not (is_local and model.local_rope_theta is not None)
+    theta = model.rope_theta if is_scaled or model.local_rope_theta is None else model.local_rope_theta
+    angles, factor = [], 1.0
+    for pair in range(rotated // 2):
+        frequency = theta ** (-2 * pair / rotated)
+        if is_scaled:
+            frequency, factor = _scaled(frequency, pair, rotated, model)
+        angles.append(torch.arange(length, dtype=torch.float32) * frequency)
+    turns = torch.stack(angles, dim=-1)
+    turned = pairs * torch.polar(torch.full_like(turns, factor), turns)
+    return torch.cat([turned.real, turned.imag, x[..., rotated:]], dim=-1)
+
+
+def _scaled(frequency: float, pair: int, rotated: int, model: ModelConfig) -> tuple[float, float]:
+    """Return a frequency after scaling, and the factor of the rotated channels."""
+    s = model.rope_scaling
+    if s.kind is RopeScalingKind.none:
+        return frequency, 1.0
+    if s.kind is RopeScalingKind.linear:
+        return frequency / s.factor, 1.0
+    assert s.original_length is not None
+    if s.kind is RopeScalingKind.llama3:
+        wavelength = 2 * math.pi / frequency
+        if wavelength < s.original_length / s.high_frequency_factor:
+            return frequency, 1.0
+        if wavelength > s.original_length / s.low_frequency_factor:
+            return frequency / s.factor, 1.0
+        smooth = s.original_length / wavelength - s.low_frequency_factor
+        smooth /= s.high_frequency_factor - s.low_frequency_factor
+        return (1 - smooth) * frequency / s.factor + smooth * frequency, 1.0
+    # YaRN (arXiv 2309.00071): a ramp between the pairs that turn beta_fast and beta_slow times.
+    low, high = (
+        rotated * math.log(s.original_length / (2 * math.pi * beta)) / (2 * math.log(model.rope_theta))
+        for beta in (s.beta_fast, s.beta_slow)
+    )
+    low, high = max(math.floor(low), 0), min(math.ceil(high), rotated - 1)
+    ramp = min(max((pair - low) / ((high - low) or 0.001), 0.0), 1.0)
+    factor = 0.1 * math.log(s.factor) + 1 if s.attention_factor is None else s.attention_factor
+    return frequency / s.factor * ramp + frequency * (1 - ramp), factor
 
 
 def _mlp(w: Weights, name: str, model: ModelConfig, x: Tensor, outputs: Weights) -> Tensor:
-    if model.mlp is MLPKind.swiglu:
+    if model.mlp in (MLPKind.swiglu, MLPKind.geglu):
         gate, up = _linear(w, f"{name}.gate_up", x, model.biases.up, outputs).chunk(2, dim=-1)
-        activated = gate * torch.sigmoid(gate) * up
-    else:  # the tanh form of GELU (Hendrycks & Gimpel, arXiv 1606.08415)
+        activated = (gate * torch.sigmoid(gate) if model.mlp is MLPKind.swiglu else _gelu(gate)) * up
+    else:
         y = _linear(w, f"{name}.up", x, model.biases.up, outputs)
-        activated = 0.5 * y * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (y + 0.044715 * y**3)))
+        activated = y * (1 + torch.erf(y / 2**0.5)) / 2 if model.mlp is MLPKind.gelu_erf else _gelu(y)
     return _linear(w, f"{name}.down", activated, model.biases.down, outputs)
+
+
+def _gelu(y: Tensor) -> Tensor:
+    """Return the tanh form of GELU (Hendrycks & Gimpel, arXiv 1606.08415)."""
+    return 0.5 * y * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (y + 0.044715 * y**3)))
 
 
 def probe_batches(run: RunConfig) -> Iterator[GlobalBatch]:

@@ -88,8 +88,26 @@ def _shrink_model(small: RunConfig, run: RunConfig, layout: Layout) -> None:
         small.data.sequence_length = None if whole else tensor * 4
     if small.data.end_of_document is not None or small.data.source is CorpusSource.tokens:
         small.data.end_of_document = 0
+    _shrink_attention(small, run)
     # At the usual 0.02 the blocks of a small model add almost nothing to the residual stream.
     m.init_std = 0.1
+
+
+def _shrink_attention(small: RunConfig, run: RunConfig) -> None:
+    """Make windows, scaled positions and soft caps such that they change the numbers of short sequences."""
+    m, length = small.model, sequence_length(small)
+    if m.sliding_window is not None:
+        m.sliding_window = max(1, 3 * length // 8)
+    if m.full_attention_every is not None:
+        m.full_attention_every = min(2, m.full_attention_every)
+    if m.rope_scaling.original_length is not None:
+        m.rope_scaling.original_length = max(1, length // 2)
+    if m.attention_scale_size is not None:
+        m.attention_scale_size *= head_size(m) / head_size(run.model)
+    for name in ("attention_soft_cap", "logit_soft_cap"):
+        if getattr(m, name) is not None:
+            setattr(m, name, min(1.0, getattr(m, name)))
+    m.embedding_scale = min(8.0, m.embedding_scale)
 
 
 def _shrink_training(small: RunConfig, layout: Layout) -> None:
@@ -120,6 +138,7 @@ def _changes(run: RunConfig, small: RunConfig) -> list[str]:
 
 def parameter_order(model: ModelConfig) -> list[str]:
     """Return prefixes of the logical names in forward order."""
-    parts = "attention_norm attention.qkv attention.output mlp_norm mlp.up mlp.gate_up mlp.down".split()
+    parts = "attention_norm attention.qkv attention.query_norm attention.key_norm attention.output".split()
+    parts += "attention_output_norm mlp_norm mlp.up mlp.gate_up mlp.down mlp_output_norm".split()
     blocks = [f"blocks.{index}.{part}" for index in range(model.num_layers) for part in parts]
     return ["embedding", "patches", "positions", *blocks, "final_norm", "head"]

@@ -27,6 +27,7 @@ from launcher.models.blocks import TransformerBlock
 from launcher.models.compiled import BlockRunner
 from launcher.models.context import BlockContext, rotary_tables
 from launcher.models.documents import Documents
+from launcher.models.masks import AttentionMasks
 from launcher.parallel.dtypes import TORCH_DTYPES
 from launcher.parallel.initializer import Initializer
 from launcher.parallel.layers import TensorParallel
@@ -126,8 +127,8 @@ def _stage(run: RunConfig, rank: Rank, chunk: int, axis: Axis, target: str) -> F
     random = DropoutRandom(0, stage=0, data_rank=0, tensor_rank=axis.rank)
     documents = _Documents(run)
     rotary = rotary_tables(run.model)
-    runner = BlockRunner(axis, is_compiled=False)
-    context = BlockContext(tp, random, p.activation_checkpointing, documents, rotary, runner)
+    masks, runner = AttentionMasks(run.model, documents), BlockRunner(axis, is_compiled=False)
+    context = BlockContext(tp, random, p.activation_checkpointing, documents, masks, rotary, runner)
     layers = model_layers(run.model, context)
     stage = rank.chunks[chunk]
     front = next(index for index, layer in enumerate(layers) if layer.module is TransformerBlock)

@@ -77,6 +77,26 @@ UNPUBLISHED = {
         "model=llama_tiny", "model.norm=layer_norm", "model.head_size=8", "model.biases.qkv=true",
         "model.biases.down=true",
     ],
+    "norms before and after, geglu, capped scores and logits, scaled embedding, windows in turn": [
+        "model=llama_tiny", "model.norm_placement=sandwich", "model.mlp=geglu", "model.attention_soft_cap=50",
+        "model.logit_soft_cap=30", "model.embedding_scale=8", "model.attention_scale_size=24",
+        "model.sliding_window=24", "model.full_attention_every=2", "model.tie_embeddings=true",
+    ],
+    "norms after, norms of all query heads together, scaled positions": [
+        "model=llama_tiny", "model.norm_placement=post", "model.query_key_norm=projection",
+        "model.rope_scaling.kind=yarn", "model.rope_scaling.factor=4",
+        "model.rope_scaling.original_length=32",
+    ],
+    "norms of each head, a window, positions of its own for it, biases of queries": [
+        "model=llama_tiny", "model.query_key_norm=head", "model.sliding_window=24",
+        "model.full_attention_every=3", "model.local_rope_theta=100", "model.biases.qkv=true",
+        "model.rope_scaling.kind=llama3", "model.rope_scaling.factor=8",
+        "model.rope_scaling.original_length=16",
+    ],
+    "parallel residual, half of each head rotated, exact gelu, layer norm": [
+        "model=llama_tiny", "model.residual=parallel", "model.rotary_fraction=0.5", "model.mlp=gelu_erf",
+        "model.norm=layer_norm", "model.num_kv_heads=null", "model.biases.up=true", "model.biases.down=true",
+    ],
     "images, rope, swiglu, rms norm, causal, no head bias": [
         "model=vit_tiny", "data=image_folder", "data.train=images", "model.norm=rms_norm",
         "model.positions=rope", "model.mlp=swiglu", "model.attention=causal", "model.num_kv_heads=2",

@@ -19,7 +19,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from launcher.commands.ready import ready
-from launcher.config import deepspeed_keys, layout, numbers, slurm_rules, validate, world
+from launcher.config import attention_rules, deepspeed_keys, layout, numbers, slurm_rules, validate, world
 from launcher.config.errors import ConfigError
 from launcher.config.fields import fields_of
 from launcher.config.layout import Layout
@@ -179,7 +179,9 @@ class TestMessages:
                 for offer in offers:
                     assert check(refusal, [*overrides, *offer])
 
-    @pytest.mark.parametrize("module", [validate, layout, world, numbers, deepspeed_keys, slurm_rules])
+    @pytest.mark.parametrize(
+        "module", [validate, attention_rules, layout, world, numbers, deepspeed_keys, slurm_rules]
+    )
     def test_every_raise_has_a_case(self, module: ModuleType) -> None:
         assert module.__file__
         raises = [n for n in ast.walk(ast.parse(inspect.getsource(module))) if isinstance(n, ast.Raise)]

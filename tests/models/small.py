@@ -14,9 +14,14 @@ from launcher.config.schema import (
     MLPKind,
     ModelConfig,
     NormKind,
+    NormPlacement,
     ParallelismConfig,
     Pooling,
     PositionKind,
+    QueryKeyNorm,
+    ResidualKind,
+    RopeScalingConfig,
+    RopeScalingKind,
     RunConfig,
     TrainingConfig,
 )
@@ -62,6 +67,43 @@ PARTS: dict[str, dict[str, Any]] = {
         "biases": ("output", "up", "down"),
         "head_size": 2,
         "tie_embeddings": True,
+    },
+}
+# The parts of later architectures, each part in one of them.
+PARTS |= {
+    "head norms, scaled rotary, windows in turn": {
+        **PARTS["llama"],
+        "biases": ("qkv",),
+        "query_key_norm": QueryKeyNorm.head,
+        "rope_scaling": RopeScalingConfig(RopeScalingKind.llama3, factor=8.0, original_length=8),
+        "sliding_window": 12,
+        "full_attention_every": 2,
+        "local_rope_theta": 20.0,
+    },
+    "norms after, joined head norms, yarn": {
+        **PARTS["llama"],
+        "norm_placement": NormPlacement.post,
+        "query_key_norm": QueryKeyNorm.projection,
+        "rope_scaling": RopeScalingConfig(RopeScalingKind.yarn, factor=4.0, original_length=8),
+    },
+    "norms around, geglu, soft caps, window": {
+        **PARTS["llama"],
+        "tie_embeddings": True,
+        "norm_placement": NormPlacement.sandwich,
+        "mlp": MLPKind.geglu,
+        "sliding_window": 12,
+        "attention_scale_size": 9.0,
+        "attention_soft_cap": 2.0,
+        "logit_soft_cap": 3.0,
+        "embedding_scale": 2.0,
+    },
+    "parallel residual, half rotated, exact gelu": {
+        **PARTS["gpt"],
+        "positions": PositionKind.rope,
+        "mlp": MLPKind.gelu_erf,
+        "residual": ResidualKind.parallel,
+        "rotary_fraction": 0.5,
+        "tie_embeddings": False,
     },
 }
 PUBLISHED = ["gpt", "llama"]

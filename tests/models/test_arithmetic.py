@@ -89,6 +89,13 @@ PUBLISHED = {
     "gpt2_xl": 1_557_611_200,  # and of "gpt2-xl"
     "llama3_8b": 8_030_261_248,  # meta-llama/Meta-Llama-3-8B's safetensors
     "llama3_70b": 70_553_706_496,  # meta-llama/Meta-Llama-3-70B's
+    "llama3_1_8b": 8_030_261_248,  # meta-llama/Llama-3.1-8B's
+    "llama3_2_1b": 1_235_814_400,  # meta-llama/Llama-3.2-1B's
+    "qwen3_0_6b": 596_049_920,  # Qwen/Qwen3-0.6B's
+    "qwen3_8b": 8_190_735_360,  # Qwen/Qwen3-8B's
+    "mistral_7b": 7_241_732_096,  # mistralai/Mistral-7B-v0.1's
+    "gemma2_2b": 2_614_341_888,  # google/gemma-2-2b's
+    "olmo2_7b": 7_298_617_344,  # allenai/OLMo-2-1124-7B's
     "vit_b16": 86_567_656,  # transformers' ViTForImageClassification of "google/vit-base-patch16-224"
 }
 

@@ -55,7 +55,7 @@ def test_a_shorter_sequence_uses_the_same_tables() -> None:
     assert len(tables.of(12, x)[0]) == 12
 
 
-@pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.parametrize("parts", list(PARTS)[:4])
 def test_attention_copies_nothing(parts: str) -> None:
     """The kernel reads views of the projection. One join of gradients per block goes back to it."""
     model = build(small(parts))

@@ -38,7 +38,7 @@ def test_positions_by_hand() -> None:
 def test_without_an_end_there_are_none() -> None:
     documents = Documents(None)
     documents.begin(PACKED)
-    assert documents.mask is None
+    assert documents.ends is None
     assert documents.positions is None
 
 

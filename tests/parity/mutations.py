@@ -18,9 +18,12 @@ import launcher.data.sampler as sampler
 import launcher.engine.flat as flat
 import launcher.engine.update_guard as update_guard
 import launcher.models.attention as attention
+import launcher.models.attention_kernel as attention_kernel
 import launcher.models.context as context
 import launcher.models.dropout as dropout
 import launcher.models.losses as losses
+import launcher.models.masks as masks
+import launcher.models.norms as norms
 import launcher.models.positions as positions
 import launcher.models.rotary as rotary
 import launcher.parallel.cross_entropy as cross_entropy
@@ -162,7 +165,8 @@ def learned_positions_not_offset() -> None:
     """Every rank uses the positions of the first sequence shard."""
 
     def forward(self: positions.LearnedPositions, x: Tensor) -> Tensor:
-        return self.dropout(x + self.tp.replicated(self.weight)[: x.shape[1]])  # type: ignore[no-any-return]
+        x = x + self.tp.replicated(self.weight)[: x.shape[1]]
+        return self.dropout(x, self.dropout.seed())  # type: ignore[no-any-return]
 
     positions.LearnedPositions.forward = forward  # type: ignore[method-assign]
 
@@ -304,11 +308,63 @@ def masks_left_out() -> None:
     context.HiddenDropout.forward = lambda self, x, seed: x  # type: ignore[method-assign]
 
 
+def rotary_scaling_left_out() -> None:
+    rotary.scaled = lambda plain, *_: plain
+
+
+def window_left_out() -> None:
+    right = masks.additive
+    masks.additive = lambda allowed, _, dtype: right(allowed, None, dtype)
+
+
+def window_of_one_position_more() -> None:
+    right = masks.additive
+    masks.additive = lambda allowed, window, dtype: right(allowed, window and window + 1, dtype)
+
+
+def window_forgets_documents() -> None:
+    """With a window, positions see earlier documents."""
+    right = masks.additive
+
+    def additive(allowed: Tensor, window: int | None, dtype: Any) -> Tensor:
+        return right(allowed if window is None else (allowed | True).tril(), window, dtype)
+
+    masks.additive = additive
+
+
+def rotary_base_of_windows_ignored() -> None:
+    right = rotary.RotaryTables.of
+    rotary.RotaryTables.of = lambda self, length, x, **_: right(self, length, x)  # type: ignore[method-assign]
+
+
+def scores_not_capped() -> None:
+    attention_kernel.soft_capped = lambda x, cap: x
+
+
+def slope_of_the_logits_cap_left_out() -> None:
+    right = cross_entropy.soft_cap_
+    cross_entropy.soft_cap_ = lambda x, cap: right(x, cap).fill_(1.0)
+
+
+def head_norm_gradients_not_reduced() -> None:
+    norms.copy_region = lambda x, axis: x
+
+
+def joined_head_norm_of_the_local_heads() -> None:
+    norms.reduce_region = lambda x, axis: x * axis.size
+
+
 LLAMA, GPT = "model=llama_tiny", "model=gpt_tiny"
 TP = "parallelism=tp2 parallelism.data=1"
 SP = f"{TP} parallelism.sequence_parallel=true"
 DP = "parallelism=dp parallelism.data=2"
 PP = "parallelism=pp2 parallelism.data=1"
+
+HEAD_NORM, JOINED = "model.query_key_norm=head", "model.query_key_norm=projection"
+WINDOW = "model.sliding_window=64"
+SCALED = "model.rope_scaling.kind=llama3 model.rope_scaling.factor=8 model.rope_scaling.original_length=16"
+# Attention that is right for the first token, which sees itself alone.
+SCORES = ("blocks.0.attention.output", "right for the first token", "mask or scale")
 
 MUTATIONS = {
     "no all-reduce after the row layer": Mutation(
@@ -427,6 +483,33 @@ MUTATIONS = {
         last_chunk_without_gradient,
         f"{LLAMA} {DP}",
         ("not by a constant ratio; the loss is right", "goes wrong at head.weight"),
+    ),
+    "rotary scaling left out": Mutation(rotary_scaling_left_out, f"{LLAMA} {TP} {SCALED}", SCORES),
+    "sliding window left out": Mutation(window_left_out, f"{LLAMA} {SP} {WINDOW}", SCORES),
+    "sliding window of one position more": Mutation(
+        window_of_one_position_more, f"{LLAMA} {PP} {WINDOW}", SCORES
+    ),
+    "sliding window across documents": Mutation(
+        window_forgets_documents, f"{LLAMA} {TP} {WINDOW} data.document_attention=true", SCORES
+    ),
+    "rotary base of windows ignored": Mutation(
+        rotary_base_of_windows_ignored, f"{LLAMA} {TP} {WINDOW} model.local_rope_theta=100", SCORES
+    ),
+    "attention scores not capped": Mutation(
+        scores_not_capped, f"{LLAMA} {TP} model.attention_soft_cap=1 model.query_key_norm=head", SCORES
+    ),
+    "slope of the logits' soft cap left out": Mutation(
+        slope_of_the_logits_cap_left_out,
+        f"{LLAMA} {DP} model.logit_soft_cap=1",
+        ("not by a constant ratio; the loss is right", "goes wrong at head.weight"),
+    ),
+    "head-norm gradients not reduced over tensor ranks": Mutation(
+        head_norm_gradients_not_reduced,
+        f"{LLAMA} {TP} {HEAD_NORM}",
+        ("norm.weight", "every sharded weight is right", "norm weights"),
+    ),
+    "norm of all heads taken over the rank's heads": Mutation(
+        joined_head_norm_of_the_local_heads, f"{LLAMA} {TP} {JOINED}", SCORES
     ),
     "column layer's input gradient not reduced": Mutation(
         column_gradient_not_reduced, f"{LLAMA} {TP}", ("are wrong too", "column layer's input gradient")

@@ -13,6 +13,15 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("parts", [name for name in UNPUBLISHED if "images" not in name])
+def test_any_text_parts_agree_under_zero_3_with_documents(parts: str) -> None:
+    layout = ["parallelism=zero3", "parallelism.data=2", "parallelism.tensor=2"]
+    layout += ["parallelism.activation_checkpointing=selective", "data.document_attention=true"]
+    result = plain_sgd_pass(small_run(*UNPUBLISHED[parts], *layout, steps=1))
+    assert result.ok, (result.diagnosis, worst(result))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("parts", UNPUBLISHED)
 def test_any_parts_agree_with_the_reference(parts: str, layout: str) -> None:

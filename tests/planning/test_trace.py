@@ -123,6 +123,15 @@ IMAGES = [
     "model.image_channels=3", *(one for one in SMALL if "max_sequence" not in one),
 ]  # fmt: skip
 OTHERS = {
+    "documents and windows, grouped heads": [
+        "model=llama_tiny", *SMALL, "data.document_attention=true", "model.sliding_window=24",
+        "model.full_attention_every=2", "model.head_size=24", "precision=bf16", "hardware.device=cuda",
+        "parallelism.tensor=2",
+    ],
+    "documents, windows and soft caps": [
+        "model=llama_tiny", *SMALL, "data.document_attention=true", "model.sliding_window=24",
+        "model.full_attention_every=2", "model.attention_soft_cap=20", "precision=bf16",
+    ],
     "images": [*IMAGES, "parallelism.tensor=2"],
     "images, pipeline": [*IMAGES, "parallelism.pipeline=2", "precision=bf16", "hardware.device=cuda"],
     "images, sequence": [*IMAGES, "parallelism.tensor=2", "parallelism.sequence_parallel=true"],

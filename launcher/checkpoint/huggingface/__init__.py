@@ -2,41 +2,54 @@
 
 from typing import Any
 
-from launcher.checkpoint.huggingface import gpt2, llama
 from launcher.checkpoint.huggingface.adapter import Adapter, Entry, NotConvertible
+from launcher.checkpoint.huggingface.gemma import GEMMA2, GEMMA3
+from launcher.checkpoint.huggingface.gpt2 import GPT2
+from launcher.checkpoint.huggingface.gpt_neox import GPT_NEOX
+from launcher.checkpoint.huggingface.llama import LLAMA, MISTRAL, OLMO2, QWEN2, QWEN3
 from launcher.config.schema import ModelConfig
 
 __all__ = [
+    "ADAPTERS",
     "Adapter",
     "Entry",
     "NotConvertible",
     "adapter_of",
     "model_of",
-    "setting_names",
-    "setting_of",
     "titles",
 ]
 
-ADAPTERS = (gpt2.ADAPTER, llama.ADAPTER)
+# A model that several can express is exported as the first of them, unless it was imported as another.
+ADAPTERS = (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, OLMO2, GEMMA2, GEMMA3, GPT_NEOX)
 
 
 def titles(conjunction: str) -> str:
-    """Return the names of the model types, such as `GPT-2 and Llama`."""
-    return f" {conjunction} ".join(adapter.title for adapter in ADAPTERS)
+    """Return the names of the model types, such as `GPT-2, Llama and Mistral`."""
+    *others, last = (adapter.title for adapter in ADAPTERS)
+    return f"{', '.join(others)} {conjunction} {last}"
 
 
 def model_of(theirs: dict[str, Any]) -> ModelConfig:
     """Return the model that a config.json describes. Raises NotConvertible."""
+    if quantised := theirs.get("quantization_config"):
+        method = quantised.get("quant_method", "an unknown method")
+        raise NotConvertible(
+            f"its weights are quantised ({method}), and the launcher trains fp32, bf16 and fp16 weights"
+        )
     for adapter in ADAPTERS:
         if adapter.model_type == theirs.get("model_type"):
             return adapter.model_of(theirs)
-    known = " and ".join(adapter.model_type for adapter in ADAPTERS)
+    known = ", ".join(adapter.model_type for adapter in ADAPTERS)
     raise NotConvertible(f"model_type is {theirs.get('model_type')!r}, and only {known} are known")
 
 
-def adapter_of(model: ModelConfig) -> Adapter:
-    """Return the adapter that can express a model. Raises NotConvertible, naming what the closest cannot."""
-    closest = min(ADAPTERS, key=lambda adapter: len(adapter.differences(model)))
+def adapter_of(model: ModelConfig, model_type: str | None = None) -> Adapter:
+    """Return an adapter that can express a model, if possible of `model_type`.
+
+    Raises NotConvertible, naming what the closest adapter cannot express.
+    """
+    preferred = sorted(ADAPTERS, key=lambda adapter: adapter.model_type != model_type)
+    closest = min(preferred, key=lambda adapter: len(adapter.differences(model)))
     if differences := closest.differences(model):
         has = ", ".join(differences)
         raise NotConvertible(f"only {titles('and')} models can be exported; this model has {has}")

@@ -2,18 +2,38 @@
 
 from collections.abc import Callable, Iterator
 from copy import deepcopy
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 from launcher.config.errors import as_typed, value_of
-from launcher.config.schema import AttentionKind, BiasesConfig, InputKind, ModelConfig
+from launcher.config.schema import (
+    AttentionKind,
+    InputKind,
+    ModelConfig,
+    NormPlacement,
+    QueryKeyNorm,
+    ResidualKind,
+)
 from launcher.config.shape import head_size, kv_heads
-from launcher.parallel.boxes import Box, whole
+from launcher.parallel.boxes import Box
 
+# Parts of every language model of theirs, unless its adapter says otherwise.
 TEXT = {
     "inputs": InputKind.tokens,
     "attention": AttentionKind.causal,
-}  # parts of every language model of theirs
+    "norm_placement": NormPlacement.pre,
+    "query_key_norm": QueryKeyNorm.none,
+    "residual": ResidualKind.sequential,
+    "rotary_fraction": 1.0,
+    "sliding_window": None,
+    "full_attention_every": None,
+    "local_rope_theta": None,
+    "attention_scale_size": None,
+    "attention_soft_cap": None,
+    "logit_soft_cap": None,
+    "embedding_scale": 1.0,
+}
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 class NotConvertible(Exception):
@@ -22,16 +42,25 @@ class NotConvertible(Exception):
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor of a Hugging Face model: `box` of the logical tensor `ours`, or the transpose of that box."""
+    """A tensor of a Hugging Face model, or rows of it: `box` of the logical tensor `ours`, or its transpose.
+
+    Several entries with the same `theirs` follow each other and are its rows from `first_row` on, in order;
+    `rows` is the length of the whole tensor then. Ours is theirs + `added`.
+    """
 
     theirs: str
     ours: str
     box: Box
     transposed: bool = False
+    first_row: int = 0
+    rows: int | None = None
+    added: float = 0.0
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.box.sizes[::-1] if self.transposed else self.box.sizes
+        """Return the shape of the whole tensor of theirs."""
+        sizes = self.box.sizes[::-1] if self.transposed else self.box.sizes
+        return sizes if self.rows is None else (self.rows, *sizes[1:])
 
 
 @dataclass(frozen=True)
@@ -55,6 +84,8 @@ class Adapter:
     entries: Callable[[ModelConfig], Iterator[Entry]]  # in forward order, covering each logical tensor once
     read: Callable[[dict[str, Any]], dict[str, Any]]  # further fields from their config.json
     write: Callable[[ModelConfig], dict[str, Any]]  # further settings for their config.json
+    implied: Callable[[ModelConfig], dict[str, Any]] = lambda _: {}  # parts that follow from sizes
+    head: str = "lm_head.weight"
 
     def model_of(self, theirs: dict[str, Any]) -> ModelConfig:
         """Return the model that a config.json describes. Raises NotConvertible."""
@@ -67,14 +98,17 @@ class Adapter:
             if key not in theirs and key not in self.defaults:
                 raise NotConvertible(f"{key} is missing")
             values[field] = theirs.get(key, self.defaults.get(key))
-        return ModelConfig(**values, **self.read(theirs))
+        model = ModelConfig(**(values | self.read(theirs)))
+        for field, value in self.implied(model).items():
+            setattr(model, field, value)
+        return model
 
     def differences(self, model: ModelConfig) -> list[str]:
         """Return the settings of a model, as typed, that this model type cannot express."""
         plain = ModelConfig(**{field.name: getattr(model, field.name) for field in fields(ModelConfig)})
         for name in self.derived:
             setattr(plain, name, None)
-        for name, value in self.parts.items():
+        for name, value in {**self.parts, **self.implied(model)}.items():
             setattr(plain, name, value)
         return [
             f"model.{name}={as_typed(setting_of(model, name))}"
@@ -82,12 +116,10 @@ class Adapter:
             if setting_of(model, name) != setting_of(plain, name)
         ]
 
-    def config_json(self, model: ModelConfig, dtype: str, base: dict[str, Any] | None) -> dict[str, Any]:
-        """Return the config.json of a model; token ids and the like come from `base`, if there is one."""
-        # Their defaults are GPT-2's and Llama's own tokens, which another vocabulary may not have.
-        kept = base or {"bos_token_id": None, "eos_token_id": None}
+    def config_json(self, model: ModelConfig, dtype: str, ids: dict[str, Any]) -> dict[str, Any]:
+        """Return the config.json of a model with the special tokens `ids`."""
         return {
-            **kept,
+            **ids,
             "architectures": [self.architecture],
             "model_type": self.model_type,
             **self.fixed,
@@ -98,17 +130,45 @@ class Adapter:
 
     def plain_name(self, name: str, model: ModelConfig) -> str | None:
         """Return the name in `entries` of a stored tensor; None for a mask. OpenAI writes no prefix."""
-        if name.endswith((".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")):
+        if name.endswith(_BUFFERS):
             return None
-        if name == "lm_head.weight":
+        if name == self.head:
             return None if model.tie_embeddings else name
         return name if name.startswith(self.prefix) else self.prefix + name
 
 
+# Masks and tables that old versions of transformers stored among the weights.
+_BUFFERS = (
+    ".attn.bias",
+    ".attn.masked_bias",
+    ".attention.bias",
+    ".attention.masked_bias",
+    ".rotary_emb.inv_freq",
+)
+
+
+def token_ids(base: dict[str, Any], vocab_size: int) -> dict[str, Any]:
+    """Return the special tokens of a config.json that are in the vocabulary, and null for the others.
+
+    Null is written too: transformers' defaults are tokens of the published models.
+    """
+
+    def known(value: Any) -> Any:
+        if isinstance(value, list):
+            return [token for token in value if known(token) is not None] or None
+        is_id = isinstance(value, int) and not isinstance(value, bool)
+        return value if is_id and 0 <= value < vocab_size else None
+
+    return {name: known(base.get(name)) for name in TOKEN_IDS}
+
+
 def setting_names() -> list[str]:
     """Return the fields of ModelConfig as dotted names."""
-    names = [field.name for field in fields(ModelConfig) if field.name != "biases"]
-    return names + [f"biases.{field.name}" for field in fields(BiasesConfig)]
+    names: list[str] = []
+    for field in fields(ModelConfig):
+        inner = fields(field.type) if is_dataclass(field.type) else ()
+        names += [f"{field.name}.{each.name}" for each in inner] or [field.name]
+    return names
 
 
 def setting_of(model: ModelConfig, name: str) -> object:
@@ -117,8 +177,15 @@ def setting_of(model: ModelConfig, name: str) -> object:
     return derived[name](model) if name in derived else value_of(model, name)
 
 
-def vector(theirs: str, ours: str, size: int) -> Entry:
-    return Entry(theirs, ours, whole((size,)))
+def vector(theirs: str, ours: str, size: int, first: int = 0, added: float = 0.0) -> Entry:
+    """Return the entry of `size` numbers of a logical vector, from `first` on."""
+    return Entry(theirs, ours, Box((first,), (size,)), added=added)
+
+
+def norm(theirs: str, ours: str, size: int) -> Iterator[Entry]:
+    """Yield the weight and the bias of a LayerNorm."""
+    for kind in ("weight", "bias"):
+        yield vector(f"{theirs}.{kind}", f"{ours}.{kind}", size)
 
 
 def matrix(theirs: str, ours: str, outputs: int, inputs: int, first: int = 0) -> Entry:

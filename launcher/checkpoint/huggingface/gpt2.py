@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from launcher.checkpoint.huggingface.adapter import TEXT, Adapter, Entry, head, matrix, vector
+from launcher.checkpoint.huggingface.adapter import TEXT, Adapter, Entry, head, matrix, norm, vector
 from launcher.config.schema import BiasesConfig, MLPKind, ModelConfig, NormKind, PositionKind
 
 
@@ -14,19 +14,14 @@ def _entries(m: ModelConfig) -> Iterator[Entry]:
     yield matrix("transformer.wpe.weight", "positions.weight", m.max_sequence_length, h)
     for index in range(m.num_layers):
         layer, block = f"transformer.h.{index}", f"blocks.{index}"
-        yield from _norm(f"{layer}.ln_1", f"{block}.attention_norm", h)
+        yield from norm(f"{layer}.ln_1", f"{block}.attention_norm", h)
         yield from _conv1d(f"{layer}.attn.c_attn", f"{block}.attention.qkv", 3 * h, h)
         yield from _conv1d(f"{layer}.attn.c_proj", f"{block}.attention.output", h, h)
-        yield from _norm(f"{layer}.ln_2", f"{block}.mlp_norm", h)
+        yield from norm(f"{layer}.ln_2", f"{block}.mlp_norm", h)
         yield from _conv1d(f"{layer}.mlp.c_fc", f"{block}.mlp.up", f, h)
         yield from _conv1d(f"{layer}.mlp.c_proj", f"{block}.mlp.down", h, f)
-    yield from _norm("transformer.ln_f", "final_norm", h)
+    yield from norm("transformer.ln_f", "final_norm", h)
     yield from head(m)
-
-
-def _norm(theirs: str, ours: str, size: int) -> Iterator[Entry]:
-    for kind in ("weight", "bias"):
-        yield vector(f"{theirs}.{kind}", f"{ours}.{kind}", size)
 
 
 def _conv1d(theirs: str, ours: str, outputs: int, inputs: int) -> Iterator[Entry]:
@@ -43,7 +38,7 @@ def _write(m: ModelConfig) -> dict[str, Any]:
     return {"n_inner": m.ffn_hidden_size, "attn_pdrop": m.dropout, "embd_pdrop": m.dropout}
 
 
-ADAPTER = Adapter(
+GPT2 = Adapter(
     title="GPT-2",
     model_type="gpt2",
     architecture="GPT2LMHeadModel",

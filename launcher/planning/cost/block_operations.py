@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from launcher.config.schema import ActivationCheckpointing
-from launcher.planning.cost.attention_operations import attention
+from launcher.planning.cost.attention_operations import attention, head_norms
 from launcher.planning.cost.layer_operations import column, dropout, dropped, norm, residual, row
 from launcher.planning.cost.operations import Operation
 from launcher.planning.cost.sizes import Sizes
@@ -11,23 +11,47 @@ from launcher.planning.cost.sizes import Sizes
 
 def block(s: Sizes) -> list[Operation]:
     """Return the operations from `input` to the residual sum `output`, as models/blocks.py computes it."""
+    attended = "input" if s.is_parallel else "residual"
+    return [
+        *_branch(s, "attention", "input", _attention(s, "attention_norm" if s.norm_before else "input")),
+        residual(s, "residual", "input", _end(s, "attention")),
+        *_branch(s, "mlp", attended, _mlp(s, "mlp_norm" if s.norm_before else attended)),
+        residual(s, "output", "residual", _end(s, "mlp")),
+    ]
+
+
+def _branch(s: Sizes, name: str, x: str, inner: list[Operation]) -> list[Operation]:
+    """Return attention or the MLP with its norms and its dropout."""
+    before = [norm(s, f"{name}_norm", x)] if s.norm_before else []
+    after = [norm(s, f"{name}_output_norm", name)] if s.norm_after else []
+    return [*before, *inner, *after, *dropout(s, _last(s, name))]
+
+
+def _last(s: Sizes, name: str) -> str:
+    return f"{name}_output_norm" if s.norm_after else name
+
+
+def _end(s: Sizes, name: str) -> str:
+    return dropped(s, _last(s, name))
+
+
+def _attention(s: Sizes, x: str) -> list[Operation]:
     core, query_columns = attention(s), s.heads * s.head_size
     qkv_columns = query_columns + 2 * s.kv_heads * s.head_size
-    mlp_columns = s.ffn_hidden_size // s.tensor
-    up_columns = mlp_columns * (2 if s.is_gated else 1)
     return [
-        norm(s, "attention_norm", "input"),
-        column(s, "qkv", "attention_norm", qkv_columns, has_bias=s.biases.qkv),
+        column(s, "qkv", x, qkv_columns, has_bias=s.biases.qkv),
+        *head_norms(s),
         *core,
         row(s, "attention", core[-1].name, query_columns, has_bias=s.biases.output),
-        *dropout(s, "attention"),
-        residual(s, "residual", "input", dropped(s, "attention")),
-        norm(s, "mlp_norm", "residual"),
-        column(s, "up", "mlp_norm", up_columns, has_bias=s.biases.up),
-        *(_swiglu(s) if s.is_gated else [_gelu(s)]),
-        row(s, "mlp", "activated", mlp_columns, has_bias=s.biases.down),
-        *dropout(s, "mlp"),
-        residual(s, "output", "residual", dropped(s, "mlp")),
+    ]
+
+
+def _mlp(s: Sizes, x: str) -> list[Operation]:
+    columns = s.ffn_hidden_size // s.tensor
+    return [
+        column(s, "up", x, columns * (2 if s.is_gated else 1), has_bias=s.biases.up),
+        *(_gated(s) if s.is_gated else [_gelu(s)]),
+        row(s, "mlp", "activated", columns, has_bias=s.biases.down),
     ]
 
 
@@ -45,14 +69,14 @@ def _gelu(s: Sizes) -> Operation:
     )
 
 
-def _swiglu(s: Sizes) -> list[Operation]:
+def _gated(s: Sizes) -> list[Operation]:
     return [
         Operation(
-            "silu", ("up",), s.ffn, saves=("up",), gradients=(s.ffn,), joins=True,
+            "gate", ("up",), s.ffn, saves=("up",), gradients=(s.ffn,), joins=True,
             forward_bytes=2 * s.ffn, backward_bytes=7 * s.ffn,
         ),
         Operation(
-            "activated", ("silu", "up"), s.ffn, saves=("silu", "up"), gradients=(s.ffn, s.ffn), joins=True,
+            "activated", ("gate", "up"), s.ffn, saves=("gate", "up"), gradients=(s.ffn, s.ffn), joins=True,
             forward_bytes=3 * s.ffn, backward_bytes=6 * s.ffn,
         ),
     ]  # fmt: skip

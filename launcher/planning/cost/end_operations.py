@@ -10,6 +10,10 @@ from launcher.planning.cost.sizes import Sizes
 def embedding(s: Sizes) -> list[Operation]:
     """Return the operations from token ids or images to `embedded`, and learned positions."""
     first = _patches(s) if s.is_vision else [_lookup(s)]
+    if s.scales_embedding:
+        bytes_moved = 2 * s.stretch
+        scaled = ("scaled", (first[-1].name,), s.stretch)
+        first.append(Operation(*scaled, forward_bytes=bytes_moved, backward_bytes=bytes_moved))
     return first if s.rotates else [*first, _positions(s, first[-1].name), *dropout(s, "positions")]
 
 
@@ -40,7 +44,11 @@ def _loss(s: Sizes, x: str) -> Operation:
     weights = [Matmul(columns, h, n) for n in sizes]
     chunk, matrix = sizes[0] * columns, columns * h
     # Logits in the run's precision and in fp32, the hidden states without ignored tokens, and a product.
-    scratch = chunk * (s.element + FP32) + sizes[0] * h * s.element + (matrix * s.element if low else 0)
+    # With a soft cap also its tanh.
+    tanh = chunk * s.element if s.caps_logits else 0
+    scratch = (
+        tanh + chunk * (s.element + FP32) + sizes[0] * h * s.element + (matrix * s.element if low else 0)
+    )
     gathered: tuple[Collective, ...] = ()
     traffic: tuple[Collective, ...] = ()
     reduced: tuple[Collective, ...] = ()

@@ -6,12 +6,16 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 
 from launcher.config.layout import Layout
-from launcher.config.schema import InputKind, MLPKind, ModelConfig, NormKind, PositionKind, RunConfig
+from launcher.config.schema import InputKind, ModelConfig, NormKind, PositionKind, QueryKeyNorm, RunConfig
 from launcher.config.shape import (
     has_class_token,
+    has_norm_after,
+    has_norm_before,
+    is_gated,
     output_size,
     position_count,
     qkv_sizes,
+    query_key_norm_sizes,
     vocabulary_multiple,
 )
 from launcher.parallel.vocabulary import padded_length
@@ -146,12 +150,22 @@ Module = list[tuple[int, bool]]  # the weights of a module on a tensor rank: num
 
 
 def block_weights(model: ModelConfig, tensor: int) -> list[Module]:
-    """Return the modules of a block in order: norm, qkv, output, norm, up, down."""
+    """Return the modules of a block in order: attention and MLP, each between its norms."""
     h, f, biases = model.hidden_size, model.ffn_hidden_size // tensor, model.biases
     qkv, query = sum(qkv_sizes(model)) // tensor, qkv_sizes(model)[0] // tensor
-    up = 2 * f if model.mlp is MLPKind.swiglu else f
-    attention = [_norm(model), _linear(qkv * h, qkv, biases.qkv), _linear(query * h, h, biases.output)]
-    return [*attention, _norm(model), _linear(up * h, up, biases.up), _linear(f * h, h, biases.down)]
+    up = 2 * f if is_gated(model) else f
+    before = [_norm(model)] if has_norm_before(model) else []
+    after = [_norm(model)] if has_norm_after(model) else []
+    attention = [_linear(qkv * h, qkv, biases.qkv), *_head_norms(model, tensor)]
+    attention.append(_linear(query * h, h, biases.output))
+    mlp = [_linear(up * h, up, biases.up), _linear(f * h, h, biases.down)]
+    return [*before, *attention, *after, *before, *mlp, *after]
+
+
+def _head_norms(model: ModelConfig, tensor: int) -> list[Module]:
+    """Return the norms of queries and keys; only over all heads the weight is split over tensor ranks."""
+    ranks = tensor if model.query_key_norm is QueryKeyNorm.projection else 1
+    return [[(size // ranks, False)] for size in query_key_norm_sizes(model)]
 
 
 def _norm(model: ModelConfig) -> Module:

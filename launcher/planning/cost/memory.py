@@ -186,8 +186,7 @@ class _Pipelined(_Flow):
     def moments(self) -> Iterator[_Moment]:
         flight = in_flight(self.layout, self.rank.stage)
         # Receive buffers, and the head's input that a last stage keeps for the next micro-batch.
-        kept = self.sizes.scored.stretch if self.rank.has_head else 0
-        buffers = self.sizes.stretch + self.sizes.boundaries + kept
+        buffers = self.sizes.stretch + (self.sizes.scored.stretch if self.rank.has_head else 0)
         held = sum(self._saved(chunk) * count for chunk, count in enumerate(flight)) + buffers
         for chunk, stage in enumerate(self.rank.chunks):
             saved = self._saved(chunk)
@@ -236,8 +235,7 @@ class _Pipelined(_Flow):
         saved = sum(part.footprint.saved * count for part, count in self.parts.of(stage))
         # The input twice, to compute with and for its gradient; the output until its gradient arrives.
         saved += size.samples if stage.has_embedding else size.stretch
-        if size.checkpointing is not ActivationCheckpointing.none:
-            saved += size.boundaries  # the recomputation makes the mask from them again
+        saved += size.boundaries  # the masks of this micro-batch
         return saved + (0 if stage.has_head else size.stretch)
 
 

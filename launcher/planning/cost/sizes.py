@@ -9,21 +9,28 @@ from functools import cached_property
 
 from launcher.config.schema import (
     ActivationCheckpointing,
+    AttentionKind,
     BiasesConfig,
     Dtype,
     InputKind,
-    MLPKind,
     NormKind,
     PositionKind,
+    QueryKeyNorm,
+    ResidualKind,
     RunConfig,
 )
 from launcher.config.shape import (
     has_class_token,
+    has_norm_after,
+    has_norm_before,
     head_size,
+    is_gated,
     kv_heads,
     output_size,
+    rotary_size,
     sequence_length,
     vocabulary_multiple,
+    windows,
 )
 from launcher.parallel.vocabulary import padded_length
 from launcher.planning.cost.operations import BOOL, BYTES, FP32, INT64
@@ -35,8 +42,18 @@ class Sizes:
 
     is_vision: bool
     norm: NormKind
+    norm_before: bool  # of attention and of the MLP
+    norm_after: bool
+    is_parallel: bool  # the MLP reads the block's input, like attention
+    query_key_norm: QueryKeyNorm
     rotates: bool  # rotary positions
-    is_gated: bool  # SwiGLU
+    rotated: int  # channels of a head
+    rotary_tables: int  # different ones
+    caps_scores: bool
+    caps_logits: bool
+    scales_embedding: bool
+    masks: int  # different masks that exist as tensors
+    is_gated: bool  # SwiGLU or GeGLU
     biases: BiasesConfig
     hidden_size: int
     ffn_hidden_size: int
@@ -63,8 +80,18 @@ class Sizes:
         return cls(
             is_vision=m.inputs is InputKind.patches,
             norm=m.norm,
+            norm_before=has_norm_before(m),
+            norm_after=has_norm_after(m),
+            is_parallel=m.residual is ResidualKind.parallel,
+            query_key_norm=m.query_key_norm,
             rotates=m.positions is PositionKind.rope,
-            is_gated=m.mlp is MLPKind.swiglu,
+            rotated=rotary_size(m),
+            rotary_tables=2 if m.local_rope_theta is not None and len(windows(m)) > 1 else 1,
+            caps_scores=m.attention_soft_cap is not None,
+            caps_logits=m.logit_soft_cap is not None,
+            scales_embedding=m.embedding_scale != 1.0,
+            masks=_masks(run),
+            is_gated=is_gated(m),
             biases=replace(m.biases),
             hidden_size=m.hidden_size,
             ffn_hidden_size=m.ffn_hidden_size,
@@ -106,18 +133,16 @@ class Sizes:
 
     @property
     def boundaries(self) -> int:
-        """Document mask (B, 1, T, T) and positions (B, T)."""
-        return (self.tokens * self.length * BOOL + self.tokens * INT64) if self.masks_documents else 0
-
-    @property
-    def mask(self) -> int:
-        """Mask added to the scores, made again in every block."""
-        return self.tokens * self.length * self.element if self.masks_documents else 0
+        """Masks (B, 1, T, T), positions and ends (B, T) of documents, once for all blocks."""
+        if not self.masks_documents:
+            return 0
+        return self.masks * self.tokens * self.length * self.element + self.tokens * (INT64 + BOOL)
 
     @property
     def tables(self) -> int:
-        """Cosines and sines of rotary positions, once for all blocks and micro-batches."""
-        return self.length * self.head_size * self.element if self.rotates else 0
+        """Rotary tables, and masks (T, T) without documents, once for all blocks and micro-batches."""
+        rotary = self.rotary_tables * self.length * self.rotated * self.element if self.rotates else 0
+        return rotary + (0 if self.masks_documents else self.masks * self.length**2 * self.element)
 
     @property
     def whole(self) -> int:
@@ -177,4 +202,20 @@ class Sizes:
         """
         if self.device == "cpu":
             return self.dropout > 0.0
-        return self.dtype is Dtype.fp32 and self.kv_heads != self.heads
+        return self.dtype is Dtype.fp32 and self.kv_heads != self.heads and not self.repeats_keys
+
+    @cached_property
+    def repeats_keys(self) -> bool:
+        """Whether keys and values are copied for each query head (models/attention_kernel.py)."""
+        is_masked = self.caps_scores or (self.masks > 0 and self.device == "cuda")
+        return is_masked and self.kv_heads != self.heads
+
+
+def _masks(run: RunConfig) -> int:
+    """Return the number of different masks that exist as tensors (models/masks.py)."""
+    m, length = run.model, sequence_length(run)
+    used = {window if window is not None and window < length else None for window in windows(m)}
+    if run.data.document_attention:
+        return len(used)
+    is_explicit = m.attention_soft_cap is not None and m.attention is AttentionKind.causal
+    return len(used - {None}) + (is_explicit and None in used)

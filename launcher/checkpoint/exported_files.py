@@ -1,0 +1,114 @@
+"""The files of an export beside weights and config.json: tokenizer and generation_config.json."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from launcher.checkpoint.companions import base_config, companions_of
+from launcher.checkpoint.huggingface import NotConvertible
+from launcher.checkpoint.huggingface.adapter import TOKEN_IDS, token_ids
+from launcher.checkpoint.manifest import read_manifest
+from launcher.checkpoint.sources import RUN_CONFIG, WeightsKind, WeightSource
+from launcher.config.compose import load_typed
+from launcher.config.schema import CorpusSource, RunConfig
+from launcher.config.shape import END_OF_TEXT
+
+GENERATION, TOKENIZER, TOKENIZER_CONFIG = "generation_config.json", "tokenizer.json", "tokenizer_config.json"
+# Settings of generation that are right for any weights and vocabulary.
+_SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+_BYTES = (CorpusSource.stdlib.name, CorpusSource.text.name)
+
+Settings = dict[str, Any]
+
+
+def write_tokenizer(weights: WeightSource, target: Path, write_bytes: Callable[[Path], None]) -> Settings:
+    """Write tokenizer and generation config, and return the token ids for config.json.
+
+    A run on text as bytes gets the tokenizer that `write_bytes` writes; other runs get the tokenizer that the
+    run recorded. Raises NotConvertible if the vocabulary lacks a token.
+    """
+    data, size = _data(weights), weights.model.vocab_size
+    ids = token_ids(_special_tokens(weights, data), size)
+    if data.get("source") in _BYTES:
+        write_bytes(target / TOKENIZER)
+    else:
+        for path in companions_of(weights.path):
+            if path.name not in ("config.json", GENERATION):
+                shutil.copyfile(path, target / path.name)
+    if (target / TOKENIZER).exists():
+        tokens = _tokens(target / TOKENIZER)
+        if tokens and max(tokens) >= size:
+            has = f"its tokenizer has the token {max(tokens)}"
+            raise NotConvertible(f"{has}, and model.vocab_size={size} has no such token")
+        if not (target / TOKENIZER_CONFIG).exists():
+            _write(target / TOKENIZER_CONFIG, _tokenizer_config(weights, ids, tokens))
+    _write(target / GENERATION, {**_generation(weights), **ids})
+    return ids
+
+
+def _data(weights: WeightSource) -> Settings:
+    """Return the data section of the run that made the weights; empty for an imported model."""
+    if weights.kind is WeightsKind.checkpoint:
+        return dict(read_manifest(weights.path).config.get("data") or {})
+    if weights.kind is WeightsKind.run:
+        data = load_typed(weights.path / RUN_CONFIG, RunConfig).data
+        return {"source": data.source.name, "end_of_document": data.end_of_document}
+    return {}
+
+
+def _special_tokens(weights: WeightSource, data: Settings) -> Settings:
+    """Return the special tokens: of the model that the run began with, if it has its tokenizer still."""
+    if data.get("source") in _BYTES:
+        return {"eos_token_id": END_OF_TEXT}
+    end = {} if data.get("end_of_document") is None else {"eos_token_id": data["end_of_document"]}
+    names = {path.name for path in companions_of(weights.path)}
+    if data.get("source") is not None and TOKENIZER_CONFIG not in names:
+        return end
+    generation = base_config(weights.path, GENERATION)
+    theirs = {
+        **base_config(weights.path),
+        **{name: value for name, value in generation.items() if value is not None},
+    }
+    return {**end, **{name: theirs[name] for name in TOKEN_IDS if theirs.get(name) is not None}}
+
+
+def _generation(weights: WeightSource) -> Settings:
+    base = base_config(weights.path, GENERATION)
+    return {name: base[name] for name in _SAMPLING if name in base}
+
+
+def _tokens(path: Path) -> dict[int, str]:
+    """Return the tokens of a tokenizer.json by id; empty if it has another form."""
+    try:
+        content = json.loads(path.read_text())
+        vocabulary = content["model"]["vocab"]
+        if isinstance(vocabulary, dict):
+            tokens = {index: text for text, index in vocabulary.items()}
+        else:
+            tokens = {index: text for index, (text, _) in enumerate(vocabulary)}
+        return tokens | {token["id"]: token["content"] for token in content.get("added_tokens") or ()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}
+
+
+def _tokenizer_config(weights: WeightSource, ids: Settings, tokens: dict[int, str]) -> Settings:
+    """Return the settings by which AutoTokenizer loads a tokenizer.json as it is.
+
+    The byte that ends documents is no special token of the tokenizer: text may contain its spelling.
+    """
+    ends = ids["eos_token_id"]
+    end = ends[0] if isinstance(ends, list) else ends
+    is_bytes = _data(weights).get("source") in _BYTES
+    special = {} if is_bytes or end not in tokens else {"eos_token": tokens[end]}
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": weights.model.max_sequence_length,
+        "clean_up_tokenization_spaces": False,
+        **special,
+    }
+
+
+def _write(path: Path, content: Settings) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")

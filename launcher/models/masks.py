@@ -1,0 +1,51 @@
+"""Attention masks: causal, within documents, within a sliding window. Made once for all layers of a rank."""
+
+import torch
+from torch import Tensor
+
+from launcher.config.schema import AttentionKind, ModelConfig
+from launcher.models.documents import Documents, attention_mask
+
+Made = dict[tuple[int | None, torch.device, torch.dtype], Tensor]
+
+
+class AttentionMasks:
+    """Masks that are added to the attention scores of a rank: 0 where a position attends, else -inf.
+
+    (T, T), or (B, 1, T, T) where attention stops at documents: then they are made for each micro-batch.
+    """
+
+    def __init__(self, model: ModelConfig, documents: Documents) -> None:
+        self.documents = documents
+        self._is_causal = model.attention is AttentionKind.causal
+        # The fused kernel makes a causal mask itself; the path with a soft cap does not.
+        self._is_explicit = model.attention_soft_cap is not None and self._is_causal
+        self._longest: Made = {}
+
+    def of(self, length: int, window: int | None, x: Tensor) -> Tensor | None:
+        """Return the mask of `length` positions in the precision of x; None where the kernel needs none."""
+        if window is not None and window >= length:
+            window = None
+        if self.documents.ends is not None:
+            key = window, x.device, x.dtype
+            if key not in self.documents.masks:
+                allowed = attention_mask(self.documents.ends)
+                self.documents.masks[key] = additive(allowed, window, x.dtype)
+            return self.documents.masks[key]
+        return self._constant(length, window, x) if window is not None or self._is_explicit else None
+
+    def _constant(self, length: int, window: int | None, x: Tensor) -> Tensor:
+        key = window, x.device, x.dtype
+        if key not in self._longest or len(self._longest[key]) < length:
+            allowed = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
+            self._longest[key] = additive(allowed, window, x.dtype)
+        # CUDA's kernels want aligned rows. A copy only for sequences shorter than the longest.
+        return self._longest[key][:length, :length].contiguous()
+
+
+def additive(allowed: Tensor, window: int | None, dtype: torch.dtype) -> Tensor:
+    """Return (..., T, T): 0 where a position attends within the window, itself counted, else -inf."""
+    if window is not None:
+        allowed = allowed.triu(1 - window)
+    zeros = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
+    return zeros.masked_fill_(~allowed, float("-inf"))

@@ -1,0 +1,132 @@
+"""The files of an export beside its weights: config, tokenizer, generation settings and the certificate."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+from launcher.checkpoint import certificate
+from launcher.checkpoint.conversion import export, import_
+from launcher.checkpoint.huggingface import NotConvertible
+from launcher.checkpoint.sources import weights_at
+from launcher.config.errors import ConfigError
+from launcher.config.schema import ExchangeConfig
+from launcher.data.tokenizer import train_bpe, write_byte_tokenizer
+from tests.models.families import transformers_model
+from tests.runtime.command import launcher, trained
+
+OPTIONS = ExchangeConfig()
+CHAT = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+TEXT = "def f(x):\n    return x  # é Ā\n"
+
+
+def written(folder: Path, **changes: Any) -> Path:
+    """Return the directory of a small Llama with settings and tokenizer files of a larger model."""
+    transformers_model("Llama 3.1", **changes).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {
+        "eos_token_id": [2, 70_000],
+        "bos_token_id": 128_000,
+        "pad_token_id": 5,
+        "_name_or_path": "/x/y",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    generation = {"eos_token_id": [2, 3, 70_000], "temperature": 0.6, "do_sample": True, "max_length": 9}
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+    return folder
+
+
+def round_trip(source: Path, folder: Path, options: ExchangeConfig = OPTIONS) -> Path:
+    import_(weights_at(source, "x"), folder / "ours", options)
+    export(weights_at(folder / "ours", "x"), folder / "back", options, write_byte_tokenizer)
+    return folder / "back"
+
+
+def test_only_what_is_right_for_the_weights_is_kept_of_the_sources_config(tmp_path: Path) -> None:
+    back = round_trip(written(tmp_path / "theirs"), tmp_path)
+    config = json.loads((back / "config.json").read_text())
+    assert "_name_or_path" not in config
+    special = {"eos_token_id": [2, 3], "bos_token_id": None, "pad_token_id": 5}
+    assert {name: config[name] for name in special} == special
+    generation = json.loads((back / "generation_config.json").read_text())
+    assert generation == {**special, "temperature": 0.6, "do_sample": True}
+    loaded = AutoConfig.from_pretrained(back)
+    assert (loaded.eos_token_id, loaded.bos_token_id) == ([2, 3], None)
+    assert loaded.rope_parameters["rope_type"] == "llama3"
+    assert GenerationConfig.from_pretrained(back).temperature == 0.6
+
+
+def test_the_tokenizer_and_its_chat_template_are_exported(tmp_path: Path) -> None:
+    source = written(tmp_path / "theirs", vocab_size=300)
+    train_bpe([TEXT * 40], 270, source / "tokenizer.json")
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>", "chat_template": CHAT,
+    }  # fmt: skip
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = AutoTokenizer.from_pretrained(round_trip(source, tmp_path))
+    assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
+    messages = [{"role": "user", "content": "hi"}]
+    assert tokenizer.apply_chat_template(messages, tokenize=False) == "user: hi\n"
+    assert tokenizer.eos_token_id == 0
+
+
+def test_a_tokenizer_without_settings_gets_them(tmp_path: Path) -> None:
+    source = written(tmp_path / "theirs", vocab_size=300)
+    train_bpe([TEXT * 40], 270, source / "tokenizer.json")
+    back = round_trip(source, tmp_path)
+    settings = json.loads((back / "tokenizer_config.json").read_text())
+    assert (settings["tokenizer_class"], settings["model_max_length"]) == ("PreTrainedTokenizerFast", 24)
+    tokenizer = AutoTokenizer.from_pretrained(back)
+    assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
+
+
+def test_a_token_outside_the_vocabulary_is_refused(tmp_path: Path) -> None:
+    source = written(tmp_path / "theirs", vocab_size=260)
+    train_bpe([TEXT * 40], 270, source / "tokenizer.json")
+    with pytest.raises(NotConvertible, match=r"tokenizer has the token 269, and model\.vocab_size=260"):
+        round_trip(source, tmp_path)
+    assert not (tmp_path / "back").exists()
+
+
+def test_bf16_stays_bf16_unless_another_precision_is_asked(tmp_path: Path) -> None:
+    source = written(tmp_path / "theirs")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+    bf16 = {name: t.bfloat16() for name, t in load_file(source / "model.safetensors").items()}
+    save_file(bf16, source / "model.safetensors")
+    back = load_file(round_trip(source, tmp_path) / "model.safetensors")
+    assert all(torch.equal(back[name], tensor) for name, tensor in bf16.items())
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_an_export_that_transformers_computes_otherwise_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = written(tmp_path / "theirs")
+    right = certificate.our_logits
+    monkeypatch.setattr(certificate, "our_logits", lambda *arguments: right(*arguments) + 0.01)
+    with pytest.raises(ConfigError, match="computes other logits from it: they differ by"):
+        round_trip(source, tmp_path)
+    assert not (tmp_path / "back").exists()
+    export(
+        weights_at(tmp_path / "ours", "x"),
+        tmp_path / "back",
+        ExchangeConfig(certificate=False),
+        write_byte_tokenizer,
+    )
+    assert not (tmp_path / "back" / "certificate.json").exists()
+
+
+def test_a_run_on_text_exports_the_tokenizer_of_its_bytes(tmp_path: Path) -> None:
+    trained("run.dir=a", "training.steps=1", "checkpoint.enabled=false", cwd=tmp_path)
+    done = launcher("export", "a", "back", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "as GPT2LMHeadModel, logits differ from transformers" in done.stdout
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "back")
+    assert tokenizer.encode(TEXT) == list(TEXT.encode())
+    assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["eos_token_id"] == 0
