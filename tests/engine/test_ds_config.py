@@ -52,7 +52,7 @@ def test_zero_stage_avoids_stages_where_deepspeed_is_wrong(overrides: list[str],
 def test_low_precision_accumulates_in_fp32() -> None:
     assert "bf16" not in config_of()
     bf16 = config_of("precision=bf16")
-    assert bf16["bf16"] == {"enabled": True}
+    assert bf16["bf16"] == {"enabled": True, "immediate_grad_update": True}
     assert bf16["data_types"] == {"grad_accum_dtype": "fp32"}
     fp16 = config_of("precision=fp16", "precision.initial_loss_scale_power=12", gpus=2)
     assert fp16["fp16"] == {"enabled": True, "initial_scale_power": 12}

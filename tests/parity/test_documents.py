@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from launcher.models import documents
+from launcher.models import documents, masks
 from launcher.models.documents import Documents
 from tests.parity.running import plain_sgd_pass, small_run, worst
 
@@ -52,8 +52,8 @@ def boundaries_of_the_previous_micro_batch() -> None:
 
 
 def the_end_belongs_to_the_next_document() -> None:
-    mask = documents.attention_mask
-    documents.attention_mask = lambda ends: mask(ends.roll(-1, 1))
+    right = masks.attention_mask
+    masks.attention_mask = lambda ends: right(ends.roll(-1, 1))
 
 
 def positions_continue_across_documents() -> None:

@@ -66,7 +66,7 @@ def test_generate_and_export_refuse_a_classifier(tmp_path: Path) -> None:
     trained(tmp_path, ["parallelism=single"], "training.steps=1")
     for command, said in (
         (["generate", "run.dir=r"], "is of a classifier of images, which writes no text"),
-        (["export", "r", "hf"], "only GPT-2 and Llama models can be exported"),
+        (["export", "r", "hf"], "models can be exported; this model has model.inputs=patches"),
     ):
         done = launcher(*command, cwd=tmp_path)
         assert done.returncode == 2
