@@ -46,6 +46,8 @@ from launcher.planning.cost.run_plan import Plan, make_plan
 from launcher.planning.cost.sizes import Sizes
 
 SEQUENCE, VOCABULARY = 2048, 51200
+# Megatron-LM of 2021 waits for collectives, sends and receives at once, and fuses what lies between products.
+MEGATRON = {"overlaps": False, "exchange": 1.0, "eager": 1.0}
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ def run_of(row: Row) -> RunConfig:
 def plan_of(row: Row, shares: Shares) -> Plan:
     run = run_of(row)
     layout = resolve_layout(run, World("cuda", row.gpus, 8, fixed=True))
-    return make_plan(run, layout, shares=replace(shares, overlap=0.0))
+    return make_plan(run, layout, shares=replace(shares, **MEGATRON))
 
 
 def tflops(row: Row, plan: Plan) -> float:
@@ -151,6 +153,7 @@ def unfused_attention(s: Sizes, inputs: tuple[str, ...]) -> Operation:
     scores = s.tokens * s.length * s.heads
     return replace(
         FUSED(s, inputs),
+        attention=None,
         backward_matmuls=(product,) * 4,
         forward_bytes=s.fused + s.query + (2 + 4 + 5 + 2) * scores,
         backward_bytes=2 * s.fused + 2 * s.query + (2 + 5 + 6 + 4 + 2) * scores,

@@ -1,7 +1,7 @@
 """Operations of attention between its two projections: rotary positions, the core, the merged heads."""
 
 from launcher.config.schema import Dtype
-from launcher.planning.cost.operations import FP32, Matmul, Operation
+from launcher.planning.cost.operations import FP32, Attention, Matmul, Operation
 from launcher.planning.cost.sizes import Sizes
 
 
@@ -20,11 +20,13 @@ def attention(s: Sizes) -> list[Operation]:
 
 def _rotation(s: Sizes) -> list[Operation]:
     turned = s.query + s.key
+    # Compiled: one kernel. Eager: halves are multiplied by cosines and sines, added and joined.
+    passes, kernels = (2, 1) if s.compiled else (5, 14)
     return [
         Operation(
             "rotated", ("qkv",), turned, scratch=s.query // 2, gradients=(turned,), joins=True,
             backward_scratch=s.query // 2,
-            forward_bytes=5 * turned, backward_bytes=5 * turned, kernels=14,
+            forward_bytes=passes * turned, backward_bytes=passes * turned, kernels=kernels,
         ),
     ]  # fmt: skip
 
@@ -36,13 +38,15 @@ def _gradients(s: Sizes) -> tuple[int, ...]:
 
 def fused_attention(s: Sizes, inputs: tuple[str, ...]) -> Operation:
     """Return FlashAttention (arXiv 2205.14135): keeps a number per row and recomputes the scores."""
-    product = Matmul(s.length, s.length, s.head_size, s.micro_batch * s.heads)
+    fused = Attention(s.length, s.head_size, s.micro_batch * s.heads, s.is_causal)
     return Operation(
         "core", inputs, s.query, saves=(*inputs, "core"), extra=FP32 * s.tokens * s.heads + s.mask,
         # The gradients of queries, keys and values, and their join.
         backward_scratch=s.fused, gradients=_gradients(s), joins=True,
-        forward_matmuls=(product,) * 2, backward_matmuls=(product,) * 5,
-        forward_bytes=s.fused + s.query, backward_bytes=2 * s.fused + 2 * s.query,
+        forward_matmuls=(fused.product,) * 2, backward_matmuls=(fused.product,) * 5, attention=fused,
+        # A GPU's kernel moves its operands within its rate, so only the join of the gradients is left.
+        forward_bytes=s.fused + s.query if s.device == "cpu" else 0,
+        backward_bytes=2 * s.fused + 2 * s.query if s.device == "cpu" else 2 * s.fused,
     )  # fmt: skip
 
 

@@ -1,8 +1,7 @@
 """Blocks, embedding, head and weights of each pipeline rank. Pure arithmetic."""
 
 from collections.abc import Iterator
-from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
 from launcher.config.layout import Layout
@@ -114,7 +113,8 @@ def pipeline_ranks(run: RunConfig, layout: Layout) -> tuple[Rank, ...]:
     """Return every pipeline rank, with the weights of tensor rank 0."""
     multiple = vocabulary_multiple(run, layout.device)
     outputs = padded_length(output_size(run.model), layout.tensor, multiple) // layout.tensor
-    return _ranks(deepcopy(run.model), layout.pipeline, layout.stages_per_rank, layout.tensor, outputs)
+    model = replace(run.model, biases=replace(run.model.biases))
+    return _ranks(model, layout.pipeline, layout.stages_per_rank, layout.tensor, outputs)
 
 
 @cache

@@ -9,6 +9,7 @@ from functools import cached_property
 
 from launcher.config.schema import (
     ActivationCheckpointing,
+    AttentionKind,
     BiasesConfig,
     Dtype,
     InputKind,
@@ -27,6 +28,12 @@ from launcher.config.shape import (
 )
 from launcher.parallel.vocabulary import padded_length
 from launcher.planning.cost.operations import BOOL, BYTES, FP32, INT64
+
+
+def is_compiled(run: RunConfig, device: str) -> bool:
+    """Return whether torch.compile compiles the blocks: as training.compile says, else on a GPU."""
+    compiles: bool | None = getattr(run.training, "compile", False)
+    return device == "cuda" if compiles is None else compiles
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,8 @@ class Sizes:
     image_pixels: int  # per image, times channels
     has_class_token: bool
     masks_documents: bool
+    is_causal: bool  # attention that skips the scores of later tokens; a mask of documents does not
+    compiled: bool  # the blocks, by torch.compile
 
     @classmethod
     def of(cls, run: RunConfig, device: str) -> "Sizes":
@@ -84,6 +93,8 @@ class Sizes:
             image_pixels=m.image_channels * m.image_size**2,
             has_class_token=has_class_token(m),
             masks_documents=run.data.document_attention,
+            is_causal=m.attention is AttentionKind.causal and not run.data.document_attention,
+            compiled=is_compiled(run, device),
         )
 
     @property
