@@ -126,13 +126,22 @@ def plan_of(row: Row, shares: Shares) -> Plan:
     return make_plan(run, layout, shares=replace(shares, **MEGATRON))
 
 
-def tflops(row: Row, plan: Plan) -> float:
-    """Return TFLOP/s of each GPU, by the paper's count: 4 passes, with recomputation (equation 3)."""
-    assert plan.time is not None
+def seconds_of(row: Row, plan: Plan) -> float:
+    """Return the seconds of a step at the published TFLOP/s; its FLOPs are those of equation 3."""
+    return _flops(row, plan.run.model.vocab_size) / row.published / row.gpus / 1e12
+
+
+def _flops(row: Row, vocabulary: int) -> float:
+    """Return the FLOPs of a step by the paper's count: 4 passes, with recomputation (equation 3)."""
     h, s, layers = row.hidden, SEQUENCE, row.layers
-    flops = 96 * row.batch * s * layers * h**2 * (1 + s / (6 * h) + VOCABULARY / (16 * layers * h))
+    return 96 * row.batch * s * layers * h**2 * (1 + s / (6 * h) + vocabulary / (16 * layers * h))
+
+
+def tflops(row: Row, plan: Plan) -> float:
+    """Return TFLOP/s of each GPU, by the paper's count."""
+    assert plan.time is not None
     seconds = plan.time.total - plan.time.bubble * (1 - 1 / row.interleaved)
-    return flops / seconds / row.gpus / 1e12
+    return _flops(row, VOCABULARY) / seconds / row.gpus / 1e12
 
 
 def errors(shares: Shares) -> list[float]:

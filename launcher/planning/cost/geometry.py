@@ -1,5 +1,6 @@
 """Blocks, embedding, head and weights of each pipeline rank. Pure arithmetic."""
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
@@ -75,6 +76,11 @@ class Rank:
     def weights(self) -> tuple[Weight, ...]:
         """Weights in the order of the modules."""
         return tuple(_weights(self))
+
+    @cached_property
+    def sizes(self) -> Counter[int]:
+        """Numbers of weights by size."""
+        return Counter(weight.numel for weight in self.weights)
 
     @cached_property
     def parameters(self) -> int:

@@ -111,10 +111,10 @@ class Plan:
 
     @property
     def bubble(self) -> float | None:
-        """Idle time over the rest of the pipeline's time: (p-1)/m for equal stages."""
+        """Share of the step in which the pipeline idles."""
         if self.layout.pipeline == 1 or self.time is None:
             return 0.0 if self.layout.pipeline == 1 else None
-        return self.time.bubble / (self.time.compute + self.time.tensor + self.time.pipeline)
+        return self.time.bubble / self.time.total
 
 
 def make_plan(

@@ -102,20 +102,19 @@ def data_traffic(run: RunConfig, layout: Layout, rank: Rank) -> Counter[Collecti
 def _zero_3(run: RunConfig, layout: Layout, rank: Rank) -> Counter[Collective]:
     """Gather each weight in the forward pass, and in the backward pass if it was freed between."""
     element, data, buffers = BYTES[run.precision.dtype], layout.data, BufferSizes.of(run)
-    free = [
-        padded(weight.numel, data) for weight in rank.weights if weight.numel >= buffers.persistence_threshold
-    ]
-    kept = min(sum(free), buffers.max_live)
-    whole = sum(padded(weight.numel, data) for weight in rank.weights)
+    whole = sum(padded(numel, data) * count for numel, count in rank.sizes.items())
+    freed = {numel: count for numel, count in rank.sizes.items() if numel >= buffers.persistence_threshold}
+    free = sum(padded(numel, data) * count for numel, count in freed.items())
+    kept = min(free, buffers.max_live)
     sent: Counter[Collective] = Counter()
     # A prefetch takes whole weights until they fill its bucket.
-    at_once = max(buffers.prefetch_bucket, sum(free) // max(1, len(free)))
-    for size in pieces(2 * sum(free) - kept, at_once):
+    at_once = max(buffers.prefetch_bucket, free // max(1, sum(freed.values())))
+    for size in pieces(2 * free - kept, at_once):
         sent[Collective("all_gather", element * size)] += layout.accumulation
     for size in pieces(whole, buffers.reduce_bucket):
         sent[Collective("reduce_scatter", element * size)] += layout.accumulation
-    if whole > sum(free):
-        sent[Collective("all_gather", element * (whole - sum(free)))] += 1
+    if whole > free:
+        sent[Collective("all_gather", element * (whole - free))] += 1
     return +sent
 
 
