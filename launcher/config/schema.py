@@ -549,6 +549,8 @@ class PlannedRunConfig(RunConfig):
     """A run and the format of its plan, for `launcher plan`."""
 
     format: OutputFormat = OutputFormat.table
+    learn: list[str] = field(default_factory=list)  # directories of finished runs: refine the hardware config
+    learned: Optional[str] = None  # file of the refined hardware config
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """`parallelism=auto` is always legal, optimal in its own model and deterministic; and its refusals."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launcher.config.errors import ConfigError
-from launcher.config.layout import effective_zero_stage
+from launcher.config.layout import Layout, effective_zero_stage
 from launcher.config.machine import Machine
 from launcher.config.schema import (
     ActivationCheckpointing,
@@ -33,12 +34,13 @@ from launcher.config.validate import validate
 from launcher.config.world import World, world_of_hardware
 from launcher.planning.choose.changes import changed
 from launcher.planning.choose.enforce import chosen, refuse_too_large
+from launcher.planning.choose.limits import limit
 from launcher.planning.choose.search import AS_FAST, LEFT_FREE, Search, search
 from launcher.planning.cost.run_plan import Plan, make_plan, memory_budget
-from launcher.planning.show.search_report import search_as_json
+from launcher.planning.show.search_report import reasons, search_as_json
 from tests.config.composing import alternatives, run_of
 from tests.config.test_cli import Ended, launcher
-from tests.planning.planned import LLAMA
+from tests.planning.planned import LLAMA, plan_of
 from tests.runtime.command import trained
 
 CLUSTER = ["hardware=h100_80gb", "parallelism=auto", "precision=bf16", "training.global_batch_size=256"]
@@ -360,3 +362,94 @@ def test_a_run_records_what_auto_chose(tmp_path: Path) -> None:
         "parallelism=auto", "hardware.accelerators_per_node=1", "training.steps=3", "run.dir=r", cwd=tmp_path
     )
     assert "resumed " in again
+
+
+def gpt(hidden: int, layers: int, heads: int) -> list[str]:
+    return [
+        "model=gpt2_xl", "model.dropout=0", "data.sequence_length=2048", f"model.hidden_size={hidden}",
+        f"model.num_layers={layers}", f"model.num_heads={heads}", f"model.ffn_hidden_size={4 * hidden}",
+        "model.max_sequence_length=2048", "model.vocab_size=51200",
+    ]  # fmt: skip
+
+
+LLAMA_405B = [
+    "model=llama3_70b", "model.hidden_size=16384", "model.num_layers=126", "model.num_heads=128",
+    "model.num_kv_heads=8", "model.ffn_hidden_size=53248",
+]  # fmt: skip
+# What practitioners run on known clusters (issue 21): (overrides, whether a layout is such a choice).
+CLUSTERS: dict[str, tuple[list[str], Callable[[Layout], bool]]] = {
+    "8 H100, 8B": (
+        ["model=llama3_8b", "hardware=h100_80gb", "precision=bf16", "training.global_batch_size=64"],
+        lambda layout: layout.pipeline == 1,
+    ),
+    "64 H100, 70B": (
+        [
+            "model=llama3_70b", "hardware=h100_80gb", "hardware.nodes=8", "precision=bf16",
+            "training.global_batch_size=512",
+        ],
+        lambda layout: layout.zero_stage == 3 or layout.tensor > 1,
+    ),
+    "512 A100, 175B": (
+        [
+            *gpt(12288, 96, 96), "hardware=a100_80gb", "hardware.nodes=64", "precision=bf16",
+            "training.global_batch_size=1024",
+        ],
+        lambda layout: layout.tensor == 8 and layout.pipeline > 1,
+    ),
+    "1024 H100, 405B": (
+        [*LLAMA_405B, "hardware=h100_80gb", "hardware.nodes=128", "precision=bf16",
+         "training.global_batch_size=1024"],
+        lambda layout: layout.tensor == 8 and layout.pipeline > 1,
+    ),
+    "16 V100, 1.3B": (
+        [
+            *gpt(2048, 24, 16), "hardware=v100_32gb", "hardware.nodes=2", "precision=fp16",
+            "training.global_batch_size=512",
+        ],
+        lambda layout: layout.zero_stage in (1, 2) and layout.tensor == layout.pipeline == 1,
+    ),
+    "1 H200, 1.5B": (
+        [
+            "model=gpt2_xl", "hardware=h200_141gb", "hardware.accelerators_per_node=1", "precision=bf16",
+            "training.global_batch_size=64",
+        ],
+        lambda layout: layout.zero_stage < 3,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CLUSTERS)
+def test_the_choice_is_known_practice(name: str) -> None:
+    overrides, is_practice = CLUSTERS[name]
+    best = searched("parallelism=auto", *overrides).fitting[0]
+    assert not best.offloads
+    assert not best.crosses_nodes
+    assert not best.is_tight
+    assert is_practice(best.layout), best.settings
+
+
+def test_the_simpler_of_two_plans_that_are_not_told_apart_is_chosen() -> None:
+    search_of_16 = searched("parallelism=auto", *CLUSTERS["16 V100, 1.3B"][0])
+    best, fastest = search_of_16.fitting[0], search_of_16.fastest
+    assert fastest.layout.zero_stage == 3
+    assert fastest.seconds < best.seconds < (1 + AS_FAST) * fastest.cautious
+    told = reasons(search_of_16)
+    assert told[0].startswith("choice   data, ZeRO-1: ")
+    assert "more than the fastest, and simpler" in told[0]
+    assert told[1].startswith("next     data, ZeRO-")
+
+
+def test_the_host_s_memory_is_shared_by_the_ranks_of_a_node() -> None:
+    offloaded = [*LLAMA, "hardware=h100_80gb", "parallelism=zero3_offload", "checkpoint.enabled=false"]
+    plan = plan_of(*offloaded)
+    assert plan.host_budget is not None
+    assert plan.host_budget == pytest.approx(2e12 / 8, rel=0.01)
+    assert plan.fits
+    small = plan_of(*offloaded, "hardware.host_memory_bytes=64e9")
+    assert not small.shortages
+    assert not small.fits
+    with pytest.raises(ConfigError, match=r"hardware.host_memory_bytes=6.4e\+10: each rank needs") as raised:
+        refuse_too_large(small)
+    offer = alternatives(raised.value)[0]
+    refuse_too_large(plan_of(*offloaded, "hardware.host_memory_bytes=64e9", *offer))
+    assert limit(small).startswith("memory of the host")

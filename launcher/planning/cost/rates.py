@@ -204,10 +204,15 @@ def _rate(measured: float | None, stated: float | None, share: float) -> float |
 
 
 def _of_card(card: CardRates, shares: Shares) -> Shares:
-    measured = {
-        "unaligned": card.unaligned, "launch_s": card.launch_s, "hop_intra_s": card.hop_s,
-    }  # fmt: skip
-    return replace(shares, **{name: value for name, value in measured.items() if value is not None})
+    def known(measured: float | None, otherwise: float) -> float:
+        return otherwise if measured is None else measured
+
+    return replace(
+        shares,
+        unaligned=known(card.unaligned, shares.unaligned),
+        launch_s=known(card.launch_s, shares.launch_s),
+        hop_intra_s=known(card.hop_s, shares.hop_intra_s),
+    )
 
 
 def _attention(card: CardRates, product: float, scale: float) -> tuple[FusedRate, ...]:
