@@ -102,11 +102,13 @@ def test_attention_by_head_size_and_length(
 
 
 def test_gathers_hide_behind_computation_only_if_it_is_longer() -> None:
-    def seconds(gather: float, ahead: int = 1) -> float:
-        layers = [Layer(1.0, 2.0, 100, gather, gather)] * 4
+    def seconds(gather: float, ahead: int = 1, forward: tuple[float, ...] = (1.0,) * 4) -> float:
+        layers = [Layer(each, 2 * each, 100, gather, gather) for each in forward]
         return micro_batch(layers, ahead=ahead, bucket=100, reduction=lambda elements: 0.5)
 
     # The first gather and the last reduction have nothing to hide behind.
     assert seconds(0.25) == pytest.approx(0.25 + 12 + 0.5)
     assert seconds(3.0) > 8 * 3.0
-    assert seconds(1.4, ahead=4) < seconds(1.4, ahead=1)
+    # A long layer hides the gathers of several short layers after it, if they begin early.
+    uneven = (4.0, 0.1, 0.1, 0.1)
+    assert seconds(1.0, 3, uneven) < seconds(1.0, 1, uneven) - 1
