@@ -44,7 +44,7 @@ class TestMemory:
         [
             # Weights, gradients, and fp32 weights with AdamW's two states where there are copies.
             ("fp32", 0, 4 + 4 + 8),
-            ("bf16", 1, 2 + (4 + 2) + 12),
+            ("bf16", 1, 2 + 4 + 12),
             ("bf16", 2, 2 + 4 + 12),
             ("bf16", 3, 2 + 4 + 12),
         ],
