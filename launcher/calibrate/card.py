@@ -73,7 +73,7 @@ def _rank(rank: int, *, ranks: int, folder: Path) -> None:
         dist.barrier()
         watchdog.at("the probe of all-reduces")
         if ranks > 1:
-            card.link_gb_s, card.hop_s = link_rates(dist.group.WORLD, ranks, device)
+            card.link_gb_s, card.hop_s = link_rates(ranks, device)
         if rank == 0:
             memory = torch.cuda.get_device_properties(device).total_memory
             (folder / "card.json").write_text(json.dumps({"card": asdict(card), "memory": memory}))
@@ -157,23 +157,23 @@ def launch_seconds(device: torch.device) -> float:
     return rounded(seconds(lambda: x.add_(1), device))
 
 
-def link_rates(group: dist.ProcessGroup, ranks: int, device: torch.device) -> tuple[float, float]:
-    """Return GB/s that a rank sends in an all-reduce, and seconds of a step. Collective over the group."""
+def link_rates(ranks: int, device: torch.device) -> tuple[float, float]:
+    """Return GB/s that a rank sends in an all-reduce, and seconds of a step. Collective over the world."""
     points = []
     for size in ProbeSizes().messages:
         tensor: Tensor = torch.zeros(size // 4, device=device)
-        points.append((float(size), all_reduce_seconds(tensor, group, device)))
+        points.append((float(size), all_reduce_seconds(tensor, device)))
     return fitted_link(points, ranks)
 
 
-def all_reduce_seconds(tensor: Tensor, group: dist.ProcessGroup, device: torch.device) -> float:
+def all_reduce_seconds(tensor: Tensor, device: torch.device) -> float:
     """Return the mean seconds of a call. All ranks make the same number of calls."""
     for _ in range(3):
-        dist.all_reduce(tensor, group=group)
+        dist.all_reduce(tensor)
     torch.cuda.synchronize(device)
     started = time.perf_counter()
     for _ in range(CALLS):
-        dist.all_reduce(tensor, group=group)
+        dist.all_reduce(tensor)
     torch.cuda.synchronize(device)
     return (time.perf_counter() - started) / CALLS
 

@@ -57,7 +57,7 @@ def test_training_compile_decides_which_is_planned() -> None:
         (None, "cuda", True), (None, "cpu", False), (False, "cuda", False), (True, "cpu", True),
     ):  # fmt: skip
         run = copy.deepcopy(plan.run)
-        run.training.compile = value  # type: ignore[attr-defined]
+        vars(run.training)["compile"] = value
         assert Sizes.of(run, device).compiled is compiled
         if device == "cuda":
             kept[compiled] = parts(Sizes.of(run, device)).block.footprint.saved

@@ -24,11 +24,9 @@ class FinishedRun:
 
     def planned(self, hardware: HardwareConfig) -> StepTime | None:
         """Return the plan of its step with the rates of `hardware`; None if those are not known."""
-        ranks = {
-            "nodes": self.run.hardware.nodes,
-            "accelerators_per_node": self.run.hardware.accelerators_per_node,
-        }
-        return make_plan(replace(self.run, hardware=replace(hardware, **ranks)), self.layout).time
+        ranks = self.run.hardware
+        there = replace(hardware, nodes=ranks.nodes, accelerators_per_node=ranks.accelerators_per_node)
+        return make_plan(replace(self.run, hardware=there), self.layout).time
 
 
 def refined(hardware: HardwareConfig, runs: Sequence[FinishedRun]) -> HardwareConfig:
