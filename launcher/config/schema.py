@@ -652,7 +652,7 @@ class CalibrateConfig:
 
     name: str = "this_machine"  # name of the hardware config
     dir: str = "my_conf"  # directory for --config-dir; writes DIR/hardware/NAME.yaml
-    rounds: int = 5  # repetitions of each measurement; the median is used
+    rounds: int = 5  # repetitions of each measurement of CPU ranks; the median is used
     most_ranks: Optional[int] = None  # null: twice the cores, or all GPUs
 
 
