@@ -4,8 +4,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from launcher.commands.learn import learn
 from launcher.commands.ready import ReadyRun, ready
 from launcher.config.compose import compose_jobs
+from launcher.config.errors import ConfigError
 from launcher.config.schedule import schedule_warnings
 from launcher.config.schema import OutputFormat, PlannedRunConfig
 from launcher.config.world import world_of_hardware
@@ -20,6 +22,13 @@ from launcher.text import json_text
 def main(arguments: list[str]) -> int:
     jobs = compose_jobs("plan", PlannedRunConfig, arguments)
     if not jobs:
+        return 0
+    if jobs[0].config.learn:
+        if len(jobs) > 1:
+            raise ConfigError("learn", jobs[0].config.learn, "not supported with --multirun", "learn=[]")
+        report = learn(jobs[0].config)
+        if jobs[0].config.format is OutputFormat.json:
+            print(json_text(report, indent=2))
         return 0
     machine = this_machine()
     for job in jobs:

@@ -20,6 +20,7 @@ from launcher.launch.environment import (
     speaks_for_all,
 )
 from launcher.launch.this_machine import this_machine
+from launcher.planning.show.search_report import reasons
 from launcher.streams import outlive_output
 
 
@@ -79,6 +80,6 @@ def _ready(job: Job[RunConfig], machine: Machine) -> tuple[ReadyRun, LaunchEnvir
     if (files := listed(ready_run.left_out)) and speaks_for_all(os.environ):
         print(f"note     data files left out: {files}")
     if ready_run.search and speaks_for_all(os.environ):
-        count = len(ready_run.search.candidates)
-        print(f"auto     chose the fastest of {count} legal layouts (see `launcher plan`)")
+        for line in reasons(ready_run.search):
+            print(line)
     return ready_run, place
