@@ -116,7 +116,10 @@ def run_of(row: Row) -> RunConfig:
         hardware=replace(A100, nodes=row.gpus // 8),
         optimizer=OptimizerConfig(name=OptimizerName.adamw, lr=1e-4),
         precision=PrecisionConfig(dtype=Dtype.fp16),
-        training=TrainingConfig(steps=1, global_batch_size=row.batch, micro_batch_size=row.micro_batch),
+        # Megatron-LM compiled no blocks then.
+        training=TrainingConfig(
+            steps=1, global_batch_size=row.batch, micro_batch_size=row.micro_batch, compile=False
+        ),
     )
 
 

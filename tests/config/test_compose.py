@@ -117,6 +117,10 @@ class TestConf:
                 part = run if group == "experiment" else section_of(run, group)
                 for name, value in flat(said).items():
                     has = section_of(part, name)  # type: ignore[arg-type]
+                    if isinstance(has, list):
+                        has = [
+                            dataclasses.asdict(row) if dataclasses.is_dataclass(row) else row for row in has
+                        ]
                     assert value == "???" or (has.name if isinstance(has, Enum) else has) == value, name
 
     def test_every_option_works_on_hardware_that_suits_it(self, subtests: pytest.Subtests) -> None:
