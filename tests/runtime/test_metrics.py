@@ -73,6 +73,7 @@ def test_the_history_equals_metrics_jsonl(logged: Path) -> None:
 
 def test_the_run_has_the_composed_config_and_the_id_of_the_directory(logged: Path) -> None:
     [fragment] = fragments(logged, identity_of(logged))
+    assert fragments(logged) == [fragment]
     run = next(record.run for record in records(fragment) if record.HasField("run"))
     assert run.run_id == json.loads((logged / "run.json").read_text())["id"]
     assert run.project == "tests"

@@ -20,9 +20,13 @@ _BLOCK, _HEADER = 32768, 7
 _WHOLE, _FIRST, _LAST = 1, 2, 4
 
 
-def fragments(run_dir: Path, run_id: str) -> list[Path]:
-    """Return the .wandb files of a run in the order of its starts; a copied directory has others too."""
-    paths = (run_dir / "wandb").glob(f"*run-*-{glob.escape(run_id)}/run-{glob.escape(run_id)}.wandb")
+def fragments(run_dir: Path, run_id: str | None = None) -> list[Path]:
+    """Return the .wandb files of a run in the order of its starts.
+
+    A copied directory has files of another run too; without `run_id` they are included.
+    """
+    name = "*" if run_id is None else glob.escape(run_id)
+    paths = (run_dir / "wandb").glob(f"*run-*-{name}/run-{name}.wandb")
     files = [path for path in paths if path.is_file()]
     return sorted(files, key=lambda path: path.parent.name.partition("run-")[2])
 
