@@ -8,8 +8,8 @@ from omegaconf import OmegaConf
 
 from launcher.config.compose import load_typed
 from launcher.config.errors import ConfigError
-from launcher.config.layout import Layout
-from launcher.config.run_format import read_identity
+from launcher.config.layout import recorded_layout
+from launcher.config.run_format import IDENTITY, read_identity
 from launcher.config.schema import HardwareConfig, OutputFormat, PlannedRunConfig, RunConfig
 from launcher.files import write_text
 from launcher.planning.choose.learning import FinishedRun, refined
@@ -47,16 +47,17 @@ def learn(config: PlannedRunConfig) -> dict[str, Any]:
 def finished_run(path: Path) -> FinishedRun:
     """Return a run of at least four rows of metrics. Raises ConfigError for any other directory."""
     run = load_typed(path / CONFIG, RunConfig)
-    identity = read_identity(path) or {}
     seconds = [
         float(row["perf/step_time_s"]) for row in rows_in(path / METRICS) if "perf/step_time_s" in row
     ][1:]
-    if len(seconds) < FEWEST_ROWS or "layout" not in identity:
+    if len(seconds) < FEWEST_ROWS:
         why = f"the run has {len(seconds)} measured rows after its first, and {FEWEST_ROWS} are needed"
         raise ConfigError("learn", path, why, "learn=[runs/NAME] with a run of more steps")
-    known = Layout.__dataclass_fields__
-    fields = {name: value for name, value in identity["layout"].items() if name in known}
-    layout = Layout(**fields | {"notes": tuple(fields.get("notes", ()))})
+    try:
+        layout = recorded_layout(read_identity(path) or {})
+    except (KeyError, TypeError):
+        why = f"its {IDENTITY} is damaged, so that its layout is unknown"
+        raise ConfigError("learn", path, why, f"a copy of {IDENTITY} from a backup") from None
     return FinishedRun(path.name, run, layout, median(seconds))
 
 

@@ -66,3 +66,6 @@ def test_a_run_without_steps_or_a_machine_without_rates_is_refused(tmp_path: Pat
     long = finished(tmp_path / "long", "parallelism.zero_stage=1")
     with pytest.raises(ConfigError, match="states no speed to refine"):
         main([f"learn=[{long}]", "hardware=local"])
+    (long / "run.json").write_text(json.dumps({"id": "a", "format": FORMAT, "layout": {"data": 1}}))
+    with pytest.raises(ConfigError, match=r"its run\.json is damaged, so that its layout is unknown"):
+        main([f"learn=[{long}]", "hardware=a100_80gb"])
