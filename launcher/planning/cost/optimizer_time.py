@@ -1,11 +1,11 @@
 """Seconds of a step after its micro-batches: clipping, update, and DeepSpeed's bookkeeping. Pure."""
 
 from launcher.config.layout import Layout
-from launcher.config.schema import Dtype, OptimizerName, RunConfig
+from launcher.config.schema import Dtype, RunConfig
 from launcher.planning.cost.geometry import Rank
 from launcher.planning.cost.measured_rates import AnyRates
 from launcher.planning.cost.operations import BYTES, FP32
-from launcher.planning.cost.zero_states import padded, uses_bf16_optimizer
+from launcher.planning.cost.zero_states import padded, state_bytes, uses_bf16_optimizer
 
 
 def optimizer_seconds(run: RunConfig, layout: Layout, rank: Rank, rates: AnyRates) -> float:
@@ -14,9 +14,8 @@ def optimizer_seconds(run: RunConfig, layout: Layout, rank: Rank, rates: AnyRate
     whole = share = rank.parameters
     if layout.zero_stage > 0:
         share = sum(padded(sum(group), 2 * data) for group in rank.groups) // data
-    states = 2 if run.optimizer.name is OptimizerName.adamw else 1 if run.optimizer.momentum else 0
     # Read gradients, read and write weights and states.
-    update = share * FP32 * (1 + 2 * (1 + states))
+    update = share * (FP32 + 2 * (FP32 + state_bytes(run.optimizer)))
     if uses_bf16_optimizer(run, layout):
         copies = _bf16_bookkeeping(layout, whole, share)
     else:
