@@ -27,7 +27,7 @@ def test_steps_on_an_h100_are_within_ten_percent(rows: list[Comparison]) -> None
     here = [row for row in rows if row.source.startswith("H100")]
     assert len(here) == 10
     assert [row for row in here if abs(row.error) > 0.10] == []
-    # Of the head in chunks, a prototype was measured: its buffers were others.
+    # The head in chunks was measured in a prototype, whose buffers were others.
     same = [row for row in here if "chunks" not in row.run]
     assert [row for row in same if abs(row.memory_error or 0) > 0.02] == []
 

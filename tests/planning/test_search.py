@@ -376,7 +376,7 @@ LLAMA_405B = [
     "model=llama3_70b", "model.hidden_size=16384", "model.num_layers=126", "model.num_heads=128",
     "model.num_kv_heads=8", "model.ffn_hidden_size=53248",
 ]  # fmt: skip
-# What practitioners run on known clusters (issue 21): (overrides, whether a layout is such a choice).
+# Layouts that practitioners run on known clusters (issue 21): (overrides, whether a layout is such a choice).
 CLUSTERS: dict[str, tuple[list[str], Callable[[Layout], bool]]] = {
     "8 H100, 8B": (
         ["model=llama3_8b", "hardware=h100_80gb", "precision=bf16", "training.global_batch_size=64"],

@@ -94,7 +94,7 @@ class Candidate:
 
     @property
     def concerns(self) -> tuple[bool, bool, bool]:
-        """What an expert accepts only if nothing else fits, however fast it is planned to be."""
+        """Reasons for which an expert takes a faster layout only if nothing else fits."""
         return self.crosses_nodes, self.offloads, self.is_tight
 
     @property

@@ -45,7 +45,7 @@ def data_exchange(
     overlaps = layout.zero_stage == 3 or (layout.zero_stage == 2 and buffers.reduce_buffers == 2)
     if overlaps and rates.overlaps:
         simulated = _simulated(run, layout, rank, rates, groups["data"], times)
-        # What follows the micro-batches: gathers of weights that stay whole, or of updated weights.
+        # Collectives after the micro-batches: gathers of weights that stay whole, or of updated weights.
         after = max(0.0, seconds - simulated.hidden - simulated.waiting)
         seconds, hidden = simulated.waiting + after, simulated.hidden
     copied = 0.0

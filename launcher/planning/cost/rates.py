@@ -25,8 +25,8 @@ class Shares:
     memory: float = 0.90  # of the memory bandwidth; fitted, and 3.0 of 3.35 TB/s on an H100
     link: float = 0.745  # of the bandwidth of a link; fitted
     update: float = 0.78  # of the memory bandwidth in fused AdamW: 2.6 of 3.35 TB/s on an H100
-    # Of the memory's rate, in norms, activations and residuals that are not compiled. From a profile of GPT-2
-    # 124M on an H100: 23 ms of a step for 30 GB (the norms' backward pass reads its input twice).
+    # Share of the memory's rate in norms, activations and residuals that are not compiled: from a profile of
+    # GPT-2 124M on an H100, 23 ms of a step for 30 GB (the norms' backward pass reads its input twice).
     eager: float = 0.60
     unaligned: float = 0.135  # of a product's rate: 50,257 columns beside 50,304 on an H100
     kernel_s: float = 2e-6  # between two kernels of a stream
@@ -177,7 +177,7 @@ def specified(hardware: HardwareConfig, dtype: Dtype, shares: Shares | None = No
     if product is None and peak is not None:
         product = peak * (hardware.gemm_efficiency or DEFAULT_EFFICIENCY) * shares.product
     memory = _rate(card.memory_gb_s, hardware.memory_bandwidth_gb_s, shares.memory)
-    # Of a single GPU no link was measured: another is reached through the host.
+    # A calibration with a single GPU measures no link: another GPU is reached through the host.
     intra = _rate(card.link_gb_s, hardware.bandwidth_intra_node_gb_s or card.host_gb_s, shares.link)
     if product is None or memory is None or intra is None:
         return None
