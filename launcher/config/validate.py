@@ -74,7 +74,7 @@ def validate_generate(config: GenerateConfig) -> str:
     """Check what `launcher generate` is given; return the run's directory. Raises ConfigError."""
     check_paths(config)
     if config.run.dir is None:
-        why = "sampling needs the directory of a finished run"
+        why = "sampling needs the directory of a run"
         raise refusal(config, "run.dir", why, "run.dir=runs/NAME (as the run printed it)")
     if not config.prompt:
         raise refusal(config, "prompt", "the prompt is empty", shlex.quote('prompt="import "'))

@@ -333,7 +333,7 @@ class TestCommand:
     def test_training_refuses_before_torch_is_loaded(self, ended: dict[str, Ended]) -> None:
         starts = {
             "too large": "hardware.memory_bytes=2e+07: stage 0 needs 42.69 MB",
-            "for this machine": "hardware.memory_bytes=null: stage 0 needs ",
+            "for this machine": "model: stage 0 needs ",
             "auto": "parallelism.auto=true: none of ",
             "auto and illegal": "model.num_heads=5: does not divide",
         }

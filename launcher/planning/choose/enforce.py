@@ -51,9 +51,10 @@ def refuse_too_large(plan: Plan) -> None:
     if not plan.shortages:
         raise _too_large_for_host(plan)
     remedies = [change.settings for change in helpful(plan, most=2)] or _elsewhere(plan) or [SMALLER]
-    value = plan.run.hardware.memory_bytes
-    typed = "null" if value is None else f"{value:g}"
-    raise ConfigError("hardware.memory_bytes", typed, _shortage(plan), " or ".join([*remedies, NO_CHECK]))
+    value, remedy = plan.run.hardware.memory_bytes, " or ".join([*remedies, NO_CHECK])
+    if value is None:
+        raise ConfigError("model", None, _shortage(plan), remedy)
+    raise ConfigError("hardware.memory_bytes", f"{value:g}", _shortage(plan), remedy)
 
 
 def _too_large_for_host(plan: Plan) -> ConfigError:
