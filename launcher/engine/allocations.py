@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -99,7 +100,8 @@ def _existing_tensors() -> Iterator[Tensor]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # reading attributes of deprecated objects makes them warn
         for candidate in gc.get_objects():
-            if issubclass(type(candidate), Tensor):
+            # Tensors of torch.compile's own are fake: they have a size, perhaps a symbol, and no memory.
+            if issubclass(type(candidate), Tensor) and not issubclass(type(candidate), FakeTensor):
                 yield candidate
                 if candidate.is_leaf and candidate.grad is not None:
                     yield candidate.grad

@@ -19,6 +19,7 @@ from benchmarks.gpu import GPU
 TINY_RUN = "--model tiny --only single --peer plain --quick --measure time".split()
 
 
+@pytest.mark.slow
 def test_the_plain_loop_and_the_launcher_train_alike_in_turns(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -302,6 +302,7 @@ def test_an_unsupported_or_broken_directory_is_refused(
         weights_at(source, "checkpoint.init_from")
 
 
+@pytest.mark.slow
 def test_import_train_and_export_from_the_command_line(tmp_path: Path) -> None:
     """Train imported weights in two layouts and from init_from, and export the result."""
     model = small(

@@ -36,6 +36,7 @@ CHAIN = ["single", "zero3", "tp2_pp2", "zero2", "dualpipev", "zero1_tp2", "dp", 
 SAVE = CheckpointConfig()
 
 
+@pytest.mark.slow
 def test_changing_the_layout_after_every_step_matches_one_process(tmp_path: Path) -> None:
     """SGD with momentum in fp32: compare each step with a run in one process."""
     run, layout = run_in("single", *RUNS["momentum"])
@@ -53,7 +54,10 @@ def test_changing_the_layout_after_every_step_matches_one_process(tmp_path: Path
 
 
 @pytest.mark.parametrize("layout", ["zero1_tp2", "zero3"])
-@pytest.mark.parametrize("overrides", [[*GPT, "model.dropout=0.1"], [*LLAMA, "precision=bf16"]])
+@pytest.mark.parametrize(
+    "overrides",
+    [pytest.param([*GPT, "model.dropout=0.1"], marks=pytest.mark.slow), [*LLAMA, "precision=bf16"]],
+)
 def test_resume_in_the_same_layout_is_bitwise_equal(
     layout: str, overrides: list[str], tmp_path: Path
 ) -> None:

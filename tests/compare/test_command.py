@@ -81,6 +81,7 @@ def test_table_picture_and_metrics(compared: tuple[str, Path]) -> None:
     assert list((folder / "r").glob("wandb/offline-run-*/*.wandb"))
 
 
+@pytest.mark.slow
 def test_what_one_rank_cannot_hold_trains_split(tmp_path: Path) -> None:
     budget, layouts = "hardware.memory_bytes=8.5e6", "compare.layouts=[single,dp,tp,pp]"
     done = launcher("compare", *SMALL, *FEW, budget, layouts, "compare.report=report.json", cwd=tmp_path)
@@ -108,6 +109,7 @@ def test_a_layout_that_computes_something_else_is_told_of(tmp_path: Path) -> Non
     assert "DIFFERS  dp" not in done.stdout
 
 
+@pytest.mark.slow
 def test_a_layout_that_fails_is_told_of_and_the_others_are_compared(tmp_path: Path) -> None:
     done = broken("raise RuntimeError('as the test wants it')", tmp_path)
     assert done.returncode == 1, done.stdout + done.stderr
@@ -130,7 +132,7 @@ def test_a_layout_that_fails_is_told_of_and_the_others_are_compared(tmp_path: Pa
             "parallelism.tensor=2: `launcher compare` takes the layouts",
         ),
         ("compare.figure=x.gif", "compare.figure=x.gif: a picture is .png, .svg or .pdf"),
-        ("hardware.memory_bytes=1e3", "compare.layouts="),
+        pytest.param("hardware.memory_bytes=1e3", "compare.layouts=", marks=pytest.mark.slow),
     ],
 )
 def test_mistakes_are_refused_before_anything_starts(typed: str, said: str, tmp_path: Path) -> None:

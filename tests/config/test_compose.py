@@ -182,6 +182,7 @@ class TestConf:
                     else:
                         assert validated(run).device == "cuda"
 
+    @pytest.mark.slow
     def test_survives_being_written_and_read(self, subtests: pytest.Subtests, tmp_path: Path) -> None:
         for group, option in OPTIONS:
             with subtests.test(f"{group}={option}"):

@@ -100,6 +100,7 @@ def test_directories_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.Mon
     assert "NCCL needs it" in machine_checks.shared_memory(tmp_path)[0].why
 
 
+@pytest.mark.slow
 def test_a_deleted_working_directory(tmp_path: Path) -> None:
     gone = tmp_path / "gone"
     gone.mkdir()

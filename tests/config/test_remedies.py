@@ -40,6 +40,7 @@ def refused(*arguments: str) -> ConfigError:
     return raised.value
 
 
+@pytest.mark.slow
 def test_any_text_survives_the_shell_and_hydra(subtests: pytest.Subtests) -> None:
     fields = ("run.dir", "logging.wandb.name", "slurm.job_name", "slurm.environment.X")
     line = " ".join(typed_text(field, text) for text in ODD for field in fields)

@@ -1176,6 +1176,7 @@ def test_a_directory_of_the_user_is_not_deleted_to_make_way(tmp_path: Path) -> N
     assert (folder / "mine").exists()
 
 
+@pytest.mark.slow
 def test_a_compressed_file_is_read_in_bounded_memory(tmp_path: Path, subtests: pytest.Subtests) -> None:
     """Repetitions compress a thousandfold and more: the reader never holds what a file expands to."""
     expanded = 400 * 2**20

@@ -736,7 +736,7 @@ def press_ctrl_c(launcher: "subprocess.Popen[str]") -> None:
     os.killpg(launcher.pid, signal.SIGINT)  # as a terminal does: to the whole foreground group
 
 
-@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+@pytest.mark.parametrize("start_method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("send", "code"),
     [

@@ -124,6 +124,7 @@ def counted_flops(model: ModelConfig, length: int, device: str) -> float:
     return float(counter.get_total_flops()) / (2 * length)
 
 
+@pytest.mark.slow
 def test_flops_are_those_that_torch_counts(subtests: pytest.Subtests) -> None:
     for longest in [16, LENGTH]:
         for name in VARIANTS:

@@ -76,6 +76,7 @@ def test_all_blocks_share_one_graph_without_a_break(subtests: pytest.Subtests) -
             assert error < TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("traced")
 def test_recomputation_dropout_and_documents_need_no_break(subtests: pytest.Subtests) -> None:
     for checkpointing in ActivationCheckpointing:
@@ -87,6 +88,7 @@ def test_recomputation_dropout_and_documents_need_no_break(subtests: pytest.Subt
                 assert error < TOLERANCE
 
 
+@pytest.mark.slow
 def test_tensor_and_sequence_parallelism_need_no_break(subtests: pytest.Subtests) -> None:
     for architecture, sequence_parallel, checkpointing in (
         ("gpt", False, SELECTIVE),

@@ -72,7 +72,9 @@ def test_a_compiled_run_is_verified_eager_and_compiled() -> None:
     assert not any(each.training.compile for _, each, _ in passes(small_run("model=gpt_tiny")))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", [LAYOUTS[0], *(pytest.param(layout, marks=pytest.mark.slow) for layout in LAYOUTS[1:])]
+)
 def test_compiled_blocks_are_the_same_run(layout: str) -> None:
     result = compiled_pass(layout, traced=True)
     assert result.ok, (result.diagnosis, worst(result))
@@ -110,6 +112,7 @@ def assert_caught(mutation: Mutation, result: VerifyPass) -> None:
     assert all(words in result.diagnosis.shape for words in mutation.words), result.diagnosis
 
 
+@pytest.mark.slow
 def test_faults_of_dropout_are_detected_in_compiled_blocks() -> None:
     for name in ("dropout mask shared across sequence shards", "dropout mask not restored in recomputation"):
         mutation = DROPOUT_MUTATIONS[name]

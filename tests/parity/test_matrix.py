@@ -73,6 +73,7 @@ def test_the_selection_has_every_setting_that_four_ranks_can_have() -> None:
     assert settings(QUICK) == settings([c for c in LEGAL if c.ranks <= QUICK_RANKS])
 
 
+@pytest.mark.slow
 def test_variations_do_not_depend_on_each_other() -> None:
     runs = [run_of_combination(c) for c in LEGAL]
     for bf16 in (False, True):

@@ -61,6 +61,7 @@ def test_the_initial_weights_and_the_loss_do_not_depend_on_the_padding() -> None
     assert all(grad is not None and not grad[259:].any() and grad[:259].any() for grad in gradients)
 
 
+@pytest.mark.slow
 def test_padding_is_not_saved(tmp_path: Path) -> None:
     """Train with padding, save, and go on without: equal to a run that never had any."""
     run, layout = run_in("tp2", *GPT, *MOMENTUM)

@@ -29,8 +29,10 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
 
 
 def test_is_told_without_torch(ended: dict[str, Ended]) -> None:
-    for one in ended.values():
-        assert (one.code, one.err, one.heavy) == (0, "", [])
+    for name, one in ended.items():
+        assert (one.err, one.heavy) == ("", []), name
+    # These do not fit: exit code 1. Of the sweep, some do.
+    assert {name for name, one in ended.items() if one.code} == {"table", "json", "figure"}
 
 
 def test_the_table_has_every_part(ended: dict[str, Ended]) -> None:
@@ -97,6 +99,7 @@ def test_without_matplotlib_the_message_says_how_to_get_it(tmp_path: Path) -> No
     assert "pip install 'launcher[figures]'" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_trace_stands_beside_the_formulas(tmp_path: Path) -> None:
     [ended] = launcher(
         tmp_path, ["plan", "parallelism=tp2_pp2", "hardware=cpu", "plan.trace=true", "format=json"]

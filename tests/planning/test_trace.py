@@ -91,6 +91,7 @@ def test_the_cases_are_many_and_cover_every_value() -> None:
         assert {str(case[position]) for case in SOME} == {str(value) for value in values}
 
 
+@pytest.mark.slow
 def test_formulas_are_what_the_modules_do(subtests: pytest.Subtests) -> None:
     for case in SOME:
         with subtests.test("-".join(map(str, case))):
@@ -203,7 +204,13 @@ SIZES = [setting for setting in SMALL if "max_sequence" not in setting]
 ON_CPU = ["hardware.device=cpu"]  # in fp32 CUDA runs the math kernel for grouped heads, which is not traced
 
 
-@pytest.mark.parametrize("layout", ["tensor", "sequence, recomputed", "pipeline, bf16", "cuda"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "sequence, recomputed",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("tensor", "pipeline, bf16", "cuda")),
+    ],
+)
 @pytest.mark.parametrize("parts", UNPUBLISHED)
 def test_formulas_hold_for_any_parts(parts: str, layout: str) -> None:
     more = {

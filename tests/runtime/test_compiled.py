@@ -33,6 +33,7 @@ def ended(folder: Path, program: str, *arguments: str) -> str:
     return out
 
 
+@pytest.mark.slow
 def test_compile_time_is_reported_apart_from_step_time_and_a_run_resumes(tmp_path: Path) -> None:
     arguments = ["training.steps=6", "training.validation_interval=3", "parallelism.data=1"]
     first = ended(tmp_path, TRACED, *arguments, "training.stop_at=4")

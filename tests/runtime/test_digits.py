@@ -36,7 +36,9 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return trained(tmp_path_factory.mktemp("alone"), ["parallelism=single"], *SHORT)
 
 
-@pytest.mark.parametrize("layout", ["dp", "tp2 sp", "pp2"])
+@pytest.mark.parametrize(
+    "layout", ["tp2 sp", *(pytest.param(layout, marks=pytest.mark.slow) for layout in ("dp", "pp2"))]
+)
 def test_four_steps_agree_with_one_process(layout: str, alone: list[dict[str, Any]], tmp_path: Path) -> None:
     rows = trained(tmp_path, LAYOUTS[layout], *SHORT)
     for row, expected in zip(rows, alone, strict=True):

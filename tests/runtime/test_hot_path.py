@@ -79,7 +79,9 @@ def counts_by_step(folder: Path, *arguments: str) -> list[dict[int, Counter[str]
     return ranks
 
 
-@pytest.mark.parametrize("layout", ["parallelism=dp", "parallelism=pp2"])
+@pytest.mark.parametrize(
+    "layout", ["parallelism=dp", pytest.param("parallelism=pp2", marks=pytest.mark.slow)]
+)
 def test_nothing_synchronises_between_logged_steps(layout: str, tmp_path: Path) -> None:
     for counts in counts_by_step(tmp_path, layout, "logging.interval=10"):
         # The first step is agreed upon too: nothing is known of the time of a step before.

@@ -188,6 +188,7 @@ def torchrun(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=cwd, env=environment(), text=True, process_group=0, **pipes)
 
 
+@pytest.mark.slow
 def test_under_torchrun_the_launcher_joins_its_ranks(tmp_path: Path) -> None:
     process = torchrun("run.dir=r", "parallelism=tp2", "training.steps=2", cwd=tmp_path)
     out, error = process.communicate(timeout=120)

@@ -283,6 +283,7 @@ def test_offline_and_online_starts_are_one_run_on_the_server(tmp_path: Path) -> 
         assert server.steps(name) == list(range(1, 10))
 
 
+@pytest.mark.slow
 def test_sync_says_all_is_uploaded_only_if_the_server_confirms_it(tmp_path: Path) -> None:
     """The server accepts what `wandb sync` sends, and keeps nothing of it."""
     trained("logging=wandb", "run.dir=r", "parallelism.data=1", "training.steps=3", cwd=tmp_path)
@@ -314,6 +315,7 @@ def test_steps_that_the_server_has_already_are_not_sent_again(tmp_path: Path) ->
                 fragment.with_name(f"{fragment.name}.synced").write_text("")
 
 
+@pytest.mark.slow
 def test_a_run_whose_server_lost_rows_says_so_and_sync_sends_them(tmp_path: Path) -> None:
     with wandb_server() as server:
         server.forgetful = True
@@ -336,7 +338,11 @@ RANK_KILLED = AFTER_STEP_3.format(fault="os.kill(os.getpid(), signal.SIGKILL)")
 
 @pytest.mark.parametrize(
     ("program", "code"),
-    [(SERVICE_KILLED, 0), pytest.param(RANK_KILLED, 1, marks=pytest.mark.slow), ("", 0)],
+    [
+        pytest.param(SERVICE_KILLED, 0, marks=pytest.mark.slow),
+        pytest.param(RANK_KILLED, 1, marks=pytest.mark.slow),
+        ("", 0),
+    ],
 )
 def test_no_temporary_file_of_wandb_stays_behind(program: str, code: int, tmp_path: Path) -> None:
     temporary = tmp_path / "tmp"
@@ -366,6 +372,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
+@pytest.mark.slow
 def test_the_next_start_removes_what_the_import_of_wandb_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -383,6 +390,7 @@ def test_the_next_start_removes_what_the_import_of_wandb_left(
     assert list(temporary.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_sync_uploads_a_killed_run_at_once(tmp_path: Path) -> None:
     """And nothing of it while it trains."""
     run = [*SMALL, "logging=wandb", "run.dir=r", "parallelism.data=1", "training.steps=6"]
@@ -402,6 +410,7 @@ def test_sync_uploads_a_killed_run_at_once(tmp_path: Path) -> None:
         assert server.steps(identity_of(tmp_path / "r")) == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_an_online_start_uploads_the_steps_of_offline_starts(tmp_path: Path) -> None:
     """The run began offline, and its files were not uploaded."""
     run = ["logging=wandb", "run.dir=r", "parallelism.data=1", "training.steps=6"]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from launcher.config.validate import validate
 from launcher.config.world import World
@@ -74,6 +75,15 @@ def test_existing_tensors_are_counted_and_tensors_freed_meanwhile_are_not() -> N
     assert abs(allocated - nothing - 8_000_000) < 80_000
     row, _ = check.after(StepTimes(laps=[1.0] * MEASURED_STEP), allocated)
     assert row["memory/allocated_bytes"] == allocated
+
+
+def test_the_fake_tensors_of_the_compiler_are_not_counted() -> None:
+    _, nothing = measured([], lambda: None)
+    with FakeTensorMode():
+        fake = torch.zeros(1_000_000)
+    _, allocated = measured([], lambda: None)
+    assert isinstance(fake, FakeTensor)
+    assert abs(allocated - nothing) < 80_000
 
 
 def test_the_pending_copy_of_a_checkpoint_is_not_counted() -> None:

@@ -23,6 +23,7 @@ from tests.config.composing import composed, run_of
 from tests.runtime.command import metrics, trained
 
 
+@pytest.mark.slow
 def test_a_run_of_two_ranks_is_traced_and_its_losses_stay_the_same(tmp_path: Path) -> None:
     run = ["parallelism=tp2", "parallelism.data=1", "training.steps=4", "checkpoint.enabled=false"]
     plain = trained(*run, "run.dir=plain", cwd=tmp_path)

@@ -41,6 +41,7 @@ def test_a_killed_rank_starts_the_run_again_from_the_checkpoint(tmp_path: Path) 
     assert survivors(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_three_identical_failures_end_the_run(tmp_path: Path) -> None:
     program = FAULTY.format(fault='raise RuntimeError("disk on fire")')
     options = ["run.dir=r", "parallelism.data=2", "launch.max_restarts=9"]

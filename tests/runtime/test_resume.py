@@ -60,7 +60,9 @@ main()
 """
 
 
-@pytest.mark.parametrize("layout", ["parallelism=zero1", "parallelism=zero3"])
+@pytest.mark.parametrize(
+    "layout", [pytest.param("parallelism=zero1", marks=pytest.mark.slow), "parallelism=zero3"]
+)
 def test_weights_that_are_read_from_files_are_not_drawn(layout: str, tmp_path: Path) -> None:
     """By a resumed run, by a run that begins with other weights, and by generate."""
     trained("run.dir=r", "training.steps=2", layout, "parallelism.data=2", "training.stop_at=1", cwd=tmp_path)
@@ -175,6 +177,7 @@ def test_a_missing_newest_checkpoint_is_said(stopped: Path, tmp_path: Path) -> N
     assert "note     the checkpoint of step 4 is missing: the newest one is of step 2\n" in out
 
 
+@pytest.mark.slow
 def test_a_sweep_passes_over_finished_runs_and_resumes_an_interrupted_one(tmp_path: Path) -> None:
     sweep = ["--multirun", "optimizer.lr=0.1,0.2,0.3", "run.dir=r", "parallelism.data=1", "training.steps=2"]
     trained("optimizer.lr=0.1", "run.dir=r/0", "parallelism.data=1", "training.steps=2", cwd=tmp_path)

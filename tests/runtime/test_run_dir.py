@@ -142,7 +142,7 @@ def test_a_held_directory_that_was_taken_away_is_noticed(tmp_path: Path) -> None
         pass
 
 
-@pytest.mark.parametrize("saves", [True, False])
+@pytest.mark.parametrize("saves", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_run_whose_directory_was_taken_away_stops_and_writes_nothing_there(
     saves: bool, tmp_path: Path
 ) -> None:

@@ -66,7 +66,7 @@ def test_no_warning_of_short_cheap_or_planned_differences() -> None:
     ("layout", "delay"),
     [
         ("parallelism.data=2", FORWARD),
-        ("parallelism.data=2", DATA),
+        pytest.param("parallelism.data=2", DATA, marks=pytest.mark.slow),
         pytest.param("parallelism=tp2", FORWARD, marks=pytest.mark.slow),
         pytest.param("parallelism=pp2", FORWARD, marks=pytest.mark.slow),
         pytest.param("parallelism=pp2", DATA, marks=pytest.mark.slow),
