@@ -66,6 +66,7 @@ FULL, SELECTIVE = ActivationCheckpointing.full, ActivationCheckpointing.selectiv
 
 
 @pytest.mark.usefixtures("traced")
+@pytest.mark.slow
 def test_all_blocks_share_one_graph_without_a_break(subtests: pytest.Subtests) -> None:
     """Blocks with a window and blocks without one have a graph each: they get a mask, or none."""
     models = {**{name: small(name, num_layers=3) for name in PARTS}, "vit": small_vit(num_layers=3)}

@@ -4,7 +4,7 @@
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import combinations as combinations_of
 from itertools import product
@@ -34,6 +34,16 @@ class Combination:
         return self.data * self.tensor * self.pipeline
 
     @property
+    def run(self) -> RunConfig:
+        """The run that `overrides` compose, in a thousandth of the time: this file makes hundreds."""
+        run = _base(self.schedule)
+        axes = {"data": self.data, "tensor": self.tensor, "pipeline": self.pipeline}
+        parallelism = replace(
+            run.parallelism, zero_stage=self.zero_stage, sequence_parallel=self.sequence_parallel, **axes
+        )
+        return replace(run, parallelism=parallelism)
+
+    @property
     def overrides(self) -> list[str]:
         return [
             "hardware=cpu",
@@ -53,6 +63,11 @@ class Combination:
         return axes + ("-sp" if self.sequence_parallel else "") + self.schedule.removeprefix("1f1b")
 
 
+@cache
+def _base(schedule: str) -> RunConfig:
+    return run_of("model=gpt_tiny", *Combination(1, 1, 1, 0, False, schedule).overrides)
+
+
 COMBINATIONS = [
     Combination(*values, schedule)
     for schedule in ("1f1b", "dualpipev")
@@ -64,7 +79,7 @@ COMBINATIONS = [
 def outcome(combination: Combination) -> Layout | ConfigError:
     """What the product's own rules say."""
     try:
-        return validate(run_of("model=gpt_tiny", *combination.overrides), World("cpu", RANKS, RANKS))
+        return validate(combination.run, World("cpu", RANKS, RANKS))
     except ConfigError as error:
         return error
 

@@ -7,6 +7,7 @@ from launcher.config.layout import Layout
 from launcher.config.schema import Dtype
 from launcher.config.validate import validate
 from launcher.config.world import World
+from tests.config.composing import run_of
 from tests.parity.matrix import (
     COMBINATIONS,
     LEGAL,
@@ -104,6 +105,11 @@ def why_illegal(c: Combination) -> list[str]:
         )
         if holds
     ]
+
+
+def test_runs_are_those_that_the_overrides_compose() -> None:
+    for combination in (LEGAL[1], LEGAL[-1]):
+        assert combination.run == run_of("model=gpt_tiny", *combination.overrides)
 
 
 def test_legal_or_refused_with_its_reason(subtests: pytest.Subtests) -> None:

@@ -131,6 +131,7 @@ module.elementwise = lambda device: []
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "module", "function", "setting", "said"),
     [
@@ -146,7 +147,6 @@ module.elementwise = lambda device: []
                 "nothing has ended for launch.timeout_minutes=0.1",
                 "at step 1, waiting for others in all_reduce, called by ",
             ],
-            marks=pytest.mark.slow,
         ),
         pytest.param(
             ["calibrate", "rounds=1", "most_ranks=2", "dir=mine"],
@@ -156,7 +156,6 @@ module.elementwise = lambda device: []
                 "at the probe of memory bandwidth: rank 1 on ",
                 "at the probe of single operations, waiting for others in barrier, called by begin (",
             ],
-            marks=pytest.mark.slow,
         ),
     ],
     ids=["verify", "compare", "calibrate"],

@@ -90,6 +90,7 @@ def test_a_requeued_job_continues_the_same_run(
     assert all(name.endswith(f"-{identity}") for name in folders)
 
 
+@pytest.mark.slow
 def test_a_chain_continues_in_a_new_job(cluster: Cluster, tmp_path: Path) -> None:
     job = submit(cluster, tmp_path, *LONG, "training.stop_at=60", *PER_NODE, "slurm.on_stop=chain")
     job.wait_for_step(5)
