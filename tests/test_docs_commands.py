@@ -205,6 +205,7 @@ def test_every_command_runs(page: str, tmp_path: Path, subtests: pytest.Subtests
         elif line.verb == "train" and "--cfg" not in arguments and "--help" not in arguments:
             steps += 1
             arguments += [f"training.stop_at={steps}", "training.validation_batches=1", "logging=local"]
+            arguments += ["profile.steps=1"] if "profile=true" in arguments else []
         elif line.verb == "submit":
             arguments.append("submit.dry_run=true")
         with subtests.test(line.text):
