@@ -46,6 +46,19 @@ COMPUTING = ("train", "compare", "calibrate", "verify", "generate", "replay", "e
 COMPUTED_WITH = ("torch", "deepspeed")
 NOT_COMPUTING = ("-h", "--help", "--hydra-help", "--cfg", "-c", "--info", "-i", "--version")
 
+WITH_VALUE = (
+    "--cfg",
+    "-c",
+    "--config-dir",
+    "-cd",
+    "--config-name",
+    "-cn",
+    "--config-path",
+    "-cp",
+    "--info",
+    "-i",
+)
+
 
 def run_command(arguments: list[str]) -> int:
     """Return the exit code. Print an error that the user can correct as one message without a traceback."""
@@ -92,7 +105,7 @@ def _split(arguments: list[str]) -> tuple[str, list[str]]:
         return word, arguments[1:]
     if word.isalpha() and (similar := difflib.get_close_matches(word, VERBS, n=1, cutoff=0.7)):
         raise ConfigError(word, None, "no such command", f"launcher {similar[0]}")
-    is_value = [False, *(argument.startswith("-") for argument in arguments)]  # as `job` is in `--cfg job`
+    is_value = [False, *(argument in WITH_VALUE for argument in arguments)]
     later = (argument for argument, value in zip(arguments, is_value, strict=False) if not value)
     if verb := next((argument for argument in later if argument in VERBS), None):
         settings = shlex.join(argument for argument in arguments if argument != verb)

@@ -27,7 +27,7 @@ class OutputLost(SystemExit):
 
     def __init__(self, error: OSError) -> None:
         self.is_reader_gone, self.why = error.errno == errno.EPIPE, error.strerror
-        super().__init__(1)
+        super().__init__(0 if self.is_reader_gone else 1)  # `| head` has seen enough
 
 
 class StandardStream(io.RawIOBase):

@@ -14,7 +14,13 @@ from launcher.checkpoint.companions import base_config
 from launcher.checkpoint.final import FINAL_WEIGHTS, read_final_weights
 from launcher.checkpoint.huggingface import Adapter, Entry, NotConvertible, adapter_of, model_of, titles
 from launcher.checkpoint.huggingface.adapter import setting_names, setting_of
-from launcher.checkpoint.manifest import MANIFEST, UnusableCheckpoint, checkpoints_in, read_manifest
+from launcher.checkpoint.manifest import (
+    MANIFEST,
+    UnusableCheckpoint,
+    checkpoints_in,
+    newest_complete_before,
+    read_manifest,
+)
 from launcher.config.compose import load_typed
 from launcher.config.errors import ConfigError, as_typed
 from launcher.config.run_format import IDENTITY
@@ -56,7 +62,9 @@ def weights_at(path: Path, field: str) -> WeightSource:
         try:
             model = _model_in(read_manifest(checkpoint).config)
         except UnusableCheckpoint as unusable:
-            raise ConfigError(field, checkpoint, str(unusable), _SOURCES) from None
+            older = newest_complete_before(checkpoint)
+            remedy = f"remove {checkpoint}: {older.name} is the newest before it" if older else _SOURCES
+            raise ConfigError(field, checkpoint, str(unusable), remedy) from None
         return WeightSource(checkpoint.resolve(), WeightsKind.checkpoint, model, _model_type(checkpoint))
     if (path / RUN_CONFIG).exists() and (path / FINAL_WEIGHTS).is_dir():
         model = load_typed(path / RUN_CONFIG, RunConfig).model

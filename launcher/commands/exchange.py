@@ -12,7 +12,7 @@ from launcher.checkpoint.sources import WeightsKind, WeightSource, weights_at
 from launcher.config.compose import compose_jobs
 from launcher.config.errors import ConfigError, typed_text
 from launcher.config.numbers import refuse_out_of_bounds
-from launcher.config.paths import path_argument
+from launcher.config.paths import free_path, path_argument
 from launcher.config.schema import ExchangeConfig
 
 
@@ -55,6 +55,7 @@ def import_main(arguments: list[str]) -> int:
 
 def _exchanged(verb: str, arguments: list[str]) -> tuple[WeightSource, Path, ExchangeConfig] | None:
     """Return the source, the target and the settings; None for --help. Raises ConfigError."""
+    arguments = [argument.removeprefix("run.dir=") for argument in arguments]  # as other commands take it
     paths = [argument for argument in arguments if not argument.startswith("-") and "=" not in argument]
     overrides = [argument for argument in arguments if argument not in paths]
     jobs = compose_jobs("exchange", ExchangeConfig, overrides)
@@ -66,7 +67,7 @@ def _exchanged(verb: str, arguments: list[str]) -> tuple[WeightSource, Path, Exc
     source, target = (path_argument(verb, path) for path in paths)
     if target.exists():
         why = f"already exists, and `launcher {verb}` does not overwrite files"
-        remedy = shlex.join(["launcher", verb, str(source), f"{target}-2"])
+        remedy = shlex.join(["launcher", verb, str(source), str(free_path(target)), *overrides])
         raise ConfigError("TARGET", target, why, remedy)
     refuse_out_of_bounds(jobs[0].config)
     return weights_at(source, verb), target, jobs[0].config

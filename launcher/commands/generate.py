@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
+from launcher.config.arguments import check_no_bare_directory
 from launcher.config.compose import compose_jobs, load_typed
-from launcher.config.errors import ConfigError, typed_text
+from launcher.config.errors import ConfigError
 from launcher.config.schema import GenerateConfig, InputKind, RunConfig
 from launcher.config.validate import validate_generate
 from launcher.launch.this_machine import share_cores, this_machine
@@ -11,10 +12,7 @@ from launcher.runtime.run_dir import CONFIG
 
 
 def main(arguments: list[str]) -> int:
-    for argument in arguments:
-        if "=" not in argument and Path(argument).is_dir():
-            why = "a setting needs a name, = and a value"
-            raise ConfigError(argument, None, why, typed_text("run.dir", argument))
+    check_no_bare_directory(arguments)
     for job in compose_jobs("generate", GenerateConfig, arguments):
         run_dir = Path(validate_generate(job.config)).expanduser()
         # Read here only to refuse it: what comes next imports torch.

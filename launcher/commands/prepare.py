@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from launcher.config.compose import compose_jobs
 from launcher.config.errors import ConfigError, typed_text
-from launcher.config.paths import path_argument
+from launcher.config.paths import free_path, path_argument
 from launcher.config.schema import EndInText, PrepareConfig
 from launcher.config.validate import validate_prepare
 from launcher.data.card import vocab_size_of
@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> int:
     if target.suffix in (".bin", ".idx"):
         target = target.with_suffix("")
     if not target.name or target.name == "..":
-        remedy = shlex.join(["launcher", "prepare", *map(str, sources), str(target / "web")])
+        remedy = shlex.join(["launcher", "prepare", *map(str, sources), str(target / "web"), *overrides])
         raise ConfigError("TARGET", target, "the token files need a name", remedy)
     validate_prepare(jobs[0].config)
     inputs, left_out = find_inputs(sources)
@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> int:
     # continues. If the .idx exists, the token files are complete.
     if existing and (index_path(target) in existing or not job.folder.exists()):
         why = f"{existing[-1]} already exists, and `launcher prepare` does not overwrite files"
-        remedy = shlex.join(["launcher", "prepare", *map(str, sources), f"{target}-2"])
+        remedy = shlex.join(["launcher", "prepare", *map(str, sources), str(free_path(target)), *overrides])
         raise ConfigError("TARGET", target, why, remedy)
     signal.signal(signal.SIGTERM, _stop)
     try:

@@ -13,6 +13,7 @@ from launcher.checkpoint.manifest import (
     step_of,
 )
 from launcher.commands.ready import ready
+from launcher.config.arguments import check_no_bare_directory
 from launcher.config.compose import compose_jobs, load_typed
 from launcher.config.errors import refusal
 from launcher.config.schema import HardwareConfig, ReplayConfig, RunConfig
@@ -26,6 +27,7 @@ from launcher.runtime.run_dir import CONFIG, METRICS
 
 
 def main(arguments: list[str]) -> int:
+    check_no_bare_directory(arguments)
     for job in compose_jobs("replay", ReplayConfig, arguments):
         _replay(job.config)
     return 0

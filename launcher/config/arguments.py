@@ -4,11 +4,12 @@ import argparse
 import contextlib
 import io
 import re
+from pathlib import Path
 
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.types import Override
 
-from launcher.config.errors import ConfigError
+from launcher.config.errors import ConfigError, typed_text
 
 MOST_ARGUMENTS, MOST_TEXT, MOST_SYNTAX, MOST_DEPTH = 1000, 100_000, 4096, 32
 _QUOTED = re.compile(r"\"(?:\\.|[^\"\\])*\"|'(?:\\.|[^'\\])*'")
@@ -53,6 +54,14 @@ def _depth(syntax: str) -> int:
         depth += (character in "[{(") - (character in ")}]")
         deepest = max(deepest, depth)
     return deepest
+
+
+def check_no_bare_directory(arguments: list[str]) -> None:
+    """Raise ConfigError if the directory of a run is given without the name of its setting."""
+    for argument in arguments:
+        if "=" not in argument and Path(argument).is_dir():
+            why = "a setting needs a name, = and a value"
+            raise ConfigError(argument, None, why, typed_text("run.dir", argument))
 
 
 def parsed_flags(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:

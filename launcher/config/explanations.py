@@ -278,7 +278,7 @@ def _nearest_value(field: str, value: str, kind: str, root: type[Any]) -> str:
     if accepted == "whole number" and re.fullmatch(r"[-+]?\d+\.?\d*(?:[eE][-+]?\d{1,2})?", value):
         number = float(value)
         return " or ".join(settings(field, dict.fromkeys([int(number // 1), int(-(-number // 1))])))
-    if accepted in ("whole number", "number") and (plain := _without_unit(value, accepted)):
+    if accepted in ("whole number", "number") and (plain := _without_unit(field, value, accepted)):
         return f"{field}={plain}"
     if accepted not in _IN_WORDS or accepted == "true | false":
         options = kind.split(" | ")
@@ -287,24 +287,44 @@ def _nearest_value(field: str, value: str, kind: str, root: type[Any]) -> str:
     return shlex.quote(f"{field}={example}") if example else _example(field, root)
 
 
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
-_BINARY_UNITS = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+_COUNTS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
+_BYTES = {f"{unit}b": factor for unit, factor in _COUNTS.items()} | {
+    f"{unit}{end}": 1024.0**power for power, unit in enumerate(("k", "m", "g", "t"), 1) for end in ("i", "ib")
+}
+_TIMES = {"ms": 1e-3, "s": 1.0, "sec": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+# By the end of a field's name: the units in which its value may be typed by mistake, and its own unit.
+_UNITS_OF: dict[str, tuple[dict[str, float], float]] = {
+    "_gb": (_BYTES | {"g": 1e9, "m": 1e6, "t": 1e12}, 1e9),
+    "_mb": (_BYTES | {"g": 1e9, "m": 1e6, "k": 1e3}, 1e6),
+    "_gb_s": ({f"{unit}/s": factor for unit, factor in _BYTES.items()} | _BYTES, 1e9),
+    "_bytes": (_COUNTS | _BYTES, 1.0),
+    "_minutes": (_TIMES, 60.0),
+    "_seconds": (_TIMES, 1.0),
+}
 
 
-def _without_unit(value: str, kind: str) -> str | None:
-    """Return the number that 80GB, 1k, 10% or 1_000 stands for, as it is typed; None for other text."""
-    match = re.fullmatch(r"(\d[\d_]{0,17}\.?\d{0,17})\s*(%|[kmgtKMGT]?i?[bB]?)", value)
+def _without_unit(field: str, value: str, kind: str) -> str | None:
+    """Return the number that 80GB, 15m, 1k, 10% or 1_000 stands for in a field, as it is typed; else None."""
+    match = re.fullmatch(r"(\d[\d_]{0,17}\.?\d{0,17})\s*([a-zA-Z%/]{0,4})", value)
     if match is None:
         return None
-    number, unit = float(match[1].replace("_", "")), match[2].lower().removesuffix("b")
-    if unit == "%":
-        return f"{number / 100:g}" if kind == "number" else None
-    factor = {**_UNITS, **_BINARY_UNITS}.get(unit)
+    number, unit = float(match[1].replace("_", "")), match[2].lower()
+    own = next((units for end, units in _UNITS_OF.items() if field.endswith(end)), None)
+    factor: float | None
+    if own is not None:
+        factor = own[0].get(unit, 1.0 if not unit else 0.0) / (own[1] if unit else 1.0) or None
+    elif kind == "number":
+        factor = {"": 1.0, "%": 0.01}.get(unit)
+    else:
+        factor = _COUNTS.get(unit)
     if factor is None:
         return None
-    product = number * factor
-    is_long = kind == "number" and product >= 10**6
-    return f"{product:.6g}".replace("+", "") if is_long else f"{product:.15g}"
+    product, bound = number * factor, BOUNDS.get(field)
+    whole = f"{product:.15g}"
+    is_wrong = kind == "whole number" and product != round(product)
+    if is_wrong or (bound and not (bound.range.holds(product) and bound.least <= product <= bound.most)):
+        return None
+    return f"{product:.6g}".replace("+", "") if kind == "number" and product >= 10**6 else whole
 
 
 def _unreadable(override: str, root: type[Any]) -> ConfigError:

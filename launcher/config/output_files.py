@@ -4,7 +4,8 @@ import json
 import os
 from pathlib import Path
 
-from launcher.config.errors import ConfigError
+from launcher.config.errors import ConfigError, typed_text
+from launcher.config.paths import free_path
 from launcher.files import read_regular
 
 FIGURE_TITLE = "written by launcher"  # in the metadata of a picture
@@ -43,6 +44,5 @@ def _content(path: Path) -> bytes:
 
 
 def _not_ours(path: Path, field: str) -> ConfigError:
-    names = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in range(2, 10**6))
-    free = next(name for name in names if not os.path.lexists(name))
-    return ConfigError(field, path, "already exists, and the launcher did not write it", f"{field}={free}")
+    remedy = typed_text(field, str(free_path(path, path.suffix)))
+    return ConfigError(field, path, "already exists, and the launcher did not write it", remedy)

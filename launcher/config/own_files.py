@@ -91,7 +91,9 @@ def _not_last(match: re.Match[str], root: type[Any]) -> ConfigError:
 
 def _no_list(match: re.Match[str], root: type[Any]) -> ConfigError:
     why = "its defaults are no list: each entry needs - in front"
-    return _mistake(match[1], why, f"- override /{_a_group(root)}: OPTION")
+    group = match[1].rpartition("/")[0]
+    is_option = group in groups_of(root) and group != "experiment"
+    return _mistake(match[1], why, "- OPTION" if is_option else f"- override /{_a_group(root)}: OPTION")
 
 
 def _two_entries(match: re.Match[str], root: type[Any]) -> ConfigError:
@@ -114,7 +116,8 @@ def _no_section(match: re.Match[str], root: type[Any]) -> ConfigError:
     pairs = re.findall(r"'(\w+)': ([^,{}\[\]]+)", value)
     values = ", ".join(f"{name}: {item.strip()}" for name, item in pairs) or "FIELD: VALUE"
     why = f"{section} is a section of fields, not {'a list' if kind == 'list' else 'one value'}"
-    return _mistake(file, why, f"{section}: {{{values}}}")
+    is_option = file.startswith(f"{section}/")  # whose fields are those of the section
+    return _mistake(file, why, values if is_option else f"{section}: {{{values}}}")
 
 
 def _sections(root: type[Any], prefix: str = "") -> dict[str, str]:

@@ -40,6 +40,17 @@ def path_argument(name: str, text: str) -> Path:
     return Path(text).expanduser()
 
 
+def free_path(path: Path, ending: str = "") -> Path:
+    """Return a path beside `path` that does not exist: its name without `ending`, -2 or more, `ending`."""
+    if path.name in ("", ".."):
+        path = path.resolve()
+    if not path.name:  # the root of the file system
+        path = Path.cwd() / "launcher"
+    stem = path.name.removesuffix(ending)
+    candidates = (path.with_name(f"{stem}-{number}{ending}") for number in range(2, 10**6))
+    return next(candidate for candidate in candidates if not os.path.lexists(candidate))
+
+
 def _why_impossible(text: str) -> str | None:
     if control := re.search(r"[\x00-\x1f\x7f]", text):
         return f"the path contains the control character {control[0]!r}"

@@ -159,11 +159,13 @@ def _check_forms(run: RunConfig) -> None:
     for name, (pattern, words, example) in _FORMS.items():
         value = getattr(run.slurm, name)
         if value is not None and not re.fullmatch(pattern, value):
+            example = (_plain_memory(value) if name == "mem" else None) or example
             raise refusal(run, f"slurm.{name}", words, f"slurm.{name}={example}", f"slurm.{name}=null")
     if run.slurm.mem and 0 < (megabytes := _megabytes(run.slurm.mem)) < _LEAST_MEGABYTES:
-        why = f"this is {megabytes:,} MB (a number without a unit is in megabytes), less than a rank needs"
-        number = run.slurm.mem.rstrip("KMGTkmgt")
-        raise refusal(run, "slurm.mem", why, f"slurm.mem={number}G", "slurm.mem=0 (all memory of each node)")
+        has_unit = not run.slurm.mem[-1].isdigit()
+        why = f"{'' if has_unit else 'without a unit '}this is {megabytes:,} MB, less than a rank needs"
+        remedy = "slurm.mem=1G (or more)" if has_unit else f"slurm.mem={run.slurm.mem}G"
+        raise refusal(run, "slurm.mem", why, remedy, "slurm.mem=0 (all memory of each node)")
     limit, signal = seconds_of(run.slurm.time or "0"), run.slurm.signal_seconds
     if 0 < limit <= signal:
         why = f"the time limit of {limit:,} s must be longer than slurm.signal_seconds={signal}"
@@ -185,6 +187,18 @@ def _check_forms(run: RunConfig) -> None:
         if module.startswith("-"):
             why = "this is an option, not a module"
             raise ConfigError("slurm.modules", module, why, "'slurm.modules=[cuda]'")
+
+
+def _plain_memory(text: str) -> str | None:
+    """Return what 80GB, 64 GiB or 1.5G are to sbatch; None for other text."""
+    match = re.fullmatch(r"(\d{1,9})(\.\d{1,3})?\s*([KMGT])(i?B)?", text, re.IGNORECASE)
+    if match is None:
+        return None
+    unit = match[3].upper()
+    if not match[2]:
+        return f"{match[1]}{unit}"
+    smaller = {"M": "K", "G": "M", "T": "G"}.get(unit)
+    return f"{round(float(match[1] + match[2]) * 1024)}{smaller}" if smaller else None
 
 
 def _megabytes(memory: str) -> int:

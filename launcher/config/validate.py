@@ -102,6 +102,11 @@ def validate_prepare(config: PrepareConfig) -> None:
     if t.train is not None and t.path is not None:
         why = "tokenizer.path and tokenizer.train cannot be set together"
         raise refusal(config, "tokenizer.train", why, "tokenizer.train=null", "tokenizer.path=null")
+    if t.train is None and config.vocab != PrepareConfig.vocab:
+        why = "only a tokenizer that is trained has a vocabulary to choose"
+        unused = f"vocab={PrepareConfig.vocab}"
+        trained = [f"tokenizer.train=bpe vocab={config.vocab}"] if t.path is None else []
+        raise refusal(config, "vocab", why, *trained, unused)
     if t.train is not None and config.vocab <= numbers.BYTE_VALUES:
         why = f"must be at least {numbers.BYTE_VALUES + 1}: the byte values and the end-of-document token"
         raise refusal(config, "vocab", why, f"vocab={numbers.BYTE_VALUES + 1} (or more)")

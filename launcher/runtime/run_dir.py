@@ -19,6 +19,7 @@ from launcher.checkpoint.resume_choice import checkpoint_to_resume
 from launcher.checkpoint.sources import WeightSource, check_model_is, weights_at
 from launcher.config.errors import ConfigError, typed_text
 from launcher.config.layout import Layout
+from launcher.config.paths import free_path
 from launcher.config.run_format import (
     END_OF_DOCUMENT,
     FORMAT,
@@ -100,7 +101,7 @@ def start_of(run: RunConfig, path: Path) -> Path | None:
         check_no_checkpoint_is_missing(path)
     is_over = checkpoint is None and final_step(path) is not None
     if holds_run and (not resumes or is_over):
-        remedy = f"{typed_text('run.dir', str(_unused(path)))}, or leave run.dir out for a fresh one"
+        remedy = f"{typed_text('run.dir', str(free_path(path)))}, or leave run.dir out for a fresh one"
         raise ConfigError("run.dir", path, "already holds a run", remedy)
     return checkpoint
 
@@ -112,7 +113,7 @@ def check_no_checkpoint_is_missing(path: Path) -> None:
         folder = path / CHECKPOINTS
         why = f"this run saved a checkpoint at step {step}, and {folder} holds none"
         restore = f"restore {folder}"
-        unused = typed_text("run.dir", str(_unused(path)))
+        unused = typed_text("run.dir", str(free_path(path)))
         remedy = f"{restore}, or checkpoint.resume=none {unused} (from the first step)"
         raise ConfigError("run.dir", path, why, remedy)
 
@@ -123,7 +124,7 @@ def check_files_are_ours(path: Path) -> None:
     A run wrote a directory that has a run.json of ours. What lies there has the kind that the run writes.
     """
     if os.path.lexists(path) and not path.is_dir():
-        unused = typed_text("run.dir", str(_unused(path)))
+        unused = typed_text("run.dir", str(free_path(path)))
         raise ConfigError("run.dir", path, "is a file, not a directory", unused)
     is_ours = read_identity(path) is not None
     for name in (CONFIG, METRICS, HOLDER, IDENTITY, PICTURE):
@@ -148,7 +149,7 @@ def check_files_are_ours(path: Path) -> None:
 
 
 def _not_ours(path: Path, why: str) -> ConfigError:
-    remedy = f"{typed_text('run.dir', str(_unused(path)))}, or leave run.dir out for a fresh one"
+    remedy = f"{typed_text('run.dir', str(free_path(path)))}, or leave run.dir out for a fresh one"
     if checkpoints_in(path):
         remedy = f"{remedy}; {typed_text('checkpoint.init_from', str(path))} starts it from the weights there"
     return ConfigError("run.dir", path, why, remedy)
@@ -225,10 +226,3 @@ def run_path(run: RunConfig, run_id: str = "", multirun_index: int | None = None
         return Path("runs") / name
     path = Path(run.run.dir).expanduser()
     return path if multirun_index is None else path / str(multirun_index)
-
-
-def _unused(path: Path) -> Path:
-    if path.name in ("", ".."):
-        path = path.resolve()
-    candidates = (path.with_name(f"{path.name}-{n}") for n in range(2, 10**6))
-    return next(candidate for candidate in candidates if not candidate.exists())

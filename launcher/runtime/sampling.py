@@ -61,9 +61,11 @@ def unfinished_weights(run: RunConfig, run_dir: Path) -> WeightSource | None:
 
     Raises ConfigError if the run has neither final weights nor a checkpoint.
     """
-    if (run_dir / FINAL_WEIGHTS).is_dir() or not checkpoints_in(run_dir):
-        final_weights_of(run_dir)
-        return None
+    checkpoints = checkpoints_in(run_dir)
+    if (run_dir / FINAL_WEIGHTS).is_dir() or not checkpoints:
+        step = final_weights_of(run_dir).step
+        if not checkpoints or step_of(checkpoints[0]) <= step:
+            return None  # else the run went on after these weights
     weights = weights_at(run_dir, "run.dir")
     check_model_is(run.model, weights, "run.dir")
     print(f"note     the run has not finished: weights of step {step_of(weights.path)}", file=sys.stderr)

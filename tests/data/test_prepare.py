@@ -1062,6 +1062,12 @@ class TestCommand:
                 ["a.jsonl", "old"],
                 "TARGET=old: old.idx already exists, and `launcher prepare` does not overwrite",
             ),
+            (
+                ["a.jsonl", "old", "tokenizer.train=bpe", "vocab=300"],
+                "TARGET=old: old.idx already exists, and `launcher prepare` does not overwrite files\n  try: "
+                "launcher prepare a.jsonl old-2 tokenizer.train=bpe vocab=300",
+            ),
+            (["a.jsonl", "web", "vocab=300"], "vocab=300: only a tokenizer that is trained has a vocabulary"),
             (["a.jsonl", "."], "TARGET=.: the token files need a name\n  try: launcher prepare a.jsonl web"),
             (["a.jsonl", "no/such/web"], None),
         ],

@@ -50,6 +50,17 @@ def test_a_run_that_has_not_finished_generates_from_its_newest_checkpoint(staged
     assert "is damaged: its SHA-256 differs" in done.stderr
 
 
+def test_a_finished_run_that_was_continued_generates_from_its_newest_checkpoint(staged: Path) -> None:
+    folder = staged.parent
+    trained("run.dir=longer", "training.steps=2", cwd=folder)
+    weights = shutil.copytree(folder / "longer" / "weights", folder / "kept")
+    trained("run.dir=longer", "training.steps=9", "training.stop_at=3", cwd=folder)
+    shutil.rmtree(folder / "longer" / "weights")
+    weights.rename(folder / "longer" / "weights")  # as a stop by a signal leaves them
+    done = launcher("generate", "run.dir=longer", "max_new_tokens=4", cwd=folder)
+    assert (done.returncode, done.stderr) == (0, "note     the run has not finished: weights of step 3\n")
+
+
 def test_missing_weights_of_a_stage_are_refused(staged: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(staged, copy)

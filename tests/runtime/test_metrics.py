@@ -155,6 +155,8 @@ def test_steps_that_are_taken_back_have_their_new_values_in_wandb(tmp_path: Path
     run += ["checkpoint.interval_steps=3", "training.steps=8"]
     trained(*run, "training.stop_at=6", cwd=tmp_path)
     shutil.rmtree(tmp_path / "r" / "checkpoints" / "step-00000006")
+    # This start takes the steps back and does not log to W&B; the next one logs them.
+    trained(*run, "optimizer.lr=1e-5", "training.stop_at=5", "logging.wandb.mode=disabled", cwd=tmp_path)
     out = trained(*run, "optimizer.lr=1e-5", cwd=tmp_path)
     assert "W&B keeps" not in out
     assert wandb_rows(tmp_path / "r") == metrics(tmp_path / "r")

@@ -3,7 +3,7 @@
 Only rank 0 uses it.
 """
 
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig, WandbMode
@@ -11,7 +11,7 @@ from launcher.launch.scratch import scratch_directory, temporary_files_in
 from launcher.runtime.metrics.loss_picture import LossPicture
 from launcher.runtime.metrics.rows import Row, RowFile, drop_rows_from
 from launcher.runtime.metrics.tensorboard import TensorBoardLog
-from launcher.runtime.run_dir import RunDir
+from launcher.runtime.run_dir import WANDB, RunDir
 
 
 class MetricsLog:
@@ -29,13 +29,19 @@ class MetricsLog:
         self._picture = LossPicture(directory.metrics, f"{directory.path.name}, {run.training.steps} steps")
         tensorboard = TensorBoardLog(directory.path, first_step) if run.logging.tensorboard else None
         self._tensorboard, self._wandb = tensorboard, None
-        if run.logging.wandb.mode is not WandbMode.disabled:
+        has_files = (directory.path / WANDB).is_dir()
+        if has_files or run.logging.wandb.mode is not WandbMode.disabled:
             try:
                 temporary = self._scratch.enter_context(scratch_directory())
                 with temporary_files_in(temporary):  # W&B makes directories when it is imported
+                    from launcher.runtime.metrics.wandb_files import drop_steps_from, fragments
                     from launcher.runtime.metrics.wandb_thread import WandbThread
 
-                self._wandb = WandbThread(run, layout, directory, first_step, temporary)
+                # Also if this start does not log to W&B: the next one trusts the files.
+                with suppress(OSError):  # then W&B keeps the earlier values, which a note says
+                    drop_steps_from(first_step, fragments(directory.path, directory.run_id))
+                if run.logging.wandb.mode is not WandbMode.disabled:
+                    self._wandb = WandbThread(run, layout, directory, first_step, temporary)
             except Exception as error:
                 self._notes.append(f"W&B cannot be used: {error!r}")
 
