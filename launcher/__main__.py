@@ -1,7 +1,7 @@
 """The console entry point: it maps each kind of exit to its message and exit code.
 
-Exit codes: 0 done, 1 a rank failed or a layout differs, 2 refused, 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP,
-138 SIGUSR1.
+Exit codes: 0 done, 1 a rank failed, a layout differs or a plan does not fit, 2 refused, 130 Ctrl-C,
+143 SIGTERM, 129 SIGHUP, 138 SIGUSR1, 141 if nobody reads the output of a command any longer.
 """
 
 import sys

@@ -8,6 +8,7 @@ import errno
 import io
 import os
 import select
+import signal
 import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING, TextIO
@@ -27,7 +28,7 @@ class OutputLost(SystemExit):
 
     def __init__(self, error: OSError) -> None:
         self.is_reader_gone, self.why = error.errno == errno.EPIPE, error.strerror
-        super().__init__(0 if self.is_reader_gone else 1)  # `| head` has seen enough
+        super().__init__(128 + signal.SIGPIPE if self.is_reader_gone else 1)  # as other programs end there
 
 
 class StandardStream(io.RawIOBase):

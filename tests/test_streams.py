@@ -93,7 +93,7 @@ def test_a_command_for_its_output_ends_quietly_at_a_closed_pipe_and_says_that_a_
 ) -> None:
     program = "from launcher import __main__\n__main__.main()\n"
     quiet = run("generate --help | head -0; exit ${PIPESTATUS[0]}", tmp_path, program)
-    assert (quiet.returncode, quiet.stderr) == (1, "")
+    assert (quiet.returncode, quiet.stderr) == (141, "")
     full = run("--version >/dev/full", tmp_path, program)
     assert full.returncode == 1
     assert full.stderr == "launcher: the output cannot be written: No space left on device\n"
