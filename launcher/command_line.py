@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import pairwise
 
 from launcher import __version__
 from launcher.config.errors import ConfigError
@@ -41,22 +42,16 @@ VERBS = {
 }
 
 
-# Verbs that compute with these packages, and the flags with which they do not.
-COMPUTING = ("train", "compare", "calibrate", "verify", "generate", "replay", "export", "import")
-COMPUTED_WITH = ("torch", "deepspeed")
+# The packages that a verb computes with, and the flags with which it computes nothing.
+PACKAGES = {
+    **dict.fromkeys(("train", "compare", "calibrate", "verify", "replay"), ("torch", "deepspeed")),
+    **dict.fromkeys(("generate", "export", "import"), ("torch",)),
+}
 NOT_COMPUTING = ("-h", "--help", "--hydra-help", "--cfg", "-c", "--info", "-i", "--version")
-
+# Flags of Hydra whose value may be the next argument.
 WITH_VALUE = (
-    "--cfg",
-    "-c",
-    "--config-dir",
-    "-cd",
-    "--config-name",
-    "-cn",
-    "--config-path",
-    "-cp",
-    "--info",
-    "-i",
+    *("--cfg", "-c", "--info", "-i"),
+    *("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp"),
 )
 
 
@@ -105,20 +100,19 @@ def _split(arguments: list[str]) -> tuple[str, list[str]]:
         return word, arguments[1:]
     if word.isalpha() and (similar := difflib.get_close_matches(word, VERBS, n=1, cutoff=0.7)):
         raise ConfigError(word, None, "no such command", f"launcher {similar[0]}")
-    is_value = [False, *(argument in WITH_VALUE for argument in arguments)]
-    later = (argument for argument, value in zip(arguments, is_value, strict=False) if not value)
-    if verb := next((argument for argument in later if argument in VERBS), None):
-        settings = shlex.join(argument for argument in arguments if argument != verb)
-        raise ConfigError(verb, None, "the command comes before its settings", f"launcher {verb} {settings}")
+    for place, (before, word) in enumerate(pairwise(("", *arguments))):
+        if word in VERBS and before not in WITH_VALUE:
+            settings = shlex.join(arguments[:place] + arguments[place + 1 :])
+            why = "the command comes before its settings"
+            raise ConfigError(word, None, why, f"launcher {word} {settings}")
     return "train", arguments
 
 
 def _check_packages(verb: str, arguments: list[str]) -> None:
     """Raise ConfigError if the verb computes and a package is missing. Imports none of them."""
     flags = {argument.partition("=")[0] for argument in arguments}
-    if verb not in COMPUTING or flags.intersection(NOT_COMPUTING):
-        return
-    if missing := next((name for name in COMPUTED_WITH if find_spec(name) is None), None):
+    packages = () if flags.intersection(NOT_COMPUTING) else PACKAGES.get(verb, ())
+    if missing := next((name for name in packages if find_spec(name) is None), None):
         why = f"{sys.executable} has no package {missing}"
         remedy = f"`launcher doctor`, pip install {missing}, or the Python of `make setup`"
         raise ConfigError(missing, None, why, remedy)

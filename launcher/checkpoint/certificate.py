@@ -9,16 +9,14 @@ import torch
 from torch import Tensor
 
 from launcher.checkpoint.companions import CERTIFICATE
-from launcher.checkpoint.read import HuggingFaceReader
+from launcher.checkpoint.read import HuggingFaceReader, fill_whole
 from launcher.checkpoint.sources import WeightSource, weights_at
 from launcher.config.errors import ConfigError
 from launcher.config.schema import ModelConfig, RunConfig
 from launcher.models.architecture import flat_model
 from launcher.models.context import BlockContext
-from launcher.parallel.boxes import whole
 from launcher.parallel.initializer import Initializer
 from launcher.parallel.mesh import ProcessMesh
-from launcher.parallel.sharding import WEIGHT, logical_of
 
 BATCH, LENGTH = 2, 64
 TOLERANCE = 1e-4  # of the largest logit, or of 1; both models compute in fp32
@@ -70,10 +68,8 @@ def our_logits(weights: WeightSource, tokens: Tensor) -> Tensor:
     run = RunConfig(model=weights.model)
     run.training.seed = 0
     context = BlockContext.create(run, mesh, Initializer(0, mesh.tensor, drawn=False))
-    model, reader = flat_model(weights.model, context).eval(), HuggingFaceReader(weights)
-    for parameter in model.parameters():
-        logical = logical_of(parameter)
-        reader.fill(WEIGHT, logical.name, whole(logical.shape), parameter.data)
+    model = flat_model(weights.model, context).eval()
+    fill_whole(model, HuggingFaceReader(weights))
     return model.logits(tokens)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from launcher.checkpoint.final import other_model_error, read_final_weights
 from launcher.checkpoint.huggingface import Entry
@@ -18,8 +18,8 @@ from launcher.checkpoint.manifest import (
     read_manifest,
 )
 from launcher.checkpoint.sources import WeightsKind, WeightSource, stored_tensors
-from launcher.parallel.boxes import Box
-from launcher.parallel.sharding import WEIGHT
+from launcher.parallel.boxes import Box, whole
+from launcher.parallel.sharding import WEIGHT, logical_of
 
 
 class CheckpointReader:
@@ -95,6 +95,13 @@ class FinalWeightsReader:
         if name not in self._path_of:
             raise other_model_error(self._path, f"the weights lack {name}")
         view.copy_(self._file(self._path_of[name]).get_slice(name)[box.slices])
+
+
+def fill_whole(module: nn.Module, reader: "WeightReader") -> None:
+    """Copy every weight of an unsharded module. Raises UnusableCheckpoint, ConfigError."""
+    for parameter in module.parameters():
+        logical = logical_of(parameter)
+        reader.fill(WEIGHT, logical.name, whole(logical.shape), parameter.data)
 
 
 def _opened(path: Path) -> Any:

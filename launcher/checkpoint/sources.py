@@ -62,9 +62,7 @@ def weights_at(path: Path, field: str) -> WeightSource:
         try:
             model = _model_in(read_manifest(checkpoint).config)
         except UnusableCheckpoint as unusable:
-            older = newest_complete_before(checkpoint)
-            remedy = f"remove {checkpoint}: {older.name} is the newest before it" if older else _SOURCES
-            raise ConfigError(field, checkpoint, str(unusable), remedy) from None
+            raise damaged(field, checkpoint, unusable) from None
         return WeightSource(checkpoint.resolve(), WeightsKind.checkpoint, model, _model_type(checkpoint))
     if (path / RUN_CONFIG).exists() and (path / FINAL_WEIGHTS).is_dir():
         model = load_typed(path / RUN_CONFIG, RunConfig).model
@@ -80,6 +78,13 @@ def weights_at(path: Path, field: str) -> WeightSource:
         return weights
     none = "this run has no checkpoint yet" if (path / IDENTITY).exists() else "contains no weights"
     raise ConfigError(field, path, none if path.is_dir() else "is not a directory", _SOURCES)
+
+
+def damaged(field: str, checkpoint: Path, error: object) -> ConfigError:
+    """Return the user error about a checkpoint that cannot be read, with the checkpoint before it, if any."""
+    older = newest_complete_before(checkpoint)
+    remedy = f"remove {checkpoint}: {older.name} is the newest before it" if older else _SOURCES
+    return ConfigError(field, checkpoint, str(error), remedy)
 
 
 def _model_type(path: Path) -> str | None:

@@ -88,11 +88,12 @@ def _ready(job: Job[RunConfig], machine: Machine) -> tuple[ReadyRun, LaunchEnvir
 
 def _unused(job: Job[RunConfig]) -> list[str]:
     """Return a note for each setting on the command line that another command uses and training does not."""
-    typed = [name for name, origin in job.origins.items() if origin == COMMAND_LINE]
-    users = {"slurm.": "submit", "submit.": "submit", "verify.": "verify"}
+    if joined_ranks(os.environ):
+        return []
+    users = {"slurm": "submit", "submit": "submit", "verify": "verify"}
+    typed = (name for name, origin in job.origins.items() if origin == COMMAND_LINE)
     return [
         f"note     {name} has no effect here: `launcher {user}` uses it"
         for name in typed
-        for section, user in users.items()
-        if name.startswith(section) and not joined_ranks(os.environ)
+        if (user := users.get(name.partition(".")[0]))
     ]

@@ -287,10 +287,16 @@ def _nearest_value(field: str, value: str, kind: str, root: type[Any]) -> str:
     return shlex.quote(f"{field}={example}") if example else _example(field, root)
 
 
-_COUNTS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
-_BYTES = {f"{unit}b": factor for unit, factor in _COUNTS.items()} | {
-    f"{unit}{end}": 1024.0**power for power, unit in enumerate(("k", "m", "g", "t"), 1) for end in ("i", "ib")
-}
+_COUNTS = {"k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
+_BYTES = (
+    {"b": 1.0}
+    | {f"{unit}b": factor for unit, factor in _COUNTS.items()}
+    | {
+        f"{unit}{end}": 1024.0**power
+        for power, unit in enumerate(("k", "m", "g", "t"), 1)
+        for end in ("i", "ib")
+    }
+)
 _TIMES = {"ms": 1e-3, "s": 1.0, "sec": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 # By the end of a field's name: the units in which its value may be typed by mistake, and its own unit.
 _UNITS_OF: dict[str, tuple[dict[str, float], float]] = {
@@ -309,16 +315,11 @@ def _without_unit(field: str, value: str, kind: str) -> str | None:
     if match is None:
         return None
     number, unit = float(match[1].replace("_", "")), match[2].lower()
-    own = next((units for end, units in _UNITS_OF.items() if field.endswith(end)), None)
-    factor: float | None
-    if own is not None:
-        factor = own[0].get(unit, 1.0 if not unit else 0.0) / (own[1] if unit else 1.0) or None
-    elif kind == "number":
-        factor = {"": 1.0, "%": 0.01}.get(unit)
-    else:
-        factor = _COUNTS.get(unit)
-    if factor is None:
+    otherwise = ({"%": 0.01} if kind == "number" else _COUNTS), 1.0
+    units, own_unit = next((pair for end, pair in _UNITS_OF.items() if field.endswith(end)), otherwise)
+    if unit and unit not in units:
         return None
+    factor = units[unit] / own_unit if unit else 1.0
     product, bound = number * factor, BOUNDS.get(field)
     whole = f"{product:.15g}"
     is_wrong = kind == "whole number" and product != round(product)

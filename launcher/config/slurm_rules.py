@@ -203,8 +203,9 @@ def _plain_memory(text: str) -> str | None:
 
 def _megabytes(memory: str) -> int:
     """Return the megabytes of a value of --mem, rounded up; 0 means all memory of the node."""
-    number, unit = re.fullmatch(r"(\d+)(\D?)", memory).groups()  # type: ignore[union-attr]
-    kilobytes: int = int(number) * 1024 ** "KMGT".index(unit.upper() or "M")
+    number = memory.rstrip("KMGTkmgt")
+    unit = memory.removeprefix(number).upper() or "M"
+    kilobytes: int = int(number) * 1024 ** "KMGT".index(unit)
     return -(-kilobytes // 1024)
 
 

@@ -116,10 +116,16 @@ def check_known_vocabulary(run: RunConfig) -> None:
 
     Unlike `check_data`, it accepts missing files: a plan may be for another machine.
     """
-    if run.data.source is CorpusSource.tokens:
-        patterns = [*run.data.sources.values(), *([run.data.train] if run.data.train else [])]
-        for prefix in (prefix for pattern in patterns for prefix in known_prefixes(pattern)):
-            check_vocabulary(run.model.vocab_size, prefix)
+    for prefix in _known_prefixes(run):
+        check_vocabulary(run.model.vocab_size, prefix)
+
+
+def _known_prefixes(run: RunConfig) -> list[Path]:
+    """Return the run's token files that are on this machine; opens none of them."""
+    if run.data.source is not CorpusSource.tokens:
+        return []
+    patterns = [*run.data.sources.values(), *([run.data.train] if run.data.train else [])]
+    return [prefix for pattern in patterns for prefix in known_prefixes(pattern)]
 
 
 def _check_tokens(run: RunConfig, left_out: LeftOut) -> None:
@@ -212,10 +218,13 @@ def record_tokenizer(run: RunConfig, folder: Path) -> None:
 
 
 def end_of_documents(run: RunConfig) -> int | None:
-    """Return the token that ends each document of the run's token files; None if they do not state one."""
-    if run.data.end_of_document is not None or run.data.source is not CorpusSource.tokens:
+    """Return the token that ends each document of the run's token files; None if they do not state one.
+
+    Reads their cards and opens none of them.
+    """
+    if run.data.end_of_document is not None:
         return run.data.end_of_document
-    ends = {end_of_document_of(prefix) for prefix in _prefixes(_token_splits(run))}
+    ends = {end_of_document_of(prefix) for prefix in _known_prefixes(run)}
     return ends.pop() if len(ends) == 1 else None
 
 

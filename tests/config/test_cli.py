@@ -288,9 +288,11 @@ def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path) -> None:
 def test_a_python_without_torch_is_said_before_a_directory_is_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(command_line, "COMPUTED_WITH", ("no_such_package",))
+    assert "deepspeed" not in command_line.PACKAGES["export"]
+    computing = dict.fromkeys(command_line.PACKAGES, ("no_such_package",))
+    monkeypatch.setattr(command_line, "PACKAGES", computing)
     monkeypatch.chdir(tmp_path)
-    for verb in command_line.COMPUTING:
+    for verb in computing:
         with pytest.raises(ConfigError, match="has no package no_such_package\n  try: `launcher doctor`"):
             command_line._check_packages(verb, [])
         command_line._check_packages(verb, ["--help"])

@@ -122,6 +122,22 @@ def test_a_mistake_is_answered_with_lines_that_compose(folder: Path, subtests: p
             assert composed_from(folder, mistake.right)
 
 
+def test_a_mistake_in_an_option_is_answered_with_lines_of_that_file(
+    folder: Path, subtests: pytest.Subtests
+) -> None:
+    for wrong, line, right in (
+        ("defaults: gpt_tiny\n", "- OPTION", "defaults:\n- gpt_tiny\n"),
+        ("[{num_layers: 2}]\n", "`num_layers: 2`", "defaults: [gpt_tiny]\nnum_layers: 2\n"),
+    ):
+        with subtests.test(wrong):
+            (folder / "model" / "mine.yaml").write_text(wrong)
+            with pytest.raises(ConfigError) as raised:
+                compose_jobs("config", RunConfig, [f"--config-dir={folder}", "model=mine"])
+            assert line in raised.value.remedy
+            (folder / "model" / "mine.yaml").write_text(right)
+            assert compose_jobs("config", RunConfig, [f"--config-dir={folder}", "model=mine"])
+
+
 def test_a_model_with_a_part_of_the_fields_is_told_its_first_line(folder: Path) -> None:
     file = folder / "model" / "mine.yaml"
     file.write_text("num_layers: 2\n")

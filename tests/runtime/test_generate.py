@@ -1,5 +1,6 @@
 """`launcher generate` samples text from a run's final weights, independent of the layout that wrote them."""
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -48,6 +49,31 @@ def test_a_run_that_has_not_finished_generates_from_its_newest_checkpoint(staged
     done = launcher("generate", "run.dir=stopped", "max_new_tokens=4", cwd=folder)
     assert done.returncode == 2
     assert "is damaged: its SHA-256 differs" in done.stderr
+
+
+def test_a_damaged_newest_checkpoint_is_refused_with_the_one_before_it(staged: Path) -> None:
+    """A manifest that cannot be read, and a file of weights; once it is removed, the older one is used."""
+    folder = staged.parent
+    steps = [
+        "training.steps=9",
+        "training.stop_at=2",
+        "checkpoint.interval_steps=1",
+        "checkpoint.keep_last=9",
+    ]
+    trained("run.dir=two", *steps, cwd=folder)
+    shutil.rmtree(folder / "two" / "weights")
+    newest = folder / "two" / "checkpoints" / "step-00000002"
+    manifest = (newest / "manifest.json").read_bytes()
+    for path in newest.glob("*.safetensors"):
+        _flip(path)
+    for content in (manifest, b"{}"):
+        (newest / "manifest.json").write_bytes(content)
+        done = launcher("generate", "run.dir=two", cwd=folder)
+        assert done.returncode == 2
+        assert re.search(r"try: remove \S*step-00000002: step-00000001 is the newest before it", done.stderr)
+    shutil.rmtree(newest)
+    done = launcher("generate", "run.dir=two", "max_new_tokens=4", cwd=folder)
+    assert (done.returncode, done.stderr) == (0, "note     the run has not finished: weights of step 1\n")
 
 
 def test_a_finished_run_that_was_continued_generates_from_its_newest_checkpoint(staged: Path) -> None:

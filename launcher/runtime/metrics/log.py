@@ -9,7 +9,7 @@ from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig, WandbMode
 from launcher.launch.scratch import scratch_directory, temporary_files_in
 from launcher.runtime.metrics.loss_picture import LossPicture
-from launcher.runtime.metrics.rows import Row, RowFile, drop_rows_from
+from launcher.runtime.metrics.rows import Row, RowFile, drop_rows_from, last_step
 from launcher.runtime.metrics.tensorboard import TensorBoardLog
 from launcher.runtime.run_dir import WANDB, RunDir
 
@@ -20,7 +20,9 @@ class MetricsLog:
     def __init__(self, run: RunConfig, layout: Layout, directory: RunDir, first_step: int) -> None:
         """Drop rows of an earlier start from `first_step` on: these steps are run again."""
         self._notes: list[str] = []
+        takes_back = False
         try:
+            takes_back = last_step(directory.metrics) >= first_step
             self._notes += drop_rows_from(first_step, directory.metrics)
         except OSError as error:
             self._notes.append(f"{directory.metrics} keeps rows of an earlier start: {error.strerror}")
@@ -29,21 +31,21 @@ class MetricsLog:
         self._picture = LossPicture(directory.metrics, f"{directory.path.name}, {run.training.steps} steps")
         tensorboard = TensorBoardLog(directory.path, first_step) if run.logging.tensorboard else None
         self._tensorboard, self._wandb = tensorboard, None
-        has_files = (directory.path / WANDB).is_dir()
-        if has_files or run.logging.wandb.mode is not WandbMode.disabled:
+        if run.logging.wandb.mode is not WandbMode.disabled:
             try:
                 temporary = self._scratch.enter_context(scratch_directory())
                 with temporary_files_in(temporary):  # W&B makes directories when it is imported
-                    from launcher.runtime.metrics.wandb_files import drop_steps_from, fragments
                     from launcher.runtime.metrics.wandb_thread import WandbThread
 
-                # Also if this start does not log to W&B: the next one trusts the files.
-                with suppress(OSError):  # then W&B keeps the earlier values, which a note says
-                    drop_steps_from(first_step, fragments(directory.path, directory.run_id))
-                if run.logging.wandb.mode is not WandbMode.disabled:
-                    self._wandb = WandbThread(run, layout, directory, first_step, temporary)
+                self._wandb = WandbThread(run, layout, directory, first_step, temporary)
             except Exception as error:
                 self._notes.append(f"W&B cannot be used: {error!r}")
+        elif takes_back and (directory.path / WANDB).is_dir():
+            # The next start that logs to W&B trusts its files.
+            with scratch_directory() as temporary, temporary_files_in(temporary), suppress(Exception):
+                from launcher.runtime.metrics.wandb_files import drop_steps_from, fragments
+
+                drop_steps_from(first_step, fragments(directory.path, directory.run_id))
 
     def write(self, row: Row) -> None:
         self._notes += self._file.append(row)
