@@ -5,14 +5,18 @@ from dataclasses import dataclass
 from functools import cache
 
 from launcher.config.layout import GroupName, Layout
-from launcher.config.schema import Dtype, OptimizerName, RunConfig
+from launcher.config.schema import Dtype, RunConfig, StatesDtype
 from launcher.planning.cost.geometry import Chunk, Rank, kind_of
 from launcher.planning.cost.measured_rates import AnyRates
 from launcher.planning.cost.operations import BYTES, FP32, Collective, Operation
 from launcher.planning.cost.parts import ModelPart, parts
 from launcher.planning.cost.sizes import Sizes
 from launcher.planning.cost.traffic import TIED_RANKS, GroupShape, data_traffic, tied_traffic
-from launcher.planning.cost.zero_states import padded
+from launcher.planning.cost.zero_states import padded, state_count
+
+# Bytes that a stochastic update moves per element, for the weight and for each state: compiled, in one pass;
+# eager, in passes over fp32 values and 64-bit counters.
+COMPILED_UPDATE, EAGER_UPDATE = 12, 200
 
 
 @dataclass(frozen=True)
@@ -207,7 +211,12 @@ def _optimizer(run: RunConfig, layout: Layout, rank: Rank, rates: AnyRates) -> f
     whole = share = rank.parameters
     if layout.zero_stage > 0:
         share = sum(padded(sum(group), 2 * data) for group in rank.groups) // data
-    states = 2 if run.optimizer.name is OptimizerName.adamw else 1 if run.optimizer.momentum else 0
+    states = state_count(run.optimizer)
+    if run.precision.states is StatesDtype.bf16:
+        # Norm and reduction of bf16 gradients, and the passes of the update over its chunks.
+        passes = 1 + (2 if layout.zero_stage < 3 else 1)
+        update = COMPILED_UPDATE if layout.compiled and layout.device == "cuda" else EAGER_UPDATE
+        return (whole * element * passes + share * update * (1 + states)) / rates.memory
     # Norm: read. Clipping: read and write. Update: read gradients, read and write weights and states.
     update = share * FP32 * (1 + 2 + 1 + 2 * (1 + states))
     # Gradients are copied into a flat buffer, reduced and set to zero; new weights are cast and copied.

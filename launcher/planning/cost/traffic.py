@@ -4,7 +4,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from launcher.config.layout import GroupName, Layout
-from launcher.config.schema import Dtype, RunConfig
+from launcher.config.schema import Dtype, RunConfig, StatesDtype
 from launcher.planning.cost.buffers import BufferSizes
 from launcher.planning.cost.geometry import Rank
 from launcher.planning.cost.operations import BYTES, FP32, Collective
@@ -92,7 +92,8 @@ def data_traffic(run: RunConfig, layout: Layout, rank: Rank) -> Counter[Collecti
         # Reduced in every micro-batch, because a rank keeps only its partition.
         sent[Collective("all_reduce", element * total)] += layout.accumulation
     else:
-        is_bf16_optimizer = run.precision.dtype is Dtype.bf16 and not run.parallelism.offload_optimizer
+        has_fp32_states = run.precision.states is StatesDtype.fp32 and not run.parallelism.offload_optimizer
+        is_bf16_optimizer = run.precision.dtype is Dtype.bf16 and has_fp32_states
         sent[Collective("all_reduce", element * (sum(groups) if is_bf16_optimizer else total))] += 1
     for group in groups:
         sent[Collective("all_gather", element * group)] += 1
