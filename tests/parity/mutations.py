@@ -528,12 +528,14 @@ OPTIMIZER_MUTATIONS = {
     ),
 }
 
-# A fault that shows with bf16 states only.
-STATES_MUTATION = Mutation(
-    weights_rounded_to_nearest,
-    f"{LLAMA} {DP} precision=bf16_states",
-    ("mean of the rounded updates", "rounded to nearest"),
-)
+# Faults that show with bf16 states only.
+STATES_MUTATIONS = {
+    "weights rounded to nearest": Mutation(
+        weights_rounded_to_nearest,
+        f"{LLAMA} {DP} precision=bf16_states",
+        ("mean of the rounded updates", "rounded to nearest"),
+    ),
+}
 
 # Faults of dropout, which show in the dropout pass.
 DROPOUT = f"{GPT} model.dropout=0.1"

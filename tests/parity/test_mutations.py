@@ -7,7 +7,7 @@ from tests.parity.mutations import (
     DROPOUT_MUTATIONS,
     MUTATIONS,
     OPTIMIZER_MUTATIONS,
-    STATES_MUTATION,
+    STATES_MUTATIONS,
     Mutation,
 )
 from tests.parity.running import (
@@ -50,14 +50,16 @@ def test_a_fault_is_detected_under_the_configured_optimizer_only(name: str) -> N
     assert_diagnosed(configured, mutation)
 
 
-def test_rounding_to_nearest_is_detected_with_bf16_states_only() -> None:
-    run = small_run(*STATES_MUTATION.layout.split(), steps=1)
+@pytest.mark.parametrize("name", STATES_MUTATIONS)
+def test_a_fault_is_detected_with_bf16_states_only(name: str) -> None:
+    mutation = STATES_MUTATIONS[name]
+    run = small_run(*mutation.layout.split(), steps=1)
     names = [title for title, _, _ in passes(run)]
     assert names == ["plain SGD, fp32", "adamw, fp32", "plain SGD, bf16 states", "adamw, bf16 states"]
-    right, wrong = (run_pass(*passes(run)[2], mutation) for mutation in (None, STATES_MUTATION.inject))
+    right, wrong = (run_pass(*passes(run)[2], fault) for fault in (None, mutation.inject))
     assert right.ok, worst(right)
     assert wrong.diagnosis is not None
-    assert matches(STATES_MUTATION, wrong.diagnosis), wrong.diagnosis
+    assert matches(mutation, wrong.diagnosis), wrong.diagnosis
 
 
 def test_without_a_fault_the_pass_succeeds() -> None:
