@@ -14,9 +14,7 @@ from launcher.parity.shrink import parameter_order
 from launcher.parity.step_trace import StepTrace, Weights
 from launcher.parity.tolerance import Tolerance
 
-U32 = (
-    2.0**-24
-)  # unit roundoff of fp32, in which master weights, states and updates are, unless states are bf16
+U32 = 2.0**-24  # unit roundoff of fp32, in which weights and states are kept, unless precision.states=bf16
 U16 = 2.0**-8  # unit roundoff of bf16; stochastic rounding takes either neighbour, an error below 2 U16
 # By Hoeffding's inequality a sum of independent errors of mean 0, each from an interval of length d, exceeds
 # UNBIASED sqrt(sum of d^2) with a probability below 2 exp(-2 UNBIASED^2) = 3e-8.
@@ -210,10 +208,11 @@ class _Comparison:
 
     def rounding(self, name: str) -> Difference:
         """Compare the rounded weight with the exact update by the momentum, which is rounded as well."""
-        update = -self.run.optimizer.lr * momentum_of(self.step, name)
-        exact = self.before.weights[name] + update
-        error = (self.step.weights[name] - exact) * update.sign()
-        interval = (distance(exact) + distance(update)) * update.sign().abs()
+        momentum, rate = momentum_of(self.step, name), self.run.optimizer.lr
+        exact, moved = self.before.weights[name] - rate * momentum, momentum.sign()
+        error = (exact - self.step.weights[name]) * moved
+        of_momentum = rate * distance(momentum)
+        interval = (distance(exact.abs() + of_momentum) + of_momentum) * moved.abs()
         if bool((error.abs() > 1.001 * interval).any()):
             return Difference(self.number, "rounding", name, inf, 1.0)
         measured, bound = abs(float(error.sum())), UNBIASED * float(interval.norm())
