@@ -45,7 +45,6 @@ BASE = [
 BUCKET = "deepspeed.zero_optimization.reduce_bucket_size=1000000"
 FULL, SELECTIVE = (f"parallelism.activation_checkpointing={kind}" for kind in ("full", "selective"))
 LLAMA, BF16, SEQUENCE = "model=llama_tiny", "precision=bf16", "parallelism.sequence_parallel=true"
-BF16_STATES = "precision=bf16_states"
 OFFLOAD = "parallelism.offload_optimizer=true"
 DUALPIPEV = "parallelism.pipeline_schedule=dualpipev"
 
@@ -85,10 +84,6 @@ CASES: dict[str, list[str]] = {
     "ZeRO-2, data 4": [*axes(data=4, zero=2), BUCKET],
     "ZeRO-2, data 2, bf16": [*axes(data=2, zero=2), BF16, BUCKET],
     "ZeRO-2, data 2, bf16, offload": [*axes(data=2, zero=2), BF16, OFFLOAD, BUCKET],
-    "ZeRO-1, data 2, bf16 states": [*axes(data=2, zero=1), BF16_STATES, BUCKET],
-    "ZeRO-2, data 2, bf16 states": [*axes(data=2, zero=2), BF16_STATES, BUCKET],
-    "ZeRO-3, data 2, bf16 states": [*axes(data=2, zero=3), BF16_STATES, BUCKET],
-    "pipeline 2, bf16 states": [*axes(pipeline=2, zero=1), BF16_STATES, BUCKET],
     "ZeRO-3, data 2": [*axes(data=2, zero=3), BUCKET],
     "ZeRO-3, data 4, Llama": [*axes(data=4, zero=3), LLAMA, BUCKET],
     "ZeRO-3, data 2, bf16": [*axes(data=2, zero=3), BF16, BUCKET],
