@@ -53,7 +53,10 @@ def test_changing_the_layout_after_every_step_matches_one_process(tmp_path: Path
 
 
 @pytest.mark.parametrize("layout", ["zero1_tp2", "zero3"])
-@pytest.mark.parametrize("overrides", [[*GPT, "model.dropout=0.1"], [*LLAMA, "precision=bf16"]])
+@pytest.mark.parametrize(
+    "overrides",
+    [[*GPT, "model.dropout=0.1"], [*LLAMA, "precision=bf16"], [*LLAMA, "precision=bf16_states"]],
+)
 def test_resume_in_the_same_layout_is_bitwise_equal(
     layout: str, overrides: list[str], tmp_path: Path
 ) -> None:
