@@ -46,6 +46,8 @@ from launcher.planning.cost.run_plan import Plan, make_plan
 from launcher.planning.cost.sizes import Sizes
 
 SEQUENCE, VOCABULARY = 2048, 51200
+# Megatron-LM of 2021 waits for collectives, sends and receives at once, and fuses what lies between products.
+MEGATRON = {"overlaps": False, "exchange": 1.0, "eager": 1.0}
 
 
 @dataclass(frozen=True)
@@ -114,23 +116,35 @@ def run_of(row: Row) -> RunConfig:
         hardware=replace(A100, nodes=row.gpus // 8),
         optimizer=OptimizerConfig(name=OptimizerName.adamw, lr=1e-4),
         precision=PrecisionConfig(dtype=Dtype.fp16),
-        training=TrainingConfig(steps=1, global_batch_size=row.batch, micro_batch_size=row.micro_batch),
+        # Megatron-LM compiled no blocks then.
+        training=TrainingConfig(
+            steps=1, global_batch_size=row.batch, micro_batch_size=row.micro_batch, compile=False
+        ),
     )
 
 
 def plan_of(row: Row, shares: Shares) -> Plan:
     run = run_of(row)
     layout = resolve_layout(run, World("cuda", row.gpus, 8, fixed=True))
-    return make_plan(run, layout, shares=replace(shares, overlap=0.0))
+    return make_plan(run, layout, shares=replace(shares, **MEGATRON))
+
+
+def seconds_of(row: Row, plan: Plan) -> float:
+    """Return the seconds of a step at the published TFLOP/s; its FLOPs are those of equation 3."""
+    return _flops(row, plan.run.model.vocab_size) / row.published / row.gpus / 1e12
+
+
+def _flops(row: Row, vocabulary: int) -> float:
+    """Return the FLOPs of a step by the paper's count: 4 passes, with recomputation (equation 3)."""
+    h, s, layers = row.hidden, SEQUENCE, row.layers
+    return 96 * row.batch * s * layers * h**2 * (1 + s / (6 * h) + vocabulary / (16 * layers * h))
 
 
 def tflops(row: Row, plan: Plan) -> float:
-    """Return TFLOP/s of each GPU, by the paper's count: 4 passes, with recomputation (equation 3)."""
+    """Return TFLOP/s of each GPU, by the paper's count."""
     assert plan.time is not None
-    h, s, layers = row.hidden, SEQUENCE, row.layers
-    flops = 96 * row.batch * s * layers * h**2 * (1 + s / (6 * h) + VOCABULARY / (16 * layers * h))
     seconds = plan.time.total - plan.time.bubble * (1 - 1 / row.interleaved)
-    return flops / seconds / row.gpus / 1e12
+    return _flops(row, VOCABULARY) / seconds / row.gpus / 1e12
 
 
 def errors(shares: Shares) -> list[float]:
@@ -151,6 +165,7 @@ def unfused_attention(s: Sizes, inputs: tuple[str, ...]) -> Operation:
     scores = s.tokens * s.length * s.heads
     return replace(
         FUSED(s, inputs),
+        attention=None,
         backward_matmuls=(product,) * 4,
         forward_bytes=s.fused + s.query + (2 + 4 + 5 + 2) * scores,
         backward_bytes=2 * s.fused + 2 * s.query + (2 + 5 + 6 + 4 + 2) * scores,

@@ -6,9 +6,11 @@ and imports torch only after it has composed and checked the config.
 
 import difflib
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from importlib import import_module
+from importlib.util import find_spec
 
 from launcher import __version__
 from launcher.config.errors import ConfigError
@@ -39,6 +41,12 @@ VERBS = {
 }
 
 
+# Verbs that compute with these packages, and the flags with which they do not.
+COMPUTING = ("train", "compare", "calibrate", "verify", "generate", "replay", "export", "import")
+COMPUTED_WITH = ("torch", "deepspeed")
+NOT_COMPUTING = ("-h", "--help", "--hydra-help", "--cfg", "-c", "--info", "-i", "--version")
+
+
 def run_command(arguments: list[str]) -> int:
     """Return the exit code. Print an error that the user can correct as one message without a traceback."""
     if arguments == ["--version"]:
@@ -46,6 +54,7 @@ def run_command(arguments: list[str]) -> int:
         return 0
     try:
         verb, rest = _split(arguments)
+        _check_packages(verb, rest)
         return entry_point(verb)(rest)
     except ConfigError as error:
         record_end(
@@ -83,7 +92,23 @@ def _split(arguments: list[str]) -> tuple[str, list[str]]:
         return word, arguments[1:]
     if word.isalpha() and (similar := difflib.get_close_matches(word, VERBS, n=1, cutoff=0.7)):
         raise ConfigError(word, None, "no such command", f"launcher {similar[0]}")
+    is_value = [False, *(argument.startswith("-") for argument in arguments)]  # as `job` is in `--cfg job`
+    later = (argument for argument, value in zip(arguments, is_value, strict=False) if not value)
+    if verb := next((argument for argument in later if argument in VERBS), None):
+        settings = shlex.join(argument for argument in arguments if argument != verb)
+        raise ConfigError(verb, None, "the command comes before its settings", f"launcher {verb} {settings}")
     return "train", arguments
+
+
+def _check_packages(verb: str, arguments: list[str]) -> None:
+    """Raise ConfigError if the verb computes and a package is missing. Imports none of them."""
+    flags = {argument.partition("=")[0] for argument in arguments}
+    if verb not in COMPUTING or flags.intersection(NOT_COMPUTING):
+        return
+    if missing := next((name for name in COMPUTED_WITH if find_spec(name) is None), None):
+        why = f"{sys.executable} has no package {missing}"
+        remedy = f"`launcher doctor`, pip install {missing}, or the Python of `make setup`"
+        raise ConfigError(missing, None, why, remedy)
 
 
 def _report(message: object, code: int) -> int:

@@ -42,6 +42,9 @@ ELSEWHERE = {
     "srun launcher": "needs a Slurm cluster: tests/slurm",
     "srun launcher doctor": "needs a Slurm cluster; without it: tests/config/test_doctor.py",
     "launcher sync runs/name": "needs a W&B server: tests/runtime/test_metrics.py",
+    "launcher plan 'learn=[...]'": "needs finished runs: tests/planning/test_learning.py",
+    "launcher plan 'learn=[runs/a,runs/b]' hardware=h100_80gb "
+    "learned=my_conf/hardware/h100_here.yaml": "needs finished runs: tests/planning/test_learning.py",
     "launcher replay run.dir=runs/a step=187 samples=4 parallelism=tp2": "a run with a bad step: "
     "tests/runtime/test_guards.py",
 }

@@ -1,4 +1,4 @@
-"""What is compared: models, classes of layouts, contestants, and the targets of their ratios."""
+"""The comparison: models, classes of layouts, contestants, and the targets of their ratios."""
 
 from dataclasses import dataclass, field
 from typing import Any

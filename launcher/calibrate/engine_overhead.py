@@ -34,9 +34,7 @@ class Trial:
     ranks: int
 
     @classmethod
-    def of(
-        cls, hidden: int, length: int, batches: int, *, ranks: int, device: str, zero_3: bool = False
-    ) -> "Trial":
+    def of(cls, hidden: int, length: int, batches: int, *, ranks: int, zero_3: bool = False) -> "Trial":
         data = ranks if zero_3 else 1
         [job] = compose_jobs(
             "config",
@@ -47,13 +45,13 @@ class Trial:
                 f"model.ffn_hidden_size={4 * hidden}",
                 f"model.max_sequence_length={length}",
                 f"training.micro_batch_size={MICRO_BATCH}",
-                f"hardware.device={device}",
+                "hardware.device=cpu",
                 f"training.global_batch_size={MICRO_BATCH * batches * data}",
                 # At the default threshold such small weights would not be partitioned.
                 *(["deepspeed.zero_optimization.stage3_param_persistence_threshold=0"] if zero_3 else []),
             ],
         )
-        return cls(job.config, Layout(1, data, 1, device, batches, 3 if zero_3 else 0), ranks)
+        return cls(job.config, Layout(1, data, 1, "cpu", batches, 3 if zero_3 else 0), ranks)
 
     def planned_time(self, measured: MeasuredRates) -> StepTime:
         alone = replace(measured, ranks=self.layout.world_size)
@@ -67,10 +65,10 @@ class Trial:
         return parts(Sizes.of(self.run, self.layout.device)).block.flops
 
 
-def with_engine(measured: MeasuredRates, *, threads: int, device: str) -> MeasuredRates:
+def with_engine(measured: MeasuredRates, *, threads: int) -> MeasuredRates:
     """Return `measured` with the overhead of steps and micro-batches, and time factors by model size."""
 
-    trial = partial(Trial.of, ranks=measured.ranks, device=device)
+    trial = partial(Trial.of, ranks=measured.ranks)
     small = trial(32, 16, MANY)
     single, many = (step_seconds(run, threads) for run in (trial(32, 16, 1), small))
     each = (many - single) / (MANY - 1)

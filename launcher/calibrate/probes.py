@@ -108,12 +108,12 @@ def _copies(size: int) -> int:
     return max(1, min(MOST_COPIES, POOL // size))
 
 
-def stream(device: torch.device) -> float:
+def stream(device: torch.device, parameters: int = PARAMETERS) -> float:
     """Return bytes/s of AdamW on more than caches can hold: 4 tensors read, 3 written."""
-    weight = torch.zeros(PARAMETERS, device=device, requires_grad=True)
+    weight = torch.zeros(parameters, device=device, requires_grad=True)
     weight.grad = torch.ones_like(weight)
     optimizer = torch.optim.AdamW([weight], fused=True)
-    return 28.0 * PARAMETERS / seconds(lambda: optimizer.step(), device)
+    return 28.0 * parameters / seconds(lambda: optimizer.step(), device)
 
 
 def operation(device: torch.device) -> float:

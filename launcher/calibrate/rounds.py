@@ -22,34 +22,33 @@ if TYPE_CHECKING:
 Sample = dict[str, Any]  # results of probes.py by name, of one round with one number of ranks
 
 
-def measure(rank_counts: Iterable[int], *, rounds: int, cores: int, device: str) -> list[MeasuredRates]:
-    """Return the rates of a rank for each number of ranks. Every round measures all numbers of ranks."""
+def measure(rank_counts: Iterable[int], *, rounds: int, cores: int) -> list[MeasuredRates]:
+    """Return the rates of a CPU rank for each number of ranks. Every round measures all numbers of ranks."""
     samples: dict[int, list[Sample]] = {count: [] for count in rank_counts}
     for number in range(rounds):
         for count, rounds_of in samples.items():
             print(f"round {number + 1} of {rounds}: {plural(count, 'rank')}", flush=True)
-            rounds_of.append(sample(count, cores=cores, device=device))
+            rounds_of.append(sample(count, cores=cores))
     measured = [combined(count, rounds_of) for count, rounds_of in samples.items()]
     print("training small models, to measure the overhead of a step", flush=True)
     # Without a core each, ranks take turns and have the overhead of ranks with a core each.
     for index, rates in enumerate(measured):
-        if device == "cuda" or rates.ranks <= cores:
-            measured[index] = with_engine(rates, threads=max(1, cores // rates.ranks), device=device)
+        if rates.ranks <= cores:
+            measured[index] = with_engine(rates, threads=max(1, cores // rates.ranks))
     return measured
 
 
-def sample(ranks: int, *, cores: int, device: str) -> Sample:
+def sample(ranks: int, *, cores: int) -> Sample:
     """Start `ranks` processes that measure at the same time; return the results of rank 0."""
     with scratch_directory() as folder:
-        target = partial(_rank, ranks=ranks, threads=max(1, cores // ranks), device=device, folder=folder)
-        start_method = start_method_for(device)
-        run_local_ranks(target, ranks, log_dir=folder / "logs", start_method=start_method)
+        target = partial(_rank, ranks=ranks, threads=max(1, cores // ranks), folder=folder)
+        run_local_ranks(target, ranks, log_dir=folder / "logs", start_method=start_method_for("cpu"))
         rank_0: Sample = json.loads((folder / "sample.json").read_text())
         return rank_0
 
 
-def _rank(rank: int, *, ranks: int, threads: int, device: str, folder: Path) -> None:
-    prepare_deepspeed(device)
+def _rank(rank: int, *, ranks: int, threads: int, folder: Path) -> None:
+    prepare_deepspeed("cpu")
     import torch
 
     torch.set_num_threads(threads)
@@ -58,7 +57,7 @@ def _rank(rank: int, *, ranks: int, threads: int, device: str, folder: Path) -> 
         rank=rank,
         world_size=ranks,
         local_rank=rank,
-        device=device,
+        device="cpu",
         init_method=store,
         timeout_minutes=MEASURING_MINUTES,
     )

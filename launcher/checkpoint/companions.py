@@ -21,12 +21,16 @@ _PATTERNS = (
 
 def companions_of(source: Path) -> list[Path]:
     """Return the companion files of `source`: a Hugging Face directory, a run, or a checkpoint of a run."""
-    run = source.parent.parent if (source / MANIFEST).exists() else source
-    for folder in (run / COMPANIONS, source):
+    for folder in (run_of(source) / COMPANIONS, source):
         files = sorted(path for pattern in _PATTERNS for path in folder.glob(pattern) if path.is_file())
         if files:
             return files
     return []
+
+
+def run_of(source: Path) -> Path:
+    """Return the run directory that a checkpoint lies in; `source` itself if it is no checkpoint."""
+    return source.parent.parent if (source / MANIFEST).exists() else source
 
 
 def carry_companions(source: Path, target: Path) -> None:

@@ -19,10 +19,15 @@ from launcher.checkpoint.integrity import check_files, unchanged
 from launcher.checkpoint.manifest import (
     CHECKPOINTS,
     Manifest,
-    StoredFiles,
     step_name,
 )
-from launcher.checkpoint.read import HuggingFaceReader, WeightReader, open_weights, stored_files_of
+from launcher.checkpoint.read import (
+    HuggingFaceReader,
+    WeightReader,
+    files_with_weights,
+    open_weights,
+    stored_files_of,
+)
 from launcher.checkpoint.sources import INDEX, SAFETENSORS, WeightSource
 from launcher.checkpoint.tensor_file import save_tensors
 from launcher.checkpoint.write import HostPiece, commit, write_pieces
@@ -46,7 +51,7 @@ def export(
     stored, dtype, reader = stored_files_of(weights), _dtype(weights, options), open_weights(weights)
     with new_directory(target) as aside, unchanged(stored) if stored else nullcontext():
         if stored:
-            check_files(stored, _files_with_weights(stored))
+            check_files(stored, files_with_weights(stored))
         files = list(_in_files(weights, dtype.itemsize, int(options.max_file_gb * 1e9)))
         names = [f"model-{n + 1:05d}-of-{len(files):05d}.safetensors" for n in range(len(files))]
         for name, group in zip(names if len(files) > 1 else [SAFETENSORS], files, strict=True):
@@ -103,15 +108,6 @@ def import_(weights: WeightSource, target: Path, options: ExchangeConfig) -> Non
         carry_companions(weights.path, aside)
         (aside / "conf" / "model").mkdir(parents=True)
         (aside / "conf" / "model" / "imported.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(model)))
-
-
-def _files_with_weights(stored: StoredFiles) -> list[str]:
-    """Return the files that hold more than optimizer states. Final weights have no prefix for their kind."""
-    return [
-        name
-        for name, shapes in sorted(stored.shapes.items())
-        if any(entry.startswith(f"{WEIGHT}/") or "/" not in entry for entry in shapes)
-    ]
 
 
 def _joined(reader: WeightReader, pieces: Pieces) -> Tensor:

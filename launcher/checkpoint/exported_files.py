@@ -6,12 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from launcher.checkpoint.companions import base_config, companions_of
+from launcher.checkpoint.companions import base_config, companions_of, run_of
 from launcher.checkpoint.huggingface import NotConvertible
 from launcher.checkpoint.huggingface.adapter import TOKEN_IDS, token_ids
 from launcher.checkpoint.manifest import read_manifest
 from launcher.checkpoint.sources import RUN_CONFIG, WeightsKind, WeightSource
 from launcher.config.compose import load_typed
+from launcher.config.run_format import END_OF_DOCUMENT, read_identity
 from launcher.config.schema import CorpusSource, RunConfig
 from launcher.config.shape import END_OF_TEXT
 
@@ -49,13 +50,17 @@ def write_tokenizer(weights: WeightSource, target: Path, write_bytes: Callable[[
 
 
 def _data(weights: WeightSource) -> Settings:
-    """Return the data section of the run that made the weights; empty for an imported model."""
+    """Return source and end of document of the run that made the weights; empty for an imported model."""
     if weights.kind is WeightsKind.checkpoint:
-        return dict(read_manifest(weights.path).config.get("data") or {})
-    if weights.kind is WeightsKind.run:
-        data = load_typed(weights.path / RUN_CONFIG, RunConfig).data
-        return {"source": data.source.name, "end_of_document": data.end_of_document}
-    return {}
+        data = dict(read_manifest(weights.path).config.get("data") or {})
+    elif weights.kind is WeightsKind.run:
+        typed = load_typed(weights.path / RUN_CONFIG, RunConfig).data
+        data = {"source": typed.source.name, "end_of_document": typed.end_of_document}
+    else:
+        return {}
+    if data.get("source") is not None and data.get("end_of_document") is None:
+        data["end_of_document"] = (read_identity(run_of(weights.path)) or {}).get(END_OF_DOCUMENT)
+    return data
 
 
 def _special_tokens(weights: WeightSource, data: Settings) -> Settings:

@@ -113,6 +113,15 @@ def stored_files_of(weights: WeightSource) -> StoredFiles | None:
     return read_final_weights(weights.path).stored(weights.path)
 
 
+def files_with_weights(stored: StoredFiles) -> list[str]:
+    """Return the files that hold more than optimizer states. Final weights have no prefix for their kind."""
+    return [
+        name
+        for name, shapes in sorted(stored.shapes.items())
+        if any(entry.startswith(f"{WEIGHT}/") or "/" not in entry for entry in shapes)
+    ]
+
+
 WeightReader = CheckpointReader | HuggingFaceReader | FinalWeightsReader
 
 

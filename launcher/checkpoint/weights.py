@@ -20,11 +20,14 @@ from launcher.checkpoint.final import (
 )
 from launcher.checkpoint.held import check_directory
 from launcher.checkpoint.integrity import check_files, sha256_of, unchanged
-from launcher.checkpoint.manifest import MANIFEST, StoredFile, UnusableCheckpoint
+from launcher.checkpoint.manifest import MANIFEST, StoredFile, UnusableCheckpoint, read_manifest
+from launcher.checkpoint.read import files_with_weights, open_weights
+from launcher.checkpoint.sources import WeightSource
 from launcher.checkpoint.tensor_file import save_tensors
 from launcher.config.errors import ConfigError
 from launcher.files import replacing, write_text
-from launcher.parallel.sharding import logical_of
+from launcher.parallel.boxes import whole
+from launcher.parallel.sharding import WEIGHT, logical_of
 
 if TYPE_CHECKING:  # load_weights must not import deepspeed
     from launcher.engine.base import Engine
@@ -100,6 +103,24 @@ def load_weights(module: nn.Module, run_dir: Path) -> None:
         raise final_weights_error(run_dir, error) from None
     if parameters:
         raise other_model_error(run_dir, f"the weights lack {', '.join(sorted(parameters))}")
+
+
+@torch.no_grad()
+def load_checkpoint_weights(module: nn.Module, weights: WeightSource) -> None:
+    """Fill an unsharded module from the weights of a checkpoint; compare their checksums.
+
+    Raises ConfigError.
+    """
+    try:
+        stored, reader = read_manifest(weights.path).stored(weights.path), open_weights(weights)
+        with unchanged(stored):
+            check_files(stored, files_with_weights(stored))
+            for parameter in module.parameters():
+                logical = logical_of(parameter)
+                reader.fill(WEIGHT, logical.name, whole(logical.shape), parameter.data)
+    except (OSError, UnusableCheckpoint) as error:
+        remedy = f"remove {weights.path}, so that an older checkpoint is used"
+        raise ConfigError("run.dir", weights.path, str(error), remedy) from None
 
 
 def _fill(parameter: nn.Parameter | None, tensor: torch.Tensor, name: str, run_dir: Path, file: str) -> None:

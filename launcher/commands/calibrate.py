@@ -3,6 +3,7 @@
 from launcher.calibrate.hardware_file import rank_counts, target, write
 from launcher.config.compose import compose_jobs
 from launcher.config.errors import ConfigError
+from launcher.config.machine import Machine
 from launcher.config.schema import CalibrateConfig, Device, HardwareConfig
 from launcher.config.validate import validate_calibrate
 from launcher.launch.this_machine import this_machine
@@ -17,16 +18,28 @@ def main(arguments: list[str]) -> int:
     config, machine = jobs[0].config, this_machine()
     validate_calibrate(config)
     path = target(config)
-    from launcher.calibrate.rounds import measure
-
-    counts = rank_counts(config.most_ranks or machine.gpus or 2 * machine.cores)
-    device = "cuda" if machine.gpus else "cpu"
-    measured = measure(counts, rounds=config.rounds, cores=machine.cores, device=device)
-    gpus, cores = machine.gpus or None, None if machine.gpus else machine.cores
-    hardware = HardwareConfig(
-        device=Device[device], accelerators_per_node=gpus, cores=cores, measured=measured
-    )
-    write(hardware, path, machine)
+    write(_gpus(config, machine) if machine.gpus else _cores(config, machine), path, machine)
     print(f"hardware {path}")
     print(f"use it   launcher plan --config-dir {config.dir} hardware={config.name}")
     return 0
+
+
+def _gpus(config: CalibrateConfig, machine: Machine) -> HardwareConfig:
+    from launcher.calibrate.card import measure_card
+
+    card, memory = measure_card(min(machine.gpus, config.most_ranks or machine.gpus))
+    return HardwareConfig(
+        device=Device.cuda,
+        accelerators_per_node=machine.gpus,
+        memory_bytes=memory,
+        host_memory_bytes=machine.memory_bytes,
+        card=card,
+    )
+
+
+def _cores(config: CalibrateConfig, machine: Machine) -> HardwareConfig:
+    from launcher.calibrate.rounds import measure
+
+    counts = rank_counts(config.most_ranks or 2 * machine.cores)
+    measured = measure(counts, rounds=config.rounds, cores=machine.cores)
+    return HardwareConfig(device=Device.cpu, cores=machine.cores, measured=measured)

@@ -1,4 +1,4 @@
-"""`launcher generate`: sample text from a finished run."""
+"""`launcher generate`: sample text from a run."""
 
 from pathlib import Path
 

@@ -4,11 +4,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from launcher.commands.learn import learn
 from launcher.commands.ready import ReadyRun, ready
 from launcher.config.compose import compose_jobs
+from launcher.config.errors import ConfigError
 from launcher.config.schedule import schedule_warnings
 from launcher.config.schema import OutputFormat, PlannedRunConfig
 from launcher.config.world import world_of_hardware
+from launcher.launch.exit_codes import FAILED
 from launcher.launch.this_machine import this_machine
 from launcher.planning.choose.changes import helpful
 from launcher.planning.show.plan_figure import check_figure, draw_plan
@@ -20,6 +23,13 @@ from launcher.text import json_text
 def main(arguments: list[str]) -> int:
     jobs = compose_jobs("plan", PlannedRunConfig, arguments)
     if not jobs:
+        return 0
+    if jobs[0].config.learn:
+        if len(jobs) > 1:
+            raise ConfigError("learn", jobs[0].config.learn, "not supported with --multirun", "learn=[]")
+        report = learn(jobs[0].config)
+        if jobs[0].config.format is OutputFormat.json:
+            print(json_text(report, indent=2))
         return 0
     machine = this_machine()
     for job in jobs:
@@ -38,7 +48,7 @@ def main(arguments: list[str]) -> int:
     if not for_people:
         is_sweep = jobs[0].index is not None
         print(json_text(reports if is_sweep else reports[0], indent=2))
-    return 0
+    return 0 if any(ready_run.plan.fits for ready_run in ready_runs) else FAILED
 
 
 def _report(config: PlannedRunConfig, ready_run: ReadyRun) -> dict[str, Any]:

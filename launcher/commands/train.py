@@ -5,7 +5,7 @@ from pathlib import Path
 
 from launcher.commands.ready import ReadyRun, check_compiler, check_tensorboard, ready
 from launcher.commands.sweep import print_sweep
-from launcher.config.compose import Job, compose_jobs
+from launcher.config.compose import COMMAND_LINE, Job, compose_jobs
 from launcher.config.errors import ConfigError, refusal
 from launcher.config.machine import Machine
 from launcher.config.schedule import schedule_warnings
@@ -20,6 +20,7 @@ from launcher.launch.environment import (
     speaks_for_all,
 )
 from launcher.launch.this_machine import this_machine
+from launcher.planning.show.search_report import reasons
 from launcher.streams import outlive_output
 
 
@@ -74,11 +75,24 @@ def _ready(job: Job[RunConfig], machine: Machine) -> tuple[ReadyRun, LaunchEnvir
     check_tensorboard(run)
     ready_run = ready(run, world, needs_data=True, must_fit=True)
     check_compiler(run, ready_run.layout)
-    for warning in schedule_warnings(run, job.origins) if speaks_for_all(os.environ) else ():
-        print(warning)
+    if speaks_for_all(os.environ):
+        for line in (*schedule_warnings(run, job.origins), *_unused(job)):
+            print(line)
     if (files := listed(ready_run.left_out)) and speaks_for_all(os.environ):
         print(f"note     data files left out: {files}")
     if ready_run.search and speaks_for_all(os.environ):
-        count = len(ready_run.search.candidates)
-        print(f"auto     chose the fastest of {count} legal layouts (see `launcher plan`)")
+        for line in reasons(ready_run.search):
+            print(line)
     return ready_run, place
+
+
+def _unused(job: Job[RunConfig]) -> list[str]:
+    """Return a note for each setting on the command line that another command uses and training does not."""
+    typed = [name for name, origin in job.origins.items() if origin == COMMAND_LINE]
+    users = {"slurm.": "submit", "submit.": "submit", "verify.": "verify"}
+    return [
+        f"note     {name} has no effect here: `launcher {user}` uses it"
+        for name in typed
+        for section, user in users.items()
+        if name.startswith(section) and not joined_ranks(os.environ)
+    ]

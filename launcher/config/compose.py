@@ -71,6 +71,7 @@ Config = TypeVar(
     ReplayConfig,
 )
 
+COMMAND_LINE = "the command line"  # an origin of a field
 MOST_JOBS = 1000  # of a sweep; Slurm's default limit of an array
 SWITCHES = {"profile": "profile.enabled"}  # sections that a single word turns on or off
 # The beginnings of overrides of open dictionaries, whose keys the user chooses.
@@ -84,7 +85,7 @@ class Job(Generic[Config]):
     config: Config
     index: int | None  # number of the job in a --multirun; None for a single run
     overrides: list[str]  # arguments that compose the same config from any directory, including --config-dir
-    # The file, or the command line, that sets a field of `slurm` or `scheduler`. Not those of the schema
+    # The file, or the command line, that sets a field of loader.WITH_ORIGIN. Not those of the schema
     origins: dict[str, str] = field(default_factory=dict)
 
     def announce(self) -> None:
@@ -226,7 +227,7 @@ def _job(
     with flag_override(config, ["struct", "readonly"], [False, False]):
         del config["hydra"]
     names = (override.lstrip("+").partition("=")[0] for override in task)
-    origins = loader.origins | {name: "the command line" for name in names if name.startswith(WITH_ORIGIN)}
+    origins = loader.origins | {name: COMMAND_LINE for name in names if name.startswith(WITH_ORIGIN)}
     return Job(to_typed(config, root, task), index, directories + task, origins)
 
 

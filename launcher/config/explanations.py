@@ -90,6 +90,12 @@ def missing_value(name: str, root: type[Any], overrides: list[str]) -> ConfigErr
     options = settings(group := name.partition(".")[0], options_of(group))
     if any(_split(override)[0] == group for override in overrides if override.startswith("~")):
         return ConfigError(f"~{group}", None, f"the group {group} cannot be removed", " or ".join(options))
+    chosen = [value for typed, value in map(_split, overrides) if typed == group]
+    if chosen and chosen[-1] not in options_of(group):  # a file of the user with a part of the fields
+        file, base = f"{group}/{chosen[-1]}.yaml", min(options_of(group), key=lambda name: "tiny" not in name)
+        why = f"this field must be set, and {file} does not set it"
+        remedy = f"begin {file} with the line `defaults: [{base}]` (or another of the shipped ones)"
+        return ConfigError(name, "???", why, remedy)
     return ConfigError(name, "???", "this field must be set", " or ".join([_example(name, root), *options]))
 
 
@@ -272,11 +278,33 @@ def _nearest_value(field: str, value: str, kind: str, root: type[Any]) -> str:
     if accepted == "whole number" and re.fullmatch(r"[-+]?\d+\.?\d*(?:[eE][-+]?\d{1,2})?", value):
         number = float(value)
         return " or ".join(settings(field, dict.fromkeys([int(number // 1), int(-(-number // 1))])))
+    if accepted in ("whole number", "number") and (plain := _without_unit(value, accepted)):
+        return f"{field}={plain}"
     if accepted not in _IN_WORDS or accepted == "true | false":
         options = kind.split(" | ")
         return " or ".join(settings(field, difflib.get_close_matches(value.lower(), options, n=1) or options))
     example = {"list": "[a, b]", "dictionary": "{KEY: VALUE}"}.get(accepted)
     return shlex.quote(f"{field}={example}") if example else _example(field, root)
+
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_BINARY_UNITS = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def _without_unit(value: str, kind: str) -> str | None:
+    """Return the number that 80GB, 1k, 10% or 1_000 stands for, as it is typed; None for other text."""
+    match = re.fullmatch(r"(\d[\d_]{0,17}\.?\d{0,17})\s*(%|[kmgtKMGT]?i?[bB]?)", value)
+    if match is None:
+        return None
+    number, unit = float(match[1].replace("_", "")), match[2].lower().removesuffix("b")
+    if unit == "%":
+        return f"{number / 100:g}" if kind == "number" else None
+    factor = {**_UNITS, **_BINARY_UNITS}.get(unit)
+    if factor is None:
+        return None
+    product = number * factor
+    is_long = kind == "number" and product >= 10**6
+    return f"{product:.6g}".replace("+", "") if is_long else f"{product:.15g}"
 
 
 def _unreadable(override: str, root: type[Any]) -> ConfigError:
@@ -297,6 +325,9 @@ def _unreadable(override: str, root: type[Any]) -> ConfigError:
         return no_such_field(name, value, root)
     if re.search(r"\s=", override):
         return ConfigError(override, None, "there must be no space before =", f"{name}={value.strip()}")
+    if value.endswith(","):
+        why = "a comma at the end separates nothing"
+        return ConfigError(name, value, why, quoted_setting(name, value.rstrip(", ")))
     if kind == "list":
         items = ", ".join(hydra_text(item.strip("\"' ")) for item in value.strip("[]").split(","))
         quoted = shlex.quote(f"{name}=[{items}]")

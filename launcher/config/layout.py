@@ -1,8 +1,8 @@
 """Resolve the layout of a run: the ranks, and the size of each axis. Pure arithmetic."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from launcher.config import shape
 from launcher.config.errors import ConfigError, refusal, settings
@@ -43,6 +43,12 @@ class Layout:
         ranks = plural(self.world_size, f"{self.device} rank")
         batches = plural(self.accumulation, "micro-batch", "es")
         return f"{ranks} = {axes}, ZeRO-{self.zero_stage}, {batches} per step and data rank"
+
+
+def recorded_layout(identity: Mapping[str, Any]) -> Layout:
+    """Return the layout in the content of run.json. Raises KeyError or TypeError if it is damaged."""
+    layout = Layout(**identity["layout"])
+    return replace(layout, notes=tuple(layout.notes))
 
 
 def resolve_layout(run: RunConfig, world: World) -> Layout:

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf, flag_override
 from launcher.config.as_written import check_file
 
 OWN_FILES = "command-line"  # Hydra's name for the provider of --config-dir
-WITH_ORIGIN = ("slurm.", "scheduler.")  # the beginnings of fields whose origin is noted
+WITH_ORIGIN = ("slurm.", "scheduler.", "submit.", "verify.")  # the beginnings of fields whose origin is noted
 
 
 class _SharedRepository(ConfigRepository):

@@ -11,6 +11,7 @@ from launcher.files import read_regular, what_is_wrong, write_text
 FORMAT = 2  # 2: the model's config names its parts
 IDENTITY = "run.json"
 SAVED_STEP = "saved_step"  # key in run.json: the step of the checkpoint that was written last
+END_OF_DOCUMENT = "end_of_document"  # key in run.json: the token that ends each document of the run's data
 _MOST_BYTES = 2**20  # of run.json
 
 

@@ -328,6 +328,35 @@ class MeasuredRates:
 
 
 @dataclass
+class AttentionRate:
+    """Rate of fused causal attention with heads of `head_size`: FLOPs x (1 + ramp / tokens) / FLOP/s."""
+
+    head_size: int = MISSING
+    forward: float = MISSING  # FLOP/s of two products, of their causal half
+    forward_ramp: float = 0.0  # tokens
+    backward: float = MISSING  # FLOP/s of five products
+    backward_ramp: float = 0.0  # tokens
+
+
+@dataclass
+class CardRates:
+    """Rates of the kernels of an accelerator that computes alone; null where they were not measured."""
+
+    name: Optional[str] = None
+    measured_on: Optional[str] = None  # date
+    versions: Optional[str] = None
+    products: PeakFlops = field(default_factory=PeakFlops)  # FLOP/s of large products, without their output
+    unaligned: Optional[float] = None  # share of `products` if a size is not a multiple of 8
+    attention: list[AttentionRate] = field(default_factory=list)
+    memory_gb_s: Optional[float] = None  # read and written by copies
+    update_gb_s: Optional[float] = None  # read and written by fused AdamW
+    launch_s: Optional[float] = None  # of the host, to start an operation
+    host_gb_s: Optional[float] = None  # between pinned host memory and the accelerator
+    link_gb_s: Optional[float] = None  # that a rank sends in a large all-reduce within a node
+    hop_s: Optional[float] = None  # latency of a step of a ring within a node
+
+
+@dataclass
 class HardwareConfig:
     device: Device = Device.auto
     nodes: int = 1
@@ -339,8 +368,11 @@ class HardwareConfig:
     bandwidth_intra_node_gb_s: Optional[float] = None  # per accelerator, one direction
     bandwidth_inter_node_gb_s: Optional[float] = None  # per accelerator, one direction
     host_bandwidth_gb_s: Optional[float] = None  # between one accelerator and host memory
+    host_memory_bytes: Optional[float] = None  # memory of a node, which its ranks share
     cores: Optional[int] = None  # cores that the CPU ranks share; null: one core per rank
-    # One entry per number of ranks; replaces the rates above.
+    compute_scale: float = 1.0  # time of computation over its planned time, learned from finished runs
+    card: CardRates = field(default_factory=CardRates)  # of GPUs; replaces the rates above
+    # CPU ranks: one entry per number of ranks; replaces the rates above.
     measured: list[MeasuredRates] = field(default_factory=list)
 
 
@@ -585,6 +617,8 @@ class PlannedRunConfig(RunConfig):
     """A run and the format of its plan, for `launcher plan`."""
 
     format: OutputFormat = OutputFormat.table
+    learn: list[str] = field(default_factory=list)  # directories of finished runs: refine the hardware config
+    learned: Optional[str] = None  # file of the refined hardware config
 
 
 @dataclass
@@ -686,7 +720,7 @@ class CalibrateConfig:
 
     name: str = "this_machine"  # name of the hardware config
     dir: str = "my_conf"  # directory for --config-dir; writes DIR/hardware/NAME.yaml
-    rounds: int = 5  # repetitions of each measurement; the median is used
+    rounds: int = 5  # repetitions of each measurement of CPU ranks; the median is used
     most_ranks: Optional[int] = None  # null: twice the cores, or all GPUs
 
 

@@ -132,6 +132,7 @@ def texts_in(slurm: SlurmConfig) -> Iterator[tuple[str, str]]:
 
 
 UNLIMITED = ("infinite", "unlimited")
+_LEAST_MEGABYTES = 1024  # of a node; a rank that has loaded torch takes about half of it
 _TIME = r"\d{1,9}|(\d{1,9}:)?\d{1,9}:\d{1,9}|\d{1,9}-\d{1,9}(:\d{1,9}){0,2}|(?i:infinite|unlimited)"
 _NODES = r"[1-9]\d{0,4}[kK]?(-[1-9]\d{0,4}[kK]?(:[1-9]\d{0,4})?)?"
 _GPUS = r"([A-Za-z0-9_.-]+:)?[1-9]\d{0,3}"
@@ -159,6 +160,10 @@ def _check_forms(run: RunConfig) -> None:
         value = getattr(run.slurm, name)
         if value is not None and not re.fullmatch(pattern, value):
             raise refusal(run, f"slurm.{name}", words, f"slurm.{name}={example}", f"slurm.{name}=null")
+    if run.slurm.mem and 0 < (megabytes := _megabytes(run.slurm.mem)) < _LEAST_MEGABYTES:
+        why = f"this is {megabytes:,} MB (a number without a unit is in megabytes), less than a rank needs"
+        number = run.slurm.mem.rstrip("KMGTkmgt")
+        raise refusal(run, "slurm.mem", why, f"slurm.mem={number}G", "slurm.mem=0 (all memory of each node)")
     limit, signal = seconds_of(run.slurm.time or "0"), run.slurm.signal_seconds
     if 0 < limit <= signal:
         why = f"the time limit of {limit:,} s must be longer than slurm.signal_seconds={signal}"
@@ -180,6 +185,13 @@ def _check_forms(run: RunConfig) -> None:
         if module.startswith("-"):
             why = "this is an option, not a module"
             raise ConfigError("slurm.modules", module, why, "'slurm.modules=[cuda]'")
+
+
+def _megabytes(memory: str) -> int:
+    """Return the megabytes of a value of --mem, rounded up; 0 means all memory of the node."""
+    number, unit = re.fullmatch(r"(\d+)(\D?)", memory).groups()  # type: ignore[union-attr]
+    kilobytes: int = int(number) * 1024 ** "KMGT".index(unit.upper() or "M")
+    return -(-kilobytes // 1024)
 
 
 def seconds_of(time: str) -> int:

@@ -52,6 +52,18 @@ MOST_VALUES_AHEAD = 2**30  # token ids or pixels of 8 bytes
 
 def validate(run: RunConfig, world: World) -> Layout:
     """Check every rule and return the layout of the run. Raises ConfigError at the first rule that fails."""
+    check_values(run)
+    return validate_layout(run, world)
+
+
+def check_values(run: RunConfig) -> None:
+    """Check each value for itself. Raises ConfigError."""
+    check_numbers(run)
+    check_paths(run)
+
+
+def validate_layout(run: RunConfig, world: World) -> Layout:
+    """As `validate`, for a run whose values were checked: the search changes only the fields of a layout."""
     for rule in RULES:
         rule(run)
     layout = resolve_layout(run, world)
@@ -63,7 +75,7 @@ def validate_generate(config: GenerateConfig) -> str:
     """Check what `launcher generate` is given; return the run's directory. Raises ConfigError."""
     check_paths(config)
     if config.run.dir is None:
-        why = "sampling needs the directory of a finished run"
+        why = "sampling needs the directory of a run"
         raise refusal(config, "run.dir", why, "run.dir=runs/NAME (as the run printed it)")
     if not config.prompt:
         raise refusal(config, "prompt", "the prompt is empty", shlex.quote('prompt="import "'))
@@ -527,8 +539,6 @@ def check_fp16_has_a_gpu(run: RunConfig, layout: Layout) -> None:
 
 
 RULES: tuple[Callable[[RunConfig], None], ...] = (
-    check_numbers,
-    check_paths,
     check_inputs,
     check_parts,
     check_images,

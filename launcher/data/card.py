@@ -20,7 +20,16 @@ def tokenizer_path(prefix: Path) -> Path:
 
 def vocab_size_of(prefix: Path) -> int | None:
     """Return the tokenizer's vocabulary size from the card, or None if no readable card states the size."""
+    return _number(prefix, "vocab_size")
+
+
+def end_of_document_of(prefix: Path) -> int | None:
+    """Return the token that ends each document from the card, or None if no readable card states it."""
+    return _number(prefix, "end_of_document")
+
+
+def _number(prefix: Path, name: str) -> int | None:
     try:
-        return int(json.loads(card_path(prefix).read_text())["vocab_size"])
+        return int(json.loads(card_path(prefix).read_text())[name])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None

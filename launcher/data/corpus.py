@@ -186,7 +186,8 @@ def _glob_remedy(field: str, pattern: str, root: Path) -> str:
     entries = sorted(filter(_holds_text, directory.iterdir())) if directory else []
     suffixes = Counter(entry.suffix for entry in entries if not _needs_prepare(entry))
     if directory and not suffixes and entries:
-        return prepare_commands(directory)
+        # The working directory has more than this corpus.
+        return prepare_commands(entries[0] if directory.samefile(".") else directory)
     if not suffixes:
         # In a directory without text, or outside the user's directories: a glob to adapt.
         example = directory or Path("corpus")

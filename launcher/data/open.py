@@ -13,7 +13,7 @@ from launcher.config.errors import ConfigError
 from launcher.config.schema import CorpusSource, RunConfig
 from launcher.config.shape import is_of_images, sequence_length
 from launcher.data.blend import Blend, Segment
-from launcher.data.card import tokenizer_path
+from launcher.data.card import end_of_document_of, tokenizer_path
 from launcher.data.corpus import load_corpus, token_counts, tokens_digest
 from launcher.data.images import check_images, digit_counts, digits, image_folder
 from launcher.data.input_files import LeftOut
@@ -209,6 +209,14 @@ def record_tokenizer(run: RunConfig, folder: Path) -> None:
     for path in (*folder.glob("tokenizer*"), *folder.glob("special_tokens_map.json")):
         path.unlink()
     shutil.copyfile(source, copy)
+
+
+def end_of_documents(run: RunConfig) -> int | None:
+    """Return the token that ends each document of the run's token files; None if they do not state one."""
+    if run.data.end_of_document is not None or run.data.source is not CorpusSource.tokens:
+        return run.data.end_of_document
+    ends = {end_of_document_of(prefix) for prefix in _prefixes(_token_splits(run))}
+    return ends.pop() if len(ends) == 1 else None
 
 
 def _samples(run: RunConfig, stretches: list[Stretch], shuffle_seed: str | None) -> Samples:

@@ -38,7 +38,8 @@ class Attention(nn.Module):
         self.query_norm = HeadNorm(f"{name}.query_norm", model, model.num_heads, tp) if has_norm else None
         self.key_norm = HeadNorm(f"{name}.key_norm", model, kv_heads(model), tp) if has_norm else None
         size = model.attention_scale_size
-        self.scale = None if size is None else size**-0.5  # None: 1 / sqrt(head size)
+        is_causal, scale = model.attention is AttentionKind.causal, None if size is None else size**-0.5
+        self.kernel = Kernel(is_causal, scale, model.attention_soft_cap, tp.device)
         self.output = RowParallelLinear(
             f"{name}.output", sizes[0], model.hidden_size, tp, bias=biases.output, draw=residual_draw(model)
         )
@@ -88,10 +89,4 @@ class Attention(nn.Module):
         """-> (B, T, N D / tp)."""
         if cos is not None and sin is not None:
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        kernel = Kernel(
-            self.model.attention is AttentionKind.causal,
-            self.scale,
-            self.model.attention_soft_cap,
-            self.context.tp.device,
-        )
-        return attention(q, k, v, mask, self.model.dropout, seed, kernel).flatten(2)
+        return attention(q, k, v, mask, self.model.dropout, seed, self.kernel).flatten(2)

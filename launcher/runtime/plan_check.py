@@ -83,13 +83,12 @@ def verdict(
 ) -> list[str]:
     """Return a line for memory and, if a time is predicted, a line for the step time. Pure.
 
-    The plan describes eager blocks: compiled blocks may need less than planned.
+    Compiled blocks may need less than planned.
     """
-    planned = "planned for eager blocks" if is_compiled else "planned"
-    words = f"{size(allocated)} of tensors per rank, {size(memory)} {planned}"
+    words = f"{size(allocated)} of tensors per rank, {size(memory)} planned"
     lines = [_line("memory", words, memory / allocated - 1, MEMORY_ERROR, is_compiled)]
     if seconds is not None:
-        words = f"{measured:.3g} s per step, {seconds:.3g} s {planned}"
+        words = f"{measured:.3g} s per step, {seconds:.3g} s planned"
         lines.append(_line("time", words, seconds / measured - 1, TIME_ERROR, is_compiled))
     return lines
 

@@ -19,9 +19,17 @@ from launcher.checkpoint.resume_choice import checkpoint_to_resume
 from launcher.checkpoint.sources import WeightSource, check_model_is, weights_at
 from launcher.config.errors import ConfigError, typed_text
 from launcher.config.layout import Layout
-from launcher.config.run_format import FORMAT, IDENTITY, SAVED_STEP, read_identity, write_identity
+from launcher.config.run_format import (
+    END_OF_DOCUMENT,
+    FORMAT,
+    IDENTITY,
+    SAVED_STEP,
+    read_identity,
+    write_identity,
+)
 from launcher.config.schema import RunConfig
 from launcher.config.secrets import as_written, as_yaml
+from launcher.data.open import end_of_documents
 from launcher.files import write_text
 from launcher.launch.environment import slurm_step_name
 from launcher.runtime.hold import HOLDER, Place, held, is_holder_file
@@ -114,6 +122,9 @@ def check_files_are_ours(path: Path) -> None:
 
     A run wrote a directory that has a run.json of ours. What lies there has the kind that the run writes.
     """
+    if os.path.lexists(path) and not path.is_dir():
+        unused = typed_text("run.dir", str(_unused(path)))
+        raise ConfigError("run.dir", path, "is a file, not a directory", unused)
     is_ours = read_identity(path) is not None
     for name in (CONFIG, METRICS, HOLDER, IDENTITY, PICTURE):
         entry = path / name
@@ -172,6 +183,7 @@ def _claim(run: RunConfig, layout: Layout, place: Place, run_id: str, path: Path
         notes = [f"{path} is a copy of {original}: from here on it is a run of its own, also in W&B"]
     identity = {"format": FORMAT, "launcher": __version__, "layout": dataclasses.asdict(layout)}
     identity["directory"] = str(path.resolve())
+    identity[END_OF_DOCUMENT] = end_of_documents(run)
     write_identity(path, before | identity)  # first: it says that the files below are a run's
     (path / LOGS).mkdir(exist_ok=True)
     if source := checkpoint or (initial and initial.path):

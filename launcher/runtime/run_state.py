@@ -112,8 +112,9 @@ def _state(path: Path, last_step: int | None, now: float, values: dict[str, floa
         return State.stopped, "its end was not recorded: it was killed, or its machine went down"
     if holder.end and holder.end != STOPPED:
         return State.failed, _slurm_error(path, holder) or holder.end
-    is_validated = last_step == 0 and holder.end == ""
-    return (State.finished if is_validated else State.stopped), ""
+    is_comparison = any(name.startswith("loss/") for name in values)  # `launcher compare` keeps no weights
+    is_over = holder.end == "" and (last_step == 0 or is_comparison)
+    return (State.finished if is_over else State.stopped), ""
 
 
 def _place_of(holder: Holder) -> str:

@@ -1,5 +1,6 @@
-"""Sample text from a run's final weights, in one process."""
+"""Sample text from a run's final weights, or from its newest checkpoint, in one process."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,8 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from launcher.checkpoint.companions import COMPANIONS
-from launcher.checkpoint.final import final_weights_of
-from launcher.checkpoint.weights import load_weights
+from launcher.checkpoint.final import FINAL_WEIGHTS, final_weights_of
+from launcher.checkpoint.manifest import checkpoints_in, step_of
+from launcher.checkpoint.sources import WeightSource, check_model_is, weights_at
+from launcher.checkpoint.weights import load_checkpoint_weights, load_weights
 from launcher.config.compose import load_typed
 from launcher.config.errors import ConfigError
 from launcher.config.schema import CorpusSource, GenerateConfig, ParallelismConfig, RunConfig
@@ -26,9 +29,9 @@ from launcher.runtime.run_dir import CONFIG
 def generate(config: GenerateConfig, run_dir: Path) -> str:
     """Return the prompt and `max_new_tokens` sampled tokens as text. Raises ConfigError."""
     run = load_typed(run_dir / CONFIG, RunConfig)
-    final_weights_of(run_dir)
+    weights = unfinished_weights(run, run_dir)
     tokenizer = tokenizer_of(run, config, run_dir)
-    model = load_model(run, run_dir)
+    model = load_model(run, run_dir, weights)
     [prompt] = tokenizer.encode([config.prompt])
     tokens = torch.from_numpy(prompt.astype(np.int64))[None]
     generator = torch.Generator().manual_seed(config.seed)
@@ -53,15 +56,32 @@ def tokenizer_of(run: RunConfig, config: GenerateConfig, run_dir: Path) -> Token
     return HuggingFace(recorded, field="run.dir")
 
 
-def load_model(run: RunConfig, run_dir: Path) -> FlatModel:
-    """Return the whole model on the CPU, in evaluation mode."""
+def unfinished_weights(run: RunConfig, run_dir: Path) -> WeightSource | None:
+    """Return the newest checkpoint of a run that has not finished, and say its step; None if it has.
+
+    Raises ConfigError if the run has neither final weights nor a checkpoint.
+    """
+    if (run_dir / FINAL_WEIGHTS).is_dir() or not checkpoints_in(run_dir):
+        final_weights_of(run_dir)
+        return None
+    weights = weights_at(run_dir, "run.dir")
+    check_model_is(run.model, weights, "run.dir")
+    print(f"note     the run has not finished: weights of step {step_of(weights.path)}", file=sys.stderr)
+    return weights
+
+
+def load_model(run: RunConfig, run_dir: Path, weights: WeightSource | None = None) -> FlatModel:
+    """Return the whole model on the CPU, in evaluation mode, with `weights` or the run's final weights."""
     # The weights do not depend on the layout that trained them: one process loads the whole model.
     run = replace(run, parallelism=ParallelismConfig())
     mesh = ProcessMesh.single()
     initializer = Initializer(run.training.seed, mesh.tensor, drawn=False)
     context = BlockContext.create(run, mesh, initializer)
     model = flat_model(run.model, context)
-    load_weights(model, run_dir)
+    if weights:
+        load_checkpoint_weights(model, weights)
+    else:
+        load_weights(model, run_dir)
     return model.eval()
 
 

@@ -1,7 +1,7 @@
 """Compare the planner's formulas with a trace of the real modules, for `launcher plan plan.trace=true`."""
 
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from launcher.config.layout import Layout
@@ -58,7 +58,8 @@ def compare_stage(run: RunConfig, layout: Layout, rank: Rank, chunk: int) -> lis
 
 def expect(run: RunConfig, layout: Layout, rank: Rank, chunk: int) -> StageTrace:
     """Return by formula the quantities that a trace measures."""
-    sizes, stage = Sizes.of(run, layout.device), rank.chunks[chunk]
+    # The trace runs the modules eagerly, whatever torch.compile makes of them.
+    sizes, stage = replace(Sizes.of(run, layout.device), compiled=False), rank.chunks[chunk]
     stage_parts = parts(sizes).of(stage)
     # A stage that is not the last keeps its output until the next stage sends the gradient.
     output = 0 if stage.has_head else sizes.stretch

@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from launcher.checkpoint.manifest import CHECKPOINTS, Manifest, read_manifest, step_name
+from launcher.checkpoint.manifest import CHECKPOINTS, Manifest, checkpoints_in, read_manifest, step_name
+from launcher.checkpoint.sources import weights_at
 from launcher.config.layout import Layout, resolve_layout
 from launcher.config.schema import CheckpointConfig, RunConfig
 from launcher.config.world import World
@@ -51,6 +53,38 @@ RUNS = {
 }
 STEPS = 8
 FAULTY = "blocks.1.attention.qkv.weight"
+
+
+def load_and_save(run: RunConfig, source: Path, folder: Path, *, batches: int = 0) -> Path:
+    """Load initial weights on all ranks, train on some probe batches, and save; return the checkpoint."""
+    folder.mkdir(parents=True)
+    target = partial(_load_and_save, run=run, source=source, folder=folder, batches=batches)
+    layout = resolve_layout(run, World("cpu", 8, 8))
+    run_local_ranks(target, layout.world_size, log_dir=folder / "logs", start_method="fork")
+    return checkpoints_in(folder)[0]
+
+
+def _load_and_save(rank: int, *, run: RunConfig, source: Path, folder: Path, batches: int) -> None:
+    from launcher.checkpoint.load import load_initial_weights
+    from launcher.checkpoint.read import open_weights
+    from launcher.checkpoint.save import CheckpointWriter
+    from launcher.engine.build import build_engine
+    from launcher.engine.distributed import join, leave
+    from launcher.parity.recording import rank_batches
+    from launcher.runtime.run_dir import config_as_dict
+
+    layout = resolve_layout(run, World("cpu", 8, 8))
+    meeting = f"file://{folder / 'store'}"
+    device = join(rank=rank, world_size=layout.world_size, local_rank=rank, device="cpu", init_method=meeting)
+    engine = build_engine(run, layout, device)
+    load_initial_weights(engine, open_weights(weights_at(source, "x")))
+    for global_batch in islice(probe_batches(run), batches):
+        engine.set_learning_rate(run.optimizer.lr)
+        engine.train_batch(rank_batches(run, engine, global_batch))
+    writer = CheckpointWriter(engine, CheckpointConfig(), folder, [])
+    writer.save(replace(EMPTY, config={"model": config_as_dict(run)["model"]}))
+    writer.wait()
+    leave()
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +15,13 @@ from transformers import AutoModelForCausalLM
 
 from launcher.checkpoint.certificate import our_logits
 from launcher.checkpoint.conversion import export, import_
-from launcher.checkpoint.manifest import checkpoints_in
 from launcher.checkpoint.sources import weights_at
 from launcher.config.layout import resolve_layout
 from launcher.config.schema import ExchangeConfig, ModelConfig, RunConfig
 from launcher.config.world import World
 from launcher.data.tokenizer import write_byte_tokenizer
-from launcher.launch.local import run_local_ranks
 from launcher.parity.reference import GlobalBatch, probe_batches
-from tests.checkpoint.saving import EMPTY
+from tests.checkpoint.saving import load_and_save
 from tests.models.families import FAMILIES, QUICK, transformers_model
 from tests.models.small import batch
 from tests.parity.running import small_run
@@ -96,30 +93,6 @@ def run_of(model: ModelConfig) -> RunConfig:
     return replace(run, model=model)
 
 
-def _rank(rank: int, *, run: RunConfig, source: Path, folder: Path) -> None:
-    from launcher.checkpoint.load import load_initial_weights
-    from launcher.checkpoint.read import open_weights
-    from launcher.checkpoint.save import CheckpointWriter
-    from launcher.config.schema import CheckpointConfig
-    from launcher.engine.build import build_engine
-    from launcher.engine.distributed import join, leave
-    from launcher.parity.recording import rank_batches
-    from launcher.runtime.run_dir import config_as_dict
-
-    layout = resolve_layout(run, World("cpu", 8, 8))
-    meeting = f"file://{folder / 'store'}"
-    device = join(rank=rank, world_size=layout.world_size, local_rank=rank, device="cpu", init_method=meeting)
-    engine = build_engine(run, layout, device)
-    load_initial_weights(engine, open_weights(weights_at(source, "x")))
-    for global_batch in probe_batches(run):
-        engine.set_learning_rate(run.optimizer.lr)
-        engine.train_batch(rank_batches(run, engine, global_batch))
-    writer = CheckpointWriter(engine, CheckpointConfig(), folder, [])
-    writer.save(replace(EMPTY, config={"model": config_as_dict(run)["model"]}))
-    writer.wait()
-    leave()
-
-
 def trained_by_transformers(model: Any, run: RunConfig, batches: list[GlobalBatch]) -> Any:
     """Train a model of transformers by torch's SGD, the whole batch in one piece."""
     model.train()
@@ -142,9 +115,7 @@ def test_three_steps_in_a_3d_layout_are_those_of_transformers(
     run = run_of(source.model)
     layout = resolve_layout(run, World("cpu", 8, 8))
     assert (layout.tensor, layout.pipeline, layout.data, layout.zero_stage) == (2, 2, 2, 1)
-    target = partial(_rank, run=run, source=source.path, folder=tmp_path)
-    run_local_ranks(target, layout.world_size, log_dir=tmp_path / "logs", start_method="fork")
-    saved = weights_at(checkpoints_in(tmp_path)[0], "x")
+    saved = weights_at(load_and_save(run, source.path, tmp_path / "run", batches=STEPS), "x")
     export(replace(saved, model_type=source.model_type), tmp_path / "back", OPTIONS, write_byte_tokenizer)
     right = trained_by_transformers(from_pretrained(source.path), run, list(probe_batches(run)))
     began, found = from_pretrained(source.path).state_dict(), from_pretrained(tmp_path / "back").state_dict()

@@ -5,7 +5,6 @@ import shutil
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +20,16 @@ from launcher.checkpoint.manifest import checkpoints_in
 from launcher.checkpoint.read import CheckpointReader, HuggingFaceReader
 from launcher.checkpoint.sources import WeightsKind, WeightSource, weights_at
 from launcher.config.errors import ConfigError
-from launcher.config.layout import resolve_layout
 from launcher.config.schema import (
-    CheckpointConfig,
     Dtype,
     ExchangeConfig,
     ModelConfig,
     PositionKind,
     RunConfig,
 )
-from launcher.config.world import World
 from launcher.data.tokenizer import write_byte_tokenizer
-from launcher.launch.local import run_local_ranks
 from launcher.parallel.boxes import Box
-from tests.checkpoint.saving import EMPTY
+from tests.checkpoint.saving import load_and_save
 from tests.forked_commands import environment, light
 from tests.models.small import batch, biases, small, small_vit
 from tests.models.test_against_transformers import THEIRS, with_all_weights_random, with_weights
@@ -99,34 +94,6 @@ def run_of(model: ModelConfig, layout: str) -> RunConfig:
     named = ["model=gpt_tiny"] if is_gpt else ["model=llama_tiny", "model.num_kv_heads=4"]
     run = small_run(*named, *LAYOUTS[layout])
     return replace(run, model=replace(model, num_layers=4) if layout == "dualpipev" else model)
-
-
-def load_and_save(run: RunConfig, source: Path, folder: Path) -> Path:
-    """Load initial weights on all ranks and save a checkpoint without training; return the checkpoint."""
-    folder.mkdir(parents=True)
-    target = partial(_rank, run=run, source=source, folder=folder)
-    layout = resolve_layout(run, World("cpu", 8, 8))
-    run_local_ranks(target, layout.world_size, log_dir=folder / "logs", start_method="fork")
-    return checkpoints_in(folder)[0]
-
-
-def _rank(rank: int, *, run: RunConfig, source: Path, folder: Path) -> None:
-    from launcher.checkpoint.load import load_initial_weights
-    from launcher.checkpoint.read import open_weights
-    from launcher.checkpoint.save import CheckpointWriter
-    from launcher.engine.build import build_engine
-    from launcher.engine.distributed import join, leave
-    from launcher.runtime.run_dir import config_as_dict
-
-    layout = resolve_layout(run, World("cpu", 8, 8))
-    meeting = f"file://{folder / 'store'}"
-    device = join(rank=rank, world_size=layout.world_size, local_rank=rank, device="cpu", init_method=meeting)
-    engine = build_engine(run, layout, device)
-    load_initial_weights(engine, open_weights(weights_at(source, "x")))
-    writer = CheckpointWriter(engine, CheckpointConfig(), folder, [])
-    writer.save(replace(EMPTY, config={"model": config_as_dict(run)["model"]}))
-    writer.wait()
-    leave()
 
 
 @pytest.mark.parametrize(

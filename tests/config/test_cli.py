@@ -9,7 +9,12 @@ from typing import NamedTuple
 import pytest
 import yaml
 
+from launcher import command_line
+from launcher.commands import train
+from launcher.config.compose import compose_jobs
+from launcher.config.errors import ConfigError
 from launcher.config.fields import config_directory, options_of
+from launcher.config.schema import RunConfig
 from tests.forked_commands import environment, light
 
 # No GPU is visible: a refusal must not depend on the machine.
@@ -102,7 +107,9 @@ WRONG = {
     "slurm.environment.1X=a": "slurm.environment.1X=a: 1X is not a valid name of an environment variable",
     "verfiy parallelism=tp2": "verfiy: no such command",
     "plna parallelism=tp2": "plna: no such command",
-    "generate": "run.dir=null: sampling needs the directory of a finished run",
+    "data=text plan": "plan: the command comes before its settings",
+    "parallelism=tp2 --config-dir . submit": "submit: the command comes before its settings",
+    "generate": "run.dir=null: sampling needs the directory of a run",
     "generate run.dir=none_such": "run.dir=none_such: this is not a run directory",
     "generate run.dir=broken": "run.dir=broken: its config.yaml was not written by a run",
     "generate run.dir=a prompt=": "prompt=: the prompt is empty",
@@ -271,6 +278,28 @@ def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path) -> None:
     command = f"{sys.executable} -m launcher --help | head -1"
     done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True)
     assert (done.stdout.count("\n"), done.stderr) == (1, "")
+
+
+def test_a_python_without_torch_is_said_before_a_directory_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command_line, "COMPUTED_WITH", ("no_such_package",))
+    monkeypatch.chdir(tmp_path)
+    for verb in command_line.COMPUTING:
+        with pytest.raises(ConfigError, match="has no package no_such_package\n  try: `launcher doctor`"):
+            command_line._check_packages(verb, [])
+        command_line._check_packages(verb, ["--help"])
+    assert command_line.run_command(["run.dir=r"]) == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_setting_of_another_command_is_said() -> None:
+    overrides = ["slurm.partition=gpu", "verify.steps=2", "training.steps=3"]
+    [job] = compose_jobs("config", RunConfig, overrides)
+    assert train._unused(job) == [
+        "note     slurm.partition has no effect here: `launcher submit` uses it",
+        "note     verify.steps has no effect here: `launcher verify` uses it",
+    ]
 
 
 def test_no_module_of_the_working_directory_is_imported(tmp_path: Path) -> None:

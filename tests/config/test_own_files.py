@@ -122,6 +122,17 @@ def test_a_mistake_is_answered_with_lines_that_compose(folder: Path, subtests: p
             assert composed_from(folder, mistake.right)
 
 
+def test_a_model_with_a_part_of_the_fields_is_told_its_first_line(folder: Path) -> None:
+    file = folder / "model" / "mine.yaml"
+    file.write_text("num_layers: 2\n")
+    with pytest.raises(ConfigError, match=r"must be set, and model/mine\.yaml does not set it") as raised:
+        compose_jobs("config", RunConfig, [f"--config-dir={folder}", "model=mine"])
+    [line] = re.findall(r"`([^`]*)`", raised.value.remedy)
+    file.write_text(f"{line}\nnum_layers: 2\n")
+    [job] = compose_jobs("config", RunConfig, [f"--config-dir={folder}", "model=mine"])
+    assert job.config.model.num_layers == 2
+
+
 @pytest.mark.parametrize(
     ("typed", "works"),
     [

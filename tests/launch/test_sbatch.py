@@ -246,7 +246,7 @@ def test_numbers_of_nodes_in_every_form_of_sbatch(nodes: str, expected: tuple[in
 def test_every_form_of_sbatch_is_accepted(field: str, subtests: pytest.Subtests) -> None:
     forms = {
         "time": ["90", "90:30", "1:30:00", "2-12", "2-12:30", "2-12:30:00", "INFINITE", "unlimited", "0"],
-        "mem": ["64000", "1K", "2M", "64G", "1T", "0", "64g"],
+        "mem": ["64000", "2000000K", "2000M", "64G", "1T", "0", "64g"],
         "gpus_per_node": ["8", "h100:8", "h100:4,a100:4"],
     }
     for value in forms[field]:

@@ -1,4 +1,4 @@
-"""What differs from the checkpoint is listed on resume, and a schedule that does not fit is a warning."""
+"""Differences from the checkpoint are listed on resume, and a schedule that does not fit is a warning."""
 
 import json
 import shlex

@@ -128,6 +128,23 @@ def test_generate_uses_the_tokenizer_that_the_run_recorded(prepared: Path) -> No
     assert (prepared / "hf" / "tokenizer.json").read_bytes() == (prepared / "bpe.tokenizer.json").read_bytes()
 
 
+def test_an_export_names_the_token_that_ends_the_documents_of_the_data(prepared: Path) -> None:
+    """Of the run and of its checkpoint, also when the token files are gone."""
+    end = json.loads((prepared / "bpe.json").read_text())["end_of_document"]
+    shutil.copytree(prepared, prepared / "moved", ignore=shutil.ignore_patterns("r", "hf", "moved"))
+    trained(
+        "data=tokens", "data.train=moved/bpe", "model.vocab_size=300", "run.dir=s", "training.steps=1",
+        cwd=prepared,
+    )  # fmt: skip
+    shutil.rmtree(prepared / "moved")
+    for source in ("s", "s/checkpoints/step-00000001"):
+        done = launcher("export", source, f"hf-{source.replace('/', '-')}", cwd=prepared)
+        assert done.returncode == 0, done.stderr
+        for name in ("config.json", "generation_config.json"):
+            content = json.loads((prepared / f"hf-{source.replace('/', '-')}" / name).read_text())
+            assert content["eos_token_id"] == end
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

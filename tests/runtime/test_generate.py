@@ -35,6 +35,21 @@ def test_temperature_zero_is_independent_of_the_seed(staged: Path) -> None:
     assert greedy[0] == greedy[1]
 
 
+def test_a_run_that_has_not_finished_generates_from_its_newest_checkpoint(staged: Path) -> None:
+    """And refuses it if a byte of its weights is damaged."""
+    folder = staged.parent
+    trained("run.dir=stopped", "training.steps=9", "training.stop_at=2", cwd=folder)
+    shutil.rmtree(folder / "stopped" / "weights")  # a preempted run has written none
+    done = launcher("generate", "run.dir=stopped", "max_new_tokens=4", cwd=folder)
+    assert (done.returncode, done.stderr) == (0, "note     the run has not finished: weights of step 2\n")
+    checkpoint = folder / "stopped" / "checkpoints" / "step-00000002"
+    for path in checkpoint.glob("*.safetensors"):
+        _flip(path)
+    done = launcher("generate", "run.dir=stopped", "max_new_tokens=4", cwd=folder)
+    assert done.returncode == 2
+    assert "is damaged: its SHA-256 differs" in done.stderr
+
+
 def test_missing_weights_of_a_stage_are_refused(staged: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(staged, copy)

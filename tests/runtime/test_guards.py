@@ -196,6 +196,15 @@ def test_replay_finds_the_sample_in_any_layout(text: Path) -> None:
     assert len(tops) == 1
 
 
+def test_replay_refuses_a_step_that_the_run_has_not_taken(text: Path) -> None:
+    """A run that was stopped at step 2 of 9, and whose last row is of step 2."""
+    trained("run.dir=short", "training.steps=9", "training.stop_at=2", cwd=text)
+    for step in (3, 9, 10, 99):
+        done = launcher("replay", "run.dir=short", f"step={step}", cwd=text)
+        assert done.returncode == 2
+        assert f"step={step}: the run in short has taken no such step\n  try: step=2 " in done.stderr
+
+
 def test_a_leap_is_judged_by_the_spread_before_it() -> None:
     detector = SpikeDetector(window=32, score=8.0, history={})
     calm = [2.0 + 0.01 * (-1) ** n for n in range(40)]

@@ -14,8 +14,16 @@ import pytest
 
 from launcher.config.schema import WandbMode
 from launcher.launch.scratch import remove_abandoned
+from launcher.runtime.metrics import wandb_files
 from launcher.runtime.metrics.upload import complete, is_complete
-from launcher.runtime.metrics.wandb_files import fragments, is_sent, mark_as_sent, records, steps_in
+from launcher.runtime.metrics.wandb_files import (
+    drop_steps_from,
+    fragments,
+    is_sent,
+    mark_as_sent,
+    records,
+    steps_in,
+)
 from launcher.runtime.metrics.wandb_run import resolved_mode
 from tests.forked_commands import LAUNCHER, ROOT, environment, heavy
 from tests.runtime.command import SMALL, launcher, metrics, started, trained
@@ -73,6 +81,7 @@ def test_the_history_equals_metrics_jsonl(logged: Path) -> None:
 
 def test_the_run_has_the_composed_config_and_the_id_of_the_directory(logged: Path) -> None:
     [fragment] = fragments(logged, identity_of(logged))
+    assert fragments(logged) == [fragment]
     run = next(record.run for record in records(fragment) if record.HasField("run"))
     assert run.run_id == json.loads((logged / "run.json").read_text())["id"]
     assert run.project == "tests"
@@ -138,6 +147,41 @@ def test_a_resumed_run_does_not_log_a_step_twice(tmp_path: Path) -> None:
     trained(*run, "training.steps=6", cwd=tmp_path)
     assert [row["step"] for row in wandb_rows(tmp_path / "r")] == [1, 2, 3, 4, 5, 6]
     assert [row["step"] for row in metrics(tmp_path / "r")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_steps_that_are_taken_back_have_their_new_values_in_wandb(tmp_path: Path) -> None:
+    """The user goes back to an older checkpoint with another learning rate; nothing was uploaded before."""
+    run = ["logging=wandb", "run.dir=r", "parallelism.data=1", "checkpoint.keep_last=9"]
+    run += ["checkpoint.interval_steps=3", "training.steps=8"]
+    trained(*run, "training.stop_at=6", cwd=tmp_path)
+    shutil.rmtree(tmp_path / "r" / "checkpoints" / "step-00000006")
+    out = trained(*run, "optimizer.lr=1e-5", cwd=tmp_path)
+    assert "W&B keeps" not in out
+    assert wandb_rows(tmp_path / "r") == metrics(tmp_path / "r")
+    with wandb_server() as server:
+        done = launcher("sync", "r", cwd=tmp_path, **server.environment)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert server.steps(identity_of(tmp_path / "r")) == list(range(1, 9))
+
+
+def test_steps_are_dropped_from_files_with_records_of_any_length(logged: Path, tmp_path: Path) -> None:
+    """Records that fill a block of the file to its last bytes, and records of several blocks."""
+    copy = shutil.copytree(logged, tmp_path / "r")
+    [fragment] = fragments(copy)
+    [run] = [record for record in records(fragment) if record.HasField("run")]
+    kept = [record.SerializeToString() for record in records(fragment)]
+    for length in (*range(32_700, 32_780), 100_000):
+        run.run.notes = "x" * length
+        kept.insert(1, run.SerializeToString())
+    wandb_files.write_records(fragment, kept)
+    assert [record.SerializeToString() for record in records(fragment)] == kept
+    drop_steps_from(2, [fragment])
+    assert steps_in(fragment) == [1]
+    assert len(list(records(fragment))) == len(kept) - 2
+    mark = fragment.with_name(f"{fragment.name}.synced")
+    mark.touch()  # by `wandb sync`: it may have sent a part
+    drop_steps_from(1, [fragment])
+    assert steps_in(fragment) == [1]
 
 
 def cut_after_step_3(fragment: Path) -> None:

@@ -71,7 +71,7 @@ def test_existing_tensors_are_counted_and_tensors_freed_meanwhile_are_not() -> N
 
     check, allocated = measured([], step)
     # The weight, and its gradient or the product: never all three.
-    assert allocated - nothing == pytest.approx(8e6, rel=0.01)
+    assert abs(allocated - nothing - 8_000_000) < 80_000
     row, _ = check.after(StepTimes(laps=[1.0] * MEASURED_STEP), allocated)
     assert row["memory/allocated_bytes"] == allocated
 
@@ -94,5 +94,5 @@ def test_the_first_and_the_measured_step_are_not_timed() -> None:
 def test_compiled_blocks_may_need_less_than_planned_but_not_more() -> None:
     lines = verdict(200, 100, 2.0, 1.0, is_compiled=True)
     assert [line[:8] for line in lines] == ["memory  ", "time    "]
-    assert all("planned for eager blocks (+100.0%)" in line for line in lines)
+    assert all("planned (+100.0%)" in line for line in lines)
     assert [line[:8] for line in verdict(94, 100, 0.79, 1.0, is_compiled=True)] == ["warning ", "warning "]

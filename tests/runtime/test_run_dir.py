@@ -209,6 +209,15 @@ def test_a_directory_with_files_of_the_user_is_refused_and_not_changed(
             assert {entry: entry.stat().st_mtime_ns for entry in (tmp_path / "mine").rglob("*")} == before
 
 
+def test_a_file_for_a_directory_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with (
+        pytest.raises(ConfigError, match=r"is a file, not a directory\n  try: run.dir=\S+file-2$"),
+        claimed_run_dir(run_of(f"run.dir={tmp_path}/file"), resolve_layout(run_of(), World("cpu", 1, 1))),
+    ):
+        pass
+
+
 @pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "run.json", "holder.json", "weights"])
 def test_a_fifo_where_a_run_writes_is_refused(name: str, tmp_path: Path) -> None:
     run = run_of(f"run.dir={tmp_path}")

@@ -91,6 +91,16 @@ def test_the_end_of_a_holder_is_its_state(tmp_path: Path, subtests: pytest.Subte
     assert "its end was not recorded" in state_of(tmp_path / "killed").detail
 
 
+def test_a_comparison_that_ended_is_finished(tmp_path: Path) -> None:
+    path = a_run(tmp_path / "r")
+    with held(path):
+        pass
+    assert state_of(path).state is State.stopped
+    with (path / "metrics.jsonl").open("a") as rows:
+        rows.write('{"step": 9, "loss/single": 1.5, "loss/tp2": 1.5}\n')
+    assert state_of(path).state is State.finished
+
+
 def test_a_hang_report_after_the_last_row(tmp_path: Path) -> None:
     path = a_run(tmp_path / "r")
     (path / "hang.txt").write_text("the run hangs: rank 1 did not arrive\nmore\n")

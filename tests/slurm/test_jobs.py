@@ -17,6 +17,7 @@ from tests.slurm.jobs import (
     before_each_step,
     command,
     identity_of,
+    last_step,
     logged_steps,
     processes_of,
     rows,
@@ -70,11 +71,13 @@ def test_a_requeued_job_continues_the_same_run(
     """After two stop signals, as before a time limit, the steps equal those of an uninterrupted run."""
     trained(*LONG, "training.stop_at=90", "run.dir=whole", "parallelism.data=4", cwd=tmp_path)
     job = submit(cluster, tmp_path, *LONG, "training.stop_at=90", *PER_NODE, "logging=wandb")
-    for step in (10, 40):
-        job.wait_for_step(step)
+    step = 0
+    for _ in range(2):
+        job.wait_for_step(step + 10)
         starts = job.starts()
         job.tell("--signal=USR1", "--batch")
         wait_for(lambda starts=starts: job.starts() > starts, "a requeue")  # type: ignore[misc]
+        step = last_step(job.run_dir)  # of the start that was stopped: the next one is to take steps too
         cluster.start_now(job.number)
     log = job.end("COMPLETED")
     assert job.starts() == 3

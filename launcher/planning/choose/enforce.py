@@ -28,6 +28,12 @@ def chosen(run: RunConfig, world: World) -> tuple[RunConfig, Search]:
 
 
 def _too_large(run: RunConfig, result: Search, closest: Candidate) -> ConfigError:
+    if closest.fits_device and closest.host_budget is not None:
+        why = (
+            f"none of {len(result.candidates)} layouts on {result.world.ranks} ranks fits; the smallest "
+            f"needs {size(closest.host)} of host memory per rank, and {size(closest.host_budget)} exist"
+        )
+        return ConfigError("parallelism.auto", True, why, f"{SMALLER} or {NO_CHECK}")
     assert closest.budget is not None
     why = (
         f"none of {len(result.candidates)} layouts on {result.world.ranks} ranks fits; the smallest needs "
@@ -42,10 +48,24 @@ def refuse_too_large(plan: Plan) -> None:
     """Raise ConfigError if the plan needs more memory than a rank has, unless plan.enforce=false."""
     if plan.fits or not plan.run.plan.enforce:
         return
+    if not plan.shortages:
+        raise _too_large_for_host(plan)
     remedies = [change.settings for change in helpful(plan, most=2)] or _elsewhere(plan) or [SMALLER]
-    value = plan.run.hardware.memory_bytes
-    typed = "null" if value is None else f"{value:g}"
-    raise ConfigError("hardware.memory_bytes", typed, _shortage(plan), " or ".join([*remedies, NO_CHECK]))
+    value, remedy = plan.run.hardware.memory_bytes, " or ".join([*remedies, NO_CHECK])
+    if value is None:
+        raise ConfigError("model", None, _shortage(plan), remedy)
+    raise ConfigError("hardware.memory_bytes", f"{value:g}", _shortage(plan), remedy)
+
+
+def _too_large_for_host(plan: Plan) -> ConfigError:
+    assert plan.host_budget is not None
+    remedies = [change.settings for change in helpful(plan, most=2)] or _elsewhere(plan) or [SMALLER]
+    why = (
+        f"each rank needs {size(plan.host)} of its node's memory ({size(plan.host - plan.host_budget)} too "
+        f"much), for offloaded states and copies of checkpoints, but has {size(plan.host_budget)}"
+    )
+    typed = f"{plan.run.hardware.host_memory_bytes:g}"
+    return ConfigError("hardware.host_memory_bytes", typed, why, " or ".join([*remedies, NO_CHECK]))
 
 
 def _shortage(plan: Plan) -> str:

@@ -28,8 +28,18 @@ def parts_of(plan: Plan) -> dict[str, float]:
     }
 
 
+def hidden_of(plan: Plan) -> dict[str, float]:
+    """Return seconds of communication that run while the rank computes, by the parts of `parts_of`."""
+    time = plan.time
+    if time is None:
+        return {}
+    return {"tensor communication": time.tensor_hidden, "data communication": time.data_hidden}
+
+
 def limit(plan: Plan) -> str:
     """Return what limits the run most: a class of memory if it does not fit, else a part of the step."""
+    if not plan.shortages and not plan.fits:
+        return "memory of the host, which the ranks of a node share"
     if plan.shortages:
         stage = max(plan.shortages, key=lambda index: plan.shortages[index])
         memory = plan.stages[stage].memory

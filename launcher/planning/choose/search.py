@@ -14,22 +14,27 @@ from typing import Any, TypeVar
 
 from launcher.config.errors import ConfigError, as_typed, settings
 from launcher.config.layout import Layout, check_machine, effective_zero_stage
+from launcher.config.numbers import BOUNDS
 from launcher.config.schema import ActivationCheckpointing, ParallelismConfig, RunConfig
 from launcher.config.shape import divisors
-from launcher.config.validate import validate
+from launcher.config.validate import check_values, validate, validate_layout
 from launcher.config.world import World
 from launcher.planning.choose.changes import changed
 from launcher.planning.cost.geometry import kind_of, pipeline_ranks
 from launcher.planning.cost.measured_rates import AnyRates, rates_of
 from launcher.planning.cost.memory import rank_memory
 from launcher.planning.cost.rates import NOMINAL
-from launcher.planning.cost.run_plan import memory_budget
+from launcher.planning.cost.run_plan import host_budget, memory_budget
 from launcher.planning.cost.step_time import step_time
 from launcher.planning.cost.traffic import group_shapes
 
 Settings = dict[str, Any]
 T = TypeVar("T")
 
+# Share of the memory that the choice leaves free: the allocator's fragments, and what a plan misses.
+LEFT_FREE = 0.08
+# Share of the step's time within which plans are not told apart: the simplest layout is chosen.
+AS_FAST = 0.03
 # Bounds of the search, which takes up to 2 ms for each setting. 64 nodes of 8 GPUs have 6,400 settings.
 MOST_SETTINGS, MOST_WORLDS = 25_000, 40
 
@@ -50,13 +55,29 @@ class Candidate:
     run: RunConfig
     layout: Layout
     seconds: float  # of a step; without known speeds, good only to rank layouts
+    unsure: float  # seconds of traffic between nodes that the plan hides behind computation
     peak: int  # bytes of the rank that needs most
     budget: float | None
+    host: int  # bytes of host memory, of the rank on a GPU that needs most
+    host_budget: float | None
     per_node: int
 
     @property
     def fits(self) -> bool:
+        return self.fits_device and (self.host_budget is None or self.host <= self.host_budget)
+
+    @property
+    def fits_device(self) -> bool:
         return self.budget is None or self.peak <= self.budget
+
+    @property
+    def is_tight(self) -> bool:
+        """Whether less memory is left than the allocator may hold without use."""
+        return self.budget is not None and self.peak > (1 - LEFT_FREE) * self.budget
+
+    @property
+    def offloads(self) -> bool:
+        return self.run.parallelism.offload_optimizer
 
     @property
     def crosses_nodes(self) -> bool:
@@ -72,9 +93,33 @@ class Candidate:
         return f"{used}, ZeRO-{self.layout.zero_stage}{offload}"
 
     @property
+    def concerns(self) -> tuple[bool, bool, bool]:
+        """Reasons for which an expert takes a faster layout only if nothing else fits."""
+        return self.crosses_nodes, self.offloads, self.is_tight
+
+    @property
+    def complexity(self) -> tuple[int, ...]:
+        """Sort key among layouts of nearly the same speed, the simplest first."""
+        layout, p = self.layout, self.run.parallelism
+        axes = sum(size > 1 for size in (layout.tensor, layout.data, layout.pipeline))
+        recomputation = list(ActivationCheckpointing).index(p.activation_checkpointing)
+        return (
+            layout.zero_stage == 3, axes, layout.zero_stage, recomputation, p.sequence_parallel,
+            layout.pipeline,
+        )  # fmt: skip
+
+    @property
+    def cautious(self) -> float:
+        """Seconds of a step that hides no traffic between nodes.
+
+        No published run of ZeRO-3 on hundreds of GPUs hid it: see SC21's rows in docs/planning.md.
+        """
+        return self.seconds + self.unsure
+
+    @property
     def order(self) -> tuple[Any, ...]:
         """Sort key, best first. The settings come last, so that ties always have the same order."""
-        return self.crosses_nodes, self.seconds, self.peak, tuple(map(str, self.settings.values()))
+        return self.concerns, self.cautious, self.peak, tuple(map(str, self.settings.values()))
 
 
 @dataclass(frozen=True)
@@ -86,9 +131,33 @@ class Search:
 
     @cached_property
     def fitting(self) -> list[Candidate]:
-        """Candidates that fit, best first; tensor groups that span nodes come last."""
+        """Candidates that fit, the chosen one first, then those with fewest concerns and the fastest."""
         fitting = [candidate for candidate in self.candidates if candidate.fits]
-        return sorted(fitting, key=lambda candidate: candidate.order)
+        ordered = sorted(fitting, key=lambda candidate: candidate.order)
+        if not ordered:
+            return []
+        limit = ordered[0].cautious * (1 + AS_FAST)
+        similar = [
+            candidate
+            for candidate in ordered
+            if candidate.concerns == ordered[0].concerns and candidate.cautious <= limit
+        ]
+        best = min(similar, key=lambda candidate: (candidate.complexity, *candidate.order))
+        return [best, *(candidate for candidate in ordered if candidate is not best)]
+
+    @cached_property
+    def fastest(self) -> Candidate:
+        """Candidate that is planned to be fastest, with the concerns of the chosen one. Only if some fit."""
+        return min(
+            (candidate for candidate in self.fitting if candidate.concerns == self.fitting[0].concerns),
+            key=lambda candidate: candidate.order,
+        )
+
+    @cached_property
+    def runner_up(self) -> Candidate | None:
+        """Best candidate of another kind than the chosen one."""
+        others = (candidate for candidate in self.fitting if candidate.kind != self.fitting[0].kind)
+        return next(others, None)
 
     @cached_property
     def best_of_kinds(self) -> dict[str, Candidate]:
@@ -111,6 +180,7 @@ def search(run: RunConfig, world: World, *, budget: float | None = None) -> Sear
     `budget` is the memory of one rank in bytes, if the caller knows it. Raises validation's ConfigError
     if there is no legal layout.
     """
+    check_values(run)
     if not world.fixed:
         check_machine(run, world)
     world = world.of_hardware(run.hardware)
@@ -181,8 +251,9 @@ def _is_hopeless(fields: dict[str, Any]) -> bool:
 def _axes(run: RunConfig, ranks: int) -> Iterator[dict[str, int]]:
     p, batch = run.parallelism, run.training.global_batch_size
     tensors = [p.tensor] if p.tensor > 1 else divisors(ranks)
+    most = min(run.model.num_heads, BOUNDS["parallelism.tensor"].most)
     for tensor in tensors:
-        if tensor > run.model.num_heads or ranks % tensor:
+        if tensor > most or ranks % tensor:
             continue
         pipelines = [p.pipeline] if p.pipeline > 1 else divisors(ranks // tensor)
         for pipeline in pipelines:
@@ -216,23 +287,26 @@ class _Judge:
         if run.parallelism.zero_stage == 0 and effective_zero_stage(run)[0] == 1:
             return None
         try:
-            layout = validate(run, self.world)
+            layout = validate_layout(run, self.world)
         except ConfigError:
             return None
         per_node = self.world.ranks_per_node
-        time = seconds(run, layout, self.rates, per_node)
-        return Candidate(chosen, run, layout, time, peak(run, layout), self.budget, per_node)
+        groups = group_shapes(layout, per_node)
+        time = step_time(run, layout, pipeline_ranks(run, layout), self.rates, groups)
+        unsure = 0.0 if groups["data"].is_within_node else time.data_hidden
+        device, host = peaks(run, layout)
+        budgets = self.budget, host_budget(run, layout)
+        return Candidate(
+            chosen, run, layout, time.total, unsure, device, budgets[0], host, budgets[1], per_node
+        )
 
 
-def seconds(run: RunConfig, layout: Layout, rates: AnyRates, per_node: int) -> float:
-    groups = group_shapes(layout, per_node)
-    return step_time(run, layout, pipeline_ranks(run, layout), rates, groups).total
-
-
-def peak(run: RunConfig, layout: Layout) -> int:
+def peaks(run: RunConfig, layout: Layout) -> tuple[int, int]:
+    """Return the bytes of the rank that needs most, on its device and on its host."""
     # The first of equal ranks has most micro-batches in flight; under DualPipeV all have the same number.
     fullest = {kind_of(rank): rank for rank in reversed(pipeline_ranks(run, layout))}.values()
-    return max(rank_memory(run, layout, rank).total for rank in fullest)
+    memories = [rank_memory(run, layout, rank) for rank in fullest]
+    return max(memory.total for memory in memories), max(memory.on_host for memory in memories)
 
 
 def _why_none(run: RunConfig, world: World) -> ConfigError:

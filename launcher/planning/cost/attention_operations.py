@@ -1,7 +1,7 @@
 """Operations of attention between its two projections: norms, rotary positions, the core, merged heads."""
 
 from launcher.config.schema import Dtype, QueryKeyNorm
-from launcher.planning.cost.operations import FP32, Collective, Matmul, Operation
+from launcher.planning.cost.operations import FP32, Attention, Collective, Matmul, Operation
 from launcher.planning.cost.sizes import Sizes
 
 
@@ -51,12 +51,14 @@ def attention(s: Sizes) -> list[Operation]:
 
 def _rotation(s: Sizes, separate: tuple[str, ...]) -> list[Operation]:
     turned = s.query + s.key
+    # Compiled: one kernel. Eager: halves are multiplied by cosines and sines, added and joined.
+    passes, kernels = (2, 1) if s.compiled else (5, 14)
     return [
         Operation(
             "rotated", separate or ("qkv",), turned, scratch=s.query // 2,
             gradients=(s.query, s.key) if separate else (turned,), joins=True,
             backward_scratch=s.query // 2,
-            forward_bytes=5 * turned, backward_bytes=5 * turned, kernels=14,
+            forward_bytes=passes * turned, backward_bytes=passes * turned, kernels=kernels,
         ),
     ]  # fmt: skip
 
@@ -70,17 +72,20 @@ def _gradients(s: Sizes) -> tuple[int, ...]:
 
 def fused_attention(s: Sizes, inputs: tuple[str, ...]) -> Operation:
     """Return FlashAttention (arXiv 2205.14135): keeps a number per row and recomputes the scores."""
-    product = Matmul(s.length, s.length, s.head_size, s.micro_batch * s.heads)
+    fused = Attention(s.length, s.head_size, s.micro_batch * s.heads, s.is_causal)
     copies, kept, saves = 0, 0, (*inputs, "core")
     if s.repeats_keys:  # copies are kept instead of keys and values
         copies, kept, saves = 2 * s.query, s.query if s.rotates else 0, ("core",)
         saves = saves if s.rotates else (inputs[0], "core")
+    # A GPU's kernel moves its operands within its rate, so only the join of the gradients is left.
+    moved = s.fused + s.query if s.device == "cpu" else 0
     return Operation(
         "core", inputs, s.query, saves=saves, extra=FP32 * s.tokens * s.heads + copies + kept,
         # The gradients of queries, keys and values, and their join.
         backward_scratch=s.fused + copies, gradients=_gradients(s), joins=True,
-        forward_matmuls=(product,) * 2, backward_matmuls=(product,) * 5,
-        forward_bytes=s.fused + s.query + 2 * copies, backward_bytes=2 * s.fused + 2 * s.query + 2 * copies,
+        forward_matmuls=(fused.product,) * 2, backward_matmuls=(fused.product,) * 5, attention=fused,
+        forward_bytes=moved + 2 * copies,
+        backward_bytes=2 * (moved or s.fused) + 2 * copies,
     )  # fmt: skip
 
 

@@ -68,8 +68,8 @@ def _loss(s: Sizes, x: str) -> Operation:
         weight=matrix * s.element if low else 0,
         forward_matmuls=(*products, *weights),
         forward_traffic=gathered + traffic, backward_traffic=reduced,
-        # Log-softmax and exponential of the logits; each product is added to the weight's gradient.
-        forward_bytes=s.tokens * columns * (2 * s.element + 2 * FP32)
+        # Logits in fp32, log-softmax and exponential; each product is added to the weight's gradient.
+        forward_bytes=s.tokens * columns * (3 * FP32 + s.element + (s.element + FP32 if low else 0))
         + len(sizes) * matrix * (2 * FP32 + (2 * s.element if low else 0)) + 4 * s.whole,
         backward_bytes=matrix * (FP32 + s.element) + 3 * s.whole, kernels=20 * len(sizes),
     )  # fmt: skip

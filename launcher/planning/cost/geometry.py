@@ -1,8 +1,8 @@
 """Blocks, embedding, head and weights of each pipeline rank. Pure arithmetic."""
 
+from collections import Counter
 from collections.abc import Iterator
-from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
 from launcher.config.layout import Layout
@@ -82,6 +82,11 @@ class Rank:
         return tuple(_weights(self))
 
     @cached_property
+    def sizes(self) -> Counter[int]:
+        """Numbers of weights by size."""
+        return Counter(weight.numel for weight in self.weights)
+
+    @cached_property
     def parameters(self) -> int:
         return sum(weight.numel for weight in self.weights)
 
@@ -118,7 +123,8 @@ def pipeline_ranks(run: RunConfig, layout: Layout) -> tuple[Rank, ...]:
     """Return every pipeline rank, with the weights of tensor rank 0."""
     multiple = vocabulary_multiple(run, layout.device)
     outputs = padded_length(output_size(run.model), layout.tensor, multiple) // layout.tensor
-    return _ranks(deepcopy(run.model), layout.pipeline, layout.stages_per_rank, layout.tensor, outputs)
+    model = replace(run.model, biases=replace(run.model.biases))
+    return _ranks(model, layout.pipeline, layout.stages_per_rank, layout.tensor, outputs)
 
 
 @cache

@@ -82,7 +82,9 @@ def dropout(s: Sizes, x: str) -> list[Operation]:
     return [
         Operation(
             f"{x}.dropped", (x,), s.stretch, extra=mask,
-            forward_bytes=2 * s.stretch + mask, backward_bytes=2 * s.stretch + mask,
+            # Compiled: part of the residual's kernels.
+            forward_bytes=mask if s.compiled else 2 * s.stretch + mask,
+            backward_bytes=mask if s.compiled else 2 * s.stretch + mask, kernels=0 if s.compiled else 1,
         ),
     ]  # fmt: skip
 
@@ -93,6 +95,9 @@ def dropped(s: Sizes, x: str) -> str:
 
 
 def residual(s: Sizes, name: str, x: str, branch: str) -> Operation:
+    # Compiled: the norm's kernels add its gradient, and read the sum while they write it.
+    passes = 1 if s.compiled else 3
     return Operation(
-        name, (x, branch), s.stretch, adds=True, forward_bytes=3 * s.stretch, backward_bytes=3 * s.stretch
-    )
+        name, (x, branch), s.stretch, adds=True, forward_bytes=(passes + s.compiled) * s.stretch,
+        backward_bytes=passes * s.stretch, kernels=0 if s.compiled else 1,
+    )  # fmt: skip

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import exp, log
 
 from launcher.config.schema import Dtype, HardwareConfig, MeasuredRates, Point
-from launcher.planning.cost.operations import BYTES, Collective, Matmul
+from launcher.planning.cost.operations import BYTES, Attention, Collective, Matmul
 from launcher.planning.cost.rates import Rates, Shares, specified
 from launcher.planning.cost.traffic import GroupShape
 
@@ -27,16 +27,32 @@ class CalibratedRates:
     scales: Curve
     collectives: tuple[tuple[str, int, Curve], ...]
     crowding: float  # ranks per core, 1 with a core for each rank
-    shares: Shares
     element: int
+    overlaps = False  # gloo's threads compute on the cores of the ranks
+    beside = 0.0
+    tensor_step_s = 0.0  # part of step_s
 
     @property
     def host(self) -> float:
         return self.memory
 
+    @property
+    def update(self) -> float:
+        return self.memory
+
     def product(self, matmul: Matmul) -> float:
         """Return seconds at the rate measured for products of this size."""
         return matmul.flops / interpolated(self.products, matmul.flops / matmul.count)
+
+    def attention(self, attention: Attention, products: int) -> float:
+        """Return seconds of the products over all scores: the scales below account for the rest."""
+        return products * self.product(attention.product)
+
+    def pointwise(self, size: float, kernels: int, *, compiled: bool) -> float:
+        return self.moving(size, kernels)
+
+    def starting(self, kernels: int) -> float:
+        return 0.0  # part of operation_s
 
     def moving(self, size: float, kernels: int = 1) -> float:
         """Return seconds to read and write `size` bytes in `kernels` operations, each on a part of them."""
@@ -83,18 +99,18 @@ def calibrated(hardware: HardwareConfig, dtype: Dtype, world: int) -> Calibrated
         return None
     at_once = min(world, hardware.cores or world)
     computing, communicating = _at_most(measured, at_once), _at_most(measured, world)
+    scale = hardware.compute_scale
     return CalibratedRates(
-        products=_curve(getattr(computing.products, dtype.name)),
-        elementwise=_curve(computing.elementwise),
+        products=_curve(getattr(computing.products, dtype.name), scale),
+        elementwise=_curve(computing.elementwise, scale),
         memory=computing.stream,
-        operation_s=computing.operation_s,
+        operation_s=computing.operation_s * scale,
         step_s=computing.step_s,
         micro_batch_s=computing.micro_batch_s,
         zero_3_block_s=computing.zero_3_block_s,
         scales=tuple(sorted((scale.flops, scale.factor) for scale in computing.scales)),
         collectives=_collectives(measured, communicating),
         crowding=world / at_once,
-        shares=Shares(overlap=0.0),
         element=BYTES[dtype],
     )
 
@@ -116,8 +132,8 @@ def _collectives(
     return tuple((kind, ranks, curve) for (kind, ranks), curve in sorted(curves.items()))
 
 
-def _curve(points: Sequence[Point]) -> Curve:
-    return tuple(sorted((point.size, point.per_s) for point in points))
+def _curve(points: Sequence[Point], scale: float = 1.0) -> Curve:
+    return tuple(sorted((point.size, point.per_s / scale) for point in points))
 
 
 def interpolated(curve: Curve, size: float) -> float:

@@ -14,8 +14,10 @@ from launcher.planning.cost.tape import Footprint
 from launcher.planning.cost.zero_states import Holdings, States, checkpoint_bytes, reduced_at_first, states_of
 
 BLOCK_BYTES = 131_072  # a block of initial weights in fp32, launcher/parallel/initializer.py
-# CUDA's context and libraries; memory that torch's caching allocator holds but cannot use.
-CONTEXT_BYTES, FRAGMENTATION = 1_000_000_000, 0.05
+# On a GPU beside the allocator's peak. Assumed, not measured: CUDA's context with the kernels of its
+# libraries, and NCCL's buffers for each group. Memory that the allocator holds but cannot use is given back
+# before it fails, so it refuses no run; parallelism=auto leaves room for it (choose/search.py).
+CONTEXT_BYTES, GROUP_BYTES = 600_000_000, 200_000_000
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,10 @@ class Memory:
     host: int  # CPU memory of a rank on a GPU, with the copy for a checkpoint; not in the total
     start_up: int  # CPU memory while the initial weights are made, see start_up_bytes; not in the total
     allocated: int  # peak bytes of the tensors of a step, with buffers that are never written to
+
+    @property
+    def on_host(self) -> int:
+        return max(self.host, self.start_up)
 
     @property
     def total(self) -> int:
@@ -65,7 +71,8 @@ def rank_memory(run: RunConfig, layout: Layout, rank: Rank) -> Memory:
     fullest = max(moments, key=lambda moment: moment.touched if on_cpu else moment.allocated)
     held = states.weights + states.optimizer + sizes.tables
     copied = checkpoint_bytes(run, layout, rank)
-    margin = 0 if on_cpu else CONTEXT_BYTES + int(FRAGMENTATION * (held + fullest.allocated))
+    groups = sum(size > 1 for size in (layout.tensor, layout.data, layout.pipeline))
+    margin = 0 if on_cpu else CONTEXT_BYTES + groups * GROUP_BYTES
     communication = fullest.holdings.communication + fullest.gathered
     return Memory(
         weights=states.weights,

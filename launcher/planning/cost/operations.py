@@ -46,6 +46,26 @@ class Matmul:
 
 
 @dataclass(frozen=True)
+class Attention:
+    """Fused attention of `heads` heads over `length` tokens each: two products forward, five backward."""
+
+    length: int
+    head_size: int
+    heads: int  # of all sequences
+    is_causal: bool  # computes only the scores of earlier tokens
+
+    @property
+    def product(self) -> Matmul:
+        """Return one of the products, over all scores, as FLOPs are counted."""
+        return Matmul(self.length, self.length, self.head_size, self.heads)
+
+    @property
+    def flops(self) -> float:
+        """FLOPs computed in one of the products."""
+        return self.product.flops / (2 if self.is_causal else 1)
+
+
+@dataclass(frozen=True)
 class Operation:
     """A step of the forward pass, with its counterpart in the backward pass."""
 
@@ -64,6 +84,7 @@ class Operation:
     adds: bool = False  # a residual: both inputs have the output's gradient
     forward_matmuls: tuple[Matmul, ...] = ()
     backward_matmuls: tuple[Matmul, ...] = ()
+    attention: Attention | None = None  # whose kernels compute the products
     forward_traffic: tuple[Collective, ...] = ()
     backward_traffic: tuple[Collective, ...] = ()
     overlapped_traffic: tuple[Collective, ...] = ()  # backward, overlapped with the weight's product

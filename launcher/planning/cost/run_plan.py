@@ -19,7 +19,7 @@ from launcher.planning.cost.sizes import Sizes
 from launcher.planning.cost.step_time import StepTime, step_time
 from launcher.planning.cost.traffic import TRAFFIC, GroupShape, group_shapes
 
-PROCESS_BYTES = 400_000_000  # of a CPU rank without its tensors: the interpreter, torch, DeepSpeed
+PROCESS_BYTES = 400_000_000  # of a rank without its tensors: the interpreter, torch, DeepSpeed
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,18 @@ class Plan:
         return max(stage.memory.total for stage in self.stages)
 
     @property
+    def host(self) -> int:
+        """Peak host memory per rank on a GPU in bytes, of the stage that needs most."""
+        return max(stage.memory.on_host for stage in self.stages)
+
+    @property
+    def host_budget(self) -> float | None:
+        return host_budget(self.run, self.layout)
+
+    @property
     def fits(self) -> bool:
-        """Whether no stage exceeds the budget; true without a known budget."""
-        return not self.shortages
+        """Whether no stage exceeds the budget of its device or its host; true without known budgets."""
+        return not self.shortages and (self.host_budget is None or self.host <= self.host_budget)
 
     @cached_property
     def shortages(self) -> dict[int, float]:
@@ -102,10 +111,10 @@ class Plan:
 
     @property
     def bubble(self) -> float | None:
-        """Idle time over the rest of the pipeline's time: (p-1)/m for equal stages."""
+        """Share of the step in which the pipeline idles."""
         if self.layout.pipeline == 1 or self.time is None:
             return 0.0 if self.layout.pipeline == 1 else None
-        return self.time.bubble / (self.time.compute + self.time.tensor + self.time.pipeline)
+        return self.time.bubble / self.time.total
 
 
 def make_plan(
@@ -130,6 +139,14 @@ def make_plan(
 def ranks_per_node(run: RunConfig, layout: Layout) -> int:
     """Return accelerators per node from the config; without them, all ranks are on one node."""
     return run.hardware.accelerators_per_node or layout.world_size
+
+
+def host_budget(run: RunConfig, layout: Layout) -> float | None:
+    """Return the bytes of host memory for one rank on a GPU, beside its process; None if unknown."""
+    if layout.device == "cpu" or run.hardware.host_memory_bytes is None:
+        return None
+    here = min(ranks_per_node(run, layout), layout.world_size)
+    return run.hardware.host_memory_bytes / here - PROCESS_BYTES
 
 
 def memory_budget(run: RunConfig, world: World, ranks: int) -> float | None:

@@ -7,6 +7,7 @@ regions a rank holds (b, H), or (b / tp, H) under sequence parallelism (Korthika
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from launcher.config.layout import is_compiled
 from launcher.config.schema import (
     ActivationCheckpointing,
     AttentionKind,
@@ -73,6 +74,8 @@ class Sizes:
     image_pixels: int  # per image, times channels
     has_class_token: bool
     masks_documents: bool
+    is_causal: bool  # attention that skips the scores of later tokens; a mask of documents does not
+    compiled: bool  # the blocks, by torch.compile
 
     @classmethod
     def of(cls, run: RunConfig, device: str) -> "Sizes":
@@ -111,6 +114,8 @@ class Sizes:
             image_pixels=m.image_channels * m.image_size**2,
             has_class_token=has_class_token(m),
             masks_documents=run.data.document_attention,
+            is_causal=m.attention is AttentionKind.causal and not run.data.document_attention,
+            compiled=is_compiled(run, device),
         )
 
     @property

@@ -4,13 +4,13 @@ from collections import Counter
 from dataclasses import dataclass
 
 from launcher.config.layout import GroupName, Layout
-from launcher.config.schema import Dtype, RunConfig, StatesDtype
+from launcher.config.schema import RunConfig
 from launcher.planning.cost.buffers import BufferSizes
 from launcher.planning.cost.geometry import Rank
 from launcher.planning.cost.operations import BYTES, FP32, Collective
 from launcher.planning.cost.parts import parts, traffic
 from launcher.planning.cost.sizes import Sizes
-from launcher.planning.cost.zero_states import padded
+from launcher.planning.cost.zero_states import padded, uses_bf16_optimizer
 
 TIED_RANKS = 2  # pipeline ranks with a copy of a tied weight
 
@@ -92,9 +92,8 @@ def data_traffic(run: RunConfig, layout: Layout, rank: Rank) -> Counter[Collecti
         # Reduced in every micro-batch, because a rank keeps only its partition.
         sent[Collective("all_reduce", element * total)] += layout.accumulation
     else:
-        has_fp32_states = run.precision.states is StatesDtype.fp32 and not run.parallelism.offload_optimizer
-        is_bf16_optimizer = run.precision.dtype is Dtype.bf16 and has_fp32_states
-        sent[Collective("all_reduce", element * (sum(groups) if is_bf16_optimizer else total))] += 1
+        reduced = sum(groups) if uses_bf16_optimizer(run, layout) else total
+        sent[Collective("all_reduce", element * reduced)] += 1
     for group in groups:
         sent[Collective("all_gather", element * group)] += 1
     return sent
@@ -103,24 +102,23 @@ def data_traffic(run: RunConfig, layout: Layout, rank: Rank) -> Counter[Collecti
 def _zero_3(run: RunConfig, layout: Layout, rank: Rank) -> Counter[Collective]:
     """Gather each weight in the forward pass, and in the backward pass if it was freed between."""
     element, data, buffers = BYTES[run.precision.dtype], layout.data, BufferSizes.of(run)
-    free = [
-        padded(weight.numel, data) for weight in rank.weights if weight.numel >= buffers.persistence_threshold
-    ]
-    kept = min(sum(free), buffers.max_live)
-    whole = sum(padded(weight.numel, data) for weight in rank.weights)
+    whole = sum(padded(numel, data) * count for numel, count in rank.sizes.items())
+    freed = {numel: count for numel, count in rank.sizes.items() if numel >= buffers.persistence_threshold}
+    free = sum(padded(numel, data) * count for numel, count in freed.items())
+    kept = min(free, buffers.max_live)
     sent: Counter[Collective] = Counter()
     # A prefetch takes whole weights until they fill its bucket.
-    at_once = max(buffers.prefetch_bucket, sum(free) // max(1, len(free)))
-    for size in _pieces(2 * sum(free) - kept, at_once):
+    at_once = max(buffers.prefetch_bucket, free // max(1, sum(freed.values())))
+    for size in pieces(2 * free - kept, at_once):
         sent[Collective("all_gather", element * size)] += layout.accumulation
-    for size in _pieces(whole, buffers.reduce_bucket):
+    for size in pieces(whole, buffers.reduce_bucket):
         sent[Collective("reduce_scatter", element * size)] += layout.accumulation
-    if whole > sum(free):
-        sent[Collective("all_gather", element * (whole - sum(free)))] += 1
+    if whole > free:
+        sent[Collective("all_gather", element * (whole - free))] += 1
     return +sent
 
 
-def _pieces(total: int, at_once: int) -> list[int]:
+def pieces(total: int, at_once: int) -> list[int]:
     full, rest = divmod(total, at_once)
     return [at_once] * full + ([rest] if rest else [])
 

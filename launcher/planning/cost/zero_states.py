@@ -65,9 +65,15 @@ def states_of(run: RunConfig, layout: Layout, rank: Rank) -> States:
     if run.precision.states is StatesDtype.bf16:
         return ledger.bf16_states_1() if layout.zero_stage == 1 else ledger.bf16_states_2()
     low = run.precision.dtype is not Dtype.fp32
-    if layout.zero_stage == 1 and run.precision.dtype is Dtype.bf16 and not run.parallelism.offload_optimizer:
+    if uses_bf16_optimizer(run, layout):
         return ledger.bf16_optimizer()
     return ledger.zero_1(low) if layout.zero_stage == 1 else ledger.zero_2(low)
+
+
+def uses_bf16_optimizer(run: RunConfig, layout: Layout) -> bool:
+    """Return whether DeepSpeed's BF16_Optimizer takes the step, and not its optimizer of ZeRO-1 and 2."""
+    is_bf16 = run.precision.dtype is Dtype.bf16 and run.precision.states is StatesDtype.fp32
+    return layout.zero_stage == 1 and is_bf16 and not run.parallelism.offload_optimizer
 
 
 def state_count(optimizer: OptimizerConfig) -> int:

@@ -108,9 +108,7 @@ def _draw_timeline(plan: Plan, axes: Any) -> None:
     axes.set_xlim(0, max(event.end for event in events))
     is_whole = batches == layout.accumulation
     shown = f"all {batches}" if is_whole else f"a step of {batches} instead of {layout.accumulation}"
-    axes.set_xlabel(
-        f"seconds, {shown} micro-batches; white is the bubble: {plan.bubble:.1%} of the real step"
-    )
+    axes.set_xlabel(f"seconds, {shown} micro-batches; white is the bubble: {plan.bubble:.1%} of the step")
     patches = [Patch(color=FORWARD, label="forward"), Patch(color=BACKWARD, label="backward")]
     axes.legend(handles=patches, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)

@@ -6,7 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 from launcher.config.layout import GroupName
 from launcher.planning.choose.changes import Change
-from launcher.planning.choose.limits import MEMORY_CLASSES, limit, link_of, parts_of, settings_in_words
+from launcher.planning.choose.limits import (
+    MEMORY_CLASSES,
+    hidden_of,
+    limit,
+    link_of,
+    parts_of,
+    settings_in_words,
+)
 from launcher.planning.cost.run_plan import Plan, StagePlan
 from launcher.text import DAY, count, duration, four_digits, in_unit, plain_table, print_table, size, unit_of
 
@@ -36,7 +43,12 @@ def _host(plan: Plan) -> list[str]:
     host, start_up = (
         max(getattr(stage.memory, name) for stage in plan.stages) for name in ("host", "start_up")
     )
-    return [f"host     {size(host)} of the host's memory for each rank, {size(start_up)} at start-up"]
+    budget = plan.host_budget
+    of = "" if budget is None else f" of {size(budget)}"
+    short = "" if budget is None or plan.host <= budget else f": {size(plan.host - budget)} too much"
+    return [
+        f"host     {size(host)} of the host's memory for each rank{of}, {size(start_up)} at start-up{short}"
+    ]
 
 
 def _memory_table(plan: Plan) -> "Table":
@@ -88,12 +100,15 @@ def _traffic_table(plan: Plan) -> "Table":
 
 def _time_table(plan: Plan) -> "Table":
     table = plain_table("Time of a step")
-    for name in ("part", "seconds", "share"):
+    for name in ("part", "seconds", "share", "hidden behind compute, s"):
         table.add_column(name, justify="left" if name == "part" else "right")
-    parts = parts_of(plan)
+    parts, hidden = parts_of(plan), hidden_of(plan)
     total = sum(parts.values())
     for name, seconds in [*parts.items(), ("step", total)]:
-        table.add_row(name, four_digits(seconds), f"{seconds / total:.1%}")
+        beside = hidden.get(name, 0.0)
+        table.add_row(
+            name, four_digits(seconds), f"{seconds / total:.1%}", four_digits(beside) if beside else ""
+        )
     return table
 
 
@@ -108,7 +123,7 @@ def _speed(plan: Plan) -> list[str]:
     if plan.mfu is not None:
         words.append(f"MFU {plan.mfu:.1%}")
     if plan.bubble:
-        words.append(f"bubble {plan.bubble:.1%} of the time without it")
+        words.append(f"bubble {plan.bubble:.1%} of the step")
     tokens = _planned_tokens(plan)
     words.append(f"{duration(tokens / plan.tokens_per_s)} for {count(tokens)} tokens")
     return [f"speed    {', '.join(words)}"]
@@ -167,6 +182,7 @@ def as_json(plan: Plan, changes: list[Change]) -> dict[str, Any]:
             "mfu": plan.mfu,
             "bubble": plan.bubble,
             "parts_s": {name.replace(" ", "_"): value for name, value in parts_of(plan).items()},
+            "hidden_s": {name.replace(" ", "_"): value for name, value in hidden_of(plan).items()},
             "flops_per_rank": max(stage.flops for stage in plan.stages),
             "days": days,
         },
@@ -202,6 +218,7 @@ def _stage_json(plan: Plan, index: int, stage: StagePlan) -> dict[str, Any]:
             "total": memory.total,
             "budget": plan.budget,
             "host": memory.host,
+            "host_budget": plan.host_budget,
             "start_up": memory.start_up,
             "moment": memory.moment,
         },

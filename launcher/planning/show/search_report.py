@@ -3,13 +3,19 @@
 from typing import TYPE_CHECKING, Any
 
 from launcher.config.errors import as_typed
-from launcher.planning.choose.search import Candidate, Search
+from launcher.planning.choose.search import LEFT_FREE, Candidate, Search
 from launcher.text import four_digits, plain_table, print_table, size
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 BEST = 5
+# Words for Candidate.concerns.
+CONCERNS = (
+    "tensor groups cross nodes",
+    "waits for the host",
+    f"leaves less than {LEFT_FREE:.0%} of memory",
+)
 
 
 def print_search(search: Search) -> None:
@@ -18,12 +24,31 @@ def print_search(search: Search) -> None:
     if 0 < ranks < asked:
         print(f"note     no layout of all {asked} ranks divides the batch: planned on {ranks}")
         print("         a larger training.global_batch_size keeps more of them busy")
+    for line in reasons(search):
+        print(line)
     print()
     best = _columns("The best few")
     for candidate in search.fitting[:BEST]:
         best.add_row(*_row(candidate))
     print_table(best)
     print_table(_kinds(search))
+
+
+def reasons(search: Search) -> list[str]:
+    """Return lines that say why the layout was chosen, and what the next kind of layout costs."""
+    if not search.fitting:
+        return []
+    best, other = search.fitting[0], search.runner_up
+    why = f"the fastest, {four_digits(best.seconds)} s a step"
+    if best is not search.fastest:
+        slower = best.cautious / search.fastest.cautious - 1
+        why = f"{four_digits(best.seconds)} s a step, {max(slower, 0):.1%} more than the fastest, and simpler"
+    lines = [f"choice   {best.kind}: {why}"]
+    for is_so, words in zip(best.concerns, CONCERNS, strict=True):
+        lines += [f"         nothing else fits: {words}"] if is_so else []
+    if other:
+        lines.append(f"next     {other.kind}: {four_digits(other.seconds)} s a step, {why_lost(other, best)}")
+    return lines
 
 
 def _kinds(search: Search) -> "Table":
@@ -58,13 +83,20 @@ def _row(candidate: Candidate) -> list[str]:
 
 
 def why_lost(candidate: Candidate, best: Candidate | None) -> str:
-    if not candidate.fits:
+    if not candidate.fits_device:
         return f"does not fit in {size(candidate.budget or 0)}"
+    if not candidate.fits:
+        return f"needs {size(candidate.host)} of {size(candidate.host_budget or 0)} host memory"
     assert best is not None
-    if candidate.crosses_nodes and not best.crosses_nodes:
-        return "its tensor groups would cross nodes"
-    slower = candidate.seconds / best.seconds - 1
+    for is_so, is_of_best, words in zip(candidate.concerns, best.concerns, CONCERNS, strict=True):
+        if is_so > is_of_best:
+            return words
+    slower = candidate.cautious / best.cautious - 1
+    if slower > 0.0005 and candidate.seconds < best.seconds:
+        return f"{slower:.1%} slower if its traffic between nodes is not hidden"
     as_fast = f"as fast, with {size(candidate.peak)} instead of {size(best.peak)}"
+    if slower < -0.0005:
+        return f"{-slower:.1%} faster, and less simple"
     return f"{slower:.1%} slower" if slower > 0.0005 else as_fast
 
 
@@ -77,7 +109,7 @@ def search_as_json(search: Search) -> dict[str, Any]:
     ]
     fastest = [_candidate_json(candidate) for candidate in search.fitting[:BEST]]
     counts = {"legal": len(search.candidates), "fitting": len(search.fitting), "ranks": search.world.ranks}
-    return {**counts, "best": fastest, "lost": lost}
+    return {**counts, "reasons": reasons(search), "best": fastest, "lost": lost}
 
 
 def _candidate_json(candidate: Candidate) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from launcher.config.compose import load_typed
 from launcher.config.errors import ConfigError
-from launcher.config.layout import Layout
+from launcher.config.layout import Layout, recorded_layout
 from launcher.config.run_format import IDENTITY, read_identity
 from launcher.config.schema import RunConfig, WandbMode
 from launcher.runtime.hold import is_held
@@ -132,7 +132,7 @@ def _identified(run_dir: Path) -> tuple[RunConfig, Layout, RunDir]:
     """Return the run of a directory. Raises ConfigError."""
     try:
         identity = read_identity(run_dir) or {}
-        layout, directory = Layout(**identity["layout"]), RunDir(run_dir.resolve(), str(identity["id"]))
+        layout, directory = recorded_layout(identity), RunDir(run_dir.resolve(), str(identity["id"]))
     except (KeyError, TypeError):
         why = f"its {IDENTITY} is damaged, so that the id of the W&B run is unknown"
         raise ConfigError("sync", run_dir, why, f"a copy of {IDENTITY} from a backup") from None

@@ -6,6 +6,7 @@ file may be damaged: its records are read up to there, as W&B reads them.
 """
 
 import glob
+import itertools
 import struct
 import zlib
 from collections.abc import Iterator
@@ -16,13 +17,19 @@ from typing import Any
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from wandb.proto import wandb_internal_pb2
 
-_BLOCK, _HEADER = 32768, 7
-_WHOLE, _FIRST, _LAST = 1, 2, 4
+from launcher.files import replacing
+
+_BLOCK, _HEADER = 32768, 7  # bytes of a block; of the header of the file, and of the header of a piece
+_WHOLE, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
 
 
-def fragments(run_dir: Path, run_id: str) -> list[Path]:
-    """Return the .wandb files of a run in the order of its starts; a copied directory has others too."""
-    paths = (run_dir / "wandb").glob(f"*run-*-{glob.escape(run_id)}/run-{glob.escape(run_id)}.wandb")
+def fragments(run_dir: Path, run_id: str | None = None) -> list[Path]:
+    """Return the .wandb files of a run in the order of its starts.
+
+    A copied directory has files of another run too; without `run_id` they are included.
+    """
+    name = "*" if run_id is None else glob.escape(run_id)
+    paths = (run_dir / "wandb").glob(f"*run-*-{name}/run-{name}.wandb")
     files = [path for path in paths if path.is_file()]
     return sorted(files, key=lambda path: path.parent.name.partition("run-")[2])
 
@@ -70,6 +77,31 @@ def steps_in(fragment: Path) -> list[int]:
     return [record.history.step.num for record in records(fragment) if record.HasField("history")]
 
 
+def drop_steps_from(step: int, fragments: list[Path]) -> None:
+    """Remove the optimizer steps from `step` on from the offline files that were never sent. Raises OSError.
+
+    A start that takes steps back logs them again, and W&B keeps the first values of a step that it receives.
+    Files of which W&B may have sent a part are left as they are.
+    """
+    for fragment in fragments:
+        was_sent = is_online(fragment) or _sent_mark(fragment).exists()
+        if not was_sent and max(steps_in(fragment), default=-1) >= step:
+            kept = [
+                record.SerializeToString()
+                for record in records(fragment)
+                if not (record.HasField("history") and record.history.step.num >= step)
+            ]
+            write_records(fragment, kept)
+
+
+def write_records(fragment: Path, contents: list[bytes]) -> None:
+    """Replace the records of a file; its header stays. Raises OSError."""
+    with fragment.open("rb") as file:
+        header = file.read(_HEADER)
+    with replacing(fragment) as new:
+        new.write_bytes(header + b"".join(_as_pieces(contents)))
+
+
 def has_ended(fragment: Path) -> bool:
     return any(record.HasField("exit") for record in records(fragment))
 
@@ -104,3 +136,22 @@ def _pieces(fragment: Path) -> Iterator[tuple[int, bytes]]:
                     position += _HEADER + length
     except OSError:
         return  # it is the file of another user, or the disk fails
+
+
+def _as_pieces(contents: list[bytes]) -> Iterator[bytes]:
+    """Yield the pieces of records for a file that has its header already: no piece crosses a block's end."""
+    position = _HEADER
+    for content in contents:
+        for number in itertools.count():
+            left = _BLOCK - position % _BLOCK
+            if left < _HEADER:
+                yield bytes(left)
+                position, left = position + left, _BLOCK
+            piece, content = content[: left - _HEADER], content[left - _HEADER :]
+            is_first, is_last = number == 0, not content
+            piece_type = (_WHOLE if is_first else _LAST) if is_last else (_FIRST if is_first else _MIDDLE)
+            checksum = zlib.crc32(bytes([piece_type]) + piece)
+            yield struct.pack("<IHB", checksum, len(piece), piece_type) + piece
+            position += _HEADER + len(piece)
+            if is_last:
+                break

@@ -5,13 +5,14 @@ is killed. Whatever the server lacks then is in metrics.jsonl: `launcher sync` o
 """
 
 import threading
+from contextlib import suppress
 from pathlib import Path
 from queue import Full, Queue
 
 from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
 from launcher.runtime.metrics.rows import Row, rows_in
-from launcher.runtime.metrics.wandb_files import fragments, mark_as_sent
+from launcher.runtime.metrics.wandb_files import drop_steps_from, fragments, mark_as_sent
 from launcher.runtime.metrics.wandb_run import (
     Session,
     end_service,
@@ -89,6 +90,8 @@ class WandbThread:
         mode = resolved_mode(self._run.logging.wandb.mode)
         if mode == "disabled":
             return None
+        with suppress(OSError):  # then W&B keeps the earlier values, which a note says
+            drop_steps_from(self._first_step, fragments(self._directory.path, self._directory.run_id))
         common = (self._run, self._layout, self._directory, self._temporary, self._finish_timeout)
         try:
             session = open_session(mode, *common)

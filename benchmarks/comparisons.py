@@ -1,0 +1,276 @@
+"""Every comparison of a planned step on GPUs with a measured or published one, for docs/planning.md.
+
+    python -m benchmarks.comparisons
+
+The rows on an H100 are this project's runs of 2026-11-26 and prototypes of what the engine does today. They
+are planned with the engine of that day: attention copied its operands, all logits were kept, and several
+kernels of the loss read them. Rows that are not fitted come from other programs; they show how far the plan
+is from runs that this engine did not make.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from unittest.mock import patch
+
+from benchmarks import narayanan
+from launcher.config.compose import compose_jobs
+from launcher.config.layout import resolve_layout
+from launcher.config.schema import Dtype, RunConfig
+from launcher.config.validate import validate
+from launcher.config.world import World
+from launcher.planning.cost import attention_operations, end_operations, pass_time, sizes
+from launcher.planning.cost.operations import Matmul, Operation
+from launcher.planning.cost.parts import parts
+from launcher.planning.cost.rates import Shares
+from launcher.planning.cost.run_plan import Plan, make_plan
+from launcher.planning.cost.sizes import Sizes
+
+HERE = "H100, 2026-11-26"
+SC21 = "Narayanan et al., SC 2021"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A measured step and its plan. `fitted` names the constants that the row helped to fit."""
+
+    run: str
+    source: str
+    fitted: str  # empty: kept aside
+    measured: float  # seconds of a step
+    planned: float
+    measured_gb: float | None = None
+    planned_gb: float | None = None
+
+    @property
+    def error(self) -> float:
+        return self.planned / self.measured - 1
+
+    @property
+    def memory_error(self) -> float | None:
+        if self.measured_gb is None or self.planned_gb is None:
+            return None
+        return self.planned_gb / self.measured_gb - 1
+
+
+LLAMA = [
+    "model=llama3_8b", "model.hidden_size=2048", "model.num_layers=16", "model.num_heads=32",
+    "model.num_kv_heads=8", "model.ffn_hidden_size=8192", "model.max_sequence_length=4096",
+    "model.vocab_size=128256", "model.tie_embeddings=true",
+]  # fmt: skip
+# Overrides, micro-batch, and tokens of a sequence.
+MODELS = {
+    "GPT-2 124M": (["model=gpt2_small", "model.dropout=0"], 32, 1024),
+    "Llama 1.24B": (LLAMA, 4, 4096),
+    "GPT-2 1.56B": (["model=gpt2_xl", "model.dropout=0"], 8, 1024),
+}
+
+
+@dataclass(frozen=True)
+class Engine:
+    """The engine of a run on the H100: its head ("kept", "fused" or "chunks"), and what was compiled."""
+
+    head: str
+    compiled: bool
+    copies: bool  # attention's operands
+
+
+EAGER, BLOCKS = Engine("kept", False, True), Engine("kept", True, True)
+# (engine, model): tokens/s and peak GB (facts of 2026-11-26, medians of 15 to 20 steps).
+MEASURED_HERE = [
+    ("eager", EAGER, "GPT-2 124M", 281_557, 28.6, []),
+    ("eager", EAGER, "Llama 1.24B", 44_983, 70.1, []),
+    ("eager", EAGER, "GPT-2 1.56B", 32_561, 52.7, []),
+    ("eager, 50,257 columns", EAGER, "GPT-2 124M", 198_622, 28.6, ["parallelism.vocabulary_multiple=1"]),
+    ("blocks compiled", BLOCKS, "GPT-2 124M", 319_966, 28.6, []),
+    ("blocks and loss compiled", Engine("fused", True, True), "GPT-2 124M", 441_487, 22.0, []),
+    ("blocks and loss compiled", Engine("fused", True, True), "Llama 1.24B", 53_394, 57.4, []),
+    ("blocks compiled, head in chunks", Engine("chunks", True, False), "GPT-2 124M", 459_272, 15.6, []),
+    ("blocks compiled, head in chunks", Engine("chunks", True, False), "Llama 1.24B", 53_961, 51.7, []),
+    ("blocks compiled, head in chunks", Engine("chunks", True, False), "GPT-2 1.56B", 35_845, 50.5, []),
+]
+FUSED, LOSS = attention_operations.fused_attention, end_operations._loss
+
+
+def copying_attention(s: Sizes, inputs: tuple[str, ...]) -> Operation:
+    """Return attention that orders its operands, its result and their gradients anew."""
+    core, copied = FUSED(s, inputs), 2 * s.fused + 2 * s.query
+    return replace(
+        core,
+        forward_bytes=core.forward_bytes + copied,
+        backward_bytes=core.backward_bytes + copied,
+        kernels=5,
+    )
+
+
+def kept_loss(s: Sizes, x: str, *, fused: bool) -> Operation:
+    """Return a loss that keeps all logits, and its softmax in fp32 unless one kernel computes it.
+
+    Bytes per logit: cast 6, maximum 4, difference 8, exponential 8, sum 4, quotient 8; backward copy 8,
+    product 8, cast 6. Fused: read twice; read and written.
+    """
+    h, columns, tokens = s.hidden_size, s.vocabulary, s.tokens
+    logits, product = tokens * columns, Matmul(tokens, columns, h)
+    return replace(
+        LOSS(s, x),
+        forward_matmuls=(product,),
+        backward_matmuls=(Matmul(tokens, h, columns), Matmul(columns, h, tokens)),
+        made=0,
+        extra=logits * (2 if fused else 6),
+        scratch=logits * 4,
+        backward_scratch=logits * 4,
+        weight=2 * columns * h,
+        forward_bytes=logits * (4 if fused else 38),
+        backward_bytes=logits * (4 if fused else 22),
+    )
+
+
+@contextmanager
+def engine_of(engine: Engine) -> Iterator[None]:
+    parts.cache_clear()
+    pass_time.part_times.cache_clear()
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(sizes, "is_compiled", lambda run, device: engine.compiled))
+        if engine.head != "chunks":
+            loss = partial(kept_loss, fused=engine.head == "fused")
+            stack.enter_context(patch.object(end_operations, "_loss", loss))
+        if engine.copies:
+            stack.enter_context(patch.object(attention_operations, "fused_attention", copying_attention))
+        yield
+    parts.cache_clear()
+    pass_time.part_times.cache_clear()
+
+
+def planned(overrides: list[str], ranks: int, per_node: int) -> Plan:
+    [job] = compose_jobs("config", RunConfig, ["checkpoint.enabled=false", *overrides])
+    return make_plan(job.config, validate(job.config, World("cuda", ranks, per_node, fixed=True)))
+
+
+def on_this_h100() -> Iterator[Comparison]:
+    for name, engine, model, tokens_per_s, gigabytes, more in MEASURED_HERE:
+        overrides, micro_batch, length = MODELS[model]
+        sizes_of_batch = [f"training.{size}_batch_size={micro_batch}" for size in ("global", "micro")]
+        single = ["parallelism=single", "hardware=h100_80gb", "precision=bf16"]
+        with engine_of(engine):
+            plan = planned([*overrides, *single, *sizes_of_batch, *more], 1, 1)
+        assert plan.time is not None
+        peak = plan.stages[0].memory.allocated / 1e9
+        seconds = micro_batch * length / tokens_per_s
+        yield Comparison(f"{model}, {name}", HERE, "engine", seconds, plan.time.total, gigabytes, peak)
+
+
+def megatron() -> Iterator[Comparison]:
+    with narayanan.as_megatron_2021():
+        for row in narayanan.TABLE_1:
+            plan = narayanan.plan_of(row, Shares())
+            assert plan.time is not None
+            seconds = plan.time.total - plan.time.bubble * (1 - 1 / row.interleaved)
+            name = f"GPT {row.billions} B, TP{row.tensor} x PP{row.pipeline} x DP{plan.layout.data}"
+            measured = seconds * narayanan.tflops(row, plan) / row.published
+            yield Comparison(name, f"{SC21}, table 1", "product, memory, link", measured, seconds)
+
+
+# hidden size, layers, heads, GPUs, micro-batch, global batch, TFLOP/s of each GPU
+ZERO_3 = [
+    (12288, 96, 96, 384, 4, 1536, 144), (12288, 96, 96, 768, 2, 1536, 88), (12288, 96, 96, 1536, 1, 1536, 44),
+    (20480, 105, 128, 640, 4, 2560, 138), (20480, 105, 128, 1120, 2, 2240, 98),
+    (20480, 105, 128, 2240, 1, 2240, 48),
+]  # fmt: skip
+
+
+def zero_3() -> Iterator[Comparison]:
+    """Yield ZeRO-3 without model parallelism, on the kernels of Megatron-LM."""
+    for hidden, layers, heads, gpus, micro_batch, batch, published in ZERO_3:
+        row = narayanan.Row(0, heads, hidden, layers, 1, 1, gpus, batch, micro_batch, 1, published)
+        run = narayanan.run_of(row)
+        run.parallelism.zero_stage = 3
+        with narayanan.as_megatron_2021():
+            plan = make_plan(run, resolve_layout(run, World("cuda", gpus, 8, fixed=True)))
+            measured = narayanan.seconds_of(row, plan)
+        assert plan.time is not None
+        name = f"GPT {plan.parameters / 1e9:.0f} B, ZeRO-3 on {gpus} A100, micro-batch {micro_batch}"
+        yield Comparison(name, f"{SC21}, table 2", "", measured, plan.time.total)
+
+
+def deepspeed_pipelines() -> Iterator[Comparison]:
+    """Yield runs of Megatron-DeepSpeed: DeepSpeed's pipeline, and kernels of Megatron-LM."""
+    for name, source, row, hardware, dtype, vocabulary, seconds in DEEPSPEED:
+        run = narayanan.run_of(row)
+        run.precision.dtype = dtype
+        run.model.vocab_size = vocabulary
+        run.hardware = replace(hardware, nodes=row.gpus // 8)
+        with narayanan.as_megatron_2021():
+            plan = make_plan(run, resolve_layout(run, World("cuda", row.gpus, 8, fixed=True)))
+        assert plan.time is not None
+        yield Comparison(name, source, "", seconds or narayanan.seconds_of(row, plan), plan.time.total)
+
+
+A100_40 = replace(narayanan.A100, memory_bytes=42.3e9, memory_bandwidth_gb_s=1555)
+MT_NLG = "Smith et al., arXiv 2201.11990"
+DEEPSPEED = [
+    (
+        "BLOOM 176 B, TP4 x PP12 x DP8", "BigScience, 2022",
+        narayanan.Row(176, 112, 14336, 70, 4, 12, 384, 2048, 2, 1, 150), narayanan.A100, Dtype.bf16, 250_880,
+        105,
+    ),
+    *(
+        (
+            f"MT-NLG 530 B, TP8 x PP35 x DP{gpus // 280}", MT_NLG,
+            narayanan.Row(530, 128, 20480, 105, 8, 35, gpus, 1920, 1, 1, 0), narayanan.A100, Dtype.bf16,
+            51_200, seconds,
+        )
+        for gpus, seconds in ((2240, 60.1), (2800, 50.2), (3360, 44.4))
+    ),
+    (
+        "GPT-NeoX 20 B, TP2 x PP4 x DP12", "Black et al., arXiv 2204.06745",
+        narayanan.Row(20, 64, 6144, 44, 2, 4, 96, 1536, 4, 1, 117), A100_40, Dtype.fp16, 50_432, None,
+    ),
+]  # fmt: skip
+
+
+def torchtitan() -> Iterator[Comparison]:
+    """Yield Llama 8B on 8 H100 of 500 W by torchtitan: FSDP2, which partitions as ZeRO-3 does."""
+    run = [
+        "model=llama3_8b", "hardware=h100_80gb", "precision=bf16", "parallelism.zero_stage=3",
+        "parallelism.activation_checkpointing=selective", "training.micro_batch_size=1",
+        "training.global_batch_size=8", "parallelism.data=8",
+    ]  # fmt: skip
+    for name, compiled, tokens_per_s in (("eager", False, 5762), ("compiled", True, 6667)):
+        with engine_of(Engine("chunks", compiled, False)):
+            plan = planned(run, 8, 8)
+        assert plan.time is not None
+        yield Comparison(
+            f"Llama 8 B on 8 H100, {name}", "torchtitan, 2025", "", 8192 / tokens_per_s, plan.time.total
+        )
+
+
+def comparisons() -> list[Comparison]:
+    return [*on_this_h100(), *megatron(), *zero_3(), *deepspeed_pipelines(), *torchtitan()]
+
+
+def table(rows: list[Comparison]) -> str:
+    lines = [
+        "| run | source | fitted | measured, s | planned, s | error | measured, GB | planned, GB | error |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        memory = ["", "", ""]
+        if row.memory_error is not None:
+            memory = [f"{row.measured_gb:.1f}", f"{row.planned_gb:.1f}", f"{row.memory_error:+.1%}"]
+        cells = [row.run, row.source, row.fitted or "no", f"{row.measured:.3g}", f"{row.planned:.3g}"]
+        lines.append(f"| {' | '.join([*cells, f'{row.error:+.1%}', *memory])} |")
+    for words, some in (
+        ("fitted", [row for row in rows if row.fitted]),
+        ("kept aside", [row for row in rows if not row.fitted]),
+    ):
+        errors = [abs(row.error) for row in some]
+        mean = sum(errors) / len(errors)
+        lines.append(
+            f"\nMean error of the {len(some)} rows {words}: {mean:.1%}; the largest is {max(errors):.0%}."
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table(comparisons()))

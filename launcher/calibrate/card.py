@@ -1,0 +1,187 @@
+"""Measure the kernels and links of a GPU, for `hardware.card`. Tests run the probes on a CPU."""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from statistics import linear_regression, median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from launcher.calibrate.engine_overhead import rounded
+from launcher.calibrate.probes import seconds, stream
+from launcher.config.schema import AttentionRate, CardRates, Dtype, PeakFlops
+from launcher.engine.distributed import join, leave
+from launcher.engine.watchdog import MEASURING_MINUTES, Watchdog
+from launcher.launch.local import run_local_ranks, start_method_for
+from launcher.launch.scratch import scratch_directory
+from launcher.parallel.dtypes import TORCH_DTYPES
+
+GIGA = 1e9
+CALLS = 20  # of an all-reduce
+
+
+@dataclass(frozen=True)
+class ProbeSizes:
+    """Sizes as large models have them, at which a GPU is measured in about a minute."""
+
+    tokens: int = 8192
+    products: tuple[tuple[int, int], ...] = ((4096, 4096), (8192, 2048), (2048, 8192), (3072, 768))  # (n, k)
+    head_sizes: tuple[int, ...] = (64, 80, 96, 128)
+    lengths: tuple[int, ...] = (512, 2048, 8192)
+    heads: int = 16
+    parameters: int = 2**27  # of the optimizer
+    copied: int = 2**28  # bytes
+    messages: tuple[int, ...] = (2**16, 2**22, 2**28)  # bytes
+
+
+def measure_card(gpus: int) -> tuple[CardRates, int]:
+    """Return the rates of the first GPU and of the links between all, and the bytes of its memory."""
+    print(f"measuring {gpus} GPUs", flush=True)
+    with scratch_directory() as folder:
+        target = partial(_rank, ranks=gpus, folder=folder)
+        run_local_ranks(target, gpus, log_dir=folder / "logs", start_method=start_method_for("cuda"))
+        measured = json.loads((folder / "card.json").read_text())
+    return card_of(measured["card"]), measured["memory"]
+
+
+def card_of(measured: dict[str, Any]) -> CardRates:
+    """Return the rates that a rank wrote as JSON."""
+    products, attention = PeakFlops(**measured["products"]), measured["attention"]
+    return CardRates(
+        **measured | {"products": products, "attention": [AttentionRate(**rate) for rate in attention]}
+    )
+
+
+def _rank(rank: int, *, ranks: int, folder: Path) -> None:
+    store = f"file://{folder / 'store'}"
+    device = join(
+        rank=rank, world_size=ranks, local_rank=rank, device="cuda", init_method=store,
+        timeout_minutes=MEASURING_MINUTES,
+    )  # fmt: skip
+    with Watchdog(folder / "logs", MEASURING_MINUTES) as watchdog:
+        watchdog.at("the probes of a GPU")
+        # Alone: a GPU that computes beside others may be slowed down by their heat.
+        card = card_rates(device) if rank == 0 else CardRates()
+        dist.barrier()
+        watchdog.at("the probe of all-reduces")
+        if ranks > 1:
+            card.link_gb_s, card.hop_s = link_rates(ranks, device)
+        if rank == 0:
+            memory = torch.cuda.get_device_properties(device).total_memory
+            (folder / "card.json").write_text(json.dumps({"card": asdict(card), "memory": memory}))
+        leave()
+
+
+def card_rates(device: torch.device, sizes: ProbeSizes | None = None) -> CardRates:
+    """Return the rates of a device that computes alone."""
+    sizes = sizes or ProbeSizes()
+    memory = copy_rate(device, device, sizes.copied)
+    aligned, unaligned = (product_rate(device, Dtype.bf16, sizes, memory, extra) for extra in (0, 1))
+    is_gpu = device.type == "cuda"
+    return CardRates(
+        name=torch.cuda.get_device_name(device) if is_gpu else "CPU",
+        measured_on=datetime.now(UTC).date().isoformat(),
+        versions=f"torch {torch.__version__}",
+        products=PeakFlops(
+            fp32=product_rate(device, Dtype.fp32, sizes, memory),
+            bf16=aligned,
+            fp16=product_rate(device, Dtype.fp16, sizes, memory) if is_gpu else None,
+        ),
+        unaligned=min(1.0, rounded(unaligned / aligned)),
+        attention=[attention_rate(device, size, sizes) for size in sizes.head_sizes],
+        memory_gb_s=rounded(memory / GIGA),
+        update_gb_s=rounded(stream(device, sizes.parameters) / GIGA),
+        launch_s=launch_seconds(device),
+        host_gb_s=rounded(copy_rate(torch.device("cpu"), device, sizes.copied) / 2 / GIGA),
+    )
+
+
+def product_rate(
+    device: torch.device, dtype: Dtype, sizes: ProbeSizes, memory: float, extra: int = 0
+) -> float:
+    """Return FLOP/s of products without the time to write their result, as plans count it (cost/rates.py)."""
+    rates, draw = [], partial(torch.randn, device=device, dtype=TORCH_DTYPES[dtype])
+    for n, k in sizes.products:
+        m, columns = sizes.tokens, n + extra
+        x, weight = draw(m, k), draw(columns, k)
+        written = m * columns * x.element_size() / memory
+        taken = seconds(partial(F.linear, x, weight), device)
+        rates.append(2 * m * columns * k / max(taken - written, taken / 2))
+    return rounded(median(rates))
+
+
+def attention_rate(device: torch.device, head_size: int, sizes: ProbeSizes) -> AttentionRate:
+    """Return the rate of fused causal attention, fitted to several lengths with equal numbers of tokens."""
+    forward, backward = [], []
+    for length in sizes.lengths:
+        shape = max(1, max(sizes.lengths) // length), sizes.heads, length, head_size
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        q, k, v = (torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
+        attend = partial(F.scaled_dot_product_attention, q, k, v, is_causal=True)
+        mixed = attend()
+        gradient = torch.randn_like(mixed)
+        back = partial(torch.autograd.grad, mixed, (q, k, v), gradient, retain_graph=True)
+        product = shape[0] * sizes.heads * length**2 * head_size  # FLOPs, of the causal half
+        forward.append((length, seconds(attend, device) / (2 * product)))
+        backward.append((length, seconds(back, device) / (5 * product)))
+    (ahead, ahead_ramp), (behind, behind_ramp) = fitted_ramp(forward), fitted_ramp(backward)
+    return AttentionRate(head_size, ahead, ahead_ramp, behind, behind_ramp)
+
+
+def fitted_ramp(points: Sequence[tuple[int, float]]) -> tuple[float, float]:
+    """Return FLOP/s and ramp of (length, seconds of a FLOP): seconds = (1 + ramp / length) / FLOP/s. Pure."""
+    line = linear_regression([1 / length for length, _ in points], [taken for _, taken in points])
+    if line.intercept <= 0 or line.slope < 0:  # noise: longer sequences were not faster
+        return rounded(1 / median(taken for _, taken in points)), 0.0
+    return rounded(1 / line.intercept), rounded(line.slope / line.intercept)
+
+
+def copy_rate(source: torch.device, target: torch.device, size: int) -> float:
+    """Return bytes per second read and written by a copy; of the host, from pinned memory."""
+    x = torch.empty(size, dtype=torch.uint8, device=source, pin_memory=source.type != target.type)
+    y = torch.empty(size, dtype=torch.uint8, device=target)
+    return 2 * size / seconds(lambda: y.copy_(x, non_blocking=True), target)
+
+
+def launch_seconds(device: torch.device) -> float:
+    """Return the seconds of the host to start an operation."""
+    x = torch.ones(1, device=device)
+    return rounded(seconds(lambda: x.add_(1), device))
+
+
+def link_rates(ranks: int, device: torch.device) -> tuple[float, float]:
+    """Return GB/s that a rank sends in an all-reduce, and seconds of a step. Collective over the world."""
+    points = []
+    for size in ProbeSizes().messages:
+        tensor: Tensor = torch.zeros(size // 4, device=device)
+        points.append((float(size), all_reduce_seconds(tensor, device)))
+    return fitted_link(points, ranks)
+
+
+def all_reduce_seconds(tensor: Tensor, device: torch.device) -> float:
+    """Return the mean seconds of a call. All ranks make the same number of calls."""
+    for _ in range(3):
+        dist.all_reduce(tensor)
+    torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    for _ in range(CALLS):
+        dist.all_reduce(tensor)
+    torch.cuda.synchronize(device)
+    return (time.perf_counter() - started) / CALLS
+
+
+def fitted_link(points: Sequence[tuple[float, float]], ranks: int) -> tuple[float, float]:
+    """Return GB/s and seconds of a step from (bytes, seconds) of all-reduces in a ring of `ranks`. Pure."""
+    largest, smallest = max(points), min(points)
+    steps = 2 * (ranks - 1)
+    per_byte = (largest[1] - smallest[1]) / (largest[0] - smallest[0])
+    hop = max(0.0, smallest[1] - per_byte * smallest[0]) / steps
+    return rounded(steps / ranks / per_byte / GIGA), rounded(hop)

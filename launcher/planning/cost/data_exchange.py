@@ -1,0 +1,106 @@
+"""Seconds of the collectives over the data ranks in a step: hidden by computation, and waited for. Pure."""
+
+from dataclasses import dataclass
+
+from launcher.config.layout import GroupName, Layout
+from launcher.config.schema import RunConfig
+from launcher.planning.cost.buffers import BufferSizes
+from launcher.planning.cost.geometry import Rank, block_parameters
+from launcher.planning.cost.measured_rates import AnyRates
+from launcher.planning.cost.operations import BYTES, Collective, CollectiveKind
+from launcher.planning.cost.pass_time import PartTimes
+from launcher.planning.cost.streams import Layer, micro_batch
+from launcher.planning.cost.traffic import TIED_RANKS, GroupShape, data_traffic, pieces, tied_traffic
+from launcher.planning.cost.zero_states import MODULE_CALLS
+
+Groups = dict[GroupName, GroupShape]
+# Times that ZeRO-3 reads or writes a weight or its gradient in memory for a micro-batch: each of two gathers
+# joins the pieces (partition_parameters.py, AllGatherCoalescedHandle.wait); the reduction joins and then
+# divides the gradients (runtime/comm/coalesced_collectives.py, reduce_scatter_coalesced).
+COPIES = 2 * 2 + 2 + 2
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Seconds of the collectives over the data ranks in a step."""
+
+    waiting: float
+    hidden: float = 0.0  # behind the computation of other layers
+    copying: float = 0.0  # of the tensors that are sent and received
+
+
+def data_exchange(
+    run: RunConfig, layout: Layout, rank: Rank, rates: AnyRates, groups: Groups, times: PartTimes
+) -> Exchange:
+    """Return the wait for data ranks, and the seconds of their collectives that computation hides.
+
+    DeepSpeed reduces on the stream that computes unless `overlap_comm` is set, which is its default under
+    ZeRO-3 alone (runtime/zero/config.py, overlap_comm_valid). ZeRO-0 and BF16_Optimizer reduce after the last
+    backward pass (runtime/engine.py, allreduce_gradients).
+    """
+    calls = data_traffic(run, layout, rank).items()
+    seconds = sum(rates.collective(call, groups["data"]) * count for call, count in calls)
+    hidden = 0.0
+    buffers = BufferSizes.of(run)
+    overlaps = layout.zero_stage == 3 or (layout.zero_stage == 2 and buffers.reduce_buffers == 2)
+    if overlaps and rates.overlaps:
+        simulated = _simulated(run, layout, rank, rates, groups["data"], times)
+        # Collectives after the micro-batches: gathers of weights that stay whole, or of updated weights.
+        after = max(0.0, seconds - simulated.hidden - simulated.waiting)
+        seconds, hidden = simulated.waiting + after, simulated.hidden
+    copied = 0.0
+    if layout.zero_stage == 3 and rates.overlaps:
+        copied = layout.accumulation * BYTES[run.precision.dtype] * rank.parameters * COPIES / rates.memory
+    if tied := tied_traffic(run, layout, rank):
+        group = groups["pipeline"]
+        pair = GroupShape(TIED_RANKS, TIED_RANKS if group.is_within_node else 1)
+        seconds += rates.collective(tied, pair)
+    return Exchange(seconds, hidden, copied)
+
+
+def _simulated(
+    run: RunConfig, layout: Layout, rank: Rank, rates: AnyRates, data: GroupShape, times: PartTimes
+) -> Exchange:
+    """Return the collectives of all micro-batches of a rank without a pipeline, by simulation."""
+    buffers, element = BufferSizes.of(run), BYTES[run.precision.dtype]
+    partitions, offloads = layout.zero_stage == 3, run.parallelism.offload_parameters
+    block = block_parameters(rank.model, rank.tensor)
+    at_once = max(buffers.prefetch_bucket, block // MODULE_CALLS)
+
+    def gather(elements: int) -> float:
+        if not partitions:
+            return 0.0
+        calls = [Collective("all_gather", element * size) for size in pieces(elements, at_once)]
+        # Offloaded partitions first come over the link to the host.
+        from_host = element * elements / layout.data / rates.host if offloads else 0.0
+        return sum(rates.collective(call, data) for call in calls) + from_host
+
+    kind: CollectiveKind = "reduce_scatter" if partitions else "all_reduce"
+
+    def reduction(elements: int) -> float:
+        return rates.collective(Collective(kind, element * elements), data)
+
+    ends = rank.parameters - block * rank.blocks
+    embedding = min(ends, rank.parameters_of_embedding)
+    of_block, of_embedding = gather(block), gather(embedding)
+    # The weights that the forward pass used last are still there for the backward pass.
+    kept = min(rank.blocks, buffers.max_live // block)
+    host = 0.0 if not partitions else rates.zero_3_block_s
+    forward, backward = (
+        max(part.total, host * share) for part, share in zip(times.block, (1 / 3, 2 / 3), strict=True)
+    )
+    layers = [
+        Layer(times.embedding[0].total, times.embedding[1].total, embedding, of_embedding, of_embedding)
+    ]
+    for index in range(rank.blocks):
+        again = 0.0 if index >= rank.blocks - kept else of_block
+        layers.append(Layer(forward, backward, block, of_block, again))
+    head = times.head
+    layers.append(Layer(head[0].total, head[1].total, ends - embedding, gather(ends - embedding)))
+    ahead = max(1, buffers.max_live // block if MODULE_CALLS * buffers.prefetch_bucket >= block else 1)
+    end = micro_batch(layers, ahead=ahead, bucket=buffers.reduce_bucket, reduction=reduction)
+    link = sum(layer.gather + layer.gather_again for layer in layers)
+    link += sum(reduction(size) for size in pieces(rank.parameters, buffers.reduce_bucket))
+    waiting = end - sum(layer.forward + layer.backward for layer in layers)
+    batches = layout.accumulation
+    return Exchange(max(0.0, waiting) * batches, max(0.0, link - waiting) * batches)

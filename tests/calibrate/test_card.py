@@ -1,0 +1,43 @@
+"""The rates of a GPU: the fits are exact, the probes run (here on a CPU), and a plan uses their result."""
+
+import json
+from dataclasses import asdict
+
+import pytest
+import torch
+
+from launcher.calibrate.card import ProbeSizes, card_of, card_rates, fitted_link, fitted_ramp
+from launcher.config.schema import Device, Dtype, HardwareConfig
+from launcher.planning.cost.operations import Attention, Matmul
+from launcher.planning.cost.rates import specified
+
+SMALL = ProbeSizes(
+    tokens=64, products=((64, 64), (128, 32)), head_sizes=(16, 32), lengths=(16, 64), heads=2,
+    parameters=2**16, copied=2**20,
+)  # fmt: skip
+
+
+def test_the_ramp_of_attention_is_fitted() -> None:
+    points = [(length, (1 + 440 / length) / 5e14) for length in (512, 2048, 8192)]
+    assert fitted_ramp(points) == (5e14, 440.0)
+    noise = [(512, 2e-15), (8192, 3e-15)]
+    assert fitted_ramp(noise) == (pytest.approx(4e14), 0.0)
+
+
+def test_bandwidth_and_latency_of_a_link_are_fitted() -> None:
+    ranks, link, hop = 8, 250e9, 3e-6
+    points = [(size, 2 * 7 / 8 * size / link + 14 * hop) for size in (2.0**16, 2.0**22, 2.0**28)]
+    assert fitted_link(points, ranks) == (250.0, 3e-6)
+
+
+def test_a_plan_uses_what_the_probes_measured() -> None:
+    card = card_rates(torch.device("cpu"), SMALL)
+    again = card_of(json.loads(json.dumps(asdict(card))))
+    assert again == card
+    assert [rate.head_size for rate in card.attention] == [16, 32]
+    hardware = HardwareConfig(device=Device.cuda, accelerators_per_node=1, card=again)
+    rates = specified(hardware, Dtype.bf16)
+    assert rates is not None
+    assert rates.flops == card.products.bf16
+    assert rates.product(Matmul(4096, 4096, 4096)) > 0
+    assert rates.attention(Attention(1024, 32, 8, is_causal=True), 2) > 0

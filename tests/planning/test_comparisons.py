@@ -1,0 +1,114 @@
+"""Plans of GPU steps beside measured and published ones: their errors, and the table in docs/planning.md."""
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks.comparisons import Comparison, comparisons, on_this_h100, table
+from launcher.config.schema import Dtype
+from launcher.planning.cost.operations import Attention, Matmul
+from launcher.planning.cost.parts import parts
+from launcher.planning.cost.rates import Rates, specified
+from launcher.planning.cost.sizes import Sizes
+from launcher.planning.cost.streams import Layer, micro_batch
+from tests.planning.planned import LLAMA, plan_of
+
+DOCS = Path(__file__).parents[2] / "docs" / "planning.md"
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[Comparison]:
+    return comparisons()
+
+
+def test_steps_on_an_h100_are_within_ten_percent(rows: list[Comparison]) -> None:
+    here = [row for row in rows if row.source.startswith("H100")]
+    assert len(here) == 10
+    assert [row for row in here if abs(row.error) > 0.10] == []
+    # The head in chunks was measured in a prototype, whose buffers were others.
+    same = [row for row in here if "chunks" not in row.run]
+    assert [row for row in same if abs(row.memory_error or 0) > 0.02] == []
+
+
+def test_deepspeeds_pipelines_were_kept_aside_and_are_within_fourteen_percent(rows: list[Comparison]) -> None:
+    pipelines = [row for row in rows if " x PP" in row.run and not row.fitted]
+    assert len(pipelines) == 5
+    assert [row for row in pipelines if abs(row.error) > 0.14] == []
+
+
+def test_the_documentation_shows_every_row(rows: list[Comparison]) -> None:
+    assert table(rows) in DOCS.read_text()
+
+
+def test_compiled_and_eager_are_two_plans() -> None:
+    eager, compiled = (
+        next(row for row in on_this_h100() if row.run == f"GPT-2 124M, {name}")
+        for name in ("eager", "blocks compiled")
+    )
+    assert compiled.planned < 0.93 * eager.planned
+
+
+def test_training_compile_decides_which_is_planned() -> None:
+    plan = plan_of(*LLAMA, "hardware=h100_80gb", "parallelism.zero_stage=3")
+    kept = {}
+    for value, device, compiled in (
+        (None, "cuda", True), (None, "cpu", False), (False, "cuda", False), (True, "cpu", True),
+    ):  # fmt: skip
+        run = copy.deepcopy(plan.run)
+        vars(run.training)["compile"] = value
+        assert Sizes.of(run, device).compiled is compiled
+        if device == "cuda":
+            kept[compiled] = parts(Sizes.of(run, device)).block.footprint.saved
+    # A compiled SwiGLU runs its SiLU again.
+    assert kept[False] - kept[True] == Sizes.of(plan.run, "cuda").ffn
+
+
+def h100() -> Rates:
+    rates = specified(plan_of("hardware=h100_80gb", "training.global_batch_size=64").run.hardware, Dtype.bf16)
+    assert rates is not None
+    return rates
+
+
+@pytest.mark.parametrize(
+    ("shape", "milliseconds", "within"),
+    [  # conf/hardware/h100_80gb.yaml names the source
+        ((32768, 3072, 768), 0.2727, 0.05), ((32768, 2048, 8192), 1.6965, 0.12),
+        ((16384, 4096, 1792), 0.4082, 0.12), ((32768, 50304, 768), 3.8114, 0.2),
+        ((32768, 50257, 768), 25.81, 0.1),
+    ],
+)  # fmt: skip
+def test_products_by_shape(shape: tuple[int, int, int], milliseconds: float, within: float) -> None:
+    m, n, k = shape
+    assert h100().product(Matmul(m, n, k)) * 1e3 == pytest.approx(milliseconds, rel=within)
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "length", "size", "forward", "backward"),
+    [
+        (32, 12, 1024, 64, 0.1694, 0.5840), (4, 16, 8192, 64, 1.1916, 3.3251),
+        (8, 32, 4096, 128, 1.8165, 5.9995), (16, 16, 2048, 96, 0.5036, 1.6204),
+    ],
+)  # fmt: skip
+def test_attention_by_head_size_and_length(
+    batch: int, heads: int, length: int, size: int, forward: float, backward: float
+) -> None:
+    work = Attention(length, size, batch * heads, is_causal=True)
+    assert h100().attention(work, 2) * 1e3 == pytest.approx(forward, rel=0.1)
+    assert h100().attention(work, 5) * 1e3 == pytest.approx(backward, rel=0.1)
+    whole = replace(work, is_causal=False)
+    assert h100().attention(whole, 2) == 2 * h100().attention(work, 2)
+
+
+def test_gathers_hide_behind_computation_only_if_it_is_longer() -> None:
+    def seconds(gather: float, ahead: int = 1, forward: tuple[float, ...] = (1.0,) * 4) -> float:
+        layers = [Layer(each, 2 * each, 100, gather, gather) for each in forward]
+        return micro_batch(layers, ahead=ahead, bucket=100, reduction=lambda elements: 0.5)
+
+    # The first gather and the last reduction have nothing to hide behind.
+    assert seconds(0.25) == pytest.approx(0.25 + 12 + 0.5)
+    assert seconds(3.0) > 8 * 3.0
+    # A long layer hides the gathers of several short layers after it, if they begin early.
+    uneven = (4.0, 0.1, 0.1, 0.1)
+    assert seconds(1.0, 3, uneven) < seconds(1.0, 1, uneven) - 1
