@@ -128,7 +128,7 @@ class CheckpointWriter:
             if share is None:
                 continue
             for kind, box, view in fragment_views(share, self.engine.mesh.tensor):
-                copied = view.to("cpu", copy=True).contiguous()
+                copied = view.to("cpu", copy=True).float().contiguous()
                 yield HostPiece(kind, share.logical.name, share.logical.shape, box, copied)
 
     def _write(self, partial: Path, pieces: Iterable[HostPiece], manifest: Manifest) -> None:

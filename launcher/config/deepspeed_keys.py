@@ -110,6 +110,8 @@ OURS: dict[str, str] = {
     "gradient_clipping": "optimizer.gradient_clipping={}", "optimizer": "optimizer=adamw or optimizer=sgd",
     "scheduler": "scheduler=cosine or another option of the group scheduler",
     "bf16.enabled": "precision=bf16", "bf16.immediate_grad_update": "precision=bf16",
+    "bf16.bf16_master_weights_and_grads": "precision=bf16_states",
+    "bf16.bf16_optimizer_states": "precision=bf16_states",
     "fp16.enabled": "precision=fp16",
     "fp16.initial_scale_power": "precision.initial_loss_scale_power={}",
     "zero_optimization.stage": "parallelism.zero_stage={}",

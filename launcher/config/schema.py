@@ -148,6 +148,11 @@ class Dtype(Enum):
     fp16 = "fp16"
 
 
+class StatesDtype(Enum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
 class OutputFormat(Enum):
     """`table` for people, `json` for machines."""
 
@@ -415,6 +420,8 @@ class SchedulerConfig:
 @dataclass
 class PrecisionConfig:
     dtype: Dtype = MISSING
+    # Master weights, optimizer states and gradient sums. bf16: the model's weights are the only weights.
+    states: StatesDtype = StatesDtype.fp32
     initial_loss_scale_power: int = 16  # fp16: the first loss scale is 2 to this power
 
 

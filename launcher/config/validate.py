@@ -37,6 +37,7 @@ from launcher.config.schema import (
     ReplayConfig,
     RunConfig,
     SchedulerName,
+    StatesDtype,
 )
 from launcher.config.slurm_rules import check_slurm
 from launcher.config.world import World
@@ -290,6 +291,24 @@ def check_zero(run: RunConfig) -> None:
         why = "ZeRO-0 has no partitioned optimizer to offload"
         remedies = "parallelism.zero_stage=1", "parallelism.offload_optimizer=false"
         raise refusal(run, "parallelism.offload_optimizer", why, *remedies)
+
+
+def check_states(run: RunConfig) -> None:
+    p, accumulation = run.parallelism, run.deepspeed.get("data_types", {}).get("grad_accum_dtype")
+    if run.precision.states is not StatesDtype.bf16:
+        return
+    if run.precision.dtype is not Dtype.bf16:
+        why = f"needs bf16 weights, but precision.dtype={run.precision.dtype.name}"
+        raise refusal(run, "precision.states", why, "precision=bf16_states", "precision.states=fp32")
+    if p.offload_optimizer:
+        why = "offloaded states are fp32 here: DeepSpeed's CPU optimizer would round bf16 states to nearest"
+        off = ["parallelism.offload_optimizer=false"]
+        off += ["parallelism.offload_parameters=false"] if p.offload_parameters else []
+        raise refusal(run, "precision.states", why, " ".join(off), "precision=bf16")
+    if accumulation not in (None, "bf16"):
+        why = "gradients of bf16 states are summed in bf16"
+        remedies = "deepspeed.data_types.grad_accum_dtype=bf16", "precision=bf16"
+        raise ConfigError("deepspeed.data_types.grad_accum_dtype", accumulation, why, " or ".join(remedies))
 
 
 def check_sequence(run: RunConfig) -> None:
@@ -546,6 +565,7 @@ RULES: tuple[Callable[[RunConfig], None], ...] = (
     check_stop,
     check_profile,
     check_deepspeed,
+    check_states,
     check_wandb,
     check_slurm,
 )

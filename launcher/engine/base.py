@@ -13,7 +13,9 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_st
 from torch import Tensor, nn
 
 from launcher.config.layout import Layout
+from launcher.engine import bf16_states
 from launcher.engine.state import find_states, loss_scaler, make_states
+from launcher.engine.stochastic import StochasticOptimizer
 from launcher.engine.update_guard import UpdateGuard, install
 from launcher.models.context import BlockContext
 from launcher.models.losses import ClassificationLoss, Loss
@@ -55,6 +57,8 @@ class Engine(ABC):
         self.guard = UpdateGuard(device)
         if layout.zero_stage > 0:
             install(self.guard, deepspeed_engine.optimizer, mesh)
+        if isinstance(optimizer, StochasticOptimizer):
+            bf16_states.install(self)
         if any(group.get("momentum") for group in optimizer.param_groups):
             # torch would leave the buffers uninitialised if it skipped the first step.
             make_states(self, ["momentum_buffer"], updates=0)

@@ -3,7 +3,7 @@
 from typing import Any
 
 from launcher.config.layout import Layout
-from launcher.config.schema import Dtype, RunConfig
+from launcher.config.schema import Dtype, RunConfig, StatesDtype
 from launcher.models.arithmetic import reduce_bucket
 
 
@@ -38,6 +38,9 @@ def clipping(run: RunConfig, layout: Layout) -> float:
 
 def _zero(run: RunConfig, layout: Layout) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": layout.zero_stage, "reduce_bucket_size": reduce_bucket(run.model)}
+    if run.precision.states is StatesDtype.bf16 and layout.zero_stage == 1:
+        # Otherwise DeepSpeed copies all reduced gradients into a second buffer of their size.
+        zero["contiguous_gradients"] = False
     # Host memory can be pinned only on a machine with a GPU.
     pinned = layout.device == "cuda"
     if run.parallelism.offload_optimizer:
@@ -50,6 +53,10 @@ def _zero(run: RunConfig, layout: Layout) -> dict[str, Any]:
 def _precision(run: RunConfig) -> dict[str, Any]:
     if run.precision.dtype is Dtype.fp32:
         return {}
+    if run.precision.states is StatesDtype.bf16:
+        # DeepSpeed sums in `grad` here and zeroes nothing within a step, so a pipeline's head trains.
+        bf16_states = {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
+        return {"bf16": {"enabled": True, **bf16_states}, "data_types": {"grad_accum_dtype": "bf16"}}
     fp32_accumulation = {"data_types": {"grad_accum_dtype": "fp32"}}
     if run.precision.dtype is Dtype.bf16:
         # Gradients go into the fp32 sums as soon as they exist. By default DeepSpeed keeps bf16 ones, and

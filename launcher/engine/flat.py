@@ -32,7 +32,7 @@ class FlatEngine(Engine):
         if layout.compiled and layout.zero_stage == 3:
             # A compiled body calls no module, whose hooks would gather its weights: the block gathers them.
             set_z3_leaf_modules(model, [TransformerBlock])
-        optimizer = build_optimizer(run.optimizer, model.parameters())
+        optimizer = build_optimizer(run.optimizer, model.parameters(), run.precision.states)
         deepspeed_engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=config, mpu=mesh, dist_init_required=False
         )

@@ -6,12 +6,18 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from launcher.config.schema import OptimizerConfig, OptimizerName, SchedulerConfig, SchedulerName
+from launcher.config.schema import OptimizerConfig, OptimizerName, SchedulerConfig, SchedulerName, StatesDtype
+from launcher.engine.stochastic import StochasticAdamW, StochasticSGD
 from launcher.parallel.sharding import logical_of
 
 
-def build_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """Return torch's AdamW or SGD. Weight decay applies to matrices only, not to biases and norm weights."""
+def build_optimizer(
+    config: OptimizerConfig, parameters: Iterable[nn.Parameter], states: StatesDtype = StatesDtype.fp32
+) -> torch.optim.Optimizer:
+    """Return AdamW or SGD: torch's, or with bf16 states the one that rounds stochastically.
+
+    Weight decay applies to matrices only, not to biases and norm weights.
+    """
     matrices: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []
     for parameter in parameters:
@@ -21,10 +27,16 @@ def build_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter])
     groups = [{"params": group, "weight_decay": decay} for group, decay in decays if group]
     if config.name is OptimizerName.sgd:
         assert config.momentum is not None
+        if states is StatesDtype.bf16:
+            return StochasticSGD(groups, lr=config.lr, momentum=config.momentum)
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=True)
     beta1, beta2, epsilon = config.beta1, config.beta2, config.epsilon
-    assert None not in (beta1, beta2, epsilon)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(beta1, beta2), eps=epsilon, fused=True)  # type: ignore[arg-type]
+    assert beta1 is not None
+    assert beta2 is not None
+    assert epsilon is not None
+    if states is StatesDtype.bf16:
+        return StochasticAdamW(groups, lr=config.lr, betas=(beta1, beta2), eps=epsilon)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(beta1, beta2), eps=epsilon, fused=True)
 
 
 def state_keys(config: OptimizerConfig) -> list[str]:

@@ -44,7 +44,7 @@ class PipelineEngine(Engine):
         # DeepSpeed builds only the layers of this rank's stages.
         for head in (built for built in module.modules() if type(built) is layers[-1].module):
             loss.head = head
-        optimizer = build_optimizer(run.optimizer, module.parameters())
+        optimizer = build_optimizer(run.optimizer, module.parameters(), run.precision.states)
         deepspeed_engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=deepspeed_config(run, layout), dist_init_required=False
         )

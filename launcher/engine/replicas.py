@@ -156,7 +156,7 @@ def _fragments_of_whole_tensors(engine: Engine) -> Iterator[Replica]:
     for fragment in fragments(engine, sorted(keys)):
         if not fragment.logical.is_split:
             for key, tensor in fragment.tensors.items():
-                kind = "fp32 master weight" if key == WEIGHT else key
+                kind = "master weight" if key == WEIGHT else key
                 yield Replica(f"{fragment.logical.name} ({kind})", (False, False, True), tensor)
 
 

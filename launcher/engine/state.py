@@ -82,7 +82,7 @@ def updates_made(engine: "Engine") -> int:
 @torch.no_grad()
 def make_states(engine: "Engine", keys: list[str], updates: int) -> None:
     """Give every partition zero optimizer states after `updates` steps; restoring fills them in."""
-    for partition in _partitions(engine):
+    for partition in partitions(engine):
         state: dict[str, Tensor] = {key: torch.zeros_like(partition) for key in keys}
         if isinstance(engine.optimizer, torch.optim.AdamW):
             state["step"] = torch.tensor(float(updates), device=partition.device)
@@ -100,7 +100,7 @@ def find_states(engine: "Engine", keys: list[str]) -> None:
 
 @torch.no_grad()
 def update_model_weights(engine: "Engine") -> None:
-    """Copy the fp32 master weights into the model weights. Collective over the data group."""
+    """Copy the master weights into the model weights. Collective over the data group."""
     zero: Any = engine.deepspeed.optimizer
     if engine.zero_stage == 0:
         return  # the model weights are the master weights
@@ -122,11 +122,11 @@ def link_states(engine: "Engine") -> None:
     zero: Any = engine.deepspeed.optimizer
     if engine.zero_stage in (1, 2):
         groups = getattr(zero, "bit16_groups", None) or zero.bf16_groups
-        for group, partition in zip(groups, _partitions(engine), strict=True):
+        for group, partition in zip(groups, partitions(engine), strict=True):
             lazy_init_hp_params_optimizer_state(group, partition, zero.optimizer.state)
 
 
-def _partitions(engine: "Engine") -> list[nn.Parameter]:
+def partitions(engine: "Engine") -> list[nn.Parameter]:
     """Return the tensors that torch's optimizer updates: parameters, or this rank's flat fp32 partitions."""
     zero: Any = engine.deepspeed.optimizer
     if engine.zero_stage == 0:

@@ -20,6 +20,7 @@ from launcher.parallel.sharding import logical_of
 
 # The squares of larger gradients leave fp32's range, and AdamW keeps a mean of squares.
 LARGEST_NORM = 1e18
+_PART = 1 << 24  # elements of a low-precision gradient whose norm is computed at once
 CLIP_EPSILON = 1e-6  # the same as in DeepSpeed and torch
 
 
@@ -70,7 +71,7 @@ def install(guard: UpdateGuard, zero: Any, mesh: ProcessMesh) -> None:
 
     def scaled_norm(*_: Any) -> Tensor:
         """Return the norm as the gradients are scaled, infinity to skip. Collective: a scalar, world."""
-        scaled = combined(_norms(zero, mesh), dist.group.WORLD, guard.device)
+        scaled = combined(norms(zero, mesh), dist.group.WORLD, guard.device)
         guard.judge(scaled / zero.loss_scale)
         # The one read of this step: DeepSpeed decides in Python. It does not read a tensor on the CPU again.
         return torch.full((), torch.inf) if guard.skipped else scaled.cpu()
@@ -106,7 +107,7 @@ def _bf16_step(guard: UpdateGuard, zero: BF16_Optimizer, mesh: ProcessMesh) -> N
     zero.clear_hp_grads()
 
 
-def _norms(zero: Any, mesh: ProcessMesh) -> list[Tensor]:
+def norms(zero: Any, mesh: ProcessMesh) -> list[Tensor]:
     """Return the norms of this rank's partitions of the gradients, each counted by one rank only."""
     is_stage_3 = isinstance(zero, DeepSpeedZeroOptimizer_Stage3)
     groups = zero.fp16_groups if is_stage_3 else zero.params_in_partition
@@ -134,7 +135,12 @@ def is_counted(parameter: nn.Parameter, mesh: ProcessMesh) -> bool:
 
 
 def norms_of(gradients: Iterable[Tensor]) -> list[Tensor]:
-    return [torch.linalg.vector_norm(gradient) for gradient in gradients]
+    """Return the L2 norms in fp32. On a CPU torch casts bf16 first: hence parts of such a gradient."""
+    return [
+        torch.linalg.vector_norm(part, dtype=torch.float32)
+        for gradient in gradients
+        for part in ([gradient] if gradient.dtype is torch.float32 else gradient.reshape(-1).split(_PART))
+    ]
 
 
 def combined(norms: list[Tensor], group: Group | None, device: torch.device) -> Tensor:
@@ -149,4 +155,9 @@ def combined(norms: list[Tensor], group: Group | None, device: torch.device) -> 
 
 def clip(gradients: list[Tensor], norm: Tensor, limit: float) -> None:
     """Scale gradients of the global norm `norm` down to `limit`, in place."""
-    torch._foreach_mul_(gradients, (limit / (norm + CLIP_EPSILON)).clamp(max=1.0))
+    torch._foreach_mul_(gradients, clip_factor(norm, limit))
+
+
+def clip_factor(norm: Tensor, limit: float) -> Tensor:
+    """Return the factor that scales gradients of the global norm `norm` down to `limit`."""
+    return (limit / (norm + CLIP_EPSILON)).clamp(max=1.0)

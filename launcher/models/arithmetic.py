@@ -64,6 +64,11 @@ def reduce_bucket(model: ModelConfig) -> int:
     return min(500_000_000, parameters(model))
 
 
+def update_chunk(device: str) -> int:
+    """Return the elements of bf16 weights that are updated at once: few enough for a CPU's cache."""
+    return 1 << 22 if device == "cuda" else 1 << 16
+
+
 def train_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
     """Return the model FLOPs per token, forward and backward: 6 per matrix weight, 12 L N D T for attention.
 

@@ -20,12 +20,14 @@ class DropoutRandom:
     """
 
     def __init__(self, seed: int, *, stage: int, data_rank: int, tensor_rank: int) -> None:
-        self._seed, self._replica, self._tensor_rank = seed, (stage, data_rank), tensor_rank
+        self.seed, self.step = seed, 0
+        self._replica, self._tensor_rank = (stage, data_rank), tensor_rank
         self.begin_step(0)
 
     def begin_step(self, step: int) -> None:
         """Begin the seeds of the optimizer step `step`."""
-        parts = (self._seed, "dropout", *self._replica, step)
+        self.step = step
+        parts = (self.seed, "dropout", *self._replica, step)
         self._shared = Random(seed_of(*parts))
         self._local = Random(seed_of(*parts, "tensor", self._tensor_rank))
 

@@ -253,6 +253,15 @@ def _gradients(e: Evidence) -> Results:
     )
 
 
+def _rounding(e: Evidence) -> Results:
+    if names := e.names("rounding"):
+        shape = f"{_some(names)}: every gradient is right, and the mean of the rounded updates is not"
+        yield (
+            shape,
+            "weights are rounded to nearest, which loses small updates, or by bits that are not uniform",
+        )
+
+
 def _update(e: Evidence) -> Results:
     if e.names("grad_norm"):
         words, _ = named_ratio(e.step.grad_norm / e.right.grad_norm, e.layout)
@@ -264,7 +273,7 @@ def _update(e: Evidence) -> Results:
     yield shape, "the optimizer, learning rate, weight decay or state differs from the reference"
 
 
-RULES = (_start, _micro_batches, _forward, _loss, _replicas, _gradients, _update)
+RULES = (_start, _micro_batches, _forward, _loss, _replicas, _gradients, _rounding, _update)
 
 
 def _axes(names: list[str]) -> str:

@@ -9,12 +9,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from launcher.config.schema import Dtype, OptimizerName, RunConfig
+from launcher.config.schema import Dtype, OptimizerName, RunConfig, StatesDtype
 from launcher.parity.shrink import parameter_order
 from launcher.parity.step_trace import StepTrace, Weights
 from launcher.parity.tolerance import Tolerance
 
-U32 = 2.0**-24  # unit roundoff of fp32, in which every precision keeps master weights, states and updates
+U32 = 2.0**-24  # unit roundoff of fp32, in which weights and states are kept, unless precision.states=bf16
+U16 = 2.0**-8  # unit roundoff of bf16; stochastic rounding takes either neighbour, an error below 2 U16
+# By Hoeffding's inequality a sum of independent errors of mean 0, each from an interval of length d, exceeds
+# UNBIASED sqrt(sum of d^2) with a probability below 2 exp(-2 UNBIASED^2) = 3e-8.
+UNBIASED = 3.0
 TINY = 1e-30
 
 # The compared quantities, in the order in which a step computes them. A replica is a tensor or number that
@@ -27,6 +31,7 @@ DifferenceKind = Literal[
     "grad_norm",
     "norm_replica",
     "gradient",
+    "rounding",  # the sum of the errors by which bf16 weights were rounded, in the direction of the update
     "weight",
     "state",
     "replica",
@@ -60,13 +65,30 @@ class Difference:
 def applied_gradients(run: RunConfig, trace: list[StepTrace]) -> None:
     """Compute each step's gradients before clipping from its weight updates under plain SGD.
 
-    Modifies `trace`. Works for every engine: w' = w - lr c g, with c = min(1, clip / reported norm).
+    Modifies `trace`. Works for every engine: w' = w - lr c g, with c = min(1, clip / reported norm). With
+    bf16 states from the momentum: b' = momentum b + c g.
     """
     for before, step in pairwise(trace):
         clip = run.optimizer.gradient_clipping
         scale = 1.0 if clip is None else min(1.0, clip / (step.grad_norm + 1e-6))
+        if has_bf16_states(run):
+            decay = run.optimizer.momentum or 0.0
+            step.gradients = {
+                name: (momentum_of(step, name) - decay * momentum_of(before, name)) / scale
+                for name in step.weights
+            }
+            continue
         factor = 1.0 / (run.optimizer.lr * scale)
         step.gradients = {name: (before.weights[name] - w) * factor for name, w in step.weights.items()}
+
+
+def has_bf16_states(run: RunConfig) -> bool:
+    return run.precision.states is StatesDtype.bf16
+
+
+def momentum_of(step: StepTrace, name: str) -> Tensor:
+    """Return the momentum of a weight under SGD; zero before the first step."""
+    return step.states.get(f"{name}.momentum_buffer", torch.zeros(()))
 
 
 def compare(
@@ -82,7 +104,7 @@ def compare(
     for number, (step, right) in enumerate(zip(trace, expected, strict=True)):
         # Steps since both runs had equal weights. In low precision ranks compute with rounded weights.
         apart = 1 if run.precision.dtype is Dtype.fp32 and not plain_sgd else number
-        c = _Comparison(run, number, apart, step, right, expected, allowed)
+        c = _Comparison(run, number, apart, step, right, expected, allowed, trace[max(0, number - 1)])
         differences += c.missing("weight", step.weights, right.weights)
         order = in_forward_order(run, [name for name in right.weights if name in step.weights])
         if number == 0:
@@ -91,6 +113,7 @@ def compare(
             differences += [*c.batch_losses(), *c.scalars()]
             if plain_sgd:
                 differences += [*c.outputs(), *(c.gradient(name) for name in order)]
+                differences += [c.rounding(name) for name in order if has_bf16_states(run)]
             else:
                 differences += [*(c.weight(name) for name in order), *c.states()]
         differences += [*(c.tied_copy(name) for name in step.tied), *c.replicas()]
@@ -126,6 +149,12 @@ class _Comparison:
     right: StepTrace
     expected: list[StepTrace]  # all steps of the reference
     allowed: Tolerance
+    before: StepTrace  # the step before in the layout
+
+    @property
+    def unit(self) -> float:
+        """The unit roundoff of master weights and states."""
+        return U16 if has_bf16_states(self.run) else U32
 
     def missing(self, kind: DifferenceKind, got: Weights, right: Weights) -> list[Difference]:
         return [Difference(self.number, kind, name, inf, 1.0) for name in sorted(right.keys() ^ got.keys())]
@@ -168,16 +197,31 @@ class _Comparison:
         size = max(float(right.norm()), TINY)
         # The gradient is computed from two fp32 weights: their rounding errors, divided by the learning rate
         # and the clipping factor, are allowed as well.
-        rounding = 2 * U32 * float(self.right.weights[name].norm())
-        rounding /= self.run.optimizer.lr * _clip_factor(self.run, self.right)
+        rounded = self.run.optimizer.lr * _clip_factor(self.run, self.right)
+        rounding = 2 * U32 * float(self.right.weights[name].norm()) / rounded
+        if has_bf16_states(self.run):  # from two bf16 momenta instead
+            two = momentum_of(self.step, name).norm() + momentum_of(self.before, name).norm()
+            rounding = 2 * U16 * float(two) / _clip_factor(self.run, self.right)
         measured = float((self.step.gradients[name] - right).norm()) / size
         bound = self.number * self.allowed.gradient + rounding / size
         return Difference(self.number, "gradient", name, measured, bound)
 
+    def rounding(self, name: str) -> Difference:
+        """Compare the rounded weight with the exact update by the momentum, which is rounded as well."""
+        momentum, rate = momentum_of(self.step, name), self.run.optimizer.lr
+        exact, moved = self.before.weights[name] - rate * momentum, momentum.sign()
+        error = (exact - self.step.weights[name]) * moved
+        of_momentum = rate * distance(momentum)
+        interval = (distance(exact.abs() + of_momentum) + of_momentum) * moved.abs()
+        if bool((error.abs() > 1.001 * interval).any()):
+            return Difference(self.number, "rounding", name, inf, 1.0)
+        measured, bound = abs(float(error.sum())), UNBIASED * float(interval.norm())
+        return Difference(self.number, "rounding", name, measured, bound)
+
     def weight(self, name: str) -> Difference:
         """Compare an updated weight; the bound is the L2 norm of the error that allowed gradients cause."""
         right = self.right.weights[name]
-        bound = 2 * U32 * right.abs() + self.run.optimizer.lr * self._update_error(self.number, name)
+        bound = 2 * self.unit * right.abs() + self.run.optimizer.lr * self._update_error(self.number, name)
         measured = float((self.step.weights[name] - right).norm())
         return Difference(self.number, "weight", name, measured, float(bound.norm()))
 
@@ -187,7 +231,7 @@ class _Comparison:
         Bitwise equality is not required: stages lay out gradients differently, so that more than two data
         ranks add them in another order.
         """
-        bound = U32 * (self.number + 1) * self.right.weights[name].abs()
+        bound = self.unit * (self.number + 1) * self.right.weights[name].abs()
         for past in range(1, self.number + 1):
             bound = bound + self.run.optimizer.lr * self._update_error(past, name)
         measured = float((self.step.tied[name] - self.step.weights[name]).norm())
@@ -212,7 +256,7 @@ class _Comparison:
         for key in right.keys() & got.keys():
             power = 2 if key.endswith("_sq") else 1  # a second moment has twice a gradient's relative error
             measured = float((got[key] - right[key]).norm()) / max(float(right[key].norm()), TINY)
-            bound = power * self.number * self.allowed.gradient + 4 * U32
+            bound = power * self.number * self.allowed.gradient + 4 * self.unit
             yield Difference(self.number, "state", key, measured, bound)
 
     def replicas(self) -> Iterator[Difference]:
@@ -226,6 +270,11 @@ class _Comparison:
         for kind, values, by_name in spreads:
             for name, spread in by_name.items():
                 yield Difference(self.number, kind, name, spread, U32 * float(values[name].abs().max()))
+
+
+def distance(numbers: Tensor) -> Tensor:
+    """Return the distance of the two bf16 numbers around each number."""
+    return torch.ldexp(torch.ones(()), torch.frexp(numbers).exponent - 8)
 
 
 def _clip_factor(run: RunConfig, step: StepTrace) -> float:

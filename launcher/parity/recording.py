@@ -31,6 +31,7 @@ def record_rank(rank: int, *, run: RunConfig, layout: Layout, folder: Path) -> N
         steps = [record_weights(engine)]
         for batch in probe_batches(run):
             watchdog.at(f"step {len(steps)}")
+            engine.random.begin_step(len(steps))
             steps.append(record_step(run, engine, recorder, rank_batches(run, engine, batch)))
         if engine.mesh.data.rank == 0 and engine.mesh.tensor.rank == 0:
             write_trace(steps, folder / f"stage-{engine.mesh.stage}")

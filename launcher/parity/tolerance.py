@@ -10,7 +10,7 @@ same order as the reference stay far below the bound.
 from dataclasses import dataclass
 from math import sqrt
 
-from launcher.config.schema import Dtype, RunConfig
+from launcher.config.schema import Dtype, RunConfig, StatesDtype
 from launcher.config.shape import output_size, sequence_length
 
 LAMBDA = 3.0
@@ -36,7 +36,10 @@ def tolerance(run: RunConfig) -> Tolerance:
     # Matrix products accumulate in fp32; each tensor that is written is rounded to 8 or 11 bits. The loss is
     # the mean over all tokens of values that are rounded independently.
     roundings = ROUNDINGS_PER_BLOCK * run.model.num_layers + 4
-    return Tolerance(_bound(u, roundings) / 4, _bound(u, roundings), _bound(u, 3 * roundings))
+    of_gradient = 3 * roundings
+    if run.precision.states is StatesDtype.bf16:  # the gradients of all micro-batches are added in bf16
+        of_gradient += run.training.global_batch_size // run.training.micro_batch_size
+    return Tolerance(_bound(u, roundings) / 4, _bound(u, roundings), _bound(u, of_gradient))
 
 
 def forward_length(run: RunConfig) -> int:

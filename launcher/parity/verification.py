@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from launcher.config.layout import Layout, is_compiled, resolve_layout
-from launcher.config.schema import Dtype, OptimizerConfig, OptimizerName, RunConfig
+from launcher.config.schema import (
+    Dtype,
+    OptimizerConfig,
+    OptimizerName,
+    PrecisionConfig,
+    RunConfig,
+    StatesDtype,
+)
 from launcher.config.world import World
 from launcher.engine.distributed import prepare_deepspeed
 from launcher.launch.local import run_local_ranks, start_method_for
@@ -23,6 +30,8 @@ from launcher.parity.tolerance import tolerance
 
 Mutation = Callable[[], None]  # a fault of the tests; each rank calls it before it builds its engine
 PROBE = OptimizerConfig(name=OptimizerName.sgd, lr=0.1, momentum=0.0)
+# With bf16 weights an update does not show its gradient: the weight's rounding is larger. The momentum does.
+PROBE_OF_BF16_STATES = replace(PROBE, momentum=0.5)
 
 
 @dataclass(frozen=True)
@@ -55,18 +64,22 @@ def passes(small: RunConfig) -> list[tuple[str, RunConfig, bool]]:
 
     Plain SGD exposes every gradient and every error of scale, which Adam hides. The run's own optimizer
     exposes errors in optimizer states and updates. A run with compiled blocks is verified eager, where the
-    output of every layer can be read, and with plain SGD also compiled.
+    output of every layer can be read, and with plain SGD also compiled. Bf16 states replace the bf16 passes.
     """
-    probe = replace(PROBE, gradient_clipping=small.optimizer.gradient_clipping)
     variants = []
-    for dtype in (Dtype.fp32, Dtype.bf16) if small.precision.dtype is Dtype.bf16 else (Dtype.fp32,):
+    own_precision = [small.precision] if small.precision.dtype is Dtype.bf16 else []
+    for precision in (PrecisionConfig(Dtype.fp32), *own_precision):
+        has_bf16_states = precision.states is StatesDtype.bf16
+        probe = PROBE_OF_BF16_STATES if has_bf16_states else PROBE
+        probe = replace(probe, gradient_clipping=small.optimizer.gradient_clipping)
         own = (small.optimizer.name.name, small.optimizer, False)
+        words_of_precision = precision.dtype.name + (" states" if has_bf16_states else "")
         for title, optimizer, plain in (("plain SGD", probe, True), own):
             run = copy.deepcopy(small)
-            run.precision.dtype, run.optimizer = dtype, optimizer
+            run.precision, run.optimizer = copy.copy(precision), optimizer
             run.model.dropout = 0.0  # masks depend on the layout: see dropout_pass
             variants += [
-                (f"{title}, {dtype.name}{words}", each, plain)
+                (f"{title}, {words_of_precision}{words}", each, plain)
                 for each, words in _eager_and_compiled(run)
                 if plain or not each.training.compile
             ]
@@ -107,7 +120,7 @@ def leave_out_blocks(trace: list[StepTrace]) -> None:
 def dropout_pass(small: RunConfig, mutation: Mutation | None = None, words: str = "") -> VerifyPass:
     """Train one step with the run's dropout, and check the masks only."""
     run = copy.deepcopy(small)
-    run.precision.dtype = Dtype.fp32
+    run.precision = PrecisionConfig(Dtype.fp32)
     layout = _layout(run)
     with scratch_directory() as folder:
         _run_ranks(record_dropout, run, layout, folder, mutation)

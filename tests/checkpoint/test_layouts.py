@@ -56,7 +56,11 @@ def test_changing_the_layout_after_every_step_matches_one_process(tmp_path: Path
 @pytest.mark.parametrize("layout", ["zero1_tp2", "zero3"])
 @pytest.mark.parametrize(
     "overrides",
-    [pytest.param([*GPT, "model.dropout=0.1"], marks=pytest.mark.slow), [*LLAMA, "precision=bf16"]],
+    [
+        pytest.param([*GPT, "model.dropout=0.1"], marks=pytest.mark.slow),
+        [*LLAMA, "precision=bf16"],
+        [*LLAMA, "precision=bf16_states"],
+    ],
 )
 def test_resume_in_the_same_layout_is_bitwise_equal(
     layout: str, overrides: list[str], tmp_path: Path

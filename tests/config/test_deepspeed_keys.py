@@ -43,7 +43,6 @@ LEFT_OUT = {
         "moves the fragments that we read gradients and states from": "parameter_alignment",
     },
     "zero_optimization.offload_optimizer": {"needs DeepSpeed's CPUAdam": "super_offload cpuadam_cores_perc"},
-    "bf16": {"no fp32 master weights": "bf16_master_weights_and_grads bf16_optimizer_states"},
     "fp16": {
         "casts what our engines feed by themselves": "auto_cast",
         "no fp32 master weights": "fp16_master_weights_and_grads",

@@ -58,6 +58,17 @@ def test_low_precision_accumulates_in_fp32() -> None:
     assert fp16["fp16"] == {"enabled": True, "initial_scale_power": 12}
 
 
+def test_bf16_states_are_summed_and_kept_in_bf16() -> None:
+    config = config_of("precision=bf16_states")
+    assert config["bf16"] == {
+        "enabled": True,
+        "bf16_master_weights_and_grads": True,
+        "bf16_optimizer_states": True,
+    }
+    assert config["data_types"] == {"grad_accum_dtype": "bf16"}
+    assert config["zero_optimization"]["stage"] == 1
+
+
 def test_offload_pins_memory_only_with_a_gpu() -> None:
     for gpus, pinned in ((0, False), (2, True)):
         zero = config_of("parallelism=zero3_offload", gpus=gpus)["zero_optimization"]

@@ -152,7 +152,7 @@ def test_states_of_replicated_tensors_are_compared_over_tensor_ranks(layout: str
     ranks = ["parallelism.data=2", "parallelism.tensor=2"]
     run = small_run("model=gpt_tiny", f"parallelism={layout}", *ranks)
     names = run_fresh(flipped_fragments, 4, run, resolve_layout(run, World("cpu", 8, 8)))[0]
-    assert [name.partition(" (")[2] for name in names] == ["fp32 master weight)", "exp_avg)", "exp_avg_sq)"]
+    assert [name.partition(" (")[2] for name in names] == ["master weight)", "exp_avg)", "exp_avg_sq)"]
 
 
 def flipped_fragments(rank: int, world: int, init_method: str, run: RunConfig, layout: Layout) -> list[str]:

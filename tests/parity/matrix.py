@@ -116,7 +116,8 @@ def variation(combination: Combination) -> list[str]:
         if combination.zero_stage == 3:
             found.append("parallelism.offload_parameters=true")
     if place % 7 in (2, 5):
-        found.append("precision=bf16")
+        is_offloaded = "parallelism.offload_optimizer=true" in found
+        found.append("precision=bf16" if is_offloaded or place % 2 else "precision=bf16_states")
     if place % 4 == 1 and "data=digits" not in found:
         found.append("data.document_attention=true")
     return found

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import launcher.data.sampler as sampler
 import launcher.engine.flat as flat
+import launcher.engine.stochastic as stochastic
 import launcher.engine.update_guard as update_guard
 import launcher.models.attention as attention
 import launcher.models.attention_kernel as attention_kernel
@@ -274,14 +275,18 @@ def column_gradient_not_reduced() -> None:
 def decay_on_norm_weights() -> None:
     right = flat.build_optimizer
 
-    def build(config: Any, parameters: Any) -> Any:
-        optimizer = right(config, parameters)
+    def build(*arguments: Any) -> Any:
+        optimizer = right(*arguments)
         for group in optimizer.param_groups:
             if "betas" in group:
                 group["weight_decay"] = 0.1
         return optimizer
 
     flat.build_optimizer = build
+
+
+def weights_rounded_to_nearest() -> None:
+    stochastic.rounded = lambda exact, bits: exact.bfloat16().float()
 
 
 def masks_shared_by_tensor_ranks() -> None:
@@ -520,6 +525,15 @@ MUTATIONS = {
 OPTIMIZER_MUTATIONS = {
     "weight decay on norm weights": Mutation(
         decay_on_norm_weights, f"{GPT} {TP}", ("update or state computed from them", "weight decay")
+    ),
+}
+
+# Faults that show with bf16 states only.
+STATES_MUTATIONS = {
+    "weights rounded to nearest": Mutation(
+        weights_rounded_to_nearest,
+        f"{LLAMA} {DP} precision=bf16_states",
+        ("mean of the rounded updates", "rounded to nearest"),
     ),
 }
 

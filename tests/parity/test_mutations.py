@@ -3,8 +3,23 @@
 import pytest
 
 from launcher.parity.diagnose import Diagnosis
-from tests.parity.mutations import DROPOUT_MUTATIONS, MUTATIONS, OPTIMIZER_MUTATIONS, Mutation
-from tests.parity.running import VerifyPass, dropout_pass, plain_sgd_pass, small_run, verify
+from tests.parity.mutations import (
+    DROPOUT_MUTATIONS,
+    MUTATIONS,
+    OPTIMIZER_MUTATIONS,
+    STATES_MUTATIONS,
+    Mutation,
+)
+from tests.parity.running import (
+    VerifyPass,
+    dropout_pass,
+    passes,
+    plain_sgd_pass,
+    run_pass,
+    small_run,
+    verify,
+    worst,
+)
 
 ALL = MUTATIONS | OPTIMIZER_MUTATIONS
 
@@ -33,6 +48,18 @@ def test_a_fault_is_detected_under_the_configured_optimizer_only(name: str) -> N
     plain, configured = verify(small_run(*mutation.layout.split(), steps=1), mutation=mutation.inject)
     assert plain.ok
     assert_diagnosed(configured, mutation)
+
+
+@pytest.mark.parametrize("name", STATES_MUTATIONS)
+def test_a_fault_is_detected_with_bf16_states_only(name: str) -> None:
+    mutation = STATES_MUTATIONS[name]
+    run = small_run(*mutation.layout.split(), steps=1)
+    names = [title for title, _, _ in passes(run)]
+    assert names == ["plain SGD, fp32", "adamw, fp32", "plain SGD, bf16 states", "adamw, bf16 states"]
+    right, wrong = (run_pass(*passes(run)[2], fault) for fault in (None, mutation.inject))
+    assert right.ok, worst(right)
+    assert wrong.diagnosis is not None
+    assert matches(mutation, wrong.diagnosis), wrong.diagnosis
 
 
 def test_without_a_fault_the_pass_succeeds() -> None:

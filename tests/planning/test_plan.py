@@ -59,6 +59,27 @@ class TestMemory:
         # ZeRO-2 keeps gradients flat in fp32 and ZeRO-3 small weights whole besides: a few thousandths.
         assert held / plan.parameters == pytest.approx(per_parameter, rel=0.01)
 
+    @pytest.mark.parametrize("stage", [1, 3])
+    def test_bf16_states_take_8_bytes_per_parameter(self, stage: int) -> None:
+        plan = plan_of(
+            "model=gpt2_xl", "model.dropout=0", "precision=bf16_states", "hardware=h100_80gb",
+            "parallelism.data=1", f"parallelism.zero_stage={stage}", "training.micro_batch_size=1",
+        )  # fmt: skip
+        memory = plan.stages[0].memory
+        held = memory.weights + memory.gradients + memory.optimizer
+        assert held / plan.parameters == pytest.approx(8, rel=0.01)
+
+    def test_8b_with_bf16_states_on_one_gpu(self) -> None:
+        """docs/precision.md: with recomputation in 80 GB, without in 141 GB; with fp32 states in neither."""
+        one = ["model=llama3_8b", "parallelism.data=1", "training.micro_batch_size=1"]
+        full = "parallelism.activation_checkpointing=full"
+        recomputed = plan_of(*one, *H100, "precision=bf16_states", full)
+        kept = plan_of(*one, "hardware=h200_141gb", "precision=bf16_states")
+        assert (recomputed.fits, kept.fits) == (True, True)
+        assert [round(plan.stages[0].memory.total / 1e9) for plan in (recomputed, kept)] == [78, 124]
+        assert not plan_of(*one, *H100, "precision=bf16_states").fits
+        assert not plan_of(*one, "hardware=h200_141gb", "precision=bf16", full).fits
+
     @pytest.mark.parametrize("stage", [1, 2, 3])
     def test_zero_divides_by_the_data_ranks(self, stage: int) -> None:
         plans = [

@@ -1,6 +1,6 @@
 """Describe in words what limits a plan: the largest part of the time, or of the memory. Pure."""
 
-from launcher.config.schema import RunConfig
+from launcher.config.schema import RunConfig, StatesDtype
 from launcher.planning.cost.run_plan import Plan
 
 MEMORY_CLASSES = ("weights", "gradients", "optimizer", "activations", "communication", "checkpoint", "margin")
@@ -60,6 +60,7 @@ def settings_in_words(run: RunConfig) -> str:
     p, t = run.parallelism, run.training
     words = [f"micro-batch {t.micro_batch_size}", f"global batch {t.global_batch_size}"]
     words += [run.precision.dtype.name, f"recomputation {p.activation_checkpointing.name}"]
+    words += ["bf16 states"] if run.precision.states is StatesDtype.bf16 else []
     words += ["sequence parallel"] if p.sequence_parallel else []
     words += ["optimizer offloaded"] if p.offload_optimizer else []
     words += ["weights offloaded"] if p.offload_parameters else []

@@ -1,11 +1,15 @@
 """Seconds of a step after its micro-batches: clipping, update, and DeepSpeed's bookkeeping. Pure."""
 
 from launcher.config.layout import Layout
-from launcher.config.schema import Dtype, RunConfig
+from launcher.config.schema import Dtype, RunConfig, StatesDtype
 from launcher.planning.cost.geometry import Rank
 from launcher.planning.cost.measured_rates import AnyRates
 from launcher.planning.cost.operations import BYTES, FP32
-from launcher.planning.cost.zero_states import padded, state_bytes, uses_bf16_optimizer
+from launcher.planning.cost.zero_states import padded, state_count, uses_bf16_optimizer
+
+# Bytes that a stochastic update moves per element, for the weight and for each state: compiled, in one pass;
+# eager, in passes over fp32 values and 64-bit counters.
+COMPILED_UPDATE, EAGER_UPDATE = 12, 200
 
 
 def optimizer_seconds(run: RunConfig, layout: Layout, rank: Rank, rates: AnyRates) -> float:
@@ -14,8 +18,14 @@ def optimizer_seconds(run: RunConfig, layout: Layout, rank: Rank, rates: AnyRate
     whole = share = rank.parameters
     if layout.zero_stage > 0:
         share = sum(padded(sum(group), 2 * data) for group in rank.groups) // data
+    states = state_count(run.optimizer)
+    if run.precision.states is StatesDtype.bf16:
+        # Norm and reduction of bf16 gradients, and the passes of the update over its chunks.
+        passes = 1 + (2 if layout.zero_stage < 3 else 1)
+        moved = COMPILED_UPDATE if layout.compiled and layout.device == "cuda" else EAGER_UPDATE
+        return (whole * element * passes + share * moved * (1 + states)) / rates.update
     # Read gradients, read and write weights and states.
-    update = share * (FP32 + 2 * (FP32 + state_bytes(run.optimizer)))
+    update = share * FP32 * (1 + 2 * (1 + states))
     if uses_bf16_optimizer(run, layout):
         copies = _bf16_bookkeeping(layout, whole, share)
     else:

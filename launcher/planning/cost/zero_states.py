@@ -6,16 +6,25 @@ in every stage; the real numbers differ. All sizes are those of the data rank th
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from launcher.config.layout import Layout
-from launcher.config.schema import ActivationCheckpointing, Dtype, OptimizerConfig, OptimizerName, RunConfig
+from launcher.config.schema import (
+    ActivationCheckpointing,
+    Dtype,
+    OptimizerConfig,
+    OptimizerName,
+    RunConfig,
+    StatesDtype,
+)
+from launcher.models.arithmetic import update_chunk
 from launcher.planning.cost.buffers import ALL_REDUCE_BUCKET, BufferSizes
 from launcher.planning.cost.geometry import Rank, block_parameters
 from launcher.planning.cost.operations import BYTES, FP32
 
 MODULE_CALLS = 11  # module calls of a transformer block, with the block itself
+UPDATE_BYTES = 52  # per element that is updated at once: fp32 values and random bits, engine/stochastic.py
 
 
 @dataclass(frozen=True)
@@ -53,6 +62,8 @@ def states_of(run: RunConfig, layout: Layout, rank: Rank) -> States:
         return ledger.zero_0()
     if layout.zero_stage == 3:
         return ledger.zero_3()
+    if run.precision.states is StatesDtype.bf16:
+        return ledger.bf16_states_1() if layout.zero_stage == 1 else ledger.bf16_states_2()
     low = run.precision.dtype is not Dtype.fp32
     if uses_bf16_optimizer(run, layout):
         return ledger.bf16_optimizer()
@@ -61,15 +72,15 @@ def states_of(run: RunConfig, layout: Layout, rank: Rank) -> States:
 
 def uses_bf16_optimizer(run: RunConfig, layout: Layout) -> bool:
     """Return whether DeepSpeed's BF16_Optimizer takes the step, and not its optimizer of ZeRO-1 and 2."""
-    is_bf16 = run.precision.dtype is Dtype.bf16
+    is_bf16 = run.precision.dtype is Dtype.bf16 and run.precision.states is StatesDtype.fp32
     return layout.zero_stage == 1 and is_bf16 and not run.parallelism.offload_optimizer
 
 
-def state_bytes(optimizer: OptimizerConfig) -> int:
-    """Return the bytes of optimizer states per element, without the fp32 weight."""
+def state_count(optimizer: OptimizerConfig) -> int:
+    """Return the optimizer states per element, without the master weight."""
     if optimizer.name is OptimizerName.adamw:
-        return 2 * FP32
-    return FP32 if optimizer.momentum else 0
+        return 2
+    return 1 if optimizer.momentum else 0
 
 
 def checkpoint_bytes(run: RunConfig, layout: Layout, rank: Rank) -> int:
@@ -77,7 +88,7 @@ def checkpoint_bytes(run: RunConfig, layout: Layout, rank: Rank) -> int:
     if not run.checkpoint.enabled:
         return 0
     written = -(-rank.parameters_of_its_own // layout.data)
-    copied = written * (FP32 + state_bytes(run.optimizer))
+    copied = written * FP32 * (1 + state_count(run.optimizer))
     return copied if run.checkpoint.asynchronous else min(copied, int(run.checkpoint.max_file_gb * 1e9))
 
 
@@ -88,6 +99,11 @@ class _Ledger:
         self.run, self.layout, self.rank = run, layout, rank
         self.buffers = BufferSizes.of(run)
         self.element = BYTES[run.precision.dtype]
+        self.has_bf16_states = run.precision.states is StatesDtype.bf16
+        # Bytes per element of gradient sums, of optimizer states, and of the latter with the master weight.
+        self.state = BYTES[Dtype.bf16] if self.has_bf16_states else FP32
+        self.state_bytes = self.state * state_count(run.optimizer)
+        self.optimizer_bytes = self.state_bytes + (0 if self.has_bf16_states else FP32)
         self.accumulates = layout.accumulation > 1
         data = layout.data
         self.total = rank.parameters
@@ -97,10 +113,6 @@ class _Ledger:
         self.largest_share = max(padded(sum(group), 2 * data) // data for group in rank.groups)
         self.bucket = self.buffers.reduce_bucket
         self.never_filled = max(0, self.bucket - self.total)  # elements of the bucket
-
-    @property
-    def state_bytes(self) -> int:
-        return state_bytes(self.run.optimizer)
 
     def zero_0(self) -> States:
         """torch's optimizer steps on the weights; gradients are all-reduced in copies."""
@@ -126,7 +138,7 @@ class _Ledger:
         copies = (FP32 + self.element) * min(self.flat, ALL_REDUCE_BUCKET)
         return States(
             weights=self.element * self.flat,
-            optimizer=(FP32 + self.state_bytes) * self.share,
+            optimizer=self.optimizer_bytes * self.share,
             host=0,
             forward=Holdings(summed),
             backward=Holdings(summed),
@@ -159,7 +171,7 @@ class _Ledger:
     def zero_2(self, low: bool) -> States:
         """Return ZeRO-2 states: like ZeRO-1, but gradients are reduced in backward and sharded."""
         offloads = self.run.parallelism.offload_optimizer
-        partition = FP32 * self._whole_in_partition()
+        partition = self.state * self._whole_in_partition()
         bucket = self.element * self.bucket * self.buffers.reduce_buffers
         untouched = self.element * self.never_filled * self.buffers.reduce_buffers
         copied = self.element * reduced_at_first(self.rank, self.bucket)
@@ -191,6 +203,33 @@ class _Ledger:
             step=Holdings(kept + (0 if low or offloads else FP32 * self.largest_share)),
         )
 
+    def bf16_states_1(self) -> States:
+        """Whole bf16 gradients, reduced in place by way of a bucket; the optimizer reads them there."""
+        gradients, kept = self.element * self.total, self.element * self._whole_in_partition()
+        before = gradients if self.accumulates else 0
+        return States(
+            weights=self.element * self.flat,
+            optimizer=self.optimizer_bytes * self.share,
+            host=0,
+            forward=Holdings(before),
+            backward=Holdings(before),
+            per_element=0 if self.accumulates else self.element,
+            reduce=Holdings(gradients, self.element * min(self.total, self.bucket)),
+            step=Holdings(kept, self.update_bytes),
+        )
+
+    def bf16_states_2(self) -> States:
+        """Return ZeRO-2 states whose gradients are bf16 and are not copied for the optimizer step."""
+        with_copy = self.zero_2(low=False)
+        kept = self.element * self._whole_in_partition()
+        return replace(with_copy, step=Holdings(kept, self.update_bytes))
+
+    @property
+    def update_bytes(self) -> int:
+        """Bytes of the chunk of bf16 weights that is being updated."""
+        chunk = min(self.largest_share, update_chunk(self.layout.device))
+        return UPDATE_BYTES * chunk if self.has_bf16_states else 0
+
     def zero_3(self) -> States:
         """Return ZeRO-3 states: like ZeRO-2, with weights sharded and gathered when used."""
         buffers, data = self.buffers, self.layout.data
@@ -202,8 +241,8 @@ class _Ledger:
         free = self.total - persistent
         gathered = min(free, self._gathered())
         fetched = min(free, buffers.prefetch_bucket + self.rank.largest_weight)
-        optimizer = (FP32 + self.state_bytes) * share
-        gradients, weights = FP32 * share, self.element * share
+        optimizer = self.optimizer_bytes * share
+        gradients, weights = self.state * share, self.element * share
         offloads = self.run.parallelism.offload_optimizer
         host = 0
         if offloads:
@@ -216,7 +255,7 @@ class _Ledger:
             optimizer, host = optimizer + host, 0
         bucket, untouched = self.element * self.bucket, self.element * self.never_filled
         reduced = self.element * reduced_at_first(self.rank, self.bucket)
-        stepped = 0 if offloads else FP32 * min(share, buffers.sub_group)
+        stepped = 0 if offloads else self.state * min(share, buffers.sub_group) + self.update_bytes
         # Weights that stay whole are gathered together after the step: their pieces and the whole weights.
         regathered = self.element * (persistent + persistent // data)
         return States(
@@ -248,7 +287,7 @@ class _Ledger:
 
     def _optimizer(self) -> tuple[int, int]:
         """Return bytes on the device and on the host: fp32 weights, states, and with offload the gradient."""
-        size = (FP32 + self.state_bytes) * self.share
+        size = self.optimizer_bytes * self.share
         if not self.run.parallelism.offload_optimizer:
             return size, 0
         host = size + FP32 * self.share + self.element * (self.share + self.rank.largest_weight)

@@ -171,6 +171,7 @@ def as_json(plan: Plan, changes: list[Change]) -> dict[str, Any]:
             "offload_optimizer": p.offload_optimizer,
             "offload_parameters": p.offload_parameters,
             "dtype": plan.run.precision.dtype.name,
+            "states": plan.run.precision.states.name,
             "notes": list(plan.layout.notes),
         },
         "stages": [_stage_json(plan, index, stage) for index, stage in enumerate(plan.stages)],

@@ -1,0 +1,243 @@
+"""AdamW and SGD on bf16 weights and states: fp32 arithmetic in chunks, stochastic rounding of the results.
+
+bf16 keeps 8 significant bits. Rounded to nearest, an update below half the distance between two such numbers
+is lost, in every step alike. Stochastic rounding adds random bits below the kept ones and cuts off: a value
+is rounded up as often as it lies close to the upper neighbour, so the mean over the steps is exact.
+
+The random bits are a function of the run's seed, the step, the tensor and the element, whichever rank holds
+the element. So copies of a weight stay equal, and a resumed run has no random state to restore.
+"""
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from launcher.models.arithmetic import update_chunk
+from launcher.models.compiled import first_line
+from launcher.parallel.sharding import seed_of
+
+DROPPED_BITS = 16  # of an fp32 number; an element's 64 random bits are enough for a weight and three states
+_LOWER_BITS = (1 << DROPPED_BITS) - 1
+
+# New weight and states, all in fp32, from gradient, weight, states and the numbers of the step.
+Arithmetic = Callable[..., tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Consecutive elements of a partition; `counter` is the number of the first in the model."""
+
+    numel: int
+    counter: int
+
+
+@dataclass
+class Conditions:
+    """The facts of a step that the engine knows, and the place of each partition's elements in the model."""
+
+    seed: int
+    step: Callable[[], int]  # the number of the step that is being taken
+    kept: Callable[[], Tensor]  # whether the step may change weights and states
+    factor: Callable[[], Tensor]  # scales the gradients, to clip them
+    stretches: dict[Tensor, list[Stretch]]
+    # Gradients in pieces, in the order of the partition; of other partitions `grad` is used.
+    pieces: dict[Tensor, list[Tensor]] = field(default_factory=dict)
+    compiled: bool = False
+
+
+class StochasticOptimizer(torch.optim.Optimizer):
+    """An optimizer of flat bf16 partitions with states of the same dtype."""
+
+    conditions: Conditions  # set by the engine, see engine/bf16_states.py
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update each partition that has a gradient."""
+        assert closure is None
+        kept, factor = self.conditions.kept(), self.conditions.factor()
+        for group in self.param_groups:
+            for partition in group["params"]:
+                pieces = self.conditions.pieces.pop(partition, [partition.grad])
+                self._step_partition(group, partition, pieces, kept, factor)
+
+    def _step_partition(
+        self, group: dict[str, Any], partition: Tensor, pieces: list[Tensor], kept: Tensor, factor: Tensor
+    ) -> None:
+        state, names, c = self.state[partition], self.state_names(group), self.conditions
+        for name in names:
+            if name not in state:
+                state[name] = torch.zeros_like(partition)
+        arithmetic, numbers = self.arithmetic(group, state, kept)
+        size = update_chunk(partition.device.type)
+        tensors = [tensor.split(size) for tensor in (partition.detach(), *(state[name] for name in names))]
+        offset = seed_of(c.seed, "rounding", c.step())
+        counters = chunks_of(c.stretches[partition], offset, size, partition.device)
+        for gradient, counter, *chunk in zip(joined(pieces, size), counters, *tensors, strict=True):
+            self._update_chunk(arithmetic, chunk, gradient, counter, kept, factor, numbers)
+
+    def _update_chunk(self, *arguments: Any) -> None:
+        """Call update_, compiled if it should be and can be: nothing has changed when the compiler fails."""
+        if self.conditions.compiled:
+            from torch._dynamo.exc import TorchDynamoException
+
+            try:
+                return compiled_update()(*arguments)
+            except TorchDynamoException as error:
+                self.conditions.compiled = False
+                warnings.warn(f"the optimizer runs eager: {first_line(error)}", stacklevel=1)
+        return update_(*arguments)
+
+    def state_names(self, group: dict[str, Any]) -> list[str]:
+        """Return the names of the states of a weight, besides the number of updates."""
+        raise NotImplementedError
+
+    def arithmetic(
+        self, group: dict[str, Any], state: dict[str, Any], kept: Tensor
+    ) -> tuple[Arithmetic, list[Tensor]]:
+        """Return the function that updates a partition with `state`, and the numbers of this step."""
+        raise NotImplementedError
+
+
+class StochasticAdamW(StochasticOptimizer, torch.optim.AdamW):
+    """torch's AdamW (arXiv 1711.05101)."""
+
+    def state_names(self, group: dict[str, Any]) -> list[str]:
+        return ["exp_avg", "exp_avg_sq"]
+
+    def arithmetic(
+        self, group: dict[str, Any], state: dict[str, Any], kept: Tensor
+    ) -> tuple[Arithmetic, list[Tensor]]:
+        (beta1, beta2), lr, device = group["betas"], group["lr"], kept.device
+        if "step" not in state:
+            state["step"] = torch.zeros((), device=device)
+        number = state["step"].double() + 1
+        state["step"] += kept
+        constants = 1 - lr * group["weight_decay"], 1 - beta1, beta2, 1 - beta2, group["eps"]
+        rate, root = lr / (1 - beta1**number), (1 - beta2**number).sqrt()
+        return adamw, [*(_number(value, device) for value in constants), rate.float(), root.float()]
+
+
+class StochasticSGD(StochasticOptimizer, torch.optim.SGD):
+    """torch's SGD, with or without momentum."""
+
+    def state_names(self, group: dict[str, Any]) -> list[str]:
+        return ["momentum_buffer"] if group["momentum"] else []
+
+    def arithmetic(
+        self, group: dict[str, Any], state: dict[str, Any], kept: Tensor
+    ) -> tuple[Arithmetic, list[Tensor]]:
+        constants = group["lr"], group["weight_decay"], group["momentum"]
+        numbers = [_number(value, kept.device) for value in constants]
+        return (sgd_with_momentum, numbers) if group["momentum"] else (sgd, numbers[:2])
+
+
+def update_(
+    arithmetic: Arithmetic,
+    tensors: list[Tensor],
+    gradient: Tensor,
+    counters: Tensor,
+    kept: Tensor,
+    factor: Tensor,
+    numbers: list[Tensor],
+) -> None:
+    """Update a weight and its states, `tensors`, in place, if `kept`."""
+    exact = arithmetic(gradient.float() * factor, *(tensor.float() for tensor in tensors), *numbers)
+    bits = random_bits(counters)
+    for index, (tensor, value) in enumerate(zip(tensors, exact, strict=True)):
+        new = rounded(value, bits >> index * DROPPED_BITS).bfloat16()
+        tensor.copy_(torch.where(kept, new, tensor))
+
+
+@cache
+def compiled_update() -> Callable[..., None]:
+    """Return update_, compiled to one pass over memory for chunks of any size."""
+    return torch.compile(update_, fullgraph=True, dynamic=True)
+
+
+def adamw(
+    gradient: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    square: Tensor,
+    shrink: Tensor,
+    share1: Tensor,
+    beta2: Tensor,
+    share2: Tensor,
+    epsilon: Tensor,
+    rate: Tensor,
+    root: Tensor,
+) -> tuple[Tensor, ...]:
+    """Return weight and moments after a step of AdamW; `rate` and `root` correct the bias of the moments."""
+    mean = mean + (gradient - mean) * share1
+    square = square * beta2 + gradient * gradient * share2
+    return weight * shrink - mean / (square.sqrt() / root + epsilon) * rate, mean, square
+
+
+def sgd(gradient: Tensor, weight: Tensor, rate: Tensor, decay: Tensor) -> tuple[Tensor, ...]:
+    """Return the weight after a step of SGD."""
+    return (weight - (gradient + weight * decay) * rate,)
+
+
+def sgd_with_momentum(
+    gradient: Tensor, weight: Tensor, mean: Tensor, rate: Tensor, decay: Tensor, momentum: Tensor
+) -> tuple[Tensor, ...]:
+    """Return weight and momentum after a step of SGD with momentum."""
+    mean = mean * momentum + gradient + weight * decay
+    return weight - mean * rate, mean
+
+
+def _number(value: float, device: torch.device) -> Tensor:
+    """Return the value as a tensor: no constant of a compiled update, and made without waiting for a GPU."""
+    return torch.full((), value, device=device)
+
+
+def rounded(exact: Tensor, bits: Tensor) -> Tensor:
+    """Return `exact`, in fp32, rounded to bf16 numbers by the lowest 16 of `bits`."""
+    words = exact.view(torch.int32) + (bits & _LOWER_BITS).int()
+    return (words & ~_LOWER_BITS).view(torch.float32)
+
+
+def random_bits(counters: Tensor) -> Tensor:
+    """Return 64 random bits per counter: SplitMix64 (Steele, Lea and Flood, 2014)."""
+    x = counters * -7046029254386353131
+    x = (x ^ ((x >> 30) & (1 << 34) - 1)) * -4658895280553007687  # `>>` fills with the sign: cut off
+    x = (x ^ ((x >> 27) & (1 << 37) - 1)) * -7723592293110705685
+    return x ^ ((x >> 31) & (1 << 33) - 1)
+
+
+def chunks_of(stretches: Iterable[Stretch], offset: int, size: int, device: torch.device) -> Iterator[Tensor]:
+    """Yield the counters of a partition's elements plus `offset`, modulo 2**64, `size` at a time."""
+    ranges = (range(s.counter + offset, s.counter + offset + s.numel) for s in stretches)
+    for parts in _cut(ranges, size):
+        yield torch.cat([torch.arange(len(part), device=device).add_(_wrapped(part.start)) for part in parts])
+
+
+def joined(pieces: Iterable[Tensor], size: int) -> Iterator[Tensor]:
+    """Yield the elements of the pieces, one piece after the other, `size` at a time."""
+    for parts in _cut((piece.reshape(-1) for piece in pieces), size):
+        yield torch.cat(parts)
+
+
+def _cut(pieces: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """Yield lists of slices of the pieces; the slices of a list have `size` elements, the last list fewer."""
+    parts: list[Any] = []
+    room = size
+    for piece in pieces:
+        while len(piece):
+            parts.append(piece[:room])
+            piece, room = piece[room:], room - len(parts[-1])
+            if room == 0:
+                yield parts
+                parts, room = [], size
+    if parts:
+        yield parts
+
+
+def _wrapped(number: int) -> int:
+    """Return the number modulo 2**64 as a signed 64-bit integer."""
+    return (number + (1 << 63)) % (1 << 64) - (1 << 63)
