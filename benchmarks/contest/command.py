@@ -81,9 +81,10 @@ def parsed(benchmark: Benchmark, arguments: Sequence[str]) -> argparse.Namespace
     add = parser.add_argument
     add("--only", action="append", choices=classes, metavar="CLASS", help=f"one of: {', '.join(classes)}")
     add("--model", action="append", choices=models, metavar="MODEL", help=f"one of: {', '.join(models)}")
-    add("--peer", action="append", metavar="PEER", help="module in benchmarks/peers; leave out all others")
+    add("--peer", action="append", metavar="PEER", help="a module in benchmarks/peers or a name in the table")
     add("--measure", nargs="+", choices=MEASURES, default=MEASURES, help="default: all three")
     add("--minutes", type=float, default=benchmark.minutes, help=f"default: {benchmark.minutes:g}")
+    add("--rounds", type=int, default=benchmark.least_rounds, help="at least so many; default: %(default)s")
     add("--quick", action="store_true", help="two rounds of one step: a trial, no measurement")
     add("--device", choices=("cpu", "cuda"), default=benchmark.device)
     add("--results", type=Path, default=RESULTS, metavar="FOLDER", help="default: benchmarks/results")
@@ -105,7 +106,7 @@ class ClassRun:
         say(f"{self.model.name}, {self.shape.name}")
         shape, peers = self.shape, self.options.peer
         if peers:
-            kept = tuple(peer for peer in shape.peers if peer.module in peers)
+            kept = tuple(peer for peer in shape.peers if {peer.module, peer.label} & set(peers))
             shape = Class(**{**vars(shape), "peers": kept})
         overrides = overrides_of(self.model, shape, self.options.device, str(self.folder / "tokens"))
         [composed] = compose_jobs("config", RunConfig, overrides)
@@ -158,7 +159,7 @@ class ClassRun:
         if self.options.quick:
             return _QUICK
         b = self.benchmark
-        return Timing(self.deadline, b.least_rounds, b.most_rounds, b.turn_s, b.settling)
+        return Timing(self.deadline, self.options.rounds, b.most_rounds, b.turn_s, b.settling)
 
 
 def single(job: Job, device: str, model: BenchmarkModel, folder: Path) -> Job:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from launcher.config.layout import Layout
 from launcher.engine import bf16_states
+from launcher.engine.gradient_passes import lighten
 from launcher.engine.state import find_states, loss_scaler, make_states
 from launcher.engine.stochastic import StochasticOptimizer
 from launcher.engine.update_guard import UpdateGuard, install
@@ -55,6 +56,7 @@ class Engine(ABC):
         self.mesh, self.zero_stage, self.device = mesh, layout.zero_stage, device
         self.loss, self.random, self.blocks = loss, context.random, context.blocks
         self.guard = UpdateGuard(device)
+        lighten(deepspeed_engine)
         if layout.zero_stage > 0:
             install(self.guard, deepspeed_engine.optimizer, mesh)
         if isinstance(optimizer, StochasticOptimizer):

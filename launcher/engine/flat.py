@@ -67,7 +67,7 @@ class FlatEngine(Engine):
         parameters = list(self.module.parameters())
         self.guard.judge(global_norm(parameters, self.mesh))
         if self.clip_at is not None:
-            clip([p.grad for p in parameters if p.grad is not None], self.guard.norm, self.clip_at)
+            clip(self.optimizer, self.guard.norm, self.clip_at)
         self.optimizer.found_inf = self.guard.skipped  # type: ignore[attr-defined]  # as GradScaler sets it
 
 

@@ -95,10 +95,10 @@ def _bf16_step(guard: UpdateGuard, zero: BF16_Optimizer, mesh: ProcessMesh) -> N
     model_parallel = zero.mpu.get_model_parallel_group() if zero.mpu else None
     guard.judge(combined(norms_of(gradients), model_parallel, guard.device))
     zero.overflow, zero._global_grad_norm = False, guard.norm
-    own = zero.fp32_groups_gradient_flat_partition
     if zero.clip_grad:
-        clip(own, guard.norm, zero.clip_grad)
-    for weights, gradient in zip(zero.fp32_groups_flat_partition, own, strict=True):
+        clip(zero.optimizer, guard.norm, zero.clip_grad)
+    partitions = zero.fp32_groups_flat_partition, zero.fp32_groups_gradient_flat_partition
+    for weights, gradient in zip(*partitions, strict=True):
         weights.grad = gradient.to(weights.dtype)
     zero.optimizer.found_inf = guard.skipped
     zero.optimizer.step()
@@ -136,26 +136,28 @@ def is_counted(parameter: nn.Parameter, mesh: ProcessMesh) -> bool:
 
 def norms_of(gradients: Iterable[Tensor]) -> list[Tensor]:
     """Return the L2 norms in fp32. On a CPU torch casts bf16 first: hence parts of such a gradient."""
-    return [
-        torch.linalg.vector_norm(part, dtype=torch.float32)
+    parts = [
+        part
         for gradient in gradients
         for part in ([gradient] if gradient.dtype is torch.float32 else gradient.reshape(-1).split(_PART))
     ]
+    return list(torch._foreach_norm(parts, dtype=torch.float32)) if parts else []
 
 
 def combined(norms: list[Tensor], group: Group | None, device: torch.device) -> Tensor:
     """Return the L2 norm of all ranks' `norms`. Collective over the group: one all-reduce of a scalar."""
     # fp64: a norm over a whole model adds up more terms than fp32 can keep apart.
-    squares = torch.stack([norm.to(device).double() ** 2 for norm in norms]).sum() if norms else 0.0
-    squares = torch.as_tensor(squares, dtype=torch.float64, device=device)
+    squares = torch.zeros((), dtype=torch.float64, device=device)
+    if norms:
+        squares = torch.stack([norm.to(device) for norm in norms]).double().square().sum()
     if group is not None:
         dist.all_reduce(squares, group=group)
     return squares.sqrt().float()
 
 
-def clip(gradients: list[Tensor], norm: Tensor, limit: float) -> None:
-    """Scale gradients of the global norm `norm` down to `limit`, in place."""
-    torch._foreach_mul_(gradients, clip_factor(norm, limit))
+def clip(optimizer: Any, norm: Tensor, limit: float) -> None:
+    """Let torch's fused `optimizer` scale gradients with the global norm `norm` down to `limit`."""
+    optimizer.grad_scale = ((norm + CLIP_EPSILON) / limit).clamp(min=1.0)  # it divides by this number
 
 
 def clip_factor(norm: Tensor, limit: float) -> Tensor:

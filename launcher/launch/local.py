@@ -281,8 +281,10 @@ def _receive_failures(ranks: list[_Rank]) -> None:
 
 
 def _first_failure(ranks: list[_Rank]) -> FailureReport | None:
+    """Return the cause; if there are consequences only, a stopped rank, which others may have lost before."""
     failures = [rank.failure for rank in ranks if rank.failure is not None]
-    return min(failures, key=lambda failure: (failure.secondary, failure.when), default=None)
+    order = lambda failure: (failure.secondary, not failure.stopped, failure.when)  # noqa: E731
+    return min(failures, key=order, default=None)
 
 
 def _failure_from_exit_code(rank: _Rank, kills_before: int | None) -> FailureReport | None:
@@ -310,6 +312,7 @@ def _failure_from_exit_code(rank: _Rank, kills_before: int | None) -> FailureRep
         secondary=code == STOPPED_EXIT_CODE,
         detail=detail + _log_tail(rank),
         out_of_memory=out_of_memory,
+        stopped=code == STOPPED_EXIT_CODE,
     )
 
 

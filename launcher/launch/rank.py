@@ -39,6 +39,7 @@ class FailureReport:
     refusal: tuple[str, str | None, str, str] | None = None  # the fields of a ConfigError
     out_of_memory: bool = False  # the kernel killed the rank because memory ran out
     halted: bool = False  # a guard of the run ended it
+    stopped: bool = False  # a stop signal ended it
 
 
 def rank_main(

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from launcher.parallel.loss_kernels import LossKernels
 from launcher.parallel.mesh import Axis
 
 Body = Callable[..., Tensor]  # body(block, *inputs)
@@ -22,14 +23,19 @@ class BlockRunner:
     A body is compiled whole, without a graph break, for fixed shapes: once for training, once for validation.
     If the compiler fails on a rank, all ranks of its tensor group run the block again, eager, and stay eager:
     a compiled backward pass may call its collectives in another order. With `strict` the error is raised
-    instead. `seconds` counts the calls that compiled; `failure` is the compiler's error.
+    instead. `seconds` counts the calls that compiled, also those of the loss; `failure` is the compiler's
+    error.
     """
 
-    def __init__(self, axis: Axis, *, is_compiled: bool, strict: bool = False) -> None:
-        self.seconds = 0.0
+    def __init__(self, axis: Axis, loss: LossKernels, *, is_compiled: bool, strict: bool = False) -> None:
+        self._seconds, self._loss = 0.0, loss
         self.failure: str | None = None
         self._axis, self._is_on, self._strict = axis, is_compiled, strict
         self._compiled: Body | None = None
+
+    @property
+    def seconds(self) -> float:
+        return self._seconds + self._loss.seconds
 
     @contextmanager
     def eager(self) -> Iterator[None]:
@@ -61,7 +67,7 @@ class BlockRunner:
         if failure is None and counters["stats"]["unique_graphs"] == graphs:
             return output
         self._agree(failure)
-        self.seconds += time.perf_counter() - started
+        self._seconds += time.perf_counter() - started
         return call(body, block, *inputs) if self.failure else output
 
     def _agree(self, failure: str | None) -> None:

@@ -17,6 +17,7 @@ from launcher.models.masks import AttentionMasks
 from launcher.models.rotary import RotaryTables
 from launcher.parallel.initializer import DrawFunction, Initializer, normal
 from launcher.parallel.layers import TensorParallel
+from launcher.parallel.loss_kernels import LossKernels
 from launcher.parallel.mesh import ProcessMesh
 from launcher.parallel.random import DropoutRandom
 
@@ -53,11 +54,13 @@ class BlockContext:
             tensor_rank=mesh.tensor.rank,
         )
         device = initializer.device.type
+        kernels = LossKernels(is_compiled=compiled, strict=strict)
         tp = TensorParallel(
             mesh.tensor,
             run.parallelism.sequence_parallel,
             initializer,
             device,
+            kernels,
             vocabulary_multiple(run, device),
         )
         documents = Documents(end_of_document(run) if run.data.document_attention else None)
@@ -68,7 +71,7 @@ class BlockContext:
             documents,
             AttentionMasks(run.model, documents),
             rotary_tables(run.model),
-            BlockRunner(mesh.tensor, is_compiled=compiled, strict=strict),
+            BlockRunner(mesh.tensor, kernels, is_compiled=compiled, strict=strict),
         )
 
     def positions(self, x: Tensor, window: int | None = None) -> Places:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from launcher.parallel.loss_kernels import EAGER, LossKernels, gradient_, statistics
 from launcher.parallel.mesh import Axis
 from launcher.parallel.vocabulary import chunk_sizes
 
@@ -21,18 +22,18 @@ PRODUCT_SCALE = 2.0**-8
 
 def linear_cross_entropy(
     x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, vocabulary: int, axis: Axis, device: str,
-    cap: float | None = None,
+    cap: float | None = None, kernels: LossKernels = EAGER,
 ) -> Tensor:  # fmt: skip
     """Return the sum over all labels of the cross-entropy of X W^T + b in nats, a scalar in fp32.
 
     x (B, T, H), weight (V/tp, H), bias (V/tp,), labels (B, T); an IGNORED_LABEL adds 0. `vocabulary` is the
-    unpadded size; padding gets probability zero. `cap` is the logits' soft cap. The
-    forward pass also makes the gradients of x, weight and bias while the logits of a chunk exist; the
-    backward pass multiplies them by the gradient of the sum.
+    unpadded size; padding gets probability zero. `cap` is the logits' soft cap. With compiled `kernels` the
+    logits need no memory in fp32. The forward pass also makes the gradients of x, weight and bias while the
+    logits of a chunk exist; the backward pass multiplies them by the gradient of the sum.
     Forward: two all-reduces per chunk over `axis`: the maxima, then sums and label logits. Backward: no
     collective; x's gradient is this rank's part of the sum over the tensor ranks.
     """
-    arguments = labels, vocabulary, axis, device, cap, torch.is_grad_enabled()
+    arguments = labels, vocabulary, axis, device, cap, kernels, torch.is_grad_enabled()
     loss: Tensor = _LinearCrossEntropy.apply(x, weight, bias, *arguments)  # type: ignore[no-untyped-call]
     return loss
 
@@ -58,13 +59,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, vocabulary: int, axis: Axis,
-        device: str, cap: float | None, with_gradients: bool,
+        device: str, cap: float | None, kernels: LossKernels, with_gradients: bool,
     ) -> Tensor:  # fmt: skip
         tokens, all_labels = x.flatten(0, -2), labels.flatten()
-        sizes = chunk_sizes(len(tokens), len(weight), device)
+        sizes = chunk_sizes(len(tokens), len(weight), device, fused=kernels.is_on)
         # All chunks use the same memory: on CPU a new allocation of this size costs its page faults.
         logits = x.new_empty(sizes[0], len(weight))
-        scores = torch.empty_like(logits, dtype=torch.float32)
+        scores = None if kernels.is_on else torch.empty_like(logits, dtype=torch.float32)
         gradients = _Gradients(tokens, weight, bias) if with_gradients else None
         total = torch.zeros((), dtype=torch.float32, device=x.device)
         start = 0
@@ -72,13 +73,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
             rows = slice(start, start + size)
             chunk = logits[:size]
             _project(tokens[rows], weight, bias, chunk)
-            slope = None if cap is None else soft_cap_(chunk, cap)
-            total += cross_entropy_(
-                chunk, scores[:size], all_labels[rows], vocabulary, axis, with_gradients=with_gradients
-            ).sum()
+            some_labels = all_labels[rows]
+            if scores is None:
+                total += fused_cross_entropy_(
+                    chunk, some_labels, vocabulary, axis, cap, kernels, with_gradients=with_gradients
+                ).sum()
+            else:
+                slope = None if cap is None else soft_cap_(chunk, cap)
+                total += cross_entropy_(
+                    chunk, scores[:size], some_labels, vocabulary, axis, with_gradients=with_gradients
+                ).sum()
+                chunk = chunk if slope is None or gradients is None else chunk.mul_(slope)
             if gradients is not None:
-                chunk = chunk if slope is None else chunk.mul_(slope)
-                gradients.add(rows, tokens[rows], weight, chunk, all_labels[rows] != IGNORED_LABEL)
+                gradients.add(rows, tokens[rows], weight, chunk, some_labels != IGNORED_LABEL)
             start += size
         ctx.gradients, ctx.shape = gradients, x.shape
         return total
@@ -89,7 +96,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         assert ctx.gradients is not None, "the gradients of the head are given out once"
         gradients, ctx.gradients = ctx.gradients, None
         x, weight, bias = gradients.scaled(grad)
-        return x.view(ctx.shape), weight, bias, None, None, None, None, None, None
+        return x.view(ctx.shape), weight, bias, None, None, None, None, None, None, None
 
 
 def _project(x: Tensor, weight: Tensor, bias: Tensor | None, logits: Tensor) -> None:
@@ -136,6 +143,26 @@ def cross_entropy_(
     return losses.masked_fill(labels == IGNORED_LABEL, 0.0)
 
 
+def fused_cross_entropy_(
+    logits: Tensor, labels: Tensor, vocabulary: int, axis: Axis, cap: float | None, kernels: LossKernels,
+    *, with_gradients: bool,
+) -> Tensor:  # fmt: skip
+    """Do what cross_entropy_ does, with the same all-reduces, in two passes over the logits."""
+    elsewhere, index = _local_labels(logits, labels, axis)
+    column, unpadded = index.squeeze(1).masked_fill(elsewhere, -1), _unpadded(logits, vocabulary, axis)
+    highest, sums, label = kernels(statistics, logits, column, unpadded, cap)
+    if axis.size > 1:
+        local, highest = highest, _reduced(highest.clone(), dist.ReduceOp.MAX, axis)
+        shift = local - highest
+        shares = torch.stack([sums * shift.exp(), (label + shift).masked_fill(elsewhere, 0.0)])
+        sums, label = _reduced(shares, dist.ReduceOp.SUM, axis)
+    log_sum = sums.log()
+    if with_gradients:
+        kernels(gradient_, logits, column, highest, log_sum, unpadded, cap)
+    losses: Tensor = (log_sum - label).masked_fill(labels == IGNORED_LABEL, 0.0)
+    return losses
+
+
 class _Gradients:
     """Gradients of the sum of the losses, before the backward pass says how that sum counts.
 
@@ -154,9 +181,14 @@ class _Gradients:
         torch.mm(gradient, weight, out=self._x[rows])
         self._x[rows].mul_(counts)
         total = self._weight_gradient
+        is_first = rows.start == 0
         if gradient.dtype is torch.float32:
             # With beta 0 the first chunk overwrites the zeros without reading them.
-            torch.addmm(total, outputs, x * counts, beta=int(rows.start > 0), out=total)
+            torch.addmm(total, outputs, x * counts, beta=int(not is_first), out=total)
+        elif gradient.is_cuda:
+            # CUDA adds bf16 and fp16 products to a sum in fp32; on a CPU torch has no such product.
+            add = torch.ops.aten.addmm.dtype_out
+            add(total, outputs, x * counts, torch.float32, beta=int(not is_first), out=total)
         else:
             total.add_(outputs @ (x * (counts * PRODUCT_SCALE)), alpha=1 / PRODUCT_SCALE)
         if self._bias_gradient is not None:
@@ -190,10 +222,15 @@ def vocab_parallel_hits(logits: Tensor, labels: Tensor, vocabulary: int, axis: A
 
 def _mask_padding(logits: Tensor, vocabulary: int, axis: Axis) -> None:
     """Set the logits of padding, at the end of (n, V/tp), to the lowest number, whose exponential is 0."""
-    columns = logits.shape[1]
-    unpadded = min(max(vocabulary - axis.rank * columns, 0), columns)
-    if unpadded < columns:
+    unpadded = _unpadded(logits, vocabulary, axis)
+    if unpadded < logits.shape[1]:
         logits[:, unpadded:] = torch.finfo(logits.dtype).min
+
+
+def _unpadded(logits: Tensor, vocabulary: int, axis: Axis) -> int:
+    """Return how many of this rank's columns are no padding."""
+    columns = logits.shape[1]
+    return min(max(vocabulary - axis.rank * columns, 0), columns)
 
 
 def _local_labels(logits: Tensor, labels: Tensor, axis: Axis) -> tuple[Tensor, Tensor]:

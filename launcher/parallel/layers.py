@@ -25,6 +25,7 @@ from launcher.parallel.collectives import (
 )
 from launcher.parallel.cross_entropy import linear_cross_entropy, soft_capped
 from launcher.parallel.initializer import DrawFunction, Initializer, normal, zeros
+from launcher.parallel.loss_kernels import EAGER, LossKernels
 from launcher.parallel.mesh import Axis
 from launcher.parallel.sharding import LogicalTensor
 from launcher.parallel.vocabulary import padded_length
@@ -38,6 +39,7 @@ class TensorParallel:
     sequence_parallel: bool
     initializer: Initializer
     device: str = "cpu"  # or "cuda": where the layers run
+    kernels: LossKernels = EAGER  # of the loss
     vocabulary_multiple: int = 1  # divides the vocabulary of each tensor rank, with padding
 
     def padded(self, vocabulary: int) -> int:
@@ -145,9 +147,8 @@ class VocabParallelEmbedding(nn.Module):
         # All uses go through forward: ZeRO-3 gathers the weight of a module only around its forward.
         if labels is not None:
             whole, axis = self.tp.enter(x), self.tp.axis
-            return linear_cross_entropy(
-                whole, self.weight, self.bias, labels, self.vocabulary, axis, self.tp.device, self.cap
-            )
+            sizes = self.vocabulary, axis, self.tp.device, self.cap, self.tp.kernels
+            return linear_cross_entropy(whole, self.weight, self.bias, labels, *sizes)
         return self.logits(x) if project else self._first_use(x)
 
     def logits(self, x: Tensor) -> Tensor:

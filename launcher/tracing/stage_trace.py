@@ -31,6 +31,7 @@ from launcher.models.masks import AttentionMasks
 from launcher.parallel.dtypes import TORCH_DTYPES
 from launcher.parallel.initializer import Initializer
 from launcher.parallel.layers import TensorParallel
+from launcher.parallel.loss_kernels import EAGER
 from launcher.parallel.mesh import Axis, MeshShape
 from launcher.parallel.random import DropoutRandom
 from launcher.planning.cost.geometry import Rank
@@ -123,11 +124,11 @@ def _stage(run: RunConfig, rank: Rank, chunk: int, axis: Axis, target: str) -> F
     p = run.parallelism
     multiple = vocabulary_multiple(run, target)
     initializer = Initializer(0, axis, TORCH_DTYPES[run.precision.dtype], drawn=False)
-    tp = TensorParallel(axis, p.sequence_parallel, initializer, target, multiple)
+    tp = TensorParallel(axis, p.sequence_parallel, initializer, target, vocabulary_multiple=multiple)
     random = DropoutRandom(0, stage=0, data_rank=0, tensor_rank=axis.rank)
     documents = _Documents(run)
     rotary = rotary_tables(run.model)
-    masks, runner = AttentionMasks(run.model, documents), BlockRunner(axis, is_compiled=False)
+    masks, runner = AttentionMasks(run.model, documents), BlockRunner(axis, EAGER, is_compiled=False)
     context = BlockContext(tp, random, p.activation_checkpointing, documents, masks, rotary, runner)
     layers = model_layers(run.model, context)
     stage = rank.chunks[chunk]

@@ -24,6 +24,15 @@ def test_the_ramp_of_attention_is_fitted() -> None:
     assert fitted_ramp(noise) == (pytest.approx(4e14), 0.0)
 
 
+def test_a_slow_probe_does_not_make_attention_endlessly_fast() -> None:
+    """Seconds of a FLOP as an H100 had them, backward with heads of 64, but for a slow first probe."""
+    points = [(512, 1.6e-14), (1024, 5.4e-15), (2048, 3.6e-15), (4096, 2.9e-15)]
+    rate, ramp = fitted_ramp(points)
+    assert rate == pytest.approx(1.25 / 2.9e-15, rel=1e-3)
+    for length, taken in points[1:]:
+        assert (1 + ramp / length) / rate == pytest.approx(taken, rel=0.3)
+
+
 def test_bandwidth_and_latency_of_a_link_are_fitted() -> None:
     ranks, link, hop = 8, 250e9, 3e-6
     points = [(size, 2 * 7 / 8 * size / link + 14 * hop) for size in (2.0**16, 2.0**22, 2.0**28)]

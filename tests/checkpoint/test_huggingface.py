@@ -386,6 +386,7 @@ def test_a_damaged_checkpoint_is_not_exported(tmp_path: Path) -> None:
     assert launcher("export", str(older), "back", cwd=tmp_path).returncode == 0
 
 
+@pytest.mark.slow
 def test_export_needs_neither_deepspeed_nor_a_process_group(
     theirs: Callable[[str], Path], tmp_path: Path
 ) -> None:

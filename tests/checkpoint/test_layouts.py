@@ -58,7 +58,7 @@ def test_changing_the_layout_after_every_step_matches_one_process(tmp_path: Path
     "overrides",
     [
         pytest.param([*GPT, "model.dropout=0.1"], marks=pytest.mark.slow),
-        [*LLAMA, "precision=bf16"],
+        pytest.param([*LLAMA, "precision=bf16"], marks=pytest.mark.slow),
         [*LLAMA, "precision=bf16_states"],
     ],
 )

@@ -46,6 +46,7 @@ def found_in(folder: Path) -> dict[str, Any]:
     return {one["layout"]: one for one in json.loads((folder / "report.json").read_text())}
 
 
+@pytest.mark.slow
 def test_memory_and_traffic_are_as_planned(compared: tuple[str, Path]) -> None:
     found = found_in(compared[1])
     assert list(found) == ALL.split(",")

@@ -53,7 +53,7 @@ LAYOUTS = {
         "blocks.1.mlp_norm.weight",
     ),
 }
-QUICK = {"dp2 x tp2", "zero3", "tp2 x pp2 bf16"}
+QUICK = {"zero3", "tp2 x pp2 bf16"}
 
 
 def run_in(layout: str) -> tuple[RunConfig, Layout]:

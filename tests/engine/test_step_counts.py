@@ -216,22 +216,3 @@ def test_a_second_reduction_of_a_bucket_is_counted() -> None:
     found, accumulation = counts(ZERO_2, reduces_twice)
     expected = expected_reductions(found, accumulation)
     assert reductions(found).total() == 2 * expected.total()
-
-
-def step_without_synchronisation(rank: int, world: int, init_method: str, run: RunConfig) -> None:
-    """Take a step in which torch raises at each operation that waits for the GPU."""
-    layout = validate(run, World("cuda", 1, 1))
-    device = join(rank=rank, world_size=world, local_rank=rank, device="cuda", init_method=init_method)
-    engine = build_engine(run, layout, device)
-    for _ in range(2):
-        engine.train_batch(batches(run, layout))
-    torch.cuda.set_sync_debug_mode("error")
-    engine.train_batch(batches(run, layout))
-    torch.cuda.set_sync_debug_mode("default")
-    leave()
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_step_on_a_gpu_does_not_wait_for_it() -> None:
-    run = run_of(*SMALL[1:], "hardware.device=cuda", "parallelism=single", "precision=bf16")
-    run_fresh(step_without_synchronisation, 1, run)

@@ -385,6 +385,26 @@ def test_killed_rank_is_reported_before_ranks_that_lost_it(tmp_path: Path) -> No
     assert failure.rank == 2
 
 
+def test_a_stopped_rank_is_reported_before_ranks_that_lost_it(tmp_path: Path) -> None:
+    """The rank that somebody stopped is still cleaning up when its peers lose the connection."""
+
+    def target(rank: int) -> None:
+        if rank == 1:
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+                sleep_for_long()
+            finally:
+                (tmp_path / "disconnected").touch()
+                wait_for(lambda: "Connection closed" in (tmp_path / "rank_2.log").read_text(), "rank 2")
+        wait_for((tmp_path / "disconnected").exists, "rank 1 to be stopped")
+        raise LOST_PEERS[0]
+
+    (tmp_path / "rank_2.log").touch()
+    failure = failure_of(target, 3, tmp_path)
+    assert failure.rank == 1
+    assert "stopped by SIGTERM" in failure.detail
+
+
 def test_first_of_equal_failures_is_reported(tmp_path: Path) -> None:
     def target(rank: int) -> None:
         if rank == 2:

@@ -2,19 +2,22 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.exc import InternalTorchDynamoError
 
 from launcher.engine.allocations import Allocations
-from launcher.parallel import cross_entropy, vocabulary
+from launcher.parallel import cross_entropy, loss_kernels, vocabulary
 from launcher.parallel.cross_entropy import IGNORED_LABEL, linear_cross_entropy, mean_loss
+from launcher.parallel.loss_kernels import EAGER, LossKernels, Pass
 from launcher.parallel.mesh import Axis
 from launcher.parallel.vocabulary import CHUNK_LOGITS, CHUNK_TOKENS, chunk_sizes, padded_length
+from tests.compiling import forget_graphs
 from tests.distributed import mesh, pool
 
 BATCH, LENGTH, HIDDEN = 3, 6, 8
@@ -30,6 +33,7 @@ class Case:
     bias: bool = False
     chunk: int = 5  # tokens; 18 tokens have a last chunk of 3
     upstream: float = 1.0
+    cap: float | None = None
 
     def labels(self) -> Tensor:
         labels = torch.randint(self.vocabulary, (BATCH, LENGTH))
@@ -48,6 +52,7 @@ CASES = {
     "all labels ignored": Case(vocabulary=13, ignored="all"),
     "huge logits": Case(vocabulary=13, scale=1e4, ignored="some"),
     "scaled loss": Case(vocabulary=13, upstream=2.0**16),
+    "soft cap": Case(vocabulary=13, cap=2.0, ignored="some"),
     "bf16": Case(vocabulary=1021, ignored="some", dtype=torch.bfloat16),
     "bf16 with bias": Case(vocabulary=77, dtype=torch.bfloat16, bias=True, upstream=1 / 3),
     "fp16 with a loss scale": Case(vocabulary=77, dtype=torch.float16, upstream=2.0**10),
@@ -62,9 +67,16 @@ class Comparison:
     expected: dict[str, Tensor]
 
 
-def compare(rank: int, world: int, case: Case) -> Comparison:
+class Uncompiled(LossKernels):
+    """Runs the passes that are compiled elsewhere as they are written."""
+
+    def __call__(self, function: Pass, *arguments: object) -> Tensor:
+        return function(*arguments)
+
+
+def compare(rank: int, world: int, case: Case, kernels: LossKernels = EAGER) -> Comparison:
     """Return mean loss and gradients of this rank, each beside the results for the full logits in fp64."""
-    axis = mesh(tensor=world).tensor
+    axis = mesh(tensor=world).tensor if world > 1 else Axis()
     padded = padded_length(case.vocabulary, world)
     x = torch.randn(BATCH, LENGTH, HIDDEN)
     weight = torch.randn(padded, HIDDEN).mul(case.scale / HIDDEN**0.5)
@@ -77,6 +89,7 @@ def compare(rank: int, world: int, case: Case) -> Comparison:
     full = [tensor.double().requires_grad_() for tensor in (x, weight, bias)]
     logits = F.linear(full[0], full[1], full[2] if case.bias else None)
     real = logits[..., : case.vocabulary].flatten(0, 1)
+    real = real if case.cap is None else case.cap * (real / case.cap).tanh()
     expected = F.cross_entropy(real, labels.flatten(), reduction="sum", ignore_index=IGNORED_LABEL)
     expected_mean = expected / max(1, int((labels != IGNORED_LABEL).sum()))
     (expected_mean * case.upstream).backward()
@@ -88,7 +101,8 @@ def compare(rank: int, world: int, case: Case) -> Comparison:
         tensor.requires_grad_()
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(vocabulary.CHUNK_TOKENS, "cpu", case.chunk)
-        arguments = ours[2] if case.bias else None, labels, case.vocabulary, axis, "cpu"
+        bias_or_none = ours[2] if case.bias else None
+        arguments = bias_or_none, labels, case.vocabulary, axis, "cpu", case.cap, kernels
         mean = mean_loss(linear_cross_entropy(ours[0], ours[1], *arguments), labels)
         with torch.no_grad():  # without gradients: the same loss
             assert torch.equal(mean, mean_loss(linear_cross_entropy(ours[0], ours[1], *arguments), labels))
@@ -131,6 +145,45 @@ def test_equals_cross_entropy_of_full_logits(world: int, name: str) -> None:
     assert_equal(pool(world).run(compare, CASES[name]), CASES[name].dtype)
 
 
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("world", WORLDS)
+def test_the_fused_passes_equal_it_too(world: int, name: str) -> None:
+    kernels = Uncompiled(is_compiled=True)
+    assert_equal(pool(world).run(compare, CASES[name], kernels), CASES[name].dtype)
+
+
+@pytest.mark.slow
+def test_the_fused_passes_compile_without_a_break(subtests: pytest.Subtests) -> None:
+    for name, case in CASES.items():
+        with subtests.test(name):
+            forget_graphs()
+            kernels = LossKernels(is_compiled=True, strict=True)
+            assert_equal([compare(0, 1, case, kernels)], case.dtype)
+            assert kernels.seconds > 0
+
+
+def test_a_failing_compiler_leaves_the_loss_eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: object, **__: object) -> NoReturn:
+        raise InternalTorchDynamoError("no space left for kernels")
+
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: failing)
+    kernels = LossKernels(is_compiled=True)
+    with pytest.warns(UserWarning, match="the loss runs eager"):
+        assert_equal([compare(0, 1, CASES["padding"], kernels)], torch.float32)
+    assert not kernels.is_on
+    with pytest.raises(InternalTorchDynamoError):
+        compare(0, 1, CASES["padding"], LossKernels(is_compiled=True, strict=True))
+
+
+def test_a_wrong_fused_pass_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the label's 1 in the gradient."""
+    right = loss_kernels.gradient_
+    wrong = lambda logits, column, *rest: right(logits, torch.full_like(column, -1), *rest)  # noqa: E731
+    monkeypatch.setattr(cross_entropy, "gradient_", wrong)
+    with pytest.raises(AssertionError, match="not close"):
+        assert_equal([compare(0, 1, Case(), Uncompiled(is_compiled=True))], torch.float32)
+
+
 @pytest.mark.parametrize("world", WORLDS)
 def test_padding_gets_no_gradient(world: int) -> None:
     case = CASES["shard of padding only"]
@@ -155,7 +208,7 @@ def test_the_gradient_keeps_its_digits_where_the_probability_is_close_to_1() -> 
     assert float(logits[0, 0]) == pytest.approx(float(right), rel=2**-8)
 
 
-def traffic(rank: int, world: int) -> list[tuple[str, int]]:
+def traffic(rank: int, world: int, kernels: LossKernels) -> list[tuple[str, int]]:
     """Return (collective, elements) of each collective in a forward and a backward pass."""
     sent: list[tuple[str, int]] = []
 
@@ -175,13 +228,14 @@ def traffic(rank: int, world: int) -> list[tuple[str, int]]:
             if name.startswith(collectives) and callable(getattr(dist, name)):
                 patch.setattr(dist, name, recorded(name, getattr(dist, name)))
         patch.setitem(vocabulary.CHUNK_TOKENS, "cpu", 9)
-        loss = linear_cross_entropy(x, weight, None, Case(vocabulary=100).labels(), 100, axis, "cpu")
-        loss.backward()
+        labels = Case(vocabulary=100).labels()
+        linear_cross_entropy(x, weight, None, labels, 100, axis, "cpu", None, kernels).backward()
     return sent
 
 
-def test_two_all_reduces_per_chunk_and_no_gather() -> None:
-    assert pool(2).run(traffic) == [[("all_reduce", 9), ("all_reduce", 18)] * 2] * 2
+@pytest.mark.parametrize("kernels", [EAGER, Uncompiled(is_compiled=True)])
+def test_two_all_reduces_per_chunk_and_no_gather(kernels: LossKernels) -> None:
+    assert pool(2).run(traffic, kernels) == [[("all_reduce", 9), ("all_reduce", 18)] * 2] * 2
 
 
 def peak_beside_weight(tokens: int, columns: int) -> int:

@@ -128,6 +128,7 @@ def test_generate_uses_the_tokenizer_that_the_run_recorded(prepared: Path) -> No
     assert (prepared / "hf" / "tokenizer.json").read_bytes() == (prepared / "bpe.tokenizer.json").read_bytes()
 
 
+@pytest.mark.slow
 def test_an_export_names_the_token_that_ends_the_documents_of_the_data(prepared: Path) -> None:
     """The exports of the run and of its checkpoint name it, also when the token files are gone."""
     end = json.loads((prepared / "bpe.json").read_text())["end_of_document"]

@@ -64,6 +64,7 @@ def test_the_shipped_experiment_reaches_its_accuracy_in_every_layout(tmp_path: P
     assert max(losses) == pytest.approx(min(losses), rel=1e-3), found
 
 
+@pytest.mark.slow
 def test_generate_and_export_refuse_a_classifier(tmp_path: Path) -> None:
     trained(tmp_path, ["parallelism=single"], "training.steps=1")
     for command, said in (

@@ -180,6 +180,7 @@ def test_a_rollback_leaves_the_samples_out_and_a_resume_does_the_same(text: Path
         assert row == pytest.approx(other, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_replay_finds_the_sample_in_any_layout(text: Path) -> None:
     out = trained(*LEAPING, "run.dir=warned", "checkpoint.interval_steps=50", cwd=text)
     leaps = [int(step) for step in re.findall(r"warning  step (\d+): the (?:loss|gradient norm) is", out)]

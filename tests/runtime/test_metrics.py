@@ -149,6 +149,7 @@ def test_a_resumed_run_does_not_log_a_step_twice(tmp_path: Path) -> None:
     assert [row["step"] for row in metrics(tmp_path / "r")] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow
 def test_steps_that_are_taken_back_have_their_new_values_in_wandb(tmp_path: Path) -> None:
     """The user goes back to an older checkpoint with another learning rate; nothing was uploaded before."""
     run = ["logging=wandb", "run.dir=r", "parallelism.data=1", "checkpoint.keep_last=9"]

@@ -257,6 +257,7 @@ def test_a_refusal_makes_no_directory(field: str, tmp_path: Path) -> None:
     assert not (tmp_path / "r").exists()
 
 
+@pytest.mark.slow
 def test_a_run_killed_before_its_final_weights_resumes_and_writes_them(tmp_path: Path) -> None:
     """Final weights of an earlier end do not count, whatever layout wrote them."""
     trained(*RUN, "training.steps=6", "training.stop_at=3", cwd=tmp_path)

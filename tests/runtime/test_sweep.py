@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from launcher.commands.sweep import differing, lowest
 from launcher.runtime.run_state import RunState, State
 from tests.runtime.command import SMALL, started, trained
@@ -9,6 +11,7 @@ from tests.runtime.command import SMALL, started, trained
 SWEEP = ["--multirun", "parallelism.data=1", "training.steps=2", "scheduler.warmup_steps=0"]
 
 
+@pytest.mark.slow
 def test_a_sweep_ends_with_its_jobs(tmp_path: Path) -> None:
     for directory in (["run.dir=sweep"], []):
         out = trained(*SWEEP, "optimizer.lr=1e-3,1e-9", *directory, cwd=tmp_path)

@@ -99,13 +99,16 @@ class Candidate:
 
     @property
     def complexity(self) -> tuple[int, ...]:
-        """Sort key among layouts of nearly the same speed, the simplest first."""
+        """Sort key among layouts of nearly the same speed, the simplest first.
+
+        Beside a pipeline tensor parallelism goes as far as the node (Narayanan et al., SC 2021, takeaway 1).
+        """
         layout, p = self.layout, self.run.parallelism
         axes = sum(size > 1 for size in (layout.tensor, layout.data, layout.pipeline))
         recomputation = list(ActivationCheckpointing).index(p.activation_checkpointing)
         return (
             layout.zero_stage == 3, axes, layout.zero_stage, recomputation, p.sequence_parallel,
-            layout.pipeline,
+            layout.pipeline, -layout.tensor if layout.pipeline > 1 else 0,
         )  # fmt: skip
 
     @property

@@ -39,16 +39,21 @@ def head(s: Sizes) -> list[Operation]:
 def _loss(s: Sizes, x: str) -> Operation:
     """Return linear_cross_entropy, which makes all gradients in the forward pass, chunk by chunk."""
     h, columns, low = s.hidden_size, s.vocabulary, s.dtype is not Dtype.fp32
-    sizes = chunk_sizes(s.tokens, columns, s.device)
+    sizes = chunk_sizes(s.tokens, columns, s.device, fused=s.compiled)
     products = [matmul for n in sizes for matmul in (Matmul(n, columns, h), Matmul(n, h, columns))]
     weights = [Matmul(columns, h, n) for n in sizes]
     chunk, matrix = sizes[0] * columns, columns * h
+    # On a CPU torch has no product of bf16 matrices that is added to fp32.
+    has_product = low and s.device == "cpu"
     # Logits in the run's precision and in fp32, the hidden states without ignored tokens, and a product.
-    # With a soft cap also its tanh.
-    tanh = chunk * s.element if s.caps_logits else 0
-    scratch = (
-        tanh + chunk * (s.element + FP32) + sizes[0] * h * s.element + (matrix * s.element if low else 0)
-    )
+    # With a soft cap also its tanh. Compiled, the loss makes one pass for the statistics of the rows, as slow
+    # as two, and one for the gradients, without fp32 logits (parallel/loss_kernels.py).
+    if s.compiled:
+        logits, logit_bytes, kernels = s.element, 4 * s.element, 14
+    else:
+        logits = s.element + FP32 + (s.element if s.caps_logits else 0)
+        logit_bytes, kernels = 3 * FP32 + s.element + (s.element + FP32 if low else 0), 20
+    scratch = chunk * logits + sizes[0] * h * s.element + (matrix * s.element if has_product else 0)
     gathered: tuple[Collective, ...] = ()
     traffic: tuple[Collective, ...] = ()
     reduced: tuple[Collective, ...] = ()
@@ -69,9 +74,9 @@ def _loss(s: Sizes, x: str) -> Operation:
         forward_matmuls=(*products, *weights),
         forward_traffic=gathered + traffic, backward_traffic=reduced,
         # Logits in fp32, log-softmax and exponential; each product is added to the weight's gradient.
-        forward_bytes=s.tokens * columns * (3 * FP32 + s.element + (s.element + FP32 if low else 0))
-        + len(sizes) * matrix * (2 * FP32 + (2 * s.element if low else 0)) + 4 * s.whole,
-        backward_bytes=matrix * (FP32 + s.element) + 3 * s.whole, kernels=20 * len(sizes),
+        forward_bytes=s.tokens * columns * logit_bytes
+        + len(sizes) * matrix * (2 * FP32 + (2 * s.element if has_product else 0)) + 4 * s.whole,
+        backward_bytes=matrix * (FP32 + s.element) + 3 * s.whole, kernels=kernels * len(sizes),
     )  # fmt: skip
 
 

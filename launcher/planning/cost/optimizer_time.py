@@ -26,14 +26,16 @@ def optimizer_seconds(run: RunConfig, layout: Layout, rank: Rank, rates: AnyRate
         return (whole * element * passes + share * moved * (1 + states)) / rates.update
     # Read gradients, read and write weights and states.
     update = share * FP32 * (1 + 2 * (1 + states))
-    if uses_bf16_optimizer(run, layout):
-        copies = _bf16_bookkeeping(layout, whole, share)
+    clips = run.optimizer.gradient_clipping is not None
+    if layout.zero_stage == 0 or uses_bf16_optimizer(run, layout):
+        update += share * FP32 * clips  # the update writes the clipped gradients
+        copies = _light_passes(layout, whole, share, element)
     else:
         # Norm: read. Clipping: read and write.
         update += share * FP32 * (1 + 2)
         # Gradients are copied into a flat buffer, reduced and set to zero; new weights are cast and copied.
         passes = 4 if layout.zero_stage < 3 else 2
-        copies = whole * FP32 * passes + (share * (FP32 + element) if layout.zero_stage else 0)
+        copies = whole * FP32 * passes + share * (FP32 + element)
         if run.precision.dtype is not Dtype.fp32:
             # The gradients of each micro-batch are cast and added to the fp32 gradients.
             copies += layout.accumulation * (whole if layout.zero_stage < 3 else 0) * (element + 2 * FP32)
@@ -43,18 +45,15 @@ def optimizer_seconds(run: RunConfig, layout: Layout, rank: Rank, rates: AnyRate
     return (update + copies) / rates.update
 
 
-def _bf16_bookkeeping(layout: Layout, whole: int, share: int) -> float:
-    """Return the bytes that BF16_Optimizer moves beside the update (DeepSpeed 0.19.8, bf16_optimizer.py).
-
-    In three models on an H100, the step beside the computation took the time of 110, 103 and 110 bytes a
-    parameter with the update's 28. Here they are 102, because bf16 gradients are no longer kept and zeroed.
-    """
-    low, high = BYTES[Dtype.bf16], FP32
-    # Each micro-batch: cast to fp32 and added (_update_hp_grad).
-    added = (low + high) + 3 * high
-    # The reduction, also of one rank: copied, cast, scaled, cast, copied (engine.py, allreduce_and_copy).
-    reduced = 2 * high + (high + low) + 2 * low + (low + high) + 2 * high
-    # The norm, clipping and zeros of all gradients, not of the partition.
-    judged = high + 2 * high + high
-    # New weights are cast, and copied in the gather (update_lp_params).
-    return whole * (layout.accumulation * added + reduced + judged + low) + share * (high + low)
+def _light_passes(layout: Layout, whole: int, share: int, element: int) -> float:
+    """Return the bytes that ZeRO-0 and BF16_Optimizer move beside the update (engine/gradient_passes.py)."""
+    moved: float = whole * FP32  # the norm
+    if layout.data > 1:
+        # Copied into the buffer that is sent, divided there, and copied back.
+        moved += whole * (2 * (FP32 + element) + 2 * element)
+    if layout.zero_stage == 0:
+        return moved
+    # The first gradient of a step is cast into the fp32 sums, the others are added to them.
+    moved += whole * (element + FP32) + (layout.accumulation - 1) * whole * (element + 2 * FP32)
+    # New weights are cast, and gathered.
+    return moved + share * (FP32 + element) + (whole * element if layout.data > 1 else 0)

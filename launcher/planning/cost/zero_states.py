@@ -117,7 +117,7 @@ class _Ledger:
     def zero_0(self) -> States:
         """torch's optimizer steps on the weights; gradients are all-reduced in copies."""
         gradients = FP32 * self.total
-        copies = FP32 * min(self.total, ALL_REDUCE_BUCKET)
+        copies = self._reduced_in_copies(FP32)
         return States(
             weights=self.element * self.total,
             optimizer=self.state_bytes * self.total,
@@ -129,13 +129,17 @@ class _Ledger:
             step=Holdings(gradients),
         )
 
+    def _reduced_in_copies(self, element: int) -> int:
+        """Return the bytes of the buffer that is sent; one data rank reduces nothing (gradient_passes.py)."""
+        return element * min(self.total, ALL_REDUCE_BUCKET) if self.layout.data > 1 else 0
+
     def bf16_optimizer(self) -> States:
         """BF16_Optimizer of DeepSpeed: whole gradients in fp32, partitioned fp32 weights and states.
 
-        Each bf16 gradient is added to them at once. The reduction works on a copy that is cast to bf16.
+        Each bf16 gradient is added to them at once. The reduction works on a copy in bf16.
         """
         summed = FP32 * self.flat
-        copies = (FP32 + self.element) * min(self.flat, ALL_REDUCE_BUCKET)
+        copies = self._reduced_in_copies(self.element)
         return States(
             weights=self.element * self.flat,
             optimizer=self.optimizer_bytes * self.share,

@@ -1,0 +1,91 @@
+"""Fewer passes over the gradients than DeepSpeed 0.19.8 makes between a backward pass and the update."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from torch import Tensor
+
+_WAITING_ELEMENTS = 1 << 26  # gradients in bf16 that may wait to be copied into the fp32 sums
+
+
+def lighten(deepspeed_engine: Any) -> None:
+    """Replace the copies of ZeRO-0 and BF16_Optimizer. Their measured share of a step: docs/benchmarks.md."""
+    if deepspeed_engine.postscale_gradients() and deepspeed_engine.gradient_predivide_factor() == 1.0:
+        _reduce_in_one_buffer(deepspeed_engine)
+    if isinstance(zero := deepspeed_engine.optimizer, BF16_Optimizer):
+        _accumulate_without_zeros(zero)
+
+
+def _reduce_in_one_buffer(engine: Any) -> None:
+    """Reduce a bucket through one buffer of the type that is sent, and not at all on one data rank.
+
+    DeepSpeed joins the gradients in fp32, casts, sends, casts and copies; on one rank it does so too.
+    """
+
+    def allreduce_and_copy(bucket: list[Tensor], group: Any, _size: float | None = None) -> None:
+        """Average the gradients of a bucket. Collective over the data group: one all-reduce."""
+        size = dist.get_world_size(group)
+        if size == 1:
+            return
+        sizes = [gradient.numel() for gradient in bucket]
+        sent = torch.empty(sum(sizes), dtype=engine.communication_data_type, device=bucket[0].device)
+        parts = [part.view_as(whole) for part, whole in zip(sent.split(sizes), bucket, strict=True)]
+        torch._foreach_copy_(parts, bucket)
+        dist.all_reduce(sent, group=group)
+        sent.mul_(1 / size)
+        torch._foreach_copy_(bucket, parts)
+
+    engine.allreduce_and_copy = allreduce_and_copy
+
+
+def _accumulate_without_zeros(zero: BF16_Optimizer) -> None:
+    """Copy the first gradient of a step into the fp32 sums, and add the others to them as they are.
+
+    DeepSpeed sets the sums to zero, casts each gradient to fp32 into a tensor of its own, and adds that. The
+    copies of a backward pass are made together, in few kernels: a large model has hundreds of small weights.
+    """
+    waiting: list[tuple[Tensor, Tensor]] = []
+
+    @torch.no_grad()
+    def copy_waiting() -> None:
+        if waiting:
+            totals, gradients = zip(*waiting, strict=True)
+            torch._foreach_copy_(totals, gradients)
+            waiting.clear()
+
+    @torch.no_grad()
+    def update(weight: Tensor, group: int, index: int, clear_lp_grads: bool) -> None:
+        assert not clear_lp_grads  # immediate_grad_update frees the gradient instead
+        if weight.grad is None:
+            return
+        total, has_gradient = zero.fp32_groups_gradients[group][index], zero.fp32_groups_has_gradients[group]
+        gradient = weight.grad.view(total.shape)
+        if has_gradient[index]:
+            total.add_(gradient)
+        else:
+            if not waiting:
+                torch.autograd.Variable._execution_engine.queue_callback(copy_waiting)
+            waiting.append((total, gradient))
+            if sum(gradient.numel() for _, gradient in waiting) > _WAITING_ELEMENTS:
+                copy_waiting()
+        weight._hp_grad, has_gradient[index] = total, True  # type: ignore[attr-defined]
+
+    @torch.no_grad()
+    def all_gradients() -> Any:
+        for sums, has_gradient in zip(
+            zero.fp32_groups_gradients, zero.fp32_groups_has_gradients, strict=True
+        ):
+            for total, has in zip(sums, has_gradient, strict=True):
+                if not has:
+                    total.zero_()  # it still holds the gradient of an older step
+        return zero.non_expert_gradients, {}
+
+    def clear() -> None:
+        for index, group in enumerate(zero.fp32_groups_gradients):
+            zero.fp32_groups_has_gradients[index] = [False] * len(group)
+
+    zero._update_hp_grad, zero.clear_hp_grads = update, clear
+    zero.get_grads_for_reduction = all_gradients
+    zero.clear_hp_grads()

@@ -1,0 +1,88 @@
+"""The passes of the loss over a chunk of logits, each compiled to one kernel (torch.compile).
+
+Shapes: n tokens of a chunk, V vocabulary (padded), tp tensor-parallel size. A label that is in none of this
+rank's columns has the column -1. `unpadded` counts the columns that are no padding; `cap` is the soft cap.
+"""
+
+import time
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Pass = Callable[..., Tensor]
+
+
+class LossKernels:
+    """Calls the functions below: compiled, or if that fails eager, with the same result.
+
+    They contain no collective, so a rank that cannot compile does not concern the others. With `strict` the
+    error is raised. `seconds` counts the calls that compiled.
+    """
+
+    def __init__(self, *, is_compiled: bool, strict: bool = False) -> None:
+        self.is_on, self.seconds = is_compiled, 0.0
+        self._strict = strict
+        self._compiled: dict[Pass, Pass] = {}
+
+    def __call__(self, function: Pass, *arguments: object) -> Tensor:
+        """Return function(*arguments). A failing compiler has changed nothing yet."""
+        if not self.is_on:
+            return function(*arguments)
+        from torch._dynamo import exc
+        from torch._dynamo.utils import counters
+
+        graphs, started = counters["stats"]["unique_graphs"], time.perf_counter()
+        if function not in self._compiled:
+            self._compiled[function] = torch.compile(function, fullgraph=True, dynamic=False)
+        try:
+            output = self._compiled[function](*arguments)
+        except (exc.TorchDynamoException, exc.FailOnRecompileLimitHit) as error:
+            if self._strict:
+                raise
+            warnings.warn(f"the loss runs eager: {type(error).__name__}", stacklevel=1)
+            self.is_on = False
+            output = function(*arguments)
+        if counters["stats"]["unique_graphs"] > graphs:
+            self.seconds += time.perf_counter() - started
+        return output
+
+
+EAGER = LossKernels(is_compiled=False)
+
+
+def statistics(logits: Tensor, column: Tensor, unpadded: int, cap: float | None) -> Tensor:
+    """Return (3, n) in fp32: the highest of each row of logits (n, V/tp), sum(exp(logit - highest)), and the
+    label's logit - highest, of column 0 if the label is elsewhere."""
+    values = _real(logits, unpadded, cap)
+    # In this form torch's compiler reads the logits once for both (prepare_softmax_online).
+    highest = values.amax(1, keepdim=True)
+    sums = (values - highest).exp().sum(1, keepdim=True)
+    label = logits.gather(1, column.clamp(min=0).unsqueeze(1)).float()
+    return torch.cat([highest, sums, (label if cap is None else _capped(label, cap)) - highest], 1).t()
+
+
+def gradient_(
+    logits: Tensor, column: Tensor, highest: Tensor, log_sum: Tensor, unpadded: int, cap: float | None
+) -> Tensor:
+    """Overwrite logits (n, V/tp) with softmax minus one-hot; highest and log_sum (n,) are over all ranks."""
+    values = _real(logits, unpadded, cap) - highest.unsqueeze(1) - log_sum.unsqueeze(1)
+    is_label = torch.arange(logits.shape[1], device=logits.device) == column.unsqueeze(1)
+    slope = values.exp() - is_label.float()
+    if cap is not None:
+        slope = slope * (1.0 - (logits.float() / cap).tanh().square())
+    return logits.copy_(slope)
+
+
+def _real(logits: Tensor, unpadded: int, cap: float | None) -> Tensor:
+    """Return logits in fp32; those of padding are the lowest number, whose exponential is 0."""
+    values = logits.float() if cap is None else _capped(logits.float(), cap)
+    if unpadded == logits.shape[1]:
+        return values
+    is_padding = torch.arange(logits.shape[1], device=logits.device) >= unpadded
+    return values.masked_fill(is_padding, torch.finfo(torch.float32).min)
+
+
+def _capped(x: Tensor, cap: float) -> Tensor:
+    return cap * torch.tanh(x / cap)
