@@ -24,7 +24,7 @@ train: setup  ## Train the example model, then sample from it (RUN=runs/name to 
 	$(BIN)/launcher experiment=stdlib_gpt run.dir=$(RUN)
 	$(BIN)/launcher generate run.dir=$(RUN) 'prompt="def "'
 
-test: setup  ## Run the quick tests (12 minutes on two cores)
+test: setup  ## Run the quick tests (8 minutes on two idle cores)
 	@$(MAKE) --no-print-directory --jobs=2 test-workers test-slurm SELECT='-m "not slow"'
 
 test-all: setup  ## Run all tests (about an hour on two idle cores)

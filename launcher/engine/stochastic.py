@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from launcher.models.arithmetic import update_chunk
-from launcher.models.compiled import first_line
+from launcher.parallel.compiling import first_line
 from launcher.parallel.sharding import seed_of
 
 DROPPED_BITS = 16  # of an fp32 number; an element's 64 random bits are enough for a weight and three states

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from launcher.parallel.cross_entropy import soft_capped
+from launcher.parallel.loss_kernels import soft_capped
 
 
 class Kernel(NamedTuple):

@@ -3,13 +3,14 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from launcher.parallel import compiling
+from launcher.parallel.compiling import first_line
 from launcher.parallel.loss_kernels import LossKernels
 from launcher.parallel.mesh import Axis
 
@@ -37,6 +38,13 @@ class BlockRunner:
     def seconds(self) -> float:
         return self._seconds + self._loss.seconds
 
+    @property
+    def problem(self) -> str | None:
+        """What this rank runs eager because it could not be compiled, and why."""
+        if self.failure:
+            return f"transformer blocks run eager: {self.failure}"
+        return f"the loss runs eager: {self._loss.failure}" if self._loss.failure else None
+
     @contextmanager
     def eager(self) -> Iterator[None]:
         """Context manager without compiled bodies, for hooks on the modules inside a block."""
@@ -55,7 +63,7 @@ class BlockRunner:
         from torch._dynamo.utils import counters
 
         if self._compiled is None:
-            self._compiled = compiled(body)
+            self._compiled = compiling.compiled(body)
         graphs, started, failure = counters["stats"]["unique_graphs"], time.perf_counter(), None
         try:
             output = call(self._compiled, block, *map(_as_tensor, inputs))
@@ -77,23 +85,6 @@ class BlockRunner:
             dist.all_reduce(failed, dist.ReduceOp.MAX, self._axis.group)
         if failed:
             self.failure, self._is_on = failure or "another tensor rank could not compile", False
-
-
-def compiled(body: Body) -> Body:
-    """Return the compiled body: whole, for fixed shapes, forward and backward pass at once."""
-    from torch._functorch import config
-
-    # By default the backward pass is compiled when it first runs, too late to go on eager. New in torch 2.9.
-    if hasattr(config, "force_non_lazy_backward_lowering"):
-        config.force_non_lazy_backward_lowering = True
-    return torch.compile(body, fullgraph=True, dynamic=False)
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of a compiler's error, with the type of the error behind it."""
-    inner: Any = getattr(error, "inner_exception", error)
-    lines = str(inner).strip().splitlines()
-    return f"{type(inner).__name__}: {lines[0] if lines else ''}"
 
 
 def _as_tensor(value: Tensor | int | None) -> Tensor | None:

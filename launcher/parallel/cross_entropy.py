@@ -38,11 +38,6 @@ def linear_cross_entropy(
     return loss
 
 
-def soft_capped(x: Tensor, cap: float) -> Tensor:
-    """Return cap * tanh(x / cap) (Gemma 2, arXiv 2408.00118)."""
-    return cap * torch.tanh(x / cap)
-
-
 def soft_cap_(x: Tensor, cap: float) -> Tensor:
     """Replace x by cap * tanh(x / cap), and return the derivative."""
     tanh = x.div_(cap).tanh_().clone()
@@ -65,7 +60,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         sizes = chunk_sizes(len(tokens), len(weight), device, fused=kernels.is_on)
         # All chunks use the same memory: on CPU a new allocation of this size costs its page faults.
         logits = x.new_empty(sizes[0], len(weight))
-        scores = None if kernels.is_on else torch.empty_like(logits, dtype=torch.float32)
+        scores: Tensor | None = None
         gradients = _Gradients(tokens, weight, bias) if with_gradients else None
         total = torch.zeros((), dtype=torch.float32, device=x.device)
         start = 0
@@ -74,16 +69,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
             chunk = logits[:size]
             _project(tokens[rows], weight, bias, chunk)
             some_labels = all_labels[rows]
-            if scores is None:
-                total += fused_cross_entropy_(
-                    chunk, some_labels, vocabulary, axis, cap, kernels, with_gradients=with_gradients
-                ).sum()
-            else:
-                slope = None if cap is None else soft_cap_(chunk, cap)
-                total += cross_entropy_(
-                    chunk, scores[:size], some_labels, vocabulary, axis, with_gradients=with_gradients
-                ).sum()
-                chunk = chunk if slope is None or gradients is None else chunk.mul_(slope)
+            arguments = chunk, some_labels, vocabulary, axis, cap
+            losses = None
+            if kernels.is_on:
+                losses = fused_cross_entropy_(*arguments, kernels, with_gradients=with_gradients)
+            if losses is None:
+                scores = torch.empty_like(logits, dtype=torch.float32) if scores is None else scores
+                losses = capped_cross_entropy_(*arguments, scores[:size], with_gradients=with_gradients)
+            total += losses.sum()
             if gradients is not None:
                 gradients.add(rows, tokens[rows], weight, chunk, some_labels != IGNORED_LABEL)
             start += size
@@ -104,6 +97,18 @@ def _project(x: Tensor, weight: Tensor, bias: Tensor | None, logits: Tensor) -> 
         torch.mm(x, weight.t(), out=logits)
     else:
         torch.addmm(bias, x, weight.t(), out=logits)
+
+
+def capped_cross_entropy_(
+    logits: Tensor, labels: Tensor, vocabulary: int, axis: Axis, cap: float | None, scores: Tensor,
+    *, with_gradients: bool,
+) -> Tensor:  # fmt: skip
+    """Do what cross_entropy_ does, to logits with a soft cap."""
+    slope = None if cap is None else soft_cap_(logits, cap)
+    losses = cross_entropy_(logits, scores, labels, vocabulary, axis, with_gradients=with_gradients)
+    if slope is not None and with_gradients:
+        logits.mul_(slope)
+    return losses
 
 
 def cross_entropy_(
@@ -129,10 +134,10 @@ def cross_entropy_(
         # Normalised over this rank's columns; of the largest logit the two values differ least from it.
         local = logits.amax(1).float() - scores.amax(1)
         highest = _reduced(local.clone(), dist.ReduceOp.MAX, axis)
-        label_logits = (picked + local).masked_fill(elsewhere, 0.0)
+        label_logits = (picked + local - highest).masked_fill(elsewhere, 0.0)
         sums = _reduced(torch.stack([(local - highest).exp(), label_logits]), dist.ReduceOp.SUM, axis)
-        whole = highest + sums[0].log()
-        losses, shift = whole - sums[1], local - whole
+        log_sum = sums[0].log()
+        losses, shift = log_sum - sums[1], local - highest - log_sum
         scores += shift.unsqueeze(1)
         picked += shift
     if with_gradients:
@@ -146,19 +151,25 @@ def cross_entropy_(
 def fused_cross_entropy_(
     logits: Tensor, labels: Tensor, vocabulary: int, axis: Axis, cap: float | None, kernels: LossKernels,
     *, with_gradients: bool,
-) -> Tensor:  # fmt: skip
-    """Do what cross_entropy_ does, with the same all-reduces, in two passes over the logits."""
+) -> Tensor | None:  # fmt: skip
+    """Do what capped_cross_entropy_ does, with the same all-reduces, in two compiled passes over the logits.
+
+    Return None if the first cannot be compiled. Other tensor ranks may do so all the same.
+    """
     elsewhere, index = _local_labels(logits, labels, axis)
     column, unpadded = index.squeeze(1).masked_fill(elsewhere, -1), _unpadded(logits, vocabulary, axis)
-    highest, sums, label = kernels(statistics, logits, column, unpadded, cap)
+    if (found := kernels(statistics, logits, column, unpadded, cap)) is None:
+        return None
+    highest, sums, label = found
     if axis.size > 1:
         local, highest = highest, _reduced(highest.clone(), dist.ReduceOp.MAX, axis)
         shift = local - highest
         shares = torch.stack([sums * shift.exp(), (label + shift).masked_fill(elsewhere, 0.0)])
         sums, label = _reduced(shares, dist.ReduceOp.SUM, axis)
     log_sum = sums.log()
-    if with_gradients:
-        kernels(gradient_, logits, column, highest, log_sum, unpadded, cap)
+    arguments = logits, column, highest, log_sum, unpadded, cap
+    if with_gradients and kernels(gradient_, *arguments) is None:
+        gradient_(*arguments)
     losses: Tensor = (log_sum - label).masked_fill(labels == IGNORED_LABEL, 0.0)
     return losses
 

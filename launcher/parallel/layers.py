@@ -23,9 +23,9 @@ from launcher.parallel.collectives import (
     reduce_scatter_sequence_region,
     reduce_scatter_start,
 )
-from launcher.parallel.cross_entropy import linear_cross_entropy, soft_capped
+from launcher.parallel.cross_entropy import linear_cross_entropy
 from launcher.parallel.initializer import DrawFunction, Initializer, normal, zeros
-from launcher.parallel.loss_kernels import EAGER, LossKernels
+from launcher.parallel.loss_kernels import EAGER, LossKernels, soft_capped
 from launcher.parallel.mesh import Axis
 from launcher.parallel.sharding import LogicalTensor
 from launcher.parallel.vocabulary import padded_length

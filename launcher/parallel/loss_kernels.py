@@ -5,62 +5,62 @@ rank's columns has the column -1. `unpadded` counts the columns that are no padd
 """
 
 import time
-import warnings
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-Pass = Callable[..., Tensor]
+from launcher.parallel import compiling
+from launcher.parallel.compiling import Function, first_line
 
 
 class LossKernels:
-    """Calls the functions below: compiled, or if that fails eager, with the same result.
+    """Calls the functions below, compiled.
 
     They contain no collective, so a rank that cannot compile does not concern the others. With `strict` the
-    error is raised. `seconds` counts the calls that compiled.
+    error is raised. `seconds` counts the calls that compiled; `failure` is the compiler's error.
     """
 
     def __init__(self, *, is_compiled: bool, strict: bool = False) -> None:
         self.is_on, self.seconds = is_compiled, 0.0
+        self.failure: str | None = None
         self._strict = strict
-        self._compiled: dict[Pass, Pass] = {}
+        self._compiled: dict[Function, Function] = {}
 
-    def __call__(self, function: Pass, *arguments: object) -> Tensor:
-        """Return function(*arguments). A failing compiler has changed nothing yet."""
-        if not self.is_on:
-            return function(*arguments)
+    def __call__(self, function: Function, *arguments: object) -> Tensor | None:
+        """Return function(*arguments); None if it cannot be compiled, and then nothing has changed."""
         from torch._dynamo import exc
         from torch._dynamo.utils import counters
 
         graphs, started = counters["stats"]["unique_graphs"], time.perf_counter()
         if function not in self._compiled:
-            self._compiled[function] = torch.compile(function, fullgraph=True, dynamic=False)
+            self._compiled[function] = compiling.compiled(function)
         try:
-            output = self._compiled[function](*arguments)
+            return self._compiled[function](*arguments)
         except (exc.TorchDynamoException, exc.FailOnRecompileLimitHit) as error:
             if self._strict:
                 raise
-            warnings.warn(f"the loss runs eager: {type(error).__name__}", stacklevel=1)
-            self.is_on = False
-            output = function(*arguments)
-        if counters["stats"]["unique_graphs"] > graphs:
-            self.seconds += time.perf_counter() - started
-        return output
+            self.is_on, self.failure = False, first_line(error)
+            return None
+        finally:
+            if counters["stats"]["unique_graphs"] > graphs:
+                self.seconds += time.perf_counter() - started
 
 
 EAGER = LossKernels(is_compiled=False)
 
 
 def statistics(logits: Tensor, column: Tensor, unpadded: int, cap: float | None) -> Tensor:
-    """Return (3, n) in fp32: the highest of each row of logits (n, V/tp), sum(exp(logit - highest)), and the
-    label's logit - highest, of column 0 if the label is elsewhere."""
+    """Return (3, n) in fp32 of the rows of logits (n, V/tp).
+
+    The highest logit, sum(exp(logit - highest)), and label - highest: the label's logit, or column 0's if the
+    label is elsewhere.
+    """
     values = _real(logits, unpadded, cap)
     # In this form torch's compiler reads the logits once for both (prepare_softmax_online).
     highest = values.amax(1, keepdim=True)
     sums = (values - highest).exp().sum(1, keepdim=True)
     label = logits.gather(1, column.clamp(min=0).unsqueeze(1)).float()
-    return torch.cat([highest, sums, (label if cap is None else _capped(label, cap)) - highest], 1).t()
+    return torch.cat([highest, sums, (label if cap is None else soft_capped(label, cap)) - highest], 1).t()
 
 
 def gradient_(
@@ -77,12 +77,13 @@ def gradient_(
 
 def _real(logits: Tensor, unpadded: int, cap: float | None) -> Tensor:
     """Return logits in fp32; those of padding are the lowest number, whose exponential is 0."""
-    values = logits.float() if cap is None else _capped(logits.float(), cap)
+    values = logits.float() if cap is None else soft_capped(logits.float(), cap)
     if unpadded == logits.shape[1]:
         return values
     is_padding = torch.arange(logits.shape[1], device=logits.device) >= unpadded
     return values.masked_fill(is_padding, torch.finfo(torch.float32).min)
 
 
-def _capped(x: Tensor, cap: float) -> Tensor:
+def soft_capped(x: Tensor, cap: float) -> Tensor:
+    """Return cap * tanh(x / cap) (Gemma 2, arXiv 2408.00118)."""
     return cap * torch.tanh(x / cap)

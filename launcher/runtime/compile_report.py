@@ -9,7 +9,7 @@ class CompileReport:
 
     def __init__(self, blocks: BlockRunner) -> None:
         self._blocks = blocks
-        self._seconds, self._has_warned = blocks.seconds, blocks.failure is not None
+        self._seconds, self._has_warned = blocks.seconds, blocks.problem is not None
 
     def after(self, failed: bool) -> tuple[Row, list[str]]:
         """Return columns of a logged row and lines to print; `failed` says that a rank could not compile."""
@@ -17,13 +17,13 @@ class CompileReport:
         row: Row = {"perf/compile_time_s": seconds} if seconds else {}
         if failed and not self._has_warned:
             self._has_warned = True
-            return row, [f"warning  {words_of(self._blocks.failure)}"]
-        if not seconds or self._blocks.failure:
+            return row, [f"warning  {words_of(self._blocks.problem)}"]
+        if not seconds or self._blocks.problem:
             return row, []
-        return row, [f"compile  {seconds:.1f} s for the transformer blocks, in no step time"]
+        return row, [f"compile  {seconds:.1f} s for the transformer blocks and the loss, in no step time"]
 
 
-def words_of(failure: str | None) -> str:
+def words_of(problem: str | None) -> str:
     """Return the warning about a failure of the compiler, on this rank or on another rank."""
-    where = f"transformer blocks run eager: {failure}" if failure else "blocks of another rank run eager"
+    where = problem or "blocks or loss of another rank run eager"
     return f"{where}\n         try: training.compile=false, which compiles nothing"

@@ -164,7 +164,7 @@ def end_step(session: Session, progress: Progress, blend: Blend, result: StepRes
             step_seconds=session.clock.times.per_step,
             work_seconds=session.clock.work_seconds,
             allocated_bytes=session.plan_check.allocated_bytes,
-            compile_failed=session.engine.blocks.failure is not None,
+            compile_failed=session.engine.blocks.problem is not None,
         )
     )
     session.output.say(*session.nonfinite.after(progress, agreed, blend))

@@ -361,6 +361,7 @@ def settings_of(model: ModelConfig) -> list[str]:
     return [f"model.{name}={getattr(model, name)}" for name in [*sizes.split(), "norm_epsilon"]]
 
 
+@pytest.mark.slow
 def test_final_weights_start_another_run_and_are_exported(tmp_path: Path) -> None:
     """A run without checkpoints still has its final weights."""
     trained("run.dir=a", "training.steps=1", "checkpoint.enabled=false", cwd=tmp_path)
@@ -371,6 +372,7 @@ def test_final_weights_start_another_run_and_are_exported(tmp_path: Path) -> Non
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "back").config.model_type == "gpt2"
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_not_exported(tmp_path: Path) -> None:
     trained("run.dir=a", "training.steps=2", "checkpoint.interval_steps=1", cwd=tmp_path)
     newest, older = checkpoints_in(tmp_path / "a")

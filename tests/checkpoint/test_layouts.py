@@ -53,7 +53,7 @@ def test_changing_the_layout_after_every_step_matches_one_process(tmp_path: Path
     assert_close(outcome, uninterrupted, 1e-5)
 
 
-@pytest.mark.parametrize("layout", ["zero1_tp2", "zero3"])
+@pytest.mark.parametrize("layout", ["zero3", pytest.param("zero1_tp2", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "overrides",
     [

@@ -61,7 +61,7 @@ def steps(rank: int, world: int, init_method: str, run: RunConfig, lightened: bo
 
 
 @pytest.mark.parametrize("overrides", [("parallelism=dp",), ("parallelism=zero1", "precision=bf16")])
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_they_are_deepspeeds_own(overrides: tuple[str, ...], accumulation: int) -> None:
     run = run_of(*SMALL, *overrides, f"training.global_batch_size={4 * accumulation}")
     ours, theirs = (run_fresh(steps, 2, run, lightened)[0] for lightened in (True, False))

@@ -81,7 +81,7 @@ def write_rank(directory: Path, rank: int) -> None:
     (directory / str(rank)).write_text(str(os.getpid()))
 
 
-@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+@pytest.mark.parametrize("start_method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_each_rank_runs_once_in_a_separate_process(
     tmp_path: Path, start_method: Literal["fork", "spawn"]
 ) -> None:
@@ -124,7 +124,7 @@ def fail_with_a_secret(rank: int) -> NoReturn:
     raise RuntimeError(f"cannot read {os.environ['LAUNCHER_TEST_VALUE']}/x")
 
 
-@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+@pytest.mark.parametrize("start_method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("first", [0, 1])
 def test_a_traceback_holds_no_value_of_the_environment(
     tmp_path: Path,
@@ -238,7 +238,7 @@ def fail_in_rank_1(rank: int) -> None:
     sleep_for_long()
 
 
-@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+@pytest.mark.parametrize("start_method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_traceback_shows_the_failing_line_without_launcher_frames(
     tmp_path: Path, start_method: Literal["fork", "spawn"]
 ) -> None:
@@ -646,7 +646,7 @@ def talk(rank: int) -> None:
     subprocess.run(["sh", "-c", f"echo child of {rank}; echo complaint of {rank} >&2"], check=True)
 
 
-@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+@pytest.mark.parametrize("start_method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_output_of_ranks_above_0_goes_to_logs(
     tmp_path: Path, start_method: Literal["fork", "spawn"], capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -781,7 +781,7 @@ def test_stop_runs_cleanup_and_leaves_no_process(
     assert (tmp_path / "cleaned_1").exists()
 
 
-@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+@pytest.mark.parametrize("start_method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_ranks_die_with_a_killed_launcher(tmp_path: Path, start: Start, start_method: str) -> None:
     launcher = start("plain", start_method)
     launcher.kill()

@@ -11,10 +11,10 @@ import torch
 import torch._inductor.graph
 from torch import Tensor
 
-import launcher.models.compiled as compiled_blocks
 from launcher.config.schema import ActivationCheckpointing, DataConfig, ModelConfig
 from launcher.config.shape import windows
 from launcher.models.blocks import TransformerBlock
+from launcher.parallel import compiling
 from tests.compiling import forget_graphs, graphs_and_breaks, trace_only
 from tests.distributed import mesh, pool
 from tests.models.small import PARTS, batch, build, gradients, images_of, relative_error, small, small_vit
@@ -25,7 +25,7 @@ Steps = list[tuple[float, dict[str, Tensor]]]
 
 @pytest.fixture
 def traced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled_blocks, "compiled", compiled_blocks.compiled)
+    monkeypatch.setattr(compiling, "compiled", compiling.compiled)
     trace_only()
 
 
@@ -56,7 +56,7 @@ def of_rank(
     rank: int, world: int, model: ModelConfig, options: dict[str, Any]
 ) -> tuple[float, tuple[int, int]]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiled_blocks, "compiled", compiled_blocks.compiled)
+        patch.setattr(compiling, "compiled", compiling.compiled)
         trace_only()
         return error_and_graphs(model, world, **options)
 
@@ -130,7 +130,7 @@ def test_a_failed_compiler_leaves_the_blocks_eager(
     forget_graphs()
     ours = build(model, checkpointing=checkpointing, compiled=True)
     runner = next(m for m in ours.modules() if isinstance(m, TransformerBlock)).context.blocks
-    runner._strict = False
+    runner._strict = runner._loss._strict = False
     for expected_loss, expected in eager:
         ours.zero_grad()
         with torch.compiler.config.patch(force_disable_caches=True):  # type: ignore[attr-defined]
@@ -147,7 +147,7 @@ def failing_on_rank_1(rank: int, world: int, model: ModelConfig) -> tuple[Steps,
     eager = steps_of(model, world, False, **options)
     forget_graphs()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiled_blocks, "compiled", compiled_blocks.compiled)
+        patch.setattr(compiling, "compiled", compiling.compiled)
         trace_only()
         if rank == 1:
 
@@ -157,10 +157,10 @@ def failing_on_rank_1(rank: int, world: int, model: ModelConfig) -> tuple[Steps,
 
                 return call
 
-            compiled_blocks.compiled = failing
+            compiling.compiled = failing
         ours = build(model, mesh(tensor=world), compiled=True, **options)
         runner = next(m for m in ours.modules() if isinstance(m, TransformerBlock)).context.blocks
-        runner._strict = False
+        runner._strict = runner._loss.is_on = False  # the loss of each rank goes on as it can
         steps: Steps = []
         for _ in range(2):
             ours.zero_grad()
@@ -181,7 +181,7 @@ def test_ranks_of_a_tensor_group_go_on_eager_together() -> None:
 
 
 @pytest.mark.usefixtures("traced")
-def test_recomputation_saves_memory_in_compiled_blocks() -> None:
+def test_recomputation_saves_memory_in_compiling() -> None:
     saved = {mode: saved_bytes(mode) for mode in ActivationCheckpointing}
     assert saved[FULL] < saved[SELECTIVE] < saved[ActivationCheckpointing.none]
 

@@ -12,9 +12,10 @@ from torch import Tensor
 from torch._dynamo.exc import InternalTorchDynamoError
 
 from launcher.engine.allocations import Allocations
-from launcher.parallel import cross_entropy, loss_kernels, vocabulary
+from launcher.parallel import compiling, cross_entropy, loss_kernels, vocabulary
+from launcher.parallel.compiling import Function
 from launcher.parallel.cross_entropy import IGNORED_LABEL, linear_cross_entropy, mean_loss
-from launcher.parallel.loss_kernels import EAGER, LossKernels, Pass
+from launcher.parallel.loss_kernels import EAGER, LossKernels
 from launcher.parallel.mesh import Axis
 from launcher.parallel.vocabulary import CHUNK_LOGITS, CHUNK_TOKENS, chunk_sizes, padded_length
 from tests.compiling import forget_graphs
@@ -70,7 +71,7 @@ class Comparison:
 class Uncompiled(LossKernels):
     """Runs the passes that are compiled elsewhere as they are written."""
 
-    def __call__(self, function: Pass, *arguments: object) -> Tensor:
+    def __call__(self, function: Function, *arguments: object) -> Tensor:
         return function(*arguments)
 
 
@@ -166,11 +167,11 @@ def test_a_failing_compiler_leaves_the_loss_eager(monkeypatch: pytest.MonkeyPatc
     def failing(*_: object, **__: object) -> NoReturn:
         raise InternalTorchDynamoError("no space left for kernels")
 
-    monkeypatch.setattr(torch, "compile", lambda *_, **__: failing)
+    monkeypatch.setattr(compiling, "compiled", lambda _: failing)
     kernels = LossKernels(is_compiled=True)
-    with pytest.warns(UserWarning, match="the loss runs eager"):
-        assert_equal([compare(0, 1, CASES["padding"], kernels)], torch.float32)
+    assert_equal([compare(0, 1, CASES["padding"], kernels)], torch.float32)
     assert not kernels.is_on
+    assert kernels.failure == "InternalTorchDynamoError: no space left for kernels"
     with pytest.raises(InternalTorchDynamoError):
         compare(0, 1, CASES["padding"], LossKernels(is_compiled=True, strict=True))
 

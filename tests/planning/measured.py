@@ -95,10 +95,7 @@ CASES: dict[str, list[str]] = {
     "tensor 2 x pipeline 2, sequence parallel": [*axes(tensor=2, pipeline=2, zero=1), SEQUENCE, BUCKET],
 }  # fmt: skip
 # One of each kind, for the quick tests.
-SOME = [
-    "single", "tensor 2, sequence parallel", "pipeline 2", "ZeRO-1, data 2, bf16", "ZeRO-2, data 2",
-    "ZeRO-3, data 2",
-]  # fmt: skip
+SOME = ["single", "tensor 2, sequence parallel", "pipeline 2", "ZeRO-1, data 2, bf16", "ZeRO-3, data 2"]
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,7 @@ training.build_engine, training.optimizer_step = build_engine, optimizer_step
 """
 
 
+@pytest.mark.slow
 def test_a_skipped_step_is_repeated_eager_and_its_layer_named(tmp_path: Path) -> None:
     out = ended(tmp_path, SPOILED + TRACED, "training.steps=4", "parallelism.data=1")
     assert "step 3 was skipped" in out

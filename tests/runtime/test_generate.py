@@ -76,6 +76,7 @@ def test_a_damaged_newest_checkpoint_is_refused_with_the_one_before_it(staged: P
     assert (done.returncode, done.stderr) == (0, "note     the run has not finished: weights of step 1\n")
 
 
+@pytest.mark.slow
 def test_a_finished_run_that_was_continued_generates_from_its_newest_checkpoint(staged: Path) -> None:
     folder = staged.parent
     trained("run.dir=longer", "training.steps=2", cwd=folder)

@@ -61,6 +61,7 @@ torch.Tensor.tolist, train.optimizer_step, train.training_loop = tolist, optimiz
 from launcher.__main__ import main
 main()
 """
+ENGINES_OWN = ("update_guard.py", "gradient_passes.py")
 FAST = ["training.steps=20", "training.validation_interval=0", "checkpoint.stop_grace_seconds=600"]
 
 
@@ -72,8 +73,8 @@ def counts_by_step(folder: Path, *arguments: str) -> list[dict[int, Counter[str]
     for rank in range(2):
         counts: dict[int, Counter[str]] = {step: Counter() for step in range(1, 21)}
         for step, operation, file in json.loads((folder / f"rank-{rank}.json").read_text()):
-            # The engine's own: under ZeRO it reads the norm of every step to decide on the update.
-            if "deepspeed" not in file.split(os.sep) and not file.endswith("update_guard.py"):
+            # The engine's own: it reduces gradients, and under ZeRO reads the norm of every step to decide.
+            if "deepspeed" not in file.split(os.sep) and not file.endswith(ENGINES_OWN):
                 counts[step][operation] += 1
         ranks.append(counts)
     return ranks

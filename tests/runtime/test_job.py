@@ -100,6 +100,7 @@ def test_without_a_legal_layout_the_refusal_is_that_of_all_nodes() -> None:
 AUTO = ["hardware=h100_80gb", "model=llama3_8b", "precision=bf16", "training.global_batch_size=64"]
 
 
+@pytest.mark.slow
 def test_auto_chooses_a_layout_for_the_allocated_nodes() -> None:
     run = run_of(*AUTO, "parallelism=auto", "hardware.nodes=4", "slurm.nodes=2-4")
     for nodes in (4, 3, 2):

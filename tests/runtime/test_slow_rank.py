@@ -65,7 +65,7 @@ def test_no_warning_of_short_cheap_or_planned_differences() -> None:
 @pytest.mark.parametrize(
     ("layout", "delay"),
     [
-        ("parallelism.data=2", FORWARD),
+        pytest.param("parallelism.data=2", FORWARD, marks=pytest.mark.slow),
         pytest.param("parallelism.data=2", DATA, marks=pytest.mark.slow),
         pytest.param("parallelism=tp2", FORWARD, marks=pytest.mark.slow),
         pytest.param("parallelism=pp2", FORWARD, marks=pytest.mark.slow),
