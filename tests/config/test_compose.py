@@ -379,7 +379,17 @@ PROGRAMS = {
 
 
 class TestNoProgramStarts:
-    @pytest.mark.parametrize("flags", [[], ["--help"], ["--cfg", "job"], ["--multirun"], ["--info=all"]])
+    @pytest.mark.parametrize(
+        "flags",
+        [
+            [],
+            ["--multirun"],
+            *(
+                pytest.param(f, marks=pytest.mark.slow)
+                for f in (["--help"], ["--cfg", "job"], ["--info=all"])
+            ),
+        ],
+    )
     def test_from_a_file(self, flags: list[str], tmp_path: Path, subtests: pytest.Subtests) -> None:
         (tmp_path / "hydra" / "callbacks").mkdir(parents=True)
         (tmp_path / "hydra" / "callbacks" / "mine.yaml").write_text("x: {_target_: os.abort}\n")

@@ -822,7 +822,7 @@ class TestSameResult:
         assert one.keys() == {".bin", ".idx", ".json", ".tokenizer.json", ".bad_lines.txt"}
         assert all(one[name] == two[name] == five[name] for name in one if name != ".json")
 
-    @pytest.mark.parametrize("workers", [1, 3])
+    @pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 3])
     def test_after_interruptions_at_any_time(
         self, workers: int, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -1,5 +1,8 @@
 """Every deliberate fault is detected, and its diagnosis fits this fault only."""
 
+from collections.abc import Iterable
+from typing import Any
+
 import pytest
 
 from launcher.parity.diagnose import Diagnosis
@@ -24,6 +27,10 @@ from tests.parity.running import (
 ALL = MUTATIONS | OPTIMIZER_MUTATIONS
 
 
+def every_other_slow(names: Iterable[str]) -> list[Any]:
+    return [pytest.param(name, marks=[pytest.mark.slow] * (index % 2)) for index, name in enumerate(names)]
+
+
 def assert_diagnosed(result: VerifyPass, mutation: Mutation) -> None:
     assert not result.ok
     assert result.diagnosis is not None
@@ -36,7 +43,7 @@ def matches(mutation: Mutation, diagnosis: Diagnosis) -> bool:
     return all(words in text for words in mutation.words)
 
 
-@pytest.mark.parametrize("name", MUTATIONS)
+@pytest.mark.parametrize("name", every_other_slow(MUTATIONS))
 def test_a_fault_is_detected_under_plain_sgd(name: str) -> None:
     mutation = MUTATIONS[name]
     assert_diagnosed(plain_sgd_pass(small_run(*mutation.layout.split(), steps=1), mutation.inject), mutation)

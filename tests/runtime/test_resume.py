@@ -61,7 +61,7 @@ main()
 
 
 @pytest.mark.parametrize(
-    "layout", [pytest.param("parallelism=zero1", marks=pytest.mark.slow), "parallelism=zero3"]
+    "layout", [pytest.param(f"parallelism={name}", marks=pytest.mark.slow) for name in ("zero1", "zero3")]
 )
 def test_weights_that_are_read_from_files_are_not_drawn(layout: str, tmp_path: Path) -> None:
     """By a resumed run, by a run that begins with other weights, and by generate."""
