@@ -1,5 +1,9 @@
 """What only a GPU can show: a step that does not wait for it, and the loss's products in fp32."""
 
+import subprocess
+import sys
+from tempfile import TemporaryDirectory
+
 import numpy as np
 import pytest
 import torch
@@ -13,37 +17,44 @@ from launcher.parallel.cross_entropy import linear_cross_entropy
 from launcher.parallel.loss_kernels import LossKernels
 from launcher.parallel.mesh import Axis
 from tests.config.composing import run_of
-from tests.distributed import run_fresh
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-def step_without_synchronisation(rank: int, world: int, init_method: str, run: RunConfig) -> None:
-    """Take a step in which torch raises at each operation that waits for the GPU."""
+def take_steps(run: RunConfig, device_type: str) -> None:
+    """Take steps; in the last, torch raises at each operation that waits for the GPU."""
     from launcher.engine.distributed import join, leave, prepare_deepspeed
 
-    prepare_deepspeed("cuda")
+    prepare_deepspeed(device_type)
     from launcher.engine.build import build_engine
 
-    layout = validate(run, World("cuda", 1, 1))
-    device = join(rank=rank, world_size=world, local_rank=rank, device="cuda", init_method=init_method)
-    engine = build_engine(run, layout, device)
-    size = run.training.micro_batch_size, sequence_length(run) + 1
-    batches = [np.random.default_rng(0).integers(run.model.vocab_size, size=size)] * layout.accumulation
-    for _ in range(3):
+    layout = validate(run, World(device_type, 1, 1))
+    with TemporaryDirectory() as folder:
+        meeting = f"file://{folder}/store"
+        device = join(rank=0, world_size=1, local_rank=0, device=device_type, init_method=meeting)
+        engine = build_engine(run, layout, device)
+        size = run.training.micro_batch_size, sequence_length(run) + 1
+        batches = [np.random.default_rng(0).integers(run.model.vocab_size, size=size)] * layout.accumulation
+        for _ in range(3):
+            engine.train_batch(batches)
+        if device_type == "cuda":
+            torch.cuda.set_sync_debug_mode("error")
         engine.train_batch(batches)
-    torch.cuda.set_sync_debug_mode("error")
-    engine.train_batch(batches)
-    torch.cuda.set_sync_debug_mode("default")
-    leave()
+        if device_type == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+        leave()
 
 
 @pytest.mark.parametrize(
-    "settings", [("precision=bf16",), ("precision=bf16", "model.dropout=0.1"), ("precision=fp32",)]
+    "settings",
+    [("precision=bf16",), ("precision=bf16", "model.dropout=0.1"), ("precision=fp32", "parallelism=single")],
 )
 def test_a_step_does_not_wait_for_the_gpu(settings: tuple[str, ...]) -> None:
-    small = ("model=gpt_tiny", "training.global_batch_size=8", "training.micro_batch_size=2")
-    run_fresh(step_without_synchronisation, 1, run_of(*small, *settings, "hardware.device=cuda"))
+    """In a process of its own: a fork of this one could not use CUDA."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.engine.test_gpu", "cuda", *settings], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -69,3 +80,8 @@ def test_the_loss_of_chunks_equals_that_of_whole_logits(
         assert tensor.grad is not None
         assert right.grad is not None
         assert (tensor.grad - right.grad).abs().max() < allowed * right.grad.abs().max()
+
+
+if __name__ == "__main__":
+    SMALL = ["model=gpt_tiny", "training.global_batch_size=8", "training.micro_batch_size=2"]
+    take_steps(run_of(*SMALL, f"hardware.device={sys.argv[1]}", *sys.argv[2:]), sys.argv[1])
