@@ -40,12 +40,16 @@ def path_argument(name: str, text: str) -> Path:
     return Path(text).expanduser()
 
 
-def free_path(path: Path, ending: str = "") -> Path:
-    """Return a path beside `path` that does not exist: its name without `ending`, -2 or more, `ending`."""
+def with_a_name(path: Path) -> Path:
+    """Return the path, resolved if it ends in . or .., and one in the working directory for the root."""
     if path.name in ("", ".."):
         path = path.resolve()
-    if not path.name:  # the root of the file system
-        path = Path.cwd() / "launcher"
+    return path if path.name else Path.cwd() / "launcher"
+
+
+def free_path(path: Path, ending: str = "") -> Path:
+    """Return a path beside `path` that does not exist: its name without `ending`, -2 or more, `ending`."""
+    path = with_a_name(path)
     stem = path.name.removesuffix(ending)
     candidates = (path.with_name(f"{stem}-{number}{ending}") for number in range(2, 10**6))
     return next(candidate for candidate in candidates if not os.path.lexists(candidate))

@@ -10,12 +10,12 @@ from pathlib import Path
 
 def card_path(prefix: Path) -> Path:
     """Return the path NAME.json for the token files NAME.bin and NAME.idx at `prefix`, NAME."""
-    return prefix.with_name(f"{prefix.name}.json")
+    return prefix.parent / f"{prefix.name}.json"
 
 
 def tokenizer_path(prefix: Path) -> Path:
     """Return the path NAME.tokenizer.json for the token files at `prefix`, NAME."""
-    return prefix.with_name(f"{prefix.name}.tokenizer.json")
+    return prefix.parent / f"{prefix.name}.tokenizer.json"
 
 
 def vocab_size_of(prefix: Path) -> int | None:

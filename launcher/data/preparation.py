@@ -128,7 +128,7 @@ ShowProgress = Callable[[PrepareProgress, int], None]  # (progress, bytes read o
 
 
 def bad_lines_path(prefix: Path) -> Path:
-    return prefix.with_name(f"{prefix.name}.bad_lines.txt")
+    return prefix.parent / f"{prefix.name}.bad_lines.txt"
 
 
 def find_inputs(sources: list[Path]) -> tuple[list[InputFile], LeftOut]:

@@ -196,12 +196,12 @@ class TokenFile:
 
 def bin_path(prefix: Path) -> Path:
     """Return the path of the tokens, NAME.bin."""
-    return prefix.with_name(f"{prefix.name}.bin")
+    return prefix.parent / f"{prefix.name}.bin"
 
 
 def index_path(prefix: Path) -> Path:
     """Return the path of the index, NAME.idx."""
-    return prefix.with_name(f"{prefix.name}.idx")
+    return prefix.parent / f"{prefix.name}.idx"
 
 
 def open_token_file(prefix: Path) -> TokenFile:

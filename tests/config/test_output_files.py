@@ -39,3 +39,11 @@ def test_a_picture_overwrites_only_pictures_of_the_launcher(ending: str, tmp_pat
         check_figure(str(path))
     figure.savefig(path, metadata={"Title": "written by launcher"})
     check_overwrites_no_picture(path, "plan.figure")
+
+
+@pytest.mark.parametrize("path", ["/", ".", "..", "a.txt"])
+def test_a_picture_without_a_name_or_an_ending_gets_one(path: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        check_figure(path, "compare.figure")
+    assert str(refused.value.remedy).startswith("compare.figure=")
+    assert ".png or compare.figure=" in str(refused.value.remedy)

@@ -164,3 +164,9 @@ def test_the_smallest_dtype_is_megatrons_or_one_byte_for_bytes(megatron: Any) ->
     assert smallest_dtype(256) == np.uint8
     for size in (257, 50257, 65499, 65500, 128256):
         assert smallest_dtype(size) == megatron.DType.optimal_dtype(size)
+
+
+@pytest.mark.parametrize("prefix", ["/", ".", ".."])
+def test_a_prefix_without_a_name_has_files_that_do_not_exist(prefix: str) -> None:
+    assert not index_path(Path(prefix)).exists()
+    assert not bin_path(Path(prefix)).exists()

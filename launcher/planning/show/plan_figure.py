@@ -5,6 +5,7 @@ from typing import Any
 
 from launcher.config.errors import ConfigError
 from launcher.config.output_files import FIGURE_TITLE, check_overwrites_no_picture
+from launcher.config.paths import with_a_name
 from launcher.planning.choose.limits import MEMORY_CLASSES, parts_of, settings_in_words
 from launcher.planning.cost.pipeline_schedule import simulate
 from launcher.planning.cost.run_plan import Plan
@@ -23,8 +24,9 @@ def check_figure(path: str | None, field: str = "plan.figure") -> None:
         return
     target = Path(path).expanduser()
     if target.suffix not in FORMATS:
-        named = " or ".join(f"{field}={target.with_suffix(suffix)}" for suffix in FORMATS[:2])
-        raise ConfigError(field, path, f"a picture is {', '.join(FORMATS[:-1])} or {FORMATS[-1]}", named)
+        named = with_a_name(target)
+        tries = " or ".join(f"{field}={named.with_suffix(suffix)}" for suffix in FORMATS[:2])
+        raise ConfigError(field, path, f"a picture is {', '.join(FORMATS[:-1])} or {FORMATS[-1]}", tries)
     if not target.parent.is_dir():
         why = f"there is no directory {target.parent}"
         raise ConfigError(field, path, why, f"{field}={target.name}")
