@@ -43,17 +43,9 @@ def _reduce_in_one_buffer(engine: Any) -> None:
 def _accumulate_without_zeros(zero: BF16_Optimizer) -> None:
     """Copy the first gradient of a step into the fp32 sums, and add the others to them as they are.
 
-    DeepSpeed sets the sums to zero, casts each gradient to fp32 into a tensor of its own, and adds that. The
-    copies of a backward pass are made together, in few kernels: a large model has hundreds of small weights.
+    DeepSpeed sets the sums to zero, casts each gradient to fp32 into a tensor of its own, and adds that.
     """
-    waiting: list[tuple[Tensor, Tensor]] = []
-
-    @torch.no_grad()
-    def copy_waiting() -> None:
-        if waiting:
-            totals, gradients = zip(*waiting, strict=True)
-            torch._foreach_copy_(totals, gradients)
-            waiting.clear()
+    copies = _Copies()
 
     @torch.no_grad()
     def update(weight: Tensor, group: int, index: int, clear_lp_grads: bool) -> None:
@@ -65,12 +57,8 @@ def _accumulate_without_zeros(zero: BF16_Optimizer) -> None:
         if has_gradient[index]:
             total.add_(gradient)
         else:
-            if not waiting:
-                torch.autograd.Variable._execution_engine.queue_callback(copy_waiting)
-            waiting.append((total, gradient))
-            if sum(gradient.numel() for _, gradient in waiting) > _WAITING_ELEMENTS:
-                copy_waiting()
-        weight._hp_grad, has_gradient[index] = total, True  # type: ignore[attr-defined]
+            copies.add(total, gradient)
+        weight._hp_grad, has_gradient[index] = total, True  # type: ignore[attr-defined]  # as DeepSpeed does
 
     @torch.no_grad()
     def all_gradients() -> Any:
@@ -89,3 +77,27 @@ def _accumulate_without_zeros(zero: BF16_Optimizer) -> None:
     zero._update_hp_grad, zero.clear_hp_grads = update, clear
     zero.get_grads_for_reduction = all_gradients
     zero.clear_hp_grads()
+
+
+class _Copies:
+    """Copies of a backward pass, made together in few kernels: a model may have hundreds of small weights."""
+
+    def __init__(self) -> None:
+        self._pairs: list[tuple[Tensor, Tensor]] = []
+        self._elements = 0
+
+    def add(self, target: Tensor, source: Tensor) -> None:
+        """Copy `source` into `target` before the backward pass ends. Call it within the pass."""
+        if not self._pairs:
+            torch.autograd.Variable._execution_engine.queue_callback(self._make)
+        self._pairs.append((target, source))
+        self._elements += source.numel()
+        if self._elements > _WAITING_ELEMENTS:
+            self._make()
+
+    @torch.no_grad()
+    def _make(self) -> None:
+        if self._pairs:
+            targets, sources = zip(*self._pairs, strict=True)
+            torch._foreach_copy_(targets, sources)
+        self._pairs, self._elements = [], 0

@@ -283,8 +283,9 @@ def _receive_failures(ranks: list[_Rank]) -> None:
 def _first_failure(ranks: list[_Rank]) -> FailureReport | None:
     """Return the cause; if there are consequences only, a stopped rank, which others may have lost before."""
     failures = [rank.failure for rank in ranks if rank.failure is not None]
-    order = lambda failure: (failure.secondary, not failure.stopped, failure.when)  # noqa: E731
-    return min(failures, key=order, default=None)
+    return min(
+        failures, key=lambda failure: (failure.secondary, not failure.stopped, failure.when), default=None
+    )
 
 
 def _failure_from_exit_code(rank: _Rank, kills_before: int | None) -> FailureReport | None:

@@ -40,7 +40,7 @@ class BlockRunner:
 
     @property
     def problem(self) -> str | None:
-        """What this rank runs eager because it could not be compiled, and why."""
+        """The failure of the compiler, and whether blocks or loss run eager after it; None without one."""
         if self.failure:
             return f"transformer blocks run eager: {self.failure}"
         return f"the loss runs eager: {self._loss.failure}" if self._loss.failure else None

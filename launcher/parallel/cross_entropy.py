@@ -61,7 +61,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # All chunks use the same memory: on CPU a new allocation of this size costs its page faults.
         logits = x.new_empty(sizes[0], len(weight))
         scores: Tensor | None = None
-        gradients = _Gradients(tokens, weight, bias) if with_gradients else None
+        gradients = _Gradients(tokens, weight, bias, device) if with_gradients else None
         total = torch.zeros((), dtype=torch.float32, device=x.device)
         start = 0
         for size in sizes:
@@ -181,7 +181,8 @@ class _Gradients:
     nor the weight is kept.
     """
 
-    def __init__(self, tokens: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, tokens: Tensor, weight: Tensor, bias: Tensor | None, device: str) -> None:
+        self._device = device
         self._x = torch.empty_like(tokens)
         self._weight_gradient = torch.zeros_like(weight, dtype=torch.float32)
         self._bias_gradient = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
@@ -196,10 +197,10 @@ class _Gradients:
         if gradient.dtype is torch.float32:
             # With beta 0 the first chunk overwrites the zeros without reading them.
             torch.addmm(total, outputs, x * counts, beta=int(not is_first), out=total)
-        elif gradient.is_cuda:
+        elif self._device == "cuda":
             # CUDA adds bf16 and fp16 products to a sum in fp32; on a CPU torch has no such product.
             add = torch.ops.aten.addmm.dtype_out
-            add(total, outputs, x * counts, torch.float32, beta=int(not is_first), out=total)
+            add(total, outputs, x * counts, out_dtype=torch.float32, beta=int(not is_first), out=total)
         else:
             total.add_(outputs @ (x * (counts * PRODUCT_SCALE)), alpha=1 / PRODUCT_SCALE)
         if self._bias_gradient is not None:

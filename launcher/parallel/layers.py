@@ -147,8 +147,8 @@ class VocabParallelEmbedding(nn.Module):
         # All uses go through forward: ZeRO-3 gathers the weight of a module only around its forward.
         if labels is not None:
             whole, axis = self.tp.enter(x), self.tp.axis
-            sizes = self.vocabulary, axis, self.tp.device, self.cap, self.tp.kernels
-            return linear_cross_entropy(whole, self.weight, self.bias, labels, *sizes)
+            settings = self.vocabulary, axis, self.tp.device, self.cap, self.tp.kernels
+            return linear_cross_entropy(whole, self.weight, self.bias, labels, *settings)
         return self.logits(x) if project else self._first_use(x)
 
     def logits(self, x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import time
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from launcher.parallel import compiling
 from launcher.parallel.compiling import Function, first_line
@@ -21,10 +22,15 @@ class LossKernels:
     """
 
     def __init__(self, *, is_compiled: bool, strict: bool = False) -> None:
-        self.is_on, self.seconds = is_compiled, 0.0
+        self._is_on, self.seconds = is_compiled, 0.0
         self.failure: str | None = None
         self._strict = strict
         self._compiled: dict[Function, Function] = {}
+
+    @property
+    def is_on(self) -> bool:
+        # As in models/compiled.py: a dispatch mode sees no operation in a compiled function.
+        return self._is_on and not is_in_torch_dispatch_mode()
 
     def __call__(self, function: Function, *arguments: object) -> Tensor | None:
         """Return function(*arguments); None if it cannot be compiled, and then nothing has changed."""
@@ -39,7 +45,7 @@ class LossKernels:
         except (exc.TorchDynamoException, exc.FailOnRecompileLimitHit) as error:
             if self._strict:
                 raise
-            self.is_on, self.failure = False, first_line(error)
+            self._is_on, self.failure = False, first_line(error)
             return None
         finally:
             if counters["stats"]["unique_graphs"] > graphs:
@@ -71,7 +77,7 @@ def gradient_(
     is_label = torch.arange(logits.shape[1], device=logits.device) == column.unsqueeze(1)
     slope = values.exp() - is_label.float()
     if cap is not None:
-        slope = slope * (1.0 - (logits.float() / cap).tanh().square())
+        slope = slope * slope_of_cap(logits.float(), cap)
     return logits.copy_(slope)
 
 
@@ -87,3 +93,8 @@ def _real(logits: Tensor, unpadded: int, cap: float | None) -> Tensor:
 def soft_capped(x: Tensor, cap: float) -> Tensor:
     """Return cap * tanh(x / cap) (Gemma 2, arXiv 2408.00118)."""
     return cap * torch.tanh(x / cap)
+
+
+def slope_of_cap(x: Tensor, cap: float) -> Tensor:
+    """Return the derivative of soft_capped at x."""
+    return 1.0 - torch.tanh(x / cap).square()

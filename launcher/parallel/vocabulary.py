@@ -22,9 +22,10 @@ CHUNK_LOGITS = {"cpu": 2**24, "cuda": 2**29}
 def chunk_sizes(tokens: int, columns: int, device: str, *, fused: bool = False) -> list[int]:
     """Return the tokens of each chunk: nearly equal, with at most CHUNK_LOGITS logits of `columns` each.
 
-    A `fused` loss keeps no fp32 copy of them, and takes twice as many in less memory.
+    On CUDA a `fused` loss keeps no fp32 copy of them, and takes twice as many in less memory.
     """
-    most = max(1, min(CHUNK_TOKENS[device], CHUNK_LOGITS[device] * (1 + fused) // columns))
+    limit = CHUNK_LOGITS[device] * (2 if fused and device == "cuda" else 1)
+    most = max(1, min(CHUNK_TOKENS[device], limit // columns))
     size = ceil(tokens / ceil(tokens / most))
     full, rest = divmod(tokens, size)
     return [size] * full + ([rest] if rest else [])

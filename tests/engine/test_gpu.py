@@ -1,4 +1,4 @@
-"""What only a GPU can show: a step that does not wait for it, and the loss's products in fp32."""
+"""Tests that need a GPU: a step does not wait for it, and the loss adds its products in fp32."""
 
 import subprocess
 import sys

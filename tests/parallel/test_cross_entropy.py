@@ -176,6 +176,16 @@ def test_a_failing_compiler_leaves_the_loss_eager(monkeypatch: pytest.MonkeyPatc
         compare(0, 1, CASES["padding"], LossKernels(is_compiled=True, strict=True))
 
 
+def test_the_loss_runs_eager_where_every_operation_must_be_visible() -> None:
+    """torch compiles nothing under a dispatch mode, such as the one that measures a step's memory on CPU."""
+    kernels = LossKernels(is_compiled=True, strict=True)
+    with Allocations():
+        assert not kernels.is_on
+        assert_equal([compare(0, 1, CASES["padding"], kernels)], torch.float32)
+    assert kernels.is_on
+    assert kernels.failure is None
+
+
 def test_a_wrong_fused_pass_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the label's 1 in the gradient."""
     right = loss_kernels.gradient_

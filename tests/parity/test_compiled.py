@@ -23,7 +23,8 @@ MORE_LAYOUTS = [
     "model=gpt_tiny parallelism=dp parallelism.data=2 precision=bf16",
     "model=gpt_tiny parallelism=zero1 parallelism.data=2",
     "model=llama_tiny parallelism=tp2 parallelism.data=2 parallelism.zero_stage=3",
-    "model=llama_tiny parallelism=zero3 parallelism.data=2 parallelism.offload_parameters=true",
+    "model=llama_tiny parallelism=zero3 parallelism.data=2 parallelism.offload_parameters=true "
+    "parallelism.offload_optimizer=true",
     f"model=llama_tiny {SP} parallelism.activation_checkpointing=full data.document_attention=true",
     "model=gpt_tiny parallelism=tp2_pp2 parallelism.data=1 parallelism.activation_checkpointing=selective",
     "model=gpt_tiny parallelism=pp2 parallelism.data=1 parallelism.pipeline_schedule=dualpipev "

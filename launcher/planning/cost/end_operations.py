@@ -48,11 +48,12 @@ def _loss(s: Sizes, x: str) -> Operation:
     # Logits in the run's precision and in fp32, the hidden states without ignored tokens, and a product.
     # With a soft cap also its tanh. Compiled, the loss makes one pass for the statistics of the rows, as slow
     # as two, and one for the gradients, without fp32 logits (parallel/loss_kernels.py).
+    logits = s.element + FP32 + (s.element if s.caps_logits else 0)
+    logit_bytes, kernels = 3 * FP32 + s.element + (s.element + FP32 if low else 0), 20
     if s.compiled:
-        logits, logit_bytes, kernels = s.element, 4 * s.element, 14
-    else:
-        logits = s.element + FP32 + (s.element if s.caps_logits else 0)
-        logit_bytes, kernels = 3 * FP32 + s.element + (s.element + FP32 if low else 0), 20
+        # On a CPU the step whose memory is measured runs eager, and no step holds more.
+        logits = s.element if s.device == "cuda" else logits
+        logit_bytes, kernels = 4 * s.element, 14
     scratch = chunk * logits + sizes[0] * h * s.element + (matrix * s.element if has_product else 0)
     gathered: tuple[Collective, ...] = ()
     traffic: tuple[Collective, ...] = ()
