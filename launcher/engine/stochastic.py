@@ -9,9 +9,11 @@ the element. So copies of a weight stay equal, and a resumed run has no random s
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from bisect import bisect_right
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -36,6 +38,17 @@ class Stretch:
     counter: int
 
 
+@dataclass(frozen=True)
+class Span:
+    """Consecutive elements of a partition that lie in one stretch and in one piece of the gradients."""
+
+    start: int  # in the partition
+    numel: int
+    counter: int  # of the first element
+    piece: int
+    start_in_piece: int
+
+
 @dataclass
 class Conditions:
     """The facts of a step that the engine knows, and the place of each partition's elements in the model."""
@@ -55,6 +68,11 @@ class StochasticOptimizer(torch.optim.Optimizer):
 
     conditions: Conditions  # set by the engine, see engine/bf16_states.py
 
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        # Spans and, on the device, their counters, by partition and the sizes of its pieces.
+        self._spans: dict[tuple[Tensor, tuple[int, ...]], tuple[list[Span], Tensor]] = {}
+
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Update each partition that has a gradient."""
@@ -63,7 +81,7 @@ class StochasticOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for partition in group["params"]:
                 pieces = self.conditions.pieces.pop(partition, [partition.grad])
-                self._step_partition(group, partition, pieces, kept, factor)
+                self._step_partition(group, partition, [p.reshape(-1) for p in pieces], kept, factor)
 
     def _step_partition(
         self, group: dict[str, Any], partition: Tensor, pieces: list[Tensor], kept: Tensor, factor: Tensor
@@ -73,24 +91,44 @@ class StochasticOptimizer(torch.optim.Optimizer):
             if name not in state:
                 state[name] = torch.zeros_like(partition)
         arithmetic, numbers = self.arithmetic(group, state, kept)
-        size = update_chunk(partition.device.type)
-        tensors = [tensor.split(size) for tensor in (partition.detach(), *(state[name] for name in names))]
-        offset = seed_of(c.seed, "rounding", c.step())
-        counters = chunks_of(c.stretches[partition], offset, size, partition.device)
-        for gradient, counter, *chunk in zip(joined(pieces, size), counters, *tensors, strict=True):
-            self._update_chunk(arithmetic, chunk, gradient, counter, kept, factor, numbers)
+        tensors = [partition.detach(), *(state[name] for name in names)]
+        spans, counters = self._spans_of(partition, pieces)
+        counters = counters + signed(seed_of(c.seed, "rounding", c.step()))
+        for span, counter in zip(spans, counters.unbind(), strict=True):
+            held = [tensor.narrow(0, span.start, span.numel) for tensor in tensors]
+            gradient = pieces[span.piece].narrow(0, span.start_in_piece, span.numel)
+            self._update_span(arithmetic, held, gradient, counter, kept, factor, numbers)
 
-    def _update_chunk(self, *arguments: Any) -> None:
-        """Call update_, compiled if it should be and can be: nothing has changed when the compiler fails."""
+    def _spans_of(self, partition: Tensor, pieces: list[Tensor]) -> tuple[list[Span], Tensor]:
+        """Return the spans of a partition and the counters of their first elements, on the device."""
+        key = partition, tuple(len(piece) for piece in pieces)
+        if key not in self._spans:
+            spans = spans_of(key[1], self.conditions.stretches[partition])
+            counters = torch.tensor([signed(span.counter) for span in spans], device=partition.device)
+            self._spans[key] = spans, counters
+        return self._spans[key]
+
+    def _update_span(
+        self,
+        arithmetic: Arithmetic,
+        tensors: list[Tensor],
+        gradient: Tensor,
+        counter: Tensor,
+        *others: Any,
+    ) -> None:
+        """Update a span: compiled in one pass, or in chunks. If the compiler fails, nothing has changed."""
         if self.conditions.compiled:
             from torch._dynamo.exc import TorchDynamoException
 
             try:
-                return compiled_update()(*arguments)
+                return compiled_update()(arithmetic, tensors, gradient, counter, *others)
             except TorchDynamoException as error:
                 self.conditions.compiled = False
                 warnings.warn(f"the optimizer runs eager: {first_line(error)}", stacklevel=1)
-        return update_(*arguments)
+        size = update_chunk(gradient.device.type)
+        chunks = zip(*(tensor.split(size) for tensor in (gradient, *tensors)), strict=True)
+        for index, (part, *chunk) in enumerate(chunks):
+            update_(arithmetic, chunk, part, counter + index * size, *others)
 
     def state_names(self, group: dict[str, Any]) -> list[str]:
         """Return the names of the states of a weight, besides the number of updates."""
@@ -140,14 +178,14 @@ def update_(
     arithmetic: Arithmetic,
     tensors: list[Tensor],
     gradient: Tensor,
-    counters: Tensor,
+    counter: Tensor,
     kept: Tensor,
     factor: Tensor,
     numbers: list[Tensor],
 ) -> None:
-    """Update a weight and its states, `tensors`, in place, if `kept`."""
+    """Update a weight and its states, `tensors`, in place, if `kept`; `counter` is the first element's."""
     exact = arithmetic(gradient.float() * factor, *(tensor.float() for tensor in tensors), *numbers)
-    bits = random_bits(counters)
+    bits = random_bits(torch.arange(gradient.numel(), device=gradient.device) + counter)
     for index, (tensor, value) in enumerate(zip(tensors, exact, strict=True)):
         new = rounded(value, bits >> index * DROPPED_BITS).bfloat16()
         tensor.copy_(torch.where(kept, new, tensor))
@@ -155,7 +193,7 @@ def update_(
 
 @cache
 def compiled_update() -> Callable[..., None]:
-    """Return update_, compiled to one pass over memory for chunks of any size."""
+    """Return update_, compiled to one pass over memory for spans of any size."""
     return torch.compile(update_, fullgraph=True, dynamic=True)
 
 
@@ -210,34 +248,20 @@ def random_bits(counters: Tensor) -> Tensor:
     return x ^ ((x >> 31) & (1 << 33) - 1)
 
 
-def chunks_of(stretches: Iterable[Stretch], offset: int, size: int, device: torch.device) -> Iterator[Tensor]:
-    """Yield the counters of a partition's elements plus `offset`, modulo 2**64, `size` at a time."""
-    ranges = (range(s.counter + offset, s.counter + offset + s.numel) for s in stretches)
-    for parts in _cut(ranges, size):
-        yield torch.cat([torch.arange(len(part), device=device).add_(_wrapped(part.start)) for part in parts])
+def spans_of(pieces: Iterable[int], stretches: Iterable[Stretch]) -> list[Span]:
+    """Cut a partition where a piece of the gradients, of these numbers of elements, or a stretch begins."""
+    stretches = list(stretches)
+    starts = [0, *accumulate(stretch.numel for stretch in stretches)]
+    piece_starts = [0, *accumulate(pieces)]
+    assert starts[-1] == piece_starts[-1]
+    spans = []
+    for start, end in pairwise(sorted({*starts, *piece_starts})):
+        stretch, piece = bisect_right(starts, start) - 1, bisect_right(piece_starts, start) - 1
+        counter = stretches[stretch].counter + start - starts[stretch]
+        spans.append(Span(start, end - start, counter, piece, start - piece_starts[piece]))
+    return spans
 
 
-def joined(pieces: Iterable[Tensor], size: int) -> Iterator[Tensor]:
-    """Yield the elements of the pieces, one piece after the other, `size` at a time."""
-    for parts in _cut((piece.reshape(-1) for piece in pieces), size):
-        yield torch.cat(parts)
-
-
-def _cut(pieces: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    """Yield lists of slices of the pieces; the slices of a list have `size` elements, the last list fewer."""
-    parts: list[Any] = []
-    room = size
-    for piece in pieces:
-        while len(piece):
-            parts.append(piece[:room])
-            piece, room = piece[room:], room - len(parts[-1])
-            if room == 0:
-                yield parts
-                parts, room = [], size
-    if parts:
-        yield parts
-
-
-def _wrapped(number: int) -> int:
+def signed(number: int) -> int:
     """Return the number modulo 2**64 as a signed 64-bit integer."""
     return (number + (1 << 63)) % (1 << 64) - (1 << 63)

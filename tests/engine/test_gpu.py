@@ -12,6 +12,7 @@ from launcher.config.schema import RunConfig
 from launcher.config.shape import sequence_length
 from launcher.config.validate import validate
 from launcher.config.world import World
+from launcher.engine.stochastic import Conditions, StochasticAdamW, Stretch
 from launcher.parallel import vocabulary
 from launcher.parallel.cross_entropy import linear_cross_entropy
 from launcher.parallel.loss_kernels import LossKernels
@@ -80,6 +81,31 @@ def test_the_loss_of_chunks_equals_that_of_whole_logits(
         assert tensor.grad is not None
         assert right.grad is not None
         assert (tensor.grad - right.grad).abs().max() < allowed * right.grad.abs().max()
+
+
+def test_a_compiled_update_of_unaligned_spans_is_the_eager_one() -> None:
+    """Up to a fused multiplication and addition, which may turn a rounding."""
+    results = []
+    for compiled in (False, True):
+        generator = torch.Generator("cuda").manual_seed(0)
+        weight = torch.nn.Parameter(torch.randn(8000, device="cuda", generator=generator).bfloat16())
+        optimizer = StochasticAdamW([weight], lr=1e-3)
+        optimizer.conditions = Conditions(
+            seed=7,
+            step=lambda: 1,
+            kept=lambda: torch.tensor(True, device="cuda"),
+            factor=lambda: torch.tensor(0.5, device="cuda"),
+            stretches={weight: [Stretch(3001, 1 << 40), Stretch(4999, 1 << 50)]},
+            compiled=compiled,
+        )
+        gradient = torch.randn(8000, device="cuda", generator=generator).bfloat16()
+        for _ in range(2):
+            optimizer.conditions.pieces[weight] = list(gradient.split([1001, 7, 6992]))
+            optimizer.step()
+        assert optimizer.conditions.compiled == compiled
+        states = optimizer.state[weight]
+        results.append(torch.stack([weight.detach(), states["exp_avg"], states["exp_avg_sq"]]))
+    assert float((results[0] == results[1]).float().mean()) > 0.999
 
 
 if __name__ == "__main__":

@@ -8,15 +8,16 @@ from launcher.engine import stochastic
 from launcher.engine.allocations import Allocations
 from launcher.engine.stochastic import (
     Conditions,
+    Span,
     StochasticAdamW,
     StochasticOptimizer,
     StochasticSGD,
     Stretch,
     adamw,
-    chunks_of,
     compiled_update,
     random_bits,
     rounded,
+    spans_of,
     update_,
 )
 from launcher.models.arithmetic import update_chunk
@@ -63,7 +64,7 @@ def test_updates_below_half_the_distance_of_two_numbers_move_the_mean_as_they_sh
 @pytest.mark.parametrize("value", [1.001, -3.1415926, 1e-30, -65504.7])
 def test_rounding_has_no_bias_and_takes_neighbours_only(value: float) -> None:
     exact = torch.full((MANY,), value)
-    bits = random_bits(next(chunks_of([Stretch(MANY, 0)], 0, MANY, exact.device)))
+    bits = random_bits(torch.arange(MANY))
     for lowest in (0, 16, 32):
         result = rounded(exact.clone(), bits >> lowest)
         assert torch.equal(result, result.bfloat16().float())
@@ -77,7 +78,7 @@ def test_rounding_has_no_bias_and_takes_neighbours_only(value: float) -> None:
 
 
 def test_the_three_roundings_of_an_element_are_independent() -> None:
-    bits = random_bits(next(chunks_of([Stretch(MANY, 0)], 0, MANY, torch.device("cpu"))))
+    bits = random_bits(torch.arange(MANY))
     fields = torch.stack([((bits >> lowest) & 0xFFFF).double() for lowest in (0, 16, 32)])
     correlation = torch.corrcoef(torch.cat([fields, fields.roll(1, 1)]))  # and of neighbours
     assert float((correlation - torch.eye(6)).abs().max()) < 5 / MANY**0.5
@@ -107,7 +108,7 @@ def compare_with_torch(ours: type, theirs: type, **options: float) -> None:
             name: value.detach().clone().float() for name, value in optimizer.state[weight].items()
         }
         gradient = torch.randn(70_000, generator=generator).bfloat16()
-        # In pieces, the second of which crosses a chunk.
+        # In pieces, the second of which is longer than a chunk.
         optimizer.conditions.pieces[weight] = [gradient[:1000].view(10, 100), gradient[1000:]]
         exact.grad = gradient.float() * 0.5
         optimizer.step()
@@ -148,6 +149,15 @@ def test_an_update_needs_memory_for_a_chunk_only() -> None:
     assert 0.8 * planned < allocations.peak - held < 1.05 * planned
 
 
+def test_a_partition_is_cut_where_a_gradient_or_a_stretch_begins() -> None:
+    assert spans_of([4, 6], [Stretch(3, 100), Stretch(1, 0), Stretch(6, 200)]) == [
+        Span(0, 3, 100, 0, 0),
+        Span(3, 1, 0, 0, 3),
+        Span(4, 6, 200, 1, 0),
+    ]
+    assert [span.counter for span in spans_of([4, 6], [Stretch(10, 7)])] == [7, 11]
+
+
 @pytest.mark.slow
 def test_a_compiled_update_is_the_eager_one() -> None:
     """Up to a fused multiplication and addition, which may turn a rounding."""
@@ -158,8 +168,15 @@ def test_a_compiled_update_is_the_eager_one() -> None:
         results = []
         for update in (update_, compiled_update()):
             tensors = [weight.clone(), mean.clone(), mean.square()]
-            counters = torch.arange(count)
-            update(adamw, tensors, gradient, counters, torch.tensor(True), torch.tensor(0.5), numbers)
+            update(
+                adamw,
+                tensors,
+                gradient,
+                torch.tensor(1 << 40),
+                torch.tensor(True),
+                torch.tensor(0.5),
+                numbers,
+            )
             results.append(torch.stack(tensors))
         assert float((results[0] == results[1]).float().mean()) > 0.999
 

@@ -230,9 +230,10 @@ class _Ledger:
 
     @property
     def update_bytes(self) -> int:
-        """Bytes of the chunk of bf16 weights that is being updated."""
-        chunk = min(self.largest_share, update_chunk(self.layout.device))
-        return UPDATE_BYTES * chunk if self.has_bf16_states else 0
+        """Bytes of the chunk of bf16 weights that is being updated; none if one kernel updates them."""
+        if not self.has_bf16_states or (self.layout.compiled and self.layout.device == "cuda"):
+            return 0
+        return UPDATE_BYTES * min(self.largest_share, update_chunk(self.layout.device))
 
     def zero_3(self) -> States:
         """Return ZeRO-3 states: like ZeRO-2, with weights sharded and gathered when used."""
