@@ -33,6 +33,7 @@ VERBS = {
     "sync": "sync:main",
     "generate": "generate:main",
     "replay": "replay:main",
+    "evaluate": "evaluate:main",
     "checkpoint": "checkpoint:main",
     "status": "status:main",
     "doctor": "doctor:main",
@@ -44,7 +45,9 @@ VERBS = {
 
 # The packages that a verb computes with, and the flags with which it computes nothing.
 PACKAGES = {
-    **dict.fromkeys(("train", "compare", "calibrate", "verify", "replay"), ("torch", "deepspeed")),
+    **dict.fromkeys(
+        ("train", "compare", "calibrate", "verify", "replay", "evaluate"), ("torch", "deepspeed")
+    ),
     **dict.fromkeys(("generate", "export", "import"), ("torch",)),
 }
 NOT_COMPUTING = ("-h", "--help", "--hydra-help", "--cfg", "-c", "--info", "-i", "--version")

@@ -19,7 +19,7 @@ from launcher.config.shape import END_OF_TEXT
 GENERATION, TOKENIZER, TOKENIZER_CONFIG = "generation_config.json", "tokenizer.json", "tokenizer_config.json"
 # Settings of generation that are right for any weights and vocabulary.
 _SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-_BYTES = (CorpusSource.stdlib.name, CorpusSource.text.name)
+BYTE_SOURCES = (CorpusSource.stdlib.name, CorpusSource.text.name)
 
 Settings = dict[str, Any]
 
@@ -30,9 +30,9 @@ def write_tokenizer(weights: WeightSource, target: Path, write_bytes: Callable[[
     A run on text as bytes gets the tokenizer that `write_bytes` writes; other runs get the tokenizer that the
     run recorded. Raises NotConvertible if the vocabulary lacks a token.
     """
-    data, size = _data(weights), weights.model.vocab_size
+    data, size = data_of(weights), weights.model.vocab_size
     ids = token_ids(_special_tokens(weights, data), size)
-    if data.get("source") in _BYTES:
+    if data.get("source") in BYTE_SOURCES:
         write_bytes(target / TOKENIZER)
     else:
         for path in companions_of(weights.path):
@@ -49,7 +49,7 @@ def write_tokenizer(weights: WeightSource, target: Path, write_bytes: Callable[[
     return ids
 
 
-def _data(weights: WeightSource) -> Settings:
+def data_of(weights: WeightSource) -> Settings:
     """Return source and end of document of the run that made the weights; empty for an imported model."""
     if weights.kind is WeightsKind.checkpoint:
         data = dict(read_manifest(weights.path).config.get("data") or {})
@@ -65,7 +65,7 @@ def _data(weights: WeightSource) -> Settings:
 
 def _special_tokens(weights: WeightSource, data: Settings) -> Settings:
     """Return the special tokens: of the model that the run began with, if it has its tokenizer still."""
-    if data.get("source") in _BYTES:
+    if data.get("source") in BYTE_SOURCES:
         return {"eos_token_id": END_OF_TEXT}
     end = {} if data.get("end_of_document") is None else {"eos_token_id": data["end_of_document"]}
     names = {path.name for path in companions_of(weights.path)}
@@ -105,7 +105,7 @@ def _tokenizer_config(weights: WeightSource, ids: Settings, tokens: dict[int, st
     """
     ends = ids["eos_token_id"]
     end = ends[0] if isinstance(ends, list) else ends
-    is_bytes = _data(weights).get("source") in _BYTES
+    is_bytes = data_of(weights).get("source") in BYTE_SOURCES
     special = {} if is_bytes or end not in tokens else {"eos_token": tokens[end]}
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -48,6 +48,7 @@ from launcher.config.run_format import check_format
 from launcher.config.schema import (
     CalibrateConfig,
     ComparedRunConfig,
+    EvaluateConfig,
     ExchangeConfig,
     GenerateConfig,
     PlannedRunConfig,
@@ -69,6 +70,7 @@ Config = TypeVar(
     PrepareConfig,
     CalibrateConfig,
     ReplayConfig,
+    EvaluateConfig,
 )
 
 COMMAND_LINE = "the command line"  # an origin of a field

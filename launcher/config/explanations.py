@@ -34,9 +34,9 @@ COMPOSITION_ERRORS = (
 )  # fmt: skip
 
 _SHAPE = "GROUP=OPTION or a.b=VALUE"
-_VERBS = {name.capitalize(): f"{name} " for name in ("calibrate", "generate", "prepare", "replay")} | {
-    "Exchange": "export "
-}
+_VERBS = {
+    name.capitalize(): f"{name} " for name in ("calibrate", "evaluate", "generate", "prepare", "replay")
+} | {"Exchange": "export "}
 
 
 @dataclass(frozen=True)

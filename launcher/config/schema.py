@@ -663,6 +663,30 @@ class ReplayConfig:
     samples: int = 8  # samples with the highest losses to show
 
 
+@dataclass
+class EvaluateConfig:
+    """Settings of `launcher evaluate`: the weights, what to measure them on, and the layout."""
+
+    # In `run.dir`: a run, a checkpoint, the result of `launcher import`, or a Hugging Face directory.
+    run: RunDirConfig = field(default_factory=RunDirConfig)
+    # Without text, tokens and tasks: the run's own validation data.
+    text: Optional[str] = None  # a glob of text files
+    tokens: Optional[str] = None  # NAME of NAME.bin and NAME.idx, or a glob
+    tasks: list[str] = field(default_factory=list)  # of lm-evaluation-harness
+    task_dir: Optional[str] = None  # a directory with further tasks of lm-evaluation-harness
+    few_shot: Optional[int] = None  # examples in the prompt of a task; null: as the task says
+    limit: Optional[int] = None  # windows of each source of data, documents of each task; null: all
+    sequence_length: Optional[int] = None  # tokens of a window or prompt; null: as the run was trained
+    stride: Optional[int] = None  # tokens from a window to the next; null: sequence_length
+    micro_batch_size: int = 4  # windows per forward pass of one data-parallel rank
+    tokenizer: Optional[str] = None  # a tokenizer.json; null: the tokenizer that the run recorded
+    dtype: Optional[Dtype] = None  # null: precision.dtype of the run, fp32 without a run
+    parallelism: ParallelismConfig = field(default_factory=ParallelismConfig)
+    device: Device = Device.auto
+    report: Optional[str] = None  # JSON file of all results
+    wandb: bool = True  # add the results to the summary of the run's W&B run, if it has one
+
+
 class TokenizerTraining(Enum):
     """`bpe`: byte-level byte-pair encoding, as GPT-2's."""
 
@@ -746,6 +770,7 @@ def register_schema() -> None:
         "exchange": ExchangeConfig,
         "prepare": PrepareConfig,
         "replay": ReplayConfig,
+        "evaluate": EvaluateConfig,
     }
     for name, root in roots.items():
         ConfigStore.instance().store(name=f"{name}_schema", node=root)

@@ -29,6 +29,7 @@ from launcher.config.schema import (
     ComparedRunConfig,
     CorpusSource,
     Dtype,
+    EvaluateConfig,
     GenerateConfig,
     InputKind,
     OptimizerName,
@@ -93,6 +94,23 @@ def validate_replay(config: ReplayConfig) -> tuple[str, int]:
     numbers.refuse_out_of_bounds(config)
     check_paths(config)
     return config.run.dir, config.step
+
+
+def validate_evaluate(config: EvaluateConfig) -> str:
+    """Check what `launcher evaluate` is given; return the directory of the weights. Raises ConfigError."""
+    if config.run.dir is None:
+        raise refusal(config, "run.dir", "a run or a checkpoint is needed to evaluate", "run.dir=runs/NAME")
+    numbers.refuse_out_of_bounds(config)
+    check_paths(config)
+    if config.parallelism.auto:
+        why = "evaluation chooses no layout"
+        raise refusal(config, "parallelism.auto", why, "parallelism=single", "parallelism=tp2")
+    if not config.tasks:
+        for field in ("task_dir", "few_shot"):
+            if value_of(config, field) is not None:
+                why = "this setting needs tasks"
+                raise refusal(config, field, why, "tasks=[NAME]", f"{field}=null")
+    return config.run.dir
 
 
 def validate_prepare(config: PrepareConfig) -> None:

@@ -115,6 +115,15 @@ def load_corpus(data: DataConfig) -> Corpus:
     return Corpus(train=tokens, validation=held_out)
 
 
+def text_documents(field: str, pattern: str, left_out: LeftOut) -> Iterator[bytes]:
+    """Yield the text of each file that `pattern`, the value of `field`, names, as UTF-8 and without its end.
+
+    Raises ConfigError as corpus_files does.
+    """
+    files = [file.path for file in _text_files(field, pattern, left_out)]
+    return (document.removesuffix(_END) for document in _documents(field, files))
+
+
 def _stdlib_files() -> list[_TextFile]:
     root, value = Path(sysconfig.get_paths()["stdlib"]), CorpusSource.stdlib.value
     files = _usable(_walk_python(root), "data.source", value, Counter())

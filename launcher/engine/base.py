@@ -83,6 +83,9 @@ class Engine(ABC):
     def eval_batch(self, batches: MicroBatches) -> Tensor:
         """Return the mean loss of all data ranks' batches, without dropout, on the device. Collective."""
 
+    def begin_shape(self) -> None:  # noqa: B027  (only a pipeline keeps buffers of one shape)
+        """Get ready for micro-batches of another shape than before. Collective over the world."""
+
     def mean_loss(self, loss: Tensor) -> float:
         """Read the global loss of a StepResult. Collective over the data group."""
         if self.loss_share[1] == 1:

@@ -72,6 +72,9 @@ class PipelineEngine(Engine):
         loss: Tensor = self.deepspeed.eval_batch(self._inputs(batches), num_micro_batches=self.micro_batches)
         return loss
 
+    def begin_shape(self) -> None:
+        self.deepspeed.reset_activation_shape()
+
     def _inputs(self, batches: MicroBatches) -> Iterator[tuple[Tensor, Tensor]]:
         # The first stage reads the tokens and the last stage the labels, each from an iterator of its rank.
         if self.documents.end_of_document is None:

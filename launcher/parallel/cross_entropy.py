@@ -38,6 +38,45 @@ def linear_cross_entropy(
     return loss
 
 
+def linear_token_scores(
+    x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, vocabulary: int, axis: Axis, device: str,
+    cap: float | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return the losses (B, T) of labels (B, T) in nats, in fp32, and the likeliest tokens (B, T).
+
+    Arguments as for linear_cross_entropy; an IGNORED_LABEL has loss 0. Of equal logits the lowest token id
+    counts. Collective over `axis`: four all-reduces per chunk. Has no backward pass.
+    """
+    tokens, all_labels = x.flatten(0, -2), labels.flatten()
+    losses = torch.empty(len(tokens), dtype=torch.float32, device=x.device)
+    likeliest = torch.empty_like(all_labels)
+    start = 0
+    for size in chunk_sizes(len(tokens), len(weight), device):
+        rows = slice(start, start + size)
+        logits = x.new_empty(size, len(weight))
+        _project(tokens[rows], weight, bias, logits)
+        if cap is not None:
+            soft_cap_(logits, cap)
+        _mask_padding(logits, vocabulary, axis)
+        likeliest[rows] = _highest_columns(logits, axis)
+        scores = torch.empty_like(logits, dtype=torch.float32)
+        losses[rows] = cross_entropy_(
+            logits, scores, all_labels[rows], vocabulary, axis, with_gradients=False
+        )
+        start += size
+    return losses.view_as(labels), likeliest.view_as(labels)
+
+
+def _highest_columns(logits: Tensor, axis: Axis) -> Tensor:
+    """Return the column (n,) of the highest of all ranks' logits (n, V/tp), the first of equal ones."""
+    values, columns = logits.max(1)
+    if axis.size == 1:
+        return columns
+    highest = _reduced(values.float(), dist.ReduceOp.MAX, axis)
+    columns = (columns + axis.rank * logits.shape[1]).masked_fill(values.float() < highest, 2**62)
+    return _reduced(columns, dist.ReduceOp.MIN, axis)
+
+
 def soft_cap_(x: Tensor, cap: float) -> Tensor:
     """Replace x by cap * tanh(x / cap), and return the derivative."""
     tanh = x.div_(cap).tanh_().clone()

@@ -23,7 +23,7 @@ from launcher.parallel.collectives import (
     reduce_scatter_sequence_region,
     reduce_scatter_start,
 )
-from launcher.parallel.cross_entropy import linear_cross_entropy
+from launcher.parallel.cross_entropy import linear_cross_entropy, linear_token_scores
 from launcher.parallel.initializer import DrawFunction, Initializer, normal, zeros
 from launcher.parallel.loss_kernels import EAGER, LossKernels, soft_capped
 from launcher.parallel.mesh import Axis
@@ -123,8 +123,9 @@ class VocabParallelEmbedding(nn.Module):
     The vocabulary is padded (TensorParallel.padded). No token maps to a padding row, and the loss gives
     padding the probability zero. Forward: tokens (B, T) -> (B, T, H), or (B, T/tp, H) under sequence
     parallelism, by all-reduce (or reduce-scatter) of the masked look-ups. As the head: with `labels`, hidden
-    (B, T, H) -> the sum of the losses (cross_entropy.py); with `project`, hidden -> logits (B, T, V/tp), like
-    ColumnParallelLinear. Look-ups are multiplied by `scale`; `cap` is the logits' soft cap.
+    (B, T, H) -> the sum of the losses (cross_entropy.py), or with `per_token` each loss and the likeliest
+    token; with `project`, hidden -> logits (B, T, V/tp), like ColumnParallelLinear. Look-ups are multiplied
+    by `scale`; `cap` is the logits' soft cap.
     """
 
     bias: nn.Parameter | None
@@ -143,12 +144,16 @@ class VocabParallelEmbedding(nn.Module):
         self.weight = tp.initializer.parameter(logical, normal(std))
         self.register_parameter("bias", None)
 
-    def forward(self, x: Tensor, labels: Tensor | None = None, project: bool = False) -> Tensor:
+    def forward(
+        self, x: Tensor, labels: Tensor | None = None, project: bool = False, per_token: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
         # All uses go through forward: ZeRO-3 gathers the weight of a module only around its forward.
         if labels is not None:
             whole, axis = self.tp.enter(x), self.tp.axis
-            settings = self.vocabulary, axis, self.tp.device, self.cap, self.tp.kernels
-            return linear_cross_entropy(whole, self.weight, self.bias, labels, *settings)
+            settings = labels, self.vocabulary, axis, self.tp.device, self.cap
+            if per_token:
+                return linear_token_scores(whole, self.weight, self.bias, *settings)
+            return linear_cross_entropy(whole, self.weight, self.bias, *settings, self.tp.kernels)
         return self.logits(x) if project else self._first_use(x)
 
     def logits(self, x: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ from launcher.runtime.metrics.wandb_run import (
     has_api_key,
     log_missing,
     open_session,
+    resolved_mode,
     server_url,
     uploaded_history,
     why_unreachable,
@@ -126,6 +127,19 @@ def _upload_rows(run: RunConfig, layout: Layout, directory: RunDir, temporary: P
     mark_as_sent(fragments(directory.path, directory.run_id))
     print(f"uploaded {session.where()}")
     return 0
+
+
+def summarise(run_dir: Path, values: dict[str, float], temporary: Path, finish_timeout: float) -> str:
+    """Add `values` to the summary of the W&B run; return where it is. Raises any exception of W&B."""
+    run, layout, directory = _identified(run_dir)
+    try:
+        mode = resolved_mode(run.logging.wandb.mode)
+        session = open_session(mode, run, layout, directory, temporary, finish_timeout)
+        session.summarise(values)
+        session.finish(failed=False)
+        return session.where()
+    finally:
+        end_service()
 
 
 def _identified(run_dir: Path) -> tuple[RunConfig, Layout, RunDir]:

@@ -81,6 +81,10 @@ class Session:
         if step not in self._known:
             self._run.log(row, step=step, commit=True)
 
+    def summarise(self, values: dict[str, float]) -> None:
+        """Add values to the summary of the W&B run, beside its rows."""
+        self._run.summary.update(values)
+
     def say_kept(self, first_step: int) -> None:
         """Say in the config of the W&B run which steps keep the values of an earlier start."""
         key = f"values of an earlier start/steps {first_step} to {self.last_known}"

@@ -1,0 +1,237 @@
+"""The model that `launcher evaluate` measures: its weights, run, tokenizer and data. Imports no torch."""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from launcher.checkpoint.companions import companions_of, run_of
+from launcher.checkpoint.exported_files import BYTE_SOURCES, TOKENIZER_CONFIG, data_of
+from launcher.checkpoint.sources import RUN_CONFIG, WeightSource, weights_at
+from launcher.config.compose import load_typed
+from launcher.config.errors import ConfigError, refusal
+from launcher.config.layout import Layout
+from launcher.config.machine import Machine
+from launcher.config.schema import (
+    CorpusSource,
+    DataConfig,
+    Dtype,
+    EvaluateConfig,
+    HardwareConfig,
+    InputKind,
+    OptimizerConfig,
+    OptimizerName,
+    PipelineSchedule,
+    PrecisionConfig,
+    RunConfig,
+    SchedulerConfig,
+    SchedulerName,
+    TrainingConfig,
+)
+from launcher.config.shape import sequence_length
+from launcher.config.validate import validate
+from launcher.config.world import World, world_of_machine
+from launcher.data.card import tokenizer_path
+from launcher.data.evaluated import text_stretch, token_stretches
+from launcher.data.open import ONLY, TOKENIZER, open_data
+from launcher.data.tokenizer import Bytes, HuggingFace, Tokenizer
+from launcher.data.windows import Stretch, Windows
+
+_OTHER_DATA = "'text=\"corpus/**/*.txt\"' or tokens=NAME, other data"
+VALIDATION = "validation"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Weights, and what is known of the run that made them."""
+
+    weights: WeightSource
+    recorded: RunConfig | None  # None: imported weights, or a Hugging Face directory
+    tokenizer_json: Path | None  # None: the tokens are bytes, or the tokenizer is not known
+    is_of_bytes: bool
+    end_of_document: int | None
+
+    @property
+    def run_dir(self) -> Path:
+        return run_of(self.weights.path)
+
+    def tokenizer(self) -> Tokenizer | None:
+        """Return the tokenizer; None if it is not known."""
+        if self.tokenizer_json is not None:
+            return HuggingFace(self.tokenizer_json, field="tokenizer")
+        return Bytes() if self.is_of_bytes else None
+
+    def special_token(self, name: str) -> str | None:
+        """Return a token such as `bos_token` as the recorded tokenizer_config.json spells it."""
+        path = next(
+            (file for file in companions_of(self.weights.path) if file.name == TOKENIZER_CONFIG), None
+        )
+        try:
+            value = json.loads(path.read_text()).get(name) if path else None
+        except (OSError, ValueError, AttributeError, RecursionError):
+            return None
+        value = value.get("content") if isinstance(value, dict) else value
+        return value if isinstance(value, str) else None
+
+
+def subject_of(config: EvaluateConfig, path: Path) -> Subject:
+    """Return the model at `path`: a run, a checkpoint or a Hugging Face directory. Raises ConfigError."""
+    weights = weights_at(path, "run.dir")
+    if weights.model.inputs is InputKind.patches:
+        why = "is of a classifier of images, which has no perplexity; its accuracy is in metrics.jsonl"
+        raise ConfigError("run.dir", path, why, "the directory of a language model's run")
+    file = run_of(weights.path) / RUN_CONFIG
+    recorded = replace(load_typed(file, RunConfig), model=weights.model) if file.exists() else None
+    data = data_of(weights)
+    is_of_bytes = config.tokenizer is None and data.get("source") in BYTE_SOURCES
+    subject = Subject(weights, recorded, _tokenizer_json(config, weights), is_of_bytes, None)
+    subject = replace(subject, tokenizer_json=None) if is_of_bytes else subject
+    end = data.get("end_of_document")
+    tokenizer = subject.tokenizer()
+    if isinstance(tokenizer, HuggingFace):
+        _check_size(tokenizer, subject)
+        end = tokenizer.end_of_document if end is None and tokenizer.end_spelling else end
+    return replace(subject, end_of_document=Bytes.end_of_document if is_of_bytes else end)
+
+
+def _tokenizer_json(config: EvaluateConfig, weights: WeightSource) -> Path | None:
+    if config.tokenizer is not None:
+        return Path(config.tokenizer).expanduser()
+    return next((file for file in companions_of(weights.path) if file.name == TOKENIZER), None)
+
+
+def _check_size(tokenizer: HuggingFace, subject: Subject) -> None:
+    size = subject.weights.model.vocab_size
+    if tokenizer.vocab_size > size:
+        why = f"this tokenizer has {tokenizer.vocab_size} tokens, and the model has {size}"
+        remedy = "tokenizer=PATH of the tokenizer.json that the model was trained with"
+        raise ConfigError("tokenizer", subject.tokenizer_json, why, remedy)
+
+
+def known_tokenizer(config: EvaluateConfig, subject: Subject, field: str) -> Tokenizer:
+    """Return the tokenizer, which `field` needs. Raises ConfigError if it is not known."""
+    if (tokenizer := subject.tokenizer()) is None:
+        why = f"no tokenizer is recorded in {subject.run_dir}, and text needs one"
+        raise refusal(config, field, why, "tokenizer=PATH of the tokenizer.json the model was trained with")
+    return tokenizer
+
+
+def run_to_evaluate(config: EvaluateConfig, subject: Subject, machine: Machine) -> tuple[RunConfig, Layout]:
+    """Return the run that builds the model in the layout of `config`, and this layout. Raises ConfigError."""
+    recorded, p = subject.recorded or RunConfig(model=subject.weights.model), config.parallelism
+    dtype = config.dtype or (recorded.precision.dtype if subject.recorded else Dtype.fp32)
+    # The rules of text as bytes do not hold for imported weights.
+    data = recorded.data if subject.recorded else DataConfig(source=CorpusSource.tokens, train="none")
+    run = replace(
+        recorded,
+        data=replace(data, sequence_length=_length(config, subject)),
+        precision=PrecisionConfig(dtype=dtype),
+        hardware=HardwareConfig(device=config.device),
+        # No optimizer states: there are no updates.
+        optimizer=OptimizerConfig(name=OptimizerName.sgd, lr=1.0, momentum=0.0, gradient_clipping=None),
+        scheduler=SchedulerConfig(name=SchedulerName.constant),
+        deepspeed={},
+    )
+    world = world_of_machine(run, machine)
+    if dtype is Dtype.fp16 and world.device == "cpu":
+        raise refusal(config, "dtype", "fp16 is computed on GPUs only", "dtype=fp32")
+    copy = p.tensor * p.pipeline
+    data_size = p.data or max(1, world.ranks // copy)
+    training = TrainingConfig(
+        steps=0,
+        micro_batch_size=config.micro_batch_size,
+        # A micro-batch for each pipeline stage.
+        global_batch_size=config.micro_batch_size * data_size * p.pipeline,
+        compile=False,  # the lengths of prompts differ
+    )
+    parallelism = replace(p, data=data_size, pipeline_schedule=PipelineSchedule["1f1b"])
+    run = replace(run, parallelism=parallelism, training=training)
+    return run, _validated(run, world)
+
+
+def _validated(run: RunConfig, world: World) -> Layout:
+    try:
+        return validate(run, world)
+    except ConfigError as error:
+        if error.field == "data.sequence_length":
+            raise ConfigError(
+                "sequence_length", error.value, error.why, error.remedy.replace("data.", "")
+            ) from None
+        raise
+
+
+def _length(config: EvaluateConfig, subject: Subject) -> int:
+    """Return the tokens of a window. Raises ConfigError if it is too long, or the stride is."""
+    most = subject.weights.model.max_sequence_length
+    length = config.sequence_length or (sequence_length(subject.recorded) if subject.recorded else most)
+    if length > most:
+        why = f"the model takes at most {most} tokens (model.max_sequence_length)"
+        raise refusal(config, "sequence_length", why, f"sequence_length={most}")
+    if (config.stride or 0) > length:
+        why = f"tokens between windows of {length} tokens would not be scored"
+        raise refusal(config, "stride", why, f"stride={length} (or less)")
+    return length
+
+
+def data_to_score(config: EvaluateConfig, subject: Subject) -> dict[str, list[Stretch]]:
+    """Return the tokens to score by name: text files, token files, else the run's validation data.
+
+    Nothing is scored beside tasks unless it is named. Raises ConfigError.
+    """
+    data: dict[str, list[Stretch]] = {}
+    if config.text is not None:
+        tokenizer = known_tokenizer(config, subject, "text")
+        data["text"] = [text_stretch(config.text, tokenizer, subject.end_of_document)]
+    if config.tokens is not None:
+        data["tokens"] = _token_files(config.tokens, config, subject)
+    if not data and not config.tasks:
+        data = _validation_data(subject)
+    for name, stretches in data.items():
+        if not any(len(stretch) > 1 for stretch in stretches):
+            why = "fewer than two tokens: the first token of a file is only context"
+            raise ConfigError(name, getattr(config, name, None), why, "more text")
+    return data
+
+
+def _token_files(pattern: str, config: EvaluateConfig, subject: Subject) -> list[Stretch]:
+    try:
+        stretches, prefixes = token_stretches(pattern, subject.weights.model.vocab_size)
+    except ConfigError as error:
+        if error.field != "model.vocab_size":
+            raise
+        raise _other_tokenizer(config, error.why) from None
+    for path in (path for prefix in prefixes if (path := tokenizer_path(prefix)).exists()):
+        if subject.is_of_bytes:
+            raise _other_tokenizer(config, f"they were made with {path}, and the model was trained on bytes")
+        if subject.tokenizer_json is not None and not _same_json(path, subject.tokenizer_json):
+            raise _other_tokenizer(config, f"they were made with {path}, the model with another tokenizer")
+    return stretches
+
+
+def _other_tokenizer(config: EvaluateConfig, why: str) -> ConfigError:
+    remedies = "token files made with the tokenizer of the model", "text=GLOB, which is tokenised here"
+    return refusal(config, "tokens", why, *remedies)
+
+
+def _same_json(a: Path, b: Path) -> bool:
+    try:
+        return a.read_bytes() == b.read_bytes() or bool(
+            json.loads(a.read_text()) == json.loads(b.read_text())
+        )
+    except (ValueError, RecursionError):
+        return False
+
+
+def _validation_data(subject: Subject) -> dict[str, list[Stretch]]:
+    if subject.recorded is None:
+        why = "these weights belong to no run, so they have no validation data"
+        raise ConfigError("run.dir", subject.weights.path, why, _OTHER_DATA)
+    try:
+        sources = open_data(subject.recorded).validation
+    except ConfigError as error:
+        why = f"the run's validation data cannot be read: {error.field}={error.value}: {error.why}"
+        raise ConfigError("run.dir", subject.run_dir, why, _OTHER_DATA) from None
+    data = {}
+    for name, samples in sources.items():
+        assert isinstance(samples.items, Windows), "a language model reads windows of tokens"
+        data[VALIDATION if name == ONLY else f"{VALIDATION}/{name}"] = list(samples.items.stretches)
+    return data
