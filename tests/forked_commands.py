@@ -36,6 +36,7 @@ TRAINING = (
     *COMMAND_LINE, "launcher.engine.build", "launcher.runtime.training", "launcher.runtime.sampling",
     "launcher.runtime.metrics.wandb_thread",
     "launcher.parity.verification", "launcher.compare.measured_layout", "launcher.calibrate.rounds",
+    "launcher.evaluation.ranks",
 )  # fmt: skip
 
 _RANK_VARIABLES = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}

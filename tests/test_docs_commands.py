@@ -49,7 +49,16 @@ ELSEWHERE = {
     "launcher replay run.dir=runs/a step=187 samples=4 parallelism=tp2": "a run with a bad step: "
     "tests/runtime/test_guards.py",
 }
-NEED_A_RUN = {"generate", "replay", "export", "import", "status", "checkpoint", "doctor"}  # in the slow test
+NEED_A_RUN = {
+    "generate",
+    "replay",
+    "evaluate",
+    "export",
+    "import",
+    "status",
+    "checkpoint",
+    "doctor",
+}  # in the slow test
 WRITING = {"prepare", "calibrate"}
 TOO_LONG = {  # for the slow test; the quick test checks them
     "calibrate": "measures for minutes: tests/calibrate",

@@ -1,0 +1,216 @@
+"""`launcher evaluate`: its numbers are those of transformers and lm-evaluation-harness on the exported model."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from launcher.config.errors import ConfigError
+from launcher.config.schema import EvaluateConfig
+from launcher.data.evaluated import scored_windows
+from launcher.data.windows import Stretch
+from launcher.evaluation.tasks import _unknown
+from tests.forked_commands import environment, heavy
+from tests.runtime.command import launcher, trained
+
+TEXT = "".join(f"The na\u00efve fox {n} jumps over {n * n} lazy dogs; why?\n" for n in range(300))
+LAYOUTS = {
+    "one process": [], "tp2": ["parallelism=tp2", "parallelism.sequence_parallel=true"],
+    "pp2": ["parallelism=pp2"], "dp2": ["parallelism.data=2"],
+    "zero3": ["parallelism=zero3", "parallelism.data=2"],
+}  # fmt: skip
+WITHOUT_HARNESS = "import sys; sys.modules['lm_eval'] = None\nfrom launcher.__main__ import main; main()"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a directory with text, its token files, the run `r` on them, and the export `hf` of the run."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    (folder / "a.txt").write_text(TEXT)
+    (folder / "short.txt").write_text(TEXT[:1500])
+    succeeds("prepare", "a.txt", "a", "tokenizer.train=bpe", "vocab=300", cwd=folder)
+    data = ["data=tokens", "data.train=a", "model=llama_tiny", "model.vocab_size=301"]
+    trained(*data, "run.dir=r", "training.steps=3", "optimizer.lr=0.01", cwd=folder)
+    succeeds("export", "r", "hf", cwd=folder)
+    return folder
+
+
+def succeeds(*arguments: str, cwd: Path, **extra: str) -> str:
+    done = launcher(*arguments, cwd=cwd, **extra)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def report(folder: Path, *arguments: str) -> dict[str, Any]:
+    """Return the report of `launcher evaluate` with these arguments."""
+    succeeds("evaluate", "report=report.json", *arguments, cwd=folder, **offline(folder))
+    content: dict[str, Any] = json.loads((folder / "report.json").read_text())
+    return content
+
+
+def offline(folder: Path) -> dict[str, str]:
+    return {"HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf_home")}
+
+
+def loss_by_transformers(hf: Path, ids: list[int], length: int, stride: int) -> float:
+    """Return the summed loss of all tokens but the first, each in the first window that holds it."""
+    model, total, scored = AutoModelForCausalLM.from_pretrained(hf).eval(), 0.0, 1
+    for begin in range(0, len(ids), stride):
+        inputs = ids[begin : begin + length]
+        with torch.no_grad():
+            logs = model(torch.tensor([inputs])).logits[0].double().log_softmax(-1)
+        for place in range(scored, min(begin + length, len(ids) - 1) + 1):
+            total -= float(logs[place - begin - 1, ids[place]])
+            scored = place + 1
+    return total
+
+
+def test_perplexity_equals_transformers_in_each_layout(place: Path, subtests: pytest.Subtests) -> None:
+    ids = AutoTokenizer.from_pretrained(place / "hf")(TEXT[:1500])["input_ids"]
+    end = json.loads((place / "a.json").read_text())["end_of_document"]
+    right = loss_by_transformers(place / "hf", [*ids, end], 32, 20)
+    first = len(AutoTokenizer.from_pretrained(place / "hf").decode(ids[:1]).encode())
+    size = len(TEXT[:1500].encode()) - first
+    for name, layout in LAYOUTS.items():
+        with subtests.test(name):
+            found = report(place, "run.dir=r", "text=short.txt", "stride=20", *layout)["data"]["text"]
+            assert (found["tokens"], found["bytes"]) == (len(ids), size)
+            assert found["loss"] * len(ids) == pytest.approx(right, rel=1e-5)
+            assert found["perplexity"] == pytest.approx(math.exp(right / len(ids)), rel=1e-4)
+            assert found["bits_per_byte"] == pytest.approx(right / size / math.log(2), rel=1e-5)
+
+
+def test_a_checkpoint_an_export_token_files_and_validation_data_are_measured(place: Path) -> None:
+    checkpoint = next((place / "r" / "checkpoints").iterdir())
+    losses = {
+        path: report(place, f"run.dir={path}", "tokens=a", "limit=9")["data"]["tokens"]
+        for path in (checkpoint, "hf")
+    }
+    assert len({round(found["loss"], 5) for found in losses.values()}) == 1
+    assert {(found["tokens"], found["bytes"]) for found in losses.values()} == {
+        (9 * 32, losses["hf"]["bytes"])
+    }
+    assert list(report(place, "run.dir=r", "limit=3")["data"]) == ["validation"]
+
+
+TASKS = {
+    "choice": """
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_target: "{{answer}}"
+doc_to_choice: "{{choices}}"
+metric_list: [{metric: acc}, {metric: acc_norm}]
+""",
+    "rolling": """
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{text}}"
+metric_list: [{metric: word_perplexity}, {metric: byte_perplexity}, {metric: bits_per_byte}]
+""",
+    "generation": """
+output_type: generate_until
+doc_to_text: "{{question}}"
+doc_to_target: "{{target}}"
+generation_kwargs: {until: ["\n"], max_gen_toks: 6, do_sample: false}
+metric_list: [{metric: exact_match}, {metric: bleu}]
+""",
+}
+BY_HF = """
+import json, sys
+from pathlib import Path
+from lm_eval import simple_evaluate
+from lm_eval.tasks import TaskManager
+tasks = TaskManager(include_path="tasks", include_defaults=False)
+arguments = {"pretrained": "hf", "dtype": "float32"}
+found = simple_evaluate("hf", arguments, ["choice", "rolling", "generation"], device="cpu", batch_size=4,
+                        task_manager=tasks, log_samples=False, bootstrap_iters=1000)
+Path("hf.json").write_text(json.dumps(found["results"], default=str))
+"""
+
+
+@pytest.fixture(scope="module")
+def tasks(place: Path) -> Path:
+    """Write three tasks over a local file, and their results by lm_eval's own `hf` model."""
+    pytest.importorskip("lm_eval")
+    (place / "tasks").mkdir()
+    documents = [
+        {
+            "question": f"The na\u00efve fox {n} jumps", "choices": [" over", " lazy dogs; why?", f" {n}"],
+            "answer": n % 3, "text": TEXT[50 * n : 50 * n + 30 * (n + 1)], "target": " over",
+        }
+        for n in range(12)
+    ]  # fmt: skip
+    lines = "".join(json.dumps(document) + "\n" for document in documents)
+    (place / "tasks" / "docs.jsonl").write_text(lines)
+    for name, text in TASKS.items():
+        files = f"{{data_files: {{test: {place}/tasks/docs.jsonl}}}}"
+        head = f"task: {name}\ndataset_path: json\ndataset_kwargs: {files}\ntest_split: test"
+        (place / "tasks" / f"{name}.yaml").write_text(head + text)
+    done = heavy().run([], cwd=place, environment=environment(**offline(place)), program=BY_HF, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return place
+
+
+def test_tasks_give_the_numbers_of_the_harness_on_the_export(tasks: Path, subtests: pytest.Subtests) -> None:
+    right = json.loads((tasks / "hf.json").read_text())
+    named = ["tasks=[choice,rolling,generation]", "task_dir=tasks", "run.dir=r"]
+    for name in ("tp2", "pp2", "zero3"):
+        with subtests.test(name):
+            found = report(tasks, *named, *LAYOUTS[name])["tasks"]["results"]
+            for task, metrics in right.items():
+                for metric, value in metrics.items():
+                    if "," in metric and "stderr" not in metric:
+                        assert found[task][metric] == pytest.approx(value, rel=1e-5), (task, metric)
+
+
+def test_each_token_but_the_first_is_scored_once_with_context() -> None:
+    for total in (2, 5, 31, 32, 33, 100):
+        for length, stride in ((8, 8), (8, 3), (1, 1), (200, 50)):
+            tokens, scored = np.arange(total), []
+            for window in scored_windows(Stretch(tokens), length, stride, total):
+                labels = window.tokens[window.first + 1 :].tolist()
+                context = window.first + 1
+                assert not scored or context >= length - stride + 1
+                assert len(window.tokens) <= length + 1
+                scored += labels
+            assert scored == list(range(1, total))
+
+
+REFUSED = {
+    "": "run.dir=null: a run or a checkpoint is needed to evaluate",
+    "run.dir=nowhere": "run.dir=nowhere: is not a directory",
+    "run.dir=empty": "run.dir=empty: contains no weights",
+    "run.dir=hf": "belong to no run, so they have no validation data",
+    "run.dir=r stride=33": "stride=33: tokens between windows of 32 tokens would not be scored",
+    "run.dir=r sequence_length=33": "sequence_length=33: the model takes at most 32 tokens",
+    "run.dir=r tokens=other": "tokens=other: they were made with other.tokenizer.json",
+    "run.dir=r text=none.txt": "text=none.txt: the glob matches no file",
+    "run.dir=r few_shot=1": "few_shot=1: this setting needs tasks",
+    "run.dir=r tasks=[choice]": "tasks=['choice']: the package lm_eval (lm-evaluation-harness) is not",
+    "run.dir=r parallelism=auto": "parallelism.auto=true: evaluation chooses no layout",
+    "run.dir=r report=a.txt": "report=a.txt: already exists, and the launcher did not write it",
+}
+
+
+def test_wrong_settings_are_refused(place: Path, subtests: pytest.Subtests) -> None:
+    (place / "empty").mkdir()
+    (place / "b.txt").write_text(TEXT.replace("fox", "owl"))
+    succeeds("prepare", "b.txt", "other", "tokenizer.train=bpe", "vocab=290", cwd=place)
+    for typed, message in REFUSED.items():
+        with subtests.test(typed):
+            arguments = ["evaluate", *typed.split()]
+            done = heavy().run(arguments, cwd=place, environment=environment(), program=WITHOUT_HARNESS)
+            assert done.returncode == 2, done.stdout + done.stderr
+            assert message in done.stderr
+            assert "\n  try: " in done.stderr
+
+
+def test_an_unknown_task_is_answered_with_names_like_it() -> None:
+    error = _unknown(EvaluateConfig(), "helaswag", ["hellaswag", "arc_easy", "mmlu"])
+    assert isinstance(error, ConfigError)
+    assert (error.field, error.value, error.remedy) == ("tasks", "helaswag", "tasks=[hellaswag]")
