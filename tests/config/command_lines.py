@@ -24,7 +24,8 @@ from launcher.config.schema import (
 ROOTS: dict[str, type[Any]] = {
     "": RunConfig, "train": RunConfig, "plan": PlannedRunConfig, "verify": RunConfig, "submit": RunConfig,
     "compare": ComparedRunConfig, "generate": GenerateConfig, "prepare": PrepareConfig,
-    "replay": ReplayConfig, "evaluate": EvaluateConfig, "calibrate": CalibrateConfig, "export": ExchangeConfig, "import": ExchangeConfig,
+    "replay": ReplayConfig, "evaluate": EvaluateConfig,
+    "calibrate": CalibrateConfig, "export": ExchangeConfig, "import": ExchangeConfig,
 }  # fmt: skip
 OTHER_VERBS = ("job", "sync", "checkpoint", "tarin", "PLAN", "", "--", "\u00e9t\u00e9")
 

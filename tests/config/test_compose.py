@@ -544,7 +544,8 @@ class TestFields:
     def test_lists_options(self) -> None:
         assert options_of("precision") == ["bf16", "bf16_states", "fp16", "fp32"]
         assert options_of("hydra/help") == [
-            "calibrate", "compare", "evaluate", "exchange", "generate", "launcher", "plan", "prepare", "replay",
+            "calibrate", "compare", "evaluate", "exchange", "generate", "launcher", "plan", "prepare",
+            "replay",
         ]  # fmt: skip
         assert options_of("..") == options_of("") == options_of("xyzzy") == []
 

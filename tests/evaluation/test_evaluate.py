@@ -1,4 +1,4 @@
-"""`launcher evaluate`: its numbers are those of transformers and lm-evaluation-harness on the exported model."""
+"""`launcher evaluate` gives the numbers of transformers and lm-evaluation-harness on the exported model."""
 
 import json
 import math
