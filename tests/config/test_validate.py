@@ -29,6 +29,7 @@ from launcher.config.schema import (
     ComparedRunConfig,
     Device,
     Dtype,
+    EvaluateConfig,
     ExchangeConfig,
     GenerateConfig,
     PlannedRunConfig,
@@ -55,12 +56,13 @@ from tests.config.composing import (
 
 GENERATE_FIELDS = fields_of(GenerateConfig)
 REPLAY_FIELDS = {f: k for f, k in fields_of(ReplayConfig).items() if not f.startswith("parallelism.")}
+EVALUATE_FIELDS = {f: k for f, k in fields_of(EvaluateConfig).items() if not f.startswith("parallelism.")}
 PREPARE_FIELDS, CALIBRATE_FIELDS = fields_of(PrepareConfig), fields_of(CalibrateConfig)
 COMPARE_FIELDS = {f: k for f, k in fields_of(ComparedRunConfig).items() if f.startswith("compare.")}
 
 ROOTS = (
     PlannedRunConfig, ComparedRunConfig, GenerateConfig, ReplayConfig, PrepareConfig, CalibrateConfig,
-    ExchangeConfig,
+    ExchangeConfig, EvaluateConfig,
 )  # fmt: skip
 
 # What these remedies ask for cannot be typed.
@@ -120,6 +122,8 @@ def check(refusal: Case, overrides: list[str]) -> Layout | str:
         return "accepted"
     if overrides[:1] == ["replay"]:
         return validate.validate_replay(composed_as("replay", ReplayConfig, *overrides[1:]))[0]
+    if overrides[:1] == ["evaluate"]:
+        return validate.validate_evaluate(composed_as("evaluate", EvaluateConfig, *overrides[1:]))
     if overrides[:1] == ["prepare"]:
         validate.validate_prepare(composed_prepare(*overrides[1:]))
         return "accepted"
@@ -161,7 +165,8 @@ class TestMessages:
                 assert str(error) == refusal.text
                 assert refusal.text.startswith(error.field)
                 known = {
-                    *FIELDS, *GENERATE_FIELDS, *REPLAY_FIELDS, *PREPARE_FIELDS, *CALIBRATE_FIELDS,
+                    *FIELDS, *GENERATE_FIELDS, *REPLAY_FIELDS, *EVALUATE_FIELDS, *PREPARE_FIELDS,
+                    *CALIBRATE_FIELDS,
                     *COMPARE_FIELDS,
                 }  # fmt: skip
                 assert error.field in known or error.field.startswith(("deepspeed.", "slurm.environment."))
