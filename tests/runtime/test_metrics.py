@@ -287,6 +287,30 @@ def test_offline_and_online_starts_are_one_run_on_the_server(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
+def test_an_evaluation_is_in_the_summary_of_the_run(tmp_path: Path) -> None:
+    """It adds no step, and `launcher sync` sends it with the steps."""
+    trained("logging=wandb", "run.dir=r", "parallelism.data=1", "training.steps=3", cwd=tmp_path)
+    done = launcher("evaluate", "run.dir=r", "limit=2", "report=e.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "(offline: " in done.stdout
+    name = identity_of(tmp_path / "r")
+    summaries = {
+        update.key or "/".join(update.nested_key): json.loads(update.value_json)
+        for fragment in fragments(tmp_path / "r", name)
+        for record in records(fragment)
+        if record.HasField("summary")
+        for update in record.summary.update
+    }
+    values = json.loads((tmp_path / "e.json").read_text())["data"]["validation"]
+    assert {key: summaries[f"evaluate/validation/{key}"] for key in values} == values
+    assert [row["step"] for row in wandb_rows(tmp_path / "r")] == [1, 2, 3]
+    with wandb_server() as server:
+        done = launcher("sync", "r", cwd=tmp_path, **server.environment)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert server.steps(name) == [1, 2, 3]
+
+
+@pytest.mark.slow
 def test_sync_says_all_is_uploaded_only_if_the_server_confirms_it(tmp_path: Path) -> None:
     """The server accepts what `wandb sync` sends, and keeps nothing of it."""
     trained("logging=wandb", "run.dir=r", "parallelism.data=1", "training.steps=3", cwd=tmp_path)

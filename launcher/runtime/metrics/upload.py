@@ -28,6 +28,7 @@ from launcher.runtime.metrics.wandb_run import (
     check_uploaded,
     end_service,
     has_api_key,
+    leave_service,
     log_missing,
     open_session,
     resolved_mode,
@@ -137,9 +138,11 @@ def summarise(run_dir: Path, values: dict[str, float], temporary: Path, finish_t
         session = open_session(mode, run, layout, directory, temporary, finish_timeout)
         session.summarise(values)
         session.finish(failed=False)
-        return session.where()
-    finally:
+    except BaseException:
         end_service()
+        raise
+    leave_service()  # it may still be writing the file
+    return session.where()
 
 
 def _identified(run_dir: Path) -> tuple[RunConfig, Layout, RunDir]:
