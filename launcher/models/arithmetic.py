@@ -6,6 +6,7 @@ from launcher.config.shape import (
     has_norm_after,
     has_norm_before,
     is_gated,
+    lora_segments,
     output_size,
     position_count,
     qkv_sizes,
@@ -59,9 +60,25 @@ def _first_layer_parameters(model: ModelConfig) -> int:
     return positions + (0 if model.tie_embeddings else model.vocab_size * h)
 
 
-def reduce_bucket(model: ModelConfig) -> int:
+def adapter_parameters(run: RunConfig) -> int:
+    """Return the parameters of the adapters (LoRA); 0 without adapters."""
+    lora = run.finetune.lora
+    sizes = lora_segments(run.model)
+    return run.model.num_layers * sum(
+        (len(segments) * inputs + sum(segments)) * (lora.rank or 0)
+        for target, (inputs, segments) in sizes.items()
+        if target in lora.targets
+    )
+
+
+def trained_parameters(run: RunConfig) -> int:
+    """Return the number of parameters that the optimizer updates."""
+    return adapter_parameters(run) or parameters(run.model)
+
+
+def reduce_bucket(run: RunConfig) -> int:
     """Return the elements of the reduction bucket, which DeepSpeed allocates whole: at most its default."""
-    return min(500_000_000, parameters(model))
+    return min(500_000_000, trained_parameters(run))
 
 
 def update_chunk(device: str) -> int:
