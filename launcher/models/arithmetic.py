@@ -102,9 +102,15 @@ def train_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
 
 
 def step_flops(run: RunConfig) -> float:
-    """Return the model FLOPs of an optimizer step over all ranks."""
-    length = sequence_length(run)
-    return train_flops_per_token(run.model, length) * run.training.global_batch_size * length
+    """Return the model FLOPs of an optimizer step over all ranks.
+
+    Frozen weights (LoRA) count 4 times, not 6: they have no gradient.
+    """
+    length, of_adapters = sequence_length(run), adapter_parameters(run)
+    flops = train_flops_per_token(run.model, length)
+    if of_adapters:
+        flops += 6 * of_adapters - 2 * matrix_parameters(run.model)
+    return flops * run.training.global_batch_size * length
 
 
 def mfu(run: RunConfig, ranks: int, step_seconds: float) -> float | None:

@@ -225,9 +225,11 @@ class _ColumnLinear(torch.autograd.Function):
             return reduced(grad.matmul(weight), axis), None, None, None, None
         [x] = kept
         if torch.compiler.is_compiling():
-            gradients = torch.ops.launcher.column_gradients
-            return *gradients(grad, x, weight, axis.group_name, axis.size, sequence_parallel), None, None, None
-        return *column_gradients(grad, x, weight, axis, sequence_parallel), None, None, None
+            arguments = axis.group_name, axis.size, sequence_parallel
+            gradients = torch.ops.launcher.column_gradients(grad, x, weight, *arguments)
+        else:
+            gradients = column_gradients(grad, x, weight, axis, sequence_parallel)
+        return *gradients, None, None, None
 
 
 def column_gradients(

@@ -223,7 +223,9 @@ class _Comparison:
         """Compare an updated weight; the bound is the L2 norm of the error that allowed gradients cause."""
         right = self.right.weights[name]
         if self.is_frozen(name):
-            return Difference(self.number, "weight", name, float((self.step.weights[name] - right).norm()), TINY)
+            return Difference(
+                self.number, "weight", name, float((self.step.weights[name] - right).norm()), TINY
+            )
         bound = 2 * self.unit * right.abs() + self.run.optimizer.lr * self._update_error(self.number, name)
         measured = float((self.step.weights[name] - right).norm())
         return Difference(self.number, "weight", name, measured, float(bound.norm()))

@@ -131,7 +131,8 @@ def _adapter_weights(run: RunConfig) -> dict[str, tuple[tuple[int, ...], float]]
 def _adapted(run: RunConfig) -> dict[str, tuple[int, list[int]]]:
     """Return inputs and segments of each projection with adapters: one adapter for each segment."""
     model, lora = run.model, run.finetune.lora
-    h, f, size = model.hidden_size, model.ffn_hidden_size, model.head_size or model.hidden_size // model.num_heads
+    h, f = model.hidden_size, model.ffn_hidden_size
+    size = model.head_size or h // model.num_heads
     queries, keys = model.num_heads * size, (model.num_kv_heads or model.num_heads) * size
     is_gated = model.mlp in (MLPKind.swiglu, MLPKind.geglu)
     projections = {

@@ -1,16 +1,7 @@
 """Adapters (LoRA) against the reference, in every layout and in the presence of faults."""
 
-from dataclasses import replace
-
 import pytest
-import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-import launcher.models.lora as lora_module
-import launcher.parallel.initializer as initializer
-from launcher.models.lora import ColumnAdapter, RowAdapter
-from launcher.parallel.sharding import LogicalTensor
 from tests.checkpoint.saving import LAYOUTS
 from tests.parity.running import passes, plain_sgd_pass, run_pass, small_run, worst
 
