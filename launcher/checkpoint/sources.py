@@ -73,7 +73,7 @@ def weights_at(path: Path, field: str) -> WeightSource:
         if lora is None or base is not None:
             return WeightSource(
                 checkpoint.resolve(), WeightsKind.checkpoint, model, _model_type(checkpoint), lora,
-                None if lora is None else Path(base).expanduser(),
+                Path(base).expanduser() if lora is not None and base is not None else None,
             )  # fmt: skip
         if not (path / FINAL_WEIGHTS).is_dir():
             why = "holds adapters alone, and the weights that they adapt were drawn, not loaded"

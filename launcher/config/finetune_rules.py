@@ -45,3 +45,13 @@ def _nearest(name: str) -> str | None:
     if name in TARGETS or name in _THEIRS:
         return _THEIRS.get(name, name)
     return next(iter(get_close_matches(name, TARGETS, n=1)), None)
+
+
+def adapter_warnings(run: RunConfig) -> list[str]:
+    """Return what to print if adapters would be trained on weights that are drawn."""
+    starts = run.checkpoint.init_from is not None or run.checkpoint.resume not in ("auto", "none")
+    if not has_lora(run) or starts:
+        return []
+    why = "the adapters are trained on random weights"
+    return [f"warning  finetune.lora.rank={run.finetune.lora.rank} without checkpoint.init_from: {why}\n"
+            "  try: checkpoint.init_from=PATH of a model, as published or imported"]  # fmt: skip

@@ -1,5 +1,7 @@
 """The transformer block: attention and MLP, each with its norms, and two residual additions."""
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from launcher.config.schema import ActivationCheckpointing, ModelConfig, ResidualKind
@@ -55,11 +57,15 @@ class TransformerBlock(nn.Module):
     ) -> Tensor:
         """Return the output of the block. All blocks of a rank share its compiled form."""
         of_attention = mask, cos, sin, attention_seed, qkv_seed, output_seed
-        mixed = self.attention(_normed(self.attention_norm, x), *of_attention)
-        attended = x + self.dropout(_normed(self.attention_output_norm, mixed), first_seed)
+        attended = x + self._attended(x, of_attention, first_seed)
         mlp = self.mlp(_normed(self.mlp_norm, x if self.is_parallel else attended), up_seed, down_seed)
         output = attended + self.dropout(_normed(self.mlp_output_norm, mlp), second_seed)
         return output  # type: ignore[no-any-return]
+
+    def _attended(self, x: Tensor, of_attention: tuple[Any, ...], seed: Seed | None) -> Tensor:
+        """Return attention with its norms and dropout. Apart from the body, which would keep its output."""
+        mixed = self.attention(_normed(self.attention_norm, x), *of_attention)
+        return self.dropout(_normed(self.attention_output_norm, mixed), seed)  # type: ignore[no-any-return]
 
 
 def _normed(norm: Norm | None, x: Tensor) -> Tensor:

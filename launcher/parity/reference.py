@@ -121,7 +121,8 @@ def _all_weights(model: ModelConfig) -> dict[str, tuple[tuple[int, ...], float]]
 
 def _adapter_weights(run: RunConfig) -> dict[str, tuple[tuple[int, ...], float]]:
     """Return shape and standard deviation of the matrices A and B of all adapters (LoRA)."""
-    rank, weights = run.finetune.lora.rank or 0, {}
+    rank = run.finetune.lora.rank or 0
+    weights: dict[str, tuple[tuple[int, ...], float]] = {}
     for name, (inputs, segments) in _adapted(run).items():
         weights[f"{name}.lora_a"] = (len(segments) * rank, inputs), (3 * inputs) ** -0.5
         weights[f"{name}.lora_b"] = (sum(segments), rank), 0.0
@@ -152,6 +153,8 @@ def _adapted(run: RunConfig) -> dict[str, tuple[int, list[int]]]:
 def with_adapters(run: RunConfig, parameters: Weights) -> Weights:
     """Return the weights, and the product alpha / rank * B A of each adapter as NAME.delta."""
     lora, used = run.finetune.lora, dict(parameters)
+    if not lora.rank:
+        return used
     for name, (_, segments) in _adapted(run).items():
         rows = parameters[f"{name}.lora_b"].split(segments)
         columns = parameters[f"{name}.lora_a"].split(lora.rank)

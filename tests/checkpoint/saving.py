@@ -82,7 +82,8 @@ def _load_and_save(rank: int, *, run: RunConfig, source: Path, folder: Path, bat
         engine.set_learning_rate(run.optimizer.lr)
         engine.train_batch(rank_batches(run, engine, global_batch))
     writer = CheckpointWriter(engine, CheckpointConfig(), folder, [])
-    writer.save(replace(EMPTY, config={"model": config_as_dict(run)["model"]}))
+    config = config_as_dict(run)
+    writer.save(replace(EMPTY, config={name: config[name] for name in ("model", "finetune", "checkpoint")}))
     writer.wait()
     leave()
 

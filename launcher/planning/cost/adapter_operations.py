@@ -59,7 +59,8 @@ def adapted_row(s: Sizes, name: str, x: str, inputs: int, *, target: str, has_bi
         row(s, f"{name}.base", x, inputs, has_bias=has_bias),
         *dropped,
         Operation(
-            f"{name}.low", (first,), own_low, saves=(first,), scratch=2 * low, weight=rank * inputs * s.element,
+            f"{name}.low", (first,), own_low, saves=(first,), scratch=2 * low,
+            weight=rank * inputs * s.element,
             backward_scratch=low,
             forward_matmuls=(Matmul(s.tokens, rank, inputs),),
             backward_matmuls=(Matmul(s.tokens, inputs, rank), Matmul(rank, inputs, s.tokens)),
