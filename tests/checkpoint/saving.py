@@ -209,7 +209,7 @@ def add_faults(engine: Any, pending: list[float]) -> None:
     if engine.mesh.data.rank or engine.mesh.tensor.rank:
         return
     for parameter in engine.module.parameters():
-        if logical_of(parameter).name == FAULTY:
+        if parameter.requires_grad and logical_of(parameter).name == FAULTY:
             parameter.register_hook(lambda grad: grad + pending.pop() if pending else grad)
 
 

@@ -24,7 +24,7 @@ from tests.checkpoint.saving import LAYOUTS, Outcome, assert_close, load_and_sav
 from tests.models.families import transformers_model
 from tests.models.small import batch
 from tests.parity.running import small_run
-from tests.runtime.command import launcher, metrics, trained
+from tests.runtime.command import SMALL, launcher, metrics, trained
 
 OPTIONS = ExchangeConfig()
 STEPS = 3
@@ -129,7 +129,7 @@ def test_a_checkpoint_holds_the_adapters_alone(
     peft_adapters: tuple[WeightSource, dict[str, Tensor]], tmp_path: Path
 ) -> None:
     source, _ = peft_adapters
-    checkpoint = adapter_after(1, source, "zero3", tmp_path)
+    checkpoint = adapter_after(1, source, "zero3", tmp_path / "run")
     names = read_manifest(checkpoint.path).tensors["weight"]
     assert names
     assert all(name.endswith((".lora_a", ".lora_b")) for name in names)
@@ -200,7 +200,7 @@ def test_a_run_from_the_command_line_resumes_exports_and_generates(
     settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (settings["r"], settings["lora_alpha"], settings["base_model_name_or_path"]) == (4, 6.0, "theirs")
     assert launcher("generate", "run.dir=a", "max_new_tokens=3", cwd=tmp_path).returncode == 0
-    other = launcher(*steps, "finetune.lora.alpha=8", "training.steps=6", "run.dir=a", cwd=tmp_path)
+    other = launcher(*SMALL, *steps, "finetune.lora.alpha=8", "training.steps=6", "run.dir=a", cwd=tmp_path)
     assert other.returncode == 2
     assert "finetune.lora.alpha=6.0" in other.stderr
     whole = launcher("export", "whole", "x", "merged=true", cwd=tmp_path)
