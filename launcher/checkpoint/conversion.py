@@ -81,7 +81,8 @@ def export_adapters(weights: WeightSource, target: Path, options: ExchangeConfig
     with new_directory(target) as aside, unchanged(stored):
         check_files(stored, files_with_weights(stored))
         base = None if weights.base is None else str(weights.base)
-        entries, dtype = weights.adapter.entries(weights.model), _dtype(weights, options)
+        entries = weights.adapter.entries(weights.model)
+        dtype = torch.float32 if options.dtype is None else TORCH_DTYPES[options.dtype]
         write_peft(open_adapters(weights), entries, aside, dtype, weights.path, base)
 
 

@@ -138,7 +138,10 @@ def open_weights(weights: WeightSource) -> WeightReader:
     stored = _open_stored(weights)
     if weights.lora is None:
         return stored
-    base = stored if weights.base is None else open_weights(weights_at(weights.base, "checkpoint.init_from"))
+    base: WeightReader = stored
+    if weights.kind is WeightsKind.checkpoint:  # holds the adapters alone
+        assert weights.base is not None
+        base = open_weights(weights_at(weights.base, "checkpoint.init_from"))
     return MergedReader(base, AdapterReader(stored, weights.lora, weights.model))
 
 

@@ -32,7 +32,7 @@ _BLEND = ("data.sources", "data.weights", "data.validation_sources")
 
 
 # Sections of the config that decide what the final weights are; others, such as the layout, do not.
-_RESULT = ("model.", "data.", "optimizer.", "scheduler.", "precision.", "training.")
+_RESULT = ("model.", "finetune.", "data.", "optimizer.", "scheduler.", "precision.", "training.")
 
 
 class RunFinished(Exception):

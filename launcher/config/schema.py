@@ -747,7 +747,7 @@ class CalibrateConfig:
 class ExchangeConfig:
     """Settings of `launcher export` and `launcher import` besides the two directories."""
 
-    dtype: Optional[Dtype] = None  # fp32, bf16 or fp16; null: that of the imported model, else fp32
+    dtype: Optional[Dtype] = None  # null: that of the imported model, else fp32; of an adapter fp32
     merged: bool = False  # of a LoRA run: export the whole model with the adapter added, not the adapter
     certificate: bool = True  # compare the logits of the export in transformers with those of the launcher
     max_file_gb: float = 2.0  # in 1e9 bytes

@@ -203,6 +203,13 @@ def test_a_run_from_the_command_line_resumes_exports_and_generates(
     other = launcher(*SMALL, *steps, "finetune.lora.alpha=8", "training.steps=6", "run.dir=a", cwd=tmp_path)
     assert other.returncode == 2
     assert "finetune.lora.alpha=6.0" in other.stderr
+    (tmp_path / "elsewhere").mkdir()
+    done = launcher("export", "../a", "adapter", cwd=tmp_path / "elsewhere")  # the final weights are enough
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    again = load_file(tmp_path / "elsewhere" / "adapter" / "adapter_model.safetensors")
+    assert_equal(again, load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
+    unfinished = weights_at(checkpoints_in(tmp_path / "a")[0], "x")
+    assert unfinished.base == Path("theirs")
     whole = launcher("export", "whole", "x", "merged=true", cwd=tmp_path)
     assert whole.returncode == 2
     assert "merged=false" in whole.stderr

@@ -77,7 +77,7 @@ CASES: dict[str, list[str]] = {
     "pipeline 2, DualPipeV": [*axes(pipeline=2, zero=1), DUALPIPEV, BUCKET],
     "pipeline 2, bf16": [*axes(pipeline=2, zero=1), BF16],
     "pipeline 3, 5 layers": [*axes(pipeline=3, zero=1), "model.num_layers=5", BUCKET],
-    "LoRA, single": [*axes(), LLAMA, LORA],
+    "single, LoRA": [*axes(), LLAMA, LORA],
     "LoRA, tensor 2, sequence parallel, bf16": [*axes(tensor=2, zero=1), SEQUENCE, LLAMA, LORA, BF16],
     "LoRA, pipeline 2": [*axes(pipeline=2, zero=1), LLAMA, LORA],
     "LoRA, ZeRO-1, data 2, bf16": [*axes(data=2, zero=1), LLAMA, LORA, BF16],
