@@ -1,8 +1,9 @@
 """Rules of adapters (LoRA). Pure, like validate.py."""
 
+from collections.abc import Iterable
 from difflib import get_close_matches
 
-from launcher.config.errors import as_typed, quoted_setting, refusal
+from launcher.config.errors import quoted_setting, refusal
 from launcher.config.schema import InputKind, RunConfig, StatesDtype
 from launcher.config.shape import has_lora
 
@@ -29,15 +30,19 @@ def check_lora(run: RunConfig) -> None:
         raise refusal(run, "precision.states", why, "precision=bf16", off)
     if not targets:
         why = "adapters need at least one projection"
-        raise refusal(run, _FIELD, why, quoted_setting(_FIELD, as_typed(list(TARGETS))), off)
+        raise refusal(run, _FIELD, why, _setting(TARGETS), off)
     if unknown := [name for name in targets if name not in TARGETS]:
         why = f"{unknown[0]!r} is no projection of a block: {', '.join(TARGETS)}"
         known = [name for name in map(_nearest, targets) if name is not None]
         fitting = list(dict.fromkeys(known)) or list(TARGETS)
-        raise refusal(run, _FIELD, why, quoted_setting(_FIELD, as_typed(fitting)))
+        raise refusal(run, _FIELD, why, _setting(fitting))
     if len(set(targets)) < len(targets):
         why = "a projection is named twice"
-        raise refusal(run, _FIELD, why, quoted_setting(_FIELD, as_typed(list(dict.fromkeys(targets)))))
+        raise refusal(run, _FIELD, why, _setting(dict.fromkeys(targets)))
+
+
+def _setting(targets: Iterable[str]) -> str:
+    return quoted_setting(_FIELD, f"[{','.join(targets)}]")
 
 
 def _nearest(name: str) -> str | None:

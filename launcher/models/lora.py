@@ -14,6 +14,7 @@ Shapes: B batch, T sequence, tp tensor-parallel size, r rank, k segments. Each a
 With sequence parallelism the gradient of the whole matrix is all-reduced too, like that of a norm's weight.
 """
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 LORA_A, LORA_B = "lora_a", "lora_b"
 
 
-class Adapter(nn.Module):
+class Adapter(nn.Module, ABC):
     """The adapter of one projection; see the subclasses for shapes."""
 
     def __init__(self, name: str, target: str, model: ModelConfig, context: "BlockContext") -> None:
@@ -60,15 +61,17 @@ class Adapter(nn.Module):
     def _dropped(self, x: Tensor, seed: Seed | None) -> Tensor:
         return x if seed is None else dropout(x, self.probability, seed)
 
+    @abstractmethod
     def _logical_a(self, name: str, inputs: int, segments: int) -> LogicalTensor:
-        raise NotImplementedError
+        """Return the name, shape and split of A."""
 
+    @abstractmethod
     def _logical_b(self, name: str, segments: tuple[int, ...]) -> LogicalTensor:
-        raise NotImplementedError
+        """Return the name, shape and split of B."""
 
+    @abstractmethod
     def _differs_between_ranks(self) -> bool:
         """Return whether tensor ranks have different inputs, and so need different masks."""
-        raise NotImplementedError
 
 
 class ColumnAdapter(Adapter):
