@@ -37,7 +37,8 @@ def adapted_column(
             scratch=size if segments > 1 else 0, weight=2 * outputs * rank * s.element,
             forward_matmuls=(Matmul(s.tokens, outputs, rank),),
             backward_matmuls=(Matmul(s.tokens, rank, outputs), Matmul(outputs, rank, s.tokens)),
-            forward_bytes=2 * size if segments > 1 else 0, backward_bytes=0, kernels=2 * segments,
+            # Compiled: the pieces are joined where they are added to the projection's output.
+            forward_bytes=2 * size if segments > 1 and not s.compiled else 0, kernels=2 * segments,
         ),
         _sum(s, name, size),
     ]  # fmt: skip
