@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from launcher import __version__
+from launcher.checkpoint.adapters import write_peft
 from launcher.checkpoint.certificate import write_certificate
 from launcher.checkpoint.companions import base_config, carry_companions
 from launcher.checkpoint.exported_files import write_tokenizer
@@ -25,6 +26,7 @@ from launcher.checkpoint.read import (
     HuggingFaceReader,
     WeightReader,
     files_with_weights,
+    open_adapters,
     open_weights,
     stored_files_of,
 )
@@ -70,6 +72,18 @@ def export(
         (aside / "config.json").write_text(json.dumps(described, indent=2) + "\n")
         if options.certificate:
             write_certificate(aside, target)
+
+
+def export_adapters(weights: WeightSource, target: Path, options: ExchangeConfig) -> None:
+    """Write a directory for PeftModel.from_pretrained. Raises UnusableCheckpoint, OSError."""
+    stored = stored_files_of(weights)
+    assert stored is not None
+    with new_directory(target) as aside, unchanged(stored):
+        check_files(stored, files_with_weights(stored))
+        base = None if weights.base is None else str(weights.base)
+        entries = weights.adapter.entries(weights.model)
+        dtype = torch.float32 if options.dtype is None else TORCH_DTYPES[options.dtype]
+        write_peft(open_adapters(weights), entries, aside, dtype, weights.path, base)
 
 
 def _dtype(weights: WeightSource, options: ExchangeConfig) -> torch.dtype:

@@ -20,23 +20,27 @@ from launcher.engine.state import fragments, make_states, update_model_weights
 def restore(engine: Engine, path: Path, manifest: Manifest, keys: list[str]) -> int:
     """Restore the weights and the optimizer states `keys`; return the number of bytes this rank read.
 
+    Frozen weights (LoRA) stay as they are.
+
     Collective over the world. Raises UnusableCheckpoint on every rank. Checks no checksum.
     """
     make_states(engine, keys, manifest.updates)
     reader = CheckpointReader(path, manifest)
-    _fill(engine, reader, keys)
+    _fill(engine, reader, keys, trained=True)
     return reader.bytes_read
 
 
 @torch.no_grad()
 def load_initial_weights(engine: Engine, reader: WeightReader) -> None:
-    """Load the weights that a new run starts from. Collective over the world."""
-    _fill(engine, reader, [])
+    """Load the weights that a new run starts from: without adapters (LoRA). Collective over the world."""
+    has_adapters = any(fragment.is_frozen for fragment in fragments(engine, []))
+    _fill(engine, reader, [], trained=not has_adapters)
 
 
-def _fill(engine: Engine, reader: WeightReader, keys: list[str]) -> None:
+def _fill(engine: Engine, reader: WeightReader, keys: list[str], *, trained: bool) -> None:
+    """Fill the fragments that training changes, or the frozen fragments."""
     with agreed_error():
-        for fragment in fragments(engine, keys):
+        for fragment in (each for each in fragments(engine, keys) if each.is_frozen is not trained):
             for kind, box, view in fragment_views(fragment, engine.mesh.tensor):
                 reader.fill(kind, fragment.logical.name, box, view)
     update_model_weights(engine)

@@ -7,6 +7,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from launcher.checkpoint.adapters import AdapterReader, MergedReader
 from launcher.checkpoint.final import other_model_error, read_final_weights
 from launcher.checkpoint.huggingface import Entry
 from launcher.checkpoint.manifest import (
@@ -17,7 +18,7 @@ from launcher.checkpoint.manifest import (
     entry_name,
     read_manifest,
 )
-from launcher.checkpoint.sources import WeightsKind, WeightSource, stored_tensors
+from launcher.checkpoint.sources import WeightsKind, WeightSource, stored_tensors, weights_at
 from launcher.parallel.boxes import Box, whole
 from launcher.parallel.sharding import WEIGHT, logical_of
 
@@ -129,11 +130,28 @@ def files_with_weights(stored: StoredFiles) -> list[str]:
     ]
 
 
-WeightReader = CheckpointReader | HuggingFaceReader | FinalWeightsReader
+WeightReader = CheckpointReader | HuggingFaceReader | FinalWeightsReader | MergedReader
 
 
 def open_weights(weights: WeightSource) -> WeightReader:
-    """Return the reader for the format of `weights`. Raises UnusableCheckpoint, ConfigError."""
+    """Return the reader of `weights`, with adapters (LoRA) added. Raises UnusableCheckpoint, ConfigError."""
+    stored = _open_stored(weights)
+    if weights.lora is None:
+        return stored
+    base: WeightReader = stored
+    if weights.kind is WeightsKind.checkpoint:  # holds the adapters alone
+        assert weights.base is not None
+        base = open_weights(weights_at(weights.base, "checkpoint.init_from"))
+    return MergedReader(base, AdapterReader(stored, weights.lora, weights.model))
+
+
+def open_adapters(weights: WeightSource) -> AdapterReader:
+    """Return the reader of the adapters of a run. Raises UnusableCheckpoint, ConfigError."""
+    assert weights.lora is not None
+    return AdapterReader(_open_stored(weights), weights.lora, weights.model)
+
+
+def _open_stored(weights: WeightSource) -> CheckpointReader | HuggingFaceReader | FinalWeightsReader:
     if weights.kind is WeightsKind.checkpoint:
         return CheckpointReader(weights.path, read_manifest(weights.path))
     return (

@@ -17,6 +17,7 @@ from launcher.checkpoint.manifest import (
 from launcher.config.errors import ConfigError, as_typed, refusal, typed_text, value_of
 from launcher.config.fields import fields_of
 from launcher.config.schema import RunConfig
+from launcher.config.shape import has_lora
 
 # Must not change on resume: _DATA, and the model fields other than these. Every other field may.
 _MAY_CHANGE_IN_MODEL = ("model.dropout",)
@@ -25,12 +26,13 @@ _DATA = (
     *("data.validation_fraction", "data.test_fraction", "data.sequence_length"),
     *("data.document_attention", "data.end_of_document", "training.seed", "optimizer.name"),
 )
+_LORA = ("finetune.lora.rank", "finetune.lora.alpha", "finetune.lora.targets")
 # These may change if checkpoint.new_blend is set.
 _BLEND = ("data.sources", "data.weights", "data.validation_sources")
 
 
 # Sections of the config that decide what the final weights are; others, such as the layout, do not.
-_RESULT = ("model.", "data.", "optimizer.", "scheduler.", "precision.", "training.")
+_RESULT = ("model.", "finetune.", "data.", "optimizer.", "scheduler.", "precision.", "training.")
 
 
 class RunFinished(Exception):
@@ -132,9 +134,31 @@ def check_can_resume(run: RunConfig, path: Path, manifest: Manifest) -> None:
             raise refusal(run, name, why, shlex.quote(f"{name}={stored}"), new)
         why += ", which cannot change on resume"
         raise refusal(run, name, why, f"{name}={stored}", "checkpoint.resume=none in a fresh run.dir")
+    _check_adapters(run, path, manifest)
     if (run.optimizer.momentum or 0) and "momentum_buffer" not in manifest.tensors:
         why = f"{path} contains no momentum to restore: its run had optimizer.momentum=0"
         raise refusal(run, "optimizer.momentum", why, "optimizer.momentum=0")
+
+
+def _check_adapters(run: RunConfig, path: Path, manifest: Manifest) -> None:
+    """Raise ConfigError if the adapters (LoRA), or the weights that they adapt, differ from the checkpoint's.
+
+    The checkpoint of a run with adapters does not hold the frozen weights.
+    """
+    stored_rank = _stored(manifest.config, "finetune.lora.rank")
+    had_adapters = stored_rank not in (_ABSENT, None, 0)
+    if not had_adapters and not has_lora(run):
+        return
+    if had_adapters != has_lora(run):
+        why = f"the run that wrote {path} trained {'adapters' if had_adapters else 'the whole model'}"
+        new = typed_text("checkpoint.init_from", str(path))
+        rank = f"finetune.lora.rank={as_typed(stored_rank) if had_adapters else 'null'}"
+        raise refusal(run, "finetune.lora.rank", why, rank, f"{new} in a fresh run.dir")
+    for name in (*_LORA, "checkpoint.init_from"):
+        stored, requested = _stored_value(manifest.config, name), as_typed(value_of(run, name))
+        if stored not in (None, requested):
+            why = f"the adapters of {path} were trained with {name}={stored}, which cannot change on resume"
+            raise refusal(run, name, why, shlex.quote(f"{name}={stored}"))
 
 
 def check_steps_remain(run: RunConfig, path: Path, manifest: Manifest, run_dir: Path) -> None:

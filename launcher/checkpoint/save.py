@@ -18,7 +18,7 @@ from launcher.config.errors import ConfigError
 from launcher.config.run_format import record_saved_step
 from launcher.config.schema import CheckpointConfig
 from launcher.engine.base import Engine
-from launcher.engine.state import Fragment, fragments
+from launcher.engine.state import Fragment, trained_fragments
 from launcher.files import PARTIAL, make_way
 
 _POLL = 0.02  # seconds
@@ -123,7 +123,7 @@ class CheckpointWriter:
                 shutil.rmtree(leftover, ignore_errors=True)
 
     def _snapshot(self) -> Iterator[HostPiece]:
-        for fragment in fragments(self.engine, self.keys):
+        for fragment in trained_fragments(self.engine, self.keys):
             share = fragment_to_write(fragment, self.engine)
             if share is None:
                 continue

@@ -4,14 +4,14 @@ import json
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError, safe_open
 
 from launcher.checkpoint.companions import base_config
-from launcher.checkpoint.final import FINAL_WEIGHTS, read_final_weights
+from launcher.checkpoint.final import FINAL_WEIGHTS, final_step, read_final_weights
 from launcher.checkpoint.huggingface import Adapter, Entry, NotConvertible, adapter_of, model_of, titles
 from launcher.checkpoint.huggingface.adapter import setting_names, setting_of
 from launcher.checkpoint.manifest import (
@@ -24,13 +24,16 @@ from launcher.checkpoint.manifest import (
 from launcher.config.compose import load_typed
 from launcher.config.errors import ConfigError, as_typed
 from launcher.config.run_format import IDENTITY
-from launcher.config.schema import ModelConfig, PositionKind, RunConfig
+from launcher.config.schema import LoraConfig, ModelConfig, PositionKind, RunConfig
+from launcher.config.shape import has_lora
 
 SAFETENSORS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 RUN_CONFIG = "config.yaml"
 _PUBLISHED = f"a {titles('or')} as published"
 _SOURCES = "a run's directory, a checkpoint, or a Hugging Face directory with config.json and safetensors"
+
+_Section = TypeVar("_Section", ModelConfig, LoraConfig)
 
 
 class WeightsKind(Enum):
@@ -47,6 +50,8 @@ class WeightSource:
     kind: WeightsKind
     model: ModelConfig
     model_type: str | None = None  # of Hugging Face: in the directory itself, or where a run began
+    lora: LoraConfig | None = None  # of a run with adapters
+    base: Path | None = None  # the weights that the adapters were trained for; None if they were drawn
 
     @property
     def adapter(self) -> Adapter:
@@ -60,17 +65,30 @@ def weights_at(path: Path, field: str) -> WeightSource:
     if (path / MANIFEST).exists() or checkpoints_in(path):
         checkpoint = path if (path / MANIFEST).exists() else checkpoints_in(path)[0]
         try:
-            model = _model_in(read_manifest(checkpoint).config)
+            manifest = read_manifest(checkpoint)
+            config, step = manifest.config, manifest.step
+            model, lora = _model_in(config), _lora_in(config)
         except UnusableCheckpoint as unusable:
             raise damaged(field, checkpoint, unusable) from None
-        return WeightSource(checkpoint.resolve(), WeightsKind.checkpoint, model, _model_type(checkpoint))
+        if lora is None:
+            return WeightSource(checkpoint.resolve(), WeightsKind.checkpoint, model, _model_type(checkpoint))
+        # The final weights of a run with adapters need no other directory.
+        if final_step(path) != step:
+            base = _base_in(config)
+            if base is None:
+                why = "holds adapters alone, and the weights that they adapt were drawn, not loaded"
+                raise ConfigError(field, path, why, "the run's directory, once it has finished")
+            at = checkpoint.resolve()
+            return WeightSource(at, WeightsKind.checkpoint, model, _model_type(checkpoint), lora, base)
     if (path / RUN_CONFIG).exists() and (path / FINAL_WEIGHTS).is_dir():
-        model = load_typed(path / RUN_CONFIG, RunConfig).model
+        run = load_typed(path / RUN_CONFIG, RunConfig)
         try:
             read_final_weights(path)
         except UnusableCheckpoint as unusable:
             raise ConfigError(field, path, str(unusable), _SOURCES) from None
-        return WeightSource(path.resolve(), WeightsKind.run, model, _model_type(path))
+        lora, begun = (run.finetune.lora, run.checkpoint.init_from) if has_lora(run) else (None, None)
+        base = None if begun is None else Path(begun).expanduser()
+        return WeightSource(path.resolve(), WeightsKind.run, run.model, _model_type(path), lora, base)
     if (path / "config.json").exists():
         model = _their_model(path, field)
         weights = WeightSource(path.resolve(), WeightsKind.huggingface, model, _model_type(path))
@@ -106,13 +124,29 @@ def check_model_is(model: ModelConfig, weights: WeightSource, field: str) -> Non
 
 
 def _model_in(config: dict[str, Any]) -> ModelConfig:
+    return _typed(ModelConfig, config.get("model"), "model")
+
+
+def _lora_in(config: dict[str, Any]) -> LoraConfig | None:
+    """Return the adapters of the run that wrote a checkpoint; None if it trained the whole model."""
+    lora = _typed(LoraConfig, (config.get("finetune") or {}).get("lora") or {}, "finetune.lora")
+    return lora if lora.rank else None
+
+
+def _base_in(config: dict[str, Any]) -> Path | None:
+    """Return the weights that a run began with."""
+    begun = (config.get("checkpoint") or {}).get("init_from")
+    return None if begun is None else Path(str(begun)).expanduser()
+
+
+def _typed(schema: type[_Section], values: Any, name: str) -> _Section:
     try:
-        model = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), config["model"]))
+        section = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))
     except (OmegaConfBaseException, KeyError, ValueError, TypeError) as error:
-        why = f"has no model that this launcher knows: {error}"
+        why = f"has no {name} that this launcher knows: {error}"
         raise UnusableCheckpoint(Path(), MANIFEST, why) from None
-    assert isinstance(model, ModelConfig)
-    return model
+    assert isinstance(section, schema)
+    return section
 
 
 def _their_model(path: Path, field: str) -> ModelConfig:

@@ -20,8 +20,8 @@ from launcher.checkpoint.final import (
 )
 from launcher.checkpoint.held import check_directory
 from launcher.checkpoint.integrity import check_files, sha256_of, unchanged
-from launcher.checkpoint.manifest import MANIFEST, StoredFile, UnusableCheckpoint, read_manifest
-from launcher.checkpoint.read import files_with_weights, fill_whole, open_weights
+from launcher.checkpoint.manifest import MANIFEST, StoredFile, UnusableCheckpoint
+from launcher.checkpoint.read import files_with_weights, fill_whole, open_weights, stored_files_of
 from launcher.checkpoint.sources import WeightSource, damaged
 from launcher.checkpoint.tensor_file import save_tensors
 from launcher.config.errors import ConfigError
@@ -105,13 +105,14 @@ def load_weights(module: nn.Module, run_dir: Path) -> None:
 
 
 @torch.no_grad()
-def load_checkpoint_weights(module: nn.Module, weights: WeightSource) -> None:
-    """Fill an unsharded module from the weights of a checkpoint; compare their checksums.
+def load_source(module: nn.Module, weights: WeightSource) -> None:
+    """Fill an unsharded module from a checkpoint, or from a run with adapters; compare all checksums.
 
-    Raises ConfigError.
+    Adapters (LoRA) are added to the weights. Raises ConfigError.
     """
     try:
-        stored = read_manifest(weights.path).stored(weights.path)
+        stored = stored_files_of(weights)
+        assert stored is not None
         with unchanged(stored):
             check_files(stored, files_with_weights(stored))
             fill_whole(module, open_weights(weights))

@@ -26,12 +26,26 @@ def export_main(arguments: list[str]) -> int:
     except NotConvertible as error:
         remedy = "the run's weights/*.safetensors, by logical name"
         raise ConfigError("export", weights.path, str(error), remedy) from None
+    if weights.lora is not None and not options.merged:
+        return _export_adapters(weights, target, options)
+    if options.merged and weights.lora is None:
+        why = "only the adapters of a run with finetune.lora can be merged, and these are whole weights"
+        raise ConfigError("merged", "true", why, "merged=false")
     from launcher.checkpoint.conversion import export
     from launcher.data.tokenizer import write_byte_tokenizer
 
     _written(lambda: export(weights, target, options, write_byte_tokenizer), weights, target)
     print(f"exported {weights.path}\n      to {target} (load it with transformers' from_pretrained)")
     print(f"      as {adapter.architecture}, {certified(target)}")
+    return 0
+
+
+def _export_adapters(weights: WeightSource, target: Path, options: ExchangeConfig) -> int:
+    from launcher.checkpoint.conversion import export_adapters
+
+    _written(lambda: export_adapters(weights, target, options), weights, target)
+    print(f"exported the adapter of {weights.path}\n      to {target} (load it with peft's PeftModel)")
+    print("      merged=true exports the whole model with the adapter added")
     return 0
 
 

@@ -8,6 +8,7 @@ from launcher.commands.learn import learn
 from launcher.commands.ready import ReadyRun, ready
 from launcher.config.compose import compose_jobs
 from launcher.config.errors import ConfigError
+from launcher.config.finetune_rules import adapter_warnings
 from launcher.config.schedule import schedule_warnings
 from launcher.config.schema import OutputFormat, PlannedRunConfig
 from launcher.config.world import world_of_hardware
@@ -42,7 +43,7 @@ def main(arguments: list[str]) -> int:
     for job, ready_run in zip(jobs, ready_runs, strict=True):
         if for_people:
             job.announce()
-        for warning in schedule_warnings(job.config, job.origins):
+        for warning in (*schedule_warnings(job.config, job.origins), *adapter_warnings(job.config)):
             print(warning, file=sys.stderr)
         reports.append(_report(job.config, ready_run))
     if not for_people:

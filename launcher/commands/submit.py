@@ -5,6 +5,7 @@ import sys
 from launcher.checkpoint.resume_choice import RunFinished
 from launcher.commands.ready import check_tensorboard, ready
 from launcher.config.compose import Job, compose_jobs
+from launcher.config.finetune_rules import adapter_warnings
 from launcher.config.layout import Layout
 from launcher.config.schedule import schedule_warnings
 from launcher.config.schema import RunConfig
@@ -39,7 +40,8 @@ def main(arguments: list[str]) -> int:
         if len(finished) == len(jobs):
             raise finished[0].refusal()
         # On standard error: with submit.dry_run the output is the script.
-        warnings = (text for job in jobs for text in schedule_warnings(job.config, job.origins))
+        warnings = [text for job in jobs for text in schedule_warnings(job.config, job.origins)]
+        warnings += [text for job in jobs for text in adapter_warnings(job.config)]
         print("".join(f"{warning}\n" for warning in dict.fromkeys(warnings)), end="", file=sys.stderr)
         submit(jobs, arguments, layouts)
     return 0

@@ -7,6 +7,7 @@ from launcher.commands.ready import ReadyRun, check_compiler, check_tensorboard,
 from launcher.commands.sweep import print_sweep
 from launcher.config.compose import COMMAND_LINE, Job, compose_jobs
 from launcher.config.errors import ConfigError, refusal
+from launcher.config.finetune_rules import adapter_warnings
 from launcher.config.machine import Machine
 from launcher.config.schedule import schedule_warnings
 from launcher.config.schema import Device, RunConfig
@@ -76,7 +77,7 @@ def _ready(job: Job[RunConfig], machine: Machine) -> tuple[ReadyRun, LaunchEnvir
     ready_run = ready(run, world, needs_data=True, must_fit=True)
     check_compiler(run, ready_run.layout)
     if speaks_for_all(os.environ):
-        for line in (*schedule_warnings(run, job.origins), *_unused(job)):
+        for line in (*schedule_warnings(run, job.origins), *adapter_warnings(run), *_unused(job)):
             print(line)
     if (files := listed(ready_run.left_out)) and speaks_for_all(os.environ):
         print(f"note     data files left out: {files}")

@@ -128,6 +128,8 @@ BOUNDS: dict[str, Bound] = {
             "size": Bound(ABOVE_0, "1e6", 1e30, least=1e-6), "per_s": Bound(ABOVE_0, "1e9", **_RATE),
         }.items()
     },
+    "finetune.lora.rank": Bound(NOT_NEGATIVE, "8", 2**16),
+    "finetune.lora.alpha": Bound(ABOVE_0, "16", 1e6), "finetune.lora.dropout": Bound(BELOW_1, "0.05", 1),
     "checkpoint.interval_steps": Bound(COUNT, "null", _STEPS),
     "checkpoint.interval_minutes": Bound(ABOVE_0, "null", YEAR),
     "checkpoint.keep_last": Bound(COUNT, "1", 10**6),

@@ -480,6 +480,24 @@ class CheckpointConfig:
 
 
 @dataclass
+class LoraConfig:
+    """Low-rank adapters of the blocks' projections (arXiv 2106.09685); all other weights are frozen."""
+
+    rank: Optional[int] = None  # columns of an adapter; null or 0: train the whole model
+    alpha: float = 16.0  # the output of an adapter is multiplied by alpha / rank
+    # qkv: queries, keys and values; output: attention output; up: MLP input, with the gate; down: MLP output
+    targets: list[str] = field(default_factory=lambda: ["qkv", "output", "up", "down"])
+    dropout: float = 0.0  # of the input of an adapter
+
+
+@dataclass
+class FinetuneConfig:
+    """Training of a part of a model."""
+
+    lora: LoraConfig = field(default_factory=LoraConfig)
+
+
+@dataclass
 class VerifyConfig:
     """Settings of `launcher verify` besides the run."""
 
@@ -600,6 +618,7 @@ class RunConfig:
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     verify: VerifyConfig = field(default_factory=VerifyConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
@@ -752,7 +771,8 @@ class CalibrateConfig:
 class ExchangeConfig:
     """Settings of `launcher export` and `launcher import` besides the two directories."""
 
-    dtype: Optional[Dtype] = None  # fp32, bf16 or fp16; null: that of the imported model, else fp32
+    dtype: Optional[Dtype] = None  # null: that of the imported model, else fp32; of an adapter fp32
+    merged: bool = False  # of a LoRA run: export the whole model with the adapter added, not the adapter
     certificate: bool = True  # compare the logits of the export in transformers with those of the launcher
     max_file_gb: float = 2.0  # in 1e9 bytes
 

@@ -76,6 +76,17 @@ def has_norm_after(model: ModelConfig) -> bool:
     return model.norm_placement is not NormPlacement.pre
 
 
+def lora_segments(model: ModelConfig) -> dict[str, tuple[int, tuple[int, ...]]]:
+    """Return, by target of LoRA, the inputs of the projection and the outputs of each of its adapters."""
+    h, f, qkv = model.hidden_size, model.ffn_hidden_size, qkv_sizes(model)
+    up = (f, f) if is_gated(model) else (f,)
+    return {"qkv": (h, qkv), "output": (qkv[0], (h,)), "up": (h, up), "down": (f, (h,))}
+
+
+def has_lora(run: RunConfig) -> bool:
+    return bool(run.finetune.lora.rank)
+
+
 def has_class_token(model: ModelConfig) -> bool:
     return model.inputs is InputKind.patches and model.pooling is Pooling.class_token
 

@@ -21,6 +21,7 @@ from launcher.config.errors import (
     typed_text,
     value_of,
 )
+from launcher.config.finetune_rules import check_lora
 from launcher.config.layout import Layout, resolve_layout
 from launcher.config.paths import check_paths
 from launcher.config.schema import (
@@ -584,6 +585,7 @@ RULES: tuple[Callable[[RunConfig], None], ...] = (
     check_profile,
     check_deepspeed,
     check_states,
+    check_lora,
     check_wandb,
     check_slurm,
 )

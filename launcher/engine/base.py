@@ -9,12 +9,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from torch import Tensor, nn
 
 from launcher.config.layout import Layout
 from launcher.engine import bf16_states
 from launcher.engine.gradient_passes import lighten
+from launcher.engine.optimizer import is_trained
 from launcher.engine.state import find_states, loss_scaler, make_states
 from launcher.engine.stochastic import StochasticOptimizer
 from launcher.engine.update_guard import UpdateGuard, install
@@ -117,15 +119,18 @@ class Engine(ABC):
 
     def full_weights(self) -> Iterator[tuple[LogicalTensor, Tensor]]:
         """Yield this stage's logical tensors in fp32 on the CPU. Collective over the stage's ranks."""
-        return self._logical(self.master)
+        return self._logical(self.parameters(), self.master)
 
     def full_states(self, key: str) -> Iterator[tuple[LogicalTensor, Tensor]]:
         """Yield the optimizer state `key` (torch's name) of each of this stage's tensors, as full_weights."""
         find_states(self, [key])
-        return self._logical(lambda parameter: self._state(parameter, key))
+        trained = filter(is_trained, self.parameters())
+        return self._logical(trained, lambda parameter: self._state(parameter, key))
 
-    def _logical(self, shard_of: Callable[[nn.Parameter], Tensor]) -> Iterator[tuple[LogicalTensor, Tensor]]:
-        for parameter in self.parameters():
+    def _logical(
+        self, parameters: Iterable[nn.Parameter], shard_of: Callable[[nn.Parameter], Tensor]
+    ) -> Iterator[tuple[LogicalTensor, Tensor]]:
+        for parameter in parameters:
             logical = logical_of(parameter)
             yield logical, gather_logical(shard_of(parameter), logical, self.mesh.tensor).cpu()
 
@@ -133,7 +138,11 @@ class Engine(ABC):
 
     def master(self, parameter: nn.Parameter) -> Tensor:
         """Return this tensor rank's whole shard in fp32. Collective over the data group."""
-        full = parameter.detach() if self.zero_stage == 0 else safe_get_full_fp32_param(parameter)
+        if not is_trained(parameter) and self.zero_stage == 3:
+            with GatheredParameters([parameter]):
+                return parameter.detach().clone().float()
+        is_whole = self.zero_stage == 0 or not is_trained(parameter)
+        full = parameter.detach() if is_whole else safe_get_full_fp32_param(parameter)
         assert full is not None
         return full.float()
 

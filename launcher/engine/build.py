@@ -7,6 +7,7 @@ import torch
 
 from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
+from launcher.config.shape import has_lora
 from launcher.engine.base import Engine
 from launcher.engine.distributed import set_timeouts
 from launcher.engine.flat import FlatEngine
@@ -31,6 +32,8 @@ def build_engine(
         TORCH_DTYPES[run.precision.dtype],
         device,
         drawn=drawn,
+        frozen=has_lora(run),
+        draws_adapters=has_lora(run),
         partitioned=layout.zero_stage == 3,
     )
     context = BlockContext.create(run, mesh, initializer, compiled=layout.compiled, strict=strict)

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from launcher.engine.base import Engine, MicroBatches
+from launcher.engine.optimizer import is_trained
 from launcher.engine.state import loss_scaler, set_loss_scaler
 from launcher.engine.update_guard import LARGEST_NORM
 from launcher.parallel.sharding import logical_of
@@ -64,7 +65,7 @@ class _Observer:
                 name = logical_of(weight).name
                 hook = self._at_output(name.removesuffix(".weight"))
                 self._hooks.append(module.register_forward_hook(hook, with_kwargs=True))
-        for parameter in engine.module.parameters():
+        for parameter in filter(is_trained, engine.module.parameters()):
             at_gradient = self._at_gradient(f"the gradient of {logical_of(parameter).name}")
             self._hooks.append(parameter.register_hook(at_gradient))
 

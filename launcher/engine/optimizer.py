@@ -16,11 +16,11 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """Return AdamW or SGD: torch's, or with bf16 states the one that rounds stochastically.
 
-    Weight decay applies to matrices only, not to biases and norm weights.
+    Weight decay applies to matrices only, not to biases and norm weights. Frozen weights are left out.
     """
     matrices: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []
-    for parameter in parameters:
+    for parameter in filter(is_trained, parameters):
         # Use the logical shape: under ZeRO-3 every parameter is flattened to a vector.
         (matrices if len(logical_of(parameter).shape) > 1 else vectors).append(parameter)
     decays = ((matrices, config.weight_decay), (vectors, 0.0))
@@ -37,6 +37,11 @@ def build_optimizer(
     if states is StatesDtype.bf16:
         return StochasticAdamW(groups, lr=config.lr, betas=(beta1, beta2), eps=epsilon)
     return torch.optim.AdamW(groups, lr=config.lr, betas=(beta1, beta2), eps=epsilon, fused=True)
+
+
+def is_trained(parameter: nn.Parameter) -> bool:
+    """Return whether the optimizer updates a parameter: with adapters (LoRA) only theirs are updated."""
+    return parameter.requires_grad
 
 
 def state_keys(config: OptimizerConfig) -> list[str]:

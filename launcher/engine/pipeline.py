@@ -14,7 +14,7 @@ from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
 from launcher.engine.base import Engine, MicroBatches, StepResult, to_inputs
 from launcher.engine.ds_config import deepspeed_config
-from launcher.engine.optimizer import build_optimizer
+from launcher.engine.optimizer import build_optimizer, is_trained
 from launcher.models.architecture import Layer, model_layers, model_loss
 from launcher.models.blocks import TransformerBlock
 from launcher.models.context import BlockContext
@@ -98,7 +98,8 @@ class StagedModule(PipelineModule):  # type: ignore[misc]  # DeepSpeed ships no 
         it, accumulates in `grad_accum` instead: every stage would silently update a different copy
         (DeepSpeed 0.19.8, pipe/engine.py, _exec_reduce_tied_grads).
         """
-        return [(_with_gradient(weight), group) for weight, group in super().get_tied_weights_and_groups()]
+        tied = super().get_tied_weights_and_groups()
+        return [(_with_gradient(weight), group) for weight, group in tied if is_trained(weight)]
 
 
 def _with_gradient(weight: nn.Parameter) -> Any:

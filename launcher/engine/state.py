@@ -1,17 +1,19 @@
 """Access to the fragment of every weight and optimizer state that this rank holds, as views.
 
 Only this module knows how DeepSpeed partitions them: not at all under ZeRO-0, flat over the data ranks under
-ZeRO-1 and 2 (and in BF16_Optimizer), parameter by parameter under ZeRO-3.
+ZeRO-1 and 2 (and in BF16_Optimizer), parameter by parameter under ZeRO-3. Frozen weights (LoRA) have neither
+master weights nor optimizer states: they are whole, or under ZeRO-3 partitioned, in the model's precision.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from deepspeed.utils import lazy_init_hp_params_optimizer_state
 from torch import Tensor, nn
 
+from launcher.engine.optimizer import is_trained
 from launcher.parallel.sharding import WEIGHT, LogicalTensor, logical_of
 
 if TYPE_CHECKING:
@@ -20,31 +22,61 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Fragment:
-    """Elements from `start` on of one parameter's flattened shard on this tensor rank, in fp32."""
+    """Elements from `start` on of one parameter's flattened shard on this tensor rank.
+
+    In fp32, except frozen weights, which are in the model's precision.
+    """
 
     logical: LogicalTensor
     shard_shape: tuple[int, ...]
     start: int
     tensors: dict[str, Tensor]  # by WEIGHT or torch's name of the optimizer state, each (numel,)
     is_tied_copy: bool  # a copy of a weight that an earlier pipeline stage holds
+    is_frozen: bool = False
 
     def narrowed(self, start: int, numel: int) -> "Fragment":
         """Return elements start .. start + numel, counted within this fragment."""
         tensors = {key: tensor.narrow(0, start, numel) for key, tensor in self.tensors.items()}
-        return Fragment(self.logical, self.shard_shape, self.start + start, tensors, self.is_tied_copy)
+        return replace(self, start=self.start + start, tensors=tensors)
 
 
 def fragments(engine: "Engine", keys: list[str]) -> Iterator[Fragment]:
-    """Yield every fragment that this rank holds, with the optimizer states `keys`. No collective."""
+    """Yield every fragment that this rank holds, with the optimizer states `keys`. No collective.
+
+    A frozen fragment has only its weight.
+    """
     if keys:
         find_states(engine, keys)
     for parameter in engine.module.parameters():
-        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-        stretch = _stretch(engine, parameter, keys)
+        shape, is_frozen = tuple(getattr(parameter, "ds_shape", parameter.shape)), not is_trained(parameter)
+        stretch = _frozen_stretch(engine, parameter) if is_frozen else _stretch(engine, parameter, keys)
         if stretch is not None:
             start, tensors = stretch
             tied = bool(getattr(parameter, "ds_pipe_replicated", False))
-            yield Fragment(logical_of(parameter), shape, start, tensors, tied)
+            yield Fragment(logical_of(parameter), shape, start, tensors, tied, is_frozen)
+
+
+def trained_fragments(engine: "Engine", keys: list[str]) -> Iterator[Fragment]:
+    """Yield the fragments that training changes."""
+    return (fragment for fragment in fragments(engine, keys) if not fragment.is_frozen)
+
+
+def _frozen_stretch(engine: "Engine", parameter: nn.Parameter) -> tuple[int, dict[str, Tensor]] | None:
+    if engine.zero_stage < 3:
+        return 0, {WEIGHT: parameter.detach().view(-1)}
+    partitioned: Any = parameter
+    start, numel = _partition(engine, partitioned)
+    return None if numel <= 0 else (start, {WEIGHT: partitioned.ds_tensor.detach().narrow(0, 0, numel)})
+
+
+def _partition(engine: "Engine", partitioned: Any) -> tuple[int, int]:
+    """Return where this data rank's partition of a parameter starts, and its elements without padding.
+
+    A small weight's partitions on the last ranks hold only padding.
+    """
+    size = partitioned.ds_tensor.ds_numel
+    start = engine.deepspeed.optimizer._get_param_partition_rank(partitioned) * size
+    return start, min(size, partitioned.ds_numel - start)
 
 
 def _stretch(
@@ -55,12 +87,9 @@ def _stretch(
         state = engine.optimizer.state[parameter]
         return 0, {WEIGHT: parameter.detach().view(-1), **{key: state[key].view(-1) for key in keys}}
     if engine.zero_stage == 3:
-        partitioned: Any = parameter
-        size = partitioned.ds_tensor.ds_numel
-        start = zero._get_param_partition_rank(parameter) * size
-        numel = min(size, partitioned.ds_numel - start)
+        start, numel = _partition(engine, parameter)
         if numel <= 0:
-            return None  # a small weight's partitions on the last ranks hold only padding
+            return None
         tensors = {
             key: zero._get_fp32_opt_state_partition(parameter, False, None if key == WEIGHT else key)[0]
             for key in (WEIGHT, *keys)
@@ -130,7 +159,7 @@ def partitions(engine: "Engine") -> list[nn.Parameter]:
     """Return the tensors that torch's optimizer updates: parameters, or this rank's flat fp32 partitions."""
     zero: Any = engine.deepspeed.optimizer
     if engine.zero_stage == 0:
-        return list(engine.module.parameters())
+        return list(filter(is_trained, engine.module.parameters()))
     names = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
     return next(list(partitions) for name in names if (partitions := getattr(zero, name, None)))
 

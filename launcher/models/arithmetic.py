@@ -6,6 +6,7 @@ from launcher.config.shape import (
     has_norm_after,
     has_norm_before,
     is_gated,
+    lora_segments,
     output_size,
     position_count,
     qkv_sizes,
@@ -59,9 +60,25 @@ def _first_layer_parameters(model: ModelConfig) -> int:
     return positions + (0 if model.tie_embeddings else model.vocab_size * h)
 
 
-def reduce_bucket(model: ModelConfig) -> int:
+def adapter_parameters(run: RunConfig) -> int:
+    """Return the parameters of the adapters (LoRA); 0 without adapters."""
+    lora = run.finetune.lora
+    sizes = lora_segments(run.model)
+    return run.model.num_layers * sum(
+        (len(segments) * inputs + sum(segments)) * (lora.rank or 0)
+        for target, (inputs, segments) in sizes.items()
+        if target in lora.targets
+    )
+
+
+def trained_parameters(run: RunConfig) -> int:
+    """Return the number of parameters that the optimizer updates."""
+    return adapter_parameters(run) or parameters(run.model)
+
+
+def reduce_bucket(run: RunConfig) -> int:
     """Return the elements of the reduction bucket, which DeepSpeed allocates whole: at most its default."""
-    return min(500_000_000, parameters(model))
+    return min(500_000_000, trained_parameters(run))
 
 
 def update_chunk(device: str) -> int:
@@ -85,9 +102,15 @@ def train_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
 
 
 def step_flops(run: RunConfig) -> float:
-    """Return the model FLOPs of an optimizer step over all ranks."""
-    length = sequence_length(run)
-    return train_flops_per_token(run.model, length) * run.training.global_batch_size * length
+    """Return the model FLOPs of an optimizer step over all ranks.
+
+    Frozen weights (LoRA) count 4 times, not 6: they have no gradient.
+    """
+    length, of_adapters = sequence_length(run), adapter_parameters(run)
+    flops = train_flops_per_token(run.model, length)
+    if of_adapters:
+        flops += 6 * of_adapters - 2 * matrix_parameters(run.model)
+    return flops * run.training.global_batch_size * length
 
 
 def mfu(run: RunConfig, ranks: int, step_seconds: float) -> float | None:

@@ -12,6 +12,7 @@ from launcher.config.shape import head_size, kv_heads, qkv_sizes
 from launcher.models.attention_kernel import Kernel
 from launcher.models.context import BlockContext, recompute, residual_draw
 from launcher.models.dropout import Seed, attention
+from launcher.models.lora import ColumnAdapter, RowAdapter, adapted, adapter_of, seed_of_adapter
 from launcher.models.norms import HeadNorm
 from launcher.models.rotary import rotate
 from launcher.parallel.initializer import normal
@@ -43,10 +44,16 @@ class Attention(nn.Module):
         self.output = RowParallelLinear(
             f"{name}.output", sizes[0], model.hidden_size, tp, bias=biases.output, draw=residual_draw(model)
         )
+        self.qkv_adapter = adapter_of(ColumnAdapter, f"{name}.qkv", "qkv", model, context)
+        self.output_adapter = adapter_of(RowAdapter, f"{name}.output", "output", model, context)
 
     def seed(self) -> int | None:
         """Return the seed of the next dropout mask, of this rank's heads; None without dropout."""
         return self.context.random.local() if self.training and self.model.dropout else None
+
+    def adapter_seeds(self) -> tuple[int | None, int | None]:
+        """Return the seeds of the next dropout masks of the adapters."""
+        return seed_of_adapter(self.qkv_adapter), seed_of_adapter(self.output_adapter)
 
     def forward(
         self,
@@ -55,16 +62,20 @@ class Attention(nn.Module):
         cos: Tensor | None = None,
         sin: Tensor | None = None,
         seed: Seed | None = None,
+        qkv_seed: Seed | None = None,
+        output_seed: Seed | None = None,
     ) -> Tensor:
-        q, k, v = self._split_heads(self.qkv(x))
+        q, k, v = self._split_heads(adapted(self.qkv, self.qkv_adapter, x, qkv_seed))
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         arguments = q, k, v, mask, cos, sin, seed
         # In a compiled graph, attention with dropout keeps q, k and v only: see models/dropout.py.
         recomputes_itself = seed is not None and torch.compiler.is_compiling()
         if self.context.checkpointing is ActivationCheckpointing.selective and not recomputes_itself:
-            return self.output(recompute(self._core, *arguments))  # type: ignore[no-any-return]
-        return self.output(self._core(*arguments))  # type: ignore[no-any-return]
+            mixed = recompute(self._core, *arguments)
+        else:
+            mixed = self._core(*arguments)
+        return adapted(self.output, self.output_adapter, mixed, output_seed)
 
     def _split_heads(self, fused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, T, (N + 2K) D / tp) -> q (B, T, N/tp, D), k and v (B, T, K/tp, D).

@@ -1,5 +1,7 @@
 """The transformer block: attention and MLP, each with its norms, and two residual additions."""
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from launcher.config.schema import ActivationCheckpointing, ModelConfig, ResidualKind
@@ -35,8 +37,9 @@ class TransformerBlock(nn.Module):
         # Positions and seeds are arguments of the body, for a recomputation and for a compiled body.
         places = self.context.positions(x, self.window)
         seeds = self.attention.seed(), self.dropout.seed(), self.dropout.seed()
+        of_adapters = *self.attention.adapter_seeds(), *self.mlp.adapter_seeds()
         call = recompute if self.context.checkpointing is ActivationCheckpointing.full else run_once
-        return self.context.blocks(call, type(self)._body, self, x, *places, *seeds)
+        return self.context.blocks(call, type(self)._body, self, x, *places, *seeds, *of_adapters)
 
     def _body(
         self,
@@ -47,13 +50,22 @@ class TransformerBlock(nn.Module):
         attention_seed: Seed | None,
         first_seed: Seed | None,
         second_seed: Seed | None,
+        qkv_seed: Seed | None,
+        output_seed: Seed | None,
+        up_seed: Seed | None,
+        down_seed: Seed | None,
     ) -> Tensor:
         """Return the output of the block. All blocks of a rank share its compiled form."""
-        mixed = self.attention(_normed(self.attention_norm, x), mask, cos, sin, attention_seed)
-        attended = x + self.dropout(_normed(self.attention_output_norm, mixed), first_seed)
-        mlp = self.mlp(_normed(self.mlp_norm, x if self.is_parallel else attended))
+        of_attention = mask, cos, sin, attention_seed, qkv_seed, output_seed
+        attended = x + self._attended(x, of_attention, first_seed)
+        mlp = self.mlp(_normed(self.mlp_norm, x if self.is_parallel else attended), up_seed, down_seed)
         output = attended + self.dropout(_normed(self.mlp_output_norm, mlp), second_seed)
         return output  # type: ignore[no-any-return]
+
+    def _attended(self, x: Tensor, of_attention: tuple[Any, ...], seed: Seed | None) -> Tensor:
+        """Return attention with its norms and dropout. Apart from the body, which would keep its output."""
+        mixed = self.attention(_normed(self.attention_norm, x), *of_attention)
+        return self.dropout(_normed(self.attention_output_norm, mixed), seed)  # type: ignore[no-any-return]
 
 
 def _normed(norm: Norm | None, x: Tensor) -> Tensor:

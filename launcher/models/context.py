@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from launcher.config.schema import ActivationCheckpointing, ModelConfig, PositionKind, RunConfig
-from launcher.config.shape import end_of_document, vocabulary_multiple
+from launcher.config.schema import ActivationCheckpointing, LoraConfig, ModelConfig, PositionKind, RunConfig
+from launcher.config.shape import end_of_document, has_lora, vocabulary_multiple
 from launcher.models.compiled import BlockRunner
 from launcher.models.documents import Documents
 from launcher.models.dropout import Seed, dropout
@@ -35,6 +35,7 @@ class BlockContext:
     masks: AttentionMasks
     rotary: RotaryTables | None  # None without rotary positions
     blocks: BlockRunner
+    lora: LoraConfig | None = None  # None: no adapters
 
     @classmethod
     def create(
@@ -72,6 +73,7 @@ class BlockContext:
             AttentionMasks(run.model, documents),
             rotary_tables(run.model),
             BlockRunner(mesh.tensor, kernels, is_compiled=compiled, strict=strict),
+            lora_of(run),
         )
 
     def positions(self, x: Tensor, window: int | None = None) -> Places:
@@ -85,6 +87,11 @@ class BlockContext:
         if self.rotary is None:
             return mask, None, None
         return mask, *self.rotary.of(length, x, has_window=window is not None)
+
+
+def lora_of(run: RunConfig) -> LoraConfig | None:
+    """Return the settings of the run's adapters; None if it trains the whole model."""
+    return run.finetune.lora if has_lora(run) else None
 
 
 def rotary_tables(model: ModelConfig) -> RotaryTables | None:

@@ -6,6 +6,8 @@ from torch import Tensor, nn
 from launcher.config.schema import MLPKind, ModelConfig
 from launcher.config.shape import is_gated
 from launcher.models.context import BlockContext, residual_draw
+from launcher.models.dropout import Seed
+from launcher.models.lora import ColumnAdapter, RowAdapter, adapted, adapter_of, seed_of_adapter
 from launcher.parallel.initializer import normal
 from launcher.parallel.layers import ColumnParallelLinear, RowParallelLinear
 
@@ -23,13 +25,21 @@ class MLP(nn.Module):
         up, segments = (f"{name}.gate_up", (f, f)) if self.gated else (f"{name}.up", (f,))
         self.up = ColumnParallelLinear(up, h, segments, tp, bias=biases.up, draw=normal(model.init_std))
         self.down = RowParallelLinear(f"{name}.down", f, h, tp, bias=biases.down, draw=residual_draw(model))
+        self.up_adapter = adapter_of(ColumnAdapter, up, "up", model, context)
+        self.down_adapter = adapter_of(RowAdapter, f"{name}.down", "down", model, context)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.up(x)
+    def adapter_seeds(self) -> tuple[int | None, int | None]:
+        """Return the seeds of the next dropout masks of the adapters."""
+        return seed_of_adapter(self.up_adapter), seed_of_adapter(self.down_adapter)
+
+    def forward(self, x: Tensor, up_seed: Seed | None = None, down_seed: Seed | None = None) -> Tensor:
+        y = adapted(self.up, self.up_adapter, x, up_seed)
         if self.gated:
             gate, up = y.chunk(2, dim=-1)
-            return self.down(self._activated(gate) * up)  # type: ignore[no-any-return]
-        return self.down(self._activated(y))  # type: ignore[no-any-return]
+            activated = self._activated(gate) * up
+        else:
+            activated = self._activated(y)
+        return adapted(self.down, self.down_adapter, activated, down_seed)
 
     def _activated(self, y: Tensor) -> Tensor:
         if self.kind is MLPKind.swiglu:

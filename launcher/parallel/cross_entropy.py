@@ -28,8 +28,9 @@ def linear_cross_entropy(
 
     x (B, T, H), weight (V/tp, H), bias (V/tp,), labels (B, T); an IGNORED_LABEL adds 0. `vocabulary` is the
     unpadded size; padding gets probability zero. `cap` is the logits' soft cap. With compiled `kernels` the
-    logits need no memory in fp32. The forward pass also makes the gradients of x, weight and bias while the
-    logits of a chunk exist; the backward pass multiplies them by the gradient of the sum.
+    logits need no memory in fp32. The forward pass also makes the gradients of x, and of weight and bias if
+    they are not frozen, while the logits of a chunk exist; the backward pass multiplies them by the gradient
+    of the sum.
     Forward: two all-reduces per chunk over `axis`: the maxima, then sums and label logits. Backward: no
     collective; x's gradient is this rank's part of the sum over the tensor ranks.
     """
@@ -223,17 +224,23 @@ class _Gradients:
     def __init__(self, tokens: Tensor, weight: Tensor, bias: Tensor | None, device: str) -> None:
         self._device = device
         self._x = torch.empty_like(tokens)
-        self._weight_gradient = torch.zeros_like(weight, dtype=torch.float32)
-        self._bias_gradient = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
+        self._weight_gradient = _sums_for(weight)
+        self._bias_gradient = _sums_for(bias)
 
     def add(self, rows: slice, x: Tensor, weight: Tensor, gradient: Tensor, counted: Tensor) -> None:
         """Add a chunk x (n, H) with the gradient (n, V/tp) of its logits; only `counted` tokens count."""
         counts, outputs = counted.to(gradient.dtype).unsqueeze(1), gradient.t()
         torch.mm(gradient, weight, out=self._x[rows])
         self._x[rows].mul_(counts)
-        total = self._weight_gradient
-        is_first = rows.start == 0
-        if gradient.dtype is torch.float32:
+        if self._weight_gradient is not None:
+            self._add_to_weight(self._weight_gradient, x, counts, outputs, is_first=rows.start == 0)
+        if self._bias_gradient is not None:
+            self._bias_gradient += (outputs @ counts).squeeze(1)
+
+    def _add_to_weight(
+        self, total: Tensor, x: Tensor, counts: Tensor, outputs: Tensor, *, is_first: bool
+    ) -> None:
+        if x.dtype is torch.float32:
             # With beta 0 the first chunk overwrites the zeros without reading them.
             torch.addmm(total, outputs, x * counts, beta=int(not is_first), out=total)
         elif self._device == "cuda":
@@ -242,18 +249,25 @@ class _Gradients:
             add(total, outputs, x * counts, out_dtype=torch.float32, beta=int(not is_first), out=total)
         else:
             total.add_(outputs @ (x * (counts * PRODUCT_SCALE)), alpha=1 / PRODUCT_SCALE)
-        if self._bias_gradient is not None:
-            self._bias_gradient += (outputs @ counts).squeeze(1)
 
-    def scaled(self, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def scaled(self, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return the gradients of x, weight and bias, multiplied by the scalar `grad`."""
-        bias = self._bias_gradient
-        weight = _scaled(self._weight_gradient, grad, self._x.dtype)
-        return self._x * grad, weight, None if bias is None else _scaled(bias, grad, self._x.dtype)
+        dtype = self._x.dtype
+        weight = _scaled(self._weight_gradient, grad, dtype)
+        return self._x * grad, weight, _scaled(self._bias_gradient, grad, dtype)
 
 
-def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+def _sums_for(weight: Tensor | None) -> Tensor | None:
+    """Return zeros in fp32 for the gradient of a weight; None if there is no weight, or it is frozen."""
+    if weight is None or not weight.requires_grad:
+        return None
+    return torch.zeros_like(weight, dtype=torch.float32)
+
+
+def _scaled(gradient: Tensor | None, factor: Tensor, dtype: torch.dtype) -> Tensor | None:
     """Return gradient * factor in `dtype`; in fp32 in place, because nobody else holds the gradient."""
+    if gradient is None:
+        return None
     out = gradient if dtype is torch.float32 else torch.empty_like(gradient, dtype=dtype)
     return torch.mul(gradient, factor, out=out)
 

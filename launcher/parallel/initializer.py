@@ -79,17 +79,23 @@ class Initializer:
     dtype: torch.dtype = torch.float32
     device: torch.device = CPU
     drawn: bool = True  # False: zeros, for weights that are read from files next
+    frozen: bool = False  # only adapters (LoRA) are trained
+    draws_adapters: bool = False  # also where other weights are read from files
     partitioned: bool = False  # ZeRO-3 fills only this data rank's partition: see engine/partitioned.py
 
-    def parameter(self, logical: LogicalTensor, draw: DrawFunction) -> nn.Parameter:
+    def parameter(
+        self, logical: LogicalTensor, draw: DrawFunction, *, is_adapter: bool = False
+    ) -> nn.Parameter:
         """Return this tensor rank's shard, without values if they are `partitioned`."""
-        make = torch.empty if self.drawn or self.partitioned else torch.zeros
+        drawn = self.drawn or (is_adapter and self.draws_adapters)
+        make = torch.empty if drawn or self.partitioned else torch.zeros
         shape = logical.shard_shape(self.axis.size)
-        parameter = nn.Parameter(make(shape, dtype=self.dtype, device=self.device))
-        initial = InitialValues(self.seed, logical, self.axis, draw if self.drawn else None)
+        values = make(shape, dtype=self.dtype, device=self.device)
+        parameter = nn.Parameter(values, requires_grad=is_adapter or not self.frozen)
+        initial = InitialValues(self.seed, logical, self.axis, draw if drawn else None)
         if self.partitioned:
             parameter.initial = initial  # type: ignore[attr-defined]
-        elif self.drawn:
+        elif drawn:
             initial.fill(parameter.detach().view(-1))
         parameter.logical = logical  # type: ignore[attr-defined]
         # DeepSpeed adds the shards of all tensor ranks to the gradient norm only if this attribute is set.

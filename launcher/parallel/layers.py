@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from launcher.parallel.collectives import (
     all_gather_sequence,
     all_gather_start,
+    all_reduce,
     copy_region,
     gather_sequence_region,
     join_sequence_shards,
     named_axis,
     reduce_region,
+    reduce_scatter_sequence,
     reduce_scatter_sequence_region,
     reduce_scatter_start,
 )
@@ -164,6 +166,9 @@ class VocabParallelEmbedding(nn.Module):
     def _first_use(self, x: Tensor) -> Tensor:
         """Look up tokens."""
         rows = self._looked_up(x)
+        if not self.weight.requires_grad and torch.is_grad_enabled():
+            # With adapters: the first block's input needs a gradient as the other blocks' inputs do.
+            rows = rows.requires_grad_()
         return rows if self.scale == 1.0 else rows * self.scale
 
     def _looked_up(self, x: Tensor) -> Tensor:
@@ -196,28 +201,40 @@ def column_linear(x: Tensor, weight: Tensor, bias: Tensor | None, tp: TensorPara
     """Return X W^T + b for a weight sharded by rows; see ColumnParallelLinear for shapes and collectives."""
     if tp.axis.size == 1:
         return F.linear(x, weight, bias)
-    y = _ColumnLinear.apply(x, weight, tp.axis, tp.sequence_parallel)  # type: ignore[no-untyped-call]
+    arguments = tp.axis, tp.sequence_parallel, weight.requires_grad
+    y = _ColumnLinear.apply(x, weight, *arguments)  # type: ignore[no-untyped-call]
     return y if bias is None else y + bias  # type: ignore[no-any-return]
 
 
 class _ColumnLinear(torch.autograd.Function):
-    """Product X W^T. Backward starts the collective on X's gradient before it computes W's gradient."""
+    """Product X W^T. Backward starts the collective on X's gradient before it computes W's gradient.
+
+    A frozen weight (LoRA) gets no gradient, and X is not kept for it.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, axis: Axis, sequence_parallel: bool) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, axis: Axis, sequence_parallel: bool, is_trained: bool
+    ) -> Tensor:
         # Keep only this rank's shard of the sequence for the backward pass, which gathers the sequence again.
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(*((x, weight) if is_trained else (weight,)))
         ctx.axis, ctx.sequence_parallel = axis, sequence_parallel
         return F.linear(all_gather_sequence(x, axis) if sequence_parallel else x, weight)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        x, weight = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+        *kept, weight = ctx.saved_tensors
         axis, sequence_parallel = ctx.axis, ctx.sequence_parallel
+        if not kept:
+            reduced = reduce_scatter_sequence if sequence_parallel else all_reduce
+            return reduced(grad.matmul(weight), axis), None, None, None, None
+        [x] = kept
         if torch.compiler.is_compiling():
-            gradients = torch.ops.launcher.column_gradients
-            return *gradients(grad, x, weight, axis.group_name, axis.size, sequence_parallel), None, None
-        return *column_gradients(grad, x, weight, axis, sequence_parallel), None, None
+            arguments = axis.group_name, axis.size, sequence_parallel
+            gradients = torch.ops.launcher.column_gradients(grad, x, weight, *arguments)
+        else:
+            gradients = column_gradients(grad, x, weight, axis, sequence_parallel)
+        return *gradients, None, None, None
 
 
 def column_gradients(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from launcher.config.schema import Dtype, OptimizerName, RunConfig, StatesDtype
+from launcher.config.shape import has_lora
 from launcher.parity.shrink import parameter_order
 from launcher.parity.step_trace import StepTrace, Weights
 from launcher.parity.tolerance import Tolerance
@@ -221,6 +222,10 @@ class _Comparison:
     def weight(self, name: str) -> Difference:
         """Compare an updated weight; the bound is the L2 norm of the error that allowed gradients cause."""
         right = self.right.weights[name]
+        if self.is_frozen(name):
+            return Difference(
+                self.number, "weight", name, float((self.step.weights[name] - right).norm()), TINY
+            )
         bound = 2 * self.unit * right.abs() + self.run.optimizer.lr * self._update_error(self.number, name)
         measured = float((self.step.weights[name] - right).norm())
         return Difference(self.number, "weight", name, measured, float(bound.norm()))
@@ -237,9 +242,15 @@ class _Comparison:
         measured = float((self.step.tied[name] - self.step.weights[name]).norm())
         return Difference(self.number, "tied_copy", name, measured, float(bound.norm()))
 
+    def is_frozen(self, name: str) -> bool:
+        """Return whether training must not change a weight: with adapters (LoRA) only theirs change."""
+        return has_lora(self.run) and not name.endswith((".lora_a", ".lora_b"))
+
     def _update_error(self, number: int, name: str) -> Tensor:
         """Return the allowed error of one step's update, divided by the learning rate, for each element."""
         step, optimizer = self.expected[number], self.run.optimizer
+        if self.is_frozen(name):
+            return torch.zeros_like(step.weights[name])
         clipped = step.gradients[name] * _clip_factor(self.run, step)
         error = number * self.allowed.gradient * float(clipped.square().mean().sqrt())
         if optimizer.name is OptimizerName.sgd:

@@ -43,7 +43,7 @@ def initial_weights(run: RunConfig) -> Weights:
     """Return the initial weights by name, rounded to the run's dtype like DeepSpeed's masters."""
     dtype = torch.bfloat16 if run.precision.dtype is Dtype.bf16 else torch.float32
     weights = {}
-    for name, (shape, std) in _all_weights(run.model).items():
+    for name, (shape, std) in {**_all_weights(run.model), **_adapter_weights(run)}.items():
         if std:
             value = drawn_weight(run.training.seed, name, shape, std)
         else:
@@ -119,6 +119,54 @@ def _all_weights(model: ModelConfig) -> dict[str, tuple[tuple[int, ...], float]]
     return weights
 
 
+def _adapter_weights(run: RunConfig) -> dict[str, tuple[tuple[int, ...], float]]:
+    """Return shape and standard deviation of the matrices A and B of all adapters (LoRA)."""
+    rank = run.finetune.lora.rank or 0
+    weights: dict[str, tuple[tuple[int, ...], float]] = {}
+    for name, (inputs, segments) in _adapted(run).items():
+        weights[f"{name}.lora_a"] = (len(segments) * rank, inputs), (3 * inputs) ** -0.5
+        weights[f"{name}.lora_b"] = (sum(segments), rank), 0.0
+    return weights
+
+
+def _adapted(run: RunConfig) -> dict[str, tuple[int, list[int]]]:
+    """Return inputs and segments of each projection with adapters: one adapter for each segment."""
+    model, lora = run.model, run.finetune.lora
+    h, f = model.hidden_size, model.ffn_hidden_size
+    size = model.head_size or h // model.num_heads
+    queries, keys = model.num_heads * size, (model.num_kv_heads or model.num_heads) * size
+    is_gated = model.mlp in (MLPKind.swiglu, MLPKind.geglu)
+    projections = {
+        "qkv": ("attention.qkv", h, [queries, keys, keys]),
+        "output": ("attention.output", queries, [h]),
+        "up": ("mlp.gate_up", h, [f, f]) if is_gated else ("mlp.up", h, [f]),
+        "down": ("mlp.down", f, [h]),
+    }
+    used = [projections[target] for target in lora.targets if lora.rank]
+    return {
+        f"blocks.{layer}.{name}": (inputs, segments)
+        for layer in range(model.num_layers)
+        for name, inputs, segments in used
+    }
+
+
+def with_adapters(run: RunConfig, parameters: Weights) -> Weights:
+    """Return the weights, and the product alpha / rank * B A of each adapter as NAME.delta."""
+    lora, used = run.finetune.lora, dict(parameters)
+    if not lora.rank:
+        return used
+    for name, (_, segments) in _adapted(run).items():
+        rows = parameters[f"{name}.lora_b"].split(segments)
+        columns = parameters[f"{name}.lora_a"].split(lora.rank)
+        products = [b @ a for b, a in zip(rows, columns, strict=True)]
+        used[f"{name}.delta"] = torch.cat(products) * (lora.alpha / lora.rank)
+    return used
+
+
+def _is_trained(run: RunConfig, name: str) -> bool:
+    return not run.finetune.lora.rank or name.endswith((".lora_a", ".lora_b"))
+
+
 def reference_trace(
     run: RunConfig, weights: Weights, batches: list[GlobalBatch], follow: list[StepTrace] | None = None
 ) -> list[StepTrace]:
@@ -127,8 +175,11 @@ def reference_trace(
     With `follow`, each step starts from the weights of that trace. `batch_losses` holds the loss of each
     sample: [[loss of sample 0, ...]].
     """
-    parameters = {name: tensor.clone().requires_grad_() for name, tensor in weights.items()}
-    optimizer = _optimizer(run.optimizer, parameters)
+    parameters = {
+        name: tensor.clone().requires_grad_(_is_trained(run, name)) for name, tensor in weights.items()
+    }
+    trained = {name: tensor for name, tensor in parameters.items() if tensor.requires_grad}
+    optimizer = _optimizer(run.optimizer, trained)
     steps = [StepTrace(weights={name: tensor.clone() for name, tensor in weights.items()})]
     for number, batch in enumerate(batches):
         if follow is not None:
@@ -144,14 +195,16 @@ def _step(
 ) -> StepTrace:
     outputs: Weights = {}
     inputs, labels = batch
-    logits = forward(parameters, run.model, inputs, outputs, documents(run, inputs))
+    used = with_adapters(run, parameters)
+    logits = forward(used, run.model, inputs, outputs, documents(run, inputs))
     losses = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none").mean(dim=1)
     loss = losses.mean()
     optimizer.zero_grad()
     loss.backward()
     gradients = {name: _gradient(tensor).clone() for name, tensor in parameters.items()}
     limit = run.optimizer.gradient_clipping or float("inf")
-    norm = torch.nn.utils.clip_grad_norm_(parameters.values(), limit)
+    trained = [tensor for tensor in parameters.values() if tensor.requires_grad]
+    norm = torch.nn.utils.clip_grad_norm_(trained, limit)
     optimizer.step()
     return StepTrace(
         loss=loss.item(),
@@ -160,7 +213,7 @@ def _step(
         states={
             f"{name}.{key}": state.clone()
             for name, tensor in parameters.items()
-            for key, state in optimizer.state[tensor].items()
+            for key, state in optimizer.state.get(tensor, {}).items()
             if isinstance(state, Tensor) and state.shape == tensor.shape
         },
         gradients=gradients,
@@ -170,6 +223,8 @@ def _step(
 
 
 def _gradient(tensor: Tensor) -> Tensor:
+    if not tensor.requires_grad:
+        return torch.zeros_like(tensor)
     assert tensor.grad is not None
     return tensor.grad
 
@@ -261,7 +316,8 @@ def _patches(w: Weights, model: ModelConfig, images: Tensor) -> Tensor:
 def _linear(w: Weights, name: str, x: Tensor, has_bias: bool, outputs: Weights) -> Tensor:
     y = x @ w[f"{name}.weight"].T
     outputs[name] = y + w[f"{name}.bias"] if has_bias else y
-    return outputs[name]
+    # The layout records the output of the projection and adds that of the adapter afterwards.
+    return outputs[name] + x @ w[f"{name}.delta"].T if f"{name}.delta" in w else outputs[name]
 
 
 def _norm(w: Weights, name: str, model: ModelConfig, x: Tensor, outputs: Weights) -> Tensor:

@@ -25,6 +25,7 @@ SEQUENCE_PER_RANK = 8
 BLOCKS_PER_STAGE = 2
 VOCABULARY = 256
 CLASSES = 10
+LORA_RANK = 3
 
 
 def shrink(run: RunConfig, layout: Layout, *, gpus: int = 0) -> tuple[RunConfig, list[str]]:
@@ -118,6 +119,10 @@ def _shrink_training(small: RunConfig, layout: Layout) -> None:
     t.micro_batch_size = min(2, t.micro_batch_size)
     t.global_batch_size = t.micro_batch_size * p.data * accumulation
     t.steps, t.stop_at = small.verify.steps, None
+    lora = small.finetune.lora
+    if lora.rank and lora.rank > LORA_RANK:
+        # alpha / rank stays.
+        lora.rank, lora.alpha = LORA_RANK, lora.alpha * LORA_RANK / lora.rank
     # Every step uses optimizer.lr.
     small.scheduler = SchedulerConfig(name=SchedulerName.constant)
     if small.optimizer.gradient_clipping is not None:

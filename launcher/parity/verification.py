@@ -78,6 +78,7 @@ def passes(small: RunConfig) -> list[tuple[str, RunConfig, bool]]:
             run = copy.deepcopy(small)
             run.precision, run.optimizer = copy.copy(precision), optimizer
             run.model.dropout = 0.0  # masks depend on the layout: see dropout_pass
+            run.finetune.lora.dropout = 0.0
             variants += [
                 (f"{title}, {words_of_precision}{words}", each, plain)
                 for each, words in _eager_and_compiled(run)
@@ -120,7 +121,7 @@ def leave_out_blocks(trace: list[StepTrace]) -> None:
 def dropout_pass(small: RunConfig, mutation: Mutation | None = None, words: str = "") -> VerifyPass:
     """Train one step with the run's dropout, and check the masks only."""
     run = copy.deepcopy(small)
-    run.precision = PrecisionConfig(Dtype.fp32)
+    run.precision, run.finetune.lora.dropout = PrecisionConfig(Dtype.fp32), 0.0
     layout = _layout(run)
     with scratch_directory() as folder:
         _run_ranks(record_dropout, run, layout, folder, mutation)

@@ -11,9 +11,10 @@ from launcher.checkpoint.load import agreed_error, check_files_together, load_in
 from launcher.checkpoint.manifest import Manifest, StoredFiles, UnusableCheckpoint, read_manifest
 from launcher.checkpoint.read import open_weights, stored_files_of
 from launcher.checkpoint.resume_choice import check_can_resume, check_same_corpus, fallback_checkpoint
-from launcher.checkpoint.sources import WeightSource
+from launcher.checkpoint.sources import WeightSource, weights_at
 from launcher.config.errors import ConfigError, as_typed
 from launcher.config.schema import RunConfig, SchedulerConfig, SchedulerName
+from launcher.config.shape import has_lora
 from launcher.data.blend import Segment
 from launcher.data.open import blend_of
 from launcher.engine.base import Engine
@@ -79,13 +80,18 @@ def start_from(
         except UnusableCheckpoint as unusable:
             checkpoint = fallback_checkpoint(run, unusable, quiet=engine.mesh.rank > 0)
     if initial is not None:
-        try:
-            with agreed_error(), checked_together(stored_files_of(initial)):
-                load_initial_weights(engine, open_weights(initial))
-        except UnusableCheckpoint as unusable:
-            remedy = "weights that are intact: see `launcher checkpoint check`"
-            raise ConfigError("checkpoint.init_from", initial.path, str(unusable), remedy) from None
+        begin_with(engine, initial)
     return Start(Progress(blends=(blend_of(run),)), initial.path if initial else None)
+
+
+def begin_with(engine: Engine, initial: WeightSource) -> None:
+    """Load the weights of checkpoint.init_from. Collective over the world. Raises ConfigError."""
+    try:
+        with agreed_error(), checked_together(stored_files_of(initial)):
+            load_initial_weights(engine, open_weights(initial))
+    except UnusableCheckpoint as unusable:
+        remedy = "weights that are intact: see `launcher checkpoint check`"
+        raise ConfigError("checkpoint.init_from", initial.path, str(unusable), remedy) from None
 
 
 def restored(
@@ -103,6 +109,9 @@ def restored(
         manifest = read_manifest(checkpoint)
         check_can_resume(run, checkpoint, manifest)
         check_same_corpus(corpus, checkpoint, manifest)
+    if has_lora(run) and run.checkpoint.init_from is not None:
+        # The checkpoint holds the adapters alone.
+        begin_with(engine, weights_at(Path(run.checkpoint.init_from), "checkpoint.init_from"))
     with agreed_error(), checked_together(manifest.stored(checkpoint)):
         restore(engine, checkpoint, manifest, state_keys(run.optimizer))
     set_loss_scaler(engine, manifest.scaler)

@@ -13,10 +13,11 @@ from launcher.checkpoint.companions import COMPANIONS
 from launcher.checkpoint.final import FINAL_WEIGHTS, final_weights_of
 from launcher.checkpoint.manifest import checkpoints_in, step_of
 from launcher.checkpoint.sources import WeightSource, check_model_is, weights_at
-from launcher.checkpoint.weights import load_checkpoint_weights, load_weights
+from launcher.checkpoint.weights import load_source, load_weights
 from launcher.config.compose import load_typed
 from launcher.config.errors import ConfigError
-from launcher.config.schema import CorpusSource, GenerateConfig, ParallelismConfig, RunConfig
+from launcher.config.schema import CorpusSource, FinetuneConfig, GenerateConfig, ParallelismConfig, RunConfig
+from launcher.config.shape import has_lora
 from launcher.data.open import TOKENIZER
 from launcher.data.tokenizer import Bytes, HuggingFace, Tokenizer
 from launcher.models.architecture import FlatModel, flat_model
@@ -75,13 +76,14 @@ def unfinished_weights(run: RunConfig, run_dir: Path) -> WeightSource | None:
 def load_model(run: RunConfig, run_dir: Path, weights: WeightSource | None = None) -> FlatModel:
     """Return the whole model on the CPU, in evaluation mode, with `weights` or the run's final weights."""
     # The weights do not depend on the layout that trained them: one process loads the whole model.
-    run = replace(run, parallelism=ParallelismConfig())
+    adapters = has_lora(run)
+    run = replace(run, parallelism=ParallelismConfig(), finetune=FinetuneConfig())
     mesh = ProcessMesh.single()
     initializer = Initializer(run.training.seed, mesh.tensor, drawn=False)
     context = BlockContext.create(run, mesh, initializer)
     model = flat_model(run.model, context)
-    if weights:
-        load_checkpoint_weights(model, weights)
+    if weights or adapters:
+        load_source(model, weights or weights_at(run_dir, "run.dir"))
     else:
         load_weights(model, run_dir)
     return model.eval()

@@ -18,7 +18,7 @@ from launcher.checkpoint.weights import save_weights
 from launcher.config.errors import typed_text
 from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
-from launcher.config.shape import sequence_length
+from launcher.config.shape import has_lora, sequence_length
 from launcher.data.blend import Blend
 from launcher.data.loader import Loader
 from launcher.data.open import open_data, record_tokenizer
@@ -64,7 +64,9 @@ def training_run(
     with watchdog:
         data = open_data(run)
         is_new = directory.checkpoint is None and directory.initial is None
-        engine = build_engine(run, layout, device, drawn=is_new)
+        # A checkpoint of adapters (LoRA) lacks the frozen weights.
+        are_drawn_again = has_lora(run) and run.checkpoint.init_from is None
+        engine = build_engine(run, layout, device, drawn=is_new or are_drawn_again)
         if engine.mesh.rank == 0:
             record_tokenizer(run, directory.path / COMPANIONS)
         parts = Parts(run, layout, engine, data, directory, watchdog, work, request)

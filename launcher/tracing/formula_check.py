@@ -63,7 +63,7 @@ def expect(run: RunConfig, layout: Layout, rank: Rank, chunk: int) -> StageTrace
     stage_parts = parts(sizes).of(stage)
     # A stage that is not the last keeps its output until the next stage sends the gradient.
     output = 0 if stage.has_head else sizes.stretch
-    is_tied = stage.has_embedding and stage.has_head and run.model.tie_embeddings
+    is_tied = stage.has_embedding and stage.has_head and run.model.tie_embeddings and rank.trains_whole_model
     tied = sizes.vocabulary * sizes.hidden_size * sizes.element if is_tied else 0
     saved, peaks = sizes.boundaries + sizes.tables, []
     for part, count in stage_parts:
@@ -75,5 +75,5 @@ def expect(run: RunConfig, layout: Layout, rank: Rank, chunk: int) -> StageTrace
     if is_tied:
         embedding = stage_parts[0][0].footprint
         peaks.append(sizes.boundaries + embedding.saved + embedding.backward + 2 * tied)
-    one_stage = Rank(rank.stage, (stage,), rank.model, rank.tensor, rank.outputs, rank.is_flat)
+    one_stage = Rank(rank.stage, (stage,), rank.model, rank.tensor, rank.outputs, rank.is_flat, rank.adapters)
     return StageTrace(one_stage.parameters, flops(stage_parts), saved, max(peaks), traffic(stage_parts))

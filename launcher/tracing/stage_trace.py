@@ -20,12 +20,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from launcher.config.layout import Layout
 from launcher.config.schema import InputKind, RunConfig
-from launcher.config.shape import end_of_document, sequence_length, vocabulary_multiple
+from launcher.config.shape import end_of_document, has_lora, sequence_length, vocabulary_multiple
 from launcher.engine.allocations import Allocations
 from launcher.models.architecture import FlatModel, model_layers, model_loss
 from launcher.models.blocks import TransformerBlock
 from launcher.models.compiled import BlockRunner
-from launcher.models.context import BlockContext, rotary_tables
+from launcher.models.context import BlockContext, lora_of, rotary_tables
 from launcher.models.documents import Documents
 from launcher.models.masks import AttentionMasks
 from launcher.parallel.dtypes import TORCH_DTYPES
@@ -68,7 +68,7 @@ def trace_stage(run: RunConfig, layout: Layout, rank: Rank, chunk: int = 0) -> S
         axis = Axis(layout.tensor - 1, layout.tensor, group)
         with Allocations() as allocations:
             module = _stage(run, rank, chunk, axis, layout.device)
-            for parameter in module.parameters():
+            for parameter in (each for each in module.parameters() if each.requires_grad):
                 parameter.grad = torch.empty_like(parameter)
             weights_and_gradients = allocations.live
             allocations.restart()
@@ -123,13 +123,15 @@ def _stage(run: RunConfig, rank: Rank, chunk: int, axis: Axis, target: str) -> F
     """Return the layers of one stage in the run's precision, as they run on the device `target`."""
     p = run.parallelism
     multiple = vocabulary_multiple(run, target)
-    initializer = Initializer(0, axis, TORCH_DTYPES[run.precision.dtype], drawn=False)
+    initializer = Initializer(0, axis, TORCH_DTYPES[run.precision.dtype], drawn=False, frozen=has_lora(run))
     tp = TensorParallel(axis, p.sequence_parallel, initializer, target, vocabulary_multiple=multiple)
     random = DropoutRandom(0, stage=0, data_rank=0, tensor_rank=axis.rank)
     documents = _Documents(run)
     rotary = rotary_tables(run.model)
     masks, runner = AttentionMasks(run.model, documents), BlockRunner(axis, EAGER, is_compiled=False)
-    context = BlockContext(tp, random, p.activation_checkpointing, documents, masks, rotary, runner)
+    context = BlockContext(
+        tp, random, p.activation_checkpointing, documents, masks, rotary, runner, lora_of(run)
+    )
     layers = model_layers(run.model, context)
     stage = rank.chunks[chunk]
     front = next(index for index, layer in enumerate(layers) if layer.module is TransformerBlock)

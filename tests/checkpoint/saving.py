@@ -82,7 +82,8 @@ def _load_and_save(rank: int, *, run: RunConfig, source: Path, folder: Path, bat
         engine.set_learning_rate(run.optimizer.lr)
         engine.train_batch(rank_batches(run, engine, global_batch))
     writer = CheckpointWriter(engine, CheckpointConfig(), folder, [])
-    writer.save(replace(EMPTY, config={"model": config_as_dict(run)["model"]}))
+    config = config_as_dict(run)
+    writer.save(replace(EMPTY, config={name: config[name] for name in ("model", "finetune", "checkpoint")}))
     writer.wait()
     leave()
 
@@ -208,7 +209,7 @@ def add_faults(engine: Any, pending: list[float]) -> None:
     if engine.mesh.data.rank or engine.mesh.tensor.rank:
         return
     for parameter in engine.module.parameters():
-        if logical_of(parameter).name == FAULTY:
+        if parameter.requires_grad and logical_of(parameter).name == FAULTY:
             parameter.register_hook(lambda grad: grad + pending.pop() if pending else grad)
 
 

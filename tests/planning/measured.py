@@ -46,6 +46,7 @@ BUCKET = "deepspeed.zero_optimization.reduce_bucket_size=1000000"
 FULL, SELECTIVE = (f"parallelism.activation_checkpointing={kind}" for kind in ("full", "selective"))
 LLAMA, BF16, SEQUENCE = "model=llama_tiny", "precision=bf16", "parallelism.sequence_parallel=true"
 OFFLOAD = "parallelism.offload_optimizer=true"
+LORA = "finetune.lora.rank=16"
 DUALPIPEV = "parallelism.pipeline_schedule=dualpipev"
 
 
@@ -76,6 +77,12 @@ CASES: dict[str, list[str]] = {
     "pipeline 2, DualPipeV": [*axes(pipeline=2, zero=1), DUALPIPEV, BUCKET],
     "pipeline 2, bf16": [*axes(pipeline=2, zero=1), BF16],
     "pipeline 3, 5 layers": [*axes(pipeline=3, zero=1), "model.num_layers=5", BUCKET],
+    "single, LoRA": [*axes(), LLAMA, LORA],
+    "LoRA, tensor 2, sequence parallel, bf16": [*axes(tensor=2, zero=1), SEQUENCE, LLAMA, LORA, BF16],
+    "LoRA, pipeline 2": [*axes(pipeline=2, zero=1), LLAMA, LORA],
+    "LoRA, ZeRO-1, data 2, bf16": [*axes(data=2, zero=1), LLAMA, LORA, BF16],
+    "LoRA, ZeRO-2, data 2": [*axes(data=2, zero=2), LLAMA, LORA],
+    "LoRA, ZeRO-3, data 2": [*axes(data=2, zero=3), LLAMA, LORA],
     "ZeRO-1, data 2": [*axes(data=2, zero=1), BUCKET],
     "ZeRO-1, data 4": [*axes(data=4, zero=1), BUCKET],
     "ZeRO-1, data 2, bf16": [*axes(data=2, zero=1), BF16],

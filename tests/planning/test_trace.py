@@ -119,6 +119,35 @@ def test_other_layouts_and_shapes(more: list[str]) -> None:
     assert wrong(compared("model=gpt_tiny", *SMALL, *more)) == []
 
 
+LORA = ["finetune.lora.rank=8"]
+GROUPED = ["model=llama_tiny", *SMALL, "model.num_kv_heads=2"]
+ADAPTERS = {
+    "one process": [*GROUPED, "hardware.device=cpu"],
+    "tensor": ["model=gpt_tiny", *SMALL, "parallelism.tensor=2", "hardware.device=cpu"],
+    "sequence, bf16": [
+        *GROUPED, "parallelism.tensor=2", "parallelism.sequence_parallel=true", "precision=bf16",
+        "hardware.device=cuda",
+    ],
+    "pipeline, recomputed": [
+        *GROUPED, "parallelism.pipeline=2", "parallelism.activation_checkpointing=full", "precision=bf16",
+        "hardware.device=cuda",
+    ],
+    "one target, dropout": [
+        "model=gpt_tiny", *SMALL, "precision=bf16", "hardware.device=cuda", "finetune.lora.targets=[qkv]",
+        "finetune.lora.dropout=0.1",
+    ],
+    "tied, norms of queries and keys": [
+        *GROUPED, "model.tie_embeddings=true", "model.query_key_norm=head", "parallelism.tensor=2",
+        "hardware.device=cpu",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_formulas_of_adapters_are_what_the_modules_do(name: str) -> None:
+    assert wrong(compared(*ADAPTERS[name], *LORA)) == []
+
+
 IMAGES = [
     "model=vit_tiny", "data=image_folder", "data.train=images", "model.num_classes=11", "model.image_size=16",
     "model.image_channels=3", *(one for one in SMALL if "max_sequence" not in one),

@@ -19,9 +19,10 @@ def _head_norm(s: Sizes, name: str, size: int, heads: int) -> Operation:
     fp32 = size // s.element * FP32
     rows = FP32 * s.tokens * (1 if joins_heads else heads)
     sums = (Collective("all_reduce", rows),) if joins_heads and split else ()
-    weight = (Collective("all_reduce", s.head_size * s.element),) if not joins_heads and split else ()
+    has_copies_of_weight = not joins_heads and split and not s.is_frozen
+    weight = (Collective("all_reduce", s.head_size * s.element),) if has_copies_of_weight else ()
     is_composite = s.device == "cpu" or bool(sums)
-    copies = fp32 * (1 + low) if is_composite else 0
+    copies = fp32 * (low + (not s.is_frozen)) if is_composite else 0
     return Operation(
         name, ("qkv",), size, saves=() if is_composite and low else ("qkv",), extra=rows + copies,
         scratch=fp32 if is_composite else 0, gradients=(size,), joins=True,

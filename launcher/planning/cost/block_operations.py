@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 
 from launcher.config.schema import ActivationCheckpointing
+from launcher.planning.cost.adapter_operations import adapted_column, adapted_row
 from launcher.planning.cost.attention_operations import attention, head_norms
-from launcher.planning.cost.layer_operations import column, dropout, dropped, norm, residual, row
+from launcher.planning.cost.layer_operations import dropout, dropped, norm, residual
 from launcher.planning.cost.operations import Operation
 from launcher.planning.cost.sizes import Sizes
 
@@ -39,19 +40,20 @@ def _attention(s: Sizes, x: str) -> list[Operation]:
     core, query_columns = attention(s), s.heads * s.head_size
     qkv_columns = query_columns + 2 * s.kv_heads * s.head_size
     return [
-        column(s, "qkv", x, qkv_columns, has_bias=s.biases.qkv),
+        *adapted_column(s, "qkv", x, qkv_columns, target="qkv", segments=3, has_bias=s.biases.qkv),
         *head_norms(s),
         *core,
-        row(s, "attention", core[-1].name, query_columns, has_bias=s.biases.output),
+        *adapted_row(s, "attention", core[-1].name, query_columns, target="output", has_bias=s.biases.output),
     ]
 
 
 def _mlp(s: Sizes, x: str) -> list[Operation]:
-    columns = s.ffn_hidden_size // s.tensor
+    columns, segments = s.ffn_hidden_size // s.tensor, 2 if s.is_gated else 1
+    up = adapted_column(s, "up", x, columns * segments, target="up", segments=segments, has_bias=s.biases.up)
     return [
-        column(s, "up", x, columns * (2 if s.is_gated else 1), has_bias=s.biases.up),
+        *up,
         *(_gated(s) if s.is_gated else [_gelu(s)]),
-        row(s, "mlp", "activated", columns, has_bias=s.biases.down),
+        *adapted_row(s, "mlp", "activated", columns, target="down", has_bias=s.biases.down),
     ]
 
 

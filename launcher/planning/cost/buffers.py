@@ -25,7 +25,7 @@ class BufferSizes:
     @classmethod
     def of(cls, run: RunConfig) -> "BufferSizes":
         zero = run.deepspeed.get("zero_optimization", {})
-        default = cls(reduce_bucket(run.model))
+        default = cls(reduce_bucket(run))
 
         def setting(name: str, otherwise: int) -> int:
             return int(zero.get(name, otherwise))

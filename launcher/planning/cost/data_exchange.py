@@ -17,7 +17,7 @@ Groups = dict[GroupName, GroupShape]
 # Times that ZeRO-3 reads or writes a weight or its gradient in memory for a micro-batch: each of two gathers
 # joins the pieces (partition_parameters.py, AllGatherCoalescedHandle.wait); the reduction joins and then
 # divides the gradients (runtime/comm/coalesced_collectives.py, reduce_scatter_coalesced).
-COPIES = 2 * 2 + 2 + 2
+GATHER_COPIES, REDUCTION_COPIES = 2 * 2, 2 + 2
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,8 @@ def data_exchange(
         seconds, hidden = simulated.waiting + after, simulated.hidden
     copied = 0.0
     if layout.zero_stage == 3 and rates.overlaps:
-        copied = layout.accumulation * BYTES[run.precision.dtype] * rank.parameters * COPIES / rates.memory
+        copies = GATHER_COPIES * rank.parameters + REDUCTION_COPIES * rank.trained_parameters
+        copied = layout.accumulation * BYTES[run.precision.dtype] * copies / rates.memory
     if tied := tied_traffic(run, layout, rank):
         group = groups["pipeline"]
         pair = GroupShape(TIED_RANKS, TIED_RANKS if group.is_within_node else 1)
@@ -65,6 +66,7 @@ def _simulated(
     buffers, element = BufferSizes.of(run), BYTES[run.precision.dtype]
     partitions, offloads = layout.zero_stage == 3, run.parallelism.offload_parameters
     block = block_parameters(rank.model, rank.tensor)
+    block += 0 if rank.trains_whole_model else rank.trained_of_block
     at_once = max(buffers.prefetch_bucket, block // MODULE_CALLS)
 
     def gather(elements: int) -> float:
@@ -83,6 +85,8 @@ def _simulated(
     ends = rank.parameters - block * rank.blocks
     embedding = min(ends, rank.parameters_of_embedding)
     of_block, of_embedding = gather(block), gather(embedding)
+    trained = rank.trained_of_block
+    reduced_ends = (embedding, ends - embedding) if rank.trains_whole_model else (0, 0)
     # The weights that the forward pass used last are still there for the backward pass.
     kept = min(rank.blocks, buffers.max_live // block)
     host = 0.0 if not partitions else rates.zero_3_block_s
@@ -90,17 +94,17 @@ def _simulated(
         max(part.total, host * share) for part, share in zip(times.block, (1 / 3, 2 / 3), strict=True)
     )
     layers = [
-        Layer(times.embedding[0].total, times.embedding[1].total, embedding, of_embedding, of_embedding)
+        Layer(times.embedding[0].total, times.embedding[1].total, reduced_ends[0], of_embedding, of_embedding)
     ]
     for index in range(rank.blocks):
         again = 0.0 if index >= rank.blocks - kept else of_block
-        layers.append(Layer(forward, backward, block, of_block, again))
+        layers.append(Layer(forward, backward, trained, of_block, again))
     head = times.head
-    layers.append(Layer(head[0].total, head[1].total, ends - embedding, gather(ends - embedding)))
+    layers.append(Layer(head[0].total, head[1].total, reduced_ends[1], gather(ends - embedding)))
     ahead = max(1, buffers.max_live // block if MODULE_CALLS * buffers.prefetch_bucket >= block else 1)
     end = micro_batch(layers, ahead=ahead, bucket=buffers.reduce_bucket, reduction=reduction)
     link = sum(layer.gather + layer.gather_again for layer in layers)
-    link += sum(reduction(size) for size in pieces(rank.parameters, buffers.reduce_bucket))
+    link += sum(reduction(size) for size in pieces(rank.trained_parameters, buffers.reduce_bucket))
     waiting = end - sum(layer.forward + layer.backward for layer in layers)
     batches = layout.accumulation
     return Exchange(max(0.0, waiting) * batches, max(0.0, link - waiting) * batches)

@@ -3,7 +3,7 @@
 from launcher.config.schema import Dtype
 from launcher.parallel.vocabulary import chunk_sizes
 from launcher.planning.cost.layer_operations import dropout, norm
-from launcher.planning.cost.operations import BOOL, FP32, INT64, Collective, Matmul, Operation
+from launcher.planning.cost.operations import BOOL, FP32, INT64, Collective, CollectiveKind, Matmul, Operation
 from launcher.planning.cost.sizes import Sizes
 
 
@@ -22,9 +22,9 @@ def _positions(s: Sizes, x: str) -> Operation:
     return Operation(
         "positions", (x,), s.stretch,
         # With documents, each token has a position of its own.
-        scratch=s.whole if s.masks_documents else 0, weight=2 * size, adds=True,
-        backward_traffic=(Collective("all_reduce", size),) if s.sequence_parallel else (),
-        forward_bytes=2 * s.stretch, backward_bytes=s.stretch,
+        scratch=s.whole if s.masks_documents else 0, weight=0 if s.is_frozen else 2 * size, adds=True,
+        backward_traffic=(Collective("all_reduce", size),) if s.sequence_parallel and not s.is_frozen else (),
+        forward_bytes=2 * s.stretch, backward_bytes=0 if s.is_frozen else s.stretch,
     )  # fmt: skip
 
 
@@ -64,7 +64,9 @@ def _loss(s: Sizes, x: str) -> Operation:
     if s.sequence_parallel:
         gathered, reduced = (Collective("all_gather", s.whole),), (Collective("reduce_scatter", s.whole),)
         scratch += s.whole
-    vectors = FP32 * columns if s.biases.head else 0
+    vectors = FP32 * columns if s.biases.head and not s.is_frozen else 0
+    if s.is_frozen:
+        matrix, weights = 0, []
     return Operation(
         "loss", (x,), FP32, extra=s.whole + vectors + s.tokens * INT64, made=FP32 * matrix,
         # Sums, masks and indices of the labels in a chunk.
@@ -122,6 +124,8 @@ def _lookup(s: Sizes) -> Operation:
     split = s.tensor > 1
     traffic: tuple[Collective, ...] = ()
     backward: tuple[Collective, ...] = ()
+    if s.is_frozen:
+        return _frozen_lookup(s)
     if split and s.sequence_parallel:
         traffic, backward = (Collective("reduce_scatter", s.whole),), (Collective("all_gather", s.whole),)
     elif split:
@@ -132,4 +136,15 @@ def _lookup(s: Sizes) -> Operation:
         forward_traffic=traffic, backward_traffic=backward,
         forward_bytes=2 * s.whole * (3 if split else 1), backward_bytes=2 * s.whole + weight,
         kernels=6 if split else 1,
+    )  # fmt: skip
+
+
+def _frozen_lookup(s: Sizes) -> Operation:
+    """Return the look-up in a frozen embedding, which has no backward pass."""
+    kind: CollectiveKind = "reduce_scatter" if s.sequence_parallel else "all_reduce"
+    split = s.tensor > 1
+    return Operation(
+        "embedded", (), s.stretch, scratch=(2 if split else 0) * s.whole,
+        forward_traffic=(Collective(kind, s.whole),) if split else (),
+        forward_bytes=2 * s.whole * (3 if split else 1), kernels=6 if split else 1,
     )  # fmt: skip

@@ -12,6 +12,7 @@ from launcher.config.shape import (
     has_norm_after,
     has_norm_before,
     is_gated,
+    lora_segments,
     output_size,
     position_count,
     qkv_sizes,
@@ -28,6 +29,24 @@ class Weight:
     numel: int
     is_matrix: bool  # matrices get weight decay, vectors do not
     module: int  # parameters of one module are gathered together under ZeRO-3
+    is_trained: bool = True  # with adapters (LoRA) only theirs are
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """Adapters of the projections of each block (LoRA); none with rank 0."""
+
+    rank: int = 0
+    targets: tuple[str, ...] = ()
+    dropout: float = 0.0
+
+    @classmethod
+    def of(cls, run: RunConfig) -> "Adapters":
+        lora = run.finetune.lora
+        return cls(lora.rank, tuple(lora.targets), lora.dropout) if lora.rank else NO_ADAPTERS
+
+
+NO_ADAPTERS = Adapters()
 
 
 @dataclass(frozen=True)
@@ -53,6 +72,7 @@ class Rank:
     tensor: int
     outputs: int  # logits per position of a tensor rank, padding included
     is_flat: bool  # no pipeline: one module holds all layers
+    adapters: Adapters = NO_ADAPTERS
 
     @property
     def blocks(self) -> int:
@@ -67,13 +87,17 @@ class Rank:
         return any(chunk.has_head for chunk in self.chunks)
 
     @property
+    def trains_whole_model(self) -> bool:
+        return not self.adapters.rank
+
+    @property
     def shares_tied_weight(self) -> bool:
         """Whether embedding and head share a weight on this rank."""
         return self.model.tie_embeddings and self.has_embedding and self.has_head
 
     @property
     def copies_tied_weight(self) -> bool:
-        """Whether another pipeline rank holds the same weight."""
+        """Whether another pipeline rank holds the same weight, frozen or not."""
         return self.model.tie_embeddings and self.has_embedding != self.has_head
 
     @cached_property
@@ -90,9 +114,28 @@ class Rank:
     def parameters(self) -> int:
         return sum(weight.numel for weight in self.weights)
 
+    @cached_property
+    def trained(self) -> tuple[Weight, ...]:
+        """Weights that the optimizer updates, in the order of the modules."""
+        return tuple(weight for weight in self.weights if weight.is_trained)
+
+    @cached_property
+    def trained_parameters(self) -> int:
+        return sum(weight.numel for weight in self.trained)
+
     @property
-    def parameters_of_its_own(self) -> int:
-        """Parameters without the head's copy of a tied weight, which the embedding's rank counts."""
+    def trained_of_block(self) -> int:
+        """Parameters of a block that the optimizer updates."""
+        if self.trains_whole_model:
+            return block_parameters(self.model, self.tensor)
+        modules = adapter_weights(self.model, self.tensor, self.adapters)
+        return sum(numel for module in modules for numel, _ in module)
+
+    @property
+    def trained_of_its_own(self) -> int:
+        """Trained parameters without the head's copy of a tied weight, which the embedding's rank counts."""
+        if not self.trains_whole_model:
+            return self.trained_parameters
         is_copy = self.copies_tied_weight and self.has_head
         return self.parameters - (self.outputs * self.model.hidden_size if is_copy else 0)
 
@@ -107,10 +150,14 @@ class Rank:
         return max(weight.numel for weight in self.weights)
 
     @cached_property
+    def largest_trained(self) -> int:
+        return max(weight.numel for weight in self.trained)
+
+    @cached_property
     def groups(self) -> tuple[tuple[int, ...], ...]:
         """Sizes of the optimizer's parameter groups: matrices, then vectors; empty groups are left out."""
-        matrices = tuple(weight.numel for weight in self.weights if weight.is_matrix)
-        vectors = tuple(weight.numel for weight in self.weights if not weight.is_matrix)
+        matrices = tuple(weight.numel for weight in self.trained if weight.is_matrix)
+        vectors = tuple(weight.numel for weight in self.trained if not weight.is_matrix)
         return tuple(group for group in (matrices, vectors) if group)
 
 
@@ -124,12 +171,13 @@ def pipeline_ranks(run: RunConfig, layout: Layout) -> tuple[Rank, ...]:
     multiple = vocabulary_multiple(run, layout.device)
     outputs = padded_length(output_size(run.model), layout.tensor, multiple) // layout.tensor
     model = replace(run.model, biases=replace(run.model.biases))
-    return _ranks(model, layout.pipeline, layout.stages_per_rank, layout.tensor, outputs)
+    arguments = layout.pipeline, layout.stages_per_rank, layout.tensor, outputs
+    return _ranks(model, *arguments, Adapters.of(run))
 
 
 @cache
 def _ranks(
-    model: ModelConfig, pipeline: int, stages_per_rank: int, tensor: int, outputs: int
+    model: ModelConfig, pipeline: int, stages_per_rank: int, tensor: int, outputs: int, adapters: Adapters
 ) -> tuple[Rank, ...]:
     """Return the pipeline ranks. `model` is the key of a cache, so callers must not change it."""
     stages = pipeline * stages_per_rank
@@ -141,7 +189,7 @@ def _ranks(
     # DualPipeV's V: out through the first half of the stages, back through the second.
     back = chunks[:0] if stages_per_rank == 1 else chunks[::-1]
     return tuple(
-        Rank(rank, (chunks[rank], *back[rank : rank + 1]), model, tensor, outputs, is_flat=pipeline == 1)
+        Rank(rank, (chunks[rank], *back[rank : rank + 1]), model, tensor, outputs, pipeline == 1, adapters)
         for rank in range(pipeline)
     )
 
@@ -186,6 +234,18 @@ def block_parameters(model: ModelConfig, tensor: int) -> int:
     return sum(numel for module in block_weights(model, tensor) for numel, _ in module)
 
 
+def adapter_weights(model: ModelConfig, tensor: int, adapters: Adapters) -> list[Module]:
+    """Return the adapters of a block: each is a module with two matrices (models/lora.py)."""
+    modules: list[Module] = []
+    for target, (inputs, segments) in lora_segments(model).items():
+        if target in adapters.targets:
+            of_a, of_b = len(segments) * adapters.rank * inputs, sum(segments) * adapters.rank
+            is_column = target in ("qkv", "up")
+            sizes = (of_a, of_b // tensor) if is_column else (of_a // tensor, of_b)
+            modules.append([(size, True) for size in sizes])
+    return modules
+
+
 def embedding_weights(model: ModelConfig, outputs: int) -> list[Module]:
     """Return the modules before the first block: embedding or patches, and learned positions."""
     h = model.hidden_size
@@ -201,17 +261,19 @@ def embedding_weights(model: ModelConfig, outputs: int) -> list[Module]:
 
 
 def _weights(rank: Rank) -> Iterator[Weight]:
-    model = rank.model
-    modules: list[Module] = []
+    model, trains_all = rank.model, rank.trains_whole_model
+    base, adapters = block_weights(model, rank.tensor), adapter_weights(model, rank.tensor, rank.adapters)
+    modules: list[tuple[Module, bool]] = []  # with whether it is trained
     for chunk in rank.chunks:
         if chunk.has_embedding:
-            modules += embedding_weights(model, rank.outputs)
-        modules += block_weights(model, rank.tensor) * chunk.blocks
+            modules += [(module, trains_all) for module in embedding_weights(model, rank.outputs)]
+        block = [(module, trains_all) for module in base] + [(module, True) for module in adapters]
+        modules += block * chunk.blocks
         if chunk.has_head:
-            modules.append(_norm(model))
+            modules.append((_norm(model), trains_all))
             if not rank.shares_tied_weight:
                 matrix = rank.outputs * model.hidden_size
-                modules.append(_linear(matrix, rank.outputs, model.biases.head))
-    for index, module in enumerate(modules):
+                modules.append((_linear(matrix, rank.outputs, model.biases.head), trains_all))
+    for index, (module, is_trained) in enumerate(modules):
         for numel, is_matrix in module:
-            yield Weight(numel, is_matrix, index)
+            yield Weight(numel, is_matrix, index, is_trained)

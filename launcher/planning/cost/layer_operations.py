@@ -13,14 +13,15 @@ def norm(s: Sizes, name: str, x: str) -> Operation:
         statistics *= 2
     composite = is_rms and s.device == "cpu"  # torch has no fused RMSNorm there
     low = s.dtype is not Dtype.fp32
-    # A composite norm keeps the normalised input in fp32, and an fp32 copy of a low-precision input.
-    copies = fp32 * (1 + low) if composite else 0
+    # A composite norm keeps the normalised input in fp32, unless its weight is frozen, and an fp32 copy of a
+    # low-precision input.
+    copies = fp32 * (low + (not s.is_frozen)) if composite else 0
     vectors = 1 if is_rms else 2
     traffic = (Collective("all_reduce", s.hidden_size * s.element),) * vectors
     return Operation(
         name, (x,), s.stretch, saves=() if composite and low else (x,), extra=statistics + copies,
         scratch=fp32 if composite else 0, backward_scratch=3 * fp32 if composite else 0,
-        backward_traffic=traffic if s.sequence_parallel else (),
+        backward_traffic=traffic if s.sequence_parallel and not s.is_frozen else (),
         forward_bytes=2 * s.stretch + 3 * copies, backward_bytes=3 * s.stretch + 6 * copies,
         kernels=8 if composite else 1,
     )  # fmt: skip
@@ -39,6 +40,15 @@ def column(s: Sizes, name: str, x: str, outputs: int, *, has_bias: bool) -> Oper
         backward_scratch = 2 * s.whole + s.laid_out
         traffic, overlapped = (Collective("all_gather", s.whole),), Collective("reduce_scatter", s.whole)
     product = Matmul(s.tokens, outputs, h)
+    if s.is_frozen:
+        # No product for the weight's gradient: nothing overlaps the collective, and the input is not kept.
+        return Operation(
+            name, (x,), size, scratch=max(scratch, size if split and has_bias else 0),
+            backward_scratch=s.whole + s.laid_out if s.sequence_parallel else s.whole if split else 0,
+            forward_matmuls=(product,), backward_matmuls=(Matmul(s.tokens, h, outputs),),
+            forward_traffic=traffic, backward_traffic=(overlapped,) if split else (),
+            forward_bytes=2 * size if split and has_bias else 0, kernels=2 if split and has_bias else 1,
+        )  # fmt: skip
     return Operation(
         name, (x,), size, saves=(x,), scratch=max(scratch, size if split and has_bias else 0),
         backward_scratch=backward_scratch, weight=h * outputs * s.element,
@@ -57,19 +67,23 @@ def row(s: Sizes, name: str, x: str, inputs: int, *, has_bias: bool) -> Operatio
     split = s.tensor > 1
     kind: CollectiveKind = "reduce_scatter" if s.sequence_parallel else "all_reduce"
     gathered = (Collective("all_gather", s.whole),) if s.sequence_parallel else ()
-    bias_gradient = (Collective("all_reduce", h * s.element),) if has_bias and s.sequence_parallel else ()
+    trains = not s.is_frozen
+    has_bias_gradient = has_bias and s.sequence_parallel and trains
+    bias_gradient = (Collective("all_reduce", h * s.element),) if has_bias_gradient else ()
+    weight_product = (Matmul(h, inputs, s.tokens),) if trains else ()
     return Operation(
-        name, (x,), s.stretch, saves=(x,),
+        name, (x,), s.stretch, saves=(x,) if trains else (),
         # Partial sums and their copy ordered by rank; or the output before the bias.
         scratch=s.whole + s.laid_out if split else s.stretch if has_bias else 0,
         backward_scratch=s.whole if s.sequence_parallel else 0,
-        backward_entry=s.whole + s.laid_out if s.sequence_parallel else 0, weight=h * inputs * s.element,
+        backward_entry=s.whole + s.laid_out if s.sequence_parallel else 0,
+        weight=h * inputs * s.element * trains,
         forward_matmuls=(product,),
-        backward_matmuls=(Matmul(s.tokens, inputs, h), Matmul(h, inputs, s.tokens)),
+        backward_matmuls=(Matmul(s.tokens, inputs, h), *weight_product),
         forward_traffic=(Collective(kind, s.whole),) if split else (),
         backward_traffic=gathered + bias_gradient,
         forward_bytes=(2 * s.whole if split else 0) + (2 * s.stretch if has_bias else 0),
-        backward_bytes=s.stretch if has_bias else 0, kernels=1 + split + has_bias,
+        backward_bytes=s.stretch if has_bias and trains else 0, kernels=1 + split + has_bias,
     )  # fmt: skip
 
 

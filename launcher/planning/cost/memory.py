@@ -6,7 +6,7 @@ from itertools import accumulate
 
 from launcher.config.layout import Layout
 from launcher.config.schema import ActivationCheckpointing, RunConfig
-from launcher.planning.cost.geometry import Rank, block_parameters
+from launcher.planning.cost.geometry import Rank
 from launcher.planning.cost.operations import BYTES
 from launcher.planning.cost.parts import ModelParts, parts
 from launcher.planning.cost.sizes import Sizes
@@ -145,15 +145,16 @@ class _Flat(_Flow):
     def moments(self) -> Iterator[_Moment]:
         embedding, block, head = self.parts.embedding, self.parts.block, self.parts.head
         blocks, size = self.rank.blocks, self.sizes
-        total = self.rank.parameters
+        rank = self.rank
         vocabulary = size.vocabulary * size.hidden_size
         # A tied weight is accumulated once: the head's gradient waits for the embedding's gradient.
-        tied = vocabulary * size.element if self.rank.shares_tied_weight else 0
+        tied = vocabulary * size.element if rank.shares_tied_weight and rank.trains_whole_model else 0
         first = size.boundaries + embedding.footprint.saved
         body = first + blocks * block.footprint.saved
         saved = body + head.footprint.saved
-        of_block = block_parameters(self.rank.model, self.rank.tensor)
-        of_head = total - self.rank.parameters_of_embedding - blocks * of_block
+        of_block = rank.trained_of_block
+        of_embedding = rank.parameters_of_embedding if rank.trains_whole_model else 0
+        of_head = rank.trained_parameters - of_embedding - blocks * of_block
         yield self.forward("forward pass", body - block.footprint.saved + block.footprint.forward)
         yield self.forward("loss", body + head.footprint.forward)
         yield self.first_backward("backward pass, head", saved + head.footprint.backward)

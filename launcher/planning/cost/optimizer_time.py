@@ -15,7 +15,7 @@ COMPILED_UPDATE, EAGER_UPDATE = 12, 200
 def optimizer_seconds(run: RunConfig, layout: Layout, rank: Rank, rates: AnyRates) -> float:
     """Return seconds of memory traffic after the micro-batches, and of adding up their gradients."""
     element, data = BYTES[run.precision.dtype], layout.data
-    whole = share = rank.parameters
+    whole = share = rank.trained_parameters
     if layout.zero_stage > 0:
         share = sum(padded(sum(group), 2 * data) for group in rank.groups) // data
     states = state_count(run.optimizer)

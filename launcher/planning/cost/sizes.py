@@ -34,6 +34,7 @@ from launcher.config.shape import (
     windows,
 )
 from launcher.parallel.vocabulary import padded_length
+from launcher.planning.cost.geometry import NO_ADAPTERS, Adapters
 from launcher.planning.cost.operations import BOOL, BYTES, FP32, INT64
 
 
@@ -76,6 +77,7 @@ class Sizes:
     masks_documents: bool
     is_causal: bool  # attention that skips the scores of later tokens; a mask of documents does not
     compiled: bool  # the blocks, by torch.compile
+    adapters: Adapters = NO_ADAPTERS
 
     @classmethod
     def of(cls, run: RunConfig, device: str) -> "Sizes":
@@ -116,7 +118,16 @@ class Sizes:
             masks_documents=run.data.document_attention,
             is_causal=m.attention is AttentionKind.causal and not run.data.document_attention,
             compiled=is_compiled(run, device),
+            adapters=Adapters.of(run),
         )
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether only adapters are trained (LoRA)."""
+        return self.adapters.rank > 0
+
+    def adapts(self, target: str) -> bool:
+        return self.is_frozen and target in self.adapters.targets
 
     @property
     def element(self) -> int:

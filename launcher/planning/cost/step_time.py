@@ -102,7 +102,7 @@ def _host(layout: Layout, rank: Rank, rates: AnyRates, starting: float) -> float
 
     It works ahead of the device, so the step takes the longer of the two.
     """
-    host = starting + rates.tensor_step_s * len(rank.weights)
+    host = starting + rates.tensor_step_s * len(rank.trained)
     if layout.zero_stage == 3:
         host += rank.blocks * layout.accumulation * rates.zero_3_block_s
     return host if rates.overlaps else 0.0

@@ -27,7 +27,7 @@ def footprint(program: Operations, recomputed: Operations, input_size: int) -> F
     """Return the footprint of `program`, whose operations `recomputed` run again in the backward pass."""
     tape, output = _Tape(program, input_size), program[-1].name
     keeps = [operation for operation in program if operation not in recomputed]
-    tape.run(program, keeps=keeps, entrance=recomputed, end=output)
+    tape.run(program, keeps=keeps, entrance=recomputed, ends=(output,))
     forward = tape.peak
     tape.drop(output)
     saved = tape.peak = tape.live
@@ -35,7 +35,12 @@ def footprint(program: Operations, recomputed: Operations, input_size: int) -> F
     before = saved
     for operation in reversed(program):
         if recomputed and operation is recomputed[-1]:
-            tape.run(run_again(recomputed), keeps=recomputed)
+            again = run_again(recomputed)
+            # The operations after the stop do not run, but their inputs are still there.
+            waiting = set(_inputs_of(recomputed[len(again) :])) & {each.name for each in again}
+            tape.run(again, keeps=recomputed, ends=tuple(waiting))
+            for name in waiting - {*tape.keepers}:
+                tape.drop(name)
         tape.backward(operation)
         if (operation.weight or operation.made) and before == saved:
             # `later` is the peak from here on.
@@ -67,9 +72,9 @@ class _Tape:
         self.peak = max(self.peak, self.live + size)
 
     def run(
-        self, program: Operations, *, keeps: Operations, entrance: Operations = (), end: str | None = None
+        self, program: Operations, *, keeps: Operations, entrance: Operations = (), ends: Sequence[str] = ()
     ) -> None:
-        """Run forward; keep tensors saved by `keeps`, the inputs of `entrance`, and the output `end`."""
+        """Run forward; keep tensors saved by `keeps`, the inputs of `entrance`, and the outputs `ends`."""
         self.keepers += [name for operation in keeps for name in operation.saves] + _inputs_of(entrance)
         for index, operation in enumerate(program):
             self.hold(operation.name, operation.size)
@@ -77,7 +82,7 @@ class _Tape:
                 self.hold(f"{operation.name}+", operation.extra + operation.made)
             self.passing(operation.scratch + (0 if operation in keeps else operation.extra))
             needed = {name for later in program[index + 1 :] for name in later.inputs}
-            for name in {*operation.inputs, operation.name} - needed - {*self.keepers, end}:
+            for name in {*operation.inputs, operation.name} - needed - {*self.keepers, *ends}:
                 self.drop(name)
 
     def backward(self, operation: Operation) -> None:

@@ -70,7 +70,7 @@ def pipeline_traffic(run: RunConfig, layout: Layout, rank: Rank) -> Counter[Coll
 
 def tied_traffic(run: RunConfig, layout: Layout, rank: Rank) -> Collective | None:
     """Return the all-reduce of the gradient of a weight that the first and the last stage share."""
-    if not rank.copies_tied_weight:
+    if not (rank.copies_tied_weight and rank.trains_whole_model):
         return None
     sizes = Sizes.of(run, layout.device)
     return Collective("all_reduce", FP32 * sizes.vocabulary * sizes.hidden_size)
@@ -81,7 +81,7 @@ def data_traffic(run: RunConfig, layout: Layout, rank: Rank) -> Counter[Collecti
     sent: Counter[Collective] = Counter()
     if layout.data == 1:
         return sent
-    element, total = BYTES[run.precision.dtype], rank.parameters
+    element, total = BYTES[run.precision.dtype], rank.trained_parameters
     groups = [padded(sum(group), 2 * layout.data) for group in rank.groups]
     if layout.zero_stage == 0:
         sent[Collective("all_reduce", FP32 * total)] += 1
@@ -103,6 +103,7 @@ def _zero_3(run: RunConfig, layout: Layout, rank: Rank) -> Counter[Collective]:
     """Gather each weight in the forward pass, and in the backward pass if it was freed between."""
     element, data, buffers = BYTES[run.precision.dtype], layout.data, BufferSizes.of(run)
     whole = sum(padded(numel, data) * count for numel, count in rank.sizes.items())
+    reduced = sum(padded(weight.numel, data) for weight in rank.trained)
     freed = {numel: count for numel, count in rank.sizes.items() if numel >= buffers.persistence_threshold}
     free = sum(padded(numel, data) * count for numel, count in freed.items())
     kept = min(free, buffers.max_live)
@@ -111,7 +112,7 @@ def _zero_3(run: RunConfig, layout: Layout, rank: Rank) -> Counter[Collective]:
     at_once = max(buffers.prefetch_bucket, free // max(1, sum(freed.values())))
     for size in pieces(2 * free - kept, at_once):
         sent[Collective("all_gather", element * size)] += layout.accumulation
-    for size in pieces(whole, buffers.reduce_bucket):
+    for size in pieces(reduced, buffers.reduce_bucket):
         sent[Collective("reduce_scatter", element * size)] += layout.accumulation
     if whole > free:
         sent[Collective("all_gather", element * (whole - free))] += 1

@@ -87,7 +87,7 @@ def checkpoint_bytes(run: RunConfig, layout: Layout, rank: Rank) -> int:
     """Return the bytes of this rank's fp32 copy in host memory, from a save until it is on the disk."""
     if not run.checkpoint.enabled:
         return 0
-    written = -(-rank.parameters_of_its_own // layout.data)
+    written = -(-rank.trained_of_its_own // layout.data)
     copied = written * FP32 * (1 + state_count(run.optimizer))
     return copied if run.checkpoint.asynchronous else min(copied, int(run.checkpoint.max_file_gb * 1e9))
 
@@ -106,7 +106,9 @@ class _Ledger:
         self.optimizer_bytes = self.state_bytes + (0 if self.has_bf16_states else FP32)
         self.accumulates = layout.accumulation > 1
         data = layout.data
-        self.total = rank.parameters
+        self.total = rank.trained_parameters
+        # Frozen weights (LoRA) are in the model's precision, without gradients and states.
+        self.frozen = rank.parameters - rank.trained_parameters
         # DeepSpeed pads each group to a multiple of two elements per data rank.
         self.flat = sum(padded(sum(group), 2 * data) for group in rank.groups)
         self.share = self.flat // data
@@ -119,7 +121,7 @@ class _Ledger:
         gradients = FP32 * self.total
         copies = self._reduced_in_copies(FP32)
         return States(
-            weights=self.element * self.total,
+            weights=self.element * (self.total + self.frozen),
             optimizer=self.state_bytes * self.total,
             host=0,
             forward=Holdings(gradients if self.accumulates else 0),
@@ -141,7 +143,7 @@ class _Ledger:
         summed = FP32 * self.flat
         copies = self._reduced_in_copies(self.element)
         return States(
-            weights=self.element * self.flat,
+            weights=self.element * (self.flat + self.frozen),
             optimizer=self.optimizer_bytes * self.share,
             host=0,
             forward=Holdings(summed),
@@ -156,13 +158,13 @@ class _Ledger:
         gradients, bucket = FP32 * self.total, FP32 * self.bucket
         untouched = FP32 * self.never_filled
         kept = FP32 * self._whole_in_partition()
-        reduced = FP32 * max(min(self.total, self.bucket), self.rank.largest_weight)
+        reduced = FP32 * max(min(self.total, self.bucket), self.rank.largest_trained)
         copied = reduced if self.layout.data > 1 or low else 0
         # In a pipeline, DeepSpeed makes a second bucket for the reduction and keeps the first.
         spare = 0 if self.rank.is_flat else self.element * self.bucket
         optimizer, host = self._optimizer()
         return States(
-            weights=self.element * self.flat,
+            weights=self.element * (self.flat + self.frozen),
             optimizer=optimizer,
             host=host,
             forward=Holdings(gradients if self.accumulates else 0),
@@ -196,7 +198,7 @@ class _Ledger:
         if at_once:  # after the backward pass: first the copy, then the gradients reduced in it
             reduced = Holdings(max(before, arriving - copied), bucket + copied, untouched)
         return States(
-            weights=self.element * self.flat,
+            weights=self.element * (self.flat + self.frozen),
             optimizer=optimizer,
             host=host,
             forward=Holdings(before),
@@ -212,7 +214,7 @@ class _Ledger:
         gradients, kept = self.element * self.total, self.element * self._whole_in_partition()
         before = gradients if self.accumulates else 0
         return States(
-            weights=self.element * self.flat,
+            weights=self.element * (self.flat + self.frozen),
             optimizer=self.optimizer_bytes * self.share,
             host=0,
             forward=Holdings(before),
@@ -238,16 +240,17 @@ class _Ledger:
     def zero_3(self) -> States:
         """Return ZeRO-3 states: like ZeRO-2, with weights sharded and gathered when used."""
         buffers, data = self.buffers, self.layout.data
-        share = sum(-(-weight.numel // data) for weight in self.rank.weights)
+        held = sum(-(-weight.numel // data) for weight in self.rank.weights)
+        share = sum(-(-weight.numel // data) for weight in self.rank.trained)
         persistent = sum(
             weight.numel for weight in self.rank.weights if weight.numel < buffers.persistence_threshold
         )
         persistent = min(persistent, buffers.model_persistence)
-        free = self.total - persistent
+        free = self.rank.parameters - persistent
         gathered = min(free, self._gathered())
         fetched = min(free, buffers.prefetch_bucket + self.rank.largest_weight)
         optimizer = self.optimizer_bytes * share
-        gradients, weights = self.state * share, self.element * share
+        gradients, weights = self.state * share, self.element * held
         offloads = self.run.parallelism.offload_optimizer
         host = 0
         if offloads:
@@ -295,8 +298,8 @@ class _Ledger:
         size = self.optimizer_bytes * self.share
         if not self.run.parallelism.offload_optimizer:
             return size, 0
-        host = size + FP32 * self.share + self.element * (self.share + self.rank.largest_weight)
-        device = self.element * self.rank.largest_weight
+        host = size + FP32 * self.share + self.element * (self.share + self.rank.largest_trained)
+        device = self.element * self.rank.largest_trained
         return (device + host, 0) if self.layout.device == "cpu" else (device, host)
 
     def _whole_in_partition(self) -> int:
@@ -307,7 +310,7 @@ class _Ledger:
 def reduced_at_first(rank: Rank, bucket: int) -> int:
     """Return the elements of the first bucket that is reduced: whole gradients, from the last layer back."""
     filled = 0
-    for weight in reversed(rank.weights):
+    for weight in reversed(rank.trained):
         if filled + weight.numel > bucket:
             return filled or weight.numel
         filled += weight.numel

@@ -5,6 +5,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from launcher.config.layout import GroupName
+from launcher.models.arithmetic import adapter_parameters
 from launcher.planning.choose.changes import Change
 from launcher.planning.choose.limits import (
     MEMORY_CLASSES,
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
 
 
 def print_plan(plan: Plan, changes: list[Change], traced: list[dict[str, Any]] | None = None) -> None:
-    print(f"model    {count(plan.parameters)} parameters, {count(plan.model_flops)} FLOPs a step")
+    of_adapters = adapter_parameters(plan.run)
+    trained = f" and {count(of_adapters)} of adapters, which are trained" if of_adapters else ""
+    print(f"model    {count(plan.parameters)} parameters{trained}, {count(plan.model_flops)} FLOPs a step")
     for note in plan.layout.notes:
         print(f"note     {note}")
     print(f"layout   {plan.layout.describe()}")

@@ -1,0 +1,151 @@
+"""Adapters (LoRA) against the reference, in every layout and in the presence of faults."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import launcher.models.lora as lora_module
+import launcher.parallel.initializer as initializer
+from launcher.models.blocks import TransformerBlock
+from launcher.models.context import BlockContext
+from launcher.models.lora import ColumnAdapter, RowAdapter
+from launcher.parallel.mesh import ProcessMesh
+from launcher.parallel.sharding import LogicalTensor
+from tests.checkpoint.saving import LAYOUTS
+from tests.compiling import trace_only
+from tests.parity.running import passes, plain_sgd_pass, run_pass, small_run, worst
+
+LLAMA = ["model=llama_tiny", "model.vocab_size=257", "model.num_kv_heads=4"]
+LORA = ["finetune.lora.rank=4", "finetune.lora.alpha=6"]
+BF16 = ["precision=bf16"]
+CASES = {
+    **{name: [*LLAMA, *overrides] for name, overrides in LAYOUTS.items()},
+    "tp2 without sequence parallelism": [*LLAMA, "parallelism=tp2", "parallelism.data=1"],
+    "tied embeddings over two stages": ["model=gpt_tiny", "parallelism=pp2", "parallelism.data=1"],
+    "some targets": [*LLAMA, "parallelism=tp2", "parallelism.data=1", "finetune.lora.targets=[qkv,down]"],
+    "recomputed blocks": [*LLAMA, *LAYOUTS["tp2"], "parallelism.activation_checkpointing=full"],
+    "recomputed attention": [*LLAMA, *LAYOUTS["zero1"], "parallelism.activation_checkpointing=selective"],
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_adapters_train_as_in_the_reference(case: str) -> None:
+    small = small_run(*CASES[case], *LORA, steps=3)
+    result = plain_sgd_pass(small)
+    assert result.ok, worst(result)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_adapters_train_as_in_the_reference_in_bf16_and_with_adamw(layout: str) -> None:
+    for title, run, plain in passes(small_run(*LLAMA, *LAYOUTS[layout], *BF16, *LORA, steps=3)):
+        result = run_pass(title, run, plain)
+        assert result.ok, (title, worst(result))
+
+
+def scale_missing() -> None:
+    build = lora_module.Adapter.__init__
+
+    def unscaled(self: lora_module.Adapter, *arguments: Any) -> None:
+        build(self, *arguments)
+        self.scale = 1.0
+
+    lora_module.Adapter.__init__ = unscaled  # type: ignore[method-assign]
+
+
+def b_not_reduced() -> None:
+    """Each tensor rank applies its rows of B, and the gradient of A x is not summed over the ranks."""
+
+    def forward(self: ColumnAdapter, x: Tensor, seed: Any = None) -> Tensor:
+        low = F.linear(x, self.a) * self.scale
+        pieces = zip(low.split(self.rank, dim=-1), self.b.split(self.widths), strict=True)
+        return torch.cat([F.linear(of_segment, rows) for of_segment, rows in pieces], dim=-1)
+
+    ColumnAdapter.forward = forward  # type: ignore[method-assign]
+
+
+def a_not_reduced() -> None:
+    """Each tensor rank uses the product of its own columns of A."""
+
+    def forward(self: RowAdapter, x: Tensor, seed: Any = None) -> Tensor:
+        return F.linear(F.linear(x, self.a) * self.scale, self.b)
+
+    RowAdapter.forward = forward  # type: ignore[method-assign]
+
+
+def base_trained() -> None:
+    make = initializer.Initializer.parameter
+
+    def trained(self: initializer.Initializer, logical: LogicalTensor, draw: Any, **_: Any) -> Any:
+        return make(self, logical, draw, is_adapter=True)
+
+    initializer.Initializer.parameter = trained  # type: ignore[method-assign]
+
+
+def one_a_for_all_segments() -> None:
+    """Query, key and value share the first A."""
+    split = Tensor.split
+
+    def forward(self: ColumnAdapter, x: Tensor, seed: Any = None) -> Tensor:
+        low = self.tp.enter(F.linear(x, self.tp.replicated(self.a)) * self.scale)
+        first = split(low, self.rank, dim=-1)[0]
+        return F.linear(first, self.b)
+
+    ColumnAdapter.forward = forward  # type: ignore[method-assign]
+
+
+FAULTS = {
+    "scale missing": (scale_missing, "single"),
+    "gradient of A x not summed": (b_not_reduced, "tp2 without sequence parallelism"),
+    "A x not summed": (a_not_reduced, "tp2 without sequence parallelism"),
+    "base weights trained": (base_trained, "dp"),
+    "one A for all segments": (one_a_for_all_segments, "single"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_deliberate_fault_is_noticed(fault: str) -> None:
+    inject, case = FAULTS[fault]
+    assert not plain_sgd_pass(small_run(*CASES[case], *LORA, steps=3), inject).ok
+
+
+def a_block_with_adapters(rate: float) -> tuple[TransformerBlock, Tensor]:
+    run = small_run(*LLAMA, *LORA, "parallelism=single", f"finetune.lora.dropout={rate}")
+    run.model.dropout = 0.0
+    mesh = ProcessMesh.single()
+    context = BlockContext.create(run, mesh, initializer.Initializer(1, mesh.tensor, frozen=True))
+    block = TransformerBlock("blocks.0", run.model, context, 0)
+    return block, torch.randn(2, 8, run.model.hidden_size, generator=torch.Generator().manual_seed(0))
+
+
+def test_dropout_changes_the_input_of_adapters_alone() -> None:
+    """While B is zero the adapters add nothing, so their dropout must not show."""
+    (block, x), (plain, _) = a_block_with_adapters(0.5), a_block_with_adapters(0.0)
+    assert torch.equal(block(x), plain(x))
+    for trained, other in zip(block.parameters(), plain.parameters(), strict=True):
+        if trained.requires_grad:
+            with torch.no_grad():
+                trained.add_(0.1)
+                other.add_(0.1)
+    assert not torch.equal(block(x), block(x))  # another mask
+    assert torch.equal(block.eval()(x), plain.eval()(x))
+
+
+def test_dropout_on_the_base_path_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def dropped(linear: Any, adapter: Any, x: Tensor, seed: Any) -> Tensor:
+        y: Tensor = linear(x if seed is None else F.dropout(x, 0.5))
+        return y
+
+    monkeypatch.setattr("launcher.models.attention.adapted", dropped)
+    (block, x), (plain, _) = a_block_with_adapters(0.5), a_block_with_adapters(0.0)
+    assert not torch.equal(block(x), plain(x))
+
+
+def test_compiled_adapters_train_as_in_the_reference() -> None:
+    small = small_run(*LLAMA, *LAYOUTS["tp2"], *LORA, "training.compile=true", steps=3)
+    [(title, run, plain)] = [each for each in passes(small) if each[1].training.compile]
+    result = run_pass(title, run, plain, trace_only)
+    assert result.ok, worst(result)
