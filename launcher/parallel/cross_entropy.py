@@ -45,9 +45,12 @@ def soft_cap_(x: Tensor, cap: float) -> Tensor:
     return tanh.square_().neg_().add_(1.0)
 
 
-def mean_loss(total: Tensor, labels: Tensor) -> Tensor:
-    """Return the mean of losses with the sum `total` over labels that are not ignored; 0 if all are."""
-    return total / (labels != IGNORED_LABEL).sum().clamp(min=1)
+def mean_loss(total: Tensor, labels: Tensor, counted: float | None = None) -> Tensor:
+    """Return the sum `total` of losses divided by `counted` labels; None: by all labels, none is ignored.
+
+    `counted` is a number of the host: counting on the device would be one more pass for each micro-batch.
+    """
+    return total / (labels.numel() if counted is None else counted)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

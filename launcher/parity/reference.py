@@ -145,7 +145,9 @@ def _step(
     outputs: Weights = {}
     inputs, labels = batch
     logits = forward(parameters, run.model, inputs, outputs, documents(run, inputs))
-    losses = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none").mean(dim=1)
+    losses = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=-100).sum(1)
+    # Each sample's part of the mean over all labels that count, so that the mean of the parts is the loss.
+    losses = losses * len(labels) / (labels != -100).sum()
     loss = losses.mean()
     optimizer.zero_grad()
     loss.backward()

@@ -143,7 +143,8 @@ def optimizer_step(run: RunConfig, engine: Engine, loader: Loader, progress: Pro
     step = progress.step + 1
     engine.set_learning_rate(rate_of(run, step))
     engine.random.begin_step(step)
-    return engine.train_batch(loader.step(progress.samples) if engine.reads_data else [])
+    batches = loader.step(progress.samples) if engine.reads_data else []
+    return engine.train_batch(batches, loader.labels)
 
 
 def end_step(session: Session, progress: Progress, blend: Blend, result: StepResult) -> None:

@@ -206,6 +206,7 @@ def by_name(module: nn.Module) -> dict[str, nn.Parameter]:
 
 def gradients(model: FlatModel, tokens: Tensor, labels: Tensor) -> tuple[float, dict[str, Tensor]]:
     """Return the loss, and this rank's gradients by logical name."""
+    model.loss.labels_per_micro_batch = int((labels != IGNORED_LABEL).sum())
     loss = model(tokens, labels)
     loss.backward()
     found = {}

@@ -104,9 +104,11 @@ def compare(rank: int, world: int, case: Case, kernels: LossKernels = EAGER) -> 
         patch.setitem(vocabulary.CHUNK_TOKENS, "cpu", case.chunk)
         bias_or_none = ours[2] if case.bias else None
         arguments = bias_or_none, labels, case.vocabulary, axis, "cpu", case.cap, kernels
-        mean = mean_loss(linear_cross_entropy(ours[0], ours[1], *arguments), labels)
+        counted = max(1, int((labels != IGNORED_LABEL).sum()))
+        mean = mean_loss(linear_cross_entropy(ours[0], ours[1], *arguments), labels, counted)
         with torch.no_grad():  # without gradients: the same loss
-            assert torch.equal(mean, mean_loss(linear_cross_entropy(ours[0], ours[1], *arguments), labels))
+            again = mean_loss(linear_cross_entropy(ours[0], ours[1], *arguments), labels, counted)
+            assert torch.equal(mean, again)
     (mean * case.upstream).backward()
     assert torch.equal(ours[0], x)  # not changed in place
     assert mean.dtype is torch.float32
