@@ -45,7 +45,7 @@ class ImageArray:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def labels(self, places: npt.NDArray[np.int64]) -> int:
+    def count_labels(self, places: npt.NDArray[np.int64]) -> int:
         return len(places)
 
     def read(self, places: npt.NDArray[np.int64]) -> tuple[Images, Classes]:
@@ -65,7 +65,7 @@ class ImageFiles:
     def __len__(self) -> int:
         return len(self.files)
 
-    def labels(self, places: npt.NDArray[np.int64]) -> int:
+    def count_labels(self, places: npt.NDArray[np.int64]) -> int:
         return len(places)
 
     def read(self, places: npt.NDArray[np.int64]) -> tuple[Images, Classes]:

@@ -59,8 +59,8 @@ class Loader:
     def _begin(self, consumed: int) -> _PendingStep:
         take, micro_batches = self._source.take, self._indices(consumed)
         # Of the whole global batch: the masks are read again here instead of communicated in each step.
-        count = partial(self._source.labels, np.arange(consumed, consumed + self._size))
+        count = partial(self._source.count_labels, np.arange(consumed, consumed + self._size))
+        reads: list[Callable[[], MicroBatch]] = [partial(take, indices) for indices in micro_batches]
         if self._pool is None:
-            return consumed, count, [partial(take, indices) for indices in micro_batches]
-        reads = [self._pool.submit(take, indices).result for indices in micro_batches]
-        return consumed, self._pool.submit(count).result, reads
+            return consumed, count, reads
+        return consumed, self._pool.submit(count).result, [self._pool.submit(read).result for read in reads]

@@ -32,7 +32,7 @@ class Items(Protocol):
     def read(self, places: npt.NDArray[np.int64]) -> MicroBatch:
         """Return the items at indices `places` (B,), each in [0, len(self))."""
 
-    def labels(self, places: npt.NDArray[np.int64]) -> int:
+    def count_labels(self, places: npt.NDArray[np.int64]) -> int:
         """Return how many labels of the items at `places` (B,) count, which is how many are not masked."""
 
 
@@ -62,9 +62,9 @@ class Samples:
         """Return the micro-batch of samples `indices` (B,). Raises ConfigError for unusable data."""
         return self.items.read(self.places(indices))
 
-    def labels(self, indices: npt.NDArray[np.int64]) -> int:
+    def count_labels(self, indices: npt.NDArray[np.int64]) -> int:
         """Return how many labels of samples `indices` (B,) count."""
-        return self.items.labels(self.places(indices))
+        return self.items.count_labels(self.places(indices))
 
 
 def sample_indices(
@@ -89,7 +89,7 @@ class Source(Protocol):
     def take(self, indices: npt.NDArray[np.int64]) -> MicroBatch:
         """Return the micro-batch of samples `indices` (B,)."""
 
-    def labels(self, indices: npt.NDArray[np.int64]) -> int:
+    def count_labels(self, indices: npt.NDArray[np.int64]) -> int:
         """Return how many labels of samples `indices` (B,) count."""
 
 

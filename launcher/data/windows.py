@@ -67,7 +67,7 @@ class Windows:
                 check_ids(tokens, self.vocab_size, stretch, start)
         return rows
 
-    def labels(self, places: npt.NDArray[np.int64]) -> int:
+    def count_labels(self, places: npt.NDArray[np.int64]) -> int:
         """Return the number of labels of windows `places` (B,), which all count."""
         return len(places) * self.sequence_length
 

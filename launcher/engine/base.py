@@ -13,6 +13,7 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_st
 from torch import Tensor, nn
 
 from launcher.config.layout import Layout
+from launcher.config.numbers import IGNORED_LABEL
 from launcher.engine import bf16_states
 from launcher.engine.gradient_passes import lighten
 from launcher.engine.state import find_states, loss_scaler, make_states
@@ -20,7 +21,6 @@ from launcher.engine.stochastic import StochasticOptimizer
 from launcher.engine.update_guard import UpdateGuard, install
 from launcher.models.context import BlockContext
 from launcher.models.losses import ClassificationLoss, LanguageLoss
-from launcher.parallel.cross_entropy import IGNORED_LABEL
 from launcher.parallel.mesh import Axis, ProcessMesh
 from launcher.parallel.sharding import LogicalTensor, logical_of, merge
 

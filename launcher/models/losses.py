@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor, nn
 
+from launcher.config.numbers import IGNORED_LABEL
 from launcher.config.schema import ModelConfig
-from launcher.parallel.cross_entropy import IGNORED_LABEL, mean_loss, vocab_parallel_hits
+from launcher.parallel.cross_entropy import mean_loss, vocab_parallel_hits
 from launcher.parallel.layers import TensorParallel
 
 

@@ -11,11 +11,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from launcher.config.numbers import IGNORED_LABEL
 from launcher.parallel.loss_kernels import EAGER, LossKernels, gradient_, statistics
 from launcher.parallel.mesh import Axis
 from launcher.parallel.vocabulary import chunk_sizes
 
-IGNORED_LABEL = -100
 # fp16 ends at 65504, which a sum over thousands of tokens may exceed. A power of two rounds nothing.
 PRODUCT_SCALE = 2.0**-8
 

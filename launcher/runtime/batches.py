@@ -27,7 +27,7 @@ def rank_batches(run: RunConfig, engine: Engine, samples: Source, consumed: int)
 
 def counted_labels(run: RunConfig, samples: Source, consumed: int) -> int:
     """Return how many labels of the global batch after `consumed` samples count, of all data ranks."""
-    return samples.labels(np.arange(consumed, consumed + run.training.global_batch_size))
+    return samples.count_labels(np.arange(consumed, consumed + run.training.global_batch_size))
 
 
 def rank_samples(run: RunConfig, engine: Engine, consumed: int) -> npt.NDArray[np.int64]:

@@ -2,11 +2,11 @@
 
 import numpy as np
 
+from launcher.config.numbers import IGNORED_LABEL
 from launcher.config.schema import RunConfig
 from launcher.data.open import ONLY, Data
 from launcher.data.sampler import Samples
 from launcher.engine.base import Engine, MicroBatches
-from launcher.parallel.cross_entropy import IGNORED_LABEL
 from launcher.runtime.batches import rank_batches, rank_samples
 from launcher.runtime.metrics.rows import Row
 
@@ -48,7 +48,7 @@ def validation_loss(run: RunConfig, engine: Engine, samples: Samples) -> float:
             batches = rank_batches(run, engine, samples, start)
         else:
             batches = _masked_batches(run, engine, samples, part)
-        labels = samples.labels(np.array(part))
+        labels = samples.count_labels(np.array(part))
         losses.append((engine.eval_batch(batches, labels), labels))
     # Read only now, so that the batches follow one another on the device.
     return sum(float(loss) * labels for loss, labels in losses) / max(1, sum(n for _, n in losses))

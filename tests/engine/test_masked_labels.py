@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from launcher.config.numbers import IGNORED_LABEL
 from launcher.config.schema import RunConfig
 from launcher.config.shape import sequence_length
 from launcher.config.validate import validate
 from launcher.config.world import World
-from launcher.parallel.cross_entropy import IGNORED_LABEL
 from launcher.parity.reference import GlobalBatch, documents, forward, initial_weights
 from tests.config.composing import run_of
 from tests.distributed import run_fresh

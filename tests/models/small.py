@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from launcher.config.numbers import IGNORED_LABEL
 from launcher.config.schema import (
     ActivationCheckpointing,
     AttentionKind,
@@ -27,7 +28,6 @@ from launcher.config.schema import (
 )
 from launcher.models.architecture import FlatModel, flat_model
 from launcher.models.context import BlockContext
-from launcher.parallel.cross_entropy import IGNORED_LABEL
 from launcher.parallel.initializer import Initializer
 from launcher.parallel.mesh import ProcessMesh
 from launcher.parallel.sharding import logical_of

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.exc import InternalTorchDynamoError
 
+from launcher.config.numbers import IGNORED_LABEL
 from launcher.engine.allocations import Allocations
 from launcher.parallel import compiling, cross_entropy, loss_kernels, vocabulary
 from launcher.parallel.compiling import Function
-from launcher.parallel.cross_entropy import IGNORED_LABEL, linear_cross_entropy, mean_loss
+from launcher.parallel.cross_entropy import linear_cross_entropy, mean_loss
 from launcher.parallel.loss_kernels import EAGER, LossKernels
 from launcher.parallel.mesh import Axis
 from launcher.parallel.vocabulary import CHUNK_LOGITS, CHUNK_TOKENS, chunk_sizes, padded_length

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from launcher.config.numbers import IGNORED_LABEL
 from launcher.config.schema import RunConfig
 from launcher.data.sampler import Samples
 from launcher.data.windows import Stretch, Windows
 from launcher.engine.base import MicroBatches
 from launcher.models.losses import ClassificationLoss
-from launcher.parallel.cross_entropy import IGNORED_LABEL
 from launcher.parallel.initializer import Initializer
 from launcher.parallel.layers import TensorParallel, VocabParallelHead
 from launcher.parallel.mesh import Axis
