@@ -34,6 +34,7 @@ class StepResult:
     loss: Tensor  # this rank's share of the mean over all labels, in nats; see Engine.loss_share
     grad_norm: Tensor  # before clipping, the same on every rank
     skipped: Tensor  # 1 if the step changed no weight because its gradients are not usable, else 0; alike
+    labels: int | None  # of the global batch, as train_batch was told
 
 
 class Engine(ABC):

@@ -55,7 +55,7 @@ class FlatEngine(Engine):
                 self._judge()
             self.deepspeed.step()
             losses.append(loss.detach())
-        return StepResult(_mean(losses), self.guard.norm, self.guard.skipped)
+        return StepResult(_mean(losses), self.guard.norm, self.guard.skipped, labels)
 
     def eval_batch(self, batches: MicroBatches, labels: int | None = None) -> Tensor:
         self.deepspeed.eval()

@@ -67,7 +67,7 @@ class PipelineEngine(Engine):
     def train_batch(self, batches: MicroBatches, labels: int | None = None) -> StepResult:
         self._count(labels)
         loss = self.deepspeed.train_batch(self._inputs(batches))
-        return StepResult(loss, self.guard.norm, self.guard.skipped)
+        return StepResult(loss, self.guard.norm, self.guard.skipped, labels)
 
     def eval_batch(self, batches: MicroBatches, labels: int | None = None) -> Tensor:
         self._count(labels)

@@ -17,7 +17,7 @@ from launcher.checkpoint.companions import COMPANIONS
 from launcher.checkpoint.weights import save_weights
 from launcher.config.errors import typed_text
 from launcher.config.layout import Layout
-from launcher.config.schema import RunConfig
+from launcher.config.schema import CorpusSource, RunConfig
 from launcher.config.shape import sequence_length
 from launcher.data.blend import Blend
 from launcher.data.loader import Loader
@@ -242,6 +242,8 @@ def training_row(session: Session, progress: Progress, result: StepResult, agree
         "train/samples": progress.samples,
         "train/tokens": progress.samples * length,
     }
+    if run.data.source is CorpusSource.chat and result.labels is not None:
+        row["train/labels"] = result.labels
     if times.steps:
         row |= performance(run, session.layout, length, times.per_step)
         row["perf/data_wait"] = times.data_wait / times.seconds
