@@ -116,6 +116,10 @@ def make_place(folder: Path) -> None:
     for name in ("web", "code_1"):
         np.full(200_000, 65, "<u1").tofile(folder / "corpora" / f"{name}.bin")
         write_index(folder / "corpora" / f"{name}.idx", np.array([200_000], "<i4"), np.dtype("<u1"))
+    shutil.copyfile(ROOT / "launcher" / "data" / "conversations.jsonl", folder / "chats.jsonl")
+    (folder / "corpora" / "chat.bin").write_bytes(b"ab c\0" * 100)
+    (folder / "corpora" / "chat.mask").write_bytes(b"\0\0\1\1\1" * 100)
+    write_index(folder / "corpora" / "chat.idx", np.full(100, 5, "<i4"), np.dtype("<u1"))
     words = {"<|endoftext|>": 0, "<unk>": 1}
     Tokenizer(models.WordLevel(words, unk_token="<unk>")).save(str(folder / "llama3" / "tokenizer.json"))
     for part in ("train", "val"):
@@ -130,11 +134,12 @@ def make_place(folder: Path) -> None:
             (folder / name).write_text(text)
 
 
-def remove_written(folder: Path) -> None:
+def remove_written(folder: Path, line: Line) -> None:
     """Remove what `prepare` and `calibrate` write: they do not overwrite files of the user."""
     (folder / "my_conf" / "hardware" / "this_machine.yaml").unlink(missing_ok=True)
-    for path in (folder / "corpora").glob("web.*"):
-        path.unlink()
+    for target in (word for word in line.words if word.startswith("corpora/")):
+        for path in folder.glob(f"{target}.*"):
+            path.unlink()
 
 
 def test_the_pages_have_commands_and_no_entry_of_the_lists_is_stale() -> None:
@@ -160,7 +165,7 @@ def test_every_command_is_accepted(
                 continue
             with subtests.test(line.text):
                 if line.verb in WRITING:
-                    remove_written(tmp_path)
+                    remove_written(tmp_path, line)
                 code, error = ended(list(line.words[1:]))
                 assert code == (2 if line.text in REFUSED else 0), error
 
@@ -211,7 +216,7 @@ def test_every_command_runs(page: str, tmp_path: Path, subtests: pytest.Subtests
             continue
         arguments = list(line.words[1:])
         if line.verb == "prepare":
-            remove_written(tmp_path)
+            remove_written(tmp_path, line)
             # The text here is too short for the vocabulary of a web corpus.
             arguments = ["vocab=512" if argument == "vocab=32000" else argument for argument in arguments]
         elif line.verb == "export":

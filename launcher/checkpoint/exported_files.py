@@ -101,12 +101,11 @@ def _tokens(path: Path) -> dict[int, str]:
 def _tokenizer_config(weights: WeightSource, ids: Settings, tokens: dict[int, str]) -> Settings:
     """Return the settings by which AutoTokenizer loads a tokenizer.json as it is.
 
-    The byte that ends documents is no special token of the tokenizer: text may contain its spelling.
+    A byte that ends documents is spelled by one character and is no special token: text may contain it.
     """
     ends = ids["eos_token_id"]
     end = ends[0] if isinstance(ends, list) else ends
-    is_bytes = data_of(weights).get("source") in BYTE_SOURCES
-    special = {} if is_bytes or end not in tokens else {"eos_token": tokens[end]}
+    special = {"eos_token": tokens[end]} if len(tokens.get(end, "")) > 1 else {}
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": weights.model.max_sequence_length,

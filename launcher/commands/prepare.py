@@ -14,7 +14,7 @@ from launcher.config.errors import ConfigError, typed_text
 from launcher.config.paths import free_path, path_argument
 from launcher.config.schema import EndInText, PrepareConfig
 from launcher.config.validate import validate_prepare
-from launcher.data.card import vocab_size_of
+from launcher.data.card import end_of_document_of, vocab_size_of
 from launcher.data.input_files import LeftOut, listed
 from launcher.data.preparation import InputFile, Preparation, PrepareProgress, bad_lines_path, find_inputs
 from launcher.data.token_file import bin_path, index_path
@@ -110,7 +110,9 @@ def _report(progress: PrepareProgress, job: Preparation, sources: list[Path], le
     for name, value in _rows(progress, job, sources, left_out):
         print(f"  {name:<20}{value}")
     train, size = typed_text("data.train", str(job.target)), vocab_size_of(job.target)
-    print(f"train    launcher data=tokens {train} model.vocab_size={size}")
+    source = "chat" if job.template else "tokens"
+    end = f" data.end_of_document={end_of_document_of(job.target)}" if job.template else ""
+    print(f"train    launcher data={source} {train}{end} model.vocab_size={size}")
 
 
 def _rows(

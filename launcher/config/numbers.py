@@ -7,6 +7,7 @@ from math import inf
 from launcher.config.errors import ConfigError
 
 BYTE_VALUES = 256
+IGNORED_LABEL = -100  # a label that no loss counts
 
 
 @dataclass(frozen=True)

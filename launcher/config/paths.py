@@ -11,6 +11,7 @@ from launcher.config.errors import ConfigError
 PATHS = {
     "run.dir": "runs/NAME", "data.train": "null", "data.validation": "null", "data.test": "null",
     "data.sources": "corpora/NAME", "data.validation_sources": "corpora/NAME", "data.tokenizer": "null",
+    "data.chat_template": "null", "chat_template": "null",
     "checkpoint.resume": "auto", "checkpoint.init_from": "null", "plan.figure": "plan.png",
     "learned": "my_conf/hardware/NAME.yaml",
     "verify.report": "verify.json", "compare.figure": "compare.png", "compare.report": "compare.json",

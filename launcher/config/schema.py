@@ -120,12 +120,14 @@ class CorpusSource(Enum):
     """`stdlib`: the Python standard library's own source text. `text`: the user's files, as bytes.
 
     `tokens`: Megatron-LM's indexed datasets, as its preprocess_data.py or `launcher prepare` write them.
+    `chat`: conversations, of which only the assistant's messages are learned.
     `digits`: scikit-learn's 1797 scans of handwritten digits. `image_folder`: a directory per class.
     """
 
     stdlib = "stdlib"
     text = "text"
     tokens = "tokens"
+    chat = "chat"
     digits = "digits"
     image_folder = "image_folder"
 
@@ -379,11 +381,12 @@ class HardwareConfig:
 @dataclass
 class DataConfig:
     source: CorpusSource = MISSING
-    # text: a glob of files; tokens: NAME of NAME.bin and NAME.idx, or a glob; image_folder: a directory
+    # text: a glob of files; tokens: NAME of NAME.bin and NAME.idx, or a glob; image_folder: a directory;
+    # chat: a glob of JSON lines, or NAME as `launcher prepare chat=true` wrote it
     train: Optional[str] = None
     validation: Optional[str] = None  # like `train`; null: a fraction of the training data
     validation_fraction: float = 0.05
-    test: Optional[str] = None  # tokens, images: like `train`; null: test_fraction of the training data
+    test: Optional[str] = None  # tokens, chat, images: like `train`; null: test_fraction of the training data
     test_fraction: float = 0.0
     # A blend of token files instead of `train`. You choose the names.
     sources: dict[str, str] = field(default_factory=dict)  # each like `train`
@@ -391,8 +394,10 @@ class DataConfig:
     validation_sources: dict[str, str] = field(default_factory=dict)  # each like `validation`
     sequence_length: Optional[int] = None  # null: model.max_sequence_length
     document_attention: bool = False  # attention and positions stop where a document ends
-    end_of_document: Optional[int] = None  # tokens: id that ends each document; in bytes it is 0
-    tokenizer: Optional[str] = None  # tokens: a tokenizer.json; null: NAME.tokenizer.json beside the files
+    end_of_document: Optional[int] = None  # tokens, chat: id that ends each document; in bytes it is 0
+    # A tokenizer.json. null: tokens: NAME.tokenizer.json beside the files; chat: bytes
+    tokenizer: Optional[str] = None
+    chat_template: Optional[str] = None  # chat: a file with a Jinja template; null: the tokenizer's template
     num_workers: int = 1  # reader threads per rank; 0: the step reads
     prefetch: int = 2  # global batches that are read ahead
 
@@ -750,6 +755,8 @@ class PrepareConfig:
     vocab: int = 32000  # vocabulary size for tokenizer.train
     # Field of a JSON object or column of a Parquet file; a.b: field b in a; a.*: all items of the list a.
     text_field: str = "text"
+    chat: bool = False  # records are conversations or pairs of prompt and completion, and not text
+    chat_template: Optional[str] = None  # chat: a file with a Jinja template; null: the tokenizer's template
     json_arrays: bool = False  # read JSON arrays of objects, and objects that span lines, in JSON files
     end_of_document_in_text: EndInText = EndInText.escape  # text that spells the token that ends documents
     bad_lines: BadLines = BadLines.fail

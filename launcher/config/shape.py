@@ -127,7 +127,8 @@ def vocabulary_multiple(run: RunConfig, device: str) -> int:
 
 def end_of_document(run: RunConfig) -> int | None:
     """Return the token that ends each document; None where it is not known."""
-    return run.data.end_of_document if run.data.source is CorpusSource.tokens else END_OF_TEXT
+    end = run.data.end_of_document
+    return END_OF_TEXT if end is None and run.data.source is not CorpusSource.tokens else end
 
 
 def is_of_images(run: RunConfig) -> bool:

@@ -47,6 +47,7 @@ from launcher.text import plural, whole
 
 EXAMPLE_GLOB = "corpus/**/*.txt"
 EXAMPLE_PREFIX = "corpora/web"
+EXAMPLE_CHATS = "chats.jsonl"
 _WANDB_PROJECT_LENGTH, _WANDB_TAG_LENGTH = 128, 64  # characters
 LEAST_WEIGHT = 1e-9
 MOST_VALUES_AHEAD = 2**30  # token ids or pixels of 8 bytes
@@ -130,6 +131,12 @@ def validate_prepare(config: PrepareConfig) -> None:
     if t.train is not None and config.vocab <= numbers.BYTE_VALUES:
         why = f"must be at least {numbers.BYTE_VALUES + 1}: the byte values and the end-of-document token"
         raise refusal(config, "vocab", why, f"vocab={numbers.BYTE_VALUES + 1} (or more)")
+    if config.chat and t.train is not None:
+        why = "a tokenizer is trained on text, and chat=true reads conversations"
+        raise refusal(config, "tokenizer.train", why, "tokenizer.train=null", "chat=false")
+    if config.chat_template is not None and not config.chat:
+        why = "a chat template needs conversations"
+        raise refusal(config, "chat_template", why, "chat=true", "chat_template=null")
     if t.end_of_document is not None and t.path is None:
         why = "this setting needs tokenizer.path"
         raise refusal(config, "tokenizer.end_of_document", why, "tokenizer.end_of_document=null")
@@ -361,10 +368,14 @@ def check_vocabulary(run: RunConfig) -> None:
 
 def check_documents(run: RunConfig) -> None:
     end, size = run.data.end_of_document, run.model.vocab_size
+    source = run.data.source
     for field in ("data.tokenizer", "data.end_of_document"):
-        if value_of(run, field) is not None and run.data.source is not CorpusSource.tokens:
-            why = f"data={run.data.source.name} has no token files"
+        if value_of(run, field) is not None and source not in (CorpusSource.tokens, CorpusSource.chat):
+            why = f"data={source.name} has no token files"
             raise refusal(run, field, why, f"{field}=null")
+    if run.data.chat_template is not None and source is not CorpusSource.chat:
+        why = f"data={source.name} has no conversations"
+        raise refusal(run, "data.chat_template", why, "data.chat_template=null")
     if end is not None and end >= size:
         why = f"not a token of model.vocab_size={size}"
         raise refusal(run, "data.end_of_document", why, f"model.vocab_size={end + 1} (or more)")
@@ -378,6 +389,8 @@ def check_data(run: RunConfig) -> None:
     if d.source is CorpusSource.text and d.train is None:
         why = "data=text needs files to train on"
         raise refusal(run, "data.train", why, shlex.quote(f'data.train="{EXAMPLE_GLOB}"'))
+    if d.source is CorpusSource.chat and d.train is None:
+        raise refusal(run, "data.train", "data=chat needs conversations", f"data.train={EXAMPLE_CHATS}")
     if d.source is CorpusSource.tokens and d.train is None and not d.sources:
         raise refusal(run, "data.train", "data=tokens needs token files", f"data.train={EXAMPLE_PREFIX}")
     if d.validation is None and d.validation_fraction + d.test_fraction >= 1:

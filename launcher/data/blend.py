@@ -119,6 +119,12 @@ class Blend:
             samples |= zip(rows.tolist(), batch, strict=True)
         return np.stack([samples[row] for row in range(len(indices))])
 
+    def count_labels(self, indices: Indices) -> int:
+        """Return how many labels of samples `indices` (B,) count."""
+        return sum(
+            self.sources[name].count_labels(places) for name, (_, places) in self.locate(indices).items()
+        )
+
     def locate(self, indices: Indices) -> dict[str, tuple[Indices, Indices]]:
         """Return for each source its rows in `indices` (B,) and the index of each sample in the source."""
         segment = self.segments[-1]

@@ -6,6 +6,7 @@ written by Megatron-LM have neither.
 
 import json
 from pathlib import Path
+from typing import Any
 
 
 def card_path(prefix: Path) -> Path:
@@ -28,8 +29,22 @@ def end_of_document_of(prefix: Path) -> int | None:
     return _number(prefix, "end_of_document")
 
 
+def chat_template_of(prefix: Path) -> str | None:
+    """Return the chat template of prepared conversations from the card; None if no card states it."""
+    template = _value(prefix, "chat_template")
+    return template if isinstance(template, str) else None
+
+
 def _number(prefix: Path, name: str) -> int | None:
     try:
-        return int(json.loads(card_path(prefix).read_text())[name])
+        return int(_value(prefix, name))
+    except (ValueError, TypeError):
+        return None
+
+
+def _value(prefix: Path, name: str) -> Any:
+    """Return a value of the card; None without a readable card, or if the card lacks it."""
+    try:
+        return json.loads(card_path(prefix).read_text())[name]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None

@@ -45,6 +45,9 @@ class ImageArray:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def count_labels(self, places: npt.NDArray[np.int64]) -> int:
+        return len(places)
+
     def read(self, places: npt.NDArray[np.int64]) -> tuple[Images, Classes]:
         """Return the images (B, C, S, S) and classes (B, 1) at indices `places` (B,)."""
         return self.images[places], self.labels[places, None]
@@ -61,6 +64,9 @@ class ImageFiles:
 
     def __len__(self) -> int:
         return len(self.files)
+
+    def count_labels(self, places: npt.NDArray[np.int64]) -> int:
+        return len(places)
 
     def read(self, places: npt.NDArray[np.int64]) -> tuple[Images, Classes]:
         """Return the images (B, C, S, S) and classes (B, 1) at `places` (B,). Raises ConfigError."""

@@ -14,8 +14,9 @@ from launcher.data.sampler import MicroBatch, Source
 # Maps the samples consumed to the sample indices (A, B) of the next step: A accumulation, B micro-batch.
 StepIndices = Callable[[int], npt.NDArray[np.int64]]
 
-# The samples consumed before a step, and a call per micro-batch that reads it or waits for the thread.
-_PendingStep = tuple[int, list[Callable[[], MicroBatch]]]
+# The samples consumed before a step, a call that counts its labels, and a call per micro-batch; each call
+# reads, or waits for the thread that reads.
+_PendingStep = tuple[int, Callable[[], int], list[Callable[[], MicroBatch]]]
 
 
 class Loader:
@@ -32,6 +33,8 @@ class Loader:
         self._pool = ThreadPoolExecutor(threads, "data") if threads else None
         self._steps: deque[_PendingStep] = deque()
         self.waited = 0.0  # seconds that the last step() waited for its batches
+        # Labels of the last step() that count, over all data ranks; None before the first step()
+        self.labels: int | None = None
 
     def __enter__(self) -> "Loader":
         return self
@@ -44,16 +47,20 @@ class Loader:
         """Return the A micro-batches of the step after `consumed` samples; reading may raise ConfigError."""
         if not self._steps or self._steps[0][0] != consumed:
             self._steps = deque([self._begin(consumed)])
-        _, reads = self._steps.popleft()
+        _, count, reads = self._steps.popleft()
         while self._pool is not None and len(self._steps) < self._ahead:
             self._steps.append(self._begin(consumed + (len(self._steps) + 1) * self._size))
         started = time.perf_counter()
         batches = [read() for read in reads]
+        self.labels = count()
         self.waited = time.perf_counter() - started
         return batches
 
     def _begin(self, consumed: int) -> _PendingStep:
         take, micro_batches = self._source.take, self._indices(consumed)
+        # Of the whole global batch: the masks are read again here instead of communicated in each step.
+        count = partial(self._source.count_labels, np.arange(consumed, consumed + self._size))
+        reads: list[Callable[[], MicroBatch]] = [partial(take, indices) for indices in micro_batches]
         if self._pool is None:
-            return consumed, [partial(take, indices) for indices in micro_batches]
-        return consumed, [self._pool.submit(take, indices).result for indices in micro_batches]
+            return consumed, count, reads
+        return consumed, self._pool.submit(count).result, [self._pool.submit(read).result for read in reads]

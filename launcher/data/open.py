@@ -11,14 +11,16 @@ from pathlib import Path
 
 from launcher.config.errors import ConfigError
 from launcher.config.schema import CorpusSource, RunConfig
-from launcher.config.shape import is_of_images, sequence_length
+from launcher.config.shape import end_of_document, is_of_images, sequence_length
 from launcher.data.blend import Blend, Segment
 from launcher.data.card import end_of_document_of, tokenizer_path
+from launcher.data.chat import chat_companions, check_chats, open_chats
+from launcher.data.chat_template import TEMPLATE_FILE, TOKENIZER_CONFIG
 from launcher.data.corpus import load_corpus, token_counts, tokens_digest
 from launcher.data.images import check_images, digit_counts, digits, image_folder
 from launcher.data.input_files import LeftOut
 from launcher.data.sampler import Samples
-from launcher.data.tokenizer import HuggingFace
+from launcher.data.tokenizer import HuggingFace, write_byte_tokenizer
 from launcher.data.tokens import (
     HeldOutPart,
     TokenSplit,
@@ -68,6 +70,14 @@ def open_data(run: RunConfig) -> Data:
             for name, split in splits.items()
             for part, digest in split.digests().items()
         }
+    elif run.data.source is CorpusSource.chat:
+        chats = open_chats(run)
+        return Data(
+            {ONLY: Samples(chats.train, run.training.seed)},
+            {ONLY: Samples(chats.validation, None)},
+            {ONLY: Samples(chats.test, None)} if chats.test else {},
+            {held_out_name(ONLY, part) if part else ONLY: digest for part, digest in chats.digests.items()},
+        )
     elif is_of_images(run):
         of_digits = run.data.source is CorpusSource.digits
         images, digests = digits(run.data) if of_digits else image_folder(run.data, run.model, Counter())
@@ -105,6 +115,8 @@ def check_data(run: RunConfig) -> LeftOut:
         _check_images(run, left_out)
     elif run.data.source is CorpusSource.tokens:
         _check_tokens(run, left_out)
+    elif run.data.source is CorpusSource.chat:
+        check_chats(run, left_out)
     else:
         train, validation = token_counts(run.data, left_out)
         _check_lengths(run, ONLY, {"training": [train], "validation": [validation]})
@@ -122,7 +134,7 @@ def check_known_vocabulary(run: RunConfig) -> None:
 
 def _known_prefixes(run: RunConfig) -> list[Path]:
     """Return the run's token files that are on this machine; opens none of them."""
-    if run.data.source is not CorpusSource.tokens:
+    if run.data.source not in (CorpusSource.tokens, CorpusSource.chat):
         return []
     patterns = [*run.data.sources.values(), *([run.data.train] if run.data.train else [])]
     return [prefix for pattern in patterns for prefix in known_prefixes(pattern)]
@@ -204,7 +216,13 @@ def tokenizer_of(run: RunConfig, splits: dict[str, TokenSplit]) -> Path | None:
 
 
 def record_tokenizer(run: RunConfig, folder: Path) -> None:
-    """Copy the tokenizer of the run's token files, if it is known, to folder/tokenizer.json."""
+    """Copy the tokenizer of the run's token files, if it is known, to folder/tokenizer.json.
+
+    Of conversations also the chat template is written.
+    """
+    if run.data.source is CorpusSource.chat:
+        _record_chat(run, folder)
+        return
     if run.data.source is not CorpusSource.tokens:
         return
     source, copy = tokenizer_of(run, _token_splits(run)), folder / TOKENIZER
@@ -217,13 +235,29 @@ def record_tokenizer(run: RunConfig, folder: Path) -> None:
     shutil.copyfile(source, copy)
 
 
+def _record_chat(run: RunConfig, folder: Path) -> None:
+    source, template = chat_companions(run)
+    copy = folder / TOKENIZER
+    folder.mkdir(exist_ok=True)
+    if source is None:
+        write_byte_tokenizer(copy)
+    elif not (copy.exists() and copy.read_bytes() == source.read_bytes()):
+        shutil.copyfile(source, copy)
+    if template is not None:
+        (folder / TEMPLATE_FILE).write_text(template)
+    if source is not None and not (folder / TOKENIZER_CONFIG).exists():
+        beside = source.parent / TOKENIZER_CONFIG
+        if source.name == TOKENIZER and beside.is_file():
+            shutil.copyfile(beside, folder / TOKENIZER_CONFIG)
+
+
 def end_of_documents(run: RunConfig) -> int | None:
     """Return the token that ends each document of the run's token files; None if they do not state one.
 
     Reads their cards and opens none of them.
     """
-    if run.data.end_of_document is not None:
-        return run.data.end_of_document
+    if run.data.end_of_document is not None or run.data.source is CorpusSource.chat:
+        return end_of_document(run)
     ends = {end_of_document_of(prefix) for prefix in _known_prefixes(run)}
     return ends.pop() if len(ends) == 1 else None
 

@@ -15,7 +15,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from pathlib import Path
@@ -27,9 +27,10 @@ from launcher import __version__
 from launcher.config.errors import ConfigError, typed_text
 from launcher.config.schema import BadLines, EndInText, PrepareConfig
 from launcher.data.card import card_path, tokenizer_path
+from launcher.data.chat_template import ChatTemplate, template_of
 from launcher.data.input_files import EMPTY, TWICE, LeftOut, files_below, first_of_each, listed
-from launcher.data.reading import JSON_ARRAY, Place, RecordBatch, batches, format_of
-from launcher.data.token_file import bin_path, index_path, write_index
+from launcher.data.reading import JSON_ARRAY, FileFormat, Place, RecordBatch, batches, format_of
+from launcher.data.token_file import bin_path, index_path, mask_path, write_index
 from launcher.data.tokenise import (
     SPELLS_END,
     BadLine,
@@ -54,6 +55,7 @@ from launcher.files import (
 )
 
 JOURNAL, TOKENS, LENGTHS, INDEX = "journal.json", "tokens.bin", "lengths.bin", "index.idx"
+MASK = "mask.bin"  # only of conversations
 BAD, TOKENIZER, CARD, MADE_OF = "bad_lines.txt", "tokenizer.json", "card.json", "made_of.json"
 _SAVE_INTERVAL = 5.0  # seconds between two writes of the journal
 _LONGEST = 2**30  # tokens per document: a longer text is split, because the index stores lengths in 31 bits
@@ -184,6 +186,7 @@ class Preparation:
         self.inputs, self.target, self.config, self.workers = inputs, target, config, workers
         self.folder = partial_path(target)
         self.max_line = int(config.max_line_mb * 1e6)
+        self.template = _template(config, inputs) if config.chat else None
         self.first_fields: tuple[str, ...] = ()  # fields with text of the first record that lacks text_field
 
     def run(self, show: ShowProgress) -> PrepareProgress:
@@ -217,7 +220,7 @@ class Preparation:
     def _settings(self, tokenizer: Path | None) -> TokeniseSettings:
         c = self.config
         end, end_in_text = c.tokenizer.end_of_document, c.end_of_document_in_text
-        return TokeniseSettings(tokenizer, end, c.text_field, self.max_line, end_in_text)
+        return TokeniseSettings(tokenizer, end, c.text_field, self.max_line, end_in_text, self.template)
 
     def _begin(self) -> PrepareProgress:
         """Return the progress of an interrupted preparation of the same input and settings.
@@ -284,6 +287,7 @@ class Preparation:
             "tokenizer": tokenizer.read_text() if tokenizer and tokenizer.is_file() else None,
             "train": [c.tokenizer.train.name, c.vocab, c.tokenizer.train_mb] if c.tokenizer.train else None,
             "end_of_document": [c.tokenizer.end_of_document, c.end_of_document_in_text.name],
+            "template": None if self.template is None else asdict(self.template),
         }
 
     def _tokenizer(self) -> TokeniseSettings:
@@ -325,15 +329,14 @@ class Preparation:
         end = np.array([tokenizer.end_of_document], tokenizer.dtype).tobytes()
         starts = accumulate((file.bytes for file in self.inputs), initial=0)
         bytes_before = {file.path: start for file, start in zip(self.inputs, starts, strict=False)}
-        with (
-            _open_truncated(self.folder / TOKENS, progress.sizes) as tokens,
-            _open_truncated(self.folder / LENGTHS, progress.sizes) as lengths,
-            _open_truncated(self.folder / BAD, progress.sizes) as bad,
-        ):
+        with ExitStack() as stack:
+            names = (TOKENS, LENGTHS, BAD, *([MASK] if self.template else []))
+            files = [stack.enter_context(_open_truncated(self.folder / n, progress.sizes)) for n in names]
+            tokens, lengths, bad = files[:3]
             saved = time.monotonic()
 
             def save() -> None:
-                for file in (tokens, lengths, bad):
+                for file in files:
                     file.flush()
                     sync(Path(file.name))
                     progress.sizes[Path(file.name).name] = file.tell()
@@ -355,6 +358,8 @@ class Preparation:
                     tokenised.tokens, tokenised.lengths = tokenised.tokens[size:], tokenised.lengths[1:]
                 ended, ends = progress.add(batch, tokenised)
                 tokens.write(tokenised.tokens)
+                if self.template:
+                    files[3].write(tokenised.mask)
                 if ends:
                     tokens.write(end)
                 lengths.write(np.array(ended, "<i4").tobytes())
@@ -401,6 +406,7 @@ class Preparation:
             bad_lines_path(self.target): BAD,
             tokenizer_path(self.target): TOKENIZER,
             card_path(self.target): CARD,
+            mask_path(self.target): MASK,
             bin_path(self.target): TOKENS,
             index_path(self.target): INDEX,
         }
@@ -425,7 +431,21 @@ class Preparation:
             "bad_lines": progress.bad_lines,
             "launcher": __version__,
             "inputs": [{"name": file.name, "bytes": file.bytes} for file in self.inputs],
+            **({} if self.template is None else {"chat_template": self.template.source}),
         }
+
+
+def _template(config: PrepareConfig, inputs: list[InputFile]) -> ChatTemplate:
+    """Return the chat template of `config`. Raises ConfigError, also for files that are not JSON."""
+    for file in inputs:
+        if format_of(file.path) is not FileFormat.json_lines:
+            why = f"{file.path} is not JSON, and conversations are read from JSON only"
+            raise ConfigError("chat", "true", why, "JSON files as SOURCE, or chat=false")
+    tokenizer, template = (
+        None if path is None else Path(path).expanduser()
+        for path in (config.tokenizer.path, config.chat_template)
+    )
+    return template_of(tokenizer, template, tokenizer_field="tokenizer.path", template_field="chat_template")
 
 
 def _bad_line_error(

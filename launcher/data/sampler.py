@@ -10,7 +10,7 @@ channels, S image height and width in pixels.
 import hashlib
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -19,8 +19,9 @@ import numpy.typing as npt
 # equally likely.
 _ROUNDS = 16
 
-# Tokens (B, T+1), of which inputs are [:, :-1] and labels [:, 1:]; or images (B, C, S, S) and classes (B, 1).
-MicroBatch = npt.NDArray[np.int64] | tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]
+# Tokens (B, T+1), of which inputs are [:, :-1] and labels [:, 1:]; or inputs and labels: tokens (B, T) and
+# their masked labels (B, T), or images (B, C, S, S) and classes (B, 1).
+MicroBatch = npt.NDArray[np.int64] | tuple[npt.NDArray[np.integer[Any]], npt.NDArray[np.int64]]
 
 
 class Items(Protocol):
@@ -30,6 +31,9 @@ class Items(Protocol):
 
     def read(self, places: npt.NDArray[np.int64]) -> MicroBatch:
         """Return the items at indices `places` (B,), each in [0, len(self))."""
+
+    def count_labels(self, places: npt.NDArray[np.int64]) -> int:
+        """Return how many labels of the items at `places` (B,) count, which is how many are not masked."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +62,10 @@ class Samples:
         """Return the micro-batch of samples `indices` (B,). Raises ConfigError for unusable data."""
         return self.items.read(self.places(indices))
 
+    def count_labels(self, indices: npt.NDArray[np.int64]) -> int:
+        """Return how many labels of samples `indices` (B,) count."""
+        return self.items.count_labels(self.places(indices))
+
 
 def sample_indices(
     *, samples_consumed: int, global_batch_size: int, micro_batch_size: int, data_rank: int, data_size: int
@@ -80,6 +88,9 @@ class Source(Protocol):
 
     def take(self, indices: npt.NDArray[np.int64]) -> MicroBatch:
         """Return the micro-batch of samples `indices` (B,)."""
+
+    def count_labels(self, indices: npt.NDArray[np.int64]) -> int:
+        """Return how many labels of samples `indices` (B,) count."""
 
 
 def permute(

@@ -138,6 +138,11 @@ class TokenFile:
         return _MAPS.map(bin_path(self.prefix)).view(self.dtype)
 
     @property
+    def mask(self) -> Array:
+        """A byte per token (tokens,): 1 for tokens that are learned. Only files of conversations have it."""
+        return _MAPS.map(mask_path(self.prefix))
+
+    @property
     def lengths(self) -> Array:
         """The tokens of each sequence (sequences,)."""
         return self._section(_HEADER.size, self.sequences, "<i4")
@@ -180,11 +185,14 @@ class TokenFile:
         """Return a digest that identifies the content of the two files.
 
         It covers both file sizes, the first and last 64 KiB of the index, and 64 stretches of 4 KiB of the
-        tokens. Only these 384 KiB are read, so a change of a few tokens may go unnoticed.
+        tokens. Only these 384 KiB are read, so a change of a few tokens may go unnoticed. Of a mask the size
+        and 64 stretches of 4 KiB are covered.
         """
         digest = hashlib.sha256()
-        index, tokens = (index_path(self.prefix), 2, 2**16), (bin_path(self.prefix), 64, 2**12)
-        for path, stretches, length in (index, tokens):
+        files = [(index_path(self.prefix), 2, 2**16), (bin_path(self.prefix), 64, 2**12)]
+        if mask_path(self.prefix).exists():
+            files.append((mask_path(self.prefix), 64, 2**12))
+        for path, stretches, length in files:
             size = path.stat().st_size
             digest.update(f"{size}/".encode())
             with path.open("rb") as file:
@@ -197,6 +205,11 @@ class TokenFile:
 def bin_path(prefix: Path) -> Path:
     """Return the path of the tokens, NAME.bin."""
     return prefix.parent / f"{prefix.name}.bin"
+
+
+def mask_path(prefix: Path) -> Path:
+    """Return the path of the mask of conversations, NAME.mask."""
+    return prefix.parent / f"{prefix.name}.mask"
 
 
 def index_path(prefix: Path) -> Path:
@@ -221,7 +234,7 @@ def open_token_file(prefix: Path) -> TokenFile:
     except OSError as error:
         raise TokenFileError(Path(error.filename), f"cannot be read: {error.strerror}") from None
     dtype, sequences, documents = _parse_header(index, header, index_size)
-    _MAPS.forget(index, tokens)
+    _MAPS.forget(index, tokens, mask_path(prefix))
     token_file = TokenFile(prefix, dtype, bin_size, sequences, documents - 1)
     end = int(token_file.pointers[-1]) + int(token_file.lengths[-1]) * dtype.itemsize
     if end != bin_size:

@@ -20,6 +20,9 @@ import numpy as np
 import numpy.typing as npt
 
 from launcher.config.schema import EndInText
+from launcher.data.chat_template import ChatTemplate
+from launcher.data.chat_tokens import ChatEncoder
+from launcher.data.conversation import BadConversation
 from launcher.data.reading import FileFormat, RecordBatch
 from launcher.data.tokenizer import Bytes, HuggingFace, Tokenizer, pieces
 
@@ -40,6 +43,7 @@ class TokenisedBatch:
     """The tokens of a batch. A plain text may continue in the next batch, which then ends it."""
 
     tokens: bytes = b""
+    mask: bytes = b""  # of conversations: a byte per token, 1 if the token is learned
     lengths: list[int] = field(default_factory=list)  # of each document that ends here, with its end token
     open_tokens: int = 0  # tokens after the last end: of a plain text that has not ended
     characters: int = 0
@@ -57,6 +61,7 @@ class TokeniseSettings:
     text_field: str
     max_line: int  # bytes
     end_in_text: EndInText = EndInText.escape
+    template: ChatTemplate | None = None  # of conversations; None: records are text
 
     def load(self) -> Tokenizer:
         """Return the tokenizer. Raises ConfigError if the file cannot be used."""
@@ -80,9 +85,13 @@ class Worker:
     def __init__(self, settings: TokeniseSettings) -> None:
         self._settings, self._tokenizer = settings, settings.load()
         self._end = self._tokenizer.end_of_document
+        template = settings.template
+        self._chats = None if template is None else ChatEncoder(template, self._tokenizer)
 
     def tokenise(self, batch: RecordBatch) -> TokenisedBatch:
         """Return the tokens of a batch, and its bad lines."""
+        if self._chats is not None:
+            return self._conversations(batch, self._chats)
         tokenised, texts = TokenisedBatch(), []
         line = batch.first_line
         for record, line_count in zip(batch.records, batch.line_counts, strict=True):
@@ -101,6 +110,26 @@ class Worker:
         tokenised.bad_lines.sort(key=lambda bad: bad.line)
         if batch.damage:
             tokenised.bad_lines.append(BadLine(line, batch.damage, batch.fields))
+        return tokenised
+
+    def _conversations(self, batch: RecordBatch, encoder: ChatEncoder) -> TokenisedBatch:
+        """Return the tokens of a batch of conversations, each a document."""
+        tokenised, line = TokenisedBatch(), batch.first_line
+        tokens, masks = [], []
+        for record, line_count in zip(batch.records, batch.line_counts, strict=True):
+            try:
+                if (document := _json_object(_line_of(record, self._settings.max_line))) is not None:
+                    ids, mask, characters = encoder.encode(document)
+                    tokens.append(ids.tobytes())
+                    masks.append(mask.tobytes())
+                    tokenised.lengths.append(len(ids))
+                    tokenised.characters += characters
+            except (NoText, BadConversation) as error:
+                tokenised.bad_lines.append(BadLine(line, str(error)))
+            line += line_count
+        tokenised.tokens, tokenised.mask = b"".join(tokens), b"".join(masks)
+        if batch.damage:
+            tokenised.bad_lines.append(BadLine(line, batch.damage))
         return tokenised
 
     def _add_documents(self, texts: list[tuple[int, str]], tokenised: TokenisedBatch) -> None:
@@ -188,14 +217,14 @@ SPELLS_END = "spells the token that ends documents"
 
 def text_of(record: Any, file_format: FileFormat, settings: TokeniseSettings) -> str:
     """Return the text of a record without a byte order mark. Raises NoText for a bad line."""
-    if record is None:
-        raise NoText(f"is longer than max_line_mb={settings.max_line / 1e6:g}")
     if isinstance(record, dict):
         text = _text_at(record, settings.text_field, record, settings.text_field)
     else:
-        text = record if isinstance(record, str) else _decoded(record)
+        text = record if isinstance(record, str) else _line_of(record, settings.max_line)
     if file_format is FileFormat.json_lines:
-        text = _json_text(text.removeprefix(_MARK), settings.text_field)
+        document = _json_object(text)
+        field = settings.text_field
+        text = "" if document is None else _text_at(document, field, document, field)
     if file_format is not FileFormat.plain_text:
         text = text.removeprefix(_MARK)
     try:
@@ -208,6 +237,12 @@ def text_of(record: Any, file_format: FileFormat, settings: TokeniseSettings) ->
 _MARK = "\ufeff"  # the byte order mark: the beginning of a file, or of a text that was copied from a file
 
 
+def _line_of(record: bytes | None, max_line: int) -> str:
+    if record is None:
+        raise NoText(f"is longer than max_line_mb={max_line / 1e6:g}")
+    return _decoded(record)
+
+
 def _decoded(record: bytes) -> str:
     try:
         return record.decode()
@@ -215,16 +250,18 @@ def _decoded(record: bytes) -> str:
         raise NoText(f"is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}") from None
 
 
-def _json_text(line: str, field: str) -> str:
+def _json_object(line: str) -> dict[str, Any] | None:
+    """Return the object on a line of JSON; None for a blank line."""
+    line = line.removeprefix(_MARK)
     if not line.strip():
-        return ""
+        return None
     try:
         document = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise NoText(f"is not JSON: {str(error).partition(':')[0]}") from None
     if not isinstance(document, dict):
         raise NoText("is JSON but not an object")
-    return _text_at(document, field, document, field)
+    return document
 
 
 def _text_at(value: Any, path: str, document: dict[str, Any], field: str) -> str:

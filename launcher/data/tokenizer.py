@@ -11,6 +11,7 @@ import numpy.typing as npt
 from launcher.config.errors import ConfigError, typed_text
 from launcher.config.numbers import BYTE_VALUES
 from launcher.config.shape import END_OF_TEXT
+from launcher.data.chat_template import CHATML_TOKENS
 from launcher.data.token_file import smallest_dtype
 from launcher.files import replacing
 
@@ -26,6 +27,10 @@ class Tokenizer(Protocol):
     end_spelling: str  # text that looks like the token that ends documents
 
     @property
+    def control_tokens(self) -> Sequence[str]:
+        """Return the spellings of the tokens by which a chat template divides a conversation."""
+
+    @property
     def end_of_document(self) -> int:
         """Return the token id that `launcher prepare` appends to each document."""
 
@@ -33,6 +38,12 @@ class Tokenizer(Protocol):
         """Return the token ids (tokens,) of each text, without added special tokens.
 
         Raises UnicodeError for half a character (a lone surrogate).
+        """
+
+    def encode_with_places(self, text: str) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]:
+        """Return the ids (tokens,) of a text, and of each the character where it starts and that after it.
+
+        Text that spells a special token becomes this token, unlike in `encode`. Raises UnicodeError.
         """
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -44,10 +55,17 @@ class Bytes:
 
     vocab_size, end_of_document, dtype = BYTE_VALUES, END_OF_TEXT, smallest_dtype(BYTE_VALUES)
     end_spelling = chr(END_OF_TEXT)
+    control_tokens = (*CHATML_TOKENS, end_spelling)
 
     def encode(self, texts: Sequence[str]) -> list[npt.NDArray[Any]]:
         # A prompt from the command line may contain bytes that are not UTF-8; prepare refuses such text.
         return [np.frombuffer(text.encode(errors="surrogateescape"), self.dtype) for text in texts]
+
+    def encode_with_places(self, text: str) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]:
+        characters = np.frombuffer(text.encode("utf-32-le"), "<u4")
+        lengths = 1 + sum((characters >= first).astype(np.int64) for first in (0x80, 0x800, 0x10000))
+        places = np.repeat(np.arange(len(text)), lengths)
+        return np.frombuffer(text.encode(), self.dtype), places, places + 1
 
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(min(token, BYTE_VALUES - 1) for token in ids).decode(errors="replace")
@@ -99,6 +117,21 @@ class HuggingFace:
     def encode(self, texts: Sequence[str]) -> list[npt.NDArray[Any]]:
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, self.dtype) for encoding in encodings]
+
+    @property
+    def control_tokens(self) -> Sequence[str]:
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        return [token.content for token in added if token.special]
+
+    def encode_with_places(self, text: str) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]:
+        text.encode()  # the library replaces half a character
+        self._tokenizer.encode_special_tokens = False
+        try:
+            encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        finally:
+            self._tokenizer.encode_special_tokens = True
+        places = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+        return np.array(encoding.ids, self.dtype), places[:, 0], places[:, 1]
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))

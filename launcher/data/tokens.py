@@ -20,6 +20,7 @@ from launcher.data.token_file import (
     TokenFileError,
     bin_path,
     index_path,
+    mask_path,
     open_token_file,
 )
 from launcher.data.windows import Stretch, check_ids
@@ -167,6 +168,9 @@ def _opened(pattern: str, field: str, left_out: LeftOut) -> list[TokenFile]:
     except TokenFileError as error:
         raise ConfigError(field, pattern, str(error), _REMEDY) from None
     for file in files:
+        if (mask := mask_path(file.prefix)).exists():
+            why = f"{mask} says which tokens of these conversations are learned, and data=tokens learns all"
+            raise ConfigError(field, pattern, why, f"data=chat {typed_text(field, pattern)}")
         if file.dtype.kind == "f":
             why = f"{bin_path(file.prefix)} contains {file.dtype.name}, but token ids are integers"
             raise ConfigError(field, pattern, why, _REMEDY)

@@ -67,6 +67,10 @@ class Windows:
                 check_ids(tokens, self.vocab_size, stretch, start)
         return rows
 
+    def count_labels(self, places: npt.NDArray[np.int64]) -> int:
+        """Return the number of labels of windows `places` (B,), which all count."""
+        return len(places) * self.sequence_length
+
 
 def check_ids(tokens: TokenIds, vocab_size: int, stretch: Stretch, start: int = 0) -> None:
     """Raise ConfigError for an id outside the vocabulary. `tokens` start at index `start` of `stretch`."""

@@ -14,6 +14,7 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_st
 from torch import Tensor, nn
 
 from launcher.config.layout import Layout
+from launcher.config.numbers import IGNORED_LABEL
 from launcher.engine import bf16_states
 from launcher.engine.gradient_passes import lighten
 from launcher.engine.optimizer import is_trained
@@ -21,7 +22,7 @@ from launcher.engine.state import find_states, loss_scaler, make_states
 from launcher.engine.stochastic import StochasticOptimizer
 from launcher.engine.update_guard import UpdateGuard, install
 from launcher.models.context import BlockContext
-from launcher.models.losses import ClassificationLoss, Loss
+from launcher.models.losses import ClassificationLoss, LanguageLoss
 from launcher.parallel.mesh import Axis, ProcessMesh
 from launcher.parallel.sharding import LogicalTensor, logical_of, merge
 
@@ -32,9 +33,10 @@ MicroBatches = Iterable[Any]  # each is token ids (B, T+1), or inputs and labels
 class StepResult:
     """Loss, norm and fate of one optimizer step. All stay on the device: reading them waits for the step."""
 
-    loss: Tensor  # mean in nats over this rank's share of the global batch, see Engine.loss_share
+    loss: Tensor  # this rank's share of the mean over all labels, in nats; see Engine.loss_share
     grad_norm: Tensor  # before clipping, the same on every rank
     skipped: Tensor  # 1 if the step changed no weight because its gradients are not usable, else 0; alike
+    labels: int | None  # of the global batch, as train_batch was told
 
 
 class Engine(ABC):
@@ -49,7 +51,7 @@ class Engine(ABC):
         optimizer: torch.optim.Optimizer,
         layout: Layout,
         mesh: ProcessMesh,
-        loss: Loss,
+        loss: LanguageLoss,
         context: BlockContext,
         device: torch.device,
     ):
@@ -78,12 +80,33 @@ class Engine(ABC):
         """(index, count) of this rank's share of the loss: the global loss is the mean of `count` shares."""
 
     @abstractmethod
-    def train_batch(self, batches: MicroBatches) -> StepResult:
-        """Take one optimizer step over this data rank's micro-batches. Collective over the world."""
+    def train_batch(self, batches: MicroBatches, labels: int | None = None) -> StepResult:
+        """Take one optimizer step over this data rank's micro-batches. Collective over the world.
+
+        `labels` is the number of labels of the global batch that are not ignored; None: no label is ignored.
+        """
 
     @abstractmethod
-    def eval_batch(self, batches: MicroBatches) -> Tensor:
-        """Return the mean loss of all data ranks' batches, without dropout, on the device. Collective."""
+    def eval_batch(self, batches: MicroBatches, labels: int | None = None) -> Tensor:
+        """Return the mean loss of all data ranks' labels, without dropout, on the device. Collective.
+
+        `labels` as in train_batch.
+        """
+
+    def _count(self, labels: int | None) -> None:
+        """Set the number by which the losses of the next global batch are divided.
+
+        A batch without a label has the loss 0 and gradients of 0.
+        """
+        micro_batches = self.layout.accumulation * self.mesh.data.size
+        self.loss.labels_per_micro_batch = None if labels is None else max(labels, 1) / micro_batches
+
+    def _to_device(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Return inputs and labels on the device: of token ids (B, T+1) two (B, T), of a pair its two."""
+        inputs, labels = batch if isinstance(batch, tuple) else (batch[:, :-1], batch[:, 1:])
+        if self.loss.labels_per_micro_batch is None:
+            assert not (labels == IGNORED_LABEL).any(), "the engine is told how many labels count"
+        return to_device(inputs, self.device), to_device(labels, self.device)
 
     def begin_shape(self) -> None:  # noqa: B027  (only a pipeline keeps buffers of one shape)
         """Get ready for micro-batches of another shape than before. Collective over the world."""
@@ -181,13 +204,7 @@ def gather_logical(shard: Tensor, logical: LogicalTensor, axis: Axis) -> Tensor:
     return merge(shards, logical)
 
 
-def to_inputs(batch: Any, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return inputs and labels on the device: of token ids (B, T+1) two (B, T), of a pair its two arrays."""
-    inputs, labels = batch if isinstance(batch, tuple) else (batch[:, :-1], batch[:, 1:])
-    return _to_device(inputs, device), _to_device(labels, device)
-
-
-def _to_device(array: npt.NDArray[Any], device: torch.device) -> Tensor:
+def to_device(array: npt.NDArray[Any], device: torch.device) -> Tensor:
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     if device.type == "cuda":
         tensor = tensor.pin_memory()  # a copy from pageable memory could wait for the GPU

@@ -37,13 +37,18 @@ class BadValue:
         return self.micro_batch, self.is_gradient, -self.stage if self.is_gradient else self.stage, self.rank
 
 
-def first_bad_value(engine: Engine, step: int, batches: MicroBatches) -> BadValue | None:
-    """Repeat a step with this data rank's micro-batches; return the first bad value. Collective, world."""
+def first_bad_value(
+    engine: Engine, step: int, batches: MicroBatches, labels: int | None = None
+) -> BadValue | None:
+    """Repeat a step with this data rank's micro-batches; return the first bad value. Collective, world.
+
+    `labels` as in Engine.train_batch.
+    """
     scaler, observer = loss_scaler(engine), _Observer(engine)
     engine.random.begin_step(step)
     try:
         with engine.guard.rehearsal(), engine.blocks.eager():
-            engine.train_batch(batches)
+            engine.train_batch(batches, labels)
     finally:
         observer.remove()
     set_loss_scaler(engine, scaler)
@@ -95,10 +100,12 @@ class _Observer:
             self.first = BadValue(name, micro_batch, is_gradient, mesh.stage, mesh.data.rank, mesh.rank)
 
 
-def micro_batch_losses(engine: Engine, step: int, batches: MicroBatches) -> tuple[list[float], float]:
+def micro_batch_losses(
+    engine: Engine, step: int, batches: MicroBatches, labels: int | None = None
+) -> tuple[list[float], float]:
     """Repeat a step; return the loss of each of this rank's micro-batches, and the gradient norm. Collective.
 
-    Ranks of a pipeline stage that computes no loss return no losses.
+    Ranks of a pipeline stage that computes no loss return no losses. `labels` as in Engine.train_batch.
     """
     losses, right = [], getattr(engine.module, engine.loss_name)
 
@@ -111,7 +118,7 @@ def micro_batch_losses(engine: Engine, step: int, batches: MicroBatches) -> tupl
     engine.random.begin_step(step)
     try:
         with engine.guard.rehearsal():
-            result = engine.train_batch(batches)
+            result = engine.train_batch(batches, labels)
     finally:
         setattr(engine.module, engine.loss_name, right)
     return losses, float(result.grad_norm)

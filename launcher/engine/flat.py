@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
-from launcher.engine.base import Engine, MicroBatches, StepResult, mean_over, to_inputs
+from launcher.engine.base import Engine, MicroBatches, StepResult, mean_over
 from launcher.engine.ds_config import deepspeed_config
 from launcher.engine.optimizer import build_optimizer
 from launcher.engine.partitioned import PartitionedInit
@@ -43,23 +43,25 @@ class FlatEngine(Engine):
     def loss_share(self) -> tuple[int, int]:
         return self.mesh.data.rank, self.mesh.data.size
 
-    def train_batch(self, batches: MicroBatches) -> StepResult:
+    def train_batch(self, batches: MicroBatches, labels: int | None = None) -> StepResult:
         self.deepspeed.train()
+        self._count(labels)
         losses = []
         for batch in batches:
-            loss = self.deepspeed(*to_inputs(batch, self.device))
+            loss = self.deepspeed(*self._to_device(batch))
             self.deepspeed.backward(loss)
             at_boundary = self.deepspeed.is_gradient_accumulation_boundary()
             if self.zero_stage == 0 and at_boundary:
                 self._judge()
             self.deepspeed.step()
             losses.append(loss.detach())
-        return StepResult(_mean(losses), self.guard.norm, self.guard.skipped)
+        return StepResult(_mean(losses), self.guard.norm, self.guard.skipped, labels)
 
-    def eval_batch(self, batches: MicroBatches) -> Tensor:
+    def eval_batch(self, batches: MicroBatches, labels: int | None = None) -> Tensor:
         self.deepspeed.eval()
+        self._count(labels)
         with torch.no_grad():
-            losses = [self.deepspeed(*to_inputs(batch, self.device)) for batch in batches]
+            losses = [self.deepspeed(*self._to_device(batch)) for batch in batches]
             return mean_over(_mean(losses), self.mesh.data)
 
     def _judge(self) -> None:

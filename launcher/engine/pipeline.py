@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
-from launcher.engine.base import Engine, MicroBatches, StepResult, to_inputs
+from launcher.engine.base import Engine, MicroBatches, StepResult
 from launcher.engine.ds_config import deepspeed_config
 from launcher.engine.optimizer import build_optimizer, is_trained
 from launcher.models.architecture import Layer, model_layers, model_loss
@@ -64,11 +64,13 @@ class PipelineEngine(Engine):
     def loss_share(self) -> tuple[int, int]:
         return 0, 1  # DeepSpeed averages the loss over the data ranks and sends it to every stage
 
-    def train_batch(self, batches: MicroBatches) -> StepResult:
+    def train_batch(self, batches: MicroBatches, labels: int | None = None) -> StepResult:
+        self._count(labels)
         loss = self.deepspeed.train_batch(self._inputs(batches))
-        return StepResult(loss, self.guard.norm, self.guard.skipped)
+        return StepResult(loss, self.guard.norm, self.guard.skipped, labels)
 
-    def eval_batch(self, batches: MicroBatches) -> Tensor:
+    def eval_batch(self, batches: MicroBatches, labels: int | None = None) -> Tensor:
+        self._count(labels)
         loss: Tensor = self.deepspeed.eval_batch(self._inputs(batches), num_micro_batches=self.micro_batches)
         return loss
 
@@ -78,8 +80,8 @@ class PipelineEngine(Engine):
     def _inputs(self, batches: MicroBatches) -> Iterator[tuple[Tensor, Tensor]]:
         # The first stage reads the tokens and the last stage the labels, each from an iterator of its rank.
         if self.documents.end_of_document is None:
-            return (to_inputs(batch, self.device) for batch in batches)
-        inputs = [to_inputs(batch, self.device) for batch in batches]
+            return map(self._to_device, batches)
+        inputs = [self._to_device(batch) for batch in batches]
         self._tokens = [iter([tokens for tokens, _ in inputs]) for _ in range(2)]
         return iter(inputs)
 

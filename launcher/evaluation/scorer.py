@@ -7,11 +7,11 @@ from itertools import islice
 import numpy as np
 import torch.distributed as dist
 
+from launcher.config.numbers import IGNORED_LABEL
 from launcher.config.schema import RunConfig
 from launcher.data.evaluated import Window
 from launcher.engine.base import Engine
 from launcher.engine.scoring import token_scores
-from launcher.parallel.cross_entropy import IGNORED_LABEL
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from launcher.config.numbers import IGNORED_LABEL
 from launcher.parallel.loss_kernels import EAGER, LossKernels, gradient_, statistics
 from launcher.parallel.mesh import Axis
 from launcher.parallel.vocabulary import chunk_sizes
 
-IGNORED_LABEL = -100
 # fp16 ends at 65504, which a sum over thousands of tokens may exceed. A power of two rounds nothing.
 PRODUCT_SCALE = 2.0**-8
 
@@ -85,9 +85,12 @@ def soft_cap_(x: Tensor, cap: float) -> Tensor:
     return tanh.square_().neg_().add_(1.0)
 
 
-def mean_loss(total: Tensor, labels: Tensor) -> Tensor:
-    """Return the mean of losses with the sum `total` over labels that are not ignored; 0 if all are."""
-    return total / (labels != IGNORED_LABEL).sum().clamp(min=1)
+def mean_loss(total: Tensor, labels: Tensor, counted: float | None = None) -> Tensor:
+    """Return the sum `total` of losses divided by `counted` labels; None: by all labels, none is ignored.
+
+    `counted` is a number of the host: counting on the device would be one more pass for each micro-batch.
+    """
+    return total / (labels.numel() if counted is None else counted)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

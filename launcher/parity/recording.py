@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from launcher.config.layout import Layout
+from launcher.config.numbers import IGNORED_LABEL
 from launcher.config.schema import RunConfig
 from launcher.data import sampler
 from launcher.engine.base import Engine, MicroBatches, gather_logical
@@ -32,7 +33,8 @@ def record_rank(rank: int, *, run: RunConfig, layout: Layout, folder: Path) -> N
         for batch in probe_batches(run):
             watchdog.at(f"step {len(steps)}")
             engine.random.begin_step(len(steps))
-            steps.append(record_step(run, engine, recorder, rank_batches(run, engine, batch)))
+            labels = int((batch[1] != IGNORED_LABEL).sum())
+            steps.append(record_step(run, engine, recorder, rank_batches(run, engine, batch), labels))
         if engine.mesh.data.rank == 0 and engine.mesh.tensor.rank == 0:
             write_trace(steps, folder / f"stage-{engine.mesh.stage}")
 
@@ -42,7 +44,8 @@ def record_dropout(rank: int, *, run: RunConfig, layout: Layout, folder: Path) -
     with _engine(rank, run, layout, folder) as (engine, _):
         batch = next(probe_batches(run))
         with recorded_draws() as draws:
-            engine.train_batch(rank_batches(run, engine, batch))
+            labels = int((batch[1] != IGNORED_LABEL).sum())
+            engine.train_batch(rank_batches(run, engine, batch), labels)
         write_draws(draws, folder / "draws")
 
 
@@ -63,11 +66,16 @@ def _engine(rank: int, run: RunConfig, layout: Layout, folder: Path) -> Iterator
         leave()
 
 
-def record_step(run: RunConfig, engine: Engine, recorder: OutputRecorder, batches: MicroBatches) -> StepTrace:
-    """Train one step on this data rank's micro-batches and return its trace. Collective over the world."""
+def record_step(
+    run: RunConfig, engine: Engine, recorder: OutputRecorder, batches: MicroBatches, labels: int
+) -> StepTrace:
+    """Train one step on this data rank's micro-batches and return its trace. Collective over the world.
+
+    `labels` as in Engine.train_batch.
+    """
     engine.set_learning_rate(run.optimizer.lr)
     recorder.start()
-    result = engine.train_batch(batches)
+    result = engine.train_batch(batches, labels)
     step = record_weights(engine)
     step.loss, step.grad_norm = engine.mean_loss(result.loss), float(result.grad_norm)
     step.norm_spread = spread(torch.tensor(step.grad_norm), dist.group.WORLD)

@@ -14,8 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from launcher.config.numbers import IGNORED_LABEL
 from launcher.config.schema import (
     AttentionKind,
+    CorpusSource,
     Dtype,
     InputKind,
     MLPKind,
@@ -197,7 +199,11 @@ def _step(
     inputs, labels = batch
     used = with_adapters(run, parameters)
     logits = forward(used, run.model, inputs, outputs, documents(run, inputs))
-    losses = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none").mean(dim=1)
+    losses = F.cross_entropy(
+        logits.transpose(1, 2), labels, reduction="none", ignore_index=IGNORED_LABEL
+    ).sum(1)
+    # Each sample's part of the mean over all labels that count, so that the mean of the parts is the loss.
+    losses = losses * len(labels) / (labels != IGNORED_LABEL).sum()
     loss = losses.mean()
     optimizer.zero_grad()
     loss.backward()
@@ -439,6 +445,7 @@ def _gelu(y: Tensor) -> Tensor:
 def probe_batches(run: RunConfig) -> Iterator[GlobalBatch]:
     """Yield a random global batch per step of verify, as a function of the seed.
 
+    Of conversations only some labels count.
     Where attention stops at documents, about every fourth token ends a document.
     """
     generator = torch.Generator().manual_seed(run.training.seed)
@@ -455,4 +462,9 @@ def probe_batches(run: RunConfig) -> Iterator[GlobalBatch]:
             end = end_of_document(run)
             assert end is not None
             tokens[torch.rand(shape, generator=generator) < 0.25] = end
-        yield tokens[:, :-1], tokens[:, 1:]
+        labels = tokens[:, 1:].clone()
+        if run.data.source is CorpusSource.chat:
+            # Unequal shares of the samples, so that a mean of means is another number.
+            shares = torch.linspace(0.1, 0.9, size)[:, None]
+            labels[torch.rand(labels.shape, generator=generator) < shares] = IGNORED_LABEL
+        yield tokens[:, :-1], labels

@@ -25,6 +25,11 @@ def rank_batches(run: RunConfig, engine: Engine, samples: Source, consumed: int)
     return map(samples.take, rank_samples(run, engine, consumed))
 
 
+def counted_labels(run: RunConfig, samples: Source, consumed: int) -> int:
+    """Return how many labels of the global batch after `consumed` samples count, of all data ranks."""
+    return samples.count_labels(np.arange(consumed, consumed + run.training.global_batch_size))
+
+
 def rank_samples(run: RunConfig, engine: Engine, consumed: int) -> npt.NDArray[np.int64]:
     """Return this data rank's sample indices (A, B) of the global batch after `consumed` samples."""
     return sample_indices(

@@ -7,7 +7,7 @@ from launcher.data.sampler import sample_indices
 from launcher.engine.base import Engine
 from launcher.engine.examination import BadValue, first_bad_value
 from launcher.runtime.agreement import WorldValues
-from launcher.runtime.batches import rank_batches
+from launcher.runtime.batches import counted_labels, rank_batches
 from launcher.runtime.resume import Progress
 
 _MOST_REPORTS = 5  # in one start: each repeats a step
@@ -49,7 +49,8 @@ class NonfiniteGuard:
             return ""
         consumed = progress.samples - (since + 1) * self.run.training.global_batch_size
         batches = rank_batches(self.run, self.engine, blend, consumed) if self.engine.reads_data else []
-        bad = first_bad_value(self.engine, progress.step - since, batches)
+        labels = counted_labels(self.run, blend, consumed)
+        bad = first_bad_value(self.engine, progress.step - since, batches, labels)
         if bad is None:
             return ". When the step was repeated, all its values were finite"
         return f".\n         The first bad value is {place_of(bad, self.run, self.engine, consumed)}"

@@ -17,7 +17,7 @@ from launcher.engine.base import Engine
 from launcher.engine.build import build_engine
 from launcher.engine.distributed import join, leave, prepare_deepspeed
 from launcher.engine.examination import micro_batch_losses
-from launcher.runtime.batches import rank_batches, rank_loader, rank_samples
+from launcher.runtime.batches import counted_labels, rank_batches, rank_loader, rank_samples
 from launcher.runtime.excluded import read_excluded
 from launcher.runtime.resume import Progress, start_from
 from launcher.runtime.sampling import tokenizer_of
@@ -96,7 +96,8 @@ def sample_losses(
 ) -> tuple[list[SampleLoss], float]:
     """Repeat the next step without its update: the loss of each sample, the gradient norm. Collective."""
     batches = list(rank_batches(run, engine, blend, progress.samples)) if engine.reads_data else []
-    losses, norm = micro_batch_losses(engine, progress.step + 1, batches)
+    labels = counted_labels(run, blend, progress.samples)
+    losses, norm = micro_batch_losses(engine, progress.step + 1, batches, labels)
     samples = rank_samples(run, engine, progress.samples).ravel().tolist()
     mine = [SampleLoss(*pair) for pair in zip(samples, losses, strict=False)]
     if engine.mesh.tensor.rank:

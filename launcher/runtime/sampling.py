@@ -49,7 +49,7 @@ def tokenizer_of(run: RunConfig, config: GenerateConfig, run_dir: Path) -> Token
     recorded = run_dir / COMPANIONS / TOKENIZER
     if config.tokenizer is not None:
         return HuggingFace(Path(config.tokenizer).expanduser(), field="tokenizer")
-    if run.data.source is not CorpusSource.tokens:
+    if run.data.source not in (CorpusSource.tokens, CorpusSource.chat):
         return Bytes()
     if not recorded.exists():
         why = "its token files had no tokenizer beside them, and the run recorded none"

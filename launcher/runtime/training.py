@@ -17,7 +17,7 @@ from launcher.checkpoint.companions import COMPANIONS
 from launcher.checkpoint.weights import save_weights
 from launcher.config.errors import typed_text
 from launcher.config.layout import Layout
-from launcher.config.schema import RunConfig
+from launcher.config.schema import CorpusSource, RunConfig
 from launcher.config.shape import has_lora, sequence_length
 from launcher.data.blend import Blend
 from launcher.data.loader import Loader
@@ -145,7 +145,8 @@ def optimizer_step(run: RunConfig, engine: Engine, loader: Loader, progress: Pro
     step = progress.step + 1
     engine.set_learning_rate(rate_of(run, step))
     engine.random.begin_step(step)
-    return engine.train_batch(loader.step(progress.samples) if engine.reads_data else [])
+    batches = loader.step(progress.samples) if engine.reads_data else []
+    return engine.train_batch(batches, loader.labels)
 
 
 def end_step(session: Session, progress: Progress, blend: Blend, result: StepResult) -> None:
@@ -243,6 +244,8 @@ def training_row(session: Session, progress: Progress, result: StepResult, agree
         "train/samples": progress.samples,
         "train/tokens": progress.samples * length,
     }
+    if run.data.source is CorpusSource.chat and result.labels is not None:
+        row["train/labels"] = result.labels
     if times.steps:
         row |= performance(run, session.layout, length, times.per_step)
         row["perf/data_wait"] = times.data_wait / times.seconds

@@ -2,11 +2,11 @@
 
 import numpy as np
 
+from launcher.config.numbers import IGNORED_LABEL
 from launcher.config.schema import RunConfig
 from launcher.data.open import ONLY, Data
 from launcher.data.sampler import Samples
 from launcher.engine.base import Engine, MicroBatches
-from launcher.parallel.cross_entropy import IGNORED_LABEL
 from launcher.runtime.batches import rank_batches, rank_samples
 from launcher.runtime.metrics.rows import Row
 
@@ -36,33 +36,27 @@ def loss_row(run: RunConfig, engine: Engine, sources: dict[str, Samples], name: 
 
 
 def validation_loss(run: RunConfig, engine: Engine, samples: Samples) -> float:
-    """Return the mean loss over the first validation samples, each counted once. Collective over the world.
+    """Return the mean loss over all labels of the first validation samples. Collective over the world.
 
     The number of samples is `training.validation_batches` global batches, or all samples if there are fewer.
     """
-    size, micro_batch = run.training.global_batch_size, run.training.micro_batch_size
+    size, losses = run.training.global_batch_size, []
     count = min(run.training.validation_batches * size, len(samples))
-    losses = [
-        (engine.eval_batch(rank_batches(run, engine, samples, start)), size)
-        for start in range(0, count - size + 1, size)
-    ]
-    # The remaining samples fill micro-batches, and then a part of one. The loss of a batch is the mean over
-    # its micro-batches, so in each evaluation all micro-batches in use contain equally many samples.
-    start, rest = count - count % size, count % size
-    for taken in (rest - rest % micro_batch, rest % micro_batch):
-        if taken:
-            batches = _masked_batches(run, engine, samples, range(start, start + taken))
-            losses.append((engine.eval_batch(batches), min(taken, micro_batch) * (size // micro_batch)))
-            start += taken
+    for start in range(0, count, size):
+        part = range(start, min(start + size, count))
+        if len(part) == size:
+            batches = rank_batches(run, engine, samples, start)
+        else:
+            batches = _masked_batches(run, engine, samples, part)
+        labels = samples.count_labels(np.array(part))
+        losses.append((engine.eval_batch(batches, labels), labels))
     # Read only now, so that the batches follow one another on the device.
-    return sum(float(loss) * weight for loss, weight in losses) / count
+    return sum(float(loss) * labels for loss, labels in losses) / max(1, sum(n for _, n in losses))
 
 
 def _masked_batches(run: RunConfig, engine: Engine, samples: Samples, counted: range) -> MicroBatches:
-    """Yield this data rank's micro-batches of a global batch from `counted.start` on; others are masked."""
-    first = counted.start - counted.start % run.training.global_batch_size
-    assert len(counted) <= run.training.global_batch_size
-    for places in rank_samples(run, engine, first) + (counted.start - first):
+    """Yield this data rank's micro-batches of a global batch; samples that are not `counted` are masked."""
+    for places in rank_samples(run, engine, counted.start):
         # Samples outside `counted` keep the shape of the batch, but their labels are ignored.
         batch = samples.take(np.minimum(places, counted.stop - 1))
         inputs, labels = batch if isinstance(batch, tuple) else (batch[:, :-1], batch[:, 1:])

@@ -130,3 +130,16 @@ def test_a_run_on_text_exports_the_tokenizer_of_its_bytes(tmp_path: Path) -> Non
     assert tokenizer.encode(TEXT) == list(TEXT.encode())
     assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
     assert json.loads((tmp_path / "back" / "config.json").read_text())["eos_token_id"] == 0
+
+
+def test_a_run_on_conversations_exports_tokenizer_and_template(tmp_path: Path) -> None:
+    chats = "data=chat", "data.train=pkg://launcher/data/conversations.jsonl", "model.max_sequence_length=256"
+    trained("run.dir=a", "training.steps=1", "checkpoint.enabled=false", *chats, cwd=tmp_path)
+    done = launcher("export", "a", "back", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "back")
+    messages = [{"role": "user", "content": TEXT}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert text == f"<|im_start|>user\n{TEXT}<|im_end|>\n<|im_start|>assistant\n"
+    # The end of documents, a zero byte, is spelled like a letter, which is still text.
+    assert tokenizer.encode(f"{text}\u0100") == list(f"{text}\u0100".encode())

@@ -43,6 +43,7 @@ BESIDE = {
     ("data", "text"): ["data.train=README.md"],
     ("data", "tokens"): ["data.train=corpora/web"],
     ("data", "digits"): ["model=vit_tiny"],
+    ("data", "chat"): ["data.train=chats.jsonl"],
     ("data", "image_folder"): ["model=vit_b16", "data.train=images"],
     ("model", "vit_tiny"): ["data=digits"],
     ("model", "vit_b16"): ["data=image_folder", "data.train=images"],

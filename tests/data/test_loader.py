@@ -89,11 +89,16 @@ def test_prefetches_while_the_step_computes() -> None:
                 all_read.set()
             return indices
 
+        def count_labels(self, indices: npt.NDArray[np.int64]) -> int:
+            return int(indices.sum())
+
     with loader_of(Recorded(), 2, ahead=2) as loader:
         loader.step(0)
         assert all_read.wait(10)
         assert sorted(read) == [0, 1, 2, 3, 4, 5]
+        assert loader.labels == 0 + 1
         loader.step(2)
+        assert loader.labels == 2 + 3
         assert loader.waited < 10
 
 
@@ -104,6 +109,9 @@ def test_an_exception_while_reading_is_raised_in_the_step_of_the_sample(threads:
             if indices[0] >= 4:
                 raise ValueError("no such sample")
             return indices
+
+        def count_labels(self, indices: npt.NDArray[np.int64]) -> int:
+            return len(indices)
 
     with loader_of(Broken(), 2, threads=threads) as loader:
         loader.step(0)

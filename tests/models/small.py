@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from launcher.config.numbers import IGNORED_LABEL
 from launcher.config.schema import (
     ActivationCheckpointing,
     AttentionKind,
@@ -27,7 +28,6 @@ from launcher.config.schema import (
 )
 from launcher.models.architecture import FlatModel, flat_model
 from launcher.models.context import BlockContext
-from launcher.parallel.cross_entropy import IGNORED_LABEL
 from launcher.parallel.initializer import Initializer
 from launcher.parallel.mesh import ProcessMesh
 from launcher.parallel.sharding import logical_of
@@ -206,6 +206,7 @@ def by_name(module: nn.Module) -> dict[str, nn.Parameter]:
 
 def gradients(model: FlatModel, tokens: Tensor, labels: Tensor) -> tuple[float, dict[str, Tensor]]:
     """Return the loss, and this rank's gradients by logical name."""
+    model.loss.labels_per_micro_batch = int((labels != IGNORED_LABEL).sum())
     loss = model(tokens, labels)
     loss.backward()
     found = {}

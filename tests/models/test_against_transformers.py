@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from launcher.config.numbers import IGNORED_LABEL
 from launcher.config.schema import ModelConfig, PositionKind
 from launcher.parallel.mesh import ProcessMesh
 from launcher.parallel.sharding import logical_of, merge
@@ -182,6 +183,7 @@ def test_on_one_process(name: str) -> None:
     ours = with_weights(model, weights)
     tokens, labels = batch(model.vocab_size)
     torch.testing.assert_close(ours.logits(tokens), logits, rtol=0, atol=LOGITS_TOLERANCE)
+    ours.loss.labels_per_micro_batch = int((labels != IGNORED_LABEL).sum())
     our_loss = ours(tokens, labels)
     assert our_loss.item() == pytest.approx(loss, abs=1e-5)
     our_loss.backward()
@@ -199,6 +201,7 @@ def of_rank(rank: int, world: int, model: ModelConfig, weights: Weights, sequenc
     mine = ours.logits(tokens)
     parts = [torch.empty_like(mine) for _ in range(world)]
     dist.all_gather(parts, mine.detach().contiguous(), group=ranks.tensor.group)
+    ours.loss.labels_per_micro_batch = int((labels != IGNORED_LABEL).sum())
     loss = ours(tokens, labels)
     loss.backward()
     own = {name: p.grad for name, p in by_name(ours).items() if p.grad is not None}

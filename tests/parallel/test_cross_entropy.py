@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.exc import InternalTorchDynamoError
 
+from launcher.config.numbers import IGNORED_LABEL
 from launcher.engine.allocations import Allocations
 from launcher.parallel import compiling, cross_entropy, loss_kernels, vocabulary
 from launcher.parallel.compiling import Function
-from launcher.parallel.cross_entropy import IGNORED_LABEL, linear_cross_entropy, mean_loss
+from launcher.parallel.cross_entropy import linear_cross_entropy, mean_loss
 from launcher.parallel.loss_kernels import EAGER, LossKernels
 from launcher.parallel.mesh import Axis
 from launcher.parallel.vocabulary import CHUNK_LOGITS, CHUNK_TOKENS, chunk_sizes, padded_length
@@ -104,9 +105,11 @@ def compare(rank: int, world: int, case: Case, kernels: LossKernels = EAGER) -> 
         patch.setitem(vocabulary.CHUNK_TOKENS, "cpu", case.chunk)
         bias_or_none = ours[2] if case.bias else None
         arguments = bias_or_none, labels, case.vocabulary, axis, "cpu", case.cap, kernels
-        mean = mean_loss(linear_cross_entropy(ours[0], ours[1], *arguments), labels)
+        counted = max(1, int((labels != IGNORED_LABEL).sum()))
+        mean = mean_loss(linear_cross_entropy(ours[0], ours[1], *arguments), labels, counted)
         with torch.no_grad():  # without gradients: the same loss
-            assert torch.equal(mean, mean_loss(linear_cross_entropy(ours[0], ours[1], *arguments), labels))
+            again = mean_loss(linear_cross_entropy(ours[0], ours[1], *arguments), labels, counted)
+            assert torch.equal(mean, again)
     (mean * case.upstream).backward()
     assert torch.equal(ours[0], x)  # not changed in place
     assert mean.dtype is torch.float32

@@ -98,7 +98,7 @@ def gradients_scaled_by_accumulation() -> None:
 
 def loss_scaled_by_accumulation() -> None:
     mean = losses.mean_loss
-    losses.mean_loss = lambda values, labels: mean(values, labels) / 3
+    losses.mean_loss = lambda *arguments: mean(*arguments) / 3
 
 
 def shards_not_counted() -> None:
@@ -209,7 +209,7 @@ def same_data_on_all_ranks() -> None:
 def last_micro_batch_dropped() -> None:
     right = flat.FlatEngine.train_batch
 
-    def train_batch(self: flat.FlatEngine, batches: Any) -> Any:
+    def train_batch(self: flat.FlatEngine, batches: Any, labels: int | None = None) -> Any:
         boundary = deepspeed.DeepSpeedEngine.is_gradient_accumulation_boundary
         kept = list(batches)[:-1]
         seen = len(kept)
@@ -219,7 +219,7 @@ def last_micro_batch_dropped() -> None:
 
         deepspeed.DeepSpeedEngine.is_gradient_accumulation_boundary = early
         try:
-            return right(self, kept)
+            return right(self, kept, labels)
         finally:
             deepspeed.DeepSpeedEngine.is_gradient_accumulation_boundary = boundary
 

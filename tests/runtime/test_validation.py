@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from launcher.config.numbers import IGNORED_LABEL
 from launcher.config.schema import RunConfig
 from launcher.data.sampler import Samples
 from launcher.data.windows import Stretch, Windows
 from launcher.engine.base import MicroBatches
 from launcher.models.losses import ClassificationLoss
-from launcher.parallel.cross_entropy import IGNORED_LABEL
 from launcher.parallel.initializer import Initializer
 from launcher.parallel.layers import TensorParallel, VocabParallelHead
 from launcher.parallel.mesh import Axis
@@ -30,7 +30,7 @@ class AllRanks:
     """An engine of `data` data ranks in one process: the loss of a label is the label."""
 
     def __init__(self, data: int) -> None:
-        self.mesh, self._data = self, data  # a mesh with the axis `data`
+        self.mesh = self  # a mesh with the axis `data`
         self.size = data
         self.rank = 0
         self.counted: list[int] = []  # first label of each sample that is counted
@@ -39,15 +39,15 @@ class AllRanks:
     def data(self) -> "AllRanks":
         return self
 
-    def eval_batch(self, batches: MicroBatches) -> torch.Tensor:
+    def eval_batch(self, batches: MicroBatches, labels: int) -> torch.Tensor:
         losses = []
-        for inputs, labels in (self._pair(batch) for batch in batches):
-            assert inputs.shape == labels.shape
-            kept = labels != IGNORED_LABEL
+        for inputs, of_batch in (self._pair(batch) for batch in batches):
+            assert inputs.shape == of_batch.shape
+            kept = of_batch != IGNORED_LABEL
             assert (kept.all(axis=1) | ~kept.any(axis=1)).all()
-            self.counted += labels[kept.all(axis=1), 0].tolist()
-            losses.append(labels[kept].mean() if kept.any() else 0.0)
-        return torch.tensor(np.mean(losses))
+            self.counted += of_batch[kept.all(axis=1), 0].tolist()
+            losses.append(of_batch[kept].sum())
+        return torch.tensor(np.sum(losses) * self.size / labels)
 
     def _pair(self, batch: Any) -> Any:
         return batch if isinstance(batch, tuple) else (batch[:, :-1], batch[:, 1:])
@@ -101,6 +101,7 @@ def test_accuracy_does_not_count_ignored_labels() -> None:
     logits = torch.zeros(3, 1, 10)
     logits[:, 0, 4] = 1.0
     with torch.no_grad():
+        loss.labels_per_micro_batch = 2
         mean = loss(logits, torch.tensor([[4], [2], [IGNORED_LABEL]]))
     assert (loss.right, loss.seen) == (1, 2)
     assert float(mean) == pytest.approx(float(torch.logsumexp(logits[0, 0], 0)) - 0.5)
