@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config
 import torch._inductor.graph
 from torch import Tensor
 
@@ -102,6 +103,26 @@ def test_tensor_and_sequence_parallelism_need_no_break(subtests: pytest.Subtests
             for error, graphs in pool(2).run(of_rank, model, options):
                 assert graphs == (1, 0)
                 assert error < TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("architecture", "forward_and_backward"), [("gpt", 4 + 6), ("llama", 5 + 8)])
+def test_a_block_runs_few_generated_kernels(architecture: str, forward_and_backward: int) -> None:
+    """Besides matrix products and attention."""
+    forget_graphs()
+    model = small(architecture)
+    ours = build(model, compiled=True)
+    named = torch._inductor.config.patch({"cpp.enable_kernel_profile": True})
+    with torch.compiler.config.patch(force_disable_caches=True), named:  # type: ignore[attr-defined]
+        gradients(ours, *batch(model.vocab_size))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        gradients(ours, *batch(model.vocab_size))
+    runs = [event.count for event in profile.key_averages() if "_cpp_fused_" in event.key]
+    in_blocks = [
+        count for count in runs if count % model.num_layers == 0
+    ]  # the loss has two, of one run each
+    assert len(runs) - len(in_blocks) == 2
+    assert sum(in_blocks) == model.num_layers * forward_and_backward
 
 
 @pytest.mark.usefixtures("traced")
