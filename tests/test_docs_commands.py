@@ -40,6 +40,13 @@ QUICK = {"README", "configs", "data"}  # pages of the quick test
 REFUSED = ["launcher parallelism.tensor=3"]  # shown as an example of a refusal
 ELSEWHERE = {
     "tensorboard --logdir runs": "a program of the package tensorboard",
+    "launcher model=llama3_8b hardware=h200_141gb hardware.accelerators_per_node=1 precision=bf16_states "
+    "parallelism=single training.micro_batch_size=2 training.global_batch_size=2 training.steps=16 "
+    "scheduler.warmup_steps=1 optimizer.lr=1e-5": "needs a GPU of 141 GB",
+    "launcher experiment=qwen3_8b_lora checkpoint.init_from=PATH/TO/Qwen3-8B data=tokens "
+    "data.train=corpora/mine run.dir=runs/lora": "needs a GPU: tests/checkpoint/test_lora.py",
+    "launcher export runs/lora adapter": "needs the run before it: tests/checkpoint/test_lora.py",
+    "launcher export runs/lora whole merged=true": "needs that run: tests/checkpoint/test_lora.py",
     "srun launcher": "needs a Slurm cluster: tests/slurm",
     "srun launcher doctor": "needs a Slurm cluster; without it: tests/config/test_doctor.py",
     "launcher sync runs/name": "needs a W&B server: tests/runtime/test_metrics.py",
@@ -49,19 +56,12 @@ ELSEWHERE = {
     "launcher replay run.dir=runs/a step=187 samples=4 parallelism=tp2": "a run with a bad step: "
     "tests/runtime/test_guards.py",
 }
-NEED_A_RUN = {
-    "generate",
-    "replay",
-    "evaluate",
-    "export",
-    "import",
-    "status",
-    "checkpoint",
-    "doctor",
-}  # in the slow test
+# In the slow test.
+NEED_A_RUN = {"generate", "replay", "evaluate", "export", "import", "status", "checkpoint", "doctor"}
 WRITING = {"prepare", "calibrate"}
 TOO_LONG = {  # for the slow test; the quick test checks them
     "calibrate": "measures for minutes: tests/calibrate",
+    "tasks=": "needs lm_eval and the tasks' data: tests/evaluation",
     "compare": "trains ten layouts: tests/compare",
     "model=vit_b16": "86 million parameters: tests/data trains small models on folders of images",
     "this_machine": "needs the file of `launcher calibrate`: tests/calibrate",
