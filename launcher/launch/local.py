@@ -122,10 +122,7 @@ def run_local_ranks(
             ranks stopped by themselves, for a rank of another node. `__cause__` is a failure during the stop.
         OSError: log_dir cannot be created, or a process cannot be started.
     """
-    log_dir.mkdir(parents=True, exist_ok=True)
-    if start_method == "spawn":
-        # Here, because the start of rank 0 would do it and unblock the signals that _start blocks.
-        resource_tracker.ensure_running()
+    _prepare(log_dir, start_method)
     ranks, kills_before = list[_Rank](), memory_kills()
     with _recorded_stops() as stops, no_grandchildren_left(patience=failure_grace):
         try:
@@ -137,13 +134,27 @@ def run_local_ranks(
                 _save_and_stop(ranks, save_grace, stops)
             _end(ranks, stop_grace if stops else failure_grace, stops)
     if stops and (failure is None or failure.secondary):
-        stop = KeyboardInterrupt() if stops[0] == signal.SIGINT else Stopped(stops[0])
-        failed = _first_failure(ranks)
-        raise stop from (_as_error(failed, world_size, stopping=True) if failed else None)
+        raise _stop(stops[0]) from _failure_during_stop(ranks, world_size)
     if all_stopped_themselves:
         raise Stopped(signal.SIGTERM)
     if failure is not None:
         raise _as_error(failure, world_size, stopping=bool(stops))
+
+
+def _prepare(log_dir: Path, start_method: str) -> None:
+    log_dir.mkdir(parents=True, exist_ok=True)
+    if start_method == "spawn":
+        # Here, because the start of rank 0 would do it and unblock the signals that _start blocks.
+        resource_tracker.ensure_running()
+
+
+def _stop(number: int) -> KeyboardInterrupt | Stopped:
+    return KeyboardInterrupt() if number == signal.SIGINT else Stopped(number)
+
+
+def _failure_during_stop(ranks: "list[_Rank]", world_size: int) -> BaseException | None:
+    failed = _first_failure(ranks)
+    return _as_error(failed, world_size, stopping=True) if failed else None
 
 
 @dataclass

@@ -18,6 +18,7 @@ from launcher.config.shape import (
 )
 
 Settings = dict[str, Any]
+SWIGLU = {"norm": NormKind.rms_norm, "positions": PositionKind.rope, "mlp": MLPKind.swiglu}
 NO_BIASES = BiasesConfig(qkv=False, output=False, up=False, down=False, head=False)
 
 
@@ -44,7 +45,6 @@ def decoder(
     weights have more than theirs. `default_head_size` is the meaning of an absent head_dim; None: the hidden
     size over the heads.
     """
-
     own_head_size = "head_size" not in derived
 
     def all_read(theirs: Settings) -> Settings:
@@ -55,17 +55,14 @@ def decoder(
         size = {"head_dim": head_size(m)} if own_head_size else {}
         return {"num_key_value_heads": kv_heads(m), **size, **write(m)}
 
-    swiglu = {"norm": NormKind.rms_norm, "positions": PositionKind.rope, "mlp": MLPKind.swiglu}
+    all_parts = {**TEXT, **SWIGLU, "biases": NO_BIASES, **(parts or {})}
+    read_elsewhere = {*(settings or {}), *free}
     return Adapter(
         title=title,
         model_type=model_type,
         architecture=architecture,
         prefix="model.",
-        parts={
-            name: value
-            for name, value in {**TEXT, **swiglu, "biases": NO_BIASES, **(parts or {})}.items()
-            if name not in (settings or {}) and name not in free
-        },
+        parts={name: value for name, value in all_parts.items() if name not in read_elsewhere},
         settings={**SETTINGS, **(settings or {})},
         defaults={**DEFAULTS, **(defaults or {})},
         fixed={"hidden_act": "silu"} if fixed is None else fixed,
