@@ -16,7 +16,15 @@ from launcher.config.schema import ModelConfig, RouterKind
 from launcher.config.shape import is_gated
 from launcher.models.context import BlockContext, residual_draw
 from launcher.models.expert_losses import load_balancing_loss, with_loss, z_loss
-from launcher.models.grouped import collect, grouped_linear, sorted_by_expert, spread
+from launcher.models.grouped import (
+    Order,
+    collect,
+    exchanged_rows,
+    grouped_linear,
+    sorted_by_expert,
+    spread,
+    unsorted,
+)
 from launcher.models.mlp import MLP, activated
 from launcher.parallel.collectives import copy_region, gather_copies_region
 from launcher.parallel.initializer import normal
@@ -58,10 +66,12 @@ class Experts(nn.Module):
         h, f, gated = model.hidden_size, experts.ffn_hidden_size, is_gated(model)
         self.router = Router(f"{name}.router", model, tp)
         up, segments = (f"{name}.experts.gate_up", (f, f)) if gated else (f"{name}.experts.up", (f,))
-        rows = segments * experts.count
+        rows, part = segments * experts.count, (context.expert.rank, context.expert.size)
+        self.expert, self.num_experts = context.expert, experts.count
         make = tp.initializer.parameter
-        self.up = make(LogicalTensor(f"{up}.weight", (sum(rows), h), 0, rows), normal(model.init_std))
-        down = LogicalTensor(f"{name}.experts.down.weight", (experts.count * h, f), 1, (f,))
+        first = LogicalTensor(f"{up}.weight", (sum(rows), h), 0, rows, part=part)
+        self.up = make(first, normal(model.init_std))
+        down = LogicalTensor(f"{name}.experts.down.weight", (experts.count * h, f), 1, (f,), part=part)
         self.down = make(down, residual_draw(model))
         columns = experts.shared * f
         self.shared = MLP(f"{name}.shared", model, context, columns) if columns else None
@@ -73,10 +83,20 @@ class Experts(nn.Module):
         weights = copy_region(weights, tp.axis).flatten(0, 1)
         order = sorted_by_expert(chosen.flatten(0, 1), experts.count)
         y = spread(tp.enter(x).flatten(0, 1), order)
-        y = activated(self.model, grouped_linear(y, self.up.view(experts.count, -1, self.up.shape[1]), order))
-        y = grouped_linear(y, self.down.view(experts.count, -1, self.down.shape[1]), order)
+        if self.expert.size == 1:
+            y = self._run(y, order)
+        else:
+            exchange = exchanged_rows(order, experts.count, self.expert, y.device)
+            y = spread(exchange.there(y), exchange.order)
+            y = exchange.back(unsorted(self._run(y, exchange.order), exchange.order))
         y = tp.leave(collect(y, weights, order).view(len(x), -1, x.shape[-1]))
         return y if self.shared is None else y + self.shared(x)
+
+    def _run(self, rows: Tensor, order: Order) -> Tensor:
+        """Run sorted rows through this rank's experts."""
+        held = self.num_experts // self.expert.size
+        y = grouped_linear(rows, self.up.view(held, -1, self.up.shape[1]), order)
+        return grouped_linear(activated(self.model, y), self.down.view(held, -1, self.down.shape[1]), order)
 
     def _route(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Return weights and numbers of the chosen experts, (B, T, k) each, from logits (B, T, E)."""
