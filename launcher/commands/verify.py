@@ -53,7 +53,7 @@ def _verify(ready_run: ReadyRun, machine: Machine) -> bool:
 
     prepare_deepspeed("cuda" if gpus else "cpu")
     from launcher.parity.verdict import print_pass, write_report
-    from launcher.parity.verification import verify
+    from launcher.parity.verification import VerifyPass, verify
 
     small, shrunk = shrink(ready_run.run, ready_run.layout, gpus=gpus)
     small_layout = validate(small, world_of_machine(small, machine))
@@ -63,13 +63,16 @@ def _verify(ready_run: ReadyRun, machine: Machine) -> bool:
     print("shrunk   " + "\n         ".join(shrunk) + "\n", flush=True)
     if ready_run.run.precision.dtype is Dtype.fp16:
         print("note     fp16 trains on GPUs only: verified in fp32\n")
-    started, passes = time.monotonic(), []
-    for result in verify(small):
-        passes.append(result)
-        print_pass(result)
+    started, passes, finished = time.monotonic(), list[VerifyPass](), False
+    try:
+        for result in verify(small):
+            passes.append(result)
+            print_pass(result)
+        finished = True
+    finally:
+        if report:
+            write_report(report, small_layout, shrunk, passes, finished=finished)
     ok = all(result.ok for result in passes)
-    if report:
-        write_report(report, small_layout, shrunk, passes)
     compared = sum(len(result.differences) for result in passes)
     verdict, same = ("PASSED", "computes the same as") if ok else ("FAILED", "computes something else than")
     took = f"{compared} comparisons, {time.monotonic() - started:.0f} s"

@@ -65,6 +65,14 @@ def diagnose(
     return next(Diagnosis(*result) for rule in RULES for result in rule(evidence))
 
 
+def diagnose_lost_rank(failure: str, hang: str | None) -> Diagnosis:
+    """Return the diagnosis of a rank's failure, or of a hang by the report of the watchdog."""
+    if hang is not None:
+        meaning = "a rank does not take part in a collective, or calls another one than the other ranks"
+        return Diagnosis(hang.strip(), meaning)
+    return Diagnosis(failure.strip(), "the traceback shows where the rank failed; nothing was compared")
+
+
 Results = Iterator[tuple[str, str]]  # the shape and the meaning of a difference; the first result counts
 
 

@@ -39,6 +39,7 @@ DifferenceKind = Literal[
     "data_replica",
     "tied_copy",
     "dropout",  # dropout masks: see parity/dropout.py
+    "rank",  # a rank that failed or hung: nothing could be compared
 ]
 
 
@@ -285,7 +286,7 @@ class _Comparison:
 
 def distance(numbers: Tensor) -> Tensor:
     """Return the distance of the two bf16 numbers around each number."""
-    return torch.ldexp(torch.ones(()), torch.frexp(numbers).exponent - 8)
+    return torch.ldexp(torch.ones_like(numbers), torch.frexp(numbers).exponent - 8)
 
 
 def _clip_factor(run: RunConfig, step: StepTrace) -> float:
