@@ -13,7 +13,7 @@ from launcher.config.validate import validate
 from launcher.config.world import world_of_hardware, world_of_machine
 from launcher.launch.exit_codes import FAILED
 from launcher.launch.this_machine import share_cores, this_machine
-from launcher.parity.shrink import MOST_RANKS, shrink
+from launcher.parity.shrink import MOST_RANKS, inner_stages, long_samples, shrink
 
 HELP = """\
 launcher verify [OVERRIDES]: check that a run's layout computes the same as one process.
@@ -58,6 +58,8 @@ def _verify(ready_run: ReadyRun, machine: Machine) -> bool:
     small, shrunk = shrink(ready_run.run, ready_run.layout, gpus=gpus)
     small_layout = validate(small, world_of_machine(small, machine))
     check_compiler(small, small_layout)
+    inner = inner_stages(ready_run.run, ready_run.layout, small, gpus=gpus)
+    long = long_samples(ready_run.run, ready_run.layout, small)
     print(f"layout   {ready_run.layout.describe()}")
     print(f"small    {small_layout.describe()}")
     print("shrunk   " + "\n         ".join(shrunk) + "\n", flush=True)
@@ -65,7 +67,7 @@ def _verify(ready_run: ReadyRun, machine: Machine) -> bool:
         print("note     fp16 trains on GPUs only: verified in fp32\n")
     started, passes, finished = time.monotonic(), list[VerifyPass](), False
     try:
-        for result in verify(small):
+        for result in verify(small, more=(inner, long)):
             passes.append(result)
             print_pass(result)
         finished = True

@@ -101,6 +101,11 @@ def has_bf16_states(run: RunConfig) -> bool:
     return run.precision.states is StatesDtype.bf16
 
 
+def is_frozen(run: RunConfig, name: str) -> bool:
+    """Return whether training must not change a weight: with adapters (LoRA) only theirs change."""
+    return has_lora(run) and not name.endswith((".lora_a", ".lora_b"))
+
+
 def momentum_of(step: StepTrace, name: str) -> Tensor:
     """Return the momentum of a weight; zero before the first step, and of frozen weights."""
     key = next((key for key in MOMENTA if f"{name}.{key}" in step.states), None)
@@ -256,7 +261,7 @@ class _Comparison:
         """
         right = self.right.weights[name]
         error = (self.step.weights[name] - right).abs()
-        if self.is_frozen(name):
+        if is_frozen(self.run, name):
             return Difference(self.number, "weight", name, float(error.norm()), TINY)
         bound = 2 * self.unit * right.abs() + self.run.optimizer.lr * self._update_error(self.number, name)
         ratios = torch.where(error == 0, 0.0, error / bound)
@@ -274,14 +279,10 @@ class _Comparison:
         measured = float((self.step.tied[name] - self.step.weights[name]).norm())
         return Difference(self.number, "tied_copy", name, measured, float(bound.norm()))
 
-    def is_frozen(self, name: str) -> bool:
-        """Return whether training must not change a weight: with adapters (LoRA) only theirs change."""
-        return has_lora(self.run) and not name.endswith((".lora_a", ".lora_b"))
-
     def _update_error(self, number: int, name: str) -> Tensor:
         """Return the allowed error of one step's update, divided by the learning rate, for each element."""
         step, optimizer = self.expected[number], self.run.optimizer
-        if self.is_frozen(name):
+        if is_frozen(self.run, name):
             return torch.zeros_like(step.weights[name])
         clipped = step.gradients[name] * _clip_factor(self.run, step)
         error = self.tolerances[number].of_gradient(name) * float(clipped.square().mean().sqrt())

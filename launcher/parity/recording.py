@@ -21,6 +21,7 @@ from launcher.parallel.mesh import Axis
 from launcher.parallel.sharding import logical_of
 from launcher.parity.dropout import recorded_draws, write_draws
 from launcher.parity.outputs import OutputRecorder
+from launcher.parity.perturb import perturb
 from launcher.parity.reference import GlobalBatch, probe_batches
 from launcher.parity.step_trace import StepTrace, write_trace
 
@@ -32,6 +33,7 @@ ENGINE = "engine"  # the file that names the engine that the ranks built
 def record_rank(rank: int, *, run: RunConfig, layout: Layout, folder: Path) -> None:
     """Train; the first rank of each pipeline stage writes folder/stage-N. Collective over the world."""
     with _engine(rank, run, layout, folder) as (engine, watchdog):
+        perturb(engine, run.training.seed)
         recorder = OutputRecorder(engine, run.parallelism.sequence_parallel)
         steps = [record_weights(engine)]
         for batch in probe_batches(run):
@@ -95,6 +97,7 @@ def record_step(
     step = record_weights(engine)
     step.loss, step.grad_norm = engine.mean_loss(result.loss), float(result.grad_norm)
     step.norm_spread = spread(torch.tensor(step.grad_norm), dist.group.WORLD)
+    step.norm_data_spread = spread(torch.tensor(step.grad_norm), engine.mesh.data.group)
     step.outputs, step.output_spread = recorder.outputs()
     step.batch_losses = recorder.losses()
     step.states = {

@@ -46,6 +46,9 @@ GlobalBatch = tuple[
 ]  # inputs and labels of a whole step: tokens (G, T) twice, or images and classes
 
 
+LONG_SEQUENCE = 256
+
+
 def initial_weights(run: RunConfig) -> Weights:
     """Return the initial weights by name, rounded to the run's dtype like DeepSpeed's masters."""
     dtype = torch.bfloat16 if run.precision.dtype is Dtype.bf16 else torch.float32
@@ -247,7 +250,9 @@ def _step(
 ) -> StepTrace:
     inputs, labels = batch
     counted = int((labels != IGNORED_LABEL).sum())
-    size = run.training.micro_batch_size if a.is_rounded else len(inputs)
+    # Long samples one by one: the graph of a batch would keep the scores of all their positions.
+    is_long = sequence_length(run) > LONG_SEQUENCE
+    size = run.training.micro_batch_size if a.is_rounded or is_long else len(inputs)
     outputs: list[Weights] = []
     losses: list[Tensor] = []
     gradients: list[Weights] = []

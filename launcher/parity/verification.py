@@ -1,7 +1,7 @@
 """Compare a small run in its layout with one process of plain torch: the passes of `launcher verify`."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import inf
@@ -17,6 +17,7 @@ from launcher.config.schema import (
     RunConfig,
     StatesDtype,
 )
+from launcher.config.shape import sequence_length
 from launcher.config.world import World
 from launcher.engine.distributed import prepare_deepspeed
 from launcher.engine.watchdog import REPORT as HANG
@@ -25,6 +26,7 @@ from launcher.launch.scratch import scratch_directory
 from launcher.parity.diagnose import Diagnosis, diagnose, diagnose_lost_rank
 from launcher.parity.differences import Difference, applied_gradients, compare, kept_momentum
 from launcher.parity.dropout import MEANINGS, compare_draws, read_draws
+from launcher.parity.perturb import perturbed
 from launcher.parity.recording import ENGINE, record_dropout, record_rank
 from launcher.parity.reference import arithmetic_of, initial_weights, probe_batches, reference_trace
 from launcher.parity.rounding import equivalent
@@ -67,12 +69,17 @@ class PassPlan(NamedTuple):
     plain_sgd: bool
 
 
-def verify(small: RunConfig, *, mutation: Mutation | None = None) -> Iterator[VerifyPass]:
+def verify(
+    small: RunConfig, *, more: Sequence[RunConfig | None] = (), mutation: Mutation | None = None
+) -> Iterator[VerifyPass]:
     """Yield the result of each pass of a shrunk run as soon as the pass ends; a lost rank ends all passes.
+
+    `more` are the runs of more_passes.
 
     The caller must have called prepare_deepspeed. Raises ConfigError, KeyboardInterrupt and Stopped.
     """
-    calls: list[Callable[[], VerifyPass]] = [partial(run_pass, *plan, mutation) for plan in passes(small)]
+    plans = [*passes(small), *more_passes(*more)]
+    calls: list[Callable[[], VerifyPass]] = [partial(run_pass, *plan, mutation) for plan in plans]
     if small.model.dropout > 0.0:
         calls += [partial(dropout_pass, run, mutation, words) for run, words in _eager_and_compiled(small)]
     for call in calls:
@@ -116,6 +123,18 @@ def passes(small: RunConfig) -> list[PassPlan]:
     return plans
 
 
+def more_passes(inner: RunConfig | None = None, long: RunConfig | None = None) -> list[PassPlan]:
+    """Return passes of other small runs: one with inner pipeline stages, and one with long samples."""
+    plans = []
+    if inner is not None:
+        plan = passes(inner)[0]
+        plans.append(plan._replace(title=f"{plan.title}, inner stages"))
+    if long is not None:
+        plan = passes(long)[0]
+        plans.append(plan._replace(title=f"{plan.title}, {sequence_length(long)} positions"))
+    return plans
+
+
 def _eager_and_compiled(run: RunConfig) -> list[tuple[RunConfig, str]]:
     """Return the run with eager blocks, and with compiled blocks if it has them, each with words for it."""
     eager, compiled = copy.deepcopy(run), copy.deepcopy(run)
@@ -146,7 +165,8 @@ def _reference(
     run: RunConfig, layout: Layout, trace: list[StepTrace]
 ) -> tuple[list[StepTrace], list[Tolerance]]:
     """Return the trace of the reference, which starts each step from that of `trace`, and bounds by step."""
-    arithmetic, batches, weights = arithmetic_of(run), list(probe_batches(run)), initial_weights(run)
+    arithmetic, batches = arithmetic_of(run), list(probe_batches(run))
+    weights = perturbed(run, initial_weights(run))
     expected = reference_trace(run, weights, batches, trace, arithmetic)
     if not arithmetic.is_rounded:
         return expected, [tolerance(run)] * len(expected)
