@@ -21,6 +21,7 @@ from launcher.config.shape import (
     has_experts,
     head_size,
     kv_heads,
+    least_micro_batches,
     output_size,
     sequence_length,
     stages_per_rank,
@@ -33,6 +34,7 @@ BLOCKS_PER_STAGE = 2
 VOCABULARY = 256
 CLASSES = 10
 LORA_RANK = 3
+LONG = 4096  # positions of the long samples
 EXPERTS = 6
 LEAST_LOSS = 0.1  # factor of an auxiliary loss of experts, if there is one
 
@@ -45,9 +47,16 @@ def shrink(run: RunConfig, layout: Layout, *, gpus: int = 0) -> tuple[RunConfig,
     hidden_size / num_heads, layers that do not divide over the stages, vocabularies that do not divide over
     the tensor ranks, active gradient clipping. The small run uses `gpus` GPUs of this machine, or its CPU.
     """
+    most = min(gpus, MOST_RANKS) if gpus else MOST_RANKS
+    small = _shrunk(run, layout, shrunk_axes(layout.pipeline, layout.data, layout.tensor, most), gpus)
+    return small, _changes(run, small)
+
+
+def _shrunk(run: RunConfig, layout: Layout, axes: tuple[int, int, int], gpus: int) -> RunConfig:
+    """Return the small run on pipeline, data and tensor axes of these sizes."""
     small = copy.deepcopy(run)
-    p, most = small.parallelism, min(gpus, MOST_RANKS) if gpus else MOST_RANKS
-    p.pipeline, p.data, p.tensor = shrunk_axes(layout.pipeline, layout.data, layout.tensor, most)
+    p = small.parallelism
+    p.pipeline, p.data, p.tensor = axes
     _shrink_model(small, run, layout)
     _shrink_training(small, layout)
     if run.precision.dtype is Dtype.fp16:
@@ -57,16 +66,64 @@ def shrink(run: RunConfig, layout: Layout, *, gpus: int = 0) -> tuple[RunConfig,
     if small.parallelism.zero_stage == 3:
         # At the default threshold every weight of a small model would stay whole on every rank.
         small.deepspeed.setdefault("zero_optimization", {})["stage3_param_persistence_threshold"] = 0
-    return small, _changes(run, small)
+    return small
 
 
 def shrunk_axes(pipeline: int, data: int, tensor: int, most: int = MOST_RANKS) -> tuple[int, int, int]:
-    """Return the axes, of which the largest is halved until all fit in `most` ranks."""
-    axes = [pipeline, data, tensor]
-    while math.prod(axes) > most and max(axes) > 2:
-        largest = max(range(3), key=lambda axis: axes[axis])
-        axes[largest] = max(2, axes[largest] // 2)
-    return axes[0], axes[1], axes[2]
+    """Return the axes, halved until all fit in `most` ranks: data down to 2, then tensor, then pipeline.
+
+    Data ranks are alike, and so are tensor ranks beyond the second. Inner pipeline stages have code of their
+    own, and a pipeline of 2 has none.
+    """
+    axes = {"data": data, "tensor": tensor, "pipeline": pipeline}
+    for axis in axes:
+        while math.prod(axes.values()) > most and axes[axis] > 2:
+            axes[axis] = max(2, axes[axis] // 2)
+    return axes["pipeline"], axes["data"], axes["tensor"]
+
+
+def inner_stages(run: RunConfig, layout: Layout, small: RunConfig, *, gpus: int = 0) -> RunConfig | None:
+    """Return a second small run, with inner stages on one data rank, if `small` has lost them; else None."""
+    most = min(gpus, MOST_RANKS) if gpus else MOST_RANKS
+    pipeline = min(4, layout.pipeline)
+    if small.parallelism.pipeline >= pipeline or pipeline * 2 > most:
+        return None
+    return _shrunk(run, layout, (pipeline, 1, min(2, layout.tensor)), gpus)
+
+
+def long_samples(run: RunConfig, layout: Layout, small: RunConfig) -> RunConfig | None:
+    """Return a small run with samples as long as those of `run`, at most LONG; None for images and experts.
+
+    Of thousands of tokens some are near a tie, where rounding decides between two experts.
+
+    It has one layer per stage and one micro-batch per data rank where the schedule allows it. Windows and
+    scaled positions are those of `run`.
+    """
+    whole = sequence_length(run)
+    has_none = small.model.inputs is InputKind.patches or has_experts(small.model)
+    if has_none or whole <= sequence_length(small):
+        return None
+    long = copy.deepcopy(small)
+    m, p, t = long.model, long.parallelism, long.training
+    stages = p.pipeline * stages_per_rank(run)
+    m.num_layers = max(
+        stages, 2 if m.full_attention_every else 1, m.experts.first_dense_layers + m.experts.every
+    )
+    # The reference keeps the scores of all positions: (heads, length, length) in each layer.
+    scores = m.num_heads * m.num_layers
+    most = LONG if scores <= 8 else LONG // 2 if scores <= 32 else LONG // 4
+    length = min(most, whole) // p.tensor * p.tensor
+    m.max_sequence_length, long.data.sequence_length = length, None
+    for name in ("sliding_window", "rope_theta", "local_rope_theta"):
+        setattr(m, name, getattr(run.model, name))
+    if m.sliding_window is not None:
+        m.sliding_window = min(m.sliding_window, 3 * length // 8)
+    if m.rope_scaling.original_length is not None:
+        m.rope_scaling.original_length = min(run.model.rope_scaling.original_length or length, length // 2)
+    t.micro_batch_size, t.steps, long.verify.steps = 1, 1, 1
+    assert p.data is not None
+    t.global_batch_size = p.data * max(1, least_micro_batches(run) if stages_per_rank(run) > 1 else 1)
+    return long
 
 
 def _shrink_model(small: RunConfig, run: RunConfig, layout: Layout) -> None:
