@@ -1,7 +1,8 @@
 """Preflight finds faults in DeepSpeed: each is planted into a copy of the installed package.
 
 They are of the kinds that DeepSpeed 0.17.6 to 0.19.3 had: gradients that lack a part (issues 7718 and 8224),
-and a norm that is the mean of the ranks' norms (issue 8475). None of them raises an error or a warning.
+and clipping by the mean of the ranks' norms (issue 8475; the launcher computes the norm itself, so that the
+fault must be where DeepSpeed clips). None of them raises an error or a warning.
 """
 
 import importlib.util
@@ -29,15 +30,11 @@ FAULTS = {
         ("parallelism=zero2", "precision=bf16"),
         "gradient",
     ),
-    "8475: the norm is the mean of the ranks' norms": (
-        "dist.all_reduce(total_norm, op=dist.ReduceOp.SUM, group=self.dp_process_group)\n\n"
-        "            self._model_parallel_all_reduce(tensor=total_norm, op=dist.ReduceOp.SUM)",
-        "total_norm = total_norm.sqrt() / dist.get_world_size(group=self.dp_process_group)\n"
-        "            dist.all_reduce(total_norm, op=dist.ReduceOp.SUM, group=self.dp_process_group)\n"
-        "            total_norm = total_norm.square()\n"
-        "            self._model_parallel_all_reduce(tensor=total_norm, op=dist.ReduceOp.SUM)",
+    "8475: gradients are clipped by the mean of the ranks' norms": (
+        "            clip_norm = total_norm\n",
+        "            clip_norm = total_norm / dist.get_world_size(group=self.dp_process_group)\n",
         ("parallelism=zero1",),
-        "norm",
+        "clipping",
     ),
 }
 
