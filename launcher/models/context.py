@@ -36,6 +36,7 @@ class BlockContext:
     rotary: RotaryTables | None  # None without rotary positions
     blocks: BlockRunner
     lora: LoraConfig | None = None  # None: no adapters
+    micro_batches: int = 1  # of an optimizer step and data rank
 
     @classmethod
     def create(
@@ -46,6 +47,7 @@ class BlockContext:
         *,
         compiled: bool = False,
         strict: bool = False,
+        micro_batches: int = 1,
     ) -> "BlockContext":
         """Return the context of this rank; `strict` raises an error of the compiler (see BlockRunner)."""
         random = DropoutRandom(
@@ -74,6 +76,7 @@ class BlockContext:
             rotary_tables(run.model),
             BlockRunner(mesh.tensor, kernels, is_compiled=compiled, strict=strict),
             lora_of(run),
+            micro_batches,
         )
 
     def positions(self, x: Tensor, window: int | None = None) -> Places:

@@ -31,6 +31,7 @@ from launcher.config.schema import (
     QueryKeyNorm,
     ResidualKind,
     RopeScalingKind,
+    RouterKind,
     RunConfig,
 )
 from launcher.config.shape import end_of_document, position_count, sequence_length, vision_tokens
@@ -111,13 +112,41 @@ def _all_weights(model: ModelConfig) -> dict[str, tuple[tuple[int, ...], float]]
         linear(f"{name}.attention.output", h, queries, residual, biases.output)
         norm(f"{name}.attention_output_norm", placement is not NormPlacement.pre)
         norm(f"{name}.mlp_norm", placement is not NormPlacement.post)
-        linear(f"{name}.mlp.{first}", width, h, std, biases.up)
-        linear(f"{name}.mlp.down", h, model.ffn_hidden_size, residual, biases.down)
+        if _has_experts(model, int(name.removeprefix("blocks."))):
+            weights.update(_expert_weights(model, f"{name}.mlp", residual))
+        else:
+            linear(f"{name}.mlp.{first}", width, h, std, biases.up)
+            linear(f"{name}.mlp.down", h, model.ffn_hidden_size, residual, biases.down)
         norm(f"{name}.mlp_output_norm", placement is not NormPlacement.pre)
     norm("final_norm")
     if not model.tie_embeddings:
         outputs = model.num_classes if model.inputs is InputKind.patches else model.vocab_size
         linear("head", outputs, h, std, biases.head)
+    return weights
+
+
+def _has_experts(model: ModelConfig, layer: int) -> bool:
+    """Return whether a layer has experts: after the first dense ones the n-th, the 2n-th, and so on."""
+    e = model.experts
+    sparse = range(e.first_dense_layers + e.every - 1, model.num_layers, e.every)
+    return e.count > 0 and layer in sparse
+
+
+def _expert_weights(
+    model: ModelConfig, name: str, residual: float
+) -> dict[str, tuple[tuple[int, ...], float]]:
+    """Return shape and standard deviation of the weights of router, experts and shared experts of a layer."""
+    e, h, std = model.experts, model.hidden_size, model.init_std
+    f, is_gated = e.ffn_hidden_size, model.mlp in (MLPKind.swiglu, MLPKind.geglu)
+    first, width = ("gate_up", 2 * f) if is_gated else ("up", f)
+    weights: dict[str, tuple[tuple[int, ...], float]] = {
+        f"{name}.router.weight": ((e.count, h), std),
+        f"{name}.experts.{first}.weight": ((e.count * width, h), std),
+        f"{name}.experts.down.weight": ((e.count * h, f), residual),
+    }
+    if e.shared:
+        weights[f"{name}.shared.{first}.weight"] = (e.shared * width, h), std
+        weights[f"{name}.shared.down.weight"] = (h, e.shared * f), residual
     return weights
 
 
@@ -196,9 +225,10 @@ def _step(
     run: RunConfig, parameters: Weights, optimizer: torch.optim.Optimizer, batch: GlobalBatch
 ) -> StepTrace:
     outputs: Weights = {}
+    auxiliary: list[Tensor] = []
     inputs, labels = batch
     used = with_adapters(run, parameters)
-    logits = forward(used, run.model, inputs, outputs, documents(run, inputs))
+    logits = forward(used, run.model, inputs, outputs, documents(run, inputs), auxiliary)
     losses = F.cross_entropy(
         logits.transpose(1, 2), labels, reduction="none", ignore_index=IGNORED_LABEL
     ).sum(1)
@@ -206,7 +236,7 @@ def _step(
     losses = losses * len(labels) / (labels != IGNORED_LABEL).sum()
     loss = losses.mean()
     optimizer.zero_grad()
-    loss.backward()
+    sum(auxiliary, loss).backward()
     gradients = {name: _gradient(tensor).clone() for name, tensor in parameters.items()}
     limit = run.optimizer.gradient_clipping or float("inf")
     trained = [tensor for tensor in parameters.values() if tensor.requires_grad]
@@ -261,11 +291,20 @@ def documents(run: RunConfig, tokens: Tensor) -> Spans:
     return spans
 
 
-def forward(w: Weights, model: ModelConfig, inputs: Tensor, outputs: Weights, spans: Spans) -> Tensor:
+def forward(
+    w: Weights,
+    model: ModelConfig,
+    inputs: Tensor,
+    outputs: Weights,
+    spans: Spans,
+    auxiliary: list[Tensor] | None = None,
+) -> Tensor:
     """Return the logits (B, T, V) of tokens (B, T), or (B, 1, classes) of images.
 
-    Each layer's output is left in `outputs`. Where positions see each other, documents run one by one.
+    Each layer's output is left in `outputs`, the losses of each router in `auxiliary`. Where positions see
+    each other, documents run one by one.
     """
+    auxiliary = [] if auxiliary is None else auxiliary
     if model.inputs is InputKind.patches:
         x = outputs["patches"] = _patches(w, model, inputs)
     else:
@@ -274,7 +313,7 @@ def forward(w: Weights, model: ModelConfig, inputs: Tensor, outputs: Weights, sp
         places = [torch.cat([torch.arange(end - start) for start, end in sample]) for sample in spans]
         x = outputs["positions"] = x + w["positions.weight"][torch.stack(places)]
     for index in range(model.num_layers):
-        x = _block(w, index, model, x, outputs, spans)
+        x = _block(w, index, model, x, outputs, spans, auxiliary)
     x = _norm(w, "final_norm", model, x, outputs)
     if model.inputs is InputKind.patches:
         x = x[:, :1] if model.pooling is Pooling.class_token else x.mean(1, keepdim=True)
@@ -286,7 +325,15 @@ def forward(w: Weights, model: ModelConfig, inputs: Tensor, outputs: Weights, sp
     return logits
 
 
-def _block(w: Weights, index: int, model: ModelConfig, x: Tensor, outputs: Weights, spans: Spans) -> Tensor:
+def _block(
+    w: Weights,
+    index: int,
+    model: ModelConfig,
+    x: Tensor,
+    outputs: Weights,
+    spans: Spans,
+    auxiliary: list[Tensor],
+) -> Tensor:
     name, before = f"blocks.{index}", model.norm_placement in (NormPlacement.pre, NormPlacement.sandwich)
     after = model.norm_placement in (NormPlacement.post, NormPlacement.sandwich)
     every = model.full_attention_every
@@ -299,7 +346,10 @@ def _block(w: Weights, index: int, model: ModelConfig, x: Tensor, outputs: Weigh
 
     def mlp(x: Tensor) -> Tensor:
         y = _norm(w, f"{name}.mlp_norm", model, x, outputs) if before else x
-        y = _mlp(w, f"{name}.mlp", model, y, outputs)
+        if _has_experts(model, index):
+            y = _experts(w, f"{name}.mlp", model, y, outputs, auxiliary)
+        else:
+            y = _mlp(w, f"{name}.mlp", model, y, outputs)
         return _norm(w, f"{name}.mlp_output_norm", model, y, outputs) if after else y
 
     if model.residual is ResidualKind.parallel:
@@ -435,6 +485,44 @@ def _mlp(w: Weights, name: str, model: ModelConfig, x: Tensor, outputs: Weights)
         y = _linear(w, f"{name}.up", x, model.biases.up, outputs)
         activated = y * (1 + torch.erf(y / 2**0.5)) / 2 if model.mlp is MLPKind.gelu_erf else _gelu(y)
     return _linear(w, f"{name}.down", activated, model.biases.down, outputs)
+
+
+def _experts(
+    w: Weights, name: str, model: ModelConfig, x: Tensor, outputs: Weights, auxiliary: list[Tensor]
+) -> Tensor:
+    """Run every token (B, T, H) through every expert, one expert after the other, and weight the results.
+
+    A token gives the weight 0 to all but the k experts with its highest scores. The losses of the router are
+    left in `auxiliary`.
+    """
+    e = model.experts
+    logits = x @ w[f"{name}.router.weight"].T
+    scores = logits.softmax(-1) if e.router is RouterKind.softmax else 1 / (1 + torch.exp(-logits))
+    chosen = torch.zeros_like(scores).scatter(-1, scores.argsort(-1, descending=True)[..., : e.top_k], 1.0)
+    auxiliary += _router_losses(model, logits, scores, chosen)
+    weights = scores * chosen
+    if e.normalize_top_k:
+        weights = weights / weights.sum(-1, keepdim=True)
+    first = "gate_up" if f"{name}.experts.gate_up.weight" in w else "up"
+    ups = w[f"{name}.experts.{first}.weight"].chunk(e.count)
+    downs = w[f"{name}.experts.down.weight"].chunk(e.count)
+    total = torch.zeros_like(x)
+    for expert in range(e.count):
+        one = {f"{name}.{first}.weight": ups[expert], f"{name}.down.weight": downs[expert]}
+        total = total + e.scaling * weights[..., expert, None] * _mlp(one, name, model, x, {})
+    return total + _mlp(w, f"{name}.shared", model, x, outputs) if e.shared else total
+
+
+def _router_losses(model: ModelConfig, logits: Tensor, scores: Tensor, chosen: Tensor) -> list[Tensor]:
+    """Return the mean over sequences of DeepSeek-V3's balance loss, and the z-loss, with their factors."""
+    e, balance = model.experts, torch.zeros(())
+    for of_tokens, uses in zip(scores, chosen, strict=True):
+        shares = of_tokens / of_tokens.sum(-1, keepdim=True)
+        for expert in range(e.count):
+            f = uses[:, expert].sum() * e.count / (e.top_k * len(uses))
+            balance = balance + f * shares[:, expert].mean() / len(scores)
+    z = torch.log(torch.exp(logits).sum(-1)).square().mean()
+    return [e.auxiliary_loss * balance, e.z_loss * z]
 
 
 def _gelu(y: Tensor) -> Tensor:

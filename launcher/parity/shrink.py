@@ -17,7 +17,14 @@ from launcher.config.schema import (
     SchedulerConfig,
     SchedulerName,
 )
-from launcher.config.shape import head_size, kv_heads, output_size, sequence_length, stages_per_rank
+from launcher.config.shape import (
+    has_experts,
+    head_size,
+    kv_heads,
+    output_size,
+    sequence_length,
+    stages_per_rank,
+)
 
 MOST_RANKS = 8  # on CPU; on GPUs one for each
 HEAD_SIZE, MANY_HEADS = 8, 16  # above so many, heads are half the size
@@ -26,6 +33,8 @@ BLOCKS_PER_STAGE = 2
 VOCABULARY = 256
 CLASSES = 10
 LORA_RANK = 3
+EXPERTS = 6
+LEAST_LOSS = 0.1  # factor of an auxiliary loss of experts, if there is one
 
 
 def shrink(run: RunConfig, layout: Layout, *, gpus: int = 0) -> tuple[RunConfig, list[str]]:
@@ -75,6 +84,8 @@ def _shrink_model(small: RunConfig, run: RunConfig, layout: Layout) -> None:
     m.ffn_hidden_size = tensor * (m.hidden_size // tensor + 3)
     uneven = run.model.num_layers % (layout.pipeline * stages_per_rank(run)) != 0
     m.num_layers = stages * BLOCKS_PER_STAGE + (1 if uneven else 0)
+    if has_experts(m):
+        _shrink_experts(m, tensor)
     divides = output_size(run.model) % layout.tensor == 0
     if m.inputs is InputKind.patches:
         m.num_classes = -(-CLASSES // tensor) * tensor + (0 if divides else 1)
@@ -92,6 +103,19 @@ def _shrink_model(small: RunConfig, run: RunConfig, layout: Layout) -> None:
     _shrink_attention(small, run)
     # At the usual 0.02 the blocks of a small model add almost nothing to the residual stream.
     m.init_std = 0.1
+
+
+def _shrink_experts(m: ModelConfig, tensor: int) -> None:
+    """Keep dense and sparse layers, more than one expert per token, and losses that change the gradients."""
+    e = m.experts
+    is_chosen_from = e.top_k < e.count
+    e.top_k = min(2, e.top_k)
+    e.count = max(e.top_k + is_chosen_from, min(EXPERTS, e.count)) if is_chosen_from else e.top_k
+    e.ffn_hidden_size = tensor * (m.hidden_size // tensor // 2 + 1)
+    e.shared, e.first_dense_layers, e.every = min(2, e.shared), min(1, e.first_dense_layers), min(2, e.every)
+    m.num_layers = max(m.num_layers, e.first_dense_layers + e.every)
+    e.auxiliary_loss = max(LEAST_LOSS, e.auxiliary_loss) if e.auxiliary_loss else 0.0
+    e.z_loss = max(LEAST_LOSS, e.z_loss) if e.z_loss else 0.0
 
 
 def _shrink_attention(small: RunConfig, run: RunConfig) -> None:
@@ -144,6 +168,7 @@ def _changes(run: RunConfig, small: RunConfig) -> list[str]:
 def parameter_order(model: ModelConfig) -> list[str]:
     """Return prefixes of the logical names in forward order."""
     parts = "attention_norm attention.qkv attention.query_norm attention.key_norm attention.output".split()
-    parts += "attention_output_norm mlp_norm mlp.up mlp.gate_up mlp.down mlp_output_norm".split()
+    parts += "attention_output_norm mlp_norm mlp.router mlp.experts mlp.shared".split()
+    parts += "mlp.up mlp.gate_up mlp.down mlp_output_norm".split()
     blocks = [f"blocks.{index}.{part}" for index in range(model.num_layers) for part in parts]
     return ["embedding", "patches", "positions", *blocks, "final_norm", "head"]

@@ -46,7 +46,9 @@ def forward_length(run: RunConfig) -> int:
     """Return the sum of the lengths of all successive reductions on the way from a token to its loss."""
     m = run.model
     h, head = m.hidden_size, m.hidden_size // m.num_heads
-    block = 2 * h + h + head + sequence_length(run) + h + h + m.ffn_hidden_size
+    # The router adds up H numbers, and a token the results of its experts.
+    columns = max(m.ffn_hidden_size, h + m.experts.top_k * m.experts.ffn_hidden_size)
+    block = 2 * h + h + head + sequence_length(run) + h + h + columns
     patches = m.image_channels * m.patch_size**2  # 0 for language models
     return m.num_layers * block + h + h + output_size(m) + patches
 

@@ -17,6 +17,7 @@ NUMBERS_OF_AXES = {0: 1, 1: 7, 2: 2}  # axes larger than 1, and how often: most 
 SETTINGS: dict[str, dict[str, int]] = {
     "model": {
         "gpt_tiny": 4, "llama_tiny": 4, "gemma2_2b": 1, "olmo2_7b": 1, "qwen3_0_6b": 1, "mistral_7b": 1,
+        "moe_tiny": 2,
         "vit_tiny data=digits": 1,
     },
     "parallelism.zero_stage": {"0": 4, "1": 3, "2": 2, "3": 2},

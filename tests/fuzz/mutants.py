@@ -7,6 +7,7 @@ changed module. So it must be applied before the ranks are forked, in a process 
 import ast
 import copy
 import gc
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -80,7 +81,8 @@ def apply(mutant: Mutant) -> bool:
     list(_sites(tree))[mutant.number].apply()
     path = str(PACKAGE / mutant.file)
     outer = mutant.name.partition(LOCALS)[0]
-    changed = dict(_codes(compile(ast.fix_missing_locations(tree), path, "exec")))
+    with warnings.catch_warnings(action="ignore"):  # such as calling a number
+        changed = dict(_codes(compile(ast.fix_missing_locations(tree), path, "exec")))
     replaced = False
     for function in _functions().get((path, outer), []):
         code = changed.get((outer, function.__code__.co_firstlineno))

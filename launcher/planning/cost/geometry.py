@@ -12,6 +12,7 @@ from launcher.config.shape import (
     has_norm_after,
     has_norm_before,
     is_gated,
+    layer_has_experts,
     lora_segments,
     output_size,
     position_count,
@@ -57,9 +58,10 @@ class Chunk:
     blocks: int
     has_embedding: bool
     has_head: bool
+    kinds: tuple[bool, ...]  # of each block, whether it has experts
 
 
-RankKind = tuple[tuple[int, bool, bool], ...]  # per stage: blocks, has embedding, has head
+RankKind = tuple[tuple[tuple[bool, ...], bool, bool], ...]  # per stage: kinds, has embedding, has head
 
 
 @dataclass(frozen=True)
@@ -123,11 +125,21 @@ class Rank:
     def trained_parameters(self) -> int:
         return sum(weight.numel for weight in self.trained)
 
-    @property
-    def trained_of_block(self) -> int:
-        """Parameters of a block that the optimizer updates."""
+    @cached_property
+    def kinds(self) -> list[bool]:
+        """Of each block in order, whether it has experts."""
+        return [has_experts for chunk in self.chunks for has_experts in chunk.kinds]
+
+    @cached_property
+    def trained_of_blocks(self) -> list[int]:
+        """Parameters of each block that the optimizer updates."""
+        by_kind = {has_experts: self.trained_of_block(has_experts) for has_experts in set(self.kinds)}
+        return [by_kind[has_experts] for has_experts in self.kinds]
+
+    def trained_of_block(self, has_experts: bool) -> int:
+        """Return the parameters of a block that the optimizer updates."""
         if self.trains_whole_model:
-            return block_parameters(self.model, self.tensor)
+            return parameters_of_block(self.model, self.tensor, has_experts)
         modules = adapter_weights(self.model, self.tensor, self.adapters)
         return sum(numel for module in modules for numel, _ in module)
 
@@ -163,14 +175,14 @@ class Rank:
 
 def kind_of(rank: Rank) -> RankKind:
     """Return a key that ranks share if they hold and compute the same."""
-    return tuple((chunk.blocks, chunk.has_embedding, chunk.has_head) for chunk in rank.chunks)
+    return tuple((chunk.kinds, chunk.has_embedding, chunk.has_head) for chunk in rank.chunks)
 
 
 def pipeline_ranks(run: RunConfig, layout: Layout) -> tuple[Rank, ...]:
     """Return every pipeline rank, with the weights of tensor rank 0."""
     multiple = vocabulary_multiple(run, layout.device)
     outputs = padded_length(output_size(run.model), layout.tensor, multiple) // layout.tensor
-    model = replace(run.model, biases=replace(run.model.biases))
+    model = replace(run.model, biases=replace(run.model.biases), experts=replace(run.model.experts))
     arguments = layout.pipeline, layout.stages_per_rank, layout.tensor, outputs
     return _ranks(model, *arguments, Adapters.of(run))
 
@@ -182,9 +194,11 @@ def _ranks(
     """Return the pipeline ranks. `model` is the key of a cache, so callers must not change it."""
     stages = pipeline * stages_per_rank
     dealt = blocks_of_stages(model.num_layers, stages)
+    kinds = [layer_has_experts(model, layer) for layer in range(model.num_layers)]
+    starts = [sum(dealt[:index]) for index in range(stages)]
     chunks = [
-        Chunk(sum(dealt[:index]), blocks, has_embedding=index == 0, has_head=index == stages - 1)
-        for index, blocks in enumerate(dealt)
+        Chunk(start, blocks, index == 0, index == stages - 1, tuple(kinds[start : start + blocks]))
+        for index, (start, blocks) in enumerate(zip(starts, dealt, strict=True))
     ]
     # DualPipeV's V: out through the first half of the stages, back through the second.
     back = chunks[:0] if stages_per_rank == 1 else chunks[::-1]
@@ -203,8 +217,8 @@ def blocks_of_stages(num_layers: int, stages: int) -> list[int]:
 Module = list[tuple[int, bool]]  # the weights of a module on a tensor rank: numel, is a matrix
 
 
-def block_weights(model: ModelConfig, tensor: int) -> list[Module]:
-    """Return the modules of a block in order: attention and MLP, each between its norms."""
+def block_weights(model: ModelConfig, tensor: int, *, has_experts: bool = False) -> list[Module]:
+    """Return the modules of a block in order: attention and MLP or experts, each between its norms."""
     h, f, biases = model.hidden_size, model.ffn_hidden_size // tensor, model.biases
     qkv, query = sum(qkv_sizes(model)) // tensor, qkv_sizes(model)[0] // tensor
     up = 2 * f if is_gated(model) else f
@@ -213,7 +227,18 @@ def block_weights(model: ModelConfig, tensor: int) -> list[Module]:
     attention = [_linear(qkv * h, qkv, biases.qkv), *_head_norms(model, tensor)]
     attention.append(_linear(query * h, h, biases.output))
     mlp = [_linear(up * h, up, biases.up), _linear(f * h, h, biases.down)]
+    if has_experts:
+        mlp = _expert_weights(model, tensor)
     return [*before, *attention, *after, *before, *mlp, *after]
+
+
+def _expert_weights(model: ModelConfig, tensor: int) -> list[Module]:
+    """Return the experts, the router inside them, and the shared experts."""
+    e, h = model.experts, model.hidden_size
+    up, down = ((2 if is_gated(model) else 1) * e.ffn_hidden_size // tensor, e.ffn_hidden_size // tensor)
+    experts = [(e.count * up * h, True), (e.count * down * h, True)]
+    shared = [[(e.shared * up * h, True)], [(e.shared * down * h, True)]] if e.shared else []
+    return [experts, [(e.count * h, True)], *shared]
 
 
 def _head_norms(model: ModelConfig, tensor: int) -> list[Module]:
@@ -231,7 +256,17 @@ def _linear(matrix: int, bias: int, has_bias: bool) -> Module:
 
 
 def block_parameters(model: ModelConfig, tensor: int) -> int:
-    return sum(numel for module in block_weights(model, tensor) for numel, _ in module)
+    """Return the parameters of the block that has most, on a tensor rank."""
+    return max(parameters_of_block(model, tensor, has_experts) for has_experts in _kinds(model))
+
+
+def _kinds(model: ModelConfig) -> set[bool]:
+    return {layer_has_experts(model, layer) for layer in range(model.num_layers)}
+
+
+def parameters_of_block(model: ModelConfig, tensor: int, has_experts: bool) -> int:
+    modules = block_weights(model, tensor, has_experts=has_experts)
+    return sum(numel for module in modules for numel, _ in module)
 
 
 def adapter_weights(model: ModelConfig, tensor: int, adapters: Adapters) -> list[Module]:
@@ -262,13 +297,15 @@ def embedding_weights(model: ModelConfig, outputs: int) -> list[Module]:
 
 def _weights(rank: Rank) -> Iterator[Weight]:
     model, trains_all = rank.model, rank.trains_whole_model
-    base, adapters = block_weights(model, rank.tensor), adapter_weights(model, rank.tensor, rank.adapters)
+    adapters = adapter_weights(model, rank.tensor, rank.adapters)
+    base = {kind: block_weights(model, rank.tensor, has_experts=kind) for kind in (False, True)}
     modules: list[tuple[Module, bool]] = []  # with whether it is trained
     for chunk in rank.chunks:
         if chunk.has_embedding:
             modules += [(module, trains_all) for module in embedding_weights(model, rank.outputs)]
-        block = [(module, trains_all) for module in base] + [(module, True) for module in adapters]
-        modules += block * chunk.blocks
+        for has_experts in chunk.kinds:
+            modules += [(module, trains_all) for module in base[has_experts]]
+            modules += [(module, True) for module in adapters]
         if chunk.has_head:
             modules.append((_norm(model), trains_all))
             if not rank.shares_tied_weight:

@@ -46,7 +46,8 @@ class PartTimes:
     """Forward and backward pass of a micro-batch, for each part of a model."""
 
     embedding: tuple[PassTime, PassTime]
-    block: tuple[PassTime, PassTime]
+    dense: tuple[PassTime, PassTime]  # a block without experts
+    sparse: tuple[PassTime, PassTime]  # a block with experts
     head: tuple[PassTime, PassTime]
     overhead: float  # of a micro-batch in any stage
 
@@ -58,12 +59,14 @@ def part_times(sizes: Sizes, rates: AnyRates, tensor: GroupShape) -> PartTimes:
 
     def both(part: ModelPart) -> tuple[PassTime, PassTime]:
         # Only blocks are compiled, and their norms and activations are slow where they are not.
-        compiled = sizes.compiled or part is not model.block
+        compiled = sizes.compiled or part in (model.embedding, model.head)
         forward = forward_pass(part.program, rates, tensor, compiled=compiled)
         backward = backward_pass(part, rates, tensor, compiled=compiled)
         return scaled(forward, scale), scaled(backward, scale)
 
-    return PartTimes(both(model.embedding), both(model.block), both(model.head), rates.micro_batch_s)
+    dense = both(model.dense)
+    sparse = dense if model.sparse is model.dense else both(model.sparse)
+    return PartTimes(both(model.embedding), dense, sparse, both(model.head), rates.micro_batch_s)
 
 
 def forward_pass(

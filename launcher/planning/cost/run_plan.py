@@ -8,7 +8,7 @@ from launcher.config.layout import GROUPS, GroupName, Layout
 from launcher.config.schema import RunConfig
 from launcher.config.shape import sequence_length
 from launcher.config.world import World
-from launcher.models.arithmetic import mfu, parameters, step_flops
+from launcher.models.arithmetic import active_parameters, mfu, parameters, step_flops
 from launcher.planning.cost.geometry import pipeline_ranks
 from launcher.planning.cost.measured_rates import rates_of
 from launcher.planning.cost.memory import Memory, rank_memory
@@ -91,6 +91,11 @@ class Plan:
     @property
     def parameters(self) -> int:
         return parameters(self.run.model)
+
+    @property
+    def active_parameters(self) -> int:
+        """Parameters that compute a token."""
+        return active_parameters(self.run.model)
 
     @property
     def tokens(self) -> int:

@@ -13,6 +13,7 @@ from launcher.config.schema import (
     AttentionKind,
     BiasesConfig,
     Dtype,
+    ExpertsConfig,
     InputKind,
     NormKind,
     PositionKind,
@@ -77,6 +78,7 @@ class Sizes:
     masks_documents: bool
     is_causal: bool  # attention that skips the scores of later tokens; a mask of documents does not
     compiled: bool  # the blocks, by torch.compile
+    experts: ExpertsConfig
     adapters: Adapters = NO_ADAPTERS
 
     @classmethod
@@ -118,6 +120,7 @@ class Sizes:
             masks_documents=run.data.document_attention,
             is_causal=m.attention is AttentionKind.causal and not run.data.document_attention,
             compiled=is_compiled(run, device),
+            experts=replace(m.experts),
             adapters=Adapters.of(run),
         )
 

@@ -126,8 +126,12 @@ def _bubble(layout: Layout, busy: Sequence[float], by_rank: Sequence[Sequence[St
 def stage_time(times: PartTimes, chunk: Chunk, send: float) -> StageTime:
     """Return the time of a stage; `send` is the seconds to send an activation to the next stage."""
     # Most of the overhead is DeepSpeed's work around the backward pass.
-    forward = times.block[0].times(chunk.blocks)
-    backward = times.block[1].times(chunk.blocks) + PassTime(times.overhead)
+    sparse = sum(chunk.kinds)
+    forward, backward = (
+        dense.times(chunk.blocks - sparse) + other.times(sparse)
+        for dense, other in zip(times.dense, times.sparse, strict=True)
+    )
+    backward = backward + PassTime(times.overhead)
     for (ahead, back), is_here in ((times.embedding, chunk.has_embedding), (times.head, chunk.has_head)):
         if is_here:
             forward, backward = forward + ahead, backward + back
