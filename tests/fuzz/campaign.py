@@ -180,8 +180,9 @@ def _verified(drawn: Draw, mutant: Mutant | None, lines: Lines | None) -> dict[s
     for result in verify(drawn.small):
         if not result.ok:
             found = result.diagnosis
-            why = f"{result.title}: {found.shape}" if found else result.title
-            return {"ok": False, "lost": getattr(result, "lost_a_rank", False), "why": why[:200]}
+            lost = getattr(result, "lost_a_rank", False)
+            shape = found.shape.strip().splitlines()[-1 if lost else 0] if found else ""
+            return {"ok": False, "lost": lost, "why": f"{result.title}: {shape}"[:200]}
         measured = [(d.step, d.kind, d.name, d.measured.hex()) for d in result.differences]
         numbers.append(hashlib.sha256(repr(measured).encode()).hexdigest())
     return {"ok": True, "numbers": numbers}

@@ -5,6 +5,8 @@ import os
 from functools import cache
 from pathlib import Path
 
+from tests.fuzz.mutants import PACKAGE, files
+
 TESTS = Path(__file__).parents[1]
 # Tests of these run the launcher in processes of their own, where a fault that is applied in memory is not.
 _OTHER_PROCESSES = {"tests.forked_commands", "tests.runtime.command", "subprocess"}
@@ -13,12 +15,24 @@ MOST_FILES = 3
 
 
 def quick_tests_of(file: str) -> list[Path]:
-    """Return the test files that import a file of the launcher, its namesake first; at most MOST_FILES."""
-    module = "launcher." + file.removesuffix(".py").replace("/", ".")
-    folder, stem = Path(file).parent.name, Path(file).stem
+    """Return the test files that import a file of the launcher, its namesake first; at most MOST_FILES.
+
+    If no test imports the file, those of the files that import it.
+    """
+    module = _module(file)
+    modules = {module}
     found = [path for path, imported in _imports().items() if module in imported]
-    found.sort(key=lambda path: (path.stem != f"test_{stem}", path.parent.name != folder, path.stem))
+    if not found:
+        modules = {_module(user) for user in files() if module in _imported(PACKAGE / user)}
+        found = [path for path, imported in _imports().items() if modules & imported]
+    stems = {name.rpartition(".")[2] for name in modules}
+    folder = Path(file).parent.name
+    found.sort(key=lambda path: (path.stem[5:] not in stems, path.parent.name != folder, path.stem))
     return found[:MOST_FILES]
+
+
+def _module(file: str) -> str:
+    return "launcher." + file.removesuffix(".py").replace("/", ".")
 
 
 @cache
