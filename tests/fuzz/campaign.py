@@ -18,6 +18,7 @@ from tests.fuzz.mutants import Mutant, apply, mutants_of, prepare
 from tests.fuzz.nearby import failed_test, quick_tests_of
 
 PER_DRAW = 10  # faults for each drawn run: the run is traced once
+FIRST = 6  # runs drawn at first, so that a fault can be tried in others than its own
 OTHERS = 2  # earlier runs that execute the faulty line, in which a fault that passed is tried again
 CLEAN_LIMIT, TEST_LIMIT = 300.0, 240.0
 # How a fault ends. Those of the last three do not count as caught.
@@ -96,25 +97,25 @@ def mutation_runs(campaign: Campaign, seconds: float, jobs: int) -> Iterator[str
     prepare()
     rng, deadline, known = random.Random(campaign.seed), time.monotonic() + seconds, list[Known]()
     while time.monotonic() < deadline:
-        drawn = [draw(rng) for _ in range(jobs)]
+        drawn = [draw(rng) for _ in range(jobs if known else FIRST)]
         fresh = []
         for one, ended, lines in results((_clean(one, traced=True) for one in drawn), jobs):
             yield _count_clean(campaign, one, ended)
             if ended.answer and ended.answer["ok"]:
                 fresh.append(Known(one, lines, ended.answer["numbers"], ended.seconds))
         fresh.sort(key=lambda one: drawn.index(one.draw))
+        known += fresh
         faults = [(mutant, one) for one in fresh for mutant in _chosen(rng, one)]
         rng.shuffle(faults)
         for outcome in results(_plans(faults, known, deadline), jobs):
             campaign.outcomes.append(outcome)
             yield f"{outcome.kind:<10} {outcome.seconds:5.1f} s  {outcome.mutant}  {outcome.detail}"
-        known += fresh
 
 
 def _plans(faults: list[tuple[Mutant, Known]], known: list[Known], deadline: float) -> Iterator[Plan]:
     for mutant, one in faults:
         if time.monotonic() < deadline:
-            yield _judged(mutant, one, known)
+            yield _judged(mutant, one, [other for other in known if other is not one])
 
 
 def _count_clean(campaign: Campaign, drawn: Draw, ended: Ended) -> str:

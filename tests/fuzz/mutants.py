@@ -250,12 +250,12 @@ def _calls(node: ast.Call) -> Iterator[tuple[str, str, ast.AST]]:
     if len(plain) == len(node.args) >= 2:
         new = copy.deepcopy(node)
         new.args[0], new.args[1] = new.args[1], new.args[0]
-        yield _text(node), _text(new), new
+        yield _text(node), f"{_text(node.func)}({_text(new.args[0])}, {_text(new.args[1])}, ...)", new
     for index in range(len(node.keywords)):
         new = copy.deepcopy(node)
-        if new.keywords.pop(index).arg in _CHECKS:
-            continue
-        yield _text(node), _text(new), new
+        left_out = new.keywords.pop(index)
+        if left_out.arg not in _CHECKS:
+            yield _text(node), f"without {left_out.arg}={_text(left_out.value)}", new
     if isinstance(node.func, ast.Attribute):
         is_method = not isinstance(node.func.value, ast.Name | ast.Constant)  # else perhaps of a module
         if is_method or not (node.args or node.keywords):
