@@ -637,6 +637,7 @@ class SlurmConfig:
 @dataclass
 class SubmitConfig:
     dry_run: bool = False  # print the script, submit nothing
+    preflight: bool = True  # refuse if the installed versions fail `launcher preflight`; not with dry_run
 
 
 @dataclass
