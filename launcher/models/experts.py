@@ -26,6 +26,7 @@ from launcher.models.grouped import (
     unsorted,
 )
 from launcher.models.mlp import MLP, activated
+from launcher.models.routing_record import RoutingRecord
 from launcher.parallel.collectives import copy_region, gather_copies_region
 from launcher.parallel.initializer import normal
 from launcher.parallel.layers import TensorParallel
@@ -74,6 +75,7 @@ class Experts(nn.Module):
         down = LogicalTensor(f"{name}.experts.down.weight", (experts.count * h, f), 1, (f,), part=part)
         self.down = make(down, residual_draw(model))
         columns = experts.shared * f
+        self.layer, self.record = int(name.split(".")[1]), RoutingRecord(experts.count)
         self.shared = MLP(f"{name}.shared", model, context, columns) if columns else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -100,23 +102,27 @@ class Experts(nn.Module):
 
     def _route(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Return weights and numbers of the chosen experts, (B, T, k) each, from logits (B, T, E)."""
-        experts, trains = self.model.experts, torch.is_grad_enabled()
-        if trains and experts.z_loss:
-            logits = self._with_loss(logits, experts.z_loss * z_loss(logits))
+        experts, trains = self.model.experts, torch.is_grad_enabled() and self.training
+        z = z_loss(logits) if trains else 0.0
+        logits = self._with_loss(logits, z, experts.z_loss)
         is_softmax = experts.router is RouterKind.softmax
         scores = logits.softmax(-1) if is_softmax else logits.sigmoid()
         chosen = scores.detach().topk(experts.top_k, dim=-1).indices
-        if trains and experts.auxiliary_loss:
+        if trains:
             shares = scores if is_softmax else scores / scores.sum(-1, keepdim=True)
-            scores = self._with_loss(scores, experts.auxiliary_loss * load_balancing_loss(shares, chosen))
+            balance = load_balancing_loss(shares, chosen)
+            self.record.add(shares.detach(), chosen, balance, z)
+            scores = self._with_loss(scores, balance, experts.auxiliary_loss)
         weights = scores.gather(-1, chosen)
         if experts.normalize_top_k:
             weights = weights / weights.sum(-1, keepdim=True)
         return weights if experts.scaling == 1.0 else weights * experts.scaling, chosen
 
-    def _with_loss(self, x: Tensor, loss: Tensor) -> Tensor:
-        """Return x, whose gradient gets that of the loss of this micro-batch.
+    def _with_loss(self, x: Tensor, loss: Tensor | float, factor: float) -> Tensor:
+        """Return x, whose gradient gets that of the loss of this micro-batch times its factor.
 
         A step is the mean over its micro-batches and data ranks, as is the loss of the tokens.
         """
-        return with_loss(x, loss / self.micro_batches)
+        if factor == 0.0 or not isinstance(loss, Tensor):
+            return x
+        return with_loss(x, loss * (factor / self.micro_batches))

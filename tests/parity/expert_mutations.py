@@ -49,8 +49,8 @@ def experts_gather(x: Tensor, axis: Axis) -> Tensor:
 def losses_of_every_micro_batch_whole() -> None:
     """Gradient accumulation multiplies the auxiliary losses."""
 
-    def whole(self: experts.Experts, x: Tensor, loss: Tensor) -> Tensor:
-        return expert_losses.with_loss(x, loss)
+    def whole(self: experts.Experts, x: Tensor, loss: Tensor, factor: float) -> Tensor:
+        return expert_losses.with_loss(x, loss * factor)
 
     experts.Experts._with_loss = whole  # type: ignore[method-assign]
 
