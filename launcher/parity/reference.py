@@ -233,12 +233,14 @@ def reference_trace(
     batches: list[GlobalBatch],
     follow: list[StepTrace] | None = None,
     arithmetic: Arithmetic = EXACT,
+    rates: list[float] | None = None,
 ) -> list[StepTrace]:
     """Train from `weights` and return the trace of every step.
 
-    With `follow`, each step starts from the weights and optimizer states of that trace. `batch_losses` holds
-    the loss of each sample: [[loss of sample 0, ...]]. Exact arithmetic takes each global batch in one piece;
-    rounded arithmetic takes micro-batches, whose gradients are rounded.
+    With `follow`, each step starts from the weights and optimizer states of that trace. `rates` are the
+    learning rates by step. `batch_losses` holds the loss of each sample: [[loss of sample 0, ...]]. Exact
+    arithmetic takes each global batch in one piece; rounded arithmetic takes micro-batches, whose gradients
+    are rounded.
     """
     parameters = {
         name: tensor.clone().requires_grad_(_is_trained(run, name)) for name, tensor in weights.items()
@@ -249,7 +251,10 @@ def reference_trace(
     for number, batch in enumerate(batches):
         if follow is not None:
             _start_from(follow[number], parameters, optimizer, number)
+        for group in optimizer.param_groups:
+            group["lr"] = run.optimizer.lr if rates is None else rates[number]
         steps.append(_step(run, parameters, optimizer, batch, arithmetic))
+        steps[-1].rate = None if rates is None else rates[number]
     return steps
 
 
@@ -314,6 +319,14 @@ def _step(
         outputs={name: x[: run.training.micro_batch_size].detach().clone() for name, x in outputs[0].items()},
         batch_losses=[all_losses.tolist()],
     )
+
+
+@torch.no_grad()
+def mean_loss(run: RunConfig, weights: Weights, batch: GlobalBatch, a: Arithmetic) -> float:
+    """Return the mean loss over the labels of a batch that count, without dropout."""
+    (inputs, labels), used = batch, with_adapters(run, weights, a)
+    logits = forward(used, run.model, inputs, {}, documents(run, inputs), a)
+    return float(F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED_LABEL))
 
 
 def _backward(
