@@ -49,6 +49,8 @@ def combined(layout: Layout, ranks: list["RankRecord"]) -> MeasuredLayout:
     """Combine the records of all ranks. Pure."""
     busiest = max(ranks, key=lambda rank: median(parts["compute"] for parts in rank.parts))
     sizes = {"tensor": layout.tensor, "data": layout.data, "pipeline": layout.pipeline}
+    if layout.expert > 1:
+        sizes |= {"expert": layout.expert, "expert_data": layout.data // layout.expert}
     return MeasuredLayout(
         losses=ranks[0].losses,
         seconds=median(ranks[0].seconds),

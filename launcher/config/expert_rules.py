@@ -4,7 +4,7 @@ from dataclasses import fields
 
 from launcher.config import shape
 from launcher.config.errors import as_typed, refusal, settings
-from launcher.config.schema import Dtype, ExpertsConfig, InputKind, RunConfig
+from launcher.config.schema import Dtype, ExpertsConfig, InputKind, RunConfig, StatesDtype
 
 _FIELD = "model.experts"
 
@@ -30,6 +30,35 @@ def check_experts(run: RunConfig) -> None:
         why = "rounded scores would choose other experts, so that another layout computes another model"
         raise refusal(run, f"{_FIELD}.router_dtype", why, f"{_FIELD}.router_dtype=fp32")
     _check_combinations(run)
+
+
+def check_expert_parallelism(run: RunConfig) -> None:
+    """Check that expert parallelism has experts to share, and settings with which it is shown to be right."""
+    m, p, one = run.model, run.parallelism, "parallelism.expert=1"
+    if run.plan.expert_imbalance > p.expert:
+        why = f"no rank gets more than {p.expert} times the mean with parallelism.expert={p.expert}"
+        raise refusal(run, "plan.expert_imbalance", why, f"plan.expert_imbalance={p.expert} (or lower)")
+    if p.expert == 1:
+        return
+    if run.plan.trace:
+        why = "plan.trace traces a rank that holds all experts of a layer"
+        raise refusal(run, "plan.trace", why, "plan.trace=false", one)
+    if not shape.has_experts(m):
+        why = "the model has no experts (model.experts.count=0)"
+        raise refusal(run, "parallelism.expert", why, one, "model=moe_tiny")
+    if m.experts.count % p.expert:
+        why = f"does not divide model.experts.count={m.experts.count}"
+        near = shape.nearest(shape.divisors(m.experts.count), p.expert, 1)
+        raise refusal(run, "parallelism.expert", why, *settings("parallelism.expert", near))
+    if p.zero_stage == 3:
+        why = "ZeRO-3 would partition the experts over all data ranks, which hold different experts"
+        raise refusal(run, "parallelism.zero_stage", why, "parallelism.zero_stage=2", one)
+    if p.offload_optimizer:
+        why = "the offloaded optimizer is not shown to be right with expert parallelism"
+        raise refusal(run, "parallelism.offload_optimizer", why, "parallelism.offload_optimizer=false", one)
+    if run.precision.states is StatesDtype.bf16:
+        why = "states in bf16 are not shown to be right with expert parallelism"
+        raise refusal(run, "precision.states", why, "precision=bf16", one)
 
 
 def _without_experts(e: ExpertsConfig) -> str:

@@ -288,6 +288,7 @@ class ParallelismConfig:
     tensor: int = 1
     pipeline: int = 1
     data: Optional[int] = None  # null: world size / (tensor x pipeline)
+    expert: int = 1  # data-parallel ranks that share the experts of each layer, each with a part of them
     zero_stage: int = 0
     sequence_parallel: bool = False
     offload_optimizer: bool = False
@@ -546,6 +547,8 @@ class PlanConfig:
 
     enforce: bool = True  # training refuses a run that cannot fit
     tokens: Optional[float] = None  # training tokens of the estimated days; null: tokens of training.steps
+    # With parallelism.expert: tokens that the experts of the fullest rank get, over the mean of all ranks
+    expert_imbalance: float = 1.0
     trace: bool = False  # compare the formulas with the traced modules
     figure: Optional[str] = None  # a .png, .svg or .pdf file
 
@@ -634,6 +637,7 @@ class SlurmConfig:
 @dataclass
 class SubmitConfig:
     dry_run: bool = False  # print the script, submit nothing
+    preflight: bool = True  # refuse if the installed versions fail `launcher preflight`; not with dry_run
 
 
 @dataclass

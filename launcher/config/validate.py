@@ -21,7 +21,7 @@ from launcher.config.errors import (
     typed_text,
     value_of,
 )
-from launcher.config.expert_rules import check_experts
+from launcher.config.expert_rules import check_expert_parallelism, check_experts
 from launcher.config.finetune_rules import check_lora
 from launcher.config.layout import Layout, resolve_layout
 from launcher.config.paths import check_paths
@@ -587,6 +587,7 @@ RULES: tuple[Callable[[RunConfig], None], ...] = (
     check_window,
     check_tensor_divides,
     check_experts,
+    check_expert_parallelism,
     check_schedule,
     check_pipeline,
     check_zero,

@@ -96,7 +96,7 @@ class PeakMemory:
 
 
 def group_names(engine: Engine) -> dict[str, GroupName]:
-    """Return "tensor", "data" or "pipeline" by torch's group name, for our groups and DeepSpeed's."""
+    """Return the name of the axis by torch's group name, for our groups and DeepSpeed's."""
     names: dict[str, GroupName] = {}
     grid = getattr(engine.deepspeed, "grid", None)
     if grid is not None:
@@ -109,4 +109,10 @@ def group_names(engine: Engine) -> dict[str, GroupName]:
     tensor, data = engine.mesh.tensor.group, engine.mesh.data.group
     assert tensor is not None
     assert data is not None
-    return {**names, tensor.group_name: "tensor", data.group_name: "data"}
+    names |= {tensor.group_name: "tensor", data.group_name: "data"}
+    if engine.mesh.expert.size > 1:
+        assert engine.mesh.expert.group is not None
+        holders = engine.mesh.holders_of_experts.group
+        assert holders is not None
+        names |= {engine.mesh.expert.group.group_name: "expert", holders.group_name: "expert_data"}
+    return names

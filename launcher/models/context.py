@@ -18,7 +18,7 @@ from launcher.models.rotary import RotaryTables
 from launcher.parallel.initializer import DrawFunction, Initializer, normal
 from launcher.parallel.layers import TensorParallel
 from launcher.parallel.loss_kernels import LossKernels
-from launcher.parallel.mesh import ProcessMesh
+from launcher.parallel.mesh import ONE_RANK, Axis, ProcessMesh
 from launcher.parallel.random import DropoutRandom
 
 Places = tuple[Tensor | None, Tensor | None, Tensor | None]  # mask, cosines, sines
@@ -37,6 +37,7 @@ class BlockContext:
     blocks: BlockRunner
     lora: LoraConfig | None = None  # None: no adapters
     micro_batches: int = 1  # of an optimizer step and data rank
+    expert: Axis = ONE_RANK  # the data ranks that share the experts of each layer
 
     @classmethod
     def create(
@@ -77,6 +78,7 @@ class BlockContext:
             BlockRunner(mesh.tensor, kernels, is_compiled=compiled, strict=strict),
             lora_of(run),
             micro_batches,
+            mesh.expert,
         )
 
     def positions(self, x: Tensor, window: int | None = None) -> Places:

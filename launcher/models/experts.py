@@ -16,8 +16,17 @@ from launcher.config.schema import ModelConfig, RouterKind
 from launcher.config.shape import is_gated
 from launcher.models.context import BlockContext, residual_draw
 from launcher.models.expert_losses import load_balancing_loss, with_loss, z_loss
-from launcher.models.grouped import collect, grouped_linear, sorted_by_expert, spread
+from launcher.models.grouped import (
+    Order,
+    collect,
+    exchanged_rows,
+    grouped_linear,
+    sorted_by_expert,
+    spread,
+    unsorted,
+)
 from launcher.models.mlp import MLP, activated
+from launcher.models.routing_record import RoutingRecord
 from launcher.parallel.collectives import copy_region, gather_copies_region
 from launcher.parallel.initializer import normal
 from launcher.parallel.layers import TensorParallel
@@ -58,12 +67,15 @@ class Experts(nn.Module):
         h, f, gated = model.hidden_size, experts.ffn_hidden_size, is_gated(model)
         self.router = Router(f"{name}.router", model, tp)
         up, segments = (f"{name}.experts.gate_up", (f, f)) if gated else (f"{name}.experts.up", (f,))
-        rows = segments * experts.count
+        rows, part = segments * experts.count, (context.expert.rank, context.expert.size)
+        self.expert, self.num_experts = context.expert, experts.count
         make = tp.initializer.parameter
-        self.up = make(LogicalTensor(f"{up}.weight", (sum(rows), h), 0, rows), normal(model.init_std))
-        down = LogicalTensor(f"{name}.experts.down.weight", (experts.count * h, f), 1, (f,))
+        first = LogicalTensor(f"{up}.weight", (sum(rows), h), 0, rows, part=part)
+        self.up = make(first, normal(model.init_std))
+        down = LogicalTensor(f"{name}.experts.down.weight", (experts.count * h, f), 1, (f,), part=part)
         self.down = make(down, residual_draw(model))
         columns = experts.shared * f
+        self.layer, self.record = int(name.split(".")[1]), RoutingRecord(experts.count)
         self.shared = MLP(f"{name}.shared", model, context, columns) if columns else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -73,30 +85,44 @@ class Experts(nn.Module):
         weights = copy_region(weights, tp.axis).flatten(0, 1)
         order = sorted_by_expert(chosen.flatten(0, 1), experts.count)
         y = spread(tp.enter(x).flatten(0, 1), order)
-        y = activated(self.model, grouped_linear(y, self.up.view(experts.count, -1, self.up.shape[1]), order))
-        y = grouped_linear(y, self.down.view(experts.count, -1, self.down.shape[1]), order)
+        if self.expert.size == 1:
+            y = self._run(y, order)
+        else:
+            exchange = exchanged_rows(order, experts.count, self.expert, y.device)
+            y = spread(exchange.there(y), exchange.order)
+            y = exchange.back(unsorted(self._run(y, exchange.order), exchange.order))
         y = tp.leave(collect(y, weights, order).view(len(x), -1, x.shape[-1]))
         return y if self.shared is None else y + self.shared(x)
 
+    def _run(self, rows: Tensor, order: Order) -> Tensor:
+        """Run sorted rows through this rank's experts."""
+        held = self.num_experts // self.expert.size
+        y = grouped_linear(rows, self.up.view(held, -1, self.up.shape[1]), order)
+        return grouped_linear(activated(self.model, y), self.down.view(held, -1, self.down.shape[1]), order)
+
     def _route(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Return weights and numbers of the chosen experts, (B, T, k) each, from logits (B, T, E)."""
-        experts, trains = self.model.experts, torch.is_grad_enabled()
-        if trains and experts.z_loss:
-            logits = self._with_loss(logits, experts.z_loss * z_loss(logits))
+        experts, trains = self.model.experts, torch.is_grad_enabled() and self.training
+        z = z_loss(logits) if trains else 0.0
+        logits = self._with_loss(logits, z, experts.z_loss)
         is_softmax = experts.router is RouterKind.softmax
         scores = logits.softmax(-1) if is_softmax else logits.sigmoid()
         chosen = scores.detach().topk(experts.top_k, dim=-1).indices
-        if trains and experts.auxiliary_loss:
+        if trains:
             shares = scores if is_softmax else scores / scores.sum(-1, keepdim=True)
-            scores = self._with_loss(scores, experts.auxiliary_loss * load_balancing_loss(shares, chosen))
+            balance = load_balancing_loss(shares, chosen)
+            self.record.add(shares.detach(), chosen, balance, z)
+            scores = self._with_loss(scores, balance, experts.auxiliary_loss)
         weights = scores.gather(-1, chosen)
         if experts.normalize_top_k:
             weights = weights / weights.sum(-1, keepdim=True)
         return weights if experts.scaling == 1.0 else weights * experts.scaling, chosen
 
-    def _with_loss(self, x: Tensor, loss: Tensor) -> Tensor:
-        """Return x, whose gradient gets that of the loss of this micro-batch.
+    def _with_loss(self, x: Tensor, loss: Tensor | float, factor: float) -> Tensor:
+        """Return x, whose gradient gets that of the loss of this micro-batch times its factor.
 
         A step is the mean over its micro-batches and data ranks, as is the loss of the tokens.
         """
-        return with_loss(x, loss / self.micro_batches)
+        if factor == 0.0 or not isinstance(loss, Tensor):
+            return x
+        return with_loss(x, loss * (factor / self.micro_batches))

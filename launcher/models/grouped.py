@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+from launcher.parallel.mesh import Axis
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,11 @@ def collect(y: Tensor, weights: Tensor, order: Order) -> Tensor:
     """Return the weighted sum over the experts of each token: (N k, H), (N, k) -> (N, H)."""
     by_token = _Unsort.apply(y, order).unflatten(0, (-1, order.top_k))  # type: ignore[no-untyped-call]
     return torch.bmm(weights.to(y.dtype).unsqueeze(1), by_token).squeeze(1)
+
+
+def unsorted(y: Tensor, order: Order) -> Tensor:
+    """Return sorted rows in the order that they had before: (N k, H) -> the same."""
+    return _Unsort.apply(y, order)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def grouped_linear(x: Tensor, weights: Tensor, order: Order) -> Tensor:
@@ -111,3 +119,55 @@ def _stretches(sizes: list[int]) -> Iterator[tuple[int, slice]]:
     for expert, size in enumerate(sizes):
         yield expert, slice(start, start + size)
         start += size
+
+
+def exchanged_rows(order: Order, count: int, axis: Axis, device: torch.device) -> "Exchange":
+    """Return how the sorted rows of all ranks of the axis reach the ranks of their experts.
+
+    Each rank holds count / axis.size experts, in order. Collective over the axis: an all-to-all of the
+    numbers of rows. A rank without rows takes part in all collectives.
+    """
+    sent = torch.tensor(order.sizes, dtype=torch.int64, device=device)
+    received = torch.empty_like(sent)
+    dist.all_to_all_single(received, sent, group=axis.group)
+    by_source = received.view(axis.size, -1)
+    experts = torch.arange(by_source.shape[1], device=device).repeat(axis.size)
+    experts = experts.repeat_interleave(received)
+    received_sizes: list[int] = by_source.sum(1).tolist()
+    sent_sizes: list[int] = sent.view(axis.size, -1).sum(1).tolist()
+    return Exchange(axis, sent_sizes, received_sizes, sorted_by_expert(experts[:, None], count // axis.size))
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Rows that this rank sends to each rank of the axis, and receives from it."""
+
+    axis: Axis
+    sent: list[int]
+    received: list[int]
+    order: Order  # of the received rows by expert of this rank
+
+    def there(self, rows: Tensor) -> Tensor:
+        """Return the rows of this rank's experts, by source: all-to-all forward, its reverse backward."""
+        return _AllToAll.apply(rows, self.sent, self.received, self.axis)  # type: ignore[no-any-return,no-untyped-call]
+
+    def back(self, rows: Tensor) -> Tensor:
+        """Return the rows of this rank's tokens by expert: all-to-all forward, its reverse backward."""
+        return _AllToAll.apply(rows, self.received, self.sent, self.axis)  # type: ignore[no-any-return,no-untyped-call]
+
+
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, sent: list[int], received: list[int], axis: Axis) -> Tensor:
+        ctx.sent, ctx.received, ctx.axis = sent, received, axis
+        return _all_to_all(rows, sent, received, axis)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        return _all_to_all(gradient, ctx.received, ctx.sent, ctx.axis), None, None, None
+
+
+def _all_to_all(rows: Tensor, sent: list[int], received: list[int], axis: Axis) -> Tensor:
+    result = rows.new_empty(sum(received), rows.shape[1])
+    dist.all_to_all_single(result, rows.contiguous(), received, sent, group=axis.group)
+    return result

@@ -22,6 +22,7 @@ class MeshShape:
     pipeline: int = 1
     data: int = 1
     tensor: int = 1
+    expert: int = 1  # neighbouring data ranks that hold different experts; divides `data`
 
     @property
     def world_size(self) -> int:
@@ -46,6 +47,18 @@ class MeshShape:
         places = product(range(self.pipeline), range(self.tensor))
         return [[self.rank(p, d, t) for d in range(self.data)] for p, t in places]
 
+    def expert_groups(self) -> list[list[int]]:
+        """Return the global ranks of each group that holds all experts once, ordered by expert rank."""
+        return [
+            group[start : start + self.expert]
+            for group in self.data_groups()
+            for start in range(0, self.data, self.expert)
+        ]
+
+    def expert_data_groups(self) -> list[list[int]]:
+        """Return the global ranks of each group that holds the same experts, ordered by data rank."""
+        return [group[first :: self.expert] for group in self.data_groups() for first in range(self.expert)]
+
 
 @dataclass(frozen=True)
 class Axis:
@@ -62,6 +75,9 @@ class Axis:
         return self.group.group_name
 
 
+ONE_RANK = Axis()
+
+
 @dataclass(frozen=True)
 class ProcessMesh:
     """The mesh as seen by one rank. Has the methods that DeepSpeed calls on an `mpu`."""
@@ -71,6 +87,13 @@ class ProcessMesh:
     tensor: Axis
     data: Axis
     stage: int = 0
+    expert: Axis = ONE_RANK  # the data ranks that together hold all experts once
+    expert_data: Axis | None = None  # None: the data axis, since all data ranks hold the same experts
+
+    @property
+    def holders_of_experts(self) -> Axis:
+        """Return the axis of the data ranks that hold the same experts."""
+        return self.expert_data or self.data
 
     @classmethod
     def create(cls, shape: MeshShape) -> "ProcessMesh":
@@ -80,7 +103,13 @@ class ProcessMesh:
         stage, data_rank, tensor_rank = shape.coordinates(rank)
         tensor = Axis(tensor_rank, shape.tensor, _create_groups(shape.tensor_groups(), rank))
         data = Axis(data_rank, shape.data, _create_groups(shape.data_groups(), rank))
-        return cls(shape, rank, tensor, data, stage)
+        if shape.expert == 1:
+            return cls(shape, rank, tensor, data, stage)
+        copy, place = divmod(data_rank, shape.expert)
+        expert = Axis(place, shape.expert, _create_groups(shape.expert_groups(), rank))
+        copies = shape.data // shape.expert
+        expert_data = Axis(copy, copies, _create_groups(shape.expert_data_groups(), rank))
+        return cls(shape, rank, tensor, data, stage, expert, expert_data)
 
     @classmethod
     def single(cls) -> "ProcessMesh":

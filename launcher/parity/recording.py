@@ -136,7 +136,7 @@ def record_weights(engine: Engine) -> StepTrace:
     return StepTrace(
         weights={logical.name: weight.clone() for logical, weight in engine.full_weights()},
         tied={
-            logical_of(p).name: gather_logical(engine.master(p), logical_of(p), tensor).cpu().clone()
+            logical_of(p).name: gather_logical(engine.master(p), logical_of(p), engine.mesh).cpu().clone()
             for p in engine.module.parameters()
             if getattr(p, "ds_pipe_replicated", False)
         },
@@ -151,7 +151,12 @@ def _spreads(engine: Engine, axis: Axis, parameters: Iterable[torch.nn.Parameter
     if axis.size == 1:
         return {}
     values = engine.master if axis is engine.mesh.tensor else (lambda p: p.detach())
-    return {logical_of(p).name: spread(values(p).float(), axis.group) for p in parameters}
+    spreads = {}
+    for parameter in parameters:
+        logical = logical_of(parameter)
+        group = engine.mesh.holders_of_experts.group if logical.is_part else axis.group
+        spreads[logical.name] = spread(values(parameter).float(), group)
+    return spreads
 
 
 def spread(value: Tensor, group: dist.ProcessGroup | None) -> float:

@@ -142,7 +142,7 @@ def _shrink_model(small: RunConfig, run: RunConfig, layout: Layout) -> None:
     uneven = run.model.num_layers % (layout.pipeline * stages_per_rank(run)) != 0
     m.num_layers = stages * BLOCKS_PER_STAGE + (1 if uneven else 0)
     if has_experts(m):
-        _shrink_experts(m, tensor)
+        _shrink_experts(small)
     divides = output_size(run.model) % layout.tensor == 0
     if m.inputs is InputKind.patches:
         m.num_classes = -(-CLASSES // tensor) * tensor + (0 if divides else 1)
@@ -162,12 +162,15 @@ def _shrink_model(small: RunConfig, run: RunConfig, layout: Layout) -> None:
     m.init_std = 0.1
 
 
-def _shrink_experts(m: ModelConfig, tensor: int) -> None:
+def _shrink_experts(small: RunConfig) -> None:
     """Keep dense and sparse layers, more than one expert per token, and losses that change the gradients."""
-    e = m.experts
+    m, e, p = small.model, small.model.experts, small.parallelism
+    tensor = p.tensor
     is_chosen_from = e.top_k < e.count
     e.top_k = min(2, e.top_k)
     e.count = max(e.top_k + is_chosen_from, min(EXPERTS, e.count)) if is_chosen_from else e.top_k
+    p.expert = math.gcd(p.expert, p.data or 1)
+    e.count = max(1, e.count // p.expert) * p.expert
     e.ffn_hidden_size = tensor * (m.hidden_size // tensor // 2 + 1)
     e.shared, e.first_dense_layers, e.every = min(2, e.shared), min(1, e.first_dense_layers), min(2, e.every)
     m.num_layers = max(m.num_layers, e.first_dense_layers + e.every)

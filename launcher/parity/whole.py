@@ -62,8 +62,8 @@ def other_layout(run: RunConfig) -> RunConfig:
     """Return the run on one rank."""
     p = run.parallelism
     other = replace(
-        p, tensor=1, pipeline=1, data=1, sequence_parallel=False, zero_stage=0, offload_optimizer=False,
-        offload_parameters=False, pipeline_schedule=PipelineSchedule("1f1b"),
+        p, tensor=1, pipeline=1, data=1, expert=1, sequence_parallel=False, zero_stage=0,
+        offload_optimizer=False,        offload_parameters=False, pipeline_schedule=PipelineSchedule("1f1b"),
         activation_checkpointing=ActivationCheckpointing.none,
     )  # fmt: skip
     return replace(run, parallelism=other)

@@ -772,13 +772,27 @@ DROPOUT_MUTATIONS = {
     ),
 }
 
-FAULTS = {
-    **MUTATIONS,
-    **PERTURBED_MUTATIONS,
-    **INNER_MUTATIONS,
-    **LONG_MUTATIONS,
-    **WHOLE_MUTATIONS,
-    **OPTIMIZER_MUTATIONS,
-    **STATES_MUTATIONS,
-    **DROPOUT_MUTATIONS,
+BY_PASS = {
+    "plain SGD": MUTATIONS | PERTURBED_MUTATIONS,
+    "inner stages": INNER_MUTATIONS,
+    "long samples": LONG_MUTATIONS,
+    "whole run": WHOLE_MUTATIONS,
+    "own optimizer": OPTIMIZER_MUTATIONS,
+    "bf16 states": STATES_MUTATIONS,
+    "dropout": DROPOUT_MUTATIONS,
 }
+FAULTS = {name: mutation for of_pass in BY_PASS.values() for name, mutation in of_pass.items()}
+
+
+def fault_table() -> str:
+    """Return the table of docs/verify.md: each fault, the first pass that shows it, parts of its diagnosis."""
+    rows = [
+        f"| {name} | {title} | {'; '.join(mutation.words)} |"
+        for title, of_pass in BY_PASS.items()
+        for name, mutation in of_pass.items()
+    ]
+    return "\n".join(["| fault | first shown by | in the diagnosis |", "|---|---|---|", *rows])
+
+
+if __name__ == "__main__":
+    print(fault_table())

@@ -18,10 +18,12 @@ def parts_of(plan: Plan) -> dict[str, float]:
     time = plan.time
     if time is None:
         return {}
+    of_experts = {"expert communication": time.expert, "expert_data communication": time.expert_data}
     return {
         "compute": time.compute,
         "tensor communication": time.tensor,
         "data communication": time.data,
+        **(of_experts if plan.layout.expert > 1 else {}),
         "pipeline communication": time.pipeline,
         "bubble": time.bubble,
         "optimizer": time.optimizer,

@@ -114,5 +114,5 @@ def _simulated(
 
 def _block_size(rank: Rank, has_experts: bool) -> int:
     """Return the parameters of a block with its adapters."""
-    size = parameters_of_block(rank.model, rank.tensor, has_experts)
+    size = parameters_of_block(rank.model, rank.tensor, has_experts, rank.expert)
     return size + (0 if rank.trains_whole_model else rank.trained_of_block(has_experts))

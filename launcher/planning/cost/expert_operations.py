@@ -1,8 +1,11 @@
 """Operations of the experts of a layer, as models/experts.py computes them, for a router without imbalance.
 
-N tokens run through k of E experts each: N k rows. No token is dropped, so the rows of a rank, and with them
-its memory and its FLOPs, do not depend on the router.
+N tokens run through k of E experts each: N k rows. No token is dropped, so without expert parallelism the
+rows of a rank, and with them its memory and its FLOPs, do not depend on the router. With it the experts of a
+rank receive N k rows times the stated imbalance.
 """
+
+import math
 
 from launcher.config.schema import RouterKind
 from launcher.planning.cost.layer_operations import activation, column, row
@@ -69,10 +72,10 @@ def _products(s: Sizes, x: str) -> list[Operation]:
     e, h = s.experts, s.hidden_size
     rows = s.tokens * e.top_k
     columns, segments = e.ffn_hidden_size // s.tensor, 2 if s.is_gated else 1
-    whole, wide = rows * h * s.element, rows * columns * s.element
+    whole = rows * h * s.element
     entered = Collective("all_gather", s.whole), Collective("reduce_scatter", s.whole)
     reduced = (Collective("all_reduce", s.whole),) if s.tensor > 1 else ()
-    is_split = s.sequence_parallel
+    is_split, is_shared = s.sequence_parallel, s.expert > 1
     return [
         Operation(
             "rows", (x,), whole, extra=2 * rows * INT64,
@@ -81,11 +84,13 @@ def _products(s: Sizes, x: str) -> list[Operation]:
             backward_traffic=entered[1:] if is_split else reduced,
             forward_bytes=2 * whole, backward_bytes=3 * whole, kernels=6,
         ),
-        _product(s, "up", "rows", h, columns * segments),
-        *activation(s, "up", "activated", wide),
+        *(_there(s) if is_shared else []),
+        _product(s, "up", "sorted" if is_shared else "rows", h, columns * segments),
+        *activation(s, "up", "activated", _received(s) * columns * s.element),
         _product(s, "down", "activated", columns, h),
+        *(_back(s) if is_shared else []),
         Operation(
-            "collected", ("down", "chosen"), s.whole,
+            "collected", ("returned" if is_shared else "down", "chosen"), s.whole,
             extra=whole + (rows * s.element if s.element < FP32 else 0), backward_scratch=whole,
             forward_matmuls=(Matmul(1, h, e.top_k, s.tokens),),
             backward_matmuls=(Matmul(1, e.top_k, h, s.tokens), Matmul(e.top_k, h, 1, s.tokens)),
@@ -94,9 +99,43 @@ def _products(s: Sizes, x: str) -> list[Operation]:
     ]  # fmt: skip
 
 
+def _received(s: Sizes) -> int:
+    """Return the rows that the experts of a rank compute."""
+    return math.ceil(s.tokens * s.experts.top_k * s.imbalance)
+
+
+def _there(s: Sizes) -> list[Operation]:
+    """Return the exchange of rows with the ranks of their experts, and the sorting of the received rows."""
+    row = s.hidden_size * s.element
+    received, rows = _received(s), Collective("all_to_all", s.tokens * s.experts.top_k * row)
+    numbers = Collective("all_to_all", s.experts.count * INT64)
+    return [
+        Operation(
+            "exchanged", ("rows",), received * row, forward_exchange=(numbers, rows),
+            backward_exchange=(rows,), kernels=8,
+        ),
+        Operation(
+            "sorted", ("exchanged",), received * row, extra=2 * received * INT64,
+            backward_scratch=received * row, forward_bytes=2 * received * row,
+            backward_bytes=3 * received * row, kernels=6,
+        ),
+    ]  # fmt: skip
+
+
+def _back(s: Sizes) -> list[Operation]:
+    """Return the way of the results back to the ranks of their tokens."""
+    row = s.hidden_size * s.element
+    received, rows = _received(s), Collective("all_to_all", s.tokens * s.experts.top_k * row)
+    moved = 2 * received * row
+    return [
+        Operation("unsorted", ("down",), received * row, forward_bytes=moved, backward_bytes=moved),
+        Operation("returned", ("unsorted",), rows.size, forward_exchange=(rows,), backward_exchange=(rows,)),
+    ]
+
+
 def _product(s: Sizes, name: str, x: str, inputs: int, outputs: int) -> Operation:
     """Return a product of each expert with its own rows."""
-    count, rows = s.experts.count, s.tokens * s.experts.top_k
+    count, rows = s.experts.count // s.expert, _received(s)
     each, more = divmod(rows, count)
     stretches = [(each + 1, more), (each, count - more)]
     used = [(m, number) for m, number in stretches if m and number]

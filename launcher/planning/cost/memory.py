@@ -180,7 +180,9 @@ class _Flat(_Flow):
             name = {last: "last block", 0: "first block"}.get(index, "a block between")
             if index in (0, last) or not are_alike:
                 held = kept + block.backward + tied
-                yield self.backward(f"backward pass, {name}", held, done, soon=weights)
+                # A block with experts is fullest before any of its weights has a gradient.
+                soon = 0 if self.rank.kinds[index] else weights
+                yield self.backward(f"backward pass, {name}", held, done, soon=soon)
             kept, done = kept - block.saved, done + weights
 
     def _reduction(self, of_head: int, of_block: int, tied: int) -> _Moment:

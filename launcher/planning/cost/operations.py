@@ -13,12 +13,15 @@ from launcher.config.schema import Dtype
 BYTES = {Dtype.fp32: 4, Dtype.bf16: 2, Dtype.fp16: 2}
 FP32, INT64, BOOL = 4, 8, 1
 
-CollectiveKind = Literal["all_reduce", "all_gather", "reduce_scatter", "send"]
+CollectiveKind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send"]
 
 
 @dataclass(frozen=True)
 class Collective:
-    """A collective; `size` is the bytes of the tensor reduced, or of the whole gathered or scattered."""
+    """A collective; `size` is the bytes of the tensor reduced, or of the whole gathered or scattered.
+
+    Of an all-to-all it is the bytes of a rank's tensor, of which each rank gets an equal part.
+    """
 
     kind: CollectiveKind
     size: int
@@ -27,7 +30,7 @@ class Collective:
         """Return the bytes that each rank sends in a ring of `ranks` (Thakur et al., IJHPCA 19, 2005)."""
         if ranks == 1:
             return 0.0
-        rounds = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1}
+        rounds = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "all_to_all": 1}
         return self.size if self.kind == "send" else rounds[self.kind] * self.size * (ranks - 1) / ranks
 
 
@@ -88,6 +91,8 @@ class Operation:
     forward_traffic: tuple[Collective, ...] = ()
     backward_traffic: tuple[Collective, ...] = ()
     overlapped_traffic: tuple[Collective, ...] = ()  # backward, overlapped with the weight's product
+    forward_exchange: tuple[Collective, ...] = ()  # over the expert group
+    backward_exchange: tuple[Collective, ...] = ()
     forward_bytes: int = 0  # read and written by memory-bound kernels
     backward_bytes: int = 0
     kernels: int = 1  # launched in the forward pass

@@ -44,6 +44,12 @@ class ModelPart:
             calls += operation.backward_traffic + operation.overlapped_traffic
         return Counter(calls)
 
+    @cached_property
+    def exchange(self) -> Counter[Collective]:
+        """Collectives over the expert group, forward and backward."""
+        calls = [call for operation in self.program + self.again for call in operation.forward_exchange]
+        return Counter(calls + [call for operation in self.program for call in operation.backward_exchange])
+
 
 @dataclass(frozen=True)
 class ModelParts:
@@ -104,5 +110,14 @@ def traffic(counted_parts: Iterable[tuple[ModelPart, int]]) -> Counter[Collectiv
     total: Counter[Collective] = Counter()
     for part, count in counted_parts:
         for collective, number in part.traffic.items():
+            total[collective] += number * count
+    return total
+
+
+def exchange(counted_parts: Iterable[tuple[ModelPart, int]]) -> Counter[Collective]:
+    """Return the collectives over the expert group for a micro-batch."""
+    total: Counter[Collective] = Counter()
+    for part, count in counted_parts:
+        for collective, number in part.exchange.items():
             total[collective] += number * count
     return total

@@ -5,10 +5,12 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 from launcher.planning.cost.measured_rates import AnyRates
-from launcher.planning.cost.operations import Matmul, Operation
+from launcher.planning.cost.operations import Collective, Matmul, Operation
 from launcher.planning.cost.parts import ModelPart, parts
 from launcher.planning.cost.sizes import Sizes
 from launcher.planning.cost.traffic import GroupShape
+
+ALONE = GroupShape(1, 1)
 
 
 @dataclass(frozen=True)
@@ -19,10 +21,11 @@ class PassTime:
     waiting: float = 0.0  # for tensor ranks
     hidden: float = 0.0  # of collectives over tensor ranks that run while the rank computes
     host: float = 0.0  # to start the operations, beside the device
+    exchanging: float = 0.0  # rows of tokens with the ranks that share the experts
 
     @property
     def total(self) -> float:
-        return self.compute + self.waiting
+        return self.compute + self.waiting + self.exchanging
 
     def __add__(self, other: "PassTime") -> "PassTime":
         return PassTime(
@@ -30,15 +33,29 @@ class PassTime:
             self.waiting + other.waiting,
             self.hidden + other.hidden,
             self.host + other.host,
+            self.exchanging + other.exchanging,
         )
 
     def times(self, count: int) -> "PassTime":
-        return PassTime(self.compute * count, self.waiting * count, self.hidden * count, self.host * count)
+        return PassTime(
+            self.compute * count,
+            self.waiting * count,
+            self.hidden * count,
+            self.host * count,
+            self.exchanging * count,
+        )
 
 
 def scaled(seconds: PassTime, scale: float) -> PassTime:
     """Multiply the seconds of computation, and not the wait."""
     return replace(seconds, compute=seconds.compute * scale)
+
+
+def exchanging(
+    seconds: PassTime, calls: Sequence[Collective], rates: AnyRates, expert: GroupShape
+) -> PassTime:
+    """Return the time of a pass with its collectives over the expert group."""
+    return replace(seconds, exchanging=sum(rates.collective(call, expert) for call in calls))
 
 
 @dataclass(frozen=True)
@@ -53,7 +70,7 @@ class PartTimes:
 
 
 @cache
-def part_times(sizes: Sizes, rates: AnyRates, tensor: GroupShape) -> PartTimes:
+def part_times(sizes: Sizes, rates: AnyRates, tensor: GroupShape, expert: GroupShape = ALONE) -> PartTimes:
     model = parts(sizes)
     scale = rates.scale(model.block.flops)
 
@@ -62,7 +79,11 @@ def part_times(sizes: Sizes, rates: AnyRates, tensor: GroupShape) -> PartTimes:
         compiled = sizes.compiled or part in (model.embedding, model.head)
         forward = forward_pass(part.program, rates, tensor, compiled=compiled)
         backward = backward_pass(part, rates, tensor, compiled=compiled)
-        return scaled(forward, scale), scaled(backward, scale)
+        sent = [call for operation in part.program for call in operation.forward_exchange]
+        again = [call for operation in part.again for call in operation.forward_exchange]
+        back = again + [call for operation in part.program for call in operation.backward_exchange]
+        forward, backward = scaled(forward, scale), scaled(backward, scale)
+        return exchanging(forward, sent, rates, expert), exchanging(backward, back, rates, expert)
 
     dense = both(model.dense)
     sparse = dense if model.sparse is model.dense else both(model.sparse)

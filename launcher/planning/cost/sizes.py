@@ -79,6 +79,8 @@ class Sizes:
     is_causal: bool  # attention that skips the scores of later tokens; a mask of documents does not
     compiled: bool  # the blocks, by torch.compile
     experts: ExpertsConfig
+    expert: int = 1  # ranks that share the experts
+    imbalance: float = 1.0  # rows that the experts of a rank receive, over the mean of the ranks
     adapters: Adapters = NO_ADAPTERS
 
     @classmethod
@@ -121,6 +123,8 @@ class Sizes:
             is_causal=m.attention is AttentionKind.causal and not run.data.document_attention,
             compiled=is_compiled(run, device),
             experts=replace(m.experts),
+            expert=p.expert,
+            imbalance=run.plan.expert_imbalance,
             adapters=Adapters.of(run),
         )
 

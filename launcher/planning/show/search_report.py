@@ -70,8 +70,9 @@ def _columns(title: str, *more: str) -> "Table":
 
 def _row(candidate: Candidate) -> list[str]:
     layout, p = candidate.layout, candidate.run.parallelism
+    experts = f" (experts {layout.expert})" if layout.expert > 1 else ""
     return [
-        f"{layout.pipeline} x {layout.data} x {layout.tensor}",
+        f"{layout.pipeline} x {layout.data}{experts} x {layout.tensor}",
         str(layout.zero_stage),
         str(candidate.run.training.micro_batch_size),
         p.activation_checkpointing.name,
