@@ -785,7 +785,7 @@ FAULTS = {name: mutation for of_pass in BY_PASS.values() for name, mutation in o
 
 
 def fault_table() -> str:
-    """Return the table of docs/verify.md: each fault, the first pass that shows it, parts of its diagnosis."""
+    """Return the table of docs/verify.md: each fault, the first pass that shows it, and its diagnosis."""
     rows = [
         f"| {name} | {title} | {'; '.join(mutation.words)} |"
         for title, of_pass in BY_PASS.items()
