@@ -99,12 +99,6 @@ def _all_weights(model: ModelConfig) -> dict[str, tuple[tuple[int, ...], float]]
         if exists and model.norm is NormKind.layer_norm:
             weights[f"{name}.bias"] = (h,), 0.0
 
-    def head_norms(name: str) -> None:
-        if model.query_key_norm is not QueryKeyNorm.none:
-            is_head = model.query_key_norm is QueryKeyNorm.head
-            weights[f"{name}.query_norm.weight"] = (size if is_head else queries,), 0.0
-            weights[f"{name}.key_norm.weight"] = (size if is_head else kv_heads * size,), 0.0
-
     if model.inputs is InputKind.patches:
         linear("patches", h, model.image_channels * model.patch_size**2, std, has_bias=True)
         if model.pooling is Pooling.class_token:
@@ -116,7 +110,7 @@ def _all_weights(model: ModelConfig) -> dict[str, tuple[tuple[int, ...], float]]
     for name in (f"blocks.{index}" for index in range(model.num_layers)):
         norm(f"{name}.attention_norm", placement is not NormPlacement.post)
         linear(f"{name}.attention.qkv", fused, h, std, biases.qkv)
-        head_norms(f"{name}.attention")
+        weights.update(_head_norm_weights(model, f"{name}.attention", queries, kv_heads * size))
         linear(f"{name}.attention.output", h, queries, residual, biases.output)
         norm(f"{name}.attention_output_norm", placement is not NormPlacement.pre)
         norm(f"{name}.mlp_norm", placement is not NormPlacement.post)
@@ -131,6 +125,17 @@ def _all_weights(model: ModelConfig) -> dict[str, tuple[tuple[int, ...], float]]
         outputs = model.num_classes if model.inputs is InputKind.patches else model.vocab_size
         linear("head", outputs, h, std, biases.head)
     return weights
+
+
+def _head_norm_weights(
+    model: ModelConfig, name: str, queries: int, keys: int
+) -> dict[str, tuple[tuple[int, ...], float]]:
+    """Return shape and deviation of the weights of the norms of queries and keys: of a head, or of all."""
+    if model.query_key_norm is QueryKeyNorm.none:
+        return {}
+    if model.query_key_norm is QueryKeyNorm.head:
+        queries = keys = model.head_size or model.hidden_size // model.num_heads
+    return {f"{name}.query_norm.weight": ((queries,), 0.0), f"{name}.key_norm.weight": ((keys,), 0.0)}
 
 
 def _has_experts(model: ModelConfig, layer: int) -> bool:
