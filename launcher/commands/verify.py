@@ -67,7 +67,7 @@ def _verify(ready_run: ReadyRun, machine: Machine) -> bool:
         print("note     fp16 trains on GPUs only: verified in fp32\n")
     started, passes, finished = time.monotonic(), list[VerifyPass](), False
     try:
-        for result in verify(small, more=(inner, long)):
+        for result in verify(small, run=ready_run.run, more=(inner, long)):
             passes.append(result)
             print_pass(result)
         finished = True

@@ -17,6 +17,7 @@ from launcher.parallel.vocabulary import padded_length
 from launcher.parity.differences import Difference, DifferenceKind, expected_batch_losses, in_forward_order
 from launcher.parity.patterns import (
     CLOSE,
+    CLOSE_LOSSES,
     common_ratio,
     excess_of_padding,
     moved_rows,
@@ -42,6 +43,7 @@ class Evidence:
     run: RunConfig
     layout: Layout
     number: int
+    before: StepTrace  # the step before in the layout
     step: StepTrace
     right: StepTrace
     failed: list[Difference]
@@ -61,7 +63,9 @@ def diagnose(
     """Return the diagnosis of the first step in `failed`, which must not be empty."""
     number = failed[0].step
     failed_first = [difference for difference in failed if difference.step == number]
-    evidence = Evidence(run, layout, number, trace[number], expected[number], failed_first)
+    evidence = Evidence(
+        run, layout, number, trace[max(0, number - 1)], trace[number], expected[number], failed_first
+    )
     return next(Diagnosis(*result) for rule in RULES for result in rule(evidence))
 
 
@@ -154,8 +158,18 @@ def _forward(e: Evidence) -> Results:
         meaning = "partial look-ups are not summed over the tensor ranks"
         meaning += " (under sequence parallelism: by the reduce-scatter)"
         yield f"{where}: tokens in the vocabulary shards of other ranks have output zero", meaning
+    if name == "embedding" and "embedding.weight" in e.before.weights and _are_other_tokens(e):
+        meaning = "other samples are read: their order, the blend, the first sample, or the place of a window"
+        yield f"{where}: it is that of other tokens", meaning
     part = next((part for part in WRONG_OUTPUT if name.endswith(part)), "up")
     yield f"{where}; it is equal on every tensor rank", WRONG_OUTPUT[part]
+
+
+def _are_other_tokens(e: Evidence) -> bool:
+    """Return whether every output of the embedding is a row of its weight."""
+    rows = e.step.outputs["embedding"].flatten(0, -2)
+    table = e.before.weights["embedding.weight"] * e.run.model.embedding_scale
+    return bool((torch.cdist(rows, table).amin(1) <= CLOSE * rows.norm(dim=1)).all())
 
 
 def _attention(e: Evidence, name: str, where: str) -> tuple[str, str]:
@@ -183,8 +197,8 @@ def _loss(e: Evidence) -> Results:
         if same_losses(got[0], right[0]) and same_losses(got[rank], right[0]):
             shape = f"data rank {rank} reports the losses of data rank 0's samples"
             yield shape, "data ranks read the same samples"
-    ratio = common_ratio([(torch.tensor(got), torch.tensor(right))])
-    if ratio is not None and abs(ratio - 1) > CLOSE:
+    ratio = common_ratio([(torch.tensor(got), torch.tensor(right))], CLOSE_LOSSES)
+    if ratio is not None and abs(ratio - 1) > CLOSE_LOSSES:
         words, axes = named_ratio(ratio, e.layout)
         yield f"every micro-batch's loss is {words}", f"the loss is scaled by {_axes(axes)}"
     if same_losses(sorted(chain(*got)), sorted(chain(*right))):
@@ -276,6 +290,15 @@ def _rounding(e: Evidence) -> Results:
         )
 
 
+def _whole(e: Evidence) -> Results:
+    if names := e.names("restored"):
+        shape = f"{_some(names)} differs after the checkpoint is restored in another layout"
+        yield shape, "saving or restoring: the place of a slice, a state that is not saved, or its precision"
+    if e.names("evaluation"):
+        meaning = "evaluation: its samples, masked labels, the mean over batches, or dropout that is not off"
+        yield "every step is right and the validation loss is wrong", meaning
+
+
 def _update(e: Evidence) -> Results:
     if e.names("grad_norm"):
         words, _ = named_ratio(e.step.grad_norm / e.right.grad_norm, e.layout)
@@ -283,11 +306,23 @@ def _update(e: Evidence) -> Results:
         cause = "shards are left out, or replicas counted twice"
         yield f"every gradient is right and the reported norm is {words}", f"{meaning}: {cause}"
     names = _some(e.names("weight", "state"))
+    if not names:
+        return
+    updates = [
+        (e.step.weights[n] - e.before.weights[n], e.right.weights[n] - e.before.weights[n])
+        for n in e.names("weight")
+        if n in e.before.weights
+    ]
+    ratio = common_ratio(updates) if updates else None
+    if ratio is not None and abs(ratio - 1) > CLOSE and not e.names("state"):
+        words = f"the reference times {ratio:.4f}"
+        meaning = "the learning rate, its schedule, or the number of updates that Adam counts"
+        yield f"gradients and states are right, and the update of {names} is {words}", meaning
     shape = f"{names}: the gradients are right, but the update or state computed from them is wrong"
     yield shape, "the optimizer, learning rate, weight decay or state differs from the reference"
 
 
-RULES = (_start, _micro_batches, _forward, _loss, _replicas, _gradients, _rounding, _update)
+RULES = (_start, _micro_batches, _forward, _loss, _replicas, _gradients, _rounding, _update, _whole)
 
 
 def _axes(names: list[str]) -> str:

@@ -40,6 +40,8 @@ DifferenceKind = Literal[
     "data_replica",
     "tied_copy",
     "dropout",  # dropout masks: see parity/dropout.py
+    "restored",  # weights and states after a checkpoint is restored in another layout
+    "evaluation",  # the validation loss
     "rank",  # a rank that failed or hung: nothing could be compared
 ]
 
@@ -263,7 +265,7 @@ class _Comparison:
         error = (self.step.weights[name] - right).abs()
         if is_frozen(self.run, name):
             return Difference(self.number, "weight", name, float(error.norm()), TINY)
-        bound = 2 * self.unit * right.abs() + self.run.optimizer.lr * self._update_error(self.number, name)
+        bound = 2 * self.unit * right.abs() + self._update_error(self.number, name)
         ratios = torch.where(error == 0, 0.0, error / bound)
         return Difference(self.number, "weight", name, float(ratios.square().mean().sqrt()), 1.0)
 
@@ -275,24 +277,25 @@ class _Comparison:
         """
         bound = self.unit * (self.number + 1) * self.right.weights[name].abs()
         for past in range(1, self.number + 1):
-            bound = bound + self.run.optimizer.lr * self._update_error(past, name)
+            bound = bound + self._update_error(past, name)
         measured = float((self.step.tied[name] - self.step.weights[name]).norm())
         return Difference(self.number, "tied_copy", name, measured, float(bound.norm()))
 
     def _update_error(self, number: int, name: str) -> Tensor:
-        """Return the allowed error of one step's update, divided by the learning rate, for each element."""
+        """Return the allowed error of one step's update, for each element."""
         step, optimizer = self.expected[number], self.run.optimizer
+        rate = optimizer.lr if step.rate is None else step.rate
         if is_frozen(self.run, name):
             return torch.zeros_like(step.weights[name])
         clipped = step.gradients[name] * _clip_factor(self.run, step)
         error = self.tolerances[number].of_gradient(name) * float(clipped.square().mean().sqrt())
         if optimizer.name is OptimizerName.sgd:
-            return torch.full_like(step.weights[name], error / (1 - (optimizer.momentum or 0.0)))
+            return torch.full_like(step.weights[name], rate * error / (1 - (optimizer.momentum or 0.0)))
         assert optimizer.beta2 is not None
         variance = step.states[f"{name}.exp_avg_sq"] / (1 - optimizer.beta2**number)
         # Adam divides by the size of the gradient. Where the gradient is near zero, rounding decides the sign
         # of the update, and two updates of size 1 may have opposite signs: hence the maximum of 2.
-        return (2 * error / (variance.sqrt() + (optimizer.epsilon or 0.0))).clamp(max=2.0)
+        return rate * (2 * error / (variance.sqrt() + (optimizer.epsilon or 0.0))).clamp(max=2.0)
 
     def states(self) -> Iterator[Difference]:
         got, right = self.step.states, self.right.states

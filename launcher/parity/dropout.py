@@ -27,6 +27,7 @@ from launcher.parallel.mesh import MeshShape
 from launcher.parity.differences import Difference
 
 _States = dict[str, list[str]]  # hashes of the random states of a rank's draws, by kind of mask
+DRAWS, NEXT_DRAWS = "draws", "next-draws"  # files of the masks of two steps
 DEVIATIONS = 5.0  # standard deviations of a binomial: a false alarm once in a few million runs
 
 MEANINGS = {
@@ -41,6 +42,8 @@ MEANINGS = {
     "masks are shared by stages": "pipeline stages draw from the same random state",
     "masks are drawn twice": "two layers or micro-batches of one rank drop the same places: a random state "
     "is used twice",
+    "masks repeat in the next step": "a step draws the masks of the step before: the seeds do not depend on "
+    "the step",
     "recomputed masks differ": "activation checkpointing recomputes with other masks than the forward pass "
     "used",
     "the share dropped is not model.dropout": "dropout uses another probability, or is missing from a layer",
@@ -119,6 +122,13 @@ def compare_draws(run: RunConfig, layout: Layout, draws: list[list[Draw]]) -> li
     share = Difference(1, "dropout", "the share dropped is not model.dropout", *_share(run, draws))
     measured = {name: inf if count else 0.0 for name, count in violations.items()}
     return [*(Difference(1, "dropout", name, value, 1.0) for name, value in measured.items()), share]
+
+
+def compare_next(draws: list[list[Draw]], following: list[list[Draw]]) -> Difference:
+    """Return whether a rank draws a mask of the step before again."""
+    pairs = zip(draws, following, strict=True)
+    repeats = any({d.state for d in first} & {d.state for d in second} for first, second in pairs)
+    return Difference(2, "dropout", "masks repeat in the next step", inf if repeats else 0.0, 1.0)
 
 
 def _count_shared_masks(

@@ -8,6 +8,7 @@ from torch import Tensor
 from launcher.config.layout import Layout
 
 CLOSE = 0.05  # relative; above the rounding of bf16, and small enough to tell sqrt(2) from 1 and 2
+CLOSE_LOSSES = 0.003  # relative; losses of different samples differ by more
 SAME = 1e-4  # relative; losses of different samples differ by more
 
 
@@ -17,10 +18,10 @@ def best_ratio(got: Tensor, right: Tensor) -> tuple[float, float]:
     return ratio, float((got - ratio * right).norm() / got.norm().clamp(min=1e-30))
 
 
-def common_ratio(pairs: list[tuple[Tensor, Tensor]]) -> float | None:
+def common_ratio(pairs: list[tuple[Tensor, Tensor]], close: float = CLOSE) -> float | None:
     """Return the ratio that all pairs (got, right) have in common; None if they have none."""
     ratios, residuals = zip(*(best_ratio(got, right) for got, right in pairs), strict=True)
-    differs = max(residuals) > CLOSE or max(ratios) - min(ratios) > CLOSE * abs(ratios[0])
+    differs = max(residuals) > close or max(ratios) - min(ratios) > close * abs(ratios[0])
     return None if differs else ratios[0]
 
 

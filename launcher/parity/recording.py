@@ -1,8 +1,10 @@
 """Run one rank of the verified layout, and record what its engine computes."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,18 +14,20 @@ from launcher.config.layout import Layout
 from launcher.config.numbers import IGNORED_LABEL
 from launcher.config.schema import RunConfig
 from launcher.data import sampler
-from launcher.engine.base import Engine, MicroBatches, gather_logical
+from launcher.engine.base import Engine, MicroBatches, StepResult, gather_logical
 from launcher.engine.build import build_engine
 from launcher.engine.distributed import join, leave
 from launcher.engine.optimizer import state_keys
 from launcher.engine.watchdog import MEASURING_MINUTES, Watchdog
 from launcher.parallel.mesh import Axis
 from launcher.parallel.sharding import logical_of
-from launcher.parity.dropout import recorded_draws, write_draws
+from launcher.parity.dropout import DRAWS, NEXT_DRAWS, recorded_draws, write_draws
 from launcher.parity.outputs import OutputRecorder
 from launcher.parity.perturb import perturb
 from launcher.parity.reference import GlobalBatch, probe_batches
-from launcher.parity.step_trace import StepTrace, write_trace
+from launcher.parity.step_trace import StepTrace, Weights, write_trace
+from launcher.runtime.resume import Progress
+from launcher.runtime.training import optimizer_step
 
 # A step of the small model takes seconds, even where many ranks share a core. Compiling takes minutes.
 HANG_MINUTES = 2 / 3
@@ -32,31 +36,48 @@ ENGINE = "engine"  # the file that names the engine that the ranks built
 
 def record_rank(rank: int, *, run: RunConfig, layout: Layout, folder: Path) -> None:
     """Train; the first rank of each pipeline stage writes folder/stage-N. Collective over the world."""
-    with _engine(rank, run, layout, folder) as (engine, watchdog):
+    with rank_engine(rank, run, layout, folder) as (engine, watchdog):
         perturb(engine, run.training.seed)
         recorder = OutputRecorder(engine, run.parallelism.sequence_parallel)
         steps = [record_weights(engine)]
         for batch in probe_batches(run):
             watchdog.at(f"step {len(steps)}")
             engine.random.begin_step(len(steps))
-            labels = int((batch[1] != IGNORED_LABEL).sum())
-            steps.append(record_step(run, engine, recorder, rank_batches(run, engine, batch), labels))
+            labels = count_labels(batch)
+            engine.set_learning_rate(run.optimizer.lr)
+            take = partial(engine.train_batch, rank_batches(run, engine, batch), labels)
+            steps.append(recorded_step(run, engine, recorder, take))
         if engine.mesh.data.rank == 0 and engine.mesh.tensor.rank == 0:
             write_trace(steps, folder / f"stage-{engine.mesh.stage}")
 
 
 def record_dropout(rank: int, *, run: RunConfig, layout: Layout, folder: Path) -> None:
-    """Train one step; rank 0 writes all ranks' dropout masks to folder/draws. Collective over the world."""
-    with _engine(rank, run, layout, folder) as (engine, _):
+    """Take two steps; rank 0 writes all ranks' dropout masks to DRAWS and NEXT_DRAWS. Collective (world)."""
+    with rank_engine(rank, run, layout, folder) as (engine, _):
+        for step, name in enumerate((DRAWS, NEXT_DRAWS)):
+            with recorded_draws() as draws:
+                loader: Any = ProbeLoader(run, engine)
+                optimizer_step(run, engine, loader, Progress(step=step))
+            write_draws(draws, folder / name)
+
+
+class ProbeLoader:
+    """Gives the same probe batch in each step, as a Loader would."""
+
+    def __init__(self, run: RunConfig, engine: Engine) -> None:
         batch = next(probe_batches(run))
-        with recorded_draws() as draws:
-            labels = int((batch[1] != IGNORED_LABEL).sum())
-            engine.train_batch(rank_batches(run, engine, batch), labels)
-        write_draws(draws, folder / "draws")
+        self._batches, self.labels = list(rank_batches(run, engine, batch)), count_labels(batch)
+
+    def step(self, consumed: int) -> MicroBatches:
+        return self._batches
+
+
+def count_labels(batch: GlobalBatch) -> int:
+    return int((batch[1] != IGNORED_LABEL).sum())
 
 
 @contextmanager
-def _engine(rank: int, run: RunConfig, layout: Layout, folder: Path) -> Iterator[tuple[Engine, Watchdog]]:
+def rank_engine(rank: int, run: RunConfig, layout: Layout, folder: Path) -> Iterator[tuple[Engine, Watchdog]]:
     """Join the other ranks and build the engine; leave the other ranks on exit. Collective over the world."""
     is_slow = layout.compiled or layout.device == "cuda"
     minutes = min(MEASURING_MINUTES if is_slow else HANG_MINUTES, run.launch.timeout_minutes)
@@ -84,28 +105,29 @@ def engine_in_words(engine: Engine) -> str:
     return ", ".join([*dict.fromkeys(names), *compiled])
 
 
-def record_step(
-    run: RunConfig, engine: Engine, recorder: OutputRecorder, batches: MicroBatches, labels: int
+def recorded_step(
+    run: RunConfig, engine: Engine, recorder: OutputRecorder, take: Callable[[], StepResult]
 ) -> StepTrace:
-    """Train one step on this data rank's micro-batches and return its trace. Collective over the world.
-
-    `labels` as in Engine.train_batch.
-    """
-    engine.set_learning_rate(run.optimizer.lr)
+    """Take a step and return its trace. Collective over the world."""
     recorder.start()
-    result = engine.train_batch(batches, labels)
+    result = take()
     step = record_weights(engine)
     step.loss, step.grad_norm = engine.mean_loss(result.loss), float(result.grad_norm)
     step.norm_spread = spread(torch.tensor(step.grad_norm), dist.group.WORLD)
     step.norm_data_spread = spread(torch.tensor(step.grad_norm), engine.mesh.data.group)
     step.outputs, step.output_spread = recorder.outputs()
     step.batch_losses = recorder.losses()
-    step.states = {
+    step.states = recorded_states(run, engine)
+    return step
+
+
+def recorded_states(run: RunConfig, engine: Engine) -> Weights:
+    """Return all optimizer states of this stage. Collective over the stage's ranks."""
+    return {
         f"{logical.name}.{key}": tensor.clone()
         for key in state_keys(run.optimizer)
         for logical, tensor in engine.full_states(key)
     }
-    return step
 
 
 def record_weights(engine: Engine) -> StepTrace:

@@ -99,12 +99,6 @@ def _all_weights(model: ModelConfig) -> dict[str, tuple[tuple[int, ...], float]]
         if exists and model.norm is NormKind.layer_norm:
             weights[f"{name}.bias"] = (h,), 0.0
 
-    def head_norms(name: str) -> None:
-        if model.query_key_norm is not QueryKeyNorm.none:
-            is_head = model.query_key_norm is QueryKeyNorm.head
-            weights[f"{name}.query_norm.weight"] = (size if is_head else queries,), 0.0
-            weights[f"{name}.key_norm.weight"] = (size if is_head else kv_heads * size,), 0.0
-
     if model.inputs is InputKind.patches:
         linear("patches", h, model.image_channels * model.patch_size**2, std, has_bias=True)
         if model.pooling is Pooling.class_token:
@@ -116,7 +110,7 @@ def _all_weights(model: ModelConfig) -> dict[str, tuple[tuple[int, ...], float]]
     for name in (f"blocks.{index}" for index in range(model.num_layers)):
         norm(f"{name}.attention_norm", placement is not NormPlacement.post)
         linear(f"{name}.attention.qkv", fused, h, std, biases.qkv)
-        head_norms(f"{name}.attention")
+        weights.update(_head_norm_weights(model, f"{name}.attention", queries, kv_heads * size))
         linear(f"{name}.attention.output", h, queries, residual, biases.output)
         norm(f"{name}.attention_output_norm", placement is not NormPlacement.pre)
         norm(f"{name}.mlp_norm", placement is not NormPlacement.post)
@@ -131,6 +125,17 @@ def _all_weights(model: ModelConfig) -> dict[str, tuple[tuple[int, ...], float]]
         outputs = model.num_classes if model.inputs is InputKind.patches else model.vocab_size
         linear("head", outputs, h, std, biases.head)
     return weights
+
+
+def _head_norm_weights(
+    model: ModelConfig, name: str, queries: int, keys: int
+) -> dict[str, tuple[tuple[int, ...], float]]:
+    """Return shape and deviation of the weights of the norms of queries and keys: of a head, or of all."""
+    if model.query_key_norm is QueryKeyNorm.none:
+        return {}
+    if model.query_key_norm is QueryKeyNorm.head:
+        queries = keys = model.head_size or model.hidden_size // model.num_heads
+    return {f"{name}.query_norm.weight": ((queries,), 0.0), f"{name}.key_norm.weight": ((keys,), 0.0)}
 
 
 def _has_experts(model: ModelConfig, layer: int) -> bool:
@@ -233,12 +238,14 @@ def reference_trace(
     batches: list[GlobalBatch],
     follow: list[StepTrace] | None = None,
     arithmetic: Arithmetic = EXACT,
+    rates: list[float] | None = None,
 ) -> list[StepTrace]:
     """Train from `weights` and return the trace of every step.
 
-    With `follow`, each step starts from the weights and optimizer states of that trace. `batch_losses` holds
-    the loss of each sample: [[loss of sample 0, ...]]. Exact arithmetic takes each global batch in one piece;
-    rounded arithmetic takes micro-batches, whose gradients are rounded.
+    With `follow`, each step starts from the weights and optimizer states of that trace. `rates` are the
+    learning rates by step. `batch_losses` holds the loss of each sample: [[loss of sample 0, ...]]. Exact
+    arithmetic takes each global batch in one piece; rounded arithmetic takes micro-batches, whose gradients
+    are rounded.
     """
     parameters = {
         name: tensor.clone().requires_grad_(_is_trained(run, name)) for name, tensor in weights.items()
@@ -249,7 +256,10 @@ def reference_trace(
     for number, batch in enumerate(batches):
         if follow is not None:
             _start_from(follow[number], parameters, optimizer, number)
+        for group in optimizer.param_groups:
+            group["lr"] = run.optimizer.lr if rates is None else rates[number]
         steps.append(_step(run, parameters, optimizer, batch, arithmetic))
+        steps[-1].rate = None if rates is None else rates[number]
     return steps
 
 
@@ -314,6 +324,14 @@ def _step(
         outputs={name: x[: run.training.micro_batch_size].detach().clone() for name, x in outputs[0].items()},
         batch_losses=[all_losses.tolist()],
     )
+
+
+@torch.no_grad()
+def mean_loss(run: RunConfig, weights: Weights, batch: GlobalBatch, a: Arithmetic) -> float:
+    """Return the mean loss over the labels of a batch that count, without dropout."""
+    (inputs, labels), used = batch, with_adapters(run, weights, a)
+    logits = forward(used, run.model, inputs, {}, documents(run, inputs), a)
+    return float(F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED_LABEL))
 
 
 def _backward(

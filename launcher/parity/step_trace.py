@@ -23,6 +23,7 @@ class StepTrace:
 
     loss: float = 0.0
     grad_norm: float = 0.0
+    rate: float | None = None  # the learning rate, in the reference; None: optimizer.lr
     weights: Weights = field(default_factory=dict)
     states: Weights = field(default_factory=dict)
     gradients: Weights = field(default_factory=dict)

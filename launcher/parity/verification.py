@@ -1,6 +1,7 @@
 """Compare a small run in its layout with one process of plain torch: the passes of `launcher verify`."""
 
 import copy
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 from launcher.config.layout import Layout, effective_zero_stage, is_compiled, resolve_layout
 from launcher.config.schema import (
     Dtype,
+    InputKind,
     OptimizerConfig,
     OptimizerName,
     PrecisionConfig,
@@ -25,13 +27,31 @@ from launcher.launch.local import RankFailure, run_local_ranks, start_method_for
 from launcher.launch.scratch import scratch_directory
 from launcher.parity.diagnose import Diagnosis, diagnose, diagnose_lost_rank
 from launcher.parity.differences import Difference, applied_gradients, compare, kept_momentum
-from launcher.parity.dropout import MEANINGS, compare_draws, read_draws
+from launcher.parity.dropout import DRAWS, MEANINGS, NEXT_DRAWS, compare_draws, compare_next, read_draws
 from launcher.parity.perturb import perturbed
+from launcher.parity.plain_data import PlainSource, use_files, write_files
 from launcher.parity.recording import ENGINE, record_dropout, record_rank
-from launcher.parity.reference import arithmetic_of, initial_weights, probe_batches, reference_trace
+from launcher.parity.reference import (
+    GlobalBatch,
+    arithmetic_of,
+    initial_weights,
+    probe_batches,
+    reference_trace,
+)
 from launcher.parity.rounding import equivalent
 from launcher.parity.step_trace import StepTrace, read_traces
 from launcher.parity.tolerance import Tolerance, measured_tolerance, tolerance
+from launcher.parity.whole import (
+    EVALUATION,
+    STEPS,
+    compare_restored,
+    expected_evaluation,
+    other_layout,
+    rate_of,
+    record_whole,
+    whole_batches,
+    whole_run,
+)
 
 Mutation = Callable[[], None]  # a fault of the tests; each rank calls it before it builds its engine
 PROBE = OptimizerConfig(name=OptimizerName.sgd, lr=0.1, momentum=0.0)
@@ -70,18 +90,25 @@ class PassPlan(NamedTuple):
 
 
 def verify(
-    small: RunConfig, *, more: Sequence[RunConfig | None] = (), mutation: Mutation | None = None
+    small: RunConfig,
+    *,
+    run: RunConfig | None = None,
+    more: Sequence[RunConfig | None] = (),
+    mutation: Mutation | None = None,
 ) -> Iterator[VerifyPass]:
     """Yield the result of each pass of a shrunk run as soon as the pass ends; a lost rank ends all passes.
 
-    `more` are the runs of more_passes.
+    `run` is the run that was shrunk: with it there is a pass of the whole run. `more` are the runs of
+    more_passes.
 
     The caller must have called prepare_deepspeed. Raises ConfigError, KeyboardInterrupt and Stopped.
     """
     plans = [*passes(small), *more_passes(*more)]
     calls: list[Callable[[], VerifyPass]] = [partial(run_pass, *plan, mutation) for plan in plans]
+    if run is not None and small.model.inputs is InputKind.tokens:
+        calls.append(partial(whole_pass, whole_run(run, small), mutation))
     if small.model.dropout > 0.0:
-        calls += [partial(dropout_pass, run, mutation, words) for run, words in _eager_and_compiled(small)]
+        calls += [partial(dropout_pass, each, mutation, words) for each, words in _eager_and_compiled(small)]
     for call in calls:
         result = call()
         yield result
@@ -154,7 +181,7 @@ def run_pass(title: str, run: RunConfig, plain_sgd: bool, mutation: Mutation | N
             return VerifyPass(title, *lost, layout.describe())
         engine = engine_of(layout, folder)
         trace = read_traces([folder / f"stage-{stage}" for stage in range(layout.pipeline)])
-    expected, allowed = _reference(run, layout, trace)
+    expected, allowed = _reference(run, layout, trace, list(probe_batches(run)))
     if layout.compiled:
         leave_out_blocks(expected)
     applied_gradients(run, trace, plain_sgd=plain_sgd)
@@ -164,17 +191,68 @@ def run_pass(title: str, run: RunConfig, plain_sgd: bool, mutation: Mutation | N
     return VerifyPass(title, differences, diagnosis, engine)
 
 
+def whole_pass(run: RunConfig, mutation: Mutation | None = None) -> VerifyPass:
+    """Train, evaluate and save a run that `whole_run` returned; restore it in another layout; compare all."""
+    run = copy.deepcopy(run)
+    run.model.dropout = run.finetune.lora.dropout = 0.0
+    if has_experts(run.model):
+        run.precision = PrecisionConfig(Dtype.fp32)
+    title = f"whole run, {run.optimizer.name.name}, {run.precision.dtype.name}"
+    layout, other = _layout(run), other_layout(run)
+    with scratch_directory() as folder:
+        use_files(run, folder)
+        other.data = run.data
+        sources = write_files(run, folder)
+        for each in (run, other):
+            if lost := _run_ranks(record_whole, each, _layout(each), folder, mutation):
+                return VerifyPass(title, *lost, _layout(each).describe())
+            (folder / "store").unlink(missing_ok=True)
+        engine = engine_of(layout, folder)
+        trace = read_traces([folder / f"stage-{stage}" for stage in range(layout.pipeline)])
+        restored, last = read_traces([folder / "after-0"])
+        loss = json.loads((folder / EVALUATION).read_text())
+        differences, expected = _compared_whole(run, layout, [*trace, last], sources, loss)
+    differences += compare_restored(trace[-1], restored)
+    differences.sort(key=lambda difference: difference.step)
+    failed = [difference for difference in differences if not difference.ok]
+    at_last = bool(failed) and failed[0].step > STEPS
+    places = (other, _layout(other)) if at_last else (run, layout)
+    diagnosis = diagnose(*places, failed, [*trace, last], expected) if failed else None
+    return VerifyPass(title, differences, diagnosis, engine)
+
+
+def _compared_whole(
+    run: RunConfig, layout: Layout, trace: list[StepTrace], sources: dict[str, PlainSource], loss: float
+) -> tuple[list[Difference], list[StepTrace]]:
+    """Return the differences of all steps and of the evaluation, and the trace of the reference."""
+    rates = [rate_of(run, number + 1) for number in range(len(trace) - 1)]
+    expected, allowed = _reference(run, layout, trace, whole_batches(run, sources), rates)
+    applied_gradients(run, trace, plain_sgd=False)
+    differences = compare(run, trace, expected, allowed, plain_sgd=False)
+    right = expected_evaluation(run, trace[STEPS].weights, sources, arithmetic_of(run))
+    measured = abs(loss - right) / right
+    return [
+        *differences,
+        Difference(STEPS, "evaluation", "validation loss", measured, allowed[1].loss),
+    ], expected
+
+
 def _reference(
-    run: RunConfig, layout: Layout, trace: list[StepTrace]
+    run: RunConfig,
+    layout: Layout,
+    trace: list[StepTrace],
+    batches: list[GlobalBatch],
+    rates: list[float] | None = None,
 ) -> tuple[list[StepTrace], list[Tolerance]]:
     """Return the trace of the reference, which starts each step from that of `trace`, and bounds by step."""
-    arithmetic, batches = arithmetic_of(run), list(probe_batches(run))
+    arithmetic = arithmetic_of(run)
     weights = perturbed(run, initial_weights(run))
-    expected = reference_trace(run, weights, batches, trace, arithmetic)
+    expected = reference_trace(run, weights, batches, trace, arithmetic, rates)
     if not arithmetic.is_rounded:
         return expected, [tolerance(run)] * len(expected)
     others = [
-        reference_trace(run, weights, batches, trace, way)[1:] for way in equivalent(arithmetic, layout)
+        reference_trace(run, weights, batches, trace, way, rates)[1:]
+        for way in equivalent(arithmetic, layout)
     ]
     measured = [
         measured_tolerance(right, list(same)) for right, *same in zip(expected[1:], *others, strict=True)
@@ -194,7 +272,7 @@ def leave_out_blocks(trace: list[StepTrace]) -> None:
 
 
 def dropout_pass(small: RunConfig, mutation: Mutation | None = None, words: str = "") -> VerifyPass:
-    """Train one step with the run's dropout, and check the masks only."""
+    """Take two steps with the run's dropout, and check the masks only."""
     run = copy.deepcopy(small)
     run.precision, run.finetune.lora.dropout = PrecisionConfig(Dtype.fp32), 0.0
     layout, title = _layout(run), f"masks of dropout {run.model.dropout}{words}"
@@ -202,7 +280,9 @@ def dropout_pass(small: RunConfig, mutation: Mutation | None = None, words: str 
         if lost := _run_ranks(record_dropout, run, layout, folder, mutation):
             return VerifyPass(title, *lost, layout.describe())
         engine = engine_of(layout, folder)
-        differences = compare_draws(run, layout, read_draws(folder / "draws"))
+        draws = read_draws(folder / DRAWS)
+        differences = compare_draws(run, layout, draws)
+        differences.append(compare_next(draws, read_draws(folder / NEXT_DRAWS)))
     failed = [difference.name for difference in differences if not difference.ok]
     diagnosis = Diagnosis(failed[0], MEANINGS[failed[0]]) if failed else None
     return VerifyPass(title, differences, diagnosis, engine)

@@ -9,14 +9,19 @@ from itertools import count
 from typing import Any
 
 import deepspeed
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from deepspeed.runtime.pipe.module import PipelineModule
 from torch import Tensor
 
+import launcher.checkpoint.load as load
+import launcher.data.blend as blend
 import launcher.data.sampler as sampler
+import launcher.data.windows as windows
 import launcher.engine.flat as flat
+import launcher.engine.optimizer as optimizers
 import launcher.engine.stochastic as stochastic
 import launcher.engine.update_guard as update_guard
 import launcher.models.attention as attention
@@ -34,6 +39,11 @@ import launcher.parallel.layers as layers
 import launcher.parallel.loss_kernels as loss_kernels
 import launcher.parallel.random as random
 import launcher.parallel.sharding as sharding
+import launcher.runtime.training as training
+import launcher.runtime.validation as validation
+from launcher.checkpoint.save import CheckpointWriter
+from launcher.data.loader import Loader
+from launcher.engine.base import Engine
 from launcher.parallel.mesh import Axis
 
 
@@ -328,6 +338,96 @@ def norm_weights_left_out() -> None:
     norms.Norm.forward = forward  # type: ignore[method-assign]
 
 
+def clip_factor_without_its_cap() -> None:
+    def clip(optimizer: Any, norm: Tensor, limit: float) -> None:
+        optimizer.grad_scale = norm / limit  # below 1, small gradients are scaled up
+
+    flat.clip = update_guard.clip = clip
+
+
+def learning_rate_one_step_late() -> None:
+    right = training.rate_of
+    training.rate_of = lambda run, step: right(run, max(1, step - 1))
+
+
+def decay_by_another_formula() -> None:
+    right = optimizers.learning_rate
+
+    def learning_rate(optimizer: Any, scheduler: Any, *, step: int, steps: int) -> float:
+        return right(optimizer, scheduler, step=step, steps=steps + 1)
+
+    training.learning_rate = learning_rate
+
+
+def samples_from_the_beginning() -> None:
+    right = Loader.step
+    Loader.step = lambda self, consumed: right(self, 0)  # type: ignore[method-assign]
+
+
+def every_epoch_in_the_same_order() -> None:
+    right = sampler.permute
+    sampler.permute = lambda positions, size, *, seed, epoch: right(positions, size, seed=seed, epoch=0)
+
+
+def blend_weights_exchanged() -> None:
+    right = blend.Segment.schedule.fget  # type: ignore[attr-defined]
+    blend.Segment.schedule = property(  # type: ignore[assignment,method-assign]
+        lambda self: blend.Schedule(right(self).weights[::-1])
+    )
+
+
+def windows_one_token_late() -> None:
+    """A window begins one token later than the end of the inputs of the window before."""
+    right = windows.Windows.read
+
+    def read(self: windows.Windows, places: Any) -> Any:
+        rows = right(self, places)
+        later = right(self, (places + 1) % len(self))
+        return np.concatenate([rows[:, 1:], later[:, 1:2]], axis=1)
+
+    windows.Windows.read = read  # type: ignore[method-assign]
+
+
+def labels_not_shifted() -> None:
+    right = Engine._to_device
+
+    def to_device(self: Engine, batch: Any) -> Any:
+        return right(self, batch if isinstance(batch, tuple) else (batch[:, :-1], batch[:, :-1].copy()))
+
+    Engine._to_device = to_device  # type: ignore[method-assign]
+
+
+def filled_up_samples_are_evaluated() -> None:
+    right = validation._masked_batches
+
+    def unmasked(run: Any, engine: Any, samples: Any, counted: range) -> Any:
+        for inputs, _ in right(run, engine, samples, counted):
+            yield inputs, np.roll(inputs, -1, axis=1)
+
+    validation._masked_batches = unmasked
+
+
+def states_saved_in_bf16() -> None:
+    right = CheckpointWriter._snapshot
+
+    def snapshot(self: CheckpointWriter) -> Any:
+        for piece in right(self):
+            low = replace(piece, tensor=piece.tensor.bfloat16().float())
+            yield piece if piece.kind == "weight" else low
+
+    CheckpointWriter._snapshot = snapshot  # type: ignore[method-assign]
+
+
+def number_of_updates_not_restored() -> None:
+    right = load.make_states
+    load.make_states = lambda engine, keys, updates: right(engine, keys, 0)
+
+
+def the_same_masks_in_every_step() -> None:
+    right = random.DropoutRandom.begin_step
+    random.DropoutRandom.begin_step = lambda self, step: right(self, 0)  # type: ignore[method-assign]
+
+
 def masks_shared_by_tensor_ranks() -> None:
     random.DropoutRandom.local = random.DropoutRandom.shared  # type: ignore[method-assign]
 
@@ -595,6 +695,39 @@ LONG_MUTATIONS = {
     ),
 }
 
+# Faults of the whole run: data, schedule, clipping, evaluation, checkpoints.
+OTHER_SAMPLES = ("that of other tokens", "other samples are read")
+UPDATES = ("gradients and states are right, and the update of", "schedule")
+WHOLE_MUTATIONS = {
+    "clip factor without its cap": Mutation(
+        clip_factor_without_its_cap, f"{GPT} {DP}", ("the norm is right and every applied gradient",)
+    ),
+    "learning rate one step late": Mutation(
+        learning_rate_one_step_late, f"{GPT} {DP}", (*UPDATES, "the reference times 0.5000")
+    ),
+    "decay by another formula": Mutation(
+        decay_by_another_formula, f"{GPT} {DP} scheduler=cosine scheduler.warmup_steps=2", UPDATES
+    ),
+    "samples from the beginning": Mutation(samples_from_the_beginning, f"{GPT} {DP}", OTHER_SAMPLES),
+    "every epoch in the same order": Mutation(every_epoch_in_the_same_order, f"{LLAMA} {DP}", OTHER_SAMPLES),
+    "weights of the blend exchanged": Mutation(blend_weights_exchanged, f"{GPT} {TP}", OTHER_SAMPLES),
+    "windows one token late": Mutation(windows_one_token_late, f"{GPT} {PP}", OTHER_SAMPLES),
+    "labels not shifted": Mutation(
+        labels_not_shifted, f"{GPT} {PP}", ("computed from the logits is wrong", "other labels")
+    ),
+    "samples that fill up a batch are evaluated": Mutation(
+        filled_up_samples_are_evaluated,
+        f"{GPT} {DP}",
+        ("every step is right and the validation loss is wrong", "masked labels"),
+    ),
+    "optimizer states saved in bf16": Mutation(
+        states_saved_in_bf16, f"{GPT} {TP}", ("differs after the checkpoint is restored", "its precision")
+    ),
+    "number of updates not restored": Mutation(
+        number_of_updates_not_restored, f"{GPT} {TP}", (*UPDATES, "number of updates that Adam counts")
+    ),
+}
+
 # Faults that show only under the run's own optimizer.
 OPTIMIZER_MUTATIONS = {
     "weight decay on norm weights": Mutation(
@@ -631,17 +764,35 @@ DROPOUT_MUTATIONS = {
         f"{DROPOUT} {TP} parallelism.activation_checkpointing=selective",
         ("recomputed masks differ",),
     ),
+    "the same masks in every step": Mutation(
+        the_same_masks_in_every_step, f"{DROPOUT} {TP}", ("masks repeat in the next step",)
+    ),
     "hidden dropout left out": Mutation(
         masks_left_out, f"{DROPOUT} {TP}", ("the share dropped is not model.dropout",)
     ),
 }
 
-FAULTS = {
-    **MUTATIONS,
-    **PERTURBED_MUTATIONS,
-    **INNER_MUTATIONS,
-    **LONG_MUTATIONS,
-    **OPTIMIZER_MUTATIONS,
-    **STATES_MUTATIONS,
-    **DROPOUT_MUTATIONS,
+BY_PASS = {
+    "plain SGD": MUTATIONS | PERTURBED_MUTATIONS,
+    "inner stages": INNER_MUTATIONS,
+    "long samples": LONG_MUTATIONS,
+    "whole run": WHOLE_MUTATIONS,
+    "own optimizer": OPTIMIZER_MUTATIONS,
+    "bf16 states": STATES_MUTATIONS,
+    "dropout": DROPOUT_MUTATIONS,
 }
+FAULTS = {name: mutation for of_pass in BY_PASS.values() for name, mutation in of_pass.items()}
+
+
+def fault_table() -> str:
+    """Return the table of docs/verify.md: each fault, the first pass that shows it, and its diagnosis."""
+    rows = [
+        f"| {name} | {title} | {'; '.join(mutation.words)} |"
+        for title, of_pass in BY_PASS.items()
+        for name, mutation in of_pass.items()
+    ]
+    return "\n".join(["| fault | first shown by | in the diagnosis |", "|---|---|---|", *rows])
+
+
+if __name__ == "__main__":
+    print(fault_table())

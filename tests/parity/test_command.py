@@ -74,7 +74,8 @@ def test_a_correct_layout_exits_0_and_reports_every_difference(
     assert written["ok"] is True
     assert (written["layout"]["tensor"], written["layout"]["zero_stage"]) == (2, 0)
     assert any(line.startswith("model.hidden_size ") for line in written["shrunk"])
-    assert [result["title"] for result in written["passes"]] == ["plain SGD, fp32", "adamw, fp32"]
+    titles = ["plain SGD, fp32", "adamw, fp32", "plain SGD, fp32, 128 positions", "whole run, adamw, fp32"]
+    assert [result["title"] for result in written["passes"]] == titles
     for result in written["passes"]:
         assert set(result) == {"title", "engine", "ok", "diagnosis", "differences"}
         assert result["engine"].startswith("2 cpu ranks = 1 pipeline x 1 data x 2 tensor, ZeRO-0, ")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tests.parity.expert_mutations import EXPERT_MUTATIONS
 from tests.parity.matrix import table
-from tests.parity.mutations import FAULTS
+from tests.parity.mutations import FAULTS, fault_table
 
 ROOT = Path(__file__).parents[2]
 DOCS = (ROOT / "docs" / "verify.md").read_text()
@@ -15,6 +15,12 @@ def test_the_table_of_combinations_is_generated_from_the_rules() -> None:
     shown = re.search(r"<!-- matrix -->\n(.*?)\n<!-- /matrix -->", DOCS, re.DOTALL)
     assert shown is not None
     assert shown[1] == table(), "python -m tests.parity.matrix prints the new one"
+
+
+def test_the_table_of_faults_is_generated_from_the_tests() -> None:
+    shown = re.search(r"<!-- faults -->\n(.*?)\n<!-- /faults -->", DOCS, re.DOTALL)
+    assert shown is not None
+    assert shown[1] == fault_table(), "python -m tests.parity.mutations prints the new one"
 
 
 def test_the_number_of_deliberate_faults_is_documented() -> None:

@@ -9,15 +9,22 @@ from launcher.config.validate import validate
 from launcher.config.world import World
 from launcher.parity.diagnose import Diagnosis
 from launcher.parity.shrink import inner_stages, long_samples
+from launcher.parity.verification import whole_pass
+from launcher.parity.whole import whole_run
 from tests.config.composing import run_of
 from tests.parity.mutations import (
     DROPOUT_MUTATIONS,
+    GPT,
     INNER_MUTATIONS,
+    LLAMA,
     LONG_MUTATIONS,
     MUTATIONS,
     OPTIMIZER_MUTATIONS,
     PERTURBED_MUTATIONS,
+    PP,
     STATES_MUTATIONS,
+    TP,
+    WHOLE_MUTATIONS,
     Mutation,
 )
 from tests.parity.running import (
@@ -83,6 +90,35 @@ def test_a_fault_is_detected_with_inner_stages_or_long_samples_only(name: str) -
     if name in LONG_MUTATIONS:
         right = plain_sgd_pass(more)
         assert right.ok, worst(right)
+
+
+def whole(*overrides: str, mutation: Mutation | None = None) -> VerifyPass:
+    run = run_of("hardware=cpu", *overrides)
+    small, _ = shrink(run, validate(run, World("cpu", 8, 8)))
+    return whole_pass(whole_run(run, small), mutation and mutation.inject)
+
+
+@pytest.mark.parametrize("name", every_other_slow(WHOLE_MUTATIONS))
+def test_a_fault_of_the_whole_run_is_detected(name: str) -> None:
+    mutation = WHOLE_MUTATIONS[name]
+    result = whole(*mutation.layout.split(), mutation=mutation)
+    assert result.diagnosis is not None
+    assert matches(mutation, result.diagnosis), (result.diagnosis, worst(result))
+
+
+WHOLE_RUNS = [
+    f"{GPT} {PP} scheduler=wsd scheduler.decay_steps=10 data.document_attention=true precision=bf16",
+    f"{LLAMA} parallelism=zero3 parallelism.data=2 optimizer=sgd scheduler=cosine",
+    f"{GPT} {TP} precision=bf16_states",
+    f"{LLAMA} parallelism=zero1 parallelism.data=2 finetune.lora.rank=4 parallelism.offload_optimizer=true",
+]
+
+
+@pytest.mark.parametrize("run", every_other_slow(WHOLE_RUNS))
+def test_the_whole_run_agrees_with_the_reference(run: str) -> None:
+    result = whole(*run.split())
+    assert result.ok, (result.diagnosis, worst(result))
+    assert {"restored", "evaluation", "weight"} <= {d.kind for d in result.differences}
 
 
 @pytest.mark.slow

@@ -137,7 +137,7 @@ module.elementwise = lambda device: []
     [
         (
             ["verify", *SMALL, "parallelism=tp2", "launch.timeout_minutes=0.1"],
-            *("launcher.parity.recording", "record_step", ""),
+            *("launcher.parity.recording", "recorded_step", ""),
             ["nothing has ended for 0.1 minutes", "at step 1, waiting for others in all_reduce, called by "],
         ),
         pytest.param(
