@@ -208,7 +208,9 @@ class _Comparison:
                 yield Difference(self.number, "batch_loss", f"data rank {rank}", inf, 1.0)
                 continue
             for index, (loss, correct) in enumerate(zip(losses, right, strict=True)):
-                name, measured = f"data rank {rank}, micro-batch {index}", abs(loss - correct) / abs(correct)
+                name = f"data rank {rank}, micro-batch {index}"
+                # Exactly 0 if no label of the micro-batch counts: then the layout's loss must be 0 as well.
+                measured = abs(loss - correct) / max(abs(correct), TINY)
                 yield Difference(self.number, "batch_loss", name, measured, bound)
 
     def outputs(self) -> Iterator[Difference]:

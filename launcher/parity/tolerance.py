@@ -75,7 +75,9 @@ def measured_tolerance(right: StepTrace, others: list[StepTrace]) -> Tolerance:
         }
 
     losses = torch.tensor(right.batch_losses).flatten()
-    distances = torch.stack([torch.tensor(other.batch_losses).flatten() for other in others]) / losses - 1
+    counts = losses != 0  # the loss of a sample without labels that count is exactly 0
+    losses_of_others = torch.stack([torch.tensor(other.batch_losses).flatten() for other in others])
+    distances = losses_of_others[:, counts] / losses[counts] - 1
     states = bounds("states")
     return Tolerance(
         loss=max(LOSS_DEVIATIONS * float(distances.square().mean().sqrt()), LEAST / 8),

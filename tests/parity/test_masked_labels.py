@@ -4,6 +4,7 @@ import pytest
 from torch import Tensor
 
 from launcher.config.numbers import IGNORED_LABEL
+from launcher.parity.reference import probe_batches
 from tests.parity.running import plain_sgd_pass, small_run, worst
 
 CHAT = ["data=chat", "data.train=chats.jsonl"]
@@ -21,6 +22,21 @@ CHAT = ["data=chat", "data.train=chats.jsonl"]
 def test_masked_labels_agree_with_the_reference(layout: str) -> None:
     result = plain_sgd_pass(small_run(*CHAT, *layout.split()))
     assert result.ok, worst(result)
+
+
+def test_a_micro_batch_without_labels_that_count() -> None:
+    """Found by `python -m tests.fuzz --clean`: the loss of such a micro-batch is exactly 0."""
+    run = small_run(*CHAT, "model=gpt_tiny", "parallelism=single", "training.micro_batch_size=1", steps=1)
+    run.training.global_batch_size = 4
+    for seed in range(400):
+        run.training.seed = seed
+        [(_, labels)] = probe_batches(run)
+        if bool((labels == IGNORED_LABEL).all(1).any()):
+            break
+    result = plain_sgd_pass(run)
+    assert result.ok, worst(result)
+    losses = [difference for difference in result.differences if difference.kind == "batch_loss"]
+    assert 0.0 in [difference.measured for difference in losses]
 
 
 def mean_of_each_micro_batch() -> None:

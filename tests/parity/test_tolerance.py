@@ -100,6 +100,14 @@ def test_the_bounds_are_not_zero_where_all_orders_agree() -> None:
     assert min(allowed.loss, allowed.norm) > 0
 
 
+def test_a_sample_without_labels_that_count_leaves_a_bound() -> None:
+    """Found by `python -m tests.fuzz --clean`: the bound was NaN, which no loss keeps."""
+    _, (right, other) = steps_of(BF16, equivalent(BF16, layout_of(2))[0])
+    usual = measured_tolerance(right, [other]).loss
+    right.batch_losses, other.batch_losses = ([[0.0, *step.batch_losses[0]]] for step in (right, other))
+    assert measured_tolerance(right, [other]).loss == usual
+
+
 def test_more_orders_of_summation_are_rarely_beyond_the_bounds() -> None:
     orders = [replace(BF16, parts=parts, fused=fused) for parts in (4, 5, 6, 7, 8) for fused in (True, False)]
     _, (right, *others) = steps_of(BF16, *equivalent(BF16, layout_of(2)), *orders)
