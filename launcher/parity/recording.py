@@ -17,6 +17,7 @@ from launcher.engine.build import build_engine
 from launcher.engine.distributed import join, leave
 from launcher.engine.optimizer import state_keys
 from launcher.engine.watchdog import MEASURING_MINUTES, Watchdog
+from launcher.models.selection_bias import selection_biases
 from launcher.parallel.mesh import Axis
 from launcher.parallel.sharding import logical_of
 from launcher.parity.dropout import recorded_draws, write_draws
@@ -105,6 +106,7 @@ def record_step(
         for key in state_keys(run.optimizer)
         for logical, tensor in engine.full_states(key)
     }
+    step.states |= {bias.logical.name: bias.value.cpu().clone() for bias in selection_biases(engine.module)}
     return step
 
 
