@@ -10,10 +10,13 @@ import torch.distributed as dist
 from launcher.checkpoint.flat_ranges import fragment_views
 from launcher.checkpoint.integrity import check_files
 from launcher.checkpoint.manifest import Manifest, StoredFiles, UnusableCheckpoint
-from launcher.checkpoint.read import CheckpointReader, WeightReader
+from launcher.checkpoint.read import CheckpointReader, HuggingFaceReader, WeightReader
 from launcher.config.errors import ConfigError
 from launcher.engine.base import Engine
 from launcher.engine.state import fragments, make_states, update_model_weights
+from launcher.models.selection_bias import selection_biases
+from launcher.parallel.boxes import whole
+from launcher.parallel.sharding import WEIGHT
 
 
 @torch.no_grad()
@@ -43,6 +46,10 @@ def _fill(engine: Engine, reader: WeightReader, keys: list[str], *, trained: boo
         for fragment in (each for each in fragments(engine, keys) if each.is_frozen is not trained):
             for kind, box, view in fragment_views(fragment, engine.mesh.tensor):
                 reader.fill(kind, fragment.logical.name, box, view)
+        # A model of Hugging Face has no such biases: they stay 0.
+        has_biases = trained and not isinstance(reader, HuggingFaceReader)
+        for bias in selection_biases(engine.module) if has_biases else ():
+            reader.fill(WEIGHT, bias.logical.name, whole(bias.logical.shape), bias.value)
     update_model_weights(engine)
 
 

@@ -19,6 +19,7 @@ from launcher.checkpoint.manifest import (
     read_manifest,
 )
 from launcher.checkpoint.sources import WeightsKind, WeightSource, stored_tensors, weights_at
+from launcher.models.selection_bias import selection_biases
 from launcher.parallel.boxes import Box, whole
 from launcher.parallel.sharding import WEIGHT, logical_of
 
@@ -103,6 +104,8 @@ def fill_whole(module: nn.Module, reader: "WeightReader") -> None:
     for parameter in module.parameters():
         logical = logical_of(parameter)
         reader.fill(WEIGHT, logical.name, whole(logical.shape), parameter.data)
+    for bias in selection_biases(module):
+        reader.fill(WEIGHT, bias.logical.name, whole(bias.logical.shape), bias.value)
 
 
 def _opened(path: Path) -> Any:

@@ -20,6 +20,9 @@ from launcher.config.schema import CheckpointConfig
 from launcher.engine.base import Engine
 from launcher.engine.state import Fragment, trained_fragments
 from launcher.files import PARTIAL, make_way
+from launcher.models.selection_bias import selection_biases
+from launcher.parallel.boxes import whole
+from launcher.parallel.sharding import WEIGHT
 
 _POLL = 0.02  # seconds
 
@@ -130,6 +133,11 @@ class CheckpointWriter:
             for kind, box, view in fragment_views(share, self.engine.mesh.tensor):
                 copied = view.to("cpu", copy=True).float().contiguous()
                 yield HostPiece(kind, share.logical.name, share.logical.shape, box, copied)
+
+        mesh = self.engine.mesh
+        for bias in selection_biases(self.engine.module) if mesh.data.rank + mesh.tensor.rank == 0 else ():
+            name, shape = bias.logical.name, bias.logical.shape
+            yield HostPiece(WEIGHT, name, shape, whole(shape), bias.value.to("cpu", copy=True))
 
     def _write(self, partial: Path, pieces: Iterable[HostPiece], manifest: Manifest) -> None:
         try:

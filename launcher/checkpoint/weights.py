@@ -26,6 +26,7 @@ from launcher.checkpoint.sources import WeightSource, damaged
 from launcher.checkpoint.tensor_file import save_tensors
 from launcher.config.errors import ConfigError
 from launcher.files import replacing, write_text
+from launcher.models.selection_bias import selection_biases
 from launcher.parallel.sharding import logical_of
 
 if TYPE_CHECKING:  # load_weights must not import deepspeed
@@ -54,6 +55,8 @@ def save_weights(
     writes = mesh.data.rank == 0 and mesh.tensor.rank == 0
     # Every rank takes part in gathering all weights.
     tensors = {logical.name: tensor.contiguous() for logical, tensor in engine.full_weights() if writes}
+    if writes:
+        tensors |= {bias.logical.name: bias.value.cpu() for bias in selection_biases(engine.module)}
     path = stage_file(run_dir, mesh.stage, mesh.shape.pipeline)
     stages: list[_Written | None] = [None] * dist.get_world_size()
     try:
@@ -88,7 +91,10 @@ def _manifest(step: int, config: dict[str, Any], stages: list[_Written]) -> Fina
 
 def load_weights(module: nn.Module, run_dir: Path) -> None:
     """Fill an unsharded module from a run's final weights; compare all checksums. Raises ConfigError."""
-    parameters = {logical_of(parameter).name: parameter for parameter in module.parameters()}
+    parameters: dict[str, torch.Tensor] = {
+        logical_of(parameter).name: parameter for parameter in module.parameters()
+    }
+    parameters |= {bias.logical.name: bias.value for bias in selection_biases(module)}
     weights = final_weights_of(run_dir)
     stored = weights.stored(run_dir)
     try:
@@ -120,7 +126,7 @@ def load_source(module: nn.Module, weights: WeightSource) -> None:
         raise damaged("run.dir", weights.path, error) from None
 
 
-def _fill(parameter: nn.Parameter | None, tensor: torch.Tensor, name: str, run_dir: Path, file: str) -> None:
+def _fill(parameter: torch.Tensor | None, tensor: torch.Tensor, name: str, run_dir: Path, file: str) -> None:
     if parameter is None or parameter.shape != tensor.shape:
         expected = "no such tensor" if parameter is None else f"shape {tuple(parameter.shape)}"
         why = f"{file} has {name} of shape {tuple(tensor.shape)}"

@@ -90,6 +90,7 @@ BOUNDS: dict[str, Bound] = {
     "model.experts.scaling": Bound(ABOVE_0, "1", 1e6),
     "model.experts.auxiliary_loss": Bound(FROM_0, "0", 1e6),
     "model.experts.z_loss": Bound(FROM_0, "0", 1e6),
+    "model.experts.bias_balancing": Bound(FROM_0, "0", 1e3),
     "parallelism.tensor": Bound(COUNT, "1", 2**10), "parallelism.pipeline": Bound(COUNT, "1", 2**12),
     "parallelism.data": Bound(COUNT, "null", _RANKS), "parallelism.expert": Bound(COUNT, "1", 2**12),
     "parallelism.zero_stage": Bound(STAGE, "1 (or 0, 2, 3)", 3),

@@ -236,6 +236,8 @@ class ExpertsConfig:
     scaling: float = 1.0  # the weights of the chosen experts are multiplied by it
     auxiliary_loss: float = 0.0  # factor of the load-balancing loss of each sequence (DeepSeek-V3); 0: off
     z_loss: float = 0.0  # factor of the mean square of the logits' logsumexp (arXiv 2202.08906); 0: off
+    # Growth of an expert's bias for the choice, per step in which few tokens chose it (DeepSeek-V3); 0: off
+    bias_balancing: float = 0.0
     router_dtype: Dtype = Dtype.fp32  # in which scores are computed
 
 

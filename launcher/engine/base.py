@@ -23,6 +23,7 @@ from launcher.engine.stochastic import StochasticOptimizer
 from launcher.engine.update_guard import UpdateGuard, install
 from launcher.models.context import BlockContext
 from launcher.models.losses import ClassificationLoss, LanguageLoss
+from launcher.models.selection_bias import balance
 from launcher.parallel.mesh import Axis, ProcessMesh
 from launcher.parallel.sharding import LogicalTensor, logical_of, merge
 
@@ -92,6 +93,10 @@ class Engine(ABC):
 
         `labels` as in train_batch.
         """
+
+    def _balance_experts(self) -> None:
+        """Update the biases for the choice of experts, if there are any. Collective over the data group."""
+        balance(self.module, self.mesh.data, 1.0 - self.guard.skipped)
 
     def _count(self, labels: int | None) -> None:
         """Set the number by which the losses of the next global batch are divided.

@@ -57,6 +57,7 @@ class FlatEngine(Engine):
                 self._judge()
             self.deepspeed.step()
             losses.append(loss.detach())
+        self._balance_experts()
         return StepResult(_mean(losses), self.guard.norm, self.guard.skipped, labels)
 
     def eval_batch(self, batches: MicroBatches, labels: int | None = None) -> Tensor:

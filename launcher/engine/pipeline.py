@@ -72,6 +72,7 @@ class PipelineEngine(Engine):
     def train_batch(self, batches: MicroBatches, labels: int | None = None) -> StepResult:
         self._count(labels)
         loss = self.deepspeed.train_batch(self._inputs(batches))
+        self._balance_experts()
         return StepResult(loss, self.guard.norm, self.guard.skipped, labels)
 
     def eval_batch(self, batches: MicroBatches, labels: int | None = None) -> Tensor:

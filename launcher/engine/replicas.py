@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from launcher.engine.base import Engine
 from launcher.engine.state import fragments, loss_scaler
+from launcher.models.selection_bias import selection_biases
 from launcher.parallel.digest import digest
 from launcher.parallel.mesh import MeshShape
 from launcher.parallel.sharding import WEIGHT, logical_of
@@ -115,6 +116,9 @@ def _combined(held: list[Replica], place: tuple[Axes, bool]) -> Tensor:
 def replicas(engine: Engine, numbers: Mapping[str, float]) -> Iterator[Replica]:
     """Yield this rank's replicas: weights, optimizer states, then `numbers` and the engine's own numbers."""
     yield from _weights_and_whole_states(engine)
+    across = (False, engine.mesh.data.size > 1, engine.mesh.tensor.size > 1)
+    for bias in selection_biases(engine.module) if any(across) else ():
+        yield Replica(bias.logical.name, across, bias.value)
     if engine.zero_stage > 0 and engine.mesh.tensor.size > 1:
         yield from _fragments_of_whole_tensors(engine)
     rates = [float(group["lr"]) for group in engine.optimizer.param_groups]

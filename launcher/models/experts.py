@@ -27,6 +27,7 @@ from launcher.models.grouped import (
 )
 from launcher.models.mlp import MLP, activated
 from launcher.models.routing_record import RoutingRecord
+from launcher.models.selection_bias import SelectionBias
 from launcher.parallel.collectives import copy_region, gather_copies_region
 from launcher.parallel.initializer import normal
 from launcher.parallel.layers import TensorParallel
@@ -76,6 +77,10 @@ class Experts(nn.Module):
         self.down = make(down, residual_draw(model))
         columns = experts.shared * f
         self.layer, self.record = int(name.split(".")[1]), RoutingRecord(experts.count)
+        self.selection_bias: SelectionBias | None = None
+        if experts.bias_balancing:
+            sizes = experts.count, experts.bias_balancing
+            self.selection_bias = SelectionBias(f"{name}.router.bias", *sizes, tp.initializer.device)
         self.shared = MLP(f"{name}.shared", model, context, columns) if columns else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -107,7 +112,11 @@ class Experts(nn.Module):
         logits = self._with_loss(logits, z, experts.z_loss)
         is_softmax = experts.router is RouterKind.softmax
         scores = logits.softmax(-1) if is_softmax else logits.sigmoid()
-        chosen = scores.detach().topk(experts.top_k, dim=-1).indices
+        bias = self.selection_bias
+        ranked = scores.detach() if bias is None else scores.detach() + bias.value
+        chosen = ranked.topk(experts.top_k, dim=-1).indices
+        if trains and bias is not None:
+            bias.record(chosen)
         if trains:
             shares = scores if is_softmax else scores / scores.sum(-1, keepdim=True)
             balance = load_balancing_loss(shares, chosen)

@@ -19,6 +19,7 @@ from launcher.engine.build import build_engine
 from launcher.engine.distributed import join, leave
 from launcher.engine.optimizer import state_keys
 from launcher.engine.watchdog import MEASURING_MINUTES, Watchdog
+from launcher.models.selection_bias import selection_biases
 from launcher.parallel.mesh import Axis
 from launcher.parallel.sharding import logical_of
 from launcher.parity.dropout import DRAWS, NEXT_DRAWS, recorded_draws, write_draws
@@ -122,12 +123,14 @@ def recorded_step(
 
 
 def recorded_states(run: RunConfig, engine: Engine) -> Weights:
-    """Return all optimizer states of this stage. Collective over the stage's ranks."""
-    return {
+    """Return all optimizer states and selection biases of this stage. Collective over the stage's ranks."""
+    states = {
         f"{logical.name}.{key}": tensor.clone()
         for key in state_keys(run.optimizer)
         for logical, tensor in engine.full_states(key)
     }
+    biases = selection_biases(engine.module)
+    return states | {bias.logical.name: bias.value.cpu().clone() for bias in biases}
 
 
 def record_weights(engine: Engine) -> StepTrace:

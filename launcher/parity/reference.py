@@ -253,14 +253,35 @@ def reference_trace(
     trained = {name: tensor for name, tensor in parameters.items() if tensor.requires_grad}
     optimizer = _optimizer(run.optimizer, trained)
     steps = [StepTrace(weights={name: tensor.clone() for name, tensor in weights.items()})]
+    balance = _balance(run.model)
     for number, batch in enumerate(batches):
         if follow is not None:
             _start_from(follow[number], parameters, optimizer, number)
         for group in optimizer.param_groups:
             group["lr"] = run.optimizer.lr if rates is None else rates[number]
-        steps.append(_step(run, parameters, optimizer, batch, arithmetic))
+        steps.append(_step(run, parameters, optimizer, batch, arithmetic, balance))
+        steps[-1].states |= _balanced(run.model, balance)
         steps[-1].rate = None if rates is None else rates[number]
     return steps
+
+
+def _balance(model: ModelConfig) -> Weights:
+    """Return the bias and the uses of each expert of a router, both 0, if experts are chosen with biases."""
+    layers = [i for i in range(model.num_layers) if _has_experts(model, i) and model.experts.bias_balancing]
+    names = [f"blocks.{layer}.mlp.router.{kind}" for layer in layers for kind in ("bias", "uses")]
+    return {name: torch.zeros(model.experts.count) for name in names}
+
+
+def _balanced(model: ModelConfig, balance: Weights) -> Weights:
+    """Move each bias by the uses of a step, which are 0 afterwards; return copies of the biases."""
+    biases = [name for name in balance if name.endswith(".bias")]
+    for name in biases:
+        uses = balance[name.replace(".bias", ".uses")]
+        for expert in range(len(uses)):
+            is_less, is_more = uses[expert] < uses.mean(), uses[expert] > uses.mean()
+            balance[name][expert] += model.experts.bias_balancing * (int(is_less) - int(is_more))
+        uses.zero_()
+    return {name: balance[name].clone() for name in biases}
 
 
 @torch.no_grad()
@@ -286,6 +307,7 @@ def _step(
     optimizer: torch.optim.Optimizer,
     batch: GlobalBatch,
     a: Arithmetic,
+    balance: Weights,
 ) -> StepTrace:
     inputs, labels = batch
     counted = int((labels != IGNORED_LABEL).sum())
@@ -297,7 +319,7 @@ def _step(
     gradients: list[Weights] = []
     for rows in zip(inputs.split(size), labels.split(size), strict=True):
         outputs.append({})
-        of_batch, of_weights = _backward(run, parameters, rows, counted, outputs[-1], a)
+        of_batch, of_weights = _backward(run, {**parameters, **balance}, rows, counted, outputs[-1], a)
         losses.append(of_batch)
         gradients.append(of_weights)
     # Each sample's part of the mean over all labels that count, so that the mean of the parts is the loss.
@@ -646,7 +668,10 @@ def _experts(
     e = model.experts
     logits = x @ w[f"{name}.router.weight"].T
     scores = logits.softmax(-1) if e.router is RouterKind.softmax else 1 / (1 + torch.exp(-logits))
-    chosen = torch.zeros_like(scores).scatter(-1, scores.argsort(-1, descending=True)[..., : e.top_k], 1.0)
+    ranked = scores + w[f"{name}.router.bias"] if e.bias_balancing else scores
+    chosen = torch.zeros_like(scores).scatter(-1, ranked.argsort(-1, descending=True)[..., : e.top_k], 1.0)
+    if e.bias_balancing:
+        w[f"{name}.router.uses"] += chosen.sum((0, 1))
     auxiliary += _router_losses(model, logits, scores, chosen)
     weights = scores * chosen
     if e.normalize_top_k:

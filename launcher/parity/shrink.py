@@ -36,6 +36,7 @@ CLASSES = 10
 LORA_RANK = 3
 LONG = 4096  # positions of the long samples
 EXPERTS = 6
+LEAST_BIAS = 0.05  # growth of the bias of an expert, if there is one: so that it changes choices
 LEAST_LOSS = 0.1  # factor of an auxiliary loss of experts, if there is one
 
 
@@ -176,6 +177,7 @@ def _shrink_experts(small: RunConfig) -> None:
     m.num_layers = max(m.num_layers, e.first_dense_layers + e.every)
     e.auxiliary_loss = max(LEAST_LOSS, e.auxiliary_loss) if e.auxiliary_loss else 0.0
     e.z_loss = max(LEAST_LOSS, e.z_loss) if e.z_loss else 0.0
+    e.bias_balancing = max(LEAST_BIAS, e.bias_balancing) if e.bias_balancing else 0.0
 
 
 def _shrink_attention(small: RunConfig, run: RunConfig) -> None:

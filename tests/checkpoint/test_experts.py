@@ -35,6 +35,7 @@ def run_in(layout: str) -> tuple[RunConfig, Layout]:
     m = run.model
     m.num_layers, m.num_heads, m.num_kv_heads, m.hidden_size = 4, 4, 2, 32
     m.experts.count, m.experts.ffn_hidden_size = 8, 20
+    m.experts.bias_balancing = 0.05  # large: if the biases were lost, other experts would be chosen
     m.vocab_size, m.max_sequence_length, run.data.sequence_length = 257, 16, None
     run.training.global_batch_size, run.training.micro_batch_size = 8, 1
     return run, resolve_layout(run, World("cpu", 8, 8))

@@ -12,6 +12,7 @@ from launcher.models.context import BlockContext
 from launcher.models.expert_losses import load_balancing_loss, with_loss, z_loss
 from launcher.models.experts import Experts
 from launcher.models.grouped import collect, grouped_linear, sorted_by_expert, spread
+from launcher.models.selection_bias import balance
 from launcher.parallel.initializer import Initializer
 from launcher.parallel.mesh import ProcessMesh
 from tests.models.small import BATCH, LENGTH, relative_error, small
@@ -141,3 +142,29 @@ def test_a_loss_reaches_the_gradients_beside_the_output() -> None:
     with_loss(x, (x * x).sum()).mul(y).sum().backward()
     assert x.grad is not None
     assert x.grad.tolist() == [3.0 + 4.0]
+
+
+def test_a_bias_grows_for_the_experts_that_few_tokens_chose() -> None:
+    model = model_with(top_k=1, bias_balancing=0.25)
+    layer = layer_of(model)
+    bias = layer.selection_bias
+    assert bias is not None
+    x = inputs_of(model).detach().abs()
+    with torch.no_grad():
+        layer.router.weight.zero_()
+        layer.router.weight[3] = 0.01
+    layer(x.requires_grad_())
+    kept = torch.ones(())
+    balance(layer, ProcessMesh.single().data, 0 * kept)  # a skipped step
+    assert bias.value.tolist() == [0.0] * COUNT
+    layer(x)
+    balance(layer, ProcessMesh.single().data, kept)
+    assert bias.value.tolist() == [0.25, 0.25, 0.25, -0.25, 0.25]
+    layer.record.take(x.device)
+    layer(x)
+    after = layer.record.take(x.device)[:COUNT]
+    assert after[3] == 0
+    layer.eval()
+    layer(x)
+    balance(layer, ProcessMesh.single().data, kept)  # of the training step alone
+    assert bias.value[3] == 0.0

@@ -158,6 +158,14 @@ def experts_reduced_as_dense_weights() -> None:
     flat.shared_experts = lambda mesh: nullcontext()
 
 
+def biases_by_the_tokens_of_one_rank() -> None:
+    """Each data rank balances its own tokens, so that ranks choose by different biases."""
+    import launcher.engine.base as base
+
+    right = base.balance
+    base.balance = lambda module, data, is_kept: right(module, Axis(), is_kept)
+
+
 MOE = "model=moe_tiny"
 DATA, TENSOR = "parallelism.data=2", "parallelism.tensor=2 parallelism.data=1"
 SEQUENCE = f"{TENSOR} parallelism.sequence_parallel=true"
@@ -186,6 +194,11 @@ EXPERT_MUTATIONS = {
     ),
     "weights of the chosen experts not normalised": Mutation(
         scores_not_normalized, f"{MOE} {TENSOR}", ("mlp_norm",)
+    ),
+    "biases for the choice by the tokens of one rank": Mutation(
+        biases_by_the_tokens_of_one_rank,
+        f"{MOE} {DATA} model.experts.bias_balancing=0.1 training.micro_batch_size=1",
+        ("experts",),
     ),
     "tokens over a capacity dropped": Mutation(tokens_over_a_capacity_dropped, f"{MOE} {DATA}", ("experts",)),
     "expert gradients too large by the expert-parallel size": Mutation(

@@ -10,7 +10,7 @@ from tests.parity.test_mutations import every_other_slow
 @pytest.mark.parametrize("name", every_other_slow(EXPERT_MUTATIONS))
 def test_a_fault_of_experts_is_detected(name: str) -> None:
     mutation = EXPERT_MUTATIONS[name]
-    run = small_run(*mutation.layout.split(), steps=1)
+    run = small_run(*mutation.layout.split(), steps=3 if "bias" in name else 1)
     result = plain_sgd_pass(run, mutation.inject)
     assert not result.ok
     assert result.diagnosis is not None

@@ -15,6 +15,7 @@ from tests.parity.running import passes, plain_sgd_pass, run_pass, small_run, wo
 OTHER_PARTS = [
     "model.experts.router=sigmoid", "model.experts.shared=2", "model.experts.scaling=2.5",
     "model.experts.first_dense_layers=1", "model.experts.normalize_top_k=false",
+    "model.experts.bias_balancing=0.001",
 ]  # fmt: skip
 SEQUENCE = ["parallelism.tensor=2", "parallelism.sequence_parallel=true"]
 LAYOUTS = {
