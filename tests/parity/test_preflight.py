@@ -127,6 +127,7 @@ def test_overrides_compose_the_kind_again(subtests: pytest.Subtests) -> None:
         ("experiment=finetune_chat", "precision=bf16_states", "parallelism.data=null"),
         ("experiment=digits_dp", "precision=fp32", "parallelism.data=null"),
         ("model=gemma2_2b", "parallelism=pp2"),
+        ("model=mixtral_8x7b",),
     ):  # fmt: skip
         with subtests.test(str(choice)):
             one = kind(*choice)
