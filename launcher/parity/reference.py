@@ -82,8 +82,7 @@ def _all_weights(model: ModelConfig) -> dict[str, tuple[tuple[int, ...], float]]
     h, std, biases = model.hidden_size, model.init_std, model.biases
     size, kv_heads = model.head_size or h // model.num_heads, model.num_kv_heads or model.num_heads
     queries, fused = model.num_heads * size, (model.num_heads + 2 * kv_heads) * size
-    is_gated = model.mlp in (MLPKind.swiglu, MLPKind.geglu)
-    placement = model.norm_placement
+    is_gated, placement = model.mlp in (MLPKind.swiglu, MLPKind.geglu), model.norm_placement
     first, width = ("gate_up", 2 * model.ffn_hidden_size) if is_gated else ("up", model.ffn_hidden_size)
     residual = std / (2 * model.num_layers) ** 0.5
     weights: dict[str, tuple[tuple[int, ...], float]] = {}
@@ -94,10 +93,8 @@ def _all_weights(model: ModelConfig) -> dict[str, tuple[tuple[int, ...], float]]
             weights[f"{name}.bias"] = (outputs,), 0.0
 
     def norm(name: str, exists: bool = True) -> None:
-        if exists:
-            weights[f"{name}.weight"] = (h,), 0.0
-        if exists and model.norm is NormKind.layer_norm:
-            weights[f"{name}.bias"] = (h,), 0.0
+        kinds = ("weight", "bias") if model.norm is NormKind.layer_norm else ("weight",)
+        weights.update({f"{name}.{kind}": ((h,), 0.0) for kind in kinds if exists})
 
     if model.inputs is InputKind.patches:
         linear("patches", h, model.image_channels * model.patch_size**2, std, has_bias=True)
@@ -114,9 +111,8 @@ def _all_weights(model: ModelConfig) -> dict[str, tuple[tuple[int, ...], float]]
         linear(f"{name}.attention.output", h, queries, residual, biases.output)
         norm(f"{name}.attention_output_norm", placement is not NormPlacement.pre)
         norm(f"{name}.mlp_norm", placement is not NormPlacement.post)
-        if _has_experts(model, int(name.removeprefix("blocks."))):
-            weights.update(_expert_weights(model, f"{name}.mlp", residual))
-        else:
+        weights |= _expert_weights(model, f"{name}.mlp", residual)
+        if f"{name}.mlp.router.weight" not in weights:
             linear(f"{name}.mlp.{first}", width, h, std, biases.up)
             linear(f"{name}.mlp.down", h, model.ffn_hidden_size, residual, biases.down)
         norm(f"{name}.mlp_output_norm", placement is not NormPlacement.pre)
@@ -150,6 +146,8 @@ def _expert_weights(
 ) -> dict[str, tuple[tuple[int, ...], float]]:
     """Return shape and standard deviation of the weights of router, experts and shared experts of a layer."""
     e, h, std = model.experts, model.hidden_size, model.init_std
+    if not _has_experts(model, int(name.split(".")[1])):
+        return {}
     f, is_gated = e.ffn_hidden_size, model.mlp in (MLPKind.swiglu, MLPKind.geglu)
     first, width = ("gate_up", 2 * f) if is_gated else ("up", f)
     weights: dict[str, tuple[tuple[int, ...], float]] = {

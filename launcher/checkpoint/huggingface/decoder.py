@@ -59,13 +59,12 @@ def decoder(
         return {"num_key_value_heads": kv_heads(m), **size, **write(m)}
 
     all_parts = {**TEXT, **SWIGLU, "biases": NO_BIASES, **(parts or {})}
-    read_elsewhere = {*(settings or {}), *free}
     return Adapter(
         title=title,
         model_type=model_type,
         architecture=architecture,
         prefix="model.",
-        parts={name: value for name, value in all_parts.items() if name not in read_elsewhere},
+        parts={name: value for name, value in all_parts.items() if name not in {*(settings or {}), *free}},
         settings={**SETTINGS, **(settings or {})},
         defaults={**DEFAULTS, **(defaults or {})},
         fixed={"hidden_act": "silu"} if fixed is None else fixed,

@@ -89,7 +89,7 @@ def _simulated(
     reduced_ends = (embedding, ends - embedding) if rank.trains_whole_model else (0, 0)
     # The weights that the forward pass used last are still there for the backward pass.
     kept = min(rank.blocks, buffers.max_live // block)
-    host = 0.0 if not partitions else rates.zero_3_block_s
+    host = rates.zero_3_block_s if partitions else 0.0
     layers = [
         Layer(times.embedding[0].total, times.embedding[1].total, reduced_ends[0], of_embedding, of_embedding)
     ]
@@ -98,9 +98,8 @@ def _simulated(
         forward, backward = (
             max(part.total, host * share) for part, share in zip(passes, (1 / 3, 2 / 3), strict=True)
         )
-        of_block = gather(held[index])
-        again = 0.0 if index >= rank.blocks - kept else of_block
-        layers.append(Layer(forward, backward, rank.trained_of_block(has_experts), of_block, again))
+        gathers = gather(held[index]), 0.0 if index >= rank.blocks - kept else gather(held[index])
+        layers.append(Layer(forward, backward, rank.trained_of_block(has_experts), *gathers))
     head = times.head
     layers.append(Layer(head[0].total, head[1].total, reduced_ends[1], gather(ends - embedding)))
     ahead = max(1, buffers.max_live // block if MODULE_CALLS * buffers.prefetch_bucket >= block else 1)
@@ -108,8 +107,8 @@ def _simulated(
     link = sum(layer.gather + layer.gather_again for layer in layers)
     link += sum(reduction(size) for size in pieces(rank.trained_parameters, buffers.reduce_bucket))
     waiting = end - sum(layer.forward + layer.backward for layer in layers)
-    batches = layout.accumulation
-    return Exchange(max(0.0, waiting) * batches, max(0.0, link - waiting) * batches)
+    hidden = max(0.0, link - waiting)
+    return Exchange(max(0.0, waiting) * layout.accumulation, hidden * layout.accumulation)
 
 
 def _block_size(rank: Rank, has_experts: bool) -> int:
