@@ -81,7 +81,7 @@ BOUNDS: dict[str, Bound] = {
     "model.logit_soft_cap": Bound(ABOVE_0, "null", 1e6),
     "model.embedding_scale": Bound(ABOVE_0, "1", 1e6),
     "parallelism.tensor": Bound(COUNT, "1", 2**10), "parallelism.pipeline": Bound(COUNT, "1", 2**12),
-    "parallelism.data": Bound(COUNT, "null", _RANKS),
+    "parallelism.data": Bound(COUNT, "null", _RANKS), "parallelism.context": Bound(COUNT, "1", 2**10),
     "parallelism.zero_stage": Bound(STAGE, "1 (or 0, 2, 3)", 3),
     "parallelism.vocabulary_multiple": Bound(COUNT, "null", 2**16),
     "hardware.nodes": Bound(COUNT, "1", _RANKS),

@@ -102,6 +102,19 @@ class ActivationCheckpointing(Enum):
     full = "full"
 
 
+class ContextMethod(Enum):
+    """How context-parallel ranks, which each hold a part of every sequence, attend to the whole of it.
+
+    ring: keys and values travel from rank to rank while the scores of the last ones are computed (arXiv
+    2310.01889). gather: every rank gathers all keys and values. ulysses: all-to-alls exchange parts of the
+    sequence for heads and back (arXiv 2309.14509).
+    """
+
+    ring = "ring"
+    gather = "gather"
+    ulysses = "ulysses"
+
+
 # 1f1b: one forward, one backward (Narayanan et al., arXiv 2104.04473). dualpipev: every rank holds two
 # stages, and micro-batches travel out through the first and back through the second (DeepSeek-V3).
 # The functional form, since the field's name for the first is no Python identifier.
@@ -258,7 +271,11 @@ class ModelConfig:
 class ParallelismConfig:
     tensor: int = 1
     pipeline: int = 1
-    data: Optional[int] = None  # null: world size / (tensor x pipeline)
+    data: Optional[int] = None  # null: world size / (tensor x pipeline x context)
+    context: int = (
+        1  # ranks that share each sequence: a rank holds the activations of 1/context of its tokens
+    )
+    context_method: ContextMethod = ContextMethod.ring
     zero_stage: int = 0
     sequence_parallel: bool = False
     offload_optimizer: bool = False

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 
 from launcher.config import numbers, shape
 from launcher.config.attention_rules import check_rotary, check_window
+from launcher.config.context_rules import check_context
 from launcher.config.deepspeed_keys import check_passthrough
 from launcher.config.errors import (
     ConfigError,
@@ -587,6 +588,7 @@ RULES: tuple[Callable[[RunConfig], None], ...] = (
     check_pipeline,
     check_zero,
     check_sequence,
+    check_context,
     check_vocabulary,
     check_documents,
     check_read_ahead,

@@ -7,6 +7,7 @@ from dataclasses import fields
 from launcher.config.errors import as_typed
 from launcher.config.layout import Layout
 from launcher.config.schema import (
+    ContextMethod,
     CorpusSource,
     Device,
     Dtype,
@@ -38,7 +39,8 @@ def shrink(run: RunConfig, layout: Layout, *, gpus: int = 0) -> tuple[RunConfig,
     """
     small = copy.deepcopy(run)
     p, most = small.parallelism, min(gpus, MOST_RANKS) if gpus else MOST_RANKS
-    p.pipeline, p.data, p.tensor = shrunk_axes(layout.pipeline, layout.data, layout.tensor, most)
+    axes = layout.pipeline, layout.data, layout.tensor, layout.context
+    p.pipeline, p.data, p.tensor, p.context = shrunk_axes(*axes, most=most)
     _shrink_model(small, run, layout)
     _shrink_training(small, layout)
     if run.precision.dtype is Dtype.fp16:
@@ -51,19 +53,26 @@ def shrink(run: RunConfig, layout: Layout, *, gpus: int = 0) -> tuple[RunConfig,
     return small, _changes(run, small)
 
 
-def shrunk_axes(pipeline: int, data: int, tensor: int, most: int = MOST_RANKS) -> tuple[int, int, int]:
+def shrunk_axes(*axes: int, most: int = MOST_RANKS) -> tuple[int, ...]:
     """Return the axes, of which the largest is halved until all fit in `most` ranks."""
-    axes = [pipeline, data, tensor]
-    while math.prod(axes) > most and max(axes) > 2:
-        largest = max(range(3), key=lambda axis: axes[axis])
-        axes[largest] = max(2, axes[largest] // 2)
-    return axes[0], axes[1], axes[2]
+    small = list(axes)
+    while math.prod(small) > most and max(small) > 2:
+        largest = max(range(len(small)), key=lambda axis: small[axis])
+        small[largest] = max(2, small[largest] // 2)
+    return tuple(small)
 
 
 def _shrink_model(small: RunConfig, run: RunConfig, layout: Layout) -> None:
     m, tensor, stages = small.model, small.parallelism.tensor, small.parallelism.pipeline
     heads_per_kv_head = min(2, run.model.num_heads // kv_heads(run.model))
     kv_heads_per_rank = min(2, kv_heads(run.model) // layout.tensor)
+    if run.parallelism.context_method is ContextMethod.ulysses:
+        # Each context rank has query heads of its own, and key/value heads perhaps not.
+        context, heads = small.parallelism.context, heads_per_kv_head * kv_heads_per_rank
+        if heads_per_kv_head > 1:
+            heads_per_kv_head *= context // math.gcd(heads, context)
+        else:
+            kv_heads_per_rank *= context // math.gcd(heads, context)
     small_kv_heads = tensor * kv_heads_per_rank
     m.num_heads = small_kv_heads * heads_per_kv_head
     m.num_kv_heads = None if run.model.num_kv_heads is None else small_kv_heads
@@ -84,9 +93,10 @@ def _shrink_model(small: RunConfig, run: RunConfig, layout: Layout) -> None:
         m.image_size = m.patch_size * (3 if odd else 4)
     else:
         m.vocab_size = -(-VOCABULARY // tensor) * tensor + (0 if divides else 1)
-        m.max_sequence_length = tensor * max(SEQUENCE_PER_RANK, 16 // tensor)
+        parts = tensor * small.parallelism.context
+        m.max_sequence_length = parts * max(SEQUENCE_PER_RANK, 16 // parts)
         whole = sequence_length(run) == run.model.max_sequence_length
-        small.data.sequence_length = None if whole else tensor * 4
+        small.data.sequence_length = None if whole else parts * 4
     if small.data.end_of_document is not None or small.data.source is CorpusSource.tokens:
         small.data.end_of_document = 0
     _shrink_attention(small, run)

@@ -58,7 +58,7 @@ def trace_stage(run: RunConfig, layout: Layout, rank: Rank, chunk: int = 0) -> S
     The kernels are those of the CPU; for a run on CUDA, kernels that save other tensors there are replaced
     (_cuda_kernels). Must not be called after torch.distributed is initialised.
     """
-    shape = MeshShape(layout.pipeline, layout.data, layout.tensor)
+    shape = MeshShape.of(layout)
     global_rank = shape.rank(rank.stage, 0, layout.tensor - 1)
     with ExitStack() as stack:
         group = stack.enter_context(_fake_world(shape, global_rank))
@@ -128,7 +128,7 @@ def _stage(run: RunConfig, rank: Rank, chunk: int, axis: Axis, target: str) -> F
     random = DropoutRandom(0, stage=0, data_rank=0, tensor_rank=axis.rank)
     documents = _Documents(run)
     rotary = rotary_tables(run.model)
-    masks, runner = AttentionMasks(run.model, documents), BlockRunner(axis, EAGER, is_compiled=False)
+    masks, runner = AttentionMasks(run.model, documents), BlockRunner(axis, Axis(), EAGER, is_compiled=False)
     context = BlockContext(
         tp, random, p.activation_checkpointing, documents, masks, rotary, runner, lora_of(run)
     )

@@ -71,7 +71,7 @@ def rank_memory(run: RunConfig, layout: Layout, rank: Rank) -> Memory:
     fullest = max(moments, key=lambda moment: moment.touched if on_cpu else moment.allocated)
     held = states.weights + states.optimizer + sizes.tables
     copied = checkpoint_bytes(run, layout, rank)
-    groups = sum(size > 1 for size in (layout.tensor, layout.data, layout.pipeline))
+    groups = sum(size > 1 for size in (layout.tensor, layout.gradient_ranks, layout.pipeline))
     margin = 0 if on_cpu else CONTEXT_BYTES + groups * GROUP_BYTES
     communication = fullest.holdings.communication + fullest.gathered
     return Memory(
@@ -95,7 +95,7 @@ def start_up_bytes(run: RunConfig, layout: Layout, rank: Rank) -> int:
     On a GPU: the weight, or under ZeRO-3 the partition, that moves there next. On a CPU: all weights, or all
     partitions and the weight that ZeRO-3 cuts next. Values are drawn in fp32 block by block.
     """
-    element, data, on_cpu = BYTES[run.precision.dtype], layout.data, layout.device == "cpu"
+    element, data, on_cpu = BYTES[run.precision.dtype], layout.gradient_ranks, layout.device == "cpu"
     if layout.zero_stage < 3:
         return element * (rank.parameters if on_cpu else rank.largest_weight) + BLOCK_BYTES
     if not on_cpu and not run.parallelism.offload_parameters:

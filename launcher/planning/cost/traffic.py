@@ -30,8 +30,8 @@ class GroupShape:
 def group_shapes(layout: Layout, ranks_per_node: int) -> dict[GroupName, GroupShape]:
     """Return the shape of each group; ranks count tensor fastest, then data (launcher/parallel/mesh.py)."""
     tensor = _shape(layout.tensor, 1, ranks_per_node)
-    data = _shape(layout.data, layout.tensor, ranks_per_node)
-    neighbours = _shape(layout.pipeline, layout.tensor * layout.data, ranks_per_node)
+    data = _shape(layout.gradient_ranks, layout.tensor, ranks_per_node)
+    neighbours = _shape(layout.pipeline, layout.tensor * layout.gradient_ranks, ranks_per_node)
     return {"tensor": tensor, "data": data, "pipeline": neighbours}
 
 
@@ -79,10 +79,10 @@ def tied_traffic(run: RunConfig, layout: Layout, rank: Rank) -> Collective | Non
 def data_traffic(run: RunConfig, layout: Layout, rank: Rank) -> Counter[Collective]:
     """Return the collectives over the data group in a step: gradients, and weights that are partitioned."""
     sent: Counter[Collective] = Counter()
-    if layout.data == 1:
+    if layout.gradient_ranks == 1:
         return sent
     element, total = BYTES[run.precision.dtype], rank.trained_parameters
-    groups = [padded(sum(group), 2 * layout.data) for group in rank.groups]
+    groups = [padded(sum(group), 2 * layout.gradient_ranks) for group in rank.groups]
     if layout.zero_stage == 0:
         sent[Collective("all_reduce", FP32 * total)] += 1
         return sent
@@ -101,7 +101,7 @@ def data_traffic(run: RunConfig, layout: Layout, rank: Rank) -> Counter[Collecti
 
 def _zero_3(run: RunConfig, layout: Layout, rank: Rank) -> Counter[Collective]:
     """Gather each weight in the forward pass, and in the backward pass if it was freed between."""
-    element, data, buffers = BYTES[run.precision.dtype], layout.data, BufferSizes.of(run)
+    element, data, buffers = BYTES[run.precision.dtype], layout.gradient_ranks, BufferSizes.of(run)
     whole = sum(padded(numel, data) * count for numel, count in rank.sizes.items())
     reduced = sum(padded(weight.numel, data) for weight in rank.trained)
     freed = {numel: count for numel, count in rank.sizes.items() if numel >= buffers.persistence_threshold}

@@ -87,7 +87,7 @@ def checkpoint_bytes(run: RunConfig, layout: Layout, rank: Rank) -> int:
     """Return the bytes of this rank's fp32 copy in host memory, from a save until it is on the disk."""
     if not run.checkpoint.enabled:
         return 0
-    written = -(-rank.trained_of_its_own // layout.data)
+    written = -(-rank.trained_of_its_own // layout.gradient_ranks)
     copied = written * FP32 * (1 + state_count(run.optimizer))
     return copied if run.checkpoint.asynchronous else min(copied, int(run.checkpoint.max_file_gb * 1e9))
 
@@ -105,7 +105,7 @@ class _Ledger:
         self.state_bytes = self.state * state_count(run.optimizer)
         self.optimizer_bytes = self.state_bytes + (0 if self.has_bf16_states else FP32)
         self.accumulates = layout.accumulation > 1
-        data = layout.data
+        data = layout.gradient_ranks
         self.total = rank.trained_parameters
         # Frozen weights (LoRA) are in the model's precision, without gradients and states.
         self.frozen = rank.parameters - rank.trained_parameters
@@ -133,7 +133,7 @@ class _Ledger:
 
     def _reduced_in_copies(self, element: int) -> int:
         """Return the bytes of the buffer that is sent; one data rank reduces nothing (gradient_passes.py)."""
-        return element * min(self.total, ALL_REDUCE_BUCKET) if self.layout.data > 1 else 0
+        return element * min(self.total, ALL_REDUCE_BUCKET) if self.layout.gradient_ranks > 1 else 0
 
     def bf16_optimizer(self) -> States:
         """BF16_Optimizer of DeepSpeed: whole gradients in fp32, partitioned fp32 weights and states.
@@ -159,7 +159,7 @@ class _Ledger:
         untouched = FP32 * self.never_filled
         kept = FP32 * self._whole_in_partition()
         reduced = FP32 * max(min(self.total, self.bucket), self.rank.largest_trained)
-        copied = reduced if self.layout.data > 1 or low else 0
+        copied = reduced if self.layout.gradient_ranks > 1 or low else 0
         # In a pipeline, DeepSpeed makes a second bucket for the reduction and keeps the first.
         spare = 0 if self.rank.is_flat else self.element * self.bucket
         optimizer, host = self._optimizer()
@@ -239,7 +239,7 @@ class _Ledger:
 
     def zero_3(self) -> States:
         """Return ZeRO-3 states: like ZeRO-2, with weights sharded and gathered when used."""
-        buffers, data = self.buffers, self.layout.data
+        buffers, data = self.buffers, self.layout.gradient_ranks
         held = sum(-(-weight.numel // data) for weight in self.rank.weights)
         share = sum(-(-weight.numel // data) for weight in self.rank.trained)
         persistent = sum(
@@ -304,7 +304,7 @@ class _Ledger:
 
     def _whole_in_partition(self) -> int:
         """Return the elements of all weights in a rank's partition; gradients are kept whole."""
-        return _most_touched(self.rank.groups, self.layout.data)
+        return _most_touched(self.rank.groups, self.layout.gradient_ranks)
 
 
 def reduced_at_first(rank: Rank, bucket: int) -> int:
