@@ -14,13 +14,14 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-CollectiveName = Literal["all_reduce", "all_gather", "reduce_scatter", "send"]
+CollectiveName = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send"]
 
 # torch's names of the collectives that the launcher and DeepSpeed call, and the index of the sized argument.
 _COLLECTIVES: dict[str, tuple[CollectiveName, int]] = {
     "c10d.allreduce_.default": ("all_reduce", 0),
     "c10d._allgather_base_.default": ("all_gather", 0),
     "c10d._reduce_scatter_base_.default": ("reduce_scatter", 1),
+    "c10d.alltoall_base_.default": ("all_to_all", 0),
     "c10d.send.default": ("send", 0),
 }
 

@@ -96,7 +96,7 @@ class PeakMemory:
 
 
 def group_names(engine: Engine) -> dict[str, GroupName]:
-    """Return "tensor", "data" or "pipeline" by torch's group name, for our groups and DeepSpeed's."""
+    """Return "tensor", "context", "data" or "pipeline" by torch's group name, also of DeepSpeed's groups."""
     names: dict[str, GroupName] = {}
     grid = getattr(engine.deepspeed, "grid", None)
     if grid is not None:
@@ -106,7 +106,9 @@ def group_names(engine: Engine) -> dict[str, GroupName]:
         for tied in engine.module.tied_comms.values():  # type: ignore[operator]
             if len(tied["ranks"]) > 1:  # under DualPipeV both ends are on one rank
                 names[tied["group"].group_name] = "pipeline"
-    tensor, data = engine.mesh.tensor.group, engine.mesh.data.group
+    tensor, data, context = engine.mesh.tensor.group, engine.mesh.data.group, engine.mesh.context.group
     assert tensor is not None
     assert data is not None
+    if context is not None:
+        names[context.group_name] = "context"
     return {**names, tensor.group_name: "tensor", data.group_name: "data"}

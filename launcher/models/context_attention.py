@@ -172,7 +172,8 @@ def _gradients_of_ring(queries: "QueryGradients", pair: Tensor, context: Context
             of_part += finish(travelling)
         travelling = pass_on_start(of_part, axis)
     assert travelling is not None
-    return own + finish(travelling)
+    own += finish(travelling)
+    return own
 
 
 def _visits(pair: Tensor, context: ContextParallel) -> Iterator[tuple[int, Tensor]]:
@@ -237,8 +238,11 @@ class Rules:
         """The chunks under ulysses: more than one only where a pair needs a mask, which is then small."""
         return (0,) if self.first is None else tuple(range(self.settings.size))
 
-    def pair(self, chunk: int, queries: slice, of_keys: int) -> Pair:
-        """Return the rules of queries of `chunk`, whose place among the local ones is `queries`."""
+    def pair(self, chunk: int, queries: slice, of_keys: int, dtype: torch.dtype) -> Pair:
+        """Return the rules of queries of `chunk`, whose place among the local ones is `queries`.
+
+        A fused kernel takes a mask in the precision of the scores, `dtype`; only the CPU's takes one.
+        """
         s = self.settings
         kernel = Kernel(True, s.scale, s.cap, s.device)
         seed = None if self.seed is None else seed_of(int(self.seed), chunk, of_keys)
@@ -250,7 +254,8 @@ class Rules:
         sees = keys >= first.unsqueeze(-1)
         if is_diagonal:
             sees = sees.tril()
-        mask = torch.zeros(sees.shape, dtype=torch.float32, device=first.device).masked_fill_(~sees, HIDDEN)
+        dtype = dtype if s.device == "cpu" else torch.float32
+        mask = torch.zeros(sees.shape, dtype=dtype, device=first.device).masked_fill_(~sees, HIDDEN)
         return Pair(kernel, is_diagonal, mask.unsqueeze(1), s.dropout, seed)
 
 
@@ -278,8 +283,8 @@ class Queries:
 
     def _join(self, place: int, k: Tensor, v: Tensor, of_keys: int) -> None:
         rows = slice(place * self._size, (place + 1) * self._size)
-        pair = self._rules.pair(self._chunks[place], rows, of_keys)
-        mixed, sums = attend_pair(self._q[place], k, v, _in_dtype(pair, self._dtype))
+        pair = self._rules.pair(self._chunks[place], rows, of_keys, self._dtype)
+        mixed, sums = attend_pair(self._q[place], k, v, pair)
         before = self._mixed[place]
         if before is None:
             self._mixed[place], self._sums[place] = mixed, sums
@@ -293,7 +298,7 @@ class Queries:
     def result(self) -> tuple[Tensor, Tensor]:
         """Return the mixed values (B, L, N, D) and the log-sum-exps (B, N, L)."""
         mixed = [x.to(self._dtype).transpose(1, 2) for x in self._mixed if x is not None]
-        return torch.cat(mixed, 1), torch.cat(self._sums, 2)
+        return _joined(mixed, 1), _joined(self._sums, 2)
 
 
 class QueryGradients:
@@ -321,7 +326,7 @@ class QueryGradients:
 
     def _add(self, place: int, k: Tensor, v: Tensor, of_keys: int) -> tuple[Tensor, Tensor]:
         rows = slice(place * self._size, (place + 1) * self._size)
-        pair = _in_dtype(self._rules.pair(self._chunks[place], rows, of_keys), self._dtype)
+        pair = self._rules.pair(self._chunks[place], rows, of_keys, self._dtype)
         of_result = self._gradient[place], self._q[place], k, v, self._mixed[place], self._sums[place]
         of_q, of_k, of_v = pair_gradients(*of_result, pair)
         before = self._of_q[place]
@@ -329,12 +334,11 @@ class QueryGradients:
         return of_k, of_v
 
     def result(self) -> Tensor:
-        return torch.cat([x.to(self._dtype).transpose(1, 2) for x in self._of_q if x is not None], 1)
+        return _joined([x.to(self._dtype).transpose(1, 2) for x in self._of_q if x is not None], 1)
 
 
-def _in_dtype(pair: Pair, dtype: torch.dtype) -> Pair:
-    """Return the pair with its mask in the precision of the scores, as fused kernels want it."""
-    return pair if pair.mask is None else Pair(**{**vars(pair), "mask": pair.mask.to(dtype)})
+def _joined(pieces: list[Tensor], dim: int) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
 
 
 @torch.library.custom_op("launcher::context_attention", mutates_args=())

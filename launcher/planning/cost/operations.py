@@ -13,12 +13,12 @@ from launcher.config.schema import Dtype
 BYTES = {Dtype.fp32: 4, Dtype.bf16: 2, Dtype.fp16: 2}
 FP32, INT64, BOOL = 4, 8, 1
 
-CollectiveKind = Literal["all_reduce", "all_gather", "reduce_scatter", "send"]
+CollectiveKind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send"]
 
 
 @dataclass(frozen=True)
 class Collective:
-    """A collective; `size` is the bytes of the tensor reduced, or of the whole gathered or scattered."""
+    """A collective; `size` is the bytes of the tensor reduced or exchanged, or of the whole gathered."""
 
     kind: CollectiveKind
     size: int
@@ -27,7 +27,7 @@ class Collective:
         """Return the bytes that each rank sends in a ring of `ranks` (Thakur et al., IJHPCA 19, 2005)."""
         if ranks == 1:
             return 0.0
-        rounds = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1}
+        rounds = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "all_to_all": 1}
         return self.size if self.kind == "send" else rounds[self.kind] * self.size * (ranks - 1) / ranks
 
 
@@ -47,22 +47,28 @@ class Matmul:
 
 @dataclass(frozen=True)
 class Attention:
-    """Fused attention of `heads` heads over `length` tokens each: two products forward, five backward."""
+    """Fused attention of `heads` heads over `length` tokens each: two products forward, five backward.
+
+    With context parallelism over `pairs` pairs of chunks of queries and keys, of `length` tokens each.
+    """
 
     length: int
     head_size: int
     heads: int  # of all sequences
-    is_causal: bool  # computes only the scores of earlier tokens
+    is_causal: bool  # computes only the scores of earlier tokens, in pairs of a chunk with itself
+    pairs: int = 1
+    diagonal: int = 1  # pairs of a chunk with itself
 
     @property
     def product(self) -> Matmul:
         """Return one of the products, over all scores, as FLOPs are counted."""
-        return Matmul(self.length, self.length, self.head_size, self.heads)
+        return Matmul(self.length, self.length, self.head_size, self.heads * self.pairs)
 
     @property
     def flops(self) -> float:
         """FLOPs computed in one of the products."""
-        return self.product.flops / (2 if self.is_causal else 1)
+        skipped = self.diagonal / 2 if self.is_causal else 0
+        return self.product.flops * (1 - skipped / self.pairs)
 
 
 @dataclass(frozen=True)
@@ -88,6 +94,9 @@ class Operation:
     forward_traffic: tuple[Collective, ...] = ()
     backward_traffic: tuple[Collective, ...] = ()
     overlapped_traffic: tuple[Collective, ...] = ()  # backward, overlapped with the weight's product
+    forward_exchange: tuple[Collective, ...] = ()  # over the context group; the others over the tensor group
+    backward_exchange: tuple[Collective, ...] = ()
+    hides_exchange: bool = False  # sends run while the operation computes
     forward_bytes: int = 0  # read and written by memory-bound kernels
     backward_bytes: int = 0
     kernels: int = 1  # launched in the forward pass

@@ -44,6 +44,12 @@ class ModelPart:
             calls += operation.backward_traffic + operation.overlapped_traffic
         return Counter(calls)
 
+    @cached_property
+    def exchange(self) -> Counter[Collective]:
+        """Collectives over the context group, forward and backward."""
+        calls = [call for operation in self.program + self.again for call in operation.forward_exchange]
+        return Counter(calls + [call for operation in self.program for call in operation.backward_exchange])
+
 
 @dataclass(frozen=True)
 class ModelParts:
@@ -81,8 +87,17 @@ def flops(counted_parts: Iterable[tuple[ModelPart, int]]) -> int:
 
 def traffic(counted_parts: Iterable[tuple[ModelPart, int]]) -> Counter[Collective]:
     """Return the collectives over the tensor group for a micro-batch."""
+    return _total((part.traffic, count) for part, count in counted_parts)
+
+
+def exchange(counted_parts: Iterable[tuple[ModelPart, int]]) -> Counter[Collective]:
+    """Return the collectives over the context group for a micro-batch."""
+    return _total((part.exchange, count) for part, count in counted_parts)
+
+
+def _total(counted: Iterable[tuple[Counter[Collective], int]]) -> Counter[Collective]:
     total: Counter[Collective] = Counter()
-    for part, count in counted_parts:
-        for collective, number in part.traffic.items():
+    for calls, count in counted:
+        for collective, number in calls.items():
             total[collective] += number * count
     return total

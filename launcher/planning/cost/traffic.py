@@ -7,8 +7,8 @@ from launcher.config.layout import GroupName, Layout
 from launcher.config.schema import RunConfig
 from launcher.planning.cost.buffers import BufferSizes
 from launcher.planning.cost.geometry import Rank
-from launcher.planning.cost.operations import BYTES, FP32, Collective
-from launcher.planning.cost.parts import parts, traffic
+from launcher.planning.cost.operations import BOOL, BYTES, FP32, Collective
+from launcher.planning.cost.parts import exchange, parts, traffic
 from launcher.planning.cost.sizes import Sizes
 from launcher.planning.cost.zero_states import padded, uses_bf16_optimizer
 
@@ -28,11 +28,15 @@ class GroupShape:
 
 
 def group_shapes(layout: Layout, ranks_per_node: int) -> dict[GroupName, GroupShape]:
-    """Return the shape of each group; ranks count tensor fastest, then data (launcher/parallel/mesh.py)."""
+    """Return the shape of each group; ranks count tensor fastest, then context and data (parallel/mesh.py).
+
+    The data group reduces gradients, and so has the context ranks too.
+    """
     tensor = _shape(layout.tensor, 1, ranks_per_node)
+    context = _shape(layout.context, layout.tensor, ranks_per_node)
     data = _shape(layout.gradient_ranks, layout.tensor, ranks_per_node)
     neighbours = _shape(layout.pipeline, layout.tensor * layout.gradient_ranks, ranks_per_node)
-    return {"tensor": tensor, "data": data, "pipeline": neighbours}
+    return {"tensor": tensor, "context": context, "data": data, "pipeline": neighbours}
 
 
 def _shape(ranks: int, stride: int, ranks_per_node: int) -> GroupShape:
@@ -45,6 +49,19 @@ def tensor_traffic(run: RunConfig, layout: Layout, rank: Rank) -> Counter[Collec
         return Counter()
     model = parts(Sizes.of(run, layout.device))
     micro_batch = sum((traffic(model.of(chunk)) for chunk in rank.chunks), Counter[Collective]())
+    return Counter({collective: count * layout.accumulation for collective, count in micro_batch.items()})
+
+
+def context_traffic(run: RunConfig, layout: Layout, rank: Rank) -> Counter[Collective]:
+    """Return the collectives over the context group in a step: of attention, and of ends of documents."""
+    if layout.context == 1:
+        return Counter()
+    sizes = Sizes.of(run, layout.device)
+    model = parts(sizes)
+    micro_batch = sum((exchange(model.of(chunk)) for chunk in rank.chunks), Counter[Collective]())
+    if sizes.masks_documents:
+        # Every stage, also each of the two of a rank, learns where documents end.
+        micro_batch[Collective("all_gather", sizes.tokens * layout.context * BOOL)] += len(rank.chunks)
     return Counter({collective: count * layout.accumulation for collective, count in micro_batch.items()})
 
 
@@ -124,4 +141,9 @@ def pieces(total: int, at_once: int) -> list[int]:
     return [at_once] * full + ([rest] if rest else [])
 
 
-TRAFFIC = {"tensor": tensor_traffic, "data": data_traffic, "pipeline": pipeline_traffic}
+TRAFFIC = {
+    "tensor": tensor_traffic,
+    "context": context_traffic,
+    "data": data_traffic,
+    "pipeline": pipeline_traffic,
+}
