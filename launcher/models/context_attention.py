@@ -42,6 +42,8 @@ from launcher.parallel.sharding import seed_of
 # The result (B, T/C, N, D); under ulysses q, k and v of this rank's heads in one tensor, and their mixed
 # values, else two empty tensors; the log-sum-exps. The last three are kept for the backward pass.
 Results = tuple[Tensor, Tensor, Tensor, Tensor]
+Pairs = Tensor | tuple[Tensor, ...]  # keys and values, each (B, L, K, D)
+Visits = Iterator[tuple[int, Tensor]]  # a rank, and its keys and values (2, B, T/C, K, D)
 
 
 class Settings(NamedTuple):
@@ -123,13 +125,13 @@ def attend(
         whole = heads_for_sequence([q, *_replicated(k, v, context.axis.size)], context.axis)
         of_heads = _split(whole, q.shape[2], k.shape[2], context.axis.size)
         queries = Queries(of_heads[0], rules.chunks_of_whole_sequences, rules)
-        queries.see(rules.chunks_of_whole_sequences, *of_heads[1:])
+        queries.see(rules.chunks_of_whole_sequences, of_heads[1:])
         core, sums = queries.result()
         [mixed] = sequence_for_heads([core], context.axis)
         return mixed, whole, core, sums
     queries = Queries(q, context.chunks_of(context.axis.rank), rules)
-    for rank, (keys, values) in _visits(torch.stack([k, v]), context):
-        queries.see(context.chunks_of(rank), keys, values)
+    for rank, pair in _visits(torch.stack([k, v]), context):
+        queries.see(context.chunks_of(rank), pair)
     mixed, sums = queries.result()
     return mixed, q.new_empty(0), q.new_empty(0), sums
 
@@ -143,28 +145,34 @@ def gradients(
     if settings.is_ulysses:
         return _gradients_of_heads(gradient, whole, core, sums, kv_heads, rules)
     queries = QueryGradients(gradient, q, mixed, sums, context.chunks_of(context.axis.rank), rules)
-    pair = torch.stack([k, v])
-    if context.method is ContextMethod.gather:
-        axis, shape = context.axis, (context.axis.size, *pair.shape)
-        of_parts = torch.zeros(shape, dtype=torch.float32, device=pair.device)
-        for rank, (keys, values) in _visits(pair, context):
-            queries.see(context.chunks_of(rank), keys, values, of_parts[rank])
-        total = reduce_scatter_parts(of_parts, axis)
-    else:
-        total = _gradients_of_ring(queries, pair, context)
+    # No variable holds this rank's pair, so that its memory is free when it has been visited.
+    visits = _visits(torch.stack([k, v]), context)
+    is_gather = context.method is ContextMethod.gather
+    total = (_gradients_of_gathered if is_gather else _gradients_of_ring)(queries, visits, context)
     of_k, of_v = total.to(k.dtype)
     return queries.result(), of_k, of_v
 
 
-def _gradients_of_ring(queries: "QueryGradients", pair: Tensor, context: ContextParallel) -> Tensor:
+def _gradients_of_gathered(queries: "QueryGradients", visits: Visits, context: ContextParallel) -> Tensor:
+    """Return the gradients (2, B, T/C, K, D) of this rank's keys and values, in fp32."""
+    of_parts = torch.empty(0)
+    for rank, pair in visits:
+        if not of_parts.numel():
+            shape = context.axis.size, *pair.shape
+            of_parts = torch.zeros(shape, dtype=torch.float32, device=pair.device)
+        queries.see(context.chunks_of(rank), pair, of_parts[rank])
+    return reduce_scatter_parts(of_parts, context.axis)
+
+
+def _gradients_of_ring(queries: "QueryGradients", visits: Visits, context: ContextParallel) -> Tensor:
     """Return the gradients (2, B, T/C, K, D) of this rank's keys and values, in fp32.
 
     The gradients of a part follow it one rank behind, and each rank adds what its queries contribute.
     """
     axis, travelling, own = context.axis, None, torch.empty(0)
-    for rank, (keys, values) in _visits(pair, context):
+    for rank, pair in visits:
         of_part = torch.zeros(pair.shape, dtype=torch.float32, device=pair.device)
-        queries.see(context.chunks_of(rank), keys, values, of_part)
+        queries.see(context.chunks_of(rank), pair, of_part)
         if rank == axis.rank:
             own = of_part
             continue
@@ -176,7 +184,7 @@ def _gradients_of_ring(queries: "QueryGradients", pair: Tensor, context: Context
     return own
 
 
-def _visits(pair: Tensor, context: ContextParallel) -> Iterator[tuple[int, Tensor]]:
+def _visits(pair: Tensor, context: ContextParallel) -> Visits:
     """Yield each rank with its keys and values (2, B, T/C, K, D), from this rank's.
 
     Collective over the context group. In the ring the next part is on its way while the caller computes.
@@ -218,7 +226,7 @@ def _gradients_of_heads(
     chunks = rules.chunks_of_whole_sequences
     queries = QueryGradients(of_core, q, core, sums, chunks, rules)
     of_pair = torch.zeros((2, *k.shape), dtype=torch.float32, device=k.device)
-    queries.see(chunks, k, v, of_pair)
+    queries.see(chunks, (k, v), of_pair)
     of_q, of_k, of_v = sequence_for_heads([queries.result(), *of_pair.to(k.dtype)], axis)
     if copies > 1:
         of_k, of_v = (x.unflatten(2, (kv_heads, copies)).sum(3) for x in (of_k, of_v))
@@ -273,9 +281,9 @@ class Queries:
         self._mixed: list[Tensor | None] = [None] * len(chunks)
         self._sums: list[Tensor] = [q.new_empty(0)] * len(chunks)
 
-    def see(self, chunks: tuple[int, ...], keys: Tensor, values: Tensor) -> None:
+    def see(self, chunks: tuple[int, ...], pair: Pairs) -> None:
         """Attend to the keys and values (B, L, K, D) of `chunks` that are not later than the queries."""
-        pieces = _chunks(keys, len(chunks)), _chunks(values, len(chunks))
+        pieces = (_chunks(x, len(chunks)) for x in pair)
         for of_keys, k, v in zip(chunks, *pieces, strict=True):
             for place, chunk in enumerate(self._chunks):
                 if of_keys <= chunk:
@@ -313,25 +321,23 @@ class QueryGradients:
         self._size, self._dtype = q.shape[1] // count, q.dtype
         self._of_q: list[Tensor | None] = [None] * count
 
-    def see(self, chunks: tuple[int, ...], keys: Tensor, values: Tensor, total: Tensor) -> None:
+    def see(self, chunks: tuple[int, ...], pair: Pairs, total: Tensor) -> None:
         """Add the gradients of keys and values (B, L, K, D) to `total`, (2, B, L, K, D) in fp32."""
-        pieces = _chunks(keys, len(chunks)), _chunks(values, len(chunks))
-        totals = _chunks(total[0], len(chunks)), _chunks(total[1], len(chunks))
+        pieces, totals = ((_chunks(x, len(chunks)) for x in of_both) for of_both in (pair, total))
         for of_keys, k, v, total_k, total_v in zip(chunks, *pieces, *totals, strict=True):
             for place, chunk in enumerate(self._chunks):
                 if of_keys <= chunk:
-                    of_k, of_v = self._add(place, k, v, of_keys)
-                    total_k += of_k
-                    total_v += of_v
+                    self._add(place, k, v, of_keys, total_k, total_v)
 
-    def _add(self, place: int, k: Tensor, v: Tensor, of_keys: int) -> tuple[Tensor, Tensor]:
+    def _add(self, place: int, k: Tensor, v: Tensor, of_keys: int, total_k: Tensor, total_v: Tensor) -> None:
         rows = slice(place * self._size, (place + 1) * self._size)
         pair = self._rules.pair(self._chunks[place], rows, of_keys, self._dtype)
         of_result = self._gradient[place], self._q[place], k, v, self._mixed[place], self._sums[place]
         of_q, of_k, of_v = pair_gradients(*of_result, pair)
         before = self._of_q[place]
         self._of_q[place] = of_q if before is None else before.float().add_(of_q)
-        return of_k, of_v
+        total_k += of_k
+        total_v += of_v
 
     def result(self) -> Tensor:
         return _joined([x.to(self._dtype).transpose(1, 2) for x in self._of_q if x is not None], 1)

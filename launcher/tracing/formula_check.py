@@ -73,8 +73,12 @@ def expect(run: RunConfig, layout: Layout, rank: Rank, chunk: int) -> StageTrace
         footprint = part.footprint
         peaks.append(saved + (count - 1) * footprint.saved + footprint.forward)
         saved += footprint.saved * count
-        waiting = 0 if part is stage_parts[-1][0] else tied
-        peaks.append(saved + footprint.backward + output + waiting)
+        is_last = part is stage_parts[-1][0]
+        # The gradient that the next stage sent stays meanwhile. Without context ranks no attention needs so
+        # much that it counts: the gradients of fused attention are joined one after the other.
+        stays = is_last and not stage.has_head and sizes.context > 1
+        ending = footprint.sustained if stays else footprint.backward
+        peaks.append(saved + ending + output + (0 if is_last else tied))
     if is_tied:
         embedding = stage_parts[0][0].footprint
         peaks.append(sizes.boundaries + embedding.saved + embedding.backward + 2 * tied)

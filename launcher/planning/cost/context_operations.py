@@ -68,13 +68,31 @@ class _Part:
         return FP32 * self.s.tokens * self.s.heads
 
     @property
-    def masks(self) -> int:
-        """The mask of a pair while it is made, beside the places where it hides."""
+    def mask(self) -> int:
+        """The mask of a pair."""
         if not self.is_masked:
             return 0
         element = self.s.element if self.s.device == "cpu" else FP32
         samples = self.s.micro_batch if self.s.masks_documents else 1
-        return samples * self.chunk**2 * (element + 2 * BOOL)
+        return samples * self.chunk**2 * element
+
+    @property
+    def masking(self) -> int:
+        """The mask of a pair while it is made, beside the places where it hides, twice."""
+        element = self.s.element if self.s.device == "cpu" else FP32
+        return self.mask // element * (element + 2 * BOOL)
+
+    @property
+    def seeing(self) -> int:
+        """The results of all chunks at the fullest moment of a pair."""
+        return max(self.joined + self.masking, self.joining + self.mask + 4 * self.scores)
+
+    @property
+    def seeing_again(self) -> int:
+        """The gradients of queries at the fullest moment of a pair in the backward pass."""
+        of_keys = self.pair // (1 if self.is_ulysses and not self.is_masked else self.chunks)
+        work = self.joining + of_keys + self.mask + 7 * self.scores
+        return max(self.joined + self.masking, work)
 
     @property
     def scores(self) -> int:
@@ -98,6 +116,12 @@ class _Part:
     def whole(self) -> int:
         """Queries, keys and values, with copies, as ulysses exchanges them."""
         return self.s.query + self.pair
+
+    @property
+    def reordered(self) -> tuple[int, int]:
+        """Copies of queries, and of keys and values, ordered by head after an exchange; none of one head."""
+        of_keys = self.s.kv_heads * self.copies // self.s.context
+        return self.s.query * (self.heads > 1), self.pair * (of_keys > 1)
 
     def in_fp32(self, size: int) -> int:
         return size // self.s.element * FP32
@@ -160,18 +184,19 @@ def _exchanged(part: _Part) -> tuple[int, int]:
     """Return the peaks of ring and gather, forward and backward, beside what was there before."""
     s, summed = part.s, part.in_fp32(part.pair)
     is_gather = s.context_method is ContextMethod.gather
-    # Keys and values while others are on their way; gathered ones with this rank's.
-    held = (s.context + 1) * part.pair if is_gather else 2 * part.pair
-    last = s.context * part.pair if is_gather else part.pair
-    forward = max(held + part.joining + part.masks + 4 * part.scores, last + part.ending)
-    of_pair = s.query // part.chunks + part.pair // 2
-    work = part.joining + of_pair - s.query // part.chunks + part.masks + 7 * part.scores
-    # Gradients of keys and values: of this rank's, of the part at hand, and of one that arrives.
-    sums = s.context * summed if is_gather else (2 + (s.context > 2)) * summed
+    if is_gather:
+        parts, of_parts = s.context * part.pair, s.context * summed
+        forward = max(parts + part.pair + part.seeing, parts + part.ending)
+        seeing = parts + part.pair + of_parts + part.seeing_again
+        ended = parts + of_parts + summed
+    else:
+        # The next part is on its way, and behind it the gradients of the part before.
+        is_longer = s.context > 2
+        forward = max(2 * part.pair + part.seeing, part.pair + part.ending)
+        seeing = (1 + is_longer) * part.pair + (2 + is_longer) * summed + part.seeing_again
+        ended = part.pair + 3 * summed
     total = summed + (part.pair if s.element < FP32 else 0)
-    ended = (s.context + 1) * summed + held if is_gather else 3 * summed + 2 * part.pair
-    backward = max(held + sums + work, ended + part.joined, total + part.pair + last + part.ending)
-    return forward, backward
+    return forward, max(seeing, ended + part.joined, total + part.ending)
 
 
 def _ulysses(part: _Part) -> tuple[int, int]:
@@ -180,11 +205,11 @@ def _ulysses(part: _Part) -> tuple[int, int]:
     replicated = part.pair if part.copies > 1 else 0
     # Ordered by rank, exchanged, and ordered by token; a single sample needs no third copy.
     times = 3 if s.micro_batch > 1 else 2
-    exchanged = replicated + times * part.whole
-    attended = part.whole + max(part.joining + part.masks + 4 * part.scores, part.ending)
-    left = part.whole + part.joined + (s.query if part.chunks > 1 else 0) + 3 * s.query
+    attended = part.whole + max(part.seeing, part.ending)
+    results = part.joined + (s.query if part.chunks > 1 else 0)
+    left = part.whole + results + 2 * s.query + part.reordered[0]
     summed = part.in_fp32(part.pair)
-    of_pair = s.query + part.pair // part.chunks
-    work = part.joining + of_pair - s.query // part.chunks + part.masks + 7 * part.scores
-    ended = s.query + part.ending + summed + (part.pair if low else 0) + 3 * part.whole
-    return max(exchanged, attended, left), max(times * s.query, s.query + summed + work, ended)
+    ended = s.query + part.ending + summed + (part.pair if low else 0)
+    ended += 2 * part.whole + sum(part.reordered)
+    forward = max(replicated + times * part.whole, attended, left)
+    return forward, max(times * s.query, s.query + summed + part.seeing_again, ended)

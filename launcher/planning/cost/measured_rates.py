@@ -73,10 +73,15 @@ class CalibratedRates:
         """Return seconds from measurements with this number of ranks, or the nearest number measured."""
         if group.ranks == 1:
             return 0.0
-        measured = [(ranks, curve) for kind, ranks, curve in self.collectives if kind == collective.kind]
+        # In an all-to-all each rank sends as much as it sends in an all-gather of this size.
+        wanted = "all_gather" if collective.kind == "all_to_all" else collective.kind
+        measured = [(ranks, curve) for kind, ranks, curve in self.collectives if kind == wanted]
         curves = [(abs(ranks - group.ranks), curve) for ranks, curve in measured]
         assert curves, f"calibration measures {collective.kind}"
         return collective.size / interpolated(min(curves)[1], collective.size)
+
+    def passing_on(self, collective: Collective, group: GroupShape) -> float:
+        return self.collective(collective, group)
 
 
 AnyRates = Rates | CalibratedRates

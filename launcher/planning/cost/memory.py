@@ -71,7 +71,8 @@ def rank_memory(run: RunConfig, layout: Layout, rank: Rank) -> Memory:
     fullest = max(moments, key=lambda moment: moment.touched if on_cpu else moment.allocated)
     held = states.weights + states.optimizer + sizes.tables
     copied = checkpoint_bytes(run, layout, rank)
-    groups = sum(size > 1 for size in (layout.tensor, layout.gradient_ranks, layout.pipeline))
+    axes = layout.tensor, layout.context, layout.gradient_ranks, layout.pipeline
+    groups = sum(size > 1 for size in axes)
     margin = 0 if on_cpu else CONTEXT_BYTES + groups * GROUP_BYTES
     communication = fullest.holdings.communication + fullest.gathered
     return Memory(

@@ -10,7 +10,7 @@ from launcher.planning.cost.geometry import Chunk, Rank, kind_of
 from launcher.planning.cost.measured_rates import AnyRates
 from launcher.planning.cost.operations import Collective
 from launcher.planning.cost.optimizer_time import optimizer_seconds
-from launcher.planning.cost.pass_time import PartTimes, PassTime, part_times
+from launcher.planning.cost.pass_time import PartTimes, PassGroups, PassTime, part_times
 from launcher.planning.cost.sizes import Sizes
 
 
@@ -37,17 +37,19 @@ class StepTime:
 
     compute: float
     tensor: float  # waiting for tensor ranks
+    context: float  # waiting for context ranks
     data: float  # waiting for data ranks
     pipeline: float  # sending to other stages
     bubble: float  # idle while the pipeline fills and drains, or waits for slower stages
     optimizer: float
     tensor_hidden: float  # of the slowest rank's collectives, behind its computation
+    context_hidden: float
     data_hidden: float
     stages: tuple[StageTime, ...]  # in the order of the model
 
     @property
     def communication(self) -> float:
-        return self.tensor + self.data + self.pipeline
+        return self.tensor + self.context + self.data + self.pipeline
 
     @property
     def total(self) -> float:
@@ -60,7 +62,7 @@ def step_time(
     """Return the time of the slowest pipeline rank, with its waits for the other ranks."""
     kinds = {kind_of(rank): rank for rank in reversed(ranks)}
     sizes = Sizes.of(run, layout.device)
-    times = part_times(sizes, rates, groups["tensor"])
+    times = part_times(sizes, rates, PassGroups(groups["tensor"], groups["context"]))
     send = 0.0
     if layout.pipeline > 1:
         send = rates.collective(Collective("send", sizes.stretch), groups["pipeline"])
@@ -74,7 +76,7 @@ def step_time(
     work = sum((stage.both for stage in stages), PassTime()).times(batches)
     exchanges = [data_exchange(run, layout, other, rates, groups, times) for other in kinds.values()]
     data = max(exchanges, key=lambda exchange: exchange.waiting)
-    compute = work.compute + data.copying + rates.beside * (work.hidden + data.hidden)
+    compute = work.compute + data.copying + rates.beside * (work.hidden + work.context_hidden + data.hidden)
     if not rates.overlaps and layout.zero_stage == 3:
         compute += rank.blocks * batches * rates.zero_3_block_s
     pipeline = sum(stage.sending for stage in stages) * batches
@@ -82,16 +84,18 @@ def step_time(
     taking_turns = compute * (rates.crowding - 1)
     update = rates.crowding * max(optimizer_seconds(run, layout, other, rates) for other in kinds.values())
     host = _host(layout, rank, rates, work.host)
-    device = compute + work.waiting + data.waiting + pipeline + rates.step_s + update
+    device = compute + work.waiting + work.context + data.waiting + pipeline + rates.step_s + update
     back = [stages[1] for stages in reversed(by_rank)] if layout.stages_per_rank == 2 else []
     return StepTime(
         compute=compute + taking_turns + max(0.0, host - device),
         tensor=work.waiting,
+        context=work.context,
         data=data.waiting,
         pipeline=pipeline,
         bubble=max(0.0, _bubble(layout, busy, by_rank) - taking_turns),
         optimizer=rates.step_s + update,
         tensor_hidden=work.hidden,
+        context_hidden=work.context_hidden,
         data_hidden=data.hidden,
         stages=(*(stages[0] for stages in by_rank), *back),
     )
