@@ -6,7 +6,7 @@ from itertools import accumulate
 
 from launcher.config.layout import Layout
 from launcher.config.schema import ActivationCheckpointing, RunConfig
-from launcher.planning.cost.geometry import Rank
+from launcher.planning.cost.geometry import Chunk, Rank
 from launcher.planning.cost.operations import BYTES
 from launcher.planning.cost.parts import ModelParts, parts
 from launcher.planning.cost.sizes import Sizes
@@ -126,6 +126,7 @@ class _Flow:
         states, held = self.states, self.states.backward
         arrived = states.bucket is not None and done + soon >= states.bucket
         gradients = states.reduced.gradients if arrived else held.gradients + states.per_element * done
+        gradients += self.sizes.element * min(done, states.waiting)
         holdings = Holdings(gradients, held.communication, held.untouched)
         return _Moment(name, activations, holdings, states.gathered)
 
@@ -138,6 +139,19 @@ class _Flow:
         """Return a moment of the forward pass."""
         states = self.states
         return _Moment(name, activations, states.forward, states.gathered + states.prefetched)
+
+    def _attention(self, name: str, kept: int, done: int, of_block: int) -> Iterator[_Moment]:
+        """Yield the moment of attention in the backward pass of a block, where context ranks exchange most.
+
+        All weights of the block but those of its projections to heads have gradients by then.
+        """
+        if self.sizes.context > 1:
+            there = done + of_block - self.rank.parameters_before_core
+            yield self.backward(f"backward pass, attention of the {name}", kept + self.of_core, max(0, there))
+
+    @property
+    def of_core(self) -> int:
+        return self.parts.block.footprint.attention
 
 
 class _Flat(_Flow):
@@ -162,11 +176,13 @@ class _Flat(_Flow):
         yield self.backward("backward pass, head", saved + head.footprint.later)
         last_block = body + block.footprint.backward + tied
         yield self.backward("backward pass, last block", last_block, of_head, soon=of_block)
+        yield from self._attention("last block", body + tied, of_head, of_block)
         if self.states.bucket is not None:
             yield self._reduction(of_head, of_block, tied)
         first_block = first + block.footprint.saved + block.footprint.backward + tied
         done = of_head + of_block * (blocks - 1)
         yield self.backward("backward pass, first block", first_block, done, soon=of_block)
+        yield from self._attention("first block", first + block.footprint.saved + tied, done, of_block)
         end = first + embedding.footprint.backward + 2 * tied
         yield self.backward("backward pass, embedding", end, of_head + of_block * blocks)
         yield from self.after()
@@ -211,11 +227,21 @@ class _Pipelined(_Flow):
                 ends.insert(0, ("head", others + saved, head))
             for place, kept, end in ends:
                 yield from self._backward(f"backward pass, {place}", kept, end, one_less=kept - saved)
+            of_block = self.rank.trained_of_block
+            of_head = self._of_head(stage)
+            yield from self._attention("last block", others + body, of_head, of_block)
             if stage.has_embedding:
                 embedding = self.parts.embedding.footprint
                 kept = others + inputs + embedding.saved
                 yield self.backward("backward pass, embedding", kept + embedding.backward)
         yield from self.after()
+
+    def _of_head(self, stage: Chunk) -> int:
+        """Return the elements whose gradients exist before those of the last block of a stage."""
+        if not (stage.has_head and self.rank.trains_whole_model):
+            return 0
+        ends = self.rank.trained_parameters - self.rank.blocks * self.rank.trained_of_block
+        return ends - self.rank.parameters_of_embedding
 
     @property
     def _is_steady(self) -> bool:

@@ -15,7 +15,8 @@ class Footprint:
     `saved` is kept from the forward to the backward pass. `forward` is the peak of the forward pass, without
     the bytes that earlier parts saved. `backward` is the peak of the backward pass, without the bytes that
     this part and earlier parts saved; `later` is the same after the first weight has its gradient.
-    `sustained` is `backward` where somebody keeps the gradient of the output, as a pipeline does.
+    `sustained` is `backward` where somebody keeps the gradient of the output, as a pipeline does. `attention`
+    is the peak of the backward pass in the core of attention; other weights have their gradients by then.
     """
 
     saved: int
@@ -23,6 +24,7 @@ class Footprint:
     backward: int
     later: int
     sustained: int = 0
+    attention: int = 0
 
 
 def footprint(program: Operations, recomputed: Operations, input_size: int) -> Footprint:
@@ -35,7 +37,7 @@ def footprint(program: Operations, recomputed: Operations, input_size: int) -> F
     saved = tape.peak = tape.live
     tape.hold(f"d_{output}", tape.sizes[output])
     tape.sustained_peak = tape.live
-    before, tape.incoming = saved, tape.sizes[output]
+    before, tape.incoming, attention = saved, tape.sizes[output], saved
     for operation in reversed(program):
         if recomputed and operation is recomputed[-1]:
             again = run_again(recomputed)
@@ -44,14 +46,18 @@ def footprint(program: Operations, recomputed: Operations, input_size: int) -> F
             tape.run(again, keeps=recomputed, ends=tuple(waiting))
             for name in waiting - {*tape.keepers}:
                 tape.drop(name)
-        tape.backward(operation)
+        if operation.name == "core":
+            attention = tape.peak_of(operation)
+        else:
+            tape.backward(operation)
         if (operation.weight or operation.made) and before == saved:
             # `later` is the peak from here on.
             before, tape.peak = tape.peak, tape.live
         if recomputed and operation is recomputed[0]:
             tape.release(_inputs_of(recomputed))
     later = tape.peak - saved
-    return Footprint(saved, forward, max(before, tape.peak) - saved, later, tape.sustained_peak - saved)
+    ends = tape.sustained_peak - saved, attention - saved
+    return Footprint(saved, forward, max(before, tape.peak) - saved, later, *ends)
 
 
 class _Tape:
@@ -113,6 +119,13 @@ class _Tape:
         self.drop(gradient)
         self.drop(f"{operation.name}+")
         self.release(operation.saves)
+
+    def peak_of(self, operation: Operation) -> int:
+        """Run `backward`; return the most bytes that are alive in this operation."""
+        before, self.peak = self.peak, self.live
+        self.backward(operation)
+        peak, self.peak = self.peak, max(self.peak, before)
+        return peak
 
     def release(self, names: Sequence[str]) -> None:
         """Drop one keeper of each tensor, and free the tensors that no operation keeps any more."""

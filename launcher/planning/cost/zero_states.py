@@ -24,6 +24,7 @@ from launcher.planning.cost.geometry import Rank, block_parameters
 from launcher.planning.cost.operations import BYTES, FP32
 
 MODULE_CALLS = 11  # module calls of a transformer block, with the block itself
+WAITING_ELEMENTS = 1 << 26  # as in engine/gradient_passes.py
 UPDATE_BYTES = 52  # per element that is updated at once: fp32 values and random bits, engine/stochastic.py
 
 
@@ -49,6 +50,8 @@ class States:
     step: Holdings  # peak of the optimizer step
     fresh: int = 0  # bytes of gradients that exist in the first micro-batch of a step
     per_element: int = 0  # bytes of gradient per element that the backward pass has finished
+    # Elements whose gradients in low precision wait, in the first micro-batch, to be copied into the sums.
+    waiting: int = 0
     bucket: int | None = None  # elements after which gradients are reduced within the backward pass
     reduced: Holdings = Holdings()  # during that reduction and after it
     gathered: int = 0  # bytes of whole weights that ZeRO-3 holds
@@ -138,7 +141,8 @@ class _Ledger:
     def bf16_optimizer(self) -> States:
         """BF16_Optimizer of DeepSpeed: whole gradients in fp32, partitioned fp32 weights and states.
 
-        Each bf16 gradient is added to them at once. The reduction works on a copy in bf16.
+        Each bf16 gradient is added to them at once, in the first micro-batch after some wait for one another
+        (engine/gradient_passes.py). The reduction works on a copy in bf16.
         """
         summed = FP32 * self.flat
         copies = self._reduced_in_copies(self.element)
@@ -149,6 +153,7 @@ class _Ledger:
             forward=Holdings(summed),
             backward=Holdings(summed),
             fresh=summed,
+            waiting=WAITING_ELEMENTS + self.rank.largest_trained,
             reduce=Holdings(summed, copies),
             step=Holdings(summed),
         )
