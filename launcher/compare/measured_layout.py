@@ -48,7 +48,12 @@ def measure_layout(run: RunConfig, layout: Layout, *, steps: int) -> MeasuredLay
 def combined(layout: Layout, ranks: list["RankRecord"]) -> MeasuredLayout:
     """Combine the records of all ranks. Pure."""
     busiest = max(ranks, key=lambda rank: median(parts["compute"] for parts in rank.parts))
-    sizes = {"tensor": layout.tensor, "data": layout.data, "pipeline": layout.pipeline}
+    sizes = {
+        "tensor": layout.tensor,
+        "context": layout.context,
+        "data": layout.gradient_ranks,
+        "pipeline": layout.pipeline,
+    }
     return MeasuredLayout(
         losses=ranks[0].losses,
         seconds=median(ranks[0].seconds),

@@ -149,7 +149,7 @@ def validate_compare(config: ComparedRunConfig) -> None:
     check_paths(config)
     if config.compare.ranks == 1:
         raise refusal(config, "compare.ranks", "must be at least 2", "compare.ranks=2", "compare.ranks=4")
-    for name in ("data", "tensor", "pipeline", "zero_stage", "auto"):
+    for name in ("data", "context", "tensor", "pipeline", "zero_stage", "auto"):
         default = 1 if name == "data" else getattr(ParallelismConfig(), name)
         if getattr(config.parallelism, name) != default:
             why = "`launcher compare` takes the layouts from compare.layouts"
