@@ -229,8 +229,14 @@ def _gradients_of_heads(
     queries.see(chunks, (k, v), of_pair)
     of_q, of_k, of_v = sequence_for_heads([queries.result(), *of_pair.to(k.dtype)], axis)
     if copies > 1:
-        of_k, of_v = (x.unflatten(2, (kv_heads, copies)).sum(3) for x in (of_k, of_v))
+        of_k, of_v = (_summed_copies(x, kv_heads, copies) for x in (of_k, of_v))
     return of_q, of_k, of_v
+
+
+def _summed_copies(x: Tensor, kv_heads: int, copies: int) -> Tensor:
+    """Return the gradients of key/value heads from those of their copies."""
+    summed: Tensor = x.unflatten(2, (kv_heads, copies)).sum(3)
+    return summed
 
 
 @dataclass(frozen=True)
