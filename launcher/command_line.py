@@ -28,6 +28,7 @@ VERBS = {
     "compare": "compare:main",
     "calibrate": "calibrate:main",
     "verify": "verify:main",
+    "preflight": "preflight:main",
     "submit": "submit:main",
     "job": "job:main",
     "sync": "sync:main",

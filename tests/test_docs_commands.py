@@ -228,5 +228,6 @@ def test_every_command_runs(page: str, tmp_path: Path, subtests: pytest.Subtests
         elif line.verb == "submit":
             arguments.append("submit.dry_run=true")
         with subtests.test(line.text):
-            done = launcher(*arguments, cwd=tmp_path, timeout=600)
+            cache = str(tmp_path / "cache")
+            done = launcher(*arguments, cwd=tmp_path, timeout=600, XDG_CACHE_HOME=cache)
             assert done.returncode == (2 if line.text in REFUSED else 0), done.stdout + done.stderr

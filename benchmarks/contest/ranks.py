@@ -85,6 +85,9 @@ class Ranks:
         self.kill()
         return max((peak for peak in peaks if peak is not None), default=None)
 
+    def pids(self) -> list[int]:
+        return [process.pid for process in self._processes]
+
     def kill(self) -> None:
         for process in self._processes:
             process.kill()

@@ -156,8 +156,9 @@ def fragment_to_write(fragment: Fragment, engine: Engine) -> Fragment | None:
     if engine.zero_stage > 0:
         return fragment
     # Under ZeRO-0 every data-parallel rank holds the whole fragment: each writes an equal share.
+    holders = mesh.holders_of_experts if fragment.logical.is_part else mesh.data
     total = next(iter(fragment.tensors.values())).numel()
-    start, stop = (total * rank // mesh.data.size for rank in (mesh.data.rank, mesh.data.rank + 1))
+    start, stop = (total * rank // holders.size for rank in (holders.rank, holders.rank + 1))
     return fragment.narrowed(start, stop - start) if stop > start else None
 
 

@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> int:
     check_figure(run.compare.figure, "compare.figure")
     if run.compare.report:
         check_overwrites_no_report(Path(run.compare.report).expanduser(), "compare.report", key="resolved")
-    layouts = chosen_layouts(run.compare.layouts, run.compare.ranks)
+    layouts = chosen_layouts(run.compare.layouts, run.compare.ranks, run.model.experts.count)
     world = world_of_machine(run, machine)
     compared = [planned(name, in_layout(run, sizes, world), world) for name, sizes in layouts.items()]
     if all(candidate.refused for candidate in compared):

@@ -3,10 +3,10 @@
 import sys
 
 from launcher.checkpoint.resume_choice import RunFinished
-from launcher.commands.ready import check_tensorboard, ready
+from launcher.commands.preflight import check_before_submission
+from launcher.commands.ready import ReadyRun, check_tensorboard, ready
 from launcher.config.compose import Job, compose_jobs
 from launcher.config.finetune_rules import adapter_warnings
-from launcher.config.layout import Layout
 from launcher.config.schedule import schedule_warnings
 from launcher.config.schema import RunConfig
 from launcher.config.slurm_rules import check_submission, nodes_of
@@ -22,6 +22,7 @@ directory and its log. The time limit, the partition and the account are printed
 that sets them.
 
   submit.dry_run=true      print the script only
+  submit.preflight=false   submit without `launcher preflight`, or although it fails
   slurm.time=24:00:00      and other options of sbatch: see docs/slurm.md
   slurm=mycluster          the file my_conf/slurm/mycluster.yaml, with --config-dir my_conf
 
@@ -35,7 +36,7 @@ def main(arguments: list[str]) -> int:
         return 0
     jobs = compose_jobs("config", RunConfig, arguments)
     if jobs:
-        layouts = [_layout_on_most_nodes(job) for job in jobs]
+        ready_runs = [_ready_on_most_nodes(job) for job in jobs]
         finished = [end for job in jobs if (end := _end_of(job))]
         if len(finished) == len(jobs):
             raise finished[0].refusal()
@@ -43,12 +44,13 @@ def main(arguments: list[str]) -> int:
         warnings = [text for job in jobs for text in schedule_warnings(job.config, job.origins)]
         warnings += [text for job in jobs for text in adapter_warnings(job.config)]
         print("".join(f"{warning}\n" for warning in dict.fromkeys(warnings)), end="", file=sys.stderr)
-        submit(jobs, arguments, layouts)
+        layouts = [ready_run.layout for ready_run in ready_runs]
+        submit(jobs, arguments, layouts, last_check=lambda: check_before_submission(ready_runs))
     return 0
 
 
-def _layout_on_most_nodes(job: Job[RunConfig]) -> Layout:
-    """Return the layout on the most nodes; the run is checked on the fewest nodes too. Raises ConfigError."""
+def _ready_on_most_nodes(job: Job[RunConfig]) -> ReadyRun:
+    """Return the run on the most nodes; the run is checked on the fewest nodes too. Raises ConfigError."""
     run = job.config
     check_submission(run)
     if not run.slurm.container and run.slurm.python is None:  # else another Python runs the job
@@ -58,7 +60,7 @@ def _layout_on_most_nodes(job: Job[RunConfig]) -> Layout:
         ready(run, world_of_nodes(run, nodes), needs_data=nodes == most, must_fit=True)
         for nodes in sorted({least, most})
     ]
-    return ready_runs[-1].layout
+    return ready_runs[-1]
 
 
 def _end_of(job: Job[RunConfig]) -> RunFinished | None:

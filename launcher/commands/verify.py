@@ -13,7 +13,7 @@ from launcher.config.validate import validate
 from launcher.config.world import world_of_hardware, world_of_machine
 from launcher.launch.exit_codes import FAILED
 from launcher.launch.this_machine import share_cores, this_machine
-from launcher.parity.shrink import MOST_RANKS, shrink
+from launcher.parity.shrink import MOST_RANKS, inner_stages, long_samples, shrink
 
 HELP = """\
 launcher verify [OVERRIDES]: check that a run's layout computes the same as one process.
@@ -53,23 +53,28 @@ def _verify(ready_run: ReadyRun, machine: Machine) -> bool:
 
     prepare_deepspeed("cuda" if gpus else "cpu")
     from launcher.parity.verdict import print_pass, write_report
-    from launcher.parity.verification import verify
+    from launcher.parity.verification import VerifyPass, verify
 
     small, shrunk = shrink(ready_run.run, ready_run.layout, gpus=gpus)
     small_layout = validate(small, world_of_machine(small, machine))
     check_compiler(small, small_layout)
+    inner = inner_stages(ready_run.run, ready_run.layout, small, gpus=gpus)
+    long = long_samples(ready_run.run, ready_run.layout, small)
     print(f"layout   {ready_run.layout.describe()}")
     print(f"small    {small_layout.describe()}")
     print("shrunk   " + "\n         ".join(shrunk) + "\n", flush=True)
     if ready_run.run.precision.dtype is Dtype.fp16:
         print("note     fp16 trains on GPUs only: verified in fp32\n")
-    started, passes = time.monotonic(), []
-    for result in verify(small):
-        passes.append(result)
-        print_pass(result)
+    started, passes, finished = time.monotonic(), list[VerifyPass](), False
+    try:
+        for result in verify(small, more=(inner, long)):
+            passes.append(result)
+            print_pass(result)
+        finished = True
+    finally:
+        if report:
+            write_report(report, small_layout, shrunk, passes, finished=finished)
     ok = all(result.ok for result in passes)
-    if report:
-        write_report(report, small_layout, shrunk, passes)
     compared = sum(len(result.differences) for result in passes)
     verdict, same = ("PASSED", "computes the same as") if ok else ("FAILED", "computes something else than")
     took = f"{compared} comparisons, {time.monotonic() - started:.0f} s"

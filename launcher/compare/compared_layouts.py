@@ -2,6 +2,7 @@
 
 import difflib
 from dataclasses import dataclass, replace
+from math import gcd
 
 from launcher.config.errors import ConfigError
 from launcher.config.layout import Layout
@@ -12,8 +13,8 @@ from launcher.planning.cost.run_plan import Plan
 AxisSizes = dict[str, int]  # fields of the parallelism group; a missing one keeps its default
 
 
-def named_layouts(ranks: int) -> dict[str, AxisSizes]:
-    """Return the fields that each named layout sets, for this number of ranks."""
+def named_layouts(ranks: int, experts: int = 0) -> dict[str, AxisSizes]:
+    """Return the fields that each named layout sets, for this number of ranks and of experts of a layer."""
     half = ranks // 2
     layouts: dict[str, AxisSizes]
     layouts = {"single": {}, "dp": {"data": ranks}, "tp": {"tensor": ranks}, "pp": {"pipeline": ranks}}
@@ -24,6 +25,8 @@ def named_layouts(ranks: int) -> dict[str, AxisSizes]:
         layouts["tp_pp"] = {"tensor": 2, "pipeline": half}
     if ranks % 4 == 0 and ranks > 4:
         layouts["dp_tp_pp"] = {"data": ranks // 4, "tensor": 2, "pipeline": 2}
+    if (shared := gcd(ranks, experts)) > 1 and experts:
+        layouts["ep"] = {"data": ranks, "expert": shared}
     return layouts
 
 
@@ -38,9 +41,9 @@ class ComparedLayout:
     refused: str = ""
 
 
-def chosen_layouts(names: list[str], ranks: int) -> dict[str, AxisSizes]:
+def chosen_layouts(names: list[str], ranks: int, experts: int = 0) -> dict[str, AxisSizes]:
     """Return the layouts with these names, or all without names. Raises ConfigError for an unknown name."""
-    known = named_layouts(ranks)
+    known = named_layouts(ranks, experts)
     for name in names:
         if name not in known:
             why = f"unknown layout; with compare.ranks={ranks} there are: {', '.join(known)}"

@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from launcher.compare.comparison_report import ComparisonRow
-from launcher.config.layout import GROUPS, STEP_PARTS
+from launcher.compare.comparison_report import ComparisonRow, shown_groups, shown_parts
 from launcher.config.output_files import FIGURE_TITLE
 
 PART_COLOURS = {
@@ -13,6 +12,8 @@ PART_COLOURS = {
     "tensor": "#c44e52",
     "context": "#da8bc3",
     "data": "#dd8452",
+    "expert": "#da8bc3",
+    "expert_data": "#937860",
     "pipeline": "#8172b3",
     "optimizer": "#55a868",
 }
@@ -34,7 +35,7 @@ def draw_comparison(rows: Sequence[ComparisonRow], path: Path) -> None:
 
 def _draw_time(rows: Sequence[ComparisonRow], axes: Any) -> None:
     bottom = [0.0] * len(rows)
-    for part in STEP_PARTS:
+    for part in shown_parts(rows):
         heights = [row.measured.parts[part] * 1e3 if row.measured else 0.0 for row in rows]
         label = "other stages, idle time too" if part == "pipeline" else part
         axes.bar(range(len(rows)), heights, bottom=bottom, color=PART_COLOURS[part], label=label, width=0.7)
@@ -63,8 +64,8 @@ def _draw_memory(rows: Sequence[ComparisonRow], axes: Any) -> None:
 
 def _draw_sent(rows: Sequence[ComparisonRow], axes: Any) -> None:
     bottom = [0.0] * len(rows)
-    for group in GROUPS:
-        heights = [row.measured.sent[group] / 1e6 if row.measured else 0.0 for row in rows]
+    for group in shown_groups(rows):
+        heights = [row.measured.sent.get(group, 0.0) / 1e6 if row.measured else 0.0 for row in rows]
         label = f"over the {group} group"
         axes.bar(range(len(rows)), heights, bottom=bottom, color=PART_COLOURS[group], label=label, width=0.7)
         bottom = [low + height for low, height in zip(bottom, heights, strict=True)]

@@ -6,7 +6,7 @@ from typing import Any
 
 from launcher.compare.compared_layouts import ComparedLayout
 from launcher.compare.measured_layout import MeasuredLayout
-from launcher.config.layout import GROUPS, STEP_PARTS
+from launcher.config.layout import EXPERT_GROUPS, GROUPS, STEP_PARTS, GroupName
 from launcher.text import megabytes, milliseconds, plain_table, print_table, whole
 
 TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2, "fp16": 2e-2}  # relative difference of two losses
@@ -49,6 +49,8 @@ class ComparisonRow:
             "compute": time.compute,
             "tensor": time.tensor,
             "data": time.data,
+            "expert": time.expert,
+            "expert_data": time.expert_data,
             "pipeline": time.pipeline + time.bubble,
             "optimizer": time.optimizer,
         }
@@ -56,6 +58,18 @@ class ComparisonRow:
     def tokens_per_s(self, seconds: float) -> float:
         assert self.compared.plan is not None
         return self.compared.plan.tokens / seconds
+
+
+def shown_groups(rows: Sequence[ComparisonRow]) -> list[GroupName]:
+    """Return the groups to show: those of experts only if a layout shares them."""
+    shares = any(row.compared.layout is not None and row.compared.layout.expert > 1 for row in rows)
+    return [group for group in GROUPS if shares or group not in EXPERT_GROUPS]
+
+
+def shown_parts(rows: Sequence[ComparisonRow]) -> list[str]:
+    """Return the parts of a step to show, as shown_groups."""
+    groups = shown_groups(rows)
+    return [part for part in STEP_PARTS if part not in EXPERT_GROUPS or part in groups]
 
 
 def bubble(parts: dict[str, float]) -> float:
@@ -103,21 +117,24 @@ def differing(rows: Sequence[ComparisonRow]) -> dict[str, float]:
 
 def print_comparison(rows: Sequence[ComparisonRow]) -> None:
     table = plain_table("One step of each layout, measured and (planned); times in ms, sizes in MB")
-    sent = (f"sent,\n{group}" for group in GROUPS)
-    for name in ("layout", "ranks", "step", "tokens/s", *STEP_PARTS, "bubble", "memory", *sent, "last\nloss"):
+    groups, parts = shown_groups(rows), shown_parts(rows)
+    sent = (f"sent,\n{group}" for group in groups)
+    for name in ("layout", "ranks", "step", "tokens/s", *parts, "bubble", "memory", *sent, "last\nloss"):
         table.add_column(name, justify="left" if name == "layout" else "right", no_wrap=True)
     for row in rows:
         if row.measured:
-            table.add_row(*_measured(row, row.measured))
+            table.add_row(*_measured(row, row.measured, parts, groups))
         if row.compared.plan:
-            table.add_row(*_planned(row))
+            table.add_row(*_planned(row, parts, groups))
     print_table(table)
     for row in rows:
         if row.not_trained:
             print(f"skipped  {row.name}: {row.not_trained}")
 
 
-def _measured(row: ComparisonRow, measured: MeasuredLayout) -> list[str]:
+def _measured(
+    row: ComparisonRow, measured: MeasuredLayout, parts: list[str], groups: list[GroupName]
+) -> list[str]:
     layout = row.compared.layout
     assert layout is not None
     return [
@@ -125,26 +142,27 @@ def _measured(row: ComparisonRow, measured: MeasuredLayout) -> list[str]:
         str(layout.world_size),
         milliseconds(measured.seconds),
         whole(row.tokens_per_s(measured.seconds)),
-        *(milliseconds(measured.parts[part]) for part in STEP_PARTS),
+        *(milliseconds(measured.parts[part]) for part in parts),
         f"{bubble(measured.parts):.0%}",
         megabytes(measured.memory),
-        *(megabytes(measured.sent[group]) for group in GROUPS),
+        *(megabytes(measured.sent.get(group, 0.0)) for group in groups),
         f"{measured.losses[-1]:.4f}",
     ]
 
 
-def _planned(row: ComparisonRow) -> list[str]:
+def _planned(row: ComparisonRow, shown: list[str], groups: list[GroupName]) -> list[str]:
     parts = row.planned_parts
     seconds = sum(parts.values())
     assert row.planned_memory is not None
     labels = ["", ""]
     if not row.measured:
         labels = [row.name, str(row.compared.layout.world_size) if row.compared.layout else ""]
-    times = [""] * (3 + len(STEP_PARTS))
+    times = [""] * (3 + len(shown))
     if parts:
         times = [milliseconds(seconds), whole(row.tokens_per_s(seconds))]
-        times += [*(milliseconds(parts[part]) for part in STEP_PARTS), f"{bubble(parts):.0%}"]
-    sizes = [megabytes(row.planned_memory), *(megabytes(row.planned_sent[group]) for group in GROUPS)]
+        times += [*(milliseconds(parts[part]) for part in shown), f"{bubble(parts):.0%}"]
+    sent = [row.planned_sent.get(group, 0.0) for group in groups]
+    sizes = [megabytes(row.planned_memory), *map(megabytes, sent)]
     return [*labels, *(f"({text})" if text else "" for text in times + sizes), ""]
 
 

@@ -54,6 +54,8 @@ def combined(layout: Layout, ranks: list["RankRecord"]) -> MeasuredLayout:
         "data": layout.gradient_ranks,
         "pipeline": layout.pipeline,
     }
+    if layout.expert > 1:
+        sizes |= {"expert": layout.expert, "expert_data": layout.data // layout.expert}
     return MeasuredLayout(
         losses=ranks[0].losses,
         seconds=median(ranks[0].seconds),

@@ -11,8 +11,11 @@ from launcher.config.schema import Dtype, RunConfig
 from launcher.config.world import World
 from launcher.text import plural
 
-GroupName = Literal["tensor", "context", "data", "pipeline"]  # groups of ranks that communicate
-GROUPS: tuple[GroupName, ...] = ("tensor", "context", "data", "pipeline")
+# Groups of ranks that communicate with each other. expert: data ranks that together hold all experts once;
+# expert_data: data ranks that hold the same experts. Without expert parallelism neither of the two is used.
+GroupName = Literal["tensor", "context", "data", "expert", "expert_data", "pipeline"]
+GROUPS: tuple[GroupName, ...] = ("tensor", "context", "data", "expert", "expert_data", "pipeline")
+EXPERT_GROUPS: tuple[GroupName, ...] = ("expert", "expert_data")
 STEP_PARTS = ("compute", *GROUPS, "optimizer")  # seconds of a step by part; for a group, the wait for it
 
 
@@ -35,6 +38,7 @@ class Layout:
     notes: tuple[str, ...] = ()
     compiled: bool = False
     context: int = 1  # ranks that share each sequence
+    expert: int = 1  # data-parallel ranks that share the experts, part of `data`
 
     @property
     def world_size(self) -> int:
@@ -48,7 +52,9 @@ class Layout:
     def describe(self) -> str:
         schedule = " (DualPipeV)" if self.stages_per_rank == 2 else ""
         context = f" x {self.context} context" if self.context > 1 else ""
-        axes = f"{self.pipeline} pipeline{schedule} x {self.data} data{context} x {self.tensor} tensor"
+        experts = f" (experts over {self.expert})" if self.expert > 1 else ""
+        data = f"{self.data} data{experts}{context}"
+        axes = f"{self.pipeline} pipeline{schedule} x {data} x {self.tensor} tensor"
         ranks = plural(self.world_size, f"{self.device} rank")
         batches = plural(self.accumulation, "micro-batch", "es")
         return f"{ranks} = {axes}, ZeRO-{self.zero_stage}, {batches} per step and data rank"
@@ -87,7 +93,19 @@ def resolve_layout(run: RunConfig, world: World) -> Layout:
         notes=tuple(note for note in (sharing, substitution) if note),
         compiled=is_compiled(run, world.device),
         context=run.parallelism.context,
+        expert=_expert(run, data),
     )
+
+
+def _expert(run: RunConfig, data: int) -> int:
+    """Return the expert-parallel size. Raises ConfigError if it does not divide the data-parallel ranks."""
+    expert = run.parallelism.expert
+    if data % expert:
+        why = f"does not divide the {plural(data, 'data-parallel rank')}"
+        legal = [size for size in shape.divisors(data) if run.model.experts.count % size == 0]
+        near = settings("parallelism.expert", shape.nearest(legal, expert))
+        raise refusal(run, "parallelism.expert", why, *near)
+    return expert
 
 
 def is_compiled(run: RunConfig, device: str) -> bool:

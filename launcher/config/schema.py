@@ -115,6 +115,19 @@ class ContextMethod(Enum):
     ulysses = "ulysses"
 
 
+class Dtype(Enum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+class RouterKind(Enum):
+    """Scores of the experts: `softmax` over all, or `sigmoid` of each (DeepSeek-V3, arXiv 2412.19437)."""
+
+    softmax = "softmax"
+    sigmoid = "sigmoid"
+
+
 # 1f1b: one forward, one backward (Narayanan et al., arXiv 2104.04473). dualpipev: every rank holds two
 # stages, and micro-batches travel out through the first and back through the second (DeepSeek-V3).
 # The functional form, since the field's name for the first is no Python identifier.
@@ -155,12 +168,6 @@ class SchedulerName(Enum):
     linear = "linear"
     wsd = "wsd"
     constant = "constant"
-
-
-class Dtype(Enum):
-    fp32 = "fp32"
-    bf16 = "bf16"
-    fp16 = "fp16"
 
 
 class StatesDtype(Enum):
@@ -225,6 +232,27 @@ class RopeScalingConfig:
 
 
 @dataclass(unsafe_hash=True)
+class ExpertsConfig:
+    """Mixture of experts: MLPs of which each token runs through the `top_k` that its router scores highest.
+
+    No token is dropped. Of the layers after `first_dense_layers` every n-th has experts, the others an MLP.
+    """
+
+    count: int = 0  # experts of a layer; 0: no layer has experts
+    top_k: int = 0  # experts of a token
+    ffn_hidden_size: int = 0  # of an expert
+    shared: int = 0  # experts that every token runs through, as one MLP of shared x ffn_hidden_size
+    first_dense_layers: int = 0  # layers at the start without experts
+    every: int = 1  # n: after the first dense layers, the n-th, the 2n-th, ... has experts
+    router: RouterKind = RouterKind.softmax
+    normalize_top_k: bool = True  # the weights of the chosen experts add up to 1
+    scaling: float = 1.0  # the weights of the chosen experts are multiplied by it
+    auxiliary_loss: float = 0.0  # factor of the load-balancing loss of each sequence (DeepSeek-V3); 0: off
+    z_loss: float = 0.0  # factor of the mean square of the logits' logsumexp (arXiv 2202.08906); 0: off
+    router_dtype: Dtype = Dtype.fp32  # in which scores are computed
+
+
+@dataclass(unsafe_hash=True)
 class ModelConfig:
     """A transformer described by its parts and sizes."""
 
@@ -259,6 +287,7 @@ class ModelConfig:
     logit_soft_cap: Optional[float] = None  # logits become cap * tanh(logit / cap)
     embedding_scale: float = 1.0  # token embeddings are multiplied by it
     init_std: float = 0.02  # standard deviation of the initial weights
+    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
     # Set with inputs=patches only, else 0.
     num_classes: int = 0
     image_size: int = 0  # pixels per side
@@ -272,10 +301,10 @@ class ParallelismConfig:
     tensor: int = 1
     pipeline: int = 1
     data: Optional[int] = None  # null: world size / (tensor x pipeline x context)
-    context: int = (
-        1  # ranks that share each sequence: a rank holds the activations of 1/context of its tokens
-    )
+    # Ranks that share each sequence: a rank holds the activations of 1/context of its tokens.
+    context: int = 1
     context_method: ContextMethod = ContextMethod.ring
+    expert: int = 1  # data-parallel ranks that share the experts of each layer, each with a part of them
     zero_stage: int = 0
     sequence_parallel: bool = False
     offload_optimizer: bool = False
@@ -534,6 +563,8 @@ class PlanConfig:
 
     enforce: bool = True  # training refuses a run that cannot fit
     tokens: Optional[float] = None  # training tokens of the estimated days; null: tokens of training.steps
+    # With parallelism.expert: tokens that the experts of the fullest rank get, over the mean of all ranks
+    expert_imbalance: float = 1.0
     trace: bool = False  # compare the formulas with the traced modules
     figure: Optional[str] = None  # a .png, .svg or .pdf file
 
@@ -622,6 +653,7 @@ class SlurmConfig:
 @dataclass
 class SubmitConfig:
     dry_run: bool = False  # print the script, submit nothing
+    preflight: bool = True  # refuse if the installed versions fail `launcher preflight`; not with dry_run
 
 
 @dataclass

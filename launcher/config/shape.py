@@ -50,6 +50,28 @@ def is_gated(model: ModelConfig) -> bool:
     return model.mlp in (MLPKind.swiglu, MLPKind.geglu)
 
 
+def has_experts(model: ModelConfig) -> bool:
+    """Return whether the model is a mixture of experts."""
+    return model.experts.count > 0
+
+
+def layer_has_experts(model: ModelConfig, layer: int) -> bool:
+    """Return whether a layer, counted from 0, has experts in place of the MLP."""
+    e = model.experts
+    sparse = layer - e.first_dense_layers + 1
+    return has_experts(model) and sparse > 0 and sparse % e.every == 0
+
+
+def expert_layers(model: ModelConfig) -> int:
+    """Return the number of layers with experts."""
+    return sum(layer_has_experts(model, layer) for layer in range(model.num_layers))
+
+
+def has_dense_mlp(model: ModelConfig) -> bool:
+    """Return whether a layer has an MLP of model.ffn_hidden_size."""
+    return expert_layers(model) < model.num_layers
+
+
 def rotary_size(model: ModelConfig) -> int:
     """Return the rotated channels of a head, counted from the first: an even number."""
     return int(head_size(model) * model.rotary_fraction) // 2 * 2
@@ -148,7 +170,8 @@ def least_micro_batches(run: RunConfig) -> int:
 def legal_tensor_sizes(run: RunConfig) -> list[int]:
     """Return the tensor-parallel sizes that divide heads, FFN and sequence, ascending."""
     m, split = run.model, run.parallelism.sequence_parallel
-    sizes = divisors(math.gcd(m.num_heads, kv_heads(m), m.ffn_hidden_size))
+    columns = m.ffn_hidden_size if has_dense_mlp(m) else 0, m.experts.ffn_hidden_size
+    sizes = divisors(math.gcd(m.num_heads, kv_heads(m), *columns))
     return [size for size in sizes if size > 1 and sequence_length(run) % size == 0] if split else sizes
 
 

@@ -22,6 +22,7 @@ from launcher.config.errors import (
     typed_text,
     value_of,
 )
+from launcher.config.expert_rules import check_expert_parallelism, check_experts
 from launcher.config.finetune_rules import check_lora
 from launcher.config.layout import Layout, resolve_layout
 from launcher.config.paths import check_paths
@@ -271,7 +272,9 @@ def check_heads(run: RunConfig) -> None:
 
 def check_tensor_divides(run: RunConfig) -> None:
     m, tensor = run.model, run.parallelism.tensor
-    counts = {"attention heads": m.num_heads, "KV heads": shape.kv_heads(m), "FFN columns": m.ffn_hidden_size}
+    counts = {"attention heads": m.num_heads, "KV heads": shape.kv_heads(m)}
+    if shape.has_dense_mlp(m):
+        counts["FFN columns"] = m.ffn_hidden_size
     for name, count in counts.items():
         if count % tensor:
             remedies = settings(
@@ -584,6 +587,8 @@ RULES: tuple[Callable[[RunConfig], None], ...] = (
     check_rotary,
     check_window,
     check_tensor_divides,
+    check_experts,
+    check_expert_parallelism,
     check_schedule,
     check_pipeline,
     check_zero,

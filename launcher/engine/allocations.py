@@ -21,7 +21,7 @@ _COLLECTIVES: dict[str, tuple[CollectiveName, int]] = {
     "c10d.allreduce_.default": ("all_reduce", 0),
     "c10d._allgather_base_.default": ("all_gather", 0),
     "c10d._reduce_scatter_base_.default": ("reduce_scatter", 1),
-    "c10d.alltoall_base_.default": ("all_to_all", 0),
+    "c10d.alltoall_base_.default": ("all_to_all", 1),
     "c10d.send.default": ("send", 0),
 }
 

@@ -155,7 +155,7 @@ class Engine(ABC):
     ) -> Iterator[tuple[LogicalTensor, Tensor]]:
         for parameter in parameters:
             logical = logical_of(parameter)
-            yield logical, gather_logical(shard_of(parameter), logical, self.mesh.tensor).cpu()
+            yield logical, gather_logical(shard_of(parameter), logical, self.mesh).cpu()
 
     # Under ZeRO-0 DeepSpeed's safe_get functions return None: torch's optimizer holds the states itself.
 
@@ -195,13 +195,22 @@ def world_sums(counts: list[int]) -> list[int]:
     return [int(number) for number in total]
 
 
-def gather_logical(shard: Tensor, logical: LogicalTensor, axis: Axis) -> Tensor:
-    """Return the logical tensor of all tensor ranks' shards. Collective: an all-gather, if it is split."""
-    if not logical.is_split or axis.size == 1:
-        return merge([shard], logical)
-    shards = [torch.empty_like(shard) for _ in range(axis.size)]
-    dist.all_gather(shards, shard.contiguous(), group=axis.group)
-    return merge(shards, logical)
+def gather_logical(shard: Tensor, logical: LogicalTensor, mesh: ProcessMesh) -> Tensor:
+    """Return the logical tensor of all tensor ranks' shards, and of all expert ranks' parts.
+
+    Collective: an all-gather over the tensor group if it is split, and over the expert group if it has parts.
+    """
+    shards = _gathered(shard, mesh.tensor) if logical.is_split else [shard]
+    part = merge(shards, logical)
+    return torch.cat(_gathered(part, mesh.expert)) if logical.is_part else part
+
+
+def _gathered(tensor: Tensor, axis: Axis) -> list[Tensor]:
+    if axis.size == 1:
+        return [tensor]
+    tensors = [torch.empty_like(tensor) for _ in range(axis.size)]
+    dist.all_gather(tensors, tensor.contiguous(), group=axis.group)
+    return tensors
 
 
 def to_device(array: npt.NDArray[Any], device: torch.device) -> Tensor:

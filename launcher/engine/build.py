@@ -36,7 +36,14 @@ def build_engine(
         draws_adapters=has_lora(run),
         partitioned=layout.zero_stage == 3,
     )
-    context = BlockContext.create(run, mesh, initializer, compiled=layout.compiled, strict=strict)
+    context = BlockContext.create(
+        run,
+        mesh,
+        initializer,
+        compiled=layout.compiled,
+        strict=strict,
+        micro_batches=layout.accumulation,
+    )
     engine_type = PipelineEngine if layout.pipeline > 1 else FlatEngine
     # DeepSpeed prints memory tables and settings that the launcher does not use.
     with redirect_stdout(io.StringIO()):

@@ -9,9 +9,10 @@ from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
 from launcher.engine.base import Engine, MicroBatches, StepResult, mean_over
 from launcher.engine.ds_config import deepspeed_config
+from launcher.engine.expert_groups import shared_experts
 from launcher.engine.optimizer import build_optimizer
 from launcher.engine.partitioned import PartitionedInit
-from launcher.engine.update_guard import clip, combined, is_counted, norms_of
+from launcher.engine.update_guard import clip, norm_of_whole
 from launcher.models.architecture import FlatModel, model_layers, model_loss
 from launcher.models.blocks import TransformerBlock
 from launcher.models.context import BlockContext
@@ -33,9 +34,10 @@ class FlatEngine(Engine):
             # A compiled body calls no module, whose hooks would gather its weights: the block gathers them.
             set_z3_leaf_modules(model, [TransformerBlock])
         optimizer = build_optimizer(run.optimizer, model.parameters(), run.precision.states)
-        deepspeed_engine, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=config, mpu=mesh, dist_init_required=False
-        )
+        with shared_experts(mesh):
+            deepspeed_engine, *_ = deepspeed.initialize(
+                model=model, optimizer=optimizer, config=config, mpu=mesh, dist_init_required=False
+            )
         super().__init__(deepspeed_engine, model, optimizer, layout, mesh, loss, context, device)
         self.clip_at = run.optimizer.gradient_clipping
 
@@ -78,7 +80,7 @@ def _mean(losses: list[Tensor]) -> Tensor:
 
 
 def global_norm(parameters: list[nn.Parameter], mesh: ProcessMesh) -> Tensor:
-    """Return the L2 norm of the logical gradients. Collective: one all-reduce of a scalar (tensor group)."""
-    counted = [p.grad for p in parameters if p.grad is not None and is_counted(p, mesh)]
+    """Return the L2 norm of the logical gradients. Collective: see norm_of_whole."""
+    gradients = ((p, p.grad) for p in parameters if p.grad is not None)
     group = mesh.tensor.group if mesh.tensor.size > 1 else None
-    return combined(norms_of(counted), group, parameters[0].device)
+    return norm_of_whole(gradients, mesh, group, parameters[0].device)

@@ -24,17 +24,23 @@ def _reduce_in_one_buffer(engine: Any) -> None:
     DeepSpeed joins the gradients in fp32, casts, sends, casts and copies; on one rank it does so too.
     """
 
-    def allreduce_and_copy(bucket: list[Tensor], group: Any, _size: float | None = None) -> None:
-        """Average the gradients of a bucket. Collective over the data group: one all-reduce."""
+    def allreduce_and_copy(bucket: list[Tensor], group: Any, divisor: float | None = None) -> None:
+        """Average the gradients of a bucket. Collective over the group: one all-reduce.
+
+        `divisor` is the number of data ranks also for experts, which fewer ranks hold.
+        """
         size = dist.get_world_size(group)
+        divisor = divisor or size
         if size == 1:
+            if divisor > 1:
+                torch._foreach_mul_(bucket, 1 / divisor)
             return
         sizes = [gradient.numel() for gradient in bucket]
         sent = torch.empty(sum(sizes), dtype=engine.communication_data_type, device=bucket[0].device)
         parts = [part.view_as(whole) for part, whole in zip(sent.split(sizes), bucket, strict=True)]
         torch._foreach_copy_(parts, bucket)
         dist.all_reduce(sent, group=group)
-        sent.mul_(1 / size)
+        sent.mul_(1 / divisor)
         torch._foreach_copy_(bucket, parts)
 
     engine.allreduce_and_copy = allreduce_and_copy
@@ -68,7 +74,7 @@ def _accumulate_without_zeros(zero: BF16_Optimizer) -> None:
             for total, has in zip(sums, has_gradient, strict=True):
                 if not has:
                     total.zero_()  # it still holds the gradient of an older step
-        return zero.non_expert_gradients, {}
+        return zero.non_expert_gradients, getattr(zero, "expert_gradients", {})
 
     def clear() -> None:
         for index, group in enumerate(zero.fp32_groups_gradients):

@@ -96,7 +96,7 @@ class PeakMemory:
 
 
 def group_names(engine: Engine) -> dict[str, GroupName]:
-    """Return "tensor", "context", "data" or "pipeline" by torch's group name, also of DeepSpeed's groups."""
+    """Return the name of the axis by torch's group name, for our groups and DeepSpeed's."""
     names: dict[str, GroupName] = {}
     grid = getattr(engine.deepspeed, "grid", None)
     if grid is not None:
@@ -111,4 +111,10 @@ def group_names(engine: Engine) -> dict[str, GroupName]:
     assert data is not None
     if context is not None:
         names[context.group_name] = "context"
-    return {**names, tensor.group_name: "tensor", data.group_name: "data"}
+    names |= {tensor.group_name: "tensor", data.group_name: "data"}
+    if engine.mesh.expert.size > 1:
+        assert engine.mesh.expert.group is not None
+        holders = engine.mesh.holders_of_experts.group
+        assert holders is not None
+        names |= {engine.mesh.expert.group.group_name: "expert", holders.group_name: "expert_data"}
+    return names

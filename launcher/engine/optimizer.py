@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
 
 from launcher.config.schema import OptimizerConfig, OptimizerName, SchedulerConfig, SchedulerName, StatesDtype
 from launcher.engine.stochastic import StochasticAdamW, StochasticSGD
+from launcher.parallel.initializer import EXPERTS
 from launcher.parallel.sharding import logical_of
 
 
@@ -23,8 +25,15 @@ def build_optimizer(
     for parameter in filter(is_trained, parameters):
         # Use the logical shape: under ZeRO-3 every parameter is flattened to a vector.
         (matrices if len(logical_of(parameter).shape) > 1 else vectors).append(parameter)
+    # Experts that data ranks share are all matrices: DeepSpeed partitions their group over other ranks.
+    shared = [weight for weight in matrices if logical_of(weight).is_part]
+    matrices = [weight for weight in matrices if not logical_of(weight).is_part]
     decays = ((matrices, config.weight_decay), (vectors, 0.0))
-    groups = [{"params": group, "weight_decay": decay} for group, decay in decays if group]
+    groups: list[dict[str, Any]] = [
+        {"params": group, "weight_decay": decay} for group, decay in decays if group
+    ]
+    if shared:
+        groups.append({"params": shared, "weight_decay": config.weight_decay, "moe": True, "name": EXPERTS})
     if config.name is OptimizerName.sgd:
         assert config.momentum is not None
         if states is StatesDtype.bf16:

@@ -14,6 +14,7 @@ from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
 from launcher.engine.base import Engine, MicroBatches, StepResult
 from launcher.engine.ds_config import deepspeed_config
+from launcher.engine.expert_groups import shared_experts
 from launcher.engine.optimizer import build_optimizer, is_trained
 from launcher.models.architecture import Layer, model_layers, model_loss
 from launcher.models.blocks import TransformerBlock
@@ -45,9 +46,13 @@ class PipelineEngine(Engine):
         for head in (built for built in module.modules() if type(built) is layers[-1].module):
             loss.head = head
         optimizer = build_optimizer(run.optimizer, module.parameters(), run.precision.states)
-        deepspeed_engine, *_ = deepspeed.initialize(
-            model=module, optimizer=optimizer, config=deepspeed_config(run, layout), dist_init_required=False
-        )
+        with shared_experts(mesh):
+            deepspeed_engine, *_ = deepspeed.initialize(
+                model=module,
+                optimizer=optimizer,
+                config=deepspeed_config(run, layout),
+                dist_init_required=False,
+            )
         super().__init__(deepspeed_engine, module, optimizer, layout, mesh, loss, context, device)
         self.micro_batches, self.documents = layout.accumulation, context.documents
         # The tokens of the micro-batches by phase: a rank runs one phase, or two under DualPipeV.

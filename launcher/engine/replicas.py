@@ -134,7 +134,8 @@ def _weights_and_whole_states(engine: Engine) -> Iterator[Replica]:
     has_data, has_tensor = engine.mesh.data.size > 1, engine.mesh.tensor.size > 1
     for parameter in _whole_parameters(engine):
         logical = logical_of(parameter)
-        axes = (id(parameter) in tied, has_data, has_tensor and not logical.is_split)
+        # Experts that data ranks share differ between them.
+        axes = (id(parameter) in tied, has_data and not logical.is_part, has_tensor and not logical.is_split)
         if any(axes):
             yield Replica(logical.name, axes, parameter.detach())
             states = engine.optimizer.state.get(parameter, {}) if engine.zero_stage == 0 else {}

@@ -87,13 +87,12 @@ def install(guard: UpdateGuard, zero: Any, mesh: ProcessMesh) -> None:
 def _bf16_step(guard: UpdateGuard, zero: BF16_Optimizer, mesh: ProcessMesh) -> None:
     """Do what BF16_Optimizer.step does, but leave the decision to the device instead of waiting for it."""
     gradients = [
-        gradient
+        (parameter, gradient)
         for group, of_group in zip(zero.bf16_groups, zero.fp32_groups_gradients, strict=True)
         for parameter, gradient in zip(group, of_group, strict=True)
-        if is_counted(parameter, mesh)
     ]
     model_parallel = zero.mpu.get_model_parallel_group() if zero.mpu else None
-    guard.judge(combined(norms_of(gradients), model_parallel, guard.device))
+    guard.judge(norm_of_whole(gradients, mesh, model_parallel, guard.device))
     zero.overflow, zero._global_grad_norm = False, guard.norm
     if zero.clip_grad:
         clip(zero.optimizer, guard.norm, zero.clip_grad)
@@ -126,6 +125,26 @@ def norms(zero: Any, mesh: ProcessMesh) -> list[Tensor]:
 
 def _without_padding(gradients: Iterable[Tensor]) -> list[Tensor]:
     return [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
+
+
+def norm_of_whole(
+    gradients: Iterable[tuple[nn.Parameter, Tensor]],
+    mesh: ProcessMesh,
+    group: Group | None,
+    device: torch.device,
+) -> Tensor:
+    """Return the L2 norm of gradients that each data rank holds whole, except of experts that it lacks.
+
+    Every expert counts once: expert ranks hold different experts, whose squares are added up. DeepSpeed
+    averages the norms of experts over the data ranks instead (DeepSpeed 0.19.8, get_norm_with_moe_layers).
+    Collective: one all-reduce of a scalar over `group`, and one over the expert group.
+    """
+    counted = [(weight, gradient) for weight, gradient in gradients if is_counted(weight, mesh)]
+    of_experts = [gradient for weight, gradient in counted if logical_of(weight).is_part]
+    others = norms_of(gradient for weight, gradient in counted if not logical_of(weight).is_part)
+    if mesh.expert.size > 1:
+        others.append(combined(norms_of(of_experts), mesh.expert.group, device))
+    return combined(others, group, device)
 
 
 def is_counted(parameter: nn.Parameter, mesh: ProcessMesh) -> bool:

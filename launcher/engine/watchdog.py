@@ -22,7 +22,8 @@ from launcher.text import ranks_on_hosts
 
 HUNG = 124  # the exit code of timeout(1)
 MEASURING_MINUTES = 10.0  # for ranks that verify or calibrate starts: their steps and probes are short
-_REPORT, _PART = "hang.txt", "hang_rank_*.json"
+REPORT = "hang.txt"  # beside the directory of the logs
+_PART = "hang_rank_*.json"
 
 # A rank waits for other ranks in torch.distributed, or in a line that waits for a handle or for a value from
 # the GPU, whose kernels may wait for other ranks.
@@ -105,7 +106,7 @@ class Watchdog:
             text = report(positions, self.hosts, self._limit)
             print(f"launcher: {text}", file=sys.stderr, flush=True)
             with suppress(OSError):
-                (self._logs.parent / _REPORT).write_text(text + "\n")
+                (self._logs.parent / REPORT).write_text(text + "\n")
             self._on_hang(text)
         else:
             time.sleep(2.0)  # srun and torchrun end all ranks after the first: let it be the reporting rank

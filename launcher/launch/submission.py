@@ -4,7 +4,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from launcher.config.compose import Job
@@ -61,8 +61,16 @@ def _without_submit_fields(overrides: list[str]) -> list[str]:
     return [override for override in overrides if not override.startswith("submit.")]
 
 
-def submit(jobs: Sequence[Job[RunConfig]], typed: list[str], layouts: Sequence[Layout]) -> None:
-    """Print the script and submit it, unless submit.dry_run; `layouts` are those on the most nodes."""
+def submit(
+    jobs: Sequence[Job[RunConfig]],
+    typed: list[str],
+    layouts: Sequence[Layout],
+    last_check: Callable[[], None],
+) -> None:
+    """Print the script and submit it, unless submit.dry_run; `layouts` are those on the most nodes.
+
+    `last_check` takes long: it is called once the job could be submitted, and raises ConfigError.
+    """
     run = jobs[0].config
     script = render(batch_script_of(jobs, _without_submit_fields(typed)))
     if run.submit.dry_run:
@@ -74,6 +82,7 @@ def submit(jobs: Sequence[Job[RunConfig]], typed: list[str], layouts: Sequence[L
         remedy = "submit.dry_run=true > job.sbatch, then `sbatch job.sbatch` on the cluster's login node"
         raise ConfigError("submit", None, why, remedy)
     _make_log_directory(run.slurm.output)
+    last_check()
     print(script)
     try:
         job_id = sbatch(script)

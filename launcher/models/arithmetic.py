@@ -2,6 +2,7 @@
 
 from launcher.config.schema import InputKind, ModelConfig, NormKind, PositionKind, RunConfig
 from launcher.config.shape import (
+    expert_layers,
     has_class_token,
     has_norm_after,
     has_norm_before,
@@ -15,16 +16,30 @@ from launcher.config.shape import (
 )
 
 
-def block_matrix_parameters(model: ModelConfig) -> int:
-    """Return the projection weights of all blocks, which multiply every token; no norms, no biases."""
-    h, qkv = model.hidden_size, qkv_sizes(model)
-    return model.num_layers * h * (sum(qkv) + qkv[0] + (_up_size(model) + model.ffn_hidden_size))
+def block_matrix_parameters(model: ModelConfig, *, active: bool = False) -> int:
+    """Return the projection weights of all blocks; no norms, no biases.
+
+    With `active` only those that multiply a token: of the experts of a layer the chosen and the shared ones.
+    """
+    h, qkv, sparse = model.hidden_size, qkv_sizes(model), expert_layers(model)
+    dense = (model.num_layers - sparse) * (_up_size(model) + model.ffn_hidden_size)
+    return h * (model.num_layers * (sum(qkv) + qkv[0]) + dense + sparse * _expert_columns(model, active))
 
 
-def matrix_parameters(model: ModelConfig) -> int:
-    """Return the weights that multiply: projections, head and patches; no look-ups, norms or biases."""
+def _expert_columns(model: ModelConfig, active: bool) -> int:
+    """Return the parameters of the experts of a layer, with their router, over the hidden size."""
+    e = model.experts
+    experts = e.shared + (e.top_k if active else e.count)
+    return e.count + experts * (3 if is_gated(model) else 2) * e.ffn_hidden_size
+
+
+def matrix_parameters(model: ModelConfig, *, active: bool = False) -> int:
+    """Return the weights that multiply: projections, head and patches; no look-ups, norms or biases.
+
+    With `active` only those that multiply each token.
+    """
     head = output_size(model) * model.hidden_size
-    return block_matrix_parameters(model) + head + _patch_parameters(model)
+    return block_matrix_parameters(model, active=active) + head + _patch_parameters(model)
 
 
 def _up_size(model: ModelConfig) -> int:
@@ -39,6 +54,11 @@ def _patch_parameters(model: ModelConfig) -> int:
 def parameters(model: ModelConfig) -> int:
     """Return the number of logical parameters; a tied embedding counts once, vocabulary padding never."""
     return matrix_parameters(model) + _vector_parameters(model) + _first_layer_parameters(model)
+
+
+def active_parameters(model: ModelConfig) -> int:
+    """Return the number of parameters that compute a token; of experts those that it chooses and shares."""
+    return parameters(model) - matrix_parameters(model) + matrix_parameters(model, active=True)
 
 
 def _vector_parameters(model: ModelConfig) -> int:
@@ -89,13 +109,15 @@ def update_chunk(device: str) -> int:
 def train_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
     """Return the model FLOPs per token, forward and backward: 6 per matrix weight, 12 L N D T for attention.
 
+    Of experts only the active weights count.
+
     The PaLM paper's count (arXiv 2204.02311, appendix B): the whole T x T matrix, causal or not, and no
     recomputation, so that MFU compares across layouts and frameworks. An image classifier's head multiplies
     once per image. Its patches count 4 times, because pixels need no gradient. Both are averaged over T.
     """
     attention = 12 * model.num_layers * qkv_sizes(model)[0] * sequence_length
     if model.inputs is InputKind.tokens:
-        return 6 * matrix_parameters(model) + attention
+        return 6 * matrix_parameters(model, active=True) + attention
     # The class token's position is projected too.
     per_image = 4 * _patch_parameters(model) * sequence_length + 6 * model.num_classes * model.hidden_size
     return 6 * block_matrix_parameters(model) + per_image / sequence_length + attention

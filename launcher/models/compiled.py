@@ -22,6 +22,7 @@ class BlockRunner:
     """Runs the body of every block: compiled once for all blocks of a rank, or eager.
 
     A body is compiled whole, without a graph break, for fixed shapes: once for training, once for validation.
+    Blocks with experts share a body that ends before the experts.
     If the compiler fails on a rank, all ranks of its tensor and context groups run the block again, eager,
     and stay eager:
     a compiled backward pass may call its collectives in another order. With `strict` the error is raised
@@ -35,7 +36,7 @@ class BlockRunner:
         self._seconds, self._loss = 0.0, loss
         self.failure: str | None = None
         self._axes, self._is_on, self._strict = (tensor, context), is_compiled, strict
-        self._compiled: Body | None = None
+        self._compiled: dict[Body, Body] = {}
 
     @property
     def seconds(self) -> float:
@@ -68,11 +69,11 @@ class BlockRunner:
         from torch._dynamo import exc
         from torch._dynamo.utils import counters
 
-        if self._compiled is None:
-            self._compiled = compiling.compiled(body)
+        if body not in self._compiled:
+            self._compiled[body] = compiling.compiled(body)
         graphs, started, failure = counters["stats"]["unique_graphs"], time.perf_counter(), None
         try:
-            output = call(self._compiled, block, *map(_as_tensor, inputs))
+            output = call(self._compiled[body], block, *map(_as_tensor, inputs))
         except (exc.TorchDynamoException, exc.FailOnRecompileLimitHit) as error:
             if self._strict:
                 raise

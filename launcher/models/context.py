@@ -19,7 +19,7 @@ from launcher.parallel.context import ContextParallel, context_of
 from launcher.parallel.initializer import DrawFunction, Initializer, normal
 from launcher.parallel.layers import TensorParallel
 from launcher.parallel.loss_kernels import LossKernels
-from launcher.parallel.mesh import ProcessMesh
+from launcher.parallel.mesh import ONE_RANK, Axis, ProcessMesh
 from launcher.parallel.random import DropoutRandom
 
 Places = tuple[Tensor | None, Tensor | None, Tensor | None]  # mask, cosines, sines
@@ -37,6 +37,8 @@ class BlockContext:
     rotary: RotaryTables | None  # None without rotary positions
     blocks: BlockRunner
     lora: LoraConfig | None = None  # None: no adapters
+    micro_batches: int = 1  # of an optimizer step and data rank
+    expert: Axis = ONE_RANK  # the data ranks that share the experts of each layer
     cp: ContextParallel | None = None  # None: each rank holds whole sequences
 
     @classmethod
@@ -48,6 +50,7 @@ class BlockContext:
         *,
         compiled: bool = False,
         strict: bool = False,
+        micro_batches: int = 1,
     ) -> "BlockContext":
         """Return the context of this rank; `strict` raises an error of the compiler (see BlockRunner)."""
         random = DropoutRandom(
@@ -77,6 +80,8 @@ class BlockContext:
             rotary_tables(run.model, cp),
             BlockRunner(mesh.tensor, mesh.context, kernels, is_compiled=compiled, strict=strict),
             lora_of(run),
+            micro_batches,
+            mesh.expert,
             cp,
         )
 

@@ -18,11 +18,14 @@ class MLP(nn.Module):
     SwiGLU gates by SiLU, GeGLU by the tanh form of GELU.
     """
 
-    def __init__(self, name: str, model: ModelConfig, context: BlockContext) -> None:
+    def __init__(
+        self, name: str, model: ModelConfig, context: BlockContext, columns: int | None = None
+    ) -> None:
+        """`columns` is F; by default that of the model's MLPs."""
         super().__init__()
-        self.kind, self.gated = model.mlp, is_gated(model)
-        h, f, tp, biases = model.hidden_size, model.ffn_hidden_size, context.tp, model.biases
-        up, segments = (f"{name}.gate_up", (f, f)) if self.gated else (f"{name}.up", (f,))
+        self.model = model
+        h, f, tp, biases = model.hidden_size, columns or model.ffn_hidden_size, context.tp, model.biases
+        up, segments = (f"{name}.gate_up", (f, f)) if is_gated(model) else (f"{name}.up", (f,))
         self.up = ColumnParallelLinear(up, h, segments, tp, bias=biases.up, draw=normal(model.init_std))
         self.down = RowParallelLinear(f"{name}.down", f, h, tp, bias=biases.down, draw=residual_draw(model))
         self.up_adapter = adapter_of(ColumnAdapter, up, "up", model, context)
@@ -34,14 +37,18 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, up_seed: Seed | None = None, down_seed: Seed | None = None) -> Tensor:
         y = adapted(self.up, self.up_adapter, x, up_seed)
-        if self.gated:
-            gate, up = y.chunk(2, dim=-1)
-            activated = self._activated(gate) * up
-        else:
-            activated = self._activated(y)
-        return adapted(self.down, self.down_adapter, activated, down_seed)
+        return adapted(self.down, self.down_adapter, activated(self.model, y), down_seed)
 
-    def _activated(self, y: Tensor) -> Tensor:
-        if self.kind is MLPKind.swiglu:
-            return F.silu(y)
-        return F.gelu(y, approximate="none" if self.kind is MLPKind.gelu_erf else "tanh")
+
+def activated(model: ModelConfig, y: Tensor) -> Tensor:
+    """Return the activation of the first projection, (..., F) or with a gate (..., 2F) -> (..., F)."""
+    if not is_gated(model):
+        return _activated(model.mlp, y)
+    gate, up = y.chunk(2, dim=-1)
+    return _activated(model.mlp, gate) * up
+
+
+def _activated(kind: MLPKind, y: Tensor) -> Tensor:
+    if kind is MLPKind.swiglu:
+        return F.silu(y)
+    return F.gelu(y, approximate="none" if kind is MLPKind.gelu_erf else "tanh")

@@ -43,6 +43,14 @@ def gather_sequence_region(x: Tensor, axis: Axis) -> Tensor:
     return _apply(x, axis, all_gather_sequence, reduce_scatter_sequence)
 
 
+def gather_copies_region(x: Tensor, axis: Axis) -> Tensor:
+    """Gather (B, T/tp, ...) -> (B, T, ...) for work that every rank does alike: all-gather forward.
+
+    Backward each rank has the whole gradient already, and takes its own part of the sequence: no collective.
+    """
+    return _apply(x, axis, all_gather_sequence, _own_part)
+
+
 def reduce_scatter_sequence_region(x: Tensor, axis: Axis) -> Tensor:
     """Sum and shard the sequence, (B, T, H) -> (B, T/tp, H): reduce-scatter forward, all-gather backward."""
     return _apply(x, axis, reduce_scatter_sequence, all_gather_sequence)
@@ -115,6 +123,10 @@ class _Region(torch.autograd.Function):
 
 def _identity(x: Tensor, axis: Axis) -> Tensor:
     return x.view_as(x)
+
+
+def _own_part(x: Tensor, axis: Axis) -> Tensor:
+    return x.chunk(axis.size, SEQUENCE_DIM)[axis.rank].contiguous()
 
 
 def named_axis(group: str, size: int) -> Axis:

@@ -32,6 +32,7 @@ from launcher.parallel.sharding import LogicalTensor, logical_views, seed_of
 BLOCK = (64, 512)
 BLOCK_BYTES = 4 * BLOCK[0] * BLOCK[1]
 CPU = torch.device("cpu")
+EXPERTS = "experts"  # the name of the groups of ranks that hold the same experts, and of their parameters
 
 Piece = tuple[Box, Tensor]  # a box of a logical tensor, and the tensor of the same sizes that holds it
 BlockIndex = tuple[int, ...]
@@ -98,6 +99,9 @@ class Initializer:
         elif drawn:
             initial.fill(parameter.detach().view(-1))
         parameter.logical = logical  # type: ignore[attr-defined]
+        if logical.is_part:
+            # DeepSpeed reduces its gradient over the ranks that hold the same part (engine/expert_groups.py).
+            parameter.allreduce, parameter.group_name = False, EXPERTS  # type: ignore[attr-defined]
         # DeepSpeed adds the shards of all tensor ranks to the gradient norm only if this attribute is set.
         # Without it the norm is too small, without a warning.
         parameter.tensor_model_parallel = logical.is_split and self.axis.size > 1  # type: ignore[attr-defined]

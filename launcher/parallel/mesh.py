@@ -6,7 +6,7 @@ see one data group, with data x context ranks.
 The rank arithmetic is pure. Only `ProcessMesh.create` creates process groups.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import product
 
 import torch.distributed as dist
@@ -28,11 +28,12 @@ class MeshShape:
     pipeline: int = 1
     data: int = 1
     tensor: int = 1
+    expert: int = 1  # neighbouring data ranks that hold different experts; divides `data`
     context: int = 1
 
     @classmethod
     def of(cls, layout: Layout) -> "MeshShape":
-        return cls(layout.pipeline, layout.gradient_ranks, layout.tensor, layout.context)
+        return cls(layout.pipeline, layout.gradient_ranks, layout.tensor, layout.expert, layout.context)
 
     @property
     def world_size(self) -> int:
@@ -62,6 +63,18 @@ class MeshShape:
         size = self.context
         return [group[i : i + size] for group in self.data_groups() for i in range(0, self.data, size)]
 
+    def expert_groups(self) -> list[list[int]]:
+        """Return the global ranks of each group that holds all experts once, ordered by expert rank."""
+        return [
+            group[start : start + self.expert]
+            for group in self.data_groups()
+            for start in range(0, self.data, self.expert)
+        ]
+
+    def expert_data_groups(self) -> list[list[int]]:
+        """Return the global ranks of each group that holds the same experts, ordered by data rank."""
+        return [group[first :: self.expert] for group in self.data_groups() for first in range(self.expert)]
+
 
 @dataclass(frozen=True)
 class Axis:
@@ -78,6 +91,9 @@ class Axis:
         return self.group.group_name
 
 
+ONE_RANK = Axis()
+
+
 @dataclass(frozen=True)
 class ProcessMesh:
     """The mesh as seen by one rank. Has the methods that DeepSpeed calls on an `mpu`."""
@@ -87,7 +103,14 @@ class ProcessMesh:
     tensor: Axis
     data: Axis  # with the context ranks
     stage: int = 0
-    context: Axis = field(default_factory=Axis)
+    expert: Axis = ONE_RANK  # the data ranks that together hold all experts once
+    expert_data: Axis | None = None  # None: the data axis, since all data ranks hold the same experts
+    context: Axis = ONE_RANK
+
+    @property
+    def holders_of_experts(self) -> Axis:
+        """Return the axis of the data ranks that hold the same experts."""
+        return self.expert_data or self.data
 
     @classmethod
     def create(cls, shape: MeshShape) -> "ProcessMesh":
@@ -97,11 +120,18 @@ class ProcessMesh:
         stage, data_rank, tensor_rank = shape.coordinates(rank)
         tensor = Axis(tensor_rank, shape.tensor, _create_groups(shape.tensor_groups(), rank))
         data = Axis(data_rank, shape.data, _create_groups(shape.data_groups(), rank))
-        context = Axis()
         if shape.context > 1:
+            assert shape.expert == 1, "validated with the config"
             group = _create_groups(shape.context_groups(), rank)
             context = Axis(data_rank % shape.context, shape.context, group)
-        return cls(shape, rank, tensor, data, stage, context)
+            return cls(shape, rank, tensor, data, stage, context=context)
+        if shape.expert == 1:
+            return cls(shape, rank, tensor, data, stage)
+        copy, place = divmod(data_rank, shape.expert)
+        expert = Axis(place, shape.expert, _create_groups(shape.expert_groups(), rank))
+        copies = shape.data // shape.expert
+        expert_data = Axis(copy, copies, _create_groups(shape.expert_data_groups(), rank))
+        return cls(shape, rank, tensor, data, stage, expert, expert_data)
 
     @classmethod
     def single(cls) -> "ProcessMesh":

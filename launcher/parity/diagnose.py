@@ -65,6 +65,14 @@ def diagnose(
     return next(Diagnosis(*result) for rule in RULES for result in rule(evidence))
 
 
+def diagnose_lost_rank(failure: str, hang: str | None) -> Diagnosis:
+    """Return the diagnosis of a rank's failure, or of a hang by the report of the watchdog."""
+    if hang is not None:
+        meaning = "a rank does not take part in a collective, or calls another one than the other ranks"
+        return Diagnosis(hang.strip(), meaning)
+    return Diagnosis(failure.strip(), "the traceback shows where the rank failed; nothing was compared")
+
+
 Results = Iterator[tuple[str, str]]  # the shape and the meaning of a difference; the first result counts
 
 
@@ -219,6 +227,9 @@ def _loss(e: Evidence) -> Results:
         meaning = "the cross-entropy: a maximum or sum over the vocabulary's shards, or other labels"
         yield "every output is right and the loss computed from the logits is wrong", meaning
     shape = f"only the losses of {_some(names)} are wrong"
+    if {name.partition(",")[0] for name in names} == {"data rank 0"}:
+        meaning = "other samples or labels, or the cross-entropy of some labels"
+        yield f"{shape}; the outputs of data rank 0's first micro-batch are right", meaning
     yield shape, "these ranks read other samples or hold other weights"
 
 
@@ -226,6 +237,9 @@ def _replicas(e: Evidence) -> Results:
     if names := e.names("data_replica"):
         meaning = "gradients are not averaged over the data ranks, or updated weights are not all-gathered"
         yield f"{_some(names)} differs between data ranks after the step", meaning
+    if e.names("norm_replica") and e.step.norm_data_spread > 0:
+        meaning = "gradients are not averaged over the data ranks"
+        yield "data ranks report different gradient norms", meaning
     if e.names("norm_replica"):
         meaning = "the norm is not summed over all shards: each rank clips by the norm of its own shard"
         yield "ranks report different gradient norms", meaning
@@ -254,7 +268,7 @@ def _gradients(e: Evidence) -> Results:
         return
     got, right = e.step.gradients, e.right.gradients
     ratio = common_ratio([(got[n], right[n]) for n in names])
-    if ratio is not None:
+    if ratio is not None and abs(ratio - 1) > CLOSE:
         words, axes = named_ratio(ratio, e.layout)
         if len(names) < len(right):
             shape = f"gradients of {_some(names)} are {words}; all other gradients are right"

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from launcher.config.schema import Dtype, OptimizerName, RunConfig, StatesDtype
+from launcher.config.schema import OptimizerConfig, OptimizerName, RunConfig, StatesDtype
 from launcher.config.shape import has_lora
 from launcher.parity.shrink import parameter_order
 from launcher.parity.step_trace import StepTrace, Weights
@@ -21,6 +21,7 @@ U16 = 2.0**-8  # unit roundoff of bf16; stochastic rounding takes either neighbo
 # UNBIASED sqrt(sum of d^2) with a probability below 2 exp(-2 UNBIASED^2) = 3e-8.
 UNBIASED = 3.0
 TINY = 1e-30
+MOMENTA = ("momentum_buffer", "exp_avg")  # of SGD and AdamW
 
 # The compared quantities, in the order in which a step computes them. A replica is a tensor or number that
 # several ranks should hold with equal values.
@@ -39,6 +40,7 @@ DifferenceKind = Literal[
     "data_replica",
     "tied_copy",
     "dropout",  # dropout masks: see parity/dropout.py
+    "rank",  # a rank that failed or hung: nothing could be compared
 ]
 
 
@@ -63,57 +65,78 @@ class Difference:
         return self.excess <= 1.0
 
 
-def applied_gradients(run: RunConfig, trace: list[StepTrace]) -> None:
-    """Compute each step's gradients before clipping from its weight updates under plain SGD.
+def applied_gradients(run: RunConfig, trace: list[StepTrace], *, plain_sgd: bool) -> None:
+    """Compute each step's gradients before clipping from the update that they made; works for every engine.
 
-    Modifies `trace`. Works for every engine: w' = w - lr c g, with c = min(1, clip / reported norm). With
-    bf16 states from the momentum: b' = momentum b + c g.
+    Modifies `trace`. With c = min(1, clip / reported norm), plain SGD shows them in the weights:
+    w' = w - lr c g. A momentum shows them too: b' = momentum b + c g under SGD without weight decay, and
+    m' = beta1 m + (1 - beta1) c g under AdamW. Otherwise they are not computed.
     """
     for before, step in pairwise(trace):
-        clip = run.optimizer.gradient_clipping
-        scale = 1.0 if clip is None else min(1.0, clip / (step.grad_norm + 1e-6))
-        if has_bf16_states(run):
-            decay = run.optimizer.momentum or 0.0
+        scale = _clip_factor(run, step)
+        if plain_sgd and not has_bf16_states(run):
+            factor = 1.0 / (run.optimizer.lr * scale)
+            step.gradients = {name: (before.weights[name] - w) * factor for name, w in step.weights.items()}
+        elif (decay := kept_momentum(run.optimizer)) is not None:
+            gain = _momentum_gain(run.optimizer)
             step.gradients = {
-                name: (momentum_of(step, name) - decay * momentum_of(before, name)) / scale
+                name: (momentum_of(step, name) - decay * momentum_of(before, name)) / (gain * scale)
                 for name in step.weights
             }
-            continue
-        factor = 1.0 / (run.optimizer.lr * scale)
-        step.gradients = {name: (before.weights[name] - w) * factor for name, w in step.weights.items()}
+
+
+def kept_momentum(optimizer: OptimizerConfig) -> float | None:
+    """Return the factor of the momentum before a step; None if the momentum does not show the gradient."""
+    if optimizer.name is OptimizerName.adamw:
+        return optimizer.beta1
+    return optimizer.momentum if optimizer.momentum and not optimizer.weight_decay else None
+
+
+def _momentum_gain(optimizer: OptimizerConfig) -> float:
+    """Return the factor of the gradient in the momentum."""
+    return 1.0 - (optimizer.beta1 or 0.0) if optimizer.name is OptimizerName.adamw else 1.0
 
 
 def has_bf16_states(run: RunConfig) -> bool:
     return run.precision.states is StatesDtype.bf16
 
 
+def is_frozen(run: RunConfig, name: str) -> bool:
+    """Return whether training must not change a weight: with adapters (LoRA) only theirs change."""
+    return has_lora(run) and not name.endswith((".lora_a", ".lora_b"))
+
+
 def momentum_of(step: StepTrace, name: str) -> Tensor:
-    """Return the momentum of a weight under SGD; zero before the first step."""
-    return step.states.get(f"{name}.momentum_buffer", torch.zeros(()))
+    """Return the momentum of a weight; zero before the first step, and of frozen weights."""
+    key = next((key for key in MOMENTA if f"{name}.{key}" in step.states), None)
+    return torch.zeros_like(step.weights[name]) if key is None else step.states[f"{name}.{key}"]
 
 
 def compare(
-    run: RunConfig, trace: list[StepTrace], expected: list[StepTrace], allowed: Tolerance, *, plain_sgd: bool
+    run: RunConfig,
+    trace: list[StepTrace],
+    expected: list[StepTrace],
+    allowed: list[Tolerance],
+    *,
+    plain_sgd: bool,
 ) -> list[Difference]:
     """Return the difference in every quantity of every step, in forward order within a step.
 
-    With `plain_sgd` both runs trained independently, and the allowed difference grows with each step.
-    Otherwise each step of `expected` started from the weights of `trace`: where a gradient is zero except for
-    rounding, as for a key's bias, Adam makes full-size updates of random sign, and two correct runs diverge.
+    Each step of `expected` started from the weights and states of `trace`, so that differences do not add up.
+    `allowed` holds the bounds of each step. With `plain_sgd` the updates show the gradients, and the weights
+    would say nothing more.
     """
     differences = []
     for number, (step, right) in enumerate(zip(trace, expected, strict=True)):
-        # Steps since both runs had equal weights. In low precision ranks compute with rounded weights.
-        apart = 1 if run.precision.dtype is Dtype.fp32 and not plain_sgd else number
-        c = _Comparison(run, number, apart, step, right, expected, allowed, trace[max(0, number - 1)])
-        differences += c.missing("weight", step.weights, right.weights)
-        order = in_forward_order(run, [name for name in right.weights if name in step.weights])
+        c = _Comparison(run, number, step, right, expected, allowed, trace[max(0, number - 1)], plain_sgd)
+        differences += c.unlike("weight", step.weights, right.weights)
+        order = in_forward_order(run, c.comparable(step.weights, right.weights))
         if number == 0:
             differences += [c.initial(name) for name in order]
         else:
-            differences += [*c.batch_losses(), *c.scalars()]
+            differences += [*c.batch_losses(), *c.scalars(), *c.outputs()]
+            differences += [c.gradient(name) for name in order if name in step.gradients]
             if plain_sgd:
-                differences += [*c.outputs(), *(c.gradient(name) for name in order)]
                 differences += [c.rounding(name) for name in order if has_bf16_states(run)]
             else:
                 differences += [*(c.weight(name) for name in order), *c.states()]
@@ -145,20 +168,30 @@ class _Comparison:
 
     run: RunConfig
     number: int
-    apart: int  # steps since both runs had equal weights
     step: StepTrace
     right: StepTrace
     expected: list[StepTrace]  # all steps of the reference
-    allowed: Tolerance
+    tolerances: list[Tolerance]  # of all steps
     before: StepTrace  # the step before in the layout
+    plain_sgd: bool
 
     @property
     def unit(self) -> float:
         """The unit roundoff of master weights and states."""
         return U16 if has_bf16_states(self.run) else U32
 
-    def missing(self, kind: DifferenceKind, got: Weights, right: Weights) -> list[Difference]:
-        return [Difference(self.number, kind, name, inf, 1.0) for name in sorted(right.keys() ^ got.keys())]
+    @property
+    def allowed(self) -> Tolerance:
+        return self.tolerances[self.number]
+
+    def comparable(self, got: Weights, right: Weights) -> list[str]:
+        """Return the names of the tensors that both runs have, with the same shape."""
+        return [name for name in right if name in got and got[name].shape == right[name].shape]
+
+    def unlike(self, kind: DifferenceKind, got: Weights, right: Weights) -> list[Difference]:
+        """Return an infinite difference for each tensor that one run lacks, or has in another shape."""
+        names = sorted({*got, *right} - set(self.comparable(got, right)))
+        return [Difference(self.number, kind, name, inf, 1.0) for name in names]
 
     def initial(self, name: str) -> Difference:
         weight = self.right.weights[name]
@@ -166,7 +199,7 @@ class _Comparison:
         return Difference(0, "weight", name, measured, U32 * float(weight.norm()))
 
     def batch_losses(self) -> Iterator[Difference]:
-        bound = self.apart * self.allowed.output
+        bound = self.allowed.loss
         expected = expected_batch_losses(self.run, len(self.step.batch_losses), self.right)
         for rank, (losses, right) in enumerate(zip(self.step.batch_losses, expected, strict=True)):
             if len(losses) != len(right):
@@ -178,34 +211,35 @@ class _Comparison:
 
     def outputs(self) -> Iterator[Difference]:
         got, right = self.step.outputs, self.right.outputs
-        yield from self.missing("output", got, right)
-        for name in in_forward_order(self.run, [name for name in right if name in got]):
+        yield from self.unlike("output", got, right)
+        for name in in_forward_order(self.run, self.comparable(got, right)):
             measured = float((got[name] - right[name]).norm() / right[name].norm().clamp(min=TINY))
-            yield Difference(self.number, "output", name, measured, self.number * self.allowed.output)
+            yield Difference(self.number, "output", name, measured, self.allowed.of_output(name))
 
     def scalars(self) -> list[Difference]:
-        number, apart, step, right = self.number, self.apart, self.step, self.right
+        number, step, right = self.number, self.step, self.right
         loss = abs(step.loss - right.loss) / abs(right.loss)
         norm = abs(step.grad_norm - right.grad_norm) / max(right.grad_norm, TINY)
         return [
-            Difference(number, "loss", "loss", loss, apart * self.allowed.loss),
-            Difference(number, "grad_norm", "grad_norm", norm, apart * self.allowed.gradient),
+            Difference(number, "loss", "loss", loss, self.allowed.loss),
+            Difference(number, "grad_norm", "grad_norm", norm, self.allowed.norm),
             Difference(number, "norm_replica", "grad_norm", step.norm_spread, 4 * U32 * right.grad_norm),
         ]
 
     def gradient(self, name: str) -> Difference:
         right = self.right.gradients[name]
         size = max(float(right.norm()), TINY)
-        # The gradient is computed from two fp32 weights: their rounding errors, divided by the learning rate
-        # and the clipping factor, are allowed as well.
-        rounded = self.run.optimizer.lr * _clip_factor(self.run, self.right)
-        rounding = 2 * U32 * float(self.right.weights[name].norm()) / rounded
-        if has_bf16_states(self.run):  # from two bf16 momenta instead
-            two = momentum_of(self.step, name).norm() + momentum_of(self.before, name).norm()
-            rounding = 2 * U16 * float(two) / _clip_factor(self.run, self.right)
         measured = float((self.step.gradients[name] - right).norm()) / size
-        bound = self.number * self.allowed.gradient + rounding / size
+        bound = self.allowed.of_gradient(name) + self._rounding_of_gradient(name) / size
         return Difference(self.number, "gradient", name, measured, bound)
+
+    def _rounding_of_gradient(self, name: str) -> float:
+        """Return how far a gradient may be off because it is computed from two rounded weights or momenta."""
+        clip = _clip_factor(self.run, self.right)
+        if self.plain_sgd and not has_bf16_states(self.run):
+            return 2 * U32 * float(self.right.weights[name].norm()) / (self.run.optimizer.lr * clip)
+        two = float(momentum_of(self.step, name).norm() + momentum_of(self.before, name).norm())
+        return 2 * self.unit * two / (_momentum_gain(self.run.optimizer) * clip)
 
     def rounding(self, name: str) -> Difference:
         """Compare the rounded weight with the exact update by the momentum, which is rounded as well."""
@@ -220,15 +254,18 @@ class _Comparison:
         return Difference(self.number, "rounding", name, measured, bound)
 
     def weight(self, name: str) -> Difference:
-        """Compare an updated weight; the bound is the L2 norm of the error that allowed gradients cause."""
+        """Compare an updated weight with the error that allowed gradients cause, element by element.
+
+        Measured is the root mean square of the ratios. So elements whose update rounding decides, because
+        their gradient is nearly zero, do not hide errors of the other elements.
+        """
         right = self.right.weights[name]
-        if self.is_frozen(name):
-            return Difference(
-                self.number, "weight", name, float((self.step.weights[name] - right).norm()), TINY
-            )
+        error = (self.step.weights[name] - right).abs()
+        if is_frozen(self.run, name):
+            return Difference(self.number, "weight", name, float(error.norm()), TINY)
         bound = 2 * self.unit * right.abs() + self.run.optimizer.lr * self._update_error(self.number, name)
-        measured = float((self.step.weights[name] - right).norm())
-        return Difference(self.number, "weight", name, measured, float(bound.norm()))
+        ratios = torch.where(error == 0, 0.0, error / bound)
+        return Difference(self.number, "weight", name, float(ratios.square().mean().sqrt()), 1.0)
 
     def tied_copy(self, name: str) -> Difference:
         """Compare the copy of a tied weight with the weight; the bound is as for two independent runs.
@@ -242,17 +279,13 @@ class _Comparison:
         measured = float((self.step.tied[name] - self.step.weights[name]).norm())
         return Difference(self.number, "tied_copy", name, measured, float(bound.norm()))
 
-    def is_frozen(self, name: str) -> bool:
-        """Return whether training must not change a weight: with adapters (LoRA) only theirs change."""
-        return has_lora(self.run) and not name.endswith((".lora_a", ".lora_b"))
-
     def _update_error(self, number: int, name: str) -> Tensor:
         """Return the allowed error of one step's update, divided by the learning rate, for each element."""
         step, optimizer = self.expected[number], self.run.optimizer
-        if self.is_frozen(name):
+        if is_frozen(self.run, name):
             return torch.zeros_like(step.weights[name])
         clipped = step.gradients[name] * _clip_factor(self.run, step)
-        error = number * self.allowed.gradient * float(clipped.square().mean().sqrt())
+        error = self.tolerances[number].of_gradient(name) * float(clipped.square().mean().sqrt())
         if optimizer.name is OptimizerName.sgd:
             return torch.full_like(step.weights[name], error / (1 - (optimizer.momentum or 0.0)))
         assert optimizer.beta2 is not None
@@ -263,12 +296,10 @@ class _Comparison:
 
     def states(self) -> Iterator[Difference]:
         got, right = self.step.states, self.right.states
-        yield from self.missing("state", got, right)
-        for key in right.keys() & got.keys():
-            power = 2 if key.endswith("_sq") else 1  # a second moment has twice a gradient's relative error
+        yield from self.unlike("state", got, right)
+        for key in self.comparable(got, right):
             measured = float((got[key] - right[key]).norm()) / max(float(right[key].norm()), TINY)
-            bound = power * self.number * self.allowed.gradient + 4 * self.unit
-            yield Difference(self.number, "state", key, measured, bound)
+            yield Difference(self.number, "state", key, measured, self.allowed.of_state(key) + 4 * self.unit)
 
     def replicas(self) -> Iterator[Difference]:
         """Compare the replicas of a step: they are computed from equal numbers, and must agree bitwise."""
@@ -285,7 +316,7 @@ class _Comparison:
 
 def distance(numbers: Tensor) -> Tensor:
     """Return the distance of the two bf16 numbers around each number."""
-    return torch.ldexp(torch.ones(()), torch.frexp(numbers).exponent - 8)
+    return torch.ldexp(torch.ones_like(numbers), torch.frexp(numbers).exponent - 8)
 
 
 def _clip_factor(run: RunConfig, step: StepTrace) -> float:

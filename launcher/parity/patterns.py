@@ -7,7 +7,7 @@ from torch import Tensor
 
 from launcher.config.layout import Layout
 
-CLOSE = 0.02  # relative; small enough to tell a ratio of sqrt(2) from 1 and 2
+CLOSE = 0.05  # relative; above the rounding of bf16, and small enough to tell sqrt(2) from 1 and 2
 SAME = 1e-4  # relative; losses of different samples differ by more
 
 

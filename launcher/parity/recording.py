@@ -22,13 +22,19 @@ from launcher.parallel.mesh import Axis
 from launcher.parallel.sharding import logical_of
 from launcher.parity.dropout import recorded_draws, write_draws
 from launcher.parity.outputs import OutputRecorder
+from launcher.parity.perturb import perturb
 from launcher.parity.reference import GlobalBatch, probe_batches
 from launcher.parity.step_trace import StepTrace, write_trace
+
+# A step of the small model takes seconds, even where many ranks share a core. Compiling takes minutes.
+HANG_MINUTES = 2 / 3
+ENGINE = "engine"  # the file that names the engine that the ranks built
 
 
 def record_rank(rank: int, *, run: RunConfig, layout: Layout, folder: Path) -> None:
     """Train; the first rank of each pipeline stage writes folder/stage-N. Collective over the world."""
     with _engine(rank, run, layout, folder) as (engine, watchdog):
+        perturb(engine, run.training.seed)
         recorder = OutputRecorder(engine, run.parallelism.sequence_parallel, run.parallelism.context_method)
         steps = [record_weights(engine)]
         for batch in probe_batches(run):
@@ -53,7 +59,8 @@ def record_dropout(rank: int, *, run: RunConfig, layout: Layout, folder: Path) -
 @contextmanager
 def _engine(rank: int, run: RunConfig, layout: Layout, folder: Path) -> Iterator[tuple[Engine, Watchdog]]:
     """Join the other ranks and build the engine; leave the other ranks on exit. Collective over the world."""
-    minutes = min(MEASURING_MINUTES, run.launch.timeout_minutes)
+    is_slow = layout.compiled or layout.device == "cuda"
+    minutes = min(MEASURING_MINUTES if is_slow else HANG_MINUTES, run.launch.timeout_minutes)
     device = join(
         rank=rank,
         local_rank=rank,
@@ -63,8 +70,19 @@ def _engine(rank: int, run: RunConfig, layout: Layout, folder: Path) -> Iterator
         timeout_minutes=minutes,
     )
     with Watchdog(folder / "logs", minutes) as watchdog:
-        yield build_engine(run, layout, device, strict=True), watchdog
+        engine = build_engine(run, layout, device, strict=True)
+        if rank == 0:
+            (folder / ENGINE).write_text(engine_in_words(engine))
+        yield engine, watchdog
         leave()
+
+
+def engine_in_words(engine: Engine) -> str:
+    """Return the classes of the engine and of its optimizers, and whether blocks are compiled."""
+    zero, optimizer = engine.deepspeed.optimizer, engine.optimizer
+    names = [type(engine.deepspeed).__name__, type(zero).__name__, type(optimizer).__name__]
+    compiled = ["compiled blocks"] if engine.layout.compiled else []
+    return ", ".join([*dict.fromkeys(names), *compiled])
 
 
 def record_step(
@@ -80,6 +98,7 @@ def record_step(
     step = record_weights(engine)
     step.loss, step.grad_norm = engine.mean_loss(result.loss), float(result.grad_norm)
     step.norm_spread = spread(torch.tensor(step.grad_norm), dist.group.WORLD)
+    step.norm_data_spread = spread(torch.tensor(step.grad_norm), engine.mesh.data.group)
     step.outputs, step.output_spread = recorder.outputs()
     step.batch_losses = recorder.losses()
     step.states = {
@@ -96,7 +115,7 @@ def record_weights(engine: Engine) -> StepTrace:
     return StepTrace(
         weights={logical.name: weight.clone() for logical, weight in engine.full_weights()},
         tied={
-            logical_of(p).name: gather_logical(engine.master(p), logical_of(p), tensor).cpu().clone()
+            logical_of(p).name: gather_logical(engine.master(p), logical_of(p), engine.mesh).cpu().clone()
             for p in engine.module.parameters()
             if getattr(p, "ds_pipe_replicated", False)
         },
@@ -111,7 +130,12 @@ def _spreads(engine: Engine, axis: Axis, parameters: Iterable[torch.nn.Parameter
     if axis.size == 1:
         return {}
     values = engine.master if axis is engine.mesh.tensor else (lambda p: p.detach())
-    return {logical_of(p).name: spread(values(p).float(), axis.group) for p in parameters}
+    spreads = {}
+    for parameter in parameters:
+        logical = logical_of(parameter)
+        group = engine.mesh.holders_of_experts.group if logical.is_part else axis.group
+        spreads[logical.name] = spread(values(parameter).float(), group)
+    return spreads
 
 
 def spread(value: Tensor, group: dist.ProcessGroup | None) -> float:

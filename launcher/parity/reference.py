@@ -1,5 +1,7 @@
 """The independent reference: one process, plain torch functions and optimizers. No DeepSpeed, no mesh.
 
+It computes in fp32; for a run in bf16 with the roundings of bf16 (parity/rounding.py) and master weights.
+
 Shares only the names of weights with launcher/models. The parts, and the rule by which initial weights are
 drawn, are written again here, from the papers and in the most obvious way, so that the comparison shows any
 mistake in the layers.
@@ -8,6 +10,7 @@ mistake in the layers.
 import hashlib
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -31,14 +34,20 @@ from launcher.config.schema import (
     QueryKeyNorm,
     ResidualKind,
     RopeScalingKind,
+    RouterKind,
     RunConfig,
+    StatesDtype,
 )
 from launcher.config.shape import end_of_document, position_count, sequence_length, vision_tokens
+from launcher.parity.rounding import BF16, EXACT, Arithmetic
 from launcher.parity.step_trace import StepTrace, Weights
 
 GlobalBatch = tuple[
     Tensor, Tensor
 ]  # inputs and labels of a whole step: tokens (G, T) twice, or images and classes
+
+
+LONG_SEQUENCE = 256
 
 
 def initial_weights(run: RunConfig) -> Weights:
@@ -111,13 +120,41 @@ def _all_weights(model: ModelConfig) -> dict[str, tuple[tuple[int, ...], float]]
         linear(f"{name}.attention.output", h, queries, residual, biases.output)
         norm(f"{name}.attention_output_norm", placement is not NormPlacement.pre)
         norm(f"{name}.mlp_norm", placement is not NormPlacement.post)
-        linear(f"{name}.mlp.{first}", width, h, std, biases.up)
-        linear(f"{name}.mlp.down", h, model.ffn_hidden_size, residual, biases.down)
+        if _has_experts(model, int(name.removeprefix("blocks."))):
+            weights.update(_expert_weights(model, f"{name}.mlp", residual))
+        else:
+            linear(f"{name}.mlp.{first}", width, h, std, biases.up)
+            linear(f"{name}.mlp.down", h, model.ffn_hidden_size, residual, biases.down)
         norm(f"{name}.mlp_output_norm", placement is not NormPlacement.pre)
     norm("final_norm")
     if not model.tie_embeddings:
         outputs = model.num_classes if model.inputs is InputKind.patches else model.vocab_size
         linear("head", outputs, h, std, biases.head)
+    return weights
+
+
+def _has_experts(model: ModelConfig, layer: int) -> bool:
+    """Return whether a layer has experts: after the first dense ones the n-th, the 2n-th, and so on."""
+    e = model.experts
+    sparse = range(e.first_dense_layers + e.every - 1, model.num_layers, e.every)
+    return e.count > 0 and layer in sparse
+
+
+def _expert_weights(
+    model: ModelConfig, name: str, residual: float
+) -> dict[str, tuple[tuple[int, ...], float]]:
+    """Return shape and standard deviation of the weights of router, experts and shared experts of a layer."""
+    e, h, std = model.experts, model.hidden_size, model.init_std
+    f, is_gated = e.ffn_hidden_size, model.mlp in (MLPKind.swiglu, MLPKind.geglu)
+    first, width = ("gate_up", 2 * f) if is_gated else ("up", f)
+    weights: dict[str, tuple[tuple[int, ...], float]] = {
+        f"{name}.router.weight": ((e.count, h), std),
+        f"{name}.experts.{first}.weight": ((e.count * width, h), std),
+        f"{name}.experts.down.weight": ((e.count * h, f), residual),
+    }
+    if e.shared:
+        weights[f"{name}.shared.{first}.weight"] = (e.shared * width, h), std
+        weights[f"{name}.shared.down.weight"] = (h, e.shared * f), residual
     return weights
 
 
@@ -152,15 +189,24 @@ def _adapted(run: RunConfig) -> dict[str, tuple[int, list[int]]]:
     }
 
 
-def with_adapters(run: RunConfig, parameters: Weights) -> Weights:
-    """Return the weights, and the product alpha / rank * B A of each adapter as NAME.delta."""
-    lora, used = run.finetune.lora, dict(parameters)
+def with_adapters(run: RunConfig, parameters: Weights, a: Arithmetic = EXACT) -> Weights:
+    """Return the weights as layers read them, and the adapters of a projection NAME.
+
+    Exact: as NAME.delta, the product alpha / rank * B A. Rounded: as NAME.lora_a.0, NAME.lora_b.0 and so on
+    for each segment, and NAME.lora_scale, because layers write A x and B A x.
+    """
+    lora, used = run.finetune.lora, {name: a.rounded(tensor) for name, tensor in parameters.items()}
     if not lora.rank:
         return used
     for name, (_, segments) in _adapted(run).items():
-        rows = parameters[f"{name}.lora_b"].split(segments)
-        columns = parameters[f"{name}.lora_a"].split(lora.rank)
-        products = [b @ a for b, a in zip(rows, columns, strict=True)]
+        rows = used[f"{name}.lora_b"].split(segments)
+        columns = used[f"{name}.lora_a"].split(lora.rank)
+        if a.is_rounded:
+            used |= {f"{name}.lora_a.{i}": part for i, part in enumerate(columns)}
+            used |= {f"{name}.lora_b.{i}": part for i, part in enumerate(rows)}
+            used[f"{name}.lora_scale"] = torch.tensor(lora.alpha / lora.rank)
+            continue
+        products = [row @ column for row, column in zip(rows, columns, strict=True)]
         used[f"{name}.delta"] = torch.cat(products) * (lora.alpha / lora.rank)
     return used
 
@@ -169,13 +215,30 @@ def _is_trained(run: RunConfig, name: str) -> bool:
     return not run.finetune.lora.rank or name.endswith((".lora_a", ".lora_b"))
 
 
-def reference_trace(
-    run: RunConfig, weights: Weights, batches: list[GlobalBatch], follow: list[StepTrace] | None = None
-) -> list[StepTrace]:
-    """Train from `weights` in fp32, each global batch in one piece, and return the trace of every step.
+def arithmetic_of(run: RunConfig) -> Arithmetic:
+    """Return the arithmetic of a run in its precision."""
+    if run.precision.dtype is not Dtype.bf16:
+        return EXACT
+    return replace(BF16, gradients_in_bf16=adds_in_bf16(run))
 
-    With `follow`, each step starts from the weights of that trace. `batch_losses` holds the loss of each
-    sample: [[loss of sample 0, ...]].
+
+def adds_in_bf16(run: RunConfig) -> bool:
+    """Return whether the gradients of micro-batches and data ranks are added in bf16."""
+    return run.precision.states is StatesDtype.bf16
+
+
+def reference_trace(
+    run: RunConfig,
+    weights: Weights,
+    batches: list[GlobalBatch],
+    follow: list[StepTrace] | None = None,
+    arithmetic: Arithmetic = EXACT,
+) -> list[StepTrace]:
+    """Train from `weights` and return the trace of every step.
+
+    With `follow`, each step starts from the weights and optimizer states of that trace. `batch_losses` holds
+    the loss of each sample: [[loss of sample 0, ...]]. Exact arithmetic takes each global batch in one piece;
+    rounded arithmetic takes micro-batches, whose gradients are rounded.
     """
     parameters = {
         name: tensor.clone().requires_grad_(_is_trained(run, name)) for name, tensor in weights.items()
@@ -185,35 +248,60 @@ def reference_trace(
     steps = [StepTrace(weights={name: tensor.clone() for name, tensor in weights.items()})]
     for number, batch in enumerate(batches):
         if follow is not None:
-            with torch.no_grad():
-                for name in parameters.keys() & follow[number].weights.keys():
-                    parameters[name].copy_(follow[number].weights[name])
-        steps.append(_step(run, parameters, optimizer, batch))
+            _start_from(follow[number], parameters, optimizer, number)
+        steps.append(_step(run, parameters, optimizer, batch, arithmetic))
     return steps
 
 
+@torch.no_grad()
+def _start_from(
+    before: StepTrace, parameters: Weights, optimizer: torch.optim.Optimizer, updates: int
+) -> None:
+    """Take over weights and optimizer states after `updates` updates; leave out those of another shape."""
+    for name, tensor in parameters.items():
+        if name in before.weights and before.weights[name].shape == tensor.shape:
+            tensor.copy_(before.weights[name])
+        states = {
+            key.removeprefix(f"{name}."): state.clone()
+            for key, state in before.states.items()
+            if key.rpartition(".")[0] == name and state.shape == tensor.shape
+        }
+        if states:
+            optimizer.state[tensor] = {"step": torch.tensor(float(updates)), **states}
+
+
 def _step(
-    run: RunConfig, parameters: Weights, optimizer: torch.optim.Optimizer, batch: GlobalBatch
+    run: RunConfig,
+    parameters: Weights,
+    optimizer: torch.optim.Optimizer,
+    batch: GlobalBatch,
+    a: Arithmetic,
 ) -> StepTrace:
-    outputs: Weights = {}
     inputs, labels = batch
-    used = with_adapters(run, parameters)
-    logits = forward(used, run.model, inputs, outputs, documents(run, inputs))
-    losses = F.cross_entropy(
-        logits.transpose(1, 2), labels, reduction="none", ignore_index=IGNORED_LABEL
-    ).sum(1)
+    counted = int((labels != IGNORED_LABEL).sum())
+    # Long samples one by one: the graph of a batch would keep the scores of all their positions.
+    is_long = sequence_length(run) > LONG_SEQUENCE
+    size = run.training.micro_batch_size if a.is_rounded or is_long else len(inputs)
+    outputs: list[Weights] = []
+    losses: list[Tensor] = []
+    gradients: list[Weights] = []
+    for rows in zip(inputs.split(size), labels.split(size), strict=True):
+        outputs.append({})
+        of_batch, of_weights = _backward(run, parameters, rows, counted, outputs[-1], a)
+        losses.append(of_batch)
+        gradients.append(of_weights)
     # Each sample's part of the mean over all labels that count, so that the mean of the parts is the loss.
-    losses = losses * len(labels) / (labels != IGNORED_LABEL).sum()
-    loss = losses.mean()
-    optimizer.zero_grad()
-    loss.backward()
-    gradients = {name: _gradient(tensor).clone() for name, tensor in parameters.items()}
+    all_losses = torch.cat(losses) * len(labels) / counted
+    data = (run.parallelism.data or 1) if a.is_rounded else 1
+    total = {name: a.total([each[name] for each in gradients]) / data for name in parameters}
+    for name, tensor in parameters.items():
+        tensor.grad = total[name].clone() if tensor.requires_grad else None
     limit = run.optimizer.gradient_clipping or float("inf")
     trained = [tensor for tensor in parameters.values() if tensor.requires_grad]
     norm = torch.nn.utils.clip_grad_norm_(trained, limit)
     optimizer.step()
     return StepTrace(
-        loss=loss.item(),
+        loss=all_losses.mean().item(),
         grad_norm=norm.item(),
         weights={name: tensor.detach().clone() for name, tensor in parameters.items()},
         states={
@@ -222,17 +310,37 @@ def _step(
             for key, state in optimizer.state.get(tensor, {}).items()
             if isinstance(state, Tensor) and state.shape == tensor.shape
         },
-        gradients=gradients,
-        outputs={name: x[: run.training.micro_batch_size].detach().clone() for name, x in outputs.items()},
-        batch_losses=[losses.tolist()],
+        gradients=total,
+        outputs={name: x[: run.training.micro_batch_size].detach().clone() for name, x in outputs[0].items()},
+        batch_losses=[all_losses.tolist()],
     )
 
 
-def _gradient(tensor: Tensor) -> Tensor:
-    if not tensor.requires_grad:
-        return torch.zeros_like(tensor)
-    assert tensor.grad is not None
-    return tensor.grad
+def _backward(
+    run: RunConfig, parameters: Weights, batch: GlobalBatch, counted: int, outputs: Weights, a: Arithmetic
+) -> tuple[Tensor, Weights]:
+    """Return the loss of each sample, summed over its labels, and the gradients of the loss.
+
+    The gradients are those of the mean over the labels of the global batch that count. Rounded: of the mean
+    over the micro-batches of a data rank, which are averaged over the data ranks afterwards.
+    """
+    inputs, labels = batch
+    used = with_adapters(run, parameters, a)
+    factor = (run.parallelism.data or 1) / counted
+    auxiliary: list[Tensor] = []
+    logits = forward(used, run.model, inputs, outputs, documents(run, inputs), a, factor, auxiliary)
+    losses = F.cross_entropy(
+        logits.transpose(1, 2), labels, reduction="none", ignore_index=IGNORED_LABEL
+    ).sum(1)
+    # Rounded, the head multiplies its gradients by `factor` after it has rounded those of the sum.
+    total = losses.sum() if a.is_rounded else losses.sum() / counted
+    share = len(inputs) / run.training.global_batch_size
+    total = sum((share * loss for loss in auxiliary), total)
+    trained = {name: tensor for name, tensor in parameters.items() if tensor.requires_grad}
+    found = torch.autograd.grad(total, list(trained.values()), allow_unused=True)
+    gradients = {name: torch.zeros_like(tensor) for name, tensor in parameters.items()}
+    gradients |= {n: g for n, g in zip(trained, found, strict=True) if g is not None}
+    return losses.detach(), gradients
 
 
 def _optimizer(config: OptimizerConfig, parameters: Weights) -> torch.optim.Optimizer:
@@ -261,131 +369,191 @@ def documents(run: RunConfig, tokens: Tensor) -> Spans:
     return spans
 
 
-def forward(w: Weights, model: ModelConfig, inputs: Tensor, outputs: Weights, spans: Spans) -> Tensor:
+def forward(
+    w: Weights,
+    model: ModelConfig,
+    inputs: Tensor,
+    outputs: Weights,
+    spans: Spans,
+    a: Arithmetic = EXACT,
+    factor: float = 1.0,
+    auxiliary: list[Tensor] | None = None,
+) -> Tensor:
     """Return the logits (B, T, V) of tokens (B, T), or (B, 1, classes) of images.
 
-    Each layer's output is left in `outputs`. Where positions see each other, documents run one by one.
+    Each layer's output is left in `outputs`, the losses of each router in `auxiliary`. Where positions see
+    each other, documents run one by one.
+    `factor` multiplies the gradients of the head in rounded arithmetic.
     """
+    auxiliary = [] if auxiliary is None else auxiliary
     if model.inputs is InputKind.patches:
-        x = outputs["patches"] = _patches(w, model, inputs)
+        x = outputs["patches"] = _patches(w, model, inputs, a)
     else:
-        x = outputs["embedding"] = w["embedding.weight"][inputs] * model.embedding_scale
+        scale = float(a.value(torch.tensor(model.embedding_scale)))
+        x = outputs["embedding"] = a.rounded(a.gradient(w["embedding.weight"][inputs]) * scale)
     if model.positions is PositionKind.learned:
         places = [torch.cat([torch.arange(end - start) for start, end in sample]) for sample in spans]
-        x = outputs["positions"] = x + w["positions.weight"][torch.stack(places)]
+        x = outputs["positions"] = a.rounded(x + w["positions.weight"][torch.stack(places)])
     for index in range(model.num_layers):
-        x = _block(w, index, model, x, outputs, spans)
-    x = _norm(w, "final_norm", model, x, outputs)
+        x = _block(w, index, model, x, outputs, spans, a, auxiliary)
+    x = _norm(w, "final_norm", model, x, outputs, a)
     if model.inputs is InputKind.patches:
-        x = x[:, :1] if model.pooling is Pooling.class_token else x.mean(1, keepdim=True)
-    logits = x @ w["embedding.weight" if model.tie_embeddings else "head.weight"].T
-    logits = logits + w["head.bias"] if model.biases.head else logits
-    if model.logit_soft_cap is not None:
-        logits = model.logit_soft_cap * torch.tanh(logits / model.logit_soft_cap)
-    outputs["head"] = logits
+        x = x[:, :1] if model.pooling is Pooling.class_token else a.rounded(x.mean(1, keepdim=True))
+    logits = outputs["head"] = _head(w, model, x, a, factor)
     return logits
 
 
-def _block(w: Weights, index: int, model: ModelConfig, x: Tensor, outputs: Weights, spans: Spans) -> Tensor:
+def _head(w: Weights, model: ModelConfig, x: Tensor, a: Arithmetic, factor: float) -> Tensor:
+    weight = a.scaled(w["embedding.weight" if model.tie_embeddings else "head.weight"], factor)
+    bias = a.scaled(w["head.bias"], factor) if model.biases.head else None
+    logits = a.with_bias(a.scaled(x, factor), weight, bias, splits_inputs=False)
+    if model.logit_soft_cap is not None:
+        logits = _soft_capped(logits, model.logit_soft_cap, a)
+    return logits
+
+
+def _soft_capped(x: Tensor, cap: float, a: Arithmetic) -> Tensor:
+    return a.rounded(cap * a.rounded(torch.tanh(a.rounded(x / cap))))
+
+
+def _block(
+    w: Weights, index: int, model: ModelConfig, x: Tensor, outputs: Weights, spans: Spans, a: Arithmetic,
+    auxiliary: list[Tensor],
+) -> Tensor:  # fmt: skip
     name, before = f"blocks.{index}", model.norm_placement in (NormPlacement.pre, NormPlacement.sandwich)
     after = model.norm_placement in (NormPlacement.post, NormPlacement.sandwich)
     every = model.full_attention_every
     is_local = model.sliding_window is not None and (every is None or index % every != every - 1)
 
     def attention(x: Tensor) -> Tensor:
-        y = _norm(w, f"{name}.attention_norm", model, x, outputs) if before else x
-        y = _attention(w, f"{name}.attention", model, y, outputs, spans, is_local)
-        return _norm(w, f"{name}.attention_output_norm", model, y, outputs) if after else y
+        y = _norm(w, f"{name}.attention_norm", model, x, outputs, a) if before else x
+        y = _attention(w, f"{name}.attention", model, y, outputs, spans, is_local, a)
+        return _norm(w, f"{name}.attention_output_norm", model, y, outputs, a) if after else y
 
     def mlp(x: Tensor) -> Tensor:
-        y = _norm(w, f"{name}.mlp_norm", model, x, outputs) if before else x
-        y = _mlp(w, f"{name}.mlp", model, y, outputs)
-        return _norm(w, f"{name}.mlp_output_norm", model, y, outputs) if after else y
+        y = _norm(w, f"{name}.mlp_norm", model, x, outputs, a) if before else x
+        if _has_experts(model, index):
+            y = _experts(w, f"{name}.mlp", model, y, outputs, auxiliary, a)
+        else:
+            y = _mlp(w, f"{name}.mlp", model, y, outputs, a)
+        return _norm(w, f"{name}.mlp_output_norm", model, y, outputs, a) if after else y
 
     if model.residual is ResidualKind.parallel:
-        return x + attention(x) + mlp(x)
-    x = x + attention(x)
-    return x + mlp(x)
+        return a.rounded(a.rounded(x + attention(x)) + mlp(x))
+    x = a.rounded(x + attention(x))
+    return a.rounded(x + mlp(x))
 
 
-def _patches(w: Weights, model: ModelConfig, images: Tensor) -> Tensor:
+def _patches(w: Weights, model: ModelConfig, images: Tensor, a: Arithmetic) -> Tensor:
     """Return the convolution with the patch size as its stride, (B, T, H)."""
     size = model.patch_size
     kernel = w["patches.weight"].view(-1, model.image_channels, size, size)
-    x = F.conv2d(images.float() * (2 / 255) - 1, kernel, w["patches.bias"], stride=size)
-    x = x.flatten(2).transpose(1, 2)
+    pixels = a.value(a.value(images.float() / 127.5) - 1)
+    x = F.conv2d(pixels, kernel, stride=size).flatten(2).transpose(1, 2)
+    x = a.rounded((x if a.fused else a.rounded(x)) + w["patches.bias"])
     if model.pooling is Pooling.mean:
         return x
     return torch.cat([w["patches.class_token"].expand(len(x), 1, -1), x], dim=1)
 
 
-def _linear(w: Weights, name: str, x: Tensor, has_bias: bool, outputs: Weights) -> Tensor:
-    y = x @ w[f"{name}.weight"].T
-    outputs[name] = y + w[f"{name}.bias"] if has_bias else y
+def _linear(w: Weights, name: str, x: Tensor, has_bias: bool, outputs: Weights, a: Arithmetic) -> Tensor:
+    splits_inputs = name.endswith((".output", ".down"))  # as tensor ranks do
+    bias = w[f"{name}.bias"] if has_bias else None
+    outputs[name] = a.with_bias(x, w[f"{name}.weight"], bias, splits_inputs=splits_inputs)
     # The layout records the output of the projection and adds that of the adapter afterwards.
-    return outputs[name] + x @ w[f"{name}.delta"].T if f"{name}.delta" in w else outputs[name]
+    if f"{name}.delta" in w:
+        return outputs[name] + x @ w[f"{name}.delta"].T
+    if f"{name}.lora_scale" in w:
+        return a.rounded(outputs[name] + _adapter(w, name, x, a, splits_inputs))
+    return outputs[name]
 
 
-def _norm(w: Weights, name: str, model: ModelConfig, x: Tensor, outputs: Weights) -> Tensor:
+def _adapter(w: Weights, name: str, x: Tensor, a: Arithmetic, splits_inputs: bool) -> Tensor:
+    """Return alpha / rank * B A x, of which each product is rounded."""
+    pieces: list[Tensor] = []
+    while f"{name}.lora_a.{len(pieces)}" in w:
+        index = len(pieces)
+        low = a.product(x, w[f"{name}.lora_a.{index}"], splits_inputs=splits_inputs)
+        low = a.rounded(low * w[f"{name}.lora_scale"])
+        pieces.append(a.product(low, w[f"{name}.lora_b.{index}"]))
+    return torch.cat(pieces, -1)
+
+
+def _norm(w: Weights, name: str, model: ModelConfig, x: Tensor, outputs: Weights, a: Arithmetic) -> Tensor:
+    weight = w[f"{name}.weight"]
     if model.norm is NormKind.layer_norm:
-        x = x - x.mean(-1, keepdim=True)
-    y = x / (x.square().mean(-1, keepdim=True) + model.norm_epsilon).sqrt() * w[f"{name}.weight"]
-    outputs[name] = y + w[f"{name}.bias"] if model.norm is NormKind.layer_norm else y
+        outputs[name] = a.layer_norm(x, weight, w[f"{name}.bias"], model.norm_epsilon)
+    else:
+        x = a.rounded(x)
+        y = x / (x.square().mean(-1, keepdim=True) + model.norm_epsilon).sqrt() * weight
+        outputs[name] = a.rounded(y)
     return outputs[name]
 
 
 def _attention(
-    w: Weights, name: str, model: ModelConfig, x: Tensor, outputs: Weights, spans: Spans, is_local: bool
-) -> Tensor:
-    fused = _linear(w, f"{name}.qkv", x, model.biases.qkv, outputs)
+    w: Weights, name: str, model: ModelConfig, x: Tensor, outputs: Weights, spans: Spans, is_local: bool,
+    a: Arithmetic,
+) -> Tensor:  # fmt: skip
+    fused = _linear(w, f"{name}.qkv", x, model.biases.qkv, outputs, a)
     heads, kv_heads = model.num_heads, model.num_kv_heads or model.num_heads
     size = model.head_size or model.hidden_size // heads
     parts = fused.split([heads * size, kv_heads * size, kv_heads * size], dim=-1)
     q, k, v = (part.unflatten(-1, (-1, size)).transpose(1, 2) for part in parts)
     if model.query_key_norm is not QueryKeyNorm.none:
-        q = _head_norm(q, w[f"{name}.query_norm.weight"], model)
-        k = _head_norm(k, w[f"{name}.key_norm.weight"], model)
+        q = _head_norm(q, w[f"{name}.query_norm.weight"], model, a)
+        k = _head_norm(k, w[f"{name}.key_norm.weight"], model, a)
     mixed = [
-        torch.cat([_mixed(model, q[i, :, a:b], k[i, :, a:b], v[i, :, a:b], is_local) for a, b in documents])
+        torch.cat(
+            [_mixed(model, q[i, :, m:n], k[i, :, m:n], v[i, :, m:n], is_local, a) for m, n in documents]
+        )
         for i, documents in enumerate(spans)
     ]
-    return _linear(w, f"{name}.output", torch.stack(mixed), model.biases.output, outputs)
+    return _linear(w, f"{name}.output", torch.stack(mixed), model.biases.output, outputs, a)
 
 
-def _head_norm(x: Tensor, weight: Tensor, model: ModelConfig) -> Tensor:
+def _head_norm(x: Tensor, weight: Tensor, model: ModelConfig, a: Arithmetic) -> Tensor:
     """Return (B, heads, T, D) over its root mean square, of each head or of all heads of a position."""
     dims = -1 if model.query_key_norm is QueryKeyNorm.head else (1, 3)
+    x = a.rounded(x)
     y = x / (x.square().mean(dims, keepdim=True) + model.norm_epsilon).sqrt()
-    return y * weight.view(-1, 1, x.shape[-1])
+    if model.query_key_norm is QueryKeyNorm.projection and not a.fused:
+        y = a.rounded(y)
+    return a.rounded(y * weight.view(-1, 1, x.shape[-1]))
 
 
-def _mixed(model: ModelConfig, q: Tensor, k: Tensor, v: Tensor, is_local: bool) -> Tensor:
+def _mixed(model: ModelConfig, q: Tensor, k: Tensor, v: Tensor, is_local: bool, a: Arithmetic) -> Tensor:
     """Queries (N, T, D), keys and values (K, T, D) of a whole document -> (T, N D)."""
     heads, length, size = q.shape
     if model.positions is PositionKind.rope:
-        q, k = _rotated(q, model, is_local), _rotated(k, model, is_local)
-    k, v = (t.repeat_interleave(heads // len(k), dim=0) for t in (k, v))
-    scores = q @ k.transpose(1, 2) / (model.attention_scale_size or size) ** 0.5
+        q, k = _rotated(q, model, is_local, a), _rotated(k, model, is_local, a)
+    k, v = (a.rounded(t).repeat_interleave(heads // len(k), dim=0) for t in (k, v))
+    scores = a.rounded(q) @ k.transpose(1, 2)
+    scale = (model.attention_scale_size or size) ** -0.5
     if model.attention_soft_cap is not None:
-        scores = model.attention_soft_cap * torch.tanh(scores / model.attention_soft_cap)
+        scores = _soft_capped(a.rounded(a.rounded(scores) * scale), model.attention_soft_cap, a)
+    else:
+        scores = scores * scale
     distance = torch.arange(length)[:, None] - torch.arange(length)
     if model.attention is AttentionKind.causal:
         scores = scores.masked_fill(distance < 0, float("-inf"))
     if is_local:
         assert model.sliding_window is not None
         scores = scores.masked_fill(distance >= model.sliding_window, float("-inf"))
-    mixed: Tensor = scores.softmax(-1) @ v
+    if model.attention_soft_cap is not None:
+        mixed = a.rounded(a.rounded(scores.softmax(-1)) @ v)
+    else:
+        mixed = a.mixed(scores, v)
     return mixed.transpose(0, 1).flatten(1)
 
 
-def _rotated(x: Tensor, model: ModelConfig, is_local: bool) -> Tensor:
-    """Rotate each pair (x_i, x_{i + R/2}) of the first R channels, as complex numbers.
+def _rotated(x: Tensor, model: ModelConfig, is_local: bool, a: Arithmetic) -> Tensor:
+    """Rotate each pair (x_i, x_{i + R/2}) of the first R channels like a complex number.
 
     The angle at position t is t theta^(-2i/R), or less if positions are scaled.
     """
     length, size = x.shape[-2:]
     rotated = int(size * model.rotary_fraction)
-    pairs = torch.complex(x[..., : rotated // 2], x[..., rotated // 2 : rotated])
+    real, imaginary = x[..., : rotated // 2], x[..., rotated // 2 : rotated]
     is_scaled = not (is_local and model.local_rope_theta is not None)
     theta = model.rope_theta if is_scaled or model.local_rope_theta is None else model.local_rope_theta
     angles, factor = [], 1.0
@@ -395,8 +563,11 @@ def _rotated(x: Tensor, model: ModelConfig, is_local: bool) -> Tensor:
             frequency, factor = _scaled(frequency, pair, rotated, model)
         angles.append(torch.arange(length, dtype=torch.float32) * frequency)
     turns = torch.stack(angles, dim=-1)
-    turned = pairs * torch.polar(torch.full_like(turns, factor), turns)
-    return torch.cat([turned.real, turned.imag, x[..., rotated:]], dim=-1)
+    turned = torch.polar(torch.full_like(turns, factor), turns)
+    cos, sin = a.value(turned.real), a.value(turned.imag)
+    pairs = (real, -imaginary), (imaginary, real)
+    pieces = [a.rounded(a.rounded(x * cos) + a.rounded(y * sin)) for x, y in pairs]
+    return torch.cat([*pieces, x[..., rotated:]], dim=-1)
 
 
 def _scaled(frequency: float, pair: int, rotated: int, model: ModelConfig) -> tuple[float, float]:
@@ -427,14 +598,61 @@ def _scaled(frequency: float, pair: int, rotated: int, model: ModelConfig) -> tu
     return frequency / s.factor * ramp + frequency * (1 - ramp), factor
 
 
-def _mlp(w: Weights, name: str, model: ModelConfig, x: Tensor, outputs: Weights) -> Tensor:
+def _mlp(w: Weights, name: str, model: ModelConfig, x: Tensor, outputs: Weights, a: Arithmetic) -> Tensor:
     if model.mlp in (MLPKind.swiglu, MLPKind.geglu):
-        gate, up = _linear(w, f"{name}.gate_up", x, model.biases.up, outputs).chunk(2, dim=-1)
-        activated = (gate * torch.sigmoid(gate) if model.mlp is MLPKind.swiglu else _gelu(gate)) * up
+        gate, up = _linear(w, f"{name}.gate_up", x, model.biases.up, outputs, a).chunk(2, dim=-1)
+        gate = a.rounded(gate)
+        opened = gate * torch.sigmoid(gate) if model.mlp is MLPKind.swiglu else _gelu(gate)
+        activated = a.rounded(a.rounded(opened) * a.rounded(up))
     else:
-        y = _linear(w, f"{name}.up", x, model.biases.up, outputs)
+        y = a.rounded(_linear(w, f"{name}.up", x, model.biases.up, outputs, a))
         activated = y * (1 + torch.erf(y / 2**0.5)) / 2 if model.mlp is MLPKind.gelu_erf else _gelu(y)
-    return _linear(w, f"{name}.down", activated, model.biases.down, outputs)
+        activated = a.rounded(activated)
+    return _linear(w, f"{name}.down", activated, model.biases.down, outputs, a)
+
+
+def _experts(
+    w: Weights,
+    name: str,
+    model: ModelConfig,
+    x: Tensor,
+    outputs: Weights,
+    auxiliary: list[Tensor],
+    a: Arithmetic,
+) -> Tensor:
+    """Run every token (B, T, H) through every expert, one expert after the other, and weight the results.
+
+    A token gives the weight 0 to all but the k experts with its highest scores. The losses of the router are
+    left in `auxiliary`.
+    """
+    e = model.experts
+    logits = x @ w[f"{name}.router.weight"].T
+    scores = logits.softmax(-1) if e.router is RouterKind.softmax else 1 / (1 + torch.exp(-logits))
+    chosen = torch.zeros_like(scores).scatter(-1, scores.argsort(-1, descending=True)[..., : e.top_k], 1.0)
+    auxiliary += _router_losses(model, logits, scores, chosen)
+    weights = scores * chosen
+    if e.normalize_top_k:
+        weights = weights / weights.sum(-1, keepdim=True)
+    first = "gate_up" if f"{name}.experts.gate_up.weight" in w else "up"
+    ups = w[f"{name}.experts.{first}.weight"].chunk(e.count)
+    downs = w[f"{name}.experts.down.weight"].chunk(e.count)
+    total = torch.zeros_like(x)
+    for expert in range(e.count):
+        one = {f"{name}.{first}.weight": ups[expert], f"{name}.down.weight": downs[expert]}
+        total = total + e.scaling * weights[..., expert, None] * _mlp(one, name, model, x, {}, a)
+    return total + _mlp(w, f"{name}.shared", model, x, outputs, a) if e.shared else total
+
+
+def _router_losses(model: ModelConfig, logits: Tensor, scores: Tensor, chosen: Tensor) -> list[Tensor]:
+    """Return the mean over sequences of DeepSeek-V3's balance loss, and the z-loss, with their factors."""
+    e, balance = model.experts, torch.zeros(())
+    for of_tokens, uses in zip(scores, chosen, strict=True):
+        shares = of_tokens / of_tokens.sum(-1, keepdim=True)
+        for expert in range(e.count):
+            f = uses[:, expert].sum() * e.count / (e.top_k * len(uses))
+            balance = balance + f * shares[:, expert].mean() / len(scores)
+    z = torch.log(torch.exp(logits).sum(-1)).square().mean()
+    return [e.auxiliary_loss * balance, e.z_loss * z]
 
 
 def _gelu(y: Tensor) -> Tensor:

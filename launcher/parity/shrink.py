@@ -4,6 +4,7 @@ import copy
 import math
 from dataclasses import fields
 
+from launcher.config.context_rules import length_multiple
 from launcher.config.errors import as_typed
 from launcher.config.layout import Layout
 from launcher.config.schema import (
@@ -18,7 +19,15 @@ from launcher.config.schema import (
     SchedulerConfig,
     SchedulerName,
 )
-from launcher.config.shape import head_size, kv_heads, output_size, sequence_length, stages_per_rank
+from launcher.config.shape import (
+    has_experts,
+    head_size,
+    kv_heads,
+    least_micro_batches,
+    output_size,
+    sequence_length,
+    stages_per_rank,
+)
 
 MOST_RANKS = 8  # on CPU; on GPUs one for each
 HEAD_SIZE, MANY_HEADS = 8, 16  # above so many, heads are half the size
@@ -27,6 +36,9 @@ BLOCKS_PER_STAGE = 2
 VOCABULARY = 256
 CLASSES = 10
 LORA_RANK = 3
+LONG = 4096  # positions of the long samples
+EXPERTS = 6
+LEAST_LOSS = 0.1  # factor of an auxiliary loss of experts, if there is one
 
 
 def shrink(run: RunConfig, layout: Layout, *, gpus: int = 0) -> tuple[RunConfig, list[str]]:
@@ -37,10 +49,18 @@ def shrink(run: RunConfig, layout: Layout, *, gpus: int = 0) -> tuple[RunConfig,
     hidden_size / num_heads, layers that do not divide over the stages, vocabularies that do not divide over
     the tensor ranks, active gradient clipping. The small run uses `gpus` GPUs of this machine, or its CPU.
     """
+    most = min(gpus, MOST_RANKS) if gpus else MOST_RANKS
+    axes, left = (layout.pipeline, layout.data, layout.tensor), most // _shrunk_context(layout, most)
+    small = _shrunk(run, layout, shrunk_axes(*axes, left), gpus)
+    return small, _changes(run, small)
+
+
+def _shrunk(run: RunConfig, layout: Layout, axes: tuple[int, int, int], gpus: int) -> RunConfig:
+    """Return the small run on pipeline, data and tensor axes of these sizes."""
     small = copy.deepcopy(run)
-    p, most = small.parallelism, min(gpus, MOST_RANKS) if gpus else MOST_RANKS
-    axes = layout.pipeline, layout.data, layout.tensor, layout.context
-    p.pipeline, p.data, p.tensor, p.context = shrunk_axes(*axes, most=most)
+    p = small.parallelism
+    p.pipeline, p.data, p.tensor = axes
+    p.context = _shrunk_context(layout, min(gpus, MOST_RANKS) if gpus else MOST_RANKS)
     _shrink_model(small, run, layout)
     _shrink_training(small, layout)
     if run.precision.dtype is Dtype.fp16:
@@ -50,16 +70,74 @@ def shrink(run: RunConfig, layout: Layout, *, gpus: int = 0) -> tuple[RunConfig,
     if small.parallelism.zero_stage == 3:
         # At the default threshold every weight of a small model would stay whole on every rank.
         small.deepspeed.setdefault("zero_optimization", {})["stage3_param_persistence_threshold"] = 0
-    return small, _changes(run, small)
+    return small
 
 
-def shrunk_axes(*axes: int, most: int = MOST_RANKS) -> tuple[int, ...]:
-    """Return the axes, of which the largest is halved until all fit in `most` ranks."""
-    small = list(axes)
-    while math.prod(small) > most and max(small) > 2:
-        largest = max(range(len(small)), key=lambda axis: small[axis])
-        small[largest] = max(2, small[largest] // 2)
-    return tuple(small)
+def _shrunk_context(layout: Layout, most: int) -> int:
+    """Return the context ranks, halved until the other axes fit beside them with two ranks each."""
+    context, others = layout.context, (layout.pipeline, layout.data, layout.tensor)
+    least = math.prod(min(2, size) for size in others)
+    while context > 2 and context * least > most:
+        context = max(2, context // 2)
+    return context
+
+
+def shrunk_axes(pipeline: int, data: int, tensor: int, most: int = MOST_RANKS) -> tuple[int, int, int]:
+    """Return the axes, halved until all fit in `most` ranks: data down to 2, then tensor, then pipeline.
+
+    Data ranks are alike, and so are tensor ranks beyond the second. Inner pipeline stages have code of their
+    own, and a pipeline of 2 has none.
+    """
+    axes = {"data": data, "tensor": tensor, "pipeline": pipeline}
+    for axis in axes:
+        while math.prod(axes.values()) > most and axes[axis] > 2:
+            axes[axis] = max(2, axes[axis] // 2)
+    return axes["pipeline"], axes["data"], axes["tensor"]
+
+
+def inner_stages(run: RunConfig, layout: Layout, small: RunConfig, *, gpus: int = 0) -> RunConfig | None:
+    """Return a second small run, with inner stages on one data rank, if `small` has lost them; else None."""
+    most = min(gpus, MOST_RANKS) if gpus else MOST_RANKS
+    pipeline = min(4, layout.pipeline)
+    if small.parallelism.pipeline >= pipeline or pipeline * 2 > most:
+        return None
+    return _shrunk(run, layout, (pipeline, 1, min(2, layout.tensor)), gpus)
+
+
+def long_samples(run: RunConfig, layout: Layout, small: RunConfig) -> RunConfig | None:
+    """Return a small run with samples as long as those of `run`, at most LONG; None for images and experts.
+
+    Of thousands of tokens some are near a tie, where rounding decides between two experts.
+
+    It has one layer per stage and one micro-batch per data rank where the schedule allows it. Windows and
+    scaled positions are those of `run`.
+    """
+    whole = sequence_length(run)
+    has_none = small.model.inputs is InputKind.patches or has_experts(small.model)
+    if has_none or whole <= sequence_length(small):
+        return None
+    long = copy.deepcopy(small)
+    m, p, t = long.model, long.parallelism, long.training
+    stages = p.pipeline * stages_per_rank(run)
+    m.num_layers = max(
+        stages, 2 if m.full_attention_every else 1, m.experts.first_dense_layers + m.experts.every
+    )
+    # The reference keeps the scores of all positions: (heads, length, length) in each layer.
+    scores = m.num_heads * m.num_layers
+    most = LONG if scores <= 8 else LONG // 2 if scores <= 32 else LONG // 4
+    multiple = math.lcm(p.tensor, length_multiple(long))
+    length = min(most, whole) // multiple * multiple
+    m.max_sequence_length, long.data.sequence_length = length, None
+    for name in ("sliding_window", "rope_theta", "local_rope_theta"):
+        setattr(m, name, getattr(run.model, name))
+    if m.sliding_window is not None:
+        m.sliding_window = min(m.sliding_window, 3 * length // 8)
+    if m.rope_scaling.original_length is not None:
+        m.rope_scaling.original_length = min(run.model.rope_scaling.original_length or length, length // 2)
+    t.micro_batch_size, t.steps, long.verify.steps = 1, 1, 1
+    assert p.data is not None
+    t.global_batch_size = p.data * max(1, least_micro_batches(run) if stages_per_rank(run) > 1 else 1)
+    return long
 
 
 def _shrink_model(small: RunConfig, run: RunConfig, layout: Layout) -> None:
@@ -84,6 +162,8 @@ def _shrink_model(small: RunConfig, run: RunConfig, layout: Layout) -> None:
     m.ffn_hidden_size = tensor * (m.hidden_size // tensor + 3)
     uneven = run.model.num_layers % (layout.pipeline * stages_per_rank(run)) != 0
     m.num_layers = stages * BLOCKS_PER_STAGE + (1 if uneven else 0)
+    if has_experts(m):
+        _shrink_experts(small)
     divides = output_size(run.model) % layout.tensor == 0
     if m.inputs is InputKind.patches:
         m.num_classes = -(-CLASSES // tensor) * tensor + (0 if divides else 1)
@@ -102,6 +182,22 @@ def _shrink_model(small: RunConfig, run: RunConfig, layout: Layout) -> None:
     _shrink_attention(small, run)
     # At the usual 0.02 the blocks of a small model add almost nothing to the residual stream.
     m.init_std = 0.1
+
+
+def _shrink_experts(small: RunConfig) -> None:
+    """Keep dense and sparse layers, more than one expert per token, and losses that change the gradients."""
+    m, e, p = small.model, small.model.experts, small.parallelism
+    tensor = p.tensor
+    is_chosen_from = e.top_k < e.count
+    e.top_k = min(2, e.top_k)
+    e.count = max(e.top_k + is_chosen_from, min(EXPERTS, e.count)) if is_chosen_from else e.top_k
+    p.expert = math.gcd(p.expert, p.data or 1)
+    e.count = max(1, e.count // p.expert) * p.expert
+    e.ffn_hidden_size = tensor * (m.hidden_size // tensor // 2 + 1)
+    e.shared, e.first_dense_layers, e.every = min(2, e.shared), min(1, e.first_dense_layers), min(2, e.every)
+    m.num_layers = max(m.num_layers, e.first_dense_layers + e.every)
+    e.auxiliary_loss = max(LEAST_LOSS, e.auxiliary_loss) if e.auxiliary_loss else 0.0
+    e.z_loss = max(LEAST_LOSS, e.z_loss) if e.z_loss else 0.0
 
 
 def _shrink_attention(small: RunConfig, run: RunConfig) -> None:
@@ -154,6 +250,7 @@ def _changes(run: RunConfig, small: RunConfig) -> list[str]:
 def parameter_order(model: ModelConfig) -> list[str]:
     """Return prefixes of the logical names in forward order."""
     parts = "attention_norm attention.qkv attention.query_norm attention.key_norm attention.output".split()
-    parts += "attention_output_norm mlp_norm mlp.up mlp.gate_up mlp.down mlp_output_norm".split()
+    parts += "attention_output_norm mlp_norm mlp.router mlp.experts mlp.shared".split()
+    parts += "mlp.up mlp.gate_up mlp.down mlp_output_norm".split()
     blocks = [f"blocks.{index}.{part}" for index in range(model.num_layers) for part in parts]
     return ["embedding", "patches", "positions", *blocks, "final_norm", "head"]

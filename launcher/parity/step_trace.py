@@ -10,7 +10,7 @@ from torch import Tensor
 Weights = dict[str, Tensor]  # by logical name
 TENSORS = ("weights", "states", "outputs", "tied")
 SPREADS = ("replica_spread", "data_spread", "output_spread")
-NUMBERS = ("loss", "grad_norm", "batch_losses", "norm_spread", *SPREADS)
+NUMBERS = ("loss", "grad_norm", "batch_losses", "norm_spread", "norm_data_spread", *SPREADS)
 
 
 @dataclass
@@ -39,6 +39,7 @@ class StepTrace:
         default_factory=dict
     )  # largest difference of outputs between tensor ranks
     norm_spread: float = 0.0  # largest difference of the gradient norm between ranks
+    norm_data_spread: float = 0.0  # the same between data ranks alone
     stage_of: dict[str, int] = field(default_factory=dict)  # the pipeline stage of each output
 
 

@@ -1,52 +1,115 @@
-"""Bounds on the difference between two correct runs, derived from floating-point arithmetic.
+"""Bounds on the difference between two correct runs that start a step from the same weights and states.
 
-Two summation orders of n numbers differ, relative to the size of the sum, by at most about lambda sqrt(n) u,
-where u is the unit roundoff. The probability of exceeding the bound falls as exp(-lambda^2 / 2) (Higham and
-Mary, SIAM J. Sci. Comput. 41, 2019, theorem 3.1). The run and the reference both have this error, so the
-allowed difference is twice the bound. The lengths of successive reductions are added. Layouts that add in the
-same order as the reference stay far below the bound.
+fp32: two summation orders of n numbers differ, relative to the size of the sum, by at most about
+lambda sqrt(n) u, where u is the unit roundoff. The probability of exceeding the bound falls as
+exp(-lambda^2 / 2) (Higham and Mary, SIAM J. Sci. Comput. 41, 2019, theorem 3.1). The run and the reference
+both have this error: the allowed difference is twice the bound. Lengths of successive reductions are added.
+
+bf16: the reference makes the roundings of the run, and is computed once more in each equivalent order of
+summation (parity/rounding.py). The distances between them are measured for each tensor, and the allowed
+difference is a multiple of the largest.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from math import sqrt
 
-from launcher.config.schema import Dtype, RunConfig, StatesDtype
+import torch
+from torch import Tensor
+
+from launcher.config.schema import RunConfig
 from launcher.config.shape import output_size, sequence_length
+from launcher.parity.step_trace import StepTrace
 
 LAMBDA = 3.0
-UNIT_ROUNDOFF = {Dtype.fp32: 2.0**-24, Dtype.bf16: 2.0**-8, Dtype.fp16: 2.0**-11}
-ROUNDINGS_PER_BLOCK = 11  # tensors rounded to the training dtype: norms, projections, products, sums
+UNIT_ROUNDOFF = 2.0**-24  # of fp32
+# Of a tensor of n elements: SPREAD (1 + SMALL / sqrt(n)) times the largest measured distance. The distance is
+# the L2 norm of n errors, whose own deviation is about 1 / sqrt(2 n) of it.
+SPREAD, SMALL = 2.0, 3.0
+SQUARES = 2.0  # a second moment's distance is that of its few largest elements: it deviates more
+LEAST = 2.0**-11  # the distance if a few elements in a hundred are rounded the other way
+# A loss is one number, not a norm: its distance may be small by chance. So the root mean square over all
+# micro-batches and orders is multiplied.
+LOSS_DEVIATIONS = 8.0
+NORM_SHARE = 0.5  # of the distance of the whole gradient: rounding errors hardly point along the gradient
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """Relative differences allowed after the first step; after step k they are k times as large."""
+    """Relative differences allowed in one step. Tensors that are not listed by name have the common bound."""
 
-    loss: float
-    output: float  # L2 norm of a layer's output; also the loss of a micro-batch
-    gradient: float  # L2 norm of a tensor's gradient; also the global gradient norm
+    loss: float  # of the step and of each micro-batch
+    output: float  # L2 norm of a layer's output
+    gradient: float  # L2 norm of a tensor's gradient
+    norm: float  # of all gradients
+    outputs: Mapping[str, float] = field(default_factory=dict)
+    gradients: Mapping[str, float] = field(default_factory=dict)
+    states: Mapping[str, float] = field(default_factory=dict)
+
+    def of_output(self, name: str) -> float:
+        return self.outputs.get(name, self.output)
+
+    def of_gradient(self, name: str) -> float:
+        return self.gradients.get(name, self.gradient)
+
+    def of_state(self, key: str) -> float:
+        """Return the bound of an optimizer state; a second moment has twice a gradient's relative error."""
+        return self.states.get(key, (2 if key.endswith("_sq") else 1) * self.gradient)
 
 
 def tolerance(run: RunConfig) -> Tolerance:
-    """Return the tolerance of a run in its precision against the fp32 reference."""
-    u = UNIT_ROUNDOFF[run.precision.dtype]
-    if run.precision.dtype is Dtype.fp32:
-        forward, tokens = forward_length(run), run.training.global_batch_size * sequence_length(run)
-        return Tolerance(_bound(u, forward), _bound(u, forward), _bound(u, 3 * forward + tokens))
-    # Matrix products accumulate in fp32; each tensor that is written is rounded to 8 or 11 bits. The loss is
-    # the mean over all tokens of values that are rounded independently.
-    roundings = ROUNDINGS_PER_BLOCK * run.model.num_layers + 4
-    of_gradient = 3 * roundings
-    if run.precision.states is StatesDtype.bf16:  # the gradients of all micro-batches are added in bf16
-        of_gradient += run.training.global_batch_size // run.training.micro_batch_size
-    return Tolerance(_bound(u, roundings) / 4, _bound(u, roundings), _bound(u, of_gradient))
+    """Return the bounds of any step of a run in fp32."""
+    forward, tokens = forward_length(run), run.training.global_batch_size * sequence_length(run)
+    gradient = _bound(UNIT_ROUNDOFF, 3 * forward + tokens)
+    return Tolerance(_bound(UNIT_ROUNDOFF, forward), _bound(UNIT_ROUNDOFF, forward), gradient, norm=gradient)
+
+
+def measured_tolerance(right: StepTrace, others: list[StepTrace]) -> Tolerance:
+    """Return the bounds of a step in bf16 by the distances of `others` from `right`, in other orders."""
+
+    def bounds(kind: str) -> dict[str, float]:
+        tensors: dict[str, Tensor] = getattr(right, kind)
+        return {
+            name: _of_spread(max(_distance(getattr(other, kind)[name], tensor) for other in others), tensor)
+            for name, tensor in tensors.items()
+        }
+
+    losses = torch.tensor(right.batch_losses).flatten()
+    distances = torch.stack([torch.tensor(other.batch_losses).flatten() for other in others]) / losses - 1
+    states = bounds("states")
+    return Tolerance(
+        loss=max(LOSS_DEVIATIONS * float(distances.square().mean().sqrt()), LEAST / 8),
+        output=LEAST,
+        gradient=LEAST,
+        norm=max(NORM_SHARE * max(_distance_of_all(other, right) for other in others), LEAST / 8),
+        outputs=bounds("outputs"),
+        gradients=bounds("gradients"),
+        states={key: bound * (SQUARES if key.endswith("_sq") else 1) for key, bound in states.items()},
+    )
+
+
+def _of_spread(distance: float, tensor: Tensor) -> float:
+    return max(SPREAD * (1 + SMALL / sqrt(max(tensor.numel(), 1))) * distance, LEAST)
+
+
+def _distance(x: Tensor, right: Tensor) -> float:
+    """Return the L2 norm of the difference relative to that of `right`; 0 if both are zero."""
+    difference, size = float((x - right).norm()), float(right.norm())
+    return difference / size if size or difference else 0.0
+
+
+def _distance_of_all(step: StepTrace, right: StepTrace) -> float:
+    squares = sum(float((step.gradients[n] - g).square().sum()) for n, g in right.gradients.items())
+    return sqrt(squares) / right.grad_norm
 
 
 def forward_length(run: RunConfig) -> int:
     """Return the sum of the lengths of all successive reductions on the way from a token to its loss."""
     m = run.model
     h, head = m.hidden_size, m.hidden_size // m.num_heads
-    block = 2 * h + h + head + sequence_length(run) + h + h + m.ffn_hidden_size
+    # The router adds up H numbers, and a token the results of its experts.
+    columns = max(m.ffn_hidden_size, h + m.experts.top_k * m.experts.ffn_hidden_size)
+    block = 2 * h + h + head + sequence_length(run) + h + h + columns
     patches = m.image_channels * m.patch_size**2  # 0 for language models
     return m.num_layers * block + h + h + output_size(m) + patches
 

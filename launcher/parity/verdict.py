@@ -12,7 +12,12 @@ from launcher.text import json_text, plain_table, print_table
 
 def print_pass(result: VerifyPass) -> None:
     """Print a row per step and kind of quantity with its worst difference, then the diagnosis if any."""
-    table = plain_table(result.title)
+    print(f"{result.title}\n{result.engine}")
+    if result.lost_a_rank:
+        assert result.diagnosis is not None
+        print(f"{result.diagnosis.shape}\n  usual cause: {result.diagnosis.meaning}\n", flush=True)
+        return
+    table = plain_table("")
     for column in ("step", "quantity", "compared", "worst", "measured / allowed", ""):
         justify: Literal["right", "left"] = "right" if column in ("step", "compared") else "left"
         # Names may wrap, numbers may not.
@@ -38,15 +43,18 @@ def worst_differences(differences: list[Difference]) -> list[tuple[Difference, i
     return [(max(group, key=lambda d: d.excess), len(group)) for group in groups if group]
 
 
-def write_report(path: Path, layout: Layout, shrunk: list[str], passes: list[VerifyPass]) -> None:
-    """Write the verdict and every difference of all passes as JSON."""
+def write_report(
+    path: Path, layout: Layout, shrunk: list[str], passes: list[VerifyPass], *, finished: bool = True
+) -> None:
+    """Write the verdict and every difference of all passes as JSON; false unless `finished`."""
     report = {
-        "ok": all(result.ok for result in passes),
+        "ok": finished and all(result.ok for result in passes),
         "layout": asdict(layout),
         "shrunk": shrunk,
         "passes": [
             {
                 "title": result.title,
+                "engine": result.engine,
                 "ok": result.ok,
                 "diagnosis": asdict(result.diagnosis) if result.diagnosis else None,
                 "differences": [{**asdict(d), "ok": d.ok} for d in result.differences],

@@ -1,13 +1,14 @@
 """Compare a small run in its layout with one process of plain torch: the passes of `launcher verify`."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from math import inf
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from launcher.config.layout import Layout, is_compiled, resolve_layout
+from launcher.config.layout import Layout, effective_zero_stage, is_compiled, resolve_layout
 from launcher.config.schema import (
     Dtype,
     OptimizerConfig,
@@ -16,17 +17,21 @@ from launcher.config.schema import (
     RunConfig,
     StatesDtype,
 )
+from launcher.config.shape import has_experts, sequence_length
 from launcher.config.world import World
 from launcher.engine.distributed import prepare_deepspeed
-from launcher.launch.local import run_local_ranks, start_method_for
+from launcher.engine.watchdog import REPORT as HANG
+from launcher.launch.local import RankFailure, run_local_ranks, start_method_for
 from launcher.launch.scratch import scratch_directory
-from launcher.parity.diagnose import Diagnosis, diagnose
-from launcher.parity.differences import Difference, applied_gradients, compare
+from launcher.parity.diagnose import Diagnosis, diagnose, diagnose_lost_rank
+from launcher.parity.differences import Difference, applied_gradients, compare, kept_momentum
 from launcher.parity.dropout import MEANINGS, compare_draws, read_draws
-from launcher.parity.recording import record_dropout, record_rank
-from launcher.parity.reference import initial_weights, probe_batches, reference_trace
+from launcher.parity.perturb import perturbed
+from launcher.parity.recording import ENGINE, record_dropout, record_rank
+from launcher.parity.reference import arithmetic_of, initial_weights, probe_batches, reference_trace
+from launcher.parity.rounding import equivalent
 from launcher.parity.step_trace import StepTrace, read_traces
-from launcher.parity.tolerance import tolerance
+from launcher.parity.tolerance import Tolerance, measured_tolerance, tolerance
 
 Mutation = Callable[[], None]  # a fault of the tests; each rank calls it before it builds its engine
 PROBE = OptimizerConfig(name=OptimizerName.sgd, lr=0.1, momentum=0.0)
@@ -36,55 +41,101 @@ PROBE_OF_BF16_STATES = replace(PROBE, momentum=0.5)
 
 @dataclass(frozen=True)
 class VerifyPass:
-    """The result of training with one optimizer in one precision: all differences, and why it failed."""
+    """The result of training with one optimizer in one precision: all differences, and why it failed.
+
+    `engine` names the layout that ran, and the engine and optimizers that its ranks built.
+    """
 
     title: str
     differences: list[Difference]
     diagnosis: Diagnosis | None
+    engine: str = ""
 
     @property
     def ok(self) -> bool:
         return all(difference.ok for difference in self.differences)
 
+    @property
+    def lost_a_rank(self) -> bool:
+        """Whether a rank failed or hung, so that nothing could be compared."""
+        return any(difference.kind == "rank" for difference in self.differences)
 
-def verify(small: RunConfig, *, mutation: Mutation | None = None) -> Iterator[VerifyPass]:
-    """Yield the result of each pass of a shrunk run as soon as the pass ends.
 
-    The caller must have called prepare_deepspeed. Raises the errors of run_local_ranks.
+class PassPlan(NamedTuple):
+    """A pass to run: its title, the run that it trains, and whether plain SGD replaces the optimizer."""
+
+    title: str
+    run: RunConfig
+    plain_sgd: bool
+
+
+def verify(
+    small: RunConfig, *, more: Sequence[RunConfig | None] = (), mutation: Mutation | None = None
+) -> Iterator[VerifyPass]:
+    """Yield the result of each pass of a shrunk run as soon as the pass ends; a lost rank ends all passes.
+
+    `more` are the runs of more_passes.
+
+    The caller must have called prepare_deepspeed. Raises ConfigError, KeyboardInterrupt and Stopped.
     """
-    for title, run, plain_sgd in passes(small):
-        yield run_pass(title, run, plain_sgd, mutation)
+    plans = [*passes(small), *more_passes(*more)]
+    calls: list[Callable[[], VerifyPass]] = [partial(run_pass, *plan, mutation) for plan in plans]
     if small.model.dropout > 0.0:
-        for run, title in _eager_and_compiled(small):
-            yield dropout_pass(run, mutation, title)
+        calls += [partial(dropout_pass, run, mutation, words) for run, words in _eager_and_compiled(small)]
+    for call in calls:
+        result = call()
+        yield result
+        if result.lost_a_rank:
+            return
 
 
-def passes(small: RunConfig) -> list[tuple[str, RunConfig, bool]]:
-    """Return (title, run, whether it uses plain SGD) of each pass: first fp32, then bf16 if the run uses it.
+def passes(small: RunConfig) -> list[PassPlan]:
+    """Return the passes of a shrunk run: first in fp32, then in bf16 if the run uses it.
 
     Plain SGD exposes every gradient and every error of scale, which Adam hides. The run's own optimizer
-    exposes errors in optimizer states and updates. A run with compiled blocks is verified eager, where the
-    output of every layer can be read, and with plain SGD also compiled. Bf16 states replace the bf16 passes.
+    exposes errors in optimizer states and updates. All passes have the ZeRO stage of the run in its own
+    precision. A run with compiled blocks is verified eager first, where the output of every layer can be
+    read. The last pass is the run itself: its optimizer, precision, ZeRO stage, schedule and compilation.
     """
-    variants = []
+    small = copy.deepcopy(small)
+    # In fp32 alone ZeRO-0 would stay ZeRO-0, which is another engine than that of the run in bf16.
+    small.parallelism.zero_stage = effective_zero_stage(small)[0]
     own_precision = [small.precision] if small.precision.dtype is Dtype.bf16 else []
+    plans = []
+    if has_experts(small.model):
+        # Rounded to bf16, tokens near a tie choose other experts than in the reference, which is in fp32.
+        own_precision = []
     for precision in (PrecisionConfig(Dtype.fp32), *own_precision):
         has_bf16_states = precision.states is StatesDtype.bf16
         probe = PROBE_OF_BF16_STATES if has_bf16_states else PROBE
         probe = replace(probe, gradient_clipping=small.optimizer.gradient_clipping)
         own = (small.optimizer.name.name, small.optimizer, False)
         words_of_precision = precision.dtype.name + (" states" if has_bf16_states else "")
-        for title, optimizer, plain in (("plain SGD", probe, True), own):
+        # In bf16 the momentum of the run's own optimizer shows the gradients too.
+        needs_probe = precision.dtype is Dtype.fp32 or has_bf16_states or kept_momentum(own[1]) is None
+        for title, optimizer, plain in [("plain SGD", probe, True)] * needs_probe + [own]:
             run = copy.deepcopy(small)
             run.precision, run.optimizer = copy.copy(precision), optimizer
             run.model.dropout = 0.0  # masks depend on the layout: see dropout_pass
             run.finetune.lora.dropout = 0.0
-            variants += [
-                (f"{title}, {words_of_precision}{words}", each, plain)
+            plans += [
+                PassPlan(f"{title}, {words_of_precision}{words}", each, plain)
                 for each, words in _eager_and_compiled(run)
-                if plain or not each.training.compile
+                if plain or not each.training.compile or precision is small.precision or not own_precision
             ]
-    return variants
+    return plans
+
+
+def more_passes(inner: RunConfig | None = None, long: RunConfig | None = None) -> list[PassPlan]:
+    """Return passes of other small runs: one with inner pipeline stages, and one with long samples."""
+    plans = []
+    if inner is not None:
+        plan = passes(inner)[0]
+        plans.append(plan._replace(title=f"{plan.title}, inner stages"))
+    if long is not None:
+        plan = passes(long)[0]
+        plans.append(plan._replace(title=f"{plan.title}, {sequence_length(long)} positions"))
+    return plans
 
 
 def _eager_and_compiled(run: RunConfig) -> list[tuple[RunConfig, str]]:
@@ -99,17 +150,41 @@ def run_pass(title: str, run: RunConfig, plain_sgd: bool, mutation: Mutation | N
     """Run one of `passes` in its layout and in the reference, and return all differences."""
     layout = _layout(run)
     with scratch_directory() as folder:
-        _run_ranks(record_rank, run, layout, folder, mutation)
+        if lost := _run_ranks(record_rank, run, layout, folder, mutation):
+            return VerifyPass(title, *lost, layout.describe())
+        engine = engine_of(layout, folder)
         trace = read_traces([folder / f"stage-{stage}" for stage in range(layout.pipeline)])
-    batches = list(probe_batches(run))
-    expected = reference_trace(run, initial_weights(run), batches, follow=None if plain_sgd else trace)
+    expected, allowed = _reference(run, layout, trace)
     if layout.compiled:
         leave_out_blocks(expected)
-    if plain_sgd:
-        applied_gradients(run, trace)
-    differences = compare(run, trace, expected, tolerance(run), plain_sgd=plain_sgd)
+    applied_gradients(run, trace, plain_sgd=plain_sgd)
+    differences = compare(run, trace, expected, allowed, plain_sgd=plain_sgd)
     failed = [difference for difference in differences if not difference.ok]
-    return VerifyPass(title, differences, diagnose(run, layout, failed, trace, expected) if failed else None)
+    diagnosis = diagnose(run, layout, failed, trace, expected) if failed else None
+    return VerifyPass(title, differences, diagnosis, engine)
+
+
+def _reference(
+    run: RunConfig, layout: Layout, trace: list[StepTrace]
+) -> tuple[list[StepTrace], list[Tolerance]]:
+    """Return the trace of the reference, which starts each step from that of `trace`, and bounds by step."""
+    arithmetic, batches = arithmetic_of(run), list(probe_batches(run))
+    weights = perturbed(run, initial_weights(run))
+    expected = reference_trace(run, weights, batches, trace, arithmetic)
+    if not arithmetic.is_rounded:
+        return expected, [tolerance(run)] * len(expected)
+    others = [
+        reference_trace(run, weights, batches, trace, way)[1:] for way in equivalent(arithmetic, layout)
+    ]
+    measured = [
+        measured_tolerance(right, list(same)) for right, *same in zip(expected[1:], *others, strict=True)
+    ]
+    return expected, [tolerance(run), *measured]
+
+
+def engine_of(layout: Layout, folder: Path) -> str:
+    """Return the layout in words, with the engine and optimizers that the ranks built."""
+    return f"{layout.describe()}; {(folder / ENGINE).read_text()}"
 
 
 def leave_out_blocks(trace: list[StepTrace]) -> None:
@@ -122,13 +197,15 @@ def dropout_pass(small: RunConfig, mutation: Mutation | None = None, words: str 
     """Train one step with the run's dropout, and check the masks only."""
     run = copy.deepcopy(small)
     run.precision, run.finetune.lora.dropout = PrecisionConfig(Dtype.fp32), 0.0
-    layout = _layout(run)
+    layout, title = _layout(run), f"masks of dropout {run.model.dropout}{words}"
     with scratch_directory() as folder:
-        _run_ranks(record_dropout, run, layout, folder, mutation)
+        if lost := _run_ranks(record_dropout, run, layout, folder, mutation):
+            return VerifyPass(title, *lost, layout.describe())
+        engine = engine_of(layout, folder)
         differences = compare_draws(run, layout, read_draws(folder / "draws"))
     failed = [difference.name for difference in differences if not difference.ok]
     diagnosis = Diagnosis(failed[0], MEANINGS[failed[0]]) if failed else None
-    return VerifyPass(f"masks of dropout {run.model.dropout}{words}", differences, diagnosis)
+    return VerifyPass(title, differences, diagnosis, engine)
 
 
 def _layout(run: RunConfig) -> Layout:
@@ -140,11 +217,24 @@ def _layout(run: RunConfig) -> Layout:
 
 def _run_ranks(
     record: Callable[..., None], run: RunConfig, layout: Layout, folder: Path, mutation: Mutation | None
-) -> None:
+) -> tuple[list[Difference], Diagnosis] | None:
+    """Run the ranks; return the verdict if a rank failed or hung.
+
+    Raises ConfigError, KeyboardInterrupt and Stopped.
+    """
     target = partial(_rank, record=record, run=run, layout=layout, folder=folder, mutation=mutation)
     # CUDA does not survive a fork; on CPU a forked rank starts with all modules already imported.
     start_method = start_method_for(layout.device)
-    run_local_ranks(target, layout.world_size, log_dir=folder / "logs", start_method=start_method)
+    try:
+        run_local_ranks(target, layout.world_size, log_dir=folder / "logs", start_method=start_method)
+    except RankFailure as failure:
+        diagnosis = diagnose_lost_rank(str(failure), _text(folder / HANG))
+        return [Difference(0, "rank", f"rank {failure.rank} of {failure.world_size}", inf, 1.0)], diagnosis
+    return None
+
+
+def _text(path: Path) -> str | None:
+    return path.read_text() if path.exists() else None
 
 
 def _rank(

@@ -18,13 +18,14 @@ from launcher.checkpoint.weights import save_weights
 from launcher.config.errors import typed_text
 from launcher.config.layout import Layout
 from launcher.config.schema import CorpusSource, RunConfig
-from launcher.config.shape import has_lora, sequence_length
+from launcher.config.shape import has_experts, has_lora, sequence_length
 from launcher.data.blend import Blend
 from launcher.data.loader import Loader
 from launcher.data.open import open_data, record_tokenizer
 from launcher.engine.base import Engine, StepResult
 from launcher.engine.build import build_engine
 from launcher.engine.optimizer import learning_rate
+from launcher.engine.routing import routing_row
 from launcher.engine.watchdog import Watchdog
 from launcher.engine.work_time import WorkTime
 from launcher.launch.rank import StopRequest
@@ -178,6 +179,8 @@ def end_step(session: Session, progress: Progress, blend: Blend, result: StepRes
         row = training_row(session, progress, result, agreed) | compile_row
         times = session.clock.times
         slow_row, warnings = session.slow_rank.after(agreed.work_seconds, times.per_step, times.steps)
+        if has_experts(run.model):
+            row |= routing_row(session.engine, run.model)
         row |= plan_row | slow_row | scores | memory_row(agreed) | epochs(blend, progress)
         session.output.say(*compile_lines, *lines, *warnings)
         session.output.log(row)

@@ -9,7 +9,7 @@ from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
 from launcher.planning.cost.geometry import Rank, pipeline_ranks
 from launcher.planning.cost.operations import BOOL, Collective
-from launcher.planning.cost.parts import exchange, flops, parts, traffic
+from launcher.planning.cost.parts import flops, of_context, parts, traffic
 from launcher.planning.cost.run_plan import Plan
 from launcher.planning.cost.sizes import Sizes
 from launcher.tracing.stage_trace import StageTrace, trace_stage
@@ -83,7 +83,7 @@ def expect(run: RunConfig, layout: Layout, rank: Rank, chunk: int) -> StageTrace
         embedding = stage_parts[0][0].footprint
         peaks.append(sizes.boundaries + embedding.saved + embedding.backward + 2 * tied)
     one_stage = Rank(rank.stage, (stage,), rank.model, rank.tensor, rank.outputs, rank.is_flat, rank.adapters)
-    sent = traffic(stage_parts), exchange(stage_parts)
+    sent = traffic(stage_parts), of_context(stage_parts)
     if sizes.context > 1 and sizes.masks_documents:
         sent[1][Collective("all_gather", sizes.tokens * sizes.context * BOOL)] += 1
     return StageTrace(one_stage.parameters, flops(stage_parts), saved, max(peaks), *sent)

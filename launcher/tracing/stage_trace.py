@@ -22,6 +22,7 @@ from launcher.config.layout import Layout
 from launcher.config.schema import InputKind, RunConfig
 from launcher.config.shape import end_of_document, has_lora, sequence_length, vocabulary_multiple
 from launcher.engine.allocations import Allocations
+from launcher.models import grouped
 from launcher.models.architecture import FlatModel, model_layers, model_loss
 from launcher.models.blocks import TransformerBlock
 from launcher.models.compiled import BlockRunner
@@ -67,6 +68,7 @@ def trace_stage(run: RunConfig, layout: Layout, rank: Rank, chunk: int = 0) -> S
     with ExitStack() as stack:
         mesh = stack.enter_context(_fake_world(shape, global_rank))
         stack.enter_context(FakeTensorMode())
+        stack.enter_context(patch.object(grouped, "rows_of_each", _even_rows))
         if layout.device == "cuda":
             stack.enter_context(_cuda_kernels())
         names = {axis.group: name for name, axis in (("tensor", mesh.tensor), ("context", mesh.context))}
@@ -139,7 +141,7 @@ def _stage(run: RunConfig, rank: Rank, chunk: int, mesh: ProcessMesh, target: st
     rotary, masks = rotary_tables(run.model, cp), AttentionMasks(run.model, documents, cp)
     runner = BlockRunner(axis, mesh.context, EAGER, is_compiled=False)
     context = BlockContext(
-        tp, random, p.activation_checkpointing, documents, masks, rotary, runner, lora_of(run), cp
+        tp, random, p.activation_checkpointing, documents, masks, rotary, runner, lora_of(run), cp=cp
     )
     layers = model_layers(run.model, context)
     stage = rank.chunks[chunk]
@@ -147,6 +149,12 @@ def _stage(run: RunConfig, rank: Rank, chunk: int, mesh: ProcessMesh, target: st
     start = 0 if stage.has_embedding else front + stage.first_block
     stop = len(layers) if stage.has_head else front + stage.first_block + stage.blocks
     return FlatModel(layers[start:stop], model_loss(run.model, context), documents)
+
+
+def _even_rows(experts: Tensor, count: int) -> list[int]:
+    """Return the rows of each expert if the router chooses all experts alike; fake scores choose none."""
+    each, more = divmod(len(experts), count)
+    return [each + (expert < more) for expert in range(count)]
 
 
 class _Documents(Documents):
@@ -199,7 +207,7 @@ def _fake_world(shape: MeshShape, rank: int) -> Iterator[ProcessMesh]:
             Axis(tensor, shape.tensor, dist.new_group(of_tensor)),
             Axis(data, shape.data),
             stage,
-            Axis(data % shape.context, shape.context, dist.new_group(of_context)),
+            context=Axis(data % shape.context, shape.context, dist.new_group(of_context)),
         )
     finally:
         dist.destroy_process_group()

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from benchmarks import growth
 from benchmarks.contest.classes import Class, Peer
 from benchmarks.contest.command import main, report
 from benchmarks.contest.job import ROOT
@@ -35,6 +36,19 @@ def test_the_plain_loop_and_the_launcher_train_alike_in_turns(
     assert len(set(ours["losses"])) == 3
     assert plain["against_ours"]["target"] == 1.0
     assert (tmp_path / "cpu.png").stat().st_size > 0
+
+
+@pytest.mark.slow
+def test_the_growth_of_the_costs_is_measured_and_drawn(tmp_path: Path) -> None:
+    """Two points of one series, two rounds, and twenty steps of one run."""
+    assert growth.main(["--quick", "--results", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "growth.json").read_text())
+    small, large = found["series"]["layers"]
+    assert (small["value"], large["value"]) == (2, 4)
+    assert min(small["step_s"], large["step_s"]) > 0
+    assert large["peak_bytes"] > small["peak_bytes"] > 0
+    assert len(found["steps"]["step_s"]) == len(found["steps"]["resident_bytes"]) == 2
+    assert (tmp_path / "growth.png").stat().st_size > 0
 
 
 def result(ours: Measured, *peers: Measured, target: float = 1.0) -> ClassResult:

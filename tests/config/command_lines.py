@@ -23,6 +23,7 @@ from launcher.config.schema import (
 
 ROOTS: dict[str, type[Any]] = {
     "": RunConfig, "train": RunConfig, "plan": PlannedRunConfig, "verify": RunConfig, "submit": RunConfig,
+    "preflight": RunConfig,
     "compare": ComparedRunConfig, "generate": GenerateConfig, "prepare": PrepareConfig,
     "replay": ReplayConfig, "evaluate": EvaluateConfig,
     "calibrate": CalibrateConfig, "export": ExchangeConfig, "import": ExchangeConfig,
@@ -163,6 +164,7 @@ def nothing_starts() -> Iterator[None]:
         stack.callback(_restore_modules, replaced)
         for work in (
             "verify._verify", "compare.claimed_run_dir", "prepare._run_with_progress", "submit.submit",
+            "preflight.preflight",
             "job.listen_for_stops",
         ):  # fmt: skip
             stack.enter_context(mock.patch(f"launcher.commands.{work}", started))

@@ -77,6 +77,12 @@ def test_rounding_has_no_bias_and_takes_neighbours_only(value: float) -> None:
     assert torch.equal(rounded(special.clone(), bits[:3]), special)
 
 
+def test_bits_are_those_of_the_published_generator() -> None:
+    """The first numbers of SplitMix64 from the state 0, as its reference code prints them."""
+    published = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
+    assert [bits % 2**64 for bits in random_bits(torch.arange(1, 4)).tolist()] == published
+
+
 def test_the_three_roundings_of_an_element_are_independent() -> None:
     bits = random_bits(torch.arange(MANY))
     fields = torch.stack([((bits >> lowest) & 0xFFFF).double() for lowest in (0, 16, 32)])

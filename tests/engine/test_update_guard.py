@@ -6,10 +6,30 @@ from pathlib import Path
 import pytest
 import torch
 
+from launcher.engine.update_guard import LARGEST_NORM, UpdateGuard
 from tests.checkpoint.saving import GPT, LAYOUTS, MOMENTUM, STEPS, Outcome, run_in, train
 
 FAULTS = {1: math.inf, 2: math.nan, 4: 1e30, 7: -math.inf}
 QUICK = {("adamw", "zero1"), ("adamw", "tp2_pp2"), ("sgd", "dp"), ("sgd", "zero3")}
+
+
+def test_skipped_steps_are_counted() -> None:
+    guard = UpdateGuard(torch.device("cpu"))
+    # The norm of each step, and afterwards: steps skipped so far, in a row, and steps since.
+    for norm, counts in (
+        (1.0, [0, 0, 1]), (math.inf, [1, 1, 0]), (math.nan, [2, 2, 0]), (1e30, [3, 3, 0]), (1.0, [3, 0, 1]),
+        (LARGEST_NORM, [3, 0, 2]), (math.inf, [4, 1, 0]),
+    ):  # fmt: skip
+        guard.judge(torch.tensor(norm))
+        assert guard.counts.tolist() == counts, norm
+        assert bool(guard.skipped) == (counts[2] == 0), norm
+    with guard.rehearsal():
+        guard.judge(torch.tensor(2.0))
+        assert (float(guard.norm), bool(guard.skipped)) == (2.0, True)
+    assert guard.counts.tolist() == [4, 1, 0]
+    assert float(guard.norm) == math.inf
+    guard.restart()
+    assert guard.counts.tolist() == [0, 0, 0]
 
 
 def trained(layout: str, folder: Path, *overrides: str, faulty: bool) -> Outcome:

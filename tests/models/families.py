@@ -46,6 +46,23 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen2.5": ("Qwen2", {**SIZES, **GROUPED, "tie_word_embeddings": True}),
     "Qwen2.5, yarn": ("Qwen2", {**SIZES, **GROUPED, "rope_parameters": YARN}),
     "Qwen3": ("Qwen3", {**SIZES, **GROUPED, "head_dim": 6}),
+    "Mixtral": (
+        "Mixtral", {**SIZES, **GROUPED, "num_local_experts": 5, "sliding_window": None},
+    ),
+    "Qwen3-MoE": (
+        "Qwen3Moe",
+        {
+            **SIZES, **GROUPED, "head_dim": 6, "num_experts": 6, "num_experts_per_tok": 3,
+            "moe_intermediate_size": 20, "norm_topk_prob": True,
+        },
+    ),
+    "Qwen3-MoE, a dense layer": (
+        "Qwen3Moe",
+        {
+            **SIZES, **GROUPED, "head_dim": 6, "num_experts": 4, "num_experts_per_tok": 2,
+            "moe_intermediate_size": 20, "mlp_only_layers": [0], "norm_topk_prob": False,
+        },
+    ),
     "OLMo 2": ("Olmo2", {**SIZES, **GROUPED}),
     "Gemma 2": ("Gemma2", {**GEMMA, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
     "Gemma 3": (

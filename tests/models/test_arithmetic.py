@@ -17,7 +17,13 @@ from launcher.config.shape import vision_tokens
 from launcher.config.validate import validate
 from launcher.config.world import World
 from launcher.models.architecture import FlatModel
-from launcher.models.arithmetic import matrix_parameters, mfu, parameters, train_flops_per_token
+from launcher.models.arithmetic import (
+    active_parameters,
+    matrix_parameters,
+    mfu,
+    parameters,
+    train_flops_per_token,
+)
 from launcher.parallel.initializer import DrawFunction, Initializer
 from launcher.parallel.sharding import LogicalTensor, logical_of
 from launcher.planning.cost.run_plan import make_plan
@@ -93,6 +99,8 @@ PUBLISHED = {
     "llama3_2_1b": 1_235_814_400,  # meta-llama/Llama-3.2-1B's
     "qwen3_0_6b": 596_049_920,  # Qwen/Qwen3-0.6B's
     "qwen3_8b": 8_190_735_360,  # Qwen/Qwen3-8B's
+    "mixtral_8x7b": 46_702_792_704,  # mistralai/Mixtral-8x7B-v0.1's
+    "qwen3_30b_a3b": 30_532_122_624,  # Qwen/Qwen3-30B-A3B's
     "mistral_7b": 7_241_732_096,  # mistralai/Mistral-7B-v0.1's
     "gemma2_2b": 2_614_341_888,  # google/gemma-2-2b's
     "olmo2_7b": 7_298_617_344,  # allenai/OLMo-2-1124-7B's
@@ -103,6 +111,14 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_parameters_are_those_published(name: str) -> None:
     assert parameters(shipped(name)) == PUBLISHED[name]
+
+
+def test_active_parameters_are_those_published() -> None:
+    """The papers round: 12.9B of Mixtral 8x7B, 3.3B of Qwen3 30B-A3B."""
+    assert round(active_parameters(shipped("mixtral_8x7b")) / 1e9, 1) == 12.9
+    assert round(active_parameters(shipped("qwen3_30b_a3b")) / 1e9, 2) == 3.35
+    dense = shipped("llama3_8b")
+    assert active_parameters(dense) == parameters(dense)
 
 
 def inputs_of(model: ModelConfig, length: int, device: str) -> tuple[Tensor, Tensor]:

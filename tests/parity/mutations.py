@@ -110,22 +110,14 @@ def shards_not_counted() -> None:
 
 
 def norm_of_the_local_shard() -> None:
-    norm = flat.global_norm
-
-    def local(parameters: Any, mesh: Any) -> Tensor:
-        return norm(parameters, replace(mesh, tensor=replace(mesh.tensor, size=1)))
-
-    flat.global_norm = local
+    """Under ZeRO-0, and in BF16_Optimizer."""
+    combined = update_guard.combined
+    flat.combined = update_guard.combined = lambda norms, _, device: combined(norms, None, device)
 
 
 def not_clipped() -> None:
-    judge = flat.FlatEngine._judge
-
-    def norm_only(self: flat.FlatEngine) -> None:
-        self.clip_at = None
-        judge(self)
-
-    flat.FlatEngine._judge = norm_only  # type: ignore[method-assign]
+    """Under ZeRO-0, and in BF16_Optimizer."""
+    flat.clip = update_guard.clip = lambda *_: None  # type: ignore[assignment]
 
 
 def _neighbour(axis: Axis) -> Axis:
@@ -287,6 +279,56 @@ def decay_on_norm_weights() -> None:
 
 def weights_rounded_to_nearest() -> None:
     stochastic.rounded = lambda exact, bits: exact.bfloat16().float()
+
+
+def documents_unknown_on_inner_stages() -> None:
+    from launcher.engine.pipeline import PipelineEngine
+
+    begin = PipelineEngine._begin
+
+    def at_the_ends(self: PipelineEngine, module: Any, inputs: Any) -> None:
+        begin(self, module, inputs)
+        if 0 < self.mesh.stage < self.mesh.shape.pipeline - 1:
+            self.documents.ends = None
+
+    PipelineEngine._begin = at_the_ends  # type: ignore[method-assign]
+
+
+def positions_begin_again_after_512() -> None:
+    arange = torch.arange
+
+    def tables(length: int, angles: Tensor, factor: float, x: Tensor) -> tuple[Tensor, Tensor]:
+        turns = (arange(length) % 512).float().outer(angles).unsqueeze(1)
+        return (turns.cos() * factor).to(x.dtype), (turns.sin() * factor).to(x.dtype)
+
+    rotary.tables = tables
+
+
+def window_of_half_the_width() -> None:
+    """Only windows longer than 100 positions."""
+    right = masks.additive
+    masks.additive = lambda allowed, window, dtype: right(
+        allowed, window // 2 if window and window > 100 else window, dtype
+    )
+
+
+def row_biases_left_out() -> None:
+    def forward(self: layers.RowParallelLinear, x: Tensor) -> Tensor:
+        y = self.tp.leave(F.linear(x, self.weight))
+        return y if self.bias is None else y + 0 * self.bias
+
+    layers.RowParallelLinear.forward = forward  # type: ignore[method-assign]
+
+
+def norm_weights_left_out() -> None:
+    norm = norms.Norm.forward
+
+    def forward(self: norms.Norm, x: Tensor) -> Tensor:
+        if self.bias is not None:
+            return norm(self, x)
+        return F.rms_norm(x, (x.shape[-1],), None, self.epsilon) * (0 * self.weight + 1)
+
+    norms.Norm.forward = forward  # type: ignore[method-assign]
 
 
 def masks_shared_by_tensor_ranks() -> None:
@@ -639,6 +681,40 @@ MUTATIONS |= {
     ),
 }
 
+# Faults that show in the first step only because biases and norm weights are perturbed.
+PERTURBED_MUTATIONS = {
+    "biases of row layers left out": Mutation(
+        row_biases_left_out, f"{GPT} {DP}", ("output of blocks.0.attention.output is the first wrong",)
+    ),
+    "weights of norms left out": Mutation(
+        norm_weights_left_out, f"{LLAMA} {DP}", ("output of blocks.0.attention_norm is the first wrong",)
+    ),
+}
+
+# Faults of inner pipeline stages, which three large axes leave to a second small layout.
+THREE_AXES = (
+    "parallelism.pipeline=4 parallelism.data=4 parallelism.tensor=2 hardware.accelerators_per_node=32"
+)
+INNER_MUTATIONS = {
+    "documents unknown on inner stages": Mutation(
+        documents_unknown_on_inner_stages,
+        f"{LLAMA} {THREE_AXES} model.num_layers=8 data.document_attention=true training.micro_batch_size=1",
+        ("blocks.2.attention.output on stage 1", "mask or scale"),
+    ),
+}
+
+# Faults of positions that a small run does not have.
+LONG_MUTATIONS = {
+    "rotary positions begin again after 512": Mutation(
+        positions_begin_again_after_512, f"{LLAMA} {DP} model.max_sequence_length=2048", SCORES
+    ),
+    "a long window of half the width": Mutation(
+        window_of_half_the_width,
+        f"{LLAMA} {DP} model.max_sequence_length=1024 model.sliding_window=300",
+        SCORES,
+    ),
+}
+
 # Faults that show only under the run's own optimizer.
 OPTIMIZER_MUTATIONS = {
     "weight decay on norm weights": Mutation(
@@ -678,4 +754,14 @@ DROPOUT_MUTATIONS = {
     "hidden dropout left out": Mutation(
         masks_left_out, f"{DROPOUT} {TP}", ("the share dropped is not model.dropout",)
     ),
+}
+
+FAULTS = {
+    **MUTATIONS,
+    **PERTURBED_MUTATIONS,
+    **INNER_MUTATIONS,
+    **LONG_MUTATIONS,
+    **OPTIMIZER_MUTATIONS,
+    **STATES_MUTATIONS,
+    **DROPOUT_MUTATIONS,
 }

@@ -76,7 +76,8 @@ def test_a_correct_layout_exits_0_and_reports_every_difference(
     assert any(line.startswith("model.hidden_size ") for line in written["shrunk"])
     assert [result["title"] for result in written["passes"]] == ["plain SGD, fp32", "adamw, fp32"]
     for result in written["passes"]:
-        assert set(result) == {"title", "ok", "diagnosis", "differences"}
+        assert set(result) == {"title", "engine", "ok", "diagnosis", "differences"}
+        assert result["engine"].startswith("2 cpu ranks = 1 pipeline x 1 data x 2 tensor, ZeRO-0, ")
         assert (result["ok"], result["diagnosis"]) == (True, None)
         assert len(result["differences"]) > 30
         for difference in result["differences"]:

@@ -12,7 +12,7 @@ from launcher.config.schema import Dtype, ModelConfig, RunConfig
 from launcher.config.shape import head_size, kv_heads, sequence_length
 from launcher.config.validate import validate
 from launcher.config.world import World
-from launcher.parity.shrink import MOST_RANKS, shrink, shrunk_axes
+from launcher.parity.shrink import LONG, MOST_RANKS, inner_stages, long_samples, shrink, shrunk_axes
 from tests.config.composing import run_of
 
 BASES = [
@@ -79,6 +79,41 @@ def test_a_shrunk_run_is_legal_small_and_has_the_same_properties(drawn: tuple[Ru
     assert small.model.tie_embeddings == run.model.tie_embeddings
     assert properties(small, small_layout) == properties(run, layout)
     assert parameters(small) < 1_000_000
+    for more in (inner_stages(run, layout, small), long_samples(run, layout, small)):
+        if more is not None:
+            assert validate(more, World("cpu", 2, 2)).world_size <= MOST_RANKS
+            assert parts_of(more.model) == parts_of(run.model)
+            assert parameters(more) < 1_000_000
+
+
+def test_inner_stages_are_kept_or_have_a_layout_of_their_own() -> None:
+    assert shrunk_axes(4, 64, 1) == (4, 2, 1)
+    assert shrunk_axes(8, 1, 8) == (4, 1, 2)
+    assert shrunk_axes(4, 16, 8) == (2, 2, 2)
+    axes = ["parallelism.pipeline=4", "parallelism.data=4", "parallelism.tensor=2"]
+    run = run_of("model=llama_tiny", *axes, "model.num_layers=8", "training.micro_batch_size=1")
+    layout = validate(run, World("cpu", 32, 32, fixed=True))
+    inner = inner_stages(run, layout, shrink(run, layout)[0])
+    assert inner is not None
+    p = inner.parallelism
+    assert (p.pipeline, p.data, p.tensor) == (4, 1, 2)
+    run.parallelism.pipeline = 2
+    layout = validate(run, World("cpu", 16, 16, fixed=True))
+    assert inner_stages(run, layout, shrink(run, layout)[0]) is None
+
+
+def test_long_samples_have_the_positions_of_the_run() -> None:
+    window = ["model.sliding_window=1000", "model.max_sequence_length=8192"]
+    run = run_of("model=llama_tiny", "parallelism.data=1", "model.num_kv_heads=2", *window)
+    layout = validate(run, World("cpu", 1, 1, fixed=True))
+    long = long_samples(run, layout, shrink(run, layout)[0])
+    assert long is not None
+    assert sequence_length(long) == LONG
+    assert long.model.sliding_window == 1000
+    assert long.model.rope_theta == run.model.rope_theta
+    images = run_of("model=vit_tiny", "data=digits", "parallelism.data=1")
+    layout = validate(images, World("cpu", 1, 1, fixed=True))
+    assert long_samples(images, layout, shrink(images, layout)[0]) is None
 
 
 def test_heads_for_eight_tensor_ranks_keep_the_run_small() -> None:

@@ -59,6 +59,12 @@ def axes(data: int = 1, tensor: int = 1, pipeline: int = 1, zero: int = 0, conte
     return [f"parallelism.{name}={size}" for name, size in sizes.items()]
 
 
+# Every token runs through every expert, which is an even router.
+MOE = [
+    "model=moe_tiny", "model.experts.ffn_hidden_size=128", "model.experts.count=12", "model.experts.top_k=12",
+]  # fmt: skip
+EXPERT = "parallelism.expert=2"
+
 CASES: dict[str, list[str]] = {
     "single": axes(),
     "single, SGD": [*axes(), "optimizer=sgd"],
@@ -103,6 +109,18 @@ CASES: dict[str, list[str]] = {
     "data 2 x tensor 2, ZeRO-1, sequence parallel": [*axes(data=2, tensor=2, zero=1), SEQUENCE, BUCKET],
     "data 2 x tensor 2, ZeRO-3": [*axes(data=2, tensor=2, zero=3), BUCKET],
     "data 2 x pipeline 2": [*axes(data=2, pipeline=2, zero=1), BUCKET],
+    "experts, single": [*axes(), *MOE],
+    "experts, tensor 2, sequence parallel, ZeRO-1, bf16": [*axes(tensor=2, zero=1), *MOE, SEQUENCE, BF16],
+    "experts over 2, data 2": [*axes(data=2), *MOE, EXPERT],
+    "experts over 2, data 2, ZeRO-2, full recomputation": [
+        *axes(data=2, zero=2), *MOE, EXPERT, FULL, BUCKET,
+    ],
+    "experts over 2, data 4, ZeRO-1": [*axes(data=4, zero=1), *MOE, EXPERT, BUCKET],
+    "experts over 2, data 4, ZeRO-1, bf16": [*axes(data=4, zero=1), *MOE, EXPERT, BF16],
+    "experts over 2, data 2 x pipeline 2": [*axes(data=2, pipeline=2, zero=1), *MOE, EXPERT, BUCKET],
+    "experts over 2, data 2 x tensor 2, sequence parallel": [
+        *axes(data=2, tensor=2), *MOE, EXPERT, SEQUENCE,
+    ],
     "tensor 2 x pipeline 2, sequence parallel": [*axes(tensor=2, pipeline=2, zero=1), SEQUENCE, BUCKET],
     "context 2": axes(context=2),
     "context 4, Llama": [*axes(context=4), LLAMA, *LONG],

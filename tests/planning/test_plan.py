@@ -306,6 +306,8 @@ class TestTraffic:
             "tensor": GroupShape(4, 4),
             "context": GroupShape(1, 1),
             "data": GroupShape(2, 2),
+            "expert": GroupShape(1, 1),
+            "expert_data": GroupShape(2, 2),
             "pipeline": GroupShape(4, 1),
         }
         found = as_json(plan_of(*LLAMA, *CLUSTER), [])["traffic"]

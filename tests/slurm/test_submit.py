@@ -77,7 +77,8 @@ def test_an_unreachable_controller_is_distinguished_from_a_refusal(cluster: Clus
     away = tmp_path / "slurm.conf"
     away.write_text("ClusterName=away\nSlurmctldHost=localhost\nSlurmctldPort=1\nMessageTimeout=1\n")
     surroundings = {"SLURM_CONF": str(away), "PATH": os.environ["PATH"]}
-    done = launcher("submit", *ON_TWO_NODES, "hardware=cpu", cwd=tmp_path, **surroundings)
+    arguments = [*ON_TWO_NODES, "hardware=cpu", "submit.preflight=false"]
+    done = launcher("submit", *arguments, cwd=tmp_path, **surroundings)
     assert done.returncode == 2
     assert "submit: Slurm does not answer: " in done.stderr
     assert "scontrol ping" in done.stderr
@@ -87,7 +88,7 @@ def test_every_promised_recipe_exists() -> None:
     assert {path.stem for path in RECIPES} == {
         "gpt2_small", "gpt2_small_dp", "gpt2_small_evaluate", "gpt2_small_sweep", "gpt2_xl_chain",
         "llama3_1_8b_continue", "llama3_70b_3d", "llama3_8b_128k", "llama3_8b_3d", "llama3_8b_tp8",
-        "llama3_8b_zero3_offload", "stdlib_gpt",
+        "llama3_8b_zero3_offload", "qwen3_8b_lora", "stdlib_gpt",
     }  # fmt: skip
 
 

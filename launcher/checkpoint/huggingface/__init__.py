@@ -7,6 +7,7 @@ from launcher.checkpoint.huggingface.gemma import GEMMA2, GEMMA3
 from launcher.checkpoint.huggingface.gpt2 import GPT2
 from launcher.checkpoint.huggingface.gpt_neox import GPT_NEOX
 from launcher.checkpoint.huggingface.llama import LLAMA, MISTRAL, OLMO2, QWEN2, QWEN3
+from launcher.checkpoint.huggingface.mixture import MIXTRAL, QWEN3_MOE
 from launcher.config.schema import ModelConfig
 
 __all__ = [
@@ -20,7 +21,7 @@ __all__ = [
 ]
 
 # A model that several can express is exported as the first of them, unless it was imported as another.
-ADAPTERS = (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, OLMO2, GEMMA2, GEMMA3, GPT_NEOX)
+ADAPTERS = (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, MIXTRAL, QWEN3_MOE, OLMO2, GEMMA2, GEMMA3, GPT_NEOX)
 
 
 def titles(conjunction: str) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 from launcher.config.errors import as_typed, value_of
 from launcher.config.schema import (
     AttentionKind,
+    ExpertsConfig,
     InputKind,
     ModelConfig,
     NormPlacement,
@@ -32,6 +33,7 @@ TEXT = {
     "attention_soft_cap": None,
     "logit_soft_cap": None,
     "embedding_scale": 1.0,
+    "experts": ExpertsConfig(),
 }
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 

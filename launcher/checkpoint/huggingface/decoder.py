@@ -12,12 +12,14 @@ from launcher.config.shape import (
     has_norm_before,
     head_size,
     kv_heads,
+    layer_has_experts,
     qkv_sizes,
     query_key_norm_sizes,
     window_of,
 )
 
 Settings = dict[str, Any]
+ExpertEntries = Callable[[ModelConfig, str, str], Iterator[Entry]]  # of their layer and our block
 SWIGLU = {"norm": NormKind.rms_norm, "positions": PositionKind.rope, "mlp": MLPKind.swiglu}
 NO_BIASES = BiasesConfig(qkv=False, output=False, up=False, down=False, head=False)
 
@@ -38,12 +40,13 @@ def decoder(
     implied: Callable[[ModelConfig], Settings] = lambda _: {},
     default_head_size: int | None = None,
     added: float = 0.0,
+    experts: ExpertEntries | None = None,
 ) -> Adapter:
     """Return the adapter of a model type with Llama's tensor names; the arguments are where it differs.
 
     `parts` are further parts, and `free` those that `read` and `write` handle. `added` is what our norm
-    weights have more than theirs. `default_head_size` is the meaning of an absent head_dim; None: the hidden
-    size over the heads.
+    weights have more than theirs. `experts` yields the router and the experts of a layer.
+    `default_head_size` is the meaning of an absent head_dim; None: the hidden size over the heads.
     """
     own_head_size = "head_size" not in derived
 
@@ -67,7 +70,7 @@ def decoder(
         defaults={**DEFAULTS, **(defaults or {})},
         fixed={"hidden_act": "silu"} if fixed is None else fixed,
         derived=derived,
-        entries=partial(entries, added=added),
+        entries=partial(entries, added=added, experts=experts),
         read=all_read,
         write=all_written,
         implied=implied,
@@ -93,8 +96,8 @@ def _head_size(theirs: Settings, default: int | None) -> int | None:
     return None if size is None or size * heads == theirs["hidden_size"] else size
 
 
-def entries(m: ModelConfig, added: float) -> Iterator[Entry]:
-    h, f = m.hidden_size, m.ffn_hidden_size
+def entries(m: ModelConfig, added: float, experts: ExpertEntries | None = None) -> Iterator[Entry]:
+    h = m.hidden_size
     yield matrix("model.embed_tokens.weight", "embedding.weight", m.vocab_size, h)
     for index in range(m.num_layers):
         layer, block = f"model.layers.{index}", f"blocks.{index}"
@@ -103,12 +106,18 @@ def entries(m: ModelConfig, added: float) -> Iterator[Entry]:
         yield from _attention(m, f"{layer}.self_attn", f"{block}.attention", added)
         yield from norms[1:2] if has_norm_before(m) else norms[:1]
         yield from norms[2:3]
-        for name, first in (("gate", 0), ("up", f)):
-            yield matrix(f"{layer}.mlp.{name}_proj.weight", f"{block}.mlp.gate_up.weight", f, h, first)
-        yield matrix(f"{layer}.mlp.down_proj.weight", f"{block}.mlp.down.weight", h, f)
+        is_sparse = experts is not None and layer_has_experts(m, index)
+        yield from experts(m, layer, block) if experts is not None and is_sparse else _mlp(m, layer, block)
         yield from norms[3:] if has_norm_before(m) else norms[1:]
     yield vector("model.norm.weight", "final_norm.weight", h, added=added)
     yield from head(m)
+
+
+def _mlp(m: ModelConfig, layer: str, block: str) -> Iterator[Entry]:
+    h, f = m.hidden_size, m.ffn_hidden_size
+    for name, first in (("gate", 0), ("up", f)):
+        yield matrix(f"{layer}.mlp.{name}_proj.weight", f"{block}.mlp.gate_up.weight", f, h, first)
+    yield matrix(f"{layer}.mlp.down_proj.weight", f"{block}.mlp.down.weight", h, f)
 
 
 def _norms(m: ModelConfig, layer: str, block: str, added: float) -> list[Entry]:

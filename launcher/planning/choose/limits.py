@@ -18,13 +18,14 @@ def parts_of(plan: Plan) -> dict[str, float]:
     time = plan.time
     if time is None:
         return {}
-    # Without context ranks there is no such part, as there was none before they could be had.
+    of_experts = {"expert communication": time.expert, "expert_data communication": time.expert_data}
     context = {"context communication": time.context} if plan.layout.context > 1 else {}
     return {
         "compute": time.compute,
         "tensor communication": time.tensor,
         **context,
         "data communication": time.data,
+        **(of_experts if plan.layout.expert > 1 else {}),
         "pipeline communication": time.pipeline,
         "bubble": time.bubble,
         "optimizer": time.optimizer,

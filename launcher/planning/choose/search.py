@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
-from math import prod
+from math import gcd, prod
 from typing import Any, TypeVar
 
 from launcher.config.errors import ConfigError, as_typed, settings
@@ -95,6 +95,8 @@ class Candidate:
     def kind(self) -> str:
         """Row label in the report: axes, ZeRO stage and offload."""
         axes = {name: getattr(self.layout, name) for name in ("pipeline", "data", "context", "tensor")}
+        if self.layout.expert > 1:
+            axes["experts"] = self.layout.expert
         used = " x ".join(name for name, size in axes.items() if size > 1) or "one rank"
         offload = ", offload" if self.run.parallelism.offload_optimizer else ""
         return f"{used}, ZeRO-{self.layout.zero_stage}{offload}"
@@ -111,7 +113,8 @@ class Candidate:
         Beside a pipeline tensor parallelism goes as far as the node (Narayanan et al., SC 2021, takeaway 1).
         """
         layout, p = self.layout, self.run.parallelism
-        axes = sum(size > 1 for size in (layout.tensor, layout.context, layout.data, layout.pipeline))
+        sizes = layout.tensor, layout.context, layout.data, layout.pipeline, layout.expert
+        axes = sum(size > 1 for size in sizes)
         recomputation = list(ActivationCheckpointing).index(p.activation_checkpointing)
         return (
             layout.zero_stage == 3, axes, layout.zero_stage, recomputation, p.sequence_parallel,
@@ -255,6 +258,7 @@ def _is_hopeless(fields: dict[str, Any]) -> bool:
         or (fields["tensor"] == 1 and fields["sequence_parallel"])
         or (fields["context"] == 1 and fields["context_method"] is not ContextMethod.ring)
         or (fields["offload_optimizer"] and fields["zero_stage"] == 0)
+        or ("expert" in fields and (fields["zero_stage"] == 3 or fields["offload_optimizer"]))
         or (fields["offload_parameters"] and not (fields["zero_stage"] == 3 and fields["offload_optimizer"]))
     )
 
@@ -274,14 +278,23 @@ def _axes(run: RunConfig, ranks: int) -> Iterator[dict[str, int]]:
                 data = ranks // (tensor * pipeline * context)
                 fits = data * tensor * pipeline * context == ranks
                 if fits and p.data in (None, data) and batch % data == 0:
-                    yield {"tensor": tensor, "pipeline": pipeline, "data": data, "context": context}
+                    axes = {"tensor": tensor, "pipeline": pipeline, "data": data, "context": context}
+                    yield from ({**axes, **shared} for shared in _expert_axes(run, data))
 
 
 def _contexts(run: RunConfig, ranks: int) -> list[int]:
     """Return the numbers of context ranks to try, of `ranks` beside tensor and pipeline ranks."""
-    if run.model.inputs is InputKind.patches:
+    if run.model.inputs is InputKind.patches or run.model.experts.count:
         return [1]
     return [size for size in divisors(ranks) if size == 1 or sequence_length(run) // size >= LEAST_TOKENS]
+
+
+def _expert_axes(run: RunConfig, data: int) -> list[dict[str, int]]:
+    """Return the numbers of data ranks that may share the experts; one rank is the default of the field."""
+    chosen, count = run.parallelism.expert, run.model.experts.count
+    if chosen > 1:
+        return [{"expert": chosen}] if data % chosen == 0 else []
+    return [{"expert": size} if size > 1 else {} for size in divisors(gcd(data, count) if count else 1)]
 
 
 def freed(run: RunConfig) -> RunConfig:

@@ -1,22 +1,32 @@
 """Operations of a transformer block."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from launcher.config.schema import ActivationCheckpointing
 from launcher.planning.cost.adapter_operations import adapted_column, adapted_row
 from launcher.planning.cost.attention_operations import attention, head_norms
-from launcher.planning.cost.layer_operations import dropout, dropped, norm, residual
+from launcher.planning.cost.expert_operations import experts
+from launcher.planning.cost.layer_operations import activation, dropout, dropped, norm, residual
 from launcher.planning.cost.operations import Operation
 from launcher.planning.cost.sizes import Sizes
 
 
 def block(s: Sizes) -> list[Operation]:
     """Return the operations from `input` to the residual sum `output`, as models/blocks.py computes it."""
+    return _block(s, _mlp)
+
+
+def sparse_block(s: Sizes) -> list[Operation]:
+    """Return the operations of a block with experts in place of the MLP."""
+    return _block(s, experts)
+
+
+def _block(s: Sizes, second: Callable[[Sizes, str], list[Operation]]) -> list[Operation]:
     attended = "input" if s.is_parallel else "residual"
     return [
         *_branch(s, "attention", "input", _attention(s, "attention_norm" if s.norm_before else "input")),
         residual(s, "residual", "input", _end(s, "attention")),
-        *_branch(s, "mlp", attended, _mlp(s, "mlp_norm" if s.norm_before else attended)),
+        *_branch(s, "mlp", attended, second(s, "mlp_norm" if s.norm_before else attended)),
         residual(s, "output", "residual", _end(s, "mlp")),
     ]
 
@@ -52,7 +62,7 @@ def _mlp(s: Sizes, x: str) -> list[Operation]:
     up = adapted_column(s, "up", x, columns * segments, target="up", segments=segments, has_bias=s.biases.up)
     return [
         *up,
-        *(_gated(s) if s.is_gated else [_gelu(s)]),
+        *activation(s, "up", "activated", s.ffn),
         *adapted_row(s, "mlp", "activated", columns, target="down", has_bias=s.biases.down),
     ]
 
@@ -63,29 +73,3 @@ def recomputed(s: Sizes, program: Sequence[Operation]) -> list[Operation]:
         return list(program)
     core = attention(s) if s.checkpointing is ActivationCheckpointing.selective else []
     return [operation for operation in program if operation in core]
-
-
-def _gelu(s: Sizes) -> Operation:
-    return Operation(
-        "activated", ("up",), s.ffn, saves=("up",), forward_bytes=2 * s.ffn, backward_bytes=3 * s.ffn
-    )
-
-
-def _gated(s: Sizes) -> list[Operation]:
-    if s.compiled:  # one kernel, which the backward pass runs again instead of keeping silu's result
-        return [
-            Operation(
-                "activated", ("up",), s.ffn, saves=("up",), gradients=(2 * s.ffn,),
-                forward_bytes=3 * s.ffn, backward_bytes=5 * s.ffn,
-            ),
-        ]  # fmt: skip
-    return [
-        Operation(
-            "gate", ("up",), s.ffn, saves=("up",), gradients=(s.ffn,), joins=True,
-            forward_bytes=2 * s.ffn, backward_bytes=7 * s.ffn,
-        ),
-        Operation(
-            "activated", ("gate", "up"), s.ffn, saves=("gate", "up"), gradients=(s.ffn, s.ffn), joins=True,
-            forward_bytes=3 * s.ffn, backward_bytes=6 * s.ffn,
-        ),
-    ]  # fmt: skip

@@ -160,8 +160,8 @@ def context_core(s: Sizes, inputs: tuple[str, ...], gradients: tuple[int, ...]) 
         scratch=max(0, forward - s.query - kept), gradients=gradients, joins=True,
         backward_scratch=max(s.fused, backward - sum(gradients)),
         forward_matmuls=(attention.product,) * 2, backward_matmuls=(attention.product,) * 5,
-        attention=attention, forward_exchange=ahead, backward_exchange=back,
-        hides_exchange=s.context_method is ContextMethod.ring,
+        attention=attention, forward_context=ahead, backward_context=back,
+        hides_context=s.context_method is ContextMethod.ring,
         forward_bytes=3 * passes * s.query + 4 * part.scores, backward_bytes=4 * passes * s.query,
         kernels=8 * part.pairs,
     )  # fmt: skip

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from launcher.config.layout import GroupName, Layout
 from launcher.config.schema import RunConfig
 from launcher.planning.cost.buffers import BufferSizes
-from launcher.planning.cost.geometry import Rank, block_parameters
+from launcher.planning.cost.geometry import Rank, block_parameters, parameters_of_block
 from launcher.planning.cost.measured_rates import AnyRates
 from launcher.planning.cost.operations import BYTES, Collective, CollectiveKind
 from launcher.planning.cost.pass_time import PartTimes
@@ -66,7 +66,7 @@ def _simulated(
     buffers, element = BufferSizes.of(run), BYTES[run.precision.dtype]
     partitions, offloads = layout.zero_stage == 3, run.parallelism.offload_parameters
     block = block_parameters(rank.model, rank.tensor)
-    block += 0 if rank.trains_whole_model else rank.trained_of_block
+    block += 0 if rank.trains_whole_model else rank.trained_of_block(False)
     at_once = max(buffers.prefetch_bucket, block // MODULE_CALLS)
 
     def gather(elements: int) -> float:
@@ -82,23 +82,25 @@ def _simulated(
     def reduction(elements: int) -> float:
         return rates.collective(Collective(kind, element * elements), data)
 
-    ends = rank.parameters - block * rank.blocks
+    held = [_block_size(rank, has_experts) for has_experts in rank.kinds]
+    ends = rank.parameters - sum(held)
     embedding = min(ends, rank.parameters_of_embedding)
-    of_block, of_embedding = gather(block), gather(embedding)
-    trained = rank.trained_of_block
+    of_embedding = gather(embedding)
     reduced_ends = (embedding, ends - embedding) if rank.trains_whole_model else (0, 0)
     # The weights that the forward pass used last are still there for the backward pass.
     kept = min(rank.blocks, buffers.max_live // block)
     host = 0.0 if not partitions else rates.zero_3_block_s
-    forward, backward = (
-        max(part.total, host * share) for part, share in zip(times.block, (1 / 3, 2 / 3), strict=True)
-    )
     layers = [
         Layer(times.embedding[0].total, times.embedding[1].total, reduced_ends[0], of_embedding, of_embedding)
     ]
-    for index in range(rank.blocks):
+    for index, has_experts in enumerate(rank.kinds):
+        passes = times.sparse if has_experts else times.dense
+        forward, backward = (
+            max(part.total, host * share) for part, share in zip(passes, (1 / 3, 2 / 3), strict=True)
+        )
+        of_block = gather(held[index])
         again = 0.0 if index >= rank.blocks - kept else of_block
-        layers.append(Layer(forward, backward, trained, of_block, again))
+        layers.append(Layer(forward, backward, rank.trained_of_block(has_experts), of_block, again))
     head = times.head
     layers.append(Layer(head[0].total, head[1].total, reduced_ends[1], gather(ends - embedding)))
     ahead = max(1, buffers.max_live // block if MODULE_CALLS * buffers.prefetch_bucket >= block else 1)
@@ -108,3 +110,9 @@ def _simulated(
     waiting = end - sum(layer.forward + layer.backward for layer in layers)
     batches = layout.accumulation
     return Exchange(max(0.0, waiting) * batches, max(0.0, link - waiting) * batches)
+
+
+def _block_size(rank: Rank, has_experts: bool) -> int:
+    """Return the parameters of a block with its adapters."""
+    size = parameters_of_block(rank.model, rank.tensor, has_experts, rank.expert)
+    return size + (0 if rank.trains_whole_model else rank.trained_of_block(has_experts))

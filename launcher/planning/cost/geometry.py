@@ -12,6 +12,7 @@ from launcher.config.shape import (
     has_norm_after,
     has_norm_before,
     is_gated,
+    layer_has_experts,
     lora_segments,
     output_size,
     position_count,
@@ -30,6 +31,7 @@ class Weight:
     is_matrix: bool  # matrices get weight decay, vectors do not
     module: int  # parameters of one module are gathered together under ZeRO-3
     is_trained: bool = True  # with adapters (LoRA) only theirs are
+    is_shared: bool = False  # experts of which each rank of the expert group holds a part
 
 
 @dataclass(frozen=True)
@@ -57,9 +59,10 @@ class Chunk:
     blocks: int
     has_embedding: bool
     has_head: bool
+    kinds: tuple[bool, ...]  # of each block, whether it has experts
 
 
-RankKind = tuple[tuple[int, bool, bool], ...]  # per stage: blocks, has embedding, has head
+RankKind = tuple[tuple[tuple[bool, ...], bool, bool], ...]  # per stage: kinds, has embedding, has head
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,7 @@ class Rank:
     outputs: int  # logits per position of a tensor rank, padding included
     is_flat: bool  # no pipeline: one module holds all layers
     adapters: Adapters = NO_ADAPTERS
+    expert: int = 1  # ranks that share the experts
 
     @property
     def blocks(self) -> int:
@@ -123,11 +127,21 @@ class Rank:
     def trained_parameters(self) -> int:
         return sum(weight.numel for weight in self.trained)
 
-    @property
-    def trained_of_block(self) -> int:
-        """Parameters of a block that the optimizer updates."""
+    @cached_property
+    def kinds(self) -> list[bool]:
+        """Of each block in order, whether it has experts."""
+        return [has_experts for chunk in self.chunks for has_experts in chunk.kinds]
+
+    @cached_property
+    def trained_of_blocks(self) -> list[int]:
+        """Parameters of each block that the optimizer updates."""
+        by_kind = {has_experts: self.trained_of_block(has_experts) for has_experts in set(self.kinds)}
+        return [by_kind[has_experts] for has_experts in self.kinds]
+
+    def trained_of_block(self, has_experts: bool) -> int:
+        """Return the parameters of a block that the optimizer updates."""
         if self.trains_whole_model:
-            return block_parameters(self.model, self.tensor)
+            return parameters_of_block(self.model, self.tensor, has_experts, self.expert)
         modules = adapter_weights(self.model, self.tensor, self.adapters)
         return sum(numel for module in modules for numel, _ in module)
 
@@ -162,41 +176,73 @@ class Rank:
 
     @cached_property
     def groups(self) -> tuple[tuple[int, ...], ...]:
-        """Sizes of the optimizer's parameter groups: matrices, then vectors; empty groups are left out."""
-        matrices = tuple(weight.numel for weight in self.trained if weight.is_matrix)
-        vectors = tuple(weight.numel for weight in self.trained if not weight.is_matrix)
+        """Sizes of the optimizer's parameter groups without shared experts: matrices, then vectors.
+
+        Empty groups are left out.
+        """
+        weights = [weight for weight in self.trained if not weight.is_shared]
+        matrices = tuple(weight.numel for weight in weights if weight.is_matrix)
+        vectors = tuple(weight.numel for weight in weights if not weight.is_matrix)
         return tuple(group for group in (matrices, vectors) if group)
+
+    @cached_property
+    def expert_groups(self) -> tuple[tuple[int, ...], ...]:
+        """Sizes of the optimizer's group of experts that ranks share; empty if there are none."""
+        shared = tuple(weight.numel for weight in self.trained if weight.is_shared)
+        return (shared,) if shared else ()
+
+    @property
+    def shared_parameters(self) -> int:
+        """Trained parameters of experts that ranks share, on this rank."""
+        return sum(sum(group) for group in self.expert_groups)
 
 
 def kind_of(rank: Rank) -> RankKind:
     """Return a key that ranks share if they hold and compute the same."""
-    return tuple((chunk.blocks, chunk.has_embedding, chunk.has_head) for chunk in rank.chunks)
+    return tuple((chunk.kinds, chunk.has_embedding, chunk.has_head) for chunk in rank.chunks)
 
 
 def pipeline_ranks(run: RunConfig, layout: Layout) -> tuple[Rank, ...]:
     """Return every pipeline rank, with the weights of tensor rank 0."""
     multiple = vocabulary_multiple(run, layout.device)
     outputs = padded_length(output_size(run.model), layout.tensor, multiple) // layout.tensor
-    model = replace(run.model, biases=replace(run.model.biases))
+    model = replace(run.model, biases=replace(run.model.biases), experts=replace(run.model.experts))
     arguments = layout.pipeline, layout.stages_per_rank, layout.tensor, outputs
-    return _ranks(model, *arguments, Adapters.of(run))
+    return _ranks(model, *arguments, Adapters.of(run), layout.expert)
 
 
 @cache
 def _ranks(
-    model: ModelConfig, pipeline: int, stages_per_rank: int, tensor: int, outputs: int, adapters: Adapters
+    model: ModelConfig,
+    pipeline: int,
+    stages_per_rank: int,
+    tensor: int,
+    outputs: int,
+    adapters: Adapters,
+    expert: int,
 ) -> tuple[Rank, ...]:
     """Return the pipeline ranks. `model` is the key of a cache, so callers must not change it."""
     stages = pipeline * stages_per_rank
     dealt = blocks_of_stages(model.num_layers, stages)
+    kinds = [layer_has_experts(model, layer) for layer in range(model.num_layers)]
+    starts = [sum(dealt[:index]) for index in range(stages)]
     chunks = [
-        Chunk(sum(dealt[:index]), blocks, has_embedding=index == 0, has_head=index == stages - 1)
-        for index, blocks in enumerate(dealt)
+        Chunk(start, blocks, index == 0, index == stages - 1, tuple(kinds[start : start + blocks]))
+        for index, (start, blocks) in enumerate(zip(starts, dealt, strict=True))
     ]
     # DualPipeV's V: out through the first half of the stages, back through the second.
     back = chunks[:0] if stages_per_rank == 1 else chunks[::-1]
     return tuple(
-        Rank(rank, (chunks[rank], *back[rank : rank + 1]), model, tensor, outputs, pipeline == 1, adapters)
+        Rank(
+            rank,
+            (chunks[rank], *back[rank : rank + 1]),
+            model,
+            tensor,
+            outputs,
+            pipeline == 1,
+            adapters,
+            expert,
+        )
         for rank in range(pipeline)
     )
 
@@ -210,8 +256,10 @@ def blocks_of_stages(num_layers: int, stages: int) -> list[int]:
 Module = list[tuple[int, bool]]  # the weights of a module on a tensor rank: numel, is a matrix
 
 
-def block_weights(model: ModelConfig, tensor: int) -> list[Module]:
-    """Return the modules of a block in order: attention and MLP, each between its norms."""
+def block_weights(
+    model: ModelConfig, tensor: int, *, has_experts: bool = False, expert: int = 1
+) -> list[Module]:
+    """Return the modules of a block in order: attention and MLP or experts, each between its norms."""
     h, f, biases = model.hidden_size, model.ffn_hidden_size // tensor, model.biases
     qkv, query = sum(qkv_sizes(model)) // tensor, qkv_sizes(model)[0] // tensor
     up = 2 * f if is_gated(model) else f
@@ -220,7 +268,19 @@ def block_weights(model: ModelConfig, tensor: int) -> list[Module]:
     attention = [_linear(qkv * h, qkv, biases.qkv), *_head_norms(model, tensor)]
     attention.append(_linear(query * h, h, biases.output))
     mlp = [_linear(up * h, up, biases.up), _linear(f * h, h, biases.down)]
+    if has_experts:
+        mlp = _expert_weights(model, tensor, expert)
     return [*before, *attention, *after, *before, *mlp, *after]
+
+
+def _expert_weights(model: ModelConfig, tensor: int, expert: int) -> list[Module]:
+    """Return the experts, the router inside them, and the shared experts."""
+    e, h = model.experts, model.hidden_size
+    up, down = ((2 if is_gated(model) else 1) * e.ffn_hidden_size // tensor, e.ffn_hidden_size // tensor)
+    held = e.count // expert
+    experts = [(held * up * h, True), (held * down * h, True)]
+    shared = [[(e.shared * up * h, True)], [(e.shared * down * h, True)]] if e.shared else []
+    return [experts, [(e.count * h, True)], *shared]
 
 
 def _head_norms(model: ModelConfig, tensor: int) -> list[Module]:
@@ -238,7 +298,17 @@ def _linear(matrix: int, bias: int, has_bias: bool) -> Module:
 
 
 def block_parameters(model: ModelConfig, tensor: int) -> int:
-    return sum(numel for module in block_weights(model, tensor) for numel, _ in module)
+    """Return the parameters of the block that has most, on a tensor rank."""
+    return max(parameters_of_block(model, tensor, has_experts) for has_experts in _kinds(model))
+
+
+def _kinds(model: ModelConfig) -> set[bool]:
+    return {layer_has_experts(model, layer) for layer in range(model.num_layers)}
+
+
+def parameters_of_block(model: ModelConfig, tensor: int, has_experts: bool, expert: int = 1) -> int:
+    modules = block_weights(model, tensor, has_experts=has_experts, expert=expert)
+    return sum(numel for module in modules for numel, _ in module)
 
 
 def adapter_weights(model: ModelConfig, tensor: int, adapters: Adapters) -> list[Module]:
@@ -269,13 +339,21 @@ def embedding_weights(model: ModelConfig, outputs: int) -> list[Module]:
 
 def _weights(rank: Rank) -> Iterator[Weight]:
     model, trains_all = rank.model, rank.trains_whole_model
-    base, adapters = block_weights(model, rank.tensor), adapter_weights(model, rank.tensor, rank.adapters)
+    adapters = adapter_weights(model, rank.tensor, rank.adapters)
+    base = {
+        kind: block_weights(model, rank.tensor, has_experts=kind, expert=rank.expert)
+        for kind in (False, True)
+    }
     modules: list[tuple[Module, bool]] = []  # with whether it is trained
+    shared: set[int] = set()  # places of the experts in `modules`
     for chunk in rank.chunks:
         if chunk.has_embedding:
             modules += [(module, trains_all) for module in embedding_weights(model, rank.outputs)]
-        block = [(module, trains_all) for module in base] + [(module, True) for module in adapters]
-        modules += block * chunk.blocks
+        for has_experts in chunk.kinds:
+            if has_experts and rank.expert > 1:
+                shared.add(len(modules) + _place_of_experts(model))
+            modules += [(module, trains_all) for module in base[has_experts]]
+            modules += [(module, True) for module in adapters]
         if chunk.has_head:
             modules.append((_norm(model), trains_all))
             if not rank.shares_tied_weight:
@@ -283,4 +361,10 @@ def _weights(rank: Rank) -> Iterator[Weight]:
                 modules.append((_linear(matrix, rank.outputs, model.biases.head), trains_all))
     for index, (module, is_trained) in enumerate(modules):
         for numel, is_matrix in module:
-            yield Weight(numel, is_matrix, index, is_trained)
+            yield Weight(numel, is_matrix, index, is_trained, index in shared)
+
+
+def _place_of_experts(model: ModelConfig) -> int:
+    """Return the place of the experts among the modules of a block with experts."""
+    before, after = has_norm_before(model), has_norm_after(model)
+    return 2 * before + 2 + len(query_key_norm_sizes(model)) + after

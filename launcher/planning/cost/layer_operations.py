@@ -87,6 +87,30 @@ def row(s: Sizes, name: str, x: str, inputs: int, *, has_bias: bool) -> Operatio
     )  # fmt: skip
 
 
+def activation(s: Sizes, x: str, name: str, size: int) -> list[Operation]:
+    """Return the activation of the first projection `x` of an MLP; `size` is the bytes of its output."""
+    if not s.is_gated:
+        return [Operation(name, (x,), size, saves=(x,), forward_bytes=2 * size, backward_bytes=3 * size)]
+    if s.compiled:  # one kernel, which the backward pass runs again instead of keeping silu's result
+        return [
+            Operation(
+                name, (x,), size, saves=(x,), gradients=(2 * size,),
+                forward_bytes=3 * size, backward_bytes=5 * size,
+            ),
+        ]  # fmt: skip
+    gate = name.replace("activated", "gate")
+    return [
+        Operation(
+            gate, (x,), size, saves=(x,), gradients=(size,), joins=True,
+            forward_bytes=2 * size, backward_bytes=7 * size,
+        ),
+        Operation(
+            name, (gate, x), size, saves=(gate, x), gradients=(size, size), joins=True,
+            forward_bytes=3 * size, backward_bytes=6 * size,
+        ),
+    ]  # fmt: skip
+
+
 def dropout(s: Sizes, x: str) -> list[Operation]:
     if s.dropout == 0.0:
         return []

@@ -73,7 +73,7 @@ class CalibratedRates:
         """Return seconds from measurements with this number of ranks, or the nearest number measured."""
         if group.ranks == 1:
             return 0.0
-        # In an all-to-all each rank sends as much as it sends in an all-gather of this size.
+        # An all-to-all, which calibration does not measure, sends as much as an all-gather of its size.
         wanted = "all_gather" if collective.kind == "all_to_all" else collective.kind
         measured = [(ranks, curve) for kind, ranks, curve in self.collectives if kind == wanted]
         curves = [(abs(ranks - group.ranks), curve) for ranks, curve in measured]

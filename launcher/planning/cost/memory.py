@@ -158,34 +158,48 @@ class _Flat(_Flow):
     """A step without a pipeline: one micro-batch at a time."""
 
     def moments(self) -> Iterator[_Moment]:
-        embedding, block, head = self.parts.embedding, self.parts.block, self.parts.head
-        blocks, size = self.rank.blocks, self.sizes
-        rank = self.rank
+        embedding, head = self.parts.embedding, self.parts.head
+        rank, size = self.rank, self.sizes
+        blocks = [part.footprint for part in self.parts.blocks(rank.chunks[0])]
         vocabulary = size.vocabulary * size.hidden_size
         # A tied weight is accumulated once: the head's gradient waits for the embedding's gradient.
         tied = vocabulary * size.element if rank.shares_tied_weight and rank.trains_whole_model else 0
         first = size.boundaries + embedding.footprint.saved
-        body = first + blocks * block.footprint.saved
+        body = first + sum(block.saved for block in blocks)
         saved = body + head.footprint.saved
-        of_block = rank.trained_of_block
+        of_blocks = rank.trained_of_blocks
         of_embedding = rank.parameters_of_embedding if rank.trains_whole_model else 0
-        of_head = rank.trained_parameters - of_embedding - blocks * of_block
-        yield self.forward("forward pass", body - block.footprint.saved + block.footprint.forward)
+        of_head = rank.trained_parameters - of_embedding - sum(of_blocks)
+        kept = first
+        for block, after in zip(blocks, [*blocks[1:], None], strict=True):
+            if after is not block:  # of alike blocks the last is the fullest
+                yield self.forward("forward pass", kept + block.forward)
+            kept += block.saved
         yield self.forward("loss", body + head.footprint.forward)
         yield self.first_backward("backward pass, head", saved + head.footprint.backward)
         yield self.backward("backward pass, head", saved + head.footprint.later)
-        last_block = body + block.footprint.backward + tied
-        yield self.backward("backward pass, last block", last_block, of_head, soon=of_block)
-        yield from self._attention("last block", body + tied, of_head, of_block)
         if self.states.bucket is not None:
-            yield self._reduction(of_head, of_block, tied)
-        first_block = first + block.footprint.saved + block.footprint.backward + tied
-        done = of_head + of_block * (blocks - 1)
-        yield self.backward("backward pass, first block", first_block, done, soon=of_block)
-        yield from self._attention("first block", first + block.footprint.saved + tied, done, of_block)
+            yield self._reduction(of_head, -(-sum(of_blocks) // len(of_blocks)), tied)
+        yield from self._backward_of_blocks(blocks, body, of_head, tied)
         end = first + embedding.footprint.backward + 2 * tied
-        yield self.backward("backward pass, embedding", end, of_head + of_block * blocks)
+        yield self.backward("backward pass, embedding", end, of_head + sum(of_blocks))
         yield from self.after()
+
+    def _backward_of_blocks(
+        self, blocks: list[Footprint], kept: int, done: int, tied: int
+    ) -> Iterator[_Moment]:
+        """Yield the moments of the backward pass from the last block to the first."""
+        last, are_alike = len(blocks) - 1, len(set(blocks)) == 1
+        for index in range(last, -1, -1):
+            block, weights = blocks[index], self.rank.trained_of_blocks[index]
+            name = {last: "last block", 0: "first block"}.get(index, "a block between")
+            if index in (0, last) or not are_alike:
+                held = kept + block.backward + tied
+                # A block with experts is fullest before any of its weights has a gradient.
+                soon = 0 if self.rank.kinds[index] else weights
+                yield self.backward(f"backward pass, {name}", held, done, soon=soon)
+                yield from self._attention(name, kept + tied, done, weights)
+            kept, done = kept - block.saved, done + weights
 
     def _reduction(self, of_head: int, of_block: int, tied: int) -> _Moment:
         """Return the moment when the first bucket of gradients is full; blocks that filled it are freed."""
@@ -215,7 +229,8 @@ class _Pipelined(_Flow):
         held = sum(self._saved(chunk) * count for chunk, count in enumerate(flight)) + buffers
         for chunk, stage in enumerate(self.rank.chunks):
             saved = self._saved(chunk)
-            block = self.parts.block.footprint
+            blocks = self.parts.blocks(stage)
+            block = max((part.footprint for part in blocks), key=lambda part: part.backward)
             others = held - saved
             inputs = saved - sum(part.footprint.saved * count for part, count in self.parts.of(stage))
             body = saved - (self.parts.head.footprint.saved if stage.has_head else 0)
@@ -227,9 +242,8 @@ class _Pipelined(_Flow):
                 ends.insert(0, ("head", others + saved, head))
             for place, kept, end in ends:
                 yield from self._backward(f"backward pass, {place}", kept, end, one_less=kept - saved)
-            of_block = self.rank.trained_of_block
-            of_head = self._of_head(stage)
-            yield from self._attention("last block", others + body, of_head, of_block)
+            of_last = self.rank.trained_of_block(stage.kinds[-1])
+            yield from self._attention("last block", others + body, self._of_head(stage), of_last)
             if stage.has_embedding:
                 embedding = self.parts.embedding.footprint
                 kept = others + inputs + embedding.saved
@@ -240,7 +254,7 @@ class _Pipelined(_Flow):
         """Return the elements whose gradients exist before those of the last block of a stage."""
         if not (stage.has_head and self.rank.trains_whole_model):
             return 0
-        ends = self.rank.trained_parameters - self.rank.blocks * self.rank.trained_of_block
+        ends = self.rank.trained_parameters - sum(self.rank.trained_of_blocks)
         return ends - self.rank.parameters_of_embedding
 
     @property

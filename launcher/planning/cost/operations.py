@@ -18,7 +18,10 @@ CollectiveKind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_a
 
 @dataclass(frozen=True)
 class Collective:
-    """A collective; `size` is the bytes of the tensor reduced or exchanged, or of the whole gathered."""
+    """A collective; `size` is the bytes of the tensor reduced, or of the whole gathered or scattered.
+
+    Of an all-to-all it is the bytes of a rank's tensor, of which each rank gets an equal part.
+    """
 
     kind: CollectiveKind
     size: int
@@ -94,9 +97,11 @@ class Operation:
     forward_traffic: tuple[Collective, ...] = ()
     backward_traffic: tuple[Collective, ...] = ()
     overlapped_traffic: tuple[Collective, ...] = ()  # backward, overlapped with the weight's product
-    forward_exchange: tuple[Collective, ...] = ()  # over the context group; the others over the tensor group
+    forward_exchange: tuple[Collective, ...] = ()  # over the expert group
     backward_exchange: tuple[Collective, ...] = ()
-    hides_exchange: bool = False  # sends run while the operation computes
+    forward_context: tuple[Collective, ...] = ()  # over the context group
+    backward_context: tuple[Collective, ...] = ()
+    hides_context: bool = False  # sends to context ranks run while the operation computes
     forward_bytes: int = 0  # read and written by memory-bound kernels
     backward_bytes: int = 0
     kernels: int = 1  # launched in the forward pass

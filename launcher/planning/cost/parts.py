@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 
-from launcher.planning.cost.block_operations import block, recomputed
+from launcher.planning.cost.block_operations import block, recomputed, sparse_block
 from launcher.planning.cost.end_operations import embedding, head
 from launcher.planning.cost.geometry import Chunk
 from launcher.planning.cost.operations import Collective, Matmul, Operation, run_again
@@ -46,34 +46,60 @@ class ModelPart:
 
     @cached_property
     def exchange(self) -> Counter[Collective]:
-        """Collectives over the context group, forward and backward."""
+        """Collectives over the expert group, forward and backward."""
         calls = [call for operation in self.program + self.again for call in operation.forward_exchange]
         return Counter(calls + [call for operation in self.program for call in operation.backward_exchange])
+
+    @cached_property
+    def context(self) -> Counter[Collective]:
+        """Collectives over the context group, forward and backward."""
+        calls = [call for operation in self.program + self.again for call in operation.forward_context]
+        return Counter(calls + [call for operation in self.program for call in operation.backward_context])
 
 
 @dataclass(frozen=True)
 class ModelParts:
-    """The three parts of a model; all blocks are alike."""
+    """The parts of a model; blocks with experts are alike, and so are blocks without."""
 
     embedding: ModelPart
-    block: ModelPart
+    dense: ModelPart  # a block without experts
+    sparse: ModelPart  # a block with experts; without experts in the model as `dense`
     head: ModelPart
+
+    @property
+    def block(self) -> ModelPart:
+        """Return the block that does most."""
+        return self.sparse
+
+    def block_of(self, has_experts: bool) -> ModelPart:
+        return self.sparse if has_experts else self.dense
+
+    def blocks(self, chunk: Chunk) -> list[ModelPart]:
+        """Return the blocks of a stage in order."""
+        return [self.block_of(has_experts) for has_experts in chunk.kinds]
 
     def of(self, chunk: Chunk) -> list[tuple[ModelPart, int]]:
         """Return the parts of a stage and their numbers, in forward order."""
         ends = int(chunk.has_embedding), int(chunk.has_head)
-        counts = [(self.embedding, ends[0]), (self.block, chunk.blocks), (self.head, ends[1])]
+        sparse = sum(chunk.kinds)
+        counts = [(self.embedding, ends[0]), (self.dense, chunk.blocks - sparse)]
+        counts += [(self.sparse, sparse), (self.head, ends[1])]
         return [(part, count) for part, count in counts if count]
 
 
 @cache
 def parts(s: Sizes) -> ModelParts:
-    blocks = block(s)
+    dense = _block_part(s, block(s))
     return ModelParts(
         _part(embedding(s), [], s.samples),
-        _part(blocks, recomputed(s, blocks), s.stretch),
+        dense,
+        _block_part(s, sparse_block(s)) if s.experts.count else dense,
         _part(head(s), [], s.stretch),
     )
+
+
+def _block_part(s: Sizes, program: Sequence[Operation]) -> ModelPart:
+    return _part(program, recomputed(s, program), s.stretch)
 
 
 def _part(program: Sequence[Operation], dropped: Sequence[Operation], input_size: int) -> ModelPart:
@@ -91,8 +117,13 @@ def traffic(counted_parts: Iterable[tuple[ModelPart, int]]) -> Counter[Collectiv
 
 
 def exchange(counted_parts: Iterable[tuple[ModelPart, int]]) -> Counter[Collective]:
-    """Return the collectives over the context group for a micro-batch."""
+    """Return the collectives over the expert group for a micro-batch."""
     return _total((part.exchange, count) for part, count in counted_parts)
+
+
+def of_context(counted_parts: Iterable[tuple[ModelPart, int]]) -> Counter[Collective]:
+    """Return the collectives over the context group for a micro-batch."""
+    return _total((part.context, count) for part, count in counted_parts)
 
 
 def _total(counted: Iterable[tuple[Counter[Collective], int]]) -> Counter[Collective]:

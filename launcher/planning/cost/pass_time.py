@@ -10,6 +10,8 @@ from launcher.planning.cost.parts import ModelPart, parts
 from launcher.planning.cost.sizes import Sizes
 from launcher.planning.cost.traffic import GroupShape
 
+ALONE = GroupShape(1, 1)
+
 
 @dataclass(frozen=True)
 class PassTime:
@@ -19,12 +21,13 @@ class PassTime:
     waiting: float = 0.0  # for tensor ranks
     hidden: float = 0.0  # of collectives over tensor ranks that run while the rank computes
     host: float = 0.0  # to start the operations, beside the device
+    exchanging: float = 0.0  # rows of tokens with the ranks that share the experts
     context: float = 0.0  # waiting for context ranks
     context_hidden: float = 0.0  # of their exchanges that run while the rank computes
 
     @property
     def total(self) -> float:
-        return self.compute + self.waiting + self.context
+        return self.compute + self.waiting + self.exchanging + self.context
 
     def __add__(self, other: "PassTime") -> "PassTime":
         pairs = zip(astuple(self), astuple(other), strict=True)
@@ -39,12 +42,20 @@ def scaled(seconds: PassTime, scale: float) -> PassTime:
     return replace(seconds, compute=seconds.compute * scale)
 
 
+def exchanging(
+    seconds: PassTime, calls: Sequence[Collective], rates: AnyRates, expert: GroupShape
+) -> PassTime:
+    """Return the time of a pass with its collectives over the expert group."""
+    return replace(seconds, exchanging=sum(rates.collective(call, expert) for call in calls))
+
+
 @dataclass(frozen=True)
 class PartTimes:
     """Forward and backward pass of a micro-batch, for each part of a model."""
 
     embedding: tuple[PassTime, PassTime]
-    block: tuple[PassTime, PassTime]
+    dense: tuple[PassTime, PassTime]  # a block without experts
+    sparse: tuple[PassTime, PassTime]  # a block with experts
     head: tuple[PassTime, PassTime]
     overhead: float  # of a micro-batch in any stage
 
@@ -58,18 +69,24 @@ class PassGroups:
 
 
 @cache
-def part_times(sizes: Sizes, rates: AnyRates, groups: PassGroups) -> PartTimes:
+def part_times(sizes: Sizes, rates: AnyRates, groups: PassGroups, expert: GroupShape = ALONE) -> PartTimes:
     model = parts(sizes)
     scale = rates.scale(model.block.flops)
 
     def both(part: ModelPart) -> tuple[PassTime, PassTime]:
         # Only blocks are compiled, and their norms and activations are slow where they are not.
-        compiled = sizes.compiled or part is not model.block
+        compiled = sizes.compiled or part in (model.embedding, model.head)
         forward = forward_pass(part.program, rates, groups, compiled=compiled)
         backward = backward_pass(part, rates, groups, compiled=compiled)
-        return scaled(forward, scale), scaled(backward, scale)
+        sent = [call for operation in part.program for call in operation.forward_exchange]
+        again = [call for operation in part.again for call in operation.forward_exchange]
+        back = again + [call for operation in part.program for call in operation.backward_exchange]
+        forward, backward = scaled(forward, scale), scaled(backward, scale)
+        return exchanging(forward, sent, rates, expert), exchanging(backward, back, rates, expert)
 
-    return PartTimes(both(model.embedding), both(model.block), both(model.head), rates.micro_batch_s)
+    dense = both(model.dense)
+    sparse = dense if model.sparse is model.dense else both(model.sparse)
+    return PartTimes(both(model.embedding), dense, sparse, both(model.head), rates.micro_batch_s)
 
 
 def forward_pass(
@@ -78,7 +95,7 @@ def forward_pass(
     compute = waiting = context = hidden = 0.0
     for operation in operations:
         products = sum(_products(operation.forward_matmuls, operation, rates))
-        waits, beside = _exchange(operation, operation.forward_exchange, products, rates, groups.context)
+        waits, beside = _context(operation, operation.forward_context, products, rates, groups.context)
         context, hidden = context + waits, hidden + beside
         compute += products
         compute += rates.pointwise(operation.forward_bytes, operation.kernels, compiled=compiled)
@@ -89,7 +106,7 @@ def forward_pass(
     return PassTime(compute, waiting, 0.0, host, context, hidden)
 
 
-def _exchange(
+def _context(
     operation: Operation, calls: Sequence[Collective], products: float, rates: AnyRates, group: GroupShape
 ) -> tuple[float, float]:
     """Return seconds of exchanges with context ranks: waited for, and hidden behind `products` seconds.
@@ -98,7 +115,7 @@ def _exchange(
     1 / ranks of the products hides nothing.
     """
     seconds = sum(rates.passing_on(call, group) for call in calls)
-    if not (operation.hides_exchange and rates.overlaps):
+    if not (operation.hides_context and rates.overlaps):
         return seconds, 0.0
     beside = min(seconds, products * (1 - 1 / group.ranks))
     return seconds - beside, beside
@@ -115,8 +132,8 @@ def backward_pass(part: ModelPart, rates: AnyRates, groups: PassGroups, *, compi
     for operation in part.program:
         products = _products(operation.backward_matmuls, operation, rates)
         compute += sum(products)
-        exchange = operation.backward_exchange
-        waits, beside = _exchange(operation, exchange, sum(products), rates, groups.context)
+        calls = operation.backward_context
+        waits, beside = _context(operation, calls, sum(products), rates, groups.context)
         context, context_hidden = context + waits, context_hidden + beside
         compute += rates.pointwise(operation.backward_bytes, 2 * operation.kernels, compiled=compiled)
         waiting += sum(

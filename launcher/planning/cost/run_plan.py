@@ -4,11 +4,11 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 
-from launcher.config.layout import GROUPS, GroupName, Layout
+from launcher.config.layout import EXPERT_GROUPS, GROUPS, GroupName, Layout
 from launcher.config.schema import RunConfig
 from launcher.config.shape import sequence_length
 from launcher.config.world import World
-from launcher.models.arithmetic import mfu, parameters, step_flops
+from launcher.models.arithmetic import active_parameters, mfu, parameters, step_flops
 from launcher.planning.cost.geometry import pipeline_ranks
 from launcher.planning.cost.measured_rates import rates_of
 from launcher.planning.cost.memory import Memory, rank_memory
@@ -93,6 +93,11 @@ class Plan:
         return parameters(self.run.model)
 
     @property
+    def active_parameters(self) -> int:
+        """Parameters that compute a token."""
+        return active_parameters(self.run.model)
+
+    @property
     def tokens(self) -> int:
         return self.run.training.global_batch_size * sequence_length(self.run)
 
@@ -128,7 +133,8 @@ def make_plan(
     for rank in ranks:
         executed = sum(flops(model.of(chunk)) for chunk in rank.chunks) * layout.accumulation
         stages.append(StagePlan(rank.blocks, rank.parameters, executed, rank_memory(run, layout, rank)))
-    for group in GROUPS:
+    used = [group for group in GROUPS if layout.expert > 1 or group not in EXPERT_GROUPS]
+    for group in used:
         of_ranks = [GroupTraffic(groups[group], TRAFFIC[group](run, layout, rank)) for rank in ranks]
         traffic[group] = max(of_ranks, key=lambda traffic: traffic.sent)
     rates = rates_of(run.hardware, run.precision.dtype, layout.world_size, shares)

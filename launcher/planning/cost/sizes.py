@@ -14,6 +14,7 @@ from launcher.config.schema import (
     BiasesConfig,
     ContextMethod,
     Dtype,
+    ExpertsConfig,
     InputKind,
     NormKind,
     PositionKind,
@@ -79,6 +80,9 @@ class Sizes:
     masks_documents: bool
     is_causal: bool  # attention that skips the scores of later tokens; a mask of documents does not
     compiled: bool  # the blocks, by torch.compile
+    experts: ExpertsConfig
+    expert: int = 1  # ranks that share the experts
+    imbalance: float = 1.0  # rows that the experts of a rank receive, over the mean of the ranks
     adapters: Adapters = NO_ADAPTERS
     context: int = 1  # ranks that share each sequence
     context_method: ContextMethod = ContextMethod.ring
@@ -123,6 +127,9 @@ class Sizes:
             masks_documents=run.data.document_attention,
             is_causal=m.attention is AttentionKind.causal and not run.data.document_attention,
             compiled=is_compiled(run, device),
+            experts=replace(m.experts),
+            expert=p.expert,
+            imbalance=run.plan.expert_imbalance,
             adapters=Adapters.of(run),
             context=p.context,
             context_method=p.context_method,

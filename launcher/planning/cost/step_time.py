@@ -12,6 +12,7 @@ from launcher.planning.cost.operations import Collective
 from launcher.planning.cost.optimizer_time import optimizer_seconds
 from launcher.planning.cost.pass_time import PartTimes, PassGroups, PassTime, part_times
 from launcher.planning.cost.sizes import Sizes
+from launcher.planning.cost.traffic import expert_data_traffic
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class StepTime:
     context: float  # waiting for context ranks
     data: float  # waiting for data ranks
     pipeline: float  # sending to other stages
+    expert: float  # exchanging rows with the ranks that share the experts
+    expert_data: float  # waiting for the ranks that hold the same experts
     bubble: float  # idle while the pipeline fills and drains, or waits for slower stages
     optimizer: float
     tensor_hidden: float  # of the slowest rank's collectives, behind its computation
@@ -49,7 +52,8 @@ class StepTime:
 
     @property
     def communication(self) -> float:
-        return self.tensor + self.context + self.data + self.pipeline
+        within = self.tensor + self.context + self.expert
+        return within + self.data + self.pipeline + self.expert_data
 
     @property
     def total(self) -> float:
@@ -62,7 +66,7 @@ def step_time(
     """Return the time of the slowest pipeline rank, with its waits for the other ranks."""
     kinds = {kind_of(rank): rank for rank in reversed(ranks)}
     sizes = Sizes.of(run, layout.device)
-    times = part_times(sizes, rates, PassGroups(groups["tensor"], groups["context"]))
+    times = part_times(sizes, rates, PassGroups(groups["tensor"], groups["context"]), groups["expert"])
     send = 0.0
     if layout.pipeline > 1:
         send = rates.collective(Collective("send", sizes.stretch), groups["pipeline"])
@@ -84,7 +88,9 @@ def step_time(
     taking_turns = compute * (rates.crowding - 1)
     update = rates.crowding * max(optimizer_seconds(run, layout, other, rates) for other in kinds.values())
     host = _host(layout, rank, rates, work.host)
-    device = compute + work.waiting + work.context + data.waiting + pipeline + rates.step_s + update
+    of_experts = max(_expert_data(run, layout, other, rates, groups) for other in kinds.values())
+    communicating = work.waiting + work.context + work.exchanging + data.waiting + of_experts + pipeline
+    device = compute + communicating + rates.step_s + update
     back = [stages[1] for stages in reversed(by_rank)] if layout.stages_per_rank == 2 else []
     return StepTime(
         compute=compute + taking_turns + max(0.0, host - device),
@@ -92,6 +98,8 @@ def step_time(
         context=work.context,
         data=data.waiting,
         pipeline=pipeline,
+        expert=work.exchanging,
+        expert_data=of_experts,
         bubble=max(0.0, _bubble(layout, busy, by_rank) - taking_turns),
         optimizer=rates.step_s + update,
         tensor_hidden=work.hidden,
@@ -99,6 +107,12 @@ def step_time(
         data_hidden=data.hidden,
         stages=(*(stages[0] for stages in by_rank), *back),
     )
+
+
+def _expert_data(run: RunConfig, layout: Layout, rank: Rank, rates: AnyRates, groups: Groups) -> float:
+    """Return the seconds of the reduction of the gradients of experts that ranks share."""
+    calls = expert_data_traffic(run, layout, rank).items()
+    return sum(rates.collective(call, groups["expert_data"]) * count for call, count in calls)
 
 
 def _host(layout: Layout, rank: Rank, rates: AnyRates, starting: float) -> float:
@@ -130,8 +144,12 @@ def _bubble(layout: Layout, busy: Sequence[float], by_rank: Sequence[Sequence[St
 def stage_time(times: PartTimes, chunk: Chunk, send: float) -> StageTime:
     """Return the time of a stage; `send` is the seconds to send an activation to the next stage."""
     # Most of the overhead is DeepSpeed's work around the backward pass.
-    forward = times.block[0].times(chunk.blocks)
-    backward = times.block[1].times(chunk.blocks) + PassTime(times.overhead)
+    sparse = sum(chunk.kinds)
+    forward, backward = (
+        dense.times(chunk.blocks - sparse) + other.times(sparse)
+        for dense, other in zip(times.dense, times.sparse, strict=True)
+    )
+    backward = backward + PassTime(times.overhead)
     for (ahead, back), is_here in ((times.embedding, chunk.has_embedding), (times.head, chunk.has_head)):
         if is_here:
             forward, backward = forward + ahead, backward + back

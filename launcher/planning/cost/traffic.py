@@ -8,7 +8,7 @@ from launcher.config.schema import RunConfig
 from launcher.planning.cost.buffers import BufferSizes
 from launcher.planning.cost.geometry import Rank
 from launcher.planning.cost.operations import BOOL, BYTES, FP32, Collective
-from launcher.planning.cost.parts import exchange, parts, traffic
+from launcher.planning.cost.parts import exchange, of_context, parts, traffic
 from launcher.planning.cost.sizes import Sizes
 from launcher.planning.cost.zero_states import padded, uses_bf16_optimizer
 
@@ -36,7 +36,12 @@ def group_shapes(layout: Layout, ranks_per_node: int) -> dict[GroupName, GroupSh
     context = _shape(layout.context, layout.tensor, ranks_per_node)
     data = _shape(layout.gradient_ranks, layout.tensor, ranks_per_node)
     neighbours = _shape(layout.pipeline, layout.tensor * layout.gradient_ranks, ranks_per_node)
-    return {"tensor": tensor, "context": context, "data": data, "pipeline": neighbours}
+    expert = _shape(layout.expert, layout.tensor, ranks_per_node)
+    expert_data = _shape(layout.data // layout.expert, layout.tensor * layout.expert, ranks_per_node)
+    return {
+        "tensor": tensor, "context": context, "data": data, "expert": expert, "expert_data": expert_data,
+        "pipeline": neighbours,
+    }  # fmt: skip
 
 
 def _shape(ranks: int, stride: int, ranks_per_node: int) -> GroupShape:
@@ -58,7 +63,7 @@ def context_traffic(run: RunConfig, layout: Layout, rank: Rank) -> Counter[Colle
         return Counter()
     sizes = Sizes.of(run, layout.device)
     model = parts(sizes)
-    micro_batch = sum((exchange(model.of(chunk)) for chunk in rank.chunks), Counter[Collective]())
+    micro_batch = sum((of_context(model.of(chunk)) for chunk in rank.chunks), Counter[Collective]())
     if sizes.masks_documents:
         # Every stage, also each of the two of a rank, learns where documents end.
         micro_batch[Collective("all_gather", sizes.tokens * layout.context * BOOL)] += len(rank.chunks)
@@ -95,16 +100,30 @@ def tied_traffic(run: RunConfig, layout: Layout, rank: Rank) -> Collective | Non
 
 def data_traffic(run: RunConfig, layout: Layout, rank: Rank) -> Counter[Collective]:
     """Return the collectives over the data group in a step: gradients, and weights that are partitioned."""
+    if layout.zero_stage == 3 and layout.gradient_ranks > 1:
+        return _zero_3(run, layout, rank)
+    total = rank.trained_parameters - rank.shared_parameters
+    return _of_gradients(run, layout, rank.groups, total, layout.gradient_ranks)
+
+
+def expert_data_traffic(run: RunConfig, layout: Layout, rank: Rank) -> Counter[Collective]:
+    """Return the collectives in a step over the data ranks that hold the same experts."""
+    holders = layout.data // layout.expert
+    return _of_gradients(run, layout, rank.expert_groups, rank.shared_parameters, holders)
+
+
+def _of_gradients(
+    run: RunConfig, layout: Layout, sizes: tuple[tuple[int, ...], ...], total: int, ranks: int
+) -> Counter[Collective]:
+    """Return the collectives over `ranks` that hold the parameter groups `sizes`, under ZeRO-0 to 2."""
     sent: Counter[Collective] = Counter()
-    if layout.gradient_ranks == 1:
+    if ranks == 1 or not total:
         return sent
-    element, total = BYTES[run.precision.dtype], rank.trained_parameters
-    groups = [padded(sum(group), 2 * layout.gradient_ranks) for group in rank.groups]
+    element = BYTES[run.precision.dtype]
+    groups = [padded(sum(group), 2 * ranks) for group in sizes]
     if layout.zero_stage == 0:
         sent[Collective("all_reduce", FP32 * total)] += 1
         return sent
-    if layout.zero_stage == 3:
-        return _zero_3(run, layout, rank)
     if layout.zero_stage == 2:
         # Reduced in every micro-batch, because a rank keeps only its partition.
         sent[Collective("all_reduce", element * total)] += layout.accumulation
@@ -114,6 +133,15 @@ def data_traffic(run: RunConfig, layout: Layout, rank: Rank) -> Counter[Collecti
     for group in groups:
         sent[Collective("all_gather", element * group)] += 1
     return sent
+
+
+def expert_traffic(run: RunConfig, layout: Layout, rank: Rank) -> Counter[Collective]:
+    """Return the collectives over the expert group in a step: rows of tokens, of an even router."""
+    if layout.expert == 1:
+        return Counter()
+    model = parts(Sizes.of(run, layout.device))
+    micro_batch = sum((exchange(model.of(chunk)) for chunk in rank.chunks), Counter[Collective]())
+    return Counter({collective: count * layout.accumulation for collective, count in micro_batch.items()})
 
 
 def _zero_3(run: RunConfig, layout: Layout, rank: Rank) -> Counter[Collective]:
@@ -145,5 +173,7 @@ TRAFFIC = {
     "tensor": tensor_traffic,
     "context": context_traffic,
     "data": data_traffic,
+    "expert": expert_traffic,
+    "expert_data": expert_data_traffic,
     "pipeline": pipeline_traffic,
 }

@@ -90,7 +90,9 @@ def checkpoint_bytes(run: RunConfig, layout: Layout, rank: Rank) -> int:
     """Return the bytes of this rank's fp32 copy in host memory, from a save until it is on the disk."""
     if not run.checkpoint.enabled:
         return 0
-    written = -(-rank.trained_of_its_own // layout.gradient_ranks)
+    shared = rank.shared_parameters
+    written = -(-(rank.trained_of_its_own - shared) // layout.gradient_ranks)
+    written += -(-shared // (layout.gradient_ranks // layout.expert))
     copied = written * FP32 * (1 + state_count(run.optimizer))
     return copied if run.checkpoint.asynchronous else min(copied, int(run.checkpoint.max_file_gb * 1e9))
 
@@ -112,10 +114,13 @@ class _Ledger:
         self.total = rank.trained_parameters
         # Frozen weights (LoRA) are in the model's precision, without gradients and states.
         self.frozen = rank.parameters - rank.trained_parameters
-        # DeepSpeed pads each group to a multiple of two elements per data rank.
-        self.flat = sum(padded(sum(group), 2 * data) for group in rank.groups)
-        self.share = self.flat // data
-        self.largest_share = max(padded(sum(group), 2 * data) // data for group in rank.groups)
+        # DeepSpeed pads each group to a multiple of two elements per data rank that holds it.
+        holders = data // layout.expert
+        shares = [(padded(sum(group), 2 * data), data) for group in rank.groups]
+        shares += [(padded(sum(group), 2 * holders), holders) for group in rank.expert_groups]
+        self.flat = sum(flat for flat, _ in shares)
+        self.share = sum(flat // ranks for flat, ranks in shares)
+        self.largest_share = max(flat // ranks for flat, ranks in shares)
         self.bucket = self.buffers.reduce_bucket
         self.never_filled = max(0, self.bucket - self.total)  # elements of the bucket
 
@@ -309,7 +314,9 @@ class _Ledger:
 
     def _whole_in_partition(self) -> int:
         """Return the elements of all weights in a rank's partition; gradients are kept whole."""
-        return _most_touched(self.rank.groups, self.layout.gradient_ranks)
+        holders = self.layout.gradient_ranks // self.layout.expert
+        touched = _most_touched(self.rank.groups, self.layout.gradient_ranks)
+        return touched + (_most_touched(self.rank.expert_groups, holders) if self.rank.expert_groups else 0)
 
 
 def reduced_at_first(rank: Rank, bucket: int) -> int:

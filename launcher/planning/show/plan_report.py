@@ -5,6 +5,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from launcher.config.layout import GroupName
+from launcher.config.shape import has_experts
 from launcher.models.arithmetic import adapter_parameters
 from launcher.planning.choose.changes import Change
 from launcher.planning.choose.limits import (
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
 def print_plan(plan: Plan, changes: list[Change], traced: list[dict[str, Any]] | None = None) -> None:
     of_adapters = adapter_parameters(plan.run)
     trained = f" and {count(of_adapters)} of adapters, which are trained" if of_adapters else ""
-    print(f"model    {count(plan.parameters)} parameters{trained}, {count(plan.model_flops)} FLOPs a step")
+    active = f", {count(plan.active_parameters)} active" if has_experts(plan.run.model) else ""
+    sizes = f"{count(plan.parameters)} parameters{active}{trained}"
+    print(f"model    {sizes}, {count(plan.model_flops)} FLOPs a step")
     for note in plan.layout.notes:
         print(f"note     {note}")
     print(f"layout   {plan.layout.describe()}")
@@ -162,7 +165,11 @@ def as_json(plan: Plan, changes: list[Change]) -> dict[str, Any]:
     time, p = plan.time, plan.run.parallelism
     days = _planned_tokens(plan) / plan.tokens_per_s / DAY if plan.tokens_per_s is not None else None
     return {
-        "model": {"parameters": plan.parameters, "flops_per_step": plan.model_flops},
+        "model": {
+            "parameters": plan.parameters,
+            "active_parameters": plan.active_parameters,
+            "flops_per_step": plan.model_flops,
+        },
         "layout": {
             **asdict(plan.layout),
             "world_size": plan.layout.world_size,

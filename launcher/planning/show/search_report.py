@@ -79,8 +79,9 @@ def _columns(title: str, *more: str) -> "Table":
 def _row(candidate: Candidate) -> list[str]:
     layout, p = candidate.layout, candidate.run.parallelism
     context = f" ({p.context} {p.context_method.name})" if p.context > 1 else ""
+    experts = f" (experts {layout.expert})" if layout.expert > 1 else ""
     return [
-        f"{layout.pipeline} x {layout.data}{context} x {layout.tensor}",
+        f"{layout.pipeline} x {layout.data}{context}{experts} x {layout.tensor}",
         str(layout.zero_stage),
         str(candidate.run.training.micro_batch_size),
         p.activation_checkpointing.name,

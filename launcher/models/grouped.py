@@ -1,0 +1,173 @@
+"""Tokens sorted by expert, and products of each expert with its own stretch of them.
+
+N tokens run through k experts each: N k rows, sorted by expert. E experts.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from launcher.parallel.mesh import Axis
+
+
+@dataclass(frozen=True)
+class Order:
+    """The order of the rows: `rows[i]` is the place of sorted row i among the N k rows of all tokens."""
+
+    rows: Tensor  # (N k,)
+    places: Tensor  # (N k,), the inverse
+    sizes: list[int]  # rows of each expert
+    top_k: int
+
+
+def sorted_by_expert(chosen: Tensor, count: int) -> Order:
+    """Return the order of the rows of chosen experts (N, k)."""
+    experts = chosen.flatten()
+    rows = experts.argsort(stable=True)
+    places = torch.empty_like(rows)
+    places[rows] = torch.arange(len(rows), device=rows.device)
+    return Order(rows, places, rows_of_each(experts, count), chosen.shape[-1])
+
+
+def rows_of_each(experts: Tensor, count: int) -> list[int]:
+    """Return the number of rows of each expert, on the host: on a GPU this waits for the router."""
+    return torch.bincount(experts, minlength=count).tolist()
+
+
+def spread(tokens: Tensor, order: Order) -> Tensor:
+    """Return a row for each expert of each token, sorted by expert: (N, H) -> (N k, H)."""
+    return _Spread.apply(tokens, order)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def collect(y: Tensor, weights: Tensor, order: Order) -> Tensor:
+    """Return the weighted sum over the experts of each token: (N k, H), (N, k) -> (N, H)."""
+    by_token = _Unsort.apply(y, order).unflatten(0, (-1, order.top_k))  # type: ignore[no-untyped-call]
+    return torch.bmm(weights.to(y.dtype).unsqueeze(1), by_token).squeeze(1)
+
+
+def unsorted(y: Tensor, order: Order) -> Tensor:
+    """Return sorted rows in the order that they had before: (N k, H) -> the same."""
+    return _Unsort.apply(y, order)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def grouped_linear(x: Tensor, weights: Tensor, order: Order) -> Tensor:
+    """Return each sorted row times the weight of its expert: (N k, in), (E, out, in) -> (N k, out).
+
+    An expert without rows multiplies nothing, and its weight gets a gradient of zeros.
+    """
+    return _GroupedLinear.apply(x, weights, order.sizes)  # type: ignore[no-any-return,no-untyped-call]
+
+
+class _Spread(torch.autograd.Function):
+    """Copies each token to its places. Backward gathers and adds in a fixed order, unlike index_add."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, order: Order) -> Tensor:
+        ctx.save_for_backward(order.places)
+        ctx.top_k = order.top_k
+        return tokens[order.rows // order.top_k]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        [places] = ctx.saved_tensors
+        return gradient[places].unflatten(0, (-1, ctx.top_k)).sum(1), None
+
+
+class _Unsort(torch.autograd.Function):
+    """Brings sorted rows back into the order of the tokens. Backward sorts the gradient's rows."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, order: Order) -> Tensor:
+        ctx.save_for_backward(order.rows)
+        return y[order.places]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        [rows] = ctx.saved_tensors
+        return gradient[rows], None
+
+
+class _GroupedLinear(torch.autograd.Function):
+    """A product for each expert, written into its stretch of one result: nothing is joined afterwards."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weights: Tensor, sizes: list[int]) -> Tensor:
+        ctx.save_for_backward(x, weights)
+        ctx.sizes = sizes
+        y = x.new_empty(len(x), weights.shape[1])
+        for expert, rows in _stretches(sizes):
+            torch.mm(x[rows], weights[expert].t(), out=y[rows])
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weights = ctx.saved_tensors
+        of_x, of_weights = torch.empty_like(x), torch.empty_like(weights)
+        for expert, rows in _stretches(ctx.sizes):
+            torch.mm(gradient[rows], weights[expert], out=of_x[rows])
+            torch.mm(gradient[rows].t(), x[rows], out=of_weights[expert])  # zeros without rows
+        return of_x, of_weights, None
+
+
+def _stretches(sizes: list[int]) -> Iterator[tuple[int, slice]]:
+    """Yield each expert and its stretch of the sorted rows."""
+    start = 0
+    for expert, size in enumerate(sizes):
+        yield expert, slice(start, start + size)
+        start += size
+
+
+def exchanged_rows(order: Order, count: int, axis: Axis, device: torch.device) -> "Exchange":
+    """Return how the sorted rows of all ranks of the axis reach the ranks of their experts.
+
+    Each rank holds count / axis.size experts, in order. Collective over the axis: an all-to-all of the
+    numbers of rows. A rank without rows takes part in all collectives.
+    """
+    sent = torch.tensor(order.sizes, dtype=torch.int64, device=device)
+    received = torch.empty_like(sent)
+    dist.all_to_all_single(received, sent, group=axis.group)
+    by_source = received.view(axis.size, -1)
+    experts = torch.arange(by_source.shape[1], device=device).repeat(axis.size)
+    experts = experts.repeat_interleave(received)
+    received_sizes: list[int] = by_source.sum(1).tolist()
+    sent_sizes: list[int] = sent.view(axis.size, -1).sum(1).tolist()
+    return Exchange(axis, sent_sizes, received_sizes, sorted_by_expert(experts[:, None], count // axis.size))
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Rows that this rank sends to each rank of the axis, and receives from it."""
+
+    axis: Axis
+    sent: list[int]
+    received: list[int]
+    order: Order  # of the received rows by expert of this rank
+
+    def there(self, rows: Tensor) -> Tensor:
+        """Return the rows of this rank's experts, by source: all-to-all forward, its reverse backward."""
+        return _AllToAll.apply(rows, self.sent, self.received, self.axis)  # type: ignore[no-any-return,no-untyped-call]
+
+    def back(self, rows: Tensor) -> Tensor:
+        """Return the rows of this rank's tokens by expert: all-to-all forward, its reverse backward."""
+        return _AllToAll.apply(rows, self.received, self.sent, self.axis)  # type: ignore[no-any-return,no-untyped-call]
+
+
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, sent: list[int], received: list[int], axis: Axis) -> Tensor:
+        ctx.sent, ctx.received, ctx.axis = sent, received, axis
+        return _all_to_all(rows, sent, received, axis)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        return _all_to_all(gradient, ctx.received, ctx.sent, ctx.axis), None, None, None
+
+
+def _all_to_all(rows: Tensor, sent: list[int], received: list[int], axis: Axis) -> Tensor:
+    result = rows.new_empty(sum(received), rows.shape[1])
+    dist.all_to_all_single(result, rows.contiguous(), received, sent, group=axis.group)
+    return result

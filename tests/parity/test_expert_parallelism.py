@@ -1,0 +1,60 @@
+"""Verify with experts shared by data ranks: expert-parallel layouts agree with the one-process reference."""
+
+from itertools import product
+
+import pytest
+
+from tests.parity.running import passes, plain_sgd_pass, run_pass, small_run, worst
+from tests.parity.test_experts import OTHER_PARTS, SEQUENCE, alike_tokens
+
+__all__ = ["alike_tokens"]
+
+MOE = ["model=moe_tiny", "model.experts.count=8"]
+LAYOUTS = {
+    "expert 2, ZeRO-0": ["parallelism.data=2", "parallelism.expert=2"],
+    "expert 2, sequence, ZeRO-1, other parts": [
+        *OTHER_PARTS, *SEQUENCE, "parallelism.data=2", "parallelism.expert=2", "parallelism.zero_stage=1",
+    ],
+    "expert 2 of data 4, ZeRO-2": [
+        "parallelism.data=4", "parallelism.expert=2", "parallelism.zero_stage=2",
+    ],
+    "expert 2, pipeline, recomputed": [
+        "parallelism.data=2", "parallelism.expert=2", "parallelism.pipeline=2",
+        "parallelism.activation_checkpointing=full",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_agree_with_the_reference(layout: str) -> None:
+    run = small_run(*MOE, *LAYOUTS[layout])
+    assert run.parallelism.expert == 2
+    result = plain_sgd_pass(run)
+    assert result.ok, (result.diagnosis, worst(result))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("expert", "tensor", "pipeline", "zero_stage"), [*product((2, 4), (1, 2), (1, 2), (0, 1, 2))]
+)
+def test_every_layout_agrees_with_the_reference(
+    expert: int, tensor: int, pipeline: int, zero_stage: int
+) -> None:
+    if (pipeline > 1 and zero_stage > 1) or expert * tensor * pipeline > 8:
+        return
+    layout = [f"parallelism.expert={expert}", f"parallelism.tensor={tensor}", f"parallelism.data={expert}"]
+    layout += [f"parallelism.pipeline={pipeline}", f"parallelism.zero_stage={zero_stage}"]
+    sequence = SEQUENCE[1:] if tensor > 1 and zero_stage % 2 == 0 else []
+    run = small_run(*MOE, *layout, *sequence, *(OTHER_PARTS if pipeline == tensor else []))
+    for title, variant, plain_sgd in passes(run):
+        result = run_pass(title, variant, plain_sgd)
+        assert result.ok, (title, result.diagnosis, worst(result))
+
+
+@pytest.mark.usefixtures("alike_tokens")
+@pytest.mark.parametrize("zero_stage", [0, 1])
+def test_a_router_that_sends_all_tokens_to_the_experts_of_one_rank(zero_stage: int) -> None:
+    """Ranks without tokens take part in every collective, and no number is a NaN."""
+    layout = ["parallelism.data=2", "parallelism.expert=2", f"parallelism.zero_stage={zero_stage}"]
+    result = plain_sgd_pass(small_run(*MOE, "model.experts.top_k=1", *layout))
+    assert result.ok, (result.diagnosis, worst(result))
