@@ -18,6 +18,7 @@ def named_layouts(ranks: int, experts: int = 0) -> dict[str, AxisSizes]:
     half = ranks // 2
     layouts: dict[str, AxisSizes]
     layouts = {"single": {}, "dp": {"data": ranks}, "tp": {"tensor": ranks}, "pp": {"pipeline": ranks}}
+    layouts["cp"] = {"context": ranks}
     layouts |= {f"zero{stage}": {"data": ranks, "zero_stage": stage} for stage in (1, 2, 3)}
     if ranks % 2 == 0 and half > 1:
         layouts |= {"dp_tp": {"data": half, "tensor": 2}, "dp_pp": {"data": half, "pipeline": 2}}
@@ -56,7 +57,11 @@ def in_layout(run: RunConfig, sizes: AxisSizes, world: World) -> RunConfig:
     kept, hardware = run.parallelism, run.hardware
     splits_sequence = kept.sequence_parallel and sizes.get("tensor", 1) > 1
     recomputed = kept.activation_checkpointing
-    parallelism = ParallelismConfig(sequence_parallel=splits_sequence, activation_checkpointing=recomputed)
+    parallelism = ParallelismConfig(
+        sequence_parallel=splits_sequence,
+        activation_checkpointing=recomputed,
+        context_method=kept.context_method,
+    )
     parallelism = replace(parallelism, **{"data": 1, **sizes})  # type: ignore[arg-type]
     if world.device == "cpu":
         # Only the rates of ranks that had one core each, also for a single rank.

@@ -10,6 +10,7 @@ from launcher.config.output_files import FIGURE_TITLE
 PART_COLOURS = {
     "compute": "#4c72b0",
     "tensor": "#c44e52",
+    "context": "#da8bc3",
     "data": "#dd8452",
     "expert": "#da8bc3",
     "expert_data": "#937860",

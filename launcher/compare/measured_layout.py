@@ -48,7 +48,12 @@ def measure_layout(run: RunConfig, layout: Layout, *, steps: int) -> MeasuredLay
 def combined(layout: Layout, ranks: list["RankRecord"]) -> MeasuredLayout:
     """Combine the records of all ranks. Pure."""
     busiest = max(ranks, key=lambda rank: median(parts["compute"] for parts in rank.parts))
-    sizes = {"tensor": layout.tensor, "data": layout.data, "pipeline": layout.pipeline}
+    sizes = {
+        "tensor": layout.tensor,
+        "context": layout.context,
+        "data": layout.gradient_ranks,
+        "pipeline": layout.pipeline,
+    }
     if layout.expert > 1:
         sizes |= {"expert": layout.expert, "expert_data": layout.data // layout.expert}
     return MeasuredLayout(

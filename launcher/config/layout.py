@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from launcher.config import shape
+from launcher.config.context_rules import check_context_on_nodes
 from launcher.config.errors import ConfigError, refusal, settings
 from launcher.config.schema import Dtype, RunConfig
 from launcher.config.world import World
@@ -12,18 +13,19 @@ from launcher.text import plural
 
 # Groups of ranks that communicate with each other. expert: data ranks that together hold all experts once;
 # expert_data: data ranks that hold the same experts. Without expert parallelism neither of the two is used.
-GroupName = Literal["tensor", "data", "expert", "expert_data", "pipeline"]
-GROUPS: tuple[GroupName, ...] = ("tensor", "data", "expert", "expert_data", "pipeline")
+GroupName = Literal["tensor", "context", "data", "expert", "expert_data", "pipeline"]
+GROUPS: tuple[GroupName, ...] = ("tensor", "context", "data", "expert", "expert_data", "pipeline")
 EXPERT_GROUPS: tuple[GroupName, ...] = ("expert", "expert_data")
 STEP_PARTS = ("compute", *GROUPS, "optimizer")  # seconds of a step by part; for a group, the wait for it
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The resolved layout of a run, without `null` and `auto`: world size = pipeline x data x tensor.
+    """The resolved layout of a run, without `null` and `auto`.
 
-    `zero_stage` is the stage that DeepSpeed gets; `compiled` says whether torch.compile compiles the blocks;
-    `notes` tell the user what differs from the config.
+    World size = pipeline x data x context x tensor. A data rank reads samples of its own, which its context
+    ranks share. `zero_stage` is the stage that DeepSpeed gets; `compiled` says whether torch.compile compiles
+    the blocks; `notes` tell the user what differs from the config.
     """
 
     pipeline: int
@@ -35,16 +37,24 @@ class Layout:
     stages_per_rank: int = 1  # pipeline stages; 2 under DualPipeV
     notes: tuple[str, ...] = ()
     compiled: bool = False
+    context: int = 1  # ranks that share each sequence
     expert: int = 1  # data-parallel ranks that share the experts, part of `data`
 
     @property
     def world_size(self) -> int:
-        return self.pipeline * self.data * self.tensor
+        return self.pipeline * self.gradient_ranks * self.tensor
+
+    @property
+    def gradient_ranks(self) -> int:
+        """Ranks with a copy of the same weights: DeepSpeed's data group, over which gradients are reduced."""
+        return self.data * self.context
 
     def describe(self) -> str:
         schedule = " (DualPipeV)" if self.stages_per_rank == 2 else ""
+        context = f" x {self.context} context" if self.context > 1 else ""
         experts = f" (experts over {self.expert})" if self.expert > 1 else ""
-        axes = f"{self.pipeline} pipeline{schedule} x {self.data} data{experts} x {self.tensor} tensor"
+        data = f"{self.data} data{experts}{context}"
+        axes = f"{self.pipeline} pipeline{schedule} x {data} x {self.tensor} tensor"
         ranks = plural(self.world_size, f"{self.device} rank")
         batches = plural(self.accumulation, "micro-batch", "es")
         return f"{ranks} = {axes}, ZeRO-{self.zero_stage}, {batches} per step and data rank"
@@ -70,6 +80,7 @@ def resolve_layout(run: RunConfig, world: World) -> Layout:
         data = _data_in_world(run, world.ranks if world.fixed else run.hardware.nodes * world.ranks_per_node)
     else:
         data, sharing = _data_on_this_machine(run, world)
+    check_context_on_nodes(run, world)
     zero_stage, substitution = effective_zero_stage(run)
     return Layout(
         pipeline=run.parallelism.pipeline,
@@ -81,6 +92,7 @@ def resolve_layout(run: RunConfig, world: World) -> Layout:
         stages_per_rank=shape.stages_per_rank(run),
         notes=tuple(note for note in (sharing, substitution) if note),
         compiled=is_compiled(run, world.device),
+        context=run.parallelism.context,
         expert=_expert(run, data),
     )
 
@@ -117,7 +129,7 @@ def effective_zero_stage(run: RunConfig) -> tuple[int, str | None]:
 
 def _data_in_world(run: RunConfig, world: int) -> int:
     p = run.parallelism
-    copy = p.tensor * p.pipeline
+    copy = ranks_of_a_sample(run)
 
     def data_beside(size: int) -> int | None:
         return world // size if world % size == 0 and p.data in (None, world // size) else None
@@ -134,11 +146,21 @@ def _data_in_world(run: RunConfig, world: int) -> int:
     return data
 
 
+def ranks_of_a_sample(run: RunConfig) -> int:
+    """Return the ranks of each data rank: a copy of the model for each of its context ranks."""
+    p = run.parallelism
+    return p.tensor * p.pipeline * p.context
+
+
 def _not_a_multiple(run: RunConfig, ranks: str, *remedies: str) -> ConfigError:
     p = run.parallelism
     axis = "parallelism.tensor" if p.tensor > 1 else "parallelism.pipeline"
-    product = f"tensor {p.tensor} x pipeline {p.pipeline} = {p.tensor * p.pipeline} ranks"
-    return refusal(run, axis, f"{ranks} not a multiple of {product}, one copy of the model", *remedies)
+    product, copies = f"tensor {p.tensor} x pipeline {p.pipeline}", "one copy of the model"
+    if p.context > 1:
+        axis = "parallelism.context" if p.context >= max(p.tensor, p.pipeline) else axis
+        product, copies = f"{product} x context {p.context}", "a copy of the model for each context rank"
+    why = f"{ranks} not a multiple of {product} = {ranks_of_a_sample(run)} ranks, {copies}"
+    return refusal(run, axis, why, *remedies)
 
 
 def check_machine(run: RunConfig, world: World) -> None:
@@ -157,7 +179,7 @@ def check_machine(run: RunConfig, world: World) -> None:
 
 def _data_on_this_machine(run: RunConfig, world: World) -> tuple[int, str | None]:
     h, p = run.hardware, run.parallelism
-    copy, here = p.tensor * p.pipeline, world.ranks_per_node
+    copy, here = ranks_of_a_sample(run), world.ranks_per_node
     if world.device == "cpu" and h.accelerators_per_node is None:
         most = max(1, here // copy)
         data = p.data or max((size for size in range(1, most + 1) if _divides_batch(run, size)), default=1)
@@ -171,7 +193,7 @@ def _data_on_this_machine(run: RunConfig, world: World) -> tuple[int, str | None
 
 def _data_on_accelerators(run: RunConfig, available: int, device: str) -> int:
     p = run.parallelism
-    copy, here = p.tensor * p.pipeline, plural(available, "GPU" if device == "cuda" else "CPU rank")
+    copy, here = ranks_of_a_sample(run), plural(available, "GPU" if device == "cuda" else "CPU rank")
     wanted = copy * (p.data or 1)
     if wanted <= available and (p.data is not None or available % copy == 0):
         return p.data or available // copy
@@ -183,11 +205,12 @@ def _data_on_accelerators(run: RunConfig, available: int, device: str) -> int:
     fewer = [size for size in range(1, available // copy + 1) if _divides_batch(run, size)]
     remedies = [*settings("parallelism.data", fewer[-1:]), *_other_splits(run, data_beside)]
     one_rank = "parallelism.tensor=1 parallelism.pipeline=1 parallelism.data=1"
+    one_rank += " parallelism.context=1" if p.context > 1 else ""
     if wanted <= available:
         raise _not_a_multiple(run, f"the {here} here are", *(remedies or [one_rank]))
     remedies += [f"hardware.accelerators_per_node={wanted}"] if device == "cpu" else []
     why = f"{_product(run)}, more than the {here} here"
-    axes = {"tensor": p.tensor, "pipeline": p.pipeline, "data": p.data or 1}
+    axes = {"tensor": p.tensor, "pipeline": p.pipeline, "data": p.data or 1, "context": p.context}
     largest = max(axes, key=lambda axis: axes[axis])
     raise refusal(run, f"parallelism.{largest}", why, *(remedies or [one_rank]))
 
@@ -203,11 +226,20 @@ def _other_splits(run: RunConfig, data_beside: Callable[[int], int | None]) -> l
         data = data_beside(size)
         return data is not None and _divides_batch(run, data)
 
-    tensor = [size for size in shape.legal_tensor_sizes(run) if size != p.tensor and works(size * p.pipeline)]
-    pipeline = [
-        size for size in shape.legal_pipeline_sizes(run) if size != p.pipeline and works(p.tensor * size)
+    tensor = [
+        size
+        for size in shape.legal_tensor_sizes(run)
+        if size != p.tensor and p.context == 1 and works(size * p.pipeline)
     ]
+    pipeline = [
+        size
+        for size in shape.legal_pipeline_sizes(run)
+        if size != p.pipeline and works(p.tensor * size * p.context)
+    ]
+    # Of the divisors of a size that splits sequences and heads, each splits them too.
+    context = [size for size in shape.divisors(p.context)[:-1] if works(p.tensor * p.pipeline * size)]
     return [
+        *settings("parallelism.context", context[-1:]),
         *settings("parallelism.tensor", shape.nearest(tensor, p.tensor, 1)),
         *settings("parallelism.pipeline", shape.nearest(pipeline, p.pipeline, 1)),
     ]
@@ -225,8 +257,9 @@ def _is_enough(run: RunConfig, at_once: int) -> bool:
 
 def _product(run: RunConfig) -> str:
     p = run.parallelism
-    ranks = plural(p.pipeline * (p.data or 1) * p.tensor, "rank")
-    return f"pipeline {p.pipeline} x data {p.data or 1} x tensor {p.tensor} = {ranks}"
+    ranks = plural(ranks_of_a_sample(run) * (p.data or 1), "rank")
+    context = f" x context {p.context}" if p.context > 1 else ""
+    return f"pipeline {p.pipeline} x data {p.data or 1}{context} x tensor {p.tensor} = {ranks}"
 
 
 def _accumulation(run: RunConfig, data: int, *, fewer_ranks_possible: bool) -> int:

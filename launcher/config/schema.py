@@ -102,6 +102,19 @@ class ActivationCheckpointing(Enum):
     full = "full"
 
 
+class ContextMethod(Enum):
+    """How context-parallel ranks, which each hold a part of every sequence, attend to the whole of it.
+
+    ring: keys and values travel from rank to rank while the scores of the last ones are computed (arXiv
+    2310.01889). gather: every rank gathers all keys and values. ulysses: all-to-alls exchange parts of the
+    sequence for heads and back (arXiv 2309.14509).
+    """
+
+    ring = "ring"
+    gather = "gather"
+    ulysses = "ulysses"
+
+
 class Dtype(Enum):
     fp32 = "fp32"
     bf16 = "bf16"
@@ -289,7 +302,10 @@ class ModelConfig:
 class ParallelismConfig:
     tensor: int = 1
     pipeline: int = 1
-    data: Optional[int] = None  # null: world size / (tensor x pipeline)
+    data: Optional[int] = None  # null: world size / (tensor x pipeline x context)
+    # Ranks that share each sequence: a rank holds the activations of 1/context of its tokens.
+    context: int = 1
+    context_method: ContextMethod = ContextMethod.ring
     expert: int = 1  # data-parallel ranks that share the experts of each layer, each with a part of them
     zero_stage: int = 0
     sequence_parallel: bool = False

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 
 from launcher.config import numbers, shape
 from launcher.config.attention_rules import check_rotary, check_window
+from launcher.config.context_rules import check_context
 from launcher.config.deepspeed_keys import check_passthrough
 from launcher.config.errors import (
     ConfigError,
@@ -149,7 +150,7 @@ def validate_compare(config: ComparedRunConfig) -> None:
     check_paths(config)
     if config.compare.ranks == 1:
         raise refusal(config, "compare.ranks", "must be at least 2", "compare.ranks=2", "compare.ranks=4")
-    for name in ("data", "tensor", "pipeline", "zero_stage", "auto"):
+    for name in ("data", "context", "tensor", "pipeline", "zero_stage", "auto"):
         default = 1 if name == "data" else getattr(ParallelismConfig(), name)
         if getattr(config.parallelism, name) != default:
             why = "`launcher compare` takes the layouts from compare.layouts"
@@ -592,6 +593,7 @@ RULES: tuple[Callable[[RunConfig], None], ...] = (
     check_pipeline,
     check_zero,
     check_sequence,
+    check_context,
     check_vocabulary,
     check_documents,
     check_read_ahead,

@@ -17,6 +17,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
+from launcher.config.sequence_order import Part
 from launcher.config.shape import blend_weights
 from launcher.data.sampler import MicroBatch, Samples
 
@@ -106,18 +107,22 @@ class Blend:
             given.update(dict(zip(segment.names, counts, strict=True)))
         return given
 
-    def take(self, indices: Indices) -> MicroBatch:
-        """Return the micro-batch of samples `indices` (B,). Raises ConfigError for unusable data."""
+    def take(self, indices: Indices, part: Part | None = None) -> MicroBatch:
+        """Return the micro-batch of samples `indices` (B,), or its `part`.
+
+        Raises ConfigError for unusable data.
+        """
         located = self.locate(indices)
         if len(located) == 1:
             [(name, (_, places))] = located.items()
-            return self.sources[name].take(places)
-        samples: dict[int, Indices] = {}
-        for name, (rows, places) in located.items():
-            batch = self.sources[name].take(places)
-            assert not isinstance(batch, tuple), "only token files can be blended"
-            samples |= zip(rows.tolist(), batch, strict=True)
-        return np.stack([samples[row] for row in range(len(indices))])
+            return self.sources[name].take(places, part)
+        taken = [(rows, self.sources[name].take(places, part)) for name, (rows, places) in located.items()]
+        order = np.argsort(np.concatenate([rows for rows, _ in taken]))
+        pairs = [batch for _, batch in taken if isinstance(batch, tuple)]
+        if pairs:
+            inputs, labels = (np.concatenate(arrays)[order] for arrays in zip(*pairs, strict=True))
+            return inputs, labels
+        return np.concatenate([batch for _, batch in taken if not isinstance(batch, tuple)])[order]
 
     def count_labels(self, indices: Indices) -> int:
         """Return how many labels of samples `indices` (B,) count."""

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from launcher.config.errors import ConfigError
 from launcher.config.schema import DataConfig, ModelConfig
+from launcher.config.sequence_order import Part
 from launcher.data.corpus import split_key
 from launcher.data.input_files import LeftOut, files_below
 
@@ -48,8 +49,9 @@ class ImageArray:
     def count_labels(self, places: npt.NDArray[np.int64]) -> int:
         return len(places)
 
-    def read(self, places: npt.NDArray[np.int64]) -> tuple[Images, Classes]:
+    def read(self, places: npt.NDArray[np.int64], part: Part | None = None) -> tuple[Images, Classes]:
         """Return the images (B, C, S, S) and classes (B, 1) at indices `places` (B,)."""
+        assert part is None, "validated with the config"
         return self.images[places], self.labels[places, None]
 
 
@@ -68,8 +70,9 @@ class ImageFiles:
     def count_labels(self, places: npt.NDArray[np.int64]) -> int:
         return len(places)
 
-    def read(self, places: npt.NDArray[np.int64]) -> tuple[Images, Classes]:
+    def read(self, places: npt.NDArray[np.int64], part: Part | None = None) -> tuple[Images, Classes]:
         """Return the images (B, C, S, S) and classes (B, 1) at `places` (B,). Raises ConfigError."""
+        assert part is None, "validated with the config"
         files = [self.files[place] for place in places.tolist()]
         images = np.stack([_decoded(file.path, self.size, self.channels, self.field) for file in files])
         return images, np.array([[file.label] for file in files], np.int64)

@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
+from launcher.config.sequence_order import Part
 from launcher.data.sampler import MicroBatch, Source
 
 # Maps the samples consumed to the sample indices (A, B) of the next step: A accumulation, B micro-batch.
@@ -20,16 +21,26 @@ _PendingStep = tuple[int, Callable[[], int], list[Callable[[], MicroBatch]]]
 
 
 class Loader:
-    """Reads the micro-batches of one data rank, step by step. The threads end when the context exits.
+    """Reads the micro-batches of one data rank, or a context rank's part of them, step by step.
+
+    The threads end when the context exits.
 
     The samples of a step depend on `consumed` alone, not on the number of threads or of prefetched steps.
     """
 
     def __init__(
-        self, source: Source, indices: StepIndices, *, global_batch_size: int, threads: int, ahead: int
+        self,
+        source: Source,
+        indices: StepIndices,
+        *,
+        global_batch_size: int,
+        threads: int,
+        ahead: int,
+        part: Part | None = None,
     ) -> None:
         """Prefetch `ahead` steps with `threads` threads; with 0 threads, read in step() itself."""
         self._source, self._indices, self._size, self._ahead = source, indices, global_batch_size, ahead
+        self._part = part
         self._pool = ThreadPoolExecutor(threads, "data") if threads else None
         self._steps: deque[_PendingStep] = deque()
         self.waited = 0.0  # seconds that the last step() waited for its batches
@@ -60,7 +71,9 @@ class Loader:
         take, micro_batches = self._source.take, self._indices(consumed)
         # Of the whole global batch: the masks are read again here instead of communicated in each step.
         count = partial(self._source.count_labels, np.arange(consumed, consumed + self._size))
-        reads: list[Callable[[], MicroBatch]] = [partial(take, indices) for indices in micro_batches]
+        reads: list[Callable[[], MicroBatch]] = [
+            partial(take, indices, self._part) for indices in micro_batches
+        ]
         if self._pool is None:
             return consumed, count, reads
         return consumed, self._pool.submit(count).result, [self._pool.submit(read).result for read in reads]

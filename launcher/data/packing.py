@@ -14,6 +14,8 @@ import numpy.typing as npt
 
 from launcher.config.errors import ConfigError
 from launcher.config.numbers import IGNORED_LABEL
+from launcher.config.sequence_order import Part
+from launcher.data.sampler import part_of_pair
 from launcher.data.token_file import TokenFile
 from launcher.data.windows import Stretch, check_ids
 
@@ -102,8 +104,10 @@ class PackedChats:
     def __len__(self) -> int:
         return len(self._firsts) - 1
 
-    def read(self, places: Places) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Return inputs (B, T) and labels (B, T) of windows `places` (B,).
+    def read(
+        self, places: Places, part: Part | None = None
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Return inputs (B, T) and labels (B, T) of windows `places` (B,), or only their `part`.
 
         Raises ConfigError for a token id that the model's vocabulary does not have.
         """
@@ -112,13 +116,14 @@ class PackedChats:
         for row, place in enumerate(places.tolist()):
             filled = 0
             for start, length in self._conversations(place):
-                part = self.chats.tokens[start : start + length]
-                check_ids(part, self.vocab_size, Stretch(self.chats.tokens, self.chats.name), start)
-                tokens[row, filled : filled + length] = part
+                conversation = self.chats.tokens[start : start + length]
+                check_ids(conversation, self.vocab_size, Stretch(self.chats.tokens, self.chats.name), start)
+                tokens[row, filled : filled + length] = conversation
                 # No token predicts the first token of a conversation.
                 is_label[row, filled + 1 : filled + length] = self.chats.mask_of(start + 1, start + length)
                 filled += length
-        return tokens[:, :-1], np.where(is_label[:, 1:], tokens[:, 1:], IGNORED_LABEL)
+        labels = np.where(is_label[:, 1:], tokens[:, 1:], IGNORED_LABEL)
+        return part_of_pair(tokens[:, :-1], labels, part)
 
     def count_labels(self, places: Places) -> int:
         """Return how many labels of windows `places` (B,) are learned."""

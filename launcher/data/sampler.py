@@ -15,6 +15,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from launcher.config.sequence_order import Part
+
 # Rounds of the cipher. Four are enough for a large corpus; with 16, even all orders of five windows are
 # equally likely.
 _ROUNDS = 16
@@ -29,8 +31,11 @@ class Items(Protocol):
 
     def __len__(self) -> int: ...
 
-    def read(self, places: npt.NDArray[np.int64]) -> MicroBatch:
-        """Return the items at indices `places` (B,), each in [0, len(self))."""
+    def read(self, places: npt.NDArray[np.int64], part: Part | None = None) -> MicroBatch:
+        """Return the items at indices `places` (B,), each in [0, len(self)).
+
+        With a `part` only its positions, as inputs and labels: tokens (B, T/C) for C context ranks.
+        """
 
     def count_labels(self, places: npt.NDArray[np.int64]) -> int:
         """Return how many labels of the items at `places` (B,) count, which is how many are not masked."""
@@ -58,13 +63,23 @@ class Samples:
             places[rows] = permute(positions[rows], len(self), seed=self.shuffle_seed, epoch=epoch)
         return places
 
-    def take(self, indices: npt.NDArray[np.int64]) -> MicroBatch:
-        """Return the micro-batch of samples `indices` (B,). Raises ConfigError for unusable data."""
-        return self.items.read(self.places(indices))
+    def take(self, indices: npt.NDArray[np.int64], part: Part | None = None) -> MicroBatch:
+        """Return the micro-batch of samples `indices` (B,), or its `part`. Raises ConfigError."""
+        return self.items.read(self.places(indices), part)
 
     def count_labels(self, indices: npt.NDArray[np.int64]) -> int:
         """Return how many labels of samples `indices` (B,) count."""
         return self.items.count_labels(self.places(indices))
+
+
+def part_of_pair(
+    inputs: npt.NDArray[Any], labels: npt.NDArray[Any], part: Part | None
+) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """Return the positions of `part` of inputs and labels (B, T), in the order of the part."""
+    if part is None:
+        return inputs, labels
+    places = np.concatenate([np.arange(each.start, each.stop) for each in part])
+    return inputs[:, places], labels[:, places]
 
 
 def sample_indices(
@@ -86,8 +101,8 @@ def sample_indices(
 class Source(Protocol):
     """Gives samples by their index, counted from the beginning of the run."""
 
-    def take(self, indices: npt.NDArray[np.int64]) -> MicroBatch:
-        """Return the micro-batch of samples `indices` (B,)."""
+    def take(self, indices: npt.NDArray[np.int64], part: Part | None = None) -> MicroBatch:
+        """Return the micro-batch of samples `indices` (B,), or its `part`."""
 
     def count_labels(self, indices: npt.NDArray[np.int64]) -> int:
         """Return how many labels of samples `indices` (B,) count."""

@@ -9,6 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from launcher.config.errors import ConfigError
+from launcher.config.sequence_order import Part
+from launcher.data.sampler import MicroBatch
 from launcher.data.token_file import MappedTokens
 from launcher.text import plural
 
@@ -46,17 +48,25 @@ class Windows:
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
-    def read(self, places: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    def read(self, places: npt.NDArray[np.int64], part: Part | None = None) -> MicroBatch:
         """Return the tokens (B, T+1) of windows `places` (B,): inputs are [:, :-1], labels [:, 1:].
 
+        With a `part`, return inputs and labels at its positions and read no others.
         Raises ConfigError for a token id that the model's vocabulary does not have.
         """
-        length = self.sequence_length + 1
+        if part is None:
+            return self._tokens(places, 0, self.sequence_length + 1)
+        pieces = [self._tokens(places, each.start, len(each) + 1) for each in part]
+        inputs = np.concatenate([piece[:, :-1] for piece in pieces], 1)
+        return inputs, np.concatenate([piece[:, 1:] for piece in pieces], 1)
+
+    def _tokens(self, places: npt.NDArray[np.int64], skipped: int, length: int) -> npt.NDArray[np.int64]:
+        """Return `length` tokens (B, length) of windows `places` (B,), after the first `skipped`."""
         rows = np.empty((len(places), length), np.int64)
         numbers = np.searchsorted(self._ends, places, side="right")
         windows = places - np.concatenate([[0], self._ends])[numbers]  # counted within the stretch
         stretches = [self.stretches[number] for number in numbers.tolist()]
-        starts = list(zip(stretches, (windows * self.sequence_length).tolist(), strict=True))
+        starts = list(zip(stretches, (windows * self.sequence_length + skipped).tolist(), strict=True))
         for stretch, start in starts:
             if isinstance(stretch.tokens, MappedTokens):
                 stretch.tokens.fetch(start, length)

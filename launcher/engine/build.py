@@ -25,7 +25,7 @@ def build_engine(
 
     With `strict` an error of the compiler is raised; else the blocks go on eager. Call it once per process.
     """
-    mesh = ProcessMesh.create(MeshShape(layout.pipeline, layout.data, layout.tensor, layout.expert))
+    mesh = ProcessMesh.create(MeshShape.of(layout))
     initializer = Initializer(
         run.training.seed,
         mesh.tensor,

@@ -28,7 +28,7 @@ class BadValue:
     micro_batch: int  # of this data rank, from 0
     is_gradient: bool
     stage: int
-    data_rank: int
+    data_rank: int  # with the context ranks: see ProcessMesh.data
     rank: int
 
     @property

@@ -106,9 +106,11 @@ def group_names(engine: Engine) -> dict[str, GroupName]:
         for tied in engine.module.tied_comms.values():  # type: ignore[operator]
             if len(tied["ranks"]) > 1:  # under DualPipeV both ends are on one rank
                 names[tied["group"].group_name] = "pipeline"
-    tensor, data = engine.mesh.tensor.group, engine.mesh.data.group
+    tensor, data, context = engine.mesh.tensor.group, engine.mesh.data.group, engine.mesh.context.group
     assert tensor is not None
     assert data is not None
+    if context is not None:
+        names[context.group_name] = "context"
     names |= {tensor.group_name: "tensor", data.group_name: "data"}
     if engine.mesh.expert.size > 1:
         assert engine.mesh.expert.group is not None

@@ -32,7 +32,7 @@ class PipelineEngine(Engine):
     ) -> None:
         layers, loss = model_layers(run.model, context), model_loss(run.model, context)
         topology = PipeModelDataParallelTopology(
-            num_pp=layout.pipeline, num_mp=layout.tensor, num_dp=layout.data
+            num_pp=layout.pipeline, num_mp=layout.tensor, num_dp=layout.gradient_ranks
         )
         module = (StagedModule if layout.stages_per_rank == 1 else DualPipeVModule)(
             layers=[_spec(layer) for layer in layers],

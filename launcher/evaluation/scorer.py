@@ -7,11 +7,16 @@ from itertools import islice
 import numpy as np
 import torch.distributed as dist
 
+from launcher.config.context_rules import length_multiple
 from launcher.config.numbers import IGNORED_LABEL
 from launcher.config.schema import RunConfig
 from launcher.data.evaluated import Window
+from launcher.data.sampler import part_of_pair
 from launcher.engine.base import Engine
-from launcher.engine.scoring import token_scores
+from launcher.engine.scoring import TokenScores, token_scores
+from launcher.parallel.context import context_of
+
+Batch = tuple[np.ndarray, np.ndarray]  # tokens and labels (B, T)
 
 
 @dataclass(frozen=True)
@@ -30,12 +35,13 @@ class Scorer:
     def __init__(self, engine: Engine, run: RunConfig) -> None:
         self._engine, self._micro_batch = engine, run.training.micro_batch_size
         self._batches = engine.layout.accumulation
-        # Sequence parallelism divides the tokens of a window among the tensor ranks.
-        self._multiple = engine.layout.tensor if run.parallelism.sequence_parallel else 1
+        self._context = context_of(engine.mesh.context, run.parallelism.context_method)
+        # Sequence and context parallelism divide the tokens of a window among ranks.
+        self._multiple = length_multiple(run)
 
     def scores(self, windows: Iterable[Window]) -> list[Score]:
         """Return the score of each window, on every rank. Every rank gives the same windows. Collective."""
-        size = self._micro_batch * self._batches * self._engine.mesh.data.size
+        size = self._micro_batch * self._batches * self._engine.mesh.batch.size
         scores: dict[int, Score] = {}
         for number, batch in enumerate(_groups(windows, size)):
             scores |= {number * size + place: score for place, score in self._round(batch).items()}
@@ -48,15 +54,16 @@ class Scorer:
         """Return the scores of this rank's share of the windows, by place. Collective over the world."""
         length = max(len(window.tokens) for window in windows) - 1
         length = -(-length // self._multiple) * self._multiple
-        axis = self._engine.mesh.data
+        axis = self._engine.mesh.batch
         places = np.arange(self._batches * axis.size * self._micro_batch)
         shares = places.reshape(self._batches, axis.size, self._micro_batch)[:, axis.rank]
         batches = [_batch(windows, share, length) for share in shares]
         scores: dict[int, Score] = {}
         for share, (losses, likeliest), (_, labels) in zip(
-            shares, token_scores(self._engine, batches), batches, strict=False
+            shares, self._token_scores(batches, length), batches, strict=False
         ):
-            if self._engine.mesh.tensor.rank == 0:  # all tensor ranks have the same scores
+            # All tensor and context ranks have the same scores.
+            if self._engine.mesh.tensor.rank == self._engine.mesh.context.rank == 0:
                 rows = zip(
                     share.tolist(),
                     losses.double().cpu().numpy(),
@@ -67,6 +74,15 @@ class Scorer:
                 scores |= {row[0]: _score(windows[row[0]], *row[1:]) for row in rows if row[0] < len(windows)}
         return scores
 
+    def _token_scores(self, batches: list[Batch], length: int) -> list[TokenScores]:
+        """Return losses and likeliest tokens (B, T) of each micro-batch. Collective over the world."""
+        context = self._context
+        if context is None:
+            return token_scores(self._engine, batches)
+        parts = [part_of_pair(*batch, context.part(length)) for batch in batches]
+        scores = token_scores(self._engine, parts)
+        return [(context.whole(losses), context.whole(likeliest)) for losses, likeliest in scores]
+
 
 def _groups(windows: Iterable[Window], size: int) -> Iterator[list[Window]]:
     iterator = iter(windows)
@@ -74,7 +90,7 @@ def _groups(windows: Iterable[Window], size: int) -> Iterator[list[Window]]:
         yield group
 
 
-def _batch(windows: Sequence[Window], places: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+def _batch(windows: Sequence[Window], places: np.ndarray, length: int) -> Batch:
     """Return tokens and labels (B, T) of the windows at `places`; labels that are not scored are ignored.
 
     Padding stands at the end, where no scored position attends to it.

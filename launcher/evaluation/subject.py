@@ -134,7 +134,7 @@ def run_to_evaluate(config: EvaluateConfig, subject: Subject, machine: Machine) 
     world = world_of_machine(run, machine)
     if dtype is Dtype.fp16 and world.device == "cpu":
         raise refusal(config, "dtype", "fp16 is computed on GPUs only", "dtype=fp32")
-    copy = p.tensor * p.pipeline
+    copy = p.tensor * p.pipeline * p.context
     data_size = p.data or max(1, world.ranks // copy)
     training = TrainingConfig(
         steps=0,

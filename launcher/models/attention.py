@@ -11,6 +11,7 @@ from launcher.config.schema import ActivationCheckpointing, AttentionKind, Model
 from launcher.config.shape import head_size, kv_heads, qkv_sizes
 from launcher.models.attention_kernel import Kernel
 from launcher.models.context import BlockContext, recompute, residual_draw
+from launcher.models.context_attention import context_attention
 from launcher.models.dropout import Seed, attention
 from launcher.models.lora import ColumnAdapter, RowAdapter, adapted, adapter_of, seed_of_adapter
 from launcher.models.norms import HeadNorm
@@ -22,7 +23,9 @@ from launcher.parallel.layers import ColumnParallelLinear, RowParallelLinear
 class Attention(nn.Module):
     """Self-attention over this rank's N/tp query heads and K/tp key/value heads, causal or full.
 
-    `mask` (T, T) or (B, 1, T, T), where there is one, replaces the causal mask: see models/masks.py. `cos`
+    `mask` (T, T) or (B, 1, T, T), where there is one, replaces the causal mask: see models/masks.py. With
+    context parallelism it is the first position that each query sees, and x (B, T/C, H) is a part of the
+    sequence, whose rank attends to all others: see models/context_attention.py. `cos`
     and `sin` are there with rotary positions: see models/rotary.py.
     """
 
@@ -100,4 +103,7 @@ class Attention(nn.Module):
         """-> (B, T, N D / tp)."""
         if cos is not None and sin is not None:
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if self.context.cp is not None:
+            settings = self.model.dropout, seed, self.kernel, self.context.cp
+            return context_attention(q, k, v, mask, *settings).flatten(2)
         return attention(q, k, v, mask, self.model.dropout, seed, self.kernel).flatten(2)

@@ -23,16 +23,19 @@ class BlockRunner:
 
     A body is compiled whole, without a graph break, for fixed shapes: once for training, once for validation.
     Blocks with experts share a body that ends before the experts.
-    If the compiler fails on a rank, all ranks of its tensor group run the block again, eager, and stay eager:
+    If the compiler fails on a rank, all ranks of its tensor and context groups run the block again, eager,
+    and stay eager:
     a compiled backward pass may call its collectives in another order. With `strict` the error is raised
     instead. `seconds` counts the calls that compiled, also those of the loss; `failure` is the compiler's
     error.
     """
 
-    def __init__(self, axis: Axis, loss: LossKernels, *, is_compiled: bool, strict: bool = False) -> None:
+    def __init__(
+        self, tensor: Axis, context: Axis, loss: LossKernels, *, is_compiled: bool, strict: bool = False
+    ) -> None:
         self._seconds, self._loss = 0.0, loss
         self.failure: str | None = None
-        self._axis, self._is_on, self._strict = axis, is_compiled, strict
+        self._axes, self._is_on, self._strict = (tensor, context), is_compiled, strict
         self._compiled: dict[Body, Body] = {}
 
     @property
@@ -56,7 +59,10 @@ class BlockRunner:
             self._is_on = was_on
 
     def __call__(self, call: Call, body: Body, block: nn.Module, *inputs: Tensor | int | None) -> Tensor:
-        """Return call(body, block, *inputs). Collective over the tensor group in a call that compiles."""
+        """Return call(body, block, *inputs).
+
+        Collective over the tensor and the context group in a call that compiles.
+        """
         # A dispatch mode that looks at every operation (engine/allocations.py) sees none in a compiled body.
         if not self._is_on or is_in_torch_dispatch_mode():
             return call(body, block, *inputs)
@@ -80,12 +86,13 @@ class BlockRunner:
         return call(body, block, *inputs) if self.failure else output
 
     def _agree(self, failure: str | None) -> None:
-        """Stop compiling if a tensor rank could not compile. Collective over the tensor group."""
+        """Stop compiling if a rank could not compile. Collective over the tensor and the context group."""
         failed = torch.tensor(int(failure is not None))
-        if self._axis.size > 1:
-            dist.all_reduce(failed, dist.ReduceOp.MAX, self._axis.group)
+        for axis in self._axes:
+            if axis.size > 1:
+                dist.all_reduce(failed, dist.ReduceOp.MAX, axis.group)
         if failed:
-            self.failure, self._is_on = failure or "another tensor rank could not compile", False
+            self.failure, self._is_on = failure or "another rank could not compile", False
 
 
 def _as_tensor(value: Tensor | int | None) -> Tensor | None:

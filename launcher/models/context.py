@@ -15,6 +15,7 @@ from launcher.models.documents import Documents
 from launcher.models.dropout import Seed, dropout
 from launcher.models.masks import AttentionMasks
 from launcher.models.rotary import RotaryTables
+from launcher.parallel.context import ContextParallel, context_of
 from launcher.parallel.initializer import DrawFunction, Initializer, normal
 from launcher.parallel.layers import TensorParallel
 from launcher.parallel.loss_kernels import LossKernels
@@ -38,6 +39,7 @@ class BlockContext:
     lora: LoraConfig | None = None  # None: no adapters
     micro_batches: int = 1  # of an optimizer step and data rank
     expert: Axis = ONE_RANK  # the data ranks that share the experts of each layer
+    cp: ContextParallel | None = None  # None: each rank holds whole sequences
 
     @classmethod
     def create(
@@ -67,18 +69,20 @@ class BlockContext:
             kernels,
             vocabulary_multiple(run, device),
         )
-        documents = Documents(end_of_document(run) if run.data.document_attention else None)
+        cp = context_of(mesh.context, run.parallelism.context_method)
+        documents = Documents(end_of_document(run) if run.data.document_attention else None, cp)
         return cls(
             tp,
             random,
             run.parallelism.activation_checkpointing,
             documents,
-            AttentionMasks(run.model, documents),
-            rotary_tables(run.model),
-            BlockRunner(mesh.tensor, kernels, is_compiled=compiled, strict=strict),
+            AttentionMasks(run.model, documents, cp),
+            rotary_tables(run.model, cp),
+            BlockRunner(mesh.tensor, mesh.context, kernels, is_compiled=compiled, strict=strict),
             lora_of(run),
             micro_batches,
             mesh.expert,
+            cp,
         )
 
     def positions(self, x: Tensor, window: int | None = None) -> Places:
@@ -88,6 +92,7 @@ class BlockContext:
         micro-batch.
         """
         length = x.shape[1] * (self.tp.axis.size if self.tp.sequence_parallel else 1)
+        length *= 1 if self.cp is None else self.cp.axis.size
         mask = self.masks.of(length, window, x)
         if self.rotary is None:
             return mask, None, None
@@ -99,8 +104,8 @@ def lora_of(run: RunConfig) -> LoraConfig | None:
     return run.finetune.lora if has_lora(run) else None
 
 
-def rotary_tables(model: ModelConfig) -> RotaryTables | None:
-    return RotaryTables(model) if model.positions is PositionKind.rope else None
+def rotary_tables(model: ModelConfig, context: ContextParallel | None = None) -> RotaryTables | None:
+    return RotaryTables(model, context) if model.positions is PositionKind.rope else None
 
 
 class HiddenDropout(nn.Module):

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from launcher.config.schema import AttentionKind, ModelConfig
-from launcher.models.documents import Documents, attention_mask
+from launcher.config.schema import AttentionKind, ContextMethod, ModelConfig
+from launcher.models.documents import Documents, attention_mask, positions_in_documents
+from launcher.parallel.context import ContextParallel
 
 Made = dict[tuple[int | None, torch.device, torch.dtype], Tensor]
 
@@ -13,10 +14,13 @@ class AttentionMasks:
     """Masks that are added to the attention scores of a rank: 0 where a position attends, else -inf.
 
     (T, T), or (B, 1, T, T) where attention stops at documents: then they are made for each micro-batch.
+    With context parallelism, instead the first position that each query sees (context_attention.py).
     """
 
-    def __init__(self, model: ModelConfig, documents: Documents) -> None:
-        self.documents = documents
+    def __init__(
+        self, model: ModelConfig, documents: Documents, context: ContextParallel | None = None
+    ) -> None:
+        self.documents, self.context = documents, context
         self._is_causal = model.attention is AttentionKind.causal
         # The fused kernel makes a causal mask itself; the path with a soft cap does not.
         self._is_explicit = model.attention_soft_cap is not None and self._is_causal
@@ -26,6 +30,8 @@ class AttentionMasks:
         """Return the mask of `length` positions in the precision of x; None where the kernel needs none."""
         if window is not None and window >= length:
             window = None
+        if self.context is not None:
+            return self._first_seen(length, window, x.device, self.context)
         if self.documents.ends is not None:
             key = window, x.device, x.dtype
             if key not in self.documents.masks:
@@ -33,6 +39,27 @@ class AttentionMasks:
                 self.documents.masks[key] = additive(allowed, window, x.dtype)
             return self.documents.masks[key]
         return self._constant(length, window, x) if window is not None or self._is_explicit else None
+
+    def _first_seen(
+        self, length: int, window: int | None, device: torch.device, context: ContextParallel
+    ) -> Tensor | None:
+        """Return the first position that each query sees; None: every query sees the first token.
+
+        (B or 1, T/C), or under ulysses, which attends in whole sequences, (B or 1, T).
+        """
+        ends = self.documents.ends
+        if ends is None and window is None:
+            return None
+        key = window, device, torch.long
+        made = self._longest if ends is None else self.documents.masks
+        if key not in made:
+            is_whole = context.method is ContextMethod.ulysses
+            places = torch.arange(length, device=device) if is_whole else context.positions(length, device)
+            starts = torch.zeros_like(places).unsqueeze(0)
+            if ends is not None:
+                starts = places - positions_in_documents(ends)[:, places]
+            made[key] = starts if window is None else torch.maximum(starts, places - window + 1)
+        return made[key]
 
     def _constant(self, length: int, window: int | None, x: Tensor) -> Tensor:
         key = window, x.device, x.dtype

@@ -13,12 +13,13 @@ from launcher.parallel.sharding import LogicalTensor
 class LearnedPositions(nn.Module):
     """Add a learned vector per position, then apply dropout: (B, T, H) or (B, T/tp, H) -> the same.
 
-    Positions count from the start of the sample, or of the document (models/documents.py).
+    Positions count from the start of the sample, or of the document (models/documents.py), also where this
+    rank holds a part of the sample.
     """
 
     def __init__(self, name: str, model: ModelConfig, context: BlockContext) -> None:
         super().__init__()
-        self.tp, self.documents = context.tp, context.documents
+        self.tp, self.documents, self.cp = context.tp, context.documents, context.cp
         shape = (position_count(model), model.hidden_size)
         self.weight = self.tp.initializer.parameter(
             LogicalTensor(f"{name}.weight", shape), normal(model.init_std)
@@ -28,8 +29,14 @@ class LearnedPositions(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         length = x.shape[1]
         shards, shard = (self.tp.axis.size, self.tp.axis.rank) if self.tp.sequence_parallel else (1, 0)
-        used = self.tp.replicated(self.weight[: shards * length])
-        if self.documents.positions is not None:
-            used = F.embedding(self.documents.positions, used)
+        places = self.documents.positions
+        if self.cp is None:
+            used = self.tp.replicated(self.weight[: shards * length])
+        else:
+            used = self.tp.replicated(self.weight[: shards * length * self.cp.axis.size])
+            if places is None:
+                places = self.cp.positions(len(used), x.device)
+        if places is not None:
+            used = F.embedding(places, used)
         x = x + used[..., shard * length : (shard + 1) * length, :]
         return self.dropout(x, self.dropout.seed())  # type: ignore[no-any-return]

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from launcher.config.schema import ModelConfig, RopeScalingConfig, RopeScalingKind
 from launcher.config.shape import rotary_size
+from launcher.parallel.context import ContextParallel
 
 Tables = tuple[Tensor, Tensor]  # cosines and sines, each (T, 1, R/2) for R rotated channels of a head
 
@@ -14,24 +15,33 @@ Tables = tuple[Tensor, Tensor]  # cosines and sines, each (T, 1, R/2) for R rota
 class RotaryTables:
     """The tables of one rank, made once for all layers and steps; part of no state dict."""
 
-    def __init__(self, model: ModelConfig) -> None:
-        self._model = model
+    def __init__(self, model: ModelConfig, context: ContextParallel | None = None) -> None:
+        self._model, self._context = model, context
         self._longest: dict[tuple[torch.device, torch.dtype, bool], Tables] = {}
 
     def of(self, length: int, x: Tensor, *, has_window: bool = False) -> Tables:
-        """Return the tables of the first `length` positions, in the precision and on the device of x."""
+        """Return the tables of the first `length` positions, in the precision and on the device of x.
+
+        With context parallelism: of this rank's positions among them, (T/C, 1, R/2).
+        """
         is_local = has_window and self._model.local_rope_theta is not None
         key = x.device, x.dtype, is_local
+        if self._context is not None:
+            # Places differ with the length: validation may have another.
+            places = self._context.positions(length, x.device)
+            if key not in self._longest or len(self._longest[key][0]) != len(places):
+                self._longest[key] = tables(places, *frequencies(self._model, is_local=is_local), x)
+            return self._longest[key]
         if key not in self._longest or len(self._longest[key][0]) < length:
-            self._longest[key] = tables(length, *frequencies(self._model, is_local=is_local), x)
+            places = torch.arange(length, device=x.device)
+            self._longest[key] = tables(places, *frequencies(self._model, is_local=is_local), x)
         cos, sin = self._longest[key]
         return cos[:length], sin[:length]
 
 
-def tables(length: int, angles_per_position: Tensor, factor: float, x: Tensor) -> Tables:
-    """Return cosines and sines times `factor`, rounded once from fp32."""
-    places = torch.arange(length, device=x.device, dtype=torch.float32)
-    angles = places.outer(angles_per_position.to(x.device)).unsqueeze(1)
+def tables(places: Tensor, angles_per_position: Tensor, factor: float, x: Tensor) -> Tables:
+    """Return cosines and sines of positions `places` (T,) times `factor`, rounded once from fp32."""
+    angles = places.float().outer(angles_per_position.to(x.device)).unsqueeze(1)
     return (angles.cos() * factor).to(x.dtype), (angles.sin() * factor).to(x.dtype)
 
 

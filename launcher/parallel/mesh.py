@@ -1,5 +1,8 @@
 """Process mesh: pipeline x data x tensor coordinates of each rank, process groups, and DeepSpeed's mpu.
 
+Context ranks share the sequences of a batch. They are an inner factor of the data axis: ZeRO and the pipeline
+see one data group, with data x context ranks.
+
 The rank arithmetic is pure. Only `ProcessMesh.create` creates process groups.
 """
 
@@ -7,6 +10,8 @@ from dataclasses import dataclass
 from itertools import product
 
 import torch.distributed as dist
+
+from launcher.config.layout import Layout
 
 Group = dist.ProcessGroup
 
@@ -16,13 +21,19 @@ class MeshShape:
     """Sizes of the three axes. Consecutive ranks differ first in tensor, then in data, then in pipeline.
 
     The ranks are `arange(world).view(pipeline, data, tensor)`, as in DeepSpeed (pipe, data, model). A tensor
-    group has neighbouring ranks, which lie on one node.
+    group has neighbouring ranks, which lie on one node. `data` counts the context ranks: consecutive ones on
+    the data axis are the context ranks of the same samples.
     """
 
     pipeline: int = 1
     data: int = 1
     tensor: int = 1
     expert: int = 1  # neighbouring data ranks that hold different experts; divides `data`
+    context: int = 1
+
+    @classmethod
+    def of(cls, layout: Layout) -> "MeshShape":
+        return cls(layout.pipeline, layout.gradient_ranks, layout.tensor, layout.expert, layout.context)
 
     @property
     def world_size(self) -> int:
@@ -46,6 +57,11 @@ class MeshShape:
         """Return the global ranks of each data-parallel group, ordered by data-parallel rank."""
         places = product(range(self.pipeline), range(self.tensor))
         return [[self.rank(p, d, t) for d in range(self.data)] for p, t in places]
+
+    def context_groups(self) -> list[list[int]]:
+        """Return the global ranks of each context-parallel group, ordered by context-parallel rank."""
+        size = self.context
+        return [group[i : i + size] for group in self.data_groups() for i in range(0, self.data, size)]
 
     def expert_groups(self) -> list[list[int]]:
         """Return the global ranks of each group that holds all experts once, ordered by expert rank."""
@@ -85,10 +101,11 @@ class ProcessMesh:
     shape: MeshShape
     rank: int
     tensor: Axis
-    data: Axis
+    data: Axis  # with the context ranks
     stage: int = 0
     expert: Axis = ONE_RANK  # the data ranks that together hold all experts once
     expert_data: Axis | None = None  # None: the data axis, since all data ranks hold the same experts
+    context: Axis = ONE_RANK
 
     @property
     def holders_of_experts(self) -> Axis:
@@ -103,6 +120,11 @@ class ProcessMesh:
         stage, data_rank, tensor_rank = shape.coordinates(rank)
         tensor = Axis(tensor_rank, shape.tensor, _create_groups(shape.tensor_groups(), rank))
         data = Axis(data_rank, shape.data, _create_groups(shape.data_groups(), rank))
+        if shape.context > 1:
+            assert shape.expert == 1, "validated with the config"
+            group = _create_groups(shape.context_groups(), rank)
+            context = Axis(data_rank % shape.context, shape.context, group)
+            return cls(shape, rank, tensor, data, stage, context=context)
         if shape.expert == 1:
             return cls(shape, rank, tensor, data, stage)
         copy, place = divmod(data_rank, shape.expert)
@@ -115,6 +137,11 @@ class ProcessMesh:
     def single(cls) -> "ProcessMesh":
         """Return the mesh of a single process, without torch.distributed."""
         return cls(MeshShape(), rank=0, tensor=Axis(), data=Axis())
+
+    @property
+    def batch(self) -> Axis:
+        """The axis over which the samples of a batch are divided, without a group: data without context."""
+        return Axis(self.data.rank // self.context.size, self.data.size // self.context.size)
 
     # Methods of the mpu that DeepSpeed's flat engine gets. DeepSpeed calls tensor parallelism "model
     # parallel". The pipeline engine of DeepSpeed gets a topology instead and builds its own process groups.

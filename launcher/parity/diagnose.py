@@ -176,11 +176,31 @@ def _attention(e: Evidence, name: str, where: str) -> tuple[str, str]:
     # The first token attends only to itself: its output depends on its value, not on positions or scores.
     got, right = e.step.outputs[name][:, 0], e.right.outputs[name][:, 0]
     if float((got - right).norm()) <= CLOSE * float(right.norm()):
+        if e.layout.context > 1:
+            return _context_attention(e, name, where)
         meaning = "the attention scores: rotary positions offset (by stage or sequence shard), mask or scale"
         return f"{where}: it is right for the first token and wrong for tokens that attend to others", meaning
     meaning = "heads: values or KV heads of another rank or group, shards of the output weight, or"
     meaning += " (under sequence parallelism) a missing reduce-scatter"
     return f"{where}: it is wrong from the first token on, while queries, keys and values are right", meaning
+
+
+def _context_attention(e: Evidence, name: str, where: str) -> tuple[str, str]:
+    """Name the cause by the chunks that are wrong, of two for each rank that shares a sequence."""
+    pieces = zip(
+        e.step.outputs[name].chunk(2 * e.layout.context, 1),
+        e.right.outputs[name].chunk(2 * e.layout.context, 1),
+        strict=True,
+    )
+    wrong = [float((got - right).norm()) > CLOSE * float(right.norm()) for got, right in pieces]
+    if wrong[-1] and not any(wrong[:-1]):
+        shape = f"{where}: it is wrong only in the last chunk of the sequences"
+        return shape, "queries of this chunk see later tokens, or not all earlier ones"
+    meaning = (
+        "attention over context ranks: positions, documents or windows by the place in a rank's part, or"
+    )
+    shape = f"{where}: it is right for the first token and wrong for tokens that attend to others"
+    return shape, f"{meaning} chunks in another order"
 
 
 def _loss(e: Evidence) -> Results:
@@ -212,6 +232,11 @@ def _loss(e: Evidence) -> Results:
         if abs((got[0][0] - right[0][0]) / excess - 1) < CLOSE:
             shape = f"losses are {excess:.4f} too high: the effect of {padding} more logits of 0"
             yield f"every output is right and {shape}", "the padding of the vocabulary enters the softmax"
+    if e.layout.context > 1 and "data rank 0, micro-batch 0" in names:
+        meaning = (
+            "labels of context ranks: shifted after the sequence was shared, or each rank divides by the"
+        )
+        yield "every output is right and the loss of the logits is not", f"{meaning} number of its own labels"
     if "data rank 0, micro-batch 0" in names:
         meaning = "the cross-entropy: a maximum or sum over the vocabulary's shards, or other labels"
         yield "every output is right and the loss computed from the logits is wrong", meaning
@@ -267,6 +292,13 @@ def _gradients(e: Evidence) -> Results:
             yield shape, "clipping uses another norm than the reported one, or is left out"
         meaning = f"gradients are scaled by {_axes(axes)}: averaged once too often or not often enough"
         yield f"every gradient is {words}", meaning
+    last, queries = names[-1], qkv_sizes(e.run.model)[0]
+    if e.layout.context > 1 and last.endswith("attention.qkv.weight"):
+        error = (got[last] - right[last])[:queries].norm()
+        if float(error) <= CLOSE * float(right[last].norm()):
+            shape = f"the gradient of {last} is right for queries and wrong for keys and values"
+            meaning = "gradients of keys and values are not summed over the context ranks, or over copies"
+            yield shape, f"{meaning} of a head"
     shards = {n: wrong_shards(got[n], right[n], e.layout.tensor) for n in names}
     if all(0 < len(wrong) < e.layout.tensor for wrong in shards.values()):
         shape = f"are wrong only in the shard of tensor rank {shards[names[0]][0]}"

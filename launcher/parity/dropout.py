@@ -114,7 +114,7 @@ def compare_draws(run: RunConfig, layout: Layout, draws: list[list[Draw]]) -> li
         for rank_draws in draws
     ]
     names = ["masks are drawn twice", "recomputed masks differ"]  # reported in this order, before the others
-    names += ["masks are shared by data ranks"] if layout.data > 1 else []
+    names += ["masks are shared by data ranks"] if layout.gradient_ranks > 1 else []
     names += ["masks are shared by stages"] if layout.pipeline > 1 else []
     violations: Counter[str] = Counter(dict.fromkeys(names, 0))
     _count_shared_masks(run, layout, states, violations)
@@ -135,7 +135,7 @@ def _count_shared_masks(
     run: RunConfig, layout: Layout, states: list[_States], violations: Counter[str]
 ) -> None:
     """Count the pairs of ranks that share masks but should not, and the reverse."""
-    shape = MeshShape(layout.pipeline, layout.data, layout.tensor)
+    shape = MeshShape.of(layout)
     for first, second in combinations(range(shape.world_size), 2):
         (stage, data, _), (other_stage, other_data, _) = shape.coordinates(first), shape.coordinates(second)
         a, b = states[first], states[second]
@@ -156,8 +156,11 @@ def _draws_per_mask(checkpointing: ActivationCheckpointing, layout: Layout) -> i
     """Return how often a step draws an attention mask: again for each recomputation of the attention.
 
     In a compiled block, attention with dropout recomputes itself (launcher/models/dropout.py), and selective
-    recomputation has nothing to add.
+    recomputation has nothing to add. So does attention over context ranks (models/context_attention.py).
     """
+    if layout.context > 1:
+        is_selective = checkpointing is ActivationCheckpointing.selective and not layout.compiled
+        return 2 + (is_selective or checkpointing is ActivationCheckpointing.full)
     recomputes = checkpointing is not ActivationCheckpointing.none
     if not layout.compiled:
         return 1 + recomputes

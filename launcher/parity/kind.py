@@ -39,6 +39,7 @@ def kind_of(run: RunConfig, layout: Layout) -> RunConfig:
         pipeline=min(LARGEST_AXIS, layout.pipeline),
         data=min(LARGEST_AXIS, layout.data),
         tensor=min(LARGEST_AXIS, layout.tensor),
+        context=min(LARGEST_AXIS, layout.context),
     )
     kind, _ = shrink(run, least)
     kind.verify.steps = 1

@@ -7,12 +7,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from launcher.config.schema import ContextMethod
 from launcher.engine.base import Engine
 from launcher.models.blocks import TransformerBlock
 from launcher.models.norms import Norm
 from launcher.models.positions import LearnedPositions
 from launcher.models.vision import PatchEmbedding
 from launcher.parallel import layers
+from launcher.parallel.context import context_of
 from launcher.parallel.sharding import LogicalTensor, logical_of, merge
 from launcher.parity.step_trace import Weights
 
@@ -27,8 +29,9 @@ class OutputRecorder:
     whether or not the embeddings are tied.
     """
 
-    def __init__(self, engine: Engine, sequence_parallel: bool) -> None:
+    def __init__(self, engine: Engine, sequence_parallel: bool, method: ContextMethod) -> None:
         self.mesh, self.sequence_parallel = engine.mesh, sequence_parallel
+        self.context = context_of(engine.mesh.context, method)
         self._outputs: Weights = {}
         self._splits: dict[str, LogicalTensor] = {}  # of outputs that are sharded by columns
         self._losses: list[float] = []
@@ -49,7 +52,10 @@ class OutputRecorder:
         self._outputs, self._losses = {}, []
 
     def outputs(self) -> tuple[Weights, dict[str, float]]:
-        """Return full outputs, and the spread of replicated outputs. All-gathers over the tensor group."""
+        """Return full outputs, and the spread of replicated outputs.
+
+        All-gathers over the tensor group and the context group.
+        """
         full, spreads = {}, {}
         axis = self.mesh.tensor
         for name, local in self._outputs.items():
@@ -65,13 +71,18 @@ class OutputRecorder:
                 full[name] = pieces[0]
                 if axis.size > 1:
                     spreads[name] = max(float((piece - local).abs().max()) for piece in pieces)
+        if self.context is not None:
+            full = {name: self.context.whole(part) for name, part in full.items()}
         return full, spreads
 
     def losses(self) -> list[list[float]]:
         """Return losses[data rank][micro-batch], if any on this stage. All-gathers over the data group."""
         gathered: list[list[float]] = [[] for _ in range(self.mesh.data.size)]
         dist.all_gather_object(gathered, self._losses, group=self.mesh.data.group)
-        return gathered
+        # The loss of a micro-batch is the mean over its context ranks, each with its part of the labels.
+        size = self.mesh.context.size
+        by_samples = [gathered[first : first + size] for first in range(0, len(gathered), size)]
+        return [[sum(parts) / size for parts in zip(*of_ranks, strict=True)] for of_ranks in by_samples]
 
     def _keep(self, module: nn.Module, _inputs: Any, options: dict[str, Any], output: Tensor) -> None:
         assert isinstance(module.weight, Tensor)

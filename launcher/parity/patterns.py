@@ -28,7 +28,7 @@ def common_ratio(pairs: list[tuple[Tensor, Tensor]], close: float = CLOSE) -> fl
 def named_ratio(ratio: float, layout: Layout) -> tuple[str, list[str]]:
     """Return a ratio to the reference in words, and the layout axes whose sizes explain the ratio."""
     explanations: dict[str, str] = {}
-    for name in ("tensor", "data", "pipeline", "accumulation"):
+    for name in ("tensor", "data", "context", "pipeline", "accumulation"):
         size: int = getattr(layout, name)
         for text, value in (
             (f"{name} size ({size})", size),

@@ -20,6 +20,7 @@ from launcher.engine.distributed import join, leave
 from launcher.engine.optimizer import state_keys
 from launcher.engine.watchdog import MEASURING_MINUTES, Watchdog
 from launcher.models.selection_bias import selection_biases
+from launcher.parallel.context import context_of
 from launcher.parallel.mesh import Axis
 from launcher.parallel.sharding import logical_of
 from launcher.parity.dropout import DRAWS, NEXT_DRAWS, recorded_draws, write_draws
@@ -39,7 +40,7 @@ def record_rank(rank: int, *, run: RunConfig, layout: Layout, folder: Path) -> N
     """Train; the first rank of each pipeline stage writes folder/stage-N. Collective over the world."""
     with rank_engine(rank, run, layout, folder) as (engine, watchdog):
         perturb(engine, run.training.seed)
-        recorder = OutputRecorder(engine, run.parallelism.sequence_parallel)
+        recorder = OutputRecorder(engine, run.parallelism.sequence_parallel, run.parallelism.context_method)
         steps = [record_weights(engine)]
         for batch in probe_batches(run):
             watchdog.at(f"step {len(steps)}")
@@ -177,7 +178,9 @@ def rank_batches(run: RunConfig, engine: Engine, batch: GlobalBatch) -> MicroBat
         samples_consumed=0,
         global_batch_size=run.training.global_batch_size,
         micro_batch_size=run.training.micro_batch_size,
-        data_rank=engine.mesh.data.rank,
-        data_size=engine.mesh.data.size,
+        data_rank=engine.mesh.batch.rank,
+        data_size=engine.mesh.batch.size,
     )
-    return [(inputs[rows], labels[rows]) for rows in indices]
+    context = context_of(engine.mesh.context, run.parallelism.context_method)
+    part = None if context is None else context.part(inputs.shape[1])
+    return [sampler.part_of_pair(inputs[rows], labels[rows], part) for rows in indices]

@@ -4,9 +4,11 @@ import copy
 import math
 from dataclasses import fields
 
+from launcher.config.context_rules import length_multiple
 from launcher.config.errors import as_typed
 from launcher.config.layout import Layout
 from launcher.config.schema import (
+    ContextMethod,
     CorpusSource,
     Device,
     Dtype,
@@ -49,7 +51,8 @@ def shrink(run: RunConfig, layout: Layout, *, gpus: int = 0) -> tuple[RunConfig,
     the tensor ranks, active gradient clipping. The small run uses `gpus` GPUs of this machine, or its CPU.
     """
     most = min(gpus, MOST_RANKS) if gpus else MOST_RANKS
-    small = _shrunk(run, layout, shrunk_axes(layout.pipeline, layout.data, layout.tensor, most), gpus)
+    axes, left = (layout.pipeline, layout.data, layout.tensor), most // _shrunk_context(layout, most)
+    small = _shrunk(run, layout, shrunk_axes(*axes, left), gpus)
     return small, _changes(run, small)
 
 
@@ -58,6 +61,7 @@ def _shrunk(run: RunConfig, layout: Layout, axes: tuple[int, int, int], gpus: in
     small = copy.deepcopy(run)
     p = small.parallelism
     p.pipeline, p.data, p.tensor = axes
+    p.context = _shrunk_context(layout, min(gpus, MOST_RANKS) if gpus else MOST_RANKS)
     _shrink_model(small, run, layout)
     _shrink_training(small, layout)
     if run.precision.dtype is Dtype.fp16:
@@ -68,6 +72,15 @@ def _shrunk(run: RunConfig, layout: Layout, axes: tuple[int, int, int], gpus: in
         # At the default threshold every weight of a small model would stay whole on every rank.
         small.deepspeed.setdefault("zero_optimization", {})["stage3_param_persistence_threshold"] = 0
     return small
+
+
+def _shrunk_context(layout: Layout, most: int) -> int:
+    """Return the context ranks, halved until the other axes fit beside them with two ranks each."""
+    context, others = layout.context, (layout.pipeline, layout.data, layout.tensor)
+    least = math.prod(min(2, size) for size in others)
+    while context > 2 and context * least > most:
+        context = max(2, context // 2)
+    return context
 
 
 def shrunk_axes(pipeline: int, data: int, tensor: int, most: int = MOST_RANKS) -> tuple[int, int, int]:
@@ -113,7 +126,8 @@ def long_samples(run: RunConfig, layout: Layout, small: RunConfig) -> RunConfig 
     # The reference keeps the scores of all positions: (heads, length, length) in each layer.
     scores = m.num_heads * m.num_layers
     most = LONG if scores <= 8 else LONG // 2 if scores <= 32 else LONG // 4
-    length = min(most, whole) // p.tensor * p.tensor
+    multiple = math.lcm(p.tensor, length_multiple(long))
+    length = min(most, whole) // multiple * multiple
     m.max_sequence_length, long.data.sequence_length = length, None
     for name in ("sliding_window", "rope_theta", "local_rope_theta"):
         setattr(m, name, getattr(run.model, name))
@@ -131,6 +145,13 @@ def _shrink_model(small: RunConfig, run: RunConfig, layout: Layout) -> None:
     m, tensor, stages = small.model, small.parallelism.tensor, small.parallelism.pipeline
     heads_per_kv_head = min(2, run.model.num_heads // kv_heads(run.model))
     kv_heads_per_rank = min(2, kv_heads(run.model) // layout.tensor)
+    if run.parallelism.context_method is ContextMethod.ulysses:
+        # Each context rank has query heads of its own, and key/value heads perhaps not.
+        context, heads = small.parallelism.context, heads_per_kv_head * kv_heads_per_rank
+        if heads_per_kv_head > 1:
+            heads_per_kv_head *= context // math.gcd(heads, context)
+        else:
+            kv_heads_per_rank *= context // math.gcd(heads, context)
     small_kv_heads = tensor * kv_heads_per_rank
     m.num_heads = small_kv_heads * heads_per_kv_head
     m.num_kv_heads = None if run.model.num_kv_heads is None else small_kv_heads
@@ -153,9 +174,10 @@ def _shrink_model(small: RunConfig, run: RunConfig, layout: Layout) -> None:
         m.image_size = m.patch_size * (3 if odd else 4)
     else:
         m.vocab_size = -(-VOCABULARY // tensor) * tensor + (0 if divides else 1)
-        m.max_sequence_length = tensor * max(SEQUENCE_PER_RANK, 16 // tensor)
+        parts = tensor * small.parallelism.context
+        m.max_sequence_length = parts * max(SEQUENCE_PER_RANK, 16 // parts)
         whole = sequence_length(run) == run.model.max_sequence_length
-        small.data.sequence_length = None if whole else tensor * 4
+        small.data.sequence_length = None if whole else parts * 4
     if small.data.end_of_document is not None or small.data.source is CorpusSource.tokens:
         small.data.end_of_document = 0
     _shrink_attention(small, run)

@@ -291,7 +291,7 @@ def dropout_pass(small: RunConfig, mutation: Mutation | None = None, words: str 
 def _layout(run: RunConfig) -> Layout:
     p = run.parallelism
     assert p.data is not None
-    ranks = p.pipeline * p.data * p.tensor  # checked against this machine when verify started
+    ranks = p.pipeline * p.data * p.context * p.tensor  # checked against this machine when verify started
     return resolve_layout(run, World(run.hardware.device.name, ranks, ranks, fixed=True))
 
 

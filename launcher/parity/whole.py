@@ -62,8 +62,8 @@ def other_layout(run: RunConfig) -> RunConfig:
     """Return the run on one rank."""
     p = run.parallelism
     other = replace(
-        p, tensor=1, pipeline=1, data=1, expert=1, sequence_parallel=False, zero_stage=0,
-        offload_optimizer=False,        offload_parameters=False, pipeline_schedule=PipelineSchedule("1f1b"),
+        p, tensor=1, pipeline=1, data=1, expert=1, context=1, sequence_parallel=False, zero_stage=0,
+        offload_optimizer=False, offload_parameters=False, pipeline_schedule=PipelineSchedule("1f1b"),
         activation_checkpointing=ActivationCheckpointing.none,
     )  # fmt: skip
     return replace(run, parallelism=other)
@@ -73,7 +73,7 @@ def record_whole(rank: int, *, run: RunConfig, layout: Layout, folder: Path) -> 
     """Take the steps before the save, or the step after it if there is a checkpoint. Collective (world)."""
     with rank_engine(rank, run, layout, folder) as (engine, watchdog):
         perturb(engine, run.training.seed)
-        recorder = OutputRecorder(engine, run.parallelism.sequence_parallel)
+        recorder = OutputRecorder(engine, run.parallelism.sequence_parallel, run.parallelism.context_method)
         data, saved = open_data(run), checkpoints_in(folder)
         progress, count = Progress(samples=FIRST_SAMPLE, blends=(blend_of(run),)), STEPS
         if saved:

@@ -65,8 +65,8 @@ def place_of(bad: BadValue, run: RunConfig, engine: Engine, consumed: int) -> st
         samples_consumed=consumed,
         global_batch_size=run.training.global_batch_size,
         micro_batch_size=run.training.micro_batch_size,
-        data_rank=bad.data_rank,
-        data_size=engine.mesh.data.size,
+        data_rank=bad.data_rank // engine.mesh.context.size,
+        data_size=engine.mesh.batch.size,
     )[bad.micro_batch]
     more = f" and {len(samples) - _MOST_SAMPLES} more" if len(samples) > _MOST_SAMPLES else ""
     listed = ", ".join(map(str, samples[:_MOST_SAMPLES]))

@@ -104,7 +104,12 @@ def sample_losses(
         mine = []  # all tensor ranks have the same losses
     gathered: list[list[SampleLoss]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(gathered, mine)
-    return sorted((one for part in gathered for one in part), key=lambda one: one.loss, reverse=True), norm
+    by_sample: dict[int, list[float]] = {}
+    for one in (one for part in gathered for one in part):
+        by_sample.setdefault(one.sample, []).append(one.loss)
+    # Each context rank has the loss of its part of a sample, as a share of their mean.
+    means = [SampleLoss(sample, sum(losses) / len(losses)) for sample, losses in by_sample.items()]
+    return sorted(means, key=lambda one: one.loss, reverse=True), norm
 
 
 def report(

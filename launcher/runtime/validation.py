@@ -7,7 +7,7 @@ from launcher.config.schema import RunConfig
 from launcher.data.open import ONLY, Data
 from launcher.data.sampler import Samples
 from launcher.engine.base import Engine, MicroBatches
-from launcher.runtime.batches import rank_batches, rank_samples
+from launcher.runtime.batches import part_of_rank, rank_batches, rank_samples
 from launcher.runtime.metrics.rows import Row
 
 
@@ -58,6 +58,6 @@ def _masked_batches(run: RunConfig, engine: Engine, samples: Samples, counted: r
     """Yield this data rank's micro-batches of a global batch; samples that are not `counted` are masked."""
     for places in rank_samples(run, engine, counted.start):
         # Samples outside `counted` keep the shape of the batch, but their labels are ignored.
-        batch = samples.take(np.minimum(places, counted.stop - 1))
+        batch = samples.take(np.minimum(places, counted.stop - 1), part_of_rank(run, engine.mesh))
         inputs, labels = batch if isinstance(batch, tuple) else (batch[:, :-1], batch[:, 1:])
         yield inputs, np.where((places < counted.stop)[:, None], labels, IGNORED_LABEL)

@@ -2,12 +2,14 @@
 
 import warnings
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from typing import Any
 
 from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
 from launcher.planning.cost.geometry import Rank, pipeline_ranks
-from launcher.planning.cost.parts import flops, parts, traffic
+from launcher.planning.cost.operations import BOOL, Collective
+from launcher.planning.cost.parts import flops, of_context, parts, traffic
 from launcher.planning.cost.run_plan import Plan
 from launcher.planning.cost.sizes import Sizes
 from launcher.tracing.stage_trace import StageTrace, trace_stage
@@ -49,10 +51,11 @@ def compare_stage(run: RunConfig, layout: Layout, rank: Rank, chunk: int) -> lis
     checks = [
         FormulaCheck(rank.stage, name, getattr(expected, name), getattr(traced, name)) for name in names
     ]
-    for kind in ("all_reduce", "all_gather", "reduce_scatter"):
-        formula, counted = expected.bytes_by(kind), traced.bytes_by(kind)
+    kinds = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send")
+    for group, kind in product(("tensor", "context"), kinds):
+        formula, counted = expected.bytes_by(kind, group), traced.bytes_by(kind, group)
         if formula or counted:
-            checks.append(FormulaCheck(rank.stage, f"{kind} over the tensor group", formula, counted))
+            checks.append(FormulaCheck(rank.stage, f"{kind} over the {group} group", formula, counted))
     return checks
 
 
@@ -70,10 +73,17 @@ def expect(run: RunConfig, layout: Layout, rank: Rank, chunk: int) -> StageTrace
         footprint = part.footprint
         peaks.append(saved + (count - 1) * footprint.saved + footprint.forward)
         saved += footprint.saved * count
-        waiting = 0 if part is stage_parts[-1][0] else tied
-        peaks.append(saved + footprint.backward + output + waiting)
+        is_last = part is stage_parts[-1][0]
+        # The gradient that the next stage sent stays meanwhile. Without context ranks no attention needs so
+        # much that it counts: the gradients of fused attention are joined one after the other.
+        stays = is_last and not stage.has_head and sizes.context > 1
+        ending = footprint.sustained if stays else footprint.backward
+        peaks.append(saved + ending + output + (0 if is_last else tied))
     if is_tied:
         embedding = stage_parts[0][0].footprint
         peaks.append(sizes.boundaries + embedding.saved + embedding.backward + 2 * tied)
     one_stage = Rank(rank.stage, (stage,), rank.model, rank.tensor, rank.outputs, rank.is_flat, rank.adapters)
-    return StageTrace(one_stage.parameters, flops(stage_parts), saved, max(peaks), traffic(stage_parts))
+    sent = traffic(stage_parts), of_context(stage_parts)
+    if sizes.context > 1 and sizes.masks_documents:
+        sent[1][Collective("all_gather", sizes.tokens * sizes.context * BOOL)] += 1
+    return StageTrace(one_stage.parameters, flops(stage_parts), saved, max(peaks), *sent)

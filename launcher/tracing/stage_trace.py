@@ -29,11 +29,12 @@ from launcher.models.compiled import BlockRunner
 from launcher.models.context import BlockContext, lora_of, rotary_tables
 from launcher.models.documents import Documents
 from launcher.models.masks import AttentionMasks
+from launcher.parallel.context import ContextParallel, context_of
 from launcher.parallel.dtypes import TORCH_DTYPES
 from launcher.parallel.initializer import Initializer
 from launcher.parallel.layers import TensorParallel
 from launcher.parallel.loss_kernels import EAGER
-from launcher.parallel.mesh import Axis, MeshShape
+from launcher.parallel.mesh import Axis, MeshShape, ProcessMesh
 from launcher.parallel.random import DropoutRandom
 from launcher.planning.cost.geometry import Rank
 from launcher.planning.cost.operations import Collective
@@ -48,9 +49,12 @@ class StageTrace:
     saved: int  # between the forward and the backward pass
     peak: int  # without the weights and their accumulated gradients
     traffic: Counter[Collective]  # over the tensor group
+    exchange: Counter[Collective]  # over the context group
 
-    def bytes_by(self, kind: str) -> int:
-        return sum(call.size * count for call, count in self.traffic.items() if call.kind == kind)
+    def bytes_by(self, kind: str, group: str) -> int:
+        """Return the bytes of a kind of collective over the "tensor" or the "context" group."""
+        calls = self.traffic if group == "tensor" else self.exchange
+        return sum(call.size * count for call, count in calls.items() if call.kind == kind)
 
 
 def trace_stage(run: RunConfig, layout: Layout, rank: Rank, chunk: int = 0) -> StageTrace:
@@ -59,17 +63,17 @@ def trace_stage(run: RunConfig, layout: Layout, rank: Rank, chunk: int = 0) -> S
     The kernels are those of the CPU; for a run on CUDA, kernels that save other tensors there are replaced
     (_cuda_kernels). Must not be called after torch.distributed is initialised.
     """
-    shape = MeshShape(layout.pipeline, layout.data, layout.tensor)
-    global_rank = shape.rank(rank.stage, 0, layout.tensor - 1)
+    shape = MeshShape.of(layout)
+    global_rank = shape.rank(rank.stage, layout.context - 1, layout.tensor - 1)
     with ExitStack() as stack:
-        group = stack.enter_context(_fake_world(shape, global_rank))
+        mesh = stack.enter_context(_fake_world(shape, global_rank))
         stack.enter_context(FakeTensorMode())
         stack.enter_context(patch.object(grouped, "rows_of_each", _even_rows))
         if layout.device == "cuda":
             stack.enter_context(_cuda_kernels())
-        axis = Axis(layout.tensor - 1, layout.tensor, group)
-        with Allocations() as allocations:
-            module = _stage(run, rank, chunk, axis, layout.device)
+        names = {axis.group: name for name, axis in (("tensor", mesh.tensor), ("context", mesh.context))}
+        with Allocations(names.get) as allocations:
+            module = _stage(run, rank, chunk, mesh, layout.device)
             for parameter in (each for each in module.parameters() if each.requires_grad):
                 parameter.grad = torch.empty_like(parameter)
             weights_and_gradients = allocations.live
@@ -83,10 +87,14 @@ def trace_stage(run: RunConfig, layout: Layout, rank: Rank, chunk: int = 0) -> S
             flops=int(counter.get_total_flops()),
             saved=saved - weights_and_gradients,
             peak=allocations.peak - weights_and_gradients,
-            traffic=Counter(
-                {Collective(call.kind, call.size): n for call, n in allocations.collectives.items()}
-            ),
+            traffic=_calls(allocations, "tensor"),
+            exchange=_calls(allocations, "context"),
         )
+
+
+def _calls(allocations: Allocations, group: str) -> Counter[Collective]:
+    calls = allocations.collectives.items()
+    return Counter({Collective(call.kind, call.size): n for call, n in calls if call.group == group})
 
 
 def _one_micro_batch(
@@ -94,7 +102,7 @@ def _one_micro_batch(
 ) -> int:
     """Run forward and backward, and return the bytes that are alive between the two."""
     stage, p = rank.chunks[chunk], run.parallelism
-    batch, length = run.training.micro_batch_size, sequence_length(run)
+    batch, length = run.training.micro_batch_size, sequence_length(run) // p.context
     if stage.has_embedding:
         inputs = _inputs(run)
     else:
@@ -118,21 +126,22 @@ def _inputs(run: RunConfig) -> Tensor:
     batch, m = run.training.micro_batch_size, run.model
     if m.inputs is InputKind.patches:
         return torch.empty(batch, m.image_channels, m.image_size, m.image_size, dtype=torch.uint8)
-    return torch.empty(batch, sequence_length(run), dtype=torch.long)
+    return torch.empty(batch, sequence_length(run) // run.parallelism.context, dtype=torch.long)
 
 
-def _stage(run: RunConfig, rank: Rank, chunk: int, axis: Axis, target: str) -> FlatModel:
+def _stage(run: RunConfig, rank: Rank, chunk: int, mesh: ProcessMesh, target: str) -> FlatModel:
     """Return the layers of one stage in the run's precision, as they run on the device `target`."""
-    p = run.parallelism
+    p, axis = run.parallelism, mesh.tensor
+    cp = context_of(mesh.context, p.context_method)
     multiple = vocabulary_multiple(run, target)
     initializer = Initializer(0, axis, TORCH_DTYPES[run.precision.dtype], drawn=False, frozen=has_lora(run))
     tp = TensorParallel(axis, p.sequence_parallel, initializer, target, vocabulary_multiple=multiple)
     random = DropoutRandom(0, stage=0, data_rank=0, tensor_rank=axis.rank)
-    documents = _Documents(run)
-    rotary = rotary_tables(run.model)
-    masks, runner = AttentionMasks(run.model, documents), BlockRunner(axis, EAGER, is_compiled=False)
+    documents = _Documents(run, cp)
+    rotary, masks = rotary_tables(run.model, cp), AttentionMasks(run.model, documents, cp)
+    runner = BlockRunner(axis, mesh.context, EAGER, is_compiled=False)
     context = BlockContext(
-        tp, random, p.activation_checkpointing, documents, masks, rotary, runner, lora_of(run)
+        tp, random, p.activation_checkpointing, documents, masks, rotary, runner, lora_of(run), cp=cp
     )
     layers = model_layers(run.model, context)
     stage = rank.chunks[chunk]
@@ -151,9 +160,10 @@ def _even_rows(experts: Tensor, count: int) -> list[int]:
 class _Documents(Documents):
     """Uses tokens made here; in a real run, later stages receive them beside their input."""
 
-    def __init__(self, run: RunConfig) -> None:
-        super().__init__(end_of_document(run) if run.data.document_attention else None)
-        self.tokens = torch.empty(run.training.micro_batch_size, sequence_length(run), dtype=torch.long)
+    def __init__(self, run: RunConfig, context: ContextParallel | None) -> None:
+        super().__init__(end_of_document(run) if run.data.document_attention else None, context)
+        shape = run.training.micro_batch_size, sequence_length(run) // run.parallelism.context
+        self.tokens = torch.empty(shape, dtype=torch.long)
 
     def begin(self, tokens: Tensor) -> None:
         super().begin(self.tokens)
@@ -184,12 +194,21 @@ def _flops() -> dict[Any, Callable[..., int]]:
 
 
 @contextmanager
-def _fake_world(shape: MeshShape, rank: int) -> Iterator[dist.ProcessGroup]:
-    """Yield this rank's tensor group in a world without other processes."""
+def _fake_world(shape: MeshShape, rank: int) -> Iterator[ProcessMesh]:
+    """Yield this rank's mesh in a world without other processes, with its tensor and context groups."""
     dist.init_process_group("fake", rank=rank, world_size=shape.world_size, store=FakeStore())
     try:
-        stage, data, _ = shape.coordinates(rank)
-        yield dist.new_group([shape.rank(stage, data, tensor) for tensor in range(shape.tensor)])
+        stage, data, tensor = shape.coordinates(rank)
+        [of_tensor] = (group for group in shape.tensor_groups() if rank in group)
+        [of_context] = (group for group in shape.context_groups() if rank in group)
+        yield ProcessMesh(
+            shape,
+            rank,
+            Axis(tensor, shape.tensor, dist.new_group(of_tensor)),
+            Axis(data, shape.data),
+            stage,
+            context=Axis(data % shape.context, shape.context, dist.new_group(of_context)),
+        )
     finally:
         dist.destroy_process_group()
 

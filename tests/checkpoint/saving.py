@@ -43,6 +43,8 @@ LAYOUTS = {
     "zero3_tp2": ["parallelism=zero3", "parallelism.data=2", "parallelism.tensor=2"],
     "zero1_tp2": ["parallelism=zero1", "parallelism.data=2", "parallelism.tensor=2"],
     "tp2_pp2": ["parallelism=tp2_pp2", "parallelism.data=1"],
+    "cp4": ["parallelism.context=4", "parallelism.data=1"],
+    "zero3_cp2": ["parallelism=zero3", "parallelism.data=2", "parallelism.context=2"],
 }
 GPT = ["model=gpt_tiny", "model.vocab_size=257"]  # tied embeddings; the vocabulary is padded when sharded
 LLAMA = ["model=llama_tiny", "model.vocab_size=257", "model.num_kv_heads=4"]

@@ -32,7 +32,7 @@ from tests.checkpoint.saving import (
 )
 
 # Saves from and restores into every kind of partition, with padded, tied and pipelined vocabularies.
-CHAIN = ["single", "zero3", "tp2_pp2", "zero2", "dualpipev", "zero1_tp2", "dp", "tp2"]
+CHAIN = ["single", "cp4", "tp2_pp2", "zero2", "dualpipev", "zero1_tp2", "dp", "zero3_cp2"]
 SAVE = CheckpointConfig()
 
 
@@ -74,6 +74,19 @@ def test_resume_in_the_same_layout_is_bitwise_equal(
 def test_resume_in_every_layout_is_bitwise_equal(layout: str, overrides: list[str], tmp_path: Path) -> None:
     model = [] if "model" in overrides[0] else GPT
     assert_resume_is_bitwise_equal(layout, [*model, *overrides], tmp_path)
+
+
+def test_context_4_resumes_at_tensor_2_x_pipeline_2_and_back(tmp_path: Path) -> None:
+    run, layout = run_in("single", *RUNS["momentum"])
+    uninterrupted = train(run, layout, tmp_path / "uninterrupted", last=3)
+    before: Path | None = None
+    for number, name in enumerate(("cp4", "tp2_pp2", "cp4"), 1):
+        run, layout = run_in(name, *RUNS["momentum"])
+        folder = tmp_path / str(number)
+        outcome = train(run, layout, folder, first=number, last=number, restore=before, save=SAVE)
+        before = saved(folder, number)
+        assert outcome.losses[0] == pytest.approx(uninterrupted.losses[number - 1], rel=2e-6), name
+    assert_close(outcome, uninterrupted, 1e-5)
 
 
 def assert_resume_is_bitwise_equal(layout: str, overrides: list[str], tmp_path: Path) -> None:
@@ -177,5 +190,5 @@ def test_a_fault_in_restoring_changes_the_losses(
 
 
 def test_the_chain_covers_every_kind_of_partition() -> None:
-    kinds = {"single", "dp", "zero1", "zero2", "zero3", "tp2", "pp2", "dualpipev"}
+    kinds = {"single", "dp", "cp4", "zero1", "zero2", "zero3", "tp2", "pp2", "dualpipev"}
     assert {part for name, part in product(CHAIN, kinds) if part in name} == kinds

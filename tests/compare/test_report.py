@@ -1,6 +1,7 @@
 """The layouts that are compared, and their report. Pure."""
 
 from dataclasses import replace
+from math import prod
 
 import pytest
 
@@ -14,7 +15,7 @@ from launcher.config.schema import MeasuredRates
 from launcher.config.world import World
 from tests.config.composing import run_of
 
-PARTS = {"compute": 1.0, "tensor": 0.0, "data": 0.0, "pipeline": 0.5, "optimizer": 0.0}
+PARTS = {"compute": 1.0, "tensor": 0.0, "context": 0.0, "data": 0.0, "pipeline": 0.5, "optimizer": 0.0}
 
 CORES = World("cpu", 2, 2)
 
@@ -25,14 +26,14 @@ def compared(name: str, ranks: int = 4, *overrides: str) -> ComparedLayout:
 
 
 def row(name: str, *losses: float) -> ComparisonRow:
-    sent = dict.fromkeys(("tensor", "data", "pipeline"), 0.0)
+    sent = dict.fromkeys(("tensor", "context", "data", "pipeline"), 0.0)
     return ComparisonRow(compared(name), MeasuredLayout(list(losses), 1.5, PARTS, 7, sent))
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4, 6, 8])
 def test_every_layout_is_of_all_ranks(ranks: int) -> None:
     for name, sizes in named_layouts(ranks).items():
-        world = sizes.get("data", 1) * sizes.get("tensor", 1) * sizes.get("pipeline", 1)
+        world = prod(sizes.get(axis, 1) for axis in ("data", "context", "tensor", "pipeline"))
         assert world == (1 if name == "single" else ranks)
     assert list(chosen_layouts([], ranks)) == list(named_layouts(ranks))
     assert list(chosen_layouts(["tp", "dp"], ranks)) == ["tp", "dp"]
@@ -102,4 +103,4 @@ def test_records_of_ranks_are_combined() -> None:
     quick = RankRecord([5.0], [1.0], [{**PARTS, "compute": 0.5}], 20, [("tensor", "all_reduce", 100, 4)])
     found = combined(layout, [slow, quick])
     assert (found.seconds, found.memory, found.parts["compute"]) == (3.0, 20, 1.0)
-    assert found.sent == {"tensor": 4 * 2 * 100 * 3 / 4, "data": 0.0, "pipeline": 0.0}
+    assert found.sent == {"tensor": 4 * 2 * 100 * 3 / 4, "context": 0.0, "data": 0.0, "pipeline": 0.0}

@@ -107,3 +107,17 @@ def test_a_machine_of_fewer_nodes_or_gpus_is_refused() -> None:
     run = run_of(*H100, "hardware.accelerators_per_node=4")
     with pytest.raises(ConfigError, match=r"hardware.accelerators_per_node=4: this machine has 2 GPUs"):
         resolve_layout(run, World("cuda", 2, 2))
+
+
+def test_context_ranks_share_a_node() -> None:
+    """A group that crosses nodes is refused where nodes are known, with sizes that fit."""
+    large = ["model=llama3_8b", *H100, "hardware.nodes=4", "parallelism.data=1"]
+    for context, tensor, remedies in ((16, 2, ["context=4"]), (8, 4, ["context=2", "tensor=1"])):
+        axes = [f"parallelism.context={context}", f"parallelism.tensor={tensor}"]
+        run = run_of(*large, *axes)
+        with pytest.raises(ConfigError, match="do not share nodes of 8 ranks") as error:
+            resolve_layout(run, World("cuda", 32, 8))
+        assert error.value.field == "parallelism.context"
+        assert error.value.remedy == " or ".join(f"parallelism.{remedy}" for remedy in remedies)
+    run = run_of("model=llama3_8b", *H100, "hardware.nodes=4", "parallelism.context=8", "parallelism.data=4")
+    assert resolve_layout(run, World("cuda", 32, 8)).context == 8

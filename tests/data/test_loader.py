@@ -83,7 +83,7 @@ def test_prefetches_while_the_step_computes() -> None:
     all_read = threading.Event()
 
     class Recorded:
-        def take(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        def take(self, indices: npt.NDArray[np.int64], part: None = None) -> npt.NDArray[np.int64]:
             read.append(int(indices[0]))
             if len(read) == 6:
                 all_read.set()
@@ -105,7 +105,7 @@ def test_prefetches_while_the_step_computes() -> None:
 @pytest.mark.parametrize("threads", [0, 2])
 def test_an_exception_while_reading_is_raised_in_the_step_of_the_sample(threads: int) -> None:
     class Broken:
-        def take(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        def take(self, indices: npt.NDArray[np.int64], part: None = None) -> npt.NDArray[np.int64]:
             if indices[0] >= 4:
                 raise ValueError("no such sample")
             return indices

@@ -264,7 +264,7 @@ def test_order_matters(architecture: str) -> None:
 def rotated(vector: Tensor, positions: int = 12, theta: float = 100.0) -> Tensor:
     """Return (D,) rotated at each position: (T, D)."""
     x = vector.expand(1, positions, 1, -1)
-    return rotate(x, *tables(positions, plain_frequencies(len(vector), theta), 1.0, x))[0, :, 0]
+    return rotate(x, *tables(torch.arange(positions), plain_frequencies(len(vector), theta), 1.0, x))[0, :, 0]
 
 
 def test_rotary_products_depend_on_distance_alone() -> None:
@@ -290,8 +290,8 @@ def test_rotary_angles_are_of_fp32_in_bf16() -> None:
     x = torch.ones(1, 2000, 1, 8)
     low = x.bfloat16()
     plain = plain_frequencies(8, 1e4)
-    found = rotate(low, *tables(2000, plain, 1.0, low)).float()
-    assert (found - rotate(x, *tables(2000, plain, 1.0, x))).abs().max() < 0.02
+    found = rotate(low, *tables(torch.arange(2000), plain, 1.0, low)).float()
+    assert (found - rotate(x, *tables(torch.arange(2000), plain, 1.0, x))).abs().max() < 0.02
 
 
 # Initial weights.

@@ -196,7 +196,7 @@ def test_ranks_of_a_tensor_group_go_on_eager_together() -> None:
         for (expected_loss, expected), (loss, own) in zip(eager, steps, strict=True):
             assert loss == expected_loss
             assert all(torch.equal(own[name], expected[name]) for name in expected)
-    assert ranks[0][2] == "another tensor rank could not compile"
+    assert ranks[0][2] == "another rank could not compile"
     assert ranks[1][2] is not None
     assert ranks[1][2].startswith("Unsupported: only here")
 

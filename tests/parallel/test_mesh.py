@@ -30,6 +30,31 @@ def test_coordinates_equal_numpy_indices(subtests: pytest.Subtests) -> None:
             assert shape.data_groups() == ranks.swapaxes(1, 2).reshape(-1, shape.data).tolist()
 
 
+def test_context_ranks_are_neighbours_on_the_data_axis() -> None:
+    shape = MeshShape(pipeline=2, data=6, tensor=2, context=3)
+    ranks = ranks_of(shape).reshape(2, 2, 3, 2)
+    expected = ranks.transpose(0, 3, 1, 2).reshape(-1, 3).tolist()
+    assert sorted(shape.context_groups()) == sorted(expected)
+    assert shape.context_groups()[0] == [0, 2, 4]
+
+
+def context_view(rank: int, world: int) -> tuple[int, int, int, int, list[int]]:
+    grid = mesh(data=2, context=2)
+    assert grid.context.group is not None
+    ranks = dist.get_process_group_ranks(grid.context.group)
+    return grid.batch.rank, grid.batch.size, grid.context.rank, grid.data.size, ranks
+
+
+def test_context_ranks_share_the_samples_of_a_data_rank() -> None:
+    views = pool(4).run(context_view)
+    assert views == [
+        (0, 2, 0, 4, [0, 1]),
+        (0, 2, 1, 4, [0, 1]),
+        (1, 2, 0, 4, [2, 3]),
+        (1, 2, 1, 4, [2, 3]),
+    ]
+
+
 def test_refuses_a_rank_outside_the_world() -> None:
     with pytest.raises(AssertionError):
         MeshShape(1, 2, 2).coordinates(4)

@@ -27,12 +27,14 @@ import launcher.engine.update_guard as update_guard
 import launcher.models.attention as attention
 import launcher.models.attention_kernel as attention_kernel
 import launcher.models.context as context
+import launcher.models.context_attention as context_attention
 import launcher.models.dropout as dropout
 import launcher.models.losses as losses
 import launcher.models.masks as masks
 import launcher.models.norms as norms
 import launcher.models.positions as positions
 import launcher.models.rotary as rotary
+import launcher.parallel.context as context_ranks
 import launcher.parallel.cross_entropy as cross_entropy
 import launcher.parallel.initializer as initializer
 import launcher.parallel.layers as layers
@@ -42,6 +44,7 @@ import launcher.parallel.sharding as sharding
 import launcher.runtime.training as training
 import launcher.runtime.validation as validation
 from launcher.checkpoint.save import CheckpointWriter
+from launcher.config.numbers import IGNORED_LABEL
 from launcher.data.loader import Loader
 from launcher.engine.base import Engine
 from launcher.parallel.mesh import Axis
@@ -511,6 +514,92 @@ SCALED = "model.rope_scaling.kind=llama3 model.rope_scaling.factor=8 model.rope_
 # Attention that is right for the first token, which sees itself alone.
 SCORES = ("blocks.0.attention.output", "right for the first token", "mask or scale")
 
+
+# Faults of context parallelism. In these layouts two ranks share each sequence.
+
+
+def loss_averaged_by_rank_means() -> None:
+    losses.mean_loss = lambda total, labels, _=None: total / (labels != IGNORED_LABEL).sum().clamp(min=1)
+
+
+def gradients_averaged_over_context_twice() -> None:
+    average = deepspeed.DeepSpeedEngine.backward
+
+    def backward(self: Any, loss: Tensor, **options: Any) -> Any:
+        return average(self, loss / self.dp_world_size, **options)
+
+    deepspeed.DeepSpeedEngine.backward = backward
+
+
+def positions_of_the_part() -> None:
+    """Rotary positions count from the start of the rank's part."""
+
+    class Local(context_ranks.ContextParallel):
+        def positions(self, length: int, device: torch.device) -> Tensor:
+            return torch.arange(length // self.axis.size, device=device)
+
+    right = rotary.RotaryTables.of
+
+    def of(self: rotary.RotaryTables, *arguments: Any, **options: Any) -> Any:
+        assert self._context is not None
+        self._context = Local(self._context.axis, self._context.method)
+        return right(self, *arguments, **options)
+
+    rotary.RotaryTables.of = of  # type: ignore[method-assign]
+
+
+def zigzag_undone_wrongly() -> None:
+    """Attention takes the two chunks of a rank for neighbours."""
+    right = context_attention.Queries.__init__
+
+    def init(self: Any, q: Tensor, chunks: tuple[int, ...], rules: Any) -> None:
+        first = 2 * rules.settings.rank
+        right(self, q, (first, first + 1), rules)
+
+    context_attention.Queries.__init__ = init  # type: ignore[method-assign]
+
+
+def mask_by_local_index() -> None:
+    """The places of keys count from the start of their chunk."""
+    right = context_attention.Rules.pair
+
+    def pair(self: Any, chunk: int, queries: slice, of_keys: int, dtype: torch.dtype) -> Any:
+        size = queries.stop - queries.start
+        shifted = replace(self, first=self.first + of_keys * size)
+        return right(shifted, chunk, queries, of_keys, dtype)
+
+    context_attention.Rules.pair = pair  # type: ignore[method-assign]
+
+
+def copies_of_kv_heads_not_summed() -> None:
+    context_attention._summed_copies = lambda x, heads, copies: x.unflatten(2, (heads, copies))[:, :, :, 0]
+
+
+def label_shifted_after_sharding() -> None:
+    """The label of a chunk's last token is the next token that the rank holds."""
+    right = sampler.part_of_pair
+
+    def part_of_pair(inputs: Any, labels: Any, part: Any) -> Any:
+        tokens, shifted = right(inputs, labels, part)
+        if part is not None:
+            shifted = shifted.copy()
+            shifted[:, :-1] = tokens[:, 1:]
+        return tokens, shifted
+
+    sampler.part_of_pair = part_of_pair
+
+
+def last_chunk_sees_the_future() -> None:
+    right = context_attention.Rules.pair
+
+    def pair(self: Any, chunk: int, queries: slice, of_keys: int, dtype: torch.dtype) -> Any:
+        rules = right(self, chunk, queries, of_keys, dtype)
+        is_last = chunk == 2 * self.settings.size - 1
+        return replace(rules, is_diagonal=rules.is_diagonal and not is_last)
+
+    context_attention.Rules.pair = pair  # type: ignore[method-assign]
+
+
 MUTATIONS = {
     "no all-reduce after the row layer": Mutation(
         row_layer_not_reduced,
@@ -658,6 +747,37 @@ MUTATIONS = {
     ),
     "column layer's input gradient not reduced": Mutation(
         column_gradient_not_reduced, f"{LLAMA} {TP}", ("are wrong too", "column layer's input gradient")
+    ),
+}
+
+# Two ranks share each sequence.
+CP = "parallelism.data=1 parallelism.context=2"
+CONTEXT_SCORES = ("right for the first token", "attention over context ranks")
+LABELS = ("loss of the logits is not", "labels of context ranks")
+MUTATIONS |= {
+    "loss averaged by means of context ranks": Mutation(
+        loss_averaged_by_rank_means, f"{GPT} {CP} data=chat data.train=chats.jsonl", LABELS
+    ),
+    "gradients averaged over context ranks twice": Mutation(
+        gradients_averaged_over_context_twice, f"{GPT} {CP}", ("scaled by context",)
+    ),
+    "rotary positions of the part": Mutation(positions_of_the_part, f"{LLAMA} {CP}", CONTEXT_SCORES),
+    "zigzag undone wrongly": Mutation(zigzag_undone_wrongly, f"{LLAMA} {CP}", CONTEXT_SCORES),
+    "mask by local index": Mutation(
+        mask_by_local_index, f"{LLAMA} {CP} data.document_attention=true", CONTEXT_SCORES
+    ),
+    "gradients of copied KV heads not summed": Mutation(
+        copies_of_kv_heads_not_summed,
+        f"{LLAMA} {CP} parallelism.context_method=ulysses model.num_kv_heads=1",
+        ("right for queries and wrong for keys and values", "copies of a head"),
+    ),
+    "label shifted after the sequence is shared": Mutation(
+        label_shifted_after_sharding, f"{GPT} {CP}", LABELS
+    ),
+    "last chunk sees the future": Mutation(
+        last_chunk_sees_the_future,
+        f"{LLAMA} {CP} parallelism.context_method=gather",
+        ("only in the last chunk", "see later tokens"),
     ),
 }
 

@@ -22,6 +22,7 @@ from launcher.config.schema import RunConfig
 from launcher.config.shape import sequence_length
 from launcher.config.validate import validate
 from launcher.config.world import World
+from launcher.data.sampler import MicroBatch
 from launcher.engine.distributed import join, leave, prepare_deepspeed
 from launcher.engine.measuring import RankMeasurement
 from launcher.launch.local import run_local_ranks
@@ -46,12 +47,15 @@ BUCKET = "deepspeed.zero_optimization.reduce_bucket_size=1000000"
 FULL, SELECTIVE = (f"parallelism.activation_checkpointing={kind}" for kind in ("full", "selective"))
 LLAMA, BF16, SEQUENCE = "model=llama_tiny", "precision=bf16", "parallelism.sequence_parallel=true"
 OFFLOAD = "parallelism.offload_optimizer=true"
+GATHER, ULYSSES = (f"parallelism.context_method={method}" for method in ("gather", "ulysses"))
+DOCUMENTS = "data.document_attention=true"
+LONG = ["model.max_sequence_length=512", "training.global_batch_size=4", "training.micro_batch_size=1"]
 LORA = "finetune.lora.rank=16"
 DUALPIPEV = "parallelism.pipeline_schedule=dualpipev"
 
 
-def axes(data: int = 1, tensor: int = 1, pipeline: int = 1, zero: int = 0) -> list[str]:
-    sizes = {"data": data, "tensor": tensor, "pipeline": pipeline, "zero_stage": zero}
+def axes(data: int = 1, tensor: int = 1, pipeline: int = 1, zero: int = 0, context: int = 1) -> list[str]:
+    sizes = {"data": data, "tensor": tensor, "pipeline": pipeline, "zero_stage": zero, "context": context}
     return [f"parallelism.{name}={size}" for name, size in sizes.items()]
 
 
@@ -118,9 +122,22 @@ CASES: dict[str, list[str]] = {
         *axes(data=2, tensor=2), *MOE, EXPERT, SEQUENCE,
     ],
     "tensor 2 x pipeline 2, sequence parallel": [*axes(tensor=2, pipeline=2, zero=1), SEQUENCE, BUCKET],
+    "context 2": axes(context=2),
+    "context 4, Llama": [*axes(context=4), LLAMA, *LONG],
+    "context 2, gather, ZeRO-1, bf16": [*axes(context=2, zero=1), BF16, GATHER, *LONG],
+    "context 4, ulysses, ZeRO-3, documents": [*axes(context=4, zero=3), ULYSSES, DOCUMENTS, BUCKET],
+    "context 2 x tensor 2, sequence parallel": [*axes(context=2, tensor=2), SEQUENCE, LLAMA, *LONG],
+    "context 2 x pipeline 2, bf16": [*axes(context=2, pipeline=2, zero=1), BF16, *LONG],
 }  # fmt: skip
 # One of each kind, for the quick tests.
-SOME = ["single", "tensor 2, sequence parallel", "pipeline 2", "ZeRO-1, data 2, bf16", "ZeRO-3, data 2"]
+SOME = [
+    "single",
+    "tensor 2, sequence parallel",
+    "pipeline 2",
+    "ZeRO-1, data 2, bf16",
+    "ZeRO-3, data 2",
+    "context 4, Llama",
+]
 
 
 @dataclass(frozen=True)
@@ -150,7 +167,7 @@ def measure(case: str) -> tuple[list[Measured], dict[tuple[GroupName, Collective
         target = partial(_measure_rank, run=run, layout=layout, folder=folder)
         run_local_ranks(target, layout.world_size, log_dir=folder / "logs", start_method="fork")
         found = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(layout.world_size)]
-    per_stage = layout.data * layout.tensor
+    per_stage = layout.gradient_ranks * layout.tensor
     memory = [
         Measured(
             case,
@@ -211,9 +228,12 @@ def _measure_rank(rank: int, *, run: RunConfig, layout: Layout, folder: Path) ->
     leave()
 
 
-def _batches(run: RunConfig, layout: Layout, random: np.random.Generator) -> Iterator[np.ndarray]:
-    shape = (run.training.micro_batch_size, sequence_length(run) + 1)
-    return (random.integers(0, run.model.vocab_size, shape) for _ in range(layout.accumulation))
+def _batches(run: RunConfig, layout: Layout, random: np.random.Generator) -> Iterator[MicroBatch]:
+    """Yield micro-batches of random tokens, of a context rank inputs and labels of its part."""
+    length, size = sequence_length(run) // layout.context, run.training.micro_batch_size
+    for _ in range(layout.accumulation):
+        tokens = random.integers(0, run.model.vocab_size, (size, length + 1))
+        yield tokens if layout.context == 1 else (tokens[:, :-1], tokens[:, 1:])
 
 
 def table(found: list[Measured]) -> str:

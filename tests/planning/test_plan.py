@@ -302,10 +302,22 @@ class TestTraffic:
 
     def test_links(self) -> None:
         shapes = group_shapes(plan_of(*LLAMA, *CLUSTER).layout, 8)
-        assert shapes == {"tensor": GroupShape(4, 4), "data": GroupShape(2, 2), "pipeline": GroupShape(4, 1)}
+        assert shapes == {
+            "tensor": GroupShape(4, 4),
+            "context": GroupShape(1, 1),
+            "data": GroupShape(2, 2),
+            "expert": GroupShape(1, 1),
+            "expert_data": GroupShape(2, 2),
+            "pipeline": GroupShape(4, 1),
+        }
         found = as_json(plan_of(*LLAMA, *CLUSTER), [])["traffic"]
         links = {name: of["link"] for name, of in found.items()}
-        assert links == {"tensor": "within a node", "data": "within a node", "pipeline": "between nodes"}
+        assert links == {
+            "tensor": "within a node",
+            "context": "none",
+            "data": "within a node",
+            "pipeline": "between nodes",
+        }
 
 
 CATALOGUE = sorted(set(options_of("hardware")) - {"cpu", "local"})

@@ -152,6 +152,46 @@ def test_formulas_of_adapters_are_what_the_modules_do(name: str) -> None:
     assert wrong(compared(*ADAPTERS[name], *LORA)) == []
 
 
+# Attention needs most here: few FFN columns, long sequences, a stage without the head.
+LONG = [
+    "model=llama_tiny", *SMALL, "model.num_kv_heads=2", "model.ffn_hidden_size=16", "model.num_layers=2",
+    "model.max_sequence_length=512", "parallelism.pipeline=2", "parallelism.zero_stage=1",
+    "hardware.device=cpu",
+]  # fmt: skip
+METHODS = ("ring", "gather", "ulysses")
+CONTEXT = {
+    "plain": [],
+    "documents": ["data.document_attention=true"],
+    "one KV head": ["model.num_kv_heads=1", "training.micro_batch_size=1"],
+    "recomputed": ["parallelism.activation_checkpointing=selective"],
+    "windows": ["model.sliding_window=24"],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks"),
+    [
+        ("plain", 2),
+        *(pytest.param(name, ranks, marks=pytest.mark.slow) for name in CONTEXT for ranks in (2, 4)),
+    ],
+)
+@pytest.mark.parametrize("method", METHODS)
+def test_attention_over_context_ranks(method: str, name: str, ranks: int) -> None:
+    axes = [f"parallelism.context={ranks}", f"parallelism.context_method={method}"]
+    found = compared(*LONG, *axes, *CONTEXT[name])
+    assert {one.quantity for one in found if "context" in one.quantity}
+    # Of one KV head on four ranks the smallest tensors count: 5%, and elsewhere as in all traces.
+    worst = [one for one in wrong(found) if not (one.quantity == "peak" and abs(one.error) < 0.055)]
+    assert worst == []
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("more", [["precision=bf16"], ["precision=bf16", "hardware.device=cuda"]])
+def test_context_ranks_in_low_precision(method: str, more: list[str]) -> None:
+    axes = ["parallelism.context=2", f"parallelism.context_method={method}", "model.num_kv_heads=2"]
+    assert wrong(compared("model=llama_tiny", *SMALL, *axes, "hardware.device=cpu", *more)) == []
+
+
 EXPERTS = [
     "model=moe_tiny", *SMALL, "model.num_kv_heads=2", "model.experts.ffn_hidden_size=96",
     "hardware.device=cpu",

@@ -30,14 +30,18 @@ class AllRanks:
     """An engine of `data` data ranks in one process: the loss of a label is the label."""
 
     def __init__(self, data: int) -> None:
-        self.mesh = self  # a mesh with the axis `data`
+        self.mesh = self  # a mesh with the axis `batch`
         self.size = data
         self.rank = 0
         self.counted: list[int] = []  # first label of each sample that is counted
 
     @property
-    def data(self) -> "AllRanks":
+    def batch(self) -> "AllRanks":
         return self
+
+    @property
+    def context(self) -> Axis:
+        return Axis()
 
     def eval_batch(self, batches: MicroBatches, labels: int) -> torch.Tensor:
         losses = []

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from launcher.config import shape
 from launcher.config.errors import ConfigError, as_typed
 from launcher.config.layout import Layout
 from launcher.config.schema import ActivationCheckpointing, PipelineSchedule, RunConfig
@@ -31,6 +32,9 @@ AXIS_FACTORS = (
     (2, 0.5),
     (0.5, 2),
 )
+CONTEXT_FACTORS = (2, 4, 8, 0.5)
+# The fewest tokens of a sequence that a context rank gets: with fewer, exchanges take longer than they save.
+LEAST_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,8 @@ def _settings(run: RunConfig, layout: Layout) -> Iterator[dict[str, Any]]:
     yield {"parallelism.zero_stage": 2}
     for tensor, pipeline in AXIS_FACTORS:
         yield from _axes(run, layout, p.tensor * tensor, p.pipeline * pipeline)
+    for context in CONTEXT_FACTORS:
+        yield from _contexts(run, layout, int(p.context * context))
     if p.pipeline_schedule is not PipelineSchedule.dualpipev:
         yield {"parallelism.pipeline_schedule": PipelineSchedule.dualpipev}
     yield {"parallelism.zero_stage": 3}
@@ -117,7 +123,13 @@ def _settings(run: RunConfig, layout: Layout) -> Iterator[dict[str, Any]]:
 
 def _axes(run: RunConfig, layout: Layout, tensor: float, pipeline: float) -> Iterator[dict[str, Any]]:
     p = run.parallelism
-    if tensor < 1 or pipeline < 1 or tensor % 1 or pipeline % 1 or layout.world_size % (tensor * pipeline):
+    if (
+        tensor < 1
+        or pipeline < 1
+        or tensor % 1
+        or pipeline % 1
+        or layout.world_size % (tensor * pipeline * p.context)
+    ):
         return
     axes: dict[str, Any] = {}
     if int(tensor) != p.tensor:
@@ -129,6 +141,18 @@ def _axes(run: RunConfig, layout: Layout, tensor: float, pipeline: float) -> Ite
         if p.zero_stage > 1 and pipeline > 1:
             axes["parallelism.zero_stage"] = 1
     if p.data is not None:
-        axes["parallelism.data"] = layout.world_size // int(tensor * pipeline)
+        axes["parallelism.data"] = layout.world_size // int(tensor * pipeline * p.context)
     if axes:
         yield axes
+
+
+def _contexts(run: RunConfig, layout: Layout, context: int) -> Iterator[dict[str, Any]]:
+    """Yield another number of context ranks, if each keeps tokens enough; data ranks make room."""
+    p, others = run.parallelism, layout.tensor * layout.pipeline
+    enough = context <= p.context or shape.sequence_length(run) // max(1, context) >= LEAST_TOKENS
+    if context < 1 or not enough or layout.world_size % (others * context):
+        return
+    axes: dict[str, Any] = {"parallelism.context": context}
+    if p.data is not None:
+        axes["parallelism.data"] = layout.world_size // (others * context)
+    yield axes

@@ -19,9 +19,11 @@ def parts_of(plan: Plan) -> dict[str, float]:
     if time is None:
         return {}
     of_experts = {"expert communication": time.expert, "expert_data communication": time.expert_data}
+    context = {"context communication": time.context} if plan.layout.context > 1 else {}
     return {
         "compute": time.compute,
         "tensor communication": time.tensor,
+        **context,
         "data communication": time.data,
         **(of_experts if plan.layout.expert > 1 else {}),
         "pipeline communication": time.pipeline,
@@ -35,7 +37,11 @@ def hidden_of(plan: Plan) -> dict[str, float]:
     time = plan.time
     if time is None:
         return {}
-    return {"tensor communication": time.tensor_hidden, "data communication": time.data_hidden}
+    return {
+        "tensor communication": time.tensor_hidden,
+        "context communication": time.context_hidden,
+        "data communication": time.data_hidden,
+    }
 
 
 def limit(plan: Plan) -> str:
@@ -64,6 +70,7 @@ def settings_in_words(run: RunConfig) -> str:
     words += [run.precision.dtype.name, f"recomputation {p.activation_checkpointing.name}"]
     words += ["bf16 states"] if run.precision.states is StatesDtype.bf16 else []
     words += ["sequence parallel"] if p.sequence_parallel else []
+    words += [f"context by {p.context_method.name}"] if p.context > 1 else []
     words += ["optimizer offloaded"] if p.offload_optimizer else []
     words += ["weights offloaded"] if p.offload_parameters else []
     return ", ".join(words)

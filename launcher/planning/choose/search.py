@@ -1,6 +1,6 @@
 """Search for `parallelism=auto`: every layout that validation allows for a model, a batch and ranks. Pure.
 
-The search covers data, tensor and pipeline sizes, ZeRO stage, micro-batch, sequence parallelism,
+The search covers data, context, tensor and pipeline sizes, ZeRO stage, micro-batch, sequence parallelism,
 recomputation and offload. A field that was set to another value than its default keeps that value; the
 micro-batch is always searched.
 """
@@ -15,11 +15,17 @@ from typing import Any, TypeVar
 from launcher.config.errors import ConfigError, as_typed, settings
 from launcher.config.layout import Layout, check_machine, effective_zero_stage
 from launcher.config.numbers import BOUNDS
-from launcher.config.schema import ActivationCheckpointing, ParallelismConfig, RunConfig
-from launcher.config.shape import divisors
+from launcher.config.schema import (
+    ActivationCheckpointing,
+    ContextMethod,
+    InputKind,
+    ParallelismConfig,
+    RunConfig,
+)
+from launcher.config.shape import divisors, sequence_length
 from launcher.config.validate import check_values, validate, validate_layout
 from launcher.config.world import World
-from launcher.planning.choose.changes import changed
+from launcher.planning.choose.changes import LEAST_TOKENS, changed
 from launcher.planning.cost.geometry import kind_of, pipeline_ranks
 from launcher.planning.cost.measured_rates import AnyRates, rates_of
 from launcher.planning.cost.memory import rank_memory
@@ -39,6 +45,7 @@ AS_FAST = 0.03
 MOST_SETTINGS, MOST_WORLDS = 25_000, 40
 
 CHOICES: dict[str, Sequence[Any]] = {
+    "context_method": tuple(ContextMethod),
     "zero_stage": range(4),
     "sequence_parallel": (False, True),
     "activation_checkpointing": tuple(ActivationCheckpointing),
@@ -87,7 +94,7 @@ class Candidate:
     @property
     def kind(self) -> str:
         """Row label in the report: axes, ZeRO stage and offload."""
-        axes = {"pipeline": self.layout.pipeline, "data": self.layout.data, "tensor": self.layout.tensor}
+        axes = {name: getattr(self.layout, name) for name in ("pipeline", "data", "context", "tensor")}
         if self.layout.expert > 1:
             axes["experts"] = self.layout.expert
         used = " x ".join(name for name, size in axes.items() if size > 1) or "one rank"
@@ -106,7 +113,8 @@ class Candidate:
         Beside a pipeline tensor parallelism goes as far as the node (Narayanan et al., SC 2021, takeaway 1).
         """
         layout, p = self.layout, self.run.parallelism
-        axes = sum(size > 1 for size in (layout.tensor, layout.data, layout.pipeline, layout.expert))
+        sizes = layout.tensor, layout.context, layout.data, layout.pipeline, layout.expert
+        axes = sum(size > 1 for size in sizes)
         recomputation = list(ActivationCheckpointing).index(p.activation_checkpointing)
         return (
             layout.zero_stage == 3, axes, layout.zero_stage, recomputation, p.sequence_parallel,
@@ -248,6 +256,7 @@ def _is_hopeless(fields: dict[str, Any]) -> bool:
     return (
         (fields["pipeline"] > 1 and fields["zero_stage"] > 1)
         or (fields["tensor"] == 1 and fields["sequence_parallel"])
+        or (fields["context"] == 1 and fields["context_method"] is not ContextMethod.ring)
         or (fields["offload_optimizer"] and fields["zero_stage"] == 0)
         or ("expert" in fields and (fields["zero_stage"] == 3 or fields["offload_optimizer"]))
         or (fields["offload_parameters"] and not (fields["zero_stage"] == 3 and fields["offload_optimizer"]))
@@ -265,10 +274,19 @@ def _axes(run: RunConfig, ranks: int) -> Iterator[dict[str, int]]:
         for pipeline in pipelines:
             if pipeline > run.model.num_layers or ranks % (tensor * pipeline):
                 continue
-            data = ranks // (tensor * pipeline)
-            if p.data in (None, data) and batch % data == 0:
-                axes = {"tensor": tensor, "pipeline": pipeline, "data": data}
-                yield from ({**axes, **shared} for shared in _expert_axes(run, data))
+            for context in [p.context] if p.context > 1 else _contexts(run, ranks // (tensor * pipeline)):
+                data = ranks // (tensor * pipeline * context)
+                fits = data * tensor * pipeline * context == ranks
+                if fits and p.data in (None, data) and batch % data == 0:
+                    axes = {"tensor": tensor, "pipeline": pipeline, "data": data, "context": context}
+                    yield from ({**axes, **shared} for shared in _expert_axes(run, data))
+
+
+def _contexts(run: RunConfig, ranks: int) -> list[int]:
+    """Return the numbers of context ranks to try, of `ranks` beside tensor and pipeline ranks."""
+    if run.model.inputs is InputKind.patches or run.model.experts.count:
+        return [1]
+    return [size for size in divisors(ranks) if size == 1 or sequence_length(run) // size >= LEAST_TOKENS]
 
 
 def _expert_axes(run: RunConfig, data: int) -> list[dict[str, int]]:
@@ -331,7 +349,7 @@ def _why_none(run: RunConfig, world: World) -> ConfigError:
     except ConfigError as error:
         return error
     default = ParallelismConfig()
-    for name in ("data", "tensor", "pipeline", *CHOICES):
+    for name in ("data", "context", "tensor", "pipeline", *CHOICES):
         value, free = getattr(run.parallelism, name), getattr(default, name)
         field = f"parallelism.{name}"
         if value != free and (legal := next(_candidates(changed(run, {field: free}), world), None)):

@@ -1,6 +1,7 @@
 """Operations of attention between its two projections: norms, rotary positions, the core, merged heads."""
 
 from launcher.config.schema import Dtype, QueryKeyNorm
+from launcher.planning.cost.context_operations import context_core
 from launcher.planning.cost.operations import FP32, Attention, Collective, Matmul, Operation
 from launcher.planning.cost.sizes import Sizes
 
@@ -38,6 +39,8 @@ def attention(s: Sizes) -> list[Operation]:
     separate = ("query_normed", "key_normed") if s.query_key_norm is not QueryKeyNorm.none else ()
     operations = _rotation(s, separate) if s.rotates else []
     inputs = (*(("rotated",) if s.rotates else separate), "qkv")
+    if s.context > 1:
+        return [*operations, context_core(s, inputs, _gradients(s))]
     if s.caps_scores:
         operations += _capped(s, inputs)
     else:

@@ -74,7 +74,7 @@ def _simulated(
             return 0.0
         calls = [Collective("all_gather", element * size) for size in pieces(elements, at_once)]
         # Offloaded partitions first come over the link to the host.
-        from_host = element * elements / layout.data / rates.host if offloads else 0.0
+        from_host = element * elements / layout.gradient_ranks / rates.host if offloads else 0.0
         return sum(rates.collective(call, data) for call in calls) + from_host
 
     kind: CollectiveKind = "reduce_scatter" if partitions else "all_reduce"

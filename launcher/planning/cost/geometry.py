@@ -146,6 +146,13 @@ class Rank:
         return sum(numel for module in modules for numel, _ in module)
 
     @property
+    def parameters_before_core(self) -> int:
+        """Parameters of a block that are used before the core of attention."""
+        modules = block_weights(self.model, self.tensor)
+        before = 1 + has_norm_before(self.model) + len(_head_norms(self.model, self.tensor))
+        return sum(numel for module in modules[:before] for numel, _ in module)
+
+    @property
     def trained_of_its_own(self) -> int:
         """Trained parameters without the head's copy of a tied weight, which the embedding's rank counts."""
         if not self.trains_whole_model:

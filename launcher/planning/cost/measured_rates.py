@@ -80,6 +80,9 @@ class CalibratedRates:
         assert curves, f"calibration measures {collective.kind}"
         return collective.size / interpolated(min(curves)[1], collective.size)
 
+    def passing_on(self, collective: Collective, group: GroupShape) -> float:
+        return self.collective(collective, group)
+
 
 AnyRates = Rates | CalibratedRates
 

@@ -6,7 +6,7 @@ from itertools import accumulate
 
 from launcher.config.layout import Layout
 from launcher.config.schema import ActivationCheckpointing, RunConfig
-from launcher.planning.cost.geometry import Rank
+from launcher.planning.cost.geometry import Chunk, Rank
 from launcher.planning.cost.operations import BYTES
 from launcher.planning.cost.parts import ModelParts, parts
 from launcher.planning.cost.sizes import Sizes
@@ -71,7 +71,8 @@ def rank_memory(run: RunConfig, layout: Layout, rank: Rank) -> Memory:
     fullest = max(moments, key=lambda moment: moment.touched if on_cpu else moment.allocated)
     held = states.weights + states.optimizer + sizes.tables
     copied = checkpoint_bytes(run, layout, rank)
-    groups = sum(size > 1 for size in (layout.tensor, layout.data, layout.pipeline))
+    axes = layout.tensor, layout.context, layout.gradient_ranks, layout.pipeline
+    groups = sum(size > 1 for size in axes)
     margin = 0 if on_cpu else CONTEXT_BYTES + groups * GROUP_BYTES
     communication = fullest.holdings.communication + fullest.gathered
     return Memory(
@@ -95,7 +96,7 @@ def start_up_bytes(run: RunConfig, layout: Layout, rank: Rank) -> int:
     On a GPU: the weight, or under ZeRO-3 the partition, that moves there next. On a CPU: all weights, or all
     partitions and the weight that ZeRO-3 cuts next. Values are drawn in fp32 block by block.
     """
-    element, data, on_cpu = BYTES[run.precision.dtype], layout.data, layout.device == "cpu"
+    element, data, on_cpu = BYTES[run.precision.dtype], layout.gradient_ranks, layout.device == "cpu"
     if layout.zero_stage < 3:
         return element * (rank.parameters if on_cpu else rank.largest_weight) + BLOCK_BYTES
     if not on_cpu and not run.parallelism.offload_parameters:
@@ -125,6 +126,7 @@ class _Flow:
         states, held = self.states, self.states.backward
         arrived = states.bucket is not None and done + soon >= states.bucket
         gradients = states.reduced.gradients if arrived else held.gradients + states.per_element * done
+        gradients += self.sizes.element * min(done, states.waiting)
         holdings = Holdings(gradients, held.communication, held.untouched)
         return _Moment(name, activations, holdings, states.gathered)
 
@@ -137,6 +139,19 @@ class _Flow:
         """Return a moment of the forward pass."""
         states = self.states
         return _Moment(name, activations, states.forward, states.gathered + states.prefetched)
+
+    def _attention(self, name: str, kept: int, done: int, of_block: int) -> Iterator[_Moment]:
+        """Yield the moment of attention in the backward pass of a block, where context ranks exchange most.
+
+        All weights of the block but those of its projections to heads have gradients by then.
+        """
+        if self.sizes.context > 1:
+            there = done + of_block - self.rank.parameters_before_core
+            yield self.backward(f"backward pass, attention of the {name}", kept + self.of_core, max(0, there))
+
+    @property
+    def of_core(self) -> int:
+        return self.parts.block.footprint.attention
 
 
 class _Flat(_Flow):
@@ -183,6 +198,7 @@ class _Flat(_Flow):
                 # A block with experts is fullest before any of its weights has a gradient.
                 soon = 0 if self.rank.kinds[index] else weights
                 yield self.backward(f"backward pass, {name}", held, done, soon=soon)
+                yield from self._attention(name, kept + tied, done, weights)
             kept, done = kept - block.saved, done + weights
 
     def _reduction(self, of_head: int, of_block: int, tied: int) -> _Moment:
@@ -226,11 +242,20 @@ class _Pipelined(_Flow):
                 ends.insert(0, ("head", others + saved, head))
             for place, kept, end in ends:
                 yield from self._backward(f"backward pass, {place}", kept, end, one_less=kept - saved)
+            of_last = self.rank.trained_of_block(stage.kinds[-1])
+            yield from self._attention("last block", others + body, self._of_head(stage), of_last)
             if stage.has_embedding:
                 embedding = self.parts.embedding.footprint
                 kept = others + inputs + embedding.saved
                 yield self.backward("backward pass, embedding", kept + embedding.backward)
         yield from self.after()
+
+    def _of_head(self, stage: Chunk) -> int:
+        """Return the elements whose gradients exist before those of the last block of a stage."""
+        if not (stage.has_head and self.rank.trains_whole_model):
+            return 0
+        ends = self.rank.trained_parameters - sum(self.rank.trained_of_blocks)
+        return ends - self.rank.parameters_of_embedding
 
     @property
     def _is_steady(self) -> bool:

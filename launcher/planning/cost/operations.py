@@ -50,22 +50,28 @@ class Matmul:
 
 @dataclass(frozen=True)
 class Attention:
-    """Fused attention of `heads` heads over `length` tokens each: two products forward, five backward."""
+    """Fused attention of `heads` heads over `length` tokens each: two products forward, five backward.
+
+    With context parallelism over `pairs` pairs of chunks of queries and keys, of `length` tokens each.
+    """
 
     length: int
     head_size: int
     heads: int  # of all sequences
-    is_causal: bool  # computes only the scores of earlier tokens
+    is_causal: bool  # computes only the scores of earlier tokens, in pairs of a chunk with itself
+    pairs: int = 1
+    diagonal: int = 1  # pairs of a chunk with itself
 
     @property
     def product(self) -> Matmul:
         """Return one of the products, over all scores, as FLOPs are counted."""
-        return Matmul(self.length, self.length, self.head_size, self.heads)
+        return Matmul(self.length, self.length, self.head_size, self.heads * self.pairs)
 
     @property
     def flops(self) -> float:
         """FLOPs computed in one of the products."""
-        return self.product.flops / (2 if self.is_causal else 1)
+        skipped = self.diagonal / 2 if self.is_causal else 0
+        return self.product.flops * (1 - skipped / self.pairs)
 
 
 @dataclass(frozen=True)
@@ -93,6 +99,9 @@ class Operation:
     overlapped_traffic: tuple[Collective, ...] = ()  # backward, overlapped with the weight's product
     forward_exchange: tuple[Collective, ...] = ()  # over the expert group
     backward_exchange: tuple[Collective, ...] = ()
+    forward_context: tuple[Collective, ...] = ()  # over the context group
+    backward_context: tuple[Collective, ...] = ()
+    hides_context: bool = False  # sends to context ranks run while the operation computes
     forward_bytes: int = 0  # read and written by memory-bound kernels
     backward_bytes: int = 0
     kernels: int = 1  # launched in the forward pass

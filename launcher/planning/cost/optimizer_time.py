@@ -14,7 +14,7 @@ COMPILED_UPDATE, EAGER_UPDATE = 12, 200
 
 def optimizer_seconds(run: RunConfig, layout: Layout, rank: Rank, rates: AnyRates) -> float:
     """Return seconds of memory traffic after the micro-batches, and of adding up their gradients."""
-    element, data = BYTES[run.precision.dtype], layout.data
+    element, data = BYTES[run.precision.dtype], layout.gradient_ranks
     whole = share = rank.trained_parameters
     if layout.zero_stage > 0:
         share = sum(padded(sum(group), 2 * data) for group in rank.groups) // data
@@ -48,7 +48,7 @@ def optimizer_seconds(run: RunConfig, layout: Layout, rank: Rank, rates: AnyRate
 def _light_passes(layout: Layout, whole: int, share: int, element: int) -> float:
     """Return the bytes that ZeRO-0 and BF16_Optimizer move beside the update (engine/gradient_passes.py)."""
     moved: float = whole * FP32  # the norm
-    if layout.data > 1:
+    if layout.gradient_ranks > 1:
         # Copied into the buffer that is sent, divided there, and copied back.
         moved += whole * (2 * (FP32 + element) + 2 * element)
     if layout.zero_stage == 0:
@@ -56,4 +56,4 @@ def _light_passes(layout: Layout, whole: int, share: int, element: int) -> float
     # The first gradient of a step is cast into the fp32 sums, the others are added to them.
     moved += whole * (element + FP32) + (layout.accumulation - 1) * whole * (element + 2 * FP32)
     # New weights are cast, and gathered.
-    return moved + share * (FP32 + element) + (whole * element if layout.data > 1 else 0)
+    return moved + share * (FP32 + element) + (whole * element if layout.gradient_ranks > 1 else 0)

@@ -50,6 +50,12 @@ class ModelPart:
         calls = [call for operation in self.program + self.again for call in operation.forward_exchange]
         return Counter(calls + [call for operation in self.program for call in operation.backward_exchange])
 
+    @cached_property
+    def context(self) -> Counter[Collective]:
+        """Collectives over the context group, forward and backward."""
+        calls = [call for operation in self.program + self.again for call in operation.forward_context]
+        return Counter(calls + [call for operation in self.program for call in operation.backward_context])
+
 
 @dataclass(frozen=True)
 class ModelParts:
@@ -107,17 +113,22 @@ def flops(counted_parts: Iterable[tuple[ModelPart, int]]) -> int:
 
 def traffic(counted_parts: Iterable[tuple[ModelPart, int]]) -> Counter[Collective]:
     """Return the collectives over the tensor group for a micro-batch."""
-    total: Counter[Collective] = Counter()
-    for part, count in counted_parts:
-        for collective, number in part.traffic.items():
-            total[collective] += number * count
-    return total
+    return _total((part.traffic, count) for part, count in counted_parts)
 
 
 def exchange(counted_parts: Iterable[tuple[ModelPart, int]]) -> Counter[Collective]:
     """Return the collectives over the expert group for a micro-batch."""
+    return _total((part.exchange, count) for part, count in counted_parts)
+
+
+def of_context(counted_parts: Iterable[tuple[ModelPart, int]]) -> Counter[Collective]:
+    """Return the collectives over the context group for a micro-batch."""
+    return _total((part.context, count) for part, count in counted_parts)
+
+
+def _total(counted: Iterable[tuple[Counter[Collective], int]]) -> Counter[Collective]:
     total: Counter[Collective] = Counter()
-    for part, count in counted_parts:
-        for collective, number in part.exchange.items():
+    for calls, count in counted:
+        for collective, number in calls.items():
             total[collective] += number * count
     return total

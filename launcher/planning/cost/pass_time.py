@@ -1,7 +1,7 @@
-"""Seconds of a micro-batch in the parts of a model: computation, and waits for tensor ranks. Pure."""
+"""Seconds of a micro-batch in the parts of a model: computation, and waits for other ranks. Pure."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from functools import cache
 
 from launcher.planning.cost.measured_rates import AnyRates
@@ -22,28 +22,19 @@ class PassTime:
     hidden: float = 0.0  # of collectives over tensor ranks that run while the rank computes
     host: float = 0.0  # to start the operations, beside the device
     exchanging: float = 0.0  # rows of tokens with the ranks that share the experts
+    context: float = 0.0  # waiting for context ranks
+    context_hidden: float = 0.0  # of their exchanges that run while the rank computes
 
     @property
     def total(self) -> float:
-        return self.compute + self.waiting + self.exchanging
+        return self.compute + self.waiting + self.exchanging + self.context
 
     def __add__(self, other: "PassTime") -> "PassTime":
-        return PassTime(
-            self.compute + other.compute,
-            self.waiting + other.waiting,
-            self.hidden + other.hidden,
-            self.host + other.host,
-            self.exchanging + other.exchanging,
-        )
+        pairs = zip(astuple(self), astuple(other), strict=True)
+        return PassTime(*(mine + others for mine, others in pairs))
 
     def times(self, count: int) -> "PassTime":
-        return PassTime(
-            self.compute * count,
-            self.waiting * count,
-            self.hidden * count,
-            self.host * count,
-            self.exchanging * count,
-        )
+        return PassTime(*(seconds * count for seconds in astuple(self)))
 
 
 def scaled(seconds: PassTime, scale: float) -> PassTime:
@@ -69,16 +60,24 @@ class PartTimes:
     overhead: float  # of a micro-batch in any stage
 
 
+@dataclass(frozen=True)
+class PassGroups:
+    """The groups whose ranks exchange tensors within a pass."""
+
+    tensor: GroupShape
+    context: GroupShape
+
+
 @cache
-def part_times(sizes: Sizes, rates: AnyRates, tensor: GroupShape, expert: GroupShape = ALONE) -> PartTimes:
+def part_times(sizes: Sizes, rates: AnyRates, groups: PassGroups, expert: GroupShape = ALONE) -> PartTimes:
     model = parts(sizes)
     scale = rates.scale(model.block.flops)
 
     def both(part: ModelPart) -> tuple[PassTime, PassTime]:
         # Only blocks are compiled, and their norms and activations are slow where they are not.
         compiled = sizes.compiled or part in (model.embedding, model.head)
-        forward = forward_pass(part.program, rates, tensor, compiled=compiled)
-        backward = backward_pass(part, rates, tensor, compiled=compiled)
+        forward = forward_pass(part.program, rates, groups, compiled=compiled)
+        backward = backward_pass(part, rates, groups, compiled=compiled)
         sent = [call for operation in part.program for call in operation.forward_exchange]
         again = [call for operation in part.again for call in operation.forward_exchange]
         back = again + [call for operation in part.program for call in operation.backward_exchange]
@@ -91,34 +90,62 @@ def part_times(sizes: Sizes, rates: AnyRates, tensor: GroupShape, expert: GroupS
 
 
 def forward_pass(
-    operations: Sequence[Operation], rates: AnyRates, tensor: GroupShape, *, compiled: bool
+    operations: Sequence[Operation], rates: AnyRates, groups: PassGroups, *, compiled: bool
 ) -> PassTime:
-    compute = waiting = 0.0
+    compute = waiting = context = hidden = 0.0
     for operation in operations:
-        compute += sum(_products(operation.forward_matmuls, operation, rates))
+        products = sum(_products(operation.forward_matmuls, operation, rates))
+        waits, beside = _context(operation, operation.forward_context, products, rates, groups.context)
+        context, hidden = context + waits, hidden + beside
+        compute += products
         compute += rates.pointwise(operation.forward_bytes, operation.kernels, compiled=compiled)
-        waiting += sum(rates.collective(collective, tensor) for collective in operation.forward_traffic)
-    return PassTime(compute, waiting, 0.0, rates.starting(sum(operation.kernels for operation in operations)))
+        waiting += sum(
+            rates.collective(collective, groups.tensor) for collective in operation.forward_traffic
+        )
+    host = rates.starting(sum(operation.kernels for operation in operations))
+    return PassTime(compute, waiting, 0.0, host, context, hidden)
 
 
-def backward_pass(part: ModelPart, rates: AnyRates, tensor: GroupShape, *, compiled: bool) -> PassTime:
+def _context(
+    operation: Operation, calls: Sequence[Collective], products: float, rates: AnyRates, group: GroupShape
+) -> tuple[float, float]:
+    """Return seconds of exchanges with context ranks: waited for, and hidden behind `products` seconds.
+
+    In the ring a part travels while the part before it is computed, and the first is there: a share of
+    1 / ranks of the products hides nothing.
+    """
+    seconds = sum(rates.passing_on(call, group) for call in calls)
+    if not (operation.hides_context and rates.overlaps):
+        return seconds, 0.0
+    beside = min(seconds, products * (1 - 1 / group.ranks))
+    return seconds - beside, beside
+
+
+def backward_pass(part: ModelPart, rates: AnyRates, groups: PassGroups, *, compiled: bool) -> PassTime:
     """Return the time with recomputation.
 
     A column layer's collective runs beside the product of its weight's gradient (parallel/layers.py).
     """
-    again = forward_pass(part.again, rates, tensor, compiled=compiled)
+    again = forward_pass(part.again, rates, groups, compiled=compiled)
     compute, waiting, hidden = again.compute, again.waiting, 0.0
+    context, context_hidden = again.context, again.context_hidden
     for operation in part.program:
         products = _products(operation.backward_matmuls, operation, rates)
         compute += sum(products)
+        calls = operation.backward_context
+        waits, beside = _context(operation, calls, sum(products), rates, groups.context)
+        context, context_hidden = context + waits, context_hidden + beside
         compute += rates.pointwise(operation.backward_bytes, 2 * operation.kernels, compiled=compiled)
-        waiting += sum(rates.collective(collective, tensor) for collective in operation.backward_traffic)
+        waiting += sum(
+            rates.collective(collective, groups.tensor) for collective in operation.backward_traffic
+        )
         for collective in operation.overlapped_traffic:
-            seconds = rates.collective(collective, tensor)
+            seconds = rates.collective(collective, groups.tensor)
             beside = min(seconds, products[-1]) if rates.overlaps and products else 0.0
             waiting, hidden = waiting + seconds - beside, hidden + beside
     kernels = 2 * sum(operation.kernels for operation in part.program)
-    return PassTime(compute, waiting, hidden, again.host + rates.starting(kernels))
+    host = again.host + rates.starting(kernels)
+    return PassTime(compute, waiting, hidden, host, context, context_hidden)
 
 
 def _products(matmuls: Sequence[Matmul], operation: Operation, rates: AnyRates) -> list[float]:

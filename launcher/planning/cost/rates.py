@@ -148,6 +148,12 @@ class Rates:
             intra, inter = nodes * (inside - 1), nodes - 1
         return seconds + intra * self.shares.hop_intra_s + inter * self.shares.hop_inter_s
 
+    def passing_on(self, collective: Collective, group: GroupShape) -> float:
+        """Return seconds of a send around a ring, where each rank sends and receives at the same time."""
+        if collective.kind != "send":
+            return self.collective(collective, group)
+        return self.collective(collective, group) / self.shares.exchange
+
 
 def _between(rates: tuple[FusedRate, ...], head_size: int, *, is_forward: bool) -> tuple[float, float]:
     """Return FLOP/s and ramp, interpolated by head size; smaller heads are padded to the smallest."""

@@ -12,6 +12,7 @@ from launcher.config.schema import (
     ActivationCheckpointing,
     AttentionKind,
     BiasesConfig,
+    ContextMethod,
     Dtype,
     ExpertsConfig,
     InputKind,
@@ -56,6 +57,7 @@ class Sizes:
     caps_logits: bool
     scales_embedding: bool
     masks: int  # different masks that exist as tensors
+    has_windows: bool  # a layer has a sliding window that is shorter than the sequence
     is_gated: bool  # SwiGLU or GeGLU
     biases: BiasesConfig
     hidden_size: int
@@ -67,7 +69,7 @@ class Sizes:
     dropout: float
     tensor: int
     micro_batch: int
-    length: int
+    length: int  # tokens of a sequence that a rank holds
     dtype: Dtype
     sequence_parallel: bool
     checkpointing: ActivationCheckpointing
@@ -82,6 +84,8 @@ class Sizes:
     expert: int = 1  # ranks that share the experts
     imbalance: float = 1.0  # rows that the experts of a rank receive, over the mean of the ranks
     adapters: Adapters = NO_ADAPTERS
+    context: int = 1  # ranks that share each sequence
+    context_method: ContextMethod = ContextMethod.ring
 
     @classmethod
     def of(cls, run: RunConfig, device: str) -> "Sizes":
@@ -100,6 +104,7 @@ class Sizes:
             caps_logits=m.logit_soft_cap is not None,
             scales_embedding=m.embedding_scale != 1.0,
             masks=_masks(run),
+            has_windows=bool(_windows(run) - {None}),
             is_gated=is_gated(m),
             biases=replace(m.biases),
             hidden_size=m.hidden_size,
@@ -111,7 +116,7 @@ class Sizes:
             dropout=m.dropout,
             tensor=p.tensor,
             micro_batch=run.training.micro_batch_size,
-            length=sequence_length(run),
+            length=sequence_length(run) // p.context,
             dtype=run.precision.dtype,
             sequence_parallel=p.sequence_parallel,
             checkpointing=p.activation_checkpointing,
@@ -126,6 +131,8 @@ class Sizes:
             expert=p.expert,
             imbalance=run.plan.expert_imbalance,
             adapters=Adapters.of(run),
+            context=p.context,
+            context_method=p.context_method,
         )
 
     @property
@@ -159,12 +166,20 @@ class Sizes:
         """Masks (B, 1, T, T), positions and ends (B, T) of documents, once for all blocks."""
         if not self.masks_documents:
             return 0
+        if self.context > 1:
+            # Ends of whole sequences, positions, and for each mask the first position that a query sees.
+            seen = self.context if self.context_method is ContextMethod.ulysses else 1
+            ends = self.context * self.tokens * BOOL
+            return ends + self.tokens * INT64 * (1 + self.masks * seen)
         return self.masks * self.tokens * self.length * self.element + self.tokens * (INT64 + BOOL)
 
     @property
     def tables(self) -> int:
         """Rotary tables, and masks (T, T) without documents, once for all blocks and micro-batches."""
         rotary = self.rotary_tables * self.length * self.rotated * self.element if self.rotates else 0
+        if self.context > 1:  # instead of a mask, the first position that each query sees
+            seen = self.length * (self.context if self.context_method is ContextMethod.ulysses else 1)
+            return rotary + (self.has_windows and not self.masks_documents) * self.masks * seen * INT64
         return rotary + (0 if self.masks_documents else self.masks * self.length**2 * self.element)
 
     @property
@@ -234,10 +249,15 @@ class Sizes:
         return is_masked and self.kv_heads != self.heads
 
 
+def _windows(run: RunConfig) -> set[int | None]:
+    """Return the different windows that are shorter than the sequence; None for layers without one."""
+    length = sequence_length(run)
+    return {window if window is not None and window < length else None for window in windows(run.model)}
+
+
 def _masks(run: RunConfig) -> int:
     """Return the number of different masks that exist as tensors (models/masks.py)."""
-    m, length = run.model, sequence_length(run)
-    used = {window if window is not None and window < length else None for window in windows(m)}
+    m, used = run.model, _windows(run)
     if run.data.document_attention:
         return len(used)
     is_explicit = m.attention_soft_cap is not None and m.attention is AttentionKind.causal

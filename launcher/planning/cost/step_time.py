@@ -10,7 +10,7 @@ from launcher.planning.cost.geometry import Chunk, Rank, kind_of
 from launcher.planning.cost.measured_rates import AnyRates
 from launcher.planning.cost.operations import Collective
 from launcher.planning.cost.optimizer_time import optimizer_seconds
-from launcher.planning.cost.pass_time import PartTimes, PassTime, part_times
+from launcher.planning.cost.pass_time import PartTimes, PassGroups, PassTime, part_times
 from launcher.planning.cost.sizes import Sizes
 from launcher.planning.cost.traffic import expert_data_traffic
 
@@ -38,6 +38,7 @@ class StepTime:
 
     compute: float
     tensor: float  # waiting for tensor ranks
+    context: float  # waiting for context ranks
     data: float  # waiting for data ranks
     pipeline: float  # sending to other stages
     expert: float  # exchanging rows with the ranks that share the experts
@@ -45,12 +46,14 @@ class StepTime:
     bubble: float  # idle while the pipeline fills and drains, or waits for slower stages
     optimizer: float
     tensor_hidden: float  # of the slowest rank's collectives, behind its computation
+    context_hidden: float
     data_hidden: float
     stages: tuple[StageTime, ...]  # in the order of the model
 
     @property
     def communication(self) -> float:
-        return self.tensor + self.data + self.pipeline + self.expert + self.expert_data
+        within = self.tensor + self.context + self.expert
+        return within + self.data + self.pipeline + self.expert_data
 
     @property
     def total(self) -> float:
@@ -63,7 +66,7 @@ def step_time(
     """Return the time of the slowest pipeline rank, with its waits for the other ranks."""
     kinds = {kind_of(rank): rank for rank in reversed(ranks)}
     sizes = Sizes.of(run, layout.device)
-    times = part_times(sizes, rates, groups["tensor"], groups["expert"])
+    times = part_times(sizes, rates, PassGroups(groups["tensor"], groups["context"]), groups["expert"])
     send = 0.0
     if layout.pipeline > 1:
         send = rates.collective(Collective("send", sizes.stretch), groups["pipeline"])
@@ -77,7 +80,7 @@ def step_time(
     work = sum((stage.both for stage in stages), PassTime()).times(batches)
     exchanges = [data_exchange(run, layout, other, rates, groups, times) for other in kinds.values()]
     data = max(exchanges, key=lambda exchange: exchange.waiting)
-    compute = work.compute + data.copying + rates.beside * (work.hidden + data.hidden)
+    compute = work.compute + data.copying + rates.beside * (work.hidden + work.context_hidden + data.hidden)
     if not rates.overlaps and layout.zero_stage == 3:
         compute += rank.blocks * batches * rates.zero_3_block_s
     pipeline = sum(stage.sending for stage in stages) * batches
@@ -86,12 +89,13 @@ def step_time(
     update = rates.crowding * max(optimizer_seconds(run, layout, other, rates) for other in kinds.values())
     host = _host(layout, rank, rates, work.host)
     of_experts = max(_expert_data(run, layout, other, rates, groups) for other in kinds.values())
-    communicating = work.waiting + work.exchanging + data.waiting + of_experts + pipeline
+    communicating = work.waiting + work.context + work.exchanging + data.waiting + of_experts + pipeline
     device = compute + communicating + rates.step_s + update
     back = [stages[1] for stages in reversed(by_rank)] if layout.stages_per_rank == 2 else []
     return StepTime(
         compute=compute + taking_turns + max(0.0, host - device),
         tensor=work.waiting,
+        context=work.context,
         data=data.waiting,
         pipeline=pipeline,
         expert=work.exchanging,
@@ -99,6 +103,7 @@ def step_time(
         bubble=max(0.0, _bubble(layout, busy, by_rank) - taking_turns),
         optimizer=rates.step_s + update,
         tensor_hidden=work.hidden,
+        context_hidden=work.context_hidden,
         data_hidden=data.hidden,
         stages=(*(stages[0] for stages in by_rank), *back),
     )

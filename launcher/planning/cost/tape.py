@@ -15,12 +15,16 @@ class Footprint:
     `saved` is kept from the forward to the backward pass. `forward` is the peak of the forward pass, without
     the bytes that earlier parts saved. `backward` is the peak of the backward pass, without the bytes that
     this part and earlier parts saved; `later` is the same after the first weight has its gradient.
+    `sustained` is `backward` where somebody keeps the gradient of the output, as a pipeline does. `attention`
+    is the peak of the backward pass in the core of attention; other weights have their gradients by then.
     """
 
     saved: int
     forward: int
     backward: int
     later: int
+    sustained: int = 0
+    attention: int = 0
 
 
 def footprint(program: Operations, recomputed: Operations, input_size: int) -> Footprint:
@@ -32,7 +36,8 @@ def footprint(program: Operations, recomputed: Operations, input_size: int) -> F
     tape.drop(output)
     saved = tape.peak = tape.live
     tape.hold(f"d_{output}", tape.sizes[output])
-    before = saved
+    tape.sustained_peak = tape.live
+    before, tape.incoming, attention = saved, tape.sizes[output], saved
     for operation in reversed(program):
         if recomputed and operation is recomputed[-1]:
             again = run_again(recomputed)
@@ -41,13 +46,18 @@ def footprint(program: Operations, recomputed: Operations, input_size: int) -> F
             tape.run(again, keeps=recomputed, ends=tuple(waiting))
             for name in waiting - {*tape.keepers}:
                 tape.drop(name)
-        tape.backward(operation)
+        if operation.name == "core":
+            attention = tape.peak_of(operation)
+        else:
+            tape.backward(operation)
         if (operation.weight or operation.made) and before == saved:
             # `later` is the peak from here on.
             before, tape.peak = tape.peak, tape.live
         if recomputed and operation is recomputed[0]:
             tape.release(_inputs_of(recomputed))
-    return Footprint(saved, forward, max(before, tape.peak) - saved, tape.peak - saved)
+    later = tape.peak - saved
+    ends = tape.sustained_peak - saved, attention - saved
+    return Footprint(saved, forward, max(before, tape.peak) - saved, later, *ends)
 
 
 class _Tape:
@@ -58,6 +68,8 @@ class _Tape:
         self.held = {"input": input_size}
         self.keepers: list[str] = []  # a tensor's name for each operation that keeps it
         self.live = self.peak = input_size
+        # The gradient of the output, until another is added to it, and after that the bytes it still takes.
+        self.incoming = self.sustained = self.sustained_peak = 0
 
     def hold(self, name: str, size: int) -> None:
         self.held[name] = self.held.get(name, 0) + size
@@ -70,6 +82,7 @@ class _Tape:
     def passing(self, size: int) -> None:
         """Allocate and free `size` bytes."""
         self.peak = max(self.peak, self.live + size)
+        self.sustained_peak = max(self.sustained_peak, self.live + size + self.sustained)
 
     def run(
         self, program: Operations, *, keeps: Operations, entrance: Operations = (), ends: Sequence[str] = ()
@@ -99,12 +112,20 @@ class _Tape:
             size = operation.gradients[index] if operation.gradients else self.sizes[name]
             if self.held.get(f"d_{name}") and not operation.joins:
                 self.passing(2 * size)  # the term, and the sum in a new tensor
+                self.sustained = self.incoming
             else:
                 self.hold(f"d_{name}", size)
         self.passing(operation.backward_scratch + operation.weight)
         self.drop(gradient)
         self.drop(f"{operation.name}+")
         self.release(operation.saves)
+
+    def peak_of(self, operation: Operation) -> int:
+        """Run `backward`; return the most bytes that are alive in this operation."""
+        before, self.peak = self.peak, self.live
+        self.backward(operation)
+        peak, self.peak = self.peak, max(self.peak, before)
+        return peak
 
     def release(self, names: Sequence[str]) -> None:
         """Drop one keeper of each tensor, and free the tensors that no operation keeps any more."""

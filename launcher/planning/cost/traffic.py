@@ -7,8 +7,8 @@ from launcher.config.layout import GroupName, Layout
 from launcher.config.schema import RunConfig
 from launcher.planning.cost.buffers import BufferSizes
 from launcher.planning.cost.geometry import Rank
-from launcher.planning.cost.operations import BYTES, FP32, Collective
-from launcher.planning.cost.parts import exchange, parts, traffic
+from launcher.planning.cost.operations import BOOL, BYTES, FP32, Collective
+from launcher.planning.cost.parts import exchange, of_context, parts, traffic
 from launcher.planning.cost.sizes import Sizes
 from launcher.planning.cost.zero_states import padded, uses_bf16_optimizer
 
@@ -28,14 +28,19 @@ class GroupShape:
 
 
 def group_shapes(layout: Layout, ranks_per_node: int) -> dict[GroupName, GroupShape]:
-    """Return the shape of each group; ranks count tensor fastest, then data (launcher/parallel/mesh.py)."""
+    """Return the shape of each group; ranks count tensor fastest, then context and data (parallel/mesh.py).
+
+    The data group reduces gradients, and so has the context ranks too.
+    """
     tensor = _shape(layout.tensor, 1, ranks_per_node)
-    data = _shape(layout.data, layout.tensor, ranks_per_node)
-    neighbours = _shape(layout.pipeline, layout.tensor * layout.data, ranks_per_node)
+    context = _shape(layout.context, layout.tensor, ranks_per_node)
+    data = _shape(layout.gradient_ranks, layout.tensor, ranks_per_node)
+    neighbours = _shape(layout.pipeline, layout.tensor * layout.gradient_ranks, ranks_per_node)
     expert = _shape(layout.expert, layout.tensor, ranks_per_node)
     expert_data = _shape(layout.data // layout.expert, layout.tensor * layout.expert, ranks_per_node)
     return {
-        "tensor": tensor, "data": data, "expert": expert, "expert_data": expert_data, "pipeline": neighbours,
+        "tensor": tensor, "context": context, "data": data, "expert": expert, "expert_data": expert_data,
+        "pipeline": neighbours,
     }  # fmt: skip
 
 
@@ -49,6 +54,19 @@ def tensor_traffic(run: RunConfig, layout: Layout, rank: Rank) -> Counter[Collec
         return Counter()
     model = parts(Sizes.of(run, layout.device))
     micro_batch = sum((traffic(model.of(chunk)) for chunk in rank.chunks), Counter[Collective]())
+    return Counter({collective: count * layout.accumulation for collective, count in micro_batch.items()})
+
+
+def context_traffic(run: RunConfig, layout: Layout, rank: Rank) -> Counter[Collective]:
+    """Return the collectives over the context group in a step: of attention, and of ends of documents."""
+    if layout.context == 1:
+        return Counter()
+    sizes = Sizes.of(run, layout.device)
+    model = parts(sizes)
+    micro_batch = sum((of_context(model.of(chunk)) for chunk in rank.chunks), Counter[Collective]())
+    if sizes.masks_documents:
+        # Every stage, also each of the two of a rank, learns where documents end.
+        micro_batch[Collective("all_gather", sizes.tokens * layout.context * BOOL)] += len(rank.chunks)
     return Counter({collective: count * layout.accumulation for collective, count in micro_batch.items()})
 
 
@@ -82,10 +100,10 @@ def tied_traffic(run: RunConfig, layout: Layout, rank: Rank) -> Collective | Non
 
 def data_traffic(run: RunConfig, layout: Layout, rank: Rank) -> Counter[Collective]:
     """Return the collectives over the data group in a step: gradients, and weights that are partitioned."""
-    if layout.zero_stage == 3 and layout.data > 1:
+    if layout.zero_stage == 3 and layout.gradient_ranks > 1:
         return _zero_3(run, layout, rank)
     total = rank.trained_parameters - rank.shared_parameters
-    return _of_gradients(run, layout, rank.groups, total, layout.data)
+    return _of_gradients(run, layout, rank.groups, total, layout.gradient_ranks)
 
 
 def expert_data_traffic(run: RunConfig, layout: Layout, rank: Rank) -> Counter[Collective]:
@@ -128,7 +146,7 @@ def expert_traffic(run: RunConfig, layout: Layout, rank: Rank) -> Counter[Collec
 
 def _zero_3(run: RunConfig, layout: Layout, rank: Rank) -> Counter[Collective]:
     """Gather each weight in the forward pass, and in the backward pass if it was freed between."""
-    element, data, buffers = BYTES[run.precision.dtype], layout.data, BufferSizes.of(run)
+    element, data, buffers = BYTES[run.precision.dtype], layout.gradient_ranks, BufferSizes.of(run)
     whole = sum(padded(numel, data) * count for numel, count in rank.sizes.items())
     reduced = sum(padded(weight.numel, data) for weight in rank.trained)
     freed = {numel: count for numel, count in rank.sizes.items() if numel >= buffers.persistence_threshold}
@@ -153,6 +171,7 @@ def pieces(total: int, at_once: int) -> list[int]:
 
 TRAFFIC = {
     "tensor": tensor_traffic,
+    "context": context_traffic,
     "data": data_traffic,
     "expert": expert_traffic,
     "expert_data": expert_data_traffic,

@@ -24,6 +24,7 @@ from launcher.planning.cost.geometry import Rank, block_parameters
 from launcher.planning.cost.operations import BYTES, FP32
 
 MODULE_CALLS = 11  # module calls of a transformer block, with the block itself
+WAITING_ELEMENTS = 1 << 26  # as in engine/gradient_passes.py
 UPDATE_BYTES = 52  # per element that is updated at once: fp32 values and random bits, engine/stochastic.py
 
 
@@ -49,6 +50,8 @@ class States:
     step: Holdings  # peak of the optimizer step
     fresh: int = 0  # bytes of gradients that exist in the first micro-batch of a step
     per_element: int = 0  # bytes of gradient per element that the backward pass has finished
+    # Elements whose gradients in low precision wait, in the first micro-batch, to be copied into the sums.
+    waiting: int = 0
     bucket: int | None = None  # elements after which gradients are reduced within the backward pass
     reduced: Holdings = Holdings()  # during that reduction and after it
     gathered: int = 0  # bytes of whole weights that ZeRO-3 holds
@@ -88,8 +91,8 @@ def checkpoint_bytes(run: RunConfig, layout: Layout, rank: Rank) -> int:
     if not run.checkpoint.enabled:
         return 0
     shared = rank.shared_parameters
-    written = -(-(rank.trained_of_its_own - shared) // layout.data)
-    written += -(-shared // (layout.data // layout.expert))
+    written = -(-(rank.trained_of_its_own - shared) // layout.gradient_ranks)
+    written += -(-shared // (layout.gradient_ranks // layout.expert))
     copied = written * FP32 * (1 + state_count(run.optimizer))
     return copied if run.checkpoint.asynchronous else min(copied, int(run.checkpoint.max_file_gb * 1e9))
 
@@ -107,7 +110,7 @@ class _Ledger:
         self.state_bytes = self.state * state_count(run.optimizer)
         self.optimizer_bytes = self.state_bytes + (0 if self.has_bf16_states else FP32)
         self.accumulates = layout.accumulation > 1
-        data = layout.data
+        data = layout.gradient_ranks
         self.total = rank.trained_parameters
         # Frozen weights (LoRA) are in the model's precision, without gradients and states.
         self.frozen = rank.parameters - rank.trained_parameters
@@ -138,12 +141,13 @@ class _Ledger:
 
     def _reduced_in_copies(self, element: int) -> int:
         """Return the bytes of the buffer that is sent; one data rank reduces nothing (gradient_passes.py)."""
-        return element * min(self.total, ALL_REDUCE_BUCKET) if self.layout.data > 1 else 0
+        return element * min(self.total, ALL_REDUCE_BUCKET) if self.layout.gradient_ranks > 1 else 0
 
     def bf16_optimizer(self) -> States:
         """BF16_Optimizer of DeepSpeed: whole gradients in fp32, partitioned fp32 weights and states.
 
-        Each bf16 gradient is added to them at once. The reduction works on a copy in bf16.
+        Each bf16 gradient is added to them at once, in the first micro-batch after some wait for one another
+        (engine/gradient_passes.py). The reduction works on a copy in bf16.
         """
         summed = FP32 * self.flat
         copies = self._reduced_in_copies(self.element)
@@ -154,6 +158,7 @@ class _Ledger:
             forward=Holdings(summed),
             backward=Holdings(summed),
             fresh=summed,
+            waiting=WAITING_ELEMENTS + self.rank.largest_trained,
             reduce=Holdings(summed, copies),
             step=Holdings(summed),
         )
@@ -164,7 +169,7 @@ class _Ledger:
         untouched = FP32 * self.never_filled
         kept = FP32 * self._whole_in_partition()
         reduced = FP32 * max(min(self.total, self.bucket), self.rank.largest_trained)
-        copied = reduced if self.layout.data > 1 or low else 0
+        copied = reduced if self.layout.gradient_ranks > 1 or low else 0
         # In a pipeline, DeepSpeed makes a second bucket for the reduction and keeps the first.
         spare = 0 if self.rank.is_flat else self.element * self.bucket
         optimizer, host = self._optimizer()
@@ -244,7 +249,7 @@ class _Ledger:
 
     def zero_3(self) -> States:
         """Return ZeRO-3 states: like ZeRO-2, with weights sharded and gathered when used."""
-        buffers, data = self.buffers, self.layout.data
+        buffers, data = self.buffers, self.layout.gradient_ranks
         held = sum(-(-weight.numel // data) for weight in self.rank.weights)
         share = sum(-(-weight.numel // data) for weight in self.rank.trained)
         persistent = sum(
@@ -309,8 +314,8 @@ class _Ledger:
 
     def _whole_in_partition(self) -> int:
         """Return the elements of all weights in a rank's partition; gradients are kept whole."""
-        holders = self.layout.data // self.layout.expert
-        touched = _most_touched(self.rank.groups, self.layout.data)
+        holders = self.layout.gradient_ranks // self.layout.expert
+        touched = _most_touched(self.rank.groups, self.layout.gradient_ranks)
         return touched + (_most_touched(self.rank.expert_groups, holders) if self.rank.expert_groups else 0)
 
 

@@ -177,6 +177,7 @@ def as_json(plan: Plan, changes: list[Change]) -> dict[str, Any]:
             "global_batch_size": plan.run.training.global_batch_size,
             "pipeline_schedule": p.pipeline_schedule.name,
             "sequence_parallel": p.sequence_parallel,
+            "context_method": p.context_method.name,
             "activation_checkpointing": p.activation_checkpointing.name,
             "offload_optimizer": p.offload_optimizer,
             "offload_parameters": p.offload_parameters,

@@ -63,16 +63,25 @@ def _kinds(search: Search) -> "Table":
 def _columns(title: str, *more: str) -> "Table":
     table = plain_table(title)
     words = ("recompute", "sequence", "on host", *more)
-    for name in ("pipeline x data x tensor", "ZeRO", "micro-batch", *words[:3], "step, s", "memory", *more):
+    for name in (
+        "pipeline x data (context) x tensor",
+        "ZeRO",
+        "micro-batch",
+        *words[:3],
+        "step, s",
+        "memory",
+        *more,
+    ):
         table.add_column(name, justify="left" if name in words else "right", no_wrap=True)
     return table
 
 
 def _row(candidate: Candidate) -> list[str]:
     layout, p = candidate.layout, candidate.run.parallelism
+    context = f" ({p.context} {p.context_method.name})" if p.context > 1 else ""
     experts = f" (experts {layout.expert})" if layout.expert > 1 else ""
     return [
-        f"{layout.pipeline} x {layout.data}{experts} x {layout.tensor}",
+        f"{layout.pipeline} x {layout.data}{context}{experts} x {layout.tensor}",
         str(layout.zero_stage),
         str(candidate.run.training.micro_batch_size),
         p.activation_checkpointing.name,

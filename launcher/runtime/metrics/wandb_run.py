@@ -200,7 +200,12 @@ def leave_service() -> None:
 def _init(mode: str, run: RunConfig, layout: Layout, directory: RunDir, finish_timeout: float) -> Any:
     w = run.logging.wandb
     composed = config_as_dict(run)
-    resolved = {"world_size": layout.world_size, "data": layout.data, "accumulation": layout.accumulation}
+    resolved = {
+        "world_size": layout.world_size,
+        "data": layout.data,
+        "context": layout.context,
+        "accumulation": layout.accumulation,
+    }
     return wandb.init(
         dir=str(directory.path),
         id=directory.run_id,

@@ -1,0 +1,92 @@
+"""Attention over context ranks against torch's attention of one process, forward and backward.
+
+Every rank draws the whole sequences from the same seed, and compares its part of the results.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+
+from launcher.config.schema import ContextMethod
+from launcher.config.sequence_order import part_of
+from launcher.models.attention_kernel import Kernel
+from launcher.models.context_attention import context_attention
+from launcher.parallel.context import ContextParallel
+from tests.distributed import mesh, pool
+
+BATCH, LENGTH, SIZE = 2, 24, 4
+HEADS = [(4, 4), (8, 2), (8, 1), (12, 3)]
+METHODS = [method.name for method in ContextMethod]
+
+
+def context_of(world: int, method: str) -> ContextParallel:
+    return ContextParallel(mesh(context=world).context, ContextMethod[method])
+
+
+def firsts(kind: str) -> Tensor | None:
+    """Return the first position that each query sees, (B, T)."""
+    places = torch.arange(LENGTH).expand(BATCH, LENGTH)
+    if kind == "documents":
+        starts = torch.tensor([[0, 5, 6, 17], [0, 1, 14, 23]])
+        return torch.stack([row[torch.searchsorted(row, places[0], right=True) - 1] for row in starts])
+    return (places - 6).clamp(min=0) if kind == "window" else None
+
+
+def reference(
+    q: Tensor, k: Tensor, v: Tensor, first: Tensor | None, cap: float | None, scale: float
+) -> Tensor:
+    """Return causal attention (B, T, N, D) by its definition, in one process."""
+    groups = q.shape[2] // k.shape[2]
+    q, k, v = (x.transpose(1, 2) for x in (q, k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)))
+    scores = q @ k.transpose(2, 3) * scale
+    if cap is not None:
+        scores = cap * torch.tanh(scores / cap)
+    sees = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
+    if first is not None:
+        sees = sees & (torch.arange(LENGTH) >= first[:, None, :, None])
+    return (scores.masked_fill(~sees, float("-inf")).softmax(-1) @ v).transpose(1, 2)
+
+
+def errors(rank: int, world: int, method: str, cap: float | None, dtype: torch.dtype) -> dict[str, float]:
+    """Return the largest errors of this rank, by case, of the result and of the gradients."""
+    context, found = context_of(world, method), {}
+    part = [place for each in part_of(LENGTH, rank, world, context.method) for place in each]
+    for heads, kv_heads in HEADS:
+        for kind in ("causal", "documents", "window"):
+            whole = [torch.randn(BATCH, LENGTH, n, SIZE) for n in (heads, kv_heads, kv_heads)]
+            whole = [x.to(dtype).float().requires_grad_() for x in whole]
+            gradient = torch.randn(BATCH, LENGTH, heads, SIZE).to(dtype)
+            first, scale = firsts(kind), 0.7
+            expected = reference(*whole, first, cap, scale)
+            expected.backward(gradient.float())
+            local = [x.detach()[:, part].to(dtype).requires_grad_() for x in whole]
+            if first is not None and context.method is not ContextMethod.ulysses:
+                first = first[:, part]
+            kernel = Kernel(True, scale, cap, "cpu")
+            result = context_attention(*local, first, 0.0, None, kernel, context)
+            result.backward(gradient[:, part])
+            pairs = {"result": (result, expected)} | {
+                name: (mine.grad, of_whole.grad)
+                for name, mine, of_whole in zip("qkv", local, whole, strict=True)
+            }
+            for name, (mine, of_whole) in pairs.items():
+                assert mine is not None
+                assert of_whole is not None
+                assert mine.dtype is dtype
+                error = (mine.float() - of_whole[:, part]).abs().max()
+                found[f"{heads}/{kv_heads} {kind} {name}"] = float(error)
+    return found
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("cap", [None, 3.0])
+def test_result_and_gradients(method: str, world: int, cap: float | None) -> None:
+    for by_case in pool(world).run(errors, method, cap, torch.float32):
+        assert all(error < 1e-5 for error in by_case.values()), by_case
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_in_bf16(method: str) -> None:
+    for by_case in pool(2).run(errors, method, None, torch.bfloat16):
+        assert all(error < 0.1 for error in by_case.values()), by_case
