@@ -203,6 +203,18 @@ def _context_attention(e: Evidence, name: str, where: str) -> tuple[str, str]:
     return shape, f"{meaning} chunks in another order"
 
 
+def _padding(e: Evidence, above: float) -> Results:
+    """Compare the excess of a loss with that of the padding. It is alike for all micro-batches, as a scale is."""
+    multiple = vocabulary_multiple(e.run, e.layout.device)
+    size = output_size(e.run.model)
+    padding = padded_length(size, e.layout.tensor, multiple) - size
+    if padding and "head" in e.right.outputs:
+        excess = excess_of_padding(e.right.outputs["head"], padding)
+        if abs(above / excess - 1) < CLOSE:
+            shape = f"losses are {excess:.4f} too high: the effect of {padding} more logits of 0"
+            yield f"every output is right and {shape}", "the padding of the vocabulary enters the softmax"
+
+
 def _loss(e: Evidence) -> Results:
     names = e.names("batch_loss")
     if not names and e.names("loss"):
@@ -217,6 +229,7 @@ def _loss(e: Evidence) -> Results:
         if same_losses(got[0], right[0]) and same_losses(got[rank], right[0]):
             shape = f"data rank {rank} reports the losses of data rank 0's samples"
             yield shape, "data ranks read the same samples"
+    yield from _padding(e, got[0][0] - right[0][0])
     ratio = common_ratio([(torch.tensor(got), torch.tensor(right))], CLOSE_LOSSES)
     if ratio is not None and abs(ratio - 1) > CLOSE_LOSSES:
         words, axes = named_ratio(ratio, e.layout)
@@ -224,14 +237,6 @@ def _loss(e: Evidence) -> Results:
     if same_losses(sorted(chain(*got)), sorted(chain(*right))):
         shape = "the losses are right but belong to other ranks or micro-batches"
         yield shape, "samples are assigned in another order"
-    multiple = vocabulary_multiple(e.run, e.layout.device)
-    size = output_size(e.run.model)
-    padding = padded_length(size, e.layout.tensor, multiple) - size
-    if padding and "head" in e.right.outputs:
-        excess = excess_of_padding(e.right.outputs["head"], padding)
-        if abs((got[0][0] - right[0][0]) / excess - 1) < CLOSE:
-            shape = f"losses are {excess:.4f} too high: the effect of {padding} more logits of 0"
-            yield f"every output is right and {shape}", "the padding of the vocabulary enters the softmax"
     if e.layout.context > 1 and "data rank 0, micro-batch 0" in names:
         meaning = (
             "labels of context ranks: shifted after the sequence was shared, or each rank divides by the"

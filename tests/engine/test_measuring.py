@@ -76,7 +76,10 @@ def engine_of(groups: dict[str, dist.ProcessGroup], *, pipeline: bool, step: Any
         deepspeed=SimpleNamespace(_take_model_step=step, **({"grid": grid} if pipeline else {})),
         module=SimpleNamespace(tied_comms=tied),
         mesh=SimpleNamespace(
-            tensor=SimpleNamespace(group=groups["tensor"]), data=SimpleNamespace(group=groups["data"])
+            tensor=SimpleNamespace(group=groups["tensor"]),
+            data=SimpleNamespace(group=groups["data"]),
+            context=SimpleNamespace(group=None),
+            expert=SimpleNamespace(size=1),
         ),
     )
     return cast(Engine, engine)
