@@ -204,7 +204,7 @@ def _context_attention(e: Evidence, name: str, where: str) -> tuple[str, str]:
 
 
 def _padding(e: Evidence, above: float) -> Results:
-    """Compare the excess of a loss with that of the padding. It is alike for all micro-batches, as a scale is."""
+    """Compare the excess of a loss with that of the padding, which is alike for all micro-batches."""
     multiple = vocabulary_multiple(e.run, e.layout.device)
     size = output_size(e.run.model)
     padding = padded_length(size, e.layout.tensor, multiple) - size

@@ -232,7 +232,7 @@ class TestLooking:
         assert root.out == train.out
         for words in (
             "launcher generate run.dir=PATH",
-            "parallelism: auto, dp, hybrid_3d",
+            "parallelism: auto, cp2, dp, ep2, hybrid_3d",
             "experiment=stdlib_gpt",
         ):
             assert words in root.out

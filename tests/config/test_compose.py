@@ -48,6 +48,7 @@ BESIDE = {
     ("model", "vit_tiny"): ["data=digits"],
     ("model", "vit_b16"): ["data=image_folder", "data.train=images"],
     ("optimizer", "sgd"): [],
+    ("parallelism", "ep2"): ["model=moe_tiny"],
 }
 
 

@@ -305,13 +305,8 @@ def documents_unknown_on_inner_stages() -> None:
 
 
 def positions_begin_again_after_512() -> None:
-    arange = torch.arange
-
-    def tables(length: int, angles: Tensor, factor: float, x: Tensor) -> tuple[Tensor, Tensor]:
-        turns = (arange(length) % 512).float().outer(angles).unsqueeze(1)
-        return (turns.cos() * factor).to(x.dtype), (turns.sin() * factor).to(x.dtype)
-
-    rotary.tables = tables
+    right = rotary.tables
+    rotary.tables = lambda places, *others: right(places % 512, *others)
 
 
 def window_of_half_the_width() -> None:
@@ -383,9 +378,9 @@ def windows_one_token_late() -> None:
     """A window begins one token later than the end of the inputs of the window before."""
     right = windows.Windows.read
 
-    def read(self: windows.Windows, places: Any) -> Any:
-        rows = right(self, places)
-        later = right(self, (places + 1) % len(self))
+    def read(self: windows.Windows, places: Any, part: Any = None) -> Any:
+        rows = right(self, places, part)
+        later = right(self, (places + 1) % len(self), part)
         return np.concatenate([rows[:, 1:], later[:, 1:2]], axis=1)
 
     windows.Windows.read = read  # type: ignore[method-assign]
