@@ -23,6 +23,7 @@ from typing import Any
 
 from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
+from launcher.files import write_text
 from launcher.launch.installed import Installed, NotInstalled, installed_for, installed_here
 from launcher.parity.kind import kind_of, overrides_of, sections_of
 
@@ -88,7 +89,7 @@ def preflight(run: RunConfig, layout: Layout) -> Preflight:
 def _check(kind: RunConfig, python: str, installed: Installed) -> Preflight:
     p = kind.parallelism
     assert p.data is not None
-    ranks = p.pipeline * p.data * p.tensor
+    ranks = p.pipeline * p.data * p.context * p.tensor
     overrides = overrides_of(kind)
     command = "launcher verify " + " ".join(
         f"'{word}'" if set(word) & set("{[ ") else word for word in overrides
@@ -216,20 +217,10 @@ def _read(entry: Path | None, key: dict[str, Any]) -> str | None:
 
 
 def _keep(entry: Path | None, key: dict[str, Any], when: str) -> None:
-    """Write an entry whole or not at all. Another process may write the same one: each has its own name."""
-    if entry is None:
-        return
-    with suppress(OSError):  # without the entry the next check is made again
-        descriptor, aside = tempfile.mkstemp(prefix=".", dir=entry.parent)
-        try:
-            with os.fdopen(descriptor, "w") as file:
-                json.dump({**key, "when": when}, file, indent=1)
-                file.flush()
-                os.fsync(descriptor)
-            os.replace(aside, entry)
-        finally:
-            with suppress(FileNotFoundError):
-                os.unlink(aside)
+    """Write an entry whole or not at all; the caller holds its lock. Without it the next check runs again."""
+    if entry is not None:
+        with suppress(OSError):
+            write_text(entry, json.dumps({**key, "when": when}, indent=1))
 
 
 @contextmanager

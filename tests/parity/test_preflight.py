@@ -255,6 +255,12 @@ def test_a_machine_that_cannot_check_is_no_failure(job: Job, monkeypatch: pytest
     assert job.calls == []
 
 
+def test_the_ranks_of_every_axis_need_memory(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_MEGABYTES_OF_A_RANK", 10**9)
+    for overrides, ranks in (("parallelism.context=2",), 4), (("parallelism.tensor=2",), 4):
+        assert job.verdict(*overrides).why.startswith(f"{ranks} small ranks need ")
+
+
 def test_a_missing_package_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("launcher.launch.installed.find_spec", lambda name: None)
     with pytest.raises(NotInstalled, match="the package torch is not installed here"):
