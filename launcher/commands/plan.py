@@ -5,13 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from launcher.commands.learn import learn
-from launcher.commands.ready import ReadyRun, ready
+from launcher.commands.ready import ReadyRun, ready_elsewhere
 from launcher.config.compose import compose_jobs
 from launcher.config.errors import ConfigError
 from launcher.config.finetune_rules import adapter_warnings
 from launcher.config.schedule import schedule_warnings
 from launcher.config.schema import OutputFormat, PlannedRunConfig
-from launcher.config.world import world_of_hardware
 from launcher.launch.exit_codes import FAILED
 from launcher.launch.this_machine import this_machine
 from launcher.planning.choose.changes import helpful
@@ -35,10 +34,7 @@ def main(arguments: list[str]) -> int:
     machine = this_machine()
     for job in jobs:
         check_figure(job.config.plan.figure)
-    ready_runs = [
-        ready(job.config, world_of_hardware(job.config, machine), needs_data=False, must_fit=False)
-        for job in jobs
-    ]
+    ready_runs = ready_elsewhere([job.config for job in jobs], machine)
     reports, for_people = [], jobs[0].config.format is OutputFormat.table
     for job, ready_run in zip(jobs, ready_runs, strict=True):
         if for_people:

@@ -3,11 +3,10 @@
 import sys
 from collections.abc import Sequence
 
-from launcher.commands.ready import ReadyRun, ready
+from launcher.commands.ready import ReadyRun, ready_elsewhere
 from launcher.config.compose import compose_jobs
 from launcher.config.errors import ConfigError, refusal
 from launcher.config.schema import RunConfig
-from launcher.config.world import world_of_hardware
 from launcher.launch.exit_codes import FAILED
 from launcher.launch.this_machine import this_machine
 from launcher.parity.preflight import Preflight, Verdict, preflight
@@ -29,11 +28,8 @@ def main(arguments: list[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         print(HELP)
         return 0
-    jobs, machine = compose_jobs("config", RunConfig, arguments), this_machine()
-    ready_runs = [
-        ready(job.config, world_of_hardware(job.config, machine), needs_data=False, must_fit=False)
-        for job in jobs
-    ]
+    jobs = compose_jobs("config", RunConfig, arguments)
+    ready_runs = ready_elsewhere([job.config for job in jobs], this_machine())
     for job, ready_run in zip(jobs, ready_runs, strict=True):
         job.announce()
         result = preflight(ready_run.run, ready_run.layout)

@@ -2,15 +2,17 @@
 
 import os
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from shutil import which
 
 from launcher.config.errors import ConfigError, refusal
 from launcher.config.layout import Layout
+from launcher.config.machine import Machine
 from launcher.config.schema import RunConfig
 from launcher.config.validate import validate
-from launcher.config.world import World, world_of_nodes
+from launcher.config.world import World, world_of_hardware, world_of_nodes
 from launcher.data.input_files import LeftOut
 from launcher.data.open import check_data, check_known_vocabulary
 from launcher.planning.choose.enforce import chosen, refuse_too_large
@@ -50,6 +52,14 @@ def ready(run: RunConfig, world: World, *, needs_data: bool, must_fit: bool) -> 
     if must_fit:
         refuse_too_large(plan)
     return ReadyRun(run, layout, plan, search, left_out)
+
+
+def ready_elsewhere(runs: Iterable[RunConfig], machine: Machine) -> list[ReadyRun]:
+    """Return the runs on their configured hardware, for commands that neither read their data nor train them.
+
+    Raises ConfigError.
+    """
+    return [ready(run, world_of_hardware(run, machine), needs_data=False, must_fit=False) for run in runs]
 
 
 def check_tensorboard(run: RunConfig) -> None:

@@ -3,14 +3,14 @@
 import time
 from pathlib import Path
 
-from launcher.commands.ready import ReadyRun, check_compiler, ready
+from launcher.commands.ready import ReadyRun, check_compiler, ready_elsewhere
 from launcher.config.compose import compose_jobs
 from launcher.config.errors import ConfigError, refusal
 from launcher.config.machine import Machine
 from launcher.config.output_files import check_overwrites_no_report
 from launcher.config.schema import Device, Dtype, RunConfig
 from launcher.config.validate import validate
-from launcher.config.world import world_of_hardware, world_of_machine
+from launcher.config.world import world_of_machine
 from launcher.launch.exit_codes import FAILED
 from launcher.launch.this_machine import share_cores, this_machine
 from launcher.parity.shrink import MOST_RANKS, inner_stages, long_samples, shrink
@@ -34,10 +34,7 @@ def main(arguments: list[str]) -> int:
         print(HELP)
         return 0
     jobs, machine = compose_jobs("config", RunConfig, arguments), this_machine()
-    ready_runs = [
-        ready(job.config, world_of_hardware(job.config, machine), needs_data=False, must_fit=False)
-        for job in jobs
-    ]
+    ready_runs = ready_elsewhere([job.config for job in jobs], machine)
     for job, ready_run in zip(jobs, ready_runs, strict=True):
         job.announce()
         if not _verify(ready_run, machine):
