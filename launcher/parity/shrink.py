@@ -28,6 +28,7 @@ from launcher.config.shape import (
     sequence_length,
     stages_per_rank,
 )
+from launcher.models.arithmetic import parameters
 
 MOST_RANKS = 8  # on CPU; on GPUs one for each
 HEAD_SIZE, MANY_HEADS = 8, 16  # above so many, heads are half the size
@@ -38,6 +39,7 @@ CLASSES = 10
 LORA_RANK = 3
 LONG = 4096  # positions of the long samples
 EXPERTS = 6
+BUCKETS = 5  # of gradients, about
 LEAST_BIAS = 0.05  # growth of the bias of an expert, if there is one: so that it changes choices
 LEAST_LOSS = 0.1  # factor of an auxiliary loss of experts, if there is one
 
@@ -68,9 +70,13 @@ def _shrunk(run: RunConfig, layout: Layout, axes: tuple[int, int, int], gpus: in
         small.precision.dtype = Dtype.fp32  # DeepSpeed trains fp16 on GPUs only
     small.hardware.device = Device.cuda if gpus else Device.cpu
     small.hardware.nodes, small.hardware.accelerators_per_node = 1, None
+    zero = small.deepspeed.setdefault("zero_optimization", {})
+    if layout.pipeline == 1 and layout.zero_stage < 3:
+        # The gradients of a small model would all fit into one bucket.
+        zero["reduce_bucket_size"] = parameters(small.model) // BUCKETS
     if small.parallelism.zero_stage == 3:
         # At the default threshold every weight of a small model would stay whole on every rank.
-        small.deepspeed.setdefault("zero_optimization", {})["stage3_param_persistence_threshold"] = 0
+        zero["stage3_param_persistence_threshold"] = 0
     return small
 
 

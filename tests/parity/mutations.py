@@ -22,6 +22,7 @@ import launcher.data.sampler as sampler
 import launcher.data.windows as windows
 import launcher.engine.flat as flat
 import launcher.engine.optimizer as optimizers
+import launcher.engine.overlapped_reduction as overlapped_reduction
 import launcher.engine.stochastic as stochastic
 import launcher.engine.update_guard as update_guard
 import launcher.models.attention as attention
@@ -97,7 +98,40 @@ def gradients_averaged_twice() -> None:
 
 
 def gradients_not_averaged() -> None:
-    deepspeed.DeepSpeedEngine.buffered_allreduce_fallback = lambda self, *_, **__: None
+    class Local(overlapped_reduction._Running):
+        """An all-reduce that leaves each rank its own gradients."""
+
+        def __init__(self, *_: Any) -> None:
+            pass
+
+        def end(self) -> None:
+            pass
+
+    overlapped_reduction._Running = Local  # type: ignore[misc]
+
+
+def last_bucket_not_averaged() -> None:
+    """The gradients that arrive last stay each rank's own."""
+    right = overlapped_reduction.OverlappedReduction._begin_bucket
+
+    def begin(self: Any) -> None:
+        if self._begun < len(self._buckets) - 1:
+            right(self)
+        else:
+            self._begun += 1
+
+    overlapped_reduction.OverlappedReduction._begin_bucket = begin  # type: ignore[method-assign]
+
+
+def bucket_sent_before_its_last_gradient() -> None:
+    """Of BF16_Optimizer's sums: the sum of the step before is sent instead."""
+    right = overlapped_reduction.OverlappedReduction._begin_step
+
+    def begin(self: Any) -> None:
+        right(self)
+        self._missing = [max(1, missing - 1) for missing in self._missing]
+
+    overlapped_reduction.OverlappedReduction._begin_step = begin  # type: ignore[method-assign]
 
 
 def gradients_scaled_by_accumulation() -> None:
@@ -621,6 +655,14 @@ MUTATIONS = {
     ),
     "gradients not averaged over data ranks": Mutation(
         gradients_not_averaged, f"{GPT} {DP}", ("differs between data ranks", "not averaged")
+    ),
+    "gradients of the last bucket not averaged": Mutation(
+        last_bucket_not_averaged, f"{GPT} {DP}", ("differs between data ranks",)
+    ),
+    "a bucket sent before its last gradient": Mutation(
+        bucket_sent_before_its_last_gradient,
+        f"{GPT} parallelism=zero1 parallelism.data=2 precision=bf16",
+        ("embedding.weight",),
     ),
     "gradients scaled by accumulation": Mutation(
         gradients_scaled_by_accumulation,

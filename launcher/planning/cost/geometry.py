@@ -196,6 +196,11 @@ class Rank:
         """Trained parameters of experts that ranks share, on this rank."""
         return sum(sum(group) for group in self.expert_groups)
 
+    @property
+    def shared_of_block(self) -> int:
+        """Trained parameters of experts that ranks share, of a block with experts on this rank."""
+        return self.shared_parameters // max(1, sum(self.kinds))
+
 
 def kind_of(rank: Rank) -> RankKind:
     """Return a key that ranks share if they hold and compute the same."""
