@@ -109,7 +109,7 @@ def roll_back(run: RunConfig, run_dir: Path, spike: Spike) -> Path | None:
     tries = sum(start >= samples for start, _ in spike.progress.excluded)
     if tries >= _MOST_ROLLBACKS:
         raise RunStopped(
-            f"{spike.words}, after {tries} rollbacks to {checkpoint.name} that left out the samples of a spike"
+            f"{spike.words}, after {tries} rollbacks to {checkpoint.name} that left out samples"
             "\n  try: a lower optimizer.lr, a longer scheduler.warmup_steps, or guard.spike=warn"
         )
     if dist.get_rank() == 0:
