@@ -117,7 +117,7 @@ class Manifest:
     skipped: int = 0  # steps so far that changed no weight
     # Samples left out after a rollback: pairs of the first, and the one after the last.
     excluded: list[list[int]] = field(default_factory=list)
-    history: dict[str, list[float]] = field(default_factory=dict)  # last losses and norms, to judge leaps
+    history: dict[str, list[float]] = field(default_factory=dict)  # last losses and norms, to detect spikes
 
     def to_json(self) -> str:
         """Return the text of the manifest's file."""

@@ -572,17 +572,17 @@ class PlanConfig:
 
 
 class OnNonfinite(Enum):
-    """A step whose gradients are not usable is left out (`skip`), or stops the run (`stop`)."""
+    """The update of a step whose gradients are not usable is skipped (`skip`), or the run ends (`stop`)."""
 
     skip = "skip"
     stop = "stop"
 
 
 class OnSpike(Enum):
-    """The answer to a leap of the loss or of the gradient norm.
+    """Reaction to a spike of the loss or of the gradient norm.
 
-    `warn`: say so. `skip`: also leave out steps whose gradient norm leaps up. `rollback`: continue from the
-    last checkpoint before the leap, with the samples after it.
+    `warn`: print a warning. `skip`: also skip the update of a step whose gradient norm has a spike.
+    `rollback`: continue from the last checkpoint before the spike, without the samples of the spike.
     """
 
     off = "off"
@@ -598,8 +598,8 @@ class GuardConfig:
     nonfinite: OnNonfinite = OnNonfinite.skip  # NaN, infinite or huge gradients
     max_skips: int = 10  # stop the run after so many skipped steps in a row
     spike: OnSpike = OnSpike.warn
-    spike_window: int = 128  # logged steps that a leap is judged by
-    spike_score: float = 8.0  # robust standard deviations above the median that are a leap
+    spike_window: int = 128  # logged steps whose median a step is compared with
+    spike_score: float = 8.0  # robust standard deviations above the median that count as a spike
     # Steps between comparisons of the tensors that several ranks hold; they are also compared before every
     # checkpoint. 0: never
     replica_interval: int = 100

@@ -93,7 +93,7 @@ def validate_replay(config: ReplayConfig) -> tuple[str, int]:
     if config.run.dir is None:
         raise refusal(config, "run.dir", "a run is needed to repeat a step of", "run.dir=runs/NAME step=1")
     if config.step is None:
-        why = "a step is needed, such as one whose loss leaps up in metrics.jsonl"
+        why = "name the step to repeat, such as a step with a loss spike in metrics.jsonl"
         raise refusal(config, "step", why, "step=1")
     numbers.refuse_out_of_bounds(config)
     check_paths(config)

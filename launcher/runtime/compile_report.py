@@ -20,7 +20,8 @@ class CompileReport:
             return row, [f"warning  {words_of(self._blocks.problem)}"]
         if not seconds or self._blocks.problem:
             return row, []
-        return row, [f"compile  {seconds:.1f} s for the transformer blocks and the loss, in no step time"]
+        what = "for the transformer blocks and the loss, not counted as step time"
+        return row, [f"compile  {seconds:.1f} s {what}"]
 
 
 def words_of(problem: str | None) -> str:

@@ -21,7 +21,7 @@ from launcher.runtime.batches import counted_labels, rank_batches, rank_loader, 
 from launcher.runtime.excluded import read_excluded
 from launcher.runtime.resume import Progress, start_from
 from launcher.runtime.sampling import tokenizer_of
-from launcher.runtime.spikes import Leap, SpikeGuard
+from launcher.runtime.spikes import Spike, SpikeGuard
 from launcher.runtime.training import is_logged, optimizer_step
 
 _EXCERPT = 120  # characters of a sample's text
@@ -86,7 +86,7 @@ def trained_until(run: RunConfig, engine: Engine, data: Data, progress: Progress
                     "train/loss": engine.mean_loss(result.loss),
                     "train/grad_norm": float(result.grad_norm),
                 }
-                with suppress(Leap):  # what followed belongs to the start after the rollback
+                with suppress(Spike):  # what followed belongs to the start after the rollback
                     spikes.after(progress, row)
     return progress
 

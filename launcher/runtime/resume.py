@@ -129,7 +129,7 @@ def restored(
 
 
 def rate_change(run: RunConfig, manifest: Manifest) -> list[str]:
-    """Return a line if the learning rate leaps at the resumed step; a warning if it had decayed before."""
+    """Return a line if the learning rate jumps at the resumed step; a warning if it had decayed before."""
     before, step = manifest.config, manifest.step
     try:
         optimizer = replace(run.optimizer, lr=float(before["optimizer"]["lr"]))

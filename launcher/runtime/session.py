@@ -17,7 +17,7 @@ from launcher.runtime.plan_check import PlanCheck
 from launcher.runtime.run_dir import RunDir
 from launcher.runtime.saving import Checkpoints
 from launcher.runtime.slow_rank import SlowRankWatch
-from launcher.runtime.spikes import Leap, SpikeGuard, roll_back
+from launcher.runtime.spikes import Spike, SpikeGuard, roll_back
 from launcher.runtime.step_clock import StepClock
 
 
@@ -81,14 +81,14 @@ class Session:
             parts.stop,
         )
 
-    def go_back(self, leap: Leap) -> Path | None:
+    def go_back(self, spike: Spike) -> Path | None:
         """Return the checkpoint to go back to; None if there is none. Collective. Raises RunStopped."""
         self.output.note(self.checkpoints.close())
-        checkpoint = roll_back(self.run, self.directory, leap)
+        checkpoint = roll_back(self.run, self.directory, spike)
         if checkpoint is None:
-            self.output.say(f"warning  {leap.words}: there is no checkpoint before it to go back to")
+            self.output.say(f"warning  {spike.words}: there is no checkpoint before it to go back to")
         else:
-            self.output.say(f"rollback {leap.words}")
+            self.output.say(f"rollback {spike.words}")
             self.output.say(
                 f"         back to {checkpoint.name}, without the samples since the last logged step"
             )

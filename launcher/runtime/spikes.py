@@ -1,4 +1,4 @@
-"""Notice when the loss or the gradient norm leaps up, by a robust score over the last logged steps."""
+"""Detect spikes of the loss and of the gradient norm, by a robust score over the last logged steps."""
 
 import math
 from collections import deque
@@ -33,11 +33,11 @@ class SpikeDetector:
 
     @property
     def history(self) -> dict[str, list[float]]:
-        """The values by name. A checkpoint keeps them, so that a resumed run judges alike."""
+        """The values by name. A checkpoint keeps them, so that a resumed run judges with the same values."""
         return {name: list(values) for name, values in self._values.items()}
 
     def limit(self, name: str) -> float:
-        """Return the value above which `name` leaps up; infinity while too few values are known."""
+        """Return the value above which `name` has a spike; infinity while too few values are known."""
         values = self._values[name]
         if len(values) < min(_FEWEST, values.maxlen or 0):
             return math.inf
@@ -45,22 +45,22 @@ class SpikeDetector:
         spread = _SPREAD_OF_NORMAL * median(abs(value - middle) for value in values)
         return middle + self.score * max(spread, _SMALLEST_SPREAD[name] * abs(middle))
 
-    def leaps(self, row: Mapping[str, float]) -> list[str]:
-        """Judge the values of a logged step, then remember them; return in words which leap up."""
-        leaps = []
+    def spikes(self, row: Mapping[str, float]) -> list[str]:
+        """Judge the values of a logged step, then remember them; return a clause for each spike."""
+        spikes = []
         for name, values in self._values.items():
             value, limit = row[name], self.limit(name)
             if value > limit:
                 words = (
                     f"{JUDGED[name]} is {value:.4g}, the median of the {len(values)} logged steps before is"
                 )
-                leaps.append(f"{words} {median(values):.4g}")
+                spikes.append(f"{words} {median(values):.4g}")
             if math.isfinite(value):
                 values.append(value)
-        return leaps
+        return spikes
 
 
-class Leap(Exception):
+class Spike(Exception):
     """Raised on all ranks to leave the training loop: the run goes back to a checkpoint."""
 
     def __init__(self, progress: Progress, words: str) -> None:
@@ -69,7 +69,7 @@ class Leap(Exception):
 
 
 class SpikeGuard:
-    """Does what guard.spike says when a logged step leaps up. All ranks see the same values."""
+    """Applies guard.spike to each logged step. All ranks see the same values."""
 
     def __init__(self, run: RunConfig, engine: Engine, history: Mapping[str, list[float]]) -> None:
         self.policy, self.engine = run.guard.spike, engine
@@ -77,45 +77,46 @@ class SpikeGuard:
         self._set_limit()
 
     def after(self, progress: Progress, row: Mapping[str, float]) -> list[str]:
-        """Judge a logged step; return lines for the user. Raises Leap if the run is to go back."""
+        """Judge a logged step; return lines for the user. Raises Spike if the run must go back."""
         if self.policy is OnSpike.off:
             return []
-        leaps = self.detector.leaps(row)
+        spikes = self.detector.spikes(row)
         self._set_limit()
-        if leaps and self.policy is OnSpike.rollback:
-            raise Leap(progress, f"step {progress.step}: {' and '.join(leaps)}")
-        return [f"warning  step {progress.step}: {leap}" for leap in leaps]
+        if spikes and self.policy is OnSpike.rollback:
+            raise Spike(progress, f"step {progress.step}: {' and '.join(spikes)}")
+        return [f"warning  step {progress.step}: {spike}" for spike in spikes]
 
     def _set_limit(self) -> None:
         if self.policy is OnSpike.skip:
             self.engine.guard.limit = min(LARGEST_NORM, self.detector.limit("train/grad_norm"))
 
 
-def roll_back(run: RunConfig, run_dir: Path, leap: Leap) -> Path | None:
-    """Return the newest finite checkpoint before the leap; None if there is none.
+def roll_back(run: RunConfig, run_dir: Path, spike: Spike) -> Path | None:
+    """Return the newest finite checkpoint before the spike; None if there is none.
 
-    The samples of the leap, from the logged step before on, are left out from now on. Raises RunStopped if
-    leaving samples out has not helped. Collective over the world.
+    The samples since the last logged step before the spike are left out from now on. Raises RunStopped after
+    too many rollbacks to the same checkpoint. Collective over the world.
     """
-    found: list[Path | None] = [None]
+    chosen: list[Path | None] = [None]
     if dist.get_rank() == 0:
         checkpoints = checkpoints_in(run_dir)
-        found[0] = next((path for path in checkpoints if _is_before(path, leap.progress.step)), None)
-    dist.broadcast_object_list(found)
-    if found[0] is None:
+        chosen[0] = next((path for path in checkpoints if _is_before(path, spike.progress.step)), None)
+    dist.broadcast_object_list(chosen)
+    checkpoint = chosen[0]
+    if checkpoint is None:
         return None
-    samples = read_manifest(found[0]).samples
-    tries = sum(start >= samples for start, _ in leap.progress.excluded)
+    samples = read_manifest(checkpoint).samples
+    tries = sum(start >= samples for start, _ in spike.progress.excluded)
     if tries >= _MOST_ROLLBACKS:
         raise RunStopped(
-            f"{leap.words}, after {tries} rollbacks to {found[0].name} that left out the samples of a leap"
+            f"{spike.words}, after {tries} rollbacks to {checkpoint.name} that left out samples"
             "\n  try: a lower optimizer.lr, a longer scheduler.warmup_steps, or guard.spike=warn"
         )
     if dist.get_rank() == 0:
         length = run.logging.interval * run.training.global_batch_size
-        exclude(run_dir, (max(samples, leap.progress.samples - length), leap.progress.samples))
+        exclude(run_dir, (max(samples, spike.progress.samples - length), spike.progress.samples))
     dist.barrier()
-    return found[0]
+    return checkpoint
 
 
 def _is_before(checkpoint: Path, step: int) -> bool:

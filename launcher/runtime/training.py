@@ -41,7 +41,7 @@ from launcher.runtime.profiling import Profiling, profiled_steps
 from launcher.runtime.resume import Progress, start_from
 from launcher.runtime.run_dir import PROFILE, RunDir, config_as_dict
 from launcher.runtime.session import Parts, Session
-from launcher.runtime.spikes import Leap
+from launcher.runtime.spikes import Spike
 from launcher.runtime.validation import is_validation_step, validation_row
 
 
@@ -81,7 +81,7 @@ def training_run(
 def trained(parts: Parts, directory: RunDir) -> bool | RunDir:
     """Train from `directory.checkpoint`, or from new weights; return whether the run is finished.
 
-    After a leap of the loss, return instead the directory with the checkpoint to go back to. Collective.
+    After a spike, return instead the directory with the checkpoint to go back to. Collective.
     """
     run, engine = parts.run, parts.engine
     engine.guard.restart()
@@ -94,11 +94,11 @@ def trained(parts: Parts, directory: RunDir) -> bool | RunDir:
         while True:
             try:
                 step = training_loop(session, progress)
-            except Leap as leap:
-                if checkpoint := session.go_back(leap):
+            except Spike as spike:
+                if checkpoint := session.go_back(spike):
                     output.finished = True  # this start did what it should
                     return replace(directory, checkpoint=checkpoint)
-                progress = leap.progress
+                progress = spike.progress
             else:
                 output.finished = finish(session, directory, step)
                 return output.finished

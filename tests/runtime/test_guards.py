@@ -143,14 +143,14 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-LEAPING = [
+SPIKING = [
     "data=text",
     "data.train=text.txt",
     "optimizer.lr=3e-3",
     "training.steps=200",
     "parallelism.data=2",
 ]
-# The gradient norm of so small a model varies: at the default score, steps without noise leap too.
+# The gradient norm of so small a model varies: at the default score, steps without noise spike too.
 ROLLBACK = ["guard.spike=rollback", "guard.spike_score=16", "checkpoint.interval_steps=20"]
 NUMBERS = ("step", "train/loss", "train/grad_norm", "train/samples")
 
@@ -161,7 +161,7 @@ def numbers(run_dir: Path) -> list[list[float]]:
 
 @pytest.mark.slow
 def test_a_rollback_leaves_the_samples_out_and_a_resume_does_the_same(text: Path) -> None:
-    out = trained(*LEAPING, *ROLLBACK, "run.dir=rolled", cwd=text)
+    out = trained(*SPIKING, *ROLLBACK, "run.dir=rolled", cwd=text)
     first, *_ = re.findall(r"rollback step (\d+): ", out)
     back = re.search(r"back to step-0*(\d+), without the samples", out)
     assert back
@@ -175,18 +175,18 @@ def test_a_rollback_leaves_the_samples_out_and_a_resume_does_the_same(text: Path
     for path in checkpoints_in(text / "killed"):
         if read_manifest(path).step > int(back[1]):
             shutil.rmtree(path)
-    trained(*LEAPING, *ROLLBACK, "run.dir=killed", "parallelism.data=1", cwd=text)
+    trained(*SPIKING, *ROLLBACK, "run.dir=killed", "parallelism.data=1", cwd=text)
     for row, other in zip(numbers(text / "rolled"), numbers(text / "killed"), strict=True):
         assert row == pytest.approx(other, rel=1e-3)
 
 
 @pytest.mark.slow
 def test_replay_finds_the_sample_in_any_layout(text: Path) -> None:
-    out = trained(*LEAPING, "run.dir=warned", "checkpoint.interval_steps=50", cwd=text)
-    leaps = [int(step) for step in re.findall(r"warning  step (\d+): the (?:loss|gradient norm) is", out)]
+    out = trained(*SPIKING, "run.dir=warned", "checkpoint.interval_steps=50", cwd=text)
+    spikes = [int(step) for step in re.findall(r"warning  step (\d+): the (?:loss|gradient norm) is", out)]
     losses = [row["train/loss"] for row in metrics(text / "warned")]
-    # Early steps of a new model may leap without the sample.
-    step = max(leaps, key=lambda step: losses[step - 1] - losses[step - 2])
+    # Early steps of a new model may spike without the sample.
+    step = max(spikes, key=lambda step: losses[step - 1] - losses[step - 2])
     tops = set()
     for layout in ["parallelism=single", "parallelism=pp2"]:
         shown = launcher("replay", "run.dir=warned", f"step={step}", layout, "samples=2", cwd=text)
@@ -212,11 +212,11 @@ def test_replay_refuses_a_step_that_the_run_has_not_taken(text: Path) -> None:
 def test_a_leap_is_judged_by_the_spread_before_it() -> None:
     detector = SpikeDetector(window=32, score=8.0, history={})
     calm = [2.0 + 0.01 * (-1) ** n for n in range(40)]
-    assert not any(detector.leaps({"train/loss": loss, "train/grad_norm": 1.0}) for loss in calm)
-    assert detector.leaps({"train/loss": 2.2, "train/grad_norm": 1.0}) == []
-    [words] = detector.leaps({"train/loss": 2.4, "train/grad_norm": 1.0})
+    assert not any(detector.spikes({"train/loss": loss, "train/grad_norm": 1.0}) for loss in calm)
+    assert detector.spikes({"train/loss": 2.2, "train/grad_norm": 1.0}) == []
+    [words] = detector.spikes({"train/loss": 2.4, "train/grad_norm": 1.0})
     assert words == "the loss is 2.4, the median of the 32 logged steps before is 2"
-    assert detector.leaps({"train/loss": float("nan"), "train/grad_norm": 1.7}) == []
+    assert detector.spikes({"train/loss": float("nan"), "train/grad_norm": 1.7}) == []
     resumed = SpikeDetector(window=32, score=8.0, history=detector.history)
     row = {"train/loss": 2.0, "train/grad_norm": 1.9}
-    assert resumed.leaps(row) == detector.leaps(row) != []
+    assert resumed.spikes(row) == detector.spikes(row) != []
