@@ -3,6 +3,8 @@
 import copy
 import math
 from dataclasses import fields
+from itertools import combinations
+from typing import NamedTuple
 
 from launcher.config.context_rules import length_multiple
 from launcher.config.errors import as_typed
@@ -14,6 +16,7 @@ from launcher.config.schema import (
     Dtype,
     InputKind,
     ModelConfig,
+    PipelineSchedule,
     Pooling,
     RunConfig,
     SchedulerConfig,
@@ -31,6 +34,7 @@ from launcher.config.shape import (
 from launcher.models.arithmetic import parameters
 
 MOST_RANKS = 8  # on CPU; on GPUs one for each
+MOST_AXES = 3  # above 1, of two ranks each
 HEAD_SIZE, MANY_HEADS = 8, 16  # above so many, heads are half the size
 SEQUENCE_PER_RANK = 8
 BLOCKS_PER_STAGE = 2
@@ -44,26 +48,49 @@ LEAST_BIAS = 0.05  # growth of the bias of an expert, if there is one: so that i
 LEAST_LOSS = 0.1  # factor of an auxiliary loss of experts, if there is one
 
 
+class LayoutAxes(NamedTuple):
+    """The ranks on each axis of a small run."""
+
+    pipeline: int
+    data: int
+    tensor: int
+    context: int
+
+    @classmethod
+    def of(cls, layout: Layout) -> "LayoutAxes":
+        return cls(layout.pipeline, layout.data, layout.tensor, layout.context)
+
+    def __str__(self) -> str:
+        """The axes above 1, such as `pipeline x tensor`."""
+        return " x ".join(name for name, size in self._asdict().items() if size > 1)
+
+
 def shrink(run: RunConfig, layout: Layout, *, gpus: int = 0) -> tuple[RunConfig, list[str]]:
     """Return the small run and the changed fields, a line each: `old -> new`.
 
-    Kept: the model's parts, every axis above 1 (at most 8 ranks in all), ZeRO stage, sequence parallelism,
-    checkpointing, offload, tying, accumulation above 1, grouped KV heads, a head size that is not
-    hidden_size / num_heads, layers that do not divide over the stages, vocabularies that do not divide over
-    the tensor ranks, active gradient clipping. The small run uses `gpus` GPUs of this machine, or its CPU.
+    Kept: the model's parts, every axis above 1 (at most 8 ranks in all; of four axes three, see small_axes),
+    ZeRO stage, sequence parallelism, checkpointing, offload, tying, accumulation above 1, grouped KV heads, a
+    head size that is not hidden_size / num_heads, layers that do not divide over the stages, vocabularies
+    that do not divide over the tensor ranks, active gradient clipping. The small run uses `gpus` GPUs of this
+    machine, or its CPU.
     """
-    most = min(gpus, MOST_RANKS) if gpus else MOST_RANKS
-    axes, left = (layout.pipeline, layout.data, layout.tensor), most // _shrunk_context(layout, most)
-    small = _shrunk(run, layout, shrunk_axes(*axes, left), gpus)
+    small = shrunk_to(small_axes(layout, _most(gpus))[0], run, layout, gpus=gpus)
     return small, _changes(run, small)
 
 
-def _shrunk(run: RunConfig, layout: Layout, axes: tuple[int, int, int], gpus: int) -> RunConfig:
-    """Return the small run on pipeline, data and tensor axes of these sizes."""
+def other_axes(run: RunConfig, layout: Layout, *, gpus: int = 0) -> list[RunConfig]:
+    """Return further small runs, each without another axis; none unless four axes are above 1."""
+    return [shrunk_to(axes, run, layout, gpus=gpus) for axes in small_axes(layout, _most(gpus))[1:]]
+
+
+def shrunk_to(axes: LayoutAxes, run: RunConfig, layout: Layout, *, gpus: int = 0) -> RunConfig:
+    """Return the small run on axes of these sizes."""
     small = copy.deepcopy(run)
     p = small.parallelism
-    p.pipeline, p.data, p.tensor = axes
-    p.context = _shrunk_context(layout, min(gpus, MOST_RANKS) if gpus else MOST_RANKS)
+    p.pipeline, p.data, p.tensor, p.context = axes
+    if p.pipeline == 1:
+        p.pipeline_schedule = PipelineSchedule["1f1b"]
+    p.sequence_parallel = p.sequence_parallel and p.tensor > 1
     _shrink_model(small, run, layout)
     _shrink_training(small, layout)
     if run.precision.dtype is Dtype.fp16:
@@ -80,13 +107,36 @@ def _shrunk(run: RunConfig, layout: Layout, axes: tuple[int, int, int], gpus: in
     return small
 
 
-def _shrunk_context(layout: Layout, most: int) -> int:
-    """Return the context ranks, halved until the other axes fit beside them with two ranks each."""
-    context, others = layout.context, (layout.pipeline, layout.data, layout.tensor)
-    least = math.prod(min(2, size) for size in others)
+def _most(gpus: int) -> int:
+    return min(gpus, MOST_RANKS) if gpus else MOST_RANKS
+
+
+def small_axes(layout: Layout, most: int = MOST_RANKS) -> list[LayoutAxes]:
+    """Return the axes of the small runs: of one run, or of four where four axes are above 1.
+
+    Four axes of two ranks are 16 ranks. So each of four runs leaves out another axis: every three axes, and
+    with them every pair, meet in one of the runs. The first run leaves out the data axis: its context ranks
+    average gradients and share optimizer states as data ranks do. Expert ranks are data ranks, so with them
+    the first run leaves out the pipeline.
+    """
+    sizes = LayoutAxes.of(layout)._asdict()
+    last = ["pipeline", "tensor", "data"] if layout.expert == 1 else ["data", "tensor", "pipeline"]
+    order = ["context", *last]
+    large = [name for name in order if sizes[name] > 1]
+    kept = combinations(large, MOST_AXES) if len(large) > MOST_AXES else [tuple(large)]
+    return [
+        _fitted(LayoutAxes(**{name: size if name in names else 1 for name, size in sizes.items()}), most)
+        for names in kept
+    ]
+
+
+def _fitted(axes: LayoutAxes, most: int) -> LayoutAxes:
+    """Return the axes, halved until all fit in `most` ranks: context ranks last."""
+    pipeline, data, tensor, context = axes
+    least = math.prod(min(2, size) for size in (pipeline, data, tensor))
     while context > 2 and context * least > most:
         context = max(2, context // 2)
-    return context
+    return LayoutAxes(*shrunk_axes(pipeline, data, tensor, most // context), context)
 
 
 def shrunk_axes(pipeline: int, data: int, tensor: int, most: int = MOST_RANKS) -> tuple[int, int, int]:
@@ -103,12 +153,16 @@ def shrunk_axes(pipeline: int, data: int, tensor: int, most: int = MOST_RANKS) -
 
 
 def inner_stages(run: RunConfig, layout: Layout, small: RunConfig, *, gpus: int = 0) -> RunConfig | None:
-    """Return a second small run, with inner stages on one data rank, if `small` has lost them; else None."""
-    most = min(gpus, MOST_RANKS) if gpus else MOST_RANKS
+    """Return a second small run, with inner stages on one data rank, if `small` has lost them; else None.
+
+    Beside the stages it has two context ranks or, without any, two tensor ranks.
+    """
     pipeline = min(4, layout.pipeline)
-    if small.parallelism.pipeline >= pipeline or pipeline * 2 > most:
+    if small.parallelism.pipeline >= pipeline or pipeline * 2 > _most(gpus):
         return None
-    return _shrunk(run, layout, (pipeline, 1, min(2, layout.tensor)), gpus)
+    context = min(2, layout.context)
+    tensor = min(2, layout.tensor) if context == 1 else 1
+    return shrunk_to(LayoutAxes(pipeline, 1, tensor, context), run, layout, gpus=gpus)
 
 
 def long_samples(run: RunConfig, layout: Layout, small: RunConfig) -> RunConfig | None:

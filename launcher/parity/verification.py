@@ -39,6 +39,7 @@ from launcher.parity.reference import (
     reference_trace,
 )
 from launcher.parity.rounding import equivalent
+from launcher.parity.shrink import LayoutAxes
 from launcher.parity.step_trace import StepTrace, read_traces
 from launcher.parity.tolerance import Tolerance, measured_tolerance, tolerance
 from launcher.parity.whole import (
@@ -153,8 +154,10 @@ def passes(small: RunConfig) -> list[PassPlan]:
     return plans
 
 
-def more_passes(inner: RunConfig | None = None, long: RunConfig | None = None) -> list[PassPlan]:
-    """Return passes of other small runs: one with inner pipeline stages, and one with long samples."""
+def more_passes(
+    inner: RunConfig | None = None, long: RunConfig | None = None, *other_axes: RunConfig | None
+) -> list[PassPlan]:
+    """Return passes of other small runs: with inner pipeline stages, with long samples, on other axes."""
     plans = []
     if inner is not None:
         plan = passes(inner)[0]
@@ -162,6 +165,9 @@ def more_passes(inner: RunConfig | None = None, long: RunConfig | None = None) -
     if long is not None:
         plan = passes(long)[0]
         plans.append(plan._replace(title=f"{plan.title}, {sequence_length(long)} positions"))
+    for other in filter(None, other_axes):
+        plan = passes(other)[0]
+        plans.append(plan._replace(title=f"{plan.title}, {LayoutAxes.of(_layout(other))}"))
     return plans
 
 

@@ -165,8 +165,13 @@ def resumed(first: str, second: str, folder: Path) -> tuple[Outcome, Outcome]:
 
 
 @pytest.mark.parametrize(
-    ("first", "second"), [("zero3", "tp2_pp2"), ("tp2", "zero1"), ("pp2", "zero3_tp2"), ("zero2", "dp")]
-)
+    ("first", "second"),
+    [
+        ("zero3", "tp2_pp2"), ("tp2", "zero1"), ("pp2", "zero3_tp2"), ("zero2", "dp"),
+        pytest.param("cp4", "tp2_pp2", marks=pytest.mark.slow),
+        pytest.param("tp2_pp2", "zero3_cp2", marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
 def test_a_run_resumes_in_another_layout(first: str, second: str, tmp_path: Path) -> None:
     whole, second_half = resumed(first, second, tmp_path)
     assert_close(second_half, whole, 1e-4)

@@ -11,7 +11,7 @@ from tests.config.composing import run_of
 from tests.parity.running import small_run
 
 # A new axis of the layout is one more line. A drawn axis has 2 ranks.
-AXES = {"parallelism.data": 4, "parallelism.tensor": 5, "parallelism.pipeline": 3}
+AXES = {"parallelism.data": 4, "parallelism.tensor": 5, "parallelism.pipeline": 3, "parallelism.context": 3}
 NUMBERS_OF_AXES = {0: 1, 1: 7, 2: 2}  # axes larger than 1, and how often: most draws have 2 ranks
 # Settings and how often each value is drawn; validation refuses what does not go together.
 SETTINGS: dict[str, dict[str, int]] = {
@@ -22,6 +22,8 @@ SETTINGS: dict[str, dict[str, int]] = {
     },
     "parallelism.zero_stage": {"0": 4, "1": 3, "2": 2, "3": 2},
     "parallelism.sequence_parallel": {"false": 1, "true": 1},
+    "parallelism.context_method": {"ring": 2, "gather": 1, "ulysses": 1},
+    "parallelism.expert": {"1": 1, "2": 1},
     "parallelism.activation_checkpointing": {"none": 3, "selective": 1, "full": 1},
     "parallelism.offload_optimizer": {"false": 6, "true": 1},
     "parallelism.pipeline_schedule": {"1f1b": 2, "dualpipev": 1},
@@ -70,6 +72,8 @@ def _overrides(rng: random.Random) -> list[str]:
     chosen = {name: rng.choices(list(values), list(values.values()))[0] for name, values in SETTINGS.items()}
     if "data=" in chosen["model"]:
         del chosen["data"]
+    if chosen["model"] != "moe_tiny" or "parallelism.data" not in axes:
+        chosen["parallelism.expert"] = "1"  # only data ranks share experts; few other draws would be left
     micro_batches = rng.choice((1, 3)) if "parallelism.pipeline" not in axes else 4
     batch = (
         int(chosen["training.micro_batch_size"]) * (2 if "parallelism.data" in axes else 1) * micro_batches

@@ -30,7 +30,7 @@ def test_equal_seeds_draw_equal_runs_and_every_value_is_drawn() -> None:
     assert len({str(each) for each in one}) == 4
     drawn = [draw(rng) for rng in [random.Random(0)] for _ in range(40)]
     assert {each.small.parallelism.zero_stage for each in drawn} == {0, 1, 2, 3}
-    for axis in ("data", "tensor", "pipeline"):
+    for axis in ("data", "tensor", "pipeline", "context"):
         assert {getattr(each.small.parallelism, axis) for each in drawn} == {1, 2}
     assert {each.small.precision.dtype.name for each in drawn} == {"fp32", "bf16"}
     assert SETTINGS.keys() <= {word.partition("=")[0] for each in drawn for word in each.overrides}

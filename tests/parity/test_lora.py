@@ -29,6 +29,28 @@ CASES = {
     "recomputed blocks": [*LLAMA, *LAYOUTS["tp2"], "parallelism.activation_checkpointing=full"],
     "recomputed attention": [*LLAMA, *LAYOUTS["zero1"], "parallelism.activation_checkpointing=selective"],
 }
+# LAYOUTS has context ranks of the ring alone and with ZeRO-3.
+CONTEXT = ["parallelism.data=1", "parallelism.context=2"]
+WITH_CONTEXT = {
+    "ring, sequence parallel, recomputed, documents": [
+        *LLAMA, *CONTEXT, "parallelism.tensor=2", "parallelism.sequence_parallel=true",
+        "parallelism.activation_checkpointing=full", "data.document_attention=true",
+    ],
+    "ulysses, one KV head, ZeRO-1": [
+        *LLAMA, *CONTEXT, "parallelism.context_method=ulysses", "model.num_kv_heads=1",
+        "parallelism.zero_stage=1", "parallelism.data=2",
+    ],
+    "gather, two stages, some targets": [
+        *LLAMA, *CONTEXT, "parallelism.context_method=gather", "parallelism.pipeline=2",
+        "finetune.lora.targets=[qkv,down]",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WITH_CONTEXT)
+def test_adapters_over_context_ranks_train_as_in_the_reference(case: str) -> None:
+    result = plain_sgd_pass(small_run(*WITH_CONTEXT[case], *LORA, steps=3))
+    assert result.ok, worst(result)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -97,12 +119,24 @@ def one_a_for_all_segments() -> None:
     ColumnAdapter.forward = forward  # type: ignore[method-assign]
 
 
+def gradients_of_the_first_context_rank() -> None:
+    """Column adapters learn from one part of each sequence."""
+    right = ColumnAdapter.forward
+
+    def forward(self: ColumnAdapter, x: Tensor, seed: Any = None) -> Tensor:
+        y, cp = right(self, x, seed), self.context.cp
+        return y.detach() + 0 * y if cp is not None and cp.axis.rank else y
+
+    ColumnAdapter.forward = forward  # type: ignore[method-assign]
+
+
 FAULTS = {
     "scale missing": (scale_missing, "single"),
     "gradient of A x not summed": (b_not_reduced, "tp2 without sequence parallelism"),
     "A x not summed": (a_not_reduced, "tp2 without sequence parallelism"),
     "base weights trained": (base_trained, "dp"),
     "one A for all segments": (one_a_for_all_segments, "single"),
+    "gradients of the first context rank": (gradients_of_the_first_context_rank, "cp4"),
 }
 
 

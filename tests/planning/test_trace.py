@@ -144,6 +144,7 @@ ADAPTERS = {
         *GROUPED, "model.tie_embeddings=true", "model.query_key_norm=head", "parallelism.tensor=2",
         "hardware.device=cpu",
     ],
+    "context ranks": [*GROUPED, "parallelism.context=2", "parallelism.tensor=2", "hardware.device=cpu"],
 }  # fmt: skip
 
 

@@ -107,17 +107,26 @@ def forward_pass(
 
 
 def _context(
-    operation: Operation, calls: Sequence[Collective], products: float, rates: AnyRates, group: GroupShape
+    operation: Operation,
+    calls: Sequence[Collective],
+    products: float,
+    rates: AnyRates,
+    group: GroupShape,
+    *,
+    is_backward: bool = False,
 ) -> tuple[float, float]:
     """Return seconds of exchanges with context ranks: waited for, and hidden behind `products` seconds.
 
     In the ring a part travels while the part before it is computed, and the first is there: a share of
-    1 / ranks of the products hides nothing.
+    1 / ranks of the products hides nothing. In the backward pass the last gradients travel after all
+    products.
     """
-    seconds = sum(rates.passing_on(call, group) for call in calls)
+    each = [rates.passing_on(call, group) for call in calls]
+    seconds = sum(each)
     if not (operation.hides_context and rates.overlaps):
         return seconds, 0.0
-    beside = min(seconds, products * (1 - 1 / group.ranks))
+    travels = seconds - each[-1] if is_backward else seconds
+    beside = min(travels, products * (1 - 1 / group.ranks))
     return seconds - beside, beside
 
 
@@ -133,7 +142,7 @@ def backward_pass(part: ModelPart, rates: AnyRates, groups: PassGroups, *, compi
         products = _products(operation.backward_matmuls, operation, rates)
         compute += sum(products)
         calls = operation.backward_context
-        waits, beside = _context(operation, calls, sum(products), rates, groups.context)
+        waits, beside = _context(operation, calls, sum(products), rates, groups.context, is_backward=True)
         context, context_hidden = context + waits, context_hidden + beside
         compute += rates.pointwise(operation.backward_bytes, 2 * operation.kernels, compiled=compiled)
         waiting += sum(
