@@ -124,6 +124,7 @@ _COLUMN_LAYER = "a column layer: its input is not gathered, or its weight's shar
 # Usual causes of a wrong output on which all tensor ranks agree, by the end of the layer's name.
 WRONG_OUTPUT = {
     "embedding": "the look-up in a split vocabulary: its mask or the first row of a shard",
+    "patches": "other images are read, or their pixels and channels in another order, or the convolution",
     "positions": "positions offset wrongly, for this stage or for this rank's sequence shard",
     "norm": "the norm: its weight, its epsilon, or the dimension that it reduces",
     "qkv": _COLUMN_LAYER,
@@ -243,7 +244,10 @@ def _loss(e: Evidence) -> Results:
         )
         yield "every output is right and the loss of the logits is not", f"{meaning} number of its own labels"
     if "data rank 0, micro-batch 0" in names:
-        meaning = "the cross-entropy: a maximum or sum over the vocabulary's shards, or other labels"
+        meaning = (
+            "the cross-entropy: a maximum or sum over the vocabulary's shards; or other labels, which are"
+        )
+        meaning += " not shifted, not masked, or of another sample"
         yield "every output is right and the loss computed from the logits is wrong", meaning
     shape = f"only the losses of {_some(names)} are wrong"
     if {name.partition(",")[0] for name in names} == {"data rank 0"}:

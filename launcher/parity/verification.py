@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 from launcher.config.layout import Layout, effective_zero_stage, is_compiled, resolve_layout
 from launcher.config.schema import (
     Dtype,
-    InputKind,
     OptimizerConfig,
     OptimizerName,
     PrecisionConfig,
@@ -29,7 +28,8 @@ from launcher.parity.diagnose import Diagnosis, diagnose, diagnose_lost_rank
 from launcher.parity.differences import Difference, applied_gradients, compare, kept_momentum
 from launcher.parity.dropout import DRAWS, MEANINGS, NEXT_DRAWS, compare_draws, compare_next, read_draws
 from launcher.parity.perturb import perturbed
-from launcher.parity.plain_data import PlainSource, use_files, write_files
+from launcher.parity.plain_data import use_files, write_files
+from launcher.parity.plain_source import PlainSource
 from launcher.parity.recording import ENGINE, record_dropout, record_rank
 from launcher.parity.reference import (
     GlobalBatch,
@@ -105,7 +105,7 @@ def verify(
     """
     plans = [*passes(small), *more_passes(*more)]
     calls: list[Callable[[], VerifyPass]] = [partial(run_pass, *plan, mutation) for plan in plans]
-    if run is not None and small.model.inputs is InputKind.tokens:
+    if run is not None:
         calls.append(partial(whole_pass, whole_run(run, small), mutation))
     if small.model.dropout > 0.0:
         calls += [partial(dropout_pass, each, mutation, words) for each, words in _eager_and_compiled(small)]

@@ -13,6 +13,8 @@ from launcher.parity.verification import whole_pass
 from launcher.parity.whole import whole_run
 from tests.config.composing import run_of
 from tests.parity.mutations import (
+    CHAT,
+    DP,
     DROPOUT_MUTATIONS,
     GPT,
     INNER_MUTATIONS,
@@ -111,6 +113,10 @@ WHOLE_RUNS = [
     f"{LLAMA} parallelism=zero3 parallelism.data=2 optimizer=sgd scheduler=cosine",
     f"{GPT} {TP} precision=bf16_states",
     f"{LLAMA} parallelism=zero1 parallelism.data=2 finetune.lora.rank=4 parallelism.offload_optimizer=true",
+    f"{LLAMA} {TP} {CHAT}",
+    f"{GPT} parallelism=zero2 parallelism.data=2 precision=bf16 {CHAT} data.document_attention=false",
+    f"model=vit_tiny data=digits {DP}",
+    f"model=vit_b16 data=image_folder data.train=images {PP} precision=bf16",
 ]
 
 
