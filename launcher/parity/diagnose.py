@@ -7,6 +7,7 @@ yields a shape and a meaning gives the diagnosis.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
+from statistics import mean
 
 import torch
 
@@ -18,6 +19,7 @@ from launcher.parity.differences import Difference, DifferenceKind, expected_bat
 from launcher.parity.patterns import (
     CLOSE,
     CLOSE_LOSSES,
+    CLOSE_MEAN,
     common_ratio,
     excess_of_padding,
     moved_rows,
@@ -204,14 +206,14 @@ def _context_attention(e: Evidence, name: str, where: str) -> tuple[str, str]:
     return shape, f"{meaning} chunks in another order"
 
 
-def _padding(e: Evidence, above: float) -> Results:
+def _padding(e: Evidence, above: float, close: float = CLOSE) -> Results:
     """Compare the excess of a loss with that of the padding, which is alike for all micro-batches."""
     multiple = vocabulary_multiple(e.run, e.layout.device)
     size = output_size(e.run.model)
     padding = padded_length(size, e.layout.tensor, multiple) - size
     if padding and "head" in e.right.outputs:
         excess = excess_of_padding(e.right.outputs["head"], padding)
-        if abs(above / excess - 1) < CLOSE:
+        if abs(above / excess - 1) < close:
             shape = f"losses are {excess:.4f} too high: the effect of {padding} more logits of 0"
             yield f"every output is right and {shape}", "the padding of the vocabulary enters the softmax"
 
@@ -219,6 +221,15 @@ def _padding(e: Evidence, above: float) -> Results:
 def _loss(e: Evidence) -> Results:
     names = e.names("batch_loss")
     if not names and e.names("loss"):
+        # In bf16 the mean has a tighter bound than each loss.
+        of_batches = [mean(chain(*losses)) for losses in (e.step.batch_losses, e.right.batch_losses)]
+        if same_losses([e.step.loss], [of_batches[0]]):
+            yield from _padding(e, of_batches[0] - of_batches[1], CLOSE_MEAN)
+            shape = (
+                f"the mean of all losses is {of_batches[0] / of_batches[1]:.5f} times the reference, while "
+            )
+            shape += "each loss is within its bound"
+            yield shape, "an error that all losses share: of the cross-entropy, the head or the final norm"
         words, _ = named_ratio(e.step.loss / e.right.loss, e.layout)
         shape = f"every micro-batch's loss is right and the reported loss is {words}"
         yield shape, "the loss is averaged over the wrong ranks or micro-batches"

@@ -154,15 +154,20 @@ def passes(small: RunConfig) -> list[PassPlan]:
 
 
 def more_passes(inner: RunConfig | None = None, long: RunConfig | None = None) -> list[PassPlan]:
-    """Return passes of other small runs: one with inner pipeline stages, and one with long samples."""
+    """Return passes of other small runs: some with inner pipeline stages, and some with long samples."""
     plans = []
     if inner is not None:
-        plan = passes(inner)[0]
-        plans.append(plan._replace(title=f"{plan.title}, inner stages"))
+        plans += [plan._replace(title=f"{plan.title}, inner stages") for plan in first_passes(inner)]
     if long is not None:
-        plan = passes(long)[0]
-        plans.append(plan._replace(title=f"{plan.title}, {sequence_length(long)} positions"))
+        words = f"{sequence_length(long)} positions"
+        plans += [plan._replace(title=f"{plan.title}, {words}") for plan in first_passes(long)]
     return plans
+
+
+def first_passes(run: RunConfig) -> list[PassPlan]:
+    """Return the first eager pass in fp32, which shows every gradient, and that in the run's precision."""
+    eager = [plan for plan in passes(run) if not plan.run.training.compile]
+    return [*{plan.run.precision.dtype: plan for plan in reversed(eager)}.values()][::-1]
 
 
 def _eager_and_compiled(run: RunConfig) -> list[tuple[RunConfig, str]]:
@@ -274,8 +279,8 @@ def leave_out_blocks(trace: list[StepTrace]) -> None:
 def dropout_pass(small: RunConfig, mutation: Mutation | None = None, words: str = "") -> VerifyPass:
     """Take two steps with the run's dropout, and check the masks only."""
     run = copy.deepcopy(small)
-    run.precision, run.finetune.lora.dropout = PrecisionConfig(Dtype.fp32), 0.0
-    layout, title = _layout(run), f"masks of dropout {run.model.dropout}{words}"
+    run.finetune.lora.dropout = 0.0
+    layout, title = _layout(run), f"masks of dropout {run.model.dropout}, {run.precision.dtype.name}{words}"
     with scratch_directory() as folder:
         if lost := _run_ranks(record_dropout, run, layout, folder, mutation):
             return VerifyPass(title, *lost, layout.describe())
