@@ -225,7 +225,7 @@ class _Comparison:
         loss = abs(step.loss - right.loss) / abs(right.loss)
         norm = abs(step.grad_norm - right.grad_norm) / max(right.grad_norm, TINY)
         return [
-            Difference(number, "loss", "loss", loss, self.allowed.loss),
+            Difference(number, "loss", "loss", loss, self.allowed.of_step_loss()),
             Difference(number, "grad_norm", "grad_norm", norm, self.allowed.norm),
             Difference(number, "norm_replica", "grad_norm", step.norm_spread, 4 * U32 * right.grad_norm),
         ]

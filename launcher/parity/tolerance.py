@@ -31,6 +31,7 @@ LEAST = 2.0**-11  # the distance if a few elements in a hundred are rounded the 
 # A loss is one number, not a norm: its distance may be small by chance. So the root mean square over all
 # micro-batches and orders is multiplied.
 LOSS_DEVIATIONS = 8.0
+SHARED = 4.0  # times the largest distance of the loss of a step, of the few that are measured
 NORM_SHARE = 0.5  # of the distance of the whole gradient: rounding errors hardly point along the gradient
 
 
@@ -38,13 +39,17 @@ NORM_SHARE = 0.5  # of the distance of the whole gradient: rounding errors hardl
 class Tolerance:
     """Relative differences allowed in one step. Tensors that are not listed by name have the common bound."""
 
-    loss: float  # of the step and of each micro-batch
+    loss: float  # of each micro-batch and of an evaluation
     output: float  # L2 norm of a layer's output
     gradient: float  # L2 norm of a tensor's gradient
     norm: float  # of all gradients
     outputs: Mapping[str, float] = field(default_factory=dict)
     gradients: Mapping[str, float] = field(default_factory=dict)
     states: Mapping[str, float] = field(default_factory=dict)
+    step_loss: float | None = None  # of the step; None: as of a micro-batch
+
+    def of_step_loss(self) -> float:
+        return self.loss if self.step_loss is None else self.step_loss
 
     def of_output(self, name: str) -> float:
         return self.outputs.get(name, self.output)
@@ -78,9 +83,10 @@ def measured_tolerance(right: StepTrace, others: list[StepTrace]) -> Tolerance:
     counts = losses != 0  # the loss of a sample without labels that count is exactly 0
     losses_of_others = torch.stack([torch.tensor(other.batch_losses).flatten() for other in others])
     distances = losses_of_others[:, counts] / losses[counts] - 1
-    states = bounds("states")
+    states, loss = bounds("states"), LOSS_DEVIATIONS * float(distances.square().mean().sqrt())
     return Tolerance(
-        loss=max(LOSS_DEVIATIONS * float(distances.square().mean().sqrt()), LEAST / 8),
+        loss=max(loss, LEAST / 8),
+        step_loss=max(_of_mean(loss, losses[counts], losses_of_others[:, counts]), LEAST / 8),
         output=LEAST,
         gradient=LEAST,
         norm=max(NORM_SHARE * max(_distance_of_all(other, right) for other in others), LEAST / 8),
@@ -88,6 +94,17 @@ def measured_tolerance(right: StepTrace, others: list[StepTrace]) -> Tolerance:
         gradients=bounds("gradients"),
         states={key: bound * (SQUARES if key.endswith("_sq") else 1) for key, bound in states.items()},
     )
+
+
+def _of_mean(loss: float, losses: Tensor, of_others: Tensor) -> float:
+    """Return the bound of the mean of `losses` (samples,) if each has the bound `loss`.
+
+    Rounding errors of samples are independent, so most of them cancel. What all samples share does not: the
+    distances of the means of the other orders, `of_others` (orders, samples), show it.
+    """
+    weights = losses / losses.sum()
+    shared = float((of_others.sum(1) / losses.sum() - 1).abs().max())
+    return min(loss, max(loss * float(weights.norm()), SHARED * shared))
 
 
 def _of_spread(distance: float, tensor: Tensor) -> float:

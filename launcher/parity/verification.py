@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 from launcher.config.layout import Layout, effective_zero_stage, is_compiled, resolve_layout
 from launcher.config.schema import (
     Dtype,
-    InputKind,
     OptimizerConfig,
     OptimizerName,
     PrecisionConfig,
@@ -29,7 +28,8 @@ from launcher.parity.diagnose import Diagnosis, diagnose, diagnose_lost_rank
 from launcher.parity.differences import Difference, applied_gradients, compare, kept_momentum
 from launcher.parity.dropout import DRAWS, MEANINGS, NEXT_DRAWS, compare_draws, compare_next, read_draws
 from launcher.parity.perturb import perturbed
-from launcher.parity.plain_data import PlainSource, use_files, write_files
+from launcher.parity.plain_data import use_files, write_files
+from launcher.parity.plain_source import PlainSource
 from launcher.parity.recording import ENGINE, record_dropout, record_rank
 from launcher.parity.reference import (
     GlobalBatch,
@@ -106,7 +106,7 @@ def verify(
     """
     plans = [*passes(small), *more_passes(*more)]
     calls: list[Callable[[], VerifyPass]] = [partial(run_pass, *plan, mutation) for plan in plans]
-    if run is not None and small.model.inputs is InputKind.tokens:
+    if run is not None:
         calls.append(partial(whole_pass, whole_run(run, small), mutation))
     if small.model.dropout > 0.0:
         calls += [partial(dropout_pass, each, mutation, words) for each, words in _eager_and_compiled(small)]
@@ -157,18 +157,23 @@ def passes(small: RunConfig) -> list[PassPlan]:
 def more_passes(
     inner: RunConfig | None = None, long: RunConfig | None = None, *other_axes: RunConfig | None
 ) -> list[PassPlan]:
-    """Return passes of other small runs: with inner pipeline stages, with long samples, on other axes."""
+    """Return passes of other small runs: some with inner pipeline stages, with long samples, on other axes."""
     plans = []
     if inner is not None:
-        plan = passes(inner)[0]
-        plans.append(plan._replace(title=f"{plan.title}, inner stages"))
+        plans += [plan._replace(title=f"{plan.title}, inner stages") for plan in first_passes(inner)]
     if long is not None:
-        plan = passes(long)[0]
-        plans.append(plan._replace(title=f"{plan.title}, {sequence_length(long)} positions"))
+        words = f"{sequence_length(long)} positions"
+        plans += [plan._replace(title=f"{plan.title}, {words}") for plan in first_passes(long)]
     for other in filter(None, other_axes):
         plan = passes(other)[0]
         plans.append(plan._replace(title=f"{plan.title}, {LayoutAxes.of(_layout(other))}"))
     return plans
+
+
+def first_passes(run: RunConfig) -> list[PassPlan]:
+    """Return the first eager pass in fp32, which shows every gradient, and that in the run's precision."""
+    eager = [plan for plan in passes(run) if not plan.run.training.compile]
+    return [*{plan.run.precision.dtype: plan for plan in reversed(eager)}.values()][::-1]
 
 
 def _eager_and_compiled(run: RunConfig) -> list[tuple[RunConfig, str]]:
@@ -280,8 +285,8 @@ def leave_out_blocks(trace: list[StepTrace]) -> None:
 def dropout_pass(small: RunConfig, mutation: Mutation | None = None, words: str = "") -> VerifyPass:
     """Take two steps with the run's dropout, and check the masks only."""
     run = copy.deepcopy(small)
-    run.precision, run.finetune.lora.dropout = PrecisionConfig(Dtype.fp32), 0.0
-    layout, title = _layout(run), f"masks of dropout {run.model.dropout}{words}"
+    run.finetune.lora.dropout = 0.0
+    layout, title = _layout(run), f"masks of dropout {run.model.dropout}, {run.precision.dtype.name}{words}"
     with scratch_directory() as folder:
         if lost := _run_ranks(record_dropout, run, layout, folder, mutation):
             return VerifyPass(title, *lost, layout.describe())

@@ -1,6 +1,7 @@
 """Random runs: the axes of the layout and the settings. The same random numbers give the same run."""
 
 import random
+from contextlib import suppress
 from dataclasses import dataclass
 
 from launcher.config.errors import ConfigError
@@ -43,9 +44,10 @@ CORES = 8
 
 @dataclass(frozen=True)
 class Draw:
-    """A drawn run, as overrides, and the run as `launcher verify` shrinks it."""
+    """A drawn run: its overrides, the run, and the run as `launcher verify` shrinks it."""
 
     overrides: tuple[str, ...]
+    run: RunConfig
     small: RunConfig
 
     def __str__(self) -> str:
@@ -55,13 +57,20 @@ class Draw:
 def draw(rng: random.Random) -> Draw:
     """Return a run that validation accepts."""
     while True:
-        overrides = _overrides(rng)
-        try:
-            run = run_of("hardware=cpu", *overrides)
-            validate(run, World("cpu", CORES, CORES))
-            return Draw(tuple(overrides), small_run(*overrides, steps=STEPS))
-        except ConfigError:
-            continue
+        with suppress(ConfigError):
+            return drawn_from(_overrides(rng))
+
+
+def drawn_from(overrides: list[str]) -> Draw:
+    """Return the run of these overrides. Raises ConfigError where validation refuses it."""
+    run = run_of("hardware=cpu", *overrides)
+    validate(run, World("cpu", CORES, CORES))
+    return Draw(tuple(overrides), run, small_run(*overrides, steps=STEPS))
+
+
+def check_small(drawn: Draw) -> None:
+    """Raise ConfigError if the shrunk run is refused, which is a fault of `launcher verify`."""
+    validate(drawn.small, World("cpu", CORES, CORES))
 
 
 def _overrides(rng: random.Random) -> list[str]:

@@ -46,7 +46,9 @@ import launcher.runtime.training as training
 import launcher.runtime.validation as validation
 from launcher.checkpoint.save import CheckpointWriter
 from launcher.config.numbers import IGNORED_LABEL
+from launcher.data.images import ImageFiles
 from launcher.data.loader import Loader
+from launcher.data.packing import PackedChats
 from launcher.engine.base import Engine
 from launcher.parallel.mesh import Axis
 
@@ -427,6 +429,39 @@ def labels_not_shifted() -> None:
         return right(self, batch if isinstance(batch, tuple) else (batch[:, :-1], batch[:, :-1].copy()))
 
     Engine._to_device = to_device  # type: ignore[method-assign]
+
+
+def labels_of_conversations_not_shifted() -> None:
+    right = PackedChats.read
+
+    def read(self: PackedChats, places: Any, part: Any = None) -> Any:
+        inputs, labels = right(self, places, part)
+        return inputs, np.where(labels == IGNORED_LABEL, labels, inputs)
+
+    PackedChats.read = read  # type: ignore[method-assign]
+
+
+def questions_are_learned() -> None:
+    """The mask of a conversation is ignored: the user's tokens are labels as well."""
+    right = PackedChats.read
+
+    def read(self: PackedChats, places: Any, part: Any = None) -> Any:
+        inputs, labels = right(self, places, part)
+        following = np.concatenate([inputs[:, 1:], labels[:, -1:]], axis=1)
+        return inputs, np.where(following == self.end_of_document, labels, following)
+
+    PackedChats.read = read  # type: ignore[method-assign]
+
+
+def classes_in_another_order() -> None:
+    """As if the directories of the classes were numbered in another order."""
+    right = ImageFiles.read
+
+    def read(self: ImageFiles, places: Any, part: Any = None) -> Any:
+        images, classes = right(self, places, part)
+        return images, max(file.label for file in self.files) - classes
+
+    ImageFiles.read = read  # type: ignore[method-assign]
 
 
 def filled_up_samples_are_evaluated() -> None:
@@ -854,6 +889,8 @@ LONG_MUTATIONS = {
 
 # Faults of the whole run: data, schedule, clipping, evaluation, checkpoints.
 OTHER_SAMPLES = ("that of other tokens", "other samples are read")
+OTHER_LABELS = ("computed from the logits is wrong", "other labels")
+CHAT = "data=chat data.train=chats.jsonl"
 UPDATES = ("gradients and states are right, and the update of", "schedule")
 WHOLE_MUTATIONS = {
     "clip factor without its cap": Mutation(
@@ -869,8 +906,15 @@ WHOLE_MUTATIONS = {
     "every epoch in the same order": Mutation(every_epoch_in_the_same_order, f"{LLAMA} {DP}", OTHER_SAMPLES),
     "weights of the blend exchanged": Mutation(blend_weights_exchanged, f"{GPT} {TP}", OTHER_SAMPLES),
     "windows one token late": Mutation(windows_one_token_late, f"{GPT} {PP}", OTHER_SAMPLES),
-    "labels not shifted": Mutation(
-        labels_not_shifted, f"{GPT} {PP}", ("computed from the logits is wrong", "other labels")
+    "labels not shifted": Mutation(labels_not_shifted, f"{GPT} {PP}", OTHER_LABELS),
+    "labels of conversations not shifted": Mutation(
+        labels_of_conversations_not_shifted, f"{GPT} {DP} {CHAT}", OTHER_LABELS
+    ),
+    "the mask of conversations ignored": Mutation(
+        questions_are_learned, f"{LLAMA} {TP} {CHAT}", OTHER_LABELS
+    ),
+    "classes of images in another order": Mutation(
+        classes_in_another_order, f"model=vit_tiny data=digits {DP}", OTHER_LABELS
     ),
     "samples that fill up a batch are evaluated": Mutation(
         filled_up_samples_are_evaluated,
@@ -939,16 +983,27 @@ BY_PASS = {
     "dropout": DROPOUT_MUTATIONS,
 }
 FAULTS = {name: mutation for of_pass in BY_PASS.values() for name, mutation in of_pass.items()}
+# The pass in the precision of a run in bf16 that shows the faults of a pass: see tests/parity/in_bf16.py.
+IN_BF16 = {
+    "plain SGD": "own optimizer",
+    "inner stages": "inner stages",
+    "long samples": "long samples",
+    "whole run": "whole run",
+    "own optimizer": "own optimizer",
+    "bf16 states": "bf16 states",
+    "dropout": "dropout",
+}
 
 
 def fault_table() -> str:
-    """Return the table of docs/verify.md: each fault, the first pass that shows it, and its diagnosis."""
+    """Return the table of docs/verify.md: each fault, the passes that show it, and its diagnosis."""
     rows = [
-        f"| {name} | {title} | {'; '.join(mutation.words)} |"
+        f"| {name} | {title} | {IN_BF16[title]} | {'; '.join(mutation.words)} |"
         for title, of_pass in BY_PASS.items()
         for name, mutation in of_pass.items()
     ]
-    return "\n".join(["| fault | first shown by | in the diagnosis |", "|---|---|---|", *rows])
+    header = "| fault | first shown by | in bf16 shown by | in the diagnosis |"
+    return "\n".join([header, "|---|---|---|---|", *rows])
 
 
 if __name__ == "__main__":
