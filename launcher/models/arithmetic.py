@@ -138,7 +138,7 @@ def step_flops(run: RunConfig) -> float:
     length, of_adapters = sequence_length(run), adapter_parameters(run)
     flops = train_flops_per_token(run.model, length)
     if of_adapters:
-        flops += 6 * of_adapters - 2 * matrix_parameters(run.model)
+        flops += 6 * of_adapters - 2 * matrix_parameters(run.model, active=True)
     return flops * run.training.global_batch_size * length
 
 

@@ -57,7 +57,8 @@ def unsorted(y: Tensor, order: Order) -> Tensor:
 def grouped_linear(x: Tensor, weights: Tensor, order: Order) -> Tensor:
     """Return each sorted row times the weight of its expert: (N k, in), (E, out, in) -> (N k, out).
 
-    An expert without rows multiplies nothing, and its weight gets a gradient of zeros.
+    An expert without rows multiplies nothing, and its weight gets a gradient of zeros. Frozen weights (LoRA)
+    get none, and the rows are not kept for one.
     """
     return _GroupedLinear.apply(x, weights, order.sizes)  # type: ignore[no-any-return,no-untyped-call]
 
@@ -96,7 +97,8 @@ class _GroupedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weights: Tensor, sizes: list[int]) -> Tensor:
-        ctx.save_for_backward(x, weights)
+        is_trained = ctx.needs_input_grad[1]
+        ctx.save_for_backward(x if is_trained else None, weights)
         ctx.sizes = sizes
         y = x.new_empty(len(x), weights.shape[1])
         for expert, rows in _stretches(sizes):
@@ -104,12 +106,14 @@ class _GroupedLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, weights = ctx.saved_tensors
-        of_x, of_weights = torch.empty_like(x), torch.empty_like(weights)
+        of_x = gradient.new_empty(len(gradient), weights.shape[2])
+        of_weights = None if x is None else torch.empty_like(weights)
         for expert, rows in _stretches(ctx.sizes):
             torch.mm(gradient[rows], weights[expert], out=of_x[rows])
-            torch.mm(gradient[rows].t(), x[rows], out=of_weights[expert])  # zeros without rows
+            if of_weights is not None:
+                torch.mm(gradient[rows].t(), x[rows], out=of_weights[expert])  # zeros without rows
         return of_x, of_weights, None
 
 

@@ -157,7 +157,7 @@ def passes(small: RunConfig) -> list[PassPlan]:
 def more_passes(
     inner: RunConfig | None = None, long: RunConfig | None = None, *other_axes: RunConfig | None
 ) -> list[PassPlan]:
-    """Return passes of other small runs: some with inner pipeline stages, with long samples, on other axes."""
+    """Return passes of other small runs: with inner pipeline stages, with long samples, on other axes."""
     plans = []
     if inner is not None:
         plans += [plan._replace(title=f"{plan.title}, inner stages") for plan in first_passes(inner)]

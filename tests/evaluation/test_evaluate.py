@@ -15,6 +15,7 @@ from launcher.config.schema import EvaluateConfig
 from launcher.data.evaluated import scored_windows
 from launcher.data.windows import Stretch
 from launcher.evaluation.tasks import _unknown
+from launcher.runtime.metrics.wandb_files import fragments, records
 from tests.forked_commands import environment, heavy
 from tests.runtime.command import launcher, trained
 
@@ -108,6 +109,20 @@ def test_a_checkpoint_an_export_token_files_and_validation_data_are_measured(pla
         (9 * 32, losses["hf"]["bytes"])
     }
     assert list(report(place, "run.dir=r", "limit=3")["data"]) == ["validation"]
+
+
+def test_results_are_in_the_summary_of_the_wandb_run(tmp_path: Path) -> None:
+    trained("logging=wandb", "run.dir=r", "parallelism.data=1", "training.steps=1", cwd=tmp_path)
+    measured = report(tmp_path, "run.dir=r", "limit=3")["data"]["validation"]
+    summary = {
+        item.key or "/".join(item.nested_key): json.loads(item.value_json)
+        for fragment in fragments(tmp_path / "r")
+        for record in records(fragment)
+        if record.HasField("summary")
+        for item in record.summary.update
+    }
+    of_evaluation = {name: value for name, value in summary.items() if name.startswith("evaluate/")}
+    assert of_evaluation == {f"evaluate/validation/{name}": value for name, value in measured.items()}
 
 
 TASKS = {

@@ -54,6 +54,30 @@ def plain(layer: Experts, model: ModelConfig, x: Tensor) -> Tensor:
     return torch.stack(rows).view_as(x)
 
 
+def test_frozen_experts_keep_no_rows_and_get_no_gradient() -> None:
+    model = model_with()
+    layer, frozen = layer_of(model), layer_of(model).requires_grad_(False)
+    x, same = inputs_of(model), inputs_of(model)
+    output = frozen(same)
+    output.square().sum().backward()
+    layer(x).square().sum().backward()
+    assert x.grad is not None
+    assert same.grad is not None
+    torch.testing.assert_close(same.grad, x.grad)
+    assert all(weight.grad is None for weight in frozen.parameters())
+    rows = torch.randn(6, 4, requires_grad=True)
+    order = sorted_by_expert(torch.zeros(6, 1, dtype=torch.long), 2)
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        grouped_linear(rows, torch.randn(2, 3, 4), order)
+    assert [tuple(tensor.shape) for tensor in kept] == [(2, 3, 4)]
+
+
 KINDS = [*product(RouterKind, (True, False), (0,)), (RouterKind.sigmoid, True, 2)]
 
 

@@ -215,6 +215,13 @@ def test_models_with_experts(name: str) -> None:
     assert wrong(compared(*EXPERTS, *WITH_EXPERTS[name])) == []
 
 
+@pytest.mark.parametrize("name", WITH_EXPERTS)
+def test_frozen_experts(name: str) -> None:
+    """Adapters of attention: the experts keep neither their rows nor gradients of their weights."""
+    adapters = *LORA, "finetune.lora.targets=[qkv,output]"
+    assert wrong(compared(*EXPERTS, *WITH_EXPERTS[name], *adapters)) == []
+
+
 IMAGES = [
     "model=vit_tiny", "data=image_folder", "data.train=images", "model.num_classes=11", "model.image_size=16",
     "model.image_channels=3", *(one for one in SMALL if "max_sequence" not in one),
