@@ -48,7 +48,7 @@ def export(
     """Write a directory for from_pretrained. Raises UnusableCheckpoint, NotConvertible, OSError.
 
     `write_bytes` writes the tokenizer of a run on text as bytes. Raises ConfigError if transformers computes
-    other logits from the directory than the launcher.
+    other logits from the exported directory than the launcher.
     """
     stored, dtype, reader = stored_files_of(weights), _dtype(weights, options), open_weights(weights)
     with new_directory(target) as aside, unchanged(stored) if stored else nullcontext():

@@ -63,7 +63,9 @@ def check_before_submission(ready_runs: Sequence[ReadyRun]) -> None:
 def _failure(run: RunConfig, result: Preflight) -> ConfigError:
     why = f"with {result.installed} the preflight of this kind of layout fails: {result.why}"
     remedies = "another version of deepspeed or torch", "submit.preflight=false (submits nevertheless)"
-    return refusal(run, "submit.preflight", why, *remedies, f"`{result.command}`, which shows all of it")
+    return refusal(
+        run, "submit.preflight", why, *remedies, f"`{result.command}`, which prints the whole comparison"
+    )
 
 
 def _line(result: Preflight) -> str:

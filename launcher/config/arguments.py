@@ -39,9 +39,8 @@ def check_sizes(arguments: list[str]) -> None:
         if "\0" in argument or shown != name or argument.encode(errors="replace").decode() != argument:
             raise ConfigError(shown, None, "is not valid UTF-8 text", f"{shown}=TEXT")
         if len(argument) > MOST_TEXT or len(syntax) > MOST_SYNTAX:
-            why = (
-                f"has {len(argument):,} characters; the maximum is {MOST_SYNTAX:,}, or {MOST_TEXT:,} in quotes"
-            )
+            most = f"{MOST_SYNTAX:,}, or {MOST_TEXT:,} in quotes"
+            why = f"has {len(argument):,} characters; the maximum is {most}"
             raise ConfigError(shown, None, why, "a file experiment/NAME.yaml in a --config-dir")
         if _depth(syntax) > MOST_DEPTH:
             why = f"has brackets {_depth(syntax)} deep; the maximum is {MOST_DEPTH}"

@@ -81,7 +81,8 @@ def check_context_on_nodes(run: RunConfig, world: World) -> None:
     together = p.context * p.tensor
     if p.context == 1 or world.nodes == 1 or per_node % together == 0:
         return
-    why = f"context {p.context} x tensor {p.tensor} = {together} ranks do not fit into nodes of {per_node} ranks"
+    ranks = f"context {p.context} x tensor {p.tensor} = {together} ranks"
+    why = f"{ranks} do not fit into nodes of {per_node} ranks"
     fewer = [n for n in shape.divisors(p.context) if 1 < n < p.context and per_node % (n * p.tensor) == 0]
     tensor = [n for n in shape.divisors(p.tensor)[:-1] if per_node % (n * p.context) == 0]
     if p.sequence_parallel:

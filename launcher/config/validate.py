@@ -91,7 +91,8 @@ def validate_generate(config: GenerateConfig) -> str:
 def validate_replay(config: ReplayConfig) -> tuple[str, int]:
     """Check what `launcher replay` is given; return the run's directory and the step. Raises ConfigError."""
     if config.run.dir is None:
-        raise refusal(config, "run.dir", "`launcher replay` needs the directory of a run", "run.dir=runs/NAME step=1")
+        why = "`launcher replay` needs the directory of a run"
+        raise refusal(config, "run.dir", why, "run.dir=runs/NAME step=1")
     if config.step is None:
         why = "name the step to repeat, such as a step with a loss spike in metrics.jsonl"
         raise refusal(config, "step", why, "step=1")
@@ -103,7 +104,8 @@ def validate_replay(config: ReplayConfig) -> tuple[str, int]:
 def validate_evaluate(config: EvaluateConfig) -> str:
     """Check what `launcher evaluate` is given; return the directory of the weights. Raises ConfigError."""
     if config.run.dir is None:
-        raise refusal(config, "run.dir", "`launcher evaluate` needs the directory of a run or a checkpoint", "run.dir=runs/NAME")
+        why = "`launcher evaluate` needs the directory of a run or a checkpoint"
+        raise refusal(config, "run.dir", why, "run.dir=runs/NAME")
     numbers.refuse_out_of_bounds(config)
     check_paths(config)
     if config.parallelism.auto:
@@ -484,9 +486,8 @@ def check_optimizer(run: RunConfig) -> None:
         for field in fields:
             is_set = value_of(run, field) is not None
             if optimizer is chosen and not is_set:
-                raise refusal(
-                    run, field, f"{chosen.name} needs this setting", f"{field}={numbers.BOUNDS[field].example}"
-                )
+                why = f"{chosen.name} needs this setting"
+                raise refusal(run, field, why, f"{field}={numbers.BOUNDS[field].example}")
             if optimizer is not chosen and is_set:
                 why = f"not a setting of {chosen.name}"
                 raise refusal(run, field, why, f"optimizer={optimizer.name}", f"{field}=null")
@@ -504,7 +505,9 @@ def check_scheduler(run: RunConfig) -> None:
         decay = s.decay_steps or 1
         longer = f"training.steps={s.warmup_steps + decay} (or more)"
         sum_of_steps = f"{s.warmup_steps} warm-up steps + {decay} decay steps"
-        why = f"{sum_of_steps} exceed training.steps={steps}" if s.decay_steps else "scheduler=wsd needs this setting"
+        why = "scheduler=wsd needs this setting"
+        if s.decay_steps:
+            why = f"{sum_of_steps} exceed training.steps={steps}"
         remedies = [f"scheduler.decay_steps={room} (or fewer)"] if room >= 1 else []
         if decay > room:
             remedies.append(longer if s.decay_steps else f"{longer} scheduler.decay_steps={decay}")

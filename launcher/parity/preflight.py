@@ -57,8 +57,8 @@ class Preflight:
     verdict: Verdict
     why: str
     installed: Installed | None = None
-    command: str = ""  # repeats the check and shows all of it
-    entry: Path | None = None  # the cached pass
+    command: str = ""  # repeats the check and prints the whole comparison
+    entry: Path | None = None  # the record of a success
 
 
 def preflight(run: RunConfig, layout: Layout) -> Preflight:

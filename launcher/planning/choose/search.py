@@ -353,7 +353,7 @@ def _why_none(run: RunConfig, world: World) -> ConfigError:
         value, free = getattr(run.parallelism, name), getattr(default, name)
         field = f"parallelism.{name}"
         if value != free and (legal := next(_candidates(changed(run, {field: free}), world), None)):
-            why = f"no layout of {world.ranks} ranks is legal with it"
+            why = f"no layout of {world.ranks} ranks is legal with this setting"
             return ConfigError(field, value, why, f"{field}={as_typed(legal.settings[field])}")
     batch = run.training.global_batch_size
     larger = sorted({data * -(-batch // data) for data in divisors(world.ranks) if batch % data})
