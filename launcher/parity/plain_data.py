@@ -18,7 +18,7 @@ from launcher.config.schema import CorpusSource, RunConfig
 from launcher.config.shape import end_of_document, sequence_length
 from launcher.data.token_file import write_index
 
-WEIGHTS = {"first": 2, "second": 1}  # of the blend
+WEIGHTS = {"first": 2, "second": 1}  # weights of the blend
 WINDOWS = {"first": 19, "second": 8}  # samples of an epoch: a few steps go through several epochs
 ITEM = 4  # bytes of a token id
 _MASK = 2**64 - 1
@@ -28,7 +28,7 @@ GlobalBatch = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class PlainSource:
-    """The files of a source of the blend, and how many samples they have."""
+    """The files of a source of the blend, and their numbers of samples."""
 
     train: Path
     validation: Path
@@ -41,7 +41,7 @@ def write_files(run: RunConfig, folder: Path) -> dict[str, PlainSource]:
     generator, length = np.random.default_rng(run.training.seed), sequence_length(run)
     sources: dict[str, PlainSource] = {}
     for name, windows in WINDOWS.items():
-        # Not a whole number of global batches: the last one is filled up with masked samples.
+        # Not a whole number of global batches: the last batch is filled up with masked samples.
         held_out = run.training.global_batch_size + 1 + len(sources)
         for part, count in (("train", windows), ("validation", held_out)):
             tokens = generator.integers(0, run.model.vocab_size, count * length + 1 + length // 2)
@@ -102,7 +102,7 @@ def _batch(rows: list[list[int]]) -> GlobalBatch:
 
 
 def _blend() -> Iterator[str]:
-    """Yield the source of each sample: of those that are not ahead of their share, the earliest deadline."""
+    """Yield the source of each sample: the earliest deadline of the sources not ahead of their share."""
     names, given, total = sorted(WEIGHTS), dict.fromkeys(WEIGHTS, 0), sum(WEIGHTS.values())
     sample = 0
     while True:
@@ -117,7 +117,7 @@ def _blend() -> Iterator[str]:
 def shuffled(position: int, size: int, seed: str, epoch: int) -> int:
     """Return the item at `position` of an epoch: a Feistel cipher of 16 rounds over a grid of `size` cells.
 
-    A value outside is enciphered again (Black & Rogaway, CT-RSA 2002). Keys: SHAKE-128.
+    A value of `size` or more is enciphered again (Black & Rogaway, CT-RSA 2002). Keys: SHAKE-128.
     """
     a = isqrt(size - 1) + 1
     b = (size + a - 1) // a
