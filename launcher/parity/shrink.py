@@ -109,7 +109,7 @@ def long_samples(run: RunConfig, layout: Layout, small: RunConfig) -> RunConfig 
     """Return a small run with samples as long as those of `run`, at most LONG; None for images and experts.
 
     It has one layer per stage and one micro-batch per data rank if the schedule allows it. Windows and scaled
-    positions are those of `run`. Models with experts have no long samples: among thousands of tokens some have
+    positions are those of `run`. Models with experts have no long samples: of thousands of tokens some have
     nearly equal scores for two experts, and rounding decides between them.
     """
     whole = sequence_length(run)
@@ -185,7 +185,7 @@ def _shrink_model(small: RunConfig, run: RunConfig, layout: Layout) -> None:
 
 
 def _shrink_experts(small: RunConfig) -> None:
-    """Shrink the experts; keep dense and sparse layers, several experts per token, and losses with an effect."""
+    """Shrink the experts; keep dense and sparse layers, several experts per token, and the losses."""
     m, e, p = small.model, small.model.experts, small.parallelism
     tensor = p.tensor
     is_chosen_from = e.top_k < e.count
