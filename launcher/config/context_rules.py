@@ -12,7 +12,7 @@ _OFF = "parallelism.context=1"
 
 
 def check_context(run: RunConfig) -> None:
-    """Check that context ranks can share the run's sequences and, under ulysses, its heads."""
+    """Check that the run's sequences and, under ulysses, its heads can be split over the context ranks."""
     p = run.parallelism
     if p.context == 1:
         return
@@ -76,7 +76,7 @@ def length_multiple(run: RunConfig) -> int:
 
 
 def check_context_on_nodes(run: RunConfig, world: World) -> None:
-    """Check that the ranks that share a sequence are on one node: they exchange keys and values per layer."""
+    """Check that each context group is on one node: its ranks exchange keys and values in every layer."""
     p, per_node = run.parallelism, world.ranks_per_node
     together = p.context * p.tensor
     if p.context == 1 or world.nodes == 1 or per_node % together == 0:

@@ -33,7 +33,7 @@ def check_experts(run: RunConfig) -> None:
 
 
 def check_expert_parallelism(run: RunConfig) -> None:
-    """Check that expert parallelism has experts to share, and settings with which it is shown to be right."""
+    """Check that expert parallelism has experts to distribute, and settings with which it is verified."""
     m, p, one = run.model, run.parallelism, "parallelism.expert=1"
     if run.plan.expert_imbalance > p.expert:
         why = f"with parallelism.expert={p.expert} a rank gets at most {p.expert} times the mean"

@@ -39,8 +39,8 @@ from launcher.parallel.context import (
 from launcher.parallel.mesh import Axis
 from launcher.parallel.sharding import seed_of
 
-# The result (B, T/C, N, D); under ulysses q, k and v of this rank's heads in one tensor, and their mixed
-# values, else two empty tensors; the log-sum-exps. The last three are kept for the backward pass.
+# The result (B, T/C, N, D); q, k and v of this rank's heads in one tensor, and the result of these heads
+# (both under ulysses, else empty); the log-sum-exps. The last three are kept for the backward pass.
 Results = tuple[Tensor, Tensor, Tensor, Tensor]
 KeysValues = Tensor | tuple[Tensor, ...]  # keys and values, each (B, L, K, D)
 Visits = Iterator[tuple[int, Tensor]]  # a rank, and its keys and values (2, B, T/C, K, D)
@@ -250,13 +250,14 @@ class Rules:
 
     @property
     def chunks_of_whole_sequences(self) -> tuple[int, ...]:
-        """The chunks under ulysses: more than one only where a pair needs a mask, which is then small."""
+        """The chunks under ulysses: one, or if pairs need a mask one per rank, so that the mask is small."""
         return (0,) if self.first is None else tuple(range(self.settings.size))
 
     def pair(self, chunk: int, queries: slice, of_keys: int, dtype: torch.dtype) -> Pair:
-        """Return the rules of queries of `chunk`, whose place among the local ones is `queries`.
+        """Return the rules of a pair: the queries of `chunk`, and the keys of the chunk `of_keys`.
 
-        A fused kernel takes a mask in the precision of the scores, `dtype`; only the CPU's takes one.
+        `queries` is the place of these queries in `first`. torch's fused kernel on CPU takes a mask, in the
+        precision `dtype` of the scores; the fused kernel on CUDA takes none.
         """
         s = self.settings
         kernel = Kernel(True, s.scale, s.cap, s.device)
