@@ -57,7 +57,7 @@ def write_certificate(exported: Path, target: Path, memory: int | None = None) -
         "allowed": TOLERANCE * scale,
     })  # fmt: skip
     if not ok:
-        why = f"transformers {found} computes other logits from it: they differ by {difference:.3g}"
+        why = f"transformers {found} computes other logits from this export: they differ by {difference:.3g}"
         raise ConfigError(
             "export", target, why, "certificate=false, and report this as a bug of the launcher"
         )

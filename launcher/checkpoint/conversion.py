@@ -53,7 +53,7 @@ def export(
 
     `write_bytes` writes the tokenizer of a run on text as bytes. `memory` is that of this machine in bytes;
     None: not known. Raises UnusableCheckpoint, NotConvertible, OSError, and ConfigError if transformers
-    computes other logits from the directory than the launcher.
+    computes other logits from the exported directory than the launcher.
     """
     stored, dtype, reader = stored_files_of(weights), _dtype(weights, options), open_weights(weights)
     with new_directory(target) as aside, unchanged(stored) if stored else nullcontext():

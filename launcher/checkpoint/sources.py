@@ -80,7 +80,7 @@ def weights_at(path: Path, field: str) -> WeightSource:
         if final_step(path) != step:
             base = _base_in(config)
             if base is None:
-                why = "holds adapters alone, and the weights that they adapt were drawn, not loaded"
+                why = "holds adapters only, and their base weights were drawn at random, not loaded"
                 raise ConfigError(field, path, why, "the run's directory, once it has finished")
             at = checkpoint.resolve()
             return WeightSource(at, WeightsKind.checkpoint, model, _model_type(checkpoint), lora, base)
@@ -278,9 +278,9 @@ def _check_precision(name: str, dtype: str, path: Path, field: str) -> None:
 
 def _check_shape(entry: Entry | None, name: str, shape: tuple[int, ...], path: Path, field: str) -> None:
     if entry is None:
-        why = f"has {name}, which its config.json has no place for"
+        why = f"contains {name}, but its config.json describes no such tensor"
     elif entry.shape != shape:
-        why = f"has {name} of {shape}, and its config.json makes it {entry.shape}"
+        why = f"contains {name} of shape {shape}, but its config.json implies {entry.shape}"
     else:
         return
     raise ConfigError(field, path, why, _PUBLISHED)

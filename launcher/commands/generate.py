@@ -17,7 +17,7 @@ def main(arguments: list[str]) -> int:
         run_dir = Path(validate_generate(job.config)).expanduser()
         # Read here only to refuse it: what comes next imports torch.
         if load_typed(run_dir / CONFIG, RunConfig).model.inputs is InputKind.patches:
-            why = "is of a classifier of images, which writes no text"
+            why = "holds an image classifier, which writes no text"
             raise ConfigError("run.dir", run_dir, why, "the directory of a language model's run")
         share_cores(1, this_machine().cores)
         from launcher.runtime.sampling import generate

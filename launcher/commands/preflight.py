@@ -12,13 +12,13 @@ from launcher.launch.this_machine import this_machine
 from launcher.parity.preflight import Preflight, Verdict, preflight
 
 HELP = """\
-launcher preflight [OVERRIDES]: check that the installed torch and DeepSpeed are right for a kind of layout.
+launcher preflight [OVERRIDES]: check that torch and DeepSpeed compute this kind of layout right.
 
 Runs `launcher verify` on the smallest run of the kind: the same parts of the model, ZeRO stage, precision,
 schedule and offload, each axis of 2 or more with 2 ranks, for one step. `launcher submit` does the same.
-A pass is kept in ~/.cache/launcher/preflight (or $XDG_CACHE_HOME/launcher/preflight) and costs nothing the
-next time; other versions or another kind are checked again. Exit code 0: passed; 1: failed; 2: refused, or
-not possible on this machine.
+A success is recorded in ~/.cache/launcher/preflight (or $XDG_CACHE_HOME/launcher/preflight) and not checked
+again for the same kind and versions. Exit code 0: passed; 1: failed; 2: refused, or not possible on this
+machine.
 
 Example: launcher preflight experiment=llama3_8b_3d
 All groups and fields of a run: launcher --help"""
@@ -63,7 +63,9 @@ def check_before_submission(ready_runs: Sequence[ReadyRun]) -> None:
 def _failure(run: RunConfig, result: Preflight) -> ConfigError:
     why = f"with {result.installed} the preflight of this kind of layout fails: {result.why}"
     remedies = "another version of deepspeed or torch", "submit.preflight=false (submits nevertheless)"
-    return refusal(run, "submit.preflight", why, *remedies, f"`{result.command}`, which shows all of it")
+    return refusal(
+        run, "submit.preflight", why, *remedies, f"`{result.command}`, which prints the whole comparison"
+    )
 
 
 def _line(result: Preflight) -> str:

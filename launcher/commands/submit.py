@@ -22,7 +22,7 @@ directory and its log. The time limit, the partition and the account are printed
 that sets them.
 
   submit.dry_run=true      print the script only
-  submit.preflight=false   submit without `launcher preflight`, or although it fails
+  submit.preflight=false   submit without running `launcher preflight`
   slurm.time=24:00:00      and other options of sbatch: see docs/slurm.md
   slurm=mycluster          the file my_conf/slurm/mycluster.yaml, with --config-dir my_conf
 

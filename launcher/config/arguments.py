@@ -30,7 +30,7 @@ _ALLOWED = ("hydra.sweeper.params.", "hydra.sweeper.params=")
 def check_sizes(arguments: list[str]) -> None:
     """Raise ConfigError for arguments that would take Hydra minutes to parse, or that cannot be printed."""
     if len(arguments) > MOST_ARGUMENTS:
-        why = f"{len(arguments):,} arguments, and {MOST_ARGUMENTS:,} are the most"
+        why = f"{len(arguments):,} arguments; the maximum is {MOST_ARGUMENTS:,}"
         raise ConfigError("command line", None, why, "a file experiment/NAME.yaml in a --config-dir")
     for argument in arguments:
         name = argument.partition("=")[0][:80]
@@ -39,12 +39,11 @@ def check_sizes(arguments: list[str]) -> None:
         if "\0" in argument or shown != name or argument.encode(errors="replace").decode() != argument:
             raise ConfigError(shown, None, "is not valid UTF-8 text", f"{shown}=TEXT")
         if len(argument) > MOST_TEXT or len(syntax) > MOST_SYNTAX:
-            why = (
-                f"has {len(argument):,} characters; {MOST_SYNTAX:,}, or {MOST_TEXT:,} in quotes, are the most"
-            )
+            most = f"{MOST_SYNTAX:,}, or {MOST_TEXT:,} in quotes"
+            why = f"has {len(argument):,} characters; the maximum is {most}"
             raise ConfigError(shown, None, why, "a file experiment/NAME.yaml in a --config-dir")
         if _depth(syntax) > MOST_DEPTH:
-            why = f"has brackets {_depth(syntax)} deep, and {MOST_DEPTH} are the most"
+            why = f"has brackets {_depth(syntax)} deep; the maximum is {MOST_DEPTH}"
             raise ConfigError(shown, None, why, f"{shown}=VALUE with fewer brackets")
 
 

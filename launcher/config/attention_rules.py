@@ -30,7 +30,7 @@ def check_rotary(run: RunConfig) -> None:
         return
     for name, default in _ROTARY.items():
         if value_of(m, name) != default:
-            why = f"model.positions={m.positions.name} rotates nothing"
+            why = f"model.positions={m.positions.name} has no rotary positions"
             unset = settings(f"model.{name}", [default])
             raise refusal(run, f"model.{name}", why, *unset, "model.positions=rope")
 

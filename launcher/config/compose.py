@@ -204,7 +204,7 @@ def _jobs_of_sweep(hydra: Hydra, composed: DictConfig, overrides: list[str]) -> 
             choices[name] = [f"{name}={value}" for value in islice(_sweep_values(override), MOST_JOBS + 1)]
     jobs = prod(map(len, choices.values()))
     if jobs > MOST_JOBS:
-        why = f"the sweep has more than {MOST_JOBS:,} jobs, which is the most"
+        why = f"the sweep has more jobs than the maximum of {MOST_JOBS:,}"
         raise ConfigError("--multirun", None, why, "fewer values, in several commands")
     return [list(job) for job in product(*choices.values())]
 

@@ -12,12 +12,12 @@ _OFF = "parallelism.context=1"
 
 
 def check_context(run: RunConfig) -> None:
-    """Check that context ranks can share the run's sequences and, under ulysses, its heads."""
+    """Check that the run's sequences and, under ulysses, its heads can be split over the context ranks."""
     p = run.parallelism
     if p.context == 1:
         return
     if run.model.inputs is InputKind.patches:
-        why = "the patches of an image are too few to be shared by ranks"
+        why = "image classifiers cannot use context ranks: their sequences are short"
         raise refusal(run, "parallelism.context", why, _OFF)
     if run.model.experts.count:
         why = (
@@ -45,7 +45,7 @@ def _check_length(run: RunConfig) -> None:
         return
     parts = f"{p.context} context ranks"
     if chunks_per_rank(p.context_method) > 1:
-        parts += f", which hold {chunks_per_rank(p.context_method)} chunks of it each"
+        parts += f", each with {chunks_per_rank(p.context_method)} chunks of the sequence"
     if p.sequence_parallel:
         parts += f", with sequence parallelism over {p.tensor} tensor ranks"
     lengths = [n for n in shape.multiples_around(length, multiple) if n <= longest]
@@ -76,12 +76,13 @@ def length_multiple(run: RunConfig) -> int:
 
 
 def check_context_on_nodes(run: RunConfig, world: World) -> None:
-    """Check that the ranks that share a sequence are on one node: they exchange keys and values per layer."""
+    """Check that each context group is on one node: its ranks exchange keys and values in every layer."""
     p, per_node = run.parallelism, world.ranks_per_node
     together = p.context * p.tensor
     if p.context == 1 or world.nodes == 1 or per_node % together == 0:
         return
-    why = f"context {p.context} x tensor {p.tensor} = {together} ranks do not share nodes of {per_node} ranks"
+    ranks = f"context {p.context} x tensor {p.tensor} = {together} ranks"
+    why = f"{ranks} do not fit into nodes of {per_node} ranks"
     fewer = [n for n in shape.divisors(p.context) if 1 < n < p.context and per_node % (n * p.tensor) == 0]
     tensor = [n for n in shape.divisors(p.tensor)[:-1] if per_node % (n * p.context) == 0]
     if p.sequence_parallel:

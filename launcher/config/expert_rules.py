@@ -27,21 +27,21 @@ def check_experts(run: RunConfig) -> None:
         raise refusal(run, f"{_FIELD}.ffn_hidden_size", why, f"{_FIELD}.ffn_hidden_size={m.ffn_hidden_size}")
     _check_layers(run)
     if e.router_dtype is not Dtype.fp32:
-        why = "rounded scores would choose other experts, so that another layout computes another model"
+        why = "scores rounded to bf16 could choose different experts in different layouts"
         raise refusal(run, f"{_FIELD}.router_dtype", why, f"{_FIELD}.router_dtype=fp32")
     _check_combinations(run)
 
 
 def check_expert_parallelism(run: RunConfig) -> None:
-    """Check that expert parallelism has experts to share, and settings with which it is shown to be right."""
+    """Check that expert parallelism has experts to distribute, and settings with which it is verified."""
     m, p, one = run.model, run.parallelism, "parallelism.expert=1"
     if run.plan.expert_imbalance > p.expert:
-        why = f"no rank gets more than {p.expert} times the mean with parallelism.expert={p.expert}"
+        why = f"with parallelism.expert={p.expert} a rank gets at most {p.expert} times the mean"
         raise refusal(run, "plan.expert_imbalance", why, f"plan.expert_imbalance={p.expert} (or lower)")
     if p.expert == 1:
         return
     if run.plan.trace:
-        why = "plan.trace traces a rank that holds all experts of a layer"
+        why = "plan.trace can only trace a rank that holds all experts of a layer"
         raise refusal(run, "plan.trace", why, "plan.trace=false", one)
     if not shape.has_experts(m):
         why = "the model has no experts (model.experts.count=0)"
@@ -54,10 +54,10 @@ def check_expert_parallelism(run: RunConfig) -> None:
         why = "ZeRO-3 would partition the experts over all data ranks, which hold different experts"
         raise refusal(run, "parallelism.zero_stage", why, "parallelism.zero_stage=2", one)
     if p.offload_optimizer:
-        why = "the offloaded optimizer is not shown to be right with expert parallelism"
+        why = "the offloaded optimizer has not been verified with expert parallelism"
         raise refusal(run, "parallelism.offload_optimizer", why, "parallelism.offload_optimizer=false", one)
     if run.precision.states is StatesDtype.bf16:
-        why = "states in bf16 are not shown to be right with expert parallelism"
+        why = "states in bf16 have not been verified with expert parallelism"
         raise refusal(run, "precision.states", why, "precision=bf16", one)
 
 
@@ -86,7 +86,7 @@ def _check_layers(run: RunConfig) -> None:
         every = f"{_FIELD}.every=1 " if e.every > 1 else ""
         raise refusal(run, f"{_FIELD}.first_dense_layers", why, every + remedy)
     if e.every > left:
-        why = f"of the {left} layers after the first dense ones none has experts"
+        why = f"none of the {left} layers after the first dense layers would have experts"
         raise refusal(run, f"{_FIELD}.every", why, f"{_FIELD}.every={left} (or fewer)")
 
 

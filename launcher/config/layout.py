@@ -37,7 +37,7 @@ class Layout:
     stages_per_rank: int = 1  # pipeline stages; 2 under DualPipeV
     notes: tuple[str, ...] = ()
     compiled: bool = False
-    context: int = 1  # ranks that share each sequence
+    context: int = 1  # ranks over which each sequence is split
     expert: int = 1  # data-parallel ranks that share the experts, part of `data`
 
     @property

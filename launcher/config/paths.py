@@ -66,10 +66,10 @@ def _why_impossible(text: str) -> str | None:
     if os.path.expanduser(text).startswith("~"):
         return f"{text.partition('/')[0]} is not the home directory of a user of this machine"
     if len(text.encode()) > LONGEST_PATH:
-        return f"the path has {len(text.encode()):,} bytes, and {LONGEST_PATH:,} are the most"
+        return f"the path has {len(text.encode()):,} bytes; the maximum is {LONGEST_PATH:,}"
     longest = max(len(name.encode()) for name in text.split("/"))
     if longest > LONGEST_NAME:
-        return f"a name in the path has {longest:,} bytes, and {LONGEST_NAME} are the most"
+        return f"a name in the path has {longest:,} bytes; the maximum is {LONGEST_NAME}"
     return None
 
 

@@ -103,11 +103,11 @@ class ActivationCheckpointing(Enum):
 
 
 class ContextMethod(Enum):
-    """How context-parallel ranks, which each hold a part of every sequence, attend to the whole of it.
+    """How context-parallel ranks, each with a part of every sequence, compute attention over whole sequences.
 
-    ring: keys and values travel from rank to rank while the scores of the last ones are computed (arXiv
-    2310.01889). gather: every rank gathers all keys and values. ulysses: all-to-alls exchange parts of the
-    sequence for heads and back (arXiv 2309.14509).
+    ring: keys and values are sent from rank to rank, while each rank computes scores with the last received
+    ones (arXiv 2310.01889). gather: every rank gathers all keys and values. ulysses: all-to-alls exchange
+    parts of the sequence for heads and back (arXiv 2309.14509).
     """
 
     ring = "ring"
@@ -222,7 +222,7 @@ class RopeScalingConfig:
     """Scaling of the rotary positions of a model that was pretrained on shorter sequences."""
 
     kind: RopeScalingKind = RopeScalingKind.none
-    factor: float = 1.0  # long wavelengths grow by it
+    factor: float = 1.0  # factor of the length; long wavelengths are multiplied by it
     original_length: Optional[int] = None  # llama3, yarn: sequence length before scaling
     low_frequency_factor: float = 1.0  # llama3: wavelengths above original_length / this are scaled
     high_frequency_factor: float = 4.0  # llama3: wavelengths below original_length / this are not
@@ -233,25 +233,25 @@ class RopeScalingConfig:
 
 @dataclass(unsafe_hash=True)
 class ExpertsConfig:
-    """Mixture of experts: MLPs of which each token runs through the `top_k` that its router scores highest.
+    """Mixture of experts: each token runs through the `top_k` experts that its router scores highest.
 
-    No token is dropped. Of the layers after `first_dense_layers` every n-th has experts, the others an MLP.
+    No token is dropped. After the first `first_dense_layers` layers, every n-th layer (`every`) has experts.
     """
 
     count: int = 0  # experts of a layer; 0: no layer has experts
-    top_k: int = 0  # experts of a token
-    ffn_hidden_size: int = 0  # of an expert
+    top_k: int = 0  # experts that each token runs through
+    ffn_hidden_size: int = 0  # columns of an expert
     shared: int = 0  # experts that every token runs through, as one MLP of shared x ffn_hidden_size
     first_dense_layers: int = 0  # layers at the start without experts
     every: int = 1  # n: after the first dense layers, the n-th, the 2n-th, ... has experts
     router: RouterKind = RouterKind.softmax
     normalize_top_k: bool = True  # the weights of the chosen experts add up to 1
-    scaling: float = 1.0  # the weights of the chosen experts are multiplied by it
+    scaling: float = 1.0  # factor of the weights of the chosen experts
     auxiliary_loss: float = 0.0  # factor of the load-balancing loss of each sequence (DeepSeek-V3); 0: off
     z_loss: float = 0.0  # factor of the mean square of the logits' logsumexp (arXiv 2202.08906); 0: off
-    # Growth of an expert's bias for the choice, per step in which few tokens chose it (DeepSeek-V3); 0: off
+    # Step of the biases by which experts are chosen: up if few tokens chose the expert, else down; 0: off
     bias_balancing: float = 0.0
-    router_dtype: Dtype = Dtype.fp32  # in which scores are computed
+    router_dtype: Dtype = Dtype.fp32  # dtype of the scores; only fp32
 
 
 @dataclass(unsafe_hash=True)
@@ -283,8 +283,8 @@ class ModelConfig:
     rotary_fraction: float = 1.0  # share of the channels of a head that is rotated
     sliding_window: Optional[int] = None  # positions that a position attends to, itself counted; null: all
     full_attention_every: Optional[int] = None  # every n-th layer has no window; null: all layers have it
-    local_rope_theta: Optional[float] = None  # rope_theta of layers with a window, never scaled; null: alike
-    attention_scale_size: Optional[float] = None  # scores are divided by its square root; null: head_size
+    local_rope_theta: Optional[float] = None  # rope_theta of layers with a window; null: rope_theta
+    attention_scale_size: Optional[float] = None  # scores are divided by its root; null: head_size
     attention_soft_cap: Optional[float] = None  # scores become cap * tanh(score / cap)
     logit_soft_cap: Optional[float] = None  # logits become cap * tanh(logit / cap)
     embedding_scale: float = 1.0  # token embeddings are multiplied by it
@@ -303,7 +303,7 @@ class ParallelismConfig:
     tensor: int = 1
     pipeline: int = 1
     data: Optional[int] = None  # null: world size / (tensor x pipeline x context)
-    # Ranks that share each sequence: a rank holds the activations of 1/context of its tokens.
+    # Ranks over which each sequence is split: a rank holds the activations of 1/context of its tokens.
     context: int = 1
     context_method: ContextMethod = ContextMethod.ring
     expert: int = 1  # data-parallel ranks that share the experts of each layer, each with a part of them
@@ -314,7 +314,7 @@ class ParallelismConfig:
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
     pipeline_schedule: PipelineSchedule = PipelineSchedule["1f1b"]
     auto: bool = False  # choose the layout fields above (not the schedule) and the micro-batch size
-    # Pad the vocabulary of each tensor rank to a multiple; null: 128 on cuda, whose products need it, else 1.
+    # Pad the vocabulary of each tensor rank to a multiple of this; null: 128 on cuda (fast products), else 1.
     vocabulary_multiple: Optional[int] = None
 
 
@@ -390,7 +390,7 @@ class AttentionRate:
 
 @dataclass
 class CardRates:
-    """Rates of the kernels of an accelerator that computes alone; null where they were not measured."""
+    """Rates of the kernels of one accelerator, measured alone; null if not measured."""
 
     name: Optional[str] = None
     measured_on: Optional[str] = None  # date
@@ -398,12 +398,12 @@ class CardRates:
     products: PeakFlops = field(default_factory=PeakFlops)  # FLOP/s of large products, without their output
     unaligned: Optional[float] = None  # share of `products` if a size is not a multiple of 8
     attention: list[AttentionRate] = field(default_factory=list)
-    memory_gb_s: Optional[float] = None  # read and written by copies
-    update_gb_s: Optional[float] = None  # read and written by fused AdamW
-    launch_s: Optional[float] = None  # of the host, to start an operation
-    host_gb_s: Optional[float] = None  # between pinned host memory and the accelerator
-    link_gb_s: Optional[float] = None  # that a rank sends in a large all-reduce within a node
-    hop_s: Optional[float] = None  # latency of a step of a ring within a node
+    memory_gb_s: Optional[float] = None  # GB/s read and written by copies
+    update_gb_s: Optional[float] = None  # GB/s read and written by fused AdamW
+    launch_s: Optional[float] = None  # seconds of the host to start an operation
+    host_gb_s: Optional[float] = None  # GB/s between pinned host memory and the accelerator
+    link_gb_s: Optional[float] = None  # GB/s that a rank sends in a large all-reduce within a node
+    hop_s: Optional[float] = None  # seconds of latency of a step of a ring within a node
 
 
 @dataclass
@@ -420,7 +420,7 @@ class HardwareConfig:
     host_bandwidth_gb_s: Optional[float] = None  # between one accelerator and host memory
     host_memory_bytes: Optional[float] = None  # memory of a node, which its ranks share
     cores: Optional[int] = None  # cores that the CPU ranks share; null: one core per rank
-    compute_scale: float = 1.0  # time of computation over its planned time, learned from finished runs
+    compute_scale: float = 1.0  # measured / planned time of computation, learned from finished runs
     card: CardRates = field(default_factory=CardRates)  # of GPUs; replaces the rates above
     # CPU ranks: one entry per number of ranks; replaces the rates above.
     measured: list[MeasuredRates] = field(default_factory=list)
@@ -473,7 +473,7 @@ class SchedulerConfig:
 @dataclass
 class PrecisionConfig:
     dtype: Dtype = MISSING
-    # Master weights, optimizer states and gradient sums. bf16: the model's weights are the only weights.
+    # fp32 | bf16: dtype of master weights (bf16: the weights themselves), optimizer states and gradient sums
     states: StatesDtype = StatesDtype.fp32
     initial_loss_scale_power: int = 16  # fp16: the first loss scale is 2 to this power
 
@@ -504,7 +504,7 @@ class TrainingConfig:
     validation_interval: int = 50  # steps; 0: only at the end
     validation_batches: int = 8  # global batches per validation
     seed: int = 1234
-    compile: Optional[bool] = None  # the transformer blocks, by torch.compile; null: on GPUs, not on CPU
+    compile: Optional[bool] = None  # torch.compile for blocks and loss; null: on GPUs, not on CPU
 
 
 @dataclass
@@ -526,10 +526,10 @@ class CheckpointConfig:
     asynchronous: bool = True  # write while training continues; false: the step waits
     stop_on_error: bool = False  # end the run if a checkpoint cannot be written
     max_file_gb: float = 2.0  # in 1e9 bytes
-    resume: str = "auto"
-    init_from: Optional[str] = None  # initial weights of a new run
-    fallback: bool = False  # replace an unusable checkpoint by the newest intact one before it
-    new_blend: bool = False  # allow another blend than the checkpoint's, from the resumed sample on
+    resume: str = "auto"  # auto | none | a checkpoint or a run
+    init_from: Optional[str] = None  # initial weights: a run, a checkpoint or a Hugging Face directory
+    fallback: bool = False  # resume from an older checkpoint if the newest cannot be used
+    new_blend: bool = False  # allow a blend that differs from the checkpoint's
 
 
 @dataclass
@@ -540,7 +540,7 @@ class LoraConfig:
     alpha: float = 16.0  # the output of an adapter is multiplied by alpha / rank
     # qkv: queries, keys and values; output: attention output; up: MLP input, with the gate; down: MLP output
     targets: list[str] = field(default_factory=lambda: ["qkv", "output", "up", "down"])
-    dropout: float = 0.0  # of the input of an adapter
+    dropout: float = 0.0  # dropout of the input of an adapter
 
 
 @dataclass
@@ -554,9 +554,9 @@ class FinetuneConfig:
 class VerifyConfig:
     """Settings of `launcher verify` besides the run."""
 
-    steps: int = 3
-    device: Device = Device.cpu  # cuda: the layout's ranks on this machine's GPUs, the reference on CPU
-    report: Optional[str] = None  # a JSON file for machines
+    steps: int = 3  # optimizer steps to compare
+    device: Device = Device.cpu  # cpu | cuda: device of the layout's ranks; the reference runs on CPU
+    report: Optional[str] = None  # JSON file of all results
 
 
 @dataclass
@@ -564,8 +564,8 @@ class PlanConfig:
     """Settings of `launcher plan`, and of the plan before training."""
 
     enforce: bool = True  # training refuses a run that cannot fit
-    tokens: Optional[float] = None  # training tokens of the estimated days; null: tokens of training.steps
-    # With parallelism.expert: tokens that the experts of the fullest rank get, over the mean of all ranks
+    tokens: Optional[float] = None  # estimate the days for this number of tokens; null: for training.steps
+    # With parallelism.expert: tokens of the rank whose experts get most, divided by the mean of the ranks
     expert_imbalance: float = 1.0
     trace: bool = False  # compare the formulas with the traced modules
     figure: Optional[str] = None  # a .png, .svg or .pdf file
@@ -595,8 +595,8 @@ class OnSpike(Enum):
 class GuardConfig:
     """Guards against numbers that would harm a run."""
 
-    nonfinite: OnNonfinite = OnNonfinite.skip  # NaN, infinite or huge gradients
-    max_skips: int = 10  # stop the run after so many skipped steps in a row
+    nonfinite: OnNonfinite = OnNonfinite.skip  # skip | stop: steps with NaN, infinite or huge gradients
+    max_skips: int = 10  # end the run after this number of skipped steps in a row
     spike: OnSpike = OnSpike.warn
     spike_window: int = 128  # logged steps whose median a step is compared with
     spike_score: float = 8.0  # robust standard deviations above the median that count as a spike
@@ -618,9 +618,9 @@ class ProfileConfig:
 class LaunchConfig:
     """Supervision of ranks."""
 
-    timeout_minutes: float = 30.0  # end the run if a step, validation or collective takes longer
+    timeout_minutes: float = 30.0  # end the run if a step, validation or save takes longer
     slow_rank_seconds: float = 60.0  # warn of a rank that the others have waited for during this time
-    max_restarts: int = 0  # starts after the first, if a rank fails or is killed on this machine
+    max_restarts: int = 0  # how often to start again after a rank failed or was killed on this machine
 
 
 @dataclass
@@ -632,10 +632,10 @@ class SlurmConfig:
     account: Optional[str] = None
     qos: Optional[str] = None
     time: Optional[str] = None  # minutes, [HOURS:]MINUTES:SECONDS or DAYS-HOURS[:MINUTES[:SECONDS]]
-    nodes: Optional[str] = None  # null: hardware.nodes; MIN-MAX: a range, the run uses what it gets
+    nodes: Optional[str] = None  # null: hardware.nodes; MIN-MAX: any number of nodes in this range
     gpus_per_node: Optional[str] = None  # null: hardware.accelerators_per_node; or TYPE:NUMBER
     cpus_per_task: Optional[int] = None
-    mem: Optional[str] = None  # of a node
+    mem: Optional[str] = None  # memory of a node, such as 64G
     constraint: Optional[str] = None
     exclude: Optional[str] = None
     reservation: Optional[str] = None
@@ -644,7 +644,7 @@ class SlurmConfig:
     on_stop: OnStop = OnStop.requeue
     signal_seconds: int = 120  # time before the limit at which the run is stopped and saved
     max_parallel: Optional[int] = None  # jobs of a --multirun that run at the same time
-    modules: list[str] = field(default_factory=list)  # to `module load`
+    modules: list[str] = field(default_factory=list)  # modules to load (`module load`)
     environment: dict[str, str] = field(default_factory=dict)  # variables to set
     container: list[str] = field(default_factory=list)  # command that runs `launcher` inside
     python: Optional[str] = None  # Python that runs the job; null: the Python that submits it
@@ -655,12 +655,12 @@ class SlurmConfig:
 @dataclass
 class SubmitConfig:
     dry_run: bool = False  # print the script, submit nothing
-    preflight: bool = True  # refuse if the installed versions fail `launcher preflight`; not with dry_run
+    preflight: bool = True  # refuse the job if `launcher preflight` fails; not with dry_run
 
 
 @dataclass
 class RunDirConfig:
-    dir: Optional[str] = None  # null: a new directory under runs/
+    dir: Optional[str] = None  # the run's directory; null: training makes one under runs/
 
 
 @dataclass
@@ -729,7 +729,7 @@ class GenerateConfig:
 
 @dataclass
 class ReplayConfig:
-    """Settings of `launcher replay`: the run, the step to repeat, and the layout to repeat it in."""
+    """Settings of `launcher replay`: the run, the step to repeat, and the layout."""
 
     run: RunDirConfig = field(default_factory=RunDirConfig)
     step: Optional[int] = None
@@ -740,14 +740,14 @@ class ReplayConfig:
 
 @dataclass
 class EvaluateConfig:
-    """Settings of `launcher evaluate`: the weights, what to measure them on, and the layout."""
+    """Settings of `launcher evaluate`: the weights, the data or tasks, and the layout."""
 
     # In `run.dir`: a run, a checkpoint, the result of `launcher import`, or a Hugging Face directory.
     run: RunDirConfig = field(default_factory=RunDirConfig)
     # Without text, tokens and tasks: the run's own validation data.
     text: Optional[str] = None  # a glob of text files
     tokens: Optional[str] = None  # NAME of NAME.bin and NAME.idx, or a glob
-    tasks: list[str] = field(default_factory=list)  # of lm-evaluation-harness
+    tasks: list[str] = field(default_factory=list)  # tasks of lm-evaluation-harness
     task_dir: Optional[str] = None  # a directory with further tasks of lm-evaluation-harness
     few_shot: Optional[int] = None  # examples in the prompt of a task; null: as the task says
     limit: Optional[int] = None  # windows of each source of data, documents of each task; null: all
@@ -769,14 +769,14 @@ class TokenizerTraining(Enum):
 
 
 class BadLines(Enum):
-    """For a line without text, `launcher prepare` stops (`fail`) or leaves it out (`skip`)."""
+    """At a bad line, `launcher prepare` stops (`fail`) or leaves the line out (`skip`)."""
 
     fail = "fail"
     skip = "skip"
 
 
 class EndInText(Enum):
-    """The answer of `launcher prepare` to text that spells the token that ends documents.
+    """How `launcher prepare` treats text that spells the token that ends documents.
 
     `escape`: the text is encoded as ordinary text; where the tokenizer cannot do so, the line is bad.
     `refuse`: the line is bad. `count`: the document ends there, and such ends are counted.
@@ -809,7 +809,7 @@ class PrepareConfig:
     chat: bool = False  # records are conversations or pairs of prompt and completion, and not text
     chat_template: Optional[str] = None  # chat: a file with a Jinja template; null: the tokenizer's template
     json_arrays: bool = False  # read JSON arrays of objects, and objects that span lines, in JSON files
-    end_of_document_in_text: EndInText = EndInText.escape  # text that spells the token that ends documents
+    end_of_document_in_text: EndInText = EndInText.escape  # escape | refuse | count: text like the end token
     bad_lines: BadLines = BadLines.fail
     max_line_mb: float = 256.0  # a longer line counts as a bad line; 1e6 bytes
     workers: Optional[int] = None  # processes; null: one per core
@@ -829,9 +829,9 @@ class CalibrateConfig:
 class ExchangeConfig:
     """Settings of `launcher export` and `launcher import` besides the two directories."""
 
-    dtype: Optional[Dtype] = None  # null: that of the imported model, else fp32; of an adapter fp32
-    merged: bool = False  # of a LoRA run: export the whole model with the adapter added, not the adapter
-    certificate: bool = True  # compare the logits of the export in transformers with those of the launcher
+    dtype: Optional[Dtype] = None  # null: dtype of the imported model, else fp32; fp32 for an adapter
+    merged: bool = False  # LoRA: export the whole model with the adapter added, not the adapter alone
+    certificate: bool = True  # compare the export's logits in transformers with the launcher's
     max_file_gb: float = 2.0  # in 1e9 bytes
 
 

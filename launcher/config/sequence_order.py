@@ -1,8 +1,8 @@
 """Which tokens of a sequence each context-parallel rank holds. Pure arithmetic.
 
-Under ring and gather a sequence is cut into 2N chunks for N ranks, and rank r holds chunks r and 2N-1-r, in
-this order (zigzag): under causal attention every rank then computes as many scores. Under ulysses each rank
-computes whole sequences of some heads, and rank r holds the r-th of N chunks.
+Under ring and gather a sequence is cut into 2C chunks for C ranks, and rank r holds chunks r and 2C-1-r, in
+this order (zigzag): under causal attention every rank then computes the same number of scores. Under ulysses
+each rank computes attention over whole sequences for some heads, and rank r holds the r-th of C chunks.
 """
 
 from launcher.config.schema import ContextMethod

@@ -91,7 +91,8 @@ def validate_generate(config: GenerateConfig) -> str:
 def validate_replay(config: ReplayConfig) -> tuple[str, int]:
     """Check what `launcher replay` is given; return the run's directory and the step. Raises ConfigError."""
     if config.run.dir is None:
-        raise refusal(config, "run.dir", "a run is needed to repeat a step of", "run.dir=runs/NAME step=1")
+        why = "`launcher replay` needs the directory of a run"
+        raise refusal(config, "run.dir", why, "run.dir=runs/NAME step=1")
     if config.step is None:
         why = "name the step to repeat, such as a step with a loss spike in metrics.jsonl"
         raise refusal(config, "step", why, "step=1")
@@ -103,11 +104,12 @@ def validate_replay(config: ReplayConfig) -> tuple[str, int]:
 def validate_evaluate(config: EvaluateConfig) -> str:
     """Check what `launcher evaluate` is given; return the directory of the weights. Raises ConfigError."""
     if config.run.dir is None:
-        raise refusal(config, "run.dir", "a run or a checkpoint is needed to evaluate", "run.dir=runs/NAME")
+        why = "`launcher evaluate` needs the directory of a run or a checkpoint"
+        raise refusal(config, "run.dir", why, "run.dir=runs/NAME")
     numbers.refuse_out_of_bounds(config)
     check_paths(config)
     if config.parallelism.auto:
-        why = "evaluation chooses no layout"
+        why = "`launcher evaluate` cannot choose a layout"
         raise refusal(config, "parallelism.auto", why, "parallelism=single", "parallelism=tp2")
     if not config.tasks:
         for field in ("task_dir", "few_shot"):
@@ -185,7 +187,7 @@ def check_inputs(run: RunConfig) -> None:
         if value_of(run, field) != 0:
             raise refusal(run, field, unused, f"{field}=0")
     if is_vision != (m.pooling is not None):
-        why = "model.inputs=patches needs it" if is_vision else unused
+        why = "model.inputs=patches needs this setting" if is_vision else unused
         values = ["class_token", "mean"] if is_vision else ["null"]
         raise refusal(run, "model.pooling", why, *settings("model.pooling", values))
     if is_vision and m.embedding_scale != 1.0:
@@ -424,10 +426,9 @@ def check_read_ahead(run: RunConfig) -> None:
     of_batch = of_sample * (run.data.prefetch + 1)
     if t.global_batch_size * of_batch > MOST_VALUES_AHEAD:
         largest = 2 ** int(math.log2(max(1, MOST_VALUES_AHEAD // of_batch)))
-        why = (
-            f"with data.prefetch={run.data.prefetch}, batches of {of_batch * t.global_batch_size:.3g} values "
-        )
-        why += f"would be in memory, and {MOST_VALUES_AHEAD:.3g} are the most"
+        values = f"{of_batch * t.global_batch_size:.3g}"
+        why = f"with data.prefetch={run.data.prefetch}, the batches in memory would have {values} values; "
+        why += f"the maximum is {MOST_VALUES_AHEAD:.3g}"
         remedy = f"training.global_batch_size={largest} (or fewer)"
         raise refusal(run, "training.global_batch_size", why, remedy)
 
@@ -468,9 +469,8 @@ def check_blend(run: RunConfig) -> None:
             why = f"each must be from {LEAST_WEIGHT:g} to {1 / LEAST_WEIGHT:g}"
             raise refusal(run, "data.weights", why, f"data.weights.{name}=1")
     if (period := sum(shape.blend_weights(list(d.weights.values())))) > shape.LONGEST_PERIOD:
-        why = (
-            f"as whole numbers they add up to {whole(period)}, and {whole(shape.LONGEST_PERIOD)} is the most"
-        )
+        most = whole(shape.LONGEST_PERIOD)
+        why = f"as whole numbers the weights add up to {whole(period)}; the maximum is {most}"
         total = sum(d.weights.values())
         rounded = {name: max(1, round(weight / total * 10_000)) for name, weight in d.weights.items()}
         raise refusal(run, "data.weights", why, shlex.quote(f"data.weights={as_typed(rounded)}"))
@@ -486,9 +486,8 @@ def check_optimizer(run: RunConfig) -> None:
         for field in fields:
             is_set = value_of(run, field) is not None
             if optimizer is chosen and not is_set:
-                raise refusal(
-                    run, field, f"{chosen.name} needs it", f"{field}={numbers.BOUNDS[field].example}"
-                )
+                why = f"{chosen.name} needs this setting"
+                raise refusal(run, field, why, f"{field}={numbers.BOUNDS[field].example}")
             if optimizer is not chosen and is_set:
                 why = f"not a setting of {chosen.name}"
                 raise refusal(run, field, why, f"optimizer={optimizer.name}", f"{field}=null")
@@ -506,7 +505,9 @@ def check_scheduler(run: RunConfig) -> None:
         decay = s.decay_steps or 1
         longer = f"training.steps={s.warmup_steps + decay} (or more)"
         sum_of_steps = f"{s.warmup_steps} warm-up steps + {decay} decay steps"
-        why = f"{sum_of_steps} exceed training.steps={steps}" if s.decay_steps else "scheduler=wsd needs it"
+        why = "scheduler=wsd needs this setting"
+        if s.decay_steps:
+            why = f"{sum_of_steps} exceed training.steps={steps}"
         remedies = [f"scheduler.decay_steps={room} (or fewer)"] if room >= 1 else []
         if decay > room:
             remedies.append(longer if s.decay_steps else f"{longer} scheduler.decay_steps={decay}")

@@ -78,7 +78,7 @@ def subject_of(config: EvaluateConfig, path: Path) -> Subject:
     """Return the model at `path`: a run, a checkpoint or a Hugging Face directory. Raises ConfigError."""
     weights = weights_at(path, "run.dir")
     if weights.model.inputs is InputKind.patches:
-        why = "is of a classifier of images, which has no perplexity; its accuracy is in metrics.jsonl"
+        why = "holds an image classifier, which has no perplexity; its accuracy is in metrics.jsonl"
         raise ConfigError("run.dir", path, why, "the directory of a language model's run")
     file = run_of(weights.path) / RUN_CONFIG
     recorded = replace(load_typed(file, RunConfig), model=weights.model) if file.exists() else None

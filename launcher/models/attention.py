@@ -23,10 +23,10 @@ from launcher.parallel.layers import ColumnParallelLinear, RowParallelLinear
 class Attention(nn.Module):
     """Self-attention over this rank's N/tp query heads and K/tp key/value heads, causal or full.
 
-    `mask` (T, T) or (B, 1, T, T), where there is one, replaces the causal mask: see models/masks.py. With
-    context parallelism it is the first position that each query sees, and x (B, T/C, H) is a part of the
-    sequence, whose rank attends to all others: see models/context_attention.py. `cos`
-    and `sin` are there with rotary positions: see models/rotary.py.
+    `mask` (T, T) or (B, 1, T, T), if not None, replaces the causal mask: see models/masks.py. `cos` and
+    `sin` are the tables of rotary positions, else None: see models/rotary.py. With context parallelism
+    x (B, T/C, H) is this rank's part of the sequences, `mask` is the first position to which each query
+    attends, and queries attend to the keys of all context ranks: see models/context_attention.py.
     """
 
     def __init__(self, name: str, model: ModelConfig, context: BlockContext) -> None:
@@ -81,9 +81,9 @@ class Attention(nn.Module):
         return adapted(self.output, self.output_adapter, mixed, output_seed)
 
     def _split_heads(self, fused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, T, (N + 2K) D / tp) -> q (B, T, N/tp, D), k and v (B, T, K/tp, D).
+        """Split (B, T, (N + 2K) D / tp) into q (B, T, N/tp, D), k and v (B, T, K/tp, D).
 
-        Heads stay behind positions, as in memory, until the kernel gets a view: so its output and the
+        The heads stay after the positions, as in memory, and the kernel gets a view. So its output and the
         gradients of q, k and v need no copy into the order of the projections.
         """
         heads = fused.unflatten(-1, (self.heads + 2 * self.kv_heads, self.head_size))
@@ -100,7 +100,7 @@ class Attention(nn.Module):
         sin: Tensor | None,
         seed: Seed | None,
     ) -> Tensor:
-        """-> (B, T, N D / tp)."""
+        """Return attention (B, T, N D / tp) of q to k and v."""
         if cos is not None and sin is not None:
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if self.context.cp is not None:

@@ -1,8 +1,9 @@
-"""Attention of a chunk of queries to a chunk of keys, with what joins the results of several chunks of keys.
+"""Attention of a chunk of queries to a chunk of keys; results over several chunks of keys can be joined.
 
-Let o and l be the mixed values and the log-sum-exp of the scores of a query over some keys. Over more keys,
-they are joined with weights exp(l - L), where L is the log-sum-exp over all: as in ring attention (arXiv
-2310.01889). The gradients of a pair follow from the joined o and L (FlashAttention, arXiv 2205.14135).
+Let o be the mixed values of a query over some keys, and l the log-sum-exp of its scores. The results over
+several chunks of keys are added with the weights exp(l - L), where L is the log-sum-exp over all these keys,
+as in ring attention (arXiv 2310.01889). The gradients of a pair of chunks are computed from the joined o and
+L (FlashAttention, arXiv 2205.14135).
 
 Shapes: queries (B, N, Q, D) and keys and values (B, K, S, D), N a multiple of K; log-sum-exps (B, N, Q).
 """
@@ -19,19 +20,19 @@ from launcher.parallel.loss_kernels import soft_capped
 from launcher.parallel.random import seeded
 from launcher.parallel.sharding import seed_of
 
-# In place of minus infinity: a query that sees no key of a pair then weighs 0 when it is joined with others.
-# torch's fused kernel would give it the log-sum-exp 0.
+# Mask of hidden scores, in place of minus infinity. If a query attends to no key of a pair, its result then
+# gets the weight 0 when it is joined; with minus infinity torch's fused kernel returns the log-sum-exp 0.
 HIDDEN = -1e30
-_SCORES = 1 << 22  # scores that exist at a time where no fused kernel computes them
+_SCORES = 1 << 22  # scores that exist at the same time without a fused kernel
 
 
 @dataclass(frozen=True)
 class Pair:
-    """The rules of a pair of chunks: which keys a query sees, and the dropout of the softmax."""
+    """The rules of a pair of chunks: the keys to which a query attends, and the dropout of the softmax."""
 
     kernel: Kernel
-    is_diagonal: bool  # a query sees the keys up to its own place in the chunk
-    mask: Tensor | None = None  # (B or 1, 1, Q, S), added to the scores; then is_diagonal is not used
+    is_diagonal: bool  # a query attends to the keys up to its own place in the chunk
+    mask: Tensor | None = None  # (B or 1, 1, Q, S), added to the scores; with a mask is_diagonal is ignored
     dropout: float = 0.0
     seed: int | None = None  # None: no dropout
 
@@ -62,7 +63,7 @@ def pair_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return this pair's part of the gradients of q, k and v.
 
-    `gradient` is that of `mixed` (B, N, Q, D); `mixed` and `sums` are joined over all keys.
+    `gradient` is the gradient of `mixed` (B, N, Q, D); `mixed` and `sums` are joined over all keys.
     """
     if not pair.is_fused or _is_fp32_on_cuda(q, pair):
         return _gradients_of_rows(gradient, q, k, v, mixed, sums, pair)
@@ -99,13 +100,13 @@ def _rows(q: Tensor, k: Tensor) -> Iterator[slice]:
 
 
 def _grouped(x: Tensor, kv_heads: int) -> Tensor:
-    """(B, N, Q, D) -> (B, K, N/K, Q, D)."""
+    """Group query heads by key/value head: (B, N, Q, D) -> (B, K, N/K, Q, D)."""
     grouped: Tensor = x.unflatten(1, (kv_heads, -1))
     return grouped
 
 
 def _scores(q: Tensor, k: Tensor, rows: slice, pair: Pair) -> tuple[Tensor, Tensor | None]:
-    """Return scores (B, K, N/K, rows, S) in fp32 with their mask, and before the mask if they are capped."""
+    """Return the masked scores (B, K, N/K, rows, S) in fp32; with a soft cap also those before the mask."""
     scale, cap = pair.kernel.scale or q.shape[-1] ** -0.5, pair.kernel.cap
     scores = (_grouped(q[:, :, rows], k.shape[1]) @ k.unsqueeze(2).transpose(3, 4)).float() * scale
     capped = None

@@ -37,7 +37,7 @@ class BlockContext:
     rotary: RotaryTables | None  # None without rotary positions
     blocks: BlockRunner
     lora: LoraConfig | None = None  # None: no adapters
-    micro_batches: int = 1  # of an optimizer step and data rank
+    micro_batches: int = 1  # micro-batches per optimizer step and data rank
     expert: Axis = ONE_RANK  # the data ranks that share the experts of each layer
     cp: ContextParallel | None = None  # None: each rank holds whole sequences
 
@@ -86,9 +86,9 @@ class BlockContext:
         )
 
     def positions(self, x: Tensor, window: int | None = None) -> Places:
-        """Return what attention has to know of the positions of x, a block's input.
+        """Return the mask, cosines and sines for the positions of x, a block's input.
 
-        Passed through the layers as arguments: when a block is recomputed, `documents` holds another
+        The layers get them as arguments: when a block is recomputed, `documents` already holds another
         micro-batch.
         """
         length = x.shape[1] * (self.tp.axis.size if self.tp.sequence_parallel else 1)
@@ -143,5 +143,5 @@ def recompute(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
 
 
 def residual_draw(model: ModelConfig) -> DrawFunction:
-    """Return the draw of projections into the residual stream: init_std / sqrt(2 layers), as in GPT-2."""
+    """Return the draw of projections into the residual stream: std init_std / sqrt(2 layers), as GPT-2."""
     return normal(model.init_std / (2 * model.num_layers) ** 0.5)

@@ -39,20 +39,20 @@ from launcher.parallel.context import (
 from launcher.parallel.mesh import Axis
 from launcher.parallel.sharding import seed_of
 
-# The result (B, T/C, N, D); under ulysses q, k and v of this rank's heads in one tensor, and their mixed
-# values, else two empty tensors; the log-sum-exps. The last three are kept for the backward pass.
+# The result (B, T/C, N, D); q, k and v of this rank's heads in one tensor, and the result of these heads
+# (both under ulysses, else empty); the log-sum-exps. The last three are kept for the backward pass.
 Results = tuple[Tensor, Tensor, Tensor, Tensor]
-Pairs = Tensor | tuple[Tensor, ...]  # keys and values, each (B, L, K, D)
+KeysValues = Tensor | tuple[Tensor, ...]  # keys and values, each (B, L, K, D)
 Visits = Iterator[tuple[int, Tensor]]  # a rank, and its keys and values (2, B, T/C, K, D)
 
 
 class Settings(NamedTuple):
-    """Numbers and names only, as an operator of a compiled graph takes them."""
+    """Settings of the attention as numbers and texts, the only types that an operator of a graph takes."""
 
     method: str
     rank: int
     size: int
-    group: str  # torch's name of it
+    group: str  # torch's name of the process group
     scale: float | None
     cap: float | None
     device: str
@@ -108,7 +108,7 @@ class _ContextAttention(torch.autograd.Function):
 def _keep(
     ctx: Any, q: Tensor, k: Tensor, v: Tensor, first: Any, seed: Any, settings: Settings, results: Results
 ) -> None:
-    """Keep what the backward pass takes: under ulysses not this rank's q, k, v and result."""
+    """Keep the inputs of the backward pass; ulysses needs no q, k, v and result of this rank's tokens."""
     mixed, *of_heads = results
     ctx.seed, ctx.settings, ctx.kv_heads = seed, settings, k.shape[2]
     if settings.is_ulysses:
@@ -119,19 +119,19 @@ def _keep(
 def attend(
     q: Tensor, k: Tensor, v: Tensor, first: Tensor | None, seed: Tensor | int | None, settings: Settings
 ) -> Results:
-    """Return the result, and what the backward pass needs of the forward pass."""
+    """Return the result, and the tensors of the forward pass that the backward pass needs."""
     context, rules = settings.context, Rules(settings, first, seed)
     if settings.is_ulysses:
         whole = heads_for_sequence([q, *_replicated(k, v, context.axis.size)], context.axis)
         of_heads = _split(whole, q.shape[2], k.shape[2], context.axis.size)
         queries = Queries(of_heads[0], rules.chunks_of_whole_sequences, rules)
-        queries.see(rules.chunks_of_whole_sequences, of_heads[1:])
+        queries.attend(rules.chunks_of_whole_sequences, of_heads[1:])
         core, sums = queries.result()
         [mixed] = sequence_for_heads([core], context.axis)
         return mixed, whole, core, sums
     queries = Queries(q, context.chunks_of(context.axis.rank), rules)
-    for rank, pair in _visits(torch.stack([k, v]), context):
-        queries.see(context.chunks_of(rank), pair)
+    for rank, keys_values in _visits(torch.stack([k, v]), context):
+        queries.attend(context.chunks_of(rank), keys_values)
     mixed, sums = queries.result()
     return mixed, q.new_empty(0), q.new_empty(0), sums
 
@@ -140,12 +140,12 @@ def gradients(
     gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, first: Tensor | None, mixed: Tensor, whole: Tensor,
     core: Tensor, sums: Tensor, seed: Tensor | int | None, kv_heads: int, settings: Settings,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return the gradients of q, k and v from that of the result, (B, T/C, N, D)."""
+    """Return the gradients of q, k and v from the gradient of the result, (B, T/C, N, D)."""
     context, rules = settings.context, Rules(settings, first, seed)
     if settings.is_ulysses:
         return _gradients_of_heads(gradient, whole, core, sums, kv_heads, rules)
     queries = QueryGradients(gradient, q, mixed, sums, context.chunks_of(context.axis.rank), rules)
-    # No variable holds this rank's pair, so that its memory is free when it has been visited.
+    # No variable refers to this rank's keys and values, so that _visits can free them.
     visits = _visits(torch.stack([k, v]), context)
     is_gather = context.method is ContextMethod.gather
     total = (_gradients_of_gathered if is_gather else _gradients_of_ring)(queries, visits, context)
@@ -156,52 +156,53 @@ def gradients(
 def _gradients_of_gathered(queries: "QueryGradients", visits: Visits, context: ContextParallel) -> Tensor:
     """Return the gradients (2, B, T/C, K, D) of this rank's keys and values, in fp32."""
     of_parts = torch.empty(0)
-    for rank, pair in visits:
+    for rank, keys_values in visits:
         if not of_parts.numel():
-            shape = context.axis.size, *pair.shape
-            of_parts = torch.zeros(shape, dtype=torch.float32, device=pair.device)
-        queries.see(context.chunks_of(rank), pair, of_parts[rank])
+            shape = context.axis.size, *keys_values.shape
+            of_parts = torch.zeros(shape, dtype=torch.float32, device=keys_values.device)
+        queries.add(context.chunks_of(rank), keys_values, of_parts[rank])
     return reduce_scatter_parts(of_parts, context.axis)
 
 
 def _gradients_of_ring(queries: "QueryGradients", visits: Visits, context: ContextParallel) -> Tensor:
     """Return the gradients (2, B, T/C, K, D) of this rank's keys and values, in fp32.
 
-    The gradients of a part follow it one rank behind, and each rank adds what its queries contribute.
+    The gradients of a part are sent around the ring one rank behind the part, and each rank adds the
+    gradients from its queries.
     """
-    axis, travelling, own = context.axis, None, torch.empty(0)
-    for rank, pair in visits:
-        of_part = torch.zeros(pair.shape, dtype=torch.float32, device=pair.device)
-        queries.see(context.chunks_of(rank), pair, of_part)
+    axis, exchange, of_this_rank = context.axis, None, torch.empty(0)
+    for rank, keys_values in visits:
+        of_part = torch.zeros(keys_values.shape, dtype=torch.float32, device=keys_values.device)
+        queries.add(context.chunks_of(rank), keys_values, of_part)
         if rank == axis.rank:
-            own = of_part
+            of_this_rank = of_part
             continue
-        if travelling is not None:
-            of_part += finish(travelling)
-        travelling = pass_on_start(of_part, axis)
-    assert travelling is not None
-    own += finish(travelling)
-    return own
+        if exchange is not None:
+            of_part += finish(exchange)
+        exchange = pass_on_start(of_part, axis)
+    assert exchange is not None
+    of_this_rank += finish(exchange)
+    return of_this_rank
 
 
-def _visits(pair: Tensor, context: ContextParallel) -> Visits:
-    """Yield each rank with its keys and values (2, B, T/C, K, D), from this rank's.
+def _visits(keys_values: Tensor, context: ContextParallel) -> Visits:
+    """Yield each rank with its keys and values (2, B, T/C, K, D); `keys_values` are those of this rank.
 
-    Collective over the context group. In the ring the next part is on its way while the caller computes.
+    Collective over the context group. In the ring the next part is sent while the caller computes.
     """
     axis = context.axis
     if context.method is ContextMethod.gather:
-        yield from enumerate(all_gather_parts(pair, axis))
+        yield from enumerate(all_gather_parts(keys_values, axis))
         return
     for step in range(axis.size):
-        exchange = pass_on_start(pair, axis) if step + 1 < axis.size else None
-        yield (axis.rank - step) % axis.size, pair
+        exchange = pass_on_start(keys_values, axis) if step + 1 < axis.size else None
+        yield (axis.rank - step) % axis.size, keys_values
         if exchange is not None:
-            pair = finish(exchange)
+            keys_values = finish(exchange)
 
 
 def _replicated(k: Tensor, v: Tensor, ranks: int) -> list[Tensor]:
-    """Repeat each key/value head until the ranks divide the heads."""
+    """Return k and v with each head repeated, so that the ranks divide the number of heads."""
     times = _copies(k.shape[2], ranks)
     return [x if times == 1 else x.repeat_interleave(times, 2) for x in (k, v)]
 
@@ -211,7 +212,7 @@ def _copies(kv_heads: int, ranks: int) -> int:
 
 
 def _split(whole: Tensor, heads: int, kv_heads: int, ranks: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return views of q, k and v of this rank's heads, of `heads` and `kv_heads` of all context ranks."""
+    """Return views of q, k and v of this rank's heads; `heads` and `kv_heads` count all context ranks."""
     local = kv_heads * _copies(kv_heads, ranks) // ranks
     q, k, v = whole.split([heads // ranks, local, local], 2)
     return q, k, v
@@ -225,23 +226,23 @@ def _gradients_of_heads(
     of_core = heads_for_sequence([gradient], axis)
     chunks = rules.chunks_of_whole_sequences
     queries = QueryGradients(of_core, q, core, sums, chunks, rules)
-    of_pair = torch.zeros((2, *k.shape), dtype=torch.float32, device=k.device)
-    queries.see(chunks, (k, v), of_pair)
-    of_q, of_k, of_v = sequence_for_heads([queries.result(), *of_pair.to(k.dtype)], axis)
+    of_keys_values = torch.zeros((2, *k.shape), dtype=torch.float32, device=k.device)
+    queries.add(chunks, (k, v), of_keys_values)
+    of_q, of_k, of_v = sequence_for_heads([queries.result(), *of_keys_values.to(k.dtype)], axis)
     if copies > 1:
         of_k, of_v = (_summed_copies(x, kv_heads, copies) for x in (of_k, of_v))
     return of_q, of_k, of_v
 
 
 def _summed_copies(x: Tensor, kv_heads: int, copies: int) -> Tensor:
-    """Return the gradients of key/value heads from those of their copies."""
+    """Return the gradients of key/value heads: the sums over their copies."""
     summed: Tensor = x.unflatten(2, (kv_heads, copies)).sum(3)
     return summed
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What a query sees, and the dropout of the softmax."""
+    """The keys to which a query attends, and the dropout of the softmax."""
 
     settings: Settings
     first: Tensor | None
@@ -249,13 +250,14 @@ class Rules:
 
     @property
     def chunks_of_whole_sequences(self) -> tuple[int, ...]:
-        """The chunks under ulysses: more than one only where a pair needs a mask, which is then small."""
+        """The chunks under ulysses: one, or if pairs need a mask one per rank, so that the mask is small."""
         return (0,) if self.first is None else tuple(range(self.settings.size))
 
     def pair(self, chunk: int, queries: slice, of_keys: int, dtype: torch.dtype) -> Pair:
-        """Return the rules of queries of `chunk`, whose place among the local ones is `queries`.
+        """Return the rules of a pair: the queries of `chunk`, and the keys of the chunk `of_keys`.
 
-        A fused kernel takes a mask in the precision of the scores, `dtype`; only the CPU's takes one.
+        `queries` is the place of these queries in `first`. torch's fused kernel on CPU takes a mask, in the
+        precision `dtype` of the scores; the fused kernel on CUDA takes none.
         """
         s = self.settings
         kernel = Kernel(True, s.scale, s.cap, s.device)
@@ -279,7 +281,7 @@ def _chunks(x: Tensor, count: int) -> tuple[Tensor, ...]:
 
 
 class Queries:
-    """Queries (B, L, N, D) of chunks, and their attention to the keys that they have seen so far."""
+    """Queries (B, L, N, D) of chunks, and the result of their attention to all keys so far."""
 
     def __init__(self, q: Tensor, chunks: tuple[int, ...], rules: Rules) -> None:
         self._q, self._chunks, self._rules = _chunks(q, len(chunks)), chunks, rules
@@ -287,9 +289,9 @@ class Queries:
         self._mixed: list[Tensor | None] = [None] * len(chunks)
         self._sums: list[Tensor] = [q.new_empty(0)] * len(chunks)
 
-    def see(self, chunks: tuple[int, ...], pair: Pairs) -> None:
+    def attend(self, chunks: tuple[int, ...], keys_values: KeysValues) -> None:
         """Attend to the keys and values (B, L, K, D) of `chunks` that are not later than the queries."""
-        pieces = (_chunks(x, len(chunks)) for x in pair)
+        pieces = (_chunks(x, len(chunks)) for x in keys_values)
         for of_keys, k, v in zip(chunks, *pieces, strict=True):
             for place, chunk in enumerate(self._chunks):
                 if of_keys <= chunk:
@@ -305,7 +307,7 @@ class Queries:
             return
         total = torch.logaddexp(self._sums[place], sums)
         share = (self._sums[place] - total).exp_().unsqueeze(-1)
-        joined = before.float().mul_(share)  # in place in fp32
+        joined = before.float().mul_(share)
         self._mixed[place] = joined.addcmul_(mixed.float(), (sums - total).exp_().unsqueeze(-1))
         self._sums[place] = total
 
@@ -316,7 +318,7 @@ class Queries:
 
 
 class QueryGradients:
-    """Gradients of queries (B, L, N, D) of chunks, from the keys that they have seen again so far."""
+    """Gradients of queries (B, L, N, D) of chunks, summed over all keys so far."""
 
     def __init__(
         self, gradient: Tensor, q: Tensor, mixed: Tensor, sums: Tensor, chunks: tuple[int, ...], rules: Rules
@@ -327,9 +329,9 @@ class QueryGradients:
         self._size, self._dtype = q.shape[1] // count, q.dtype
         self._of_q: list[Tensor | None] = [None] * count
 
-    def see(self, chunks: tuple[int, ...], pair: Pairs, total: Tensor) -> None:
+    def add(self, chunks: tuple[int, ...], keys_values: KeysValues, total: Tensor) -> None:
         """Add the gradients of keys and values (B, L, K, D) to `total`, (2, B, L, K, D) in fp32."""
-        pieces, totals = ((_chunks(x, len(chunks)) for x in of_both) for of_both in (pair, total))
+        pieces, totals = ((_chunks(x, len(chunks)) for x in of_both) for of_both in (keys_values, total))
         for of_keys, k, v, total_k, total_v in zip(chunks, *pieces, *totals, strict=True):
             for place, chunk in enumerate(self._chunks):
                 if of_keys <= chunk:

@@ -16,7 +16,7 @@ class Documents:
 
     `ends` (B, T) marks the last tokens of documents; `positions` (B, T) counts from the start of a document.
     Both are None if attention does not stop at documents. `masks` are made from `ends` (models/masks.py).
-    With context parallelism `ends` is of whole sequences, and `positions` (B, T/C) of this rank's tokens.
+    With context parallelism `ends` covers whole sequences, and `positions` (B, T/C) this rank's tokens.
     """
 
     def __init__(self, end_of_document: int | None, context: ContextParallel | None = None) -> None:

@@ -37,8 +37,8 @@ from launcher.parallel.sharding import LogicalTensor
 class Router(nn.Module):
     """The logits of all experts in fp32: (B, T, H) or (B, T/tp, H) -> (B, T, E), alike on all tensor ranks.
 
-    Under sequence parallelism: an all-gather of the logits forward, none backward, since every tensor rank
-    has the gradients of all logits; the weight's gradient is all-reduced.
+    Under sequence parallelism the logits are all-gathered forward. Backward needs no collective for them,
+    since every tensor rank has the gradients of all logits; the weight's gradient is all-reduced.
     """
 
     def __init__(self, name: str, model: ModelConfig, tp: TensorParallel) -> None:
@@ -86,7 +86,7 @@ class Experts(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         experts, tp = self.model.experts, self.tp
         weights, chosen = self._route(self.router(x))
-        # Each tensor rank computes a part of the sum over the columns, and so of these gradients.
+        # Each tensor rank computes a part of the sum over columns, and so a part of these gradients.
         weights = copy_region(weights, tp.axis).flatten(0, 1)
         order = sorted_by_expert(chosen.flatten(0, 1), experts.count)
         y = spread(tp.enter(x).flatten(0, 1), order)
@@ -128,9 +128,9 @@ class Experts(nn.Module):
         return weights if experts.scaling == 1.0 else weights * experts.scaling, chosen
 
     def _with_loss(self, x: Tensor, loss: Tensor | float, factor: float) -> Tensor:
-        """Return x, whose gradient gets that of the loss of this micro-batch times its factor.
+        """Return x; its backward pass also adds the gradient of `loss` times `factor`.
 
-        A step is the mean over its micro-batches and data ranks, as is the loss of the tokens.
+        The loss of a step is the mean over its micro-batches and data ranks, like the loss of the tokens.
         """
         if factor == 0.0 or not isinstance(loss, Tensor):
             return x

@@ -93,7 +93,7 @@ class _Unsort(torch.autograd.Function):
 
 
 class _GroupedLinear(torch.autograd.Function):
-    """A product for each expert, written into its stretch of one result: nothing is joined afterwards."""
+    """A product for each expert, written into its stretch of one result, so that no copy joins them."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weights: Tensor, sizes: list[int]) -> Tensor:
@@ -126,7 +126,7 @@ def _stretches(sizes: list[int]) -> Iterator[tuple[int, slice]]:
 
 
 def exchanged_rows(order: Order, count: int, axis: Axis, device: torch.device) -> "Exchange":
-    """Return how the sorted rows of all ranks of the axis reach the ranks of their experts.
+    """Return the exchange that sends the sorted rows of all ranks of the axis to the ranks of their experts.
 
     Each rank holds count / axis.size experts, in order. Collective over the axis: an all-to-all of the
     numbers of rows. A rank without rows takes part in all collectives.
@@ -149,7 +149,7 @@ class Exchange:
     axis: Axis
     sent: list[int]
     received: list[int]
-    order: Order  # of the received rows by expert of this rank
+    order: Order  # order of the received rows by expert of this rank
 
     def there(self, rows: Tensor) -> Tensor:
         """Return the rows of this rank's experts, by source: all-to-all forward, its reverse backward."""

@@ -13,8 +13,8 @@ Made = dict[tuple[int | None, torch.device, torch.dtype], Tensor]
 class AttentionMasks:
     """Masks that are added to the attention scores of a rank: 0 where a position attends, else -inf.
 
-    (T, T), or (B, 1, T, T) where attention stops at documents: then they are made for each micro-batch.
-    With context parallelism, instead the first position that each query sees (context_attention.py).
+    A mask is (T, T). If attention stops at documents it is (B, 1, T, T), made for each micro-batch. With
+    context parallelism it is instead the first position to which each query attends (context_attention.py).
     """
 
     def __init__(
@@ -43,9 +43,9 @@ class AttentionMasks:
     def _first_seen(
         self, length: int, window: int | None, device: torch.device, context: ContextParallel
     ) -> Tensor | None:
-        """Return the first position that each query sees; None: every query sees the first token.
+        """Return the first position to which each query attends; None if that is the first token for all.
 
-        (B or 1, T/C), or under ulysses, which attends in whole sequences, (B or 1, T).
+        The shape is (B or 1, T/C), or under ulysses, which attends in whole sequences, (B or 1, T).
         """
         ends = self.documents.ends
         if ends is None and window is None:
@@ -67,7 +67,7 @@ class AttentionMasks:
         if key not in self._longest or len(self._longest[key]) < length:
             allowed = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
             self._longest[key] = additive(allowed, window, x.dtype)
-        # CUDA's kernels want aligned rows. A copy only for sequences shorter than the longest.
+        # CUDA's kernels need aligned rows. Only sequences shorter than the longest are copied.
         return self._longest[key][:length, :length].contiguous()
 
 

@@ -1,6 +1,6 @@
-"""Context parallelism: each rank holds a part of every sequence. Exchanges of keys, values and heads.
+"""Context parallelism: each rank holds a part of every sequence. Exchanges of keys and values, and of heads.
 
-Shapes: B batch, T sequence, N context ranks, D head size. A rank holds T/N tokens, in the order of
+Shapes: B batch, T sequence, C context ranks, h heads, D head size. A rank holds T/C tokens, in the order of
 config/sequence_order.py. The functions here have no backward pass: models/context_attention.py calls them in
 both directions.
 """
@@ -20,7 +20,7 @@ Exchange = tuple[Tensor, list[dist.Work]]  # the tensor that is being received, 
 
 @dataclass(frozen=True)
 class ContextParallel:
-    """This rank's place among the ranks that share each sequence, and how attention crosses them."""
+    """The context axis of this rank, and the method by which its ranks compute attention together."""
 
     axis: Axis
     method: ContextMethod
@@ -38,11 +38,11 @@ class ContextParallel:
         return part_of(length, self.axis.rank, self.axis.size, self.method)
 
     def positions(self, length: int, device: torch.device) -> Tensor:
-        """Return these positions as a tensor (T/N,)."""
+        """Return the positions of this rank's part as a tensor (T/C,)."""
         return torch.cat([torch.arange(each.start, each.stop, device=device) for each in self.part(length)])
 
     def in_order(self, by_rank: Tensor, dim: int) -> Tensor:
-        """Join the parts of all ranks (N, ...) along `dim` of a part, T/N, to whole sequences, T."""
+        """Join the parts (C, ...) of all ranks to whole sequences: `dim` of a part grows from T/C to T."""
         parts: dict[int, Tensor] = {}
         for rank, held in enumerate(by_rank.unbind(0)):
             chunks = self.chunks_of(rank)
@@ -50,24 +50,24 @@ class ContextParallel:
         return torch.cat([parts[number] for number in range(self.chunks)], dim)
 
     def whole(self, x: Tensor) -> Tensor:
-        """Return the whole sequences (B, T) of each rank's (B, T/N), for small tensors (all-gather)."""
+        """Return whole sequences (B, T) from each rank's x (B, T/C). For small tensors (all-gather)."""
         return self.in_order(all_gather_parts(x, self.axis), 1)
 
 
 def context_of(axis: Axis, method: ContextMethod) -> ContextParallel | None:
-    """Return the ranks that share each sequence; None if every rank holds whole sequences."""
+    """Return the context parallelism of this rank; None if every rank holds whole sequences."""
     return None if axis.size == 1 else ContextParallel(axis, method)
 
 
 def all_gather_parts(x: Tensor, axis: Axis) -> Tensor:
-    """Return every rank's x, (N, ...), by rank (all-gather over `axis`)."""
+    """Return every rank's x, (C, ...), by rank (all-gather over `axis`)."""
     parts = x.new_empty(axis.size, *x.shape)
     dist.all_gather_into_tensor(parts.flatten(0, 1), x.contiguous(), group=axis.group)
     return parts
 
 
 def reduce_scatter_parts(x: Tensor, axis: Axis) -> Tensor:
-    """Return this rank's part of x (N, ...) summed over the ranks (reduce-scatter over `axis`)."""
+    """Return this rank's part of x (C, ...) summed over the ranks (reduce-scatter over `axis`)."""
     part = torch.empty_like(x[0])
     dist.reduce_scatter_tensor(part, x.flatten(0, 1), group=axis.group)
     return part
@@ -95,9 +95,9 @@ def finish(exchange: Exchange) -> Tensor:
 
 
 def heads_for_sequence(tensors: list[Tensor], axis: Axis) -> Tensor:
-    """Exchange parts of sequences for heads: from each (B, T/N, h, D) to (B, T, h/N, D).
+    """Exchange parts of sequences for heads: from each (B, T/C, h, D) to (B, T, h/C, D).
 
-    The results are one tensor, (B, T, sum of h/N, D). Collective over `axis`: one all-to-all.
+    The results are one tensor, (B, T, sum of h/C, D). Collective over `axis`: one all-to-all.
     """
     heads = [x.shape[2] // axis.size for x in tensors]
     batch, length, _, size = tensors[0].shape
@@ -110,7 +110,7 @@ def heads_for_sequence(tensors: list[Tensor], axis: Axis) -> Tensor:
 
 
 def sequence_for_heads(tensors: list[Tensor], axis: Axis) -> list[Tensor]:
-    """Exchange heads for parts of sequences: each (B, T, h/N, D) -> (B, T/N, h, D).
+    """Exchange heads for parts of sequences: each (B, T, h/C, D) -> (B, T/C, h, D).
 
     Collective over `axis`: one all-to-all.
     """

@@ -84,7 +84,7 @@ def logical_views(
     `axis.rank`; the shard has shape `shard_shape`. Padding of the vocabulary belongs to no box.
     """
     segments = split_segments(logical, axis)
-    first_row = logical.rows[0] if logical.split_dim else 0  # of split rows the segments say it
+    first_row = logical.rows[0] if logical.split_dim else 0  # if rows are split, the segments have the offset
     position = 0
     for box in flat_blocks(shard_shape, start, start + tensor.numel()):
         view = tensor.narrow(0, position, box.numel).view(box.sizes)

@@ -189,7 +189,7 @@ def _attention(e: Evidence, name: str, where: str) -> tuple[str, str]:
 
 
 def _context_attention(e: Evidence, name: str, where: str) -> tuple[str, str]:
-    """Name the cause by the chunks that are wrong, of two for each rank that shares a sequence."""
+    """Return shape and meaning by the wrong chunks of the output; each context rank holds two chunks."""
     pieces = zip(
         e.step.outputs[name].chunk(2 * e.layout.context, 1),
         e.right.outputs[name].chunk(2 * e.layout.context, 1),
@@ -207,7 +207,7 @@ def _context_attention(e: Evidence, name: str, where: str) -> tuple[str, str]:
 
 
 def _padding(e: Evidence, above: float, close: float = CLOSE) -> Results:
-    """Compare the excess of a loss with that of the padding, which is alike for all micro-batches."""
+    """Yield a diagnosis if a loss is too high by the effect of padding, the same in all micro-batches."""
     multiple = vocabulary_multiple(e.run, e.layout.device)
     size = output_size(e.run.model)
     padding = padded_length(size, e.layout.tensor, multiple) - size

@@ -27,7 +27,7 @@ from launcher.parallel.mesh import MeshShape
 from launcher.parity.differences import Difference
 
 _States = dict[str, list[str]]  # hashes of the random states of a rank's draws, by kind of mask
-DRAWS, NEXT_DRAWS = "draws", "next-draws"  # files of the masks of two steps
+DRAWS, NEXT_DRAWS = "draws", "next-draws"  # files of the masks of two consecutive steps
 DEVIATIONS = 5.0  # standard deviations of a binomial: a false alarm once in a few million runs
 
 MEANINGS = {
@@ -155,8 +155,9 @@ def _count_shared_masks(
 def _draws_per_mask(checkpointing: ActivationCheckpointing, layout: Layout) -> int:
     """Return how often a step draws an attention mask: again for each recomputation of the attention.
 
-    In a compiled block, attention with dropout recomputes itself (launcher/models/dropout.py), and selective
-    recomputation has nothing to add. So does attention over context ranks (models/context_attention.py).
+    In a compiled block, attention with dropout draws its mask again in the backward pass
+    (launcher/models/dropout.py), and selective recomputation adds no draw. Attention over context ranks draws
+    its mask again too (models/context_attention.py).
     """
     if layout.context > 1:
         is_selective = checkpointing is ActivationCheckpointing.selective and not layout.compiled

@@ -1,4 +1,4 @@
-"""The kind of a layout: the smallest run in which the same code computes. Pure, and imports no torch.
+"""The kind of a layout: the smallest run that executes the same code. Pure, and imports no torch.
 
 Runs of one kind differ in sizes and numbers only, such as the number of layers or the learning rate. So one
 check of the kind is a check of all its runs.
@@ -23,7 +23,7 @@ from launcher.parity.shrink import LayoutAxes, shrunk_to
 
 LARGEST_AXIS = 2  # ranks of an axis that is larger than 1
 _SECTIONS = ("model", "parallelism", "data", "optimizer", "precision", "training", "finetune")
-# Settings that are numbers of a run, and no part of its kind.
+# These numbers replace those of the run, which are no part of its kind.
 _LR = {OptimizerName.sgd: 0.1, OptimizerName.adamw: 1e-3}
 _FILES = {CorpusSource.chat: "chats.jsonl", CorpusSource.image_folder: "images"}  # never opened
 _GROUPS = ("hardware=cpu", "scheduler=constant", "logging=local")
@@ -32,7 +32,7 @@ _GROUPS = ("hardware=cpu", "scheduler=constant", "logging=local")
 def kind_of(run: RunConfig, layout: Layout) -> RunConfig:
     """Return the smallest run of this kind: an axis of 2 or more has 2 ranks, and `verify` shrinks the rest.
 
-    Kept are the kinds that `launcher verify` keeps, such as ZeRO stage, schedule, precision and offload.
+    The result keeps what `launcher verify` keeps, such as ZeRO stage, schedule, precision and offload.
     """
     axes = LayoutAxes(*(min(LARGEST_AXIS, size) for size in LayoutAxes.of(layout)))
     kind = shrunk_to(axes, run, replace(layout, **axes._asdict()))
@@ -60,7 +60,7 @@ def _set_numbers(kind: RunConfig) -> None:
 
 
 def _set_data(kind: RunConfig) -> None:
-    """Name no files of the user: `verify` draws its batches."""
+    """Replace the user's data by placeholders, because `verify` draws its batches."""
     source = CorpusSource.chat if kind.data.source is CorpusSource.chat else CorpusSource.stdlib
     if kind.model.inputs is InputKind.patches:
         source = CorpusSource.image_folder
@@ -89,7 +89,7 @@ def overrides_of(kind: RunConfig) -> list[str]:
 
 
 def sections_of(kind: RunConfig) -> dict[str, Any]:
-    """Return all that distinguishes this kind from others, as plain values for JSON."""
+    """Return the settings that distinguish this kind from others, as plain values for JSON."""
     return {name: _plain(getattr(kind, name)) for name in (*_SECTIONS, "deepspeed")}
 
 

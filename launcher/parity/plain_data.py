@@ -80,7 +80,7 @@ def _batch(rows: list[Sample]) -> GlobalBatch:
 
 
 def _blend(weights: dict[str, int]) -> Iterator[str]:
-    """Yield the source of each sample: of those that are not ahead of their share, the earliest deadline."""
+    """Yield the source of each sample: the earliest deadline of the sources not ahead of their share."""
     names, given, total = sorted(weights), dict.fromkeys(weights, 0), sum(weights.values())
     sample = 0
     while True:
@@ -95,7 +95,7 @@ def _blend(weights: dict[str, int]) -> Iterator[str]:
 def shuffled(position: int, size: int, seed: str, epoch: int) -> int:
     """Return the item at `position` of an epoch: a Feistel cipher of 16 rounds over a grid of `size` cells.
 
-    A value outside is enciphered again (Black & Rogaway, CT-RSA 2002). Keys: SHAKE-128.
+    A value of `size` or more is enciphered again (Black & Rogaway, CT-RSA 2002). Keys: SHAKE-128.
     """
     a = isqrt(size - 1) + 1
     b = (size + a - 1) // a

@@ -29,17 +29,15 @@ from launcher.parity.kind import kind_of, overrides_of, sections_of
 from launcher.parity.shrink import MOST_RANKS
 
 LIMIT = 300.0  # seconds; the check takes less than 40 on two idle cores
-_MEGABYTES_OF_A_RANK, _MEGABYTES_OF_VERIFY = (
-    250,
-    700,
-)  # ranks share the modules of the process that forks them
-_FORMAT = 1  # of an entry; to be raised where its meaning changes
-# Words of failures that show a limit of this machine, and nothing about the layout.
+# Ranks share the modules of the process that forks them.
+_MEGABYTES_OF_A_RANK, _MEGABYTES_OF_VERIFY = 250, 700
+_FORMAT = 1  # of a record; raise it when the meaning of a record changes
+# Messages of failures whose cause is this machine, not the layout.
 _OF_THE_MACHINE = re.compile(
     r"Resource temporarily unavailable|Cannot allocate memory|can't start new thread|No space left on device"
     r"|cannot open shared object file|MemoryError|ModuleNotFoundError|Too many open files|Disk quota exceeded"
 )
-# Set where ranks run; the check is a command of its own and uses no GPU.
+# Variables of other launchers of ranks: removed, because the check starts its own ranks.
 _FOREIGN = re.compile(r"(SLURM|PMI|OMPI|TORCHELASTIC)_|(WORLD_SIZE|RANK|LOCAL_RANK|LOCAL_WORLD_SIZE)$")
 
 
@@ -58,8 +56,8 @@ class Preflight:
     verdict: Verdict
     why: str
     installed: Installed | None = None
-    command: str = ""  # repeats the check and shows all of it
-    entry: Path | None = None  # the cached pass
+    command: str = ""  # repeats the check and prints the whole comparison
+    entry: Path | None = None  # the record of a success
 
 
 def preflight(run: RunConfig, layout: Layout) -> Preflight:
@@ -113,7 +111,7 @@ def _check(kind: RunConfig, python: str, installed: Installed) -> Preflight:
 
 
 def _lack_of_memory(ranks: int) -> str | None:
-    """Return the clause that says that the ranks do not fit into the free memory, or None."""
+    """Return why the ranks do not fit into the free memory, as a clause; None if they fit."""
     needed = _MEGABYTES_OF_VERIFY + ranks * _MEGABYTES_OF_A_RANK
     with suppress(OSError):
         free = re.search(r"^MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
@@ -170,7 +168,7 @@ def _judge(code: int | None, output: str, report: dict[str, Any]) -> tuple[Verdi
             )
     if code < 0:
         name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
-        return Verdict.unknown, f"the check was ended by {name}: a limit of this machine, perhaps"
+        return Verdict.unknown, f"the check was ended by {name}, perhaps because of a limit of this machine"
     if code == 2 or _OF_THE_MACHINE.search(output):
         return Verdict.unknown, message
     return Verdict.failed, message
@@ -181,14 +179,14 @@ def _message(output: str) -> str:
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     if not lines:
         return "`launcher verify` ended without a message"
-    said = next((line for line in lines if line.startswith("launcher: ")), None)
-    if said is None or "Traceback" in output:
+    message = next((line for line in lines if line.startswith("launcher: ")), None)
+    if message is None or "Traceback" in output:
         return lines[-1]
-    return said.removeprefix("launcher: ")
+    return message.removeprefix("launcher: ")
 
 
 def cache_directory() -> Path:
-    """Return the directory of cached passes. Raises RuntimeError if the user has no home directory."""
+    """Return the directory of the records. Raises RuntimeError if the user has no home directory."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     folder = Path(base) if base.startswith("/") else Path.home() / ".cache"  # as the XDG specification says
     return folder / "launcher" / "preflight"
@@ -206,7 +204,7 @@ def _entry_of(key: dict[str, Any]) -> Path | None:
 
 
 def _read(entry: Path | None, key: dict[str, Any]) -> str | None:
-    """Return when the pass was made; None without an entry, or if it is damaged or of another key."""
+    """Return when the check succeeded; None if the record is missing, damaged or of another key."""
     if entry is None:
         return None
     try:
@@ -218,7 +216,7 @@ def _read(entry: Path | None, key: dict[str, Any]) -> str | None:
 
 
 def _keep(entry: Path | None, key: dict[str, Any], when: str) -> None:
-    """Write an entry whole or not at all; the caller holds its lock. Without it the next check runs again."""
+    """Write the record whole or not at all; the caller holds its lock. Errors are ignored: no record."""
     if entry is not None:
         with suppress(OSError):
             write_text(entry, json.dumps({**key, "when": when}, indent=1))
@@ -226,7 +224,7 @@ def _keep(entry: Path | None, key: dict[str, Any], when: str) -> None:
 
 @contextmanager
 def _claimed(entry: Path | None) -> Iterator[None]:
-    """Hold the lock of an entry. File systems without locks, and a full one, make the check run twice."""
+    """Hold the lock of a record. If the file system has no locks or is full, two checks may run at once."""
     if entry is None:
         yield
         return

@@ -126,7 +126,7 @@ def _all_weights(model: ModelConfig) -> dict[str, tuple[tuple[int, ...], float]]
 def _head_norm_weights(
     model: ModelConfig, name: str, queries: int, keys: int
 ) -> dict[str, tuple[tuple[int, ...], float]]:
-    """Return shape and deviation of the weights of the norms of queries and keys: of a head, or of all."""
+    """Return shape and deviation of the weights of query and key norms: one head long, or all heads."""
     if model.query_key_norm is QueryKeyNorm.none:
         return {}
     if model.query_key_norm is QueryKeyNorm.head:
@@ -135,7 +135,7 @@ def _head_norm_weights(
 
 
 def _has_experts(model: ModelConfig, layer: int) -> bool:
-    """Return whether a layer has experts: after the first dense ones the n-th, the 2n-th, and so on."""
+    """Return whether a layer has experts: after the first dense layers the n-th, the 2n-th, and so on."""
     e = model.experts
     sparse = range(e.first_dense_layers + e.every - 1, model.num_layers, e.every)
     return e.count > 0 and layer in sparse
@@ -264,7 +264,7 @@ def reference_trace(
 
 
 def _balance(model: ModelConfig) -> Weights:
-    """Return the bias and the uses of each expert of a router, both 0, if experts are chosen with biases."""
+    """Return zeros for the bias and the uses of each expert; nothing if experts are chosen without biases."""
     layers = [i for i in range(model.num_layers) if _has_experts(model, i) and model.experts.bias_balancing]
     names = [f"blocks.{layer}.mlp.router.{kind}" for layer in layers for kind in ("bias", "uses")]
     return {name: torch.zeros(model.experts.count) for name in names}
@@ -286,7 +286,7 @@ def _balanced(model: ModelConfig, balance: Weights) -> Weights:
 def _start_from(
     before: StepTrace, parameters: Weights, optimizer: torch.optim.Optimizer, updates: int
 ) -> None:
-    """Take over weights and optimizer states after `updates` updates; leave out those of another shape."""
+    """Copy weights and optimizer states after `updates` updates; leave out tensors of another shape."""
     for name, tensor in parameters.items():
         if name in before.weights and before.weights[name].shape == tensor.shape:
             tensor.copy_(before.weights[name])
@@ -359,8 +359,8 @@ def _backward(
 ) -> tuple[Tensor, Weights]:
     """Return the loss of each sample, summed over its labels, and the gradients of the loss.
 
-    The gradients are those of the mean over the labels of the global batch that count. Rounded: of the mean
-    over the micro-batches of a data rank, which are averaged over the data ranks afterwards.
+    Exact arithmetic: gradients of the mean over the labels of the global batch that count. Rounded: gradients
+    of the mean over the micro-batches of a data rank; the caller averages them over the data ranks.
     """
     inputs, labels = batch
     used = with_adapters(run, parameters, a)
@@ -370,14 +370,14 @@ def _backward(
     losses = F.cross_entropy(
         logits.transpose(1, 2), labels, reduction="none", ignore_index=IGNORED_LABEL
     ).sum(1)
-    # Rounded, the head multiplies its gradients by `factor` after it has rounded those of the sum.
+    # Rounded arithmetic: the head rounds the gradients of the sum, and then multiplies them by `factor`.
     total = losses.sum() if a.is_rounded else losses.sum() / counted
     share = len(inputs) / run.training.global_batch_size
     total = sum((share * loss for loss in auxiliary), total)
     trained = {name: tensor for name, tensor in parameters.items() if tensor.requires_grad}
-    found = torch.autograd.grad(total, list(trained.values()), allow_unused=True)
+    computed = torch.autograd.grad(total, list(trained.values()), allow_unused=True)
     gradients = {name: torch.zeros_like(tensor) for name, tensor in parameters.items()}
-    gradients |= {n: g for n, g in zip(trained, found, strict=True) if g is not None}
+    gradients |= {n: g for n, g in zip(trained, computed, strict=True) if g is not None}
     return losses.detach(), gradients
 
 
@@ -419,9 +419,8 @@ def forward(
 ) -> Tensor:
     """Return the logits (B, T, V) of tokens (B, T), or (B, 1, classes) of images.
 
-    Each layer's output is left in `outputs`, the losses of each router in `auxiliary`. Where positions see
-    each other, documents run one by one.
-    `factor` multiplies the gradients of the head in rounded arithmetic.
+    Each layer's output is written into `outputs`, the losses of each router into `auxiliary`. `spans` are the
+    documents, which run one by one. In rounded arithmetic `factor` multiplies the gradients of the head.
     """
     auxiliary = [] if auxiliary is None else auxiliary
     if model.inputs is InputKind.patches:
@@ -550,7 +549,7 @@ def _attention(
 
 
 def _head_norm(x: Tensor, weight: Tensor, model: ModelConfig, a: Arithmetic) -> Tensor:
-    """Return (B, heads, T, D) over its root mean square, of each head or of all heads of a position."""
+    """Return x (B, heads, T, D) divided by its root mean square, over each head or over all heads."""
     dims = -1 if model.query_key_norm is QueryKeyNorm.head else (1, 3)
     x = a.rounded(x)
     y = x / (x.square().mean(dims, keepdim=True) + model.norm_epsilon).sqrt()
@@ -560,7 +559,7 @@ def _head_norm(x: Tensor, weight: Tensor, model: ModelConfig, a: Arithmetic) -> 
 
 
 def _mixed(model: ModelConfig, q: Tensor, k: Tensor, v: Tensor, is_local: bool, a: Arithmetic) -> Tensor:
-    """Queries (N, T, D), keys and values (K, T, D) of a whole document -> (T, N D)."""
+    """Return attention (T, N D) of queries (N, T, D) to keys and values (K, T, D) of a whole document."""
     heads, length, size = q.shape
     if model.positions is PositionKind.rope:
         q, k = _rotated(q, model, is_local, a), _rotated(k, model, is_local, a)
@@ -660,8 +659,8 @@ def _experts(
 ) -> Tensor:
     """Run every token (B, T, H) through every expert, one expert after the other, and weight the results.
 
-    A token gives the weight 0 to all but the k experts with its highest scores. The losses of the router are
-    left in `auxiliary`.
+    All weights of a token are 0 except those of the k experts with its highest scores. The losses of the
+    router are appended to `auxiliary`.
     """
     e = model.experts
     logits = x @ w[f"{name}.router.weight"].T
@@ -679,8 +678,8 @@ def _experts(
     downs = w[f"{name}.experts.down.weight"].chunk(e.count)
     total = torch.zeros_like(x)
     for expert in range(e.count):
-        one = {f"{name}.{first}.weight": ups[expert], f"{name}.down.weight": downs[expert]}
-        total = total + e.scaling * weights[..., expert, None] * _mlp(one, name, model, x, {}, a)
+        mlp = {f"{name}.{first}.weight": ups[expert], f"{name}.down.weight": downs[expert]}
+        total = total + e.scaling * weights[..., expert, None] * _mlp(mlp, name, model, x, {}, a)
     return total + _mlp(w, f"{name}.shared", model, x, outputs, a) if e.shared else total
 
 
@@ -704,8 +703,8 @@ def _gelu(y: Tensor) -> Tensor:
 def probe_batches(run: RunConfig) -> Iterator[GlobalBatch]:
     """Yield a random global batch per step of verify, as a function of the seed.
 
-    Of conversations only some labels count.
-    Where attention stops at documents, about every fourth token ends a document.
+    In batches of conversations only some labels count. If attention stops at documents, about every fourth
+    token ends a document.
     """
     generator = torch.Generator().manual_seed(run.training.seed)
     size, m = run.training.global_batch_size, run.model
@@ -723,7 +722,7 @@ def probe_batches(run: RunConfig) -> Iterator[GlobalBatch]:
             tokens[torch.rand(shape, generator=generator) < 0.25] = end
         labels = tokens[:, 1:].clone()
         if run.data.source is CorpusSource.chat:
-            # Unequal shares of the samples, so that a mean of means is another number.
+            # Samples have unequal shares of labels that count, so that a mean of means differs from the mean.
             shares = torch.linspace(0.1, 0.9, size)[:, None]
             labels[torch.rand(labels.shape, generator=generator) < shares] = IGNORED_LABEL
         yield tokens[:, :-1], labels

@@ -33,9 +33,9 @@ from launcher.config.shape import (
 )
 from launcher.models.arithmetic import parameters
 
-MOST_RANKS = 8  # on CPU; on GPUs one for each
+MOST_RANKS = 8  # on CPU; on GPUs one rank for each GPU
 MOST_AXES = 3  # above 1, of two ranks each
-HEAD_SIZE, MANY_HEADS = 8, 16  # above so many, heads are half the size
+HEAD_SIZE, MANY_HEADS = 8, 16  # with more heads than MANY_HEADS, heads are half the size
 SEQUENCE_PER_RANK = 8
 BLOCKS_PER_STAGE = 2
 VOCABULARY = 256
@@ -44,8 +44,8 @@ LORA_RANK = 3
 LONG = 4096  # positions of the long samples
 EXPERTS = 6
 BUCKETS = 5  # of gradients, about
-LEAST_BIAS = 0.05  # growth of the bias of an expert, if there is one: so that it changes choices
-LEAST_LOSS = 0.1  # factor of an auxiliary loss of experts, if there is one
+LEAST_BIAS = 0.05  # smallest step of the biases of experts that changes choices in a few steps
+LEAST_LOSS = 0.1  # smallest factor of an auxiliary loss of experts that is not 0
 
 
 class LayoutAxes(NamedTuple):
@@ -168,10 +168,9 @@ def inner_stages(run: RunConfig, layout: Layout, small: RunConfig, *, gpus: int 
 def long_samples(run: RunConfig, layout: Layout, small: RunConfig) -> RunConfig | None:
     """Return a small run with samples as long as those of `run`, at most LONG; None for images and experts.
 
-    Of thousands of tokens some are near a tie, where rounding decides between two experts.
-
-    It has one layer per stage and one micro-batch per data rank where the schedule allows it. Windows and
-    scaled positions are those of `run`.
+    It has one layer per stage and one micro-batch per data rank if the schedule allows it. Windows and scaled
+    positions are those of `run`. Models with experts have no long samples: of thousands of tokens some have
+    nearly equal scores for two experts, and rounding decides between them.
     """
     whole = sequence_length(run)
     has_none = small.model.inputs is InputKind.patches or has_experts(small.model)
@@ -206,7 +205,7 @@ def _shrink_model(small: RunConfig, run: RunConfig, layout: Layout) -> None:
     heads_per_kv_head = min(2, run.model.num_heads // kv_heads(run.model))
     kv_heads_per_rank = min(2, kv_heads(run.model) // layout.tensor)
     if run.parallelism.context_method is ContextMethod.ulysses:
-        # Each context rank has query heads of its own, and key/value heads perhaps not.
+        # Each context rank needs its own query heads; key/value heads may be copied.
         context, heads = small.parallelism.context, heads_per_kv_head * kv_heads_per_rank
         if heads_per_kv_head > 1:
             heads_per_kv_head *= context // math.gcd(heads, context)
@@ -246,7 +245,7 @@ def _shrink_model(small: RunConfig, run: RunConfig, layout: Layout) -> None:
 
 
 def _shrink_experts(small: RunConfig) -> None:
-    """Keep dense and sparse layers, more than one expert per token, and losses that change the gradients."""
+    """Shrink the experts; keep dense and sparse layers, several experts per token, and the losses."""
     m, e, p = small.model, small.model.experts, small.parallelism
     tensor = p.tensor
     is_chosen_from = e.top_k < e.count
@@ -263,7 +262,7 @@ def _shrink_experts(small: RunConfig) -> None:
 
 
 def _shrink_attention(small: RunConfig, run: RunConfig) -> None:
-    """Make windows, scaled positions and soft caps such that they change the numbers of short sequences."""
+    """Shrink windows, scaled positions and soft caps so that they have an effect on short sequences."""
     m, length = small.model, sequence_length(small)
     if m.sliding_window is not None:
         m.sliding_window = max(1, 3 * length // 8)
@@ -282,14 +281,14 @@ def _shrink_attention(small: RunConfig, run: RunConfig) -> None:
 def _shrink_training(small: RunConfig, layout: Layout) -> None:
     t, p = small.training, small.parallelism
     assert p.data is not None
-    # Odd, so that a wrong factor of it is not mistaken for an axis: most axes are powers of two.
+    # Odd: a wrong factor of the accumulation is then not mistaken for an axis, mostly a power of two.
     accumulation = 1 if layout.accumulation == 1 else 2 * p.pipeline + 1
     t.micro_batch_size = min(2, t.micro_batch_size)
     t.global_batch_size = t.micro_batch_size * p.data * accumulation
     t.steps, t.stop_at = small.verify.steps, None
     lora = small.finetune.lora
     if lora.rank and lora.rank > LORA_RANK:
-        # alpha / rank stays.
+        # Keep alpha / rank.
         lora.rank, lora.alpha = LORA_RANK, lora.alpha * LORA_RANK / lora.rank
     # Every step uses optimizer.lr.
     small.scheduler = SchedulerConfig(name=SchedulerName.constant)

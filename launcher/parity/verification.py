@@ -99,8 +99,8 @@ def verify(
 ) -> Iterator[VerifyPass]:
     """Yield the result of each pass of a shrunk run as soon as the pass ends; a lost rank ends all passes.
 
-    `run` is the run that was shrunk: with it there is a pass of the whole run. `more` are the runs of
-    more_passes.
+    `run` is the run before it was shrunk; if it is given, a pass of the whole run follows. `more` are the
+    arguments of more_passes.
 
     The caller must have called prepare_deepspeed. Raises ConfigError, KeyboardInterrupt and Stopped.
     """
@@ -123,7 +123,7 @@ def passes(small: RunConfig) -> list[PassPlan]:
     Plain SGD exposes every gradient and every error of scale, which Adam hides. The run's own optimizer
     exposes errors in optimizer states and updates. All passes have the ZeRO stage of the run in its own
     precision. A run with compiled blocks is verified eager first, where the output of every layer can be
-    read. The last pass is the run itself: its optimizer, precision, ZeRO stage, schedule and compilation.
+    read. The last pass has all settings of the run: optimizer, precision, ZeRO stage, schedule, compilation.
     """
     small = copy.deepcopy(small)
     # In fp32 alone ZeRO-0 would stay ZeRO-0, which is another engine than that of the run in bf16.

@@ -42,9 +42,9 @@ from launcher.runtime.resume import Progress
 from launcher.runtime.training import optimizer_step
 from launcher.runtime.validation import loss_row
 
-STEPS, TOTAL = 2, 4  # steps before the save; steps of the schedule, of which one more is taken after it
-FIRST_SAMPLE = 31  # consumed before the first step: the sources are in their second epoch
-UNCLIPPED = 1e4  # a limit that no gradient reaches: the other passes clip
+STEPS, TOTAL = 2, 4  # steps before the save, and of the whole schedule; one step follows the save
+FIRST_SAMPLE = 31  # samples consumed before the first step: both sources are in their second epoch
+UNCLIPPED = 1e4  # a limit above every gradient norm: the other passes clip
 EVALUATION = "evaluation.json"
 
 

@@ -5,7 +5,7 @@ from launcher.runtime.metrics.rows import Row
 
 
 class CompileReport:
-    """Tells of each compilation of this rank once: in the next logged row, and in a line for the user."""
+    """Reports each compilation of this rank once: in the next logged row, and in a line for the user."""
 
     def __init__(self, blocks: BlockRunner) -> None:
         self._blocks = blocks
@@ -20,8 +20,8 @@ class CompileReport:
             return row, [f"warning  {words_of(self._blocks.problem)}"]
         if not seconds or self._blocks.problem:
             return row, []
-        what = "for the transformer blocks and the loss, not counted as step time"
-        return row, [f"compile  {seconds:.1f} s {what}"]
+        line = f"compile  {seconds:.1f} s for the transformer blocks and the loss, not counted as step time"
+        return row, [line]
 
 
 def words_of(problem: str | None) -> str:

@@ -1,4 +1,4 @@
-"""Finds the rank that the other ranks wait for, and warns once if it stays the slowest. Pure."""
+"""Find the rank that the other ranks wait for, and warn once if it stays the slowest. Pure."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class SlowRankWatch:
     """Warns of a rank that stays slow for `patience` seconds; again only after the rank has recovered.
 
     `expected` is the planned work of each rank in any unit, because pipeline stages are not equal. A rank is
-    slow only if its seconds of work and its seconds per planned work both are too many.
+    slow only if both its seconds of work and its seconds per planned work are too high.
     """
 
     def __init__(self, hosts: Sequence[str], expected: Sequence[float], patience: float) -> None:

@@ -176,7 +176,7 @@ def test_an_export_that_transformers_computes_otherwise_fails(
     source = written(tmp_path / "theirs")
     right = certificate.our_logits
     monkeypatch.setattr(certificate, "our_logits", lambda *arguments: right(*arguments) + 0.01)
-    with pytest.raises(ConfigError, match="computes other logits from it: they differ by"):
+    with pytest.raises(ConfigError, match="computes other logits from this export: they differ by"):
         round_trip(source, tmp_path)
     assert not (tmp_path / "back").exists()
     export(

@@ -114,7 +114,7 @@ WRONG = {
     "compare compare.report=/": "compare.report=/: already exists, and the launcher did not write it",
     "replay broken step=1": "broken: a setting needs a name, = and a value",
     "export run.dir=broken": "export broken: the command needs a SOURCE and a TARGET directory",
-    "evaluate": "run.dir=null: a run or a checkpoint is needed to evaluate",
+    "evaluate": "run.dir=null: `launcher evaluate` needs the directory of a run or a checkpoint",
     "evaluate run.dir=none_such": "run.dir=none_such: is not a directory",
     "generate": "run.dir=null: sampling needs the directory of a run",
     "generate run.dir=none_such": "run.dir=none_such: this is not a run directory",

@@ -437,18 +437,18 @@ class TestNoProgramStarts:
         assert refused("+_target_=os.abort").why == "no such field"
 
 
-MOST = "4,096, or 100,000 in quotes, are the most"
+MOST = "the maximum is 4,096, or 100,000 in quotes"
 
 
 class TestBounds:
     @pytest.mark.parametrize(
         ("argument", "why"),
         [
-            ("model=" + "[" * 200, "has brackets 200 deep, and 32 are the most"),
-            ("run.dir=" + "a" * 5000, "has 5,008 characters; 4,096, or 100,000 in quotes, are the most"),
+            ("model=" + "[" * 200, "has brackets 200 deep; the maximum is 32"),
+            ("run.dir=" + "a" * 5000, "has 5,008 characters; the maximum is 4,096, or 100,000 in quotes"),
             (
                 f"run.dir='{'a' * 200_000}'",
-                "has 200,010 characters; 4,096, or 100,000 in quotes, are the most",
+                "has 200,010 characters; the maximum is 4,096, or 100,000 in quotes",
             ),
             ("run.dir=\udcff", "is not valid UTF-8 text"),
         ],
@@ -457,7 +457,7 @@ class TestBounds:
         assert refused(argument).why == why
 
     def test_of_the_number_of_arguments(self) -> None:
-        assert refused(*["training.steps=1"] * 1001).why == "1,001 arguments, and 1,000 are the most"
+        assert refused(*["training.steps=1"] * 1001).why == "1,001 arguments; the maximum is 1,000"
 
     @pytest.mark.parametrize(
         "values", ["range(0,99999)", "shuffle(range(0,99999999999))", "range(0.0,1.0,1e-9)"]

@@ -18,7 +18,7 @@ def test_every_field_has_a_description(root: type) -> None:
 
 def test_descriptions_are_the_comments_of_the_schema() -> None:
     found = descriptions(RunConfig)
-    assert found["slurm.mem"] == "of a node"
+    assert found["slurm.mem"] == "memory of a node, such as 64G"
     assert found["slurm.on_stop"] == "requeue | chain | end"
     assert found["guard.replica_interval"].startswith("Steps between comparisons")
 

@@ -115,7 +115,7 @@ def test_context_ranks_share_a_node() -> None:
     for context, tensor, remedies in ((16, 2, ["context=4"]), (8, 4, ["context=2", "tensor=1"])):
         axes = [f"parallelism.context={context}", f"parallelism.tensor={tensor}"]
         run = run_of(*large, *axes)
-        with pytest.raises(ConfigError, match="do not share nodes of 8 ranks") as error:
+        with pytest.raises(ConfigError, match="do not fit into nodes of 8 ranks") as error:
             resolve_layout(run, World("cuda", 32, 8))
         assert error.value.field == "parallelism.context"
         assert error.value.remedy == " or ".join(f"parallelism.{remedy}" for remedy in remedies)

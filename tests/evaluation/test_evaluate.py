@@ -210,7 +210,7 @@ def test_each_token_but_the_first_is_scored_once_with_context() -> None:
 
 
 REFUSED = {
-    "": "run.dir=null: a run or a checkpoint is needed to evaluate",
+    "": "run.dir=null: `launcher evaluate` needs the directory of a run or a checkpoint",
     "run.dir=nowhere": "run.dir=nowhere: is not a directory",
     "run.dir=empty": "run.dir=empty: contains no weights",
     "run.dir=hf": "belong to no run, so they have no validation data",
@@ -220,7 +220,7 @@ REFUSED = {
     "run.dir=r text=none.txt": "text=none.txt: the glob matches no file",
     "run.dir=r few_shot=1": "few_shot=1: this setting needs tasks",
     "run.dir=r tasks=[choice]": "tasks=['choice']: the package lm_eval (lm-evaluation-harness) is not",
-    "run.dir=r parallelism=auto": "parallelism.auto=true: evaluation chooses no layout",
+    "run.dir=r parallelism=auto": "parallelism.auto=true: `launcher evaluate` cannot choose a layout",
     "run.dir=r report=a.txt": "report=a.txt: already exists, and the launcher did not write it",
 }
 

@@ -242,7 +242,7 @@ class TestChoice:
     )
     def test_what_leaves_no_layout_is_named_and_its_remedy_works(self, typed: list[str], blamed: str) -> None:
         run = run_of(*LLAMA, *CLUSTER, *typed)
-        with pytest.raises(ConfigError, match="no layout of 8 ranks is legal with it") as raised:
+        with pytest.raises(ConfigError, match="no layout of 8 ranks is legal with this setting") as raised:
             chosen(run, world_of(run))
         assert raised.value.field == f"parallelism.{blamed}"
         others = [one for one in typed if not one.startswith(f"parallelism.{blamed}=")]

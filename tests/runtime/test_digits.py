@@ -68,7 +68,7 @@ def test_the_shipped_experiment_reaches_its_accuracy_in_every_layout(tmp_path: P
 def test_generate_and_export_refuse_a_classifier(tmp_path: Path) -> None:
     trained(tmp_path, ["parallelism=single"], "training.steps=1")
     for command, said in (
-        (["generate", "run.dir=r"], "is of a classifier of images, which writes no text"),
+        (["generate", "run.dir=r"], "holds an image classifier, which writes no text"),
         (["export", "r", "hf"], "models can be exported; this model has model.inputs=patches"),
     ):
         done = launcher(*command, cwd=tmp_path)

@@ -33,7 +33,7 @@ AXIS_FACTORS = (
     (0.5, 2),
 )
 CONTEXT_FACTORS = (2, 4, 8, 0.5)
-# The fewest tokens of a sequence that a context rank gets: with fewer, exchanges take longer than they save.
+# Fewest tokens of a sequence per context rank: with fewer, the exchanges take longer than they save.
 LEAST_TOKENS = 2048
 
 
@@ -86,7 +86,7 @@ def single_changes(plan: Plan) -> Iterator[Change]:
 
 
 def changed(run: RunConfig, settings: dict[str, Any]) -> RunConfig:
-    """Return a copy of `run` with these fields replaced; their names are as typed, section.field."""
+    """Return a copy of `run` with these fields replaced; names have the form section.field."""
     by_section: dict[str, dict[str, Any]] = {}
     for name, value in settings.items():
         section, field = name.split(".")
@@ -147,7 +147,7 @@ def _axes(run: RunConfig, layout: Layout, tensor: float, pipeline: float) -> Ite
 
 
 def _contexts(run: RunConfig, layout: Layout, context: int) -> Iterator[dict[str, Any]]:
-    """Yield another number of context ranks, if each keeps tokens enough; data ranks make room."""
+    """Yield other numbers of context ranks with enough tokens each; the number of data ranks changes too."""
     p, others = run.parallelism, layout.tensor * layout.pipeline
     enough = context <= p.context or shape.sequence_length(run) // max(1, context) >= LEAST_TOKENS
     if context < 1 or not enough or layout.world_size % (others * context):

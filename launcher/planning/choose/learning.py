@@ -9,7 +9,7 @@ from launcher.config.schema import HardwareConfig, RunConfig
 from launcher.planning.cost.run_plan import make_plan
 from launcher.planning.cost.step_time import StepTime
 
-# Bounds of what one refinement changes. A run beyond them was slow for a reason that no rate explains.
+# Bounds of one refinement. A run outside them was slow for a reason that no rate explains.
 LEAST, MOST = 0.25, 4.0
 
 
@@ -30,7 +30,7 @@ class FinishedRun:
 
 
 def refined(hardware: HardwareConfig, runs: Sequence[FinishedRun]) -> HardwareConfig:
-    """Return `hardware` with the scale of computation that the median run shows.
+    """Return `hardware` with the scale of computation of the median run.
 
     Communication and the optimizer keep their rates; the pipeline's bubble grows with the computation.
     """

@@ -1,4 +1,4 @@
-"""Describe in words what limits a plan: the largest part of the time, or of the memory. Pure."""
+"""Describe the limiting factor of a plan: the largest part of the time, or of the memory. Pure."""
 
 from launcher.config.schema import RunConfig, StatesDtype
 from launcher.planning.cost.run_plan import Plan
@@ -8,7 +8,7 @@ LINKS = {True: "within a node", False: "between nodes"}
 
 
 def link_of(plan: Plan, group: str) -> str:
-    """Return which link carries the traffic of a group."""
+    """Return the link that carries the traffic of a group."""
     shape = plan.traffic[group].shape  # type: ignore[index]
     return "none" if shape.ranks == 1 else LINKS[shape.is_within_node]
 
@@ -45,7 +45,7 @@ def hidden_of(plan: Plan) -> dict[str, float]:
 
 
 def limit(plan: Plan) -> str:
-    """Return what limits the run most: a class of memory if it does not fit, else a part of the step."""
+    """Return the limiting factor: a kind of memory if the run does not fit, else a part of the step."""
     if not plan.shortages and not plan.fits:
         return "memory of the host, which the ranks of a node share"
     if plan.shortages:

@@ -37,9 +37,9 @@ from launcher.planning.cost.traffic import group_shapes
 Settings = dict[str, Any]
 T = TypeVar("T")
 
-# Share of the memory that the choice leaves free: the allocator's fragments, and what a plan misses.
+# Share of the memory that the choice leaves free: for the allocator's fragments, and for errors of the plan.
 LEFT_FREE = 0.08
-# Share of the step's time within which plans are not told apart: the simplest layout is chosen.
+# Among layouts whose step times differ by less than this share, the simplest is chosen.
 AS_FAST = 0.03
 # Bounds of the search, which takes up to 2 ms for each setting. 64 nodes of 8 GPUs have 6,400 settings.
 MOST_SETTINGS, MOST_WORLDS = 25_000, 40
@@ -103,14 +103,14 @@ class Candidate:
 
     @property
     def concerns(self) -> tuple[bool, bool, bool]:
-        """Reasons for which an expert takes a faster layout only if nothing else fits."""
+        """Reasons why the layout is chosen only if no other layout fits, the gravest first."""
         return self.crosses_nodes, self.offloads, self.is_tight
 
     @property
     def complexity(self) -> tuple[int, ...]:
         """Sort key among layouts of nearly the same speed, the simplest first.
 
-        Beside a pipeline tensor parallelism goes as far as the node (Narayanan et al., SC 2021, takeaway 1).
+        With a pipeline, tensor parallelism should fill the node (Narayanan et al., SC 2021, takeaway 1).
         """
         layout, p = self.layout, self.run.parallelism
         sizes = layout.tensor, layout.context, layout.data, layout.pipeline, layout.expert
@@ -123,9 +123,9 @@ class Candidate:
 
     @property
     def cautious(self) -> float:
-        """Seconds of a step that hides no traffic between nodes.
+        """Seconds of a step if computation hides no traffic between nodes.
 
-        No published run of ZeRO-3 on hundreds of GPUs hid it: see SC21's rows in docs/planning.md.
+        No published run of ZeRO-3 on hundreds of GPUs hid this traffic: see SC21's rows in docs/planning.md.
         """
         return self.seconds + self.unsure
 
@@ -144,7 +144,7 @@ class Search:
 
     @cached_property
     def fitting(self) -> list[Candidate]:
-        """Candidates that fit, the chosen one first, then those with fewest concerns and the fastest."""
+        """Candidates that fit: the chosen one, then the others by concerns and by speed."""
         fitting = [candidate for candidate in self.candidates if candidate.fits]
         ordered = sorted(fitting, key=lambda candidate: candidate.order)
         if not ordered:
@@ -160,7 +160,7 @@ class Search:
 
     @cached_property
     def fastest(self) -> Candidate:
-        """Candidate that is planned to be fastest, with the concerns of the chosen one. Only if some fit."""
+        """Fastest candidate with the concerns of the chosen candidate. Needs a candidate that fits."""
         return min(
             (candidate for candidate in self.fitting if candidate.concerns == self.fitting[0].concerns),
             key=lambda candidate: candidate.order,
@@ -174,7 +174,7 @@ class Search:
 
     @cached_property
     def best_of_kinds(self) -> dict[str, Candidate]:
-        """Best candidate of each kind, best first; of a kind that does not fit, the lowest peak."""
+        """Best candidate of each kind, best first; if no candidate of a kind fits, the lowest peak."""
         best: dict[str, Candidate] = {}
         for candidate in self.candidates:
             other = best.get(candidate.kind)
@@ -210,7 +210,7 @@ def search(run: RunConfig, world: World, *, budget: float | None = None) -> Sear
 
 
 def _smaller_worlds(run: RunConfig, world: World) -> list[int]:
-    """Return numbers of ranks that split heads, layers and batch, and fill whole nodes or part of a node."""
+    """Return numbers of ranks by which heads, layers and batch divide: whole nodes, or a part of a node."""
     step = world.ranks_per_node if world.ranks > world.ranks_per_node else 1
     split = run.model.num_heads, run.model.num_layers, run.training.global_batch_size
     products = {prod(sizes) for sizes in product(*map(divisors, split))}
@@ -225,7 +225,7 @@ def _candidates(
 
 
 def _settings(run: RunConfig, world: World, most: int) -> Iterator[Settings]:
-    """Yield all settings to try, legal or not; of more than about `most`, evenly spaced sizes."""
+    """Yield all settings to try, legal or not; if there are more than about `most`, evenly spaced sizes."""
     default, p = ParallelismConfig(), run.parallelism
     options = {
         name: (getattr(p, name),) if getattr(p, name) != getattr(default, name) else values
@@ -335,7 +335,7 @@ class _Judge:
 
 
 def peaks(run: RunConfig, layout: Layout) -> tuple[int, int]:
-    """Return the bytes of the rank that needs most, on its device and on its host."""
+    """Return the largest bytes of a rank, on its device and on its host."""
     # The first of equal ranks has most micro-batches in flight; under DualPipeV all have the same number.
     fullest = {kind_of(rank): rank for rank in reversed(pipeline_ranks(run, layout))}.values()
     memories = [rank_memory(run, layout, rank) for rank in fullest]
@@ -353,7 +353,7 @@ def _why_none(run: RunConfig, world: World) -> ConfigError:
         value, free = getattr(run.parallelism, name), getattr(default, name)
         field = f"parallelism.{name}"
         if value != free and (legal := next(_candidates(changed(run, {field: free}), world), None)):
-            why = f"no layout of {world.ranks} ranks is legal with it"
+            why = f"no layout of {world.ranks} ranks is legal with this setting"
             return ConfigError(field, value, why, f"{field}={as_typed(legal.settings[field])}")
     batch = run.training.global_batch_size
     larger = sorted({data * -(-batch // data) for data in divisors(world.ranks) if batch % data})

@@ -1,7 +1,7 @@
 """Attention over context ranks as an operation: models/context_attention.py, method by method. Pure.
 
-C context ranks share each sequence, and attention runs pair by pair of chunks of queries and keys. Sizes are
-bytes of a tensor rank: queries, and keys with values, of its part of the sequence.
+Each sequence is split over C context ranks, and attention runs pair by pair of chunks of queries and keys.
+Sizes are bytes of a tensor rank: queries, and keys with values, of its part of the sequence.
 """
 
 import math
@@ -12,18 +12,18 @@ from launcher.config.sequence_order import chunks_per_rank
 from launcher.planning.cost.operations import BOOL, FP32, Attention, Collective, Operation
 from launcher.planning.cost.sizes import Sizes
 
-_SCORES = 1 << 22  # scores that exist at a time without a fused kernel: models/attention_pairs.py
+_SCORES = 1 << 22  # scores that exist at the same time without a fused kernel: models/attention_pairs.py
 
 
 @dataclass(frozen=True)
 class _Part:
-    """What a rank computes of a sequence, and the sizes of its tensors."""
+    """The chunks of a sequence that a rank computes, and the sizes of its tensors."""
 
     s: Sizes
 
     @property
     def is_masked(self) -> bool:
-        """Whether queries see a part of the keys only: documents and windows."""
+        """Whether queries attend to a part of the earlier keys only: documents and windows."""
         return self.s.masks_documents or self.s.has_windows
 
     @property
@@ -48,7 +48,7 @@ class _Part:
 
     @property
     def pairs(self) -> int:
-        """Pairs of chunks, of which `chunks` are of a chunk with itself."""
+        """Number of pairs of chunks; `chunks` of these pair a chunk with itself."""
         return self.chunks * (self.chunks + 1) // 2 if self.is_ulysses else 2 * self.s.context + 1
 
     @property
@@ -78,25 +78,25 @@ class _Part:
 
     @property
     def masking(self) -> int:
-        """The mask of a pair while it is made, beside the places where it hides, twice."""
+        """The mask of a pair while it is made: the mask, and two Boolean tensors of the hidden scores."""
         element = self.s.element if self.s.device == "cpu" else FP32
         return self.mask // element * (element + 2 * BOOL)
 
     @property
-    def seeing(self) -> int:
-        """The results of all chunks at the fullest moment of a pair."""
+    def forward_peak(self) -> int:
+        """Peak of the attention of one pair, with the results of all chunks."""
         return max(self.joined + self.masking, self.joining + self.mask + 4 * self.scores)
 
     @property
-    def seeing_again(self) -> int:
-        """The gradients of queries at the fullest moment of a pair in the backward pass."""
+    def backward_peak(self) -> int:
+        """Peak of the backward pass of one pair, with the gradients of all queries."""
         of_keys = self.pair // (1 if self.is_ulysses and not self.is_masked else self.chunks)
         work = self.joining + of_keys + self.mask + 7 * self.scores
         return max(self.joined + self.masking, work)
 
     @property
     def scores(self) -> int:
-        """Scores in fp32 that exist at a time where no fused kernel computes them."""
+        """Scores in fp32 that exist at the same time; none with a fused kernel."""
         if self.is_fused:
             return 0
         of_row = self.s.micro_batch * self.heads * self.chunk
@@ -104,7 +104,7 @@ class _Part:
 
     @property
     def copies(self) -> int:
-        """How often ulysses holds each key/value head, so that the ranks divide the heads."""
+        """Copies of each key/value head under ulysses, so that the ranks divide the heads."""
         return self.s.context // math.gcd(self.s.kv_heads, self.s.context) if self.is_ulysses else 1
 
     @property
@@ -119,7 +119,7 @@ class _Part:
 
     @property
     def reordered(self) -> tuple[int, int]:
-        """Copies of queries, and of keys and values, ordered by head after an exchange; none of one head."""
+        """Copies of queries, and of keys and values, ordered by head after an exchange; 0 with one head."""
         of_keys = self.s.kv_heads * self.copies // self.s.context
         return self.s.query * (self.heads > 1), self.pair * (of_keys > 1)
 
@@ -128,12 +128,12 @@ class _Part:
 
     @property
     def joined(self) -> int:
-        """The results of all chunks, in fp32 where results of several pairs were joined."""
+        """The results of all chunks; in fp32 if results of several pairs were joined."""
         return self.s.query if self.pairs == self.chunks else self.in_fp32(self.s.query)
 
     @property
     def joining(self) -> int:
-        """The results of all chunks while the result of a pair is joined to one of them."""
+        """The results of all chunks while the result of a pair is joined to the result of its chunk."""
         if self.pairs == self.chunks:
             return self.s.query
         of_chunk, low = self.s.query // self.chunks, self.s.element < FP32
@@ -141,14 +141,14 @@ class _Part:
 
     @property
     def ending(self) -> int:
-        """The results of all chunks while they become one tensor."""
+        """The results of all chunks while they are copied into one tensor."""
         if self.chunks == 1:
             return self.joined
         return self.joined + self.s.query * (2 if self.s.element < FP32 else 1)
 
 
 def context_core(s: Sizes, inputs: tuple[str, ...], gradients: tuple[int, ...]) -> Operation:
-    """Return attention from queries, keys and values of a part of a sequence to the mixed values of it."""
+    """Return attention over context ranks: from queries, keys and values of a part to its mixed values."""
     part = _Part(s)
     forward, backward = _ulysses(part) if part.is_ulysses else _exchanged(part)
     kept = part.sums + (part.whole + s.query if part.is_ulysses else 0)
@@ -181,35 +181,35 @@ def exchanges(part: _Part) -> tuple[tuple[Collective, ...], tuple[Collective, ..
 
 
 def _exchanged(part: _Part) -> tuple[int, int]:
-    """Return the peaks of ring and gather, forward and backward, beside what was there before."""
+    """Return the additional peaks of ring and gather, forward and backward."""
     s, summed = part.s, part.in_fp32(part.pair)
     is_gather = s.context_method is ContextMethod.gather
     if is_gather:
         parts, of_parts = s.context * part.pair, s.context * summed
-        forward = max(parts + part.pair + part.seeing, parts + part.ending)
-        seeing = parts + part.pair + of_parts + part.seeing_again
+        forward = max(parts + part.pair + part.forward_peak, parts + part.ending)
+        working = parts + part.pair + of_parts + part.backward_peak
         ended = parts + of_parts + summed
     else:
-        # The next part is on its way, and behind it the gradients of the part before.
+        # The next part is being received, and the gradients of the previous part are being sent.
         is_longer = s.context > 2
-        forward = max(2 * part.pair + part.seeing, part.pair + part.ending)
-        seeing = (1 + is_longer) * part.pair + (2 + is_longer) * summed + part.seeing_again
+        forward = max(2 * part.pair + part.forward_peak, part.pair + part.ending)
+        working = (1 + is_longer) * part.pair + (2 + is_longer) * summed + part.backward_peak
         ended = part.pair + 3 * summed
     total = summed + (part.pair if s.element < FP32 else 0)
-    return forward, max(seeing, ended + part.joined, total + part.ending)
+    return forward, max(working, ended + part.joined, total + part.ending)
 
 
 def _ulysses(part: _Part) -> tuple[int, int]:
-    """Return the peaks of ulysses, forward and backward, beside what was there before."""
+    """Return the additional peaks of ulysses, forward and backward."""
     s, low = part.s, part.s.element < FP32
     replicated = part.pair if part.copies > 1 else 0
-    # Ordered by rank, exchanged, and ordered by token; a single sample needs no third copy.
+    # Copies: ordered by rank, exchanged, and ordered by token; a single sample needs no third copy.
     times = 3 if s.micro_batch > 1 else 2
-    attended = part.whole + max(part.seeing, part.ending)
+    attended = part.whole + max(part.forward_peak, part.ending)
     results = part.joined + (s.query if part.chunks > 1 else 0)
     left = part.whole + results + 2 * s.query + part.reordered[0]
     summed = part.in_fp32(part.pair)
     ended = s.query + part.ending + summed + (part.pair if low else 0)
     ended += 2 * part.whole + sum(part.reordered)
     forward = max(replicated + times * part.whole, attended, left)
-    return forward, max(times * s.query, s.query + summed + part.seeing_again, ended)
+    return forward, max(times * s.query, s.query + summed + part.backward_peak, ended)

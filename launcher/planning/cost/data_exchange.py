@@ -27,8 +27,8 @@ class Exchange:
     """Seconds of the collectives over the data ranks in a step."""
 
     waiting: float
-    hidden: float = 0.0  # behind the computation of other layers
-    copying: float = 0.0  # of the tensors that are sent and received
+    hidden: float = 0.0  # hidden behind the computation of other layers
+    copying: float = 0.0  # copying the tensors that are sent and received
 
 
 def data_exchange(

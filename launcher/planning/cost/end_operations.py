@@ -45,9 +45,9 @@ def _loss(s: Sizes, x: str) -> Operation:
     chunk, matrix = sizes[0] * columns, columns * h
     # On a CPU torch has no product of bf16 matrices that is added to fp32.
     has_product = low and s.device == "cpu"
-    # Logits in the run's precision and in fp32, the hidden states without ignored tokens, and a product.
-    # With a soft cap also its tanh. Compiled, the loss makes one pass for the statistics of the rows, as slow
-    # as two, and one for the gradients, without fp32 logits (parallel/loss_kernels.py).
+    # Memory: logits in the run's precision and in fp32, the hidden states without ignored tokens, a product,
+    # and with a soft cap its tanh. A compiled loss has no fp32 logits (parallel/loss_kernels.py). It makes
+    # one pass for the statistics of the rows, which takes as long as two, and one for the gradients.
     logits = s.element + FP32 + (s.element if s.caps_logits else 0)
     logit_bytes, kernels = 3 * FP32 + s.element + (s.element + FP32 if low else 0), 20
     if s.compiled:
@@ -140,7 +140,7 @@ def _lookup(s: Sizes) -> Operation:
 
 
 def _frozen_lookup(s: Sizes) -> Operation:
-    """Return the look-up in a frozen embedding, which has no backward pass."""
+    """Return the look-up in a frozen embedding; it has no backward pass."""
     kind: CollectiveKind = "reduce_scatter" if s.sequence_parallel else "all_reduce"
     split = s.tensor > 1
     return Operation(

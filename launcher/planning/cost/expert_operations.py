@@ -1,4 +1,4 @@
-"""Operations of the experts of a layer, as models/experts.py computes them, for a router without imbalance.
+"""Operations of the experts of a layer, as models/experts.py computes them, for an even router.
 
 N tokens run through k of E experts each: N k rows. No token is dropped, so without expert parallelism the
 rows of a rank, and with them its memory and its FLOPs, do not depend on the router. With it the experts of a
@@ -109,7 +109,7 @@ def _received(s: Sizes) -> int:
 
 
 def _there(s: Sizes) -> list[Operation]:
-    """Return the exchange of rows with the ranks of their experts, and the sorting of the received rows."""
+    """Return the operations that send rows to the ranks of their experts, and sort the received rows."""
     row = s.hidden_size * s.element
     received, rows = _received(s), Collective("all_to_all", s.tokens * s.experts.top_k * row)
     numbers = Collective("all_to_all", s.experts.count * INT64)
@@ -127,7 +127,7 @@ def _there(s: Sizes) -> list[Operation]:
 
 
 def _back(s: Sizes) -> list[Operation]:
-    """Return the way of the results back to the ranks of their tokens."""
+    """Return the operations that send the results back to the ranks of their tokens."""
     row = s.hidden_size * s.element
     received, rows = _received(s), Collective("all_to_all", s.tokens * s.experts.top_k * row)
     moved = 2 * received * row

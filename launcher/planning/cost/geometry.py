@@ -30,8 +30,8 @@ class Weight:
     numel: int
     is_matrix: bool  # matrices get weight decay, vectors do not
     module: int  # parameters of one module are gathered together under ZeRO-3
-    is_trained: bool = True  # with adapters (LoRA) only theirs are
-    is_shared: bool = False  # experts of which each rank of the expert group holds a part
+    is_trained: bool = True  # with adapters (LoRA) only the weights of adapters are trained
+    is_shared: bool = False  # experts that are distributed over the ranks of the expert group
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Chunk:
     blocks: int
     has_embedding: bool
     has_head: bool
-    kinds: tuple[bool, ...]  # of each block, whether it has experts
+    kinds: tuple[bool, ...]  # for each block, whether it has experts
 
 
 RankKind = tuple[tuple[tuple[bool, ...], bool, bool], ...]  # per stage: kinds, has embedding, has head
@@ -76,7 +76,7 @@ class Rank:
     outputs: int  # logits per position of a tensor rank, padding included
     is_flat: bool  # no pipeline: one module holds all layers
     adapters: Adapters = NO_ADAPTERS
-    expert: int = 1  # ranks that share the experts
+    expert: int = 1  # ranks of the expert group
 
     @property
     def blocks(self) -> int:
@@ -129,7 +129,7 @@ class Rank:
 
     @cached_property
     def kinds(self) -> list[bool]:
-        """Of each block in order, whether it has experts."""
+        """For each block in order, whether it has experts."""
         return [has_experts for chunk in self.chunks for has_experts in chunk.kinds]
 
     @cached_property
@@ -176,7 +176,7 @@ class Rank:
 
     @cached_property
     def groups(self) -> tuple[tuple[int, ...], ...]:
-        """Sizes of the optimizer's parameter groups without shared experts: matrices, then vectors.
+        """Sizes of the optimizer's parameter groups without distributed experts: matrices, then vectors.
 
         Empty groups are left out.
         """
@@ -187,13 +187,13 @@ class Rank:
 
     @cached_property
     def expert_groups(self) -> tuple[tuple[int, ...], ...]:
-        """Sizes of the optimizer's group of experts that ranks share; empty if there are none."""
+        """Sizes of the optimizer's group of distributed experts (parallelism.expert); empty without them."""
         shared = tuple(weight.numel for weight in self.trained if weight.is_shared)
         return (shared,) if shared else ()
 
     @property
     def shared_parameters(self) -> int:
-        """Trained parameters of experts that ranks share, on this rank."""
+        """Trained parameters of distributed experts on this rank."""
         return sum(sum(group) for group in self.expert_groups)
 
     @property
@@ -203,7 +203,7 @@ class Rank:
 
 
 def kind_of(rank: Rank) -> RankKind:
-    """Return a key that ranks share if they hold and compute the same."""
+    """Return a key that is equal for ranks that hold and compute the same."""
     return tuple((chunk.kinds, chunk.has_embedding, chunk.has_head) for chunk in rank.chunks)
 
 

@@ -1,4 +1,4 @@
-"""Peak memory of a rank by class: evaluate each phase of a step and take the fullest. Pure."""
+"""Peak memory of a rank by kind: evaluate each phase of a step and take the maximum. Pure."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -22,7 +22,7 @@ CONTEXT_BYTES, GROUP_BYTES = 600_000_000, 200_000_000
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a rank at the fullest moment of a step."""
+    """Bytes of a rank at the memory peak of a step."""
 
     weights: int
     gradients: int
@@ -131,7 +131,7 @@ class _Flow:
         return _Moment(name, activations, holdings, states.gathered)
 
     def first_backward(self, name: str, activations: int) -> _Moment:
-        """Return the moment before any weight has a gradient, and before DeepSpeed makes a bucket."""
+        """Return the moment before any weight has a gradient, and before DeepSpeed allocates a bucket."""
         states, held = self.states, self.states.forward
         return _Moment(name, activations, replace(held, gradients=states.backward.gradients), states.gathered)
 
@@ -141,9 +141,9 @@ class _Flow:
         return _Moment(name, activations, states.forward, states.gathered + states.prefetched)
 
     def _attention(self, name: str, kept: int, done: int, of_block: int) -> Iterator[_Moment]:
-        """Yield the moment of attention in the backward pass of a block, where context ranks exchange most.
+        """Yield the peak of attention in the backward pass of a block, with the exchanges of context ranks.
 
-        All weights of the block but those of its projections to heads have gradients by then.
+        At this moment all weights of the block except those of its projections to heads have gradients.
         """
         if self.sizes.context > 1:
             there = done + of_block - self.rank.parameters_before_core
@@ -172,7 +172,7 @@ class _Flat(_Flow):
         of_head = rank.trained_parameters - of_embedding - sum(of_blocks)
         kept = first
         for block, after in zip(blocks, [*blocks[1:], None], strict=True):
-            if after is not block:  # of alike blocks the last is the fullest
+            if after is not block:  # of equal blocks the last has the highest peak
                 yield self.forward("forward pass", kept + block.forward)
             kept += block.saved
         yield self.forward("loss", body + head.footprint.forward)
@@ -195,7 +195,7 @@ class _Flat(_Flow):
             name = {last: "last block", 0: "first block"}.get(index, "a block between")
             if index in (0, last) or not are_alike:
                 held = kept + block.backward + tied
-                # A block with experts is fullest before any of its weights has a gradient.
+                # A block with experts has its peak before any of its weights has a gradient.
                 soon = 0 if self.rank.kinds[index] else weights
                 yield self.backward(f"backward pass, {name}", held, done, soon=soon)
                 yield from self._attention(name, kept + tied, done, weights)
@@ -251,7 +251,7 @@ class _Pipelined(_Flow):
         yield from self.after()
 
     def _of_head(self, stage: Chunk) -> int:
-        """Return the elements whose gradients exist before those of the last block of a stage."""
+        """Return the elements whose gradients are computed before those of the last block of a stage."""
         if not (stage.has_head and self.rank.trains_whole_model):
             return 0
         ends = self.rank.trained_parameters - sum(self.rank.trained_of_blocks)
@@ -259,7 +259,7 @@ class _Pipelined(_Flow):
 
     @property
     def _is_steady(self) -> bool:
-        """Whether as many are in flight again later, beside the gradients and the bucket of the first."""
+        """Whether as many micro-batches are in flight again later, beside the gradients of the first."""
         return self.layout.accumulation > sum(in_flight(self.layout, self.rank.stage))
 
     def forward(self, name: str, activations: int) -> _Moment:
@@ -289,7 +289,7 @@ class _Pipelined(_Flow):
 
 
 def in_flight(layout: Layout, stage: int) -> tuple[int, ...]:
-    """Return the largest number of micro-batches between forward and backward pass, by stage of a rank."""
+    """Return the largest number of micro-batches in flight, for each stage of a rank."""
     if layout.stages_per_rank == 2:
         return 2 * layout.pipeline - stage, stage + 1
     return (min(layout.pipeline - stage, layout.accumulation),)

@@ -18,12 +18,12 @@ class PassTime:
     """Seconds of a micro-batch in one direction."""
 
     compute: float = 0.0
-    waiting: float = 0.0  # for tensor ranks
-    hidden: float = 0.0  # of collectives over tensor ranks that run while the rank computes
-    host: float = 0.0  # to start the operations, beside the device
-    exchanging: float = 0.0  # rows of tokens with the ranks that share the experts
+    waiting: float = 0.0  # waiting for tensor ranks
+    hidden: float = 0.0  # collectives over tensor ranks that run while the rank computes
+    host: float = 0.0  # of the host to start the operations; runs beside the device
+    exchanging: float = 0.0  # exchanging rows with the other ranks of the expert group
     context: float = 0.0  # waiting for context ranks
-    context_hidden: float = 0.0  # of their exchanges that run while the rank computes
+    context_hidden: float = 0.0  # exchanges with context ranks that run while the rank computes
 
     @property
     def total(self) -> float:
@@ -38,7 +38,7 @@ class PassTime:
 
 
 def scaled(seconds: PassTime, scale: float) -> PassTime:
-    """Multiply the seconds of computation, and not the wait."""
+    """Return the time with the seconds of computation multiplied, and those of waiting unchanged."""
     return replace(seconds, compute=seconds.compute * scale)
 
 
@@ -117,9 +117,9 @@ def _context(
 ) -> tuple[float, float]:
     """Return seconds of exchanges with context ranks: waited for, and hidden behind `products` seconds.
 
-    In the ring a part travels while the part before it is computed, and the first is there: a share of
-    1 / ranks of the products hides nothing. In the backward pass the last gradients travel after all
-    products.
+    In the ring a part is received while the rank computes with the part before. No part is received while it
+    computes with the last part: a share of 1 / ranks of the products hides nothing. In the backward pass the
+    last gradients are sent after all products.
     """
     each = [rates.passing_on(call, group) for call in calls]
     seconds = sum(each)
@@ -131,7 +131,7 @@ def _context(
 
 
 def backward_pass(part: ModelPart, rates: AnyRates, groups: PassGroups, *, compiled: bool) -> PassTime:
-    """Return the time with recomputation.
+    """Return the time of the backward pass, with recomputation.
 
     A column layer's collective runs beside the product of its weight's gradient (parallel/layers.py).
     """

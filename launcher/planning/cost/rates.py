@@ -121,11 +121,11 @@ class Rates:
         return self.moving(size if compiled else size / self.shares.eager, kernels)
 
     def starting(self, kernels: int) -> float:
-        """Return seconds of the host to start operations, which the device waits for if they are short."""
+        """Return seconds of the host to start operations. The device waits for the host if they are short."""
         return kernels * self.shares.launch_s
 
     def scale(self, flops: float) -> float:
-        """Return 1: a data sheet says nothing of passes beside their operations."""
+        """Return 1: a data sheet has no factor between a pass and the sum of its operations."""
         return 1.0
 
     def collective(self, collective: Collective, group: GroupShape) -> float:

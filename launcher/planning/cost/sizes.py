@@ -46,13 +46,13 @@ class Sizes:
 
     is_vision: bool
     norm: NormKind
-    norm_before: bool  # of attention and of the MLP
+    norm_before: bool  # norms before attention and MLP
     norm_after: bool
     is_parallel: bool  # the MLP reads the block's input, like attention
     query_key_norm: QueryKeyNorm
     rotates: bool  # rotary positions
     rotated: int  # channels of a head
-    rotary_tables: int  # different ones
+    rotary_tables: int  # number of different tables
     caps_scores: bool
     caps_logits: bool
     scales_embedding: bool
@@ -81,10 +81,10 @@ class Sizes:
     is_causal: bool  # attention that skips the scores of later tokens; a mask of documents does not
     compiled: bool  # the blocks, by torch.compile
     experts: ExpertsConfig
-    expert: int = 1  # ranks that share the experts
+    expert: int = 1  # ranks of the expert group
     imbalance: float = 1.0  # rows that the experts of a rank receive, over the mean of the ranks
     adapters: Adapters = NO_ADAPTERS
-    context: int = 1  # ranks that share each sequence
+    context: int = 1  # ranks over which each sequence is split
     context_method: ContextMethod = ContextMethod.ring
 
     @classmethod

@@ -21,7 +21,7 @@ class StageTime:
 
     forward: PassTime
     backward: PassTime
-    sending: float  # of its output forward and its gradient backward
+    sending: float  # sending the output forward and its gradient backward
 
     @property
     def total(self) -> float:
@@ -34,14 +34,14 @@ class StageTime:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one optimizer step; the parts add up to the total. Hidden seconds come on top of no part."""
+    """Seconds of one optimizer step; the parts add up to the total, which does not contain hidden seconds."""
 
     compute: float
     tensor: float  # waiting for tensor ranks
     context: float  # waiting for context ranks
     data: float  # waiting for data ranks
     pipeline: float  # sending to other stages
-    expert: float  # exchanging rows with the ranks that share the experts
+    expert: float  # exchanging rows with the other ranks of the expert group
     expert_data: float  # waiting for the ranks that hold the same experts
     bubble: float  # idle while the pipeline fills and drains, or waits for slower stages
     optimizer: float
@@ -118,7 +118,7 @@ def _expert_data(run: RunConfig, layout: Layout, rank: Rank, rates: AnyRates, gr
 def _host(layout: Layout, rank: Rank, rates: AnyRates, starting: float) -> float:
     """Return seconds of the host in a step.
 
-    It works ahead of the device, so the step takes the longer of the two.
+    The host works ahead of the device, so a step takes the longer time of the two.
     """
     host = starting + rates.tensor_step_s * len(rank.trained)
     if layout.zero_stage == 3:

@@ -128,7 +128,7 @@ class _Tape:
         return peak
 
     def release(self, names: Sequence[str]) -> None:
-        """Drop one keeper of each tensor, and free the tensors that no operation keeps any more."""
+        """Drop one keeper of each tensor, and free the tensors that no operation keeps."""
         for name in names:
             self.keepers.remove(name)
             if name not in self.keepers:

@@ -31,11 +31,11 @@ UPDATE_BYTES = 52  # per element that is updated at once: fp32 values and random
 
 @dataclass(frozen=True)
 class Holdings:
-    """Gradients and buffers at a moment of a step; weights, optimizer states and activations come on top."""
+    """Gradients and buffers at a moment of a step, without weights, optimizer states and activations."""
 
     gradients: int = 0
     communication: int = 0
-    untouched: int = 0  # part of `communication`: the end of a bucket that no gradient fills
+    untouched: int = 0  # part of `communication`: the end of the bucket, which no gradient fills
 
 
 @dataclass(frozen=True)

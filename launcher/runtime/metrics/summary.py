@@ -30,4 +30,4 @@ def add_to_summary(run_dir: Path, values: dict[str, float], temporary: Path) -> 
 
             return [f"W&B      {summarise(run_dir, values, temporary, _FINISH_TIMEOUT)}"]
     except Exception as error:  # W&B raises any
-        return [f"note     W&B has not taken the results: {error}"]
+        return [f"note     W&B did not accept the results: {error}"]
