@@ -192,7 +192,9 @@ def _shrink_experts(small: RunConfig) -> None:
     is_chosen_from = e.top_k < e.count
     e.top_k = min(2, e.top_k)
     e.count = max(e.top_k + is_chosen_from, min(EXPERTS, e.count)) if is_chosen_from else e.top_k
-    p.expert = math.gcd(p.expert, p.data or 1)
+    ranks = (p.data or 1) * p.context
+    shared = math.gcd(p.expert, ranks)
+    p.expert = ranks if p.expert > 1 and shared == 1 else shared
     e.count = max(1, e.count // p.expert) * p.expert
     e.ffn_hidden_size = tensor * (m.hidden_size // tensor // 2 + 1)
     e.shared, e.first_dense_layers, e.every = min(2, e.shared), min(1, e.first_dense_layers), min(2, e.every)

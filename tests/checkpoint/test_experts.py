@@ -24,10 +24,16 @@ LAYOUTS = {
         "parallelism.data=2", "parallelism.expert=2", "parallelism.tensor=2", "parallelism.zero_stage=2",
     ],
     "expert 2, pipeline 2": ["parallelism.data=2", "parallelism.expert=2", "parallelism.pipeline=2"],
+    "expert 4 of data 2 x context 2, ZeRO-1": [
+        "parallelism.data=2", "parallelism.context=2", "parallelism.expert=4", "parallelism.zero_stage=1",
+    ],
 }  # fmt: skip
 # From expert 4 to expert 1 x tensor 2 and back, and on.
 QUICK = ["expert 4", "tensor 2", "expert 4"]
-CHAIN = [*QUICK, "expert 2 of data 4, ZeRO-1", "ZeRO-3", "expert 2, tensor 2, ZeRO-2", "expert 2, pipeline 2"]
+CHAIN = [
+    *QUICK, "expert 2 of data 4, ZeRO-1", "ZeRO-3", "expert 2, tensor 2, ZeRO-2",
+    "expert 4 of data 2 x context 2, ZeRO-1", "expert 2, pipeline 2",
+]  # fmt: skip
 
 
 def run_in(layout: str) -> tuple[RunConfig, Layout]:

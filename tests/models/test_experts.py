@@ -15,6 +15,7 @@ from launcher.models.grouped import collect, grouped_linear, sorted_by_expert, s
 from launcher.models.selection_bias import balance
 from launcher.parallel.initializer import Initializer
 from launcher.parallel.mesh import ProcessMesh
+from tests.distributed import mesh, pool
 from tests.models.small import BATCH, LENGTH, relative_error, small
 
 COUNT, TOP_K, WIDTH = 5, 2, 20
@@ -126,6 +127,37 @@ def test_the_losses_are_means_over_sequences() -> None:
     torch.testing.assert_close(sum(halves) / 2, load_balancing_loss(scores, chosen))
     logits = scores.log()
     torch.testing.assert_close(z_loss(logits), torch.zeros(()), atol=1e-9, rtol=0)
+
+
+def balance_of_a_part(rank: int, world: int) -> tuple[Tensor, Tensor]:
+    """Return this context rank's share of the balance loss, and its gradients."""
+    context = mesh(context=world).context
+    logits, chosen = (each.chunk(world, 1)[rank] for each in skewed_routes())
+    logits = logits.clone().requires_grad_()
+    loss = load_balancing_loss(logits.softmax(-1), chosen, context)
+    loss.backward()
+    assert logits.grad is not None
+    return loss.detach(), logits.grad
+
+
+def skewed_routes() -> tuple[Tensor, Tensor]:
+    """Return logits (B, T, E) and chosen experts of sequences whose halves prefer other experts."""
+    logits = torch.randn(3, 8, COUNT, generator=torch.Generator().manual_seed(5))
+    logits[:, :4, 0] += 3
+    return logits, logits.topk(TOP_K).indices
+
+
+def test_the_balance_loss_of_context_ranks_is_that_of_whole_sequences() -> None:
+    logits, chosen = skewed_routes()
+    whole = logits.clone().requires_grad_()
+    loss = load_balancing_loss(whole.softmax(-1), chosen)
+    loss.backward()
+    losses, gradients = zip(*pool(2).run(balance_of_a_part), strict=True)
+    torch.testing.assert_close(sum(losses) / 2, loss.detach())
+    torch.testing.assert_close(torch.cat(gradients, 1) / 2, whole.grad)
+    pairs = zip(logits.softmax(-1).chunk(2, 1), chosen.chunk(2, 1), strict=True)
+    alone = sum(float(load_balancing_loss(*pair)) for pair in pairs) / 2
+    assert abs(alone - float(loss)) > 0.01  # if each rank counted the uses of its part alone
 
 
 def test_the_balance_loss_is_1_if_experts_are_alike_and_more_if_one_is_preferred() -> None:

@@ -63,7 +63,7 @@ def balance_over_the_micro_batch() -> None:
     """The product of means over all sequences of a micro-batch, which depends on its size."""
     right = expert_losses.load_balancing_loss
 
-    def joined(shares: Tensor, chosen: Tensor) -> Tensor:
+    def joined(shares: Tensor, chosen: Tensor, _context: Axis) -> Tensor:
         return right(shares.flatten(0, 1)[None], chosen.flatten(0, 1)[None])
 
     experts.load_balancing_loss = joined
@@ -166,11 +166,18 @@ def biases_by_the_tokens_of_one_rank() -> None:
     base.balance = lambda module, data, is_kept: right(module, Axis(), is_kept)
 
 
+def balance_of_a_part_of_the_sequence() -> None:
+    """Each context rank balances its own part of a sequence: the mean of their losses is another loss."""
+    right = expert_losses.load_balancing_loss
+    experts.load_balancing_loss = lambda shares, chosen, context: right(shares, chosen)
+
+
 MOE = "model=moe_tiny"
 DATA, TENSOR = "parallelism.data=2", "parallelism.tensor=2 parallelism.data=1"
 SEQUENCE = f"{TENSOR} parallelism.sequence_parallel=true"
 PIPELINE = "parallelism.pipeline=2 parallelism.data=1"
 EXPERT = "parallelism.data=2 parallelism.expert=2"
+CONTEXT = "parallelism.context=2 parallelism.data=1"
 LARGE = "model.experts.auxiliary_loss=1 model.experts.z_loss=1"
 
 EXPERT_MUTATIONS = {
@@ -191,6 +198,9 @@ EXPERT_MUTATIONS = {
     ),
     "load balancing over the micro-batch": Mutation(
         balance_over_the_micro_batch, f"{MOE} {DATA} {LARGE}", ("router.weight",)
+    ),
+    "load balancing over a part of the sequence": Mutation(
+        balance_of_a_part_of_the_sequence, f"{MOE} {CONTEXT} {LARGE}", ("router.weight",)
     ),
     "weights of the chosen experts not normalised": Mutation(
         scores_not_normalized, f"{MOE} {TENSOR}", ("mlp_norm",)

@@ -10,6 +10,7 @@ from tests.parity.test_experts import OTHER_PARTS, SEQUENCE, alike_tokens
 __all__ = ["alike_tokens"]
 
 MOE = ["model=moe_tiny", "model.experts.count=8"]
+CONTEXT = ["parallelism.data=1", "parallelism.context=2"]
 LAYOUTS = {
     "expert 2, ZeRO-0": ["parallelism.data=2", "parallelism.expert=2"],
     "expert 2, sequence, ZeRO-1, other parts": [
@@ -22,15 +23,54 @@ LAYOUTS = {
         "parallelism.data=2", "parallelism.expert=2", "parallelism.pipeline=2",
         "parallelism.activation_checkpointing=full",
     ],
+    "context 2 x expert 2, ring": [*CONTEXT, "parallelism.expert=2"],
+    "context 2 x expert 4 of data 2, ulysses, ZeRO-1, other parts": [
+        *OTHER_PARTS, *CONTEXT[1:], "parallelism.data=2", "parallelism.expert=4", "parallelism.zero_stage=1",
+        "parallelism.context_method=ulysses",
+    ],
+}  # fmt: skip
+# Experts are folded over data x context: groups within the context ranks, across them, and of data ranks.
+WITH_CONTEXT = {
+    "expert 1, ZeRO-3, gather": [
+        *CONTEXT, "parallelism.zero_stage=3", "parallelism.context_method=gather",
+    ],
+    "expert 2, pipeline 2, recomputed, other parts": [
+        *OTHER_PARTS, *CONTEXT, "parallelism.expert=2", "parallelism.pipeline=2",
+        "parallelism.activation_checkpointing=full",
+    ],
+    "expert 2, sequence, documents": [
+        *CONTEXT, *SEQUENCE, "parallelism.expert=2", "data.document_attention=true",
+    ],
+    "expert 2 of data 2, ZeRO-2, ulysses": [
+        *CONTEXT[1:], "parallelism.data=2", "parallelism.expert=2", "parallelism.zero_stage=2",
+        "parallelism.context_method=ulysses",
+    ],
+    "expert 4 of context 4": [
+        "parallelism.context=4", "parallelism.data=1", "parallelism.expert=4", *OTHER_PARTS,
+    ],
+    "expert 4 of data 2, ZeRO-2, masked labels": [
+        *CONTEXT[1:], "parallelism.data=2", "parallelism.expert=4", "parallelism.zero_stage=2",
+        "data=chat", "data.train=chats.jsonl",
+    ],
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_agree_with_the_reference(layout: str) -> None:
     run = small_run(*MOE, *LAYOUTS[layout])
-    assert run.parallelism.expert == 2
+    assert run.parallelism.expert > 1
     result = plain_sgd_pass(run)
     assert result.ok, (result.diagnosis, worst(result))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", WITH_CONTEXT)
+def test_layouts_with_context_ranks_agree_with_the_reference(layout: str) -> None:
+    run = small_run(*MOE, *WITH_CONTEXT[layout])
+    assert run.parallelism.context > 1
+    for title, variant, plain_sgd in passes(run):
+        result = run_pass(title, variant, plain_sgd)
+        assert result.ok, (title, result.diagnosis, worst(result))
 
 
 @pytest.mark.slow
