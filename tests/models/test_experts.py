@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from launcher.config.schema import ExpertsConfig, ModelConfig, RouterKind, RunConfig
+from launcher.models import grouped
 from launcher.models.context import BlockContext
 from launcher.models.expert_losses import load_balancing_loss, with_loss, z_loss
 from launcher.models.experts import Experts
@@ -127,6 +128,44 @@ def test_the_losses_are_means_over_sequences() -> None:
     torch.testing.assert_close(sum(halves) / 2, load_balancing_loss(scores, chosen))
     logits = scores.log()
     torch.testing.assert_close(z_loss(logits), torch.zeros(()), atol=1e-9, rtol=0)
+
+
+ALIGNED = 8  # columns of bf16 in 16 bytes
+ROUTES = {"all experts": [[0], [1], [2], [3], [4], [0]], "empty experts": [[1], [3], [3], [1], [1], [3]]}
+
+
+@pytest.mark.parametrize("routes", ROUTES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_torchs_grouped_product_is_the_loop(
+    routes: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On CPUs torch's function runs too; the launcher uses it where torch has a kernel."""
+    kernel = grouped.grouped_kernel()
+    if kernel is None:
+        pytest.skip("this torch has no grouped product")
+    order = sorted_by_expert(torch.tensor(ROUTES[routes]), COUNT)
+    x = torch.randn(6, ALIGNED, dtype=dtype, requires_grad=True)
+    weights = torch.randn(COUNT, 2 * ALIGNED, ALIGNED, dtype=dtype, requires_grad=True)
+    target = torch.randn(6, 2 * ALIGNED, dtype=dtype)
+    results = []
+    for chosen in (None, kernel):
+        monkeypatch.setattr(grouped, "_kernel_for", lambda *_, chosen=chosen: chosen)
+        y = grouped_linear(x, weights, order)
+        results.append([y, *torch.autograd.grad((y * target).sum(), [x, weights])])
+    for ours, theirs in zip(*results, strict=True):
+        assert ours.shape == theirs.shape
+        assert relative_error(theirs.float(), ours.float()) < (1e-6 if dtype is torch.float32 else 1e-2)
+    if routes == "empty experts":
+        assert not results[1][2][[0, 2, 4]].any()
+
+
+def test_the_loop_multiplies_on_cpus_and_rows_of_odd_lengths() -> None:
+    aligned, odd = torch.empty(2, 16, 8, dtype=torch.bfloat16), torch.empty(2, 15, 8, dtype=torch.bfloat16)
+    x = torch.empty(4, 8, dtype=torch.bfloat16)
+    assert grouped._is_aligned(x, aligned)
+    assert not grouped._is_aligned(x, odd)
+    assert not grouped._is_aligned(torch.empty(33, dtype=torch.bfloat16)[1:].view(4, 8), aligned)
+    assert grouped._kernel_for(x, aligned) is None
 
 
 def balance_of_a_part(rank: int, world: int) -> tuple[Tensor, Tensor]:
