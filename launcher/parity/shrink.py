@@ -106,16 +106,13 @@ def inner_stages(run: RunConfig, layout: Layout, small: RunConfig, *, gpus: int 
 
 
 def long_samples(run: RunConfig, layout: Layout, small: RunConfig) -> RunConfig | None:
-    """Return a small run with samples as long as those of `run`, at most LONG; None for images and experts.
-
-    Of thousands of tokens some are near a tie, where rounding decides between two experts.
+    """Return a small run with samples as long as those of `run`, at most LONG; None for images.
 
     It has one layer per stage and one micro-batch per data rank where the schedule allows it. Windows and
     scaled positions are those of `run`.
     """
     whole = sequence_length(run)
-    has_none = small.model.inputs is InputKind.patches or has_experts(small.model)
-    if has_none or whole <= sequence_length(small):
+    if small.model.inputs is InputKind.patches or whole <= sequence_length(small):
         return None
     long = copy.deepcopy(small)
     m, p, t = long.model, long.parallelism, long.training

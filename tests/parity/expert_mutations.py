@@ -172,6 +172,20 @@ def balance_of_a_part_of_the_sequence() -> None:
     experts.load_balancing_loss = lambda shares, chosen, context: right(shares, chosen)
 
 
+def biases_left_out_of_the_choice() -> None:
+    """Biases are balanced, and no router adds them to its scores."""
+    right = experts.Experts._route
+
+    def route(self: experts.Experts, logits: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.selection_bias is not None
+        balanced, self.selection_bias.value = self.selection_bias.value, torch.zeros(self.num_experts)
+        routed = right(self, logits)
+        self.selection_bias.value = balanced
+        return routed
+
+    experts.Experts._route = route  # type: ignore[method-assign]
+
+
 MOE = "model=moe_tiny"
 DATA, TENSOR = "parallelism.data=2", "parallelism.tensor=2 parallelism.data=1"
 SEQUENCE = f"{TENSOR} parallelism.sequence_parallel=true"
@@ -209,6 +223,9 @@ EXPERT_MUTATIONS = {
         biases_by_the_tokens_of_one_rank,
         f"{MOE} {DATA} model.experts.bias_balancing=0.1 training.micro_batch_size=1",
         ("experts",),
+    ),
+    "biases left out of the choice": Mutation(
+        biases_left_out_of_the_choice, f"{MOE} {DATA} model.experts.bias_balancing=0.1", ("router",)
     ),
     "tokens over a capacity dropped": Mutation(tokens_over_a_capacity_dropped, f"{MOE} {DATA}", ("experts",)),
     "expert gradients too large by the expert-parallel size": Mutation(

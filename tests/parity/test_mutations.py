@@ -111,6 +111,7 @@ WHOLE_RUNS = [
     f"{LLAMA} parallelism=zero3 parallelism.data=2 optimizer=sgd scheduler=cosine",
     f"{GPT} {TP} precision=bf16_states",
     f"{LLAMA} parallelism=zero1 parallelism.data=2 finetune.lora.rank=4 parallelism.offload_optimizer=true",
+    "model=moe_tiny parallelism.data=2 parallelism.expert=2 precision=bf16 model.experts.bias_balancing=0.01",
 ]
 
 
