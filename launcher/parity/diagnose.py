@@ -168,6 +168,13 @@ def _forward(e: Evidence) -> Results:
     yield f"{where}; it is equal on every tensor rank", WRONG_OUTPUT[part]
 
 
+def _choices(e: Evidence) -> Results:
+    if names := e.names("choice"):
+        shape = f"{_some(names)}: a token runs through experts with lower scores than others have"
+        meaning = "the router: its logits, the biases for the choice, or tokens and scores in another order"
+        yield shape, meaning
+
+
 def _are_other_tokens(e: Evidence) -> bool:
     """Return whether every output of the embedding is a row of its weight."""
     rows = e.step.outputs["embedding"].flatten(0, -2)
@@ -374,7 +381,7 @@ def _update(e: Evidence) -> Results:
     yield shape, "the optimizer, learning rate, weight decay or state differs from the reference"
 
 
-RULES = (_start, _micro_batches, _forward, _loss, _replicas, _gradients, _rounding, _update, _whole)
+RULES = (_start, _micro_batches, _forward, _choices, _loss, _replicas, _gradients, _rounding, _update, _whole)
 
 
 def _axes(names: list[str]) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from launcher.config.schema import OptimizerConfig, OptimizerName, RunConfig, StatesDtype
 from launcher.config.shape import has_lora
+from launcher.parity.routing import shortfall
 from launcher.parity.shrink import parameter_order
 from launcher.parity.step_trace import StepTrace, Weights
 from launcher.parity.tolerance import Tolerance
@@ -28,6 +29,7 @@ MOMENTA = ("momentum_buffer", "exp_avg")  # of SGD and AdamW
 DifferenceKind = Literal[
     "batch_loss",
     "output",
+    "choice",  # the experts of each token: see parity/routing.py
     "output_replica",
     "loss",
     "grad_norm",
@@ -136,7 +138,7 @@ def compare(
         if number == 0:
             differences += [c.initial(name) for name in order]
         else:
-            differences += [*c.batch_losses(), *c.scalars(), *c.outputs()]
+            differences += [*c.batch_losses(), *c.scalars(), *c.outputs(), *c.choices()]
             differences += [c.gradient(name) for name in order if name in step.gradients]
             if plain_sgd:
                 differences += [c.rounding(name) for name in order if has_bf16_states(run)]
@@ -219,6 +221,13 @@ class _Comparison:
         for name in in_forward_order(self.run, self.comparable(got, right)):
             measured = float((got[name] - right[name]).norm() / right[name].norm().clamp(min=TINY))
             yield Difference(self.number, "output", name, measured, self.allowed.of_output(name))
+
+    def choices(self) -> Iterator[Difference]:
+        """Compare the experts of each token with the scores of the reference, which followed the choices."""
+        got, right = self.step.choices, self.right.scores
+        for name in in_forward_order(self.run, sorted({*got, *right})):
+            measured = shortfall(right[name], got[name]) if name in got and name in right else inf
+            yield Difference(self.number, "choice", name, measured, self.allowed.of_score(name))
 
     def scalars(self) -> list[Difference]:
         number, step, right = self.number, self.step, self.right

@@ -166,15 +166,13 @@ def inner_stages(run: RunConfig, layout: Layout, small: RunConfig, *, gpus: int 
 
 
 def long_samples(run: RunConfig, layout: Layout, small: RunConfig) -> RunConfig | None:
-    """Return a small run with samples as long as those of `run`, at most LONG; None for images and experts.
+    """Return a small run with samples as long as those of `run`, at most LONG; None for images.
 
     It has one layer per stage and one micro-batch per data rank if the schedule allows it. Windows and scaled
-    positions are those of `run`. Models with experts have no long samples: of thousands of tokens some have
-    nearly equal scores for two experts, and rounding decides between them.
+    positions are those of `run`.
     """
     whole = sequence_length(run)
-    has_none = small.model.inputs is InputKind.patches or has_experts(small.model)
-    if has_none or whole <= sequence_length(small):
+    if small.model.inputs is InputKind.patches or whole <= sequence_length(small):
         return None
     long = copy.deepcopy(small)
     m, p, t = long.model, long.parallelism, long.training
@@ -251,7 +249,9 @@ def _shrink_experts(small: RunConfig) -> None:
     is_chosen_from = e.top_k < e.count
     e.top_k = min(2, e.top_k)
     e.count = max(e.top_k + is_chosen_from, min(EXPERTS, e.count)) if is_chosen_from else e.top_k
-    p.expert = math.gcd(p.expert, p.data or 1)
+    ranks = (p.data or 1) * p.context
+    shared = math.gcd(p.expert, ranks)
+    p.expert = ranks if p.expert > 1 and shared == 1 else shared
     e.count = max(1, e.count // p.expert) * p.expert
     e.ffn_hidden_size = tensor * (m.hidden_size // tensor // 2 + 1)
     e.shared, e.first_dense_layers, e.every = min(2, e.shared), min(1, e.first_dense_layers), min(2, e.every)

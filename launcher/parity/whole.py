@@ -36,7 +36,8 @@ from launcher.parity.plain_source import PlainSource
 from launcher.parity.recording import rank_engine, record_weights, recorded_states, recorded_step
 from launcher.parity.reference import GlobalBatch, mean_loss
 from launcher.parity.rounding import Arithmetic
-from launcher.parity.step_trace import StepTrace, Weights, write_trace
+from launcher.parity.routing import biases_in
+from launcher.parity.step_trace import StepTrace, write_trace
 from launcher.runtime.batches import rank_loader
 from launcher.runtime.resume import Progress
 from launcher.runtime.training import optimizer_step
@@ -131,10 +132,14 @@ def whole_batches(run: RunConfig, sources: dict[str, PlainSource]) -> list[Globa
 
 
 def expected_evaluation(
-    run: RunConfig, weights: Weights, sources: dict[str, PlainSource], a: Arithmetic
+    run: RunConfig, step: StepTrace, sources: dict[str, PlainSource], a: Arithmetic
 ) -> float:
     """Return the mean over the blend of the loss of each source's validation samples."""
-    losses = {name: mean_loss(run, weights, validation_batch(run, s), a) for name, s in sources.items()}
+    weights, biases = step.weights, biases_in(step.states)
+    losses = {
+        name: mean_loss(run, weights, biases, validation_batch(run, source), a)
+        for name, source in sources.items()
+    }
     shares = blend_weights(run)
     return sum(shares[name] * loss for name, loss in losses.items()) / sum(shares.values())
 

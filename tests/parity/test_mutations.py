@@ -117,6 +117,7 @@ WHOLE_RUNS = [
     f"{GPT} parallelism=zero2 parallelism.data=2 precision=bf16 {CHAT} data.document_attention=false",
     f"model=vit_tiny data=digits {DP}",
     f"model=vit_b16 data=image_folder data.train=images {PP} precision=bf16",
+    "model=moe_tiny parallelism.data=2 parallelism.expert=2 precision=bf16 model.experts.bias_balancing=0.01",
 ]
 
 

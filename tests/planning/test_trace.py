@@ -206,6 +206,10 @@ WITH_EXPERTS = {
     ],
     "sigmoid, shared experts": ["model.experts.router=sigmoid", "model.experts.shared=1", "precision=bf16"],
     "pipeline, recomputed": ["parallelism.pipeline=2", "parallelism.activation_checkpointing=full"],
+    "context ranks": ["parallelism.context=2", "model.experts.router=sigmoid"],
+    "context ranks, recomputed": [
+        "parallelism.context=2", "parallelism.activation_checkpointing=full", "precision=bf16",
+    ],
     "dense layers": ["model.experts.first_dense_layers=1", "model.experts.every=2", "model.mlp=gelu"],
 }  # fmt: skip
 

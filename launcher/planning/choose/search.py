@@ -279,22 +279,22 @@ def _axes(run: RunConfig, ranks: int) -> Iterator[dict[str, int]]:
                 fits = data * tensor * pipeline * context == ranks
                 if fits and p.data in (None, data) and batch % data == 0:
                     axes = {"tensor": tensor, "pipeline": pipeline, "data": data, "context": context}
-                    yield from ({**axes, **shared} for shared in _expert_axes(run, data))
+                    yield from ({**axes, **shared} for shared in _expert_axes(run, data * context))
 
 
 def _contexts(run: RunConfig, ranks: int) -> list[int]:
     """Return the numbers of context ranks to try, of `ranks` beside tensor and pipeline ranks."""
-    if run.model.inputs is InputKind.patches or run.model.experts.count:
+    if run.model.inputs is InputKind.patches:
         return [1]
     return [size for size in divisors(ranks) if size == 1 or sequence_length(run) // size >= LEAST_TOKENS]
 
 
-def _expert_axes(run: RunConfig, data: int) -> list[dict[str, int]]:
-    """Return the numbers of data ranks that may share the experts; one rank is the default of the field."""
+def _expert_axes(run: RunConfig, ranks: int) -> list[dict[str, int]]:
+    """Return the numbers of the data x context `ranks` that may share the experts; 1 is the default."""
     chosen, count = run.parallelism.expert, run.model.experts.count
     if chosen > 1:
-        return [{"expert": chosen}] if data % chosen == 0 else []
-    return [{"expert": size} if size > 1 else {} for size in divisors(gcd(data, count) if count else 1)]
+        return [{"expert": chosen}] if ranks % chosen == 0 else []
+    return [{"expert": size} if size > 1 else {} for size in divisors(gcd(ranks, count) if count else 1)]
 
 
 def freed(run: RunConfig) -> RunConfig:

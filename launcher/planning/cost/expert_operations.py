@@ -48,6 +48,8 @@ def _router(s: Sizes, x: str) -> list[Operation]:
     normalized = chosen * FP32 + s.tokens * FP32 if e.normalize_top_k else 0
     # With tensor ranks, the gradients of the weights of the chosen experts are all-reduced.
     split = (Collective("all_reduce", chosen * FP32),) if s.tensor > 1 else ()
+    # Context ranks add up the uses of the experts of each sequence.
+    shared = (Collective("all_reduce", s.micro_batch * e.count * FP32),) if s.context > 1 else ()
     return [
         Operation(
             "logits", (x,), logits, saves=(x,) if trains and not is_low else (), extra=kept,
@@ -66,7 +68,8 @@ def _router(s: Sizes, x: str) -> list[Operation]:
         ),
         Operation(
             "chosen", ("scores",), chosen * FP32, extra=chosen * INT64 + normalized, scratch=chosen * INT64,
-            backward_traffic=split, forward_bytes=2 * logits, backward_bytes=2 * logits, kernels=8,
+            backward_traffic=split, forward_context=shared, forward_bytes=2 * logits,
+            backward_bytes=2 * logits, kernels=8,
         ),
     ]  # fmt: skip
 

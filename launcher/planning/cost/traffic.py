@@ -31,14 +31,14 @@ class GroupShape:
 def group_shapes(layout: Layout, ranks_per_node: int) -> dict[GroupName, GroupShape]:
     """Return the shape of each group; ranks count tensor fastest, then context and data (parallel/mesh.py).
 
-    The data group reduces gradients, and so has the context ranks too.
+    The data group reduces gradients, and so has the context ranks too; expert groups are parts of it.
     """
     tensor = _shape(layout.tensor, 1, ranks_per_node)
     context = _shape(layout.context, layout.tensor, ranks_per_node)
     data = _shape(layout.gradient_ranks, layout.tensor, ranks_per_node)
     neighbours = _shape(layout.pipeline, layout.tensor * layout.gradient_ranks, ranks_per_node)
     expert = _shape(layout.expert, layout.tensor, ranks_per_node)
-    expert_data = _shape(layout.data // layout.expert, layout.tensor * layout.expert, ranks_per_node)
+    expert_data = _shape(layout.expert_holders, layout.tensor * layout.expert, ranks_per_node)
     return {
         "tensor": tensor, "context": context, "data": data, "expert": expert, "expert_data": expert_data,
         "pipeline": neighbours,
@@ -116,8 +116,7 @@ def data_traffic(run: RunConfig, layout: Layout, rank: Rank) -> Counter[Collecti
 
 def expert_data_traffic(run: RunConfig, layout: Layout, rank: Rank) -> Counter[Collective]:
     """Return the collectives in a step over the data ranks that hold the same experts."""
-    holders = layout.data // layout.expert
-    return _of_gradients(run, layout, rank.expert_groups, rank.shared_parameters, holders)
+    return _of_gradients(run, layout, rank.expert_groups, rank.shared_parameters, layout.expert_holders)
 
 
 def _of_gradients(

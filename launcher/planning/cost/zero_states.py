@@ -87,7 +87,7 @@ def checkpoint_bytes(run: RunConfig, layout: Layout, rank: Rank) -> int:
         return 0
     shared = rank.shared_parameters
     written = -(-(rank.trained_of_its_own - shared) // layout.gradient_ranks)
-    written += -(-shared // (layout.gradient_ranks // layout.expert))
+    written += -(-shared // layout.expert_holders)
     copied = written * FP32 * (1 + state_count(run.optimizer))
     return copied if run.checkpoint.asynchronous else min(copied, int(run.checkpoint.max_file_gb * 1e9))
 
@@ -110,7 +110,7 @@ class _Ledger:
         # Frozen weights (LoRA) are in the model's precision, without gradients and states.
         self.frozen = rank.parameters - rank.trained_parameters
         # DeepSpeed pads each group to a multiple of two elements per data rank that holds it.
-        holders = data // layout.expert
+        holders = layout.expert_holders
         shares = [(padded(sum(group), 2 * data), data) for group in rank.groups]
         shares += [(padded(sum(group), 2 * holders), holders) for group in rank.expert_groups]
         self.flat = sum(flat for flat, _ in shares)
@@ -315,7 +315,7 @@ class _Ledger:
 
     def _whole_in_partition(self) -> int:
         """Return the elements of all weights in a rank's partition; gradients are kept whole."""
-        holders = self.layout.gradient_ranks // self.layout.expert
+        holders = self.layout.expert_holders
         touched = _most_touched(self.rank.groups, self.layout.gradient_ranks)
         return touched + (_most_touched(self.rank.expert_groups, holders) if self.rank.expert_groups else 0)
 
