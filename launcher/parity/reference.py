@@ -409,7 +409,7 @@ def forward(
     """Return the logits (B, T, V) of tokens (B, T), or (B, 1, classes) of images.
 
     Each layer's output is written into `outputs`, scores and losses of each router into `routing`. `spans`
-    are the documents, which run one by one. In rounded arithmetic `factor` multiplies the gradients of the head.
+    are the documents, which run one by one. In rounded arithmetic `factor` multiplies the head's gradients.
     """
     routing = Routing(model) if routing is None else routing
     if model.inputs is InputKind.patches:

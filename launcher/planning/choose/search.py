@@ -26,7 +26,7 @@ from launcher.config.shape import divisors, sequence_length
 from launcher.config.validate import check_values, validate, validate_layout
 from launcher.config.world import World
 from launcher.planning.choose.changes import LEAST_TOKENS, changed
-from launcher.planning.cost.geometry import kind_of, pipeline_ranks
+from launcher.planning.cost.geometry import pipeline_ranks
 from launcher.planning.cost.measured_rates import AnyRates, rates_of
 from launcher.planning.cost.memory import rank_memory
 from launcher.planning.cost.rates import NOMINAL
@@ -337,7 +337,7 @@ class _Judge:
 def peaks(run: RunConfig, layout: Layout) -> tuple[int, int]:
     """Return the largest bytes of a rank, on its device and on its host."""
     # The first of equal ranks has most micro-batches in flight; under DualPipeV all have the same number.
-    fullest = {kind_of(rank): rank for rank in reversed(pipeline_ranks(run, layout))}.values()
+    fullest = {rank.kind: rank for rank in reversed(pipeline_ranks(run, layout))}.values()
     memories = [rank_memory(run, layout, rank) for rank in fullest]
     return max(memory.total for memory in memories), max(memory.on_host for memory in memories)
 

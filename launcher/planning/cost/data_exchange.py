@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 from launcher.config.layout import GroupName, Layout
 from launcher.config.schema import RunConfig
@@ -81,13 +82,17 @@ def _simulated(
     block += 0 if rank.trains_whole_model else rank.trained_of_block(False)
     at_once = max(buffers.prefetch_bucket, block // MODULE_CALLS)
 
+    def seconds(kind: CollectiveKind, elements: int, at_once: int) -> float:
+        sent = ((Collective(kind, element * size), count) for size, count in pieces(elements, at_once))
+        return sum(count * rates.collective(call, data) for call, count in sent)
+
+    @cache
     def gather(elements: int) -> float:
         if not partitions:
             return 0.0
-        calls = [Collective("all_gather", element * size) for size in pieces(elements, at_once)]
         # Offloaded partitions first come over the link to the host.
         from_host = element * elements / layout.gradient_ranks / rates.host if offloads else 0.0
-        return sum(rates.collective(call, data) for call in calls) + from_host
+        return seconds("all_gather", elements, at_once) + from_host
 
     kind: CollectiveKind = "reduce_scatter" if partitions else "all_reduce"
 
@@ -100,7 +105,7 @@ def _simulated(
     ahead = max(1, buffers.max_live // block if MODULE_CALLS * buffers.prefetch_bucket >= block else 1)
     end = micro_batch(layers, ahead=ahead, bucket=bucket, reduction=reduction)
     link = sum(layer.gather + layer.gather_again for layer in layers)
-    link += sum(reduction(size) for size in pieces(reduced, bucket))
+    link += seconds(kind, reduced, bucket)
     waiting = end - sum(layer.forward + layer.backward for layer in layers)
     hidden = max(0.0, link - waiting)
     return Exchange(max(0.0, waiting) * times_in_step, hidden * times_in_step)

@@ -1,8 +1,9 @@
 """Seconds of a micro-batch in the parts of a model: computation, and waits for other ranks. Pure."""
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache
+from operator import add
 
 from launcher.planning.cost.measured_rates import AnyRates
 from launcher.planning.cost.operations import Collective, Matmul, Operation
@@ -29,12 +30,19 @@ class PassTime:
     def total(self) -> float:
         return self.compute + self.waiting + self.exchanging + self.context
 
+    @property
+    def parts(self) -> tuple[float, ...]:
+        """The fields in order. `dataclasses.astuple` copies each, which took a third of a search."""
+        return (
+            self.compute, self.waiting, self.hidden, self.host, self.exchanging, self.context,
+            self.context_hidden,
+        )  # fmt: skip
+
     def __add__(self, other: "PassTime") -> "PassTime":
-        pairs = zip(astuple(self), astuple(other), strict=True)
-        return PassTime(*(mine + others for mine, others in pairs))
+        return PassTime(*map(add, self.parts, other.parts))
 
     def times(self, count: int) -> "PassTime":
-        return PassTime(*(seconds * count for seconds in astuple(self)))
+        return PassTime(*(seconds * count for seconds in self.parts))
 
 
 def scaled(seconds: PassTime, scale: float) -> PassTime:

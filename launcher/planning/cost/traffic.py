@@ -165,18 +165,19 @@ def _zero_3(run: RunConfig, layout: Layout, rank: Rank) -> Counter[Collective]:
     sent: Counter[Collective] = Counter()
     # A prefetch takes whole weights until they fill its bucket.
     at_once = max(buffers.prefetch_bucket, free // max(1, sum(freed.values())))
-    for size in pieces(2 * free - kept, at_once):
-        sent[Collective("all_gather", element * size)] += layout.accumulation
-    for size in pieces(reduced, buffers.reduce_bucket):
-        sent[Collective("reduce_scatter", element * size)] += layout.accumulation
+    for size, count in pieces(2 * free - kept, at_once):
+        sent[Collective("all_gather", element * size)] += count * layout.accumulation
+    for size, count in pieces(reduced, buffers.reduce_bucket):
+        sent[Collective("reduce_scatter", element * size)] += count * layout.accumulation
     if whole > free:
         sent[Collective("all_gather", element * (whole - free))] += 1
     return +sent
 
 
-def pieces(total: int, at_once: int) -> list[int]:
+def pieces(total: int, at_once: int) -> list[tuple[int, int]]:
+    """Return the sizes of the pieces of `total` elements, and how many pieces have each size."""
     full, rest = divmod(total, at_once)
-    return [at_once] * full + ([rest] if rest else [])
+    return [(size, count) for size, count in ((at_once, full), (rest, 1)) if size and count]
 
 
 TRAFFIC = {
