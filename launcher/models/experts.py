@@ -134,7 +134,7 @@ class Experts(nn.Module):
     def _with_loss(self, x: Tensor, loss: Tensor | float, factor: float) -> Tensor:
         """Return x; its backward pass also adds the gradient of `loss` times `factor`.
 
-        The loss of a step is the mean over its micro-batches, data and context ranks, as the language loss is.
+        A step's loss is the mean over its micro-batches, data and context ranks, as the language loss is.
         """
         if factor == 0.0 or not isinstance(loss, Tensor):
             return x
