@@ -135,7 +135,9 @@ def _plans(faults: list[tuple[Mutant, Known]], known: list[Known], deadline: flo
 
 
 def _resumed(campaign: Campaign) -> set[tuple[str, int]]:
-    """Take over the faults of the journal; return their places."""
+    """Take over runs and faults of the journal; return the places of the faults."""
+    for record in campaign.journal.of_kind("run"):
+        _count_clean(campaign, record)
     records = campaign.journal.of_kind("fault")
     drawn = {record["run"]: drawn_from(record["run"].split()) for record in records}
     for record in records:
@@ -164,9 +166,6 @@ def _known_runs(
     """Verify the runs of a round without a fault, or take them from the journal; return those that pass."""
     names = [f"{number}/{place}" for place in range(len(drawn))]
     records = {record["number"]: record for record in campaign.journal.of_kind("run")}
-    for name in names:
-        if name in records:
-            _count_clean(campaign, records[name])
     plans = (
         _clean(run, name, traced=True)
         for run, name in zip(drawn, names, strict=True)

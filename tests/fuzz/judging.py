@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from launcher.parity.verification import verify
+from launcher.parity.verification import VerifyPass, verify
 from tests.fuzz.children import Ended, Work
 from tests.fuzz.draws import Draw, check_small
 from tests.fuzz.lines import Lines
@@ -180,16 +180,23 @@ def verified(drawn: Draw, mutant: Mutant | None = None, lines: Lines | None = No
     numbers, worst = [], 0.0
     for result in verify(drawn.small, run=drawn.run):
         if not result.ok:
-            found = result.diagnosis
-            shape = found.shape.strip().splitlines() if found else [""]
-            why = f"{result.title}: {shape[-1 if result.lost_a_rank else 0]}"[:200]
-            hangs = found is not None and found.meaning.startswith(HANGS)
-            return {"ok": False, "lost": result.lost_a_rank, "hangs": hangs, "why": why}
+            hangs = result.diagnosis is not None and result.diagnosis.meaning.startswith(HANGS)
+            return {"ok": False, "lost": result.lost_a_rank, "hangs": hangs, "why": _why(result)}
         measured = [(d.step, d.kind, d.name, d.measured.hex()) for d in result.differences]
         numbers.append(hashlib.sha256(repr(measured).encode()).hexdigest()[:16])
         worst = max([worst, *(d.excess for d in result.differences)])
     is_reached = bool(seen[0]) or drawn.small.training.compile
     return {"ok": True, "numbers": numbers, "worst": worst, "reached": is_reached}
+
+
+def _why(result: VerifyPass) -> str:
+    """Return the pass, the last line of a lost rank or the diagnosis, and the first difference."""
+    lines = result.diagnosis.shape.strip().splitlines() if result.diagnosis else [""]
+    text = f"{result.title}: {lines[-1 if result.lost_a_rank else 0]}"[:200]
+    first = next(difference for difference in result.differences if not difference.ok)
+    return (
+        f"{text} (step {first.step}, {first.kind} {first.name}: {first.measured:.2e} / {first.allowed:.2e})"
+    )
 
 
 def tested(mutant: Mutant | None, tests: list[str], left_out: tuple[str, ...]) -> str | None:
