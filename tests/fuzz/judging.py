@@ -20,10 +20,10 @@ from tests.fuzz.lines import Lines
 from tests.fuzz.mutants import Mutant, apply
 from tests.fuzz.nearby import failed_test, quick_tests_of
 
-CLEAN_LIMIT, TEST_LIMIT = 300.0, 240.0
+CLEAN_LIMIT, TEST_LIMIT = 600.0, 240.0  # compiling blocks takes minutes
 LEFT_OUT = 3  # tests that fail without the fault too, until the tests of a file count as passed
 HANGS = "a rank does not take part in a collective"  # the diagnosis of verify's watchdog
-_OF_THE_MACHINE = re.compile(
+OF_THE_MACHINE = re.compile(
     r"Resource temporarily unavailable|Cannot allocate memory|can't start new thread|No space left on device"
     r"|MemoryError|Too many open files|SIGKILL|status -9|Address already in use|Broken pipe"
 )
@@ -109,7 +109,7 @@ def _timed(plan: Generator[Work, Ended, Any], spent: list[float]) -> Generator[W
 def _verdict(mutant: Mutant, run: Known) -> Verdict:
     ended = yield Work(partial(verified, run.draw, mutant), run.limit)
     kind, detail = kind_of(ended, run)
-    if kind == "hang" or (kind == "crash" and _OF_THE_MACHINE.search(f"{detail}\n{ended.error}")):
+    if kind == "hang" or (kind == "crash" and OF_THE_MACHINE.search(f"{detail}\n{ended.error}")):
         return (yield from _once_more(mutant, run))
     if kind == "survived":
         clean = yield Work(partial(verified, run.draw), CLEAN_LIMIT)
