@@ -338,8 +338,9 @@ def test_a_planted_survivor_fails_the_campaign_which_can_be_resumed(
     monkeypatch.setattr(campaigns, "verified", planted)
     one = draw(random.Random(0))
     monkeypatch.setattr(campaigns, "draw", lambda _: one)
+    monkeypatch.setattr(campaigns, "count", lambda: range(1))  # rounds
     words = ["--seed", "1", "--results", str(tmp_path / "a.jsonl"), "--minutes"]
-    assert command.main([*words, "0.05"]) == 1
+    assert command.main([*words, "10"]) == 1
     output = capsys.readouterr().out
     assert "survived: launcher/parallel/vocabulary.py:" in output
     judged_first = len(Journal.open(tmp_path / "a.jsonl", 1, clean=False).of_kind("fault"))
