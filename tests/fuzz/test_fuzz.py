@@ -52,11 +52,16 @@ def faults_in(source: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> l
     (tmp_path / "parallel").mkdir(exist_ok=True)
     (tmp_path / "parallel" / "a.py").write_text(source)
     monkeypatch.setattr(mutants, "PACKAGE", tmp_path)
-    mutants._tree.cache_clear()
+    forget()
     try:
         return [mutant.change for mutant in mutants_of("parallel/a.py", EVERY_LINE)]
     finally:
-        mutants._tree.cache_clear()
+        forget()
+
+
+def forget() -> None:
+    mutants._tree.cache_clear()
+    mutants._all.cache_clear()
 
 
 def test_operators_constants_arguments_and_statements_change(

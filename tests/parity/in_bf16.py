@@ -52,7 +52,7 @@ def main(words: str) -> int:
             result = result_in_bf16(title, mutation)
             diagnosis = result.diagnosis
             text = f"{diagnosis.shape}: {diagnosis.meaning}" if diagnosis else ""
-            lacking = [part for part in mutation.words if part not in text]
+            lacking = [part for part in mutation.in_bf16 or mutation.words if part not in text]
             missed += result.ok
             verdict = "MISSED" if result.ok else "other diagnosis" if lacking else "caught"
             print(f"{verdict:<16}{name} | {result.title} | {text}", flush=True)

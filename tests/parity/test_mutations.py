@@ -132,10 +132,12 @@ def test_the_whole_run_agrees_with_the_reference(run: str) -> None:
 @pytest.mark.parametrize(("title", "name"), [(title, name) for title in BY_PASS for name in BY_PASS[title]])
 def test_a_fault_is_detected_in_the_own_precision_of_a_run_in_bf16(title: str, name: str) -> None:
     """By a pass in bf16; the fp32 passes before it would catch the fault as well."""
-    result = result_in_bf16(title, BY_PASS[title][name])
+    mutation = BY_PASS[title][name]
+    result = result_in_bf16(title, mutation)
     assert not result.ok
     assert result.diagnosis is not None
-    assert matches(BY_PASS[title][name], result.diagnosis), result.diagnosis
+    text = f"{result.diagnosis.shape}: {result.diagnosis.meaning}"
+    assert all(words in text for words in mutation.in_bf16 or mutation.words), text
 
 
 @pytest.mark.parametrize("name", OPTIMIZER_MUTATIONS)
