@@ -359,11 +359,14 @@ def _whole(e: Evidence) -> Results:
 
 
 def _update(e: Evidence) -> Results:
+    # Without a momentum, the updates of the run's own optimizer do not show the gradients.
+    are_compared = bool(e.step.gradients)
     if e.names("grad_norm"):
         words, _ = named_ratio(e.step.grad_norm / e.right.grad_norm, e.layout)
         meaning = "the norm is not computed over the logical gradients"
         cause = "shards are left out, or replicas counted twice"
-        yield f"every gradient is right and the reported norm is {words}", f"{meaning}: {cause}"
+        right = "every gradient is right" if are_compared else "every output and loss is right"
+        yield f"{right} and the reported norm is {words}", f"{meaning}: {cause}"
     names = _some(e.names("weight", "state"))
     if not names:
         return
@@ -376,9 +379,15 @@ def _update(e: Evidence) -> Results:
     if ratio is not None and abs(ratio - 1) > CLOSE and not e.names("state"):
         words = f"the reference times {ratio:.4f}"
         meaning = "the learning rate, its schedule, or the number of updates that Adam counts"
-        yield f"gradients and states are right, and the update of {names} is {words}", meaning
-    shape = f"{names}: the gradients are right, but the update or state computed from them is wrong"
-    yield shape, "the optimizer, learning rate, weight decay or state differs from the reference"
+        right = "gradients and states are right" if are_compared else "the norm is right"
+        yield f"{right}, and the update of {names} is {words}", meaning
+    right = "the gradients are right, but the update or state computed from them is wrong"
+    if not are_compared:
+        right = "the norm of the gradients is right, and the update or state is wrong"
+    yield (
+        f"{names}: {right}",
+        "the optimizer, learning rate, weight decay or state differs from the reference",
+    )
 
 
 RULES = (_start, _micro_batches, _forward, _choices, _loss, _replicas, _gradients, _rounding, _update, _whole)

@@ -55,11 +55,15 @@ from launcher.parallel.mesh import Axis
 
 @dataclass(frozen=True)
 class Mutation:
-    """A fault, a layout in which it shows, and words that distinguish its diagnosis from all others."""
+    """A fault, a layout in which it shows, and words that distinguish its diagnosis from all others.
+
+    `in_bf16` are the words of the diagnosis in the run's own precision, if that is another.
+    """
 
     inject: Callable[[], None]
     layout: str
     words: tuple[str, ...]
+    in_bf16: tuple[str, ...] = ()
 
 
 def row_layer_not_reduced() -> None:
@@ -689,7 +693,10 @@ MUTATIONS = {
         gradients_averaged_twice, f"{GPT} {DP}", ("every gradient", "1 / data size (1/2)", "scaled by data")
     ),
     "gradients not averaged over data ranks": Mutation(
-        gradients_not_averaged, f"{GPT} {DP}", ("differs between data ranks", "not averaged")
+        gradients_not_averaged,
+        f"{GPT} {DP}",
+        ("differs between data ranks", "not averaged"),
+        in_bf16=("data ranks report different gradient norms", "not averaged"),
     ),
     "gradients of the last bucket not averaged": Mutation(
         last_bucket_not_averaged, f"{GPT} {DP}", ("differs between data ranks",)
@@ -747,6 +754,7 @@ MUTATIONS = {
         weights_differ_between_data_ranks,
         f"{GPT} {DP}",
         ("differs between data ranks before", "its own initial weights"),
+        in_bf16=("before the first step", "another seed"),  # ZeRO-1 takes each part from one rank
     ),
     "another weight seed per data rank, under ZeRO-3": Mutation(
         weights_differ_between_data_ranks,
@@ -783,7 +791,10 @@ MUTATIONS = {
         ("effect of 1 more logits", "padding of the vocabulary enters"),
     ),
     "cross-entropy of the local shard": Mutation(
-        loss_of_the_local_shard, f"{LLAMA} {TP}", ("computed from the logits is wrong", "cross-entropy")
+        loss_of_the_local_shard,
+        f"{LLAMA} {TP}",
+        ("computed from the logits is wrong", "cross-entropy"),
+        in_bf16=("only the losses of", "cross-entropy of some labels"),
     ),
     "no gradient from the head's last chunk of tokens": Mutation(
         last_chunk_without_gradient,
@@ -995,10 +1006,14 @@ IN_BF16 = {
 }
 
 
+def _in_bf16(mutation: Mutation) -> str:
+    return f" (bf16: {'; '.join(mutation.in_bf16)})" if mutation.in_bf16 else ""
+
+
 def fault_table() -> str:
     """Return the table of docs/verify.md: each fault, the passes that show it, and its diagnosis."""
     rows = [
-        f"| {name} | {title} | {IN_BF16[title]} | {'; '.join(mutation.words)} |"
+        f"| {name} | {title} | {IN_BF16[title]} | {'; '.join(mutation.words)}{_in_bf16(mutation)} |"
         for title, of_pass in BY_PASS.items()
         for name, mutation in of_pass.items()
     ]
