@@ -34,6 +34,7 @@ from launcher.config.world import World, world_of_machine
 from launcher.data.card import tokenizer_path
 from launcher.data.evaluated import text_stretch, token_stretches
 from launcher.data.open import ONLY, TOKENIZER, open_data
+from launcher.data.packing import PackedChats
 from launcher.data.tokenizer import Bytes, HuggingFace, Tokenizer
 from launcher.data.windows import Stretch, Windows
 
@@ -173,21 +174,21 @@ def _length(config: EvaluateConfig, subject: Subject) -> int:
     return length
 
 
-def data_to_score(config: EvaluateConfig, subject: Subject) -> dict[str, list[Stretch]]:
+def data_to_score(config: EvaluateConfig, subject: Subject) -> dict[str, list[Stretch] | PackedChats]:
     """Return the tokens to score by name: text files, token files, else the run's validation data.
 
     Nothing is scored beside tasks unless it is named. Raises ConfigError.
     """
-    data: dict[str, list[Stretch]] = {}
+    data: dict[str, list[Stretch] | PackedChats] = {}
     if config.text is not None:
         tokenizer = known_tokenizer(config, subject, "text")
         data["text"] = [text_stretch(config.text, tokenizer, subject.end_of_document)]
     if config.tokens is not None:
         data["tokens"] = _token_files(config.tokens, config, subject)
     if not data and not config.tasks:
-        data = _validation_data(subject)
-    for name, stretches in data.items():
-        if not any(len(stretch) > 1 for stretch in stretches):
+        data = _validation_data(config, subject)
+    for name, parts in data.items():
+        if not isinstance(parts, PackedChats) and not any(len(stretch) > 1 for stretch in parts):
             why = "fewer than two tokens: the first token of a file is only context"
             raise ConfigError(name, getattr(config, name, None), why, "more text")
     return data
@@ -222,17 +223,21 @@ def _same_json(a: Path, b: Path) -> bool:
         return False
 
 
-def _validation_data(subject: Subject) -> dict[str, list[Stretch]]:
+def _validation_data(config: EvaluateConfig, subject: Subject) -> dict[str, list[Stretch] | PackedChats]:
     if subject.recorded is None:
         why = "these weights belong to no run, so they have no validation data"
         raise ConfigError("run.dir", subject.weights.path, why, _OTHER_DATA)
+    recorded = subject.recorded
+    data = replace(recorded.data, sequence_length=_length(config, subject))  # conversations are cut to it
     try:
-        sources = open_data(subject.recorded).validation
+        sources = open_data(replace(recorded, data=data)).validation
     except ConfigError as error:
         why = f"the run's validation data cannot be read: {error.field}={error.value}: {error.why}"
         raise ConfigError("run.dir", subject.run_dir, why, _OTHER_DATA) from None
-    data = {}
+    parts: dict[str, list[Stretch] | PackedChats] = {}
     for name, samples in sources.items():
-        assert isinstance(samples.items, Windows), "a language model reads windows of tokens"
-        data[VALIDATION if name == ONLY else f"{VALIDATION}/{name}"] = list(samples.items.stretches)
-    return data
+        items = samples.items
+        assert isinstance(items, Windows | PackedChats), "a language model reads tokens"
+        of_source = list(items.stretches) if isinstance(items, Windows) else items
+        parts[VALIDATION if name == ONLY else f"{VALIDATION}/{name}"] = of_source
+    return parts
