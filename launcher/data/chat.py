@@ -25,7 +25,7 @@ from launcher.text import plural
 _IN_PACKAGE = "pkg://launcher/"  # files that the launcher comes with, as Hydra names those of a package
 _LONGEST_LINE = 256 * 10**6  # bytes
 _PROBES = 64  # conversations per part whose end is checked, and windows per part that are read
-_PREPARE = "launcher prepare SOURCE TARGET chat=true"
+PREPARE = "launcher prepare SOURCE TARGET chat=true"
 _TEMPLATE = "the chat template"  # in the reason of a line that the template makes bad
 
 
@@ -43,13 +43,13 @@ def open_chats(run: RunConfig) -> ChatSplit:
     """Return the conversations of a run, in parts. Raises ConfigError."""
     d = run.data
     assert d.train is not None, "validated with the config"
-    train, digest = _opened(d, "data.train", d.train)
+    train, digest = opened_chats(d, "data.train", d.train)
     digests, count = {"": digest}, len(train)
     held_out: dict[str, tuple[ChatTokens, int, int]] = {}
     parts = (("test", d.test, d.test_fraction), ("validation", d.validation, d.validation_fraction))
     for name, pattern, fraction in parts:
         if pattern is not None:
-            chats, digests[name] = _opened(d, f"data.{name}", pattern)
+            chats, digests[name] = opened_chats(d, f"data.{name}", pattern)
             held_out[name] = chats, 0, len(chats)
         elif fraction > 0:
             # The last conversations, in the order training, validation, test.
@@ -83,7 +83,7 @@ def check_chats(run: RunConfig, left_out: LeftOut) -> None:
 def _check_tokenizer(run: RunConfig) -> None:
     """Raise ConfigError if the tokenizer has more tokens than the model's vocabulary."""
     assert run.data.train is not None, "validated with the config"
-    if (prefix := _prepared(run.data.train)) is not None:
+    if (prefix := prepared_prefix(run.data.train)) is not None:
         check_vocabulary(run.model.vocab_size, prefix)
         return
     tokenizer = _settings(run.data, None).load()
@@ -106,7 +106,7 @@ def chat_companions(run: RunConfig) -> tuple[Path | None, str | None]:
     """Return the tokenizer.json of a run's conversations, None for bytes, and their chat template."""
     d = run.data
     assert d.train is not None, "validated with the config"
-    if (prefix := _prepared(d.train)) is not None:
+    if (prefix := prepared_prefix(d.train)) is not None:
         path = tokenizer_path(prefix)
         return path if path.exists() else _tokenizer(d), chat_template_of(prefix)
     return _tokenizer(d), _template(d).source
@@ -118,21 +118,21 @@ def _packed(run: RunConfig, chats: ChatTokens, first: int, last: int) -> PackedC
     return PackedChats(chats, first, last, sequence_length(run), end, run.model.vocab_size)
 
 
-def _opened(data: DataConfig, field: str, pattern: str) -> tuple[ChatTokens, str]:
+def opened_chats(data: DataConfig, field: str, pattern: str) -> tuple[ChatTokens, str]:
     """Return the conversations that a field names, and their digest. Raises ConfigError."""
-    if (prefix := _prepared(pattern)) is None:
+    if (prefix := prepared_prefix(pattern)) is None:
         return _read(data, field, pattern)
     try:
         file = open_token_file(prefix)
     except TokenFileError as error:
-        raise ConfigError(field, pattern, str(error), _PREPARE) from None
+        raise ConfigError(field, pattern, str(error), PREPARE) from None
     path = mask_path(prefix)
     size = path.stat().st_size if path.is_file() else None
     if size != file.num_tokens:
         state = "does not exist" if size is None else f"has {size} bytes for {file.num_tokens} tokens"
         why = f"{path} {state}, and data=chat needs a byte per token"
         plain = f"data=tokens {typed_text(field, pattern)} (learns all tokens)"
-        raise ConfigError(field, pattern, why, plain if size is None else _PREPARE)
+        raise ConfigError(field, pattern, why, plain if size is None else PREPARE)
     sequences = file.documents[:-1]
     starts = np.append(file.pointers[sequences] // file.dtype.itemsize, file.num_tokens).astype(np.int64)
     return ChatTokens(str(path), starts, file), file.digest()
@@ -147,7 +147,7 @@ def _read(data: DataConfig, field: str, pattern: str) -> tuple[ChatTokens, str]:
         tokenised = worker.tokenise(batch)
         if tokenised.bad_lines:
             bad = tokenised.bad_lines[0]
-            skip = f"{_PREPARE} bad_lines=skip (leaves bad lines out)"
+            skip = f"{PREPARE} bad_lines=skip (leaves bad lines out)"
             mend = (
                 "data.chat_template=PATH of another template" if _TEMPLATE in bad.why else "correct the line"
             )
@@ -163,7 +163,7 @@ def _read(data: DataConfig, field: str, pattern: str) -> tuple[ChatTokens, str]:
     return ChatTokens(pattern, starts, in_memory=arrays), f"{len(arrays[0])}-{digest:08x}"
 
 
-def _prepared(pattern: str) -> Path | None:
+def prepared_prefix(pattern: str) -> Path | None:
     """Return the prefix of the token files that a pattern names, or None."""
     prefix = Path(os.path.expanduser(pattern.removesuffix(".bin").removesuffix(".idx")))
     return prefix if index_path(prefix).is_file() else None
@@ -177,7 +177,7 @@ def _files(field: str, pattern: str) -> list[Path]:
     paths = first_of_each(filter(Path.is_file, matches), LeftOut())
     if not paths:
         why = "no file has this name, and there are no token files of this name either"
-        raise ConfigError(field, pattern, why, f"{field}=PATH of a .jsonl file, or {_PREPARE}")
+        raise ConfigError(field, pattern, why, f"{field}=PATH of a .jsonl file, or {PREPARE}")
     for path in paths:
         if format_of(path) is not FileFormat.json_lines:
             why = f"{path} is not a .jsonl, .ndjson or .json file"

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import launcher as package
 from launcher.config.errors import ConfigError
 from launcher.config.schema import EvaluateConfig
 from launcher.data.evaluated import scored_windows
@@ -110,6 +111,10 @@ def test_conversations_have_the_loss_of_the_runs_validation(layout: str, tmp_pat
     row = metrics(tmp_path / "r")[-1]
     assert row["step"] == 2
     assert found["loss"] == pytest.approx(row["val/loss"], rel=1e-5)
+    shipped = (Path(package.__file__).parent / "data" / "conversations.jsonl").read_text()
+    lines = shipped.splitlines(keepends=True)
+    (tmp_path / "kept.jsonl").write_text("".join(lines[-round(0.2 * len(lines)) :]))
+    assert report(tmp_path, "run.dir=r", "chats=kept.jsonl")["data"]["chats"] == pytest.approx(found)
     # Bytes are tokens here; the end of a conversation is a token without a byte.
     ends = found["tokens"] - found["bytes"]
     assert 0 < ends < 10
