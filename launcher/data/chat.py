@@ -14,11 +14,13 @@ from launcher.config.schema import DataConfig, RunConfig
 from launcher.config.shape import end_of_document, sequence_length
 from launcher.data.card import chat_template_of, tokenizer_path
 from launcher.data.chat_template import ChatTemplate, template_of
+from launcher.data.chat_tokens import ENDS_INSIDE
 from launcher.data.input_files import LeftOut, first_of_each
 from launcher.data.packing import ChatTokens, PackedChats
 from launcher.data.reading import FileFormat, Place, batches, format_of
 from launcher.data.token_file import TokenFileError, index_path, mask_path, open_token_file
 from launcher.data.tokenise import TokeniseSettings, Worker
+from launcher.data.tokenizer import HuggingFace
 from launcher.data.tokens import check_vocabulary
 from launcher.text import plural
 
@@ -148,10 +150,7 @@ def _read(data: DataConfig, field: str, pattern: str) -> tuple[ChatTokens, str]:
         if tokenised.bad_lines:
             bad = tokenised.bad_lines[0]
             skip = f"{PREPARE} bad_lines=skip (leaves bad lines out)"
-            mend = (
-                "data.chat_template=PATH of another template" if _TEMPLATE in bad.why else "correct the line"
-            )
-            remedy = f"{mend}, or {skip}"
+            remedy = f"{_mend(data, bad.why)}, or {skip}"
             raise ConfigError(field, pattern, f"{batch.file}:{bad.line} {bad.why}", remedy)
         tokens.append(tokenised.tokens)
         masks.append(tokenised.mask)
@@ -161,6 +160,17 @@ def _read(data: DataConfig, field: str, pattern: str) -> tuple[ChatTokens, str]:
     starts = np.cumsum(lengths, dtype=np.int64)
     digest = zlib.crc32(starts.tobytes(), zlib.crc32(content[1], zlib.crc32(content[0])))
     return ChatTokens(pattern, starts, in_memory=arrays), f"{len(arrays[0])}-{digest:08x}"
+
+
+def _mend(data: DataConfig, why: str) -> str:
+    """Return what mends a bad line: mostly the line, else the setting that makes it bad."""
+    if _TEMPLATE in why:
+        return "data.chat_template=PATH of another template"
+    if ENDS_INSIDE not in why or not isinstance(tokenizer := _settings(data, None).load(), HuggingFace):
+        return "correct the line"
+    other = tokenizer.token_beside_end()
+    named = "ID of a token that the template does not write" if other is None else other
+    return f"data.end_of_document={named} (and {PREPARE} has tokenizer.end_of_document)"
 
 
 def prepared_prefix(pattern: str) -> Path | None:
@@ -186,7 +196,10 @@ def _files(field: str, pattern: str) -> list[Path]:
 
 
 def _settings(data: DataConfig, template: ChatTemplate | None) -> TokeniseSettings:
-    return TokeniseSettings(_tokenizer(data), None, "", _LONGEST_LINE, template=template)
+    end = data.end_of_document
+    return TokeniseSettings(
+        _tokenizer(data), end, "", _LONGEST_LINE, template=template, field="data.tokenizer"
+    )
 
 
 def _tokenizer(data: DataConfig) -> Path | None:
