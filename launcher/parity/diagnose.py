@@ -161,6 +161,9 @@ def _forward(e: Evidence) -> Results:
         meaning = "partial look-ups are not summed over the tensor ranks"
         meaning += " (under sequence parallelism: by the reduce-scatter)"
         yield f"{where}: tokens in the vocabulary shards of other ranks have output zero", meaning
+    if name == "embedding" and (factor := _common_factor(e, name)) is not None:
+        meaning = "the scale of the embedding (model.embedding_scale)"
+        yield f"{where}: it is the right one times {factor:.3g}", meaning
     if name == "embedding" and "embedding.weight" in e.before.weights and _are_other_tokens(e):
         meaning = "other samples are read: their order, the blend, the first sample, or the place of a window"
         yield f"{where}: it is that of other tokens", meaning
@@ -173,6 +176,13 @@ def _choices(e: Evidence) -> Results:
         shape = f"{_some(names)}: a token runs through experts with lower scores than others have"
         meaning = "the router: its logits, the biases for the choice, or tokens and scores in another order"
         yield shape, meaning
+
+
+def _common_factor(e: Evidence, name: str) -> float | None:
+    """Return the factor by which an output is the right one everywhere; None if there is no such factor."""
+    got, right = e.step.outputs[name], e.right.outputs[name]
+    factor = float((got * right).sum() / right.square().sum())
+    return factor if float((got - factor * right).norm()) <= CLOSE * float(got.norm()) else None
 
 
 def _are_other_tokens(e: Evidence) -> bool:

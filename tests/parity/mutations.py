@@ -46,6 +46,7 @@ import launcher.runtime.training as training
 import launcher.runtime.validation as validation
 from launcher.checkpoint.save import CheckpointWriter
 from launcher.config.numbers import IGNORED_LABEL
+from launcher.config.shape import head_size
 from launcher.data.images import ImageFiles
 from launcher.data.loader import Loader
 from launcher.data.packing import PackedChats
@@ -527,6 +528,25 @@ def rotary_scaling_left_out() -> None:
     rotary.scaled = lambda plain, *_: plain
 
 
+def whole_heads_rotated() -> None:
+    rotary.rotary_size = head_size
+
+
+def attention_scale_ignored() -> None:
+    right = attention.Kernel
+    attention.Kernel = lambda is_causal, _, cap, device: right(is_causal, None, cap, device)  # type: ignore[misc,assignment]
+
+
+def embedding_scale_left_out() -> None:
+    build = layers.VocabParallelEmbedding.__init__
+
+    def unscaled(self: layers.VocabParallelEmbedding, *arguments: Any, **options: Any) -> None:
+        build(self, *arguments, **options)
+        self.scale = 1.0
+
+    layers.VocabParallelEmbedding.__init__ = unscaled  # type: ignore[method-assign]
+
+
 def window_left_out() -> None:
     right = masks.additive
     masks.additive = lambda allowed, _, dtype: right(allowed, None, dtype)
@@ -802,6 +822,17 @@ MUTATIONS = {
         ("not by a constant ratio; the loss is right", "goes wrong at head.weight"),
     ),
     "rotary scaling left out": Mutation(rotary_scaling_left_out, f"{LLAMA} {TP} {SCALED}", SCORES),
+    "whole heads rotated instead of a part": Mutation(
+        whole_heads_rotated, f"{LLAMA} {TP} model.rotary_fraction=0.5", SCORES
+    ),
+    "attention scale ignored": Mutation(
+        attention_scale_ignored, f"{LLAMA} {TP} model.attention_scale_size=4", SCORES
+    ),
+    "embedding scale left out": Mutation(
+        embedding_scale_left_out,
+        f"{LLAMA} {TP} model.embedding_scale=8",
+        ("output of embedding", "the right one times 0.125", "scale of the embedding"),
+    ),
     "sliding window left out": Mutation(window_left_out, f"{LLAMA} {SP} {WINDOW}", SCORES),
     "sliding window of one position more": Mutation(
         window_of_one_position_more, f"{LLAMA} {PP} {WINDOW}", SCORES
