@@ -91,7 +91,7 @@ def _check_layers(run: RunConfig) -> None:
 
 
 def _check_combinations(run: RunConfig) -> None:
-    """Refuse what is not built, or not shown to be right, with experts."""
+    """Refuse combinations with experts that are not supported or not verified."""
     m, e, tensor = run.model, run.model.experts, run.parallelism.tensor
     for name in ("up", "down"):
         if getattr(m.biases, name):

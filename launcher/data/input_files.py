@@ -139,7 +139,7 @@ def closest_directory(candidates: Iterable[Path]) -> Path | None:
 
 
 def prepare_commands(source: Path) -> str:
-    """Return what to type to train on text that only `launcher prepare` reads."""
+    """Return the commands that train on text that only `launcher prepare` reads."""
     name = source.name.partition(".")[0] or "web"
     target = f"corpora/{name}"
     train = shlex.join(["launcher", "data=tokens", typed_text("data.train", target)])

@@ -24,7 +24,7 @@ _MOST_DEPTH = 8  # of structures within a page header
 
 
 class UnboundedPages(Exception):
-    """Raised for a row group that needs too much memory; the message says which, and names the limit."""
+    """Raised for a row group that needs too much memory; the message names the row group and the limit."""
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ class StepResult:
     loss: Tensor  # this rank's share of the mean over all labels, in nats; see Engine.loss_share
     grad_norm: Tensor  # before clipping, the same on every rank
     skipped: Tensor  # 1 if the step changed no weight because its gradients are not usable, else 0; alike
-    labels: int | None  # of the global batch, as train_batch was told
+    labels: int | None  # labels of the global batch, as passed to train_batch
 
 
 class Engine(ABC):
@@ -107,7 +107,7 @@ class Engine(ABC):
         self.loss.labels_per_micro_batch = None if labels is None else max(labels, 1) / micro_batches
 
     def _to_device(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """Return inputs and labels on the device: of token ids (B, T+1) two (B, T), of a pair its two."""
+        """Return inputs and labels on the device, from token ids (B, T+1) or from a pair of both."""
         inputs, labels = batch if isinstance(batch, tuple) else (batch[:, :-1], batch[:, 1:])
         if self.loss.labels_per_micro_batch is None:
             assert not (labels == IGNORED_LABEL).any(), "the engine is told how many labels count"

@@ -57,7 +57,7 @@ class Disagreement:
     ranks: dict[int, int]  # hash by rank
 
     def minority(self) -> list[int]:
-        """Return the ranks that differ from more than half of the ranks; all ranks if no half is alike."""
+        """Return the ranks that differ from the majority; all ranks if there is no majority."""
         hashes = list(self.ranks.values())
         most = max(hashes, key=hashes.count)
         if 2 * hashes.count(most) <= len(hashes):
@@ -138,7 +138,7 @@ def _weights_and_whole_states(engine: Engine) -> Iterator[Replica]:
     has_data, has_tensor = engine.mesh.data.size > 1, engine.mesh.tensor.size > 1
     for parameter in _whole_parameters(engine):
         logical = logical_of(parameter)
-        # Experts that data ranks share differ between them.
+        # Data ranks of an expert group hold different experts.
         axes = (id(parameter) in tied, has_data and not logical.is_part, has_tensor and not logical.is_split)
         if any(axes):
             yield Replica(logical.name, axes, parameter.detach())
@@ -155,7 +155,7 @@ def _whole_parameters(engine: Engine) -> list[nn.Parameter]:
 
 
 def _fragments_of_whole_tensors(engine: Engine) -> Iterator[Replica]:
-    """Yield the fragments of tensors that are not split: tensor ranks with one data rank hold the same."""
+    """Yield the fragments of tensors that are not split over tensor ranks, which therefore hold copies."""
     states = engine.optimizer.state.values()
     keys = {key for state in states for key, value in state.items() if isinstance(value, Tensor)} - {"step"}
     for fragment in fragments(engine, sorted(keys)):

@@ -81,7 +81,7 @@ class StepParts:
 
 @dataclass
 class _Spans:
-    """Intervals of a trace. A collective is `waited` for where the thread of the step stands still."""
+    """Intervals of a trace. In `waited` the thread of the step does nothing but wait for a collective."""
 
     windows: list[Span]
     work: list[Span] = field(default_factory=list)

@@ -1,9 +1,9 @@
-"""Faults that nobody chose: `python -m tests.fuzz --seed N --minutes M`.
+"""Random runs and automatic faults: `python -m tests.fuzz --seed N --minutes M`.
 
-Draws runs (layout, model, precision, ...) and automatic faults of launcher/parallel, models and engine on
-lines that the run executes. Verifies each, and runs the quick tests of the file if verify passes. Prints the
-share that is caught, and every fault that is not. `--clean` draws runs without faults and counts false
-alarms. The exit code is 1 after a false alarm.
+Draws runs (layout, model, precision, ...), and automatic faults of launcher/parallel, models and engine on
+lines that the run executes. Verifies each fault, and if verify passes, runs the quick tests of the file. Prints
+the share of faults that are caught, and each fault that is not. `--clean` verifies runs without faults and
+counts false alarms. The exit code is 1 after a false alarm.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 
-os.environ["OMP_NUM_THREADS"] = "1"  # set before torch is imported: a fork does not take threads along
+os.environ["OMP_NUM_THREADS"] = "1"  # set before torch is imported: forked processes have no threads of torch
 
 from tests.fuzz.campaign import Campaign, clean_runs, mutation_runs
 

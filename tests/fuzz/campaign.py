@@ -18,10 +18,10 @@ from tests.fuzz.mutants import Mutant, apply, mutants_of, prepare
 from tests.fuzz.nearby import failed_test, quick_tests_of
 
 PER_DRAW = 10  # faults for each drawn run: the run is traced once
-FIRST = 6  # runs drawn at first, so that a fault can be tried in others than its own
+FIRST = 6  # runs drawn before the first fault, so that a fault can be tried in several runs
 OTHERS = 2  # earlier runs that execute the faulty line, in which a fault that passed is tried again
 CLEAN_LIMIT, TEST_LIMIT = 300.0, 240.0
-# How a fault ends. Those of the last three do not count as caught.
+# The outcomes of a fault. The last three do not count as caught.
 OUTCOMES = {
     "verify": "a comparison of `launcher verify` fails",
     "crash": "a rank raises an error",

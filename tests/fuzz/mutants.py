@@ -19,7 +19,7 @@ import launcher
 PACKAGE = Path(launcher.__file__).parent
 FOLDERS = ("parallel", "models", "engine")
 LOCALS = ".<locals>"
-# Nothing in these is a computation: messages, types and checks.
+# These contain no computation: messages, types and checks.
 _LEFT_OUT = (ast.Raise, ast.Assert, ast.JoinedStr, ast.Import, ast.ImportFrom, ast.Global, ast.Nonlocal)
 _MESSAGES = {"print", "warn", "warning", "ConfigError", "refusal", "info", "debug", "isinstance", "cast"}
 _CHECKS = {"strict"}  # arguments that only check: without them a right program computes the same
@@ -67,7 +67,7 @@ def files() -> list[str]:
 
 
 def mutants_of(file: str, lines: set[int]) -> list[Mutant]:
-    """Return the faults of a file on these lines. Those of other lines have no effect on the traced run."""
+    """Return the faults of a file on these lines. Faults of other lines have no effect on the traced run."""
     return [
         Mutant(file, number, site.line, site.name, f"{site.before} -> {site.after}")
         for number, site in enumerate(_sites(_tree(file)))

@@ -107,7 +107,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_deliberate_fault_is_noticed(fault: str) -> None:
+def test_a_deliberate_fault_is_detected(fault: str) -> None:
     inject, case = FAULTS[fault]
     assert not plain_sgd_pass(small_run(*CASES[case], *LORA, steps=3), inject).ok
 
@@ -134,7 +134,7 @@ def test_dropout_changes_the_input_of_adapters_alone() -> None:
     assert torch.equal(block.eval()(x), plain.eval()(x))
 
 
-def test_dropout_on_the_base_path_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dropout_on_the_base_path_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     def dropped(linear: Any, adapter: Any, x: Tensor, seed: Any) -> Tensor:
         y: Tensor = linear(x if seed is None else F.dropout(x, 0.5))
         return y
