@@ -1,9 +1,9 @@
 """Random runs and automatic faults: `python -m tests.fuzz --seed N --minutes M`.
 
 Draws runs (layout, model, precision, ...), and automatic faults of launcher/parallel, models and engine on
-lines that the run executes. Verifies each fault, and if verify passes, runs the quick tests of the file. Prints
-the share of faults that are caught, and each fault that is not. `--clean` verifies runs without faults and
-counts false alarms. The exit code is 1 after a false alarm.
+lines that the run executes. Verifies each fault, and if verify passes, runs the quick tests of the file.
+Prints the share of faults that are caught, and each fault that is not. `--clean` verifies runs without faults
+and counts false alarms. The exit code is 1 after a false alarm.
 """
 
 import argparse
