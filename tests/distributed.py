@@ -109,9 +109,9 @@ class RankPool:
 
 
 @cache
-def mesh(tensor: int = 1, data: int = 1, pipeline: int = 1, context: int = 1) -> ProcessMesh:
+def mesh(tensor: int = 1, data: int = 1, pipeline: int = 1, context: int = 1, expert: int = 1) -> ProcessMesh:
     """The mesh of a pool's rank, made once per shape: every new group costs gloo threads and sockets."""
-    return ProcessMesh.create(MeshShape(pipeline, data * context, tensor, context=context))
+    return ProcessMesh.create(MeshShape(pipeline, data * context, tensor, expert, context))
 
 
 @dataclass(frozen=True)

@@ -14,22 +14,34 @@ from launcher.checkpoint.sources import WeightSource, weights_at
 from launcher.config.errors import ConfigError
 from launcher.config.schema import ModelConfig, RunConfig
 from launcher.models.architecture import flat_model
+from launcher.models.arithmetic import parameters
 from launcher.models.context import BlockContext
 from launcher.parallel.initializer import Initializer
 from launcher.parallel.mesh import ProcessMesh
+from launcher.text import size as bytes_text
 
 BATCH, LENGTH = 2, 64
+FP32 = 4  # bytes
 TOLERANCE = 1e-4  # of the largest logit, or of 1; both models compute in fp32
 
 
-def write_certificate(exported: Path, target: Path) -> None:
-    """Compare logits and write certificate.json. Raises ConfigError, about `target`, if they differ."""
+def write_certificate(exported: Path, target: Path, memory: int | None = None) -> None:
+    """Compare logits and write certificate.json. Raises ConfigError, about `target`, if they differ.
+
+    Both models are in memory one after the other. If this needs more than `memory`, in bytes, it says so and
+    compares nothing: the system would kill the export.
+    """
     try:
         found = version("transformers")
     except PackageNotFoundError:
         _write(exported, {"ok": None, "reason": "transformers is not installed"})
         return
     weights = weights_at(exported, "TARGET")
+    needed = FP32 * parameters(weights.model)
+    if memory is not None and needed > memory:
+        sizes = f"{bytes_text(needed)} of memory in fp32, and this machine has {bytes_text(memory)}"
+        _write(exported, {"ok": None, "reason": f"the model needs {sizes}"})
+        return
     tokens = _tokens(weights.model)
     ours, theirs = our_logits(weights, tokens), their_logits(exported, tokens)
     difference, scale = float((ours - theirs).abs().max()), max(float(theirs.abs().max()), 1.0)

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from launcher.checkpoint.manifest import MANIFEST
+from launcher.checkpoint.tokenizer_files import TOKENIZER, tokens_of
+from launcher.config.numbers import BYTE_VALUES
 
 COMPANIONS = "huggingface"
 CERTIFICATE = "certificate.json"  # of an export, see certificate.py
@@ -33,13 +35,27 @@ def run_of(source: Path) -> Path:
     return source.parent.parent if (source / MANIFEST).exists() else source
 
 
-def carry_companions(source: Path, target: Path) -> None:
-    """Copy the companion files of `source` to target/huggingface; keep files that exist. Raises OSError."""
+def carry_companions(source: Path, target: Path, dtype: str | None = None) -> None:
+    """Copy the companion files of `source` to target/huggingface; keep files that exist. Raises OSError.
+
+    `dtype` is written into config.json: the precision of the tensors, which a config.json can state wrongly.
+    """
     for path in companions_of(source):
         (target / COMPANIONS).mkdir(parents=True, exist_ok=True)
         destination = target / COMPANIONS / path.name
-        if not destination.exists():
+        if destination.exists():
+            continue
+        if dtype is not None and path.name == "config.json":
+            content = {name: value for name, value in base_config(source).items() if name != "torch_dtype"}
+            destination.write_text(json.dumps({**content, "dtype": dtype}, indent=2) + "\n")
+        else:
             shutil.copyfile(path, destination)
+
+
+def tokenizer_of_weights(source: Path) -> Path | None:
+    """Return the tokenizer.json among the companions of `source`; None without one, or if it is of bytes."""
+    path = next((path for path in companions_of(source) if path.name == TOKENIZER), None)
+    return path if path is not None and max(tokens_of(path), default=0) >= BYTE_VALUES else None
 
 
 def base_config(source: Path, name: str = "config.json") -> dict[str, Any]:

@@ -30,7 +30,7 @@ from launcher.checkpoint.read import (
     open_weights,
     stored_files_of,
 )
-from launcher.checkpoint.sources import INDEX, SAFETENSORS, WeightSource
+from launcher.checkpoint.sources import INDEX, SAFETENSORS, WeightsKind, WeightSource, stored_dtype
 from launcher.checkpoint.tensor_file import save_tensors
 from launcher.checkpoint.write import HostPiece, commit, write_pieces
 from launcher.config.schema import ExchangeConfig
@@ -43,12 +43,17 @@ Pieces = list[Entry]  # the rows of one Hugging Face tensor, in order
 
 
 def export(
-    weights: WeightSource, target: Path, options: ExchangeConfig, write_bytes: Callable[[Path], None]
-) -> None:
-    """Write a directory for from_pretrained. Raises UnusableCheckpoint, NotConvertible, OSError.
+    weights: WeightSource,
+    target: Path,
+    options: ExchangeConfig,
+    write_bytes: Callable[[Path], None],
+    memory: int | None = None,
+) -> list[str]:
+    """Write a directory for from_pretrained; return notes to the user.
 
-    `write_bytes` writes the tokenizer of a run on text as bytes. Raises ConfigError if transformers computes
-    other logits from the exported directory than the launcher.
+    `write_bytes` writes the tokenizer of a run on text as bytes. `memory` is that of this machine in bytes;
+    None: not known. Raises UnusableCheckpoint, NotConvertible, OSError, and ConfigError if transformers
+    computes other logits from the exported directory than the launcher.
     """
     stored, dtype, reader = stored_files_of(weights), _dtype(weights, options), open_weights(weights)
     with new_directory(target) as aside, unchanged(stored) if stored else nullcontext():
@@ -67,11 +72,12 @@ def export(
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (aside / INDEX).write_text(json.dumps(index, indent=2) + "\n")
         name = str(dtype).removeprefix("torch.")
-        ids = write_tokenizer(weights, aside, write_bytes)
+        ids, notes = write_tokenizer(weights, aside, write_bytes)
         described = weights.adapter.config_json(weights.model, name, ids)
         (aside / "config.json").write_text(json.dumps(described, indent=2) + "\n")
         if options.certificate:
-            write_certificate(aside, target)
+            write_certificate(aside, target, memory)
+    return notes
 
 
 def export_adapters(weights: WeightSource, target: Path, options: ExchangeConfig) -> None:
@@ -90,6 +96,8 @@ def _dtype(weights: WeightSource, options: ExchangeConfig) -> torch.dtype:
     """Return the dtype of the export: as asked, else of the model that the weights began as, else fp32."""
     if options.dtype is not None:
         return TORCH_DTYPES[options.dtype]
+    if weights.kind is WeightsKind.huggingface:
+        return getattr(torch, stored_dtype(weights))  # type: ignore[no-any-return]
     base = base_config(weights.path)
     name = str(base.get("dtype", base.get("torch_dtype"))).removeprefix("torch.")
     return {str(dtype).removeprefix("torch."): dtype for dtype in TORCH_DTYPES.values()}.get(
@@ -119,7 +127,7 @@ def import_(weights: WeightSource, target: Path, options: ExchangeConfig) -> Non
             files={},
         )
         commit(partial, manifest, world=1)
-        carry_companions(weights.path, aside)
+        carry_companions(weights.path, aside, stored_dtype(weights))
         (aside / "conf" / "model").mkdir(parents=True)
         (aside / "conf" / "model" / "imported.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(model)))
 

@@ -11,12 +11,20 @@ from launcher.checkpoint.huggingface import NotConvertible
 from launcher.checkpoint.huggingface.adapter import TOKEN_IDS, token_ids
 from launcher.checkpoint.manifest import read_manifest
 from launcher.checkpoint.sources import RUN_CONFIG, WeightsKind, WeightSource
+from launcher.checkpoint.tokenizer_files import (
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    has_tokenizer,
+    largest_token,
+    leave_out_special_tokens,
+    tokens_of,
+)
 from launcher.config.compose import load_typed
 from launcher.config.run_format import END_OF_DOCUMENT, read_identity
 from launcher.config.schema import CorpusSource, RunConfig
 from launcher.config.shape import END_OF_TEXT
 
-GENERATION, TOKENIZER, TOKENIZER_CONFIG = "generation_config.json", "tokenizer.json", "tokenizer_config.json"
+GENERATION = "generation_config.json"
 # Settings of generation that are right for any weights and vocabulary.
 _SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 BYTE_SOURCES = (CorpusSource.stdlib.name, CorpusSource.text.name)
@@ -24,11 +32,13 @@ BYTE_SOURCES = (CorpusSource.stdlib.name, CorpusSource.text.name)
 Settings = dict[str, Any]
 
 
-def write_tokenizer(weights: WeightSource, target: Path, write_bytes: Callable[[Path], None]) -> Settings:
-    """Write tokenizer and generation config, and return the token ids for config.json.
+def write_tokenizer(
+    weights: WeightSource, target: Path, write_bytes: Callable[[Path], None]
+) -> tuple[Settings, list[str]]:
+    """Write tokenizer and generation config; return the token ids for config.json, and notes to the user.
 
     A run on text as bytes gets the tokenizer that `write_bytes` writes; other runs get the tokenizer that the
-    run recorded. Raises NotConvertible if the vocabulary lacks a token.
+    run recorded. Raises NotConvertible if the vocabulary lacks a token of text.
     """
     data, size = data_of(weights), weights.model.vocab_size
     ids = token_ids(_special_tokens(weights, data), size)
@@ -38,15 +48,19 @@ def write_tokenizer(weights: WeightSource, target: Path, write_bytes: Callable[[
         for path in companions_of(weights.path):
             if path.name not in ("config.json", GENERATION):
                 shutil.copyfile(path, target / path.name)
-    if (target / TOKENIZER).exists():
-        tokens = _tokens(target / TOKENIZER)
-        if tokens and max(tokens) >= size:
-            has = f"its tokenizer has the token {max(tokens)}"
-            raise NotConvertible(f"{has}, and model.vocab_size={size} has no such token")
-        if not (target / TOKENIZER_CONFIG).exists():
-            _write(target / TOKENIZER_CONFIG, _tokenizer_config(weights, ids, tokens))
+    notes = [
+        f"without the special token {token!r} of its tokenizer: model.vocab_size={size} has no such token"
+        for token in leave_out_special_tokens(target, size)
+    ]
+    if (largest := largest_token(target)) is not None and largest >= size:
+        has = f"its tokenizer has the token {largest}"
+        raise NotConvertible(f"{has}, and model.vocab_size={size} has no such token")
+    if (target / TOKENIZER).exists() and not (target / TOKENIZER_CONFIG).exists():
+        _write(target / TOKENIZER_CONFIG, _tokenizer_config(weights, ids, tokens_of(target / TOKENIZER)))
     _write(target / GENERATION, {**_generation(weights), **ids})
-    return ids
+    if not has_tokenizer(target):
+        notes.append("without a tokenizer: none came with the weights or with the data. Copy its files there")
+    return ids, notes
 
 
 def data_of(weights: WeightSource) -> Settings:
@@ -82,20 +96,6 @@ def _special_tokens(weights: WeightSource, data: Settings) -> Settings:
 def _generation(weights: WeightSource) -> Settings:
     base = base_config(weights.path, GENERATION)
     return {name: base[name] for name in _SAMPLING if name in base}
-
-
-def _tokens(path: Path) -> dict[int, str]:
-    """Return the tokens of a tokenizer.json by id; empty if it has another form."""
-    try:
-        content = json.loads(path.read_text())
-        vocabulary = content["model"]["vocab"]
-        if isinstance(vocabulary, dict):
-            tokens = {index: text for text, index in vocabulary.items()}
-        else:
-            tokens = {index: text for index, (text, _) in enumerate(vocabulary)}
-        return tokens | {token["id"]: token["content"] for token in content.get("added_tokens") or ()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return {}
 
 
 def _tokenizer_config(weights: WeightSource, ids: Settings, tokens: dict[int, str]) -> Settings:

@@ -10,7 +10,8 @@ import torch.distributed as dist
 from launcher.checkpoint.flat_ranges import fragment_views
 from launcher.checkpoint.integrity import check_files
 from launcher.checkpoint.manifest import Manifest, StoredFiles, UnusableCheckpoint
-from launcher.checkpoint.read import CheckpointReader, HuggingFaceReader, WeightReader
+from launcher.checkpoint.read import CheckpointReader, WeightReader, open_weights
+from launcher.checkpoint.sources import WeightSource
 from launcher.config.errors import ConfigError
 from launcher.engine.base import Engine
 from launcher.engine.state import fragments, make_states, update_model_weights
@@ -29,25 +30,28 @@ def restore(engine: Engine, path: Path, manifest: Manifest, keys: list[str]) -> 
     """
     make_states(engine, keys, manifest.updates)
     reader = CheckpointReader(path, manifest)
-    _fill(engine, reader, keys, trained=True)
+    _fill(engine, reader, keys, trained=True, has_biases=True)
     return reader.bytes_read
 
 
 @torch.no_grad()
-def load_initial_weights(engine: Engine, reader: WeightReader) -> None:
-    """Load the weights that a new run starts from: without adapters (LoRA). Collective over the world."""
+def load_initial_weights(engine: Engine, weights: WeightSource) -> None:
+    """Load the weights that a new run starts from: without adapters (LoRA). Collective over the world.
+
+    Biases for the choice of experts stay 0 if the source was trained without them, as all of Hugging Face.
+    Raises UnusableCheckpoint, ConfigError.
+    """
     has_adapters = any(fragment.is_frozen for fragment in fragments(engine, []))
-    _fill(engine, reader, [], trained=not has_adapters)
+    has_biases = weights.model.experts.bias_balancing > 0
+    _fill(engine, open_weights(weights), [], trained=not has_adapters, has_biases=has_biases)
 
 
-def _fill(engine: Engine, reader: WeightReader, keys: list[str], *, trained: bool) -> None:
-    """Fill the fragments that training changes, or the frozen fragments."""
+def _fill(engine: Engine, reader: WeightReader, keys: list[str], *, trained: bool, has_biases: bool) -> None:
+    """Fill the fragments that training changes, or the frozen fragments, and the biases for the choice."""
     with agreed_error():
         for fragment in (each for each in fragments(engine, keys) if each.is_frozen is not trained):
             for kind, box, view in fragment_views(fragment, engine.mesh.tensor):
                 reader.fill(kind, fragment.logical.name, box, view)
-        # A model of Hugging Face has no such biases: they stay 0.
-        has_biases = trained and not isinstance(reader, HuggingFaceReader)
         for bias in selection_biases(engine.module) if has_biases else ():
             reader.fill(WEIGHT, bias.logical.name, whole(bias.logical.shape), bias.value)
     update_model_weights(engine)

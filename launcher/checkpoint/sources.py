@@ -29,6 +29,10 @@ from launcher.config.shape import has_lora
 
 SAFETENSORS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+_AS_SAFETENSORS = "the same model as safetensors (save_pretrained writes them)"
+_AS_PUBLISHED = "the model as published: a directory with config.json and safetensors in bf16, fp16 or fp32"
+# By the precision that a safetensors file names: its name in torch, without those of quantised weights.
+_PRECISIONS = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 RUN_CONFIG = "config.yaml"
 _PUBLISHED = f"a {titles('or')} as published"
 _SOURCES = "a run's directory, a checkpoint, or a Hugging Face directory with config.json and safetensors"
@@ -94,8 +98,51 @@ def weights_at(path: Path, field: str) -> WeightSource:
         weights = WeightSource(path.resolve(), WeightsKind.huggingface, model, _model_type(path))
         stored_tensors(weights, field)
         return weights
-    none = "this run has no checkpoint yet" if (path / IDENTITY).exists() else "contains no weights"
-    raise ConfigError(field, path, none if path.is_dir() else "is not a directory", _SOURCES)
+    raise ConfigError(field, path, *_no_weights(path))
+
+
+def _no_weights(path: Path) -> tuple[str, str]:
+    """Return why no weights can be read from `path`, and what to name instead."""
+    if not path.is_dir():
+        return _file_of_weights(path)
+    if (path / IDENTITY).exists():
+        return "this run has no checkpoint yet", _SOURCES
+    if (path / "adapter_config.json").exists():
+        return (
+            "holds an adapter alone",
+            "the model that it adapts, with the adapter merged (peft's merge_and_unload)",
+        )
+    if snapshots := sorted(path.glob("snapshots/*/config.json")):
+        return "is a folder of the Hugging Face cache", str(snapshots[-1].parent)
+    if any(path.glob("*.safetensors")):
+        return "has safetensors and no config.json", "the config.json of the model beside them"
+    for file in sorted(path.iterdir()):
+        if why := _other_format(file):
+            return f"has {file.name}, which {why}", _AS_PUBLISHED
+    return "contains no weights", _SOURCES
+
+
+_IS_PICKLE = "is a pickle, which can run any code and is never loaded"
+# By the ending of a file: why its weights cannot be read.
+_OTHER_FORMATS = {
+    ".gguf": "is a GGUF file: its weights are quantised or in another order",
+    **dict.fromkeys((".pt", ".pth", ".ckpt"), _IS_PICKLE),
+}
+
+
+def _other_format(file: Path) -> str | None:
+    """Return why a file of weights is not read; None for any other file. Token files end in .bin too."""
+    return _IS_PICKLE if file.name in _PICKLES else _OTHER_FORMATS.get(file.suffix)
+
+
+def _file_of_weights(path: Path) -> tuple[str, str]:
+    if not path.is_file():
+        return "is not a directory", _SOURCES
+    if why := _other_format(path):
+        return why, _AS_PUBLISHED
+    if path.suffix == ".safetensors":
+        return "is a file, and the config.json beside it is needed too", str(path.parent)
+    return "is not a directory", _SOURCES
 
 
 def damaged(field: str, checkpoint: Path, error: object) -> ConfigError:
@@ -154,6 +201,8 @@ def _their_model(path: Path, field: str) -> ModelConfig:
         return model_of(json.loads((path / "config.json").read_text()))
     except NotConvertible as error:
         raise ConfigError(field, path, f"config.json: {error}", _PUBLISHED) from None
+    except KeyError as error:
+        raise ConfigError(field, path, f"config.json: {error.args[0]} is missing", _PUBLISHED) from None
     except (
         OSError,
         ValueError,
@@ -186,15 +235,43 @@ def stored_tensors(weights: WeightSource, field: str) -> dict[str, tuple[Path, s
                         _check_shape(expected.get(plain), name, tuple(tensor.get_shape()), path, field)
                         stored[plain] = file, name
         except (SafetensorError, OSError) as error:
-            raise ConfigError(field, path, f"{file.name} cannot be read: {error}", _SOURCES) from None
+            raise ConfigError(field, path, *_unreadable(file, error)) from None
     if missing := [name for name in expected if name not in stored]:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ConfigError(field, path, f"has no {missing[0]}{more}", "a whole copy of the model")
     return stored
 
 
+def _unreadable(file: Path, error: Exception) -> tuple[str, str]:
+    """Return why a safetensors file cannot be read, and a remedy."""
+    if file.is_file() and file.stat().st_size < _LARGEST_POINTER and file.read_bytes().startswith(_POINTER):
+        return f"{file.name} is a pointer of Git LFS and not the file", f"git -C {file.parent} lfs pull"
+    if not file.exists():
+        return f"{file.name} is missing", "a whole copy of the model"
+    why = f"{file.name} cannot be read: {error}"
+    return why, "another copy of this file: it is incomplete or damaged"
+
+
+_POINTER, _LARGEST_POINTER = b"version https://git-lfs", 1000
+
+
+def stored_dtype(weights: WeightSource) -> str:
+    """Return the name in torch of the precision of a Hugging Face model's tensors; float32 if they differ.
+
+    Reads headers only: a config.json can state another precision, or none. Raises ConfigError.
+    """
+    names: dict[Path, list[str]] = {}
+    for file, name in stored_tensors(weights, "checkpoint.init_from").values():
+        names.setdefault(file, []).append(name)
+    kinds = set()
+    for file, of_file in names.items():
+        with safe_open(file, framework="np") as opened:
+            kinds |= {_PRECISIONS[opened.get_slice(name).get_dtype()] for name in of_file}
+    return kinds.pop() if len(kinds) == 1 else _PRECISIONS["F32"]
+
+
 def _check_precision(name: str, dtype: str, path: Path, field: str) -> None:
-    if dtype not in ("F64", "F32", "F16", "BF16"):
+    if dtype not in _PRECISIONS:
         why = f"has {name} in {dtype}: quantised weights cannot be trained"
         raise ConfigError(field, path, why, "the model as published in bf16, fp16 or fp32")
 
@@ -222,5 +299,8 @@ def _files(path: Path, field: str) -> list[Path]:
         return [path / SAFETENSORS]
     if any((path / name).exists() for name in _PICKLES):
         why = "holds its weights as a pickle, which can run any code and is never loaded"
-        raise ConfigError(field, path, why, "the same model as safetensors (save_pretrained writes them)")
+        raise ConfigError(field, path, why, _AS_SAFETENSORS)
+    if gguf := sorted(path.glob("*.gguf")):
+        why = f"has {gguf[0].name}, which {_OTHER_FORMATS['.gguf']}"
+        raise ConfigError(field, path, why, _AS_PUBLISHED)
     raise ConfigError(field, path, "has a config.json and no safetensors", _SOURCES)

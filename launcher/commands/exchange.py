@@ -4,16 +4,21 @@ import json
 import shlex
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
-from launcher.checkpoint.companions import CERTIFICATE
+from launcher.checkpoint.companions import CERTIFICATE, COMPANIONS, tokenizer_of_weights
 from launcher.checkpoint.huggingface import NotConvertible
 from launcher.checkpoint.manifest import UnusableCheckpoint, newest_complete_before
 from launcher.checkpoint.sources import WeightsKind, WeightSource, weights_at
+from launcher.checkpoint.tokenizer_files import has_tokenizer
 from launcher.config.compose import compose_jobs
 from launcher.config.errors import ConfigError, typed_text
 from launcher.config.numbers import refuse_out_of_bounds
 from launcher.config.paths import free_path, path_argument
 from launcher.config.schema import ExchangeConfig
+from launcher.launch.this_machine import memory_here
+
+_Result = TypeVar("_Result")
 
 
 def export_main(arguments: list[str]) -> int:
@@ -34,9 +39,12 @@ def export_main(arguments: list[str]) -> int:
     from launcher.checkpoint.conversion import export
     from launcher.data.tokenizer import write_byte_tokenizer
 
-    _written(lambda: export(weights, target, options, write_byte_tokenizer), weights, target)
+    memory = memory_here()
+    notes = _written(lambda: export(weights, target, options, write_byte_tokenizer, memory), weights, target)
     print(f"exported {weights.path}\n      to {target} (load it with transformers' from_pretrained)")
     print(f"      as {adapter.architecture}, {certified(target)}")
+    for note in notes:
+        print(f"      {note}")
     return 0
 
 
@@ -61,7 +69,13 @@ def import_main(arguments: list[str]) -> int:
     from launcher.checkpoint.conversion import import_
 
     _written(lambda: import_(weights, target, options), weights, target)
-    print(f"imported {weights.path}\n      to {target}. Train from it:")
+    print(f"imported {weights.path}\n      to {target}")
+    if (tokenizer := tokenizer_of_weights(target)) is not None:
+        print("data for it:")
+        print(f"launcher prepare SOURCE TARGET {typed_text('tokenizer.path', str(tokenizer))}")
+    elif not has_tokenizer(target / COMPANIONS):
+        print("      without a tokenizer: the directory has none")
+    print("train from it:")
     folder, weights_from = shlex.quote(f"{target}/conf"), typed_text("checkpoint.init_from", str(target))
     print(f"launcher --config-dir {folder} model=imported {weights_from}")
     return 0
@@ -99,9 +113,9 @@ def certified(target: Path) -> str:
     return f"logits differ from transformers {version} by at most {difference:.1e}: {path.name}"
 
 
-def _written(write: Callable[[], None], weights: WeightSource, target: Path) -> None:
+def _written(write: Callable[[], _Result], weights: WeightSource, target: Path) -> _Result:
     try:
-        write()
+        return write()
     except NotConvertible as error:
         remedy = "another tokenizer, or the run's weights/*.safetensors, by logical name"
         raise ConfigError("export", weights.path, str(error), remedy) from None

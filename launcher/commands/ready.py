@@ -5,14 +5,17 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from pathlib import Path
 from shutil import which
 
-from launcher.config.errors import ConfigError, refusal
+from launcher.checkpoint.companions import tokenizer_of_weights
+from launcher.config.errors import ConfigError, refusal, typed_text
 from launcher.config.layout import Layout
 from launcher.config.machine import Machine
-from launcher.config.schema import RunConfig
+from launcher.config.schema import CorpusSource, RunConfig
 from launcher.config.validate import validate
 from launcher.config.world import World, world_of_hardware, world_of_nodes
+from launcher.data.chat import chat_companions
 from launcher.data.input_files import LeftOut
 from launcher.data.open import check_data, check_known_vocabulary
 from launcher.planning.choose.enforce import chosen, refuse_too_large
@@ -67,6 +70,27 @@ def check_tensorboard(run: RunConfig) -> None:
     if run.logging.tensorboard and find_spec("tensorboard") is None:
         why = "the package tensorboard is not installed"
         raise refusal(run, "logging.tensorboard", why, *_TENSORBOARD)
+
+
+def check_bytes(run: RunConfig) -> list[str]:
+    """Return a warning if text is read as bytes, and the initial weights have a tokenizer.
+
+    Raises ConfigError for conversations, whose tokenizer is one setting. No weights are read.
+    """
+    d, begun = run.data, run.checkpoint.init_from
+    is_bytes = d.source in (CorpusSource.stdlib, CorpusSource.text)
+    if begun is None or not (is_bytes or d.source is CorpusSource.chat):
+        return []
+    tokenizer = tokenizer_of_weights(Path(begun).expanduser())
+    if tokenizer is None or (d.source is CorpusSource.chat and chat_companions(run)[0] is not None):
+        return []
+    has = f"checkpoint.init_from={begun} has a tokenizer"
+    if not is_bytes:
+        why = f"without a tokenizer data=chat reads bytes, and {has}"
+        raise refusal(run, "data.tokenizer", why, typed_text("data.tokenizer", str(tokenizer)))
+    remedy = typed_text("tokenizer.path", str(tokenizer))
+    return [f"warning  data={d.source.name} is read as bytes, and {has}: bytes are not its tokens\n"
+            f"  try: launcher prepare SOURCE TARGET {remedy}, and data=tokens data.train=TARGET"]  # fmt: skip
 
 
 def check_compiler(run: RunConfig, layout: Layout) -> None:

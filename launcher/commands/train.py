@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from launcher.commands.ready import ReadyRun, check_compiler, check_tensorboard, ready
+from launcher.commands.ready import ReadyRun, check_bytes, check_compiler, check_tensorboard, ready
 from launcher.commands.sweep import print_sweep
 from launcher.config.compose import COMMAND_LINE, Job, compose_jobs
 from launcher.config.errors import ConfigError, refusal
@@ -76,8 +76,9 @@ def _ready(job: Job[RunConfig], machine: Machine) -> tuple[ReadyRun, LaunchEnvir
     check_tensorboard(run)
     ready_run = ready(run, world, needs_data=True, must_fit=True)
     check_compiler(run, ready_run.layout)
+    warnings = [*schedule_warnings(run, job.origins), *adapter_warnings(run), *check_bytes(run)]
     if speaks_for_all(os.environ):
-        for line in (*schedule_warnings(run, job.origins), *adapter_warnings(run), *_unused(job)):
+        for line in (*warnings, *_unused(job)):
             print(line)
     if (files := listed(ready_run.left_out)) and speaks_for_all(os.environ):
         print(f"note     data files left out: {files}")

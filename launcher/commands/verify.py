@@ -13,7 +13,7 @@ from launcher.config.validate import validate
 from launcher.config.world import world_of_machine
 from launcher.launch.exit_codes import FAILED
 from launcher.launch.this_machine import share_cores, this_machine
-from launcher.parity.shrink import MOST_RANKS, inner_stages, long_samples, shrink
+from launcher.parity.shrink import MOST_RANKS, inner_stages, long_samples, other_axes, shrink
 
 HELP = """\
 launcher verify [OVERRIDES]: check that a run's layout computes the same as one process.
@@ -57,14 +57,18 @@ def _verify(ready_run: ReadyRun, machine: Machine) -> bool:
     check_compiler(small, small_layout)
     inner = inner_stages(ready_run.run, ready_run.layout, small, gpus=gpus)
     long = long_samples(ready_run.run, ready_run.layout, small)
+    others = other_axes(ready_run.run, ready_run.layout, gpus=gpus)
+    other_layouts = [validate(other, world_of_machine(other, machine)) for other in others]
     print(f"layout   {ready_run.layout.describe()}")
     print(f"small    {small_layout.describe()}")
+    for layout in other_layouts:
+        print(f"small    {layout.describe()}, by plain SGD")
     print("shrunk   " + "\n         ".join(shrunk) + "\n", flush=True)
     if ready_run.run.precision.dtype is Dtype.fp16:
         print("note     fp16 trains on GPUs only: verified in fp32\n")
     started, passes, finished = time.monotonic(), list[VerifyPass](), False
     try:
-        for result in verify(small, run=ready_run.run, more=(inner, long)):
+        for result in verify(small, run=ready_run.run, more=(inner, long, *others)):
             passes.append(result)
             print_pass(result)
         finished = True
@@ -75,7 +79,8 @@ def _verify(ready_run: ReadyRun, machine: Machine) -> bool:
     compared = sum(len(result.differences) for result in passes)
     verdict, same = ("PASSED", "computes the same as") if ok else ("FAILED", "computes something else than")
     took = f"{compared} comparisons, {time.monotonic() - started:.0f} s"
-    print(f"{verdict}: the reduced layout {same} one process of plain torch ({took})")
+    subject = f"each of {1 + len(others)} reduced layouts" if others and ok else "the reduced layout"
+    print(f"{verdict}: {subject} {same} one process of plain torch ({took})")
     return ok
 
 

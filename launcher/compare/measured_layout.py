@@ -55,7 +55,7 @@ def combined(layout: Layout, ranks: list["RankRecord"]) -> MeasuredLayout:
         "pipeline": layout.pipeline,
     }
     if layout.expert > 1:
-        sizes |= {"expert": layout.expert, "expert_data": layout.data // layout.expert}
+        sizes |= {"expert": layout.expert, "expert_data": layout.expert_holders}
     return MeasuredLayout(
         losses=ranks[0].losses,
         seconds=median(ranks[0].seconds),

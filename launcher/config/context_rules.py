@@ -19,11 +19,6 @@ def check_context(run: RunConfig) -> None:
     if run.model.inputs is InputKind.patches:
         why = "image classifiers cannot use context ranks: their sequences are short"
         raise refusal(run, "parallelism.context", why, _OFF)
-    if run.model.experts.count:
-        why = (
-            "a model with experts has no context ranks here: its routers count the tokens of whole sequences"
-        )
-        raise refusal(run, "parallelism.context", why, _OFF)
     _check_heads(run)
     _check_length(run)
 

@@ -3,7 +3,7 @@
 from dataclasses import fields
 
 from launcher.config import shape
-from launcher.config.errors import as_typed, refusal, settings
+from launcher.config.errors import as_typed, quoted_setting, refusal, settings
 from launcher.config.schema import Dtype, ExpertsConfig, InputKind, RunConfig, StatesDtype
 
 _FIELD = "model.experts"
@@ -96,9 +96,7 @@ def _check_combinations(run: RunConfig) -> None:
     for name in ("up", "down"):
         if getattr(m.biases, name):
             raise refusal(run, f"model.biases.{name}", "experts have no biases", f"model.biases.{name}=false")
-    if shape.has_lora(run):
-        why = "adapters of models with experts are not built"
-        raise refusal(run, "finetune.lora.rank", why, "finetune.lora.rank=null")
+    _check_adapters(run)
     if run.precision.dtype is Dtype.fp16:
         why = "the auxiliary losses of experts do not follow the loss scale of fp16"
         raise refusal(run, "precision.dtype", why, "precision=bf16", "precision=fp32")
@@ -106,3 +104,18 @@ def _check_combinations(run: RunConfig) -> None:
         why = f"{e.ffn_hidden_size} columns of an expert cannot be split {tensor} ways"
         near = shape.nearest(shape.legal_tensor_sizes(run) or [1], tensor)
         raise refusal(run, "parallelism.tensor", why, *settings("parallelism.tensor", near))
+
+
+def _check_adapters(run: RunConfig) -> None:
+    """Check that adapters (LoRA) are those of attention, and that all other weights stay as they are."""
+    if not shape.has_lora(run):
+        return
+    lora, off = run.finetune.lora, "finetune.lora.rank=null"
+    if of_mlp := [name for name in lora.targets if name in ("up", "down")]:
+        why = f"{of_mlp[0]!r} is a projection of the experts, and only those of attention can have adapters"
+        kept = [name for name in lora.targets if name not in of_mlp] or ["qkv", "output"]
+        remedy = quoted_setting("finetune.lora.targets", f"[{','.join(kept)}]")
+        raise refusal(run, "finetune.lora.targets", why, remedy, off)
+    if run.model.experts.bias_balancing:
+        why = "adapters leave the router as it is, and its biases would change"
+        raise refusal(run, f"{_FIELD}.bias_balancing", why, f"{_FIELD}.bias_balancing=0", off)

@@ -38,7 +38,7 @@ class Layout:
     notes: tuple[str, ...] = ()
     compiled: bool = False
     context: int = 1  # ranks over which each sequence is split
-    expert: int = 1  # data-parallel ranks that share the experts, part of `data`
+    expert: int = 1  # ranks over which the experts are split; divides `gradient_ranks`, data x context
 
     @property
     def world_size(self) -> int:
@@ -49,11 +49,16 @@ class Layout:
         """Ranks with a copy of the same weights: DeepSpeed's data group, over which gradients are reduced."""
         return self.data * self.context
 
+    @property
+    def expert_holders(self) -> int:
+        """Ranks of the data group that hold the same experts."""
+        return self.gradient_ranks // self.expert
+
     def describe(self) -> str:
         schedule = " (DualPipeV)" if self.stages_per_rank == 2 else ""
         context = f" x {self.context} context" if self.context > 1 else ""
         experts = f" (experts over {self.expert})" if self.expert > 1 else ""
-        data = f"{self.data} data{experts}{context}"
+        data = f"{self.data} data{context}{experts}" if self.context > 1 else f"{self.data} data{experts}"
         axes = f"{self.pipeline} pipeline{schedule} x {data} x {self.tensor} tensor"
         ranks = plural(self.world_size, f"{self.device} rank")
         batches = plural(self.accumulation, "micro-batch", "es")
@@ -98,11 +103,13 @@ def resolve_layout(run: RunConfig, world: World) -> Layout:
 
 
 def _expert(run: RunConfig, data: int) -> int:
-    """Return the expert-parallel size. Raises ConfigError if it does not divide the data-parallel ranks."""
-    expert = run.parallelism.expert
-    if data % expert:
+    """Return the expert-parallel size. Raises ConfigError if it does not divide data x context ranks."""
+    expert, context = run.parallelism.expert, run.parallelism.context
+    ranks = data * context
+    if ranks % expert:
         why = f"does not divide the {plural(data, 'data-parallel rank')}"
-        legal = [size for size in shape.divisors(data) if run.model.experts.count % size == 0]
+        why += f" x {context} context ranks" if context > 1 else ""
+        legal = [size for size in shape.divisors(ranks) if run.model.experts.count % size == 0]
         near = settings("parallelism.expert", shape.nearest(legal, expert))
         raise refusal(run, "parallelism.expert", why, *near)
     return expert

@@ -64,7 +64,8 @@ def layer_has_experts(model: ModelConfig, layer: int) -> bool:
 
 def expert_layers(model: ModelConfig) -> int:
     """Return the number of layers with experts."""
-    return sum(layer_has_experts(model, layer) for layer in range(model.num_layers))
+    e = model.experts
+    return max(0, model.num_layers - e.first_dense_layers) // e.every if has_experts(model) else 0
 
 
 def has_dense_mlp(model: ModelConfig) -> bool:
@@ -85,6 +86,8 @@ def window_of(model: ModelConfig, layer: int) -> int | None:
 
 def windows(model: ModelConfig) -> set[int | None]:
     """Return the different windows of a model's layers."""
+    if model.sliding_window is None:
+        return {None}
     return {window_of(model, layer) for layer in range(model.num_layers)}
 
 

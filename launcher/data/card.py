@@ -24,6 +24,11 @@ def vocab_size_of(prefix: Path) -> int | None:
     return _number(prefix, "vocab_size")
 
 
+def text_vocab_size_of(prefix: Path) -> int | None:
+    """Return the vocabulary size that text needs, from the card; None if no readable card states it."""
+    return _number(prefix, "text_vocab_size")
+
+
 def end_of_document_of(prefix: Path) -> int | None:
     """Return the token that ends each document from the card, or None if no readable card states it."""
     return _number(prefix, "end_of_document")

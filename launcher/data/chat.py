@@ -26,6 +26,7 @@ _IN_PACKAGE = "pkg://launcher/"  # files that the launcher comes with, as Hydra 
 _LONGEST_LINE = 256 * 10**6  # bytes
 _PROBES = 64  # conversations per part whose end is checked, and windows per part that are read
 _PREPARE = "launcher prepare SOURCE TARGET chat=true"
+_TEMPLATE = "the chat template"  # in the reason of a line that the template makes bad
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,10 @@ def _check_tokenizer(run: RunConfig) -> None:
     assert run.data.train is not None, "validated with the config"
     if (prefix := _prepared(run.data.train)) is not None:
         check_vocabulary(run.model.vocab_size, prefix)
-    elif (size := _settings(run.data, None).load().vocab_size) > run.model.vocab_size:
-        why = f"the tokenizer of these data has {size} tokens"
+        return
+    tokenizer = _settings(run.data, None).load()
+    if tokenizer.text_vocab_size > run.model.vocab_size:
+        why, size = f"the tokenizer of these data has {tokenizer.vocab_size} tokens", tokenizer.vocab_size
         raise ConfigError("model.vocab_size", run.model.vocab_size, why, f"model.vocab_size={size} (or more)")
 
 
@@ -144,7 +147,11 @@ def _read(data: DataConfig, field: str, pattern: str) -> tuple[ChatTokens, str]:
         tokenised = worker.tokenise(batch)
         if tokenised.bad_lines:
             bad = tokenised.bad_lines[0]
-            remedy = f"correct the line, or {_PREPARE} bad_lines=skip (leaves bad lines out)"
+            skip = f"{_PREPARE} bad_lines=skip (leaves bad lines out)"
+            mend = (
+                "data.chat_template=PATH of another template" if _TEMPLATE in bad.why else "correct the line"
+            )
+            remedy = f"{mend}, or {skip}"
             raise ConfigError(field, pattern, f"{batch.file}:{bad.line} {bad.why}", remedy)
         tokens.append(tokenised.tokens)
         masks.append(tokenised.mask)

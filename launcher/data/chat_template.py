@@ -88,7 +88,8 @@ class ChatTemplate:
                 through = self._text(conversation, conversation.messages[: number + 1])
                 if not (text.startswith(through) and through.startswith(before)):
                     why = f"the chat template writes message {number + 1} otherwise when more messages follow"
-                    raise BadConversation(f"cannot be divided into turns, because {why}")
+                    mend = "put {% generation %} and {% endgeneration %} around its answers, in a copy"
+                    raise BadConversation(f"cannot be divided into turns, because {why}: {mend}")
                 spans.append((len(before), len(through.rstrip())))
         return text, spans
 

@@ -38,10 +38,10 @@ class Pair:
 def parsed(record: dict[str, Any]) -> Conversation | Pair:
     """Return the conversation or pair that a record contains. Raises BadConversation."""
     if "messages" in record:
-        messages = [_openai(message, place) for place, message in _numbered(record, "messages")]
+        messages = [_message(message, place) for place, message in _numbered(record, "messages")]
         return Conversation(_checked(messages), record.get("tools") or None)
     if "conversations" in record:
-        messages = [_sharegpt(message, place) for place, message in _numbered(record, "conversations")]
+        messages = [_message(message, place) for place, message in _numbered(record, "conversations")]
         if isinstance(record.get("system"), str) and record["system"]:
             messages.insert(0, {"role": "system", "content": record["system"]})
         return Conversation(_checked(messages))
@@ -73,6 +73,11 @@ def _numbered(record: dict[str, Any], field: str) -> Iterator[tuple[str, Message
         if not isinstance(message, dict):
             raise BadConversation(f"has no object as message {number}")
         yield f"message {number}", message
+
+
+def _message(message: Message, place: str) -> Message:
+    """Return a message in OpenAI's shape. Many files have its messages under ShareGPT's name of the list."""
+    return _sharegpt(message, place) if "from" in message else _openai(message, place)
 
 
 def _openai(message: Message, place: str) -> Message:

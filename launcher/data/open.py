@@ -229,10 +229,21 @@ def record_tokenizer(run: RunConfig, folder: Path) -> None:
     if source is None or (copy.exists() and copy.read_bytes() == source.read_bytes()):
         return
     folder.mkdir(exist_ok=True)
-    # Files of another tokenizer: they came with the model that the run started from.
-    for path in (*folder.glob("tokenizer*"), *folder.glob("special_tokens_map.json")):
-        path.unlink()
+    _forget_tokenizer(folder)
     shutil.copyfile(source, copy)
+
+
+def _forget_tokenizer(folder: Path) -> None:
+    """Remove the files of another tokenizer: they came with the model that the run started from."""
+    for pattern in _TOKENIZER_FILES:
+        for path in folder.glob(pattern):
+            path.unlink()
+
+
+_TOKENIZER_FILES = (
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
+    "chat_template*",
+)
 
 
 def _record_chat(run: RunConfig, folder: Path) -> None:
@@ -240,8 +251,10 @@ def _record_chat(run: RunConfig, folder: Path) -> None:
     copy = folder / TOKENIZER
     folder.mkdir(exist_ok=True)
     if source is None:
+        _forget_tokenizer(folder)
         write_byte_tokenizer(copy)
     elif not (copy.exists() and copy.read_bytes() == source.read_bytes()):
+        _forget_tokenizer(folder)
         shutil.copyfile(source, copy)
     if template is not None:
         (folder / TEMPLATE_FILE).write_text(template)

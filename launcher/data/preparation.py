@@ -424,6 +424,7 @@ class Preparation:
         return {
             "tokenizer": "bytes" if self._is_bytes() else "Hugging Face's tokenizers",
             "vocab_size": tokenizer.vocab_size,
+            "text_vocab_size": tokenizer.text_vocab_size,
             "end_of_document": tokenizer.end_of_document,
             "tokens": progress.tokens,
             "documents": progress.documents,

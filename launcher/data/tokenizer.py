@@ -23,6 +23,7 @@ class Tokenizer(Protocol):
     """Encodes text as token ids and decodes token ids as text."""
 
     vocab_size: int
+    text_vocab_size: int  # of the tokens that text becomes: without special tokens, except the end's
     dtype: np.dtype[Any]  # of the token ids
     end_spelling: str  # text that looks like the token that ends documents
 
@@ -54,6 +55,7 @@ class Bytes:
     """Each byte of UTF-8 is a token; a zero byte ends a document. Text with a zero byte cannot be encoded."""
 
     vocab_size, end_of_document, dtype = BYTE_VALUES, END_OF_TEXT, smallest_dtype(BYTE_VALUES)
+    text_vocab_size = BYTE_VALUES
     end_spelling = chr(END_OF_TEXT)
     control_tokens = (*CHATML_TOKENS, end_spelling)
 
@@ -96,6 +98,7 @@ class HuggingFace:
         self.vocab_size = max(self._vocabulary.values()) + 1  # the ids may have gaps
         self.dtype = smallest_dtype(self.vocab_size)
         self._ends = [token for token in ((end,) if end else USUAL_ENDS) if token in self._vocabulary]
+        self.text_vocab_size = self._largest_of_text() + 1
         self.end_spelling = ""
         for token in self._ends[:1]:
             if self.end_of_document in self._tokenizer.get_added_tokens_decoder():
@@ -117,6 +120,17 @@ class HuggingFace:
     def encode(self, texts: Sequence[str]) -> list[npt.NDArray[Any]]:
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, self.dtype) for encoding in encodings]
+
+    def _largest_of_text(self) -> int:
+        """Return the largest id that text becomes, or the end of a document.
+
+        A special token behind it needs no place in a model: Gemma 3's text models lack the tokenizer's last.
+        """
+        added = self._tokenizer.get_added_tokens_decoder()
+        ids = (index for index in self._vocabulary.values() if index not in added or not added[index].special)
+        return max(
+            [*ids, *(self._vocabulary[token] for token in self._ends[:1])], default=self.vocab_size - 1
+        )
 
     @property
     def control_tokens(self) -> Sequence[str]:

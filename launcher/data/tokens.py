@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from launcher.config.errors import ConfigError, as_typed, typed_text
-from launcher.data.card import card_path, vocab_size_of
+from launcher.data.card import card_path, text_vocab_size_of, vocab_size_of
 from launcher.data.corpus import split_key
 from launcher.data.input_files import LeftOut, closest_directory, first_of_each, matching, prepare_commands
 from launcher.data.reading import format_of
@@ -128,7 +128,7 @@ def _without(
 def check_vocabulary(vocab_size: int, prefix: Path) -> None:
     """Raise ConfigError if the token file's tokenizer has more tokens than the model's vocabulary."""
     tokens = vocab_size_of(prefix)
-    if tokens is not None and tokens > vocab_size:
+    if tokens is not None and (text_vocab_size_of(prefix) or tokens) > vocab_size:
         why = f"the tokenizer of these data has {tokens} tokens ({card_path(prefix)})"
         raise ConfigError("model.vocab_size", vocab_size, why, f"model.vocab_size={tokens} (or more)")
 

@@ -19,6 +19,7 @@ CollectiveName = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_a
 # torch's names of the collectives that the launcher and DeepSpeed call, and the index of the sized argument.
 _COLLECTIVES: dict[str, tuple[CollectiveName, int]] = {
     "c10d.allreduce_.default": ("all_reduce", 0),
+    "c10d.allreduce_coalesced_.default": ("all_reduce", 0),
     "c10d._allgather_base_.default": ("all_gather", 0),
     "c10d._reduce_scatter_base_.default": ("reduce_scatter", 1),
     "c10d.alltoall_base_.default": ("all_to_all", 1),

@@ -35,8 +35,10 @@ def prepare_deepspeed(device: str) -> None:
     # Marked incompatible, this operation is not JIT-compiled by init_distributed: that takes 20 s, and gloo
     # does the same work.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # torch 2.13 warns at every all_gather_into_tensor and reduce_scatter_tensor that DeepSpeed calls.
-    warnings.filterwarnings("ignore", category=FutureWarning, message=r".*(all_gather|reduce_scatter).*")
+    # torch 2.13 warns at every all_gather_into_tensor and reduce_scatter_tensor, which DeepSpeed calls, and
+    # at every all_reduce_coalesced.
+    several = r".*(all_gather|reduce_scatter|all_reduce_coalesced).*"
+    warnings.filterwarnings("ignore", category=FutureWarning, message=several)
     # The pipeline sends activations by broadcast and returns their gradients itself, so that autograd's
     # warning about broadcast does not apply.
     warnings.filterwarnings("ignore", category=UserWarning, message=r"c10d::broadcast_: an autograd kernel")

@@ -37,7 +37,7 @@ def clipping(run: RunConfig, layout: Layout) -> float:
 
 
 def _zero(run: RunConfig, layout: Layout) -> dict[str, Any]:
-    zero: dict[str, Any] = {"stage": layout.zero_stage, "reduce_bucket_size": reduce_bucket(run)}
+    zero: dict[str, Any] = {"stage": layout.zero_stage, "reduce_bucket_size": reduce_bucket(run, layout)}
     if run.precision.states is StatesDtype.bf16 and layout.zero_stage == 1:
         # Otherwise DeepSpeed copies all reduced gradients into a second buffer of their size.
         zero["contiguous_gradients"] = False

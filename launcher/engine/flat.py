@@ -34,7 +34,7 @@ class FlatEngine(Engine):
             # A compiled body calls no module, whose hooks would gather its weights: the block gathers them.
             set_z3_leaf_modules(model, [TransformerBlock])
         optimizer = build_optimizer(run.optimizer, model.parameters(), run.precision.states)
-        with shared_experts(mesh):
+        with shared_experts(mesh, model):
             deepspeed_engine, *_ = deepspeed.initialize(
                 model=model, optimizer=optimizer, config=config, mpu=mesh, dist_init_required=False
             )

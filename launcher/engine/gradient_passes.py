@@ -5,17 +5,70 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-from torch import Tensor
+from torch import Tensor, nn
+
+from launcher.engine.overlapped_reduction import OverlappedReduction
 
 _WAITING_ELEMENTS = 1 << 26  # gradients in bf16 that may wait to be copied into the fp32 sums
 
 
 def lighten(deepspeed_engine: Any) -> None:
     """Replace the copies of ZeRO-0 and BF16_Optimizer. Their measured share of a step: docs/benchmarks.md."""
+    zero = deepspeed_engine.optimizer
+    copies = _accumulate_without_zeros(zero) if isinstance(zero, BF16_Optimizer) else None
     if deepspeed_engine.postscale_gradients() and deepspeed_engine.gradient_predivide_factor() == 1.0:
         _reduce_in_one_buffer(deepspeed_engine)
-    if isinstance(zero := deepspeed_engine.optimizer, BF16_Optimizer):
-        _accumulate_without_zeros(zero)
+        is_whole = deepspeed_engine.zero_optimization_stage() == 0 or copies is not None
+        if is_whole and not deepspeed_engine.pipeline_parallelism:
+            _reduce_during_backward(deepspeed_engine, copies)
+
+
+def _reduce_during_backward(engine: Any, copies: "_Copies | None") -> None:
+    """Reduce gradients of all but shared experts bucket by bucket: see OverlappedReduction.
+
+    `copies` are those into BF16_Optimizer's fp32 sums; None: torch's optimizer takes the step (ZeRO-0).
+    """
+    group = engine.mpu.get_data_parallel_group()
+    if dist.get_world_size(group) == 1:
+        return
+    sums = _sums(engine.optimizer) if copies is not None else {}
+
+    def gradient_of(parameter: nn.Parameter) -> Tensor:
+        if copies is None:
+            assert parameter.grad is not None
+            return parameter.grad
+        copies.make()
+        return sums[parameter]
+
+    parameters = [p for p in engine.module.parameters() if p.requires_grad and getattr(p, "allreduce", True)]
+    reduction = OverlappedReduction(
+        parameters,
+        gradient_of,
+        engine.is_gradient_accumulation_boundary,
+        group=group,
+        sent=engine.communication_data_type,
+        filled=engine.zero_reduce_bucket_size(),
+    )
+    owner, name = (engine, "_get_gradients_for_reduction") if copies is None else (
+        engine.optimizer, "get_grads_for_reduction"
+    )  # fmt: skip
+    all_gradients = getattr(owner, name)
+
+    def left_for_deepspeed() -> Any:
+        _, of_experts = all_gradients()  # makes zeros for weights without a gradient
+        reduction.finish()
+        return [], of_experts
+
+    setattr(owner, name, left_for_deepspeed)
+
+
+def _sums(zero: BF16_Optimizer) -> dict[nn.Parameter, Tensor]:
+    """Return the fp32 sum of each weight's gradients, in the weight's shape."""
+    return {
+        weight: total.view(weight.shape)
+        for weights, totals in zip(zero.bf16_groups, zero.fp32_groups_gradients, strict=True)
+        for weight, total in zip(weights, totals, strict=True)
+    }
 
 
 def _reduce_in_one_buffer(engine: Any) -> None:
@@ -46,7 +99,7 @@ def _reduce_in_one_buffer(engine: Any) -> None:
     engine.allreduce_and_copy = allreduce_and_copy
 
 
-def _accumulate_without_zeros(zero: BF16_Optimizer) -> None:
+def _accumulate_without_zeros(zero: BF16_Optimizer) -> "_Copies":
     """Copy the first gradient of a step into the fp32 sums, and add the others to them as they are.
 
     DeepSpeed sets the sums to zero, casts each gradient to fp32 into a tensor of its own, and adds that.
@@ -83,6 +136,7 @@ def _accumulate_without_zeros(zero: BF16_Optimizer) -> None:
     zero._update_hp_grad, zero.clear_hp_grads = update, clear
     zero.get_grads_for_reduction = all_gradients
     zero.clear_hp_grads()
+    return copies
 
 
 class _Copies:
@@ -95,14 +149,15 @@ class _Copies:
     def add(self, target: Tensor, source: Tensor) -> None:
         """Copy `source` into `target` before the backward pass ends. Call it within the pass."""
         if not self._pairs:
-            torch.autograd.Variable._execution_engine.queue_callback(self._make)
+            torch.autograd.Variable._execution_engine.queue_callback(self.make)
         self._pairs.append((target, source))
         self._elements += source.numel()
         if self._elements > _WAITING_ELEMENTS:
-            self._make()
+            self.make()
 
     @torch.no_grad()
-    def _make(self) -> None:
+    def make(self) -> None:
+        """Make the copies that wait."""
         if self._pairs:
             targets, sources = zip(*self._pairs, strict=True)
             torch._foreach_copy_(targets, sources)

@@ -46,7 +46,7 @@ class PipelineEngine(Engine):
         for head in (built for built in module.modules() if type(built) is layers[-1].module):
             loss.head = head
         optimizer = build_optimizer(run.optimizer, module.parameters(), run.precision.states)
-        with shared_experts(mesh):
+        with shared_experts(mesh, module):
             deepspeed_engine, *_ = deepspeed.initialize(
                 model=module,
                 optimizer=optimizer,

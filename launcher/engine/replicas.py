@@ -6,12 +6,14 @@
 | ZeRO-1, 2 | model weights | model weights, fragments of master weights and states | tied weights |
 | ZeRO-3 | persistent weights | persistent weights, fragments of master weights and states | (no pipeline) |
 
-The learning rate, the loss scale and the numbers of updates are alike on all ranks.
+Data ranks have the context ranks among them. Experts that they share are alike on those that hold the same
+experts. The learning rate, the loss scale and the numbers of updates are alike on all ranks.
 """
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from operator import attrgetter
 from typing import Any
 
@@ -26,15 +28,16 @@ from launcher.parallel.digest import digest
 from launcher.parallel.mesh import MeshShape
 from launcher.parallel.sharding import WEIGHT, logical_of
 
-# Whether ranks that differ in pipeline, data, tensor index hold a tensor alike.
-Axes = tuple[bool, bool, bool]
-ALL_AXES: Axes = (True, True, True)
+# Whether ranks that differ in their pipeline index, their index among the holders of the same experts, their
+# index among the ranks that share the experts, or their tensor index hold a tensor alike. The second and the
+# third index are that of the data axis.
+Axes = tuple[bool, bool, bool, bool]
+ALL_AXES: Axes = (True, True, True, True)
+_OF_DATA = ((False, False), (True, False), (True, True))  # no data rank, holders of the same experts, all
 # Axes by their place among the digests of a rank. The numbers come last: they are alike on every rank, but
 # tensors that are alike along all axes are on some stages only.
-_PLACES: list[tuple[Axes, bool]] = [
-    *(((bool(place & 4), bool(place & 2), bool(place & 1)), False) for place in range(1, 8)),
-    (ALL_AXES, True),
-]
+_ALIKE: list[Axes] = [(p, *of_data, t) for p, of_data, t in product((False, True), _OF_DATA, (False, True))]
+_PLACES: list[tuple[Axes, bool]] = [*((axes, False) for axes in _ALIKE if any(axes)), (ALL_AXES, True)]
 
 _NOTHING = 0  # in place of a hash if a rank holds no replicas of a place
 
@@ -68,7 +71,7 @@ class Disagreement:
 def disagreements(engine: Engine, numbers: Mapping[str, float]) -> list[Disagreement]:
     """Return the tensors and numbers that differ between ranks; the same on every rank.
 
-    Collective over the world: an all-gather of eight hashes per rank. If they differ, a second all-gather
+    Collective over the world: an all-gather of twelve hashes per rank. If they differ, a second all-gather
     sends the hash of each tensor.
     """
     held = list(replicas(engine, numbers))
@@ -97,13 +100,19 @@ def compare(shape: MeshShape, by_rank: Sequence[Mapping[tuple[Axes, str], int]])
     """
     holders: dict[tuple[object, ...], dict[int, int]] = defaultdict(dict)
     for rank, hashes in enumerate(by_rank):
-        place = shape.coordinates(rank)
+        place = coordinates(shape, rank)
         for (axes, name), value in hashes.items():
             fixed = tuple(-1 if alike else index for alike, index in zip(axes, place, strict=True))
             holders[axes, name, fixed][rank] = value
     return [
         Disagreement(str(key[1]), ranks) for key, ranks in holders.items() if len(set(ranks.values())) > 1
     ]
+
+
+def coordinates(shape: MeshShape, rank: int) -> tuple[int, int, int, int]:
+    """Return a rank's indices along the four axes of Axes."""
+    stage, data, tensor = shape.coordinates(rank)
+    return (stage, *divmod(data, shape.expert), tensor)
 
 
 def _combined(held: list[Replica], place: tuple[Axes, bool]) -> Tensor:
@@ -116,7 +125,7 @@ def _combined(held: list[Replica], place: tuple[Axes, bool]) -> Tensor:
 def replicas(engine: Engine, numbers: Mapping[str, float]) -> Iterator[Replica]:
     """Yield this rank's replicas: weights, optimizer states, then `numbers` and the engine's own numbers."""
     yield from _weights_and_whole_states(engine)
-    across = (False, engine.mesh.data.size > 1, engine.mesh.tensor.size > 1)
+    across: Axes = (False, *_data_axes(engine, is_part=False), engine.mesh.tensor.size > 1)
     for bias in selection_biases(engine.module) if any(across) else ():
         yield Replica(bias.logical.name, across, bias.value)
     if engine.zero_stage > 0 and engine.mesh.tensor.size > 1:
@@ -135,17 +144,25 @@ def replicas(engine: Engine, numbers: Mapping[str, float]) -> Iterator[Replica]:
 
 def _weights_and_whole_states(engine: Engine) -> Iterator[Replica]:
     tied = _tied_weights(engine)
-    has_data, has_tensor = engine.mesh.data.size > 1, engine.mesh.tensor.size > 1
+    has_tensor = engine.mesh.tensor.size > 1
     for parameter in _whole_parameters(engine):
         logical = logical_of(parameter)
-        # Data ranks of an expert group hold different experts.
-        axes = (id(parameter) in tied, has_data and not logical.is_part, has_tensor and not logical.is_split)
+        of_data = _data_axes(engine, is_part=logical.is_part)
+        axes: Axes = (id(parameter) in tied, *of_data, has_tensor and not logical.is_split)
         if any(axes):
             yield Replica(logical.name, axes, parameter.detach())
             states = engine.optimizer.state.get(parameter, {}) if engine.zero_stage == 0 else {}
             for key, state in states.items():
                 if isinstance(state, Tensor) and state.numel() == parameter.numel():
                     yield Replica(f"{logical.name} ({key})", axes, state)
+
+
+def _data_axes(engine: Engine, *, is_part: bool) -> tuple[bool, bool]:
+    """Return whether holders of the same experts, and ranks that share experts, hold a tensor alike."""
+    mesh = engine.mesh
+    if is_part:  # experts that data ranks share differ between them
+        return mesh.holders_of_experts.size > 1, False
+    return mesh.data.size > 1, mesh.data.size > 1
 
 
 def _whole_parameters(engine: Engine) -> list[nn.Parameter]:
@@ -162,7 +179,7 @@ def _fragments_of_whole_tensors(engine: Engine) -> Iterator[Replica]:
         if not fragment.logical.is_split:
             for key, tensor in fragment.tensors.items():
                 kind = "master weight" if key == WEIGHT else key
-                yield Replica(f"{fragment.logical.name} ({kind})", (False, False, True), tensor)
+                yield Replica(f"{fragment.logical.name} ({kind})", (False, False, False, True), tensor)
 
 
 def _tied_weights(engine: Engine) -> set[int]:

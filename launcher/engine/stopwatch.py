@@ -11,6 +11,7 @@ from torch.profiler import record_function
 # Not isend and irecv: torch compares the functions of a P2POp with its own.
 TIMED = (
     "all_reduce",
+    "all_reduce_coalesced",
     "all_gather_into_tensor",
     "reduce_scatter_tensor",
     "all_gather",

@@ -44,7 +44,8 @@ _NO_OPERATOR = ("autograd::", "torch::autograd::", "c10d::", "profiler::")
 
 # One name for each collective, whether torch.distributed, c10d, gloo or NCCL names it.
 _COLLECTIVE_NAMES = {
-    "allreduce": "all_reduce", "allgather": "all_gather", "allgather_base": "all_gather",
+    "allreduce": "all_reduce", "allreduce_coalesced": "all_reduce", "all_reduce_coalesced": "all_reduce",
+    "allgather": "all_gather", "allgather_base": "all_gather",
     "all_gather_into_tensor": "all_gather", "reduce_scatter_base": "reduce_scatter",
     "reduce_scatter_tensor": "reduce_scatter", "reducescatter": "reduce_scatter",
     "batch_isend_irecv": "send and recv", "sendrecv": "send and recv", "alltoall": "all_to_all",

@@ -6,7 +6,7 @@ from typing import Any
 
 from launcher.checkpoint.load import agreed_error, load_initial_weights
 from launcher.checkpoint.manifest import UnusableCheckpoint
-from launcher.checkpoint.read import open_weights, stored_files_of
+from launcher.checkpoint.read import stored_files_of
 from launcher.checkpoint.sources import WeightSource, damaged
 from launcher.config.layout import Layout
 from launcher.config.schema import EvaluateConfig, RunConfig
@@ -67,6 +67,6 @@ def load(engine: Engine, weights: WeightSource) -> None:
     """
     try:
         with agreed_error(), checked_together(stored_files_of(weights)):
-            load_initial_weights(engine, open_weights(weights))
+            load_initial_weights(engine, weights)
     except UnusableCheckpoint as unusable:
         raise damaged("run.dir", weights.path, unusable) from None

@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launcher.checkpoint.companions import companions_of, run_of
-from launcher.checkpoint.exported_files import BYTE_SOURCES, TOKENIZER_CONFIG, data_of
+from launcher.checkpoint.exported_files import BYTE_SOURCES, data_of
 from launcher.checkpoint.sources import RUN_CONFIG, WeightSource, weights_at
+from launcher.checkpoint.tokenizer_files import TOKENIZER_CONFIG
 from launcher.config.compose import load_typed
 from launcher.config.errors import ConfigError, refusal
 from launcher.config.layout import Layout
@@ -101,7 +102,7 @@ def _tokenizer_json(config: EvaluateConfig, weights: WeightSource) -> Path | Non
 
 def _check_size(tokenizer: HuggingFace, subject: Subject) -> None:
     size = subject.weights.model.vocab_size
-    if tokenizer.vocab_size > size:
+    if tokenizer.text_vocab_size > size:
         why = f"this tokenizer has {tokenizer.vocab_size} tokens, and the model has {size}"
         remedy = "tokenizer=PATH of the tokenizer.json that the model was trained with"
         raise ConfigError("tokenizer", subject.tokenizer_json, why, remedy)

@@ -1,5 +1,6 @@
 """Parameter and FLOP counts from a model's config alone. Tests compare them with the real modules."""
 
+from launcher.config.layout import Layout
 from launcher.config.schema import InputKind, ModelConfig, NormKind, PositionKind, RunConfig
 from launcher.config.shape import (
     expert_layers,
@@ -14,6 +15,7 @@ from launcher.config.shape import (
     query_key_norm_sizes,
     sequence_length,
 )
+from launcher.parallel.buckets import FILLED, reduces_during_backward
 
 
 def block_matrix_parameters(model: ModelConfig, *, active: bool = False) -> int:
@@ -96,8 +98,13 @@ def trained_parameters(run: RunConfig) -> int:
     return adapter_parameters(run) or parameters(run.model)
 
 
-def reduce_bucket(run: RunConfig) -> int:
-    """Return the elements of the reduction bucket, which DeepSpeed allocates whole: at most its default."""
+def reduce_bucket(run: RunConfig, layout: Layout) -> int:
+    """Return the elements of gradients that are reduced at once.
+
+    The bucket that DeepSpeed allocates whole has at most its default.
+    """
+    if reduces_during_backward(run, layout):
+        return FILLED[layout.device]
     return min(500_000_000, trained_parameters(run))
 
 
@@ -131,7 +138,7 @@ def step_flops(run: RunConfig) -> float:
     length, of_adapters = sequence_length(run), adapter_parameters(run)
     flops = train_flops_per_token(run.model, length)
     if of_adapters:
-        flops += 6 * of_adapters - 2 * matrix_parameters(run.model)
+        flops += 6 * of_adapters - 2 * matrix_parameters(run.model, active=True)
     return flops * run.training.global_batch_size * length
 
 

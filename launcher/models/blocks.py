@@ -39,11 +39,12 @@ class TransformerBlock(nn.Module):
         # Positions and seeds are arguments of the body, for a recomputation and for a compiled body.
         places = self.context.positions(x, self.window)
         seeds = self.attention.seed(), self.dropout.seed(), self.dropout.seed()
+        of_attention = self.attention.adapter_seeds()
         call = recompute if self.context.checkpointing is ActivationCheckpointing.full else run_once
         if self.is_sparse:
-            return call(self._sparse_body, x, *places, *seeds)
+            return call(self._sparse_body, x, *places, *seeds, *of_attention)
         assert isinstance(self.mlp, MLP)
-        of_adapters = *self.attention.adapter_seeds(), *self.mlp.adapter_seeds()
+        of_adapters = *of_attention, *self.mlp.adapter_seeds()
         return self.context.blocks(call, type(self)._body, self, x, *places, *seeds, *of_adapters)
 
     def _body(
@@ -63,9 +64,7 @@ class TransformerBlock(nn.Module):
         """Return the output of the block. All blocks of a rank share its compiled form."""
         of_attention = mask, cos, sin, attention_seed, qkv_seed, output_seed
         attended = x + self._attended(x, of_attention, first_seed)
-        mlp = self.mlp(_normed(self.mlp_norm, x if self.is_parallel else attended), up_seed, down_seed)
-        output = attended + self.dropout(_normed(self.mlp_output_norm, mlp), second_seed)
-        return output  # type: ignore[no-any-return]
+        return self._second_half(x, attended, second_seed, up_seed, down_seed)
 
     def _sparse_body(
         self,
@@ -76,13 +75,13 @@ class TransformerBlock(nn.Module):
         attention_seed: Seed | None,
         first_seed: Seed | None,
         second_seed: Seed | None,
+        qkv_seed: Seed | None,
+        output_seed: Seed | None,
     ) -> Tensor:
         """Return the output of a block with experts. They run eager: their sizes differ from step to step."""
-        of_attention = x, mask, cos, sin, attention_seed, first_seed
+        of_attention = x, mask, cos, sin, attention_seed, first_seed, qkv_seed, output_seed
         attended = self.context.blocks(run_once, type(self)._first_half, self, *of_attention)
-        mlp = self.mlp(_normed(self.mlp_norm, x if self.is_parallel else attended))
-        output = attended + self.dropout(_normed(self.mlp_output_norm, mlp), second_seed)
-        return output  # type: ignore[no-any-return]
+        return self._second_half(x, attended, second_seed)
 
     def _first_half(
         self,
@@ -92,9 +91,19 @@ class TransformerBlock(nn.Module):
         sin: Tensor | None,
         attention_seed: Seed | None,
         first_seed: Seed | None,
+        qkv_seed: Seed | None,
+        output_seed: Seed | None,
     ) -> Tensor:
         """Return the sum after attention. All blocks with experts share its compiled form."""
-        return x + self._attended(x, (mask, cos, sin, attention_seed), first_seed)
+        of_attention = mask, cos, sin, attention_seed, qkv_seed, output_seed
+        return x + self._attended(x, of_attention, first_seed)
+
+    def _second_half(
+        self, x: Tensor, attended: Tensor, seed: Seed | None, *of_adapters: Seed | None
+    ) -> Tensor:
+        """Return the output of the block from its input and the sum after attention."""
+        mlp = self.mlp(_normed(self.mlp_norm, x if self.is_parallel else attended), *of_adapters)
+        return attended + self.dropout(_normed(self.mlp_output_norm, mlp), seed)  # type: ignore[no-any-return]
 
     def _attended(self, x: Tensor, of_attention: tuple[Any, ...], seed: Seed | None) -> Tensor:
         """Return attention with its norms and dropout. Apart from the body, which would keep its output."""

@@ -31,6 +31,7 @@ from launcher.models.selection_bias import SelectionBias
 from launcher.parallel.collectives import copy_region, gather_copies_region
 from launcher.parallel.initializer import normal
 from launcher.parallel.layers import TensorParallel
+from launcher.parallel.mesh import ONE_RANK
 from launcher.parallel.sharding import LogicalTensor
 
 
@@ -59,6 +60,8 @@ class Experts(nn.Module):
     rows of `experts.gate_up` or `experts.up`, and R = H rows of `experts.down`.
     Collectives over the tensor group are those of an MLP, those of the router, and an all-reduce of the
     gradients of the weights of the chosen experts (B, T, k) backward. Shared experts add those of an MLP.
+    Over the context group: an all-reduce of the uses of the experts (B, E). Over the expert group: those of
+    grouped.Exchange.
     """
 
     def __init__(self, name: str, model: ModelConfig, context: BlockContext) -> None:
@@ -70,6 +73,7 @@ class Experts(nn.Module):
         up, segments = (f"{name}.experts.gate_up", (f, f)) if gated else (f"{name}.experts.up", (f,))
         rows, part = segments * experts.count, (context.expert.rank, context.expert.size)
         self.expert, self.num_experts = context.expert, experts.count
+        self.context = ONE_RANK if context.cp is None else context.cp.axis
         make = tp.initializer.parameter
         first = LogicalTensor(f"{up}.weight", (sum(rows), h), 0, rows, part=part)
         self.up = make(first, normal(model.init_std))
@@ -119,7 +123,7 @@ class Experts(nn.Module):
             bias.record(chosen)
         if trains:
             shares = scores if is_softmax else scores / scores.sum(-1, keepdim=True)
-            balance = load_balancing_loss(shares, chosen)
+            balance = load_balancing_loss(shares, chosen, self.context)
             self.record.add(shares.detach(), chosen, balance, z)
             scores = self._with_loss(scores, balance, experts.auxiliary_loss)
         weights = scores.gather(-1, chosen)
@@ -130,7 +134,7 @@ class Experts(nn.Module):
     def _with_loss(self, x: Tensor, loss: Tensor | float, factor: float) -> Tensor:
         """Return x; its backward pass also adds the gradient of `loss` times `factor`.
 
-        The loss of a step is the mean over its micro-batches and data ranks, like the loss of the tokens.
+        A step's loss is the mean over its micro-batches, data and context ranks, as the language loss is.
         """
         if factor == 0.0 or not isinstance(loss, Tensor):
             return x

@@ -3,12 +3,15 @@
 N tokens run through k experts each: N k rows, sorted by expert. E experts.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
+from itertools import accumulate
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from launcher.parallel.mesh import Axis
@@ -57,7 +60,9 @@ def unsorted(y: Tensor, order: Order) -> Tensor:
 def grouped_linear(x: Tensor, weights: Tensor, order: Order) -> Tensor:
     """Return each sorted row times the weight of its expert: (N k, in), (E, out, in) -> (N k, out).
 
-    An expert without rows multiplies nothing, and its weight gets a gradient of zeros.
+    An expert without rows multiplies nothing, and its weight gets a gradient of zeros. Frozen weights (LoRA)
+    get none, and the rows are not kept for one. In bf16 on GPUs from Hopper on, one kernel multiplies all
+    experts (torch's grouped_mm); elsewhere there is a product for each.
     """
     return _GroupedLinear.apply(x, weights, order.sizes)  # type: ignore[no-any-return,no-untyped-call]
 
@@ -96,21 +101,65 @@ class _GroupedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weights: Tensor, sizes: list[int]) -> Tensor:
-        ctx.save_for_backward(x, weights)
-        ctx.sizes = sizes
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weights)
+        ctx.sizes, ctx.kernel = sizes, _kernel_for(x, weights)
+        if ctx.kernel is not None:
+            ctx.ends = _ends(sizes, x.device)
+            return ctx.kernel(x, weights.transpose(1, 2), offs=ctx.ends)  # type: ignore[no-any-return]
         y = x.new_empty(len(x), weights.shape[1])
         for expert, rows in _stretches(sizes):
             torch.mm(x[rows], weights[expert].t(), out=y[rows])
         return y
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, weights = ctx.saved_tensors
-        of_x, of_weights = torch.empty_like(x), torch.empty_like(weights)
+        if ctx.kernel is not None:
+            return _kernel_gradients(ctx, x, weights, gradient.contiguous())
+        of_x = gradient.new_empty(len(gradient), weights.shape[2])
+        of_weights = None if x is None else torch.empty_like(weights)
         for expert, rows in _stretches(ctx.sizes):
             torch.mm(gradient[rows], weights[expert], out=of_x[rows])
-            torch.mm(gradient[rows].t(), x[rows], out=of_weights[expert])  # zeros without rows
+            if of_weights is not None:
+                torch.mm(gradient[rows].t(), x[rows], out=of_weights[expert])  # zeros without rows
         return of_x, of_weights, None
+
+
+GroupedKernel = Callable[..., Tensor]
+# From this compute capability on torch has a kernel; below it, and on CPUs, torch runs a loop and waits for
+# the sizes (torch 2.9 to 2.13, GroupedMMUtils.h).
+_FIRST_CAPABILITY = 9, 0
+_ALIGNMENT = 16  # bytes: of the start of a tensor and of each row
+
+
+def _kernel_for(x: Tensor, weights: Tensor) -> GroupedKernel | None:
+    """Return torch's grouped product if it has a kernel for these tensors; None: multiply in a loop."""
+    is_low = x.dtype is weights.dtype is torch.bfloat16
+    if not (x.is_cuda and is_low and len(x) and _capability(x.device) >= _FIRST_CAPABILITY):
+        return None
+    return grouped_kernel() if _is_aligned(x, weights) else None
+
+
+def grouped_kernel() -> GroupedKernel | None:
+    """Return torch's grouped product; None in torch 2.6 and 2.7, which lack it."""
+    return getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def _is_aligned(x: Tensor, weights: Tensor) -> bool:
+    """Whether tensors and rows start at multiples of 16 bytes; a fragment of a flat buffer may not."""
+    rows = (length * x.element_size() for length in weights.shape[1:])
+    return not any(number % _ALIGNMENT for number in (x.data_ptr(), weights.data_ptr(), *rows))
+
+
+def _ends(sizes: list[int], device: torch.device) -> Tensor:
+    """Return the end of the stretch of each expert, int32. The host does not wait for the GPU."""
+    ends = torch.tensor(list(accumulate(sizes)), dtype=torch.int32)
+    return ends.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else ends
 
 
 def _stretches(sizes: list[int]) -> Iterator[tuple[int, slice]]:
@@ -171,3 +220,16 @@ def _all_to_all(rows: Tensor, sent: list[int], received: list[int], axis: Axis) 
     result = rows.new_empty(sum(received), rows.shape[1])
     dist.all_to_all_single(result, rows.contiguous(), received, sent, group=axis.group)
     return result
+
+
+def _kernel_gradients(
+    ctx: Any, x: Tensor | None, weights: Tensor, gradient: Tensor
+) -> tuple[Tensor, Tensor | None, None]:
+    """Return the gradients of _GroupedLinear by its kernel. Without `x` the weights are frozen."""
+    of_x = ctx.kernel(gradient, weights, offs=ctx.ends)
+    if x is None:
+        return of_x, None, None
+    of_weights = ctx.kernel(gradient.t(), x, offs=ctx.ends)
+    for expert in (expert for expert, size in enumerate(ctx.sizes) if not size):
+        of_weights[expert].zero_()  # the kernel promises nothing for a sum of no rows
+    return of_x, of_weights, None

@@ -52,8 +52,9 @@ class AttentionMasks:
             return None
         key = window, device, torch.long
         made = self._longest if ends is None else self.documents.masks
-        if key not in made:
-            is_whole = context.method is ContextMethod.ulysses
+        is_whole = context.method is ContextMethod.ulysses
+        # Places differ with the length: an evaluation has windows of many lengths.
+        if key not in made or made[key].shape[1] != (length if is_whole else length // context.axis.size):
             places = torch.arange(length, device=device) if is_whole else context.positions(length, device)
             starts = torch.zeros_like(places).unsqueeze(0)
             if ends is not None:

@@ -1,7 +1,8 @@
 """Process mesh: pipeline x data x tensor coordinates of each rank, process groups, and DeepSpeed's mpu.
 
 Context ranks share the sequences of a batch. They are an inner factor of the data axis: ZeRO and the pipeline
-see one data group, with data x context ranks.
+see one data group, with data x context ranks. Experts are folded over that group (arXiv 2504.14960), so that
+an expert group may have context ranks, or parts of several data ranks.
 
 The rank arithmetic is pure. Only `ProcessMesh.create` creates process groups.
 """
@@ -28,7 +29,7 @@ class MeshShape:
     pipeline: int = 1
     data: int = 1
     tensor: int = 1
-    expert: int = 1  # neighbouring data ranks that hold different experts; divides `data`
+    expert: int = 1  # neighbouring ranks of the data axis that hold different experts; divides `data`
     context: int = 1
 
     @classmethod
@@ -103,7 +104,7 @@ class ProcessMesh:
     tensor: Axis
     data: Axis  # with the context ranks
     stage: int = 0
-    expert: Axis = ONE_RANK  # the data ranks that together hold all experts once
+    expert: Axis = ONE_RANK  # the ranks of the data axis that together hold all experts once
     expert_data: Axis | None = None  # None: the data axis, since all data ranks hold the same experts
     context: Axis = ONE_RANK
 
@@ -120,18 +121,17 @@ class ProcessMesh:
         stage, data_rank, tensor_rank = shape.coordinates(rank)
         tensor = Axis(tensor_rank, shape.tensor, _create_groups(shape.tensor_groups(), rank))
         data = Axis(data_rank, shape.data, _create_groups(shape.data_groups(), rank))
+        context = ONE_RANK
         if shape.context > 1:
-            assert shape.expert == 1, "validated with the config"
             group = _create_groups(shape.context_groups(), rank)
             context = Axis(data_rank % shape.context, shape.context, group)
-            return cls(shape, rank, tensor, data, stage, context=context)
         if shape.expert == 1:
-            return cls(shape, rank, tensor, data, stage)
+            return cls(shape, rank, tensor, data, stage, context=context)
         copy, place = divmod(data_rank, shape.expert)
         expert = Axis(place, shape.expert, _create_groups(shape.expert_groups(), rank))
         copies = shape.data // shape.expert
         expert_data = Axis(copy, copies, _create_groups(shape.expert_data_groups(), rank))
-        return cls(shape, rank, tensor, data, stage, expert, expert_data)
+        return cls(shape, rank, tensor, data, stage, expert, expert_data, context)
 
     @classmethod
     def single(cls) -> "ProcessMesh":

@@ -7,6 +7,7 @@ yields a shape and a meaning gives the diagnosis.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
+from statistics import mean
 
 import torch
 
@@ -18,6 +19,7 @@ from launcher.parity.differences import Difference, DifferenceKind, expected_bat
 from launcher.parity.patterns import (
     CLOSE,
     CLOSE_LOSSES,
+    CLOSE_MEAN,
     common_ratio,
     excess_of_padding,
     moved_rows,
@@ -124,6 +126,7 @@ _COLUMN_LAYER = "a column layer: its input is not gathered, or its weight's shar
 # Usual causes of a wrong output on which all tensor ranks agree, by the end of the layer's name.
 WRONG_OUTPUT = {
     "embedding": "the look-up in a split vocabulary: its mask or the first row of a shard",
+    "patches": "other images are read, or their pixels and channels in another order, or the convolution",
     "positions": "positions offset wrongly, for this stage or for this rank's sequence shard",
     "norm": "the norm: its weight, its epsilon, or the dimension that it reduces",
     "qkv": _COLUMN_LAYER,
@@ -165,6 +168,13 @@ def _forward(e: Evidence) -> Results:
     yield f"{where}; it is equal on every tensor rank", WRONG_OUTPUT[part]
 
 
+def _choices(e: Evidence) -> Results:
+    if names := e.names("choice"):
+        shape = f"{_some(names)}: a token runs through experts with lower scores than others have"
+        meaning = "the router: its logits, the biases for the choice, or tokens and scores in another order"
+        yield shape, meaning
+
+
 def _are_other_tokens(e: Evidence) -> bool:
     """Return whether every output of the embedding is a row of its weight."""
     rows = e.step.outputs["embedding"].flatten(0, -2)
@@ -203,14 +213,14 @@ def _context_attention(e: Evidence, name: str, where: str) -> tuple[str, str]:
     return shape, f"{meaning} chunks in another order"
 
 
-def _padding(e: Evidence, above: float) -> Results:
+def _padding(e: Evidence, above: float, close: float = CLOSE) -> Results:
     """Yield a diagnosis if a loss is too high by the effect of padding, the same in all micro-batches."""
     multiple = vocabulary_multiple(e.run, e.layout.device)
     size = output_size(e.run.model)
     padding = padded_length(size, e.layout.tensor, multiple) - size
     if padding and "head" in e.right.outputs:
         excess = excess_of_padding(e.right.outputs["head"], padding)
-        if abs(above / excess - 1) < CLOSE:
+        if abs(above / excess - 1) < close:
             shape = f"losses are {excess:.4f} too high: the effect of {padding} more logits of 0"
             yield f"every output is right and {shape}", "the padding of the vocabulary enters the softmax"
 
@@ -218,6 +228,15 @@ def _padding(e: Evidence, above: float) -> Results:
 def _loss(e: Evidence) -> Results:
     names = e.names("batch_loss")
     if not names and e.names("loss"):
+        # In bf16 the mean has a tighter bound than each loss.
+        of_batches = [mean(chain(*losses)) for losses in (e.step.batch_losses, e.right.batch_losses)]
+        if same_losses([e.step.loss], [of_batches[0]]):
+            yield from _padding(e, of_batches[0] - of_batches[1], CLOSE_MEAN)
+            shape = (
+                f"the mean of all losses is {of_batches[0] / of_batches[1]:.5f} times the reference, while "
+            )
+            shape += "each loss is within its bound"
+            yield shape, "an error that all losses share: of the cross-entropy, the head or the final norm"
         words, _ = named_ratio(e.step.loss / e.right.loss, e.layout)
         shape = f"every micro-batch's loss is right and the reported loss is {words}"
         yield shape, "the loss is averaged over the wrong ranks or micro-batches"
@@ -243,7 +262,10 @@ def _loss(e: Evidence) -> Results:
         )
         yield "every output is right and the loss of the logits is not", f"{meaning} number of its own labels"
     if "data rank 0, micro-batch 0" in names:
-        meaning = "the cross-entropy: a maximum or sum over the vocabulary's shards, or other labels"
+        meaning = (
+            "the cross-entropy: a maximum or sum over the vocabulary's shards; or other labels, which are"
+        )
+        meaning += " not shifted, not masked, or of another sample"
         yield "every output is right and the loss computed from the logits is wrong", meaning
     shape = f"only the losses of {_some(names)} are wrong"
     if {name.partition(",")[0] for name in names} == {"data rank 0"}:
@@ -359,7 +381,7 @@ def _update(e: Evidence) -> Results:
     yield shape, "the optimizer, learning rate, weight decay or state differs from the reference"
 
 
-RULES = (_start, _micro_batches, _forward, _loss, _replicas, _gradients, _rounding, _update, _whole)
+RULES = (_start, _micro_batches, _forward, _choices, _loss, _replicas, _gradients, _rounding, _update, _whole)
 
 
 def _axes(names: list[str]) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from launcher.config.schema import OptimizerConfig, OptimizerName, RunConfig, StatesDtype
 from launcher.config.shape import has_lora
+from launcher.parity.routing import shortfall
 from launcher.parity.shrink import parameter_order
 from launcher.parity.step_trace import StepTrace, Weights
 from launcher.parity.tolerance import Tolerance
@@ -28,6 +29,7 @@ MOMENTA = ("momentum_buffer", "exp_avg")  # of SGD and AdamW
 DifferenceKind = Literal[
     "batch_loss",
     "output",
+    "choice",  # the experts of each token: see parity/routing.py
     "output_replica",
     "loss",
     "grad_norm",
@@ -136,7 +138,7 @@ def compare(
         if number == 0:
             differences += [c.initial(name) for name in order]
         else:
-            differences += [*c.batch_losses(), *c.scalars(), *c.outputs()]
+            differences += [*c.batch_losses(), *c.scalars(), *c.outputs(), *c.choices()]
             differences += [c.gradient(name) for name in order if name in step.gradients]
             if plain_sgd:
                 differences += [c.rounding(name) for name in order if has_bf16_states(run)]
@@ -220,12 +222,19 @@ class _Comparison:
             measured = float((got[name] - right[name]).norm() / right[name].norm().clamp(min=TINY))
             yield Difference(self.number, "output", name, measured, self.allowed.of_output(name))
 
+    def choices(self) -> Iterator[Difference]:
+        """Compare the experts of each token with the scores of the reference, which followed the choices."""
+        got, right = self.step.choices, self.right.scores
+        for name in in_forward_order(self.run, sorted({*got, *right})):
+            measured = shortfall(right[name], got[name]) if name in got and name in right else inf
+            yield Difference(self.number, "choice", name, measured, self.allowed.of_score(name))
+
     def scalars(self) -> list[Difference]:
         number, step, right = self.number, self.step, self.right
         loss = abs(step.loss - right.loss) / abs(right.loss)
         norm = abs(step.grad_norm - right.grad_norm) / max(right.grad_norm, TINY)
         return [
-            Difference(number, "loss", "loss", loss, self.allowed.loss),
+            Difference(number, "loss", "loss", loss, self.allowed.of_step_loss()),
             Difference(number, "grad_norm", "grad_norm", norm, self.allowed.norm),
             Difference(number, "norm_replica", "grad_norm", step.norm_spread, 4 * U32 * right.grad_norm),
         ]

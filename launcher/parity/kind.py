@@ -19,7 +19,7 @@ from launcher.config.schema import (
     RunConfig,
     TrainingConfig,
 )
-from launcher.parity.shrink import shrink
+from launcher.parity.shrink import LayoutAxes, shrunk_to
 
 LARGEST_AXIS = 2  # ranks of an axis that is larger than 1
 _SECTIONS = ("model", "parallelism", "data", "optimizer", "precision", "training", "finetune")
@@ -34,14 +34,8 @@ def kind_of(run: RunConfig, layout: Layout) -> RunConfig:
 
     The result keeps what `launcher verify` keeps, such as ZeRO stage, schedule, precision and offload.
     """
-    least = replace(
-        layout,
-        pipeline=min(LARGEST_AXIS, layout.pipeline),
-        data=min(LARGEST_AXIS, layout.data),
-        tensor=min(LARGEST_AXIS, layout.tensor),
-        context=min(LARGEST_AXIS, layout.context),
-    )
-    kind, _ = shrink(run, least)
+    axes = LayoutAxes(*(min(LARGEST_AXIS, size) for size in LayoutAxes.of(layout)))
+    kind = shrunk_to(axes, run, replace(layout, **axes._asdict()))
     kind.verify.steps = 1
     kind.training = TrainingConfig(
         steps=1,

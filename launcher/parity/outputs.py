@@ -16,6 +16,7 @@ from launcher.models.vision import PatchEmbedding
 from launcher.parallel import layers
 from launcher.parallel.context import context_of
 from launcher.parallel.sharding import LogicalTensor, logical_of, merge
+from launcher.parity.choices import ChoiceRecorder
 from launcher.parity.step_trace import Weights
 
 _PARALLEL = (layers.VocabParallelEmbedding, layers.ColumnParallelLinear, layers.RowParallelLinear)
@@ -32,6 +33,7 @@ class OutputRecorder:
     def __init__(self, engine: Engine, sequence_parallel: bool, method: ContextMethod) -> None:
         self.mesh, self.sequence_parallel = engine.mesh, sequence_parallel
         self.context = context_of(engine.mesh.context, method)
+        self.chosen = ChoiceRecorder(engine, self.context)
         self._outputs: Weights = {}
         self._splits: dict[str, LogicalTensor] = {}  # of outputs that are sharded by columns
         self._losses: list[float] = []
@@ -50,6 +52,7 @@ class OutputRecorder:
     def start(self) -> None:
         """Discard the records of the previous step."""
         self._outputs, self._losses = {}, []
+        self.chosen.start()
 
     def outputs(self) -> tuple[Weights, dict[str, float]]:
         """Return full outputs, and the spread of replicated outputs.

@@ -9,6 +9,7 @@ from launcher.config.layout import Layout
 
 CLOSE = 0.05  # relative; above the rounding of bf16, and small enough to tell sqrt(2) from 1 and 2
 CLOSE_LOSSES = 0.003  # relative; losses of different samples differ by more
+CLOSE_MEAN = 0.3  # relative; of a shift that all losses share, which is little more than rounding to bf16
 SAME = 1e-4  # relative; losses of different samples differ by more
 
 

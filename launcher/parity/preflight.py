@@ -26,6 +26,7 @@ from launcher.config.schema import RunConfig
 from launcher.files import write_text
 from launcher.launch.installed import Installed, NotInstalled, installed_for, installed_here
 from launcher.parity.kind import kind_of, overrides_of, sections_of
+from launcher.parity.shrink import MOST_RANKS
 
 LIMIT = 300.0  # seconds; the check takes less than 40 on two idle cores
 # Ranks share the modules of the process that forks them.
@@ -87,7 +88,7 @@ def preflight(run: RunConfig, layout: Layout) -> Preflight:
 def _check(kind: RunConfig, python: str, installed: Installed) -> Preflight:
     p = kind.parallelism
     assert p.data is not None
-    ranks = p.pipeline * p.data * p.context * p.tensor
+    ranks = min(MOST_RANKS, p.pipeline * p.data * p.context * p.tensor)  # verify shrinks four axes further
     overrides = overrides_of(kind)
     command = "launcher verify " + " ".join(
         f"'{word}'" if set(word) & set("{[ ") else word for word in overrides

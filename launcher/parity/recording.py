@@ -119,6 +119,7 @@ def recorded_step(
     step.norm_data_spread = spread(torch.tensor(step.grad_norm), engine.mesh.data.group)
     step.outputs, step.output_spread = recorder.outputs()
     step.batch_losses = recorder.losses()
+    step.choices = recorder.chosen.choices()
     step.states = recorded_states(run, engine)
     return step
 

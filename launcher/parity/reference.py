@@ -40,6 +40,7 @@ from launcher.config.schema import (
 )
 from launcher.config.shape import end_of_document, position_count, sequence_length, vision_tokens
 from launcher.parity.rounding import BF16, EXACT, Arithmetic
+from launcher.parity.routing import Routing
 from launcher.parity.step_trace import StepTrace, Weights
 
 GlobalBatch = tuple[
@@ -240,10 +241,10 @@ def reference_trace(
 ) -> list[StepTrace]:
     """Train from `weights` and return the trace of every step.
 
-    With `follow`, each step starts from the weights and optimizer states of that trace. `rates` are the
-    learning rates by step. `batch_losses` holds the loss of each sample: [[loss of sample 0, ...]]. Exact
-    arithmetic takes each global batch in one piece; rounded arithmetic takes micro-batches, whose gradients
-    are rounded.
+    With `follow`, each step starts from the weights and optimizer states of that trace, and its tokens run
+    through the experts that they chose there. `rates` are the learning rates by step. `batch_losses` holds
+    the loss of each sample: [[loss of sample 0, ...]]. Exact arithmetic takes each global batch in one piece;
+    rounded arithmetic takes micro-batches, whose gradients are rounded.
     """
     parameters = {
         name: tensor.clone().requires_grad_(_is_trained(run, name)) for name, tensor in weights.items()
@@ -251,35 +252,18 @@ def reference_trace(
     trained = {name: tensor for name, tensor in parameters.items() if tensor.requires_grad}
     optimizer = _optimizer(run.optimizer, trained)
     steps = [StepTrace(weights={name: tensor.clone() for name, tensor in weights.items()})]
-    balance = _balance(run.model)
+    routing = Routing(run.model)
     for number, batch in enumerate(batches):
         if follow is not None:
             _start_from(follow[number], parameters, optimizer, number)
         for group in optimizer.param_groups:
             group["lr"] = run.optimizer.lr if rates is None else rates[number]
-        steps.append(_step(run, parameters, optimizer, batch, arithmetic, balance))
-        steps[-1].states |= _balanced(run.model, balance)
+        routing.begin_step({} if follow is None else follow[number + 1].choices)
+        steps.append(_step(run, parameters, optimizer, batch, arithmetic, routing))
+        steps[-1].scores = routing.scores()
+        steps[-1].states |= routing.balance()
         steps[-1].rate = None if rates is None else rates[number]
     return steps
-
-
-def _balance(model: ModelConfig) -> Weights:
-    """Return zeros for the bias and the uses of each expert; nothing if experts are chosen without biases."""
-    layers = [i for i in range(model.num_layers) if _has_experts(model, i) and model.experts.bias_balancing]
-    names = [f"blocks.{layer}.mlp.router.{kind}" for layer in layers for kind in ("bias", "uses")]
-    return {name: torch.zeros(model.experts.count) for name in names}
-
-
-def _balanced(model: ModelConfig, balance: Weights) -> Weights:
-    """Move each bias by the uses of a step, which are 0 afterwards; return copies of the biases."""
-    biases = [name for name in balance if name.endswith(".bias")]
-    for name in biases:
-        uses = balance[name.replace(".bias", ".uses")]
-        for expert in range(len(uses)):
-            is_less, is_more = uses[expert] < uses.mean(), uses[expert] > uses.mean()
-            balance[name][expert] += model.experts.bias_balancing * (int(is_less) - int(is_more))
-        uses.zero_()
-    return {name: balance[name].clone() for name in biases}
 
 
 @torch.no_grad()
@@ -305,7 +289,7 @@ def _step(
     optimizer: torch.optim.Optimizer,
     batch: GlobalBatch,
     a: Arithmetic,
-    balance: Weights,
+    routing: Routing,
 ) -> StepTrace:
     inputs, labels = batch
     counted = int((labels != IGNORED_LABEL).sum())
@@ -317,7 +301,8 @@ def _step(
     gradients: list[Weights] = []
     for rows in zip(inputs.split(size), labels.split(size), strict=True):
         outputs.append({})
-        of_batch, of_weights = _backward(run, {**parameters, **balance}, rows, counted, outputs[-1], a)
+        routing.begin_micro_batch(size * len(losses))
+        of_batch, of_weights = _backward(run, parameters, rows, counted, outputs[-1], a, routing)
         losses.append(of_batch)
         gradients.append(of_weights)
     # Each sample's part of the mean over all labels that count, so that the mean of the parts is the loss.
@@ -347,16 +332,20 @@ def _step(
 
 
 @torch.no_grad()
-def mean_loss(run: RunConfig, weights: Weights, batch: GlobalBatch, a: Arithmetic) -> float:
-    """Return the mean loss over the labels of a batch that count, without dropout."""
-    (inputs, labels), used = batch, with_adapters(run, weights, a)
-    logits = forward(used, run.model, inputs, {}, documents(run, inputs), a)
+def mean_loss(run: RunConfig, weights: Weights, biases: Weights, batch: GlobalBatch, a: Arithmetic) -> float:
+    """Return the mean loss over the labels of a batch that count, without dropout.
+
+    `biases` are those for the choice of experts, by router.
+    """
+    (inputs, labels), used, routing = batch, with_adapters(run, weights, a), Routing(run.model, biases)
+    logits = forward(used, run.model, inputs, {}, documents(run, inputs), a, routing=routing)
     return float(F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED_LABEL))
 
 
 def _backward(
-    run: RunConfig, parameters: Weights, batch: GlobalBatch, counted: int, outputs: Weights, a: Arithmetic
-) -> tuple[Tensor, Weights]:
+    run: RunConfig, parameters: Weights, batch: GlobalBatch, counted: int, outputs: Weights, a: Arithmetic,
+    routing: Routing,
+) -> tuple[Tensor, Weights]:  # fmt: skip
     """Return the loss of each sample, summed over its labels, and the gradients of the loss.
 
     Exact arithmetic: gradients of the mean over the labels of the global batch that count. Rounded: gradients
@@ -365,15 +354,15 @@ def _backward(
     inputs, labels = batch
     used = with_adapters(run, parameters, a)
     factor = (run.parallelism.data or 1) / counted
-    auxiliary: list[Tensor] = []
-    logits = forward(used, run.model, inputs, outputs, documents(run, inputs), a, factor, auxiliary)
+    logits = forward(used, run.model, inputs, outputs, documents(run, inputs), a, factor, routing)
     losses = F.cross_entropy(
         logits.transpose(1, 2), labels, reduction="none", ignore_index=IGNORED_LABEL
     ).sum(1)
     # Rounded arithmetic: the head rounds the gradients of the sum, and then multiplies them by `factor`.
     total = losses.sum() if a.is_rounded else losses.sum() / counted
     share = len(inputs) / run.training.global_batch_size
-    total = sum((share * loss for loss in auxiliary), total)
+    share *= (run.parallelism.data or 1) if a.is_rounded else 1
+    total = sum((share * loss for loss in routing.losses), total)
     trained = {name: tensor for name, tensor in parameters.items() if tensor.requires_grad}
     computed = torch.autograd.grad(total, list(trained.values()), allow_unused=True)
     gradients = {name: torch.zeros_like(tensor) for name, tensor in parameters.items()}
@@ -415,14 +404,14 @@ def forward(
     spans: Spans,
     a: Arithmetic = EXACT,
     factor: float = 1.0,
-    auxiliary: list[Tensor] | None = None,
+    routing: Routing | None = None,
 ) -> Tensor:
     """Return the logits (B, T, V) of tokens (B, T), or (B, 1, classes) of images.
 
-    Each layer's output is written into `outputs`, the losses of each router into `auxiliary`. `spans` are the
-    documents, which run one by one. In rounded arithmetic `factor` multiplies the gradients of the head.
+    Each layer's output is written into `outputs`, scores and losses of each router into `routing`. `spans`
+    are the documents, which run one by one. In rounded arithmetic `factor` multiplies the head's gradients.
     """
-    auxiliary = [] if auxiliary is None else auxiliary
+    routing = Routing(model) if routing is None else routing
     if model.inputs is InputKind.patches:
         x = outputs["patches"] = _patches(w, model, inputs, a)
     else:
@@ -432,7 +421,7 @@ def forward(
         places = [torch.cat([torch.arange(end - start) for start, end in sample]) for sample in spans]
         x = outputs["positions"] = a.rounded(x + w["positions.weight"][torch.stack(places)])
     for index in range(model.num_layers):
-        x = _block(w, index, model, x, outputs, spans, a, auxiliary)
+        x = _block(w, index, model, x, outputs, spans, a, routing)
     x = _norm(w, "final_norm", model, x, outputs, a)
     if model.inputs is InputKind.patches:
         x = x[:, :1] if model.pooling is Pooling.class_token else a.rounded(x.mean(1, keepdim=True))
@@ -455,7 +444,7 @@ def _soft_capped(x: Tensor, cap: float, a: Arithmetic) -> Tensor:
 
 def _block(
     w: Weights, index: int, model: ModelConfig, x: Tensor, outputs: Weights, spans: Spans, a: Arithmetic,
-    auxiliary: list[Tensor],
+    routing: Routing,
 ) -> Tensor:  # fmt: skip
     name, before = f"blocks.{index}", model.norm_placement in (NormPlacement.pre, NormPlacement.sandwich)
     after = model.norm_placement in (NormPlacement.post, NormPlacement.sandwich)
@@ -470,7 +459,7 @@ def _block(
     def mlp(x: Tensor) -> Tensor:
         y = _norm(w, f"{name}.mlp_norm", model, x, outputs, a) if before else x
         if _has_experts(model, index):
-            y = _experts(w, f"{name}.mlp", model, y, outputs, auxiliary, a)
+            y = _experts(w, f"{name}.mlp", model, y, outputs, routing, a)
         else:
             y = _mlp(w, f"{name}.mlp", model, y, outputs, a)
         return _norm(w, f"{name}.mlp_output_norm", model, y, outputs, a) if after else y
@@ -649,50 +638,30 @@ def _mlp(w: Weights, name: str, model: ModelConfig, x: Tensor, outputs: Weights,
 
 
 def _experts(
-    w: Weights,
-    name: str,
-    model: ModelConfig,
-    x: Tensor,
-    outputs: Weights,
-    auxiliary: list[Tensor],
-    a: Arithmetic,
+    w: Weights, name: str, model: ModelConfig, x: Tensor, outputs: Weights, routing: Routing, a: Arithmetic
 ) -> Tensor:
     """Run every token (B, T, H) through every expert, one expert after the other, and weight the results.
 
-    All weights of a token are 0 except those of the k experts with its highest scores. The losses of the
-    router are appended to `auxiliary`.
+    All weights of a token are 0 except those of the k experts that it chooses. The router computes in fp32.
     """
     e = model.experts
-    logits = x @ w[f"{name}.router.weight"].T
+    logits = a.gradient(x) @ w[f"{name}.router.weight"].T
     scores = logits.softmax(-1) if e.router is RouterKind.softmax else 1 / (1 + torch.exp(-logits))
-    ranked = scores + w[f"{name}.router.bias"] if e.bias_balancing else scores
-    chosen = torch.zeros_like(scores).scatter(-1, ranked.argsort(-1, descending=True)[..., : e.top_k], 1.0)
-    if e.bias_balancing:
-        w[f"{name}.router.uses"] += chosen.sum((0, 1))
-    auxiliary += _router_losses(model, logits, scores, chosen)
+    chosen = routing.choose(f"{name}.router", scores)
+    routing.add_losses(logits, scores, chosen)
     weights = scores * chosen
     if e.normalize_top_k:
         weights = weights / weights.sum(-1, keepdim=True)
+    weights = a.rounded(e.scaling * weights)
     first = "gate_up" if f"{name}.experts.gate_up.weight" in w else "up"
     ups = w[f"{name}.experts.{first}.weight"].chunk(e.count)
     downs = w[f"{name}.experts.down.weight"].chunk(e.count)
-    total = torch.zeros_like(x)
+    total, rows = torch.zeros_like(x), a.gradient(x)
     for expert in range(e.count):
         mlp = {f"{name}.{first}.weight": ups[expert], f"{name}.down.weight": downs[expert]}
-        total = total + e.scaling * weights[..., expert, None] * _mlp(mlp, name, model, x, {}, a)
-    return total + _mlp(w, f"{name}.shared", model, x, outputs, a) if e.shared else total
-
-
-def _router_losses(model: ModelConfig, logits: Tensor, scores: Tensor, chosen: Tensor) -> list[Tensor]:
-    """Return the mean over sequences of DeepSeek-V3's balance loss, and the z-loss, with their factors."""
-    e, balance = model.experts, torch.zeros(())
-    for of_tokens, uses in zip(scores, chosen, strict=True):
-        shares = of_tokens / of_tokens.sum(-1, keepdim=True)
-        for expert in range(e.count):
-            f = uses[:, expert].sum() * e.count / (e.top_k * len(uses))
-            balance = balance + f * shares[:, expert].mean() / len(scores)
-    z = torch.log(torch.exp(logits).sum(-1)).square().mean()
-    return [e.auxiliary_loss * balance, e.z_loss * z]
+        total = total + weights[..., expert, None] * _mlp(mlp, name, model, rows, {}, a)
+    total = a.rounded(total)
+    return a.rounded(total + _mlp(w, f"{name}.shared", model, x, outputs, a)) if e.shared else total
 
 
 def _gelu(y: Tensor) -> Tensor:

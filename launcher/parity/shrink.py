@@ -3,6 +3,8 @@
 import copy
 import math
 from dataclasses import fields
+from itertools import combinations
+from typing import NamedTuple
 
 from launcher.config.context_rules import length_multiple
 from launcher.config.errors import as_typed
@@ -14,6 +16,7 @@ from launcher.config.schema import (
     Dtype,
     InputKind,
     ModelConfig,
+    PipelineSchedule,
     Pooling,
     RunConfig,
     SchedulerConfig,
@@ -28,8 +31,10 @@ from launcher.config.shape import (
     sequence_length,
     stages_per_rank,
 )
+from launcher.models.arithmetic import parameters
 
 MOST_RANKS = 8  # on CPU; on GPUs one rank for each GPU
+MOST_AXES = 3  # above 1, of two ranks each
 HEAD_SIZE, MANY_HEADS = 8, 16  # with more heads than MANY_HEADS, heads are half the size
 SEQUENCE_PER_RANK = 8
 BLOCKS_PER_STAGE = 2
@@ -38,49 +43,100 @@ CLASSES = 10
 LORA_RANK = 3
 LONG = 4096  # positions of the long samples
 EXPERTS = 6
+BUCKETS = 5  # of gradients, about
 LEAST_BIAS = 0.05  # smallest step of the biases of experts that changes choices in a few steps
 LEAST_LOSS = 0.1  # smallest factor of an auxiliary loss of experts that is not 0
+
+
+class LayoutAxes(NamedTuple):
+    """The ranks on each axis of a small run."""
+
+    pipeline: int
+    data: int
+    tensor: int
+    context: int
+
+    @classmethod
+    def of(cls, layout: Layout) -> "LayoutAxes":
+        return cls(layout.pipeline, layout.data, layout.tensor, layout.context)
+
+    def __str__(self) -> str:
+        """The axes above 1, such as `pipeline x tensor`."""
+        return " x ".join(name for name, size in self._asdict().items() if size > 1)
 
 
 def shrink(run: RunConfig, layout: Layout, *, gpus: int = 0) -> tuple[RunConfig, list[str]]:
     """Return the small run and the changed fields, a line each: `old -> new`.
 
-    Kept: the model's parts, every axis above 1 (at most 8 ranks in all), ZeRO stage, sequence parallelism,
-    checkpointing, offload, tying, accumulation above 1, grouped KV heads, a head size that is not
-    hidden_size / num_heads, layers that do not divide over the stages, vocabularies that do not divide over
-    the tensor ranks, active gradient clipping. The small run uses `gpus` GPUs of this machine, or its CPU.
+    Kept: the model's parts, every axis above 1 (at most 8 ranks in all; of four axes three, see small_axes),
+    ZeRO stage, sequence parallelism, checkpointing, offload, tying, accumulation above 1, grouped KV heads, a
+    head size that is not hidden_size / num_heads, layers that do not divide over the stages, vocabularies
+    that do not divide over the tensor ranks, active gradient clipping. The small run uses `gpus` GPUs of this
+    machine, or its CPU.
     """
-    most = min(gpus, MOST_RANKS) if gpus else MOST_RANKS
-    axes, left = (layout.pipeline, layout.data, layout.tensor), most // _shrunk_context(layout, most)
-    small = _shrunk(run, layout, shrunk_axes(*axes, left), gpus)
+    small = shrunk_to(small_axes(layout, _most(gpus))[0], run, layout, gpus=gpus)
     return small, _changes(run, small)
 
 
-def _shrunk(run: RunConfig, layout: Layout, axes: tuple[int, int, int], gpus: int) -> RunConfig:
-    """Return the small run on pipeline, data and tensor axes of these sizes."""
+def other_axes(run: RunConfig, layout: Layout, *, gpus: int = 0) -> list[RunConfig]:
+    """Return further small runs, each without another axis; none unless four axes are above 1."""
+    return [shrunk_to(axes, run, layout, gpus=gpus) for axes in small_axes(layout, _most(gpus))[1:]]
+
+
+def shrunk_to(axes: LayoutAxes, run: RunConfig, layout: Layout, *, gpus: int = 0) -> RunConfig:
+    """Return the small run on axes of these sizes."""
     small = copy.deepcopy(run)
     p = small.parallelism
-    p.pipeline, p.data, p.tensor = axes
-    p.context = _shrunk_context(layout, min(gpus, MOST_RANKS) if gpus else MOST_RANKS)
+    p.pipeline, p.data, p.tensor, p.context = axes
+    if p.pipeline == 1:
+        p.pipeline_schedule = PipelineSchedule["1f1b"]
+    p.sequence_parallel = p.sequence_parallel and p.tensor > 1
     _shrink_model(small, run, layout)
     _shrink_training(small, layout)
     if run.precision.dtype is Dtype.fp16:
         small.precision.dtype = Dtype.fp32  # DeepSpeed trains fp16 on GPUs only
     small.hardware.device = Device.cuda if gpus else Device.cpu
     small.hardware.nodes, small.hardware.accelerators_per_node = 1, None
+    zero = small.deepspeed.setdefault("zero_optimization", {})
+    if layout.pipeline == 1 and layout.zero_stage < 3:
+        # The gradients of a small model would all fit into one bucket.
+        zero["reduce_bucket_size"] = parameters(small.model) // BUCKETS
     if small.parallelism.zero_stage == 3:
         # At the default threshold every weight of a small model would stay whole on every rank.
-        small.deepspeed.setdefault("zero_optimization", {})["stage3_param_persistence_threshold"] = 0
+        zero["stage3_param_persistence_threshold"] = 0
     return small
 
 
-def _shrunk_context(layout: Layout, most: int) -> int:
-    """Return the context ranks, halved until the other axes fit beside them with two ranks each."""
-    context, others = layout.context, (layout.pipeline, layout.data, layout.tensor)
-    least = math.prod(min(2, size) for size in others)
+def _most(gpus: int) -> int:
+    return min(gpus, MOST_RANKS) if gpus else MOST_RANKS
+
+
+def small_axes(layout: Layout, most: int = MOST_RANKS) -> list[LayoutAxes]:
+    """Return the axes of the small runs: of one run, or of four where four axes are above 1.
+
+    Four axes of two ranks are 16 ranks. So each of four runs leaves out another axis: every three axes, and
+    with them every pair, meet in one of the runs. The first run leaves out the data axis: its context ranks
+    average gradients and share optimizer states as data ranks do. Expert ranks are data ranks, so with them
+    the first run leaves out the pipeline.
+    """
+    sizes = LayoutAxes.of(layout)._asdict()
+    last = ["pipeline", "tensor", "data"] if layout.expert == 1 else ["data", "tensor", "pipeline"]
+    order = ["context", *last]
+    large = [name for name in order if sizes[name] > 1]
+    kept = combinations(large, MOST_AXES) if len(large) > MOST_AXES else [tuple(large)]
+    return [
+        _fitted(LayoutAxes(**{name: size if name in names else 1 for name, size in sizes.items()}), most)
+        for names in kept
+    ]
+
+
+def _fitted(axes: LayoutAxes, most: int) -> LayoutAxes:
+    """Return the axes, halved until all fit in `most` ranks: context ranks last."""
+    pipeline, data, tensor, context = axes
+    least = math.prod(min(2, size) for size in (pipeline, data, tensor))
     while context > 2 and context * least > most:
         context = max(2, context // 2)
-    return context
+    return LayoutAxes(*shrunk_axes(pipeline, data, tensor, most // context), context)
 
 
 def shrunk_axes(pipeline: int, data: int, tensor: int, most: int = MOST_RANKS) -> tuple[int, int, int]:
@@ -97,24 +153,26 @@ def shrunk_axes(pipeline: int, data: int, tensor: int, most: int = MOST_RANKS) -
 
 
 def inner_stages(run: RunConfig, layout: Layout, small: RunConfig, *, gpus: int = 0) -> RunConfig | None:
-    """Return a second small run with inner pipeline stages, on one data rank; None if `small` has them."""
-    most = min(gpus, MOST_RANKS) if gpus else MOST_RANKS
+    """Return a second small run, with inner stages on one data rank, if `small` has lost them; else None.
+
+    Beside the stages it has two context ranks or, without any, two tensor ranks.
+    """
     pipeline = min(4, layout.pipeline)
-    if small.parallelism.pipeline >= pipeline or pipeline * 2 > most:
+    if small.parallelism.pipeline >= pipeline or pipeline * 2 > _most(gpus):
         return None
-    return _shrunk(run, layout, (pipeline, 1, min(2, layout.tensor)), gpus)
+    context = min(2, layout.context)
+    tensor = min(2, layout.tensor) if context == 1 else 1
+    return shrunk_to(LayoutAxes(pipeline, 1, tensor, context), run, layout, gpus=gpus)
 
 
 def long_samples(run: RunConfig, layout: Layout, small: RunConfig) -> RunConfig | None:
-    """Return a small run with samples as long as those of `run`, at most LONG; None for images and experts.
+    """Return a small run with samples as long as those of `run`, at most LONG; None for images.
 
     It has one layer per stage and one micro-batch per data rank if the schedule allows it. Windows and scaled
-    positions are those of `run`. Models with experts have no long samples: of thousands of tokens some have
-    nearly equal scores for two experts, and rounding decides between them.
+    positions are those of `run`.
     """
     whole = sequence_length(run)
-    has_none = small.model.inputs is InputKind.patches or has_experts(small.model)
-    if has_none or whole <= sequence_length(small):
+    if small.model.inputs is InputKind.patches or whole <= sequence_length(small):
         return None
     long = copy.deepcopy(small)
     m, p, t = long.model, long.parallelism, long.training
@@ -191,7 +249,9 @@ def _shrink_experts(small: RunConfig) -> None:
     is_chosen_from = e.top_k < e.count
     e.top_k = min(2, e.top_k)
     e.count = max(e.top_k + is_chosen_from, min(EXPERTS, e.count)) if is_chosen_from else e.top_k
-    p.expert = math.gcd(p.expert, p.data or 1)
+    ranks = (p.data or 1) * p.context
+    shared = math.gcd(p.expert, ranks)
+    p.expert = ranks if p.expert > 1 and shared == 1 else shared
     e.count = max(1, e.count // p.expert) * p.expert
     e.ffn_hidden_size = tensor * (m.hidden_size // tensor // 2 + 1)
     e.shared, e.first_dense_layers, e.every = min(2, e.shared), min(1, e.first_dense_layers), min(2, e.every)

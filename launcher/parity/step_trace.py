@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 Weights = dict[str, Tensor]  # by logical name
-TENSORS = ("weights", "states", "outputs", "tied")
+TENSORS = ("weights", "states", "outputs", "tied", "choices")
 SPREADS = ("replica_spread", "data_spread", "output_spread")
 NUMBERS = ("loss", "grad_norm", "batch_losses", "norm_spread", "norm_data_spread", *SPREADS)
 
@@ -29,6 +29,8 @@ class StepTrace:
     gradients: Weights = field(default_factory=dict)
     outputs: Weights = field(default_factory=dict)  # outputs of each layer, first micro-batch of data rank 0
     tied: Weights = field(default_factory=dict)  # copies of tied weights on later pipeline stages
+    choices: Weights = field(default_factory=dict)  # experts chosen by each token (G, T, k), by router
+    scores: Weights = field(default_factory=dict)  # by which the reference chooses (G, T, E), by router
     batch_losses: list[list[float]] = field(default_factory=list)  # [data rank][micro-batch]
     replica_spread: dict[str, float] = field(
         default_factory=dict

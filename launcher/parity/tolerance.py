@@ -31,6 +31,7 @@ LEAST = 2.0**-11  # the distance if a few elements in a hundred are rounded the 
 # A loss is one number, not a norm: its distance may be small by chance. So the root mean square over all
 # micro-batches and orders is multiplied.
 LOSS_DEVIATIONS = 8.0
+SHARED = 4.0  # times the largest distance of the loss of a step, of the few that are measured
 NORM_SHARE = 0.5  # of the distance of the whole gradient: rounding errors hardly point along the gradient
 
 
@@ -38,13 +39,22 @@ NORM_SHARE = 0.5  # of the distance of the whole gradient: rounding errors hardl
 class Tolerance:
     """Relative differences allowed in one step. Tensors that are not listed by name have the common bound."""
 
-    loss: float  # of the step and of each micro-batch
+    loss: float  # of each micro-batch and of an evaluation
     output: float  # L2 norm of a layer's output
     gradient: float  # L2 norm of a tensor's gradient
     norm: float  # of all gradients
+    score: float  # absolute: of two experts' scores, which lie between 0 and 1
     outputs: Mapping[str, float] = field(default_factory=dict)
     gradients: Mapping[str, float] = field(default_factory=dict)
     states: Mapping[str, float] = field(default_factory=dict)
+    step_loss: float | None = None  # of the step; None: as of a micro-batch
+    scores: Mapping[str, float] = field(default_factory=dict)
+
+    def of_step_loss(self) -> float:
+        return self.loss if self.step_loss is None else self.step_loss
+
+    def of_score(self, name: str) -> float:
+        return self.scores.get(name, self.score)
 
     def of_output(self, name: str) -> float:
         return self.outputs.get(name, self.output)
@@ -61,7 +71,8 @@ def tolerance(run: RunConfig) -> Tolerance:
     """Return the bounds of any step of a run in fp32."""
     forward, tokens = forward_length(run), run.training.global_batch_size * sequence_length(run)
     gradient = _bound(UNIT_ROUNDOFF, 3 * forward + tokens)
-    return Tolerance(_bound(UNIT_ROUNDOFF, forward), _bound(UNIT_ROUNDOFF, forward), gradient, norm=gradient)
+    output = _bound(UNIT_ROUNDOFF, forward)
+    return Tolerance(loss=output, output=output, gradient=gradient, norm=gradient, score=2 * output)
 
 
 def measured_tolerance(right: StepTrace, others: list[StepTrace]) -> Tolerance:
@@ -78,16 +89,34 @@ def measured_tolerance(right: StepTrace, others: list[StepTrace]) -> Tolerance:
     counts = losses != 0  # the loss of a sample without labels that count is exactly 0
     losses_of_others = torch.stack([torch.tensor(other.batch_losses).flatten() for other in others])
     distances = losses_of_others[:, counts] / losses[counts] - 1
-    states = bounds("states")
+    states, loss = bounds("states"), LOSS_DEVIATIONS * float(distances.square().mean().sqrt())
+    scores = {
+        name: SPREAD * max(float((other.scores[name] - tensor).abs().max()) for other in others)
+        for name, tensor in right.scores.items()
+    }
     return Tolerance(
-        loss=max(LOSS_DEVIATIONS * float(distances.square().mean().sqrt()), LEAST / 8),
+        loss=max(loss, LEAST / 8),
+        step_loss=max(_of_mean(loss, losses[counts], losses_of_others[:, counts]), LEAST / 8),
         output=LEAST,
         gradient=LEAST,
         norm=max(NORM_SHARE * max(_distance_of_all(other, right) for other in others), LEAST / 8),
+        score=LEAST,
+        scores={name: max(bound, LEAST) for name, bound in scores.items()},
         outputs=bounds("outputs"),
         gradients=bounds("gradients"),
         states={key: bound * (SQUARES if key.endswith("_sq") else 1) for key, bound in states.items()},
     )
+
+
+def _of_mean(loss: float, losses: Tensor, of_others: Tensor) -> float:
+    """Return the bound of the mean of `losses` (samples,) if each has the bound `loss`.
+
+    Rounding errors of samples are independent, so most of them cancel. What all samples share does not: the
+    distances of the means of the other orders, `of_others` (orders, samples), show it.
+    """
+    weights = losses / losses.sum()
+    shared = float((of_others.sum(1) / losses.sum() - 1).abs().max())
+    return min(loss, max(loss * float(weights.norm()), SHARED * shared))
 
 
 def _of_spread(distance: float, tensor: Tensor) -> float:

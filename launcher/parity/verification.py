@@ -12,14 +12,13 @@ from typing import Any, NamedTuple
 from launcher.config.layout import Layout, effective_zero_stage, is_compiled, resolve_layout
 from launcher.config.schema import (
     Dtype,
-    InputKind,
     OptimizerConfig,
     OptimizerName,
     PrecisionConfig,
     RunConfig,
     StatesDtype,
 )
-from launcher.config.shape import has_experts, sequence_length
+from launcher.config.shape import sequence_length
 from launcher.config.world import World
 from launcher.engine.distributed import prepare_deepspeed
 from launcher.engine.watchdog import REPORT as HANG
@@ -29,7 +28,8 @@ from launcher.parity.diagnose import Diagnosis, diagnose, diagnose_lost_rank
 from launcher.parity.differences import Difference, applied_gradients, compare, kept_momentum
 from launcher.parity.dropout import DRAWS, MEANINGS, NEXT_DRAWS, compare_draws, compare_next, read_draws
 from launcher.parity.perturb import perturbed
-from launcher.parity.plain_data import PlainSource, use_files, write_files
+from launcher.parity.plain_data import use_files, write_files
+from launcher.parity.plain_source import PlainSource
 from launcher.parity.recording import ENGINE, record_dropout, record_rank
 from launcher.parity.reference import (
     GlobalBatch,
@@ -39,6 +39,7 @@ from launcher.parity.reference import (
     reference_trace,
 )
 from launcher.parity.rounding import equivalent
+from launcher.parity.shrink import LayoutAxes
 from launcher.parity.step_trace import StepTrace, read_traces
 from launcher.parity.tolerance import Tolerance, measured_tolerance, tolerance
 from launcher.parity.whole import (
@@ -105,7 +106,7 @@ def verify(
     """
     plans = [*passes(small), *more_passes(*more)]
     calls: list[Callable[[], VerifyPass]] = [partial(run_pass, *plan, mutation) for plan in plans]
-    if run is not None and small.model.inputs is InputKind.tokens:
+    if run is not None:
         calls.append(partial(whole_pass, whole_run(run, small), mutation))
     if small.model.dropout > 0.0:
         calls += [partial(dropout_pass, each, mutation, words) for each, words in _eager_and_compiled(small)]
@@ -129,9 +130,6 @@ def passes(small: RunConfig) -> list[PassPlan]:
     small.parallelism.zero_stage = effective_zero_stage(small)[0]
     own_precision = [small.precision] if small.precision.dtype is Dtype.bf16 else []
     plans = []
-    if has_experts(small.model):
-        # Rounded to bf16, tokens near a tie choose other experts than in the reference, which is in fp32.
-        own_precision = []
     for precision in (PrecisionConfig(Dtype.fp32), *own_precision):
         has_bf16_states = precision.states is StatesDtype.bf16
         probe = PROBE_OF_BF16_STATES if has_bf16_states else PROBE
@@ -153,16 +151,26 @@ def passes(small: RunConfig) -> list[PassPlan]:
     return plans
 
 
-def more_passes(inner: RunConfig | None = None, long: RunConfig | None = None) -> list[PassPlan]:
-    """Return passes of other small runs: one with inner pipeline stages, and one with long samples."""
+def more_passes(
+    inner: RunConfig | None = None, long: RunConfig | None = None, *other_axes: RunConfig | None
+) -> list[PassPlan]:
+    """Return passes of other small runs: with inner pipeline stages, with long samples, on other axes."""
     plans = []
     if inner is not None:
-        plan = passes(inner)[0]
-        plans.append(plan._replace(title=f"{plan.title}, inner stages"))
+        plans += [plan._replace(title=f"{plan.title}, inner stages") for plan in first_passes(inner)]
     if long is not None:
-        plan = passes(long)[0]
-        plans.append(plan._replace(title=f"{plan.title}, {sequence_length(long)} positions"))
+        words = f"{sequence_length(long)} positions"
+        plans += [plan._replace(title=f"{plan.title}, {words}") for plan in first_passes(long)]
+    for other in filter(None, other_axes):
+        plan = passes(other)[0]
+        plans.append(plan._replace(title=f"{plan.title}, {LayoutAxes.of(_layout(other))}"))
     return plans
+
+
+def first_passes(run: RunConfig) -> list[PassPlan]:
+    """Return the first eager pass in fp32, which shows every gradient, and that in the run's precision."""
+    eager = [plan for plan in passes(run) if not plan.run.training.compile]
+    return [*{plan.run.precision.dtype: plan for plan in reversed(eager)}.values()][::-1]
 
 
 def _eager_and_compiled(run: RunConfig) -> list[tuple[RunConfig, str]]:
@@ -195,8 +203,6 @@ def whole_pass(run: RunConfig, mutation: Mutation | None = None) -> VerifyPass:
     """Train, evaluate and save a run that `whole_run` returned; restore it in another layout; compare all."""
     run = copy.deepcopy(run)
     run.model.dropout = run.finetune.lora.dropout = 0.0
-    if has_experts(run.model):
-        run.precision = PrecisionConfig(Dtype.fp32)
     title = f"whole run, {run.optimizer.name.name}, {run.precision.dtype.name}"
     layout, other = _layout(run), other_layout(run)
     with scratch_directory() as folder:
@@ -229,7 +235,7 @@ def _compared_whole(
     expected, allowed = _reference(run, layout, trace, whole_batches(run, sources), rates)
     applied_gradients(run, trace, plain_sgd=False)
     differences = compare(run, trace, expected, allowed, plain_sgd=False)
-    right = expected_evaluation(run, trace[STEPS].weights, sources, arithmetic_of(run))
+    right = expected_evaluation(run, trace[STEPS], sources, arithmetic_of(run))
     measured = abs(loss - right) / right
     return [
         *differences,
@@ -274,8 +280,8 @@ def leave_out_blocks(trace: list[StepTrace]) -> None:
 def dropout_pass(small: RunConfig, mutation: Mutation | None = None, words: str = "") -> VerifyPass:
     """Take two steps with the run's dropout, and check the masks only."""
     run = copy.deepcopy(small)
-    run.precision, run.finetune.lora.dropout = PrecisionConfig(Dtype.fp32), 0.0
-    layout, title = _layout(run), f"masks of dropout {run.model.dropout}{words}"
+    run.finetune.lora.dropout = 0.0
+    layout, title = _layout(run), f"masks of dropout {run.model.dropout}, {run.precision.dtype.name}{words}"
     with scratch_directory() as folder:
         if lost := _run_ranks(record_dropout, run, layout, folder, mutation):
             return VerifyPass(title, *lost, layout.describe())

@@ -1,8 +1,8 @@
-"""The whole run: token files, sample order, schedule, clipping, evaluation and a checkpoint.
+"""The whole run: its files, sample order, labels, schedule, clipping, evaluation and a checkpoint.
 
 The ranks take two steps with the functions of the training loop, evaluate, save, and end. Ranks of another
-layout restore the checkpoint and take a third step. The reference reads the samples with plain seeks and
-computes the learning rate by its formula.
+layout restore the checkpoint and take a third step. The reference reads tokens, conversations or images in
+the plainest way (parity/plain_data.py) and computes the learning rate by its formula.
 """
 
 import json
@@ -31,11 +31,13 @@ from launcher.engine.state import updates_made
 from launcher.parity.differences import Difference
 from launcher.parity.outputs import OutputRecorder
 from launcher.parity.perturb import perturb
-from launcher.parity.plain_data import PlainSource, training_batch, validation_batch
+from launcher.parity.plain_data import blend_weights, training_batch, validation_batch
+from launcher.parity.plain_source import PlainSource
 from launcher.parity.recording import rank_engine, record_weights, recorded_states, recorded_step
 from launcher.parity.reference import GlobalBatch, mean_loss
 from launcher.parity.rounding import Arithmetic
-from launcher.parity.step_trace import StepTrace, Weights, write_trace
+from launcher.parity.routing import biases_in
+from launcher.parity.step_trace import StepTrace, write_trace
 from launcher.runtime.batches import rank_loader
 from launcher.runtime.resume import Progress
 from launcher.runtime.training import optimizer_step
@@ -130,12 +132,16 @@ def whole_batches(run: RunConfig, sources: dict[str, PlainSource]) -> list[Globa
 
 
 def expected_evaluation(
-    run: RunConfig, weights: Weights, sources: dict[str, PlainSource], a: Arithmetic
+    run: RunConfig, step: StepTrace, sources: dict[str, PlainSource], a: Arithmetic
 ) -> float:
     """Return the mean over the blend of the loss of each source's validation samples."""
-    losses = {name: mean_loss(run, weights, validation_batch(run, s), a) for name, s in sources.items()}
-    total = sum(run.data.weights.values())
-    return sum(run.data.weights[name] * loss for name, loss in losses.items()) / total
+    weights, biases = step.weights, biases_in(step.states)
+    losses = {
+        name: mean_loss(run, weights, biases, validation_batch(run, source), a)
+        for name, source in sources.items()
+    }
+    shares = blend_weights(run)
+    return sum(shares[name] * loss for name, loss in losses.items()) / sum(shares.values())
 
 
 def compare_restored(saved: StepTrace, restored: StepTrace) -> list[Difference]:

@@ -9,7 +9,7 @@ from launcher.checkpoint.changes import changes_since
 from launcher.checkpoint.integrity import unchanged
 from launcher.checkpoint.load import agreed_error, check_files_together, load_initial_weights, restore
 from launcher.checkpoint.manifest import Manifest, StoredFiles, UnusableCheckpoint, read_manifest
-from launcher.checkpoint.read import open_weights, stored_files_of
+from launcher.checkpoint.read import stored_files_of
 from launcher.checkpoint.resume_choice import check_can_resume, check_same_corpus, fallback_checkpoint
 from launcher.checkpoint.sources import WeightSource, weights_at
 from launcher.config.errors import ConfigError, as_typed
@@ -88,7 +88,7 @@ def begin_with(engine: Engine, initial: WeightSource) -> None:
     """Load the weights of checkpoint.init_from. Collective over the world. Raises ConfigError."""
     try:
         with agreed_error(), checked_together(stored_files_of(initial)):
-            load_initial_weights(engine, open_weights(initial))
+            load_initial_weights(engine, initial)
     except UnusableCheckpoint as unusable:
         remedy = "weights that are intact: see `launcher checkpoint check`"
         raise ConfigError("checkpoint.init_from", initial.path, str(unusable), remedy) from None

@@ -16,7 +16,13 @@ from launcher.checkpoint.companions import COMPANIONS, carry_companions
 from launcher.checkpoint.final import FINAL_WEIGHTS, final_step
 from launcher.checkpoint.manifest import CHECKPOINTS, checkpoints_in, step_of
 from launcher.checkpoint.resume_choice import checkpoint_to_resume
-from launcher.checkpoint.sources import WeightSource, check_model_is, weights_at
+from launcher.checkpoint.sources import (
+    WeightsKind,
+    WeightSource,
+    check_model_is,
+    stored_dtype,
+    weights_at,
+)
 from launcher.config.errors import ConfigError, typed_text
 from launcher.config.layout import Layout
 from launcher.config.paths import free_path
@@ -188,7 +194,8 @@ def _claim(run: RunConfig, layout: Layout, place: Place, run_id: str, path: Path
     write_identity(path, before | identity)  # first: it says that the files below are a run's
     (path / LOGS).mkdir(exist_ok=True)
     if source := checkpoint or (initial and initial.path):
-        carry_companions(source, path)
+        is_huggingface = checkpoint is None and initial and initial.kind is WeightsKind.huggingface
+        carry_companions(source, path, stored_dtype(initial) if initial and is_huggingface else None)
     write_text(path / CONFIG, as_yaml(run))
     return RunDir(place.path, before["id"], checkpoint, initial, place), notes
 

@@ -20,6 +20,7 @@ from launcher.engine.optimizer import state_keys
 from launcher.launch.local import run_local_ranks
 from launcher.parallel.sharding import logical_of
 from launcher.parity.reference import probe_batches
+from launcher.runtime.run_dir import config_as_dict
 from tests.parity.running import PipelineModule, small_run  # imported first: silences DeepSpeed
 
 assert PipelineModule
@@ -66,26 +67,29 @@ def load_and_save(run: RunConfig, source: Path, folder: Path, *, batches: int = 
     return checkpoints_in(folder)[0]
 
 
+def config_in(run: RunConfig) -> dict[str, Any]:
+    """Return the sections of the config by which a checkpoint is read as weights."""
+    config = config_as_dict(run)
+    return {name: config[name] for name in ("model", "finetune", "checkpoint")}
+
+
 def _load_and_save(rank: int, *, run: RunConfig, source: Path, folder: Path, batches: int) -> None:
     from launcher.checkpoint.load import load_initial_weights
-    from launcher.checkpoint.read import open_weights
     from launcher.checkpoint.save import CheckpointWriter
     from launcher.engine.build import build_engine
     from launcher.engine.distributed import join, leave
     from launcher.parity.recording import rank_batches
-    from launcher.runtime.run_dir import config_as_dict
 
     layout = resolve_layout(run, World("cpu", 8, 8))
     meeting = f"file://{folder / 'store'}"
     device = join(rank=rank, world_size=layout.world_size, local_rank=rank, device="cpu", init_method=meeting)
     engine = build_engine(run, layout, device)
-    load_initial_weights(engine, open_weights(weights_at(source, "x")))
+    load_initial_weights(engine, weights_at(source, "x"))
     for global_batch in islice(probe_batches(run), batches):
         engine.set_learning_rate(run.optimizer.lr)
         engine.train_batch(rank_batches(run, engine, global_batch))
     writer = CheckpointWriter(engine, CheckpointConfig(), folder, [])
-    config = config_as_dict(run)
-    writer.save(replace(EMPTY, config={name: config[name] for name in ("model", "finetune", "checkpoint")}))
+    writer.save(replace(EMPTY, config=config_in(run)))
     writer.wait()
     leave()
 
@@ -190,7 +194,7 @@ def _rank(
         pending.clear()
     if save is not None:
         writer = CheckpointWriter(engine, save, folder, keys)
-        writer.save(replace(EMPTY, step=last, updates=updates_made(engine)))
+        writer.save(replace(EMPTY, step=last, updates=updates_made(engine), config=config_in(run)))
         writer.wait()
     reads: list[int] = [0] * layout.world_size
     dist.all_gather_object(reads, bytes_read)

@@ -5,10 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from launcher.checkpoint.manifest import read_manifest
+from launcher.checkpoint.read import CheckpointReader
 from launcher.config.layout import Layout, resolve_layout
 from launcher.config.schema import CheckpointConfig, RunConfig
 from launcher.config.world import World
-from tests.checkpoint.saving import MOMENTUM, assert_close, saved, train
+from launcher.parallel.boxes import whole
+from launcher.parallel.sharding import WEIGHT
+from tests.checkpoint.saving import MOMENTUM, assert_close, load_and_save, saved, train
 from tests.parity.running import small_run
 
 SAVE = CheckpointConfig()
@@ -24,10 +28,16 @@ LAYOUTS = {
         "parallelism.data=2", "parallelism.expert=2", "parallelism.tensor=2", "parallelism.zero_stage=2",
     ],
     "expert 2, pipeline 2": ["parallelism.data=2", "parallelism.expert=2", "parallelism.pipeline=2"],
+    "expert 4 of data 2 x context 2, ZeRO-1": [
+        "parallelism.data=2", "parallelism.context=2", "parallelism.expert=4", "parallelism.zero_stage=1",
+    ],
 }  # fmt: skip
 # From expert 4 to expert 1 x tensor 2 and back, and on.
 QUICK = ["expert 4", "tensor 2", "expert 4"]
-CHAIN = [*QUICK, "expert 2 of data 4, ZeRO-1", "ZeRO-3", "expert 2, tensor 2, ZeRO-2", "expert 2, pipeline 2"]
+CHAIN = [
+    *QUICK, "expert 2 of data 4, ZeRO-1", "ZeRO-3", "expert 2, tensor 2, ZeRO-2",
+    "expert 4 of data 2 x context 2, ZeRO-1", "expert 2, pipeline 2",
+]  # fmt: skip
 
 
 def run_in(layout: str) -> tuple[RunConfig, Layout]:
@@ -64,3 +74,23 @@ def test_resume_in_the_same_layout_is_bitwise_equal(tmp_path: Path) -> None:
     assert resumed.losses == uninterrupted.losses[2:]
     for name, tensor in resumed.tensors.items():
         assert torch.equal(tensor, uninterrupted.tensors[name]), name
+
+
+def test_a_run_begins_from_weights_without_biases_for_the_choice(tmp_path: Path) -> None:
+    """Their source was trained without balancing by biases: they are 0, as in a run from its beginning."""
+    run, layout = run_in("single")
+    run.model.experts.bias_balancing = 0.0
+    source = train(run, layout, tmp_path / "source", last=1, save=SAVE)
+    run, _ = run_in("expert 4")
+    begun = load_and_save(run, saved(tmp_path / "source", 1), tmp_path / "begun")
+    manifest = read_manifest(begun)
+    reader, weights = CheckpointReader(begun, manifest), {}
+    for name, stored in manifest.tensors[WEIGHT].items():
+        weights[name] = torch.empty(stored.shape)
+        reader.fill(WEIGHT, name, whole(stored.shape), weights[name])
+    biases = [name for name in weights if name.endswith(".router.bias")]
+    assert len(biases) == run.model.num_layers
+    assert not any(weights.pop(name).any() for name in biases)
+    assert {f"weight/{name}" for name in weights} == {n for n in source.tensors if n.startswith("weight/")}
+    for name, tensor in weights.items():
+        assert torch.equal(tensor, source.tensors[f"weight/{name}"]), name

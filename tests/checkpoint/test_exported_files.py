@@ -13,9 +13,11 @@ from launcher.checkpoint import certificate
 from launcher.checkpoint.conversion import export, import_
 from launcher.checkpoint.huggingface import NotConvertible
 from launcher.checkpoint.sources import weights_at
+from launcher.commands.ready import check_bytes
 from launcher.config.errors import ConfigError
 from launcher.config.schema import ExchangeConfig
 from launcher.data.tokenizer import train_bpe, write_byte_tokenizer
+from tests.config.composing import run_of
 from tests.models.families import transformers_model
 from tests.runtime.command import launcher, trained
 
@@ -41,9 +43,14 @@ def written(folder: Path, **changes: Any) -> Path:
 
 
 def round_trip(source: Path, folder: Path, options: ExchangeConfig = OPTIONS) -> Path:
-    import_(weights_at(source, "x"), folder / "ours", options)
-    export(weights_at(folder / "ours", "x"), folder / "back", options, write_byte_tokenizer)
+    noted_round_trip(source, folder, options)
     return folder / "back"
+
+
+def noted_round_trip(source: Path, folder: Path, options: ExchangeConfig = OPTIONS) -> list[str]:
+    """Import and export; return the notes of the export."""
+    import_(weights_at(source, "x"), folder / "ours", options)
+    return export(weights_at(folder / "ours", "x"), folder / "back", options, write_byte_tokenizer)
 
 
 def test_only_what_is_right_for_the_weights_is_kept_of_the_sources_config(tmp_path: Path) -> None:
@@ -92,10 +99,70 @@ def test_a_token_outside_the_vocabulary_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "back").exists()
 
 
-def test_bf16_stays_bf16_unless_another_precision_is_asked(tmp_path: Path) -> None:
+def test_an_added_token_outside_the_vocabulary_is_refused_unless_it_is_special(tmp_path: Path) -> None:
+    """Gemma 3's text models come with a token for images that lies behind their vocabulary."""
+    source = written(tmp_path / "theirs", vocab_size=300)
+    train_bpe([TEXT * 40], 270, source / "tokenizer.json")
+    image = {
+        "id": 300, "content": "<image>", "special": True, "single_word": False, "lstrip": False,
+        "rstrip": False, "normalized": False,
+    }  # fmt: skip
+    tokenizer = json.loads((source / "tokenizer.json").read_text())
+    tokenizer["added_tokens"].append(image)
+    (source / "tokenizer.json").write_text(json.dumps(tokenizer))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>", "image_token": "<image>",
+        "added_tokens_decoder": {"300": {"content": "<image>", "special": True}},
+        "extra_special_tokens": {"image_token": "<image>"}, "chat_template": CHAT,
+    }  # fmt: skip
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    (source / "added_tokens.json").write_text('{"<image>": 300}')
+    [note] = noted_round_trip(source, tmp_path)
+    assert note.startswith("without the special token '<image>' of its tokenizer: model.vocab_size=300")
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "back")
+    assert max(loaded.get_vocab().values()) < 300
+    assert loaded.decode(loaded.encode(TEXT)) == TEXT
+    assert (loaded.eos_token_id, loaded.chat_template) == (0, CHAT)
+    settings["added_tokens_decoder"] = {"300": {"content": "word", "special": False}}
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(NotConvertible, match="tokenizer has the token 300"):
+        round_trip(source, tmp_path / "again")
+
+
+def test_an_export_without_a_tokenizer_says_so(tmp_path: Path) -> None:
+    [note] = noted_round_trip(written(tmp_path / "theirs"), tmp_path)
+    assert note.startswith("without a tokenizer")
+
+
+def test_a_model_that_memory_cannot_hold_in_fp32_gets_no_certificate(tmp_path: Path) -> None:
+    source = weights_at(written(tmp_path / "theirs"), "x")
+    export(source, tmp_path / "back", OPTIONS, write_byte_tokenizer, memory=10_000)
+    found = json.loads((tmp_path / "back" / "certificate.json").read_text())
+    assert found["ok"] is None
+    assert found["reason"].endswith("of memory in fp32, and this machine has 10.00 kB")
+
+
+def test_bytes_for_a_model_with_a_tokenizer_are_noticed(tmp_path: Path) -> None:
+    train_bpe([TEXT * 40], 270, tmp_path / "tokenizer.json")
+    begun = f"checkpoint.init_from={tmp_path}"
+    [warning] = check_bytes(run_of("data=stdlib", begun))
+    assert f"try: launcher prepare SOURCE TARGET tokenizer.path={tmp_path}/tokenizer.json" in warning
+    chat = run_of("data=chat", "data.train=pkg://launcher/data/conversations.jsonl", begun)
+    with pytest.raises(ConfigError) as error:
+        check_bytes(chat)
+    assert error.value.remedy == f"data.tokenizer={tmp_path}/tokenizer.json"
+    write_byte_tokenizer(tmp_path / "tokenizer.json")
+    assert check_bytes(chat) == check_bytes(run_of("data=stdlib", begun)) == []
+
+
+@pytest.mark.parametrize("stated", ["bfloat16", "float32", None])
+def test_bf16_stays_bf16_unless_another_precision_is_asked(stated: str | None, tmp_path: Path) -> None:
+    """The precision is that of the tensors: config.json may state another, or none."""
     source = written(tmp_path / "theirs")
     config = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+    del config["dtype"]
+    dtype = {} if stated is None else {"torch_dtype": stated}
+    (source / "config.json").write_text(json.dumps({**config, **dtype}))
     bf16 = {name: t.bfloat16() for name, t in load_file(source / "model.safetensors").items()}
     save_file(bf16, source / "model.safetensors")
     back = load_file(round_trip(source, tmp_path) / "model.safetensors")

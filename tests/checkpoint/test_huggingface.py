@@ -256,6 +256,20 @@ def truncated(path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
 
 
+def gguf(path: Path) -> None:
+    (path / "model.safetensors").rename(path / "model-q4.gguf")
+
+
+def pointer(path: Path) -> None:
+    (path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+
+
+def a_part_missing(path: Path) -> None:
+    (path / "model.safetensors").unlink()
+    index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
 NORM = "model.norm.weight"
 REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "another family": (config_with(model_type="falcon"), "model_type is 'falcon'"),
@@ -287,6 +301,10 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "a pickle": (pickled, "a pickle, which can run any code"),
     "a file elsewhere": (elsewhere, "names files outside the directory"),
     "half a file": (truncated, "model.safetensors cannot be read"),
+    "a missing part": (a_part_missing, r"model-00001-of-00002\.safetensors is missing"),
+    "a pointer": (pointer, "model.safetensors is a pointer of Git LFS"),
+    "a GGUF file": (gguf, "has model-q4.gguf, which is a GGUF file"),
+    "no number of experts": (config_with(model_type="mixtral"), "num_local_experts is missing"),
     "a missing file": (lambda path: (path / "model.safetensors").unlink(), "no safetensors"),
 }
 
@@ -300,6 +318,33 @@ def test_an_unsupported_or_broken_directory_is_refused(
     spoil(source)
     with pytest.raises(ConfigError, match=message):
         weights_at(source, "checkpoint.init_from")
+
+
+# A path that is no directory of a model; what is wrong with it, and what to name instead.
+NO_MODELS = {
+    "m.gguf": ("is a GGUF file", "the model as published"),
+    "m.safetensors": ("is a file, and the config.json beside it", "{parent}"),
+    "pytorch_model.bin": ("is a pickle, which can run any code", "the model as published"),
+    "original/consolidated.00.pth": ("has consolidated.00.pth, which is a pickle", "the model as published"),
+    "quantised/m.gguf": ("has m.gguf, which is a GGUF file", "the model as published"),
+    "alone/model.safetensors": ("has safetensors and no config.json", "config.json of the model"),
+    "adapter/adapter_config.json": ("holds an adapter alone", "merge_and_unload"),
+    "hub/snapshots/abc/config.json": ("is a folder of the Hugging Face cache", "hub/snapshots/abc"),
+    "corpus/a.bin": ("contains no weights", "a Hugging Face directory"),
+}
+
+
+def test_a_path_that_is_no_model_is_answered_with_what_it_is(
+    tmp_path: Path, subtests: pytest.Subtests
+) -> None:
+    for name, (why, remedy) in NO_MODELS.items():
+        file = tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+        with subtests.test(name):
+            with pytest.raises(ConfigError, match=why) as error:
+                weights_at(tmp_path / Path(name).parts[0], "import")
+            assert remedy.format(parent=tmp_path) in error.value.remedy
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 """Adapters (LoRA): training against PEFT in every layout, checkpoints, and exports."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,16 +50,17 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return written
 
 
-def run_of(model: ModelConfig, source: Path, layout: str) -> RunConfig:
-    run = small_run(*LAYOUTS[layout], *ADAMW, *LORA, "training.compile=false", steps=STEPS)
+def run_of(model: ModelConfig, source: Path, overrides: Iterable[str]) -> RunConfig:
+    begun = ["model=moe_tiny"] if model.experts.count else []
+    run = small_run(*begun, *ADAMW, *LORA, *overrides, "training.compile=false", steps=STEPS)
     run.training.global_batch_size, run.training.micro_batch_size = 16, 2
     run.checkpoint.init_from = str(source)
     return replace(run, model=model)
 
 
-def adapter_after(steps: int, source: WeightSource, layout: str, folder: Path) -> WeightSource:
+def adapter_after(steps: int, source: WeightSource, overrides: Iterable[str], folder: Path) -> WeightSource:
     """Train adapters of `source` on real ranks; return their checkpoint."""
-    run = run_of(source.model, source.path, layout)
+    run = run_of(source.model, source.path, overrides)
     checkpoint = weights_at(load_and_save(run, source.path, folder, batches=steps), "x")
     return replace(checkpoint, model_type=source.model_type)
 
@@ -104,10 +105,16 @@ def peft_adapters(
     theirs: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[WeightSource, dict[str, Tensor]]:
     """Return a Llama, and its adapters after three steps of PEFT from our initial values."""
-    folder = tmp_path_factory.mktemp("peft")
-    source = weights_at(theirs("Llama 3.1"), "x")
-    began = exported(adapter_after(0, source, "single", folder / "run"), folder / "began")
-    run = run_of(source.model, source.path, "single")
+    return after_peft("Llama 3.1", LAYOUTS["single"], theirs, tmp_path_factory.mktemp("peft"))
+
+
+def after_peft(
+    family: str, layout: list[str], theirs: Callable[[str], Path], folder: Path, *overrides: str
+) -> tuple[WeightSource, dict[str, Tensor]]:
+    """Return a model, and its adapters after three steps of PEFT from our initial values."""
+    source, settings = weights_at(theirs(family), "x"), [*layout, *overrides]
+    began = exported(adapter_after(0, source, settings, folder / "run"), folder / "began")
+    run = run_of(source.model, source.path, settings)
     model = PeftModel.from_pretrained(base_model(source.path), folder / "began", is_trainable=True)
     right = trained_by_peft(model, run, list(probe_batches(run)))
     moved = {name: float((tensor - began[name]).norm()) for name, tensor in right.items()}
@@ -122,14 +129,53 @@ def test_three_steps_in_any_layout_are_those_of_peft(
     layout: str, peft_adapters: tuple[WeightSource, dict[str, Tensor]], tmp_path: Path
 ) -> None:
     source, right = peft_adapters
-    assert_equal(exported(adapter_after(STEPS, source, layout, tmp_path / "run"), tmp_path / "peft"), right)
+    adapter = adapter_after(STEPS, source, LAYOUTS[layout], tmp_path / "run")
+    assert_equal(exported(adapter, tmp_path / "peft"), right)
+
+
+EXPERTS = "Qwen3-MoE, a dense layer"
+OF_ATTENTION = ["finetune.lora.targets=[qkv,output]"]
+WITH_EXPERTS = {
+    "single": ["parallelism=single"],
+    "expert 2, ZeRO-1": ["parallelism.data=2", "parallelism.expert=2", "parallelism.zero_stage=1"],
+    "tensor 2": ["parallelism=tp2", "parallelism.data=1"],
+    "expert 2, pipeline 2": ["parallelism.data=2", "parallelism.expert=2", "parallelism.pipeline=2"],
+    "ZeRO-3": ["parallelism=zero3", "parallelism.data=2"],
+}
+QUICK_WITH_EXPERTS = ("expert 2, ZeRO-1",)
+
+
+@pytest.fixture(scope="module")
+def peft_beside_experts(
+    theirs: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[WeightSource, dict[str, Tensor]]:
+    """Return a Qwen3-MoE, and its adapters of attention after three steps of PEFT."""
+    return after_peft(EXPERTS, LAYOUTS["single"], theirs, tmp_path_factory.mktemp("experts"), *OF_ATTENTION)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(name, marks=[] if name in QUICK_WITH_EXPERTS else pytest.mark.slow)
+        for name in WITH_EXPERTS
+    ],
+)
+def test_adapters_beside_experts_are_those_of_peft(
+    layout: str, peft_beside_experts: tuple[WeightSource, dict[str, Tensor]], tmp_path: Path
+) -> None:
+    source, right = peft_beside_experts
+    overrides = *WITH_EXPERTS[layout], *OF_ATTENTION
+    adapter = adapter_after(STEPS, source, overrides, tmp_path / "run")
+    assert_equal(exported(adapter, tmp_path / "peft"), right)
+    # The frozen experts are read from `init_from` again: the certificate compares the merged model.
+    export(adapter, tmp_path / "merged", OPTIONS, write_byte_tokenizer)
 
 
 def test_a_checkpoint_holds_the_adapters_alone(
     peft_adapters: tuple[WeightSource, dict[str, Tensor]], tmp_path: Path
 ) -> None:
     source, _ = peft_adapters
-    checkpoint = adapter_after(1, source, "zero3", tmp_path / "run")
+    checkpoint = adapter_after(1, source, LAYOUTS["zero3"], tmp_path / "run")
     names = read_manifest(checkpoint.path).tensors["weight"]
     assert names
     assert all(name.endswith((".lora_a", ".lora_b")) for name in names)
@@ -140,7 +186,7 @@ def test_an_export_loads_in_peft_and_equals_the_merged_export(
     family: str, theirs: Callable[[str], Path], tmp_path: Path
 ) -> None:
     source, (tokens, _) = weights_at(theirs(family), "x"), batch(61)
-    adapter = adapter_after(STEPS, source, "single", tmp_path / "run")
+    adapter = adapter_after(STEPS, source, LAYOUTS["single"], tmp_path / "run")
     export_adapters(adapter, tmp_path / "adapter", OPTIONS)
     # The certificate compares the merged weights in transformers with ours.
     export(adapter, tmp_path / "merged", OPTIONS, write_byte_tokenizer)
@@ -165,8 +211,13 @@ def resumed(first: str, second: str, folder: Path) -> tuple[Outcome, Outcome]:
 
 
 @pytest.mark.parametrize(
-    ("first", "second"), [("zero3", "tp2_pp2"), ("tp2", "zero1"), ("pp2", "zero3_tp2"), ("zero2", "dp")]
-)
+    ("first", "second"),
+    [
+        ("zero3", "tp2_pp2"), ("tp2", "zero1"), ("pp2", "zero3_tp2"), ("zero2", "dp"),
+        pytest.param("cp4", "tp2_pp2", marks=pytest.mark.slow),
+        pytest.param("tp2_pp2", "zero3_cp2", marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
 def test_a_run_resumes_in_another_layout(first: str, second: str, tmp_path: Path) -> None:
     whole, second_half = resumed(first, second, tmp_path)
     assert_close(second_half, whole, 1e-4)

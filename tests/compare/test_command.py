@@ -13,7 +13,7 @@ from tests.runtime.command import SMALL, environment, launcher, metrics
 FEW = [
     "model.hidden_size=128", "model.ffn_hidden_size=512", "compare.ranks=2", "compare.steps=2", "run.dir=r",
 ]  # fmt: skip
-ALL = "single,dp,tp,pp,zero1,zero2,zero3"
+ALL = "single,dp,tp,pp,cp,zero1,zero2,zero3"
 
 # One of the ranks' functions replaced, in every rank of the layout named.
 BROKEN = """
@@ -59,6 +59,7 @@ def test_memory_and_traffic_are_as_planned(compared: tuple[str, Path]) -> None:
     assert found["tp"]["measured"]["parts"]["tensor"] > 0
     assert found["dp"]["measured"]["parts"]["data"] > 0
     assert found["pp"]["measured"]["parts"]["pipeline"] > 0
+    assert found["cp"]["measured"]["parts"]["context"] > 0
     assert found["tp"]["measured"]["memory"] < found["dp"]["measured"]["memory"]
 
 

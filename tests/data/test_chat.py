@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import launcher
+from launcher.commands.prepare import main
 from launcher.config.errors import ConfigError
 from launcher.config.numbers import IGNORED_LABEL
 from launcher.config.schema import RunConfig
@@ -150,8 +151,9 @@ def test_the_shapes_of_openai_and_sharegpt_are_the_same_conversation() -> None:
     names = {"user": "human", "assistant": "gpt", "system": "system"}
     sharegpt = {"conversations": [{"from": names[m["role"]], "value": m["content"]} for m in MESSAGES[1]]}
     beside = {"system": "Be brief.", "conversations": sharegpt["conversations"][1:]}
+    mixed = {"conversations": MESSAGES[1]}
     parts = {"messages": [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in MESSAGES[1]]}
-    assert parsed(openai) == parsed(sharegpt) == parsed(beside) == parsed(parts)
+    assert parsed(openai) == parsed(sharegpt) == parsed(beside) == parsed(mixed) == parsed(parts)
 
 
 BAD: dict[str, tuple[Any, str]] = {
@@ -305,8 +307,6 @@ def everything(part: PackedChats) -> tuple[list[Any], list[Any]]:
 
 @pytest.fixture
 def prepared(tmp_path: Path, tokenizer: Path) -> Path:
-    from launcher.commands.prepare import main
-
     target = tmp_path / "corpora" / "chat"
     assert main([str(SHIPPED), str(target), "chat=true", f"tokenizer.path={tokenizer}", "workers=2"]) == 0
     return target
@@ -351,6 +351,44 @@ def test_prepared_conversations_are_checked(prepared: Path) -> None:
     with pytest.raises(ConfigError, match=r"chat.mask does not exist") as error:
         check_data(run)
     assert error.value.remedy == f"data=tokens data.train={prepared} (learns all tokens)"
+
+
+def test_a_special_token_behind_the_vocabulary_is_accepted(tokenizer: Path, tmp_path: Path) -> None:
+    """Gemma 3's text models have one token less than their tokenizer, which no text becomes."""
+    content = json.loads(tokenizer.read_text())
+    image = {**content["added_tokens"][0], "id": 400, "content": "<image>"}
+    content["added_tokens"].append(image)
+    copy = tmp_path / "tokenizer.json"
+    copy.write_text(json.dumps(content))
+    (tmp_path / "tokenizer_config.json").write_bytes(
+        (tokenizer.parent / "tokenizer_config.json").read_bytes()
+    )
+    check_data(chat_run(SHIPPED, "model.vocab_size=400", f"data.tokenizer={copy}"))
+    with pytest.raises(ConfigError, match="the tokenizer of these data has 401 tokens"):
+        check_data(chat_run(SHIPPED, "model.vocab_size=399", f"data.tokenizer={copy}"))
+    assert main([str(SHIPPED), str(tmp_path / "chat"), "chat=true", f"tokenizer.path={copy}"]) == 0
+    check_data(chat_run(tmp_path / "chat", "model.vocab_size=400"))
+
+
+def test_another_template_is_the_remedy_if_the_template_is_at_fault(tokenizer: Path, tmp_path: Path) -> None:
+    template = tmp_path / "last.jinja"
+    template.write_text("{% for m in messages %}{{ loop.last }}{{ m.content }}{% endfor %}")
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": MESSAGES[1]}) + "\n")
+    names = "model.vocab_size=400", f"data.tokenizer={tokenizer}", f"data.chat_template={template}"
+    with pytest.raises(ConfigError, match=r"put \{% generation %\}") as error:
+        check_data(chat_run(tmp_path / "chats.jsonl", *names))
+    assert error.value.remedy.startswith("data.chat_template=PATH")
+
+
+def test_files_of_another_tokenizer_are_not_kept(tokenizer: Path, tmp_path: Path) -> None:
+    """They came with the model that the run started from."""
+    (tmp_path / "tokenizer.json").write_text("{}")
+    for name in ("tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json"):
+        (tmp_path / name).write_text('{"bos_token": "<other>"}')
+    record_tokenizer(chat_run(SHIPPED, "model.vocab_size=400", f"data.tokenizer={tokenizer}"), tmp_path)
+    assert not (tmp_path / "vocab.json").exists()
+    beside = tokenizer.parent / "tokenizer_config.json"
+    assert (tmp_path / "tokenizer_config.json").read_bytes() == beside.read_bytes()
 
 
 def test_long_conversations_are_counted(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ SMALL = [
     "training.global_batch_size=8", "optimizer.lr=1e-3", "optimizer.gradient_clipping=0.5",
     "optimizer.epsilon=1e-5",  # of a gradient near 0 the update would be its rounding error
 ]  # fmt: skip
-LAYOUTS = ["dp", "tp2", "pp2", "zero1", "zero2", "zero3"]
+LAYOUTS = ["dp", "tp2", "pp2", "cp2", "zero1", "zero2", "zero3"]
 
 
 class Trained(NamedTuple):
@@ -31,13 +31,14 @@ class Trained(NamedTuple):
 
 
 def batches(run: RunConfig) -> list[GlobalBatch]:
-    """Return four global batches of 8 samples with unequal masks.
+    """Return five global batches of 8 samples with unequal masks.
 
-    Micro-batches of 2: with two data ranks, samples 0, 1, 4 and 5 are of the first rank.
+    Micro-batches of 2: with two data ranks, samples 0, 1, 4 and 5 are of the first rank. With two context
+    ranks, the tokens 4 to 11 of 16 are of the second rank.
     """
     generator = torch.Generator().manual_seed(7)
     made = []
-    for step in range(4):
+    for step in range(5):
         tokens = torch.randint(run.model.vocab_size, (8, sequence_length(run) + 1), generator=generator)
         labels = tokens[:, 1:].clone()
         shares = torch.linspace(0.05, 0.95, 8)[:, None]
@@ -48,6 +49,8 @@ def batches(run: RunConfig) -> list[GlobalBatch]:
             labels[[2, 3, 6, 7]] = IGNORED_LABEL  # a data rank
         if step == 3:
             labels[:] = IGNORED_LABEL
+        if step == 4:
+            labels[:, 4:12] = IGNORED_LABEL  # a context rank
         made.append((tokens[:, :-1], labels))
     return made
 
@@ -101,7 +104,7 @@ def engine_loop(rank: int, world: int, init_method: str, run: RunConfig) -> tupl
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_unequal_masks_train_as_in_a_plain_loop(layout: str) -> None:
-    data = 1 if layout in ("tp2", "pp2") else 2
+    data = 1 if layout in ("tp2", "pp2", "cp2") else 2
     run = run_of(*SMALL, f"parallelism={layout}", f"parallelism.data={data}")
     expected = plain_loop(run)
     ranks = run_fresh(engine_loop, 2, run)

@@ -48,17 +48,28 @@ LAYOUTS = {
     "pp2": ("parallelism=pp2 parallelism.data=1", EMBEDDING),
     "dp2 x pp2": ("parallelism=pp2 parallelism.data=2", EMBEDDING),
     "tp2 x pp2 bf16": ("parallelism=tp2_pp2 parallelism.data=1 precision=bf16", EMBEDDING),
+    "experts over 2 of data 4": (
+        "parallelism.data=4 parallelism.expert=2 model=moe_tiny",
+        "blocks.0.mlp.experts.down.weight",
+    ),
+    "experts over 2, ZeRO-1, context 2": (
+        "parallelism.data=2 parallelism.context=2 parallelism.expert=2 parallelism.zero_stage=1 "
+        "model=moe_tiny model.experts.bias_balancing=0.01",
+        "blocks.0.mlp.experts.gate_up.weight",
+    ),
     "dualpipev": (
         "parallelism=pp2 parallelism.data=2 parallelism.pipeline_schedule=dualpipev",
         "blocks.1.mlp_norm.weight",
     ),
 }
-QUICK = {"zero3", "tp2 x pp2 bf16"}
+QUICK = {"zero3", "tp2 x pp2 bf16", "experts over 2 of data 4"}
 
 
 def run_in(layout: str) -> tuple[RunConfig, Layout]:
     batch = ["training.global_batch_size=24", "training.micro_batch_size=2"]
-    run = small_run("model=gpt_tiny", *batch, *LAYOUTS[layout][0].split(), steps=2)
+    words = LAYOUTS[layout][0].split()
+    model = [] if "model=moe_tiny" in words else ["model=gpt_tiny"]
+    run = small_run(*model, *batch, *words, steps=2)
     if run.parallelism.zero_stage == 3:  # the norms and biases stay whole, the matrices are partitioned
         run.deepspeed["zero_optimization"]["stage3_param_persistence_threshold"] = 100
     return run, resolve_layout(run, World("cpu", 8, 8))
@@ -114,7 +125,11 @@ def copies(engine: Engine) -> Iterator[tuple[str, Axes, Tensor]]:
         logical = logical_of(parameter)
         # The last stage's copy of the embedding. Under DualPipeV one rank has both ends, and no copy.
         tied = bool(getattr(parameter, "ds_pipe_replicated", False))
-        axes = (tied, mesh.data.size > 1, mesh.tensor.size > 1 and not logical.is_split)
+        has_copies = mesh.data.size > 1
+        of_data = (has_copies, has_copies)
+        if logical.part[1] > 1:  # experts: the data ranks of another place in their group hold others
+            of_data = (mesh.data.size > mesh.expert.size, False)
+        axes = (tied, *of_data, mesh.tensor.size > 1 and not logical.is_split)
         alike_name = re.sub(r"\d+", "N", logical.name)
         is_partitioned = parameter.numel() == 0  # by ZeRO-3
         if not any(axes) or is_partitioned or alike_name in seen:
@@ -135,13 +150,16 @@ def flip(tensor: Tensor) -> None:
 
 def alike(shape: MeshShape, rank: int, axes: Axes) -> list[int]:
     """Return the ranks that hold a copy, of two stages at most: both hold a tied weight."""
-    place = shape.coordinates(rank)
+
+    def place(rank: int) -> tuple[int, int, int, int]:
+        stage, data, tensor = shape.coordinates(rank)
+        return stage, data // shape.expert, data % shape.expert, tensor
+
     return [
         other
         for other in range(shape.world_size)
         if all(
-            axis or index == mine
-            for axis, index, mine in zip(axes, shape.coordinates(other), place, strict=True)
+            axis or index == mine for axis, index, mine in zip(axes, place(other), place(rank), strict=True)
         )
     ]
 
@@ -205,14 +223,23 @@ def test_ranks_in_the_minority_are_named() -> None:
 
 def test_only_ranks_along_the_axes_are_compared() -> None:
     shape = MeshShape(pipeline=2, data=2, tensor=2)
-    by_stage_and_tensor = [{((False, True, False), "w"): 10 * (rank // 4) + rank % 2} for rank in range(8)]
+    data: Axes = (False, True, True, False)
+    by_stage_and_tensor = [{(data, "w"): 10 * (rank // 4) + rank % 2} for rank in range(8)]
     assert compare(shape, by_stage_and_tensor) == []
-    by_stage_and_tensor[6] = {((False, True, False), "w"): 3}
+    by_stage_and_tensor[6] = {(data, "w"): 3}
     assert compare(shape, by_stage_and_tensor) == [Disagreement("w", {4: 10, 6: 3})]
     everywhere = [{(ALL_AXES, "n"): 1} for _ in range(8)]
     assert compare(shape, everywhere) == []
     assert compare(shape, [*everywhere[:7], {(ALL_AXES, "n"): 2}])[0].minority() == [7]
     assert compare(shape, [*everywhere[:7], {}]) == []
+
+
+def test_experts_are_compared_between_the_ranks_that_hold_the_same() -> None:
+    shape, holders = MeshShape(data=4, expert=2), (False, True, False, False)
+    held = [{(holders, "experts"): rank % 2} for rank in range(4)]
+    assert compare(shape, held) == []
+    held[3] = {(holders, "experts"): 7}
+    assert compare(shape, held) == [Disagreement("experts", {1: 1, 3: 7})]
 
 
 def test_a_hash_that_ignores_the_tensor_is_caught() -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch._dynamo  # some of torch is imported at the first operation under a dispatch mode
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -32,6 +33,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer  # noqa:
 from launcher.engine.base import MicroBatches  # noqa: E402
 from launcher.engine.build import build_engine  # noqa: E402
 from launcher.engine.measuring import RankMeasurement  # noqa: E402
+from launcher.engine.overlapped_reduction import OverlappedReduction  # noqa: E402
 from launcher.engine.update_guard import UpdateGuard  # noqa: E402
 
 SMALL = [
@@ -70,6 +72,7 @@ class Counts(NamedTuple):
     reads: Counter[str]  # by file
     collectives: dict[CollectiveCall, int]
     ready: list[int]  # elements of the gradients of all micro-batches, in the order in which they are ready
+    reduced_after: list[int]  # of each reduction within a backward pass: the gradients that were ready before
 
 
 def counted_step(
@@ -77,6 +80,8 @@ def counted_step(
 ) -> Counts:
     """Count the third step of a run."""
     device = join(rank=rank, world_size=world, local_rank=rank, device="cpu", init_method=init_method)
+    if fault is not None:
+        fault()
     engine = build_engine(run, layout, device)
     measurement, reads = RankMeasurement(), Reads()
     measurement.name_groups(engine)
@@ -86,12 +91,18 @@ def counted_step(
     for _ in range(2):
         engine.train_batch(batches(run, layout))
     ready.clear()
-    if fault is not None:
-        fault()
+    reduced_after: list[int] = []
+    reduce = dist.all_reduce_coalesced
+
+    def noted(*arguments: Any, **options: Any) -> Any:
+        reduced_after.append(len(ready))
+        return reduce(*arguments, **options)
+
+    dist.all_reduce_coalesced = noted
     with measurement.tensors, reads:
         engine.train_batch(batches(run, layout))
     leave()
-    return Counts(reads.by_file, measurement.collectives(), ready)
+    return Counts(reads.by_file, measurement.collectives(), ready, reduced_after)
 
 
 def batches(run: RunConfig, layout: Layout) -> MicroBatches:
@@ -178,12 +189,39 @@ def reductions(found: Counts) -> Counter[int]:
     )
 
 
-def test_gradients_are_reduced_once_per_step_or_bucket() -> None:
+def test_gradients_are_reduced_once_per_step() -> None:
+    """Also in buckets without a pipeline, once each, within the backward pass of the last micro-batch."""
     for settings, element in ((DP, 4), (ZERO_1_BF16, 2)):
-        found, accumulation = counts(settings)
-        of_a_micro_batch = sum(found.ready) // accumulation
-        assert accumulation == 2
-        assert reductions(found) == {element * of_a_micro_batch: 1}, settings
+        for bucket in ("", BUCKETS):
+            found, accumulation = counts(f"{settings} {bucket}".strip())
+            of_a_micro_batch = found.ready[: len(found.ready) // accumulation]
+            assert accumulation == 2
+            assert sum(s * n for s, n in reductions(found).items()) == element * sum(of_a_micro_batch)
+            assert reductions(found).total() == (len(found.reduced_after) if bucket else 1), settings
+
+
+def reduced_in_one_go(self: OverlappedReduction, parameter: torch.nn.Parameter) -> None:
+    """Reduce nothing before the end of the backward pass."""
+
+
+def reduces_late() -> None:
+    OverlappedReduction._arrived = reduced_in_one_go  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("settings", [DP, pytest.param(ZERO_1_BF16, marks=pytest.mark.slow)])
+def test_a_bucket_is_reduced_as_soon_as_its_gradients_exist(settings: str) -> None:
+    found, accumulation = counts(f"{settings} {BUCKETS}")
+    each = len(found.ready) // accumulation
+    begun = found.reduced_after
+    assert len(begun) > 3
+    # All but the last, which has the embedding, before the last gradient, and none in the first micro-batch.
+    assert each < begun[0] < begun[-2] < begun[-1] == 2 * each - 1
+    assert begun == sorted(begun)
+
+
+def test_a_reduction_that_waits_for_the_end_of_the_backward_pass_is_seen() -> None:
+    found, _ = counts(f"{DP} {BUCKETS}", reduces_late)
+    assert set(found.reduced_after) == {len(found.ready)}
 
 
 def expected_reductions(found: Counts, accumulation: int) -> Counter[int]:

@@ -15,6 +15,7 @@ from launcher.config.schema import EvaluateConfig
 from launcher.data.evaluated import scored_windows
 from launcher.data.windows import Stretch
 from launcher.evaluation.tasks import _unknown
+from launcher.runtime.metrics.wandb_files import fragments, records
 from tests.forked_commands import environment, heavy
 from tests.runtime.command import launcher, trained
 
@@ -23,6 +24,13 @@ LAYOUTS = {
     "one process": [], "tp2": ["parallelism=tp2", "parallelism.sequence_parallel=true"],
     "pp2": ["parallelism=pp2"], "dp2": ["parallelism.data=2"],
     "zero3": ["parallelism=zero3", "parallelism.data=2"],
+    "cp2": ["parallelism=cp2", "parallelism.data=1"],
+}  # fmt: skip
+CONTEXT_LAYOUTS = {
+    "gather over 4": ["parallelism.context=4", "parallelism.context_method=gather", "parallelism.data=1"],
+    "ulysses x pp2": ["parallelism=pp2", "parallelism.context=2", "parallelism.context_method=ulysses"],
+    "ring x tp2": ["parallelism=tp2", "parallelism.context=2", "parallelism.sequence_parallel=true"],
+    "ring x zero3": ["parallelism=zero3", "parallelism.context=2", "parallelism.data=2"],
 }  # fmt: skip
 WITHOUT_HARNESS = "import sys; sys.modules['lm_eval'] = None\nfrom launcher.__main__ import main; main()"
 
@@ -70,13 +78,18 @@ def loss_by_transformers(hf: Path, ids: list[int], length: int, stride: int) -> 
     return total
 
 
-def test_perplexity_equals_transformers_in_each_layout(place: Path, subtests: pytest.Subtests) -> None:
+@pytest.mark.parametrize(
+    "layouts", [LAYOUTS, pytest.param(CONTEXT_LAYOUTS, marks=pytest.mark.slow)], ids=["layouts", "context"]
+)
+def test_perplexity_equals_transformers_in_each_layout(
+    layouts: dict[str, list[str]], place: Path, subtests: pytest.Subtests
+) -> None:
     ids = AutoTokenizer.from_pretrained(place / "hf")(TEXT[:1500])["input_ids"]
     end = json.loads((place / "a.json").read_text())["end_of_document"]
     right = loss_by_transformers(place / "hf", [*ids, end], 32, 20)
     first = len(AutoTokenizer.from_pretrained(place / "hf").decode(ids[:1]).encode())
     size = len(TEXT[:1500].encode()) - first
-    for name, layout in LAYOUTS.items():
+    for name, layout in layouts.items():
         with subtests.test(name):
             found = report(place, "run.dir=r", "text=short.txt", "stride=20", *layout)["data"]["text"]
             assert (found["tokens"], found["bytes"]) == (len(ids), size)
@@ -96,6 +109,20 @@ def test_a_checkpoint_an_export_token_files_and_validation_data_are_measured(pla
         (9 * 32, losses["hf"]["bytes"])
     }
     assert list(report(place, "run.dir=r", "limit=3")["data"]) == ["validation"]
+
+
+def test_results_are_in_the_summary_of_the_wandb_run(tmp_path: Path) -> None:
+    trained("logging=wandb", "run.dir=r", "parallelism.data=1", "training.steps=1", cwd=tmp_path)
+    measured = report(tmp_path, "run.dir=r", "limit=3")["data"]["validation"]
+    summary = {
+        item.key or "/".join(item.nested_key): json.loads(item.value_json)
+        for fragment in fragments(tmp_path / "r")
+        for record in records(fragment)
+        if record.HasField("summary")
+        for item in record.summary.update
+    }
+    of_evaluation = {name: value for name, value in summary.items() if name.startswith("evaluate/")}
+    assert of_evaluation == {f"evaluate/validation/{name}": value for name, value in measured.items()}
 
 
 TASKS = {
@@ -160,7 +187,7 @@ def tasks(place: Path) -> Path:
 def test_tasks_give_the_numbers_of_the_harness_on_the_export(tasks: Path, subtests: pytest.Subtests) -> None:
     right = json.loads((tasks / "hf.json").read_text())
     named = ["tasks=[choice,rolling,generation]", "task_dir=tasks", "run.dir=r"]
-    for name in ("tp2", "pp2", "zero3"):
+    for name in ("tp2", "pp2", "zero3", "cp2"):  # over context ranks each window is filled up to whole chunks
         with subtests.test(name):
             found = report(tasks, *named, *LAYOUTS[name])["tasks"]["results"]
             for task, metrics in right.items():

@@ -1,194 +1,231 @@
-"""A campaign: runs and faults of a seed, verified and tested, and the report."""
+"""A campaign: runs and faults of a seed in rounds, verified and tested, and the report.
 
-import hashlib
+What a round draws depends on the seed and the number of the round only. So a campaign that was interrupted
+goes on where it stopped, with the records of its journal.
+"""
+
 import random
+import shlex
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
+from itertools import count
 from typing import Any
 
-from launcher.parity.verification import verify
+from launcher.config.schema import RunConfig, StatesDtype
 from tests.fuzz.children import Ended, Plan, Work, results
-from tests.fuzz.draws import Draw, draw
+from tests.fuzz.draws import Draw, draw, drawn_from
+from tests.fuzz.explained import EXPLAINED
+from tests.fuzz.journal import Journal, as_ranges, from_ranges
+from tests.fuzz.judging import CAUGHT, CLEAN_LIMIT, OUTCOMES, Known, Outcome, judged, verified
 from tests.fuzz.lines import Lines
-from tests.fuzz.mutants import Mutant, apply, mutants_of, prepare
-from tests.fuzz.nearby import failed_test, quick_tests_of
+from tests.fuzz.mutants import Mutant, mutant_of, mutants_of, prepare
 
 PER_DRAW = 10  # faults for each drawn run: the run is traced once
-FIRST = 6  # runs drawn before the first fault, so that a fault can be tried in several runs
+# Runs drawn in the first round, so that a fault can be tried in several runs, and in each later round.
+FIRST, LATER = 6, 2
 OTHERS = 2  # earlier runs that execute the faulty line, in which a fault that passed is tried again
-CLEAN_LIMIT, TEST_LIMIT = 300.0, 240.0
-# The outcomes of a fault. The last three do not count as caught.
-OUTCOMES = {
-    "verify": "a comparison of `launcher verify` fails",
-    "crash": "a rank raises an error",
-    "hang": "the ranks do not end; killed here after a multiple of the run's time",
-    "test": "verify passes, and a quick test of the file fails",
-    "unchanged": "the compiler makes the same instructions: no fault",
-    "no effect": "every measured difference is the same to the last bit, and the tests pass",
-    "survived": "numbers change within the bounds, and the tests pass",
-}
-CAUGHT = ("verify", "crash", "hang", "test")
-
-
-@dataclass(frozen=True)
-class Known:
-    """A drawn run whose clean verification is known: executed lines, numbers and seconds."""
-
-    draw: Draw
-    lines: dict[str, set[int]]
-    numbers: list[str]  # a digest of each pass
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """The end of one fault."""
-
-    mutant: Mutant
-    draw: Draw
-    kind: str
-    detail: str
-    seconds: float
 
 
 @dataclass
 class Campaign:
     """All results so far."""
 
+    journal: Journal
     seed: int
     outcomes: list[Outcome] = field(default_factory=list)
-    clean: int = 0
-    alarms: list[str] = field(default_factory=list)
+    clean: Counter[str] = field(default_factory=Counter)  # runs by precision
+    alarms: list[tuple[str, str]] = field(default_factory=list)  # precision, and run with its failure
 
-    def report(self, seconds: float) -> str:
+    @property
+    def unexplained(self) -> list[Outcome]:
+        survived = [outcome for outcome in self.outcomes if outcome.kind == "survived"]
+        return [outcome for outcome in survived if _key(outcome.mutant) not in EXPLAINED]
+
+    @property
+    def failed(self) -> bool:
+        return bool(self.alarms or self.unexplained)
+
+    def report(self) -> str:
         counts = Counter(outcome.kind for outcome in self.outcomes)
-        faults = len(self.outcomes) - counts["unchanged"]
-        caught = sum(counts[kind] for kind in CAUGHT)
-        effective = faults - counts["no effect"]
-        rows = [f"  {kind:<10} {counts[kind]:>5}  {meaning}" for kind, meaning in OUTCOMES.items()]
-        shares = f"{caught} of {effective} faults that change a number are caught"
-        if effective:
-            shares += f" ({caught / effective:.1%}); {counts['no effect']} more change none"
-        lines = [f"seed {self.seed}, {seconds / 60:.0f} minutes, {faults} faults", *rows, shares]
-        lines.append(f"{self.clean} clean runs, {len(self.alarms)} false alarms")
-        for kind in ("survived", "no effect"):
-            lines += [f"{kind}: {o.mutant}\n    {o.draw}" for o in self.outcomes if o.kind == kind]
-        return "\n".join([*lines, *(f"false alarm: {alarm}" for alarm in self.alarms)])
+        caught, minutes = sum(counts[kind] for kind in CAUGHT), self.journal.seconds / 60
+        lines = [f"seed {self.seed}, {minutes:.0f} minutes, results in {self.journal.path}"]
+        if self.outcomes:
+            lines.append(f"{len(self.outcomes)} faults")
+            lines += [f"  {kind:<12} {counts[kind]:>5}  {meaning}" for kind, meaning in OUTCOMES.items()]
+        if effective := caught + counts["survived"]:
+            share = (
+                f"{caught} of {effective} faults that change a number are caught ({caught / effective:.1%})"
+            )
+            explained = counts["survived"] - len(self.unexplained)
+            lines.append(f"{share}; {explained} of the others are explained in tests/fuzz/explained.py")
+        for precision, number in sorted(self.clean.items()):
+            alarms = sum(of == precision for of, _ in self.alarms)
+            lines.append(f"clean runs in {precision}: {number}, false alarms: {alarms}")
+        for kind in ("survived", "no effect", "not reached"):
+            lines += [text for o in self.outcomes if o.kind == kind for text in self._shown(o)]
+        return "\n".join([*lines, *(f"false alarm: {alarm}" for _, alarm in self.alarms)])
+
+    def _shown(self, outcome: Outcome) -> list[str]:
+        reason = EXPLAINED.get(_key(outcome.mutant)) if outcome.kind == "survived" else None
+        why = " ".join(filter(None, [f"({outcome.detail})" if outcome.detail else "", reason]))
+        return [f"{outcome.kind}: {outcome.mutant} {why}".rstrip(), f"    {repeat(outcome)}"]
+
+
+def _key(mutant: Mutant) -> tuple[str, str, str]:
+    return mutant.file, mutant.name, mutant.change
+
+
+def repeat(outcome: Outcome) -> str:
+    """Return the command that judges the same fault in the same run again."""
+    fault = f"{outcome.mutant.file}:{outcome.mutant.number}"
+    return f"python -m tests.fuzz --fault {fault} --run {shlex.quote(str(outcome.draw))}"
+
+
+def precision_of(run: RunConfig) -> str:
+    has_states = run.precision.states is StatesDtype.bf16
+    return f"{run.precision.dtype.name}{' states' if has_states else ''}"
 
 
 def clean_runs(campaign: Campaign, seconds: float, jobs: int) -> Iterator[str]:
     """Verify drawn runs without a fault; yield a line for each."""
-    rng, deadline = random.Random(campaign.seed), time.monotonic() + seconds
+    deadline, known = time.monotonic() + seconds, {}
+    for record in campaign.journal.of_kind("run"):
+        known[record["number"]] = record
+        _count_clean(campaign, record)
 
     def plans() -> Iterator[Plan]:
-        while time.monotonic() < deadline:
-            yield _clean(draw(rng), traced=False)
+        for number in count():
+            if time.monotonic() >= deadline:
+                return
+            if number not in known:
+                yield _clean(draw(random.Random(f"{campaign.seed}/clean/{number}")), number, traced=False)
 
-    for drawn, ended, _ in results(plans(), jobs):
-        yield _count_clean(campaign, drawn, ended)
+    for record in results(plans(), jobs):
+        campaign.journal.add(record)
+        yield _count_clean(campaign, record)
 
 
 def mutation_runs(campaign: Campaign, seconds: float, jobs: int) -> Iterator[str]:
     """Draw runs and faults, and judge them; yield a line for each."""
     prepare()
-    rng, deadline, known = random.Random(campaign.seed), time.monotonic() + seconds, list[Known]()
-    while time.monotonic() < deadline:
-        drawn = [draw(rng) for _ in range(jobs if known else FIRST)]
-        fresh = []
-        for one, ended, lines in results((_clean(one, traced=True) for one in drawn), jobs):
-            yield _count_clean(campaign, one, ended)
-            if ended.answer and ended.answer["ok"]:
-                fresh.append(Known(one, lines, ended.answer["numbers"], ended.seconds))
-        fresh.sort(key=lambda one: drawn.index(one.draw))
+    deadline, known, judged_before = time.monotonic() + seconds, list[Known](), _resumed(campaign)
+    for number in count():
+        rng = random.Random(f"{campaign.seed}/{number}")
+        drawn = [draw(rng) for _ in range(LATER if number else FIRST)]
+        fresh = yield from _known_runs(campaign, number, drawn, jobs, deadline)
         known += fresh
-        faults = [(mutant, one) for one in fresh for mutant in _chosen(rng, one)]
+        faults = [(mutant, run) for run in fresh for mutant in _chosen(rng, run)]
         rng.shuffle(faults)
+        faults = [(mutant, run) for mutant, run in faults if _place(mutant) not in judged_before]
         for outcome in results(_plans(faults, known, deadline), jobs):
             campaign.outcomes.append(outcome)
-            yield f"{outcome.kind:<10} {outcome.seconds:5.1f} s  {outcome.mutant}  {outcome.detail}"
+            campaign.journal.add(_as_record(outcome))
+            judged_before.add(_place(outcome.mutant))
+            yield f"{outcome.kind:<12} {outcome.seconds:5.1f} s  {outcome.mutant}  {outcome.detail}"
+        if time.monotonic() >= deadline:
+            return
 
 
 def _plans(faults: list[tuple[Mutant, Known]], known: list[Known], deadline: float) -> Iterator[Plan]:
-    for mutant, one in faults:
+    for mutant, run in faults:
         if time.monotonic() < deadline:
-            yield _judged(mutant, one, [other for other in known if other is not one])
+            yield judged(mutant, run, known, OTHERS)
 
 
-def _count_clean(campaign: Campaign, drawn: Draw, ended: Ended) -> str:
-    campaign.clean += 1
-    if ended.answer and ended.answer["ok"]:
-        return f"clean      {ended.seconds:5.1f} s  {drawn}"
-    campaign.alarms.append(f"{drawn}: {ended.answer or ended.error}")
-    return f"FALSE      {ended.seconds:5.1f} s  {campaign.alarms[-1]}"
+def _resumed(campaign: Campaign) -> set[tuple[str, int]]:
+    """Take over the faults of the journal; return their places."""
+    records = campaign.journal.of_kind("fault")
+    drawn = {record["run"]: drawn_from(record["run"].split()) for record in records}
+    for record in records:
+        mutant = Mutant(*(record[name] for name in ("file", "number", "line", "name", "change")))
+        end = record["outcome"], record["detail"], record["seconds"]
+        campaign.outcomes.append(Outcome(mutant, drawn[record["run"]], *end))
+    return {_place(outcome.mutant) for outcome in campaign.outcomes}
 
 
-def _clean(drawn: Draw, *, traced: bool) -> Plan:
+def _place(mutant: Mutant) -> tuple[str, int]:
+    return mutant.file, mutant.number
+
+
+def _as_record(outcome: Outcome) -> dict[str, Any]:
+    m = outcome.mutant
+    return {
+        "kind": "fault", "outcome": outcome.kind, "file": m.file, "line": m.line, "name": m.name,
+        "change": m.change, "number": m.number, "detail": outcome.detail,
+        "seconds": round(outcome.seconds, 1), "run": str(outcome.draw), "repeat": repeat(outcome),
+    }  # fmt: skip
+
+
+def _known_runs(
+    campaign: Campaign, number: int, drawn: list[Draw], jobs: int, deadline: float
+) -> Generator[str, None, list[Known]]:
+    """Verify the runs of a round without a fault, or take them from the journal; return those that pass."""
+    names = [f"{number}/{place}" for place in range(len(drawn))]
+    records = {record["number"]: record for record in campaign.journal.of_kind("run")}
+    for name in names:
+        if name in records:
+            _count_clean(campaign, records[name])
+    plans = (
+        _clean(run, name, traced=True)
+        for run, name in zip(drawn, names, strict=True)
+        if name not in records and time.monotonic() < deadline
+    )
+    for record in results(plans, jobs):
+        records[record["number"]] = record
+        campaign.journal.add(record)
+        yield _count_clean(campaign, record)
+    return [
+        Known(
+            run,
+            {file: from_ranges(ranges) for file, ranges in record["lines"].items()},
+            record["numbers"],
+            record["worst"],
+            record["seconds"],
+        )
+        for run, name in zip(drawn, names, strict=True)
+        if (record := records.get(name)) and record["ok"]
+    ]
+
+
+def _clean(drawn: Draw, number: int | str, *, traced: bool) -> Plan:
+    """Verify a run without a fault; return the record of it."""
     lines = Lines()
-    ended = yield Work(partial(_verified, drawn, None, lines if traced else None), CLEAN_LIMIT)
-    return drawn, ended, lines.executed() if traced else {}
+    ended: Ended = yield Work(partial(verified, drawn, None, lines if traced else None), CLEAN_LIMIT)
+    answer = ended.answer or {}
+    executed = lines.executed() if traced else {}
+    return {
+        "kind": "run", "number": number, "ok": bool(answer.get("ok")), "run": str(drawn),
+        "precision": precision_of(drawn.small), "seconds": round(ended.seconds, 1),
+        "why": answer.get("why", "") or ended.error, "worst": answer.get("worst", 0.0),
+        "numbers": answer.get("numbers", []), "lines": {file: as_ranges(at) for file, at in executed.items()},
+    }  # fmt: skip
 
 
-def _chosen(rng: random.Random, one: Known) -> list[Mutant]:
-    every = [mutant for file, lines in one.lines.items() for mutant in mutants_of(file, lines)]
+def _count_clean(campaign: Campaign, record: dict[str, Any]) -> str:
+    campaign.clean[record["precision"]] += 1
+    shown = f"{record['seconds']:5.1f} s  {record['run']}"
+    if record["ok"]:
+        return f"clean        {shown}"
+    campaign.alarms.append((record["precision"], f"{record['run']}: {record['why']}"))
+    return f"FALSE ALARM  {shown}: {record['why']}"
+
+
+def _chosen(rng: random.Random, run: Known) -> list[Mutant]:
+    every = [mutant for file, lines in run.lines.items() for mutant in mutants_of(file, lines)]
     return rng.sample(every, min(PER_DRAW, len(every)))
 
 
-def _judged(mutant: Mutant, one: Known, known: list[Known]) -> Plan:
-    """Verify the fault in its run, in other runs that execute its line, and then run the tests."""
-    others = [other for other in reversed(known) if mutant.line in other.lines.get(mutant.file, ())][:OTHERS]
-    has_effect, seconds = False, 0.0
-    for run in (one, *others):
-        ended = yield Work(partial(_verified, run.draw, mutant, None), 6 * run.seconds + 15)
-        seconds += ended.seconds
-        kind, detail = _kind(ended, run)
-        if kind not in ("no effect", "survived"):
-            return Outcome(mutant, run.draw, kind, detail, seconds)
-        has_effect |= kind == "survived"
-    paths = quick_tests_of(mutant.file)
-    if paths:
-        ended = yield Work(partial(_tested, mutant, paths), TEST_LIMIT)
-        seconds += ended.seconds
-        if ended.answer or ended.error:
-            return Outcome(
-                mutant, one.draw, "test", str(ended.answer or ended.error.splitlines()[-1]), seconds
-            )
-    return Outcome(mutant, one.draw, "survived" if has_effect else "no effect", "", seconds)
-
-
-def _kind(ended: Ended, run: Known) -> tuple[str, str]:
-    if ended.timed_out:
-        return "hang", ended.error
-    if ended.answer is None:
-        return "crash", ended.error.strip().splitlines()[-1]
-    if ended.answer.get("unchanged"):
-        return "unchanged", ""
-    if not ended.answer["ok"]:
-        return ("crash" if ended.answer["lost"] else "verify"), ended.answer["why"]
-    return ("no effect" if ended.answer["numbers"] == run.numbers else "survived"), ""
-
-
-def _verified(drawn: Draw, mutant: Mutant | None, lines: Lines | None) -> dict[str, Any]:
-    """Verify in this process, up to the first pass that fails."""
-    if mutant is not None and not apply(mutant):
-        return {"unchanged": True}
-    if lines is not None:
-        lines.begin()
-    numbers = []
-    for result in verify(drawn.small):
-        if not result.ok:
-            found = result.diagnosis
-            lost = getattr(result, "lost_a_rank", False)
-            shape = found.shape.strip().splitlines()[-1 if lost else 0] if found else ""
-            return {"ok": False, "lost": lost, "why": f"{result.title}: {shape}"[:200]}
-        measured = [(d.step, d.kind, d.name, d.measured.hex()) for d in result.differences]
-        numbers.append(hashlib.sha256(repr(measured).encode()).hexdigest())
-    return {"ok": True, "numbers": numbers}
-
-
-def _tested(mutant: Mutant, paths: list[Path]) -> str | None:
-    apply(mutant)
-    return failed_test(paths)
+def judge_one(file: str, number: int, overrides: list[str]) -> Outcome | None:
+    """Judge one fault in one run again; None if the run fails without the fault."""
+    prepare()
+    mutant, drawn = mutant_of(file, number), drawn_from(overrides)
+    [record] = results([_clean(drawn, "repeated", traced=False)], 1)
+    if not record["ok"]:
+        return None
+    run = Known(drawn, {}, record["numbers"], record["worst"], record["seconds"])
+    [outcome] = results([judged(mutant, run, [], 0)], 1)
+    assert isinstance(outcome, Outcome)
+    return outcome

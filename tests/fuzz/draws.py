@@ -1,6 +1,7 @@
 """Random runs: the axes of the layout and the settings. The same random numbers give the same run."""
 
 import random
+from contextlib import suppress
 from dataclasses import dataclass
 
 from launcher.config.errors import ConfigError
@@ -11,7 +12,7 @@ from tests.config.composing import run_of
 from tests.parity.running import small_run
 
 # A new axis of the layout is one more line. A drawn axis has 2 ranks.
-AXES = {"parallelism.data": 4, "parallelism.tensor": 5, "parallelism.pipeline": 3}
+AXES = {"parallelism.data": 4, "parallelism.tensor": 5, "parallelism.pipeline": 3, "parallelism.context": 3}
 NUMBERS_OF_AXES = {0: 1, 1: 7, 2: 2}  # axes larger than 1, and how often: most draws have 2 ranks
 # Settings, and the weight of each value in the draw; validation refuses invalid combinations.
 SETTINGS: dict[str, dict[str, int]] = {
@@ -22,6 +23,8 @@ SETTINGS: dict[str, dict[str, int]] = {
     },
     "parallelism.zero_stage": {"0": 4, "1": 3, "2": 2, "3": 2},
     "parallelism.sequence_parallel": {"false": 1, "true": 1},
+    "parallelism.context_method": {"ring": 2, "gather": 1, "ulysses": 1},
+    "parallelism.expert": {"1": 1, "2": 1},
     "parallelism.activation_checkpointing": {"none": 3, "selective": 1, "full": 1},
     "parallelism.offload_optimizer": {"false": 6, "true": 1},
     "parallelism.pipeline_schedule": {"1f1b": 2, "dualpipev": 1},
@@ -41,9 +44,10 @@ CORES = 8
 
 @dataclass(frozen=True)
 class Draw:
-    """A drawn run, as overrides, and the run as `launcher verify` shrinks it."""
+    """A drawn run: its overrides, the run, and the run as `launcher verify` shrinks it."""
 
     overrides: tuple[str, ...]
+    run: RunConfig
     small: RunConfig
 
     def __str__(self) -> str:
@@ -53,13 +57,20 @@ class Draw:
 def draw(rng: random.Random) -> Draw:
     """Return a run that validation accepts."""
     while True:
-        overrides = _overrides(rng)
-        try:
-            run = run_of("hardware=cpu", *overrides)
-            validate(run, World("cpu", CORES, CORES))
-            return Draw(tuple(overrides), small_run(*overrides, steps=STEPS))
-        except ConfigError:
-            continue
+        with suppress(ConfigError):
+            return drawn_from(_overrides(rng))
+
+
+def drawn_from(overrides: list[str]) -> Draw:
+    """Return the run of these overrides. Raises ConfigError where validation refuses it."""
+    run = run_of("hardware=cpu", *overrides)
+    validate(run, World("cpu", CORES, CORES))
+    return Draw(tuple(overrides), run, small_run(*overrides, steps=STEPS))
+
+
+def check_small(drawn: Draw) -> None:
+    """Raise ConfigError if the shrunk run is refused, which is a fault of `launcher verify`."""
+    validate(drawn.small, World("cpu", CORES, CORES))
 
 
 def _overrides(rng: random.Random) -> list[str]:
@@ -70,6 +81,8 @@ def _overrides(rng: random.Random) -> list[str]:
     chosen = {name: rng.choices(list(values), list(values.values()))[0] for name, values in SETTINGS.items()}
     if "data=" in chosen["model"]:
         del chosen["data"]
+    if chosen["model"] != "moe_tiny" or "parallelism.data" not in axes:
+        chosen["parallelism.expert"] = "1"  # only data ranks share experts; few other draws would be left
     micro_batches = rng.choice((1, 3)) if "parallelism.pipeline" not in axes else 4
     batch = (
         int(chosen["training.micro_batch_size"]) * (2 if "parallelism.data" in axes else 1) * micro_batches

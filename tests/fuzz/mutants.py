@@ -9,6 +9,7 @@ import copy
 import gc
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -57,7 +58,11 @@ class _Site:
     name: str
     before: str
     after: str
-    apply: Callable[[], None]
+    apply: Callable[["Wrap"], None]
+
+
+Wrap = Callable[[ast.AST], ast.AST]  # makes of a changed node what stands in its place
+REACHED = "_fuzz_reached"  # a global of the changed function, called before the changed code is evaluated
 
 
 def files() -> list[str]:
@@ -75,21 +80,49 @@ def mutants_of(file: str, lines: set[int]) -> list[Mutant]:
     ]
 
 
-def apply(mutant: Mutant) -> bool:
-    """Replace the code of the loaded function; return False if the fault changes no instruction of it."""
-    tree = copy.deepcopy(_tree(mutant.file))
-    list(_sites(tree))[mutant.number].apply()
-    path = str(PACKAGE / mutant.file)
-    outer = mutant.name.partition(LOCALS)[0]
-    with warnings.catch_warnings(action="ignore"):  # such as calling a number
-        changed = dict(_codes(compile(ast.fix_missing_locations(tree), path, "exec")))
-    replaced = False
-    for function in _functions().get((path, outer), []):
-        code = changed.get((outer, function.__code__.co_firstlineno))
+def mutant_of(file: str, number: int) -> Mutant:
+    """Return the `number`-th fault of a file. Raises StopIteration if it has none."""
+    every = set(range(len((PACKAGE / file).read_bytes().splitlines()) + 1))
+    return next(mutant for mutant in mutants_of(file, every) if mutant.number == number)
+
+
+def apply(mutant: Mutant, reached: Callable[[], bool] | None = None) -> bool:
+    """Replace the code of the loaded function; return False if the fault changes no instruction of it.
+
+    `reached` must return True; it is called each time before the changed code is evaluated.
+    """
+    changed = _compiled(mutant, lambda node: node)
+    marked = _compiled(mutant, _marked) or changed
+    outer, replaced = mutant.name.partition(LOCALS)[0], False
+    for function in _functions().get((str(PACKAGE / mutant.file), outer), []):
+        key = outer, function.__code__.co_firstlineno
+        code = changed.get(key)
         if code is not None and code.co_freevars == function.__code__.co_freevars:
             replaced |= not _is_same(code, function.__code__)
+            if reached is not None:
+                function.__globals__[REACHED], code = reached, marked[key]
             function.__code__ = code
     return replaced
+
+
+def _compiled(mutant: Mutant, wrap: Wrap) -> dict[tuple[str, int], CodeType]:
+    """Return the code of all functions of the changed module, by name and first line; {} if it is no code."""
+    tree, path = copy.deepcopy(_tree(mutant.file)), str(PACKAGE / mutant.file)
+    list(_sites(tree))[mutant.number].apply(wrap)
+    with warnings.catch_warnings(action="ignore"), suppress(SyntaxError):  # such as calling a number
+        return dict(_codes(compile(ast.fix_missing_locations(tree), path, "exec")))
+    return {}
+
+
+def _marked(node: ast.AST) -> ast.AST:
+    """Return code that calls REACHED, and then evaluates the node."""
+    call = ast.Call(ast.Name(REACHED, ast.Load()), [], [])
+    if isinstance(node, ast.stmt):
+        return _located(ast.If(call, [node], []), node)
+    if not isinstance(node, ast.expr) or not isinstance(getattr(node, "ctx", ast.Load()), ast.Load):
+        return node
+    both = ast.Tuple([call, node], ast.Load())
+    return _located(ast.Subscript(both, ast.Constant(1), ast.Load()), node)
 
 
 @cache
@@ -182,18 +215,18 @@ def _name_of(node: ast.AST) -> str:
     return node.id if isinstance(node, ast.Name) else ""
 
 
-Change = tuple[str, str, Callable[[], None]]
+Change = tuple[str, str, Callable[[Wrap], None]]
 
 
 def _changes(parent: ast.AST, field: str, index: int, node: ast.AST) -> Iterator[Change]:
     """Yield each change of a node: its text before and after, and the function that makes it."""
 
-    def replaced(new: ast.AST) -> Callable[[], None]:
-        def act() -> None:
+    def replaced(new: ast.AST) -> Callable[[Wrap], None]:
+        def act(wrap: Wrap) -> None:
             if isinstance(held := getattr(parent, field), list):
-                held[index] = new
+                held[index] = wrap(new)
             else:
-                setattr(parent, field, new)
+                setattr(parent, field, wrap(new))
 
         return act
 

@@ -3,9 +3,13 @@
 Every rank draws the whole sequences from the same seed, and compares its part of the results.
 """
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from launcher.config.schema import ContextMethod
 from launcher.config.sequence_order import part_of
@@ -90,3 +94,44 @@ def test_result_and_gradients(method: str, world: int, cap: float | None) -> Non
 def test_in_bf16(method: str) -> None:
     for by_case in pool(2).run(errors, method, None, torch.bfloat16):
         assert all(error < 0.1 for error in by_case.values()), by_case
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the elements of the largest storage that is made while entered."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.elements = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        sizes = [tensor.untyped_storage().nbytes() // tensor.element_size() for tensor in tensors]
+        self.elements = max(self.elements, *sizes, 0)
+        return result
+
+
+LONG, MANY, FEW = 256, 8, 2  # tokens, query heads, key/value heads
+
+
+def largest(rank: int, world: int, method: str, kind: str) -> int:
+    """Return the elements of the largest tensor of attention on this rank, forward and backward."""
+    context = context_of(world, method)
+    part = [place for each in part_of(LONG, rank, world, context.method) for place in each]
+    places = torch.arange(LONG)[None] if context.method is ContextMethod.ulysses else torch.tensor([part])
+    first = {"causal": None, "documents": places // 100 * 100, "window": (places - 6).clamp(min=0)}[kind]
+    q, k, v = (torch.randn(1, len(part), n, SIZE, requires_grad=True) for n in (MANY, FEW, FEW))
+    with LargestTensor() as made:
+        result = context_attention(q, k, v, first, 0.0, None, Kernel(True, None, None, "cpu"), context)
+        result.backward(torch.ones_like(result))
+    return made.elements
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", ["causal", "documents", "window"])
+def test_no_rank_holds_a_whole_sequence_or_its_scores(method: str, kind: str) -> None:
+    """The largest tensor is at most half of the queries of a sequence; its scores would be 8 times all."""
+    whole = LONG * MANY * SIZE
+    assert 8 * whole == LONG**2
+    for elements in pool(4).run(largest, method, kind):
+        assert 0 < elements <= whole // 2

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from launcher.config.schema import ExpertsConfig, ModelConfig, RouterKind, RunConfig
+from launcher.models import grouped
 from launcher.models.context import BlockContext
 from launcher.models.expert_losses import load_balancing_loss, with_loss, z_loss
 from launcher.models.experts import Experts
@@ -15,6 +16,7 @@ from launcher.models.grouped import collect, grouped_linear, sorted_by_expert, s
 from launcher.models.selection_bias import balance
 from launcher.parallel.initializer import Initializer
 from launcher.parallel.mesh import ProcessMesh
+from tests.distributed import mesh, pool
 from tests.models.small import BATCH, LENGTH, relative_error, small
 
 COUNT, TOP_K, WIDTH = 5, 2, 20
@@ -52,6 +54,30 @@ def plain(layer: Experts, model: ModelConfig, x: Tensor) -> Tensor:
             row = row + e.scaling * scores[expert] / total * (downs[expert] @ (F.silu(gate) * up))
         rows.append(row if layer.shared is None else row + layer.shared(token[None, None])[0, 0])
     return torch.stack(rows).view_as(x)
+
+
+def test_frozen_experts_keep_no_rows_and_get_no_gradient() -> None:
+    model = model_with()
+    layer, frozen = layer_of(model), layer_of(model).requires_grad_(False)
+    x, same = inputs_of(model), inputs_of(model)
+    output = frozen(same)
+    output.square().sum().backward()
+    layer(x).square().sum().backward()
+    assert x.grad is not None
+    assert same.grad is not None
+    torch.testing.assert_close(same.grad, x.grad)
+    assert all(weight.grad is None for weight in frozen.parameters())
+    rows = torch.randn(6, 4, requires_grad=True)
+    order = sorted_by_expert(torch.zeros(6, 1, dtype=torch.long), 2)
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        grouped_linear(rows, torch.randn(2, 3, 4), order)
+    assert [tuple(tensor.shape) for tensor in kept] == [(2, 3, 4)]
 
 
 KINDS = [*product(RouterKind, (True, False), (0,)), (RouterKind.sigmoid, True, 2)]
@@ -126,6 +152,75 @@ def test_the_losses_are_means_over_sequences() -> None:
     torch.testing.assert_close(sum(halves) / 2, load_balancing_loss(scores, chosen))
     logits = scores.log()
     torch.testing.assert_close(z_loss(logits), torch.zeros(()), atol=1e-9, rtol=0)
+
+
+ALIGNED = 8  # columns of bf16 in 16 bytes
+ROUTES = {"all experts": [[0], [1], [2], [3], [4], [0]], "empty experts": [[1], [3], [3], [1], [1], [3]]}
+
+
+@pytest.mark.parametrize("routes", ROUTES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_torchs_grouped_product_is_the_loop(
+    routes: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On CPUs torch's function runs too; the launcher uses it where torch has a kernel."""
+    kernel = grouped.grouped_kernel()
+    if kernel is None:
+        pytest.skip("this torch has no grouped product")
+    order = sorted_by_expert(torch.tensor(ROUTES[routes]), COUNT)
+    x = torch.randn(6, ALIGNED, dtype=dtype, requires_grad=True)
+    weights = torch.randn(COUNT, 2 * ALIGNED, ALIGNED, dtype=dtype, requires_grad=True)
+    target = torch.randn(6, 2 * ALIGNED, dtype=dtype)
+    results = []
+    for chosen in (None, kernel):
+        monkeypatch.setattr(grouped, "_kernel_for", lambda *_, chosen=chosen: chosen)
+        y = grouped_linear(x, weights, order)
+        results.append([y, *torch.autograd.grad((y * target).sum(), [x, weights])])
+    for ours, theirs in zip(*results, strict=True):
+        assert ours.shape == theirs.shape
+        assert relative_error(theirs.float(), ours.float()) < (1e-6 if dtype is torch.float32 else 1e-2)
+    if routes == "empty experts":
+        assert not results[1][2][[0, 2, 4]].any()
+
+
+def test_the_loop_multiplies_on_cpus_and_rows_of_odd_lengths() -> None:
+    aligned, odd = torch.empty(2, 16, 8, dtype=torch.bfloat16), torch.empty(2, 15, 8, dtype=torch.bfloat16)
+    x = torch.empty(4, 8, dtype=torch.bfloat16)
+    assert grouped._is_aligned(x, aligned)
+    assert not grouped._is_aligned(x, odd)
+    assert not grouped._is_aligned(torch.empty(33, dtype=torch.bfloat16)[1:].view(4, 8), aligned)
+    assert grouped._kernel_for(x, aligned) is None
+
+
+def balance_of_a_part(rank: int, world: int) -> tuple[Tensor, Tensor]:
+    """Return this context rank's share of the balance loss, and its gradients."""
+    context = mesh(context=world).context
+    logits, chosen = (each.chunk(world, 1)[rank] for each in skewed_routes())
+    logits = logits.clone().requires_grad_()
+    loss = load_balancing_loss(logits.softmax(-1), chosen, context)
+    loss.backward()
+    assert logits.grad is not None
+    return loss.detach(), logits.grad
+
+
+def skewed_routes() -> tuple[Tensor, Tensor]:
+    """Return logits (B, T, E) and chosen experts of sequences whose halves prefer other experts."""
+    logits = torch.randn(3, 8, COUNT, generator=torch.Generator().manual_seed(5))
+    logits[:, :4, 0] += 3
+    return logits, logits.topk(TOP_K).indices
+
+
+def test_the_balance_loss_of_context_ranks_is_that_of_whole_sequences() -> None:
+    logits, chosen = skewed_routes()
+    whole = logits.clone().requires_grad_()
+    loss = load_balancing_loss(whole.softmax(-1), chosen)
+    loss.backward()
+    losses, gradients = zip(*pool(2).run(balance_of_a_part), strict=True)
+    torch.testing.assert_close(sum(losses) / 2, loss.detach())
+    torch.testing.assert_close(torch.cat(gradients, 1) / 2, whole.grad)
+    pairs = zip(logits.softmax(-1).chunk(2, 1), chosen.chunk(2, 1), strict=True)
+    alone = sum(float(load_balancing_loss(*pair)) for pair in pairs) / 2
+    assert abs(alone - float(loss)) > 0.01  # if each rank counted the uses of its part alone
 
 
 def test_the_balance_loss_is_1_if_experts_are_alike_and_more_if_one_is_preferred() -> None:

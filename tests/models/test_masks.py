@@ -1,9 +1,13 @@
 """Masks by hand, and that all layers share them."""
 
+import pytest
 import torch
 
+from launcher.config.schema import ContextMethod
 from launcher.models.documents import Documents
 from launcher.models.masks import AttentionMasks, additive
+from launcher.parallel.context import ContextParallel
+from launcher.parallel.mesh import Axis
 from tests.models.small import small
 
 INF = float("inf")
@@ -50,6 +54,25 @@ def test_layers_share_a_mask_and_shorter_sequences_its_values() -> None:
     assert shorter is not None
     assert masks.of(8, 3, x).data_ptr() == whole.data_ptr()  # type: ignore[union-attr]
     assert torch.equal(shorter, whole[:5, :5])
+
+
+@pytest.mark.parametrize(
+    ("method", "lengths"),
+    [
+        # The second of two ranks holds the chunks 1 and 2 of 4. A window has 3 tokens.
+        ("ring", {8: [0, 1, 2, 3], 12: [1, 2, 3, 4, 5, 6]}),
+        ("ulysses", {8: [0, 0, 0, 1, 2, 3, 4, 5], 4: [0, 0, 0, 1]}),
+    ],
+)
+def test_context_ranks_know_what_queries_see_in_sequences_of_any_length(
+    method: str, lengths: dict[int, list[int]]
+) -> None:
+    context = ContextParallel(Axis(1, 2), ContextMethod[method])
+    masks, x = AttentionMasks(small("llama"), Documents(None, context), context), torch.zeros(1)
+    for length, expected in [*lengths.items(), *lengths.items()]:
+        first = masks.of(length, 3, x)
+        assert first is not None
+        assert first.tolist() == [expected]
 
 
 def test_each_micro_batch_has_masks_of_its_own() -> None:

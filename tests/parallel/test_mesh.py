@@ -55,6 +55,32 @@ def test_context_ranks_share_the_samples_of_a_data_rank() -> None:
     ]
 
 
+def test_experts_are_folded_over_data_and_context_ranks() -> None:
+    """2 data x 2 context x 2 tensor ranks: experts over 2 are context ranks, over 4 also two data ranks."""
+    two, four = (MeshShape(data=4, tensor=2, expert=size, context=2) for size in (2, 4))
+    assert two.expert_groups() == two.context_groups() == [[0, 2], [4, 6], [1, 3], [5, 7]]
+    assert two.expert_data_groups() == [[0, 4], [2, 6], [1, 5], [3, 7]]
+    assert four.expert_groups() == four.data_groups() == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    assert four.expert_data_groups() == [[rank] for rank in (0, 2, 4, 6, 1, 3, 5, 7)]
+
+
+def folded_view(rank: int, world: int) -> list[tuple[int, int, list[int]]]:
+    grid = mesh(data=2, context=2, expert=2)
+    axes = grid.context, grid.expert, grid.holders_of_experts
+    groups = [axis.group for axis in axes]
+    return [
+        (axis.rank, axis.size, dist.get_process_group_ranks(group))
+        for axis, group in zip(axes, groups, strict=True)
+        if group is not None
+    ]
+
+
+def test_the_mesh_has_context_and_expert_groups_together() -> None:
+    views = pool(4).run(folded_view)
+    assert views[0] == [(0, 2, [0, 1]), (0, 2, [0, 1]), (0, 2, [0, 2])]
+    assert views[3] == [(1, 2, [2, 3]), (1, 2, [2, 3]), (1, 2, [1, 3])]
+
+
 def test_refuses_a_rank_outside_the_world() -> None:
     with pytest.raises(AssertionError):
         MeshShape(1, 2, 2).coordinates(4)

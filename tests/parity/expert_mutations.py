@@ -63,7 +63,7 @@ def balance_over_the_micro_batch() -> None:
     """The product of means over all sequences of a micro-batch, which depends on its size."""
     right = expert_losses.load_balancing_loss
 
-    def joined(shares: Tensor, chosen: Tensor) -> Tensor:
+    def joined(shares: Tensor, chosen: Tensor, _context: Axis) -> Tensor:
         return right(shares.flatten(0, 1)[None], chosen.flatten(0, 1)[None])
 
     experts.load_balancing_loss = joined
@@ -166,11 +166,32 @@ def biases_by_the_tokens_of_one_rank() -> None:
     base.balance = lambda module, data, is_kept: right(module, Axis(), is_kept)
 
 
+def balance_of_a_part_of_the_sequence() -> None:
+    """Each context rank balances its own part of a sequence: the mean of their losses is another loss."""
+    right = expert_losses.load_balancing_loss
+    experts.load_balancing_loss = lambda shares, chosen, context: right(shares, chosen)
+
+
+def biases_left_out_of_the_choice() -> None:
+    """Biases are balanced, and no router adds them to its scores."""
+    right = experts.Experts._route
+
+    def route(self: experts.Experts, logits: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.selection_bias is not None
+        balanced, self.selection_bias.value = self.selection_bias.value, torch.zeros(self.num_experts)
+        routed = right(self, logits)
+        self.selection_bias.value = balanced
+        return routed
+
+    experts.Experts._route = route  # type: ignore[method-assign]
+
+
 MOE = "model=moe_tiny"
 DATA, TENSOR = "parallelism.data=2", "parallelism.tensor=2 parallelism.data=1"
 SEQUENCE = f"{TENSOR} parallelism.sequence_parallel=true"
 PIPELINE = "parallelism.pipeline=2 parallelism.data=1"
 EXPERT = "parallelism.data=2 parallelism.expert=2"
+CONTEXT = "parallelism.context=2 parallelism.data=1"
 LARGE = "model.experts.auxiliary_loss=1 model.experts.z_loss=1"
 
 EXPERT_MUTATIONS = {
@@ -192,6 +213,9 @@ EXPERT_MUTATIONS = {
     "load balancing over the micro-batch": Mutation(
         balance_over_the_micro_batch, f"{MOE} {DATA} {LARGE}", ("router.weight",)
     ),
+    "load balancing over a part of the sequence": Mutation(
+        balance_of_a_part_of_the_sequence, f"{MOE} {CONTEXT} {LARGE}", ("router.weight",)
+    ),
     "weights of the chosen experts not normalised": Mutation(
         scores_not_normalized, f"{MOE} {TENSOR}", ("mlp_norm",)
     ),
@@ -199,6 +223,9 @@ EXPERT_MUTATIONS = {
         biases_by_the_tokens_of_one_rank,
         f"{MOE} {DATA} model.experts.bias_balancing=0.1 training.micro_batch_size=1",
         ("experts",),
+    ),
+    "biases left out of the choice": Mutation(
+        biases_left_out_of_the_choice, f"{MOE} {DATA} model.experts.bias_balancing=0.1", ("router",)
     ),
     "tokens over a capacity dropped": Mutation(tokens_over_a_capacity_dropped, f"{MOE} {DATA}", ("experts",)),
     "expert gradients too large by the expert-parallel size": Mutation(

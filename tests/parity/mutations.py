@@ -22,6 +22,7 @@ import launcher.data.sampler as sampler
 import launcher.data.windows as windows
 import launcher.engine.flat as flat
 import launcher.engine.optimizer as optimizers
+import launcher.engine.overlapped_reduction as overlapped_reduction
 import launcher.engine.stochastic as stochastic
 import launcher.engine.update_guard as update_guard
 import launcher.models.attention as attention
@@ -45,7 +46,9 @@ import launcher.runtime.training as training
 import launcher.runtime.validation as validation
 from launcher.checkpoint.save import CheckpointWriter
 from launcher.config.numbers import IGNORED_LABEL
+from launcher.data.images import ImageFiles
 from launcher.data.loader import Loader
+from launcher.data.packing import PackedChats
 from launcher.engine.base import Engine
 from launcher.parallel.mesh import Axis
 
@@ -97,7 +100,40 @@ def gradients_averaged_twice() -> None:
 
 
 def gradients_not_averaged() -> None:
-    deepspeed.DeepSpeedEngine.buffered_allreduce_fallback = lambda self, *_, **__: None
+    class Local(overlapped_reduction._Running):
+        """An all-reduce that leaves each rank its own gradients."""
+
+        def __init__(self, *_: Any) -> None:
+            pass
+
+        def end(self) -> None:
+            pass
+
+    overlapped_reduction._Running = Local  # type: ignore[misc]
+
+
+def last_bucket_not_averaged() -> None:
+    """The gradients that arrive last stay each rank's own."""
+    right = overlapped_reduction.OverlappedReduction._begin_bucket
+
+    def begin(self: Any) -> None:
+        if self._begun < len(self._buckets) - 1:
+            right(self)
+        else:
+            self._begun += 1
+
+    overlapped_reduction.OverlappedReduction._begin_bucket = begin  # type: ignore[method-assign]
+
+
+def bucket_sent_before_its_last_gradient() -> None:
+    """Of BF16_Optimizer's sums: the sum of the step before is sent instead."""
+    right = overlapped_reduction.OverlappedReduction._begin_step
+
+    def begin(self: Any) -> None:
+        right(self)
+        self._missing = [max(1, missing - 1) for missing in self._missing]
+
+    overlapped_reduction.OverlappedReduction._begin_step = begin  # type: ignore[method-assign]
 
 
 def gradients_scaled_by_accumulation() -> None:
@@ -395,6 +431,39 @@ def labels_not_shifted() -> None:
     Engine._to_device = to_device  # type: ignore[method-assign]
 
 
+def labels_of_conversations_not_shifted() -> None:
+    right = PackedChats.read
+
+    def read(self: PackedChats, places: Any, part: Any = None) -> Any:
+        inputs, labels = right(self, places, part)
+        return inputs, np.where(labels == IGNORED_LABEL, labels, inputs)
+
+    PackedChats.read = read  # type: ignore[method-assign]
+
+
+def questions_are_learned() -> None:
+    """The mask of a conversation is ignored: the user's tokens are labels as well."""
+    right = PackedChats.read
+
+    def read(self: PackedChats, places: Any, part: Any = None) -> Any:
+        inputs, labels = right(self, places, part)
+        following = np.concatenate([inputs[:, 1:], labels[:, -1:]], axis=1)
+        return inputs, np.where(following == self.end_of_document, labels, following)
+
+    PackedChats.read = read  # type: ignore[method-assign]
+
+
+def classes_in_another_order() -> None:
+    """As if the directories of the classes were numbered in another order."""
+    right = ImageFiles.read
+
+    def read(self: ImageFiles, places: Any, part: Any = None) -> Any:
+        images, classes = right(self, places, part)
+        return images, max(file.label for file in self.files) - classes
+
+    ImageFiles.read = read  # type: ignore[method-assign]
+
+
 def filled_up_samples_are_evaluated() -> None:
     right = validation._masked_batches
 
@@ -622,6 +691,14 @@ MUTATIONS = {
     "gradients not averaged over data ranks": Mutation(
         gradients_not_averaged, f"{GPT} {DP}", ("differs between data ranks", "not averaged")
     ),
+    "gradients of the last bucket not averaged": Mutation(
+        last_bucket_not_averaged, f"{GPT} {DP}", ("differs between data ranks",)
+    ),
+    "a bucket sent before its last gradient": Mutation(
+        bucket_sent_before_its_last_gradient,
+        f"{GPT} parallelism=zero1 parallelism.data=2 precision=bf16",
+        ("embedding.weight",),
+    ),
     "gradients scaled by accumulation": Mutation(
         gradients_scaled_by_accumulation,
         f"{GPT} {DP}",
@@ -812,6 +889,8 @@ LONG_MUTATIONS = {
 
 # Faults of the whole run: data, schedule, clipping, evaluation, checkpoints.
 OTHER_SAMPLES = ("that of other tokens", "other samples are read")
+OTHER_LABELS = ("computed from the logits is wrong", "other labels")
+CHAT = "data=chat data.train=chats.jsonl"
 UPDATES = ("gradients and states are right, and the update of", "schedule")
 WHOLE_MUTATIONS = {
     "clip factor without its cap": Mutation(
@@ -827,8 +906,15 @@ WHOLE_MUTATIONS = {
     "every epoch in the same order": Mutation(every_epoch_in_the_same_order, f"{LLAMA} {DP}", OTHER_SAMPLES),
     "weights of the blend exchanged": Mutation(blend_weights_exchanged, f"{GPT} {TP}", OTHER_SAMPLES),
     "windows one token late": Mutation(windows_one_token_late, f"{GPT} {PP}", OTHER_SAMPLES),
-    "labels not shifted": Mutation(
-        labels_not_shifted, f"{GPT} {PP}", ("computed from the logits is wrong", "other labels")
+    "labels not shifted": Mutation(labels_not_shifted, f"{GPT} {PP}", OTHER_LABELS),
+    "labels of conversations not shifted": Mutation(
+        labels_of_conversations_not_shifted, f"{GPT} {DP} {CHAT}", OTHER_LABELS
+    ),
+    "the mask of conversations ignored": Mutation(
+        questions_are_learned, f"{LLAMA} {TP} {CHAT}", OTHER_LABELS
+    ),
+    "classes of images in another order": Mutation(
+        classes_in_another_order, f"model=vit_tiny data=digits {DP}", OTHER_LABELS
     ),
     "samples that fill up a batch are evaluated": Mutation(
         filled_up_samples_are_evaluated,
@@ -897,16 +983,27 @@ BY_PASS = {
     "dropout": DROPOUT_MUTATIONS,
 }
 FAULTS = {name: mutation for of_pass in BY_PASS.values() for name, mutation in of_pass.items()}
+# The pass in the precision of a run in bf16 that shows the faults of a pass: see tests/parity/in_bf16.py.
+IN_BF16 = {
+    "plain SGD": "own optimizer",
+    "inner stages": "inner stages",
+    "long samples": "long samples",
+    "whole run": "whole run",
+    "own optimizer": "own optimizer",
+    "bf16 states": "bf16 states",
+    "dropout": "dropout",
+}
 
 
 def fault_table() -> str:
-    """Return the table of docs/verify.md: each fault, the first pass that shows it, and its diagnosis."""
+    """Return the table of docs/verify.md: each fault, the passes that show it, and its diagnosis."""
     rows = [
-        f"| {name} | {title} | {'; '.join(mutation.words)} |"
+        f"| {name} | {title} | {IN_BF16[title]} | {'; '.join(mutation.words)} |"
         for title, of_pass in BY_PASS.items()
         for name, mutation in of_pass.items()
     ]
-    return "\n".join(["| fault | first shown by | in the diagnosis |", "|---|---|---|", *rows])
+    header = "| fault | first shown by | in bf16 shown by | in the diagnosis |"
+    return "\n".join([header, "|---|---|---|---|", *rows])
 
 
 if __name__ == "__main__":

@@ -155,5 +155,12 @@ def test_samples_assigned_to_other_ranks() -> None:
     assert "another order" in diagnosed(step, *names).meaning  # type: ignore[arg-type]
 
 
+def test_an_error_that_all_losses_share() -> None:
+    """In bf16 the mean has a tighter bound than each loss, so it may fail alone."""
+    losses = [[5.001, 5.101, 5.201], [4.901, 4.801, 4.701]]
+    step = step_with(loss=sum(map(sum, losses)) / 6, batch_losses=losses)
+    assert "each loss is within its bound" in diagnosed(step, ("loss", "loss")).shape
+
+
 def test_a_missing_parameter() -> None:
     assert "lost" in diagnosed(step_with(), ("weight", "another.weight"), number=0).meaning

@@ -9,8 +9,12 @@ import torch
 import launcher.parity.recording as recording
 import launcher.parity.verification as verification
 from launcher.config.schema import RunConfig
+from launcher.config.validate import validate
+from launcher.config.world import World
 from launcher.parity.reference import GlobalBatch, probe_batches
-from tests.parity.running import passes, plain_sgd_pass, run_pass, small_run, worst
+from launcher.parity.shrink import long_samples
+from tests.config.composing import run_of
+from tests.parity.running import passes, plain_sgd_pass, run_pass, shrink, small_run, worst
 
 OTHER_PARTS = [
     "model.experts.router=sigmoid", "model.experts.shared=2", "model.experts.scaling=2.5",
@@ -75,6 +79,42 @@ def test_compiled_layouts_and_dualpipev_agree_with_the_reference() -> None:
         for title, variant, plain_sgd in passes(run):
             result = run_pass(title, variant, plain_sgd)
             assert result.ok, (title, result.diagnosis, worst(result))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ["parallelism.tensor=2", "parallelism.data=1"],
+        [*OTHER_PARTS, *SEQUENCE, "parallelism.data=2", "parallelism.zero_stage=2"],
+        ["parallelism.data=2", "parallelism.zero_stage=3", "parallelism.activation_checkpointing=full"],
+        ["parallelism.pipeline=2", "parallelism.data=2", "model.experts.every=2", "optimizer=sgd"],
+        ["parallelism.data=2", "training.compile=true"],
+        ["parallelism.data=2", "model.experts.count=1", "model.experts.top_k=1"],
+    ],
+)  # fmt: skip
+def test_layouts_agree_in_bf16(layout: list[str]) -> None:
+    for plan in passes(small_run("model=moe_tiny", "precision=bf16", *layout)):
+        result = run_pass(*plan)
+        assert result.ok, (plan.title, result.diagnosis, worst(result))
+
+
+@pytest.mark.slow
+def test_states_in_bf16() -> None:
+    for plan in passes(small_run("model=moe_tiny", "precision=bf16_states", "parallelism.data=2")):
+        result = run_pass(*plan)
+        assert result.ok, (plan.title, result.diagnosis, worst(result))
+
+
+@pytest.mark.slow
+def test_thousands_of_positions_are_routed_alike() -> None:
+    """Some tokens are near a tie: the reference follows their choices."""
+    run = run_of("model=moe_tiny", "hardware=cpu", "parallelism.data=2", "model.max_sequence_length=4096")
+    layout = validate(run, World("cpu", 8, 8))
+    long = long_samples(run, layout, shrink(run, layout)[0])
+    assert long is not None
+    result = run_pass(*passes(long)[0])
+    assert result.ok, (result.diagnosis, worst(result))
 
 
 @pytest.fixture

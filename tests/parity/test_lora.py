@@ -29,9 +29,57 @@ CASES = {
     "recomputed blocks": [*LLAMA, *LAYOUTS["tp2"], "parallelism.activation_checkpointing=full"],
     "recomputed attention": [*LLAMA, *LAYOUTS["zero1"], "parallelism.activation_checkpointing=selective"],
 }
+# Adapters of attention, and experts that are frozen.
+MOE = ["model=moe_tiny", "model.experts.count=8", "finetune.lora.targets=[qkv,output]"]
+OF_EXPERTS = {
+    "expert 2": ["parallelism.data=2", "parallelism.expert=2"],
+    "expert 2, ZeRO-1, dense layers": [
+        "parallelism.data=2", "parallelism.expert=2", "parallelism.zero_stage=1",
+        "model.experts.first_dense_layers=1", "model.experts.shared=1",
+    ],
+    "sequence, recomputed": [
+        "parallelism.tensor=2", "parallelism.data=1", "parallelism.sequence_parallel=true",
+        "parallelism.activation_checkpointing=full",
+    ],
+    "ZeRO-3": ["parallelism.data=2", "parallelism.zero_stage=3"],
+}  # fmt: skip
+CASES |= {name: [*MOE, *layout] for name, layout in OF_EXPERTS.items()}
+CASES |= {
+    f"expert 2, {name}": [*MOE, "parallelism.data=2", "parallelism.expert=2", *more]
+    for name, more in {
+        "ZeRO-2": ["parallelism.zero_stage=2"],
+        "tensor": ["parallelism.tensor=2"],
+        "pipeline": ["parallelism.pipeline=2"],
+    }.items()
+}
+SLOW = ("expert 2", "sequence, recomputed", "expert 2, ZeRO-2", "expert 2, tensor", "expert 2, pipeline")
+# LAYOUTS has context ranks of the ring alone and with ZeRO-3.
+CONTEXT = ["parallelism.data=1", "parallelism.context=2"]
+WITH_CONTEXT = {
+    "ring, sequence parallel, recomputed, documents": [
+        *LLAMA, *CONTEXT, "parallelism.tensor=2", "parallelism.sequence_parallel=true",
+        "parallelism.activation_checkpointing=full", "data.document_attention=true",
+    ],
+    "ulysses, one KV head, ZeRO-1": [
+        *LLAMA, *CONTEXT, "parallelism.context_method=ulysses", "model.num_kv_heads=1",
+        "parallelism.zero_stage=1", "parallelism.data=2",
+    ],
+    "gather, two stages, some targets": [
+        *LLAMA, *CONTEXT, "parallelism.context_method=gather", "parallelism.pipeline=2",
+        "finetune.lora.targets=[qkv,down]",
+    ],
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", WITH_CONTEXT)
+def test_adapters_over_context_ranks_train_as_in_the_reference(case: str) -> None:
+    result = plain_sgd_pass(small_run(*WITH_CONTEXT[case], *LORA, steps=3))
+    assert result.ok, worst(result)
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.slow] if case in SLOW else []) for case in CASES]
+)
 def test_adapters_train_as_in_the_reference(case: str) -> None:
     small = small_run(*CASES[case], *LORA, steps=3)
     result = plain_sgd_pass(small)
@@ -97,12 +145,37 @@ def one_a_for_all_segments() -> None:
     ColumnAdapter.forward = forward  # type: ignore[method-assign]
 
 
+def gradients_of_the_first_context_rank() -> None:
+    """Column adapters learn from one part of each sequence."""
+    right = ColumnAdapter.forward
+
+    def forward(self: ColumnAdapter, x: Tensor, seed: Any = None) -> Tensor:
+        y, cp = right(self, x, seed), self.context.cp
+        return y.detach() + 0 * y if cp is not None and cp.axis.rank else y
+
+    ColumnAdapter.forward = forward  # type: ignore[method-assign]
+
+
+def experts_trained() -> None:
+    """The weights of router and experts change too."""
+    make = initializer.Initializer.parameter
+
+    def trained(
+        self: initializer.Initializer, logical: LogicalTensor, draw: Any, *, is_adapter: bool = False
+    ) -> Any:
+        return make(self, logical, draw, is_adapter=is_adapter or ".mlp." in logical.name)
+
+    initializer.Initializer.parameter = trained  # type: ignore[method-assign]
+
+
 FAULTS = {
     "scale missing": (scale_missing, "single"),
     "gradient of A x not summed": (b_not_reduced, "tp2 without sequence parallelism"),
     "A x not summed": (a_not_reduced, "tp2 without sequence parallelism"),
     "base weights trained": (base_trained, "dp"),
     "one A for all segments": (one_a_for_all_segments, "single"),
+    "gradients of the first context rank": (gradients_of_the_first_context_rank, "cp4"),
+    "experts trained": (experts_trained, "ZeRO-3"),
 }
 
 

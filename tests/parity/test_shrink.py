@@ -1,6 +1,8 @@
 """A shrunk run is legal and small, and keeps every property that can break."""
 
 import copy
+from dataclasses import replace
+from itertools import combinations
 
 import pytest
 from hypothesis import assume, given, settings
@@ -8,11 +10,20 @@ from hypothesis import strategies as st
 
 from launcher.config.errors import ConfigError
 from launcher.config.layout import Layout
-from launcher.config.schema import Dtype, ModelConfig, RunConfig
+from launcher.config.schema import ContextMethod, Dtype, ModelConfig, RunConfig
 from launcher.config.shape import head_size, kv_heads, sequence_length
 from launcher.config.validate import validate
 from launcher.config.world import World
-from launcher.parity.shrink import LONG, MOST_RANKS, inner_stages, long_samples, shrink, shrunk_axes
+from launcher.parity.shrink import (
+    LONG,
+    MOST_RANKS,
+    inner_stages,
+    long_samples,
+    other_axes,
+    shrink,
+    shrunk_axes,
+    small_axes,
+)
 from tests.config.composing import run_of
 
 BASES = [
@@ -22,6 +33,7 @@ BASES = [
     ["model=llama3_70b", "optimizer=adamw", "precision=bf16"],
 ]
 SIZES = st.sampled_from([1, 2, 3, 4, 8, 16])
+AXES = ("pipeline", "data", "tensor", "context")
 
 
 @st.composite
@@ -30,6 +42,7 @@ def legal_runs(draw: st.DrawFn) -> tuple[RunConfig, Layout]:
     run = run_of(*draw(st.sampled_from(BASES)))
     m, p, t = run.model, run.parallelism, run.training
     p.tensor, p.pipeline = draw(SIZES), draw(SIZES)
+    p.context, p.context_method = draw(st.sampled_from([1, 2, 4])), draw(st.sampled_from(ContextMethod))
     data = draw(SIZES | st.just(1024))
     p.zero_stage = draw(st.integers(0, 3))
     p.sequence_parallel = draw(st.booleans())
@@ -48,10 +61,9 @@ def legal_runs(draw: st.DrawFn) -> tuple[RunConfig, Layout]:
     t.micro_batch_size = draw(st.integers(1, 5))
     t.global_batch_size = t.micro_batch_size * data * draw(st.integers(1, 9))
     run.optimizer.gradient_clipping = draw(st.sampled_from([None, 0.1, 1.0]))
+    ranks = p.tensor * p.pipeline * p.context * data
     try:
-        return run, validate(
-            run, World("cpu", p.tensor * p.pipeline * data, p.tensor * p.pipeline * data, fixed=True)
-        )
+        return run, validate(run, World("cpu", ranks, ranks, fixed=True))
     except ConfigError:
         assume(False)
         raise
@@ -66,10 +78,8 @@ def test_a_shrunk_run_is_legal_small_and_has_the_same_properties(drawn: tuple[Ru
     assert run == before
 
     small_layout = validate(small, World("cpu", 2, 2))
-    assert small_layout.world_size <= MOST_RANKS
     assert small_layout.device == "cpu"
-    for axis in ("pipeline", "data", "tensor"):
-        assert (getattr(small_layout, axis) > 1) == (getattr(layout, axis) > 1)
+    check_axes(layout, [small, *other_axes(run, layout)])
     assert (small_layout.accumulation > 1) == (layout.accumulation > 1)
 
     kept = ("zero_stage", "sequence_parallel", "offload_optimizer", "offload_parameters")
@@ -84,6 +94,43 @@ def test_a_shrunk_run_is_legal_small_and_has_the_same_properties(drawn: tuple[Ru
             assert validate(more, World("cpu", 2, 2)).world_size <= MOST_RANKS
             assert parts_of(more.model) == parts_of(run.model)
             assert parameters(more) < 1_000_000
+
+
+def check_axes(layout: Layout, runs: list[RunConfig]) -> None:
+    """Check that small runs of few ranks keep each axis above 1, and each pair of such axes together."""
+    large = {axis for axis in AXES if getattr(layout, axis) > 1}
+    assert len(runs) == (4 if len(large) == 4 else 1)
+    kept = []
+    for run in runs:
+        small = validate(run, World("cpu", 2, 2))
+        assert small.world_size <= MOST_RANKS
+        kept.append({axis for axis in AXES if getattr(small, axis) > 1})
+        assert kept[-1] <= large
+        assert len(kept[-1]) == min(3, len(large))
+    for pair in combinations(large, 2):
+        assert any(set(pair) <= axes for axes in kept)
+
+
+def test_four_axes_are_kept_in_four_small_runs() -> None:
+    axes = [f"parallelism.{axis}=4" for axis in AXES]
+    sequence = ["parallelism.sequence_parallel=true", "parallelism.pipeline_schedule=dualpipev"]
+    run = run_of("model=llama_tiny", *axes, *sequence, "model.num_layers=8", "training.micro_batch_size=1")
+    layout = validate(run, World("cpu", 256, 256, fixed=True))
+    assert small_axes(layout) == [(2, 1, 2, 2), (2, 2, 1, 2), (1, 2, 2, 2), (2, 2, 2, 1)]
+    assert [str(each) for each in small_axes(layout)][:2] == [
+        "pipeline x tensor x context", "pipeline x data x context",
+    ]  # fmt: skip
+    small, *others = runs = [shrink(run, layout)[0], *other_axes(run, layout)]
+    check_axes(layout, runs)
+    assert [each.parallelism.sequence_parallel for each in runs] == [True, False, True, True]
+    assert [each.parallelism.pipeline_schedule.name for each in others].count("1f1b") == 1
+    inner = inner_stages(run, layout, small)
+    assert inner is not None
+    assert validate(inner, World("cpu", 2, 2)).world_size == MOST_RANKS
+    assert (inner.parallelism.pipeline, inner.parallelism.context, inner.parallelism.tensor) == (4, 2, 1)
+    # Expert ranks are data ranks: the first run, which has most passes, keeps them.
+    assert small_axes(replace(layout, expert=2))[0] == (1, 2, 2, 2)
+    assert small_axes(replace(layout, tensor=1, context=8)) == [(2, 2, 1, 2)]
 
 
 def test_inner_stages_are_kept_or_have_a_layout_of_their_own() -> None:

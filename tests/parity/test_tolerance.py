@@ -93,6 +93,17 @@ def test_bounds_in_bf16_are_a_multiple_of_the_measured_distance_and_eight_times_
         assert allowed.gradients[name] == pytest.approx(factor * distance, rel=1e-5)
 
 
+def test_the_loss_of_a_step_has_a_tighter_bound_than_each_loss() -> None:
+    """Of micro-batches the errors cancel, unless all of them share an error."""
+    _, (right, other) = steps_of(BF16, equivalent(BF16, layout_of(2))[0])
+    allowed = measured_tolerance(right, [other])
+    samples = len(right.batch_losses[0])
+    assert allowed.of_step_loss() < 1.5 * allowed.loss / sqrt(samples)
+    assert tolerance(small()).of_step_loss() == tolerance(small()).loss
+    shifted = replace(other, batch_losses=[[1.001 * loss for loss in right.batch_losses[0]]])
+    assert measured_tolerance(right, [shifted]).of_step_loss() == pytest.approx(0.004, rel=0.01)
+
+
 def test_the_bounds_are_not_zero_where_all_orders_agree() -> None:
     _, (right, other) = steps_of(BF16, BF16)
     allowed = measured_tolerance(right, [other])

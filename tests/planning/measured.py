@@ -121,6 +121,9 @@ CASES: dict[str, list[str]] = {
     "experts over 2, data 2 x tensor 2, sequence parallel": [
         *axes(data=2, tensor=2), *MOE, EXPERT, SEQUENCE,
     ],
+    "experts over 2, LoRA, data 2, ZeRO-1, bf16": [
+        *axes(data=2, zero=1), *MOE, EXPERT, LORA, "finetune.lora.targets=[qkv,output]", BF16,
+    ],
     "tensor 2 x pipeline 2, sequence parallel": [*axes(tensor=2, pipeline=2, zero=1), SEQUENCE, BUCKET],
     "context 2": axes(context=2),
     "context 4, Llama": [*axes(context=4), LLAMA, *LONG],

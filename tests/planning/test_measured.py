@@ -8,7 +8,8 @@ import pytest
 from launcher.planning.cost import zero_states as zero
 from launcher.planning.cost.geometry import pipeline_ranks
 from launcher.planning.cost.memory import rank_memory
-from tests.planning.measured import CASES, SOME, Measured, measure, planned, table
+from tests.planning.long_sequences import MODEL
+from tests.planning.measured import CASES, SOME, Measured, axes, measure, planned, table
 
 DOCS = Path(__file__).parents[2] / "docs" / "planning.md"
 WITHIN = 0.05
@@ -31,6 +32,18 @@ def test_memory_and_traffic_agree_with_a_real_run(case: str) -> None:
 @pytest.mark.parametrize("case", [case for case in CASES if case not in SOME])
 def test_memory_and_traffic_agree_with_every_real_run(case: str) -> None:
     check(case)
+
+
+@pytest.mark.slow
+def test_memory_of_a_long_sequence_shrinks_by_the_context_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    peaks = {}
+    for ranks in (1, 2, 4):
+        overrides = [*axes(context=ranks), *MODEL, "model.max_sequence_length=8192"]
+        monkeypatch.setitem(CASES, str(ranks), overrides)
+        [memory] = check(str(ranks)) if ranks > 1 else measure(str(ranks))[0]
+        peaks[ranks] = memory.measured
+    for ranks in (2, 4):
+        assert peaks[1] / peaks[ranks] == pytest.approx(ranks, rel=0.1), peaks
 
 
 def test_the_documentation_lists_every_case_within_bounds() -> None:

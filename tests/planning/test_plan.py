@@ -300,6 +300,21 @@ class TestTraffic:
         assert sent[1] == pytest.approx(1.5 * ring, rel=1e-4)
         assert sent[2] == pytest.approx(2.5 * ring, rel=1e-4)
 
+    def test_the_ring_hides_all_but_its_last_gradients_behind_attention(self) -> None:
+        plans = {
+            method: plan_of("experiment=llama3_8b_128k", f"parallelism.context_method={method}")
+            for method in ("ring", "gather")
+        }
+        ring, gather = (plans[method].time for method in ("ring", "gather"))
+        assert ring is not None
+        assert gather is not None
+        assert gather.context_hidden == 0
+        # Of 7 steps, the gradients of the last one in fp32: 4 of 56 bytes per element, 70 with recomputation.
+        share = ring.context / (ring.context + ring.context_hidden)
+        assert share * 1.001 >= 4 / 70
+        assert share <= 4 / 56 * 1.001
+        assert plans["ring"].traffic["context"].sent == plans["gather"].traffic["context"].sent
+
     def test_links(self) -> None:
         shapes = group_shapes(plan_of(*LLAMA, *CLUSTER).layout, 8)
         assert shapes == {

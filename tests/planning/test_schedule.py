@@ -11,6 +11,7 @@ from launcher.config.validate import validate
 from launcher.config.world import World
 from launcher.engine.distributed import prepare_deepspeed
 from launcher.models.arithmetic import parameters
+from launcher.parallel.buckets import FILLED
 from launcher.planning.cost.buffers import ALL_REDUCE_BUCKET, BufferSizes
 from launcher.planning.cost.geometry import blocks_of_stages, pipeline_ranks
 from launcher.planning.cost.memory import in_flight
@@ -121,12 +122,18 @@ def test_the_bubble_of_a_plan_equals_the_simulated_bubble(overrides: list[str], 
     assert max(event.end for event in events) == pytest.approx(planned, rel=within)
 
 
+def buffers(*overrides: str) -> BufferSizes:
+    """Return the buffer sizes of a run on 8 GPUs."""
+    run = run_of(*overrides, "hardware=h100_80gb")
+    return BufferSizes.of(run, validate(run, World("cuda", 8, 8)))
+
+
 def test_defaults_are_deepspeeds() -> None:
-    theirs, ours = DeepSpeedZeroConfig(), BufferSizes.of(run_of("model=llama3_8b"))
+    theirs, ours = DeepSpeedZeroConfig(), buffers("model=llama3_8b", "parallelism=zero3")
     assert ours.reduce_bucket == theirs.reduce_bucket_size
-    assert BufferSizes.of(run_of("model=gpt_tiny")).reduce_bucket == parameters(
-        run_of("model=gpt_tiny").model
-    )
+    small = run_of("model=gpt_tiny")
+    assert buffers("model=gpt_tiny", "parallelism=zero2").reduce_bucket == parameters(small.model)
+    assert buffers("model=llama3_8b", "parallelism=dp").reduce_bucket == FILLED["cuda"]
     assert ours.sub_group == theirs.sub_group_size
     assert ours.prefetch_bucket == theirs.prefetch_bucket_size
     assert ours.persistence_threshold == theirs.param_persistence_threshold
@@ -137,12 +144,11 @@ def test_defaults_are_deepspeeds() -> None:
 
 
 def test_buffer_sizes_are_read_from_the_deepspeed_keys_of_the_run() -> None:
-    tuned = BufferSizes.of(
-        run_of(
-            "deepspeed.zero_optimization.reduce_bucket_size=1e6",
-            "deepspeed.zero_optimization.overlap_comm=true",
-            "deepspeed.zero_optimization.stage3_max_live_parameters=7",
-        )
+    tuned = buffers(
+        "deepspeed.zero_optimization.reduce_bucket_size=1e6",
+        "deepspeed.zero_optimization.overlap_comm=true",
+        "deepspeed.zero_optimization.stage3_max_live_parameters=7",
+        "parallelism=zero2",
     )
     assert (tuned.reduce_bucket, tuned.reduce_buffers, tuned.max_live) == (1_000_000, 2, 7)
 

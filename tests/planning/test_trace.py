@@ -144,6 +144,7 @@ ADAPTERS = {
         *GROUPED, "model.tie_embeddings=true", "model.query_key_norm=head", "parallelism.tensor=2",
         "hardware.device=cpu",
     ],
+    "context ranks": [*GROUPED, "parallelism.context=2", "parallelism.tensor=2", "hardware.device=cpu"],
 }  # fmt: skip
 
 
@@ -205,6 +206,10 @@ WITH_EXPERTS = {
     ],
     "sigmoid, shared experts": ["model.experts.router=sigmoid", "model.experts.shared=1", "precision=bf16"],
     "pipeline, recomputed": ["parallelism.pipeline=2", "parallelism.activation_checkpointing=full"],
+    "context ranks": ["parallelism.context=2", "model.experts.router=sigmoid"],
+    "context ranks, recomputed": [
+        "parallelism.context=2", "parallelism.activation_checkpointing=full", "precision=bf16",
+    ],
     "dense layers": ["model.experts.first_dense_layers=1", "model.experts.every=2", "model.mlp=gelu"],
 }  # fmt: skip
 
@@ -212,6 +217,13 @@ WITH_EXPERTS = {
 @pytest.mark.parametrize("name", WITH_EXPERTS)
 def test_models_with_experts(name: str) -> None:
     assert wrong(compared(*EXPERTS, *WITH_EXPERTS[name])) == []
+
+
+@pytest.mark.parametrize("name", WITH_EXPERTS)
+def test_frozen_experts(name: str) -> None:
+    """Adapters of attention: the experts keep neither their rows nor gradients of their weights."""
+    adapters = *LORA, "finetune.lora.targets=[qkv,output]"
+    assert wrong(compared(*EXPERTS, *WITH_EXPERTS[name], *adapters)) == []
 
 
 IMAGES = [

@@ -188,8 +188,10 @@ def test_replay_finds_the_sample_in_any_layout(text: Path) -> None:
     # Early steps of a new model may spike without the sample.
     step = max(spikes, key=lambda step: losses[step - 1] - losses[step - 2])
     tops = set()
-    for layout in ["parallelism=single", "parallelism=pp2"]:
-        shown = launcher("replay", "run.dir=warned", f"step={step}", layout, "samples=2", cwd=text)
+    shared = "parallelism=cp2 parallelism.data=2 parallelism.context_method=ulysses"
+    for layout in ["parallelism=single", "parallelism=pp2", "parallelism=cp2", shared]:
+        words = ["run.dir=warned", f"step={step}", *layout.split(), "samples=2"]
+        shown = launcher("replay", *words, cwd=text)
         assert shown.returncode == 0, shown.stderr
         mean = re.search(r"loss +([\d.]+) over 8 samples", shown.stdout)
         assert mean

@@ -15,11 +15,12 @@ from launcher.config.schema import ProfileConfig, RunConfig
 from launcher.config.validate import validate
 from launcher.config.world import World
 from launcher.engine.stopwatch import Stopwatch
-from launcher.engine.trace_parts import KINDS, Overlap, StepParts, parts_of_trace
+from launcher.engine.trace_parts import COLLECTIVE, KINDS, STEP, Overlap, StepParts, parts_of_trace
 from launcher.runtime import profiling
 from launcher.runtime.plan_check import MEASURED_STEP, PlanCheck
 from launcher.runtime.profiling import Profiling, profiled_steps, table
 from tests.config.composing import composed, run_of
+from tests.ring_order import BACKWARD, FORWARD, order
 from tests.runtime.command import metrics, trained
 
 
@@ -61,6 +62,22 @@ def test_a_run_of_two_ranks_is_traced_and_its_losses_stay_the_same(tmp_path: Pat
     assert shares.pop("step") == 100
     assert sum(shares.values()) == pytest.approx(100, abs=0.5)
     assert f"profile  {folder}: a trace of each rank" in out
+
+
+@pytest.mark.slow
+def test_the_trace_of_a_run_shows_the_ring_sending_behind_attention(tmp_path: Path) -> None:
+    """Two layers and four micro-batches; each layer exchanges once forward, and twice backward."""
+    run = ["parallelism=cp2", "parallelism.data=1", "training.steps=3", "checkpoint.enabled=false"]
+    trained(*run, "run.dir=r", "profile=true", "profile.first_step=3", "profile.steps=1", cwd=tmp_path)
+    traces = sorted((tmp_path / "r" / "profile").iterdir())
+    assert len(traces) == 2
+    for path in traces:
+        events = [e for e in json.loads(path.read_text())["traceEvents"] if e.get("ph") == "X"]
+        [step] = [e for e in events if e["name"].startswith(STEP) and e["cat"] == "user_annotation"]
+        end = step["ts"] + step["dur"]
+        spans = [(e["ts"], e["ts"] + e["dur"], e["name"]) for e in events if step["ts"] <= e["ts"] <= end]
+        found = order(spans, f"{COLLECTIVE}send and recv (context)")
+        assert found == 4 * (2 * FORWARD[2] + 2 * BACKWARD[2])
 
 
 def test_the_steps_that_are_profiled() -> None:

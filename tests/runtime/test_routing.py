@@ -9,6 +9,9 @@ from tests.runtime.command import metrics, trained
 MOE = ["model=moe_tiny", "model.experts.ffn_hidden_size=16", "training.steps=3", "logging.interval=2"]
 LAYOUTS = {
     "expert 2": ["parallelism=ep2", "parallelism.data=2"],
+    "data 2, context 2, experts over 4": [
+        "parallelism.data=2", "parallelism.context=2", "parallelism.expert=4",
+    ],
     "tensor 2, pipeline 2, recomputed": [
         "parallelism=tp2_pp2", "parallelism.data=1", "parallelism.sequence_parallel=true",
         "parallelism.activation_checkpointing=full",
@@ -17,7 +20,9 @@ LAYOUTS = {
 NAMES = ("load_max_over_mean", "router_entropy", "balance_loss", "z_loss", "dropped_tokens")
 
 
-@pytest.mark.parametrize("layout", ["expert 2", pytest.param(list(LAYOUTS)[1], marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "layout", ["expert 2", *(pytest.param(name, marks=pytest.mark.slow) for name in list(LAYOUTS)[1:])]
+)
 def test_metrics_of_routers_are_those_of_one_process(layout: str, tmp_path: Path) -> None:
     trained(*MOE, "parallelism=single", "run.dir=one", cwd=tmp_path)
     trained(*MOE, *LAYOUTS[layout], "run.dir=many", cwd=tmp_path)

@@ -113,8 +113,8 @@ def test_a_sweep_gives_each_job_a_directory(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["sweep"]
 
 
-# Each splits something else: the weights of a layer, the layers, the samples and all states.
-LAYOUTS = ["tp2"]
+# Each splits something else: the weights of a layer, the sequence, the layers, the samples and all states.
+LAYOUTS = ["tp2", "cp2"]
 MORE_LAYOUTS = ["pp2", "zero3", "single", "dp", "zero1", "zero2", "tp2_pp2", "hybrid_3d", "zero3_offload"]
 SAME_DATA_ON_ALL_RANKS = f"""
 import launcher.runtime.batches as batches
@@ -154,6 +154,12 @@ def assert_same_run(run: Path, single: Path) -> None:
     for row, other in zip(rows, expected, strict=True):
         assert row["train/loss"] == pytest.approx(other["train/loss"], abs=1e-5)
         assert row["train/grad_norm"] == pytest.approx(other["train/grad_norm"], rel=1e-5)
+        # Ranks that share a sequence count it once.
+        for name in ("train/samples", "train/tokens"):
+            assert row[name] == other[name]
+        for name in ("perf/tokens_per_s", "perf/flops_per_s"):
+            per_step = [each[name] * each["perf/step_time_s"] for each in (row, other)]
+            assert per_step[0] == pytest.approx(per_step[1])
     assert rows[-1]["val/loss"] == pytest.approx(expected[-1]["val/loss"], abs=1e-5)
     assert_same_weights(run, single)
 

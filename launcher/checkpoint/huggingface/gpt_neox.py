@@ -1,9 +1,12 @@
-"""Hugging Face's GPT-NeoX, which Pythia uses: parallel residual, and a part of each head rotated."""
+"""Hugging Face's GPT-NeoX, which Pythia uses: parallel residual, and a part of each head rotated.
+
+GPT-NeoX-20B has the tanh form of GELU, Pythia the exact one.
+"""
 
 from collections.abc import Iterator
 from typing import Any
 
-from launcher.checkpoint.huggingface.adapter import TEXT, Adapter, Entry, matrix, norm
+from launcher.checkpoint.huggingface.adapter import TEXT, Adapter, Entry, NotConvertible, matrix, norm
 from launcher.checkpoint.huggingface.rope import read_scaling, rope_parameters, rope_settings
 from launcher.config.schema import BiasesConfig, MLPKind, ModelConfig, NormKind, PositionKind, ResidualKind
 from launcher.config.shape import head_size, qkv_sizes
@@ -14,6 +17,11 @@ _LINEAR = {
     "mlp.dense_h_to_4h": "mlp.up",
     "mlp.dense_4h_to_h": "mlp.down",
 }
+# Their names of both forms of GELU; the first of each is written.
+_ACTIVATIONS = {
+    "gelu": MLPKind.gelu_erf,
+    "gelu_fast": MLPKind.gelu, "gelu_new": MLPKind.gelu, "gelu_pytorch_tanh": MLPKind.gelu,
+}  # fmt: skip
 
 
 def _entries(m: ModelConfig) -> Iterator[Entry]:
@@ -44,7 +52,10 @@ def _fused(m: ModelConfig, theirs: str, ours: str) -> Iterator[Entry]:
 
 
 def _read(theirs: dict[str, Any]) -> dict[str, Any]:
-    rope = rope_settings(theirs)
+    rope, activation = rope_settings(theirs), theirs.get("hidden_act", "gelu")
+    if activation not in _ACTIVATIONS:
+        known = ", ".join(_ACTIVATIONS)
+        raise NotConvertible(f"hidden_act is {activation!r}, and the launcher's gpt_neox has {known}")
     fraction = rope.get("partial_rotary_factor", theirs.get("rotary_pct", 0.25))
     theta = rope.get("rope_theta", theirs.get("rotary_emb_base", theirs.get("rope_theta", 10000.0)))
     is_parallel = theirs.get("use_parallel_residual", True)
@@ -53,6 +64,7 @@ def _read(theirs: dict[str, Any]) -> dict[str, Any]:
         "rope_scaling": read_scaling(rope, theirs),
         "rotary_fraction": float(fraction),
         "residual": ResidualKind.parallel if is_parallel else ResidualKind.sequential,
+        "mlp": _ACTIVATIONS[activation],
     }
 
 
@@ -63,7 +75,12 @@ def _write(m: ModelConfig) -> dict[str, Any]:
         "rotary_emb_base": m.rope_theta,
         "use_parallel_residual": m.residual is ResidualKind.parallel,
         "attention_dropout": m.dropout,
+        "hidden_act": next(name for name, kind in _ACTIVATIONS.items() if kind is m.mlp),
     }
+
+
+def _implied(m: ModelConfig) -> dict[str, Any]:
+    return {"mlp": m.mlp if m.mlp in _ACTIVATIONS.values() else MLPKind.gelu_erf}
 
 
 GPT_NEOX = Adapter(
@@ -75,7 +92,6 @@ GPT_NEOX = Adapter(
         **{name: value for name, value in TEXT.items() if name not in ("rotary_fraction", "residual")},
         "norm": NormKind.layer_norm,
         "positions": PositionKind.rope,
-        "mlp": MLPKind.gelu_erf,
         "biases": BiasesConfig(qkv=True, output=True, up=True, down=True, head=False),
     },
     settings={
@@ -90,10 +106,11 @@ GPT_NEOX = Adapter(
         "dropout": "hidden_dropout",
     },
     defaults={"tie_word_embeddings": False, "layer_norm_eps": 1e-5, "hidden_dropout": 0.0},
-    fixed={"hidden_act": "gelu", "attention_bias": True},
+    fixed={"attention_bias": True},
     derived=("num_kv_heads", "head_size"),
     entries=_entries,
     read=_read,
     write=_write,
+    implied=_implied,
     head="embed_out.weight",
 )

@@ -26,7 +26,7 @@ from launcher.config.shape import divisors, sequence_length
 from launcher.config.validate import check_values, validate, validate_layout
 from launcher.config.world import World
 from launcher.planning.choose.changes import LEAST_TOKENS, changed
-from launcher.planning.cost.geometry import kind_of, pipeline_ranks
+from launcher.planning.cost.geometry import pipeline_ranks
 from launcher.planning.cost.measured_rates import AnyRates, rates_of
 from launcher.planning.cost.memory import rank_memory
 from launcher.planning.cost.rates import NOMINAL
@@ -279,22 +279,22 @@ def _axes(run: RunConfig, ranks: int) -> Iterator[dict[str, int]]:
                 fits = data * tensor * pipeline * context == ranks
                 if fits and p.data in (None, data) and batch % data == 0:
                     axes = {"tensor": tensor, "pipeline": pipeline, "data": data, "context": context}
-                    yield from ({**axes, **shared} for shared in _expert_axes(run, data))
+                    yield from ({**axes, **shared} for shared in _expert_axes(run, data * context))
 
 
 def _contexts(run: RunConfig, ranks: int) -> list[int]:
     """Return the numbers of context ranks to try, of `ranks` beside tensor and pipeline ranks."""
-    if run.model.inputs is InputKind.patches or run.model.experts.count:
+    if run.model.inputs is InputKind.patches:
         return [1]
     return [size for size in divisors(ranks) if size == 1 or sequence_length(run) // size >= LEAST_TOKENS]
 
 
-def _expert_axes(run: RunConfig, data: int) -> list[dict[str, int]]:
-    """Return the numbers of data ranks that may share the experts; one rank is the default of the field."""
+def _expert_axes(run: RunConfig, ranks: int) -> list[dict[str, int]]:
+    """Return the numbers of the data x context `ranks` that may share the experts; 1 is the default."""
     chosen, count = run.parallelism.expert, run.model.experts.count
     if chosen > 1:
-        return [{"expert": chosen}] if data % chosen == 0 else []
-    return [{"expert": size} if size > 1 else {} for size in divisors(gcd(data, count) if count else 1)]
+        return [{"expert": chosen}] if ranks % chosen == 0 else []
+    return [{"expert": size} if size > 1 else {} for size in divisors(gcd(ranks, count) if count else 1)]
 
 
 def freed(run: RunConfig) -> RunConfig:
@@ -337,7 +337,7 @@ class _Judge:
 def peaks(run: RunConfig, layout: Layout) -> tuple[int, int]:
     """Return the largest bytes of a rank, on its device and on its host."""
     # The first of equal ranks has most micro-batches in flight; under DualPipeV all have the same number.
-    fullest = {kind_of(rank): rank for rank in reversed(pipeline_ranks(run, layout))}.values()
+    fullest = {rank.kind: rank for rank in reversed(pipeline_ranks(run, layout))}.values()
     memories = [rank_memory(run, layout, rank) for rank in fullest]
     return max(memory.total for memory in memories), max(memory.on_host for memory in memories)
 

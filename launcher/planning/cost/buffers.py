@@ -3,10 +3,11 @@
 import sys
 from dataclasses import dataclass
 
+from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
 from launcher.models.arithmetic import reduce_bucket
 
-ALL_REDUCE_BUCKET = 500_000_000  # elements that DeepSpeed reduces at once under ZeRO-0 (runtime/engine.py)
+ALL_REDUCE_BUCKET = 500_000_000  # elements that DeepSpeed reduces at once in a pipeline (runtime/engine.py)
 
 
 @dataclass(frozen=True)
@@ -23,9 +24,9 @@ class BufferSizes:
     max_reuse: int = 1_000_000_000
 
     @classmethod
-    def of(cls, run: RunConfig) -> "BufferSizes":
+    def of(cls, run: RunConfig, layout: Layout) -> "BufferSizes":
         zero = run.deepspeed.get("zero_optimization", {})
-        default = cls(reduce_bucket(run))
+        default = cls(reduce_bucket(run, layout))
 
         def setting(name: str, otherwise: int) -> int:
             return int(zero.get(name, otherwise))

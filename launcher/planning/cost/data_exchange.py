@@ -1,9 +1,12 @@
 """Seconds of the collectives over the data ranks in a step: hidden by computation, and waited for. Pure."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 from launcher.config.layout import GroupName, Layout
 from launcher.config.schema import RunConfig
+from launcher.parallel.buckets import reduces_during_backward
 from launcher.planning.cost.buffers import BufferSizes
 from launcher.planning.cost.geometry import Rank, block_parameters, parameters_of_block
 from launcher.planning.cost.measured_rates import AnyRates
@@ -11,7 +14,7 @@ from launcher.planning.cost.operations import BYTES, Collective, CollectiveKind
 from launcher.planning.cost.pass_time import PartTimes
 from launcher.planning.cost.streams import Layer, micro_batch
 from launcher.planning.cost.traffic import TIED_RANKS, GroupShape, data_traffic, pieces, tied_traffic
-from launcher.planning.cost.zero_states import MODULE_CALLS
+from launcher.planning.cost.zero_states import MODULE_CALLS, reduced_buckets
 
 Groups = dict[GroupName, GroupShape]
 # Times that ZeRO-3 reads or writes a weight or its gradient in memory for a micro-batch: each of two gathers
@@ -34,15 +37,17 @@ def data_exchange(
 ) -> Exchange:
     """Return the wait for data ranks, and the seconds of their collectives that computation hides.
 
-    DeepSpeed reduces on the stream that computes unless `overlap_comm` is set, which is its default under
-    ZeRO-3 alone (runtime/zero/config.py, overlap_comm_valid). ZeRO-0 and BF16_Optimizer reduce after the last
-    backward pass (runtime/engine.py, allreduce_gradients).
+    Without a pipeline, ZeRO-0 and BF16_Optimizer reduce within the last backward pass
+    (engine/overlapped_reduction.py), in a pipeline after it. In other stages DeepSpeed reduces on the stream
+    that computes unless `overlap_comm` is set, which is its default under ZeRO-3 alone
+    (runtime/zero/config.py, overlap_comm_valid).
     """
     calls = data_traffic(run, layout, rank).items()
     seconds = sum(rates.collective(call, groups["data"]) * count for call, count in calls)
     hidden = 0.0
-    buffers = BufferSizes.of(run)
+    buffers = BufferSizes.of(run, layout)
     overlaps = layout.zero_stage == 3 or (layout.zero_stage == 2 and buffers.reduce_buffers == 2)
+    overlaps = overlaps or reduces_during_backward(run, layout)
     if overlaps and rates.overlaps:
         simulated = _simulated(run, layout, rank, rates, groups["data"], times)
         # Collectives after the micro-batches: gathers of weights that stay whole, or of updated weights.
@@ -62,34 +67,62 @@ def data_exchange(
 def _simulated(
     run: RunConfig, layout: Layout, rank: Rank, rates: AnyRates, data: GroupShape, times: PartTimes
 ) -> Exchange:
-    """Return the collectives of all micro-batches of a rank without a pipeline, by simulation."""
-    buffers, element = BufferSizes.of(run), BYTES[run.precision.dtype]
+    """Return the collectives of all micro-batches of a rank without a pipeline, by simulation.
+
+    ZeRO-0 and BF16_Optimizer have some in the last micro-batch only.
+    """
+    buffers, element = BufferSizes.of(run, layout), BYTES[run.precision.dtype]
+    reduced, bucket = rank.trained_parameters - rank.shared_parameters, buffers.reduce_bucket
+    times_in_step = layout.accumulation
+    if reduces_during_backward(run, layout):
+        bucket = max(1, -(-reduced // max(1, len(reduced_buckets(rank, bucket)))))
+        times_in_step = 1
     partitions, offloads = layout.zero_stage == 3, run.parallelism.offload_parameters
     block = block_parameters(rank.model, rank.tensor)
     block += 0 if rank.trains_whole_model else rank.trained_of_block(False)
     at_once = max(buffers.prefetch_bucket, block // MODULE_CALLS)
 
+    def seconds(kind: CollectiveKind, elements: int, at_once: int) -> float:
+        sent = ((Collective(kind, element * size), count) for size, count in pieces(elements, at_once))
+        return sum(count * rates.collective(call, data) for call, count in sent)
+
+    @cache
     def gather(elements: int) -> float:
         if not partitions:
             return 0.0
-        calls = [Collective("all_gather", element * size) for size in pieces(elements, at_once)]
         # Offloaded partitions first come over the link to the host.
         from_host = element * elements / layout.gradient_ranks / rates.host if offloads else 0.0
-        return sum(rates.collective(call, data) for call in calls) + from_host
+        return seconds("all_gather", elements, at_once) + from_host
 
     kind: CollectiveKind = "reduce_scatter" if partitions else "all_reduce"
 
     def reduction(elements: int) -> float:
         return rates.collective(Collective(kind, element * elements), data)
 
+    # The weights that the forward pass used last are still there for the backward pass.
+    kept = min(rank.blocks, buffers.max_live // block)
+    layers = _layers(rank, times, gather, kept=kept, host=rates.zero_3_block_s if partitions else 0.0)
+    ahead = max(1, buffers.max_live // block if MODULE_CALLS * buffers.prefetch_bucket >= block else 1)
+    end = micro_batch(layers, ahead=ahead, bucket=bucket, reduction=reduction)
+    link = sum(layer.gather + layer.gather_again for layer in layers)
+    link += seconds(kind, reduced, bucket)
+    waiting = end - sum(layer.forward + layer.backward for layer in layers)
+    hidden = max(0.0, link - waiting)
+    return Exchange(max(0.0, waiting) * times_in_step, hidden * times_in_step)
+
+
+def _layers(
+    rank: Rank, times: PartTimes, gather: Callable[[int], float], *, kept: int, host: float
+) -> list[Layer]:
+    """Return embedding, blocks and head. `gather` returns the seconds to gather a number of elements.
+
+    The weights of the last `kept` blocks are gathered once. `host` is the least seconds for a block.
+    """
     held = [_block_size(rank, has_experts) for has_experts in rank.kinds]
     ends = rank.parameters - sum(held)
     embedding = min(ends, rank.parameters_of_embedding)
     of_embedding = gather(embedding)
     reduced_ends = (embedding, ends - embedding) if rank.trains_whole_model else (0, 0)
-    # The weights that the forward pass used last are still there for the backward pass.
-    kept = min(rank.blocks, buffers.max_live // block)
-    host = rates.zero_3_block_s if partitions else 0.0
     layers = [
         Layer(times.embedding[0].total, times.embedding[1].total, reduced_ends[0], of_embedding, of_embedding)
     ]
@@ -99,16 +132,11 @@ def _simulated(
             max(part.total, host * share) for part, share in zip(passes, (1 / 3, 2 / 3), strict=True)
         )
         gathers = gather(held[index]), 0.0 if index >= rank.blocks - kept else gather(held[index])
-        layers.append(Layer(forward, backward, rank.trained_of_block(has_experts), *gathers))
+        reduced = rank.trained_of_block(has_experts) - (rank.shared_of_block if has_experts else 0)
+        layers.append(Layer(forward, backward, reduced, *gathers))
     head = times.head
     layers.append(Layer(head[0].total, head[1].total, reduced_ends[1], gather(ends - embedding)))
-    ahead = max(1, buffers.max_live // block if MODULE_CALLS * buffers.prefetch_bucket >= block else 1)
-    end = micro_batch(layers, ahead=ahead, bucket=buffers.reduce_bucket, reduction=reduction)
-    link = sum(layer.gather + layer.gather_again for layer in layers)
-    link += sum(reduction(size) for size in pieces(rank.trained_parameters, buffers.reduce_bucket))
-    waiting = end - sum(layer.forward + layer.backward for layer in layers)
-    hidden = max(0.0, link - waiting)
-    return Exchange(max(0.0, waiting) * layout.accumulation, hidden * layout.accumulation)
+    return layers
 
 
 def _block_size(rank: Rank, has_experts: bool) -> int:

@@ -35,22 +35,28 @@ def _router(s: Sizes, x: str) -> list[Operation]:
     e, h = s.experts, s.hidden_size
     logits, chosen = s.tokens * e.count * FP32, s.tokens * e.top_k
     matrix = e.count * h
-    is_low = s.element < FP32
+    is_low, trains = s.element < FP32, not s.is_frozen
     copies = FP32 * (s.own_tokens * h + matrix) if is_low else 0
+    # Without a gradient of the weight (LoRA) the input, or its copy in fp32, is not kept.
+    kept = copies if trains else FP32 * matrix * is_low
     gathered = (Collective("all_gather", logits),) if s.sequence_parallel else ()
-    reduced = (Collective("all_reduce", matrix * s.element),) if s.sequence_parallel else ()
+    reduced = (Collective("all_reduce", matrix * s.element),) if s.sequence_parallel and trains else ()
     product = Matmul(s.own_tokens, e.count, h)
+    of_weight = (Matmul(e.count, h, s.own_tokens),) if trains else ()
     is_softmax = e.router is RouterKind.softmax
     shares = logits + s.tokens * FP32 if e.auxiliary_loss and not is_softmax else 0
     normalized = chosen * FP32 + s.tokens * FP32 if e.normalize_top_k else 0
     # With tensor ranks, the gradients of the weights of the chosen experts are all-reduced.
     split = (Collective("all_reduce", chosen * FP32),) if s.tensor > 1 else ()
+    # Context ranks add up the uses of the experts of each sequence.
+    shared = (Collective("all_reduce", s.micro_batch * e.count * FP32),) if s.context > 1 else ()
     return [
         Operation(
-            "logits", (x,), logits, saves=() if is_low else (x,), extra=copies,
-            scratch=logits if s.sequence_parallel else 0, backward_scratch=copies,
-            weight=matrix * (FP32 if is_low else s.element), forward_matmuls=(product,),
-            backward_matmuls=(Matmul(s.own_tokens, h, e.count), Matmul(e.count, h, s.own_tokens)),
+            "logits", (x,), logits, saves=(x,) if trains and not is_low else (), extra=kept,
+            scratch=max(logits if s.sequence_parallel else 0, copies - kept),
+            backward_scratch=copies if trains else FP32 * s.own_tokens * h * is_low,
+            weight=matrix * (FP32 if is_low else s.element) * trains, forward_matmuls=(product,),
+            backward_matmuls=(Matmul(s.own_tokens, h, e.count), *of_weight),
             forward_traffic=gathered, backward_traffic=reduced, forward_bytes=3 * copies,
             backward_bytes=3 * copies, kernels=1 + 2 * is_low,
         ),
@@ -62,7 +68,8 @@ def _router(s: Sizes, x: str) -> list[Operation]:
         ),
         Operation(
             "chosen", ("scores",), chosen * FP32, extra=chosen * INT64 + normalized, scratch=chosen * INT64,
-            backward_traffic=split, forward_bytes=2 * logits, backward_bytes=2 * logits, kernels=8,
+            backward_traffic=split, forward_context=shared, forward_bytes=2 * logits,
+            backward_bytes=2 * logits, kernels=8,
         ),
     ]  # fmt: skip
 
@@ -139,14 +146,14 @@ def _product(s: Sizes, name: str, x: str, inputs: int, outputs: int) -> Operatio
     each, more = divmod(rows, count)
     stretches = [(each + 1, more), (each, count - more)]
     used = [(m, number) for m, number in stretches if m and number]
+    trains = not s.is_frozen
+    of_rows = tuple(Matmul(m, inputs, outputs, number) for m, number in used)
+    of_weights = tuple(Matmul(outputs, inputs, m, number) for m, number in used) if trains else ()
     return Operation(
-        name, (x,), rows * outputs * s.element, saves=(x,), weight=count * inputs * outputs * s.element,
+        name, (x,), rows * outputs * s.element, saves=(x,) if trains else (),
+        weight=count * inputs * outputs * s.element * trains,
         forward_matmuls=tuple(Matmul(m, outputs, inputs, number) for m, number in used),
-        backward_matmuls=tuple(
-            product
-            for m, number in used
-            for product in (Matmul(m, inputs, outputs, number), Matmul(outputs, inputs, m, number))
-        ),
+        backward_matmuls=of_rows + of_weights,
         kernels=min(count, rows),
     )  # fmt: skip
 

@@ -49,6 +49,7 @@ class Adapters:
 
 
 NO_ADAPTERS = Adapters()
+KINDS = (False, True)  # of a block: whether it has experts
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,11 @@ class Rank:
         return sum(weight.numel for weight in self.trained)
 
     @cached_property
+    def kind(self) -> RankKind:
+        """Key that is equal for ranks that hold and compute the same."""
+        return tuple((chunk.kinds, chunk.has_embedding, chunk.has_head) for chunk in self.chunks)
+
+    @cached_property
     def kinds(self) -> list[bool]:
         """For each block in order, whether it has experts."""
         return [has_experts for chunk in self.chunks for has_experts in chunk.kinds]
@@ -135,17 +141,21 @@ class Rank:
     @cached_property
     def trained_of_blocks(self) -> list[int]:
         """Parameters of each block that the optimizer updates."""
-        by_kind = {has_experts: self.trained_of_block(has_experts) for has_experts in set(self.kinds)}
-        return [by_kind[has_experts] for has_experts in self.kinds]
+        return [self.trained_of_block(has_experts) for has_experts in self.kinds]
 
     def trained_of_block(self, has_experts: bool) -> int:
         """Return the parameters of a block that the optimizer updates."""
-        if self.trains_whole_model:
-            return parameters_of_block(self.model, self.tensor, has_experts, self.expert)
-        modules = adapter_weights(self.model, self.tensor, self.adapters)
-        return sum(numel for module in modules for numel, _ in module)
+        return self._trained_by_kind[has_experts]
 
-    @property
+    @cached_property
+    def _trained_by_kind(self) -> dict[bool, int]:
+        if self.trains_whole_model:
+            sizes = (parameters_of_block(self.model, self.tensor, kind, self.expert) for kind in KINDS)
+            return dict(zip(KINDS, sizes, strict=True))
+        modules = adapter_weights(self.model, self.tensor, self.adapters)
+        return dict.fromkeys(KINDS, sum(numel for module in modules for numel, _ in module))
+
+    @cached_property
     def parameters_before_core(self) -> int:
         """Parameters of a block that are used before the core of attention."""
         modules = block_weights(self.model, self.tensor)
@@ -196,10 +206,10 @@ class Rank:
         """Trained parameters of distributed experts on this rank."""
         return sum(sum(group) for group in self.expert_groups)
 
-
-def kind_of(rank: Rank) -> RankKind:
-    """Return a key that is equal for ranks that hold and compute the same."""
-    return tuple((chunk.kinds, chunk.has_embedding, chunk.has_head) for chunk in rank.chunks)
+    @property
+    def shared_of_block(self) -> int:
+        """Trained parameters of distributed experts of a block on this rank."""
+        return self.shared_parameters // max(1, sum(self.kinds))
 
 
 def pipeline_ranks(run: RunConfig, layout: Layout) -> tuple[Rank, ...]:

@@ -72,7 +72,8 @@ def rank_memory(run: RunConfig, layout: Layout, rank: Rank) -> Memory:
     held = states.weights + states.optimizer + sizes.tables
     copied = checkpoint_bytes(run, layout, rank)
     axes = layout.tensor, layout.context, layout.gradient_ranks, layout.pipeline
-    groups = sum(size > 1 for size in axes)
+    of_experts = (layout.expert, layout.expert_holders) if layout.expert > 1 else ()
+    groups = sum(size > 1 for size in axes + of_experts)
     margin = 0 if on_cpu else CONTEXT_BYTES + groups * GROUP_BYTES
     communication = fullest.holdings.communication + fullest.gathered
     return Memory(

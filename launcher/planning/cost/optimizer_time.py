@@ -2,10 +2,11 @@
 
 from launcher.config.layout import Layout
 from launcher.config.schema import Dtype, RunConfig, StatesDtype
+from launcher.parallel.buckets import reduces_during_backward, uses_bf16_optimizer
 from launcher.planning.cost.geometry import Rank
 from launcher.planning.cost.measured_rates import AnyRates
 from launcher.planning.cost.operations import BYTES, FP32
-from launcher.planning.cost.zero_states import padded, state_count, uses_bf16_optimizer
+from launcher.planning.cost.zero_states import padded, state_count
 
 # Bytes that a stochastic update moves per element, for the weight and for each state: compiled, in one pass;
 # eager, in passes over fp32 values and 64-bit counters.
@@ -29,7 +30,7 @@ def optimizer_seconds(run: RunConfig, layout: Layout, rank: Rank, rates: AnyRate
     clips = run.optimizer.gradient_clipping is not None
     if layout.zero_stage == 0 or uses_bf16_optimizer(run, layout):
         update += share * FP32 * clips  # the update writes the clipped gradients
-        copies = _light_passes(layout, whole, share, element)
+        copies = _light_passes(run, layout, whole, share, element)
     else:
         # Norm: read. Clipping: read and write.
         update += share * FP32 * (1 + 2)
@@ -45,10 +46,13 @@ def optimizer_seconds(run: RunConfig, layout: Layout, rank: Rank, rates: AnyRate
     return (update + copies) / rates.update
 
 
-def _light_passes(layout: Layout, whole: int, share: int, element: int) -> float:
+def _light_passes(run: RunConfig, layout: Layout, whole: int, share: int, element: int) -> float:
     """Return the bytes that ZeRO-0 and BF16_Optimizer move beside the update (engine/gradient_passes.py)."""
     moved: float = whole * FP32  # the norm
-    if layout.gradient_ranks > 1:
+    if layout.gradient_ranks > 1 and reduces_during_backward(run, layout):
+        # fp32 sums are copied in bf16, which is sent, and copied back; fp32 gradients are reduced in place.
+        moved += 0 if layout.zero_stage == 0 else whole * 2 * (FP32 + element)
+    elif layout.gradient_ranks > 1:
         # Copied into the buffer that is sent, divided there, and copied back.
         moved += whole * (2 * (FP32 + element) + 2 * element)
     if layout.zero_stage == 0:

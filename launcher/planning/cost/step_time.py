@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
 from launcher.planning.cost.data_exchange import Groups, data_exchange
-from launcher.planning.cost.geometry import Chunk, Rank, kind_of
+from launcher.planning.cost.geometry import Chunk, Rank
 from launcher.planning.cost.measured_rates import AnyRates
 from launcher.planning.cost.operations import Collective
 from launcher.planning.cost.optimizer_time import optimizer_seconds
@@ -64,7 +64,7 @@ def step_time(
     run: RunConfig, layout: Layout, ranks: Sequence[Rank], rates: AnyRates, groups: Groups
 ) -> StepTime:
     """Return the time of the slowest pipeline rank, with its waits for the other ranks."""
-    kinds = {kind_of(rank): rank for rank in reversed(ranks)}
+    kinds = {rank.kind: rank for rank in reversed(ranks)}
     sizes = Sizes.of(run, layout.device)
     times = part_times(sizes, rates, PassGroups(groups["tensor"], groups["context"]), groups["expert"])
     send = 0.0
@@ -73,7 +73,7 @@ def step_time(
     by_kind = {
         kind: [stage_time(times, chunk, send) for chunk in rank.chunks] for kind, rank in kinds.items()
     }
-    by_rank = [by_kind[kind_of(rank)] for rank in ranks]
+    by_rank = [by_kind[rank.kind] for rank in ranks]
     busy = [sum(stage.total for stage in stages) for stages in by_rank]
     slowest = max(range(len(ranks)), key=lambda index: busy[index])
     stages, rank, batches = by_rank[slowest], ranks[slowest], layout.accumulation

@@ -5,12 +5,13 @@ from dataclasses import dataclass
 
 from launcher.config.layout import GroupName, Layout
 from launcher.config.schema import RunConfig
+from launcher.parallel.buckets import reduces_during_backward, uses_bf16_optimizer
 from launcher.planning.cost.buffers import BufferSizes
 from launcher.planning.cost.geometry import Rank
 from launcher.planning.cost.operations import BOOL, BYTES, FP32, Collective
 from launcher.planning.cost.parts import exchange, of_context, parts, traffic
 from launcher.planning.cost.sizes import Sizes
-from launcher.planning.cost.zero_states import padded, uses_bf16_optimizer
+from launcher.planning.cost.zero_states import padded, reduced_buckets
 
 TIED_RANKS = 2  # pipeline ranks with a copy of a tied weight
 
@@ -30,14 +31,14 @@ class GroupShape:
 def group_shapes(layout: Layout, ranks_per_node: int) -> dict[GroupName, GroupShape]:
     """Return the shape of each group; ranks count tensor fastest, then context and data (parallel/mesh.py).
 
-    The data group reduces gradients, and so has the context ranks too.
+    The data group reduces gradients, and so has the context ranks too; expert groups are parts of it.
     """
     tensor = _shape(layout.tensor, 1, ranks_per_node)
     context = _shape(layout.context, layout.tensor, ranks_per_node)
     data = _shape(layout.gradient_ranks, layout.tensor, ranks_per_node)
     neighbours = _shape(layout.pipeline, layout.tensor * layout.gradient_ranks, ranks_per_node)
     expert = _shape(layout.expert, layout.tensor, ranks_per_node)
-    expert_data = _shape(layout.data // layout.expert, layout.tensor * layout.expert, ranks_per_node)
+    expert_data = _shape(layout.expert_holders, layout.tensor * layout.expert, ranks_per_node)
     return {
         "tensor": tensor, "context": context, "data": data, "expert": expert, "expert_data": expert_data,
         "pipeline": neighbours,
@@ -102,14 +103,20 @@ def data_traffic(run: RunConfig, layout: Layout, rank: Rank) -> Counter[Collecti
     """Return the collectives over the data group in a step: gradients, and weights that are partitioned."""
     if layout.zero_stage == 3 and layout.gradient_ranks > 1:
         return _zero_3(run, layout, rank)
-    total = rank.trained_parameters - rank.shared_parameters
-    return _of_gradients(run, layout, rank.groups, total, layout.gradient_ranks)
+    if not reduces_during_backward(run, layout) or layout.gradient_ranks == 1:
+        total = rank.trained_parameters - rank.shared_parameters
+        return _of_gradients(run, layout, rank.groups, total, layout.gradient_ranks)
+    element = BYTES[run.precision.dtype]
+    buckets = reduced_buckets(rank, BufferSizes.of(run, layout).reduce_bucket)
+    sent = Counter(Collective("all_reduce", element * size) for size in buckets)
+    if layout.zero_stage:
+        sent.update(_gathers(rank.groups, layout.gradient_ranks, element))
+    return sent
 
 
 def expert_data_traffic(run: RunConfig, layout: Layout, rank: Rank) -> Counter[Collective]:
     """Return the collectives in a step over the data ranks that hold the same experts."""
-    holders = layout.data // layout.expert
-    return _of_gradients(run, layout, rank.expert_groups, rank.shared_parameters, holders)
+    return _of_gradients(run, layout, rank.expert_groups, rank.shared_parameters, layout.expert_holders)
 
 
 def _of_gradients(
@@ -120,7 +127,6 @@ def _of_gradients(
     if ranks == 1 or not total:
         return sent
     element = BYTES[run.precision.dtype]
-    groups = [padded(sum(group), 2 * ranks) for group in sizes]
     if layout.zero_stage == 0:
         sent[Collective("all_reduce", FP32 * total)] += 1
         return sent
@@ -128,11 +134,15 @@ def _of_gradients(
         # Reduced in every micro-batch, because a rank keeps only its partition.
         sent[Collective("all_reduce", element * total)] += layout.accumulation
     else:
+        groups = (padded(sum(group), 2 * ranks) for group in sizes)
         reduced = sum(groups) if uses_bf16_optimizer(run, layout) else total
         sent[Collective("all_reduce", element * reduced)] += 1
-    for group in groups:
-        sent[Collective("all_gather", element * group)] += 1
-    return sent
+    return sent + _gathers(sizes, ranks, element)
+
+
+def _gathers(sizes: tuple[tuple[int, ...], ...], ranks: int, element: int) -> Counter[Collective]:
+    """Return the gathers of updated weights, one for each parameter group."""
+    return Counter(Collective("all_gather", element * padded(sum(group), 2 * ranks)) for group in sizes)
 
 
 def expert_traffic(run: RunConfig, layout: Layout, rank: Rank) -> Counter[Collective]:
@@ -146,7 +156,7 @@ def expert_traffic(run: RunConfig, layout: Layout, rank: Rank) -> Counter[Collec
 
 def _zero_3(run: RunConfig, layout: Layout, rank: Rank) -> Counter[Collective]:
     """Gather each weight in the forward pass, and in the backward pass if it was freed between."""
-    element, data, buffers = BYTES[run.precision.dtype], layout.gradient_ranks, BufferSizes.of(run)
+    element, data, buffers = BYTES[run.precision.dtype], layout.gradient_ranks, BufferSizes.of(run, layout)
     whole = sum(padded(numel, data) * count for numel, count in rank.sizes.items())
     reduced = sum(padded(weight.numel, data) for weight in rank.trained)
     freed = {numel: count for numel, count in rank.sizes.items() if numel >= buffers.persistence_threshold}
@@ -155,18 +165,19 @@ def _zero_3(run: RunConfig, layout: Layout, rank: Rank) -> Counter[Collective]:
     sent: Counter[Collective] = Counter()
     # A prefetch takes whole weights until they fill its bucket.
     at_once = max(buffers.prefetch_bucket, free // max(1, sum(freed.values())))
-    for size in pieces(2 * free - kept, at_once):
-        sent[Collective("all_gather", element * size)] += layout.accumulation
-    for size in pieces(reduced, buffers.reduce_bucket):
-        sent[Collective("reduce_scatter", element * size)] += layout.accumulation
+    for size, count in pieces(2 * free - kept, at_once):
+        sent[Collective("all_gather", element * size)] += count * layout.accumulation
+    for size, count in pieces(reduced, buffers.reduce_bucket):
+        sent[Collective("reduce_scatter", element * size)] += count * layout.accumulation
     if whole > free:
         sent[Collective("all_gather", element * (whole - free))] += 1
     return +sent
 
 
-def pieces(total: int, at_once: int) -> list[int]:
+def pieces(total: int, at_once: int) -> list[tuple[int, int]]:
+    """Return the sizes of the pieces of `total` elements, and how many pieces have each size."""
     full, rest = divmod(total, at_once)
-    return [at_once] * full + ([rest] if rest else [])
+    return [(size, count) for size, count in ((at_once, full), (rest, 1)) if size and count]
 
 
 TRAFFIC = {

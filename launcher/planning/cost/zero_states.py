@@ -19,6 +19,7 @@ from launcher.config.schema import (
     StatesDtype,
 )
 from launcher.models.arithmetic import update_chunk
+from launcher.parallel.buckets import buckets, reduces_during_backward, uses_bf16_optimizer
 from launcher.planning.cost.buffers import ALL_REDUCE_BUCKET, BufferSizes
 from launcher.planning.cost.geometry import Rank, block_parameters
 from launcher.planning.cost.operations import BYTES, FP32
@@ -73,12 +74,6 @@ def states_of(run: RunConfig, layout: Layout, rank: Rank) -> States:
     return ledger.zero_1(low) if layout.zero_stage == 1 else ledger.zero_2(low)
 
 
-def uses_bf16_optimizer(run: RunConfig, layout: Layout) -> bool:
-    """Return whether DeepSpeed's BF16_Optimizer takes the step, and not its optimizer of ZeRO-1 and 2."""
-    is_bf16 = run.precision.dtype is Dtype.bf16 and run.precision.states is StatesDtype.fp32
-    return layout.zero_stage == 1 and is_bf16 and not run.parallelism.offload_optimizer
-
-
 def state_count(optimizer: OptimizerConfig) -> int:
     """Return the optimizer states per element, without the master weight."""
     if optimizer.name is OptimizerName.adamw:
@@ -92,7 +87,7 @@ def checkpoint_bytes(run: RunConfig, layout: Layout, rank: Rank) -> int:
         return 0
     shared = rank.shared_parameters
     written = -(-(rank.trained_of_its_own - shared) // layout.gradient_ranks)
-    written += -(-shared // (layout.gradient_ranks // layout.expert))
+    written += -(-shared // layout.expert_holders)
     copied = written * FP32 * (1 + state_count(run.optimizer))
     return copied if run.checkpoint.asynchronous else min(copied, int(run.checkpoint.max_file_gb * 1e9))
 
@@ -102,7 +97,7 @@ class _Ledger:
 
     def __init__(self, run: RunConfig, layout: Layout, rank: Rank) -> None:
         self.run, self.layout, self.rank = run, layout, rank
-        self.buffers = BufferSizes.of(run)
+        self.buffers = BufferSizes.of(run, layout)
         self.element = BYTES[run.precision.dtype]
         self.has_bf16_states = run.precision.states is StatesDtype.bf16
         # Bytes per element of gradient sums, of optimizer states, and of the latter with the master weight.
@@ -115,7 +110,7 @@ class _Ledger:
         # Frozen weights (LoRA) are in the model's precision, without gradients and states.
         self.frozen = rank.parameters - rank.trained_parameters
         # DeepSpeed pads each group to a multiple of two elements per data rank that holds it.
-        holders = data // layout.expert
+        holders = layout.expert_holders
         shares = [(padded(sum(group), 2 * data), data) for group in rank.groups]
         shares += [(padded(sum(group), 2 * holders), holders) for group in rank.expert_groups]
         self.flat = sum(flat for flat, _ in shares)
@@ -125,9 +120,9 @@ class _Ledger:
         self.never_filled = max(0, self.bucket - self.total)  # elements of the bucket
 
     def zero_0(self) -> States:
-        """torch's optimizer steps on the weights; gradients are all-reduced in copies."""
+        """torch's optimizer steps on the weights; gradients are reduced in place, in a pipeline in copies."""
         gradients = FP32 * self.total
-        copies = self._reduced_in_copies(FP32)
+        copies = 0 if self.rank.is_flat else self._reduced_in_copies(FP32)
         return States(
             weights=self.element * (self.total + self.frozen),
             optimizer=self.state_bytes * self.total,
@@ -141,22 +136,28 @@ class _Ledger:
 
     def _reduced_in_copies(self, element: int) -> int:
         """Return the bytes of the buffer that is sent; one data rank reduces nothing (gradient_passes.py)."""
-        return element * min(self.total, ALL_REDUCE_BUCKET) if self.layout.gradient_ranks > 1 else 0
+        if self.layout.gradient_ranks == 1:
+            return 0
+        if reduces_during_backward(self.run, self.layout):
+            return element * max(reduced_buckets(self.rank, self.buffers.reduce_bucket), default=0)
+        return element * min(self.total, ALL_REDUCE_BUCKET)
 
     def bf16_optimizer(self) -> States:
         """BF16_Optimizer of DeepSpeed: whole gradients in fp32, partitioned fp32 weights and states.
 
         Each bf16 gradient is added to them at once, in the first micro-batch after some wait for one another
-        (engine/gradient_passes.py). The reduction works on a copy in bf16.
+        (engine/gradient_passes.py). The reduction works on a copy in bf16: without a pipeline of a bucket,
+        within the backward pass (engine/overlapped_reduction.py), else of all.
         """
         summed = FP32 * self.flat
         copies = self._reduced_in_copies(self.element)
+        during = copies if reduces_during_backward(self.run, self.layout) else 0
         return States(
             weights=self.element * (self.flat + self.frozen),
             optimizer=self.optimizer_bytes * self.share,
             host=0,
             forward=Holdings(summed),
-            backward=Holdings(summed),
+            backward=Holdings(summed, during),
             fresh=summed,
             waiting=WAITING_ELEMENTS + self.rank.largest_trained,
             reduce=Holdings(summed, copies),
@@ -314,7 +315,7 @@ class _Ledger:
 
     def _whole_in_partition(self) -> int:
         """Return the elements of all weights in a rank's partition; gradients are kept whole."""
-        holders = self.layout.gradient_ranks // self.layout.expert
+        holders = self.layout.expert_holders
         touched = _most_touched(self.rank.groups, self.layout.gradient_ranks)
         return touched + (_most_touched(self.rank.expert_groups, holders) if self.rank.expert_groups else 0)
 
@@ -351,3 +352,9 @@ def _touched(sizes: Iterable[int], start: int, stop: int) -> int:
             total += size
         position += size
     return total
+
+
+def reduced_buckets(rank: Rank, filled: int) -> list[int]:
+    """Return the elements of each bucket that is reduced within the backward pass, without shared experts."""
+    sizes = [weight.numel for weight in rank.trained if not weight.is_shared]
+    return [sum(sizes[place] for place in bucket) for bucket in buckets(sizes, filled)]

@@ -1,0 +1,97 @@
+"""The tokenizer files of an export: every token is in the vocabulary of the model. Imports no torch."""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+_SPECIAL, _ADDED, _VOCABULARY = "special_tokens_map.json", "added_tokens.json", "vocab.json"
+# Files that a tokenizer can be loaded from; the last is SentencePiece's.
+_LOADABLE = (TOKENIZER, _VOCABULARY, "tokenizer.model")
+
+
+def has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).exists() for name in _LOADABLE)
+
+
+def leave_out_special_tokens(folder: Path, size: int) -> list[str]:
+    """Remove the special tokens from `size` on from the files in `folder`; return their spellings.
+
+    Gemma 3's text models come with such a token, which stands for an image in the larger models. No text
+    becomes a special token, so that the model never reads one of them.
+    """
+    outside = [
+        str(token.get("content"))
+        for index, token in _added_tokens(folder)
+        if token.get("special") and index is not None and index >= size
+    ]
+    outside = list(dict.fromkeys(outside))
+    if outside:
+        for name in (TOKENIZER, TOKENIZER_CONFIG, _SPECIAL, _ADDED):
+            if content := _table_in(folder / name):
+                (folder / name).write_text(
+                    json.dumps(_without(content, outside), indent=2, ensure_ascii=False) + "\n"
+                )
+    return outside
+
+
+def largest_token(folder: Path) -> int | None:
+    """Return the largest token id that the files in `folder` name; None if they name none."""
+    ids: list[Any] = list(tokens_of(folder / TOKENIZER))
+    ids += [*_table_in(folder / _VOCABULARY).values(), *_table_in(folder / _ADDED).values()]
+    ids += [index for index, _ in _added_tokens(folder)]
+    return max((index for index in ids if isinstance(index, int)), default=None)
+
+
+def _added_tokens(folder: Path) -> Iterator[tuple[int | None, dict[str, Any]]]:
+    """Yield id and settings of each added token, in tokenizer.json and in tokenizer_config.json."""
+    added = _table_in(folder / TOKENIZER).get("added_tokens")
+    for token in added if isinstance(added, list) else ():
+        if isinstance(token, dict) and isinstance(token.get("id"), int):
+            yield token["id"], token
+    decoder = _table_in(folder / TOKENIZER_CONFIG).get("added_tokens_decoder")
+    for text, token in decoder.items() if isinstance(decoder, dict) else ():
+        if isinstance(token, dict):
+            yield int(text) if text.isdecimal() else None, token
+
+
+def tokens_of(path: Path) -> dict[int, str]:
+    """Return the tokens of a tokenizer.json by id; empty if it has another form."""
+    try:
+        content = _table_in(path)
+        vocabulary = content["model"]["vocab"]
+        if isinstance(vocabulary, dict):
+            tokens = {index: text for text, index in vocabulary.items()}
+        else:
+            tokens = {index: text for index, (text, _) in enumerate(vocabulary)}
+        return tokens | {token["id"]: token["content"] for token in content.get("added_tokens") or ()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _table_in(path: Path) -> dict[str, Any]:
+    """Return a JSON object; empty if there is none."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _without(value: Any, outside: Iterable[str]) -> Any:
+    """Return a value of JSON without the tokens `outside`: texts, keys, or the `content` of objects."""
+    if isinstance(value, dict):
+        return {
+            name: _without(item, outside)
+            for name, item in value.items()
+            if name not in outside and not _is_token(item, outside)
+        }
+    if isinstance(value, list):
+        return [_without(item, outside) for item in value if not _is_token(item, outside)]
+    return value
+
+
+def _is_token(value: Any, outside: Iterable[str]) -> bool:
+    spelling = value.get("content") if isinstance(value, dict) else value
+    return isinstance(spelling, str) and spelling in outside

@@ -1,0 +1,37 @@
+"""Order in which gradients are reduced over the data ranks while the backward pass goes on. Pure."""
+
+from collections.abc import Sequence
+
+from launcher.config.layout import Layout
+from launcher.config.schema import Dtype, RunConfig, StatesDtype
+
+# Elements that fill a bucket. On a GPU as in Megatron-LM: NCCL needs large messages. Gloo does not, and a
+# model for a CPU is small.
+FILLED = {"cuda": 40_000_000, "cpu": 1_000_000}
+
+
+def buckets(sizes: Sequence[int], filled: int) -> list[range]:
+    """Return the places in `sizes` of each bucket's weights, in the order in which the buckets are reduced.
+
+    `sizes` is the elements of each weight in the order of the modules. The backward pass reaches the last
+    weight first. A bucket takes whole weights until it holds at least `filled` elements.
+    """
+    result: list[range] = []
+    end, elements = len(sizes), 0
+    for place in range(len(sizes) - 1, -1, -1):
+        elements += sizes[place]
+        if elements >= filled or place == 0:
+            result.append(range(place, end))
+            end, elements = place, 0
+    return result
+
+
+def reduces_during_backward(run: RunConfig, layout: Layout) -> bool:
+    """Return whether engine/overlapped_reduction.py reduces the gradients, and not DeepSpeed."""
+    return layout.pipeline == 1 and (layout.zero_stage == 0 or uses_bf16_optimizer(run, layout))
+
+
+def uses_bf16_optimizer(run: RunConfig, layout: Layout) -> bool:
+    """Return whether DeepSpeed's BF16_Optimizer takes the step, and not its optimizer of ZeRO-1 and 2."""
+    is_bf16 = run.precision.dtype is Dtype.bf16 and run.precision.states is StatesDtype.fp32
+    return layout.zero_stage == 1 and is_bf16 and not run.parallelism.offload_optimizer
