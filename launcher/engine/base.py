@@ -21,7 +21,7 @@ from launcher.engine.optimizer import is_trained
 from launcher.engine.state import find_states, loss_scaler, make_states
 from launcher.engine.stochastic import StochasticOptimizer
 from launcher.engine.update_guard import UpdateGuard, install
-from launcher.models.context import BlockContext
+from launcher.models.block_context import BlockContext
 from launcher.models.losses import ClassificationLoss, LanguageLoss
 from launcher.models.selection_bias import balance
 from launcher.parallel.mesh import Axis, ProcessMesh

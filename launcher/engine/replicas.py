@@ -6,7 +6,7 @@
 | ZeRO-1, 2 | model weights | model weights, fragments of master weights and states | tied weights |
 | ZeRO-3 | persistent weights | persistent weights, fragments of master weights and states | (no pipeline) |
 
-Data ranks have the context ranks among them. Experts that they share are alike on those that hold the same
+The data ranks contain the context ranks. Distributed experts are alike on the ranks that hold the same
 experts. The learning rate, the loss scale and the numbers of updates are alike on all ranks.
 """
 
@@ -158,7 +158,7 @@ def _weights_and_whole_states(engine: Engine) -> Iterator[Replica]:
 
 
 def _data_axes(engine: Engine, *, is_part: bool) -> tuple[bool, bool]:
-    """Return whether holders of the same experts, and ranks that share experts, hold a tensor alike."""
+    """Return whether a tensor is alike on holders of the same experts, and within an expert group."""
     mesh = engine.mesh
     if is_part:  # experts that data ranks share differ between them
         return mesh.holders_of_experts.size > 1, False

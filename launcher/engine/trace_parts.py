@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-# Names that engine/step_trace.py gives to stretches of the trace, and its key for the names of groups.
+# Names that engine/profiler_trace.py gives to stretches of the trace, and its key for the names of groups.
 STEP, OPTIMIZER, COLLECTIVE = "launcher step ", "launcher optimizer", "launcher collective "
 GROUPS = "launcherGroups"
 
@@ -91,7 +91,7 @@ class _Spans:
 
 
 def parts_of_trace(trace: Mapping[str, Any]) -> StepParts:
-    """Return the parts of the steps that a Chrome trace of step_trace.py contains."""
+    """Return the parts of the steps that a Chrome trace of profiler_trace.py contains."""
     events = [event for event in trace["traceEvents"] if event.get("ph") == "X"]
     windows = [_span(event, event["name"]) for event in _annotations(events, STEP)]
     spans = _Spans(windows)

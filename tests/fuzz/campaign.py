@@ -1,7 +1,7 @@
 """A campaign: runs and faults of a seed in rounds, verified and tested, and the report.
 
-What a round draws depends on the seed and the number of the round only. So a campaign that was interrupted
-goes on where it stopped, with the records of its journal.
+The runs and faults of a round depend only on the seed and the number of the round. So an interrupted campaign
+continues where it stopped, with the records of its journal.
 """
 
 import random

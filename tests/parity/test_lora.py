@@ -9,8 +9,8 @@ from torch import Tensor
 
 import launcher.models.lora as lora_module
 import launcher.parallel.initializer as initializer
+from launcher.models.block_context import BlockContext
 from launcher.models.blocks import TransformerBlock
-from launcher.models.context import BlockContext
 from launcher.models.lora import ColumnAdapter, RowAdapter
 from launcher.parallel.mesh import ProcessMesh
 from launcher.parallel.sharding import LogicalTensor
