@@ -218,7 +218,7 @@ def fused_cross_entropy_(
 
 
 class _Gradients:
-    """Gradients of the sum of the losses, before the backward pass says how that sum counts.
+    """Gradients of the sum of the losses, not yet multiplied by the gradient of this sum.
 
     Nothing is divided by the number of tokens yet: in fp16 most probabilities would become zero. Neither x
     nor the weight is kept.
