@@ -102,7 +102,7 @@ def metric_rows(rows: Sequence[ComparisonRow]) -> list[dict[str, float | int]]:
 
 
 def differing(rows: Sequence[ComparisonRow]) -> dict[str, float]:
-    """Return the largest relative difference of losses from the first layout, where it is not tolerated."""
+    """Return the largest relative difference of losses from the first layout, if beyond the tolerance."""
     trained = [row for row in rows if row.measured]
     differences = {}
     for row in trained[1:]:

@@ -205,7 +205,7 @@ def check_inputs(run: RunConfig) -> None:
 
 
 def check_parts(run: RunConfig) -> None:
-    """Check the combinations of parts that would train on nothing or cheat."""
+    """Check for parts that would have nothing to learn from, or would see the token that they predict."""
     m = run.model
     if m.attention is AttentionKind.full and m.inputs is InputKind.tokens:
         why = "every position would see the token it predicts"
