@@ -46,9 +46,9 @@ class AdapterReader:
 
         A (r, inputs), B (rows of the segment, r).
         """
-        found = self.segments(name)
-        assert found is not None
-        inputs, segments = found
+        sizes = self.segments(name)
+        assert sizes is not None
+        inputs, segments = sizes
         projection, start = name.removesuffix(f".{WEIGHT}"), 0
         shape_a, shape_b = (len(segments) * self.rank, inputs), (sum(segments), self.rank)
         for index, length in enumerate(segments):

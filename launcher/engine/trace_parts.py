@@ -170,11 +170,11 @@ def _add_host(spans: _Spans, events: Sequence[Event]) -> None:
             (spans.waited if is_collective else spans.work).append(span)
     transfers = sorted((e for e in events if _is_gloo(e)), key=lambda event: float(event["ts"]))
     for is_between_two in (True, False):
-        own = [e for e in transfers if _is_send(e["name"]) is is_between_two]
+        chosen = [e for e in transfers if _is_send(e["name"]) is is_between_two]
         calls = [call for call in sorted(issued) if _is_send(call.name) is is_between_two]
         # gloo takes up collectives in the order of their calls, and runs a reduce-scatter as an all-reduce.
-        names = [call.name for call in calls] if len(calls) == len(own) else [e["name"] for e in own]
-        spans.running += [_span(event, collective_name(name)) for event, name in zip(own, names, strict=True)]
+        names = [call.name for call in calls] if len(calls) == len(chosen) else [e["name"] for e in chosen]
+        spans.running += [_span(event, collective_name(name)) for event, name in zip(chosen, names, strict=True)]
 
 
 class _Frame(NamedTuple):

@@ -46,7 +46,9 @@ def perplexity_of(
 ) -> Perplexity:  # fmt: skip
     """Return the perplexity of the tokens in `stretches`. Collective over the world."""
     stride = config.stride or length
-    windows = chain.from_iterable(scored_windows(one, length, stride, vocab_size) for one in stretches)
+    windows = chain.from_iterable(
+        scored_windows(stretch, length, stride, vocab_size) for stretch in stretches
+    )
     scores = scorer.scores(islice(windows, config.limit))
     tokens = sum(score.labels for score in scores)
     counts, left = [], tokens
