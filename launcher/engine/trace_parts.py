@@ -174,7 +174,9 @@ def _add_host(spans: _Spans, events: Sequence[Event]) -> None:
         calls = [call for call in sorted(issued) if _is_send(call.name) is is_between_two]
         # gloo takes up collectives in the order of their calls, and runs a reduce-scatter as an all-reduce.
         names = [call.name for call in calls] if len(calls) == len(chosen) else [e["name"] for e in chosen]
-        spans.running += [_span(event, collective_name(name)) for event, name in zip(chosen, names, strict=True)]
+        spans.running += [
+            _span(event, collective_name(name)) for event, name in zip(chosen, names, strict=True)
+        ]
 
 
 class _Frame(NamedTuple):
