@@ -110,7 +110,7 @@ class Engine(ABC):
         """Return inputs and labels on the device, from token ids (B, T+1) or from a pair of both."""
         inputs, labels = batch if isinstance(batch, tuple) else (batch[:, :-1], batch[:, 1:])
         if self.loss.labels_per_micro_batch is None:
-            assert not (labels == IGNORED_LABEL).any(), "the engine is told how many labels count"
+            assert not (labels == IGNORED_LABEL).any(), "the caller must pass the number of labels that count"
         return to_device(inputs, self.device), to_device(labels, self.device)
 
     def begin_shape(self) -> None:  # noqa: B027  (only a pipeline keeps buffers of one shape)
