@@ -41,8 +41,8 @@ def replacing(path: Path) -> Iterator[Path]:
 def new_directory(path: Path) -> Iterator[Path]:
     """Yield an empty directory to fill; it becomes `path` unless an exception is raised.
 
-    A remainder of an earlier call is deleted; it has a file named _MARK. Raises FileExistsError for a
-    directory that is somebody else's.
+    A remainder of an earlier call, which has a file named _MARK, is deleted. Raises FileExistsError for any
+    other directory.
     """
     aside = partial_path(path)
     if aside.is_dir() and ((aside / _MARK).is_file() or not any(aside.iterdir())):

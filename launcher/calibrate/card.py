@@ -152,7 +152,7 @@ def fitted_ramp(points: Sequence[tuple[int, float]]) -> tuple[float, float]:
 
 
 def copy_rate(source: torch.device, target: torch.device, size: int) -> float:
-    """Return bytes per second read and written by a copy; of the host, from pinned memory."""
+    """Return bytes per second that a copy reads and writes; copies from the host use pinned memory."""
     x = torch.empty(size, dtype=torch.uint8, device=source, pin_memory=source.type != target.type)
     y = torch.empty(size, dtype=torch.uint8, device=target)
     return 2 * size / seconds(lambda: y.copy_(x, non_blocking=True), target)

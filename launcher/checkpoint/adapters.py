@@ -46,9 +46,9 @@ class AdapterReader:
 
         A (r, inputs), B (rows of the segment, r).
         """
-        found = self.segments(name)
-        assert found is not None
-        inputs, segments = found
+        sizes = self.segments(name)
+        assert sizes is not None
+        inputs, segments = sizes
         projection, start = name.removesuffix(f".{WEIGHT}"), 0
         shape_a, shape_b = (len(segments) * self.rank, inputs), (sum(segments), self.rank)
         for index, length in enumerate(segments):
@@ -112,7 +112,7 @@ def write_peft(
 
 
 def _joined(adapter: AdapterReader, parts: list[Entry]) -> tuple[Tensor, Tensor]:
-    """Return A and B of one of their modules, whose rows are `parts` of ours, in order."""
+    """Return A and B of a Hugging Face module, whose rows are `parts` of our segments, in order."""
     pieces = [
         piece for part in parts for piece in adapter.pieces(part.ours, part.box.offsets[0], part.box.sizes[0])
     ]

@@ -15,7 +15,7 @@ from launcher.config.errors import ConfigError
 from launcher.config.schema import ModelConfig, RunConfig
 from launcher.models.architecture import flat_model
 from launcher.models.arithmetic import parameters
-from launcher.models.context import BlockContext
+from launcher.models.block_context import BlockContext
 from launcher.parallel.initializer import Initializer
 from launcher.parallel.mesh import ProcessMesh
 from launcher.text import size as bytes_text

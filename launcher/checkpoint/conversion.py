@@ -39,7 +39,7 @@ from launcher.parallel.boxes import whole
 from launcher.parallel.dtypes import TORCH_DTYPES
 from launcher.parallel.sharding import WEIGHT
 
-Pieces = list[Entry]  # the rows of one tensor of theirs, in order
+Pieces = list[Entry]  # the rows of one Hugging Face tensor, in order
 
 
 def export(
@@ -133,7 +133,7 @@ def import_(weights: WeightSource, target: Path, options: ExchangeConfig) -> Non
 
 
 def _joined(reader: WeightReader, pieces: Pieces) -> Tensor:
-    """Return a whole tensor of theirs."""
+    """Return a whole Hugging Face tensor."""
     return _read(reader, pieces[0]) if len(pieces) == 1 else torch.cat([_read(reader, one) for one in pieces])
 
 

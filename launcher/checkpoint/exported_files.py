@@ -80,7 +80,7 @@ def data_of(weights: WeightSource) -> Settings:
 
 
 def _special_tokens(weights: WeightSource, data: Settings) -> Settings:
-    """Return the special tokens: of the model that the run began with, if it has its tokenizer still."""
+    """Return the special tokens of the model that the run began with, if the tokenizer is the same."""
     if data.get("source") in BYTE_SOURCES:
         return {"eos_token_id": END_OF_TEXT}
     end = {} if data.get("end_of_document") is None else {"eos_token_id": data["end_of_document"]}

@@ -53,8 +53,8 @@ class WeightSource:
     path: Path
     kind: WeightsKind
     model: ModelConfig
-    model_type: str | None = None  # of Hugging Face: in the directory itself, or where a run began
-    lora: LoraConfig | None = None  # of a run with adapters
+    model_type: str | None = None  # of the Hugging Face directory, or of the one that a run began with
+    lora: LoraConfig | None = None  # the adapters of a run; None without adapters
     base: Path | None = None  # the weights that the adapters were trained for; None if they were drawn
 
     @property

@@ -1,6 +1,6 @@
-"""`launcher doctor`: what this machine offers runs, and what of it will be a problem.
+"""`launcher doctor`: report the versions, devices and limits of this machine, and the problems for runs.
 
-Nothing here may need a package: a broken package is one of the things that it reports.
+Nothing here may need a package, because a broken package must be reported too.
 """
 
 import importlib.metadata

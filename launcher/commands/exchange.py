@@ -106,10 +106,10 @@ def certified(target: Path) -> str:
     path = target / CERTIFICATE
     if not path.exists():
         return "not compared with transformers"
-    found = json.loads(path.read_text())
-    if not found["ok"]:
-        return f"not compared with transformers: {found['reason']}"
-    difference, version = found["largest_difference"], found["transformers"]
+    certificate = json.loads(path.read_text())
+    if not certificate["ok"]:
+        return f"not compared with transformers: {certificate['reason']}"
+    difference, version = certificate["largest_difference"], certificate["transformers"]
     return f"logits differ from transformers {version} by at most {difference:.1e}: {path.name}"
 
 

@@ -21,10 +21,10 @@ def print_sweep(jobs: Sequence[Job[RunConfig]], paths: Sequence[Path]) -> None:
     overrides = differing([job.overrides for job in jobs])
     rows = [
         [
-            str(job.index), masked(" ".join(own)), f"{state.step}/{job.config.training.steps}",
+            str(job.index), masked(" ".join(varying)), f"{state.step}/{job.config.training.steps}",
             _loss(state.loss), _loss(state.validation_loss), state.state.name, printable(state.path),
         ]
-        for job, own, state in zip(jobs, overrides, states, strict=False)
+        for job, varying, state in zip(jobs, overrides, states, strict=False)
     ]  # fmt: skip
     print("\nsweep    the last losses of its jobs")
     for line in aligned([_HEADINGS, *rows], right=_RIGHT):
@@ -37,7 +37,7 @@ def print_sweep(jobs: Sequence[Job[RunConfig]], paths: Sequence[Path]) -> None:
 def differing(overrides: Sequence[Sequence[str]]) -> list[list[str]]:
     """Return the overrides of each job that not all jobs have."""
     common = set(overrides[0]).intersection(*overrides)
-    return [[override for override in own if override not in common] for own in overrides]
+    return [[override for override in job if override not in common] for job in overrides]
 
 
 def lowest(states: Sequence[RunState]) -> tuple[str, int] | None:

@@ -40,7 +40,7 @@ class ComparisonRow:
 
     @property
     def planned_parts(self) -> dict[str, float]:
-        """Return seconds by part as they are measured: transfers and bubble are one wait for other stages."""
+        """Return planned seconds by measured part; the wait for other stages is transfers and bubble."""
         plan = self.compared.plan
         if plan is None or plan.time is None:
             return {}
@@ -61,7 +61,7 @@ class ComparisonRow:
 
 
 def shown_groups(rows: Sequence[ComparisonRow]) -> list[GroupName]:
-    """Return the groups to show: those of experts only if a layout shares them."""
+    """Return the groups to show; expert groups only if a layout has expert parallelism."""
     shares = any(row.compared.layout is not None and row.compared.layout.expert > 1 for row in rows)
     return [group for group in GROUPS if shares or group not in EXPERT_GROUPS]
 
@@ -102,7 +102,7 @@ def metric_rows(rows: Sequence[ComparisonRow]) -> list[dict[str, float | int]]:
 
 
 def differing(rows: Sequence[ComparisonRow]) -> dict[str, float]:
-    """Return the largest relative difference of losses from the first layout, where it is not tolerated."""
+    """Return the largest relative difference of losses from the first layout, if beyond the tolerance."""
     trained = [row for row in rows if row.measured]
     differences = {}
     for row in trained[1:]:

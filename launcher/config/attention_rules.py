@@ -43,7 +43,7 @@ def _check_scaling(run: RunConfig) -> None:
             remedy = f"{section}.{name}={as_typed(getattr(unset, name))}"
             kinds = [other for other, used in _USED.items() if name in used]
             others = [_with_length(run, other, f"{section}.kind={other.name}") for other in kinds]
-            raise refusal(run, f"{section}.{name}", f"{kind} does not use it", remedy, *others)
+            raise refusal(run, f"{section}.{name}", f"{kind} does not use this setting", remedy, *others)
     if "original_length" in _USED[s.kind] and s.original_length is None:
         why = f"{kind} needs the sequence length before scaling"
         raise refusal(run, f"{section}.original_length", why, _with_length(run, s.kind, ""))

@@ -50,7 +50,7 @@ def _check_length(run: RunConfig) -> None:
         if length % (multiple // p.context * size) == 0 and _splits_heads(run, size)
     ]
     remedies = [*settings("data.sequence_length", lengths), *settings("parallelism.context", fitting[-1:])]
-    why = f"sequences of {length} tokens are not a multiple of {multiple}: {parts}"
+    why = f"the sequence length {length} is not a multiple of {multiple}: {parts}"
     raise refusal(run, "parallelism.context", why, *(remedies or [_OFF]))
 
 

@@ -27,16 +27,16 @@ def descriptions(root: type[Any], prefix: str = "") -> dict[str, str]:
     comments, hints = _comments()[root.__name__], get_type_hints(root)
     for base in root.__mro__[1:]:
         comments = _comments().get(base.__name__, {}) | comments
-    found: dict[str, str] = {}
+    texts: dict[str, str] = {}
     for field in fields(root):
         name = f"{prefix}{field.name}"
         if is_dataclass(hints[field.name]):
-            found |= descriptions(hints[field.name], f"{name}.")
+            texts |= descriptions(hints[field.name], f"{name}.")
         else:
-            found[name] = comments.get(field.name, "")
+            texts[name] = comments.get(field.name, "")
     if not prefix:
-        found = {name: text or fields_of(root)[name] for name, text in found.items()}
-    return found
+        texts = {name: text or fields_of(root)[name] for name, text in texts.items()}
+    return texts
 
 
 @cache

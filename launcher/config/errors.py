@@ -63,7 +63,7 @@ def typed_text(field: str, text: str) -> str:
 
 
 def hydra_text(text: str) -> str:
-    """Return the text quoted for Hydra, where a backslash escapes only before a quote. Not for `${`."""
+    """Return the text quoted for Hydra, in which a backslash escapes quotes only. Not for text with `${`."""
     escaped = re.sub(r'(\\*)"', r'\1\1\\"', text)
     return '"' + re.sub(r"(\\+)$", r"\1\1", escaped) + '"'
 

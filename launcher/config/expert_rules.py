@@ -91,7 +91,7 @@ def _check_layers(run: RunConfig) -> None:
 
 
 def _check_combinations(run: RunConfig) -> None:
-    """Refuse what is not built, or not shown to be right, with experts."""
+    """Refuse combinations with experts that are not supported or not verified."""
     m, e, tensor = run.model, run.model.experts, run.parallelism.tensor
     for name in ("up", "down"):
         if getattr(m.biases, name):
@@ -117,5 +117,5 @@ def _check_adapters(run: RunConfig) -> None:
         remedy = quoted_setting("finetune.lora.targets", f"[{','.join(kept)}]")
         raise refusal(run, "finetune.lora.targets", why, remedy, off)
     if run.model.experts.bias_balancing:
-        why = "adapters leave the router as it is, and its biases would change"
+        why = "with adapters the router is frozen, but bias balancing would change its biases"
         raise refusal(run, f"{_FIELD}.bias_balancing", why, f"{_FIELD}.bias_balancing=0", off)

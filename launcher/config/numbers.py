@@ -209,7 +209,7 @@ def numbers_in(config: object, prefix: str = "") -> Iterator[tuple[str, float]]:
 
 
 def refuse_out_of_bounds(config: object) -> None:
-    """Raise ConfigError for the first number of any config outside its bound."""
+    """Raise ConfigError for the first number of any config that is outside its bounds."""
     for field, value in numbers_in(config):
         bound = BOUNDS[field]
         if not bound.range.holds(value):

@@ -1,4 +1,4 @@
-"""Output files that a setting names: one that the launcher did not write is never overwritten."""
+"""Output files that a setting names. A file that the launcher did not write is never overwritten."""
 
 import json
 import os

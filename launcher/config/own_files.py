@@ -123,12 +123,12 @@ def _no_section(match: re.Match[str], root: type[Any]) -> ConfigError:
 def _sections(root: type[Any], prefix: str = "") -> dict[str, str]:
     """Return the dotted section of each class of fields, by the name of the class."""
     hints = get_type_hints(root)
-    found: dict[str, str] = {}
+    sections: dict[str, str] = {}
     for field in fields(root):
         kind, name = hints[field.name], f"{prefix}{field.name}"
         if is_dataclass(kind):
-            found |= {kind.__name__: name} | _sections(kind, f"{name}.")  # type: ignore[arg-type,union-attr]
-    return found
+            sections |= {kind.__name__: name} | _sections(kind, f"{name}.")  # type: ignore[arg-type,union-attr]
+    return sections
 
 
 def _no_mapping(match: re.Match[str], root: type[Any]) -> ConfigError:

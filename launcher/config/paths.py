@@ -37,7 +37,7 @@ def check_path(field: str, text: str, example: str, *, is_field: bool = True) ->
 
 
 def path_argument(name: str, text: str) -> Path:
-    """Return the path that a command is given; `name` is its name in the usage. Raises ConfigError."""
+    """Return the path in an argument of a command; `name` is its name in the usage. Raises ConfigError."""
     check_path(name, text, f"a path such as {PATHS['run.dir']}", is_field=False)
     return Path(text).expanduser()
 

@@ -306,7 +306,7 @@ class ParallelismConfig:
     # Ranks over which each sequence is split: a rank holds the activations of 1/context of its tokens.
     context: int = 1
     context_method: ContextMethod = ContextMethod.ring
-    expert: int = 1  # data x context ranks that share the experts of each layer, each with a part of them
+    expert: int = 1  # data x context ranks over which the experts of each layer are distributed
     zero_stage: int = 0
     sequence_parallel: bool = False
     offload_optimizer: bool = False

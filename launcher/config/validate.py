@@ -62,13 +62,13 @@ def validate(run: RunConfig, world: World) -> Layout:
 
 
 def check_values(run: RunConfig) -> None:
-    """Check each value for itself. Raises ConfigError."""
+    """Check each value on its own. Raises ConfigError."""
     check_numbers(run)
     check_paths(run)
 
 
 def validate_layout(run: RunConfig, world: World) -> Layout:
-    """As `validate`, for a run whose values were checked: the search changes only the fields of a layout."""
+    """Like `validate` without check_values: for the search, which changes only the fields of a layout."""
     for rule in RULES:
         rule(run)
     layout = resolve_layout(run, world)
@@ -77,7 +77,7 @@ def validate_layout(run: RunConfig, world: World) -> Layout:
 
 
 def validate_generate(config: GenerateConfig) -> str:
-    """Check what `launcher generate` is given; return the run's directory. Raises ConfigError."""
+    """Check the settings of `launcher generate`; return the run's directory. Raises ConfigError."""
     check_paths(config)
     if config.run.dir is None:
         why = "sampling needs the directory of a run"
@@ -89,7 +89,7 @@ def validate_generate(config: GenerateConfig) -> str:
 
 
 def validate_replay(config: ReplayConfig) -> tuple[str, int]:
-    """Check what `launcher replay` is given; return the run's directory and the step. Raises ConfigError."""
+    """Check the settings of `launcher replay`; return the directory and the step. Raises ConfigError."""
     if config.run.dir is None:
         why = "`launcher replay` needs the directory of a run"
         raise refusal(config, "run.dir", why, "run.dir=runs/NAME step=1")
@@ -102,7 +102,7 @@ def validate_replay(config: ReplayConfig) -> tuple[str, int]:
 
 
 def validate_evaluate(config: EvaluateConfig) -> str:
-    """Check what `launcher evaluate` is given; return the directory of the weights. Raises ConfigError."""
+    """Check the settings of `launcher evaluate`; return the directory of the weights. Raises ConfigError."""
     if config.run.dir is None:
         why = "`launcher evaluate` needs the directory of a run or a checkpoint"
         raise refusal(config, "run.dir", why, "run.dir=runs/NAME")
@@ -120,7 +120,7 @@ def validate_evaluate(config: EvaluateConfig) -> str:
 
 
 def validate_prepare(config: PrepareConfig) -> None:
-    """Check what `launcher prepare` is given. Raises ConfigError."""
+    """Check the settings of `launcher prepare`. Raises ConfigError."""
     numbers.refuse_out_of_bounds(config)
     check_paths(config)
     t = config.tokenizer
@@ -147,7 +147,7 @@ def validate_prepare(config: PrepareConfig) -> None:
 
 
 def validate_compare(config: ComparedRunConfig) -> None:
-    """Check what `launcher compare` is given besides a run. Raises ConfigError."""
+    """Check the settings of `launcher compare` besides the run. Raises ConfigError."""
     numbers.refuse_out_of_bounds(config)
     check_paths(config)
     if config.compare.ranks == 1:
@@ -160,7 +160,7 @@ def validate_compare(config: ComparedRunConfig) -> None:
 
 
 def validate_calibrate(config: CalibrateConfig) -> None:
-    """Check what `launcher calibrate` is given. Raises ConfigError."""
+    """Check the settings of `launcher calibrate`. Raises ConfigError."""
     numbers.refuse_out_of_bounds(config)
     check_paths(config)
     if not re.fullmatch(r"\w[\w.-]*", config.name):
@@ -173,7 +173,7 @@ def check_numbers(run: RunConfig) -> None:
 
 
 def check_inputs(run: RunConfig) -> None:
-    """Check that the model has the settings of its inputs, and none of the other kind's."""
+    """Check that the model has the settings of its kind of inputs, and none of the other kind."""
     m = run.model
     text = {"model.vocab_size": numbers.BYTE_VALUES, "model.max_sequence_length": 128}
     examples = {"num_classes": 10, "image_size": 8, "image_channels": 1, "patch_size": 2}
@@ -205,7 +205,7 @@ def check_inputs(run: RunConfig) -> None:
 
 
 def check_parts(run: RunConfig) -> None:
-    """Check the combinations of parts that would train on nothing or cheat."""
+    """Check for parts that would have nothing to learn from, or would see the token that they predict."""
     m = run.model
     if m.attention is AttentionKind.full and m.inputs is InputKind.tokens:
         why = "every position would see the token it predicts"

@@ -76,7 +76,7 @@ def _numbered(record: dict[str, Any], field: str) -> Iterator[tuple[str, Message
 
 
 def _message(message: Message, place: str) -> Message:
-    """Return a message in OpenAI's shape. Many files have its messages under ShareGPT's name of the list."""
+    """Return a message in OpenAI's shape. A list `conversations` may hold messages of either shape."""
     return _sharegpt(message, place) if "from" in message else _openai(message, place)
 
 

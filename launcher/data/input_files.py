@@ -101,8 +101,8 @@ def walk(root: Path, field: str, left_out: LeftOut, *, hidden: bool) -> Iterator
 def matching(root: Path, pattern: str, field: str, left_out: LeftOut) -> Iterator[Path]:
     """Yield what a glob relative to `root` matches.
 
-    ** enters each directory once. glob.glob follows links that lead back 40 times, which takes forever where
-    a directory has two of them.
+    ** enters each directory once. glob.glob follows links that lead back 40 times, which takes forever if a
+    directory has two such links.
     """
     parts = Path(pattern).parts
     if "**" not in parts:
@@ -139,7 +139,7 @@ def closest_directory(candidates: Iterable[Path]) -> Path | None:
 
 
 def prepare_commands(source: Path) -> str:
-    """Return what to type to train on text that only `launcher prepare` reads."""
+    """Return the commands that train on text that only `launcher prepare` reads."""
     name = source.name.partition(".")[0] or "web"
     target = f"corpora/{name}"
     train = shlex.join(["launcher", "data=tokens", typed_text("data.train", target)])

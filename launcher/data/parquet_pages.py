@@ -24,7 +24,7 @@ _MOST_DEPTH = 8  # of structures within a page header
 
 
 class UnboundedPages(Exception):
-    """Raised for a row group that needs too much memory; the message says which, and names the limit."""
+    """Raised for a row group that needs too much memory; the message names the row group and the limit."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ def rows_per_batch(path: Path, metadata: Any, schema: Any, group: int, column: s
                 largest = max(largest, page.bytes)
                 elements += 0 if page.is_dictionary else page.values
             if schema.column(number).max_repetition_level and elements > _MOST_ELEMENTS:
-                what = f"lists with {whole(elements)} elements, more than the {whole(_MOST_ELEMENTS)}"
-                raise UnboundedPages(f"{_place(group, column)} holds {what} that are read")
+                lists = f"lists with {whole(elements)} elements, more than the {whole(_MOST_ELEMENTS)}"
+                raise UnboundedPages(f"{_place(group, column)} holds {lists} that are read")
     return max(1, min(MOST_ROWS, _BATCH_BYTES // max(1, largest)))
 
 

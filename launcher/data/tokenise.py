@@ -75,7 +75,7 @@ class NoText(ValueError):
     """Raised for a record without usable text."""
 
     def __init__(self, why: str, fields: Iterable[str] | None = None) -> None:
-        """`fields` are the record's fields that contain text; None if `text_field` is not at fault."""
+        """`fields` are the record's fields that contain text; None if the fault is not `text_field`."""
         super().__init__(why)
         self.fields = None if fields is None else tuple(islice(fields, 5))
 

@@ -146,9 +146,9 @@ class HuggingFace:
         return [np.array(encoding.ids, self.dtype) for encoding in encodings]
 
     def _largest_of_text(self) -> int:
-        """Return the largest id that text becomes, or the end of a document.
+        """Return the largest token id that text, or the end of a document, can have.
 
-        A special token behind it needs no place in a model: Gemma 3's text models lack the tokenizer's last.
+        Special tokens with larger ids need no place in a model: Gemma 3's text models lack the last of them.
         """
         added = self._tokenizer.get_added_tokens_decoder()
         ids = (index for index in self._vocabulary.values() if index not in added or not added[index].special)

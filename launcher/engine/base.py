@@ -21,7 +21,7 @@ from launcher.engine.optimizer import is_trained
 from launcher.engine.state import find_states, loss_scaler, make_states
 from launcher.engine.stochastic import StochasticOptimizer
 from launcher.engine.update_guard import UpdateGuard, install
-from launcher.models.context import BlockContext
+from launcher.models.block_context import BlockContext
 from launcher.models.losses import ClassificationLoss, LanguageLoss
 from launcher.models.selection_bias import balance
 from launcher.parallel.mesh import Axis, ProcessMesh
@@ -37,7 +37,7 @@ class StepResult:
     loss: Tensor  # this rank's share of the mean over all labels, in nats; see Engine.loss_share
     grad_norm: Tensor  # before clipping, the same on every rank
     skipped: Tensor  # 1 if the step changed no weight because its gradients are not usable, else 0; alike
-    labels: int | None  # of the global batch, as train_batch was told
+    labels: int | None  # labels of the global batch, as passed to train_batch
 
 
 class Engine(ABC):
@@ -107,10 +107,10 @@ class Engine(ABC):
         self.loss.labels_per_micro_batch = None if labels is None else max(labels, 1) / micro_batches
 
     def _to_device(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """Return inputs and labels on the device: of token ids (B, T+1) two (B, T), of a pair its two."""
+        """Return inputs and labels on the device, from token ids (B, T+1) or from a pair of both."""
         inputs, labels = batch if isinstance(batch, tuple) else (batch[:, :-1], batch[:, 1:])
         if self.loss.labels_per_micro_batch is None:
-            assert not (labels == IGNORED_LABEL).any(), "the engine is told how many labels count"
+            assert not (labels == IGNORED_LABEL).any(), "the caller must pass the number of labels that count"
         return to_device(inputs, self.device), to_device(labels, self.device)
 
     def begin_shape(self) -> None:  # noqa: B027  (only a pipeline keeps buffers of one shape)

@@ -12,7 +12,7 @@ from launcher.engine.base import Engine
 from launcher.engine.distributed import set_timeouts
 from launcher.engine.flat import FlatEngine
 from launcher.engine.pipeline import PipelineEngine
-from launcher.models.context import BlockContext
+from launcher.models.block_context import BlockContext
 from launcher.parallel.dtypes import TORCH_DTYPES
 from launcher.parallel.initializer import Initializer
 from launcher.parallel.mesh import MeshShape, ProcessMesh

@@ -52,9 +52,9 @@ def first_bad_value(
     finally:
         observer.remove()
     set_loss_scaler(engine, scaler)
-    found: list[BadValue | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, observer.first)
-    return min((bad for bad in found if bad), key=lambda bad: bad.order, default=None)
+    bad_values: list[BadValue | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(bad_values, observer.first)
+    return min((bad for bad in bad_values if bad), key=lambda bad: bad.order, default=None)
 
 
 class _Observer:

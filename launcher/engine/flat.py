@@ -14,8 +14,8 @@ from launcher.engine.optimizer import build_optimizer
 from launcher.engine.partitioned import PartitionedInit
 from launcher.engine.update_guard import clip, norm_of_whole
 from launcher.models.architecture import FlatModel, model_layers, model_loss
+from launcher.models.block_context import BlockContext
 from launcher.models.blocks import TransformerBlock
-from launcher.models.context import BlockContext
 from launcher.parallel.mesh import ProcessMesh
 
 

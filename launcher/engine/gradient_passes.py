@@ -24,7 +24,7 @@ def lighten(deepspeed_engine: Any) -> None:
 
 
 def _reduce_during_backward(engine: Any, copies: "_Copies | None") -> None:
-    """Reduce gradients of all but shared experts bucket by bucket: see OverlappedReduction.
+    """Reduce all gradients except those of distributed experts bucket by bucket: see OverlappedReduction.
 
     `copies` are those into BF16_Optimizer's fp32 sums; None: torch's optimizer takes the step (ZeRO-0).
     """

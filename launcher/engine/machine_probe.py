@@ -16,8 +16,8 @@ def main() -> None:
 
 def _probed(probe: Any) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = probe()
-        return found
+        facts: dict[str, Any] = probe()
+        return facts
     except BaseException as error:
         return {"error": " ".join(f"{type(error).__name__}: {error}".split())}
 
@@ -26,25 +26,25 @@ def _torch() -> dict[str, Any]:
     import torch
     import torch.distributed as dist
 
-    found: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "version": torch.__version__,
         "cuda": torch.version.cuda or torch.version.hip,
         "gloo": dist.is_available() and dist.is_gloo_available(),
         "gpus": [],
     }
-    if found["cuda"] and dist.is_nccl_available():
-        found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+    if facts["cuda"] and dist.is_nccl_available():
+        facts["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             free, total = torch.cuda.mem_get_info(index)
             name = torch.cuda.get_device_properties(index).name
-            found["gpus"].append({"name": name, "free": free, "total": total})
-    elif found["cuda"]:
+            facts["gpus"].append({"name": name, "free": free, "total": total})
+    elif facts["cuda"]:
         try:
             torch.cuda.init()
         except RuntimeError as error:
-            found["cuda_error"] = " ".join(str(error).split())
-    return found
+            facts["cuda_error"] = " ".join(str(error).split())
+    return facts
 
 
 def _deepspeed() -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Measure a rank: peak memory of its tensors, collectives by group, and seconds by part of a step.
 
-Knows which of DeepSpeed's functions and groups to look at, so that nothing outside the engine has to.
+Only this module knows which functions and groups of DeepSpeed must be measured.
 """
 
 from collections.abc import Iterator

@@ -25,7 +25,7 @@ def build_optimizer(
     for parameter in filter(is_trained, parameters):
         # Use the logical shape: under ZeRO-3 every parameter is flattened to a vector.
         (matrices if len(logical_of(parameter).shape) > 1 else vectors).append(parameter)
-    # Experts that data ranks share are all matrices: DeepSpeed partitions their group over other ranks.
+    # DeepSpeed partitions the group of distributed experts, which are all matrices, over other ranks.
     shared = [weight for weight in matrices if logical_of(weight).is_part]
     matrices = [weight for weight in matrices if not logical_of(weight).is_part]
     decays = ((matrices, config.weight_decay), (vectors, 0.0))
@@ -49,7 +49,7 @@ def build_optimizer(
 
 
 def is_trained(parameter: nn.Parameter) -> bool:
-    """Return whether the optimizer updates a parameter: with adapters (LoRA) only theirs are updated."""
+    """Return whether the optimizer updates a parameter; with adapters (LoRA) only adapters are updated."""
     return parameter.requires_grad
 
 

@@ -46,7 +46,7 @@ class OverlappedReduction:
     def finish(self) -> None:
         """Reduce the buckets that are left, and wait. Collective over the data group.
 
-        A weight without a gradient in this step is left over: `gradient_of` must have one of zeros for it.
+        These are the buckets with a weight that got no gradient: `gradient_of` must return zeros for it.
         """
         while self._begun < len(self._buckets):
             self._begin_bucket()
@@ -93,7 +93,7 @@ class _Running:
         self._work: Any = dist.all_reduce_coalesced(self._sent, op=average, group=group, async_op=True)
 
     def end(self) -> None:
-        """Wait for the averages: on a GPU the stream that computes does, not the host."""
+        """Wait for the averages. On a GPU the computing stream waits, not the host."""
         self._work.wait()
         if self._sent is not self._gradients:
             torch._foreach_copy_(self._gradients, self._sent)

@@ -17,8 +17,8 @@ from launcher.engine.ds_config import deepspeed_config
 from launcher.engine.expert_groups import shared_experts
 from launcher.engine.optimizer import build_optimizer, is_trained
 from launcher.models.architecture import Layer, model_layers, model_loss
+from launcher.models.block_context import BlockContext
 from launcher.models.blocks import TransformerBlock
-from launcher.models.context import BlockContext
 from launcher.parallel.mesh import ProcessMesh
 
 

@@ -6,7 +6,7 @@
 | ZeRO-1, 2 | model weights | model weights, fragments of master weights and states | tied weights |
 | ZeRO-3 | persistent weights | persistent weights, fragments of master weights and states | (no pipeline) |
 
-Data ranks have the context ranks among them. Experts that they share are alike on those that hold the same
+The data ranks contain the context ranks. Distributed experts are alike on the ranks that hold the same
 experts. The learning rate, the loss scale and the numbers of updates are alike on all ranks.
 """
 
@@ -60,7 +60,7 @@ class Disagreement:
     ranks: dict[int, int]  # hash by rank
 
     def minority(self) -> list[int]:
-        """Return the ranks that differ from more than half of the ranks; all ranks if no half is alike."""
+        """Return the ranks that differ from the majority; all ranks if there is no majority."""
         hashes = list(self.ranks.values())
         most = max(hashes, key=hashes.count)
         if 2 * hashes.count(most) <= len(hashes):
@@ -158,7 +158,7 @@ def _weights_and_whole_states(engine: Engine) -> Iterator[Replica]:
 
 
 def _data_axes(engine: Engine, *, is_part: bool) -> tuple[bool, bool]:
-    """Return whether holders of the same experts, and ranks that share experts, hold a tensor alike."""
+    """Return whether a tensor is alike on holders of the same experts, and within an expert group."""
     mesh = engine.mesh
     if is_part:  # experts that data ranks share differ between them
         return mesh.holders_of_experts.size > 1, False
@@ -172,7 +172,7 @@ def _whole_parameters(engine: Engine) -> list[nn.Parameter]:
 
 
 def _fragments_of_whole_tensors(engine: Engine) -> Iterator[Replica]:
-    """Yield the fragments of tensors that are not split: tensor ranks with one data rank hold the same."""
+    """Yield the fragments of tensors that are not split over tensor ranks, which therefore hold copies."""
     states = engine.optimizer.state.values()
     keys = {key for state in states for key, value in state.items() if isinstance(value, Tensor)} - {"step"}
     for fragment in fragments(engine, sorted(keys)):

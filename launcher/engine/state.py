@@ -120,7 +120,7 @@ def make_states(engine: "Engine", keys: list[str], updates: int) -> None:
 
 
 def find_states(engine: "Engine", keys: list[str]) -> None:
-    """Let every parameter's states `keys` be found; they are zero if all steps so far were skipped."""
+    """Make the states `keys` of every parameter accessible: zeros if all steps so far were skipped."""
     if engine.optimizer.state:
         link_states(engine)
     else:

@@ -1,8 +1,9 @@
 """AdamW and SGD on bf16 weights and states: fp32 arithmetic in chunks, stochastic rounding of the results.
 
 bf16 keeps 8 significant bits. Rounded to nearest, an update below half the distance between two such numbers
-is lost, in every step alike. Stochastic rounding adds random bits below the kept ones and cuts off: a value
-is rounded up as often as it lies close to the upper neighbour, so the mean over the steps is exact.
+is lost in every step. Stochastic rounding adds random bits below the kept bits and then cuts off. The
+probability of rounding up is the distance to the lower neighbour divided by the distance of the neighbours,
+so the mean over the steps is exact.
 
 The random bits are a function of the run's seed, the step, the tensor and the element, whichever rank holds
 the element. So copies of a weight stay equal, and a resumed run has no random state to restore.

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-# Names that engine/step_trace.py gives to stretches of the trace, and its key for the names of groups.
+# Names that engine/profiler_trace.py gives to stretches of the trace, and its key for the names of groups.
 STEP, OPTIMIZER, COLLECTIVE = "launcher step ", "launcher optimizer", "launcher collective "
 GROUPS = "launcherGroups"
 
@@ -82,7 +82,7 @@ class StepParts:
 
 @dataclass
 class _Spans:
-    """Intervals of a trace. A collective is `waited` for where the thread of the step stands still."""
+    """Intervals of a trace. In `waited` the thread of the step does nothing but wait for a collective."""
 
     windows: list[Span]
     work: list[Span] = field(default_factory=list)
@@ -91,7 +91,7 @@ class _Spans:
 
 
 def parts_of_trace(trace: Mapping[str, Any]) -> StepParts:
-    """Return the parts of the steps that a Chrome trace of step_trace.py contains."""
+    """Return the parts of the steps that a Chrome trace of profiler_trace.py contains."""
     events = [event for event in trace["traceEvents"] if event.get("ph") == "X"]
     windows = [_span(event, event["name"]) for event in _annotations(events, STEP)]
     spans = _Spans(windows)
@@ -170,11 +170,13 @@ def _add_host(spans: _Spans, events: Sequence[Event]) -> None:
             (spans.waited if is_collective else spans.work).append(span)
     transfers = sorted((e for e in events if _is_gloo(e)), key=lambda event: float(event["ts"]))
     for is_between_two in (True, False):
-        own = [e for e in transfers if _is_send(e["name"]) is is_between_two]
+        chosen = [e for e in transfers if _is_send(e["name"]) is is_between_two]
         calls = [call for call in sorted(issued) if _is_send(call.name) is is_between_two]
         # gloo takes up collectives in the order of their calls, and runs a reduce-scatter as an all-reduce.
-        names = [call.name for call in calls] if len(calls) == len(own) else [e["name"] for e in own]
-        spans.running += [_span(event, collective_name(name)) for event, name in zip(own, names, strict=True)]
+        names = [call.name for call in calls] if len(calls) == len(chosen) else [e["name"] for e in chosen]
+        spans.running += [
+            _span(event, collective_name(name)) for event, name in zip(chosen, names, strict=True)
+        ]
 
 
 class _Frame(NamedTuple):

@@ -133,7 +133,7 @@ def norm_of_whole(
     group: Group | None,
     device: torch.device,
 ) -> Tensor:
-    """Return the L2 norm of gradients that each data rank holds whole, except of experts that it lacks.
+    """Return the L2 norm of gradients that each data rank holds whole, apart from distributed experts.
 
     Every expert counts once: expert ranks hold different experts, whose squares are added up. DeepSpeed
     averages the norms of experts over the data ranks instead (DeepSpeed 0.19.8, get_norm_with_moe_layers).

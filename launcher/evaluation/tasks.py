@@ -30,9 +30,9 @@ def task_manager_of(config: EvaluateConfig) -> Any:
     folder = None if config.task_dir is None else str(Path(config.task_dir).expanduser())
     if folder is not None:
         # The index of 14,000 shipped tasks takes half a minute, so it is made only if it is needed.
-        own = TaskManager(include_path=folder, include_defaults=False)
-        if set(config.tasks) <= set(own.all_tasks):
-            return own
+        manager = TaskManager(include_path=folder, include_defaults=False)
+        if set(config.tasks) <= set(manager.all_tasks):
+            return manager
     manager = TaskManager(include_path=folder)
     known = manager.all_tasks
     for task in config.tasks:

@@ -49,7 +49,7 @@ def installed_here() -> Installed:
 
 
 def installed_for(python: str) -> Installed:
-    """Return what another Python has installed. Raises NotInstalled."""
+    """Return the versions that another Python has installed. Raises NotInstalled."""
     command = [python, "-P", "-m", "launcher.launch.installed"]
     try:
         done = subprocess.run(

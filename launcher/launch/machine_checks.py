@@ -146,16 +146,16 @@ def disks(run_dir: Path) -> list[Finding]:
 def _disk(name: str, path: Path, remedy: str, *, is_needed: bool) -> list[Finding]:
     """Check a directory, or the directory above in which it would be made."""
     path = path.absolute()
-    there = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+    existing = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         why = (
-            f"{printable(there)} cannot be written"
-            if there.is_dir()
-            else f"{printable(there)} is not a directory"
+            f"{printable(existing)} cannot be written"
+            if existing.is_dir()
+            else f"{printable(existing)} is not a directory"
         )
         return [Finding(name, printable(path), why, remedy, is_fatal=is_needed)]
-    free = shutil.disk_usage(there).free
-    why = "" if free >= _LITTLE_DISK else f"only {size(free)} are free in {printable(there)}"
+    free = shutil.disk_usage(existing).free
+    why = "" if free >= _LITTLE_DISK else f"only {size(free)} are free in {printable(existing)}"
     return [
         Finding(name, f"{printable(path)}, {size(free)} free", why, remedy, is_needed and free < _NO_DISK)
     ]

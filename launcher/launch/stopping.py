@@ -4,7 +4,7 @@
    which Slurm sends `slurm.signal_seconds` before the time limit.
 2. `launcher job` (runtime/slurm_job.py) sends SIGUSR1 to its srun, and srun sends it to every rank. A
    launcher that started its ranks (launch/local.py) sends SIGUSR1 to them, and gives them `stop_grace`; a
-   second Ctrl-C, a second later or more, ends that.
+   second Ctrl-C, at least one second later, kills them.
 3. In a rank a StopRequest (launch/rank.py) notes the signal, and training continues. Ranks of torchrun and
    srun note signals from start to end. Other ranks only while they train (runtime/training.py): before and
    after, a signal ends them.

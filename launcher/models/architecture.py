@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from launcher.config.schema import InputKind, ModelConfig, PositionKind
 from launcher.config.shape import output_size
+from launcher.models.block_context import BlockContext
 from launcher.models.blocks import TransformerBlock
-from launcher.models.context import BlockContext
 from launcher.models.documents import Documents
 from launcher.models.losses import ClassificationLoss, LanguageLoss
 from launcher.models.norms import Norm

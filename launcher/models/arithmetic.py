@@ -101,7 +101,7 @@ def trained_parameters(run: RunConfig) -> int:
 def reduce_bucket(run: RunConfig, layout: Layout) -> int:
     """Return the elements of gradients that are reduced at once.
 
-    The bucket that DeepSpeed allocates whole has at most its default.
+    If DeepSpeed allocates the whole bucket, the size is at most DeepSpeed's default.
     """
     if reduces_during_backward(run, layout):
         return FILLED[layout.device]

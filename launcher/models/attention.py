@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from launcher.config.schema import ActivationCheckpointing, AttentionKind, ModelConfig, QueryKeyNorm
 from launcher.config.shape import head_size, kv_heads, qkv_sizes
 from launcher.models.attention_kernel import Kernel
-from launcher.models.context import BlockContext, recompute, residual_draw
+from launcher.models.block_context import BlockContext, recompute, residual_draw
 from launcher.models.context_attention import context_attention
 from launcher.models.dropout import Seed, attention
 from launcher.models.lora import ColumnAdapter, RowAdapter, adapted, adapter_of, seed_of_adapter

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from launcher.config.schema import ActivationCheckpointing, ModelConfig, ResidualKind
 from launcher.config.shape import has_norm_after, has_norm_before, layer_has_experts, window_of
 from launcher.models.attention import Attention
-from launcher.models.context import BlockContext, HiddenDropout, recompute, run_once
+from launcher.models.block_context import BlockContext, HiddenDropout, recompute, run_once
 from launcher.models.dropout import Seed
 from launcher.models.experts import Experts
 from launcher.models.mlp import MLP

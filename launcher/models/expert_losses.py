@@ -1,10 +1,10 @@
 """The auxiliary losses of a router, and their way into its gradients.
 
-Both are means over sequences or tokens of numbers that one sequence or one token decides. So the mean over
-micro-batches and data ranks is the mean over the global batch, in every layout. Context ranks, which share
-each sequence, add up the uses of its experts: then the mean over them too is that of the whole sequences. The
-load-balancing loss over
-a whole batch (Fedus et al., arXiv 2101.03961) is a product of two means and has no such form.
+Both are means of numbers that depend on one sequence or on one token. So the mean over micro-batches and data
+ranks is the mean over the global batch, in every layout. The context ranks of a sequence add up how many of
+its tokens chose each expert; the mean over context ranks is then the loss of the whole sequence. The
+load-balancing loss over a whole batch (Fedus et al., arXiv 2101.03961) is a product of two means and has no
+such form.
 """
 
 from typing import Any
@@ -19,12 +19,12 @@ from launcher.parallel.mesh import ONE_RANK, Axis
 def load_balancing_loss(shares: Tensor, chosen: Tensor, context: Axis = ONE_RANK) -> Tensor:
     """Return the balance loss of sequences of DeepSeek-V3 (arXiv 2412.19437, equations 17 to 20).
 
-    For each sequence the sum over experts of f P, where f is the share of the tokens that chose the expert
-    times E / k, and P the mean share of the expert in a token's scores; then the mean over sequences. The
-    loss is 1 if all experts are alike. `shares` is (B, T, E), `chosen` (B, T, k).
+    It is the mean over sequences of the sum over experts of f P. f is E / k times the share of the sequence's
+    tokens that chose the expert; P is the mean over tokens of the expert's share of the scores. The loss is 1
+    if all experts are used alike. `shares` is (B, T, E), `chosen` (B, T, k).
 
-    With context ranks T are the tokens of this rank: f is that of whole sequences and P that of the part, so
-    that the mean over the ranks is the loss. Collective over the context group: an all-reduce of (B, E).
+    With context ranks T counts the tokens of this rank. f covers the whole sequence and P the part, so that
+    the mean over the ranks is the loss. Collective over the context group: an all-reduce of (B, E).
     """
     experts, top_k = shares.shape[-1], chosen.shape[-1]
     uses = torch.zeros_like(shares[:, 0]).scatter_add_(-1, chosen.flatten(1), _ones(shares, chosen))
@@ -44,9 +44,9 @@ def z_loss(logits: Tensor) -> Tensor:
 
 
 def with_loss(x: Tensor, loss: Tensor) -> Tensor:
-    """Return x; its backward pass also starts that of `loss`, with a gradient of 1.
+    """Return x; its backward pass also starts the backward pass of `loss`, with a gradient of 1.
 
-    So a loss of any pipeline stage gets its gradients without a way to the last stage.
+    So the losses of a pipeline stage need no path to the loss on the last stage.
     """
     return _WithLoss.apply(x, loss)  # type: ignore[no-any-return,no-untyped-call]
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from launcher.config.schema import ModelConfig, RouterKind
 from launcher.config.shape import is_gated
-from launcher.models.context import BlockContext, residual_draw
+from launcher.models.block_context import BlockContext, residual_draw
 from launcher.models.expert_losses import load_balancing_loss, with_loss, z_loss
 from launcher.models.grouped import (
     Order,
@@ -98,8 +98,8 @@ class Experts(nn.Module):
             y = self._run(y, order)
         else:
             exchange = exchanged_rows(order, experts.count, self.expert, y.device)
-            y = spread(exchange.there(y), exchange.order)
-            y = exchange.back(unsorted(self._run(y, exchange.order), exchange.order))
+            y = spread(exchange.dispatch(y), exchange.order)
+            y = exchange.combine(unsorted(self._run(y, exchange.order), exchange.order))
         y = tp.leave(collect(y, weights, order).view(len(x), -1, x.shape[-1]))
         return y if self.shared is None else y + self.shared(x)
 

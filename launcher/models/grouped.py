@@ -196,11 +196,11 @@ class Exchange:
     received: list[int]
     order: Order  # order of the received rows by expert of this rank
 
-    def there(self, rows: Tensor) -> Tensor:
+    def dispatch(self, rows: Tensor) -> Tensor:
         """Return the rows of this rank's experts, by source: all-to-all forward, its reverse backward."""
         return _AllToAll.apply(rows, self.sent, self.received, self.axis)  # type: ignore[no-any-return,no-untyped-call]
 
-    def back(self, rows: Tensor) -> Tensor:
+    def combine(self, rows: Tensor) -> Tensor:
         """Return the rows of this rank's tokens by expert: all-to-all forward, its reverse backward."""
         return _AllToAll.apply(rows, self.received, self.sent, self.axis)  # type: ignore[no-any-return,no-untyped-call]
 

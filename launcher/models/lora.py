@@ -28,7 +28,7 @@ from launcher.parallel.initializer import normal, zeros
 from launcher.parallel.sharding import LogicalTensor
 
 if TYPE_CHECKING:
-    from launcher.models.context import BlockContext
+    from launcher.models.block_context import BlockContext
 
 LORA_A, LORA_B = "lora_a", "lora_b"
 

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from launcher.config.schema import MLPKind, ModelConfig
 from launcher.config.shape import is_gated
-from launcher.models.context import BlockContext, residual_draw
+from launcher.models.block_context import BlockContext, residual_draw
 from launcher.models.dropout import Seed
 from launcher.models.lora import ColumnAdapter, RowAdapter, adapted, adapter_of, seed_of_adapter
 from launcher.parallel.initializer import normal

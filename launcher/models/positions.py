@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from launcher.config.schema import ModelConfig
 from launcher.config.shape import position_count
-from launcher.models.context import BlockContext, HiddenDropout
+from launcher.models.block_context import BlockContext, HiddenDropout
 from launcher.parallel.initializer import normal
 from launcher.parallel.sharding import LogicalTensor
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from launcher.config.schema import ModelConfig, Pooling
 from launcher.config.shape import has_class_token, vision_tokens
-from launcher.models.context import BlockContext
+from launcher.models.block_context import BlockContext
 from launcher.parallel.collectives import reduce_region
 from launcher.parallel.initializer import normal, zeros
 from launcher.parallel.layers import TensorParallel

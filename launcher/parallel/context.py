@@ -15,7 +15,7 @@ from launcher.config.schema import ContextMethod
 from launcher.config.sequence_order import Part, chunks_of, chunks_per_rank, part_of
 from launcher.parallel.mesh import Axis
 
-Exchange = tuple[Tensor, list[dist.Work]]  # the tensor that is being received, and handles to wait for
+Transfer = tuple[Tensor, list[dist.Work]]  # the tensor that is being received, and handles to wait for
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def reduce_scatter_parts(x: Tensor, axis: Axis) -> Tensor:
     return part
 
 
-def pass_on_start(x: Tensor, axis: Axis) -> Exchange:
+def pass_on_start(x: Tensor, axis: Axis) -> Transfer:
     """Start to send x to the next rank of the ring and to receive the tensor of the rank before."""
     received = torch.empty_like(x)
     assert axis.group is not None
@@ -86,9 +86,9 @@ def pass_on_start(x: Tensor, axis: Axis) -> Exchange:
     return received, dist.batch_isend_irecv(operations)
 
 
-def finish(exchange: Exchange) -> Tensor:
-    """Wait for the exchange; return the tensor that was received."""
-    received, works = exchange
+def finish(transfer: Transfer) -> Tensor:
+    """Wait for the transfer; return the tensor that was received."""
+    received, works = transfer
     for work in works:
         work.wait()
     return received

@@ -201,9 +201,9 @@ def fused_cross_entropy_(
     """
     elsewhere, index = _local_labels(logits, labels, axis)
     column, unpadded = index.squeeze(1).masked_fill(elsewhere, -1), _unpadded(logits, vocabulary, axis)
-    if (found := kernels(statistics, logits, column, unpadded, cap)) is None:
+    if (statistics_of_rows := kernels(statistics, logits, column, unpadded, cap)) is None:
         return None
-    highest, sums, label = found
+    highest, sums, label = statistics_of_rows
     if axis.size > 1:
         local, highest = highest, _reduced(highest.clone(), dist.ReduceOp.MAX, axis)
         shift = local - highest
@@ -218,7 +218,7 @@ def fused_cross_entropy_(
 
 
 class _Gradients:
-    """Gradients of the sum of the losses, before the backward pass says how that sum counts.
+    """Gradients of the sum of the losses, not yet multiplied by the gradient of this sum.
 
     Nothing is divided by the number of tokens yet: in fp16 most probabilities would become zero. Neither x
     nor the weight is kept.

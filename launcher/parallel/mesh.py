@@ -1,8 +1,8 @@
 """Process mesh: pipeline x data x tensor coordinates of each rank, process groups, and DeepSpeed's mpu.
 
-Context ranks share the sequences of a batch. They are an inner factor of the data axis: ZeRO and the pipeline
+Each sequence is split over context ranks. They are an inner factor of the data axis: ZeRO and the pipeline
 see one data group, with data x context ranks. Experts are folded over that group (arXiv 2504.14960), so that
-an expert group may have context ranks, or parts of several data ranks.
+an expert group may contain context ranks of one or several data ranks.
 
 The rank arithmetic is pure. Only `ProcessMesh.create` creates process groups.
 """

@@ -1,8 +1,8 @@
 """Files for the whole run, and the global batches of its steps, read in the plainest way.
 
 The blend and the order of samples are written again here, with integers and loops: one sample after the
-other. Tokens, images and conversations each have a module. They share no code with launcher/data, except that
-the index of token files is written by it.
+other. Tokens, images and conversations each have a module. They share no code with launcher/data, except
+the function that writes the index of token files.
 """
 
 import hashlib

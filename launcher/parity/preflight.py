@@ -1,7 +1,7 @@
 """Check once, before a job is submitted, that the installed versions compute this kind of layout right.
 
-The check is `launcher verify` on the smallest run of the kind (see kind.py), in a process of its own. A pass
-is kept in the user's cache directory, under the versions and the kind. Imports no torch.
+The check is `launcher verify` on the smallest run of the kind (see kind.py), in a process of its own. A
+success is recorded in the user's cache directory, under the versions and the kind. Imports no torch.
 """
 
 import fcntl

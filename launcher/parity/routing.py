@@ -1,8 +1,8 @@
 """Routers of the reference: the experts that each token chooses, and the losses of a router.
 
-Rounding decides between two experts with nearly equal scores, and each of them gives the token another
-output. So the reference takes over the choices of the layout, and a comparison of its own checks each: the
-layout may choose another expert than the reference only where rounding can exchange their scores.
+If two experts have nearly equal scores, rounding decides which of them a token chooses, and the output
+depends on this choice. So the reference uses the choices of the layout, and checks each of them: the layout
+may choose another expert than the reference only if rounding can exchange the order of their scores.
 """
 
 from dataclasses import dataclass, field
@@ -34,7 +34,7 @@ class Routing:
         self._first, self.losses = first, []
 
     def scores(self) -> Weights:
-        """Return the numbers by which each token of the step chose, (G, T, E)."""
+        """Return the scores, with biases, by which each token of the step chose its experts, (G, T, E)."""
         return {name: torch.cat(parts) for name, parts in self._scores.items()}
 
     def choose(self, name: str, scores: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ def biases_in(states: Weights) -> Weights:
 
 
 def shortfall(scores: Tensor, chosen: Tensor) -> float:
-    """Return by how much the score of a chosen expert is below that of a better one, at most; 0: none is.
+    """Return the largest difference by which an expert that was left out beats a chosen expert; 0: none does.
 
     From scores (G, T, E) of the reference and chosen experts (G, T, k); infinite if a token did not choose k
     different experts.

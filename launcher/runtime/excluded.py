@@ -14,7 +14,7 @@ Stretch = tuple[int, int]  # the samples from the first number up to the second,
 
 
 def past_excluded(samples: int, stretches: Sequence[Stretch]) -> int:
-    """Return how many samples count as consumed, with the stretches that begin here left out. Pure."""
+    """Return `samples` plus the excluded samples that follow directly, which count as consumed. Pure."""
     for start, end in sorted(stretches):
         if start <= samples < end:
             samples = end

@@ -62,7 +62,7 @@ class Place:
         except (FileNotFoundError, NotADirectoryError):
             return "was moved or deleted while the run trained"
         except OSError:
-            return None  # a file server that does not answer has not given the directory away
+            return None  # no answer from a file server does not mean that the directory is lost
         try:
             is_held = _inode(os.lstat(self.path / HOLDER)) == self.lock
         except OSError:

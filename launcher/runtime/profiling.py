@@ -8,7 +8,7 @@ from types import TracebackType
 
 from launcher.config.schema import ProfileConfig
 from launcher.engine.base import Engine
-from launcher.engine.step_trace import StepTrace
+from launcher.engine.profiler_trace import ProfilerTrace
 from launcher.engine.stopwatch import Stopwatch
 from launcher.engine.trace_parts import StepParts, parts_of_trace
 from launcher.runtime.output import RunOutput
@@ -37,7 +37,7 @@ class Profiling:
         self.steps = steps
         self._engine, self._collectives = engine, collectives
         self._output, self._directory = output, directory
-        self._trace: StepTrace | None = None
+        self._trace: ProfilerTrace | None = None
         self._taken: list[int] = []
 
     def __enter__(self) -> "Profiling":
@@ -56,7 +56,7 @@ class Profiling:
         if number not in self.steps:
             return _OFF
         if self._trace is None:
-            self._trace = StepTrace(self._engine, self._collectives)
+            self._trace = ProfilerTrace(self._engine, self._collectives)
             self._trace.start()
         self._taken.append(number)
         return self._trace.step(number)
@@ -68,7 +68,7 @@ class Profiling:
         trace.stop()
         self._write(trace)
 
-    def _write(self, trace: StepTrace) -> None:
+    def _write(self, trace: ProfilerTrace) -> None:
         rank = self._engine.mesh.rank
         path = self._directory / f"steps_{self._taken[0]}-{self._taken[-1]}_rank_{rank}.json"
         try:

@@ -105,24 +105,24 @@ def sample_losses(
     gathered: list[list[SampleLoss]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(gathered, mine)
     by_sample: dict[int, list[float]] = {}
-    for one in (one for part in gathered for one in part):
-        by_sample.setdefault(one.sample, []).append(one.loss)
+    for sample_loss in (sample_loss for part in gathered for sample_loss in part):
+        by_sample.setdefault(sample_loss.sample, []).append(sample_loss.loss)
     # Each context rank has the loss of its part of a sample, as a share of their mean.
     means = [SampleLoss(sample, sum(losses) / len(losses)) for sample, losses in by_sample.items()]
-    return sorted(means, key=lambda one: one.loss, reverse=True), norm
+    return sorted(means, key=lambda sample_loss: sample_loss.loss, reverse=True), norm
 
 
 def report(
     run: RunConfig, run_dir: Path, blend: Blend, losses: list[SampleLoss], norm: float, shown: int
 ) -> list[str]:
     """Return the lines: loss and norm of the step, then the samples with the highest losses."""
-    mean = sum(one.loss for one in losses) / len(losses)
+    mean = sum(sample_loss.loss for sample_loss in losses) / len(losses)
     lines = [f"loss     {mean:.4f} over {len(losses)} samples, gradient norm {norm:.4g}", ""]
     lines.append(f"{'sample':>10}  {'loss':>8}  content")
-    for place, one in enumerate(losses[:shown]):
-        content = content_of(run, run_dir, blend, one.sample)
+    for place, sample_loss in enumerate(losses[:shown]):
+        content = content_of(run, run_dir, blend, sample_loss.sample)
         excerpt = content if place < _DETAILED else content[:_EXCERPT]
-        lines.append(f"{one.sample:>10}  {one.loss:>8.4f}  {excerpt}")
+        lines.append(f"{sample_loss.sample:>10}  {sample_loss.loss:>8.4f}  {excerpt}")
     return lines
 
 

@@ -127,7 +127,7 @@ def check_no_checkpoint_is_missing(path: Path) -> None:
 def check_files_are_ours(path: Path) -> None:
     """Check that every file which a run writes in `path` is free or was written by a run. Raises ConfigError.
 
-    A run wrote a directory that has a run.json of ours. What lies there has the kind that the run writes.
+    If the directory has a run.json of ours, a run wrote its files. Each must still have the right file type.
     """
     if os.path.lexists(path) and not path.is_dir():
         unused = typed_text("run.dir", str(free_path(path)))
@@ -166,7 +166,7 @@ def _is_log(path: Path) -> bool:
 
 
 def _losses(path: Path, run: RunConfig) -> list[str]:
-    """Return a note for each thing that an earlier start had and this start does not continue from."""
+    """Return a note for each file of an earlier start from which this start does not continue."""
     saved = (read_identity(path) or {}).get(SAVED_STEP)
     newest = next(map(step_of, checkpoints_in(path)), None)
     if run.checkpoint.resume != "auto":

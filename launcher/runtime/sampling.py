@@ -21,7 +21,7 @@ from launcher.config.shape import has_lora
 from launcher.data.open import TOKENIZER
 from launcher.data.tokenizer import Bytes, HuggingFace, Tokenizer
 from launcher.models.architecture import FlatModel, flat_model
-from launcher.models.context import BlockContext
+from launcher.models.block_context import BlockContext
 from launcher.parallel.initializer import Initializer
 from launcher.parallel.mesh import ProcessMesh
 from launcher.runtime.run_dir import CONFIG

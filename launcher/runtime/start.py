@@ -53,7 +53,7 @@ def launch_on_this_machine(
     if run.run.dir is not None:
         on_directory(run_path(run, multirun_index=multirun_index))
     with (
-        nothing_left_is_said(),
+        reporting_finished_run(),
         claimed_run_dir(run, layout, multirun_index=multirun_index) as (directory, notes),
     ):
         if run.run.dir is None:
@@ -194,7 +194,7 @@ def run_rank(
                 init_method=init_method,
                 timeout_minutes=run.launch.timeout_minutes,
             )
-        with nothing_left_is_said(quiet=rank > 0), claimed as directory:
+        with reporting_finished_run(quiet=rank > 0), claimed as directory:
             finished = training_run(run, layout, directory, device, work, stop)
         leave()
     if not finished:
@@ -262,8 +262,8 @@ def _agreed_run_dir(run: RunConfig, layout: Layout, rank: int) -> Iterator[RunDi
 
 
 @contextmanager
-def nothing_left_is_said(*, quiet: bool = False) -> Iterator[None]:
-    """Print that the run is finished, if it is, instead of raising RunFinished."""
+def reporting_finished_run(*, quiet: bool = False) -> Iterator[None]:
+    """Context manager that prints that the run is finished, instead of raising RunFinished."""
     try:
         yield
     except RunFinished as finished:

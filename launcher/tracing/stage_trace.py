@@ -24,9 +24,9 @@ from launcher.config.shape import end_of_document, has_lora, sequence_length, vo
 from launcher.engine.allocations import Allocations
 from launcher.models import grouped
 from launcher.models.architecture import FlatModel, model_layers, model_loss
+from launcher.models.block_context import BlockContext, lora_of, rotary_tables
 from launcher.models.blocks import TransformerBlock
 from launcher.models.compiled import BlockRunner
-from launcher.models.context import BlockContext, lora_of, rotary_tables
 from launcher.models.documents import Documents
 from launcher.models.masks import AttentionMasks
 from launcher.parallel.context import ContextParallel, context_of

@@ -135,4 +135,4 @@ def forgotten(rank: int, world: int, init_method: str, run: RunConfig) -> str:
 
 def test_masked_labels_whose_number_is_not_passed_are_an_error() -> None:
     run = run_of(*SMALL, "parallelism=single")
-    assert run_fresh(forgotten, 1, run) == ["the engine is told how many labels count"]
+    assert run_fresh(forgotten, 1, run) == ["the caller must pass the number of labels that count"]

@@ -1,12 +1,12 @@
-"""Faults that nobody chose: `python -m tests.fuzz --seed N --minutes M`.
+"""Random runs and automatic faults: `python -m tests.fuzz --seed N --minutes M`.
 
-Draws runs (layout, model, precision, ...) and automatic faults of launcher/parallel, models and engine on
-lines that the run executes. Verifies each, and runs the quick tests of the file if verify passes. Prints the
-share that is caught, and every fault that is not, with a command that repeats it. `--clean` draws runs
-without faults and counts false alarms.
+Draws runs (layout, model, precision, ...), and automatic faults of launcher/parallel, models and engine on
+lines that the run executes. Verifies each fault, and if verify passes, runs the quick tests of the file.
+Prints the share of faults that are caught, and each fault that is not, with a command that repeats it.
+`--clean` verifies runs without faults and counts false alarms.
 
-Results are written as JSON lines as they come; the same command goes on with them. The exit code is 1 after a
-false alarm, and after a survivor that tests/fuzz/explained.py does not list.
+Results are written as JSON lines as they come; the same command continues with them. The exit code is 1 after
+a false alarm, and after a survivor that tests/fuzz/explained.py does not list.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import signal
 import sys
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"  # set before torch is imported: a fork does not take threads along
+os.environ["OMP_NUM_THREADS"] = "1"  # set before torch is imported: forked processes have no threads of torch
 
 from tests.fuzz.campaign import Campaign, clean_runs, judge_one, mutation_runs
 from tests.fuzz.journal import Journal, OtherCampaign

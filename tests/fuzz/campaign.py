@@ -1,7 +1,7 @@
 """A campaign: runs and faults of a seed in rounds, verified and tested, and the report.
 
-What a round draws depends on the seed and the number of the round only. So a campaign that was interrupted
-goes on where it stopped, with the records of its journal.
+The runs and faults of a round depend only on the seed and the number of the round. So an interrupted campaign
+continues where it stopped, with the records of its journal.
 """
 
 import random
@@ -33,7 +33,8 @@ from tests.fuzz.lines import Lines
 from tests.fuzz.mutants import Mutant, mutant_of, mutants_of, prepare
 
 PER_DRAW = 10  # faults for each drawn run: the run is traced once
-FIRST, LATER = 6, 2  # runs of the first round, so that a fault can be tried in others than its own; of others
+# Runs drawn in the first round, so that a fault can be tried in several runs, and in each later round.
+FIRST, LATER = 6, 2
 OTHERS = 2  # earlier runs that execute the faulty line, in which a fault that passed is tried again
 
 

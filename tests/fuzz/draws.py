@@ -14,7 +14,7 @@ from tests.parity.running import small_run
 # A new axis of the layout is one more line. A drawn axis has 2 ranks.
 AXES = {"parallelism.data": 4, "parallelism.tensor": 5, "parallelism.pipeline": 3, "parallelism.context": 3}
 NUMBERS_OF_AXES = {0: 1, 1: 7, 2: 2}  # axes larger than 1, and how often: most draws have 2 ranks
-# Settings and how often each value is drawn; validation refuses what does not go together.
+# Settings, and the weight of each value in the draw; validation refuses invalid combinations.
 SETTINGS: dict[str, dict[str, int]] = {
     "model": {
         "gpt_tiny": 4, "llama_tiny": 4, "gemma2_2b": 1, "olmo2_7b": 1, "qwen3_0_6b": 1, "mistral_7b": 1,

@@ -20,7 +20,7 @@ import launcher
 PACKAGE = Path(launcher.__file__).parent
 FOLDERS = ("parallel", "models", "engine")
 LOCALS = ".<locals>"
-# Nothing in these is a computation: messages, types and checks.
+# These contain no computation: messages, types and checks.
 _LEFT_OUT = (ast.Raise, ast.Assert, ast.JoinedStr, ast.Import, ast.ImportFrom, ast.Global, ast.Nonlocal)
 _MESSAGES = {"print", "warn", "warning", "ConfigError", "refusal", "info", "debug", "isinstance", "cast"}
 _CHECKS = {"strict"}  # arguments that only check: without them a right program computes the same
@@ -72,7 +72,7 @@ def files() -> list[str]:
 
 
 def mutants_of(file: str, lines: set[int]) -> list[Mutant]:
-    """Return the faults of a file on these lines. Those of other lines have no effect on the traced run."""
+    """Return the faults of a file on these lines. Faults of other lines have no effect on the traced run."""
     if not lines:
         return []
     return [mutant for mutant, statement in _all(file) if mutant.line in lines or statement in lines]

@@ -8,7 +8,7 @@ from pathlib import Path
 from tests.fuzz.mutants import PACKAGE, files
 
 TESTS = Path(__file__).parents[1]
-# Tests of these run the launcher in processes of their own, where a fault that is applied in memory is not.
+# Tests of these modules start the launcher in new processes, which do not have a fault applied in memory.
 _OTHER_PROCESSES = {"tests.forked_commands", "tests.runtime.command", "subprocess"}
 FOLDERS = ("parallel", "models", "engine", "checkpoint")
 MOST_FILES = 3
@@ -17,7 +17,7 @@ MOST_FILES = 3
 def quick_tests_of(file: str) -> list[Path]:
     """Return the test files that import a file of the launcher, its namesake first; at most MOST_FILES.
 
-    If no test imports the file, those of the files that import it.
+    If no test imports the file, the tests of the files that import it.
     """
     module = _module(file)
     modules = {module}

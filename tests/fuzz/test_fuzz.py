@@ -119,7 +119,7 @@ def test_a_fault_is_applied_in_memory_in_one_process() -> None:
     assert vocabulary.padded_length(5, 2, 1) == right
 
 
-def test_every_function_of_the_files_is_found() -> None:
+def test_every_function_of_the_files_is_loaded() -> None:
     """Else their faults would count as no faults."""
     prepare()
     known = {
@@ -154,7 +154,7 @@ def test_executed_lines_are_those_of_this_process_and_of_its_children() -> None:
     assert set(executed) == set(files())
 
 
-def test_children_end_in_every_way() -> None:
+def test_every_end_of_a_child_process_is_reported() -> None:
     def plan(work: Work) -> Plan:
         return (yield work)
 
@@ -173,7 +173,7 @@ def test_children_end_in_every_way() -> None:
     assert late.timed_out
 
 
-def test_the_tests_of_a_file_are_its_namesake_first() -> None:
+def test_the_tests_of_a_file_begin_with_its_namesake() -> None:
     paths = [path.name for path in quick_tests_of("parallel/layers.py")]
     assert paths[0] == "test_layers.py"
     assert quick_tests_of("engine/machine_probe.py") == []

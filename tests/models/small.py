@@ -27,7 +27,7 @@ from launcher.config.schema import (
     TrainingConfig,
 )
 from launcher.models.architecture import FlatModel, flat_model
-from launcher.models.context import BlockContext
+from launcher.models.block_context import BlockContext
 from launcher.parallel.initializer import Initializer
 from launcher.parallel.mesh import ProcessMesh
 from launcher.parallel.sharding import logical_of

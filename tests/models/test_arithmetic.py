@@ -109,7 +109,7 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_parameters_are_those_published(name: str) -> None:
+def test_parameters_equal_the_published_numbers(name: str) -> None:
     assert parameters(shipped(name)) == PUBLISHED[name]
 
 

@@ -12,8 +12,8 @@ import launcher.models.dropout as dropout
 from launcher.config.schema import ActivationCheckpointing, ModelConfig
 from launcher.engine.allocations import Allocations
 from launcher.models.attention import Attention
+from launcher.models.block_context import HiddenDropout
 from launcher.models.blocks import TransformerBlock
-from launcher.models.context import HiddenDropout
 from launcher.models.rotary import plain_frequencies, rotate, tables
 from launcher.parallel.layers import TensorParallel
 from launcher.parallel.sharding import LogicalTensor, logical_of, merge

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from launcher.config.schema import ExpertsConfig, ModelConfig, RouterKind, RunConfig
 from launcher.models import grouped
-from launcher.models.context import BlockContext
+from launcher.models.block_context import BlockContext
 from launcher.models.expert_losses import load_balancing_loss, with_loss, z_loss
 from launcher.models.experts import Experts
 from launcher.models.grouped import collect, grouped_linear, sorted_by_expert, spread

@@ -14,7 +14,7 @@ from launcher.config.schema import ContextMethod
 from launcher.engine.stopwatch import Stopwatch
 from launcher.models.attention_kernel import Kernel
 from launcher.models.context_attention import context_attention
-from launcher.parallel.context import ContextParallel, Exchange, finish, pass_on_start
+from launcher.parallel.context import ContextParallel, Transfer, finish, pass_on_start
 from tests.distributed import mesh, pool
 from tests.ring_order import BACKWARD, FORWARD, order
 
@@ -22,7 +22,7 @@ BATCH, LENGTH, HEADS, SIZE = 1, 32, 2, 4
 LABEL = "exchange"
 
 
-def waits_at_once(x: torch.Tensor, axis: Any) -> Exchange:
+def waits_at_once(x: torch.Tensor, axis: Any) -> Transfer:
     """Start an exchange and wait for it: a fault that hides nothing behind attention."""
     return finish(pass_on_start(x, axis)), []
 

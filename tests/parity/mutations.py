@@ -27,7 +27,7 @@ import launcher.engine.stochastic as stochastic
 import launcher.engine.update_guard as update_guard
 import launcher.models.attention as attention
 import launcher.models.attention_kernel as attention_kernel
-import launcher.models.context as context
+import launcher.models.block_context as context
 import launcher.models.context_attention as context_attention
 import launcher.models.dropout as dropout
 import launcher.models.losses as losses

@@ -47,7 +47,7 @@ MORE = [
 
 
 @pytest.mark.parametrize("layout", [*QUICK, *(pytest.param(each, marks=pytest.mark.slow) for each in MORE)])
-def test_it_is_the_same_run(layout: str) -> None:
+def test_a_context_layout_computes_the_same_run(layout: str) -> None:
     result = plain_sgd_pass(small_run(*layout.split(), steps=2))
     assert result.ok, (result.diagnosis, worst(result))
 

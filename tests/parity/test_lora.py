@@ -9,8 +9,8 @@ from torch import Tensor
 
 import launcher.models.lora as lora_module
 import launcher.parallel.initializer as initializer
+from launcher.models.block_context import BlockContext
 from launcher.models.blocks import TransformerBlock
-from launcher.models.context import BlockContext
 from launcher.models.lora import ColumnAdapter, RowAdapter
 from launcher.parallel.mesh import ProcessMesh
 from launcher.parallel.sharding import LogicalTensor
@@ -180,7 +180,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_deliberate_fault_is_noticed(fault: str) -> None:
+def test_a_deliberate_fault_is_detected(fault: str) -> None:
     inject, case = FAULTS[fault]
     assert not plain_sgd_pass(small_run(*CASES[case], *LORA, steps=3), inject).ok
 
@@ -207,7 +207,7 @@ def test_dropout_changes_the_input_of_adapters_alone() -> None:
     assert torch.equal(block.eval()(x), plain.eval()(x))
 
 
-def test_dropout_on_the_base_path_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dropout_on_the_base_path_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     def dropped(linear: Any, adapter: Any, x: Tensor, seed: Any) -> Tensor:
         y: Tensor = linear(x if seed is None else F.dropout(x, 0.5))
         return y

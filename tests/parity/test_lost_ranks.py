@@ -61,7 +61,7 @@ def test_a_hang_is_a_verdict_with_the_place_of_each_rank() -> None:
 
 
 @pytest.mark.parametrize("fault", [a_rank_fails])
-def test_the_report_and_the_exit_code_say_so(
+def test_the_report_and_the_exit_code_name_the_lost_rank(
     fault: Mutation, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setattr("launcher.parity.verification.verify", partial(verify, mutation=fault))
@@ -73,7 +73,7 @@ def test_the_report_and_the_exit_code_say_so(
     assert "FAILED" in capfd.readouterr().out
 
 
-def test_every_pass_has_the_zero_stage_of_the_run_and_the_last_is_the_run_itself() -> None:
+def test_every_pass_has_the_zero_stage_of_the_run_and_the_last_has_all_its_settings() -> None:
     run = small_run("model=gpt_tiny", "parallelism=tp2", "precision=bf16", "training.compile=true")
     plans = passes(run)
     assert {plan.run.parallelism.zero_stage for plan in plans} == {1}

@@ -48,7 +48,7 @@ def mean_of_each_micro_batch() -> None:
     losses.mean_loss = mean_loss
 
 
-def test_a_mean_of_means_is_found() -> None:
+def test_a_mean_of_means_is_detected() -> None:
     layout = "parallelism=dp", "parallelism.data=2"
     assert not plain_sgd_pass(small_run(*CHAT, *layout, steps=1), mean_of_each_micro_batch).ok
     # Without masked labels it is no fault.

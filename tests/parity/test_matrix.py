@@ -49,7 +49,7 @@ def test_a_covering_selection_is_the_same_run(combination: Combination) -> None:
     verify_combination(combination, quick=True)
 
 
-def test_without_clipping_it_is_the_same_run() -> None:
+def test_without_clipping_layouts_compute_the_same_run() -> None:
     small = small_run("model=gpt_tiny", "parallelism.data=2", "optimizer.gradient_clipping=null")
     found = plain_sgd_pass(small)
     assert found.ok, (found.diagnosis, worst(found))

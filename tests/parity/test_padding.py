@@ -8,7 +8,7 @@ import torch
 from launcher.config.schema import CheckpointConfig, RunConfig
 from launcher.config.shape import vocabulary_multiple
 from launcher.models.architecture import FlatModel, flat_model
-from launcher.models.context import BlockContext
+from launcher.models.block_context import BlockContext
 from launcher.parallel.initializer import Initializer
 from launcher.parallel.mesh import ProcessMesh
 from launcher.parallel.sharding import LogicalTensor, logical_of, merge

@@ -18,7 +18,7 @@ from launcher.runtime.training import rate_of as rate_of_the_run
 from tests.config.composing import run_of
 
 
-def test_the_order_is_a_permutation_and_that_of_the_sampler() -> None:
+def test_the_order_is_a_permutation_and_equals_that_of_the_sampler() -> None:
     for size in (1, 2, 19, 100):
         for epoch in (0, 3):
             order = [shuffled(position, size, "7/first", epoch) for position in range(size)]

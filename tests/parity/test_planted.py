@@ -58,7 +58,7 @@ def preflight(copied: Path, cache: Path, *overrides: str) -> subprocess.Complete
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_planted_fault_is_found(name: str, copied: Path, tmp_path: Path) -> None:
+def test_a_planted_fault_is_detected(name: str, copied: Path, tmp_path: Path) -> None:
     right, wrong, overrides, words = FAULTS[name]
     path = copied / "deepspeed" / STAGE_1_AND_2
     text = path.read_text()
@@ -74,7 +74,9 @@ def test_a_planted_fault_is_found(name: str, copied: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_the_copy_itself_passes_and_a_changed_copy_is_another_version(copied: Path, tmp_path: Path) -> None:
+def test_the_unchanged_copy_passes_and_a_changed_copy_is_another_version(
+    copied: Path, tmp_path: Path
+) -> None:
     for entries in (1, 1, 2):
         if entries == 2:
             path = copied / "deepspeed" / STAGE_1_AND_2

@@ -140,7 +140,7 @@ def test_overrides_compose_the_kind_again(subtests: pytest.Subtests) -> None:
             assert max(p.pipeline, p.data, p.tensor) <= 2
 
 
-def test_a_pass_is_made_once_for_a_kind_and_its_versions(job: Job) -> None:
+def test_a_success_is_recorded_once_for_a_kind_and_its_versions(job: Job) -> None:
     assert job.verdict().verdict is Verdict.passed
     assert job.verdict("optimizer.lr=1e-5", "hardware.nodes=2").verdict is Verdict.passed
     assert len(job.calls) == 1
@@ -163,7 +163,7 @@ def test_the_check_is_verify_of_the_kind(job: Job) -> None:
 @pytest.mark.parametrize(
     "damage", [b"", b"{", b"[]", b"null", b'{"when": "now"}', b"\xff" * 99, b"[" * 99999]
 )
-def test_a_damaged_entry_is_made_again(job: Job, damage: bytes) -> None:
+def test_a_damaged_record_is_made_again(job: Job, damage: bytes) -> None:
     job.verdict()
     [entry] = entries()
     whole = entry.read_bytes()
@@ -173,7 +173,7 @@ def test_a_damaged_entry_is_made_again(job: Job, damage: bytes) -> None:
     assert json.loads(entry.read_bytes()).keys() == json.loads(whole).keys()
 
 
-def test_an_entry_of_another_kind_is_no_pass(job: Job) -> None:
+def test_a_record_of_another_kind_does_not_count(job: Job) -> None:
     job.verdict()
     [entry] = entries()
     job.verdict("parallelism=zero2")
@@ -183,7 +183,7 @@ def test_an_entry_of_another_kind_is_no_pass(job: Job) -> None:
     assert len(job.calls) == 3
 
 
-def test_a_failure_is_not_kept(job: Job) -> None:
+def test_a_failure_is_not_recorded(job: Job) -> None:
     job.behaves(FAILS)
     failed = job.verdict()
     assert failed.verdict is Verdict.failed
@@ -230,7 +230,7 @@ def test_without_a_cache_directory_the_check_is_made_each_time(
         ("pass", Verdict.failed, "without a message"),
     ],
 )
-def test_every_end_of_the_check_is_a_sentence(
+def test_every_end_of_the_check_has_a_message(
     job: Job, monkeypatch: pytest.MonkeyPatch, behaviour: str, verdict: Verdict, words: str
 ) -> None:
     if "sleep" in behaviour:
@@ -242,7 +242,9 @@ def test_every_end_of_the_check_is_a_sentence(
     assert entries() == []
 
 
-def test_a_machine_that_cannot_check_is_no_failure(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_that_cannot_run_the_check_gives_no_verdict(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
     in_container = job.verdict("slurm.container=[apptainer]")
     assert in_container.verdict is Verdict.unknown
     assert "slurm.container" in in_container.why
@@ -261,7 +263,7 @@ def test_the_ranks_of_every_axis_need_memory(job: Job, monkeypatch: pytest.Monke
         assert job.verdict(*overrides).why.startswith(f"{ranks} small ranks need ")
 
 
-def test_a_missing_package_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_has_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("launcher.launch.installed.find_spec", lambda name: None)
     with pytest.raises(NotInstalled, match="the package torch is not installed here"):
         installed_here()
@@ -304,7 +306,7 @@ def test_submit_refuses_a_failure(
     assert len(job.calls) == 1
 
 
-def test_submit_goes_on_after_a_pass_and_where_none_is_possible(
+def test_submit_continues_after_a_success_and_if_no_check_is_possible(
     job: Job, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert len(submitted(job, monkeypatch)) == 1
@@ -319,7 +321,7 @@ def test_submit_checks_each_kind_of_a_sweep_once(job: Job, monkeypatch: pytest.M
     assert len(job.calls) == 2
 
 
-def test_a_dry_run_and_a_job_that_is_refused_check_nothing(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dry_run_and_a_refused_job_run_no_preflight(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     job.behaves(FAILS)
     assert submitted(job, monkeypatch, "submit.dry_run=true") == []
     with pytest.raises(ConfigError, match=r"slurm\.output"):
@@ -331,7 +333,7 @@ def test_a_dry_run_and_a_job_that_is_refused_check_nothing(job: Job, monkeypatch
     ("behaviour", "code", "words"),
     [(PASSES, 0, "preflight  passed with"), (FAILS, 1, "repeat   launcher verify ")],
 )
-def test_the_command_alone(
+def test_the_preflight_command(
     job: Job, capsys: pytest.CaptureFixture[str], behaviour: str, code: int, words: str
 ) -> None:
     job.behaves(behaviour)

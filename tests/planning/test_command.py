@@ -28,7 +28,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
     return dict(zip(commands, launcher(folder, *commands.values()), strict=True))
 
 
-def test_is_told_without_torch(ended: dict[str, Ended]) -> None:
+def test_plans_without_importing_torch(ended: dict[str, Ended]) -> None:
     for name, one in ended.items():
         assert (one.err, one.heavy) == ("", []), name
     # These do not fit: exit code 1. Of the sweep, some do.
@@ -53,7 +53,7 @@ def test_the_table_has_every_part(ended: dict[str, Ended]) -> None:
     assert "0.00 GB" not in ended["here"].out.split("Sent by")[1]
 
 
-def test_json_is_all_there_is_on_standard_output(ended: dict[str, Ended]) -> None:
+def test_standard_output_has_json_only(ended: dict[str, Ended]) -> None:
     found = json.loads(ended["json"].out)
     assert found["model"]["parameters"] == 8_030_261_248
     assert found["fits"] is False
@@ -67,7 +67,7 @@ def test_help_and_cfg(ended: dict[str, Ended]) -> None:
     assert "format: json" in ended["cfg"].out
 
 
-def test_the_figure_is_where_it_was_asked_for(ended: dict[str, Ended]) -> None:
+def test_the_figure_is_written_to_its_path(ended: dict[str, Ended]) -> None:
     assert ended["figure"].out.endswith("figure   picture.png\n")
 
 
@@ -84,14 +84,14 @@ WRONG = {
 }
 
 
-def test_what_is_refused(tmp_path: Path) -> None:
+def test_settings_that_are_refused(tmp_path: Path) -> None:
     for command, ended in zip(WRONG, launcher(tmp_path, *map(str.split, WRONG)), strict=True):
         assert ended.err.startswith(f"launcher: {WRONG[command]}"), ended.err
         assert "try: " in ended.err
         assert (ended.code, ended.out, ended.heavy) == (2, "", [])
 
 
-def test_without_matplotlib_the_message_says_how_to_get_it(tmp_path: Path) -> None:
+def test_without_matplotlib_the_message_names_the_command_that_installs_it(tmp_path: Path) -> None:
     program = f"import sys\nsys.modules['matplotlib'] = None\n{LAUNCHER}"
     arguments = ["plan", "plan.figure=picture.png"]
     done = light().run(arguments, cwd=tmp_path, environment=ENVIRONMENT, program=program)
@@ -100,7 +100,7 @@ def test_without_matplotlib_the_message_says_how_to_get_it(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_the_trace_stands_beside_the_formulas(tmp_path: Path) -> None:
+def test_the_trace_is_printed_beside_the_formulas(tmp_path: Path) -> None:
     [ended] = launcher(
         tmp_path, ["plan", "parallelism=tp2_pp2", "hardware=cpu", "plan.trace=true", "format=json"]
     )

@@ -24,13 +24,13 @@ def check(case: str) -> list[Measured]:
 
 
 @pytest.mark.parametrize("case", SOME)
-def test_memory_and_traffic_are_those_of_a_real_run(case: str) -> None:
+def test_memory_and_traffic_agree_with_a_real_run(case: str) -> None:
     check(case)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [case for case in CASES if case not in SOME])
-def test_memory_and_traffic_are_those_of_every_real_run(case: str) -> None:
+def test_memory_and_traffic_agree_with_every_real_run(case: str) -> None:
     check(case)
 
 
@@ -55,7 +55,7 @@ def test_the_documentation_lists_every_case_within_bounds() -> None:
     assert table([Measured("single", 0, 1, 1)]).splitlines()[0] in text
 
 
-def test_a_wrong_account_is_out_of_bounds() -> None:
+def test_a_wrong_formula_of_memory_is_out_of_bounds() -> None:
     """A missing byte per fp32 gradient and state would exceed the bound."""
     run, layout = planned(*CASES["ZeRO-1, data 2"])
     [rank] = pipeline_ranks(run, layout)

@@ -19,13 +19,13 @@ def test_throughput_is_within_six_percent_of_the_table_on_average() -> None:
 
 
 @pytest.mark.parametrize("row", TABLE_1, ids=lambda row: str(row.billions))
-def test_parameters_are_those_published(row: object) -> None:
+def test_parameters_equal_the_published_numbers(row: object) -> None:
     """To three digits, or as many as were published."""
     counted = plan_of(row, Shares()).parameters / 1e9  # type: ignore[arg-type]
     assert round(counted, 1) == row.billions  # type: ignore[attr-defined]
 
 
-def test_a_wrong_share_is_told_from_the_fitted_one() -> None:
+def test_a_wrong_share_gives_a_larger_error_than_the_fitted_share() -> None:
     with as_megatron_2021():
         fitted = mean_error(errors(Shares()))
         for wrong in (Shares(product=0.7), Shares(memory=0.4), Shares(link=0.3)):

@@ -29,7 +29,7 @@ BUCKET = "deepspeed.zero_optimization.reduce_bucket_size=500000000"  # DeepSpeed
 
 
 class TestMemory:
-    def test_classes_add_up(self) -> None:
+    def test_kinds_of_memory_add_up_to_the_total(self) -> None:
         plan = plan_of(*LLAMA, *CLUSTER)
         assert len(plan.stages) == 4
         for stage in plan.stages:
@@ -91,7 +91,7 @@ class TestMemory:
         assert (eighth.weights < whole.weights / 2) == (stage == 3)
         assert (eighth.gradients < whole.gradients / 2) == (stage >= 2)
 
-    def test_what_splits_a_model_splits_its_memory(self) -> None:
+    def test_axes_that_split_a_model_reduce_its_memory(self) -> None:
         alone, tensor, pipeline = (
             plan_of(*LLAMA, *H100, "parallelism.data=1", "parallelism.zero_stage=1", *more)
             for more in ([], ["parallelism.tensor=4"], ["parallelism.pipeline=4"])
@@ -109,7 +109,7 @@ class TestMemory:
             ["training.micro_batch_size=1"],
         ],
     )
-    def test_what_saves_activations(self, less: list[str]) -> None:
+    def test_recomputation_and_splits_reduce_activations(self, less: list[str]) -> None:
         more = [
             *LLAMA,
             *H100,
@@ -179,14 +179,14 @@ class TestMemory:
 
 
 class TestBudget:
-    def test_is_what_the_config_says(self) -> None:
+    def test_is_hardware_memory_bytes_if_set(self) -> None:
         plan = plan_of("parallelism.data=2", "hardware=cpu", "hardware.memory_bytes=31e6", memory_here=10**12)
         assert plan.budget == 31e6
         assert not plan.fits
         assert plan.shortages == {0: plan.stages[0].memory.total - 31e6}
         assert limit(plan).startswith("memory: activations take most of it, in stage 0")
 
-    def test_is_this_machines_memory_on_cpu_and_else_unknown(self) -> None:
+    def test_is_the_memory_of_this_machine_on_cpu_and_else_unknown(self) -> None:
         plan = plan_of("hardware=cpu", "parallelism.data=2", memory_here=10**10)
         assert plan.budget == 10**10 / 2 - PROCESS_BYTES
         assert plan.fits
@@ -203,7 +203,7 @@ class TestBudget:
         times = [change.plan.time.total for change in offered if change.plan.time]
         assert times == sorted(times)
 
-    def test_a_faster_change_is_offered_where_it_fits(self) -> None:
+    def test_a_faster_change_is_offered_if_the_run_fits(self) -> None:
         plan = plan_of(*LLAMA, *H100, "parallelism.tensor=8", "parallelism.activation_checkpointing=full")
         assert plan.fits
         assert plan.time is not None
@@ -236,7 +236,7 @@ class TestTime:
         )
         assert one < two < 2 * one
 
-    def test_slower_links_and_memory_cost(self) -> None:
+    def test_slower_links_and_memory_make_a_step_longer(self) -> None:
         def seconds(*more: str) -> float:
             time = plan_of(*LLAMA, *CLUSTER, "hardware=a100_80gb", *more).time
             assert time is not None
@@ -262,7 +262,7 @@ class TestTime:
     @pytest.mark.parametrize(
         "missing", ["peak_flops.bf16", "memory_bandwidth_gb_s", "bandwidth_intra_node_gb_s"]
     )
-    def test_no_time_is_told_of_hardware_that_does_not_say_how_fast_it_is(self, missing: str) -> None:
+    def test_without_speeds_of_the_hardware_no_time_is_planned(self, missing: str) -> None:
         plan = plan_of(*LLAMA, "hardware=a100_80gb", f"hardware.{missing}=null")
         assert plan.time is None
         found = as_json(plan, [])
@@ -275,10 +275,10 @@ class TestTraffic:
         ("kind", "ranks", "sent"),
         [("all_reduce", 4, 150), ("all_gather", 4, 75), ("reduce_scatter", 4, 75), ("send", 4, 100)],
     )
-    def test_what_a_ring_sends(self, kind: Any, ranks: int, sent: float) -> None:
+    def test_bytes_that_a_ring_sends(self, kind: Any, ranks: int, sent: float) -> None:
         assert Collective(kind, 100).sent(ranks) == sent
 
-    def test_tensor_parallelism_is_four_all_reduces_of_activations_per_layer(self) -> None:
+    def test_tensor_parallelism_makes_four_all_reduces_of_activations_per_layer(self) -> None:
         """8 b s h (t-1)/t elements per layer and micro-batch: arXiv 2104.04473, section 3.2."""
         layers, more = 4, ["parallelism.tensor=2", "parallelism.data=1", "training.micro_batch_size=4"]
         one, two = (
@@ -339,14 +339,14 @@ CATALOGUE = sorted(set(options_of("hardware")) - {"cpu", "local"})
 
 
 class TestCatalogue:
-    def test_has_what_the_issue_asked_for(self) -> None:
+    def test_has_the_accelerators_of_the_catalogue(self) -> None:
         assert CATALOGUE == [
             "a100_40gb", "a100_80gb", "b200_180gb", "h100_80gb", "h100_pcie_80gb", "h200_141gb",
             "l40s_48gb", "mi300x_192gb", "v100_32gb",
         ]  # fmt: skip
 
     @pytest.mark.parametrize("name", CATALOGUE)
-    def test_says_all_that_a_plan_needs_and_where_from(self, name: str) -> None:
+    def test_has_every_rate_that_a_plan_needs_with_its_source(self, name: str) -> None:
         text = (config_directory() / "hardware" / f"{name}.yaml").read_text()
         assert "data sheet" in text
         hardware = plan_of(f"hardware={name}", "training.global_batch_size=64", "precision=fp16").run.hardware
@@ -375,7 +375,7 @@ CONTRACT = {
 
 
 class TestJson:
-    def test_has_the_keys_that_others_rely_on(self) -> None:
+    def test_has_the_documented_keys(self) -> None:
         found = as_json(plan_of(*LLAMA, *CLUSTER), [])
         assert found.keys() >= {"model", "layout", "stages", "step", "traffic", "fits"}
         for section, keys in CONTRACT.items():

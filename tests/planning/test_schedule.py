@@ -31,7 +31,7 @@ def layout_of(pipeline: int, micro_batches: int, stages_per_rank: int = 1) -> La
     return Layout(pipeline, 1, 1, "cuda", micro_batches, 1, stages_per_rank)
 
 
-def test_blocks_are_dealt_out_as_deepspeed_does(subtests: pytest.Subtests) -> None:
+def test_blocks_are_assigned_to_stages_as_deepspeed_does(subtests: pytest.Subtests) -> None:
     """With embedding and positions before the blocks, and final norm and head after them."""
     for blocks in range(1, 14):
         for before in [1, 2]:
@@ -105,7 +105,7 @@ PIPELINES = [
 
 
 @pytest.mark.parametrize(("overrides", "within"), PIPELINES)
-def test_the_plans_bubble_is_the_simulations(overrides: list[str], within: float) -> None:
+def test_the_bubble_of_a_plan_equals_the_simulated_bubble(overrides: list[str], within: float) -> None:
     run: RunConfig = run_of(
         "model=gpt2_xl", "model.num_layers=16", "hardware=a100_80gb", "precision=bf16",
         "parallelism.pipeline=4", "parallelism.data=1", "training.global_batch_size=64",
@@ -145,7 +145,7 @@ def test_defaults_are_deepspeeds() -> None:
     assert ALL_REDUCE_BUCKET == MEMORY_OPT_ALLREDUCE_SIZE
 
 
-def test_tuning_is_read_off_the_runs_own_keys() -> None:
+def test_buffer_sizes_are_read_from_the_deepspeed_keys_of_the_run() -> None:
     tuned = buffers(
         "deepspeed.zero_optimization.reduce_bucket_size=1e6",
         "deepspeed.zero_optimization.overlap_comm=true",

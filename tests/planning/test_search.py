@@ -108,7 +108,7 @@ class TestAnyRun:
     @given(run=runs())
     @settings(max_examples=25, deadline=None)
     @pytest.mark.slow
-    def test_what_is_proposed_is_what_validation_takes(self, run: RunConfig) -> None:
+    def test_every_proposed_layout_passes_validation(self, run: RunConfig) -> None:
         before = copy.deepcopy(run)
         try:
             found = search(run, world_of(run))
@@ -125,7 +125,7 @@ class TestAnyRun:
     @pytest.mark.slow
     @given(run=runs(most_nodes=1))
     @settings(max_examples=10, deadline=None)
-    def test_no_layout_of_an_exhaustive_search_is_better(self, run: RunConfig) -> None:
+    def test_no_layout_of_an_exhaustive_search_is_faster(self, run: RunConfig) -> None:
         world = replace(world_of(run).of_hardware(run.hardware), fixed=True)
         everything = list(exhaustive(run, world))
         if not everything:
@@ -181,7 +181,7 @@ def exhaustive(run: RunConfig, world: World):  # type: ignore[no-untyped-def]
 
 
 class TestChoice:
-    def test_is_the_fastest_that_fits_and_the_same_every_time(self) -> None:
+    def test_is_the_fastest_that_fits_and_deterministic(self) -> None:
         found, again = (
             searched(*LLAMA, *CLUSTER, "hardware.nodes=2"),
             searched(*LLAMA, *CLUSTER, "hardware.nodes=2"),
@@ -203,13 +203,13 @@ class TestChoice:
         tight = searched(*LLAMA, *CLUSTER, *two, "hardware.memory_bytes=12e9", "parallelism.zero_stage=1")
         assert not any(one.fits for one in tight.candidates if not one.crosses_nodes)
 
-    def test_what_is_typed_stays(self) -> None:
+    def test_settings_on_the_command_line_are_kept(self) -> None:
         fixed = ["parallelism.tensor=4", "parallelism.activation_checkpointing=full"]
         for one in searched(*LLAMA, *CLUSTER, *fixed).candidates:
             assert one.layout.tensor == 4
             assert one.run.parallelism.activation_checkpointing is ActivationCheckpointing.full
 
-    def test_says_why_each_other_class_lost(self) -> None:
+    def test_says_why_each_other_kind_was_not_chosen(self) -> None:
         told = search_as_json(searched(*LLAMA, *CLUSTER, "hardware.nodes=2", "hardware.memory_bytes=60e9"))
         assert 1 <= len(told["best"]) <= 5
         assert told["legal"] > told["fitting"] > 0
@@ -219,14 +219,14 @@ class TestChoice:
         }
         assert reasons >= {"slower", "does not fit in 60.00 GB"}
 
-    def test_fewer_ranks_where_all_cannot_share_the_batch(self) -> None:
+    def test_fewer_ranks_if_the_batch_does_not_divide_by_all(self) -> None:
         seven = ["hardware=h100_80gb", "hardware.accelerators_per_node=7", "training.global_batch_size=3"]
         run = run_of("model=gpt_tiny", *seven, "parallelism=auto")
         assert 1 <= search(run, world_of(run)).fitting[0].layout.world_size < 7
         with pytest.raises(ConfigError, match=r"parallelism.auto=true: no layout of 7 ranks is legal"):
             search(run, replace(world_of(run), fixed=True))
 
-    def test_an_illegal_run_is_refused_in_validations_words(self) -> None:
+    def test_an_illegal_run_is_refused_with_the_message_of_validation(self) -> None:
         run = run_of("model.num_heads=5", "parallelism=auto")
         with pytest.raises(ConfigError, match=r"model.num_heads=5: does not divide model.hidden_size=128"):
             chosen(run, World("cpu", 2, 2))
@@ -240,7 +240,9 @@ class TestChoice:
             (["parallelism.offload_parameters=true", "parallelism.zero_stage=1"], "zero_stage"),
         ],
     )
-    def test_what_leaves_no_layout_is_named_and_its_remedy_works(self, typed: list[str], blamed: str) -> None:
+    def test_a_setting_that_leaves_no_layout_is_named_with_a_remedy_that_works(
+        self, typed: list[str], blamed: str
+    ) -> None:
         run = run_of(*LLAMA, *CLUSTER, *typed)
         with pytest.raises(ConfigError, match="no layout of 8 ranks is legal with this setting") as raised:
             chosen(run, world_of(run))
@@ -289,7 +291,7 @@ def planned(run: RunConfig, budget: float | None) -> Plan:
 
 class TestRefusal:
     @pytest.mark.parametrize("name", REFUSED)
-    def test_tells_the_shortage_and_what_fits(self, name: str) -> None:
+    def test_names_the_shortage_and_a_change_that_fits(self, name: str) -> None:
         run = run_of(*REFUSED[name])
         with pytest.raises(ConfigError) as raised:
             refuse_too_large(planned(run, run.hardware.memory_bytes))
@@ -303,7 +305,7 @@ class TestRefusal:
             mended = run_of(*REFUSED[name], *offer)
             refuse_too_large(planned(mended, mended.hardware.memory_bytes))
 
-    def test_names_every_stage_that_is_short(self) -> None:
+    def test_names_every_stage_that_does_not_fit(self) -> None:
         plan = planned(run_of(*REFUSED["stages"]), 40e9)
         with pytest.raises(ConfigError) as raised:
             refuse_too_large(plan)
@@ -311,7 +313,7 @@ class TestRefusal:
         for stage in list(plan.shortages)[:3]:
             assert f"stage {stage} needs " in raised.value.why
 
-    def test_can_be_overridden_and_is_none_where_nothing_is_known(self) -> None:
+    def test_can_be_overridden_and_needs_a_known_budget(self) -> None:
         run = run_of(*REFUSED["CPU"])
         refuse_too_large(planned(changed(run, {"plan.enforce": False}), 25e6))
         refuse_too_large(planned(run, None))
@@ -345,7 +347,7 @@ class TestCommand:
             assert (ended[name].code, ended[name].out, ended[name].heavy) == (2, "", [])
         assert "plan.enforce=false" in ended["too large"].err
 
-    def test_planning_tells_it_and_does_not_refuse(self, ended: dict[str, Ended]) -> None:
+    def test_planning_shows_a_run_that_does_not_fit(self, ended: dict[str, Ended]) -> None:
         told = ended["plan tells it"]
         assert (told.code, told.err, told.heavy) == (1, "", [])
         assert "too much" in told.out
@@ -428,7 +430,7 @@ QUICK = {"16 V100, 1.3B", "1 H200, 1.5B"}
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in CLUSTERS]
 )
-def test_the_choice_is_known_practice(name: str) -> None:
+def test_the_choice_agrees_with_published_practice(name: str) -> None:
     overrides, is_practice = CLUSTERS[name]
     best = searched("parallelism=auto", *overrides).fitting[0]
     assert not best.offloads
@@ -437,7 +439,7 @@ def test_the_choice_is_known_practice(name: str) -> None:
     assert is_practice(best.layout), best.settings
 
 
-def test_the_simpler_of_two_plans_that_are_not_told_apart_is_chosen() -> None:
+def test_of_two_plans_of_nearly_equal_speed_the_simpler_is_chosen() -> None:
     eight = ["model=llama3_8b", "hardware=h200_141gb", "precision=bf16", "training.global_batch_size=64"]
     result = searched("parallelism=auto", *eight)
     best, fastest = result.fitting[0], result.fastest

@@ -85,7 +85,7 @@ def wrong(found: list[FormulaCheck]) -> list[FormulaCheck]:
     return [one for one in found if abs(one.error) > allowed[one.quantity]]
 
 
-def test_the_cases_are_many_and_cover_every_value() -> None:
+def test_the_cases_cover_every_value() -> None:
     assert len(EVERY) == 2 * 3 * 2 * 3 * 2 * 2 * 2 * 2 * 7 // 8
     assert len(SOME) >= 10
     for position, values in enumerate(AXES.values()):
@@ -96,7 +96,7 @@ def test_the_cases_are_many_and_cover_every_value() -> None:
 
 
 @pytest.mark.slow
-def test_formulas_are_what_the_modules_do(subtests: pytest.Subtests) -> None:
+def test_formulas_agree_with_the_traced_modules(subtests: pytest.Subtests) -> None:
     for case in SOME:
         with subtests.test("-".join(map(str, case))):
             found = compared(*overrides(case))
@@ -105,7 +105,7 @@ def test_formulas_are_what_the_modules_do(subtests: pytest.Subtests) -> None:
 
 
 @pytest.mark.slow
-def test_formulas_are_what_the_modules_do_in_many_combinations() -> None:
+def test_formulas_agree_with_the_traced_modules_in_many_combinations() -> None:
     assert {case: bad for case in MANY if (bad := wrong(compared(*overrides(case))))} == {}
 
 
@@ -149,7 +149,7 @@ ADAPTERS = {
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_formulas_of_adapters_are_what_the_modules_do(name: str) -> None:
+def test_formulas_of_adapters_agree_with_the_traced_modules(name: str) -> None:
     assert wrong(compared(*ADAPTERS[name], *LORA)) == []
 
 
@@ -334,7 +334,7 @@ def test_formulas_hold_for_any_parts(parts: str, layout: str) -> None:
     assert wrong(compared(group, *SIZES, *ON_CPU, *changes, *more[layout])) == []
 
 
-def test_a_bias_left_out_of_the_weights_is_found() -> None:
+def test_a_bias_left_out_of_the_weights_is_detected() -> None:
     group, *changes = next(iter(UNPUBLISHED.values()))
     linear = geometry._linear
     geometry._ranks.cache_clear()
@@ -363,7 +363,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_wrong_formula_is_found(name: str) -> None:
+def test_a_wrong_formula_is_detected(name: str) -> None:
     mutate, seen = WRONG[name]
     block = parts_module.block
     parts.cache_clear()

@@ -144,7 +144,7 @@ class FakeTrace:
 @pytest.fixture
 def profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Profiling:
     """Return the profiling of the steps 2 and 3, without a profiler."""
-    monkeypatch.setattr(profiling, "StepTrace", FakeTrace)
+    monkeypatch.setattr(profiling, "ProfilerTrace", FakeTrace)
     FakeTrace.calls = ()
     engine = cast(Any, SimpleNamespace(mesh=SimpleNamespace(rank=0)))
     output = cast(Any, SimpleNamespace(say=lambda *lines: None))

@@ -1,4 +1,4 @@
-"""Hugging Face models in our terms, and back: an adapter per model type. Imports no torch."""
+"""Convert Hugging Face models to ours and back: an adapter per model type. Imports no torch."""
 
 from typing import Any
 

@@ -60,7 +60,7 @@ class Entry:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Return the shape of the whole tensor of theirs."""
+        """Return the shape of the whole Hugging Face tensor."""
         sizes = self.box.sizes[::-1] if self.transposed else self.box.sizes
         return sizes if self.rows is None else (self.rows, *sizes[1:])
 
@@ -202,6 +202,6 @@ def matrix(theirs: str, ours: str, outputs: int, inputs: int, first: int = 0) ->
 
 
 def head(model: ModelConfig) -> Iterator[Entry]:
-    """Yield the untied head, which every language model of theirs names alike."""
+    """Yield the untied head, which has the same name in every Hugging Face language model."""
     if not model.tie_embeddings:
         yield matrix("lm_head.weight", "head.weight", model.vocab_size, model.hidden_size)

@@ -1,4 +1,4 @@
-"""Change a single setting of a run at a time: which changes make it fit, or make it faster. Pure."""
+"""Find single changes of a run's settings that make the run fit, or make it faster. Pure."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace

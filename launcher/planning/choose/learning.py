@@ -23,10 +23,10 @@ class FinishedRun:
     seconds: float
 
     def planned(self, hardware: HardwareConfig) -> StepTime | None:
-        """Return the plan of its step with the rates of `hardware`; None if those are not known."""
+        """Return the planned time of its step with the rates of `hardware`; None without known rates."""
         ranks = self.run.hardware
-        there = replace(hardware, nodes=ranks.nodes, accelerators_per_node=ranks.accelerators_per_node)
-        return make_plan(replace(self.run, hardware=there), self.layout).time
+        configured = replace(hardware, nodes=ranks.nodes, accelerators_per_node=ranks.accelerators_per_node)
+        return make_plan(replace(self.run, hardware=configured), self.layout).time
 
 
 def refined(hardware: HardwareConfig, runs: Sequence[FinishedRun]) -> HardwareConfig:

@@ -290,7 +290,7 @@ def _contexts(run: RunConfig, ranks: int) -> list[int]:
 
 
 def _expert_axes(run: RunConfig, ranks: int) -> list[dict[str, int]]:
-    """Return the numbers of the data x context `ranks` that may share the experts; 1 is the default."""
+    """Return the numbers of the data x context `ranks` over which experts may be distributed; 1: default."""
     chosen, count = run.parallelism.expert, run.model.experts.count
     if chosen > 1:
         return [{"expert": chosen}] if ranks % chosen == 0 else []

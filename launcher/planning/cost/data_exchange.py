@@ -24,7 +24,7 @@ GATHER_COPIES, REDUCTION_COPIES = 2 * 2, 2 + 2
 
 
 @dataclass(frozen=True)
-class Exchange:
+class DataExchange:
     """Seconds of the collectives over the data ranks in a step."""
 
     waiting: float
@@ -34,7 +34,7 @@ class Exchange:
 
 def data_exchange(
     run: RunConfig, layout: Layout, rank: Rank, rates: AnyRates, groups: Groups, times: PartTimes
-) -> Exchange:
+) -> DataExchange:
     """Return the wait for data ranks, and the seconds of their collectives that computation hides.
 
     Without a pipeline, ZeRO-0 and BF16_Optimizer reduce within the last backward pass
@@ -61,18 +61,18 @@ def data_exchange(
         group = groups["pipeline"]
         pair = GroupShape(TIED_RANKS, TIED_RANKS if group.is_within_node else 1)
         seconds += rates.collective(tied, pair)
-    return Exchange(seconds, hidden, copied)
+    return DataExchange(seconds, hidden, copied)
 
 
 def _simulated(
     run: RunConfig, layout: Layout, rank: Rank, rates: AnyRates, data: GroupShape, times: PartTimes
-) -> Exchange:
+) -> DataExchange:
     """Return the collectives of all micro-batches of a rank without a pipeline, by simulation.
 
     ZeRO-0 and BF16_Optimizer have some in the last micro-batch only.
     """
     buffers, element = BufferSizes.of(run, layout), BYTES[run.precision.dtype]
-    reduced, bucket = rank.trained_parameters - rank.shared_parameters, buffers.reduce_bucket
+    reduced, bucket = rank.trained_parameters - rank.distributed_parameters, buffers.reduce_bucket
     times_in_step = layout.accumulation
     if reduces_during_backward(run, layout):
         bucket = max(1, -(-reduced // max(1, len(reduced_buckets(rank, bucket)))))
@@ -108,7 +108,7 @@ def _simulated(
     link += seconds(kind, reduced, bucket)
     waiting = end - sum(layer.forward + layer.backward for layer in layers)
     hidden = max(0.0, link - waiting)
-    return Exchange(max(0.0, waiting) * times_in_step, hidden * times_in_step)
+    return DataExchange(max(0.0, waiting) * times_in_step, hidden * times_in_step)
 
 
 def _layers(
@@ -132,7 +132,7 @@ def _layers(
             max(part.total, host * share) for part, share in zip(passes, (1 / 3, 2 / 3), strict=True)
         )
         gathers = gather(held[index]), 0.0 if index >= rank.blocks - kept else gather(held[index])
-        reduced = rank.trained_of_block(has_experts) - (rank.shared_of_block if has_experts else 0)
+        reduced = rank.trained_of_block(has_experts) - (rank.distributed_of_block if has_experts else 0)
         layers.append(Layer(forward, backward, reduced, *gathers))
     head = times.head
     layers.append(Layer(head[0].total, head[1].total, reduced_ends[1], gather(ends - embedding)))

@@ -82,7 +82,7 @@ def _products(s: Sizes, x: str) -> list[Operation]:
     whole = rows * h * s.element
     entered = Collective("all_gather", s.whole), Collective("reduce_scatter", s.whole)
     reduced = (Collective("all_reduce", s.whole),) if s.tensor > 1 else ()
-    is_split, is_shared = s.sequence_parallel, s.expert > 1
+    is_split, is_distributed = s.sequence_parallel, s.expert > 1
     return [
         Operation(
             "rows", (x,), whole, extra=2 * rows * INT64,
@@ -91,13 +91,13 @@ def _products(s: Sizes, x: str) -> list[Operation]:
             backward_traffic=entered[1:] if is_split else reduced,
             forward_bytes=2 * whole, backward_bytes=3 * whole, kernels=6,
         ),
-        *(_there(s) if is_shared else []),
-        _product(s, "up", "sorted" if is_shared else "rows", h, columns * segments),
+        *(_dispatch(s) if is_distributed else []),
+        _product(s, "up", "sorted" if is_distributed else "rows", h, columns * segments),
         *activation(s, "up", "activated", _received(s) * columns * s.element),
         _product(s, "down", "activated", columns, h),
-        *(_back(s) if is_shared else []),
+        *(_combine(s) if is_distributed else []),
         Operation(
-            "collected", ("returned" if is_shared else "down", "chosen"), s.whole,
+            "collected", ("returned" if is_distributed else "down", "chosen"), s.whole,
             extra=whole + (rows * s.element if s.element < FP32 else 0), backward_scratch=whole,
             forward_matmuls=(Matmul(1, h, e.top_k, s.tokens),),
             backward_matmuls=(Matmul(1, e.top_k, h, s.tokens), Matmul(e.top_k, h, 1, s.tokens)),
@@ -111,7 +111,7 @@ def _received(s: Sizes) -> int:
     return math.ceil(s.tokens * s.experts.top_k * s.imbalance)
 
 
-def _there(s: Sizes) -> list[Operation]:
+def _dispatch(s: Sizes) -> list[Operation]:
     """Return the operations that send rows to the ranks of their experts, and sort the received rows."""
     row = s.hidden_size * s.element
     received, rows = _received(s), Collective("all_to_all", s.tokens * s.experts.top_k * row)
@@ -129,7 +129,7 @@ def _there(s: Sizes) -> list[Operation]:
     ]  # fmt: skip
 
 
-def _back(s: Sizes) -> list[Operation]:
+def _combine(s: Sizes) -> list[Operation]:
     """Return the operations that send the results back to the ranks of their tokens."""
     row = s.hidden_size * s.element
     received, rows = _received(s), Collective("all_to_all", s.tokens * s.experts.top_k * row)

@@ -31,7 +31,7 @@ class Weight:
     is_matrix: bool  # matrices get weight decay, vectors do not
     module: int  # parameters of one module are gathered together under ZeRO-3
     is_trained: bool = True  # with adapters (LoRA) only the weights of adapters are trained
-    is_shared: bool = False  # experts that are distributed over the ranks of the expert group
+    is_distributed: bool = False  # experts that are distributed over the ranks of the expert group
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ class Rank:
 
         Empty groups are left out.
         """
-        weights = [weight for weight in self.trained if not weight.is_shared]
+        weights = [weight for weight in self.trained if not weight.is_distributed]
         matrices = tuple(weight.numel for weight in weights if weight.is_matrix)
         vectors = tuple(weight.numel for weight in weights if not weight.is_matrix)
         return tuple(group for group in (matrices, vectors) if group)
@@ -198,18 +198,18 @@ class Rank:
     @cached_property
     def expert_groups(self) -> tuple[tuple[int, ...], ...]:
         """Sizes of the optimizer's group of distributed experts (parallelism.expert); empty without them."""
-        shared = tuple(weight.numel for weight in self.trained if weight.is_shared)
+        shared = tuple(weight.numel for weight in self.trained if weight.is_distributed)
         return (shared,) if shared else ()
 
     @property
-    def shared_parameters(self) -> int:
+    def distributed_parameters(self) -> int:
         """Trained parameters of distributed experts on this rank."""
         return sum(sum(group) for group in self.expert_groups)
 
     @property
-    def shared_of_block(self) -> int:
+    def distributed_of_block(self) -> int:
         """Trained parameters of distributed experts of a block on this rank."""
-        return self.shared_parameters // max(1, sum(self.kinds))
+        return self.distributed_parameters // max(1, sum(self.kinds))
 
 
 def pipeline_ranks(run: RunConfig, layout: Layout) -> tuple[Rank, ...]:

@@ -104,7 +104,7 @@ def data_traffic(run: RunConfig, layout: Layout, rank: Rank) -> Counter[Collecti
     if layout.zero_stage == 3 and layout.gradient_ranks > 1:
         return _zero_3(run, layout, rank)
     if not reduces_during_backward(run, layout) or layout.gradient_ranks == 1:
-        total = rank.trained_parameters - rank.shared_parameters
+        total = rank.trained_parameters - rank.distributed_parameters
         return _of_gradients(run, layout, rank.groups, total, layout.gradient_ranks)
     element = BYTES[run.precision.dtype]
     buckets = reduced_buckets(rank, BufferSizes.of(run, layout).reduce_bucket)
@@ -116,7 +116,7 @@ def data_traffic(run: RunConfig, layout: Layout, rank: Rank) -> Counter[Collecti
 
 def expert_data_traffic(run: RunConfig, layout: Layout, rank: Rank) -> Counter[Collective]:
     """Return the collectives in a step over the data ranks that hold the same experts."""
-    return _of_gradients(run, layout, rank.expert_groups, rank.shared_parameters, layout.expert_holders)
+    return _of_gradients(run, layout, rank.expert_groups, rank.distributed_parameters, layout.expert_holders)
 
 
 def _of_gradients(

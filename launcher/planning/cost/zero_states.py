@@ -85,7 +85,7 @@ def checkpoint_bytes(run: RunConfig, layout: Layout, rank: Rank) -> int:
     """Return the bytes of this rank's fp32 copy in host memory, from a save until it is on the disk."""
     if not run.checkpoint.enabled:
         return 0
-    shared = rank.shared_parameters
+    shared = rank.distributed_parameters
     written = -(-(rank.trained_of_its_own - shared) // layout.gradient_ranks)
     written += -(-shared // layout.expert_holders)
     copied = written * FP32 * (1 + state_count(run.optimizer))
@@ -355,6 +355,6 @@ def _touched(sizes: Iterable[int], start: int, stop: int) -> int:
 
 
 def reduced_buckets(rank: Rank, filled: int) -> list[int]:
-    """Return the elements of each bucket that is reduced within the backward pass, without shared experts."""
-    sizes = [weight.numel for weight in rank.trained if not weight.is_shared]
+    """Return the elements of each bucket reduced within the backward pass, without distributed experts."""
+    sizes = [weight.numel for weight in rank.trained if not weight.is_distributed]
     return [sum(sizes[place] for place in bucket) for bucket in buckets(sizes, filled)]

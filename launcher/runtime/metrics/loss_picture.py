@@ -123,7 +123,7 @@ class LossPicture:
         self._next = time.monotonic() + (time.thread_time() - begin) / _SHARE
 
     def _is_replaced(self) -> bool:
-        """Return whether metrics.jsonl is gone: the directory at its place may be of another run."""
+        """Return whether metrics.jsonl was removed or replaced: the directory may belong to another run."""
         try:
             state = self._metrics.stat()
         except FileNotFoundError:

@@ -51,7 +51,7 @@ def is_sent(fragment: Path) -> bool:
 
 
 def mark_as_sent(fragments: list[Path]) -> None:
-    """Note that the server has confirmed the steps, where `wandb sync` makes its mark."""
+    """Record that the server has confirmed the steps, in the file in which `wandb sync` records it."""
     with suppress(OSError):  # without the mark, `launcher sync` asks the server
         for fragment in fragments:
             _sent_mark(fragment).write_text("confirmed by the server\n")

@@ -18,7 +18,7 @@ from launcher.engine.trace_parts import COLLECTIVE, GROUPS, OPTIMIZER, STEP, col
 from launcher.files import replacing
 
 
-class StepTrace:
+class ProfilerTrace:
     """A trace of consecutive steps, between `start` and `stop`. Nothing is changed or recorded outside."""
 
     def __init__(self, engine: Engine, collectives: Stopwatch) -> None:

@@ -1,4 +1,7 @@
-"""State that all layers of a model share: tensor-parallel group, dropout, recomputation, documents."""
+"""State that all layers of a model share: tensor-parallel group, dropout, recomputation, documents.
+
+Context parallelism is parallel/context.py and models/context_attention.py.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
