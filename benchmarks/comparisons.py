@@ -196,6 +196,19 @@ def on_this_h100() -> Iterator[Comparison]:
         yield Comparison(f"{model}, {name}", source, fitted, seconds, plan.time.total, gigabytes, peak)
 
 
+def on_this_h200() -> Iterator[Comparison]:
+    """Yield a step of Llama 3 8B with two sequences of 8192 tokens: the run of docs/precision.md."""
+    run = [
+        "model=llama3_8b", "parallelism=single", "hardware=h200_141gb", "precision=bf16_states",
+        "training.global_batch_size=2", "training.micro_batch_size=2",
+    ]  # fmt: skip
+    with engine_of(TODAY):
+        plan = planned(run, 1, 1)
+    assert plan.time is not None
+    peak, name = plan.stages[0].memory.allocated / 1e9, "Llama 8.03B, bf16 states, compiled"
+    yield Comparison(name, "H200, 2026-11-27", "", 1.5213, plan.time.total, 131.38, peak)
+
+
 def megatron() -> Iterator[Comparison]:
     with narayanan.as_megatron_2021():
         for row in narayanan.TABLE_1:
@@ -285,7 +298,7 @@ def torchtitan() -> Iterator[Comparison]:
 
 
 def comparisons() -> list[Comparison]:
-    return [*on_this_h100(), *megatron(), *zero_3(), *deepspeed_pipelines(), *torchtitan()]
+    return [*on_this_h100(), *on_this_h200(), *megatron(), *zero_3(), *deepspeed_pipelines(), *torchtitan()]
 
 
 def table(rows: list[Comparison]) -> str:

@@ -378,7 +378,13 @@ class TestJson:
         assert 2 / 64 < bubble < 3 / 60
 
 
-@pytest.mark.parametrize("more", [CLUSTER, [*H100, "parallelism=zero3"], ["hardware=cpu"]])
+@pytest.mark.parametrize(
+    "more",
+    [
+        CLUSTER, [*H100, "parallelism=zero3"], [*H100, "parallelism.context=2"], ["hardware=cpu"],
+        [*H100, "model=qwen3_30b_a3b", "parallelism.expert=4", "parallelism.zero_stage=2"],
+    ],
+)  # fmt: skip
 def test_a_picture_is_drawn(more: list[str], tmp_path: Path) -> None:
     pytest.importorskip(
         "matplotlib", reason="drawn with the optional dependency: pip install launcher[figures]"

@@ -15,6 +15,10 @@ FORMATS = (".png", ".svg", ".pdf")
 _IN_ORDER = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#bbbbbb")
 MEMORY_COLOURS = dict(zip(MEMORY_CLASSES, _IN_ORDER, strict=True))
 FORWARD, BACKWARD = "#4c72b0", "#dd8452"
+PART_COLOURS = {
+    "compute": "#4c72b0", "tensor": "#c44e52", "context": "#937860", "data": "#dd8452", "expert": "#da8bc3",
+    "expert_data": "#ccb974", "pipeline": "#8172b3", "bubble": "#bbbbbb", "optimizer": "#55a868",
+}  # fmt: skip
 MOST_BATCHES, MOST_LABELS = 24, 400  # to draw
 
 
@@ -119,9 +123,9 @@ def _draw_timeline(plan: Plan, axes: Any) -> None:
 def _draw_parts(plan: Plan, axes: Any) -> None:
     assert plan.time is not None
     start = 0.0
-    palette = ("#4c72b0", "#c44e52", "#dd8452", "#8172b3", "#bbbbbb", "#55a868")
-    for (name, seconds), colour in zip(parts_of(plan).items(), palette, strict=True):
+    for name, seconds in parts_of(plan).items():
         if seconds > 0:
+            colour = PART_COLOURS[name.removesuffix(" communication")]
             axes.barh(0, seconds, left=start, color=colour, label=f"{name}, {seconds:.3g} s", height=0.5)
         start += seconds
     axes.set_yticks([])
