@@ -30,9 +30,11 @@ SQUARES = 2.0  # a second moment's distance is that of its few largest elements:
 LEAST = 2.0**-11  # the distance if a few elements in a hundred are rounded the other way
 # A loss is one number, not a norm: its distance may be small by chance. So the root mean square over all
 # micro-batches and orders is multiplied.
-LOSS_DEVIATIONS = 8.0
+DEVIATIONS = 8.0
 SHARED = 4.0  # times the largest distance of the loss of a step, of the few that are measured
-NORM_SHARE = 0.5  # of the distance of the whole gradient: rounding errors hardly point along the gradient
+# Of the distance of the whole gradient. Rounding errors of most models hardly point along the gradient; those
+# of a few images do, and then the norm differs by up to the distance.
+NORM_LEAST, NORM_MOST = 0.5, 1.5
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,11 @@ def tolerance(run: RunConfig) -> Tolerance:
     return Tolerance(_bound(UNIT_ROUNDOFF, forward), _bound(UNIT_ROUNDOFF, forward), gradient, norm=gradient)
 
 
-def measured_tolerance(right: StepTrace, others: list[StepTrace]) -> Tolerance:
-    """Return the bounds of a step in bf16 by the distances of `others` from `right`, in other orders."""
+def measured_tolerance(right: StepTrace, others: list[StepTrace], of_norms: float | None = None) -> Tolerance:
+    """Return the bounds of a step in bf16 by the distances of `others` from `right`, in other orders.
+
+    `of_norms` is the `norm_distance` of all steps; None: of this step.
+    """
 
     def bounds(kind: str) -> dict[str, float]:
         tensors: dict[str, Tensor] = getattr(right, kind)
@@ -83,17 +88,35 @@ def measured_tolerance(right: StepTrace, others: list[StepTrace]) -> Tolerance:
     counts = losses != 0  # the loss of a sample without labels that count is exactly 0
     losses_of_others = torch.stack([torch.tensor(other.batch_losses).flatten() for other in others])
     distances = losses_of_others[:, counts] / losses[counts] - 1
-    states, loss = bounds("states"), LOSS_DEVIATIONS * float(distances.square().mean().sqrt())
+    whole = max(_distance_of_all(other, right) for other in others)
+    along = norm_distance([right], [[other] for other in others]) if of_norms is None else of_norms
+    gradients, loss = bounds("gradients"), DEVIATIONS * float(distances.square().mean().sqrt())
     return Tolerance(
         loss=max(loss, LEAST / 8),
         step_loss=max(_of_mean(loss, losses[counts], losses_of_others[:, counts]), LEAST / 8),
         output=LEAST,
         gradient=LEAST,
-        norm=max(NORM_SHARE * max(_distance_of_all(other, right) for other in others), LEAST / 8),
+        norm=max(min(NORM_MOST * whole, max(NORM_LEAST * whole, DEVIATIONS * along)), LEAST / 8),
         outputs=bounds("outputs"),
-        gradients=bounds("gradients"),
-        states={key: bound * (SQUARES if key.endswith("_sq") else 1) for key, bound in states.items()},
+        gradients=gradients,
+        states={key: _of_state(key, bound, gradients) for key, bound in bounds("states").items()},
     )
+
+
+def _of_state(key: str, bound: float, gradients: dict[str, float]) -> float:
+    """Return the bound of a state that has the measured `bound`: at least what its gradient allows it.
+
+    The distance of a few numbers may be small by chance, and that of their squares more so.
+    """
+    squares = SQUARES if key.endswith("_sq") else 1.0
+    return squares * max(bound, gradients.get(key.rpartition(".")[0], 0.0))
+
+
+def norm_distance(right: list[StepTrace], others: list[list[StepTrace]]) -> float:
+    """Return the root mean square of the relative distances of the gradient norms: all orders, all steps."""
+    pairs = [(step, each) for steps in others for step, each in zip(steps, right, strict=True)]
+    distances = [step.grad_norm / each.grad_norm - 1 for step, each in pairs if each.grad_norm]
+    return sqrt(sum(distance**2 for distance in distances) / max(1, len(distances)))
 
 
 def _of_mean(loss: float, losses: Tensor, of_others: Tensor) -> float:

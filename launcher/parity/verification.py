@@ -40,7 +40,7 @@ from launcher.parity.reference import (
 )
 from launcher.parity.rounding import equivalent
 from launcher.parity.step_trace import StepTrace, read_traces
-from launcher.parity.tolerance import Tolerance, measured_tolerance, tolerance
+from launcher.parity.tolerance import Tolerance, measured_tolerance, norm_distance, tolerance
 from launcher.parity.whole import (
     EVALUATION,
     STEPS,
@@ -259,8 +259,10 @@ def _reference(
         reference_trace(run, weights, batches, trace, way, rates)[1:]
         for way in equivalent(arithmetic, layout)
     ]
+    of_norms = norm_distance(expected[1:], others)
     measured = [
-        measured_tolerance(right, list(same)) for right, *same in zip(expected[1:], *others, strict=True)
+        measured_tolerance(right, list(same), of_norms)
+        for right, *same in zip(expected[1:], *others, strict=True)
     ]
     return expected, [tolerance(run), *measured]
 
