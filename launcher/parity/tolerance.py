@@ -31,11 +31,13 @@ SQUARES = 2.0  # a second moment's distance is that of its few largest elements:
 LEAST = 2.0**-11  # the distance if a few elements in a hundred are rounded the other way
 # A loss is one number, not a norm: its distance may be small by chance. So the root mean square over all
 # micro-batches and orders is multiplied.
-LOSS_DEVIATIONS = 8.0
+DEVIATIONS = 8.0
 # Rounding a logit the other way moves the loss of its label by about so much: rare if labels are few.
 LOGIT = 2.0**-8
 SHARED = 4.0  # times the largest distance of the loss of a step, of the few that are measured
-NORM_SHARE = 1.0  # of the distance of the whole gradient, which is the most that its norm can differ
+# Of the distance of the whole gradient. Rounding errors of most models hardly point along the gradient; those
+# of a few images do, and then the norm differs by up to the distance.
+NORM_LEAST, NORM_MOST = 0.5, 1.5
 
 
 @dataclass(frozen=True)
@@ -78,10 +80,13 @@ def tolerance(run: RunConfig) -> Tolerance:
     return Tolerance(loss=output, output=output, gradient=gradient, norm=gradient, score=2 * output)
 
 
-def measured_tolerance(right: StepTrace, others: list[StepTrace], labels: int) -> Tolerance:
+def measured_tolerance(
+    right: StepTrace, others: list[StepTrace], labels: int, of_norms: float | None = None
+) -> Tolerance:
     """Return the bounds of a step in bf16 by the distances of `others` from `right`, in other orders.
 
-    `labels` is the number of labels of a micro-batch.
+    `labels` is the number of labels of a micro-batch. `of_norms` is the `norm_distance` of all steps; None:
+    of this step.
     """
 
     def bounds(kind: str) -> dict[str, float]:
@@ -95,8 +100,10 @@ def measured_tolerance(right: StepTrace, others: list[StepTrace], labels: int) -
     counts = losses != 0  # the loss of a sample without labels that count is exactly 0
     losses_of_others = torch.stack([torch.tensor(other.batch_losses).flatten() for other in others])
     distances = losses_of_others[:, counts] / losses[counts] - 1
-    states = bounds("states")
-    loss = max(LOSS_DEVIATIONS * float(distances.square().mean().sqrt()), LOGIT / labels, LEAST / 8)
+    whole = max(_distance_of_all(other, right) for other in others)
+    along = norm_distance([right], [[other] for other in others]) if of_norms is None else of_norms
+    loss = max(DEVIATIONS * float(distances.square().mean().sqrt()), LOGIT / labels, LEAST / 8)
+    gradients = bounds("gradients")
     scores = {
         name: SPREAD * max(float((other.scores[name] - tensor).abs().max()) for other in others)
         for name, tensor in right.scores.items()
@@ -106,13 +113,29 @@ def measured_tolerance(right: StepTrace, others: list[StepTrace], labels: int) -
         step_loss=max(_of_mean(loss, losses[counts], losses_of_others[:, counts]), LEAST / 8),
         output=LEAST,
         gradient=LEAST,
-        norm=max(NORM_SHARE * max(_distance_of_all(other, right) for other in others), LEAST / 8),
+        norm=max(min(NORM_MOST * whole, max(NORM_LEAST * whole, DEVIATIONS * along)), LEAST / 8),
         score=LEAST,
         scores={name: max(bound, LEAST) for name, bound in scores.items()},
         outputs=bounds("outputs"),
-        gradients=bounds("gradients"),
-        states={key: bound * (SQUARES if key.endswith("_sq") else 1) for key, bound in states.items()},
+        gradients=gradients,
+        states={key: _of_state(key, bound, gradients) for key, bound in bounds("states").items()},
     )
+
+
+def _of_state(key: str, bound: float, gradients: dict[str, float]) -> float:
+    """Return the bound of a state that has the measured `bound`: at least what its gradient allows it.
+
+    The distance of a few numbers may be small by chance, and that of their squares more so.
+    """
+    squares = SQUARES if key.endswith("_sq") else 1.0
+    return squares * max(bound, gradients.get(key.rpartition(".")[0], 0.0))
+
+
+def norm_distance(right: list[StepTrace], others: list[list[StepTrace]]) -> float:
+    """Return the root mean square of the relative distances of the gradient norms: all orders, all steps."""
+    pairs = [(step, each) for steps in others for step, each in zip(steps, right, strict=True)]
+    distances = [step.grad_norm / each.grad_norm - 1 for step, each in pairs if each.grad_norm]
+    return sqrt(sum(distance**2 for distance in distances) / max(1, len(distances)))
 
 
 def _of_mean(loss: float, losses: Tensor, of_others: Tensor) -> float:

@@ -41,7 +41,7 @@ from launcher.parity.reference import (
 from launcher.parity.rounding import equivalent
 from launcher.parity.shrink import LayoutAxes
 from launcher.parity.step_trace import StepTrace, read_traces
-from launcher.parity.tolerance import Tolerance, measured_tolerance, tolerance
+from launcher.parity.tolerance import Tolerance, measured_tolerance, norm_distance, tolerance
 from launcher.parity.whole import (
     EVALUATION,
     STEPS,
@@ -261,8 +261,9 @@ def _reference(
         for way in equivalent(arithmetic, layout)
     ]
     labels = run.training.micro_batch_size * (1 if is_of_images(run) else sequence_length(run))
+    of_norms = norm_distance(expected[1:], others)
     measured = [
-        measured_tolerance(right, list(same), labels)
+        measured_tolerance(right, list(same), labels, of_norms)
         for right, *same in zip(expected[1:], *others, strict=True)
     ]
     return expected, [tolerance(run), *measured]

@@ -21,6 +21,7 @@ from launcher.parity.tolerance import (
     UNIT_ROUNDOFF,
     forward_length,
     measured_tolerance,
+    norm_distance,
     tolerance,
 )
 from tests.config.composing import run_of
@@ -105,6 +106,26 @@ def test_the_loss_of_a_step_has_a_tighter_bound_than_each_loss() -> None:
     assert tolerance(small()).of_step_loss() == tolerance(small()).loss
     shifted = replace(other, batch_losses=[[1.001 * loss for loss in right.batch_losses[0]]])
     assert measured_tolerance(right, [shifted], LABELS).of_step_loss() == pytest.approx(0.004, rel=0.01)
+
+
+def test_a_state_has_at_least_the_bound_of_its_gradient() -> None:
+    """Found by `python -m tests.fuzz --clean`: the squares of ten numbers were close by chance."""
+    _, (right, other) = steps_of(BF16, equivalent(BF16, layout_of(2))[0])
+    lucky = replace(other, states=right.states)
+    allowed = measured_tolerance(right, [lucky], LABELS)
+    for name, bound in allowed.gradients.items():
+        assert allowed.of_state(f"{name}.exp_avg") == bound
+        assert allowed.of_state(f"{name}.exp_avg_sq") == 2 * bound
+
+
+def test_the_norm_has_a_wider_bound_where_errors_point_along_the_gradient() -> None:
+    """Found by `python -m tests.fuzz --clean`: of two images they do, and the bound was half as wide."""
+    _, (right, *others) = steps_of(BF16, *equivalent(BF16, layout_of(2)))
+    across = measured_tolerance(right, others, LABELS).norm
+    longer = replace(right, grad_norm=1.01 * right.grad_norm, gradients=dict(others[0].gradients))
+    assert norm_distance([right], [[longer], [right]]) == pytest.approx(0.01 / sqrt(2))
+    along = measured_tolerance(right, [*others, longer], LABELS).norm
+    assert 1.5 * across < along <= 3.01 * across
 
 
 def test_the_bounds_are_not_zero_where_all_orders_agree() -> None:
