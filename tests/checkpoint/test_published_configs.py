@@ -132,7 +132,8 @@ def test_the_text_part_of_a_gemma_3_that_reads_images() -> None:
         "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024,
     }  # fmt: skip
     found = model_of({"model_type": "gemma3", "text_config": text, "vision_config": {"hidden_size": 1152}})
-    assert found == replace(model_of(GEMMA3_4B), ffn_hidden_size=10240)
+    expected = replace(model_of(GEMMA3_4B), ffn_hidden_size=10240, max_sequence_length=131072)
+    assert found == expected
 
 
 def test_old_settings_of_gemma_3_and_of_pythia() -> None:

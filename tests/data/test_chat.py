@@ -279,7 +279,7 @@ def test_another_token_can_end_documents(tokenizer: Path, tmp_path: Path) -> Non
         check_data(chat_run(SHIPPED, "model.vocab_size=500", f"data.tokenizer={tokenizer}", end.format(450)))
     assert (error.value.field, error.value.remedy) == ("data.end_of_document", "data.end_of_document=0")
     with pytest.raises(ConfigError) as error:
-        check_data(chat_run(SHIPPED, f"data.tokenizer={template}"))
+        check_data(chat_run(SHIPPED, f"data.tokenizer={template}", f"data.chat_template={template}"))
     assert error.value.field == "data.tokenizer"
 
 

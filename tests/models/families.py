@@ -70,7 +70,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {**GEMMA, "num_hidden_layers": 4, "sliding_window_pattern": 2, "rope_parameters": GEMMA3_ROPE},
     ),
     "Pythia": ("GPTNeoX", {**SIZES, "rope_parameters": {"partial_rotary_factor": 0.5}}),
-    "GPT-NeoX 20B": ("GPTNeoX", {**SIZES, "hidden_act": "gelu_fast"}),
+    "GPT-NeoX 20B": (
+        "GPTNeoX", {**SIZES, "hidden_act": "gelu_fast", "rope_parameters": {"partial_rotary_factor": 0.5}},
+    ),
     "GPT-NeoX, sequential": (
         "GPTNeoX",
         {**SIZES, "use_parallel_residual": False, "rope_parameters": {"partial_rotary_factor": 1.0}},
