@@ -43,7 +43,7 @@ VALIDATION = "validation"
 
 @dataclass(frozen=True)
 class Subject:
-    """Weights, and what is known of the run that made them."""
+    """Weights, and the known facts about the run that made them."""
 
     weights: WeightSource
     recorded: RunConfig | None  # None: imported weights, or a Hugging Face directory
