@@ -146,8 +146,8 @@ class _Ledger:
         """BF16_Optimizer of DeepSpeed: whole gradients in fp32, partitioned fp32 weights and states.
 
         Each bf16 gradient is added to the sums at once; in the first micro-batch several gradients are copied
-        together (engine/gradient_passes.py). The reduction works on a bf16 copy: without a pipeline of one bucket,
-        within the backward pass (engine/overlapped_reduction.py), else of all gradients.
+        together (engine/gradient_passes.py). The reduction works on a bf16 copy: without a pipeline of one
+        bucket, within the backward pass (engine/overlapped_reduction.py), else of all gradients.
         """
         summed = FP32 * self.flat
         copies = self._reduced_in_copies(self.element)
