@@ -14,6 +14,7 @@ from launcher.checkpoint.sources import RUN_CONFIG, WeightsKind, WeightSource
 from launcher.checkpoint.tokenizer_files import (
     TOKENIZER,
     TOKENIZER_CONFIG,
+    forget_paths,
     has_tokenizer,
     largest_token,
     leave_out_special_tokens,
@@ -48,6 +49,7 @@ def write_tokenizer(
         for path in companions_of(weights.path):
             if path.name not in ("config.json", GENERATION):
                 shutil.copyfile(path, target / path.name)
+    forget_paths(target)
     notes = [
         f"without the special token {token!r} of its tokenizer: model.vocab_size={size} has no such token"
         for token in leave_out_special_tokens(target, size)

@@ -7,12 +7,21 @@ from typing import Any
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 _SPECIAL, _ADDED, _VOCABULARY = "special_tokens_map.json", "added_tokens.json", "vocab.json"
+_OF_ANOTHER_PLACE = {"name_or_path", "tokenizer_file", "special_tokens_map_file"}
 # Files that a tokenizer can be loaded from; the last is SentencePiece's.
 _LOADABLE = (TOKENIZER, _VOCABULARY, "tokenizer.model")
 
 
 def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).exists() for name in _LOADABLE)
+
+
+def forget_paths(folder: Path) -> None:
+    """Remove from tokenizer_config.json the names of the machine and the repository that it came from."""
+    settings = _table_in(folder / TOKENIZER_CONFIG)
+    if stale := _OF_ANOTHER_PLACE & settings.keys():
+        kept = {name: value for name, value in settings.items() if name not in stale}
+        (folder / TOKENIZER_CONFIG).write_text(_as_json(kept))
 
 
 def leave_out_special_tokens(folder: Path, size: int) -> list[str]:
@@ -30,9 +39,7 @@ def leave_out_special_tokens(folder: Path, size: int) -> list[str]:
     if outside:
         for name in (TOKENIZER, TOKENIZER_CONFIG, _SPECIAL, _ADDED):
             if content := _table_in(folder / name):
-                (folder / name).write_text(
-                    json.dumps(_without(content, outside), indent=2, ensure_ascii=False) + "\n"
-                )
+                (folder / name).write_text(_as_json(_without(content, outside)))
     return outside
 
 
@@ -68,6 +75,10 @@ def tokens_of(path: Path) -> dict[int, str]:
         return tokens | {token["id"]: token["content"] for token in content.get("added_tokens") or ()}
     except (ValueError, KeyError, TypeError, AttributeError):
         return {}
+
+
+def _as_json(content: Any) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
 def _table_in(path: Path) -> dict[str, Any]:

@@ -58,7 +58,7 @@ class Layout:
         schedule = " (DualPipeV)" if self.stages_per_rank == 2 else ""
         context = f" x {self.context} context" if self.context > 1 else ""
         experts = f" (experts over {self.expert})" if self.expert > 1 else ""
-        data = f"{self.data} data{context}{experts}" if self.context > 1 else f"{self.data} data{experts}"
+        data = f"{self.data} data{context}{experts}"
         axes = f"{self.pipeline} pipeline{schedule} x {data} x {self.tensor} tensor"
         ranks = plural(self.world_size, f"{self.device} rank")
         batches = plural(self.accumulation, "micro-batch", "es")

@@ -16,7 +16,8 @@ PATHS = {
     "learned": "my_conf/hardware/NAME.yaml",
     "verify.report": "verify.json", "compare.figure": "compare.png", "compare.report": "compare.json",
     "tokenizer.path": "null", "tokenizer": "null", "dir": "my_conf",
-    "name": "this_machine", "text": "null", "tokens": "null", "task_dir": "null", "report": "evaluation.json",
+    "name": "this_machine", "text": "null", "tokens": "null", "chats": "null", "task_dir": "null",
+    "report": "evaluation.json",
 }  # fmt: skip
 
 # Bytes of a path, and of a name in it. The system takes 4095 and 255; the launcher appends to both.

@@ -744,9 +744,10 @@ class EvaluateConfig:
 
     # In `run.dir`: a run, a checkpoint, the result of `launcher import`, or a Hugging Face directory.
     run: RunDirConfig = field(default_factory=RunDirConfig)
-    # Without text, tokens and tasks: the run's own validation data.
+    # Without text, tokens, chats and tasks: the run's own validation data.
     text: Optional[str] = None  # a glob of text files
     tokens: Optional[str] = None  # NAME of NAME.bin and NAME.idx, or a glob
+    chats: Optional[str] = None  # conversations as data=chat reads them; what the assistant writes is scored
     tasks: list[str] = field(default_factory=list)  # tasks of lm-evaluation-harness
     task_dir: Optional[str] = None  # a directory with further tasks of lm-evaluation-harness
     few_shot: Optional[int] = None  # examples in the prompt of a task; null: as the task says

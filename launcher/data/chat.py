@@ -14,18 +14,20 @@ from launcher.config.schema import DataConfig, RunConfig
 from launcher.config.shape import end_of_document, sequence_length
 from launcher.data.card import chat_template_of, tokenizer_path
 from launcher.data.chat_template import ChatTemplate, template_of
+from launcher.data.chat_tokens import ENDS_INSIDE
 from launcher.data.input_files import LeftOut, first_of_each
 from launcher.data.packing import ChatTokens, PackedChats
 from launcher.data.reading import FileFormat, Place, batches, format_of
 from launcher.data.token_file import TokenFileError, index_path, mask_path, open_token_file
 from launcher.data.tokenise import TokeniseSettings, Worker
+from launcher.data.tokenizer import HuggingFace
 from launcher.data.tokens import check_vocabulary
 from launcher.text import plural
 
 _IN_PACKAGE = "pkg://launcher/"  # files that the launcher comes with, as Hydra names those of a package
 _LONGEST_LINE = 256 * 10**6  # bytes
 _PROBES = 64  # conversations per part whose end is checked, and windows per part that are read
-_PREPARE = "launcher prepare SOURCE TARGET chat=true"
+PREPARE = "launcher prepare SOURCE TARGET chat=true"
 _TEMPLATE = "the chat template"  # in the reason of a line that the template makes bad
 
 
@@ -43,13 +45,13 @@ def open_chats(run: RunConfig) -> ChatSplit:
     """Return the conversations of a run, in parts. Raises ConfigError."""
     d = run.data
     assert d.train is not None, "validated with the config"
-    train, digest = _opened(d, "data.train", d.train)
+    train, digest = opened_chats(d, "data.train", d.train)
     digests, count = {"": digest}, len(train)
     held_out: dict[str, tuple[ChatTokens, int, int]] = {}
     parts = (("test", d.test, d.test_fraction), ("validation", d.validation, d.validation_fraction))
     for name, pattern, fraction in parts:
         if pattern is not None:
-            chats, digests[name] = _opened(d, f"data.{name}", pattern)
+            chats, digests[name] = opened_chats(d, f"data.{name}", pattern)
             held_out[name] = chats, 0, len(chats)
         elif fraction > 0:
             # The last conversations, in the order training, validation, test.
@@ -83,7 +85,7 @@ def check_chats(run: RunConfig, left_out: LeftOut) -> None:
 def _check_tokenizer(run: RunConfig) -> None:
     """Raise ConfigError if the tokenizer has more tokens than the model's vocabulary."""
     assert run.data.train is not None, "validated with the config"
-    if (prefix := _prepared(run.data.train)) is not None:
+    if (prefix := prepared_prefix(run.data.train)) is not None:
         check_vocabulary(run.model.vocab_size, prefix)
         return
     tokenizer = _settings(run.data, None).load()
@@ -106,7 +108,7 @@ def chat_companions(run: RunConfig) -> tuple[Path | None, str | None]:
     """Return the tokenizer.json of a run's conversations, None for bytes, and their chat template."""
     d = run.data
     assert d.train is not None, "validated with the config"
-    if (prefix := _prepared(d.train)) is not None:
+    if (prefix := prepared_prefix(d.train)) is not None:
         path = tokenizer_path(prefix)
         return path if path.exists() else _tokenizer(d), chat_template_of(prefix)
     return _tokenizer(d), _template(d).source
@@ -118,21 +120,21 @@ def _packed(run: RunConfig, chats: ChatTokens, first: int, last: int) -> PackedC
     return PackedChats(chats, first, last, sequence_length(run), end, run.model.vocab_size)
 
 
-def _opened(data: DataConfig, field: str, pattern: str) -> tuple[ChatTokens, str]:
+def opened_chats(data: DataConfig, field: str, pattern: str) -> tuple[ChatTokens, str]:
     """Return the conversations that a field names, and their digest. Raises ConfigError."""
-    if (prefix := _prepared(pattern)) is None:
+    if (prefix := prepared_prefix(pattern)) is None:
         return _read(data, field, pattern)
     try:
         file = open_token_file(prefix)
     except TokenFileError as error:
-        raise ConfigError(field, pattern, str(error), _PREPARE) from None
+        raise ConfigError(field, pattern, str(error), PREPARE) from None
     path = mask_path(prefix)
     size = path.stat().st_size if path.is_file() else None
     if size != file.num_tokens:
         state = "does not exist" if size is None else f"has {size} bytes for {file.num_tokens} tokens"
         why = f"{path} {state}, and data=chat needs a byte per token"
         plain = f"data=tokens {typed_text(field, pattern)} (learns all tokens)"
-        raise ConfigError(field, pattern, why, plain if size is None else _PREPARE)
+        raise ConfigError(field, pattern, why, plain if size is None else PREPARE)
     sequences = file.documents[:-1]
     starts = np.append(file.pointers[sequences] // file.dtype.itemsize, file.num_tokens).astype(np.int64)
     return ChatTokens(str(path), starts, file), file.digest()
@@ -147,11 +149,8 @@ def _read(data: DataConfig, field: str, pattern: str) -> tuple[ChatTokens, str]:
         tokenised = worker.tokenise(batch)
         if tokenised.bad_lines:
             bad = tokenised.bad_lines[0]
-            skip = f"{_PREPARE} bad_lines=skip (leaves bad lines out)"
-            mend = (
-                "data.chat_template=PATH of another template" if _TEMPLATE in bad.why else "correct the line"
-            )
-            remedy = f"{mend}, or {skip}"
+            skip = f"{PREPARE} bad_lines=skip (leaves bad lines out)"
+            remedy = f"{_mend(data, bad.why)}, or {skip}"
             raise ConfigError(field, pattern, f"{batch.file}:{bad.line} {bad.why}", remedy)
         tokens.append(tokenised.tokens)
         masks.append(tokenised.mask)
@@ -163,7 +162,18 @@ def _read(data: DataConfig, field: str, pattern: str) -> tuple[ChatTokens, str]:
     return ChatTokens(pattern, starts, in_memory=arrays), f"{len(arrays[0])}-{digest:08x}"
 
 
-def _prepared(pattern: str) -> Path | None:
+def _mend(data: DataConfig, why: str) -> str:
+    """Return what mends a bad line: mostly the line, else the setting that makes it bad."""
+    if _TEMPLATE in why:
+        return "data.chat_template=PATH of another template"
+    if ENDS_INSIDE not in why or not isinstance(tokenizer := _settings(data, None).load(), HuggingFace):
+        return "correct the line"
+    other = tokenizer.token_beside_end()
+    named = "ID of a token that the template does not write" if other is None else other
+    return f"data.end_of_document={named} (and {PREPARE} has tokenizer.end_of_document)"
+
+
+def prepared_prefix(pattern: str) -> Path | None:
     """Return the prefix of the token files that a pattern names, or None."""
     prefix = Path(os.path.expanduser(pattern.removesuffix(".bin").removesuffix(".idx")))
     return prefix if index_path(prefix).is_file() else None
@@ -177,7 +187,7 @@ def _files(field: str, pattern: str) -> list[Path]:
     paths = first_of_each(filter(Path.is_file, matches), LeftOut())
     if not paths:
         why = "no file has this name, and there are no token files of this name either"
-        raise ConfigError(field, pattern, why, f"{field}=PATH of a .jsonl file, or {_PREPARE}")
+        raise ConfigError(field, pattern, why, f"{field}=PATH of a .jsonl file, or {PREPARE}")
     for path in paths:
         if format_of(path) is not FileFormat.json_lines:
             why = f"{path} is not a .jsonl, .ndjson or .json file"
@@ -186,7 +196,10 @@ def _files(field: str, pattern: str) -> list[Path]:
 
 
 def _settings(data: DataConfig, template: ChatTemplate | None) -> TokeniseSettings:
-    return TokeniseSettings(_tokenizer(data), None, "", _LONGEST_LINE, template=template)
+    end = data.end_of_document
+    return TokeniseSettings(
+        _tokenizer(data), end, "", _LONGEST_LINE, template=template, field="data.tokenizer"
+    )
 
 
 def _tokenizer(data: DataConfig) -> Path | None:

@@ -14,6 +14,8 @@ from launcher.data.tokenizer import Tokenizer
 
 Mask = npt.NDArray[np.uint8]  # 1 for a token that is learned, else 0
 
+ENDS_INSIDE = "has the token that ends documents"
+
 
 @dataclass(frozen=True)
 class ChatEncoder:
@@ -61,7 +63,7 @@ class ChatEncoder:
         end = self.tokenizer.end_of_document
         if (ids[:-1] == end).any():
             spelling = self.tokenizer.end_spelling
-            raise BadConversation(f"has the token that ends documents, {spelling!r}, before its end")
+            raise BadConversation(f"{ENDS_INSIDE}, {spelling!r}, before its end")
         if len(ids) and ids[-1] == end:
             return ids, mask
         return np.append(ids, ids.dtype.type(end)), np.append(mask, mask[-1:] if len(mask) else np.uint8(0))

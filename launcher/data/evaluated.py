@@ -12,6 +12,7 @@ import numpy.typing as npt
 from launcher.config.errors import ConfigError
 from launcher.config.shape import END_OF_TEXT
 from launcher.data.corpus import text_documents
+from launcher.data.packing import PackedChats
 from launcher.data.tokenizer import Bytes, Tokenizer, pieces
 from launcher.data.tokens import HeldOutPart, check_vocabulary, open_tokens, probe_ids
 from launcher.data.windows import Stretch, check_ids
@@ -21,10 +22,14 @@ _PIECE = 2**20  # characters of a document that are encoded at a time, and token
 
 @dataclass(frozen=True, eq=False)
 class Window:
-    """Tokens (n + 1,): n inputs and their labels, of which those from index `first` on are scored."""
+    """Tokens (n + 1,): n inputs and their labels, of which those from index `first` on are scored.
+
+    With `learned` (n,) only the labels that it marks are scored: those of a conversation's assistant.
+    """
 
     tokens: npt.NDArray[np.integer[Any]]
     first: int = 0
+    learned: npt.NDArray[np.bool_] | None = None
 
 
 def scored_windows(stretch: Stretch, length: int, stride: int, vocab_size: int) -> Iterator[Window]:
@@ -41,6 +46,27 @@ def scored_windows(stretch: Stretch, length: int, stride: int, vocab_size: int) 
         check_ids(tokens, vocab_size, stretch, begin)
         yield Window(tokens, scored - begin - 1)
         begin, scored = begin + stride, end + 1
+
+
+def chat_windows(chats: PackedChats) -> Iterator[Window]:
+    """Yield a window for each conversation, cut as in training, that scores what the assistant writes.
+
+    Raises ConfigError for a token id that the model's vocabulary does not have.
+    """
+    for tokens, mask in chats.conversations():
+        if mask[1:].any():
+            yield Window(np.asarray(tokens), learned=mask[1:])
+
+
+def learned_bytes(window: Window, tokenizer: Tokenizer, end: int | None) -> int:
+    """Return the UTF-8 bytes of the text that the learned labels of a conversation decode to."""
+    assert window.learned is not None
+    # The ends of the stretches of learned labels, each pair a stretch.
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], window.learned, [False]])))
+    labels = window.tokens[1:]
+    return sum(
+        text_bytes(labels[first:last], tokenizer, end) for first, last in edges.reshape(-1, 2).tolist()
+    )
 
 
 def text_bytes(tokens: npt.NDArray[np.integer[Any]], tokenizer: Tokenizer, end: int | None) -> int:

@@ -5,6 +5,7 @@ is left of it is filled with end tokens, which are no labels. Of a conversation 
 only the first T + 1 tokens are used; if none of them is learned, the conversation is left out.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -132,6 +133,16 @@ class PackedChats:
             for place in places.tolist()
             for start, length in self._conversations(place)
         )
+
+    def conversations(self) -> Iterator[tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]]:
+        """Yield tokens (n,) and mask (n,) of each conversation that is used, n at most T + 1.
+
+        Raises ConfigError for a token id that the model's vocabulary does not have.
+        """
+        for start, length in zip(*(part.tolist() for part in self._kept), strict=True):
+            tokens = self.chats.tokens[start : start + length]
+            check_ids(tokens, self.vocab_size, Stretch(self.chats.tokens, self.chats.name), start)
+            yield tokens, self.chats.mask_of(start, start + length).astype(bool)
 
     def _conversations(self, window: int) -> list[tuple[int, int]]:
         """Return start and number of tokens of the conversations of a window."""

@@ -57,17 +57,18 @@ class TokeniseSettings:
     """The settings from which each process builds its Worker."""
 
     tokenizer: Path | None  # a tokenizer.json; None: tokens are bytes
-    end_of_document: str | None  # the token that ends a document; None: a usual one
+    end_of_document: str | int | None  # the token that ends a document, or its id; None: a usual one
     text_field: str
     max_line: int  # bytes
     end_in_text: EndInText = EndInText.escape
     template: ChatTemplate | None = None  # of conversations; None: records are text
+    field: str = "tokenizer.path"  # that names the tokenizer
 
     def load(self) -> Tokenizer:
         """Return the tokenizer. Raises ConfigError if the file cannot be used."""
         if self.tokenizer is None:
             return Bytes()
-        return HuggingFace(self.tokenizer, self.end_of_document, field="tokenizer.path")
+        return HuggingFace(self.tokenizer, self.end_of_document, field=self.field)
 
 
 class NoText(ValueError):

@@ -18,6 +18,10 @@ from launcher.files import replacing
 # The tokens that end a document in GPT-2, Llama 3, Llama 2 and others, in order of preference.
 USUAL_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
 
+# Tokens that a text seldom has.
+_UNUSED = ("<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<unk>", "[UNK]")
+_END_FIELD = "data.end_of_document"
+
 
 class Tokenizer(Protocol):
     """Encodes text as token ids and decodes token ids as text."""
@@ -76,8 +80,11 @@ class Bytes:
 class HuggingFace:
     """A tokenizer that is loaded from a tokenizer.json."""
 
-    def __init__(self, path: Path, end: str | None = None, *, field: str) -> None:
-        """Load `path`; `end` ends documents (None: one of USUAL_ENDS). Raises ConfigError about `field`."""
+    def __init__(self, path: Path, end: str | int | None = None, *, field: str) -> None:
+        """Load `path`. Raises ConfigError about `field`.
+
+        `end` is the token that ends documents, or its id; None: the first of USUAL_ENDS that exists.
+        """
         # Several processes tokenise at once, so threads inside the library would only slow each other down.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         from tokenizers import AddedToken
@@ -93,8 +100,9 @@ class HuggingFace:
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        self._path, self._field, self._end = path, field, end
+        self._path, self._field = path, field
         self._vocabulary = self._tokenizer.get_vocab()
+        self._end = end = self._spelled(end) if isinstance(end, int) else end
         self.vocab_size = max(self._vocabulary.values()) + 1  # the ids may have gaps
         self.dtype = smallest_dtype(self.vocab_size)
         self._ends = [token for token in ((end,) if end else USUAL_ENDS) if token in self._vocabulary]
@@ -113,9 +121,25 @@ class HuggingFace:
         if not self._ends:
             missing = f"no token {end!r}" if end else f"none of {', '.join(USUAL_ENDS)}"
             why = f"this tokenizer has {missing} to end documents with"
-            example = typed_text("tokenizer.end_of_document", next(iter(self._vocabulary), "TOKEN"))
-            raise ConfigError(self._field, self._path, why, f"{example} or another token of the tokenizer")
+            remedy = typed_text("tokenizer.end_of_document", next(iter(self._vocabulary), "TOKEN"))
+            if self._field.startswith("data."):
+                remedy = f"{_END_FIELD}=ID"
+            raise ConfigError(self._field, self._path, why, f"{remedy} or another token of the tokenizer")
         return int(self._vocabulary[self._ends[0]])
+
+    def _spelled(self, end: int) -> str:
+        """Return the spelling of the token `end`. Raises ConfigError if there is none."""
+        spelling = self._tokenizer.id_to_token(end)
+        if spelling is None:
+            usual = next((self._vocabulary[token] for token in USUAL_ENDS if token in self._vocabulary), "ID")
+            why = f"{self._path} has no token with this id"
+            raise ConfigError(_END_FIELD, end, why, f"{_END_FIELD}={usual}")
+        return str(spelling)
+
+    def token_beside_end(self) -> int | None:
+        """Return the id of a token that could end documents instead of the present one; None without any."""
+        usable = (token for token in (*USUAL_ENDS, *_UNUSED) if token in self._vocabulary)
+        return next((self._vocabulary[token] for token in usable if token not in self._ends[:1]), None)
 
     def encode(self, texts: Sequence[str]) -> list[npt.NDArray[Any]]:
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)

@@ -4,8 +4,8 @@ import math
 from dataclasses import dataclass
 from itertools import chain, islice
 
-from launcher.config.schema import EvaluateConfig
-from launcher.data.evaluated import scored_bytes, scored_windows
+from launcher.data.evaluated import chat_windows, learned_bytes, scored_bytes, scored_windows
+from launcher.data.packing import PackedChats
 from launcher.data.tokenizer import Tokenizer
 from launcher.data.windows import Stretch
 from launcher.evaluation.scorer import Scorer
@@ -40,20 +40,41 @@ def _exp(value: float) -> float:
         return math.inf
 
 
-def perplexity_of(
-    stretches: list[Stretch], scorer: Scorer, config: EvaluateConfig, length: int, vocab_size: int,
-    tokenizer: Tokenizer | None, end: int | None,
-) -> Perplexity:  # fmt: skip
-    """Return the perplexity of the tokens in `stretches`. Collective over the world."""
-    stride = config.stride or length
-    windows = chain.from_iterable(
-        scored_windows(stretch, length, stride, vocab_size) for stretch in stretches
-    )
-    scores = scorer.scores(islice(windows, config.limit))
-    tokens = sum(score.labels for score in scores)
-    counts, left = [], tokens
-    for stretch in stretches:
-        counts.append(min(left, max(0, len(stretch) - 1)))
-        left -= counts[-1]
-    known = None if tokenizer is None else scored_bytes(stretches, counts, tokenizer, end)
-    return Perplexity(math.fsum(score.loss for score in scores), tokens, known)
+@dataclass(frozen=True)
+class Measure:
+    """Measures perplexity by one model's scorer, with the settings of the command."""
+
+    scorer: Scorer
+    length: int  # tokens of a window
+    stride: int
+    limit: int | None  # of windows or conversations
+    vocab_size: int
+    tokenizer: Tokenizer | None
+    end_of_document: int | None
+
+    def __call__(self, data: list[Stretch] | PackedChats) -> Perplexity:
+        """Return the perplexity of tokens, or of the assistant's part of conversations. Collective, world."""
+        return self._of_chats(data) if isinstance(data, PackedChats) else self._of_tokens(data)
+
+    def _of_tokens(self, stretches: list[Stretch]) -> Perplexity:
+        windows = chain.from_iterable(
+            scored_windows(stretch, self.length, self.stride, self.vocab_size) for stretch in stretches
+        )
+        scores = self.scorer.scores(islice(windows, self.limit))
+        tokens = sum(score.labels for score in scores)
+        counts, left = [], tokens
+        for stretch in stretches:
+            counts.append(min(left, max(0, len(stretch) - 1)))
+            left -= counts[-1]
+        known = None
+        if self.tokenizer is not None:
+            known = scored_bytes(stretches, counts, self.tokenizer, self.end_of_document)
+        return Perplexity(math.fsum(score.loss for score in scores), tokens, known)
+
+    def _of_chats(self, chats: PackedChats) -> Perplexity:
+        windows = list(islice(chat_windows(chats), self.limit))
+        scores, known = self.scorer.scores(windows), None
+        if self.tokenizer is not None:
+            known = sum(learned_bytes(window, self.tokenizer, self.end_of_document) for window in windows)
+        losses = math.fsum(score.loss for score in scores)
+        return Perplexity(losses, sum(score.labels for score in scores), known)

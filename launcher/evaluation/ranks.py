@@ -1,6 +1,5 @@
 """Evaluate on the ranks of a layout: load the weights, score the data, run the tasks."""
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from launcher.config.shape import sequence_length
 from launcher.engine.base import Engine
 from launcher.engine.build import build_engine
 from launcher.engine.distributed import join, leave, prepare_deepspeed
-from launcher.evaluation.perplexity import perplexity_of
+from launcher.evaluation.perplexity import Measure
 from launcher.evaluation.results import Results, write_results
 from launcher.evaluation.scorer import Scorer
 from launcher.evaluation.subject import Subject, data_to_score
@@ -40,21 +39,15 @@ def evaluate_rank(
     engine = build_engine(run, layout, device, drawn=False)
     load(engine, subject.weights)
     scorer, tokenizer = Scorer(engine, run), subject.tokenizer()
-    measure = partial(
-        perplexity_of,
-        scorer=scorer,
-        config=config,
-        length=sequence_length(run),
-        vocab_size=run.model.vocab_size,
-        tokenizer=tokenizer,
-        end=subject.end_of_document,
-    )
-    data = {name: measure(stretches).values() for name, stretches in data_to_score(config, subject).items()}
+    length, size = sequence_length(run), run.model.vocab_size
+    stride = config.stride or length
+    measure = Measure(scorer, length, stride, config.limit, size, tokenizer, subject.end_of_document)
+    data = {name: measure(parts).values() for name, parts in data_to_score(config, subject).items()}
     tasks: dict[str, Any] = {}
     if config.tasks:
         from launcher.evaluation.harness import run_tasks
 
-        tasks = run_tasks(rank, config, subject, scorer, sequence_length(run), task_manager, folder)
+        tasks = run_tasks(rank, config, subject, scorer, length, task_manager, folder)
     if rank == 0:
         write_results(folder, Results(data, tasks))
     leave()

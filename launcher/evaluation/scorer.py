@@ -103,14 +103,17 @@ def _batch(windows: Sequence[Window], places: np.ndarray, length: int) -> Batch:
             count = len(window.tokens) - 1
             tokens[row, :count] = window.tokens[:-1]
             labels[row, window.first : count] = window.tokens[window.first + 1 :]
+            if window.learned is not None:
+                labels[row, :count][~window.learned] = IGNORED_LABEL
     return tokens, labels
 
 
 def _score(window: Window, losses: np.ndarray, likeliest: np.ndarray, labels: np.ndarray) -> Score:
-    scored = slice(window.first, len(window.tokens) - 1)
+    count = len(window.tokens) - 1
+    scored = np.flatnonzero(labels[:count] != IGNORED_LABEL)
     return Score(
         loss=float(losses[scored].sum()),
-        labels=scored.stop - scored.start,
+        labels=len(scored),
         is_greedy=bool((likeliest[scored] == labels[scored]).all()),
-        likeliest=int(likeliest[scored.stop - 1]),
+        likeliest=int(likeliest[count - 1]),
     )

@@ -7,11 +7,12 @@ from pathlib import Path
 from launcher.checkpoint.companions import companions_of, run_of
 from launcher.checkpoint.exported_files import BYTE_SOURCES, data_of
 from launcher.checkpoint.sources import RUN_CONFIG, WeightSource, weights_at
-from launcher.checkpoint.tokenizer_files import TOKENIZER_CONFIG
+from launcher.checkpoint.tokenizer_files import TOKENIZER_CONFIG, tokens_of
 from launcher.config.compose import load_typed
 from launcher.config.errors import ConfigError, refusal
 from launcher.config.layout import Layout
 from launcher.config.machine import Machine
+from launcher.config.numbers import BYTE_VALUES
 from launcher.config.schema import (
     CorpusSource,
     DataConfig,
@@ -32,8 +33,11 @@ from launcher.config.shape import sequence_length
 from launcher.config.validate import validate
 from launcher.config.world import World, world_of_machine
 from launcher.data.card import tokenizer_path
+from launcher.data.chat import PREPARE, opened_chats, prepared_prefix
+from launcher.data.chat_template import TEMPLATE_FILE
 from launcher.data.evaluated import text_stretch, token_stretches
 from launcher.data.open import ONLY, TOKENIZER, open_data
+from launcher.data.packing import PackedChats
 from launcher.data.tokenizer import Bytes, HuggingFace, Tokenizer
 from launcher.data.windows import Stretch, Windows
 
@@ -173,21 +177,25 @@ def _length(config: EvaluateConfig, subject: Subject) -> int:
     return length
 
 
-def data_to_score(config: EvaluateConfig, subject: Subject) -> dict[str, list[Stretch]]:
+def data_to_score(config: EvaluateConfig, subject: Subject) -> dict[str, list[Stretch] | PackedChats]:
     """Return the tokens to score by name: text files, token files, else the run's validation data.
 
     Nothing is scored beside tasks unless it is named. Raises ConfigError.
     """
-    data: dict[str, list[Stretch]] = {}
+    data: dict[str, list[Stretch] | PackedChats] = {}
     if config.text is not None:
         tokenizer = known_tokenizer(config, subject, "text")
         data["text"] = [text_stretch(config.text, tokenizer, subject.end_of_document)]
     if config.tokens is not None:
         data["tokens"] = _token_files(config.tokens, config, subject)
+    if config.chats is not None:
+        data["chats"] = _chats(config.chats, config, subject)
     if not data and not config.tasks:
-        data = _validation_data(subject)
-    for name, stretches in data.items():
-        if not any(len(stretch) > 1 for stretch in stretches):
+        data = _validation_data(config, subject)
+    for name, parts in data.items():
+        if isinstance(parts, PackedChats):
+            _check_not_empty(parts, config, name)
+        elif not any(len(stretch) > 1 for stretch in parts):
             why = "fewer than two tokens: the first token of a file is only context"
             raise ConfigError(name, getattr(config, name, None), why, "more text")
     return data
@@ -200,17 +208,63 @@ def _token_files(pattern: str, config: EvaluateConfig, subject: Subject) -> list
         if error.field != "model.vocab_size":
             raise
         raise _other_tokenizer(config, error.why) from None
-    for path in (path for prefix in prefixes if (path := tokenizer_path(prefix)).exists()):
-        if subject.is_of_bytes:
-            raise _other_tokenizer(config, f"they were made with {path}, and the model was trained on bytes")
-        if subject.tokenizer_json is not None and not _same_json(path, subject.tokenizer_json):
-            raise _other_tokenizer(config, f"they were made with {path}, the model with another tokenizer")
+    for prefix in prefixes:
+        if why := _why_other_tokenizer(prefix, subject):
+            raise _other_tokenizer(config, why)
     return stretches
+
+
+def _why_other_tokenizer(prefix: Path, subject: Subject) -> str | None:
+    """Return why the model does not know the tokens of these token files; None if it may."""
+    if not (path := tokenizer_path(prefix)).exists():
+        return None
+    if subject.is_of_bytes:
+        return f"they were made with {path}, and the model was trained on bytes"
+    if subject.tokenizer_json is not None and not _same_json(path, subject.tokenizer_json):
+        return f"they were made with {path}, the model with another tokenizer"
+    return None
 
 
 def _other_tokenizer(config: EvaluateConfig, why: str) -> ConfigError:
     remedies = "token files made with the tokenizer of the model", "text=GLOB, which is tokenised here"
     return refusal(config, "tokens", why, *remedies)
+
+
+def _chats(pattern: str, config: EvaluateConfig, subject: Subject) -> PackedChats:
+    """Return the conversations that `pattern` names, cut to the length of a window. Raises ConfigError."""
+    known_tokenizer(config, subject, "chats")
+    prefix, end = prepared_prefix(pattern), subject.end_of_document
+    why = None if prefix is None else _why_other_tokenizer(prefix, subject)
+    if end is None:
+        why = "the tokenizer has no token that ends a conversation"
+    if why:
+        raise refusal(config, "chats", why, f"token files of this tokenizer: {PREPARE}")
+    assert end is not None
+    try:
+        chats, _ = opened_chats(_chat_settings(subject), "chats", pattern)
+    except ConfigError as error:
+        if error.field == "chats":
+            raise
+        remedy = f"token files of these conversations: {PREPARE} chat_template=PATH"
+        raise refusal(config, "chats", error.why, remedy) from None
+    return PackedChats(chats, 0, len(chats), _length(config, subject), end, subject.weights.model.vocab_size)
+
+
+def _chat_settings(subject: Subject) -> DataConfig:
+    """Return the settings by which `data=chat` encodes conversations as the run did."""
+    data, path = DataConfig(source=CorpusSource.chat), subject.tokenizer_json
+    if path is None or max(tokens_of(path), default=BYTE_VALUES) >= BYTE_VALUES:
+        return replace(data, tokenizer=None if path is None else str(path))
+    # A run on bytes recorded a tokenizer of bytes, and its template beside it.
+    template = path.parent / TEMPLATE_FILE
+    return replace(data, chat_template=str(template) if template.is_file() else None)
+
+
+def _check_not_empty(chats: PackedChats, config: EvaluateConfig, name: str) -> None:
+    if not len(chats):
+        length = chats.sequence_length
+        why = f"in {name} the assistant writes nothing among the first {length + 1} tokens of a conversation"
+        raise ConfigError("sequence_length", length, why, "a larger one, or other conversations")
 
 
 def _same_json(a: Path, b: Path) -> bool:
@@ -222,17 +276,21 @@ def _same_json(a: Path, b: Path) -> bool:
         return False
 
 
-def _validation_data(subject: Subject) -> dict[str, list[Stretch]]:
+def _validation_data(config: EvaluateConfig, subject: Subject) -> dict[str, list[Stretch] | PackedChats]:
     if subject.recorded is None:
         why = "these weights belong to no run, so they have no validation data"
         raise ConfigError("run.dir", subject.weights.path, why, _OTHER_DATA)
+    recorded = subject.recorded
+    data = replace(recorded.data, sequence_length=_length(config, subject))  # conversations are cut to it
     try:
-        sources = open_data(subject.recorded).validation
+        sources = open_data(replace(recorded, data=data)).validation
     except ConfigError as error:
         why = f"the run's validation data cannot be read: {error.field}={error.value}: {error.why}"
         raise ConfigError("run.dir", subject.run_dir, why, _OTHER_DATA) from None
-    data = {}
+    parts: dict[str, list[Stretch] | PackedChats] = {}
     for name, samples in sources.items():
-        assert isinstance(samples.items, Windows), "a language model reads windows of tokens"
-        data[VALIDATION if name == ONLY else f"{VALIDATION}/{name}"] = list(samples.items.stretches)
-    return data
+        items = samples.items
+        assert isinstance(items, Windows | PackedChats), "a language model reads tokens"
+        of_source = list(items.stretches) if isinstance(items, Windows) else items
+        parts[VALIDATION if name == ONLY else f"{VALIDATION}/{name}"] = of_source
+    return parts

@@ -161,6 +161,9 @@ def _forward(e: Evidence) -> Results:
         meaning = "partial look-ups are not summed over the tensor ranks"
         meaning += " (under sequence parallelism: by the reduce-scatter)"
         yield f"{where}: tokens in the vocabulary shards of other ranks have output zero", meaning
+    if name == "embedding" and (factor := _common_factor(e, name)) is not None:
+        meaning = "the scale of the embedding (model.embedding_scale)"
+        yield f"{where}: it is the right one times {factor:.3g}", meaning
     if name == "embedding" and "embedding.weight" in e.before.weights and _are_other_tokens(e):
         meaning = "other samples are read: their order, the blend, the first sample, or the place of a window"
         yield f"{where}: it is that of other tokens", meaning
@@ -173,6 +176,13 @@ def _choices(e: Evidence) -> Results:
         shape = f"{_some(names)}: a token runs through experts with lower scores than others have"
         meaning = "the router: its logits, the biases for the choice, or tokens and scores in another order"
         yield shape, meaning
+
+
+def _common_factor(e: Evidence, name: str) -> float | None:
+    """Return the factor by which an output is the right one everywhere; None if there is no such factor."""
+    got, right = e.step.outputs[name], e.right.outputs[name]
+    factor = float((got * right).sum() / right.square().sum())
+    return factor if float((got - factor * right).norm()) <= CLOSE * float(got.norm()) else None
 
 
 def _are_other_tokens(e: Evidence) -> bool:
@@ -359,11 +369,14 @@ def _whole(e: Evidence) -> Results:
 
 
 def _update(e: Evidence) -> Results:
+    # Without a momentum, the updates of the run's own optimizer do not show the gradients.
+    are_compared = bool(e.step.gradients)
     if e.names("grad_norm"):
         words, _ = named_ratio(e.step.grad_norm / e.right.grad_norm, e.layout)
         meaning = "the norm is not computed over the logical gradients"
         cause = "shards are left out, or replicas counted twice"
-        yield f"every gradient is right and the reported norm is {words}", f"{meaning}: {cause}"
+        right = "every gradient is right" if are_compared else "every output and loss is right"
+        yield f"{right} and the reported norm is {words}", f"{meaning}: {cause}"
     names = _some(e.names("weight", "state"))
     if not names:
         return
@@ -376,9 +389,15 @@ def _update(e: Evidence) -> Results:
     if ratio is not None and abs(ratio - 1) > CLOSE and not e.names("state"):
         words = f"the reference times {ratio:.4f}"
         meaning = "the learning rate, its schedule, or the number of updates that Adam counts"
-        yield f"gradients and states are right, and the update of {names} is {words}", meaning
-    shape = f"{names}: the gradients are right, but the update or state computed from them is wrong"
-    yield shape, "the optimizer, learning rate, weight decay or state differs from the reference"
+        right = "gradients and states are right" if are_compared else "the norm is right"
+        yield f"{right}, and the update of {names} is {words}", meaning
+    right = "the gradients are right, but the update or state computed from them is wrong"
+    if not are_compared:
+        right = "the norm of the gradients is right, and the update or state is wrong"
+    yield (
+        f"{names}: {right}",
+        "the optimizer, learning rate, weight decay or state differs from the reference",
+    )
 
 
 RULES = (_start, _micro_batches, _forward, _choices, _loss, _replicas, _gradients, _rounding, _update, _whole)

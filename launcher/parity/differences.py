@@ -334,4 +334,4 @@ def distance(numbers: Tensor) -> Tensor:
 
 
 def _clip_factor(run: RunConfig, step: StepTrace) -> float:
-    return min(1.0, (run.optimizer.gradient_clipping or inf) / step.grad_norm)
+    return min(1.0, (run.optimizer.gradient_clipping or inf) / max(step.grad_norm, TINY))

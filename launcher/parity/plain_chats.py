@@ -29,6 +29,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}a{% endif %}"
 )
 _LETTERS = "abcdefghijklmnopqrstuvwxyzé"  # the last has two bytes
+_KINDS = 6  # of conversations: see _record
 _SHAREGPT = {"user": "human", "assistant": "gpt", "system": "system"}
 
 Tokens = list[int]
@@ -75,18 +76,17 @@ def _records(rng: random.Random, length: int, windows: int) -> list[dict[str, An
     """Return random conversations that fill `windows` windows of `length` + 1 tokens."""
     records: list[dict[str, Any]] = []
     while len(packed([tokens_of(record) for record in records], length)) < windows:
-        records.append(_record(rng, length))
+        records.append(_record(rng, length, len(records) % _KINDS))
     return records
 
 
-def _record(rng: random.Random, length: int) -> dict[str, Any]:
-    """Return a conversation: short, or with a question or an answer that is longer than a window."""
+def _record(rng: random.Random, length: int, kind: int) -> dict[str, Any]:
+    """Return a conversation: short, or (kinds 0, 1) with a question or an answer longer than a window."""
 
     def text(least: int = 1) -> str:
-        return "".join(rng.choices(_LETTERS, k=rng.randint(least, max(1, least, length // 5))))
+        return "".join(rng.choices(_LETTERS, k=rng.randint(least, max(1, least, length // 4))))
 
     asked, answered = text(), text()
-    kind = rng.randrange(8)
     if kind == 0:
         asked = asked + text(length + 1)  # nothing is learned: the conversation is left out
     elif kind == 1:

@@ -24,15 +24,18 @@ from launcher.parity.step_trace import StepTrace
 LAMBDA = 3.0
 UNIT_ROUNDOFF = 2.0**-24  # of fp32
 # Of a tensor of n elements: SPREAD (1 + SMALL / sqrt(n)) times the largest measured distance. The distance is
-# the L2 norm of n errors, whose own deviation is about 1 / sqrt(2 n) of it.
-SPREAD, SMALL = 2.0, 3.0
+# the L2 norm of the errors of the elements that are rounded the other way, about n / 7: its own deviation is
+# about 1 / sqrt(2 n / 7) of it.
+SPREAD, SMALL = 2.0, 8.0
 SQUARES = 2.0  # a second moment's distance is that of its few largest elements: it deviates more
 LEAST = 2.0**-11  # the distance if a few elements in a hundred are rounded the other way
 # A loss is one number, not a norm: its distance may be small by chance. So the root mean square over all
 # micro-batches and orders is multiplied.
 LOSS_DEVIATIONS = 8.0
+# Rounding a logit the other way moves the loss of its label by about so much: rare if labels are few.
+LOGIT = 2.0**-8
 SHARED = 4.0  # times the largest distance of the loss of a step, of the few that are measured
-NORM_SHARE = 0.5  # of the distance of the whole gradient: rounding errors hardly point along the gradient
+NORM_SHARE = 1.0  # of the distance of the whole gradient, which is the most that its norm can differ
 
 
 @dataclass(frozen=True)
@@ -75,8 +78,11 @@ def tolerance(run: RunConfig) -> Tolerance:
     return Tolerance(loss=output, output=output, gradient=gradient, norm=gradient, score=2 * output)
 
 
-def measured_tolerance(right: StepTrace, others: list[StepTrace]) -> Tolerance:
-    """Return the bounds of a step in bf16 by the distances of `others` from `right`, in other orders."""
+def measured_tolerance(right: StepTrace, others: list[StepTrace], labels: int) -> Tolerance:
+    """Return the bounds of a step in bf16 by the distances of `others` from `right`, in other orders.
+
+    `labels` is the number of labels of a micro-batch.
+    """
 
     def bounds(kind: str) -> dict[str, float]:
         tensors: dict[str, Tensor] = getattr(right, kind)
@@ -89,13 +95,14 @@ def measured_tolerance(right: StepTrace, others: list[StepTrace]) -> Tolerance:
     counts = losses != 0  # the loss of a sample without labels that count is exactly 0
     losses_of_others = torch.stack([torch.tensor(other.batch_losses).flatten() for other in others])
     distances = losses_of_others[:, counts] / losses[counts] - 1
-    states, loss = bounds("states"), LOSS_DEVIATIONS * float(distances.square().mean().sqrt())
+    states = bounds("states")
+    loss = max(LOSS_DEVIATIONS * float(distances.square().mean().sqrt()), LOGIT / labels, LEAST / 8)
     scores = {
         name: SPREAD * max(float((other.scores[name] - tensor).abs().max()) for other in others)
         for name, tensor in right.scores.items()
     }
     return Tolerance(
-        loss=max(loss, LEAST / 8),
+        loss=loss,
         step_loss=max(_of_mean(loss, losses[counts], losses_of_others[:, counts]), LEAST / 8),
         output=LEAST,
         gradient=LEAST,

@@ -18,7 +18,7 @@ from launcher.config.schema import (
     RunConfig,
     StatesDtype,
 )
-from launcher.config.shape import sequence_length
+from launcher.config.shape import is_of_images, sequence_length
 from launcher.config.world import World
 from launcher.engine.distributed import prepare_deepspeed
 from launcher.engine.watchdog import REPORT as HANG
@@ -260,8 +260,10 @@ def _reference(
         reference_trace(run, weights, batches, trace, way, rates)[1:]
         for way in equivalent(arithmetic, layout)
     ]
+    labels = run.training.micro_batch_size * (1 if is_of_images(run) else sequence_length(run))
     measured = [
-        measured_tolerance(right, list(same)) for right, *same in zip(expected[1:], *others, strict=True)
+        measured_tolerance(right, list(same), labels)
+        for right, *same in zip(expected[1:], *others, strict=True)
     ]
     return expected, [tolerance(run), *measured]
 

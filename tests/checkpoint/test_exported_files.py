@@ -72,9 +72,13 @@ def test_the_tokenizer_and_its_chat_template_are_exported(tmp_path: Path) -> Non
     train_bpe([TEXT * 40], 270, source / "tokenizer.json")
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>", "chat_template": CHAT,
+        "name_or_path": "someone/elsewhere", "tokenizer_file": "/x/tokenizer.json",
     }  # fmt: skip
     (source / "tokenizer_config.json").write_text(json.dumps(settings))
-    tokenizer = AutoTokenizer.from_pretrained(round_trip(source, tmp_path))
+    back = round_trip(source, tmp_path)
+    kept = json.loads((back / "tokenizer_config.json").read_text())
+    assert {"name_or_path", "tokenizer_file"}.isdisjoint(kept)
+    tokenizer = AutoTokenizer.from_pretrained(back)
     assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
     messages = [{"role": "user", "content": "hi"}]
     assert tokenizer.apply_chat_template(messages, tokenize=False) == "user: hi\n"

@@ -86,6 +86,35 @@ def test_logits_and_tensors_survive_import_and_export(
             assert certificate["largest_difference"] <= certificate["allowed"]
 
 
+def test_the_text_part_of_a_model_that_reads_images(tmp_path: Path) -> None:
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    _, text = FAMILIES["Gemma 3"]
+    vision = {
+        "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "image_size": 16, "patch_size": 8,
+    }  # fmt: skip
+    torch.manual_seed(3)
+    images = Gemma3ForConditionalGeneration(
+        Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=60)
+    )
+    for parameter in images.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    images.save_pretrained(tmp_path / "images")
+    source, (tokens, _) = weights_at(tmp_path / "images", "x"), batch(60)
+    with torch.no_grad():
+        right = images.eval()(tokens).logits
+    torch.testing.assert_close(our_logits(source, tokens), right, rtol=0, atol=1e-4)
+    import_(source, tmp_path / "ours", OPTIONS)
+    export(weights_at(tmp_path / "ours", "x"), tmp_path / "back", OPTIONS, write_byte_tokenizer)
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert (config["model_type"], config["architectures"]) == ("gemma3_text", ["Gemma3ForCausalLM"])
+    with torch.no_grad():
+        torch.testing.assert_close(
+            from_pretrained(tmp_path / "back")(tokens).logits, right, rtol=0, atol=1e-4
+        )
+
+
 def run_of(model: ModelConfig) -> RunConfig:
     run = small_run("model=llama_tiny", "model.num_kv_heads=4", *LAYOUT, steps=STEPS)
     run.data.sequence_length = 16

@@ -125,6 +125,16 @@ def test_what_an_adapter_writes_it_reads(subtests: pytest.Subtests) -> None:
             assert model_of(written) == replace(model, num_kv_heads=written.get("num_key_value_heads"))
 
 
+def test_the_text_part_of_a_gemma_3_that_reads_images() -> None:
+    """Its config.json leaves out what is the default of transformers."""
+    text = {
+        "model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024,
+    }  # fmt: skip
+    found = model_of({"model_type": "gemma3", "text_config": text, "vision_config": {"hidden_size": 1152}})
+    assert found == replace(model_of(GEMMA3_4B), ffn_hidden_size=10240)
+
+
 def test_old_settings_of_gemma_3_and_of_pythia() -> None:
     gemma = model_of(GEMMA3_4B)
     assert (gemma.sliding_window, gemma.full_attention_every) == (1024, 6)

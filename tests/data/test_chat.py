@@ -259,6 +259,30 @@ def test_an_end_of_document_inside_a_conversation_is_refused(tokenizer: Path) ->
         encoder(tokenizer, CHATML.replace("<|im_end|>", "<|endoftext|>")).encode({"messages": MESSAGES[1]})
 
 
+def test_another_token_can_end_documents(tokenizer: Path, tmp_path: Path) -> None:
+    """Mistral's template writes </s> after each answer, which ends documents by default."""
+    template = tmp_path / "mistral.jinja"
+    template.write_text(CHATML.replace("<|im_end|>", "<|endoftext|>"))
+    (tmp_path / "chats.jsonl").write_text(f"{json.dumps({'messages': MESSAGES[1]})}\n" * 10)
+    names = "model.vocab_size=400", f"data.tokenizer={tokenizer}", f"data.chat_template={template}"
+    with pytest.raises(ConfigError, match="has the token that ends documents") as error:
+        check_data(chat_run(tmp_path / "chats.jsonl", *names, "data.sequence_length=99"))
+    other = CONTROL.index("<|im_end|>")
+    assert error.value.remedy.startswith(f"data.end_of_document={other} ")
+    end = "data.end_of_document={}"
+    run = chat_run(tmp_path / "chats.jsonl", *names, "data.sequence_length=99", end.format(other))
+    check_data(run)
+    tokens, _ = next(open_chats(run).train.conversations())
+    assert tokens[-1] == other
+    assert CONTROL.index("<|endoftext|>") in tokens[:-1]
+    with pytest.raises(ConfigError, match="has no token with this id") as error:
+        check_data(chat_run(SHIPPED, "model.vocab_size=500", f"data.tokenizer={tokenizer}", end.format(450)))
+    assert (error.value.field, error.value.remedy) == ("data.end_of_document", "data.end_of_document=0")
+    with pytest.raises(ConfigError) as error:
+        check_data(chat_run(SHIPPED, f"data.tokenizer={template}"))
+    assert error.value.field == "data.tokenizer"
+
+
 END = 9
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import launcher as package
 from launcher.config.errors import ConfigError
 from launcher.config.schema import EvaluateConfig
 from launcher.data.evaluated import scored_windows
@@ -17,7 +18,7 @@ from launcher.data.windows import Stretch
 from launcher.evaluation.tasks import _unknown
 from launcher.runtime.metrics.wandb_files import fragments, records
 from tests.forked_commands import environment, heavy
-from tests.runtime.command import launcher, trained
+from tests.runtime.command import launcher, metrics, trained
 
 TEXT = "".join(f"The na\u00efve fox {n} jumps over {n * n} lazy dogs; why?\n" for n in range(300))
 LAYOUTS = {
@@ -109,6 +110,29 @@ def test_a_checkpoint_an_export_token_files_and_validation_data_are_measured(pla
         (9 * 32, losses["hf"]["bytes"])
     }
     assert list(report(place, "run.dir=r", "limit=3")["data"]) == ["validation"]
+
+
+@pytest.mark.parametrize("layout", ["one process", "tp2"])
+def test_conversations_have_the_loss_of_the_runs_validation(layout: str, tmp_path: Path) -> None:
+    """In training they are packed and do not see each other; here each is a window of its own."""
+    sizes = "model.max_sequence_length=512", "training.global_batch_size=4", "training.micro_batch_size=1"
+    data = "data=chat", "data.train=pkg://launcher/data/conversations.jsonl", "data.validation_fraction=0.2"
+    rest = "training.steps=2", "training.validation_interval=2", "training.validation_batches=50"
+    trained(*data, *sizes, *rest, "run.dir=r", cwd=tmp_path)
+    found = report(tmp_path, "run.dir=r", *LAYOUTS[layout])["data"]["validation"]
+    row = metrics(tmp_path / "r")[-1]
+    assert row["step"] == 2
+    assert found["loss"] == pytest.approx(row["val/loss"], rel=1e-5)
+    shipped = (Path(package.__file__).parent / "data" / "conversations.jsonl").read_text()
+    lines = shipped.splitlines(keepends=True)
+    (tmp_path / "kept.jsonl").write_text("".join(lines[-round(0.2 * len(lines)) :]))
+    assert report(tmp_path, "run.dir=r", "chats=kept.jsonl")["data"]["chats"] == pytest.approx(found)
+    # Bytes are tokens here; the end of a conversation is a token without a byte.
+    ends = found["tokens"] - found["bytes"]
+    assert 0 < ends < 10
+    assert found["bits_per_byte"] == pytest.approx(
+        found["loss"] * found["tokens"] / found["bytes"] / math.log(2), rel=1e-6
+    )
 
 
 def test_results_are_in_the_summary_of_the_wandb_run(tmp_path: Path) -> None:

@@ -19,7 +19,16 @@ from tests.fuzz.children import Ended, Plan, Work, results
 from tests.fuzz.draws import Draw, draw, drawn_from
 from tests.fuzz.explained import EXPLAINED
 from tests.fuzz.journal import Journal, as_ranges, from_ranges
-from tests.fuzz.judging import CAUGHT, CLEAN_LIMIT, OUTCOMES, Known, Outcome, judged, verified
+from tests.fuzz.judging import (
+    CAUGHT,
+    CLEAN_LIMIT,
+    OF_THE_MACHINE,
+    OUTCOMES,
+    Known,
+    Outcome,
+    judged,
+    verified,
+)
 from tests.fuzz.lines import Lines
 from tests.fuzz.mutants import Mutant, mutant_of, mutants_of, prepare
 
@@ -38,6 +47,7 @@ class Campaign:
     outcomes: list[Outcome] = field(default_factory=list)
     clean: Counter[str] = field(default_factory=Counter)  # runs by precision
     alarms: list[tuple[str, str]] = field(default_factory=list)  # precision, and run with its failure
+    disturbed: list[str] = field(default_factory=list)  # clean runs without a verdict, beside other load
 
     @property
     def unexplained(self) -> list[Outcome]:
@@ -66,6 +76,7 @@ class Campaign:
             lines.append(f"clean runs in {precision}: {number}, false alarms: {alarms}")
         for kind in ("survived", "no effect", "not reached"):
             lines += [text for o in self.outcomes if o.kind == kind for text in self._shown(o)]
+        lines += [f"no verdict: {run}" for run in self.disturbed]
         return "\n".join([*lines, *(f"false alarm: {alarm}" for _, alarm in self.alarms)])
 
     def _shown(self, outcome: Outcome) -> list[str]:
@@ -136,7 +147,9 @@ def _plans(faults: list[tuple[Mutant, Known]], known: list[Known], deadline: flo
 
 
 def _resumed(campaign: Campaign) -> set[tuple[str, int]]:
-    """Take over the faults of the journal; return their places."""
+    """Take over runs and faults of the journal; return the places of the faults."""
+    for record in campaign.journal.of_kind("run"):
+        _count_clean(campaign, record)
     records = campaign.journal.of_kind("fault")
     drawn = {record["run"]: drawn_from(record["run"].split()) for record in records}
     for record in records:
@@ -165,9 +178,6 @@ def _known_runs(
     """Verify the runs of a round without a fault, or take them from the journal; return those that pass."""
     names = [f"{number}/{place}" for place in range(len(drawn))]
     records = {record["number"]: record for record in campaign.journal.of_kind("run")}
-    for name in names:
-        if name in records:
-            _count_clean(campaign, records[name])
     plans = (
         _clean(run, name, traced=True)
         for run, name in zip(drawn, names, strict=True)
@@ -200,13 +210,17 @@ def _clean(drawn: Draw, number: int | str, *, traced: bool) -> Plan:
         "kind": "run", "number": number, "ok": bool(answer.get("ok")), "run": str(drawn),
         "precision": precision_of(drawn.small), "seconds": round(ended.seconds, 1),
         "why": answer.get("why", "") or ended.error, "worst": answer.get("worst", 0.0),
+        "disturbed": ended.timed_out or bool(not answer and OF_THE_MACHINE.search(ended.error)),
         "numbers": answer.get("numbers", []), "lines": {file: as_ranges(at) for file, at in executed.items()},
     }  # fmt: skip
 
 
 def _count_clean(campaign: Campaign, record: dict[str, Any]) -> str:
-    campaign.clean[record["precision"]] += 1
     shown = f"{record['seconds']:5.1f} s  {record['run']}"
+    if record["disturbed"]:
+        campaign.disturbed.append(f"{record['run']}: {record['why']}")
+        return f"disturbed    {shown}: {record['why']}"
+    campaign.clean[record["precision"]] += 1
     if record["ok"]:
         return f"clean        {shown}"
     campaign.alarms.append((record["precision"], f"{record['run']}: {record['why']}"))

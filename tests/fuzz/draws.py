@@ -37,6 +37,11 @@ SETTINGS: dict[str, dict[str, int]] = {
     "data.document_attention": {"false": 4, "true": 1},
     "data": {"stdlib": 6, "chat data.train=chats.jsonl": 1},  # masked labels
     "training.compile": {"false": 30, "true": 1},
+    # Shapes; "" is that of the model.
+    "model.vocab_size": {"": 4, "259": 1},
+    "model.num_layers": {"": 4, "5": 1},
+    "model.num_kv_heads": {"": 3, "1": 1},
+    "data.sequence_length": {"": 4, "48": 1},
 }  # fmt: skip
 STEPS = 2
 CORES = 8
@@ -87,6 +92,6 @@ def _overrides(rng: random.Random) -> list[str]:
     batch = (
         int(chosen["training.micro_batch_size"]) * (2 if "parallelism.data" in axes else 1) * micro_batches
     )
-    words = [word for name, value in chosen.items() for word in f"{name}={value}".split()]
+    words = [word for name, value in chosen.items() if value for word in f"{name}={value}".split()]
     sizes = [f"{axis}={2 if axis in axes else 1}" for axis in AXES]
     return [*words, *sizes, f"training.global_batch_size={batch}"]

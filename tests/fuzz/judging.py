@@ -13,17 +13,17 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from launcher.parity.verification import verify
+from launcher.parity.verification import VerifyPass, verify
 from tests.fuzz.children import Ended, Work
 from tests.fuzz.draws import Draw, check_small
 from tests.fuzz.lines import Lines
 from tests.fuzz.mutants import Mutant, apply
 from tests.fuzz.nearby import failed_test, quick_tests_of
 
-CLEAN_LIMIT, TEST_LIMIT = 300.0, 240.0
+CLEAN_LIMIT, TEST_LIMIT = 600.0, 240.0  # compiling blocks takes minutes
 LEFT_OUT = 3  # tests that fail without the fault too, until the tests of a file count as passed
 HANGS = "a rank does not take part in a collective"  # the diagnosis of verify's watchdog
-_OF_THE_MACHINE = re.compile(
+OF_THE_MACHINE = re.compile(
     r"Resource temporarily unavailable|Cannot allocate memory|can't start new thread|No space left on device"
     r"|MemoryError|Too many open files|SIGKILL|status -9|Address already in use|Broken pipe"
 )
@@ -109,7 +109,7 @@ def _timed(plan: Generator[Work, Ended, Any], spent: list[float]) -> Generator[W
 def _verdict(mutant: Mutant, run: Known) -> Verdict:
     ended = yield Work(partial(verified, run.draw, mutant), run.limit)
     kind, detail = kind_of(ended, run)
-    if kind == "hang" or (kind == "crash" and _OF_THE_MACHINE.search(f"{detail}\n{ended.error}")):
+    if kind == "hang" or (kind == "crash" and OF_THE_MACHINE.search(f"{detail}\n{ended.error}")):
         return (yield from _once_more(mutant, run))
     if kind == "survived":
         clean = yield Work(partial(verified, run.draw), CLEAN_LIMIT)
@@ -180,16 +180,23 @@ def verified(drawn: Draw, mutant: Mutant | None = None, lines: Lines | None = No
     numbers, worst = [], 0.0
     for result in verify(drawn.small, run=drawn.run):
         if not result.ok:
-            found = result.diagnosis
-            shape = found.shape.strip().splitlines() if found else [""]
-            why = f"{result.title}: {shape[-1 if result.lost_a_rank else 0]}"[:200]
-            hangs = found is not None and found.meaning.startswith(HANGS)
-            return {"ok": False, "lost": result.lost_a_rank, "hangs": hangs, "why": why}
+            hangs = result.diagnosis is not None and result.diagnosis.meaning.startswith(HANGS)
+            return {"ok": False, "lost": result.lost_a_rank, "hangs": hangs, "why": _why(result)}
         measured = [(d.step, d.kind, d.name, d.measured.hex()) for d in result.differences]
         numbers.append(hashlib.sha256(repr(measured).encode()).hexdigest()[:16])
         worst = max([worst, *(d.excess for d in result.differences)])
     is_reached = bool(seen[0]) or drawn.small.training.compile
     return {"ok": True, "numbers": numbers, "worst": worst, "reached": is_reached}
+
+
+def _why(result: VerifyPass) -> str:
+    """Return the pass, the last line of a lost rank or the diagnosis, and the first difference."""
+    lines = result.diagnosis.shape.strip().splitlines() if result.diagnosis else [""]
+    text = f"{result.title}: {lines[-1 if result.lost_a_rank else 0]}"[:200]
+    first = next(difference for difference in result.differences if not difference.ok)
+    return (
+        f"{text} (step {first.step}, {first.kind} {first.name}: {first.measured:.2e} / {first.allowed:.2e})"
+    )
 
 
 def tested(mutant: Mutant | None, tests: list[str], left_out: tuple[str, ...]) -> str | None:

@@ -73,10 +73,17 @@ def files() -> list[str]:
 
 def mutants_of(file: str, lines: set[int]) -> list[Mutant]:
     """Return the faults of a file on these lines. Faults of other lines have no effect on the traced run."""
+    if not lines:
+        return []
+    return [mutant for mutant, statement in _all(file) if mutant.line in lines or statement in lines]
+
+
+@cache
+def _all(file: str) -> list[tuple[Mutant, int]]:
+    """Return the faults of a file, each with the line of its statement."""
     return [
-        Mutant(file, number, site.line, site.name, f"{site.before} -> {site.after}")
+        (Mutant(file, number, site.line, site.name, f"{site.before} -> {site.after}"), site.statement)
         for number, site in enumerate(_sites(_tree(file)))
-        if site.line in lines or site.statement in lines
     ]
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from tests.fuzz import campaign as campaigns
 from tests.fuzz import judging, mutants
 from tests.fuzz.campaign import Campaign
 from tests.fuzz.children import Ended, Plan, Work, results
-from tests.fuzz.draws import SETTINGS, check_small, draw
+from tests.fuzz.draws import SETTINGS, Draw, check_small, draw
 from tests.fuzz.journal import Journal, OtherCampaign, as_ranges, from_ranges
 from tests.fuzz.judging import Known, Outcome, judged
 from tests.fuzz.lines import Lines
@@ -26,6 +27,11 @@ from tests.fuzz.nearby import quick_tests_of
 
 ROOT = Path(__file__).parents[2]
 EVERY_LINE = set(range(10_000))
+
+
+@cache
+def a_run() -> Draw:
+    return draw(random.Random(0))
 
 
 def test_equal_seeds_draw_equal_runs_and_every_value_is_drawn() -> None:
@@ -46,11 +52,16 @@ def faults_in(source: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> l
     (tmp_path / "parallel").mkdir(exist_ok=True)
     (tmp_path / "parallel" / "a.py").write_text(source)
     monkeypatch.setattr(mutants, "PACKAGE", tmp_path)
-    mutants._tree.cache_clear()
+    forget()
     try:
         return [mutant.change for mutant in mutants_of("parallel/a.py", EVERY_LINE)]
     finally:
-        mutants._tree.cache_clear()
+        forget()
+
+
+def forget() -> None:
+    mutants._tree.cache_clear()
+    mutants._all.cache_clear()
 
 
 def test_operators_constants_arguments_and_statements_change(
@@ -210,7 +221,7 @@ UNCHANGED = {"unchanged": True}
 
 def judgement(*ends: object, tests: bool = False) -> tuple[str, int]:
     """Return how a fault ends whose works end like this, in order, and how many works there were."""
-    known = Known(draw(random.Random(0)), {}, ["1"], 0.5, 1.0)
+    known = Known(a_run(), {}, ["1"], 0.5, 1.0)
     plan, given = judged(MUTANT, known, [known], 2), 0
     next(plan)
     try:
@@ -272,7 +283,7 @@ def test_a_fault_that_passes_is_tried_in_other_runs_that_execute_its_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(judging, "quick_tests_of", lambda _: [])
-    drawn = draw(random.Random(0))
+    drawn = a_run()
     own, other, elsewhere = (Known(drawn, {MUTANT.file: lines}, ["1"], 0.5, 1.0) for lines in ({7}, {7}, {8}))
     plan = judged(MUTANT, own, [own, other, elsewhere], 2)
     next(plan)
@@ -283,7 +294,7 @@ def test_a_fault_that_passes_is_tried_in_other_runs_that_execute_its_line(
 
 
 def test_the_report_counts_and_names_survivors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    one = draw(random.Random(0))
+    one = a_run()
     campaign = Campaign(Journal.open(tmp_path / "a.jsonl", 3, clean=False), 3)
     for kind in ("verify", "crash", "test", "survived", "no effect", "not reached", "unchanged", "disturbed"):
         mutant = Mutant("parallel/a.py", 5, 7, "f", f"{kind} -> x")
@@ -336,10 +347,10 @@ def test_a_planted_survivor_fails_the_campaign_which_can_be_resumed(
 ) -> None:
     monkeypatch.setattr(judging, "verified", planted)
     monkeypatch.setattr(campaigns, "verified", planted)
-    one = draw(random.Random(0))
-    monkeypatch.setattr(campaigns, "draw", lambda _: one)
+    monkeypatch.setattr(campaigns, "draw", lambda _: a_run())
+    monkeypatch.setattr(campaigns, "count", lambda: range(1))  # rounds
     words = ["--seed", "1", "--results", str(tmp_path / "a.jsonl"), "--minutes"]
-    assert command.main([*words, "0.05"]) == 1
+    assert command.main([*words, "10"]) == 1
     output = capsys.readouterr().out
     assert "survived: launcher/parallel/vocabulary.py:" in output
     judged_first = len(Journal.open(tmp_path / "a.jsonl", 1, clean=False).of_kind("fault"))

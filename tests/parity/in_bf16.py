@@ -11,6 +11,7 @@ from collections.abc import Callable
 from launcher.config.schema import RunConfig
 from launcher.config.validate import validate
 from launcher.config.world import World
+from launcher.parallel import vocabulary
 from launcher.parity.shrink import inner_stages, long_samples
 from launcher.parity.verification import more_passes, whole_pass
 from launcher.parity.whole import whole_run
@@ -42,6 +43,7 @@ def result_in_bf16(title: str, mutation: Mutation) -> VerifyPass:
 
 
 def main(words: str) -> int:
+    vocabulary.CHUNK_TOKENS["cpu"] = 5  # as in conftest.py
     missed = 0
     for title, of_pass in BY_PASS.items():
         for name, mutation in of_pass.items():
@@ -50,7 +52,7 @@ def main(words: str) -> int:
             result = result_in_bf16(title, mutation)
             diagnosis = result.diagnosis
             text = f"{diagnosis.shape}: {diagnosis.meaning}" if diagnosis else ""
-            lacking = [part for part in mutation.words if part not in text]
+            lacking = [part for part in mutation.in_bf16 or mutation.words if part not in text]
             missed += result.ok
             verdict = "MISSED" if result.ok else "other diagnosis" if lacking else "caught"
             print(f"{verdict:<16}{name} | {result.title} | {text}", flush=True)

@@ -46,6 +46,7 @@ import launcher.runtime.training as training
 import launcher.runtime.validation as validation
 from launcher.checkpoint.save import CheckpointWriter
 from launcher.config.numbers import IGNORED_LABEL
+from launcher.config.shape import head_size
 from launcher.data.images import ImageFiles
 from launcher.data.loader import Loader
 from launcher.data.packing import PackedChats
@@ -55,11 +56,15 @@ from launcher.parallel.mesh import Axis
 
 @dataclass(frozen=True)
 class Mutation:
-    """A fault, a layout in which it shows, and words that distinguish its diagnosis from all others."""
+    """A fault, a layout in which it shows, and words that distinguish its diagnosis from all others.
+
+    `in_bf16` are the words of the diagnosis in the run's own precision, if that is another.
+    """
 
     inject: Callable[[], None]
     layout: str
     words: tuple[str, ...]
+    in_bf16: tuple[str, ...] = ()
 
 
 def row_layer_not_reduced() -> None:
@@ -523,6 +528,25 @@ def rotary_scaling_left_out() -> None:
     rotary.scaled = lambda plain, *_: plain
 
 
+def whole_heads_rotated() -> None:
+    rotary.rotary_size = head_size
+
+
+def attention_scale_ignored() -> None:
+    right = attention.Kernel
+    attention.Kernel = lambda is_causal, _, cap, device: right(is_causal, None, cap, device)  # type: ignore[misc,assignment]
+
+
+def embedding_scale_left_out() -> None:
+    build = layers.VocabParallelEmbedding.__init__
+
+    def unscaled(self: layers.VocabParallelEmbedding, *arguments: Any, **options: Any) -> None:
+        build(self, *arguments, **options)
+        self.scale = 1.0
+
+    layers.VocabParallelEmbedding.__init__ = unscaled  # type: ignore[method-assign]
+
+
 def window_left_out() -> None:
     right = masks.additive
     masks.additive = lambda allowed, _, dtype: right(allowed, None, dtype)
@@ -689,7 +713,10 @@ MUTATIONS = {
         gradients_averaged_twice, f"{GPT} {DP}", ("every gradient", "1 / data size (1/2)", "scaled by data")
     ),
     "gradients not averaged over data ranks": Mutation(
-        gradients_not_averaged, f"{GPT} {DP}", ("differs between data ranks", "not averaged")
+        gradients_not_averaged,
+        f"{GPT} {DP}",
+        ("differs between data ranks", "not averaged"),
+        in_bf16=("data ranks report different gradient norms", "not averaged"),
     ),
     "gradients of the last bucket not averaged": Mutation(
         last_bucket_not_averaged, f"{GPT} {DP}", ("differs between data ranks",)
@@ -747,6 +774,7 @@ MUTATIONS = {
         weights_differ_between_data_ranks,
         f"{GPT} {DP}",
         ("differs between data ranks before", "its own initial weights"),
+        in_bf16=("before the first step", "another seed"),  # ZeRO-1 takes each part from one rank
     ),
     "another weight seed per data rank, under ZeRO-3": Mutation(
         weights_differ_between_data_ranks,
@@ -783,7 +811,10 @@ MUTATIONS = {
         ("effect of 1 more logits", "padding of the vocabulary enters"),
     ),
     "cross-entropy of the local shard": Mutation(
-        loss_of_the_local_shard, f"{LLAMA} {TP}", ("computed from the logits is wrong", "cross-entropy")
+        loss_of_the_local_shard,
+        f"{LLAMA} {TP}",
+        ("computed from the logits is wrong", "cross-entropy"),
+        in_bf16=("only the losses of", "cross-entropy of some labels"),
     ),
     "no gradient from the head's last chunk of tokens": Mutation(
         last_chunk_without_gradient,
@@ -791,6 +822,17 @@ MUTATIONS = {
         ("not by a constant ratio; the loss is right", "goes wrong at head.weight"),
     ),
     "rotary scaling left out": Mutation(rotary_scaling_left_out, f"{LLAMA} {TP} {SCALED}", SCORES),
+    "whole heads rotated instead of a part": Mutation(
+        whole_heads_rotated, f"{LLAMA} {TP} model.rotary_fraction=0.5", SCORES
+    ),
+    "attention scale ignored": Mutation(
+        attention_scale_ignored, f"{LLAMA} {TP} model.attention_scale_size=4", SCORES
+    ),
+    "embedding scale left out": Mutation(
+        embedding_scale_left_out,
+        f"{LLAMA} {TP} model.embedding_scale=8",
+        ("output of embedding", "the right one times 0.125", "scale of the embedding"),
+    ),
     "sliding window left out": Mutation(window_left_out, f"{LLAMA} {SP} {WINDOW}", SCORES),
     "sliding window of one position more": Mutation(
         window_of_one_position_more, f"{LLAMA} {PP} {WINDOW}", SCORES
@@ -995,10 +1037,14 @@ IN_BF16 = {
 }
 
 
+def _in_bf16(mutation: Mutation) -> str:
+    return f" (bf16: {'; '.join(mutation.in_bf16)})" if mutation.in_bf16 else ""
+
+
 def fault_table() -> str:
     """Return the table of docs/verify.md: each fault, the passes that show it, and its diagnosis."""
     rows = [
-        f"| {name} | {title} | {IN_BF16[title]} | {'; '.join(mutation.words)} |"
+        f"| {name} | {title} | {IN_BF16[title]} | {'; '.join(mutation.words)}{_in_bf16(mutation)} |"
         for title, of_pass in BY_PASS.items()
         for name, mutation in of_pass.items()
     ]

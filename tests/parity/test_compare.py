@@ -114,6 +114,17 @@ def test_a_wrong_number_or_nan_is_a_failure(
     assert [(d.step, d.kind, d.name) for d in differences(run, trace, expected)] == [(1, *WRONG[field])]
 
 
+def test_gradients_of_zero_are_a_difference(
+    run: RunConfig, trace: list[StepTrace], expected: list[StepTrace]
+) -> None:
+    trace[1].grad_norm = 0.0
+    trace[1].weights = {name: weight.clone() for name, weight in trace[0].weights.items()}
+    applied_gradients(run, trace, plain_sgd=True)
+    failed = [(d.kind, d.name) for d in differences(run, trace, expected) if d.step == 1]
+    assert ("grad_norm", "grad_norm") in failed
+    assert ("gradient", "head.weight") in failed
+
+
 @pytest.mark.parametrize("tensors", ["gradients", "outputs"])
 @pytest.mark.parametrize("value", [nan, 10.0])
 def test_one_wrong_element_is_a_failure(

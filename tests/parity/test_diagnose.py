@@ -155,6 +155,18 @@ def test_samples_assigned_to_other_ranks() -> None:
     assert "another order" in diagnosed(step, *names).meaning  # type: ignore[arg-type]
 
 
+def test_gradients_that_were_not_compared_are_not_called_right() -> None:
+    """SGD without a momentum leaves no trace of them but the update."""
+    names: list[tuple[DifferenceKind, str]] = [("weight", "embedding.weight"), ("grad_norm", "grad_norm")]
+    for name in names:
+        shown, hidden = (
+            diagnosed(step_with(grad_norm=1.2, **more), name) for more in ({}, {"gradients": {}})
+        )
+        assert "gradient is right" in shown.shape or "gradients are right" in shown.shape
+        assert "gradient is right" not in hidden.shape
+        assert "gradients are right" not in hidden.shape
+
+
 def test_an_error_that_all_losses_share() -> None:
     """In bf16 the mean has a tighter bound than each loss, so it may fail alone."""
     losses = [[5.001, 5.101, 5.201], [4.901, 4.801, 4.701]]

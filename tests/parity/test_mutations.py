@@ -1,6 +1,7 @@
 """Every deliberate fault is detected, and its diagnosis fits this fault only."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from launcher.config.validate import validate
 from launcher.config.world import World
 from launcher.parity.diagnose import Diagnosis
 from launcher.parity.shrink import inner_stages, long_samples
-from launcher.parity.verification import whole_pass
+from launcher.parity.verification import more_passes, whole_pass
 from launcher.parity.whole import whole_run
 from tests.config.composing import run_of
 from tests.parity.in_bf16 import result_in_bf16
@@ -132,10 +133,12 @@ def test_the_whole_run_agrees_with_the_reference(run: str) -> None:
 @pytest.mark.parametrize(("title", "name"), [(title, name) for title in BY_PASS for name in BY_PASS[title]])
 def test_a_fault_is_detected_in_the_own_precision_of_a_run_in_bf16(title: str, name: str) -> None:
     """By a pass in bf16; the fp32 passes before it would catch the fault as well."""
-    result = result_in_bf16(title, BY_PASS[title][name])
+    mutation = BY_PASS[title][name]
+    result = result_in_bf16(title, mutation)
     assert not result.ok
     assert result.diagnosis is not None
-    assert matches(BY_PASS[title][name], result.diagnosis), result.diagnosis
+    text = f"{result.diagnosis.shape}: {result.diagnosis.meaning}"
+    assert all(words in text for words in mutation.in_bf16 or mutation.words), text
 
 
 @pytest.mark.parametrize("name", OPTIMIZER_MUTATIONS)
@@ -156,6 +159,26 @@ def test_a_fault_is_detected_with_bf16_states_only(name: str) -> None:
     assert right.ok, worst(right)
     assert wrong.diagnosis is not None
     assert matches(mutation, wrong.diagnosis), wrong.diagnosis
+
+
+@pytest.mark.parametrize(
+    ("words", "titles"),
+    [
+        ("", ["plain SGD, fp32"]),
+        ("precision=bf16", ["plain SGD, fp32", "adamw, bf16"]),
+        ("precision=bf16_states", ["plain SGD, fp32", "plain SGD, bf16 states"]),
+        ("precision=bf16 optimizer=sgd optimizer.momentum=0", ["plain SGD, fp32", "plain SGD, bf16"]),
+    ],
+)
+def test_inner_stages_and_long_samples_run_in_the_precision_of_the_run_too(
+    words: str, titles: list[str]
+) -> None:
+    small = small_run(*f"{LLAMA} {DP} {words}".split())
+    ends = ("inner stages", "128 positions")
+    long = replace(small, model=replace(small.model, max_sequence_length=128))
+    assert [plan.title for plan in more_passes(small, long)] == [
+        f"{t}, {end}" for end in ends for t in titles
+    ]
 
 
 def test_without_a_fault_the_pass_succeeds() -> None:

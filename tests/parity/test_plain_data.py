@@ -85,7 +85,7 @@ def test_conversations_are_left_out_cut_and_masked(tmp_path: Path) -> None:
     _, labels = training_batch(run, sources, 31)
     shares = (labels != IGNORED_LABEL).float().mean(1)
     assert 0.1 < shares.mean() < 0.9
-    assert len(set(shares.tolist())) > 2
+    assert len(set(shares.tolist())) > 1
 
 
 @pytest.mark.parametrize("name", SchedulerName)

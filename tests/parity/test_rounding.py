@@ -5,7 +5,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from launcher.models.context import BlockContext
+from launcher.models.experts import Experts
+from launcher.parallel.initializer import Initializer
+from launcher.parallel.mesh import ProcessMesh
+from launcher.parallel.sharding import logical_of
+from launcher.parity import reference as plain
 from launcher.parity.rounding import BF16, EXACT, Arithmetic, to_bf16
+from launcher.parity.routing import Routing
+from tests.config.composing import run_of
 
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -74,3 +82,32 @@ def test_exact_arithmetic_rounds_nothing() -> None:
     assert torch.equal(EXACT.product(x, weight), x @ weight.T)
     scores, values = numbers(2, 8, 8), numbers(2, 8, 4)
     assert torch.equal(EXACT.mixed(scores, values), scores.softmax(-1) @ values)
+
+
+@pytest.mark.parametrize("more", [[], ["model.experts.router=sigmoid", "model.experts.shared=1"]])
+def test_experts_have_nearly_the_bits_of_the_layer(more: list[str]) -> None:
+    """With auxiliary losses, whose gradients are fp32; the reference follows the choices of the layer."""
+    losses = ["model.experts.auxiliary_loss=0.1", "model.experts.z_loss=0.1", "model.experts.scaling=1.5"]
+    run = run_of("model=moe_tiny", "model.hidden_size=32", "model.experts.ffn_hidden_size=24", *losses, *more)
+    initializer = Initializer(7, ProcessMesh.single().tensor, torch.bfloat16)
+    layer = Experts("blocks.0.mlp", run.model, BlockContext.create(run, ProcessMesh.single(), initializer))
+    chosen: list[Tensor] = []
+    layer.record.add = lambda shares, experts, *_: chosen.append(experts)  # type: ignore[method-assign,assignment]
+    low, high = both(numbers(2, 24, 32))
+    kernel, names = layer(low[0]), [logical_of(parameter).name for parameter in layer.parameters()]
+    weights = [parameter.detach().float().requires_grad_() for parameter in layer.parameters()]
+    used = {name: BF16.rounded(weight) for name, weight in zip(names, weights, strict=True)}
+    routing = Routing(run.model)
+    routing.begin_step({"blocks.0.mlp.router": chosen[0]})
+    x = BF16.rounded(high[0])
+    rounded = plain._experts(used, "blocks.0.mlp", run.model, x, {}, routing, BF16)
+    gradient = numbers(*kernel.shape).bfloat16()
+    kernel.backward(gradient)
+    ((rounded * gradient.float()).sum() + sum(routing.losses)).backward()
+    pairs = [(kernel, rounded), (low[0].grad, high[0].grad)]
+    pairs += [(p.grad, w.grad) for p, w in zip(layer.parameters(), weights, strict=True)]
+    for ours, right in pairs:
+        assert ours is not None
+        assert right is not None
+        error = float((ours.detach().float() - right.detach()).norm() / right.detach().norm())
+        assert error < 2**-8, [tuple(ours.shape), error]

@@ -124,7 +124,9 @@ def test_the_bubble_of_a_plan_equals_the_simulated_bubble(overrides: list[str], 
 
 def buffers(*overrides: str) -> BufferSizes:
     """Return the buffer sizes of a run on 8 GPUs."""
-    run = run_of(*overrides, "hardware=h100_80gb")
+    run = run_of(
+        *overrides, "hardware=h100_80gb", "training.global_batch_size=64", "training.micro_batch_size=1"
+    )
     return BufferSizes.of(run, validate(run, World("cuda", 8, 8)))
 
 

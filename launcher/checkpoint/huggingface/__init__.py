@@ -3,7 +3,7 @@
 from typing import Any
 
 from launcher.checkpoint.huggingface.adapter import Adapter, Entry, NotConvertible
-from launcher.checkpoint.huggingface.gemma import GEMMA2, GEMMA3
+from launcher.checkpoint.huggingface.gemma import GEMMA2, GEMMA3, SIZES_OF_TEXT_PART
 from launcher.checkpoint.huggingface.gpt2 import GPT2
 from launcher.checkpoint.huggingface.gpt_neox import GPT_NEOX
 from launcher.checkpoint.huggingface.llama import LLAMA, MISTRAL, OLMO2, QWEN2, QWEN3
@@ -37,11 +37,20 @@ def model_of(theirs: dict[str, Any]) -> ModelConfig:
         raise NotConvertible(
             f"its weights are quantised ({method}), and the launcher trains fp32, bf16 and fp16 weights"
         )
+    theirs = _text_part(theirs)
     for adapter in ADAPTERS:
         if adapter.model_type == theirs.get("model_type"):
             return adapter.model_of(theirs)
     known = ", ".join(adapter.model_type for adapter in ADAPTERS)
     raise NotConvertible(f"model_type is {theirs.get('model_type')!r}, and only {known} are known")
+
+
+def _text_part(theirs: dict[str, Any]) -> dict[str, Any]:
+    """Return the config of the text part of a model of text and images; any other config as it is."""
+    text = theirs.get("text_config")
+    if theirs.get("model_type") != "gemma3" or not isinstance(text, dict):
+        return theirs
+    return {**SIZES_OF_TEXT_PART, "model_type": GEMMA3.model_type, **text}
 
 
 def adapter_of(model: ModelConfig, model_type: str | None = None) -> Adapter:

@@ -88,6 +88,8 @@ class Adapter:
     write: Callable[[ModelConfig], dict[str, Any]]  # further settings for their config.json
     implied: Callable[[ModelConfig], dict[str, Any]] = lambda _: {}  # parts that follow from sizes
     head: str = "lm_head.weight"
+    inside: tuple[tuple[str, str], ...] = ()  # prefixes in a larger model, and what they stand for
+    left_out: tuple[str, ...] = ()  # prefixes of tensors in larger models that are no part of this one
 
     def model_of(self, theirs: dict[str, Any]) -> ModelConfig:
         """Return the model that a config.json describes. Raises NotConvertible."""
@@ -132,8 +134,12 @@ class Adapter:
 
     def plain_name(self, name: str, model: ModelConfig) -> str | None:
         """Return the name in `entries` of a stored tensor; None for a mask. OpenAI writes no prefix."""
-        if name.endswith(_BUFFERS):
+        if name.endswith(_BUFFERS) or name.startswith(self.left_out):
             return None
+        for prefix, plain in self.inside:
+            if name.startswith(prefix):
+                name = plain + name.removeprefix(prefix)
+                break
         if name == self.head:
             return None if model.tie_embeddings else name
         return name if name.startswith(self.prefix) else self.prefix + name

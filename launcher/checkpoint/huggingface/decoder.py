@@ -41,6 +41,8 @@ def decoder(
     default_head_size: int | None = None,
     added: float = 0.0,
     experts: ExpertEntries | None = None,
+    inside: tuple[tuple[str, str], ...] = (),
+    left_out: tuple[str, ...] = (),
 ) -> Adapter:
     """Return the adapter of a model type with Llama's tensor names; the arguments are where it differs.
 
@@ -73,6 +75,8 @@ def decoder(
         read=all_read,
         write=all_written,
         implied=implied,
+        inside=inside,
+        left_out=left_out,
     )
 
 

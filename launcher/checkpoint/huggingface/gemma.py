@@ -1,4 +1,7 @@
-"""Hugging Face's Gemma 2, and the text models of Gemma 3. Their norms multiply by 1 + weight."""
+"""Hugging Face's Gemma 2, and the text models of Gemma 3. Their norms multiply by 1 + weight.
+
+Gemma 3 of 4 billion parameters and more reads images too: of those models the text part is taken.
+"""
 
 from typing import Any
 
@@ -88,6 +91,13 @@ GEMMA2 = decoder(
     fixed=_FIXED, read=_read_2, write=_write_2, implied=_implied, default_head_size=HEAD_SIZE, added=1.0,
 )  # fmt: skip
 
+# The sizes of Gemma 3 4B's text part, which its config.json leaves out.
+SIZES_OF_TEXT_PART = {
+    "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 262208,
+    "max_position_embeddings": 131072,
+}  # fmt: skip
+_IMAGES = ("vision_tower.", "multi_modal_projector.")
+
 # transformers' Gemma 3 reads attn_logit_softcapping and does not use it.
 GEMMA3 = decoder(
     "Gemma 3", "gemma3_text", "Gemma3ForCausalLM",
@@ -101,4 +111,6 @@ GEMMA3 = decoder(
     defaults={"tie_word_embeddings": True, "final_logit_softcapping": None},
     fixed={**_FIXED, "attn_logit_softcapping": None},
     read=_read_3, write=_write_3, implied=_implied, default_head_size=HEAD_SIZE, added=1.0,
+    inside=(("language_model.", ""), ("model.language_model.", "model.")),
+    left_out=(*_IMAGES, *(f"model.{name}" for name in _IMAGES)),
 )  # fmt: skip
