@@ -215,7 +215,7 @@ def _token_files(pattern: str, config: EvaluateConfig, subject: Subject) -> list
 
 
 def _why_other_tokenizer(prefix: Path, subject: Subject) -> str | None:
-    """Return why the model does not know the tokens of these token files; None if it may."""
+    """Return why the model cannot have the tokens of these token files; None if it can."""
     if not (path := tokenizer_path(prefix)).exists():
         return None
     if subject.is_of_bytes:

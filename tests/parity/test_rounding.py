@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from launcher.models.context import BlockContext
+from launcher.models.block_context import BlockContext
 from launcher.models.experts import Experts
 from launcher.parallel.initializer import Initializer
 from launcher.parallel.mesh import ProcessMesh
