@@ -18,9 +18,11 @@ from benchmarks import narayanan
 from launcher.config.compose import compose_jobs
 from launcher.config.layout import Layout, resolve_layout
 from launcher.config.schema import Dtype, RunConfig
+from launcher.config.shape import qkv_sizes
 from launcher.config.validate import validate
 from launcher.config.world import World
 from launcher.planning.cost import attention_operations, end_operations, optimizer_time, pass_time, sizes
+from launcher.planning.cost.measured_rates import rates_of
 from launcher.planning.cost.operations import BYTES, FP32, Matmul, Operation
 from launcher.planning.cost.parts import parts
 from launcher.planning.cost.rates import Shares
@@ -196,6 +198,19 @@ def on_this_h100() -> Iterator[Comparison]:
         yield Comparison(f"{model}, {name}", source, fitted, seconds, plan.time.total, gigabytes, peak)
 
 
+def on_this_h200() -> Iterator[Comparison]:
+    """Yield a step of Llama 3 8B with two sequences of 8192 tokens: the run of docs/precision.md."""
+    run = [
+        "model=llama3_8b", "parallelism=single", "hardware=h200_141gb", "precision=bf16_states",
+        "training.global_batch_size=2", "training.micro_batch_size=2",
+    ]  # fmt: skip
+    with engine_of(TODAY):
+        plan = planned(run, 1, 1)
+    assert plan.time is not None
+    peak, name = plan.stages[0].memory.allocated / 1e9, "Llama 8.03B, bf16 states, compiled"
+    yield Comparison(name, "H200, 2026-11-27", "", 1.5213, plan.time.total, 131.38, peak)
+
+
 def megatron() -> Iterator[Comparison]:
     with narayanan.as_megatron_2021():
         for row in narayanan.TABLE_1:
@@ -268,24 +283,39 @@ DEEPSPEED = [
 ]  # fmt: skip
 
 
+# Their H100 has 96 GB of HBM2e with 2.4 TB/s, and ours 3.35: memory rates of the card in this proportion.
+HBM2E = 2400 / 3350
+
+
 def torchtitan() -> Iterator[Comparison]:
-    """Yield Llama 8B on 8 H100 of 500 W by torchtitan: FSDP2, which partitions as ZeRO-3 does."""
+    """Yield Llama 8B on 8 H100 of 500 W by torchtitan: FSDP2, which partitions as ZeRO-3 does.
+
+    Two sequences per GPU (benchmarks/llama3_h100_202412_torchtitan.md, table 1). Its selective recomputation
+    repeats every second product of a block: keys, the output of attention, and half of the MLP's input.
+    """
     run = [
-        "model=llama3_8b", "hardware=h100_80gb", "precision=bf16", "parallelism.zero_stage=3",
-        "parallelism.activation_checkpointing=selective", "training.micro_batch_size=1",
-        "training.global_batch_size=8", "parallelism.data=8",
+        "model=llama3_8b", "hardware=h100_80gb", "hardware.memory_bytes=96e9", "precision=bf16",
+        f"hardware.card.memory_gb_s={3000 * HBM2E:.0f}", f"hardware.card.update_gb_s={2600 * HBM2E:.0f}",
+        "parallelism.zero_stage=3", "parallelism.activation_checkpointing=selective",
+        "training.micro_batch_size=2", "training.global_batch_size=16", "parallelism.data=8",
     ]  # fmt: skip
+    tokens = 2 * 8192
     for name, compiled, tokens_per_s in (("eager", False, 5762), ("compiled", True, 6667)):
         with engine_of(Engine("chunks", compiled, False)):
             plan = planned(run, 8, 8)
+        rates, model = rates_of(plan.run.hardware, Dtype.bf16, 8), plan.run.model
         assert plan.time is not None
+        assert rates is not None
+        columns = (qkv_sizes(model)[1], model.hidden_size, model.ffn_hidden_size)
+        again = sum(rates.product(Matmul(tokens, size, model.hidden_size)) for size in columns)
+        seconds = plan.time.total + model.num_layers * again
         yield Comparison(
-            f"Llama 8 B on 8 H100, {name}", "torchtitan, 2025", "", 8192 / tokens_per_s, plan.time.total
+            f"Llama 8 B on 8 H100, {name}", "torchtitan, 2024", "", tokens / tokens_per_s, seconds
         )
 
 
 def comparisons() -> list[Comparison]:
-    return [*on_this_h100(), *megatron(), *zero_3(), *deepspeed_pipelines(), *torchtitan()]
+    return [*on_this_h100(), *on_this_h200(), *megatron(), *zero_3(), *deepspeed_pipelines(), *torchtitan()]
 
 
 def table(rows: list[Comparison]) -> str:

@@ -17,12 +17,13 @@ from torch import Tensor
 
 from launcher.calibrate.engine_overhead import rounded
 from launcher.calibrate.probes import seconds, stream
-from launcher.config.schema import AttentionRate, CardRates, Dtype, PeakFlops
+from launcher.config.schema import AttentionRate, CardRates, Dtype, PeakFlops, ProductRate, ProductRates
 from launcher.engine.distributed import join, leave
 from launcher.engine.watchdog import MEASURING_MINUTES, Watchdog
 from launcher.launch.local import run_local_ranks, start_method_for
 from launcher.launch.scratch import scratch_directory
 from launcher.parallel.dtypes import TORCH_DTYPES
+from launcher.planning.cost.operations import BYTES
 
 GIGA = 1e9
 CALLS = 20  # of an all-reduce
@@ -33,7 +34,9 @@ class ProbeSizes:
     """Sizes as large models have them, at which a GPU is measured in about a minute."""
 
     tokens: int = 8192
+    few_tokens: int = 1024  # of a small micro-batch
     products: tuple[tuple[int, int], ...] = ((4096, 4096), (8192, 2048), (2048, 8192), (3072, 768))  # (n, k)
+    skinny: tuple[tuple[int, int], ...] = ((1280, 8192), (8192, 1024))  # (n, k) of an eighth of a large layer
     head_sizes: tuple[int, ...] = (64, 80, 96, 128)
     lengths: tuple[int, ...] = (512, 2048, 8192)
     heads: int = 16
@@ -54,10 +57,13 @@ def measure_card(gpus: int) -> tuple[CardRates, int]:
 
 def card_of(measured: dict[str, Any]) -> CardRates:
     """Return the rates that a rank wrote as JSON."""
-    products, attention = PeakFlops(**measured["products"]), measured["attention"]
-    return CardRates(
-        **measured | {"products": products, "attention": [AttentionRate(**rate) for rate in attention]}
-    )
+    shapes = {dtype: [ProductRate(**rate) for rate in rates] for dtype, rates in measured["shapes"].items()}
+    parts = {
+        "products": PeakFlops(**measured["products"]),
+        "shapes": ProductRates(**shapes),
+        "attention": [AttentionRate(**rate) for rate in measured["attention"]],
+    }
+    return CardRates(**measured | parts)
 
 
 def _rank(rank: int, *, ranks: int, folder: Path) -> None:
@@ -84,18 +90,19 @@ def card_rates(device: torch.device, sizes: ProbeSizes | None = None) -> CardRat
     """Return the rates of a device that computes alone."""
     sizes = sizes or ProbeSizes()
     memory = copy_rate(device, device, sizes.copied)
-    aligned, unaligned = (product_rate(device, Dtype.bf16, sizes, memory, extra) for extra in (0, 1))
     is_gpu = device.type == "cuda"
+    dtypes = (Dtype.fp32, Dtype.bf16, Dtype.fp16) if is_gpu else (Dtype.fp32, Dtype.bf16)
+    shapes = {dtype: shape_rates(device, dtype, sizes) for dtype in dtypes}
+    products = {dtype.name: large_rate(rates, dtype, sizes, memory) for dtype, rates in shapes.items()}
+    odd = [product_rate(device, Dtype.bf16, sizes.tokens, n + 1, k) for n, k in sizes.products]
+    unaligned = large_rate(odd, Dtype.bf16, sizes, memory) / products[Dtype.bf16.name]
     return CardRates(
         name=torch.cuda.get_device_name(device) if is_gpu else "CPU",
         measured_on=datetime.now(UTC).date().isoformat(),
         versions=f"torch {torch.__version__}",
-        products=PeakFlops(
-            fp32=product_rate(device, Dtype.fp32, sizes, memory),
-            bf16=aligned,
-            fp16=product_rate(device, Dtype.fp16, sizes, memory) if is_gpu else None,
-        ),
-        unaligned=min(1.0, rounded(unaligned / aligned)),
+        products=PeakFlops(**products),
+        shapes=ProductRates(**{dtype.name: rates for dtype, rates in shapes.items()}),
+        unaligned=min(1.0, rounded(unaligned)),
         attention=[attention_rate(device, size, sizes) for size in sizes.head_sizes],
         memory_gb_s=rounded(memory / GIGA),
         update_gb_s=rounded(stream(device, sizes.parameters) / GIGA),
@@ -104,18 +111,33 @@ def card_rates(device: torch.device, sizes: ProbeSizes | None = None) -> CardRat
     )
 
 
-def product_rate(
-    device: torch.device, dtype: Dtype, sizes: ProbeSizes, memory: float, extra: int = 0
-) -> float:
-    """Return FLOP/s of products without the time to write their result, as plans count it (cost/rates.py)."""
-    rates, draw = [], partial(torch.randn, device=device, dtype=TORCH_DTYPES[dtype])
-    for n, k in sizes.products:
-        m, columns = sizes.tokens, n + extra
-        x, weight = draw(m, k), draw(columns, k)
-        written = m * columns * x.element_size() / memory
-        taken = seconds(partial(F.linear, x, weight), device)
-        rates.append(2 * m * columns * k / max(taken - written, taken / 2))
-    return rounded(median(rates))
+def shape_rates(device: torch.device, dtype: Dtype, sizes: ProbeSizes) -> list[ProductRate]:
+    """Return the rates of large products, then of small and skinny ones and of gradients of weights."""
+    every = (*sizes.products, *sizes.skinny)
+    shapes = [(sizes.tokens, n, k) for n, k in every]
+    shapes += [(sizes.few_tokens, n, k) for n, k in every]
+    shapes += [(n, k, sizes.tokens) for n, k in every]
+    return [product_rate(device, dtype, *shape) for shape in shapes]
+
+
+def product_rate(device: torch.device, dtype: Dtype, m: int, n: int, k: int) -> ProductRate:
+    """Return the rate of a product (m, k) x (k, n), whose second operand is laid out as a weight (n, k)."""
+    draw = partial(torch.randn, device=device, dtype=TORCH_DTYPES[dtype])
+    taken = seconds(partial(F.linear, draw(m, k), draw(n, k)), device)
+    return ProductRate(m, n, k, rounded(2 * m * n * k / taken))
+
+
+def large_rate(rates: Sequence[ProductRate], dtype: Dtype, sizes: ProbeSizes, memory: float) -> float:
+    """Return FLOP/s of large products without the time to write their result, as plans count it.
+
+    `rates` begins with the large products; `memory` is bytes per second (planning/cost/rates.py). Pure.
+    """
+    large = []
+    for rate in rates[: len(sizes.products)]:
+        flops = 2 * rate.m * rate.n * rate.k
+        written, taken = rate.m * rate.n * BYTES[dtype] / memory, flops / rate.per_s
+        large.append(flops / max(taken - written, taken / 2))
+    return rounded(median(large))
 
 
 def attention_rate(device: torch.device, head_size: int, sizes: ProbeSizes) -> AttentionRate:

@@ -48,6 +48,7 @@ class ComparisonRow:
         return {
             "compute": time.compute,
             "tensor": time.tensor,
+            "context": time.context,
             "data": time.data,
             "expert": time.expert,
             "expert_data": time.expert_data,
@@ -73,8 +74,8 @@ def shown_parts(rows: Sequence[ComparisonRow]) -> list[str]:
 
 
 def bubble(parts: dict[str, float]) -> float:
-    """Return the wait for other stages over the rest of the step."""
-    return parts["pipeline"] / (sum(parts.values()) - parts["pipeline"])
+    """Return the share of the step in which a rank waits for other stages, as a plan's bubble and sends."""
+    return parts["pipeline"] / sum(parts.values())
 
 
 def metric_rows(rows: Sequence[ComparisonRow]) -> list[dict[str, float | int]]:

@@ -389,6 +389,25 @@ class AttentionRate:
 
 
 @dataclass
+class ProductRate:
+    """Rate of a product (m, k) x (k, n) whose sizes are multiples of 8, with the time to write its result."""
+
+    m: int = MISSING
+    n: int = MISSING
+    k: int = MISSING
+    per_s: float = MISSING  # FLOP/s
+
+
+@dataclass
+class ProductRates:
+    """Rates of matrix products by dtype and shape."""
+
+    fp32: list[ProductRate] = field(default_factory=list)
+    bf16: list[ProductRate] = field(default_factory=list)
+    fp16: list[ProductRate] = field(default_factory=list)
+
+
+@dataclass
 class CardRates:
     """Rates of the kernels of one accelerator, measured alone; null if not measured."""
 
@@ -396,6 +415,7 @@ class CardRates:
     measured_on: Optional[str] = None  # date
     versions: Optional[str] = None
     products: PeakFlops = field(default_factory=PeakFlops)  # FLOP/s of large products, without their output
+    shapes: ProductRates = field(default_factory=ProductRates)  # correct `products` near measured shapes
     unaligned: Optional[float] = None  # share of `products` if a size is not a multiple of 8
     attention: list[AttentionRate] = field(default_factory=list)
     memory_gb_s: Optional[float] = None  # GB/s read and written by copies

@@ -6,14 +6,14 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from launcher.calibrate.card import ProbeSizes, card_of, card_rates, fitted_link, fitted_ramp
-from launcher.config.schema import Device, Dtype, HardwareConfig
+from launcher.calibrate.card import ProbeSizes, card_of, card_rates, fitted_link, fitted_ramp, large_rate
+from launcher.config.schema import Device, Dtype, HardwareConfig, ProductRate
 from launcher.planning.cost.operations import Attention, Matmul
 from launcher.planning.cost.rates import specified
 
 SMALL = ProbeSizes(
-    tokens=64, products=((64, 64), (128, 32)), head_sizes=(16, 32), lengths=(16, 64), heads=2,
-    parameters=2**16, copied=2**20,
+    tokens=64, few_tokens=16, products=((64, 64), (128, 32)), skinny=((8, 64),), head_sizes=(16, 32),
+    lengths=(16, 64), heads=2, parameters=2**16, copied=2**20,
 )  # fmt: skip
 
 
@@ -39,11 +39,25 @@ def test_bandwidth_and_latency_of_a_link_are_fitted() -> None:
     assert fitted_link(points, ranks) == (250.0, 3e-6)
 
 
+def test_the_rate_of_large_products_leaves_out_the_time_to_write_their_result() -> None:
+    rate, memory = 700e12, 3e12
+    measured = []
+    for n, k in SMALL.products:
+        flops, written = 2 * 64 * n * k, 64 * n * 2 / memory
+        measured.append(ProductRate(64, n, k, flops / (flops / rate + min(written, flops / rate))))
+    small = ProductRate(16, 8, 64, 1e9)  # no large product, so it does not count
+    assert large_rate([*measured, small], Dtype.bf16, SMALL, memory) == pytest.approx(rate, rel=1e-3)
+
+
 def test_a_plan_uses_what_the_probes_measured() -> None:
     card = card_rates(torch.device("cpu"), SMALL)
     again = card_of(json.loads(json.dumps(asdict(card))))
     assert again == card
     assert [rate.head_size for rate in card.attention] == [16, 32]
+    shapes = [(rate.m, rate.n, rate.k) for rate in card.shapes.bf16]
+    assert len(shapes) == 3 * (len(SMALL.products) + len(SMALL.skinny))
+    assert {(64, 128, 32), (16, 8, 64), (128, 32, 64)} <= set(shapes)  # large, few tokens, weight's gradient
+    assert not card.shapes.fp16  # a CPU multiplies in fp32 and bf16
     hardware = HardwareConfig(device=Device.cuda, accelerators_per_node=1, card=again)
     rates = specified(hardware, Dtype.bf16)
     assert rates is not None

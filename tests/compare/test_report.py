@@ -7,10 +7,18 @@ import pytest
 
 from launcher.commands.compare import planned
 from launcher.compare.compared_layouts import ComparedLayout, chosen_layouts, in_layout, named_layouts
-from launcher.compare.comparison_report import ComparisonRow, as_json, bubble, differing, metric_rows
+from launcher.compare.comparison_report import (
+    ComparisonRow,
+    as_json,
+    bubble,
+    differing,
+    metric_rows,
+    print_comparison,
+)
 from launcher.compare.measured_layout import MeasuredLayout, combined
 from launcher.compare.rank_record import RankRecord
 from launcher.config.errors import ConfigError
+from launcher.config.layout import STEP_PARTS
 from launcher.config.schema import MeasuredRates
 from launcher.config.world import World
 from tests.config.composing import run_of
@@ -92,8 +100,26 @@ def test_rows_for_metrics_and_machines() -> None:
     assert metric_rows([rows[2]]) == []
 
 
-def test_bubble_is_over_what_a_step_takes_without() -> None:
-    assert bubble(PARTS) == 0.5
+@pytest.mark.parametrize("name", ["tp", "pp", "dp_pp"])
+def test_plans_with_known_speeds_have_every_part_that_is_measured(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    speeds = [
+        "hardware.peak_flops.fp32=1e11", "hardware.memory_bandwidth_gb_s=10",
+        "hardware.bandwidth_intra_node_gb_s=1",
+    ]  # fmt: skip
+    planned_row = ComparisonRow(compared(name, 4, *speeds))
+    assert planned_row.planned_parts.keys() == set(STEP_PARTS)
+    plan = planned_row.compared.plan
+    assert plan is not None
+    assert plan.time is not None
+    assert sum(planned_row.planned_parts.values()) == pytest.approx(plan.time.total)
+    print_comparison([planned_row])
+    assert f"({bubble(planned_row.planned_parts):.0%})" in capsys.readouterr().out
+
+
+def test_the_bubble_is_a_share_of_the_step_as_in_a_plan() -> None:
+    assert bubble(PARTS) == pytest.approx(1 / 3)
 
 
 def test_records_of_ranks_are_combined() -> None:

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from launcher.config.fields import config_directory, options_of
 from launcher.config.schema import Dtype
 from launcher.planning.choose.changes import helpful, single_changes
-from launcher.planning.choose.limits import MEMORY_CLASSES, limit
+from launcher.planning.choose.limits import MEMORY_CLASSES, limit, settings_in_words
 from launcher.planning.cost.operations import Collective
 from launcher.planning.cost.rates import specified
 from launcher.planning.cost.run_plan import PROCESS_BYTES, Plan
@@ -393,7 +393,14 @@ class TestJson:
         assert 2 / 64 < bubble < 3 / 60
 
 
-@pytest.mark.parametrize("more", [CLUSTER, [*H100, "parallelism=zero3"], ["hardware=cpu"]])
+@pytest.mark.parametrize(
+    "more",
+    [
+        CLUSTER, [*H100, "parallelism=zero3"], [*H100, "parallelism.context=2"], ["hardware=cpu"],
+        [*CLUSTER, "parallelism.pipeline_schedule=dualpipev"],
+        [*H100, "model=qwen3_30b_a3b", "parallelism.expert=4", "parallelism.zero_stage=2"],
+    ],
+)  # fmt: skip
 def test_a_picture_is_drawn(more: list[str], tmp_path: Path) -> None:
     pytest.importorskip(
         "matplotlib", reason="drawn with the optional dependency: pip install launcher[figures]"
@@ -402,6 +409,18 @@ def test_a_picture_is_drawn(more: list[str], tmp_path: Path) -> None:
     draw_plan(plan, tmp_path / "plan.png")
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "plan.png").stat().st_size > 20_000
+
+
+def test_the_imbalance_of_experts_is_stated_and_counted() -> None:
+    shared = [*H100, "model=qwen3_30b_a3b", "parallelism.expert=4", "parallelism.zero_stage=2"]
+    even, uneven = plan_of(*LLAMA, *shared), plan_of(*LLAMA, *shared, "plan.expert_imbalance=1.5")
+    assert "expert imbalance 1," in settings_in_words(even.run) + ","
+    assert "expert imbalance 1.5" in settings_in_words(uneven.run)
+    assert "imbalance" not in settings_in_words(plan_of(*LLAMA, *H100).run)
+    assert even.time is not None
+    assert uneven.time is not None
+    assert uneven.time.total > even.time.total
+    assert uneven.peak > even.peak
 
 
 @pytest.mark.parametrize(

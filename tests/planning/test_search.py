@@ -35,9 +35,18 @@ from launcher.config.world import World, world_of_hardware
 from launcher.planning.choose.changes import changed
 from launcher.planning.choose.enforce import chosen, refuse_too_large
 from launcher.planning.choose.limits import limit
-from launcher.planning.choose.search import AS_FAST, LEFT_FREE, Search, search
+from launcher.planning.choose.search import (
+    AS_FAST,
+    LEFT_FREE,
+    MOST_SETTINGS,
+    UNMEASURED,
+    Search,
+    _settings,
+    search,
+)
+from launcher.planning.cost.pass_time import part_times
 from launcher.planning.cost.run_plan import Plan, make_plan, memory_budget
-from launcher.planning.show.search_report import reasons, search_as_json
+from launcher.planning.show.search_report import reasons, search_as_json, why_lost
 from tests.config.composing import alternatives, run_of
 from tests.config.test_cli import Ended, launcher
 from tests.planning.planned import LLAMA, plan_of
@@ -450,6 +459,46 @@ def test_of_two_plans_of_nearly_equal_speed_the_simpler_is_chosen() -> None:
     assert told[0].endswith("% more than the fastest, and simpler")
     assert told[1].startswith("next     data, ZeRO-3: ")
     assert told[1].endswith("% faster, and less simple")
+
+
+def test_context_ranks_must_be_clearly_faster() -> None:
+    """Sequences of 8,192 tokens fit without context ranks, and no step with them was measured on GPUs."""
+    result = searched(*LLAMA, *CLUSTER)
+    assert result.fitting[0].layout.context == 1
+    split = [candidate for candidate in result.fitting if candidate.layout.context > 1]
+    assert split
+    for candidate in split:
+        seconds = candidate.seconds + candidate.unsure
+        assert candidate.cautious == pytest.approx(seconds * (1 + UNMEASURED))
+    # A layout with context ranks that is planned to be a little faster than the chosen layout.
+    best = replace(result.fitting[0], seconds=0.95 * split[0].cautious, unsure=0.0)
+    assert split[0].seconds < best.seconds
+    assert why_lost(split[0], best) == "not 10% faster, as a layout with context ranks must be"
+
+
+# Models of issue 21 on 4,096 GPUs. docs/planning.md has the seconds of the search.
+LARGE_SEARCHES = {
+    "8B": ["model=llama3_8b"],
+    "8B, 128k tokens": ["experiment=llama3_8b_128k"],
+    "70B": ["model=llama3_70b"],
+    "405B": LLAMA_405B,
+    "30B with experts": ["model=qwen3_30b_a3b"],
+}
+
+
+@pytest.mark.parametrize("name", LARGE_SEARCHES)
+def test_the_settings_of_4096_gpus_are_bounded(name: str) -> None:
+    large = ["hardware.nodes=512", "training.global_batch_size=4096"]
+    run = run_of(*LARGE_SEARCHES[name], *CLUSTER, *large)
+    count = sum(1 for _ in _settings(run, world_of(run), MOST_SETTINGS))
+    assert 300 < count <= MOST_SETTINGS
+
+
+def test_operations_are_evaluated_once_for_layouts_that_share_them() -> None:
+    """The operations of a micro-batch do not depend on the data ranks and the ZeRO stage."""
+    part_times.cache_clear()
+    result = searched(*LLAMA, *CLUSTER, "hardware.nodes=2")
+    assert part_times.cache_info().misses < len(result.candidates) / 4
 
 
 def test_the_host_s_memory_is_shared_by_the_ranks_of_a_node() -> None:

@@ -71,6 +71,7 @@ def settings_in_words(run: RunConfig) -> str:
     words += ["bf16 states"] if run.precision.states is StatesDtype.bf16 else []
     words += ["sequence parallel"] if p.sequence_parallel else []
     words += [f"context by {p.context_method.name}"] if p.context > 1 else []
+    words += [f"expert imbalance {run.plan.expert_imbalance:g}"] if p.expert > 1 else []
     words += ["optimizer offloaded"] if p.offload_optimizer else []
     words += ["weights offloaded"] if p.offload_parameters else []
     return ", ".join(words)

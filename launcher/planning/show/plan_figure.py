@@ -15,6 +15,10 @@ FORMATS = (".png", ".svg", ".pdf")
 _IN_ORDER = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#bbbbbb")
 MEMORY_COLOURS = dict(zip(MEMORY_CLASSES, _IN_ORDER, strict=True))
 FORWARD, BACKWARD = "#4c72b0", "#dd8452"
+PART_COLOURS = {
+    "compute": "#4c72b0", "tensor": "#c44e52", "context": "#937860", "data": "#dd8452", "expert": "#da8bc3",
+    "expert_data": "#ccb974", "pipeline": "#8172b3", "bubble": "#bbbbbb", "optimizer": "#55a868",
+}  # fmt: skip
 MOST_BATCHES, MOST_LABELS = 24, 400  # to draw
 
 
@@ -86,31 +90,37 @@ def _draw_timeline(plan: Plan, axes: Any) -> None:
 
     assert plan.time is not None
     layout, stages = plan.layout, plan.time.stages
-    least = 2 * layout.pipeline
+    # DualPipeV needs two micro-batches for each rank; 1F1B shows its shape with one.
+    least = layout.pipeline * layout.stages_per_rank
     batches = min(layout.accumulation, max(least, MOST_BATCHES - layout.pipeline))
     forward = [stage.forward.total + stage.sending / 2 for stage in stages]
     backward = [stage.backward.total + stage.sending / 2 for stage in stages]
     events = simulate(layout, forward, backward, batches)
-    labelled = len(events) <= MOST_LABELS
+    # One shape for all passes of a stage in a direction: thousands of bars take ten seconds to draw.
+    spans: dict[tuple[int, int, bool], list[tuple[float, float]]] = {}
     for event in events:
-        colour = FORWARD if event.forward else BACKWARD
+        of_stage = spans.setdefault((event.rank, event.stage, event.forward), [])
+        of_stage.append((event.start, event.end - event.start))
+    for (rank, stage, is_forward), passes in spans.items():
+        colour = FORWARD if is_forward else BACKWARD
         # DualPipeV's stages on the way back are paler than the stages on the way out.
-        alpha = 0.6 if event.stage >= layout.pipeline else 1.0
-        length = event.end - event.start
-        axes.barh(
-            event.rank, length, left=event.start, color=colour, alpha=alpha, edgecolor="white", linewidth=0.4
-        )
-        if labelled:
-            middle = event.start + length / 2
-            number = str(event.micro_batch + 1)
-            axes.text(middle, event.rank, number, ha="center", va="center", fontsize=6, color="white")
+        alpha = 0.6 if stage >= layout.pipeline else 1.0
+        look = {"facecolors": colour, "alpha": alpha, "edgecolor": "white", "linewidth": 0.4}
+        axes.broken_barh(passes, (rank - 0.4, 0.8), **look)
+    for event in events if len(events) <= MOST_LABELS else ():
+        middle, number = (event.start + event.end) / 2, str(event.micro_batch + 1)
+        axes.text(middle, event.rank, number, ha="center", va="center", fontsize=6, color="white")
     axes.set_ylabel("pipeline rank")
     axes.set_yticks([rank for rank in range(layout.pipeline) if layout.pipeline <= 32 or rank % 4 == 0])
     axes.invert_yaxis()
     axes.set_xlim(0, max(event.end for event in events))
-    is_whole = batches == layout.accumulation
-    shown = f"all {batches}" if is_whole else f"a step of {batches} instead of {layout.accumulation}"
-    axes.set_xlabel(f"seconds, {shown} micro-batches; white is the bubble: {plan.bubble:.1%} of the step")
+    caption = f"seconds; white is the bubble: {plan.bubble:.1%} of the step"
+    if batches < layout.accumulation:
+        caption = (
+            f"seconds of a step of {batches} micro-batches; the planned step has {layout.accumulation}, "
+            f"and its bubble is {plan.bubble:.1%}"
+        )
+    axes.set_xlabel(caption)
     patches = [Patch(color=FORWARD, label="forward"), Patch(color=BACKWARD, label="backward")]
     axes.legend(handles=patches, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
@@ -119,9 +129,9 @@ def _draw_timeline(plan: Plan, axes: Any) -> None:
 def _draw_parts(plan: Plan, axes: Any) -> None:
     assert plan.time is not None
     start = 0.0
-    palette = ("#4c72b0", "#c44e52", "#dd8452", "#8172b3", "#bbbbbb", "#55a868")
-    for (name, seconds), colour in zip(parts_of(plan).items(), palette, strict=True):
+    for name, seconds in parts_of(plan).items():
         if seconds > 0:
+            colour = PART_COLOURS[name.removesuffix(" communication")]
             axes.barh(0, seconds, left=start, color=colour, label=f"{name}, {seconds:.3g} s", height=0.5)
         start += seconds
     axes.set_yticks([])

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from launcher.config.errors import as_typed
-from launcher.planning.choose.search import LEFT_FREE, Candidate, Search
+from launcher.planning.choose.search import LEFT_FREE, UNMEASURED, Candidate, Search
 from launcher.text import four_digits, plain_table, print_table, size
 
 if TYPE_CHECKING:
@@ -102,6 +102,8 @@ def why_lost(candidate: Candidate, best: Candidate | None) -> str:
         if is_so > is_of_best:
             return words
     slower = candidate.cautious / best.cautious - 1
+    if slower > 0.0005 and candidate.layout.context > 1 and candidate.seconds < best.seconds:
+        return f"not {UNMEASURED:.0%} faster, as a layout with context ranks must be"
     if slower > 0.0005 and candidate.seconds < best.seconds:
         return f"{slower:.1%} slower if its traffic between nodes is not hidden"
     as_fast = f"as fast, with {size(candidate.peak)} instead of {size(best.peak)}"
