@@ -11,7 +11,7 @@ from launcher.planning.cost.operations import Matmul
 # Distance in doublings of m, n and k at which a measurement counts 1 / e. Among 0.25 to 3 it predicts each
 # product of the H100's file best from the others.
 REACH = 1.5
-# Weight of the formula; a measurement has at most the weight 1. Far from all measurements the formula decides.
+# Weight of the formula; a measurement has at most the weight 1. Far from measurements the formula decides.
 PRIOR = 0.1
 
 
