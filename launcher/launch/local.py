@@ -292,7 +292,7 @@ def _receive_failures(ranks: list[_Rank]) -> None:
 
 
 def _first_failure(ranks: list[_Rank]) -> FailureReport | None:
-    """Return the causing failure; if all are consequences, a stopped rank, whose connection others may lose."""
+    """Return the failure that caused the others; else a stopped rank, whose connection they may have lost."""
     failures = [rank.failure for rank in ranks if rank.failure is not None]
     return min(
         failures, key=lambda failure: (failure.secondary, not failure.stopped, failure.when), default=None
