@@ -137,7 +137,7 @@ def kept_loss(s: Sizes, x: str, *, fused: bool) -> Operation:
 
 
 def eager_loss(s: Sizes, x: str) -> Operation:
-    """Return the loss in chunks whose passes are not compiled, though the blocks may be."""
+    """Return the loss in chunks, whose passes are eager even if the blocks are compiled."""
     return LOSS(replace(s, compiled=False), x)
 
 

@@ -2,7 +2,7 @@
 
 Each series changes one size of the CPU benchmark's model and trains all its points in alternating turns, so
 that a machine that slows down slows all of them. The last series takes 3,000 steps of one run, and measures
-the time and the resident memory of each hundred. Written are `growth.json`, `growth.md` and `growth.png`.
+the time and the resident memory of each hundred. It writes `growth.json`, `growth.md` and `growth.png`.
 """
 
 import argparse

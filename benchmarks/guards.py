@@ -3,8 +3,8 @@
 `python -m benchmarks.guards [OVERRIDES]` trains `gpt_mini` in several layouts on this machine, for 16 minutes
 on two cores, and prints ratios. "Without" leaves out the decision on each update (the norm is computed all
 the same, because clipping needs it). Steps are compared in pairs, one with and one without the guard, in
-changing order; printed are the median of the ratios and the 95% interval of the median, which needs an idle
-machine to be narrow. One comparison of the replicas is timed alone and divided by its interval.
+changing order. It prints the median of the ratios and the 95% interval of the median, which is narrow only on
+an idle machine. One comparison of the replicas is timed alone and divided by its interval.
 """
 
 import sys

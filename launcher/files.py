@@ -70,7 +70,7 @@ def delete_directory(path: Path) -> None:
 def make_way(path: Path, *, for_directory: bool) -> None:
     """Rename what lies at `path` to a free name ending in `.stray` if it is of another kind than is needed.
 
-    A link is always renamed: what it leads to must not be written or deleted.
+    A link is always renamed: its target must not be written or deleted.
     """
     is_right = path.is_dir() if for_directory else path.is_file()
     if os.path.lexists(path) and (path.is_symlink() or not is_right):

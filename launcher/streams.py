@@ -32,7 +32,7 @@ class OutputLost(SystemExit):
 
 
 class StandardStream(io.RawIOBase):
-    """Standard output or error. A strict stream raises OutputLost; others report the first loss and go on."""
+    """Standard output or error. A strict stream raises OutputLost; others report it once and continue."""
 
     def __init__(self, descriptor: int, *, strict: bool) -> None:
         self.strict = strict
@@ -102,5 +102,5 @@ def outlive_output() -> None:
 
 
 def discard_output() -> None:
-    """Let what is still buffered for standard output go to /dev/null."""
+    """Send the text that is still buffered for standard output to /dev/null."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

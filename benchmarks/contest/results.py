@@ -110,7 +110,7 @@ class ClassResult:
         return self.tokens / median(measured.seconds)
 
     def problems(self) -> list[str]:
-        """Return what makes the class no fair comparison: peers that failed or compute something else."""
+        """Return the reasons why the comparison is not fair: peers that failed or compute something else."""
         place = f"{self.model}, {self.shape.name}"
         failed = [f"{place}: {m.failed.splitlines()[0]}" for m in self.measured if m.failed]
         return failed + [

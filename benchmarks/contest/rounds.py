@@ -57,7 +57,7 @@ def measure_times(
 
 
 def _resident(jobs: list[Job], threads: int, timing: Timing, failed: Report) -> list[Measured]:
-    """All contestants stay alive, and sleep while another has its turn."""
+    """Time contestants that all stay alive, and sleep while another has its turn."""
     measured = [Measured(job.label) for job in jobs]
     with ExitStack() as stack:
         alive: list[tuple[Ranks, Measured]] = []

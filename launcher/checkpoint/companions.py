@@ -65,6 +65,6 @@ def base_config(source: Path, name: str = "config.json") -> dict[str, Any]:
             try:
                 content = json.loads(path.read_text())
             except (OSError, ValueError, RecursionError):
-                return {}  # whoever needs it, reads it again and says what is wrong
+                return {}  # the command that needs the file reads it again and reports the error
             return content if isinstance(content, dict) else {}
     return {}

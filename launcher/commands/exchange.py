@@ -1,4 +1,4 @@
-"""The commands `launcher export` and `launcher import`. Imports torch only once both are sure to go on."""
+"""The commands `launcher export` and `launcher import`. Imports torch after all checks."""
 
 import json
 import shlex

@@ -9,7 +9,7 @@ import yaml  # type: ignore[import-untyped]
 from omegaconf import BooleanNode, _utils
 from omegaconf.errors import ValidationError
 
-MOST_YAML_VALUES = 1_000_000  # of a file, after its aliases are replaced by what they stand for
+MOST_YAML_VALUES = 1_000_000  # values of a file, with each alias replaced by its content
 
 
 class _BoundedLoader(_utils.get_yaml_loader()):  # type: ignore[misc]

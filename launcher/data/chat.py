@@ -163,7 +163,7 @@ def _read(data: DataConfig, field: str, pattern: str) -> tuple[ChatTokens, str]:
 
 
 def _mend(data: DataConfig, why: str) -> str:
-    """Return what mends a bad line: mostly the line, else the setting that makes it bad."""
+    """Return the remedy for a bad line: usually to correct the line, else a setting."""
     if _TEMPLATE in why:
         return "data.chat_template=PATH of another template"
     if ENDS_INSIDE not in why or not isinstance(tokenizer := _settings(data, None).load(), HuggingFace):

@@ -47,7 +47,7 @@ class ChatTemplate:
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
         class Generation(Extension):
-            """The block {% generation %} of transformers: what it writes is the assistant's."""
+            """The block {% generation %} of transformers, which marks the text of the assistant."""
 
             tags = {"generation"}  # noqa: RUF012  (as the base class declares it)
 

@@ -24,7 +24,7 @@ _PIECE = 2**20  # characters of a document that are encoded at a time, and token
 class Window:
     """Tokens (n + 1,): n inputs and their labels, of which those from index `first` on are scored.
 
-    With `learned` (n,) only the labels that it marks are scored: those of a conversation's assistant.
+    With `learned` (n,) only the marked labels are scored: the assistant's text in a conversation.
     """
 
     tokens: npt.NDArray[np.integer[Any]]
@@ -49,7 +49,7 @@ def scored_windows(stretch: Stretch, length: int, stride: int, vocab_size: int) 
 
 
 def chat_windows(chats: PackedChats) -> Iterator[Window]:
-    """Yield a window for each conversation, cut as in training, that scores what the assistant writes.
+    """Yield a window for each conversation, cut as in training; only the assistant's text is scored.
 
     Raises ConfigError for a token id that the model's vocabulary does not have.
     """

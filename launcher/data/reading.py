@@ -203,7 +203,7 @@ def _next_line(file: IO[bytes], max_line: int) -> tuple[bytes | None, int, int]:
 class _JsonValues:
     """Reads JSON values that span lines: the elements of an array, or objects one after the other.
 
-    What is between two values is returned as a blank record.
+    Text between two values is returned as a blank record.
     """
 
     def __init__(self, file: IO[bytes], max_line: int, closed: bool) -> None:

@@ -310,7 +310,7 @@ def _check_order(file: TokenFile) -> None:
 
 
 def _checked_slices(count: int) -> list[slice]:
-    """Return slices that cover range(count) or, above 262,144, evenly spaced stretches of so many entries."""
+    """Return slices that cover range(count), or 262,144 of its entries in evenly spaced stretches."""
     if count <= _STRETCHES * _STRETCH:
         return [slice(0, count)]
     starts = np.linspace(0, count - _STRETCH, _STRETCHES).astype(np.int64).tolist()

@@ -23,7 +23,7 @@ def build_engine(
 ) -> Engine:
     """Return the engine of a run, with zeros for weights unless `drawn`. Collective over the world.
 
-    With `strict` an error of the compiler is raised; else the blocks go on eager. Call it once per process.
+    With `strict` an error of the compiler is raised; else blocks then run eager. Call it once per process.
     """
     mesh = ProcessMesh.create(MeshShape.of(layout))
     initializer = Initializer(

@@ -1,4 +1,4 @@
-"""Average gradients over the data ranks, bucket by bucket, while the backward pass goes on.
+"""Average gradients over the data ranks, bucket by bucket, during the backward pass.
 
 DeepSpeed 0.19.8 begins the reduction of ZeRO-0 and BF16_Optimizer after the last backward pass, in copies of
 all gradients (runtime/engine.py, allreduce_gradients). Here a bucket of whole weights is reduced as soon as

@@ -47,7 +47,7 @@ VALIDATION = "validation"
 
 @dataclass(frozen=True)
 class Subject:
-    """Weights, and what is known of the run that made them."""
+    """Weights, and the known facts about the run that made them."""
 
     weights: WeightSource
     recorded: RunConfig | None  # None: imported weights, or a Hugging Face directory
@@ -215,7 +215,7 @@ def _token_files(pattern: str, config: EvaluateConfig, subject: Subject) -> list
 
 
 def _why_other_tokenizer(prefix: Path, subject: Subject) -> str | None:
-    """Return why the model does not know the tokens of these token files; None if it may."""
+    """Return why the model cannot have the tokens of these token files; None if it can."""
     if not (path := tokenizer_path(prefix)).exists():
         return None
     if subject.is_of_bytes:

@@ -292,7 +292,7 @@ def _receive_failures(ranks: list[_Rank]) -> None:
 
 
 def _first_failure(ranks: list[_Rank]) -> FailureReport | None:
-    """Return the cause; if there are consequences only, a stopped rank, which others may have lost before."""
+    """Return the failure that caused the others; else a stopped rank, whose connection they may have lost."""
     failures = [rank.failure for rank in ranks if rank.failure is not None]
     return min(
         failures, key=lambda failure: (failure.secondary, not failure.stopped, failure.when), default=None

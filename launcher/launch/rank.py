@@ -141,7 +141,7 @@ def _stop(_number: int, _frame: FrameType | None) -> NoReturn:
 
 
 def _again_if_discarded(discarded: "sys.UnraisableHookArgs") -> None:
-    """Raise a discarded stop again a moment later: Python discards what is raised in a finalizer."""
+    """Raise a discarded stop again a moment later: Python discards exceptions in finalizers."""
     if isinstance(discarded.exc_value, _StopSignalReceived):
         signal.setitimer(signal.ITIMER_REAL, 0.01)
     else:

@@ -1,4 +1,4 @@
-"""Order in which gradients are reduced over the data ranks while the backward pass goes on. Pure."""
+"""Order in which gradients are reduced over the data ranks during the backward pass. Pure."""
 
 from collections.abc import Sequence
 

@@ -13,7 +13,7 @@ def compiled(function: Function) -> Function:
     """Return the compiled function: whole, for fixed shapes, forward and backward pass at once."""
     from torch._functorch import config
 
-    # By default the backward pass is compiled when it first runs, too late to go on eager. New in torch 2.9.
+    # By default the backward pass is compiled when it first runs, too late to run eager. New in torch 2.9.
     if hasattr(config, "force_non_lazy_backward_lowering"):
         config.force_non_lazy_backward_lowering = True
     return torch.compile(function, fullgraph=True, dynamic=False)

@@ -268,7 +268,7 @@ def _sums_for(weight: Tensor | None) -> Tensor | None:
 
 
 def _scaled(gradient: Tensor | None, factor: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """Return gradient * factor in `dtype`; in fp32 in place, because nobody else holds the gradient."""
+    """Return gradient * factor in `dtype`; in fp32 in place, because the gradient has no other user."""
     if gradient is None:
         return None
     out = gradient if dtype is torch.float32 else torch.empty_like(gradient, dtype=dtype)

@@ -54,7 +54,7 @@ class InitialValues:
     def fill(self, flat: Tensor, start: int = 0) -> None:
         """Write elements start .. start + numel of the flattened shard into `flat` (numel,), on any device.
 
-        Off the CPU, host memory holds as many elements meanwhile.
+        On a GPU, host memory holds these elements temporarily.
         """
         if self.draw is None:
             flat.zero_()

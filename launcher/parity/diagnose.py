@@ -179,7 +179,7 @@ def _choices(e: Evidence) -> Results:
 
 
 def _common_factor(e: Evidence, name: str) -> float | None:
-    """Return the factor by which an output is the right one everywhere; None if there is no such factor."""
+    """Return the factor between an output and the right output; None if there is no common factor."""
     got, right = e.step.outputs[name], e.right.outputs[name]
     factor = float((got * right).sum() / right.square().sum())
     return factor if float((got - factor * right).norm()) <= CLOSE * float(got.norm()) else None

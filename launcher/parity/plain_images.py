@@ -13,7 +13,7 @@ import torch
 from launcher.config.schema import CorpusSource, ModelConfig, RunConfig
 from launcher.parity.plain_source import PlainSource, Sample
 
-CLASSES = 5  # directories, if the model has so many classes
+CLASSES = 5  # largest number of class directories
 IMAGES = 19  # of an epoch: a few steps go through several epochs
 
 

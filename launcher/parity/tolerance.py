@@ -141,8 +141,8 @@ def norm_distance(right: list[StepTrace], others: list[list[StepTrace]]) -> floa
 def _of_mean(loss: float, losses: Tensor, of_others: Tensor) -> float:
     """Return the bound of the mean of `losses` (samples,) if each has the bound `loss`.
 
-    Rounding errors of samples are independent, so most of them cancel. What all samples share does not: the
-    distances of the means of the other orders, `of_others` (orders, samples), show it.
+    Rounding errors of samples are independent, so most of them cancel. Errors that all samples share do not
+    cancel: the distances of the means of the other orders, `of_others` (orders, samples), show them.
     """
     weights = losses / losses.sum()
     shared = float((of_others.sum(1) / losses.sum() - 1).abs().max())

@@ -125,7 +125,7 @@ def is_held(run_dir: Path) -> bool | None:
 
 
 def _is_locked(path: Path) -> bool | None:
-    """Return whether another process has locked a file or directory; None if nobody can lock it."""
+    """Return whether another process has locked a file or directory; None if it cannot be locked."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except OSError:

@@ -1,6 +1,6 @@
 """Stop a run whose replicas differ: the tensors and numbers that several ranks hold must have equal bits.
 
-A bit that flips in one rank's weights raises no error: the ranks go on with different models, and a
+A bit that flips in one rank's weights raises no error: the ranks continue with different models, and a
 checkpoint takes each slice from one of the ranks. Replicas are compared every guard.replica_interval steps,
 before every checkpoint and after the last step.
 """

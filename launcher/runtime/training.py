@@ -96,7 +96,7 @@ def trained(parts: Parts, directory: RunDir) -> bool | RunDir:
                 step = training_loop(session, progress)
             except Spike as spike:
                 if checkpoint := session.go_back(spike):
-                    output.finished = True  # this start did what it should
+                    output.finished = True  # not a failure, although the run is not at its last step
                     return replace(directory, checkpoint=checkpoint)
                 progress = spike.progress
             else:

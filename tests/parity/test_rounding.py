@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from launcher.models.context import BlockContext
 from torch import Tensor
 
+from launcher.models.block_context import BlockContext
 from launcher.models.experts import Experts
 from launcher.parallel.initializer import Initializer
 from launcher.parallel.mesh import ProcessMesh

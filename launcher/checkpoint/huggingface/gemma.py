@@ -1,6 +1,6 @@
 """Hugging Face's Gemma 2, and the text models of Gemma 3. Their norms multiply by 1 + weight.
 
-Gemma 3 of 4 billion parameters and more reads images too: of those models the text part is taken.
+Gemma 3 of 4 billion parameters and more reads images too: only the text part of these models is imported.
 """
 
 from typing import Any

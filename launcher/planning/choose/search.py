@@ -125,7 +125,7 @@ class Candidate:
 
     @property
     def cautious(self) -> float:
-        """Seconds of a step if computation hides no traffic between nodes; more with context ranks.
+        """Seconds of a step if computation hides no traffic between nodes; 10% more with context ranks.
 
         No published run of ZeRO-3 on hundreds of GPUs hid this traffic: see SC21's rows in docs/planning.md.
         """

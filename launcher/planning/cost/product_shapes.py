@@ -11,7 +11,7 @@ from launcher.planning.cost.operations import Matmul
 # Distance in doublings of m, n and k at which a measurement counts 1 / e. Among 0.25 to 3 it predicts each
 # product of the H100's file best from the others.
 REACH = 1.5
-# Weight of the formula, beside measurements that count up to 1 each: far from them, it alone holds.
+# Weight of the formula; a measurement has at most the weight 1. Far from measurements the formula decides.
 PRIOR = 0.1
 
 
@@ -35,7 +35,7 @@ def measured_shapes(
 
 @cache
 def correction(shapes: tuple[MeasuredShape, ...], m: int, n: int, k: int) -> float:
-    """Return the factor of the planned seconds: the weighted mean of the logarithms near this shape."""
+    """Return the factor of the planned seconds, from the weighted mean of the errors near this shape."""
     place = _place(m, n, k)
     weights = [exp(-_squared_distance(shape.place, place) / REACH**2) for shape in shapes]
     errors = (weight * shape.error for weight, shape in zip(weights, shapes, strict=True))
@@ -47,5 +47,5 @@ def _place(m: int, n: int, k: int) -> tuple[float, float, float]:
     return log2(max(m, n)), log2(min(m, n)), log2(k)
 
 
-def _squared_distance(one: Sequence[float], other: Sequence[float]) -> float:
-    return sum((here - there) ** 2 for here, there in zip(one, other, strict=True))
+def _squared_distance(a: Sequence[float], b: Sequence[float]) -> float:
+    return sum((x - y) ** 2 for x, y in zip(a, b, strict=True))

@@ -145,9 +145,9 @@ class _Ledger:
     def bf16_optimizer(self) -> States:
         """BF16_Optimizer of DeepSpeed: whole gradients in fp32, partitioned fp32 weights and states.
 
-        Each bf16 gradient is added to them at once, in the first micro-batch after some wait for one another
-        (engine/gradient_passes.py). The reduction works on a copy in bf16: without a pipeline of a bucket,
-        within the backward pass (engine/overlapped_reduction.py), else of all.
+        Each bf16 gradient is added to the sums at once; in the first micro-batch several gradients are copied
+        together (engine/gradient_passes.py). The reduction works on a bf16 copy: without a pipeline of one
+        bucket, within the backward pass (engine/overlapped_reduction.py), else of all gradients.
         """
         summed = FP32 * self.flat
         copies = self._reduced_in_copies(self.element)
