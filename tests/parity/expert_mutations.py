@@ -222,7 +222,7 @@ EXPERT_MUTATIONS = {
     "biases for the choice by the tokens of one rank": Mutation(
         biases_by_the_tokens_of_one_rank,
         f"{MOE} {DATA} model.experts.bias_balancing=0.1 training.micro_batch_size=1",
-        ("experts",),
+        ("router",),
     ),
     "biases left out of the choice": Mutation(
         biases_left_out_of_the_choice, f"{MOE} {DATA} model.experts.bias_balancing=0.1", ("router",)
