@@ -6,7 +6,6 @@ from launcher.config.errors import ConfigError
 from launcher.config.schema import RunConfig
 
 _SHAPE = re.compile(r"([1-9]\d{0,8})x([1-9]\d{0,8})x([1-9]\d{0,8})")
-_EXAMPLE = "4096x1280x8192"
 _LEAST, _MOST = 1e-6, 1e24  # FLOP/s, such that no time of a plan overflows
 
 
@@ -23,7 +22,7 @@ def check_shapes(run: RunConfig) -> None:
         for name, per_s in rates.items():
             if shape_of(name) is None:
                 why = f"{name} is not a shape MxNxK of a product (m, k) x (k, n)"
-                raise ConfigError(field, _entry(name, per_s), why, f"{field}={_entry(_EXAMPLE, per_s)}")
+                raise ConfigError(field, _entry(name, per_s), why, "a shape such as 4096x1280x8192")
             if not _LEAST <= per_s <= _MOST:
                 why = f"the FLOP/s of a product must be a finite number from {_LEAST:g} to {_MOST:g}"
                 raise ConfigError(field, _entry(name, per_s), why, f"{field}={_entry(name, 1e14)}")
