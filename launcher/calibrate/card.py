@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from statistics import linear_regression, median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from launcher.calibrate.engine_overhead import rounded
 from launcher.calibrate.probes import seconds, stream
-from launcher.config.schema import AttentionRate, CardRates, Dtype, PeakFlops, ProductRate, ProductRates
+from launcher.config.schema import AttentionRate, CardRates, Dtype, PeakFlops, ShapeRates
 from launcher.engine.distributed import join, leave
 from launcher.engine.watchdog import MEASURING_MINUTES, Watchdog
 from launcher.launch.local import run_local_ranks, start_method_for
@@ -57,10 +57,9 @@ def measure_card(gpus: int) -> tuple[CardRates, int]:
 
 def card_of(measured: dict[str, Any]) -> CardRates:
     """Return the rates that a rank wrote as JSON."""
-    shapes = {dtype: [ProductRate(**rate) for rate in rates] for dtype, rates in measured["shapes"].items()}
     parts = {
         "products": PeakFlops(**measured["products"]),
-        "shapes": ProductRates(**shapes),
+        "shapes": ShapeRates(**measured["shapes"]),
         "attention": [AttentionRate(**rate) for rate in measured["attention"]],
     }
     return CardRates(**measured | parts)
@@ -94,14 +93,14 @@ def card_rates(device: torch.device, sizes: ProbeSizes | None = None) -> CardRat
     dtypes = (Dtype.fp32, Dtype.bf16, Dtype.fp16) if is_gpu else (Dtype.fp32, Dtype.bf16)
     shapes = {dtype: shape_rates(device, dtype, sizes) for dtype in dtypes}
     products = {dtype.name: large_rate(rates, dtype, sizes, memory) for dtype, rates in shapes.items()}
-    odd = [product_rate(device, Dtype.bf16, sizes.tokens, n + 1, k) for n, k in sizes.products]
+    odd = [product_rate(device, Dtype.bf16, (sizes.tokens, n + 1, k)) for n, k in sizes.products]
     unaligned = large_rate(odd, Dtype.bf16, sizes, memory) / products[Dtype.bf16.name]
     return CardRates(
         name=torch.cuda.get_device_name(device) if is_gpu else "CPU",
         measured_on=datetime.now(UTC).date().isoformat(),
         versions=f"torch {torch.__version__}",
         products=PeakFlops(**products),
-        shapes=ProductRates(**{dtype.name: rates for dtype, rates in shapes.items()}),
+        shapes=ShapeRates(**{dtype.name: by_name(rates) for dtype, rates in shapes.items()}),
         unaligned=min(1.0, rounded(unaligned)),
         attention=[attention_rate(device, size, sizes) for size in sizes.head_sizes],
         memory_gb_s=rounded(memory / GIGA),
@@ -111,17 +110,31 @@ def card_rates(device: torch.device, sizes: ProbeSizes | None = None) -> CardRat
     )
 
 
+class ProductRate(NamedTuple):
+    """FLOP/s of a product (m, k) x (k, n), with the time to write its result."""
+
+    m: int
+    n: int
+    k: int
+    per_s: float
+
+
+def by_name(rates: Sequence[ProductRate]) -> dict[str, float]:
+    return {f"{rate.m}x{rate.n}x{rate.k}": rate.per_s for rate in rates}
+
+
 def shape_rates(device: torch.device, dtype: Dtype, sizes: ProbeSizes) -> list[ProductRate]:
     """Return the rates of large products, then of small and skinny ones and of gradients of weights."""
     every = (*sizes.products, *sizes.skinny)
     shapes = [(sizes.tokens, n, k) for n, k in every]
     shapes += [(sizes.few_tokens, n, k) for n, k in every]
     shapes += [(n, k, sizes.tokens) for n, k in every]
-    return [product_rate(device, dtype, *shape) for shape in shapes]
+    return [product_rate(device, dtype, shape) for shape in shapes]
 
 
-def product_rate(device: torch.device, dtype: Dtype, m: int, n: int, k: int) -> ProductRate:
+def product_rate(device: torch.device, dtype: Dtype, shape: tuple[int, int, int]) -> ProductRate:
     """Return the rate of a product (m, k) x (k, n), whose second operand is laid out as a weight (n, k)."""
+    m, n, k = shape
     draw = partial(torch.randn, device=device, dtype=TORCH_DTYPES[dtype])
     taken = seconds(partial(F.linear, draw(m, k), draw(n, k)), device)
     return ProductRate(m, n, k, rounded(2 * m * n * k / taken))

@@ -71,6 +71,7 @@ ENTRIES = {
     "data.sources": "text",
     "data.weights": "number",
     "data.validation_sources": "text",
+    **{f"hardware.card.shapes.{dtype}": "number" for dtype in ("fp32", "bf16", "fp16")},
     "slurm.environment": "text",
 }
 

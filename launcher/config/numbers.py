@@ -113,13 +113,6 @@ BOUNDS: dict[str, Bound] = {
     "hardware.card.products.fp32": Bound(ABOVE_0, "null", **_RATE),
     "hardware.card.products.bf16": Bound(ABOVE_0, "null", **_RATE),
     "hardware.card.products.fp16": Bound(ABOVE_0, "null", **_RATE),
-    **{
-        f"hardware.card.shapes.{dtype}[].{field}": bound
-        for dtype in ("fp32", "bf16", "fp16")
-        for field, bound in {
-            **dict.fromkeys("mnk", Bound(COUNT, "4096", _SIZE)), "per_s": Bound(ABOVE_0, "1e14", **_RATE),
-        }.items()
-    },
     "hardware.card.unaligned": Bound(SHARE_ABOVE_0, "null", 1, least=1e-9),
     "hardware.card.attention[].head_size": Bound(COUNT, "128", 2**16),
     "hardware.card.attention[].forward": Bound(ABOVE_0, "1e14", **_RATE),

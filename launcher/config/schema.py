@@ -389,22 +389,15 @@ class AttentionRate:
 
 
 @dataclass
-class ProductRate:
-    """Rate of a product (m, k) x (k, n) whose sizes are multiples of 8, with the time to write its result."""
+class ShapeRates:
+    """FLOP/s of products (m, k) x (k, n), with the time to write their result, by shape: 4096x1280x8192.
 
-    m: int = MISSING
-    n: int = MISSING
-    k: int = MISSING
-    per_s: float = MISSING  # FLOP/s
+    Sizes are multiples of 8. A text for each shape: a config object for each made every command slower.
+    """
 
-
-@dataclass
-class ProductRates:
-    """Rates of matrix products by dtype and shape."""
-
-    fp32: list[ProductRate] = field(default_factory=list)
-    bf16: list[ProductRate] = field(default_factory=list)
-    fp16: list[ProductRate] = field(default_factory=list)
+    fp32: dict[str, float] = field(default_factory=dict)
+    bf16: dict[str, float] = field(default_factory=dict)
+    fp16: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -415,7 +408,7 @@ class CardRates:
     measured_on: Optional[str] = None  # date
     versions: Optional[str] = None
     products: PeakFlops = field(default_factory=PeakFlops)  # FLOP/s of large products, without their output
-    shapes: ProductRates = field(default_factory=ProductRates)  # correct `products` near measured shapes
+    shapes: ShapeRates = field(default_factory=ShapeRates)  # correct `products` near measured shapes
     unaligned: Optional[float] = None  # share of `products` if a size is not a multiple of 8
     attention: list[AttentionRate] = field(default_factory=list)
     memory_gb_s: Optional[float] = None  # GB/s read and written by copies

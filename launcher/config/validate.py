@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 
 from launcher.config import numbers, shape
 from launcher.config.attention_rules import check_rotary, check_window
+from launcher.config.card_rules import check_shapes
 from launcher.config.context_rules import check_context
 from launcher.config.deepspeed_keys import check_passthrough
 from launcher.config.errors import (
@@ -64,6 +65,7 @@ def validate(run: RunConfig, world: World) -> Layout:
 def check_values(run: RunConfig) -> None:
     """Check each value on its own. Raises ConfigError."""
     check_numbers(run)
+    check_shapes(run)
     check_paths(run)
 
 

@@ -19,7 +19,16 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from launcher.commands.ready import ready
-from launcher.config import attention_rules, deepspeed_keys, layout, numbers, slurm_rules, validate, world
+from launcher.config import (
+    attention_rules,
+    card_rules,
+    deepspeed_keys,
+    layout,
+    numbers,
+    slurm_rules,
+    validate,
+    world,
+)
 from launcher.config.errors import ConfigError
 from launcher.config.fields import fields_of
 from launcher.config.layout import Layout
@@ -71,6 +80,7 @@ IN_WORDS_ONLY = {
     "deepspeed.data_types.grad_accum_dtype=bf16 deepspeed.aio=3",
     "[world=6] parallelism.tensor=4",
     "[world=2] parallelism=hybrid_3d",
+    "hardware.card.shapes.bf16={4096x1280:1e14}",
     "slurm.environment={A-B:x}",
     "slurm.environment.WANDB_API_KEY=x",
     "slurm.environment.HF_TOKEN=x",
@@ -185,7 +195,7 @@ class TestMessages:
                     assert check(refusal, [*overrides, *offer])
 
     @pytest.mark.parametrize(
-        "module", [validate, attention_rules, layout, world, numbers, deepspeed_keys, slurm_rules]
+        "module", [validate, attention_rules, card_rules, layout, world, numbers, deepspeed_keys, slurm_rules]
     )
     def test_every_raise_has_a_case(self, module: ModuleType) -> None:
         assert module.__file__

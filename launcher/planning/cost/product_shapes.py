@@ -1,11 +1,11 @@
 """Corrections of the planned time of a matrix product, from products measured on the card. Pure."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from math import exp, log, log2
 from typing import NamedTuple
 
-from launcher.config.schema import ProductRate
+from launcher.config.card_rules import shape_of
 from launcher.planning.cost.operations import Matmul
 
 # Distance in doublings of m, n and k at which a measurement counts 1 / e. Among 0.25 to 3 it predicts each
@@ -23,14 +23,16 @@ class MeasuredShape(NamedTuple):
 
 
 def measured_shapes(
-    rates: Sequence[ProductRate], planned: Callable[[Matmul], float]
+    rates: Mapping[str, float], planned: Callable[[Matmul], float]
 ) -> tuple[MeasuredShape, ...]:
-    """Return the measured products; `planned` returns the seconds of a product by the formula."""
-    products = [(Matmul(rate.m, rate.n, rate.k), rate.per_s) for rate in rates]
-    return tuple(
-        MeasuredShape(_place(product.m, product.n, product.k), log(product.flops / per_s / planned(product)))
-        for product, per_s in products
-    )
+    """Return the measured products of `rates` (FLOP/s by shape); `planned` returns seconds by the formula."""
+    measured = []
+    for name, per_s in rates.items():
+        shape = shape_of(name)
+        assert shape is not None, "validation refuses other names"
+        product = Matmul(*shape)
+        measured.append(MeasuredShape(_place(*shape), log(product.flops / per_s / planned(product))))
+    return tuple(measured)
 
 
 @cache
