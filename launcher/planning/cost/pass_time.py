@@ -1,7 +1,7 @@
 """Seconds of a micro-batch in the parts of a model: computation, and waits for other ranks. Pure."""
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import cache
 
 from launcher.planning.cost.measured_rates import AnyRates
@@ -21,6 +21,7 @@ class PassTime:
     waiting: float = 0.0  # for tensor ranks
     hidden: float = 0.0  # of collectives over tensor ranks that run while the rank computes
     host: float = 0.0  # to start the operations, beside the device
+    _: KW_ONLY
     exchanging: float = 0.0  # rows of tokens with the ranks that share the experts
     context: float = 0.0  # waiting for context ranks
     context_hidden: float = 0.0  # of their exchanges that run while the rank computes
@@ -30,11 +31,11 @@ class PassTime:
         return self.compute + self.waiting + self.exchanging + self.context
 
     def __add__(self, other: "PassTime") -> "PassTime":
-        pairs = zip(astuple(self), astuple(other), strict=True)
-        return PassTime(*(mine + others for mine, others in pairs))
+        others = vars(other)
+        return PassTime(**{name: seconds + others[name] for name, seconds in vars(self).items()})
 
     def times(self, count: int) -> "PassTime":
-        return PassTime(*(seconds * count for seconds in astuple(self)))
+        return PassTime(**{name: seconds * count for name, seconds in vars(self).items()})
 
 
 def scaled(seconds: PassTime, scale: float) -> PassTime:
@@ -103,7 +104,7 @@ def forward_pass(
             rates.collective(collective, groups.tensor) for collective in operation.forward_traffic
         )
     host = rates.starting(sum(operation.kernels for operation in operations))
-    return PassTime(compute, waiting, 0.0, host, context, hidden)
+    return PassTime(compute, waiting, host=host, context=context, context_hidden=hidden)
 
 
 def _context(
@@ -154,7 +155,7 @@ def backward_pass(part: ModelPart, rates: AnyRates, groups: PassGroups, *, compi
             waiting, hidden = waiting + seconds - beside, hidden + beside
     kernels = 2 * sum(operation.kernels for operation in part.program)
     host = again.host + rates.starting(kernels)
-    return PassTime(compute, waiting, hidden, host, context, context_hidden)
+    return PassTime(compute, waiting, hidden, host, context=context, context_hidden=context_hidden)
 
 
 def _products(matmuls: Sequence[Matmul], operation: Operation, rates: AnyRates) -> list[float]:
