@@ -74,9 +74,8 @@ def expect(run: RunConfig, layout: Layout, rank: Rank, chunk: int) -> StageTrace
         peaks.append(saved + (count - 1) * footprint.saved + footprint.forward)
         saved += footprint.saved * count
         is_last = part is stage_parts[-1][0]
-        # The gradient that the next stage sent stays meanwhile. Without context ranks no attention needs so
-        # much that it counts: the gradients of fused attention are joined one after the other.
-        stays = is_last and not stage.has_head and sizes.context > 1
+        # The gradient that the next stage sent stays meanwhile.
+        stays = is_last and not stage.has_head
         ending = footprint.sustained if stays else footprint.backward
         peaks.append(saved + ending + output + (0 if is_last else tied))
     if is_tied:

@@ -719,7 +719,7 @@ MUTATIONS = {
         in_bf16=("data ranks report different gradient norms", "not averaged"),
     ),
     "gradients of the last bucket not averaged": Mutation(
-        last_bucket_not_averaged, f"{GPT} {DP}", ("differs between data ranks",)
+        last_bucket_not_averaged, f"{GPT} {DP}", ("differs between data ranks", "not averaged")
     ),
     "a bucket sent before its last gradient": Mutation(
         bucket_sent_before_its_last_gradient,

@@ -114,7 +114,9 @@ def check_axes(layout: Layout, runs: list[RunConfig]) -> None:
 def test_four_axes_are_kept_in_four_small_runs() -> None:
     axes = [f"parallelism.{axis}=4" for axis in AXES]
     sequence = ["parallelism.sequence_parallel=true", "parallelism.pipeline_schedule=dualpipev"]
-    run = run_of("model=llama_tiny", *axes, *sequence, "model.num_layers=8", "training.micro_batch_size=1")
+    model = ["model=llama_tiny", "model.num_layers=8", "model.num_kv_heads=4"]
+    batch = ["training.micro_batch_size=1", "training.global_batch_size=64"]
+    run = run_of(*model, *batch, *axes, *sequence)
     layout = validate(run, World("cpu", 256, 256, fixed=True))
     assert small_axes(layout) == [(2, 1, 2, 2), (2, 2, 1, 2), (1, 2, 2, 2), (2, 2, 2, 1)]
     assert [str(each) for each in small_axes(layout)][:2] == [

@@ -212,6 +212,18 @@ class TestChoice:
         tight = searched(*LLAMA, *CLUSTER, *two, "hardware.memory_bytes=12e9", "parallelism.zero_stage=1")
         assert not any(one.fits for one in tight.candidates if not one.crosses_nodes)
 
+    def test_context_ranks_where_they_are_fastest_and_where_nothing_else_fits(self) -> None:
+        """One sequence of 131,072 tokens on 8 GPUs; two heads, so that tensor ranks do not help much."""
+        heads = ["model.num_heads=2", "model.num_kv_heads=2", "model.head_size=128"]
+        long = ["model=llama3_1_8b", *heads, *CLUSTER, "training.global_batch_size=1"]
+        large, small = searched(*long), searched(*long, "hardware.memory_bytes=20e9")
+        assert large.fitting[0].layout.context > 1
+        others = [one for one in large.fitting if one.layout.context == 1]
+        assert others
+        assert min(one.seconds for one in others) > 2 * large.fitting[0].seconds
+        assert small.fitting
+        assert all(one.layout.context > 1 for one in small.fitting)
+
     def test_settings_on_the_command_line_are_kept(self) -> None:
         fixed = ["parallelism.tensor=4", "parallelism.activation_checkpointing=full"]
         for one in searched(*LLAMA, *CLUSTER, *fixed).candidates:

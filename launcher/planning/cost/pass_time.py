@@ -1,9 +1,8 @@
 """Seconds of a micro-batch in the parts of a model: computation, and waits for other ranks. Pure."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import cache
-from operator import add
 
 from launcher.planning.cost.measured_rates import AnyRates
 from launcher.planning.cost.operations import Collective, Matmul, Operation
@@ -22,6 +21,7 @@ class PassTime:
     waiting: float = 0.0  # waiting for tensor ranks
     hidden: float = 0.0  # collectives over tensor ranks that run while the rank computes
     host: float = 0.0  # of the host to start the operations; runs beside the device
+    _: KW_ONLY
     exchanging: float = 0.0  # exchanging rows with the other ranks of the expert group
     context: float = 0.0  # waiting for context ranks
     context_hidden: float = 0.0  # exchanges with context ranks that run while the rank computes
@@ -30,19 +30,12 @@ class PassTime:
     def total(self) -> float:
         return self.compute + self.waiting + self.exchanging + self.context
 
-    @property
-    def parts(self) -> tuple[float, ...]:
-        """The fields in order. `dataclasses.astuple` copies each, which took a third of a search."""
-        return (
-            self.compute, self.waiting, self.hidden, self.host, self.exchanging, self.context,
-            self.context_hidden,
-        )  # fmt: skip
-
     def __add__(self, other: "PassTime") -> "PassTime":
-        return PassTime(*map(add, self.parts, other.parts))
+        others = vars(other)
+        return PassTime(**{name: seconds + others[name] for name, seconds in vars(self).items()})
 
     def times(self, count: int) -> "PassTime":
-        return PassTime(*(seconds * count for seconds in self.parts))
+        return PassTime(**{name: seconds * count for name, seconds in vars(self).items()})
 
 
 def scaled(seconds: PassTime, scale: float) -> PassTime:
@@ -111,7 +104,7 @@ def forward_pass(
             rates.collective(collective, groups.tensor) for collective in operation.forward_traffic
         )
     host = rates.starting(sum(operation.kernels for operation in operations))
-    return PassTime(compute, waiting, 0.0, host, context, hidden)
+    return PassTime(compute, waiting, host=host, context=context, context_hidden=hidden)
 
 
 def _context(
@@ -162,7 +155,7 @@ def backward_pass(part: ModelPart, rates: AnyRates, groups: PassGroups, *, compi
             waiting, hidden = waiting + seconds - beside, hidden + beside
     kernels = 2 * sum(operation.kernels for operation in part.program)
     host = again.host + rates.starting(kernels)
-    return PassTime(compute, waiting, hidden, host, context, context_hidden)
+    return PassTime(compute, waiting, hidden, host, context=context, context_hidden=context_hidden)
 
 
 def _products(matmuls: Sequence[Matmul], operation: Operation, rates: AnyRates) -> list[float]:

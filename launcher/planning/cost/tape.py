@@ -108,14 +108,16 @@ class _Tape:
                 self.hold(f"d_{name}", 0 if index else size)
             return
         self.passing(operation.backward_entry)
+        sustained = self.sustained
         for index, name in enumerate(operation.inputs):
             size = operation.gradients[index] if operation.gradients else self.sizes[name]
             if self.held.get(f"d_{name}") and not operation.joins:
                 self.passing(2 * size)  # the term, and the sum in a new tensor
-                self.sustained = self.incoming
+                sustained = self.incoming
             else:
                 self.hold(f"d_{name}", size)
         self.passing(operation.backward_scratch + operation.weight)
+        self.sustained = sustained  # the sum is made after the operation's own work
         self.drop(gradient)
         self.drop(f"{operation.name}+")
         self.release(operation.saves)
