@@ -392,7 +392,7 @@ class AttentionRate:
 class ShapeRates:
     """FLOP/s of products (m, k) x (k, n), with the time to write their result, by shape: 4096x1280x8192.
 
-    Sizes are multiples of 8. A text for each shape: a config object for each made every command slower.
+    Sizes are multiples of 8. Shapes are texts: a config object for each shape made every command slower.
     """
 
     fp32: dict[str, float] = field(default_factory=dict)

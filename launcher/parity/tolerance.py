@@ -123,9 +123,9 @@ def measured_tolerance(
 
 
 def _of_state(key: str, bound: float, gradients: dict[str, float]) -> float:
-    """Return the bound of a state that has the measured `bound`: at least what its gradient allows it.
+    """Return the bound of a state with the measured `bound`: at least the bound given by its gradient.
 
-    The distance of a few numbers may be small by chance, and that of their squares more so.
+    The measured distance of a few numbers may be small by chance, and that of their squares more so.
     """
     squares = SQUARES if key.endswith("_sq") else 1.0
     return squares * max(bound, gradients.get(key.rpartition(".")[0], 0.0))
