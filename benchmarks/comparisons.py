@@ -141,7 +141,7 @@ def eager_loss(s: Sizes, x: str) -> Operation:
     return LOSS(replace(s, compiled=False), x)
 
 
-def deepspeeds_passes(layout: Layout, whole: int, share: int, element: int) -> float:
+def deepspeeds_passes(run: RunConfig, layout: Layout, whole: int, share: int, element: int) -> float:
     """Return the bytes that BF16_Optimizer itself moves beside the update (DeepSpeed 0.19.8).
 
     In three models on an H100, the step beside the computation took the time of 110, 103 and 110 bytes a

@@ -7,6 +7,7 @@ import socket
 import warnings
 from collections.abc import Iterable, Mapping
 from datetime import timedelta
+from math import prod
 from typing import Any
 
 import torch
@@ -106,10 +107,17 @@ def collectives_in_words(entries: Iterable[Mapping[str, Any]]) -> list[str]:
     """Return descriptions of the first entries of a flight recorder that are not finished. Pure."""
     unfinished = [entry for entry in entries if not entry["retired"]]
     return [
-        f"{entry['profiling_name']} of sizes {entry['input_sizes']} in group {entry['process_group'][0]} "
+        f"{entry['profiling_name']} of {_tensors(entry['input_sizes'])} in group {entry['process_group'][0]} "
         f"(number {entry['collective_seq_id']} of the group)"
         for entry in unfinished[:_MOST_COLLECTIVES]
     ]
+
+
+def _tensors(sizes: list[list[int]]) -> str:
+    """Return the sizes of a few tensors, and of more only how many elements they have."""
+    if len(sizes) <= 2:
+        return f"sizes {sizes}"
+    return f"{len(sizes)} tensors with {sum(map(prod, sizes))} elements"
 
 
 def leave() -> None:

@@ -131,7 +131,7 @@ def last_bucket_not_averaged() -> None:
 
 
 def bucket_sent_before_its_last_gradient() -> None:
-    """Of BF16_Optimizer's sums: the sum of the step before is sent instead."""
+    """What the last micro-batch adds to the gradient stays the rank's own."""
     right = overlapped_reduction.OverlappedReduction._begin_step
 
     def begin(self: Any) -> None:
@@ -719,12 +719,15 @@ MUTATIONS = {
         in_bf16=("data ranks report different gradient norms", "not averaged"),
     ),
     "gradients of the last bucket not averaged": Mutation(
-        last_bucket_not_averaged, f"{GPT} {DP}", ("differs between data ranks", "not averaged")
+        last_bucket_not_averaged,
+        f"{GPT} {DP}",
+        ("differs between data ranks", "not averaged"),
+        in_bf16=("data ranks report different gradient norms", "not averaged"),
     ),
     "a bucket sent before its last gradient": Mutation(
         bucket_sent_before_its_last_gradient,
-        f"{GPT} parallelism=zero1 parallelism.data=2 precision=bf16",
-        ("embedding.weight",),
+        f"{GPT} {DP}",
+        ("goes wrong at blocks.1.attention.qkv.weight",),
     ),
     "gradients scaled by accumulation": Mutation(
         gradients_scaled_by_accumulation,
