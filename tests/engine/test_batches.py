@@ -25,5 +25,5 @@ def test_labels_are_the_tokens_one_position_later() -> None:
 def test_a_pair_is_taken_as_it_is() -> None:
     inputs, labels = np.array([[1, 2]]), np.array([[IGNORED_LABEL, 4]])
     assert to_device((inputs, labels), 1.0) == [[[1, 2]], [[IGNORED_LABEL, 4]]]
-    with pytest.raises(AssertionError, match="how many labels count"):
+    with pytest.raises(AssertionError, match="the number of labels that count"):
         to_device((inputs, labels))

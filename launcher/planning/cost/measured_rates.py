@@ -51,7 +51,7 @@ class CalibratedRates:
     def pointwise(self, size: float, kernels: int, *, compiled: bool) -> float:
         return self.moving(size, kernels)
 
-    def starting(self, kernels: int) -> float:
+    def starting(self, kernels: int, *, compiled: bool) -> float:
         return 0.0  # part of operation_s
 
     def moving(self, size: float, kernels: int = 1) -> float:

@@ -103,7 +103,7 @@ def forward_pass(
         waiting += sum(
             rates.collective(collective, groups.tensor) for collective in operation.forward_traffic
         )
-    host = rates.starting(sum(operation.kernels for operation in operations))
+    host = rates.starting(sum(operation.kernels for operation in operations), compiled=compiled)
     return PassTime(compute, waiting, host=host, context=context, context_hidden=hidden)
 
 
@@ -154,7 +154,7 @@ def backward_pass(part: ModelPart, rates: AnyRates, groups: PassGroups, *, compi
             beside = min(seconds, products[-1]) if rates.overlaps and products else 0.0
             waiting, hidden = waiting + seconds - beside, hidden + beside
     kernels = 2 * sum(operation.kernels for operation in part.program)
-    host = again.host + rates.starting(kernels)
+    host = again.host + rates.starting(kernels, compiled=compiled)
     return PassTime(compute, waiting, hidden, host, context=context, context_hidden=context_hidden)
 
 
