@@ -216,7 +216,11 @@ def test_without_a_cache_directory_the_check_is_made_each_time(
 @pytest.mark.parametrize(
     ("behaviour", "verdict", "words"),
     [
-        ("os.kill(os.getpid(), 9)", Verdict.unknown, "ended by SIGKILL, perhaps because of a limit of this machine"),
+        (
+            "os.kill(os.getpid(), 9)",
+            Verdict.unknown,
+            "ended by SIGKILL, perhaps because of a limit of this machine",
+        ),
         ("sys.exit('launcher: x=1: refused')", Verdict.failed, "x=1: refused"),
         (
             "print('launcher: training.compile=true: no compiler'); sys.exit(2)",
