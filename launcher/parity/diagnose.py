@@ -24,6 +24,7 @@ from launcher.parity.patterns import (
     excess_of_padding,
     moved_rows,
     named_ratio,
+    rough_ratio,
     same_losses,
     wrong_shards,
 )
@@ -386,6 +387,8 @@ def _update(e: Evidence) -> Results:
         if n in e.before.weights
     ]
     ratio = common_ratio(updates) if updates else None
+    if ratio is None and len(updates) == len(e.right.weights):
+        ratio = rough_ratio(updates)
     if ratio is not None and abs(ratio - 1) > CLOSE and not e.names("state"):
         words = f"the reference times {ratio:.4f}"
         meaning = "the learning rate, its schedule, or the number of updates that Adam counts"

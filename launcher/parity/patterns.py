@@ -9,6 +9,7 @@ from launcher.config.layout import Layout
 
 CLOSE = 0.05  # relative; above the rounding of bf16, and small enough to tell sqrt(2) from 1 and 2
 CLOSE_LOSSES = 0.003  # relative; losses of different samples differ by more
+ROUGH = 0.5  # relative; in bf16 Adam moves elements whose gradient is rounding in either direction
 CLOSE_MEAN = 0.3  # relative; of a shift that all losses share, which is little more than rounding to bf16
 SAME = 1e-4  # relative; losses of different samples differ by more
 
@@ -24,6 +25,13 @@ def common_ratio(pairs: list[tuple[Tensor, Tensor]], close: float = CLOSE) -> fl
     ratios, residuals = zip(*(best_ratio(got, right) for got, right in pairs), strict=True)
     differs = max(residuals) > close or max(ratios) - min(ratios) > close * abs(ratios[0])
     return None if differs else ratios[0]
+
+
+def rough_ratio(pairs: list[tuple[Tensor, Tensor]]) -> float | None:
+    """Return the ratio of all pairs (got, right) together, whose elements have noise; None if it prevails."""
+    got, right = (torch.cat([pair[place].flatten() for pair in pairs]) for place in (0, 1))
+    ratio, residual = best_ratio(got, right)
+    return ratio if residual < ROUGH else None
 
 
 def named_ratio(ratio: float, layout: Layout) -> tuple[str, list[str]]:

@@ -6,9 +6,7 @@ fault is not caught.
 """
 
 import sys
-from collections.abc import Callable
 
-from launcher.config.schema import RunConfig
 from launcher.config.validate import validate
 from launcher.config.world import World
 from launcher.parallel import vocabulary
@@ -38,8 +36,10 @@ def result_in_bf16(title: str, mutation: Mutation) -> VerifyPass:
     if title == "whole run":
         return whole_pass(whole_run(run, small), mutation.inject)
     assert title in ("inner stages", "long samples"), title
-    of_title: Callable[..., RunConfig | None] = inner_stages if title == "inner stages" else long_samples
-    return run_pass(*more_passes(of_title(run, layout, small))[-1], mutation.inject)
+    is_long = title == "long samples"
+    inner = None if is_long else inner_stages(run, layout, small)
+    long = long_samples(run, layout, small) if is_long else None
+    return run_pass(*more_passes(inner, long)[-1], mutation.inject)
 
 
 def main(words: str) -> int:

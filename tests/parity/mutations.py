@@ -896,7 +896,10 @@ MUTATIONS |= {
         ("right for queries and wrong for keys and values", "copies of a head"),
     ),
     "label shifted after the sequence is shared": Mutation(
-        label_shifted_after_sharding, f"{GPT} {CP}", LABELS
+        label_shifted_after_sharding,
+        f"{GPT} {CP}",
+        LABELS,
+        in_bf16=("only the losses of", "other samples or labels"),
     ),
     "last chunk sees the future": Mutation(
         last_chunk_sees_the_future,
@@ -949,7 +952,10 @@ WHOLE_MUTATIONS = {
         clip_factor_without_its_cap, f"{GPT} {DP}", ("the norm is right and every applied gradient",)
     ),
     "learning rate one step late": Mutation(
-        learning_rate_one_step_late, f"{GPT} {DP}", (*UPDATES, "the reference times 0.5000")
+        learning_rate_one_step_late,
+        f"{GPT} {DP}",
+        (*UPDATES, "the reference times 0.5000"),
+        in_bf16=UPDATES,
     ),
     "decay by another formula": Mutation(
         decay_by_another_formula, f"{GPT} {DP} scheduler=cosine scheduler.warmup_steps=2", UPDATES

@@ -14,6 +14,7 @@ from launcher.parity.patterns import (
     excess_of_padding,
     moved_rows,
     named_ratio,
+    rough_ratio,
     wrong_shards,
 )
 from launcher.parity.step_trace import StepTrace
@@ -48,6 +49,14 @@ def test_a_constant_ratio_is_distinguished_from_noise() -> None:
     assert common_ratio([(3 * right, right), (3 * other, other)]) == pytest.approx(3.0)
     assert common_ratio([(3 * right, right), (2 * other, other)]) is None
     assert common_ratio([(right.flip(0), right)]) is None
+
+
+def test_a_ratio_is_found_below_noise() -> None:
+    right, noise = matrix(), matrix(7)[:, :6].repeat(2, 1)[:8]
+    pairs = [(0.5 * right + 0.1 * noise, right), (0.5 * right - 0.1 * noise, right)]
+    assert common_ratio(pairs) is None
+    assert rough_ratio(pairs) == pytest.approx(0.5, abs=0.01)
+    assert rough_ratio([(noise, right)]) is None
 
 
 def test_moved_rows_are_listed() -> None:
