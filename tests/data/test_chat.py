@@ -281,6 +281,9 @@ def test_another_token_can_end_documents(tokenizer: Path, tmp_path: Path) -> Non
     with pytest.raises(ConfigError) as error:
         check_data(chat_run(SHIPPED, f"data.tokenizer={template}", f"data.chat_template={template}"))
     assert error.value.field == "data.tokenizer"
+    with pytest.raises(ConfigError, match=r"data\.tokenizer=\S+: is not a file") as error:
+        check_data(chat_run(SHIPPED, f"data.tokenizer={tokenizer.parent}"))
+    assert error.value.remedy == f"data.tokenizer={tokenizer}"
 
 
 END = 9
