@@ -424,7 +424,7 @@ def test_long_conversations_are_counted(tmp_path: Path) -> None:
     path = written(tmp_path, late, early, *[{"prompt": "a", "completion": "b"}] * 3)
     left_out = check_data(chat_run(path))
     assert left_out["conversations without a label in 65 tokens"] == 1
-    assert left_out["conversations of which 65 tokens are used"] == 1
+    assert left_out["ends of conversations, after 65 tokens"] == 1
     only = tmp_path / "late.jsonl"
     only.write_text(json.dumps(late) + "\n" + json.dumps(late) + "\n")
     with pytest.raises(ConfigError) as error:
