@@ -9,7 +9,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from launcher.checkpoint.companions import base_config
 from launcher.checkpoint.huggingface import Entry
 from launcher.checkpoint.tensor_file import save_tensors
 from launcher.config.schema import LoraConfig, ModelConfig
@@ -86,10 +85,11 @@ class MergedReader:
 
 
 def write_peft(
-    adapter: AdapterReader, entries: Iterator[Entry], folder: Path, dtype: torch.dtype, source: Path,
-    base: str | None,
-) -> None:  # fmt: skip
+    adapter: AdapterReader, entries: Iterator[Entry], folder: Path, dtype: torch.dtype, base: str | None
+) -> None:
     """Write adapter_model.safetensors and adapter_config.json, as PeftModel.from_pretrained loads them.
+
+    `base` is the model that it adapts.
 
     Where a Hugging Face model fuses projections that have an adapter each, the adapters become one of a
     higher rank: their A stacked, their B in blocks.
@@ -107,7 +107,7 @@ def write_peft(
         ranks[".".join(module.split(".")[-2:])] = len(a)
     save_tensors({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / ADAPTER_WEIGHTS,
                  {"format": "pt"})  # fmt: skip
-    settings = _peft_settings(adapter, ranks, base or base_config(source).get("_name_or_path"), is_transposed)
+    settings = _peft_settings(adapter, ranks, base, is_transposed)
     (folder / ADAPTER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
 
 

@@ -14,6 +14,7 @@ from launcher.checkpoint.tokenizer_files import TOKENIZER, tokens_of
 from launcher.config.numbers import BYTE_VALUES
 
 COMPANIONS = "huggingface"
+SOURCE = "_name_or_path"  # key of a carried config.json: the directory that it came from
 CERTIFICATE = "certificate.json"  # of an export, see certificate.py
 _PATTERNS = (
     *("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json"),
@@ -38,7 +39,8 @@ def run_of(source: Path) -> Path:
 def carry_companions(source: Path, target: Path, dtype: str | None = None) -> None:
     """Copy the companion files of `source` to target/huggingface; keep files that exist. Raises OSError.
 
-    `dtype` is written into config.json: the precision of the tensors, which a config.json can state wrongly.
+    With `dtype`, of a Hugging Face directory, config.json says where it came from, and the precision of its
+    tensors: it can state both wrongly.
     """
     for path in companions_of(source):
         (target / COMPANIONS).mkdir(parents=True, exist_ok=True)
@@ -47,7 +49,8 @@ def carry_companions(source: Path, target: Path, dtype: str | None = None) -> No
             continue
         if dtype is not None and path.name == "config.json":
             content = {name: value for name, value in base_config(source).items() if name != "torch_dtype"}
-            destination.write_text(json.dumps({**content, "dtype": dtype}, indent=2) + "\n")
+            content |= {"dtype": dtype, SOURCE: str(source)}
+            destination.write_text(json.dumps(content, indent=2) + "\n")
         else:
             shutil.copyfile(path, destination)
 

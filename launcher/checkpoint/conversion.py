@@ -13,7 +13,7 @@ from torch import Tensor
 from launcher import __version__
 from launcher.checkpoint.adapters import write_peft
 from launcher.checkpoint.certificate import write_certificate
-from launcher.checkpoint.companions import base_config, carry_companions
+from launcher.checkpoint.companions import SOURCE, base_config, carry_companions
 from launcher.checkpoint.exported_files import write_tokenizer
 from launcher.checkpoint.huggingface import Entry
 from launcher.checkpoint.integrity import check_files, unchanged
@@ -86,10 +86,17 @@ def export_adapters(weights: WeightSource, target: Path, options: ExchangeConfig
     assert stored is not None
     with new_directory(target) as aside, unchanged(stored):
         check_files(stored, files_with_weights(stored))
-        base = None if weights.base is None else str(weights.base)
         entries = weights.adapter.entries(weights.model)
         dtype = torch.float32 if options.dtype is None else TORCH_DTYPES[options.dtype]
-        write_peft(open_adapters(weights), entries, aside, dtype, weights.path, base)
+        write_peft(open_adapters(weights), entries, aside, dtype, base_of_adapter(weights))
+
+
+def base_of_adapter(weights: WeightSource) -> str | None:
+    """Return the directory from which PEFT can load the frozen weights; None if it is not known."""
+    if weights.base is not None and (weights.base / "config.json").exists():
+        return str(weights.base)
+    # An imported model lies in the launcher's form.
+    return base_config(weights.path).get(SOURCE)
 
 
 def _dtype(weights: WeightSource, options: ExchangeConfig) -> torch.dtype:

@@ -1,6 +1,7 @@
 """Sources of weights: a checkpoint, a run's final weights, a Hugging Face directory. Imports no torch."""
 
 import json
+import shlex
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -166,8 +167,11 @@ def check_model_is(model: ModelConfig, weights: WeightSource, field: str) -> Non
     if wrong:
         theirs = [f"model.{name}={as_typed(setting_of(weights.model, name))}" for name in wrong]
         why = f"the model of {field}={weights.path} has {theirs[0]}"
-        value = as_typed(setting_of(model, wrong[0]))
-        raise ConfigError(f"model.{wrong[0]}", value, why, " ".join(theirs))
+        value, remedy = as_typed(setting_of(model, wrong[0])), " ".join(theirs)
+        if weights.kind is WeightsKind.huggingface:
+            imported = f"launcher import {shlex.quote(str(weights.path))} imported"
+            remedy += f", or model=imported as `{imported}` writes it"
+        raise ConfigError(f"model.{wrong[0]}", value, why, remedy)
 
 
 def _model_in(config: dict[str, Any]) -> ModelConfig:
@@ -200,7 +204,8 @@ def _their_model(path: Path, field: str) -> ModelConfig:
     try:
         return model_of(json.loads((path / "config.json").read_text()))
     except NotConvertible as error:
-        raise ConfigError(field, path, f"config.json: {error}", _PUBLISHED) from None
+        remedy = _AS_PUBLISHED if "quantised" in str(error) else _PUBLISHED
+        raise ConfigError(field, path, f"config.json: {error}", remedy) from None
     except KeyError as error:
         raise ConfigError(field, path, f"config.json: {error.args[0]} is missing", _PUBLISHED) from None
     except (

@@ -81,7 +81,7 @@ def _ready(job: Job[RunConfig], machine: Machine) -> tuple[ReadyRun, LaunchEnvir
         for line in (*warnings, *_unused(job)):
             print(line)
     if (files := listed(ready_run.left_out)) and speaks_for_all(os.environ):
-        print(f"note     data files left out: {files}")
+        print(f"note     data left out: {files}")
     if ready_run.search and speaks_for_all(os.environ):
         for line in reasons(ready_run.search):
             print(line)

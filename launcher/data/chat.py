@@ -79,7 +79,7 @@ def check_chats(run: RunConfig, left_out: LeftOut) -> None:
         _check_ends(part.chats, part.end_of_document)
         part.read(np.arange(min(len(part), _PROBES)))
         left_out[f"conversations without a label in {length + 1} tokens"] += part.left_out
-        left_out[f"conversations of which {length + 1} tokens are used"] += part.cut
+        left_out[f"ends of conversations, after {length + 1} tokens"] += part.cut
 
 
 def _check_tokenizer(run: RunConfig) -> None:

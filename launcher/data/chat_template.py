@@ -139,6 +139,10 @@ def template_of(
     A tokenizer carries it beside its tokenizer.json, as chat_template.jinja or in tokenizer_config.json.
     Raises ConfigError.
     """
+    if tokenizer is not None and not tokenizer.is_file():
+        inside = tokenizer / "tokenizer.json"
+        path = inside if inside.is_file() else "PATH of a tokenizer.json"
+        raise ConfigError(tokenizer_field, tokenizer, "is not a file", f"{tokenizer_field}={path}")
     remedy = f"{template_field}=PATH of a file with a Jinja chat template"
     config = _config_beside(tokenizer, tokenizer_field)
     tokens = {name: text for name, value in config.items() if (text := _token(name, value)) is not None}

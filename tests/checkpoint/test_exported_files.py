@@ -1,6 +1,7 @@
 """The files of an export beside its weights: config, tokenizer, generation settings and the certificate."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from launcher.checkpoint import certificate
-from launcher.checkpoint.conversion import export, import_
+from launcher.checkpoint.conversion import base_of_adapter, export, import_
 from launcher.checkpoint.huggingface import NotConvertible
 from launcher.checkpoint.sources import weights_at
 from launcher.commands.ready import check_bytes
@@ -93,6 +94,14 @@ def test_a_tokenizer_without_settings_gets_them(tmp_path: Path) -> None:
     assert (settings["tokenizer_class"], settings["model_max_length"]) == ("PreTrainedTokenizerFast", 24)
     tokenizer = AutoTokenizer.from_pretrained(back)
     assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
+
+
+def test_an_adapter_names_a_base_that_peft_can_load(tmp_path: Path) -> None:
+    source = weights_at(written(tmp_path / "theirs"), "x")
+    import_(source, tmp_path / "ours", OPTIONS)
+    ours = weights_at(tmp_path / "ours", "x")
+    assert base_of_adapter(replace(ours, base=source.path)) == str(source.path)
+    assert base_of_adapter(replace(ours, base=tmp_path / "ours")) == str(source.path)
 
 
 def test_a_token_outside_the_vocabulary_is_refused(tmp_path: Path) -> None:

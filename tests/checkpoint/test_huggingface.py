@@ -382,7 +382,9 @@ def test_import_train_and_export_from_the_command_line(tmp_path: Path) -> None:
     assert "already exists" in again.stderr
     wrong = launcher(*direct, "model.num_layers=3", "model.vocab_size=300", cwd=tmp_path)
     assert wrong.returncode == 2
-    assert "try: model.num_layers=2 model.vocab_size=256" in wrong.stderr
+    assert (
+        "try: model.num_layers=2 model.vocab_size=256, or model=imported as `launcher import" in wrong.stderr
+    )
 
 
 @pytest.mark.parametrize(

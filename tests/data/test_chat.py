@@ -281,6 +281,9 @@ def test_another_token_can_end_documents(tokenizer: Path, tmp_path: Path) -> Non
     with pytest.raises(ConfigError) as error:
         check_data(chat_run(SHIPPED, f"data.tokenizer={template}", f"data.chat_template={template}"))
     assert error.value.field == "data.tokenizer"
+    with pytest.raises(ConfigError, match=r"data\.tokenizer=\S+: is not a file") as error:
+        check_data(chat_run(SHIPPED, f"data.tokenizer={tokenizer.parent}"))
+    assert error.value.remedy == f"data.tokenizer={tokenizer}"
 
 
 END = 9
@@ -421,7 +424,7 @@ def test_long_conversations_are_counted(tmp_path: Path) -> None:
     path = written(tmp_path, late, early, *[{"prompt": "a", "completion": "b"}] * 3)
     left_out = check_data(chat_run(path))
     assert left_out["conversations without a label in 65 tokens"] == 1
-    assert left_out["conversations of which 65 tokens are used"] == 1
+    assert left_out["ends of conversations, after 65 tokens"] == 1
     only = tmp_path / "late.jsonl"
     only.write_text(json.dumps(late) + "\n" + json.dumps(late) + "\n")
     with pytest.raises(ConfigError) as error:
