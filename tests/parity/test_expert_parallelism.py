@@ -18,7 +18,7 @@ LAYOUTS = {
     "expert 2, sequence, ZeRO-1, other parts": [
         *OTHER_PARTS, *SEQUENCE, "parallelism.data=2", "parallelism.expert=2", "parallelism.zero_stage=1",
     ],
-    "context 2 x expert 2, ring": [*CONTEXT, "parallelism.expert=2"],
+    "context 2 x expert 2, ring": [*CONTEXT, "parallelism.expert=2", "model.experts.shared=0"],
     "expert 2 of data 4, ZeRO-2": [
         "parallelism.data=4", "parallelism.expert=2", "parallelism.zero_stage=2",
     ],

@@ -23,7 +23,9 @@ OTHER_PARTS = [
 ]  # fmt: skip
 SEQUENCE = ["parallelism.tensor=2", "parallelism.sequence_parallel=true"]
 LAYOUTS = {
-    "tensor, ZeRO-0": ["parallelism.tensor=2", "parallelism.data=1"],
+    "tensor, ZeRO-0, no shared experts": [
+        "parallelism.tensor=2", "parallelism.data=1", "model.experts.shared=0", "model.experts.scaling=1",
+    ],
     "data, sequence, ZeRO-1, other parts": [
         *OTHER_PARTS, *SEQUENCE, "parallelism.data=2", "parallelism.zero_stage=1",
     ],

@@ -62,6 +62,7 @@ def axes(data: int = 1, tensor: int = 1, pipeline: int = 1, zero: int = 0, conte
 # Every token runs through every expert, which is an even router.
 MOE = [
     "model=moe_tiny", "model.experts.ffn_hidden_size=128", "model.experts.count=12", "model.experts.top_k=12",
+    "model.experts.shared=0", "model.experts.scaling=1",
 ]  # fmt: skip
 EXPERT = "parallelism.expert=2"
 

@@ -196,11 +196,11 @@ EXPERTS = [
     "hardware.device=cpu",
 ]  # fmt: skip
 WITH_EXPERTS = {
-    "one process": [],
+    "one process": ["model.experts.shared=0"],
     "tensor": ["parallelism.tensor=2"],
     "sequence, bf16, many experts, no z-loss": [
         "parallelism.tensor=2", "parallelism.sequence_parallel=true", "precision=bf16",
-        "model.experts.count=16", "model.experts.z_loss=0",
+        "model.experts.count=32", "model.experts.z_loss=0", "model.experts.shared=0",
     ],
     "sigmoid, shared experts": ["model.experts.router=sigmoid", "model.experts.shared=1", "precision=bf16"],
     "pipeline, recomputed": ["parallelism.pipeline=2", "parallelism.activation_checkpointing=full"],
