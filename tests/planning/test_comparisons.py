@@ -11,7 +11,7 @@ from benchmarks.comparisons import Comparison, comparisons, on_this_h100, table
 from launcher.config.schema import Dtype
 from launcher.planning.cost.operations import Attention, Matmul
 from launcher.planning.cost.parts import parts
-from launcher.planning.cost.product_shapes import correction
+from launcher.planning.cost.product_shapes import MeasuredShapes, correction
 from launcher.planning.cost.rates import Rates, specified
 from launcher.planning.cost.sizes import Sizes
 from launcher.planning.cost.streams import Layer, micro_batch
@@ -102,7 +102,7 @@ def test_products_are_corrected_by_measured_products_of_a_similar_shape() -> Non
     formula = [abs(shape.error) for shape in shapes]
     left_out = []
     for index, shape in enumerate(shapes):
-        others = (*shapes[:index], *shapes[index + 1 :])
+        others = MeasuredShapes((*shapes[:index], *shapes[index + 1 :]))
         m, n, k = (round(2**size) for size in shape.place)
         left_out.append(abs(shape.error - log(correction(others, m, n, k))))
     assert sum(left_out) < 0.99 * sum(formula)
