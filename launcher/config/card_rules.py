@@ -10,13 +10,13 @@ _LEAST, _MOST = 1e-6, 1e24  # FLOP/s, such that no time of a plan overflows
 
 
 def shape_of(name: str) -> tuple[int, int, int] | None:
-    """Return m, n and k of a shape that is written as 4096x1280x8192; None if it is none."""
+    """Return m, n and k of a shape that is written as 4096x1280x8192; None for any other text."""
     match = _SHAPE.fullmatch(name)
     return (int(match[1]), int(match[2]), int(match[3])) if match else None
 
 
 def check_shapes(run: RunConfig) -> None:
-    """Raise ConfigError for a measured product whose shape or rate is none."""
+    """Raise ConfigError for a measured product with an invalid shape or rate."""
     for dtype, rates in vars(run.hardware.card.shapes).items():
         field = f"hardware.card.shapes.{dtype}"
         for name, per_s in rates.items():
