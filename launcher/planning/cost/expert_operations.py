@@ -147,7 +147,7 @@ def _product(s: Sizes, name: str, x: str, inputs: int, outputs: int) -> Operatio
             for m, number in used
             for product in (Matmul(m, inputs, outputs, number), Matmul(outputs, inputs, m, number))
         ),
-        kernels=min(count, rows),
+        kernels=min(count, rows), is_loop=True,
     )  # fmt: skip
 
 
