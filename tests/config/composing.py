@@ -137,5 +137,9 @@ def alternatives(error: ConfigError) -> list[list[str]]:
 
 
 def section_of(run: RunConfig, name: str) -> Any:
-    """Return a part of a run by its dotted name."""
-    return functools.reduce(getattr, name.split("."), run)
+    """Return a part of a run, or an entry of an open dictionary in it, by its dotted name."""
+
+    def within(part: Any, key: str) -> Any:
+        return part[key] if isinstance(part, dict) else getattr(part, key)
+
+    return functools.reduce(within, name.split("."), run)

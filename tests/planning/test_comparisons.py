@@ -11,7 +11,8 @@ from benchmarks.comparisons import Comparison, comparisons, on_this_h100, table
 from launcher.config.schema import Dtype
 from launcher.planning.cost.operations import Attention, Matmul
 from launcher.planning.cost.parts import parts
-from launcher.planning.cost.product_shapes import correction
+from launcher.planning.cost.pass_time import ALONE, PassGroups, forward_pass
+from launcher.planning.cost.product_shapes import MeasuredShapes, correction
 from launcher.planning.cost.rates import Rates, specified
 from launcher.planning.cost.sizes import Sizes
 from launcher.planning.cost.streams import Layer, micro_batch
@@ -75,6 +76,27 @@ def test_training_compile_decides_which_is_planned() -> None:
     assert kept[False] - kept[True] == Sizes.of(plan.run, "cuda").ffn
 
 
+def test_experts_are_planned_eager_in_compiled_blocks() -> None:
+    """Only attention of a block with experts is compiled (docs/experts.md)."""
+    small = ["data.sequence_length=4096", "training.micro_batch_size=1", "parallelism.zero_stage=2"]
+    plan = plan_of(*LLAMA, "model=qwen3_30b_a3b", "hardware=h100_80gb", *small)
+    sizes = Sizes.of(plan.run, "cuda")
+    assert sizes.compiled
+    program = {operation.name: operation for operation in parts(sizes).sparse.program}
+    assert not program["qkv"].is_eager
+    assert program["logits"].is_eager
+    assert program["output"].is_eager
+    assert "gate" in program  # the result of SiLU is kept, as without a compiler
+    alone = parts(replace(sizes, compiled=False)).sparse
+    rates, groups = h100(), PassGroups(ALONE, ALONE)
+    eager = forward_pass(alone.program, rates, groups, compiled=False)
+    half = forward_pass(parts(sizes).sparse.program, rates, groups, compiled=True)
+    whole = [replace(operation, is_eager=False) for operation in parts(sizes).sparse.program]
+    compiled = forward_pass(whole, rates, groups, compiled=True)
+    assert compiled.host < half.host < eager.host
+    assert compiled.compute < half.compute < eager.compute
+
+
 def h100() -> Rates:
     rates = specified(plan_of("hardware=h100_80gb", "training.global_batch_size=64").run.hardware, Dtype.bf16)
     assert rates is not None
@@ -102,7 +124,7 @@ def test_products_are_corrected_by_measured_products_of_a_similar_shape() -> Non
     formula = [abs(shape.error) for shape in shapes]
     left_out = []
     for index, shape in enumerate(shapes):
-        others = (*shapes[:index], *shapes[index + 1 :])
+        others = MeasuredShapes((*shapes[:index], *shapes[index + 1 :]))
         m, n, k = (round(2**size) for size in shape.place)
         left_out.append(abs(shape.error - log(correction(others, m, n, k))))
     assert sum(left_out) < 0.99 * sum(formula)

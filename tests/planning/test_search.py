@@ -473,9 +473,22 @@ def test_of_two_plans_of_nearly_equal_speed_the_simpler_is_chosen() -> None:
     assert told[1].endswith("% faster, and less simple")
 
 
-def test_context_ranks_must_be_clearly_faster() -> None:
+@pytest.fixture(scope="module")
+def one_node() -> tuple[Search, int]:
+    """Return the search of 8 GPUs, and how often it evaluated the operations of a micro-batch."""
+    part_times.cache_clear()
+    return searched(*LLAMA, *CLUSTER), part_times.cache_info().misses
+
+
+def test_operations_are_evaluated_once_for_layouts_that_share_them(one_node: tuple[Search, int]) -> None:
+    """The operations of a micro-batch do not depend on the data ranks and the ZeRO stage."""
+    result, evaluated = one_node
+    assert evaluated < len(result.candidates) / 4
+
+
+def test_context_ranks_must_be_clearly_faster(one_node: tuple[Search, int]) -> None:
     """Sequences of 8,192 tokens fit without context ranks, and no step with them was measured on GPUs."""
-    result = searched(*LLAMA, *CLUSTER)
+    result, _ = one_node
     assert result.fitting[0].layout.context == 1
     split = [candidate for candidate in result.fitting if candidate.layout.context > 1]
     assert split
@@ -504,13 +517,6 @@ def test_the_settings_of_4096_gpus_are_bounded(name: str) -> None:
     run = run_of(*LARGE_SEARCHES[name], *CLUSTER, *large)
     count = sum(1 for _ in _settings(run, world_of(run), MOST_SETTINGS))
     assert 300 < count <= MOST_SETTINGS
-
-
-def test_operations_are_evaluated_once_for_layouts_that_share_them() -> None:
-    """The operations of a micro-batch do not depend on the data ranks and the ZeRO stage."""
-    part_times.cache_clear()
-    result = searched(*LLAMA, *CLUSTER, "hardware.nodes=2")
-    assert part_times.cache_info().misses < len(result.candidates) / 4
 
 
 def test_the_host_s_memory_is_shared_by_the_ranks_of_a_node() -> None:

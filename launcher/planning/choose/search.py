@@ -125,12 +125,16 @@ class Candidate:
 
     @property
     def cautious(self) -> float:
-        """Seconds of a step if computation hides no traffic between nodes; 10% more with context ranks.
+        """Seconds by which layouts are compared: `unhidden`, and more with context ranks.
 
         No published run of ZeRO-3 on hundreds of GPUs hid this traffic: see SC21's rows in docs/planning.md.
         """
-        seconds = self.seconds + self.unsure
-        return seconds * (1 + UNMEASURED) if self.layout.context > 1 else seconds
+        return self.unhidden * (1 + UNMEASURED) if self.layout.context > 1 else self.unhidden
+
+    @property
+    def unhidden(self) -> float:
+        """Seconds of a step that hides no traffic between nodes."""
+        return self.seconds + self.unsure
 
     @property
     def order(self) -> tuple[Any, ...]:

@@ -1,6 +1,7 @@
 """Operations of a transformer block."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from launcher.config.schema import ActivationCheckpointing
 from launcher.planning.cost.adapter_operations import adapted_column, adapted_row
@@ -17,8 +18,14 @@ def block(s: Sizes) -> list[Operation]:
 
 
 def sparse_block(s: Sizes) -> list[Operation]:
-    """Return the operations of a block with experts in place of the MLP."""
-    return _block(s, experts)
+    """Return the operations of a block with experts in place of the MLP.
+
+    Compiled blocks run eager after the sum of attention, because the sizes of experts differ from step to
+    step (models/blocks.py).
+    """
+    compiled, eager = _block(s, experts), _block(replace(s, compiled=False), experts)
+    half = 1 + next(index for index, operation in enumerate(compiled) if operation.name == "residual")
+    return [*compiled[:half], *(replace(operation, is_eager=True) for operation in eager[half:])]
 
 
 def _block(s: Sizes, second: Callable[[Sizes, str], list[Operation]]) -> list[Operation]:

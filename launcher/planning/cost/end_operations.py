@@ -1,5 +1,7 @@
 """Operations before the first block and after the last: embedding, positions, head and loss."""
 
+from collections import Counter
+
 from launcher.config.schema import Dtype
 from launcher.parallel.vocabulary import chunk_sizes
 from launcher.planning.cost.layer_operations import dropout, norm
@@ -40,8 +42,10 @@ def _loss(s: Sizes, x: str) -> Operation:
     """Return linear_cross_entropy, which makes all gradients in the forward pass, chunk by chunk."""
     h, columns, low = s.hidden_size, s.vocabulary, s.dtype is not Dtype.fp32
     sizes = chunk_sizes(s.tokens, columns, s.device, fused=s.compiled)
-    products = [matmul for n in sizes for matmul in (Matmul(n, columns, h), Matmul(n, h, columns))]
-    weights = [Matmul(columns, h, n) for n in sizes]
+    chunks = Counter(sizes).items()
+    products = [Matmul(n, columns, h, times) for n, times in chunks]
+    products += [Matmul(n, h, columns, times) for n, times in chunks]
+    weights = [Matmul(columns, h, n, times) for n, times in chunks]
     chunk, matrix = sizes[0] * columns, columns * h
     # On a CPU torch has no product of bf16 matrices that is added to fp32.
     has_product = low and s.device == "cpu"

@@ -154,7 +154,7 @@ def _product(s: Sizes, name: str, x: str, inputs: int, outputs: int) -> Operatio
         weight=count * inputs * outputs * s.element * trains,
         forward_matmuls=tuple(Matmul(m, outputs, inputs, number) for m, number in used),
         backward_matmuls=of_rows + of_weights,
-        kernels=min(count, rows),
+        kernels=min(count, rows), is_loop=True,
     )  # fmt: skip
 
 

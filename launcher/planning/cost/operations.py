@@ -105,6 +105,8 @@ class Operation:
     forward_bytes: int = 0  # read and written by memory-bound kernels
     backward_bytes: int = 0
     kernels: int = 1  # launched in the forward pass
+    is_eager: bool = False  # also in a compiled block
+    is_loop: bool = False  # kernels that one function starts in a loop, without Python or autograd for each
 
 
 def run_again(stretch: Sequence[Operation]) -> list[Operation]:

@@ -99,12 +99,19 @@ def forward_pass(
         waits, beside = _context(operation, operation.forward_context, products, rates, groups.context)
         context, hidden = context + waits, hidden + beside
         compute += products
-        compute += rates.pointwise(operation.forward_bytes, operation.kernels, compiled=compiled)
+        is_compiled = compiled and not operation.is_eager
+        compute += rates.pointwise(operation.forward_bytes, operation.kernels, compiled=is_compiled)
         waiting += sum(
             rates.collective(collective, groups.tensor) for collective in operation.forward_traffic
         )
-    host = rates.starting(sum(operation.kernels for operation in operations), compiled=compiled)
+    host = sum(_starting(operation, rates, compiled=compiled) for operation in operations)
     return PassTime(compute, waiting, host=host, context=context, context_hidden=hidden)
+
+
+def _starting(operation: Operation, rates: AnyRates, *, compiled: bool) -> float:
+    """Return the host's seconds to start the kernels of an operation in the forward pass."""
+    is_bare = operation.is_loop or (compiled and not operation.is_eager)
+    return rates.starting(operation.kernels, compiled=is_bare)
 
 
 def _context(
@@ -145,7 +152,8 @@ def backward_pass(part: ModelPart, rates: AnyRates, groups: PassGroups, *, compi
         calls = operation.backward_context
         waits, beside = _context(operation, calls, sum(products), rates, groups.context, is_backward=True)
         context, context_hidden = context + waits, context_hidden + beside
-        compute += rates.pointwise(operation.backward_bytes, 2 * operation.kernels, compiled=compiled)
+        is_compiled = compiled and not operation.is_eager
+        compute += rates.pointwise(operation.backward_bytes, 2 * operation.kernels, compiled=is_compiled)
         waiting += sum(
             rates.collective(collective, groups.tensor) for collective in operation.backward_traffic
         )
@@ -153,8 +161,7 @@ def backward_pass(part: ModelPart, rates: AnyRates, groups: PassGroups, *, compi
             seconds = rates.collective(collective, groups.tensor)
             beside = min(seconds, products[-1]) if rates.overlaps and products else 0.0
             waiting, hidden = waiting + seconds - beside, hidden + beside
-    kernels = 2 * sum(operation.kernels for operation in part.program)
-    host = again.host + rates.starting(kernels, compiled=compiled)
+    host = again.host + 2 * sum(_starting(operation, rates, compiled=compiled) for operation in part.program)
     return PassTime(compute, waiting, hidden, host, context=context, context_hidden=context_hidden)
 
 

@@ -1,7 +1,7 @@
 """Corrections of the planned time of a matrix product, from products measured on the card. Pure."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, cached_property
 from math import exp, log, log2
 from typing import NamedTuple
 
@@ -22,9 +22,21 @@ class MeasuredShape(NamedTuple):
     error: float
 
 
-def measured_shapes(
-    rates: Mapping[str, float], planned: Callable[[Matmul], float]
-) -> tuple[MeasuredShape, ...]:
+class MeasuredShapes(tuple[MeasuredShape, ...]):
+    """Measured products. Their hash is computed once: it is part of the key of each cached time."""
+
+    @cached_property
+    def _hash(self) -> int:
+        return super().__hash__()
+
+    def __hash__(self) -> int:
+        return self._hash
+
+
+NO_SHAPES = MeasuredShapes()
+
+
+def measured_shapes(rates: Mapping[str, float], planned: Callable[[Matmul], float]) -> MeasuredShapes:
     """Return the measured products of `rates` (FLOP/s by shape); `planned` returns seconds by the formula."""
     measured = []
     for name, per_s in rates.items():
@@ -32,11 +44,11 @@ def measured_shapes(
         assert shape is not None, "validation refuses other names"
         product = Matmul(*shape)
         measured.append(MeasuredShape(_place(*shape), log(product.flops / per_s / planned(product))))
-    return tuple(measured)
+    return MeasuredShapes(measured)
 
 
 @cache
-def correction(shapes: tuple[MeasuredShape, ...], m: int, n: int, k: int) -> float:
+def correction(shapes: MeasuredShapes, m: int, n: int, k: int) -> float:
     """Return the factor of the planned seconds, from the weighted mean of the errors near this shape."""
     place = _place(m, n, k)
     weights = [exp(-_squared_distance(shape.place, place) / REACH**2) for shape in shapes]

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from launcher.config.schema import CardRates, Dtype, HardwareConfig, PeakFlops
 from launcher.planning.cost.operations import BYTES, Attention, Collective, Matmul
-from launcher.planning.cost.product_shapes import MeasuredShape, correction, measured_shapes
+from launcher.planning.cost.product_shapes import NO_SHAPES, MeasuredShapes, correction, measured_shapes
 from launcher.planning.cost.traffic import GroupShape
 
 GIGA = 1e9
@@ -85,7 +85,7 @@ class Rates:
     shares: Shares
     attention_rates: tuple[FusedRate, ...]  # in rising order of head size
     update: float  # bytes per second in the optimizer
-    shapes: tuple[MeasuredShape, ...] = ()  # of products measured in this precision
+    shapes: MeasuredShapes = NO_SHAPES  # of products measured in this precision
     crowding: float = 1.0  # ranks per processor
     step_s: float = 0.0
     micro_batch_s: float = 0.0

@@ -101,8 +101,8 @@ def why_lost(candidate: Candidate, best: Candidate | None) -> str:
     for is_so, is_of_best, words in zip(candidate.concerns, best.concerns, CONCERNS, strict=True):
         if is_so > is_of_best:
             return words
-    slower = candidate.cautious / best.cautious - 1
-    if slower > 0.0005 and candidate.layout.context > 1 and candidate.seconds < best.seconds:
+    slower = candidate.unhidden / best.unhidden - 1
+    if slower < -0.0005 and candidate.cautious > best.cautious:
         return f"not {UNMEASURED:.0%} faster, as a layout with context ranks must be"
     if slower > 0.0005 and candidate.seconds < best.seconds:
         return f"{slower:.1%} slower if its traffic between nodes is not hidden"
