@@ -82,8 +82,7 @@ class Stopwatch:
                 return function(*args, **kwargs)
             self._depth += 1
             started = self.mark()
-            groups = (argument for argument in args if isinstance(argument, dist.ProcessGroup))
-            group = kwargs.get("group") or next(groups, None)
+            group = kwargs.get("group") or _group_among(args)
             label = self.label and self.label(function.__name__, group)
             try:
                 with recorded(label):
@@ -97,6 +96,17 @@ class Stopwatch:
             return _TimedWork(result, self, name, label) if isinstance(result, dist.Work) else result
 
         return call
+
+
+def _group_among(arguments: tuple[Any, ...]) -> dist.ProcessGroup | None:
+    """Return the group in the arguments of a collective, or of the first operation of a batch of sends."""
+    for argument in arguments:
+        if isinstance(argument, dist.ProcessGroup):
+            return argument
+        if isinstance(argument, list) and argument and isinstance(argument[0], dist.P2POp):
+            group: dist.ProcessGroup | None = argument[0].group
+            return group
+    return None
 
 
 def recorded(label: str | None) -> AbstractContextManager[object]:

@@ -84,6 +84,13 @@ def test_a_batch_of_sends_and_receives_is_timed(group: dist.ProcessGroup) -> Non
         assert watch.seconds["pipeline"] > begun
 
 
+def test_a_batch_of_sends_is_put_down_to_the_group_of_its_operations(group: dist.ProcessGroup) -> None:
+    """The ring of context ranks sends within its group."""
+    watch = Stopwatch(lambda one: "here" if one is group else "elsewhere")
+    watch._timed_collective(slow)([dist.P2POp(dist.isend, torch.ones(1), 0, group)])
+    assert list(watch.seconds) == ["here"]
+
+
 def test_a_profiler_shows_the_label_of_a_call_and_of_its_wait(group: dist.ProcessGroup) -> None:
     watch = Stopwatch(lambda one: "data")
     with watch.timing_collectives(), profile(activities=[ProfilerActivity.CPU]) as profiler:

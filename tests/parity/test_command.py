@@ -135,6 +135,29 @@ def test_a_run_of_64_nodes_is_verified_on_cpu(tmp_path: Path) -> None:
     assert "512 cuda ranks = 4 pipeline x 16 data x 8 tensor" in done.stdout
 
 
+@pytest.mark.slow
+def test_four_axes_are_verified_in_four_small_layouts(tmp_path: Path) -> None:
+    axes = [f"parallelism.{axis}=2" for axis in ("data", "tensor", "pipeline", "context")]
+    done = launcher(
+        "verify", "model=llama_tiny", "hardware=h100_80gb", "hardware.nodes=2", *axes, "verify.steps=1",
+        "parallelism.zero_stage=1", "training.global_batch_size=16", "training.micro_batch_size=1",
+        "verify.report=report.json", cwd=tmp_path, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("\nsmall    8 cpu ranks = ") == 4
+    assert "PASSED: each of 4 reduced layouts computes the same" in done.stdout
+    passes = {
+        one["title"]: one["engine"] for one in json.loads((tmp_path / "report.json").read_text())["passes"]
+    }
+    for title, layout in {
+        "plain SGD, fp32": "2 pipeline x 1 data x 2 context x 2 tensor",
+        "plain SGD, fp32, pipeline x data x context": "2 pipeline x 2 data x 2 context x 1 tensor",
+        "plain SGD, fp32, data x tensor x context": "1 pipeline x 2 data x 2 context x 2 tensor",
+        "plain SGD, fp32, pipeline x data x tensor": "2 pipeline x 2 data x 2 tensor",
+    }.items():
+        assert passes[title].startswith(f"8 cpu ranks = {layout}, ")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_missing_gpus_are_refused(tmp_path: Path) -> None:
     done = launcher(*SMALL, "verify.device=cuda", cwd=tmp_path)

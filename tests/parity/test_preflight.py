@@ -259,7 +259,8 @@ def test_a_machine_that_cannot_run_the_check_gives_no_verdict(
 
 def test_the_ranks_of_every_axis_need_memory(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_MEGABYTES_OF_A_RANK", 10**9)
-    for overrides, ranks in (("parallelism.context=2",), 4), (("parallelism.tensor=2",), 4):
+    four = [f"parallelism.{axis}=2" for axis in ("context", "tensor", "pipeline")]  # with the data axis
+    for overrides, ranks in (["parallelism.context=2"], 4), (["parallelism.tensor=2"], 4), (four, 8):
         assert job.verdict(*overrides).why.startswith(f"{ranks} small ranks need ")
 
 

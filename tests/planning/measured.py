@@ -132,6 +132,7 @@ CASES: dict[str, list[str]] = {
     "context 4, ulysses, ZeRO-3, documents": [*axes(context=4, zero=3), ULYSSES, DOCUMENTS, BUCKET],
     "context 2 x tensor 2, sequence parallel": [*axes(context=2, tensor=2), SEQUENCE, LLAMA, *LONG],
     "context 2 x pipeline 2, bf16": [*axes(context=2, pipeline=2, zero=1), BF16, *LONG],
+    "LoRA, context 2, ulysses": [*axes(context=2, zero=1), LLAMA, LORA, ULYSSES, *LONG],
 }  # fmt: skip
 # One of each kind, for the quick tests.
 SOME = [

@@ -38,7 +38,7 @@ def test_memory_and_traffic_agree_with_every_real_run(case: str) -> None:
 def test_memory_of_a_long_sequence_shrinks_by_the_context_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     peaks = {}
     for ranks in (1, 2, 4):
-        overrides = [*axes(context=ranks), *MODEL, "model.max_sequence_length=8192"]
+        overrides = [*axes(context=ranks), *MODEL, "model.max_sequence_length=16384"]
         monkeypatch.setitem(CASES, str(ranks), overrides)
         [memory] = check(str(ranks)) if ranks > 1 else measure(str(ranks))[0]
         peaks[ranks] = memory.measured
