@@ -34,7 +34,7 @@ class PipelineEngine(Engine):
         topology = PipeModelDataParallelTopology(
             num_pp=layout.pipeline, num_mp=layout.tensor, num_dp=layout.gradient_ranks
         )
-        module = (StagedModule if layout.stages_per_rank == 1 else DualPipeVModule)(
+        module = (StagedModule if layout.stages_per_rank == 1 else DualStagedModule)(
             layers=[_spec(layer) for layer in layers],
             topology=topology,
             loss_fn=loss,
@@ -96,18 +96,26 @@ class PipelineEngine(Engine):
         self.documents.begin(next(self._tokens[getattr(module, "active_phase", 0)]))
 
 
-class StagedModule(PipelineModule):  # type: ignore[misc]  # DeepSpeed ships no types
-    """DeepSpeed's module of one pipeline stage."""
+class _TiedWeights:
+    """Tied weights of a PipelineModule."""
 
     def get_tied_weights_and_groups(self) -> list[tuple[Any, Any]]:
-        """Return the tied weights whose gradients DeepSpeed sums over their stages.
+        """Return the tied weights whose gradients DeepSpeed sums over their stages; none that is frozen.
 
         DeepSpeed reads `grad` and skips a weight without one. ZeRO-1 in low precision, as CPU offload runs
         it, accumulates in `grad_accum` instead: every stage would silently update a different copy
         (DeepSpeed 0.19.8, pipe/engine.py, _exec_reduce_tied_grads).
         """
-        tied = super().get_tied_weights_and_groups()
+        tied = super().get_tied_weights_and_groups()  # type: ignore[misc]
         return [(_with_gradient(weight), group) for weight, group in tied if is_trained(weight)]
+
+
+class StagedModule(_TiedWeights, PipelineModule):  # type: ignore[misc]  # DeepSpeed ships no types
+    """DeepSpeed's module of one pipeline stage."""
+
+
+class DualStagedModule(_TiedWeights, DualPipeVModule):  # type: ignore[misc]
+    """DeepSpeed's module of the two stages of a rank under DualPipeV."""
 
 
 def _with_gradient(weight: nn.Parameter) -> Any:

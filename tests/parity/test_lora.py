@@ -86,6 +86,15 @@ def test_adapters_train_as_in_the_reference(case: str) -> None:
     assert result.ok, worst(result)
 
 
+@pytest.mark.parametrize("schedule", ["1f1b", "dualpipev"])
+def test_a_frozen_tied_embedding_has_no_gradient_in_bf16(schedule: str) -> None:
+    """Found by `python -m tests.fuzz --clean`: DeepSpeed asked the weight for its gradient, under DualPipeV."""
+    words = ["model=gpt_tiny", "parallelism=pp2", "parallelism.data=1"]
+    small = small_run(*words, f"parallelism.pipeline_schedule={schedule}", *BF16, *LORA, steps=1)
+    result = run_pass(*passes(small)[-1])
+    assert result.ok, worst(result)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_adapters_train_as_in_the_reference_in_bf16_and_with_adamw(layout: str) -> None:
