@@ -88,7 +88,7 @@ def test_adapters_train_as_in_the_reference(case: str) -> None:
 
 @pytest.mark.parametrize("schedule", ["1f1b", "dualpipev"])
 def test_a_frozen_tied_embedding_has_no_gradient_in_bf16(schedule: str) -> None:
-    """Found by `python -m tests.fuzz --clean`: DeepSpeed asked the weight for its gradient, under DualPipeV."""
+    """Found by `python -m tests.fuzz --clean`: under DualPipeV DeepSpeed asked for the gradient."""
     words = ["model=gpt_tiny", "parallelism=pp2", "parallelism.data=1"]
     small = small_run(*words, f"parallelism.pipeline_schedule={schedule}", *BF16, *LORA, steps=1)
     result = run_pass(*passes(small)[-1])
