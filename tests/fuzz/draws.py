@@ -18,13 +18,13 @@ NUMBERS_OF_AXES = {0: 1, 1: 7, 2: 2}  # axes larger than 1, and how often: most 
 SETTINGS: dict[str, dict[str, int]] = {
     "model": {
         "gpt_tiny": 4, "llama_tiny": 4, "gemma2_2b": 1, "olmo2_7b": 1, "qwen3_0_6b": 1, "mistral_7b": 1,
-        "moe_tiny": 2,
+        "moe_tiny": 3,
         "vit_tiny data=digits": 1,
     },
     "parallelism.zero_stage": {"0": 4, "1": 3, "2": 2, "3": 2},
     "parallelism.sequence_parallel": {"false": 1, "true": 1},
     "parallelism.context_method": {"ring": 2, "gather": 1, "ulysses": 1},
-    "parallelism.expert": {"1": 1, "2": 1},
+    "parallelism.expert": {"1": 1, "2": 3},
     "parallelism.activation_checkpointing": {"none": 3, "selective": 1, "full": 1},
     "parallelism.offload_optimizer": {"false": 6, "true": 1},
     "parallelism.pipeline_schedule": {"1f1b": 2, "dualpipev": 1},

@@ -71,7 +71,10 @@ WITH_CONTEXT = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", WITH_CONTEXT)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=[pytest.mark.slow] * (number > 0)) for number, case in enumerate(WITH_CONTEXT)],
+)
 def test_adapters_over_context_ranks_train_as_in_the_reference(case: str) -> None:
     result = plain_sgd_pass(small_run(*WITH_CONTEXT[case], *LORA, steps=3))
     assert result.ok, worst(result)

@@ -125,6 +125,10 @@ CASES: dict[str, list[str]] = {
     "experts over 2, LoRA, data 2, ZeRO-1, bf16": [
         *axes(data=2, zero=1), *MOE, EXPERT, LORA, "finetune.lora.targets=[qkv,output]", BF16,
     ],
+    "experts over 2, context 2": [*axes(context=2), *MOE, EXPERT],
+    "experts over 4, data 2 x context 2, ZeRO-1": [
+        *axes(data=2, context=2, zero=1), *MOE, "parallelism.expert=4", BUCKET,
+    ],
     "tensor 2 x pipeline 2, sequence parallel": [*axes(tensor=2, pipeline=2, zero=1), SEQUENCE, BUCKET],
     "context 2": axes(context=2),
     "context 4, Llama": [*axes(context=4), LLAMA, *LONG],
