@@ -74,8 +74,8 @@ def expect(run: RunConfig, layout: Layout, rank: Rank, chunk: int) -> StageTrace
         peaks.append(saved + (count - 1) * footprint.saved + footprint.forward)
         saved += footprint.saved * count
         is_last = part is stage_parts[-1][0]
-        # The gradient that the next stage sent stays meanwhile.
-        stays = is_last and not stage.has_head
+        # The gradient that the next stage sent stays meanwhile; beside adapters the frozen norm frees it.
+        stays = is_last and not stage.has_head and rank.trains_whole_model
         ending = footprint.sustained if stays else footprint.backward
         peaks.append(saved + ending + output + (0 if is_last else tied))
     if is_tied:
