@@ -61,7 +61,10 @@ def steps(rank: int, world: int, init_method: str, run: RunConfig, lightened: bo
     return Steps(losses, weights, left, reductions)
 
 
-@pytest.mark.parametrize("overrides", [("parallelism=dp",), ("parallelism=zero1", "precision=bf16")])
+@pytest.mark.parametrize(
+    "overrides",
+    [pytest.param(("parallelism=dp",), marks=pytest.mark.slow), ("parallelism=zero1", "precision=bf16")],
+)
 @pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_they_are_deepspeeds_own(overrides: tuple[str, ...], accumulation: int) -> None:
     run = run_of(*SMALL, *overrides, f"training.global_batch_size={4 * accumulation}")

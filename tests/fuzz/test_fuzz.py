@@ -341,6 +341,7 @@ def planted(drawn: object, mutant: Mutant | None = None, lines: Lines | None = N
     return CHANGED if mutant else RIGHT
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_tests")
 def test_a_planted_survivor_fails_the_campaign_which_can_be_resumed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]

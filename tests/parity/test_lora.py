@@ -52,7 +52,15 @@ CASES |= {
         "pipeline": ["parallelism.pipeline=2"],
     }.items()
 }
-SLOW = ("expert 2", "sequence, recomputed", "expert 2, ZeRO-2", "expert 2, tensor", "expert 2, pipeline")
+SLOW = (
+    "recomputed blocks",
+    "some targets",
+    "expert 2",
+    "sequence, recomputed",
+    "expert 2, ZeRO-2",
+    "expert 2, tensor",
+    "expert 2, pipeline",
+)
 # LAYOUTS has context ranks of the ring alone and with ZeRO-3.
 CONTEXT = ["parallelism.data=1", "parallelism.context=2"]
 WITH_CONTEXT = {

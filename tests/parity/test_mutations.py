@@ -48,8 +48,10 @@ ALL = MUTATIONS | OPTIMIZER_MUTATIONS
 OF_OTHER_RUNS = INNER_MUTATIONS | LONG_MUTATIONS
 
 
-def every_other_slow(names: Iterable[str]) -> list[Any]:
-    return [pytest.param(name, marks=[pytest.mark.slow] * (index % 2)) for index, name in enumerate(names)]
+def most_slow(names: Iterable[str]) -> list[Any]:
+    return [
+        pytest.param(name, marks=[pytest.mark.slow] * (index % 3 > 0)) for index, name in enumerate(names)
+    ]
 
 
 def assert_diagnosed(result: VerifyPass, mutation: Mutation) -> None:
@@ -64,7 +66,7 @@ def matches(mutation: Mutation, diagnosis: Diagnosis) -> bool:
     return all(words in text for words in mutation.words)
 
 
-@pytest.mark.parametrize("name", every_other_slow(MUTATIONS))
+@pytest.mark.parametrize("name", most_slow(MUTATIONS))
 def test_a_fault_is_detected_under_plain_sgd(name: str) -> None:
     mutation = MUTATIONS[name]
     assert_diagnosed(plain_sgd_pass(small_run(*mutation.layout.split(), steps=1), mutation.inject), mutation)
@@ -101,7 +103,7 @@ def whole(*overrides: str, mutation: Mutation | None = None) -> VerifyPass:
     return whole_pass(whole_run(run, small), mutation and mutation.inject)
 
 
-@pytest.mark.parametrize("name", every_other_slow(WHOLE_MUTATIONS))
+@pytest.mark.parametrize("name", most_slow(WHOLE_MUTATIONS))
 def test_a_fault_of_the_whole_run_is_detected(name: str) -> None:
     mutation = WHOLE_MUTATIONS[name]
     result = whole(*mutation.layout.split(), mutation=mutation)
@@ -122,7 +124,7 @@ WHOLE_RUNS = [
 ]
 
 
-@pytest.mark.parametrize("run", every_other_slow(WHOLE_RUNS))
+@pytest.mark.parametrize("run", most_slow(WHOLE_RUNS))
 def test_the_whole_run_agrees_with_the_reference(run: str) -> None:
     result = whole(*run.split())
     assert result.ok, (result.diagnosis, worst(result))

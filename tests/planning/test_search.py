@@ -272,6 +272,7 @@ class TestChoice:
         mended = run_of(*LLAMA, *CLUSTER, *others, raised.value.remedy)
         assert chosen(mended, world_of(mended))[1].candidates
 
+    @pytest.mark.slow
     def test_nothing_fits(self) -> None:
         run = run_of(*LLAMA, *CLUSTER, "hardware.memory_bytes=1e9")
         with pytest.raises(ConfigError) as raised:

@@ -188,6 +188,7 @@ def test_three_identical_failures_stop_the_job(tasks: str, cluster: Cluster, tmp
     assert "Connection closed" not in log
 
 
+@pytest.mark.slow
 def test_a_refusal_ends_the_job_immediately(cluster: Cluster, tmp_path: Path) -> None:
     job = submit(cluster, tmp_path, *STEPS, 'run.dir="held"', "checkpoint.resume=none")
     (tmp_path / "held").mkdir()

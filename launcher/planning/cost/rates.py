@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from math import ceil, log2
 from typing import NamedTuple
 
-from launcher.config.schema import CardRates, Dtype, HardwareConfig, PeakFlops
+from launcher.config.schema import CardRates, Device, Dtype, HardwareConfig, PeakFlops
 from launcher.planning.cost.operations import BYTES, Attention, Collective, Matmul
 from launcher.planning.cost.product_shapes import NO_SHAPES, MeasuredShapes, correction, measured_shapes
 from launcher.planning.cost.traffic import GroupShape
@@ -194,7 +194,10 @@ def _between(rates: tuple[FusedRate, ...], head_size: int, *, is_forward: bool) 
 
 def specified(hardware: HardwareConfig, dtype: Dtype, shares: Shares | None = None) -> Rates | None:
     """Return the rates of the card and its data sheet; None if the hardware config has no speeds."""
-    shares, card = shares or Shares(), hardware.card
+    if shares is None:
+        # A CPU is its own host: starting an operation is part of the operation.
+        shares = Shares(launch_s=0.0) if hardware.device is Device.cpu else Shares()
+    card = hardware.card
     peak: float | None = getattr(hardware.peak_flops, dtype.name)
     product: float | None = getattr(card.products, dtype.name)
     if product is None and peak is not None:
@@ -281,9 +284,14 @@ def _nominal(flops: float, memory: float, intra: float, inter: float, shares: Sh
 
 
 # Placeholder rates, used only to rank layouts when the hardware config has no speeds.
+CPU_SHARES = Shares(unaligned=1.0, kernel_s=1e-5, launch_s=0.0, hop_intra_s=5e-5, overlaps=False)
 NOMINAL = {
     "cpu": _nominal(
-        6e10, 11, 1.2, 0.12, Shares(unaligned=1.0, kernel_s=1e-5, hop_intra_s=5e-5, overlaps=False)
+        6e10,
+        11,
+        1.2,
+        0.12,
+        Shares(unaligned=1.0, kernel_s=1e-5, launch_s=0.0, hop_intra_s=5e-5, overlaps=False),
     ),
     "cuda": _nominal(2.6e14, 1700, 250, 25, Shares()),
 }
