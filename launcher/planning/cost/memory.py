@@ -128,7 +128,8 @@ class _Flow:
         arrived = states.bucket is not None and done + soon >= states.bucket
         gradients = states.reduced.gradients if arrived else held.gradients + states.per_element * done
         gradients += self.sizes.element * min(done, states.waiting)
-        holdings = Holdings(gradients, held.communication, held.untouched)
+        communication = held.communication if done + soon >= states.first_bucket else 0
+        holdings = Holdings(gradients, communication, held.untouched)
         return _Moment(name, activations, holdings, states.gathered)
 
     def first_backward(self, name: str, activations: int) -> _Moment:

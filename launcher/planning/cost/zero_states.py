@@ -55,6 +55,7 @@ class States:
     waiting: int = 0
     bucket: int | None = None  # elements after which gradients are reduced within the backward pass
     reduced: Holdings = Holdings()  # during that reduction and after it
+    first_bucket: int = 0  # elements with a gradient before the backward pass needs a buffer to send them
     gathered: int = 0  # bytes of whole weights that ZeRO-3 holds
     prefetched: int = 0  # bytes of whole weights that ZeRO-3 gathers ahead in the forward pass
 
@@ -151,13 +152,16 @@ class _Ledger:
         """
         summed = FP32 * self.flat
         copies = self._reduced_in_copies(self.element)
-        during = copies if reduces_during_backward(self.run, self.layout) else 0
+        during, first = 0, 0
+        if copies and reduces_during_backward(self.run, self.layout):
+            during, first = copies, reduced_buckets(self.rank, self.buffers.reduce_bucket)[0]
         return States(
             weights=self.element * (self.flat + self.frozen),
             optimizer=self.optimizer_bytes * self.share,
             host=0,
             forward=Holdings(summed),
             backward=Holdings(summed, during),
+            first_bucket=first,
             fresh=summed,
             waiting=WAITING_ELEMENTS + self.rank.largest_trained,
             reduce=Holdings(summed, copies),
