@@ -201,6 +201,7 @@ def test_an_export_that_transformers_computes_otherwise_fails(
     assert not (tmp_path / "back" / "certificate.json").exists()
 
 
+@pytest.mark.slow
 def test_a_run_on_text_exports_the_tokenizer_of_its_bytes(tmp_path: Path) -> None:
     trained("run.dir=a", "training.steps=1", "checkpoint.enabled=false", cwd=tmp_path)
     done = launcher("export", "a", "back", cwd=tmp_path)

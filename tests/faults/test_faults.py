@@ -72,7 +72,7 @@ VIOLATIONS: dict[str, tuple[str, Callable[[Try], object]]] = {
 def test_the_rules_notice_each_violation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, subtests: pytest.Subtests
 ) -> None:
-    monkeypatch.setattr("tests.faults.campaign._ENDING", 0.2)
+    monkeypatch.setattr("tests.faults.campaign._ENDING", 2.0)
     for name, (kind, violation) in VIOLATIONS.items():
         with subtests.test(name):
             outcome = attempted(Family("fake", 1, violation), 7, 3, Shared(tmp_path))

@@ -34,6 +34,7 @@ def a_run() -> Draw:
     return draw(random.Random(0))
 
 
+@pytest.mark.slow
 def test_equal_seeds_draw_equal_runs_and_every_value_is_drawn() -> None:
     one, other = ([draw(random.Random(seed)) for seed in range(4)] for _ in range(2))
     assert one == other
@@ -119,6 +120,7 @@ def test_a_fault_is_applied_in_memory_in_one_process() -> None:
     assert vocabulary.padded_length(5, 2, 1) == right
 
 
+@pytest.mark.slow
 def test_every_function_of_the_files_is_loaded() -> None:
     """Else their faults would count as no faults."""
     prepare()

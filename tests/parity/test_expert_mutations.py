@@ -6,10 +6,10 @@ from launcher.config.schema import Dtype
 from tests.parity.expert_mutations import EXPERT_MUTATIONS
 from tests.parity.mutations import Mutation
 from tests.parity.running import VerifyPass, passes, plain_sgd_pass, run_pass, small_run, worst
-from tests.parity.test_mutations import every_other_slow
+from tests.parity.test_mutations import most_slow
 
 
-@pytest.mark.parametrize("name", every_other_slow(EXPERT_MUTATIONS))
+@pytest.mark.parametrize("name", most_slow(EXPERT_MUTATIONS))
 def test_a_fault_of_experts_is_detected(name: str) -> None:
     mutation = EXPERT_MUTATIONS[name]
     run = small_run(*mutation.layout.split(), steps=3 if "bias" in name else 1)

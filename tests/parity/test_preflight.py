@@ -120,6 +120,7 @@ def test_other_code_is_another_kind() -> None:
     assert len(kinds) == len(choices)
 
 
+@pytest.mark.slow
 def test_overrides_compose_the_kind_again(subtests: pytest.Subtests) -> None:
     for choice in (
         ("experiment=llama3_70b_3d",), ("experiment=llama3_8b_zero3_offload",),

@@ -312,7 +312,9 @@ def planned(run: RunConfig, budget: float | None) -> Plan:
 
 
 class TestRefusal:
-    @pytest.mark.parametrize("name", REFUSED)
+    @pytest.mark.parametrize(
+        "name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "several changes")) for n in REFUSED]
+    )
     def test_names_the_shortage_and_a_change_that_fits(self, name: str) -> None:
         run = run_of(*REFUSED[name])
         with pytest.raises(ConfigError) as raised:
