@@ -7,6 +7,7 @@ import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor, nn
 
+from launcher.engine.optimizer import is_trained
 from launcher.engine.overlapped_reduction import OverlappedReduction
 
 _WAITING_ELEMENTS = 1 << 26  # gradients in bf16 that may wait to be copied into the fp32 sums
@@ -40,7 +41,8 @@ def _reduce_during_backward(engine: Any, copies: "_Copies | None") -> None:
         copies.make()
         return sums[parameter]
 
-    parameters = [p for p in engine.module.parameters() if p.requires_grad and getattr(p, "allreduce", True)]
+    trained = filter(is_trained, engine.module.parameters())
+    parameters = [parameter for parameter in trained if getattr(parameter, "allreduce", True)]
     reduction = OverlappedReduction(
         parameters,
         gradient_of,

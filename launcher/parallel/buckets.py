@@ -27,8 +27,14 @@ def buckets(sizes: Sequence[int], filled: int) -> list[range]:
 
 
 def reduces_during_backward(run: RunConfig, layout: Layout) -> bool:
-    """Return whether engine/overlapped_reduction.py reduces the gradients, and not DeepSpeed."""
-    return layout.pipeline == 1 and (layout.zero_stage == 0 or uses_bf16_optimizer(run, layout))
+    """Return whether engine/overlapped_reduction.py reduces the gradients, and not DeepSpeed.
+
+    It divides the sums of the ranks, and so leaves gradients that DeepSpeed divides before to DeepSpeed.
+    """
+    divided_before = run.deepspeed.get("prescale_gradients", False)
+    divided_before = divided_before or run.deepspeed.get("gradient_predivide_factor", 1.0) != 1.0
+    is_whole = layout.zero_stage == 0 or uses_bf16_optimizer(run, layout)
+    return layout.pipeline == 1 and is_whole and not divided_before
 
 
 def uses_bf16_optimizer(run: RunConfig, layout: Layout) -> bool:

@@ -35,8 +35,8 @@ DEVIATIONS = 8.0
 # Rounding a logit the other way moves the loss of its label by about so much: rare if labels are few.
 LOGIT = 2.0**-8
 SHARED = 4.0  # times the largest distance of the loss of a step, of the few that are measured
-# Of the distance of the whole gradient. Rounding errors of most models hardly point along the gradient; those
-# of a few images do, and then the norm differs by up to the distance.
+# Factors of the distance of the whole gradient. In most models the rounding errors hardly point along the
+# gradient. With a few images they do, and then the norms differ by up to the distance.
 NORM_LEAST, NORM_MOST = 0.5, 1.5
 
 

@@ -131,7 +131,7 @@ def last_bucket_not_averaged() -> None:
 
 
 def bucket_sent_before_its_last_gradient() -> None:
-    """What the last micro-batch adds to a gradient stays the rank's own."""
+    """The last gradient of a bucket is added after the reduction, so that no other rank gets it."""
     reduction = overlapped_reduction.OverlappedReduction
     begin_step, begin_bucket = reduction._begin_step, reduction._begin_bucket
 

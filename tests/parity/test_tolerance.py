@@ -98,7 +98,7 @@ def test_bounds_in_bf16_are_a_multiple_of_the_measured_distance_and_eight_times_
 
 
 def test_the_loss_of_a_step_has_a_tighter_bound_than_each_loss() -> None:
-    """Of micro-batches the errors cancel, unless all of them share an error."""
+    """The errors of micro-batches cancel in their mean, except for an error that all of them share."""
     _, (right, other) = steps_of(BF16, equivalent(BF16, layout_of(2))[0])
     allowed = measured_tolerance(right, [other], LABELS)
     samples = len(right.batch_losses[0])

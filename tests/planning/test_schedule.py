@@ -136,6 +136,9 @@ def test_defaults_are_deepspeeds() -> None:
     small = run_of("model=gpt_tiny")
     assert buffers("model=gpt_tiny", "parallelism=zero2").reduce_bucket == parameters(small.model)
     assert buffers("model=llama3_8b", "parallelism=dp").reduce_bucket == FILLED["cuda"]
+    for of_deepspeed in ("prescale_gradients=true", "gradient_predivide_factor=2"):
+        divided_before = buffers("model=llama3_8b", "parallelism=dp", f"deepspeed.{of_deepspeed}")
+        assert divided_before.reduce_bucket == theirs.reduce_bucket_size
     assert ours.sub_group == theirs.sub_group_size
     assert ours.prefetch_bucket == theirs.prefetch_bucket_size
     assert ours.persistence_threshold == theirs.param_persistence_threshold

@@ -46,8 +46,11 @@ def data_exchange(
     seconds = sum(rates.collective(call, groups["data"]) * count for call, count in calls)
     hidden = 0.0
     buffers = BufferSizes.of(run, layout)
-    overlaps = layout.zero_stage == 3 or (layout.zero_stage == 2 and buffers.reduce_buffers == 2)
-    overlaps = overlaps or reduces_during_backward(run, layout)
+    overlaps = (
+        layout.zero_stage == 3
+        or (layout.zero_stage == 2 and buffers.reduce_buffers == 2)
+        or reduces_during_backward(run, layout)
+    )
     if overlaps and rates.overlaps:
         simulated = _simulated(run, layout, rank, rates, groups["data"], times)
         # Collectives after the micro-batches: gathers of weights that stay whole, or of updated weights.

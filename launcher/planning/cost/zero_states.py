@@ -123,7 +123,7 @@ class _Ledger:
     def zero_0(self) -> States:
         """torch's optimizer steps on the weights; gradients are reduced in place, in a pipeline in copies."""
         gradients = FP32 * self.total
-        copies = 0 if self.rank.is_flat else self._reduced_in_copies(FP32)
+        copies = 0 if reduces_during_backward(self.run, self.layout) else self._reduced_in_copies(FP32)
         return States(
             weights=self.element * (self.total + self.frozen),
             optimizer=self.state_bytes * self.total,
@@ -139,8 +139,6 @@ class _Ledger:
         """Return the bytes of the buffer that is sent; one data rank reduces nothing (gradient_passes.py)."""
         if self.layout.gradient_ranks == 1:
             return 0
-        if reduces_during_backward(self.run, self.layout):
-            return element * max(reduced_buckets(self.rank, self.buffers.reduce_bucket), default=0)
         return element * min(self.total, ALL_REDUCE_BUCKET)
 
     def bf16_optimizer(self) -> States:
@@ -151,10 +149,10 @@ class _Ledger:
         bucket, within the backward pass (engine/overlapped_reduction.py), else of all gradients.
         """
         summed = FP32 * self.flat
-        copies = self._reduced_in_copies(self.element)
-        during, first = 0, 0
+        copies, during, first = self._reduced_in_copies(self.element), 0, 0
         if copies and reduces_during_backward(self.run, self.layout):
-            during, first = copies, reduced_buckets(self.rank, self.buffers.reduce_bucket)[0]
+            first, *others = reduced_buckets(self.rank, self.buffers.reduce_bucket)
+            copies = during = self.element * max(first, *others, 0)
         return States(
             weights=self.element * (self.flat + self.frozen),
             optimizer=self.optimizer_bytes * self.share,
