@@ -87,7 +87,7 @@ def test_table_picture_and_metrics(compared: tuple[str, Path]) -> None:
 def test_distributed_experts_are_as_planned(tmp_path: Path) -> None:
     """Every token runs through every expert, which is an even router."""
     even = [
-        "model=moe_tiny", "model.experts.count=8", "model.experts.top_k=8", "model.experts.shared=0",
+        "model=moe_tiny", "model.experts.count=16", "model.experts.top_k=16", "model.experts.shared=0",
         "model.experts.scaling=1", "model.experts.ffn_hidden_size=64",
     ]  # fmt: skip
     layouts = ["compare.layouts=[dp,ep]", "compare.report=report.json", "compare.figure=null"]
