@@ -113,6 +113,17 @@ def test_a_checkpoint_an_export_token_files_and_validation_data_are_measured(pla
     assert list(report(place, "run.dir=r", "limit=3")["data"]) == ["validation"]
 
 
+@pytest.mark.slow
+def test_experts_over_ranks_have_the_loss_of_one_process(tmp_path: Path) -> None:
+    trained(
+        "model=moe_tiny", "model.experts.ffn_hidden_size=16", "run.dir=r", "training.steps=2", cwd=tmp_path
+    )
+    layouts = [], ["parallelism.expert=2", "parallelism.data=2"], ["parallelism.tensor=2"]
+    found = [report(tmp_path, "run.dir=r", "limit=9", *layout)["data"]["validation"] for layout in layouts]
+    for other in found[1:]:
+        assert other == pytest.approx(found[0], rel=1e-5)
+
+
 def test_a_run_with_adapters_is_measured_as_its_merged_export(place: Path) -> None:
     model = ["model=llama_tiny", "model.vocab_size=301", "checkpoint.init_from=hf", "data=tokens"]
     adapters = ["finetune.lora.rank=2", "finetune.lora.dropout=0.1", "optimizer.lr=0.05"]
