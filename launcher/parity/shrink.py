@@ -244,15 +244,15 @@ def _shrink_model(small: RunConfig, run: RunConfig, layout: Layout) -> None:
 def _layers(small: RunConfig, run: RunConfig, layout: Layout) -> int:
     """Return the number of layers: a few per stage, one more if the stages do not divide those of `run`.
 
-    If sliding windows alternate, a stage begins at another place of the pattern than the first stage. Else
-    the windows would be right even if each stage counted its own layers.
+    If windows or experts are in every n-th layer, stages begin at different places of the pattern. Else the
+    layers would be right even if each stage counted its own layers.
     """
     stages = small.parallelism.pipeline
     if run.model.num_layers % (layout.pipeline * stages_per_rank(run)) != 0:
         return stages * BLOCKS_PER_STAGE + 1  # the first stage has one more
-    alternates = run.model.full_attention_every is not None
-    odd = stages > 1 and stages_per_rank(small) == 1 and alternates
-    return stages * (BLOCKS_PER_STAGE + odd)
+    has_pattern = run.model.full_attention_every is not None or run.model.experts.every > 1
+    is_hidden = has_pattern and stages > 1 and stages_per_rank(small) == 1
+    return stages * (BLOCKS_PER_STAGE + is_hidden)
 
 
 def _shrink_experts(small: RunConfig) -> None:

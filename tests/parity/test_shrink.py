@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 from launcher.config.errors import ConfigError
 from launcher.config.layout import Layout
 from launcher.config.schema import ContextMethod, Dtype, ModelConfig, RunConfig
-from launcher.config.shape import head_size, kv_heads, sequence_length, stages_per_rank, window_of
+from launcher.config.shape import (
+    head_size,
+    kv_heads,
+    layer_has_experts,
+    sequence_length,
+    stages_per_rank,
+    window_of,
+)
 from launcher.config.validate import validate
 from launcher.config.world import World
 from launcher.parity.shrink import (
@@ -154,15 +161,24 @@ def test_inner_stages_are_kept_or_have_a_layout_of_their_own() -> None:
 
 @pytest.mark.parametrize("layers", [26, 27])
 @pytest.mark.parametrize("schedule", ["1f1b", "dualpipev"])
-def test_stages_begin_at_different_places_of_the_windows(layers: int, schedule: str) -> None:
-    """Else a stage that counts its own layers would have the right windows."""
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        ["model=llama_tiny", "model.sliding_window=64", "model.full_attention_every=2"],
+        ["model=moe_tiny", "model.experts.every=2"],
+    ],
+)
+def test_stages_begin_at_different_places_of_a_pattern(
+    pattern: list[str], schedule: str, layers: int
+) -> None:
+    """Else a stage that counts its own layers would have the right windows and experts."""
     axes = ["parallelism.pipeline=2", "parallelism.data=1", f"parallelism.pipeline_schedule={schedule}"]
-    windows = ["model.sliding_window=64", "model.full_attention_every=2", f"model.num_layers={layers}"]
-    run = run_of("model=llama_tiny", *axes, *windows)
+    run = run_of(*pattern, *axes, f"model.num_layers={layers}")
     small, _ = shrink(run, validate(run, World("cpu", 2, 2)))
     m = small.model
     starts = list(accumulate(blocks_of_stages(m.num_layers, 2 * stages_per_rank(small)), initial=0))[:-1]
-    assert {(window_of(m, start) is None) for start in starts} == {False, True}
+    kinds = {(window_of(m, start) is None, layer_has_experts(m, start)) for start in starts}
+    assert len(kinds) == 2
     assert m.num_layers <= 6
 
 
