@@ -124,6 +124,7 @@ def test_experts_over_ranks_have_the_loss_of_one_process(tmp_path: Path) -> None
         assert other == pytest.approx(found[0], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_with_adapters_is_measured_as_its_merged_export(place: Path) -> None:
     model = ["model=llama_tiny", "model.vocab_size=301", "checkpoint.init_from=hf", "data=tokens"]
     adapters = ["finetune.lora.rank=2", "finetune.lora.dropout=0.1", "optimizer.lr=0.05"]
