@@ -18,6 +18,7 @@ from launcher.checkpoint.tokenizer_files import (
     has_tokenizer,
     largest_token,
     leave_out_special_tokens,
+    set_longest_text,
     tokens_of,
 )
 from launcher.config.compose import load_typed
@@ -50,6 +51,8 @@ def write_tokenizer(
             if path.name not in ("config.json", GENERATION):
                 shutil.copyfile(path, target / path.name)
     forget_paths(target)
+    if _has_another_length(weights):
+        set_longest_text(target, weights.model.max_sequence_length)
     notes = [
         f"without the special token {token!r} of its tokenizer: model.vocab_size={size} has no such token"
         for token in leave_out_special_tokens(target, size)
@@ -63,6 +66,13 @@ def write_tokenizer(
     if not has_tokenizer(target):
         notes.append("without a tokenizer: none came with the weights or with the data. Copy its files there")
     return ids, notes
+
+
+def _has_another_length(weights: WeightSource) -> bool:
+    """Return whether the run changed the longest sequence of the model that it began with."""
+    theirs = base_config(weights.path)
+    length = theirs.get("max_position_embeddings", theirs.get("n_positions"))
+    return length is not None and length != weights.model.max_sequence_length
 
 
 def data_of(weights: WeightSource) -> Settings:

@@ -24,6 +24,13 @@ def forget_paths(folder: Path) -> None:
         (folder / TOKENIZER_CONFIG).write_text(_as_json(kept))
 
 
+def set_longest_text(folder: Path, tokens: int) -> None:
+    """Set the longest text, in tokens, that tokenizer_config.json names, if it names one."""
+    settings = _table_in(folder / TOKENIZER_CONFIG)
+    if "model_max_length" in settings:
+        (folder / TOKENIZER_CONFIG).write_text(_as_json({**settings, "model_max_length": tokens}))
+
+
 def leave_out_special_tokens(folder: Path, size: int) -> list[str]:
     """Remove the special tokens from `size` on from the files in `folder`; return their spellings.
 

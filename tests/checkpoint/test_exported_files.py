@@ -86,6 +86,19 @@ def test_the_tokenizer_and_its_chat_template_are_exported(tmp_path: Path) -> Non
     assert tokenizer.eos_token_id == 0
 
 
+def test_the_tokenizer_has_the_longest_text_of_a_run_that_changed_it(tmp_path: Path) -> None:
+    source = written(tmp_path / "theirs", vocab_size=300)
+    train_bpe([TEXT * 40], 270, source / "tokenizer.json")
+    (source / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 9999}))
+    import_(weights_at(source, "x"), tmp_path / "ours", OPTIONS)
+    ours = weights_at(tmp_path / "ours", "x")
+    for length, longest in ((24, 9999), (12, 12)):
+        changed = replace(ours, model=replace(ours.model, max_sequence_length=length))
+        export(changed, tmp_path / str(length), OPTIONS, write_byte_tokenizer)
+        settings = json.loads((tmp_path / str(length) / "tokenizer_config.json").read_text())
+        assert settings["model_max_length"] == longest
+
+
 def test_a_tokenizer_without_settings_gets_them(tmp_path: Path) -> None:
     source = written(tmp_path / "theirs", vocab_size=300)
     train_bpe([TEXT * 40], 270, source / "tokenizer.json")

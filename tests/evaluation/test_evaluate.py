@@ -15,6 +15,7 @@ from launcher.config.errors import ConfigError
 from launcher.config.schema import EvaluateConfig
 from launcher.data.evaluated import scored_windows
 from launcher.data.windows import Stretch
+from launcher.evaluation.results import Results, numbers
 from launcher.evaluation.tasks import _unknown
 from launcher.runtime.metrics.wandb_files import fragments, records
 from tests.forked_commands import environment, heavy
@@ -112,6 +113,35 @@ def test_a_checkpoint_an_export_token_files_and_validation_data_are_measured(pla
     assert list(report(place, "run.dir=r", "limit=3")["data"]) == ["validation"]
 
 
+@pytest.mark.slow
+def test_experts_over_ranks_have_the_loss_of_one_process(tmp_path: Path) -> None:
+    trained(
+        "model=moe_tiny", "model.experts.ffn_hidden_size=16", "run.dir=r", "training.steps=2", cwd=tmp_path
+    )
+    layouts = [], ["parallelism.expert=2", "parallelism.data=2"], ["parallelism.tensor=2"]
+    found = [report(tmp_path, "run.dir=r", "limit=9", *layout)["data"]["validation"] for layout in layouts]
+    for other in found[1:]:
+        assert other == pytest.approx(found[0], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_run_with_adapters_is_measured_as_its_merged_export(place: Path) -> None:
+    model = ["model=llama_tiny", "model.vocab_size=301", "checkpoint.init_from=hf", "data=tokens"]
+    adapters = ["finetune.lora.rank=2", "finetune.lora.dropout=0.1", "optimizer.lr=0.05"]
+    steps = ["training.steps=2", "scheduler=constant", "scheduler.warmup_steps=0"]
+    trained(*model, *adapters, *steps, "data.train=a", "run.dir=adapted", cwd=place)
+    succeeds("export", "adapted", "merged", "merged=true", cwd=place)
+
+    def loss(path: str, *layout: str) -> float:
+        found = report(place, f"run.dir={path}", "tokens=a", "limit=9", *layout)["data"]["tokens"]
+        return float(found["loss"])
+
+    merged = loss("merged")
+    assert abs(merged - loss("hf")) > 0.01
+    for name in ("tp2", "zero3"):
+        assert loss("adapted", *LAYOUTS[name]) == pytest.approx(merged, rel=1e-5), name
+
+
 @pytest.mark.parametrize("layout", ["one process", "tp2"])
 def test_conversations_have_the_loss_of_the_runs_validation(layout: str, tmp_path: Path) -> None:
     """In training they are packed and do not see each other; here each is a window of its own."""
@@ -147,6 +177,14 @@ def test_results_are_in_the_summary_of_the_wandb_run(tmp_path: Path) -> None:
     }
     of_evaluation = {name: value for name, value in summary.items() if name.startswith("evaluate/")}
     assert of_evaluation == {f"evaluate/validation/{name}": value for name, value in measured.items()}
+
+
+def test_numbers_have_the_names_that_wandb_shows() -> None:
+    of_task = {"alias": "choice", "acc,none": 0.25, "acc_stderr,none": "N/A", "exact_match,strict": 0.5}
+    results = Results({"text": {"loss": 1.5, "perplexity": math.inf}}, {"results": {"choice": of_task}})
+    assert numbers(results) == {
+        "evaluate/text/loss": 1.5, "evaluate/choice/acc": 0.25, "evaluate/choice/exact_match,strict": 0.5,
+    }  # fmt: skip
 
 
 TASKS = {
