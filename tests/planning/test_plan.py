@@ -314,6 +314,9 @@ class TestTraffic:
         assert share == pytest.approx(4 / (7 * 10), rel=0.01)
         assert ring.context + ring.context_hidden == pytest.approx(gather.context, rel=0.01)
         assert plans["ring"].traffic["context"].sent == plans["gather"].traffic["context"].sent
+        traffic = as_json(plans["ring"], [])["traffic"]
+        links = {name: (traffic[name]["ranks"], traffic[name]["link"]) for name in ("context", "data")}
+        assert links == {"context": (8, "within a node"), "data": (64, "between nodes")}
 
     def test_links(self) -> None:
         shapes = group_shapes(plan_of(*LLAMA, *CLUSTER).layout, 8)
