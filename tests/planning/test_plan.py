@@ -314,6 +314,22 @@ class TestTraffic:
         assert share == pytest.approx(4 / (7 * 10), rel=0.01)
         assert ring.context + ring.context_hidden == pytest.approx(gather.context, rel=0.01)
         assert plans["ring"].traffic["context"].sent == plans["gather"].traffic["context"].sent
+        traffic = as_json(plans["ring"], [])["traffic"]
+        links = {name: (traffic[name]["ranks"], traffic[name]["link"]) for name in ("context", "data")}
+        assert links == {"context": (8, "within a node"), "data": (64, "between nodes")}
+
+    def test_ulysses_sends_less_than_the_ring_over_enough_ranks(self) -> None:
+        """32 query and 8 key/value heads, with recomputation: docs/long-context.md."""
+        for ranks, ulysses_sends_less in ((2, False), (4, True), (8, True)):
+            ring, ulysses = (
+                plan_of(
+                    "experiment=llama3_8b_128k", f"parallelism.context={ranks}",
+                    f"parallelism.context_method={method}",
+                )
+                for method in ("ring", "ulysses")
+            )  # fmt: skip
+            sent = ring.traffic["context"].sent, ulysses.traffic["context"].sent
+            assert (sent[1] < sent[0]) is ulysses_sends_less
 
     def test_links(self) -> None:
         shapes = group_shapes(plan_of(*LLAMA, *CLUSTER).layout, 8)

@@ -16,11 +16,16 @@ def norm(s: Sizes, name: str, x: str) -> Operation:
     # A composite norm keeps the normalised input in fp32, unless its weight is frozen, and an fp32 copy of a
     # low-precision input.
     copies = fp32 * (low + (not s.is_frozen)) if composite else 0
+    kept, backward_scratch = statistics + copies, 0
+    if composite:
+        # Most is alive in the derivative of the square: five fp32 tensors, and an fp32 copy of the input. The
+        # gradient of the output, the normalised input and the statistics are freed by then.
+        backward_scratch = (5 + low) * fp32 - kept - 2 * s.stretch
     vectors = 1 if is_rms else 2
     traffic = (Collective("all_reduce", s.hidden_size * s.element),) * vectors
     return Operation(
-        name, (x,), s.stretch, saves=() if composite and low else (x,), extra=statistics + copies,
-        scratch=fp32 if composite else 0, backward_scratch=3 * fp32 if composite else 0,
+        name, (x,), s.stretch, saves=() if composite and low else (x,), extra=kept,
+        scratch=fp32 if composite else 0, backward_scratch=backward_scratch,
         backward_traffic=traffic if s.sequence_parallel and not s.is_frozen else (),
         forward_bytes=2 * s.stretch + 3 * copies, backward_bytes=3 * s.stretch + 6 * copies,
         kernels=8 if composite else 1,
