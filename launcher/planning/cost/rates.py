@@ -291,7 +291,7 @@ NOMINAL = {
         11,
         1.2,
         0.12,
-        Shares(unaligned=1.0, kernel_s=1e-5, launch_s=0.0, hop_intra_s=5e-5, overlaps=False),
+        CPU_SHARES,
     ),
     "cuda": _nominal(2.6e14, 1700, 250, 25, Shares()),
 }
