@@ -259,6 +259,20 @@ class TestTime:
         assert full is not None
         assert none.compute < selective.compute < full.compute < 1.34 * none.compute
 
+    def test_offload_takes_time_on_the_link_to_the_host(self) -> None:
+        def seconds(*offloaded: str, host_gb_s: int = 55) -> float:
+            more = [f"parallelism.offload_{name}=true" for name in offloaded]
+            link = f"hardware.card.host_gb_s={host_gb_s}"
+            time = plan_of(*LLAMA, *H100, "parallelism.zero_stage=3", link, *more).time
+            assert time is not None
+            return time.total
+
+        states = 12e9  # bytes of a rank, of 8 billion parameters on 8 ranks
+        assert seconds("optimizer") > seconds() + states / 55e9
+        assert seconds("optimizer", host_gb_s=5) > seconds("optimizer") + states / 5e9
+        assert seconds("optimizer", "parameters") > seconds("optimizer")
+        assert seconds(host_gb_s=5) == seconds()
+
     @pytest.mark.parametrize(
         "missing", ["peak_flops.bf16", "memory_bandwidth_gb_s", "bandwidth_intra_node_gb_s"]
     )
