@@ -124,6 +124,7 @@ BOUNDS: dict[str, Bound] = {
     "hardware.card.launch_s": Bound(FROM_0, "null", **_SECONDS),
     "hardware.card.host_gb_s": Bound(ABOVE_0, "null", **_RATE),
     "hardware.card.link_gb_s": Bound(ABOVE_0, "null", **_RATE),
+    "hardware.card.gather_gb_s": Bound(ABOVE_0, "null", **_RATE),
     "hardware.card.hop_s": Bound(FROM_0, "null", **_SECONDS),
     "hardware.measured[].ranks": Bound(COUNT, "1", _RANKS),
     "hardware.measured[].stream": Bound(ABOVE_0, "1e10", **_RATE),

@@ -416,6 +416,7 @@ class CardRates:
     launch_s: Optional[float] = None  # seconds of the host to start an operation
     host_gb_s: Optional[float] = None  # GB/s between pinned host memory and the accelerator
     link_gb_s: Optional[float] = None  # GB/s that a rank sends in a large all-reduce within a node
+    gather_gb_s: Optional[float] = None  # the same in any other collective; null: link_gb_s
     hop_s: Optional[float] = None  # seconds of latency of a step of a ring within a node
 
 

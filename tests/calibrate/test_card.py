@@ -1,7 +1,7 @@
 """The rates of a GPU: the fits are exact, the probes run (here on a CPU), and a plan uses their result."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -14,10 +14,13 @@ from launcher.calibrate.card import (
     fitted_link,
     fitted_ramp,
     large_rate,
+    link_rates,
 )
-from launcher.config.schema import Device, Dtype, HardwareConfig
-from launcher.planning.cost.operations import Attention, Matmul
-from launcher.planning.cost.rates import specified
+from launcher.config.schema import CardRates, Device, Dtype, HardwareConfig, PeakFlops
+from launcher.planning.cost.operations import Attention, Collective, CollectiveKind, Matmul
+from launcher.planning.cost.rates import Shares, specified
+from launcher.planning.cost.traffic import GroupShape
+from tests.distributed import pool
 
 SMALL = ProbeSizes(
     tokens=64, few_tokens=16, products=((64, 64), (128, 32)), skinny=((8, 64),), head_sizes=(16, 32),
@@ -44,7 +47,49 @@ def test_a_slow_probe_does_not_make_attention_endlessly_fast() -> None:
 def test_bandwidth_and_latency_of_a_link_are_fitted() -> None:
     ranks, link, hop = 8, 250e9, 3e-6
     points = [(size, 2 * 7 / 8 * size / link + 14 * hop) for size in (2.0**16, 2.0**22, 2.0**28)]
-    assert fitted_link(points, ranks) == (250.0, 3e-6)
+    assert fitted_link(points, ranks, steps=14) == (250.0, 3e-6)
+    gathers = [(size, 7 / 8 * size / link + 7 * hop) for size, _ in points]
+    assert fitted_link(gathers, ranks, steps=7) == (250.0, 3e-6)
+
+
+def rates_of_links(rank: int, world: int) -> tuple[float, float, float]:
+    return link_rates(world, torch.device("cpu"), (2**12, 2**23))
+
+
+def test_links_are_measured_between_ranks() -> None:
+    """In real processes over gloo; on GPUs the same calls run over NCCL."""
+    for link, gather, hop in pool(2).run(rates_of_links):
+        assert all(1e-3 < rate < 1e3 for rate in (link, gather))
+        assert 0 <= hop < 1
+
+
+def test_an_all_reduce_may_be_faster_than_other_collectives() -> None:
+    card = CardRates(
+        products=PeakFlops(bf16=7e14), memory_gb_s=3000, link_gb_s=480, gather_gb_s=240, hop_s=0.0
+    )
+    node = GroupShape(8, 8)
+    both, one = (
+        specified(HardwareConfig(device=Device.cuda, card=replace(card, gather_gb_s=gather)), Dtype.bf16)
+        for gather in (240, None)
+    )
+    assert both is not None
+    assert one is not None
+    kinds: tuple[CollectiveKind, ...] = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send")
+    for kind in kinds:
+        call, slower = Collective(kind, 2**30), 1 if kind == "all_reduce" else 2
+        assert both.collective(call, node) == pytest.approx(slower * one.collective(call, node), rel=1e-3)
+    seconds = [both.collective(Collective(kind, 2**30), node) for kind in kinds[:2]]
+    assert seconds == pytest.approx([2 * 7 / 8 * 2**30 / 480e9, 7 / 8 * 2**30 / 240e9])
+
+
+def test_without_a_rate_between_nodes_the_link_to_the_host_is_assumed() -> None:
+    """Calibration measures one node. A network card is on the same bus as the host's link."""
+    card = CardRates(products=PeakFlops(bf16=7e14), memory_gb_s=3000, link_gb_s=400, host_gb_s=50)
+    for stated, expected in ((None, 50e9), (20.0, 20e9)):
+        hardware = HardwareConfig(device=Device.cuda, card=card, bandwidth_inter_node_gb_s=stated)
+        rates = specified(hardware, Dtype.bf16, Shares(link=1.0))
+        assert rates is not None
+        assert (rates.intra, rates.inter) == (400e9, expected)
 
 
 def test_the_rate_of_large_products_leaves_out_the_time_to_write_their_result() -> None:
