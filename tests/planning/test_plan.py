@@ -273,6 +273,18 @@ class TestTime:
         assert seconds("optimizer", "parameters") > seconds("optimizer")
         assert seconds(host_gb_s=5) == seconds()
 
+    def test_zero_3_adds_up_offloaded_gradients_over_the_link_to_the_host(self) -> None:
+        """fp32 sums come to the device and go back in each of 16 micro-batches, beside the computation."""
+        here, there = (
+            plan_of(*LLAMA, *H100, "parallelism.zero_stage=3", f"parallelism.offload_optimizer={flag}").time
+            for flag in ("false", "true")
+        )
+        assert here is not None
+        assert there is not None
+        more = there.data + there.data_hidden - here.data - here.data_hidden
+        assert more == pytest.approx(16 * 2 * 4 * 8.03e9 / 8 / 55e9, rel=0.02)
+        assert there.data_hidden > here.data_hidden
+
     @pytest.mark.parametrize(
         "missing", ["peak_flops.bf16", "memory_bandwidth_gb_s", "bandwidth_intra_node_gb_s"]
     )
