@@ -74,14 +74,27 @@ def _rank(rank: int, *, ranks: int, folder: Path) -> None:
         watchdog.at("the probes of a GPU")
         # Alone: a GPU that computes beside others may be slowed down by their heat.
         card = card_rates(device) if rank == 0 else CardRates()
+        context = bytes_beside_allocator(device)
         dist.barrier()
         watchdog.at("the probe of collectives")
         if ranks > 1:
             card.link_gb_s, card.gather_gb_s, card.hop_s = link_rates(ranks, device, ProbeSizes().messages)
+            card.group_bytes = max(0.0, bytes_beside_allocator(device) - context)
         if rank == 0:
+            card.context_bytes = context
             memory = torch.cuda.get_device_properties(device).total_memory
             (folder / "card.json").write_text(json.dumps({"card": asdict(card), "memory": memory}))
         leave()
+
+
+def bytes_beside_allocator(device: torch.device) -> float:
+    """Return the bytes of a GPU that are not free and that torch's allocator does not hold.
+
+    After the probes this is the CUDA context with the kernels of its libraries, if no other process uses the
+    GPU. The first collective of a group adds NCCL's buffers.
+    """
+    free, total = torch.cuda.mem_get_info(device)
+    return float(total - free - torch.cuda.memory_reserved(device))
 
 
 def card_rates(device: torch.device, sizes: ProbeSizes | None = None) -> CardRates:

@@ -126,6 +126,8 @@ BOUNDS: dict[str, Bound] = {
     "hardware.card.link_gb_s": Bound(ABOVE_0, "null", **_RATE),
     "hardware.card.gather_gb_s": Bound(ABOVE_0, "null", **_RATE),
     "hardware.card.hop_s": Bound(FROM_0, "null", **_SECONDS),
+    "hardware.card.context_bytes": Bound(FROM_0, "null", 1e12),
+    "hardware.card.group_bytes": Bound(FROM_0, "null", 1e12),
     "hardware.measured[].ranks": Bound(COUNT, "1", _RANKS),
     "hardware.measured[].stream": Bound(ABOVE_0, "1e10", **_RATE),
     "hardware.measured[].operation_s": Bound(FROM_0, "0", **_SECONDS),

@@ -9,6 +9,7 @@ import torch
 from launcher.calibrate.card import (
     ProbeSizes,
     ProductRate,
+    bytes_beside_allocator,
     card_of,
     card_rates,
     fitted_link,
@@ -100,6 +101,12 @@ def test_the_rate_of_large_products_leaves_out_the_time_to_write_their_result() 
         measured.append(ProductRate(64, n, k, flops / (flops / rate + min(written, flops / rate))))
     small = ProductRate(16, 8, 64, 1e9)  # no large product, so it does not count
     assert large_rate([*measured, small], Dtype.bf16, SMALL, memory) == pytest.approx(rate, rel=1e-3)
+
+
+def test_memory_beside_the_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (70e9, 85e9))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 14e9)
+    assert bytes_beside_allocator(torch.device("cuda", 0)) == 1e9
 
 
 def test_a_plan_uses_what_the_probes_measured() -> None:

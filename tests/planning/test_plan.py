@@ -221,6 +221,17 @@ class TestBudget:
             assert change.plan.layout.world_size == 32
             assert change.plan.tokens == plan.tokens
 
+    def test_the_margin_of_a_card_is_measured_or_assumed(self) -> None:
+        """With tensor, data and pipeline groups; a CPU has none."""
+
+        def margin(*more: str) -> int:
+            return plan_of(*LLAMA, *CLUSTER, *more).stages[0].memory.margin
+
+        measured = ["hardware.card.context_bytes=9e8", "hardware.card.group_bytes=1e8"]
+        assert margin() == 600_000_000 + 3 * 200_000_000
+        assert margin(*measured) == 900_000_000 + 3 * 100_000_000
+        assert plan_of("hardware=cpu", *measured).stages[0].memory.margin == 0
+
 
 class TestTime:
     def test_parts_add_up(self) -> None:
