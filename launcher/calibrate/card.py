@@ -105,8 +105,9 @@ def card_rates(device: torch.device, sizes: ProbeSizes | None = None) -> CardRat
     dtypes = (Dtype.fp32, Dtype.bf16, Dtype.fp16) if is_gpu else (Dtype.fp32, Dtype.bf16)
     shapes = {dtype: shape_rates(device, dtype, sizes) for dtype in dtypes}
     products = {dtype.name: large_rate(rates, dtype, sizes, memory) for dtype, rates in shapes.items()}
-    odd = [product_rate(device, Dtype.bf16, (sizes.tokens, n + 1, k)) for n, k in sizes.products]
-    unaligned = large_rate(odd, Dtype.bf16, sizes, memory) / products[Dtype.bf16.name]
+    half = half_dtype(device)
+    odd = [product_rate(device, half, (sizes.tokens, n + 1, k)) for n, k in sizes.products]
+    unaligned = large_rate(odd, half, sizes, memory) / products[half.name]
     return CardRates(
         name=torch.cuda.get_device_name(device) if is_gpu else "CPU",
         measured_on=datetime.now(UTC).date().isoformat(),
@@ -120,6 +121,15 @@ def card_rates(device: torch.device, sizes: ProbeSizes | None = None) -> CardRat
         launch_s=launch_seconds(device),
         host_gb_s=rounded(copy_rate(torch.device("cpu"), device, sizes.copied) / 2 / GIGA),
     )
+
+
+def half_dtype(device: torch.device) -> Dtype:
+    """Return the precision of 16 bits that a device trains in: fp16 on a GPU that emulates bf16 (V100, T4).
+
+    There attention in bf16 would run without a fused kernel, and keep all scores.
+    """
+    emulates = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+    return Dtype.fp16 if emulates else Dtype.bf16
 
 
 class ProductRate(NamedTuple):
@@ -170,7 +180,7 @@ def attention_rate(device: torch.device, head_size: int, sizes: ProbeSizes) -> A
     forward, backward = [], []
     for length in sizes.lengths:
         shape = max(1, max(sizes.lengths) // length), sizes.heads, length, head_size
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        dtype = TORCH_DTYPES[half_dtype(device)] if device.type == "cuda" else torch.float32
         q, k, v = (torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
         attend = partial(F.scaled_dot_product_attention, q, k, v, is_causal=True)
         mixed = attend()

@@ -14,6 +14,7 @@ from launcher.calibrate.card import (
     card_rates,
     fitted_link,
     fitted_ramp,
+    half_dtype,
     large_rate,
     link_rates,
 )
@@ -101,6 +102,15 @@ def test_the_rate_of_large_products_leaves_out_the_time_to_write_their_result() 
         measured.append(ProductRate(64, n, k, flops / (flops / rate + min(written, flops / rate))))
     small = ProductRate(16, 8, 64, 1e9)  # no large product, so it does not count
     assert large_rate([*measured, small], Dtype.bf16, SMALL, memory) == pytest.approx(rate, rel=1e-3)
+
+
+@pytest.mark.parametrize(("native", "expected"), [(True, Dtype.bf16), (False, Dtype.fp16)])
+def test_a_gpu_that_emulates_bf16_is_measured_in_fp16(
+    native: bool, expected: Dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
+    assert half_dtype(torch.device("cuda", 0)) is expected
+    assert half_dtype(torch.device("cpu")) is Dtype.bf16
 
 
 def test_memory_beside_the_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
