@@ -13,12 +13,12 @@ from launcher.config.schema import Dtype
 from launcher.planning.choose.changes import helpful, single_changes
 from launcher.planning.choose.limits import MEMORY_CLASSES, limit, settings_in_words
 from launcher.planning.cost.operations import Collective
-from launcher.planning.cost.rates import specified
-from launcher.planning.cost.run_plan import PROCESS_BYTES, Plan
+from launcher.planning.cost.rates import Shares, specified
+from launcher.planning.cost.run_plan import PROCESS_BYTES, Plan, make_plan
 from launcher.planning.cost.traffic import GroupShape, group_shapes
 from launcher.planning.show.plan_figure import draw_plan
-from launcher.planning.show.plan_report import as_json
-from launcher.text import size
+from launcher.planning.show.plan_report import as_json, print_plan
+from launcher.text import four_digits, size
 from tests.planning.planned import LLAMA, plan_of
 
 H100 = ["hardware=h100_80gb"]
@@ -239,6 +239,47 @@ class TestTime:
         assert sum(found["step"]["parts_s"].values()) == pytest.approx(found["step"]["time_s"])
         assert found["step"]["tokens_per_s"] == pytest.approx(plan.tokens / found["step"]["time_s"])
         assert 0.1 < found["step"]["mfu"] < 0.8
+
+    def test_traffic_behind_computation_is_shown_and_not_free(
+        self, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        plan = plan_of(*LLAMA, *H100, "hardware.nodes=2", "parallelism.zero_stage=3")
+        assert plan.time is not None
+        hidden = plan.time.data_hidden
+        assert as_json(plan, [])["step"]["hidden_s"]["data_communication"] == hidden > 0
+        print_plan(plan, [])
+        out = capsys.readouterr().out
+        assert "hidden behind compute, s" in out
+        [row] = [line for line in out.splitlines() if line.startswith("data communication")]
+        assert row.split()[-1] == four_digits(hidden)
+        free = make_plan(plan.run, plan.layout, shares=Shares(beside=0.0)).time
+        assert free is not None
+        assert plan.time.compute - free.compute == pytest.approx(Shares().beside * hidden)
+
+    def test_gradients_are_reduced_behind_the_last_backward_pass(self) -> None:
+        """The plan's time of BF16_Optimizer's buckets does not depend on the number of micro-batches."""
+        one, eight = (
+            plan_of(
+                *LLAMA, *H100, "hardware.nodes=2", "parallelism.zero_stage=1",
+                f"training.global_batch_size={batch}",
+            ).time
+            for batch in (16, 128)
+        )  # fmt: skip
+        assert one is not None
+        assert eight is not None
+        assert one.data_hidden > one.data / 10
+        assert (eight.data, eight.data_hidden) == pytest.approx((one.data, one.data_hidden))
+
+    def test_there_is_one_bubble(self, capsys: pytest.CaptureFixture[str]) -> None:
+        plan = plan_of(*LLAMA, *CLUSTER)
+        assert plan.bubble is not None
+        step = as_json(plan, [])["step"]
+        assert step["bubble"] == plan.bubble == step["parts_s"]["bubble"] / step["time_s"] > 0
+        print_plan(plan, [])
+        out = capsys.readouterr().out
+        [row] = [line for line in out.splitlines() if line.startswith("bubble")]
+        assert row.split()[-1] == f"{plan.bubble:.1%}"
+        assert f"bubble {plan.bubble:.1%} of the step" in out
 
     def test_twice_the_accelerators_are_not_twice_as_fast(self) -> None:
         one, two = (
