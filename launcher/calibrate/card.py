@@ -262,6 +262,7 @@ def fitted_link(points: Sequence[tuple[float, float]], ranks: int, *, steps: int
     Each step sends a rank's part of the bytes.
     """
     largest, smallest = max(points), min(points)
-    per_byte = (largest[1] - smallest[1]) / (largest[0] - smallest[0])
+    slope = (largest[1] - smallest[1]) / (largest[0] - smallest[0])
+    per_byte = slope if slope > 0 else largest[1] / largest[0]  # noise: small messages were not faster
     hop = max(0.0, smallest[1] - per_byte * smallest[0]) / steps
     return rounded(steps / ranks / per_byte / GIGA), rounded(hop)

@@ -52,10 +52,12 @@ def test_bandwidth_and_latency_of_a_link_are_fitted() -> None:
     assert fitted_link(points, ranks, steps=14) == (250.0, 3e-6)
     gathers = [(size, 7 / 8 * size / link + 7 * hop) for size, _ in points]
     assert fitted_link(gathers, ranks, steps=7) == (250.0, 3e-6)
+    noise = [(1e3, 2.0), (1e9, 1.0)]
+    assert fitted_link(noise, ranks, steps=8) == (1.0, 0.25)
 
 
 def rates_of_links(rank: int, world: int) -> tuple[float, float, float]:
-    return link_rates(world, torch.device("cpu"), (2**12, 2**23))
+    return link_rates(world, torch.device("cpu"), (2**12, 2**24))
 
 
 def test_links_are_measured_between_ranks() -> None:
