@@ -27,7 +27,7 @@ class RankMeasurement:
         self._stopwatch = Stopwatch(self._group_waited_for)
         self.timing_collectives = self._stopwatch.timing_collectives
         self.restart_clock = self._stopwatch.restart
-        self.tensors = Allocations(lambda group: self._names.get(group.group_name))
+        self.tensors = Allocations(lambda group: self._names.get(group.group_name), waits=True)
 
     @contextmanager
     def timing_optimizer(self, engine: Engine) -> Iterator[None]:

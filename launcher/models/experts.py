@@ -105,13 +105,20 @@ class Experts(nn.Module):
 
     def _run(self, rows: Tensor, order: Order) -> Tensor:
         """Run sorted rows through this rank's experts."""
+        if self._trains:
+            self.record.add_rows(len(rows))
         held = self.num_experts // self.expert.size
         y = grouped_linear(rows, self.up.view(held, -1, self.up.shape[1]), order)
         return grouped_linear(activated(self.model, y), self.down.view(held, -1, self.down.shape[1]), order)
 
+    @property
+    def _trains(self) -> bool:
+        """Whether this is the forward pass of a training step."""
+        return torch.is_grad_enabled() and self.training
+
     def _route(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Return weights and numbers of the chosen experts, (B, T, k) each, from logits (B, T, E)."""
-        experts, trains = self.model.experts, torch.is_grad_enabled() and self.training
+        experts, trains = self.model.experts, self._trains
         z = z_loss(logits) if trains else 0.0
         logits = self._with_loss(logits, z, experts.z_loss)
         is_softmax = experts.router is RouterKind.softmax

@@ -7,12 +7,14 @@ from torch import Tensor
 class RoutingRecord:
     """Sums over the tokens of training steps, on the device of the router.
 
-    A block that is recomputed is recorded twice. That changes none of the means and ratios that are read.
+    A block that is recomputed is recorded twice. That changes none of the means and ratios that are read, and
+    rows that are missing are missing twice.
     """
 
     def __init__(self, experts: int) -> None:
         self.experts = experts
         self._sums: Tensor | None = None
+        self._rows = 0
 
     @torch.no_grad()
     def add(self, shares: Tensor, chosen: Tensor, balance: Tensor | float, z: Tensor | float) -> None:
@@ -26,7 +28,18 @@ class RoutingRecord:
         added = torch.cat([uses, torch.stack(others)])
         self._sums = added if self._sums is None else self._sums + added
 
+    def add_rows(self, rows: int) -> None:
+        """Add the rows that the experts of this rank compute, of tokens of any rank."""
+        self._rows += rows
+
     def take(self, device: torch.device) -> Tensor:
-        """Return the sums (E + 5,), and begin anew: uses, entropy, tokens, balance loss, z-loss, calls."""
+        """Return the sums (E + 6,), and begin anew.
+
+        The sums are uses, entropy, tokens, balance loss, z-loss, calls, and rows that experts of this rank
+        computed.
+        """
         sums, self._sums = self._sums, None
-        return torch.zeros(self.experts + 5, dtype=torch.float64, device=device) if sums is None else sums
+        rows, self._rows = torch.tensor([self._rows], dtype=torch.float64, device=device), 0
+        if sums is None:
+            sums = torch.zeros(self.experts + 5, dtype=torch.float64, device=device)
+        return torch.cat([sums, rows])

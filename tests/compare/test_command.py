@@ -84,6 +84,27 @@ def test_table_picture_and_metrics(compared: tuple[str, Path]) -> None:
 
 
 @pytest.mark.slow
+def test_distributed_experts_are_as_planned(tmp_path: Path) -> None:
+    """Every token runs through every expert, which is an even router."""
+    even = [
+        "model=moe_tiny", "model.experts.count=8", "model.experts.top_k=8", "model.experts.shared=0",
+        "model.experts.scaling=1", "model.experts.ffn_hidden_size=64",
+    ]  # fmt: skip
+    layouts = ["compare.layouts=[dp,ep]", "compare.report=report.json", "compare.figure=null"]
+    done = launcher("compare", *even, *SMALL, *FEW, *layouts, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "losses   the same in every layout, within 0.1%" in done.stdout
+    found = found_in(tmp_path)
+    for name in ("dp", "ep"):
+        measured, plan = found[name]["measured"], found[name]["planned"]
+        assert measured["memory"] == pytest.approx(plan["memory"], rel=0.05)
+        assert {group: plan["sent"][group] for group in measured["sent"]} == pytest.approx(measured["sent"])
+    assert found["ep"]["measured"]["sent"]["expert"] > 0
+    assert found["ep"]["measured"]["parts"]["expert"] > 0
+    assert found["ep"]["measured"]["memory"] < found["dp"]["measured"]["memory"]
+
+
+@pytest.mark.slow
 def test_what_one_rank_cannot_hold_trains_split(tmp_path: Path) -> None:
     budget, layouts = "hardware.memory_bytes=8.5e6", "compare.layouts=[single,dp,tp,pp]"
     done = launcher("compare", *SMALL, *FEW, budget, layouts, "compare.report=report.json", cwd=tmp_path)

@@ -14,11 +14,13 @@ from launcher.compare.comparison_report import (
     differing,
     metric_rows,
     print_comparison,
+    shown_groups,
+    shown_parts,
 )
 from launcher.compare.measured_layout import MeasuredLayout, combined
 from launcher.compare.rank_record import RankRecord
 from launcher.config.errors import ConfigError
-from launcher.config.layout import STEP_PARTS
+from launcher.config.layout import EXPERT_GROUPS, GROUPS, STEP_PARTS
 from launcher.config.schema import MeasuredRates
 from launcher.config.world import World
 from tests.config.composing import run_of
@@ -100,15 +102,17 @@ def test_rows_for_metrics_and_machines() -> None:
     assert metric_rows([rows[2]]) == []
 
 
+SPEEDS = [
+    "hardware.peak_flops.fp32=1e11", "hardware.memory_bandwidth_gb_s=10",
+    "hardware.bandwidth_intra_node_gb_s=1",
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("name", ["tp", "pp", "dp_pp"])
 def test_plans_with_known_speeds_have_every_part_that_is_measured(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    speeds = [
-        "hardware.peak_flops.fp32=1e11", "hardware.memory_bandwidth_gb_s=10",
-        "hardware.bandwidth_intra_node_gb_s=1",
-    ]  # fmt: skip
-    planned_row = ComparisonRow(compared(name, 4, *speeds))
+    planned_row = ComparisonRow(compared(name, 4, *SPEEDS))
     assert planned_row.planned_parts.keys() == set(STEP_PARTS)
     plan = planned_row.compared.plan
     assert plan is not None
@@ -116,6 +120,42 @@ def test_plans_with_known_speeds_have_every_part_that_is_measured(
     assert sum(planned_row.planned_parts.values()) == pytest.approx(plan.time.total)
     print_comparison([planned_row])
     assert f"({bubble(planned_row.planned_parts):.0%})" in capsys.readouterr().out
+
+
+def test_expert_parallelism_is_a_layout_if_ranks_and_experts_have_a_common_divisor() -> None:
+    assert named_layouts(8, 4)["ep"] == {"data": 8, "expert": 4}
+    assert named_layouts(4, 16)["ep"] == {"data": 4, "expert": 4}
+    assert "ep" not in named_layouts(4)
+    assert "ep" not in named_layouts(3, 16)
+    assert list(chosen_layouts(["dp", "ep"], 2, 16)) == ["dp", "ep"]
+    with pytest.raises(ConfigError, match=r"compare.layouts=ep: unknown layout"):
+        chosen_layouts(["ep"], 2)
+
+
+def test_groups_of_experts_are_shown_beside_a_layout_that_has_them(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = run_of("hardware=cpu", "parallelism=single", "model=moe_tiny", *SPEEDS)
+    dp, ep = (
+        ComparisonRow(planned(name, in_layout(run, named_layouts(4, 16)[name], CORES), CORES))
+        for name in ("dp", "ep")
+    )
+    assert shown_groups([dp]) == [group for group in GROUPS if group not in EXPERT_GROUPS]
+    assert shown_groups([dp, ep]) == list(GROUPS)
+    assert shown_parts([dp, ep]) == list(STEP_PARTS)
+    assert ep.planned_sent["expert"] > 0
+    assert ep.planned_parts["expert"] > dp.planned_parts["expert"] == 0
+    assert ep.planned_sent["data"] < dp.planned_sent["data"]
+    assert ep.planned_memory is not None
+    assert dp.planned_memory is not None
+    assert ep.planned_memory < dp.planned_memory
+    [told] = [one for one in as_json([dp, ep]) if one["layout"] == "ep"]
+    assert told["resolved"]["expert"] == 4
+    print_comparison([dp, ep])
+    shown = capsys.readouterr().out
+    assert "expert" in shown
+    print_comparison([dp])
+    assert "expert" not in capsys.readouterr().out
 
 
 def test_the_bubble_is_a_share_of_the_step_as_in_a_plan() -> None:

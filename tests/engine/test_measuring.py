@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import launcher.engine.allocations as allocations_module
 from launcher.config.layout import STEP_PARTS
 from launcher.engine.allocations import Allocations, CollectiveCall
 from launcher.engine.base import Engine
@@ -110,6 +111,33 @@ def test_collectives_are_counted_by_group_without_small_ones(groups: dict[str, d
         assert measurement.collectives() == expected
         measurement.tensors.restart()
         assert measurement.collectives() == {}
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_new_peak_after_a_collective_waits_for_the_threads_that_hold_its_tensors(
+    groups: dict[str, dist.ProcessGroup], monkeypatch: pytest.MonkeyPatch, waits: bool
+) -> None:
+    held: list[torch.Tensor] = []  # as by a thread
+    waited: list[float] = []
+
+    def let_go(seconds: float) -> None:
+        waited.append(seconds)
+        held.clear()
+
+    monkeypatch.setattr(allocations_module, "sleep", let_go)
+    with Allocations(waits=waits) as allocations:
+        sent = torch.ones(1000)
+        held.append(torch.ones(1000))
+        assert waited == []  # before a collective nothing is held
+        dist.all_reduce(sent, group=groups["data"])
+        allocations.restart()
+        more = torch.ones(900)
+        assert len(waited) == waits
+        assert allocations.peak == (8000 if waits else 11600)
+        other = torch.ones(700)
+        assert len(waited) == waits  # once after each collective
+        assert allocations.peak == (10400 if waits else 14400)
+        del sent, more, other
 
 
 def test_seconds_of_a_step_are_split_into_parts(groups: dict[str, dist.ProcessGroup]) -> None:

@@ -25,6 +25,8 @@ def test_the_table_of_faults_is_generated_from_the_tests() -> None:
 
 def test_the_number_of_deliberate_faults_is_documented() -> None:
     assert f"{len(FAULTS | EXPERT_MUTATIONS)} deliberate faults" in DOCS
+    of_experts = (ROOT / "docs" / "experts.md").read_text()
+    assert f"{len(EXPERT_MUTATIONS)} deliberate faults of experts" in of_experts
 
 
 def test_every_workaround_is_in_the_documented_file() -> None:

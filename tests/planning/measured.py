@@ -230,7 +230,7 @@ def _measure_rank(rank: int, *, run: RunConfig, layout: Layout, folder: Path) ->
             measurement.tensors.restart()
             engine.train_batch(_batches(run, layout, random))
             peaks.append(measurement.tensors.peak)
-    # The first step makes the optimizer's states; now and then gloo's threads let go of a gradient late.
+    # The first step makes the optimizer's states; now and then gloo's threads let go of a tensor very late.
     peak = min(peaks[1:])
     collectives = [(*call, times) for call, times in measurement.collectives().items()]
     (folder / f"{rank}.json").write_text(json.dumps({"peak": peak, "collectives": collectives}))

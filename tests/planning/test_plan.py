@@ -378,6 +378,21 @@ class TestTraffic:
         assert sent[1] == pytest.approx(1.5 * ring, rel=1e-4)
         assert sent[2] == pytest.approx(2.5 * ring, rel=1e-4)
 
+    @pytest.mark.parametrize(("recomputation", "times"), [("none", 1), ("full", 2)])
+    def test_rows_of_tokens_are_sent_to_their_experts_and_back(self, recomputation: str, times: int) -> None:
+        """Two all-to-alls of rows forward and two backward in each layer; recomputation repeats the first."""
+        plan = plan_of(
+            "model=moe_tiny", "hardware=cpu", "parallelism.data=4", "parallelism.expert=4",
+            "training.micro_batch_size=2", "training.global_batch_size=16",
+            f"parallelism.activation_checkpointing={recomputation}", "plan.expert_imbalance=2",
+        )  # fmt: skip
+        m, micro_batches = plan.run.model, 2
+        rows = 2 * m.max_sequence_length * m.experts.top_k * m.hidden_size * 4  # bytes, of a micro-batch
+        forward, backward = 2 * rows + m.experts.count * 8, 2 * rows  # forward with the numbers of rows
+        sent = micro_batches * m.num_layers * (times * forward + backward) * 3 / 4
+        assert plan.traffic["expert"].sent == sent
+        assert plan.traffic["expert_data"].sent == 0
+
     def test_the_ring_hides_all_but_its_last_gradients_behind_attention(self) -> None:
         plans = {
             method: plan_of("experiment=llama3_8b_128k", f"parallelism.context_method={method}")

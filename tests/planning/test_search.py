@@ -212,6 +212,21 @@ class TestChoice:
         tight = searched(*LLAMA, *CLUSTER, *two, "hardware.memory_bytes=12e9", "parallelism.zero_stage=1")
         assert not any(one.fits for one in tight.candidates if not one.crosses_nodes)
 
+    def test_experts_are_distributed_over_every_number_of_ranks_that_is_legal(self) -> None:
+        moe = [*CLUSTER, "model=moe_tiny", "parallelism.context=1", "parallelism.pipeline=1"]
+        found = searched(*moe)
+        assert {one.layout.expert for one in found.candidates} == {1, 2, 4, 8}
+        shared = [one for one in found.candidates if one.layout.expert > 1]
+        for one in shared:
+            ranks = replace(found.world, ranks=one.layout.world_size, fixed=True)
+            assert validate(one.run, ranks) == one.layout
+            assert one.layout.zero_stage < 3
+        kept = searched(*moe, "parallelism.expert=4").candidates
+        assert {one.layout.expert for one in kept} == {4}
+        assert "experts" in shared[0].kind
+        large = searched(*CLUSTER, "model=qwen3_30b_a3b", "hardware.nodes=4", "data.sequence_length=4096")
+        assert large.fitting[0].layout.expert > 1  # 30B weights are too many for a GPU
+
     def test_context_ranks_where_they_are_fastest_and_where_nothing_else_fits(self) -> None:
         """One sequence of 131,072 tokens on 8 GPUs; two heads, so that tensor ranks do not help much."""
         heads = ["model.num_heads=2", "model.num_kv_heads=2", "model.head_size=128"]

@@ -98,7 +98,7 @@ def _products(s: Sizes, x: str) -> list[Operation]:
         *(_combine(s) if is_distributed else []),
         Operation(
             "collected", ("returned" if is_distributed else "down", "chosen"), s.whole,
-            extra=whole + (rows * s.element if s.element < FP32 else 0), backward_scratch=whole,
+            extra=whole + (rows * s.element if s.element < FP32 else 0),
             forward_matmuls=(Matmul(1, h, e.top_k, s.tokens),),
             backward_matmuls=(Matmul(1, e.top_k, h, s.tokens), Matmul(e.top_k, h, 1, s.tokens)),
             forward_bytes=3 * whole, backward_bytes=5 * whole, kernels=3,

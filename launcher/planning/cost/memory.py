@@ -219,7 +219,7 @@ class _Flat(_Flow):
         left = self.parts.embedding.footprint.saved + ahead * block.saved + size.stretch + tied
         left += size.boundaries
         if ahead and size.checkpointing is ActivationCheckpointing.full:
-            left += block.backward
+            left += block.later  # a bucket is full when a weight has its gradient
         elif ahead:
             left -= size.ffn  # of the block whose last weight no longer fits into the bucket
         return _Moment("reduction within the backward pass", left, self.states.reduced, self.states.gathered)
