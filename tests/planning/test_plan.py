@@ -227,9 +227,9 @@ class TestBudget:
         def margin(*more: str) -> int:
             return plan_of(*LLAMA, *CLUSTER, *more).stages[0].memory.margin
 
-        measured = ["hardware.card.context_bytes=9e8", "hardware.card.group_bytes=1e8"]
+        measured = ["hardware.card.context_bytes=9e8", "hardware.card.group_bytes=5e7"]
         assert margin() == 600_000_000 + 3 * 200_000_000
-        assert margin(*measured) == 900_000_000 + 3 * 100_000_000
+        assert margin(*measured) == 900_000_000 + 3 * 50_000_000
         assert plan_of("hardware=cpu", *measured).stages[0].memory.margin == 0
 
 
