@@ -26,7 +26,7 @@ UNIT_ROUNDOFF = 2.0**-24  # of fp32
 # Of a tensor of n elements: SPREAD (1 + SMALL / sqrt(n)) times the largest measured distance. The distance is
 # the L2 norm of the errors of the elements that are rounded the other way, about n / 7: its own deviation is
 # about 1 / sqrt(2 n / 7) of it.
-SPREAD, SMALL = 2.0, 8.0
+SPREAD, SMALL = 2.0, 12.0
 SQUARES = 2.0  # a second moment's distance is that of its few largest elements: it deviates more
 LEAST = 2.0**-11  # the distance if a few elements in a hundred are rounded the other way
 # A loss is one number, not a norm: its distance may be small by chance. So the root mean square over all
