@@ -38,7 +38,7 @@ test-all: setup  ## Run all tests (less than an hour on two idle cores)
 # Four workers for two cores, because many tests wait for a process. A machine has room for one Slurm
 # cluster: one process runs its tests beside the others and shows its output at the end.
 test-workers:
-	$(BIN)/pytest -q $(SELECT) --numprocesses=4 --dist=loadfile --ignore=tests/slurm
+	$(BIN)/pytest -q $(SELECT) --numprocesses=4 --dist=loadfile --no-loadscope-reorder --ignore=tests/slurm
 test-slurm:
 	@shown=$$($(BIN)/pytest -q $(SELECT) tests/slurm 2>&1); code=$$?; echo "$$shown"; exit $$code
 

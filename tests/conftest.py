@@ -3,7 +3,9 @@
 import gc
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 # Ranks share the machine's cores, and a fork deadlocks in OpenMP's threads. Set before torch is imported.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -14,6 +16,15 @@ from hypothesis import settings
 # By default an example of more than 0.2 s is a failure: on a busy machine, at random.
 settings.register_profile("launcher", deadline=None)
 settings.load_profile("launcher")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest, so that no worker has one left when the others have finished."""
+    weights = Counter[Path]()
+    for item in items:
+        weights[item.path] += 20 if item.get_closest_marker("slow") else 1
+    items.sort(key=lambda item: -weights[item.path])
 
 
 def pytest_collection_finish() -> None:
