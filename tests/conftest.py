@@ -20,7 +20,7 @@ settings.load_profile("launcher")
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files that take longest, so that no worker has one left when the others have finished."""
+    """Begin with the files that take longest: no worker then has one left when the others have finished."""
     weights = Counter[Path]()
     for item in items:
         weights[item.path] += 20 if item.get_closest_marker("slow") else 1
