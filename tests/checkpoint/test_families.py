@@ -1,6 +1,7 @@
 """Each model type of Hugging Face: import, logits, three steps in a 3D layout, export and its files."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 
 from launcher.checkpoint.certificate import our_logits
 from launcher.checkpoint.conversion import export, import_
+from launcher.checkpoint.huggingface import ADAPTERS
 from launcher.checkpoint.sources import weights_at
 from launcher.data.tokenizer import write_byte_tokenizer
 from tests.checkpoint.family_table import (
@@ -23,6 +25,7 @@ from tests.models.families import FAMILIES, QUICK
 from tests.models.small import batch
 
 LOGITS = 1e-4  # largest difference
+DOCS = Path(__file__).parents[2] / "docs" / "models.md"
 some_families = pytest.mark.parametrize(
     "family", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in FAMILIES]
 )
@@ -86,3 +89,16 @@ def test_three_steps_in_a_3d_layout_are_those_of_transformers(
 ) -> None:
     errors = errors_after_training(theirs(family), tmp_path)
     assert {name: error for name, error in errors.items() if not error <= LARGEST_ERROR} == {}
+
+
+def test_the_documentation_shows_each_family() -> None:
+    """`python -m tests.checkpoint.family_table` prints the rows."""
+    shown = re.search(r"<!-- families -->\n(.*?)\n<!-- /families -->", DOCS.read_text(), re.DOTALL)
+    assert shown is not None
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in shown[1].splitlines()[2:]]
+    assert [row[0] for row in rows] == list(FAMILIES)
+    assert {row[1] for row in rows} == {f"`{adapter.model_type}`" for adapter in ADAPTERS}
+    for _, _, logits, _, steps, certificate in rows:
+        assert float(logits) <= LOGITS
+        assert float(steps) <= LARGEST_ERROR
+        assert certificate.startswith("yes, ")
