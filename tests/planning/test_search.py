@@ -212,6 +212,7 @@ class TestChoice:
         tight = searched(*LLAMA, *CLUSTER, *two, "hardware.memory_bytes=12e9", "parallelism.zero_stage=1")
         assert not any(one.fits for one in tight.candidates if not one.crosses_nodes)
 
+    @pytest.mark.slow
     def test_experts_are_distributed_over_every_number_of_ranks_that_is_legal(self) -> None:
         moe = [*CLUSTER, "model=moe_tiny"]
         found = searched(*moe)
