@@ -19,8 +19,10 @@ settings.load_profile("launcher")
 
 
 @pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files that take longest: no worker then has one left when the others have finished."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """In a worker, begin with the files that take longest: none is left for one worker at the end."""
+    if not hasattr(config, "workerinput"):
+        return
     weights = Counter[Path]()
     for item in items:
         weights[item.path] += 20 if item.get_closest_marker("slow") else 1
