@@ -1,6 +1,7 @@
 """The certificate of an export: transformers, or PEFT, and the launcher compute the same logits from it."""
 
 import json
+import warnings
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -155,7 +156,10 @@ def _logits_by_peft(folder: Path, base: Path, tokens: Tensor) -> Tensor:
     """Return the logits (B, T, V) of the model at `base` with the adapter in `folder`, in fp32."""
     from peft import PeftModel
 
-    adapted: Any = PeftModel.from_pretrained(_their_model(base), str(folder))
+    with warnings.catch_warnings():
+        # PEFT 0.21 uses names that transformers 5 is about to give up.
+        warnings.simplefilter("ignore", FutureWarning)
+        adapted: Any = PeftModel.from_pretrained(_their_model(base), str(folder))
     logits: Tensor = adapted.eval()(tokens).logits
     return logits
 
