@@ -82,6 +82,7 @@ def parts_of(inputs: Inputs, ranks: int, first: Tensor | None = None) -> list[Pa
     return parts
 
 
+@torch.no_grad()
 def ring(parts: list[Part]) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Return for each rank its result, and the gradients of its queries and of its keys and values (fp32)."""
     totals = [torch.zeros_like(part.keys_values, dtype=torch.float32) for part in parts]
@@ -119,7 +120,7 @@ def fused(inputs: Inputs) -> Results:
 def exact(inputs: Inputs) -> Results:
     """Return causal attention in fp32 of the same numbers; keys and values are copied for each query head."""
     groups = inputs.q.shape[2] // inputs.k.shape[2]
-    leaves = [x.float().requires_grad_() for x in inputs[:3]]
+    leaves = [x.detach().float().requires_grad_() for x in inputs[:3]]
     q, k, v = (x.transpose(1, 2) for x in leaves)
     k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
     mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
