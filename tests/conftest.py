@@ -2,10 +2,13 @@
 
 import gc
 import os
+import sys
+from collections.abc import Iterator
 
 # Ranks share the machine's cores, and a fork deadlocks in OpenMP's threads. Set before torch is imported.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import pytest
 from hypothesis import settings
 
 # By default an example of more than 0.2 s is a failure: on a busy machine, at random.
@@ -17,3 +20,10 @@ def pytest_collection_finish() -> None:
     """Leave the modules out of garbage collection, which would walk them and, in a fork, copy their pages."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ranks_end_with_their_file() -> Iterator[None]:
+    yield
+    if "tests.distributed" in sys.modules:  # it imports torch, which most tests of config never need
+        sys.modules["tests.distributed"].close_pools()
