@@ -159,12 +159,12 @@ ONE_LAYER = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "more", [[], ["precision=bf16"], LORA, [*LORA, "precision=bf16"], ["parallelism.context=2"]]
-)
+@pytest.mark.parametrize("more", [[], ["precision=bf16"], LORA, ["parallelism.context=2"]])
 def test_a_single_layer_and_a_long_sequence(more: list[str]) -> None:
     """The backward pass of the last norm is the peak; on CPU torch computes RMSNorm in several operations."""
-    assert wrong(compared(*ONE_LAYER, *more)) == []
+    found = compared(*ONE_LAYER, *more)
+    assert wrong(found) == []
+    assert [one for one in found if one.quantity == "peak" and abs(one.error) > 0.005] == []
 
 
 # Attention needs most here: few FFN columns, long sequences, a stage without the head.
