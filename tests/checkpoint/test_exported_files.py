@@ -224,6 +224,8 @@ def test_a_run_on_text_exports_the_tokenizer_of_its_bytes(tmp_path: Path) -> Non
     assert tokenizer.encode(TEXT) == list(TEXT.encode())
     assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
     assert json.loads((tmp_path / "back" / "config.json").read_text())["eos_token_id"] == 0
+    assert tokenizer.eos_token_id == 0
+    assert tokenizer.encode(f"{TEXT}\0{TEXT}") == list(f"{TEXT}\0{TEXT}".encode())
 
 
 def test_a_run_on_conversations_exports_tokenizer_and_template(tmp_path: Path) -> None:
@@ -235,5 +237,7 @@ def test_a_run_on_conversations_exports_tokenizer_and_template(tmp_path: Path) -
     messages = [{"role": "user", "content": TEXT}]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert text == f"<|im_start|>user\n{TEXT}<|im_end|>\n<|im_start|>assistant\n"
-    # The end of documents, a zero byte, is spelled like a letter, which is still text.
+    # tokenizers spells the end of documents, a zero byte, like a letter, which is still text.
     assert tokenizer.encode(f"{text}\u0100") == list(f"{text}\u0100".encode())
+    assert (tokenizer.eos_token_id, tokenizer.encode("a\0")) == (0, [97, 0])
+    assert tokenizer.decode([97, 0, 98], skip_special_tokens=True) == "ab"

@@ -156,7 +156,10 @@ def test_conversations_have_the_loss_of_the_runs_validation(layout: str, tmp_pat
     shipped = (Path(package.__file__).parent / "data" / "conversations.jsonl").read_text()
     lines = shipped.splitlines(keepends=True)
     (tmp_path / "kept.jsonl").write_text("".join(lines[-round(0.2 * len(lines)) :]))
-    assert report(tmp_path, "run.dir=r", "chats=kept.jsonl")["data"]["chats"] == pytest.approx(found)
+    path = "r"
+    if layout == "one process":
+        succeeds("export", "r", path := "hf", cwd=tmp_path)
+    assert report(tmp_path, f"run.dir={path}", "chats=kept.jsonl")["data"]["chats"] == pytest.approx(found)
     # Bytes are tokens here; the end of a conversation is a token without a byte.
     ends = found["tokens"] - found["bytes"]
     assert 0 < ends < 10
@@ -246,16 +249,32 @@ def tasks(place: Path) -> Path:
     return place
 
 
+NAMED = ["tasks=[choice,rolling,generation]", "task_dir=tasks"]
+
+
+def assert_same(found: dict[str, Any], by_harness: Path) -> None:
+    for task, values in json.loads(by_harness.read_text()).items():
+        for metric, value in values.items():
+            if "," in metric and "stderr" not in metric:
+                assert found[task][metric] == pytest.approx(value, rel=1e-5), (task, metric)
+
+
 def test_tasks_give_the_numbers_of_the_harness_on_the_export(tasks: Path, subtests: pytest.Subtests) -> None:
-    right = json.loads((tasks / "hf.json").read_text())
-    named = ["tasks=[choice,rolling,generation]", "task_dir=tasks", "run.dir=r"]
     for name in ("tp2", "pp2", "zero3", "cp2"):  # over context ranks each window is filled up to whole chunks
         with subtests.test(name):
-            found = report(tasks, *named, *LAYOUTS[name])["tasks"]["results"]
-            for task, metrics in right.items():
-                for metric, value in metrics.items():
-                    if "," in metric and "stderr" not in metric:
-                        assert found[task][metric] == pytest.approx(value, rel=1e-5), (task, metric)
+            found = report(tasks, *NAMED, "run.dir=r", *LAYOUTS[name])["tasks"]["results"]
+            assert_same(found, tasks / "hf.json")
+
+
+@pytest.mark.slow
+def test_tasks_of_a_run_on_bytes_give_the_numbers_of_the_harness(tasks: Path) -> None:
+    """The end of documents, a zero byte, is the token before each text."""
+    trained("run.dir=b", "training.steps=2", cwd=tasks)
+    succeeds("export", "b", "hf-bytes", cwd=tasks)
+    program = BY_HF.replace('"pretrained": "hf"', '"pretrained": "hf-bytes"').replace("hf.json", "bytes.json")
+    done = heavy().run([], cwd=tasks, environment=environment(**offline(tasks)), program=program, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert_same(report(tasks, *NAMED, "run.dir=b")["tasks"]["results"], tasks / "bytes.json")
 
 
 def test_each_token_but_the_first_is_scored_once_with_context() -> None:
