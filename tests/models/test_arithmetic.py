@@ -158,9 +158,10 @@ def test_flops_of_a_pass_that_is_executed(architecture: str) -> None:
     models = {"vit": small_vit(), "moe_tiny": replace(shipped("moe_tiny"), dropout=0.0)}
     model = models.get(architecture) or small(architecture)
     length = vision_tokens(model) if architecture == "vit" else 24
-    assert train_flops_per_token(model, length) == pytest.approx(
-        counted_flops(model, length, "cpu"), rel=1e-3
-    )
+    # torch counts the sum of a token's experts as a product.
+    sums = 6 * model.experts.top_k * model.hidden_size * model.num_layers if model.experts.count else 0
+    counted = counted_flops(model, length, "cpu") - sums
+    assert train_flops_per_token(model, length) == pytest.approx(counted, rel=1e-4 if sums else 1e-3)
 
 
 DOCS = Path(__file__).parents[2] / "docs" / "planning.md"

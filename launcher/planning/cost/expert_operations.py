@@ -83,6 +83,8 @@ def _products(s: Sizes, x: str) -> list[Operation]:
     entered = Collective("all_gather", s.whole), Collective("reduce_scatter", s.whole)
     reduced = (Collective("all_reduce", s.whole),) if s.tensor > 1 else ()
     is_split, is_distributed = s.sequence_parallel, s.expert > 1
+    # Experts.forward refers to the rows until the experts have run, also if no weight's gradient needs them.
+    held = _received(s) * h * s.element if s.is_frozen else 0
     return [
         Operation(
             "rows", (x,), whole, extra=2 * rows * INT64,
@@ -94,8 +96,8 @@ def _products(s: Sizes, x: str) -> list[Operation]:
         *(_dispatch(s) if is_distributed else []),
         _product(s, "up", "sorted" if is_distributed else "rows", h, columns * segments),
         *activation(s, "up", "activated", _received(s) * columns * s.element),
-        _product(s, "down", "activated", columns, h),
-        *(_combine(s) if is_distributed else []),
+        _product(s, "down", "activated", columns, h, scratch=held),
+        *(_combine(s, held) if is_distributed else []),
         Operation(
             "collected", ("returned" if is_distributed else "down", "chosen"), s.whole,
             extra=whole + (rows * s.element if s.element < FP32 else 0),
@@ -129,18 +131,23 @@ def _dispatch(s: Sizes) -> list[Operation]:
     ]  # fmt: skip
 
 
-def _combine(s: Sizes) -> list[Operation]:
-    """Return the operations that send the results back to the ranks of their tokens."""
+def _combine(s: Sizes, held: int) -> list[Operation]:
+    """Return the operations that send results back to the ranks of their tokens; `held` bytes are beside."""
     row = s.hidden_size * s.element
     received, rows = _received(s), Collective("all_to_all", s.tokens * s.experts.top_k * row)
     moved = 2 * received * row
     return [
-        Operation("unsorted", ("down",), received * row, forward_bytes=moved, backward_bytes=moved),
-        Operation("returned", ("unsorted",), rows.size, forward_exchange=(rows,), backward_exchange=(rows,)),
-    ]
+        Operation(
+            "unsorted", ("down",), received * row, scratch=held, forward_bytes=moved, backward_bytes=moved
+        ),
+        Operation(
+            "returned", ("unsorted",), rows.size, scratch=held, forward_exchange=(rows,),
+            backward_exchange=(rows,),
+        ),
+    ]  # fmt: skip
 
 
-def _product(s: Sizes, name: str, x: str, inputs: int, outputs: int) -> Operation:
+def _product(s: Sizes, name: str, x: str, inputs: int, outputs: int, *, scratch: int = 0) -> Operation:
     """Return a product of each expert with its own rows."""
     count, rows = s.experts.count // s.expert, _received(s)
     each, more = divmod(rows, count)
@@ -150,7 +157,7 @@ def _product(s: Sizes, name: str, x: str, inputs: int, outputs: int) -> Operatio
     of_rows = tuple(Matmul(m, inputs, outputs, number) for m, number in used)
     of_weights = tuple(Matmul(outputs, inputs, m, number) for m, number in used) if trains else ()
     return Operation(
-        name, (x,), rows * outputs * s.element, saves=(x,) if trains else (),
+        name, (x,), rows * outputs * s.element, saves=(x,) if trains else (), scratch=scratch,
         weight=count * inputs * outputs * s.element * trains,
         forward_matmuls=tuple(Matmul(m, outputs, inputs, number) for m, number in used),
         backward_matmuls=of_rows + of_weights,
