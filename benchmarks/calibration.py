@@ -1,14 +1,18 @@
 """Compare planned and measured step times in twelve layouts of 1 to 4 ranks.
 
 `python -m benchmarks.calibration [FOLDER]` calibrates this machine, then trains in interleaved rounds for
-about ten minutes. Nothing is fitted to these runs. FOLDER keeps the hardware config (default: a temporary
-folder).
+about ten minutes in all. Nothing is fitted to these runs. FOLDER keeps the hardware config and the runs
+(default: a temporary folder). Progress is printed on standard error.
 """
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Mapping
+from itertools import combinations
 from pathlib import Path
 from statistics import median
 
@@ -20,6 +24,7 @@ from launcher.launch.this_machine import this_machine
 from launcher.planning.cost.run_plan import Plan, make_plan
 
 ROUNDS, STEPS = 3, 9
+CLEAR = 0.15  # least difference of two measured times, beyond the noise, for which their order counts
 MODEL = [
     "model=gpt_mini", "training.global_batch_size=16", "training.micro_batch_size=2",
     "training.validation_interval=0", f"training.steps={STEPS}", "logging=local",
@@ -42,7 +47,9 @@ LAYOUTS: dict[str, dict[str, int | str]] = {
 
 
 def main(folder: Path) -> None:
+    started = time.monotonic()
     launcher("calibrate", f"dir={folder}")
+    report("calibrated", started)
     hardware = [f"--config-dir={folder}", "hardware=this_machine"]
     runs = {name: [*hardware, *MODEL, *typed(sizes)] for name, sizes in LAYOUTS.items()}
     taken: dict[str, list[float]] = {name: [] for name in runs}
@@ -51,8 +58,13 @@ def main(folder: Path) -> None:
             directory = folder / "runs" / f"{name}-{number}"
             launcher("train", *overrides, f'run.dir="{directory}"')
             taken[name] += step_times(directory)
+        report(f"round {number + 1} of {ROUNDS}", started)
     found = {name: (planned(runs[name]), median(seconds)) for name, seconds in taken.items()}
     print(table(found))
+
+
+def report(stage: str, started: float) -> None:
+    print(f"{stage}, {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
 
 
 def typed(sizes: dict[str, int | str]) -> list[str]:
@@ -60,8 +72,17 @@ def typed(sizes: dict[str, int | str]) -> list[str]:
 
 
 def launcher(*arguments: str) -> None:
+    """Run a command of the launcher; exit with its output if it fails.
+
+    Without OMP_NUM_THREADS of the caller, each run shares the cores among its ranks, as calibration does.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     done = subprocess.run(
-        [sys.executable, "-m", "launcher", *arguments], text=True, capture_output=True, check=False
+        [sys.executable, "-m", "launcher", *arguments],
+        text=True,
+        capture_output=True,
+        check=False,
+        env=environment,
     )
     if done.returncode:
         sys.exit(done.stdout + done.stderr)
@@ -90,11 +111,24 @@ def table(found: dict[str, tuple[float, float]]) -> str:
         f"| {name} | {taken * 1e3:.0f} | {plan * 1e3:.0f} | {plan / taken - 1:+.1%} |"
         for name, (plan, taken) in found.items()
     ]
-    worst = max(abs(plan / taken - 1) for plan, taken in found.values())
+    errors = [abs(plan / taken - 1) for plan, taken in found.values()]
     order = spearman(*zip(*found.values(), strict=True))
-    return "\n".join(
-        [*lines, "", f"Spearman's rank correlation {order:.2f}; the largest error is {worst:.1%}."]
-    )
+    mean, worst = sum(errors) / len(errors), max(errors)
+    lines += ["", f"Mean error {mean:.1%}, the largest {worst:.1%}. Spearman's rank correlation {order:.2f}."]
+    return "\n".join([*lines, *order_of_pairs(found)])
+
+
+def order_of_pairs(found: Mapping[str, tuple[float, float]]) -> list[str]:
+    """Return lines about the planned order of the pairs of layouts whose measured times differ clearly."""
+    clear = [
+        sorted(pair, key=lambda name: found[name][1])
+        for pair in combinations(found, 2)
+        if abs(found[pair[0]][1] - found[pair[1]][1]) > CLEAR * min(found[name][1] for name in pair)
+    ]
+    wrong = [(fast, slow) for fast, slow in clear if found[fast][0] >= found[slow][0]]
+    right = f"{len(clear) - len(wrong)} of {len(clear)}"
+    lines = [f"Of the pairs whose measured times differ by more than {CLEAR:.0%}, {right} are in order."]
+    return lines + [f"Planned in the other order: {fast} is faster than {slow}." for fast, slow in wrong]
 
 
 def spearman(*columns: tuple[float, ...]) -> float:

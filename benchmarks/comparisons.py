@@ -1,6 +1,7 @@
 """Every comparison of a planned step on GPUs with a measured or published one, for docs/planning.md.
 
     python -m benchmarks.comparisons
+    python -m benchmarks.comparisons RUN...     rows of finished runs, to append to the table
 
 The rows on an H100 are this project's runs. Those of 2026-11-26 are planned with the engine of that day:
 attention copied its operands, all logits were kept, several kernels of the loss read them, and DeepSpeed made
@@ -8,14 +9,19 @@ its own passes over the gradients. Rows that are not fitted come from other prog
 plan is from runs that this engine did not make.
 """
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from functools import partial
+from pathlib import Path
 from unittest.mock import patch
 
 from benchmarks import narayanan
+from launcher.commands.learn import finished_run
 from launcher.config.compose import compose_jobs
+from launcher.config.errors import ConfigError
 from launcher.config.layout import Layout, resolve_layout
 from launcher.config.schema import Dtype, RunConfig
 from launcher.config.shape import qkv_sizes
@@ -28,6 +34,8 @@ from launcher.planning.cost.parts import parts
 from launcher.planning.cost.rates import Shares
 from launcher.planning.cost.run_plan import Plan, make_plan
 from launcher.planning.cost.sizes import Sizes
+from launcher.runtime.metrics.rows import rows_in
+from launcher.runtime.run_dir import METRICS
 
 OLD, NEW = "H100, 2026-11-26", "H100, 2026-11-27"
 SC21 = "Narayanan et al., SC 2021"
@@ -321,7 +329,36 @@ def comparisons() -> list[Comparison]:
     return [*on_this_h100(), *on_this_h200(), *megatron(), *zero_3(), *deepspeed_pipelines(), *torchtitan()]
 
 
-def table(rows: list[Comparison]) -> str:
+def finished_runs(paths: Sequence[Path]) -> list[Comparison]:
+    """Return finished runs beside their plans on the hardware of their own configs.
+
+    Raises ConfigError for a directory without a finished run, and for hardware without known speeds.
+    """
+    return [_finished(path) for path in paths]
+
+
+def _finished(path: Path) -> Comparison:
+    done = finished_run(path)
+    plan, hardware = make_plan(done.run, done.layout), done.run.hardware
+    if plan.time is None:
+        why = f"the hardware config of {path} states no speed"
+        raise ConfigError("hardware", None, why, f"launcher plan learn=[{path}] hardware=NAME")
+    measured = (row.get("memory/allocated_bytes") for row in rows_in(path / METRICS))
+    peaks = [size for size in measured if size is not None]
+    day = datetime.fromtimestamp((path / METRICS).stat().st_mtime, UTC).date()
+    return Comparison(
+        run=f"{path.name}: {done.layout.describe()}",
+        source=f"{hardware.card.name or done.layout.device}, {day}",
+        fitted="compute_scale" if hardware.compute_scale != 1 else "",
+        measured=done.seconds,
+        planned=plan.time.total,
+        measured_gb=peaks[-1] / 1e9 if peaks else None,
+        planned_gb=max(stage.memory.allocated for stage in plan.stages) / 1e9,
+    )
+
+
+def lines_of(rows: Sequence[Comparison]) -> list[str]:
+    """Return the table of the rows."""
     lines = [
         "| run | source | fitted | measured, s | planned, s | error | measured, GB | planned, GB | error |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -329,9 +366,20 @@ def table(rows: list[Comparison]) -> str:
     for row in rows:
         memory = ["", "", ""]
         if row.memory_error is not None:
-            memory = [f"{row.measured_gb:.1f}", f"{row.planned_gb:.1f}", f"{row.memory_error:+.1%}"]
+            memory = [*map(_gigabytes, (row.measured_gb, row.planned_gb)), f"{row.memory_error:+.1%}"]
         cells = [row.run, row.source, row.fitted or "no", f"{row.measured:.3g}", f"{row.planned:.3g}"]
         lines.append(f"| {' | '.join([*cells, f'{row.error:+.1%}', *memory])} |")
+    return lines
+
+
+def _gigabytes(size: float | None) -> str:
+    assert size is not None
+    return f"{size:.1f}" if size >= 10 else f"{size:.3g}"
+
+
+def table(rows: Sequence[Comparison]) -> str:
+    """Return the table with the mean errors of the rows that were fitted, and of the others."""
+    lines = lines_of(rows)
     for words, some in (
         ("fitted", [row for row in rows if row.fitted]),
         ("kept aside", [row for row in rows if not row.fitted]),
@@ -345,4 +393,8 @@ def table(rows: list[Comparison]) -> str:
 
 
 if __name__ == "__main__":
-    print(table(comparisons()))
+    try:
+        runs = finished_runs([Path(name) for name in sys.argv[1:]])
+    except ConfigError as error:
+        sys.exit(str(error))
+    print("\n".join(lines_of(runs)) if runs else table(comparisons()))

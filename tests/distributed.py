@@ -53,10 +53,20 @@ def run_fresh(function: Callable[..., T], world: int, *args: Any, timeout: float
             ranks.kill()
 
 
-@cache
+_POOLS: dict[int, "RankPool"] = {}
+
+
 def pool(world: int) -> "RankPool":
-    """The ranks of this world size, started at their first use and kept for the session."""
-    return RankPool(world)
+    """The ranks of this world size, started at their first use and kept for the tests of a file."""
+    if world not in _POOLS:
+        _POOLS[world] = RankPool(world)
+    return _POOLS[world]
+
+
+def close_pools() -> None:
+    """End all ranks: gloo's threads of a waiting rank wake a hundred times a second."""
+    for each in _POOLS.values():
+        each.close()
 
 
 class RankPool:

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -13,10 +13,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
 
 from launcher.calibrate.engine_overhead import rounded
-from launcher.calibrate.probes import seconds, stream
+from launcher.calibrate.probes import finish, seconds, stream
 from launcher.config.schema import AttentionRate, CardRates, Dtype, PeakFlops, ShapeRates
 from launcher.engine.distributed import join, leave
 from launcher.engine.watchdog import MEASURING_MINUTES, Watchdog
@@ -26,7 +25,7 @@ from launcher.parallel.dtypes import TORCH_DTYPES
 from launcher.planning.cost.operations import BYTES
 
 GIGA = 1e9
-CALLS = 20  # of an all-reduce
+CALLS = 20  # of a collective
 
 
 @dataclass(frozen=True)
@@ -75,14 +74,27 @@ def _rank(rank: int, *, ranks: int, folder: Path) -> None:
         watchdog.at("the probes of a GPU")
         # Alone: a GPU that computes beside others may be slowed down by their heat.
         card = card_rates(device) if rank == 0 else CardRates()
+        context = bytes_beside_allocator(device)
         dist.barrier()
-        watchdog.at("the probe of all-reduces")
+        watchdog.at("the probe of collectives")
         if ranks > 1:
-            card.link_gb_s, card.hop_s = link_rates(ranks, device)
+            card.link_gb_s, card.gather_gb_s, card.hop_s = link_rates(ranks, device, ProbeSizes().messages)
+            card.group_bytes = max(0.0, bytes_beside_allocator(device) - context)
         if rank == 0:
+            card.context_bytes = context
             memory = torch.cuda.get_device_properties(device).total_memory
             (folder / "card.json").write_text(json.dumps({"card": asdict(card), "memory": memory}))
         leave()
+
+
+def bytes_beside_allocator(device: torch.device) -> float:
+    """Return the bytes of a GPU that are not free and that torch's allocator does not hold.
+
+    After the probes this is the CUDA context with the kernels of its libraries, if no other process uses the
+    GPU. The first collective of a group adds NCCL's buffers.
+    """
+    free, total = torch.cuda.mem_get_info(device)
+    return float(total - free - torch.cuda.memory_reserved(device))
 
 
 def card_rates(device: torch.device, sizes: ProbeSizes | None = None) -> CardRates:
@@ -93,8 +105,9 @@ def card_rates(device: torch.device, sizes: ProbeSizes | None = None) -> CardRat
     dtypes = (Dtype.fp32, Dtype.bf16, Dtype.fp16) if is_gpu else (Dtype.fp32, Dtype.bf16)
     shapes = {dtype: shape_rates(device, dtype, sizes) for dtype in dtypes}
     products = {dtype.name: large_rate(rates, dtype, sizes, memory) for dtype, rates in shapes.items()}
-    odd = [product_rate(device, Dtype.bf16, (sizes.tokens, n + 1, k)) for n, k in sizes.products]
-    unaligned = large_rate(odd, Dtype.bf16, sizes, memory) / products[Dtype.bf16.name]
+    half = half_dtype(device)
+    odd = [product_rate(device, half, (sizes.tokens, n + 1, k)) for n, k in sizes.products]
+    unaligned = large_rate(odd, half, sizes, memory) / products[half.name]
     return CardRates(
         name=torch.cuda.get_device_name(device) if is_gpu else "CPU",
         measured_on=datetime.now(UTC).date().isoformat(),
@@ -108,6 +121,15 @@ def card_rates(device: torch.device, sizes: ProbeSizes | None = None) -> CardRat
         launch_s=launch_seconds(device),
         host_gb_s=rounded(copy_rate(torch.device("cpu"), device, sizes.copied) / 2 / GIGA),
     )
+
+
+def half_dtype(device: torch.device) -> Dtype:
+    """Return the precision of 16 bits that a device trains in: fp16 on a GPU that emulates bf16 (V100, T4).
+
+    There attention in bf16 would run without a fused kernel, and keep all scores.
+    """
+    emulates = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+    return Dtype.fp16 if emulates else Dtype.bf16
 
 
 class ProductRate(NamedTuple):
@@ -158,7 +180,7 @@ def attention_rate(device: torch.device, head_size: int, sizes: ProbeSizes) -> A
     forward, backward = [], []
     for length in sizes.lengths:
         shape = max(1, max(sizes.lengths) // length), sizes.heads, length, head_size
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        dtype = TORCH_DTYPES[half_dtype(device)] if device.type == "cuda" else torch.float32
         q, k, v = (torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
         attend = partial(F.scaled_dot_product_attention, q, k, v, is_causal=True)
         mixed = attend()
@@ -199,31 +221,48 @@ def launch_seconds(device: torch.device) -> float:
     return rounded(seconds(lambda: x.add_(1), device))
 
 
-def link_rates(ranks: int, device: torch.device) -> tuple[float, float]:
-    """Return GB/s that a rank sends in an all-reduce, and seconds of a step. Collective over the world."""
-    points = []
-    for size in ProbeSizes().messages:
-        tensor: Tensor = torch.zeros(size // 4, device=device)
-        points.append((float(size), all_reduce_seconds(tensor, device)))
-    return fitted_link(points, ranks)
+def link_rates(ranks: int, device: torch.device, messages: Sequence[int]) -> tuple[float, float, float]:
+    """Return GB/s that a rank sends in all-reduces and in others, and seconds of a step of an all-reduce.
+
+    Others are all-gathers and reduce-scatters, of which the slower counts. Collective over the world.
+    """
+    points: dict[str, list[tuple[float, float]]] = {}
+    for size in messages:
+        piece = torch.zeros(size // 4 // ranks, device=device)
+        whole = torch.zeros(piece.numel() * ranks, device=device)
+        calls: dict[str, Callable[[], object]] = {
+            "all_reduce": partial(dist.all_reduce, whole),
+            "all_gather": partial(dist.all_gather_into_tensor, whole, piece),
+            "reduce_scatter": partial(dist.reduce_scatter_tensor, piece, whole),
+        }
+        for kind, call in calls.items():
+            points.setdefault(kind, []).append((4.0 * whole.numel(), collective_seconds(call, device)))
+    link, hop = fitted_link(points["all_reduce"], ranks, steps=2 * (ranks - 1))
+    gather, scatter = (
+        fitted_link(points[kind], ranks, steps=ranks - 1)[0] for kind in ("all_gather", "reduce_scatter")
+    )
+    return link, min(gather, scatter), hop
 
 
-def all_reduce_seconds(tensor: Tensor, device: torch.device) -> float:
+def collective_seconds(call: Callable[[], object], device: torch.device) -> float:
     """Return the mean seconds of a call. All ranks make the same number of calls."""
     for _ in range(3):
-        dist.all_reduce(tensor)
-    torch.cuda.synchronize(device)
+        call()
+    finish(device)
     started = time.perf_counter()
     for _ in range(CALLS):
-        dist.all_reduce(tensor)
-    torch.cuda.synchronize(device)
+        call()
+    finish(device)
     return (time.perf_counter() - started) / CALLS
 
 
-def fitted_link(points: Sequence[tuple[float, float]], ranks: int) -> tuple[float, float]:
-    """Return GB/s and seconds of a step from (bytes, seconds) of all-reduces in a ring of `ranks`. Pure."""
+def fitted_link(points: Sequence[tuple[float, float]], ranks: int, *, steps: int) -> tuple[float, float]:
+    """Return GB/s and seconds of a step from (bytes, seconds) of collectives in a ring of `ranks`. Pure.
+
+    Each step sends a rank's part of the bytes.
+    """
     largest, smallest = max(points), min(points)
-    steps = 2 * (ranks - 1)
-    per_byte = (largest[1] - smallest[1]) / (largest[0] - smallest[0])
+    slope = (largest[1] - smallest[1]) / (largest[0] - smallest[0])
+    per_byte = slope if slope > 0 else largest[1] / largest[0]  # noise: small messages were not faster
     hop = max(0.0, smallest[1] - per_byte * smallest[0]) / steps
     return rounded(steps / ranks / per_byte / GIGA), rounded(hop)

@@ -53,15 +53,16 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
 
 
 def _run(work: Callable[[], object], calls: int, device: torch.device) -> float:
-    _finish(device)
+    finish(device)
     started = time.perf_counter()
     for _ in range(calls):
         work()
-    _finish(device)
+    finish(device)
     return time.perf_counter() - started
 
 
-def _finish(device: torch.device) -> None:
+def finish(device: torch.device) -> None:
+    """Wait until the device has done all work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

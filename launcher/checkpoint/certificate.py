@@ -1,6 +1,9 @@
-"""The certificate of an export: transformers and the launcher compute the same logits from it."""
+"""The certificate of an export: transformers, or PEFT, and the launcher compute the same logits from it."""
 
 import json
+import warnings
+from collections.abc import Callable
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -8,8 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from launcher.checkpoint.adapters import MergedReader
 from launcher.checkpoint.companions import CERTIFICATE
-from launcher.checkpoint.read import HuggingFaceReader, fill_whole
+from launcher.checkpoint.read import (
+    HuggingFaceReader,
+    WeightReader,
+    fill_whole,
+    open_adapters,
+    open_weights,
+)
 from launcher.checkpoint.sources import WeightSource, weights_at
 from launcher.config.errors import ConfigError
 from launcher.config.schema import ModelConfig, RunConfig
@@ -31,24 +41,62 @@ def write_certificate(exported: Path, target: Path, memory: int | None = None) -
     Both models are in memory one after the other. If this needs more than `memory`, in bytes, it says so and
     compares nothing: the system would kill the export.
     """
-    try:
-        found = version("transformers")
-    except PackageNotFoundError:
-        _write(exported, {"ok": None, "reason": "transformers is not installed"})
-        return
     weights = weights_at(exported, "TARGET")
-    needed = FP32 * parameters(weights.model)
-    if memory is not None and needed > memory:
-        sizes = f"{bytes_text(needed)} of memory in fp32, and this machine has {bytes_text(memory)}"
-        _write(exported, {"ok": None, "reason": f"the model needs {sizes}"})
+    reason = _too_large(weights.model, memory)
+    ours, theirs = partial(our_logits, weights), partial(their_logits, exported)
+    _compare(exported, target, ["transformers"], reason, weights.model, ours, theirs)
+
+
+def write_adapter_certificate(
+    exported: Path, target: Path, weights: WeightSource, base: str | None, memory: int | None = None
+) -> None:
+    """Compare our logits with those of PEFT, as write_certificate does, with the adapters alone exported.
+
+    Both read the frozen weights at `base`: a run in bf16 may hold them rounded.
+    """
+    reason, place = _too_large(weights.model, memory), Path(base or "")
+    if base is None or not (place / "config.json").exists():
+        where = "is not known" if base is None else f"is no longer at {base}"
+        reason = f"the model that the adapter was trained for {where}"
+    ours, theirs = partial(_adapted_logits, weights, place), partial(_logits_by_peft, exported, place)
+    _compare(exported, target, ["transformers", "peft"], reason, weights.model, ours, theirs)
+
+
+def _too_large(model: ModelConfig, memory: int | None) -> str | None:
+    """Return why a model does not fit in memory; None if it does."""
+    needed = FP32 * parameters(model)
+    if memory is None or needed <= memory:
+        return None
+    sizes = f"{bytes_text(needed)} of memory in fp32, and this machine has {bytes_text(memory)}"
+    return f"the model needs {sizes}"
+
+
+def _compare(
+    exported: Path,
+    target: Path,
+    packages: list[str],
+    reason: str | None,
+    model: ModelConfig,
+    ours: Callable[[Tensor], Tensor],
+    theirs: Callable[[Tensor], Tensor],
+) -> None:
+    """Write certificate.json; with a `reason` not to compare, only this. Raises ConfigError."""
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            reason = f"{package} is not installed"
+    if reason is not None:
+        _write(exported, {"ok": None, "reason": reason})
         return
-    tokens = _tokens(weights.model)
-    ours, theirs = our_logits(weights, tokens), their_logits(exported, tokens)
-    difference, scale = float((ours - theirs).abs().max()), max(float(theirs.abs().max()), 1.0)
+    tokens = _tokens(model)
+    our, their = ours(tokens), theirs(tokens)
+    difference, scale = float((our - their).abs().max()), max(float(their.abs().max()), 1.0)
     ok = difference <= TOLERANCE * scale
     _write(exported, {
         "ok": ok,
-        "transformers": found,
+        **versions,
         "torch": torch.__version__,
         "computed_in": "float32",
         "tokens": tokens.tolist(),
@@ -57,7 +105,8 @@ def write_certificate(exported: Path, target: Path, memory: int | None = None) -
         "allowed": TOLERANCE * scale,
     })  # fmt: skip
     if not ok:
-        why = f"transformers {found} computes other logits from this export: they differ by {difference:.3g}"
+        other = f"{packages[-1]} {versions[packages[-1]]}"
+        why = f"{other} computes other logits from this export: they differ by {difference:.3g}"
         raise ConfigError(
             "export", target, why, "certificate=false, and report this as a bug of the launcher"
         )
@@ -73,21 +122,50 @@ def _tokens(model: ModelConfig) -> Tensor:
     return torch.randint(model.vocab_size, (BATCH, length), generator=generator)
 
 
-@torch.no_grad()
 def our_logits(weights: WeightSource, tokens: Tensor) -> Tensor:
     """Return the logits (B, T, V) of the launcher's model in fp32."""
+    return _logits_from(HuggingFaceReader(weights), weights.model, tokens)
+
+
+def _adapted_logits(weights: WeightSource, base: Path, tokens: Tensor) -> Tensor:
+    """Return the logits (B, T, V) of the launcher's model at `base` with adapters, in fp32."""
+    frozen = open_weights(weights_at(base, "checkpoint.init_from"))
+    return _logits_from(MergedReader(frozen, open_adapters(weights)), weights.model, tokens)
+
+
+@torch.no_grad()
+def _logits_from(reader: WeightReader, described: ModelConfig, tokens: Tensor) -> Tensor:
     mesh = ProcessMesh.single()
-    run = RunConfig(model=weights.model)
+    run = RunConfig(model=described)
     run.training.seed = 0
     context = BlockContext.create(run, mesh, Initializer(0, mesh.tensor, drawn=False))
-    model = flat_model(weights.model, context).eval()
-    fill_whole(model, HuggingFaceReader(weights))
+    model = flat_model(described, context).eval()
+    fill_whole(model, reader)
     return model.logits(tokens)
 
 
 @torch.no_grad()
 def their_logits(folder: Path, tokens: Tensor) -> Tensor:
-    """Return the logits (B, T, V) of transformers' model in fp32, by its eager attention.
+    """Return the logits (B, T, V) of transformers' model in fp32."""
+    logits: Tensor = _their_model(folder)(tokens).logits
+    return logits
+
+
+@torch.no_grad()
+def _logits_by_peft(folder: Path, base: Path, tokens: Tensor) -> Tensor:
+    """Return the logits (B, T, V) of the model at `base` with the adapter in `folder`, in fp32."""
+    from peft import PeftModel
+
+    with warnings.catch_warnings():
+        # PEFT 0.21 uses names that transformers 5 is about to give up.
+        warnings.simplefilter("ignore", FutureWarning)
+        adapted: Any = PeftModel.from_pretrained(_their_model(base), str(folder))
+    logits: Tensor = adapted.eval()(tokens).logits
+    return logits
+
+
+def _their_model(folder: Path) -> Any:
+    """Return transformers' model in fp32, with its eager attention.
 
     Its other kinds of attention leave out Gemma's soft cap.
     """
@@ -98,5 +176,4 @@ def their_logits(folder: Path, tokens: Tensor) -> Tensor:
     model: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
     )
-    logits: Tensor = model.eval()(tokens).logits
-    return logits
+    return model.eval()

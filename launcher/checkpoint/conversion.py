@@ -12,7 +12,7 @@ from torch import Tensor
 
 from launcher import __version__
 from launcher.checkpoint.adapters import write_peft
-from launcher.checkpoint.certificate import write_certificate
+from launcher.checkpoint.certificate import write_adapter_certificate, write_certificate
 from launcher.checkpoint.companions import SOURCE, base_config, carry_companions
 from launcher.checkpoint.exported_files import write_tokenizer
 from launcher.checkpoint.huggingface import Entry
@@ -80,15 +80,24 @@ def export(
     return notes
 
 
-def export_adapters(weights: WeightSource, target: Path, options: ExchangeConfig) -> None:
-    """Write a directory for PeftModel.from_pretrained. Raises UnusableCheckpoint, OSError."""
+def export_adapters(
+    weights: WeightSource, target: Path, options: ExchangeConfig, memory: int | None = None
+) -> None:
+    """Write a directory for PeftModel.from_pretrained.
+
+    Raises UnusableCheckpoint, OSError, and ConfigError if PEFT computes other logits than the launcher.
+    """
     stored = stored_files_of(weights)
     assert stored is not None
     with new_directory(target) as aside, unchanged(stored):
         check_files(stored, files_with_weights(stored))
         entries = weights.adapter.entries(weights.model)
         dtype = torch.float32 if options.dtype is None else TORCH_DTYPES[options.dtype]
-        write_peft(open_adapters(weights), entries, aside, dtype, base_of_adapter(weights))
+        base = base_of_adapter(weights)
+        write_peft(open_adapters(weights), entries, aside, dtype, base)
+        # Rounded to 16 bits, an adapter computes other logits than the adapter of the run.
+        if options.certificate and dtype is torch.float32:
+            write_adapter_certificate(aside, target, weights, base, memory)
 
 
 def base_of_adapter(weights: WeightSource) -> str | None:

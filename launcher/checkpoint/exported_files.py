@@ -18,6 +18,8 @@ from launcher.checkpoint.tokenizer_files import (
     has_tokenizer,
     largest_token,
     leave_out_special_tokens,
+    set_longest_text,
+    spell_zero_byte,
     tokens_of,
 )
 from launcher.config.compose import load_typed
@@ -50,6 +52,8 @@ def write_tokenizer(
             if path.name not in ("config.json", GENERATION):
                 shutil.copyfile(path, target / path.name)
     forget_paths(target)
+    if _has_another_length(weights):
+        set_longest_text(target, weights.model.max_sequence_length)
     notes = [
         f"without the special token {token!r} of its tokenizer: model.vocab_size={size} has no such token"
         for token in leave_out_special_tokens(target, size)
@@ -58,11 +62,18 @@ def write_tokenizer(
         has = f"its tokenizer has the token {largest}"
         raise NotConvertible(f"{has}, and model.vocab_size={size} has no such token")
     if (target / TOKENIZER).exists() and not (target / TOKENIZER_CONFIG).exists():
-        _write(target / TOKENIZER_CONFIG, _tokenizer_config(weights, ids, tokens_of(target / TOKENIZER)))
+        _write(target / TOKENIZER_CONFIG, _tokenizer_config(weights, ids, target))
     _write(target / GENERATION, {**_generation(weights), **ids})
     if not has_tokenizer(target):
         notes.append("without a tokenizer: none came with the weights or with the data. Copy its files there")
     return ids, notes
+
+
+def _has_another_length(weights: WeightSource) -> bool:
+    """Return whether the run changed the longest sequence of the model that it began with."""
+    theirs = base_config(weights.path)
+    length = theirs.get("max_position_embeddings", theirs.get("n_positions"))
+    return length is not None and length != weights.model.max_sequence_length
 
 
 def data_of(weights: WeightSource) -> Settings:
@@ -100,14 +111,17 @@ def _generation(weights: WeightSource) -> Settings:
     return {name: base[name] for name in _SAMPLING if name in base}
 
 
-def _tokenizer_config(weights: WeightSource, ids: Settings, tokens: dict[int, str]) -> Settings:
+def _tokenizer_config(weights: WeightSource, ids: Settings, target: Path) -> Settings:
     """Return the settings by which AutoTokenizer loads a tokenizer.json as it is.
 
-    A byte that ends documents is spelled by one character and is no special token: text may contain it.
+    Another byte than zero that ends documents is no special token: text may contain it.
     """
     ends = ids["eos_token_id"]
     end = ends[0] if isinstance(ends, list) else ends
-    special = {"eos_token": tokens[end]} if len(tokens.get(end, "")) > 1 else {}
+    spelling = tokens_of(target / TOKENIZER).get(end, "")
+    if len(spelling) == 1:
+        spelling = (spell_zero_byte(target) if end == END_OF_TEXT else None) or ""
+    special = {"eos_token": spelling} if spelling else {}
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": weights.model.max_sequence_length,

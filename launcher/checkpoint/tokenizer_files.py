@@ -8,6 +8,7 @@ from typing import Any
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 _SPECIAL, _ADDED, _VOCABULARY = "special_tokens_map.json", "added_tokens.json", "vocab.json"
 _OF_ANOTHER_PLACE = {"name_or_path", "tokenizer_file", "special_tokens_map_file"}
+_ZERO, _LETTER_OF_ZERO = "\0", "\u0100"
 # Files that a tokenizer can be loaded from; the last is SentencePiece's.
 _LOADABLE = (TOKENIZER, _VOCABULARY, "tokenizer.model")
 
@@ -22,6 +23,31 @@ def forget_paths(folder: Path) -> None:
     if stale := _OF_ANOTHER_PLACE & settings.keys():
         kept = {name: value for name, value in settings.items() if name not in stale}
         (folder / TOKENIZER_CONFIG).write_text(_as_json(kept))
+
+
+def spell_zero_byte(folder: Path) -> str | None:
+    """Make the zero byte a special token of a tokenizer of bytes; return its spelling, None for another file.
+
+    tokenizers spells this byte by a letter, which text may contain. Spelled as the byte itself, the token is
+    found in text where its byte is, and transformers can name it as the end of documents.
+    """
+    content = _table_in(folder / TOKENIZER)
+    vocabulary = (content.get("model") or {}).get("vocab")
+    if not isinstance(vocabulary, dict) or vocabulary.get(_LETTER_OF_ZERO) != 0:
+        return None
+    vocabulary[_ZERO] = vocabulary.pop(_LETTER_OF_ZERO)
+    matching = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    added = {"id": 0, "content": _ZERO, "special": True, **matching}
+    content["added_tokens"] = [*(content.get("added_tokens") or ()), added]
+    (folder / TOKENIZER).write_text(_as_json(content))
+    return _ZERO
+
+
+def set_longest_text(folder: Path, tokens: int) -> None:
+    """Set the longest text, in tokens, that tokenizer_config.json names, if it names one."""
+    settings = _table_in(folder / TOKENIZER_CONFIG)
+    if "model_max_length" in settings:
+        (folder / TOKENIZER_CONFIG).write_text(_as_json({**settings, "model_max_length": tokens}))
 
 
 def leave_out_special_tokens(folder: Path, size: int) -> list[str]:

@@ -51,8 +51,10 @@ def export_main(arguments: list[str]) -> int:
 def _export_adapters(weights: WeightSource, target: Path, options: ExchangeConfig) -> int:
     from launcher.checkpoint.conversion import export_adapters
 
-    _written(lambda: export_adapters(weights, target, options), weights, target)
+    memory = memory_here()
+    _written(lambda: export_adapters(weights, target, options, memory), weights, target)
     print(f"exported the adapter of {weights.path}\n      to {target} (load it with peft's PeftModel)")
+    print(f"      {certified(target, 'peft')}")
     print("      merged=true exports the whole model with the adapter added")
     return 0
 
@@ -101,16 +103,16 @@ def _exchanged(verb: str, arguments: list[str]) -> tuple[WeightSource, Path, Exc
     return weights_at(source, verb), target, jobs[0].config
 
 
-def certified(target: Path) -> str:
-    """Return what the certificate of an export says, in words."""
+def certified(target: Path, package: str = "transformers") -> str:
+    """Return in words the certificate of an export, which `package` loads."""
     path = target / CERTIFICATE
     if not path.exists():
-        return "not compared with transformers"
+        return f"not compared with {package}"
     certificate = json.loads(path.read_text())
     if not certificate["ok"]:
-        return f"not compared with transformers: {certificate['reason']}"
-    difference, version = certificate["largest_difference"], certificate["transformers"]
-    return f"logits differ from transformers {version} by at most {difference:.1e}: {path.name}"
+        return f"not compared with {package}: {certificate['reason']}"
+    difference, version = certificate["largest_difference"], certificate[package]
+    return f"logits differ from {package} {version} by at most {difference:.1e}: {path.name}"
 
 
 def _written(write: Callable[[], _Result], weights: WeightSource, target: Path) -> _Result:

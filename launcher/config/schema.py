@@ -416,7 +416,10 @@ class CardRates:
     launch_s: Optional[float] = None  # seconds of the host to start an operation
     host_gb_s: Optional[float] = None  # GB/s between pinned host memory and the accelerator
     link_gb_s: Optional[float] = None  # GB/s that a rank sends in a large all-reduce within a node
+    gather_gb_s: Optional[float] = None  # the same in any other collective; null: link_gb_s
     hop_s: Optional[float] = None  # seconds of latency of a step of a ring within a node
+    context_bytes: Optional[float] = None  # memory of the CUDA context with its kernels; null: 0.6e9
+    group_bytes: Optional[float] = None  # memory of NCCL for a group of ranks; null: 0.2e9
 
 
 @dataclass

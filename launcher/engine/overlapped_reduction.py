@@ -90,7 +90,11 @@ class _Running:
             self._sent = [torch.empty_like(gradient, dtype=sent) for gradient in gradients]
             torch._foreach_copy_(self._sent, gradients)
         average = dist.ReduceOp.AVG
-        self._work: Any = dist.all_reduce_coalesced(self._sent, op=average, group=group, async_op=True)
+        self._work: Any
+        if len(self._sent) == 1:  # gloo copies the tensors of a coalesced all-reduce, to and fro
+            self._work = dist.all_reduce(self._sent[0], op=average, group=group, async_op=True)
+        else:
+            self._work = dist.all_reduce_coalesced(self._sent, op=average, group=group, async_op=True)
 
     def end(self) -> None:
         """Wait for the averages. On a GPU the computing stream waits, not the host."""

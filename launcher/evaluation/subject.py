@@ -94,8 +94,16 @@ def subject_of(config: EvaluateConfig, path: Path) -> Subject:
     tokenizer = subject.tokenizer()
     if isinstance(tokenizer, HuggingFace):
         _check_size(tokenizer, subject)
-        end = tokenizer.end_of_document if end is None and tokenizer.end_spelling else end
+        if end is None:
+            end = tokenizer.end_of_document if tokenizer.end_spelling else _eos_of(subject)
     return replace(subject, end_of_document=Bytes.end_of_document if is_of_bytes else end)
+
+
+def _eos_of(subject: Subject) -> int | None:
+    """Return the token that tokenizer_config.json names as the end; None if it names none."""
+    spelling = subject.special_token("eos_token")
+    tokens = {} if subject.tokenizer_json is None else tokens_of(subject.tokenizer_json)
+    return next((index for index, text in tokens.items() if text == spelling), None)
 
 
 def _tokenizer_json(config: EvaluateConfig, weights: WeightSource) -> Path | None:

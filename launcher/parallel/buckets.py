@@ -5,25 +5,31 @@ from collections.abc import Sequence
 from launcher.config.layout import Layout
 from launcher.config.schema import Dtype, RunConfig, StatesDtype
 
-# Elements that fill a bucket. On a GPU as in Megatron-LM: NCCL needs large messages. Gloo does not, and a
-# model for a CPU is small.
-FILLED = {"cuda": 40_000_000, "cpu": 1_000_000}
+# Elements that fill a bucket. On a GPU as in Megatron-LM: NCCL needs large messages. Gloo needs fewer bytes,
+# and copies what a bucket of several weights holds: on a CPU each matrix of usual size is a bucket.
+FILLED = {"cuda": 40_000_000, "cpu": 100_000}
 
 
-def buckets(sizes: Sequence[int], filled: int) -> list[range]:
+def buckets(sizes: Sequence[int], filled: int) -> list[list[int]]:
     """Return the places in `sizes` of each bucket's weights, in the order in which the buckets are reduced.
 
     `sizes` is the elements of each weight in the order of the modules. The backward pass reaches the last
-    weight first. A bucket takes whole weights until it holds at least `filled` elements.
+    weight first. A weight of at least `filled` elements is a bucket of its own; smaller ones share a bucket
+    until it holds as many. A bucket is reduced when its first weight has its gradient.
     """
-    result: list[range] = []
-    end, elements = len(sizes), 0
+    result: list[list[int]] = []
+    shared: list[int] = []
+    elements = 0
     for place in range(len(sizes) - 1, -1, -1):
+        if sizes[place] >= filled:
+            result.append([place])
+            continue
+        shared.insert(0, place)
         elements += sizes[place]
-        if elements >= filled or place == 0:
-            result.append(range(place, end))
-            end, elements = place, 0
-    return result
+        if elements >= filled:
+            result.append(shared)
+            shared, elements = [], 0
+    return [*result, shared] if shared else result
 
 
 def reduces_during_backward(run: RunConfig, layout: Layout) -> bool:

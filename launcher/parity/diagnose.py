@@ -129,10 +129,10 @@ WRONG_OUTPUT = {
     "embedding": "the look-up in a split vocabulary: its mask or the first row of a shard",
     "patches": "other images are read, or their pixels and channels in another order, or the convolution",
     "positions": "positions offset wrongly, for this stage or for this rank's sequence shard",
-    "norm": "the norm: its weight, its epsilon, or the dimension that it reduces",
+    "norm": "the norm: its input, its weight, its epsilon, or the dimension that it reduces",
     "qkv": _COLUMN_LAYER,
     "up": _COLUMN_LAYER,
-    "down": "a row layer: its shards, its bias added more than once, or its reduce-scatter",
+    "down": "the activation, or a row layer: its shards, its bias added more than once, its reduce-scatter",
     "head": "the projection to the vocabulary: its shards, or a weight that is not tied to the embedding",
 }
 SUMMED_OVER_TENSOR_RANKS = ("embedding", "attention.output", "mlp.down")

@@ -199,7 +199,7 @@ def long_samples(run: RunConfig, layout: Layout, small: RunConfig) -> RunConfig 
 
 
 def _shrink_model(small: RunConfig, run: RunConfig, layout: Layout) -> None:
-    m, tensor, stages = small.model, small.parallelism.tensor, small.parallelism.pipeline
+    m, tensor = small.model, small.parallelism.tensor
     heads_per_kv_head = min(2, run.model.num_heads // kv_heads(run.model))
     kv_heads_per_rank = min(2, kv_heads(run.model) // layout.tensor)
     if run.parallelism.context_method is ContextMethod.ulysses:
@@ -218,8 +218,7 @@ def _shrink_model(small: RunConfig, run: RunConfig, layout: Layout) -> None:
         fills = head_size(run.model) * run.model.num_heads == run.model.hidden_size
         m.head_size = per_head if fills else per_head * 3 // 2
     m.ffn_hidden_size = tensor * (m.hidden_size // tensor + 3)
-    uneven = run.model.num_layers % (layout.pipeline * stages_per_rank(run)) != 0
-    m.num_layers = stages * BLOCKS_PER_STAGE + (1 if uneven else 0)
+    m.num_layers = _layers(small, run, layout)
     if has_experts(m):
         _shrink_experts(small)
     divides = output_size(run.model) % layout.tensor == 0
@@ -240,6 +239,20 @@ def _shrink_model(small: RunConfig, run: RunConfig, layout: Layout) -> None:
     _shrink_attention(small, run)
     # At the usual 0.02 the blocks of a small model add almost nothing to the residual stream.
     m.init_std = 0.1
+
+
+def _layers(small: RunConfig, run: RunConfig, layout: Layout) -> int:
+    """Return the number of layers: a few per stage, one more if the stages do not divide those of `run`.
+
+    If windows or experts are in every n-th layer, stages begin at different places of the pattern. Else the
+    layers would be right even if each stage counted its own layers.
+    """
+    stages = small.parallelism.pipeline
+    if run.model.num_layers % (layout.pipeline * stages_per_rank(run)) != 0:
+        return stages * BLOCKS_PER_STAGE + 1  # the first stage has one more
+    has_pattern = run.model.full_attention_every is not None or run.model.experts.every > 1
+    is_hidden = has_pattern and stages > 1 and stages_per_rank(small) == 1
+    return stages * (BLOCKS_PER_STAGE + is_hidden)
 
 
 def _shrink_experts(small: RunConfig) -> None:

@@ -86,6 +86,19 @@ def test_the_tokenizer_and_its_chat_template_are_exported(tmp_path: Path) -> Non
     assert tokenizer.eos_token_id == 0
 
 
+def test_the_tokenizer_has_the_longest_text_of_a_run_that_changed_it(tmp_path: Path) -> None:
+    source = written(tmp_path / "theirs", vocab_size=300)
+    train_bpe([TEXT * 40], 270, source / "tokenizer.json")
+    (source / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 9999}))
+    import_(weights_at(source, "x"), tmp_path / "ours", OPTIONS)
+    ours = weights_at(tmp_path / "ours", "x")
+    for length, longest in ((24, 9999), (12, 12)):
+        changed = replace(ours, model=replace(ours.model, max_sequence_length=length))
+        export(changed, tmp_path / str(length), OPTIONS, write_byte_tokenizer)
+        settings = json.loads((tmp_path / str(length) / "tokenizer_config.json").read_text())
+        assert settings["model_max_length"] == longest
+
+
 def test_a_tokenizer_without_settings_gets_them(tmp_path: Path) -> None:
     source = written(tmp_path / "theirs", vocab_size=300)
     train_bpe([TEXT * 40], 270, source / "tokenizer.json")
@@ -211,6 +224,8 @@ def test_a_run_on_text_exports_the_tokenizer_of_its_bytes(tmp_path: Path) -> Non
     assert tokenizer.encode(TEXT) == list(TEXT.encode())
     assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
     assert json.loads((tmp_path / "back" / "config.json").read_text())["eos_token_id"] == 0
+    assert tokenizer.eos_token_id == 0
+    assert tokenizer.encode(f"{TEXT}\0{TEXT}") == list(f"{TEXT}\0{TEXT}".encode())
 
 
 def test_a_run_on_conversations_exports_tokenizer_and_template(tmp_path: Path) -> None:
@@ -222,5 +237,7 @@ def test_a_run_on_conversations_exports_tokenizer_and_template(tmp_path: Path) -
     messages = [{"role": "user", "content": TEXT}]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert text == f"<|im_start|>user\n{TEXT}<|im_end|>\n<|im_start|>assistant\n"
-    # The end of documents, a zero byte, is spelled like a letter, which is still text.
+    # tokenizers spells the end of documents, a zero byte, like a letter, which is still text.
     assert tokenizer.encode(f"{text}\u0100") == list(f"{text}\u0100".encode())
+    assert (tokenizer.eos_token_id, tokenizer.encode("a\0")) == (0, [97, 0])
+    assert tokenizer.decode([97, 0, 98], skip_special_tokens=True) == "ab"

@@ -349,13 +349,13 @@ def test_a_path_that_is_no_model_is_answered_with_what_it_is(
 
 @pytest.mark.slow
 def test_import_train_and_export_from_the_command_line(tmp_path: Path) -> None:
-    """Train imported weights in two layouts and from init_from, and export the result."""
+    """Train imported bf16 weights in two layouts and from init_from, and export the result in bf16."""
     model = small(
         "llama", hidden_size=64, vocab_size=256, max_sequence_length=32, init_std=0.02, rope_theta=1e4
     )
     make, _ = THEIRS[PositionKind.rope]
     torch.manual_seed(1)
-    make(model).save_pretrained(tmp_path / "theirs")
+    make(model).bfloat16().save_pretrained(tmp_path / "theirs")
     (tmp_path / "theirs" / "tokenizer.json").write_text("{}")
     done = launcher("import", "theirs", "ours", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
@@ -376,7 +376,7 @@ def test_import_train_and_export_from_the_command_line(tmp_path: Path) -> None:
     done = launcher("export", "c", "back", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert (tmp_path / "back" / "tokenizer.json").exists()
-    AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "back", dtype="auto").dtype == torch.bfloat16
     again = launcher("export", "c", "back", cwd=tmp_path)
     assert again.returncode == 2
     assert "already exists" in again.stderr

@@ -14,10 +14,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from launcher.checkpoint import adapters
 from launcher.checkpoint.conversion import export, export_adapters
 from launcher.checkpoint.manifest import checkpoints_in, read_manifest
 from launcher.checkpoint.sources import WeightSource, weights_at
-from launcher.config.schema import CheckpointConfig, ExchangeConfig, ModelConfig, RunConfig
+from launcher.config.errors import ConfigError
+from launcher.config.schema import CheckpointConfig, Dtype, ExchangeConfig, ModelConfig, RunConfig
 from launcher.data.tokenizer import write_byte_tokenizer
 from launcher.parity.reference import GlobalBatch, probe_batches
 from tests.checkpoint.saving import LAYOUTS, Outcome, assert_close, load_and_save, run_in, saved, train
@@ -188,6 +190,9 @@ def test_an_export_loads_in_peft_and_equals_the_merged_export(
     source, (tokens, _) = weights_at(theirs(family), "x"), batch(61)
     adapter = adapter_after(STEPS, source, LAYOUTS["single"], tmp_path / "run")
     export_adapters(adapter, tmp_path / "adapter", OPTIONS)
+    found = certificate_in(tmp_path / "adapter")
+    assert found["ok"] is True
+    assert {"transformers", "peft"} < found.keys()
     # The certificate compares the merged weights in transformers with ours.
     export(adapter, tmp_path / "merged", OPTIONS, write_byte_tokenizer)
     with torch.no_grad():
@@ -197,6 +202,29 @@ def test_an_export_loads_in_peft_and_equals_the_merged_export(
         merged = base_model(tmp_path / "merged").eval()(tokens).logits
     assert float((logits - began).abs().max()) > 1e-3
     torch.testing.assert_close(logits, merged, rtol=1e-5, atol=1e-5)
+
+
+def certificate_in(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / "certificate.json").read_text())
+    return content
+
+
+def test_an_adapter_that_peft_computes_otherwise_is_not_exported(
+    peft_adapters: tuple[WeightSource, dict[str, Tensor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, _ = peft_adapters
+    adapter = adapter_after(1, source, LAYOUTS["single"], tmp_path / "run")
+    settings = adapters._peft_settings
+    monkeypatch.setattr(adapters, "_peft_settings", lambda *a: {**settings(*a), "lora_alpha": 600.0})
+    with pytest.raises(ConfigError, match=r"peft .* computes other logits from this export"):
+        export_adapters(adapter, tmp_path / "adapter", OPTIONS)
+    assert not (tmp_path / "adapter").exists()
+    without_base = replace(adapter, base=tmp_path / "gone")
+    export_adapters(without_base, tmp_path / "adapter", OPTIONS)
+    reason = "the model that the adapter was trained for is not known"
+    assert certificate_in(tmp_path / "adapter") == {"ok": None, "reason": reason}
+    export_adapters(adapter, tmp_path / "rounded", ExchangeConfig(dtype=Dtype.bf16))
+    assert not (tmp_path / "rounded" / "certificate.json").exists()
 
 
 def resumed(first: str, second: str, folder: Path) -> tuple[Outcome, Outcome]:

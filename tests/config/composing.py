@@ -73,9 +73,9 @@ UNPUBLISHED = {
         "model=gpt_tiny", "model.norm=rms_norm", "model.num_kv_heads=2", "model.head_size=24",
         "model.biases.output=false", "model.biases.head=true", "model.tie_embeddings=false",
     ],
-    "layer norm, rope, swiglu, some biases, heads of 8": [
+    "layer norm, linearly scaled positions, swiglu, some biases, heads of 8": [
         "model=llama_tiny", "model.norm=layer_norm", "model.head_size=8", "model.biases.qkv=true",
-        "model.biases.down=true",
+        "model.biases.down=true", "model.rope_scaling.kind=linear", "model.rope_scaling.factor=2",
     ],
     "norms before and after, geglu, capped scores and logits, scaled embedding, windows in turn": [
         "model=llama_tiny", "model.norm_placement=sandwich", "model.mlp=geglu", "model.attention_soft_cap=50",

@@ -82,6 +82,7 @@ WRONG = {
     "scheduler=wsd training.steps=20": "scheduler.decay_steps=40: 20 warm-up steps + 40 decay",
     "precision=fp16": "precision.dtype=fp16: DeepSpeed trains fp16 on GPUs only",
     "precision.dtype=FP32": "precision.dtype=FP32: must be one of fp32 | bf16 | fp16",
+    "model.rope_scaling.kind=dynamic": "model.rope_scaling.kind=dynamic: must be one of none | linear",
     "hardware=h100_80gb": "hardware.device=cuda: this machine has no GPU",
     "hardware.nodes=2": "hardware.nodes=2: `launcher` starts ranks on this machine only",
     "data=text": "data.train=null: data=text needs files to train on",

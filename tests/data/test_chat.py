@@ -322,6 +322,10 @@ def test_each_conversation_is_in_one_window(lengths: list[tuple[int, int]], leng
         assert inputs[row].tolist() == ids[:-1]
         expected = [i if m else IGNORED_LABEL for i, m in zip(ids[1:], learned[1:], strict=True)]
         assert labels[row].tolist() == expected
+    part = (range(length // 3, length // 2), range(length - 1, length))  # as a context rank reads it
+    held = [position for each in part for position in each]
+    for whole, read in zip((inputs, labels), packed.read(np.arange(len(rows)), part), strict=True):
+        assert (read == whole[:, held]).all()
     counted = int((labels != IGNORED_LABEL).sum())
     assert packed.count_labels(np.arange(len(rows))) == counted
     assert Samples(packed, "seed").count_labels(np.arange(2 * len(rows))) == 2 * counted

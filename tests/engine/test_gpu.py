@@ -1,4 +1,4 @@
-"""Tests that need a GPU: a step does not wait for it, and the loss adds its products in fp32."""
+"""Tests that need a GPU: a step does not wait for it; sums of the loss in fp32; the ring's attention."""
 
 import subprocess
 import sys
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import ring_attention
 from launcher.config.schema import RunConfig
 from launcher.config.shape import sequence_length
 from launcher.config.validate import validate
@@ -57,6 +58,17 @@ def test_a_step_does_not_wait_for_the_gpu(settings: tuple[str, ...]) -> None:
         [sys.executable, "-m", "tests.engine.test_gpu", "cuda", *settings], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_the_ring_of_simulated_ranks_computes_whole_attention(ranks: int, dtype: torch.dtype) -> None:
+    """As exact as torch's fused attention, with its kernel for causal pairs and without it for fp32."""
+    inputs = ring_attention.draw(512, dtype, "cuda", 8, 2, 64)
+    parts, right = ring_attention.parts_of(inputs, ranks), ring_attention.exact(inputs)
+    of_ring = ring_attention.errors(ring_attention.joined(parts, ring_attention.ring(parts)), right)
+    of_torch = ring_attention.errors(ring_attention.fused(inputs), right)
+    assert all(error < 1.5 * of_torch[name] + 1e-5 for name, error in of_ring.items()), (of_ring, of_torch)
 
 
 @pytest.mark.parametrize("compiled", [False, True])

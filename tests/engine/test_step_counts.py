@@ -3,7 +3,7 @@
 import sys
 from collections import Counter
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -92,13 +92,14 @@ def counted_step(
         engine.train_batch(batches(run, layout))
     ready.clear()
     reduced_after: list[int] = []
-    reduce = dist.all_reduce_coalesced
 
-    def noted(*arguments: Any, **options: Any) -> Any:
-        reduced_after.append(len(ready))
-        return reduce(*arguments, **options)
+    def noted(reduce: Callable[..., Any], *arguments: Any, async_op: bool = False, **options: Any) -> Any:
+        if async_op:
+            reduced_after.append(len(ready))
+        return reduce(*arguments, async_op=async_op, **options)
 
-    dist.all_reduce_coalesced = noted
+    dist.all_reduce = partial(noted, dist.all_reduce)
+    dist.all_reduce_coalesced = partial(noted, dist.all_reduce_coalesced)
     with measurement.tensors, reads:
         engine.train_batch(batches(run, layout))
     leave()

@@ -15,6 +15,7 @@ from launcher.config.errors import ConfigError
 from launcher.config.schema import EvaluateConfig
 from launcher.data.evaluated import scored_windows
 from launcher.data.windows import Stretch
+from launcher.evaluation.results import Results, numbers
 from launcher.evaluation.tasks import _unknown
 from launcher.runtime.metrics.wandb_files import fragments, records
 from tests.forked_commands import environment, heavy
@@ -112,6 +113,35 @@ def test_a_checkpoint_an_export_token_files_and_validation_data_are_measured(pla
     assert list(report(place, "run.dir=r", "limit=3")["data"]) == ["validation"]
 
 
+@pytest.mark.slow
+def test_experts_over_ranks_have_the_loss_of_one_process(tmp_path: Path) -> None:
+    trained(
+        "model=moe_tiny", "model.experts.ffn_hidden_size=16", "run.dir=r", "training.steps=2", cwd=tmp_path
+    )
+    layouts = [], ["parallelism.expert=2", "parallelism.data=2"], ["parallelism.tensor=2"]
+    found = [report(tmp_path, "run.dir=r", "limit=9", *layout)["data"]["validation"] for layout in layouts]
+    for other in found[1:]:
+        assert other == pytest.approx(found[0], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_run_with_adapters_is_measured_as_its_merged_export(place: Path) -> None:
+    model = ["model=llama_tiny", "model.vocab_size=301", "checkpoint.init_from=hf", "data=tokens"]
+    adapters = ["finetune.lora.rank=2", "finetune.lora.dropout=0.1", "optimizer.lr=0.05"]
+    steps = ["training.steps=2", "scheduler=constant", "scheduler.warmup_steps=0"]
+    trained(*model, *adapters, *steps, "data.train=a", "run.dir=adapted", cwd=place)
+    succeeds("export", "adapted", "merged", "merged=true", cwd=place)
+
+    def loss(path: str, *layout: str) -> float:
+        found = report(place, f"run.dir={path}", "tokens=a", "limit=9", *layout)["data"]["tokens"]
+        return float(found["loss"])
+
+    merged = loss("merged")
+    assert abs(merged - loss("hf")) > 0.01
+    for name in ("tp2", "zero3"):
+        assert loss("adapted", *LAYOUTS[name]) == pytest.approx(merged, rel=1e-5), name
+
+
 @pytest.mark.parametrize("layout", ["one process", "tp2"])
 def test_conversations_have_the_loss_of_the_runs_validation(layout: str, tmp_path: Path) -> None:
     """In training they are packed and do not see each other; here each is a window of its own."""
@@ -126,7 +156,10 @@ def test_conversations_have_the_loss_of_the_runs_validation(layout: str, tmp_pat
     shipped = (Path(package.__file__).parent / "data" / "conversations.jsonl").read_text()
     lines = shipped.splitlines(keepends=True)
     (tmp_path / "kept.jsonl").write_text("".join(lines[-round(0.2 * len(lines)) :]))
-    assert report(tmp_path, "run.dir=r", "chats=kept.jsonl")["data"]["chats"] == pytest.approx(found)
+    path = "r"
+    if layout == "one process":
+        succeeds("export", "r", path := "hf", cwd=tmp_path)
+    assert report(tmp_path, f"run.dir={path}", "chats=kept.jsonl")["data"]["chats"] == pytest.approx(found)
     # Bytes are tokens here; the end of a conversation is a token without a byte.
     ends = found["tokens"] - found["bytes"]
     assert 0 < ends < 10
@@ -147,6 +180,14 @@ def test_results_are_in_the_summary_of_the_wandb_run(tmp_path: Path) -> None:
     }
     of_evaluation = {name: value for name, value in summary.items() if name.startswith("evaluate/")}
     assert of_evaluation == {f"evaluate/validation/{name}": value for name, value in measured.items()}
+
+
+def test_numbers_have_the_names_that_wandb_shows() -> None:
+    of_task = {"alias": "choice", "acc,none": 0.25, "acc_stderr,none": "N/A", "exact_match,strict": 0.5}
+    results = Results({"text": {"loss": 1.5, "perplexity": math.inf}}, {"results": {"choice": of_task}})
+    assert numbers(results) == {
+        "evaluate/text/loss": 1.5, "evaluate/choice/acc": 0.25, "evaluate/choice/exact_match,strict": 0.5,
+    }  # fmt: skip
 
 
 TASKS = {
@@ -208,16 +249,32 @@ def tasks(place: Path) -> Path:
     return place
 
 
+NAMED = ["tasks=[choice,rolling,generation]", "task_dir=tasks"]
+
+
+def assert_same(found: dict[str, Any], by_harness: Path) -> None:
+    for task, values in json.loads(by_harness.read_text()).items():
+        for metric, value in values.items():
+            if "," in metric and "stderr" not in metric:
+                assert found[task][metric] == pytest.approx(value, rel=1e-5), (task, metric)
+
+
 def test_tasks_give_the_numbers_of_the_harness_on_the_export(tasks: Path, subtests: pytest.Subtests) -> None:
-    right = json.loads((tasks / "hf.json").read_text())
-    named = ["tasks=[choice,rolling,generation]", "task_dir=tasks", "run.dir=r"]
     for name in ("tp2", "pp2", "zero3", "cp2"):  # over context ranks each window is filled up to whole chunks
         with subtests.test(name):
-            found = report(tasks, *named, *LAYOUTS[name])["tasks"]["results"]
-            for task, metrics in right.items():
-                for metric, value in metrics.items():
-                    if "," in metric and "stderr" not in metric:
-                        assert found[task][metric] == pytest.approx(value, rel=1e-5), (task, metric)
+            found = report(tasks, *NAMED, "run.dir=r", *LAYOUTS[name])["tasks"]["results"]
+            assert_same(found, tasks / "hf.json")
+
+
+@pytest.mark.slow
+def test_tasks_of_a_run_on_bytes_give_the_numbers_of_the_harness(tasks: Path) -> None:
+    """The end of documents, a zero byte, is the token before each text."""
+    trained("run.dir=b", "training.steps=2", cwd=tasks)
+    succeeds("export", "b", "hf-bytes", cwd=tasks)
+    program = BY_HF.replace('"pretrained": "hf"', '"pretrained": "hf-bytes"').replace("hf.json", "bytes.json")
+    done = heavy().run([], cwd=tasks, environment=environment(**offline(tasks)), program=program, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert_same(report(tasks, *NAMED, "run.dir=b")["tasks"]["results"], tasks / "bytes.json")
 
 
 def test_each_token_but_the_first_is_scored_once_with_context() -> None:

@@ -366,7 +366,7 @@ def test_a_planted_survivor_fails_the_campaign_which_can_be_resumed(
 @pytest.mark.slow
 def test_a_short_campaign(tmp_path: Path) -> None:
     """No fault survives that is not explained, and no clean run fails."""
-    words = [sys.executable, "-m", "tests.fuzz", "--seed", "18", "--minutes", "4"]
+    words = [sys.executable, "-m", "tests.fuzz", "--seed", "18", "--minutes", "2"]
     done = subprocess.run(
         [*words, "--results", str(tmp_path / "results.jsonl")],
         cwd=ROOT, capture_output=True, text=True, timeout=1800,

@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch._inductor.config
-import torch._inductor.graph
 from torch import Tensor
 
 from launcher.config.schema import ActivationCheckpointing, DataConfig, ModelConfig
@@ -109,6 +107,8 @@ def test_tensor_and_sequence_parallelism_need_no_break(subtests: pytest.Subtests
 @pytest.mark.parametrize(("architecture", "forward_and_backward"), [("gpt", 4 + 6), ("llama", 5 + 8)])
 def test_a_block_runs_few_generated_kernels(architecture: str, forward_and_backward: int) -> None:
     """Besides matrix products and attention."""
+    import torch._inductor.config  # takes seconds
+
     forget_graphs()
     model = small(architecture)
     ours = build(model, compiled=True)
@@ -142,6 +142,8 @@ def test_a_break_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_failed_compiler_leaves_the_blocks_eager(
     checkpointing: ActivationCheckpointing, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    import torch._inductor.graph  # takes seconds
+
     def failing(*_: Any, **__: Any) -> Any:
         raise RuntimeError("no space left for kernels\nand more")
 

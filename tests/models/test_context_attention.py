@@ -36,19 +36,22 @@ def firsts(kind: str) -> Tensor | None:
     return (places - 6).clamp(min=0) if kind == "window" else None
 
 
-def reference(
-    q: Tensor, k: Tensor, v: Tensor, first: Tensor | None, cap: float | None, scale: float
-) -> Tensor:
-    """Return causal attention (B, T, N, D) by its definition, in one process."""
-    groups = q.shape[2] // k.shape[2]
-    q, k, v = (x.transpose(1, 2) for x in (q, k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)))
+def weights_of(q: Tensor, k: Tensor, first: Tensor | None, cap: float | None, scale: float) -> Tensor:
+    """Return the softmax (B, N, T, T) of causal attention by its definition, in one process."""
+    q, k = (x.transpose(1, 2) for x in (q, k.repeat_interleave(q.shape[2] // k.shape[2], 2)))
     scores = q @ k.transpose(2, 3) * scale
     if cap is not None:
         scores = cap * torch.tanh(scores / cap)
     sees = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
     if first is not None:
         sees = sees & (torch.arange(LENGTH) >= first[:, None, :, None])
-    return (scores.masked_fill(~sees, float("-inf")).softmax(-1) @ v).transpose(1, 2)
+    return scores.masked_fill(~sees, float("-inf")).softmax(-1)
+
+
+def mixed(weights: Tensor, v: Tensor) -> Tensor:
+    """Return the values (B, T, K, D) mixed by weights (B, N, T, T), (B, T, N, D)."""
+    v = v.repeat_interleave(weights.shape[1] // v.shape[2], 2).transpose(1, 2)
+    return (weights @ v).transpose(1, 2)
 
 
 def errors(rank: int, world: int, method: str, cap: float | None, dtype: torch.dtype) -> dict[str, float]:
@@ -61,7 +64,7 @@ def errors(rank: int, world: int, method: str, cap: float | None, dtype: torch.d
             whole = [x.to(dtype).float().requires_grad_() for x in whole]
             gradient = torch.randn(BATCH, LENGTH, heads, SIZE).to(dtype)
             first, scale = firsts(kind), 0.7
-            expected = reference(*whole, first, cap, scale)
+            expected = mixed(weights_of(*whole[:2], first, cap, scale), whole[2])
             expected.backward(gradient.float())
             local = [x.detach()[:, part].to(dtype).requires_grad_() for x in whole]
             if first is not None and context.method is not ContextMethod.ulysses:
@@ -94,6 +97,58 @@ def test_result_and_gradients(method: str, world: int, cap: float | None) -> Non
 def test_in_bf16(method: str) -> None:
     for by_case in pool(2).run(errors, method, None, torch.bfloat16):
         assert all(error < 0.1 for error in by_case.values()), by_case
+
+
+DROPOUT = 0.25
+
+
+def with_dropout(rank: int, world: int, method: str, kind: str, cap: float | None) -> dict[str, float]:
+    """Return the largest errors of this rank, by tensor, and the share of the weights that were dropped.
+
+    Attention is linear in the values: with a one-hot value for each key, its result is the weights after
+    dropout. Their quotients by the weights before are the masks, with which one process computes the same.
+    """
+    context, heads, kv_heads, scale = context_of(world, method), 8, 2, 0.2
+    part = [place for each in part_of(LENGTH, rank, world, context.method) for place in each]
+    q, k, v = (torch.randn(BATCH, LENGTH, n, LENGTH).requires_grad_() for n in (heads, kv_heads, kv_heads))
+    gradient, first = torch.randn(BATCH, LENGTH, heads, LENGTH), firsts(kind)
+    of_rank = first if first is None or context.method is ContextMethod.ulysses else first[:, part]
+
+    def attended(*whole: Tensor) -> tuple[list[Tensor], Tensor]:
+        local = [x.detach()[:, part].requires_grad_() for x in whole]
+        rules = of_rank, DROPOUT, 100 + rank, Kernel(True, scale, cap, "cpu"), context
+        return local, context_attention(*local, *rules)
+
+    one_hot = torch.eye(LENGTH).view(1, LENGTH, 1, LENGTH).expand(BATCH, LENGTH, kv_heads, LENGTH)
+    weights = weights_of(q, k, first, cap, scale)
+    sees = weights > 0
+    quotients = context.whole(attended(q, k, one_hot)[1].detach()).transpose(1, 2) / weights.detach()
+    kept = sees & (quotients > 0.5)
+    masks = kept / (1 - DROPOUT)
+    assert not torch.equal(kept[:, 0], kept[:, 1]), "query heads of a group have masks of their own"
+
+    expected = mixed(weights * masks, v)
+    expected.backward(gradient)
+    local, result = attended(q, k, v)
+    result.backward(gradient[:, part])
+    distances = {"masks": float((quotients - masks)[sees].abs().max())}
+    distances["result"] = float((result - expected[:, part]).abs().max())
+    for name, mine, of_whole in zip("qkv", local, (q, k, v), strict=True):
+        assert mine.grad is not None
+        assert of_whole.grad is not None
+        distances[name] = float((mine.grad - of_whole.grad[:, part]).abs().max())
+    return distances | {"share": 1 - float(kept.sum() / sees.sum())}
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("method", METHODS)
+def test_dropout_of_the_softmax_and_its_gradients(method: str, world: int) -> None:
+    """The backward pass draws the masks of the forward pass again, on every rank for its own queries."""
+    for kind, cap in (("causal", None), ("documents", 3.0)):
+        for distances in pool(world).run(with_dropout, method, kind, cap):
+            assert distances.pop("share") == pytest.approx(DROPOUT, abs=0.05)
+            assert distances.pop("masks") < 1e-3
+            assert all(error < 1e-5 for error in distances.values()), distances
 
 
 class LargestTensor(TorchDispatchMode):

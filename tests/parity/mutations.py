@@ -28,10 +28,12 @@ import launcher.engine.update_guard as update_guard
 import launcher.models.attention as attention
 import launcher.models.attention_kernel as attention_kernel
 import launcher.models.block_context as context
+import launcher.models.blocks as blocks
 import launcher.models.context_attention as context_attention
 import launcher.models.dropout as dropout
 import launcher.models.losses as losses
 import launcher.models.masks as masks
+import launcher.models.mlp as mlp
 import launcher.models.norms as norms
 import launcher.models.positions as positions
 import launcher.models.rotary as rotary
@@ -573,6 +575,39 @@ def window_forgets_documents() -> None:
     masks.additive = additive
 
 
+def layers_counted_from_the_stage() -> None:
+    """Each stage takes its first layer for the first of the model, and so has another pattern of windows."""
+    right = blocks.window_of
+    blocks.window_of = lambda model, layer: right(model, layer % (model.num_layers // 2))
+
+
+def norm_of_the_sum() -> None:
+    """The norm after the MLP is applied to the sum, as in the first Transformers."""
+
+    def second_half(
+        self: blocks.TransformerBlock, x: Tensor, attended: Tensor, seed: Any, *of_adapters: Any
+    ) -> Tensor:
+        added = self.dropout(self.mlp(blocks._normed(self.mlp_norm, attended), *of_adapters), seed)
+        return blocks._normed(self.mlp_output_norm, attended + added)
+
+    blocks.TransformerBlock._second_half = second_half  # type: ignore[method-assign]
+
+
+def gate_and_up_exchanged() -> None:
+    """The activation is that of the second half of the first projection."""
+    right = mlp.activated
+
+    def activated(model: Any, y: Tensor) -> Tensor:
+        gate, up = y.chunk(2, dim=-1)
+        return right(model, torch.cat([up, gate], dim=-1))
+
+    mlp.activated = activated
+
+
+def factor_of_yarn_left_out() -> None:
+    rotary.attention_factor = lambda _: 1.0
+
+
 def rotary_base_of_windows_ignored() -> None:
     right = rotary.RotaryTables.of
     rotary.RotaryTables.of = lambda self, length, x, **_: right(self, length, x)  # type: ignore[method-assign]
@@ -905,6 +940,27 @@ MUTATIONS |= {
         last_chunk_sees_the_future,
         f"{LLAMA} {CP} parallelism.context_method=gather",
         ("only in the last chunk", "see later tokens"),
+    ),
+}
+
+# Parts of a model, and their place in it.
+YARN = "model.rope_scaling.kind=yarn model.rope_scaling.factor=16 model.rope_scaling.original_length=16"
+MUTATIONS |= {
+    "factor of YaRN left out": Mutation(factor_of_yarn_left_out, f"{LLAMA} {TP} {YARN}", SCORES),
+    "windows counted from the first layer of a stage": Mutation(
+        layers_counted_from_the_stage,
+        f"{LLAMA} {PP} {WINDOW} model.full_attention_every=2",
+        ("blocks.3.attention.output on stage 1", "all outputs of stage 0 are right", "mask or scale"),
+    ),
+    "norm of the sum in place of the MLP's output": Mutation(
+        norm_of_the_sum,
+        f"{LLAMA} {TP} model.norm_placement=sandwich",
+        ("output of blocks.0.mlp_output_norm is the first wrong", "the norm: its input"),
+    ),
+    "gate and up exchanged": Mutation(
+        gate_and_up_exchanged,
+        f"{LLAMA} {DP} model.mlp=geglu",
+        ("output of blocks.0.mlp.down is the first wrong", "the activation"),
     ),
 }
 

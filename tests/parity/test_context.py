@@ -9,8 +9,23 @@ import torch
 
 from launcher.config.numbers import IGNORED_LABEL
 from launcher.config.schema import RunConfig
+from launcher.config.validate import validate
+from launcher.config.world import World
 from launcher.parity import reference
-from tests.parity.running import dropout_pass, passes, plain_sgd_pass, run_pass, small_run, worst
+from launcher.parity.verification import whole_pass
+from launcher.parity.whole import whole_run
+from tests.config.composing import run_of
+from tests.parity.mutations import CHAT
+from tests.parity.running import (
+    CORES,
+    dropout_pass,
+    passes,
+    plain_sgd_pass,
+    run_pass,
+    shrink,
+    small_run,
+    worst,
+)
 
 GPT, LLAMA, ONE = "model=gpt_tiny", "model=llama_tiny", "parallelism.data=1"
 TP, PP = "parallelism.tensor=2", "parallelism.pipeline=2"
@@ -20,12 +35,13 @@ GQA_6_2 = "model.num_heads=6 model.hidden_size=48 model.num_kv_heads=2"
 GQA_8_1 = "model.num_heads=8 model.num_kv_heads=1"
 RING, GATHER, ULYSSES = (f"parallelism.context_method={method}" for method in ("ring", "gather", "ulysses"))
 TWO, FOUR = f"{ONE} parallelism.context=2", f"{ONE} parallelism.context=4"
+TWO_OF_TWO = "parallelism.data=2 parallelism.context=2"
 QUICK = [
     f"{LLAMA} {TWO} {RING} {SP} {DOCUMENTS} model.sliding_window=24",
     f"{LLAMA} {TWO} {GATHER} {PP} {GQA_6_2}",
     f"{GPT} {TWO} {ULYSSES} {TP} {DOCUMENTS}",
     f"{LLAMA} {FOUR} {ULYSSES} {GQA_8_1} parallelism.zero_stage=3",
-    f"{GPT} parallelism.data=2 parallelism.context=2 {RING} parallelism.zero_stage=2",
+    f"{GPT} {TWO_OF_TWO} {RING} parallelism.zero_stage=2",
     f"{LLAMA} {FOUR} {RING} {DOCUMENTS} parallelism.zero_stage=1 {GQA_6_2} "
     "parallelism.activation_checkpointing=selective",
 ]
@@ -43,6 +59,11 @@ MORE = [
     ),
     f"{LLAMA} {TWO} {RING} {PP} {DOCUMENTS} parallelism.pipeline_schedule=dualpipev model.num_layers=8 "
     "training.micro_batch_size=1",
+    # Two axes beside the context ranks.
+    f"{LLAMA} {TWO} {RING} {SP} {PP} {DOCUMENTS}",
+    f"{GPT} {TWO_OF_TWO} {ULYSSES} {TP} parallelism.zero_stage=2",
+    f"{GPT} {TWO_OF_TWO} {GATHER} {PP} parallelism.zero_stage=1",
+    f"{LLAMA} {TWO_OF_TWO} {RING} parallelism.zero_stage=3 parallelism.activation_checkpointing=full",
 ]
 
 
@@ -62,7 +83,25 @@ def test_in_bf16_and_with_the_runs_own_optimizer(method: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", [RING, ULYSSES])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        f"{LLAMA} {TWO} {RING} {CHAT}",
+        f"{GPT} {TWO_OF_TWO} {ULYSSES} {DOCUMENTS} parallelism.zero_stage=1 precision=bf16",
+        f"{LLAMA} {FOUR} {GATHER} parallelism.zero_stage=3 scheduler=cosine",
+    ],
+)
+def test_the_whole_run(layout: str) -> None:
+    """Files, sample order, labels, schedule, evaluation, and a checkpoint that one process restores."""
+    run = run_of("hardware=cpu", *layout.split())
+    small, _ = shrink(run, validate(run, World("cpu", CORES, CORES)))
+    result = whole_pass(whole_run(run, small))
+    assert result.ok, (result.diagnosis, worst(result))
+    assert {"restored", "evaluation", "weight"} <= {difference.kind for difference in result.differences}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [RING, GATHER, ULYSSES])
 def test_compiled_blocks(method: str) -> None:
     layout = f"{GPT} {TWO} {method} {DOCUMENTS} training.compile=true"
     compiled = [each for each in passes(small_run(*layout.split(), steps=1)) if each[1].training.compile]
@@ -87,7 +126,7 @@ def masked_labels(run: RunConfig) -> list[tuple[torch.Tensor, torch.Tensor]]:
 @pytest.mark.parametrize(
     "layout",
     [
-        f"{GPT} parallelism.data=2 parallelism.context=2 {RING}",
+        f"{GPT} {TWO_OF_TWO} {RING}",
         pytest.param(f"{LLAMA} {TWO} {PP} {ULYSSES}", marks=pytest.mark.slow),
         pytest.param(f"{LLAMA} {FOUR} {GATHER} parallelism.zero_stage=3", marks=pytest.mark.slow),
     ],
@@ -109,4 +148,20 @@ def test_masks_of_unequal_density(layout: str, monkeypatch: pytest.MonkeyPatch) 
 def test_masks_of_dropout(method: str, recomputed: str) -> None:
     more = f"model.dropout=0.1 {DOCUMENTS} parallelism.activation_checkpointing={recomputed}"
     result = dropout_pass(small_run(*f"{GPT} {TWO} {method} {more}".split()))
+    assert result.ok, result.diagnosis
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "layout",
+    [
+        f"{LLAMA} {TWO} {RING} {SP} parallelism.activation_checkpointing=full",
+        f"{GPT} {TWO} {GATHER} {PP}",
+        f"{LLAMA} {TWO_OF_TWO} {ULYSSES} {GQA_8_1} parallelism.zero_stage=3",
+        f"{GPT} {TWO} {RING} {DOCUMENTS} training.compile=true",
+        f"{GPT} {TWO} {ULYSSES} training.compile=true parallelism.activation_checkpointing=selective",
+    ],
+)
+def test_masks_of_dropout_with_other_axes(layout: str) -> None:
+    result = dropout_pass(small_run(*layout.split(), "model.dropout=0.1"))
     assert result.ok, result.diagnosis

@@ -62,7 +62,7 @@ def test_every_legal_combination_is_the_same_run(combination: Combination) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(8))
 def test_no_seed_raises_a_false_alarm(seed: int) -> None:
     for combination in QUICK:
         verify_combination(combination, quick=True, seed=seed)

@@ -13,7 +13,7 @@ RECIPES = sorted((ROOT / "recipes").glob("*.sbatch"))
 
 
 def test_every_recipe_is_planned(subtests: pytest.Subtests, tmp_path: Path) -> None:
-    assert len(RECIPES) == 13
+    assert len(RECIPES) == 14
     typed = [
         shlex.split(recipe.read_text().splitlines()[1].removeprefix("# launcher submit "))
         for recipe in RECIPES

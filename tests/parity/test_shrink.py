@@ -2,7 +2,7 @@
 
 import copy
 from dataclasses import replace
-from itertools import combinations
+from itertools import accumulate, combinations
 
 import pytest
 from hypothesis import assume, given, settings
@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 from launcher.config.errors import ConfigError
 from launcher.config.layout import Layout
 from launcher.config.schema import ContextMethod, Dtype, ModelConfig, RunConfig
-from launcher.config.shape import head_size, kv_heads, sequence_length
+from launcher.config.shape import (
+    head_size,
+    kv_heads,
+    layer_has_experts,
+    sequence_length,
+    stages_per_rank,
+    window_of,
+)
 from launcher.config.validate import validate
 from launcher.config.world import World
 from launcher.parity.shrink import (
@@ -24,6 +31,7 @@ from launcher.parity.shrink import (
     shrunk_axes,
     small_axes,
 )
+from launcher.planning.cost.geometry import blocks_of_stages
 from tests.config.composing import run_of
 
 BASES = [
@@ -149,6 +157,29 @@ def test_inner_stages_are_kept_or_have_a_layout_of_their_own() -> None:
     run.parallelism.pipeline = 2
     layout = validate(run, World("cpu", 16, 16, fixed=True))
     assert inner_stages(run, layout, shrink(run, layout)[0]) is None
+
+
+@pytest.mark.parametrize("layers", [26, 27])
+@pytest.mark.parametrize("schedule", ["1f1b", "dualpipev"])
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        ["model=llama_tiny", "model.sliding_window=64", "model.full_attention_every=2"],
+        ["model=moe_tiny", "model.experts.every=2"],
+    ],
+)
+def test_stages_begin_at_different_places_of_a_pattern(
+    pattern: list[str], schedule: str, layers: int
+) -> None:
+    """Else a stage that counts its own layers would have the right windows and experts."""
+    axes = ["parallelism.pipeline=2", "parallelism.data=1", f"parallelism.pipeline_schedule={schedule}"]
+    run = run_of(*pattern, *axes, f"model.num_layers={layers}")
+    small, _ = shrink(run, validate(run, World("cpu", 2, 2)))
+    m = small.model
+    starts = list(accumulate(blocks_of_stages(m.num_layers, 2 * stages_per_rank(small)), initial=0))[:-1]
+    kinds = {(window_of(m, start) is None, layer_has_experts(m, start)) for start in starts}
+    assert len(kinds) == 2
+    assert m.num_layers <= 6
 
 
 def test_long_samples_have_the_positions_of_the_run() -> None:

@@ -1,22 +1,40 @@
 """Plans of GPU steps beside measured and published ones: their errors, and the table in docs/planning.md."""
 
 import copy
+import json
 from dataclasses import replace
+from datetime import UTC, datetime
 from math import log
 from pathlib import Path
 
 import pytest
 
-from benchmarks.comparisons import Comparison, comparisons, on_this_h100, table
-from launcher.config.schema import Dtype
+from benchmarks import narayanan
+from benchmarks.comparisons import (
+    DEEPSPEED,
+    ZERO_3,
+    Comparison,
+    comparisons,
+    finished_runs,
+    lines_of,
+    on_this_h100,
+    table,
+)
+from launcher.config.errors import ConfigError
+from launcher.config.layout import resolve_layout
+from launcher.config.schema import Dtype, RunConfig
+from launcher.config.world import World
+from launcher.planning.choose.enforce import refuse_too_large
 from launcher.planning.cost.operations import Attention, Matmul
 from launcher.planning.cost.parts import parts
 from launcher.planning.cost.pass_time import ALONE, PassGroups, forward_pass
 from launcher.planning.cost.product_shapes import MeasuredShapes, correction
 from launcher.planning.cost.rates import Rates, specified
+from launcher.planning.cost.run_plan import make_plan
 from launcher.planning.cost.sizes import Sizes
 from launcher.planning.cost.streams import Layer, micro_batch
 from tests.planning.planned import LLAMA, plan_of
+from tests.planning.test_learning import GPT, finished
 
 DOCS = Path(__file__).parents[2] / "docs" / "planning.md"
 
@@ -49,8 +67,58 @@ def test_deepspeeds_pipelines_were_kept_aside_and_are_within_fourteen_percent(ro
     assert [row for row in pipelines if abs(row.error) > 0.14] == []
 
 
+def published_runs() -> list[RunConfig]:
+    """Return the runs of the table that Megatron-LM and DeepSpeed made on A100s."""
+    runs = [narayanan.run_of(row) for row in narayanan.TABLE_1]
+    for hidden, layers, heads, gpus, samples, batch, tflops in ZERO_3:
+        row = narayanan.Row(0, heads, hidden, layers, 1, 1, gpus, batch, samples, 1, tflops)
+        runs.append(narayanan.run_of(row))
+        runs[-1].parallelism.zero_stage = 3
+    for _, _, row, hardware, dtype, vocabulary, _ in DEEPSPEED:
+        runs.append(narayanan.run_of(row))
+        runs[-1].precision.dtype, runs[-1].model.vocab_size = dtype, vocabulary
+        runs[-1].hardware = replace(hardware, nodes=row.gpus // 8)
+    return runs
+
+
+def test_no_published_run_is_refused_for_its_memory() -> None:
+    """Each of them happened, on cards of which torch reports 85.1 or 42.3 GB."""
+    runs = published_runs()
+    assert len(runs) == 21
+    for run in runs:
+        has_80_gb = run.hardware.memory_bytes == narayanan.A100.memory_bytes
+        budget = 85.1e9 if has_80_gb else run.hardware.memory_bytes
+        layout = resolve_layout(run, World("cuda", run.hardware.nodes * 8, 8, fixed=True))
+        refuse_too_large(make_plan(run, layout, budget=budget))
+
+
 def test_the_documentation_shows_every_row(rows: list[Comparison]) -> None:
     assert table(rows) in DOCS.read_text()
+
+
+def test_finished_runs_give_rows_of_the_table(tmp_path: Path) -> None:
+    path = finished(tmp_path / "mine", "parallelism.zero_stage=1")
+    metrics = path / "metrics.jsonl"
+    measured = {"step": 10, "memory/allocated_bytes": 5 * 10**10}
+    metrics.write_text(metrics.read_text() + json.dumps(measured) + "\n")
+    [row] = finished_runs([path])
+    plan = plan_of(*GPT, "parallelism.zero_stage=1")
+    assert plan.time is not None
+    assert row.planned == pytest.approx(plan.time.total)
+    assert -0.25 < row.error < -0.15  # the computation took 1.3 times its planned time
+    assert (row.measured_gb, row.planned_gb) == (50, plan.stages[0].memory.allocated / 1e9)
+    day = datetime.fromtimestamp(metrics.stat().st_mtime, UTC).date()
+    [_, _, line] = lines_of([row])
+    assert line.startswith(f"| mine: {plan.layout.describe()} | cuda, {day} | no | {row.measured:.3g} | ")
+    assert line.count("|") == lines_of([])[0].count("|")
+
+
+def test_a_run_on_hardware_without_speeds_gives_no_row(tmp_path: Path) -> None:
+    path = finished(tmp_path / "mine", "parallelism.zero_stage=1")
+    config = path / "config.yaml"
+    config.write_text(config.read_text().replace("memory_bandwidth_gb_s: ", "memory_bandwidth_gb_s: null # "))
+    with pytest.raises(ConfigError, match="states no speed"):
+        finished_runs([path])
 
 
 def test_compiled_and_eager_are_two_plans() -> None:

@@ -1,4 +1,4 @@
-"""Predicted memory is within 5% of real runs, and predicted traffic is exact."""
+"""Predicted memory is within 5% of real runs, with context ranks 3%, and predicted traffic is exact."""
 
 from pathlib import Path
 from unittest.mock import patch
@@ -12,12 +12,13 @@ from tests.planning.long_sequences import MODEL
 from tests.planning.measured import CASES, SOME, Measured, axes, measure, planned, table
 
 DOCS = Path(__file__).parents[2] / "docs" / "planning.md"
-WITHIN = 0.05
+WITHIN, WITH_CONTEXT = 0.05, 0.03
 
 
 def check(case: str) -> list[Measured]:
     memory, collectives = measure(case)
-    assert [one for one in memory if abs(one.error) > WITHIN] == []
+    bound = WITH_CONTEXT if "context" in case else WITHIN
+    assert [one for one in memory if abs(one.error) > bound] == []
     assert collectives or "single" in case
     assert {one: both for one, both in collectives.items() if both[0] != both[1]} == {}
     return memory
@@ -45,8 +46,10 @@ def test_memory_of_a_long_sequence_shrinks_by_the_context_ranks(monkeypatch: pyt
     peaks = {}
     for ranks in (1, 2, 4):
         overrides = [*axes(context=ranks), *MODEL, "model.max_sequence_length=16384"]
-        monkeypatch.setitem(CASES, str(ranks), overrides)
-        [memory] = check(str(ranks)) if ranks > 1 else measure(str(ranks))[0]
+        case = f"context {ranks}, 16,384 tokens" if ranks > 1 else "single, 16,384 tokens"
+        monkeypatch.setitem(CASES, case, overrides)
+        [memory] = check(case)
+        assert abs(memory.error) <= WITH_CONTEXT
         peaks[ranks] = memory.measured
     for ranks in (2, 4):
         assert peaks[1] / peaks[ranks] == pytest.approx(ranks, rel=0.1), peaks

@@ -13,12 +13,12 @@ from launcher.config.schema import Dtype
 from launcher.planning.choose.changes import helpful, single_changes
 from launcher.planning.choose.limits import MEMORY_CLASSES, limit, settings_in_words
 from launcher.planning.cost.operations import Collective
-from launcher.planning.cost.rates import specified
-from launcher.planning.cost.run_plan import PROCESS_BYTES, Plan
+from launcher.planning.cost.rates import Shares, specified
+from launcher.planning.cost.run_plan import PROCESS_BYTES, Plan, make_plan
 from launcher.planning.cost.traffic import GroupShape, group_shapes
 from launcher.planning.show.plan_figure import draw_plan
-from launcher.planning.show.plan_report import as_json
-from launcher.text import size
+from launcher.planning.show.plan_report import as_json, print_plan
+from launcher.text import four_digits, size
 from tests.planning.planned import LLAMA, plan_of
 
 H100 = ["hardware=h100_80gb"]
@@ -221,6 +221,17 @@ class TestBudget:
             assert change.plan.layout.world_size == 32
             assert change.plan.tokens == plan.tokens
 
+    def test_the_margin_of_a_card_is_measured_or_assumed(self) -> None:
+        """With tensor, data and pipeline groups; a CPU has none."""
+
+        def margin(*more: str) -> int:
+            return plan_of(*LLAMA, *CLUSTER, *more).stages[0].memory.margin
+
+        measured = ["hardware.card.context_bytes=9e8", "hardware.card.group_bytes=5e7"]
+        assert margin() == 600_000_000 + 3 * 200_000_000
+        assert margin(*measured) == 900_000_000 + 3 * 50_000_000
+        assert plan_of("hardware=cpu", *measured).stages[0].memory.margin == 0
+
 
 class TestTime:
     def test_parts_add_up(self) -> None:
@@ -228,6 +239,47 @@ class TestTime:
         assert sum(found["step"]["parts_s"].values()) == pytest.approx(found["step"]["time_s"])
         assert found["step"]["tokens_per_s"] == pytest.approx(plan.tokens / found["step"]["time_s"])
         assert 0.1 < found["step"]["mfu"] < 0.8
+
+    def test_traffic_behind_computation_is_shown_and_not_free(
+        self, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        plan = plan_of(*LLAMA, *H100, "hardware.nodes=2", "parallelism.zero_stage=3")
+        assert plan.time is not None
+        hidden = plan.time.data_hidden
+        assert as_json(plan, [])["step"]["hidden_s"]["data_communication"] == hidden > 0
+        print_plan(plan, [])
+        out = capsys.readouterr().out
+        assert "hidden behind compute, s" in out
+        [row] = [line for line in out.splitlines() if line.startswith("data communication")]
+        assert row.split()[-1] == four_digits(hidden)
+        free = make_plan(plan.run, plan.layout, shares=Shares(beside=0.0)).time
+        assert free is not None
+        assert plan.time.compute - free.compute == pytest.approx(Shares().beside * hidden)
+
+    def test_gradients_are_reduced_behind_the_last_backward_pass(self) -> None:
+        """The plan's time of BF16_Optimizer's buckets does not depend on the number of micro-batches."""
+        one, eight = (
+            plan_of(
+                *LLAMA, *H100, "hardware.nodes=2", "parallelism.zero_stage=1",
+                f"training.global_batch_size={batch}",
+            ).time
+            for batch in (16, 128)
+        )  # fmt: skip
+        assert one is not None
+        assert eight is not None
+        assert one.data_hidden > one.data / 10
+        assert (eight.data, eight.data_hidden) == pytest.approx((one.data, one.data_hidden))
+
+    def test_there_is_one_bubble(self, capsys: pytest.CaptureFixture[str]) -> None:
+        plan = plan_of(*LLAMA, *CLUSTER)
+        assert plan.bubble is not None
+        step = as_json(plan, [])["step"]
+        assert step["bubble"] == plan.bubble == step["parts_s"]["bubble"] / step["time_s"] > 0
+        print_plan(plan, [])
+        out = capsys.readouterr().out
+        [row] = [line for line in out.splitlines() if line.startswith("bubble")]
+        assert row.split()[-1] == f"{plan.bubble:.1%}"
+        assert f"bubble {plan.bubble:.1%} of the step" in out
 
     def test_twice_the_accelerators_are_not_twice_as_fast(self) -> None:
         one, two = (
@@ -258,6 +310,32 @@ class TestTime:
         assert selective is not None
         assert full is not None
         assert none.compute < selective.compute < full.compute < 1.34 * none.compute
+
+    def test_offload_takes_time_on_the_link_to_the_host(self) -> None:
+        def seconds(*offloaded: str, host_gb_s: int = 55) -> float:
+            more = [f"parallelism.offload_{name}=true" for name in offloaded]
+            link = f"hardware.card.host_gb_s={host_gb_s}"
+            time = plan_of(*LLAMA, *H100, "parallelism.zero_stage=3", link, *more).time
+            assert time is not None
+            return time.total
+
+        states = 12e9  # bytes of a rank, of 8 billion parameters on 8 ranks
+        assert seconds("optimizer") > seconds() + states / 55e9
+        assert seconds("optimizer", host_gb_s=5) > seconds("optimizer") + states / 5e9
+        assert seconds("optimizer", "parameters") > seconds("optimizer")
+        assert seconds(host_gb_s=5) == seconds()
+
+    def test_zero_3_adds_up_offloaded_gradients_over_the_link_to_the_host(self) -> None:
+        """fp32 sums come to the device and go back in each of 16 micro-batches, beside the computation."""
+        here, there = (
+            plan_of(*LLAMA, *H100, "parallelism.zero_stage=3", f"parallelism.offload_optimizer={flag}").time
+            for flag in ("false", "true")
+        )
+        assert here is not None
+        assert there is not None
+        more = there.data + there.data_hidden - here.data - here.data_hidden
+        assert more == pytest.approx(16 * 2 * 4 * 8.03e9 / 8 / 55e9, rel=0.02)
+        assert there.data_hidden > here.data_hidden
 
     @pytest.mark.parametrize(
         "missing", ["peak_flops.bf16", "memory_bandwidth_gb_s", "bandwidth_intra_node_gb_s"]
@@ -329,6 +407,22 @@ class TestTraffic:
         assert share == pytest.approx(4 / (7 * 10), rel=0.01)
         assert ring.context + ring.context_hidden == pytest.approx(gather.context, rel=0.01)
         assert plans["ring"].traffic["context"].sent == plans["gather"].traffic["context"].sent
+        traffic = as_json(plans["ring"], [])["traffic"]
+        links = {name: (traffic[name]["ranks"], traffic[name]["link"]) for name in ("context", "data")}
+        assert links == {"context": (8, "within a node"), "data": (64, "between nodes")}
+
+    def test_ulysses_sends_less_than_the_ring_over_enough_ranks(self) -> None:
+        """32 query and 8 key/value heads, with recomputation: docs/long-context.md."""
+        for ranks, ulysses_sends_less in ((2, False), (4, True), (8, True)):
+            ring, ulysses = (
+                plan_of(
+                    "experiment=llama3_8b_128k", f"parallelism.context={ranks}",
+                    f"parallelism.context_method={method}",
+                )
+                for method in ("ring", "ulysses")
+            )  # fmt: skip
+            sent = ring.traffic["context"].sent, ulysses.traffic["context"].sent
+            assert (sent[1] < sent[0]) is ulysses_sends_less
 
     def test_links(self) -> None:
         shapes = group_shapes(plan_of(*LLAMA, *CLUSTER).layout, 8)

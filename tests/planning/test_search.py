@@ -160,7 +160,7 @@ class TestAnyRun:
 def concerns(plan: Plan) -> tuple[bool, bool, bool]:
     crosses = plan.layout.tensor > 1 and bool(plan.world.ranks_per_node % plan.layout.tensor)
     is_tight = plan.budget is not None and plan.peak > (1 - LEFT_FREE) * plan.budget
-    return crosses, plan.run.parallelism.offload_optimizer, is_tight
+    return plan.run.parallelism.offload_optimizer, crosses, is_tight
 
 
 def exhaustive(run: RunConfig, world: World):  # type: ignore[no-untyped-def]
@@ -518,6 +518,22 @@ def test_context_ranks_must_be_clearly_faster(one_node: tuple[Search, int]) -> N
     best = replace(result.fitting[0], seconds=0.95 * split[0].cautious, unsure=0.0)
     assert split[0].seconds < best.seconds
     assert why_lost(split[0], best) == "not 10% faster, as a layout with context ranks must be"
+
+
+def test_offload_is_not_chosen_while_anything_fits_without(one_node: tuple[Search, int]) -> None:
+    """Nine times the seconds, tensor groups across nodes and little free memory are better than offload."""
+    result, _ = one_node
+    plain = [candidate for candidate in result.candidates if candidate.layout.context == 1]
+    wide = next(one for one in plain if one.layout.tensor == 8 and not one.offloads)
+    other = next(one for one in plain if one.layout.tensor == 1 and one.offloads)
+    crossing = replace(wide, seconds=9.0, unsure=0.0, peak=99, budget=100, host=0, per_node=2)
+    offloaded = replace(other, seconds=1.0, unsure=0.0, peak=1, budget=100, host=0)
+    assert crossing.concerns == (False, True, True)
+    assert offloaded.concerns == (True, False, False)
+    found = Search((offloaded, crossing), result.world)
+    assert found.fitting == [crossing, offloaded]
+    assert why_lost(offloaded, crossing) == "waits for the host"
+    assert Search((offloaded,), result.world).fitting == [offloaded]
 
 
 # Models of issue 21 on 4,096 GPUs. docs/planning.md has the seconds of the search.

@@ -153,6 +153,20 @@ def test_formulas_of_adapters_agree_with_the_traced_modules(name: str) -> None:
     assert wrong(compared(*ADAPTERS[name], *LORA)) == []
 
 
+ONE_LAYER = [
+    *GROUPED, "model.num_layers=1", "model.ffn_hidden_size=64", "model.max_sequence_length=2048",
+    "training.micro_batch_size=1", "hardware.device=cpu",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("more", [[], ["precision=bf16"], LORA, ["parallelism.context=2"]])
+def test_a_single_layer_and_a_long_sequence(more: list[str]) -> None:
+    """The backward pass of the last norm is the peak; on CPU torch computes RMSNorm in several operations."""
+    found = compared(*ONE_LAYER, *more)
+    assert wrong(found) == []
+    assert [one for one in found if one.quantity == "peak" and abs(one.error) > 0.005] == []
+
+
 # Attention needs most here: few FFN columns, long sequences, a stage without the head.
 LONG = [
     "model=llama_tiny", *SMALL, "model.num_kv_heads=2", "model.ffn_hidden_size=16", "model.num_layers=2",

@@ -26,6 +26,7 @@ LAYOUTS = {
     "dp": ["parallelism=dp", "parallelism.data=2"],
     "tp2": ["parallelism=tp2", "parallelism.data=1"],
     "pp2": ["parallelism=pp2", "parallelism.data=1"],
+    "cp2": ["parallelism=cp2", "parallelism.data=1"],
     "zero1": ["parallelism=zero1", "parallelism.data=2"],
     "zero2": ["parallelism=zero2", "parallelism.data=2"],
     "zero3": ["parallelism=zero3", "parallelism.data=2"],

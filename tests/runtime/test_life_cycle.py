@@ -45,7 +45,7 @@ def wait_for_rows(run_dir: Path, count: int, process: Command | subprocess.Popen
 
 
 def wait_until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.01)

@@ -221,7 +221,7 @@ def free_ports(count: int) -> list[int]:
     raise RuntimeError(f"not {count} free ports")
 
 
-def wait_for(happened: Callable[[], object], what: str, seconds: float = 120) -> None:
+def wait_for(happened: Callable[[], object], what: str, seconds: float = 600) -> None:
     deadline = time.monotonic() + seconds
     while not happened():
         if time.monotonic() > deadline:

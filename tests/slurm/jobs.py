@@ -53,7 +53,7 @@ class Job:
 
         wait_for(reached, f"step {step} of job {self.number}\n{self.log}")
 
-    def end(self, state: str, seconds: float = 240) -> str:
+    def end(self, state: str, seconds: float = 900) -> str:
         """Wait until the job ends in `state`, releasing it if it was requeued; return its log."""
 
         def ended() -> bool:

@@ -86,9 +86,9 @@ def test_an_unreachable_controller_is_distinguished_from_a_refusal(cluster: Clus
 
 def test_every_promised_recipe_exists() -> None:
     assert {path.stem for path in RECIPES} == {
-        "gpt2_small", "gpt2_small_dp", "gpt2_small_evaluate", "gpt2_small_sweep", "gpt2_xl_chain",
-        "llama3_1_8b_continue", "llama3_70b_3d", "llama3_8b_128k", "llama3_8b_3d", "llama3_8b_tp8",
-        "llama3_8b_zero3_offload", "qwen3_8b_lora", "stdlib_gpt",
+        "finetune_chat", "gpt2_small", "gpt2_small_dp", "gpt2_small_evaluate", "gpt2_small_sweep",
+        "gpt2_xl_chain", "llama3_1_8b_continue", "llama3_70b_3d", "llama3_8b_128k", "llama3_8b_3d",
+        "llama3_8b_tp8", "llama3_8b_zero3_offload", "qwen3_8b_lora", "stdlib_gpt",
     }  # fmt: skip
 
 

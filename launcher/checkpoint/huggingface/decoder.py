@@ -19,6 +19,8 @@ from launcher.config.shape import (
 )
 
 Settings = dict[str, Any]
+Read = Callable[[Settings], Settings]
+Write = Callable[[ModelConfig], Settings]
 ExpertEntries = Callable[[ModelConfig, str, str], Iterator[Entry]]  # of their layer and our block
 SWIGLU = {"norm": NormKind.rms_norm, "positions": PositionKind.rope, "mlp": MLPKind.swiglu}
 NO_BIASES = BiasesConfig(qkv=False, output=False, up=False, down=False, head=False)
@@ -35,8 +37,8 @@ def decoder(
     defaults: Settings | None = None,
     fixed: Settings | None = None,
     derived: tuple[str, ...] = (),
-    read: Callable[[Settings], Settings] = read_rope,
-    write: Callable[[ModelConfig], Settings] = write_rope,
+    read: Read = read_rope,
+    write: Write = write_rope,
     implied: Callable[[ModelConfig], Settings] = lambda _: {},
     default_head_size: int | None = None,
     added: float = 0.0,
@@ -50,17 +52,9 @@ def decoder(
     weights have more than theirs. `experts` yields the router and the experts of a layer.
     `default_head_size` is the meaning of an absent head_dim; None: the hidden size over the heads.
     """
-    own_head_size = "head_size" not in derived
-
-    def all_read(theirs: Settings) -> Settings:
-        size = {"head_size": _head_size(theirs, default_head_size)} if own_head_size else {}
-        return {**size, **read(theirs)}
-
-    def all_written(m: ModelConfig) -> Settings:
-        size = {"head_dim": head_size(m)} if own_head_size else {}
-        return {"num_key_value_heads": kv_heads(m), **size, **write(m)}
-
     all_parts = {**TEXT, **SWIGLU, "biases": NO_BIASES, **(parts or {})}
+    if "head_size" not in derived:
+        read, write = _with_head_size(read, write, default_head_size)
     return Adapter(
         title=title,
         model_type=model_type,
@@ -72,11 +66,19 @@ def decoder(
         fixed={"hidden_act": "silu"} if fixed is None else fixed,
         derived=derived,
         entries=partial(entries, added=added, experts=experts),
-        read=all_read,
-        write=all_written,
+        read=read,
+        write=lambda m: {"num_key_value_heads": kv_heads(m), **write(m)},
         implied=implied,
         inside=inside,
         left_out=left_out,
+    )
+
+
+def _with_head_size(read: Read, write: Write, default: int | None) -> tuple[Read, Write]:
+    """Return the functions that read and write also the size of a head; `default` as in `decoder`."""
+    return (
+        lambda theirs: {"head_size": _head_size(theirs, default), **read(theirs)},
+        lambda m: {"head_dim": head_size(m), **write(m)},
     )
 
 

@@ -106,7 +106,7 @@ class Candidate:
     @property
     def concerns(self) -> tuple[bool, bool, bool]:
         """Reasons why the layout is chosen only if no other layout fits, the gravest first."""
-        return self.crosses_nodes, self.offloads, self.is_tight
+        return self.offloads, self.crosses_nodes, self.is_tight
 
     @property
     def complexity(self) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from launcher.parallel.buckets import reduces_during_backward
 from launcher.planning.cost.buffers import BufferSizes
 from launcher.planning.cost.geometry import Rank, block_parameters, parameters_of_block
 from launcher.planning.cost.measured_rates import AnyRates
-from launcher.planning.cost.operations import BYTES, Collective, CollectiveKind
+from launcher.planning.cost.operations import BYTES, FP32, Collective, CollectiveKind
 from launcher.planning.cost.pass_time import PartTimes
 from launcher.planning.cost.streams import Layer, micro_batch
 from launcher.planning.cost.traffic import TIED_RANKS, GroupShape, data_traffic, pieces, tied_traffic
@@ -21,6 +21,9 @@ Groups = dict[GroupName, GroupShape]
 # joins the pieces (partition_parameters.py, AllGatherCoalescedHandle.wait); the reduction joins and then
 # divides the gradients (runtime/comm/coalesced_collectives.py, reduce_scatter_coalesced).
 GATHER_COPIES, REDUCTION_COPIES = 2 * 2, 2 + 2
+# Bytes of an element over the link to the host when ZeRO-3 adds a gradient to its fp32 sum there: it comes to
+# the device, where the gradient is added, and goes back (runtime/zero/stage3.py, partition_grads).
+HOST_SUM = 2 * FP32
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,7 @@ def _simulated(
         bucket = max(1, -(-reduced // max(1, len(reduced_buckets(rank, bucket)))))
         times_in_step = 1
     partitions, offloads = layout.zero_stage == 3, run.parallelism.offload_parameters
+    sums_on_host = partitions and run.parallelism.offload_optimizer
     block = block_parameters(rank.model, rank.tensor)
     block += 0 if rank.trains_whole_model else rank.trained_of_block(False)
     at_once = max(buffers.prefetch_bucket, block // MODULE_CALLS)
@@ -100,7 +104,8 @@ def _simulated(
     kind: CollectiveKind = "reduce_scatter" if partitions else "all_reduce"
 
     def reduction(elements: int) -> float:
-        return rates.collective(Collective(kind, element * elements), data)
+        reducing = rates.collective(Collective(kind, element * elements), data)
+        return reducing + (HOST_SUM * elements / layout.gradient_ranks / rates.host if sums_on_host else 0.0)
 
     # The weights that the forward pass used last are still there for the backward pass.
     kept = min(rank.blocks, buffers.max_live // block)
@@ -108,7 +113,7 @@ def _simulated(
     ahead = max(1, buffers.max_live // block if MODULE_CALLS * buffers.prefetch_bucket >= block else 1)
     end = micro_batch(layers, ahead=ahead, bucket=bucket, reduction=reduction)
     link = sum(layer.gather + layer.gather_again for layer in layers)
-    link += seconds(kind, reduced, bucket)
+    link += sum(count * reduction(size) for size, count in pieces(reduced, bucket))
     waiting = end - sum(layer.forward + layer.backward for layer in layers)
     hidden = max(0.0, link - waiting)
     return DataExchange(max(0.0, waiting) * times_in_step, hidden * times_in_step)

@@ -32,7 +32,7 @@ def _positions(s: Sizes, x: str) -> Operation:
 
 def head(s: Sizes) -> list[Operation]:
     """Return the final norm, the pooling of images, and the projection with the loss."""
-    last = [norm(s, "final_norm", "input")]
+    last = [norm(s, "final_norm", "input", is_last=True)]
     if s.is_vision:
         last.append(_pool(s))
     return [*last, _loss(s.scored, last[-1].name)]

@@ -5,7 +5,8 @@ from launcher.planning.cost.operations import BOOL, FP32, Collective, Collective
 from launcher.planning.cost.sizes import Sizes
 
 
-def norm(s: Sizes, name: str, x: str) -> Operation:
+def norm(s: Sizes, name: str, x: str, *, is_last: bool = False) -> Operation:
+    """Return a norm; `is_last` if no other operation has a gradient of its input, as after the last block."""
     is_rms = s.norm is NormKind.rms_norm
     fp32 = FP32 * s.own_tokens * s.hidden_size
     statistics = s.own_tokens * (FP32 if is_rms or s.device != "cpu" else 2 * s.element)
@@ -16,11 +17,16 @@ def norm(s: Sizes, name: str, x: str) -> Operation:
     # A composite norm keeps the normalised input in fp32, unless its weight is frozen, and an fp32 copy of a
     # low-precision input.
     copies = fp32 * (low + (not s.is_frozen)) if composite else 0
+    kept, backward_scratch = statistics + copies, 3 * fp32 if composite else 0
+    if composite and is_last and not low:
+        # Most is alive in the derivative of the square: five fp32 tensors. The normalised input and the
+        # statistics are freed by then; in a block, the gradient that waits for the sum takes their place.
+        backward_scratch -= kept
     vectors = 1 if is_rms else 2
     traffic = (Collective("all_reduce", s.hidden_size * s.element),) * vectors
     return Operation(
-        name, (x,), s.stretch, saves=() if composite and low else (x,), extra=statistics + copies,
-        scratch=fp32 if composite else 0, backward_scratch=3 * fp32 if composite else 0,
+        name, (x,), s.stretch, saves=() if composite and low else (x,), extra=kept,
+        scratch=fp32 if composite else 0, backward_scratch=backward_scratch,
         backward_traffic=traffic if s.sequence_parallel and not s.is_frozen else (),
         forward_bytes=2 * s.stretch + 3 * copies, backward_bytes=3 * s.stretch + 6 * copies,
         kernels=8 if composite else 1,

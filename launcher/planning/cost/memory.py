@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from launcher.config.layout import Layout
-from launcher.config.schema import ActivationCheckpointing, RunConfig
+from launcher.config.schema import ActivationCheckpointing, CardRates, RunConfig
 from launcher.planning.cost.geometry import Chunk, Rank
 from launcher.planning.cost.operations import BYTES
 from launcher.planning.cost.parts import ModelParts, parts
@@ -14,9 +14,10 @@ from launcher.planning.cost.tape import Footprint
 from launcher.planning.cost.zero_states import Holdings, States, checkpoint_bytes, reduced_at_first, states_of
 
 BLOCK_BYTES = 131_072  # a block of initial weights in fp32, launcher/parallel/initializer.py
-# On a GPU beside the allocator's peak. Assumed, not measured: CUDA's context with the kernels of its
-# libraries, and NCCL's buffers for each group. Memory that the allocator holds but cannot use is given back
-# before it fails, so it refuses no run; parallelism=auto leaves room for it (choose/search.py).
+# On a GPU beside the allocator's peak: CUDA's context with the kernels of its libraries, and NCCL's buffers
+# for each group. Assumed, unless `launcher calibrate` measured them on the card. Memory that the allocator
+# holds but cannot use is given back before it fails, so it refuses no run; parallelism=auto leaves room for
+# it (choose/search.py).
 CONTEXT_BYTES, GROUP_BYTES = 600_000_000, 200_000_000
 
 
@@ -74,7 +75,7 @@ def rank_memory(run: RunConfig, layout: Layout, rank: Rank) -> Memory:
     axes = layout.tensor, layout.context, layout.gradient_ranks, layout.pipeline
     of_experts = (layout.expert, layout.expert_holders) if layout.expert > 1 else ()
     groups = sum(size > 1 for size in axes + of_experts)
-    margin = 0 if on_cpu else CONTEXT_BYTES + groups * GROUP_BYTES
+    margin = 0 if on_cpu else margin_bytes(run.hardware.card, groups)
     communication = fullest.holdings.communication + fullest.gathered
     return Memory(
         weights=states.weights,
@@ -89,6 +90,13 @@ def rank_memory(run: RunConfig, layout: Layout, rank: Rank) -> Memory:
         start_up=start_up_bytes(run, layout, rank),
         allocated=held + max(moment.allocated for moment in moments),
     )
+
+
+def margin_bytes(card: CardRates, groups: int) -> int:
+    """Return the bytes of a GPU beside the allocator's, with NCCL's buffers for `groups` groups of ranks."""
+    context = CONTEXT_BYTES if card.context_bytes is None else card.context_bytes
+    group = GROUP_BYTES if card.group_bytes is None else card.group_bytes
+    return round(context + groups * group)
 
 
 def start_up_bytes(run: RunConfig, layout: Layout, rank: Rank) -> int:

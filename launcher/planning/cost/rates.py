@@ -79,7 +79,8 @@ class Rates:
     flops: float  # per second, in large products
     memory: float  # bytes per second that operations read and write
     element: int  # bytes
-    intra: float  # bytes per second that a rank sends within a node
+    intra: float  # bytes per second that a rank sends within a node in an all-reduce
+    gather: float  # the same in other collectives: switches that add up (NVLink SHARP) speed up all-reduces
     inter: float  # bytes per second that a rank sends to other nodes
     host: float  # bytes per second between a GPU and the host's memory
     shares: Shares
@@ -150,12 +151,12 @@ class Rates:
         if group.ranks == 1:
             return 0.0
         if collective.kind == "send":
-            link, hop = (self.intra, self.shares.hop_intra_s) if group.is_within_node else (
+            link, hop = (self.gather, self.shares.hop_intra_s) if group.is_within_node else (
                 self.inter, self.shares.hop_inter_s
             )  # fmt: skip
             return self.shares.exchange * (collective.size / link + hop)
         inside, nodes = group.per_node, -(-group.ranks // group.per_node)
-        seconds = collective.sent(inside) / self.intra
+        seconds = collective.sent(inside) / (self.intra if collective.kind == "all_reduce" else self.gather)
         if nodes > 1:
             seconds += Collective(collective.kind, collective.size // inside).sent(nodes) / self.inter
         # NCCL all-reduces over a tree of nodes, twice, and gathers and scatters around a ring of all ranks.
@@ -207,13 +208,16 @@ def specified(hardware: HardwareConfig, dtype: Dtype, shares: Shares | None = No
     intra = _rate(card.link_gb_s, hardware.bandwidth_intra_node_gb_s or card.host_gb_s, shares.link)
     if product is None or memory is None or intra is None:
         return None
+    host = _rate(card.host_gb_s, hardware.host_bandwidth_gb_s, shares.link) or intra
     rates = Rates(
         flops=product / hardware.compute_scale,
         memory=memory / hardware.compute_scale,
         element=BYTES[dtype],
         intra=intra,
-        inter=_rate(None, hardware.bandwidth_inter_node_gb_s, shares.link) or intra,
-        host=_rate(card.host_gb_s, hardware.host_bandwidth_gb_s, shares.link) or intra,
+        gather=_rate(card.gather_gb_s, None, 1.0) or intra,
+        # A network card is on the bus of the host's link, and so is not faster.
+        inter=_rate(None, hardware.bandwidth_inter_node_gb_s, shares.link) or min(intra, host),
+        host=host,
         shares=_of_card(card, shares),
         attention_rates=_attention(card, product, hardware.compute_scale),
         update=_rate(card.update_gb_s, hardware.memory_bandwidth_gb_s, shares.update) or memory,
@@ -291,7 +295,7 @@ NOMINAL = {
         11,
         1.2,
         0.12,
-        Shares(unaligned=1.0, kernel_s=1e-5, launch_s=0.0, hop_intra_s=5e-5, overlaps=False),
+        CPU_SHARES,
     ),
     "cuda": _nominal(2.6e14, 1700, 250, 25, Shares()),
 }

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 BEST = 5
 # Words for Candidate.concerns.
 CONCERNS = (
-    "tensor groups cross nodes",
     "waits for the host",
+    "tensor groups cross nodes",
     f"leaves less than {LEFT_FREE:.0%} of memory",
 )
 
