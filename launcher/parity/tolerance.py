@@ -27,7 +27,6 @@ UNIT_ROUNDOFF = 2.0**-24  # of fp32
 # the L2 norm of the errors of the elements that are rounded the other way, about n / 7: its own deviation is
 # about 1 / sqrt(2 n / 7) of it.
 SPREAD, SMALL = 2.0, 8.0
-FEW = 64
 SQUARES = 2.0  # a second moment's distance is that of its few largest elements: it deviates more
 LEAST = 2.0**-11  # the distance if a few elements in a hundred are rounded the other way
 # A loss is one number, not a norm: its distance may be small by chance. So the root mean square over all
@@ -92,13 +91,8 @@ def measured_tolerance(
 
     def bounds(kind: str) -> dict[str, float]:
         tensors: dict[str, Tensor] = getattr(right, kind)
-        distances = {
-            name: max(_distance(getattr(other, kind)[name], tensor) for other in others)
-            for name, tensor in tensors.items()
-        }
-        alike = _of_few_numbers(tensors, distances)
         return {
-            name: _of_spread(max(distances[name], alike.get(tensor.numel(), 0.0)), tensor)
+            name: _of_spread(max(_distance(getattr(other, kind)[name], tensor) for other in others), tensor)
             for name, tensor in tensors.items()
         }
 
@@ -153,18 +147,6 @@ def _of_mean(loss: float, losses: Tensor, of_others: Tensor) -> float:
     weights = losses / losses.sum()
     shared = float((of_others.sum(1) / losses.sum() - 1).abs().max())
     return min(loss, max(loss * float(weights.norm()), SHARED * shared))
-
-
-def _of_few_numbers(tensors: dict[str, Tensor], distances: dict[str, float]) -> dict[int, float]:
-    """Return the root mean square distance of all tensors of a size, of sizes up to FEW.
-
-    The distance of one of them may be small by chance.
-    """
-    squares: dict[int, list[float]] = {}
-    for name, tensor in tensors.items():
-        if tensor.numel() <= FEW:
-            squares.setdefault(tensor.numel(), []).append(distances[name] ** 2)
-    return {size: sqrt(sum(each) / len(each)) for size, each in squares.items()}
 
 
 def _of_spread(distance: float, tensor: Tensor) -> float:
