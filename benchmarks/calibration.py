@@ -126,8 +126,8 @@ def order_of_pairs(found: Mapping[str, tuple[float, float]]) -> list[str]:
         if abs(found[pair[0]][1] - found[pair[1]][1]) > CLEAR * min(found[name][1] for name in pair)
     ]
     wrong = [(fast, slow) for fast, slow in clear if found[fast][0] >= found[slow][0]]
-    right = f"{len(clear) - len(wrong)} of {len(clear)}"
-    lines = [f"Of the pairs whose measured times differ by more than {CLEAR:.0%}, {right} are in order."]
+    right = f"{len(clear) - len(wrong)} of {len(clear)} pairs"
+    lines = [f"The plan has {right} in the right order (measured times more than {CLEAR:.0%} apart)."]
     return lines + [f"Planned in the other order: {fast} is faster than {slow}." for fast, slow in wrong]
 
 

@@ -12,6 +12,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from launcher.calibrate.probes import finish
 from launcher.config.schema import ContextMethod, Dtype
 from launcher.models.attention_kernel import Kernel, attend
 from launcher.models.context_attention import Queries, QueryGradients, Rules, Settings
@@ -135,22 +137,17 @@ def errors(results: Results, right: Results) -> dict[str, float]:
     }
 
 
-def seconds(contestants: list[Callable[[], object]], rounds: int, device: str) -> list[float]:
+def seconds(contestants: list[Callable[[], object]], rounds: int, device: torch.device) -> list[float]:
     """Return the median time of each contestant; they take turns, and the first round does not count."""
     times: list[list[float]] = [[] for _ in contestants]
     for _ in range(rounds + 1):
         for taken, contestant in zip(times, contestants, strict=True):
-            _wait(device)
+            finish(device)
             started = time.perf_counter()
             contestant()
-            _wait(device)
+            finish(device)
             taken.append(time.perf_counter() - started)
     return [median(taken[1:]) for taken in times]
-
-
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 def main(arguments: list[str]) -> int:
@@ -174,7 +171,8 @@ def main(arguments: list[str]) -> int:
     for ranks in RANKS:
         parts = parts_of(inputs, ranks)
         of_ring = errors(joined(parts, ring(parts)), right)
-        ours, theirs = seconds([lambda p=parts: ring(p), lambda: fused(inputs)], options.rounds, device)
+        contestants: list[Callable[[], object]] = [partial(ring, parts), partial(fused, inputs)]
+        ours, theirs = seconds(contestants, options.rounds, inputs.q.device)
         cells = [f"{of_ring[name]:.1e} (torch {of_torch[name]:.1e})" for name in NAMES]
         row = [str(ranks), f"{ours * 1e3:.2f}", f"{theirs * 1e3:.2f}", f"{ours / theirs:.3f}", *cells]
         print(f"| {' | '.join(row)} |", flush=True)

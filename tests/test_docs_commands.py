@@ -64,7 +64,6 @@ TOO_LONG = {  # for the slow test; the quick test checks them
     "tasks=": "needs lm_eval and the tasks' data: tests/evaluation",
     "compare": "trains ten layouts: tests/compare",
     "model=vit_b16": "86 million parameters: tests/data trains small models on folders of images",
-    "chats=": "needs a tokenizer for conversations: tests/evaluation",
     "verify experiment=": "up to minutes: tests/parity/test_command.py verifies each experiment",
     "this_machine": "needs the file of `launcher calibrate`: tests/calibrate",
 }

@@ -25,7 +25,7 @@ def test_errors_and_order_are_reported() -> None:
     assert "| a | 1000 | 1100 | +10.0% |" in lines
     assert "| c | 1500 | 900 | -40.0% |" in lines
     assert lines[-4] == "Mean error 14.8%, the largest 40.0%. Spearman's rank correlation 0.20."
-    assert lines[-3] == "Of the pairs whose measured times differ by more than 15%, 3 of 5 are in order."
+    assert lines[-3] == "The plan has 3 of 5 pairs in the right order (measured times more than 15% apart)."
     assert lines[-2:] == [
         "Planned in the other order: a is faster than c.",
         "Planned in the other order: b is faster than c.",

@@ -169,7 +169,7 @@ def given_up(fault: str, tasks: str, cluster: Cluster, folder: Path) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tasks", ["per_node"])
+@pytest.mark.parametrize("tasks", ["per_node", "per_rank"])
 def test_a_run_killed_three_times_after_the_same_step_is_stopped(
     tasks: str, cluster: Cluster, tmp_path: Path
 ) -> None:
@@ -179,7 +179,7 @@ def test_a_run_killed_three_times_after_the_same_step_is_stopped(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tasks", ["per_rank"])
+@pytest.mark.parametrize("tasks", ["per_node", "per_rank"])
 def test_three_identical_failures_stop_the_job(tasks: str, cluster: Cluster, tmp_path: Path) -> None:
     log = given_up(FAULT, tasks, cluster, tmp_path)
     assert log.count("RuntimeError: disk on fire) and starts again") == 2

@@ -290,12 +290,6 @@ def _nominal(flops: float, memory: float, intra: float, inter: float, shares: Sh
 # Placeholder rates, used only to rank layouts when the hardware config has no speeds.
 CPU_SHARES = Shares(unaligned=1.0, kernel_s=1e-5, launch_s=0.0, hop_intra_s=5e-5, overlaps=False)
 NOMINAL = {
-    "cpu": _nominal(
-        6e10,
-        11,
-        1.2,
-        0.12,
-        CPU_SHARES,
-    ),
+    "cpu": _nominal(6e10, 11, 1.2, 0.12, CPU_SHARES),
     "cuda": _nominal(2.6e14, 1700, 250, 25, Shares()),
 }
