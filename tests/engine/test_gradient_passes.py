@@ -51,13 +51,13 @@ def steps(rank: int, world: int, init_method: str, run: RunConfig, lightened: bo
     for _ in range(3):
         batches = [random.integers(run.model.vocab_size, size=size) for _ in range(layout.accumulation)]
         losses.append(float(engine.train_batch(batches).loss))
-    calls = []
-    all_reduce = dist.all_reduce
-    dist.all_reduce = lambda *given, **named: (calls.append(1), all_reduce(*given, **named))[1]  # type: ignore[assignment]
     left = 0.0
     if isinstance(zero := engine.deepspeed.optimizer, BF16_Optimizer):
         zero.get_grads_for_reduction()
         left = max(float(gradient.abs().max()) for gradient in zero.non_expert_gradients)
+    calls = []
+    all_reduce = dist.all_reduce
+    dist.all_reduce = lambda *given, **named: (calls.append(1), all_reduce(*given, **named))[1]  # type: ignore[assignment]
     engine.deepspeed.allreduce_and_copy([torch.ones(3)], engine.mesh.data.group)
     reductions = len(calls)
     weights = {logical.name: weight for logical, weight in engine.full_weights()}
