@@ -30,7 +30,7 @@ train: setup  ## Train the example model, then sample from it (RUN=runs/name to 
 test: setup  ## Run the quick tests (8 minutes on two idle cores)
 	@$(MAKE) --no-print-directory --jobs=2 test-workers test-slurm SELECT='-m "not slow"'
 
-ALONE := tests/calibrate tests/runtime/test_slow_rank.py tests/runtime/test_watchdog.py tests/slurm/test_faults.py
+ALONE := tests/calibrate tests/runtime/test_slow_rank.py tests/runtime/test_watchdog.py
 test-all: setup  ## Run all tests (more than an hour on two idle cores)
 	@$(MAKE) --no-print-directory --jobs=2 test-workers test-slurm SELECT="$(ALONE:%=--ignore=%)"
 	$(BIN)/pytest -q $(ALONE)  # without others beside them: they measure this machine and its processes

@@ -109,10 +109,11 @@ BF16 = Arithmetic(is_rounded=True)
 def equivalent(arithmetic: Arithmetic, layout: Layout) -> list[Arithmetic]:
     """Return ways to compute that are as right as a rounded `arithmetic` in this layout.
 
-    Compiled blocks, and kernels of GPUs, round fewer tensors: there, rounding none is right too.
+    Eight ranks and more add in more orders than two ways stand for. Compiled blocks, and kernels of GPUs,
+    round fewer tensors: there, rounding none is right too.
     """
-    parts = max(2, layout.tensor)
-    ways = [replace(arithmetic, parts=number, fused=False) for number in (parts, parts + 1)]
+    parts, ways_in_parts = max(2, layout.tensor), 3 if layout.world_size >= 8 else 2
+    ways = [replace(arithmetic, parts=parts + more, fused=False) for more in range(ways_in_parts)]
     return [*ways, EXACT] if layout.compiled or layout.device == "cuda" else ways
 
 

@@ -96,8 +96,8 @@ def test_a_fault_is_detected_in_compiled_blocks(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MUTATIONS)
-def test_every_fault_is_detected_in_generated_kernels(name: str) -> None:
+@pytest.mark.parametrize("name", [*MUTATIONS][::3])  # all of them: uncompiled, in test_mutations
+def test_every_third_fault_is_detected_in_generated_kernels(name: str) -> None:
     mutation = MUTATIONS[name]
     assert not compiled_pass(mutation.layout, mutation.inject, traced=False).ok
 

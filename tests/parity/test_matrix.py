@@ -36,9 +36,10 @@ QUICK = covering([c for c in LEGAL if c.ranks <= QUICK_RANKS], 8)
 def verify_combination(combination: Combination, *, quick: bool, seed: int = 1234) -> None:
     run = run_of_combination(combination, "verify.steps=2", f"training.seed={seed}")
     small, _ = shrink(run, validate(run, World("cpu", RANKS, RANKS)))
-    # A pass in the run's own precision alone, which compares every gradient.
-    own = [p for p in passes(small) if p.run.precision.dtype is run.precision.dtype]
-    wanted = own[:1] if quick else passes(small)
+    # The first pass in the run's own precision compares every gradient, the last of all is the run itself.
+    every = passes(small)
+    first = next(p for p in every if p.run.precision.dtype is run.precision.dtype)
+    wanted = [first] if quick else [every[0], every[-1]]
     for title, each, plain_sgd in wanted:
         found = run_pass(title, each, plain_sgd)
         assert found.ok, (title, variation(combination), found.diagnosis, worst(found))
@@ -62,7 +63,7 @@ def test_every_legal_combination_is_the_same_run(combination: Combination) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(4))
 def test_no_seed_raises_a_false_alarm(seed: int) -> None:
     for combination in QUICK:
         verify_combination(combination, quick=True, seed=seed)

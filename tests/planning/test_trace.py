@@ -50,7 +50,7 @@ def can_be_traced(case: tuple[Any, ...]) -> bool:
 # A few, every value among them; and many, every pair of values of two axes among them.
 EVERY = [case for case in product(*AXES.values()) if can_be_traced(case)]
 SOME = EVERY[::53]  # strides that no axis' length divides
-MANY = EVERY[::5]
+MANY = EVERY[::11]
 
 
 def overrides(case: tuple[Any, ...]) -> list[str]:
@@ -271,7 +271,7 @@ def test_images_and_documents(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OTHERS)
-def test_images_and_documents_in_every_combination(name: str) -> None:
+def test_images_and_documents_in_a_fifth_of_the_combinations(name: str) -> None:
     axes = [("fp32", "bf16"), ("none", "selective", "full"), (1, 2), ("cpu", "cuda")]
     cases = [
         [
@@ -281,7 +281,7 @@ def test_images_and_documents_in_every_combination(name: str) -> None:
             f"parallelism.pipeline={pipeline}",
             f"hardware.device={device}",
         ]
-        for precision, checkpointing, pipeline, device in product(*axes)
+        for precision, checkpointing, pipeline, device in [*product(*axes)][::5]
         if not ("model=llama_tiny" in OTHERS[name] and (precision, device) == ("fp32", "cuda"))
     ]
     assert {tuple(case): bad for case in cases if (bad := wrong(compared(*case)))} == {}

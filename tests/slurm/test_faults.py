@@ -94,14 +94,14 @@ def test_a_run_survives_random_faults(
 
 
 @pytest.mark.slow
-def test_a_run_finishes_under_a_time_limit_of_a_minute(cluster: Cluster, tmp_path: Path) -> None:
-    """Training takes two minutes: Slurm signals the job before the limit, and the job is requeued."""
+def test_a_run_finishes_under_a_time_limit_of_minutes(cluster: Cluster, tmp_path: Path) -> None:
+    """Training takes four minutes, the limit is two: Slurm signals the job before the limit, and the job is requeued."""
     steps = 100
     run = [f"training.steps={steps}", "training.validation_interval=0", "logging=wandb"]
     trained(*run, "logging=local", "run.dir=whole", "parallelism.data=4", cwd=tmp_path)
-    (tmp_path / "sitecustomize.py").write_text(before_each_step("import time; time.sleep(1)"))
+    (tmp_path / "sitecustomize.py").write_text(before_each_step("import time; time.sleep(2)"))
     job = submit(
-        cluster, tmp_path, *run, "slurm.time=1", "slurm.signal_seconds=20", "slurm.tasks=per_node",
+        cluster, tmp_path, *run, "slurm.time=2", "slurm.signal_seconds=20", "slurm.tasks=per_node",
         f"slurm.environment.PYTHONPATH={tmp_path}",
     )  # fmt: skip
     log = job.end("COMPLETED", seconds=1800)
