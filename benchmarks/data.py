@@ -24,7 +24,7 @@ import numpy as np
 
 from launcher.config.compose import compose_jobs
 from launcher.config.schema import PrepareConfig, RunConfig, TokenizerTraining
-from launcher.data.card import tokenizer_path
+from launcher.data.dataset_card import tokenizer_path
 from launcher.data.open import blend_of, check_data, open_data
 from launcher.data.preparation import Preparation, find_inputs
 from launcher.data.token_file import bin_path, index_path, open_token_file, write_index

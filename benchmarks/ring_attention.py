@@ -23,7 +23,7 @@ from torch import Tensor
 from launcher.calibrate.probes import finish
 from launcher.config.schema import ContextMethod, Dtype
 from launcher.models.attention_kernel import Kernel, attend
-from launcher.models.context_attention import Queries, QueryGradients, Rules, Settings
+from launcher.models.context_attention import ContextSettings, Queries, QueryGradients, Rules
 from launcher.parallel.context import ContextParallel
 from launcher.parallel.dtypes import TORCH_DTYPES
 from launcher.parallel.mesh import Axis
@@ -77,7 +77,7 @@ def parts_of(inputs: Inputs, ranks: int, first: Tensor | None = None) -> list[Pa
     for rank in range(ranks):
         context = ContextParallel(Axis(rank, ranks), ContextMethod.ring)
         places = context.positions(inputs.q.shape[1], device)
-        settings = Settings(ContextMethod.ring.name, rank, ranks, "", None, None, device.type, 0.0)
+        settings = ContextSettings(ContextMethod.ring.name, rank, ranks, "", None, None, device.type, 0.0)
         rules = Rules(settings, None if first is None else first[:, places], None)
         keys_values = torch.stack([inputs.k[:, places], inputs.v[:, places]])
         parts.append(Part(context, rules, inputs.q[:, places], keys_values, inputs.gradient[:, places]))

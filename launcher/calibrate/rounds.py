@@ -19,12 +19,12 @@ from launcher.text import plural
 if TYPE_CHECKING:
     import torch
 
-Sample = dict[str, Any]  # results of probes.py by name, of one round with one number of ranks
+ProbeResults = dict[str, Any]  # results of probes.py by name, of one round with one number of ranks
 
 
 def measure(rank_counts: Iterable[int], *, rounds: int, cores: int) -> list[MeasuredRates]:
     """Return the rates of a CPU rank for each number of ranks. Every round measures all numbers of ranks."""
-    samples: dict[int, list[Sample]] = {count: [] for count in rank_counts}
+    samples: dict[int, list[ProbeResults]] = {count: [] for count in rank_counts}
     for number in range(rounds):
         for count, rounds_of in samples.items():
             print(f"round {number + 1} of {rounds}: {plural(count, 'rank')}", flush=True)
@@ -38,12 +38,12 @@ def measure(rank_counts: Iterable[int], *, rounds: int, cores: int) -> list[Meas
     return measured
 
 
-def sample(ranks: int, *, cores: int) -> Sample:
+def sample(ranks: int, *, cores: int) -> ProbeResults:
     """Start `ranks` processes that measure at the same time; return the results of rank 0."""
     with scratch_directory() as folder:
         target = partial(_rank, ranks=ranks, threads=max(1, cores // ranks), folder=folder)
         run_local_ranks(target, ranks, log_dir=folder / "logs", start_method=start_method_for("cpu"))
-        rank_0: Sample = json.loads((folder / "sample.json").read_text())
+        rank_0: ProbeResults = json.loads((folder / "sample.json").read_text())
         return rank_0
 
 
@@ -68,7 +68,7 @@ def _rank(rank: int, *, ranks: int, threads: int, folder: Path) -> None:
         leave()
 
 
-def probe_results(rank: int, ranks: int, device: "torch.device", watchdog: Watchdog) -> Sample:
+def probe_results(rank: int, ranks: int, device: "torch.device", watchdog: Watchdog) -> ProbeResults:
     """Run all probes, and return their results by name. Collective over the world."""
     import torch.distributed as dist
 
@@ -79,7 +79,7 @@ def probe_results(rank: int, ranks: int, device: "torch.device", watchdog: Watch
         watchdog.at(probe)
         dist.barrier()
 
-    results: Sample = {"products": {}, "collectives": {}}
+    results: ProbeResults = {"products": {}, "collectives": {}}
     for dtype in probes.MEASURED_DTYPES:
         begin(f"the probe of {dtype} products")
         results["products"][dtype] = []
@@ -101,7 +101,7 @@ def probe_results(rank: int, ranks: int, device: "torch.device", watchdog: Watch
     return results
 
 
-def combined(ranks: int, samples: list[Sample]) -> MeasuredRates:
+def combined(ranks: int, samples: list[ProbeResults]) -> MeasuredRates:
     """Return the medians over the rounds."""
 
     def points(*keys: str) -> list[Point]:

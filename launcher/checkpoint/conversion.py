@@ -73,7 +73,7 @@ def export(
             (aside / INDEX).write_text(json.dumps(index, indent=2) + "\n")
         name = str(dtype).removeprefix("torch.")
         ids, notes = write_tokenizer(weights, aside, write_bytes)
-        described = weights.adapter.config_json(weights.model, name, ids)
+        described = weights.converter.config_json(weights.model, name, ids)
         (aside / "config.json").write_text(json.dumps(described, indent=2) + "\n")
         if options.certificate:
             write_certificate(aside, target, memory)
@@ -91,7 +91,7 @@ def export_adapters(
     assert stored is not None
     with new_directory(target) as aside, unchanged(stored):
         check_files(stored, files_with_weights(stored))
-        entries = weights.adapter.entries(weights.model)
+        entries = weights.converter.entries(weights.model)
         dtype = torch.float32 if options.dtype is None else TORCH_DTYPES[options.dtype]
         base = base_of_adapter(weights)
         write_peft(open_adapters(weights), entries, aside, dtype, base)
@@ -166,7 +166,7 @@ def _numel(pieces: Pieces) -> int:
 
 def _in_files(weights: WeightSource, itemsize: int, max_bytes: int) -> Iterator[list[Pieces]]:
     group: list[Pieces] = []
-    entries = weights.adapter.entries(weights.model)
+    entries = weights.converter.entries(weights.model)
     for pieces in (list(pieces) for _, pieces in groupby(entries, key=lambda entry: entry.theirs)):
         if group and sum(map(_numel, (*group, pieces))) * itemsize > max_bytes:
             yield group
@@ -177,7 +177,7 @@ def _in_files(weights: WeightSource, itemsize: int, max_bytes: int) -> Iterator[
 
 def _parts(weights: WeightSource, reader: HuggingFaceReader) -> Iterator[HostPiece]:
     shapes: dict[str, tuple[int, ...]] = {}
-    for entry in weights.adapter.entries(weights.model):
+    for entry in weights.converter.entries(weights.model):
         last = [offset + size for offset, size in zip(entry.box.offsets, entry.box.sizes, strict=True)]
         shapes[entry.ours] = tuple(map(max, last, shapes.get(entry.ours, last)))
     for name, shape in shapes.items():

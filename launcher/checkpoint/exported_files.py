@@ -8,7 +8,7 @@ from typing import Any
 
 from launcher.checkpoint.companions import base_config, companions_of, run_of
 from launcher.checkpoint.huggingface import NotConvertible
-from launcher.checkpoint.huggingface.adapter import TOKEN_IDS, token_ids
+from launcher.checkpoint.huggingface.converter import TOKEN_IDS, token_ids
 from launcher.checkpoint.manifest import read_manifest
 from launcher.checkpoint.sources import RUN_CONFIG, WeightsKind, WeightSource
 from launcher.checkpoint.tokenizer_files import (

@@ -60,7 +60,7 @@ class HuggingFaceReader:
     def __init__(self, weights: WeightSource) -> None:
         self._tensors = stored_tensors(weights, "checkpoint.init_from")
         self._entries: dict[str, list[Entry]] = {}
-        for entry in weights.adapter.entries(weights.model):
+        for entry in weights.converter.entries(weights.model):
             self._entries.setdefault(entry.ours, []).append(entry)
         self._file = cache(_opened)
 

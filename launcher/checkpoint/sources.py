@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 
 from launcher.checkpoint.companions import base_config
 from launcher.checkpoint.final import FINAL_WEIGHTS, final_step, read_final_weights
-from launcher.checkpoint.huggingface import Adapter, Entry, NotConvertible, adapter_of, model_of, titles
-from launcher.checkpoint.huggingface.adapter import setting_names, setting_of
+from launcher.checkpoint.huggingface import Converter, Entry, NotConvertible, converter_of, model_of, titles
+from launcher.checkpoint.huggingface.converter import setting_names, setting_of
 from launcher.checkpoint.manifest import (
     MANIFEST,
     UnusableCheckpoint,
@@ -59,9 +59,9 @@ class WeightSource:
     base: Path | None = None  # the weights that the adapters were trained for; None if they were drawn
 
     @property
-    def adapter(self) -> Adapter:
+    def converter(self) -> Converter:
         """The Hugging Face model type of the weights. Raises NotConvertible."""
-        return adapter_of(self.model, self.model_type)
+        return converter_of(self.model, self.model_type)
 
 
 def weights_at(path: Path, field: str) -> WeightSource:
@@ -226,14 +226,14 @@ def stored_tensors(weights: WeightSource, field: str) -> dict[str, tuple[Path, s
     Raises ConfigError for a missing tensor, another shape or precision, or a tensor that the model does not
     have.
     """
-    path, model, adapter = weights.path, weights.model, weights.adapter
-    expected = {entry.theirs: entry for entry in adapter.entries(model)}
+    path, model, converter = weights.path, weights.model, weights.converter
+    expected = {entry.theirs: entry for entry in converter.entries(model)}
     stored: dict[str, tuple[Path, str]] = {}
     for file in _files(path, field):
         try:
             with safe_open(file, framework="np") as opened:
                 for name in opened.keys():  # noqa: SIM118  (not a dict)
-                    plain = adapter.plain_name(name, model)
+                    plain = converter.plain_name(name, model)
                     if plain is not None:
                         tensor = opened.get_slice(name)
                         _check_precision(name, tensor.get_dtype(), path, field)

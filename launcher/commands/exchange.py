@@ -27,7 +27,7 @@ def export_main(arguments: list[str]) -> int:
         return 0
     weights, target, options = exchanged
     try:
-        adapter = weights.adapter
+        converter = weights.converter
     except NotConvertible as error:
         remedy = "the run's weights/*.safetensors, by logical name"
         raise ConfigError("export", weights.path, str(error), remedy) from None
@@ -42,7 +42,7 @@ def export_main(arguments: list[str]) -> int:
     memory = memory_here()
     notes = _written(lambda: export(weights, target, options, write_byte_tokenizer, memory), weights, target)
     print(f"exported {weights.path}\n      to {target} (load it with transformers' from_pretrained)")
-    print(f"      as {adapter.architecture}, {certified(target)}")
+    print(f"      as {converter.architecture}, {certified(target)}")
     for note in notes:
         print(f"      {note}")
     return 0

@@ -14,7 +14,7 @@ from launcher.config.errors import ConfigError, typed_text
 from launcher.config.paths import free_path, path_argument
 from launcher.config.schema import EndInText, PrepareConfig
 from launcher.config.validate import validate_prepare
-from launcher.data.card import end_of_document_of, vocab_size_of
+from launcher.data.dataset_card import end_of_document_of, vocab_size_of
 from launcher.data.input_files import LeftOut, listed
 from launcher.data.preparation import InputFile, Preparation, PrepareProgress, bad_lines_path, find_inputs
 from launcher.data.token_file import bin_path, index_path

@@ -43,7 +43,7 @@ from launcher.config.fields import (
     options_of,
     schema_of,
 )
-from launcher.config.loader import WITH_ORIGIN, FileLoader
+from launcher.config.file_loader import WITH_ORIGIN, FileLoader
 from launcher.config.run_format import check_format
 from launcher.config.schema import (
     CalibrateConfig,
@@ -87,7 +87,7 @@ class Job(Generic[Config]):
     config: Config
     index: int | None  # number of the job in a --multirun; None for a single run
     overrides: list[str]  # arguments that compose the same config from any directory, including --config-dir
-    # The file, or the command line, that sets a field of loader.WITH_ORIGIN. Not those of the schema
+    # The file, or the command line, that sets a field of file_loader.WITH_ORIGIN. Not those of the schema
     origins: dict[str, str] = field(default_factory=dict)
 
     def announce(self) -> None:

@@ -12,9 +12,9 @@ import launcher
 from launcher.config.errors import ConfigError, as_typed, typed_text
 from launcher.config.schema import DataConfig, RunConfig
 from launcher.config.shape import end_of_document, sequence_length
-from launcher.data.card import chat_template_of, tokenizer_path
 from launcher.data.chat_template import ChatTemplate, template_of
 from launcher.data.chat_tokens import ENDS_INSIDE
+from launcher.data.dataset_card import chat_template_of, tokenizer_path
 from launcher.data.input_files import LeftOut, first_of_each
 from launcher.data.packing import ChatTokens, PackedChats
 from launcher.data.reading import FileFormat, Place, batches, format_of

@@ -16,7 +16,7 @@ from launcher.config.errors import ConfigError
 from launcher.data.conversation import ASSISTANT, BadConversation, Conversation
 
 # Characters (start, end) of a text.
-Span = tuple[int, int]
+CharSpan = tuple[int, int]
 
 # ChatML, for tokenizers without a template.
 CHATML = (
@@ -72,7 +72,7 @@ class ChatTemplate:
         environment.globals["raise_exception"] = raise_exception
         return environment.from_string(self.source).render
 
-    def write(self, conversation: Conversation) -> tuple[str, list[Span]]:
+    def write(self, conversation: Conversation) -> tuple[str, list[CharSpan]]:
         """Return the text of a conversation, and the spans that the assistant wrote. Raises BadConversation.
 
         These are the blocks {% generation %} of the template. Without such blocks, an answer begins after the
@@ -117,7 +117,7 @@ class ChatTemplate:
             raise ConfigError(setting, value, why, remedy) from None
 
 
-def _without_marks(text: str) -> tuple[str, list[Span]]:
+def _without_marks(text: str) -> tuple[str, list[CharSpan]]:
     """Return the text without marks, and the spans that they enclosed."""
     pieces, spans, length, begins = [], [], 0, list[int]()
     for piece in re.split(f"([{_BEGIN}{_END}])", text):

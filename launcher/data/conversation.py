@@ -28,14 +28,14 @@ class Conversation:
 
 
 @dataclass(frozen=True)
-class Pair:
+class PromptCompletion:
     """Text without a template. The completion is learned."""
 
     prompt: str
     completion: str
 
 
-def parsed(record: dict[str, Any]) -> Conversation | Pair:
+def parsed(record: dict[str, Any]) -> Conversation | PromptCompletion:
     """Return the conversation or pair that a record contains. Raises BadConversation."""
     if "messages" in record:
         messages = [_message(message, place) for place, message in _numbered(record, "messages")]
@@ -51,7 +51,7 @@ def parsed(record: dict[str, Any]) -> Conversation | Pair:
                 raise BadConversation(f"has no text in {name!r}")
         if not record["completion"]:
             raise BadConversation("has an empty completion, so there is nothing to learn")
-        return Pair(record["prompt"], record["completion"])
+        return PromptCompletion(record["prompt"], record["completion"])
     names = ", ".join(list(record)[:5]) or "none"
     raise BadConversation(f"has no conversation; {SHAPES} are read, and its fields are: {names}")
 

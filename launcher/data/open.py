@@ -13,10 +13,10 @@ from launcher.config.errors import ConfigError
 from launcher.config.schema import CorpusSource, RunConfig
 from launcher.config.shape import end_of_document, is_of_images, sequence_length
 from launcher.data.blend import Blend, Segment
-from launcher.data.card import end_of_document_of, tokenizer_path
 from launcher.data.chat import chat_companions, check_chats, open_chats
 from launcher.data.chat_template import TEMPLATE_FILE, TOKENIZER_CONFIG
 from launcher.data.corpus import load_corpus, token_counts, tokens_digest
+from launcher.data.dataset_card import end_of_document_of, tokenizer_path
 from launcher.data.images import check_images, digit_counts, digits, image_folder
 from launcher.data.input_files import LeftOut
 from launcher.data.sampler import Samples

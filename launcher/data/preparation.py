@@ -26,8 +26,8 @@ import numpy as np
 from launcher import __version__
 from launcher.config.errors import ConfigError, typed_text
 from launcher.config.schema import BadLines, EndInText, PrepareConfig
-from launcher.data.card import card_path, tokenizer_path
 from launcher.data.chat_template import ChatTemplate, template_of
+from launcher.data.dataset_card import card_path, tokenizer_path
 from launcher.data.input_files import EMPTY, TWICE, LeftOut, files_below, first_of_each, listed
 from launcher.data.reading import JSON_ARRAY, FileFormat, Place, RecordBatch, batches, format_of
 from launcher.data.token_file import bin_path, index_path, mask_path, write_index

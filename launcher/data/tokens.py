@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from launcher.config.errors import ConfigError, as_typed, typed_text
-from launcher.data.card import card_path, text_vocab_size_of, vocab_size_of
 from launcher.data.corpus import split_key
+from launcher.data.dataset_card import card_path, text_vocab_size_of, vocab_size_of
 from launcher.data.input_files import LeftOut, closest_directory, first_of_each, matching, prepare_commands
 from launcher.data.reading import format_of
 from launcher.data.token_file import (

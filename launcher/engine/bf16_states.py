@@ -14,7 +14,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor
 
 from launcher.engine.state import Fragment, fragments, partitions
-from launcher.engine.stochastic import Conditions, StochasticOptimizer, Stretch
+from launcher.engine.stochastic import Conditions, CounterRange, StochasticOptimizer
 from launcher.engine.update_guard import clip_factor, combined, norms
 from launcher.parallel.sharding import WEIGHT, seed_of
 
@@ -32,7 +32,7 @@ def install(engine: Any) -> None:
         step=lambda: random.step,
         kept=lambda: guard.skipped == 0,
         factor=lambda: clip_factor(guard.norm, limit),
-        stretches=_stretches(engine),
+        counter_ranges=_counter_ranges(engine),
         compiled=engine.layout.compiled and engine.layout.device == "cuda",
     )
     if isinstance(zero, DeepSpeedZeroOptimizer_Stage3):
@@ -69,8 +69,8 @@ def _share_weights(zero: Any) -> None:
                 mapping.hp_fragment = master.detach().narrow(0, address.start, address.numel)
 
 
-def _stretches(engine: Any) -> dict[Tensor, list[Stretch]]:
-    """Return the stretches of each partition, in order; every element of a tensor has its own counter."""
+def _counter_ranges(engine: Any) -> dict[Tensor, list[CounterRange]]:
+    """Return the counter ranges of each partition, in order; each element of a tensor has its own counter."""
     held: dict[int, list[Fragment]] = {}
     flat = sorted(partitions(engine), key=Tensor.data_ptr)
     starts = [partition.data_ptr() for partition in flat]
@@ -81,7 +81,7 @@ def _stretches(engine: Any) -> dict[Tensor, list[Stretch]]:
     }
 
 
-def _gapless(partition: Tensor, held: list[Fragment], engine: Any) -> list[Stretch]:
+def _gapless(partition: Tensor, held: list[Fragment], engine: Any) -> list[CounterRange]:
     result, end = [], 0
     for fragment in held:
         weight, logical = fragment.tensors[WEIGHT], fragment.logical
@@ -89,9 +89,9 @@ def _gapless(partition: Tensor, held: list[Fragment], engine: Any) -> list[Stret
         # Tensor ranks round their copies of a whole tensor alike.
         tensor_rank = engine.mesh.tensor.rank if logical.is_split else 0
         first = seed_of(engine.random.seed, "rounding", logical.name, tensor_rank)
-        result += [Stretch(start - end, _GAP), Stretch(weight.numel(), first + fragment.start)]
+        result += [CounterRange(start - end, _GAP), CounterRange(weight.numel(), first + fragment.start)]
         end = start + weight.numel()
-    return [s for s in (*result, Stretch(partition.numel() - end, _GAP)) if s.numel]
+    return [s for s in (*result, CounterRange(partition.numel() - end, _GAP)) if s.numel]
 
 
 def _address(fragment: Fragment) -> int:

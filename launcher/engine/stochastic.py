@@ -28,11 +28,11 @@ DROPPED_BITS = 16  # of an fp32 number; an element's 64 random bits are enough f
 _LOWER_BITS = (1 << DROPPED_BITS) - 1
 
 # New weight and states, all in fp32, from gradient, weight, states and the numbers of the step.
-Arithmetic = Callable[..., tuple[Tensor, ...]]
+UpdateFunction = Callable[..., tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
-class Stretch:
+class CounterRange:
     """Consecutive elements of a partition; `counter` is the number of the first in the model."""
 
     numel: int
@@ -40,8 +40,8 @@ class Stretch:
 
 
 @dataclass(frozen=True)
-class Span:
-    """Consecutive elements of a partition that lie in one stretch and in one piece of the gradients."""
+class UpdateSlice:
+    """Consecutive elements of a partition that lie in one counter range and in one piece of the gradients."""
 
     start: int  # in the partition
     numel: int
@@ -58,7 +58,7 @@ class Conditions:
     step: Callable[[], int]  # the number of the step that is being taken
     kept: Callable[[], Tensor]  # whether the step may change weights and states
     factor: Callable[[], Tensor]  # scales the gradients, to clip them
-    stretches: dict[Tensor, list[Stretch]]
+    counter_ranges: dict[Tensor, list[CounterRange]]
     # Gradients in pieces, in the order of the partition; of other partitions `grad` is used.
     pieces: dict[Tensor, list[Tensor]] = field(default_factory=dict)
     compiled: bool = False
@@ -71,8 +71,8 @@ class StochasticOptimizer(torch.optim.Optimizer):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        # Spans and, on the device, their counters, by partition and the sizes of its pieces.
-        self._spans: dict[tuple[Tensor, tuple[int, ...]], tuple[list[Span], Tensor]] = {}
+        # Slices and, on the device, their counters, by partition and the sizes of its pieces.
+        self._slices: dict[tuple[Tensor, tuple[int, ...]], tuple[list[UpdateSlice], Tensor]] = {}
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -93,31 +93,31 @@ class StochasticOptimizer(torch.optim.Optimizer):
                 state[name] = torch.zeros_like(partition)
         arithmetic, numbers = self.arithmetic(group, state, kept)
         tensors = [partition.detach(), *(state[name] for name in names)]
-        spans, counters = self._spans_of(partition, pieces)
+        slices, counters = self._slices_of(partition, pieces)
         counters = counters + signed(seed_of(c.seed, "rounding", c.step()))
-        for span, counter in zip(spans, counters.unbind(), strict=True):
-            held = [tensor.narrow(0, span.start, span.numel) for tensor in tensors]
-            gradient = pieces[span.piece].narrow(0, span.start_in_piece, span.numel)
-            self._update_span(arithmetic, held, gradient, counter, kept, factor, numbers)
+        for part, counter in zip(slices, counters.unbind(), strict=True):
+            held = [tensor.narrow(0, part.start, part.numel) for tensor in tensors]
+            gradient = pieces[part.piece].narrow(0, part.start_in_piece, part.numel)
+            self._update_slice(arithmetic, held, gradient, counter, kept, factor, numbers)
 
-    def _spans_of(self, partition: Tensor, pieces: list[Tensor]) -> tuple[list[Span], Tensor]:
-        """Return the spans of a partition and the counters of their first elements, on the device."""
+    def _slices_of(self, partition: Tensor, pieces: list[Tensor]) -> tuple[list[UpdateSlice], Tensor]:
+        """Return the slices of a partition and the counters of their first elements, on the device."""
         key = partition, tuple(len(piece) for piece in pieces)
-        if key not in self._spans:
-            spans = spans_of(key[1], self.conditions.stretches[partition])
-            counters = torch.tensor([signed(span.counter) for span in spans], device=partition.device)
-            self._spans[key] = spans, counters
-        return self._spans[key]
+        if key not in self._slices:
+            slices = slices_of(key[1], self.conditions.counter_ranges[partition])
+            counters = torch.tensor([signed(part.counter) for part in slices], device=partition.device)
+            self._slices[key] = slices, counters
+        return self._slices[key]
 
-    def _update_span(
+    def _update_slice(
         self,
-        arithmetic: Arithmetic,
+        arithmetic: UpdateFunction,
         tensors: list[Tensor],
         gradient: Tensor,
         counter: Tensor,
         *others: Any,
     ) -> None:
-        """Update a span: compiled in one pass, or in chunks. If the compiler fails, nothing has changed."""
+        """Update a slice: compiled in one pass, or in chunks. If the compiler fails, nothing has changed."""
         if self.conditions.compiled:
             from torch._dynamo.exc import TorchDynamoException
 
@@ -137,7 +137,7 @@ class StochasticOptimizer(torch.optim.Optimizer):
 
     def arithmetic(
         self, group: dict[str, Any], state: dict[str, Any], kept: Tensor
-    ) -> tuple[Arithmetic, list[Tensor]]:
+    ) -> tuple[UpdateFunction, list[Tensor]]:
         """Return the function that updates a partition with `state`, and the numbers of this step."""
         raise NotImplementedError
 
@@ -150,7 +150,7 @@ class StochasticAdamW(StochasticOptimizer, torch.optim.AdamW):
 
     def arithmetic(
         self, group: dict[str, Any], state: dict[str, Any], kept: Tensor
-    ) -> tuple[Arithmetic, list[Tensor]]:
+    ) -> tuple[UpdateFunction, list[Tensor]]:
         (beta1, beta2), lr, device = group["betas"], group["lr"], kept.device
         if "step" not in state:
             state["step"] = torch.zeros((), device=device)
@@ -169,14 +169,14 @@ class StochasticSGD(StochasticOptimizer, torch.optim.SGD):
 
     def arithmetic(
         self, group: dict[str, Any], state: dict[str, Any], kept: Tensor
-    ) -> tuple[Arithmetic, list[Tensor]]:
+    ) -> tuple[UpdateFunction, list[Tensor]]:
         constants = group["lr"], group["weight_decay"], group["momentum"]
         numbers = [_number(value, kept.device) for value in constants]
         return (sgd_with_momentum, numbers) if group["momentum"] else (sgd, numbers[:2])
 
 
 def update_(
-    arithmetic: Arithmetic,
+    arithmetic: UpdateFunction,
     tensors: list[Tensor],
     gradient: Tensor,
     counter: Tensor,
@@ -194,7 +194,7 @@ def update_(
 
 @cache
 def compiled_update() -> Callable[..., None]:
-    """Return update_, compiled to one pass over memory for spans of any size."""
+    """Return update_, compiled to one pass over memory for slices of any size."""
     return torch.compile(update_, fullgraph=True, dynamic=True)
 
 
@@ -249,18 +249,18 @@ def random_bits(counters: Tensor) -> Tensor:
     return x ^ ((x >> 31) & (1 << 33) - 1)
 
 
-def spans_of(pieces: Iterable[int], stretches: Iterable[Stretch]) -> list[Span]:
-    """Cut a partition where a piece of the gradients, of these numbers of elements, or a stretch begins."""
-    stretches = list(stretches)
-    starts = [0, *accumulate(stretch.numel for stretch in stretches)]
+def slices_of(pieces: Iterable[int], ranges: Iterable[CounterRange]) -> list[UpdateSlice]:
+    """Cut a partition where a counter range or a piece of the gradients begins; `pieces` are sizes."""
+    ranges = list(ranges)
+    starts = [0, *accumulate(each.numel for each in ranges)]
     piece_starts = [0, *accumulate(pieces)]
     assert starts[-1] == piece_starts[-1]
-    spans = []
+    slices = []
     for start, end in pairwise(sorted({*starts, *piece_starts})):
-        stretch, piece = bisect_right(starts, start) - 1, bisect_right(piece_starts, start) - 1
-        counter = stretches[stretch].counter + start - starts[stretch]
-        spans.append(Span(start, end - start, counter, piece, start - piece_starts[piece]))
-    return spans
+        index, piece = bisect_right(starts, start) - 1, bisect_right(piece_starts, start) - 1
+        counter = ranges[index].counter + start - starts[index]
+        slices.append(UpdateSlice(start, end - start, counter, piece, start - piece_starts[piece]))
+    return slices
 
 
 def signed(number: int) -> int:

@@ -25,7 +25,7 @@ ELEMENTWISE, COPIES = "norms, elementwise and other", "copies"
 # If several kinds run at once, as on several streams, the first one gets the time.
 KINDS = (MATMUL, ATTENTION, UPDATE, ELEMENTWISE, COPIES)
 
-Event = Mapping[str, Any]  # of a Chrome trace: name, cat, ph, ts and dur in microseconds, pid, tid, args
+TraceEvent = Mapping[str, Any]  # of a Chrome trace: name, cat, ph, ts and dur in microseconds, pid, tid, args
 
 _MATMULS = set(
     "linear linear_backward matmul mm addmm bmm baddbmm addbmm mv addmv dot einsum convolution conv1d conv2d "
@@ -133,7 +133,7 @@ def collective_name(name: str, group: str | None = None) -> str:
     return f"{common} ({group})" if group else common
 
 
-def _add_device(spans: _Spans, events: Iterable[Event], groups: Mapping[str, str]) -> None:
+def _add_device(spans: _Spans, events: Iterable[TraceEvent], groups: Mapping[str, str]) -> None:
     """Add the kernels and copies of a GPU."""
     updates: dict[tuple[Any, Any], list[Span]] = {}
     for event in events:
@@ -152,7 +152,7 @@ def _add_device(spans: _Spans, events: Iterable[Event], groups: Mapping[str, str
             spans.work.append(_span(event, kind_of_kernel(event["name"])))
 
 
-def _nccl_name(event: Event, groups: Mapping[str, str]) -> str:
+def _nccl_name(event: TraceEvent, groups: Mapping[str, str]) -> str:
     """Return the name of the collective of a kernel such as ncclDevKernel_AllReduce_Sum_f32_RING_LL."""
     arguments = event.get("args", {})
     group = arguments.get("Process Group Name")
@@ -160,7 +160,7 @@ def _nccl_name(event: Event, groups: Mapping[str, str]) -> str:
     return collective_name(arguments.get("Collective name") or kernel, groups.get(str(group)))
 
 
-def _add_host(spans: _Spans, events: Sequence[Event]) -> None:
+def _add_host(spans: _Spans, events: Sequence[TraceEvent]) -> None:
     """Add the operators of the thread that takes the steps, and the collectives of gloo's threads."""
     lanes = {_lane(event) for event in _annotations(events, STEP)}
     issued: list[Span] = []
@@ -189,11 +189,11 @@ class _Frame(NamedTuple):
     is_update: bool = False  # inside the optimizer's step
 
 
-def _innermost(events: Iterable[Event], issued: list[Span]) -> Iterator[tuple[Span, bool]]:
+def _innermost(events: Iterable[TraceEvent], issued: list[Span]) -> Iterator[tuple[Span, bool]]:
     """Yield the stretches of a thread that are work or a collective; append calls of c10d to `issued`."""
     stack = [_Frame(float("inf"))]
     now = float("-inf")
-    closing: Event = {"ts": float("inf"), "dur": 0.0, "name": ""}
+    closing: TraceEvent = {"ts": float("inf"), "dur": 0.0, "name": ""}
     for event in [*sorted(events, key=lambda e: (e["ts"], -e["dur"])), closing]:
         while stack and stack[-1].end <= event["ts"]:
             frame = stack.pop()
@@ -214,7 +214,7 @@ def _innermost(events: Iterable[Event], issued: list[Span]) -> Iterator[tuple[Sp
         stack.append(_frame(event, parent))
 
 
-def _frame(event: Event, parent: _Frame) -> _Frame:
+def _frame(event: TraceEvent, parent: _Frame) -> _Frame:
     """Return the frame of an event inside a parent that is not settled."""
     name: str = event["name"]
     inside = parent._replace(end=min(float(event["ts"]) + float(event["dur"]), parent.end))
@@ -266,7 +266,7 @@ def _give(parts: StepParts, active: Mapping[str, Counter[str]], seconds: float) 
         parts.collectives.setdefault(name, Overlap()).hidden += seconds
 
 
-def _annotations(events: Iterable[Event], prefix: str) -> Iterator[Event]:
+def _annotations(events: Iterable[TraceEvent], prefix: str) -> Iterator[TraceEvent]:
     return (e for e in events if e.get("cat") == "user_annotation" and e["name"].startswith(prefix))
 
 
@@ -274,7 +274,7 @@ def _is_update(name: str) -> bool:
     return name == OPTIMIZER or name.startswith("Optimizer.step#")  # the latter is torch's own
 
 
-def _is_gloo(event: Event) -> bool:
+def _is_gloo(event: TraceEvent) -> bool:
     return str(event["name"]).startswith("gloo:")
 
 
@@ -288,9 +288,9 @@ def _is_within(moment: float, spans: Sequence[Span]) -> bool:
     return index >= 0 and moment < spans[index].end
 
 
-def _lane(event: Event) -> tuple[Any, Any]:
+def _lane(event: TraceEvent) -> tuple[Any, Any]:
     return event.get("pid"), event.get("tid")
 
 
-def _span(event: Event, name: str) -> Span:
+def _span(event: TraceEvent, name: str) -> Span:
     return Span(float(event["ts"]), float(event["ts"]) + float(event["dur"]), name)

@@ -32,9 +32,9 @@ from launcher.config.schema import (
 from launcher.config.shape import sequence_length
 from launcher.config.validate import validate
 from launcher.config.world import World, world_of_machine
-from launcher.data.card import tokenizer_path
 from launcher.data.chat import PREPARE, opened_chats, prepared_prefix
 from launcher.data.chat_template import TEMPLATE_FILE
+from launcher.data.dataset_card import tokenizer_path
 from launcher.data.evaluated import text_stretch, token_stretches
 from launcher.data.open import ONLY, TOKENIZER, open_data
 from launcher.data.packing import PackedChats

@@ -25,7 +25,7 @@ from launcher.parallel.loss_kernels import LossKernels
 from launcher.parallel.mesh import ONE_RANK, Axis, ProcessMesh
 from launcher.parallel.random import DropoutRandom
 
-Places = tuple[Tensor | None, Tensor | None, Tensor | None]  # mask, cosines, sines
+PositionTables = tuple[Tensor | None, Tensor | None, Tensor | None]  # mask, cosines, sines
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class BlockContext:
             cp,
         )
 
-    def positions(self, x: Tensor, window: int | None = None) -> Places:
+    def positions(self, x: Tensor, window: int | None = None) -> PositionTables:
         """Return the mask, cosines and sines for the positions of x, a block's input.
 
         The layers get them as arguments: when a block is recomputed, `documents` already holds another

@@ -41,12 +41,12 @@ from launcher.parallel.sharding import seed_of
 
 # The result (B, T/C, N, D); q, k and v of this rank's heads in one tensor, and the result of these heads
 # (both under ulysses, else empty); the log-sum-exps. The last three are kept for the backward pass.
-Results = tuple[Tensor, Tensor, Tensor, Tensor]
+AttentionResults = tuple[Tensor, Tensor, Tensor, Tensor]
 KeysValues = Tensor | tuple[Tensor, ...]  # keys and values, each (B, L, K, D)
 Visits = Iterator[tuple[int, Tensor]]  # a rank, and its keys and values (2, B, T/C, K, D)
 
 
-class Settings(NamedTuple):
+class ContextSettings(NamedTuple):
     """Settings of the attention as numbers and texts, the only types that an operator of a graph takes."""
 
     method: str
@@ -78,7 +78,7 @@ def context_attention(
     start of the sequence. Collective over the context group, forward and backward: see the table above.
     """
     axis = context.axis
-    settings = Settings(
+    settings = ContextSettings(
         context.method.name, axis.rank, axis.size, axis.group_name, kernel.scale, kernel.cap, kernel.device,
         dropout,
     )  # fmt: skip
@@ -92,8 +92,9 @@ def context_attention(
 class _ContextAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, first: Tensor | None, seed: int | None, settings: Settings
-    ) -> Tensor:
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, first: Tensor | None, seed: int | None,
+        settings: ContextSettings,
+    ) -> Tensor:  # fmt: skip
         results = attend(q, k, v, first, seed, settings)
         _keep(ctx, q, k, v, first, seed, settings, results)
         return results[0]
@@ -106,8 +107,9 @@ class _ContextAttention(torch.autograd.Function):
 
 
 def _keep(
-    ctx: Any, q: Tensor, k: Tensor, v: Tensor, first: Any, seed: Any, settings: Settings, results: Results
-) -> None:
+    ctx: Any, q: Tensor, k: Tensor, v: Tensor, first: Any, seed: Any, settings: ContextSettings,
+    results: AttentionResults,
+) -> None:  # fmt: skip
     """Keep the inputs of the backward pass; ulysses needs no q, k, v and result of this rank's tokens."""
     mixed, *of_heads = results
     ctx.seed, ctx.settings, ctx.kv_heads = seed, settings, k.shape[2]
@@ -117,8 +119,9 @@ def _keep(
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, first: Tensor | None, seed: Tensor | int | None, settings: Settings
-) -> Results:
+    q: Tensor, k: Tensor, v: Tensor, first: Tensor | None, seed: Tensor | int | None,
+    settings: ContextSettings,
+) -> AttentionResults:  # fmt: skip
     """Return the result, and the tensors of the forward pass that the backward pass needs."""
     context, rules = settings.context, Rules(settings, first, seed)
     if settings.is_ulysses:
@@ -138,7 +141,7 @@ def attend(
 
 def gradients(
     gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, first: Tensor | None, mixed: Tensor, whole: Tensor,
-    core: Tensor, sums: Tensor, seed: Tensor | int | None, kv_heads: int, settings: Settings,
+    core: Tensor, sums: Tensor, seed: Tensor | int | None, kv_heads: int, settings: ContextSettings,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the gradients of q, k and v from the gradient of the result, (B, T/C, N, D)."""
     context, rules = settings.context, Rules(settings, first, seed)
@@ -244,7 +247,7 @@ def _summed_copies(x: Tensor, kv_heads: int, copies: int) -> Tensor:
 class Rules:
     """The keys to which a query attends, and the dropout of the softmax."""
 
-    settings: Settings
+    settings: ContextSettings
     first: Tensor | None
     seed: Tensor | int | None
 
@@ -360,7 +363,7 @@ def _operator(
     q: Tensor, k: Tensor, v: Tensor, first: Tensor | None, seed: Tensor | None, method: str, rank: int,
     size: int, group: str, scale: float | None, cap: float | None, device: str, dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    settings = Settings(method, rank, size, group, scale, cap, device, dropout)
+    settings = ContextSettings(method, rank, size, group, scale, cap, device, dropout)
     mixed, whole, core, sums = (x.contiguous() for x in attend(q, k, v, first, seed, settings))
     return mixed, whole, core, sums
 
@@ -369,7 +372,7 @@ def _operator(
 def _(
     q: Tensor, k: Tensor, v: Tensor, first: Tensor | None, seed: Tensor | None, *numbers: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    settings = Settings(*numbers)
+    settings = ContextSettings(*numbers)
     batch, length, heads, channels = q.shape
     mixed = torch.empty_like(q, memory_format=torch.contiguous_format)
     if not settings.is_ulysses:
@@ -388,7 +391,7 @@ def _backward_operator(
     core: Tensor, sums: Tensor, seed: Tensor | None, kv_heads: int, method: str, rank: int, size: int,
     group: str, scale: float | None, cap: float | None, device: str, dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    settings = Settings(method, rank, size, group, scale, cap, device, dropout)
+    settings = ContextSettings(method, rank, size, group, scale, cap, device, dropout)
     results = gradients(gradient, q, k, v, first, mixed, whole, core, sums, seed, kv_heads, settings)
     of_q, of_k, of_v = (x.contiguous() for x in results)
     return of_q, of_k, of_v.clone() if of_v._base is not None else of_v
@@ -402,9 +405,9 @@ def _(gradient: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(gradient, memory_format=torch.contiguous_format), of_k, of_v
 
 
-def _keep_of_operator(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
+def _keep_of_operator(ctx: Any, inputs: tuple[Any, ...], output: AttentionResults) -> None:
     q, k, v, first, seed, *numbers = inputs
-    _keep(ctx, q, k, v, first, seed, Settings(*numbers), output)
+    _keep(ctx, q, k, v, first, seed, ContextSettings(*numbers), output)
 
 
 def _backward_of_operator(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:

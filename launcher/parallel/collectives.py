@@ -21,7 +21,7 @@ from launcher.parallel.mesh import Axis
 
 SEQUENCE_DIM = 1
 
-Operation = Callable[[Tensor, Axis], Tensor]
+AxisOperation = Callable[[Tensor, Axis], Tensor]
 
 
 def copy_region(x: Tensor, axis: Axis) -> Tensor:
@@ -104,7 +104,7 @@ def reduce_scatter_start(
     return shard, work
 
 
-def _apply(x: Tensor, axis: Axis, forward: Operation, backward: Operation) -> Tensor:
+def _apply(x: Tensor, axis: Axis, forward: AxisOperation, backward: AxisOperation) -> Tensor:
     return x if axis.size == 1 else _Region.apply(x, axis, forward, backward)  # type: ignore[no-untyped-call]
 
 
@@ -112,7 +112,7 @@ class _Region(torch.autograd.Function):
     """Applies one operation to x in the forward pass and another to its gradient in the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis, forward: Operation, backward: Operation) -> Tensor:
+    def forward(ctx: Any, x: Tensor, axis: Axis, forward: AxisOperation, backward: AxisOperation) -> Tensor:
         ctx.axis, ctx.operation = axis, backward
         return forward(x, axis)
 

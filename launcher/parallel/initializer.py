@@ -34,11 +34,11 @@ BLOCK_BYTES = 4 * BLOCK[0] * BLOCK[1]
 CPU = torch.device("cpu")
 EXPERTS = "experts"  # the name of the groups of ranks that hold the same experts, and of their parameters
 
-Piece = tuple[Box, Tensor]  # a box of a logical tensor, and the tensor of the same sizes that holds it
+LogicalView = tuple[Box, Tensor]  # a box of a logical tensor, and the tensor of the same sizes that holds it
 BlockIndex = tuple[int, ...]
 
 # draw(seed, logical, pieces) writes the initial values of each piece, which lies on the CPU, in any dtype.
-DrawFunction = Callable[[int, LogicalTensor, Sequence[Piece]], None]
+DrawFunction = Callable[[int, LogicalTensor, Sequence[LogicalView]], None]
 
 
 @dataclass(frozen=True)
@@ -111,8 +111,8 @@ class Initializer:
 def normal(std: float) -> DrawFunction:
     """Return a function that draws from a normal distribution with mean 0 and standard deviation `std`."""
 
-    def draw(seed: int, logical: LogicalTensor, pieces: Sequence[Piece]) -> None:
-        touched: dict[BlockIndex, list[Piece]] = defaultdict(list)
+    def draw(seed: int, logical: LogicalTensor, pieces: Sequence[LogicalView]) -> None:
+        touched: dict[BlockIndex, list[LogicalView]] = defaultdict(list)
         for piece in pieces:
             for index in _blocks_of(logical.shape, piece[0]):
                 touched[index].append(piece)
@@ -144,12 +144,12 @@ def draw_block(seed: int, std: float, sizes: tuple[int, ...]) -> Tensor:
     return torch.normal(0.0, std, sizes, generator=generator, dtype=torch.float32, device="cpu")
 
 
-def zeros(seed: int, logical: LogicalTensor, pieces: Sequence[Piece]) -> None:
+def zeros(seed: int, logical: LogicalTensor, pieces: Sequence[LogicalView]) -> None:
     for _, tensor in pieces:
         tensor.zero_()
 
 
-def ones(seed: int, logical: LogicalTensor, pieces: Sequence[Piece]) -> None:
+def ones(seed: int, logical: LogicalTensor, pieces: Sequence[LogicalView]) -> None:
     for _, tensor in pieces:
         tensor.fill_(1.0)
 

@@ -80,10 +80,10 @@ def diagnose_lost_rank(failure: str, hang: str | None) -> Diagnosis:
     return Diagnosis(failure.strip(), "the traceback shows where the rank failed; nothing was compared")
 
 
-Results = Iterator[tuple[str, str]]  # the shape and the meaning of a difference; the first result counts
+Findings = Iterator[tuple[str, str]]  # the shape and the meaning of a difference; the first result counts
 
 
-def _start(e: Evidence) -> Results:
+def _start(e: Evidence) -> Findings:
     if e.number > 0:
         return
     if names := e.names("data_replica"):
@@ -98,7 +98,7 @@ def _start(e: Evidence) -> Results:
     yield from _wrong_start(e, e.names("weight"))
 
 
-def _wrong_start(e: Evidence, names: list[str]) -> Results:
+def _wrong_start(e: Evidence, names: list[str]) -> Findings:
     got, right = e.step.weights, e.right.weights
     if any(n not in got or n not in right for n in names):
         yield f"{_some(names)}: exists in one of the two runs only", "a parameter is lost or renamed"
@@ -115,7 +115,7 @@ def _wrong_start(e: Evidence, names: list[str]) -> Results:
     yield f"{_some(names)}: differs from the reference before the first step", meaning
 
 
-def _micro_batches(e: Evidence) -> Results:
+def _micro_batches(e: Evidence) -> Findings:
     ran = {len(losses) for losses in e.step.batch_losses}
     if ran != {e.layout.accumulation}:
         numbers = " or ".join(map(str, sorted(ran)))
@@ -138,7 +138,7 @@ WRONG_OUTPUT = {
 SUMMED_OVER_TENSOR_RANKS = ("embedding", "attention.output", "mlp.down")
 
 
-def _forward(e: Evidence) -> Results:
+def _forward(e: Evidence) -> Findings:
     names = e.names("output", "output_replica")
     if not names:
         return
@@ -172,7 +172,7 @@ def _forward(e: Evidence) -> Results:
     yield f"{where}; it is equal on every tensor rank", WRONG_OUTPUT[part]
 
 
-def _choices(e: Evidence) -> Results:
+def _choices(e: Evidence) -> Findings:
     if names := e.names("choice"):
         shape = f"{_some(names)}: a token runs through experts with lower scores than others have"
         meaning = "the router: its logits, the biases for the choice, or tokens and scores in another order"
@@ -224,7 +224,7 @@ def _context_attention(e: Evidence, name: str, where: str) -> tuple[str, str]:
     return shape, f"{meaning} chunks in another order"
 
 
-def _padding(e: Evidence, above: float, close: float = CLOSE) -> Results:
+def _padding(e: Evidence, above: float, close: float = CLOSE) -> Findings:
     """Yield a diagnosis if a loss is too high by the effect of padding, the same in all micro-batches."""
     multiple = vocabulary_multiple(e.run, e.layout.device)
     size = output_size(e.run.model)
@@ -236,7 +236,7 @@ def _padding(e: Evidence, above: float, close: float = CLOSE) -> Results:
             yield f"every output is right and {shape}", "the padding of the vocabulary enters the softmax"
 
 
-def _loss(e: Evidence) -> Results:
+def _loss(e: Evidence) -> Findings:
     names = e.names("batch_loss")
     if not names and e.names("loss"):
         # In bf16 the mean has a tighter bound than each loss.
@@ -285,7 +285,7 @@ def _loss(e: Evidence) -> Results:
     yield shape, "these ranks read other samples or hold other weights"
 
 
-def _replicas(e: Evidence) -> Results:
+def _replicas(e: Evidence) -> Findings:
     if names := e.names("data_replica"):
         meaning = "gradients are not averaged over the data ranks, or updated weights are not all-gathered"
         yield f"{_some(names)} differs between data ranks after the step", meaning
@@ -314,7 +314,7 @@ def _replicas(e: Evidence) -> Results:
         yield f"{_some(names)} differs between tensor ranks; every sharded weight is right", meaning
 
 
-def _gradients(e: Evidence) -> Results:
+def _gradients(e: Evidence) -> Findings:
     names = e.names("gradient")
     if not names:
         return
@@ -351,7 +351,7 @@ def _gradients(e: Evidence) -> Results:
     )
 
 
-def _rounding(e: Evidence) -> Results:
+def _rounding(e: Evidence) -> Findings:
     if names := e.names("rounding"):
         shape = f"{_some(names)}: every gradient is right, and the mean of the rounded updates is not"
         yield (
@@ -360,7 +360,7 @@ def _rounding(e: Evidence) -> Results:
         )
 
 
-def _whole(e: Evidence) -> Results:
+def _whole(e: Evidence) -> Findings:
     if names := e.names("restored"):
         shape = f"{_some(names)} differs after the checkpoint is restored in another layout"
         yield shape, "saving or restoring: the place of a slice, a state that is not saved, or its precision"
@@ -369,7 +369,7 @@ def _whole(e: Evidence) -> Results:
         yield "every step is right and the validation loss is wrong", meaning
 
 
-def _update(e: Evidence) -> Results:
+def _update(e: Evidence) -> Findings:
     # Without a momentum, the updates of the run's own optimizer do not show the gradients.
     are_compared = bool(e.step.gradients)
     if e.names("grad_norm"):

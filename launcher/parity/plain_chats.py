@@ -33,7 +33,7 @@ _KINDS = 6  # of conversations: see _record
 _SHAREGPT = {"user": "human", "assistant": "gpt", "system": "system"}
 
 Tokens = list[int]
-Conversation = tuple[Tokens, list[bool]]  # the tokens, and for each whether it is learned
+MaskedTokens = tuple[Tokens, list[bool]]  # the tokens, and for each whether it is learned
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def _record(rng: random.Random, length: int, kind: int) -> dict[str, Any]:
     return {"messages": [{"role": role, "content": words} for role, words in messages]}
 
 
-def tokens_of(record: dict[str, Any]) -> Conversation:
+def tokens_of(record: dict[str, Any]) -> MaskedTokens:
     """Return the bytes of a conversation with the token that ends it, and which of them are learned.
 
     The assistant's text is learned, and the end if it comes after such text. Nothing predicts the first
@@ -129,7 +129,7 @@ def tokens_of(record: dict[str, Any]) -> Conversation:
     return tokens, learned
 
 
-def packed(conversations: list[Conversation], length: int) -> list[list[int]]:
+def packed(conversations: list[MaskedTokens], length: int) -> list[list[int]]:
     """Return the numbers of the conversations in each window of `length` + 1 tokens.
 
     A conversation goes into the next window if it does not fit. It is left out if none of its first
@@ -149,7 +149,7 @@ def packed(conversations: list[Conversation], length: int) -> list[list[int]]:
     return windows
 
 
-def _write_tokens(prefix: Path, conversations: list[Conversation], length: int) -> list[list[_Place]]:
+def _write_tokens(prefix: Path, conversations: list[MaskedTokens], length: int) -> list[list[_Place]]:
     """Write .bin, .idx and .mask; return the conversations of each window by their place in the file."""
     starts, tokens, mask = [], list[int](), list[bool]()
     for ids, learned in conversations:
@@ -167,7 +167,7 @@ def _write_tokens(prefix: Path, conversations: list[Conversation], length: int) 
 
 
 def _in_memory(
-    conversations: list[Conversation], windows: list[list[int]], length: int, place: int
+    conversations: list[MaskedTokens], windows: list[list[int]], length: int, place: int
 ) -> Sample:
     return _window([conversations[number] for number in windows[place]], length)
 
@@ -182,7 +182,7 @@ def _in_file(prefix: Path, windows: list[list[_Place]], length: int, place: int)
     return _window(conversations, length)
 
 
-def _window(conversations: list[Conversation], length: int) -> Sample:
+def _window(conversations: list[MaskedTokens], length: int) -> Sample:
     """Return inputs and labels (T,) of a window, which ends with end tokens that are no labels."""
     inputs: Tokens = []
     is_label: list[bool] = []

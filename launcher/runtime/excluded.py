@@ -10,10 +10,10 @@ from launcher.files import read_regular, write_text
 EXCLUDED = "excluded.json"
 _MOST_BYTES = 2**20
 
-Stretch = tuple[int, int]  # the samples from the first number up to the second, which is not included
+SampleRange = tuple[int, int]  # the samples from the first number up to the second, which is not included
 
 
-def past_excluded(samples: int, stretches: Sequence[Stretch]) -> int:
+def past_excluded(samples: int, stretches: Sequence[SampleRange]) -> int:
     """Return `samples` plus the excluded samples that follow directly, which count as consumed. Pure."""
     for start, end in sorted(stretches):
         if start <= samples < end:
@@ -21,7 +21,7 @@ def past_excluded(samples: int, stretches: Sequence[Stretch]) -> int:
     return samples
 
 
-def read_excluded(run_dir: Path) -> tuple[Stretch, ...]:
+def read_excluded(run_dir: Path) -> tuple[SampleRange, ...]:
     """Return the stretches; nothing if there is no file. Raises ConfigError for a damaged file."""
     try:
         stretches = json.loads(read_regular(run_dir / EXCLUDED, _MOST_BYTES))
@@ -39,7 +39,7 @@ def read_excluded(run_dir: Path) -> tuple[Stretch, ...]:
         ) from None
 
 
-def exclude(run_dir: Path, stretch: Stretch) -> tuple[Stretch, ...]:
+def exclude(run_dir: Path, stretch: SampleRange) -> tuple[SampleRange, ...]:
     """Add a stretch to the file and return all."""
     stretches = (*read_excluded(run_dir), stretch)
     write_text(run_dir / EXCLUDED, json.dumps(stretches) + "\n")

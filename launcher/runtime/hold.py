@@ -2,7 +2,7 @@
 
 The lock is flock(2) on holder.json, which names the holder, and on the directory itself, so that deleting the
 file frees nothing. Where directories cannot be locked, as on NFS, a run whose file was replaced notices it
-before its next save: see Place.
+before its next save: see HeldDirectory.
 """
 
 import errno
@@ -47,7 +47,7 @@ class Holder:
 
 
 @dataclass(frozen=True)
-class Place:
+class HeldDirectory:
     """The path of a held directory, and the inodes of the directory and of its lock file."""
 
     path: Path
@@ -79,8 +79,8 @@ def is_holder_file(path: Path) -> bool:
 
 
 @contextmanager
-def held(run_dir: Path) -> Iterator[tuple[Place, list[str]]]:
-    """Make and hold the directory; yield its place and notes to the user.
+def held(run_dir: Path) -> Iterator[tuple[HeldDirectory, list[str]]]:
+    """Make and hold the directory; yield its path and inodes, and notes to the user.
 
     Raises ConfigError if another process holds the directory, or OSError.
     """
@@ -95,12 +95,14 @@ def held(run_dir: Path) -> Iterator[tuple[Place, list[str]]]:
             _lock(directory, run_dir, me)
             file = stack.enter_context(_holder_file(run_dir))
             notes = _lock(file.fileno(), run_dir, me)
-            place = Place(run_dir.resolve(), _inode(os.fstat(directory)), _inode(os.fstat(file.fileno())))
-            if place.loss() is not None or not os.path.lexists(run_dir / HOLDER):
+            held_directory = HeldDirectory(
+                run_dir.resolve(), _inode(os.fstat(directory)), _inode(os.fstat(file.fileno()))
+            )
+            if held_directory.loss() is not None or not os.path.lexists(run_dir / HOLDER):
                 continue  # moved or deleted since it was opened: the locks are on something else
             _write(file, me)
             try:
-                yield place, notes
+                yield held_directory, notes
             except BaseException as error:
                 with suppress(OSError):  # the disk may be full
                     _write(file, replace(me, end=_end_of(error)))

@@ -5,11 +5,11 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from launcher.checkpoint.changes import changes_since
 from launcher.checkpoint.integrity import unchanged
 from launcher.checkpoint.load import agreed_error, check_files_together, load_initial_weights, restore
 from launcher.checkpoint.manifest import Manifest, StoredFiles, UnusableCheckpoint, read_manifest
 from launcher.checkpoint.read import stored_files_of
+from launcher.checkpoint.resume_changes import changes_since
 from launcher.checkpoint.resume_choice import check_can_resume, check_same_corpus, fallback_checkpoint
 from launcher.checkpoint.sources import WeightSource, weights_at
 from launcher.config.errors import ConfigError, as_typed
@@ -20,7 +20,7 @@ from launcher.data.open import blend_of
 from launcher.engine.base import Engine
 from launcher.engine.optimizer import learning_rate, state_keys
 from launcher.engine.state import set_loss_scaler
-from launcher.runtime.excluded import Stretch, past_excluded
+from launcher.runtime.excluded import SampleRange, past_excluded
 
 _SAME_RATE = 0.01  # relative difference of learning rates that is not worth a line
 
@@ -33,7 +33,7 @@ class Progress:
     samples: int = 0  # consumed
     blends: tuple[Segment, ...] = ()  # the blends so far; the last is in force
     skipped: int = 0  # steps of earlier starts that changed no weight (see guard.nonfinite)
-    excluded: tuple[Stretch, ...] = ()  # samples that are left out (see guard.spike)
+    excluded: tuple[SampleRange, ...] = ()  # samples that are left out (see guard.spike)
     history: dict[str, list[float]] = field(default_factory=dict)  # as SpikeDetector.history
 
     def after(self, global_batch_size: int) -> "Progress":
@@ -71,7 +71,7 @@ def start_from(
     checkpoint: Path | None,
     initial: WeightSource | None,
     corpus: dict[str, str],
-    excluded: tuple[Stretch, ...] = (),
+    excluded: tuple[SampleRange, ...] = (),
 ) -> Start:
     """Restore `checkpoint`, or an older one if it is damaged, else load `initial`. Collective."""
     while checkpoint is not None:
@@ -99,7 +99,7 @@ def restored(
     engine: Engine,
     checkpoint: Path,
     corpus: dict[str, str],
-    excluded: tuple[Stretch, ...],
+    excluded: tuple[SampleRange, ...],
 ) -> Start:
     """Restore the engine; return the start, past the samples that are `excluded`. Collective, world.
 

@@ -39,7 +39,7 @@ from launcher.config.secrets import as_written, as_yaml
 from launcher.data.open import end_of_documents
 from launcher.files import write_text
 from launcher.launch.environment import slurm_step_name
-from launcher.runtime.hold import HOLDER, Place, held, is_holder_file
+from launcher.runtime.hold import HOLDER, HeldDirectory, held, is_holder_file
 
 CONFIG, LOGS, METRICS, WANDB = "config.yaml", "logs", "metrics.jsonl", "wandb"
 PICTURE, TENSORBOARD, PROFILE = "loss.png", "tensorboard", "profile"
@@ -53,7 +53,7 @@ class RunDir:
     run_id: str
     checkpoint: Path | None = None  # to resume from
     initial: WeightSource | None = None  # to begin with if there is no checkpoint
-    place: Place | None = None  # of the directory that is held
+    held_directory: HeldDirectory | None = None  # of the directory that is held
 
     @property
     def logs(self) -> Path:
@@ -65,7 +65,7 @@ class RunDir:
 
     def loss(self) -> str | None:
         """Return why `path` no longer leads to the directory that is held; None if it does."""
-        return self.place.loss() if self.place else None
+        return self.held_directory.loss() if self.held_directory else None
 
 
 @contextmanager
@@ -87,8 +87,8 @@ def claimed_run_dir(
             check_files_are_ours(path)
             if not path.exists():
                 _beginning(run, path)
-            place, notes = stack.enter_context(held(path))
-            directory, copied = _claim(run, layout, place, run_id, path)
+            held_directory, notes = stack.enter_context(held(path))
+            directory, copied = _claim(run, layout, held_directory, run_id, path)
         except OSError as error:
             why = f"cannot be written: {error.strerror}"
             raise ConfigError("run.dir", path, why, "a directory you may write to") from None
@@ -180,7 +180,9 @@ def _losses(path: Path, run: RunConfig) -> list[str]:
     return []
 
 
-def _claim(run: RunConfig, layout: Layout, place: Place, run_id: str, path: Path) -> tuple[RunDir, list[str]]:
+def _claim(
+    run: RunConfig, layout: Layout, held_directory: HeldDirectory, run_id: str, path: Path
+) -> tuple[RunDir, list[str]]:
     """Write identity and config; return the run directory, and notes to the user."""
     checkpoint, initial = _beginning(run, path)
     before = read_identity(path) or {"id": run_id}
@@ -197,7 +199,7 @@ def _claim(run: RunConfig, layout: Layout, place: Place, run_id: str, path: Path
         is_huggingface = checkpoint is None and initial and initial.kind is WeightsKind.huggingface
         carry_companions(source, path, stored_dtype(initial) if initial and is_huggingface else None)
     write_text(path / CONFIG, as_yaml(run))
-    return RunDir(place.path, before["id"], checkpoint, initial, place), notes
+    return RunDir(held_directory.path, before["id"], checkpoint, initial, held_directory), notes
 
 
 def _copied_from(path: Path, identity: dict[str, Any]) -> Path | None:

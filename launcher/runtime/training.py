@@ -25,7 +25,7 @@ from launcher.data.open import open_data, record_tokenizer
 from launcher.engine.base import Engine, StepResult
 from launcher.engine.build import build_engine
 from launcher.engine.optimizer import learning_rate
-from launcher.engine.routing import routing_row
+from launcher.engine.router_metrics import routing_row
 from launcher.engine.watchdog import Watchdog
 from launcher.engine.work_time import WorkTime
 from launcher.launch.rank import StopRequest

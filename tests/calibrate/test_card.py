@@ -19,7 +19,7 @@ from launcher.calibrate.card import (
     link_rates,
 )
 from launcher.config.schema import CardRates, Device, Dtype, HardwareConfig, PeakFlops
-from launcher.planning.cost.operations import Attention, Collective, CollectiveKind, Matmul
+from launcher.planning.cost.operations import Collective, CollectiveKind, FusedAttention, Matmul
 from launcher.planning.cost.rates import Shares, specified
 from launcher.planning.cost.traffic import GroupShape
 from tests.distributed import pool
@@ -136,4 +136,4 @@ def test_a_plan_uses_what_the_probes_measured() -> None:
     assert rates is not None
     assert rates.flops == card.products.bf16
     assert rates.product(Matmul(4096, 4096, 4096)) > 0
-    assert rates.attention(Attention(1024, 32, 8, is_causal=True), 2) > 0
+    assert rates.attention(FusedAttention(1024, 32, 8, is_causal=True), 2) > 0

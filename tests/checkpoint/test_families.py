@@ -10,7 +10,7 @@ import torch
 
 from launcher.checkpoint.certificate import our_logits
 from launcher.checkpoint.conversion import export, import_
-from launcher.checkpoint.huggingface import ADAPTERS
+from launcher.checkpoint.huggingface import CONVERTERS
 from launcher.checkpoint.sources import weights_at
 from launcher.data.tokenizer import write_byte_tokenizer
 from tests.checkpoint.family_table import (
@@ -97,7 +97,7 @@ def test_the_documentation_shows_each_family() -> None:
     assert shown is not None
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in shown[1].splitlines()[2:]]
     assert [row[0] for row in rows] == list(FAMILIES)
-    assert {row[1] for row in rows} == {f"`{adapter.model_type}`" for adapter in ADAPTERS}
+    assert {row[1] for row in rows} == {f"`{converter.model_type}`" for converter in CONVERTERS}
     for _, _, logits, _, steps, certificate in rows:
         assert float(logits) <= LOGITS
         assert float(steps) <= LARGEST_ERROR

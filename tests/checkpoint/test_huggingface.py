@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from launcher.checkpoint.conversion import export, import_
-from launcher.checkpoint.huggingface import NotConvertible, adapter_of
+from launcher.checkpoint.huggingface import NotConvertible, converter_of
 from launcher.checkpoint.manifest import checkpoints_in
 from launcher.checkpoint.read import CheckpointReader, HuggingFaceReader
 from launcher.checkpoint.sources import WeightsKind, WeightSource, weights_at
@@ -397,9 +397,9 @@ def test_import_train_and_export_from_the_command_line(tmp_path: Path) -> None:
         (small("llama", attention_soft_cap=2.0), "model.attention_soft_cap=2.0"),
     ],
 )
-def test_a_model_that_no_adapter_expresses_is_named(model: ModelConfig, difference: str) -> None:
+def test_a_model_that_no_converter_expresses_is_named(model: ModelConfig, difference: str) -> None:
     with pytest.raises(NotConvertible, match=r"only GPT-2, .* and GPT-NeoX models can be") as refused:
-        adapter_of(model)
+        converter_of(model)
     assert str(refused.value).endswith(f"this model has {difference}")
 
 

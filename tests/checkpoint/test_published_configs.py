@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from launcher.checkpoint.huggingface import NotConvertible, adapter_of, model_of
+from launcher.checkpoint.huggingface import NotConvertible, converter_of, model_of
 from launcher.config.schema import MLPKind, ResidualKind, RopeScalingKind
 from tests.models.test_arithmetic import shipped
 
@@ -101,7 +101,7 @@ def test_each_shipped_model_is_the_published_one(subtests: pytest.Subtests) -> N
             ours = shipped(name)
             heads = ours.num_kv_heads or ours.num_heads
             assert model_of(config) == replace(ours, num_kv_heads=heads)
-            assert adapter_of(ours).model_type == config["model_type"]
+            assert converter_of(ours).model_type == config["model_type"]
 
 
 def test_each_shipped_mixture_is_the_published_one(subtests: pytest.Subtests) -> None:
@@ -111,17 +111,17 @@ def test_each_shipped_mixture_is_the_published_one(subtests: pytest.Subtests) ->
             ours, theirs = shipped(name), model_of(config)
             loss = ours.experts.auxiliary_loss
             assert replace(theirs, experts=replace(theirs.experts, auxiliary_loss=loss)) == ours
-            assert adapter_of(ours).model_type == config["model_type"]
+            assert converter_of(ours).model_type == config["model_type"]
 
 
-def test_what_an_adapter_writes_it_reads(subtests: pytest.Subtests) -> None:
+def test_what_a_converter_writes_it_reads(subtests: pytest.Subtests) -> None:
     configs = PUBLISHED | MIXTURES
     configs |= {"Gemma 3": GEMMA3_4B, "Pythia": PYTHIA_1B, "GPT-NeoX": GPT_NEOX_20B}
     for name, config in configs.items():
         with subtests.test(name):
             model = model_of(config)
-            adapter = adapter_of(model)
-            written = adapter.config_json(model, "bfloat16", {})
+            converter = converter_of(model)
+            written = converter.config_json(model, "bfloat16", {})
             assert model_of(written) == replace(model, num_kv_heads=written.get("num_key_value_heads"))
 
 

@@ -29,7 +29,7 @@ import launcher.data.preparation
 from launcher.config.errors import ConfigError
 from launcher.config.schema import BadLines, EndInText, PrepareConfig, TokenizerTraining
 from launcher.data import parquet_pages, reading
-from launcher.data.card import card_path, tokenizer_path
+from launcher.data.dataset_card import card_path, tokenizer_path
 from launcher.data.preparation import Preparation, PrepareProgress, bad_lines_path, find_inputs
 from launcher.data.reading import Place, batches, format_of
 from launcher.data.token_file import bin_path, index_path, open_token_file

@@ -13,7 +13,7 @@ from launcher.config.schema import RunConfig
 from launcher.config.shape import sequence_length
 from launcher.config.validate import validate
 from launcher.config.world import World
-from launcher.engine.stochastic import Conditions, StochasticAdamW, Stretch
+from launcher.engine.stochastic import Conditions, CounterRange, StochasticAdamW
 from launcher.models import grouped
 from launcher.parallel import vocabulary
 from launcher.parallel.cross_entropy import linear_cross_entropy
@@ -96,7 +96,7 @@ def test_the_loss_of_chunks_equals_that_of_whole_logits(
         assert (tensor.grad - right.grad).abs().max() < allowed * right.grad.abs().max()
 
 
-def test_a_compiled_update_of_unaligned_spans_is_the_eager_one() -> None:
+def test_a_compiled_update_of_unaligned_slices_is_the_eager_one() -> None:
     """Up to a fused multiplication and addition, which may turn a rounding."""
     results = []
     for compiled in (False, True):
@@ -108,7 +108,7 @@ def test_a_compiled_update_of_unaligned_spans_is_the_eager_one() -> None:
             step=lambda: 1,
             kept=lambda: torch.tensor(True, device="cuda"),
             factor=lambda: torch.tensor(0.5, device="cuda"),
-            stretches={weight: [Stretch(3001, 1 << 40), Stretch(4999, 1 << 50)]},
+            counter_ranges={weight: [CounterRange(3001, 1 << 40), CounterRange(4999, 1 << 50)]},
             compiled=compiled,
         )
         gradient = torch.randn(8000, device="cuda", generator=generator).bfloat16()

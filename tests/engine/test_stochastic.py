@@ -8,16 +8,16 @@ from launcher.engine import stochastic
 from launcher.engine.allocations import Allocations
 from launcher.engine.stochastic import (
     Conditions,
-    Span,
+    CounterRange,
     StochasticAdamW,
     StochasticOptimizer,
     StochasticSGD,
-    Stretch,
+    UpdateSlice,
     adamw,
     compiled_update,
     random_bits,
     rounded,
-    spans_of,
+    slices_of,
     update_,
 )
 from launcher.models.arithmetic import update_chunk
@@ -33,7 +33,7 @@ def conditions(partitions: list[Tensor], *, skipped: bool = False, factor: float
         step=lambda: next(number),
         kept=lambda: torch.tensor(not skipped),
         factor=lambda: torch.tensor(factor),
-        stretches={partition: [Stretch(partition.numel(), 1 << 40)] for partition in partitions},
+        counter_ranges={partition: [CounterRange(partition.numel(), 1 << 40)] for partition in partitions},
     )
 
 
@@ -155,13 +155,13 @@ def test_an_update_needs_memory_for_a_chunk_only() -> None:
     assert 0.8 * planned < allocations.peak - held < 1.05 * planned
 
 
-def test_a_partition_is_cut_where_a_gradient_or_a_stretch_begins() -> None:
-    assert spans_of([4, 6], [Stretch(3, 100), Stretch(1, 0), Stretch(6, 200)]) == [
-        Span(0, 3, 100, 0, 0),
-        Span(3, 1, 0, 0, 3),
-        Span(4, 6, 200, 1, 0),
+def test_a_partition_is_cut_where_a_gradient_or_a_counter_range_begins() -> None:
+    assert slices_of([4, 6], [CounterRange(3, 100), CounterRange(1, 0), CounterRange(6, 200)]) == [
+        UpdateSlice(0, 3, 100, 0, 0),
+        UpdateSlice(3, 1, 0, 0, 3),
+        UpdateSlice(4, 6, 200, 1, 0),
     ]
-    assert [span.counter for span in spans_of([4, 6], [Stretch(10, 7)])] == [7, 11]
+    assert [part.counter for part in slices_of([4, 6], [CounterRange(10, 7)])] == [7, 11]
 
 
 @pytest.mark.slow
@@ -192,13 +192,13 @@ def test_the_bits_belong_to_the_element_not_to_its_place_in_a_partition(
 ) -> None:
     monkeypatch.setattr(stochastic, "update_chunk", lambda device: 64)
     whole, part = bf16_weights(1.0, 300), bf16_weights(1.0, 250)
-    for weight, stretches in (
-        (whole, [Stretch(200, 1 << 40), Stretch(100, 1 << 50)]),
-        (part, [Stretch(10, 0), Stretch(150, (1 << 40) + 50), Stretch(90, 1 << 50)]),
+    for weight, ranges in (
+        (whole, [CounterRange(200, 1 << 40), CounterRange(100, 1 << 50)]),
+        (part, [CounterRange(10, 0), CounterRange(150, (1 << 40) + 50), CounterRange(90, 1 << 50)]),
     ):
         optimizer = StochasticSGD([weight], lr=1e-3, momentum=0.0)
         optimizer.conditions = conditions([weight])
-        optimizer.conditions.stretches[weight] = stretches
+        optimizer.conditions.counter_ranges[weight] = ranges
         weight.grad = torch.ones_like(weight)
         optimizer.step()
     assert torch.equal(whole[50:200], part[10:160])

@@ -29,13 +29,13 @@ training.optimizer_step = waiting
 SERVICE_KILLED = """
 import os, signal
 from launcher.runtime.metrics import wandb_thread
-log = wandb_thread.Session.log
+log = wandb_thread.WandbSession.log
 def killing(self, row):
     log(self, row)
     if row["step"] == {step}:
         import wandb
         wandb.sdk.wandb_setup._singleton._connection._proc._process.kill()
-wandb_thread.Session.log = killing
+wandb_thread.WandbSession.log = killing
 """
 
 

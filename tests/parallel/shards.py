@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from launcher.parallel.initializer import DrawFunction, Piece
+from launcher.parallel.initializer import DrawFunction, LogicalView
 from launcher.parallel.mesh import Axis
 from launcher.parallel.sharding import LogicalTensor
 
@@ -30,7 +30,7 @@ def split(full: Tensor, logical: LogicalTensor, axis: Axis) -> Tensor:
 def drawn_as(full: Tensor) -> DrawFunction:
     """Return the function that draws the values of `full`, a whole logical tensor."""
 
-    def draw(seed: int, logical: LogicalTensor, pieces: Sequence[Piece]) -> None:
+    def draw(seed: int, logical: LogicalTensor, pieces: Sequence[LogicalView]) -> None:
         for box, tensor in pieces:
             tensor.copy_(full.detach()[box.slices])
 

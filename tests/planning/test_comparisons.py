@@ -25,14 +25,14 @@ from launcher.config.layout import resolve_layout
 from launcher.config.schema import Dtype, RunConfig
 from launcher.config.world import World
 from launcher.planning.choose.enforce import refuse_too_large
-from launcher.planning.cost.operations import Attention, Matmul
+from launcher.planning.cost.operations import FusedAttention, Matmul
+from launcher.planning.cost.overlap import LayerCost, micro_batch
 from launcher.planning.cost.parts import parts
 from launcher.planning.cost.pass_time import ALONE, PassGroups, forward_pass
 from launcher.planning.cost.product_shapes import MeasuredShapes, correction
 from launcher.planning.cost.rates import Rates, specified
 from launcher.planning.cost.run_plan import make_plan
 from launcher.planning.cost.sizes import Sizes
-from launcher.planning.cost.streams import Layer, micro_batch
 from tests.planning.planned import LLAMA, plan_of
 from tests.planning.test_learning import GPT, finished
 
@@ -226,7 +226,7 @@ def test_the_scale_of_a_slower_machine_leaves_the_corrections_alone() -> None:
 def test_attention_by_head_size_and_length(
     batch: int, heads: int, length: int, size: int, forward: float, backward: float
 ) -> None:
-    work = Attention(length, size, batch * heads, is_causal=True)
+    work = FusedAttention(length, size, batch * heads, is_causal=True)
     assert h100().attention(work, 2) * 1e3 == pytest.approx(forward, rel=0.1)
     assert h100().attention(work, 5) * 1e3 == pytest.approx(backward, rel=0.1)
     whole = replace(work, is_causal=False)
@@ -235,7 +235,7 @@ def test_attention_by_head_size_and_length(
 
 def test_gathers_hide_behind_computation_only_if_it_is_longer() -> None:
     def seconds(gather: float, ahead: int = 1, forward: tuple[float, ...] = (1.0,) * 4) -> float:
-        layers = [Layer(each, 2 * each, 100, gather, gather) for each in forward]
+        layers = [LayerCost(each, 2 * each, 100, gather, gather) for each in forward]
         return micro_batch(layers, ahead=ahead, bucket=100, reduction=lambda elements: 0.5)
 
     # The first gather and the last reduction have nothing to hide behind.

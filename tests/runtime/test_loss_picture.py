@@ -13,7 +13,7 @@ from PIL import Image
 
 from launcher.config.output_files import FIGURE_TITLE
 from launcher.runtime.metrics import loss_picture
-from launcher.runtime.metrics.loss_picture import Axis, Curve, LossPicture, pieces, value_axis
+from launcher.runtime.metrics.loss_picture import Curve, LossPicture, PlotAxis, pieces, value_axis
 from tests.runtime.command import SMALL, launcher, trained
 
 Rows = list[dict[str, float | int | None]]
@@ -154,7 +154,7 @@ def test_axes_have_round_ticks_within_them(subtests: pytest.Subtests) -> None:
             assert all(axis.low <= tick <= axis.high for tick in ticks)
             assert all(-1e-6 <= axis.place(value) <= 100 + 1e-6 for value in (*values, *ticks))
     assert value_axis([1.0, 100.0], 0, 1).is_log
-    assert Axis(0, 100, 0, 1).ticks(5) == [0, 20, 40, 60, 80, 100]
+    assert PlotAxis(0, 100, 0, 1).ticks(5) == [0, 20, 40, 60, 80, 100]
 
 
 def test_every_kind_of_run_is_drawn(tmp_path: Path, subtests: pytest.Subtests) -> None:

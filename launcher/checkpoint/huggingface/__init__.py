@@ -1,8 +1,8 @@
-"""Convert Hugging Face models to ours and back: an adapter per model type. Imports no torch."""
+"""Convert Hugging Face models to ours and back: a converter per model type. Imports no torch."""
 
 from typing import Any
 
-from launcher.checkpoint.huggingface.adapter import Adapter, Entry, NotConvertible
+from launcher.checkpoint.huggingface.converter import Converter, Entry, NotConvertible
 from launcher.checkpoint.huggingface.gemma import GEMMA2, GEMMA3, SIZES_OF_TEXT_PART
 from launcher.checkpoint.huggingface.gpt2 import GPT2
 from launcher.checkpoint.huggingface.gpt_neox import GPT_NEOX
@@ -11,22 +11,22 @@ from launcher.checkpoint.huggingface.mixture import MIXTRAL, QWEN3_MOE
 from launcher.config.schema import ModelConfig
 
 __all__ = [
-    "ADAPTERS",
-    "Adapter",
+    "CONVERTERS",
+    "Converter",
     "Entry",
     "NotConvertible",
-    "adapter_of",
+    "converter_of",
     "model_of",
     "titles",
 ]
 
 # A model that several can express is exported as the first of them, unless it was imported as another.
-ADAPTERS = (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, MIXTRAL, QWEN3_MOE, OLMO2, GEMMA2, GEMMA3, GPT_NEOX)
+CONVERTERS = (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, MIXTRAL, QWEN3_MOE, OLMO2, GEMMA2, GEMMA3, GPT_NEOX)
 
 
 def titles(conjunction: str) -> str:
     """Return the names of the model types, such as `GPT-2, Llama and Mistral`."""
-    *others, last = (adapter.title for adapter in ADAPTERS)
+    *others, last = (converter.title for converter in CONVERTERS)
     return f"{', '.join(others)} {conjunction} {last}"
 
 
@@ -38,10 +38,10 @@ def model_of(theirs: dict[str, Any]) -> ModelConfig:
             f"its weights are quantised ({method}), and the launcher trains fp32, bf16 and fp16 weights"
         )
     theirs = _text_part(theirs)
-    for adapter in ADAPTERS:
-        if adapter.model_type == theirs.get("model_type"):
-            return adapter.model_of(theirs)
-    known = ", ".join(adapter.model_type for adapter in ADAPTERS)
+    for converter in CONVERTERS:
+        if converter.model_type == theirs.get("model_type"):
+            return converter.model_of(theirs)
+    known = ", ".join(converter.model_type for converter in CONVERTERS)
     raise NotConvertible(f"model_type is {theirs.get('model_type')!r}, and only {known} are known")
 
 
@@ -53,13 +53,13 @@ def _text_part(theirs: dict[str, Any]) -> dict[str, Any]:
     return {**SIZES_OF_TEXT_PART, "model_type": GEMMA3.model_type, **text}
 
 
-def adapter_of(model: ModelConfig, model_type: str | None = None) -> Adapter:
-    """Return an adapter that can express a model, if possible of `model_type`.
+def converter_of(model: ModelConfig, model_type: str | None = None) -> Converter:
+    """Return a converter that can express a model, if possible of `model_type`.
 
-    Raises NotConvertible, naming what the closest adapter cannot express.
+    Raises NotConvertible, naming what the closest converter cannot express.
     """
-    preferred = sorted(ADAPTERS, key=lambda adapter: adapter.model_type != model_type)
-    closest = min(preferred, key=lambda adapter: len(adapter.differences(model)))
+    preferred = sorted(CONVERTERS, key=lambda converter: converter.model_type != model_type)
+    closest = min(preferred, key=lambda converter: len(converter.differences(model)))
     if differences := closest.differences(model):
         has = ", ".join(differences)
         raise NotConvertible(f"only {titles('and')} models can be exported; this model has {has}")

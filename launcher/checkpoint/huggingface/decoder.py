@@ -1,10 +1,18 @@
-"""The tensor names that Llama introduced, and the adapters of the model types that use them."""
+"""The tensor names that Llama introduced, and the converters of the model types that use them."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from launcher.checkpoint.huggingface.adapter import TEXT, Adapter, Entry, NotConvertible, head, matrix, vector
+from launcher.checkpoint.huggingface.converter import (
+    TEXT,
+    Converter,
+    Entry,
+    NotConvertible,
+    head,
+    matrix,
+    vector,
+)
 from launcher.checkpoint.huggingface.rope import read_rope, write_rope
 from launcher.config.schema import BiasesConfig, MLPKind, ModelConfig, NormKind, PositionKind
 from launcher.config.shape import (
@@ -45,8 +53,8 @@ def decoder(
     experts: ExpertEntries | None = None,
     inside: tuple[tuple[str, str], ...] = (),
     left_out: tuple[str, ...] = (),
-) -> Adapter:
-    """Return the adapter of a model type with Llama's tensor names; the arguments are where it differs.
+) -> Converter:
+    """Return the converter of a model type with Llama's tensor names; the arguments are where it differs.
 
     `parts` are further parts, and `free` those that `read` and `write` handle. `added` is what our norm
     weights have more than theirs. `experts` yields the router and the experts of a layer.
@@ -55,7 +63,7 @@ def decoder(
     all_parts = {**TEXT, **SWIGLU, "biases": NO_BIASES, **(parts or {})}
     if "head_size" not in derived:
         read, write = _with_head_size(read, write, default_head_size)
-    return Adapter(
+    return Converter(
         title=title,
         model_type=model_type,
         architecture=architecture,

@@ -5,7 +5,7 @@ Gemma 3 of 4 billion parameters and more reads images too: only the text part of
 
 from typing import Any
 
-from launcher.checkpoint.huggingface.adapter import NotConvertible
+from launcher.checkpoint.huggingface.converter import NotConvertible
 from launcher.checkpoint.huggingface.decoder import FULL, SLIDING, decoder, read_windows, write_windows
 from launcher.checkpoint.huggingface.rope import (
     first_number,

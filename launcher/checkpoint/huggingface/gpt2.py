@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from launcher.checkpoint.huggingface.adapter import TEXT, Adapter, Entry, head, matrix, norm, vector
+from launcher.checkpoint.huggingface.converter import TEXT, Converter, Entry, head, matrix, norm, vector
 from launcher.config.schema import BiasesConfig, MLPKind, ModelConfig, NormKind, PositionKind
 
 
@@ -38,7 +38,7 @@ def _write(m: ModelConfig) -> dict[str, Any]:
     return {"n_inner": m.ffn_hidden_size, "attn_pdrop": m.dropout, "embd_pdrop": m.dropout}
 
 
-GPT2 = Adapter(
+GPT2 = Converter(
     title="GPT-2",
     model_type="gpt2",
     architecture="GPT2LMHeadModel",

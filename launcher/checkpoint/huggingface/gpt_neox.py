@@ -6,7 +6,7 @@ GPT-NeoX-20B has the tanh form of GELU, Pythia the exact one.
 from collections.abc import Iterator
 from typing import Any
 
-from launcher.checkpoint.huggingface.adapter import TEXT, Adapter, Entry, NotConvertible, matrix, norm
+from launcher.checkpoint.huggingface.converter import TEXT, Converter, Entry, NotConvertible, matrix, norm
 from launcher.checkpoint.huggingface.rope import read_scaling, rope_parameters, rope_settings
 from launcher.config.schema import BiasesConfig, MLPKind, ModelConfig, NormKind, PositionKind, ResidualKind
 from launcher.config.shape import head_size, qkv_sizes
@@ -83,7 +83,7 @@ def _implied(m: ModelConfig) -> dict[str, Any]:
     return {"mlp": m.mlp if m.mlp in _ACTIVATIONS.values() else MLPKind.gelu_erf}
 
 
-GPT_NEOX = Adapter(
+GPT_NEOX = Converter(
     title="GPT-NeoX",
     model_type="gpt_neox",
     architecture="GPTNeoXForCausalLM",

@@ -7,7 +7,7 @@ not imported. transformers adds the loss only if output_router_logits is set.
 from collections.abc import Iterator
 from typing import Any
 
-from launcher.checkpoint.huggingface.adapter import Entry, NotConvertible, matrix
+from launcher.checkpoint.huggingface.converter import Entry, NotConvertible, matrix
 from launcher.checkpoint.huggingface.decoder import decoder
 from launcher.checkpoint.huggingface.rope import read_rope, write_rope
 from launcher.config.schema import ExpertsConfig, ModelConfig, QueryKeyNorm

@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from launcher.checkpoint.huggingface.adapter import NotConvertible
+from launcher.checkpoint.huggingface.converter import NotConvertible
 from launcher.config.schema import ModelConfig, RopeScalingConfig, RopeScalingKind
 
 Settings = dict[str, Any]

@@ -2,7 +2,7 @@
 
 from launcher.config.schema import Dtype, QueryKeyNorm
 from launcher.planning.cost.context_operations import context_core
-from launcher.planning.cost.operations import FP32, Attention, Collective, Matmul, Operation
+from launcher.planning.cost.operations import FP32, Collective, FusedAttention, Matmul, Operation
 from launcher.planning.cost.sizes import Sizes
 
 
@@ -76,7 +76,7 @@ def _gradients(s: Sizes) -> tuple[int, ...]:
 
 def fused_attention(s: Sizes, inputs: tuple[str, ...]) -> Operation:
     """Return FlashAttention (arXiv 2205.14135): keeps a number per row and recomputes the scores."""
-    fused = Attention(s.length, s.head_size, s.micro_batch * s.heads, s.is_causal)
+    fused = FusedAttention(s.length, s.head_size, s.micro_batch * s.heads, s.is_causal)
     copies, kept, saves = 0, 0, (*inputs, "core")
     if s.repeats_keys:  # copies are kept instead of keys and values
         copies, kept, saves = 2 * s.query, s.query if s.rotates else 0, ("core",)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from launcher.config.schema import ContextMethod
 from launcher.config.sequence_order import chunks_per_rank
-from launcher.planning.cost.operations import BOOL, FP32, Attention, Collective, Operation
+from launcher.planning.cost.operations import BOOL, FP32, Collective, FusedAttention, Operation
 from launcher.planning.cost.sizes import Sizes
 
 _SCORES = 1 << 22  # scores that exist at the same time without a fused kernel: models/attention_pairs.py
@@ -52,9 +52,11 @@ class _Part:
         return self.chunks * (self.chunks + 1) // 2 if self.is_ulysses else 2 * self.s.context + 1
 
     @property
-    def attention(self) -> Attention:
+    def attention(self) -> FusedAttention:
         heads = self.s.micro_batch * self.heads
-        return Attention(self.chunk, self.s.head_size, heads, not self.is_masked, self.pairs, self.chunks)
+        return FusedAttention(
+            self.chunk, self.s.head_size, heads, not self.is_masked, self.pairs, self.chunks
+        )
 
     @property
     def is_fused(self) -> bool:

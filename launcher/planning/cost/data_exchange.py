@@ -11,8 +11,8 @@ from launcher.planning.cost.buffers import BufferSizes
 from launcher.planning.cost.geometry import Rank, block_parameters, parameters_of_block
 from launcher.planning.cost.measured_rates import AnyRates
 from launcher.planning.cost.operations import BYTES, FP32, Collective, CollectiveKind
+from launcher.planning.cost.overlap import LayerCost, micro_batch
 from launcher.planning.cost.pass_time import PartTimes
-from launcher.planning.cost.streams import Layer, micro_batch
 from launcher.planning.cost.traffic import TIED_RANKS, GroupShape, data_traffic, pieces, tied_traffic
 from launcher.planning.cost.zero_states import MODULE_CALLS, reduced_buckets
 
@@ -121,7 +121,7 @@ def _simulated(
 
 def _layers(
     rank: Rank, times: PartTimes, gather: Callable[[int], float], *, kept: int, host: float
-) -> list[Layer]:
+) -> list[LayerCost]:
     """Return embedding, blocks and head. `gather` returns the seconds to gather a number of elements.
 
     The weights of the last `kept` blocks are gathered once. `host` is the least seconds for a block.
@@ -132,7 +132,9 @@ def _layers(
     of_embedding = gather(embedding)
     reduced_ends = (embedding, ends - embedding) if rank.trains_whole_model else (0, 0)
     layers = [
-        Layer(times.embedding[0].total, times.embedding[1].total, reduced_ends[0], of_embedding, of_embedding)
+        LayerCost(
+            times.embedding[0].total, times.embedding[1].total, reduced_ends[0], of_embedding, of_embedding
+        )
     ]
     for index, has_experts in enumerate(rank.kinds):
         passes = times.sparse if has_experts else times.dense
@@ -141,9 +143,9 @@ def _layers(
         )
         gathers = gather(held[index]), 0.0 if index >= rank.blocks - kept else gather(held[index])
         reduced = rank.trained_of_block(has_experts) - (rank.distributed_of_block if has_experts else 0)
-        layers.append(Layer(forward, backward, reduced, *gathers))
+        layers.append(LayerCost(forward, backward, reduced, *gathers))
     head = times.head
-    layers.append(Layer(head[0].total, head[1].total, reduced_ends[1], gather(ends - embedding)))
+    layers.append(LayerCost(head[0].total, head[1].total, reduced_ends[1], gather(ends - embedding)))
     return layers
 
 

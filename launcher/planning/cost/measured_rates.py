@@ -6,26 +6,26 @@ from dataclasses import dataclass
 from math import exp, log
 
 from launcher.config.schema import Dtype, HardwareConfig, MeasuredRates, Point
-from launcher.planning.cost.operations import BYTES, Attention, Collective, Matmul
+from launcher.planning.cost.operations import BYTES, Collective, FusedAttention, Matmul
 from launcher.planning.cost.rates import Rates, Shares, specified
 from launcher.planning.cost.traffic import GroupShape
 
-Curve = tuple[tuple[float, float], ...]  # (size, per second), in rising order of size
+RateCurve = tuple[tuple[float, float], ...]  # (size, per second), in rising order of size
 
 
 @dataclass(frozen=True)
 class CalibratedRates:
     """Measured rates of a rank while all ranks run. Has the same methods as Rates (rates.py)."""
 
-    products: Curve
-    elementwise: Curve
+    products: RateCurve
+    elementwise: RateCurve
     memory: float  # bytes per second in an optimizer update
     operation_s: float
     step_s: float
     micro_batch_s: float
     zero_3_block_s: float
-    scales: Curve
-    collectives: tuple[tuple[str, int, Curve], ...]
+    scales: RateCurve
+    collectives: tuple[tuple[str, int, RateCurve], ...]
     crowding: float  # ranks per core, 1 with a core for each rank
     element: int
     overlaps = False  # gloo's threads compute on the cores of the ranks
@@ -44,7 +44,7 @@ class CalibratedRates:
         """Return seconds at the rate measured for products of this size."""
         return matmul.flops / interpolated(self.products, matmul.flops / matmul.count)
 
-    def attention(self, attention: Attention, products: int) -> float:
+    def attention(self, attention: FusedAttention, products: int) -> float:
         """Return seconds of the products over all scores: the scales below account for the rest."""
         return products * self.product(attention.product)
 
@@ -128,20 +128,20 @@ def _at_most(measured: Sequence[MeasuredRates], ranks: int) -> MeasuredRates:
 
 def _collectives(
     measured: Sequence[MeasuredRates], preferred: MeasuredRates
-) -> tuple[tuple[str, int, Curve], ...]:
+) -> tuple[tuple[str, int, RateCurve], ...]:
     """Return (kind, group size, curve) of `preferred`, and of other rates for other group sizes."""
-    curves: dict[tuple[str, int], Curve] = {}
+    curves: dict[tuple[str, int], RateCurve] = {}
     for rates in (*measured, preferred):
         for collective in rates.collectives:
             curves[collective.kind, collective.ranks] = _curve(collective.points)
     return tuple((kind, ranks, curve) for (kind, ranks), curve in sorted(curves.items()))
 
 
-def _curve(points: Sequence[Point], scale: float = 1.0) -> Curve:
+def _curve(points: Sequence[Point], scale: float = 1.0) -> RateCurve:
     return tuple(sorted((point.size, point.per_s / scale) for point in points))
 
 
-def interpolated(curve: Curve, size: float) -> float:
+def interpolated(curve: RateCurve, size: float) -> float:
     """Interpolate between logarithms. The rate is constant above the last point, the time below the first."""
     sizes = [point[0] for point in curve]
     place = bisect(sizes, size)

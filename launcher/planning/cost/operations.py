@@ -49,7 +49,7 @@ class Matmul:
 
 
 @dataclass(frozen=True)
-class Attention:
+class FusedAttention:
     """Fused attention of `heads` heads over `length` tokens each: two products forward, five backward.
 
     With context parallelism over `pairs` pairs of chunks of queries and keys, of `length` tokens each.
@@ -93,7 +93,7 @@ class Operation:
     adds: bool = False  # a residual: both inputs have the output's gradient
     forward_matmuls: tuple[Matmul, ...] = ()
     backward_matmuls: tuple[Matmul, ...] = ()
-    attention: Attention | None = None  # whose kernels compute the products
+    attention: FusedAttention | None = None  # whose kernels compute the products
     forward_traffic: tuple[Collective, ...] = ()
     backward_traffic: tuple[Collective, ...] = ()
     overlapped_traffic: tuple[Collective, ...] = ()  # backward, overlapped with the weight's product

@@ -11,7 +11,7 @@ from math import ceil, log2
 from typing import NamedTuple
 
 from launcher.config.schema import CardRates, Device, Dtype, HardwareConfig, PeakFlops
-from launcher.planning.cost.operations import BYTES, Attention, Collective, Matmul
+from launcher.planning.cost.operations import BYTES, Collective, FusedAttention, Matmul
 from launcher.planning.cost.product_shapes import NO_SHAPES, MeasuredShapes, correction, measured_shapes
 from launcher.planning.cost.traffic import GroupShape
 
@@ -125,7 +125,7 @@ class Rates:
     def _is_aligned(self, matmul: Matmul) -> bool:
         return self.element != 2 or not any(size % ALIGNMENT for size in (matmul.m, matmul.n, matmul.k))
 
-    def attention(self, attention: Attention, products: int) -> float:
+    def attention(self, attention: FusedAttention, products: int) -> float:
         """Return seconds of a fused kernel: two products forward, five backward."""
         per_s, ramp = _between(self.attention_rates, attention.head_size, is_forward=products == 2)
         return products * attention.flops * (1 + ramp / attention.length) / per_s

@@ -144,7 +144,7 @@ class LossPicture:
 
 
 @dataclass(frozen=True)
-class Axis:
+class PlotAxis:
     """Maps values from `low` to `high` to points from `begin` to `end`, also on a logarithmic scale."""
 
     low: float
@@ -172,13 +172,13 @@ class Axis:
         return [distance * number for number in range(first, floor(self.high / distance) + 1)]
 
 
-def value_axis(values: Sequence[float], begin: float, end: float) -> Axis:
+def value_axis(values: Sequence[float], begin: float, end: float) -> PlotAxis:
     """Return an axis for finite values; logarithmic if they differ much."""
     low, high = min(values, default=0.0), max(values, default=1.0)
     if low > 0 and high / low > _LOGARITHMIC:
-        return Axis(low / 1.1, high * 1.1, begin, end, is_log=True)
+        return PlotAxis(low / 1.1, high * 1.1, begin, end, is_log=True)
     margin = 0.05 * (high - low) or 0.1 * abs(high) or 1.0
-    return Axis(low - margin, high + margin, begin, end)
+    return PlotAxis(low - margin, high + margin, begin, end)
 
 
 def drawn(curves: dict[str, Curve], title: str) -> bytes:
@@ -189,7 +189,7 @@ def drawn(curves: dict[str, Curve], title: str) -> bytes:
     canvas = Canvas(ImageDraw.Draw(image))
     steps = [step for curve in curves.values() for step in curve.steps] or [0.0, 1.0]
     last = max(max(steps), min(steps) + 1)
-    across = Axis(min(steps), last, _LEFT, _SIZE[0] - _RIGHT)
+    across = PlotAxis(min(steps), last, _LEFT, _SIZE[0] - _RIGHT)
     canvas.text((_LEFT, 16), printable(title), size=17)
     height = _SIZE[1] - _TOP - _BOTTOM - _GAP * (len(_PANELS) - 1)
     top = float(_TOP)
@@ -231,7 +231,7 @@ class Canvas:
         self._pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
 
     def panel(
-        self, name: str, curves: Sequence[tuple[Curve, str, str]], across: Axis, top: float, height: float
+        self, name: str, curves: Sequence[tuple[Curve, str, str]], across: PlotAxis, top: float, height: float
     ) -> None:
         """Draw the curves, each with its colour and its name, in a frame with grid lines."""
         bottom = top + height

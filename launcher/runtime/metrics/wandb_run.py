@@ -66,7 +66,7 @@ class Messages:
     info = error = warning
 
 
-class Session:
+class WandbSession:
     """One start of the W&B run. Rows are logged in the order of their steps."""
 
     def __init__(self, started: Any, known: set[int] | range, messages: Messages, metrics: Path) -> None:
@@ -111,7 +111,7 @@ class Session:
 
 def open_session(
     mode: str, run: RunConfig, layout: Layout, directory: RunDir, temporary: Path, finish_timeout: float
-) -> Session:
+) -> WandbSession:
     """Start W&B, and wait at most `finish_timeout` seconds for uploads at the end. Raises any exception.
 
     W&B's processes leave sockets behind when they are killed; their temporary files are in `temporary`.
@@ -128,7 +128,7 @@ def open_session(
     started = _init(mode, run, layout, directory, finish_timeout)
     # A server knows which steps have reached it.
     known = known_steps(files) if started.offline else range(started.starting_step)
-    return Session(started, known, messages, directory.metrics)
+    return WandbSession(started, known, messages, directory.metrics)
 
 
 def uploaded_history(project: str, entity: str | None, run_id: str) -> History:

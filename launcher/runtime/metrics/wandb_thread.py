@@ -14,7 +14,7 @@ from launcher.config.schema import RunConfig
 from launcher.runtime.metrics.rows import Row, rows_in
 from launcher.runtime.metrics.wandb_files import drop_steps_from, fragments, mark_as_sent
 from launcher.runtime.metrics.wandb_run import (
-    Session,
+    WandbSession,
     end_service,
     leave_service,
     open_session,
@@ -85,7 +85,7 @@ class WandbThread:
             self._started.set()
             self._ended.set()
 
-    def _session(self) -> Session | None:
+    def _session(self) -> WandbSession | None:
         """Start W&B online or offline as configured, or offline if its server does not answer."""
         with suppress(OSError):  # then W&B keeps the earlier values, which a note says
             drop_steps_from(self._first_step, fragments(self._directory.path, self._directory.run_id))
@@ -104,7 +104,7 @@ class WandbThread:
         self.where = session.where()
         return session
 
-    def _log_rows(self, session: Session) -> None:
+    def _log_rows(self, session: WandbSession) -> None:
         """Log the earlier rows, then those of this start; finish."""
         if session.last_known >= self._first_step:
             session.say_kept(self._first_step)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from launcher.engine import routing
+from launcher.engine import router_metrics
 from launcher.engine.base import Engine
 from launcher.models.experts import Experts
 from launcher.models.grouped import Order
@@ -24,14 +24,14 @@ def test_rows_that_no_expert_computes_are_counted_as_dropped(monkeypatch: pytest
     with torch.no_grad():
         layer.router.weight.zero_()
         layer.router.weight[3] = 1.0
-    monkeypatch.setattr(routing.dist, "all_reduce", lambda sums: None)
+    monkeypatch.setattr(router_metrics.dist, "all_reduce", lambda sums: None)
     parts = SimpleNamespace(module=layer, device=torch.device("cpu"), mesh=ProcessMesh.single())
     engine = cast(Engine, parts)
-    assert routing.routing_row(engine, model) == {}
+    assert router_metrics.routing_row(engine, model) == {}
     layer(x)
     with torch.no_grad():
         layer(x)  # an evaluation is not recorded
-    row = routing.routing_row(engine, model)
+    row = router_metrics.routing_row(engine, model)
     assert row["experts/load_max_over_mean"] == COUNT
     assert row["experts/dropped_tokens"] == 0
     run, capacity = Experts._run, BATCH * LENGTH - 3
@@ -42,6 +42,6 @@ def test_rows_that_no_expert_computes_are_counted_as_dropped(monkeypatch: pytest
 
     monkeypatch.setattr(Experts, "_run", capped)
     layer(x)
-    row = routing.routing_row(engine, model)
+    row = router_metrics.routing_row(engine, model)
     assert row["experts/dropped_tokens"] == 3
     assert row["experts/load_max_over_mean"] == COUNT

@@ -6,7 +6,7 @@ from itertools import accumulate
 
 
 @dataclass(frozen=True)
-class Layer:
+class LayerCost:
     """Weights that are gathered and used together, and the seconds of a micro-batch in them."""
 
     forward: float
@@ -17,7 +17,7 @@ class Layer:
 
 
 def micro_batch(
-    layers: Sequence[Layer], *, ahead: int, bucket: int, reduction: Callable[[int], float]
+    layers: Sequence[LayerCost], *, ahead: int, bucket: int, reduction: Callable[[int], float]
 ) -> float:
     """Return the seconds from the first gather to the last reduction.
 

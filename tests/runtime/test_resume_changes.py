@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from launcher import __version__
-from launcher.checkpoint.changes import changes_since
 from launcher.checkpoint.manifest import Manifest
+from launcher.checkpoint.resume_changes import changes_since
 from launcher.config.compose import compose_jobs
 from launcher.config.schedule import schedule_warnings
 from launcher.config.schema import RunConfig

@@ -1,4 +1,4 @@
-"""Adapters to Hugging Face model types: parts, settings and tensor names. Imports no torch."""
+"""Converters to Hugging Face model types: parts, settings and tensor names. Imports no torch."""
 
 from collections.abc import Callable, Iterator
 from copy import deepcopy
@@ -18,7 +18,7 @@ from launcher.config.schema import (
 from launcher.config.shape import head_size, kv_heads
 from launcher.parallel.boxes import Box
 
-# Parts of every language model of theirs, unless its adapter says otherwise.
+# Parts of every language model of theirs, unless its converter says otherwise.
 TEXT = {
     "inputs": InputKind.tokens,
     "attention": AttentionKind.causal,
@@ -66,7 +66,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Adapter:
+class Converter:
     """A Hugging Face model type in terms of our parts and sizes.
 
     `parts` are the fields of ModelConfig that every model of the type has, `settings` their name for each of
