@@ -95,7 +95,7 @@ def test_a_run_survives_random_faults(
 
 @pytest.mark.slow
 def test_a_run_finishes_under_a_time_limit_of_minutes(cluster: Cluster, tmp_path: Path) -> None:
-    """Training takes four minutes, the limit is two: Slurm signals the job before the limit, and the job is requeued."""
+    """Training takes longer than the limit of two minutes: Slurm signals the job, and it is requeued."""
     steps = 100
     run = [f"training.steps={steps}", "training.validation_interval=0", "logging=wandb"]
     trained(*run, "logging=local", "run.dir=whole", "parallelism.data=4", cwd=tmp_path)
