@@ -231,6 +231,11 @@ def adds_in_bf16(run: RunConfig) -> bool:
     return run.precision.states is StatesDtype.bf16
 
 
+def sends_bf16(run: RunConfig) -> bool:
+    """Return whether a data rank rounds its gradients to bf16 before they are added to those of others."""
+    return bool(run.deepspeed.get("communication_data_type", "bf16") == "bf16")
+
+
 def reference_trace(
     run: RunConfig,
     weights: Weights,
@@ -308,7 +313,8 @@ def _step(
     # Each sample's part of the mean over all labels that count, so that the mean of the parts is the loss.
     all_losses = torch.cat(losses) * len(labels) / counted
     data = (run.parallelism.data or 1) if a.is_rounded else 1
-    total = {name: a.total([each[name] for each in gradients]) / data for name in parameters}
+    sums = data if sends_bf16(run) else 1
+    total = {name: a.total([each[name] for each in gradients], sums) / data for name in parameters}
     for name, tensor in parameters.items():
         tensor.grad = total[name].clone() if tensor.requires_grad else None
     limit = run.optimizer.gradient_clipping or float("inf")

@@ -91,14 +91,22 @@ class Arithmetic:
         mixed: Tensor = _Mixed.apply(scores, values)  # type: ignore[no-untyped-call]
         return mixed
 
-    def total(self, gradients: list[Tensor]) -> Tensor:
-        """Return the sum of the gradients of all micro-batches."""
-        first, *others = gradients if self.parts == 1 else gradients[::-1]
-        total = first
+    def total(self, gradients: list[Tensor], ranks: int) -> Tensor:
+        """Return the sum of the gradients of all micro-batches: of each of `ranks` data ranks, then of all.
+
+        The ranks exchange bf16 numbers, so each of their sums is rounded.
+        """
+        ordered = gradients if self.parts == 1 else gradients[::-1]
+        if not self.is_rounded or ranks == 1:
+            return self._sum(ordered, in_bf16=self.gradients_in_bf16)
+        of_ranks = [self._sum(ordered[rank::ranks], in_bf16=self.gradients_in_bf16) for rank in range(ranks)]
+        return self._sum([to_bf16(gradient) for gradient in of_ranks], in_bf16=True)
+
+    @staticmethod
+    def _sum(gradients: list[Tensor], *, in_bf16: bool) -> Tensor:
+        total, *others = gradients
         for gradient in others:
-            total = total + gradient
-            if self.gradients_in_bf16:
-                total = to_bf16(total)
+            total = to_bf16(total + gradient) if in_bf16 else total + gradient
         return total
 
 
@@ -109,11 +117,10 @@ BF16 = Arithmetic(is_rounded=True)
 def equivalent(arithmetic: Arithmetic, layout: Layout) -> list[Arithmetic]:
     """Return ways to compute that are as right as a rounded `arithmetic` in this layout.
 
-    Eight ranks and more add in more orders than two ways stand for. Compiled blocks, and kernels of GPUs,
-    round fewer tensors: there, rounding none is right too.
+    Compiled blocks, and kernels of GPUs, round fewer tensors: there, rounding none is right too.
     """
-    parts, ways_in_parts = max(2, layout.tensor), 3 if layout.world_size >= 8 else 2
-    ways = [replace(arithmetic, parts=parts + more, fused=False) for more in range(ways_in_parts)]
+    parts = max(2, layout.tensor)
+    ways = [replace(arithmetic, parts=number, fused=False) for number in (parts, parts + 1)]
     return [*ways, EXACT] if layout.compiled or layout.device == "cuda" else ways
 
 

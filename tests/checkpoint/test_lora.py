@@ -241,7 +241,8 @@ def resumed(first: str, second: str, folder: Path) -> tuple[Outcome, Outcome]:
 @pytest.mark.parametrize(
     ("first", "second"),
     [
-        ("zero3", "tp2_pp2"), ("zero2", "dp"),
+        ("zero3", "tp2_pp2"),
+        pytest.param("zero2", "dp", marks=pytest.mark.slow),
         pytest.param("tp2", "zero1", marks=pytest.mark.slow),
         pytest.param("pp2", "zero3_tp2", marks=pytest.mark.slow),
         pytest.param("cp4", "tp2_pp2", marks=pytest.mark.slow),

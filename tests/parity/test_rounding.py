@@ -111,3 +111,11 @@ def test_experts_have_nearly_the_bits_of_the_layer(more: list[str]) -> None:
         assert right is not None
         error = float((ours.detach().float() - right.detach()).norm() / right.detach().norm())
         assert error < 2**-8, [tuple(ours.shape), error]
+
+
+def test_data_ranks_add_rounded_gradients() -> None:
+    gradients = list(torch.randn(6, 50, generator=torch.Generator().manual_seed(1)))
+    first, second = (sum(gradients[rank + 2 :: 2], gradients[rank]).bfloat16() for rank in (0, 1))
+    assert torch.equal(BF16.total(gradients, 2), (first + second).float())
+    assert not torch.equal(BF16.total(gradients, 1), BF16.total(gradients, 2))
+    assert torch.equal(EXACT.total(gradients, 2), sum(gradients[1:], gradients[0]))

@@ -87,7 +87,7 @@ def test_bounds_in_bf16_are_a_multiple_of_the_measured_distance_and_eight_times_
     old = 6 * 2**-8 * sqrt(11 * run.model.num_layers + 4)
     assert max(allowed.outputs.values()) < 2 * old / 8
     assert median(allowed.outputs.values()) < old / 8
-    assert max(allowed.gradients.values()) < 2 * sqrt(3) * old / 8
+    assert max(allowed.gradients.values()) < 2.2 * sqrt(3) * old / 8
     assert median(allowed.gradients.values()) < sqrt(3) * old / 8
     assert allowed.norm < sqrt(3) * old / 8
     assert allowed.loss < old / 4 / 8

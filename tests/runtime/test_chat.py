@@ -60,10 +60,10 @@ def plain_loop(run: RunConfig) -> list[dict[str, float]]:
     return rows
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS if name not in ("dp", "pp2")]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS if name != "pp2"]
 
 
-@pytest.mark.parametrize("layout", ["dp", "pp2", *SLOW])
+@pytest.mark.parametrize("layout", ["pp2", *SLOW])
 def test_a_run_on_conversations_is_a_plain_loop(layout: str, tmp_path: Path) -> None:
     done = launcher(*SHORT, *LAYOUTS[layout], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
