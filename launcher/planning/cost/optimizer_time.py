@@ -37,13 +37,20 @@ def optimizer_seconds(run: RunConfig, layout: Layout, rank: Rank, rates: AnyRate
         # Gradients are copied into a flat buffer, reduced and set to zero; new weights are cast and copied.
         passes = 4 if layout.zero_stage < 3 else 2
         copies = whole * FP32 * passes + share * (FP32 + element)
-        if run.precision.dtype is not Dtype.fp32:
+        if run.precision.dtype is Dtype.fp32:
+            copies += _added(layout, whole * FP32) if layout.zero_stage == 1 else 0
+        else:
             # The gradients of each micro-batch are cast and added to the fp32 gradients.
             copies += layout.accumulation * (whole if layout.zero_stage < 3 else 0) * (element + 2 * FP32)
     if run.parallelism.offload_optimizer and layout.device == "cuda":
         # Gradients go to the host and weights come back; the update runs in the host's memory.
         return (share * (FP32 + element) + update) / rates.host + copies / rates.update
     return (update + copies) / rates.update
+
+
+def _added(layout: Layout, size: int) -> int:
+    """Return the bytes that are moved to add gradients of `size` bytes, of each micro-batch but the first."""
+    return (layout.accumulation - 1) * 3 * size
 
 
 def _light_passes(run: RunConfig, layout: Layout, whole: int, share: int, element: int) -> float:
@@ -56,7 +63,7 @@ def _light_passes(run: RunConfig, layout: Layout, whole: int, share: int, elemen
         # Copied into the buffer that is sent, divided there, and copied back.
         moved += whole * (2 * (FP32 + element) + 2 * element)
     if layout.zero_stage == 0:
-        return moved
+        return moved + _added(layout, whole * element)
     # The first gradient of a step is cast into the fp32 sums, the others are added to them.
     moved += whole * (element + FP32) + (layout.accumulation - 1) * whole * (element + 2 * FP32)
     # New weights are cast, and gathered.
