@@ -211,7 +211,7 @@ def test_a_sweep_is_a_job_array(cluster: Cluster, tmp_path: Path) -> None:
 def test_only_the_signalled_task_of_an_array_is_requeued(cluster: Cluster, tmp_path: Path) -> None:
     """The last task has the job number of the whole array. In a chain, too, only this task continues."""
     job = submit(
-        cluster, tmp_path, *LONG, "training.stop_at=60", *PER_NODE, "--multirun", "optimizer.lr=1e-3,2e-3",
+        cluster, tmp_path, *LONG, "training.stop_at=120", *PER_NODE, "--multirun", "optimizer.lr=1e-3,2e-3",
         "hardware.nodes=1", "parallelism.data=2",
     )  # fmt: skip
     first, last = (Job(cluster, f"{job.number}_{task}", tmp_path, job.run_dir / str(task)) for task in (0, 1))
@@ -225,7 +225,7 @@ def test_only_the_signalled_task_of_an_array_is_requeued(cluster: Cluster, tmp_p
     assert "exited with exit code" not in log.lower(), "to srun a stop is no crash"
     assert (first.starts(), last.starts()) == (1, 2)
     for one in (first, last):
-        assert [row["step"] for row in metrics(one.run_dir)] == list(range(1, 61))
+        assert [row["step"] for row in metrics(one.run_dir)] == list(range(1, 121))
 
 
 @pytest.mark.slow
