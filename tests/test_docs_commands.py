@@ -210,15 +210,16 @@ def test_commands_of_other_programs(monkeypatch: pytest.MonkeyPatch, subtests: p
 def test_every_command_runs(page: str, tmp_path: Path, subtests: pytest.Subtests) -> None:
     """In order, each in a few steps, after a run at runs/name and its export at hf/name.
 
-    What several pages name runs with the first of them.
+    What several pages name runs with the first of them, but files are written where a page needs them.
     """
     make_place(tmp_path)
     trained("training.steps=60", "model=gpt_tiny", "run.dir=runs/name", cwd=tmp_path)
     launcher("export", "runs/name", "hf/name", cwd=tmp_path)
     steps = 0
     first = {line.text: line.page for line in reversed(OURS)}
-    for line in dict.fromkeys(line for line in OURS if line.page == page == first[line.text]):
-        if any(name in line.text for name in TOO_LONG):
+    for line in dict.fromkeys(line for line in OURS if line.page == page):
+        runs_before = first[line.text] != page and line.verb not in WRITING
+        if runs_before or any(name in line.text for name in TOO_LONG):
             continue
         arguments = list(line.words[1:])
         if line.verb == "prepare":
