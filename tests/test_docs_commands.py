@@ -65,7 +65,10 @@ TOO_LONG = {  # for the slow test; the quick test checks them
     "compare": "trains ten layouts: tests/compare",
     "model=vit_b16": "86 million parameters: tests/data trains small models on folders of images",
     "verify experiment=": "up to minutes: tests/parity/test_command.py verifies each experiment",
-    "hardware.nodes=64": "minutes: tests/parity/test_command.py verifies a run of 64 nodes",
+    "hardware.nodes=8 parallelism.tensor=8": "minutes: tests/parity/test_command.py verifies 64 nodes",
+    "hardware.nodes=64": "minutes: tests/parity/test_command.py verifies such a run",
+    "preflight experiment=": "a minute or two: tests/parity/test_preflight.py",
+    "preflight model=": "a minute or two: tests/parity/test_preflight.py",
     "this_machine": "needs the file of `launcher calibrate`: tests/calibrate",
 }
 

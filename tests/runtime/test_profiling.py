@@ -46,7 +46,7 @@ def test_a_run_of_two_ranks_is_traced_and_its_losses_stay_the_same(tmp_path: Pat
         exposed = sum(overlap.exposed for overlap in parts.collectives.values())
         total = sum(parts.work.values()) + exposed + parts.idle
         assert total == pytest.approx(parts.seconds)
-        # The clock of rank 0 starts a little earlier and stops a little later than its trace. Rank 1 has its own.
+        # Rank 0's clock starts a little earlier and stops a little later than its trace. Rank 1 has its own.
         by_the_clock = (step_seconds[3] + step_seconds[4]) / 2
         assert by_the_clock / 2 < parts.seconds < 1.5 * by_the_clock
         assert all(parts.work[kind] > 0 for kind in KINDS)
