@@ -93,7 +93,8 @@ class Stopwatch:
             self.add_since(started, name)
             if isinstance(result, list):
                 return [_TimedWork(work, self, name, label) for work in result]
-            return _TimedWork(result, self, name, label) if isinstance(result, dist.Work) else result
+            # A dist.Work, or the torch._C.Future of all_reduce_coalesced.
+            return _TimedWork(result, self, name, label) if hasattr(result, "wait") else result
 
         return call
 
@@ -117,7 +118,7 @@ def recorded(label: str | None) -> AbstractContextManager[object]:
 class _TimedWork:
     """The handle of an asynchronous collective; waiting for it is timed too."""
 
-    def __init__(self, work: dist.Work, stopwatch: Stopwatch, name: str, label: str | None) -> None:
+    def __init__(self, work: Any, stopwatch: Stopwatch, name: str, label: str | None) -> None:
         self._work, self._stopwatch, self._name, self._label = work, stopwatch, name, label
 
     def wait(self, *args: Any) -> Any:

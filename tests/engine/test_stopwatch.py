@@ -72,6 +72,16 @@ def test_waiting_for_a_handle_counts_and_all_is_as_before(group: dist.ProcessGro
     assert {name: getattr(dist, name) for name in TIMED} == before
 
 
+def test_waiting_for_a_coalesced_all_reduce_counts(group: dist.ProcessGroup) -> None:
+    """torch returns a future there, and no dist.Work."""
+    watch = Stopwatch(lambda one: "data")
+    with watch.timing_collectives():
+        future = dist.all_reduce_coalesced([torch.ones(4)] * 2, group=group, async_op=True)
+        begun = watch.seconds["data"]
+        future.wait()  # type: ignore[union-attr]
+        assert watch.seconds["data"] > begun
+
+
 def test_a_batch_of_sends_and_receives_is_timed(group: dist.ProcessGroup) -> None:
     """DualPipeV sends in batches; torch rejects a P2POp of a wrapped isend."""
     watch = Stopwatch(lambda one: "pipeline")
