@@ -5,7 +5,7 @@ NOW := $(shell date +%Y%m%d-%H%M%S)
 RUN ?= runs/stdlib_gpt-$(NOW)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-# Containers often set it. The tests start hundreds of processes: without cached bytecode each one compiles
+# Containers often set PYTHONDONTWRITEBYTECODE. The tests start hundreds of processes: without cached bytecode each one compiles
 # the launcher again.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -33,7 +33,7 @@ test: setup  ## Run the quick tests (8 minutes on two idle cores)
 ALONE := tests/calibrate tests/runtime/test_slow_rank.py tests/runtime/test_watchdog.py
 test-all: setup  ## Run all tests (more than an hour on two idle cores)
 	@$(MAKE) --no-print-directory --jobs=2 test-workers test-slurm SELECT="$(ALONE:%=--ignore=%)"
-	$(BIN)/pytest -q $(ALONE)  # without others beside them: they measure this machine and its processes
+	$(BIN)/pytest -q $(ALONE)  # run alone: these tests measure this machine and its processes
 
 # Four workers for two cores, because many tests wait for a process. A machine has room for one Slurm
 # cluster: one process runs its tests beside the others and shows its output at the end.

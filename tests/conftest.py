@@ -20,7 +20,7 @@ settings.load_profile("launcher")
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """In a worker, begin with the files that take longest: none is left for one worker at the end."""
+    """In a worker, run the longest files first, so that no long file is left for one worker at the end."""
     if not hasattr(config, "workerinput"):
         return
     weights = Counter[Path]()

@@ -213,7 +213,7 @@ def test_commands_of_other_programs(monkeypatch: pytest.MonkeyPatch, subtests: p
 def test_every_command_runs(page: str, tmp_path: Path, subtests: pytest.Subtests) -> None:
     """In order, each in a few steps, after a run at runs/name and its export at hf/name.
 
-    What several pages name runs with the first of them, but files are written where a page needs them.
+    A command that several pages name runs with the first of these pages; files are written for each page.
     """
     make_place(tmp_path)
     trained("training.steps=60", "model=gpt_tiny", "run.dir=runs/name", cwd=tmp_path)

@@ -222,9 +222,10 @@ def launch_seconds(device: torch.device) -> float:
 
 
 def link_rates(ranks: int, device: torch.device, messages: Sequence[int]) -> tuple[float, float, float]:
-    """Return GB/s that a rank sends in all-reduces and in others, and seconds of a step of an all-reduce.
+    """Return GB/s that a rank sends in all-reduces, GB/s in others, and seconds of a step of an all-reduce.
 
-    Others are all-gathers and reduce-scatters, of which the slower counts. Collective over the world.
+    The second rate is that of all-gathers or of reduce-scatters: the lower of the two. Collective over the
+    world.
     """
     points: dict[str, list[tuple[float, float]]] = {}
     for size in messages:

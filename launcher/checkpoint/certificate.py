@@ -50,9 +50,9 @@ def write_certificate(exported: Path, target: Path, memory: int | None = None) -
 def write_adapter_certificate(
     exported: Path, target: Path, weights: WeightSource, base: str | None, memory: int | None = None
 ) -> None:
-    """Compare our logits with those of PEFT, as write_certificate does, with the adapters alone exported.
+    """Compare our logits with those of PEFT, as write_certificate does, for an export of adapters alone.
 
-    Both read the frozen weights at `base`: a run in bf16 may hold them rounded.
+    Both models read the frozen weights at `base`, because a run in bf16 may hold them rounded.
     """
     reason, place = _too_large(weights.model, memory), Path(base or "")
     if base is None or not (place / "config.json").exists():
@@ -80,7 +80,7 @@ def _compare(
     ours: Callable[[Tensor], Tensor],
     theirs: Callable[[Tensor], Tensor],
 ) -> None:
-    """Write certificate.json; with a `reason` not to compare, only this. Raises ConfigError."""
+    """Write certificate.json; with a `reason` not to compare, only the reason. Raises ConfigError."""
     versions = {}
     for package in packages:
         try:
@@ -157,7 +157,7 @@ def _logits_by_peft(folder: Path, base: Path, tokens: Tensor) -> Tensor:
     from peft import PeftModel
 
     with warnings.catch_warnings():
-        # PEFT 0.21 uses names that transformers 5 is about to give up.
+        # PEFT 0.21 uses names that transformers 5 has deprecated.
         warnings.simplefilter("ignore", FutureWarning)
         adapted: Any = PeftModel.from_pretrained(_their_model(base), str(folder))
     logits: Tensor = adapted.eval()(tokens).logits

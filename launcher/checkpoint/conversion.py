@@ -1,4 +1,4 @@
-"""Convert weights to and from a Hugging Face directory, holding the tensors of a file at a time."""
+"""Convert weights to and from a Hugging Face directory, with one file's tensors in memory at a time."""
 
 import json
 from collections.abc import Callable, Iterator

@@ -114,7 +114,7 @@ def _generation(weights: WeightSource) -> Settings:
 def _tokenizer_config(weights: WeightSource, ids: Settings, target: Path) -> Settings:
     """Return the settings by which AutoTokenizer loads a tokenizer.json as it is.
 
-    Another byte than zero that ends documents is no special token: text may contain it.
+    If a byte other than zero ends documents, it is no special token, because text may contain it.
     """
     ends = ids["eos_token_id"]
     end = ends[0] if isinstance(ends, list) else ends

@@ -26,10 +26,11 @@ def forget_paths(folder: Path) -> None:
 
 
 def spell_zero_byte(folder: Path) -> str | None:
-    """Make the zero byte a special token of a tokenizer of bytes; return its spelling, None for another file.
+    """Make the zero byte a special token of a tokenizer of bytes; return its spelling, else None.
 
-    tokenizers spells this byte by a letter, which text may contain. Spelled as the byte itself, the token is
-    found in text where its byte is, and transformers can name it as the end of documents.
+    tokenizers spells this byte by a letter, which text may contain. If the token is spelled as the byte
+    itself, tokenizers finds it in text where the byte is, and transformers can name it as the end of
+    documents.
     """
     content = _table_in(folder / TOKENIZER)
     vocabulary = (content.get("model") or {}).get("vocab")
@@ -44,7 +45,7 @@ def spell_zero_byte(folder: Path) -> str | None:
 
 
 def set_longest_text(folder: Path, tokens: int) -> None:
-    """Set the longest text, in tokens, that tokenizer_config.json names, if it names one."""
+    """Set model_max_length in tokenizer_config.json to `tokens`, if the file has this setting."""
     settings = _table_in(folder / TOKENIZER_CONFIG)
     if "model_max_length" in settings:
         (folder / TOKENIZER_CONFIG).write_text(_as_json({**settings, "model_max_length": tokens}))

@@ -68,7 +68,7 @@ def shown_groups(rows: Sequence[ComparisonRow]) -> list[GroupName]:
 
 
 def shown_parts(rows: Sequence[ComparisonRow]) -> list[str]:
-    """Return the parts of a step to show, as shown_groups."""
+    """Return the parts of a step to show; times of expert groups only if shown_groups has the group."""
     groups = shown_groups(rows)
     return [part for part in STEP_PARTS if part not in EXPERT_GROUPS or part in groups]
 

@@ -87,7 +87,7 @@ class Job(Generic[Config]):
     config: Config
     index: int | None  # number of the job in a --multirun; None for a single run
     overrides: list[str]  # arguments that compose the same config from any directory, including --config-dir
-    # The file, or the command line, that sets a field of file_loader.WITH_ORIGIN. Not those of the schema
+    # The file, or the command line, that sets a field of file_loader.WITH_ORIGIN; the schema's are left out
     origins: dict[str, str] = field(default_factory=dict)
 
     def announce(self) -> None:

@@ -27,8 +27,8 @@ _COLLECTIVES: dict[str, tuple[CollectiveName, int]] = {
     "c10d.send.default": ("send", 0),
 }
 
-# Seconds for gloo's threads to let go of the tensors of a collective that has ended. Without them the peak of
-# a run with experts was between 92.9 and 99.2 MB (tests/planning/measured.py); with them always 92.9 MB.
+# Seconds for gloo's threads to let go of the tensors of a collective that has ended. Without this pause the
+# peak of a run with experts was between 92.9 and 99.2 MB (tests/planning/measured.py); with it, 92.9 MB.
 _LETTING_GO = 0.01
 
 

@@ -91,7 +91,7 @@ class _Running:
             torch._foreach_copy_(self._sent, gradients)
         average = dist.ReduceOp.AVG
         self._work: Any
-        if len(self._sent) == 1:  # gloo copies the tensors of a coalesced all-reduce, to and fro
+        if len(self._sent) == 1:  # gloo copies the tensors of a coalesced all-reduce twice
             self._work = dist.all_reduce(self._sent[0], op=average, group=group, async_op=True)
         else:
             self._work = dist.all_reduce_coalesced(self._sent, op=average, group=group, async_op=True)

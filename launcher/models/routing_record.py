@@ -7,8 +7,8 @@ from torch import Tensor
 class RoutingRecord:
     """Sums over the tokens of training steps, on the device of the router.
 
-    A block that is recomputed is recorded twice. That changes none of the means and ratios that are read, and
-    rows that are missing are missing twice.
+    A block that is recomputed is recorded twice. The means and ratios stay the same, and a missing
+    row of the block is counted twice.
     """
 
     def __init__(self, experts: int) -> None:
@@ -29,11 +29,11 @@ class RoutingRecord:
         self._sums = added if self._sums is None else self._sums + added
 
     def add_rows(self, rows: int) -> None:
-        """Add the rows that the experts of this rank compute, of tokens of any rank."""
+        """Add a number of rows that the experts of this rank compute, for tokens of all ranks."""
         self._rows += rows
 
     def take(self, device: torch.device) -> Tensor:
-        """Return the sums (E + 6,), and begin anew.
+        """Return the sums (E + 6,), and reset them.
 
         The sums are uses, entropy, tokens, balance loss, z-loss, calls, and rows that experts of this rank
         computed.

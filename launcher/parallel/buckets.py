@@ -6,7 +6,7 @@ from launcher.config.layout import Layout
 from launcher.config.schema import Dtype, RunConfig, StatesDtype
 
 # Elements that fill a bucket. On a GPU as in Megatron-LM: NCCL needs large messages. Gloo needs fewer bytes,
-# and copies what a bucket of several weights holds: on a CPU each matrix of usual size is a bucket.
+# and copies the gradients of a bucket of several weights: on a CPU each matrix of usual size is a bucket.
 FILLED = {"cuda": 40_000_000, "cpu": 100_000}
 
 
@@ -14,8 +14,8 @@ def buckets(sizes: Sequence[int], filled: int) -> list[list[int]]:
     """Return the places in `sizes` of each bucket's weights, in the order in which the buckets are reduced.
 
     `sizes` is the elements of each weight in the order of the modules. The backward pass reaches the last
-    weight first. A weight of at least `filled` elements is a bucket of its own; smaller ones share a bucket
-    until it holds as many. A bucket is reduced when its first weight has its gradient.
+    weight first. A weight of at least `filled` elements is a bucket of its own; smaller weights share a
+    bucket until it holds as many elements. A bucket is reduced when its first weight has its gradient.
     """
     result: list[list[int]] = []
     shared: list[int] = []
@@ -35,7 +35,7 @@ def buckets(sizes: Sequence[int], filled: int) -> list[list[int]]:
 def reduces_during_backward(run: RunConfig, layout: Layout) -> bool:
     """Return whether engine/overlapped_reduction.py reduces the gradients, and not DeepSpeed.
 
-    It divides the sums of the ranks, and so leaves gradients that DeepSpeed divides before to DeepSpeed.
+    Our reduction divides after it sums. If DeepSpeed is set to divide before, it reduces the gradients.
     """
     divided_before = run.deepspeed.get("prescale_gradients", False)
     divided_before = divided_before or run.deepspeed.get("gradient_predivide_factor", 1.0) != 1.0

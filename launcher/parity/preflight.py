@@ -51,7 +51,7 @@ class Verdict(Enum):
 
 @dataclass(frozen=True)
 class Preflight:
-    """The verdict on one kind of layout; `why` is a clause, or for `passed` when and in how many seconds."""
+    """The verdict on one kind of layout; `why` is the reason, or for `passed` the date and the duration."""
 
     verdict: Verdict
     why: str

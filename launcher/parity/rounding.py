@@ -92,7 +92,7 @@ class Arithmetic:
         return mixed
 
     def total(self, gradients: list[Tensor], ranks: int) -> Tensor:
-        """Return the sum of the gradients of all micro-batches: of each of `ranks` data ranks, then of all.
+        """Return the sum of all micro-batches' gradients: on each of `ranks` data ranks, then over the ranks.
 
         The ranks exchange bf16 numbers, so each of their sums is rounded.
         """

@@ -242,10 +242,10 @@ def _shrink_model(small: RunConfig, run: RunConfig, layout: Layout) -> None:
 
 
 def _layers(small: RunConfig, run: RunConfig, layout: Layout) -> int:
-    """Return the number of layers: a few per stage, one more if the stages do not divide those of `run`.
+    """Return the number of layers: a few per stage, one more if the stages do not divide `run`'s layers.
 
-    If windows or experts are in every n-th layer, stages begin at different places of the pattern. Else the
-    layers would be right even if each stage counted its own layers.
+    If windows or experts are in every n-th layer, stages begin at different places of the pattern. Else a
+    stage that wrongly counts only its own layers would still compute the right layers.
     """
     stages = small.parallelism.pipeline
     if run.model.num_layers % (layout.pipeline * stages_per_rank(run)) != 0:

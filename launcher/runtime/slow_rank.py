@@ -47,7 +47,7 @@ class SlowRankWatch:
         self._reported: int | None = None
 
     def after(self, work: Sequence[float], step_seconds: float, steps: int) -> tuple[Row, list[str]]:
-        """Return the columns of a logged row of `steps` steps, and the lines to print."""
+        """Return the metrics of a logged row, which covers `steps` steps, and the lines to print."""
         if len(work) == 1 or not any(work):
             return {}, []
         worst = slowest(work)

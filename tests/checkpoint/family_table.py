@@ -111,7 +111,7 @@ def trained_by_transformers(model: Any, run: RunConfig, batches: Iterable[Global
 
 
 def errors_after_training(source_path: Path, folder: Path) -> dict[str, float]:
-    """Train three steps on 8 ranks, export and reload; return the error of each weight by its movement.
+    """Train three steps on 8 ranks, export and reload; return each weight's error / movement.
 
     The right weights are those of transformers and torch's optimizer.
     """

@@ -13,7 +13,7 @@ LOSS_TOLERANCE = {"momentum": 2e-6, "adamw, bf16": 2e-2}  # relative
 
 
 def targets_of(source: str, kind: str) -> list[str]:
-    """Return a quarter of the other layouts, and of the other kind of run another quarter."""
+    """Return a quarter of the other layouts; each kind of run has another quarter."""
     others = [layout for layout in LAYOUTS if layout != source]
     return others[(list(LAYOUTS).index(source) + 2 * list(RUNS).index(kind)) % 4 :: 4]
 

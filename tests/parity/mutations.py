@@ -133,7 +133,7 @@ def last_bucket_not_averaged() -> None:
 
 
 def bucket_sent_before_its_last_gradient() -> None:
-    """The last gradient of a bucket is added after the reduction, so that no other rank gets it."""
+    """The last gradient of a bucket is added after the reduction, so it stays on its own rank."""
     reduction = overlapped_reduction.OverlappedReduction
     begin_step, begin_bucket = reduction._begin_step, reduction._begin_bucket
 

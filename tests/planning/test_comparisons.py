@@ -82,7 +82,7 @@ def published_runs() -> list[RunConfig]:
 
 
 def test_no_published_run_is_refused_for_its_memory() -> None:
-    """Each of them happened, on cards of which torch reports 85.1 or 42.3 GB."""
+    """Each of these runs happened, on cards for which torch reports 85.1 or 42.3 GB."""
     runs = published_runs()
     assert len(runs) == 21
     for run in runs:

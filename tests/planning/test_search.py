@@ -521,7 +521,7 @@ def test_context_ranks_must_be_clearly_faster(one_node: tuple[Search, int]) -> N
 
 
 def test_offload_is_not_chosen_while_anything_fits_without(one_node: tuple[Search, int]) -> None:
-    """Nine times the seconds, tensor groups across nodes and little free memory are better than offload."""
+    """A layout nine times slower, with tensor groups across nodes and little free memory, beats offload."""
     result, _ = one_node
     plain = [candidate for candidate in result.candidates if candidate.layout.context == 1]
     wide = next(one for one in plain if one.layout.tensor == 8 and not one.offloads)

@@ -54,7 +54,7 @@ def decoder(
     inside: tuple[tuple[str, str], ...] = (),
     left_out: tuple[str, ...] = (),
 ) -> Converter:
-    """Return the converter of a model type with Llama's tensor names; the arguments are where it differs.
+    """Return the converter of a model type with Llama's tensor names; the arguments state how it differs.
 
     `parts` are further parts, and `free` those that `read` and `write` handle. `added` is what our norm
     weights have more than theirs. `experts` yields the router and the experts of a layer.
@@ -83,7 +83,7 @@ def decoder(
 
 
 def _with_head_size(read: Read, write: Write, default: int | None) -> tuple[Read, Write]:
-    """Return the functions that read and write also the size of a head; `default` as in `decoder`."""
+    """Return `read` and `write` extended by the size of a head; `default` is as in `decoder`."""
     return (
         lambda theirs: {"head_size": _head_size(theirs, default), **read(theirs)},
         lambda m: {"head_dim": head_size(m), **write(m)},

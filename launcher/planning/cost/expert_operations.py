@@ -83,7 +83,7 @@ def _products(s: Sizes, x: str) -> list[Operation]:
     entered = Collective("all_gather", s.whole), Collective("reduce_scatter", s.whole)
     reduced = (Collective("all_reduce", s.whole),) if s.tensor > 1 else ()
     is_split, is_distributed = s.sequence_parallel, s.expert > 1
-    # Experts.forward refers to the rows until the experts have run, also if no weight's gradient needs them.
+    # Experts.forward refers to the rows until the experts have run, even if no weight's gradient needs them.
     held = _received(s) * h * s.element if s.is_frozen else 0
     return [
         Operation(
@@ -132,7 +132,7 @@ def _dispatch(s: Sizes) -> list[Operation]:
 
 
 def _combine(s: Sizes, held: int) -> list[Operation]:
-    """Return the operations that send results back to the ranks of their tokens; `held` bytes are beside."""
+    """Return the operations that send results back to the ranks of their tokens, while `held` bytes stay."""
     row = s.hidden_size * s.element
     received, rows = _received(s), Collective("all_to_all", s.tokens * s.experts.top_k * row)
     moved = 2 * received * row

@@ -19,7 +19,7 @@ def norm(s: Sizes, name: str, x: str, *, is_last: bool = False) -> Operation:
     copies = fp32 * (low + (not s.is_frozen)) if composite else 0
     kept, backward_scratch = statistics + copies, 3 * fp32 if composite else 0
     if composite and is_last and not low:
-        # Most is alive in the derivative of the square: five fp32 tensors. The normalised input and the
+        # The peak is in the derivative of the square: five fp32 tensors. The normalised input and the
         # statistics are freed by then; in a block, the gradient that waits for the sum takes their place.
         backward_scratch -= kept
     vectors = 1 if is_rms else 2

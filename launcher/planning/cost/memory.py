@@ -16,8 +16,8 @@ from launcher.planning.cost.zero_states import Holdings, States, checkpoint_byte
 BLOCK_BYTES = 131_072  # a block of initial weights in fp32, launcher/parallel/initializer.py
 # On a GPU beside the allocator's peak: CUDA's context with the kernels of its libraries, and NCCL's buffers
 # for each group. Assumed, unless `launcher calibrate` measured them on the card. Memory that the allocator
-# holds but cannot use is given back before it fails, so it refuses no run; parallelism=auto leaves room for
-# it (choose/search.py).
+# holds but cannot use is given back before an allocation fails, so no run is refused for it;
+# parallelism=auto leaves room for it (choose/search.py).
 CONTEXT_BYTES, GROUP_BYTES = 600_000_000, 200_000_000
 
 

@@ -93,7 +93,7 @@ class Operation:
     adds: bool = False  # a residual: both inputs have the output's gradient
     forward_matmuls: tuple[Matmul, ...] = ()
     backward_matmuls: tuple[Matmul, ...] = ()
-    attention: FusedAttention | None = None  # whose kernels compute the products
+    attention: FusedAttention | None = None  # set if its fused kernels compute the products
     forward_traffic: tuple[Collective, ...] = ()
     backward_traffic: tuple[Collective, ...] = ()
     overlapped_traffic: tuple[Collective, ...] = ()  # backward, overlapped with the weight's product

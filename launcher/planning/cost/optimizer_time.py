@@ -49,7 +49,7 @@ def optimizer_seconds(run: RunConfig, layout: Layout, rank: Rank, rates: AnyRate
 
 
 def _added(layout: Layout, size: int) -> int:
-    """Return the bytes that are moved to add gradients of `size` bytes, of each micro-batch but the first."""
+    """Return the bytes moved to add gradients of `size` bytes in each micro-batch but the first."""
     return (layout.accumulation - 1) * 3 * size
 
 

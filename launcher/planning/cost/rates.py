@@ -80,7 +80,7 @@ class Rates:
     memory: float  # bytes per second that operations read and write
     element: int  # bytes
     intra: float  # bytes per second that a rank sends within a node in an all-reduce
-    gather: float  # the same in other collectives: switches that add up (NVLink SHARP) speed up all-reduces
+    gather: float  # the same in other collectives: switches that sum (NVLink SHARP) speed up all-reduces
     inter: float  # bytes per second that a rank sends to other nodes
     host: float  # bytes per second between a GPU and the host's memory
     shares: Shares

@@ -31,7 +31,7 @@ class GroupShape:
 def group_shapes(layout: Layout, ranks_per_node: int) -> dict[GroupName, GroupShape]:
     """Return the shape of each group; ranks count tensor fastest, then context and data (parallel/mesh.py).
 
-    The data group reduces gradients, and so has the context ranks too; expert groups are parts of it.
+    The data group reduces gradients, so it includes the context ranks; expert groups are parts of it.
     """
     tensor = _shape(layout.tensor, 1, ranks_per_node)
     context = _shape(layout.context, layout.tensor, ranks_per_node)
