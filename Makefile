@@ -31,7 +31,7 @@ test: setup  ## Run the quick tests (8 minutes on two idle cores)
 	@$(MAKE) --no-print-directory --jobs=2 test-workers test-slurm SELECT='-m "not slow"'
 
 ALONE := tests/calibrate tests/runtime/test_slow_rank.py tests/runtime/test_watchdog.py
-test-all: setup  ## Run all tests (more than an hour on two idle cores)
+test-all: setup  ## Run all tests (an hour on two idle cores)
 	@$(MAKE) --no-print-directory --jobs=2 test-workers test-slurm SELECT="$(ALONE:%=--ignore=%)"
 	$(BIN)/pytest -q $(ALONE)  # run alone: these tests measure this machine and its processes
 
