@@ -14,6 +14,7 @@ from launcher.parity import reference as plain
 from launcher.parity.rounding import BF16, EXACT, Arithmetic, to_bf16
 from launcher.parity.routing import Routing
 from tests.config.composing import run_of
+from tests.parity.running import small_run
 
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -119,3 +120,15 @@ def test_data_ranks_add_rounded_gradients() -> None:
     assert torch.equal(BF16.total(gradients, 2), (first + second).float())
     assert not torch.equal(BF16.total(gradients, 1), BF16.total(gradients, 2))
     assert torch.equal(EXACT.total(gradients, 2), sum(gradients[1:], gradients[0]))
+
+
+def test_the_reference_rounds_what_is_sent_unless_fp32_is_sent() -> None:
+    def gradient(*overrides: str) -> Tensor:
+        run = small_run("model=gpt_tiny", "parallelism.data=2", "precision=bf16", *overrides)
+        batch = next(iter(plain.probe_batches(run)))
+        trace = plain.reference_trace(run, plain.initial_weights(run), [batch], arithmetic=BF16)
+        return trace[1].gradients["embedding.weight"]
+
+    rounded, exact = gradient(), gradient("deepspeed.communication_data_type=fp32")
+    assert torch.equal(rounded, to_bf16(rounded))
+    assert not torch.equal(exact, to_bf16(exact))
