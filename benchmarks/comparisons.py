@@ -5,8 +5,8 @@
 
 The rows on an H100 are this project's runs. Those of 2026-11-26 are planned with the engine of that day:
 attention copied its operands, all logits were kept, several kernels of the loss read them, and DeepSpeed made
-its own passes over the gradients. Rows that are not fitted come from other programs; they show how far the
-plan is from runs that this engine did not make.
+its own passes over the gradients. Those of 2026-11-27 are planned with fp32 sums of the gradients. Rows that
+are not fitted come from other programs; they show how far the plan is from runs of other engines.
 """
 
 import sys
@@ -27,7 +27,14 @@ from launcher.config.schema import Dtype, RunConfig
 from launcher.config.shape import qkv_sizes
 from launcher.config.validate import validate
 from launcher.config.world import World
-from launcher.planning.cost import attention_operations, end_operations, optimizer_time, pass_time, sizes
+from launcher.planning.cost import (
+    attention_operations,
+    end_operations,
+    optimizer_time,
+    pass_time,
+    sizes,
+    zero_states,
+)
 from launcher.planning.cost.measured_rates import rates_of
 from launcher.planning.cost.operations import BYTES, FP32, Matmul, Operation
 from launcher.planning.cost.parts import parts
@@ -104,12 +111,12 @@ MEASURED_HERE = [
     ("blocks compiled, head in chunks", Engine("chunks", True, False), "Llama 1.24B", 53_961, 51.7, []),
     ("blocks compiled, head in chunks", Engine("chunks", True, False), "GPT-2 1.56B", 35_845, 50.5, []),
 ]
-# Today's engine: the command `launcher` (GPT-2 124M), `python -m benchmarks.gpu` (Llama), the engine alone.
-TODAY = Engine("chunks", True, False, is_old=False)
-MEASURED_TODAY = [
-    ("compiled", TODAY, "GPT-2 124M", 487_165, 13.14, []),
-    ("compiled", TODAY, "Llama 1.24B", 60_655, 46.94, []),
-    ("compiled", TODAY, "GPT-2 1.56B", 41_053, 49.79, []),
+# The engine of 2026-11-27, by `launcher` (GPT-2 124M), by `python -m benchmarks.gpu` (Llama), and alone.
+SUMMING = Engine("chunks", True, False, is_old=False)
+MEASURED_LATER = [
+    ("compiled", SUMMING, "GPT-2 124M", 487_165, 13.14, []),
+    ("compiled", SUMMING, "Llama 1.24B", 60_655, 46.94, []),
+    ("compiled", SUMMING, "GPT-2 1.56B", 41_053, 49.79, []),
 ]
 FUSED, LOSS = attention_operations.fused_attention, end_operations._loss
 
@@ -180,6 +187,9 @@ def engine_of(engine: Engine) -> Iterator[None]:
             stack.enter_context(patch.object(end_operations, "_loss", loss))
         elif engine.is_old:
             stack.enter_context(patch.object(end_operations, "_loss", eager_loss))
+        # Measured when BF16_Optimizer still kept fp32 sums for one data rank with one micro-batch.
+        for module in (optimizer_time, zero_states):
+            stack.enter_context(patch.object(module, "updates_directly", lambda run, layout: False))
         if engine.is_old:
             stack.enter_context(patch.object(optimizer_time, "_light_passes", deepspeeds_passes))
         if engine.copies:
@@ -195,7 +205,7 @@ def planned(overrides: list[str], ranks: int, per_node: int) -> Plan:
 
 
 def on_this_h100() -> Iterator[Comparison]:
-    for name, engine, model, tokens_per_s, gigabytes, more in (*MEASURED_HERE, *MEASURED_TODAY):
+    for name, engine, model, tokens_per_s, gigabytes, more in (*MEASURED_HERE, *MEASURED_LATER):
         overrides, micro_batch, length = MODELS[model]
         sizes_of_batch = [f"training.{size}_batch_size={micro_batch}" for size in ("global", "micro")]
         single = ["parallelism=single", "hardware=h100_80gb", "precision=bf16"]
@@ -215,7 +225,7 @@ def on_this_h200() -> Iterator[Comparison]:
         "model=llama3_8b", "parallelism=single", "hardware=h200_141gb", "precision=bf16_states",
         "training.global_batch_size=2", "training.micro_batch_size=2",
     ]  # fmt: skip
-    with engine_of(TODAY):
+    with engine_of(SUMMING):
         plan = planned(run, 1, 1)
     assert plan.time is not None
     peak, name = plan.stages[0].memory.allocated / 1e9, "Llama 8.03B, bf16 states, compiled"

@@ -207,7 +207,7 @@ def _parse(content: dict[str, Any]) -> Manifest:
         blends=[_blend(blend) for blend in items(values.get("blends", []), "blends")],
         finite=boolean(values.get("finite", True), "finite"),
         skipped=integer(values.get("skipped", 0), "skipped"),
-        excluded=[_stretch(stretch) for stretch in items(values.get("excluded", []), "excluded")],
+        excluded=[_sample_range(each) for each in items(values.get("excluded", []), "excluded")],
         history={
             name: [finite(value, f"history.{name}") for value in items(series, f"history.{name}")]
             for name, series in table(values.get("history", {}), "history").items()
@@ -268,11 +268,11 @@ def _blend(value: object) -> dict[str, Any]:
     }
 
 
-def _stretch(value: object) -> list[int]:
-    stretch = [integer(number, "excluded") for number in items(value, "excluded", 2)]
-    if len(stretch) != 2 or stretch[0] >= stretch[1]:
-        raise Malformed(f"has {stretch} in excluded instead of a first sample and a later one")
-    return stretch
+def _sample_range(value: object) -> list[int]:
+    ends = [integer(number, "excluded") for number in items(value, "excluded", 2)]
+    if len(ends) != 2 or ends[0] >= ends[1]:
+        raise Malformed(f"has {ends} in excluded instead of a first sample and a later one")
+    return ends
 
 
 def piece_of(entry: dict[str, Any]) -> Piece:

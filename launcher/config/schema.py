@@ -609,7 +609,7 @@ class OnSpike(Enum):
 
 @dataclass
 class GuardConfig:
-    """Guards against numbers that would harm a run."""
+    """What a run does about gradients that are not finite, losses that jump, and ranks that differ."""
 
     nonfinite: OnNonfinite = OnNonfinite.skip  # skip | stop: steps with NaN, infinite or huge gradients
     max_skips: int = 10  # end the run after this number of skipped steps in a row

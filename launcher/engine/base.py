@@ -9,13 +9,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from torch import Tensor, nn
 
 from launcher.config.layout import Layout
 from launcher.config.numbers import IGNORED_LABEL
-from launcher.engine import bf16_states
+from launcher.engine import bf16_states, direct_update
 from launcher.engine.gradient_passes import lighten
 from launcher.engine.optimizer import is_trained
 from launcher.engine.state import find_states, loss_scaler, make_states
@@ -24,6 +25,7 @@ from launcher.engine.update_guard import UpdateGuard, install
 from launcher.models.block_context import BlockContext
 from launcher.models.losses import ClassificationLoss, LanguageLoss
 from launcher.models.selection_bias import balance
+from launcher.parallel.buckets import has_one_gradient
 from launcher.parallel.mesh import Axis, ProcessMesh
 from launcher.parallel.sharding import LogicalTensor, logical_of, merge
 
@@ -66,6 +68,8 @@ class Engine(ABC):
             install(self.guard, deepspeed_engine.optimizer, mesh)
         if isinstance(optimizer, StochasticOptimizer):
             bf16_states.install(self)
+        if isinstance(deepspeed_engine.optimizer, BF16_Optimizer) and has_one_gradient(layout):
+            direct_update.install(self)
         if any(group.get("momentum") for group in optimizer.param_groups):
             # torch would leave the buffers uninitialised if it skipped the first step.
             make_states(self, ["momentum_buffer"], updates=0)

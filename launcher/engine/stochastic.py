@@ -151,14 +151,11 @@ class StochasticAdamW(StochasticOptimizer, torch.optim.AdamW):
     def arithmetic(
         self, group: dict[str, Any], state: dict[str, Any], kept: Tensor
     ) -> tuple[UpdateFunction, list[Tensor]]:
-        (beta1, beta2), lr, device = group["betas"], group["lr"], kept.device
         if "step" not in state:
-            state["step"] = torch.zeros((), device=device)
-        number = state["step"].double() + 1
+            state["step"] = torch.zeros((), device=kept.device)
+        arithmetic = adamw_arithmetic(group, state["step"], kept.device)
         state["step"] += kept
-        constants = 1 - lr * group["weight_decay"], 1 - beta1, beta2, 1 - beta2, group["eps"]
-        rate, root = lr / (1 - beta1**number), (1 - beta2**number).sqrt()
-        return adamw, [*(_number(value, device) for value in constants), rate.float(), root.float()]
+        return arithmetic
 
 
 class StochasticSGD(StochasticOptimizer, torch.optim.SGD):
@@ -170,9 +167,7 @@ class StochasticSGD(StochasticOptimizer, torch.optim.SGD):
     def arithmetic(
         self, group: dict[str, Any], state: dict[str, Any], kept: Tensor
     ) -> tuple[UpdateFunction, list[Tensor]]:
-        constants = group["lr"], group["weight_decay"], group["momentum"]
-        numbers = [_number(value, kept.device) for value in constants]
-        return (sgd_with_momentum, numbers) if group["momentum"] else (sgd, numbers[:2])
+        return sgd_arithmetic(group, kept.device)
 
 
 def update_(
@@ -196,6 +191,23 @@ def update_(
 def compiled_update() -> Callable[..., None]:
     """Return update_, compiled to one pass over memory for slices of any size."""
     return torch.compile(update_, fullgraph=True, dynamic=True)
+
+
+def adamw_arithmetic(
+    group: dict[str, Any], updates: Tensor, device: torch.device
+) -> tuple[UpdateFunction, list[Tensor]]:
+    """Return AdamW and its numbers for the update after the first `updates`."""
+    (beta1, beta2), lr, number = group["betas"], group["lr"], updates.double() + 1
+    constants = 1 - lr * group["weight_decay"], 1 - beta1, beta2, 1 - beta2, group["eps"]
+    rate, root = lr / (1 - beta1**number), (1 - beta2**number).sqrt()
+    return adamw, [*(_number(value, device) for value in constants), rate.float(), root.float()]
+
+
+def sgd_arithmetic(group: dict[str, Any], device: torch.device) -> tuple[UpdateFunction, list[Tensor]]:
+    """Return SGD, with or without momentum, and its numbers."""
+    constants = group["lr"], group["weight_decay"], group["momentum"]
+    numbers = [_number(value, device) for value in constants]
+    return (sgd_with_momentum, numbers) if group["momentum"] else (sgd, numbers[:2])
 
 
 def adamw(

@@ -176,7 +176,12 @@ def combined(norms: list[Tensor], group: Group | None, device: torch.device) -> 
 
 def clip(optimizer: Any, norm: Tensor, limit: float) -> None:
     """Let torch's fused `optimizer` scale gradients with the global norm `norm` down to `limit`."""
-    optimizer.grad_scale = ((norm + CLIP_EPSILON) / limit).clamp(min=1.0)  # it divides by this number
+    optimizer.grad_scale = clip_scale(norm, limit)
+
+
+def clip_scale(norm: Tensor, limit: float) -> Tensor:
+    """Return the number by which torch's fused optimizers divide gradients of the global norm `norm`."""
+    return ((norm + CLIP_EPSILON) / limit).clamp(min=1.0)
 
 
 def clip_factor(norm: Tensor, limit: float) -> Tensor:

@@ -17,6 +17,8 @@ from launcher.config.shape import (
 )
 from launcher.parallel.buckets import FILLED, reduces_during_backward
 
+CAST_AT_ONCE = 1 << 24  # elements of bf16 gradients that an eager update casts at once
+
 
 def block_matrix_parameters(model: ModelConfig, *, active: bool = False) -> int:
     """Return the projection weights of all blocks; no norms, no biases.

@@ -47,3 +47,13 @@ def uses_bf16_optimizer(run: RunConfig, layout: Layout) -> bool:
     """Return whether DeepSpeed's BF16_Optimizer takes the step, and not its optimizer of ZeRO-1 and 2."""
     is_bf16 = run.precision.dtype is Dtype.bf16 and run.precision.states is StatesDtype.fp32
     return layout.zero_stage == 1 and is_bf16 and not run.parallelism.offload_optimizer
+
+
+def updates_directly(run: RunConfig, layout: Layout) -> bool:
+    """Return whether weights are updated from their bf16 gradients, by engine/direct_update.py."""
+    return uses_bf16_optimizer(run, layout) and has_one_gradient(layout)
+
+
+def has_one_gradient(layout: Layout) -> bool:
+    """Return whether a weight gets one gradient in a step, from one micro-batch of one data rank."""
+    return layout.gradient_ranks == layout.accumulation == layout.pipeline == 1

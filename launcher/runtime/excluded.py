@@ -13,23 +13,23 @@ _MOST_BYTES = 2**20
 SampleRange = tuple[int, int]  # the samples from the first number up to the second, which is not included
 
 
-def past_excluded(samples: int, stretches: Sequence[SampleRange]) -> int:
+def past_excluded(samples: int, ranges: Sequence[SampleRange]) -> int:
     """Return `samples` plus the excluded samples that follow directly, which count as consumed. Pure."""
-    for start, end in sorted(stretches):
+    for start, end in sorted(ranges):
         if start <= samples < end:
             samples = end
     return samples
 
 
 def read_excluded(run_dir: Path) -> tuple[SampleRange, ...]:
-    """Return the stretches; nothing if there is no file. Raises ConfigError for a damaged file."""
+    """Return the ranges; nothing if there is no file. Raises ConfigError for a damaged file."""
     try:
-        stretches = json.loads(read_regular(run_dir / EXCLUDED, _MOST_BYTES))
-        if not isinstance(stretches, list):
+        ranges = json.loads(read_regular(run_dir / EXCLUDED, _MOST_BYTES))
+        if not isinstance(ranges, list):
             raise ValueError
-        if not all(type(start) is type(end) is int and 0 <= start < end for start, end in stretches):
+        if not all(type(start) is type(end) is int and 0 <= start < end for start, end in ranges):
             raise ValueError
-        return tuple((start, end) for start, end in stretches)
+        return tuple((start, end) for start, end in ranges)
     except FileNotFoundError:
         return ()
     except (OSError, ValueError, TypeError, RecursionError):
@@ -39,8 +39,8 @@ def read_excluded(run_dir: Path) -> tuple[SampleRange, ...]:
         ) from None
 
 
-def exclude(run_dir: Path, stretch: SampleRange) -> tuple[SampleRange, ...]:
-    """Add a stretch to the file and return all."""
-    stretches = (*read_excluded(run_dir), stretch)
-    write_text(run_dir / EXCLUDED, json.dumps(stretches) + "\n")
-    return stretches
+def exclude(run_dir: Path, added: SampleRange) -> tuple[SampleRange, ...]:
+    """Add a range to the file and return all."""
+    ranges = (*read_excluded(run_dir), added)
+    write_text(run_dir / EXCLUDED, json.dumps(ranges) + "\n")
+    return ranges

@@ -134,7 +134,7 @@ class Checkpoints:
             files={},
             blends=[asdict(blend) for blend in progress.blends],
             skipped=progress.skipped,
-            excluded=[list(stretch) for stretch in progress.excluded],
+            excluded=[list(samples) for samples in progress.excluded],
             history=progress.history,
         )
 

@@ -20,6 +20,7 @@ import launcher.checkpoint.load as load
 import launcher.data.blend as blend
 import launcher.data.sampler as sampler
 import launcher.data.windows as windows
+import launcher.engine.direct_update as direct_update
 import launcher.engine.flat as flat
 import launcher.engine.optimizer as optimizers
 import launcher.engine.overlapped_reduction as overlapped_reduction
@@ -177,6 +178,7 @@ def norm_of_the_local_shard() -> None:
 def not_clipped() -> None:
     """Under ZeRO-0, and in BF16_Optimizer."""
     flat.clip = update_guard.clip = lambda *_: None  # type: ignore[assignment]
+    direct_update.clip_scale = lambda norm, _: torch.ones_like(norm)
 
 
 def _neighbour(axis: Axis) -> Axis:
@@ -390,6 +392,7 @@ def clip_factor_without_its_cap() -> None:
         optimizer.grad_scale = norm / limit  # below 1, small gradients are scaled up
 
     flat.clip = update_guard.clip = clip
+    direct_update.clip_scale = lambda norm, limit: norm / limit
 
 
 def learning_rate_one_step_late() -> None:

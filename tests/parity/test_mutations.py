@@ -1,6 +1,6 @@
 """Every deliberate fault is detected, and its diagnosis fits this fault only."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -8,6 +8,7 @@ import pytest
 
 from launcher.config.validate import validate
 from launcher.config.world import World
+from launcher.engine import direct_update
 from launcher.parity.diagnose import Diagnosis
 from launcher.parity.shrink import inner_stages, long_samples
 from launcher.parity.verification import more_passes, whole_pass
@@ -31,6 +32,7 @@ from tests.parity.mutations import (
     TP,
     WHOLE_MUTATIONS,
     Mutation,
+    not_clipped,
 )
 from tests.parity.running import (
     VerifyPass,
@@ -141,6 +143,42 @@ def test_a_fault_is_detected_in_the_own_precision_of_a_run_in_bf16(title: str, n
     assert result.diagnosis is not None
     text = f"{result.diagnosis.shape}: {result.diagnosis.meaning}"
     assert all(words in text for words in mutation.in_bf16 or mutation.words), text
+
+
+# One gradient per step: engine/direct_update.py.
+ONE_GRADIENT = f"{GPT} {TP} precision=bf16 training.micro_batch_size=4 training.global_batch_size=4"
+
+
+def nothing_updated() -> None:
+    direct_update.DirectUpdate._update_group = lambda *_: None  # type: ignore[method-assign]
+
+
+def weights_not_cast() -> None:
+    """The master weights are updated, and the weights in bf16 stay."""
+    right = direct_update.DirectUpdate._update_group
+
+    def update(self: direct_update.DirectUpdate, group: Any, index: int) -> None:
+        before = self._zero.bf16_groups_flat[index].clone()
+        right(self, group, index)
+        self._zero.bf16_groups_flat[index].copy_(before)
+
+    direct_update.DirectUpdate._update_group = update  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    "inject",
+    [
+        None,
+        pytest.param(not_clipped, marks=pytest.mark.slow),
+        pytest.param(nothing_updated, marks=pytest.mark.slow),
+        pytest.param(weights_not_cast, marks=pytest.mark.slow),
+    ],
+)
+def test_a_fault_of_an_update_without_sums_is_detected(inject: Callable[[], None] | None) -> None:
+    small = small_run(*ONE_GRADIENT.split())
+    assert validate(small, World("cpu", 2, 2)).accumulation == 1
+    result = run_pass(*passes(small)[-1], inject)
+    assert result.ok == (inject is None), worst(result)
 
 
 @pytest.mark.parametrize("name", OPTIMIZER_MUTATIONS)

@@ -70,12 +70,17 @@ CASES: dict[str, list[str]] = {
     "single": axes(),
     "single, SGD": [*axes(), "optimizer=sgd"],
     "single, one micro-batch": [*axes(), "training.micro_batch_size=16"],
+    "single, bf16": [*axes(zero=1), BF16],
+    "single, bf16, one micro-batch": [*axes(zero=1), BF16, "training.micro_batch_size=16"],
     "single, full recomputation": [*axes(), FULL, "training.micro_batch_size=4"],
     "single, Llama, selective recomputation": [*axes(), LLAMA, SELECTIVE, "training.micro_batch_size=4"],
     "data 2": axes(data=2),
     "data 4": axes(data=4),
     "tensor 2": axes(tensor=2),
     "tensor 2, Llama": [*axes(tensor=2), LLAMA],
+    "tensor 2, Llama, bf16, one micro-batch": [
+        *axes(tensor=2, zero=1), LLAMA, BF16, "training.micro_batch_size=4", "training.global_batch_size=4",
+    ],
     "tensor 2, sequence parallel": [*axes(tensor=2), SEQUENCE],
     "tensor 4, sequence parallel, full recomputation": [*axes(tensor=4), SEQUENCE, FULL],
     "pipeline 2": [*axes(pipeline=2, zero=1), BUCKET],
@@ -141,6 +146,7 @@ CASES: dict[str, list[str]] = {
 # One of each kind, for the quick tests.
 SOME = [
     "single",
+    "single, bf16, one micro-batch",
     "tensor 2, sequence parallel",
     "pipeline 2",
     "ZeRO-1, data 2, bf16",

@@ -45,7 +45,7 @@ def test_a_damaged_file_is_refused_by_name(tmp_path: Path, subtests: pytest.Subt
                 read_excluded(folder)
 
 
-def test_stretches_are_kept_in_order(tmp_path: Path) -> None:
+def test_ranges_are_kept_in_order(tmp_path: Path) -> None:
     assert read_excluded(tmp_path) == ()
     exclude(tmp_path, (3, 5))
     assert exclude(tmp_path, (9, 12)) == read_excluded(tmp_path) == ((3, 5), (9, 12))

@@ -2,7 +2,7 @@
 
 from launcher.config.layout import Layout
 from launcher.config.schema import Dtype, RunConfig, StatesDtype
-from launcher.parallel.buckets import reduces_during_backward, uses_bf16_optimizer
+from launcher.parallel.buckets import reduces_during_backward, updates_directly, uses_bf16_optimizer
 from launcher.planning.cost.geometry import Rank
 from launcher.planning.cost.measured_rates import AnyRates
 from launcher.planning.cost.operations import BYTES, FP32
@@ -25,6 +25,8 @@ def optimizer_seconds(run: RunConfig, layout: Layout, rank: Rank, rates: AnyRate
         passes = 1 + (2 if layout.zero_stage < 3 else 1)
         moved = COMPILED_UPDATE if layout.compiled and layout.device == "cuda" else EAGER_UPDATE
         return (whole * element * passes + share * moved * (1 + states)) / rates.update
+    if updates_directly(run, layout):
+        return share * _direct_bytes(layout, element, states) / rates.update
     # Read gradients, read and write weights and states.
     update = share * FP32 * (1 + 2 * (1 + states))
     clips = run.optimizer.gradient_clipping is not None
@@ -46,6 +48,15 @@ def optimizer_seconds(run: RunConfig, layout: Layout, rank: Rank, rates: AnyRate
         # Gradients go to the host and weights come back; the update runs in the host's memory.
         return (share * (FP32 + element) + update) / rates.host + copies / rates.update
     return (update + copies) / rates.update
+
+
+def _direct_bytes(layout: Layout, element: int, states: int) -> int:
+    """Return the bytes per parameter that engine/direct_update.py moves, with the gradient's norm."""
+    updated = 2 * FP32 * (1 + states)  # master weight and states, read and written
+    if layout.compiled and layout.device == "cuda":
+        return element + (element + updated + element)
+    # The gradient is cast, read, and written as it is clipped; the new weight is cast.
+    return element + (element + FP32) + 2 * FP32 + updated + (FP32 + element)
 
 
 def _added(layout: Layout, size: int) -> int:

@@ -18,8 +18,13 @@ from launcher.config.schema import (
     RunConfig,
     StatesDtype,
 )
-from launcher.models.arithmetic import update_chunk
-from launcher.parallel.buckets import buckets, reduces_during_backward, uses_bf16_optimizer
+from launcher.models.arithmetic import CAST_AT_ONCE, update_chunk
+from launcher.parallel.buckets import (
+    buckets,
+    reduces_during_backward,
+    updates_directly,
+    uses_bf16_optimizer,
+)
 from launcher.planning.cost.buffers import ALL_REDUCE_BUCKET, BufferSizes
 from launcher.planning.cost.geometry import Rank, block_parameters
 from launcher.planning.cost.operations import BYTES, FP32
@@ -70,6 +75,8 @@ def states_of(run: RunConfig, layout: Layout, rank: Rank) -> States:
     if run.precision.states is StatesDtype.bf16:
         return ledger.bf16_states_1() if layout.zero_stage == 1 else ledger.bf16_states_2()
     low = run.precision.dtype is not Dtype.fp32
+    if updates_directly(run, layout):
+        return ledger.direct_update()
     if uses_bf16_optimizer(run, layout):
         return ledger.bf16_optimizer()
     return ledger.zero_1(low) if layout.zero_stage == 1 else ledger.zero_2(low)
@@ -164,6 +171,21 @@ class _Ledger:
             waiting=WAITING_ELEMENTS + self.rank.largest_trained,
             reduce=Holdings(summed, copies),
             step=Holdings(summed),
+        )
+
+    def direct_update(self) -> States:
+        """BF16_Optimizer without its sums: bf16 gradients, until their weights are updated."""
+        gradients, cast = self.element * self.total, FP32 * min(self.total, CAST_AT_ONCE)
+        is_one_pass = self.layout.compiled and self.layout.device == "cuda"
+        return States(
+            weights=self.element * (self.flat + self.frozen),
+            optimizer=self.optimizer_bytes * self.share,
+            host=0,
+            forward=Holdings(),
+            backward=Holdings(),
+            per_element=self.element,
+            reduce=Holdings(gradients),
+            step=Holdings(gradients, 0 if is_one_pass else cast),
         )
 
     def zero_1(self, low: bool) -> States:
