@@ -111,7 +111,8 @@ MEASURED_HERE = [
     ("blocks compiled, head in chunks", Engine("chunks", True, False), "Llama 1.24B", 53_961, 51.7, []),
     ("blocks compiled, head in chunks", Engine("chunks", True, False), "GPT-2 1.56B", 35_845, 50.5, []),
 ]
-# The engine of 2026-11-27, by `launcher` (GPT-2 124M), by `python -m benchmarks.gpu` (Llama), and alone.
+# The engine of 2026-11-27. GPT-2 124M was measured with `launcher`, Llama with `python -m benchmarks.gpu`,
+# GPT-2 1.56B with the engine alone.
 SUMMING = Engine("chunks", True, False, is_old=False)
 MEASURED_LATER = [
     ("compiled", SUMMING, "GPT-2 124M", 487_165, 13.14, []),

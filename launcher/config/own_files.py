@@ -24,7 +24,7 @@ def explain_file(text: str, root: type[Any]) -> ConfigError | None:
 
 
 def no_such_field_in(file: str, name: str, value: str | None, root: type[Any]) -> ConfigError | None:
-    """Return the error about a usual mistake in a name of a file; None for a misspelt field."""
+    """Return the error if a name in a config file shows a usual mistake; None if it is only misspelt."""
     section, _, leaf = name.rpartition(".")
     if name == file.partition("/")[0] or name in ("global", "_global_"):
         why = f"no such field: {file}.yaml is read as part of {name!r}, because its first line is missing"
@@ -32,7 +32,7 @@ def no_such_field_in(file: str, name: str, value: str | None, root: type[Any]) -
     if name in ("default", "override") or name.startswith("override "):
         return _mistake(file, f"{name!r} is no field", "defaults:", f"- override /{_a_group(root)}: OPTION")
     if section and name in fields_of(root):
-        why = f"a dot in the name {name!r} is no section in a file"
+        why = f"a dot in the name {name!r} does not make a section in a file"
         line = f"{leaf}: VALUE"
         for part in reversed(section.split(".")):
             line = f"{part}: {{{line}}}"

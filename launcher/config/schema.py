@@ -609,7 +609,7 @@ class OnSpike(Enum):
 
 @dataclass
 class GuardConfig:
-    """What a run does about gradients that are not finite, losses that jump, and ranks that differ."""
+    """Reactions to gradients that are not finite, losses that jump, and replicas that differ."""
 
     nonfinite: OnNonfinite = OnNonfinite.skip  # skip | stop: steps with NaN, infinite or huge gradients
     max_skips: int = 10  # end the run after this number of skipped steps in a row

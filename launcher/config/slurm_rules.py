@@ -239,7 +239,7 @@ def _check_environment(run: RunConfig) -> None:
 
 
 def _place_of(text: str, slurm: SlurmConfig, field: str) -> str:
-    """Return which item of a list the text is, without its value: the option's name, or else its number."""
+    """Name the list item that holds the text, without its value: its option name, or else its number."""
     items = getattr(slurm, field.removeprefix("slurm."), None)
     if not isinstance(items, list):
         return ""

@@ -421,7 +421,7 @@ def check_data(run: RunConfig) -> None:
 
 
 def check_read_ahead(run: RunConfig) -> None:
-    """Check that the batches that are read ahead fit into memory: their values, over all ranks."""
+    """Check that the batches that are read ahead are not too large, counted in values over all ranks."""
     m, t = run.model, run.training
     is_vision = m.inputs is InputKind.patches
     of_sample = m.image_size**2 * m.image_channels if is_vision else shape.sequence_length(run) + 1

@@ -43,7 +43,7 @@ def world_of_machine(run: RunConfig, machine: Machine) -> World:
 
 
 def world_of_joined_ranks(run: RunConfig, machine: Machine, *, ranks: int, ranks_per_node: int) -> World:
-    """Return the world that torchrun or srun started. Raises ConfigError as world_of_machine does."""
+    """Return the world that torchrun or srun started. Raises ConfigError if it has no GPU it needs."""
     device = _device(run, machine)
     return World(device, ranks, ranks_per_node, fixed=True, memory_bytes=_shared_memory(device, machine))
 

@@ -306,7 +306,7 @@ class Preparation:
         return self.config.tokenizer.path is None and self.config.tokenizer.train is None
 
     def _training_texts(self, total_bytes: int) -> Iterator[str]:
-        """Yield the beginning of every file, an equal share of the bytes each, without bad lines."""
+        """Yield the first texts of every file, up to its equal share of `total_bytes`, without bad lines."""
         for file in self.inputs:
             remaining = total_bytes // len(self.inputs)
             for batch in self._batches([file.path], Place()):

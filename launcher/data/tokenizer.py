@@ -137,7 +137,7 @@ class HuggingFace:
         return str(spelling)
 
     def token_beside_end(self) -> int | None:
-        """Return the id of a token that could end documents instead of the present one; None without any."""
+        """Return the id of another token that could end documents; None if there is none."""
         usable = (token for token in (*USUAL_ENDS, *_UNUSED) if token in self._vocabulary)
         return next((self._vocabulary[token] for token in usable if token not in self._ends[:1]), None)
 

@@ -120,7 +120,9 @@ def _without(
     kept = [file for file in files if os.path.realpath(bin_path(file.prefix)) not in held]
     if not kept:
         why = "all of these files are validation or test files, which are never trained on"
-        raise ConfigError(field, pattern, why, "token files that data.validation and data.test do not name")
+        raise ConfigError(
+            field, pattern, why, f"{field}=PATTERN of files that data.validation and data.test do not name"
+        )
     left_out["files of data.validation or data.test"] += len(files) - len(kept)
     return kept
 

@@ -1,12 +1,12 @@
 """Update weights from their bf16 gradients, without the fp32 sums of DeepSpeed's BF16_Optimizer.
 
 One data rank with one micro-batch per step has nothing to sum. DeepSpeed 0.19.8 still keeps an fp32 copy of
-every gradient: 4 bytes per parameter during the whole step, and three more passes over memory. Here a
-gradient stays where autograd left it until its weight is updated. In compiled runs on a GPU one kernel reads
-it, updates the master weight and its states, and writes the bf16 weight.
+every gradient: 4 bytes per parameter during the whole step. It also writes each gradient to this copy,
+rewrites it when it clips, and casts the new weights in a pass of its own. Here a weight is updated from the
+bf16 gradient that autograd left; consecutive small weights are joined first. In compiled runs on a GPU one
+kernel reads the gradient, updates the master weight and its states, and writes the bf16 weight.
 """
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -19,12 +19,14 @@ from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
 from launcher.engine.state import make_states
-from launcher.engine.stochastic import UpdateFunction, adamw_arithmetic, sgd_arithmetic
+from launcher.engine.stochastic import (
+    UpdateFunction,
+    adamw_arithmetic,
+    sgd_arithmetic,
+    warn_of_eager_update,
+)
 from launcher.engine.update_guard import clip_factor, clip_scale, norm_of_whole
-from launcher.models.arithmetic import CAST_AT_ONCE
-from launcher.parallel.compiling import first_line
-
-_LARGE = 1 << 20  # elements of a weight that has a kernel of its own; smaller weights are joined
+from launcher.models.arithmetic import CAST_AT_ONCE, UPDATED_ALONE
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,8 @@ class UpdatePiece:
 def pieces_of(weights: Sequence[nn.Parameter]) -> list[UpdatePiece]:
     """Return each large weight alone, and each run of smaller ones together."""
     parts: list[tuple[nn.Parameter, ...]] = []
-    for is_large, run in groupby(weights, lambda weight: weight.numel() >= _LARGE):
-        alike = tuple(run)
+    for is_large, neighbours in groupby(weights, lambda weight: weight.numel() >= UPDATED_ALONE):
+        alike = tuple(neighbours)
         parts += [(weight,) for weight in alike] if is_large else [alike]
     pieces, start = [], 0
     for part in parts:
@@ -88,7 +90,7 @@ class DirectUpdate:
         model_parallel = zero.mpu.get_model_parallel_group() if zero.mpu else None
         guard.judge(norm_of_whole(gradients, mesh, model_parallel, guard.device))
         zero.overflow, zero._global_grad_norm = False, guard.norm
-        del gradients  # each is freed as soon as its weight is updated
+        del gradients  # so that a gradient is freed once its weight is updated
         if isinstance(zero.optimizer, torch.optim.AdamW) and not zero.optimizer.state:
             make_states(self._engine, ["exp_avg", "exp_avg_sq"], updates=0)
         for index, group in enumerate(zero.optimizer.param_groups):
@@ -106,28 +108,28 @@ class DirectUpdate:
             low = weights.narrow(0, piece.start, piece.numel)
             tensors = [tensor.narrow(0, piece.start, piece.numel) for tensor in held]
             gradient = _taken(piece)
-            if not self._is_updated_in_one_pass(arithmetic, low, tensors, gradient, kept, factor):
+            if not self._update_in_one_pass(arithmetic, low, tensors, gradient, kept, factor):
                 for part, *chunk in zip(*(t.split(CAST_AT_ONCE) for t in (gradient, *tensors)), strict=True):
                     rule.update(chunk, part.float(), scale, guard.skipped)
                 low.copy_(tensors[0])
         if "step" in state:
             state["step"] += kept
 
-    def _is_updated_in_one_pass(self, arithmetic: tuple[UpdateFunction, list[Tensor]], *tensors: Any) -> bool:
-        """Update a piece with one kernel if the run is compiled; a failed compilation changes nothing."""
-        from torch._dynamo.exc import TorchDynamoException
+    def _update_in_one_pass(self, arithmetic: tuple[UpdateFunction, list[Tensor]], *tensors: Any) -> bool:
+        """Update a piece with one kernel; return whether it could be compiled. A failure changes nothing."""
+        from torch._dynamo import exc
 
         if self._compiled:
             try:
                 compiled_update()(*arithmetic, *tensors)
-            except TorchDynamoException as error:
+            except (exc.TorchDynamoException, exc.FailOnRecompileLimitHit) as error:
                 self._compiled = False
-                warnings.warn(f"the optimizer runs eager: {first_line(error)}", stacklevel=1)
+                warn_of_eager_update(error)
         return self._compiled
 
 
 def _taken(piece: UpdatePiece) -> Tensor:
-    """Return the gradients of a piece in one flat tensor, which alone holds them then."""
+    """Return the gradients of a piece as one flat tensor, and remove them from the weights."""
     gradients = []
     for weight in piece.weights:
         # As in all other layouts, a weight without a gradient has zeros: it still decays.
@@ -147,7 +149,7 @@ class _AdamW:
         return adamw_arithmetic(self._group, self._updates, device)
 
     def update(self, tensors: list[Tensor], gradient: Tensor, scale: Tensor, skipped: Tensor) -> None:
-        """Call torch's fused kernel on a weight and its moments, with a gradient divided by `scale`."""
+        """Call torch's fused kernel on a weight and its moments. It divides the gradient by `scale`."""
         weight, mean, square = tensors
         (beta1, beta2), group = self._group["betas"], self._group
         adamw(
@@ -166,7 +168,7 @@ class _SGD:
         return sgd_arithmetic(self._group, device)
 
     def update(self, tensors: list[Tensor], gradient: Tensor, scale: Tensor, skipped: Tensor) -> None:
-        """Call torch's fused kernel on a weight and its momentum, with a gradient divided by `scale`."""
+        """Call torch's fused kernel on a weight and its momentum. It divides the gradient by `scale`."""
         weight, *momentum = tensors
         group = self._group
         sgd(

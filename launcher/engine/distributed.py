@@ -41,7 +41,7 @@ def prepare_deepspeed(device: str) -> None:
     # at every all_reduce_coalesced.
     several = r".*(all_gather|reduce_scatter|all_reduce_coalesced).*"
     warnings.filterwarnings("ignore", category=FutureWarning, message=several)
-    # The pipeline sends activations by broadcast and returns their gradients itself, so that autograd's
+    # The pipeline sends activations by broadcast and returns their gradients itself, so autograd's
     # warning about broadcast does not apply.
     warnings.filterwarnings("ignore", category=UserWarning, message=r"c10d::broadcast_: an autograd kernel")
 

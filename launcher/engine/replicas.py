@@ -34,7 +34,7 @@ from launcher.parallel.sharding import WEIGHT, logical_of
 Axes = tuple[bool, bool, bool, bool]
 ALL_AXES: Axes = (True, True, True, True)
 _OF_DATA = ((False, False), (True, False), (True, True))  # no data rank, holders of the same experts, all
-# Axes by their place among the digests of a rank. The numbers come last: they are alike on every rank, but
+# Axes in the order of the digests of a rank. Numbers have a place of their own: every rank holds them, while
 # tensors that are alike along all axes are on some stages only.
 _ALIKE: list[Axes] = [(p, *of_data, t) for p, of_data, t in product((False, True), _OF_DATA, (False, True))]
 _PLACES: list[tuple[Axes, bool]] = [*((axes, False) for axes in _ALIKE if any(axes)), (ALL_AXES, True)]

@@ -119,13 +119,13 @@ class StochasticOptimizer(torch.optim.Optimizer):
     ) -> None:
         """Update a slice: compiled in one pass, or in chunks. If the compiler fails, nothing has changed."""
         if self.conditions.compiled:
-            from torch._dynamo.exc import TorchDynamoException
+            from torch._dynamo import exc
 
             try:
                 return compiled_update()(arithmetic, tensors, gradient, counter, *others)
-            except TorchDynamoException as error:
+            except (exc.TorchDynamoException, exc.FailOnRecompileLimitHit) as error:
                 self.conditions.compiled = False
-                warnings.warn(f"the optimizer runs eager: {first_line(error)}", stacklevel=1)
+                warn_of_eager_update(error)
         size = update_chunk(gradient.device.type)
         chunks = zip(*(tensor.split(size) for tensor in (gradient, *tensors)), strict=True)
         for index, (part, *chunk) in enumerate(chunks):
@@ -170,6 +170,12 @@ class StochasticSGD(StochasticOptimizer, torch.optim.SGD):
         return sgd_arithmetic(group, kept.device)
 
 
+def warn_of_eager_update(error: BaseException) -> None:
+    """Warn that the optimizer could not be compiled."""
+    text = "torch.compile failed for the optimizer, which now runs eager and slower"
+    warnings.warn(f"{text}: {first_line(error)}; try: training.compile=false", stacklevel=2)
+
+
 def update_(
     arithmetic: UpdateFunction,
     tensors: list[Tensor],
@@ -196,7 +202,7 @@ def compiled_update() -> Callable[..., None]:
 def adamw_arithmetic(
     group: dict[str, Any], updates: Tensor, device: torch.device
 ) -> tuple[UpdateFunction, list[Tensor]]:
-    """Return AdamW and its numbers for the update after the first `updates`."""
+    """Return the function of AdamW and its constants in update number `updates` + 1."""
     (beta1, beta2), lr, number = group["betas"], group["lr"], updates.double() + 1
     constants = 1 - lr * group["weight_decay"], 1 - beta1, beta2, 1 - beta2, group["eps"]
     rate, root = lr / (1 - beta1**number), (1 - beta2**number).sqrt()
@@ -204,7 +210,7 @@ def adamw_arithmetic(
 
 
 def sgd_arithmetic(group: dict[str, Any], device: torch.device) -> tuple[UpdateFunction, list[Tensor]]:
-    """Return SGD, with or without momentum, and its numbers."""
+    """Return the function of SGD, with or without momentum, and its constants."""
     constants = group["lr"], group["weight_decay"], group["momentum"]
     numbers = [_number(value, device) for value in constants]
     return (sgd_with_momentum, numbers) if group["momentum"] else (sgd, numbers[:2])

@@ -123,7 +123,7 @@ def _check_size(tokenizer: HuggingFace, subject: Subject) -> None:
 def known_tokenizer(config: EvaluateConfig, subject: Subject, field: str) -> Tokenizer:
     """Return the tokenizer, which `field` needs. Raises ConfigError if it is not known."""
     if (tokenizer := subject.tokenizer()) is None:
-        why = f"no tokenizer is recorded in {subject.run_dir}, and {field}=... needs one"
+        why = f"{field}=... needs a tokenizer, and {subject.run_dir} records none"
         raise refusal(config, field, why, "tokenizer=PATH of the tokenizer.json the model was trained with")
     return tokenizer
 

@@ -17,7 +17,9 @@ from launcher.config.shape import (
 )
 from launcher.parallel.buckets import FILLED, reduces_during_backward
 
-CAST_AT_ONCE = 1 << 24  # elements of bf16 gradients that an eager update casts at once
+# Elements of bf16 gradients: an eager update casts at most so many at once; a weight with at least so many is
+# updated alone, and smaller neighbours together (engine/direct_update.py).
+CAST_AT_ONCE, UPDATED_ALONE = 1 << 24, 1 << 20
 
 
 def block_matrix_parameters(model: ModelConfig, *, active: bool = False) -> int:

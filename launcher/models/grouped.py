@@ -1,4 +1,4 @@
-"""Tokens sorted by expert, and products of each expert with its own stretch of them.
+"""Sort tokens by expert, and multiply the rows of each expert with its weights.
 
 N tokens run through k experts each: N k rows, sorted by expert. E experts.
 """

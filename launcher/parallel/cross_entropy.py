@@ -167,14 +167,15 @@ def cross_entropy_(
     if logits.dtype is torch.float32:
         torch.log_softmax(logits, -1, out=scores)
     else:
-        # In place: log_softmax with `dtype` would convert into a third tensor of this size. The kernels write
-        # each number where, and after, they have read it (torch 2.13, CPU and CUDA).
+        # Over the input: log_softmax with `dtype` would allocate a third tensor of this size. The kernels
+        # write an element only after they have read it (torch 2.13, CPU and CUDA).
         torch.log_softmax(scores.copy_(logits), -1, out=scores)
     picked = scores.gather(1, index).squeeze(1)
     if axis.size == 1:
         losses = -picked
     else:
-        # Normalised over this rank's columns; of the largest logit the two values differ least from it.
+        # The scores are normalised over this rank's columns only. The logarithm of the sum that they were
+        # divided by is recovered at the largest logit, where rounding is smallest.
         local = logits.amax(1).float() - scores.amax(1)
         highest = _reduced(local.clone(), dist.ReduceOp.MAX, axis)
         label_logits = (picked + local - highest).masked_fill(elsewhere, 0.0)

@@ -37,7 +37,7 @@ class ChoiceRecorder:
         right(shares, chosen, *losses)
 
     def _whole(self, chosen: Tensor) -> Tensor:
-        """Return (G, T, k) of the choices (micro-batches, B, T/C, k) of this data and context rank."""
+        """Return (G, T, k) of the global batch, from the choices (micro-batches, B, T/C, k) of all ranks."""
         size = self.mesh.context.size
         by_rank: list[Tensor] = [chosen] * self.mesh.data.size
         dist.all_gather_object(by_rank, chosen, group=self.mesh.data.group)

@@ -22,7 +22,7 @@ def past_excluded(samples: int, ranges: Sequence[SampleRange]) -> int:
 
 
 def read_excluded(run_dir: Path) -> tuple[SampleRange, ...]:
-    """Return the ranges; nothing if there is no file. Raises ConfigError for a damaged file."""
+    """Return the excluded ranges; none if there is no file. Raises ConfigError for a damaged file."""
     try:
         ranges = json.loads(read_regular(run_dir / EXCLUDED, _MOST_BYTES))
         if not isinstance(ranges, list):
@@ -40,7 +40,7 @@ def read_excluded(run_dir: Path) -> tuple[SampleRange, ...]:
 
 
 def exclude(run_dir: Path, added: SampleRange) -> tuple[SampleRange, ...]:
-    """Add a range to the file and return all."""
+    """Add a range to the file and return all excluded ranges."""
     ranges = (*read_excluded(run_dir), added)
     write_text(run_dir / EXCLUDED, json.dumps(ranges) + "\n")
     return ranges

@@ -29,7 +29,7 @@ def profiled_steps(profile: ProfileConfig, first: int, last: int) -> range:
 
 
 class Profiling:
-    """Records the profiled steps of a start. A context: on exit it writes the steps of a run that stops."""
+    """Records the steps to profile. As a context it writes the trace on exit if the run stops early."""
 
     def __init__(
         self, steps: range, engine: Engine, collectives: Stopwatch, output: RunOutput, directory: Path

@@ -57,7 +57,7 @@ class Checkpoints:
 
     @property
     def pending_copy(self) -> list[Tensor]:
-        """The tensors that wait in host memory for being written."""
+        """The tensors of the pending save, in host memory."""
         return self._writer.pending_copy
 
     def needs_agreement(self, step: int) -> bool:

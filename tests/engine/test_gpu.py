@@ -50,7 +50,12 @@ def take_steps(run: RunConfig, device_type: str) -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [("precision=bf16",), ("precision=bf16", "model.dropout=0.1"), ("precision=fp32", "parallelism=single")],
+    [
+        ("precision=bf16",),
+        ("precision=bf16", "training.global_batch_size=2", "training.micro_batch_size=2"),
+        ("precision=bf16", "model.dropout=0.1"),
+        ("precision=fp32", "parallelism=single"),
+    ],
 )
 def test_a_step_does_not_wait_for_the_gpu(settings: tuple[str, ...]) -> None:
     """In a process of its own: a fork of this one could not use CUDA."""

@@ -176,7 +176,7 @@ def norm_of_the_local_shard() -> None:
 
 
 def not_clipped() -> None:
-    """Under ZeRO-0, and in BF16_Optimizer."""
+    """Under ZeRO-0, in BF16_Optimizer and in the update without its sums."""
     flat.clip = update_guard.clip = lambda *_: None  # type: ignore[assignment]
     direct_update.clip_scale = lambda norm, _: torch.ones_like(norm)
 

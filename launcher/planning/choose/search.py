@@ -290,14 +290,14 @@ def _axes(run: RunConfig, ranks: int) -> Iterator[dict[str, int]]:
 
 
 def _contexts(run: RunConfig, ranks: int) -> list[int]:
-    """Return the numbers of context ranks to try, of `ranks` beside tensor and pipeline ranks."""
+    """Return the context sizes to try; `ranks` is the world size without tensor and pipeline ranks."""
     if run.model.inputs is InputKind.patches:
         return [1]
     return [size for size in divisors(ranks) if size == 1 or sequence_length(run) // size >= LEAST_TOKENS]
 
 
 def _expert_axes(run: RunConfig, ranks: int) -> list[dict[str, int]]:
-    """Return the numbers of the data x context `ranks` over which experts may be distributed; 1: default."""
+    """Return expert sizes to try on `ranks` data x context ranks, as settings; the default 1 sets nothing."""
     chosen, count = run.parallelism.expert, run.model.experts.count
     if chosen > 1:
         return [{"expert": chosen}] if ranks % chosen == 0 else []

@@ -18,7 +18,7 @@ from launcher.config.schema import (
     RunConfig,
     StatesDtype,
 )
-from launcher.models.arithmetic import CAST_AT_ONCE, update_chunk
+from launcher.models.arithmetic import CAST_AT_ONCE, UPDATED_ALONE, update_chunk
 from launcher.parallel.buckets import (
     buckets,
     reduces_during_backward,
@@ -175,8 +175,12 @@ class _Ledger:
 
     def direct_update(self) -> States:
         """BF16_Optimizer without its sums: bf16 gradients, until their weights are updated."""
-        gradients, cast = self.element * self.total, FP32 * min(self.total, CAST_AT_ONCE)
-        is_one_pass = self.layout.compiled and self.layout.device == "cuda"
+        gradients = self.element * self.total
+        joined = sum(weight.numel for weight in self.rank.trained if weight.numel < UPDATED_ALONE)
+        beside = self.element * joined
+        if not (self.layout.compiled and self.layout.device == "cuda"):
+            largest = max(joined, self.rank.largest_trained)
+            beside = max(beside, FP32 * min(largest, CAST_AT_ONCE))
         return States(
             weights=self.element * (self.flat + self.frozen),
             optimizer=self.optimizer_bytes * self.share,
@@ -185,7 +189,7 @@ class _Ledger:
             backward=Holdings(),
             per_element=self.element,
             reduce=Holdings(gradients),
-            step=Holdings(gradients, 0 if is_one_pass else cast),
+            step=Holdings(gradients, beside),
         )
 
     def zero_1(self, low: bool) -> States:
