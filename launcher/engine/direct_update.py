@@ -71,7 +71,7 @@ class DirectUpdate:
     def __init__(self, engine: Any) -> None:
         self._engine, self._zero = engine, engine.deepspeed.optimizer
         self._pieces = [pieces_of(weights) for weights in self._zero.bf16_groups]
-        self._compiled = engine.layout.compiled and engine.layout.device == "cuda"
+        self._compiled: bool = engine.layout.compiled and engine.layout.device == "cuda"
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
