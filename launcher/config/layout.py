@@ -45,6 +45,11 @@ class Layout:
         return self.pipeline * self.gradient_ranks * self.tensor
 
     @property
+    def compiles_updates(self) -> bool:
+        """Whether updates that are our own code, not torch's optimizer, are one compiled kernel."""
+        return self.compiled and self.device == "cuda"
+
+    @property
     def gradient_ranks(self) -> int:
         """Ranks with a copy of the same weights: DeepSpeed's data group, over which gradients are reduced."""
         return self.data * self.context

@@ -33,7 +33,7 @@ def install(engine: Any) -> None:
         kept=lambda: guard.skipped == 0,
         factor=lambda: clip_factor(guard.norm, limit),
         counter_ranges=_counter_ranges(engine),
-        compiled=engine.layout.compiled and engine.layout.device == "cuda",
+        compiled=engine.layout.compiles_updates,
     )
     if isinstance(zero, DeepSpeedZeroOptimizer_Stage3):
         return

@@ -25,7 +25,7 @@ from launcher.engine.stochastic import (
     sgd_arithmetic,
     warn_of_eager_update,
 )
-from launcher.engine.update_guard import clip_factor, clip_scale, norm_of_whole
+from launcher.engine.update_guard import clip_scale, norm_of_whole
 from launcher.models.arithmetic import CAST_AT_ONCE, UPDATED_ALONE
 
 
@@ -71,7 +71,7 @@ class DirectUpdate:
     def __init__(self, engine: Any) -> None:
         self._engine, self._zero = engine, engine.deepspeed.optimizer
         self._pieces = [pieces_of(weights) for weights in self._zero.bf16_groups]
-        self._compiled: bool = engine.layout.compiled and engine.layout.device == "cuda"
+        self._compiled: bool = engine.layout.compiles_updates
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
@@ -100,26 +100,27 @@ class DirectUpdate:
         master, weights = self._zero.fp32_groups_flat_partition[index], self._zero.bf16_groups_flat[index]
         guard, state = self._engine.guard, self._zero.optimizer.state[master]
         rule = _AdamW(group, state) if "betas" in group else _SGD(group, state)
-        kept, limit = guard.skipped == 0, self._zero.clip_grad or torch.inf
-        factor, scale = clip_factor(guard.norm, limit), clip_scale(guard.norm, limit)
-        arithmetic = rule.arithmetic(kept.device)
+        kept, scale = guard.skipped == 0, clip_scale(guard.norm, self._zero.clip_grad or torch.inf)
+        arithmetic = rule.arithmetic(kept.device) if self._compiled else None
         held = [master.detach(), *(state[name] for name in rule.names)]
         for piece in self._pieces[index]:
             low = weights.narrow(0, piece.start, piece.numel)
             tensors = [tensor.narrow(0, piece.start, piece.numel) for tensor in held]
             gradient = _taken(piece)
-            if not self._update_in_one_pass(arithmetic, low, tensors, gradient, kept, factor):
+            if not self._update_in_one_pass(arithmetic, low, tensors, gradient, kept, scale):
                 for part, *chunk in zip(*(t.split(CAST_AT_ONCE) for t in (gradient, *tensors)), strict=True):
                     rule.update(chunk, part.float(), scale, guard.skipped)
                 low.copy_(tensors[0])
         if "step" in state:
             state["step"] += kept
 
-    def _update_in_one_pass(self, arithmetic: tuple[UpdateFunction, list[Tensor]], *tensors: Any) -> bool:
+    def _update_in_one_pass(
+        self, arithmetic: tuple[UpdateFunction, list[Tensor]] | None, *tensors: Any
+    ) -> bool:
         """Update a piece with one kernel; return whether it could be compiled. A failure changes nothing."""
         from torch._dynamo import exc
 
-        if self._compiled:
+        if self._compiled and arithmetic is not None:
             try:
                 compiled_update()(*arithmetic, *tensors)
             except (exc.TorchDynamoException, exc.FailOnRecompileLimitHit) as error:
@@ -185,10 +186,13 @@ def update_(
     tensors: list[Tensor],
     gradient: Tensor,
     kept: Tensor,
-    factor: Tensor,
+    scale: Tensor,
 ) -> None:
-    """Update in place, if `kept`, a bf16 weight `low` and `tensors`: its master weight and states in fp32."""
-    exact = arithmetic(gradient.float() * factor, *tensors, *numbers)
+    """Update in place, if `kept`, a bf16 weight `low` and `tensors`: its master weight and states in fp32.
+
+    As torch's fused kernels do, it divides the gradient by `scale`.
+    """
+    exact = arithmetic(gradient.float() / scale, *tensors, *numbers)
     for tensor, value in zip(tensors, exact, strict=True):
         tensor.copy_(torch.where(kept, value, tensor))
     low.copy_(tensors[0])

@@ -23,7 +23,7 @@ def optimizer_seconds(run: RunConfig, layout: Layout, rank: Rank, rates: AnyRate
     if run.precision.states is StatesDtype.bf16:
         # Norm and reduction of bf16 gradients, and the passes of the update over its chunks.
         passes = 1 + (2 if layout.zero_stage < 3 else 1)
-        moved = COMPILED_UPDATE if layout.compiled and layout.device == "cuda" else EAGER_UPDATE
+        moved = COMPILED_UPDATE if layout.compiles_updates else EAGER_UPDATE
         return (whole * element * passes + share * moved * (1 + states)) / rates.update
     if updates_directly(run, layout):
         return share * _direct_bytes(layout, element, states) / rates.update
@@ -53,7 +53,7 @@ def optimizer_seconds(run: RunConfig, layout: Layout, rank: Rank, rates: AnyRate
 def _direct_bytes(layout: Layout, element: int, states: int) -> int:
     """Return the bytes per parameter that engine/direct_update.py moves, with the gradient's norm."""
     updated = 2 * FP32 * (1 + states)  # master weight and states, read and written
-    if layout.compiled and layout.device == "cuda":
+    if layout.compiles_updates:
         return element + (element + updated + element)
     # The gradient is cast, read, and written as it is clipped; the new weight is cast.
     return element + (element + FP32) + 2 * FP32 + updated + (FP32 + element)

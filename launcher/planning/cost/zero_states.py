@@ -178,7 +178,7 @@ class _Ledger:
         gradients = self.element * self.total
         joined = sum(weight.numel for weight in self.rank.trained if weight.numel < UPDATED_ALONE)
         beside = self.element * joined
-        if not (self.layout.compiled and self.layout.device == "cuda"):
+        if not self.layout.compiles_updates:
             largest = max(joined, self.rank.largest_trained)
             beside = max(beside, FP32 * min(largest, CAST_AT_ONCE))
         return States(
@@ -272,7 +272,7 @@ class _Ledger:
     @property
     def update_bytes(self) -> int:
         """Bytes of the chunk of bf16 weights that is being updated; none if one kernel updates them."""
-        if not self.has_bf16_states or (self.layout.compiled and self.layout.device == "cuda"):
+        if not self.has_bf16_states or self.layout.compiles_updates:
             return 0
         return UPDATE_BYTES * min(self.largest_share, update_chunk(self.layout.device))
 
