@@ -31,13 +31,11 @@ from launcher.planning.cost import (
     attention_operations,
     end_operations,
     optimizer_time,
-    pass_time,
     sizes,
     zero_states,
 )
 from launcher.planning.cost.measured_rates import rates_of
 from launcher.planning.cost.operations import BYTES, FP32, Matmul, Operation
-from launcher.planning.cost.parts import parts
 from launcher.planning.cost.rates import Shares
 from launcher.planning.cost.run_plan import Plan, make_plan
 from launcher.planning.cost.sizes import Sizes
@@ -179,8 +177,7 @@ def deepspeeds_passes(run: RunConfig, layout: Layout, whole: int, share: int, el
 
 @contextmanager
 def engine_of(engine: Engine) -> Iterator[None]:
-    parts.cache_clear()
-    pass_time.part_times.cache_clear()
+    narayanan.forget_parts()
     with ExitStack() as stack:
         stack.enter_context(patch.object(sizes, "is_compiled", lambda run, device: engine.compiled))
         if engine.head != "chunks":
@@ -196,8 +193,7 @@ def engine_of(engine: Engine) -> Iterator[None]:
         if engine.copies:
             stack.enter_context(patch.object(attention_operations, "fused_attention", copying_attention))
         yield
-    parts.cache_clear()
-    pass_time.part_times.cache_clear()
+    narayanan.forget_parts()
 
 
 def planned(overrides: list[str], ranks: int, per_node: int) -> Plan:

@@ -37,7 +37,7 @@ from launcher.config.schema import (
     TrainingConfig,
 )
 from launcher.config.world import World
-from launcher.planning.cost import attention_operations
+from launcher.planning.cost import attention_operations, pass_time
 from launcher.planning.cost.block_operations import block
 from launcher.planning.cost.operations import Matmul, Operation
 from launcher.planning.cost.parts import parts
@@ -190,13 +190,19 @@ FUSED, BLOCK = attention_operations.fused_attention, block
 
 @contextmanager
 def as_megatron_2021() -> Iterator[None]:
-    parts.cache_clear()
+    forget_parts()
     with (
         patch.object(attention_operations, "fused_attention", unfused_attention),
         patch("launcher.planning.cost.parts.block", fused_block),
     ):
         yield
+    forget_parts()
+
+
+def forget_parts() -> None:
+    """Forget the planned parts of a model and their times: they depend on what is patched."""
     parts.cache_clear()
+    pass_time.part_times.cache_clear()
 
 
 # What kernels of one purpose reach on an A100: BabelStream's triad 0.9 of the memory's bandwidth, nccl-tests'

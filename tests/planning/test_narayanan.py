@@ -32,6 +32,18 @@ def test_a_wrong_share_gives_a_larger_error_than_the_fitted_share() -> None:
             assert mean_error(errors(wrong)) > fitted + 0.02
 
 
+def test_an_earlier_plan_changes_no_row() -> None:
+    """Plans remember the times of parts, which the patches of 2021 change."""
+    row = TABLE_1[-1]
+    with as_megatron_2021():
+        first = plan_of(row, Shares()).time
+    ours = plan_of(row, Shares()).time
+    with as_megatron_2021():
+        again = plan_of(row, Shares()).time
+    assert first is not None
+    assert first == again != ours
+
+
 def test_the_documentation_shows_the_table() -> None:
     with as_megatron_2021():
         assert table(Shares()) in DOCS.read_text()
