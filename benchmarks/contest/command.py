@@ -15,7 +15,7 @@ from benchmarks.contest.job import WEIGHTS, Job
 from benchmarks.contest.machine import machine
 from benchmarks.contest.ranks import ContestantFailed
 from benchmarks.contest.results import ClassResult, Measured, as_json
-from benchmarks.contest.rounds import Timing, measure_memory, measure_times
+from benchmarks.contest.rounds import Timing, measure_memory, measure_operators, measure_times
 from benchmarks.contest.startup import first_step_of_command
 from benchmarks.contest.table import tables
 from launcher.config.compose import compose_jobs
@@ -24,7 +24,8 @@ from launcher.launch.scratch import scratch_directory
 from launcher.launch.this_machine import this_machine
 
 RESULTS = Path(__file__).parents[1] / "results"
-MEASURES = ("time", "memory", "start")
+USUAL = ("time", "memory", "start")
+MEASURES = (*USUAL, "operators")
 _QUICK = Timing(deadline=0.0, least_rounds=2, most_rounds=2, turn_s=0.0, settling=0)
 
 
@@ -82,7 +83,7 @@ def parsed(benchmark: Benchmark, arguments: Sequence[str]) -> argparse.Namespace
     add("--only", action="append", choices=classes, metavar="CLASS", help=f"one of: {', '.join(classes)}")
     add("--model", action="append", choices=models, metavar="MODEL", help=f"one of: {', '.join(models)}")
     add("--peer", action="append", metavar="PEER", help="a module in benchmarks/peers or a name in the table")
-    add("--measure", nargs="+", choices=MEASURES, default=MEASURES, help="default: all three")
+    add("--measure", nargs="+", choices=MEASURES, default=USUAL, help=f"default: {' '.join(USUAL)}")
     add("--minutes", type=float, default=benchmark.minutes, help=f"default: {benchmark.minutes:g}")
     add("--rounds", type=int, default=benchmark.least_rounds, help="at least so many; default: %(default)s")
     add("--quick", action="store_true", help="two rounds of one step: a trial, no measurement")
@@ -140,6 +141,9 @@ class ClassRun:
         for contestant in measured:
             contestant.peak_bytes = peaks.get(contestant.label, contestant.peak_bytes)
             contestant.failed = contestant.failed or failures.get(contestant.label, "")
+        if "operators" in measures:
+            for job, contestant in zip(jobs, measured, strict=True):
+                contestant.operators = measure_operators(job, threads)
         return measured
 
     def _peaks(self, jobs: list[Job], threads: int) -> tuple[dict[str, int], dict[str, str]]:

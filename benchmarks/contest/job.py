@@ -56,6 +56,7 @@ class Job:
     precision: str  # "fp32" or "bf16"
     folder: str  # holds WEIGHTS and BATCHES
     counts_memory: bool = False
+    times_operators: bool = False
     store: str = field(default="")  # the file over which the ranks meet
 
     @property

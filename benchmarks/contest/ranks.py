@@ -76,14 +76,14 @@ class Ranks:
                 break  # the reply below raises with the log
         return _turn([self._reply(rank) for rank in range(self.job.ranks)])
 
-    def end(self) -> int | None:
-        """End all ranks; return the highest peak of their tensors, if it was measured."""
+    def end(self) -> list[dict[str, Any]]:
+        """End all ranks; return what each reports: the peak of its tensors and its operators, if measured."""
         for process in self._processes:
             assert process.stdin is not None
             process.stdin.close()
-        peaks = [self._reply(rank)["peak_bytes"] for rank in range(self.job.ranks)]
+        replies = [self._reply(rank) for rank in range(self.job.ranks)]
         self.kill()
-        return max((peak for peak in peaks if peak is not None), default=None)
+        return replies
 
     def pids(self) -> list[int]:
         return [process.pid for process in self._processes]

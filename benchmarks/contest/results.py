@@ -24,6 +24,7 @@ class Measured:
     warm_s: float = 0.0  # seconds per step after the first
     first_step_s: float | None = None
     peak_bytes: int | None = None
+    operators: dict[str, float] = field(default_factory=dict)  # milliseconds per step on rank 0
 
     def add(self, turn: Turn) -> None:
         self.seconds.append(turn.seconds)

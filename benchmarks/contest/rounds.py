@@ -12,6 +12,7 @@ from benchmarks.contest.job import Job
 from benchmarks.contest.ranks import ContestantFailed, Ranks
 from benchmarks.contest.results import Measured
 
+_OF_OPERATORS = 20  # steps in which operators are timed
 _WARM_UP = 2  # steps after the first, which makes the optimizer's states; their losses are compared too
 _MOST_STEPS = 20
 
@@ -39,9 +40,16 @@ def measure_memory(job: Job, threads: int) -> int:
     with running(replace(job, counts_memory=True), threads) as ranks:
         ranks.first_step()
         ranks.turn(_WARM_UP)
-        peak = ranks.end()
-    assert peak is not None
-    return peak
+        return max(reply["peak_bytes"] for reply in ranks.end())
+
+
+def measure_operators(job: Job, threads: int) -> dict[str, float]:
+    """Return milliseconds per step by operator on rank 0, in ranks of their own."""
+    with running(replace(job, times_operators=True), threads) as ranks:
+        ranks.first_step()
+        ranks.turn(_OF_OPERATORS)
+        times: dict[str, float] = ranks.end()[0]["operators"]
+    return times
 
 
 def measure_times(

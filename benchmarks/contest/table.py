@@ -2,6 +2,7 @@
 
 from statistics import median
 
+from benchmarks.contest.operators import operator_table
 from benchmarks.contest.results import FIRST_STEP_TARGET_S, ClassResult, Comparison, Measured
 
 _HEADER = (
@@ -14,12 +15,18 @@ def tables(results: list[ClassResult]) -> str:
     """Return a table per model, and a line on the first steps of our command."""
     models = dict.fromkeys(result.model for result in results)
     parts = [table(model, [result for result in results if result.model == model]) for model in models]
-    return "\n\n".join([*parts, *filter(None, [start_up(results)])])
+    operators = [_operators(result) for result in results]
+    return "\n\n".join([*parts, *filter(None, [start_up(results), *operators])])
 
 
 def table(model: str, results: list[ClassResult]) -> str:
     rows = [row for result in results for row in _rows(result)]
     return "\n".join([f"### {model}", "", _HEADER, *rows])
+
+
+def _operators(result: ClassResult) -> str:
+    times = {measured.label: measured.operators for measured in result.measured if measured.operators}
+    return operator_table(f"{result.model}, {result.shape.name}", times) if times else ""
 
 
 def _rows(result: ClassResult) -> list[str]:
@@ -51,6 +58,8 @@ def _seconds(measured: Measured) -> str:
 
 
 def _time_cells(comparison: Comparison) -> str:
+    if comparison.loss_difference is None and not comparison.ratios:
+        return " | | "  # not timed
     if not comparison.has_same_losses:
         return "losses differ | | "
     if not comparison.ratios:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from benchmarks.contest.job import Job
+from benchmarks.contest.operators import OperatorTimes
 
 
 class EndOfTraining(BaseException):
@@ -27,10 +28,11 @@ class Turns:
     def __init__(self, job: Job, replies: IO[str]) -> None:
         from benchmarks.contest.memory import PeakMemory
 
-        self.memory = PeakMemory(job)
+        self.memory, self.operators = PeakMemory(job), OperatorTimes(job)
         self._cuda, self._replies = job.device == "cuda", replies
         self._losses: list[Any] = []
         self._settling, self._left, self._started = 0, 1, time.monotonic()
+        self._steps = 0  # after the first turn
 
     def after_step(self, loss: Any) -> None:
         if self._settling:
@@ -41,6 +43,7 @@ class Turns:
         if self._left == 0:
             self._end_turn()
             self._settling, self._left = self._next_turn()
+            self._steps += self._settling + self._left
         if not self._settling and not self._losses:
             self._synchronise()
             self._started = time.monotonic()
@@ -51,6 +54,7 @@ class Turns:
         self._synchronise()
         turn = {"started": self._started, "ended": time.monotonic(), "losses": losses}
         self._reply({**turn, "peak_bytes": self.memory.peak_on_gpu()})
+        self.operators.begin()
         self.memory.begin()  # the first turn is one step, which makes the states of the optimizer
         if self._cuda:
             import torch
@@ -65,7 +69,8 @@ class Turns:
         return settling, timed
 
     def end(self) -> None:
-        self._reply({"peak_bytes": self.memory.end()})
+        operators = self.operators.end(self._steps)
+        self._reply({"peak_bytes": self.memory.end(), "operators": operators})
 
     def _reply(self, values: dict[str, Any]) -> None:
         print(json.dumps(values), file=self._replies, flush=True)

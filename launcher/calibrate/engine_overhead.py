@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -65,24 +66,44 @@ class Trial:
         return parts(Sizes.of(self.run, self.layout.device)).block.flops
 
 
-def with_engine(measured: MeasuredRates, *, threads: int) -> MeasuredRates:
-    """Return `measured` with the overhead of steps and micro-batches, and time factors by model size."""
+def with_engine(measured: Sequence[MeasuredRates], *, cores: int, rounds: int) -> list[MeasuredRates]:
+    """Return `measured` with the overhead of steps and micro-batches, and time factors by model size.
 
-    trial = partial(Trial.of, ranks=measured.ranks)
-    small = trial(32, 16, MANY)
-    single, many = (step_seconds(run, threads) for run in (trial(32, 16, 1), small))
-    each = (many - single) / (MANY - 1)
-    beside = each - small.planned_time(measured).compute / MANY
-    rates = replace(measured, step_s=_positive(single - each), micro_batch_s=_positive(beside))
+    Each round trains with all numbers of ranks, and medians are used: the speed of a shared machine changes
+    within minutes, and would make one number of ranks look faster than another.
+    """
+    trials = [_trials(rates.ranks) for rates in measured]
+    seconds: list[list[list[float]]] = [[[] for _ in of_ranks] for of_ranks in trials]
+    for number in range(rounds):
+        print(f"round {number + 1} of {rounds}: training small models", flush=True)
+        for rates, of_ranks, found in zip(measured, trials, seconds, strict=True):
+            for trial, times in zip(of_ranks, found, strict=True):
+                times.append(step_seconds(trial, threads=max(1, cores // rates.ranks)))
+    return [
+        _with_steps(rates, of_ranks, [median(times) for times in found])
+        for rates, of_ranks, found in zip(measured, trials, seconds, strict=True)
+    ]
+
+
+def _trials(ranks: int) -> list[Trial]:
+    """Return the runs whose step times `_with_steps` takes, in its order."""
+    trial = partial(Trial.of, ranks=ranks)
+    sized = [trial(hidden, length, MANY // 4) for hidden, length in ((128, 96), (320, 160), (512, 256))]
+    return [trial(32, 16, 1), trial(32, 16, MANY), trial(32, 16, MANY, zero_3=True), *sized]
+
+
+def _with_steps(measured: MeasuredRates, trials: list[Trial], seconds: list[float]) -> MeasuredRates:
+    """Return `measured` with what the steps of the trials take beside the planned times of their parts."""
+    (one, small, partitioned, *sized), (single, many, with_zero_3, *times) = trials, seconds
+    planned = small.planned_time(measured).total - one.planned_time(measured).total
+    rates = replace(measured, micro_batch_s=_positive((many - single - planned) / (MANY - 1)))
+    rates = replace(rates, step_s=_positive(single - one.planned_time(rates).total))
     scales = []
-    for hidden, length in ((128, 96), (320, 160), (512, 256)):
-        sized = trial(hidden, length, MANY // 4)
-        time = sized.planned_time(rates)
-        beside = time.total - time.compute + MANY // 4 * rates.micro_batch_s
-        factor = (step_seconds(sized, threads) - beside) / (time.compute - MANY // 4 * rates.micro_batch_s)
-        scales.append(Scale(sized.block_flops, rounded(factor)))
-    partitioned = trial(32, 16, MANY, zero_3=True)
-    extra = step_seconds(partitioned, threads) - many - partitioned.planned_time(rates).data
+    for trial, taken in zip(sized, times, strict=True):
+        time = trial.planned_time(rates)
+        computed = time.compute - MANY // 4 * rates.micro_batch_s
+        scales.append(Scale(trial.block_flops, rounded((taken - (time.total - computed)) / computed)))
+    extra = with_zero_3 - partitioned.planned_time(rates).total
     blocks = MANY * small.run.model.num_layers
     return replace(rates, scales=scales, zero_3_block_s=_positive(extra / blocks))
 

@@ -19,6 +19,7 @@ from launcher.text import plural
 if TYPE_CHECKING:
     import torch
 
+MOST_TRAINED = 3  # rounds in which small models are trained: starting an engine takes seconds
 ProbeResults = dict[str, Any]  # results of probes.py by name, of one round with one number of ranks
 
 
@@ -30,12 +31,10 @@ def measure(rank_counts: Iterable[int], *, rounds: int, cores: int) -> list[Meas
             print(f"round {number + 1} of {rounds}: {plural(count, 'rank')}", flush=True)
             rounds_of.append(sample(count, cores=cores))
     measured = [combined(count, rounds_of) for count, rounds_of in samples.items()]
-    print("training small models, to measure the overhead of a step", flush=True)
     # Without a core each, ranks take turns and have the overhead of ranks with a core each.
-    for index, rates in enumerate(measured):
-        if rates.ranks <= cores:
-            measured[index] = with_engine(rates, threads=max(1, cores // rates.ranks))
-    return measured
+    with_cores = [rates for rates in measured if rates.ranks <= cores]
+    trained = with_engine(with_cores, cores=cores, rounds=min(rounds, MOST_TRAINED))
+    return [*trained, *(rates for rates in measured if rates.ranks > cores)]
 
 
 def sample(ranks: int, *, cores: int) -> ProbeResults:

@@ -8,7 +8,7 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor, nn
 
 from launcher.engine.optimizer import is_trained
-from launcher.engine.overlapped_reduction import OverlappedReduction
+from launcher.engine.overlapped_reduction import OverlappedReduction, joined
 
 _WAITING_ELEMENTS = 1 << 26  # gradients in bf16 that may wait to be copied into the fp32 sums
 
@@ -90,10 +90,7 @@ def _reduce_in_one_buffer(engine: Any) -> None:
             if divisor > 1:
                 torch._foreach_mul_(bucket, 1 / divisor)
             return
-        sizes = [gradient.numel() for gradient in bucket]
-        sent = torch.empty(sum(sizes), dtype=engine.communication_data_type, device=bucket[0].device)
-        parts = [part.view_as(whole) for part, whole in zip(sent.split(sizes), bucket, strict=True)]
-        torch._foreach_copy_(parts, bucket)
+        sent, parts = joined(bucket, engine.communication_data_type)
         dist.all_reduce(sent, group=group)
         sent.mul_(1 / divisor)
         torch._foreach_copy_(bucket, parts)

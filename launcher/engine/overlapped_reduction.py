@@ -3,11 +3,12 @@
 DeepSpeed 0.19.8 begins the reduction of ZeRO-0 and BF16_Optimizer after the last backward pass, in copies of
 all gradients (runtime/engine.py, allreduce_gradients). Here a bucket of whole weights is reduced as soon as
 the last micro-batch has made their gradients, as in PyTorch's DDP (Li et al., arXiv 2006.15704). fp32
-gradients are reduced in place; fp32 sums of bf16 gradients are sent in bf16, in a copy of one bucket.
+gradients are reduced in place; on a CPU those of a bucket are moved into one buffer before. fp32 sums of bf16
+gradients are sent in bf16, in a copy of one bucket.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -70,9 +71,26 @@ class OverlappedReduction:
         bucket = self._buckets[self._begun]
         self._begun += 1
         gradients = [self._gradient_of(parameter) for parameter in bucket]
-        if gradients[0].dtype != self._sent:
+        is_cast = gradients[0].dtype != self._sent
+        if is_cast:
             self._end_running()  # frees its copy: no more than one bucket is copied at a time
-        self._running.append(_Running(gradients, self._group, self._sent))
+        elif len(bucket) == 1 or gradients[0].device.type != "cpu":
+            self._running.append(_Running(self._average(gradients)))
+            return
+        # Gloo would copy the tensors of a coalesced all-reduce into such a buffer, and back.
+        buffer, parts = joined(gradients, self._sent)
+        is_moved = not is_cast and gradients[0] is bucket[0].grad
+        if is_moved:
+            for parameter, part in zip(bucket, parts, strict=True):
+                parameter.grad = part
+        self._running.append(_Running(self._average([buffer]), () if is_moved else gradients, parts))
+
+    def _average(self, tensors: list[Tensor]) -> Any:
+        """Begin the all-reduce of some tensors together, and return its handle."""
+        average = dist.ReduceOp.AVG
+        if len(tensors) == 1:
+            return dist.all_reduce(tensors[0], op=average, group=self._group, async_op=True)
+        return dist.all_reduce_coalesced(tensors, op=average, group=self._group, async_op=True)
 
     @torch.no_grad()
     def _end_running(self) -> None:
@@ -81,23 +99,24 @@ class OverlappedReduction:
         self._running.clear()
 
 
-class _Running:
-    """The all-reduce of one bucket, from its creation until `end`."""
+class _Running(NamedTuple):
+    """The all-reduce of one bucket, and where its result is copied."""
 
-    def __init__(self, gradients: list[Tensor], group: dist.ProcessGroup, sent: torch.dtype) -> None:
-        self._gradients = self._sent = gradients
-        if gradients[0].dtype != sent:
-            self._sent = [torch.empty_like(gradient, dtype=sent) for gradient in gradients]
-            torch._foreach_copy_(self._sent, gradients)
-        average = dist.ReduceOp.AVG
-        self._work: Any
-        if len(self._sent) == 1:  # gloo copies the tensors of a coalesced all-reduce twice
-            self._work = dist.all_reduce(self._sent[0], op=average, group=group, async_op=True)
-        else:
-            self._work = dist.all_reduce_coalesced(self._sent, op=average, group=group, async_op=True)
+    work: Any
+    targets: Sequence[Tensor] = ()
+    sources: Sequence[Tensor] = ()
 
     def end(self) -> None:
         """Wait for the averages. On a GPU the computing stream waits, not the host."""
-        self._work.wait()
-        if self._sent is not self._gradients:
-            torch._foreach_copy_(self._gradients, self._sent)
+        self.work.wait()
+        if self.targets:
+            torch._foreach_copy_(list(self.targets), list(self.sources))
+
+
+def joined(tensors: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+    """Return a copy of all tensors in one buffer, and its parts in their shapes."""
+    sizes = [tensor.numel() for tensor in tensors]
+    buffer = torch.empty(sum(sizes), dtype=dtype, device=tensors[0].device)
+    parts = [part.view_as(whole) for part, whole in zip(buffer.split(sizes), tensors, strict=True)]
+    torch._foreach_copy_(parts, tensors)
+    return buffer, parts

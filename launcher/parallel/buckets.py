@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from launcher.config.layout import Layout
 from launcher.config.schema import Dtype, RunConfig, StatesDtype
 
-# Elements that fill a bucket. On a GPU as in Megatron-LM: NCCL needs large messages. Gloo needs fewer bytes,
-# and copies the gradients of a bucket of several weights: on a CPU each matrix of usual size is a bucket.
-FILLED = {"cuda": 40_000_000, "cpu": 100_000}
+# Elements that fill a bucket: on a GPU as in Megatron-LM, on a CPU about as many as in PyTorch's DDP.
+FILLED = {"cuda": 40_000_000, "cpu": 8_000_000}
 
 
 def buckets(sizes: Sequence[int], filled: int) -> list[list[int]]:

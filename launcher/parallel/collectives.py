@@ -38,6 +38,13 @@ def reduce_region(x: Tensor, axis: Axis) -> Tensor:
     return _apply(x, axis, all_reduce, _identity)
 
 
+def reduce_region_(x: Tensor, axis: Axis) -> Tensor:
+    """Do what reduce_region does, in place: x must be new, and no operation may keep it."""
+    if axis.size == 1 or torch.compiler.is_compiling():
+        return reduce_region(x, axis)
+    return _SumInPlace.apply(x, axis)  # type: ignore[no-untyped-call,no-any-return]
+
+
 def gather_sequence_region(x: Tensor, axis: Axis) -> Tensor:
     """Gather the sequence, (B, T/tp, H) -> (B, T, H): all-gather forward, reduce-scatter backward."""
     return _apply(x, axis, all_gather_sequence, reduce_scatter_sequence)
@@ -119,6 +126,18 @@ class _Region(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         return ctx.operation(grad, ctx.axis), None, None, None
+
+
+class _SumInPlace(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.mark_dirty(x)
+        dist.all_reduce(x, group=axis.group)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
 
 
 def _identity(x: Tensor, axis: Axis) -> Tensor:

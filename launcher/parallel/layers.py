@@ -20,7 +20,7 @@ from launcher.parallel.collectives import (
     gather_sequence_region,
     join_sequence_shards,
     named_axis,
-    reduce_region,
+    reduce_region_,
     reduce_scatter_sequence,
     reduce_scatter_sequence_region,
     reduce_scatter_start,
@@ -55,10 +55,13 @@ class TensorParallel:
         return copy_region(x, self.axis)
 
     def leave(self, partial: Tensor) -> Tensor:
-        """Sum (B, T, H) over the tensor ranks: whole, or this rank's (B, T/tp, H) (reduce-scatter)."""
+        """Sum (B, T, H) over the tensor ranks: whole, or this rank's (B, T/tp, H) (reduce-scatter).
+
+        `partial` may be overwritten.
+        """
         if self.sequence_parallel:
             return reduce_scatter_sequence_region(partial, self.axis)
-        return reduce_region(partial, self.axis)
+        return reduce_region_(partial, self.axis)
 
     def replicated(self, weight: Tensor) -> Tensor:
         """Return a replicated weight; under sequence parallelism its partial gradients are all-reduced."""
@@ -115,8 +118,10 @@ class RowParallelLinear(nn.Module):
         self.bias = make(LogicalTensor(f"{name}.bias", (outputs,)), zeros) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.tp.axis.size == 1:
+            return F.linear(x, self.weight, self.bias)
         y = self.tp.leave(F.linear(x, self.weight))
-        return y if self.bias is None else y + self.tp.replicated(self.bias)
+        return y if self.bias is None else y.add_(self.tp.replicated(self.bias))
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -202,39 +207,45 @@ def column_linear(x: Tensor, weight: Tensor, bias: Tensor | None, tp: TensorPara
     if tp.axis.size == 1:
         return F.linear(x, weight, bias)
     arguments = tp.axis, tp.sequence_parallel, weight.requires_grad
-    y = _ColumnLinear.apply(x, weight, *arguments)  # type: ignore[no-untyped-call]
-    return y if bias is None else y + bias  # type: ignore[no-any-return]
+    return _ColumnLinear.apply(x, weight, bias, *arguments)  # type: ignore[no-untyped-call,no-any-return]
 
 
 class _ColumnLinear(torch.autograd.Function):
-    """Product X W^T. Backward starts the collective on X's gradient before it computes W's gradient.
+    """X W^T + b. Backward starts the collective on X's gradient before it computes W's gradient.
 
     A frozen weight (LoRA) gets no gradient, and X is not kept for it.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, axis: Axis, sequence_parallel: bool, is_trained: bool
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        axis: Axis,
+        sequence_parallel: bool,
+        is_trained: bool,
     ) -> Tensor:
         # Keep only this rank's shard of the sequence for the backward pass, which gathers the sequence again.
         ctx.save_for_backward(*((x, weight) if is_trained else (weight,)))
         ctx.axis, ctx.sequence_parallel = axis, sequence_parallel
-        return F.linear(all_gather_sequence(x, axis) if sequence_parallel else x, weight)
+        return F.linear(all_gather_sequence(x, axis) if sequence_parallel else x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *kept, weight = ctx.saved_tensors
         axis, sequence_parallel = ctx.axis, ctx.sequence_parallel
+        of_bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
         if not kept:
             reduced = reduce_scatter_sequence if sequence_parallel else all_reduce
-            return reduced(grad.matmul(weight), axis), None, None, None, None
+            return reduced(grad.matmul(weight), axis), None, of_bias, None, None, None
         [x] = kept
         if torch.compiler.is_compiling():
             arguments = axis.group_name, axis.size, sequence_parallel
-            gradients = torch.ops.launcher.column_gradients(grad, x, weight, *arguments)
+            of_x, of_weight = torch.ops.launcher.column_gradients(grad, x, weight, *arguments)
         else:
-            gradients = column_gradients(grad, x, weight, axis, sequence_parallel)
-        return *gradients, None, None, None
+            of_x, of_weight = column_gradients(grad, x, weight, axis, sequence_parallel)
+        return of_x, of_weight, of_bias, None, None, None
 
 
 def column_gradients(

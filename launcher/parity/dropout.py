@@ -46,6 +46,7 @@ MEANINGS = {
     "the step",
     "recomputed masks differ": "activation checkpointing recomputes with other masks than the forward pass "
     "used",
+    "attention masks are missing": "a layer drops no attention weights",
     "the share dropped is not model.dropout": "dropout uses another probability, or is missing from a layer",
 }
 
@@ -113,12 +114,14 @@ def compare_draws(run: RunConfig, layout: Layout, draws: list[list[Draw]]) -> li
         {kind: [draw.state for draw in rank_draws if draw.kind == kind] for kind in ("hidden", "attention")}
         for rank_draws in draws
     ]
-    names = ["masks are drawn twice", "recomputed masks differ"]  # reported in this order, before the others
+    # Reported in this order, before the others.
+    names = ["masks are drawn twice", "recomputed masks differ", "attention masks are missing"]
     names += ["masks are shared by data ranks"] if layout.gradient_ranks > 1 else []
     names += ["masks are shared by stages"] if layout.pipeline > 1 else []
     violations: Counter[str] = Counter(dict.fromkeys(names, 0))
     _count_shared_masks(run, layout, states, violations)
     _count_repeated_masks(run, layout, states, violations)
+    violations["attention masks are missing"] += _pipelines_without_masks(run, layout, states)
     share = Difference(1, "dropout", "the share dropped is not model.dropout", *_share(run, draws))
     measured = {name: inf if count else 0.0 for name, count in violations.items()}
     return [*(Difference(1, "dropout", name, value, 1.0) for name, value in measured.items()), share]
@@ -177,6 +180,15 @@ def _count_repeated_masks(
         times = Counter(rank_states["attention"]).values()
         violations["masks are drawn twice"] += any(count > draws_per_mask for count in times)
         violations["recomputed masks differ"] += any(count < draws_per_mask for count in times)
+
+
+def _pipelines_without_masks(run: RunConfig, layout: Layout, states: list[_States]) -> int:
+    """Return how many pipelines draw fewer attention masks than one per layer and micro-batch."""
+    shape, drawn = MeshShape.of(layout), Counter[tuple[int, int]]()
+    for rank, rank_states in enumerate(states):
+        _, data, tensor = shape.coordinates(rank)
+        drawn[data, tensor] += len(set(rank_states["attention"]))
+    return sum(masks < run.model.num_layers * layout.accumulation for masks in drawn.values())
 
 
 def _share(run: RunConfig, draws: list[list[Draw]]) -> tuple[float, float]:

@@ -223,7 +223,8 @@ def arithmetic_of(run: RunConfig) -> Arithmetic:
     """Return the arithmetic of a run in its precision."""
     if run.precision.dtype is not Dtype.bf16:
         return EXACT
-    return replace(BF16, gradients_in_bf16=adds_in_bf16(run))
+    one_rank = run.parallelism.tensor == 1
+    return replace(BF16, gradients_in_bf16=adds_in_bf16(run), fuses_rows=one_rank)
 
 
 def adds_in_bf16(run: RunConfig) -> bool:

@@ -29,12 +29,14 @@ class Arithmetic:
 
     `parts` is the number of parts of a product's sum, each of them rounded; with more than one, the gradients
     of micro-batches are added in reverse. With `fused` a bias is added
-    before the product is rounded. With `gradients_in_bf16` the gradients of micro-batches are added in bf16.
+    before the product is rounded, in a row-parallel layer only with `fuses_rows`: several tensor ranks sum
+    rounded products. With `gradients_in_bf16` the gradients of micro-batches are added in bf16.
     """
 
     is_rounded: bool = False
     parts: int = 1
     fused: bool = True
+    fuses_rows: bool = True
     gradients_in_bf16: bool = False
 
     def rounded(self, x: Tensor) -> Tensor:
@@ -72,7 +74,7 @@ class Arithmetic:
         """Return x W^T + b."""
         if bias is None:
             return self.product(x, weight, splits_inputs=splits_inputs)
-        if self.is_rounded and self.fused and not splits_inputs:
+        if self.is_rounded and self.fused and (self.fuses_rows or not splits_inputs):
             return self.rounded(self.rounded(x) @ weight.T + bias)
         return self.rounded(self.product(x, weight, splits_inputs=splits_inputs) + bias)
 

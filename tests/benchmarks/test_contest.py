@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks import growth
+from benchmarks.contest import operators
 from benchmarks.contest.classes import Class, Peer
 from benchmarks.contest.command import main, report
 from benchmarks.contest.job import ROOT
@@ -17,7 +18,7 @@ from benchmarks.contest.table import table
 from benchmarks.cpu import CPU
 from benchmarks.gpu import GPU
 
-TINY_RUN = "--model tiny --only single --peer plain --quick --measure time".split()
+TINY_RUN = "--model tiny --only single --peer plain --quick --measure time operators".split()
 
 
 @pytest.mark.slow
@@ -36,6 +37,11 @@ def test_the_plain_loop_and_the_launcher_train_alike_in_turns(
     assert len(set(ours["losses"])) == 3
     assert plain["against_ours"]["target"] == 1.0
     assert (tmp_path / "cpu.png").stat().st_size > 0
+    assert "| tiny, single, ms per step of rank 0 | launcher | plain loop |" in shown.out
+    for contestant in (ours, plain):
+        step = 1e3 * min(contestant["seconds"])
+        assert contestant["operators"]["aten::addmm"] > 0
+        assert sum(contestant["operators"].values()) > 0.3 * step
 
 
 @pytest.mark.slow
@@ -85,6 +91,17 @@ def test_other_losses_and_failed_peers_end_with_an_error(capsys: pytest.CaptureF
     assert "the first losses of DDP differ from ours by 3.3e-04" in shown.err
     assert "DeepSpeed: rank 1 failed" in shown.err
     assert report([result(OURS, Measured("DDP", seconds=[1.0], losses=[4.0, 3.0]))]) == 0
+
+
+def test_operators_that_take_most_are_shown_and_the_others_added_up() -> None:
+    ours = {f"aten::{index}": float(index) for index in range(operators.MOST_ROWS + 2)}
+    theirs = {"aten::own": 1000.0, operators.OUTSIDE: 0.25}
+    lines = operators.operator_table("tiny, dp", {"launcher": ours, "DDP": theirs}).splitlines()
+    assert lines[0] == "| tiny, dp, ms per step of rank 0 | launcher | DDP |"
+    assert lines[2] == "| aten::own | 0.00 | 1000.00 |"
+    assert len(lines) == operators.MOST_ROWS + 4
+    assert lines[-2] == "| other operators | 3.00 | 0.25 |"
+    assert lines[-1] == f"| whole step | {sum(ours.values()):.2f} | 1000.25 |"
 
 
 def test_steps_of_a_turn_share_its_time() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from launcher.engine.update_guard import LARGEST_NORM, UpdateGuard
+from launcher.engine.update_guard import LARGEST_NORM, UpdateGuard, norms_of
 from tests.checkpoint.saving import GPT, LAYOUTS, MOMENTUM, STEPS, Outcome, run_in, train
 
 FAULTS = {1: math.inf, 2: math.nan, 4: 1e30, 7: -math.inf}
@@ -30,6 +30,12 @@ def test_skipped_steps_are_counted() -> None:
     assert float(guard.norm) == math.inf
     guard.restart()
     assert guard.counts.tolist() == [0, 0, 0]
+
+
+def test_norms_of_bf16_gradients_are_not_rounded_to_bf16() -> None:
+    gradient = torch.full((1001,), 0.1, dtype=torch.bfloat16)
+    [norm] = norms_of([gradient])
+    assert float(norm) == pytest.approx(float(gradient.double().norm()), rel=1e-6)
 
 
 def trained(layout: str, folder: Path, *overrides: str, faulty: bool) -> Outcome:

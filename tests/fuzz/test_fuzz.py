@@ -23,7 +23,7 @@ from tests.fuzz.journal import Journal, OtherCampaign, as_ranges, from_ranges
 from tests.fuzz.judging import Known, Outcome, judged
 from tests.fuzz.lines import Lines
 from tests.fuzz.mutants import Mutant, apply, files, mutant_of, mutants_of, prepare
-from tests.fuzz.nearby import quick_tests_of
+from tests.fuzz.nearby import COUNTS, quick_tests_of
 
 ROOT = Path(__file__).parents[2]
 EVERY_LINE = set(range(10_000))
@@ -178,7 +178,8 @@ def test_every_end_of_a_child_process_is_reported() -> None:
 def test_the_tests_of_a_file_begin_with_its_namesake() -> None:
     paths = [path.name for path in quick_tests_of("parallel/layers.py")]
     assert paths[0] == "test_layers.py"
-    assert quick_tests_of("engine/machine_probe.py") == []
+    assert quick_tests_of("engine/machine_probe.py") == [COUNTS]
+    assert COUNTS in quick_tests_of("engine/gradient_passes.py")
 
 
 def test_reached_code_is_noticed() -> None:

@@ -19,6 +19,7 @@ from launcher.parallel.collectives import (
     copy_region,
     gather_sequence_region,
     reduce_region,
+    reduce_region_,
     reduce_scatter_sequence,
     reduce_scatter_sequence_region,
 )
@@ -96,6 +97,26 @@ def test_region(world: int, case: str) -> None:
 def test_axis_of_one_rank_is_the_identity(case: str) -> None:
     x = torch.ones(1, 2, 3)
     assert CASES[case][0](x, Axis()) is x
+
+
+def in_place_errors(rank: int, world: int) -> dict[str, float]:
+    inputs, gradient = random(world, LENGTH), random(1, LENGTH)[0]
+    local = inputs[rank].clone().requires_grad_()
+    new = local * 2
+    result = reduce_region_(new, mesh(tensor=world).tensor)
+    result.backward(gradient)
+    assert local.grad is not None
+    return {
+        "forward": float((result - 2 * inputs.sum(0)).abs().max()),
+        "backward": float((local.grad - 2 * gradient).abs().max()),
+        "copied": float(result.data_ptr() != new.data_ptr()),
+    }
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_new_tensors_are_summed_in_place(world: int) -> None:
+    for errors in pool(world).run(in_place_errors):
+        assert all(error <= 1e-14 for error in errors.values()), errors
 
 
 def no_all_reduce(x: Tensor, axis: Axis) -> Tensor:

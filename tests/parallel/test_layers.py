@@ -346,7 +346,7 @@ split_segments = sharding.split_segments
 Mutation = tuple[Any, str, Any]
 MUTATIONS: dict[str, tuple[Mutation, Callable[..., Errors], tuple[Any, ...], set[str]]] = {
     "row without all-reduce": (
-        (layers, "reduce_region", identity),
+        (layers, "reduce_region_", identity),
         row_errors,
         (False, False),
         {"output"},
@@ -386,7 +386,7 @@ MUTATIONS: dict[str, tuple[Mutation, Callable[..., Errors], tuple[Any, ...], set
         {"output", "weight gradient"},
     ),
     "embedding without all-reduce": (
-        (layers, "reduce_region", identity),
+        (layers, "reduce_region_", identity),
         embedding_errors,
         (8, False),
         {"output"},

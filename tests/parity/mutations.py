@@ -535,6 +535,11 @@ def masks_left_out() -> None:
     context.HiddenDropout.forward = lambda self, x, seed: x  # type: ignore[method-assign]
 
 
+def attention_dropout_left_out() -> None:
+    right = dropout.attend
+    dropout.attend = lambda q, k, v, mask, _, kernel: right(q, k, v, mask, 0.0, kernel)
+
+
 def rotary_scaling_left_out() -> None:
     rotary.scaled = lambda plain, *_: plain
 
@@ -1087,6 +1092,9 @@ DROPOUT_MUTATIONS = {
     ),
     "hidden dropout left out": Mutation(
         masks_left_out, f"{DROPOUT} {TP}", ("the share dropped is not model.dropout",)
+    ),
+    "attention dropout left out": Mutation(
+        attention_dropout_left_out, f"{DROPOUT} {TP}", ("attention masks are missing",)
     ),
 }
 

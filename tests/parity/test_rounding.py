@@ -59,14 +59,27 @@ def test_attention_has_nearly_the_bits_of_the_kernel() -> None:
     assert_alike(kernel, BF16.mixed(scores, v), low, high, 0.15)
 
 
+@pytest.mark.parametrize("is_row", [False, True])
 @pytest.mark.parametrize("has_bias", [False, True])
-def test_a_linear_layer_has_the_bits_of_the_kernel(has_bias: bool) -> None:
+def test_a_linear_layer_has_the_bits_of_the_kernel(has_bias: bool, is_row: bool) -> None:
     low, high = both(numbers(40, 32), numbers(48, 32), numbers(48))
     kernel = F.linear(low[0], low[1], low[2] if has_bias else None)
     x, weight, bias = (BF16.rounded(tensor) for tensor in high)
-    result = BF16.with_bias(x, weight, bias if has_bias else None, splits_inputs=False)
+    result = BF16.with_bias(x, weight, bias if has_bias else None, splits_inputs=is_row)
     tensors = 3 if has_bias else 2
     assert_alike(kernel, result, low[:tensors], high[:tensors], 0.02)
+
+
+def test_several_tensor_ranks_add_the_bias_of_a_row_layer_to_rounded_products() -> None:
+    x, weight, bias = to_bf16(numbers(8, 32)), to_bf16(numbers(16, 32)), to_bf16(numbers(16))
+    alone, several = (
+        plain.arithmetic_of(run_of("hardware=cpu", "precision=bf16", f"parallelism.tensor={size}"))
+        for size in (1, 2)
+    )
+    assert torch.equal(
+        several.with_bias(x, weight, bias, splits_inputs=True), to_bf16(to_bf16(x @ weight.T) + bias)
+    )
+    assert torch.equal(alone.with_bias(x, weight, bias, splits_inputs=True), to_bf16(x @ weight.T + bias))
 
 
 def test_a_sum_in_parts_rounds_each_part() -> None:

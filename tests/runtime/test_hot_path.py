@@ -61,7 +61,7 @@ torch.Tensor.tolist, train.optimizer_step, train.training_loop = tolist, optimiz
 from launcher.__main__ import main
 main()
 """
-ENGINES_OWN = ("update_guard.py", "gradient_passes.py")
+ENGINES_OWN = ("update_guard.py", "gradient_passes.py", "overlapped_reduction.py")
 FAST = ["training.steps=20", "training.validation_interval=0", "checkpoint.stop_grace_seconds=600"]
 
 

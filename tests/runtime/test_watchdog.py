@@ -68,7 +68,7 @@ def test_a_hung_run_ends_and_names_the_ranks(tmp_path: Path) -> None:
     host = socket.gethostname()
     assert f"launcher: the run hangs: ranks 1 on {host}, 2 on {host} did not arrive" in error
     assert re.search(
-        r"at step 3, waiting for others in gloo:all_reduce of \d+ tensors with 26368 elements in group \d+ "
+        r"at step 3, waiting for others in gloo:all_reduce of sizes \[\[26368\]\] in group \d+ "
         r"\(number \d+ of the group\): "
         rf"ranks 0 on {host}, 3 on {host}\n",
         error,

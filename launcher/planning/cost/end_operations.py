@@ -136,9 +136,9 @@ def _lookup(s: Sizes) -> Operation:
         traffic = (Collective("all_reduce", s.whole),)
     return Operation(
         "embedded", (), s.stretch, extra=s.tokens * (INT64 + BOOL) if split else 0,
-        scratch=(2 if split else 0) * s.whole, backward_scratch=2 * s.whole if split else 0, weight=weight,
+        scratch=_copies_of_rows(s) * s.whole, backward_scratch=2 * s.whole if split else 0, weight=weight,
         forward_traffic=traffic, backward_traffic=backward,
-        forward_bytes=2 * s.whole * (3 if split else 1), backward_bytes=2 * s.whole + weight,
+        forward_bytes=2 * s.whole * (1 + _copies_of_rows(s)), backward_bytes=2 * s.whole + weight,
         kernels=6 if split else 1,
     )  # fmt: skip
 
@@ -148,7 +148,12 @@ def _frozen_lookup(s: Sizes) -> Operation:
     kind: CollectiveKind = "reduce_scatter" if s.sequence_parallel else "all_reduce"
     split = s.tensor > 1
     return Operation(
-        "embedded", (), s.stretch, scratch=(2 if split else 0) * s.whole,
+        "embedded", (), s.stretch, scratch=_copies_of_rows(s) * s.whole,
         forward_traffic=(Collective(kind, s.whole),) if split else (),
-        forward_bytes=2 * s.whole * (3 if split else 1), kernels=6 if split else 1,
+        forward_bytes=2 * s.whole * (1 + _copies_of_rows(s)), kernels=6 if split else 1,
     )  # fmt: skip
+
+
+def _copies_of_rows(s: Sizes) -> int:
+    """Return the copies of the rows that are looked up: as found, masked, and ordered by rank."""
+    return 0 if s.tensor == 1 else 1 + s.sequence_parallel

@@ -49,20 +49,17 @@ def column(s: Sizes, name: str, x: str, outputs: int, *, has_bias: bool) -> Oper
     if s.is_frozen:
         # No product for the weight's gradient: nothing overlaps the collective, and the input is not kept.
         return Operation(
-            name, (x,), size, scratch=max(scratch, size if split and has_bias else 0),
+            name, (x,), size, scratch=scratch,
             backward_scratch=s.whole + s.laid_out if s.sequence_parallel else s.whole if split else 0,
             forward_matmuls=(product,), backward_matmuls=(Matmul(s.tokens, h, outputs),),
             forward_traffic=traffic, backward_traffic=(overlapped,) if split else (),
-            forward_bytes=2 * size if split and has_bias else 0, kernels=2 if split and has_bias else 1,
         )  # fmt: skip
     return Operation(
-        name, (x,), size, saves=(x,), scratch=max(scratch, size if split and has_bias else 0),
-        backward_scratch=backward_scratch, weight=h * outputs * s.element,
-        forward_matmuls=(product,),
+        name, (x,), size, saves=(x,), scratch=scratch, backward_scratch=backward_scratch,
+        weight=h * outputs * s.element, forward_matmuls=(product,),
         backward_matmuls=(Matmul(s.tokens, h, outputs), Matmul(outputs, h, s.tokens)),
         forward_traffic=traffic, backward_traffic=traffic, overlapped_traffic=(overlapped,) if split else (),
-        forward_bytes=2 * size if split and has_bias else 0, backward_bytes=size if has_bias else 0,
-        kernels=2 if split and has_bias else 1,
+        backward_bytes=size if has_bias else 0,
     )  # fmt: skip
 
 
@@ -77,10 +74,11 @@ def row(s: Sizes, name: str, x: str, inputs: int, *, has_bias: bool) -> Operatio
     has_bias_gradient = has_bias and s.sequence_parallel and trains
     bias_gradient = (Collective("all_reduce", h * s.element),) if has_bias_gradient else ()
     weight_product = (Matmul(h, inputs, s.tokens),) if trains else ()
+    copies, adds_bias = split and (s.sequence_parallel or s.compiled), split and has_bias
     return Operation(
         name, (x,), s.stretch, saves=(x,) if trains else (),
-        # Partial sums and their copy ordered by rank; or the output before the bias.
-        scratch=s.whole + s.laid_out if split else s.stretch if has_bias else 0,
+        # Partial sums and their copy ordered by rank. Without sequence parallelism they are summed in place.
+        scratch=s.whole + s.laid_out if copies else 0,
         backward_scratch=s.whole if s.sequence_parallel else 0,
         backward_entry=s.whole + s.laid_out if s.sequence_parallel else 0,
         weight=h * inputs * s.element * trains,
@@ -88,8 +86,8 @@ def row(s: Sizes, name: str, x: str, inputs: int, *, has_bias: bool) -> Operatio
         backward_matmuls=(Matmul(s.tokens, inputs, h), *weight_product),
         forward_traffic=(Collective(kind, s.whole),) if split else (),
         backward_traffic=gathered + bias_gradient,
-        forward_bytes=(2 * s.whole if split else 0) + (2 * s.stretch if has_bias else 0),
-        backward_bytes=s.stretch if has_bias and trains else 0, kernels=1 + split + has_bias,
+        forward_bytes=(2 * s.whole if copies else 0) + (2 * s.stretch if adds_bias else 0),
+        backward_bytes=s.stretch if has_bias and trains else 0, kernels=1 + copies + adds_bias,
     )  # fmt: skip
 
 

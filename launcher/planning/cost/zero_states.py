@@ -128,19 +128,39 @@ class _Ledger:
         self.never_filled = max(0, self.bucket - self.total)  # elements of the bucket
 
     def zero_0(self) -> States:
-        """torch's optimizer steps on the weights; gradients are reduced in place, in a pipeline in copies."""
-        gradients = FP32 * self.total
-        copies = 0 if reduces_during_backward(self.run, self.layout) else self._reduced_in_copies(FP32)
+        """torch's optimizer steps on the weights; gradients are reduced in place, in a pipeline in copies.
+
+        On a CPU those of a bucket are moved into one buffer (engine/overlapped_reduction.py).
+        """
+        gradients, during, first = FP32 * self.total, 0, 0
+        if not reduces_during_backward(self.run, self.layout):
+            copies = self._reduced_in_copies(FP32)
+        else:
+            first, during = self._joined()
+            copies = during
         return States(
             weights=self.element * (self.total + self.frozen),
             optimizer=self.state_bytes * self.total,
             host=0,
             forward=Holdings(gradients if self.accumulates else 0),
-            backward=Holdings(gradients if self.accumulates else 0),
+            backward=Holdings(gradients if self.accumulates else 0, during),
+            first_bucket=first,
             per_element=0 if self.accumulates else FP32,
             reduce=Holdings(gradients, copies),
             step=Holdings(gradients),
         )
+
+    def _joined(self) -> tuple[int, int]:
+        """Return the elements until a buffer is needed for a bucket, and the bytes of the largest buffer."""
+        if self.layout.device != "cpu" or self.layout.gradient_ranks == 1:
+            return 0, 0
+        before, needed, largest = 0, None, 0
+        for weights in reduced_weights(self.rank, self.buffers.reduce_bucket):
+            before += sum(weights)
+            if len(weights) > 1:
+                needed = before if needed is None else needed
+                largest = max(largest, sum(weights))
+        return needed or 0, FP32 * largest
 
     def _reduced_in_copies(self, element: int) -> int:
         """Return the bytes of the buffer that is sent; one data rank reduces nothing (gradient_passes.py)."""
@@ -384,5 +404,10 @@ def _touched(sizes: Iterable[int], start: int, stop: int) -> int:
 
 def reduced_buckets(rank: Rank, filled: int) -> list[int]:
     """Return the elements of each bucket reduced within the backward pass, without distributed experts."""
+    return [sum(weights) for weights in reduced_weights(rank, filled)]
+
+
+def reduced_weights(rank: Rank, filled: int) -> list[list[int]]:
+    """Return the elements of the weights of each such bucket."""
     sizes = [weight.numel for weight in rank.trained if not weight.is_distributed]
-    return [sum(sizes[place] for place in bucket) for bucket in buckets(sizes, filled)]
+    return [[sizes[place] for place in bucket] for bucket in buckets(sizes, filled)]

@@ -1,0 +1,64 @@
+"""Overheads of a step are computed from step times of small runs: medians over interleaved rounds."""
+
+from dataclasses import replace
+
+import pytest
+
+from launcher.calibrate import engine_overhead
+from launcher.calibrate.engine_overhead import Trial, with_engine
+from launcher.config.schema import MeasuredCollective, MeasuredProducts, MeasuredRates, Point, Scale
+
+STEP, MICRO_BATCH, BLOCK_OF_ZERO_3, FACTOR = 3e-3, 1e-3, 5e-4, 1.25
+
+
+def rates_of(ranks: int) -> MeasuredRates:
+    kinds = ("all_reduce", "all_gather", "reduce_scatter", "send")
+    return MeasuredRates(
+        ranks=ranks,
+        products=MeasuredProducts(fp32=[Point(1e6, 5e10)], bf16=[Point(1e6, 5e10)]),
+        elementwise=[Point(1e4, 1e10)],
+        stream=1e10,
+        operation_s=1e-5,
+        collectives=[MeasuredCollective(kind, 2, [Point(1e5, 1e9)]) for kind in kinds],
+    )
+
+
+class Machine:
+    """Takes the planned time of a step with the overheads above, and `slow` times as long in one round."""
+
+    def __init__(self, slow_calls: range = range(0)) -> None:
+        self.taken: list[int] = []
+        self.slow_calls = slow_calls
+
+    def step_seconds(self, trial: Trial, threads: int) -> float:
+        assert threads == 2 // trial.ranks
+        self.taken.append(trial.ranks)
+        sized = trial.run.model.hidden_size > 32
+        rates = replace(
+            rates_of(trial.ranks),
+            step_s=STEP,
+            micro_batch_s=MICRO_BATCH,
+            zero_3_block_s=BLOCK_OF_ZERO_3,
+            scales=[Scale(trial.block_flops, FACTOR)] if sized else [],
+        )
+        slow = 10 if len(self.taken) - 1 in self.slow_calls else 1
+        return slow * trial.planned_time(rates).total
+
+
+@pytest.mark.parametrize("slow_calls", [range(0), range(6), range(6, 12), range(14, 20)])
+def test_overheads_of_a_known_machine_are_found(slow_calls: range, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(slow_calls)
+    monkeypatch.setattr(engine_overhead, "step_seconds", machine.step_seconds)
+    for found in with_engine([rates_of(1), rates_of(2)], cores=2, rounds=3):
+        assert found.step_s == pytest.approx(STEP, rel=0.01)
+        assert found.micro_batch_s == pytest.approx(MICRO_BATCH, rel=0.01)
+        assert found.zero_3_block_s == pytest.approx(BLOCK_OF_ZERO_3, rel=0.01)
+        assert [scale.factor for scale in found.scales] == pytest.approx([FACTOR] * 3, rel=0.01)
+
+
+def test_each_round_has_all_numbers_of_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine()
+    monkeypatch.setattr(engine_overhead, "step_seconds", machine.step_seconds)
+    with_engine([rates_of(1), rates_of(2)], cores=2, rounds=2)
+    runs = len(machine.taken) // 4
+    assert machine.taken == ([1] * runs + [2] * runs) * 2
