@@ -140,10 +140,12 @@ def collectives(
         whole = torch.ones(size // 4, device=device)
         piece = torch.ones(size // 4 // ranks, device=device)
         gathered = torch.empty(piece.numel() * ranks, device=device)
+        parts = torch.ones_like(gathered)
         work: dict[str, Callable[[], object]] = {
             "all_reduce": lambda: dist.all_reduce(whole, group=group),  # noqa: B023
             "all_gather": lambda: dist.all_gather_into_tensor(gathered, piece, group=group),  # noqa: B023
             "reduce_scatter": lambda: dist.reduce_scatter_tensor(piece, gathered, group=group),  # noqa: B023
+            "all_to_all": lambda: dist.all_to_all_single(gathered, parts, group=group),  # noqa: B023
             "send": lambda: _send_around(whole, group, ranks),  # noqa: B023
         }
         for kind, call in work.items():

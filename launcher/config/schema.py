@@ -348,7 +348,7 @@ class MeasuredProducts:
 class MeasuredCollective:
     """Bandwidth by size: of the reduced or sent tensor, or of the full gathered or scattered tensor."""
 
-    kind: str = MISSING  # all_reduce, all_gather, reduce_scatter or send
+    kind: str = MISSING  # all_reduce, all_gather, reduce_scatter, all_to_all or send
     ranks: int = MISSING
     points: list[Point] = field(default_factory=list)
 

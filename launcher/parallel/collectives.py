@@ -10,7 +10,7 @@ code. torch's own functional collectives would be scheduled by the compiler.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -103,12 +103,43 @@ def reduce_scatter_sequence(x: Tensor, axis: Axis) -> Tensor:
 
 def reduce_scatter_start(
     x: Tensor, axis: Axis, *, asynchronous: bool = False
-) -> tuple[Tensor, dist.Work | None]:
-    """Start the reduce-scatter of (B, T, ...) into (B, T/tp, ...); return result and handle or None."""
+) -> tuple[Tensor, "dist.Work | _Sum | None"]:
+    """Start the reduce-scatter of (B, T, ...) into (B, T/tp, ...); return result and handle or None.
+
+    On a CPU it is an all-to-all, whose results are added up in the order of the ranks: see is_exchanged.
+    """
     by_rank = x.unflatten(SEQUENCE_DIM, (axis.size, -1)).movedim(SEQUENCE_DIM, 0).contiguous()
     shard = torch.empty_like(by_rank[0])
-    work = dist.reduce_scatter_tensor(shard, by_rank.flatten(0, 1), group=axis.group, async_op=asynchronous)
-    return shard, work
+    if not is_exchanged(x):
+        scattered = by_rank.flatten(0, 1)
+        return shard, dist.reduce_scatter_tensor(shard, scattered, group=axis.group, async_op=asynchronous)
+    received = torch.empty_like(by_rank)
+    work = dist.all_to_all_single(received, by_rank, group=axis.group, async_op=True)
+    summing = _Sum(work, received, shard)
+    if asynchronous:
+        return shard, summing
+    summing.wait()
+    return shard, None
+
+
+def is_exchanged(x: Tensor) -> bool:
+    """Return whether a reduce-scatter of x exchanges its parts, and adds them up itself.
+
+    Gloo all-reduces a copy of x instead, which takes 3 times as long with two ranks (benchmarks/exchange.py).
+    """
+    return x.device.type == "cpu"
+
+
+class _Sum(NamedTuple):
+    """An all-to-all of parts (tp, ...) that is followed by their sum."""
+
+    work: Any
+    parts: Tensor
+    total: Tensor
+
+    def wait(self) -> None:
+        self.work.wait()
+        torch.sum(self.parts, 0, out=self.total)
 
 
 def _apply(x: Tensor, axis: Axis, forward: AxisOperation, backward: AxisOperation) -> Tensor:

@@ -258,6 +258,7 @@ def column_gradients(
         assert gathering is not None
         gathering.wait()
         x = join_sequence_shards(shards, axis)
+        del shards  # the scattering needs memory
         grad_x, reducing = reduce_scatter_start(grad_whole, axis, asynchronous=True)
     else:
         grad_x = grad.matmul(weight)

@@ -29,6 +29,7 @@ UNIT_ROUNDOFF = 2.0**-24  # of fp32
 SPREAD, SMALL = 2.0, 8.0
 SQUARES = 2.0  # a second moment's distance is that of its few largest elements: it deviates more
 LEAST = 2.0**-11  # the distance if a few elements in a hundred are rounded the other way
+ULP = 2.0**-7  # of bf16, relative to the number at most: the distance if one of one element is
 # A loss is one number, not a norm: its distance may be small by chance. So the root mean square over all
 # micro-batches and orders is multiplied.
 DEVIATIONS = 8.0
@@ -81,12 +82,16 @@ def tolerance(run: RunConfig) -> Tolerance:
 
 
 def measured_tolerance(
-    right: StepTrace, others: list[StepTrace], labels: int, of_norms: float | None = None
+    right: StepTrace,
+    others: list[StepTrace],
+    labels: float,
+    of_norms: float | None = None,
+    of_losses: float | None = None,
 ) -> Tolerance:
     """Return the bounds of a step in bf16 by the distances of `others` from `right`, in other orders.
 
-    `labels` is the number of labels of a micro-batch. `of_norms` is the `norm_distance` of all steps; None:
-    of this step.
+    `labels` is the mean number of labels of a micro-batch that count. `of_norms` is the `norm_distance` of
+    all steps and `of_losses` their `loss_distance`; None: of this step.
     """
 
     def bounds(kind: str) -> dict[str, float]:
@@ -99,10 +104,11 @@ def measured_tolerance(
     losses = torch.tensor(right.batch_losses).flatten()
     counts = losses != 0  # the loss of a sample without labels that count is exactly 0
     losses_of_others = torch.stack([torch.tensor(other.batch_losses).flatten() for other in others])
-    distances = losses_of_others[:, counts] / losses[counts] - 1
     whole = max(_distance_of_all(other, right) for other in others)
     along = norm_distance([right], [[other] for other in others]) if of_norms is None else of_norms
-    loss = max(DEVIATIONS * float(distances.square().mean().sqrt()), LOGIT / labels, LEAST / 8)
+    if of_losses is None:
+        of_losses = loss_distance([right], [[other] for other in others])
+    loss = max(DEVIATIONS * of_losses, LOGIT / labels, LEAST / 8)
     gradients = bounds("gradients")
     scores = {
         name: SPREAD * max(float((other.scores[name] - tensor).abs().max()) for other in others)
@@ -138,6 +144,21 @@ def norm_distance(right: list[StepTrace], others: list[list[StepTrace]]) -> floa
     return sqrt(sum(distance**2 for distance in distances) / max(1, len(distances)))
 
 
+def loss_distance(right: list[StepTrace], others: list[list[StepTrace]]) -> float:
+    """Return the root mean square of the relative distances of samples' losses: all orders, all steps.
+
+    Of a step with a single sample it could be small by chance.
+    """
+    distances = []
+    for step, *same in zip(right, *others, strict=True):
+        losses = torch.tensor(step.batch_losses).flatten()
+        counts = losses != 0  # the loss of a sample without labels that count is exactly 0
+        of_others = torch.stack([torch.tensor(other.batch_losses).flatten() for other in same])
+        distances.append((of_others[:, counts] / losses[counts] - 1).flatten())
+    joined = torch.cat(distances)
+    return float(joined.square().mean().sqrt()) if len(joined) else 0.0
+
+
 def _of_mean(loss: float, losses: Tensor, of_others: Tensor) -> float:
     """Return the bound of the mean of `losses` (samples,) if each has the bound `loss`.
 
@@ -150,7 +171,8 @@ def _of_mean(loss: float, losses: Tensor, of_others: Tensor) -> float:
 
 
 def _of_spread(distance: float, tensor: Tensor) -> float:
-    return max(SPREAD * (1 + SMALL / sqrt(max(tensor.numel(), 1))) * distance, LEAST)
+    root = sqrt(max(tensor.numel(), 1))
+    return max(SPREAD * (1 + SMALL / root) * distance, LEAST, ULP / root)
 
 
 def _distance(x: Tensor, right: Tensor) -> float:

@@ -18,7 +18,7 @@ from launcher.config.schema import (
     RunConfig,
     StatesDtype,
 )
-from launcher.config.shape import is_of_images, sequence_length
+from launcher.config.shape import sequence_length
 from launcher.config.world import World
 from launcher.engine.distributed import prepare_deepspeed
 from launcher.engine.watchdog import REPORT as HANG
@@ -30,7 +30,7 @@ from launcher.parity.dropout import DRAWS, MEANINGS, NEXT_DRAWS, compare_draws, 
 from launcher.parity.perturb import perturbed
 from launcher.parity.plain_data import use_files, write_files
 from launcher.parity.plain_source import PlainSource
-from launcher.parity.recording import ENGINE, record_dropout, record_rank
+from launcher.parity.recording import ENGINE, count_labels, record_dropout, record_rank
 from launcher.parity.reference import (
     GlobalBatch,
     arithmetic_of,
@@ -41,7 +41,13 @@ from launcher.parity.reference import (
 from launcher.parity.rounding import equivalent
 from launcher.parity.shrink import LayoutAxes
 from launcher.parity.step_trace import StepTrace, read_traces
-from launcher.parity.tolerance import Tolerance, measured_tolerance, norm_distance, tolerance
+from launcher.parity.tolerance import (
+    Tolerance,
+    loss_distance,
+    measured_tolerance,
+    norm_distance,
+    tolerance,
+)
 from launcher.parity.whole import (
     EVALUATION,
     STEPS,
@@ -260,11 +266,11 @@ def _reference(
         reference_trace(run, weights, batches, trace, way, rates)[1:]
         for way in equivalent(arithmetic, layout)
     ]
-    labels = run.training.micro_batch_size * (1 if is_of_images(run) else sequence_length(run))
-    of_norms = norm_distance(expected[1:], others)
+    of_norms, of_losses = norm_distance(expected[1:], others), loss_distance(expected[1:], others)
+    micro_batches = run.training.global_batch_size // run.training.micro_batch_size
     measured = [
-        measured_tolerance(right, list(same), labels, of_norms)
-        for right, *same in zip(expected[1:], *others, strict=True)
+        measured_tolerance(right, list(same), max(1.0, labels / micro_batches), of_norms, of_losses)
+        for labels, right, *same in zip(map(count_labels, batches), expected[1:], *others, strict=True)
     ]
     return expected, [tolerance(run), *measured]
 

@@ -29,6 +29,7 @@ from launcher.models.blocks import TransformerBlock
 from launcher.models.compiled import BlockRunner
 from launcher.models.documents import Documents
 from launcher.models.masks import AttentionMasks
+from launcher.parallel import collectives
 from launcher.parallel.context import ContextParallel, context_of
 from launcher.parallel.dtypes import TORCH_DTYPES
 from launcher.parallel.initializer import Initializer
@@ -215,7 +216,7 @@ def _fake_world(shape: MeshShape, rank: int) -> Iterator[ProcessMesh]:
 
 @contextmanager
 def _cuda_kernels() -> Iterator[None]:
-    """Replace three functions of torch by functions that save the same tensors as their CUDA kernels.
+    """Let a CPU do what a GPU does: save the same tensors as torch's CUDA kernels, and scatter as NCCL.
 
     RMSNorm saves its input and one number per row; dropout saves a byte per element; fused attention draws
     its dropout mask again instead of saving it.
@@ -232,6 +233,7 @@ def _cuda_kernels() -> Iterator[None]:
         patch.object(F, "rms_norm", _RmsNorm.apply),
         patch.object(F, "dropout", dropout),
         patch.object(F, "scaled_dot_product_attention", without_mask),
+        patch.object(collectives, "is_exchanged", lambda x: False),
     ):
         yield
 

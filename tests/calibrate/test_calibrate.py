@@ -21,6 +21,8 @@ from launcher.planning.cost.measured_rates import calibrated, interpolated
 from launcher.planning.cost.run_plan import Plan, make_plan
 from tests.runtime.command import launcher
 
+KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send")
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -60,7 +62,7 @@ def test_what_is_written_is_a_hardware_config(folder: Path) -> None:
         assert min(one["operation_s"], one["step_s"]) > 0
         assert [0.3 < scale["factor"] < 5 for scale in one["scales"]] == [True] * 3
     kinds = {(one["kind"], one["ranks"]) for one in found["measured"][1]["collectives"]}
-    assert kinds == {(kind, 2) for kind in ("all_reduce", "all_gather", "reduce_scatter", "send")}
+    assert kinds == {(kind, 2) for kind in KINDS}
 
 
 @pytest.mark.slow

@@ -81,7 +81,7 @@ def row_layer_reduced_without_sum_over_sequence() -> None:
     """Under sequence parallelism: each rank keeps its sequence shard of its own partial products."""
 
     def sequence_shard(partial: Tensor, axis: Axis) -> Tensor:
-        return partial.chunk(axis.size, dim=1)[axis.rank]
+        return partial.chunk(axis.size, dim=1)[axis.rank].clone()
 
     layers.reduce_scatter_sequence_region = sequence_shard
 

@@ -16,7 +16,7 @@ def adapted_column(
     own_low = low // s.tokens * s.own_tokens
     dropped = _dropped(s, name, x, s.stretch)
     matrix, first = segments * rank * h, dropped[0].name if dropped else x
-    reduced = (Collective("reduce_scatter" if s.sequence_parallel else "all_reduce", low),) if split else ()
+    reduced = (Collective(s.scatters if s.sequence_parallel else "all_reduce", low),) if split else ()
     gathered = (Collective("all_gather", low),) if s.sequence_parallel else ()
     whole = (Collective("all_reduce", matrix * s.element),) if s.sequence_parallel else ()
     return [
@@ -53,7 +53,7 @@ def adapted_row(s: Sizes, name: str, x: str, inputs: int, *, target: str, has_bi
     own_low = low // s.tokens * s.own_tokens
     dropped = _dropped(s, name, x, s.tokens * inputs * s.element)
     first = dropped[0].name if dropped else x
-    leave = (Collective("reduce_scatter" if s.sequence_parallel else "all_reduce", low),) if split else ()
+    leave = (Collective(s.scatters if s.sequence_parallel else "all_reduce", low),) if split else ()
     gathered = (Collective("all_gather", low),) if s.sequence_parallel else ()
     whole = (Collective("all_reduce", h * rank * s.element),) if s.sequence_parallel else ()
     return [

@@ -66,7 +66,7 @@ def _loss(s: Sizes, x: str) -> Operation:
         traffic = tuple(Collective("all_reduce", FP32 * n * values) for n in sizes for values in (1, 2))
         reduced = (Collective("all_reduce", s.whole),)
     if s.sequence_parallel:
-        gathered, reduced = (Collective("all_gather", s.whole),), (Collective("reduce_scatter", s.whole),)
+        gathered, reduced = (Collective("all_gather", s.whole),), (Collective(s.scatters, s.whole),)
         scratch += s.whole
     vectors = FP32 * columns if s.biases.head and not s.is_frozen else 0
     if s.is_frozen:
@@ -76,7 +76,7 @@ def _loss(s: Sizes, x: str) -> Operation:
         # Sums, masks and indices of the labels in a chunk.
         scratch=scratch + sizes[0] * (8 * FP32 + INT64),
         # The gradient of the hidden states as it is scaled, then ordered for its reduce-scatter.
-        backward_scratch=max(s.whole - s.stretch, s.laid_out) if s.sequence_parallel else 0,
+        backward_scratch=max(s.whole - s.stretch, s.scattering) if s.sequence_parallel else 0,
         weight=matrix * s.element if low else 0,
         forward_matmuls=(*products, *weights),
         forward_traffic=gathered + traffic, backward_traffic=reduced,
@@ -131,7 +131,7 @@ def _lookup(s: Sizes) -> Operation:
     if s.is_frozen:
         return _frozen_lookup(s)
     if split and s.sequence_parallel:
-        traffic, backward = (Collective("reduce_scatter", s.whole),), (Collective("all_gather", s.whole),)
+        traffic, backward = (Collective(s.scatters, s.whole),), (Collective("all_gather", s.whole),)
     elif split:
         traffic = (Collective("all_reduce", s.whole),)
     return Operation(
@@ -145,7 +145,7 @@ def _lookup(s: Sizes) -> Operation:
 
 def _frozen_lookup(s: Sizes) -> Operation:
     """Return the look-up in a frozen embedding; it has no backward pass."""
-    kind: CollectiveKind = "reduce_scatter" if s.sequence_parallel else "all_reduce"
+    kind: CollectiveKind = s.scatters if s.sequence_parallel else "all_reduce"
     split = s.tensor > 1
     return Operation(
         "embedded", (), s.stretch, scratch=_copies_of_rows(s) * s.whole,

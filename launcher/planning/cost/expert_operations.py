@@ -80,7 +80,7 @@ def _products(s: Sizes, x: str) -> list[Operation]:
     rows = s.tokens * e.top_k
     columns, segments = e.ffn_hidden_size // s.tensor, 2 if s.is_gated else 1
     whole = rows * h * s.element
-    entered = Collective("all_gather", s.whole), Collective("reduce_scatter", s.whole)
+    entered = Collective("all_gather", s.whole), Collective(s.scatters, s.whole)
     reduced = (Collective("all_reduce", s.whole),) if s.tensor > 1 else ()
     is_split, is_distributed = s.sequence_parallel, s.expert > 1
     # Experts.forward refers to the rows until the experts have run, even if no weight's gradient needs them.
@@ -168,9 +168,9 @@ def _product(s: Sizes, name: str, x: str, inputs: int, outputs: int, *, scratch:
 def _leave(s: Sizes, name: str) -> Operation:
     """Return the sum over the tensor ranks."""
     split, is_scattered = s.tensor > 1, s.sequence_parallel
-    kind: CollectiveKind = "reduce_scatter" if is_scattered else "all_reduce"
+    kind: CollectiveKind = s.scatters if is_scattered else "all_reduce"
     return Operation(
-        name, ("collected",), s.stretch, scratch=s.laid_out,
+        name, ("collected",), s.stretch, scratch=s.scattering,
         backward_scratch=s.laid_out, gradients=(s.whole,),
         forward_traffic=(Collective(kind, s.whole),) if split else (),
         backward_traffic=(Collective("all_gather", s.whole),) if is_scattered else (),

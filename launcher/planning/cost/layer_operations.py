@@ -44,13 +44,13 @@ def column(s: Sizes, name: str, x: str, outputs: int, *, has_bias: bool) -> Oper
         # Gathered pieces, then the whole sequence; backward also the gradient before it is scattered.
         scratch = max(s.whole, s.whole + s.laid_out - size)
         backward_scratch = 2 * s.whole + s.laid_out
-        traffic, overlapped = (Collective("all_gather", s.whole),), Collective("reduce_scatter", s.whole)
+        traffic, overlapped = (Collective("all_gather", s.whole),), Collective(s.scatters, s.whole)
     product = Matmul(s.tokens, outputs, h)
     if s.is_frozen:
         # No product for the weight's gradient: nothing overlaps the collective, and the input is not kept.
         return Operation(
             name, (x,), size, scratch=scratch,
-            backward_scratch=s.whole + s.laid_out if s.sequence_parallel else s.whole if split else 0,
+            backward_scratch=s.whole + s.scattering if s.sequence_parallel else s.whole if split else 0,
             forward_matmuls=(product,), backward_matmuls=(Matmul(s.tokens, h, outputs),),
             forward_traffic=traffic, backward_traffic=(overlapped,) if split else (),
         )  # fmt: skip
@@ -68,7 +68,7 @@ def row(s: Sizes, name: str, x: str, inputs: int, *, has_bias: bool) -> Operatio
     h = s.hidden_size
     product = Matmul(s.tokens, h, inputs)
     split = s.tensor > 1
-    kind: CollectiveKind = "reduce_scatter" if s.sequence_parallel else "all_reduce"
+    kind: CollectiveKind = s.scatters if s.sequence_parallel else "all_reduce"
     gathered = (Collective("all_gather", s.whole),) if s.sequence_parallel else ()
     trains = not s.is_frozen
     has_bias_gradient = has_bias and s.sequence_parallel and trains
@@ -78,7 +78,7 @@ def row(s: Sizes, name: str, x: str, inputs: int, *, has_bias: bool) -> Operatio
     return Operation(
         name, (x,), s.stretch, saves=(x,) if trains else (),
         # Partial sums and their copy ordered by rank. Without sequence parallelism they are summed in place.
-        scratch=s.whole + s.laid_out if copies else 0,
+        scratch=s.whole + s.scattering if copies else 0,
         backward_scratch=s.whole if s.sequence_parallel else 0,
         backward_entry=s.whole + s.laid_out if s.sequence_parallel else 0,
         weight=h * inputs * s.element * trains,

@@ -2,7 +2,7 @@
 
 from bisect import bisect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import exp, log
 
 from launcher.config.schema import Dtype, HardwareConfig, MeasuredRates, Point
@@ -73,9 +73,10 @@ class CalibratedRates:
         """Return seconds from measurements with this number of ranks, or the nearest number measured."""
         if group.ranks == 1:
             return 0.0
-        # An all-to-all, which calibration does not measure, sends as much as an all-gather of its size.
-        wanted = "all_gather" if collective.kind == "all_to_all" else collective.kind
-        measured = [(ranks, curve) for kind, ranks, curve in self.collectives if kind == wanted]
+        measured = [(ranks, curve) for kind, ranks, curve in self.collectives if kind == collective.kind]
+        if not measured and collective.kind == "all_to_all":
+            # Files of older calibrations have none. It sends as much as an all-gather of its size.
+            return self.collective(replace(collective, kind="all_gather"), group)
         curves = [(abs(ranks - group.ranks), curve) for ranks, curve in measured]
         assert curves, f"calibration measures {collective.kind}"
         return collective.size / interpolated(min(curves)[1], collective.size)

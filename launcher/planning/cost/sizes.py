@@ -37,7 +37,7 @@ from launcher.config.shape import (
 )
 from launcher.parallel.vocabulary import padded_length
 from launcher.planning.cost.geometry import NO_ADAPTERS, Adapters
-from launcher.planning.cost.operations import BOOL, BYTES, FP32, INT64
+from launcher.planning.cost.operations import BOOL, BYTES, FP32, INT64, CollectiveKind
 
 
 @dataclass(frozen=True)
@@ -191,6 +191,17 @@ class Sizes:
     def laid_out(self) -> int:
         """A copy of (B, T, H) ordered for a collective over the sequence; a single sample needs none."""
         return self.whole if self.sequence_parallel and self.micro_batch > 1 else 0
+
+    @property
+    def scattering(self) -> int:
+        """Bytes of a reduce-scatter of (B, T, H) beside its input and result: ordered, on a CPU received."""
+        received = self.whole if self.sequence_parallel and self.device == "cpu" else 0
+        return self.laid_out + received
+
+    @property
+    def scatters(self) -> CollectiveKind:
+        """The collective of a reduce-scatter over the tensor ranks: see parallel/collectives.py."""
+        return "all_to_all" if self.device == "cpu" else "reduce_scatter"
 
     @property
     def stretch(self) -> int:
