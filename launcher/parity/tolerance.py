@@ -37,8 +37,9 @@ DEVIATIONS = 8.0
 LOGIT = 2.0**-8
 SHARED = 4.0  # times the largest distance of the loss of a step, of the few that are measured
 # Factors of the distance of the whole gradient. In most models the rounding errors hardly point along the
-# gradient. With a few images they do, and then the norms differ by up to the distance.
-NORM_LEAST, NORM_MOST = 0.5, 1.5
+# gradient: the norms differ by less than half of SPREAD times the distance. With a few images they do, and
+# then the norms differ by up to the distance.
+NORM_LEAST, NORM_MOST = SPREAD / 2, 1.5
 
 
 @dataclass(frozen=True)

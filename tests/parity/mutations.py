@@ -939,10 +939,7 @@ MUTATIONS |= {
         ("right for queries and wrong for keys and values", "copies of a head"),
     ),
     "label shifted after the sequence is shared": Mutation(
-        label_shifted_after_sharding,
-        f"{GPT} {CP}",
-        LABELS,
-        in_bf16=("only the losses of", "other samples or labels"),
+        label_shifted_after_sharding, f"{GPT} {CP}", LABELS
     ),
     "last chunk sees the future": Mutation(
         last_chunk_sees_the_future,
