@@ -40,13 +40,15 @@ class FlatEngine(Engine):
             )
         super().__init__(deepspeed_engine, model, optimizer, layout, mesh, loss, context, device)
         self.clip_at = run.optimizer.gradient_clipping
+        self._parameters = list(model.parameters())
 
     @property
     def loss_share(self) -> tuple[int, int]:
         return self.mesh.data.rank, self.mesh.data.size
 
     def train_batch(self, batches: MicroBatches, labels: int | None = None) -> StepResult:
-        self.deepspeed.train()
+        if not self.module.training:  # it visits every module
+            self.deepspeed.train()
         self._count(labels)
         losses = []
         for batch in batches:
@@ -69,8 +71,7 @@ class FlatEngine(Engine):
 
     def _judge(self) -> None:
         """Clip the gradients under ZeRO-0, already averaged over the data ranks, and judge them."""
-        parameters = list(self.module.parameters())
-        self.guard.judge(global_norm(parameters, self.mesh))
+        self.guard.judge(global_norm(self._parameters, self.mesh))
         if self.clip_at is not None:
             clip(self.optimizer, self.guard.norm, self.clip_at)
         self.optimizer.found_inf = self.guard.skipped  # type: ignore[attr-defined]  # as GradScaler sets it
