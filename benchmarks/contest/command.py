@@ -4,9 +4,10 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from benchmarks.contest.classes import BenchmarkModel, Class, jobs_of, overrides_of
 from benchmarks.contest.figure import draw
@@ -23,6 +24,7 @@ from launcher.config.schema import RunConfig
 from launcher.launch.scratch import scratch_directory
 from launcher.launch.this_machine import this_machine
 
+T = TypeVar("T")
 RESULTS = Path(__file__).parents[1] / "results"
 USUAL = ("time", "memory", "start")
 MEASURES = (*USUAL, "operators")
@@ -128,9 +130,13 @@ class ClassRun:
 
     def _measured(self, jobs: list[Job]) -> list[Measured]:
         threads = max(1, this_machine().cores // self.shape.ranks)
-        measures, peaks, failures = self.options.measure, dict[str, int](), dict[str, str]()
+        measures, peaks, operators = self.options.measure, dict[str, int](), dict[str, dict[str, float]]()
+        failures: dict[str, str] = {}
         if "memory" in measures and self.options.device == "cpu":
-            peaks, failures = self._peaks(jobs, threads)
+            peaks, failures = each(jobs, threads, measure_memory)
+        if "operators" in measures:
+            operators, others = each(jobs, threads, measure_operators)
+            failures |= others
         measured = [Measured(job.label) for job in jobs]
         if "time" in measures:
             resident = self.model.name in self.benchmark.resident_models
@@ -140,30 +146,31 @@ class ClassRun:
         measured[0].first_step_s = first_step_of_command(jobs[0].overrides, self.folder) if wanted else None
         for contestant in measured:
             contestant.peak_bytes = peaks.get(contestant.label, contestant.peak_bytes)
+            contestant.operators = operators.get(contestant.label, {})
             contestant.failed = contestant.failed or failures.get(contestant.label, "")
-        if "operators" in measures:
-            for job, contestant in zip(jobs, measured, strict=True):
-                contestant.operators = measure_operators(job, threads)
         return measured
-
-    def _peaks(self, jobs: list[Job], threads: int) -> tuple[dict[str, int], dict[str, str]]:
-        """Return the peak memory of each contestant by label, and why a peer has none."""
-        peaks, failures = dict[str, int](), dict[str, str]()
-        for job in jobs:
-            try:
-                peaks[job.label] = measure_memory(job, threads)
-            except ContestantFailed as error:
-                if job is jobs[0]:
-                    raise
-                say(error)
-                failures[job.label] = str(error)
-        return peaks, failures
 
     def _timing(self) -> Timing:
         if self.options.quick:
             return _QUICK
         b = self.benchmark
         return Timing(self.deadline, self.options.rounds, b.most_rounds, b.turn_s, b.settling)
+
+
+def each(
+    jobs: list[Job], threads: int, measure: Callable[[Job, int], T]
+) -> tuple[dict[str, T], dict[str, str]]:
+    """Measure each contestant in ranks of its own; return the results by label, and why a peer has none."""
+    found, failures = dict[str, T](), dict[str, str]()
+    for job in jobs:
+        try:
+            found[job.label] = measure(job, threads)
+        except ContestantFailed as error:
+            if job is jobs[0]:
+                raise
+            say(error)
+            failures[job.label] = str(error)
+    return found, failures
 
 
 def single(job: Job, device: str, model: BenchmarkModel, folder: Path) -> Job:

@@ -83,7 +83,8 @@ class OverlappedReduction:
         if is_moved:
             for parameter, part in zip(bucket, parts, strict=True):
                 parameter.grad = part
-        self._running.append(_Running(self._average([buffer]), () if is_moved else gradients, parts))
+        copies = None if is_moved else (gradients, parts)
+        self._running.append(_Running(self._average([buffer]), copies))
 
     def _average(self, tensors: list[Tensor]) -> Any:
         """Begin the all-reduce of some tensors together, and return its handle."""
@@ -100,17 +101,16 @@ class OverlappedReduction:
 
 
 class _Running(NamedTuple):
-    """The all-reduce of one bucket, and where its result is copied."""
+    """The all-reduce of one bucket, and the copies that its result needs: targets and sources."""
 
     work: Any
-    targets: Sequence[Tensor] = ()
-    sources: Sequence[Tensor] = ()
+    copies: tuple[list[Tensor], list[Tensor]] | None = None
 
     def end(self) -> None:
         """Wait for the averages. On a GPU the computing stream waits, not the host."""
         self.work.wait()
-        if self.targets:
-            torch._foreach_copy_(list(self.targets), list(self.sources))
+        if self.copies is not None:
+            torch._foreach_copy_(*self.copies)
 
 
 def joined(tensors: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:

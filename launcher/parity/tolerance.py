@@ -102,9 +102,6 @@ def measured_tolerance(
             for name, tensor in tensors.items()
         }
 
-    losses = torch.tensor(right.batch_losses).flatten()
-    counts = losses != 0  # the loss of a sample without labels that count is exactly 0
-    losses_of_others = torch.stack([torch.tensor(other.batch_losses).flatten() for other in others])
     whole = max(_distance_of_all(other, right) for other in others)
     along = norm_distance([right], [[other] for other in others]) if of_norms is None else of_norms
     if of_losses is None:
@@ -117,7 +114,7 @@ def measured_tolerance(
     }
     return Tolerance(
         loss=loss,
-        step_loss=max(_of_mean(loss, losses[counts], losses_of_others[:, counts]), LEAST / 8),
+        step_loss=max(_of_mean(loss, *_losses(right, others)), LEAST / 8),
         output=LEAST,
         gradient=LEAST,
         norm=max(min(NORM_MOST * whole, max(NORM_LEAST * whole, DEVIATIONS * along)), LEAST / 8),
@@ -150,14 +147,17 @@ def loss_distance(right: list[StepTrace], others: list[list[StepTrace]]) -> floa
 
     Of a step with a single sample it could be small by chance.
     """
-    distances = []
-    for step, *same in zip(right, *others, strict=True):
-        losses = torch.tensor(step.batch_losses).flatten()
-        counts = losses != 0  # the loss of a sample without labels that count is exactly 0
-        of_others = torch.stack([torch.tensor(other.batch_losses).flatten() for other in same])
-        distances.append((of_others[:, counts] / losses[counts] - 1).flatten())
-    joined = torch.cat(distances)
-    return float(joined.square().mean().sqrt()) if len(joined) else 0.0
+    pairs = [_losses(step, same) for step, *same in zip(right, *others, strict=True)]
+    distances = torch.cat([(of_others / losses - 1).flatten() for losses, of_others in pairs])
+    return float(distances.square().mean().sqrt()) if len(distances) else 0.0
+
+
+def _losses(step: StepTrace, others: list[StepTrace]) -> tuple[Tensor, Tensor]:
+    """Return the losses (samples,) of the samples with labels that count, and those of the others."""
+    losses = torch.tensor(step.batch_losses).flatten()
+    counts = losses != 0  # the loss of a sample without labels that count is exactly 0
+    of_others = torch.stack([torch.tensor(other.batch_losses).flatten() for other in others])
+    return losses[counts], of_others[:, counts]
 
 
 def _of_mean(loss: float, losses: Tensor, of_others: Tensor) -> float:
