@@ -1,6 +1,7 @@
 """Time gloo's collectives beside one exchange of messages: `python -m benchmarks.exchange [RANKS]`.
 
-With an exchange each rank sends a part to each other rank (all_to_all_single) and adds up what it gets.
+With an exchange each rank sends a part to each other rank (all_to_all_single) and adds up what it gets. Two
+ranks all-reduce as the launcher does.
 The table shows why tensor and sequence parallelism wait on a CPU: docs/benchmarks.md.
 """
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from launcher.launch.scratch import scratch_directory
 from launcher.launch.this_machine import this_machine
+from launcher.parallel.all_reduce import all_reduce_
 
 SIZES = {"1 KB": 2**10, "64 KB": 2**16, "1 MB": 2**20}  # of the whole tensor in fp32
 ROUNDS, WARM_UP = 200, 20
@@ -26,6 +28,9 @@ WIDTH = 512  # of a product before each call, so that ranks do not arrive at the
 
 
 def all_reduce(x: Tensor, ranks: int) -> Tensor:
+    if ranks == 2:
+        all_reduce_(x, None)
+        return x
     received = torch.empty(ranks * x.numel())
     dist.all_to_all_single(received, x.expand(ranks, -1).contiguous().view(-1))
     return received.view(ranks, -1).sum(0)
@@ -48,7 +53,7 @@ def calls(size: int, ranks: int) -> dict[str, tuple[Callable[[], object], Callab
     x, part, whole = torch.ones(size // 4), torch.ones(size // 4 // ranks), torch.empty(size // 4)
     gathered = part.numel() * ranks
     return {
-        "all-reduce": (lambda: dist.all_reduce(x.clone()), partial(all_reduce, x, ranks)),
+        "all-reduce": (lambda: dist.all_reduce(x), partial(all_reduce, x, ranks)),
         "reduce-scatter": (
             lambda: dist.reduce_scatter_tensor(part, x[:gathered]),
             partial(reduce_scatter, x[:gathered], ranks),

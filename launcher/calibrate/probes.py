@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from launcher.config.schema import Dtype
+from launcher.parallel.all_reduce import all_reduce_
 from launcher.parallel.dtypes import TORCH_DTYPES
 
 LEAST_S = 0.01  # of a probe, so that the resolution of the clock does not matter
@@ -142,7 +143,7 @@ def collectives(
         gathered = torch.empty(piece.numel() * ranks, device=device)
         parts = torch.ones_like(gathered)
         work: dict[str, Callable[[], object]] = {
-            "all_reduce": lambda: dist.all_reduce(whole, group=group),  # noqa: B023
+            "all_reduce": lambda: all_reduce_(whole, group),  # noqa: B023
             "all_gather": lambda: dist.all_gather_into_tensor(gathered, piece, group=group),  # noqa: B023
             "reduce_scatter": lambda: dist.reduce_scatter_tensor(piece, gathered, group=group),  # noqa: B023
             "all_to_all": lambda: dist.all_to_all_single(gathered, parts, group=group),  # noqa: B023

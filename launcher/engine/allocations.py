@@ -111,11 +111,19 @@ class Allocations(TorchDispatchMode):
     def _count_collective(self, name: str, args: Any) -> None:
         kind, index = _COLLECTIVES[name]
         boxed = next(argument for argument in args if isinstance(argument, torch.ScriptObject))
-        group = self._group_name(dist.ProcessGroup.unbox(boxed))
+        of = dist.ProcessGroup.unbox(boxed)
+        group = self._group_name(of)
         if group is not None:
+            if kind == "all_to_all" and _is_all_reduce(of, *args[3:5]):
+                kind = "all_reduce"
             tensors = [leaf for leaf in tree_leaves(args[index]) if isinstance(leaf, Tensor)]
             size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
             self.collectives[CollectiveCall(group, kind, size)] += 1
+
+
+def _is_all_reduce(group: dist.ProcessGroup, received: list[int], sent: list[int]) -> bool:
+    """Return whether two ranks swap whole tensors to all-reduce them (parallel/all_reduce.py)."""
+    return len(sent) == 2 and received == sent and sent[dist.get_rank(group)] == 0
 
 
 def _existing_tensors() -> Iterator[Tensor]:

@@ -25,6 +25,7 @@ from launcher.engine.update_guard import UpdateGuard, install
 from launcher.models.block_context import BlockContext
 from launcher.models.losses import ClassificationLoss, LanguageLoss
 from launcher.models.selection_bias import balance
+from launcher.parallel.all_reduce import all_reduce_
 from launcher.parallel.buckets import has_one_gradient
 from launcher.parallel.mesh import Axis, ProcessMesh
 from launcher.parallel.sharding import LogicalTensor, logical_of, merge
@@ -193,7 +194,7 @@ def mean_over(value: Tensor, axis: Axis) -> Tensor:
     if axis.size == 1:
         return value
     mean = value.clone()
-    dist.all_reduce(mean, group=axis.group)
+    all_reduce_(mean, axis.group)
     return mean / axis.size
 
 

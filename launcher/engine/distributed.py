@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 
+from launcher.engine.host_memory import keep_freed_memory
+
 _MOST_COLLECTIVES = 3  # in a message: a GPU may have many collectives queued behind the first
 
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
@@ -71,6 +73,7 @@ def join(
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(local_rank))
     if device == "cpu":
         rank_device = torch.device("cpu")
+        keep_freed_memory()
     else:
         # If each Slurm task sees only its own GPU, that GPU has the index 0.
         rank_device = torch.device("cuda", local_rank if torch.cuda.device_count() > 1 else 0)

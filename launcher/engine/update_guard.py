@@ -15,6 +15,7 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor, nn
 
+from launcher.parallel.all_reduce import all_reduce_
 from launcher.parallel.mesh import Group, ProcessMesh
 from launcher.parallel.sharding import logical_of
 
@@ -170,7 +171,7 @@ def combined(norms: list[Tensor], group: Group | None, device: torch.device) -> 
     if norms:
         squares = torch.stack([norm.to(device) for norm in norms]).double().square().sum()
     if group is not None:
-        dist.all_reduce(squares, group=group)
+        all_reduce_(squares, group)
     return squares.sqrt().float()
 
 

@@ -24,10 +24,14 @@ class Norm(nn.Module):
         self.bias = make(LogicalTensor(f"{name}.bias", shape), zeros) if has_bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, shape = self.tp.replicated(self.weight), (x.shape[-1],)
+        shape = (x.shape[-1],)
         if self.bias is None:
-            return F.rms_norm(x, shape, weight, self.epsilon)
-        return F.layer_norm(x, shape, weight, self.tp.replicated(self.bias), self.epsilon)
+            return F.rms_norm(x, shape, self.tp.replicated(self.weight), self.epsilon)
+        if not self.tp.sequence_parallel:
+            return F.layer_norm(x, shape, self.weight, self.bias, self.epsilon)
+        # One all-reduce for both gradients: of so few numbers each takes only latency.
+        weight, bias = self.tp.replicated(torch.stack([self.weight, self.bias])).unbind()
+        return F.layer_norm(x, shape, weight, bias, self.epsilon)
 
 
 class HeadNorm(nn.Module):

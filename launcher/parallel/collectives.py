@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import _resolve_process_group
 
+from launcher.parallel.all_reduce import Handle, all_reduce_
 from launcher.parallel.mesh import Axis
 
 SEQUENCE_DIM = 1
@@ -67,8 +68,8 @@ def all_reduce(x: Tensor, axis: Axis) -> Tensor:
     """Return the sum of x over `axis` as a new tensor of the same shape (all-reduce)."""
     if torch.compiler.is_compiling():
         return torch.ops.launcher.all_reduce(x, axis.group_name)  # type: ignore[no-any-return]
-    total = x.clone()
-    dist.all_reduce(total, group=axis.group)
+    total = x.clone(memory_format=torch.contiguous_format)
+    all_reduce_(total, axis.group)
     return total
 
 
@@ -79,7 +80,7 @@ def all_gather_sequence(x: Tensor, axis: Axis) -> Tensor:
     return join_sequence_shards(all_gather_start(x, axis)[0], axis)
 
 
-def all_gather_start(x: Tensor, axis: Axis, *, asynchronous: bool = False) -> tuple[Tensor, dist.Work | None]:
+def all_gather_start(x: Tensor, axis: Axis, *, asynchronous: bool = False) -> tuple[Tensor, Handle | None]:
     """Start the all-gather of (B, T/tp, ...) into (tp B, T/tp, ...); return result and handle or None."""
     shards = x.new_empty(axis.size * x.shape[0], *x.shape[1:])
     work = dist.all_gather_into_tensor(shards, x.contiguous(), group=axis.group, async_op=asynchronous)
@@ -103,7 +104,7 @@ def reduce_scatter_sequence(x: Tensor, axis: Axis) -> Tensor:
 
 def reduce_scatter_start(
     x: Tensor, axis: Axis, *, asynchronous: bool = False
-) -> tuple[Tensor, "dist.Work | _Sum | None"]:
+) -> tuple[Tensor, Handle | None]:
     """Start the reduce-scatter of (B, T, ...) into (B, T/tp, ...); return result and handle or None.
 
     On a CPU it is an all-to-all, whose results are added up in the order of the ranks: see is_exchanged.
@@ -163,7 +164,7 @@ class _SumInPlace(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
         ctx.mark_dirty(x)
-        dist.all_reduce(x, group=axis.group)
+        all_reduce_(x, axis.group)
         return x
 
     @staticmethod

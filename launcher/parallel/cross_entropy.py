@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from launcher.config.numbers import IGNORED_LABEL
+from launcher.parallel.all_reduce import all_reduce_
 from launcher.parallel.loss_kernels import EAGER, LossKernels, gradient_, statistics
 from launcher.parallel.mesh import Axis
 from launcher.parallel.vocabulary import chunk_sizes
@@ -312,5 +313,5 @@ def _local_labels(logits: Tensor, labels: Tensor, axis: Axis) -> tuple[Tensor, T
 
 def _reduced(x: Tensor, operation: Any, axis: Axis) -> Tensor:
     if axis.size > 1:
-        dist.all_reduce(x, op=operation, group=axis.group)
+        all_reduce_(x, axis.group, operation)
     return x

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from launcher.parallel.all_reduce import all_reduce_
 from launcher.parallel.collectives import (
     all_gather_sequence,
     all_gather_start,
@@ -118,7 +118,8 @@ class RowParallelLinear(nn.Module):
         self.bias = make(LogicalTensor(f"{name}.bias", (outputs,)), zeros) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.tp.axis.size == 1:
+        # Compiled, the bias is added and its gradient summed in kernels that there are anyway.
+        if self.tp.axis.size == 1 and not torch.compiler.is_compiling():
             return F.linear(x, self.weight, self.bias)
         y = self.tp.leave(F.linear(x, self.weight))
         return y if self.bias is None else y.add_(self.tp.replicated(self.bias))
@@ -262,7 +263,7 @@ def column_gradients(
         grad_x, reducing = reduce_scatter_start(grad_whole, axis, asynchronous=True)
     else:
         grad_x = grad.matmul(weight)
-        reducing = dist.all_reduce(grad_x, group=axis.group, async_op=True)
+        reducing = all_reduce_(grad_x, axis.group, asynchronous=True)
     grad_weight = grad.flatten(0, -2).t().matmul(x.flatten(0, -2))
     assert reducing is not None
     reducing.wait()

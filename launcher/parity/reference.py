@@ -223,8 +223,8 @@ def arithmetic_of(run: RunConfig) -> Arithmetic:
     """Return the arithmetic of a run in its precision."""
     if run.precision.dtype is not Dtype.bf16:
         return EXACT
-    one_rank = run.parallelism.tensor == 1
-    return replace(BF16, gradients_in_bf16=adds_in_bf16(run), fuses_rows=one_rank)
+    fuses_rows = run.parallelism.tensor == 1 and not run.training.compile
+    return replace(BF16, gradients_in_bf16=adds_in_bf16(run), fuses_rows=fuses_rows)
 
 
 def adds_in_bf16(run: RunConfig) -> bool:

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from launcher.parallel.all_reduce import all_reduce_
+
 _RANK_BITS = 24
 _NO_SHARE = -(1 << 62)  # below the bits of any float
 
@@ -64,7 +66,7 @@ def exchange(values: RankValues) -> WorldValues:
     first = len(numbers)
     packed[first : first + 3] = values.skips
     packed[first + 3 + world_size + index] = values.loss.detach().float().view(torch.int32)
-    dist.all_reduce(packed, op=dist.ReduceOp.MAX)
+    all_reduce_(packed, None, dist.ReduceOp.MAX)
     stop_requested, save_due, nanoseconds, allocated, compile_failed, peak, *rest = packed.tolist()
     (total, in_row, since), by_rank = rest[:3], rest[3:]
     shares = np.array(by_rank[world_size:], np.int32).view(np.float32)

@@ -296,7 +296,7 @@ def events_of_backward(rank: int, world: int, sequence_parallel: bool) -> list[s
 @pytest.mark.parametrize(
     ("sequence_parallel", "order"),
     [
-        (False, ["product", "all_reduce async", "product"]),
+        (False, ["product", "all_to_all_single async", "product"]),
         (True, ["all_gather_into_tensor async", "product", "all_to_all_single async", "product"]),
     ],
 )
@@ -313,14 +313,14 @@ def identity(x: Tensor, axis: Axis) -> Tensor:
     return x
 
 
-def no_all_reduce(x: Tensor, *, op: Any = None, group: Any = None, async_op: bool = False) -> Any:
-    """Stand for an all-reduce, but do not sum."""
+def no_all_reduce(x: Tensor, group: Any, *, asynchronous: bool) -> Any:
+    """Stand for an asynchronous all-reduce, but do not sum."""
 
     class Done:
         def wait(self) -> None:
             pass
 
-    return Done() if async_op else None
+    return Done()
 
 
 def scatter_without_sum(x: Tensor, axis: Axis, **_: Any) -> tuple[Tensor, Any]:
@@ -364,7 +364,7 @@ MUTATIONS: dict[str, tuple[Mutation, Callable[..., Errors], tuple[Any, ...], set
         {"bias gradient"},
     ),
     "column without backward all-reduce": (
-        (dist, "all_reduce", no_all_reduce),
+        (layers, "all_reduce_", no_all_reduce),
         column_errors,
         ((16,), False, False),
         {"input gradient"},
@@ -373,7 +373,7 @@ MUTATIONS: dict[str, tuple[Mutation, Callable[..., Errors], tuple[Any, ...], set
         (
             layers,
             "reduce_scatter_start",
-            lambda *a, **k: (scatter_without_sum(*a)[0], no_all_reduce(a[0], async_op=True)),
+            lambda *a, **k: (scatter_without_sum(*a)[0], no_all_reduce(a[0], None, asynchronous=True)),
         ),
         column_errors,
         ((16,), False, True),

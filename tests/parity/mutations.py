@@ -313,16 +313,7 @@ class _NoWait:
 
 
 def column_gradient_not_reduced() -> None:
-    class Local:
-        """Replacement of torch.distributed in parallel/layers.py that skips asynchronous all-reduces."""
-
-        ReduceOp = dist.ReduceOp
-
-        @staticmethod
-        def all_reduce(tensor: Tensor, *arguments: Any, async_op: bool = False, **options: Any) -> Any:
-            return _NoWait() if async_op else dist.all_reduce(tensor, *arguments, **options)
-
-    layers.dist = Local  # type: ignore[assignment]
+    layers.all_reduce_ = lambda x, group, *, asynchronous: _NoWait()  # type: ignore[assignment]
 
 
 def decay_on_norm_weights() -> None:

@@ -21,12 +21,17 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 import launcher.runtime.training as train
 
-OPERATIONS = {"c10d.allreduce_.default": "all_reduce", "aten._local_scalar_dense.default": "read"}
+OPERATIONS = {
+    "c10d.allreduce_.default": "all_reduce",
+    "c10d.alltoall_base_.default": "all_reduce",  # of two ranks on a CPU
+    "aten._local_scalar_dense.default": "read",
+}
 events, steps = [], [0]
 
 def belongs(path):
-    # allocations.py calls every operation of the measured step, and stopwatch.py calls every collective.
-    return {"launcher", "deepspeed"} & set(path) and path[-1] not in ("allocations.py", "stopwatch.py")
+    # allocations.py calls every operation of the measured step, the others each collective.
+    passing = ("allocations.py", "stopwatch.py", "all_reduce.py")
+    return {"launcher", "deepspeed"} & set(path) and path[-1] not in passing
 
 def note(operation):
     frame = sys._getframe(2)

@@ -76,7 +76,7 @@ def _loss(s: Sizes, x: str) -> Operation:
         # Sums, masks and indices of the labels in a chunk.
         scratch=scratch + sizes[0] * (8 * FP32 + INT64),
         # The gradient of the hidden states as it is scaled, then ordered for its reduce-scatter.
-        backward_scratch=max(s.whole - s.stretch, s.scattering) if s.sequence_parallel else 0,
+        backward_scratch=max(s.whole - s.stretch, s.scattering) if s.sequence_parallel else s.summing,
         weight=matrix * s.element if low else 0,
         forward_matmuls=(*products, *weights),
         forward_traffic=gathered + traffic, backward_traffic=reduced,

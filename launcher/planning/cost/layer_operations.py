@@ -23,7 +23,7 @@ def norm(s: Sizes, name: str, x: str, *, is_last: bool = False) -> Operation:
         # statistics are freed by then; in a block, the gradient that waits for the sum takes their place.
         backward_scratch -= kept
     vectors = 1 if is_rms else 2
-    traffic = (Collective("all_reduce", s.hidden_size * s.element),) * vectors
+    traffic = (Collective("all_reduce", vectors * s.hidden_size * s.element),)
     return Operation(
         name, (x,), s.stretch, saves=() if composite and low else (x,), extra=kept,
         scratch=fp32 if composite else 0, backward_scratch=backward_scratch,
@@ -37,7 +37,7 @@ def column(s: Sizes, name: str, x: str, outputs: int, *, has_bias: bool) -> Oper
     """Return the operations of ColumnParallelLinear or the head: (b, H) -> (b, `outputs` of this rank)."""
     h, size = s.hidden_size, s.tokens * outputs * s.element
     split = s.tensor > 1
-    scratch = backward_scratch = 0
+    scratch, backward_scratch = 0, s.summing
     traffic: tuple[Collective, ...] = ()
     overlapped = Collective("all_reduce", s.whole)
     if s.sequence_parallel:
@@ -50,7 +50,7 @@ def column(s: Sizes, name: str, x: str, outputs: int, *, has_bias: bool) -> Oper
         # No product for the weight's gradient: nothing overlaps the collective, and the input is not kept.
         return Operation(
             name, (x,), size, scratch=scratch,
-            backward_scratch=s.whole + s.scattering if s.sequence_parallel else s.whole if split else 0,
+            backward_scratch=s.whole + (s.scattering if s.sequence_parallel else s.summing) if split else 0,
             forward_matmuls=(product,), backward_matmuls=(Matmul(s.tokens, h, outputs),),
             forward_traffic=traffic, backward_traffic=(overlapped,) if split else (),
         )  # fmt: skip
@@ -78,7 +78,7 @@ def row(s: Sizes, name: str, x: str, inputs: int, *, has_bias: bool) -> Operatio
     return Operation(
         name, (x,), s.stretch, saves=(x,) if trains else (),
         # Partial sums and their copy ordered by rank. Without sequence parallelism they are summed in place.
-        scratch=s.whole + s.scattering if copies else 0,
+        scratch=(s.whole if copies else 0) + (s.scattering if s.sequence_parallel else s.summing),
         backward_scratch=s.whole if s.sequence_parallel else 0,
         backward_entry=s.whole + s.laid_out if s.sequence_parallel else 0,
         weight=h * inputs * s.element * trains,

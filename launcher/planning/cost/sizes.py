@@ -199,6 +199,11 @@ class Sizes:
         return self.laid_out + received
 
     @property
+    def summing(self) -> int:
+        """Bytes of an all-reduce of (B, T, H) beside its tensor: see parallel/all_reduce.py."""
+        return self.whole if self.device == "cpu" and self.tensor == 2 else 0
+
+    @property
     def scatters(self) -> CollectiveKind:
         """The collective of a reduce-scatter over the tensor ranks: see parallel/collectives.py."""
         return "all_to_all" if self.device == "cpu" else "reduce_scatter"
