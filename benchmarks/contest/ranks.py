@@ -12,6 +12,7 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.contest.job import ROOT, Job
+from launcher.launch.this_machine import SHORT_WAITS
 
 _PATIENCE_S = 900.0  # for a turn: a first step may compile
 
@@ -48,9 +49,10 @@ class Ranks:
     def _start(self, path: Path, rank: int, threads: int) -> "subprocess.Popen[str]":
         environment = {
             **os.environ,
-            # Ranks that wait for their turn must not spin, and gloo must not look for an interface.
+            # As the launcher sets them: ranks that wait for their turn must not spin.
             "OMP_NUM_THREADS": str(threads),
-            "OMP_WAIT_POLICY": "PASSIVE",
+            **SHORT_WAITS,
+            # Gloo must not look for an interface.
             "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
             "MASTER_ADDR": "127.0.0.1",
         }

@@ -6,7 +6,7 @@ from launcher.config.errors import ConfigError
 from launcher.config.machine import Machine
 from launcher.config.schema import CalibrateConfig, Device, HardwareConfig
 from launcher.config.validate import validate_calibrate
-from launcher.launch.this_machine import this_machine
+from launcher.launch.this_machine import this_machine, wait_briefly
 
 
 def main(arguments: list[str]) -> int:
@@ -38,6 +38,7 @@ def _gpus(config: CalibrateConfig, machine: Machine) -> HardwareConfig:
 
 
 def _cores(config: CalibrateConfig, machine: Machine) -> HardwareConfig:
+    wait_briefly()
     from launcher.calibrate.rounds import measure
 
     counts = rank_counts(config.most_ranks or 2 * machine.cores)

@@ -64,6 +64,14 @@ def reduce_scatter_sequence_region(x: Tensor, axis: Axis) -> Tensor:
     return _apply(x, axis, reduce_scatter_sequence, all_gather_sequence)
 
 
+def reduce_scatter_biased_region(x: Tensor, bias: Tensor, axis: Axis) -> Tensor:
+    """Do what reduce_scatter_sequence_region does, and add a replicated bias (H,).
+
+    Its gradient needs no collective: backward each rank gathers the gradient of the whole sequence anyway.
+    """
+    return _BiasedScatter.apply(x, bias, axis)  # type: ignore[no-untyped-call,no-any-return]
+
+
 def all_reduce(x: Tensor, axis: Axis) -> Tensor:
     """Return the sum of x over `axis` as a new tensor of the same shape (all-reduce)."""
     if torch.compiler.is_compiling():
@@ -158,6 +166,18 @@ class _Region(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         return ctx.operation(grad, ctx.axis), None, None, None
+
+
+class _BiasedScatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return reduce_scatter_sequence(x, axis).add_(bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        whole = all_gather_sequence(grad, ctx.axis)
+        return whole, whole.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None, None
 
 
 class _SumInPlace(torch.autograd.Function):

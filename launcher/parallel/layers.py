@@ -21,6 +21,7 @@ from launcher.parallel.collectives import (
     join_sequence_shards,
     named_axis,
     reduce_region_,
+    reduce_scatter_biased_region,
     reduce_scatter_sequence,
     reduce_scatter_sequence_region,
     reduce_scatter_start,
@@ -121,8 +122,12 @@ class RowParallelLinear(nn.Module):
         # Compiled, the bias is added and its gradient summed in kernels that there are anyway.
         if self.tp.axis.size == 1 and not torch.compiler.is_compiling():
             return F.linear(x, self.weight, self.bias)
-        y = self.tp.leave(F.linear(x, self.weight))
-        return y if self.bias is None else y.add_(self.tp.replicated(self.bias))
+        partial = F.linear(x, self.weight)
+        if self.bias is None:
+            return self.tp.leave(partial)
+        if self.tp.sequence_parallel:
+            return reduce_scatter_biased_region(partial, self.bias, self.tp.axis)
+        return self.tp.leave(partial).add_(self.bias)
 
 
 class VocabParallelEmbedding(nn.Module):

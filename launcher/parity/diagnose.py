@@ -310,7 +310,7 @@ def _replicas(e: Evidence) -> Findings:
         yield f"{shape}, and gradients of {_some(sharded)} are wrong too", meaning
     if names:
         meaning = "gradients of weights that all tensor ranks hold are not summed over tensor ranks"
-        meaning += " (norm weights of heads; under sequence parallelism: norm weights, positions, row biases)"
+        meaning += " (norm weights of heads; under sequence parallelism: norms, positions)"
         yield f"{_some(names)} differs between tensor ranks; every sharded weight is right", meaning
 
 

@@ -1,5 +1,6 @@
 """Counting GPUs as CUDA does, CPU cores and memory."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +8,14 @@ from pathlib import Path
 import pytest
 
 from launcher.config.machine import Machine
-from launcher.launch.this_machine import existing_gpus, memory_here, this_machine, visible_gpus
+from launcher.launch.this_machine import (
+    SHORT_WAITS,
+    existing_gpus,
+    memory_here,
+    share_cores,
+    this_machine,
+    visible_gpus,
+)
 
 
 def test_visible_gpus(subtests: pytest.Subtests) -> None:
@@ -73,3 +81,19 @@ class TestMemory:
         assert memory_here(tmp_path) == here
         (limits / "memory.max").write_text("123456789\n")
         assert memory_here(tmp_path) == 123456789
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ({}, SHORT_WAITS),
+        ({"GOMP_SPINCOUNT": "7"}, {**SHORT_WAITS, "GOMP_SPINCOUNT": "7"}),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, {"OMP_WAIT_POLICY": "ACTIVE"}),
+    ],
+)
+def test_threads_wait_briefly_unless_the_user_has_chosen(
+    given: dict[str, str], found: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", dict(given))
+    share_cores(2, 8)
+    assert os.environ == {**found, "OMP_NUM_THREADS": "4"}

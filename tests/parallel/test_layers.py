@@ -328,6 +328,11 @@ def scatter_without_sum(x: Tensor, axis: Axis, **_: Any) -> tuple[Tensor, Any]:
     return x.chunk(axis.size, dim=1)[axis.rank].contiguous(), None
 
 
+def bias_of_own_part(x: Tensor, bias: Tensor, axis: Axis) -> Tensor:
+    """Add the bias after the reduce-scatter, so that its gradient is that of this rank's part."""
+    return collectives.reduce_scatter_sequence_region(x, axis) + bias
+
+
 def unmasked(x: Tensor, mask: Tensor, value: float) -> Tensor:
     """Return x unmasked, as a wrong masked_fill; indices are still masked, so that they stay legal."""
     return torch.where(mask, torch.zeros_like(x), x) if not x.is_floating_point() else x
@@ -358,7 +363,7 @@ MUTATIONS: dict[str, tuple[Mutation, Callable[..., Errors], tuple[Any, ...], set
         {"output"},
     ),
     "bias gradient of one sequence shard only": (
-        (layers, "copy_region", identity),
+        (layers, "reduce_scatter_biased_region", bias_of_own_part),
         row_errors,
         (True, True),
         {"bias gradient"},

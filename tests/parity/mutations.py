@@ -83,7 +83,11 @@ def row_layer_reduced_without_sum_over_sequence() -> None:
     def sequence_shard(partial: Tensor, axis: Axis) -> Tensor:
         return partial.chunk(axis.size, dim=1)[axis.rank].clone()
 
+    def biased(partial: Tensor, bias: Tensor, axis: Axis) -> Tensor:
+        return sequence_shard(partial, axis) + bias
+
     layers.reduce_scatter_sequence_region = sequence_shard
+    layers.reduce_scatter_biased_region = biased
 
 
 def embedding_not_masked() -> None:

@@ -71,8 +71,6 @@ def row(s: Sizes, name: str, x: str, inputs: int, *, has_bias: bool) -> Operatio
     kind: CollectiveKind = s.scatters if s.sequence_parallel else "all_reduce"
     gathered = (Collective("all_gather", s.whole),) if s.sequence_parallel else ()
     trains = not s.is_frozen
-    has_bias_gradient = has_bias and s.sequence_parallel and trains
-    bias_gradient = (Collective("all_reduce", h * s.element),) if has_bias_gradient else ()
     weight_product = (Matmul(h, inputs, s.tokens),) if trains else ()
     copies, adds_bias = split and (s.sequence_parallel or s.compiled), split and has_bias
     return Operation(
@@ -85,9 +83,9 @@ def row(s: Sizes, name: str, x: str, inputs: int, *, has_bias: bool) -> Operatio
         forward_matmuls=(product,),
         backward_matmuls=(Matmul(s.tokens, inputs, h), *weight_product),
         forward_traffic=(Collective(kind, s.whole),) if split else (),
-        backward_traffic=gathered + bias_gradient,
+        backward_traffic=gathered,
         forward_bytes=(2 * s.whole if copies else 0) + (2 * s.stretch if adds_bias else 0),
-        backward_bytes=s.stretch if has_bias and trains else 0, kernels=1 + copies + adds_bias,
+        backward_bytes=s.whole if has_bias and trains else 0, kernels=1 + copies + adds_bias,
     )  # fmt: skip
 
 
