@@ -12,7 +12,7 @@ def keep_freed_memory() -> None:
     """Let this process keep the memory that its tensors free, for the tensors of the next step.
 
     By default glibc gives large blocks back to the kernel, which clears each page when it is used again:
-    8,000 pages in a step of a GPT of 11 M parameters (docs/benchmarks.md). Does nothing without glibc.
+    up to 18,000 pages in a step of a GPT of 11 M parameters (docs/benchmarks.md). Does nothing without glibc.
     """
     if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
         mallopt(_M_MMAP_THRESHOLD, _LARGEST_BLOCK)

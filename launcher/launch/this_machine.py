@@ -7,7 +7,8 @@ from pathlib import Path
 
 from launcher.config.machine import Machine
 
-# Of GNU's OpenMP, which torch has on Linux: the number of times that a waiting thread looks before it sleeps.
+# A waiting thread looks for work 1000 times before it sleeps. Only GNU's OpenMP reads GOMP_SPINCOUNT; torch
+# has it on Linux.
 SHORT_WAITS = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
 
 
