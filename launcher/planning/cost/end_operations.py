@@ -136,7 +136,8 @@ def _lookup(s: Sizes) -> Operation:
         traffic = (Collective("all_reduce", s.whole),)
     return Operation(
         "embedded", (), s.stretch, extra=s.tokens * (INT64 + BOOL) if split else 0,
-        scratch=_copies_of_rows(s) * s.whole, backward_scratch=2 * s.whole if split else 0, weight=weight,
+        scratch=_copies_of_rows(s) * s.whole + s.summing, backward_scratch=2 * s.whole if split else 0,
+        weight=weight,
         forward_traffic=traffic, backward_traffic=backward,
         forward_bytes=2 * s.whole * (1 + _copies_of_rows(s)), backward_bytes=2 * s.whole + weight,
         kernels=6 if split else 1,
@@ -148,7 +149,7 @@ def _frozen_lookup(s: Sizes) -> Operation:
     kind: CollectiveKind = s.scatters if s.sequence_parallel else "all_reduce"
     split = s.tensor > 1
     return Operation(
-        "embedded", (), s.stretch, scratch=_copies_of_rows(s) * s.whole,
+        "embedded", (), s.stretch, scratch=_copies_of_rows(s) * s.whole + s.summing,
         forward_traffic=(Collective(kind, s.whole),) if split else (),
         forward_bytes=2 * s.whole * (1 + _copies_of_rows(s)), kernels=6 if split else 1,
     )  # fmt: skip

@@ -88,7 +88,7 @@ def _products(s: Sizes, x: str) -> list[Operation]:
     return [
         Operation(
             "rows", (x,), whole, extra=2 * rows * INT64,
-            scratch=2 * s.whole if is_split else 0, backward_scratch=whole + s.whole,
+            scratch=2 * s.whole if is_split else 0, backward_scratch=whole + s.whole + s.summing,
             forward_traffic=entered[:1] if is_split else (),
             backward_traffic=entered[1:] if is_split else reduced,
             forward_bytes=2 * whole, backward_bytes=3 * whole, kernels=6,
@@ -170,7 +170,7 @@ def _leave(s: Sizes, name: str) -> Operation:
     split, is_scattered = s.tensor > 1, s.sequence_parallel
     kind: CollectiveKind = s.scatters if is_scattered else "all_reduce"
     return Operation(
-        name, ("collected",), s.stretch, scratch=s.scattering,
+        name, ("collected",), s.stretch, scratch=s.scattering + s.summing,
         backward_scratch=s.laid_out, gradients=(s.whole,),
         forward_traffic=(Collective(kind, s.whole),) if split else (),
         backward_traffic=(Collective("all_gather", s.whole),) if is_scattered else (),

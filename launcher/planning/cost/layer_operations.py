@@ -50,7 +50,7 @@ def column(s: Sizes, name: str, x: str, outputs: int, *, has_bias: bool) -> Oper
         # No product for the weight's gradient: nothing overlaps the collective, and the input is not kept.
         return Operation(
             name, (x,), size, scratch=scratch,
-            backward_scratch=s.whole + (s.scattering if s.sequence_parallel else s.summing) if split else 0,
+            backward_scratch=s.whole + s.scattering + s.summing if split else 0,
             forward_matmuls=(product,), backward_matmuls=(Matmul(s.tokens, h, outputs),),
             forward_traffic=traffic, backward_traffic=(overlapped,) if split else (),
         )  # fmt: skip
@@ -76,7 +76,7 @@ def row(s: Sizes, name: str, x: str, inputs: int, *, has_bias: bool) -> Operatio
     return Operation(
         name, (x,), s.stretch, saves=(x,) if trains else (),
         # Partial sums and their copy ordered by rank. Without sequence parallelism they are summed in place.
-        scratch=(s.whole if copies else 0) + (s.scattering if s.sequence_parallel else s.summing),
+        scratch=(s.whole if copies else 0) + s.scattering + s.summing,
         backward_scratch=s.whole if s.sequence_parallel else 0,
         backward_entry=s.whole + s.laid_out if s.sequence_parallel else 0,
         weight=h * inputs * s.element * trains,

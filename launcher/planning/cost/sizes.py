@@ -201,7 +201,8 @@ class Sizes:
     @property
     def summing(self) -> int:
         """Bytes of an all-reduce of (B, T, H) beside its tensor: see parallel/all_reduce.py."""
-        return self.whole if self.device == "cpu" and self.tensor == 2 else 0
+        sums = self.device == "cpu" and self.tensor == 2 and not self.sequence_parallel
+        return self.whole if sums else 0
 
     @property
     def scatters(self) -> CollectiveKind:
