@@ -28,15 +28,17 @@ MANY = 8  # micro-batches of a step
 
 @dataclass(frozen=True)
 class Trial:
-    """A short run of `ranks` processes: each alone or, for ZeRO-3, in one data-parallel world."""
+    """A short run of `ranks` processes: each alone, or in one world for ZeRO-3 and for pipelines."""
 
     run: RunConfig
     layout: Layout
     ranks: int
 
     @classmethod
-    def of(cls, hidden: int, length: int, batches: int, *, ranks: int, zero_3: bool = False) -> "Trial":
-        data = ranks if zero_3 else 1
+    def of(
+        cls, hidden: int, length: int, batches: int, *, ranks: int, zero_3: bool = False, stages: int = 1
+    ) -> "Trial":
+        data = ranks // stages if zero_3 or stages > 1 else 1
         [job] = compose_jobs(
             "config",
             RunConfig,
@@ -52,7 +54,7 @@ class Trial:
                 *(["deepspeed.zero_optimization.stage3_param_persistence_threshold=0"] if zero_3 else []),
             ],
         )
-        return cls(job.config, Layout(1, data, 1, "cpu", batches, 3 if zero_3 else 0), ranks)
+        return cls(job.config, Layout(stages, data, 1, "cpu", batches, 3 if zero_3 else 0), ranks)
 
     def planned_time(self, measured: MeasuredRates) -> StepTime:
         alone = replace(measured, ranks=self.layout.world_size)
@@ -89,23 +91,39 @@ def _trials(ranks: int) -> list[Trial]:
     """Return the runs whose step times `_with_steps` takes, in its order."""
     trial = partial(Trial.of, ranks=ranks)
     sized = [trial(hidden, length, MANY // 4) for hidden, length in ((128, 96), (320, 160), (512, 256))]
-    return [trial(32, 16, 1), trial(32, 16, MANY), trial(32, 16, MANY, zero_3=True), *sized]
+    pipelines = [] if ranks % 2 else [trial(32, 16, 2 * MANY, stages=2)]
+    return [trial(32, 16, 1), trial(32, 16, MANY), trial(32, 16, MANY, zero_3=True), *sized, *pipelines]
 
 
 def _with_steps(measured: MeasuredRates, trials: list[Trial], seconds: list[float]) -> MeasuredRates:
     """Return `measured` with what the steps of the trials take beside the planned times of their parts."""
-    (one, small, partitioned, *sized), (single, many, with_zero_3, *times) = trials, seconds
-    planned = small.planned_time(measured).total - one.planned_time(measured).total
-    rates = replace(measured, micro_batch_s=_positive((many - single - planned) / (MANY - 1)))
-    rates = replace(rates, step_s=_positive(single - one.planned_time(rates).total))
-    scales = []
-    for trial, taken in zip(sized, times, strict=True):
-        time = trial.planned_time(rates)
-        computed = time.compute - MANY // 4 * rates.micro_batch_s
-        scales.append(Scale(trial.block_flops, rounded((taken - (time.total - computed)) / computed)))
-    extra = with_zero_3 - partitioned.planned_time(rates).total
-    blocks = MANY * small.run.model.num_layers
-    return replace(rates, scales=scales, zero_3_block_s=_positive(extra / blocks))
+    single, many, with_zero_3, *others = zip(trials, seconds, strict=True)
+    planned = many[0].planned_time(measured).total - single[0].planned_time(measured).total
+    rates = replace(measured, micro_batch_s=_positive((many[1] - single[1] - planned) / (MANY - 1)))
+    rates = replace(rates, step_s=_beside(rates, *single))
+    # Below 1 where the planned times of the parts alone exceed the step of so small a model.
+    share = many[1] / many[0].planned_time(rates).total
+    blocks = MANY * many[0].run.model.num_layers
+    pipelines = [other for other in others if other[0].layout.pipeline > 1]
+    return replace(
+        rates,
+        zero_3_block_s=rounded(_beside(rates, *with_zero_3, share) / blocks),
+        # The last stage waits for the first micro-batch, and so meets the overhead once more.
+        pipeline_batch_s=rounded(sum(_beside(rates, *one, share) for one in pipelines) / (2 * MANY + 1)),
+        scales=[_scale(rates, *other) for other in others if other not in pipelines],
+    )
+
+
+def _beside(rates: MeasuredRates, trial: Trial, taken: float, share: float = 1.0) -> float:
+    """Return what a step took beyond a share of its planned seconds."""
+    return _positive(taken - share * trial.planned_time(rates).total)
+
+
+def _scale(rates: MeasuredRates, trial: Trial, taken: float) -> Scale:
+    """Return the time of computation without the overhead of micro-batches, over its planned time."""
+    time = trial.planned_time(rates)
+    computed = time.compute - trial.layout.accumulation * rates.micro_batch_s
+    return Scale(trial.block_flops, rounded((taken - (time.total - computed)) / computed))
 
 
 def _positive(seconds: float) -> float:
@@ -118,12 +136,17 @@ def rounded(number: float) -> float:
 
 
 def step_seconds(trial: Trial, threads: int) -> float:
-    """Train on all ranks at once and return the median time of a step on rank 0."""
+    """Train on all ranks at once and return the median time of a step on its slowest rank.
+
+    Ranks of one world wait for the slowest in each step; a median of rank 0 alone is faster.
+    """
     with scratch_directory() as folder:
         target = partial(_rank, trial=trial, threads=threads, folder=folder)
         start_method = start_method_for(trial.layout.device)
         run_local_ranks(target, trial.ranks, log_dir=folder / "logs", start_method=start_method)
-        return float(json.loads((folder / "0.json").read_text()))
+        by_rank = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(trial.ranks)]
+    slowest: list[float] = [max(times) for times in zip(*by_rank, strict=True)]
+    return median(slowest)
 
 
 def _rank(rank: int, *, trial: Trial, threads: int, folder: Path) -> None:
@@ -159,5 +182,5 @@ def _rank(rank: int, *, trial: Trial, threads: int, folder: Path) -> None:
             result = engine.train_batch([tokens] * layout.accumulation)
             float(result.loss)  # waits for the device
             times.append(time.perf_counter() - started)
-        (folder / f"{rank}.json").write_text(json.dumps(median(times[WARM_UP:])))
+        (folder / f"{rank}.json").write_text(json.dumps(times[WARM_UP:]))
         leave()

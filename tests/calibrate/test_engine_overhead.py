@@ -1,14 +1,17 @@
 """Overheads of a step are computed from step times of small runs: medians over interleaved rounds."""
 
+import json
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from launcher.calibrate import engine_overhead
-from launcher.calibrate.engine_overhead import Trial, with_engine
+from launcher.calibrate.engine_overhead import Trial, step_seconds, with_engine
 from launcher.config.schema import MeasuredCollective, MeasuredProducts, MeasuredRates, Point, Scale
 
-STEP, MICRO_BATCH, BLOCK_OF_ZERO_3, FACTOR = 3e-3, 1e-3, 5e-4, 1.25
+STEP, MICRO_BATCH, BLOCK_OF_ZERO_3, STAGE, FACTOR = 3e-3, 1e-3, 5e-4, 2e-3, 1.25
 
 
 def rates_of(ranks: int) -> MeasuredRates:
@@ -39,13 +42,14 @@ class Machine:
             step_s=STEP,
             micro_batch_s=MICRO_BATCH,
             zero_3_block_s=BLOCK_OF_ZERO_3,
+            pipeline_batch_s=STAGE,
             scales=[Scale(trial.block_flops, FACTOR)] if sized else [],
         )
         slow = 10 if len(self.taken) - 1 in self.slow_calls else 1
         return slow * trial.planned_time(rates).total
 
 
-@pytest.mark.parametrize("slow_calls", [range(0), range(6), range(6, 12), range(14, 20)])
+@pytest.mark.parametrize("slow_calls", [range(0), range(6), range(6, 13), range(15, 22)])
 def test_overheads_of_a_known_machine_are_found(slow_calls: range, monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine(slow_calls)
     monkeypatch.setattr(engine_overhead, "step_seconds", machine.step_seconds)
@@ -53,6 +57,7 @@ def test_overheads_of_a_known_machine_are_found(slow_calls: range, monkeypatch: 
         assert found.step_s == pytest.approx(STEP, rel=0.01)
         assert found.micro_batch_s == pytest.approx(MICRO_BATCH, rel=0.01)
         assert found.zero_3_block_s == pytest.approx(BLOCK_OF_ZERO_3, rel=0.01)
+        assert found.pipeline_batch_s == pytest.approx(STAGE if found.ranks > 1 else 0, rel=0.01)
         assert [scale.factor for scale in found.scales] == pytest.approx([FACTOR] * 3, rel=0.01)
 
 
@@ -60,5 +65,31 @@ def test_each_round_has_all_numbers_of_ranks(monkeypatch: pytest.MonkeyPatch) ->
     machine = Machine()
     monkeypatch.setattr(engine_overhead, "step_seconds", machine.step_seconds)
     with_engine([rates_of(1), rates_of(2)], cores=2, rounds=2)
-    runs = len(machine.taken) // 4
-    assert machine.taken == ([1] * runs + [2] * runs) * 2
+    assert machine.taken == ([1] * 6 + [2] * 7) * 2  # a pipeline needs two ranks
+
+
+def test_overheads_are_found_where_the_parts_are_planned_too_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    def step_seconds(trial: Trial, threads: int) -> float:
+        overheads = replace(rates_of(2), zero_3_block_s=BLOCK_OF_ZERO_3, pipeline_batch_s=STAGE)
+        return 0.7 * trial.planned_time(overheads).total
+
+    monkeypatch.setattr(engine_overhead, "step_seconds", step_seconds)
+    [found] = with_engine([rates_of(2)], cores=2, rounds=1)
+    assert (found.step_s, found.micro_batch_s) == (0, 0)
+    assert found.zero_3_block_s == pytest.approx(0.7 * BLOCK_OF_ZERO_3, rel=0.01)
+    assert found.pipeline_batch_s == pytest.approx(0.7 * STAGE, rel=0.01)
+
+
+def test_a_step_takes_as_long_as_its_slowest_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = {0: [1.0, 1.0, 5.0, 1.0], 1: [2.0, 3.0, 1.0, 2.0]}
+
+    def train(rank: int, *, trial: Trial, threads: int, folder: Path) -> None:
+        (folder / f"{rank}.json").write_text(json.dumps(times[rank]))
+
+    def run_local_ranks(target: Callable[[int], None], count: int, **_: object) -> None:
+        for rank in range(count):
+            target(rank)
+
+    monkeypatch.setattr(engine_overhead, "_rank", train)
+    monkeypatch.setattr(engine_overhead, "run_local_ranks", run_local_ranks)
+    assert step_seconds(Trial.of(32, 16, 1, ranks=2), threads=1) == 2.5  # of 2, 3, 5 and 2

@@ -24,6 +24,7 @@ class CalibratedRates:
     step_s: float
     micro_batch_s: float
     zero_3_block_s: float
+    pipeline_batch_s: float
     scales: RateCurve
     collectives: tuple[tuple[str, int, RateCurve], ...]
     crowding: float  # ranks per core, 1 with a core for each rank
@@ -114,6 +115,7 @@ def calibrated(hardware: HardwareConfig, dtype: Dtype, world: int) -> Calibrated
         step_s=computing.step_s,
         micro_batch_s=computing.micro_batch_s,
         zero_3_block_s=computing.zero_3_block_s,
+        pipeline_batch_s=computing.pipeline_batch_s,
         scales=tuple(sorted((scale.flops, scale.factor) for scale in computing.scales)),
         collectives=_collectives(measured, communicating),
         crowding=world / at_once,

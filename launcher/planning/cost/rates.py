@@ -92,6 +92,7 @@ class Rates:
     micro_batch_s: float = 0.0
     tensor_step_s: float = 0.0
     zero_3_block_s: float = 0.0
+    pipeline_batch_s: float = 0.0
 
     @property
     def overlaps(self) -> bool:

@@ -1,7 +1,7 @@
 """Time of a step: computation, communication that is not hidden, the bubble, the optimizer. Pure."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
@@ -69,6 +69,7 @@ def step_time(
     times = part_times(sizes, rates, PassGroups(groups["tensor"], groups["context"]), groups["expert"])
     send = 0.0
     if layout.pipeline > 1:
+        times = replace(times, overhead=times.overhead + rates.pipeline_batch_s)
         send = rates.collective(Collective("send", sizes.stretch), groups["pipeline"])
     by_kind = {
         kind: [stage_time(times, chunk, send) for chunk in rank.chunks] for kind, rank in kinds.items()
@@ -84,8 +85,9 @@ def step_time(
     if not rates.overlaps and layout.zero_stage == 3:
         compute += rank.blocks * batches * rates.zero_3_block_s
     pipeline = sum(stage.sending for stage in stages) * batches
-    # Ranks that share a processor take turns, partly in time that would be idle otherwise.
-    taking_turns = compute * (rates.crowding - 1)
+    # Ranks that share a processor take turns. A short stage leaves its processor to the others.
+    mean_stage = sum(busy) / len(busy)
+    taking_turns = compute * max(0.0, rates.crowding * mean_stage / max(busy) - 1)
     update = rates.crowding * max(optimizer_seconds(run, layout, other, rates) for other in kinds.values())
     host = _host(layout, rank, rates, work.host)
     of_experts = max(_expert_data(run, layout, other, rates, groups) for other in kinds.values())
@@ -100,7 +102,7 @@ def step_time(
         pipeline=pipeline,
         expert=work.exchanging,
         expert_data=of_experts,
-        bubble=max(0.0, _bubble(layout, busy, by_rank) - taking_turns),
+        bubble=_bubble(layout, busy, by_rank, rates.crowding),
         optimizer=rates.step_s + update,
         tensor_hidden=work.hidden,
         context_hidden=work.context_hidden,
@@ -126,13 +128,18 @@ def _host(layout: Layout, rank: Rank, rates: AnyRates, starting: float) -> float
     return host if rates.overlaps else 0.0
 
 
-def _bubble(layout: Layout, busy: Sequence[float], by_rank: Sequence[Sequence[StageTime]]) -> float:
+def _bubble(
+    layout: Layout, busy: Sequence[float], by_rank: Sequence[Sequence[StageTime]], crowding: float
+) -> float:
     """Return idle seconds. 1F1B waits for every other stage once: (p-1)/m of a step with equal stages
     (arXiv 2104.04473, section 2.2). DualPipeV, without its split of the backward pass, waits as long as
-    pipeline_schedule.py simulates for equal stages.
+    pipeline_schedule.py simulates for equal stages. Stages that share c processors fill and drain like a
+    pipeline of c stages: a simulation of 1F1B with m >= c gives (c-1) mean stages.
     """
     if layout.pipeline == 1:
         return 0.0
+    if crowding > 1:
+        return max(0.0, layout.pipeline / crowding - 1) * sum(busy) / len(busy)
     if layout.stages_per_rank == 1:
         return sum(busy) - max(busy)
     stages = [stage for stages in by_rank for stage in stages]
