@@ -100,23 +100,30 @@ def _with_steps(measured: MeasuredRates, trials: list[Trial], seconds: list[floa
     single, many, with_zero_3, *others = zip(trials, seconds, strict=True)
     planned = many[0].planned_time(measured).total - single[0].planned_time(measured).total
     rates = replace(measured, micro_batch_s=_positive((many[1] - single[1] - planned) / (MANY - 1)))
-    rates = replace(rates, step_s=_beside(rates, *single))
-    # Below 1 where the planned times of the parts alone exceed the step of so small a model.
-    share = many[1] / many[0].planned_time(rates).total
+    rates = replace(rates, step_s=_positive(single[1] - single[0].planned_time(rates).total))
+    # The factor is below 1 if the parts of this small model are planned slower than its measured step.
+    time = many[0].planned_time(rates)
+    factor = (many[1] - (time.total - time.compute)) / time.compute
+    sized = [(trial, taken) for trial, taken in others if trial.layout.pipeline == 1]
+    of_stages = [
+        # The bubble of two stages is a micro-batch of the other stage, so a step has its overhead once more.
+        _unplanned(rates, trial, taken, factor) / (trial.layout.accumulation + 1)
+        for trial, taken in others[len(sized) :]
+    ]
     blocks = MANY * many[0].run.model.num_layers
-    pipelines = [other for other in others if other[0].layout.pipeline > 1]
     return replace(
         rates,
-        zero_3_block_s=rounded(_beside(rates, *with_zero_3, share) / blocks),
-        # The last stage waits for the first micro-batch, and so meets the overhead once more.
-        pipeline_batch_s=rounded(sum(_beside(rates, *one, share) for one in pipelines) / (2 * MANY + 1)),
-        scales=[_scale(rates, *other) for other in others if other not in pipelines],
+        zero_3_block_s=rounded(_unplanned(rates, *with_zero_3, factor) / blocks),
+        pipeline_batch_s=rounded(sum(of_stages)),
+        scales=[_scale(rates, trial, taken) for trial, taken in sized],
     )
 
 
-def _beside(rates: MeasuredRates, trial: Trial, taken: float, share: float = 1.0) -> float:
-    """Return what a step took beyond a share of its planned seconds."""
-    return _positive(taken - share * trial.planned_time(rates).total)
+def _unplanned(rates: MeasuredRates, trial: Trial, taken: float, factor: float) -> float:
+    """Return the seconds of a step beside its planned parts, of which computation takes `factor` times."""
+    time = trial.planned_time(rates)
+    computing = time.compute + time.bubble
+    return max(0.0, taken - (time.total - computing) - factor * computing)
 
 
 def _scale(rates: MeasuredRates, trial: Trial, taken: float) -> Scale:

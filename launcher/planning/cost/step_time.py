@@ -85,9 +85,7 @@ def step_time(
     if not rates.overlaps and layout.zero_stage == 3:
         compute += rank.blocks * batches * rates.zero_3_block_s
     pipeline = sum(stage.sending for stage in stages) * batches
-    # Ranks that share a processor take turns. A short stage leaves its processor to the others.
-    mean_stage = sum(busy) / len(busy)
-    taking_turns = compute * max(0.0, rates.crowding * mean_stage / max(busy) - 1)
+    taking_turns = compute * _turns(by_rank, slowest, rates.crowding)
     update = rates.crowding * max(optimizer_seconds(run, layout, other, rates) for other in kinds.values())
     host = _host(layout, rank, rates, work.host)
     of_experts = max(_expert_data(run, layout, other, rates, groups) for other in kinds.values())
@@ -128,24 +126,37 @@ def _host(layout: Layout, rank: Rank, rates: AnyRates, starting: float) -> float
     return host if rates.overlaps else 0.0
 
 
+def _turns(by_rank: Sequence[Sequence[StageTime]], slowest: int, crowding: float) -> float:
+    """Return the turns of other ranks on the processor of the slowest, in units of its computation.
+
+    A rank with short stages leaves its processor to the others.
+    """
+    computing = [sum(stage.both.compute for stage in stages) for stages in by_rank]
+    return max(0.0, crowding * sum(computing) / len(computing) / computing[slowest] - 1)
+
+
 def _bubble(
     layout: Layout, busy: Sequence[float], by_rank: Sequence[Sequence[StageTime]], crowding: float
 ) -> float:
     """Return idle seconds. 1F1B waits for every other stage once: (p-1)/m of a step with equal stages
     (arXiv 2104.04473, section 2.2). DualPipeV, without its split of the backward pass, waits as long as
-    pipeline_schedule.py simulates for equal stages. Stages that share c processors fill and drain like a
-    pipeline of c stages: a simulation of 1F1B with m >= c gives (c-1) mean stages.
+    pipeline_schedule.py simulates for equal stages. If ranks share processors, c for each pipeline, it idles
+    like a pipeline of c ranks: tests/planning/test_shared_processors.py simulates the sharing.
     """
     if layout.pipeline == 1:
         return 0.0
-    if crowding > 1:
-        return max(0.0, layout.pipeline / crowding - 1) * sum(busy) / len(busy)
+    processors = max(1.0, layout.pipeline / crowding)
     if layout.stages_per_rank == 1:
-        return sum(busy) - max(busy)
+        if crowding == 1:
+            return sum(busy) - max(busy)
+        # Fewer micro-batches than processors do not fill them.
+        unfilled = layout.pipeline - 1 - layout.accumulation * (crowding - 1)
+        return max(processors - 1, unfilled) * sum(busy) / len(busy)
     stages = [stage for stages in by_rank for stage in stages]
     forward = sum(stage.forward.total for stage in stages) / len(stages)
     backward = sum(stage.backward.total for stage in stages) / len(stages)
-    return 2 * (layout.pipeline - 1) * max(forward, backward) - min(forward, max(0.0, backward - forward))
+    filling = 2 * (processors - 1) * max(forward, backward)
+    return max(0.0, filling - min(forward, max(0.0, backward - forward)))
 
 
 def stage_time(times: PartTimes, chunk: Chunk, send: float) -> StageTime:

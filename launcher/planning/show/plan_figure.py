@@ -85,6 +85,19 @@ def _draw_memory(plan: Plan, axes: Any) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def _caption(plan: Plan, batches: int) -> str:
+    caption = f"seconds; white is the bubble: {plan.bubble:.1%} of the step"
+    if batches < plan.layout.accumulation:
+        caption = (
+            f"seconds of a step of {batches} micro-batches; the planned step has {plan.layout.accumulation}, "
+            f"and its bubble is {plan.bubble:.1%}"
+        )
+    hardware = plan.run.hardware
+    if hardware.measured and hardware.cores and plan.layout.world_size > hardware.cores:
+        caption += "\ndrawn as if each rank had a core of its own"
+    return caption
+
+
 def _draw_timeline(plan: Plan, axes: Any) -> None:
     from matplotlib.patches import Patch
 
@@ -114,13 +127,7 @@ def _draw_timeline(plan: Plan, axes: Any) -> None:
     axes.set_yticks([rank for rank in range(layout.pipeline) if layout.pipeline <= 32 or rank % 4 == 0])
     axes.invert_yaxis()
     axes.set_xlim(0, max(event.end for event in events))
-    caption = f"seconds; white is the bubble: {plan.bubble:.1%} of the step"
-    if batches < layout.accumulation:
-        caption = (
-            f"seconds of a step of {batches} micro-batches; the planned step has {layout.accumulation}, "
-            f"and its bubble is {plan.bubble:.1%}"
-        )
-    axes.set_xlabel(caption)
+    axes.set_xlabel(_caption(plan, batches))
     patches = [Patch(color=FORWARD, label="forward"), Patch(color=BACKWARD, label="backward")]
     axes.legend(handles=patches, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
