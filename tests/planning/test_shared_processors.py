@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,7 @@ from launcher.config.world import World
 from launcher.planning.cost.pipeline_schedule import order
 from launcher.planning.cost.run_plan import Plan, make_plan
 from launcher.planning.cost.step_time import StageTime
+from launcher.planning.show.plan_figure import draw_plan
 from tests.calibrate.test_engine_overhead import rates_of
 from tests.config.composing import run_of
 
@@ -102,3 +104,11 @@ def test_a_plan_takes_as_long_as_the_simulation(
     simulated = Pipeline(plan, cores).seconds()
     within = (0.6 if overrides else 0.35) * stage  # DualPipeV's formula is the less exact one
     assert time.compute + time.bubble == pytest.approx(simulated, abs=within)
+
+
+def test_the_figure_says_that_its_ranks_do_not_share_processors(tmp_path: Path) -> None:
+    said = "if each rank had a core of its own; on 2 cores the bubble is"
+    for cores in (2, 4):
+        picture = tmp_path / f"{cores}.svg"
+        draw_plan(planned(4, cores, 8, 8), picture)
+        assert (said in picture.read_text()) == (cores == 2)

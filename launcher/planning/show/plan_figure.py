@@ -9,7 +9,7 @@ from launcher.config.paths import with_a_name
 from launcher.planning.choose.limits import MEMORY_CLASSES, parts_of, settings_in_words
 from launcher.planning.cost.pipeline_schedule import simulate
 from launcher.planning.cost.run_plan import Plan
-from launcher.text import count
+from launcher.text import count, plural
 
 FORMATS = (".png", ".svg", ".pdf")
 _IN_ORDER = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#bbbbbb")
@@ -86,16 +86,16 @@ def _draw_memory(plan: Plan, axes: Any) -> None:
 
 
 def _caption(plan: Plan, batches: int) -> str:
-    caption = f"seconds; white is the bubble: {plan.bubble:.1%} of the step"
-    if batches < plan.layout.accumulation:
-        caption = (
-            f"seconds of a step of {batches} micro-batches; the planned step has {plan.layout.accumulation}, "
-            f"and its bubble is {plan.bubble:.1%}"
-        )
-    hardware = plan.run.hardware
+    hardware, micro_batches = plan.run.hardware, plan.layout.accumulation
     if hardware.measured and hardware.cores and plan.layout.world_size > hardware.cores:
-        caption += "\ndrawn as if each rank had a core of its own"
-    return caption
+        bubble = f"on {plural(hardware.cores, 'core')} the bubble is {plan.bubble:.1%} of the planned step"
+        return f"seconds of {batches} micro-batches if each rank had a core of its own; {bubble}"
+    if batches == micro_batches:
+        return f"seconds; white is the bubble: {plan.bubble:.1%} of the step"
+    return (
+        f"seconds of a step of {batches} micro-batches; the planned step has {micro_batches}, "
+        f"and its bubble is {plan.bubble:.1%}"
+    )
 
 
 def _draw_timeline(plan: Plan, axes: Any) -> None:
