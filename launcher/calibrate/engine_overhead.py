@@ -97,26 +97,24 @@ def _trials(ranks: int) -> list[Trial]:
 
 def _with_steps(measured: MeasuredRates, trials: list[Trial], seconds: list[float]) -> MeasuredRates:
     """Return `measured` with what the steps of the trials take beside the planned times of their parts."""
-    single, many, with_zero_3, *others = zip(trials, seconds, strict=True)
-    planned = many[0].planned_time(measured).total - single[0].planned_time(measured).total
-    rates = replace(measured, micro_batch_s=_positive((many[1] - single[1] - planned) / (MANY - 1)))
-    rates = replace(rates, step_s=_positive(single[1] - single[0].planned_time(rates).total))
+    (one, small, partitioned, *others), (single, many, with_zero_3, *times) = trials, seconds
+    planned = small.planned_time(measured).total - one.planned_time(measured).total
+    rates = replace(measured, micro_batch_s=_positive((many - single - planned) / (MANY - 1)))
+    rates = replace(rates, step_s=_positive(single - one.planned_time(rates).total))
     # The factor is below 1 if the parts of this small model are planned slower than its measured step.
-    time = many[0].planned_time(rates)
-    factor = (many[1] - (time.total - time.compute)) / time.compute
-    sized = [(trial, taken) for trial, taken in others if trial.layout.pipeline == 1]
-    of_stages = [
+    time = small.planned_time(rates)
+    factor = (many - (time.total - time.compute)) / time.compute
+    scales, pipeline_batch_s = [], 0.0
+    for trial, taken in zip(others, times, strict=True):
+        if trial.layout.pipeline == 1:
+            scales.append(_scale(rates, trial, taken))
+            continue
         # The bubble of two stages is a micro-batch of the other stage, so a step has its overhead once more.
-        _unplanned(rates, trial, taken, factor) / (trial.layout.accumulation + 1)
-        for trial, taken in others[len(sized) :]
-    ]
-    blocks = MANY * many[0].run.model.num_layers
-    return replace(
-        rates,
-        zero_3_block_s=rounded(_unplanned(rates, *with_zero_3, factor) / blocks),
-        pipeline_batch_s=rounded(sum(of_stages)),
-        scales=[_scale(rates, trial, taken) for trial, taken in sized],
-    )
+        met = trial.layout.accumulation + 1
+        pipeline_batch_s = rounded(_unplanned(rates, trial, taken, factor) / met)
+    blocks = MANY * small.run.model.num_layers
+    zero_3_block_s = rounded(_unplanned(rates, partitioned, with_zero_3, factor) / blocks)
+    return replace(rates, scales=scales, zero_3_block_s=zero_3_block_s, pipeline_batch_s=pipeline_batch_s)
 
 
 def _unplanned(rates: MeasuredRates, trial: Trial, taken: float, factor: float) -> float:

@@ -59,7 +59,7 @@ def test_what_is_written_is_a_hardware_config(folder: Path) -> None:
         rates = [point["per_s"] for dtype in ("fp32", "bf16") for point in one["products"][dtype]]
         rates += [point["per_s"] for point in one["elementwise"]] + [one["stream"]]
         assert min(rates) > 1e6
-        assert one["operation_s"] > 0
+        assert min(one["operation_s"], one["step_s"]) > 0
         assert [0.3 < scale["factor"] < 5 for scale in one["scales"]] == [True] * 3
     kinds = {(one["kind"], one["ranks"]) for one in found["measured"][1]["collectives"]}
     assert kinds == {(kind, 2) for kind in KINDS}

@@ -7,6 +7,7 @@ from launcher.config.errors import ConfigError
 from launcher.config.output_files import FIGURE_TITLE, check_overwrites_no_picture
 from launcher.config.paths import with_a_name
 from launcher.planning.choose.limits import MEMORY_CLASSES, parts_of, settings_in_words
+from launcher.planning.cost.measured_rates import rates_of
 from launcher.planning.cost.pipeline_schedule import simulate
 from launcher.planning.cost.run_plan import Plan
 from launcher.text import count, plural
@@ -87,7 +88,9 @@ def _draw_memory(plan: Plan, axes: Any) -> None:
 
 def _caption(plan: Plan, batches: int) -> str:
     hardware, micro_batches = plan.run.hardware, plan.layout.accumulation
-    if hardware.measured and hardware.cores and plan.layout.world_size > hardware.cores:
+    rates = rates_of(hardware, plan.run.precision.dtype, plan.layout.world_size)
+    if rates is not None and rates.crowding > 1:
+        assert hardware.cores is not None  # otherwise each rank is planned with a core of its own
         bubble = f"on {plural(hardware.cores, 'core')} the bubble is {plan.bubble:.1%} of the planned step"
         return f"seconds of {batches} micro-batches if each rank had a core of its own; {bubble}"
     if batches == micro_batches:
