@@ -1,8 +1,9 @@
 """Compare planned and measured step times in twelve layouts of 1 to 4 ranks.
 
-`python -m benchmarks.calibration [FOLDER]` calibrates this machine, then trains in interleaved rounds for
-about ten minutes in all. Nothing is fitted to these runs. FOLDER keeps the hardware config and the runs
-(default: a temporary folder). Progress is printed on standard error.
+`python -m benchmarks.calibration [FOLDER]` calibrates this machine and trains in three rounds, for about ten
+minutes in all. Nothing is fitted to these runs. Each round calibrates again, because the speed of a shared
+machine changes within minutes; the table has the medians of the plans and of the steps. FOLDER keeps the
+hardware configs and the runs (default: a temporary folder). Progress is printed on standard error.
 """
 
 import json
@@ -48,19 +49,20 @@ LAYOUTS: dict[str, dict[str, int | str]] = {
 
 def main(folder: Path) -> None:
     started = time.monotonic()
-    launcher("calibrate", f"dir={folder}")
-    report("calibrated", started)
-    hardware = [f"--config-dir={folder}", "hardware=this_machine"]
-    runs = {name: [*hardware, *MODEL, *typed(sizes)] for name, sizes in LAYOUTS.items()}
-    taken: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(ROUNDS):
-        for name, overrides in runs.items():
-            directory = folder / "runs" / f"{name}-{number}"
+    taken: dict[str, list[float]] = {name: [] for name in LAYOUTS}
+    plans: dict[str, list[float]] = {name: [] for name in LAYOUTS}
+    for number in range(1, ROUNDS + 1):
+        config = folder / f"round-{number}"
+        launcher("calibrate", f"dir={config}", "rounds=1")
+        report(f"round {number} of {ROUNDS}: calibrated", started)
+        for name, sizes in LAYOUTS.items():
+            overrides = [f"--config-dir={config}", "hardware=this_machine", *MODEL, *typed(sizes)]
+            directory = config / "runs" / name
             launcher("train", *overrides, f'run.dir="{directory}"')
             taken[name] += step_times(directory)
-        report(f"round {number + 1} of {ROUNDS}", started)
-    found = {name: (planned(runs[name]), median(seconds)) for name, seconds in taken.items()}
-    print(table(found))
+            plans[name].append(planned(overrides))
+        report(f"round {number} of {ROUNDS}: trained", started)
+    print(table({name: (median(plans[name]), median(taken[name])) for name in LAYOUTS}))
 
 
 def report(stage: str, started: float) -> None:

@@ -28,7 +28,7 @@ MANY = 8  # micro-batches of a step
 
 @dataclass(frozen=True)
 class Trial:
-    """A short run of `ranks` processes: each alone, or in one world for ZeRO-3 and for pipelines."""
+    """A short run of `ranks` processes: each alone, or in one world where a strategy or `sizes` need it."""
 
     run: RunConfig
     layout: Layout
@@ -36,9 +36,11 @@ class Trial:
 
     @classmethod
     def of(
-        cls, hidden: int, length: int, batches: int, *, ranks: int, zero_3: bool = False, stages: int = 1
+        cls, hidden: int, length: int, batches: int, *, ranks: int, zero_3: bool = False, **sizes: int
     ) -> "Trial":
-        data = ranks // stages if zero_3 or stages > 1 else 1
+        """Return the trial of a small model; `sizes` are of parallelism: `pipeline`, `tensor`, ..."""
+        pipeline, tensor = (sizes.get(name, 1) for name in ("pipeline", "tensor"))
+        data = ranks // (pipeline * tensor) if zero_3 or sizes else 1
         [job] = compose_jobs(
             "config",
             RunConfig,
@@ -52,9 +54,10 @@ class Trial:
                 f"training.global_batch_size={MICRO_BATCH * batches * data}",
                 # At the default threshold such small weights would not be partitioned.
                 *(["deepspeed.zero_optimization.stage3_param_persistence_threshold=0"] if zero_3 else []),
+                *(f"parallelism.{name}={size}" for name, size in sizes.items()),
             ],
         )
-        return cls(job.config, Layout(stages, data, 1, "cpu", batches, 3 if zero_3 else 0), ranks)
+        return cls(job.config, Layout(pipeline, data, tensor, "cpu", batches, 3 if zero_3 else 0), ranks)
 
     def planned_time(self, measured: MeasuredRates) -> StepTime:
         alone = replace(measured, ranks=self.layout.world_size)
@@ -90,9 +93,14 @@ def with_engine(measured: Sequence[MeasuredRates], *, cores: int, rounds: int) -
 def _trials(ranks: int) -> list[Trial]:
     """Return the runs whose step times `_with_steps` takes, in its order."""
     trial = partial(Trial.of, ranks=ranks)
-    sized = [trial(hidden, length, MANY // 4) for hidden, length in ((128, 96), (320, 160), (512, 256))]
-    pipelines = [] if ranks % 2 else [trial(32, 16, 2 * MANY, stages=2)]
-    return [trial(32, 16, 1), trial(32, 16, MANY), trial(32, 16, MANY, zero_3=True), *sized, *pipelines]
+    first, *larger = (
+        trial(hidden, length, MANY // 4) for hidden, length in ((128, 96), (320, 160), (512, 256))
+    )
+    trials = [trial(32, 16, 1), trial(32, 16, MANY), trial(32, 16, MANY, zero_3=True), first, *larger]
+    if ranks % 2:
+        return trials
+    split = partial(trial, 128, 96, MANY // 4, tensor=2)
+    return [*trials, split(), split(sequence_parallel=True), trial(32, 16, 2 * MANY, pipeline=2)]
 
 
 def _with_steps(measured: MeasuredRates, trials: list[Trial], seconds: list[float]) -> MeasuredRates:
@@ -104,17 +112,32 @@ def _with_steps(measured: MeasuredRates, trials: list[Trial], seconds: list[floa
     # The factor is below 1 if the parts of this small model are planned slower than its measured step.
     time = small.planned_time(rates)
     factor = (many - (time.total - time.compute)) / time.compute
-    scales, pipeline_batch_s = [], 0.0
-    for trial, taken in zip(others, times, strict=True):
-        if trial.layout.pipeline == 1:
-            scales.append(_scale(rates, trial, taken))
-            continue
-        # The bubble of two stages is a micro-batch of the other stage, so a step has its overhead once more.
-        met = trial.layout.accumulation + 1
-        pipeline_batch_s = rounded(_unplanned(rates, trial, taken, factor) / met)
     blocks = MANY * small.run.model.num_layers
     zero_3_block_s = rounded(_unplanned(rates, partitioned, with_zero_3, factor) / blocks)
-    return replace(rates, scales=scales, zero_3_block_s=zero_3_block_s, pipeline_batch_s=pipeline_batch_s)
+    taken = list(zip(others, times, strict=True))
+    scales = [_scale(rates, *pair) for pair in taken if pair[0].layout.world_size == 1]
+    split = [pair for pair in taken if pair[0].layout.tensor > 1]
+    pass_collective_s = _late(replace(rates, scales=scales), split)
+    pipeline_batch_s = 0.0
+    for trial, step in taken:
+        if trial.layout.pipeline > 1:
+            # The bubble of two stages is a micro-batch of the other stage: its overhead comes once more.
+            met = trial.layout.accumulation + 1
+            pipeline_batch_s = rounded(_unplanned(rates, trial, step, factor) / met)
+    return replace(
+        rates,
+        scales=scales,
+        zero_3_block_s=zero_3_block_s,
+        pass_collective_s=pass_collective_s,
+        pipeline_batch_s=pipeline_batch_s,
+    )
+
+
+def _late(rates: MeasuredRates, split: Sequence[tuple[Trial, float]]) -> float:
+    """Return seconds per collective over tensor ranks that steps take beside their planned parts."""
+    later = replace(rates, pass_collective_s=1.0)
+    calls = sum(trial.planned_time(later).tensor - trial.planned_time(rates).tensor for trial, _ in split)
+    return rounded(sum(_unplanned(rates, *pair, 1.0) for pair in split) / calls) if split else 0.0
 
 
 def _unplanned(rates: MeasuredRates, trial: Trial, taken: float, factor: float) -> float:

@@ -374,6 +374,7 @@ class MeasuredRates:
     micro_batch_s: float = 0.0  # fixed seconds per micro-batch
     zero_3_block_s: float = 0.0  # fixed seconds per block and micro-batch under ZeRO-3
     pipeline_batch_s: float = 0.0  # further seconds per micro-batch in each stage of a pipeline
+    pass_collective_s: float = 0.0  # further seconds of a collective within a pass
     scales: list[Scale] = field(default_factory=list)  # by model size; empty: factor 1
     collectives: list[MeasuredCollective] = field(default_factory=list)
 

@@ -11,7 +11,7 @@ from launcher.calibrate import engine_overhead
 from launcher.calibrate.engine_overhead import Trial, step_seconds, with_engine
 from launcher.config.schema import MeasuredCollective, MeasuredProducts, MeasuredRates, Point, Scale
 
-STEP, MICRO_BATCH, BLOCK_OF_ZERO_3, STAGE, FACTOR = 3e-3, 1e-3, 5e-4, 2e-3, 1.25
+STEP, MICRO_BATCH, BLOCK_OF_ZERO_3, STAGE, LATE, FACTOR = 3e-3, 1e-3, 5e-4, 2e-3, 4e-4, 1.25
 
 
 def rates_of(ranks: int) -> MeasuredRates:
@@ -43,13 +43,14 @@ class Machine:
             micro_batch_s=MICRO_BATCH,
             zero_3_block_s=BLOCK_OF_ZERO_3,
             pipeline_batch_s=STAGE,
+            pass_collective_s=LATE,
             scales=[Scale(trial.block_flops, FACTOR)] if sized else [],
         )
         slow = 10 if len(self.taken) - 1 in self.slow_calls else 1
         return slow * trial.planned_time(rates).total
 
 
-@pytest.mark.parametrize("slow_calls", [range(0), range(6), range(6, 13), range(15, 22)])
+@pytest.mark.parametrize("slow_calls", [range(0), range(6), range(6, 15), range(17, 26)])
 def test_overheads_of_a_known_machine_are_found(slow_calls: range, monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine(slow_calls)
     monkeypatch.setattr(engine_overhead, "step_seconds", machine.step_seconds)
@@ -58,6 +59,7 @@ def test_overheads_of_a_known_machine_are_found(slow_calls: range, monkeypatch: 
         assert found.micro_batch_s == pytest.approx(MICRO_BATCH, rel=0.01)
         assert found.zero_3_block_s == pytest.approx(BLOCK_OF_ZERO_3, rel=0.01)
         assert found.pipeline_batch_s == pytest.approx(STAGE if found.ranks > 1 else 0, rel=0.01)
+        assert found.pass_collective_s == pytest.approx(LATE if found.ranks > 1 else 0, rel=0.01)
         assert [scale.factor for scale in found.scales] == pytest.approx([FACTOR] * 3, rel=0.01)
 
 
@@ -65,7 +67,7 @@ def test_each_round_has_all_numbers_of_ranks(monkeypatch: pytest.MonkeyPatch) ->
     machine = Machine()
     monkeypatch.setattr(engine_overhead, "step_seconds", machine.step_seconds)
     with_engine([rates_of(1), rates_of(2)], cores=2, rounds=2)
-    assert machine.taken == ([1] * 6 + [2] * 7) * 2  # a pipeline needs two ranks
+    assert machine.taken == ([1] * 6 + [2] * 9) * 2  # tensor parallelism and a pipeline need two ranks
 
 
 def test_overheads_are_found_where_the_parts_are_planned_too_slow(monkeypatch: pytest.MonkeyPatch) -> None:

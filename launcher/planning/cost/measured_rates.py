@@ -25,6 +25,7 @@ class CalibratedRates:
     micro_batch_s: float
     zero_3_block_s: float
     pipeline_batch_s: float
+    pass_collective_s: float
     scales: RateCurve
     collectives: tuple[tuple[str, int, RateCurve], ...]
     crowding: float  # ranks per core, 1 with a core for each rank
@@ -116,6 +117,8 @@ def calibrated(hardware: HardwareConfig, dtype: Dtype, world: int) -> Calibrated
         micro_batch_s=computing.micro_batch_s,
         zero_3_block_s=computing.zero_3_block_s,
         pipeline_batch_s=computing.pipeline_batch_s,
+        # A rank that shares a processor also waits for its turn.
+        pass_collective_s=computing.pass_collective_s * world / at_once,
         scales=tuple(sorted((scale.flops, scale.factor) for scale in computing.scales)),
         collectives=_collectives(measured, communicating),
         crowding=world / at_once,

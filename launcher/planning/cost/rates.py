@@ -93,6 +93,7 @@ class Rates:
     tensor_step_s: float = 0.0
     zero_3_block_s: float = 0.0
     pipeline_batch_s: float = 0.0
+    pass_collective_s: float = 0.0
 
     @property
     def overlaps(self) -> bool:
