@@ -21,9 +21,15 @@ from launcher.planning.cost.run_plan import make_plan
 from launcher.planning.cost.sizes import Sizes
 from launcher.planning.cost.step_time import StepTime
 
-WARM_UP, STEPS = 2, 6
+WARM_UP = 2  # steps
+LEAST, MOST, LEAST_S = (
+    6,
+    40,
+    2.0,
+)  # steps that are timed, and their seconds: a shared machine changes its speed
 MICRO_BATCH = 2
 MANY = 8  # micro-batches of a step
+SIZES = ((128, 96), (320, 160), (512, 256))  # hidden size and sequence length
 
 
 @dataclass(frozen=True)
@@ -36,28 +42,28 @@ class Trial:
 
     @classmethod
     def of(
-        cls, hidden: int, length: int, batches: int, *, ranks: int, zero_3: bool = False, **sizes: int
+        cls, hidden: int, length: int, batches: int, *, ranks: int, zero: int = 0, **sizes: int
     ) -> "Trial":
-        """Return the trial of a small model; `sizes` are of parallelism: `pipeline`, `tensor`, ..."""
+        """Return the trial of a small model; `sizes` are of parallelism: `pipeline`, `tensor`."""
         pipeline, tensor = (sizes.get(name, 1) for name in ("pipeline", "tensor"))
-        data = ranks // (pipeline * tensor) if zero_3 or sizes else 1
+        data = ranks // (pipeline * tensor) if zero or sizes else 1
         [job] = compose_jobs(
             "config",
             RunConfig,
             [
                 f"model.hidden_size={hidden}",
-                f"model.num_heads={max(2, hidden // 64)}",
+                f"model.num_heads={2 * max(1, hidden // 128)}",
                 f"model.ffn_hidden_size={4 * hidden}",
                 f"model.max_sequence_length={length}",
                 f"training.micro_batch_size={MICRO_BATCH}",
                 "hardware.device=cpu",
                 f"training.global_batch_size={MICRO_BATCH * batches * data}",
                 # At the default threshold such small weights would not be partitioned.
-                *(["deepspeed.zero_optimization.stage3_param_persistence_threshold=0"] if zero_3 else []),
+                "deepspeed.zero_optimization.stage3_param_persistence_threshold=0",
                 *(f"parallelism.{name}={size}" for name, size in sizes.items()),
             ],
         )
-        return cls(job.config, Layout(pipeline, data, tensor, "cpu", batches, 3 if zero_3 else 0), ranks)
+        return cls(job.config, Layout(pipeline, data, tensor, "cpu", batches, zero), ranks)
 
     def planned_time(self, measured: MeasuredRates) -> StepTime:
         alone = replace(measured, ranks=self.layout.world_size)
@@ -83,7 +89,9 @@ def with_engine(measured: Sequence[MeasuredRates], *, cores: int, rounds: int) -
         print(f"round {number + 1} of {rounds}: training small models", flush=True)
         for rates, of_ranks, found in zip(measured, trials, seconds, strict=True):
             for trial, times in zip(of_ranks, found, strict=True):
-                times.append(step_seconds(trial, threads=max(1, cores // rates.ranks)))
+                planned = trial.planned_time(rates).total
+                steps = min(MOST, max(LEAST, round(LEAST_S / planned)))
+                times.append(step_seconds(trial, threads=max(1, cores // rates.ranks), steps=steps))
     return [
         _with_steps(rates, of_ranks, [median(times) for times in found])
         for rates, of_ranks, found in zip(measured, trials, seconds, strict=True)
@@ -91,60 +99,49 @@ def with_engine(measured: Sequence[MeasuredRates], *, cores: int, rounds: int) -
 
 
 def _trials(ranks: int) -> list[Trial]:
-    """Return the runs whose step times `_with_steps` takes, in its order."""
+    """Return the runs whose step times `_with_steps` takes: the first two, then the others in any order."""
     trial = partial(Trial.of, ranks=ranks)
-    first, *larger = (
-        trial(hidden, length, MANY // 4) for hidden, length in ((128, 96), (320, 160), (512, 256))
-    )
-    trials = [trial(32, 16, 1), trial(32, 16, MANY), trial(32, 16, MANY, zero_3=True), first, *larger]
+    zero = [trial(128, 96, MANY // 2, zero=stage) for stage in (2, 3)]
+    sized = [trial(hidden, length, MANY // 4) for hidden, length in SIZES]
+    trials = [trial(32, 16, 1), trial(32, 16, MANY), *zero, *sized]
     if ranks % 2:
         return trials
-    split = partial(trial, 128, 96, MANY // 4, tensor=2)
-    return [*trials, split(), split(sequence_parallel=True), trial(32, 16, 2 * MANY, pipeline=2)]
+    split = [trial(hidden, length, MANY // 4, tensor=2) for hidden, length in SIZES]
+    return [*trials, *split, trial(32, 16, 2 * MANY, pipeline=2)]
 
 
 def _with_steps(measured: MeasuredRates, trials: list[Trial], seconds: list[float]) -> MeasuredRates:
     """Return `measured` with what the steps of the trials take beside the planned times of their parts."""
-    (one, small, partitioned, *others), (single, many, with_zero_3, *times) = trials, seconds
+    (one, small, *others), (single, many, *times) = trials, seconds
     planned = small.planned_time(measured).total - one.planned_time(measured).total
     rates = replace(measured, micro_batch_s=_positive((many - single - planned) / (MANY - 1)))
     rates = replace(rates, step_s=_positive(single - one.planned_time(rates).total))
-    # The factor is below 1 if the parts of this small model are planned slower than its measured step.
-    time = small.planned_time(rates)
-    factor = (many - (time.total - time.compute)) / time.compute
-    blocks = MANY * small.run.model.num_layers
-    zero_3_block_s = rounded(_unplanned(rates, partitioned, with_zero_3, factor) / blocks)
     taken = list(zip(others, times, strict=True))
-    scales = [_scale(rates, *pair) for pair in taken if pair[0].layout.world_size == 1]
-    split = [pair for pair in taken if pair[0].layout.tensor > 1]
-    pass_collective_s = _late(replace(rates, scales=scales), split)
-    pipeline_batch_s = 0.0
-    for trial, step in taken:
-        if trial.layout.pipeline > 1:
-            # The bubble of two stages is a micro-batch of the other stage: its overhead comes once more.
-            met = trial.layout.accumulation + 1
-            pipeline_batch_s = rounded(_unplanned(rates, trial, step, factor) / met)
-    return replace(
+    flat = [pair for pair in taken if pair[0].layout.pipeline == 1 and not pair[0].layout.zero_stage]
+    rates = replace(
         rates,
-        scales=scales,
-        zero_3_block_s=zero_3_block_s,
-        pass_collective_s=pass_collective_s,
-        pipeline_batch_s=pipeline_batch_s,
+        scales=[_scale(rates, *pair) for pair in flat if pair[0].layout.tensor == 1],
+        waiting_scales=[_scale(rates, *pair) for pair in flat if pair[0].layout.tensor > 1],
     )
+    for trial, step in taken:
+        layout = trial.layout
+        if layout.zero_stage:
+            blocks = layout.accumulation * trial.run.model.num_layers
+            further = rounded(_unplanned(rates, trial, step) / blocks)
+            is_2 = layout.zero_stage == 2
+            rates = replace(rates, zero_2_block_s=further) if is_2 else replace(rates, zero_3_block_s=further)
+        elif layout.pipeline > 1:
+            # The factor is below 1 if the parts of this small model are planned slower than its step.
+            factor = _scale(replace(rates, scales=[]), small, many)
+            # The bubble of two stages is a micro-batch of the other stage: its overhead comes once more.
+            further = _unplanned(replace(rates, scales=[factor]), trial, step) / (layout.accumulation + 1)
+            rates = replace(rates, pipeline_batch_s=rounded(further))
+    return rates
 
 
-def _late(rates: MeasuredRates, split: Sequence[tuple[Trial, float]]) -> float:
-    """Return seconds per collective over tensor ranks that steps take beside their planned parts."""
-    later = replace(rates, pass_collective_s=1.0)
-    calls = sum(trial.planned_time(later).tensor - trial.planned_time(rates).tensor for trial, _ in split)
-    return rounded(sum(_unplanned(rates, *pair, 1.0) for pair in split) / calls) if split else 0.0
-
-
-def _unplanned(rates: MeasuredRates, trial: Trial, taken: float, factor: float) -> float:
-    """Return the seconds of a step beside its planned parts, of which computation takes `factor` times."""
-    time = trial.planned_time(rates)
-    computing = time.compute + time.bubble
-    return max(0.0, taken - (time.total - computing) - factor * computing)
+def _unplanned(rates: MeasuredRates, trial: Trial, taken: float) -> float:
+    """Return the seconds of a step beside its planned parts."""
+    return max(0.0, taken - trial.planned_time(rates).total)
 
 
 def _scale(rates: MeasuredRates, trial: Trial, taken: float) -> Scale:
@@ -163,13 +160,13 @@ def rounded(number: float) -> float:
     return float(f"{number:.4g}")
 
 
-def step_seconds(trial: Trial, threads: int) -> float:
-    """Train on all ranks at once and return the median time of a step on its slowest rank.
+def step_seconds(trial: Trial, *, threads: int, steps: int) -> float:
+    """Train on all ranks at once and return the median time of the `steps` on their slowest rank.
 
     Ranks of one world wait for the slowest in each step; a median of rank 0 alone is faster.
     """
     with scratch_directory() as folder:
-        target = partial(_rank, trial=trial, threads=threads, folder=folder)
+        target = partial(_rank, trial=trial, threads=threads, steps=steps, folder=folder)
         start_method = start_method_for(trial.layout.device)
         run_local_ranks(target, trial.ranks, log_dir=folder / "logs", start_method=start_method)
         by_rank = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(trial.ranks)]
@@ -177,7 +174,7 @@ def step_seconds(trial: Trial, threads: int) -> float:
     return median(slowest)
 
 
-def _rank(rank: int, *, trial: Trial, threads: int, folder: Path) -> None:
+def _rank(rank: int, *, trial: Trial, threads: int, steps: int, folder: Path) -> None:
     from launcher.engine.distributed import join, leave, prepare_deepspeed
 
     run, layout = trial.run, trial.layout
@@ -203,7 +200,7 @@ def _rank(rank: int, *, trial: Trial, threads: int, folder: Path) -> None:
         engine = build_engine(run, layout, device)
         tokens = np.zeros((run.training.micro_batch_size, sequence_length(run) + 1), np.int64)
         times = []
-        for step in range(WARM_UP + STEPS):
+        for step in range(WARM_UP + steps):
             watchdog.at(f"step {step + 1}")
             engine.random.begin_step(step + 1)
             started = time.perf_counter()

@@ -19,7 +19,7 @@ from launcher.config.schema import Dtype
 from launcher.parallel.all_reduce import all_reduce_
 from launcher.parallel.dtypes import TORCH_DTYPES
 
-LEAST_S = 0.01  # of a probe, so that the resolution of the clock does not matter
+LEAST_S = 0.03  # of each run of calls: a shared machine changes its speed within milliseconds
 # (m, n, k) as in a transformer: tokens by widths; square products as in attention scores.
 PRODUCTS = [
     (32, 32, 32),
@@ -85,10 +85,11 @@ def products(dtype: str, device: torch.device) -> Iterator[tuple[float, float]]:
         yield flops, 3 * flops / seconds(three, device)
 
 
-def elementwise(device: torch.device) -> Iterator[tuple[float, float]]:
+def elementwise(device: torch.device, operation_s: float) -> Iterator[tuple[float, float]]:
     """Yield (bytes of a tensor, bytes/s) of a norm, a GELU and a residual, forward and backward.
 
-    Bytes are counted as a plan counts them: 7 tensors read and written forward, 9 backward.
+    Bytes and operations are counted as a plan counts them: 7 tensors read and written forward, 9 backward;
+    3 operations forward, 6 backward. Their fixed `operation_s`, which a plan adds, is not part of the rate.
     """
     for elements in ELEMENTS:
         shape = elements // MODEL_WIDTH, MODEL_WIDTH
@@ -102,8 +103,8 @@ def elementwise(device: torch.device) -> Iterator[tuple[float, float]]:
             (x + F.gelu(normed, approximate="tanh")).backward(gradient)
             x.grad = weight.grad = None
 
-        size = 4.0 * elements
-        yield size, 16 * size / seconds(block, device)
+        size, taken = 4.0 * elements, seconds(block, device)
+        yield size, 16 * size / max(taken - 9 * operation_s, taken / 2)
 
 
 def _copies(size: int) -> int:

@@ -85,12 +85,12 @@ def probe_results(rank: int, ranks: int, device: "torch.device", watchdog: Watch
         for point in probes.products(dtype, device):
             results["products"][dtype].append(point)
             watchdog.at(f"the probe of {dtype} products")
-    begin("the probe of elementwise operations")
-    results["elementwise"] = list(probes.elementwise(device))
-    begin("the probe of memory bandwidth")
-    results["stream"] = probes.stream(device)
     begin("the probe of single operations")
     results["operation_s"] = probes.operation(device)
+    begin("the probe of elementwise operations")
+    results["elementwise"] = list(probes.elementwise(device, results["operation_s"]))
+    begin("the probe of memory bandwidth")
+    results["stream"] = probes.stream(device)
     for size in (2**power for power in range(1, 11) if ranks % 2**power == 0):
         groups = [dist.new_group(list(range(first, first + size))) for first in range(0, ranks, size)]
         begin(f"the probe of collectives of {size} ranks")

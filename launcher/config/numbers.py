@@ -133,12 +133,14 @@ BOUNDS: dict[str, Bound] = {
     "hardware.measured[].operation_s": Bound(FROM_0, "0", **_SECONDS),
     "hardware.measured[].step_s": Bound(FROM_0, "0", **_SECONDS),
     "hardware.measured[].micro_batch_s": Bound(FROM_0, "0", **_SECONDS),
+    "hardware.measured[].zero_2_block_s": Bound(FROM_0, "0", **_SECONDS),
     "hardware.measured[].zero_3_block_s": Bound(FROM_0, "0", **_SECONDS),
     "hardware.measured[].pipeline_batch_s": Bound(FROM_0, "0", **_SECONDS),
-    "hardware.measured[].pass_collective_s": Bound(FROM_0, "0", **_SECONDS),
     "hardware.measured[].collectives[].ranks": Bound(COUNT, "2", _RANKS),
     "hardware.measured[].scales[].flops": Bound(ABOVE_0, "1e9", 1e30, least=1e-6),
     "hardware.measured[].scales[].factor": Bound(ABOVE_0, "1", 1e9, least=1e-9),
+    "hardware.measured[].waiting_scales[].flops": Bound(ABOVE_0, "1e9", 1e30, least=1e-6),
+    "hardware.measured[].waiting_scales[].factor": Bound(ABOVE_0, "1", 1e9, least=1e-9),
     **{
         f"hardware.measured[].{points}[].{field}": bound
         for points in _CURVES

@@ -372,10 +372,11 @@ class MeasuredRates:
     operation_s: float = MISSING  # fixed seconds per operation
     step_s: float = 0.0  # fixed seconds per step
     micro_batch_s: float = 0.0  # fixed seconds per micro-batch
-    zero_3_block_s: float = 0.0  # fixed seconds per block and micro-batch under ZeRO-3
+    zero_2_block_s: float = 0.0  # fixed seconds per block and micro-batch under ZeRO-2
+    zero_3_block_s: float = 0.0  # the same under ZeRO-3
     pipeline_batch_s: float = 0.0  # further seconds per micro-batch in each stage of a pipeline
-    pass_collective_s: float = 0.0  # further seconds of a collective within a pass
     scales: list[Scale] = field(default_factory=list)  # by model size; empty: factor 1
+    waiting_scales: list[Scale] = field(default_factory=list)  # where ranks wait for each other in a pass
     collectives: list[MeasuredCollective] = field(default_factory=list)
 
 

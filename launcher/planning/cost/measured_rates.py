@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import exp, log
 
-from launcher.config.schema import Dtype, HardwareConfig, MeasuredRates, Point
+from launcher.config.schema import Dtype, HardwareConfig, MeasuredRates, Point, Scale
 from launcher.planning.cost.operations import BYTES, Collective, FusedAttention, Matmul
 from launcher.planning.cost.rates import Rates, Shares, specified
 from launcher.planning.cost.traffic import GroupShape
@@ -23,10 +23,11 @@ class CalibratedRates:
     operation_s: float
     step_s: float
     micro_batch_s: float
+    zero_2_block_s: float
     zero_3_block_s: float
     pipeline_batch_s: float
-    pass_collective_s: float
     scales: RateCurve
+    waiting_scales: RateCurve
     collectives: tuple[tuple[str, int, RateCurve], ...]
     crowding: float  # ranks per core, 1 with a core for each rank
     element: int
@@ -64,12 +65,14 @@ class CalibratedRates:
         rate = interpolated(self.elementwise, max(size / kernels / 2, 1.0))
         return size / rate + kernels * self.operation_s
 
-    def scale(self, flops: float) -> float:
-        """Return the time of a model's passes over the sum of its operations, for blocks of `flops`."""
-        if not self.scales:
-            return 1.0
-        smallest, largest = self.scales[0][0], self.scales[-1][0]
-        return interpolated(self.scales, min(max(flops, smallest), largest))
+    def scale(self, flops: float, *, waits: bool) -> float:
+        """Return the time of a model's passes over the sum of its operations, for blocks of `flops`.
+
+        `waits`: ranks wait for each other within a pass, each time for the slowest. Ranks that share a
+        processor compute while others wait.
+        """
+        alone = _factor(self.scales, flops)
+        return max(alone, _factor(self.waiting_scales, flops)) if waits and self.crowding == 1 else alone
 
     def collective(self, collective: Collective, group: GroupShape) -> float:
         """Return seconds from measurements with this number of ranks, or the nearest number measured."""
@@ -115,11 +118,11 @@ def calibrated(hardware: HardwareConfig, dtype: Dtype, world: int) -> Calibrated
         operation_s=computing.operation_s * scale,
         step_s=computing.step_s,
         micro_batch_s=computing.micro_batch_s,
+        zero_2_block_s=computing.zero_2_block_s,
         zero_3_block_s=computing.zero_3_block_s,
         pipeline_batch_s=computing.pipeline_batch_s,
-        # A rank that shares a processor also waits for its turn.
-        pass_collective_s=computing.pass_collective_s * world / at_once,
-        scales=tuple(sorted((scale.flops, scale.factor) for scale in computing.scales)),
+        scales=_factors(computing.scales),
+        waiting_scales=_factors(computing.waiting_scales),
         collectives=_collectives(measured, communicating),
         crowding=world / at_once,
         element=BYTES[dtype],
@@ -141,6 +144,18 @@ def _collectives(
         for collective in rates.collectives:
             curves[collective.kind, collective.ranks] = _curve(collective.points)
     return tuple((kind, ranks, curve) for (kind, ranks), curve in sorted(curves.items()))
+
+
+def _factors(scales: Sequence[Scale]) -> RateCurve:
+    return tuple(sorted((scale.flops, scale.factor) for scale in scales))
+
+
+def _factor(factors: RateCurve, flops: float) -> float:
+    """Return the factor for blocks of `flops`, of the nearest size beyond the curve's ends; 1 if empty."""
+    if not factors:
+        return 1.0
+    smallest, largest = factors[0][0], factors[-1][0]
+    return interpolated(factors, min(max(flops, smallest), largest))
 
 
 def _curve(points: Sequence[Point], scale: float = 1.0) -> RateCurve:

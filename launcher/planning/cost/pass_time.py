@@ -47,12 +47,7 @@ def exchanging(
     seconds: PassTime, calls: Sequence[Collective], rates: AnyRates, expert: GroupShape
 ) -> PassTime:
     """Return the time of a pass with its collectives over the expert group."""
-    return replace(seconds, exchanging=sum(within_pass(call, rates, expert) for call in calls))
-
-
-def within_pass(call: Collective, rates: AnyRates, group: GroupShape) -> float:
-    """Return the seconds of a collective between computations, from which ranks arrive one after another."""
-    return rates.collective(call, group) + (rates.pass_collective_s if group.ranks > 1 else 0.0)
+    return replace(seconds, exchanging=sum(rates.collective(call, expert) for call in calls))
 
 
 @dataclass(frozen=True)
@@ -75,9 +70,13 @@ class PassGroups:
 
 
 @cache
-def part_times(sizes: Sizes, rates: AnyRates, groups: PassGroups, expert: GroupShape = ALONE) -> PartTimes:
+def part_times(
+    sizes: Sizes, rates: AnyRates, groups: PassGroups, expert: GroupShape = ALONE, *, gathers: bool = False
+) -> PartTimes:
+    """Return the times of the parts; `gathers`: ZeRO-3 gathers weights within a pass."""
     model = parts(sizes)
-    scale = rates.scale(model.block.flops)
+    waits = gathers or max(groups.tensor.ranks, groups.context.ranks, expert.ranks) > 1
+    scale = rates.scale(model.block.flops, waits=waits)
 
     def both(part: ModelPart) -> tuple[PassTime, PassTime]:
         # Only blocks are compiled, and their norms and activations are slow where they are not.
@@ -107,7 +106,7 @@ def forward_pass(
         is_compiled = compiled and not operation.is_eager
         compute += rates.pointwise(operation.forward_bytes, operation.kernels, compiled=is_compiled)
         waiting += sum(
-            within_pass(collective, rates, groups.tensor) for collective in operation.forward_traffic
+            rates.collective(collective, groups.tensor) for collective in operation.forward_traffic
         )
     host = sum(_starting(operation, rates, compiled=compiled) for operation in operations)
     return PassTime(compute, waiting, host=host, context=context, context_hidden=hidden)
@@ -134,8 +133,7 @@ def _context(
     computes with the last part: a share of 1 / ranks of the products hides nothing. In the backward pass the
     last gradients are sent after all products.
     """
-    late = rates.pass_collective_s if group.ranks > 1 else 0.0
-    each = [rates.passing_on(call, group) + late for call in calls]
+    each = [rates.passing_on(call, group) for call in calls]
     seconds = sum(each)
     if not (operation.hides_context and rates.overlaps):
         return seconds, 0.0
@@ -161,10 +159,10 @@ def backward_pass(part: ModelPart, rates: AnyRates, groups: PassGroups, *, compi
         is_compiled = compiled and not operation.is_eager
         compute += rates.pointwise(operation.backward_bytes, 2 * operation.kernels, compiled=is_compiled)
         waiting += sum(
-            within_pass(collective, rates, groups.tensor) for collective in operation.backward_traffic
+            rates.collective(collective, groups.tensor) for collective in operation.backward_traffic
         )
         for collective in operation.overlapped_traffic:
-            seconds = within_pass(collective, rates, groups.tensor)
+            seconds = rates.collective(collective, groups.tensor)
             beside = min(seconds, products[-1]) if rates.overlaps and products else 0.0
             waiting, hidden = waiting + seconds - beside, hidden + beside
     host = again.host + 2 * sum(_starting(operation, rates, compiled=compiled) for operation in part.program)

@@ -91,9 +91,9 @@ class Rates:
     step_s: float = 0.0
     micro_batch_s: float = 0.0
     tensor_step_s: float = 0.0
+    zero_2_block_s: float = 0.0
     zero_3_block_s: float = 0.0
     pipeline_batch_s: float = 0.0
-    pass_collective_s: float = 0.0
 
     @property
     def overlaps(self) -> bool:
@@ -144,7 +144,7 @@ class Rates:
         """Return seconds of the host to start operations. The device waits for it if they are short."""
         return kernels * self.shares.launch_s * (1 if compiled else self.shares.interpreted)
 
-    def scale(self, flops: float) -> float:
+    def scale(self, flops: float, *, waits: bool) -> float:
         """Return 1: a data sheet has no factor between a pass and the sum of its operations."""
         return 1.0
 

@@ -66,7 +66,9 @@ def step_time(
     """Return the time of the slowest pipeline rank, with its waits for the other ranks."""
     kinds = {rank.kind: rank for rank in reversed(ranks)}
     sizes = Sizes.of(run, layout.device)
-    times = part_times(sizes, rates, PassGroups(groups["tensor"], groups["context"]), groups["expert"])
+    gathers = layout.zero_stage == 3 and layout.gradient_ranks > 1
+    within = PassGroups(groups["tensor"], groups["context"])
+    times = part_times(sizes, rates, within, groups["expert"], gathers=gathers)
     send = 0.0
     if layout.pipeline > 1:
         times = replace(times, overhead=times.overhead + rates.pipeline_batch_s)
@@ -82,8 +84,9 @@ def step_time(
     exchanges = [data_exchange(run, layout, other, rates, groups, times) for other in kinds.values()]
     data = max(exchanges, key=lambda exchange: exchange.waiting)
     compute = work.compute + data.copying + rates.beside * (work.hidden + work.context_hidden + data.hidden)
-    if not rates.overlaps and layout.zero_stage == 3:
-        compute += rank.blocks * batches * rates.zero_3_block_s
+    if not rates.overlaps:
+        of_block = {2: rates.zero_2_block_s, 3: rates.zero_3_block_s}.get(layout.zero_stage, 0.0)
+        compute += rank.blocks * batches * of_block
     pipeline = sum(stage.sending for stage in stages) * batches
     taking_turns = compute * _turns(by_rank, slowest, rates.crowding)
     update = rates.crowding * max(optimizer_seconds(run, layout, other, rates) for other in kinds.values())
