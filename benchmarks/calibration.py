@@ -1,6 +1,6 @@
 """Compare planned and measured step times in twelve layouts of 1 to 4 ranks.
 
-`python -m benchmarks.calibration [FOLDER]` calibrates this machine and trains in three rounds, for about ten
+`python -m benchmarks.calibration [FOLDER]` calibrates this machine and trains in three rounds, for 10 to 30
 minutes in all. Nothing is fitted to these runs. Each round calibrates again, because the speed of a shared
 machine changes within minutes; the table has the medians of the plans and of the steps. FOLDER keeps the
 hardware configs and the runs (default: a temporary folder). Progress is printed on standard error.
