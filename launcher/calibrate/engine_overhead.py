@@ -22,11 +22,8 @@ from launcher.planning.cost.sizes import Sizes
 from launcher.planning.cost.step_time import StepTime
 
 WARM_UP = 2  # steps
-LEAST, MOST, LEAST_S = (
-    6,
-    40,
-    2.0,
-)  # steps that are timed, and their seconds: a shared machine changes its speed
+LEAST, MOST = 6, 40  # steps that are timed
+LEAST_S = 2.0  # of the timed steps: a shared machine changes its speed
 MICRO_BATCH = 2
 MANY = 8  # micro-batches of a step
 SIZES = ((128, 96), (320, 160), (512, 256))  # hidden size and sequence length
@@ -118,11 +115,12 @@ def _with_steps(measured: MeasuredRates, trials: list[Trial], seconds: list[floa
     rates = replace(rates, step_s=_positive(single - one.planned_time(rates).total))
     taken = list(zip(others, times, strict=True))
     flat = [pair for pair in taken if pair[0].layout.pipeline == 1 and not pair[0].layout.zero_stage]
-    rates = replace(
-        rates,
-        scales=[_scale(rates, *pair) for pair in flat if pair[0].layout.tensor == 1],
-        waiting_scales=[_scale(rates, *pair) for pair in flat if pair[0].layout.tensor > 1],
-    )
+    alone = [_scale(rates, *pair) for pair in flat if pair[0].layout.tensor == 1]
+    split = [_scale(rates, *pair) for pair in flat if pair[0].layout.tensor > 1]
+    # If the machine is faster than in the probes, a step can be shorter than its planned collectives.
+    least = [scale.factor for scale in alone] if split else []
+    waiting = [Scale(scale.flops, max(scale.factor, own)) for scale, own in zip(split, least, strict=True)]
+    rates = replace(rates, scales=alone, waiting_scales=waiting)
     for trial, step in taken:
         layout = trial.layout
         if layout.zero_stage:

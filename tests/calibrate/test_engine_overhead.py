@@ -89,6 +89,18 @@ def test_overheads_are_found_where_the_parts_are_planned_too_slow(monkeypatch: p
     assert found.pipeline_batch_s == pytest.approx(STAGE, rel=0.02)
 
 
+def test_waiting_takes_no_less_than_computing_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A factor of zero or less would be refused when the hardware config is read."""
+
+    def step_seconds(trial: Trial, *, threads: int, steps: int) -> float:
+        return trial.planned_time(rates_of(2)).total if trial.layout.tensor == 1 else 0.0
+
+    monkeypatch.setattr(engine_overhead, "step_seconds", step_seconds)
+    [found] = with_engine([rates_of(2)], cores=2, rounds=1)
+    assert [scale.factor for scale in found.waiting_scales] == [scale.factor for scale in found.scales]
+    assert all(scale.factor > 0 for scale in found.scales)
+
+
 def test_a_step_takes_as_long_as_its_slowest_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     times = {0: [1.0, 1.0, 5.0, 1.0], 1: [2.0, 3.0, 1.0, 2.0]}
 
