@@ -23,9 +23,10 @@ from launcher.planning.cost.step_time import StepTime
 
 WARM_UP = 2  # steps
 LEAST, MOST = 6, 40  # steps that are timed
-LEAST_S = 2.0  # of the timed steps: a shared machine changes its speed
+TARGET_S = 2.0  # planned time of the timed steps: a shared machine changes its speed
 MICRO_BATCH = 2
 MANY = 8  # micro-batches of a step
+LEAST_FACTOR = 0.01  # of a scale
 SIZES = ((128, 96), (320, 160), (512, 256))  # hidden size and sequence length
 
 
@@ -87,7 +88,7 @@ def with_engine(measured: Sequence[MeasuredRates], *, cores: int, rounds: int) -
         for rates, of_ranks, found in zip(measured, trials, seconds, strict=True):
             for trial, times in zip(of_ranks, found, strict=True):
                 planned = trial.planned_time(rates).total
-                steps = min(MOST, max(LEAST, round(LEAST_S / planned)))
+                steps = min(MOST, max(LEAST, round(TARGET_S / planned)))
                 times.append(step_seconds(trial, threads=max(1, cores // rates.ranks), steps=steps))
     return [
         _with_steps(rates, of_ranks, [median(times) for times in found])
@@ -96,7 +97,7 @@ def with_engine(measured: Sequence[MeasuredRates], *, cores: int, rounds: int) -
 
 
 def _trials(ranks: int) -> list[Trial]:
-    """Return the runs whose step times `_with_steps` takes: the first two, then the others in any order."""
+    """Return the runs that `_with_steps` evaluates: the first two in this order, the others in any order."""
     trial = partial(Trial.of, ranks=ranks)
     zero = [trial(128, 96, MANY // 2, zero=stage) for stage in (2, 3)]
     sized = [trial(hidden, length, MANY // 4) for hidden, length in SIZES]
@@ -116,10 +117,7 @@ def _with_steps(measured: MeasuredRates, trials: list[Trial], seconds: list[floa
     taken = list(zip(others, times, strict=True))
     flat = [pair for pair in taken if pair[0].layout.pipeline == 1 and not pair[0].layout.zero_stage]
     alone = [_scale(rates, *pair) for pair in flat if pair[0].layout.tensor == 1]
-    split = [_scale(rates, *pair) for pair in flat if pair[0].layout.tensor > 1]
-    # If the machine is faster than in the probes, a step can be shorter than its planned collectives.
-    least = [scale.factor for scale in alone] if split else []
-    waiting = [Scale(scale.flops, max(scale.factor, own)) for scale, own in zip(split, least, strict=True)]
+    waiting = [_scale(rates, *pair) for pair in flat if pair[0].layout.tensor > 1]
     rates = replace(rates, scales=alone, waiting_scales=waiting)
     for trial, step in taken:
         layout = trial.layout
@@ -138,15 +136,18 @@ def _with_steps(measured: MeasuredRates, trials: list[Trial], seconds: list[floa
 
 
 def _unplanned(rates: MeasuredRates, trial: Trial, taken: float) -> float:
-    """Return the seconds of a step beside its planned parts."""
+    """Return the seconds by which a step is longer than planned; 0 if it is shorter."""
     return max(0.0, taken - trial.planned_time(rates).total)
 
 
 def _scale(rates: MeasuredRates, trial: Trial, taken: float) -> Scale:
-    """Return the time of computation without the overhead of micro-batches, over its planned time."""
+    """Return the measured time of computation, without the overhead of micro-batches, divided by the planned.
+
+    If the machine is faster than in the probes, a step can be shorter than its planned collectives.
+    """
     time = trial.planned_time(rates)
     computed = time.compute - trial.layout.accumulation * rates.micro_batch_s
-    return Scale(trial.block_flops, rounded((taken - (time.total - computed)) / computed))
+    return Scale(trial.block_flops, max(LEAST_FACTOR, rounded((taken - (time.total - computed)) / computed)))
 
 
 def _positive(seconds: float) -> float:
@@ -159,9 +160,9 @@ def rounded(number: float) -> float:
 
 
 def step_seconds(trial: Trial, *, threads: int, steps: int) -> float:
-    """Train on all ranks at once and return the median time of the `steps` on their slowest rank.
+    """Train on all ranks at once; return the median over the steps of the longest time of any rank.
 
-    Ranks of one world wait for the slowest in each step; a median of rank 0 alone is faster.
+    Ranks of one world wait for the slowest rank in each step: rank 0 alone would look too fast.
     """
     with scratch_directory() as folder:
         target = partial(_rank, trial=trial, threads=threads, steps=steps, folder=folder)

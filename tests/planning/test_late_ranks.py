@@ -18,11 +18,11 @@ DATA = ("model=gpt_mini", "parallelism.data=2")
 EXPERTS = ("model=moe_tiny", "parallelism.data=2", "parallelism.zero_stage=0")
 
 
-def planned(factor: float, ranks: int, cores: int, *overrides: str) -> StepTime:
+def planned(factor: float, ranks: int, cores: int, *overrides: str, alone: float = 1.0) -> StepTime:
     run = run_of(*overrides, "training.global_batch_size=8", "training.micro_batch_size=2")
     waiting = [Scale(1e6, factor)] if factor else []
     measured = [
-        replace(rates_of(count), scales=[Scale(1e6, 1.0)], waiting_scales=waiting) for count in (1, 2, 4)
+        replace(rates_of(count), scales=[Scale(1e6, alone)], waiting_scales=waiting) for count in (1, 2, 4)
     ]
     run = replace(run, hardware=HardwareConfig(device=Device.cpu, cores=cores, measured=measured))
     time = make_plan(run, validate(run, World("cpu", ranks, ranks))).time
@@ -51,6 +51,13 @@ def test_computation_takes_longer_where_ranks_wait_within_a_pass(
     plain, late = (planned(factor, 2, 2, *overrides) for factor in (0.0, WAITING))
     assert late.compute == pytest.approx((WAITING if waits else 1) * plain.compute, rel=0.01)
     assert late.communication == plain.communication
+
+
+def test_a_file_without_these_factors_has_those_of_ranks_alone() -> None:
+    """Files of older calibrations have none. 1.0 would be slower than the measured 0.8."""
+    waiting = (*DENSE, "parallelism.tensor=2")
+    fast, usual = (planned(0.0, 2, 2, *waiting, alone=alone).compute for alone in (0.8, 1.0))
+    assert fast == pytest.approx(0.8 * usual, rel=0.01)
 
 
 def test_a_factor_below_that_of_ranks_alone_does_not_count() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.config.schema import Device, HardwareConfig
+from launcher.config.schema import Device, HardwareConfig, Point
 from launcher.config.validate import validate
 from launcher.config.world import World
 from launcher.planning.cost.pipeline_schedule import order
@@ -112,3 +112,19 @@ def test_the_figure_says_that_its_ranks_do_not_share_processors(tmp_path: Path) 
         picture = tmp_path / f"{cores}.svg"
         draw_plan(planned(4, cores, 8, 8), picture)
         assert (said in picture.read_text()) == (cores == 2)
+
+
+def test_ranks_with_a_processor_each_take_no_turns() -> None:
+    """Where sends take most of the time, the slowest stage computes less than the mean of all stages."""
+    plan = planned(4, 4, 8, 8)
+    slow_sends = [
+        replace(rates, collectives=[replace(one, points=[Point(1e5, 1e6)]) for one in rates.collectives])
+        for rates in plan.run.hardware.measured
+    ]
+    hardware = replace(plan.run.hardware, measured=slow_sends)
+    plan = make_plan(replace(plan.run, hardware=hardware), plan.layout)
+    assert plan.time is not None
+    slowest = max(plan.time.stages, key=lambda stage: stage.total)
+    computing = [stage.both.compute for stage in plan.time.stages]
+    assert slowest.both.compute < sum(computing) / len(computing)
+    assert plan.time.compute == pytest.approx(slowest.both.compute * plan.layout.accumulation)

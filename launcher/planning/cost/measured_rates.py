@@ -66,13 +66,15 @@ class CalibratedRates:
         return size / rate + kernels * self.operation_s
 
     def scale(self, flops: float, *, waits: bool) -> float:
-        """Return the time of a model's passes over the sum of its operations, for blocks of `flops`.
+        """Return the time of a model's passes divided by the sum of its operations, for blocks of `flops`.
 
         `waits`: ranks wait for each other within a pass, each time for the slowest. Ranks that share a
         processor compute while others wait.
         """
         alone = _factor(self.scales, flops)
-        return max(alone, _factor(self.waiting_scales, flops)) if waits and self.crowding == 1 else alone
+        if not waits or not self.waiting_scales or self.crowding > 1:
+            return alone
+        return max(alone, _factor(self.waiting_scales, flops))
 
     def collective(self, collective: Collective, group: GroupShape) -> float:
         """Return seconds from measurements with this number of ranks, or the nearest number measured."""

@@ -134,6 +134,8 @@ def _turns(by_rank: Sequence[Sequence[StageTime]], slowest: int, crowding: float
 
     A rank with short stages leaves its processor to the others.
     """
+    if crowding == 1:
+        return 0.0
     computing = [sum(stage.both.compute for stage in stages) for stages in by_rank]
     return max(0.0, crowding * sum(computing) / len(computing) / computing[slowest] - 1)
 
@@ -143,8 +145,9 @@ def _bubble(
 ) -> float:
     """Return idle seconds. 1F1B waits for every other stage once: (p-1)/m of a step with equal stages
     (arXiv 2104.04473, section 2.2). DualPipeV, without its split of the backward pass, waits as long as
-    pipeline_schedule.py simulates for equal stages. If ranks share processors, c for each pipeline, it idles
-    like a pipeline of c ranks: tests/planning/test_shared_processors.py simulates the sharing.
+    pipeline_schedule.py simulates for equal stages. If each pipeline has only c processors, it idles like a
+    pipeline of c ranks, or longer if micro-batches are too few to fill them: simulated in
+    tests/planning/test_shared_processors.py.
     """
     if layout.pipeline == 1:
         return 0.0
