@@ -82,14 +82,16 @@ def with_engine(measured: Sequence[MeasuredRates], *, cores: int, rounds: int) -
     within minutes, and would make one number of ranks look faster than another.
     """
     trials = [_trials(rates.ranks) for rates in measured]
+    steps = [
+        [_timed_steps(trial, rates) for trial in of_ranks]
+        for rates, of_ranks in zip(measured, trials, strict=True)
+    ]
     seconds: list[list[list[float]]] = [[[] for _ in of_ranks] for of_ranks in trials]
     for number in range(rounds):
         print(f"round {number + 1} of {rounds}: training small models", flush=True)
-        for rates, of_ranks, found in zip(measured, trials, seconds, strict=True):
-            for trial, times in zip(of_ranks, found, strict=True):
-                planned = trial.planned_time(rates).total
-                steps = min(MOST, max(LEAST, round(TARGET_S / planned)))
-                times.append(step_seconds(trial, threads=max(1, cores // rates.ranks), steps=steps))
+        for rates, of_ranks, counts, found in zip(measured, trials, steps, seconds, strict=True):
+            for trial, count, times in zip(of_ranks, counts, found, strict=True):
+                times.append(step_seconds(trial, threads=max(1, cores // rates.ranks), steps=count))
     return [
         _with_steps(rates, of_ranks, [median(times) for times in found])
         for rates, of_ranks, found in zip(measured, trials, seconds, strict=True)
@@ -106,6 +108,10 @@ def _trials(ranks: int) -> list[Trial]:
         return trials
     split = [trial(hidden, length, MANY // 4, tensor=2) for hidden, length in SIZES]
     return [*trials, *split, trial(32, 16, 2 * MANY, pipeline=2)]
+
+
+def _timed_steps(trial: Trial, rates: MeasuredRates) -> int:
+    return min(MOST, max(LEAST, round(TARGET_S / trial.planned_time(rates).total)))
 
 
 def _with_steps(measured: MeasuredRates, trials: list[Trial], seconds: list[float]) -> MeasuredRates:
