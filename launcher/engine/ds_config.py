@@ -4,7 +4,7 @@ from typing import Any
 
 from launcher.config.layout import Layout
 from launcher.config.schema import Dtype, RunConfig, StatesDtype
-from launcher.models.arithmetic import reduce_bucket
+from launcher.models.arithmetic import prefetch_bucket, reduce_bucket
 
 
 def deepspeed_config(run: RunConfig, layout: Layout) -> dict[str, Any]:
@@ -41,6 +41,8 @@ def _zero(run: RunConfig, layout: Layout) -> dict[str, Any]:
     if run.precision.states is StatesDtype.bf16 and layout.zero_stage == 1:
         # Otherwise DeepSpeed copies all reduced gradients into a second buffer of their size.
         zero["contiguous_gradients"] = False
+    if layout.zero_stage == 3:
+        zero["stage3_prefetch_bucket_size"] = prefetch_bucket(run, layout)
     # Host memory can be pinned only on a machine with a GPU.
     pinned = layout.device == "cuda"
     if run.parallelism.offload_optimizer:

@@ -30,8 +30,9 @@ class FlatEngine(Engine):
             data_parallel_group=mesh.data.group, config_dict_or_path=config, enabled=layout.zero_stage == 3
         ):
             model = FlatModel(layers, loss, context.documents)
-        if layout.compiled and layout.zero_stage == 3:
-            # A compiled body calls no module, whose hooks would gather its weights: the block gathers them.
+        if layout.zero_stage == 3:
+            # A block gathers its weights at once: a compiled body calls no module whose hook would do it, and
+            # otherwise the hooks of all modules take 7% of a step on a CPU (docs/benchmarks.md).
             set_z3_leaf_modules(model, [TransformerBlock])
         optimizer = build_optimizer(run.optimizer, model.parameters(), run.precision.states)
         with shared_experts(mesh, model):

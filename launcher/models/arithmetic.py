@@ -32,6 +32,13 @@ def block_matrix_parameters(model: ModelConfig, *, active: bool = False) -> int:
     return h * (model.num_layers * (sum(qkv) + qkv[0]) + dense + sparse * _expert_columns(model, active))
 
 
+def largest_block_matrices(model: ModelConfig) -> int:
+    """Return the projection weights of the block that has most."""
+    h, qkv, sparse = model.hidden_size, qkv_sizes(model), expert_layers(model)
+    dense = _up_size(model) + model.ffn_hidden_size if sparse < model.num_layers else 0
+    return h * (sum(qkv) + qkv[0] + max(dense, _expert_columns(model, False) if sparse else 0))
+
+
 def _expert_columns(model: ModelConfig, active: bool) -> int:
     """Return the parameters of the experts of a layer, with their router, over the hidden size."""
     e = model.experts
@@ -110,6 +117,15 @@ def reduce_bucket(run: RunConfig, layout: Layout) -> int:
     if reduces_during_backward(run, layout):
         return FILLED[layout.device]
     return min(500_000_000, trained_parameters(run))
+
+
+def prefetch_bucket(run: RunConfig, layout: Layout) -> int:
+    """Return the elements of weights that ZeRO-3 gathers ahead: the next block, at least DeepSpeed's default.
+
+    A block is gathered at once (engine/flat.py). With DeepSpeed's default a larger one would come in part
+    while the block before it computes, and the rest would be waited for.
+    """
+    return max(50_000_000, largest_block_matrices(run.model) // layout.tensor)
 
 
 def update_chunk(device: str) -> int:

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from launcher.config.layout import Layout
 from launcher.config.schema import Dtype, RunConfig, StatesDtype
 
-# Elements that fill a bucket: on a GPU as in Megatron-LM, on a CPU about as many as in PyTorch's DDP.
-FILLED = {"cuda": 40_000_000, "cpu": 8_000_000}
+# Elements that fill a bucket: on a GPU as in Megatron-LM, on a CPU so few that most are reduced early.
+FILLED = {"cuda": 40_000_000, "cpu": 2_000_000}
 
 
 def buckets(sizes: Sequence[int], filled: int) -> list[list[int]]:

@@ -76,6 +76,19 @@ def test_offload_pins_memory_only_with_a_gpu() -> None:
         assert zero["offload_param"] == {"device": "cpu", "pin_memory": pinned}
 
 
+def test_zero_3_gathers_the_next_block_ahead() -> None:
+    """The weights of its projections on a tensor rank; for a small block as many as DeepSpeed's default."""
+    for model, tensor, expected in (
+        ("llama3_8b", 1, 218_103_808),
+        ("llama3_8b", 2, 109_051_904),
+        ("gpt2_small", 1, 50_000_000),
+    ):
+        layout = ["parallelism=zero3", f"parallelism.tensor={tensor}", "training.micro_batch_size=1"]
+        config = config_of(*layout, f"model={model}", gpus=8)
+        assert config["zero_optimization"]["stage3_prefetch_bucket_size"] == expected
+    assert "stage3_prefetch_bucket_size" not in config_of("parallelism=zero2")["zero_optimization"]
+
+
 def test_deepspeed_settings_override_derived_values() -> None:
     zero = config_of("parallelism=zero2", "+deepspeed.zero_optimization.overlap_comm=true")[
         "zero_optimization"

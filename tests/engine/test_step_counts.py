@@ -30,6 +30,7 @@ torch.set_num_threads(1)  # a dispatch mode sees its own thread only
 
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer  # noqa: E402  (made quiet above)
 
+from launcher.engine import flat  # noqa: E402
 from launcher.engine.base import MicroBatches  # noqa: E402
 from launcher.engine.build import build_engine  # noqa: E402
 from launcher.engine.measuring import RankMeasurement  # noqa: E402
@@ -255,3 +256,32 @@ def test_a_second_reduction_of_a_bucket_is_counted() -> None:
     found, accumulation = counts(ZERO_2, reduces_twice)
     expected = expected_reductions(found, accumulation)
     assert reductions(found).total() == 2 * expected.total()
+
+
+# Nothing is gathered ahead, no weight stays whole, and a released weight is gathered again.
+EACH_WHEN_USED = " ".join(
+    f"deepspeed.zero_optimization.stage3_{name}=0"
+    for name in ("prefetch_bucket_size", "param_persistence_threshold", "max_reuse_distance")
+)
+ZERO_3 = f"parallelism=zero3 parallelism.data=2 {EACH_WHEN_USED}"
+
+
+def gathers(found: Counts) -> int:
+    calls = found.collectives.items()
+    return sum(times for call, times in calls if (call.group, call.kind) == ("data", "all_gather"))
+
+
+def without_leaf_modules() -> None:
+    flat.set_z3_leaf_modules = lambda model, kinds: None
+
+
+def test_zero_3_gathers_a_block_at_once() -> None:
+    """Forward and backward pass each gather two blocks; and tokens, positions, the last norm and the head."""
+    found, accumulation = counts(ZERO_3)
+    assert gathers(found) == accumulation * 2 * (2 + 4)
+
+
+def test_gathers_of_each_module_of_a_block_are_counted() -> None:
+    """A block's modules with weights are two norms and four projections."""
+    found, accumulation = counts(ZERO_3, without_leaf_modules)
+    assert gathers(found) == accumulation * 2 * (2 * 6 + 4)

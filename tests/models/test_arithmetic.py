@@ -19,11 +19,13 @@ from launcher.config.world import World
 from launcher.models.architecture import FlatModel
 from launcher.models.arithmetic import (
     active_parameters,
+    largest_block_matrices,
     matrix_parameters,
     mfu,
     parameters,
     train_flops_per_token,
 )
+from launcher.models.blocks import TransformerBlock
 from launcher.parallel.initializer import DrawFunction, Initializer
 from launcher.parallel.sharding import LogicalTensor, logical_of
 from launcher.planning.cost.run_plan import make_plan
@@ -88,6 +90,15 @@ def test_matrix_parameters_are_the_weights_that_multiply_every_token(subtests: p
             matrices = [p for p in without_values(model).parameters() if p.dim() == 2]
             counted = sum(p.numel() for p in matrices if logical_of(p).name not in looked_up)
             assert matrix_parameters(model) == counted
+
+
+def test_the_largest_block_is_that_of_the_modules(subtests: pytest.Subtests) -> None:
+    for name in VARIANTS:
+        with subtests.test(name):
+            model = without_values(VARIANTS[name])
+            blocks = [module for module in model.modules() if isinstance(module, TransformerBlock)]
+            matrices = [sum(p.numel() for p in block.parameters() if p.dim() > 1) for block in blocks]
+            assert largest_block_matrices(VARIANTS[name]) == max(matrices)
 
 
 PUBLISHED = {

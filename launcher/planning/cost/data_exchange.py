@@ -14,7 +14,7 @@ from launcher.planning.cost.operations import BYTES, FP32, Collective, Collectiv
 from launcher.planning.cost.overlap import LayerCost, micro_batch
 from launcher.planning.cost.pass_time import PartTimes
 from launcher.planning.cost.traffic import TIED_RANKS, GroupShape, data_traffic, pieces, tied_traffic
-from launcher.planning.cost.zero_states import MODULE_CALLS, reduced_buckets
+from launcher.planning.cost.zero_states import fetches_blocks_ahead, reduced_buckets
 
 Groups = dict[GroupName, GroupShape]
 # Times that ZeRO-3 reads or writes a weight or its gradient in memory for a micro-batch: each of two gathers
@@ -87,7 +87,7 @@ def _simulated(
     sums_on_host = partitions and run.parallelism.offload_optimizer
     block = block_parameters(rank.model, rank.tensor)
     block += 0 if rank.trains_whole_model else rank.trained_of_block(False)
-    at_once = max(buffers.prefetch_bucket, block // MODULE_CALLS)
+    at_once = max(buffers.prefetch_bucket, block)
 
     def seconds(kind: CollectiveKind, elements: int, at_once: int) -> float:
         sent = ((Collective(kind, element * size), count) for size, count in pieces(elements, at_once))
@@ -110,7 +110,7 @@ def _simulated(
     # The weights that the forward pass used last are still there for the backward pass.
     kept = min(rank.blocks, buffers.max_live // block)
     layers = _layers(rank, times, gather, kept=kept, host=rates.zero_3_block_s if partitions else 0.0)
-    ahead = max(1, buffers.max_live // block if MODULE_CALLS * buffers.prefetch_bucket >= block else 1)
+    ahead = max(1, buffers.max_live // block if fetches_blocks_ahead(run, layout) else 1)
     end = micro_batch(layers, ahead=ahead, bucket=bucket, reduction=reduction)
     link = sum(layer.gather + layer.gather_again for layer in layers)
     link += sum(count * reduction(size) for size, count in pieces(reduced, bucket))

@@ -135,20 +135,31 @@ class _Flow:
         states, held = self.states, self.states.backward
         arrived = states.bucket is not None and done + soon >= states.bucket
         gradients = states.reduced.gradients if arrived else held.gradients + states.per_element * done
-        gradients += self.sizes.element * min(done, states.waiting)
-        communication = held.communication if done + soon >= states.first_bucket else 0
-        holdings = Holdings(gradients, communication, held.untouched)
+        waiting, sent = max(
+            (self._waiting_and_sent(done, reached) for reached in (done, done + soon)), key=sum
+        )
+        holdings = Holdings(gradients + waiting, held.communication + sent, held.untouched)
         return _Moment(name, activations, holdings, states.gathered)
+
+    def _waiting_and_sent(self, done: int, reached: int) -> tuple[int, int]:
+        """Return the bytes of gradients that wait for their sums, and of the buffer of a bucket that is sent.
+
+        A bucket is sent once `reached` elements fill it. Before, all gradients that wait are summed.
+        """
+        sent = [bucket for bucket in self.states.sent if bucket.done <= reached]
+        waiting = max(0, done - max((bucket.done for bucket in sent), default=0))
+        buffer = max((bucket.buffer for bucket in sent), default=0)
+        return self.sizes.element * min(waiting, self.states.waiting), buffer
 
     def first_backward(self, name: str, activations: int) -> _Moment:
         """Return the moment before any weight has a gradient, and before DeepSpeed allocates a bucket."""
         states, held = self.states, self.states.forward
         return _Moment(name, activations, replace(held, gradients=states.backward.gradients), states.gathered)
 
-    def forward(self, name: str, activations: int) -> _Moment:
+    def forward(self, name: str, activations: int, prefetched: int = 0) -> _Moment:
         """Return a moment of the forward pass."""
         states = self.states
-        return _Moment(name, activations, states.forward, states.gathered + states.prefetched)
+        return _Moment(name, activations, states.forward, states.gathered + prefetched)
 
     def _attention(self, name: str, kept: int, done: int, of_block: int) -> Iterator[_Moment]:
         """Yield the peak of attention in the backward pass of a block, with the exchanges of context ranks.
@@ -180,12 +191,8 @@ class _Flat(_Flow):
         of_blocks = rank.trained_of_blocks
         of_embedding = rank.parameters_of_embedding if rank.trains_whole_model else 0
         of_head = rank.trained_parameters - of_embedding - sum(of_blocks)
-        kept = first
-        for block, after in zip(blocks, [*blocks[1:], None], strict=True):
-            if after is not block:  # of equal blocks the last has the highest peak
-                yield self.forward("forward pass", kept + block.forward)
-            kept += block.saved
-        yield self.forward("loss", body + head.footprint.forward)
+        yield from self._forward_of_blocks(blocks, first)
+        yield self.forward("loss", body + head.footprint.forward, self.states.prefetched.loss)
         yield self.first_backward("backward pass, head", saved + head.footprint.backward)
         yield self.backward("backward pass, head", saved + head.footprint.later)
         if self.states.bucket is not None:
@@ -194,6 +201,15 @@ class _Flat(_Flow):
         end = first + embedding.footprint.backward + 2 * tied
         yield self.backward("backward pass, embedding", end, of_head + sum(of_blocks))
         yield from self.after()
+
+    def _forward_of_blocks(self, blocks: list[Footprint], kept: int) -> Iterator[_Moment]:
+        """Yield the moments of the forward pass. Of equal blocks with equal buffers the last is fullest."""
+        last, ahead = len(blocks) - 1, self.states.prefetched
+        for index, block in enumerate(blocks):
+            if index >= last - 1 or blocks[index + 1] is not block:
+                buffer = ahead.blocks if index < last else ahead.last_block
+                yield self.forward("forward pass", kept + block.forward, buffer)
+            kept += block.saved
 
     def _backward_of_blocks(
         self, blocks: list[Footprint], kept: int, done: int, tied: int
@@ -272,8 +288,9 @@ class _Pipelined(_Flow):
         """Whether as many micro-batches are in flight again later, beside the gradients of the first."""
         return self.layout.accumulation > sum(in_flight(self.layout, self.rank.stage))
 
-    def forward(self, name: str, activations: int) -> _Moment:
-        """Return a moment of the last forward pass."""
+    def forward(self, name: str, activations: int, prefetched: int = 0) -> _Moment:
+        """Return a moment of the last forward pass. A pipeline has no ZeRO-3 that prefetches."""
+        assert not prefetched
         return self.backward(name, activations) if self._is_steady else super().forward(name, activations)
 
     def _backward(self, name: str, kept: int, end: Footprint, *, one_less: int) -> Iterator[_Moment]:

@@ -8,17 +8,18 @@ in every stage; the real numbers differ. All sizes are those of the data rank th
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import accumulate
+from typing import NamedTuple
 
 from launcher.config.layout import Layout
 from launcher.config.schema import (
-    ActivationCheckpointing,
     Dtype,
     OptimizerConfig,
     OptimizerName,
     RunConfig,
     StatesDtype,
 )
-from launcher.models.arithmetic import CAST_AT_ONCE, UPDATED_ALONE, update_chunk
+from launcher.models.arithmetic import CAST_AT_ONCE, UPDATED_ALONE, largest_block_matrices, update_chunk
 from launcher.parallel.buckets import (
     buckets,
     reduces_during_backward,
@@ -29,7 +30,6 @@ from launcher.planning.cost.buffers import ALL_REDUCE_BUCKET, BufferSizes
 from launcher.planning.cost.geometry import Rank, block_parameters
 from launcher.planning.cost.operations import BYTES, FP32
 
-MODULE_CALLS = 11  # module calls of a transformer block, with the block itself
 WAITING_ELEMENTS = 1 << 26  # as in engine/gradient_passes.py
 UPDATE_BYTES = 52  # per element that is updated at once: fp32 values and random bits, engine/stochastic.py
 
@@ -41,6 +41,22 @@ class Holdings:
     gradients: int = 0
     communication: int = 0
     untouched: int = 0  # part of `communication`: the end of the bucket, which no gradient fills
+
+
+@dataclass(frozen=True)
+class Prefetched:
+    """Bytes of the buffers in which ZeRO-3 gathers weights ahead, while parts of the model compute."""
+
+    blocks: int = 0  # all but the last
+    last_block: int = 0
+    loss: int = 0
+
+
+class SentBucket(NamedTuple):
+    """A bucket of gradients that the backward pass sends from a buffer."""
+
+    done: int  # elements with a gradient when the bucket is complete
+    buffer: int  # bytes
 
 
 @dataclass(frozen=True)
@@ -60,9 +76,9 @@ class States:
     waiting: int = 0
     bucket: int | None = None  # elements after which gradients are reduced within the backward pass
     reduced: Holdings = Holdings()  # during that reduction and after it
-    first_bucket: int = 0  # elements with a gradient before the backward pass needs a buffer to send them
+    sent: tuple[SentBucket, ...] = ()
     gathered: int = 0  # bytes of whole weights that ZeRO-3 holds
-    prefetched: int = 0  # bytes of whole weights that ZeRO-3 gathers ahead in the forward pass
+    prefetched: Prefetched = Prefetched()
 
 
 def states_of(run: RunConfig, layout: Layout, rank: Rank) -> States:
@@ -132,35 +148,31 @@ class _Ledger:
 
         On a CPU those of a bucket are moved into one buffer (engine/overlapped_reduction.py).
         """
-        gradients, during, first = FP32 * self.total, 0, 0
+        gradients, sent = FP32 * self.total, tuple[SentBucket, ...]()
         if not reduces_during_backward(self.run, self.layout):
             copies = self._reduced_in_copies(FP32)
         else:
-            first, during = self._joined()
-            copies = during
+            is_joined = self.layout.device == "cpu" and self.layout.gradient_ranks > 1
+            sent = self._sent(FP32, least=2) if is_joined else ()
+            copies = max((bucket.buffer for bucket in sent), default=0)
         return States(
             weights=self.element * (self.total + self.frozen),
             optimizer=self.state_bytes * self.total,
             host=0,
             forward=Holdings(gradients if self.accumulates else 0),
-            backward=Holdings(gradients if self.accumulates else 0, during),
-            first_bucket=first,
+            backward=Holdings(gradients if self.accumulates else 0),
+            sent=sent,
             per_element=0 if self.accumulates else FP32,
             reduce=Holdings(gradients, copies),
             step=Holdings(gradients),
         )
 
-    def _joined(self) -> tuple[int, int]:
-        """Return the elements until a buffer is needed for a bucket, and the bytes of the largest buffer."""
-        if self.layout.device != "cpu" or self.layout.gradient_ranks == 1:
-            return 0, 0
-        before, needed, largest = 0, None, 0
-        for weights in reduced_weights(self.rank, self.buffers.reduce_bucket):
-            before += sum(weights)
-            if len(weights) > 1:
-                needed = before if needed is None else needed
-                largest = max(largest, sum(weights))
-        return needed or 0, FP32 * largest
+    def _sent(self, element: int, least: int = 1) -> tuple[SentBucket, ...]:
+        """Return the buckets with at least `least` weights: the others are sent without a buffer."""
+        weights = reduced_weights(self.rank, self.buffers.reduce_bucket)
+        sizes = [sum(bucket) for bucket in weights]
+        sent = zip(weights, accumulate(sizes), sizes, strict=True)
+        return tuple(SentBucket(done, element * size) for bucket, done, size in sent if len(bucket) >= least)
 
     def _reduced_in_copies(self, element: int) -> int:
         """Return the bytes of the buffer that is sent; one data rank reduces nothing (gradient_passes.py)."""
@@ -176,17 +188,17 @@ class _Ledger:
         bucket, within the backward pass (engine/overlapped_reduction.py), else of all gradients.
         """
         summed = FP32 * self.flat
-        copies, during, first = self._reduced_in_copies(self.element), 0, 0
+        copies, sent = self._reduced_in_copies(self.element), tuple[SentBucket, ...]()
         if copies and reduces_during_backward(self.run, self.layout):
-            first, *others = reduced_buckets(self.rank, self.buffers.reduce_bucket)
-            copies = during = self.element * max(first, *others, 0)
+            sent = self._sent(self.element)
+            copies = max((bucket.buffer for bucket in sent), default=0)
         return States(
             weights=self.element * (self.flat + self.frozen),
             optimizer=self.optimizer_bytes * self.share,
             host=0,
             forward=Holdings(summed),
-            backward=Holdings(summed, during),
-            first_bucket=first,
+            backward=Holdings(summed),
+            sent=sent,
             fresh=summed,
             waiting=WAITING_ELEMENTS + self.rank.largest_trained,
             reduce=Holdings(summed, copies),
@@ -307,7 +319,6 @@ class _Ledger:
         persistent = min(persistent, buffers.model_persistence)
         free = self.rank.parameters - persistent
         gathered = min(free, self._gathered())
-        fetched = min(free, buffers.prefetch_bucket + self.rank.largest_weight)
         optimizer = self.optimizer_bytes * share
         gradients, weights = self.state * share, self.element * held
         offloads = self.run.parallelism.offload_optimizer
@@ -336,21 +347,35 @@ class _Ledger:
             reduce=Holdings(gradients, bucket + reduced, untouched),
             step=Holdings(gradients + stepped, bucket + regathered, untouched),
             gathered=self.element * gathered,
-            prefetched=self.element * fetched if buffers.prefetch_bucket else 0,
+            prefetched=self._prefetched(free, has_all=gathered == free),
         )
+
+    def _prefetched(self, free: int, *, has_all: bool) -> Prefetched:
+        """Return the buffers of weights that are gathered ahead, of `free` elements that are not kept whole.
+
+        A buffer is freed when the last module that has a weight in it begins. If all weights are kept for the
+        backward pass, no weight is gathered again, and the last such module is the last block or the head.
+        """
+        buffers, rank = self.buffers, self.rank
+        if not buffers.prefetch_bucket:
+            return Prefetched()
+        ahead = min(buffers.prefetch_bucket, buffers.max_live) + rank.largest_weight
+        size = self.element * min(free, max(ahead, block_parameters(rank.model, rank.tensor)))
+        if not has_all:
+            return Prefetched(size, size, size)
+        is_head_gathered = rank.outputs * rank.model.hidden_size >= buffers.persistence_threshold
+        return Prefetched(size, size if is_head_gathered and not rank.shares_tied_weight else 0)
 
     def _gathered(self) -> int:
         """Return the peak number of elements of weights that ZeRO-3 holds whole.
 
-        Every call of a module, also of a container, prefetches another bucket, and weights fetched ahead for
-        the backward pass are not freed in the forward pass. The number therefore rises to max_live, unless a
-        block is larger than the buckets that its modules prefetch.
+        Every call of a block prefetches another bucket, and weights fetched ahead for the backward pass are
+        not freed in the forward pass. The number therefore rises to max_live, unless a bucket is smaller than
+        a block.
         """
-        buffers, block = self.buffers, block_parameters(self.rank.model, self.rank.tensor)
-        runs_ahead = MODULE_CALLS * buffers.prefetch_bucket >= block
-        recomputes = self.run.parallelism.activation_checkpointing is ActivationCheckpointing.full
-        least = block if recomputes else self.rank.largest_weight
-        return max(least, buffers.max_live if runs_ahead else buffers.max_reuse // 2)
+        buffers = self.buffers
+        ahead = buffers.max_live if fetches_blocks_ahead(self.run, self.layout) else buffers.max_reuse // 2
+        return max(block_parameters(self.rank.model, self.rank.tensor), ahead)
 
     def _optimizer(self) -> tuple[int, int]:
         """Return bytes on the device and on the host: fp32 weights, states, and with offload the gradient."""
@@ -366,6 +391,11 @@ class _Ledger:
         holders = self.layout.expert_holders
         touched = _most_touched(self.rank.groups, self.layout.gradient_ranks)
         return touched + (_most_touched(self.rank.expert_groups, holders) if self.rank.expert_groups else 0)
+
+
+def fetches_blocks_ahead(run: RunConfig, layout: Layout) -> bool:
+    """Return whether ZeRO-3 gathers the whole next block while a block computes."""
+    return BufferSizes.of(run, layout).prefetch_bucket >= largest_block_matrices(run.model) // layout.tensor
 
 
 def reduced_at_first(rank: Rank, bucket: int) -> int:
