@@ -156,8 +156,11 @@ def _option_of_another_type(match: re.Match[str], failure: _Failure) -> ConfigEr
 def not_an_option(group: str, option: str, options: list[str]) -> ConfigError:
     """Return the error about a value of a group that is none of its options."""
     longer = [name for name in options if option and name.startswith(option)]
-    close = longer or difflib.get_close_matches(option, options, n=2) or sorted(options)
-    remedy = " or ".join(settings(group, close)) or "a name that `launcher --help` lists"
+    close = longer or difflib.get_close_matches(option, options, n=2)
+    remedies = settings(group, close or sorted(options))
+    if not close and group == "hardware":  # `launcher calibrate` writes such files
+        remedies.append(f"--config-dir=DIRECTORY, if your file is DIRECTORY/hardware/{option}.yaml")
+    remedy = " or ".join(remedies) or "a name that `launcher --help` lists"
     return ConfigError(group, option, "no such option", remedy)
 
 

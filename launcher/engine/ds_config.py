@@ -4,7 +4,7 @@ from typing import Any
 
 from launcher.config.layout import Layout
 from launcher.config.schema import Dtype, RunConfig, StatesDtype
-from launcher.models.arithmetic import prefetch_bucket, reduce_bucket
+from launcher.models.arithmetic import prefetched_and_live, reduce_bucket
 
 
 def deepspeed_config(run: RunConfig, layout: Layout) -> dict[str, Any]:
@@ -42,7 +42,8 @@ def _zero(run: RunConfig, layout: Layout) -> dict[str, Any]:
         # Otherwise DeepSpeed copies all reduced gradients into a second buffer of their size.
         zero["contiguous_gradients"] = False
     if layout.zero_stage == 3:
-        zero["stage3_prefetch_bucket_size"] = prefetch_bucket(run, layout)
+        prefetched, live = prefetched_and_live(run, layout)
+        zero |= {"stage3_prefetch_bucket_size": prefetched, "stage3_max_live_parameters": live}
     # Host memory can be pinned only on a machine with a GPU.
     pinned = layout.device == "cuda"
     if run.parallelism.offload_optimizer:

@@ -119,13 +119,14 @@ def reduce_bucket(run: RunConfig, layout: Layout) -> int:
     return min(500_000_000, trained_parameters(run))
 
 
-def prefetch_bucket(run: RunConfig, layout: Layout) -> int:
-    """Return the elements of weights that ZeRO-3 gathers ahead: the next block, at least DeepSpeed's default.
+def prefetched_and_live(run: RunConfig, layout: Layout) -> tuple[int, int]:
+    """Return the elements of weights that ZeRO-3 gathers ahead, and how many it may hold whole.
 
-    A block is gathered at once (engine/flat.py). With DeepSpeed's default a larger one would come in part
-    while the block before it computes, and the rest would be waited for.
+    A block is gathered at once (engine/flat.py). The next block is gathered whole while it computes: with
+    DeepSpeed's defaults, which these numbers are at least, a large one would be waited for.
     """
-    return max(50_000_000, largest_block_matrices(run.model) // layout.tensor)
+    block = largest_block_matrices(run.model) // layout.tensor
+    return max(50_000_000, block), max(1_000_000_000, 2 * block)
 
 
 def update_chunk(device: str) -> int:

@@ -78,14 +78,16 @@ def test_offload_pins_memory_only_with_a_gpu() -> None:
 
 def test_zero_3_gathers_the_next_block_ahead() -> None:
     """The weights of its projections on a tensor rank; for a small block as many as DeepSpeed's default."""
-    for model, tensor, expected in (
-        ("llama3_8b", 1, 218_103_808),
-        ("llama3_8b", 2, 109_051_904),
-        ("gpt2_small", 1, 50_000_000),
+    for model, tensor, prefetched, live in (
+        ("llama3_70b", 1, 855_638_016, 1_711_276_032),
+        ("llama3_8b", 1, 218_103_808, 1_000_000_000),
+        ("llama3_8b", 2, 109_051_904, 1_000_000_000),
+        ("gpt2_small", 1, 50_000_000, 1_000_000_000),
     ):
         layout = ["parallelism=zero3", f"parallelism.tensor={tensor}", "training.micro_batch_size=1"]
-        config = config_of(*layout, f"model={model}", gpus=8)
-        assert config["zero_optimization"]["stage3_prefetch_bucket_size"] == expected
+        zero = config_of(*layout, f"model={model}", gpus=8)["zero_optimization"]
+        assert zero["stage3_prefetch_bucket_size"] == prefetched
+        assert zero["stage3_max_live_parameters"] == live
     assert "stage3_prefetch_bucket_size" not in config_of("parallelism=zero2")["zero_optimization"]
 
 

@@ -140,8 +140,9 @@ def test_defaults_are_deepspeeds() -> None:
         divided_before = buffers("model=llama3_8b", "parallelism=dp", f"deepspeed.{of_deepspeed}")
         assert divided_before.reduce_bucket == theirs.reduce_bucket_size
     assert ours.sub_group == theirs.sub_group_size
-    of_tiny = buffers("model=gpt_tiny", "parallelism=zero3").prefetch_bucket
-    assert of_tiny == theirs.prefetch_bucket_size
+    of_tiny = buffers("model=gpt_tiny", "parallelism=zero3")
+    assert of_tiny.prefetch_bucket == theirs.prefetch_bucket_size
+    assert of_tiny.max_live == theirs.max_live_parameters
     assert ours.persistence_threshold == theirs.param_persistence_threshold
     assert ours.model_persistence == theirs.model_persistence_threshold
     assert ours.max_live == theirs.max_live_parameters

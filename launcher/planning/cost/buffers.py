@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
-from launcher.models.arithmetic import prefetch_bucket, reduce_bucket
+from launcher.models.arithmetic import prefetched_and_live, reduce_bucket
 
 ALL_REDUCE_BUCKET = 500_000_000  # elements that DeepSpeed reduces at once in a pipeline (runtime/engine.py)
 
@@ -16,17 +16,17 @@ class BufferSizes:
 
     reduce_bucket: int
     prefetch_bucket: int
+    max_live: int
     reduce_buffers: int = 1
     sub_group: int = 1_000_000_000
     persistence_threshold: int = 100_000
     model_persistence: int = sys.maxsize
-    max_live: int = 1_000_000_000
     max_reuse: int = 1_000_000_000
 
     @classmethod
     def of(cls, run: RunConfig, layout: Layout) -> "BufferSizes":
         zero = run.deepspeed.get("zero_optimization", {})
-        default = cls(reduce_bucket(run, layout), prefetch_bucket(run, layout))
+        default = cls(reduce_bucket(run, layout), *prefetched_and_live(run, layout))
 
         def setting(name: str, otherwise: int) -> int:
             return int(zero.get(name, otherwise))

@@ -395,7 +395,8 @@ class _Ledger:
 
 def fetches_blocks_ahead(run: RunConfig, layout: Layout) -> bool:
     """Return whether ZeRO-3 gathers the whole next block while a block computes."""
-    return BufferSizes.of(run, layout).prefetch_bucket >= largest_block_matrices(run.model) // layout.tensor
+    buffers, block = BufferSizes.of(run, layout), largest_block_matrices(run.model) // layout.tensor
+    return buffers.prefetch_bucket >= block and buffers.max_live >= 2 * block
 
 
 def reduced_at_first(rank: Rank, bucket: int) -> int:
