@@ -14,6 +14,7 @@ from launcher.engine.optimizer import build_optimizer
 from launcher.engine.partitioned import PartitionedInit
 from launcher.engine.update_guard import clip, norm_of_whole
 from launcher.models.architecture import FlatModel, model_layers, model_loss
+from launcher.models.arithmetic import gathers_whole_blocks
 from launcher.models.block_context import BlockContext
 from launcher.models.blocks import TransformerBlock
 from launcher.parallel.mesh import ProcessMesh
@@ -30,9 +31,9 @@ class FlatEngine(Engine):
             data_parallel_group=mesh.data.group, config_dict_or_path=config, enabled=layout.zero_stage == 3
         ):
             model = FlatModel(layers, loss, context.documents)
-        if layout.zero_stage == 3:
-            # A block gathers its weights at once: a compiled body calls no module whose hook would do it, and
-            # otherwise the hooks of all modules take 7% of a step on a CPU (docs/benchmarks.md).
+        if layout.zero_stage == 3 and gathers_whole_blocks(run, layout):
+            # A compiled body calls no module whose hook would gather the weights. The hooks of all modules
+            # take 7% of a step on a CPU (docs/benchmarks.md).
             set_z3_leaf_modules(model, [TransformerBlock])
         optimizer = build_optimizer(run.optimizer, model.parameters(), run.precision.states)
         with shared_experts(mesh, model):

@@ -20,6 +20,7 @@ from launcher.parallel.buckets import FILLED, reduces_during_backward
 # Elements of bf16 gradients: an eager update casts at most so many at once; a weight with at least so many is
 # updated alone, and smaller neighbours together (engine/direct_update.py).
 CAST_AT_ONCE, UPDATED_ALONE = 1 << 24, 1 << 20
+PREFETCHED, LIVE = 50_000_000, 1_000_000_000  # DeepSpeed's defaults under ZeRO-3, in elements of weights
 
 
 def block_matrix_parameters(model: ModelConfig, *, active: bool = False) -> int:
@@ -119,14 +120,28 @@ def reduce_bucket(run: RunConfig, layout: Layout) -> int:
     return min(500_000_000, trained_parameters(run))
 
 
+def gathers_whole_blocks(run: RunConfig, layout: Layout) -> bool:
+    """Return whether ZeRO-3 gathers a block at once, and not each of its modules when it is called.
+
+    A compiled block calls no modules. Otherwise two blocks must fit into DeepSpeed's default of live weights:
+    with fewer calls a step is shorter, but a block of 5e9 weights would need 10 GB at once, and a copy.
+    """
+    return layout.compiled or 2 * gathered_block(run, layout) <= LIVE
+
+
 def prefetched_and_live(run: RunConfig, layout: Layout) -> tuple[int, int]:
     """Return the elements of weights that ZeRO-3 gathers ahead, and how many it may hold whole.
 
-    A block is gathered at once (engine/flat.py). The next block is gathered whole while it computes: with
-    DeepSpeed's defaults, which these numbers are at least, a large one would be waited for.
+    At least DeepSpeed's defaults. If blocks are gathered at once, the next one is gathered ahead: otherwise
+    most of a large block would be waited for.
     """
-    block = largest_block_matrices(run.model) // layout.tensor
-    return max(50_000_000, block), max(1_000_000_000, 2 * block)
+    block = gathered_block(run, layout) if gathers_whole_blocks(run, layout) else 0
+    return max(PREFETCHED, block), max(LIVE, 2 * block)
+
+
+def gathered_block(run: RunConfig, layout: Layout) -> int:
+    """Return the elements of the largest block that ZeRO-3 gathers: of its projections on a tensor rank."""
+    return largest_block_matrices(run.model) // layout.tensor
 
 
 def update_chunk(device: str) -> int:

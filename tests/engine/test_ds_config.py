@@ -77,17 +77,21 @@ def test_offload_pins_memory_only_with_a_gpu() -> None:
 
 
 def test_zero_3_gathers_the_next_block_ahead() -> None:
-    """The weights of its projections on a tensor rank; for a small block as many as DeepSpeed's default."""
-    for model, tensor, prefetched, live in (
-        ("llama3_70b", 1, 855_638_016, 1_711_276_032),
-        ("llama3_8b", 1, 218_103_808, 1_000_000_000),
-        ("llama3_8b", 2, 109_051_904, 1_000_000_000),
-        ("gpt2_small", 1, 50_000_000, 1_000_000_000),
+    """The weights of its projections on a tensor rank; for a small block as many as DeepSpeed's default.
+
+    Of a large block that is not compiled each module gathers its own weights.
+    """
+    for model, setting, prefetched, live in (
+        ("llama3_70b", "training.compile=true", 855_638_016, 1_711_276_032),
+        ("llama3_70b", "training.compile=false", 50_000_000, 1_000_000_000),
+        ("llama3_8b", "training.compile=false", 218_103_808, 1_000_000_000),
+        ("llama3_8b", "parallelism.tensor=2", 109_051_904, 1_000_000_000),
+        ("gpt2_small", "training.compile=true", 50_000_000, 1_000_000_000),
     ):
-        layout = ["parallelism=zero3", f"parallelism.tensor={tensor}", "training.micro_batch_size=1"]
-        zero = config_of(*layout, f"model={model}", gpus=8)["zero_optimization"]
-        assert zero["stage3_prefetch_bucket_size"] == prefetched
-        assert zero["stage3_max_live_parameters"] == live
+        overrides = ["parallelism=zero3", setting, "training.micro_batch_size=1"]
+        zero = config_of(*overrides, f"model={model}", gpus=8)["zero_optimization"]
+        assert zero["stage3_prefetch_bucket_size"] == prefetched, (model, setting)
+        assert zero["stage3_max_live_parameters"] == live, (model, setting)
     assert "stage3_prefetch_bucket_size" not in config_of("parallelism=zero2")["zero_optimization"]
 
 

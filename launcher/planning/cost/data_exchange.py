@@ -14,7 +14,7 @@ from launcher.planning.cost.operations import BYTES, FP32, Collective, Collectiv
 from launcher.planning.cost.overlap import LayerCost, micro_batch
 from launcher.planning.cost.pass_time import PartTimes
 from launcher.planning.cost.traffic import TIED_RANKS, GroupShape, data_traffic, pieces, tied_traffic
-from launcher.planning.cost.zero_states import fetches_blocks_ahead, reduced_buckets
+from launcher.planning.cost.zero_states import fetches_blocks_ahead, fetches_per_block, reduced_buckets
 
 Groups = dict[GroupName, GroupShape]
 # Times that ZeRO-3 reads or writes a weight or its gradient in memory for a micro-batch: each of two gathers
@@ -87,7 +87,7 @@ def _simulated(
     sums_on_host = partitions and run.parallelism.offload_optimizer
     block = block_parameters(rank.model, rank.tensor)
     block += 0 if rank.trains_whole_model else rank.trained_of_block(False)
-    at_once = max(buffers.prefetch_bucket, block)
+    at_once = max(buffers.prefetch_bucket, block // fetches_per_block(run, layout))
 
     def seconds(kind: CollectiveKind, elements: int, at_once: int) -> float:
         sent = ((Collective(kind, element * size), count) for size, count in pieces(elements, at_once))

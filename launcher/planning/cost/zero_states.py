@@ -13,13 +13,20 @@ from typing import NamedTuple
 
 from launcher.config.layout import Layout
 from launcher.config.schema import (
+    ActivationCheckpointing,
     Dtype,
     OptimizerConfig,
     OptimizerName,
     RunConfig,
     StatesDtype,
 )
-from launcher.models.arithmetic import CAST_AT_ONCE, UPDATED_ALONE, largest_block_matrices, update_chunk
+from launcher.models.arithmetic import (
+    CAST_AT_ONCE,
+    UPDATED_ALONE,
+    gathered_block,
+    gathers_whole_blocks,
+    update_chunk,
+)
 from launcher.parallel.buckets import (
     buckets,
     reduces_during_backward,
@@ -30,6 +37,7 @@ from launcher.planning.cost.buffers import ALL_REDUCE_BUCKET, BufferSizes
 from launcher.planning.cost.geometry import Rank, block_parameters
 from launcher.planning.cost.operations import BYTES, FP32
 
+MODULE_CALLS = 11  # module calls of a transformer block, with the block itself
 WAITING_ELEMENTS = 1 << 26  # as in engine/gradient_passes.py
 UPDATE_BYTES = 52  # per element that is updated at once: fp32 values and random bits, engine/stochastic.py
 
@@ -353,15 +361,16 @@ class _Ledger:
     def _prefetched(self, free: int, *, has_all: bool) -> Prefetched:
         """Return the buffers of weights that are gathered ahead, of `free` elements that are not kept whole.
 
-        A buffer is freed when the last module that has a weight in it begins. If all weights are kept for the
-        backward pass, no weight is gathered again, and the last such module is the last block or the head.
+        A buffer is freed when the last module that waits for a weight in it begins. If blocks are gathered at
+        once and all weights are kept for the backward pass, that is the last block or the head.
         """
         buffers, rank = self.buffers, self.rank
         if not buffers.prefetch_bucket:
             return Prefetched()
+        of_blocks = gathers_whole_blocks(self.run, self.layout)
         ahead = min(buffers.prefetch_bucket, buffers.max_live) + rank.largest_weight
-        size = self.element * min(free, max(ahead, block_parameters(rank.model, rank.tensor)))
-        if not has_all:
+        size = self.element * min(free, max(ahead, self._at_once if of_blocks else 0))
+        if not (has_all and of_blocks):
             return Prefetched(size, size, size)
         is_head_gathered = rank.outputs * rank.model.hidden_size >= buffers.persistence_threshold
         return Prefetched(size, size if is_head_gathered and not rank.shares_tied_weight else 0)
@@ -369,13 +378,21 @@ class _Ledger:
     def _gathered(self) -> int:
         """Return the peak number of elements of weights that ZeRO-3 holds whole.
 
-        Every call of a block prefetches another bucket, and weights fetched ahead for the backward pass are
-        not freed in the forward pass. The number therefore rises to max_live, unless a bucket is smaller than
-        a block.
+        Every call of a block, or of a module in it, prefetches another bucket, and weights fetched ahead for
+        the backward pass are not freed in the forward pass. The number therefore rises to max_live, unless
+        the buckets are smaller than a block.
         """
-        buffers = self.buffers
-        ahead = buffers.max_live if fetches_blocks_ahead(self.run, self.layout) else buffers.max_reuse // 2
-        return max(block_parameters(self.rank.model, self.rank.tensor), ahead)
+        run, layout, buffers = self.run, self.layout, self.buffers
+        ahead = buffers.max_live if fetches_blocks_ahead(run, layout) else buffers.max_reuse // 2
+        return max(self._at_once, ahead)
+
+    @property
+    def _at_once(self) -> int:
+        """Elements of weights that must be whole together: of a block, or of a module."""
+        recomputes = self.run.parallelism.activation_checkpointing is ActivationCheckpointing.full
+        if recomputes or gathers_whole_blocks(self.run, self.layout):
+            return block_parameters(self.rank.model, self.rank.tensor)
+        return self.rank.largest_weight
 
     def _optimizer(self) -> tuple[int, int]:
         """Return bytes on the device and on the host: fp32 weights, states, and with offload the gradient."""
@@ -393,10 +410,15 @@ class _Ledger:
         return touched + (_most_touched(self.rank.expert_groups, holders) if self.rank.expert_groups else 0)
 
 
+def fetches_per_block(run: RunConfig, layout: Layout) -> int:
+    """Return how often ZeRO-3 fetches weights while a block computes."""
+    return 1 if gathers_whole_blocks(run, layout) else MODULE_CALLS
+
+
 def fetches_blocks_ahead(run: RunConfig, layout: Layout) -> bool:
     """Return whether ZeRO-3 gathers the whole next block while a block computes."""
-    buffers, block = BufferSizes.of(run, layout), largest_block_matrices(run.model) // layout.tensor
-    return buffers.prefetch_bucket >= block and buffers.max_live >= 2 * block
+    buffers, block = BufferSizes.of(run, layout), gathered_block(run, layout)
+    return fetches_per_block(run, layout) * buffers.prefetch_bucket >= block and buffers.max_live > block
 
 
 def reduced_at_first(rank: Rank, bucket: int) -> int:
