@@ -17,6 +17,7 @@ from launcher.planning.cost.geometry import blocks_of_stages, pipeline_ranks
 from launcher.planning.cost.memory import in_flight
 from launcher.planning.cost.pipeline_schedule import Event, order, simulate
 from launcher.planning.cost.run_plan import make_plan
+from launcher.planning.cost.zero_states import Prefetched, states_of
 from tests.config.composing import run_of
 
 prepare_deepspeed("cpu")
@@ -158,6 +159,28 @@ def test_buffer_sizes_are_read_from_the_deepspeed_keys_of_the_run() -> None:
         "parallelism=zero2",
     )
     assert (tuned.reduce_bucket, tuned.reduce_buffers, tuned.max_live) == (1_000_000, 2, 7)
+
+
+def ahead(*overrides: str) -> Prefetched:
+    """Return the buffers of weights that one of two ranks gathers ahead under ZeRO-3."""
+    wide = ["model=gpt_tiny", "model.hidden_size=256", "model.ffn_hidden_size=1024"]
+    run = run_of(*wide, "parallelism=zero3", "training.global_batch_size=8", *overrides)
+    layout = validate(run, World("cpu", 2, 2))
+    [rank] = pipeline_ranks(run, layout)
+    return states_of(run, layout, rank).prefetched
+
+
+def test_weights_that_are_gathered_ahead_stay_until_the_last_module_takes_its_own() -> None:
+    """That is the last block, or a head with a large weight of its own."""
+    large, untied = "model.vocab_size=4096", "model.tie_embeddings=false"
+    for overrides in ([], [untied], [large], [large, untied]):
+        found = ahead(*overrides)
+        assert found == Prefetched(found.blocks, found.blocks if len(overrides) == 2 else 0, 0), overrides
+        assert found.blocks > 0
+    settings = ("max_reuse_distance", "prefetch_bucket_size")
+    few = ahead(*(f"deepspeed.zero_optimization.stage3_{name}=1000" for name in settings))
+    assert few.blocks == few.last_block == few.loss > 0
+    assert ahead("deepspeed.zero_optimization.stage3_prefetch_bucket_size=0") == Prefetched()
 
 
 def test_a_rank_of_dualpipev_holds_both_ends() -> None:
