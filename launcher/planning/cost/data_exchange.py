@@ -110,7 +110,7 @@ def _simulated(
     # The weights that the forward pass used last are still there for the backward pass.
     kept = min(rank.blocks, buffers.max_live // block)
     layers = _layers(rank, times, gather, kept=kept, host=rates.zero_3_block_s if partitions else 0.0)
-    ahead = max(1, buffers.max_live // block if fetches_blocks_ahead(run, layout) else 1)
+    ahead = max(1, buffers.max_live // block if fetches_blocks_ahead(run, layout, buffers) else 1)
     end = micro_batch(layers, ahead=ahead, bucket=bucket, reduction=reduction)
     link = sum(layer.gather + layer.gather_again for layer in layers)
     link += sum(count * reduction(size) for size, count in pieces(reduced, bucket))

@@ -11,7 +11,14 @@ from launcher.planning.cost.operations import BYTES
 from launcher.planning.cost.parts import ModelParts, parts
 from launcher.planning.cost.sizes import Sizes
 from launcher.planning.cost.tape import Footprint
-from launcher.planning.cost.zero_states import Holdings, States, checkpoint_bytes, reduced_at_first, states_of
+from launcher.planning.cost.zero_states import (
+    Holdings,
+    States,
+    checkpoint_bytes,
+    largest_buffer,
+    reduced_at_first,
+    states_of,
+)
 
 BLOCK_BYTES = 131_072  # a block of initial weights in fp32, launcher/parallel/initializer.py
 # On a GPU beside the allocator's peak: CUDA's context with the kernels of its libraries, and NCCL's buffers
@@ -148,8 +155,7 @@ class _Flow:
         """
         sent = [bucket for bucket in self.states.sent if bucket.done <= reached]
         waiting = max(0, done - max((bucket.done for bucket in sent), default=0))
-        buffer = max((bucket.buffer for bucket in sent), default=0)
-        return self.sizes.element * min(waiting, self.states.waiting), buffer
+        return self.sizes.element * min(waiting, self.states.waiting), largest_buffer(sent)
 
     def first_backward(self, name: str, activations: int) -> _Moment:
         """Return the moment before any weight has a gradient, and before DeepSpeed allocates a bucket."""

@@ -162,7 +162,7 @@ class _Ledger:
         else:
             is_joined = self.layout.device == "cpu" and self.layout.gradient_ranks > 1
             sent = self._sent(FP32, least=2) if is_joined else ()
-            copies = max((bucket.buffer for bucket in sent), default=0)
+            copies = largest_buffer(sent)
         return States(
             weights=self.element * (self.total + self.frozen),
             optimizer=self.state_bytes * self.total,
@@ -199,7 +199,7 @@ class _Ledger:
         copies, sent = self._reduced_in_copies(self.element), tuple[SentBucket, ...]()
         if copies and reduces_during_backward(self.run, self.layout):
             sent = self._sent(self.element)
-            copies = max((bucket.buffer for bucket in sent), default=0)
+            copies = largest_buffer(sent)
         return States(
             weights=self.element * (self.flat + self.frozen),
             optimizer=self.optimizer_bytes * self.share,
@@ -382,9 +382,9 @@ class _Ledger:
         the backward pass are not freed in the forward pass. The number therefore rises to max_live, unless
         the buckets are smaller than a block.
         """
-        run, layout, buffers = self.run, self.layout, self.buffers
-        ahead = buffers.max_live if fetches_blocks_ahead(run, layout) else buffers.max_reuse // 2
-        return max(self._at_once, ahead)
+        buffers = self.buffers
+        runs_ahead = fetches_blocks_ahead(self.run, self.layout, buffers)
+        return max(self._at_once, buffers.max_live if runs_ahead else buffers.max_reuse // 2)
 
     @property
     def _at_once(self) -> int:
@@ -410,14 +410,18 @@ class _Ledger:
         return touched + (_most_touched(self.rank.expert_groups, holders) if self.rank.expert_groups else 0)
 
 
+def largest_buffer(sent: Iterable[SentBucket]) -> int:
+    return max((bucket.buffer for bucket in sent), default=0)
+
+
 def fetches_per_block(run: RunConfig, layout: Layout) -> int:
     """Return how often ZeRO-3 fetches weights while a block computes."""
     return 1 if gathers_whole_blocks(run, layout) else MODULE_CALLS
 
 
-def fetches_blocks_ahead(run: RunConfig, layout: Layout) -> bool:
+def fetches_blocks_ahead(run: RunConfig, layout: Layout, buffers: BufferSizes) -> bool:
     """Return whether ZeRO-3 gathers the whole next block while a block computes."""
-    buffers, block = BufferSizes.of(run, layout), gathered_block(run, layout)
+    block = gathered_block(run, layout)
     return fetches_per_block(run, layout) * buffers.prefetch_bucket >= block and buffers.max_live > block
 
 
