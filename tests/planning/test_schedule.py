@@ -17,7 +17,7 @@ from launcher.planning.cost.geometry import blocks_of_stages, pipeline_ranks
 from launcher.planning.cost.memory import in_flight
 from launcher.planning.cost.pipeline_schedule import Event, order, simulate
 from launcher.planning.cost.run_plan import make_plan
-from launcher.planning.cost.zero_states import Prefetched, states_of
+from launcher.planning.cost.zero_states import Prefetched, reduced_buckets, states_of
 from tests.config.composing import run_of
 
 prepare_deepspeed("cpu")
@@ -159,6 +159,16 @@ def test_buffer_sizes_are_read_from_the_deepspeed_keys_of_the_run() -> None:
         "parallelism=zero2",
     )
     assert (tuned.reduce_bucket, tuned.reduce_buffers, tuned.max_live) == (1_000_000, 2, 7)
+
+
+def test_a_cpu_sends_most_gradients_of_a_small_model_before_the_last_one() -> None:
+    """Of the model of `make bench`, with 5.9 million parameters."""
+    model = ["model=gpt_mini", "model.num_layers=6", "model.vocab_size=2048", "model.tie_embeddings=false"]
+    run = run_of(*model, "parallelism=dp", "training.global_batch_size=8", "training.micro_batch_size=4")
+    layout = validate(run, World("cpu", 2, 2))
+    [rank] = pipeline_ranks(run, layout)
+    *early, _ = reduced_buckets(rank, BufferSizes.of(run, layout).reduce_bucket)
+    assert sum(early) > rank.trained_parameters / 2
 
 
 def ahead(*overrides: str) -> Prefetched:
