@@ -5,7 +5,7 @@ from launcher.config.schema import RunConfig
 from launcher.config.world import World
 from launcher.planning.choose.changes import helpful
 from launcher.planning.choose.limits import settings_in_words
-from launcher.planning.choose.search import Candidate, Search, freed, search
+from launcher.planning.choose.search import Candidate, Search, freed, search, smallest
 from launcher.planning.cost.run_plan import Plan
 from launcher.text import size
 
@@ -21,7 +21,7 @@ def chosen(run: RunConfig, world: World) -> tuple[RunConfig, Search]:
     result = search(run, world)
     if result.fitting:
         return result.fitting[0].run, result
-    closest = min(result.candidates, key=lambda candidate: (candidate.peak, *candidate.order))
+    closest = smallest(result.candidates)
     if not run.plan.enforce:
         return closest.run, result
     raise _too_large(run, result, closest)

@@ -5,12 +5,12 @@ recomputation and offload. A field that was set to another value than its defaul
 micro-batch is always searched.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from itertools import product
 from math import gcd, prod
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from launcher.config.errors import ConfigError, as_typed, settings
 from launcher.config.layout import Layout, check_machine, effective_zero_stage
@@ -56,20 +56,38 @@ CHOICES: dict[str, Sequence[Any]] = {
 }
 
 
+class Seconds(NamedTuple):
+    """The planned time of a candidate's step."""
+
+    step: float  # without known speeds, good only to rank layouts
+    unsure: float = 0.0  # traffic between nodes that the plan hides behind computation
+
+
 @dataclass(frozen=True)
 class Candidate:
-    """A legal layout, its time and its peak memory."""
+    """A legal layout, its peak memory and its time.
+
+    The time is planned when it is first asked for: most layouts of a large model do not fit, and few of them
+    are compared by their time.
+    """
 
     settings: Settings
     run: RunConfig
     layout: Layout
-    seconds: float  # of a step; without known speeds, good only to rank layouts
-    unsure: float  # seconds of traffic between nodes that the plan hides behind computation
+    plan_seconds: Callable[[], Seconds] = field(compare=False)
     peak: int  # bytes of the rank that needs most
     budget: float | None
     host: int  # bytes of host memory, of the rank on a GPU that needs most
     host_budget: float | None
     per_node: int
+
+    @cached_property
+    def _planned(self) -> Seconds:
+        return self.plan_seconds()
+
+    @property
+    def seconds(self) -> float:
+        return self._planned.step
 
     @property
     def fits(self) -> bool:
@@ -134,7 +152,7 @@ class Candidate:
     @property
     def unhidden(self) -> float:
         """Seconds of a step that hides no traffic between nodes."""
-        return self.seconds + self.unsure
+        return self.seconds + self._planned.unsure
 
     @property
     def order(self) -> tuple[Any, ...]:
@@ -182,16 +200,23 @@ class Search:
     @cached_property
     def best_of_kinds(self) -> dict[str, Candidate]:
         """Best candidate of each kind, best first; if no candidate of a kind fits, the lowest peak."""
-        best: dict[str, Candidate] = {}
+        kinds: dict[str, list[Candidate]] = {}
         for candidate in self.candidates:
-            other = best.get(candidate.kind)
-            if other is None or _order_in_kind(candidate) < _order_in_kind(other):
-                best[candidate.kind] = candidate
+            kinds.setdefault(candidate.kind, []).append(candidate)
+        best = {kind: _best(candidates) for kind, candidates in kinds.items()}
         return dict(sorted(best.items(), key=lambda item: (not item[1].fits, item[1].order)))
 
 
-def _order_in_kind(candidate: Candidate) -> tuple[Any, ...]:
-    return (0, *candidate.order) if candidate.fits else (1, candidate.peak, *candidate.order)
+def _best(candidates: Sequence[Candidate]) -> Candidate:
+    fitting = [candidate for candidate in candidates if candidate.fits]
+    return min(fitting, key=lambda candidate: candidate.order) if fitting else smallest(candidates)
+
+
+def smallest(candidates: Sequence[Candidate]) -> Candidate:
+    """Return the candidate with the lowest peak; only candidates with equal peaks are compared by time."""
+    peak = min(candidate.peak for candidate in candidates)
+    equal = (candidate for candidate in candidates if candidate.peak == peak)
+    return min(equal, key=lambda candidate: candidate.order)
 
 
 def search(run: RunConfig, world: World, *, budget: float | None = None) -> Search:
@@ -331,14 +356,16 @@ class _Judge:
         except ConfigError:
             return None
         per_node = self.world.ranks_per_node
-        groups = group_shapes(layout, per_node)
-        time = step_time(run, layout, pipeline_ranks(run, layout), self.rates, groups)
-        unsure = 0.0 if groups["data"].is_within_node else time.data_hidden
         device, host = peaks(run, layout)
         budgets = self.budget, host_budget(run, layout)
-        return Candidate(
-            chosen, run, layout, time.total, unsure, device, budgets[0], host, budgets[1], per_node
-        )
+        seconds = partial(planned_seconds, run, layout, self.rates, per_node)
+        return Candidate(chosen, run, layout, seconds, device, budgets[0], host, budgets[1], per_node)
+
+
+def planned_seconds(run: RunConfig, layout: Layout, rates: AnyRates, per_node: int) -> Seconds:
+    groups = group_shapes(layout, per_node)
+    time = step_time(run, layout, pipeline_ranks(run, layout), rates, groups)
+    return Seconds(time.total, 0.0 if groups["data"].is_within_node else time.data_hidden)
 
 
 def peaks(run: RunConfig, layout: Layout) -> tuple[int, int]:
