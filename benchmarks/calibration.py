@@ -1,6 +1,6 @@
 """Compare planned and measured step times in twelve layouts of 1 to 4 ranks.
 
-`python -m benchmarks.calibration [FOLDER]` calibrates this machine and trains in three rounds, for 10 to 30
+`python -m benchmarks.calibration [FOLDER]` calibrates this machine and trains in five rounds, for 20 to 45
 minutes in all. Nothing is fitted to these runs. Each round calibrates again, because the speed of a shared
 machine changes within minutes; the table has the medians of the plans and of the steps. FOLDER keeps the
 hardware configs and the runs (default: a temporary folder). Progress is printed on standard error.
@@ -24,7 +24,7 @@ from launcher.config.world import world_of_machine
 from launcher.launch.this_machine import this_machine
 from launcher.planning.cost.run_plan import Plan, make_plan
 
-ROUNDS, STEPS = 3, 9
+ROUNDS, STEPS = 5, 13
 CLEAR = 0.15  # least difference of two measured times, beyond the noise, for which their order counts
 MODEL = [
     "model=gpt_mini", "training.global_batch_size=16", "training.micro_batch_size=2",
