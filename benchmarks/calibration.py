@@ -1,11 +1,12 @@
 """Compare planned and measured step times in twelve layouts of 1 to 4 ranks.
 
-`python -m benchmarks.calibration [FOLDER]` calibrates this machine and trains in five rounds, for 20 to 45
-minutes in all. Nothing is fitted to these runs. Each round calibrates again, because the speed of a shared
-machine changes within minutes; the table has the medians of the plans and of the steps. FOLDER keeps the
-hardware configs and the runs (default: a temporary folder). Progress is printed on standard error.
+`python -m benchmarks.calibration [--folder FOLDER] [--rounds N]` calibrates this machine and trains, in five
+rounds of 4 to 9 minutes. Nothing is fitted to these runs. Each round calibrates again, because the speed of a
+shared machine changes within minutes; the table has the medians of the plans and of the steps. FOLDER keeps
+the hardware configs and the runs (default: a temporary folder). Progress is printed on standard error.
 """
 
+import argparse
 import json
 import os
 import subprocess
@@ -24,7 +25,7 @@ from launcher.config.world import world_of_machine
 from launcher.launch.this_machine import this_machine
 from launcher.planning.cost.run_plan import Plan, make_plan
 
-ROUNDS, STEPS = 5, 13
+STEPS = 13
 CLEAR = 0.15  # least difference of two measured times, beyond the noise, for which their order counts
 MODEL = [
     "model=gpt_mini", "training.global_batch_size=16", "training.micro_batch_size=2",
@@ -47,21 +48,21 @@ LAYOUTS: dict[str, dict[str, int | str]] = {
 }
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, rounds: int) -> None:
     started = time.monotonic()
     taken: dict[str, list[float]] = {name: [] for name in LAYOUTS}
     plans: dict[str, list[float]] = {name: [] for name in LAYOUTS}
-    for number in range(1, ROUNDS + 1):
+    for number in range(1, rounds + 1):
         config = folder / f"round-{number}"
         launcher("calibrate", f"dir={config}", "rounds=1")
-        report(f"round {number} of {ROUNDS}: calibrated", started)
+        report(f"round {number} of {rounds}: calibrated", started)
         for name, sizes in LAYOUTS.items():
             overrides = [f"--config-dir={config}", "hardware=this_machine", *MODEL, *typed(sizes)]
             directory = config / "runs" / name
             launcher("train", *overrides, f'run.dir="{directory}"')
             taken[name] += step_times(directory)
             plans[name].append(planned(overrides))
-        report(f"round {number} of {ROUNDS}: trained", started)
+        report(f"round {number} of {rounds}: trained", started)
     print(table({name: (median(plans[name]), median(taken[name])) for name in LAYOUTS}))
 
 
@@ -141,8 +142,9 @@ def spearman(*columns: tuple[float, ...]) -> float:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:]:
-        main(Path(sys.argv[1]))
-    else:
-        with tempfile.TemporaryDirectory() as name:
-            main(Path(name))
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.calibration")
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        main(options.folder or Path(temporary), options.rounds)

@@ -16,6 +16,7 @@ from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseExceptio
 from launcher.config.errors import ConfigError, hydra_text, quoted_setting, settings, typed_text
 from launcher.config.fields import (
     ENTRIES,
+    MEASUREMENTS,
     closest_fields,
     fields_in,
     fields_of,
@@ -229,9 +230,7 @@ def _wrong_field(match: re.Match[str], failure: _Failure) -> ConfigError:
     field = _whole_name(match[1].partition("[")[0], fields) or match[1]  # a list's item is named `tags[1]`
     for name, value in map(_split, failure.overrides):
         if name.startswith(f"{field}.") and field in fields:
-            return ConfigError(
-                name, value, f"{field} is a field, not a section", quoted_setting(field, value)
-            )
+            return _below_field(name, value, field, fields[field])
     quoted = re.search(r"merging override [^=]+=([^\n]*)", failure.text)
     quoted = quoted or re.search(r"[Vv]alue '(.*?)'", failure.text)
     unset = "null" if "is not Optional" in failure.text else ""
@@ -246,6 +245,16 @@ def _wrong_field(match: re.Match[str], failure: _Failure) -> ConfigError:
     kind = fields.get(field) or kind_of_entry(field) or ""
     why = f"must be {_IN_WORDS.get(kind.removesuffix(' | null'), f'one of {kind}')}{_in(failure.file)}"
     return ConfigError(field, value, why, _nearest_value(field, value, kind, failure.root))
+
+
+def _below_field(name: str, value: str, field: str, kind: str) -> ConfigError:
+    """Return the error about a name that begins with the name of a field, such as an item of its list."""
+    if kind not in ("list", MEASUREMENTS):
+        return ConfigError(name, value, f"{field} is a field, not a section", quoted_setting(field, value))
+    why = f"{field} is a list, and an item of a list cannot be set alone"
+    return ConfigError(
+        name, value, why, _CALIBRATED if kind == MEASUREMENTS else quoted_setting(field, f"[{value}]")
+    )
 
 
 _KEY = r"\n +full_key: (\S+)"
@@ -266,18 +275,22 @@ _EXPLANATIONS: tuple[tuple[str, Callable[[re.Match[str], _Failure], ConfigError]
     (_KEY, _wrong_field),
 )
 
+_CALIBRATED = "a hardware file that `launcher calibrate` writes"
 _IN_WORDS = {
     "whole number": "a whole number",
     "number": "a number",
     "true | false": "true or false",
     "text": "text",
     "list": "a list of text",
+    MEASUREMENTS: "a list of measurements",
     "dictionary": "a dictionary",
 }
 
 
 def _nearest_value(field: str, value: str, kind: str, root: type[Any]) -> str:
     accepted = kind.removesuffix(" | null")
+    if accepted == MEASUREMENTS:
+        return _CALIBRATED
     if accepted == "whole number" and re.fullmatch(r"[-+]?\d+\.?\d*(?:[eE][-+]?\d{1,2})?", value):
         number = float(value)
         return " or ".join(settings(field, dict.fromkeys([int(number // 1), int(-(-number // 1))])))

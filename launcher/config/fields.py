@@ -66,6 +66,7 @@ def _fields_of(root: type[Any]) -> dict[str, str]:
     return values
 
 
+MEASUREMENTS = "measurements"  # valid values of a list that `launcher calibrate` writes
 # The valid values of the open dictionaries. The user chooses their keys.
 ENTRIES = {
     "data.sources": "text",
@@ -119,7 +120,7 @@ def fields_in(section: str, root: type[Any]) -> list[str]:
 def _values_in_words(node: Any) -> str:
     reference = node._metadata.ref_type
     if isinstance(node, ListConfig):
-        name = "list"
+        name = "list" if node._metadata.element_type is str else MEASUREMENTS
     elif isinstance(node, DictConfig):
         name = "dictionary"
     elif isinstance(reference, type) and issubclass(reference, Enum):

@@ -39,10 +39,10 @@ def planned(factor: float, ranks: int, cores: int, *overrides: str, alone: float
         (True, (*DENSE, "parallelism.context=2", "parallelism.context_method=ulysses")),
         (True, (*EXPERTS, "parallelism.expert=2")),
         (True, (*DATA, "parallelism.zero_stage=3")),
+        (True, (*DENSE, "parallelism.pipeline=2")),
         (False, EXPERTS),
         (False, (*DATA, "parallelism.zero_stage=0")),
         (False, (*DATA, "parallelism.zero_stage=2")),
-        (False, (*DENSE, "parallelism.pipeline=2")),
     ],
 )
 def test_computation_takes_longer_where_ranks_wait_within_a_pass(
@@ -65,10 +65,12 @@ def test_a_factor_below_that_of_ranks_alone_does_not_count() -> None:
     assert planned(0.5, 2, 2, *tensor) == planned(0.0, 2, 2, *tensor)
 
 
-def test_ranks_that_share_a_processor_compute_while_others_wait() -> None:
-    tensor = (*DENSE, "parallelism.tensor=4")
-    assert planned(WAITING, 4, 2, *tensor) == planned(0.0, 4, 2, *tensor)
-    assert planned(WAITING, 4, 4, *tensor).compute > planned(0.0, 4, 4, *tensor).compute
+@pytest.mark.parametrize("cores", [2, 4])
+@pytest.mark.parametrize("axis", ["tensor", "pipeline"])
+def test_ranks_that_share_a_processor_wait_as_well(axis: str, cores: int) -> None:
+    layout = (*DENSE, f"parallelism.{axis}=4")
+    plain, late = (planned(factor, 4, cores, *layout).compute for factor in (0.0, WAITING))
+    assert late == pytest.approx(WAITING * plain, rel=0.01)
 
 
 @pytest.mark.parametrize(("stage", "other"), [(2, 3), (3, 2)])

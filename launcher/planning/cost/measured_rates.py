@@ -68,11 +68,11 @@ class CalibratedRates:
     def scale(self, flops: float, *, waits: bool) -> float:
         """Return the time of a model's passes divided by the sum of its operations, for blocks of `flops`.
 
-        `waits`: ranks wait for each other within a pass, each time for the slowest. Ranks that share a
-        processor compute while others wait.
+        `waits`: ranks wait for each other many times in a step, each time for the slowest. Ranks that share a
+        processor wait as well: for one that has no turn.
         """
         alone = _factor(self.scales, flops)
-        if not waits or not self.waiting_scales or self.crowding > 1:
+        if not waits or not self.waiting_scales:
             return alone
         return max(alone, _factor(self.waiting_scales, flops))
 

@@ -71,11 +71,11 @@ class PassGroups:
 
 @cache
 def part_times(
-    sizes: Sizes, rates: AnyRates, groups: PassGroups, expert: GroupShape = ALONE, *, gathers: bool = False
+    sizes: Sizes, rates: AnyRates, groups: PassGroups, expert: GroupShape = ALONE, *, waits: bool = False
 ) -> PartTimes:
-    """Return the times of the parts; `gathers`: ZeRO-3 gathers weights within a pass."""
+    """Return the times of the parts; `waits`: ranks wait for each other even without these groups."""
     model = parts(sizes)
-    waits = gathers or max(groups.tensor.ranks, groups.context.ranks, expert.ranks) > 1
+    waits = waits or max(groups.tensor.ranks, groups.context.ranks, expert.ranks) > 1
     scale = rates.scale(model.block.flops, waits=waits)
 
     def both(part: ModelPart) -> tuple[PassTime, PassTime]:

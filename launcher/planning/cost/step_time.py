@@ -66,9 +66,10 @@ def step_time(
     """Return the time of the slowest pipeline rank, with its waits for the other ranks."""
     kinds = {rank.kind: rank for rank in reversed(ranks)}
     sizes = Sizes.of(run, layout.device)
-    gathers = layout.zero_stage == 3 and layout.gradient_ranks > 1
+    # ZeRO-3 gathers weights within a pass, and a stage needs each micro-batch from the stage before.
+    waits = layout.pipeline > 1 or (layout.zero_stage == 3 and layout.gradient_ranks > 1)
     within = PassGroups(groups["tensor"], groups["context"])
-    times = part_times(sizes, rates, within, groups["expert"], gathers=gathers)
+    times = part_times(sizes, rates, within, groups["expert"], waits=waits)
     send = 0.0
     if layout.pipeline > 1:
         times = replace(times, overhead=times.overhead + rates.pipeline_batch_s)
