@@ -136,6 +136,7 @@ def _with_steps(measured: MeasuredRates, trials: list[Trial], seconds: list[floa
             # The factor is below 1 if the parts of this small model are planned slower than its step.
             factor = _scale(replace(rates, scales=[]), small, many)
             # The bubble of two stages is a micro-batch of the other stage: its overhead comes once more.
+            # The waits of the larger models have their factors: of this small model all counts as overhead.
             bare = replace(rates, scales=[factor], waiting_scales=[])
             further = _unplanned(bare, trial, step) / (layout.accumulation + 1)
             rates = replace(rates, pipeline_batch_s=rounded(further))

@@ -252,9 +252,8 @@ def _below_field(name: str, value: str, field: str, kind: str) -> ConfigError:
     if kind not in ("list", MEASUREMENTS):
         return ConfigError(name, value, f"{field} is a field, not a section", quoted_setting(field, value))
     why = f"{field} is a list, and an item of a list cannot be set alone"
-    return ConfigError(
-        name, value, why, _CALIBRATED if kind == MEASUREMENTS else quoted_setting(field, f"[{value}]")
-    )
+    remedy = _CALIBRATED if kind == MEASUREMENTS else quoted_setting(field, f"[{value}]")
+    return ConfigError(name, value, why, remedy)
 
 
 _KEY = r"\n +full_key: (\S+)"

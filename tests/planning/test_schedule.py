@@ -162,7 +162,7 @@ def test_buffer_sizes_are_read_from_the_deepspeed_keys_of_the_run() -> None:
 
 
 def test_a_cpu_sends_most_gradients_of_a_small_model_before_the_last_one() -> None:
-    """Of the model of `make bench`, with 5.9 million parameters."""
+    """`make bench` trains this model, which has 5.9 million parameters."""
     model = ["model=gpt_mini", "model.num_layers=6", "model.vocab_size=2048", "model.tie_embeddings=false"]
     run = run_of(*model, "parallelism=dp", "training.global_batch_size=8", "training.micro_batch_size=4")
     layout = validate(run, World("cpu", 2, 2))

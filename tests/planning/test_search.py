@@ -524,7 +524,7 @@ def test_context_ranks_must_be_clearly_faster(one_node: tuple[Search, int]) -> N
 
 
 def test_the_time_of_layouts_that_do_not_fit_is_not_planned(one_node: tuple[Search, int]) -> None:
-    """Of 4,986 layouts of Llama 70B on 4,096 GPUs 874 fit: the times of the others took a third."""
+    """Llama 70B has 4,986 layouts on 4,096 GPUs, and 874 fit: the search need not time the others."""
     result, _ = one_node
     too_large = [
         replace(one, plan_seconds=partial(pytest.fail, "planned"))
@@ -534,6 +534,11 @@ def test_the_time_of_layouts_that_do_not_fit_is_not_planned(one_node: tuple[Sear
     fitting = [one for one in result.candidates if one.fits]
     assert too_large
     assert Search((*too_large, *fitting), result.world).fitting == result.fitting
+
+
+def test_a_search_plans_no_time_before_layouts_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launcher.planning.choose.search.planned_seconds", lambda *_: pytest.fail("planned"))
+    assert searched("parallelism=auto", "model=gpt_tiny", *CLUSTER).candidates
 
 
 def test_the_smallest_layout_is_the_fastest_of_those_with_its_peak(one_node: tuple[Search, int]) -> None:
