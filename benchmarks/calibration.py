@@ -13,11 +13,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from statistics import median
 
+from benchmarks.arguments import at_least_one
 from launcher.config.compose import compose_jobs
 from launcher.config.schema import PlannedRunConfig
 from launcher.config.validate import validate
@@ -141,10 +142,14 @@ def spearman(*columns: tuple[float, ...]) -> float:
     return 1 - 6 * sum((a - b) ** 2 for a, b in zip(*ranks, strict=True)) / (n * (n**2 - 1))
 
 
-if __name__ == "__main__":
+def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.calibration")
     parser.add_argument("--folder", type=Path)
-    parser.add_argument("--rounds", type=int, default=5)
-    options = parser.parse_args()
+    parser.add_argument("--rounds", type=at_least_one, default=5)
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    options = parsed(sys.argv[1:])
     with tempfile.TemporaryDirectory() as temporary:
         main(options.folder or Path(temporary), options.rounds)

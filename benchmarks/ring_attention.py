@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.arguments import at_least_one
 from launcher.calibrate.probes import finish
 from launcher.config.schema import ContextMethod, Dtype
 from launcher.models.attention_kernel import Kernel, attend
@@ -154,8 +155,8 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ring_attention", description=__doc__)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--dtype", choices=[dtype.name for dtype in Dtype], default="bf16")
-    parser.add_argument("--length", type=int, default=32768, help="tokens of the sequence")
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--length", type=at_least_one, default=32768, help="tokens of the sequence")
+    parser.add_argument("--rounds", type=at_least_one, default=20)
     options = parser.parse_args(arguments)
     device, dtype = options.device, TORCH_DTYPES[Dtype[options.dtype]]
     if device == "cuda" and not torch.cuda.is_available():

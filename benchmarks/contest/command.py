@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from benchmarks.arguments import at_least_one
 from benchmarks.contest.classes import BenchmarkModel, Class, jobs_of, overrides_of
 from benchmarks.contest.figure import draw
 from benchmarks.contest.inputs import tokens_needed, write_batches, write_tokens, write_weights
@@ -87,7 +88,8 @@ def parsed(benchmark: Benchmark, arguments: Sequence[str]) -> argparse.Namespace
     add("--peer", action="append", metavar="PEER", help="a module in benchmarks/peers or a name in the table")
     add("--measure", nargs="+", choices=MEASURES, default=USUAL, help=f"default: {' '.join(USUAL)}")
     add("--minutes", type=float, default=benchmark.minutes, help=f"default: {benchmark.minutes:g}")
-    add("--rounds", type=int, default=benchmark.least_rounds, help="at least so many; default: %(default)s")
+    at_least = "at least so many; default: %(default)s"
+    add("--rounds", type=at_least_one, default=benchmark.least_rounds, help=at_least)
     add("--quick", action="store_true", help="two rounds of one step: a trial, no measurement")
     add("--device", choices=("cpu", "cuda"), default=benchmark.device)
     add("--results", type=Path, default=RESULTS, metavar="FOLDER", help="default: benchmarks/results")

@@ -28,16 +28,29 @@ def block_matrix_parameters(model: ModelConfig, *, active: bool = False) -> int:
 
     With `active` only those that multiply a token: of the experts of a layer the chosen and the shared ones.
     """
-    h, qkv, sparse = model.hidden_size, qkv_sizes(model), expert_layers(model)
-    dense = (model.num_layers - sparse) * (_up_size(model) + model.ffn_hidden_size)
-    return h * (model.num_layers * (sum(qkv) + qkv[0]) + dense + sparse * _expert_columns(model, active))
+    sparse = expert_layers(model)
+    dense = (model.num_layers - sparse) * _dense_columns(model)
+    attention = model.num_layers * _attention_columns(model)
+    return model.hidden_size * (attention + dense + sparse * _expert_columns(model, active))
 
 
 def largest_block_matrices(model: ModelConfig) -> int:
     """Return the projection weights of the block that has most."""
-    h, qkv, sparse = model.hidden_size, qkv_sizes(model), expert_layers(model)
-    dense = _up_size(model) + model.ffn_hidden_size if sparse < model.num_layers else 0
-    return h * (sum(qkv) + qkv[0] + max(dense, _expert_columns(model, False) if sparse else 0))
+    sparse = expert_layers(model)
+    dense = _dense_columns(model) if sparse < model.num_layers else 0
+    experts = _expert_columns(model, False) if sparse else 0
+    return model.hidden_size * (_attention_columns(model) + max(dense, experts))
+
+
+def _attention_columns(model: ModelConfig) -> int:
+    """Return the parameters of the projections of attention in a layer, over the hidden size."""
+    qkv = qkv_sizes(model)
+    return sum(qkv) + qkv[0]
+
+
+def _dense_columns(model: ModelConfig) -> int:
+    """Return the parameters of the projections of a layer's MLP, over the hidden size."""
+    return _up_size(model) + model.ffn_hidden_size
 
 
 def _expert_columns(model: ModelConfig, active: bool) -> int:
