@@ -4,14 +4,13 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from omegaconf import OmegaConf
-
+from launcher.calibrate.hardware_file import refined_target, write_refined
 from launcher.config.compose import load_typed
 from launcher.config.errors import ConfigError
 from launcher.config.layout import recorded_layout
 from launcher.config.run_format import IDENTITY, read_identity
 from launcher.config.schema import HardwareConfig, OutputFormat, PlannedRunConfig, RunConfig
-from launcher.files import write_text
+from launcher.config.validate import check_values
 from launcher.planning.choose.learning import FinishedRun, refined
 from launcher.runtime.metrics.rows import rows_in
 from launcher.runtime.run_dir import CONFIG, METRICS
@@ -22,6 +21,8 @@ FEWEST_ROWS = 3  # of metrics, without the first
 
 def learn(config: PlannedRunConfig) -> dict[str, Any]:
     """Print the error of each run's plan before and after, and write config.learned. Return the report."""
+    check_values(config)
+    path = refined_target(config.learned) if config.learned else None
     runs = [finished_run(Path(name).expanduser()) for name in config.learn]
     hardware = config.hardware
     if any(run.planned(hardware) is None for run in runs):
@@ -35,10 +36,8 @@ def learn(config: PlannedRunConfig) -> dict[str, Any]:
         _print(rows)
         print(f"error    {errors['error_before']:.1%} on average before, {errors['error_after']:.1%} after")
         print(f"setting  {setting}")
-    if config.learned:
-        path = Path(config.learned).expanduser()
-        header = f"# Refined by `launcher plan` from {len(runs)} runs.\n"
-        write_text(path, header + OmegaConf.to_yaml(OmegaConf.structured(after)))
+    if path is not None:
+        write_refined(after, path, runs=len(runs))
         if config.format is OutputFormat.table:
             print(f"hardware {path}")
     return {"runs": rows, **errors, "compute_scale": after.compute_scale}

@@ -291,7 +291,8 @@ def check_tensor_divides(run: RunConfig) -> None:
 def check_schedule(run: RunConfig) -> None:
     if shape.stages_per_rank(run) > 1 and run.parallelism.pipeline == 1:
         why = "this schedule needs parallelism.pipeline of 2 or more"
-        more = settings("parallelism.pipeline", shape.legal_pipeline_sizes(run)[:1])
+        deeper = [size for size in shape.legal_pipeline_sizes(run) if size > 1]
+        more = settings("parallelism.pipeline", deeper[:1])
         raise refusal(run, "parallelism.pipeline_schedule", why, "parallelism.pipeline_schedule=1f1b", *more)
 
 

@@ -9,14 +9,24 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from launcher.calibrate.hardware_file import rank_counts, target
 from launcher.calibrate.rounds import combined
 from launcher.config.compose import compose_jobs
 from launcher.config.errors import ConfigError
-from launcher.config.schema import CalibrateConfig, MeasuredRates, PlannedRunConfig, Point
+from launcher.config.schema import (
+    CalibrateConfig,
+    Device,
+    HardwareConfig,
+    MeasuredProducts,
+    MeasuredRates,
+    PlannedRunConfig,
+    Point,
+)
 from launcher.config.validate import validate
 from launcher.config.world import World
+from launcher.planning.choose.limits import limit
 from launcher.planning.cost.measured_rates import calibrated, interpolated
 from launcher.planning.cost.run_plan import Plan, make_plan
 from tests.runtime.command import launcher
@@ -137,6 +147,20 @@ def test_rounds_are_combined_by_their_medians() -> None:
     assert found.products.fp32 == [Point(8.0, 2.0)]
     assert (found.stream, found.operation_s) == (2.0, 2.0)
     assert (found.collectives[0].kind, found.collectives[0].points) == ("send", [Point(16.0, 2.0)])
+
+
+def test_a_calibration_of_one_rank_says_nothing_about_several(tmp_path: Path) -> None:
+    """`launcher calibrate most_ranks=1` measures no collective."""
+    point = [Point(8.0, 1e9)]
+    products = MeasuredProducts(fp32=point)
+    rates = MeasuredRates(ranks=1, products=products, elementwise=point, stream=1e9, operation_s=1e-6)
+    (tmp_path / "hardware").mkdir()
+    hardware = OmegaConf.structured(HardwareConfig(device=Device.cpu, cores=2, measured=[rates]))
+    (tmp_path / "hardware" / "here.yaml").write_text(OmegaConf.to_yaml(hardware))
+    one, two = (planned(tmp_path, f"parallelism.data={ranks}") for ranks in (1, 2))
+    assert one.time is not None
+    assert two.time is None
+    assert limit(two).startswith("unknown: only one rank was measured")
 
 
 def test_counts_of_ranks() -> None:

@@ -86,6 +86,18 @@ def test_an_all_reduce_may_be_faster_than_other_collectives() -> None:
     assert seconds == pytest.approx([2 * 7 / 8 * 2**30 / 480e9, 7 / 8 * 2**30 / 240e9])
 
 
+def test_ranks_of_an_all_to_all_send_other_bytes_to_every_node() -> None:
+    """16 ranks on two nodes: 8 of the 15 parts that a rank sends leave its node. Of a gather, 1/8 would."""
+    card = CardRates(products=PeakFlops(bf16=7e14), memory_gb_s=3000, link_gb_s=400, hop_s=0.0)
+    hardware = HardwareConfig(device=Device.cuda, card=card, bandwidth_inter_node_gb_s=50.0)
+    rates = specified(hardware, Dtype.bf16, Shares(link=1.0, hop_inter_s=0.0))
+    assert rates is not None
+    size, node = 2**30, [rank // 8 for rank in range(16)]
+    links = [rates.gather if node[rank] == node[0] else rates.inter for rank in range(1, 16)]
+    expected = sum(size / 16 / link for link in links)
+    assert rates.collective(Collective("all_to_all", size), GroupShape(16, 8)) == pytest.approx(expected)
+
+
 def test_without_a_rate_between_nodes_the_link_to_the_host_is_assumed() -> None:
     """Calibration measures one node. A network card is on the same bus as the host's link."""
     card = CardRates(products=PeakFlops(bf16=7e14), memory_gb_s=3000, link_gb_s=400, host_gb_s=50)

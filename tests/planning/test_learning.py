@@ -57,6 +57,27 @@ def test_runs_refine_the_hardware_config(tmp_path: Path, capsys: pytest.CaptureF
     assert "setting  hardware.compute_scale=1." in capsys.readouterr().out
 
 
+def test_a_refined_file_is_new_or_ours(tmp_path: Path) -> None:
+    run = finished(tmp_path / "a", "parallelism.zero_stage=1")
+    command = [f"learn=[{run}]", "hardware=a100_80gb"]
+    file = tmp_path / "my_conf" / "hardware" / "here.yaml"
+    for _ in range(2):  # a file that the launcher wrote is replaced
+        assert main([*command, f"learned={file}"]) == 0
+    file.write_text("name: mine")
+    with pytest.raises(ConfigError, match="the launcher did not write this file") as raised:
+        main([*command, f"learned={file}"])
+    assert raised.value.remedy == f"learned={file.with_name('here-2.yaml')}"
+    assert file.read_text() == "name: mine"
+    with pytest.raises(ConfigError, match=r"learned=.*/a\.yaml: cannot be written: .*/here\.yaml is a file"):
+        main([*command, f"learned={file / 'a.yaml'}"])
+
+
+def test_values_are_checked_before_runs_are_planned(tmp_path: Path) -> None:
+    run = finished(tmp_path / "a", "parallelism.zero_stage=1")
+    with pytest.raises(ConfigError, match=r"hardware\.compute_scale=0"):
+        main([f"learn=[{run}]", "hardware=a100_80gb", "hardware.compute_scale=0"])
+
+
 def test_a_run_without_steps_or_a_machine_without_rates_is_refused(tmp_path: Path) -> None:
     short = finished(tmp_path / "short", "parallelism.zero_stage=1", steps=3)
     with pytest.raises(ConfigError, match="has 2 measured rows after its first, and 3 are needed"):

@@ -12,7 +12,9 @@ from launcher.config.fields import config_directory, options_of
 from launcher.config.schema import Dtype
 from launcher.planning.choose.changes import helpful, single_changes
 from launcher.planning.choose.limits import MEMORY_CLASSES, limit, settings_in_words
+from launcher.planning.cost.geometry import pipeline_ranks
 from launcher.planning.cost.operations import Collective
+from launcher.planning.cost.optimizer_time import optimizer_seconds
 from launcher.planning.cost.rates import Shares, specified
 from launcher.planning.cost.run_plan import PROCESS_BYTES, Plan, make_plan
 from launcher.planning.cost.traffic import GroupShape, group_shapes
@@ -530,6 +532,48 @@ def test_the_imbalance_of_experts_is_stated_and_counted() -> None:
     assert uneven.time is not None
     assert uneven.time.total > even.time.total
     assert uneven.peak > even.peak
+
+
+@pytest.mark.parametrize("experts", [1, 8])
+def test_every_weight_of_a_partition_is_updated(experts: int) -> None:
+    """ZeRO-1 in fp32: 48 bytes for each weight of the partition, 16 for each gradient of the rank.
+
+    Of the partition the gradient is read four times and written once, new weights are copied, and the weight
+    and two states are read and written. All gradients are copied into a buffer and set to zero.
+    """
+    shared = ["model=moe_tiny", *H100, "parallelism.zero_stage=1", f"parallelism.expert={experts}"]
+    plan = plan_of(*shared, "training.global_batch_size=32")
+    rates = specified(plan.run.hardware, Dtype.fp32)
+    assert rates is not None
+    [rank] = pipeline_ranks(plan.run, plan.layout)
+    moved = optimizer_seconds(plan.run, plan.layout, rank, rates) * rates.update
+    updated = plan.stages[0].memory.optimizer / 12  # weight and two states in fp32
+    assert moved == pytest.approx(48 * updated + 16 * rank.trained_parameters)
+
+
+def test_weights_that_zero_3_never_frees_are_gathered_once() -> None:
+    """All weights of gpt_tiny are below the threshold; a bucket of 0 turns prefetching off."""
+    off = "deepspeed.zero_optimization.stage3_prefetch_bucket_size=0"
+    plan = plan_of("hardware=cpu", "parallelism=zero3", "parallelism.data=2", off)
+    collectives = plan.traffic["data"].collectives
+    assert sum(count for one, count in collectives.items() if one.kind == "all_gather") == 1
+
+
+def test_the_memory_of_a_node_is_shared_by_its_own_ranks() -> None:
+    nodes = ["hardware=cpu", "hardware.nodes=4", "hardware.accelerators_per_node=8"]
+    batch = ["training.global_batch_size=32", "training.micro_batch_size=1"]
+    assert plan_of(*nodes, *batch, memory_here=10**10).budget == 10**10 / 8 - PROCESS_BYTES
+    assert plan_of(*nodes, *batch, memory_here=10**9).budget == 0
+
+
+def test_a_change_on_a_cpu_starts_the_planned_ranks() -> None:
+    """A command without a number of data ranks takes as many as possible: more with smaller micro-batches."""
+    run = ["hardware=cpu", "training.global_batch_size=8", "training.micro_batch_size=2"]
+    plan = plan_of(*run)
+    assert plan.layout.data == 4
+    for change in single_changes(plan):
+        typed = plan_of(*run, *change.settings.split(" "))
+        assert typed.layout == change.plan.layout, change.settings
 
 
 @pytest.mark.parametrize(

@@ -278,6 +278,9 @@ class TestChoice:
             (["parallelism.data=5"], "data"),
             (["parallelism.data=4", "parallelism.tensor=4"], "data"),
             (["parallelism.offload_parameters=true", "parallelism.zero_stage=1"], "zero_stage"),
+            (["parallelism.expert=2"], "expert"),
+            (["parallelism.pipeline_schedule=dualpipev", "parallelism.zero_stage=2"], "pipeline_schedule"),
+            (["parallelism.pipeline_schedule=dualpipev", "parallelism.pipeline=64"], "pipeline"),
         ],
     )
     def test_a_setting_that_leaves_no_layout_is_named_with_a_remedy_that_works(
@@ -290,6 +293,16 @@ class TestChoice:
         others = [one for one in typed if not one.startswith(f"parallelism.{blamed}=")]
         mended = run_of(*LLAMA, *CLUSTER, *others, raised.value.remedy)
         assert chosen(mended, world_of(mended))[1].candidates
+
+    def test_an_imbalance_of_experts_hides_no_layout(self) -> None:
+        """A rank with all experts has all rows, so there the imbalance is 1; validation refuses more."""
+        experts = ["model=moe_tiny", *CLUSTER]
+        even, uneven = searched(*experts).candidates, searched(*experts, "plan.expert_imbalance=4").candidates
+        assert [one.settings for one in uneven] == [one.settings for one in even]
+        found = {one.layout.expert: one.run.plan.expert_imbalance for one in uneven}
+        assert found == {1: 1, 2: 2, 4: 4, 8: 4}
+        for one in uneven[::50]:
+            validate(one.run, replace(world_of(one.run), fixed=True))
 
     @pytest.mark.slow
     def test_nothing_fits(self) -> None:
@@ -355,6 +368,26 @@ class TestRefusal:
         assert plan.shortages
         for stage in list(plan.shortages)[:3]:
             assert f"stage {stage} needs " in raised.value.why
+
+    def test_another_layout_is_offered_without_typed_fields_that_it_does_not_use(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """No single change is offered here; the layout that fits has all experts on every rank."""
+        monkeypatch.setattr("launcher.planning.choose.enforce.helpful", lambda plan, most: [])
+        typed = ["model=moe_tiny", "hardware=h100_80gb", "hardware.memory_bytes=9e8"]
+        typed += [
+            "training.global_batch_size=16",
+            "parallelism.expert=8",
+            "parallelism.zero_stage=1",
+            "training.micro_batch_size=2",
+        ]
+        run = run_of(*typed)
+        with pytest.raises(ConfigError) as raised:
+            refuse_too_large(planned(run, run.hardware.memory_bytes))
+        offer = alternatives(raised.value)[0]
+        assert "parallelism.expert=1" in offer
+        mended = run_of(*typed, *offer)
+        refuse_too_large(planned(mended, mended.hardware.memory_bytes))
 
     def test_can_be_overridden_and_needs_a_known_budget(self) -> None:
         run = run_of(*REFUSED["CPU"])
@@ -548,6 +581,27 @@ def test_the_smallest_layout_is_the_fastest_of_those_with_its_peak(one_node: tup
     )
     large = replace(slow, peak=6, plan_seconds=partial(pytest.fail, "planned"))
     assert smallest((large, slow, fast)) is fast
+
+
+def test_where_only_the_host_is_too_small_the_layout_that_needs_least_of_it_is_named(
+    one_node: tuple[Search, int],
+) -> None:
+    result, _ = one_node
+    one = replace(result.candidates[0], budget=100.0, host_budget=10.0)
+    offloaded, plain = replace(one, peak=1, host=90), replace(one, peak=90, host=30)
+    too_large = replace(one, peak=101, host=1)
+    assert smallest((offloaded, too_large, plain)) is plain
+    assert smallest((replace(too_large, peak=102), too_large)) is too_large
+
+
+def test_a_host_without_memory_for_copies_of_checkpoints_waits_for_them() -> None:
+    """Llama 8B on one node: a copy of the state, 96 GB, in host memory while a checkpoint is written."""
+    run = run_of(*LLAMA, *CLUSTER, "hardware.host_memory_bytes=2e10")
+    with pytest.raises(ConfigError, match="of host memory per rank") as raised:
+        chosen(run, world_of(run))
+    assert raised.value.remedy.startswith("checkpoint.asynchronous=false or ")
+    mended = changed(run, {"checkpoint.asynchronous": False})
+    assert chosen(mended, world_of(mended))[1].fitting
 
 
 def test_offload_is_not_chosen_while_anything_fits_without(one_node: tuple[Search, int]) -> None:

@@ -33,6 +33,10 @@ AXIS_FACTORS = (
     (0.5, 2),
 )
 CONTEXT_FACTORS = (2, 4, 8, 0.5)
+# Settings with which a command on a CPU may choose another number of data ranks.
+MOVES_DATA = {
+    "training.micro_batch_size", "parallelism.tensor", "parallelism.pipeline", "parallelism.context",
+}  # fmt: skip
 # Fewest tokens of a sequence per context rank: with fewer, the exchanges take longer than they save.
 LEAST_TOKENS = 2048
 
@@ -73,16 +77,25 @@ def single_changes(plan: Plan) -> Iterator[Change]:
     """Yield each legal change of one setting or group of settings; ranks and batch stay."""
     seen = set()
     for settings in _settings(plan.run, plan.layout):
-        typed = " ".join(f"{name}={as_typed(value)}" for name, value in settings.items())
-        if typed in seen:
-            continue
-        seen.add(typed)
         run = changed(plan.run, settings)
         try:
             layout = validate(run, plan.world)
         except ConfigError:
             continue
-        yield Change(typed, make_plan(run, layout, budget=plan.budget))
+        if _chooses_data(plan) and MOVES_DATA & settings.keys():
+            settings["parallelism.data"] = layout.data
+            run = changed(run, settings)
+        typed = " ".join(f"{name}={as_typed(value)}" for name, value in settings.items())
+        if typed not in seen:
+            seen.add(typed)
+            yield Change(typed, make_plan(run, layout, budget=plan.budget))
+
+
+def _chooses_data(plan: Plan) -> bool:
+    """Return whether a command, which starts the ranks of this machine, chooses the number of data ranks."""
+    hardware, is_open = plan.run.hardware, plan.run.parallelism.data is None
+    on_cores = plan.layout.device == "cpu" and hardware.nodes == 1 and hardware.accelerators_per_node is None
+    return is_open and on_cores
 
 
 def changed(run: RunConfig, settings: dict[str, Any]) -> RunConfig:

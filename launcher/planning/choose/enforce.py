@@ -1,11 +1,13 @@
 """Choose the layout of `parallelism=auto`, and refuse a run that does not fit into memory. Pure."""
 
+from dataclasses import fields
+
 from launcher.config.errors import ConfigError, as_typed, value_of
-from launcher.config.schema import RunConfig
+from launcher.config.schema import ParallelismConfig, RunConfig
 from launcher.config.world import World
-from launcher.planning.choose.changes import helpful
+from launcher.planning.choose.changes import changed, helpful
 from launcher.planning.choose.limits import settings_in_words
-from launcher.planning.choose.search import Candidate, Search, freed, search, smallest
+from launcher.planning.choose.search import Candidate, Search, freed, peaks, search, smallest
 from launcher.planning.cost.run_plan import Plan
 from launcher.text import size
 
@@ -33,7 +35,8 @@ def _too_large(run: RunConfig, result: Search, closest: Candidate) -> ConfigErro
             f"none of {len(result.candidates)} layouts on {result.world.ranks} ranks fits; the smallest "
             f"needs {size(closest.host)} of host memory per rank, and {size(closest.host_budget)} exist"
         )
-        return ConfigError("parallelism.auto", True, why, f"{SMALLER} or {NO_CHECK}")
+        at_once = ["checkpoint.asynchronous=false"] if _fits_without_copies(closest) else []
+        return ConfigError("parallelism.auto", True, why, " or ".join([*at_once, SMALLER, NO_CHECK]))
     assert closest.budget is not None
     why = (
         f"none of {len(result.candidates)} layouts on {result.world.ranks} ranks fits; the smallest needs "
@@ -42,6 +45,13 @@ def _too_large(run: RunConfig, result: Search, closest: Candidate) -> ConfigErro
     )
     remedy = f"{SMALLER}, a shorter data.sequence_length or {NO_CHECK}"
     return ConfigError("parallelism.auto", True, why, remedy)
+
+
+def _fits_without_copies(candidate: Candidate) -> bool:
+    """Return whether the host has enough memory if checkpoints are written while training waits."""
+    run = changed(candidate.run, {"checkpoint.asynchronous": False})
+    _, host = peaks(run, candidate.layout)
+    return candidate.host_budget is not None and host <= candidate.host_budget
 
 
 def refuse_too_large(plan: Plan) -> None:
@@ -87,6 +97,12 @@ def _elsewhere(plan: Plan) -> list[str]:
         fitting = search(freed(plan.run), plan.world, budget=plan.budget).fitting
     except ConfigError:
         return []
-    changed = fitting[0].settings.items() if fitting else ()
-    typed = [f"{name}={as_typed(value)}" for name, value in changed if value_of(plan.run, name) != value]
-    return [" ".join(typed)] if fitting else []
+    if not fitting:
+        return []
+    # Also the fields that the search leaves at their defaults, which the user may have typed.
+    layout_fields = (f"parallelism.{field.name}" for field in fields(ParallelismConfig))
+    values = {
+        name: value_of(fitting[0].run, name) for name in dict.fromkeys((*fitting[0].settings, *layout_fields))
+    }
+    changes = [(name, value) for name, value in values.items() if value_of(plan.run, name) != value]
+    return [" ".join(f"{name}={as_typed(value)}" for name, value in changes)]

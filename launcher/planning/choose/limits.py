@@ -54,6 +54,8 @@ def limit(plan: Plan) -> str:
         largest = max(MEMORY_CLASSES[:-1], key=lambda name: getattr(memory, name))
         return f"memory: {largest} take most of it, in stage {stage} during the {memory.moment}"
     parts = parts_of(plan)
+    if not parts and plan.run.hardware.measured:
+        return "unknown: only one rank was measured (run `launcher calibrate` without most_ranks=1)"
     if not parts:
         return "unknown: the hardware config states no speed (run `launcher calibrate`)"
     largest = max(parts, key=lambda name: parts[name])

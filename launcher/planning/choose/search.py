@@ -213,10 +213,14 @@ def _best(candidates: Sequence[Candidate]) -> Candidate:
 
 
 def smallest(candidates: Sequence[Candidate]) -> Candidate:
-    """Return the candidate with the lowest peak; only candidates with equal peaks are compared by time."""
-    peak = min(candidate.peak for candidate in candidates)
-    equal = (candidate for candidate in candidates if candidate.peak == peak)
-    return min(equal, key=lambda candidate: candidate.order)
+    """Return the candidate that comes closest to fitting; only equally small ones are compared by time.
+
+    If the devices have enough memory, that is the one that needs least of the host's.
+    """
+    on_device = [candidate for candidate in candidates if candidate.fits_device]
+    sizes = [((one.host if on_device else 0, one.peak), one) for one in on_device or candidates]
+    least = min(size for size, _ in sizes)
+    return min((one for size, one in sizes if size == least), key=lambda candidate: candidate.order)
 
 
 def search(run: RunConfig, world: World, *, budget: float | None = None) -> Search:
@@ -331,8 +335,8 @@ def _expert_axes(run: RunConfig, ranks: int) -> list[dict[str, int]]:
 
 def freed(run: RunConfig) -> RunConfig:
     """Return the run with every searched field at its default, so that the search may set it."""
-    kept = run.parallelism.pipeline_schedule
-    return replace(run, parallelism=ParallelismConfig(pipeline_schedule=kept))
+    kept = {name: getattr(run.parallelism, name) for name in ("pipeline_schedule", "vocabulary_multiple")}
+    return replace(run, parallelism=ParallelismConfig(**kept))
 
 
 class _Judge:
@@ -347,7 +351,7 @@ class _Judge:
         self.rates: AnyRates = rates or NOMINAL[world.device]
 
     def candidate(self, chosen: Settings) -> Candidate | None:
-        run = changed(self.run, chosen)
+        run = self._with_possible_imbalance(changed(self.run, chosen))
         # ZeRO-0 that runs as ZeRO-1 would be the same layout twice.
         if run.parallelism.zero_stage == 0 and effective_zero_stage(run)[0] == 1:
             return None
@@ -360,6 +364,12 @@ class _Judge:
         budgets = self.budget, host_budget(run, layout)
         seconds = partial(planned_seconds, run, layout, self.rates, per_node)
         return Candidate(chosen, run, layout, seconds, device, budgets[0], host, budgets[1], per_node)
+
+    @staticmethod
+    def _with_possible_imbalance(run: RunConfig) -> RunConfig:
+        """Return the run with at most the imbalance of all rows on one of its expert ranks."""
+        most = float(run.parallelism.expert)
+        return changed(run, {"plan.expert_imbalance": most}) if run.plan.expert_imbalance > most else run
 
 
 def planned_seconds(run: RunConfig, layout: Layout, rates: AnyRates, per_node: int) -> Seconds:
@@ -378,17 +388,22 @@ def peaks(run: RunConfig, layout: Layout) -> tuple[int, int]:
 
 def _why_none(run: RunConfig, world: World) -> ConfigError:
     """Return validation's error on a single rank; else the error about a field that was set, or the batch."""
+    default = ParallelismConfig()
+    one = {
+        "training.micro_batch_size": 1,
+        "parallelism.pipeline_schedule": default.pipeline_schedule,
+        "plan.expert_imbalance": 1.0,
+    }
     try:
-        validate(changed(freed(run), {"training.micro_batch_size": 1}), replace(world, ranks=1, fixed=True))
+        validate(changed(freed(run), one), replace(world, ranks=1, fixed=True))
     except ConfigError as error:
         return error
-    default = ParallelismConfig()
-    for name in ("data", "context", "tensor", "pipeline", *CHOICES):
+    for name in ("data", "context", "tensor", "pipeline", "expert", "pipeline_schedule", *CHOICES):
         value, free = getattr(run.parallelism, name), getattr(default, name)
         field = f"parallelism.{name}"
         if value != free and (legal := next(_candidates(changed(run, {field: free}), world), None)):
             why = f"no layout of {world.ranks} ranks is legal with this setting"
-            return ConfigError(field, value, why, f"{field}={as_typed(legal.settings[field])}")
+            return ConfigError(field, value, why, f"{field}={as_typed(legal.settings.get(field, free))}")
     batch = run.training.global_batch_size
     larger = sorted({data * -(-batch // data) for data in divisors(world.ranks) if batch % data})
     why = f"no layout of {world.ranks} ranks is legal with a batch of {batch} and the other settings"

@@ -105,10 +105,13 @@ def rates_of(
 def calibrated(hardware: HardwareConfig, dtype: Dtype, world: int) -> CalibratedRates | None:
     """Return the measured rates for `world` ranks on this machine; None without measurements.
 
-    More ranks than cores take turns, each at the rate of a rank with its own core.
+    More ranks than cores take turns, each at the rate of a rank with its own core. A calibration of a single
+    rank measures no collective, and so says nothing about several.
     """
     measured = sorted(hardware.measured, key=lambda rates: rates.ranks)
     if not measured or not getattr(measured[0].products, dtype.name):
+        return None
+    if world > 1 and not any(rates.collectives for rates in measured):
         return None
     at_once = min(world, hardware.cores or world)
     computing, communicating = _at_most(measured, at_once), _at_most(measured, world)

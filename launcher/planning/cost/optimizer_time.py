@@ -6,7 +6,7 @@ from launcher.parallel.buckets import reduces_during_backward, updates_directly,
 from launcher.planning.cost.geometry import Rank
 from launcher.planning.cost.measured_rates import AnyRates
 from launcher.planning.cost.operations import BYTES, FP32
-from launcher.planning.cost.zero_states import padded, state_count
+from launcher.planning.cost.zero_states import partitioned_groups, state_count
 
 # Bytes that a stochastic update moves per element, for the weight and for each state: compiled, in one pass;
 # eager, in passes over fp32 values and 64-bit counters.
@@ -15,10 +15,10 @@ COMPILED_UPDATE, EAGER_UPDATE = 12, 200
 
 def optimizer_seconds(run: RunConfig, layout: Layout, rank: Rank, rates: AnyRates) -> float:
     """Return seconds of memory traffic after the micro-batches, and of adding up their gradients."""
-    element, data = BYTES[run.precision.dtype], layout.gradient_ranks
+    element = BYTES[run.precision.dtype]
     whole = share = rank.trained_parameters
     if layout.zero_stage > 0:
-        share = sum(padded(sum(group), 2 * data) for group in rank.groups) // data
+        share = sum(elements // ranks for elements, ranks in partitioned_groups(layout, rank))
     states = state_count(run.optimizer)
     if run.precision.states is StatesDtype.bf16:
         # Norm and reduction of bf16 gradients, and the passes of the update over its chunks.

@@ -158,15 +158,22 @@ class Rates:
             )  # fmt: skip
             return self.shares.exchange * (collective.size / link + hop)
         inside, nodes = group.per_node, -(-group.ranks // group.per_node)
-        seconds = collective.sent(inside) / (self.intra if collective.kind == "all_reduce" else self.gather)
-        if nodes > 1:
-            seconds += Collective(collective.kind, collective.size // inside).sent(nodes) / self.inter
+        seconds = self._moving_between(collective, group.ranks, inside, nodes)
         # NCCL all-reduces over a tree of nodes, twice, and gathers and scatters around a ring of all ranks.
         if collective.kind == "all_reduce":
             intra, inter = 2 * (inside - 1), 2 * ceil(log2(nodes))
         else:
             intra, inter = nodes * (inside - 1), nodes - 1
         return seconds + intra * self.shares.hop_intra_s + inter * self.shares.hop_inter_s
+
+    def _moving_between(self, collective: Collective, ranks: int, inside: int, nodes: int) -> float:
+        """Return seconds to move the bytes of a collective within a node, then between nodes."""
+        if collective.kind == "all_to_all":
+            # Each rank gets other bytes, so nothing is combined within a node before it leaves it.
+            part = collective.size / ranks
+            return part * (inside - 1) / self.gather + part * (ranks - inside) / self.inter
+        seconds = collective.sent(inside) / (self.intra if collective.kind == "all_reduce" else self.gather)
+        return seconds + Collective(collective.kind, collective.size // inside).sent(nodes) / self.inter
 
     def passing_on(self, collective: Collective, group: GroupShape) -> float:
         """Return seconds of a send around a ring, where each rank sends and receives at the same time."""

@@ -152,7 +152,7 @@ def host_budget(run: RunConfig, layout: Layout) -> float | None:
     if layout.device == "cpu" or run.hardware.host_memory_bytes is None:
         return None
     here = min(ranks_per_node(run, layout), layout.world_size)
-    return run.hardware.host_memory_bytes / here - PROCESS_BYTES
+    return max(0.0, run.hardware.host_memory_bytes / here - PROCESS_BYTES)
 
 
 def memory_budget(run: RunConfig, world: World, ranks: int) -> float | None:
@@ -161,4 +161,5 @@ def memory_budget(run: RunConfig, world: World, ranks: int) -> float | None:
         return run.hardware.memory_bytes
     if world.memory_bytes is None:
         return None
-    return world.memory_bytes / (world.ranks_per_node if world.fixed else ranks) - PROCESS_BYTES
+    on_a_node = world.ranks_per_node if world.fixed or run.hardware.nodes > 1 else ranks
+    return max(0.0, world.memory_bytes / on_a_node - PROCESS_BYTES)

@@ -164,7 +164,7 @@ def _zero_3(run: RunConfig, layout: Layout, rank: Rank) -> Counter[Collective]:
     kept = min(free, buffers.max_live)
     sent: Counter[Collective] = Counter()
     # A prefetch takes whole weights until they fill its bucket.
-    at_once = max(buffers.prefetch_bucket, free // max(1, sum(freed.values())))
+    at_once = max(1, buffers.prefetch_bucket, free // max(1, sum(freed.values())))
     for size, count in pieces(2 * free - kept, at_once):
         sent[Collective("all_gather", element * size)] += count * layout.accumulation
     for size, count in pieces(reduced, buffers.reduce_bucket):

@@ -137,14 +137,10 @@ class _Ledger:
         self.state_bytes = self.state * state_count(run.optimizer)
         self.optimizer_bytes = self.state_bytes + (0 if self.has_bf16_states else FP32)
         self.accumulates = layout.accumulation > 1
-        data = layout.gradient_ranks
         self.total = rank.trained_parameters
         # Frozen weights (LoRA) are in the model's precision, without gradients and states.
         self.frozen = rank.parameters - rank.trained_parameters
-        # DeepSpeed pads each group to a multiple of two elements per data rank that holds it.
-        holders = layout.expert_holders
-        shares = [(padded(sum(group), 2 * data), data) for group in rank.groups]
-        shares += [(padded(sum(group), 2 * holders), holders) for group in rank.expert_groups]
+        shares = partitioned_groups(layout, rank)
         self.flat = sum(flat for flat, _ in shares)
         self.share = sum(flat // ranks for flat, ranks in shares)
         self.largest_share = max(flat // ranks for flat, ranks in shares)
@@ -408,6 +404,16 @@ class _Ledger:
         holders = self.layout.expert_holders
         touched = _most_touched(self.rank.groups, self.layout.gradient_ranks)
         return touched + (_most_touched(self.rank.expert_groups, holders) if self.rank.expert_groups else 0)
+
+
+def partitioned_groups(layout: Layout, rank: Rank) -> list[tuple[int, int]]:
+    """Return (elements, ranks that partition them) of each optimizer group under ZeRO-1 and 2.
+
+    DeepSpeed pads each group to a multiple of two elements per data rank that holds it.
+    """
+    data, holders = layout.gradient_ranks, layout.expert_holders
+    shares = [(padded(sum(group), 2 * data), data) for group in rank.groups]
+    return shares + [(padded(sum(group), 2 * holders), holders) for group in rank.expert_groups]
 
 
 def largest_buffer(sent: Iterable[SentBucket]) -> int:
