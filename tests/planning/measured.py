@@ -27,7 +27,7 @@ from launcher.engine.distributed import join, leave, prepare_deepspeed
 from launcher.engine.measuring import RankMeasurement
 from launcher.launch.local import run_local_ranks
 from launcher.planning.cost.geometry import pipeline_ranks
-from launcher.planning.cost.memory import rank_memory
+from launcher.planning.cost.memory import rank_memories
 from launcher.planning.cost.operations import Collective
 from launcher.planning.cost.run_plan import Plan, make_plan
 from tests.config.composing import run_of
@@ -182,15 +182,15 @@ def measure(case: str) -> tuple[list[Measured], dict[tuple[GroupName, Collective
         target = partial(_measure_rank, run=run, layout=layout, folder=folder)
         run_local_ranks(target, layout.world_size, log_dir=folder / "logs", start_method="fork")
         found = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(layout.world_size)]
-    per_stage = layout.gradient_ranks * layout.tensor
+    per_stage, ranks = layout.gradient_ranks * layout.tensor, pipeline_ranks(run, layout)
     memory = [
         Measured(
             case,
             rank.stage,
-            rank_memory(run, layout, rank).allocated,
+            planned.allocated,
             max(one["peak"] for one in found[rank.stage * per_stage : (rank.stage + 1) * per_stage]),
         )
-        for rank in pipeline_ranks(run, layout)
+        for rank, planned in zip(ranks, rank_memories(run, layout, ranks), strict=True)
     ]
     return memory, _collectives(make_plan(run, layout), found)
 

@@ -7,7 +7,7 @@ import pytest
 
 from launcher.planning.cost import zero_states as zero
 from launcher.planning.cost.geometry import pipeline_ranks
-from launcher.planning.cost.memory import rank_memory
+from launcher.planning.cost.memory import rank_memories
 from tests.planning.long_sequences import MODEL
 from tests.planning.measured import CASES, SOME, Measured, axes, measure, planned, table
 
@@ -68,7 +68,7 @@ def test_a_wrong_formula_of_memory_is_out_of_bounds() -> None:
     """A missing byte per fp32 gradient and state would exceed the bound."""
     run, layout = planned(*CASES["ZeRO-1, data 2"])
     [rank] = pipeline_ranks(run, layout)
-    right = rank_memory(run, layout, rank).allocated
+    right = rank_memories(run, layout, [rank])[0].allocated
     with patch.object(zero, "FP32", 3):
-        wrong = rank_memory(run, layout, rank).allocated
+        wrong = rank_memories(run, layout, [rank])[0].allocated
     assert abs(wrong / right - 1) > WITHIN

@@ -177,7 +177,7 @@ def ahead(*overrides: str) -> Prefetched:
     run = run_of(*wide, "parallelism=zero3", "training.global_batch_size=8", *overrides)
     layout = validate(run, World("cpu", 2, 2))
     [rank] = pipeline_ranks(run, layout)
-    return states_of(run, layout, rank).prefetched
+    return states_of(run, layout, rank, BufferSizes.of(run, layout)).prefetched
 
 
 def test_weights_that_are_gathered_ahead_stay_until_the_last_module_takes_its_own() -> None:

@@ -620,22 +620,23 @@ def test_offload_is_not_chosen_while_anything_fits_without(one_node: tuple[Searc
     assert Search((offloaded,), result.world).fitting == [offloaded]
 
 
-# Models of issue 21 on 4,096 GPUs. docs/planning.md has the seconds of the search.
+# Models of issue 21 on 4,096 GPUs, and the least number of settings: of legal layouts, or a few more.
+# docs/planning.md has the seconds of the search.
 LARGE_SEARCHES = {
-    "8B": ["model=llama3_8b"],
-    "8B, 128k tokens": ["experiment=llama3_8b_128k"],
-    "70B": ["model=llama3_70b"],
-    "405B": LLAMA_405B,
-    "30B with experts": ["model=qwen3_30b_a3b"],
+    "8B": (["model=llama3_8b"], 5000),
+    "8B, 128k tokens": (["experiment=llama3_8b_128k"], 200),
+    "70B": (["model=llama3_70b"], 5000),
+    "405B": (LLAMA_405B, 4000),
+    "30B with experts": (["model=qwen3_30b_a3b"], 3500),
 }
 
 
 @pytest.mark.parametrize("name", LARGE_SEARCHES)
 def test_the_settings_of_4096_gpus_are_bounded(name: str) -> None:
-    large = ["hardware.nodes=512", "training.global_batch_size=4096"]
-    run = run_of(*LARGE_SEARCHES[name], *CLUSTER, *large)
+    large, (model, least) = ["hardware.nodes=512", "training.global_batch_size=4096"], LARGE_SEARCHES[name]
+    run = run_of(*model, *CLUSTER, *large)
     count = sum(1 for _ in _settings(run, world_of(run), MOST_SETTINGS))
-    assert 300 < count <= MOST_SETTINGS
+    assert least < count <= MOST_SETTINGS
 
 
 def test_the_host_s_memory_is_shared_by_the_ranks_of_a_node() -> None:

@@ -12,6 +12,7 @@ from itertools import product
 from math import gcd, prod
 from typing import Any, NamedTuple, TypeVar
 
+from launcher.config.context_rules import check_context_on_nodes
 from launcher.config.errors import ConfigError, as_typed, settings
 from launcher.config.layout import Layout, check_machine, effective_zero_stage
 from launcher.config.numbers import BOUNDS
@@ -23,12 +24,12 @@ from launcher.config.schema import (
     RunConfig,
 )
 from launcher.config.shape import divisors, sequence_length
-from launcher.config.validate import check_values, validate, validate_layout
+from launcher.config.validate import check_tensor_divides, check_values, validate, validate_layout
 from launcher.config.world import World
 from launcher.planning.choose.changes import LEAST_TOKENS, changed
 from launcher.planning.cost.geometry import pipeline_ranks
 from launcher.planning.cost.measured_rates import AnyRates, rates_of
-from launcher.planning.cost.memory import rank_memory
+from launcher.planning.cost.memory import rank_memories
 from launcher.planning.cost.rates import NOMINAL
 from launcher.planning.cost.run_plan import host_budget, memory_budget
 from launcher.planning.cost.step_time import step_time
@@ -272,12 +273,16 @@ def _settings(run: RunConfig, world: World, most: int) -> Iterator[Settings]:
     choices = [dict(zip(options, values, strict=True)) for values in product(*options.values())]
     all_axes = _thinned(list(_axes(run, world.ranks)), most // 64)
     for axes in all_axes:
+        if not _is_possible(run, world, axes):
+            continue
         combined = [fields for choice in choices if not _is_hopeless(fields := {**axes, **choice})]
         # Micro-batches that divide a data rank's share of the batch.
         micro_batches = divisors(run.training.global_batch_size // axes["data"])
         micro_batches = _thinned(micro_batches, most // max(1, len(all_axes) * len(combined)))
         for fields in combined:
-            settings = {f"parallelism.{name}": value for name, value in fields.items()}
+            if _runs_as_zero_1(run, fields):
+                continue
+            settings = _as_settings(fields)
             for micro_batch in micro_batches:
                 yield {**settings, "training.micro_batch_size": micro_batch, **nodes}
 
@@ -297,6 +302,26 @@ def _is_hopeless(fields: dict[str, Any]) -> bool:
         or ("expert" in fields and (fields["zero_stage"] == 3 or fields["offload_optimizer"]))
         or (fields["offload_parameters"] and not (fields["zero_stage"] == 3 and fields["offload_optimizer"]))
     )
+
+
+def _is_possible(run: RunConfig, world: World, axes: dict[str, int]) -> bool:
+    """Return whether validation accepts the sizes of the axes, as far as no other searched field matters."""
+    split = changed(run, _as_settings(axes))
+    try:
+        check_tensor_divides(split)
+        check_context_on_nodes(split, world)
+    except ConfigError:
+        return False
+    return True
+
+
+def _runs_as_zero_1(run: RunConfig, fields: dict[str, Any]) -> bool:
+    """Return whether ZeRO-0 would run as ZeRO-1, so that the same layout would be searched twice."""
+    return fields["zero_stage"] == 0 and effective_zero_stage(changed(run, _as_settings(fields)))[0] == 1
+
+
+def _as_settings(fields: dict[str, Any]) -> Settings:
+    return {f"parallelism.{name}": value for name, value in fields.items()}
 
 
 def _axes(run: RunConfig, ranks: int) -> Iterator[dict[str, int]]:
@@ -352,9 +377,6 @@ class _Judge:
 
     def candidate(self, chosen: Settings) -> Candidate | None:
         run = self._with_possible_imbalance(changed(self.run, chosen))
-        # ZeRO-0 that runs as ZeRO-1 would be the same layout twice.
-        if run.parallelism.zero_stage == 0 and effective_zero_stage(run)[0] == 1:
-            return None
         try:
             layout = validate_layout(run, self.world)
         except ConfigError:
@@ -382,7 +404,7 @@ def peaks(run: RunConfig, layout: Layout) -> tuple[int, int]:
     """Return the largest bytes of a rank, on its device and on its host."""
     # The first of equal ranks has most micro-batches in flight; under DualPipeV all have the same number.
     fullest = {rank.kind: rank for rank in reversed(pipeline_ranks(run, layout))}.values()
-    memories = [rank_memory(run, layout, rank) for rank in fullest]
+    memories = rank_memories(run, layout, fullest)
     return max(memory.total for memory in memories), max(memory.on_host for memory in memories)
 
 

@@ -1,11 +1,12 @@
 """Peak memory of a rank by kind: evaluate each phase of a step and take the maximum. Pure."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from launcher.config.layout import Layout
 from launcher.config.schema import ActivationCheckpointing, CardRates, RunConfig
+from launcher.planning.cost.buffers import BufferSizes
 from launcher.planning.cost.geometry import Chunk, Rank
 from launcher.planning.cost.operations import BYTES
 from launcher.planning.cost.parts import ModelParts, parts
@@ -70,10 +71,16 @@ class _Moment:
         return self.allocated - self.holdings.untouched
 
 
-def rank_memory(run: RunConfig, layout: Layout, rank: Rank) -> Memory:
-    """Return the memory of the rank that needs most; on a CPU only memory that is written to counts."""
-    sizes = Sizes.of(run, layout.device)
-    states = states_of(run, layout, rank)
+def rank_memories(run: RunConfig, layout: Layout, ranks: Iterable[Rank]) -> list[Memory]:
+    """Return the memory of each pipeline rank, for the tensor and data rank that needs most.
+
+    On a CPU only memory that is written to counts.
+    """
+    sizes, buffers = Sizes.of(run, layout.device), BufferSizes.of(run, layout)
+    return [_memory(run, layout, rank, sizes, states_of(run, layout, rank, buffers)) for rank in ranks]
+
+
+def _memory(run: RunConfig, layout: Layout, rank: Rank, sizes: Sizes, states: States) -> Memory:
     flow = _Flat(sizes, rank, states) if rank.is_flat else _Pipelined(sizes, rank, states, layout)
     moments, on_cpu = list(flow.moments()), layout.device == "cpu"
     fullest = max(moments, key=lambda moment: moment.touched if on_cpu else moment.allocated)

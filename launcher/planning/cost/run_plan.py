@@ -11,7 +11,7 @@ from launcher.config.world import World
 from launcher.models.arithmetic import active_parameters, mfu, parameters, step_flops
 from launcher.planning.cost.geometry import pipeline_ranks
 from launcher.planning.cost.measured_rates import rates_of
-from launcher.planning.cost.memory import Memory, rank_memory
+from launcher.planning.cost.memory import Memory, rank_memories
 from launcher.planning.cost.operations import Collective
 from launcher.planning.cost.parts import flops, parts
 from launcher.planning.cost.rates import Shares
@@ -130,9 +130,9 @@ def make_plan(
     groups = group_shapes(layout, ranks_per_node(run, layout))
     model = parts(Sizes.of(run, layout.device))
     stages, traffic = [], {}
-    for rank in ranks:
+    for rank, memory in zip(ranks, rank_memories(run, layout, ranks), strict=True):
         executed = sum(flops(model.of(chunk)) for chunk in rank.chunks) * layout.accumulation
-        stages.append(StagePlan(rank.blocks, rank.parameters, executed, rank_memory(run, layout, rank)))
+        stages.append(StagePlan(rank.blocks, rank.parameters, executed, memory))
     used = [group for group in GROUPS if layout.expert > 1 or group not in EXPERT_GROUPS]
     for group in used:
         of_ranks = [GroupTraffic(groups[group], TRAFFIC[group](run, layout, rank)) for rank in ranks]

@@ -89,9 +89,9 @@ class States:
     prefetched: Prefetched = Prefetched()
 
 
-def states_of(run: RunConfig, layout: Layout, rank: Rank) -> States:
+def states_of(run: RunConfig, layout: Layout, rank: Rank, buffers: BufferSizes) -> States:
     """Return the training state of a (pipeline, tensor) rank."""
-    ledger = _Ledger(run, layout, rank)
+    ledger = _Ledger(run, layout, rank, buffers)
     if layout.zero_stage == 0:
         return ledger.zero_0()
     if layout.zero_stage == 3:
@@ -127,9 +127,8 @@ def checkpoint_bytes(run: RunConfig, layout: Layout, rank: Rank) -> int:
 class _Ledger:
     """Sizes of a rank, shared by the ZeRO stages."""
 
-    def __init__(self, run: RunConfig, layout: Layout, rank: Rank) -> None:
-        self.run, self.layout, self.rank = run, layout, rank
-        self.buffers = BufferSizes.of(run, layout)
+    def __init__(self, run: RunConfig, layout: Layout, rank: Rank, buffers: BufferSizes) -> None:
+        self.run, self.layout, self.rank, self.buffers = run, layout, rank, buffers
         self.element = BYTES[run.precision.dtype]
         self.has_bf16_states = run.precision.states is StatesDtype.bf16
         # Bytes per element of gradient sums, of optimizer states, and of the latter with the master weight.
