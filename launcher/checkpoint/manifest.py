@@ -323,6 +323,8 @@ def newest_complete_before(path: Path) -> Path | None:
 def unusable_checkpoint_error(unusable: UnusableCheckpoint) -> ConfigError:
     """Return the user error about a checkpoint that cannot be restored; suggests an older checkpoint."""
     older = newest_complete_before(unusable.path)
-    remedies = ["checkpoint.fallback=true", typed_text("checkpoint.resume", str(older))] if older else []
-    remedies.append("checkpoint.resume=none (from the first step, in a fresh run.dir)")
+    fresh = "in a fresh run.dir"
+    from_older = f"{typed_text('checkpoint.resume', str(older))} ({fresh})"
+    remedies = ["checkpoint.fallback=true", from_older] if older else []
+    remedies.append(f"checkpoint.resume=none (from the first step, {fresh})")
     return ConfigError("checkpoint.resume", unusable.path, str(unusable), " or ".join(remedies))

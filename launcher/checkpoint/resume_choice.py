@@ -16,6 +16,8 @@ from launcher.checkpoint.manifest import (
 )
 from launcher.config.errors import ConfigError, as_typed, refusal, typed_text, value_of
 from launcher.config.fields import fields_of
+from launcher.config.paths import free_path
+from launcher.config.run_format import SAVED_STEP, begun_from, read_identity
 from launcher.config.schema import RunConfig
 from launcher.config.shape import has_lora
 
@@ -55,6 +57,8 @@ class RunFinished(Exception):
 def checkpoint_to_resume(run: RunConfig, run_dir: Path) -> Path | None:
     """Return the checkpoint that checkpoint.resume selects; None to start at step 0.
 
+    A run that continues the run in run_dir takes the newest checkpoint there. Without one it begins where
+    that run began.
     Raises ConfigError, and RunFinished if the run in run_dir has final weights of the same config.
     """
     raise_if_finished(run, run_dir)
@@ -70,9 +74,25 @@ def checkpoint_to_resume(run: RunConfig, run_dir: Path) -> Path | None:
     return None
 
 
+def resumed_path(run: RunConfig) -> str | None:
+    """Return the resolved path in checkpoint.resume; None for `auto` and `none`."""
+    resume = run.checkpoint.resume
+    return None if resume in ("auto", "none") else str(Path(resume).expanduser().resolve())
+
+
+def continues_run(run: RunConfig, run_dir: Path) -> bool:
+    """Return whether checkpoint.resume continues the run in run_dir: `auto`, or the path it was begun from.
+
+    With that path, the command that began a run also resumes it.
+    """
+    if run.checkpoint.resume in ("auto", "none"):
+        return run.checkpoint.resume == "auto"
+    return begun_from(run_dir) == resumed_path(run)
+
+
 def raise_if_finished(run: RunConfig, run_dir: Path) -> None:
     """Raise RunFinished if run_dir holds the final weights of this config's last step."""
-    if run.checkpoint.resume != "auto":
+    if not continues_run(run, run_dir):
         return
     try:
         weights = read_final_weights(run_dir)
@@ -103,20 +123,38 @@ def _requested_checkpoint(run: RunConfig, run_dir: Path) -> Path | None:
     resume = run.checkpoint.resume
     if resume == "none":
         return None
-    if resume == "auto":
-        return next(iter(checkpoints_in(run_dir)), None)
+    if continues_run(run, run_dir):
+        newest = next(iter(checkpoints_in(run_dir)), None)
+        return newest or _first_checkpoint(run, run_dir)
     path = Path(resume).expanduser()
-    if (path / MANIFEST).exists():
-        return path.resolve()
-    checkpoints = checkpoints_in(path)
-    if not checkpoints:
-        instead = "checkpoint.resume=auto (the newest checkpoint of run.dir)"
-        if (path / "config.json").exists():
-            weights = typed_text("checkpoint.init_from", resume)
-            instead = f"{weights} checkpoint.resume=auto (to start from its weights)"
-        why = f"no checkpoint was found in {path}"
-        raise refusal(run, "checkpoint.resume", why, instead, "checkpoint.resume=none")
-    return checkpoints[0].resolve()
+    if checkpoint := _checkpoint_at(path):
+        return checkpoint
+    instead = "checkpoint.resume=auto (the newest checkpoint of run.dir)"
+    if (path / "config.json").exists():
+        weights = typed_text("checkpoint.init_from", resume)
+        instead = f"{weights} checkpoint.resume=auto (to start from its weights)"
+    why = f"no checkpoint was found in {path}"
+    raise refusal(run, "checkpoint.resume", why, instead, "checkpoint.resume=none")
+
+
+def _first_checkpoint(run: RunConfig, run_dir: Path) -> Path | None:
+    """Return the checkpoint that the run in run_dir, which has saved none, began from; None for step 0."""
+    source = begun_from(run_dir)
+    has_saved = (read_identity(run_dir) or {}).get(SAVED_STEP) is not None
+    if source is None or has_saved:  # start_of refuses a run whose checkpoints are missing
+        return None
+    if checkpoint := _checkpoint_at(Path(source)):
+        return checkpoint
+    why = f"{run_dir} was begun from {source}, which holds no checkpoint now, and has saved none itself"
+    unused = typed_text("run.dir", str(free_path(run_dir)))
+    remedy = f"checkpoint.resume=none {unused} (from the first step)"
+    raise refusal(run, "checkpoint.resume", why, f"restore {source}", remedy)
+
+
+def _checkpoint_at(path: Path) -> Path | None:
+    """Return the checkpoint `path`, or the newest checkpoint of the run `path`; None if it has none."""
+    checkpoints = [path] if (path / MANIFEST).exists() else checkpoints_in(path)
+    return checkpoints[0].resolve() if checkpoints else None
 
 
 def check_can_resume(run: RunConfig, path: Path, manifest: Manifest) -> None:

@@ -149,7 +149,7 @@ class CheckpointWriter:
                 check_directory(self.folder.parent, self._loss_of_directory)
                 commit(partial, manifest, world)
                 record_saved_step(self.folder.parent, manifest.step)
-                prune(self.folder.parent, self.config)
+                prune(self.folder.parent, self.config, manifest.step)
         except Exception as error:
             self._error = f"{type(error).__name__}: {error}"
         finally:

@@ -21,6 +21,7 @@ from launcher.checkpoint.manifest import (
     checkpoints_in,
     newest_complete_before,
     read_manifest,
+    step_of,
 )
 from launcher.config.compose import load_typed
 from launcher.config.errors import ConfigError, as_typed
@@ -67,8 +68,7 @@ class WeightSource:
 def weights_at(path: Path, field: str) -> WeightSource:
     """Return the weights at `path`. Raises ConfigError about `field` if names or lengths show a gap."""
     path = path.expanduser()
-    if (path / MANIFEST).exists() or checkpoints_in(path):
-        checkpoint = path if (path / MANIFEST).exists() else checkpoints_in(path)[0]
+    if checkpoint := _newest_checkpoint(path):
         try:
             manifest = read_manifest(checkpoint)
             config, step = manifest.config, manifest.step
@@ -100,6 +100,18 @@ def weights_at(path: Path, field: str) -> WeightSource:
         stored_tensors(weights, field)
         return weights
     raise ConfigError(field, path, *_no_weights(path))
+
+
+def _newest_checkpoint(path: Path) -> Path | None:
+    """Return the checkpoint `path`, or the newest of the run `path`; None without one.
+
+    Also None if the final weights of the run are of a later step, as after a last save that failed.
+    """
+    if (path / MANIFEST).exists():
+        return path
+    newest = next(iter(checkpoints_in(path)), None)
+    final = final_step(path) if newest else None
+    return None if newest and final is not None and final > step_of(newest) else newest
 
 
 def _no_weights(path: Path) -> tuple[str, str]:

@@ -109,13 +109,15 @@ def commit(partial: Path, manifest: Manifest, world: int) -> Path:
     return final
 
 
-def prune(run_dir: Path, config: CheckpointConfig) -> None:
-    """Delete the complete checkpoints that `config` does not keep. Incomplete ones stay for inspection.
+def prune(run_dir: Path, config: CheckpointConfig, step: int) -> None:
+    """Delete the complete checkpoints up to `step`, written last, that `config` does not keep.
 
+    Incomplete checkpoints stay for inspection. Checkpoints of later steps stay too and are not counted: the
+    run has gone back behind them, as checkpoint.fallback does if they are damaged.
     A checkpoint with values that are not finite never displaces a finite one: both kinds are counted apart.
     """
     manifests = {}
-    for path in checkpoints_in(run_dir):
+    for path in (path for path in checkpoints_in(run_dir) if step_of(path) <= step):
         with suppress(UnusableCheckpoint):
             manifests[path] = read_manifest(path)
     complete = list(manifests)

@@ -11,6 +11,8 @@ from launcher.files import read_regular, what_is_wrong, write_text
 FORMAT = 2  # 2: the model's config names its parts
 IDENTITY = "run.json"
 SAVED_STEP = "saved_step"  # key in run.json: the step of the checkpoint that was written last
+BEGUN_FROM = "begun_from"  # key in run.json: the resolved path in checkpoint.resume at the run's first start
+BEGUN_BY_JOB = "begun_by_job"  # key in run.json: the id of the Slurm job of the run's first start
 END_OF_DOCUMENT = "end_of_document"  # key in run.json: the token that ends each document of the run's data
 _MOST_BYTES = 2**20  # of run.json
 
@@ -46,9 +48,21 @@ def read_identity(run_dir: Path) -> dict[str, Any] | None:
         raise ConfigError("run.dir", run_dir, wrong_format(number), remedy)
     step, layout = content.get(SAVED_STEP), content.get("layout")
     is_step = step is None or (type(step) is int and step >= 0)
-    if not (re.fullmatch(r"[\w-]{1,64}", content["id"]) and isinstance(layout, dict) and is_step):
+    # Optional: runs of earlier versions have neither.
+    are_texts = all(isinstance(content.get(key), str | None) for key in (BEGUN_FROM, BEGUN_BY_JOB))
+    is_valid = is_step and are_texts and isinstance(layout, dict)
+    if not (re.fullmatch(r"[\w-]{1,64}", content["id"]) and is_valid):
         raise _not_ours(run_dir, "was altered")
     return content
+
+
+def begun_from(run_dir: Path) -> str | None:
+    """Return the resolved path in checkpoint.resume at the first start of a run; None if it named no path.
+
+    Raises ConfigError.
+    """
+    source = (read_identity(run_dir) or {}).get(BEGUN_FROM)
+    return None if source is None else str(source)
 
 
 def write_identity(run_dir: Path, identity: dict[str, Any]) -> None:

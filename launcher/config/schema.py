@@ -531,8 +531,9 @@ class CheckpointConfig:
     """Saving a run's state, the checkpoints to keep, and the start of a run.
 
     The end of a run saves too. `resume`: `auto` resumes from the newest checkpoint in run.dir, if there is
-    one; `none` starts anew; a path names a checkpoint, or the directory of a run. `init_from` also takes the
-    result of `launcher import`, or a Hugging Face directory.
+    one; `none` starts anew; a path names a checkpoint, or the directory of a run, that a new run begins from.
+    The same path then resumes that run. `init_from` also takes the result of `launcher import`, or a Hugging
+    Face directory.
     """
 
     enabled: bool = True

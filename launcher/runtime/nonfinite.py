@@ -17,13 +17,16 @@ _MOST_SAMPLES = 8  # listed in a message
 class NonfiniteGuard:
     """Reports skipped steps, and stops the run if there are too many in a row."""
 
-    def __init__(self, run: RunConfig, engine: Engine) -> None:
+    def __init__(self, run: RunConfig, engine: Engine, progress: Progress) -> None:
+        """`progress` is the progress at which this start of the run begins."""
         self.run, self.engine = run, engine
+        self._earlier = progress  # at the last call of `after`
         self._known, self._reports = 0, 0
 
     def after(self, progress: Progress, agreed: WorldValues, blend: Blend) -> list[str]:
         """Return lines for the user after a logged step. Raises RunStopped. Collective over the world."""
         total, in_row, since = agreed.skips
+        earlier, self._earlier = self._earlier, progress
         if total == self._known:
             return []
         new, self._known = total - self._known, total
@@ -31,7 +34,9 @@ class NonfiniteGuard:
             return []  # not an error: fp16's loss scale is found by trying
         step = progress.step - since
         count = f"step {step} was" if new == 1 else f"{new} steps were"
-        lines = [f"warning  {count} skipped: {_UNUSABLE}{self._finding(progress, since, blend)}"]
+        # Count forwards, because a step may be followed by samples that a rollback left out.
+        before = earlier.at_step(step - 1, self.run.training.global_batch_size)
+        lines = [f"warning  {count} skipped: {_UNUSABLE}{self._finding(before, blend)}"]
         if self.run.guard.nonfinite is OnNonfinite.stop:
             raise RunStopped(f"{lines[0][9:]}\n  try: guard.nonfinite=skip (to leave out such steps)")
         if in_row >= self.run.guard.max_skips:
@@ -42,15 +47,15 @@ class NonfiniteGuard:
             )
         return lines
 
-    def _finding(self, progress: Progress, since: int, blend: Blend) -> str:
-        """Repeat the last skipped step; return in words where its first bad value is."""
+    def _finding(self, before: Progress, blend: Blend) -> str:
+        """Repeat the step that follows `before`; return in words where its first bad value is."""
         self._reports += 1
         if self._reports > _MOST_REPORTS:
             return ""
-        consumed = progress.samples - (since + 1) * self.run.training.global_batch_size
+        consumed = before.samples
         batches = rank_batches(self.run, self.engine, blend, consumed) if self.engine.reads_data else []
         labels = counted_labels(self.run, blend, consumed)
-        bad = first_bad_value(self.engine, progress.step - since, batches, labels)
+        bad = first_bad_value(self.engine, before.step + 1, batches, labels)
         if bad is None:
             return ". When the step was repeated, all its values were finite"
         return f".\n         The first bad value is {place_of(bad, self.run, self.engine, consumed)}"

@@ -1,13 +1,11 @@
 """Repeat a step of a run in any layout: its loss, and the samples behind it (`launcher replay`)."""
 
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch.distributed as dist
 
-from launcher.checkpoint.manifest import read_manifest
 from launcher.config.errors import ConfigError
 from launcher.config.layout import Layout
 from launcher.config.schema import GenerateConfig, InputKind, RunConfig
@@ -18,10 +16,10 @@ from launcher.engine.build import build_engine
 from launcher.engine.distributed import join, leave, prepare_deepspeed
 from launcher.engine.examination import micro_batch_losses
 from launcher.runtime.batches import counted_labels, rank_batches, rank_loader, rank_samples
-from launcher.runtime.excluded import read_excluded
+from launcher.runtime.excluded import SampleRange, past_excluded, read_excluded
 from launcher.runtime.resume import Progress, start_from
 from launcher.runtime.sampling import tokenizer_of
-from launcher.runtime.spikes import Spike, SpikeGuard
+from launcher.runtime.spikes import SpikeGuard
 from launcher.runtime.training import is_logged, optimizer_step
 
 _EXCERPT = 120  # characters of a sample's text
@@ -66,10 +64,28 @@ def started(
     run: RunConfig, engine: Engine, data: Data, run_dir: Path, checkpoint: Path | None, step: int
 ) -> Progress:
     """Restore the checkpoint, or begin with the run's first weights. Collective over the world."""
-    # A step is repeated as it was first taken: with the samples that a rollback has left out since.
-    is_there = checkpoint is not None and read_manifest(checkpoint).step == step - 1
-    excluded = () if is_there else read_excluded(run_dir)
-    return start_from(run, engine, checkpoint, None, data.digests, excluded).progress
+    progress = start_from(run, engine, checkpoint, None, data.digests).progress
+    # Later rollbacks leave out later samples.
+    ranges = tuple(sorted({*progress.excluded, *read_excluded(run_dir)}))
+    return as_first_taken(progress, ranges, step, run.training.global_batch_size)
+
+
+def as_first_taken(
+    progress: Progress, ranges: tuple[SampleRange, ...], step: int, global_batch_size: int
+) -> Progress:
+    """Return `progress` with the ranges that were already excluded when the run first took `step`. Pure.
+
+    `ranges` are all excluded ranges, in the order of their rollbacks.
+    """
+    for count, (start, end) in enumerate(ranges):
+        then = leaving_out(progress, ranges[:count])
+        if start <= then.at_step(step - 1, global_batch_size).samples < end:
+            return then  # the next rollback left out the samples of this step
+    return leaving_out(progress, ranges)
+
+
+def leaving_out(progress: Progress, ranges: tuple[SampleRange, ...]) -> Progress:
+    return replace(progress, samples=past_excluded(progress.samples, ranges), excluded=ranges)
 
 
 def trained_until(run: RunConfig, engine: Engine, data: Data, progress: Progress, step: int) -> Progress:
@@ -78,16 +94,13 @@ def trained_until(run: RunConfig, engine: Engine, data: Data, progress: Progress
     with rank_loader(run, engine, data.blend(progress.blends)) as loader:
         while progress.step < step - 1:
             result = optimizer_step(run, engine, loader, progress)
-            if progress.step == step - 2:
-                progress = replace(progress, excluded=())
             progress = progress.after(run.training.global_batch_size)
             if is_logged(run, progress.step, run.training.steps):
                 row = {
                     "train/loss": engine.mean_loss(result.loss),
                     "train/grad_norm": float(result.grad_norm),
                 }
-                with suppress(Spike):  # what followed belongs to the start after the rollback
-                    spikes.after(progress, row)
+                spikes.after(row)
     return progress
 
 

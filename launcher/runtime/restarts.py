@@ -4,7 +4,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from launcher.checkpoint.manifest import read_manifest
+from launcher.checkpoint.manifest import checkpoints_in, read_manifest
 from launcher.checkpoint.resume_choice import checkpoint_to_resume
 from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
@@ -42,17 +42,28 @@ class Restarts:
         start = read_manifest(directory.checkpoint).step + 1 if directory.checkpoint else 1
         if "\n" in str(failure):
             _print(str(failure))
-        source = "from its last checkpoint" if directory.checkpoint else "because it has no checkpoint"
-        _print(f"restart {len(self._failures)} of {most} at step {start}, {source}: {failure.reason}")
+        where = f"at step {start}, {_reason_for_step(directory)}"
+        _print(f"restart {len(self._failures)} of {most} {where}: {failure.reason}")
         return directory
 
 
 def resumed(run: RunConfig, directory: RunDir) -> RunDir:
-    """Return the directory with its newest checkpoint; unchanged if there is none. Raises ConfigError."""
+    """Return the directory with its newest checkpoint, or else with the one that the run was begun from.
+
+    The directory of a run with neither is unchanged. Raises ConfigError.
+    """
     newest = checkpoint_to_resume(
         replace(run, checkpoint=replace(run.checkpoint, resume="auto")), directory.path
     )
     return replace(directory, checkpoint=newest, initial=None) if newest else directory
+
+
+def _reason_for_step(directory: RunDir) -> str:
+    """Return why the run starts again at its step: the checkpoint it resumes from, or that it has none."""
+    if directory.checkpoint is None:
+        return "because it has no checkpoint"
+    is_own = directory.checkpoint in checkpoints_in(directory.path)
+    return "from its last checkpoint" if is_own else f"from {directory.checkpoint}"
 
 
 def last_logged_step(run_dir: Path) -> int:

@@ -40,6 +40,13 @@ class Progress:
         samples = past_excluded(self.samples + global_batch_size, self.excluded)
         return replace(self, step=self.step + 1, samples=samples)
 
+    def at_step(self, step: int, global_batch_size: int) -> "Progress":
+        """Return the progress after `step`, an equal or later step than this progress."""
+        progress = self
+        while progress.step < step:
+            progress = progress.after(global_batch_size)
+        return progress
+
 
 @dataclass(frozen=True)
 class Start:

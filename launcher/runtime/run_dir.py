@@ -15,7 +15,7 @@ from launcher import __version__
 from launcher.checkpoint.companions import COMPANIONS, carry_companions
 from launcher.checkpoint.final import FINAL_WEIGHTS, final_step
 from launcher.checkpoint.manifest import CHECKPOINTS, checkpoints_in, step_of
-from launcher.checkpoint.resume_choice import checkpoint_to_resume
+from launcher.checkpoint.resume_choice import checkpoint_to_resume, continues_run, resumed_path
 from launcher.checkpoint.sources import (
     WeightsKind,
     WeightSource,
@@ -27,10 +27,13 @@ from launcher.config.errors import ConfigError, typed_text
 from launcher.config.layout import Layout
 from launcher.config.paths import free_path
 from launcher.config.run_format import (
+    BEGUN_BY_JOB,
+    BEGUN_FROM,
     END_OF_DOCUMENT,
     FORMAT,
     IDENTITY,
     SAVED_STEP,
+    begun_from,
     read_identity,
     write_identity,
 )
@@ -102,14 +105,25 @@ def start_of(run: RunConfig, path: Path) -> Path | None:
     """
     check_files_are_ours(path)
     checkpoint = checkpoint_to_resume(run, path)
-    holds_run, resumes = read_identity(path) is not None, run.checkpoint.resume == "auto"
-    if holds_run and resumes and checkpoint is None:
+    if read_identity(path) is None:
+        return checkpoint
+    # The checkpoint may be another run's, from which the run in `path` was begun.
+    continues, has_checkpoint = continues_run(run, path), bool(checkpoints_in(path))
+    if continues and not has_checkpoint:
         check_no_checkpoint_is_missing(path)
-    is_over = checkpoint is None and final_step(path) is not None
-    if holds_run and (not resumes or is_over):
-        remedy = f"{typed_text('run.dir', str(free_path(path)))}, or leave run.dir out for a fresh one"
-        raise ConfigError("run.dir", path, "already holds a run", remedy)
+    is_over = not has_checkpoint and final_step(path) is not None
+    if not continues or is_over:
+        raise _holds_a_run(path, is_over=is_over)
     return checkpoint
+
+
+def _holds_a_run(path: Path, *, is_over: bool) -> ConfigError:
+    """Return the refusal to begin a run in a run's directory. A run that is over cannot be continued."""
+    source = begun_from(path)
+    why = "already holds a run" + (f", which was begun from {source}" if source else "")
+    others = f"{typed_text('run.dir', str(free_path(path)))}, or leave run.dir out for a fresh one"
+    remedy = others if is_over else f"checkpoint.resume=auto (continues the run there) or {others}"
+    return ConfigError("run.dir", path, why, remedy)
 
 
 def check_no_checkpoint_is_missing(path: Path) -> None:
@@ -169,7 +183,7 @@ def _losses(path: Path, run: RunConfig) -> list[str]:
     """Return a note for each file of an earlier start from which this start does not continue."""
     saved = (read_identity(path) or {}).get(SAVED_STEP)
     newest = next(map(step_of, checkpoints_in(path)), None)
-    if run.checkpoint.resume != "auto":
+    if not continues_run(run, path):
         return []
     if saved is not None and newest is not None and newest < saved:
         return [f"the checkpoint of step {saved} is missing: the newest one is of step {newest}"]
@@ -185,7 +199,7 @@ def _claim(
 ) -> tuple[RunDir, list[str]]:
     """Write identity and config; return the run directory, and notes to the user."""
     checkpoint, initial = _beginning(run, path)
-    before = read_identity(path) or {"id": run_id}
+    before = read_identity(path) or _origin(run, run_id)
     notes = []
     if original := _copied_from(path, before):
         before["id"] = run_id
@@ -200,6 +214,12 @@ def _claim(
         carry_companions(source, path, stored_dtype(initial) if initial and is_huggingface else None)
     write_text(path / CONFIG, as_yaml(run))
     return RunDir(held_directory.path, before["id"], checkpoint, initial, held_directory), notes
+
+
+def _origin(run: RunConfig, run_id: str) -> dict[str, Any]:
+    """Return the part of run.json that the first start of a run writes and later starts keep."""
+    origin = {"id": run_id, BEGUN_FROM: resumed_path(run), BEGUN_BY_JOB: os.environ.get("SLURM_JOB_ID")}
+    return {key: value for key, value in origin.items() if value is not None}
 
 
 def _copied_from(path: Path, identity: dict[str, Any]) -> Path | None:

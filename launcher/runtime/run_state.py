@@ -103,7 +103,9 @@ def _state(path: Path, last_step: int | None, now: float, values: dict[str, floa
         where = _place_of(holder) if holder else ""
         silence = f"; no row for {duration(quiet)}" if quiet > _QUIET_SECONDS else ""
         return State.running, f"{where}{silence}"
-    if final_step(path) is not None:
+    # The final weights of an earlier end stay while a run with more training.steps continues.
+    final = final_step(path)
+    if final is not None and last_step in (None, final):
         return State.finished, ""
     report = path / HANG_REPORT
     if _modified(report) > max(_modified(path / METRICS), _since(holder)):

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict, replace
 
 from torch import Tensor
@@ -46,6 +45,7 @@ class Checkpoints:
         self._replicas, self._run_dir = ReplicaCheck(engine, run.guard.replica_interval), directory.path
         self._saved_at = time.monotonic()
         self._next_agreement = 0.0  # at the first step of this start: its time is not known
+        self._last_notes: list[str] = []  # about the save that was pending when a guard ended the run
 
     @property
     def is_overdue(self) -> bool:
@@ -98,11 +98,22 @@ class Checkpoints:
         """Wait until the last checkpoint is written; return notes to the user. Collective over the world."""
         return self._failure_of(self._writer.wait)
 
+    def complete(self) -> list[str]:
+        """Wait for the pending save of a run that a guard ends; return notes to the user. Collective, world.
+
+        A failed save is a note even with checkpoint.stop_on_error: an error would hide why the run ends.
+        """
+        try:
+            self._writer.wait()
+        except CheckpointError as error:
+            self._last_notes.append(_failed_save(error))
+        return self._last_notes
+
     def _stop_if_diverged(self, progress: Progress) -> None:
         if differing := self._replicas.disagreements(progress):
-            # The pending checkpoint is of an earlier step, whose replicas were equal: let it be completed.
-            with suppress(CheckpointError):
-                self._writer.wait()
+            # The pending checkpoint is of an earlier step, whose replicas were equal. Once it is complete,
+            # the message names it.
+            self.complete()
             raise diverged(progress.step, differing, self._run_dir)
 
     def _is_interval(self, step: int) -> bool:
@@ -116,7 +127,7 @@ class Checkpoints:
         except CheckpointError as error:
             if self.run.checkpoint.stop_on_error:
                 raise
-            return [f"a checkpoint could not be written, those before it are intact: {error}"]
+            return [_failed_save(error)]
         return []
 
     def _manifest(self, progress: Progress, validation_loss: float | None) -> Manifest:
@@ -137,6 +148,10 @@ class Checkpoints:
             excluded=[list(samples) for samples in progress.excluded],
             history=progress.history,
         )
+
+
+def _failed_save(error: CheckpointError) -> str:
+    return f"a checkpoint could not be written, those before it are intact: {error}"
 
 
 def longest_wait(run: RunConfig) -> float:

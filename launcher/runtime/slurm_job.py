@@ -19,6 +19,7 @@ from launcher.checkpoint.final import final_step
 from launcher.checkpoint.manifest import checkpoints_in
 from launcher.config.errors import hydra_text, typed_text
 from launcher.config.layout import Layout
+from launcher.config.run_format import BEGUN_BY_JOB, begun_from, read_identity
 from launcher.config.schema import OnStop, RunConfig
 from launcher.config.slurm_rules import nodes_of
 from launcher.launch.attempts import MAX_IDENTICAL_FAILURES, FailedStart, record_failed_start
@@ -41,6 +42,7 @@ from launcher.runtime.run_dir import LOGS
 
 _POLL = 0.2
 _REQUEUE_TAKES = 60.0  # seconds until Slurm ends a requeued job
+_RESUME = "checkpoint.resume=auto"
 
 
 class End(Enum):
@@ -86,14 +88,15 @@ def listen_for_stops() -> list[int]:
 def run_to_the_end(job: SlurmJob, stops: list[int]) -> int:
     """Start the ranks, restart them after a failure, requeue after a stop; return the exit code."""
     run, allocation, run_dir = job.run, job.allocation, job.run_dir
-    if allocation.restarts and final_step(run_dir) == (run.training.stop_at or run.training.steps):
+    if allocation.restarts and _is_finished(job):
         _print(f"{run_dir} is finished already: nothing is left to do")
         return 0
     used = f"{job.nodes} of {allocation.nodes}" if job.nodes < allocation.nodes else job.nodes
     _print(f"job {allocation.id} on {used} nodes: {job.layout.describe()}; run {run_dir}")
-    command = step_command(run, job.typed, job.nodes, job.layout, run_dir)
+    typed = [*job.typed, *(_continuing(job) if allocation.restarts else [])]
     ends = run_dir / LOGS / "ends" / allocation.job
     while True:
+        command = step_command(run, typed, job.nodes, job.layout, run_dir)
         code = _run_step(command, stops, ends, saves=stop_grace(run) > 0)
         ended = outcome(code, bool(stops), read_rank_ends(ends), job.layout.world_size)
         if ended.end is End.finished:
@@ -103,12 +106,40 @@ def run_to_the_end(job: SlurmJob, stops: list[int]) -> int:
         if ended.end is End.halted:
             _print(f"the run does not start again, because a guard ended it: {ended.error}")
             return FAILED
-        if ended.end is End.failed and _is_hopeless(run_dir, ended.error):
+        if _is_finished(job):
+            # A launcher that starts the ranks of its node exits with the code of a stop signal, even if its
+            # ranks had finished by then.
+            _print(f"{run_dir} is finished: its final weights are written")
+            return 0
+        if ended.end is End.failed and _is_hopeless(job, ended.error):
             return FAILED
         if ended.end is End.stopped or stops or not _is_running(allocation):
             return _requeue_or_chain(job, stops)
-        where = "its last checkpoint" if checkpoints_in(run_dir) else "step 1, because it has no checkpoint"
-        _print(f"the run failed ({ended.error}) and starts again, from {where}")
+        _print(f"the run failed ({ended.error}) and starts again, from {_restart_point(run_dir)}")
+        typed = [*job.typed, *_continuing(job)]
+
+
+def _is_finished(job: SlurmJob) -> bool:
+    """Return whether the final weights of the run's last step are written."""
+    return final_step(job.run_dir) == (job.run.training.stop_at or job.run.training.steps)
+
+
+def _continuing(job: SlurmJob) -> list[str]:
+    """Return the overrides with which a later start continues the run that this job began.
+
+    With checkpoint.resume=none, the ranks refuse to begin a run in a directory that holds a run. They still
+    refuse if another job or a shell began the run there.
+    """
+    begun_by = (read_identity(job.run_dir) or {}).get(BEGUN_BY_JOB)
+    is_own = job.run.checkpoint.resume == "none" and begun_by == job.allocation.job
+    return [_RESUME] if is_own else []
+
+
+def _restart_point(run_dir: Path) -> str:
+    """Return in words the place where the next start of a run begins."""
+    if checkpoints_in(run_dir):
+        return "its last checkpoint"
+    return begun_from(run_dir) or "step 1, because it has no checkpoint"
 
 
 def run_dir_of(run: RunConfig, allocation: Allocation) -> Path:
@@ -185,15 +216,21 @@ def _run_step(command: list[str], stops: list[int], ends: Path, *, saves: bool) 
     return code if code >= 0 else 128 - code
 
 
-def _is_hopeless(run_dir: Path, error: str) -> bool:
+def _is_hopeless(job: SlurmJob, error: str) -> bool:
     """Record a failure; return whether it ends a row of three identical failures."""
-    step = last_logged_step(run_dir)
-    if record_failed_start(run_dir, FailedStart(step, error)) < MAX_IDENTICAL_FAILURES:
+    step = last_logged_step(job.run_dir)
+    if record_failed_start(job.run_dir, FailedStart(step, error)) < MAX_IDENTICAL_FAILURES:
         return False
     _print(f"giving up after {MAX_IDENTICAL_FAILURES} identical failures after step {step}: {error}")
-    typed = typed_text("run.dir", str(run_dir))
+    typed = _settings_to_resume(job)
     _print(f"fix the cause; the same command with {typed} then resumes from the last checkpoint")
     return True
+
+
+def _settings_to_resume(job: SlurmJob) -> str:
+    """Return the settings with which the job's command, typed again, resumes its run."""
+    run_dir = typed_text("run.dir", str(job.run_dir))
+    return f"{run_dir} {_RESUME}" if job.run.checkpoint.resume == "none" else run_dir
 
 
 def _is_running(allocation: Allocation) -> bool:
@@ -221,7 +258,7 @@ def _requeue_or_chain(job: SlurmJob, stops: list[int]) -> int:
             return 0
     except SlurmError as error:
         _print(f"stopped, but cannot be restarted automatically: {error}")
-    _print(f"stopped: the same command with {typed_text('run.dir', str(run_dir))} resumes")
+    _print(f"stopped: the same command with {_settings_to_resume(job)} resumes")
     return STOPPED_EXIT_CODE
 
 
@@ -242,7 +279,9 @@ def _next_link(job: SlurmJob) -> str:
     if not least <= allocation.nodes <= most:
         options.append(f"--nodes={allocation.nodes}")  # requested on sbatch's command line
     run_dir = f"run.dir={hydra_text(str(base_dir(job.run, allocation)))}"
-    return sbatch(read_batch_script(allocation.id), [*job.script_arguments, run_dir], options=options)
+    # The next job has another id, so that the run is not its own.
+    arguments = [*job.script_arguments, run_dir, *_continuing(job)]
+    return sbatch(read_batch_script(allocation.id), arguments, options=options)
 
 
 def _print(text: str) -> None:

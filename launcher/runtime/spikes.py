@@ -22,6 +22,8 @@ _SPREAD_OF_NORMAL = 1.4826  # standard deviations per median absolute deviation 
 _MOST_ROLLBACKS = 5  # to the same checkpoint
 # Shares of the median: values that hardly move are not judged by their noise alone.
 _SMALLEST_SPREAD = {"train/loss": 0.02, "train/grad_norm": 0.1}
+# A step with a larger gradient norm was skipped, for example one that overflowed in fp16.
+_LARGEST = {"train/loss": math.inf, "train/grad_norm": LARGEST_NORM}
 
 
 class SpikeDetector:
@@ -46,75 +48,78 @@ class SpikeDetector:
         return middle + self.score * max(spread, _SMALLEST_SPREAD[name] * abs(middle))
 
     def spikes(self, row: Mapping[str, float]) -> list[str]:
-        """Judge the values of a logged step, then remember them; return a clause for each spike."""
+        """Judge the values of a logged step, then remember them; return a clause for each spike.
+
+        Infinite values and NaN are neither judged nor remembered: guard.nonfinite handles such steps.
+        """
         spikes = []
         for name, values in self._values.items():
-            value, limit = row[name], self.limit(name)
-            if value > limit:
+            value = row[name]
+            if not math.isfinite(value) or value > _LARGEST[name]:
+                continue
+            if value > self.limit(name):
                 words = (
                     f"{JUDGED[name]} is {value:.4g}, the median of the {len(values)} logged steps before is"
                 )
                 spikes.append(f"{words} {median(values):.4g}")
-            if math.isfinite(value):
-                values.append(value)
+            values.append(value)
         return spikes
 
 
-class Spike(Exception):
-    """Raised on all ranks to leave the training loop: the run goes back to a checkpoint."""
+class Rollback(Exception):
+    """Raised on all ranks to leave the training loop: the run goes back to `checkpoint`."""
 
-    def __init__(self, progress: Progress, words: str) -> None:
-        self.progress, self.words = progress, words
-        super().__init__(words)
+    def __init__(self, checkpoint: Path) -> None:
+        self.checkpoint = checkpoint
+        super().__init__(checkpoint)
 
 
 class SpikeGuard:
-    """Applies guard.spike to each logged step. All ranks see the same values."""
+    """Judges each logged step, and sets the limit of guard.spike=skip. All ranks see the same values."""
 
     def __init__(self, run: RunConfig, engine: Engine, history: Mapping[str, list[float]]) -> None:
         self.policy, self.engine = run.guard.spike, engine
         self.detector = SpikeDetector(run.guard.spike_window, run.guard.spike_score, history)
         self._set_limit()
 
-    def after(self, progress: Progress, row: Mapping[str, float]) -> list[str]:
-        """Judge a logged step; return lines for the user. Raises Spike if the run must go back."""
+    def after(self, row: Mapping[str, float]) -> list[str]:
+        """Judge a logged step; return a clause for each spike."""
         if self.policy is OnSpike.off:
             return []
         spikes = self.detector.spikes(row)
         self._set_limit()
-        if spikes and self.policy is OnSpike.rollback:
-            raise Spike(progress, f"step {progress.step}: {' and '.join(spikes)}")
-        return [f"warning  step {progress.step}: {spike}" for spike in spikes]
+        return spikes
 
     def _set_limit(self) -> None:
         if self.policy is OnSpike.skip:
             self.engine.guard.limit = min(LARGEST_NORM, self.detector.limit("train/grad_norm"))
 
 
-def roll_back(run: RunConfig, run_dir: Path, spike: Spike) -> Path | None:
-    """Return the newest finite checkpoint before the spike; None if there is none.
+def checkpoint_before_spike(run: RunConfig, run_dir: Path, progress: Progress, words: str) -> Path | None:
+    """Return the newest finite checkpoint before the last step, which has a spike; None if there is none.
 
-    The samples since the last logged step before the spike are left out from now on. Raises RunStopped after
-    too many rollbacks to the same checkpoint. Collective over the world.
+    If there is a checkpoint, the samples since the logged step before the spike are left out from now on.
+    Raises RunStopped, with the `words` about the spike, after too many rollbacks to the same checkpoint.
+    Collective over the world.
     """
     chosen: list[Path | None] = [None]
     if dist.get_rank() == 0:
         checkpoints = checkpoints_in(run_dir)
-        chosen[0] = next((path for path in checkpoints if _is_before(path, spike.progress.step)), None)
+        chosen[0] = next((path for path in checkpoints if _is_before(path, progress.step)), None)
     dist.broadcast_object_list(chosen)
     checkpoint = chosen[0]
     if checkpoint is None:
         return None
     samples = read_manifest(checkpoint).samples
-    tries = sum(start >= samples for start, _ in spike.progress.excluded)
+    tries = sum(start >= samples for start, _ in progress.excluded)
     if tries >= _MOST_ROLLBACKS:
         raise RunStopped(
-            f"{spike.words}, after {tries} rollbacks to {checkpoint.name} that left out samples"
+            f"{words}, after {tries} rollbacks to {checkpoint.name} that left out samples"
             "\n  try: a lower optimizer.lr, a longer scheduler.warmup_steps, or guard.spike=warn"
         )
     if dist.get_rank() == 0:
         length = run.logging.interval * run.training.global_batch_size
-        exclude(run_dir, (max(samples, spike.progress.samples - length), spike.progress.samples))
+        exclude(run_dir, (max(samples, progress.samples - length), progress.samples))
     dist.barrier()
     return checkpoint
 

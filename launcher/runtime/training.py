@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from launcher.checkpoint.companions import COMPANIONS
 from launcher.checkpoint.weights import save_weights
-from launcher.config.errors import typed_text
+from launcher.config.errors import RunStopped, typed_text
 from launcher.config.layout import Layout
 from launcher.config.schema import CorpusSource, RunConfig
 from launcher.config.shape import has_experts, has_lora, sequence_length
@@ -41,7 +41,7 @@ from launcher.runtime.profiling import Profiling, profiled_steps
 from launcher.runtime.resume import Progress, start_from
 from launcher.runtime.run_dir import PROFILE, RunDir, config_as_dict
 from launcher.runtime.session import Parts, Session
-from launcher.runtime.spikes import Spike
+from launcher.runtime.spikes import Rollback
 from launcher.runtime.validation import is_validation_step, validation_row
 
 
@@ -89,19 +89,19 @@ def trained(parts: Parts, directory: RunDir) -> bool | RunDir:
     start = start_from(run, engine, directory.checkpoint, directory.initial, parts.data.digests, excluded)
     progress, last = start.progress, run.training.stop_at or run.training.steps
     with RunOutput(run, parts.layout, directory, progress.step + 1, last, rank=engine.mesh.rank) as output:
-        session = Session.create(parts, last, output, progress.history)
+        session = Session.create(parts, last, output, progress)
         output.say(*start.notes())
-        while True:
-            try:
-                step = training_loop(session, progress)
-            except Spike as spike:
-                if checkpoint := session.go_back(spike):
-                    output.finished = True  # not a failure, although the run is not at its last step
-                    return replace(directory, checkpoint=checkpoint)
-                progress = spike.progress
-            else:
-                output.finished = finish(session, directory, step)
-                return output.finished
+        try:
+            step = training_loop(session, progress)
+        except Rollback as rollback:
+            output.finished = True  # not a failure, although the run is not at its last step
+            return replace(directory, checkpoint=rollback.checkpoint)
+        except RunStopped:
+            # The pending save is of an earlier step, whose state was good. Its thread ends with the process.
+            output.note(session.checkpoints.complete())
+            raise
+        output.finished = finish(session, directory, step)
+        return output.finished
 
 
 def training_loop(session: Session, progress: Progress) -> int:
@@ -151,7 +151,10 @@ def optimizer_step(run: RunConfig, engine: Engine, loader: Loader, progress: Pro
 
 
 def end_step(session: Session, progress: Progress, blend: Blend, result: StepResult) -> None:
-    """Validate, agree with the other ranks, log and save, each if it is due. Collective over the world."""
+    """Validate, agree with the other ranks, log and save, each if it is due. Collective over the world.
+
+    Raises Rollback after a spike, and RunStopped if a guard ends the run.
+    """
     run, checkpoints, step = session.run, session.checkpoints, progress.step
     session.clock.synchronise()
     scores: Row = {}
@@ -184,7 +187,7 @@ def end_step(session: Session, progress: Progress, blend: Blend, result: StepRes
         row |= plan_row | slow_row | scores | memory_row(agreed) | epochs(blend, progress)
         session.output.say(*compile_lines, *lines, *warnings)
         session.output.log(row)
-        session.output.say(*session.spikes.after(progress, row))
+        session.after_spikes(progress, row)
         session.clock.restart()
     session.output.display.step(step, row)
     session.watchdog.at(f"the end of step {step}")
@@ -198,14 +201,20 @@ def finish(session: Session, directory: RunDir, step: int) -> bool:
     """Write the final weights, or tell how a stopped run continues; return whether the run finished."""
     output = session.output
     if step < session.last:
-        run_dir = typed_text("run.dir", str(directory.path))
-        output.say(f"stopped  at step {step}. To resume: the same command, {run_dir}")
+        settings = to_resume(session.run, directory.path)
+        output.say(f"stopped  at step {step}. To resume: the same command, {settings}")
         return False
     if session.last > 0:
         session.watchdog.at("the final weights")
         output.say(f"weights  {final_weights(session, directory, step)}")
     output.say_where()
     return True
+
+
+def to_resume(run: RunConfig, run_dir: Path) -> str:
+    """Return the settings with which the same command resumes the run."""
+    resumes = " checkpoint.resume=auto" if run.checkpoint.resume == "none" else ""
+    return typed_text("run.dir", str(run_dir)) + resumes
 
 
 def final_weights(session: Session, directory: RunDir, step: int) -> Path:

@@ -178,6 +178,7 @@ class TestUnusable:
             checkpoint_to_resume(default_run(), three_checkpoints)
         assert f"checkpoint.resume={newest}: 00001-000.safetensors {message}" in str(refused.value)
         assert f"checkpoint.fallback=true or checkpoint.resume={older}" in refused.value.remedy
+        assert f"{older} (in a fresh run.dir)" in refused.value.remedy
         assert checkpoint_to_resume(default_run("checkpoint.fallback=true"), three_checkpoints) == older
         note = capsys.readouterr().out
         assert note.startswith(f"note     {newest} cannot be used: 00001-000.safetensors {message}")
@@ -374,7 +375,7 @@ class TestPrune:
         self, config: CheckpointConfig, kept: list[int], tmp_path: Path
     ) -> None:
         self.write_six(tmp_path)
-        write_files.prune(tmp_path, config)
+        write_files.prune(tmp_path, config, 60)
         assert self.kept(tmp_path) == kept
 
     @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -386,19 +387,26 @@ class TestPrune:
         for step in (40, 50, 60):
             write(tmp_path, step, loss=bad if step == 40 else 1.0, bad=bad)
         assert [read_manifest(path).finite for path in checkpoints_in(tmp_path)] == [False] * 3 + [True] * 3
-        write_files.prune(tmp_path, CheckpointConfig(keep_last=2, keep_best=True))
+        write_files.prune(tmp_path, CheckpointConfig(keep_last=2, keep_best=True), 60)
         assert self.kept(tmp_path) == [10, 20, 30, 50, 60]
 
     def test_a_validation_loss_that_is_not_finite_is_never_the_best(self, tmp_path: Path) -> None:
         for step, loss in ((10, 3.0), (20, -float("inf")), (30, float("nan")), (40, 4.0)):
             write(tmp_path, step, loss=loss)
-        write_files.prune(tmp_path, CheckpointConfig(keep_last=1, keep_best=True))
+        write_files.prune(tmp_path, CheckpointConfig(keep_last=1, keep_best=True), 40)
         assert self.kept(tmp_path) == [10, 40]
+
+    def test_later_checkpoints_are_neither_counted_nor_deleted(self, tmp_path: Path) -> None:
+        """As after checkpoint.fallback: those of steps 30 and 40 are damaged, and 25 was written last."""
+        for step, loss in ((10, None), (20, 3.0), (25, None), (30, 1.0), (40, None)):
+            write(tmp_path, step, loss=loss)
+        write_files.prune(tmp_path, CheckpointConfig(keep_last=1, keep_best=True), 25)
+        assert self.kept(tmp_path) == [20, 25, 30, 40]
 
     def test_an_incomplete_checkpoint_is_not_counted(self, tmp_path: Path) -> None:
         self.write_six(tmp_path)
         (checkpoints_in(tmp_path)[0] / MANIFEST).unlink()
-        write_files.prune(tmp_path, CheckpointConfig(keep_last=2, keep_best=False))
+        write_files.prune(tmp_path, CheckpointConfig(keep_last=2, keep_best=False), 60)
         assert [int(path.name[5:]) for path in checkpoints_in(tmp_path)] == [60, 50, 40]
 
     def test_a_kill_while_pruning_leaves_no_partly_deleted_checkpoint(
@@ -412,7 +420,7 @@ class TestPrune:
 
         monkeypatch.setattr(shutil, "rmtree", delete_one_file_then_stop)
         with pytest.raises(KeyboardInterrupt):
-            write_files.prune(tmp_path, CheckpointConfig(keep_last=1, keep_best=False))
+            write_files.prune(tmp_path, CheckpointConfig(keep_last=1, keep_best=False), 60)
         for path in checkpoints_in(tmp_path):
             assert content(path).numel() == 24
 

@@ -1,6 +1,7 @@
 """Adapters (LoRA): training against PEFT in every layout, checkpoints, and exports."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -295,3 +296,5 @@ def test_a_run_from_the_command_line_resumes_exports_and_generates(
     whole = launcher("export", "whole", "x", "merged=true", cwd=tmp_path)
     assert whole.returncode == 2
     assert "merged=false" in whole.stderr
+    shutil.rmtree(checkpoints_in(tmp_path / "a")[0])  # as after a last save that failed
+    assert weights_at(tmp_path / "a", "x").path == tmp_path / "a", "the final weights, not the older adapters"

@@ -1,6 +1,7 @@
 """Guards against numbers that would harm a run, and the command that repeats a step."""
 
 import json
+import math
 import random
 import re
 import shutil
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from launcher.checkpoint.manifest import checkpoints_in, read_manifest
+from launcher.runtime.replay import as_first_taken
+from launcher.runtime.resume import Progress
 from launcher.runtime.spikes import SpikeDetector
 from tests.runtime.command import SMALL, launcher, metrics, started, trained
 
@@ -38,9 +41,9 @@ main()
 QUICK = ["run.dir=r", "training.steps=8", "parallelism.data=2"]
 
 
-def faulty(folder: Path, faults: str, *arguments: str) -> tuple[int, str, str]:
+def faulty(folder: Path, faults: str, *arguments: str, patch: str = "") -> tuple[int, str, str]:
     """Return exit code, output and error of a run whose data rank 1 adds `faults` to a gradient."""
-    program = f"nan, inf = float('nan'), float('inf')\nFAULTS = {faults}\n{FAULTY}"
+    program = f"nan, inf = float('nan'), float('inf')\nFAULTS = {faults}\n{patch}\n{FAULTY}"
     run = started(*SMALL, *QUICK, *arguments, cwd=folder, program=program)
     out, error = run.communicate(timeout=120)
     return run.returncode, out, error
@@ -125,12 +128,102 @@ def test_too_many_skips_in_a_row_end_the_run(tmp_path: Path) -> None:
     assert "Traceback" not in out + error
 
 
+# The save of a step is still being written when the next step ends the run.
+SLOW_SAVE = """
+import time
+import launcher.checkpoint.save as save
+right_write = save.write_pieces
+def write_pieces(*arguments):
+    time.sleep(3)
+    {then}
+save.write_pieces = write_pieces
+"""
+SAVE_BEFORE = ["checkpoint.interval_steps=2", "checkpoint.stop_on_error=true"]
+
+
+@pytest.mark.parametrize(
+    ("faults", "end"),
+    [
+        ("{3: nan}", "guard.nonfinite=stop"),
+        pytest.param("{3: nan, 4: nan}", "guard.max_skips=1", marks=pytest.mark.slow),
+    ],
+)
+def test_a_guard_that_ends_the_run_lets_the_pending_save_be_completed(
+    faults: str, end: str, tmp_path: Path
+) -> None:
+    patch = SLOW_SAVE.format(then="right_write(*arguments)")
+    code, out, error = faulty(tmp_path, faults, end, *SAVE_BEFORE, patch=patch)
+    assert code == 1, out + error
+    assert "the last is step 3" in error or "step 3 was skipped" in error
+    assert [path.name for path in checkpoints_in(tmp_path / "r")] == ["step-00000002"]
+
+
+def test_a_failed_pending_save_does_not_hide_why_the_run_ends(tmp_path: Path) -> None:
+    """Even with checkpoint.stop_on_error."""
+    patch = SLOW_SAVE.format(then="raise OSError('the disk is full')")
+    code, out, error = faulty(tmp_path, "{3: nan}", "guard.nonfinite=stop", *SAVE_BEFORE, patch=patch)
+    assert code == 1
+    assert "stopped the run: step 3 was skipped" in error
+    assert "note     a checkpoint could not be written" in out
+    assert "the disk is full" in out
+    assert "Traceback" not in out + error
+
+
+def test_a_skip_before_samples_that_are_left_out_is_examined_with_its_own_samples(tmp_path: Path) -> None:
+    trained(*QUICK, "training.stop_at=2", cwd=tmp_path)
+    # Step 3 takes the samples 16 to 23. Step 4 begins at sample 32.
+    (tmp_path / "r/excluded.json").write_text("[[24, 32]]")
+    code, out, error = faulty(tmp_path, "{3: nan}", "training.stop_at=4")
+    assert code == 0, error
+    assert "on rank 1, micro-batch 0 (samples 18, 19)" in out
+    assert [row["train/samples"] for row in metrics(tmp_path / "r")] == [8, 16, 32, 40]
+
+
 @pytest.mark.slow
 def test_a_resumed_run_counts_on(tmp_path: Path) -> None:
     code, _, error = faulty(tmp_path, "{3: nan}", "training.stop_at=5")
     assert code == 0, error
     trained(*QUICK, cwd=tmp_path)
     assert metrics(tmp_path / "r")[-1]["guard/skipped"] == 1
+
+
+# The fault of a step happens once, and not again after a rollback.
+ONCE = "type('Once', (dict,), {'get': dict.pop})({6: 1e6})"
+
+
+def test_a_rollback_leaves_samples_out_and_replay_shows_them(tmp_path: Path) -> None:
+    """Two steps per logged step: the spike of step 6 leaves out the samples of steps 5 and 6."""
+    every_second = ["logging.interval=2", "training.validation_interval=0", "checkpoint.interval_steps=4"]
+    back = ["guard.spike=rollback", "guard.spike_window=2"]
+    code, out, error = faulty(tmp_path, ONCE, *back, *every_second)
+    assert code == 0, error
+    assert "rollback step 6: the gradient norm is" in out
+    assert "back to step-00000004, without the samples since the last logged step" in out
+    assert json.loads((tmp_path / "r/excluded.json").read_text()) == [[32, 48]]
+    assert [row["train/samples"] for row in metrics(tmp_path / "r")] == [16, 32, 64, 80]
+    shown = launcher("replay", "run.dir=r", "step=6", "samples=8", cwd=tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    samples = re.findall(r"^ +(\d+) +\d+\.\d{4}  ", shown.stdout, re.MULTILINE)
+    assert sorted(map(int, samples)) == list(range(40, 48))
+
+
+def test_the_last_step_is_saved_if_there_is_no_checkpoint_to_go_back_to(tmp_path: Path) -> None:
+    code, out, error = faulty(tmp_path, "{8: 1e6}", "guard.spike=rollback", "guard.spike_window=4")
+    assert code == 0, error
+    assert re.search("warning  step 8: .*: there is no checkpoint before it to go back to", out)
+    assert [path.name for path in checkpoints_in(tmp_path / "r")] == ["step-00000008"]
+
+
+def test_replay_takes_the_samples_that_the_step_took_first(subtests: pytest.Subtests) -> None:
+    """Steps 4 and 5 were taken three times: the samples of the first and of the second time are left out."""
+    ranges = ((24, 40), (40, 56))
+    at_2, at_3 = Progress(step=2, samples=16), Progress(step=3, samples=24)
+    for progress, step, first in (
+        (at_2, 3, 16), (at_2, 4, 24), (at_2, 5, 32), (at_2, 6, 72),
+        (at_3, 4, 24), (at_3, 5, 32), (at_3, 6, 72),
+    ):  # fmt: skip
+        with subtests.test(step=step, begun=progress.step):
+            assert as_first_taken(progress, ranges, step, 8).at_step(step - 1, 8).samples == first
 
 
 @pytest.fixture(scope="module")
@@ -222,3 +315,13 @@ def test_a_leap_is_judged_by_the_spread_before_it() -> None:
     resumed = SpikeDetector(window=32, score=8.0, history=detector.history)
     row = {"train/loss": 2.0, "train/grad_norm": 1.9}
     assert resumed.spikes(row) == detector.spikes(row) != []
+
+
+def test_steps_that_were_skipped_are_no_spikes() -> None:
+    """An fp16 loss scale that grows overflows now and then; neither value is remembered."""
+    calm = {"train/loss": [2.0] * 32, "train/grad_norm": [1.0] * 32}
+    detector = SpikeDetector(window=32, score=8.0, history=calm)
+    for norm in (math.inf, math.nan, 1e30):
+        assert detector.spikes({"train/loss": 2.0, "train/grad_norm": norm}) == []
+    assert detector.spikes({"train/loss": math.inf, "train/grad_norm": math.nan}) == []
+    assert detector.history == calm

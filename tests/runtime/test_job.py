@@ -1,6 +1,8 @@
 """Decisions of `launcher job`, without Slurm; tests/slurm runs jobs on a real cluster."""
 
+import signal
 import sys
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -10,12 +12,26 @@ from hypothesis import strategies as st
 from launcher.commands.ready import ready, ready_on_most_nodes
 from launcher.config.compose import compose_jobs
 from launcher.config.errors import ConfigError, hydra_text
+from launcher.config.run_format import read_identity
 from launcher.config.schema import RunConfig
 from launcher.config.world import world_of_nodes
-from launcher.launch.records import RankEnd, RankEndKind
+from launcher.launch.rank import STOPPED_EXIT_CODE
+from launcher.launch.records import ENDS_VARIABLE, RankEnd, RankEndKind
 from launcher.launch.slurm import Allocation, read_allocation
-from launcher.runtime.slurm_job import End, Outcome, outcome, run_dir_of, step_command
+from launcher.runtime import slurm_job
+from launcher.runtime.slurm_job import (
+    End,
+    Outcome,
+    SlurmJob,
+    outcome,
+    run_dir_of,
+    run_to_the_end,
+    step_command,
+)
 from tests.config.composing import run_of
+from tests.forked_commands import LAUNCHER, environment, heavy
+from tests.runtime.command import SMALL, metrics, trained
+from tests.runtime.test_life_cycle import FAULTY
 
 NODES = ["hardware=cpu", "hardware.accelerators_per_node=2", "training.global_batch_size=16"]
 
@@ -182,3 +198,108 @@ def test_only_one_task_of_an_array_is_requeued() -> None:
     allocation = read_allocation({"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", **of_array})
     assert (allocation.id, allocation.name, allocation.restarts) == ("7_1", "slurm-7", 2)
     assert Allocation("7", 2).id == "7"
+
+
+@dataclass
+class FakeSlurm:
+    """Takes the commands of Slurm in a test; `srun` trains on this machine."""
+
+    folder: Path
+    programs: list[str] = field(default_factory=list)  # of the first starts of the ranks
+    calls: list[list[str]] = field(default_factory=list)  # of scontrol requeue and sbatch
+    output: str = ""  # of all starts
+
+    def run_step(self, command: list[str], stops: list[int], ends: Path, *, saves: bool) -> int:
+        ends.mkdir(parents=True, exist_ok=True)
+        for path in ends.iterdir():
+            path.unlink()
+        variables = environment(SLURM_JOB_ID=ends.name, **{ENDS_VARIABLE: str(ends)})
+        program = self.programs.pop(0) if self.programs else LAUNCHER
+        arguments = command[command.index("train") :]
+        done = heavy().run(arguments, cwd=self.folder, environment=variables, program=program)
+        self.output += done.stdout + done.stderr
+        if done.returncode == 128 + signal.SIGUSR1:  # the batch step sends it to the ranks
+            stops.append(signal.SIGUSR1)
+        return done.returncode
+
+    def submit(self, script: str, arguments: list[str], *, options: list[str]) -> str:
+        self.calls.append(arguments)
+        return "8"
+
+    def job(self, *overrides: str, number: str = "7", restarts: int = 0) -> SlurmJob:
+        small = [*SMALL, "hardware.accelerators_per_node=2", "training.steps=4", *overrides]
+        typed = [*small, f"run.dir={self.folder}/r"]
+        [composed] = compose_jobs("config", RunConfig, typed)
+        ready_run, nodes = ready_on_most_nodes(composed.config, 1)
+        allocation = Allocation(number, 1, restarts=restarts)
+        return SlurmJob(ready_run.run, ready_run.layout, nodes, allocation, typed, [])
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
+    fake = FakeSlurm(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["launcher"])
+    monkeypatch.setattr(slurm_job, "_run_step", fake.run_step)
+    monkeypatch.setattr(slurm_job, "_REQUEUE_TAKES", 0.0)
+    monkeypatch.setattr(slurm_job, "job_state", lambda job: "RUNNING")
+    monkeypatch.setattr(slurm_job, "requeue", lambda job: fake.calls.append(["requeue", job]))
+    monkeypatch.setattr(slurm_job, "read_batch_script", lambda job: "")
+    monkeypatch.setattr(slurm_job, "settings_of_job", lambda job: [])
+    monkeypatch.setattr(slurm_job, "sbatch", fake.submit)
+    return fake
+
+
+KILLED = FAULTY.format(fault="os.kill(os.getpid(), 9)")
+# In step 3 a rank signals the launcher that started it, as srun does, and waits until all ranks know it.
+STOPPED = FAULTY.format(fault="os.kill(os.getppid(), 10); __import__('time').sleep(1)")
+NONE, SAVES = "checkpoint.resume=none", ["checkpoint.interval_steps=1", "checkpoint.asynchronous=false"]
+
+
+def test_a_job_that_begins_anew_continues_its_own_run_after_a_failure(slurm: FakeSlurm) -> None:
+    slurm.programs.append(KILLED)
+    assert run_to_the_end(slurm.job(NONE, *SAVES), []) == 0
+    assert "step-00000002, at step 2\n" in slurm.output
+    assert [row["step"] for row in metrics(slurm.folder / "r")] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("resume", [NONE, "checkpoint.resume=a"])
+def test_a_requeued_job_continues_its_own_run(resume: str, slurm: FakeSlurm) -> None:
+    trained("training.steps=4", "training.stop_at=1", "parallelism.data=2", "run.dir=a", cwd=slurm.folder)
+    source = resume.replace("=a", f"={slurm.folder}/a")
+    slurm.programs.append(STOPPED)
+    assert run_to_the_end(slurm.job(source), []) == STOPPED_EXIT_CODE
+    assert slurm.calls == [["requeue", "7"]]
+    assert run_to_the_end(slurm.job(source, restarts=1), []) == 0
+    assert f"{slurm.folder}/r/checkpoints/step-00000003, at step 3\n" in slurm.output
+
+
+def test_the_next_job_of_a_chain_continues_the_run(slurm: FakeSlurm) -> None:
+    slurm.programs.append(STOPPED)
+    job = slurm.job(NONE, "slurm.on_stop=chain")
+    assert run_to_the_end(job, []) == 0
+    [arguments] = slurm.calls
+    [composed] = compose_jobs("config", RunConfig, [*job.typed, *arguments])
+    assert composed.config.checkpoint.resume == "auto", "the last value counts"
+    following = replace(job, run=composed.config, typed=[*job.typed, *arguments], script_arguments=arguments)
+    assert run_to_the_end(replace(following, allocation=Allocation("8", 1)), []) == 0
+    assert "step-00000003, at step 3\n" in slurm.output
+
+
+def test_a_job_that_begins_anew_does_not_continue_a_run_that_it_did_not_begin(slurm: FakeSlurm) -> None:
+    """Also if the job is requeued by hand. The refusal names the setting that continues the run."""
+    trained("training.steps=4", "training.stop_at=1", "parallelism.data=2", "run.dir=r", cwd=slurm.folder)
+    before = read_identity(slurm.folder / "r")
+    for restarts in (0, 1):
+        assert run_to_the_end(slurm.job(NONE, restarts=restarts), []) != 0
+    assert slurm.output.count("already holds a run\n  try: checkpoint.resume=auto (continues the run") >= 2
+    assert read_identity(slurm.folder / "r") == before
+    assert [row["step"] for row in metrics(slurm.folder / "r")] == [1]
+
+
+def test_a_stop_in_the_last_step_ends_the_job_as_finished(slurm: FakeSlurm) -> None:
+    """A launcher of one task per node exits with the signal's code, although its ranks have finished."""
+    slurm.programs.append(STOPPED)
+    stops: list[int] = []
+    assert run_to_the_end(slurm.job("training.steps=3", "slurm.tasks=per_node"), stops) == 0
+    assert stops == [signal.SIGUSR1]
+    assert slurm.calls == []

@@ -41,6 +41,19 @@ def test_a_killed_rank_starts_the_run_again_from_the_checkpoint(tmp_path: Path) 
     assert survivors(tmp_path) == []
 
 
+def test_a_run_begun_from_another_starts_again_there_if_it_has_saved_nothing(tmp_path: Path) -> None:
+    trained(*RUN, "run.dir=a", "training.stop_at=2", cwd=tmp_path)
+    fault = "os.path.exists('killed') or (open('killed', 'w').close(), os.kill(os.getpid(), 9))"
+    program = FAULTY.replace("progress.step == 2", "progress.step == 3").format(fault=fault)
+    begins = ["run.dir=b", "checkpoint.resume=a", "checkpoint.interval_steps=null", "launch.max_restarts=1"]
+    process = started(*SMALL, *RUN, *begins, cwd=tmp_path, program=program)
+    out, error = process.communicate(timeout=120)
+    assert process.returncode == 0, out + error
+    source = f"from {tmp_path}/a/checkpoints/step-00000002"
+    assert error.startswith(f"launcher: restart 1 of 1 at step 3, {source}: rank 1 of 2 was killed")
+    assert [row["step"] for row in metrics(tmp_path / "b")] == [3, 4, 5, 6]
+
+
 @pytest.mark.slow
 def test_three_identical_failures_end_the_run(tmp_path: Path) -> None:
     program = FAULTY.format(fault='raise RuntimeError("disk on fire")')

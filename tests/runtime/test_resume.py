@@ -14,8 +14,10 @@ import pytest
 
 from launcher.checkpoint.integrity import read_intact_manifest
 from launcher.checkpoint.manifest import checkpoints_in
+from launcher.checkpoint.sources import WeightsKind, weights_at
 from tests.forked_commands import LAUNCHER, Command, heavy
 from tests.runtime.command import SMALL, environment, launcher, metrics, started, trained
+from tests.runtime.test_life_cycle import FAULTY
 
 RUN = ["run.dir=r", "training.steps=6"]
 COMPARED = ("train/loss", "train/grad_norm", "val/loss", "train/samples", "train/lr")
@@ -169,6 +171,39 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "r"
 
 
+FROM_A = ["run.dir=b", "training.steps=6", "parallelism.data=1", "checkpoint.resume=a"]
+
+
+def test_the_command_that_begins_from_another_run_resumes_its_own_run(
+    whole: list[dict[str, Any]], stopped: Path, tmp_path: Path
+) -> None:
+    """Also if the other run is gone by then."""
+    shutil.copytree(stopped, tmp_path / "a")
+    trained(*FROM_A, "training.stop_at=4", cwd=tmp_path)
+    assert json.loads((tmp_path / "b" / "run.json").read_text())["begun_from"] == str(tmp_path / "a")
+    shutil.rmtree(tmp_path / "a")
+    out = trained(*FROM_A, cwd=tmp_path)
+    assert "resumed  b/checkpoints/step-00000004, at step 4\n" in out
+    agree(metrics(tmp_path / "b"), whole[2:], 1e-5)
+    assert "nothing is left to train" in trained(*FROM_A, cwd=tmp_path)
+
+
+@pytest.mark.parametrize("resume", ["checkpoint.resume=a", "checkpoint.resume=auto"])
+def test_a_run_that_has_saved_nothing_begins_again_where_it_began(
+    resume: str, stopped: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(stopped, tmp_path / "a")
+    trained(*FROM_A, "training.stop_at=4", "checkpoint.enabled=false", cwd=tmp_path)
+    done = launcher(*SMALL, *FROM_A, resume, cwd=tmp_path)
+    assert done.returncode == 2, "it has final weights, from which no run continues"
+    assert "run.dir=b: already holds a run" in done.stderr
+    shutil.rmtree(tmp_path / "b" / "weights")  # as after a kill
+    out = trained(*FROM_A, resume, cwd=tmp_path)
+    assert f"resumed  {tmp_path}/a/checkpoints/step-00000002, at step 2\n" in out
+    assert "note     an earlier start saved no checkpoint: the run begins again" in out
+    assert [row["step"] for row in metrics(tmp_path / "b")] == [3, 4, 5, 6]
+
+
 def test_a_missing_newest_checkpoint_is_said(stopped: Path, tmp_path: Path) -> None:
     run_dir = shutil.copytree(stopped, tmp_path / "r")
     trained(*RUN, "parallelism.data=1", "training.stop_at=4", cwd=tmp_path)
@@ -235,13 +270,32 @@ def test_a_full_disk_ends_the_run_only_with_stop_on_error(tmp_path: Path) -> Non
     trained("training.steps=3", "parallelism.data=2", "run.dir=last", cwd=tmp_path)
 
 
+def test_a_damaged_later_checkpoint_does_not_displace_the_new_ones(stopped: Path, tmp_path: Path) -> None:
+    run_dir = shutil.copytree(stopped, tmp_path / "r")
+    run = [*RUN, "parallelism.data=2"]
+    trained(*run, "training.stop_at=4", cwd=tmp_path)
+    for file in (run_dir / "checkpoints" / "step-00000004").glob("*.safetensors"):
+        file.write_bytes(bytes(file.stat().st_size))
+    program = FAULTY.replace("progress.step == 2", "progress.step == 3").format(
+        fault="os.kill(os.getpid(), 9)"
+    )
+    one_kept = ["checkpoint.keep_last=1", "checkpoint.keep_best=false"]
+    saves = ["checkpoint.fallback=true", "checkpoint.interval_steps=1", "checkpoint.asynchronous=false"]
+    process = started(*SMALL, *run, *saves, *one_kept, cwd=tmp_path, program=program)
+    assert process.wait() == 1, process.error()
+    assert [path.name for path in checkpoints_in(run_dir)] == ["step-00000004", "step-00000003"]
+    out = trained(*run, *saves, *one_kept, cwd=tmp_path)
+    assert "trying step-00000003 instead\n" in out
+    assert [path.name for path in checkpoints_in(run_dir)] == ["step-00000006"]
+
+
 FAILING_SAVE = """
 import launcher.checkpoint.save as save
 write, count = save.write_pieces, 0
 def failing(*arguments):
     global count
     count += 1
-    if count == 2:
+    if count == {failing}:
         raise RuntimeError("the disk is on fire")
     write(*arguments)
 save.write_pieces = failing
@@ -257,7 +311,8 @@ def test_an_exception_while_a_checkpoint_is_written_is_a_note(tmp_path: Path) ->
         "checkpoint.interval_steps=1",
         "launch.max_restarts=2",
     ]
-    done = heavy().run(arguments, cwd=tmp_path, environment=environment(), program=FAILING_SAVE + LAUNCHER)
+    program = FAILING_SAVE.format(failing=2) + LAUNCHER
+    done = heavy().run(arguments, cwd=tmp_path, environment=environment(), program=program)
     assert done.returncode == 0, done.stdout + done.stderr
     note = "a checkpoint could not be written, those before it are intact: RuntimeError: the disk is on fire"
     assert done.stdout.count(note) == 1
@@ -265,6 +320,21 @@ def test_an_exception_while_a_checkpoint_is_written_is_a_note(tmp_path: Path) ->
     present = {path.name for path in (tmp_path / "r" / "checkpoints").iterdir()}
     assert "step-00000003" in present
     assert "step-00000002" not in present
+
+
+def test_later_final_weights_count_instead_of_the_newest_checkpoint(tmp_path: Path) -> None:
+    """As after a last save that failed: export, evaluate and checkpoint.init_from take the same weights."""
+    arguments = [*SMALL, "run.dir=r", "training.steps=3", "checkpoint.interval_steps=1"]
+    program = FAILING_SAVE.format(failing=3) + LAUNCHER
+    done = heavy().run(arguments, cwd=tmp_path, environment=environment(), program=program)
+    assert done.returncode == 0, done.stdout + done.stderr
+    newest = checkpoints_in(tmp_path / "r")[0]
+    assert newest.name == "step-00000002"
+    weights = weights_at(tmp_path / "r", "x")
+    assert (weights.path, weights.kind) == (tmp_path / "r", WeightsKind.run)
+    assert weights_at(newest, "x").kind is WeightsKind.checkpoint, "as it was typed"
+    out = trained("run.dir=b", "training.steps=1", "checkpoint.init_from=r", cwd=tmp_path)
+    assert f"begun    {tmp_path}/r\n" in out
 
 
 @pytest.mark.slow

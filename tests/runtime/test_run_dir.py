@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -14,10 +15,12 @@ from launcher.checkpoint.final import final_step
 from launcher.checkpoint.manifest import checkpoints_in
 from launcher.config.errors import ConfigError
 from launcher.config.layout import resolve_layout
+from launcher.config.run_format import read_identity, write_identity
 from launcher.config.world import World
 from launcher.runtime import hold
 from launcher.runtime.hold import HOLDER, held, is_held
-from launcher.runtime.run_dir import claimed_run_dir
+from launcher.runtime.run_dir import claimed_run_dir, start_of
+from launcher.runtime.training import to_resume
 from tests.config.composing import run_of
 from tests.runtime.command import SMALL, environment, launcher, metrics, started, trained
 from tests.runtime.test_life_cycle import survivors, wait_for_rows
@@ -311,8 +314,71 @@ def test_another_model_is_refused_first(finished: Path) -> None:
     assert "model.num_layers=3: " in done.stderr
 
 
+def refusal_to_start(run_dir: Path, *overrides: str) -> ConfigError:
+    with pytest.raises(ConfigError) as refused:
+        start_of(run_of(*RUN, "training.steps=4", *overrides), run_dir)
+    return refused.value
+
+
+def test_only_the_path_that_a_run_was_begun_from_continues_it(
+    finished: Path, tmp_path: Path, subtests: pytest.Subtests
+) -> None:
+    for name in ("a", "other", "b"):
+        shutil.copytree(finished / "r", tmp_path / name)
+    from_a, from_other = (f"checkpoint.resume={tmp_path}/{name}" for name in ("a", "other"))
+    identity = read_identity(tmp_path / "b")
+    assert identity is not None
+    write_identity(tmp_path / "b", identity | {"begun_from": str(tmp_path / "a")})
+    own = tmp_path / "b" / "checkpoints" / "step-00000002"
+    assert start_of(run_of(*RUN, "training.steps=4", from_a), tmp_path / "b") == own
+    auto, new = "checkpoint.resume=auto (continues the run there) or ", f"run.dir={tmp_path}/b-2, or leave"
+    for resume in (from_other, "checkpoint.resume=none"):
+        with subtests.test(resume):
+            error = refusal_to_start(tmp_path / "b", resume)
+            assert error.why == f"already holds a run, which was begun from {tmp_path}/a"
+            assert error.remedy.startswith(auto + new)
+    with subtests.test("a run of an earlier version"):
+        write_identity(tmp_path / "b", identity)
+        error = refusal_to_start(tmp_path / "b", from_a)
+        assert error.why == "already holds a run"
+        assert error.remedy.startswith(auto + new)
+    with subtests.test("the record was altered"):
+        write_identity(tmp_path / "b", identity | {"begun_from": 3})
+        assert refusal_to_start(tmp_path / "b", from_a).why == "run.json was altered"
+
+
+def test_a_run_that_cannot_begin_again_is_refused(
+    finished: Path, tmp_path: Path, subtests: pytest.Subtests
+) -> None:
+    shutil.copytree(finished / "r", tmp_path / "b")
+    shutil.rmtree(tmp_path / "b" / "checkpoints")
+    shutil.rmtree(tmp_path / "b" / "weights")
+    identity = read_identity(tmp_path / "b")
+    assert identity is not None
+    identity |= {"begun_from": str(finished / "r")}
+    write_identity(tmp_path / "b", identity)
+    with subtests.test("its own checkpoints were lost"):
+        error = refusal_to_start(tmp_path / "b", f"checkpoint.resume={finished}/r")
+        assert error.why.startswith("this run saved a checkpoint at step 2, and ")
+    write_identity(tmp_path / "b", identity | {"saved_step": None, "begun_from": str(tmp_path / "gone")})
+    for resume in ("checkpoint.resume=auto", f"checkpoint.resume={tmp_path}/gone"):
+        with subtests.test(resume):
+            error = refusal_to_start(tmp_path / "b", resume)
+            source = f"{tmp_path}/gone"
+            why = f"was begun from {source}, which holds no checkpoint now, and has saved none itself"
+            assert error.why == f"{tmp_path}/b {why}"
+            anew = f"checkpoint.resume=none run.dir={tmp_path}/b-2"
+            assert error.remedy.startswith(f"restore {source} or {anew}")
+
+
 def test_a_finished_run_is_not_submitted(finished: Path) -> None:
     on_nodes = ["hardware.accelerators_per_node=2", "training.steps=2", "submit.dry_run=true"]
     done = launcher("submit", *RUN, *on_nodes, cwd=finished)
     assert done.returncode == 2
     assert "no step is left to train" in done.stderr
+
+
+@pytest.mark.parametrize(("resume", "added"), [("auto", ""), ("none", " checkpoint.resume=auto"), ("a", "")])
+def test_a_stopped_run_names_the_settings_that_resume_it(resume: str, added: str) -> None:
+    """The same command with checkpoint.resume=none would be refused: its directory holds a run."""
+    assert to_resume(run_of(f"checkpoint.resume={resume}"), Path("runs/r")) == f"run.dir=runs/r{added}"

@@ -12,11 +12,11 @@ import pytest
 
 from launcher.config.run_format import FORMAT
 from launcher.launch.local import RankFailure
-from launcher.runtime.hold import held
+from launcher.runtime.hold import held, is_held
 from launcher.runtime.run_state import RunState, State, read_run_state, runs_in
 from tests.config.test_cli import launcher as light_launcher
 from tests.runtime.command import SMALL, launcher, started, trained
-from tests.runtime.test_life_cycle import FAULTY, wait_for_rows
+from tests.runtime.test_life_cycle import FAULTY, wait_for_rows, wait_until
 from tests.runtime.test_run_dir import holding
 
 
@@ -69,6 +69,21 @@ def test_a_run_that_trains_and_one_that_was_killed(tmp_path: Path) -> None:
     first.wait()
     assert state_of(tmp_path / "r").state is State.stopped
     assert state_of(tmp_path / "r").detail == ""
+
+
+def test_a_continued_run_that_was_killed_is_not_finished(tmp_path: Path) -> None:
+    """Although the final weights of its earlier end are there."""
+    trained("training.steps=2", "run.dir=r", cwd=tmp_path)
+    assert state_of(tmp_path / "r").state is State.finished
+    process = started(*SMALL, "training.steps=100000", "run.dir=r", cwd=tmp_path)
+    wait_for_rows(tmp_path / "r", 4, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    wait_until(lambda: is_held(tmp_path / "r") is False)  # the ranks hold the directory until they have ended
+    state = state_of(tmp_path / "r")
+    assert (state.state, "its end was not recorded" in state.detail) == (State.stopped, True)
+    (tmp_path / "r" / "config.yaml").unlink()
+    assert state_of(tmp_path / "r").state is State.finished, "the last step is not known"
 
 
 def test_the_end_of_a_holder_is_its_state(tmp_path: Path, subtests: pytest.Subtests) -> None:
