@@ -14,11 +14,11 @@ from launcher.config.schema import DataConfig, RunConfig
 from launcher.config.shape import end_of_document, sequence_length
 from launcher.data.chat_template import ChatTemplate, template_of
 from launcher.data.chat_tokens import ENDS_INSIDE
-from launcher.data.dataset_card import chat_template_of, tokenizer_path
-from launcher.data.input_files import LeftOut, first_of_each
+from launcher.data.dataset_card import chat_template_of, template_tokens_of, tokenizer_path
+from launcher.data.input_files import LeftOut, first_of_each, not_held_out
 from launcher.data.packing import ChatTokens, PackedChats
 from launcher.data.reading import FileFormat, Place, batches, format_of
-from launcher.data.token_file import TokenFileError, index_path, mask_path, open_token_file
+from launcher.data.token_file import TokenFileError, bin_path, index_path, mask_path, open_token_file
 from launcher.data.tokenise import TokeniseSettings, Worker
 from launcher.data.tokenizer import HuggingFace
 from launcher.data.tokens import check_vocabulary
@@ -41,11 +41,13 @@ class ChatSplit:
     digests: dict[str, str]  # "" is the training files
 
 
-def open_chats(run: RunConfig) -> ChatSplit:
-    """Return the conversations of a run, in parts. Raises ConfigError."""
+def open_chats(run: RunConfig, left_out: LeftOut | None = None) -> ChatSplit:
+    """Return the conversations of a run, in parts. Raises ConfigError.
+
+    Files of validation and test are not trained on; their number is added to `left_out`.
+    """
     d = run.data
-    assert d.train is not None, "validated with the config"
-    train, digest = opened_chats(d, "data.train", d.train)
+    train, digest = _training_chats(d, LeftOut() if left_out is None else left_out)
     digests, count = {"": digest}, len(train)
     held_out: dict[str, tuple[ChatTokens, int, int]] = {}
     parts = (("test", d.test, d.test_fraction), ("validation", d.validation, d.validation_fraction))
@@ -65,9 +67,31 @@ def open_chats(run: RunConfig) -> ChatSplit:
     return ChatSplit(_packed(run, train, 0, count), packed["validation"], packed.get("test"), digests)
 
 
+def _training_chats(d: DataConfig, left_out: LeftOut) -> tuple[ChatTokens, str]:
+    """Return the conversations of data.train without files of validation and test, and their digest."""
+    assert d.train is not None, "validated with the config"
+    patterns = {"data.validation": d.validation, "data.test": d.test}
+    held_out = [
+        path
+        for field, pattern in patterns.items()
+        if pattern is not None
+        for path in _chat_files(field, pattern)
+    ]
+    paths = not_held_out(_chat_files("data.train", d.train), held_out, "data.train", d.train, left_out)
+    if prepared_prefix(d.train) is not None:
+        return opened_chats(d, "data.train", d.train)
+    return _read(d, "data.train", d.train, paths)
+
+
+def _chat_files(field: str, pattern: str) -> list[Path]:
+    """Return the files of JSON that a pattern names, or the .bin file of prepared conversations."""
+    prefix = prepared_prefix(pattern)
+    return _files(field, pattern) if prefix is None else [bin_path(prefix)]
+
+
 def check_chats(run: RunConfig, left_out: LeftOut) -> None:
     """Check that a run can train on its conversations; count those left out. Raises ConfigError."""
-    split, length = open_chats(run), sequence_length(run)
+    split, length = open_chats(run, left_out), sequence_length(run)
     _check_tokenizer(run)
     for name, part in (("training", split.train), ("validation", split.validation), ("test", split.test)):
         if part is None:
@@ -104,14 +128,19 @@ def _check_ends(chats: ChatTokens, end_of_document: int) -> None:
             raise ConfigError("data.end_of_document", as_typed(end_of_document), why, remedy)
 
 
-def chat_companions(run: RunConfig) -> tuple[Path | None, str | None]:
-    """Return the tokenizer.json of a run's conversations, None for bytes, and their chat template."""
+def chat_companions(run: RunConfig) -> tuple[Path | None, ChatTemplate | None]:
+    """Return the tokenizer.json of a run's conversations, None for bytes, and their chat template.
+
+    The template is None if the card of token files does not state it.
+    """
     d = run.data
     assert d.train is not None, "validated with the config"
     if (prefix := prepared_prefix(d.train)) is not None:
         path = tokenizer_path(prefix)
-        return path if path.exists() else _tokenizer(d), chat_template_of(prefix)
-    return _tokenizer(d), _template(d).source
+        source = chat_template_of(prefix)
+        template = None if source is None else ChatTemplate(source, template_tokens_of(prefix))
+        return path if path.exists() else _tokenizer(d), template
+    return _tokenizer(d), _template(d)
 
 
 def _packed(run: RunConfig, chats: ChatTokens, first: int, last: int) -> PackedChats:
@@ -123,7 +152,7 @@ def _packed(run: RunConfig, chats: ChatTokens, first: int, last: int) -> PackedC
 def opened_chats(data: DataConfig, field: str, pattern: str) -> tuple[ChatTokens, str]:
     """Return the conversations that a field names, and their digest. Raises ConfigError."""
     if (prefix := prepared_prefix(pattern)) is None:
-        return _read(data, field, pattern)
+        return _read(data, field, pattern, _files(field, pattern))
     try:
         file = open_token_file(prefix)
     except TokenFileError as error:
@@ -140,12 +169,15 @@ def opened_chats(data: DataConfig, field: str, pattern: str) -> tuple[ChatTokens
     return ChatTokens(str(path), starts, file), file.digest()
 
 
-def _read(data: DataConfig, field: str, pattern: str) -> tuple[ChatTokens, str]:
-    """Return the conversations in files of JSON as tokens, and their digest. Raises ConfigError."""
+def _read(data: DataConfig, field: str, pattern: str, paths: list[Path]) -> tuple[ChatTokens, str]:
+    """Return the conversations in files of JSON as tokens, and their digest. Raises ConfigError.
+
+    The files are `paths`, which the value `pattern` of `field` names.
+    """
     template, dtype = _template(data), _settings(data, None).load().dtype
     worker = Worker(_settings(data, template))
     tokens, masks, lengths = [], [], [0]
-    for batch in batches(_files(field, pattern), Place(), "", _LONGEST_LINE, json_arrays=True):
+    for batch in batches(paths, Place(), "", _LONGEST_LINE, json_arrays=True):
         tokenised = worker.tokenise(batch)
         if tokenised.bad_lines:
             bad = tokenised.bad_lines[0]

@@ -1,5 +1,6 @@
 """Parse conversations in JSON: messages as OpenAI or ShareGPT write them, or a prompt and a completion."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -39,7 +40,7 @@ def parsed(record: dict[str, Any]) -> Conversation | PromptCompletion:
     """Return the conversation or pair that a record contains. Raises BadConversation."""
     if "messages" in record:
         messages = [_message(message, place) for place, message in _numbered(record, "messages")]
-        return Conversation(_checked(messages), record.get("tools") or None)
+        return Conversation(_checked(messages), _tools(record.get("tools")))
     if "conversations" in record:
         messages = [_message(message, place) for place, message in _numbered(record, "conversations")]
         if isinstance(record.get("system"), str) and record["system"]:
@@ -54,6 +55,19 @@ def parsed(record: dict[str, Any]) -> Conversation | PromptCompletion:
         return PromptCompletion(record["prompt"], record["completion"])
     names = ", ".join(list(record)[:5]) or "none"
     raise BadConversation(f"has no conversation; {SHAPES} are read, and its fields are: {names}")
+
+
+def _tools(value: Any) -> list[Any] | None:
+    """Return the tools of a conversation, also of JSON text, as data sets of Hugging Face write them."""
+    if not value:
+        return None
+    try:
+        tools = json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        tools = value
+    if not isinstance(tools, list | None) or not all(isinstance(tool, dict) for tool in tools or ()):
+        raise BadConversation("has no list of objects in 'tools'")
+    return tools or None
 
 
 def texts_in(value: Any) -> Iterator[str]:

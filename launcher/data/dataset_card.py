@@ -8,6 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+_TEMPLATE, _TOKENS = "chat_template", "chat_template_tokens"  # entries of the card
+
 
 def card_path(prefix: Path) -> Path:
     """Return the path NAME.json for the token files NAME.bin and NAME.idx at `prefix`, NAME."""
@@ -36,8 +38,19 @@ def end_of_document_of(prefix: Path) -> int | None:
 
 def chat_template_of(prefix: Path) -> str | None:
     """Return the chat template of prepared conversations from the card; None if no card states it."""
-    template = _value(prefix, "chat_template")
+    template = _value(prefix, _TEMPLATE)
     return template if isinstance(template, str) else None
+
+
+def template_tokens_of(prefix: Path) -> dict[str, str]:
+    """Return the special tokens of the chat template by name; empty for cards of earlier versions."""
+    tokens = _value(prefix, _TOKENS)
+    return tokens if isinstance(tokens, dict) else {}
+
+
+def chat_entries(template: str, tokens: dict[str, str]) -> dict[str, Any]:
+    """Return the entries of the card about a chat template and its special tokens, such as `bos_token`."""
+    return {_TEMPLATE: template, _TOKENS: tokens}
 
 
 def _number(prefix: Path, name: str) -> int | None:

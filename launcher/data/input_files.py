@@ -56,6 +56,24 @@ def files_below(root: Path, left_out: LeftOut, field: str) -> list[Path]:
     return first_of_each(kept, left_out)
 
 
+def not_held_out(
+    paths: Iterable[Path], held_out: Iterable[Path], field: str, pattern: str, left_out: LeftOut
+) -> list[Path]:
+    """Return the training files that are no files of validation or test; count the others in `left_out`.
+
+    Files are compared by their real paths. `pattern` is the value of `field`, which named `paths`.
+    Raises ConfigError if no file is left.
+    """
+    held, named = set(map(os.path.realpath, held_out)), list(paths)
+    kept = [path for path in named if os.path.realpath(path) not in held]
+    if not kept:
+        why = "all of these files are validation or test files, which are never trained on"
+        remedy = f"{field}=PATTERN of files that data.validation and data.test do not name"
+        raise ConfigError(field, pattern, why, remedy)
+    left_out["files of data.validation or data.test"] += len(named) - len(kept)
+    return kept
+
+
 def first_of_each(paths: Iterable[Path], left_out: LeftOut) -> list[Path]:
     """Return the paths without those of a file that has come before, by a link or a second glob."""
     first: dict[tuple[int, int], Path] = {}

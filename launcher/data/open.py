@@ -3,6 +3,7 @@
 The check reads text files, which are small, and a few pages of each token file.
 """
 
+import json
 import shutil
 from collections import Counter
 from collections.abc import Sequence
@@ -257,11 +258,24 @@ def _record_chat(run: RunConfig, folder: Path) -> None:
         _forget_tokenizer(folder)
         shutil.copyfile(source, copy)
     if template is not None:
-        (folder / TEMPLATE_FILE).write_text(template)
+        (folder / TEMPLATE_FILE).write_text(template.source)
     if source is not None and not (folder / TOKENIZER_CONFIG).exists():
         beside = source.parent / TOKENIZER_CONFIG
         if source.name == TOKENIZER and beside.is_file():
             shutil.copyfile(beside, folder / TOKENIZER_CONFIG)
+        elif template is not None and template.tokens:
+            _write_tokenizer_config(run, template.tokens, folder / TOKENIZER_CONFIG)
+
+
+def _write_tokenizer_config(run: RunConfig, tokens: dict[str, str], path: Path) -> None:
+    """Write settings with which transformers loads the tokenizer, and the special tokens of its template."""
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": run.model.max_sequence_length,
+        "clean_up_tokenization_spaces": False,
+        **tokens,
+    }
+    path.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def end_of_documents(run: RunConfig) -> int | None:

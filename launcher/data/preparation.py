@@ -27,7 +27,7 @@ from launcher import __version__
 from launcher.config.errors import ConfigError, typed_text
 from launcher.config.schema import BadLines, EndInText, PrepareConfig
 from launcher.data.chat_template import ChatTemplate, template_of
-from launcher.data.dataset_card import card_path, tokenizer_path
+from launcher.data.dataset_card import card_path, chat_entries, tokenizer_path
 from launcher.data.input_files import EMPTY, TWICE, LeftOut, files_below, first_of_each, listed
 from launcher.data.reading import JSON_ARRAY, FileFormat, Place, RecordBatch, batches, format_of
 from launcher.data.token_file import bin_path, index_path, mask_path, write_index
@@ -432,7 +432,7 @@ class Preparation:
             "bad_lines": progress.bad_lines,
             "launcher": __version__,
             "inputs": [{"name": file.name, "bytes": file.bytes} for file in self.inputs],
-            **({} if self.template is None else {"chat_template": self.template.source}),
+            **({} if self.template is None else chat_entries(self.template.source, self.template.tokens)),
         }
 
 

@@ -12,7 +12,14 @@ import numpy as np
 from launcher.config.errors import ConfigError, as_typed, typed_text
 from launcher.data.corpus import split_key
 from launcher.data.dataset_card import card_path, text_vocab_size_of, vocab_size_of
-from launcher.data.input_files import LeftOut, closest_directory, first_of_each, matching, prepare_commands
+from launcher.data.input_files import (
+    LeftOut,
+    closest_directory,
+    first_of_each,
+    matching,
+    not_held_out,
+    prepare_commands,
+)
 from launcher.data.reading import format_of
 from launcher.data.token_file import (
     MappedTokens,
@@ -116,15 +123,9 @@ def _without(
     files: list[TokenFile], held_out: list[TokenFile], field: str, pattern: str, left_out: LeftOut
 ) -> list[TokenFile]:
     """Return the files that are not held out for validation or test. Raises ConfigError if none is left."""
-    held = {os.path.realpath(bin_path(file.prefix)) for file in held_out}
-    kept = [file for file in files if os.path.realpath(bin_path(file.prefix)) not in held]
-    if not kept:
-        why = "all of these files are validation or test files, which are never trained on"
-        raise ConfigError(
-            field, pattern, why, f"{field}=PATTERN of files that data.validation and data.test do not name"
-        )
-    left_out["files of data.validation or data.test"] += len(files) - len(kept)
-    return kept
+    by_bin = {bin_path(file.prefix): file for file in files}
+    held = [bin_path(file.prefix) for file in held_out]
+    return [by_bin[path] for path in not_held_out(by_bin, held, field, pattern, left_out)]
 
 
 def check_vocabulary(vocab_size: int, prefix: Path) -> None:

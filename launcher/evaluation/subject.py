@@ -226,11 +226,19 @@ def _why_other_tokenizer(prefix: Path, subject: Subject) -> str | None:
     """Return why the model cannot have the tokens of these token files; None if it can."""
     if not (path := tokenizer_path(prefix)).exists():
         return None
+    if _has_byte_tokens(path) and (subject.is_of_bytes or _has_byte_tokens(subject.tokenizer_json)):
+        return None
     if subject.is_of_bytes:
         return f"they were made with {path}, and the model was trained on bytes"
     if subject.tokenizer_json is not None and not _same_json(path, subject.tokenizer_json):
         return f"they were made with {path}, the model with another tokenizer"
     return None
+
+
+def _has_byte_tokens(tokenizer_json: Path | None) -> bool:
+    """Return whether a tokenizer.json is that of bytes. The export of a run on bytes changes its content."""
+    tokens = {} if tokenizer_json is None else tokens_of(tokenizer_json)
+    return max(tokens, default=BYTE_VALUES) < BYTE_VALUES
 
 
 def _other_tokenizer(config: EvaluateConfig, why: str) -> ConfigError:
@@ -261,8 +269,10 @@ def _chats(pattern: str, config: EvaluateConfig, subject: Subject) -> PackedChat
 def _chat_settings(subject: Subject) -> DataConfig:
     """Return the settings by which `data=chat` encodes conversations as the run did."""
     data, path = DataConfig(source=CorpusSource.chat), subject.tokenizer_json
-    if path is None or max(tokens_of(path), default=BYTE_VALUES) >= BYTE_VALUES:
-        return replace(data, tokenizer=None if path is None else str(path))
+    if path is None:
+        return data
+    if not _has_byte_tokens(path):
+        return replace(data, tokenizer=str(path), end_of_document=subject.end_of_document)
     # A run on bytes recorded a tokenizer of bytes, and its template beside it.
     template = path.parent / TEMPLATE_FILE
     return replace(data, chat_template=str(template) if template.is_file() else None)

@@ -17,17 +17,19 @@ from launcher.config.schema import (
     InputKind,
     ModelConfig,
     PipelineSchedule,
-    Pooling,
+    ProfileConfig,
     RunConfig,
     SchedulerConfig,
     SchedulerName,
 )
 from launcher.config.shape import (
+    has_class_token,
     has_experts,
     head_size,
     kv_heads,
     least_micro_batches,
     output_size,
+    rotary_size,
     sequence_length,
     stages_per_rank,
 )
@@ -95,6 +97,9 @@ def shrunk_to(axes: LayoutAxes, run: RunConfig, layout: Layout, *, gpus: int = 0
     _shrink_training(small, layout)
     if run.precision.dtype is Dtype.fp16:
         small.precision.dtype = Dtype.fp32  # DeepSpeed trains fp16 on GPUs only
+        small.deepspeed.pop("fp16", None)
+    # training.steps bounds the steps to profile, and parallelism.expert the imbalance.
+    small.profile, small.plan.expert_imbalance = ProfileConfig(), 1.0
     small.hardware.device = Device.cuda if gpus else Device.cpu
     small.hardware.nodes, small.hardware.accelerators_per_node = 1, None
     zero = small.deepspeed.setdefault("zero_optimization", {})
@@ -217,6 +222,9 @@ def _shrink_model(small: RunConfig, run: RunConfig, layout: Layout) -> None:
     if m.head_size is not None:
         fills = head_size(run.model) * run.model.num_heads == run.model.hidden_size
         m.head_size = per_head if fills else per_head * 3 // 2
+    if m.rotary_fraction < 1.0:
+        # Channels are rotated in pairs.
+        m.rotary_fraction = max(2, rotary_size(m)) / head_size(m)
     m.ffn_hidden_size = tensor * (m.hidden_size // tensor + 3)
     m.num_layers = _layers(small, run, layout)
     if has_experts(m):
@@ -224,10 +232,7 @@ def _shrink_model(small: RunConfig, run: RunConfig, layout: Layout) -> None:
     divides = output_size(run.model) % layout.tensor == 0
     if m.inputs is InputKind.patches:
         m.num_classes = -(-CLASSES // tensor) * tensor + (0 if divides else 1)
-        # With a class token, only an odd side can make the sequence divide by the tensor ranks.
-        odd = m.pooling is Pooling.class_token and small.parallelism.sequence_parallel
-        m.patch_size = min(2, m.patch_size)
-        m.image_size = m.patch_size * (3 if odd else 4)
+        _shrink_images(small)
     else:
         m.vocab_size = -(-VOCABULARY // tensor) * tensor + (0 if divides else 1)
         parts = tensor * small.parallelism.context
@@ -239,6 +244,19 @@ def _shrink_model(small: RunConfig, run: RunConfig, layout: Layout) -> None:
     _shrink_attention(small, run)
     # At the usual 0.02 the blocks of a small model add almost nothing to the residual stream.
     m.init_std = 0.1
+
+
+def _shrink_images(small: RunConfig) -> None:
+    """Shrink images and patches so that tensor ranks can share the sequence; digits stay 8 x 8 pixels."""
+    m, is_of_digits = small.model, small.data.source is CorpusSource.digits
+    m.patch_size = min(2, m.patch_size)
+    ranks = small.parallelism.tensor if small.parallelism.sequence_parallel else 1
+    sides = (m.image_size // m.patch_size, 8, 4, 2, 1) if is_of_digits else (4, *range(3, 4 + ranks))
+    side = next((side for side in sides if (side**2 + has_class_token(m)) % ranks == 0), sides[0])
+    if is_of_digits:
+        m.patch_size = m.image_size // side
+    else:
+        m.image_size = side * m.patch_size
 
 
 def _layers(small: RunConfig, run: RunConfig, layout: Layout) -> int:

@@ -33,8 +33,7 @@ def generate(config: GenerateConfig, run_dir: Path) -> str:
     weights = unfinished_weights(run, run_dir)
     tokenizer = tokenizer_of(run, config, run_dir)
     model = load_model(run, run_dir, weights)
-    [prompt] = tokenizer.encode([config.prompt])
-    tokens = torch.from_numpy(prompt.astype(np.int64))[None]
+    tokens = prompt_tokens(config, tokenizer, run.model.vocab_size)
     generator = torch.Generator().manual_seed(config.seed)
     with torch.no_grad():
         for _ in range(config.max_new_tokens):
@@ -42,6 +41,24 @@ def generate(config: GenerateConfig, run_dir: Path) -> str:
             scores = model.logits(window)[0, -1, : run.model.vocab_size]
             tokens = torch.cat([tokens, sample(scores, config, generator).view(1, 1)], dim=1)
     return tokenizer.decode(tokens[0].tolist())
+
+
+def prompt_tokens(config: GenerateConfig, tokenizer: Tokenizer, vocab_size: int) -> Tensor:
+    """Return the token ids (1, tokens) of the prompt. Raises ConfigError for a token outside the vocabulary.
+
+    A special token that the prompt spells becomes this token, unlike in text to train on: a prompt is written
+    by hand, and a chat template is made of such tokens.
+    """
+    if isinstance(tokenizer, HuggingFace):
+        ids, *_ = tokenizer.encode_with_places(config.prompt)
+    else:
+        [ids] = tokenizer.encode([config.prompt])
+    if len(ids) and (largest := int(ids.max())) >= vocab_size:
+        spelling = tokenizer.decode([largest])
+        why = f"it has the token {largest}, {spelling!r}, and the model has {vocab_size} tokens"
+        remedy = "a prompt without this token, or tokenizer=PATH of the tokenizer.json of the model"
+        raise ConfigError("prompt", config.prompt, why, remedy)
+    return torch.from_numpy(ids.astype(np.int64))[None]
 
 
 def tokenizer_of(run: RunConfig, config: GenerateConfig, run_dir: Path) -> Tokenizer:

@@ -180,6 +180,10 @@ BAD: dict[str, tuple[Any, str]] = {
     "a zero byte": ({"prompt": "\0", "completion": "a"}, "spells the control token '\\x00'"),
     "half a character": ({"prompt": "\ud800", "completion": "a"}, "contains half a character"),
     "a list": ([1], "is JSON but not an object"),
+    **{
+        name: ({"messages": MESSAGES[0], "tools": tools}, "has no list of objects in 'tools'")
+        for name, tools in (("tools that are text", "add"), ("tools without objects", '["add"]'))
+    },
 }  # fmt: skip
 
 
@@ -204,6 +208,38 @@ def test_a_bad_record_is_refused_with_file_line_and_remedy(name: str, tmp_path: 
     assert error.value.field == "data.train"
     assert error.value.why.startswith(f"{path}:3 {why}")
     assert "bad_lines=skip" in error.value.remedy
+
+
+@pytest.mark.parametrize("tools", [[{"name": "add"}], None])
+def test_tools_may_be_json_text(tools: list[Any] | None) -> None:
+    """Data sets of Hugging Face write them so, because a column has one type."""
+    record = {"messages": MESSAGES[0], "tools": tools}
+    assert parsed({**record, "tools": json.dumps(tools)}) == parsed(record)
+
+
+def test_files_of_other_parts_are_not_trained_on(tmp_path: Path) -> None:
+    """As of text and of token files, also by another name. None left is refused."""
+    for name in ("a", "b", "validation", "test"):
+        line = json.dumps({"prompt": name, "completion": name}) + "\n"
+        (tmp_path / f"{name}.jsonl").write_text(line * 2)
+    (tmp_path / "other.jsonl").symlink_to(tmp_path / "test.jsonl")
+    held_out = f"data.validation={tmp_path}/validation.jsonl", f"data.test={tmp_path}/other.jsonl"
+    run = chat_run(f"'{tmp_path}/[abtv]*.jsonl'", *held_out)
+    left_out = check_data(run)
+    assert left_out["files of data.validation or data.test"] == 2
+    split = open_chats(run)
+    parts = {"train": split.train, "validation": split.validation, "test": split.test}
+    texts = {
+        name: {Bytes().decode(tokens.tolist()) for tokens, _ in part.conversations()}
+        for name, part in parts.items()
+        if part is not None
+    }
+    ended = {name: f"{name}{name}\0" for name in ("a", "b", "validation", "test")}
+    train = {ended["a"], ended["b"]}
+    assert texts == {"train": train, "validation": {ended["validation"]}, "test": {ended["test"]}}
+    with pytest.raises(ConfigError, match="never trained on") as error:
+        check_data(chat_run(f"'{tmp_path}/[tv]*.jsonl'", *held_out))
+    assert error.value.field == "data.train"
 
 
 def test_damage_is_refused(tmp_path: Path) -> None:
@@ -368,6 +404,8 @@ def test_prepared_conversations_are_checked(prepared: Path) -> None:
         check_data(run_of("data=tokens", f"data.train={prepared}", "model.vocab_size=400"))
     with pytest.raises(ConfigError, match="the tokenizer of these data has 400 tokens"):
         check_data(chat_run(prepared))
+    with pytest.raises(ConfigError, match="never trained on"):
+        check_data(chat_run(prepared, "model.vocab_size=400", f"data.validation={prepared}"))
     with pytest.raises(ConfigError) as error:
         check_data(chat_run(prepared, "model.vocab_size=400", "data.end_of_document=3"))
     assert error.value.remedy == "data.end_of_document=0"
@@ -434,6 +472,27 @@ def test_long_conversations_are_counted(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
         check_data(chat_run(only))
     assert error.value.field == "data.sequence_length"
+
+
+def test_special_tokens_are_recorded_with_prepared_conversations(tokenizer: Path, tmp_path: Path) -> None:
+    """The template reads them. The card of an earlier version has none."""
+    from transformers import AutoTokenizer
+
+    template, target = tmp_path / "llama.jinja", tmp_path / "chat"
+    template.write_text(LLAMA)
+    settings = "chat=true", f"tokenizer.path={tokenizer}", f"chat_template={template}"
+    assert main([str(SHIPPED), str(target), *settings]) == 0
+    run = chat_run(target, "model.vocab_size=400")
+    record_tokenizer(run, tmp_path / "recorded")
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "recorded")
+    text = loaded.apply_chat_template(MESSAGES[0], tokenize=False)
+    assert str(text).startswith("<|begin|><|start_header_id|>user")
+    assert (loaded.eos_token, loaded.model_max_length) == ("<|im_end|>", run.model.max_sequence_length)
+    card = json.loads((tmp_path / "chat.json").read_text())
+    del card["chat_template_tokens"]
+    (tmp_path / "chat.json").write_text(json.dumps(card))
+    record_tokenizer(run, tmp_path / "earlier")
+    assert (tmp_path / "earlier" / "chat_template.jinja").read_text() == LLAMA
 
 
 def test_a_run_records_tokenizer_and_template(tokenizer: Path, prepared: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import launcher as package
 from launcher.config.errors import ConfigError
 from launcher.config.schema import EvaluateConfig
 from launcher.data.evaluated import scored_windows
+from launcher.data.tokenizer import train_bpe
 from launcher.data.windows import Stretch
 from launcher.evaluation.results import Results, numbers
 from launcher.evaluation.tasks import _unknown
@@ -34,6 +35,12 @@ CONTEXT_LAYOUTS = {
     "ring x tp2": ["parallelism=tp2", "parallelism.context=2", "parallelism.sequence_parallel=true"],
     "ring x zero3": ["parallelism=zero3", "parallelism.context=2", "parallelism.data=2"],
 }  # fmt: skip
+ROLES = ["user", "assistant", "user", "assistant"]
+ENDED = (
+    "{% for message in messages %}{{ message.role }}: {% if message.role == 'assistant' %}"
+    "{% generation %}{{ message.content }}<|endoftext|>{% endgeneration %}"
+    "{% else %}{{ message.content }} {% endif %}{% endfor %}"
+)
 WITHOUT_HARNESS = "import sys; sys.modules['lm_eval'] = None\nfrom launcher.__main__ import main; main()"
 
 
@@ -159,6 +166,8 @@ def test_conversations_have_the_loss_of_the_runs_validation(layout: str, tmp_pat
     path = "r"
     if layout == "one process":
         succeeds("export", "r", path := "hf", cwd=tmp_path)
+        succeeds("prepare", "kept.jsonl", "kept", "chat=true", cwd=tmp_path)
+        assert report(tmp_path, "run.dir=hf", "chats=kept")["data"]["chats"] == pytest.approx(found)
     assert report(tmp_path, f"run.dir={path}", "chats=kept.jsonl")["data"]["chats"] == pytest.approx(found)
     # Bytes are tokens here; the end of a conversation is a token without a byte.
     ends = found["tokens"] - found["bytes"]
@@ -166,6 +175,31 @@ def test_conversations_have_the_loss_of_the_runs_validation(layout: str, tmp_pat
     assert found["bits_per_byte"] == pytest.approx(
         found["loss"] * found["tokens"] / found["bytes"] / math.log(2), rel=1e-6
     )
+
+
+def test_conversations_end_with_the_token_of_the_run(tmp_path: Path) -> None:
+    """The first of the usual ends of the tokenizer ends each answer, so that the run has another token."""
+    lines = [{"messages": [{"role": role, "content": f"{role} {n}"} for role in ROLES]} for n in range(40)]
+    (tmp_path / "all.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "kept.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[-4:]))
+    train_bpe([TEXT], 300, tmp_path / "tokenizer.json")
+    (tmp_path / "chat_template.jinja").write_text(ENDED)
+    data = "data=chat", "data.train=all.jsonl", "data.tokenizer=tokenizer.json", "data.end_of_document=200"
+    sizes = "model.vocab_size=300", "training.global_batch_size=2", "training.micro_batch_size=1"
+    trained(*data, *sizes, "data.validation_fraction=0.1", "run.dir=r", "training.steps=1", cwd=tmp_path)
+    found = report(tmp_path, "run.dir=r")["data"]["validation"]
+    assert report(tmp_path, "run.dir=r", "chats=kept.jsonl")["data"]["chats"] == pytest.approx(found)
+
+
+def test_token_files_of_bytes_are_measured_with_models_of_bytes(tmp_path: Path) -> None:
+    """`launcher prepare` writes a tokenizer.json of bytes, and the export of the run another."""
+    trained("run.dir=r", "training.steps=1", cwd=tmp_path)
+    (tmp_path / "a.txt").write_text(TEXT[:1500])
+    succeeds("prepare", "a.txt", "b", cwd=tmp_path)
+    succeeds("export", "r", "hf", cwd=tmp_path)
+    found = report(tmp_path, "run.dir=r", "text=a.txt")["data"]["text"]
+    for path in ("r", "hf"):
+        assert report(tmp_path, f"run.dir={path}", "tokens=b")["data"]["tokens"] == pytest.approx(found)
 
 
 def test_results_are_in_the_summary_of_the_wandb_run(tmp_path: Path) -> None:

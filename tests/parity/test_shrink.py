@@ -204,6 +204,39 @@ def test_heads_for_eight_tensor_ranks_keep_the_run_small() -> None:
     assert parameters(small) < 1_000_000
 
 
+# Settings that a rule bounds by a size of the run, and which the small run cannot have.
+BOUNDED = {
+    "few rotated channels": ["model=llama_tiny", "model.hidden_size=512", "model.rotary_fraction=0.0625"],
+    "a quarter of a head of 12": ["model=llama_tiny", "model.head_size=24", "model.rotary_fraction=0.25"],
+    "a late profile": ["profile.enabled=true", "profile.first_step=100"],
+    "a long profile": ["profile.enabled=true", "profile.steps=50"],
+    "imbalanced experts": [
+        "model=moe_tiny", "parallelism=tp2", "parallelism.expert=8", "plan.expert_imbalance=8",
+    ],
+    "digits in small patches": ["model=vit_tiny", "data=digits", "model.patch_size=1"],
+    "digits and a class token": [
+        "model=vit_tiny", "data=digits", "model.pooling=class_token", "model.patch_size=8",
+        "parallelism=tp2", "parallelism.sequence_parallel=true",
+    ],
+    "images for three tensor ranks": [
+        "model=vit_b16", "data=image_folder", "data.train=images", "model.pooling=mean",
+        "model.image_size=192", "parallelism.tensor=3", "parallelism.sequence_parallel=true",
+    ],
+    "a loss scale": ["precision=fp16", "deepspeed.fp16.hysteresis=3", "hardware.device=cuda"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BOUNDED)
+def test_settings_that_are_bounded_by_a_size_are_legal_in_the_small_run(name: str) -> None:
+    run = run_of("training.global_batch_size=32", *BOUNDED[name])
+    ranks, device = 8 * run.parallelism.tensor, run.hardware.device.name.replace("auto", "cpu")
+    layout = validate(run, World(device, ranks, ranks, fixed=True))
+    small = shrink(run, layout)[0]
+    assert validate(small, World("cpu", 2, 2)).tensor == layout.tensor
+    if (long := long_samples(run, layout, small)) is not None:
+        validate(long, World("cpu", 2, 2))
+
+
 def parts_of(model: ModelConfig) -> tuple[object, ...]:
     return model.inputs, model.norm, model.positions, model.mlp, model.attention, model.biases
 

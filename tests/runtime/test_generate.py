@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from launcher.config.schema import GenerateConfig
+from launcher.data.tokenizer import HuggingFace, train_bpe
+from launcher.runtime.sampling import prompt_tokens
 from tests.runtime.command import launcher, trained
 
 
@@ -29,6 +32,20 @@ def test_the_same_seed_gives_the_same_text(staged: Path) -> None:
     assert text.startswith("import")
     assert text == sampled(staged, "prompt=import", "max_new_tokens=40")
     assert text != sampled(staged, "prompt=import", "max_new_tokens=40", "seed=1")
+
+
+def test_a_prompt_may_spell_special_tokens(staged: Path, tmp_path: Path) -> None:
+    """As a chat template writes them. A token that the model does not have is refused."""
+    path = tmp_path / "tokenizer.json"
+    train_bpe(["import " * 50], 258, path)
+    config = GenerateConfig(prompt="<|endoftext|>import")
+    tokens = prompt_tokens(config, HuggingFace(path, field="tokenizer"), 258)[0].tolist()
+    assert tokens[0] == 0
+    assert 0 not in tokens[1:]
+    assert len(tokens) < len("<import")
+    done = launcher("generate", f"run.dir={staged}", f"tokenizer={path}", "prompt=import", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "prompt=import: it has the token 257, " in done.stderr
 
 
 def test_temperature_zero_is_independent_of_the_seed(staged: Path) -> None:
