@@ -4,6 +4,7 @@ Shapes: B micro-batch, N images, C channels, S height and width in pixels.
 """
 
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -108,7 +109,8 @@ def image_folder(
 
     `data.train` contains a directory per class. If `data.validation` or `data.test` is set, that part is read
     from a directory of the same structure instead. The digest covers the names and sizes of the files.
-    Raises ConfigError for a missing directory, a directory without images, and more classes than the model's.
+    Raises ConfigError for a missing directory, a directory without images, more classes than the model's, and
+    a directory of another part that is that of the training images.
     """
     assert data.train is not None, "validated with the config"
     names = _class_names(data.train, "data.train")
@@ -122,11 +124,19 @@ def image_folder(
     digests = {"": _digest(parts[0])}
     for number, directory in ((1, data.validation), (2, data.test)):
         if directory is not None:
+            _check_not_trained_on(directory, fields[number], data.train)
             parts[number] = _files(directory, fields[number], names, left_out)
             digests[fields[number].removeprefix("data.")] = _digest(parts[number])
     size, channels = model.image_size, model.image_channels
     by_field = zip(fields, parts, strict=True)
     return [ImageFiles(part, size, channels, field) for field, part in by_field], digests
+
+
+def _check_not_trained_on(directory: str, field: str, train: str) -> None:
+    if os.path.realpath(Path(directory).expanduser()) == os.path.realpath(Path(train).expanduser()):
+        why = "this is the directory of the training images"
+        remedy = f"{field}=null {field}_fraction=0.1 (a share of them) or {field}=DIRECTORY of other images"
+        raise ConfigError(field, directory, why, remedy)
 
 
 def _digest(files: list[ImageFile]) -> str:

@@ -44,13 +44,18 @@ def generate(config: GenerateConfig, run_dir: Path) -> str:
 
 
 def prompt_tokens(config: GenerateConfig, tokenizer: Tokenizer, vocab_size: int) -> Tensor:
-    """Return the token ids (1, tokens) of the prompt. Raises ConfigError for a token outside the vocabulary.
+    """Return the token ids (1, tokens) of the prompt.
 
+    Raises ConfigError for a token outside the vocabulary, and for text that the tokenizer cannot read.
     A special token that the prompt spells becomes this token, unlike in text to train on: a prompt is written
     by hand, and a chat template is made of such tokens.
     """
     if isinstance(tokenizer, HuggingFace):
-        ids, *_ = tokenizer.encode_with_places(config.prompt)
+        try:
+            ids, *_ = tokenizer.encode_with_places(config.prompt)
+        except UnicodeEncodeError:
+            why = "only a model of bytes takes a prompt that is not UTF-8"
+            raise ConfigError("prompt", ascii(config.prompt), why, "a prompt in UTF-8") from None
     else:
         [ids] = tokenizer.encode([config.prompt])
     if len(ids) and (largest := int(ids.max())) >= vocab_size:

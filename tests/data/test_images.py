@@ -169,6 +169,15 @@ class TestRefused:
         error = self.refused(run_on(folder, "model.num_classes=2"))
         assert (error.field, error.remedy) == ("model.num_classes", "model.num_classes=3 (or more)")
 
+    @pytest.mark.parametrize("part", ["validation", "test"])
+    def test_the_training_directory_as_another_part(self, part: str, folder: Path, tmp_path: Path) -> None:
+        (tmp_path / "link").symlink_to(folder)
+        error = self.refused(run_on(folder, f"data.{part}={tmp_path / 'link'}"))
+        assert (error.field, error.why) == (f"data.{part}", "this is the directory of the training images")
+        mended = error.remedy.split(" (")[0].split()
+        assert mended == [f"data.{part}=null", f"data.{part}_fraction=0.1"]
+        check_data(run_on(folder, *mended))
+
     def test_a_validation_class_that_is_not_a_training_class(self, folder: Path, tmp_path: Path) -> None:
         (tmp_path / "held" / "dog").mkdir(parents=True)
         error = self.refused(run_on(folder, f"data.validation={tmp_path / 'held'}"))

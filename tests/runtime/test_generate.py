@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from launcher.config.errors import ConfigError
 from launcher.config.schema import GenerateConfig
 from launcher.data.tokenizer import HuggingFace, train_bpe
 from launcher.runtime.sampling import prompt_tokens
@@ -43,6 +44,8 @@ def test_a_prompt_may_spell_special_tokens(staged: Path, tmp_path: Path) -> None
     assert tokens[0] == 0
     assert 0 not in tokens[1:]
     assert len(tokens) < len("<import")
+    with pytest.raises(ConfigError, match=r"prompt='a\\udcff': only a model of bytes"):
+        prompt_tokens(GenerateConfig(prompt="a\udcff"), HuggingFace(path, field="tokenizer"), 258)
     done = launcher("generate", f"run.dir={staged}", f"tokenizer={path}", "prompt=import", cwd=tmp_path)
     assert done.returncode == 2
     assert "prompt=import: it has the token 257, " in done.stderr
