@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from launcher.config.errors import as_typed
-from launcher.planning.choose.search import LEFT_FREE, UNMEASURED, Candidate, Search
+from launcher.planning.choose.search import LEFT_FREE, Candidate, Search
 from launcher.text import four_digits, plain_table, print_table, size
 
 if TYPE_CHECKING:
@@ -103,7 +103,8 @@ def why_lost(candidate: Candidate, best: Candidate | None) -> str:
             return words
     slower = candidate.unhidden / best.unhidden - 1
     if slower < -0.0005 and candidate.cautious > best.cautious:
-        return f"not {UNMEASURED:.0%} faster, as a layout with context ranks must be"
+        kind = "with context ranks" if candidate.layout.context > 1 else "of ZeRO-3 between nodes"
+        return f"not {candidate.doubt:.0%} faster, as a layout {kind} must be"
     if slower > 0.0005 and candidate.seconds < best.seconds:
         return f"{slower:.1%} slower if its traffic between nodes is not hidden"
     as_fast = f"as fast, with {size(candidate.peak)} instead of {size(best.peak)}"
