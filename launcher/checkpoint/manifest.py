@@ -313,6 +313,11 @@ def is_usable(path: Path) -> bool:
     return True
 
 
+def checkpoint_at(path: Path) -> Path | None:
+    """Return the checkpoint `path`, or the newest checkpoint of the run `path`; None if it has none."""
+    return path if (path / MANIFEST).exists() else next(iter(checkpoints_in(path)), None)
+
+
 def newest_complete_before(path: Path) -> Path | None:
     """Return the newest checkpoint of the same run that is older than `path` and can be resumed from."""
     siblings = checkpoints_in(path.parent.parent)

@@ -6,9 +6,9 @@ from typing import Any
 
 from launcher.checkpoint.final import final_step, read_final_weights
 from launcher.checkpoint.manifest import (
-    MANIFEST,
     Manifest,
     UnusableCheckpoint,
+    checkpoint_at,
     checkpoints_in,
     newest_complete_before,
     read_manifest_to_resume,
@@ -127,8 +127,8 @@ def _requested_checkpoint(run: RunConfig, run_dir: Path) -> Path | None:
         newest = next(iter(checkpoints_in(run_dir)), None)
         return newest or _first_checkpoint(run, run_dir)
     path = Path(resume).expanduser()
-    if checkpoint := _checkpoint_at(path):
-        return checkpoint
+    if checkpoint := checkpoint_at(path):
+        return checkpoint.resolve()
     instead = "checkpoint.resume=auto (the newest checkpoint of run.dir)"
     if (path / "config.json").exists():
         weights = typed_text("checkpoint.init_from", resume)
@@ -143,18 +143,12 @@ def _first_checkpoint(run: RunConfig, run_dir: Path) -> Path | None:
     has_saved = (read_identity(run_dir) or {}).get(SAVED_STEP) is not None
     if source is None or has_saved:  # start_of refuses a run whose checkpoints are missing
         return None
-    if checkpoint := _checkpoint_at(Path(source)):
-        return checkpoint
+    if checkpoint := checkpoint_at(Path(source)):
+        return checkpoint.resolve()
     why = f"{run_dir} was begun from {source}, which holds no checkpoint now, and has saved none itself"
     unused = typed_text("run.dir", str(free_path(run_dir)))
     remedy = f"checkpoint.resume=none {unused} (from the first step)"
     raise refusal(run, "checkpoint.resume", why, f"restore {source}", remedy)
-
-
-def _checkpoint_at(path: Path) -> Path | None:
-    """Return the checkpoint `path`, or the newest checkpoint of the run `path`; None if it has none."""
-    checkpoints = [path] if (path / MANIFEST).exists() else checkpoints_in(path)
-    return checkpoints[0].resolve() if checkpoints else None
 
 
 def check_can_resume(run: RunConfig, path: Path, manifest: Manifest) -> None:

@@ -18,7 +18,7 @@ from launcher.checkpoint.huggingface.converter import setting_names, setting_of
 from launcher.checkpoint.manifest import (
     MANIFEST,
     UnusableCheckpoint,
-    checkpoints_in,
+    checkpoint_at,
     newest_complete_before,
     read_manifest,
     step_of,
@@ -107,9 +107,7 @@ def _newest_checkpoint(path: Path) -> Path | None:
 
     Also None if the final weights of the run are of a later step, as after a last save that failed.
     """
-    if (path / MANIFEST).exists():
-        return path
-    newest = next(iter(checkpoints_in(path)), None)
+    newest = checkpoint_at(path)
     final = final_step(path) if newest else None
     return None if newest and final is not None and final > step_of(newest) else newest
 

@@ -156,8 +156,8 @@ class Candidate:
     @property
     def doubt(self) -> float:
         """Share by which the layout must be faster than others: UNMEASURED, FLATTERED or both."""
-        crosses = self.layout.gradient_ranks * self.layout.tensor > self.per_node
-        zero_3 = FLATTERED if self.layout.zero_stage == 3 and crosses else 0.0
+        data = group_shapes(self.layout, self.per_node)["data"]
+        zero_3 = FLATTERED if self.layout.zero_stage == 3 and not data.is_within_node else 0.0
         return zero_3 + (UNMEASURED if self.layout.context > 1 else 0.0)
 
     @property
