@@ -4,7 +4,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from launcher.commands.learn import learn
 from launcher.commands.ready import ReadyRun, ready_elsewhere
 from launcher.config.compose import compose_jobs
 from launcher.config.errors import ConfigError
@@ -27,6 +26,8 @@ def main(arguments: list[str]) -> int:
     if jobs[0].config.learn:
         if len(jobs) > 1:
             raise ConfigError("learn", jobs[0].config.learn, "not supported with --multirun", "learn=[]")
+        from launcher.commands.learn import learn  # imports numpy, which a plan does not need
+
         report = learn(jobs[0].config)
         if jobs[0].config.format is OutputFormat.json:
             print(json_text(report, indent=2))

@@ -13,11 +13,10 @@ from launcher.config.errors import ConfigError, refusal, typed_text
 from launcher.config.layout import Layout
 from launcher.config.machine import Machine
 from launcher.config.schema import CorpusSource, RunConfig
+from launcher.config.shape import may_read_token_files
 from launcher.config.validate import validate
 from launcher.config.world import World, world_of_hardware, world_of_nodes
-from launcher.data.chat import chat_companions
 from launcher.data.input_files import LeftOut
-from launcher.data.open import check_data, check_known_vocabulary
 from launcher.planning.choose.enforce import chosen, refuse_too_large
 from launcher.planning.choose.search import Search
 from launcher.planning.cost.run_plan import Plan, make_plan, memory_budget
@@ -47,10 +46,14 @@ def ready(run: RunConfig, world: World, *, needs_data: bool, must_fit: bool) -> 
         run, search = chosen(run, world)
     layout = validate(run, world)
     left_out: LeftOut = Counter()
-    if needs_data:
-        left_out = check_data(run)
-    else:
-        check_known_vocabulary(run)
+    if needs_data or may_read_token_files(run):
+        # numpy, which reads the data, takes a tenth of a second to import, and most plans need no data.
+        from launcher.data.open import check_data, check_known_vocabulary
+
+        if needs_data:
+            left_out = check_data(run)
+        else:
+            check_known_vocabulary(run)
     plan = make_plan(run, layout, budget=memory_budget(run, world, layout.world_size))
     if must_fit:
         refuse_too_large(plan)
@@ -81,6 +84,8 @@ def check_bytes(run: RunConfig) -> list[str]:
     is_bytes = d.source in (CorpusSource.stdlib, CorpusSource.text)
     if begun is None or not (is_bytes or d.source is CorpusSource.chat):
         return []
+    from launcher.data.chat import chat_companions  # imports numpy
+
     tokenizer = tokenizer_of_weights(Path(begun).expanduser())
     if tokenizer is None or (d.source is CorpusSource.chat and chat_companions(run)[0] is not None):
         return []

@@ -55,9 +55,8 @@ from launcher.config.schema import (
     PrepareConfig,
     ReplayConfig,
     RunConfig,
-    register_schema,
 )
-from launcher.config.secrets import Referenced, masked, variables_read
+from launcher.config.secrets import Referenced, masked, register_environment_resolver, variables_read
 from launcher.config.strict import strict
 
 Config = TypeVar(
@@ -104,7 +103,8 @@ def compose_jobs(config_name: str, root: type[Config], arguments: list[str]) -> 
     gives no job. Raises ConfigError if any job cannot be composed, so that no job of a sweep starts before
     all of them are valid.
     """
-    register_schema()
+    register_environment_resolver()
+    schema_of(root)
     check_sizes(arguments)
     # argparse accepts overrides only without flags between them, so the flags are sorted first.
     flags, overrides = parsed_flags([_addable(argument) for argument in sorted(arguments, key=_is_override)])

@@ -6,13 +6,9 @@ Enum members are written in lower case because their names are what a user types
 
 from dataclasses import dataclass, field
 from enum import Enum
-from functools import cache
 from typing import Any, Optional
 
-from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
-
-from launcher.config.secrets import register_environment_resolver
 
 # `Optional[...]` and not `... | None`: omegaconf 2.3 reads both, but reports the former legibly.
 # ruff: noqa: UP045
@@ -856,20 +852,15 @@ class ExchangeConfig:
     max_file_gb: float = 2.0  # in 1e9 bytes
 
 
-@cache
-def register_schema() -> None:
-    """Register the typed roots of conf/, and the resolver of environment variables."""
-    register_environment_resolver()
-    roots = {
-        "run": RunConfig,
-        "plan": PlannedRunConfig,
-        "compare": ComparedRunConfig,
-        "generate": GenerateConfig,
-        "calibrate": CalibrateConfig,
-        "exchange": ExchangeConfig,
-        "prepare": PrepareConfig,
-        "replay": ReplayConfig,
-        "evaluate": EvaluateConfig,
-    }
-    for name, root in roots.items():
-        ConfigStore.instance().store(name=f"{name}_schema", node=root)
+# The typed root of each file in conf/ that is the root of a command; it is `NAME_schema` in their defaults.
+ROOTS: dict[str, type[Any]] = {
+    "run": RunConfig,
+    "plan": PlannedRunConfig,
+    "compare": ComparedRunConfig,
+    "generate": GenerateConfig,
+    "calibrate": CalibrateConfig,
+    "exchange": ExchangeConfig,
+    "prepare": PrepareConfig,
+    "replay": ReplayConfig,
+    "evaluate": EvaluateConfig,
+}

@@ -160,6 +160,10 @@ def is_of_images(run: RunConfig) -> bool:
     return run.data.source in (CorpusSource.digits, CorpusSource.image_folder)
 
 
+def may_read_token_files(run: RunConfig) -> bool:
+    return run.data.source in (CorpusSource.tokens, CorpusSource.chat)
+
+
 def stages_per_rank(run: RunConfig) -> int:
     """Return the number of pipeline stages that a rank holds."""
     return 2 if run.parallelism.pipeline_schedule is PipelineSchedule.dualpipev else 1

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from launcher.config.errors import ConfigError
 from launcher.config.schema import CorpusSource, RunConfig
-from launcher.config.shape import end_of_document, is_of_images, sequence_length
+from launcher.config.shape import end_of_document, is_of_images, may_read_token_files, sequence_length
 from launcher.data.blend import Blend, Segment
 from launcher.data.chat import chat_companions, check_chats, open_chats
 from launcher.data.chat_template import TEMPLATE_FILE, TOKENIZER_CONFIG
@@ -135,7 +135,7 @@ def check_known_vocabulary(run: RunConfig) -> None:
 
 def _known_prefixes(run: RunConfig) -> list[Path]:
     """Return the run's token files that are on this machine; opens none of them."""
-    if run.data.source not in (CorpusSource.tokens, CorpusSource.chat):
+    if not may_read_token_files(run):
         return []
     patterns = [*run.data.sources.values(), *([run.data.train] if run.data.train else [])]
     return [prefix for pattern in patterns for prefix in known_prefixes(pattern)]

@@ -1,6 +1,8 @@
 """`launcher plan` as it is typed: its output, its imports and its refusals."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,15 @@ def test_plans_without_importing_torch(ended: dict[str, Ended]) -> None:
         assert (one.err, one.heavy) == ("", []), name
     # These do not fit: exit code 1. Of the sweep, some do.
     assert {name for name, one in ended.items() if one.code} == {"table", "json", "figure"}
+
+
+def test_a_plan_imports_no_library_that_reads_data(tmp_path: Path) -> None:
+    """numpy would add a tenth of a second to the second that a plan may take."""
+    command = [sys.executable, "-X", "importtime", "-m", "launcher", "plan"]
+    done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=True)
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert {"launcher.planning.cost.run_plan", "hydra"} <= imported
+    assert not {"numpy", "torch", "launcher.data.open"} & imported
 
 
 def test_the_table_has_every_part(ended: dict[str, Ended]) -> None:

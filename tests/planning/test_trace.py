@@ -144,6 +144,10 @@ ADAPTERS = {
         *GROUPED, "model.tie_embeddings=true", "model.query_key_norm=head", "parallelism.tensor=2",
         "hardware.device=cpu",
     ],
+    "every target, both dropouts": [
+        "model=gpt_tiny", *SMALL, "hardware.device=cpu", "model.dropout=0.1", "finetune.lora.dropout=0.1",
+        "finetune.lora.targets=[qkv,output,up,down]",
+    ],
     "context ranks": [*GROUPED, "parallelism.context=2", "parallelism.tensor=2", "hardware.device=cpu"],
 }  # fmt: skip
 
@@ -221,6 +225,11 @@ WITH_EXPERTS = {
     "context ranks": ["parallelism.context=2", "model.experts.router=sigmoid"],
     "context ranks, recomputed": [
         "parallelism.context=2", "parallelism.activation_checkpointing=full", "precision=bf16",
+    ],
+    # Attention then runs the math kernel, whose scores are another tensor than the router's.
+    "dropout": ["model.dropout=0.1", "hardware.device=cpu"],
+    "dropout, recomputed": [
+        "model.dropout=0.1", "hardware.device=cpu", "parallelism.activation_checkpointing=selective",
     ],
     "dense layers": ["model.experts.first_dense_layers=1", "model.experts.every=2", "model.mlp=gelu"],
 }  # fmt: skip

@@ -8,6 +8,7 @@ from launcher.config.world import World
 from launcher.planning.choose.changes import changed, helpful
 from launcher.planning.choose.limits import settings_in_words
 from launcher.planning.choose.search import Candidate, Search, freed, peaks, search, smallest
+from launcher.planning.cost.geometry import pipeline_ranks
 from launcher.planning.cost.run_plan import Plan
 from launcher.text import size
 
@@ -50,7 +51,7 @@ def _too_large(run: RunConfig, result: Search, closest: Candidate) -> ConfigErro
 def _fits_without_copies(candidate: Candidate) -> bool:
     """Return whether the host has enough memory if checkpoints are written while training waits."""
     run = changed(candidate.run, {"checkpoint.asynchronous": False})
-    _, host = peaks(run, candidate.layout)
+    _, host = peaks(run, candidate.layout, pipeline_ranks(run, candidate.layout))
     return candidate.host_budget is not None and host <= candidate.host_budget
 
 

@@ -2,7 +2,7 @@
 
 The search covers data, context, tensor and pipeline sizes, ZeRO stage, micro-batch, sequence parallelism,
 recomputation and offload. A field that was set to another value than its default keeps that value; the
-micro-batch is always searched.
+micro-batch is always searched. Offload is searched only if no layout fits without it: it is the last choice.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +27,7 @@ from launcher.config.shape import divisors, sequence_length
 from launcher.config.validate import check_tensor_divides, check_values, validate, validate_layout
 from launcher.config.world import World
 from launcher.planning.choose.changes import LEAST_TOKENS, changed
-from launcher.planning.cost.geometry import pipeline_ranks
+from launcher.planning.cost.geometry import Rank, pipeline_ranks
 from launcher.planning.cost.measured_rates import AnyRates, rates_of
 from launcher.planning.cost.memory import rank_memories
 from launcher.planning.cost.rates import NOMINAL
@@ -173,10 +173,17 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Search:
-    """The legal layouts of a run over all ranks of the world; if none is legal, over fewer ranks."""
+    """The legal layouts of a run over all ranks of the world; if none is legal, over fewer ranks.
+
+    If one fits without offload, layouts with offload are left out.
+    """
 
     candidates: tuple[Candidate, ...]
     world: World
+
+    @cached_property
+    def leaves_out_offload(self) -> bool:
+        return not any(candidate.offloads for candidate in self.candidates)
 
     @cached_property
     def fitting(self) -> list[Candidate]:
@@ -244,16 +251,24 @@ def search(run: RunConfig, world: World, *, budget: float | None = None) -> Sear
     if not world.fixed:
         check_machine(run, world)
     world = world.of_hardware(run.hardware)
-    candidates = list(_candidates(run, world, budget))
+    candidates = _from_worlds(run, [world], budget)
     if not candidates and not world.fixed:
-        worlds = [
-            replace(world, ranks=ranks) for ranks in reversed(_smaller_worlds(run, world)[-MOST_WORLDS:])
-        ]
-        for smaller in worlds:
-            candidates += _candidates(run, smaller, budget, MOST_SETTINGS // len(worlds))
+        smaller = _smaller_worlds(run, world)[-MOST_WORLDS:]
+        candidates = _from_worlds(run, [replace(world, ranks=ranks) for ranks in reversed(smaller)], budget)
     if not candidates:
         raise _why_none(run, world)
     return Search(tuple(candidates), world)
+
+
+def _from_worlds(run: RunConfig, worlds: Sequence[World], budget: float | None) -> list[Candidate]:
+    """Return the legal layouts of all worlds: without offload, and if none of these fits, also with it."""
+    candidates: list[Candidate] = []
+    for offload in (False, True):
+        for world in worlds:
+            candidates += _candidates(run, world, budget, MOST_SETTINGS // len(worlds), (offload,))
+        if any(candidate.fits for candidate in candidates):
+            break
+    return candidates
 
 
 def _smaller_worlds(run: RunConfig, world: World) -> list[int]:
@@ -265,14 +280,21 @@ def _smaller_worlds(run: RunConfig, world: World) -> list[int]:
 
 
 def _candidates(
-    run: RunConfig, world: World, budget: float | None = None, most: int = MOST_SETTINGS
+    run: RunConfig,
+    world: World,
+    budget: float | None = None,
+    most: int = MOST_SETTINGS,
+    offload: Sequence[bool] = (False, True),
 ) -> Iterator[Candidate]:
     judge = _Judge(run, world, budget)
-    yield from filter(None, map(judge.candidate, _settings(run, world, most)))
+    yield from filter(None, map(judge.candidate, _settings(run, world, most, offload)))
 
 
-def _settings(run: RunConfig, world: World, most: int) -> Iterator[Settings]:
-    """Yield all settings to try, legal or not; if there are more than about `most`, evenly spaced sizes."""
+def _settings(run: RunConfig, world: World, most: int, offload: Sequence[bool]) -> Iterator[Settings]:
+    """Yield all settings to try, legal or not; if there are more than about `most`, evenly spaced sizes.
+
+    Only those with a parallelism.offload_optimizer of `offload` are yielded.
+    """
     default, p = ParallelismConfig(), run.parallelism
     options = {
         name: (getattr(p, name),) if getattr(p, name) != getattr(default, name) else values
@@ -290,7 +312,7 @@ def _settings(run: RunConfig, world: World, most: int) -> Iterator[Settings]:
         micro_batches = divisors(run.training.global_batch_size // axes["data"])
         micro_batches = _thinned(micro_batches, most // max(1, len(all_axes) * len(combined)))
         for fields in combined:
-            if _runs_as_zero_1(run, fields):
+            if fields["offload_optimizer"] not in offload or _runs_as_zero_1(run, fields):
                 continue
             settings = _as_settings(fields)
             for micro_batch in micro_batches:
@@ -392,9 +414,10 @@ class _Judge:
         except ConfigError:
             return None
         per_node = self.world.ranks_per_node
-        device, host = peaks(run, layout)
+        ranks = pipeline_ranks(run, layout)
+        device, host = peaks(run, layout, ranks)
         budgets = self.budget, host_budget(run, layout)
-        seconds = partial(planned_seconds, run, layout, self.rates, per_node)
+        seconds = partial(planned_seconds, run, layout, ranks, self.rates, per_node)
         return Candidate(chosen, run, layout, seconds, device, budgets[0], host, budgets[1], per_node)
 
     @staticmethod
@@ -404,16 +427,18 @@ class _Judge:
         return changed(run, {"plan.expert_imbalance": most}) if run.plan.expert_imbalance > most else run
 
 
-def planned_seconds(run: RunConfig, layout: Layout, rates: AnyRates, per_node: int) -> Seconds:
+def planned_seconds(
+    run: RunConfig, layout: Layout, ranks: Sequence[Rank], rates: AnyRates, per_node: int
+) -> Seconds:
     groups = group_shapes(layout, per_node)
-    time = step_time(run, layout, pipeline_ranks(run, layout), rates, groups)
+    time = step_time(run, layout, ranks, rates, groups)
     return Seconds(time.total, 0.0 if groups["data"].is_within_node else time.data_hidden)
 
 
-def peaks(run: RunConfig, layout: Layout) -> tuple[int, int]:
+def peaks(run: RunConfig, layout: Layout, ranks: Sequence[Rank]) -> tuple[int, int]:
     """Return the largest bytes of a rank, on its device and on its host."""
     # The first of equal ranks has most micro-batches in flight; under DualPipeV all have the same number.
-    fullest = {rank.kind: rank for rank in reversed(pipeline_ranks(run, layout))}.values()
+    fullest = {rank.kind: rank for rank in reversed(ranks)}.values()
     memories = rank_memories(run, layout, fullest)
     return max(memory.total for memory in memories), max(memory.on_host for memory in memories)
 

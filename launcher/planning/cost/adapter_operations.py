@@ -85,7 +85,8 @@ def _dropped(s: Sizes, name: str, x: str, size: int) -> list[Operation]:
         return []
     mask = size // s.element * BOOL if s.device == "cuda" else size
     moved = 2 * size + mask
-    return [Operation(f"{name}.dropped", (x,), size, extra=mask, forward_bytes=moved, backward_bytes=moved)]
+    name = f"{name}.low.dropped"  # {name}.dropped is the dropout of the output
+    return [Operation(name, (x,), size, extra=mask, forward_bytes=moved, backward_bytes=moved)]
 
 
 def _sum(s: Sizes, name: str, size: int) -> Operation:

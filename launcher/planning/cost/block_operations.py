@@ -23,6 +23,8 @@ def sparse_block(s: Sizes) -> list[Operation]:
     Compiled blocks run eager after the sum of attention, because the sizes of experts differ from step to
     step (models/blocks.py).
     """
+    if not s.compiled:
+        return _block(s, experts)
     compiled, eager = _block(s, experts), _block(replace(s, compiled=False), experts)
     half = 1 + next(index for index, operation in enumerate(compiled) if operation.name == "residual")
     return [*compiled[:half], *(replace(operation, is_eager=True) for operation in eager[half:])]

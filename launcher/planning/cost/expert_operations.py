@@ -61,13 +61,13 @@ def _router(s: Sizes, x: str) -> list[Operation]:
             backward_bytes=3 * copies, kernels=1 + 2 * is_low,
         ),
         Operation(
-            "scores", ("logits",), logits, saves=("scores", *(("logits",) if e.z_loss else ())),
+            "routing", ("logits",), logits, saves=("routing", *(("logits",) if e.z_loss else ())),
             extra=2 * s.tokens * FP32 * bool(e.z_loss) + shares,
             backward_scratch=logits if e.auxiliary_loss or e.z_loss else 0,
             forward_bytes=4 * logits, backward_bytes=6 * logits, kernels=8,
         ),
         Operation(
-            "chosen", ("scores",), chosen * FP32, extra=chosen * INT64 + normalized, scratch=chosen * INT64,
+            "chosen", ("routing",), chosen * FP32, extra=chosen * INT64 + normalized, scratch=chosen * INT64,
             backward_traffic=split, forward_context=shared, forward_bytes=2 * logits,
             backward_bytes=2 * logits, kernels=8,
         ),

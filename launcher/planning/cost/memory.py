@@ -160,6 +160,8 @@ class _Flow:
 
         A bucket is sent once `reached` elements fill it. Before, all gradients that wait are summed.
         """
+        if not (self.states.sent or self.states.waiting):
+            return 0, 0
         sent = [bucket for bucket in self.states.sent if bucket.done <= reached]
         waiting = max(0, done - max((bucket.done for bucket in sent), default=0))
         return self.sizes.element * min(waiting, self.states.waiting), largest_buffer(sent)

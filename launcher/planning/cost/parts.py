@@ -59,11 +59,14 @@ class ModelPart:
 
 @dataclass(frozen=True)
 class ModelParts:
-    """The parts of a model; blocks with experts are alike, and so are blocks without."""
+    """The parts of a model; blocks with experts are alike, and so are blocks without.
+
+    If a model has one of the two kinds only, both fields are that kind.
+    """
 
     embedding: ModelPart
     dense: ModelPart  # a block without experts
-    sparse: ModelPart  # a block with experts; without experts in the model as `dense`
+    sparse: ModelPart  # a block with experts
     head: ModelPart
 
     @property
@@ -89,12 +92,12 @@ class ModelParts:
 
 @cache
 def parts(s: Sizes) -> ModelParts:
-    dense = _block_part(s, block(s))
+    e = s.experts
+    has_dense = not e.count or e.first_dense_layers > 0 or e.every > 1
+    blocks = [_block_part(s, block(s))] if has_dense else []
+    blocks += [_block_part(s, sparse_block(s))] if e.count else []
     return ModelParts(
-        _part(embedding(s), [], s.samples),
-        dense,
-        _block_part(s, sparse_block(s)) if s.experts.count else dense,
-        _part(head(s), [], s.stretch),
+        _part(embedding(s), [], s.samples), blocks[0], blocks[-1], _part(head(s), [], s.stretch)
     )
 
 

@@ -143,7 +143,7 @@ class Sizes:
     def adapts(self, target: str) -> bool:
         return self.is_frozen and target in self.adapters.targets
 
-    @property
+    @cached_property
     def element(self) -> int:
         return BYTES[self.dtype]
 

@@ -30,7 +30,8 @@ class Footprint:
 def footprint(program: Operations, recomputed: Operations, input_size: int) -> Footprint:
     """Return the footprint of `program`, whose operations `recomputed` run again in the backward pass."""
     tape, output = _Tape(program, input_size), program[-1].name
-    keeps = [operation for operation in program if operation not in recomputed]
+    dropped = {operation.name for operation in recomputed}
+    keeps = [operation for operation in program if operation.name not in dropped]
     tape.run(program, keeps=keeps, entrance=recomputed, ends=(output,))
     forward = tape.peak
     tape.drop(output)
@@ -65,6 +66,7 @@ class _Tape:
 
     def __init__(self, program: Sequence[Operation], input_size: int) -> None:
         self.sizes = {"input": input_size} | {operation.name: operation.size for operation in program}
+        assert len(self.sizes) == len(program) + 1, "each name has one tensor"
         self.held = {"input": input_size}
         self.keepers: list[str] = []  # a tensor's name for each operation that keeps it
         self.live = self.peak = input_size
@@ -89,14 +91,16 @@ class _Tape:
     ) -> None:
         """Run forward; keep tensors saved by `keeps`, the inputs of `entrance`, and the outputs `ends`."""
         self.keepers += [name for operation in keeps for name in operation.saves] + _inputs_of(entrance)
+        kept, keeping = {*self.keepers, *ends}, {operation.name for operation in keeps}
+        last_use = {name: index for index, operation in enumerate(program) for name in operation.inputs}
         for index, operation in enumerate(program):
             self.hold(operation.name, operation.size)
-            if operation in keeps:
+            if operation.name in keeping:
                 self.hold(f"{operation.name}+", operation.extra + operation.made)
-            self.passing(operation.scratch + (0 if operation in keeps else operation.extra))
-            needed = {name for later in program[index + 1 :] for name in later.inputs}
-            for name in {*operation.inputs, operation.name} - needed - {*self.keepers, *ends}:
-                self.drop(name)
+            self.passing(operation.scratch + (0 if operation.name in keeping else operation.extra))
+            for name in {*operation.inputs, operation.name} - kept:
+                if last_use.get(name, index) <= index:
+                    self.drop(name)
 
     def backward(self, operation: Operation) -> None:
         """Replace the gradient of the output, `d_NAME`, by the gradients of the inputs."""

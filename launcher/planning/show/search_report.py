@@ -19,7 +19,8 @@ CONCERNS = (
 
 
 def print_search(search: Search) -> None:
-    print(f"auto     {len(search.candidates)} legal layouts, {len(search.fitting)} fit")
+    without = " without offload" if search.leaves_out_offload else ""
+    print(f"auto     {len(search.candidates)} legal layouts{without}, {len(search.fitting)} fit")
     ranks, asked = search.fitting[0].layout.world_size if search.fitting else 0, search.world.ranks
     if 0 < ranks < asked:
         print(f"note     no layout of all {asked} ranks divides the batch: planned on {ranks}")
