@@ -37,8 +37,10 @@ def test_the_installed_versions_are_the_pinned_ones() -> None:
 
 
 def test_the_torch_of_a_cluster_is_admitted() -> None:
-    for version in ("2.6.0", "2.11.0+cu130", "2.13.0", "2.14.1"):
+    for version in ("2.8.0", "2.11.0+cu130", "2.13.0", "2.14.1"):
         assert required()["torch"].contains(version)
+    # Without addmm into fp32, and gloo without averages.
+    assert not required()["torch"].contains("2.7.1")
 
 
 def test_the_stated_pythons_are_those_that_are_admitted() -> None:

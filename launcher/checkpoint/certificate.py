@@ -55,7 +55,9 @@ def write_adapter_certificate(
     Both models read the frozen weights at `base`, because a run in bf16 may hold them rounded.
     """
     reason, place = _too_large(weights.model, memory), Path(base or "")
-    if base is None or not (place / "config.json").exists():
+    if base is None and weights.base is not None and weights.base.exists():
+        reason = f"the adapter was trained for {weights.base}, which PEFT can load only once it is exported"
+    elif base is None or not (place / "config.json").exists():
         where = "is not known" if base is None else f"is no longer at {base}"
         reason = f"the model that the adapter was trained for {where}"
     ours, theirs = partial(_adapted_logits, weights, place), partial(_logits_by_peft, exported, place)
@@ -90,8 +92,13 @@ def _compare(
     if reason is not None:
         _write(exported, {"ok": None, "reason": reason})
         return
-    tokens = _tokens(model)
-    our, their = ours(tokens), theirs(tokens)
+    tokens, other = _tokens(model), f"{packages[-1]} {versions[packages[-1]]}"
+    our = ours(tokens)
+    try:
+        their = theirs(tokens)
+    except Exception as error:  # transformers raises any
+        message = " ".join(f"{type(error).__name__}: {error}".split())
+        raise _failed(target, f"{other} cannot load this export: {message}") from error
     difference, scale = float((our - their).abs().max()), max(float(their.abs().max()), 1.0)
     ok = difference <= TOLERANCE * scale
     _write(exported, {
@@ -105,11 +112,12 @@ def _compare(
         "allowed": TOLERANCE * scale,
     })  # fmt: skip
     if not ok:
-        other = f"{packages[-1]} {versions[packages[-1]]}"
         why = f"{other} computes other logits from this export: they differ by {difference:.3g}"
-        raise ConfigError(
-            "export", target, why, "certificate=false, and report this as a bug of the launcher"
-        )
+        raise _failed(target, why)
+
+
+def _failed(target: Path, why: str) -> ConfigError:
+    return ConfigError("export", target, why, "certificate=false, and report this as a bug of the launcher")
 
 
 def _write(folder: Path, content: dict[str, Any]) -> None:

@@ -16,9 +16,10 @@ from launcher.config.numbers import BYTE_VALUES
 COMPANIONS = "huggingface"
 SOURCE = "_name_or_path"  # key of a carried config.json: the directory that it came from
 CERTIFICATE = "certificate.json"  # of an export, see certificate.py
+_MODEL_FILES = ("config.json", "generation_config.json")
 _PATTERNS = (
-    *("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json"),
-    *("added_tokens.json", "vocab.json", "merges.txt", "chat_template*"),
+    *(*_MODEL_FILES, "tokenizer*", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "chat_template*"),
 )
 
 
@@ -40,12 +41,15 @@ def carry_companions(source: Path, target: Path, dtype: str | None = None) -> No
     """Copy the companion files of `source` to target/huggingface; keep files that exist. Raises OSError.
 
     With `dtype`, of a Hugging Face directory, config.json says where it came from, and the precision of its
-    tensors: it can state both wrongly.
+    tensors: it can state both wrongly. If the data of the run have replaced the tokenizer, no file of the
+    tokenizer is copied: a run that starts again before its first checkpoint would get a mixture of both.
     """
-    for path in companions_of(source):
-        (target / COMPANIONS).mkdir(parents=True, exist_ok=True)
-        destination = target / COMPANIONS / path.name
-        if destination.exists():
+    files, folder = companions_of(source), target / COMPANIONS
+    is_replaced = _has_another_tokenizer(folder, files)
+    for path in files:
+        folder.mkdir(parents=True, exist_ok=True)
+        destination = folder / path.name
+        if destination.exists() or (is_replaced and path.name not in _MODEL_FILES):
             continue
         if dtype is not None and path.name == "config.json":
             content = {name: value for name, value in base_config(source).items() if name != "torch_dtype"}
@@ -53,6 +57,13 @@ def carry_companions(source: Path, target: Path, dtype: str | None = None) -> No
             destination.write_text(json.dumps(content, indent=2) + "\n")
         else:
             shutil.copyfile(path, destination)
+
+
+def _has_another_tokenizer(folder: Path, files: list[Path]) -> bool:
+    """Return whether the tokenizer.json in `folder` is not the one among `files`."""
+    kept = folder / TOKENIZER
+    theirs = next((path for path in files if path.name == TOKENIZER), None)
+    return kept.exists() and (theirs is None or theirs.read_bytes() != kept.read_bytes())
 
 
 def tokenizer_of_weights(source: Path) -> Path | None:

@@ -15,11 +15,15 @@ from launcher.checkpoint.adapters import write_peft
 from launcher.checkpoint.certificate import write_adapter_certificate, write_certificate
 from launcher.checkpoint.companions import SOURCE, base_config, carry_companions
 from launcher.checkpoint.exported_files import write_tokenizer
-from launcher.checkpoint.huggingface import Entry
+from launcher.checkpoint.huggingface import Entry, has_text_part
 from launcher.checkpoint.integrity import check_files, unchanged
 from launcher.checkpoint.manifest import (
     CHECKPOINTS,
+    IMPORTED,
     Manifest,
+    UnusableCheckpoint,
+    checkpoint_at,
+    read_manifest,
     step_name,
 )
 from launcher.checkpoint.read import (
@@ -33,6 +37,7 @@ from launcher.checkpoint.read import (
 from launcher.checkpoint.sources import INDEX, SAFETENSORS, WeightsKind, WeightSource, stored_dtype
 from launcher.checkpoint.tensor_file import save_tensors
 from launcher.checkpoint.write import HostPiece, commit, write_pieces
+from launcher.config.errors import ConfigError
 from launcher.config.schema import ExchangeConfig
 from launcher.files import PARTIAL, new_directory
 from launcher.parallel.boxes import whole
@@ -85,15 +90,18 @@ def export_adapters(
 ) -> None:
     """Write a directory for PeftModel.from_pretrained.
 
-    Raises UnusableCheckpoint, OSError, and ConfigError if PEFT computes other logits than the launcher.
+    Raises UnusableCheckpoint, OSError, and ConfigError if PEFT computes other logits than the launcher, or
+    cannot load the adapter onto the model that it was trained for.
     """
-    stored = stored_files_of(weights)
+    stored, base = stored_files_of(weights), base_of_adapter(weights)
     assert stored is not None
+    if base is not None and has_text_part(base_config(Path(base)) or base_config(weights.path)):
+        why = f"the adapter is for the text part of {base}, where PEFT expects other names of its modules"
+        raise ConfigError("export", weights.path, why, "merged=true")
     with new_directory(target) as aside, unchanged(stored):
         check_files(stored, files_with_weights(stored))
         entries = weights.converter.entries(weights.model)
         dtype = torch.float32 if options.dtype is None else TORCH_DTYPES[options.dtype]
-        base = base_of_adapter(weights)
         write_peft(open_adapters(weights), entries, aside, dtype, base)
         # Rounded to 16 bits, an adapter computes other logits than the adapter of the run.
         if options.certificate and dtype is torch.float32:
@@ -102,10 +110,29 @@ def export_adapters(
 
 def base_of_adapter(weights: WeightSource) -> str | None:
     """Return the directory from which PEFT can load the frozen weights; None if it is not known."""
-    if weights.base is not None and (weights.base / "config.json").exists():
+    if weights.base is None:
+        return None
+    if (weights.base / "config.json").exists():
         return str(weights.base)
-    # An imported model lies in the launcher's form.
-    return base_config(weights.path).get(SOURCE)
+    carried = base_config(weights.path).get(SOURCE)
+    return carried if carried is not None and _stands_for(Path(carried), weights.base) else None
+
+
+def _stands_for(directory: Path, base: Path) -> bool:
+    """Return whether the Hugging Face `directory` has the weights `base`, which are not in PEFT's form.
+
+    It has them if `base` is an import. It has not if `base` is a run that trained them further and kept the
+    config.json of the model that it began with.
+    """
+    checkpoint = checkpoint_at(base)
+    if checkpoint is None:
+        # The same directory, which was moved, or which has a relative path from another working directory.
+        return not base.exists() and directory.parts[-len(base.parts) :] == base.parts
+    try:
+        manifest = read_manifest(checkpoint)
+    except UnusableCheckpoint:
+        return False
+    return manifest.layout == IMPORTED and manifest.step == 0
 
 
 def _dtype(weights: WeightSource, options: ExchangeConfig) -> torch.dtype:
@@ -136,7 +163,7 @@ def import_(weights: WeightSource, target: Path, options: ExchangeConfig) -> Non
             scaler={},
             corpus={},
             launcher=__version__,
-            layout="import",
+            layout=IMPORTED,
             config={"model": model},
             validation_loss=None,
             tensors={},

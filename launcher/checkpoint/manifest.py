@@ -42,6 +42,7 @@ from launcher.parallel.boxes import Box, is_tiling
 
 CHECKPOINTS, MANIFEST, LATEST = "checkpoints", "manifest.json", "latest"
 CHECKPOINT = "checkpoint"  # the kind of manifest
+IMPORTED = "import"  # the layout in the manifest that `launcher import` writes
 _FILE_NAME = re.compile(r"[0-9A-Za-z][0-9A-Za-z_-]{0,200}\.safetensors")
 _MOST_DIMENSIONS = 8
 _PIECE_KEYS = {"file", "offsets", "sizes"}

@@ -4,8 +4,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launcher.checkpoint.resume_choice import RunFinished
+from launcher.checkpoint.sources import WeightSource
 from launcher.commands.ready import ready
-from launcher.compare.compared_layouts import ComparedLayout, chosen_layouts, in_layout
+from launcher.commands.report_files import check_figure_is_writable, writable_report
+from launcher.compare.compared_layouts import (
+    FIELDS_OF_LAYOUTS,
+    ComparedLayout,
+    chosen_layouts,
+    in_layout,
+)
 from launcher.compare.comparison_figure import draw_comparison
 from launcher.compare.comparison_report import (
     TOLERANCE,
@@ -18,7 +25,6 @@ from launcher.compare.comparison_report import (
 from launcher.config.compose import compose_jobs
 from launcher.config.errors import ConfigError
 from launcher.config.layout import Layout
-from launcher.config.output_files import check_overwrites_no_report
 from launcher.config.schema import ComparedRunConfig, RunConfig
 from launcher.config.validate import validate_compare
 from launcher.config.world import World, world_of_machine
@@ -41,41 +47,57 @@ def main(arguments: list[str]) -> int:
     run, machine = jobs[0].config, this_machine()
     validate_compare(run)
     check_figure(run.compare.figure, "compare.figure")
-    if run.compare.report:
-        check_overwrites_no_report(Path(run.compare.report).expanduser(), "compare.report", key="resolved")
+    check_figure_is_writable(run.compare.figure, "compare.figure")
     layouts = chosen_layouts(run.compare.layouts, run.compare.ranks, run.model.experts.count)
     world = world_of_machine(run, machine)
     compared = [planned(name, in_layout(run, sizes, world), world) for name, sizes in layouts.items()]
     if all(candidate.refused for candidate in compared):
-        limit = "hardware.memory_bytes=null (the memory of this machine)"
-        remedy = limit if run.hardware.memory_bytes else "compare.layouts=[single] or a smaller model"
-        raise ConfigError("compare.layouts", list(layouts), compared[0].refused, remedy)
+        raise refusal_of_all(compared)
     check_data(run)
+    report = writable_report(run.compare.report, "compare.report", key="resolved")
     layout = next(candidate.layout for candidate in compared if candidate.layout and not candidate.refused)
     try:
         with claimed_run_dir(run, layout) as (directory, _):
             share_cores(machine.cores, machine.cores)  # one core per rank
-            rows = [_row(candidate, run.compare.steps) for candidate in compared]
+            rows = [_row(candidate, run.compare.steps, directory.initial) for candidate in compared]
             _log(run, layout, directory, rows)
     except RunFinished as finished:
         raise finished.refusal() from None
-    return _report(run, rows)
+    return _report(run, rows, report)
 
 
 def planned(name: str, run: RunConfig, world: World) -> ComparedLayout:
-    """Return the run in one layout with its plan; a layout that is refused keeps the reason."""
+    """Return the run in one layout with its plan; a layout that is refused keeps the error."""
     try:
         ready_run = ready(run, world, needs_data=False, must_fit=False)
     except ConfigError as error:
-        return ComparedLayout(name, run, None, None, f"{error.field}={error.value}: {error.why}")
+        return ComparedLayout(name, run, None, None, error)
     try:
         refuse_too_large(ready_run.plan)
     except ConfigError as error:
-        return ComparedLayout(name, run, ready_run.layout, ready_run.plan, error.why)
+        return ComparedLayout(name, run, ready_run.layout, ready_run.plan, error)
     return ComparedLayout(name, run, ready_run.layout, ready_run.plan)
 
 
-def _row(compared: ComparedLayout, steps: int) -> ComparisonRow:
+def refusal_of_all(compared: Sequence[ComparedLayout]) -> ConfigError:
+    """Return the error if every layout is refused: a layout's own error, unless its size is the reason."""
+    errors = {candidate.name: candidate.error for candidate in compared if candidate.error}
+    error = errors.get("single", compared[0].error)
+    assert error is not None
+    reasons = {(other.field, other.why) for other in errors.values()}
+    is_of_sizes = "single" not in errors and (len(reasons) > 1 or error.field in FIELDS_OF_LAYOUTS)
+    too_large = next((candidate for candidate in compared if candidate.error and candidate.plan), None)
+    if too_large is None and not is_of_sizes:
+        return error
+    remedies = [] if "single" in errors else ["compare.layouts=[single]"]
+    if too_large and too_large.run.hardware.memory_bytes:
+        remedies = ["hardware.memory_bytes=null (the memory of this machine)"]
+    elif too_large:
+        remedies.append("a smaller model")
+    return ConfigError("compare.layouts", list(errors), compared[0].refused, " or ".join(remedies))
+
+
+def _row(compared: ComparedLayout, steps: int, initial: WeightSource | None) -> ComparisonRow:
     if compared.layout is None or compared.refused:
         return ComparisonRow(compared)
     print(f"train    {compared.name}: {compared.layout.describe()}", flush=True)
@@ -86,7 +108,8 @@ def _row(compared: ComparedLayout, steps: int) -> ComparisonRow:
     from launcher.compare.measured_layout import measure_layout
 
     try:
-        return ComparisonRow(compared, measure_layout(compared.run, compared.layout, steps=steps))
+        measured = measure_layout(compared.run, compared.layout, initial, steps=steps)
+        return ComparisonRow(compared, measured)
     except RankFailure as failure:
         print(f"failed   {compared.name}: {failure}", flush=True)
         return ComparisonRow(compared, failed=str(failure).splitlines()[0])
@@ -105,15 +128,15 @@ def _log(run: ComparedRunConfig, layout: Layout, directory: RunDir, rows: Sequen
         print(f"W&B      {where}")
 
 
-def _report(run: ComparedRunConfig, rows: Sequence[ComparisonRow]) -> int:
+def _report(run: ComparedRunConfig, rows: Sequence[ComparisonRow], report: Path | None) -> int:
     print()
     print_comparison(rows)
     if run.compare.figure:
         draw_comparison(rows, Path(run.compare.figure))
         print(f"figure   {run.compare.figure}")
-    if run.compare.report:
-        Path(run.compare.report).expanduser().write_text(json_text(as_json(rows), indent=2) + "\n")
-        print(f"report   {run.compare.report}")
+    if report:
+        report.write_text(json_text(as_json(rows), indent=2) + "\n")
+        print(f"report   {report}")
     bound = TOLERANCE[run.precision.dtype.name]
     differ = {} if run.model.dropout else differing(rows)
     if run.model.dropout:

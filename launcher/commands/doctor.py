@@ -75,7 +75,7 @@ def _run_dir(arguments: list[str]) -> Path:
 
             raise ConfigError(f"doctor {argument}", None, "takes run.dir=PATH only", "launcher doctor")
         run_dir = argument.removeprefix("run.dir=")
-    return Path(run_dir)
+    return Path(os.path.expanduser(run_dir))
 
 
 def print_findings(findings: list[Finding]) -> int:

@@ -5,11 +5,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from launcher.commands.report_files import check_files_differ, writable_report
 from launcher.config.arguments import check_no_bare_directory
 from launcher.config.compose import compose_jobs
-from launcher.config.errors import ConfigError
 from launcher.config.layout import Layout
-from launcher.config.output_files import check_overwrites_no_report
 from launcher.config.schema import EvaluateConfig, RunConfig
 from launcher.config.shape import sequence_length
 from launcher.config.validate import validate_evaluate
@@ -23,7 +22,9 @@ from launcher.launch.this_machine import share_cores, this_machine
 
 def main(arguments: list[str]) -> int:
     check_no_bare_directory(arguments)
-    for job in compose_jobs("evaluate", EvaluateConfig, arguments):
+    jobs = compose_jobs("evaluate", EvaluateConfig, arguments)
+    check_files_differ([job.config for job in jobs], "report")
+    for job in jobs:
         job.announce()
         _evaluate(job.config)
     return 0
@@ -31,7 +32,7 @@ def main(arguments: list[str]) -> int:
 
 def _evaluate(config: EvaluateConfig) -> None:
     path, machine = Path(validate_evaluate(config)).expanduser(), this_machine()
-    report = _writable(config)
+    report = writable_report(config.report, "report", key=REPORT_KEY)
     check_harness(config)
     subject = subject_of(config, path)
     run, layout = run_to_evaluate(config, subject, machine)
@@ -93,16 +94,3 @@ def _to_wandb(subject: Subject, results: Results) -> None:
     with scratch_directory() as temporary:
         for line in add_to_summary(subject.run_dir, numbers(results), temporary):
             print(line)
-
-
-def _writable(config: EvaluateConfig) -> Path | None:
-    if config.report is None:
-        return None
-    path = Path(config.report).expanduser()
-    check_overwrites_no_report(path, "report", key=REPORT_KEY)
-    try:
-        path.touch()
-    except OSError as error:
-        why = f"cannot be written: {error.strerror}"
-        raise ConfigError("report", path, why, "a file you may write to") from None
-    return path

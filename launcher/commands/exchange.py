@@ -11,13 +11,15 @@ from launcher.checkpoint.huggingface import NotConvertible
 from launcher.checkpoint.manifest import UnusableCheckpoint, newest_complete_before
 from launcher.checkpoint.sources import WeightsKind, WeightSource, weights_at
 from launcher.checkpoint.tokenizer_files import has_tokenizer
+from launcher.commands.path_arguments import is_path, typed_path
 from launcher.config.compose import compose_jobs
-from launcher.config.errors import ConfigError, typed_text
+from launcher.config.errors import ConfigError, as_typed, typed_text
 from launcher.config.numbers import refuse_out_of_bounds
 from launcher.config.paths import free_path, path_argument
 from launcher.config.schema import ExchangeConfig
 from launcher.launch.this_machine import memory_here
 
+_RUN_DIR = "run.dir="  # before the path of a run, as other commands take it
 _Result = TypeVar("_Result")
 
 
@@ -49,6 +51,7 @@ def export_main(arguments: list[str]) -> int:
 
 
 def _export_adapters(weights: WeightSource, target: Path, options: ExchangeConfig) -> int:
+    _refuse_unused(options, ("max_file_gb",), "PEFT loads an adapter from one file")
     from launcher.checkpoint.conversion import export_adapters
 
     memory = memory_here()
@@ -68,6 +71,8 @@ def import_main(arguments: list[str]) -> int:
         why = "no import is needed: these are already weights of the launcher"
         remedy = f"launcher model=NAME {typed_text('checkpoint.init_from', str(weights.path))}"
         raise ConfigError("import", weights.path, why, remedy)
+    why = "only `launcher export` reads it: an import keeps all weights, in fp32"
+    _refuse_unused(options, ("dtype", "merged", "certificate"), why)
     from launcher.checkpoint.conversion import import_
 
     _written(lambda: import_(weights, target, options), weights, target)
@@ -85,22 +90,34 @@ def import_main(arguments: list[str]) -> int:
 
 def _exchanged(verb: str, arguments: list[str]) -> tuple[WeightSource, Path, ExchangeConfig] | None:
     """Return the source, the target and the settings; None for --help. Raises ConfigError."""
-    arguments = [argument.removeprefix("run.dir=") for argument in arguments]  # as other commands take it
-    paths = [argument for argument in arguments if not argument.startswith("-") and "=" not in argument]
-    overrides = [argument for argument in arguments if argument not in paths]
+    paths: list[str] = []
+    overrides: list[str] = []
+    for argument in arguments:
+        path = argument.removeprefix(_RUN_DIR)
+        is_given = path != argument or is_path(argument, ExchangeConfig)
+        (paths if is_given else overrides).append(path)
     jobs = compose_jobs("exchange", ExchangeConfig, overrides)
     if not jobs:
         return None  # --help
     if len(paths) != 2 or len(jobs) > 1:
         why = "the command needs a SOURCE and a TARGET directory"
-        raise ConfigError(" ".join([verb, *arguments]), None, why, f"launcher {verb} SOURCE TARGET")
+        raise ConfigError(" ".join([verb, *paths, *overrides]), None, why, f"launcher {verb} SOURCE TARGET")
     source, target = (path_argument(verb, path) for path in paths)
     if target.exists():
         why = f"already exists, and `launcher {verb}` does not overwrite files"
-        remedy = shlex.join(["launcher", verb, str(source), str(free_path(target)), *overrides])
+        typed = typed_path(source), typed_path(free_path(target))
+        remedy = shlex.join(["launcher", verb, *typed, *overrides])
         raise ConfigError("TARGET", target, why, remedy)
     refuse_out_of_bounds(jobs[0].config)
     return weights_at(source, verb), target, jobs[0].config
+
+
+def _refuse_unused(options: ExchangeConfig, names: tuple[str, ...], why: str) -> None:
+    """Raise ConfigError if a setting that has no effect is not its default."""
+    for name in names:
+        value, default = getattr(options, name), getattr(ExchangeConfig(), name)
+        if value != default:
+            raise ConfigError(name, as_typed(value), why, f"{name}={as_typed(default)}")
 
 
 def certified(target: Path, package: str = "transformers") -> str:

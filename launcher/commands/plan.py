@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.commands.ready import ReadyRun, ready_elsewhere
+from launcher.commands.report_files import check_figure_is_writable, check_files_differ
 from launcher.config.compose import compose_jobs
 from launcher.config.errors import ConfigError
 from launcher.config.finetune_rules import adapter_warnings
@@ -35,6 +36,8 @@ def main(arguments: list[str]) -> int:
     machine = this_machine()
     for job in jobs:
         check_figure(job.config.plan.figure)
+        check_figure_is_writable(job.config.plan.figure, "plan.figure")
+    check_files_differ([job.config for job in jobs], "plan.figure")
     ready_runs = ready_elsewhere([job.config for job in jobs], machine)
     reports, for_people = [], jobs[0].config.format is OutputFormat.table
     for job, ready_run in zip(jobs, ready_runs, strict=True):

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from launcher.commands.path_arguments import is_path, typed_path
 from launcher.config.compose import compose_jobs
 from launcher.config.errors import ConfigError, typed_text
 from launcher.config.paths import free_path, path_argument
@@ -27,7 +28,7 @@ _LINE_INTERVAL = 30.0  # seconds between two progress lines if the output is not
 
 def main(arguments: list[str]) -> int:
     """Run `launcher prepare`; return the exit code. Raises ConfigError."""
-    paths = [argument for argument in arguments if not argument.startswith("-") and "=" not in argument]
+    paths = [argument for argument in arguments if is_path(argument, PrepareConfig)]
     overrides = [argument for argument in arguments if argument not in paths]
     jobs = compose_jobs("prepare", PrepareConfig, overrides)
     if not jobs:
@@ -39,7 +40,7 @@ def main(arguments: list[str]) -> int:
     if target.suffix in (".bin", ".idx"):
         target = target.with_suffix("")
     if not target.name or target.name == "..":
-        remedy = shlex.join(["launcher", "prepare", *map(str, sources), str(target / "web"), *overrides])
+        remedy = _command(sources, target / "web", overrides)
         raise ConfigError("TARGET", target, "the token files need a name", remedy)
     validate_prepare(jobs[0].config)
     inputs, left_out = find_inputs(sources)
@@ -50,7 +51,7 @@ def main(arguments: list[str]) -> int:
     # continues. If the .idx exists, the token files are complete.
     if existing and (index_path(target) in existing or not job.folder.exists()):
         why = f"{existing[-1]} already exists, and `launcher prepare` does not overwrite files"
-        remedy = shlex.join(["launcher", "prepare", *map(str, sources), str(free_path(target)), *overrides])
+        remedy = _command(sources, free_path(target), overrides)
         raise ConfigError("TARGET", target, why, remedy)
     signal.signal(signal.SIGTERM, _stop)
     try:
@@ -63,6 +64,10 @@ def main(arguments: list[str]) -> int:
         print("\nlauncher: interrupted; run the same command again to continue", file=sys.stderr)
         return 128 + signal.SIGINT
     return 0
+
+
+def _command(sources: list[Path], target: Path, overrides: list[str]) -> str:
+    return shlex.join(["launcher", "prepare", *map(typed_path, [*sources, target]), *overrides])
 
 
 def _stop(number: int, _frame: FrameType | None) -> NoReturn:

@@ -4,10 +4,10 @@ import time
 from pathlib import Path
 
 from launcher.commands.ready import ReadyRun, check_compiler, ready_elsewhere
+from launcher.commands.report_files import check_files_differ, writable_report
 from launcher.config.compose import compose_jobs
-from launcher.config.errors import ConfigError, refusal
+from launcher.config.errors import refusal
 from launcher.config.machine import Machine
-from launcher.config.output_files import check_overwrites_no_report
 from launcher.config.schema import Device, Dtype, RunConfig
 from launcher.config.validate import validate
 from launcher.config.world import world_of_machine
@@ -34,6 +34,7 @@ def main(arguments: list[str]) -> int:
         print(HELP)
         return 0
     jobs, machine = compose_jobs("config", RunConfig, arguments), this_machine()
+    check_files_differ([job.config for job in jobs], "verify.report")
     ready_runs = ready_elsewhere([job.config for job in jobs], machine)
     for job, ready_run in zip(jobs, ready_runs, strict=True):
         job.announce()
@@ -92,13 +93,4 @@ def gpus_to_use(run: RunConfig, gpus: int) -> int:
 
 
 def _writable(run: RunConfig) -> Path | None:
-    if run.verify.report is None:
-        return None
-    path = Path(run.verify.report).expanduser()
-    check_overwrites_no_report(path, "verify.report", key="passes")
-    try:
-        path.touch()
-    except OSError as error:
-        why = f"cannot be written: {error.strerror}"
-        raise ConfigError("verify.report", path, why, "a file you may write to") from None
-    return path
+    return writable_report(run.verify.report, "verify.report", key="passes")

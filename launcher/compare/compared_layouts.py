@@ -10,7 +10,10 @@ from launcher.config.schema import ParallelismConfig, RunConfig
 from launcher.config.world import World
 from launcher.planning.cost.run_plan import Plan
 
-AxisSizes = dict[str, int]  # fields of the parallelism group; a missing one keeps its default
+AxisSizes = dict[str, int]  # fields of the parallelism group; a missing one has its value of _SINGLE
+
+_SINGLE: AxisSizes = {"data": 1, "context": 1, "tensor": 1, "pipeline": 1, "expert": 1, "zero_stage": 0}
+FIELDS_OF_LAYOUTS = tuple(f"parallelism.{name}" for name in _SINGLE)
 
 
 def named_layouts(ranks: int, experts: int = 0) -> dict[str, AxisSizes]:
@@ -32,13 +35,22 @@ def named_layouts(ranks: int, experts: int = 0) -> dict[str, AxisSizes]:
 
 @dataclass(frozen=True)
 class ComparedLayout:
-    """A layout to compare and its plan; `refused` is the reason why it is not trained."""
+    """A layout to compare and its plan; `error` is the reason why it is not trained."""
 
     name: str
     run: RunConfig
     layout: Layout | None
     plan: Plan | None
-    refused: str = ""
+    error: ConfigError | None = None
+
+    @property
+    def refused(self) -> str:
+        """Return why the layout is not trained; empty if it is."""
+        if self.error is None:
+            return ""
+        is_too_large = self.plan is not None  # whatever setting would need less memory
+        setting = "" if is_too_large else f"{self.error.field}={self.error.value}: "
+        return f"{setting}{self.error.why}"
 
 
 def chosen_layouts(names: list[str], ranks: int, experts: int = 0) -> dict[str, AxisSizes]:
@@ -53,16 +65,17 @@ def chosen_layouts(names: list[str], ranks: int, experts: int = 0) -> dict[str, 
 
 
 def in_layout(run: RunConfig, sizes: AxisSizes, world: World) -> RunConfig:
-    """Return the run in that layout, on ranks that each compute on one core and save nothing."""
-    kept, hardware = run.parallelism, run.hardware
-    splits_sequence = kept.sequence_parallel and sizes.get("tensor", 1) > 1
-    recomputed = kept.activation_checkpointing
-    parallelism = ParallelismConfig(
-        sequence_parallel=splits_sequence,
-        activation_checkpointing=recomputed,
-        context_method=kept.context_method,
-    )
-    parallelism = replace(parallelism, **{"data": 1, **sizes})  # type: ignore[arg-type]
+    """Return the run in that layout, on ranks that each compute on one core and save nothing.
+
+    Sequence parallelism and the schedule of a pipeline are kept in the layouts that have the axis; all other
+    options of the parallelism group are kept in each layout.
+    """
+    hardware = run.hardware
+    parallelism = replace(run.parallelism, **{**_SINGLE, **sizes})  # type: ignore[arg-type]
+    if parallelism.tensor == 1:
+        parallelism = replace(parallelism, sequence_parallel=False)
+    if parallelism.pipeline == 1:
+        parallelism = replace(parallelism, pipeline_schedule=ParallelismConfig.pipeline_schedule)
     if world.device == "cpu":
         # Only the rates of ranks that had one core each, also for a single rank.
         measured = [rates for rates in hardware.measured if rates.ranks >= world.ranks]

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from math import isnan, nan
 from typing import Any
 
 from launcher.compare.compared_layouts import ComparedLayout
@@ -110,7 +111,8 @@ def differing(rows: Sequence[ComparisonRow]) -> dict[str, float]:
         assert row.measured
         assert trained[0].measured
         pairs = zip(row.measured.losses, trained[0].measured.losses, strict=True)
-        worst = max(abs(loss / first - 1) for loss, first in pairs)
+        apart = [abs(loss / first - 1) for loss, first in pairs]
+        worst = nan if any(map(isnan, apart)) else max(apart)  # max() passes over a NaN after the first value
         if not worst <= TOLERANCE[row.compared.run.precision.dtype.name]:  # a NaN is above it too
             differences[row.name] = worst
     return differences

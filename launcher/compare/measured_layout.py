@@ -6,6 +6,7 @@ from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING
 
+from launcher.checkpoint.sources import WeightSource
 from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
 from launcher.launch.local import run_local_ranks, start_method_for
@@ -27,12 +28,17 @@ class MeasuredLayout:
     sent: dict[str, float]  # bytes per step by group, of the rank that sends most in that group
 
 
-def measure_layout(run: RunConfig, layout: Layout, *, steps: int) -> MeasuredLayout:
-    """Train and measure; raises what run_local_ranks raises. The caller has called prepare_deepspeed."""
+def measure_layout(
+    run: RunConfig, layout: Layout, initial: WeightSource | None, *, steps: int
+) -> MeasuredLayout:
+    """Train from the weights in `initial`, or else from drawn weights, and measure.
+
+    Raises what run_local_ranks raises. The caller has called prepare_deepspeed.
+    """
     from launcher.compare.rank_record import RankRecord, record_rank
 
     with scratch_directory() as folder:
-        target = partial(record_rank, run=run, layout=layout, steps=steps, folder=folder)
+        target = partial(record_rank, run=run, layout=layout, initial=initial, steps=steps, folder=folder)
         start_method = start_method_for(layout.device)
         run_local_ranks(
             target,

@@ -11,6 +11,7 @@ import torch
 import torch._dynamo
 import torch.distributed as dist
 
+from launcher.checkpoint.sources import WeightSource
 from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
 from launcher.data.open import open_data
@@ -37,7 +38,9 @@ class RankRecord:
     collectives: list[tuple[str, CollectiveName, int, int]] = field(default_factory=list)  # and times called
 
 
-def record_rank(rank: int, *, run: RunConfig, layout: Layout, steps: int, folder: Path) -> None:
+def record_rank(
+    rank: int, *, run: RunConfig, layout: Layout, initial: WeightSource | None, steps: int, folder: Path
+) -> None:
     """Train COUNTED steps for memory and traffic, then `steps` timed steps; write folder/rank-N.json.
 
     Collective over the world.
@@ -54,7 +57,7 @@ def record_rank(rank: int, *, run: RunConfig, layout: Layout, steps: int, folder
             timeout_minutes=minutes,
         )
         with Watchdog(folder / "logs", minutes, setting="launch.timeout_minutes") as watchdog:
-            record = measured(run, layout, device, measurement, watchdog, steps)
+            record = measured(run, layout, initial, device, measurement, watchdog, steps)
             (folder / f"rank-{rank}.json").write_text(json.dumps(asdict(record)))
             leave()
 
@@ -62,18 +65,19 @@ def record_rank(rank: int, *, run: RunConfig, layout: Layout, steps: int, folder
 def measured(
     run: RunConfig,
     layout: Layout,
+    initial: WeightSource | None,
     device: torch.device,
     measurement: RankMeasurement,
     watchdog: Watchdog,
     steps: int,
 ) -> RankRecord:
-    """Train, and return the record of this rank. Collective over the world."""
+    """Train, from `initial` if given; return the record of this rank. Collective over the world."""
     record = RankRecord()
     with measurement.tensors:
         engine = build_engine(run, layout, device)
         measurement.name_groups(engine)
         data = open_data(run)
-        progress = start_from(run, engine, None, None, data.digests).progress
+        progress = start_from(run, engine, None, initial, data.digests).progress
         loader = rank_loader(run, engine, data.blend(progress.blends))
         peaks = []
         for _ in range(COUNTED):

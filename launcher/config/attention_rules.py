@@ -47,6 +47,9 @@ def _check_scaling(run: RunConfig) -> None:
     if "original_length" in _USED[s.kind] and s.original_length is None:
         why = f"{kind} needs the sequence length before scaling"
         raise refusal(run, f"{section}.original_length", why, _with_length(run, s.kind, ""))
+    if s.kind is RopeScalingKind.yarn and run.model.rope_theta <= 1:
+        why = f"{kind} divides by its logarithm and needs a number above 1"
+        raise refusal(run, "model.rope_theta", why, "model.rope_theta=10000")
     for low, high in (("low_frequency_factor", "high_frequency_factor"), ("beta_slow", "beta_fast")):
         if getattr(s, low) >= getattr(s, high):
             why = f"must be above {section}.{low}={getattr(s, low)}"

@@ -36,6 +36,11 @@ def _is_whole(value: Any) -> bool:
 FLAG = KeyType("must be true or false", lambda value: isinstance(value, bool), "true")
 COUNT = KeyType("must be a whole number from 0 to 1e15", lambda value: _is_whole(value) and value >= 0, "1")
 SIZE = KeyType("must be a whole number from 1 to 1e15", lambda value: _is_whole(value) and value >= 1, "1")
+EVEN = KeyType(
+    "must be an even number from 2 to 1e15",
+    lambda value: _is_whole(value) and value >= 2 and value % 2 == 0,
+    "2",
+)
 NUMBER = KeyType("must be a number from 0 to 1e15", lambda value: _is_number(value) and value >= 0, "1.0")
 FACTOR = KeyType(
     "must be a number above 0, at most 1e15", lambda value: _is_number(value) and value > 1 / MOST, "1.0"
@@ -52,8 +57,8 @@ SECTION = KeyType(
 def _keys(**names: str) -> dict[str, KeyType]:
     """Return the type of each key, in alphabetical order, from space-separated key names per type."""
     types = {
-        "flag": FLAG, "count": COUNT, "size": SIZE, "number": NUMBER, "factor": FACTOR, "share": SHARE,
-        "text": TEXT, "names": NAMES, "dtype": DTYPE, "section": SECTION,
+        "flag": FLAG, "count": COUNT, "size": SIZE, "even": EVEN, "number": NUMBER, "factor": FACTOR,
+        "share": SHARE, "text": TEXT, "names": NAMES, "dtype": DTYPE, "section": SECTION,
     }  # fmt: skip
     return dict(sorted((key, types[name]) for name, keys in names.items() for key in keys.split()))
 
@@ -65,7 +70,8 @@ SECTIONS: dict[str, dict[str, KeyType]] = {
         "ignore_unused_parameters round_robin_gradients zero_quantized_weights zero_quantized_gradients "
         "log_trace_cache_warnings enable_sanity_checks",
         size="reduce_bucket_size",
-        count="allgather_bucket_size sub_group_size stage3_prefetch_bucket_size "
+        even="allgather_bucket_size",
+        count="sub_group_size stage3_prefetch_bucket_size "
         "stage3_param_persistence_threshold stage3_model_persistence_threshold stage3_max_live_parameters "
         "stage3_max_reuse_distance stage3_module_granularity_threshold zero_hpz_partition_size",
         section="offload_param offload_optimizer",
@@ -79,7 +85,7 @@ SECTIONS: dict[str, dict[str, KeyType]] = {
     ),
     "bf16": _keys(flag="check_grad_overflow"),
     "fp16": _keys(
-        number="loss_scale", count="loss_scale_window hysteresis min_loss_scale",
+        number="loss_scale", size="loss_scale_window hysteresis min_loss_scale",
         flag="consecutive_hysteresis",
     ),
     "comms_logger": _keys(flag="enabled prof_all verbose debug", names="prof_ops"),

@@ -13,6 +13,7 @@ IDENTITY = "run.json"
 SAVED_STEP = "saved_step"  # key in run.json: the step of the checkpoint that was written last
 BEGUN_FROM = "begun_from"  # key in run.json: the resolved path in checkpoint.resume at the run's first start
 BEGUN_BY_JOB = "begun_by_job"  # key in run.json: the id of the Slurm job of the run's first start
+COMPARISON = "comparison"  # key in run.json: true if `launcher compare` wrote the directory
 END_OF_DOCUMENT = "end_of_document"  # key in run.json: the token that ends each document of the run's data
 _MOST_BYTES = 2**20  # of run.json
 

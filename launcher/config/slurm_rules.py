@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 
 from launcher.config.errors import ConfigError, as_typed, refusal, typed_text
-from launcher.config.schema import Device, RunConfig, SlurmConfig
+from launcher.config.schema import Device, OnStop, RunConfig, SlurmConfig
 from launcher.config.secrets import has_token, is_secret_name, is_secret_value
 
 _NO_SECRETS = "this secret would be written into the script and the run's config, which others may read"
@@ -39,6 +39,7 @@ def check_slurm(run: RunConfig) -> None:
     """Raise ConfigError for a value that Slurm does not accept or that cannot be written into a script."""
     _check_text(run.slurm)
     _check_forms(run)
+    _check_chain(run)
     _check_environment(run)
     _check_options("slurm.sbatch", run.slurm.sbatch, _SBATCH, "--mail-type=END")
     _check_options("slurm.srun", run.slurm.srun, _SRUN, "--cpu-bind=none")
@@ -187,6 +188,12 @@ def _check_forms(run: RunConfig) -> None:
         if module.startswith("-"):
             why = "this is an option, not a module"
             raise ConfigError("slurm.modules", module, why, "'slurm.modules=[cuda]'")
+
+
+def _check_chain(run: RunConfig) -> None:
+    if run.slurm.on_stop is OnStop.chain and run.slurm.max_parallel is not None:
+        why = "follow-up jobs of slurm.on_stop=chain are outside the array, so the limit would not hold"
+        raise refusal(run, "slurm.max_parallel", why, "slurm.on_stop=requeue", "slurm.max_parallel=null")
 
 
 def _plain_memory(text: str) -> str | None:

@@ -12,7 +12,7 @@ from launcher.config import numbers, shape
 from launcher.config.attention_rules import check_rotary, check_window
 from launcher.config.card_rules import check_shapes
 from launcher.config.context_rules import check_context
-from launcher.config.deepspeed_keys import check_passthrough
+from launcher.config.deepspeed_rules import check_deepspeed
 from launcher.config.errors import (
     ConfigError,
     as_typed,
@@ -154,11 +154,15 @@ def validate_compare(config: ComparedRunConfig) -> None:
     check_paths(config)
     if config.compare.ranks == 1:
         raise refusal(config, "compare.ranks", "must be at least 2", "compare.ranks=2", "compare.ranks=4")
-    for name in ("data", "context", "tensor", "pipeline", "zero_stage", "auto"):
+    for name in ("data", "context", "tensor", "pipeline", "expert", "zero_stage", "auto"):
         default = 1 if name == "data" else getattr(ParallelismConfig(), name)
         if getattr(config.parallelism, name) != default:
             why = "`launcher compare` takes the layouts from compare.layouts"
             raise refusal(config, f"parallelism.{name}", why, *settings(f"parallelism.{name}", [default]))
+    if (path := config.checkpoint.resume) not in ("auto", "none"):
+        why = "`launcher compare` trains every layout from step 1"
+        weights = f"checkpoint.resume=auto {typed_text('checkpoint.init_from', path)} (its weights)"
+        raise refusal(config, "checkpoint.resume", why, "checkpoint.resume=auto", weights)
 
 
 def validate_calibrate(config: CalibrateConfig) -> None:
@@ -560,21 +564,6 @@ def check_wandb(run: RunConfig) -> None:
             why = f"tag {number} has {len(tag)} characters; W&B takes 1 to {_WANDB_TAG_LENGTH}"
             kept = ", ".join(hydra_text(tag[:_WANDB_TAG_LENGTH]) for tag in tags if tag)
             raise refusal(run, "logging.wandb.tags", why, quoted_setting("logging.wandb.tags", f"[{kept}]"))
-
-
-def check_deepspeed(run: RunConfig) -> None:
-    check_passthrough(run.deepspeed)
-    p, dtype = run.parallelism, run.precision.dtype
-    switches = {
-        "bf16": (dtype is Dtype.bf16, "precision=bf16"),
-        "fp16": (dtype is Dtype.fp16, "precision=fp16"),
-        "zero_optimization.offload_param": (p.offload_parameters, "parallelism=zero3_offload"),
-        "zero_optimization.offload_optimizer": (p.offload_optimizer, "parallelism.offload_optimizer=true"),
-    }
-    for section, (is_on, remedy) in switches.items():
-        outer, _, inner = section.rpartition(".")
-        if inner in (run.deepspeed.get(outer, {}) if outer else run.deepspeed) and not is_on:
-            raise ConfigError(f"deepspeed.{section}", None, "this run does not use this section", remedy)
 
 
 def check_fp16_has_a_gpu(run: RunConfig, layout: Layout) -> None:

@@ -45,7 +45,7 @@ def parsed(record: dict[str, Any]) -> Conversation | PromptCompletion:
         messages = [_message(message, place) for place, message in _numbered(record, "conversations")]
         if isinstance(record.get("system"), str) and record["system"]:
             messages.insert(0, {"role": "system", "content": record["system"]})
-        return Conversation(_checked(messages))
+        return Conversation(_checked(messages), _tools(record.get("tools")))
     if "prompt" in record and "completion" in record:
         for name in ("prompt", "completion"):
             if not isinstance(record[name], str):

@@ -32,6 +32,7 @@ from launcher.data.tokens import (
     probe_ids,
 )
 from launcher.data.windows import Stretch, Windows, check_long_enough
+from launcher.files import write_text
 
 TOKENIZER = "tokenizer.json"
 ONLY = ""  # the source name in a run that has a single source, not a blend
@@ -235,16 +236,36 @@ def record_tokenizer(run: RunConfig, folder: Path) -> None:
 
 
 def _forget_tokenizer(folder: Path) -> None:
-    """Remove the files of another tokenizer: they came with the model that the run started from."""
+    """Remove the files of another tokenizer, and its tokens from the settings of the model.
+
+    They came with the model that the run started from.
+    """
     for pattern in _TOKENIZER_FILES:
         for path in folder.glob(pattern):
             path.unlink()
+    for name in _MODEL_FILES:
+        _forget_tokens(folder / name)
 
 
 _TOKENIZER_FILES = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
     "chat_template*",
 )
+_MODEL_FILES = ("config.json", "generation_config.json")
+
+
+def _forget_tokens(path: Path) -> None:
+    """Remove eos_token_id and the like from a JSON file: an export would name tokens of another tokenizer."""
+    try:
+        settings = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return  # an export does not read them either
+    if isinstance(settings, dict) and any(name.endswith(_TOKEN_ID) for name in settings):
+        kept = {name: value for name, value in settings.items() if not name.endswith(_TOKEN_ID)}
+        write_text(path, json.dumps(kept, indent=2) + "\n")
+
+
+_TOKEN_ID = "_token_id"
 
 
 def _record_chat(run: RunConfig, folder: Path) -> None:

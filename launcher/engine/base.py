@@ -19,7 +19,7 @@ from launcher.config.numbers import IGNORED_LABEL
 from launcher.engine import bf16_states, direct_update
 from launcher.engine.gradient_passes import lighten
 from launcher.engine.optimizer import is_trained
-from launcher.engine.state import find_states, loss_scaler, make_states
+from launcher.engine.state import dynamic_loss_scaler, find_states, make_states
 from launcher.engine.stochastic import StochasticOptimizer
 from launcher.engine.update_guard import UpdateGuard, install
 from launcher.models.block_context import BlockContext
@@ -140,7 +140,8 @@ class Engine(ABC):
     @property
     def lowers_loss_scale(self) -> bool:
         """Whether fp16's loss scale can still be lowered, so that gradients that overflow are expected."""
-        return loss_scaler(self).get("cur_scale", 1.0) > 1.0
+        scaler = dynamic_loss_scaler(self)
+        return scaler is not None and scaler.cur_scale > scaler.min_scale
 
     def set_learning_rate(self, rate: float) -> None:
         for group in self.optimizer.param_groups:

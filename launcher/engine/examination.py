@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from launcher.engine.base import Engine, MicroBatches
 from launcher.engine.optimizer import is_trained
-from launcher.engine.state import loss_scaler, set_loss_scaler
 from launcher.engine.update_guard import LARGEST_NORM
 from launcher.parallel.sharding import logical_of
 
@@ -44,14 +43,13 @@ def first_bad_value(
 
     `labels` as in Engine.train_batch.
     """
-    scaler, observer = loss_scaler(engine), _Observer(engine)
+    observer = _Observer(engine)
     engine.random.begin_step(step)
     try:
         with engine.guard.rehearsal(), engine.blocks.eager():
             engine.train_batch(batches, labels)
     finally:
         observer.remove()
-    set_loss_scaler(engine, scaler)
     bad_values: list[BadValue | None] = [None] * dist.get_world_size()
     dist.all_gather_object(bad_values, observer.first)
     return min((bad for bad in bad_values if bad), key=lambda bad: bad.order, default=None)

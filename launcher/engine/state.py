@@ -164,15 +164,31 @@ def partitions(engine: "Engine") -> list[nn.Parameter]:
     return next(list(partitions) for name in names if (partitions := getattr(zero, name, None)))
 
 
-def loss_scaler(engine: "Engine") -> dict[str, float]:
-    """Return the numbers of fp16's dynamic loss scaler; empty in other precisions."""
+# The settings of the scaler, such as its window, are those of the run: a checkpoint must not restore them.
+_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def dynamic_loss_scaler(engine: "Engine") -> Any:
+    """Return DeepSpeed's dynamic loss scaler of fp16; None with a static scale and in other precisions."""
     scaler = getattr(engine.deepspeed.optimizer, "loss_scaler", None)
-    if not engine.deepspeed.fp16_enabled():
-        return {}
-    return {name: value for name, value in vars(scaler).items() if type(value) in (int, float)}
+    return scaler if getattr(scaler, "dynamic", False) else None
+
+
+def loss_scaler(engine: "Engine") -> dict[str, float]:
+    """Return the state of fp16's dynamic loss scaler; empty without one."""
+    scaler = dynamic_loss_scaler(engine)
+    return {} if scaler is None else {name: getattr(scaler, name) for name in _SCALER_STATE}
 
 
 def set_loss_scaler(engine: "Engine", numbers: dict[str, float]) -> None:
-    """Restore the numbers that loss_scaler returned."""
-    if engine.deepspeed.fp16_enabled():
-        vars(engine.deepspeed.optimizer.loss_scaler).update(numbers)
+    """Restore the state that loss_scaler returned, within the limits that this run sets.
+
+    A run with a static loss scale neither saves nor restores a state.
+    """
+    scaler = dynamic_loss_scaler(engine)
+    if scaler is None or not numbers.keys() >= set(_SCALER_STATE):
+        return
+    for name in _SCALER_STATE:
+        setattr(scaler, name, numbers[name])
+    scaler.cur_scale = max(scaler.cur_scale, scaler.min_scale)
+    scaler.cur_hysteresis = min(scaler.cur_hysteresis, scaler.delayed_shift)

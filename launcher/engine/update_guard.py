@@ -54,6 +54,10 @@ class UpdateGuard:
             [total + skipped, (in_row + skipped) * skipped, (since + 1) * (1 - skipped)]
         )
 
+    def changes_loss_scale(self, *, overflow: bool) -> bool:
+        """Return whether fp16's loss scale follows the last step: not if a finite norm is over the limit."""
+        return not self._is_rehearsal and not (overflow and bool(self.norm.isfinite()))
+
     @contextmanager
     def rehearsal(self) -> Iterator[None]:
         """A block in which steps change nothing and are not counted: a step is repeated to be examined."""
@@ -77,7 +81,15 @@ def install(guard: UpdateGuard, zero: Any, mesh: ProcessMesh) -> None:
         # The one read of this step: DeepSpeed decides in Python. It does not read a tensor on the CPU again.
         return torch.full((), torch.inf) if guard.skipped else scaled.cpu()
 
+    def update_scale(overflow: bool = False) -> None:
+        if guard.changes_loss_scale(overflow=overflow):
+            zero.loss_scaler.update_scale(overflow)
+
     zero.check_overflow = lambda *_, **__: None
+    zero._update_scale = update_scale
+    if zero.loss_scaler.dynamic:
+        # At the lowest scale DeepSpeed would raise an exception. guard.nonfinite decides instead.
+        zero.loss_scaler.raise_error_at_min_scale = False
     if isinstance(zero, DeepSpeedZeroOptimizer_Stage3):
         zero._get_norm_groups = lambda: [scaled_norm()]
     else:

@@ -63,7 +63,11 @@ def numbers(results: Results) -> dict[str, float]:
 
 def write_report(path: Path, about: dict[str, Any], results: Results) -> None:
     """Write all results as JSON, with `about`: the weights, the layout and the settings."""
-    write_text(path, json_text({REPORT_KEY: about, **asdict(results)}) + "\n")
+    text = json_text({REPORT_KEY: about, **asdict(results)}) + "\n"
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        path.write_text(text)  # /dev/stdout or a pipe: no file can be renamed to it
+    else:
+        write_text(path, text)
 
 
 def _number(value: float) -> str:

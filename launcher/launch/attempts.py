@@ -20,7 +20,10 @@ class FailedStart:
 
 
 def record_failed_start(run_dir: Path, failed: FailedStart) -> int:
-    """Append `failed` to the run's file; return how many identical failures in a row now end that file."""
+    """Append `failed` to the run's file; return how many identical failures in a row now end that file.
+
+    Raises OSError.
+    """
     path = run_dir / ATTEMPTS_FILE
     run_dir.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:

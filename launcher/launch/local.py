@@ -116,11 +116,11 @@ def run_local_ranks(
 
     Raises:
         RankFailure: a rank raised, exited with a non-zero code or was killed; the first, if several did.
-        ConfigError: raised by the rank that failed first.
+        ConfigError: raised by the rank that failed first; or log_dir cannot be created.
         KeyboardInterrupt: after Ctrl-C, once every rank has ended.
         Stopped: after SIGTERM (code 143), SIGHUP (129) or SIGUSR1 (138), once all ranks have ended; if all
             ranks stopped by themselves, for a rank of another node. `__cause__` is a failure during the stop.
-        OSError: log_dir cannot be created, or a process cannot be started.
+        OSError: a process cannot be started.
     """
     _prepare(log_dir, start_method)
     ranks, kills_before = list[_Rank](), memory_kills()
@@ -142,7 +142,12 @@ def run_local_ranks(
 
 
 def _prepare(log_dir: Path, start_method: str) -> None:
-    log_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        log_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        why = f"the logs of the ranks cannot be written there: {error.strerror}"
+        remedy = "a run.dir you may write to; a command without run.dir writes to TMPDIR"
+        raise ConfigError(str(log_dir), None, why, remedy) from None
     if start_method == "spawn":
         # Here, because the start of rank 0 would do it and unblock the signals that _start blocks.
         resource_tracker.ensure_running()

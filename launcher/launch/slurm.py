@@ -120,12 +120,19 @@ def settings_of_job(job: str) -> list[str]:
     They may come from sbatch's command line or from variables, and not from the job's script.
     """
     shown = _run(["scontrol", "show", "job", "-o", job])
+    # The name may hold spaces, and text that looks like another value.
+    name = re.search(r"\bJobName=(.*?) UserId=", shown)
+    shown = shown[name.end() :] if name else shown
     names = {
         "time": "TimeLimit", "partition": "Partition", "account": "Account", "qos": "QOS",
-        "reservation": "Reservation",
+        "reservation": "Reservation", "constraint": "Features", "exclude": "ExcNodeList",
+        "mem": "MinMemoryNode",
     }  # fmt: skip
-    values = {option: re.search(rf"\b{name}=(\S+)", shown) for option, name in names.items()}
+    values = {option: re.search(rf"\b{value}=(\S+)", shown) for option, value in names.items()}
     given = {option: match[1] for option, match in values.items() if match}
+    if not re.fullmatch(r"[1-9]\d*[KMGT]", given.get("mem", "")):
+        given.pop("mem", None)  # it is not set, or a fraction, which sbatch does not take
+    given |= {"job-name": name[1]} if name else {}
     return [f"--{option}={value}" for option, value in given.items() if value not in ("(null)", "N/A")]
 
 

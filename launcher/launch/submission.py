@@ -10,6 +10,7 @@ from pathlib import Path
 from launcher.config.compose import Job
 from launcher.config.errors import ConfigError, as_typed
 from launcher.config.layout import Layout
+from launcher.config.paths import check_path
 from launcher.config.schema import RunConfig, SlurmConfig
 from launcher.config.secrets import Referenced, has_token
 from launcher.config.slurm_rules import READ_WHILE_RUNNING, check_submission, texts_in
@@ -45,7 +46,10 @@ def batch_script_of(jobs: Sequence[Job[RunConfig]], typed: list[str]) -> BatchSc
             why = "the jobs of a --multirun are one Slurm array: slurm.* and hardware.* must be equal"
             raise ConfigError("--multirun", " ".join(job.overrides), why, "one `launcher submit` per job")
     overrides = [_without_submit_fields(job.overrides) for job in jobs]
-    return BatchScript(first, typed, overrides, check_submission(first), first.slurm.python or sys.executable)
+    python = first.slurm.python or sys.executable
+    check_path("slurm.python", python, "null")
+    python = os.path.expanduser(python)  # the script quotes it, so that no shell of the job replaces ~
+    return BatchScript(first, typed, overrides, check_submission(first), python)
 
 
 def _check_references(slurm: SlurmConfig) -> None:

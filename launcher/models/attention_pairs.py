@@ -24,6 +24,7 @@ from launcher.parallel.sharding import seed_of
 # gets the weight 0 when it is joined; with minus infinity torch's fused kernel returns the log-sum-exp 0.
 HIDDEN = -1e30
 _SCORES = 1 << 22  # scores that exist at the same time without a fused kernel
+_LARGEST_HEAD = 256  # of FlashAttention on CUDA
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Pair:
 
 def attend_pair(q: Tensor, k: Tensor, v: Tensor, pair: Pair) -> tuple[Tensor, Tensor]:
     """Return the mixed values (B, N, Q, D) and the log-sum-exp of each query in fp32 (B, N, Q)."""
-    if not pair.is_fused or _is_fp32_on_cuda(q, pair):
+    if not pair.is_fused or _lacks_cuda_kernel(q, pair):
         return _attend_rows(q, k, v, pair)
     causal, scale = pair.is_diagonal and pair.mask is None, pair.kernel.scale
     if pair.kernel.device == "cpu":
@@ -65,7 +66,7 @@ def pair_gradients(
 
     `gradient` is the gradient of `mixed` (B, N, Q, D); `mixed` and `sums` are joined over all keys.
     """
-    if not pair.is_fused or _is_fp32_on_cuda(q, pair):
+    if not pair.is_fused or _lacks_cuda_kernel(q, pair):
         return _gradients_of_rows(gradient, q, k, v, mixed, sums, pair)
     causal, scale = pair.is_diagonal and pair.mask is None, pair.kernel.scale
     if pair.kernel.device == "cpu":
@@ -81,8 +82,11 @@ def pair_gradients(
     return of_q, _summed(of_k, groups), _summed(of_v, groups)
 
 
-def _is_fp32_on_cuda(q: Tensor, pair: Pair) -> bool:
-    return pair.kernel.device == "cuda" and q.dtype is torch.float32
+def _lacks_cuda_kernel(q: Tensor, pair: Pair) -> bool:
+    """Return whether q is on a GPU and not of a precision and head size that FlashAttention takes there."""
+    size = q.shape[-1]
+    is_taken = q.dtype is not torch.float32 and size % 8 == 0 and size <= _LARGEST_HEAD
+    return pair.kernel.device == "cuda" and not is_taken
 
 
 def _repeated(x: Tensor, groups: int) -> Tensor:

@@ -107,9 +107,8 @@ class Experts(nn.Module):
         """Run sorted rows through this rank's experts."""
         if self._trains:
             self.record.add_rows(len(rows))
-        held = self.num_experts // self.expert.size
-        y = grouped_linear(rows, self.up.view(held, -1, self.up.shape[1]), order)
-        return grouped_linear(activated(self.model, y), self.down.view(held, -1, self.down.shape[1]), order)
+        y = grouped_linear(rows, self.up, order)
+        return grouped_linear(activated(self.model, y), self.down, order)
 
     @property
     def _trains(self) -> bool:

@@ -57,14 +57,17 @@ def unsorted(y: Tensor, order: Order) -> Tensor:
     return _Unsort.apply(y, order)  # type: ignore[no-any-return,no-untyped-call]
 
 
-def grouped_linear(x: Tensor, weights: Tensor, order: Order) -> Tensor:
-    """Return each sorted row times the weight of its expert: (N k, in), (E, out, in) -> (N k, out).
+def grouped_linear(x: Tensor, weight: Tensor, order: Order) -> Tensor:
+    """Return each sorted row times the weight of its expert: (N k, in), (E out, in) -> (N k, out).
 
     An expert without rows multiplies nothing, and its weight gets a gradient of zeros. Frozen weights (LoRA)
     get none, and the rows are not kept for one. In bf16 on GPUs from Hopper on, one kernel multiplies all
     experts (torch's grouped_mm); elsewhere there is a product for each.
+
+    The weight itself is kept for the backward pass, not a view by expert: ZeRO-3 frees a gathered weight by
+    `weight.data = torch.empty(0)`, and a view would keep the memory of every layer.
     """
-    return _GroupedLinear.apply(x, weights, order.sizes)  # type: ignore[no-any-return,no-untyped-call]
+    return _GroupedLinear.apply(x, weight, order.sizes)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class _Spread(torch.autograd.Function):
@@ -100,29 +103,46 @@ class _GroupedLinear(torch.autograd.Function):
     """A product for each expert, written into its stretch of one result, so that no copy joins them."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weights: Tensor, sizes: list[int]) -> Tensor:
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weights)
-        ctx.sizes, ctx.kernel = sizes, _kernel_for(x, weights)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, sizes: list[int]) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        ctx.sizes, of_experts = sizes, _by_expert(weight, sizes)
+        ctx.kernel = _kernel_for(x, of_experts)
         if ctx.kernel is not None:
-            ctx.ends = _ends(sizes, x.device)
-            return ctx.kernel(x, weights.transpose(1, 2), offs=ctx.ends)  # type: ignore[no-any-return]
-        y = x.new_empty(len(x), weights.shape[1])
+            ends = _ends(sizes, x.device)
+            return ctx.kernel(x, of_experts.transpose(1, 2), offs=ends)  # type: ignore[no-any-return]
+        y = x.new_empty(len(x), of_experts.shape[1])
         for expert, rows in _stretches(sizes):
-            torch.mm(x[rows], weights[expert].t(), out=y[rows])
+            torch.mm(x[rows], of_experts[expert].t(), out=y[rows])
         return y
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        x, weights = ctx.saved_tensors
-        if ctx.kernel is not None:
-            return _kernel_gradients(ctx, x, weights, gradient.contiguous())
-        of_x = gradient.new_empty(len(gradient), weights.shape[2])
-        of_weights = None if x is None else torch.empty_like(weights)
-        for expert, rows in _stretches(ctx.sizes):
-            torch.mm(gradient[rows], weights[expert], out=of_x[rows])
-            if of_weights is not None:
-                torch.mm(gradient[rows].t(), x[rows], out=of_weights[expert])  # zeros without rows
-        return of_x, of_weights, None
+        x, weight = ctx.saved_tensors
+        gradient, of_experts = gradient.contiguous(), _by_expert(weight, ctx.sizes)
+        # Chosen again: ZeRO-3 may have gathered the weight to an address that is aligned differently.
+        if ctx.kernel is not None and (kernel := _kernel_for(gradient, of_experts)) is not None:
+            of_x, of_weights = _kernel_gradients(kernel, ctx.sizes, x, of_experts, gradient)
+        else:
+            of_x, of_weights = _loop_gradients(ctx.sizes, x, of_experts, gradient)
+        return of_x, None if of_weights is None else of_weights.view_as(weight), None
+
+
+def _by_expert(weight: Tensor, sizes: list[int]) -> Tensor:
+    """Return the view (E, out, in) of the weight (E out, in) of all experts."""
+    return weight.view(len(sizes), -1, weight.shape[-1])
+
+
+def _loop_gradients(
+    sizes: list[int], x: Tensor | None, of_experts: Tensor, gradient: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Return the gradients of x and of the weights (E, out, in). Without `x` the weights are frozen."""
+    of_x = gradient.new_empty(len(gradient), of_experts.shape[2])
+    of_weights = None if x is None else torch.empty_like(of_experts)
+    for expert, rows in _stretches(sizes):
+        torch.mm(gradient[rows], of_experts[expert], out=of_x[rows])
+        if of_weights is not None and x is not None:
+            torch.mm(gradient[rows].t(), x[rows], out=of_weights[expert])  # zeros without rows
+    return of_x, of_weights
 
 
 GroupedKernel = Callable[..., Tensor]
@@ -140,9 +160,9 @@ def _kernel_for(x: Tensor, weights: Tensor) -> GroupedKernel | None:
     return grouped_kernel() if _is_aligned(x, weights) else None
 
 
-def grouped_kernel() -> GroupedKernel | None:
-    """Return torch's grouped product; None in torch 2.6 and 2.7, which lack it."""
-    return getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
+def grouped_kernel() -> GroupedKernel:
+    """Return torch's grouped product, which is private in torch 2.8 and 2.9."""
+    return getattr(F, "grouped_mm", None) or torch._grouped_mm
 
 
 @cache
@@ -223,13 +243,14 @@ def _all_to_all(rows: Tensor, sent: list[int], received: list[int], axis: Axis) 
 
 
 def _kernel_gradients(
-    ctx: Any, x: Tensor | None, weights: Tensor, gradient: Tensor
-) -> tuple[Tensor, Tensor | None, None]:
-    """Return the gradients of _GroupedLinear by its kernel. Without `x` the weights are frozen."""
-    of_x = ctx.kernel(gradient, weights, offs=ctx.ends)
+    kernel: GroupedKernel, sizes: list[int], x: Tensor | None, of_experts: Tensor, gradient: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Return what _loop_gradients returns, by torch's grouped product."""
+    ends = _ends(sizes, gradient.device)
+    of_x = kernel(gradient, of_experts, offs=ends)
     if x is None:
-        return of_x, None, None
-    of_weights = ctx.kernel(gradient.t(), x, offs=ctx.ends)
-    for expert in (expert for expert, size in enumerate(ctx.sizes) if not size):
+        return of_x, None
+    of_weights = kernel(gradient.t(), x, offs=ends)
+    for expert in (expert for expert, size in enumerate(sizes) if not size):
         of_weights[expert].zero_()  # the kernel promises nothing for a sum of no rows
-    return of_x, of_weights, None
+    return of_x, of_weights

@@ -101,7 +101,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         device: str, cap: float | None, kernels: LossKernels, with_gradients: bool,
     ) -> Tensor:  # fmt: skip
         tokens, all_labels = x.flatten(0, -2), labels.flatten()
-        sizes = chunk_sizes(len(tokens), len(weight), device, fused=kernels.is_on)
+        # Not by kernels.is_on: each chunk has collectives, so a rank that cannot compile must have the same.
+        sizes = chunk_sizes(len(tokens), len(weight), device, fused=kernels.is_compiled)
         # All chunks use the same memory: on CPU a new allocation of this size costs its page faults.
         logits = x.new_empty(sizes[0], len(weight))
         scores: Tensor | None = None

@@ -18,11 +18,12 @@ class LossKernels:
     """Calls the functions below, compiled.
 
     They contain no collective, so a rank that cannot compile does not concern the others. With `strict` the
-    error is raised. `seconds` counts the calls that compiled; `failure` is the compiler's error.
+    error is raised. `is_compiled` says whether all ranks compile them if they can, `is_on` whether this rank
+    does. `seconds` counts the calls that compiled; `failure` is the compiler's error.
     """
 
     def __init__(self, *, is_compiled: bool, strict: bool = False) -> None:
-        self._is_on, self.seconds = is_compiled, 0.0
+        self.is_compiled, self._is_on, self.seconds = is_compiled, is_compiled, 0.0
         self.failure: str | None = None
         self._strict = strict
         self._compiled: dict[Function, Function] = {}

@@ -23,6 +23,7 @@ def chunk_sizes(tokens: int, columns: int, device: str, *, fused: bool = False) 
     """Return the tokens of each chunk: nearly equal, with at most CHUNK_LOGITS logits of `columns` each.
 
     On CUDA a `fused` loss keeps no fp32 copy of them, and takes twice as many in less memory.
+    All tensor ranks must cut the same chunks.
     """
     limit = CHUNK_LOGITS[device] * (2 if fused and device == "cuda" else 1)
     most = max(1, min(CHUNK_TOKENS[device], limit // columns))

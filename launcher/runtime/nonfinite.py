@@ -30,7 +30,8 @@ class NonfiniteGuard:
         if total == self._known:
             return []
         new, self._known = total - self._known, total
-        if self.engine.lowers_loss_scale:
+        exceeds_limit = in_row > 0 and bool(self.engine.guard.norm.isfinite())  # as guard.spike=skip sets it
+        if self.engine.lowers_loss_scale and not exceeds_limit:
             return []  # not an error: fp16's loss scale is found by trying
         step = progress.step - since
         count = f"step {step} was" if new == 1 else f"{new} steps were"

@@ -29,6 +29,7 @@ from launcher.config.paths import free_path
 from launcher.config.run_format import (
     BEGUN_BY_JOB,
     BEGUN_FROM,
+    COMPARISON,
     END_OF_DOCUMENT,
     FORMAT,
     IDENTITY,
@@ -37,7 +38,7 @@ from launcher.config.run_format import (
     read_identity,
     write_identity,
 )
-from launcher.config.schema import RunConfig
+from launcher.config.schema import ComparedRunConfig, RunConfig
 from launcher.config.secrets import as_written, as_yaml
 from launcher.data.open import end_of_documents
 from launcher.files import write_text
@@ -79,8 +80,8 @@ def claimed_run_dir(
 
     Yields the directory and notes to the user. One process per run calls this. An unfinished run in the
     directory is resumed under its id. Raises ConfigError if the directory cannot be made or holds files that
-    no run wrote, if another process holds it, if its run cannot be resumed, or if checkpoint.resume forbids
-    it; and RunFinished if its run is finished.
+    no run wrote, if it is of another command, if another process holds it, if its run cannot be resumed, or
+    if checkpoint.resume forbids it; and RunFinished if its run is finished.
     """
     run_id = secrets.token_hex(4)
     path = run_path(run, run_id, multirun_index)
@@ -88,6 +89,7 @@ def claimed_run_dir(
         try:
             # These raise before anything is made or written.
             check_files_are_ours(path)
+            check_command(run, path)
             if not path.exists():
                 _beginning(run, path)
             held_directory, notes = stack.enter_context(held(path))
@@ -104,6 +106,7 @@ def start_of(run: RunConfig, path: Path) -> Path | None:
     Raises ConfigError, and RunFinished if the run is finished.
     """
     check_files_are_ours(path)
+    check_command(run, path)
     checkpoint = checkpoint_to_resume(run, path)
     if read_identity(path) is None:
         return checkpoint
@@ -121,7 +124,7 @@ def _holds_a_run(path: Path, *, is_over: bool) -> ConfigError:
     """Return the refusal to begin a run in a run's directory. A run that is over cannot be continued."""
     source = begun_from(path)
     why = "already holds a run" + (f", which was begun from {source}" if source else "")
-    others = f"{typed_text('run.dir', str(free_path(path)))}, or leave run.dir out for a fresh one"
+    others = _fresh_directory(path)
     remedy = others if is_over else f"checkpoint.resume=auto (continues the run there) or {others}"
     return ConfigError("run.dir", path, why, remedy)
 
@@ -168,11 +171,29 @@ def check_files_are_ours(path: Path) -> None:
         raise _not_ours(path, f"holds a {HOLDER} that no run wrote, and no run.json")
 
 
+def check_command(run: RunConfig, path: Path) -> None:
+    """Raise ConfigError if `launcher compare` would continue a training run, or training a comparison.
+
+    Both write their config and their rows of metrics from step 1 on.
+    """
+    identity = read_identity(path)
+    if identity is None or bool(identity.get(COMPARISON)) == isinstance(run, ComparedRunConfig):
+        return
+    there, here = ("comparison", "training") if identity.get(COMPARISON) else ("training run", "a comparison")
+    why = f"holds a {there}, whose config and metrics {here} would replace"
+    raise ConfigError("run.dir", path, why, _fresh_directory(path))
+
+
 def _not_ours(path: Path, why: str) -> ConfigError:
-    remedy = f"{typed_text('run.dir', str(free_path(path)))}, or leave run.dir out for a fresh one"
+    remedy = _fresh_directory(path)
     if checkpoints_in(path):
         remedy = f"{remedy}; {typed_text('checkpoint.init_from', str(path))} starts it from the weights there"
     return ConfigError("run.dir", path, why, remedy)
+
+
+def _fresh_directory(path: Path) -> str:
+    """Return the settings with which a run does not begin in `path`."""
+    return f"{typed_text('run.dir', str(free_path(path)))}, or leave run.dir out for a fresh one"
 
 
 def _is_log(path: Path) -> bool:
@@ -207,12 +228,14 @@ def _claim(
     identity = {"format": FORMAT, "launcher": __version__, "layout": dataclasses.asdict(layout)}
     identity["directory"] = str(path.resolve())
     identity[END_OF_DOCUMENT] = end_of_documents(run)
+    if isinstance(run, ComparedRunConfig):
+        identity[COMPARISON] = True
     write_identity(path, before | identity)  # first: it says that the files below are a run's
     (path / LOGS).mkdir(exist_ok=True)
     if source := checkpoint or (initial and initial.path):
         is_huggingface = checkpoint is None and initial and initial.kind is WeightsKind.huggingface
         carry_companions(source, path, stored_dtype(initial) if initial and is_huggingface else None)
-    write_text(path / CONFIG, as_yaml(run))
+    write_text(path / CONFIG, as_yaml(_of_training(run)))
     return RunDir(held_directory.path, before["id"], checkpoint, initial, held_directory), notes
 
 
@@ -240,6 +263,11 @@ def _beginning(run: RunConfig, path: Path) -> tuple[Path | None, WeightSource | 
     weights = weights_at(Path(run.checkpoint.init_from), "checkpoint.init_from")
     check_model_is(run.model, weights, "checkpoint.init_from")
     return None, weights
+
+
+def _of_training(run: RunConfig) -> RunConfig:
+    """Return the run without the settings of `launcher compare`: every command reads config.yaml as a run."""
+    return RunConfig(**{field.name: getattr(run, field.name) for field in dataclasses.fields(RunConfig)})
 
 
 def config_as_dict(run: RunConfig) -> dict[str, Any]:

@@ -110,10 +110,13 @@ def _state(path: Path, last_step: int | None, now: float, values: dict[str, floa
     report = path / HANG_REPORT
     if _modified(report) > max(_modified(path / METRICS), _since(holder)):
         return State.hung, _first_line(report)
+    # The holder may have been killed, or stopped because another rank failed: the job recorded the failure.
+    if holder and (error := _slurm_error(path, holder)):
+        return State.failed, error
     if holder is None or holder.end is None:
         return State.stopped, "its end was not recorded: it was killed, or its machine went down"
     if holder.end and holder.end != STOPPED:
-        return State.failed, _slurm_error(path, holder) or holder.end
+        return State.failed, holder.end
     is_comparison = any(name.startswith("loss/") for name in values)  # `launcher compare` keeps no weights
     is_over = holder.end == "" and (last_step == 0 or is_comparison)
     return (State.finished if is_over else State.stopped), ""

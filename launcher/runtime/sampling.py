@@ -46,7 +46,8 @@ def generate(config: GenerateConfig, run_dir: Path) -> str:
 def prompt_tokens(config: GenerateConfig, tokenizer: Tokenizer, vocab_size: int) -> Tensor:
     """Return the token ids (1, tokens) of the prompt.
 
-    Raises ConfigError for a token outside the vocabulary, and for text that the tokenizer cannot read.
+    Raises ConfigError for a token outside the vocabulary, and for text that the tokenizer cannot read or of
+    which it makes no token.
     A special token that the prompt spells becomes this token, unlike in text to train on: a prompt is written
     by hand, and a chat template is made of such tokens.
     """
@@ -58,7 +59,10 @@ def prompt_tokens(config: GenerateConfig, tokenizer: Tokenizer, vocab_size: int)
             raise ConfigError("prompt", ascii(config.prompt), why, "a prompt in UTF-8") from None
     else:
         [ids] = tokenizer.encode([config.prompt])
-    if len(ids) and (largest := int(ids.max())) >= vocab_size:
+    if not len(ids):
+        why = "the tokenizer makes no token of this text"
+        raise ConfigError("prompt", repr(config.prompt), why, "prompt=The (or another word)")
+    if (largest := int(ids.max())) >= vocab_size:
         spelling = tokenizer.decode([largest])
         why = f"it has the token {largest}, {spelling!r}, and the model has {vocab_size} tokens"
         remedy = "a prompt without this token, or tokenizer=PATH of the tokenizer.json of the model"
@@ -115,8 +119,9 @@ def sample(scores: Tensor, config: GenerateConfig, generator: torch.Generator) -
     """Return a token id of scores (V,): at temperature 0 the likeliest, else drawn from the top_k."""
     if config.temperature == 0:
         return scores.argmax()
-    scores = scores.float() / config.temperature
     if config.top_k:
         threshold = scores.topk(min(config.top_k, scores.numel())).values[-1]
         scores = scores.masked_fill(scores < threshold, float("-inf"))
-    return torch.multinomial(F.softmax(scores, dim=-1), 1, generator=generator)
+    # At a temperature near 0 a quotient is infinite: the largest must stay 0, for softmax computes inf - inf.
+    scores = (scores.double() - scores.max()) / config.temperature
+    return torch.multinomial(F.softmax(scores.float(), dim=-1), 1, generator=generator)

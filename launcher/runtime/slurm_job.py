@@ -17,12 +17,18 @@ from pathlib import Path
 
 from launcher.checkpoint.final import final_step
 from launcher.checkpoint.manifest import checkpoints_in
-from launcher.config.errors import hydra_text, typed_text
+from launcher.config.errors import ConfigError, hydra_text, typed_text
 from launcher.config.layout import Layout
 from launcher.config.run_format import BEGUN_BY_JOB, begun_from, read_identity
 from launcher.config.schema import OnStop, RunConfig
 from launcher.config.slurm_rules import nodes_of
-from launcher.launch.attempts import MAX_IDENTICAL_FAILURES, FailedStart, record_failed_start
+from launcher.launch.attempts import (
+    ATTEMPTS_FILE,
+    MAX_IDENTICAL_FAILURES,
+    FailedStart,
+    count_identical_at_end,
+    record_failed_start,
+)
 from launcher.launch.exit_codes import FAILED, REFUSED
 from launcher.launch.rank import STOPPED_EXIT_CODE
 from launcher.launch.records import ENDS_VARIABLE, RankEnd, RankEndKind, read_rank_ends
@@ -95,8 +101,10 @@ def run_to_the_end(job: SlurmJob, stops: list[int]) -> int:
     _print(f"job {allocation.id} on {used} nodes: {job.layout.describe()}; run {run_dir}")
     typed = [*job.typed, *(_continuing(job) if allocation.restarts else [])]
     ends = run_dir / LOGS / "ends" / allocation.job
+    failures: list[FailedStart] = []
     while True:
         command = step_command(run, typed, job.nodes, job.layout, run_dir)
+        _make_empty(ends, run_dir)
         code = _run_step(command, stops, ends, saves=stop_grace(run) > 0)
         ended = outcome(code, bool(stops), read_rank_ends(ends), job.layout.world_size)
         if ended.end is End.finished:
@@ -111,7 +119,7 @@ def run_to_the_end(job: SlurmJob, stops: list[int]) -> int:
             # ranks had finished by then.
             _print(f"{run_dir} is finished: its final weights are written")
             return 0
-        if ended.end is End.failed and _is_hopeless(job, ended.error):
+        if ended.end is End.failed and _is_hopeless(job, failures, ended.error):
             return FAILED
         if ended.end is End.stopped or stops or not _is_running(allocation):
             return _requeue_or_chain(job, stops)
@@ -171,7 +179,7 @@ def step_command(
         "--export=ALL",
         *(["--label"] if nodes * per_node > 1 else []),
         *run.slurm.srun,
-        *run.slurm.container,
+        *map(os.path.expanduser, run.slurm.container),
         *launcher,
         "train",
         *overrides,
@@ -199,10 +207,18 @@ def outcome(code: int, stop_requested: bool, ends: list[RankEnd], ranks: int) ->
     return Outcome(End.failed, f"srun ended with code {code}{name}: see its output above")
 
 
+def _make_empty(ends: Path, run_dir: Path) -> None:
+    """Make the directory for the ends of ranks, without the files of an earlier start. Raises ConfigError."""
+    try:
+        ends.mkdir(parents=True, exist_ok=True)
+        for path in ends.iterdir():
+            path.unlink()
+    except OSError as error:
+        why = f"cannot be written: {error.strerror}"
+        raise ConfigError("run.dir", run_dir, why, "a directory you may write to") from None
+
+
 def _run_step(command: list[str], stops: list[int], ends: Path, *, saves: bool) -> int:
-    ends.mkdir(parents=True, exist_ok=True)
-    for path in ends.iterdir():
-        path.unlink()
     environment = {**os.environ, ENDS_VARIABLE: str(ends.absolute())}
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, env=environment)
     stopping = False
@@ -216,10 +232,16 @@ def _run_step(command: list[str], stops: list[int], ends: Path, *, saves: bool) 
     return code if code >= 0 else 128 - code
 
 
-def _is_hopeless(job: SlurmJob, error: str) -> bool:
-    """Record a failure; return whether it ends a row of three identical failures."""
+def _is_hopeless(job: SlurmJob, failures: list[FailedStart], error: str) -> bool:
+    """Record a failure, also in `failures` of this job; return whether it is the third identical in a row."""
     step = last_logged_step(job.run_dir)
-    if record_failed_start(job.run_dir, FailedStart(step, error)) < MAX_IDENTICAL_FAILURES:
+    failures.append(FailedStart(step, error))
+    try:
+        identical = record_failed_start(job.run_dir, failures[-1])
+    except OSError as problem:  # a full disk: the run may still be able to resume
+        _print(f"{job.run_dir / ATTEMPTS_FILE} cannot be written ({problem.strerror})")
+        identical = count_identical_at_end(failures)
+    if identical < MAX_IDENTICAL_FAILURES:
         return False
     _print(f"giving up after {MAX_IDENTICAL_FAILURES} identical failures after step {step}: {error}")
     typed = _settings_to_resume(job)

@@ -11,12 +11,16 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from launcher.checkpoint import certificate
+from launcher.checkpoint.companions import base_config, carry_companions
 from launcher.checkpoint.conversion import base_of_adapter, export, import_
 from launcher.checkpoint.huggingface import NotConvertible
+from launcher.checkpoint.manifest import MANIFEST, checkpoints_in, read_manifest, step_name
 from launcher.checkpoint.sources import weights_at
 from launcher.commands.ready import check_bytes
 from launcher.config.errors import ConfigError
 from launcher.config.schema import ExchangeConfig
+from launcher.data.chat_template import CHATML
+from launcher.data.open import record_tokenizer
 from launcher.data.tokenizer import train_bpe, write_byte_tokenizer
 from tests.config.composing import run_of
 from tests.models.families import transformers_model
@@ -86,6 +90,36 @@ def test_the_tokenizer_and_its_chat_template_are_exported(tmp_path: Path) -> Non
     assert tokenizer.eos_token_id == 0
 
 
+def test_tokens_of_another_tokenizer_are_not_exported(tmp_path: Path) -> None:
+    """Conversations came with their own tokenizer: its end of documents replaces the tokens of the model."""
+    source = written(tmp_path / "theirs", vocab_size=300)
+    train_bpe([TEXT * 40], 270, source / "tokenizer.json")
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        (source / name).write_text(json.dumps(settings))
+    import_(weights_at(source, "x"), tmp_path / "ours", OPTIONS)
+    (tmp_path / "other").mkdir()
+    train_bpe(["other words " * 40], 262, tmp_path / "other" / "tokenizer.json")
+    settings["chat_template"] = CHATML
+    (tmp_path / "other" / "tokenizer_config.json").write_text(json.dumps(settings))
+    chat = "data=chat", "data.train=pkg://launcher/data/conversations.jsonl", "model.vocab_size=300"
+    kept = tmp_path / "ours" / "huggingface"
+    record_tokenizer(run_of(*chat, f"data.tokenizer={tmp_path}/other/tokenizer.json"), kept)
+    carry_companions(source, tmp_path / "ours", "float32")  # as a start does that found no checkpoint
+    assert not (kept / "special_tokens_map.json").exists()
+    [checkpoint] = checkpoints_in(tmp_path / "ours")
+    manifest = read_manifest(checkpoint)
+    data = {"source": "chat", "end_of_document": 7}
+    (checkpoint / MANIFEST).write_text(replace(manifest, config=manifest.config | {"data": data}).to_json())
+    export(weights_at(tmp_path / "ours", "x"), tmp_path / "back", OPTIONS, write_byte_tokenizer)
+    for name in ("config.json", "generation_config.json"):
+        content = json.loads((tmp_path / "back" / name).read_text())
+        special = {"eos_token_id": 7, "bos_token_id": None, "pad_token_id": None}
+        assert {name: content[name] for name in special} == special
+    assert json.loads((tmp_path / "back" / "generation_config.json").read_text())["temperature"] == 0.6
+    assert AutoTokenizer.from_pretrained(tmp_path / "back").chat_template == CHATML
+
+
 def test_the_tokenizer_has_the_longest_text_of_a_run_that_changed_it(tmp_path: Path) -> None:
     source = written(tmp_path / "theirs", vocab_size=300)
     train_bpe([TEXT * 40], 270, source / "tokenizer.json")
@@ -114,7 +148,36 @@ def test_an_adapter_names_a_base_that_peft_can_load(tmp_path: Path) -> None:
     import_(source, tmp_path / "ours", OPTIONS)
     ours = weights_at(tmp_path / "ours", "x")
     assert base_of_adapter(replace(ours, base=source.path)) == str(source.path)
-    assert base_of_adapter(replace(ours, base=tmp_path / "ours")) == str(source.path)
+    for imported in (tmp_path / "ours", ours.path):
+        assert base_of_adapter(replace(ours, base=imported)) == str(source.path)
+    moved = source.path.rename(tmp_path / "moved")
+    for begun in (source.path, Path("theirs")):
+        assert base_of_adapter(replace(ours, base=begun)) == str(source.path)
+    assert base_of_adapter(replace(ours, base=moved)) == str(moved)
+    assert base_of_adapter(replace(ours, base=tmp_path / "other")) is None
+
+
+@pytest.mark.parametrize("has_checkpoint", [True, False])
+def test_an_adapter_of_a_run_that_trained_the_model_further_names_no_base(
+    has_checkpoint: bool, tmp_path: Path
+) -> None:
+    """The run keeps the config.json of the model that it began with, whose weights are others by then."""
+    source, begun = weights_at(written(tmp_path / "theirs"), "x"), tmp_path / "a"
+    import_(source, begun, OPTIONS)
+    [imported] = checkpoints_in(begun)
+    manifest = replace(read_manifest(imported), step=3, layout="1 rank")
+    trained_further = imported.rename(imported.with_name(step_name(3)))
+    (trained_further / MANIFEST).write_text(manifest.to_json())
+    adapter = replace(weights_at(begun, "x"), base=begun)
+    assert base_config(adapter.path)["_name_or_path"] == str(source.path)
+    if not has_checkpoint:
+        trained_further.rename(tmp_path / "elsewhere")
+        adapter = replace(adapter, path=begun)
+    assert base_of_adapter(adapter) is None
+    assert base_of_adapter(replace(adapter, base=Path("runs/a"))) is None
+    certificate.write_adapter_certificate(tmp_path, tmp_path, adapter, None)
+    reason = f"the adapter was trained for {begun}, which PEFT can load only once it is exported"
+    assert json.loads((tmp_path / "certificate.json").read_text()) == {"ok": None, "reason": reason}
 
 
 def test_a_token_outside_the_vocabulary_is_refused(tmp_path: Path) -> None:
@@ -212,6 +275,18 @@ def test_an_export_that_transformers_computes_otherwise_fails(
         write_byte_tokenizer,
     )
     assert not (tmp_path / "back" / "certificate.json").exists()
+
+
+def test_an_export_that_transformers_cannot_load_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError("no such\n  size")
+
+    monkeypatch.setattr(certificate, "their_logits", refuse)
+    with pytest.raises(ConfigError, match=r"transformers .* cannot load this export: OSError: no such size"):
+        round_trip(written(tmp_path / "theirs"), tmp_path)
+    assert not (tmp_path / "back").exists()
 
 
 @pytest.mark.slow

@@ -3,15 +3,18 @@
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from launcher.checkpoint.certificate import our_logits
-from launcher.checkpoint.conversion import export, import_
+from launcher.checkpoint.conversion import export, export_adapters, import_
 from launcher.checkpoint.huggingface import CONVERTERS
 from launcher.checkpoint.sources import weights_at
+from launcher.config.errors import ConfigError
+from launcher.config.schema import LoraConfig
 from launcher.data.tokenizer import write_byte_tokenizer
 from tests.checkpoint.family_table import (
     LARGEST_ERROR,
@@ -74,6 +77,11 @@ def test_the_text_part_of_a_model_that_reads_images(tmp_path: Path) -> None:
         right = images.eval()(tokens).logits
     torch.testing.assert_close(our_logits(source, tokens), right, rtol=0, atol=1e-4)
     import_(source, tmp_path / "ours", OPTIONS)
+    for base in (source.path, tmp_path / "ours"):
+        adapter = replace(weights_at(tmp_path / "ours", "x"), lora=LoraConfig(rank=4), base=base)
+        with pytest.raises(ConfigError, match=r"is for the text part of .*images") as refused:
+            export_adapters(adapter, tmp_path / "adapter", OPTIONS)
+        assert refused.value.remedy == "merged=true"
     export(weights_at(tmp_path / "ours", "x"), tmp_path / "back", OPTIONS, write_byte_tokenizer)
     config = json.loads((tmp_path / "back" / "config.json").read_text())
     assert (config["model_type"], config["architectures"]) == ("gemma3_text", ["Gemma3ForCausalLM"])

@@ -31,6 +31,7 @@ from launcher.data.tokenizer import write_byte_tokenizer
 from launcher.parallel.boxes import Box
 from tests.checkpoint.saving import load_and_save
 from tests.forked_commands import environment, light
+from tests.models.families import transformers_model
 from tests.models.small import batch, biases, small, small_vit
 from tests.models.test_against_transformers import THEIRS, with_all_weights_random, with_weights
 from tests.parity.running import small_run
@@ -289,6 +290,16 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "an activation": (config_with(hidden_act="gelu"), "hidden_act is 'gelu'"),
     "biases": (config_with(attention_bias=True), "attention_bias is True"),
+    "heads": (
+        config_with(
+            model_type="gemma2",
+            hidden_activation="gelu_pytorch_tanh",
+            num_attention_heads=5,
+            num_key_value_heads=5,
+            head_dim=6,
+        ),
+        "this model has model.num_heads=5, which does not divide hidden_size=32",
+    ),
     "a head size": (config_with(head_dim=16), r"k_proj.weight of shape \(16, 32\), but its config.json"),
     "no size": (config_of('{"model_type": "llama"}'), "hidden_size is missing"),
     "no JSON": (config_of("["), "config.json cannot be read"),
@@ -395,12 +406,28 @@ def test_import_train_and_export_from_the_command_line(tmp_path: Path) -> None:
         (small("gpt", head_size=6), "model.head_size=6"),
         (small("llama", biases=biases("output")), "model.biases.output=true"),
         (small("llama", attention_soft_cap=2.0), "model.attention_soft_cap=2.0"),
+        (small("gpt", num_heads=5, head_size=6), "model.num_heads=5, which does not divide hidden_size=32"),
     ],
 )
 def test_a_model_that_no_converter_expresses_is_named(model: ModelConfig, difference: str) -> None:
     with pytest.raises(NotConvertible, match=r"only GPT-2, .* and GPT-NeoX models can be") as refused:
         converter_of(model)
     assert str(refused.value).endswith(f"this model has {difference}")
+
+
+def test_heads_that_llama_refuses_are_exported_as_mistral(tmp_path: Path) -> None:
+    """transformers has a check in LlamaConfig that num_heads divides hidden_size, also with a head size."""
+    heads = {"num_attention_heads": 5, "num_key_value_heads": 5, "head_dim": 6}
+    source = tmp_path / "theirs"
+    transformers_model("Mistral without a window", **heads).save_pretrained(source)
+    config_with(model_type="llama")(source)
+    weights = weights_at(source, "x")
+    assert weights.model_type == "llama"
+    exported(weights, tmp_path / "back", OPTIONS)
+    assert json.loads((tmp_path / "back" / "certificate.json").read_text())["ok"] is True
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+    assert loaded.config.architectures == ["MistralForCausalLM"]
+    assert_same_bits(tensors_in(tmp_path / "back"), tensors_in(source))
 
 
 def settings_of(model: ModelConfig) -> list[str]:
@@ -455,6 +482,12 @@ def test_export_needs_neither_deepspeed_nor_a_process_group(
     [
         (["export", "run"], "export run: the command needs a SOURCE and a TARGET directory"),
         (["export", "nowhere", "to"], "export=nowhere: is not a directory"),
+        (["export", "runs/lr=0.1", "to"], "export=runs/lr=0.1: is not a directory"),
+        (["export", "run.dir=lr=0.1", "to"], "export=lr=0.1: is not a directory"),
+        (["import", "lr=0.1", "to"], "lr=0.1: no such field"),
+        (["import", "theirs", "to", "dtype=bf16"], "dtype=bf16: only `launcher export` reads it"),
+        (["import", "theirs", "to", "merged=true"], "merged=true: only `launcher export` reads it"),
+        (["import", "theirs", "to", "certificate=false"], "\n  try: certificate=true\n"),
         (["export", ".", "to"], "export=.: contains no weights"),
         (
             ["import", "theirs", "theirs"],

@@ -282,6 +282,9 @@ def test_a_run_from_the_command_line_resumes_exports_and_generates(
         assert (done.returncode, done.stderr) == (0, ""), done.stderr
     settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (settings["r"], settings["lora_alpha"], settings["base_model_name_or_path"]) == (4, 6.0, "theirs")
+    split = launcher("export", "a", "split", "max_file_gb=1", cwd=tmp_path)
+    assert split.returncode == 2
+    assert "max_file_gb=1.0: PEFT loads an adapter from one file\n  try: max_file_gb=2.0" in split.stderr
     assert launcher("generate", "run.dir=a", "max_new_tokens=3", cwd=tmp_path).returncode == 0
     other = launcher(*SMALL, *steps, "finetune.lora.alpha=8", "training.steps=6", "run.dir=a", cwd=tmp_path)
     assert other.returncode == 2

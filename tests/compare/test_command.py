@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.forked_commands import heavy
-from tests.runtime.command import SMALL, environment, launcher, metrics
+from tests.runtime.command import SMALL, environment, launcher, metrics, trained
 
 FEW = [
     "model.hidden_size=128", "model.ffn_hidden_size=512", "compare.ranks=2", "compare.steps=2", "run.dir=r",
@@ -83,6 +83,39 @@ def test_table_picture_and_metrics(compared: tuple[str, Path]) -> None:
     assert list((folder / "r").glob("wandb/offline-run-*/*.wandb"))
 
 
+def test_a_comparison_is_no_run_to_continue_but_a_run_to_upload(compared: tuple[str, Path]) -> None:
+    folder = compared[1]
+    before = (folder / "r" / "metrics.jsonl").read_bytes()
+    begun = launcher(*SMALL, "run.dir=r", "training.steps=1", cwd=folder)
+    assert begun.returncode == 2
+    assert begun.stderr.startswith("launcher: run.dir=r: holds a comparison, whose config and metrics ")
+    assert (folder / "r" / "metrics.jsonl").read_bytes() == before
+    nowhere = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40}
+    synced = launcher("sync", "r", cwd=folder, **nowhere)
+    assert "sync=r: the W&B server http://127.0.0.1:9 does not answer" in synced.stderr
+
+
+def test_a_training_run_keeps_its_metrics(tmp_path: Path) -> None:
+    trained("training.steps=2", "run.dir=r", "checkpoint.enabled=false", cwd=tmp_path)
+    before = {path: path.read_bytes() for path in (tmp_path / "r").iterdir() if path.is_file()}
+    done = launcher("compare", *SMALL, *FEW, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "run.dir=r: holds a training run, whose config and metrics a comparison would" in done.stderr
+    assert "\n  try: run.dir=r-2, or leave" in done.stderr
+    assert {path: path.read_bytes() for path in (tmp_path / "r").iterdir() if path.is_file()} == before
+
+
+def test_every_layout_begins_with_the_weights_of_init_from(tmp_path: Path) -> None:
+    trained("training.steps=6", "run.dir=a", "optimizer.lr=0.01", "model.hidden_size=128",
+            "model.ffn_hidden_size=512", cwd=tmp_path)  # fmt: skip
+    begun = ["checkpoint.init_from=a", "compare.layouts=[single,tp,zero3]", "compare.figure=null"]
+    done = launcher("compare", *SMALL, *FEW, *begun, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    first, last = metrics(tmp_path / "r")[0], metrics(tmp_path / "a")[-1]["train/loss"]
+    assert [first[f"loss/{name}"] for name in ("single", "tp", "zero3")] == pytest.approx([last] * 3, rel=0.1)
+    assert metrics(tmp_path / "a")[0]["train/loss"] > 1.2 * last
+
+
 @pytest.mark.slow
 def test_distributed_experts_are_as_planned(tmp_path: Path) -> None:
     """Every token runs through every expert, which is an even router."""
@@ -155,6 +188,8 @@ def test_a_layout_that_fails_is_told_of_and_the_others_are_compared(tmp_path: Pa
             "parallelism.tensor=2: `launcher compare` takes the layouts",
         ),
         ("compare.figure=x.gif", "compare.figure=x.gif: a picture is .png, .svg or .pdf"),
+        ("compare.report=out/c.json", "compare.report=out/c.json: cannot be written: No such file"),
+        ("optimizer.momentum=0.9", "optimizer.momentum=0.9: not a setting of adamw\n  try: optimizer=sgd or"),
         pytest.param("hardware.memory_bytes=1e3", "compare.layouts=", marks=pytest.mark.slow),
     ],
 )

@@ -5,7 +5,7 @@ from math import prod
 
 import pytest
 
-from launcher.commands.compare import planned
+from launcher.commands.compare import planned, refusal_of_all
 from launcher.compare.compared_layouts import ComparedLayout, chosen_layouts, in_layout, named_layouts
 from launcher.compare.comparison_report import (
     ComparisonRow,
@@ -21,7 +21,7 @@ from launcher.compare.measured_layout import MeasuredLayout, combined
 from launcher.compare.rank_record import RankRecord
 from launcher.config.errors import ConfigError
 from launcher.config.layout import EXPERT_GROUPS, GROUPS, STEP_PARTS
-from launcher.config.schema import MeasuredRates
+from launcher.config.schema import ContextMethod, MeasuredRates, PipelineSchedule
 from launcher.config.world import World
 from tests.config.composing import run_of
 
@@ -82,6 +82,49 @@ def test_losses_that_differ_are_found() -> None:
     assert differing([first, row("dp", 5.0001, 4.0)]) == {}
     assert differing([first, row("dp", 5.0, 4.01)]) == {"dp": pytest.approx(0.0025)}
     assert list(differing([first, row("tp", float("nan"), 4.0)])) == ["tp"]
+    assert list(differing([first, row("tp", 5.0, float("nan"))])) == ["tp"]
+    assert list(differing([row("single", 5.0, float("nan")), row("dp", 5.0, 4.0)])) == ["dp"]
+
+
+def test_options_of_the_parallelism_group_are_kept() -> None:
+    options = {
+        "offload_optimizer": True, "offload_parameters": True, "vocabulary_multiple": 64,
+        "context_method": ContextMethod.ulysses,
+    }  # fmt: skip
+    run = run_of("hardware=cpu", "parallelism=single")
+    run.parallelism = replace(
+        run.parallelism, **options, sequence_parallel=True, pipeline_schedule=PipelineSchedule.dualpipev
+    )
+    for name, sizes in named_layouts(4).items():
+        kept = in_layout(run, sizes, CORES).parallelism
+        assert {option: getattr(kept, option) for option in options} == options
+        assert kept.sequence_parallel == (kept.tensor > 1)
+        assert (kept.pipeline_schedule is PipelineSchedule.dualpipev) == (kept.pipeline > 1)
+        assert name != "zero3" or (kept.data, kept.zero_stage) == (4, 3)
+
+
+def test_a_layout_for_which_an_option_is_illegal_is_refused_alone() -> None:
+    assert compared("dp", 4, "parallelism.offload_optimizer=true").refused.startswith(
+        "parallelism.offload_optimizer=true: ZeRO-0 has no partitioned optimizer"
+    )
+    assert not compared("zero1", 4, "parallelism.offload_optimizer=true").refused
+
+
+@pytest.mark.parametrize(
+    ("names", "typed", "field", "remedy"),
+    [
+        (["single", "dp", "tp"], ["optimizer.momentum=0.9"], "optimizer.momentum", "optimizer=sgd or "),
+        (["dp", "tp"], ["optimizer.momentum=0.9"], "optimizer.momentum", "optimizer=sgd or "),
+        (["tp"], ["model.num_heads=2"], "compare.layouts", "compare.layouts=[single]"),
+        (["dp", "tp"], ["hardware.memory_bytes=1e3"], "compare.layouts", "hardware.memory_bytes=null"),
+    ],
+)
+def test_if_all_layouts_are_refused_the_remedy_works(
+    names: list[str], typed: list[str], field: str, remedy: str
+) -> None:
+    error = refusal_of_all([compared(name, 4, *typed) for name in names])
+    assert error.field == field
+    assert error.remedy.startswith(remedy)
 
 
 def test_rows_for_metrics_and_machines() -> None:

@@ -68,6 +68,12 @@ def test_broken_packages_are_named_even_those_that_the_command_line_needs(tmp_pa
     )
 
 
+def test_the_home_directory_in_run_dir_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert doctor._run_dir(["run.dir=~/runs"]) == tmp_path / "runs"
+    assert doctor._run_dir([]) == Path("runs")
+
+
 def test_no_home_no_name_and_no_temporary_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("USER", "LOGNAME", "LNAME", "USERNAME"):
         monkeypatch.delenv(name, raising=False)

@@ -4,11 +4,14 @@ from pathlib import Path
 
 import pytest
 
+from launcher.commands.report_files import check_figure_is_writable, check_files_differ
 from launcher.commands.verify import _writable
 from launcher.config.errors import ConfigError
 from launcher.config.output_files import check_overwrites_no_picture, check_overwrites_no_report
+from launcher.config.schema import EvaluateConfig
 from launcher.planning.show.plan_figure import check_figure
 from tests.config.composing import run_of
+from tests.config.test_cli import launcher
 
 
 @pytest.mark.parametrize("text", ["mine", "{}", "[1]", '{"a": 1}', "[" * 10**5])
@@ -47,3 +50,40 @@ def test_a_picture_without_a_name_or_an_ending_gets_one(path: str) -> None:
         check_figure(path, "compare.figure")
     assert str(refused.value.remedy).startswith("compare.figure=")
     assert ".png or compare.figure=" in str(refused.value.remedy)
+
+
+def test_a_picture_that_may_not_be_written_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "old.png").touch()
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
+    for path in (None, str(tmp_path / "old.png")):
+        check_figure_is_writable(path, "compare.figure")
+    with pytest.raises(ConfigError, match=r"you may not write to this file\n  try: compare\.figure=null"):
+        check_figure_is_writable(str(tmp_path / "new.png"), "compare.figure")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["old.png"]
+
+
+@pytest.mark.parametrize(
+    ("command", "field", "file"),
+    [
+        ("verify", "verify.report", "r.json"), ("evaluate run.dir=r", "report", "r.json"),
+        ("plan", "plan.figure", "p.png"),
+    ],
+)  # fmt: skip
+def test_jobs_of_a_sweep_do_not_overwrite_a_file(command: str, field: str, file: str, tmp_path: Path) -> None:
+    swept = "limit=1,2" if command.startswith("evaluate") else "training.seed=1,2"
+    same = [*command.split(), "--multirun", swept, f"{field}={file}"]
+    [ended] = launcher(tmp_path, same)
+    why = "2 jobs of the sweep would write this file, and only the last would remain"
+    assert ended.err == f"launcher: {field}={file}: {why}\n  try: {field}=null, or one command per job\n"
+    assert ended.code == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_jobs_of_a_sweep_may_share_a_device_or_write_a_file_each(tmp_path: Path) -> None:
+    for paths in (["a.json", "b.json"], ["/dev/stdout"] * 2, ["a.json", None]):
+        configs = [EvaluateConfig(report=path) for path in paths]
+        check_files_differ(configs, "report")
+    with pytest.raises(ConfigError):
+        check_files_differ([EvaluateConfig(report=path) for path in ("a.json", "./a.json")], "report")

@@ -23,6 +23,7 @@ from launcher.config import (
     attention_rules,
     card_rules,
     deepspeed_keys,
+    deepspeed_rules,
     layout,
     numbers,
     slurm_rules,
@@ -195,7 +196,18 @@ class TestMessages:
                     assert check(refusal, [*overrides, *offer])
 
     @pytest.mark.parametrize(
-        "module", [validate, attention_rules, card_rules, layout, world, numbers, deepspeed_keys, slurm_rules]
+        "module",
+        [
+            validate,
+            attention_rules,
+            card_rules,
+            layout,
+            world,
+            numbers,
+            deepspeed_keys,
+            deepspeed_rules,
+            slurm_rules,
+        ],
     )
     def test_every_raise_has_a_case(self, module: ModuleType) -> None:
         assert module.__file__

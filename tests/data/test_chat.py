@@ -215,6 +215,8 @@ def test_tools_may_be_json_text(tools: list[Any] | None) -> None:
     """Data sets of Hugging Face write them so, because a column has one type."""
     record = {"messages": MESSAGES[0], "tools": tools}
     assert parsed({**record, "tools": json.dumps(tools)}) == parsed(record)
+    sharegpt = {"conversations": [{"from": m["role"], "value": m["content"]} for m in MESSAGES[0]]}
+    assert parsed({**sharegpt, "tools": json.dumps(tools)}) == parsed(record)
 
 
 def test_files_of_other_parts_are_not_trained_on(tmp_path: Path) -> None:
@@ -454,8 +456,13 @@ def test_files_of_another_tokenizer_are_not_kept(tokenizer: Path, tmp_path: Path
     (tmp_path / "tokenizer.json").write_text("{}")
     for name in ("tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json"):
         (tmp_path / name).write_text('{"bos_token": "<other>"}')
+    model = {"eos_token_id": 2, "pad_token_id": 5, "hidden_size": 32}
+    for name in ("config.json", "generation_config.json"):
+        (tmp_path / name).write_text(json.dumps(model))
     record_tokenizer(chat_run(SHIPPED, "model.vocab_size=400", f"data.tokenizer={tokenizer}"), tmp_path)
     assert not (tmp_path / "vocab.json").exists()
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / name).read_text()) == {"hidden_size": 32}
     beside = tokenizer.parent / "tokenizer_config.json"
     assert (tmp_path / "tokenizer_config.json").read_bytes() == beside.read_bytes()
 

@@ -1043,6 +1043,20 @@ class TestCommand:
             "end in the text": "1 (kept as text, or a bad line)",
         }
 
+    def test_paths_may_contain_an_equals_sign(self, tmp_path: Path) -> None:
+        """As the directories of partitioned data do. A path without a slash is one if its file exists."""
+        for name in ("data/lang=en/a.jsonl", "lang=de.jsonl", "workers=9"):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_bytes(jsonl(TEXTS))
+        process = launched("data/lang=en/a.jsonl", "lang=de.jsonl", "./n=1", "workers=1", cwd=tmp_path)
+        out, err = process.communicate(timeout=60)
+        assert (process.returncode, err) == (0, "")
+        assert re.search(r"documents +10\n", out)
+        assert bin_path(tmp_path / "n=1").exists()
+        process = launched("lang=de.jsonl", "./n=1", "workers=9", cwd=tmp_path)
+        _, err = process.communicate(timeout=60)
+        assert err.endswith("try: launcher prepare ./lang=de.jsonl ./n=1-2 workers=9\n")
+
     @pytest.mark.parametrize("typed", ["web.bin", "web.idx", "web"])
     def test_the_target_may_be_typed_with_an_ending(self, typed: str, tmp_path: Path) -> None:
         (tmp_path / "a.jsonl").write_bytes(jsonl(TEXTS))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from launcher.config.schema import EvaluateConfig
 from launcher.data.evaluated import scored_windows
 from launcher.data.tokenizer import train_bpe
 from launcher.data.windows import Stretch
-from launcher.evaluation.results import Results, numbers
+from launcher.evaluation.results import Results, numbers, write_report
 from launcher.evaluation.tasks import _unknown
 from launcher.runtime.metrics.wandb_files import fragments, records
 from tests.forked_commands import environment, heavy
@@ -351,6 +352,18 @@ def test_wrong_settings_are_refused(place: Path, subtests: pytest.Subtests) -> N
             assert done.returncode == 2, done.stdout + done.stderr
             assert message in done.stderr
             assert "\n  try: " in done.stderr
+
+
+def test_a_report_is_written_to_what_is_no_file(tmp_path: Path) -> None:
+    """Such as /dev/stdout, a link, which a file must not replace."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDWR | os.O_NONBLOCK)
+    for name in ("pipe", "link"):
+        write_report(tmp_path / name, {"weights": "w"}, Results({}, {}))
+        assert json.loads(os.read(reader, 10_000))["evaluation"] == {"weights": "w"}
+    os.close(reader)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "pipe"]
 
 
 def test_an_unknown_task_is_answered_with_names_like_it() -> None:

@@ -630,6 +630,12 @@ class PicklesOnce:
         sleep_for_long()
 
 
+def test_a_directory_of_logs_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"file/logs: the logs .* cannot be written there: Not a directory"):
+        run(print, 1, tmp_path / "file" / "logs")
+
+
 def test_failed_start_ends_ranks_started_before(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="no more processes"):
         run(PicklesOnce(tmp_path), 2, tmp_path, start_method="spawn", failure_grace=1.0)

@@ -175,6 +175,14 @@ def test_config_directory_is_passed_to_the_job(tmp_path: Path, monkeypatch: pyte
     assert job.overrides == [f"--config-dir={tmp_path / 'mine'}", "slurm=lab"]
 
 
+def test_the_home_directory_in_the_path_of_python_is_found() -> None:
+    job = Job(run_of(*CPU, 'slurm.python="~/env/bin/python"'), None, [])
+    assert batch_script_of([job], []).python == f"{Path.home()}/env/bin/python"
+    job.config.slurm.python = "~nobody-here/bin/python"
+    with pytest.raises(ConfigError, match="~nobody-here is not the home directory of a user"):
+        batch_script_of([job], [])
+
+
 def test_submission_summary() -> None:
     run = run_of(*CPU)
     small, large = (Layout(1, data, 1, "cpu", 1, 0) for data in (1, 2))

@@ -67,7 +67,20 @@ def test_a_follow_up_job_has_the_settings_of_the_job_and_not_of_the_script(
 ) -> None:
     shown = "JobId=7 JobName=a UserId=u(0) QOS=N/A Account=lab TimeLimit=04:00:00 Partition=gpu Nodes=1"
     monkeypatch.setattr(slurm, "_run", lambda command: shown)
-    assert settings_of_job("7") == ["--time=04:00:00", "--partition=gpu", "--account=lab"]
+    assert settings_of_job("7") == [
+        "--time=04:00:00", "--partition=gpu", "--account=lab", "--job-name=a",
+    ]  # fmt: skip
+    shown = (
+        "JobId=7 JobName=my run TimeLimit=1 UserId=u(0) TimeLimit=1:00:00 ExcNodeList=node[1-2] "
+        "MinMemoryNode=64000M Features=a100&nvlink Reservation=(null)"
+    )
+    assert settings_of_job("7") == [
+        "--time=1:00:00", "--constraint=a100&nvlink", "--exclude=node[1-2]", "--mem=64000M",
+        "--job-name=my run TimeLimit=1",
+    ]  # fmt: skip
+    for unset in ("0", "62.50G"):
+        shown = f"JobId=7 UserId=u(0) MinMemoryNode={unset} Features=(null)"
+        assert settings_of_job("7") == []
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,11 @@ from torch.utils._pytree import tree_leaves
 from launcher.config.schema import ContextMethod
 from launcher.config.sequence_order import part_of
 from launcher.models.attention_kernel import Kernel
+from launcher.models.attention_pairs import Pair, _lacks_cuda_kernel, attend_pair, pair_gradients
 from launcher.models.context_attention import context_attention
 from launcher.parallel.context import ContextParallel
 from tests.distributed import mesh, pool
+from tests.models.small import relative_error
 
 BATCH, LENGTH, SIZE = 2, 24, 4
 HEADS = [(4, 4), (8, 2), (8, 1), (12, 3)]
@@ -97,6 +99,37 @@ def test_result_and_gradients(method: str, world: int, cap: float | None) -> Non
 def test_in_bf16(method: str) -> None:
     for by_case in pool(2).run(errors, method, None, torch.bfloat16):
         assert all(error < 0.1 for error in by_case.values()), by_case
+
+
+@pytest.mark.parametrize("size", [12, 264])
+def test_heads_that_no_kernel_on_gpus_takes_are_computed_row_by_row(size: int) -> None:
+    """FlashAttention of CUDA does not run on a CPU, so that a call would fail here."""
+    q, gradient = (torch.randn(BATCH, 4, LENGTH, size).bfloat16() for _ in range(2))
+    k, v = (torch.randn(BATCH, 2, LENGTH, size).bfloat16() for _ in range(2))
+    results = []
+    for device in ("cuda", "cpu"):
+        pair = Pair(Kernel(True, None, None, device), is_diagonal=True)
+        mixed, sums = attend_pair(q, k, v, pair)
+        results.append([mixed, sums, *pair_gradients(gradient, q, k, v, mixed, sums, pair)])
+    for of_gpu, of_cpu in zip(*results, strict=True):
+        assert relative_error(of_gpu.float(), of_cpu.float()) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("size", "dtype", "expected"),
+    [
+        (8, torch.bfloat16, False),
+        (64, torch.bfloat16, False),
+        (256, torch.float16, False),
+        (64, torch.float32, True),
+        (20, torch.float16, True),
+        (272, torch.bfloat16, True),
+    ],
+)
+def test_the_kernel_on_gpus_takes_some_head_sizes(size: int, dtype: torch.dtype, expected: bool) -> None:
+    q, kernel = torch.empty(1, 1, 1, size, dtype=dtype), Kernel(True, None, None, "cuda")
+    assert _lacks_cuda_kernel(q, Pair(kernel, is_diagonal=False)) == expected
+    assert not _lacks_cuda_kernel(q, Pair(kernel._replace(device="cpu"), is_diagonal=False))
 
 
 DROPOUT = 0.25

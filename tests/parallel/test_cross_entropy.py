@@ -179,6 +179,30 @@ def test_a_failing_compiler_leaves_the_loss_eager(monkeypatch: pytest.MonkeyPatc
         compare(0, 1, CASES["padding"], LossKernels(is_compiled=True, strict=True))
 
 
+def test_a_rank_that_cannot_compile_keeps_the_chunks_of_the_other_ranks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each chunk has collectives over the tensor ranks, and a fused loss has larger chunks on a GPU."""
+
+    def failing(*_: object, **__: object) -> NoReturn:
+        raise InternalTorchDynamoError("no space left for kernels")
+
+    fused: list[bool] = []
+
+    def recorded(*arguments: Any, **options: bool) -> list[int]:
+        fused.append(options["fused"])
+        return chunk_sizes(*arguments, **options)
+
+    monkeypatch.setattr(compiling, "compiled", lambda _: failing)
+    monkeypatch.setattr(cross_entropy, "chunk_sizes", recorded)
+    kernels = LossKernels(is_compiled=True)
+    for _ in range(2):
+        compare(0, 1, CASES["padding"], kernels)
+    assert not kernels.is_on
+    assert fused == [True] * 4  # with and without gradients
+    assert max(chunk_sizes(9000, 2**18, "cuda", fused=True)) > max(chunk_sizes(9000, 2**18, "cuda"))
+
+
 def test_the_loss_runs_eager_where_every_operation_must_be_visible() -> None:
     """torch compiles nothing under a dispatch mode, such as the one that measures a step's memory on CPU."""
     kernels = LossKernels(is_compiled=True, strict=True)

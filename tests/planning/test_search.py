@@ -503,12 +503,7 @@ CLUSTERS: dict[str, tuple[list[str], Callable[[Layout], bool]]] = {
 }  # fmt: skip
 
 
-QUICK = {"16 V100, 1.3B", "1 H200, 1.5B"}
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in CLUSTERS]
-)
+@pytest.mark.parametrize("name", CLUSTERS)
 def test_the_choice_agrees_with_published_practice(name: str) -> None:
     overrides, is_practice = CLUSTERS[name]
     best = searched("parallelism=auto", *overrides).fitting[0]

@@ -6,11 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from launcher.config.errors import ConfigError
 from launcher.config.schema import GenerateConfig
 from launcher.data.tokenizer import HuggingFace, train_bpe
-from launcher.runtime.sampling import prompt_tokens
+from launcher.runtime.sampling import prompt_tokens, sample
 from tests.runtime.command import launcher, trained
 
 
@@ -49,6 +50,37 @@ def test_a_prompt_may_spell_special_tokens(staged: Path, tmp_path: Path) -> None
     done = launcher("generate", f"run.dir={staged}", f"tokenizer={path}", "prompt=import", cwd=tmp_path)
     assert done.returncode == 2
     assert "prompt=import: it has the token 257, " in done.stderr
+
+
+def test_a_prompt_without_a_token_is_refused(tmp_path: Path) -> None:
+    """A tokenizer that strips text makes none of spaces."""
+    from tokenizers import Tokenizer as Tokenizers
+    from tokenizers.models import WordPiece
+    from tokenizers.normalizers import Strip
+
+    made = Tokenizers(WordPiece({"[UNK]": 0}, unk_token="[UNK]"))
+    made.normalizer = Strip()
+    made.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = HuggingFace(tmp_path / "tokenizer.json", field="tokenizer")
+    with pytest.raises(ConfigError, match="prompt='  ': the tokenizer makes no token of this text"):
+        prompt_tokens(GenerateConfig(prompt="  "), tokenizer, 256)
+    assert prompt_tokens(GenerateConfig(prompt="The"), tokenizer, 256).tolist() == [[0]]
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-40, 1e-5])
+@pytest.mark.parametrize("top_k", [0, 2])
+def test_a_temperature_near_zero_draws_the_likeliest_token(temperature: float, top_k: int) -> None:
+    """Divided by it, all scores but the largest are minus infinity."""
+    scores = torch.tensor([-3.0, 2.0, 2.5, 0.0, float("-inf")])
+    config = GenerateConfig(temperature=temperature, top_k=top_k)
+    generator = torch.Generator().manual_seed(0)
+    assert {int(sample(scores, config, generator)) for _ in range(20)} == {2}
+
+
+def test_top_k_leaves_out_all_other_tokens_at_any_temperature() -> None:
+    scores, generator = torch.arange(8.0), torch.Generator().manual_seed(0)
+    config = GenerateConfig(temperature=1e6, top_k=3)
+    assert {int(sample(scores, config, generator)) for _ in range(200)} == {5, 6, 7}
 
 
 def test_temperature_zero_is_independent_of_the_seed(staged: Path) -> None:

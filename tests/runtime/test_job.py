@@ -161,6 +161,9 @@ def test_a_container_runs_its_own_launcher() -> None:
     run = run_of(*NODES, "slurm.container=[apptainer,exec,--nv,image.sif]")
     command = step_command(run, [], 1, ready_on_most_nodes(run, 1)[0].layout, Path("r"))
     assert command[-8:-2] == ["apptainer", "exec", "--nv", "image.sif", "launcher", "train"]
+    run.slurm.container[-1] = "~/image.sif"  # srun starts it without a shell
+    command = step_command(run, [], 1, ready_on_most_nodes(run, 1)[0].layout, Path("r"))
+    assert command[-5] == f"{Path.home()}/image.sif"
 
 
 @given(
@@ -303,3 +306,27 @@ def test_a_stop_in_the_last_step_ends_the_job_as_finished(slurm: FakeSlurm) -> N
     assert run_to_the_end(slurm.job("training.steps=3", "slurm.tasks=per_node"), stops) == 0
     assert stops == [signal.SIGUSR1]
     assert slurm.calls == []
+
+
+def test_a_run_directory_that_cannot_be_written_is_refused(slurm: FakeSlurm) -> None:
+    (slurm.folder / "r").write_text("mine")
+    with pytest.raises(ConfigError, match=r"run.dir=\S+/r: cannot be written: Not a directory\n  try: "):
+        run_to_the_end(slurm.job(), [])
+    assert (slurm.folder / "r").read_text() == "mine"
+
+
+def test_failures_that_cannot_be_recorded_are_counted(
+    slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The disk is full: neither the first failure ends the job, nor does it start again for ever."""
+
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(slurm_job, "record_failed_start", full)
+    monkeypatch.setattr(slurm_job, "_run_step", lambda *_, **__: 1)
+    assert run_to_the_end(slurm.job(), []) == 1
+    said = capsys.readouterr().err
+    assert said.count("r/attempts.jsonl cannot be written (No space left on device)") == 3
+    assert said.count("and starts again") == 2
+    assert "giving up after 3 identical failures" in said

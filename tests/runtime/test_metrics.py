@@ -14,7 +14,7 @@ import pytest
 
 from launcher.config.schema import WandbMode
 from launcher.launch.scratch import remove_abandoned
-from launcher.runtime.metrics import wandb_files
+from launcher.runtime.metrics import upload, wandb_files
 from launcher.runtime.metrics.upload import complete, is_complete
 from launcher.runtime.metrics.wandb_files import (
     drop_steps_from,
@@ -25,6 +25,8 @@ from launcher.runtime.metrics.wandb_files import (
     steps_in,
 )
 from launcher.runtime.metrics.wandb_run import resolved_mode
+from launcher.runtime.run_dir import RunDir
+from tests.config.composing import run_of
 from tests.forked_commands import LAUNCHER, ROOT, environment, heavy
 from tests.runtime.command import SMALL, launcher, metrics, started, trained
 from tests.runtime.wandb_server import refuse, wandb_server
@@ -247,6 +249,14 @@ def test_training_continues_if_the_process_of_wandb_is_killed(tmp_path: Path) ->
     assert [row["step"] for row in wandb_rows(tmp_path / "r")] == [1, 2, 3]
     trained(*run, "training.steps=8", cwd=tmp_path)
     assert wandb_rows(tmp_path / "r") == metrics(tmp_path / "r")
+
+
+def test_a_wandb_sync_that_a_signal_ended_is_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upload, "records", lambda path: iter("x"))
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], -9))
+    assert upload._upload_files([tmp_path / "x"], [tmp_path / "x"], run_of(), RunDir(tmp_path, "abc")) == 1
 
 
 def identity_of(run_dir: Path) -> str:

@@ -7,21 +7,24 @@ import signal
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from launcher.checkpoint.final import final_step
 from launcher.checkpoint.manifest import checkpoints_in
+from launcher.config.compose import load_typed
 from launcher.config.errors import ConfigError
 from launcher.config.layout import resolve_layout
 from launcher.config.run_format import read_identity, write_identity
+from launcher.config.schema import RunConfig
 from launcher.config.world import World
 from launcher.runtime import hold
 from launcher.runtime.hold import HOLDER, held, is_held
 from launcher.runtime.run_dir import claimed_run_dir, start_of
 from launcher.runtime.training import to_resume
-from tests.config.composing import run_of
+from tests.config.composing import composed_compare, run_of
 from tests.runtime.command import SMALL, environment, launcher, metrics, started, trained
 from tests.runtime.test_life_cycle import survivors, wait_for_rows
 
@@ -210,6 +213,25 @@ def test_a_directory_with_files_of_the_user_is_refused_and_not_changed(
             is_identity = name == "run.json"
             assert ("another run.dir" if is_identity else "mine-2, or leave") in refused.value.remedy
             assert {entry: entry.stat().st_mtime_ns for entry in (tmp_path / "mine").rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("made", "other", "why"),
+    [(run_of, composed_compare, "holds a training run"), (composed_compare, run_of, "holds a comparison")],
+)
+def test_training_and_comparisons_do_not_replace_each_other(
+    made: Callable[[str], RunConfig], other: Callable[[str], RunConfig], why: str, tmp_path: Path
+) -> None:
+    directory, layout = f"run.dir={tmp_path}/r", resolve_layout(run_of(), World("cpu", 1, 1))
+    with claimed_run_dir(made(directory), layout):
+        pass
+    before = {entry: entry.stat().st_mtime_ns for entry in (tmp_path / "r").rglob("*")}
+    with pytest.raises(ConfigError, match=why) as refused, claimed_run_dir(other(directory), layout):
+        pass
+    assert refused.value.remedy == f"{directory}-2, or leave run.dir out for a fresh one"
+    assert {entry: entry.stat().st_mtime_ns for entry in (tmp_path / "r").rglob("*")} == before
+    with claimed_run_dir(made(directory), layout) as (again, _):
+        assert load_typed(again.path / "config.yaml", RunConfig).run.dir == f"{tmp_path}/r"
 
 
 def test_a_file_for_a_directory_is_refused_by_name(tmp_path: Path) -> None:

@@ -6,13 +6,14 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from launcher.config.run_format import FORMAT
 from launcher.launch.local import RankFailure
-from launcher.runtime.hold import held, is_held
+from launcher.runtime.hold import Holder, held, is_held
 from launcher.runtime.run_state import RunState, State, read_run_state, runs_in
 from tests.config.test_cli import launcher as light_launcher
 from tests.runtime.command import SMALL, launcher, started, trained
@@ -104,6 +105,23 @@ def test_the_end_of_a_holder_is_its_state(tmp_path: Path, subtests: pytest.Subte
     process.kill()
     process.communicate()
     assert "its end was not recorded" in state_of(tmp_path / "killed").detail
+
+
+def test_a_failure_that_the_slurm_job_recorded_is_the_state(
+    tmp_path: Path, subtests: pytest.Subtests
+) -> None:
+    """The holder was killed too, or stopped by srun, before it could record the failure."""
+    for end in (None, "stopped", "RankFailure: lost a rank"):
+        with subtests.test(str(end)):
+            path = a_run(tmp_path / str(end))
+            holder = Holder("node1", 7, "42", "2026-01-01 00:00:00", end)
+            (path / "holder.json").write_text(json.dumps(asdict(holder)))
+            attempt = {"step": 3, "error": "rank 3 of 4 was killed by SIGKILL"}
+            (path / "attempts.jsonl").write_text(json.dumps(attempt) + "\n")
+            os.utime(path / "holder.json", (1e9, 1e9))
+            assert (state_of(path).state, state_of(path).detail) == (State.failed, attempt["error"])
+            os.utime(path / "attempts.jsonl", (9e8, 9e8))  # of a start before the last
+            assert state_of(path).detail != attempt["error"]
 
 
 def test_a_comparison_that_ended_is_finished(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ __all__ = [
     "Entry",
     "NotConvertible",
     "converter_of",
+    "has_text_part",
     "model_of",
     "titles",
 ]
@@ -40,7 +41,9 @@ def model_of(theirs: dict[str, Any]) -> ModelConfig:
     theirs = _text_part(theirs)
     for converter in CONVERTERS:
         if converter.model_type == theirs.get("model_type"):
-            return converter.model_of(theirs)
+            model = converter.model_of(theirs)
+            converter_of(model, converter.model_type)  # no type expresses sizes that transformers refuses
+            return model
     known = ", ".join(converter.model_type for converter in CONVERTERS)
     raise NotConvertible(f"model_type is {theirs.get('model_type')!r}, and only {known} are known")
 
@@ -51,6 +54,11 @@ def _text_part(theirs: dict[str, Any]) -> dict[str, Any]:
     if theirs.get("model_type") != "gemma3" or not isinstance(text, dict):
         return theirs
     return {**SIZES_OF_TEXT_PART, "model_type": GEMMA3.model_type, **text}
+
+
+def has_text_part(theirs: dict[str, Any]) -> bool:
+    """Return whether a config.json describes a model of text and images, of which we import the text part."""
+    return _text_part(theirs) is not theirs
 
 
 def converter_of(model: ModelConfig, model_type: str | None = None) -> Converter:

@@ -90,6 +90,7 @@ class Converter:
     head: str = "lm_head.weight"
     inside: tuple[tuple[str, str], ...] = ()  # prefixes in a larger model, and what they stand for
     left_out: tuple[str, ...] = ()  # prefixes of tensors in larger models that are no part of this one
+    heads_divide: bool = False  # whether transformers refuses num_heads that do not divide hidden_size
 
     def model_of(self, theirs: dict[str, Any]) -> ModelConfig:
         """Return the model that a config.json describes. Raises NotConvertible."""
@@ -114,11 +115,14 @@ class Converter:
             setattr(plain, name, None)
         for name, value in {**self.parts, **self.implied(model)}.items():
             setattr(plain, name, value)
-        return [
+        differing = [
             f"model.{name}={as_typed(setting_of(model, name))}"
             for name in setting_names()
             if setting_of(model, name) != setting_of(plain, name)
         ]
+        is_refused = self.heads_divide and model.hidden_size % model.num_heads
+        heads = f"model.num_heads={model.num_heads}, which does not divide hidden_size={model.hidden_size}"
+        return [*differing, heads] if is_refused else differing
 
     def config_json(self, model: ModelConfig, dtype: str, ids: dict[str, Any]) -> dict[str, Any]:
         """Return the config.json of a model with the special tokens `ids`."""

@@ -53,6 +53,7 @@ def decoder(
     experts: ExpertEntries | None = None,
     inside: tuple[tuple[str, str], ...] = (),
     left_out: tuple[str, ...] = (),
+    heads_divide: bool = False,
 ) -> Converter:
     """Return the converter of a model type with Llama's tensor names; the arguments state how it differs.
 
@@ -79,6 +80,7 @@ def decoder(
         implied=implied,
         inside=inside,
         left_out=left_out,
+        heads_divide=heads_divide,
     )
 
 

@@ -89,6 +89,7 @@ GEMMA2 = decoder(
     settings={"logit_soft_cap": "final_logit_softcapping", "attention_soft_cap": "attn_logit_softcapping"},
     defaults={"tie_word_embeddings": True, "final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0},
     fixed=_FIXED, read=_read_2, write=_write_2, implied=_implied, default_head_size=HEAD_SIZE, added=1.0,
+    heads_divide=True,
 )  # fmt: skip
 
 # The sizes of Gemma 3 4B's text part, which its config.json leaves out.
@@ -111,6 +112,7 @@ GEMMA3 = decoder(
     defaults={"tie_word_embeddings": True, "final_logit_softcapping": None},
     fixed={**_FIXED, "attn_logit_softcapping": None},
     read=_read_3, write=_write_3, implied=_implied, default_head_size=HEAD_SIZE, added=1.0,
+    heads_divide=True,
     inside=(("language_model.", ""), ("model.language_model.", "model.")),
     left_out=(*_IMAGES, *(f"model.{name}" for name in _IMAGES)),
 )  # fmt: skip

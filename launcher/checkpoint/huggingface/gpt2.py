@@ -71,4 +71,5 @@ GPT2 = Converter(
     entries=_entries,
     read=_read,
     write=_write,
+    heads_divide=True,
 )

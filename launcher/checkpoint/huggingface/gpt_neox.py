@@ -113,4 +113,5 @@ GPT_NEOX = Converter(
     write=_write,
     implied=_implied,
     head="embed_out.weight",
+    heads_divide=True,
 )

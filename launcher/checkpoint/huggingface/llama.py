@@ -5,7 +5,7 @@ from launcher.config.schema import BiasesConfig, NormPlacement, QueryKeyNorm
 
 LLAMA = decoder(
     "Llama", "llama", "LlamaForCausalLM",
-    fixed={"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
+    fixed={"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}, heads_divide=True,
 )  # fmt: skip
 
 MISTRAL = decoder(

@@ -11,6 +11,7 @@ from launcher.config.errors import ConfigError
 from launcher.config.layout import Layout, recorded_layout
 from launcher.config.run_format import IDENTITY, read_identity
 from launcher.config.schema import RunConfig, WandbMode
+from launcher.launch.exit_codes import FAILED
 from launcher.runtime.hold import is_held
 from launcher.runtime.metrics.rows import rows_in
 from launcher.runtime.metrics.wandb_files import (
@@ -51,7 +52,7 @@ def upload(run_dir: Path, temporary: Path) -> int:
     except Exception as error:  # W&B raises any
         kept = f"all rows stay in {run_dir / METRICS}"
         print(f"launcher: W&B has not taken all rows of {run_dir}: {error}; {kept}", file=sys.stderr)
-        return 1
+        return FAILED
     finally:
         end_service()
 
@@ -111,8 +112,8 @@ def _upload_files(new: list[Path], all_files: list[Path], run: RunConfig, direct
     # W&B writes a log into WANDB_DIR/wandb, or into TMPDIR if that is missing.
     surroundings = {**os.environ, "WANDB_DIR": str(directory.path)}
     surroundings.pop("WANDB_SERVICE", None)  # the process of this one, whose settings are others
-    if folders and (code := subprocess.run(command, check=False, env=surroundings).returncode):
-        return code
+    if folders and subprocess.run(command, check=False, env=surroundings).returncode:
+        return FAILED  # not the code itself, which is negative if a signal ended the process
     steps, w = known_steps(all_files), run.logging.wandb
     check_uploaded(History(len(steps), max(steps, default=0)), w.project, w.entity, directory.run_id)
     mark_as_sent(new)
