@@ -73,7 +73,7 @@ class OutputRecorder:
             else:
                 full[name] = pieces[0]
                 if axis.size > 1:
-                    spreads[name] = max(float((piece - local).abs().max()) for piece in pieces)
+                    spreads[name] = spread_of(pieces, local)
         if self.context is not None:
             full = {name: self.context.whole(part) for name, part in full.items()}
         return full, spreads
@@ -119,3 +119,8 @@ class OutputRecorder:
         if torch.is_grad_enabled():
             self._losses.append(float(loss.detach()))
         return loss
+
+
+def spread_of(pieces: list[Tensor], own: Tensor) -> float:
+    """Return the largest distance of `own` from the same output of all ranks; NaN if it is anywhere NaN."""
+    return float(torch.stack([(piece - own).abs().max() for piece in pieces]).max())

@@ -1,7 +1,7 @@
 """Bounds grow with the unit roundoff and with the square root of the length of the sums."""
 
 from dataclasses import replace
-from math import sqrt
+from math import isnan, nan, sqrt
 from statistics import median
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 
 from launcher.config.layout import Layout
 from launcher.config.schema import RunConfig
+from launcher.parity.outputs import spread_of
 from launcher.parity.reference import initial_weights, probe_batches, reference_trace
 from launcher.parity.rounding import BF16, EXACT, Arithmetic, equivalent
 from launcher.parity.step_trace import StepTrace
@@ -197,3 +198,13 @@ def test_two_summation_orders_differ_by_1_to_100_percent_of_the_bound() -> None:
             size = float(numbers.sum(dtype=np.float64))
             worst = max(worst, abs(forward - backward) / size / (2 * LAMBDA * u * sqrt(length)))
     assert 0.01 < worst < 1
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_nan_of_any_replica_is_a_spread(place: int) -> None:
+    """Python's max passes over a NaN that is not the first value."""
+    own = torch.ones(2)
+    pieces = [own, own + 1, own]
+    assert spread_of(pieces, own) == 1.0
+    pieces[place] = torch.tensor([1.0, nan])
+    assert isnan(spread_of(pieces, own))
