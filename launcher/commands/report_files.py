@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launcher.config.errors import ConfigError, value_of
-from launcher.config.output_files import check_overwrites_no_report
+from launcher.config.output_files import check_overwrites_no_report, is_device
 
 
 def writable_report(text: str | None, field: str, key: str) -> Path | None:
@@ -42,10 +42,6 @@ def check_files_differ(configs: Sequence[object], field: str) -> None:
     paths = {text: Path(os.path.expanduser(text)).absolute() for text in texts}
     jobs = Counter(paths[text] for text in texts)
     for text, path in paths.items():
-        if jobs[path] > 1 and not _is_device(path):
+        if jobs[path] > 1 and not is_device(path):
             why = f"{jobs[path]} jobs of the sweep would write this file, and only the last would remain"
             raise ConfigError(field, text, why, f"{field}=null, or one command per job")
-
-
-def _is_device(path: Path) -> bool:
-    return path.is_relative_to("/dev") or (path.exists() and not path.is_file() and not path.is_dir())

@@ -104,7 +104,7 @@ def compose_jobs(config_name: str, root: type[Config], arguments: list[str]) -> 
     all of them are valid.
     """
     register_environment_resolver()
-    schema_of(root)
+    schema_of(root)  # registers it, so that Hydra finds it
     check_sizes(arguments)
     # argparse accepts overrides only without flags between them, so the flags are sorted first.
     flags, overrides = parsed_flags([_addable(argument) for argument in sorted(arguments, key=_is_override)])

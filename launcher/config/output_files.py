@@ -31,11 +31,16 @@ def check_overwrites_no_report(path: Path, field: str, key: str) -> None:
             raise _not_ours(path, field)
 
 
+def is_device(path: Path) -> bool:
+    """Return whether `path` is a device or a pipe, whose content nobody loses."""
+    if path.is_relative_to("/dev"):  # /dev/stdout may lead to a file, by the user's own redirection
+        return True
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
 def _content(path: Path) -> bytes:
     """Return the content of the file; empty if it does not exist or is a device such as /dev/stdout."""
-    if path.is_relative_to("/dev"):  # /dev/stdout may lead to a file, by the user's own redirection
-        return b""
-    if not os.path.lexists(path) or (path.exists() and not path.is_file() and not path.is_dir()):
+    if is_device(path) or not os.path.lexists(path):
         return b""
     try:
         return read_regular(path.resolve(), _MOST_BYTES)

@@ -1,4 +1,4 @@
-"""Whatever validation accepts has a plan: combinations of features that no other test has."""
+"""The planner plans every run that validation accepts: random combinations of features."""
 
 import math
 import random
